@@ -1,0 +1,3 @@
+"""AdapterFusion pipelines: train adapters on many tasks, then learn what to listen to."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Frozen transformers and the slots in them."""

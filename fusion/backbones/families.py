@@ -1,0 +1,85 @@
+"""Per architecture: where its layers and sublayers are. A new family is one entry here.
+
+All that is needed of a post-norm family is that the module at the end of each sublayer has
+`dense`, `dropout` and `LayerNorm` and computes `LayerNorm(dropout(dense(h)) + a)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from fusion.errors import UserError
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    layers: dotted path of the list of layers inside the model.
+    sites: for each site, the dotted path inside a layer of the module that ends the sublayer.
+    architecture: the config keys that decide what the model computes; with the tensors they are
+        the backbone's fingerprint, so no key that a new version of a library may add is in it.
+    model_options: what the model's constructor is given beside the config.
+    """
+
+    name: str
+    layers: str
+    sites: Mapping[str, str]
+    architecture: tuple[str, ...]
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def layer_list(self, model: nn.Module) -> nn.ModuleList:
+        layers = model.get_submodule(self.layers)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+
+_BERT_ARCHITECTURE = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "layer_norm_eps",
+    "pad_token_id",
+)
+_BERT_SITES = {"attention": "attention.output", "feedforward": "output"}
+
+FAMILIES: dict[str, Family] = {
+    model_type: Family(
+        name=model_type,
+        layers="encoder.layer",
+        sites=_BERT_SITES,
+        architecture=_BERT_ARCHITECTURE + extra,
+        # The pooler is pre-trained for another purpose; heads pool for themselves.
+        model_options=options,
+    )
+    for model_type, extra, options in (
+        ("bert", (), {"add_pooling_layer": False}),
+        ("roberta", (), {"add_pooling_layer": False}),
+        ("xlm-roberta", (), {"add_pooling_layer": False}),
+        ("electra", ("embedding_size",), {}),
+    )
+}
+
+
+def family_of(model_type: str, where: str) -> Family:
+    """The family of a model type.
+
+    Raises:
+        UserError: the type is none of `FAMILIES`; it lists them.
+    """
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"backbone {where} is of type {model_type!r}, which is not supported; supported: {', '.join(FAMILIES)}.\n"
+            "Choose one of those with backbone=… or backbone.name_or_path=…"
+        )
+    return FAMILIES[model_type]

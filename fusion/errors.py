@@ -1,0 +1,12 @@
+"""The two ways a command can end badly. Kept apart from everything so that all may raise them."""
+
+
+class UserError(Exception):
+    """A wrong command, config, data file or artifact: exit code 2, message without traceback.
+
+    The message is one or two lines: what was expected, what came, and the override that mends it.
+    """
+
+
+class GuardError(Exception):
+    """The promise that only the declared parameters change was broken: exit code 1, nothing stored."""

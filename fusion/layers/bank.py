@@ -1,0 +1,103 @@
+"""N frozen adapters of one slot, stacked so that no loop runs over them.
+
+Shapes: B rows, T tokens, D hidden size, N adapters, R the largest bottleneck size among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fusion.layers.bottleneck import NONLINEARITIES, BottleneckAdapter
+
+
+class AdapterBank(nn.Module):
+    """Frozen adapters as stacked matrices: buffers, so nothing in here can ever train.
+
+    With z_n = σ_n(x Wd_nᵀ + bd_n), an adapter's output is u_n = Wu_n z_n + bu_n, its scaling
+    folded into Wu and bu. A composition needs two things of the u_n, their inner products with
+    some g and a weighted sum, and both can be had from z without ever forming u:
+
+        g · u_n       = z_n · (Wu_nᵀ g) + bu_n · g
+        Σ_n p_n u_n   = Σ_n Wu_n (p_n z_n) + Σ_n p_n bu_n
+
+    so per token N·R numbers are kept in place of N·D. Smaller bottlenecks are padded with zero
+    rows, which is exact because every σ maps 0 to 0. The adapters' own dropout is not part of
+    it: the sources are fixed functions.
+
+    Args:
+        adapters: those that the sources have in this slot, in the sources' order.
+        sources: for each adapter, the position of its source among all `total` sources.
+        total: how many sources there are, with or without an adapter here.
+
+    Raises:
+        ValueError: no adapter, positions that do not fit, or hidden sizes that differ.
+    """
+
+    down_weight: Tensor
+    down_bias: Tensor
+    up_weight: Tensor
+    up_bias: Tensor
+    source_positions: Tensor
+
+    def __init__(self, adapters: Sequence[BottleneckAdapter], sources: Sequence[int], total: int) -> None:
+        super().__init__()
+        if not adapters:
+            raise ValueError("a bank needs at least one adapter")
+        if len(sources) != len(adapters) or sorted(set(sources)) != list(sources) or sources[-1] >= total:
+            raise ValueError(f"source positions {list(sources)} do not fit {len(adapters)} adapters of {total} sources")
+        hidden_sizes = {adapter.down.in_features for adapter in adapters}
+        if len(hidden_sizes) != 1:
+            raise ValueError(f"adapters of different hidden sizes: {sorted(hidden_sizes)}")
+        size = max(adapter.down.out_features for adapter in adapters)
+        self.total = total
+        self.size = size
+        self.nonlinearities = [adapter.nonlinearity for adapter in adapters]
+
+        def stacked(parts: list[Tensor]) -> Tensor:
+            return torch.stack([part.detach() for part in parts])
+
+        with torch.no_grad():
+            room = [size - adapter.down.out_features for adapter in adapters]
+            down = stacked([F.pad(a.down.weight, (0, 0, 0, r)) for a, r in zip(adapters, room, strict=True)])
+            down_bias = stacked([F.pad(a.down.bias, (0, r)) for a, r in zip(adapters, room, strict=True)])
+            up = stacked([F.pad(a.up.weight * a.scaling, (0, r)) for a, r in zip(adapters, room, strict=True)])
+            up_bias = stacked([a.up.bias * a.scaling for a in adapters])
+        self.register_buffer("down_weight", down.flatten(0, 1).contiguous())  # (N·R, D)
+        self.register_buffer("down_bias", down_bias.flatten())  # (N·R,)
+        self.register_buffer("up_weight", up.permute(1, 0, 2).flatten(1).contiguous())  # (D, N·R)
+        self.register_buffer("up_bias", up_bias)  # (N, D)
+        self.register_buffer("source_positions", torch.tensor(list(sources)))
+
+    def __len__(self) -> int:
+        return len(self.nonlinearities)
+
+    def bottlenecks(self, x: Tensor) -> Tensor:
+        """x: (B, T, D) -> z: (B, T, N, R), what every adapter makes of x before its up-projection."""
+        down = F.linear(x, self.down_weight, self.down_bias).unflatten(-1, (len(self), self.size))
+        runs = [(name, len(list(members))) for name, members in groupby(self.nonlinearities)]
+        if len(runs) == 1:
+            return NONLINEARITIES[runs[0][0]](down)
+        parts = down.split([length for _, length in runs], dim=-2)
+        return torch.cat([NONLINEARITIES[name](part) for (name, _), part in zip(runs, parts, strict=True)], dim=-2)
+
+    def inner_products(self, g: Tensor, z: Tensor) -> Tensor:
+        """g: (B, T, D), z: (B, T, N, R) -> g · u_n: (B, T, N)."""
+        through = (g @ self.up_weight).unflatten(-1, (len(self), self.size))
+        return (z * through).sum(-1) + F.linear(g, self.up_bias)
+
+    def weighted_sum(self, p: Tensor, z: Tensor) -> Tensor:
+        """p: (B, T, N) or (N,), z: (B, T, N, R) -> Σ_n p_n u_n: (B, T, D)."""
+        return F.linear((p.unsqueeze(-1) * z).flatten(-2), self.up_weight) + p @ self.up_bias
+
+    def on(self, sources_on: Tensor | None) -> Tensor | None:
+        """sources_on: (total,) bool or None -> the same for the adapters of this bank: (N,)."""
+        return None if sources_on is None else sources_on[self.source_positions]
+
+    def spread(self, p: Tensor) -> Tensor:
+        """p: (B, T, N) -> (B, T, total), zero for the sources that have no adapter here."""
+        return p.new_zeros(*p.shape[:-1], self.total).index_copy(-1, self.source_positions, p)

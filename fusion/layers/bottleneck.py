@@ -1,0 +1,84 @@
+"""The bottleneck adapter (Houlsby et al. 2019, §2.1; Pfeiffer et al. 2021, §3.1).
+
+Shapes: B rows, T tokens, D hidden size, R bottleneck size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fusion.layers.filling import BatchContext, Filling
+
+NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+"""Each maps 0 to 0, which is what lets `AdapterBank` pad bottlenecks with zero rows."""
+
+
+class BottleneckAdapter(Filling):
+    """u = s · (σ(x Wdᵀ + bd) Wuᵀ + bu): the change alone; the slot adds the residual.
+
+    Args:
+        hidden_size: D.
+        bottleneck_size: R, at least 1.
+        nonlinearity: σ, a name of `NONLINEARITIES`.
+        scaling: s (λ of He et al. 2021).
+        dropout: on the change, in training.
+        init: `bert` N(0, 0.02) and zero biases (the convention of BERT); `houlsby` N(0, 0.01)
+            truncated at two deviations (Houlsby et al. 2019, §3.6); `zero_up` the identity at the
+            start (He et al. 2021): Kaiming down, zero up.
+
+    Raises:
+        ValueError: a size below 1, an unknown non-linearity or initial value.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        bottleneck_size: int,
+        nonlinearity: str = "relu",
+        scaling: float = 1.0,
+        dropout: float = 0.0,
+        init: str = "bert",
+    ) -> None:
+        super().__init__()
+        if hidden_size < 1 or bottleneck_size < 1:
+            raise ValueError(f"sizes must be at least 1: hidden {hidden_size}, bottleneck {bottleneck_size}")
+        if nonlinearity not in NONLINEARITIES:
+            raise ValueError(f"nonlinearity {nonlinearity!r}: expected one of {', '.join(NONLINEARITIES)}")
+        self.nonlinearity = nonlinearity
+        self.scaling = scaling
+        self.down = nn.Linear(hidden_size, bottleneck_size)
+        self.up = nn.Linear(bottleneck_size, hidden_size)
+        self.dropout = nn.Dropout(dropout)
+        self._initialise(init)
+
+    def _initialise(self, init: str) -> None:
+        if init == "bert":
+            nn.init.normal_(self.down.weight, std=0.02)
+            nn.init.normal_(self.up.weight, std=0.02)
+        elif init == "houlsby":
+            nn.init.trunc_normal_(self.down.weight, std=0.01, a=-0.02, b=0.02)
+            nn.init.trunc_normal_(self.up.weight, std=0.01, a=-0.02, b=0.02)
+        elif init == "zero_up":
+            nn.init.kaiming_uniform_(self.down.weight, a=5**0.5)
+            nn.init.zeros_(self.up.weight)
+        else:
+            raise ValueError(f"init {init!r}: expected bert, houlsby or zero_up")
+        nn.init.zeros_(self.down.bias)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
+        """x: (B, T, D) -> u: (B, T, D)."""
+        z = NONLINEARITIES[self.nonlinearity](self.down(x))
+        u = self.up(z)
+        if self.scaling != 1.0:
+            u = u * self.scaling
+        return self.dropout(u)

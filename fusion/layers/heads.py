@@ -1,0 +1,62 @@
+"""The task head: one vector a text, then its scores.
+
+Shapes: S texts (a row of a choice task has several), T tokens, D hidden size, K outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def pool(hidden: Tensor, attention_mask: Tensor, how: str) -> Tensor:
+    """hidden: (S, T, D), attention_mask: (S, T) -> (S, D), the first token or the mean of the real ones.
+
+    Raises:
+        ValueError: `how` is neither cls nor mean.
+    """
+    if how == "cls":
+        return hidden[:, 0]
+    if how == "mean":
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+    raise ValueError(f"pooling {how!r}: expected cls or mean")
+
+
+class TaskHead(nn.Module):
+    """Pools the last layer and scores it: linear, or dense, tanh, linear.
+
+    Args:
+        hidden_size: D.
+        outputs: K; 1 for a regression and for each choice of a choice task.
+        pooling: cls or mean.
+        layers: 1 or 2.
+        dropout: before each linear, in training.
+
+    Raises:
+        ValueError: `layers` is neither 1 nor 2, or pooling is unknown.
+    """
+
+    def __init__(
+        self, hidden_size: int, outputs: int, pooling: str = "cls", layers: int = 1, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        if layers not in (1, 2):
+            raise ValueError(f"layers {layers}: expected 1 or 2")
+        if pooling not in ("cls", "mean"):
+            raise ValueError(f"pooling {pooling!r}: expected cls or mean")
+        self.pooling = pooling
+        self.dropout = nn.Dropout(dropout)
+        self.dense = nn.Linear(hidden_size, hidden_size) if layers == 2 else None
+        self.output = nn.Linear(hidden_size, outputs)
+        for module in (self.dense, self.output):
+            if module is not None:
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """hidden: (S, T, D), attention_mask: (S, T) -> scores: (S, K)."""
+        pooled = pool(hidden, attention_mask, self.pooling)
+        if self.dense is not None:
+            pooled = torch.tanh(self.dense(self.dropout(pooled)))
+        return self.output(self.dropout(pooled))

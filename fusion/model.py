@@ -1,0 +1,147 @@
+"""The backbone with its slots filled, and a head on top.
+
+Shapes: S texts, B rows, T tokens, D hidden size, K outputs of the head, N sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fusion.backbones.load import Backbone, hash_tensors
+from fusion.backbones.slots import CurrentBatch, PostNormSlot
+from fusion.layers.filling import BatchContext, Filling, Recorder
+from fusion.layers.heads import TaskHead
+
+
+class AdaptedModel(nn.Module):
+    """Runs the frozen backbone through its filled slots and scores the result.
+
+    The parameters of `fillings` and `head` train; nothing else does. Freezing, the optimizer,
+    checkpoints and the store all read that from here.
+
+    Args:
+        backbone: frozen; its sublayers are changed in place where a slot is filled.
+        fillings: by slot name, `LAYER.SITE`. A slot that is not named stays as it was.
+        reads: what every filling reads, see `PostNormSlot`.
+        head: gives K scores a text.
+        backbone_dropout: whether the backbone's own dropout acts in training.
+
+    Raises:
+        ValueError: a slot that the backbone does not have.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        fillings: Mapping[str, Filling],
+        reads: str,
+        head: TaskHead,
+        backbone_dropout: bool = False,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone.model
+        self.backbone_dropout = backbone_dropout
+        self.head = head
+        # As layer -> site -> filling, so that names read `fillings.0.feedforward.down.weight`.
+        self.fillings = nn.ModuleDict()
+        self._current = CurrentBatch()
+        layers = backbone.family.layer_list(backbone.model)
+        for name, filling in fillings.items():
+            layer, _, site = name.partition(".")
+            if site not in backbone.family.sites or not layer.isdigit() or int(layer) >= len(layers):
+                raise ValueError(
+                    f"no slot {name}: {len(layers)} layers, sites {', '.join(backbone.family.sites)}"
+                )
+            path = backbone.family.sites[site]
+            slot = PostNormSlot(layers[int(layer)].get_submodule(path), name, filling, reads, self._current)
+            layers[int(layer)].set_submodule(path, slot)
+            if layer not in self.fillings:
+                self.fillings[layer] = nn.ModuleDict()
+            cast(nn.ModuleDict, self.fillings[layer])[site] = filling
+        self.backbone.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> AdaptedModel:
+        """As torch's, but the backbone's dropout acts only where `backbone_dropout` asks for it."""
+        super().train(mode)
+        if not self.backbone_dropout:
+            self.backbone.eval()
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        choice_counts: Tensor | None = None,
+        sources_on: Tensor | None = None,
+        record: Recorder | None = None,
+    ) -> Tensor:
+        """Scores of the rows.
+
+        Args:
+            input_ids, attention_mask, token_type_ids: (S, T).
+            choice_counts: (B,), the number of texts of each row of a choice task, in order.
+            sources_on: (N,) bool, which sources take part; None means all.
+            record: is called in each slot with its name and the sources' weights (S, T, N).
+
+        Returns:
+            (B, K); for a choice task (B, most choices of a row), -inf where a row has fewer.
+        """
+        self._current.context = BatchContext(attention_mask, sources_on, record)
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
+        scores = self.head(hidden, attention_mask)
+        return scores if choice_counts is None else _by_row(scores.squeeze(-1), choice_counts)
+
+    def losses(self) -> dict[str, Tensor]:
+        """The named terms that the fillings add, each summed over the slots."""
+        total: dict[str, Tensor] = {}
+        for filling in self.filling_list():
+            for name, value in filling.losses().items():
+                total[name] = total[name] + value if name in total else value
+        return total
+
+    def filling_list(self) -> list[Filling]:
+        """All fillings, layer by layer."""
+        return [cast(Filling, filling) for sites in self.fillings.values() for filling in sites.values()]
+
+    def filling_state(self) -> dict[str, nn.Parameter]:
+        """What is stored as the weights: `0.feedforward.down.weight` and so on."""
+        return dict(self.fillings.named_parameters())
+
+    def head_state(self) -> dict[str, nn.Parameter]:
+        """What is stored as the head: `output.weight` and so on."""
+        return dict(self.head.named_parameters())
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The one list of what trains, by its full name."""
+        fillings = {f"fillings.{name}": parameter for name, parameter in self.filling_state().items()}
+        return fillings | {f"head.{name}": parameter for name, parameter in self.head_state().items()}
+
+    def undecayed(self) -> set[str]:
+        """Names of `trainable` that take no weight decay: vectors, and what a filling exempts."""
+        vectors = {name for name, parameter in self.trainable().items() if parameter.ndim < 2}
+        exempt = {
+            f"fillings.{layer}.{site}.{name}"
+            for layer, sites in self.fillings.items()
+            for site, filling in cast(nn.ModuleDict, sites).items()
+            for name in cast(Filling, filling).undecayed
+        }
+        return vectors | (exempt & set(self.trainable()))
+
+    def frozen_hash(self) -> str:
+        """sha256 of every tensor that must not change in training."""
+        trainable = self.trainable()
+        return hash_tensors((name, t) for name, t in self.state_dict().items() if name not in trainable)
+
+
+def _by_row(scores: Tensor, choice_counts: Tensor) -> Tensor:
+    """scores: (S,) in row order, choice_counts: (B,) -> (B, most choices), -inf where there is none."""
+    most = int(choice_counts.max())
+    there = torch.arange(most, device=scores.device) < choice_counts.unsqueeze(-1)
+    return scores.new_full(there.shape, float("-inf")).masked_scatter(there, scores)

@@ -1,0 +1,90 @@
+"""Small stand-ins of real backbones, made in a temporary folder: no network, no stored weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    AutoModel,
+    BertConfig,
+    ElectraConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
+
+CONFIGS: dict[str, type[PretrainedConfig]] = {
+    "bert": BertConfig,
+    "roberta": RobertaConfig,
+    "xlm-roberta": XLMRobertaConfig,
+    "electra": ElectraConfig,
+}
+WORDS = "the a cat dog film book was is not very good bad great poor it i saw liked hated did he she yes no".split()
+
+
+def save_tokenizer(folder: Path) -> int:
+    """A word-level tokenizer with BERT's special tokens; returns the size of its vocabulary."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {word: number for number, word in enumerate(special + WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=64,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+    fast.save_pretrained(folder)
+    return len(vocabulary)
+
+
+def save_backbone(folder: Path, model_type: str = "bert", hidden_size: int = 32, seed: int = 0) -> Path:
+    """A random transformer of the family with its tokenizer: 3 layers, 2 heads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = save_tokenizer(folder)
+    more = {"embedding_size": 16} if model_type == "electra" else {}
+    config = CONFIGS[model_type](
+        vocab_size=vocabulary,
+        hidden_size=hidden_size,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=80,
+        type_vocab_size=2,
+        pad_token_id=0,
+        **more,
+    )
+    torch.manual_seed(seed)
+    model = AutoModel.from_config(config)
+    with torch.no_grad():  # biases and norms away from 0 and 1, so that a test sees them
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BERT of 3 layers and hidden size 32."""
+    return save_backbone(tmp_path_factory.mktemp("backbones") / "tiny bert")
+
+
+@pytest.fixture
+def make_backbone(tmp_path: Path) -> Callable[..., Path]:
+    """`make_backbone("roberta", hidden_size=48, seed=1)` gives the folder of another one."""
+    return lambda model_type="bert", **options: save_backbone(tmp_path / f"{model_type}", model_type, **options)

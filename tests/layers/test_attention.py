@@ -1,0 +1,173 @@
+"""The folded fusion against the paper's equation, written out with loops and einsum in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusion.layers.attention import AdapterFusion, masked_softmax
+from fusion.layers.bank import AdapterBank
+from fusion.layers.bottleneck import BottleneckAdapter
+from fusion.layers.filling import BatchContext
+
+HIDDEN = 12
+SHAPES = [(3, "relu", 1.0), (5, "gelu", 4.0), (5, "gelu", 1.0), (1, "silu", 0.5), (4, "tanh", 1.0)]
+
+
+def adapters() -> list[BottleneckAdapter]:
+    made = []
+    for seed, (size, nonlinearity, scaling) in enumerate(SHAPES):
+        torch.manual_seed(seed)
+        adapter = BottleneckAdapter(HIDDEN, size, nonlinearity, scaling).double()
+        for parameter in adapter.parameters():  # biases too, which start at zero
+            torch.nn.init.normal_(parameter, std=0.7)
+        made.append(adapter)
+    return made
+
+
+def fusion(**options: float) -> AdapterFusion:
+    torch.manual_seed(100)
+    layer = AdapterFusion(AdapterBank(adapters(), range(5), 5), HIDDEN, **options).double()  # type: ignore[arg-type]
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return layer
+
+
+def context(x: Tensor, **more: Tensor) -> BatchContext:
+    return BatchContext(attention_mask=torch.ones(x.shape[:2], dtype=torch.long), **more)  # type: ignore[arg-type]
+
+
+def plain_output(adapter: BottleneckAdapter, x: Tensor) -> Tensor:
+    """u_n for one token: x (D,) -> (D,), from the weights alone."""
+    act = {
+        "relu": lambda a: a.clamp(min=0),
+        "gelu": lambda a: a * 0.5 * (1 + torch.erf(a / 2**0.5)),
+        "silu": lambda a: a / (1 + torch.exp(-a)),
+        "tanh": lambda a: (torch.exp(2 * a) - 1) / (torch.exp(2 * a) + 1),
+    }[adapter.nonlinearity]
+    z = act(torch.einsum("rd,d->r", adapter.down.weight, x) + adapter.down.bias)
+    return adapter.scaling * (torch.einsum("dr,r->d", adapter.up.weight, z) + adapter.up.bias)
+
+
+def plain_fusion(layer: AdapterFusion, x: Tensor, sources: list[BottleneckAdapter], noise: Tensor) -> Tensor:
+    """Token by token and source by source; `noise` (B, T, N) multiplies the scores, as dropout does."""
+    rows = []
+    for b in range(x.shape[0]):
+        tokens = []
+        for t in range(x.shape[1]):
+            outputs = [plain_output(adapter, x[b, t]) for adapter in sources]
+            q = torch.einsum("ed,d->e", layer.query.weight, x[b, t]) + layer.query.bias
+            scores = []
+            for n, u in enumerate(outputs):
+                k = torch.einsum("ed,d->e", layer.key.weight, u) + layer.key.bias
+                scores.append(torch.dot(q, k) * noise[b, t, n] / layer.temperature)
+            weights = [torch.exp(s) / sum(torch.exp(o) for o in scores) for s in scores]
+            values = [u if layer.value is None else torch.einsum("ed,d->e", layer.value.weight, u) for u in outputs]
+            tokens.append(torch.stack([w * v for w, v in zip(weights, values, strict=True)]).sum(0))
+        rows.append(torch.stack(tokens))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("value_matrix", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("mode", ["evaluation", "training", "training with dropout"])
+def test_folded_equals_plain(value_matrix: bool, temperature: float, mode: str) -> None:
+    dropout = 0.4 if mode == "training with dropout" else 0.0
+    layer = fusion(value_matrix=value_matrix, temperature=temperature, dropout=dropout)
+    layer.train(mode != "evaluation")
+    torch.manual_seed(7)
+    x = torch.randn(2, 4, HIDDEN, dtype=torch.float64, requires_grad=True)
+    noise = torch.ones(2, 4, 5, dtype=torch.float64)
+    if dropout:
+        torch.manual_seed(8)
+        noise = torch.nn.functional.dropout(noise, dropout)
+        assert (noise == 0).any() and (noise > 1).any()
+    torch.manual_seed(8)
+    folded = layer(x, context(x))
+    plain = plain_fusion(layer, x, adapters(), noise)
+    torch.testing.assert_close(folded, plain, rtol=0, atol=1e-10)
+
+    direction = torch.randn_like(folded)
+    wanted = dict(layer.named_parameters()) | {"x": x}
+    if mode == "evaluation":
+        del wanted["key.bias"]  # the softmax drops it there, and so does the layer
+    folded_gradients = torch.autograd.grad((folded * direction).sum(), list(wanted.values()))
+    plain_gradients = torch.autograd.grad((plain * direction).sum(), list(wanted.values()))
+    for name, one, two in zip(wanted, folded_gradients, plain_gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_every_parameter_gets_a_gradient_in_training() -> None:
+    layer = fusion().train()
+    x = torch.randn(2, 3, HIDDEN, dtype=torch.float64)
+    layer(x, context(x)).sum().backward()
+    assert {name for name, p in layer.named_parameters() if p.grad is not None} == {
+        "query.weight",
+        "query.bias",
+        "key.weight",
+        "key.bias",
+        "value.weight",
+    }
+
+
+def test_trains_only_what_the_paper_names() -> None:
+    names = {name for name, _ in fusion(value_matrix=False).named_parameters()}
+    assert names == {"query.weight", "query.bias", "key.weight", "key.bias"}
+
+
+def test_initial_values() -> None:
+    torch.manual_seed(0)
+    layer = AdapterFusion(AdapterBank([BottleneckAdapter(64, 4)], [0], 1), 64)
+    assert layer.value is not None
+    value = layer.value.weight
+    assert torch.equal(value.diagonal(), torch.ones(64))
+    off = value[~torch.eye(64, dtype=torch.bool)]
+    assert torch.equal(off, torch.full_like(off, 1e-6))
+    assert layer.query.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert not layer.query.bias.any() and not layer.key.bias.any()
+
+
+def test_penalty_is_the_squared_distance_from_the_identity() -> None:
+    layer = fusion()
+    assert layer.value is not None
+    expected = sum(
+        (layer.value.weight[i, j].item() - (i == j)) ** 2 for i in range(HIDDEN) for j in range(HIDDEN)
+    )
+    assert set(layer.losses()) == {"value_penalty"}
+    assert layer.losses()["value_penalty"].item() == pytest.approx(expected, rel=1e-12)
+    assert fusion(value_matrix=False).losses() == {}
+
+
+def test_one_source_passes_through_unchanged() -> None:
+    adapter = adapters()[0]
+    layer = AdapterFusion(AdapterBank([adapter], [0], 1), HIDDEN, value_matrix=False).double()
+    x = torch.randn(2, 3, HIDDEN, dtype=torch.float64)
+    torch.testing.assert_close(layer(x, context(x)), adapter(x, context(x)), rtol=0, atol=1e-12)
+
+
+def test_a_masked_source_takes_no_part() -> None:
+    layer, x = fusion().eval(), torch.randn(1, 3, HIDDEN, dtype=torch.float64)
+    on = torch.tensor([True, False, True, True, False])
+    kept = [a for a, keep in zip(adapters(), on.tolist(), strict=True) if keep]
+    expected = plain_fusion(layer, x, kept, torch.ones(1, 3, 3, dtype=torch.float64))
+    torch.testing.assert_close(layer(x, context(x, sources_on=on)), expected, rtol=0, atol=1e-10)
+    none = layer(x, context(x, sources_on=torch.zeros(5, dtype=torch.bool)))
+    assert torch.equal(none, torch.zeros_like(none))
+
+
+def test_records_a_distribution_over_all_sources() -> None:
+    here = adapters()[:2]
+    layer = AdapterFusion(AdapterBank(here, [1, 3], 5), HIDDEN).double().eval()
+    x = torch.randn(2, 3, HIDDEN, dtype=torch.float64)
+    recorded: dict[str, Tensor] = {}
+    layer(x, BatchContext(torch.ones(2, 3), record=recorded.__setitem__, place="4.feedforward"))
+    weights = recorded["4.feedforward"]
+    assert weights.shape == (2, 3, 5)
+    assert not weights[..., [0, 2, 4]].any()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, dtype=torch.float64))
+
+
+def test_masked_softmax_without_a_mask_is_a_softmax() -> None:
+    scores = torch.randn(3, 4)
+    torch.testing.assert_close(masked_softmax(scores, None), scores.exp() / scores.exp().sum(-1, keepdim=True))

@@ -1,0 +1,64 @@
+"""Stacked adapters against the adapters one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fusion.layers.bank import AdapterBank
+from fusion.layers.bottleneck import NONLINEARITIES, BottleneckAdapter
+from fusion.layers.filling import BatchContext
+
+
+def adapters() -> list[BottleneckAdapter]:
+    torch.manual_seed(0)
+    made = [
+        BottleneckAdapter(8, 2, "relu"),
+        BottleneckAdapter(8, 5, "tanh", scaling=3.0),
+        BottleneckAdapter(8, 3, "relu"),
+    ]
+    for adapter in made:
+        for parameter in adapter.double().parameters():
+            torch.nn.init.normal_(parameter)
+    return made
+
+
+def test_products_and_sums_equal_those_of_the_single_outputs() -> None:
+    bank, x, g = AdapterBank(adapters(), [0, 1, 2], 3), torch.randn(2, 3, 8).double(), torch.randn(2, 3, 8).double()
+    p = torch.randn(2, 3, 3).double()
+    outputs = torch.stack([a(x, BatchContext(torch.ones(2, 3))) for a in adapters()], dim=-2)
+    z = bank.bottlenecks(x)
+    assert z.shape == (2, 3, 3, 5)
+    torch.testing.assert_close(bank.inner_products(g, z), torch.einsum("btd,btnd->btn", g, outputs))
+    torch.testing.assert_close(bank.weighted_sum(p, z), torch.einsum("btn,btnd->btd", p, outputs))
+    torch.testing.assert_close(bank.weighted_sum(p[0, 0], z), torch.einsum("n,btnd->btd", p[0, 0], outputs))
+
+
+def test_nothing_in_a_bank_can_train_and_the_sources_are_copied() -> None:
+    made = adapters()
+    bank = AdapterBank(made, [0, 1, 2], 3)
+    assert list(bank.parameters()) == []
+    before = bank.up_bias.clone()
+    with torch.no_grad():
+        made[0].up.bias.add_(1)
+    assert torch.equal(bank.up_bias, before)
+
+
+def test_every_nonlinearity_maps_zero_to_zero() -> None:
+    for function in NONLINEARITIES.values():
+        assert function(torch.zeros(1)).item() == 0
+
+
+@pytest.mark.parametrize(
+    ("positions", "total"), [([0, 1], 3), ([0, 0, 1], 3), ([2, 1, 0], 3), ([0, 1, 3], 3)]
+)
+def test_positions_that_do_not_fit_are_refused(positions: list[int], total: int) -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        AdapterBank(adapters(), positions, total)
+
+
+def test_no_adapter_and_mixed_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        AdapterBank([], [], 1)
+    with pytest.raises(ValueError, match="hidden sizes"):
+        AdapterBank([BottleneckAdapter(8, 2), BottleneckAdapter(9, 2)], [0, 1], 2)
