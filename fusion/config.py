@@ -118,6 +118,12 @@ class TaskConfig:
             _require(self.choices is None, f"{where}: choices is for kind=choice only, not {self.kind}")
             _require(self.blank is None, f"{where}: blank is for kind=choice only, not {self.kind}")
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TaskConfig:
+        """A task as a manifest keeps it."""
+        hub = values.get("hub")
+        return cls(**{**values, "hub": None if hub is None else HubConfig(**hub)})
+
     @property
     def text_columns(self) -> list[str]:
         return [self.text] if isinstance(self.text, str) else list(self.text)
@@ -144,13 +150,18 @@ class LimitConfig:
 class DataConfig:
     dir: Optional[str] = None  # read DIR/<task>/<split>.{parquet,jsonl,csv,tsv} in place of the hub
     limit: LimitConfig = field(default_factory=LimitConfig)
-    max_length: int = 128  # tokens of a text (or pair), special tokens included
+    max_length: Optional[int] = (
+        128  # tokens of a text or pair, special ones included; null: the artifact's own
+    )
     batch_size: int = 32  # rows per device
     workers: int = 0  # loader processes; batches are only gathered there, so 0 is mostly fastest
     cache_dir: Optional[str] = None  # tokenised rows; null: the user's cache folder
 
     def __post_init__(self) -> None:
-        _require(self.max_length >= 4, f"data.max_length={self.max_length}: expected at least 4 tokens")
+        _require(
+            self.max_length is None or self.max_length >= 4,
+            f"data.max_length={self.max_length}: expected at least 4 tokens",
+        )
         _require(self.batch_size >= 1, f"data.batch_size={self.batch_size}: expected at least 1 row")
         _require(self.workers >= 0, f"data.workers={self.workers}: expected 0 or more")
 

@@ -43,7 +43,7 @@ class AdaptedModel(nn.Module):
         backbone_dropout: bool = False,
     ) -> None:
         super().__init__()
-        self.backbone = backbone.model
+        self.backbone: nn.Module = backbone.model
         self.backbone_dropout = backbone_dropout
         self.head = head
         # As layer -> site -> filling, so that names read `fillings.0.feedforward.down.weight`.
@@ -94,8 +94,8 @@ class AdaptedModel(nn.Module):
         """
         self._current.context = BatchContext(attention_mask, sources_on, record)
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
-        scores = self.head(hidden, attention_mask)
+        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **types)
+        scores: Tensor = self.head(output.last_hidden_state, attention_mask)
         return scores if choice_counts is None else _by_row(scores.squeeze(-1), choice_counts)
 
     def losses(self) -> dict[str, Tensor]:

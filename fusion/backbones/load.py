@@ -112,7 +112,7 @@ def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         plain = tensor.detach().cpu().contiguous()
-        digest.update(plain.flatten().view(torch.uint8).numpy())
+        digest.update(plain.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

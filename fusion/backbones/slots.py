@@ -51,9 +51,9 @@ class PostNormSlot(nn.Module):
         super().__init__()
         if reads not in ("output", "normed"):
             raise ValueError(f"reads {reads!r}: expected output or normed")
-        self.dense = sublayer_output.dense
-        self.dropout = sublayer_output.dropout
-        self.LayerNorm = sublayer_output.LayerNorm
+        self.dense = sublayer_output.get_submodule("dense")
+        self.dropout = sublayer_output.get_submodule("dropout")
+        self.LayerNorm = sublayer_output.get_submodule("LayerNorm")
         self.name = name
         self.reads = reads
         self._current = current

@@ -1,0 +1,460 @@
+"""From a command line to a typed config and a run. The only file that knows Hydra.
+
+A command is a function of (config, run). `command` makes the program of it: it finds `conf/`,
+composes, turns the outcome into the schema's objects, has every job checked before the first one
+starts, records what each job leaves, and ends with the exit code that scripts rely on:
+0 done, 2 a wrong command or config, 1 a failed job, 130 interrupted, 143 terminated.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, get_args, get_type_hints
+
+import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.experimental.callback import Callback
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
+
+from fusion.config import StageConfig
+from fusion.errors import UserError
+from fusion.run import Run, Terminated, describe, record
+
+log = logging.getLogger(__name__)
+
+Check = Callable[[Any, Run], None]
+Function = Callable[[Any, Run], dict[str, Any]]
+
+# These decide a default name already, or are the name: a sweep over them needs no suffix.
+NAMED_ANYWAY = ("task", "name", "composition", "method")
+OWN_TASK = "a task of your own is conf/task/NAME.yaml in the working directory or in $FUSION_CONF"
+USER_CONF = "user"  # how Hydra's search path calls the folders of user_conf_folders
+
+
+@dataclass(frozen=True)
+class Command:
+    name: str
+    schema: type
+    check: Check
+    function: Function
+
+
+class Refused(BaseException):
+    """A wrong command line. No Exception, since Hydra turns a callback's Exceptions into warnings."""
+
+
+def command(name: str, schema: type, check: Check) -> Callable[[Function], Callable[[], None]]:
+    """Makes a program of a function: `conf/NAME.yaml`, typed by `schema`, tested by `check`.
+
+    The function gets the typed config and the Run, and returns what result.json holds. `check` is
+    cheap and raises UserError; it sees every job of a sweep before the first one starts, and each
+    job once more when its turn comes.
+    """
+    register(name, schema)
+
+    def decorate(function: Function) -> Callable[[], None]:
+        @functools.wraps(function)
+        def program() -> None:
+            sys.exit(_main(Command(name, schema, check, function)))
+
+        return program
+
+    return decorate
+
+
+def register(name: str, schema: type) -> None:
+    """Lets `conf/NAME.yaml` say `NAME_schema` in its defaults: the types that its keys must have."""
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+
+
+def conf_folder() -> Path:
+    """The shipped `conf/`: inside the package once it is installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"no conf folder in {package} or {package.parent}: install the project again")
+
+
+def user_conf_folders() -> list[Path]:
+    """Where a user's own tasks and experiments are looked for: `./conf` and `$FUSION_CONF`."""
+    candidates = [Path.cwd() / "conf"]
+    if named := os.environ.get("FUSION_CONF"):
+        candidates.append(Path(named).expanduser())
+        if not candidates[-1].is_dir():
+            raise UserError(f"FUSION_CONF={named}: no such folder")
+    found: list[Path] = []
+    for folder in candidates:
+        resolved = folder.resolve()
+        a_copy_of_ours = (resolved / "launch.yaml").is_file()  # a checkout's, while the wheel runs
+        if resolved.is_dir() and not a_copy_of_ours and resolved not in found:
+            found.append(resolved)
+    return found
+
+
+class UserConf(SearchPathPlugin):
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for folder in user_conf_folders():
+            search_path.append(provider=USER_CONF, path=f"file://{folder}")
+
+
+Plugins.instance().register(UserConf)
+
+
+# --- one job: from Hydra's config to ours ---------------------------------------------------------
+
+
+def prepare(command: Command, composed: DictConfig, launch: DictConfig) -> tuple[Any, Run]:
+    """The typed config and the Run of one composed job; `launch` is Hydra's part of the config.
+
+    Raises:
+        UserError: no task, several tasks, a value out of its range or of the wrong type.
+    """
+    config = copy.deepcopy(composed)
+    with open_dict(config):
+        config.pop("hydra", None)
+    choices = launch.runtime.choices
+    _check_choices(launch)
+    if (extra := _extra_key(config)) is not None:
+        raise UserError(_unknown(extra, command.schema))
+    task = choices.get("task")
+    if task is not None:
+        config.task.name = task
+    elif OmegaConf.select(config, "task") is not None:
+        raise UserError("a task is one file: say +task=NAME; a sweep over several is -m +task=NAME,ANOTHER")
+    elif issubclass(command.schema, StageConfig):
+        raise UserError(f"no task: say +task=NAME, one of {', '.join(_options('task'))}\n{OWN_TASK}")
+    try:
+        typed = OmegaConf.to_object(config)
+    except MissingMandatoryValue as error:
+        key = getattr(error, "full_key", None) or "a key"
+        raise UserError(f"{key} is required: say {key}=...") from None
+    if isinstance(typed, StageConfig) and typed.name is None:
+        suffix = _swept(launch, NAMED_ANYWAY)
+        name = typed.default_name().replace("/", "-")  # type: ignore[attr-defined]
+        typed.name = f"{name}-{suffix}" if suffix else name
+    sweep = _is_sweep(launch)
+    run = Run(
+        command=command.name,
+        directory=Path(OmegaConf.select(launch, "runtime.output_dir", throw_on_missing=False) or "."),
+        overrides=tuple(launch.overrides.task),
+        config=asdict(typed),
+        group=choices.get("experiment") or (Path(launch.sweep.dir).name if sweep else command.name),
+        rank_zero=_is_rank_zero(),
+    )
+    return typed, run
+
+
+def _is_sweep(launch: DictConfig) -> bool:
+    return launch.mode is not None and launch.mode.name == "MULTIRUN"
+
+
+def _check_choices(launch: DictConfig) -> None:
+    """Each chosen file may be in one place only: the shipped conf/ or one of the user's."""
+    for group, choice in launch.runtime.choices.items():
+        if group.startswith("hydra/") or choice is None:
+            continue
+        for name in [choice] if isinstance(choice, str) else choice:
+            places = [
+                file
+                for source in launch.runtime.config_sources
+                if source.schema == "file" and source.provider in ("main", USER_CONF)
+                if (file := Path(source.path) / group / f"{name}.yaml").is_file()
+            ]
+            if len(places) > 1:
+                raise UserError(
+                    f"{group} {name} is in two places: {' and '.join(map(str, places))}\n"
+                    "give your own another name"
+                )
+
+
+def _extra_key(config: DictConfig, prefix: str = "") -> str | None:
+    """A key that the schema does not have: `+KEY=...` gets past Hydra's own check."""
+    kind = OmegaConf.get_type(config)
+    known = {field.name for field in fields(kind)} if is_dataclass(kind) else None
+    for key, value in config.items_ex(resolve=False):
+        if known is not None and key not in known:
+            return f"{prefix}{key}"
+        if isinstance(value, DictConfig) and not (value._is_none() or value._is_missing()):
+            if (inner := _extra_key(value, f"{prefix}{key}.")) is not None:
+                return inner
+    return None
+
+
+def _options(group: str) -> list[str]:
+    return sorted(GlobalHydra.instance().config_loader().get_group_options(group))
+
+
+def _swept(launch: DictConfig, without: Sequence[str]) -> str:
+    """The swept keys and their values as part of a name: "seed-3"; empty outside a sweep."""
+    if not _is_sweep(launch):
+        return ""
+    left_out = {*without, *launch.job.config.override_dirname.exclude_keys}
+    pairs = [override.lstrip("+").partition("=") for override in sorted(launch.overrides.task)]
+    return _safe("-".join(f"{key}-{_safe(value)}" for key, _, value in pairs if key not in left_out))
+
+
+def _safe(text: str) -> str:
+    """Text as a file name that needs no quoting and is never too long."""
+    text = re.sub(r"[^A-Za-z0-9_.+-]+", "-", text).strip("-.")
+    if len(text) > 100:
+        text = f"{text[:90].rstrip('-.')}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return text
+
+
+def _is_rank_zero() -> bool:
+    """False in all processes but the first, where SLURM or torchrun has started one per device."""
+    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"))
+    return all(rank in (None, "", "0") for rank in ranks)
+
+
+def _subject(*, _root_: DictConfig) -> str:
+    """What a run folder is about: the task (or the artifact), and in a sweep the swept keys."""
+    task = _root_.hydra.runtime.choices.get("task")
+    artifact = OmegaConf.select(_root_, "artifact", throw_on_missing=False)
+    subject = str(task or (Path(str(artifact)).name if artifact else "unset"))
+    swept = _swept(_root_.hydra, ("task", "artifact"))
+    return _safe(f"{subject}-{swept}" if swept else subject)
+
+
+OmegaConf.register_new_resolver("subject", _subject, replace=True)
+OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(3), use_cache=True, replace=True)
+
+
+# --- before the first job -------------------------------------------------------------------------
+
+_current: Command  # the command of this process, for the callback that Hydra makes
+_sweep_folder: Path | None = None
+
+
+class Preflight(Callback):
+    """Composes, types and checks every job before the first one starts."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        with _refusing():
+            _current.check(*prepare(_current, config, config.hydra))
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        global _sweep_folder
+        with _refusing():
+            _sweep_folder = Path(config.hydra.sweep.dir)
+            loader = GlobalHydra.instance().config_loader()
+            words = [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
+            words += list(config.hydra.overrides.task)
+            overrides = OverridesParser.create(config_loader=loader).parse_overrides(words)
+            constant = [o.key_or_group for o in overrides if not o.is_sweep_override()]
+            # every job of the sweep, wherever it runs, knows by this what is the same in all of them
+            keys = ",".join(f"'{key}'" for key in constant)
+            config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{keys}]")
+            if not str(config.hydra.sweeper.get("_target_", "")).endswith(".BasicSweeper"):
+                return  # another sweeper finds its jobs as it goes: each is checked when its turn comes
+            names: dict[tuple[str, str], Sequence[str]] = {}
+            for batch in BasicSweeper.split_arguments(overrides, None):
+                for number, member in enumerate(batch):
+                    composed = loader.load_sweep_config(config, member)
+                    try:
+                        typed, run = prepare(_current, composed, composed.hydra)
+                        _current.check(typed, run)
+                    except UserError as error:
+                        raise UserError(f"job {number} ({' '.join(member)}): {error}") from error
+                    if isinstance(typed, StageConfig):
+                        first = names.setdefault((typed.store, str(typed.name)), member)
+                        if first is not member:
+                            raise UserError(
+                                f"two jobs of this sweep would both be kept as {typed.name}: "
+                                f"{' '.join(first)} and {' '.join(member)}\nleave name= out, or sweep over it"
+                            )
+
+
+class _refusing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception):
+            if os.environ.get("FUSION_DEBUG"):
+                traceback.print_exception(error)
+            raise Refused(explain(error, _current.schema)) from error
+
+
+# --- the program ----------------------------------------------------------------------------------
+
+
+def _main(command: Command) -> int:
+    from fusion.training import processes
+
+    global _current, _sweep_folder
+    _current, _sweep_folder = command, None
+    signal.signal(signal.SIGTERM, _terminate)
+    if (rank := processes.job_of_this_rank()) is not None:
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(command.schema), rank.config))
+        return processes.run_rank(rank, lambda: command.function(typed, rank.run))
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and does not print and end with 1
+    program = processes.program(command.function)
+    outcomes: list[int] = []  # exit codes of this process's jobs
+
+    def job(composed: DictConfig) -> dict[str, Any] | None:
+        return _job(command, program, composed, outcomes)
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=command.name)(job)()
+    except (UserError, Refused, HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        return _say(explain(error, command.schema), 2)
+    except KeyboardInterrupt:
+        return _say("interrupted", 130)
+    except Terminated:
+        return _say("terminated", 143)
+    except BrokenPipeError:  # `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except Exception as error:
+        traceback.print_exc()
+        if _sweep_folder is not None:
+            _sweep_outcome(_sweep_folder)
+        return _say(f"{command.name} failed: {describe(error)}", 1)
+    if _sweep_folder is not None:
+        return _sweep_outcome(_sweep_folder)
+    return max(outcomes, default=0)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated("SIGTERM")
+
+
+def _job(command: Command, program: list[str], composed: DictConfig, outcomes: list[int]) -> Any:
+    """One job. A failure is recorded and not raised, so that a sweep goes on to the next job."""
+    from fusion.training import processes
+
+    launch = HydraConfig.get()
+    typed, run = prepare(command, composed, launch)
+
+    def work() -> dict[str, Any]:
+        command.check(typed, run)
+        ranks = processes.count(typed.trainer) if isinstance(typed, StageConfig) else 1
+        if ranks > 1:
+            return processes.launch(program, run.config, run, ranks)
+        return command.function(typed, run)
+
+    try:
+        result = record(run, work)
+    except UserError as error:
+        outcomes.append(_say(str(error), 2))
+    except Exception as error:
+        if not _is_sweep(launch):
+            traceback.print_exc()
+        outcomes.append(_say(f"{command.name} failed: {describe(error)} (log: {run.directory}/run.log)", 1))
+    else:
+        outcomes.append(0)
+        return result
+    return None
+
+
+def _sweep_outcome(folder: Path) -> int:
+    """Says which jobs of a sweep failed and where their logs are; the sweep's exit code."""
+    statuses = {file.parent: json.loads(file.read_text()) for file in sorted(folder.glob("*/status.json"))}
+    failed = {place: status for place, status in statuses.items() if status["status"] != "done"}
+    if not failed:
+        return 0
+    lines = [f"  {place}/run.log: {status['error'] or status['status']}" for place, status in failed.items()]
+    return _say("\n".join([f"{len(failed)} of {len(statuses)} jobs failed:", *lines]), 1)
+
+
+def _say(message: str, code: int) -> int:
+    print(message, file=sys.stderr, flush=True)
+    return code
+
+
+# --- what a wrong command line gets ---------------------------------------------------------------
+
+
+def explain(error: BaseException, schema: type) -> str:
+    """One or two lines for a config that Hydra or OmegaConf refused: the key, and what was meant."""
+    if isinstance(error, UserError | Refused):
+        return str(error)
+    text = str(error)
+    cause = error.__cause__ or error
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        options = sorted(error.options or [])
+        said = f"unknown {group} {name!r}{_near(name, options)}; known: {', '.join(options)}"
+        if group == "task":
+            said += f"\n{OWN_TASK}"
+        return said
+    if match := re.search(r"Could not (?:override|delete)(?: from config\.)? '?([^'=\s]+)'?", text):
+        key = match[1]
+        if key == "task":
+            return "task is added, not overridden: say +task=NAME"
+        return _unknown(key, schema)
+    if isinstance(error, YAMLError):
+        return " ".join(text.split())
+    if match := re.search(r"Error merging override (\S+)", text):
+        key = match[1].lstrip("+").split("=")[0]
+        if "not in" in str(cause) and key not in keys_of(schema):
+            return _unknown(key, schema)
+        return f"{match[1]}: {_first_line(cause)}"
+    if match := re.search(r"Ambiguous value for argument '(.+)'", text):
+        key, _, value = match[1].partition("=")
+        a_list = "" if key == "+task" else f"; a list is written '{key}=[{value}]'"
+        return f"{match[1]}: several values are a sweep, which needs -m{a_list}"
+    if match := re.search(r"^In '(.+)': .*\n(?:.*\n)*?Key '(.+)' not in '", text):
+        return f"conf file {match[1]}.yaml: {_unknown(match[2], schema)}"
+    if isinstance(error, OverrideParseException):
+        return f"cannot read the override {error.override!r}: it is KEY=VALUE, in quotes where it has blanks or [ ]"
+    lines = [line.strip() for line in f"{text}\n{cause if cause is not error else ''}".splitlines()]
+    return "\n".join([line for line in lines if line][:2])
+
+
+def keys_of(schema: type, prefix: str = "") -> list[str]:
+    """Every key that a schema knows, dotted: "seed", "optim.lr", ..."""
+    found: list[str] = []
+    for name, kind in get_type_hints(schema).items():
+        found.append(prefix + name)
+        for inner in (kind, *get_args(kind)):
+            if is_dataclass(inner):
+                found += keys_of(inner, f"{prefix}{name}.")  # type: ignore[arg-type]
+    return found
+
+
+def _unknown(key: str, schema: type) -> str:
+    known = keys_of(schema)
+    last = key.rpartition(".")[2]
+    near = [k for k in known if k.rpartition(".")[2] == last] or difflib.get_close_matches(key, known, 3, 0.7)
+    near += [k for k in known if difflib.get_close_matches(last, [k.rpartition(".")[2]], 1, 0.75)]
+    several = [k for k in dict.fromkeys(near) if not key.startswith(f"{k}.")][:4]
+    meant = f": did you mean {' or '.join(several)}?" if several else "; --help lists the keys"
+    return f"unknown key {key}{meant}"
+
+
+def _near(name: str, options: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, options, 3, 0.5)
+    return f": did you mean {' or '.join(near)}?" if near else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

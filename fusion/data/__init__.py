@@ -1,0 +1,1 @@
+"""Task files -> rows -> token ids -> batches. Knows no model, no Hydra and no Lightning."""

@@ -1,0 +1,286 @@
+"""Rows of text as token ids, made once and kept on disk for the next run.
+
+A cache file is a safetensors file of flat arrays, named by the hash of all that decides its content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fusion.data.batches import Batch
+from fusion.data.cache import keep, user_cache
+from fusion.data.rows import Rows
+from fusion.errors import UserError
+from fusion.hub import from_cache_or_hub
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_FORMAT = 1
+_CHUNK = 8192  # sequences tokenised at a time: their Python lists are many times the size of the arrays
+_CHECKSUM = "crc32"
+
+log = logging.getLogger(__name__)
+
+
+def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a backbone, from the local cache first.
+
+    Raises:
+        UserError: there is none, or only a slow one.
+    """
+    # Said outright, it keeps tokenizers from warning of a fork when a loader starts its workers.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers import AutoTokenizer
+
+    def load(cached_only: bool) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(
+            name_or_path, revision=revision or "main", local_files_only=cached_only
+        )
+
+    tokenizer = from_cache_or_hub(
+        load,
+        f"tokenizer {name_or_path}",
+        "Give a folder or a cached model instead: backbone.name_or_path=FOLDER",
+    )
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"tokenizer {name_or_path} has no fast version ({type(tokenizer).__name__}): expected a tokenizer.json\n"
+            "Take another backbone: backbone.name_or_path=FOLDER"
+        )
+    return tokenizer
+
+
+class EncodedRows:
+    """A split as token ids, in flat arrays.
+
+    Attributes:
+        lengths: (rows,) tokens of each row, of its longest choice where it has choices.
+        labels: int64 class ids or indices of the right choice, or float32 values; None without labels.
+        choice_counts: (rows,) or None.
+        fingerprint: that of the rows.
+    """
+
+    def __init__(
+        self,
+        input_ids: NDArray[np.int32],
+        ends: NDArray[np.int64],
+        token_type_ids: NDArray[np.uint8] | None,
+        rows: Rows,
+        pad_token_id: int,
+        pad_left: bool = False,
+    ) -> None:
+        """
+        Args:
+            input_ids: (all tokens,) the sequences one after another.
+            ends: (sequences,) where each sequence ends.
+            token_type_ids: (all tokens,) or None.
+        """
+        self._input_ids = input_ids
+        self._ends = ends
+        self._starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
+        self._token_type_ids = token_type_ids
+        self._pad_token_id = pad_token_id
+        self._pad_left = pad_left
+        counts = (
+            None if rows.choices is None else np.array([len(choices) for choices in rows.choices], np.int64)
+        )
+        self.choice_counts: NDArray[np.int64] | None = counts
+        self._first = np.arange(len(rows)) if counts is None else np.cumsum(counts) - counts
+        sequence_lengths = self._ends - self._starts
+        self.lengths: NDArray[np.int64] = (
+            sequence_lengths if counts is None else np.maximum.reduceat(sequence_lengths, self._first)
+        )
+        self.labels: NDArray[Any] | None = None
+        if rows.labels is not None:
+            real = any(isinstance(label, float) for label in rows.labels)
+            self.labels = np.array(rows.labels, np.float32 if real else np.int64)
+        self.fingerprint = rows.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def batch(
+        self, indices: list[int], weights: list[float] | None = None, global_rows: int | None = None
+    ) -> Batch:
+        """Rows padded to the longest sequence among them.
+
+        Args:
+            weights: 0.0 for a filler row, 1.0 (all, by default) for a row that counts.
+            global_rows: rows that count over all devices; those of this batch by default.
+        """
+        if self.choice_counts is None:
+            counts, sequences = None, self._first[indices]
+        else:
+            counts = self.choice_counts[indices]
+            sequences = np.concatenate(
+                [np.arange(self._first[i], self._first[i] + self.choice_counts[i]) for i in indices]
+            )
+        starts, lengths = self._starts[sequences], self._ends[sequences] - self._starts[sequences]
+        width = int(lengths.max())
+        shift = (width - lengths if self._pad_left else np.zeros_like(lengths))[:, None]
+        places = np.arange(width)[None, :] - shift
+        real = (places >= 0) & (places < lengths[:, None])
+        tokens = (starts[:, None] + places)[real]
+        input_ids = np.full(real.shape, self._pad_token_id, np.int64)
+        input_ids[real] = self._input_ids[tokens]
+        types = None
+        if self._token_type_ids is not None:
+            types = np.zeros(real.shape, np.int64)
+            types[real] = self._token_type_ids[tokens]
+        weight = np.ones(len(indices), np.float32) if weights is None else np.array(weights, np.float32)
+        return Batch(
+            input_ids=torch.from_numpy(input_ids),
+            attention_mask=torch.from_numpy(real.astype(np.int64)),
+            token_type_ids=None if types is None else torch.from_numpy(types),
+            labels=None if self.labels is None else torch.from_numpy(self.labels[indices]),
+            choice_counts=None if counts is None else torch.from_numpy(counts),
+            rows=torch.tensor(indices, dtype=torch.int64),
+            weights=torch.from_numpy(weight),
+            global_rows=int((weight > 0).sum()) if global_rows is None else global_rows,
+        )
+
+
+def encode(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int, cache_dir: Path | str | None = None
+) -> EncodedRows:
+    """Token ids of all rows; a pair too long loses tokens of its longer part.
+
+    A row with choices becomes one pair for each: its text columns, joined by a space, and the choice.
+
+    Args:
+        max_length: tokens of a sequence, special tokens included.
+        cache_dir: where token ids are kept; None: the user's cache.
+
+    Raises:
+        UserError: max_length is more than the tokenizer's own, or leaves no room for text.
+    """
+    limit = tokenizer.model_max_length
+    if max_length > limit:
+        raise UserError(
+            f"data.max_length={max_length}: the tokenizer {tokenizer.name_or_path} takes at most {limit} tokens\n"
+            f"Expected data.max_length={limit} or less"
+        )
+    folder = user_cache() / "tokens" if cache_dir is None else Path(cache_dir).expanduser()
+    path = folder / f"{_key(rows, tokenizer, max_length)}.safetensors"
+    arrays = _read(path)
+    if arrays is None:
+        log.info("tokenising %d rows, once", len(rows))
+        arrays = _tokenize(rows, tokenizer, max_length)
+        _write(path, arrays)
+    pad = tokenizer.pad_token_id
+    return EncodedRows(
+        input_ids=arrays["input_ids"],
+        ends=arrays["ends"],
+        token_type_ids=arrays.get("token_type_ids"),
+        rows=rows,
+        pad_token_id=0 if pad is None else pad,
+        pad_left=tokenizer.padding_side == "left",
+    )
+
+
+def _tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, NDArray[Any]]:
+    if rows.choices is None:
+        columns = [list(column) for column in zip(*rows.texts, strict=True)]
+    else:
+        columns = [
+            [
+                " ".join(texts)
+                for texts, choices in zip(rows.texts, rows.choices, strict=True)
+                for _ in choices
+            ],
+            [choice for choices in rows.choices for choice in choices],
+        ]
+    ids, types, lengths = [], [], []
+    for start in range(0, len(columns[0]), _CHUNK):
+        encoded = tokenizer(
+            *(column[start : start + _CHUNK] for column in columns),
+            truncation="longest_first",
+            max_length=max_length,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids="token_type_ids" in tokenizer.model_input_names,
+            verbose=False,
+        )
+        lengths += [len(sequence) for sequence in encoded["input_ids"]]
+        ids.append(_flat(encoded["input_ids"], np.int32))
+        if "token_type_ids" in encoded:
+            types.append(_flat(encoded["token_type_ids"], np.uint8))
+    arrays = {"input_ids": np.concatenate(ids), "ends": np.cumsum(lengths, dtype=np.int64)}
+    if types:
+        arrays["token_type_ids"] = np.concatenate(types)
+    return arrays
+
+
+def _flat(sequences: list[list[int]], dtype: Any) -> NDArray[Any]:
+    return np.fromiter((token for sequence in sequences for token in sequence), dtype)
+
+
+def _key(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+    """40 hex digits that stand for the texts, the tokenizer and the length."""
+    import tokenizers
+
+    # What an earlier call left set (truncation, padding) is in the tokenizer's own description, and is not its own.
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    described = hashlib.sha256(backend.to_str().encode()).hexdigest()
+    parts = [
+        _FORMAT,
+        rows.fingerprint,
+        described,
+        tokenizers.__version__,
+        sorted(tokenizer.model_input_names),
+        tokenizer.truncation_side,
+        max_length,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
+
+
+# --- the cache file ---------------------------------------------------------------------------------
+
+
+def _checksum(arrays: dict[str, NDArray[Any]]) -> str:
+    value = 0
+    for name in sorted(arrays):
+        value = zlib.crc32(np.ascontiguousarray(arrays[name]).view(np.uint8).data, value)
+    return f"{value:08x}"
+
+
+def _read(path: Path) -> dict[str, NDArray[Any]] | None:
+    """The arrays in a cache file, None where it is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            checksum = (file.metadata() or {}).get(_CHECKSUM)
+    except (SafetensorError, OSError) as error:
+        log.warning("token cache %s is damaged (%s): made anew", path, error)
+        return None
+    if checksum != _checksum(arrays):
+        log.warning("token cache %s is damaged (checksum): made anew", path)
+        return None
+    return arrays
+
+
+def _write(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    from safetensors.numpy import save
+
+    keep(
+        path,
+        save(arrays, metadata={_CHECKSUM: _checksum(arrays)}),
+        "give another folder with data.cache_dir=DIR",
+    )

@@ -1,0 +1,57 @@
+"""Loaders: a sampler's plans, gathered into batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from fusion.data.batches import Batch, LengthBatches, Plan, SortedBatches
+from fusion.data.encode import EncodedRows
+
+
+class PlannedBatches(Dataset[Batch]):
+    """Encoded rows that are asked for by the batch."""
+
+    def __init__(self, encoded: EncodedRows) -> None:
+        self.encoded = encoded
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def __getitem__(self, plan: Plan) -> Batch:
+        return self.encoded.batch(plan.rows, plan.weights, plan.global_rows)
+
+
+def training_loader(
+    encoded: EncodedRows, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, workers: int = 0
+) -> DataLoader[Any]:
+    """Batches of like length in a new order each epoch (`loader.sampler.set_epoch`), `batch_size` rows a device.
+
+    Under DDP the Trainer needs `use_distributed_sampler=False`: the sampler knows its rank itself.
+    """
+    return _loader(encoded, LengthBatches(encoded.lengths, batch_size, seed, rank, world_size), workers)
+
+
+def evaluation_loader(
+    encoded: EncodedRows, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 0
+) -> DataLoader[Any]:
+    """Each row once, longest first; rows of weight 0 only keep devices in step and count for nothing."""
+    return _loader(encoded, SortedBatches(encoded.lengths, batch_size, rank, world_size), workers)
+
+
+def _loader(encoded: EncodedRows, sampler: Sampler[Plan], workers: int) -> DataLoader[Any]:
+    assert isinstance(sampler, Sized)
+    return DataLoader(
+        PlannedBatches(encoded),
+        sampler=sampler,
+        batch_size=None,  # a plan is a whole batch
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        # A loader draws a seed for its workers at each epoch. Of its own generator: drawn from the global one it
+        # would change the dropout that follows, and a run resumed in mid-epoch would not equal one in one piece.
+        generator=torch.Generator().manual_seed(0),
+    )

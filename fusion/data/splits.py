@@ -1,0 +1,203 @@
+"""Where a task's splits are: files of a local folder, parts of a corpus, or names on the hub.
+
+The hub names splits as it likes, and `hub.splits` of a task file says what our train, validation and test are
+there: a name, a list of names, or a part of one such as `train[90%:]`. A part is taken after a fixed shuffle, since
+some data sets are sorted by label.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fusion.config import DataConfig, TaskConfig
+from fusion.data.tables import ENDINGS
+from fusion.errors import UserError
+
+SPLITS = ("train", "validation", "test")
+
+_PART = re.compile(r"(?P<name>[^\[\]]+)\[(?P<start>\d{0,2})%?:(?P<stop>\d{0,2})%?\]")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A split's name, and the percents of its rows that are meant."""
+
+    name: str
+    start: int = 0
+    stop: int = 100
+
+    @property
+    def is_whole(self) -> bool:
+        return (self.start, self.stop) == (0, 100)
+
+
+def evaluation_splits(task: TaskConfig, split: str, data: DataConfig | None = None) -> list[str]:
+    """What `split` stands for, as the hub names it: two sets for the validation of MNLI.
+
+    Args:
+        split: train, validation, test, or the hub's own name of a split.
+        data: where the rows are; a local folder may hold one file where the hub has two.
+
+    Raises:
+        UserError: the task has no such split.
+    """
+    published = _published(task, split)
+    if data is not None and is_local(task, data):
+        there = _files(task, data)
+        named = [split] if split in there else [name for name in published if name in there]
+        if not named:
+            local_part(task, data, split)
+        return named or [split]
+    if task.hub is None or task.corpus is not None:
+        known, published = list(SPLITS), [split] if split in SPLITS else []
+    else:
+        known = list(
+            dict.fromkeys([*task.hub.splits, *(n for s in task.hub.splits for n in _published(task, s))])
+        )
+    if not published:
+        raise UserError(f"task {task.name} has no split {split}: expected one of {', '.join(known)}")
+    return published
+
+
+def family(task: TaskConfig, split: str) -> str | None:
+    """Which of train, validation and test a split is, None for one that is none of them."""
+    if split in SPLITS:
+        return split
+    return next((ours for ours in SPLITS if split in _published(task, ours)), None)
+
+
+def hub_part(task: TaskConfig, split: str) -> Part:
+    """What to load from the hub for one split.
+
+    Raises:
+        UserError: the task has no such split, or it stands for several.
+    """
+    assert task.hub is not None
+    names = evaluation_splits(task, split)
+    if len(names) > 1:
+        raise UserError(f"task {task.name}: {split} is {' and '.join(names)} on the hub: name one of them")
+    said = task.hub.splits.get(split, split)
+    return _part(task, said[0] if isinstance(said, list) else said)
+
+
+def is_local(task: TaskConfig, data: DataConfig) -> bool:
+    """Whether `data.dir` is read: it must hold any task but a corpus, which every machine can have."""
+    return data.dir is not None and (task.corpus is None or _folder(task, data).is_dir())
+
+
+def local_part(task: TaskConfig, data: DataConfig, split: str) -> tuple[Path, Part]:
+    """The file that holds a split, and which part of it.
+
+    Raises:
+        UserError: the folder or the file is missing; says what is there.
+    """
+    there = _files(task, data)
+    published = _published(task, split)
+    parts = _parts(task)
+    part = parts.get(split)
+    if split in there:
+        # A folder in the hub's form has train alone for train and validation; one with a file for each has whole files.
+        shared = part is not None and any(
+            other.name == split and ours not in there for ours, other in parts.items() if ours != split
+        )
+        return there[split], part if part is not None and part.name == split and shared else Part(split)
+    if len(published) == 1 and published[0] in there:
+        return there[published[0]], Part(published[0])
+    ours = family(task, split)
+    if ours in there and _published(task, ours)[0] == split:
+        return there[ours], Part(ours)
+    if part is not None and part.name in there:
+        return there[part.name], part
+    raise UserError(
+        f"{_folder(task, data)} has no {split}: it holds {listed(path.name for path in there.values())}\n"
+        f"Expected {_folder(task, data)}/{split}.parquet (jsonl, csv, tsv); without data.dir the hub's copy is used"
+    )
+
+
+def check_source(task: TaskConfig, data: DataConfig, splits: Iterable[str] = ("train", "validation")) -> None:
+    """Refuse, without reading any row, a split that the task or its local folder does not have.
+
+    Raises:
+        UserError: says what is there.
+    """
+    for split in splits:
+        if is_local(task, data):
+            for name in evaluation_splits(task, split, data):
+                local_part(task, data, name)
+        elif task.hub is None and task.corpus is None:
+            raise no_source(task, split)
+        else:
+            evaluation_splits(task, split)
+
+
+def no_source(task: TaskConfig, split: str) -> UserError:
+    return UserError(
+        f"task {task.name} says neither hub nor corpus, so its rows can only be local\n"
+        f"data.dir=DIR reads DIR/{task.name}/{split}.parquet (jsonl, csv, tsv)"
+    )
+
+
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "nothing"
+
+
+def _published(task: TaskConfig, split: str) -> list[str]:
+    """The hub's names for a split; our own where the hub's is one of ours with another meaning, or a part."""
+    if task.hub is None:
+        return []
+    splits = task.hub.splits
+    if split not in splits:
+        return [split] if any(split in _published(task, ours) for ours in splits) else []
+    names = splits[split] if isinstance(splits[split], list) else [splits[split]]
+    return list(dict.fromkeys(split if "[" in name or name in SPLITS else name for name in names))
+
+
+def _parts(task: TaskConfig) -> dict[str, Part]:
+    """The splits that are parts of a split."""
+    said = task.hub.splits if task.hub is not None else {}
+    parts = {split: _part(task, name) for split, name in said.items() if isinstance(name, str)}
+    return {split: part for split, part in parts.items() if not part.is_whole}
+
+
+def _part(task: TaskConfig, name: str) -> Part:
+    if "[" not in name:
+        return Part(name)
+    found = _PART.fullmatch(name)
+    part = Part(found["name"], int(found["start"] or 0), int(found["stop"] or 100)) if found else None
+    if part is None or part.start >= part.stop:
+        raise UserError(
+            f"task {task.name}: hub.splits has {name}: expected a name, or a part such as train[:90%]"
+        )
+    return part
+
+
+def _folder(task: TaskConfig, data: DataConfig) -> Path:
+    assert data.dir is not None
+    return Path(data.dir).expanduser() / str(task.name)
+
+
+def _files(task: TaskConfig, data: DataConfig) -> dict[str, Path]:
+    """The data files in the task's folder, by the name of their split."""
+    folder = _folder(task, data)
+    if not folder.parent.is_dir():
+        raise UserError(
+            f"data.dir={data.dir}: no such folder; expected one that holds {task.name}/train.parquet"
+        )
+    if not folder.is_dir():
+        there = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
+        raise UserError(
+            f"data.dir={data.dir} has no folder {task.name}: it holds {listed(there)}\n"
+            f"Expected {folder}/<split>.parquet (jsonl, csv, tsv); without data.dir the hub's copy is used"
+        )
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix in ENDINGS and path.is_file():
+            if path.stem in found:
+                raise UserError(
+                    f"{folder} has both {found[path.stem].name} and {path.name}: keep one of them"
+                )
+            found[path.stem] = path
+    return found

@@ -1,0 +1,71 @@
+"""A run's place in the store: what it will be called, and whether it is there already."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusion.config import StageConfig
+from fusion.run import Run, checkpoint_folder, identity, identity_config, is_done
+from fusion.store.manifest import Manifest, check_free, check_writable, find, names, read_manifest
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a run makes.
+
+    kind: adapter, head or fusion.
+    config: the part of the config (and of what it names) that the identity is the hash of.
+    checkpoints: where its training is taken up again after an interruption.
+    stored: the manifest of the artifact that an equal run has stored, if one has.
+    """
+
+    kind: str
+    name: str
+    store: Path
+    identity: str
+    config: dict[str, Any]
+    checkpoints: Path
+    stored: Manifest | None
+
+    def result(self) -> dict[str, Any]:
+        """The result of the stored artifact, as result.json has it."""
+        assert self.stored is not None
+        return result_of(self.stored, find(self.name, self.store))
+
+
+def find_entry(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any] | None = None) -> Entry:
+    """Look the run up in the store; no model is loaded for it.
+
+    Args:
+        inputs: what the config only names and the result depends on: the hashes of the sources.
+
+    Raises:
+        UserError: the name is taken by another run and `overwrite` is not set, or cannot be used.
+    """
+    assert config.name is not None
+    store = Path(config.store)
+    asked = identity(run.config, inputs), identity_config(run.config, inputs)
+    check_writable(store)
+    stored = read_manifest(config.name, store) if config.name in names(store) and not config.overwrite else None
+    there = None if stored is None else (stored.run["identity"], stored.run["config"])
+    done = is_done(config.name, there, asked, config.overwrite)
+    if not done:
+        check_free(config.name, kind, store, config.overwrite)
+    return Entry(
+        kind=kind,
+        name=config.name,
+        store=store,
+        identity=asked[0],
+        config=asked[1],
+        checkpoints=checkpoint_folder(store, config.name, asked[0]),
+        stored=stored if done else None,
+    )
+
+
+def result_of(manifest: Manifest, path: Path) -> dict[str, Any]:
+    """What result.json holds: the run's own figures and, from the files, bytes and place."""
+    stored_bytes = sum(file["bytes"] for file in manifest.files.values())
+    parameters = manifest.result["parameters"] | {"stored_bytes": stored_bytes}
+    return manifest.result | {"parameters": parameters, "artifact": str(path)}

@@ -1,0 +1,119 @@
+"""Run a model over rows without training: scores, and on demand what its fusion attends to.
+
+Shapes: B rows of a batch, S texts of a batch, T tokens, K outputs, N sources.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusion.config import TaskConfig
+from fusion.data.encode import EncodedRows
+from fusion.data.loaders import evaluation_loader
+from fusion.model import AdaptedModel
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """For all rows, in their order.
+
+    scores: (rows, K), or for choices (rows, most choices), -inf where a row has fewer.
+    attention: slot name -> (rows, N), the mean over the row's real tokens; empty unless asked for.
+    """
+
+    scores: Tensor
+    attention: dict[str, Tensor]
+    seconds: float
+    tokens: int
+
+
+def device_of(accelerator: str) -> torch.device:
+    """`auto` takes a GPU where there is one; anything else is a device of torch's.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if accelerator == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if accelerator == "gpu":
+        accelerator = "cuda"
+    try:
+        device = torch.device(accelerator)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"accelerator={accelerator}: not available here ({str(error).splitlines()[0]})"
+        ) from error
+    return device
+
+
+@torch.inference_mode()
+def predict(
+    model: AdaptedModel, rows: EncodedRows, batch_size: int, device: torch.device, attention: bool = False
+) -> Predictions:
+    """Scores of every row; batches are sorted by length and the results put back in order."""
+    model = model.to(device).eval()
+    started, tokens = time.monotonic(), 0
+    places: list[Tensor] = []
+    scores: list[Tensor] = []
+    weights: dict[str, list[Tensor]] = {}
+    for batch in evaluation_loader(rows, batch_size):
+        tokens += batch.input_ids.numel()
+        batch = batch.to(device)
+        recorded: dict[str, Tensor] = {}
+        scores.append(
+            model(
+                batch.input_ids,
+                batch.attention_mask,
+                batch.token_type_ids,
+                batch.choice_counts,
+                record=recorded.__setitem__ if attention else None,
+            ).cpu()
+        )
+        places.append(batch.rows.cpu())
+        for slot, values in recorded.items():
+            weights.setdefault(slot, []).append(
+                _row_means(values, batch.attention_mask, batch.choice_counts).cpu()
+            )
+    order = torch.argsort(torch.cat(places))
+    return Predictions(
+        scores=_stacked(scores)[order],
+        attention={slot: torch.cat(parts)[order] for slot, parts in weights.items()},
+        seconds=time.monotonic() - started,
+        tokens=tokens,
+    )
+
+
+def probabilities(scores: Tensor, kind: str) -> Tensor:
+    """scores: (rows, K) -> (rows, K), summing to 1; of a regression, its values: (rows, 1)."""
+    return scores.float() if kind == "regression" else scores.float().softmax(-1)
+
+
+def class_names(task: TaskConfig, count: int) -> list[str]:
+    """What the K scores of a row are called: the labels, or for choices without names their numbers."""
+    if task.labels and len(task.labels) >= count:
+        return list(task.labels[:count])
+    return [str(number) for number in range(count)]
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    widest = max(part.shape[1] for part in parts)
+    padded = [
+        torch.nn.functional.pad(part, (0, widest - part.shape[1]), value=float("-inf")) for part in parts
+    ]
+    return torch.cat(padded)
+
+
+def _row_means(values: Tensor, mask: Tensor, choice_counts: Tensor | None) -> Tensor:
+    """values: (S, T, N), mask: (S, T) -> (B, N): the mean over all real tokens of a row's texts."""
+    real = mask.unsqueeze(-1).to(values.dtype)
+    sums, counts = (values * real).sum(1), real.sum(1)
+    if choice_counts is not None:
+        row = torch.repeat_interleave(torch.arange(len(choice_counts), device=values.device), choice_counts)
+        sums = sums.new_zeros(len(choice_counts), sums.shape[1]).index_add(0, row, sums)
+        counts = counts.new_zeros(len(choice_counts), 1).index_add(0, row, counts)
+    return sums / counts

@@ -1,0 +1,117 @@
+"""Predictions of a stored adapter or fusion for the rows of a file, one JSON line each.
+
+python -m fusion.predict artifact=rte-adapterfusion input=rows.jsonl output=predictions.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusion.app import command
+from fusion.config import PredictConfig, TaskConfig
+from fusion.errors import UserError
+from fusion.run import Run
+from fusion.store.manifest import Manifest, find, read_folder
+
+if TYPE_CHECKING:
+    from fusion.inference import Predictions
+
+
+def check(config: PredictConfig, run: Run) -> None:
+    """What can be said before a model is loaded."""
+    manifest = read_folder(find(config.artifact, Path(config.store)))
+    if config.attention and manifest.kind != "fusion":
+        raise UserError(
+            f"attention=true: {manifest.name} is a stored {manifest.kind}; only a fusion has attention to show"
+        )
+    if not Path(config.input).is_file():
+        raise UserError(f"input={config.input}: no such file; expected .jsonl, .csv, .tsv or .parquet")
+    output = Path(config.output)
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise UserError(f"output={config.output}: expected a file in a folder that is there")
+    if output.exists() and output.samefile(config.input):
+        raise UserError(f"output={config.output} is the input; name another file")
+
+
+@command("predict", PredictConfig, check=check)
+def main(config: PredictConfig, run: Run) -> dict[str, Any]:
+    from fusion.backbones.load import locate
+    from fusion.build import stored_model
+    from fusion.data.encode import encode, load_tokenizer
+    from fusion.data.rows import rows_of_file
+    from fusion.inference import device_of, predict
+    from fusion.store.artifacts import load
+
+    artifact = load(config.artifact, Path(config.store))
+    manifest, task = artifact.manifest, TaskConfig.from_dict(artifact.manifest.task)
+    rows = rows_of_file(task, Path(config.input))
+    backbone = config.backbone or manifest.backbone["name_or_path"]
+    tokenizer = load_tokenizer(locate(backbone), manifest.backbone["revision"])
+    cache = None if config.data.cache_dir is None else Path(config.data.cache_dir)
+    encoded = encode(rows, tokenizer, config.data.max_length or manifest.data["max_length"], cache)
+    model = stored_model(artifact, artifact.path.parent, config.backbone)
+    predictions = predict(
+        model, encoded, config.data.batch_size, device_of(config.accelerator), attention=config.attention
+    )
+    counts = None if rows.choices is None else [len(choices) for choices in rows.choices]
+    _write(Path(config.output), lines(predictions, task, manifest, counts))
+    print(f"{len(rows)} predictions of {manifest.name} in {config.output}")
+    return {
+        "artifact": str(artifact.path),
+        "name": manifest.name,
+        "output": config.output,
+        "rows": len(rows),
+        "speed": {"seconds": predictions.seconds, "examples_per_second": len(rows) / predictions.seconds},
+    }
+
+
+def lines(
+    predictions: Predictions, task: TaskConfig, manifest: Manifest, choice_counts: list[int] | None
+) -> Iterator[dict[str, Any]]:
+    """One prediction a row: `label` and `scores` by label name (`score` of a regression).
+
+    With attention: for each layer, the mean over the row's tokens of what each source got. Where a
+    placement has several sites, `layer.site` stands for the layer.
+    """
+    from fusion.inference import class_names, probabilities
+
+    sources = [source["name"] for source in manifest.sources]
+    several_sites = len({slot.partition(".")[2] for slot in predictions.attention}) > 1
+    for row, values in enumerate(probabilities(predictions.scores, task.kind).tolist()):
+        line: dict[str, Any]
+        if task.kind == "regression":
+            line = {"score": values[0]}
+        else:
+            values = values[: choice_counts[row]] if choice_counts else values
+            names = class_names(task, len(values))
+            line = {
+                "label": names[values.index(max(values))],
+                "scores": dict(zip(names, values, strict=True)),
+            }
+        if predictions.attention:
+            line["attention"] = {
+                slot if several_sites else slot.partition(".")[0]: dict(
+                    zip(sources, means[row].tolist(), strict=True)
+                )
+                for slot, means in predictions.attention.items()
+            }
+        yield line
+
+
+def _write(path: Path, records: Iterator[dict[str, Any]]) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What a run shows: W&B and CSV. The only place that imports wandb."""

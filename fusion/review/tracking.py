@@ -1,0 +1,351 @@
+"""The loggers of a run: W&B and CSV. None of them may stop a training run, or make it wait for long.
+
+W&B has four ways to spoil a run: no key (an error at once), a server out of reach (an error after a long
+wait), a call that raises in mid-training, and a `finish` that waits for a server that is gone. Here each ends
+in one line on the console and a run that goes on: offline where it can, without W&B where it cannot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import shutil
+import socket
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+
+from fusion.config import CsvConfig, LoggerConfig, WandbConfig
+
+log = logging.getLogger(__name__)
+
+FINISH_SECONDS = 60.0  # for what is not yet uploaded when a job ends; `wandb sync` sends the rest later
+PROBE_SECONDS = 5.0  # for a first answer of the server, before W&B itself asks and asks again
+LINK_SECONDS = 15.0  # for W&B's own lineage, which the run's config states anyway
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+
+
+class _NeverRaises:
+    """Stands before a Lightning logger: its errors become one warning, and the run goes on."""
+
+    _warned = False
+
+    def _attempt(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        try:
+            call(*args, **kwargs)
+        except Exception as error:
+            if not self._warned:
+                log.warning(
+                    "%s could not log (%s); training goes on, further errors of it are not shown",
+                    "W&B" if isinstance(self, WandbLogger) else "the CSV logger",
+                    _first_line(error),
+                )
+            self._warned = True
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self._attempt(super().log_metrics, metrics, step)  # type: ignore[misc]
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        self._attempt(super().log_hyperparams, *args, **kwargs)  # type: ignore[misc]
+
+    def log_graph(self, *args: Any, **kwargs: Any) -> None:
+        self._attempt(super().log_graph, *args, **kwargs)  # type: ignore[misc]
+
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        self._attempt(super().after_save_checkpoint, checkpoint_callback)  # type: ignore[misc]
+
+    def save(self) -> None:
+        self._attempt(super().save)  # type: ignore[misc]
+
+    def finalize(self, status: str) -> None:
+        self._attempt(super().finalize, status)  # type: ignore[misc]
+
+
+class SafeWandbLogger(_NeverRaises, WandbLogger):
+    """Lightning's W&B logger around a run that was started here."""
+
+
+class SafeCsvLogger(_NeverRaises, CSVLogger):
+    """Lightning's CSV logger."""
+
+
+def build_loggers(
+    config: LoggerConfig,
+    *,
+    directory: Path,
+    name: str,
+    group: str,
+    job_type: str,
+    tags: list[str],
+    config_values: dict[str, Any],
+) -> list[Logger]:
+    """The loggers that `logger=` asks for, none in any process but the first of a DDP run.
+
+    Args:
+        directory: the job's output directory; W&B writes to DIRECTORY/wandb, CSV to DIRECTORY/csv/metrics.csv.
+        name, group, job_type, tags: how the W&B run is labelled.
+        config_values: the resolved config, shown with the run.
+    """
+    if any(os.environ.get(variable, "0") not in ("", "0") for variable in RANK_VARIABLES):
+        return []
+    loggers: list[Logger] = []
+    if config.wandb is not None:
+        run = _start_run(
+            config.wandb,
+            dir=str(directory),
+            name=name,
+            group=group,
+            job_type=job_type,
+            tags=_tags(tags),
+            config=_plain(config_values),
+        )
+        if run is not None:
+            loggers.append(
+                SafeWandbLogger(experiment=run, project=config.wandb.project, save_dir=str(directory))
+            )
+    if config.csv is not None:
+        loggers.append(_csv_logger(config.csv, directory))
+    return loggers
+
+
+def log_result(loggers: Sequence[Logger], result: Mapping[str, Any]) -> None:
+    """Puts a run's result beside its curves: metrics, artifact, sources, parameters and speed.
+
+    In W&B these are the run's summary: `validation/accuracy`, `speed/seconds`, `artifact`, ... No wandb.Table:
+    offline it would leave files in the user's home folder and not with the run.
+    """
+    for run in _runs(loggers):
+        _quietly("show the result", _log_result, run, result)
+
+
+def log_lineage(
+    loggers: Sequence[Logger],
+    *,
+    folder: Path,
+    kind: str,
+    name: str,
+    hash: str,
+    sources: Sequence[Mapping[str, Any]],
+) -> None:
+    """Says which artifact a run made (STORE/NAME) and, of a fusion, out of which sources, `{"name", "hash"}`.
+
+    The run's config says so always. Only a run that is online also gets W&B's own artifacts, with the first
+    twelve digits of the hash as their alias.
+    """
+    for run in _runs(loggers):
+        stated = {
+            "artifact": {"name": name, "hash": hash, "kind": kind, "sources": [dict(s) for s in sources]}
+        }
+        _quietly("show the artifact", run.config.update, _plain(stated), allow_val_change=True)
+        if not run.offline:
+            _quietly("link the artifacts", _link_artifacts, run, folder, kind, name, hash, sources)
+
+
+def finish(loggers: Sequence[Logger], exit_code: int = 0) -> None:
+    """Ends the runs of a job, in bounded time and without raising. The next job of a sweep starts its own."""
+    for logger in loggers:
+        logger.finalize("success" if exit_code == 0 else "failed")
+    for run in _runs(loggers):
+        try:
+            run.finish(exit_code=exit_code)
+        except Exception as error:
+            log.warning(
+                "W&B could not upload all of the run (%s): `wandb sync %s` uploads it later",
+                _first_line(error),
+                _shown(run.settings.sync_dir),
+            )
+
+
+def _csv_logger(config: CsvConfig, directory: Path) -> Logger:
+    return SafeCsvLogger(
+        save_dir=str(directory), name="csv", version="", flush_logs_every_n_steps=config.flush_every_n_steps
+    )
+
+
+def _start_run(config: WandbConfig, /, **labels: Any) -> Any | None:
+    """A running W&B run, or None with a warning that says why there is none."""
+    # W&B reports its own errors to the same server; when that is gone, the process would not end for 30 s.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    try:
+        import wandb
+
+        directory = Path(labels["dir"])
+        directory.mkdir(parents=True, exist_ok=True)  # W&B would write to a temporary folder instead
+        mode = _mode(config.mode or os.environ.get("WANDB_MODE") or wandb.setup(_quiet()).settings.mode)
+        if mode == "disabled":
+            log.info("W&B is disabled, nothing is tracked there")
+            return None
+        reason = "asked for" if mode == "offline" else _why_offline(config)
+        if reason is None:
+            before = set(directory.glob("wandb/run-*"))
+            try:
+                return _init(config, "online", **labels)
+            except Exception as error:
+                reason = f"the server did not take the run: {_first_line(error)}"
+            for started in set(directory.glob("wandb/run-*")) - before:
+                shutil.rmtree(started, ignore_errors=True)
+        try:
+            return _init(config, "offline", reason, **labels)
+        except Exception:
+            with contextlib.suppress(Exception):
+                wandb.teardown()  # its service may have died in an earlier job of the sweep; a new one starts now
+            return _init(config, "offline", reason, **labels)
+    except Exception as error:
+        log.warning("W&B could not start (%s); the run goes on without it", _first_line(error))
+        return None
+
+
+def _mode(mode: str) -> str:
+    """`dryrun` is W&B's old word for offline; whatever else is not offline or disabled wants a server."""
+    return {"dryrun": "offline", "offline": "offline", "disabled": "disabled"}.get(mode, "online")
+
+
+def _quiet() -> Any:
+    import wandb
+
+    return wandb.Settings(silent=True)
+
+
+def _why_offline(config: WandbConfig) -> str | None:
+    """Why the run cannot be online, found out before W&B tries: it would ask for a key, or wait."""
+    import wandb
+
+    settings = wandb.setup(_quiet()).settings
+    try:
+        if not wandb.login(prompt=False, verify=False):
+            return "no API key is set, `wandb login` sets one"
+    except Exception as error:  # a key that is no key, two kinds of keys at once
+        return _first_line(error)
+    return _out_of_reach(settings, min(PROBE_SECONDS, config.init_timeout))
+
+
+def _out_of_reach(settings: Any, timeout: float) -> str | None:
+    """Why no connection to the W&B server can be made, or None if one can, or if a proxy decides that."""
+    url = urlsplit(settings.base_url)
+    proxies = {
+        *urllib.request.getproxies(),
+        *(("own",) if settings.http_proxy or settings.https_proxy else ()),
+    }
+    if proxies & {"http", "https", "all", "own"} or url.hostname is None:
+        return None
+    port = url.port or (443 if url.scheme == "https" else 80)
+    try:
+        socket.create_connection((url.hostname, port), timeout=timeout).close()
+    except OSError as error:
+        return f"{url.hostname} is out of reach: {error.strerror or _first_line(error)}"
+    return None
+
+
+def _init(
+    config: WandbConfig, mode: Literal["online", "offline"], reason: str | None = None, /, **labels: Any
+) -> Any:
+    """Starts a run. The mode goes in as a setting: WANDB_MODE would stay for the next job of a sweep."""
+    import wandb
+
+    settings = wandb.Settings(
+        silent=True,
+        init_timeout=config.init_timeout,
+        finish_timeout=FINISH_SECONDS,
+        finish_timeout_raises=True,
+        reinit="finish_previous",  # a run that a failed job left open must not take this job's metrics
+    )
+    run = wandb.init(project=config.project, entity=config.entity, mode=mode, settings=settings, **labels)
+    # Lightning does this only for runs that it starts itself.
+    run.define_metric("trainer/global_step")
+    run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+    if mode == "online":
+        log.info("W&B: %s", run.url)
+    else:
+        log.info(
+            "W&B is offline (%s): `wandb sync %s` uploads the run later",
+            reason,
+            _shown(run.settings.sync_dir),
+        )
+    return run
+
+
+def _runs(loggers: Sequence[Logger]) -> Iterator[Any]:
+    for logger in loggers:
+        if isinstance(logger, WandbLogger) and logger._experiment is not None:
+            yield logger._experiment
+
+
+def _quietly(what: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    try:
+        call(*args, **kwargs)
+    except Exception as error:
+        log.warning("W&B could not %s (%s); the run goes on", what, _first_line(error))
+
+
+def _log_result(run: Any, result: Mapping[str, Any]) -> None:
+    values = _plain(result)
+    metrics = values.pop("metrics", None) or {}
+    run.summary.update(dict(_flat(values)) | dict(_flat(metrics)))
+
+
+def _link_artifacts(
+    run: Any, folder: Path, kind: str, name: str, hash: str, sources: Sequence[Mapping[str, Any]]
+) -> None:
+    import wandb
+
+    # Each question to a server that went away takes W&B some twenty seconds: ask first, and stop in time.
+    if (problem := _out_of_reach(run.settings, PROBE_SECONDS)) is not None:
+        raise ConnectionError(problem)
+    deadline = time.monotonic() + LINK_SECONDS
+    for source in sources:
+        try:
+            run.use_artifact(f"{source['name']}:{source['hash'][:12]}")
+        except Exception as error:  # made offline or in another project: the config names it all the same
+            log.debug("W&B has no artifact %s: %s", source["name"], _first_line(error))
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the server is slow, and {LINK_SECONDS:g} s are over")
+    artifact = wandb.Artifact(name, type=kind, metadata={"hash": hash, "folder": str(folder)})
+    for file in sorted(folder.iterdir()):
+        artifact.add_file(str(file), policy="immutable")  # no second copy in W&B's staging folder
+    run.log_artifact(artifact, aliases=["latest", hash[:12]])
+
+
+def _shown(path: str) -> str:
+    folder = Path(path)
+    return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}/")
+        elif value is not None:
+            yield f"{prefix}{key}", value
+
+
+def _tags(tags: list[str]) -> list[str]:
+    """W&B refuses a run with an empty tag or one of more than 64 characters."""
+    return list(dict.fromkeys(tag[:64] for tag in tags if tag))
+
+
+def _plain(value: Any) -> Any:
+    """Plain containers, which W&B can show: what it does not know becomes text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    if text == "<no message>":  # W&B's words where a server refuses, as it does for a wrong key
+        return "it gave no reason; is the API key right?"
+    return text.splitlines()[0] if text else type(error).__name__

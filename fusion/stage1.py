@@ -1,0 +1,58 @@
+"""Stage 1: train one adapter on a source task, inside a frozen backbone.
+
+python -m fusion.stage1 +task=mnli
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fusion.app import command
+from fusion.config import Stage1Config
+from fusion.entry import Entry, find_entry
+from fusion.run import Run
+
+
+def entry_of(config: Stage1Config, run: Run) -> Entry:
+    return find_entry(config, run, kind=config.method.name)
+
+
+def check(config: Stage1Config, run: Run) -> None:
+    """What can be said before a model is loaded."""
+    from fusion.data.rows import check_source
+
+    assert config.task is not None
+    check_source(config.task, config.data)
+    entry_of(config, run)
+
+
+@command("stage1", Stage1Config, check=check)
+def main(config: Stage1Config, run: Run) -> dict[str, Any]:
+    # Heavy imports come once a command really runs, so that --help and a wrong key answer at once.
+    import torch
+
+    from fusion.backbones.load import load_backbone
+    from fusion.build import adapter_fillings, fresh_head
+    from fusion.model import AdaptedModel
+    from fusion.training.stage import load_task_rows, train_and_store
+
+    assert config.task is not None
+    entry = entry_of(config, run)
+    if entry.stored is not None:
+        return entry.result()
+    rows = load_task_rows(config)
+    backbone = load_backbone(config.backbone.name_or_path, config.backbone.revision)
+    torch.manual_seed(config.seed)
+    fillings = adapter_fillings(config.adapter, backbone) if config.method.name == "adapter" else {}
+    head = fresh_head(config.head, config.task, config.backbone.pooling, backbone)
+    model = AdaptedModel(backbone, fillings, config.adapter.reads, head, config.backbone.dropout)
+    sizes = {slot: config.adapter.size_for(backbone.hidden_size) for slot in fillings}
+    adapter = dataclasses.asdict(config.adapter) | {"bottleneck_sizes": sizes} if fillings else None
+    return train_and_store(
+        config, run, entry, model, backbone, rows, method=config.method.name, adapter=adapter
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Stage 2: load adapters of the store, keep them frozen, and train how to combine them on a target task.
+
+python -m fusion.stage2 +task=rte 'sources=[mnli,sst2,rte]'
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from fusion.app import command
+from fusion.config import Stage2Config
+from fusion.entry import Entry, find_entry
+from fusion.run import Run
+from fusion.store.manifest import check_sources, read_manifest
+
+
+def entry_of(config: Stage2Config, run: Run) -> Entry:
+    # A source that was trained again makes this another run, though the config says the same.
+    manifests = [read_manifest(source, Path(config.store)) for source in config.sources]
+    check_sources(manifests)
+    return find_entry(
+        config, run, kind="fusion", inputs={"sources": [manifest.hash for manifest in manifests]}
+    )
+
+
+def check(config: Stage2Config, run: Run) -> None:
+    """What can be said before a model is loaded."""
+    from fusion.data.rows import check_source
+
+    assert config.task is not None
+    check_source(config.task, config.data)
+    entry_of(config, run)
+
+
+@command("stage2", Stage2Config, check=check)
+def main(config: Stage2Config, run: Run) -> dict[str, Any]:
+    # Heavy imports come once a command really runs, so that --help and a wrong key answer at once.
+    import torch
+
+    from fusion.backbones.load import load_backbone
+    from fusion.build import composition_fillings, fresh_head, load_sources
+    from fusion.model import AdaptedModel
+    from fusion.training.stage import load_task_rows, train_and_store
+
+    assert config.task is not None
+    entry = entry_of(config, run)
+    if entry.stored is not None:
+        return entry.result()
+    backbone = load_backbone(config.backbone.name_or_path, config.backbone.revision)
+    sources = load_sources(config.sources, Path(config.store), backbone)
+    rows = load_task_rows(config)
+    torch.manual_seed(config.seed)
+    fillings = composition_fillings(config.composition, sources, backbone)
+    head = fresh_head(config.head, config.task, config.backbone.pooling, backbone)
+    model = AdaptedModel(
+        backbone, fillings, sources[0].manifest.placement["adapter.reads"], head, config.backbone.dropout
+    )
+    return train_and_store(
+        config,
+        run,
+        entry,
+        model,
+        backbone,
+        rows,
+        method=config.composition.name,
+        composition=dataclasses.asdict(config.composition),
+        sources=[source.manifest for source in sources],
+        loss_weights={"value_penalty": config.composition.value_penalty},
+    )
+
+
+if __name__ == "__main__":
+    main()

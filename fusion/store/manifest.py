@@ -1,0 +1,545 @@
+"""What an artifact says about itself, and how one is found. JSON only: the commands' first checks use it.
+
+An artifact is a folder STORE/NAME with `manifest.json`, `weights.safetensors` and `head.safetensors`.
+Names that begin with a dot are the store's own: `.runs` (checkpoints), `.replaced` (artifacts that were
+overwritten while a fusion still needs them), `.staging` (artifacts being written), `.locks`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fusion.errors import UserError
+
+FORMAT_VERSION = 1
+KINDS = ("adapter", "fusion", "head")
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+HEAD = "head.safetensors"
+REPLACED = ".replaced"
+STAGING = ".staging"
+OLD = ".old"  # ending of an artifact that is just being replaced, in STAGING
+
+READS = 50  # attempts to read an artifact that is overwritten meanwhile
+NAME_LENGTH = 100
+# Names that Windows keeps for devices, with or without an ending.
+RESERVED = {"con", "prn", "aux", "nul"} | {f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10)}
+NAMES_SHOWN = 20
+
+# What shapes training or only says how a size was chosen: it does not change what the stored weights compute.
+# An adapter's `bottleneck_sizes` says in which slots it stands.
+ADAPTER_TRAINING_KEYS = ("name", "init", "dropout", "reduction_factor", "bottleneck_size", "layers")
+COMPOSITION_TRAINING_KEYS = ("dropout", "value_penalty")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that is needed to rebuild the artifact's model, and where it came from.
+
+    `adapter` holds the adapter's settings and its `bottleneck_sizes` by slot, `{"0.feedforward": 48, ...}`;
+    `composition` the settings of a fusion; `sources` its adapters in order, `{"name", "hash"}`. `files` is
+    filled in when it is saved.
+    """
+
+    kind: str
+    name: str
+    task: dict[str, Any]
+    backbone: dict[str, Any]
+    adapter: dict[str, Any] | None
+    composition: dict[str, Any] | None
+    head: dict[str, Any]
+    sources: list[dict[str, Any]]
+    data: dict[str, Any]
+    metrics: dict[str, Any]
+    seed: int
+    run: dict[str, Any]
+    versions: dict[str, Any]
+    result: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def hash(self) -> str:
+        """sha256 (64 hex digits) over the weights file and all that decides what those weights compute.
+
+        The head counts only where there is nothing else (kind head): a fusion uses an adapter without it.
+        """
+        if not self.files:
+            raise ValueError("a manifest has a hash once its artifact is saved")
+        parts: dict[str, Any] = {
+            "kind": self.kind,
+            "backbone": self.backbone["fingerprint"],
+            "weights": self.files[WEIGHTS]["sha256"],
+            "adapter": _without(self.adapter, ADAPTER_TRAINING_KEYS),
+            "composition": _without(self.composition, COMPOSITION_TRAINING_KEYS),
+            "sources": [source["hash"] for source in self.sources],
+        }
+        if self.kind == "head":
+            parts["head"] = self.files[HEAD]["sha256"]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    @property
+    def placement(self) -> dict[str, Any]:
+        """Where the artifact's adapters stand; sources that are fused together share it."""
+        adapter = self.adapter or {}
+        return {"adapter.sites": adapter.get("sites"), "adapter.reads": adapter.get("reads")}
+
+    def to_json(self) -> str:
+        """The text of `manifest.json`. NaN and infinities, which JSON has no word for, become null."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        ordered = {"format_version": values.pop("format_version"), **values}
+        return json.dumps(_finite(ordered), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, path: Path) -> Manifest:
+        """Reads and checks the text of `path`.
+
+        Raises:
+            UserError: names `path` and the key that is unknown, missing or of another type.
+        """
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise UserError(
+                f"{path}: is not JSON ({error}); copy the artifact again, or train it again"
+            ) from None
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: expected a JSON object, found {_type_name(values)}")
+        version = values.get("format_version")
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: format_version is {version!r} and this version of fusion reads {FORMAT_VERSION}; "
+                "use the version that wrote it, or train the artifact again"
+            )
+        _check_keys(values, {f.name for f in fields(cls)}, path)
+        for key, allowed in TOP_LEVEL.items():
+            _check_type(values[key], allowed, key, path)
+        if values["kind"] not in KINDS:
+            raise UserError(f"{path}: kind is {values['kind']!r}, expected one of {', '.join(KINDS)}")
+        for group, inner in INNER.items():
+            for key, allowed in inner.items():
+                if key not in values[group]:
+                    raise UserError(f"{path}: key {group}.{key} is missing")
+                _check_type(values[group][key], allowed, f"{group}.{key}", path)
+        _check_parts(values, path)
+        return cls(**values)
+
+
+Types = tuple[type, ...]
+NoneType = type(None)
+TOP_LEVEL: dict[str, Types] = {
+    "kind": (str,),
+    "name": (str,),
+    "task": (dict,),
+    "backbone": (dict,),
+    "adapter": (dict, NoneType),
+    "composition": (dict, NoneType),
+    "head": (dict,),
+    "sources": (list,),
+    "data": (dict,),
+    "metrics": (dict,),
+    "seed": (int,),
+    "run": (dict,),
+    "versions": (dict,),
+    "result": (dict,),
+    "files": (dict,),
+}
+INNER: dict[str, dict[str, Types]] = {
+    "backbone": {
+        "name_or_path": (str,),
+        "package": (str, NoneType),
+        "revision": (str, NoneType),
+        "fingerprint": (str,),
+        "family": (str,),
+        "hidden_size": (int,),
+        "layers": (int,),
+    },
+    "head": {"pooling": (str,), "layers": (int,), "outputs": (int,), "dropout": (int, float)},
+    "data": {"max_length": (int,), "fingerprints": (dict,)},
+    "run": {"identity": (str,), "config": (dict,), "overrides": (list,), "directory": (str,)},
+}
+ADAPTER: dict[str, Types] = {
+    "sites": (list,),
+    "reads": (str,),
+    "nonlinearity": (str,),
+    "scaling": (int, float),
+    "dropout": (int, float),
+    "bottleneck_sizes": (dict,),
+}
+TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
+TYPE_NAMES |= {NoneType: "null", bool: "true or false"}
+
+
+def _type_name(value: Any) -> str:
+    return TYPE_NAMES.get(type(value), type(value).__name__)
+
+
+def _check_type(value: Any, allowed: Types, key: str, path: Path) -> None:
+    if type(value) not in allowed:  # not isinstance: true is no whole number here
+        expected = " or ".join(TYPE_NAMES[kind] for kind in allowed)
+        raise UserError(f"{path}: {key} is {_type_name(value)}, expected {expected}")
+
+
+def _check_keys(values: Mapping[str, Any], expected: set[str], path: Path) -> None:
+    missing, unknown = sorted(expected - values.keys()), sorted(values.keys() - expected)
+    if missing:
+        raise UserError(f"{path}: {_count('key', missing)} missing: {', '.join(missing)}")
+    if unknown:
+        raise UserError(f"{path}: {_count('key', unknown)} unknown to this version: {', '.join(unknown)}")
+
+
+def _check_parts(values: dict[str, Any], path: Path) -> None:
+    if values["kind"] == "adapter":
+        _check_type(values["adapter"], (dict,), "adapter", path)
+        for key, allowed in ADAPTER.items():
+            _check_type(values["adapter"].get(key), allowed, f"adapter.{key}", path)
+        for slot, size in values["adapter"]["bottleneck_sizes"].items():
+            _check_type(size, (int,), f"adapter.bottleneck_sizes.{slot}", path)
+    if values["kind"] == "fusion":
+        _check_type(values["composition"], (dict,), "composition", path)
+        _check_type(values["composition"].get("name"), (str,), "composition.name", path)
+        if not values["sources"]:
+            raise UserError(f"{path}: sources is empty, and a fusion has at least one")
+    for position, source in enumerate(values["sources"]):
+        _check_type(source, (dict,), f"sources[{position}]", path)
+        for key in ("name", "hash"):
+            _check_type(source.get(key), (str,), f"sources[{position}].{key}", path)
+    for file in (WEIGHTS, HEAD):
+        entry = values["files"].get(file)
+        _check_type(entry, (dict,), f"files.{file}", path)
+        _check_type(entry.get("bytes"), (int,), f"files.{file}.bytes", path)
+        _check_type(entry.get("sha256"), (str,), f"files.{file}.sha256", path)
+
+
+def _without(values: Mapping[str, Any] | None, keys: tuple[str, ...]) -> dict[str, Any] | None:
+    return None if values is None else {key: value for key, value in values.items() if key not in keys}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return value
+
+
+def _count(noun: str, things: list[str]) -> str:
+    return f"{noun} is" if len(things) == 1 else f"{noun}s are"
+
+
+def check_name(name: str) -> None:
+    """Refuses a name that would leave the store, or that some file system cannot hold.
+
+    Raises:
+        UserError: says what a name may be.
+    """
+    allowed = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None and not name.endswith(".")
+    reserved = name.split(".")[0].lower() in RESERVED
+    if not allowed or reserved or len(name) > NAME_LENGTH:
+        shown = name if len(name) <= NAME_LENGTH else name[:NAME_LENGTH] + "…"
+        why = " (the name of a device on Windows)" if reserved else ""
+        raise UserError(
+            f"name={shown!r}: not a name for the store{why}. Letters, digits, '.', '_' and '-' are allowed, "
+            f"a letter or digit first, no '.' last, at most {NAME_LENGTH} characters"
+        )
+
+
+def is_name(reference: str) -> bool:
+    """Whether `reference` could be a name in the store (and not only a path)."""
+    try:
+        check_name(reference)
+    except UserError:
+        return False
+    return True
+
+
+def names(store: Path) -> list[str]:
+    """What the store has, sorted by name."""
+    return sorted(_folders(store))
+
+
+def _folders(store: Path) -> dict[str, Path]:
+    """Where each artifact of the store lies."""
+    if not store.is_dir():
+        return {}
+    # An overwrite takes the old folder to STAGING, the new one in, and the old one away: looked at in this
+    # order, none is missed. What a killed writer left in STAGING is still the artifact of that name.
+    standing = _standing(store)
+    aside = {
+        entry.name.removesuffix(OLD): entry
+        for entry in (store / STAGING).glob(f"*{OLD}")
+        if (entry / MANIFEST).is_file()
+    }
+    return aside | standing | _standing(store)
+
+
+def _standing(store: Path) -> dict[str, Path]:
+    entries = [entry for entry in store.iterdir() if not entry.name.startswith(".")]
+    return {entry.name: entry for entry in entries if (entry / MANIFEST).is_file()}
+
+
+def find(reference: str, store: Path) -> Path:
+    """The folder of an artifact: a name in the store first, then a path.
+
+    Raises:
+        UserError: the nearest names, and what the store has.
+    """
+    if is_name(reference):
+        if (store / reference / MANIFEST).is_file():
+            return store / reference
+        if (unsettled := _being_replaced(reference, store)) is not None:
+            return unsettled
+    path = Path(reference)
+    try:
+        path = path.expanduser()
+        is_artifact, is_folder = (path / MANIFEST).is_file(), path.is_dir()
+    except (OSError, RuntimeError) as error:  # no permission, too long for a path, ~ of an unknown user
+        raise UserError(f"{reference}: cannot be read as a folder ({error})") from None
+    if reference and is_artifact:
+        return path
+    if reference and is_folder:
+        raise UserError(f"{reference}: this folder is no artifact, it has no {MANIFEST}")
+    raise UserError(_unknown(reference, store))
+
+
+def _being_replaced(name: str, store: Path) -> Path | None:
+    # An overwrite moves the old folder aside and the new one in: two renames, and a reader can come between.
+    # If the writer died just there, the old artifact is whole, and is read from where it lies.
+    old = store / STAGING / f"{name}{OLD}"
+    for _ in range(20):
+        if not (old / MANIFEST).is_file():
+            break
+        time.sleep(0.05)
+        if (store / name / MANIFEST).is_file():
+            return store / name
+    if (store / name / MANIFEST).is_file():
+        return store / name
+    return old if (old / MANIFEST).is_file() else None
+
+
+def _unknown(reference: str, store: Path) -> str:
+    there = names(store)
+    near = difflib.get_close_matches(reference, there, n=3, cutoff=0.6)
+    text = f"no artifact {reference!r} in the store {store}"
+    text += f": did you mean {' or '.join(near)}? " if near else ". "
+    if there:
+        more = f" and {len(there) - NAMES_SHOWN} more" if len(there) > NAMES_SHOWN else ""
+        text += f"It has {', '.join(there[:NAMES_SHOWN])}{more}"
+    else:
+        text += "It is empty" if store.is_dir() else "There is no such folder (store=DIR names another)"
+    maker = reference if is_name(reference) and not near else "NAME"
+    return text + f"; stage 1 makes an adapter: python -m fusion.stage1 +task={maker}"
+
+
+def read_manifest(reference: str, store: Path) -> Manifest:
+    """The manifest of an artifact, by name or path.
+
+    Raises:
+        UserError: there is no such artifact, or its manifest is damaged.
+    """
+    return read_settled(lambda: find(reference, store), read_folder)
+
+
+Read = TypeVar("Read")
+
+
+def read_settled(look: Callable[[], Path], read: Callable[[Path], Read]) -> Read:
+    """`read(look())`, again where the folder was overwritten between the two: readers take no lock."""
+    for _ in range(READS - 1):
+        folder = look()
+        before = _stamp(folder)
+        try:
+            return read(folder)
+        except UserError:
+            if before is not None and before == _stamp(folder):
+                raise
+        time.sleep(0.01)
+    return read(look())
+
+
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    try:
+        state = (folder / MANIFEST).stat()
+    except OSError:
+        return None
+    return state.st_ino, state.st_mtime_ns
+
+
+def read_folder(folder: Path) -> Manifest:
+    """The manifest of the artifact that lies in `folder`."""
+    path = folder / MANIFEST
+    try:
+        return Manifest.from_json(path.read_text(encoding="utf-8"), path)
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not text in UTF-8; copy the artifact again, or train it again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def find_by_hash(hash: str, name: str, store: Path) -> Path:
+    """The folder of the artifact with this hash: `name` first, then any other of the store, also replaced ones.
+
+    Raises:
+        UserError: names the source, and says what stands in its place.
+    """
+    problem = f"nothing in the store {store} has that name or that hash"
+    try:
+        folder = find(name, store)
+    except UserError:
+        pass  # not there under its name; it may be under another
+    else:
+        try:
+            found = read_folder(folder).hash
+        except UserError as error:
+            problem = str(error)
+        else:
+            if found == hash:
+                return folder
+            problem = (
+                f"{folder} is another artifact now ({found[:8]}), and nothing else in the store has that hash"
+            )
+    for folder, manifest in artifacts(store, replaced=True):
+        if manifest.hash == hash:
+            return folder
+    raise UserError(
+        f"source {name} ({hash[:8]}) is gone: {problem}. "
+        f"Copy its folder back into {store} (any name will do), or train the fusion again with the sources there are"
+    )
+
+
+def artifacts(store: Path, replaced: bool = False) -> Iterator[tuple[Path, Manifest]]:
+    """All artifacts of the store that can be read, by name; `replaced` adds those that were overwritten."""
+    standing = names(store)
+    more = [*(store / REPLACED).glob("*"), *(store / STAGING).glob(f"*{OLD}")] if replaced else []
+    looks = [partial(find, name, store) for name in standing] + [
+        partial(Path, folder) for folder in sorted(more)
+    ]
+    for look in looks:
+        try:
+            yield read_settled(look, lambda folder: (folder, read_folder(folder)))
+        except UserError:
+            continue  # one damaged artifact must not hide the others; it is reported when it is asked for
+
+
+def check_free(name: str, kind: str, store: Path, overwrite: bool) -> None:
+    """Refuses to write `name` where something stands that must not be replaced.
+
+    Raises:
+        UserError: the name is taken: by something else than an artifact, by another kind (a fusion never takes
+            an adapter's name, even with overwrite), or by an artifact without `overwrite`.
+    """
+    check_name(name)
+    folder = store / name
+    if not folder.exists():
+        folder = _folders(store).get(name, folder)
+    if not folder.exists():
+        return
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder} is there and is no artifact: choose another name=, or move it away")
+    try:
+        stored = read_folder(folder).kind
+    except UserError:
+        stored = kind  # damaged: training it again with overwrite=true is the mend
+    if stored != kind:
+        raise UserError(f"{store / name} is kept for a stored {stored}: choose another name= for this {kind}")
+    if not overwrite:
+        raise UserError(f"{store / name} is there already: overwrite=true replaces it, name=NAME keeps both")
+
+
+def check_writable(store: Path) -> None:
+    """Refuses a store that cannot be written, before hours are spent on what should go there.
+
+    Raises:
+        UserError: the store is a file, or it or the folder it would be made in is not writable.
+    """
+    if store.exists() and not store.is_dir():
+        raise UserError(f"store={store}: this is a file, expected a folder")
+    nearest = store.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"store={store}: {nearest} cannot be written; store=DIR names another folder")
+
+
+def check_sources(manifests: list[Manifest]) -> None:
+    """Refuses sources that cannot be fused together.
+
+    All are adapters of one backbone (fingerprint, hidden size) in one placement (sites, reads). Bottleneck
+    sizes, non-linearities, scalings and layers may differ.
+
+    Raises:
+        UserError: which source, and how it differs from the first.
+    """
+    for manifest in manifests:
+        if manifest.kind != "adapter":
+            raise UserError(
+                f"sources: {manifest.name} is a stored {manifest.kind}, expected adapters (stage 1)"
+            )
+    titles = [manifest.name for manifest in manifests]
+    twice = sorted({title for title in titles if titles.count(title) > 1})
+    if twice:
+        raise UserError(
+            f"sources: two of them are named {', '.join(twice)}, and a source is known by its name"
+        )
+    for other in manifests[1:]:
+        differences = _differences(manifests[0], other)
+        if differences:
+            raise UserError(
+                f"sources: {other.name} cannot be fused with {manifests[0].name}: {'; '.join(differences)}. "
+                "Leave it out of sources=, or train it again on the same backbone and placement"
+            )
+
+
+def _differences(first: Manifest, other: Manifest) -> list[str]:
+    one, two = first.backbone, other.backbone
+    found = []
+    if one["name_or_path"] != two["name_or_path"] and one["fingerprint"] != two["fingerprint"]:
+        found.append(f"backbone {two['name_or_path']} and not {one['name_or_path']}")
+    elif one["fingerprint"] != two["fingerprint"]:
+        found.append(
+            f"backbone {two['name_or_path']} has other weights "
+            f"(fingerprint {two['fingerprint'][:8]} and not {one['fingerprint'][:8]})"
+        )
+    if one["hidden_size"] != two["hidden_size"]:
+        found.append(f"hidden size {two['hidden_size']} and not {one['hidden_size']}")
+    here, there = first.placement, other.placement
+    found += [
+        f"{key} {_shown(there[key])} and not {_shown(here[key])}" for key in here if here[key] != there[key]
+    ]
+    return found
+
+
+def _shown(value: Any) -> str:
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
+
+
+def check_backbone(manifest: Manifest, *, name_or_path: str, fingerprint: str, hidden_size: int) -> None:
+    """Refuses to put an artifact's weights on a backbone that they were not trained on.
+
+    Raises:
+        UserError: which artifact, and how the backbone differs.
+    """
+    stored = manifest.backbone
+    if stored["fingerprint"] == fingerprint and stored["hidden_size"] == hidden_size:
+        return
+    how = f"{name_or_path} has fingerprint {fingerprint[:8]}"
+    if stored["hidden_size"] != hidden_size:
+        how += f" and hidden size {hidden_size} (not {stored['hidden_size']})"
+    revision = f" revision {stored['revision']}" if stored["revision"] else ""
+    raise UserError(
+        f"{manifest.name} was trained on {stored['name_or_path']}{revision} with fingerprint "
+        f"{stored['fingerprint'][:8]}, and {how}: it needs the very same backbone"
+    )

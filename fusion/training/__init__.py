@@ -1,0 +1,1 @@
+"""Lightning: the module, the metrics, the callbacks, and one call that fits."""

@@ -1,0 +1,75 @@
+"""The guard, and one line an epoch."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import pytorch_lightning as lightning
+
+from fusion.errors import GuardError
+from fusion.model import AdaptedModel
+from fusion.training.module import TaskModule
+
+log = logging.getLogger(__name__)
+
+
+class Guard(lightning.Callback):
+    """Only what the model declares may train, and nothing else may change.
+
+    Raises:
+        GuardError: the trainable names differ from the declared ones, or a frozen tensor changed.
+    """
+
+    def __init__(self, model: AdaptedModel) -> None:
+        self._model = model
+        self._before = ""
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        declared = set(self._model.trainable())
+        training = {name for name, parameter in self._model.named_parameters() if parameter.requires_grad}
+        if declared != training:
+            raise GuardError(
+                f"trainable but not declared: {sorted(training - declared)}; "
+                f"declared but frozen: {sorted(declared - training)}"
+            )
+        self._before = self._model.frozen_hash()
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self._model.frozen_hash() != self._before:
+            raise GuardError("a frozen tensor changed in training; nothing is stored")
+
+
+class EpochLine(lightning.Callback):
+    """After each epoch: where it is, the loss, the scores, how fast."""
+
+    def __init__(self, monitor: str) -> None:
+        self._monitor = monitor
+        self._started = 0.0
+        self._rows = 0
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._started = time.monotonic()
+        assert isinstance(pl_module, TaskModule)
+        self._rows = pl_module.rows_seen
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, TaskModule)
+        seconds = time.monotonic() - self._started
+        scores = pl_module.history[-1] if pl_module.history else {}
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        best = max(
+            (epoch.get(self._monitor, float("-inf")) for epoch in pl_module.history), default=float("-inf")
+        )
+        loss = trainer.callback_metrics.get("train/loss")
+        log.info(
+            "epoch %d/%s  loss %.4f  %s%s  %.1f s",
+            trainer.current_epoch + 1,
+            trainer.max_epochs,
+            float("nan") if loss is None else float(loss),
+            shown,
+            "  (best)" if scores and scores.get(self._monitor) == best else "",
+            seconds,
+        )

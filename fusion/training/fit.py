@@ -1,0 +1,159 @@
+"""Train a model on a task: what both stages share."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import resource
+import shutil
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as lightning
+import torch
+from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.loggers import Logger
+
+from fusion.build import fill
+from fusion.config import StageConfig, TrainerConfig
+from fusion.data.encode import EncodedRows
+from fusion.data.loaders import evaluation_loader, training_loader
+from fusion.model import AdaptedModel
+from fusion.training.callbacks import EpochLine, Guard
+from fusion.training.metrics import main_metric
+from fusion.training.module import TaskModule
+
+_EXPECTED_WARNINGS = (
+    ".*module\\(s\\) in eval mode at the start of training",  # the frozen backbone is meant to be
+    ".*is smaller than the logging interval",
+    ".*does not have many workers",  # batches are only gathered there
+    ".*Checkpoint directory .* exists and is not empty",
+    ".*treespec, LeafSpec",
+    ".*will save all targets and predictions in the buffer",
+    ".*variance of predictions or target is close to zero",  # such a correlation counts as 0
+)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a training gave; the model holds the best epoch's weights by then.
+
+    metrics: of the best epoch, by split. best_epoch: counted from 1. speed: seconds of the whole
+    fit (evaluation included), rows and tokens (padding included) trained on per second, bytes.
+    """
+
+    metrics: dict[str, dict[str, float]]
+    best_epoch: int
+    epochs: int
+    speed: dict[str, float]
+
+
+def fit(
+    config: StageConfig,
+    model: AdaptedModel,
+    training: EncodedRows,
+    validation: dict[str, EncodedRows],
+    loss_weights: dict[str, float],
+    loggers: list[Logger],
+    checkpoints: Path,
+) -> Fit:
+    """Train until the epochs or the patience end, and leave the best epoch's weights in the model.
+
+    Args:
+        validation: by split name; the first split's first metric picks the best epoch.
+        loss_weights: of the named terms that the model adds to the loss.
+        checkpoints: where an interrupted training is taken up again.
+
+    Raises:
+        GuardError: something else than the declared parameters would train, or did.
+    """
+    assert config.task is not None
+    splits = list(validation)
+    monitor = main_metric(splits, config.task)
+    if not config.resume:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    keep_best = ModelCheckpoint(
+        dirpath=checkpoints,
+        filename="best-{epoch}",
+        auto_insert_metric_name=False,
+        monitor=monitor,
+        mode="max",
+        save_top_k=1,
+        save_last=True,
+        save_on_train_epoch_end=True,
+    )
+    callbacks: list[Callback] = [Guard(model), EpochLine(monitor)]
+    if config.optim.patience is not None:
+        callbacks.append(
+            EarlyStopping(monitor, patience=config.optim.patience, mode="max", check_finite=False)
+        )
+    if config.trainer.enable_checkpointing:
+        callbacks.append(keep_best)
+    trainer = make_trainer(config.trainer, callbacks, loggers)
+    place = {"rank": trainer.global_rank, "world_size": trainer.world_size, "workers": config.data.workers}
+    module = TaskModule(model, config.task, config.optim, loss_weights, splits)
+    last = checkpoints / "last.ckpt"
+    torch.manual_seed(config.seed)  # dropout starts from here, whatever was drawn before
+    started = time.monotonic()
+    trainer.fit(
+        module,
+        training_loader(training, config.data.batch_size, config.seed, **place),
+        [evaluation_loader(rows, config.data.batch_size, **place) for rows in validation.values()],
+        ckpt_path=str(last) if last.is_file() else None,
+        weights_only=True,
+    )
+    seconds = time.monotonic() - started
+    best_epoch = _best_epoch(module.history, monitor)
+    if keep_best.best_model_path:
+        _restore(model, Path(keep_best.best_model_path))
+    best = module.history[best_epoch - 1] if module.history else {}
+    return Fit(
+        metrics={split: {m: best[f"{split}/{m}"] for m in config.task.metrics} for split in splits if best},
+        best_epoch=best_epoch,
+        epochs=trainer.current_epoch,
+        speed={
+            "seconds": seconds,
+            "examples_per_second": module.rows_seen * trainer.world_size / seconds,
+            "tokens_per_second": module.tokens_seen * trainer.world_size / seconds,
+            "peak_memory_bytes": _peak_memory(),
+        },
+    )
+
+
+def make_trainer(
+    config: TrainerConfig, callbacks: list[Callback], loggers: list[Logger]
+) -> lightning.Trainer:
+    """Lightning's Trainer; batches are split over processes by our own samplers."""
+    arguments: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    # A bar is for somebody who looks at it; in a file or a pipe it would be one long line.
+    arguments["enable_progress_bar"] = config.enable_progress_bar and sys.stderr.isatty()
+    if arguments["enable_progress_bar"]:
+        callbacks = [*callbacks, TQDMProgressBar(leave=False)]
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its tips; ours says what happens
+    for expected in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=expected)
+    return lightning.Trainer(
+        **arguments, callbacks=callbacks, logger=loggers or False, use_distributed_sampler=False
+    )
+
+
+def _best_epoch(history: list[dict[str, float]], monitor: str) -> int:
+    """The first epoch (from 1) with the highest score; 0 where nothing was evaluated."""
+    scores = [epoch[monitor] for epoch in history]
+    return scores.index(max(scores)) + 1 if scores else 0
+
+
+def _restore(model: AdaptedModel, path: Path) -> None:
+    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    fill(model.trainable(), {name.removeprefix("model."): value for name, value in state.items()}, path)
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,146 @@
+"""What Lightning runs: one batch's named losses, the metrics, the optimizer, and what a checkpoint holds.
+
+Shapes: B rows, K outputs of the head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as lightning
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fusion.config import OptimConfig, TaskConfig
+from fusion.data.batches import Batch
+from fusion.model import AdaptedModel
+from fusion.training.metrics import TaskMetrics
+
+
+class TaskModule(lightning.LightningModule):
+    """Trains what `model.trainable()` lists, on one task.
+
+    Args:
+        model: the adapted model.
+        task: kind and metrics.
+        optim: learning rates, decay and warm-up.
+        loss_weights: the weight of each named term of `model.losses()`.
+        splits: the validation splits, in the order of the validation loaders.
+    """
+
+    def __init__(
+        self,
+        model: AdaptedModel,
+        task: TaskConfig,
+        optim: OptimConfig,
+        loss_weights: dict[str, float],
+        splits: list[str],
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+        self.optim = optim
+        self.loss_weights = loss_weights
+        self.splits = splits
+        self.split_metrics = nn.ModuleList([TaskMetrics(task) for _ in splits])
+        self.history: list[dict[str, float]] = []  # of each finished epoch: every metric
+        self.rows_seen = 0
+        self.tokens_seen = 0
+        # Checkpoints hold the trainable tensors alone; `on_load_checkpoint` compares the key sets.
+        self.strict_loading = False
+
+    def scores(self, batch: Batch) -> Tensor:
+        """(B, K)."""
+        return self.model(batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.choice_counts)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The named terms of a batch's loss: `task`, and what the fillings add, weighted."""
+        assert batch.labels is not None
+        per_row = row_losses(self.scores(batch), batch.labels, self.task.kind)
+        # The mean over the rows of all processes: each process's gradient is averaged with the others'.
+        task = (per_row * batch.weights).sum() * self.trainer.world_size / batch.global_rows
+        extra = {name: self.loss_weights[name] * value for name, value in self.model.losses().items()}
+        return {"task": task, **extra}
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        losses = self.losses(batch)
+        total = torch.stack(list(losses.values())).sum()
+        self.rows_seen += batch.rows.numel()
+        self.tokens_seen += batch.input_ids.numel()
+        # Each call of log costs as much as a small layer, hence every few steps only.
+        if batch_index % max(1, self.trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
+            self.log_dict({f"train/{name}_loss": value.detach() for name, value in losses.items()})
+            self.log("train/loss", total.detach(), prog_bar=True)
+        return total
+
+    def validation_step(self, batch: Batch, batch_index: int, dataloader_idx: int = 0) -> None:
+        assert batch.labels is not None
+        counts = batch.weights > 0
+        metrics = self.split_metrics[dataloader_idx]
+        assert isinstance(metrics, TaskMetrics)
+        metrics.update(self.scores(batch)[counts], batch.labels[counts])
+
+    def on_validation_epoch_end(self) -> None:
+        values: dict[str, float] = {}
+        for split, metrics in zip(self.splits, self.split_metrics, strict=True):
+            assert isinstance(metrics, TaskMetrics)
+            values |= {f"{split}/{name}": value for name, value in metrics.compute().items()}
+            metrics.reset()
+        self.log_dict(values, rank_zero_only=False)
+        if not self.trainer.sanity_checking:
+            self.history.append(values)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with linear warm-up and linear decay to zero."""
+        undecayed = self.model.undecayed()
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in self.model.trainable().items():
+            rate = self.optim.head_lr or self.optim.lr if name.startswith("head.") else self.optim.lr
+            decay = 0.0 if name in undecayed else self.optim.weight_decay
+            groups.setdefault((rate, decay), []).append(parameter)
+        optimizer = torch.optim.AdamW(
+            [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
+        )
+        steps = max(1, int(self.trainer.estimated_stepping_batches))
+        warmup = round(self.optim.warmup * steps)
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            return max(0.0, (steps - step) / max(1, steps - warmup))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trainable = {f"model.{name}" for name in self.model.trainable()}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
+        checkpoint["history"] = self.history
+        checkpoint["seen"] = [self.rows_seen, self.tokens_seen]
+        checkpoint["rng"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            checkpoint["cuda_rng"] = torch.cuda.get_rng_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trainable = {f"model.{name}" for name in self.model.trainable()}
+        if set(checkpoint["state_dict"]) != trainable:
+            raise RuntimeError("the checkpoint holds other parameters than the model trains")
+        self.history = list(checkpoint["history"])
+        self.rows_seen, self.tokens_seen = checkpoint["seen"]
+        self._restored_rng = (checkpoint["rng"], checkpoint.get("cuda_rng"))
+
+    def on_train_start(self) -> None:
+        # Not in on_load_checkpoint: what Lightning does between there and here may draw numbers.
+        rng, cuda_rng = getattr(self, "_restored_rng", (None, None))
+        if rng is not None:
+            torch.set_rng_state(rng)
+        if cuda_rng is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(cuda_rng)
+
+
+def row_losses(scores: Tensor, labels: Tensor, kind: str) -> Tensor:
+    """scores: (B, K), labels: (B,) -> (B,): squared error for a regression, else cross-entropy."""
+    if kind == "regression":
+        return F.mse_loss(scores.float().squeeze(-1), labels.float(), reduction="none")
+    return F.cross_entropy(scores.float(), labels, reduction="none")

@@ -1,0 +1,199 @@
+"""The end of both stages: fit a model on the task's rows, store what trained, say how it went."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fusion import __version__
+from fusion.backbones.load import Backbone, locate
+from fusion.config import StageConfig
+from fusion.data.encode import EncodedRows, encode, load_tokenizer
+from fusion.data.rows import evaluation_splits, load_rows
+from fusion.entry import Entry, result_of
+from fusion.model import AdaptedModel
+from fusion.review.tracking import build_loggers, finish, log_lineage, log_result
+from fusion.run import Run
+from fusion.store.artifacts import save
+from fusion.store.manifest import Manifest, read_folder
+from fusion.training.fit import Fit, fit
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """The tokenised rows of a task: what trains, and the validation splits by name."""
+
+    training: EncodedRows
+    validation: dict[str, EncodedRows]
+
+
+def load_task_rows(config: StageConfig) -> TaskRows:
+    """Read, check and tokenise the training and validation rows of the config's task.
+
+    Raises:
+        UserError: what is wrong with the data, by file and row.
+    """
+    assert config.task is not None and config.data.max_length is not None
+    tokenizer = load_tokenizer(locate(config.backbone.name_or_path), config.backbone.revision)
+    cache = None if config.data.cache_dir is None else Path(config.data.cache_dir)
+    encoded: dict[str, EncodedRows] = {}
+    for split in ["train", *evaluation_splits(config.task, "validation", config.data)]:
+        rows = load_rows(config.task, config.data, split)
+        encoded[split] = encode(rows, tokenizer, config.data.max_length, cache)
+        log.info(
+            "%s %s: %d rows%s",
+            config.task.name,
+            split,
+            len(rows),
+            f", {rows.ignored} without a label left out" if rows.ignored else "",
+        )
+    return TaskRows(encoded.pop("train"), encoded)
+
+
+def train_and_store(
+    config: StageConfig,
+    run: Run,
+    entry: Entry,
+    model: AdaptedModel,
+    backbone: Backbone,
+    rows: TaskRows,
+    *,
+    method: str,
+    adapter: dict[str, Any] | None = None,
+    composition: dict[str, Any] | None = None,
+    sources: Sequence[Manifest] = (),
+    loss_weights: dict[str, float] | None = None,
+) -> dict[str, Any]:
+    """Fit, store under the entry's name, and give what result.json holds.
+
+    Args:
+        method: how the run is tagged: the method of stage 1, the composition of stage 2.
+        adapter, composition: what the manifest says of the fillings.
+        sources: of a fusion, in order.
+        loss_weights: of the named terms that the model adds to the loss.
+
+    Raises:
+        GuardError: something else than the declared parameters changed; nothing is stored.
+    """
+    assert config.task is not None
+    loggers = (
+        build_loggers(
+            config.logger,
+            directory=run.directory,
+            name=entry.name,
+            group=run.group,
+            job_type=run.command,
+            tags=_tags(config, method),
+            config_values=run.config,
+        )
+        if run.rank_zero
+        else []
+    )
+    exit_code = 1
+    try:
+        fitted = fit(
+            config, model, rows.training, rows.validation, loss_weights or {}, loggers, entry.checkpoints
+        )
+        if not run.rank_zero:
+            return {}
+        result = _result(config, run, model, backbone, fitted, sources)
+        manifest = Manifest(
+            kind=entry.kind,
+            name=entry.name,
+            task=dataclasses.asdict(config.task),
+            backbone={
+                "name_or_path": config.backbone.name_or_path,
+                "package": None,
+                "revision": config.backbone.revision,
+                "fingerprint": backbone.fingerprint,
+                "family": backbone.family.name,
+                "hidden_size": backbone.hidden_size,
+                "layers": backbone.layers,
+            },
+            adapter=adapter,
+            composition=composition,
+            head={
+                "pooling": model.head.pooling,
+                "layers": config.head.layers,
+                "outputs": model.head.output.out_features,
+                "dropout": config.head.dropout,
+            },
+            sources=[{"name": source.name, "hash": source.hash} for source in sources],
+            data={
+                "max_length": config.data.max_length,
+                "fingerprints": {
+                    "train": rows.training.fingerprint,
+                    **{split: split_rows.fingerprint for split, split_rows in rows.validation.items()},
+                },
+            },
+            metrics=fitted.metrics,
+            seed=config.seed,
+            run={
+                "identity": entry.identity,
+                "config": entry.config,
+                "overrides": list(run.overrides),
+                "directory": str(run.directory),
+            },
+            versions=_versions(),
+            result=result,
+        )
+        path = save(entry.store, manifest, model.filling_state(), model.head_state(), config.overwrite)
+        log.info("stored %s", path)
+        shutil.rmtree(entry.checkpoints, ignore_errors=True)  # what they were kept for is done
+        stored = read_folder(path)
+        result = result_of(stored, path)
+        log_result(loggers, result)
+        log_lineage(
+            loggers, folder=path, kind=stored.kind, name=stored.name, hash=stored.hash, sources=stored.sources
+        )
+        exit_code = 0
+        return result
+    finally:
+        finish(loggers, exit_code)
+
+
+def _result(
+    config: StageConfig,
+    run: Run,
+    model: AdaptedModel,
+    backbone: Backbone,
+    fitted: Fit,
+    sources: Sequence[Manifest],
+) -> dict[str, Any]:
+    assert config.task is not None
+    trainable = sum(parameter.numel() for parameter in model.trainable().values())
+    every = sum(tensor.numel() for tensor in model.state_dict().values())
+    return {
+        "stage": int(run.command.removeprefix("stage")),
+        "task": config.task.name,
+        "name": config.name,
+        "seed": config.seed,
+        "backbone": {"name": config.backbone.name_or_path, "fingerprint": backbone.fingerprint},
+        "metrics": fitted.metrics,
+        "best_epoch": fitted.best_epoch,
+        "epochs": fitted.epochs,
+        "parameters": {"trainable": trainable, "frozen": every - trainable},
+        "speed": fitted.speed,
+        "sources": [source.name for source in sources],
+    }
+
+
+def _tags(config: StageConfig, method: str) -> list[str]:
+    assert config.task is not None
+    return [str(config.task.name), config.backbone.name_or_path.rsplit("/", 1)[-1], method]
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "pytorch-lightning", "datasets", "tokenizers", "numpy")
+    return {"adapter-fusion": __version__, "python": platform.python_version()} | {
+        p: version(p) for p in packages
+    }

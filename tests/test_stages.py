@@ -1,0 +1,461 @@
+"""Both stages, evaluation and prediction on a tiny backbone and tiny tasks, in this process."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as lightning
+import torch
+from safetensors.torch import load_file
+
+from fusion import evaluate, predict, stage1, stage2
+from fusion.config import (
+    AdapterConfig,
+    BackboneConfig,
+    CompositionConfig,
+    CsvConfig,
+    DataConfig,
+    EvaluateConfig,
+    HeadConfig,
+    LoggerConfig,
+    MethodConfig,
+    OptimConfig,
+    PredictConfig,
+    Stage1Config,
+    Stage2Config,
+    TaskConfig,
+    TrainerConfig,
+)
+from fusion.entry import find_entry
+from fusion.errors import GuardError, UserError
+from fusion.run import Run
+from fusion.store.artifacts import load
+from tests.conftest import WORDS
+
+LABELS = ["bad", "good"]
+
+
+def write_task(folder: Path, name: str, rows: int = 64) -> TaskConfig:
+    """Sentences whose label is whether they hold `good` or `bad`, so that there is something to learn."""
+    draw = random.Random(name)
+    (folder / name).mkdir(parents=True)
+    for split, count in (("train", rows), ("validation", 16), ("test", 8)):
+        lines = []
+        for _ in range(count):
+            label = draw.randrange(2)
+            words = [*draw.choices(WORDS[:8], k=draw.randrange(2, 9)), LABELS[label]]
+            draw.shuffle(words)
+            lines.append(json.dumps({"text": " ".join(words), "label": label}))
+        (folder / name / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return TaskConfig(name=name, text="text", labels=LABELS, metrics=["accuracy", "macro_f1"])
+
+
+class Bench:
+    """A working folder with a backbone and tasks, and the commands as functions."""
+
+    def __init__(self, folder: Path, backbone: Path) -> None:
+        self.folder, self.backbone = folder, backbone
+        self.tasks = {name: write_task(folder / "data", name) for name in ("films", "books", "plays")}
+        self.data = DataConfig(
+            dir=str(folder / "data"), batch_size=8, max_length=16, cache_dir=str(folder / "cache")
+        )
+        self.runs = 0
+
+    def settings(self, task: str, **changes: Any) -> dict[str, Any]:
+        return {
+            "task": self.tasks[task],
+            "data": self.data,
+            "backbone": BackboneConfig(name_or_path=str(self.backbone), pooling="mean"),
+            "optim": OptimConfig(lr=5e-3, patience=None),
+            "trainer": TrainerConfig(accelerator="cpu", max_epochs=2, enable_progress_bar=False),
+            "store": str(self.folder / "store"),
+        } | changes
+
+    def run(self, command: str, config: Any) -> Run:
+        self.runs += 1
+        directory = self.folder / "runs" / str(self.runs)
+        directory.mkdir(parents=True)
+        return Run(command, directory, (), dataclasses.asdict(config), command)
+
+    def stage1(self, task: str, **changes: Any) -> dict[str, Any]:
+        config = Stage1Config(**self.settings(task, **changes))
+        config.name = config.name or config.default_name()
+        return stage1.main.__wrapped__(config, self.run("stage1", config))  # type: ignore[attr-defined]
+
+    def stage2(self, task: str, sources: list[str], **changes: Any) -> dict[str, Any]:
+        config = Stage2Config(**self.settings(task, **changes), sources=sources)
+        config.name = config.name or config.default_name()
+        return stage2.main.__wrapped__(config, self.run("stage2", config))  # type: ignore[attr-defined]
+
+    def evaluate(self, artifact: str, **changes: Any) -> dict[str, Any]:
+        config = EvaluateConfig(
+            artifact=artifact, store=str(self.folder / "store"), data=self.data, accelerator="cpu", **changes
+        )
+        return evaluate.main.__wrapped__(config, self.run("evaluate", config))  # type: ignore[attr-defined]
+
+    def predict(self, artifact: str, rows: list[dict[str, Any]], **changes: Any) -> list[dict[str, Any]]:
+        source, target = self.folder / "rows.jsonl", self.folder / "predictions.jsonl"
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = PredictConfig(
+            artifact=artifact,
+            input=str(source),
+            output=str(target),
+            store=str(self.folder / "store"),
+            data=self.data,
+            accelerator="cpu",
+            **changes,
+        )
+        predict.check(config, self.run("predict", config))
+        predict.main.__wrapped__(config, self.run("predict", config))  # type: ignore[attr-defined]
+        return [json.loads(line) for line in target.read_text().splitlines()]
+
+    def weights(self, name: str, store: str = "store") -> dict[str, torch.Tensor]:
+        return load_file(self.folder / store / name / "weights.safetensors")
+
+
+@pytest.fixture
+def bench(tmp_path: Path, tiny_backbone: Path) -> Bench:
+    return Bench(tmp_path / "a folder", tiny_backbone)
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Bench:
+    """Three sources and a fusion of them, for tests that only look."""
+    bench = Bench(tmp_path_factory.mktemp("fused") / "a folder", tiny_backbone)
+    longer = TrainerConfig(accelerator="cpu", max_epochs=15, enable_progress_bar=False)
+    bench.stage1("films", trainer=longer, optim=OptimConfig(lr=1e-2, patience=None))
+    bench.stage1("books", adapter=AdapterConfig(bottleneck_size=5, nonlinearity="gelu", layers=[0, 1]))
+    bench.stage1("plays", adapter=AdapterConfig(bottleneck_size=3, scaling=2.0))
+    bench.stage2("films", ["films", "books", "plays"], logger=LoggerConfig(csv=CsvConfig()))
+    return bench
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_an_adapter_is_stored_with_exactly_these_keys(fused: Bench) -> None:
+    assert set(fused.weights("films")) == {
+        f"{layer}.feedforward.{part}.{kind}"
+        for layer in range(3)
+        for part in ("down", "up")
+        for kind in ("weight", "bias")
+    }
+    assert set(load_file(fused.folder / "store" / "films" / "head.safetensors")) == {
+        "output.weight",
+        "output.bias",
+    }
+    assert {name.split(".")[0] for name in fused.weights("books")} == {"0", "1"}
+    assert sorted(p.name for p in (fused.folder / "store" / "films").iterdir()) == [
+        "head.safetensors",
+        "manifest.json",
+        "weights.safetensors",
+    ]
+
+
+def test_a_fusion_is_stored_with_exactly_these_keys_and_its_sources_by_hash(fused: Bench) -> None:
+    assert set(fused.weights("films-adapterfusion")) == {
+        f"{layer}.feedforward.{part}"
+        for layer in range(3)
+        for part in ("query.weight", "query.bias", "key.weight", "key.bias", "value.weight")
+    }
+    store = fused.folder / "store"
+    manifest = load("films-adapterfusion", store).manifest
+    assert manifest.sources == [
+        {"name": name, "hash": load(name, store).manifest.hash} for name in ("films", "books", "plays")
+    ]
+    assert not list((store / ".runs").glob("*"))
+
+
+def test_the_result_has_what_scripts_read(bench: Bench) -> None:
+    result = bench.stage1("films")
+    assert set(result) == {
+        "stage", "task", "name", "seed", "backbone", "metrics", "best_epoch", "epochs",
+        "parameters", "speed", "sources", "artifact",
+    }  # fmt: skip
+    assert (result["stage"], result["task"], result["name"], result["seed"]) == (1, "films", "films", 42)
+    assert set(result["metrics"]) == {"validation"}
+    assert set(result["metrics"]["validation"]) == {"accuracy", "macro_f1"}
+    assert result["parameters"]["trainable"] == 3 * (2 * 32 * 2 + 2 + 32) + (2 * 32 + 2)
+    files = (bench.folder / "store" / "films").glob("*.safetensors")
+    assert result["parameters"]["stored_bytes"] == sum(file.stat().st_size for file in files)
+    assert set(result["speed"]) == {
+        "seconds", "examples_per_second", "tokens_per_second", "peak_memory_bytes",
+    }  # fmt: skip
+    assert result["epochs"] == 2 and 1 <= result["best_epoch"] <= 2
+    assert bench.stage2("books", ["films"])["sources"] == ["films"]
+
+
+def test_evaluation_finds_the_scores_of_the_training(fused: Bench) -> None:
+    for name in ("films", "films-adapterfusion"):
+        stored = load(name, fused.folder / "store").manifest.metrics["validation"]
+        assert fused.evaluate(name)["metrics"]["validation"] == pytest.approx(stored, abs=1e-6)
+
+
+def test_the_task_is_learnt(fused: Bench) -> None:
+    assert fused.evaluate("films", split="test")["metrics"]["test"]["accuracy"] >= 0.75
+
+
+def test_an_adapter_answers_another_task_of_the_same_labels_only(fused: Bench) -> None:
+    result = fused.evaluate("films", task=fused.tasks["plays"], split="test")
+    assert result["task"] == "plays" and 0 <= result["metrics"]["test"]["accuracy"] <= 1
+    other = dataclasses.replace(fused.tasks["plays"], labels=["no", "yes"])
+    with pytest.raises(UserError, match=r"\['bad', 'good'\].*\['no', 'yes'\]"):
+        fused.evaluate("films", task=other)
+
+
+def test_by_path_from_anywhere(fused: Bench) -> None:
+    path = fused.folder / "store" / "films-adapterfusion"
+    config = EvaluateConfig(artifact=str(path), store="elsewhere", data=fused.data, accelerator="cpu")
+    result = evaluate.main.__wrapped__(config, fused.run("evaluate", config))  # type: ignore[attr-defined]
+    assert result["metrics"] == fused.evaluate("films-adapterfusion")["metrics"]
+
+
+def test_predictions_name_labels_and_do_not_depend_on_the_batch(fused: Bench) -> None:
+    rows = [{"text": "a good film"}, {"text": "a very very bad film that he saw"}, {"text": "good"}]
+    together = fused.predict("films", rows)
+    assert all(set(line) == {"label", "scores"} and set(line["scores"]) == set(LABELS) for line in together)
+    for row, line in zip(rows, together, strict=True):
+        assert sum(line["scores"].values()) == pytest.approx(1)
+        assert line["label"] == max(line["scores"], key=line["scores"].__getitem__)
+        assert fused.predict("films", [row])[0]["scores"] == pytest.approx(line["scores"], abs=1e-5)
+
+
+def test_attention_is_a_distribution_over_the_sources_of_each_layer(fused: Bench) -> None:
+    (line,) = fused.predict("films-adapterfusion", [{"text": "a good film"}], attention=True)
+    assert list(line["attention"]) == ["0", "1", "2"]
+    for layer, weights in line["attention"].items():
+        assert list(weights) == ["films", "books", "plays"]
+        assert sum(weights.values()) == pytest.approx(1, abs=1e-5)
+        assert (weights["books"] == 0) == (layer == "2")  # that source has no adapter there
+    with pytest.raises(UserError, match="only a fusion"):
+        fused.predict("films", [{"text": "a good film"}], attention=True)
+
+
+def test_the_penalty_is_logged_by_its_name(fused: Bench) -> None:
+    (file,) = (fused.folder / "runs").glob("*/csv/metrics.csv")
+    header = set(file.read_text().splitlines()[0].split(","))
+    assert {"train/task_loss", "train/value_penalty_loss", "train/loss", "validation/accuracy"} <= header
+
+
+def test_a_new_process_gives_bit_equal_logits(fused: Bench, tmp_path: Path) -> None:
+    code = """
+import sys, torch
+from pathlib import Path
+from fusion.build import stored_model
+from fusion.store.artifacts import load
+store = Path(sys.argv[1])
+ids = torch.tensor([[2, 7, 8, 9, 3], [2, 10, 3, 0, 0]])
+with torch.no_grad():
+    torch.save(stored_model(load("films-adapterfusion", store), store)(ids, (ids != 0).long()), sys.argv[2])
+"""
+    logits = []
+    for number in range(2):
+        target = tmp_path / str(number)
+        subprocess.run([sys.executable, "-c", code, fused.folder / "store", target], check=True, cwd=Path(__file__).parents[1])
+        logits.append(torch.load(target, weights_only=True))
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("composition", ["static", "mean"])
+def test_a_slot_takes_other_compositions(fused: Bench, composition: str) -> None:
+    result = fused.stage2("plays", ["films", "plays"], composition=CompositionConfig(name=composition))
+    expected = {f"{n}.feedforward.weight" for n in range(3)} if composition == "static" else set()
+    assert set(fused.weights(f"plays-{composition}")) == expected
+    assert fused.evaluate(f"plays-{composition}")["metrics"]["validation"] == pytest.approx(
+        result["metrics"]["validation"], abs=1e-6
+    )
+    (line,) = fused.predict(f"plays-{composition}", [{"text": "good"}], attention=True)
+    assert list(line["attention"]["0"]) == ["films", "plays"]
+
+
+def test_houlsby_and_a_head_of_two_layers(bench: Bench) -> None:
+    placement = AdapterConfig(name="houlsby", sites=["attention", "feedforward"], reads="output", layers="last:2")
+    bench.stage1("films", adapter=placement, head=HeadConfig(layers=2, pooling="cls"))
+    bench.stage2("books", ["films"], composition=CompositionConfig(layers=[2], value_matrix=False))
+    slots = {name.rsplit(".", 2)[0] for name in bench.weights("books-adapterfusion")}
+    assert slots == {"2.attention", "2.feedforward"}
+    (line,) = bench.predict("books-adapterfusion", [{"text": "good"}], attention=True)
+    assert set(line["attention"]) == {"2.attention", "2.feedforward"}
+    assert 0 <= bench.evaluate("films")["metrics"]["validation"]["accuracy"] <= 1
+
+
+def test_a_head_alone(bench: Bench) -> None:
+    result = bench.stage1("films", method=MethodConfig("head"))
+    assert result["name"] == "films-head" and result["parameters"]["trainable"] == 2 * 32 + 2
+    assert bench.weights("films-head") == {}
+    assert bench.evaluate("films-head")["metrics"] == {
+        "validation": pytest.approx(result["metrics"]["validation"], abs=1e-6)
+    }
+    with pytest.raises(UserError, match="stored head"):
+        bench.stage2("books", ["films-head"])
+
+
+def test_the_same_run_gives_the_same_bits(bench: Bench) -> None:
+    for store in ("one", "two"):
+        bench.stage1("films", store=str(bench.folder / store), head=HeadConfig(dropout=0.3))
+    assert same(bench.weights("films", "one"), bench.weights("films", "two"))
+    bench.stage1("films", store=str(bench.folder / "three"), head=HeadConfig(dropout=0.3), seed=43)
+    assert not same(bench.weights("films", "one"), bench.weights("films", "three"))
+
+
+def test_a_second_time_nothing_is_trained(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = bench.stage1("films")
+    monkeypatch.setattr(lightning.Trainer, "fit", lambda *_, **__: pytest.fail("trained again"))
+    assert bench.stage1("films") == first
+
+
+def test_another_run_of_the_same_name_is_refused_with_the_keys(bench: Bench) -> None:
+    bench.stage1("films")
+    changed = {"optim": OptimConfig(lr=1e-3, patience=None)}
+    with pytest.raises(UserError, match=r"optim\.lr: 0\.005 there, 0\.001 here[\s\S]*overwrite=true"):
+        bench.stage1("films", **changed)
+    before = bench.weights("films")
+    bench.stage1("films", **changed, overwrite=True)
+    assert not same(bench.weights("films"), before)
+
+
+def test_a_source_that_was_trained_again_makes_another_fusion(bench: Bench) -> None:
+    bench.stage1("films")
+    bench.stage2("books", ["films"])
+    before = bench.evaluate("books-adapterfusion")["metrics"]
+    bench.stage1("films", seed=7, overwrite=True)
+    assert bench.evaluate("books-adapterfusion")["metrics"] == before  # it keeps its own sources
+    with pytest.raises(UserError, match=r"inputs\.sources"):
+        bench.stage2("books", ["films"])
+
+
+def test_fusion_never_takes_an_adapters_name(bench: Bench) -> None:
+    bench.stage1("films")
+    with pytest.raises(UserError, match="adapter"):
+        bench.stage2("books", ["films"], name="films", overwrite=True)
+
+
+class StopAfter(lightning.Callback):
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.current_epoch == self.epoch:
+            raise RuntimeError("the power went")
+
+
+@pytest.mark.parametrize("command", ["stage1", "stage2"])
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bits(
+    bench: Bench, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusion.training import fit as fit_module
+
+    bench.stage1("plays")
+
+    def train(store: str) -> dict[str, Any]:
+        settings = {
+            "store": store,
+            "head": HeadConfig(dropout=0.3),
+            "trainer": TrainerConfig(accelerator="cpu", max_epochs=3, enable_progress_bar=False),
+        }
+        if command == "stage1":
+            return bench.stage1("films", **settings, adapter=AdapterConfig(dropout=0.2), name="x")
+        source = str(bench.folder / "store" / "plays")
+        return bench.stage2("films", [source], **settings, name="x")
+
+    whole, broken = str(bench.folder / "whole"), str(bench.folder / "broken")
+    expected = train(whole)
+    make_trainer = fit_module.make_trainer
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_module, "make_trainer", lambda c, k, g: make_trainer(c, [*k, StopAfter(2)], g))
+        with pytest.raises(RuntimeError, match="power"):
+            train(broken)
+    assert not (bench.folder / "broken" / "x").exists()
+    assert list((bench.folder / "broken" / ".runs").glob("x-*/last.ckpt"))
+    resumed = train(broken)
+    assert same(bench.weights("x", "whole"), bench.weights("x", "broken"))
+    assert resumed["metrics"] == expected["metrics"] and resumed["best_epoch"] == expected["best_epoch"]
+
+
+def test_a_frozen_tensor_that_changes_is_an_error_and_nothing_is_stored(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusion.training.module import TaskModule
+
+    step = TaskModule.training_step
+
+    def careless(self: TaskModule, batch: Any, index: int) -> torch.Tensor:
+        with torch.no_grad():
+            self.model.backbone.embeddings.word_embeddings.weight[3, 0] += 1e-3  # type: ignore
+        return step(self, batch, index)
+
+    monkeypatch.setattr(TaskModule, "training_step", careless)
+    with pytest.raises(GuardError, match="frozen tensor changed"):
+        bench.stage1("films")
+    assert not (bench.folder / "store" / "films").exists()
+
+
+def test_a_parameter_that_would_train_undeclared_is_an_error(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusion.model import AdaptedModel
+
+    build = AdaptedModel.__init__
+
+    def careless(self: AdaptedModel, *values: Any, **named: Any) -> None:
+        build(self, *values, **named)
+        self.backbone.get_parameter("embeddings.LayerNorm.bias").requires_grad_(True)
+
+    monkeypatch.setattr(AdaptedModel, "__init__", careless)
+    with pytest.raises(GuardError, match=r"not declared: \['backbone.embeddings.LayerNorm.bias'\]"):
+        bench.stage1("films")
+    assert not (bench.folder / "store" / "films").exists()
+
+
+def test_sources_that_do_not_go_together_are_refused(bench: Bench, make_backbone: Callable[..., Path]) -> None:
+    bench.stage1("films")
+    bench.stage1("books", adapter=AdapterConfig(name="houlsby", sites=["attention"], reads="output"))
+    with pytest.raises(UserError, match=r"adapter\.sites \[attention\] and not \[feedforward\]"):
+        bench.stage2("plays", ["films", "books"])
+    bench.backbone = make_backbone("bert", seed=1)
+    with pytest.raises(UserError, match="films was trained on .* with fingerprint"):
+        bench.stage2("plays", ["films"])
+    bench.stage1("plays")
+    with pytest.raises(UserError, match="backbone"):
+        bench.stage2("plays", ["films", "plays"])
+    with pytest.raises(UserError, match="films.*plays|no artifact 'filns'"):
+        bench.stage2("plays", ["filns"])
+
+
+def test_layers_that_do_not_exist_are_refused(bench: Bench) -> None:
+    with pytest.raises(UserError, match=r"adapter\.layers=\[2, 3\]: layer 3 .* 0 to 2"):
+        bench.stage1("films", adapter=AdapterConfig(layers=[2, 3]))
+    with pytest.raises(UserError, match=r"adapter\.layers=last:4: the backbone has 3 layers"):
+        bench.stage1("films", adapter=AdapterConfig(layers="last:4"))
+    bench.stage1("films", adapter=AdapterConfig(layers=[0]))
+    with pytest.raises(UserError, match=r"composition\.layers=\[1\]: no source"):
+        bench.stage2("books", ["films"], composition=CompositionConfig(layers=[1]))
+
+
+def test_the_best_epoch_is_kept_and_patience_ends_the_run(bench: Bench) -> None:
+    result = bench.stage1(
+        "films",
+        optim=OptimConfig(lr=5e-3, patience=1),
+        trainer=TrainerConfig(accelerator="cpu", max_epochs=30, enable_progress_bar=False),
+    )
+    assert result["epochs"] <= result["best_epoch"] + 1 < 30
+    assert bench.evaluate("films")["metrics"]["validation"] == pytest.approx(
+        result["metrics"]["validation"], abs=1e-6
+    )
+
+
+def test_an_entry_depends_on_what_the_config_only_names(bench: Bench) -> None:
+    config = Stage1Config(**bench.settings("films"), name="films")
+    run = bench.run("stage1", config)
+    entries = [find_entry(config, run, "adapter", {"sources": [hash_]}) for hash_ in ("a", "b")]
+    assert entries[0].identity != entries[1].identity
+    assert entries[0].checkpoints.parent == bench.folder / "store" / ".runs"
