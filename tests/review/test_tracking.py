@@ -1,0 +1,419 @@
+"""W&B and CSV: each job has a run of its own, and nothing that W&B does stops or delays training."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning
+import torch
+import wandb
+from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+
+from fusion.config import CsvConfig, LoggerConfig, WandbConfig
+from fusion.review import tracking
+from fusion.review.tracking import build_loggers, finish, log_lineage, log_result
+from tests.review.wandb_server import WandbServer, wandb_server
+
+KEY = "0123456789abcdef" * 2 + "01234567"
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No key, no settings, no network variables of whoever runs the tests; a W&B session of each test's own."""
+    for variable in list(os.environ):
+        if variable.startswith("WANDB_") or variable.lower().endswith("_proxy"):
+            monkeypatch.delenv(variable)
+    for variable in tracking.RANK_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("NETRC", str(home / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(home / "config"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(home / "cache"))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(home / "data"))
+    monkeypatch.chdir(home)
+    yield
+    with contextlib.suppress(Exception):  # a test may have ended the service
+        wandb.teardown()
+
+
+def start(directory: Path, name: str = "rte", **options: Any) -> list[Logger]:
+    config = LoggerConfig(wandb=WandbConfig(**({"init_timeout": 20} | options)))
+    return build_loggers(
+        config,
+        directory=directory,
+        name=name,
+        group="sweep",
+        job_type="stage1",
+        tags=["rte", "minilm", "adapter", "", "x" * 80],
+        config_values={"optim": {"lr": 1e-4}, "store": Path("outputs/store"), "sources": ("a", "b")},
+    )
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.name == tracking.__name__]
+
+
+@lru_cache
+def inspect(directory: Path, *options: str) -> str:
+    """What `wandb leet inspect` reads from the only run under DIRECTORY/wandb."""
+    (path,) = [p for p in directory.glob("wandb/*run-*/*.wandb")]
+    program = Path(sysconfig.get_path("scripts")) / "wandb"
+    command = [sys.executable, str(program), "leet", "inspect", "--json", *options, str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def records(directory: Path, kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in inspect(directory).splitlines()]
+    return [line[kind] for line in lines if line["type"] == kind]
+
+
+def summary(directory: Path) -> dict[str, Any]:
+    return json.loads(inspect(directory, "--summary"))
+
+
+def test_two_jobs_of_one_process_have_two_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger=tracking.__name__)
+    for number, name in enumerate(("rte", "mrpc")):
+        loggers = start(tmp_path / name, name)
+        assert [type(logger).__name__ for logger in loggers] == ["SafeWandbLogger"]
+        for step in range(3):
+            loggers[0].log_metrics({"train/loss": float(number)}, step)
+        finish(loggers, exit_code=number)
+    for number, name in enumerate(("rte", "mrpc")):
+        (run,) = records(tmp_path / name, "run")
+        assert run["display_name"] == name
+        assert (
+            run["run_group"] == "sweep" and run["job_type"] == "stage1" and run["project"] == "adapter-fusion"
+        )
+        assert run["tags"] == ["rte", "minilm", "adapter", "x" * 64]
+        config = run["config"]["update"]
+        assert config["optim"] == {"lr": 1e-4}
+        assert config["store"] == "outputs/store" and config["sources"] == ["a", "b"]
+        history = [record["item"] for record in records(tmp_path / name, "history")]
+        assert [(item["train/loss"], item["trainer/global_step"]) for item in history] == [
+            (number, step) for step in range(3)
+        ]
+        assert records(tmp_path / name, "exit")[0].get("exit_code", 0) == number
+        metrics = records(tmp_path / name, "metric")
+        assert any(metric.get("step_metric") == "trainer/global_step" for metric in metrics)
+    lines = said(caplog)
+    assert len(lines) == 2 and all("W&B is offline (no API key is set" in line for line in lines)
+    assert f"wandb sync {next((tmp_path / 'mrpc').glob('wandb/offline-run-*'))}`" in lines[1]
+    assert "WANDB_MODE" not in os.environ
+
+
+def test_it_says_one_line_and_keeps_to_its_folder(tmp_path: Path) -> None:
+    code = f"""
+import logging
+from pathlib import Path
+from fusion.config import *
+from fusion.review.tracking import *
+logging.basicConfig(level=logging.INFO)
+loggers = build_loggers(LoggerConfig(wandb=WandbConfig()), directory=Path({str(tmp_path / "job")!r}), name="rte",
+                        group="g", job_type="stage1", tags=[], config_values={{}})
+loggers[0].log_metrics({{"loss": 1.0}}, 0)
+log_result(loggers, {{"metrics": {{"validation": {{"accuracy": 0.5}}}}}})
+finish(loggers, 0)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    lines = (done.stdout + done.stderr).splitlines()
+    assert len(lines) == 1 and "W&B is offline" in lines[0]
+    here = [path.relative_to(Path.cwd()) for path in Path.cwd().rglob("*") if path.is_file()]
+    assert all(path.parts[:2] == ("cache", "wandb") for path in here), here  # the log of W&B's own service
+
+
+def test_a_job_that_was_never_finished_does_not_take_the_next_one_in(tmp_path: Path) -> None:
+    first = start(tmp_path / "one", "one")
+    second = start(tmp_path / "two", "two")
+    second[0].log_metrics({"loss": 2.0}, 0)
+    first[0].log_metrics({"loss": 1.0}, 0)  # too late, and no reason to stop
+    finish(second, 0)
+    finish(first, 1)
+    assert [record["item"]["loss"] for record in records(tmp_path / "two", "history")] == [2.0]
+    assert records(tmp_path / "one", "history") == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "setting"),
+    [("offline", None), ("dryrun", None), ("online", "offline"), ("disabled", "offline")],
+)
+def test_offline_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: str, setting: str | None
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_MODE", environment)
+    loggers = start(tmp_path, mode=setting)
+    finish(loggers)
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
+    assert os.environ["WANDB_MODE"] == environment
+
+
+def test_disabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert start(tmp_path / "a", mode="disabled") == []
+    with monkeypatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        assert start(tmp_path / "b") == []
+    loggers = start(tmp_path / "c")  # the next job is asked anew
+    assert len(loggers) == 1
+    finish(loggers)
+
+
+def test_a_closed_port_means_offline_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    caplog.set_level(logging.INFO, logger=tracking.__name__)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+    started = time.monotonic()
+    loggers = start(tmp_path)
+    loggers[0].log_metrics({"loss": 1.0}, 0)
+    finish(loggers)
+    assert time.monotonic() - started < 15
+    assert "127.0.0.1 is out of reach" in caplog.text
+    assert [record["item"]["loss"] for record in records(tmp_path, "history")] == [1.0]
+
+
+@pytest.mark.parametrize("status", [401, "silent"])
+def test_a_server_that_refuses_or_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, status: int | str
+) -> None:
+    caplog.set_level(logging.INFO, logger=tracking.__name__)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    with wandb_server(status) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        started = time.monotonic()
+        loggers = start(tmp_path, init_timeout=3)
+        assert time.monotonic() - started < 12
+        finish(loggers)
+    assert "the server did not take the run" in caplog.text
+    (folder,) = tmp_path.glob("wandb/*run-*")  # nothing is left of the first try
+    assert folder.name.startswith("offline-run")
+
+
+def test_a_key_that_is_no_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger=tracking.__name__)
+    monkeypatch.setenv("WANDB_API_KEY", "nonsense")
+    finish(start(tmp_path))
+    assert "W&B is offline (WANDB_API_KEY invalid" in caplog.text
+
+
+def test_a_key_in_netrc_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with wandb_server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        Path(os.environ["NETRC"]).write_text(
+            f"machine 127.0.0.1:{server.server_port}\nlogin user\npassword {KEY}\n"
+        )
+        Path(os.environ["NETRC"]).chmod(0o600)
+        finish(start(tmp_path))
+        assert [run["groupName"] for run in server.runs] == ["sweep"]
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    with wandb_server() as server:
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        yield server
+
+
+def test_online(server: WandbServer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger=tracking.__name__)
+    for name in ("rte", "mrpc"):
+        loggers = start(tmp_path / name, name)
+        loggers[0].log_metrics({"loss": 1.0}, 0)
+        folder = tmp_path / "store" / name
+        folder.mkdir(parents=True)
+        (folder / "weights.safetensors").write_bytes(b"weights")
+        sources = [{"name": "mnli", "hash": "a" * 64}]
+        log_lineage(loggers, folder=folder, kind="fusion", name=name, hash="b" * 64, sources=sources)
+        finish(loggers)
+    assert [(run["displayName"], run["groupName"], run["jobType"]) for run in server.runs] == [
+        ("rte", "sweep", "stage1"),
+        ("mrpc", "sweep", "stage1"),
+    ]
+    assert len({run["name"] for run in server.runs}) == 2
+    assert server.asked_artifacts == [f"mnli:{'a' * 12}"] * 2
+    assert [(a["artifactCollectionName"], a["artifactTypeName"]) for a in server.artifacts] == [
+        ("rte", "fusion"),
+        ("mrpc", "fusion"),
+    ]
+    assert {alias["alias"] for alias in server.artifacts[0]["aliases"]} == {"latest", "b" * 12}
+    lines = said(caplog)
+    assert len(lines) == 2
+    assert all(line.startswith(f"W&B: {server.url}/entity/project/runs/") for line in lines)
+    assert summary(tmp_path / "rte")["config"]["artifact"]["sources"] == sources
+    staged = Path(os.environ["WANDB_DATA_DIR"])
+    assert not staged.exists() or not [path for path in staged.rglob("*") if path.is_file()]
+
+
+def test_a_server_lost_in_mid_run(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", 2.0)
+    loggers = start(tmp_path / "rte")
+    server.stop()
+    started = time.monotonic()
+    loggers[0].log_metrics({"loss": 1.0}, 0)
+    log_result(loggers, {"metrics": {}})
+    log_lineage(loggers, folder=tmp_path, kind="adapter", name="rte", hash="b" * 64, sources=[])
+    finish(loggers)
+    assert time.monotonic() - started < 15
+    lines = said(caplog)
+    assert any("could not link the artifacts (127.0.0.1 is out of reach" in line for line in lines)
+    assert any("could not upload all of the run" in line and "wandb sync " in line for line in lines)
+    loggers = start(tmp_path / "mrpc", "mrpc")  # the next job of the sweep
+    finish(loggers)
+    assert len(list(tmp_path.glob("mrpc/wandb/offline-run-*"))) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for the service in /proc")
+def test_a_service_that_died(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """W&B's own helper process is gone: this job goes on without, and the next has a run again."""
+    loggers = start(tmp_path / "rte")
+    children = [
+        int(pid) for t in Path("/proc/self/task").iterdir() for pid in (t / "children").read_text().split()
+    ]
+    services = {pid for pid in children if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+    assert len(services) == 1
+    os.kill(services.pop(), signal.SIGKILL)
+    time.sleep(0.5)
+    for step in range(3):
+        loggers[0].log_metrics({"loss": 1.0}, step)
+    log_result(loggers, {"metrics": {}})
+    finish(loggers, 0)
+    loggers = start(tmp_path / "mrpc", "mrpc")
+    loggers[0].log_metrics({"loss": 1.0}, 0)
+    finish(loggers)
+    assert len(records(tmp_path / "mrpc", "history")) == 1
+
+
+def test_wandb_that_cannot_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(wandb, "init", fails)
+        assert start(tmp_path) == []
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", None)
+        assert start(tmp_path) == []
+    lines = said(caplog)
+    assert len(lines) == 2 and all("W&B could not start" in line for line in lines)
+
+
+def fails(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("the disk is full\nand more")
+
+
+class Line(pytorch_lightning.LightningModule):
+    """The smallest model that trains and logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:
+        loss = (self.weight * batch[0]).sum()
+        self.log("train/loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(loggers: list[Logger], directory: Path) -> pytorch_lightning.Trainer:
+    trainer = pytorch_lightning.Trainer(
+        max_epochs=1,
+        logger=loggers,
+        log_every_n_steps=1,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=directory,
+    )
+    trainer.fit(
+        Line(), torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(4)), batch_size=1)
+    )
+    return trainer
+
+
+def both(directory: Path) -> list[Logger]:
+    config = LoggerConfig(wandb=WandbConfig(), csv=CsvConfig(flush_every_n_steps=2))
+    return build_loggers(
+        config, directory=directory, name="rte", group="g", job_type="stage1", tags=[], config_values={}
+    )
+
+
+def test_training_with_both(tmp_path: Path) -> None:
+    loggers = both(tmp_path)
+    assert isinstance(loggers[0], WandbLogger) and isinstance(loggers[1], CSVLogger)
+    assert fit(loggers, tmp_path).global_step == 4
+    log_result(
+        loggers, {"metrics": {"validation": {"accuracy": 0.5}}, "speed": {"seconds": 2.5}, "artifact": "a/b"}
+    )
+    finish(loggers)
+    with (tmp_path / "csv" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
+    shown = summary(tmp_path)["summary"]
+    assert (
+        shown["validation/accuracy"] == 0.5 and shown["speed/seconds"] == 2.5 and shown["artifact"] == "a/b"
+    )
+    assert float(rows[-1]["train/loss"]) == pytest.approx(shown["train/loss"])
+
+
+def test_loggers_that_raise_do_not_stop_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    loggers = both(tmp_path)
+    monkeypatch.setattr(wandb.Run, "log", fails)
+    monkeypatch.setattr(wandb.Run, "define_metric", fails)
+    monkeypatch.setattr(CSVLogger, "save", fails)
+    assert fit(loggers, tmp_path).global_step == 4
+    loggers[0].log_hyperparams({"a": 1})
+    finish(loggers, 0)
+    lines = said(caplog)
+    assert sum("W&B could not log (the disk is full)" in line for line in lines) == 1
+    assert sum("the CSV logger could not log (the disk is full)" in line for line in lines) == 1
+
+
+def test_none_and_other_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(config: LoggerConfig) -> list[Logger]:
+        return build_loggers(
+            config, directory=tmp_path, name="rte", group="g", job_type="stage1", tags=[], config_values={}
+        )
+
+    assert build(LoggerConfig()) == []
+    for variable in tracking.RANK_VARIABLES:
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "1")
+            assert build(LoggerConfig(wandb=WandbConfig(), csv=CsvConfig())) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "home"]
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert len(build(LoggerConfig(csv=CsvConfig()))) == 1
+    finish([], 0)
+    log_result([], {})

@@ -1,0 +1,406 @@
+"""Writing and reading artifacts: bit-equal, whole or not at all, one writer at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fusion.store.artifacts as artifacts_module
+from fusion.errors import UserError
+from fusion.store.artifacts import load, load_by_hash, match_keys, save
+from fusion.store.manifest import HEAD, MANIFEST, WEIGHTS, Manifest, find, find_by_hash, names, read_manifest
+
+Make = Callable[..., Manifest]
+Tensors = dict[str, torch.Tensor]
+ROOT = Path(__file__).parents[2]
+OTHER = {"other": torch.ones(3)}
+
+
+def same_bits(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> bool:
+    def bits(tensor: torch.Tensor) -> tuple[Any, ...]:
+        flat = tensor.detach().contiguous().reshape(-1)
+        return (
+            tensor.dtype,
+            tuple(tensor.shape),
+            bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b"",
+        )
+
+    return one.keys() == two.keys() and all(bits(one[key]) == bits(two[key]) for key in one)
+
+
+def contents(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+
+
+def test_round_trip_is_bit_equal(make_manifest: Make, weights: Tensors, head: Tensors, store: Path) -> None:
+    path = save(store, make_manifest(), weights, head)
+    assert path == store / "mnli"
+    assert contents(path) == {MANIFEST, WEIGHTS, HEAD}
+    artifact = load("mnli", store)
+    assert artifact.path == path and artifact.manifest == read_manifest("mnli", store)
+    assert same_bits(artifact.weights, weights)
+    assert same_bits(artifact.head, head)
+    assert not any(tensor.requires_grad for tensor in artifact.weights.values())
+    artifact.weights[
+        "0.feedforward.down.weight"
+    ].zero_()  # what is loaded may be written to, and is nobody else's
+    assert same_bits(load("mnli", store).weights, weights)
+
+
+def test_same_tensors_make_the_same_files(
+    make_manifest: Make, weights: Tensors, head: Tensors, store: Path
+) -> None:
+    one = save(store, make_manifest("one"), weights, head)
+    two = save(store, make_manifest("two"), dict(reversed(weights.items())), head)
+    assert (one / WEIGHTS).read_bytes() == (two / WEIGHTS).read_bytes()
+    assert read_manifest("one", store).hash == read_manifest("two", store).hash
+
+
+def test_an_artifact_without_weights(make_manifest: Make, head: Tensors, store: Path) -> None:
+    save(store, make_manifest("rte-head", "head"), {}, head)
+    artifact = load("rte-head", store)
+    assert artifact.weights == {} and same_bits(artifact.head, head)
+
+
+def test_bytes_and_modes(make_manifest: Make, weights: Tensors, head: Tensors, store: Path) -> None:
+    umask = os.umask(0o022)
+    try:
+        path = save(store, make_manifest(), weights, head)
+    finally:
+        os.umask(umask)
+    files = read_manifest("mnli", store).files
+    assert {file: entry["bytes"] for file, entry in files.items()} == {
+        file: (path / file).stat().st_size for file in (WEIGHTS, HEAD)
+    }
+    if os.name == "posix":  # a group that shares the store can read what one of them made
+        assert path.stat().st_mode & 0o777 == 0o755
+        assert (path / WEIGHTS).stat().st_mode & 0o777 == 0o644
+
+
+def test_a_taken_name(make_manifest: Make, weights: Tensors, head: Tensors, store: Path) -> None:
+    save(store, make_manifest(), weights, head)
+    with pytest.raises(UserError, match="overwrite=true"):
+        save(store, make_manifest(seed=4), OTHER, head)
+    assert same_bits(load("mnli", store).weights, weights)
+    with pytest.raises(UserError, match="kept for a stored adapter"):
+        fusion = make_manifest("mnli", "fusion", sources=[{"name": "a", "hash": "b"}])
+        save(store, fusion, OTHER, head, overwrite=True)
+    with pytest.raises(UserError, match="Letters"):
+        save(store, make_manifest("../mnli"), weights, head)
+    assert contents(store.parent) == {"store"}
+    assert names(store) == ["mnli"]
+
+
+def test_overwrite_removes_what_nobody_needs(
+    make_manifest: Make, weights: Tensors, head: Tensors, store: Path
+) -> None:
+    save(store, make_manifest(), weights, head)
+    save(store, make_manifest(seed=4), OTHER, head, overwrite=True)
+    artifact = load("mnli", store)
+    assert artifact.manifest.seed == 4 and same_bits(artifact.weights, OTHER)
+    assert contents(store / ".replaced") == set()
+    assert contents(store / ".staging") == set()
+
+
+def test_overwrite_keeps_what_a_fusion_needs(
+    make_manifest: Make, weights: Tensors, head: Tensors, store: Path
+) -> None:
+    save(store, make_manifest(), weights, head)
+    hash = read_manifest("mnli", store).hash
+    save(store, make_manifest("f", "fusion", sources=[{"name": "mnli", "hash": hash}]), OTHER, head)
+    save(store, make_manifest(seed=4), weights, head, overwrite=True)  # the same weights: nothing is lost
+    assert contents(store / ".replaced") == set()
+    for value in range(2):  # the second one replaces an adapter that no fusion names
+        save(store, make_manifest(), {"other": torch.full((3,), float(value))}, head, overwrite=True)
+    kept = store / ".replaced" / f"mnli-{hash[:8]}"
+    assert contents(store / ".replaced") == {kept.name}
+    assert find_by_hash(hash, "mnli", store) == kept
+    artifact = load_by_hash(hash, "mnli", store)
+    assert artifact.manifest.hash == hash and same_bits(artifact.weights, weights)
+    assert names(store) == ["f", "mnli"]
+    save(store, make_manifest(), weights, head, overwrite=True)
+    assert find_by_hash(hash, "mnli", store) == store / "mnli"
+    save(store, make_manifest(), OTHER, head, overwrite=True)  # it is kept already
+    assert contents(store / ".replaced") == {kept.name} and contents(store / ".staging") == set()
+
+
+def test_a_source_that_is_gone(make_manifest: Make, weights: Tensors, head: Tensors, store: Path) -> None:
+    save(store, make_manifest(), weights, head)
+    hash = read_manifest("mnli", store).hash
+    os.rename(store / "mnli", store / "renamed")
+    assert same_bits(load_by_hash(hash, "mnli", store).weights, weights)
+    shutil.rmtree(store / "renamed")
+    with pytest.raises(UserError, match=rf"source mnli \({hash[:8]}\) is gone"):
+        load_by_hash(hash, "mnli", store)
+
+
+def damaged(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "cut":
+        path.write_bytes(content[:-5])
+    elif how == "changed":
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif how == "pickle":
+        torch.save({"weight": torch.ones(1)}, path)
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, HEAD])
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("cut", r"is [\d,]+ bytes of [\d,]+; copy the artifact again, or train it again with overwrite=true"),
+        ("changed", "sha256 .* so it was changed"),
+        ("pickle", "bytes of"),
+        ("gone", "cannot be read"),
+    ],
+)
+def test_damaged_files_are_named(
+    make_manifest: Make, weights: Tensors, head: Tensors, store: Path, file: str, how: str, says: str
+) -> None:
+    path = save(store, make_manifest(), weights, head) / file
+    damaged(path, how)
+    with pytest.raises(UserError, match=says) as error:
+        load("mnli", store)
+    assert str(error.value).startswith(f"{path}: ")
+    save(store, make_manifest(), weights, head, overwrite=True)  # the mend that the message names
+    assert same_bits(load("mnli", store).weights, weights)
+
+
+def test_a_manifest_that_agrees_with_a_pickle(make_manifest: Make, head: Tensors, store: Path) -> None:
+    # Not even where the hashes fit is anything but safetensors read.
+    import hashlib
+
+    path = save(store, make_manifest(), OTHER, head)
+    damaged(path / WEIGHTS, "pickle")
+    content = (path / WEIGHTS).read_bytes()
+    values = json.loads((path / MANIFEST).read_text())
+    values["files"][WEIGHTS] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    (path / MANIFEST).write_text(json.dumps(values))
+    with pytest.raises(UserError, match="is not a safetensors file"):
+        load("mnli", store)
+
+
+def test_a_damaged_manifest(make_manifest: Make, weights: Tensors, head: Tensors, store: Path) -> None:
+    path = save(store, make_manifest(), weights, head) / MANIFEST
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(UserError, match=r"manifest\.json: is not JSON"):
+        load("mnli", store)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="is not text in UTF-8"):
+        load("mnli", store)
+    save(store, make_manifest(), weights, head, overwrite=True)
+    assert same_bits(load("mnli", store).weights, weights)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_failed_save_leaves_nothing(
+    make_manifest: Make,
+    weights: Tensors,
+    head: Tensors,
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overwrite: bool,
+) -> None:
+    if overwrite:
+        save(store, make_manifest(), weights, head)
+
+    def disk_full(path: Path, content: bytes) -> None:
+        if path.name == HEAD:
+            raise OSError(28, "No space left on device")
+        path.write_bytes(content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts_module, "_write", disk_full)
+        with pytest.raises(OSError, match="No space"):
+            save(store, make_manifest(seed=4), OTHER, head, overwrite=overwrite)
+    assert contents(store / ".staging") == set()
+    assert names(store) == (["mnli"] if overwrite else [])
+    if overwrite:
+        assert same_bits(load("mnli", store).weights, weights)
+    save(store, make_manifest(seed=5), OTHER, head, overwrite=overwrite)  # the lock is free again
+    assert load("mnli", store).manifest.seed == 5
+
+
+def test_what_cannot_be_read_again_is_not_stored(make_manifest: Make, head: Tensors, store: Path) -> None:
+    with pytest.raises(UserError, match="seed is text"):
+        save(store, make_manifest(seed="three"), OTHER, head)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        save(store, make_manifest(metrics={"validation": torch.ones(1)}), OTHER, head)
+    assert names(store) == [] and contents(store / ".staging") == set()
+
+
+@pytest.mark.parametrize("moment", ["staged", "moved aside", "in place"])
+def test_a_writer_killed_in_an_overwrite(
+    make_manifest: Make, weights: Tensors, head: Tensors, store: Path, moment: str
+) -> None:
+    """SIGKILL at each step: the store has the old artifact or the new one, and the next writer tidies up."""
+    save(store, make_manifest(), weights, head)
+    save(store, make_manifest("f", "fusion", sources=[source_of("mnli", store)]), OTHER, head)
+    code = f"""
+        import os, signal, torch
+        from pathlib import Path
+        import fusion.store.artifacts as artifacts
+        from dataclasses import replace
+        steps = []
+        def rename(old, new, replace=os.replace):
+            steps.append(new)
+            if len(steps) == {["staged", "moved aside", "in place"].index(moment) + 1}:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(old, new)
+        artifacts.os.replace = rename
+        store = Path({str(store)!r})
+        manifest = replace(artifacts.load("mnli", store).manifest, seed=4, files={{}})
+        artifacts.save(store, manifest, {{"other": torch.ones(3)}}, {{}}, overwrite=True)
+    """
+    done = run_python(code)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert names(store) == ["f", "mnli"]
+    stored = load("mnli", store)
+    assert same_bits(stored.weights, OTHER if moment == "in place" else weights)
+    source = load("f", store).manifest.sources[0]
+    assert same_bits(load_by_hash(source["hash"], source["name"], store).weights, weights)
+    with pytest.raises(UserError, match="overwrite=true"):
+        save(store, make_manifest(), OTHER, head)
+    save(store, make_manifest(seed=6), {"new": torch.zeros(1)}, head, overwrite=True)
+    assert load("mnli", store).manifest.seed == 6 and find("mnli", store) == store / "mnli"
+    assert contents(store / ".staging") == set()
+    assert same_bits(load_by_hash(source["hash"], source["name"], store).weights, weights)
+
+
+def source_of(name: str, store: Path) -> dict[str, str]:
+    return {"name": name, "hash": read_manifest(name, store).hash}
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+
+
+HOLDER = """
+    import sys, time
+    from pathlib import Path
+    from fusion.store.artifacts import _writing
+    with _writing(Path({store!r}), "mnli", 10.0):
+        print("held", flush=True)
+        time.sleep({seconds})
+"""
+
+
+def test_a_second_writer_waits_and_then_names_the_first(
+    make_manifest: Make, weights: Tensors, head: Tensors, store: Path
+) -> None:
+    store.mkdir(parents=True)
+    code = textwrap.dedent(HOLDER.format(store=str(store), seconds=60))
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        started = time.monotonic()
+        with pytest.raises(UserError, match=f"process {holder.pid} on {socket.gethostname()}: waited 0.3 s"):
+            save(store, make_manifest(), weights, head, wait=0.3)
+        assert time.monotonic() - started < 5
+        save(store, make_manifest("rte"), weights, head, wait=0.3)  # another name is free
+        waiting = threading.Timer(0.3, holder.kill)  # a writer that dies holds nobody up
+        waiting.start()
+        save(store, make_manifest(), weights, head, wait=30)
+    assert same_bits(load("mnli", store).weights, weights)
+
+
+def test_writers_and_readers_at_once(make_manifest: Make, head: Tensors, store: Path) -> None:
+    """Two processes overwrite one name again and again; whatever a reader gets is one of them, whole."""
+    save(store, make_manifest(seed=0), {"value": torch.full((1000,), 0.0)}, head)
+    code = f"""
+        import sys, torch
+        from dataclasses import replace
+        from pathlib import Path
+        from fusion.store.artifacts import load, save
+        store, writer = Path({str(store)!r}), int(sys.argv[1])
+        for step in range(25):
+            seed = writer * 100 + step
+            manifest = replace(load("mnli", store).manifest, seed=seed, files={{}})
+            save(store, manifest, {{"value": torch.full((1000,), float(seed))}}, {{}}, overwrite=True)
+    """
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code), str(number)],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for number in (1, 2)
+    ]
+    seen = set()
+    while any(writer.poll() is None for writer in writers):
+        artifact = load("mnli", store)
+        assert torch.equal(artifact.weights["value"], torch.full((1000,), float(artifact.manifest.seed)))
+        seen.add(artifact.manifest.seed)
+    for writer in writers:
+        _, errors = writer.communicate()
+        assert writer.returncode == 0, errors
+    assert len(seen) > 2
+    assert load("mnli", store).manifest.seed in (124, 224)
+    assert contents(store / ".staging") == set()
+
+
+def test_two_new_artifacts_of_one_name(make_manifest: Make, head: Tensors, store: Path) -> None:
+    """Two jobs that end at once with one name: one is stored, the other is told."""
+    outcomes: list[str] = []
+
+    def write(seed: int) -> None:
+        try:
+            save(store, make_manifest(seed=seed), {"value": torch.full((10,), float(seed))}, head)
+            outcomes.append("stored")
+        except UserError:
+            outcomes.append("refused")
+
+    threads = [threading.Thread(target=write, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["refused", "refused", "refused", "stored"]
+    artifact = load("mnli", store)
+    assert artifact.weights["value"][0] == artifact.manifest.seed
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_store_that_may_only_be_read(
+    make_manifest: Make, weights: Tensors, head: Tensors, store: Path
+) -> None:
+    save(store, make_manifest(), weights, head)
+    store.chmod(0o500)
+    try:
+        assert same_bits(load("mnli", store).weights, weights)
+    finally:
+        store.chmod(0o700)
+
+
+def test_match_keys() -> None:
+    found = {"a": torch.ones(2, 3), "b": torch.ones(())}
+    match_keys({"a": (2, 3), "b": ()}, found, Path("w"))
+    match_keys({"b": torch.Size([]), "a": torch.Size([2, 3])}, found, Path("w"))
+    with pytest.raises(UserError) as error:
+        match_keys({"a": (3, 2), "c": (1,)}, found, Path("store/mnli/weights.safetensors"))
+    assert str(error.value) == (
+        "store/mnli/weights.safetensors: does not fit the model it should fill; "
+        "missing: c; unexpected: b; of another shape: a (2, 3) and not (3, 2)"
+    )
+    with pytest.raises(UserError, match=r"missing: 0, 1, 2, 3, 4 and 5 more$"):
+        match_keys({str(number): (1,) for number in range(10)}, {}, "w")

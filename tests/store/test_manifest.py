@@ -1,0 +1,341 @@
+"""The manifest's own checks, names, and how artifacts are found."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusion.errors import UserError
+from fusion.store.manifest import (
+    FORMAT_VERSION,
+    HEAD,
+    MANIFEST,
+    WEIGHTS,
+    Manifest,
+    check_backbone,
+    check_free,
+    check_name,
+    check_sources,
+    check_writable,
+    find,
+    find_by_hash,
+    names,
+    read_manifest,
+)
+
+Make = Callable[..., Manifest]
+FILES = {WEIGHTS: {"sha256": "1" * 64, "bytes": 10}, HEAD: {"sha256": "2" * 64, "bytes": 20}}
+
+
+def put(folder: Path, manifest: Manifest) -> Path:
+    """Writes a manifest as an artifact has it; the weights are of no interest here."""
+    folder.mkdir(parents=True)
+    (folder / MANIFEST).write_text(replace(manifest, files=manifest.files or FILES).to_json())
+    return folder
+
+
+def values_of(manifest: Manifest) -> dict[str, Any]:
+    return json.loads(replace(manifest, files=FILES).to_json())
+
+
+def test_round_trip(make_manifest: Make) -> None:
+    for kind, sources in (("adapter", []), ("fusion", [{"name": "a", "hash": "b"}]), ("head", [])):
+        manifest = make_manifest("mnli", kind, sources=sources, files=FILES)
+        assert Manifest.from_json(manifest.to_json(), Path("m")) == manifest
+
+
+def test_numbers_that_json_lacks_become_null(make_manifest: Make) -> None:
+    manifest = make_manifest(
+        files=FILES, metrics={"validation": {"pearson": float("nan")}, "all": (float("inf"), 1)}
+    )
+    assert Manifest.from_json(manifest.to_json(), Path("m")).metrics == {
+        "validation": {"pearson": None},
+        "all": [None, 1],
+    }
+
+
+def change(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    *groups, last = key.split("/")
+    inner = values
+    for group in groups:
+        inner = inner[group]
+    inner[last] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("format_version", FORMAT_VERSION + 1, f"format_version is {FORMAT_VERSION + 1}"),
+        ("format_version", True, "format_version is True"),
+        ("format_version", None, "format_version is None"),
+        ("kind", "lora", "kind is 'lora', expected one of adapter, fusion, head"),
+        ("seed", "3", "seed is text, expected a whole number"),
+        ("seed", True, "seed is true or false, expected a whole number"),
+        ("sources", {}, "sources is an object, expected a list"),
+        ("sources", [{"name": "a"}], "sources[0].hash is null, expected text"),
+        ("sources", ["a"], "sources[0] is text, expected an object"),
+        ("backbone/hidden_size", 8.5, "backbone.hidden_size is a number, expected a whole number"),
+        ("backbone/revision", 1, "backbone.revision is a whole number, expected text or null"),
+        ("head/dropout", None, "head.dropout is null, expected a whole number or a number"),
+        ("adapter", None, "adapter is null, expected an object"),
+        ("adapter/sites", "feedforward", "adapter.sites is text, expected a list"),
+        (
+            "adapter/bottleneck_sizes",
+            {"0.feedforward": "2"},
+            "adapter.bottleneck_sizes.0.feedforward is text",
+        ),
+        ("files", {WEIGHTS: FILES[WEIGHTS]}, f"files.{HEAD} is null, expected an object"),
+        (f"files/{WEIGHTS}/bytes", "10", f"files.{WEIGHTS}.bytes is text"),
+        ("extra", 1, "key is unknown to this version: extra"),
+    ],
+)
+def test_wrong_value_is_named(make_manifest: Make, key: str, value: Any, says: str) -> None:
+    text = json.dumps(change(values_of(make_manifest()), key, value))
+    with pytest.raises(UserError) as error:
+        Manifest.from_json(text, Path("store/mnli/manifest.json"))
+    assert str(error.value).startswith("store/mnli/manifest.json: ")
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("key", [field.name for field in fields(Manifest)])
+def test_missing_key_is_named(make_manifest: Make, key: str) -> None:
+    values = values_of(make_manifest())
+    del values[key]
+    with pytest.raises(UserError, match=key):
+        Manifest.from_json(json.dumps(values), Path("m"))
+
+
+@pytest.mark.parametrize("key", ["backbone/fingerprint", "head/pooling", "data/max_length", "run/identity"])
+def test_missing_inner_key_is_named(make_manifest: Make, key: str) -> None:
+    values = values_of(make_manifest())
+    group, inner = key.split("/")
+    del values[group][inner]
+    with pytest.raises(UserError, match=rf"m: key {group}\.{inner} is missing"):
+        Manifest.from_json(json.dumps(values), Path("m"))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format_version": 1'])
+def test_what_is_no_manifest(text: str) -> None:
+    with pytest.raises(UserError, match=r"^m: "):
+        Manifest.from_json(text, Path("m"))
+
+
+def test_a_fusion_has_sources_and_a_composition(make_manifest: Make) -> None:
+    with pytest.raises(UserError, match="sources is empty"):
+        Manifest.from_json(make_manifest("f", "fusion", files=FILES).to_json(), Path("m"))
+    values = values_of(make_manifest("f", "fusion", sources=[{"name": "a", "hash": "b"}]))
+    values["composition"] = None
+    with pytest.raises(UserError, match="composition is null"):
+        Manifest.from_json(json.dumps(values), Path("m"))
+
+
+def test_hash_follows_what_the_weights_compute(make_manifest: Make) -> None:
+    def hash_of(kind: str = "adapter", files: dict[str, Any] = FILES, **changes: Any) -> str:
+        return make_manifest("any", kind, files=files, **changes).hash
+
+    first = hash_of()
+    assert len(first) == 64 and first == hash_of()
+    same = [
+        make_manifest("other", files=FILES).hash,
+        hash_of(seed=4),
+        hash_of(metrics={}),
+        hash_of(files=FILES | {HEAD: {"sha256": "3" * 64, "bytes": 20}}),
+        hash_of(adapter={"dropout": 0.2, "init": "houlsby", "reduction_factor": 2.0, "layers": [0, 1]}),
+        hash_of(backbone={"name_or_path": "/a/copy/of/tiny"}),
+    ]
+    assert set(same) == {first}
+    different = [
+        hash_of(files=FILES | {WEIGHTS: {"sha256": "3" * 64, "bytes": 10}}),
+        hash_of(adapter={"scaling": 2.0}),
+        hash_of(adapter={"nonlinearity": "gelu"}),
+        hash_of(adapter={"reads": "output"}),
+        hash_of(adapter={"bottleneck_sizes": {"0.feedforward": 2}}),
+        hash_of(backbone={"fingerprint": "e" * 64}),
+        hash_of("head"),
+        hash_of("head", files=FILES | {HEAD: {"sha256": "3" * 64, "bytes": 20}}),
+        hash_of("fusion", sources=[{"name": "a", "hash": "a"}, {"name": "b", "hash": "b"}]),
+        hash_of("fusion", sources=[{"name": "b", "hash": "b"}, {"name": "a", "hash": "a"}]),
+        hash_of("fusion", sources=[{"name": "a", "hash": "a"}], composition={"temperature": 2.0}),
+    ]
+    assert len({first, *different}) == len(different) + 1
+    with pytest.raises(ValueError, match="saved"):
+        _ = make_manifest().hash
+
+
+@pytest.mark.parametrize("name", ["mnli", "rte-seed-3", "a.b_c-D", "0", "rte-lr-1e-4", "x" * 100, "console"])
+def test_good_names(name: str) -> None:
+    check_name(name)
+
+
+PATHS = ["", ".", "..", "../mnli", "/mnli", "a/b", "a\\b", ".hidden", "~", "a:b"]
+TEXTS = ["-x", "x.", "a b", "é", "a\n", "a\0b", "$x", "x" * 101, "con", "NUL.txt", "com1"]
+
+
+@pytest.mark.parametrize("name", PATHS + TEXTS)
+def test_names_that_would_leave_the_store(name: str) -> None:
+    with pytest.raises(UserError, match="Letters, digits"):
+        check_name(name)
+
+
+def test_find_by_name_then_by_path(make_manifest: Make, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = put(store / "mnli", make_manifest("mnli"))
+    elsewhere = put(store.parent / "copies" / "mnli", make_manifest("mnli", seed=9))
+    assert find("mnli", store) == stored
+    assert find(str(elsewhere), store) == elsewhere
+    monkeypatch.chdir(elsewhere.parent)
+    assert find("mnli", store) == stored  # the store first
+    assert find("./mnli", store) == Path("mnli")
+    assert read_manifest(str(elsewhere), store).seed == 9
+    assert find("mnli", store.parent / "empty") == Path("mnli")
+
+
+def test_unknown_name_says_what_there_is(make_manifest: Make, store: Path) -> None:
+    with pytest.raises(UserError, match=r"There is no such folder .*python -m fusion.stage1 \+task=mnli"):
+        find("mnli", store)
+    for name in ("mnli", "snli", "rte"):
+        put(store / name, make_manifest(name))
+    (store / ".runs" / "mnli-0123").mkdir(parents=True)
+    (store / "notes").mkdir()
+    assert names(store) == ["mnli", "rte", "snli"]
+    with pytest.raises(UserError, match="did you mean mnli or snli") as error:
+        find("mnlli", store)
+    assert "It has mnli, rte, snli; stage 1 makes an adapter" in str(error.value)
+    with pytest.raises(UserError, match=r"\+task=NAME"):
+        find("../mnli", store)
+    with pytest.raises(UserError, match=r"it has no manifest\.json"):
+        find(str(store / "notes"), store)
+    with pytest.raises(UserError, match="cannot be read as a folder"):
+        find("x" * 5000, store)
+    with pytest.raises(UserError, match="no artifact ''"):
+        find("", store)
+    for number in range(30):
+        put(store / f"task{number}", make_manifest())
+    with pytest.raises(UserError, match="and 13 more"):
+        find("cola", store)
+
+
+def test_find_by_hash(make_manifest: Make, store: Path) -> None:
+    def files(digit: str) -> dict[str, Any]:
+        return FILES | {WEIGHTS: {"sha256": digit * 64, "bytes": 10}}
+
+    first, second, third = (make_manifest("mnli", files=files(digit)) for digit in "345")
+    put(store / "mnli", second)
+    put(store / "copy", third)
+    put(store / ".replaced" / f"mnli-{first.hash[:8]}", first)
+    assert find_by_hash(second.hash, "mnli", store) == store / "mnli"
+    assert find_by_hash(third.hash, "mnli", store) == store / "copy"  # renamed by hand
+    assert find_by_hash(first.hash, "mnli", store) == store / ".replaced" / f"mnli-{first.hash[:8]}"
+    with pytest.raises(UserError, match=r"source mnli \(00000000\) is gone: .*mnli is another artifact now"):
+        find_by_hash("0" * 64, "mnli", store)
+    with pytest.raises(UserError, match=r"source rte \(00000000\) is gone: nothing in the store"):
+        find_by_hash("0" * 64, "rte", store)
+    (store / "mnli" / MANIFEST).write_text("{")
+    with pytest.raises(UserError, match=r"source mnli .* is gone: .*manifest.json: is not JSON"):
+        find_by_hash(second.hash, "mnli", store)
+    assert find_by_hash(third.hash, "mnli", store) == store / "copy"  # the damaged one hides nothing
+
+
+def test_check_free(make_manifest: Make, store: Path) -> None:
+    check_free("mnli", "adapter", store, overwrite=False)
+    put(store / "mnli", make_manifest())
+    with pytest.raises(UserError, match="overwrite=true"):
+        check_free("mnli", "adapter", store, overwrite=False)
+    check_free("mnli", "adapter", store, overwrite=True)
+    for overwrite in (False, True):  # a fusion never takes an adapter's name
+        with pytest.raises(
+            UserError, match="kept for a stored adapter: choose another name= for this fusion"
+        ):
+            check_free("mnli", "fusion", store, overwrite)
+    (store / "notes").mkdir()
+    with pytest.raises(UserError, match="is no artifact"):
+        check_free("notes", "adapter", store, overwrite=True)
+    (store / "mnli" / MANIFEST).write_text("{")
+    check_free("mnli", "adapter", store, overwrite=True)  # damaged: training it again is the mend
+    with pytest.raises(UserError, match="Letters"):
+        check_free("../mnli", "adapter", store, overwrite=True)
+
+
+def test_check_writable(store: Path) -> None:
+    check_writable(store)  # not there yet: its parents will be made
+    assert not store.exists()
+    store.parent.mkdir()
+    store.write_text("")
+    with pytest.raises(UserError, match="this is a file"):
+        check_writable(store)
+    with pytest.raises(UserError, match="cannot be written"):
+        check_writable(store / "below")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+def test_check_writable_without_permission(store: Path) -> None:
+    store.mkdir(parents=True)
+    store.chmod(0o500)
+    with pytest.raises(UserError, match="cannot be written"):
+        check_writable(store)
+
+
+def test_sources_may_differ_in_shape(make_manifest: Make) -> None:
+    other = {"bottleneck_sizes": {"1.feedforward": 5}, "nonlinearity": "gelu", "scaling": 2.0, "layers": [1]}
+    check_sources([make_manifest("mnli"), make_manifest("rte", adapter=other)])
+    check_sources([make_manifest("mnli"), make_manifest("rte", backbone={"name_or_path": "/copies/tiny"})])
+    check_sources([])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"backbone": {"name_or_path": "other", "fingerprint": "e" * 64}}, "backbone other and not tiny"),
+        (
+            {"backbone": {"fingerprint": "e" * 64}},
+            r"backbone tiny has other weights \(fingerprint eeeeeeee and not ffffffff\)",
+        ),
+        ({"backbone": {"hidden_size": 16}}, "hidden size 16 and not 8"),
+        (
+            {"adapter": {"sites": ["attention", "feedforward"]}},
+            r"adapter.sites \[attention, feedforward\] and not \[feedforward\]",
+        ),
+        ({"adapter": {"reads": "output"}}, "adapter.reads output and not normed"),
+    ],
+)
+def test_sources_that_cannot_be_fused(make_manifest: Make, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=rf"rte cannot be fused with mnli: {says}\. "):
+        check_sources([make_manifest("mnli"), make_manifest("sst2"), make_manifest("rte", **changes)])
+
+
+def test_sources_are_adapters_of_different_names(make_manifest: Make) -> None:
+    fusion = make_manifest("rte-adapterfusion", "fusion", sources=[{"name": "a", "hash": "b"}])
+    with pytest.raises(UserError, match="rte-adapterfusion is a stored fusion, expected adapters"):
+        check_sources([fusion])
+    with pytest.raises(UserError, match="named mnli"):
+        check_sources([make_manifest("mnli"), make_manifest("mnli", seed=4)])
+
+
+def test_check_backbone(make_manifest: Make) -> None:
+    manifest = make_manifest("mnli", backbone={"revision": "abc"})
+    check_backbone(manifest, name_or_path="/elsewhere", fingerprint="f" * 64, hidden_size=8)
+    with pytest.raises(
+        UserError, match=r"mnli was trained on tiny revision abc .*ffffffff, and big has .*eeeeeeee"
+    ):
+        check_backbone(manifest, name_or_path="big", fingerprint="e" * 64, hidden_size=8)
+    with pytest.raises(UserError, match=r"hidden size 16 \(not 8\)"):
+        check_backbone(manifest, name_or_path="big", fingerprint="e" * 64, hidden_size=16)
+
+
+def test_the_checks_need_no_torch() -> None:
+    code = (
+        "import sys, fusion.store.manifest; print([m for m in ('torch', 'safetensors') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+ROOT = Path(__file__).parents[2]
