@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -116,10 +117,12 @@ def read_table(path: Path, text_columns: Iterable[str] = ()) -> Table:
         text_columns: columns of a CSV or TSV file that hold text even where all of it looks like numbers.
 
     Raises:
-        UserError: the file is not what its ending says.
+        UserError: the file is not what its ending says, or has another.
     """
     import pyarrow
 
+    if path.suffix not in ENDINGS:
+        raise UserError(f"{path}: expected a file with one of the endings {', '.join(ENDINGS)}")
     try:
         if path.suffix == ".jsonl":
             return _read_jsonl(path)
@@ -204,7 +207,9 @@ def hub_table(hub: HubConfig, split: str, cure: str) -> Table:
                 data = datasets.load_dataset(hub.path, hub.name, split=split, revision=hub.revision)
             except (OSError, ValueError):
                 raise
-            except Exception as error:  # whatever the libraries below raise: a bad file, an old script, a lost connection
+            except (
+                Exception
+            ) as error:  # whatever the libraries below raise: a bad file, an old script, a lost connection
                 raise ValueError(_reason(error)) from error
         return arrow_table(data.with_format("arrow")[:], where)
 
@@ -242,7 +247,7 @@ def _quiet() -> Iterator[None]:
 
     level = datasets.logging.get_verbosity()
     shown = datasets.is_progress_bar_enabled() and os.environ.get("HF_DATASETS_DISABLE_PROGRESS_BARS") is None
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # an error is raised as well, and ours says it
     if shown:
         datasets.disable_progress_bars()
     try:

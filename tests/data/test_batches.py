@@ -1,0 +1,139 @@
+"""Which rows go together, in one process and in several."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import chain
+
+import numpy as np
+import pytest
+
+from fusion.data.batches import LengthBatches, Plan, SortedBatches
+
+LENGTHS = np.random.RandomState(0).geometric(0.05, 1000) + 3
+
+
+def counting(plans: list[Plan]) -> list[int]:
+    """The rows that are not fillers."""
+    return [row for plan in plans for row, weight in zip(plan.rows, plan.weights, strict=True) if weight]
+
+
+def padded_size(lengths: np.ndarray, batches: list[list[int]]) -> int:
+    return sum(int(lengths[rows].max()) * len(rows) for rows in batches)
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 7])
+@pytest.mark.parametrize(("rows", "size"), [(1000, 32), (1000, 1), (31, 32), (1, 8), (64, 32)])
+def test_an_epoch_has_each_row_once(rows, size, epoch):
+    sampler = LengthBatches(LENGTHS[:rows], size, seed=3)
+    sampler.set_epoch(epoch)
+    plans = list(sampler)
+    assert sorted(chain.from_iterable(plan.rows for plan in plans)) == list(range(rows))
+    assert len(plans) == len(sampler) == -(-rows // size)
+    assert sorted(len(plan.rows) for plan in plans)[1:] == [size] * (len(plans) - 1)
+    assert all(
+        plan.weights == [1.0] * len(plan.rows) and plan.global_rows == len(plan.rows) for plan in plans
+    )
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    def order(seed: int, epoch: int) -> list[list[int]]:
+        sampler = LengthBatches(LENGTHS, 32, seed)
+        sampler.set_epoch(5)  # what was before does not matter
+        list(sampler)
+        sampler.set_epoch(epoch)
+        return [plan.rows for plan in sampler]
+
+    assert order(1, 2) == order(1, 2)
+    assert order(1, 2) != order(1, 3)
+    assert order(1, 2) != order(2, 2)
+    assert order(0, 1) != order(1, 0)
+    assert {frozenset(rows) for rows in order(1, 2)} != {frozenset(rows) for rows in order(1, 3)}, (
+        "new company"
+    )
+
+
+@pytest.mark.parametrize("rows", [1000, 997, 33, 32, 31, 3])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_together_see_the_batches_of_one_process(rows, world_size):
+    one = LengthBatches(LENGTHS[:rows], 32, seed=5)
+    several = [
+        LengthBatches(LENGTHS[:rows], 32 // world_size, 5, rank, world_size) for rank in range(world_size)
+    ]
+    for epoch in range(3):
+        for sampler in [one, *several]:
+            sampler.set_epoch(epoch)
+        steps = list(zip(*several, strict=True))
+        assert len(steps) == len(one)
+        for whole, shares in zip(one, steps, strict=True):
+            assert sorted(whole.rows) == sorted(counting(list(shares)))
+            assert {share.global_rows for share in shares} == {len(whole.rows)}
+
+
+def test_a_rank_without_rows_gets_a_filler():
+    samplers = [LengthBatches(LENGTHS[:34], 8, seed=0, rank=rank, world_size=4) for rank in range(4)]
+    small = [shares for shares in zip(*samplers, strict=True) if shares[0].global_rows == 2]
+    assert len(small) == 1
+    assert [share.weights for share in small[0]] == [[1.0], [1.0], [0.0], [0.0]]
+    assert all(len(share.rows) == 1 for share in small[0])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1000, 7, 1])
+def test_evaluation_has_each_row_once(rows, world_size):
+    samplers = [SortedBatches(LENGTHS[:rows], 16, rank, world_size) for rank in range(world_size)]
+    plans = [list(sampler) for sampler in samplers]
+    assert sorted(chain.from_iterable(counting(share) for share in plans)) == list(range(rows))
+    assert {len(share) for share in plans} == {len(samplers[0])}
+    assert sum(share.global_rows for share in plans[0]) == rows
+
+
+def test_evaluation_starts_with_the_longest():
+    firsts = [LENGTHS[plan.rows].max() for plan in SortedBatches(LENGTHS, 16)]
+    assert firsts == sorted(firsts, reverse=True)
+    assert firsts[0] == LENGTHS.max()
+
+
+def test_batches_of_like_length_need_little_padding():
+    random = np.random.RandomState(1).permutation(len(LENGTHS))
+    shuffled = [random[start : start + 32].tolist() for start in range(0, len(random), 32)]
+    real = LENGTHS.sum()
+    by_length = padded_size(LENGTHS, [plan.rows for plan in LengthBatches(LENGTHS, 32, seed=0)])
+    assert by_length < 1.15 * real < 2 * real < padded_size(LENGTHS, shuffled)
+
+
+def test_the_batches_are_not_sorted_themselves():
+    longest = [int(LENGTHS[plan.rows].max()) for plan in LengthBatches(LENGTHS, 32, seed=0)]
+    assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
+
+
+def test_rows_meet_others_in_another_epoch():
+    lengths = np.full(6400, 20)
+    sampler = LengthBatches(lengths, 32, seed=0)
+    met: Counter[tuple[int, int]] = Counter()
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        met.update((0, other) for plan in sampler if 0 in plan.rows for other in plan.rows if other)
+    assert met.most_common(1)[0][1] < 3
+
+
+def test_a_resumed_epoch_starts_where_it_stopped():
+    sampler = LengthBatches(LENGTHS, 32, seed=1)
+    sampler.set_epoch(4)
+    whole = [plan.rows for plan in sampler]
+    resumed = LengthBatches(LENGTHS, 32, seed=1)
+    resumed.resume(epoch=4, batch=10)
+    resumed.set_epoch(4)
+    assert len(resumed) == len(whole)
+    assert [plan.rows for plan in resumed] == whole[10:]
+    assert [plan.rows for plan in resumed] == whole, "only the next pass is cut"
+    resumed.resume(epoch=4, batch=10)
+    resumed.set_epoch(5)
+    assert len(list(resumed)) == len(whole)
+
+
+def test_no_rows_and_no_rank():
+    with pytest.raises(ValueError, match="no rows"):
+        LengthBatches(LENGTHS[:0], 32, seed=0)
+    with pytest.raises(ValueError, match="rank=2"):
+        SortedBatches(LENGTHS, 32, rank=2, world_size=2)

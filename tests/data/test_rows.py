@@ -1,0 +1,320 @@
+"""What is read of a table, and what a user is told of a bad one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fusion.config import DataConfig, LimitConfig
+from fusion.data.rows import load_rows, rows_of_file, rows_of_records
+from fusion.errors import UserError
+
+PETS = [{"text": "meow", "label": 0}, {"text": "woof", "label": 1}, {"text": "purr", "label": 0}]
+
+
+def test_one_text_column(task, write):
+    rows = load_rows(task(), write("train.jsonl", PETS), "train")
+    assert rows.texts == [("meow",), ("woof",), ("purr",)]
+    assert rows.labels == [0, 1, 0]
+    assert rows.choices is None
+    assert rows.ignored == 0
+    assert len(rows) == 3
+
+
+def test_two_text_columns_keep_their_order(task, write):
+    records = [{"b": "second", "a": "first", "label": 1}]
+    rows = load_rows(task(text=["a", "b"]), write("train.parquet", records), "train")
+    assert rows.texts == [("first", "second")]
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl", "csv", "tsv"])
+def test_every_ending_gives_the_same_rows(task, write, ending):
+    separator = "\t" if ending == "tsv" else ","
+    flat = "".join(
+        f"{text}{separator}{label}\n" for text, label in [("text", "label"), ("007", 1), ("null", 0)]
+    )
+    records = [{"text": "007", "label": 1}, {"text": "null", "label": 0}]
+    data = write(f"train.{ending}", flat if ending in ("csv", "tsv") else records)
+    rows = load_rows(task(), data, "train")
+    assert rows.texts == [("007",), ("null",)]
+    assert rows.labels == [1, 0]
+
+
+def test_csv_quotes_and_tsv_does_not(task, write):
+    quoted = load_rows(task(), write("train.csv", 'text,label\n"a, ""b""\nc",1\n'), "train")
+    assert quoted.texts == [('a, "b"\nc',)]
+    plain = load_rows(
+        task(name="plain"), write("train.tsv", 'text\tlabel\n"a\t1\nb"\t0\n', folder="plain"), "train"
+    )
+    assert plain.texts == [('"a',), ('b"',)]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(task, write):
+    csv = write("train.csv", "\ufefftext,label\nmeow,0\n")
+    assert load_rows(task(), csv, "train").labels == [0]
+    jsonl = write("validation.jsonl", '\ufeff{"text": "meow", "label": 0}\r\n\r\n')
+    assert load_rows(task(), jsonl, "validation").labels == [0]
+
+
+def test_the_fingerprint_is_of_the_content(task, write):
+    data = write("train.jsonl", PETS)
+    write("validation.parquet", PETS)
+    write("test.jsonl", [*PETS[:2], {"text": "purr", "label": 1}])
+    train, same, other = (
+        load_rows(task(), data, split).fingerprint for split in ("train", "validation", "test")
+    )
+    assert train == same != other
+
+
+# --- columns ----------------------------------------------------------------------------------------
+
+
+def test_columns_name_a_local_copy(task, write):
+    pets = task(columns={"text": "sentence"})
+    assert load_rows(pets, write("train.jsonl", [{"sentence": "meow", "label": 0}]), "train").texts == [
+        ("meow",)
+    ]
+    both = write("validation.jsonl", [{"sentence": "other", "text": "meow", "label": 0}])
+    assert load_rows(pets, both, "validation").texts == [("meow",)]
+
+
+def test_nested_columns(task, write):
+    records = [{"pet": {"says": "meow"}, "answer": [1, 0]}]
+    nested = task(text="pet.says", label="answer.1")
+    for ending in ("jsonl", "parquet"):
+        rows = load_rows(nested, write(f"train.{ending}", records), "train")
+        assert (rows.texts, rows.labels) == ([("meow",)], [0])
+        (Path(write(f"train.{ending}", records).dir or "") / "pets" / f"train.{ending}").unlink()
+
+
+def test_a_missing_column_says_which_there_are(task, write):
+    with pytest.raises(
+        UserError, match=r"train\.jsonl: no column sentence; it has text, label\n.*columns\.sentence="
+    ):
+        load_rows(task(text="sentence"), write("train.jsonl", PETS), "train")
+    with pytest.raises(UserError, match="no column gold"):
+        load_rows(task(label="gold"), write("train.jsonl", PETS), "train")
+
+
+def test_a_column_that_stands_twice(task, write):
+    with pytest.raises(UserError, match=r"train\.csv: column text stands twice"):
+        load_rows(task(), write("train.csv", "text,text,label\na,b,0\n"), "train")
+
+
+# --- texts ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "text is null"),
+        (7, r"text is 7 \(int\)"),
+        (["a"], r"\['a'\] \(list\)"),
+        ("\ud800", "half a surrogate"),
+    ],
+)
+def test_a_text_that_is_none_names_its_row(task, write, value, said):
+    records = [*PETS, {"text": value, "label": 0}]
+    with pytest.raises(UserError, match=rf"train\.jsonl, line 4: .*{said}.*expected"):
+        load_rows(task(), write("train.jsonl", records), "train")
+
+
+def test_a_missing_key_is_a_null(task, write):
+    with pytest.raises(UserError, match=r"line 2: text is null"):
+        load_rows(task(), write("train.jsonl", [PETS[0], {"label": 1}]), "train")
+
+
+def test_a_row_of_a_parquet_file_is_named(task, write):
+    with pytest.raises(UserError, match=r"train\.parquet, row 2: text is null"):
+        load_rows(task(), write("train.parquet", [PETS[0], {"text": None, "label": 1}]), "train")
+
+
+def test_an_empty_text_is_text(task, write):
+    assert load_rows(task(), write("train.jsonl", [{"text": "", "label": 0}]), "train").texts == [("",)]
+    assert load_rows(task(), write("validation.csv", "text,label\n,0\n"), "validation").texts == [("",)]
+
+
+@pytest.mark.parametrize(("name", "content"), [("train.jsonl", "\n"), ("train.csv", "text,label\n")])
+def test_an_empty_split(task, write, name, content):
+    with pytest.raises(UserError, match="holds no rows"):
+        load_rows(task(), write(name, content), "train")
+
+
+# --- files ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("train.parquet", b'{"text": "a"}', r"train\.parquet: cannot be read as parquet: .+"),
+        ("train.parquet", b"", r"cannot be read as parquet"),
+        (
+            "train.jsonl",
+            '{"text": "a", "label": 0}\n{"text": \n',
+            r"train\.jsonl, line 2: not JSON .*column 10",
+        ),
+        ("train.jsonl", "[1, 2]\n", r"line 1: expected a JSON object .* got list"),
+        ("train.jsonl", b'{"text": "\xff"}\n', r"line 1: not UTF-8"),
+        ("train.csv", "text,label\na,0\nb,1,2\n", r"cannot be read as csv: .*Expected 2 columns, got 3"),
+        ("train.csv", b"text,label\n\xff,0\n", r"cannot be read as csv"),
+        ("train.csv", "", r"cannot be read as csv"),
+    ],
+)
+def test_a_file_that_is_not_what_its_ending_says(task, write, name, content, said):
+    with pytest.raises(UserError, match=said) as caught:
+        load_rows(task(), write(name, content), "train")
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+# --- choices ----------------------------------------------------------------------------------------
+
+
+def test_choices_in_a_list(task, write):
+    records = [
+        {"text": "says meow", "options": ["cat", "dog"], "label": 0},
+        {"text": "says oink", "options": ["cat", "dog", "pig"], "label": 2},
+    ]
+    for ending in ("jsonl", "parquet"):
+        rows = load_rows(
+            task(kind="choice", choices="options", name=ending),
+            write(f"train.{ending}", records, ending),
+            "train",
+        )
+        assert rows.choices == [["cat", "dog"], ["cat", "dog", "pig"]]
+        assert rows.labels == [0, 2]
+
+
+def test_choices_in_columns_may_be_fewer_in_some_rows(task, write):
+    records = [
+        {"text": "t", "a": "cat", "b": "dog", "c": "pig", "label": 2},
+        {"text": "t", "a": "cat", "b": "dog", "c": None, "label": 1},
+    ]
+    rows = load_rows(task(kind="choice", choices=["a", "b", "c"]), write("train.parquet", records), "train")
+    assert rows.choices == [["cat", "dog", "pig"], ["cat", "dog"]]
+
+
+def test_choices_in_structs(task, write):
+    as_lists = {"text": "t", "options": {"label": ["A", "B"], "text": ["cat", "dog"]}, "label": 1}
+    as_structs = {"text": "t", "options": [{"text": "cat"}, {"text": "dog"}], "label": 1}
+    for name, record in {"lists": as_lists, "structs": as_structs}.items():
+        pets = task(kind="choice", choices="options.text", name=name)
+        assert load_rows(pets, write("train.parquet", [record], name), "train").choices == [["cat", "dog"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "label", "said"),
+    [
+        (["cat"], 0, "options has 1 choices; expected at least 2"),
+        ([], 0, "options has 0 choices"),
+        ("cat dog", 0, r"options is 'cat dog' \(str\); expected a list"),
+        (None, 0, "options is null; expected a list"),
+        (["cat", None], 0, "choice 1 of options is null; expected text"),
+        (["cat", "dog"], 2, r"label is 2 \(int\), the choice at 2; expected one of the 2 choices"),
+        (["cat", "dog"], -1, r"label is -1 \(int\); expected the index of the right choice, 0 to 2"),
+        (["cat", "dog"], "A", r"label is 'A' \(str\); expected the index"),
+    ],
+)
+def test_bad_choices(task, write, options, label, said):
+    good = {"text": "t", "options": ["a", "b", "c"], "label": 0}
+    records = [good, {"text": "t", "options": options, "label": label}]
+    with pytest.raises(UserError, match=rf"line 2: {said}"):
+        load_rows(task(kind="choice", choices="options"), write("train.jsonl", records), "train")
+
+
+def test_a_choice_fills_the_blank(task, write):
+    pets = task(kind="choice", choices=["a", "b"], blank="_")
+    records = [{"text": "The cat saw the dog, and _ ran away.", "a": "the cat", "b": "the dog", "label": 1}]
+    rows = load_rows(pets, write("train.jsonl", records), "train")
+    assert rows.texts == [("The cat saw the dog, and",)]
+    assert rows.choices == [["the cat ran away.", "the dog ran away."]]
+    with pytest.raises(UserError, match=r"line 1: the text has no blank _"):
+        load_rows(pets, write("validation.jsonl", [{**records[0], "text": "none"}]), "validation")
+
+
+# --- rows without a label -----------------------------------------------------------------------------
+
+
+def test_ignored_rows_are_counted_and_left_out(task, write):
+    records = [*PETS, {"text": "?", "label": -1}, {"text": None, "label": -1}]
+    rows = load_rows(task(ignore_labels=[-1]), write("train.parquet", records), "train")
+    assert (len(rows), rows.ignored) == (3, 2)
+
+
+def test_a_null_label_is_ignored_only_where_the_task_says_so(task, write):
+    data = write("train.parquet", [*PETS, {"text": "?", "label": None}])
+    with pytest.raises(UserError, match=r"row 4: label is null; .*\n.*ignore_labels=\[null\]"):
+        load_rows(task(), data, "train")
+    rows = load_rows(task(ignore_labels=[None]), data, "train")
+    assert (rows.labels, rows.ignored) == ([0, 1, 0], 1)
+
+
+@pytest.mark.parametrize("label", [{"label": -1}, {"label": None}, {}])
+def test_a_test_split_may_be_without_labels(task, write, label):
+    data = write("test.jsonl", [{"text": "a", **label}, {"text": "b", **label}])
+    rows = load_rows(task(ignore_labels=[-1]), data, "test")
+    assert rows.labels is None
+    assert rows.texts == [("a",), ("b",)]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_other_splits_may_not(task, write, split):
+    data = write(f"{split}.jsonl", [{"text": "a", "label": -1}, {"text": "b", "label": -1}])
+    with pytest.raises(UserError, match=r"none of its 2 rows has a label"):
+        load_rows(task(ignore_labels=[-1]), data, split)
+
+
+# --- limits -----------------------------------------------------------------------------------------
+
+
+def limited(data: DataConfig, **limits: int) -> DataConfig:
+    return DataConfig(dir=data.dir, limit=LimitConfig(**limits))
+
+
+def test_a_limit_draws_labelled_rows_always_the_same(task, write):
+    records = [{"text": f"{number}", "label": number % 2 if number % 3 else -1} for number in range(300)]
+    data = write("train.jsonl", records)
+    write("validation.jsonl", records)
+    pets = task(ignore_labels=[-1])
+    drawn = load_rows(pets, limited(data, train=50), "train")
+    assert len(drawn) == 50 and drawn.ignored == 100 and drawn.labels is not None
+    assert drawn.texts == load_rows(pets, limited(data, train=50), "train").texts
+    assert drawn.texts != load_rows(pets, data, "train").texts[:50]
+    assert set(drawn.texts) < set(load_rows(pets, limited(data, train=60), "train").texts)
+    assert all(
+        int(text) % 3 and int(text) % 2 == label
+        for (text,), label in zip(drawn.texts, drawn.labels, strict=True)
+    )
+    assert len(load_rows(pets, limited(data, train=50), "validation")) == 200
+    assert len(load_rows(pets, limited(data, train=5000), "train")) == 200
+    # The draw itself is a promise: runs on other machines and of other years must see these rows.
+    five = load_rows(pets, limited(data, train=5), "train").texts
+    assert [int(text) for (text,) in five] == [59, 130, 137, 223, 283]
+
+
+def test_the_validation_limit_holds_for_each_validation_split(task, write):
+    two = task(hub={"path": "x/y", "splits": {"train": "train", "validation": ["dev_near", "dev_far"]}})
+    records = [{"text": f"{number}", "label": 0} for number in range(9)]
+    write("dev_near.jsonl", records)
+    data = limited(write("dev_far.jsonl", records), validation=4)
+    assert [len(load_rows(two, data, split)) for split in ("dev_near", "dev_far")] == [4, 4]
+
+
+# --- rows to predict on -------------------------------------------------------------------------------
+
+
+def test_records_need_no_label(task):
+    rows = rows_of_records(task(), [{"text": "meow"}, {"text": "woof", "label": "nonsense"}], "input")
+    assert rows.texts == [("meow",), ("woof",)]
+    assert rows.labels is None
+    with pytest.raises(UserError, match="input, row 1: text is null"):
+        rows_of_records(task(), [{"text": None}], "input")
+    with pytest.raises(UserError, match="input: holds no rows"):
+        rows_of_records(task(), [], "input")
+
+
+def test_a_file_to_predict_on(task, write, tmp_path):
+    write("train.csv", "text\n12\n")
+    assert rows_of_file(task(), tmp_path / "data" / "pets" / "train.csv").texts == [("12",)]
+    with pytest.raises(UserError, match=r"rows\.txt: expected a file with one of the endings \.parquet"):
+        rows_of_file(task(), tmp_path / "rows.txt")

@@ -1,0 +1,131 @@
+"""Which file, and which part of it, a split is."""
+
+from __future__ import annotations
+
+import pytest
+
+from fusion.config import DataConfig
+from fusion.data.rows import load_rows
+from fusion.data.splits import check_source, evaluation_splits
+from fusion.errors import UserError
+
+MNLI = {"path": "x/y", "splits": {"train": "train", "validation": ["near", "far"], "test": "test"}}
+PARTS = {"path": "x/y", "splits": {"train": "train[:80%]", "validation": "train[80%:]", "test": "test"}}
+ROWS = [{"text": f"{number}", "label": 0} for number in range(50)]
+
+
+def test_two_validation_sets(task):
+    mnli = task(hub=MNLI)
+    assert evaluation_splits(mnli, "validation") == ["near", "far"]
+    assert evaluation_splits(mnli, "far") == ["far"]
+    assert evaluation_splits(mnli, "train") == ["train"]
+    assert evaluation_splits(mnli, "test") == ["test"]
+
+
+def test_a_split_that_a_task_does_not_have(task):
+    with pytest.raises(
+        UserError, match="task pets has no split dev: expected one of train, validation, test, near, far"
+    ):
+        evaluation_splits(task(hub=MNLI), "dev")
+    with pytest.raises(UserError, match="has no split test: expected one of train"):
+        evaluation_splits(task(hub={"path": "x/y", "splits": {"train": "train"}}), "test")
+    with pytest.raises(UserError, match="has no split dev"):
+        evaluation_splits(task(corpus="movies"), "dev")
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [(["near", "far"], ["near", "far"]), (["far"], ["far"]), (["validation"], ["validation"])],
+)
+def test_a_local_folder_has_the_sets_that_it_has(task, write, files, names):
+    for name in files:
+        data = write(f"{name}.jsonl", ROWS)
+    mnli = task(hub=MNLI)
+    assert evaluation_splits(mnli, "validation", data) == names
+    assert [len(load_rows(mnli, data, name)) for name in names] == [50] * len(names)
+
+
+def test_the_first_validation_set_may_be_called_validation(task, write):
+    data = write("validation.jsonl", ROWS)
+    assert len(load_rows(task(hub=MNLI), data, "near")) == 50
+    with pytest.raises(UserError, match=r"has no far: it holds validation\.jsonl"):
+        load_rows(task(hub=MNLI), data, "far")
+
+
+def test_the_hub_name_of_a_split_names_its_file(task, write):
+    data = write("dev.jsonl", ROWS)
+    renamed = task(hub={"path": "x/y", "splits": {"train": "train", "validation": "dev"}})
+    assert evaluation_splits(renamed, "validation", data) == ["dev"]
+    assert len(load_rows(renamed, data, "validation")) == 50
+
+
+def test_what_is_missing_is_said_with_what_is_there(task, write, tmp_path):
+    data = write("train.jsonl", ROWS)
+    write("notes.txt", "not data")
+    with pytest.raises(
+        UserError, match=r"pets has no validation: it holds train\.jsonl\nExpected .*validation\.parquet"
+    ):
+        load_rows(task(), data, "validation")
+    with pytest.raises(UserError, match="has no folder birds: it holds pets"):
+        load_rows(task(name="birds"), data, "train")
+    with pytest.raises(UserError, match="no such folder"):
+        load_rows(task(), DataConfig(dir=str(tmp_path / "nowhere")), "train")
+    with pytest.raises(UserError, match=r"says neither hub nor corpus.*\ndata\.dir=DIR"):
+        load_rows(task(), DataConfig(), "train")
+
+
+def test_two_files_of_one_split_are_refused(task, write):
+    write("train.csv", "text,label\na,0\n")
+    with pytest.raises(UserError, match=r"has both train\.csv and train\.jsonl"):
+        load_rows(task(), write("train.jsonl", ROWS), "train")
+
+
+def test_the_source_is_checked_without_reading(task, write):
+    data = write("train.parquet", b"no parquet")
+    write("validation.parquet", b"no parquet")
+    check_source(task(), data)
+    with pytest.raises(UserError, match="has no test"):
+        check_source(task(), data, ["test"])
+    with pytest.raises(UserError, match="neither hub nor corpus"):
+        check_source(task(), DataConfig())
+    check_source(task(hub=MNLI), DataConfig())
+    check_source(task(corpus="movies"), DataConfig())
+
+
+# --- a part of a split --------------------------------------------------------------------------------
+
+
+def test_parts_share_out_the_rows_of_one_file(task, write):
+    pets = task(hub=PARTS)
+    data = write("train.jsonl", ROWS)
+    train, validation = (load_rows(pets, data, split).texts for split in ("train", "validation"))
+    assert (len(train), len(validation)) == (40, 10)
+    assert sorted(train + validation) == sorted((row["text"],) for row in ROWS)
+    assert [int(text) for (text,) in validation] != list(range(40, 50)), (
+        "shuffled: a file may be sorted by label"
+    )
+    assert load_rows(pets, data, "validation").texts == validation
+    assert evaluation_splits(pets, "validation", data) == ["validation"]
+
+
+def test_a_folder_with_a_file_for_each_is_taken_whole(task, write):
+    write("train.jsonl", ROWS)
+    data = write("validation.jsonl", ROWS[:7])
+    pets = task(hub=PARTS)
+    assert len(load_rows(pets, data, "train")) == 50
+    assert len(load_rows(pets, data, "validation")) == 7
+
+
+def test_a_part_of_too_few_rows(task, write):
+    with pytest.raises(UserError, match="2 rows are too few to take 0 to 10 % of them"):
+        load_rows(
+            task(hub={"path": "x/y", "splits": {"train": "train[:10%]", "validation": "train[10%:]"}}),
+            write("train.jsonl", ROWS[:2]),
+            "train",
+        )
+
+
+@pytest.mark.parametrize("said", ["train[90%:80%]", "train[x]", "train[:100%]", "[:10%]"])
+def test_a_part_that_is_none(task, write, said):
+    with pytest.raises(UserError, match="expected a name, or a part such as"):
+        load_rows(task(hub={"path": "x/y", "splits": {"train": said}}), write("train.jsonl", ROWS), "train")
