@@ -50,6 +50,9 @@ log = logging.getLogger(__name__)
 Check = Callable[[Any, Run], None]
 Function = Callable[[Any, Run], dict[str, Any]]
 
+CONFIG_ERRORS = (UserError, HydraException, OmegaConfBaseException, YAMLError)
+COMPOSING_ERRORS = (ValueError, AssertionError)  # what Hydra raises besides, for overrides it cannot place
+
 # These decide a default name already, or are the name: a sweep over them needs no suffix.
 NAMED_ANYWAY = ("task", "name", "composition", "method")
 OWN_TASK = "a task of your own is conf/task/NAME.yaml in the working directory or in $FUSION_CONF"
@@ -65,7 +68,14 @@ class Command:
 
 
 class Refused(BaseException):
-    """A wrong command line. No Exception, since Hydra turns a callback's Exceptions into warnings."""
+    """What ends the program before its first job: a wrong command line (2), or a fault in a check (1).
+
+    No Exception, since Hydra turns those of a callback into warnings.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def command(name: str, schema: type, check: Check) -> Callable[[Function], Callable[[], None]]:
@@ -150,7 +160,7 @@ def prepare(command: Command, composed: DictConfig, launch: DictConfig) -> tuple
     elif issubclass(command.schema, StageConfig):
         raise UserError(f"no task: say +task=NAME, one of {', '.join(_options('task'))}\n{OWN_TASK}")
     try:
-        typed = OmegaConf.to_object(config)
+        typed: Any = OmegaConf.to_object(config)
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or "a key"
         raise UserError(f"{key} is required: say {key}=...") from None
@@ -164,7 +174,7 @@ def prepare(command: Command, composed: DictConfig, launch: DictConfig) -> tuple
         directory=Path(OmegaConf.select(launch, "runtime.output_dir", throw_on_missing=False) or "."),
         overrides=tuple(launch.overrides.task),
         config=asdict(typed),
-        group=choices.get("experiment") or (Path(launch.sweep.dir).name if sweep else command.name),
+        group=str(choices.get("experiment") or (Path(launch.sweep.dir).name if sweep else command.name)),
         rank_zero=_is_rank_zero(),
     )
     return typed, run
@@ -199,10 +209,10 @@ def _extra_key(config: DictConfig, prefix: str = "") -> str | None:
     known = {field.name for field in fields(kind)} if is_dataclass(kind) else None
     for key, value in config.items_ex(resolve=False):
         if known is not None and key not in known:
-            return f"{prefix}{key}"
-        if isinstance(value, DictConfig) and not (value._is_none() or value._is_missing()):
-            if (inner := _extra_key(value, f"{prefix}{key}.")) is not None:
-                return inner
+            return f"{prefix}{key!s}"
+        deeper = isinstance(value, DictConfig) and not (value._is_none() or value._is_missing())
+        if deeper and (inner := _extra_key(value, f"{prefix}{key!s}.")) is not None:
+            return inner
     return None
 
 
@@ -274,31 +284,37 @@ class Preflight(Callback):
             if not str(config.hydra.sweeper.get("_target_", "")).endswith(".BasicSweeper"):
                 return  # another sweeper finds its jobs as it goes: each is checked when its turn comes
             names: dict[tuple[str, str], Sequence[str]] = {}
-            for batch in BasicSweeper.split_arguments(overrides, None):
-                for number, member in enumerate(batch):
+            (members,) = BasicSweeper.split_arguments(overrides, None)
+            for number, member in enumerate(members):
+                try:
                     composed = loader.load_sweep_config(config, member)
-                    try:
-                        typed, run = prepare(_current, composed, composed.hydra)
-                        _current.check(typed, run)
-                    except UserError as error:
-                        raise UserError(f"job {number} ({' '.join(member)}): {error}") from error
-                    if isinstance(typed, StageConfig):
-                        first = names.setdefault((typed.store, str(typed.name)), member)
-                        if first is not member:
-                            raise UserError(
-                                f"two jobs of this sweep would both be kept as {typed.name}: "
-                                f"{' '.join(first)} and {' '.join(member)}\nleave name= out, or sweep over it"
-                            )
+                except COMPOSING_ERRORS as error:
+                    raise HydraException(str(error)) from error
+                try:
+                    typed, run = prepare(_current, composed, composed.hydra)
+                    _current.check(typed, run)
+                except UserError as error:
+                    raise UserError(f"job {number} ({' '.join(member)}): {error}") from error
+                if isinstance(typed, StageConfig):
+                    first = names.setdefault((typed.store, str(typed.name)), member)
+                    if first is not member:
+                        raise UserError(
+                            f"two jobs of this sweep would both be kept as {typed.name}: "
+                            f"{' '.join(first)} and {' '.join(member)}\nleave name= out, or sweep over it"
+                        )
 
 
 class _refusing:
+    """Lets nothing that goes wrong in a callback pass as a warning."""
+
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, CONFIG_ERRORS):
+            raise Refused(explain(error, _current.schema), 2) from error
         if isinstance(error, Exception):
-            if os.environ.get("FUSION_DEBUG"):
-                traceback.print_exception(error)
-            raise Refused(explain(error, _current.schema)) from error
+            traceback.print_exception(error)
+            raise Refused(f"{_current.name} failed: {describe(error)}", 1) from error
 
 
 # --- the program ----------------------------------------------------------------------------------
@@ -322,7 +338,9 @@ def _main(command: Command) -> int:
 
     try:
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=command.name)(job)()
-    except (UserError, Refused, HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+    except Refused as error:
+        return _say(str(error), error.code)
+    except (*CONFIG_ERRORS, *COMPOSING_ERRORS) as error:  # a job's own errors do not get here
         return _say(explain(error, command.schema), 2)
     except KeyboardInterrupt:
         return _say("interrupted", 130)
@@ -351,7 +369,7 @@ def _job(command: Command, program: list[str], composed: DictConfig, outcomes: l
     """One job. A failure is recorded and not raised, so that a sweep goes on to the next job."""
     from fusion.training import processes
 
-    launch = HydraConfig.get()
+    launch: Any = HydraConfig.get()
     typed, run = prepare(command, composed, launch)
 
     def work() -> dict[str, Any]:
@@ -395,7 +413,7 @@ def _say(message: str, code: int) -> int:
 
 def explain(error: BaseException, schema: type) -> str:
     """One or two lines for a config that Hydra or OmegaConf refused: the key, and what was meant."""
-    if isinstance(error, UserError | Refused):
+    if isinstance(error, UserError):
         return str(error)
     text = str(error)
     cause = error.__cause__ or error
@@ -411,6 +429,11 @@ def explain(error: BaseException, schema: type) -> str:
         if key == "task":
             return "task is added, not overridden: say +task=NAME"
         return _unknown(key, schema)
+    if "Unexpected type for root: NoneType" in text:
+        inner = [word for word in sys.argv[1:] if re.match(r"\+*(task|logger)\.[\w.]+=", word)]
+        return (
+            f"{' '.join(inner)}: a key of what is not there; choose it first: +task=NAME, logger=[wandb,csv]"
+        )
     if isinstance(error, YAMLError):
         return " ".join(text.split())
     if match := re.search(r"Error merging override (\S+)", text):
@@ -442,13 +465,18 @@ def keys_of(schema: type, prefix: str = "") -> list[str]:
 
 
 def _unknown(key: str, schema: type) -> str:
-    known = keys_of(schema)
-    last = key.rpartition(".")[2]
-    near = [k for k in known if k.rpartition(".")[2] == last] or difflib.get_close_matches(key, known, 3, 0.7)
-    near += [k for k in known if difflib.get_close_matches(last, [k.rpartition(".")[2]], 1, 0.75)]
-    several = [k for k in dict.fromkeys(near) if not key.startswith(f"{k}.")][:4]
-    meant = f": did you mean {' or '.join(several)}?" if several else "; --help lists the keys"
-    return f"unknown key {key}{meant}"
+    """Says which keys may have been meant: same last part, else a like one beside it, else anywhere."""
+    parent, _, last = key.rpartition(".")
+    keys = [(*known.rpartition(".")[::2], known) for known in keys_of(schema)]
+
+    def like(choices: list[tuple[str, str, str]], cutoff: float) -> list[str]:
+        near = difflib.get_close_matches(last, [name for _, name, _ in choices], 3, cutoff)
+        return [known for _, name, known in choices if name in near]
+
+    meant = [known for _, name, known in keys if name == last]
+    meant = meant or like([choice for choice in keys if choice[0] == parent], 0.6) or like(keys, 0.7)
+    meant = [known for known in meant if not key.startswith(f"{known}.")][:4]
+    return f"unknown key {key}" + (f": did you mean {' or '.join(meant)}?" if meant else "; see --cfg job")
 
 
 def _near(name: str, options: Sequence[str]) -> str:

@@ -171,7 +171,13 @@ def stored_model(artifact: Artifact, store: Path, backbone_name_or_path: str | N
     elif manifest.kind == "fusion":
         sources = [load_by_hash(source["hash"], source["name"], store) for source in manifest.sources]
         assert manifest.composition is not None and sources[0].manifest.adapter is not None
-        fillings = composition_fillings(CompositionConfig(**manifest.composition), sources, backbone)
+        try:
+            composition = CompositionConfig(**manifest.composition)
+        except TypeError as error:
+            raise UserError(
+                f"{artifact.path / 'manifest.json'}: composition is none of this version ({error})"
+            ) from error
+        fillings = composition_fillings(composition, sources, backbone)
         reads = sources[0].manifest.adapter["reads"]
     head = TaskHead(hidden_size=backbone.hidden_size, **manifest.head)
     model = AdaptedModel(backbone, fillings, reads, head)

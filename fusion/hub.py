@@ -5,9 +5,11 @@ The hub's own client retries for more than twenty seconds before it says that th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import socket
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -27,11 +29,20 @@ def hub_is_reachable(timeout: float = 2.0) -> bool:
     proxy = None if proxy_bypass(endpoint.hostname or "") else getproxies().get(endpoint.scheme)
     target = urlsplit(proxy) if proxy else endpoint
     port = target.port or (443 if target.scheme == "https" else 80)
-    try:
-        with socket.create_connection((target.hostname or "", port), timeout=timeout):
-            return True
-    except OSError:
-        return False
+    answers: list[bool] = []
+
+    def connect() -> None:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection((target.hostname or "", port), timeout=timeout),
+        ):
+            answers.append(True)
+
+    # In a thread, because looking up a name can hang for longer than any timeout of the connection.
+    probe = threading.Thread(target=connect, daemon=True)
+    probe.start()
+    probe.join(timeout)
+    return bool(answers)
 
 
 def from_cache_or_hub(load: Callable[[bool], Loaded], what: str, cure: str) -> Loaded:

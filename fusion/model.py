@@ -43,7 +43,7 @@ class AdaptedModel(nn.Module):
         backbone_dropout: bool = False,
     ) -> None:
         super().__init__()
-        self.backbone: nn.Module = backbone.model
+        self.backbone = cast(nn.Module, backbone.model)
         self.backbone_dropout = backbone_dropout
         self.head = head
         # As layer -> site -> filling, so that names read `fillings.0.feedforward.down.weight`.
@@ -108,7 +108,8 @@ class AdaptedModel(nn.Module):
 
     def filling_list(self) -> list[Filling]:
         """All fillings, layer by layer."""
-        return [cast(Filling, filling) for sites in self.fillings.values() for filling in sites.values()]
+        every = (cast(nn.ModuleDict, sites).values() for sites in self.fillings.values())
+        return [cast(Filling, filling) for sites in every for filling in sites]
 
     def filling_state(self) -> dict[str, nn.Parameter]:
         """What is stored as the weights: `0.feedforward.down.weight` and so on."""

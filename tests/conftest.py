@@ -18,13 +18,13 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-CONFIGS: dict[str, type[PretrainedConfig]] = {
+CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
     "bert": BertConfig,
     "roberta": RobertaConfig,
     "xlm-roberta": XLMRobertaConfig,
     "electra": ElectraConfig,
 }
-WORDS = "the a cat dog film book was is not very good bad great poor it i saw liked hated did he she yes no".split()
+WORDS = ["the", "a", "cat", "dog", "film", "book", "was", "is", "not", "very", "good", "bad", "great", "poor", "it", "i", "saw", "liked", "hated", "did", "he", "she", "yes", "no"]
 
 
 def save_tokenizer(folder: Path) -> int:
@@ -87,4 +87,6 @@ def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make_backbone(tmp_path: Path) -> Callable[..., Path]:
     """`make_backbone("roberta", hidden_size=48, seed=1)` gives the folder of another one."""
-    return lambda model_type="bert", **options: save_backbone(tmp_path / f"{model_type}", model_type, **options)
+    return lambda model_type="bert", **options: save_backbone(
+        tmp_path / f"{model_type}", model_type, **options
+    )

@@ -88,7 +88,7 @@ def test_the_frozen_hash_sees_the_backbone_and_the_sources_but_not_what_trains(t
     changed = model.frozen_hash()
     assert changed != before
     with torch.no_grad():
-        model.backbone.embeddings.word_embeddings.weight[0, 0] += 1e-6
+        model.backbone.get_parameter("embeddings.word_embeddings.weight")[0, 0] += 1e-6
     assert model.frozen_hash() != changed
 
 

@@ -260,7 +260,11 @@ with torch.no_grad():
     logits = []
     for number in range(2):
         target = tmp_path / str(number)
-        subprocess.run([sys.executable, "-c", code, fused.folder / "store", target], check=True, cwd=Path(__file__).parents[1])
+        subprocess.run(
+            [sys.executable, "-c", code, fused.folder / "store", target],
+            check=True,
+            cwd=Path(__file__).parents[1],
+        )
         logits.append(torch.load(target, weights_only=True))
     assert torch.equal(*logits)
 
@@ -278,7 +282,9 @@ def test_a_slot_takes_other_compositions(fused: Bench, composition: str) -> None
 
 
 def test_houlsby_and_a_head_of_two_layers(bench: Bench) -> None:
-    placement = AdapterConfig(name="houlsby", sites=["attention", "feedforward"], reads="output", layers="last:2")
+    placement = AdapterConfig(
+        name="houlsby", sites=["attention", "feedforward"], reads="output", layers="last:2"
+    )
     bench.stage1("films", adapter=placement, head=HeadConfig(layers=2, pooling="cls"))
     bench.stage2("books", ["films"], composition=CompositionConfig(layers=[2], value_matrix=False))
     slots = {name.rsplit(".", 2)[0] for name in bench.weights("books-adapterfusion")}
@@ -416,18 +422,20 @@ def test_a_parameter_that_would_train_undeclared_is_an_error(
     assert not (bench.folder / "store" / "films").exists()
 
 
-def test_sources_that_do_not_go_together_are_refused(bench: Bench, make_backbone: Callable[..., Path]) -> None:
+def test_sources_that_do_not_go_together_are_refused(
+    bench: Bench, make_backbone: Callable[..., Path]
+) -> None:
     bench.stage1("films")
     bench.stage1("books", adapter=AdapterConfig(name="houlsby", sites=["attention"], reads="output"))
     with pytest.raises(UserError, match=r"adapter\.sites \[attention\] and not \[feedforward\]"):
         bench.stage2("plays", ["films", "books"])
     bench.backbone = make_backbone("bert", seed=1)
-    with pytest.raises(UserError, match="films was trained on .* with fingerprint"):
+    with pytest.raises(UserError, match=r"films was trained on .* with fingerprint"):
         bench.stage2("plays", ["films"])
     bench.stage1("plays")
     with pytest.raises(UserError, match="backbone"):
         bench.stage2("plays", ["films", "plays"])
-    with pytest.raises(UserError, match="films.*plays|no artifact 'filns'"):
+    with pytest.raises(UserError, match="no artifact 'filns'"):
         bench.stage2("plays", ["filns"])
 
 

@@ -49,7 +49,9 @@ class AdapterBank(nn.Module):
         if not adapters:
             raise ValueError("a bank needs at least one adapter")
         if len(sources) != len(adapters) or sorted(set(sources)) != list(sources) or sources[-1] >= total:
-            raise ValueError(f"source positions {list(sources)} do not fit {len(adapters)} adapters of {total} sources")
+            raise ValueError(
+                f"source positions {list(sources)} do not fit {len(adapters)} adapters of {total} sources"
+            )
         hidden_sizes = {adapter.down.in_features for adapter in adapters}
         if len(hidden_sizes) != 1:
             raise ValueError(f"adapters of different hidden sizes: {sorted(hidden_sizes)}")
@@ -65,7 +67,9 @@ class AdapterBank(nn.Module):
             room = [size - adapter.down.out_features for adapter in adapters]
             down = stacked([F.pad(a.down.weight, (0, 0, 0, r)) for a, r in zip(adapters, room, strict=True)])
             down_bias = stacked([F.pad(a.down.bias, (0, r)) for a, r in zip(adapters, room, strict=True)])
-            up = stacked([F.pad(a.up.weight * a.scaling, (0, r)) for a, r in zip(adapters, room, strict=True)])
+            up = stacked(
+                [F.pad(a.up.weight * a.scaling, (0, r)) for a, r in zip(adapters, room, strict=True)]
+            )
             up_bias = stacked([a.up.bias * a.scaling for a in adapters])
         self.register_buffer("down_weight", down.flatten(0, 1).contiguous())  # (N·R, D)
         self.register_buffer("down_bias", down_bias.flatten())  # (N·R,)
@@ -83,7 +87,9 @@ class AdapterBank(nn.Module):
         if len(runs) == 1:
             return NONLINEARITIES[runs[0][0]](down)
         parts = down.split([length for _, length in runs], dim=-2)
-        return torch.cat([NONLINEARITIES[name](part) for (name, _), part in zip(runs, parts, strict=True)], dim=-2)
+        return torch.cat(
+            [NONLINEARITIES[name](part) for (name, _), part in zip(runs, parts, strict=True)], dim=-2
+        )
 
     def inner_products(self, g: Tensor, z: Tensor) -> Tensor:
         """g: (B, T, D), z: (B, T, N, R) -> g · u_n: (B, T, N)."""

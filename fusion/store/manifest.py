@@ -158,7 +158,6 @@ TOP_LEVEL: dict[str, Types] = {
 INNER: dict[str, dict[str, Types]] = {
     "backbone": {
         "name_or_path": (str,),
-        "package": (str, NoneType),
         "revision": (str, NoneType),
         "fingerprint": (str,),
         "family": (str,),

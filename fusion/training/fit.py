@@ -108,7 +108,7 @@ def fit(
     )
     seconds = time.monotonic() - started
     best_epoch = _best_epoch(module.history, monitor)
-    if keep_best.best_model_path:
+    if keep_best.best_model_path and trainer.is_global_zero:  # the others store nothing
         _restore(model, Path(keep_best.best_model_path))
     best = module.history[best_epoch - 1] if module.history else {}
     return Fit(

@@ -70,8 +70,11 @@ class TaskModule(lightning.LightningModule):
         self.tokens_seen += batch.input_ids.numel()
         # Each call of log costs as much as a small layer, hence every few steps only.
         if batch_index % max(1, self.trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
-            self.log_dict({f"train/{name}_loss": value.detach() for name, value in losses.items()})
-            self.log("train/loss", total.detach(), prog_bar=True)
+            # The mean over the processes is the mean over the rows of all of them: see `losses`.
+            several = self.trainer.world_size > 1
+            named = {f"train/{name}_loss": value.detach() for name, value in losses.items()}
+            self.log_dict(named, sync_dist=several)
+            self.log("train/loss", total.detach(), prog_bar=True, sync_dist=several)
         return total
 
     def validation_step(self, batch: Batch, batch_index: int, dataloader_idx: int = 0) -> None:

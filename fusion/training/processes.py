@@ -78,16 +78,17 @@ def count(trainer: TrainerConfig) -> int:
         raise UserError(f"{asked} trainer.strategy={trainer.strategy}: {error}") from error
     finally:
         talk.setLevel(level)
-    ours = isinstance(planned.strategy.launcher, _SubprocessScriptLauncher)
-    return planned.num_devices if ours else 1  # else SLURM, torchrun or spawning: not ours to start
+    if not isinstance(planned.strategy.launcher, _SubprocessScriptLauncher):
+        return 1  # one device, or a strategy that forks
+    environment = planned.strategy.launcher.cluster_environment
+    return 1 if environment.creates_processes_externally else planned.num_devices  # else: SLURM, torchrun
 
 
 def program(function: Callable[..., Any]) -> list[str]:
     """The command that starts this program again, without its arguments."""
-    main = sys.modules["__main__"]
     module = function.__module__
-    if module == "__main__" and getattr(main, "__spec__", None) is not None:
-        module = main.__spec__.name
+    if module == "__main__" and (spec := sys.modules["__main__"].__spec__) is not None:
+        module = spec.name  # python -m fusion.stage1
     if module == "__main__":
         return [sys.executable, os.path.abspath(sys.argv[0])]
     return [sys.executable, "-m", module]

@@ -112,7 +112,6 @@ def train_and_store(
             task=dataclasses.asdict(config.task),
             backbone={
                 "name_or_path": config.backbone.name_or_path,
-                "package": None,
                 "revision": config.backbone.revision,
                 "fingerprint": backbone.fingerprint,
                 "family": backbone.family.name,

@@ -24,7 +24,9 @@ def test_is_frozen_in_float32_and_evaluation(tiny_backbone: Path) -> None:
     assert not any("pooler" in name for name, _ in backbone.model.named_parameters())
 
 
-def test_fingerprint_follows_weights_and_architecture_only(make_backbone: Callable[..., Path], tmp_path: Path) -> None:
+def test_fingerprint_follows_weights_and_architecture_only(
+    make_backbone: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = make_backbone("bert")
     first = load_backbone(str(folder)).fingerprint
     assert load_backbone(str(folder)).fingerprint == first
@@ -54,7 +56,7 @@ def test_missing_and_broken_folders(make_backbone: Callable[..., Path], tmp_path
     folder = make_backbone("bert")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(UserError, match="cannot be (read|loaded)"):
+    with pytest.raises(UserError, match=r"cannot be (read|loaded)"):
         load_backbone(str(folder))
     weights.unlink()
     with pytest.raises(UserError, match=r"name_or_path"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -33,13 +33,13 @@ def fillings(layers: list[int], sites: list[str], hidden_size: int = 32) -> dict
     return made
 
 
-def norm(x: Tensor, state: dict[str, Tensor], name: str, eps: float) -> Tensor:
+def norm(x: Tensor, state: Mapping[str, Tensor], name: str, eps: float) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
     scaled = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + eps)
     return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
 
 
-def dense(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
+def dense(x: Tensor, state: Mapping[str, Tensor], name: str) -> Tensor:
     return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
 
 
@@ -64,7 +64,9 @@ def plain_layers(
         def split(x: Tensor) -> Tensor:
             return x.unflatten(-1, (heads, width)).transpose(1, 2)
 
-        q, k, v = (split(dense(hidden, state, f"{path}.attention.self.{n}")) for n in ("query", "key", "value"))
+        q, k, v = (
+            split(dense(hidden, state, f"{path}.attention.self.{n}")) for n in ("query", "key", "value")
+        )
         scores = (q @ k.transpose(-1, -2)) / width**0.5
         weights = scores.masked_fill(mask[:, None, None, :] == 0, float("-inf")).softmax(-1)
         attended = (weights @ v).transpose(1, 2).flatten(-2)
@@ -93,9 +95,9 @@ def test_slots_equal_a_plain_recomputation(
     sites, reads = PLACEMENTS[placement]
     adapters = fillings([0, 2], sites)  # the middle layer keeps its own modules
     with torch.no_grad():
-        embedded = backbone.model.embeddings(input_ids=ids)
+        embedded = backbone.model.get_submodule("embeddings")(input_ids=ids)
         if model_type == "electra":
-            embedded = backbone.model.embeddings_project(embedded)
+            embedded = backbone.model.get_submodule("embeddings_project")(embedded)
         expected = plain_layers(embedded, mask, backbone, adapters, placement)
         without = plain_layers(embedded, mask, backbone, {}, placement)
         head = TaskHead(32, 2).double()
@@ -120,7 +122,7 @@ def test_backbone_keeps_its_tensor_names_and_its_fingerprint(tiny_backbone: Path
 
 
 def test_wrong_reading_and_a_slot_outside_the_model(tiny_backbone: Path) -> None:
-    output = load_backbone(str(tiny_backbone)).model.encoder.layer[0].output
+    output = load_backbone(str(tiny_backbone)).model.get_submodule("encoder.layer.0.output")
     with pytest.raises(ValueError, match="output or normed"):
         PostNormSlot(output, "0.feedforward", BottleneckAdapter(32, 4), "both", CurrentBatch())
     slot = PostNormSlot(output, "0.feedforward", BottleneckAdapter(32, 4), "normed", CurrentBatch())

@@ -63,7 +63,9 @@ def plain_fusion(layer: AdapterFusion, x: Tensor, sources: list[BottleneckAdapte
                 k = torch.einsum("ed,d->e", layer.key.weight, u) + layer.key.bias
                 scores.append(torch.dot(q, k) * noise[b, t, n] / layer.temperature)
             weights = [torch.exp(s) / sum(torch.exp(o) for o in scores) for s in scores]
-            values = [u if layer.value is None else torch.einsum("ed,d->e", layer.value.weight, u) for u in outputs]
+            values = [
+                u if layer.value is None else torch.einsum("ed,d->e", layer.value.weight, u) for u in outputs
+            ]
             tokens.append(torch.stack([w * v for w, v in zip(weights, values, strict=True)]).sum(0))
         rows.append(torch.stack(tokens))
     return torch.stack(rows)
@@ -95,7 +97,7 @@ def test_folded_equals_plain(value_matrix: bool, temperature: float, mode: str) 
     folded_gradients = torch.autograd.grad((folded * direction).sum(), list(wanted.values()))
     plain_gradients = torch.autograd.grad((plain * direction).sum(), list(wanted.values()))
     for name, one, two in zip(wanted, folded_gradients, plain_gradients, strict=True):
-        torch.testing.assert_close(one, two, rtol=0, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-10, msg=f"the gradients of {name} differ")
 
 
 def test_every_parameter_gets_a_gradient_in_training() -> None:
@@ -170,4 +172,6 @@ def test_records_a_distribution_over_all_sources() -> None:
 
 def test_masked_softmax_without_a_mask_is_a_softmax() -> None:
     scores = torch.randn(3, 4)
-    torch.testing.assert_close(masked_softmax(scores, None), scores.exp() / scores.exp().sum(-1, keepdim=True))
+    torch.testing.assert_close(
+        masked_softmax(scores, None), scores.exp() / scores.exp().sum(-1, keepdim=True)
+    )

@@ -24,7 +24,11 @@ def adapters() -> list[BottleneckAdapter]:
 
 
 def test_products_and_sums_equal_those_of_the_single_outputs() -> None:
-    bank, x, g = AdapterBank(adapters(), [0, 1, 2], 3), torch.randn(2, 3, 8).double(), torch.randn(2, 3, 8).double()
+    bank, x, g = (
+        AdapterBank(adapters(), [0, 1, 2], 3),
+        torch.randn(2, 3, 8).double(),
+        torch.randn(2, 3, 8).double(),
+    )
     p = torch.randn(2, 3, 3).double()
     outputs = torch.stack([a(x, BatchContext(torch.ones(2, 3))) for a in adapters()], dim=-2)
     z = bank.bottlenecks(x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -16,8 +18,13 @@ def test_equation(nonlinearity: str) -> None:
     torch.manual_seed(0)
     adapter = BottleneckAdapter(6, 2, nonlinearity, scaling=4.0).double()
     x = torch.randn(2, 3, 6).double()
-    function = {"relu": torch.relu, "gelu": torch.nn.GELU(), "silu": torch.nn.SiLU(), "tanh": torch.tanh}
-    z = function[nonlinearity](x @ adapter.down.weight.T + adapter.down.bias)
+    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "relu": torch.relu,
+        "gelu": torch.nn.GELU(),
+        "silu": torch.nn.SiLU(),
+        "tanh": torch.tanh,
+    }
+    z = functions[nonlinearity](x @ adapter.down.weight.T + adapter.down.bias)
     expected = 4.0 * (z @ adapter.up.weight.T + adapter.up.bias)
     torch.testing.assert_close(adapter(x, CONTEXT), expected)
 

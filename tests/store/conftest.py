@@ -16,7 +16,6 @@ def build(name: str = "mnli", kind: str = "adapter", **changes: Any) -> Manifest
     """A manifest without files. `backbone`, `adapter`, `composition` are changed key by key."""
     backbone = {
         "name_or_path": "tiny",
-        "package": None,
         "revision": None,
         "fingerprint": "f" * 64,
         "family": "bert",

@@ -1,0 +1,380 @@
+"""What a command line gets: its exit code, its message, its folder. The command itself is a stand-in."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusion.app import command
+from fusion.config import Stage1Config
+from fusion.run import Run
+
+ROOT = Path(__file__).resolve().parent.parent
+TASK = "kind: classification\ntext: sentence\nlabels: [negative, positive]\nmetrics: [accuracy]\n"
+
+# seed=13 is refused by check, 7 fails, 8 is a user's error found late, 99 waits. The same stand-in in this process (fast) and as a program of its own (for signals).
+PROGRAM = """
+import logging, time
+from fusion.app import command
+from fusion.config import Stage1Config
+from fusion.errors import UserError
+
+def check(config, run):
+    if config.seed == 13:
+        raise UserError("seed=13 is unlucky: say another seed=")
+
+@command("stage1", Stage1Config, check)
+def main(config, run):
+    logging.getLogger("stand-in").info("job %s in group %s", config.name, run.group)
+    if config.seed == 7:
+        raise RuntimeError("boom")
+    if config.seed == 8:
+        raise UserError("row 3 has no label: say data.dir=")
+    if config.seed == 99:
+        print("waiting", flush=True)
+        time.sleep(60)
+    return {"name": config.name, "seed": config.seed, "directory": str(run.directory)}
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+class Outcome:
+    """How a command line ended, and what lies under outputs/ now."""
+
+    def __init__(self, folder: Path, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+        self.folders = sorted(file.parent for file in folder.glob("outputs/**/status.json"))
+        self.statuses = [json.loads((f / "status.json").read_text()) for f in self.folders]
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory with a blank in its name and two tasks of its own in ./conf/task."""
+    folder = tmp_path / "work dir"
+    (folder / "conf" / "task").mkdir(parents=True)
+    for name in ("mine", "yours"):
+        (folder / "conf" / "task" / f"{name}.yaml").write_text(TASK)
+    monkeypatch.chdir(folder)
+    for variable in ("FUSION_CONF", "FUSION_DATA_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the program sets it; this restores it
+    root = logging.getLogger()
+    before, level, handler = root.handlers[:], root.level, signal.getsignal(signal.SIGTERM)
+    yield folder
+    root.handlers[:], root.level = before, level
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def go(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Outcome]:
+    namespace: dict[str, Any] = {"__name__": "stand_in"}
+    exec(compile(PROGRAM, "stand_in", "exec"), namespace)
+
+    def run(*arguments: str, main: Callable[[], None] = namespace["main"]) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["stage1", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        code = ended.value.code
+        assert isinstance(code, int)
+        return Outcome(workdir, code, said.out, said.err)
+
+    return run
+
+
+def in_a_program(workdir: Path, *arguments: str, until: str, number: int) -> tuple[int, Outcome]:
+    """Starts the stand-in as a program, sends the signal once it has printed `until`."""
+    (workdir / "program.py").write_text(PROGRAM)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    log = workdir / "output.txt"
+    with open(log, "w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "program.py", *arguments], stdout=output, stderr=output, env=environment
+        )
+        deadline = time.time() + 60
+        while until not in log.read_text() and process.poll() is None and time.time() < deadline:
+            time.sleep(0.1)
+        process.send_signal(number)
+        code = process.wait(60)
+    return code, Outcome(workdir, code, log.read_text(), "")
+
+
+# --- a run --------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_traces(go: Callable[..., Outcome], workdir: Path) -> None:
+    outcome = go("+task=mine", "trainer.devices=1")
+    assert (outcome.code, outcome.err) == (0, "")
+    (folder,) = outcome.folders
+    assert re.fullmatch(r"outputs/stage1/mine/[\d_-]+-[0-9a-f]{6}", str(folder.relative_to(workdir)))
+    assert {"config.yaml", "result.json", "run.log", "status.json"} <= {f.name for f in folder.iterdir()}
+    result = json.loads((folder / "result.json").read_text())
+    assert result == {"name": "mine", "seed": 42, "directory": str(folder)}
+    assert outcome.statuses[0]["overrides"] == ["+task=mine", "trainer.devices=1"]
+    assert "job mine in group stage1" in (folder / "run.log").read_text()
+    assert "name: mine" in (folder / "config.yaml").read_text()
+
+
+def test_two_runs_in_one_second_have_two_folders(go: Callable[..., Outcome]) -> None:
+    go("+task=mine")
+    assert len(go("+task=mine").folders) == 2
+
+
+def test_the_experiment_is_the_group(go: Callable[..., Outcome]) -> None:
+    outcome = go("+task=mine", "experiment=quick")
+    assert "job mine in group quick" in (outcome.folders[0] / "run.log").read_text()
+
+
+def test_a_failed_run(go: Callable[..., Outcome]) -> None:
+    outcome = go("+task=mine", "seed=7")
+    assert outcome.code == 1
+    assert outcome.statuses[0]["status"] == "failed"
+    assert outcome.statuses[0]["error"] == "RuntimeError: boom"
+    log = (outcome.folders[0] / "run.log").read_text()
+    assert "Traceback" in log and "boom" in log
+    assert "stage1 failed: RuntimeError: boom" in outcome.err and "run.log" in outcome.err
+
+
+def test_a_users_error_found_late_has_no_traceback_on_the_screen(go: Callable[..., Outcome]) -> None:
+    outcome = go("+task=mine", "seed=8")
+    assert (outcome.code, outcome.err) == (2, "row 3 has no label: say data.dir=\n")
+    assert outcome.statuses[0]["status"] == "failed"
+    assert "Traceback" in (outcome.folders[0] / "run.log").read_text()
+
+
+# --- wrong commands -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no task: say +task=NAME, one of "),
+        (["+task=mnlii"], "unknown task 'mnlii': did you mean mnli"),
+        (["+task=mien"], "did you mean mine"),
+        (["task=mine"], "say +task=NAME"),
+        (["+task=[mine,yours]"], "a task is one file"),
+        (["+task.kind=regression"], "+task.kind=regression: a key of what is not there"),
+        (
+            ["+task=mine", "logger.csv.flush_every_n_steps=3"],
+            "choose it first: +task=NAME, logger=[wandb,csv]",
+        ),
+        (["+task=mine,yours"], "several values are a sweep, which needs -m"),
+        (["+task=mine", "optim.lrr=1"], "unknown key optim.lrr: did you mean optim.lr"),
+        (["+task=mine", "+optim.extra=1"], "unknown key optim.extra"),
+        (["+task=mine", "+extra=1"], "unknown key extra"),
+        (["+task=mine", "adapter=compacter"], "unknown adapter 'compacter'"),
+        (["+task=mine", "trainer.max_epochs=0"], "trainer.max_epochs=0: expected at least 1"),
+        (["+task=mine", "seed=13"], "seed=13 is unlucky"),
+        (["+task=mine", "trainer.accelerator=none_such"], "trainer.accelerator=none_such"),
+        (["+task=mine", "trainer.strategy=none_such"], "trainer.strategy=none_such"),
+        (["-m", "+task=mine", "seed=1,2,13"], "job 2 (+task=mine seed=13): seed=13 is unlucky"),
+        (["-m", "+task=mine", "seed=1,x"], "seed=x: Value 'x' of type 'str'"),
+        (["-m", "+task=mine,nobody"], "unknown task 'nobody'"),
+        (["-m", "+task=mine", "seed=1,2", "name=one"], "two jobs of this sweep would both be kept as one"),
+        (["-m", "seed=1,2"], "no task: say +task=NAME"),
+    ],
+)
+def test_a_wrong_command(go: Callable[..., Outcome], arguments: list[str], message: str) -> None:
+    outcome = go(*arguments)
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert "Traceback" not in outcome.err
+    assert 1 <= len(outcome.err.strip().splitlines()) <= 2
+    if "none_such" not in message:  # that one only Lightning knows, when the job has begun
+        assert not Path("outputs").exists()
+
+
+def test_a_task_in_two_places_is_refused(go: Callable[..., Outcome]) -> None:
+    Path("conf/task/rte.yaml").write_text(TASK)
+    outcome = go("+task=rte")
+    assert outcome.code == 2
+    assert outcome.err.startswith("task rte is in two places: ")
+
+
+def test_fusion_conf_is_a_place_for_tasks_too(
+    go: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "more" / "task").mkdir(parents=True)
+    (tmp_path / "more" / "task" / "theirs.yaml").write_text(TASK)
+    assert go("+task=theirs").code == 2
+    monkeypatch.setenv("FUSION_CONF", str(tmp_path / "more"))
+    assert go("+task=theirs").code == 0
+    (tmp_path / "more" / "task" / "mine.yaml").write_text(TASK)
+    assert "in two places" in go("+task=mine").err
+    monkeypatch.setenv("FUSION_CONF", str(tmp_path / "none"))
+    assert "no such folder" in go("+task=mine").err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("kind: [", "broken.yaml"),
+        (TASK + "labelz: [a]\n", "conf file task/broken.yaml: unknown key labelz: did you mean task.label"),
+        (TASK.replace("accuracy", "pearson"), "task broken: metric pearson does not fit kind classification"),
+        (
+            TASK.replace("[negative, positive]", "[positive]"),
+            "task broken: labels=['positive']: expected at least two",
+        ),
+    ],
+)
+def test_a_broken_task_file_is_named(go: Callable[..., Outcome], content: str, message: str) -> None:
+    Path("conf/task/broken.yaml").write_text(content)
+    outcome = go("+task=broken")
+    assert (outcome.code, len(outcome.err.strip().splitlines())) in ((2, 1), (2, 2))
+    assert message in outcome.err
+
+
+# --- sweeps -------------------------------------------------------------------------------------
+
+
+def test_a_sweep_over_tasks(go: Callable[..., Outcome]) -> None:
+    outcome = go("-m", "+task=mine,yours")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert [folder.name for folder in outcome.folders] == ["0-mine", "1-yours"]
+    sweep = outcome.folders[0].parent.name
+    assert re.fullmatch(r"sweep-[\d_-]+-[0-9a-f]{6}", sweep)
+    assert [status["name"] for status in outcome.statuses] == ["mine", "yours"]
+    assert f"in group {sweep}" in (outcome.folders[0] / "run.log").read_text()
+
+
+def test_swept_keys_are_in_names_and_folders(go: Callable[..., Outcome]) -> None:
+    outcome = go("-m", "+task=mine", "seed=3,4", "optim.lr=1e-4,5e-4", "trainer.max_epochs=2")
+    assert [status["name"] for status in outcome.statuses] == [
+        "mine-optim.lr-0.0001-seed-3",
+        "mine-optim.lr-0.0005-seed-3",
+        "mine-optim.lr-0.0001-seed-4",
+        "mine-optim.lr-0.0005-seed-4",
+    ]
+    assert outcome.folders[0].name == "0-mine-optim.lr-0.0001-seed-3"
+
+
+def test_a_sweep_over_lists_gives_plain_names(go: Callable[..., Outcome]) -> None:
+    outcome = go("-m", "+task=mine", "adapter.layers=[0,1],[2]", "method=adapter,head")
+    assert [status["name"] for status in outcome.statuses] == [
+        "mine-adapter.layers-0-1",
+        "mine-head-adapter.layers-0-1",
+        "mine-adapter.layers-2",
+        "mine-head-adapter.layers-2",
+    ]
+    assert outcome.folders[1].name == "1-mine-adapter.layers-0-1-method-head"
+
+
+def test_a_given_name_stays(go: Callable[..., Outcome]) -> None:
+    outcome = go("-m", "+task=mine", "name=a,b", "seed=3")
+    assert [status["name"] for status in outcome.statuses] == ["a", "b"]
+
+
+def test_a_failed_job_does_not_stop_the_others(go: Callable[..., Outcome]) -> None:
+    outcome = go("-m", "+task=mine,yours", "seed=7,1")
+    assert outcome.code == 1
+    assert [status["status"] for status in outcome.statuses] == ["failed", "done", "failed", "done"]
+    assert "boom" in (outcome.folders[0] / "run.log").read_text()
+    assert "boom" not in (outcome.folders[1] / "run.log").read_text()
+    summary = outcome.err.split("2 of 4 jobs failed:\n")[1]
+    assert [line.split("/")[-2] for line in summary.strip().splitlines()] == [
+        "0-mine-seed-7",
+        "2-yours-seed-7",
+    ]
+    assert all(line.endswith("run.log: RuntimeError: boom") for line in summary.strip().splitlines())
+
+
+def test_a_users_error_in_a_job_of_a_sweep_is_a_failed_job(go: Callable[..., Outcome]) -> None:
+    outcome = go("-m", "+task=mine", "seed=8,1")
+    assert (outcome.code, [status["status"] for status in outcome.statuses]) == (1, ["failed", "done"])
+
+
+def test_check_sees_all_jobs_first_and_each_again(go: Callable[..., Outcome]) -> None:
+    seen: list[str] = []
+
+    def check(config: Stage1Config, run: Run) -> None:
+        seen.append(f"check {config.name}")
+
+    @command("stage1", Stage1Config, check)
+    def main(config: Stage1Config, run: Run) -> dict[str, Any]:
+        seen.append(f"run {config.name}")
+        return {}
+
+    assert go("-m", "+task=mine,yours", main=main).code == 0
+    checks = ["check mine", "check yours"]
+    assert seen == [*checks, "check mine", "run mine", "check yours", "run yours"]
+
+
+# --- interrupts ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_ends_a_sweep(workdir: Path, number: int, code: int) -> None:
+    arguments = ["-m", "+task=mine", "seed=1,99,2", "trainer.devices=1"]
+    got, outcome = in_a_program(workdir, *arguments, until="waiting", number=number)
+    assert got == code
+    assert [status["status"] for status in outcome.statuses] == ["done", "interrupted"]
+    assert "Traceback" not in outcome.out
+
+
+# --- help ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2", "evaluate", "predict"])
+def test_help_is_quick_and_says_what_there_is(name: str, workdir: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    arguments = [sys.executable, "-m", f"fusion.{name}"]
+    subprocess.run(
+        [*arguments, "--help"], env=environment, capture_output=True, check=True
+    )  # warms the cache
+    started = time.perf_counter()
+    shown = subprocess.run(
+        [*arguments, "--help"], env=environment, capture_output=True, text=True, check=True
+    )
+    seconds = time.perf_counter() - started
+    assert seconds < 4.0  # 2 s on a machine that does nothing else
+    assert f"python -m fusion.{name} " in shown.stdout
+    for word in ("mine", "130 interrupted", "--cfg job"):
+        assert word in shown.stdout
+    assert not shown.stderr
+
+
+def test_nothing_heavy_is_imported_before_a_command_runs() -> None:
+    code = (
+        "import sys, fusion.stage1, fusion.stage2, fusion.evaluate, fusion.predict\n"
+        "print([m for m in ('torch', 'transformers', 'datasets', 'pytorch_lightning', 'wandb', 'numpy') "
+        "if m in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert shown.stdout == "[]\n"
+
+
+def test_only_app_knows_hydra() -> None:
+    imports = re.compile(r"^\s*(import hydra|from hydra)", re.MULTILINE)
+    knows = [file.name for file in (ROOT / "fusion").rglob("*.py") if imports.search(file.read_text())]
+    assert knows == ["app.py"]
+
+
+@pytest.mark.parametrize("arguments", [("+task=mine",), ("-m", "+task=mine,yours")])
+def test_a_fault_in_a_check_is_no_users_error(go: Callable[..., Outcome], arguments: tuple[str, ...]) -> None:
+    def check(config: Stage1Config, run: Run) -> None:
+        raise ValueError("a fault of ours")
+
+    @command("stage1", Stage1Config, check)
+    def main(config: Stage1Config, run: Run) -> dict[str, Any]:
+        return {}
+
+    outcome = go(*arguments, main=main)
+    assert (outcome.code, outcome.folders) == (1, [])
+    assert "Traceback" in outcome.err
+    assert outcome.err.endswith("stage1 failed: ValueError: a fault of ours\n")

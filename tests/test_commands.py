@@ -1,0 +1,145 @@
+"""The commands as a user types them, on a tiny backbone: processes, sweeps, exit codes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.test_stages import LABELS, write_task
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path:
+    """A working folder (with a space in its name) that has its own tasks, as files."""
+    folder = tmp_path_factory.mktemp("commands") / "my work"
+    (folder / "conf" / "task").mkdir(parents=True)
+    for name in ("films", "books"):
+        write_task(folder / "data", name)
+        task = {"kind": "classification", "text": "text", "labels": LABELS, "metrics": ["accuracy"]}
+        (folder / "conf" / "task" / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    return folder
+
+
+def run(place: Path, backbone: Path, module: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    environment.pop("FUSION_DATA_DIR", None)
+    shared = ["data.dir=data", "data.cache_dir=cache"]
+    if module in ("stage1", "stage2"):
+        shared += [
+            f"backbone.name_or_path={backbone}",
+            "backbone.pooling=mean",
+            "optim.lr=5e-3",
+            "trainer.max_epochs=2",
+            "trainer.accelerator=cpu",
+            "data.max_length=16",
+        ]
+    return subprocess.run(
+        [sys.executable, "-m", f"fusion.{module}", *overrides[:1], *shared, *overrides[1:]],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def losses(folder: Path) -> list[float]:
+    """The loss of each step, from the metrics of a run."""
+    with open(folder / "csv" / "metrics.csv", newline="") as file:
+        return [float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")]
+
+
+def test_two_processes_follow_one(place: Path, tiny_backbone: Path) -> None:
+    """Two of 4 rows against one of 8: the same order, the same loss at each step, the same weights."""
+    same = ["logger=csv", "trainer.log_every_n_steps=1", "head.dropout=0"]
+    ddp = ["trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=4"]
+    results = {}
+    for stage, more in (("stage1", []), ("stage2", ["sources=[films]"])):
+        for name, how in (("one", ["trainer.devices=1", "data.batch_size=8"]), ("two", ddp)):
+            directory = place / f"{stage}-{name}"
+            task = "films" if stage == "stage1" else "books"
+            # Stage 2 takes the source that one process made, both times.
+            store = "store" if stage == "stage2" or name == "one" else "store-ddp"
+            done = run(
+                place, tiny_backbone, stage, f"+task={task}", *more, *same, *how,
+                f"store={store}", f"hydra.run.dir={directory}",
+                *([] if stage == "stage1" else [f"name={name}"]),
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr[-2000:]
+            results[name] = losses(directory)
+            status = json.loads((directory / "status.json").read_text())
+            assert status["status"] == "done"
+        assert len(results["one"]) == 2 * 8
+        assert results["two"] == pytest.approx(results["one"], abs=1e-5)
+    one, two = (
+        load_file(place / store / "films" / "weights.safetensors") for store in ("store", "store-ddp")
+    )
+    for name, weights in one.items():
+        torch.testing.assert_close(two[name], weights, rtol=0, atol=1e-4)
+
+
+def test_a_sweep_gives_a_folder_and_an_artifact_a_task_and_survives_a_failed_job(
+    place: Path, tiny_backbone: Path
+) -> None:
+    broken = place / "data" / "plays"
+    write_task(place / "data", "plays")
+    task = {"kind": "classification", "text": "text", "labels": ["bad", "fine"], "metrics": ["accuracy"]}
+    (place / "conf" / "task" / "plays.yaml").write_text(yaml.safe_dump(task))
+    rows = (broken / "train.jsonl").read_text().splitlines()
+    (broken / "train.jsonl").write_text(
+        "\n".join([*rows[:3], '{"text": "no label here", "label": 7}', *rows[4:]])
+    )
+    done = run(
+        place, tiny_backbone, "stage1", "-m", "+task=films,plays,books", "logger=csv",
+        "store=sweep-store", "hydra.sweep.dir=sweep",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "plays" in done.stderr and "train.jsonl" in done.stderr
+    folders = {f.name.rsplit("-", 1)[-1]: f for f in (place / "sweep").iterdir() if f.is_dir()}
+    assert set(folders) == {"films", "plays", "books"}
+    states = {name: json.loads((f / "status.json").read_text()) for name, f in folders.items()}
+    assert {name: s["status"] for name, s in states.items()} == {
+        "films": "done",
+        "plays": "failed",
+        "books": "done",
+    }
+    assert "label" in states["plays"]["error"]
+    assert "Traceback" in (folders["plays"] / "run.log").read_text()
+    stored = {f.name for f in (place / "sweep-store").iterdir() if not f.name.startswith(".")}
+    assert stored == {"films", "books"}
+
+
+@pytest.mark.parametrize(
+    ("module", "overrides", "said"),
+    [
+        ("stage1", ["+task=filns"], "films"),
+        ("stage1", [], "+task=NAME"),
+        ("stage1", ["+task=films", "optim.learning_rate=1"], "optim.lr"),
+        ("stage1", ["+task=films", "adapter.bottleneck_size=0"], "adapter.bottleneck_size=0"),
+        ("stage1", ["+task=films", "optim.lr=quick"], "optim.lr"),
+        ("stage1", ["+task=films", "data.dir=nowhere"], "nowhere"),
+        ("stage2", ["+task=films", "sources=[nobody]"], "nobody"),
+        ("stage2", ["+task=films"], "sources"),
+        ("evaluate", ["artifact=nobody"], "nobody"),
+        ("predict", ["artifact=nobody", "input=rows.jsonl", "output=out.jsonl"], "nobody"),
+    ],
+)
+def test_what_is_wrong_is_said_in_two_lines_with_exit_code_2(
+    place: Path, tiny_backbone: Path, module: str, overrides: list[str], said: str
+) -> None:
+    done = run(place, tiny_backbone, module, *overrides, "store=empty-store")
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2, done.stderr
+    assert len(lines) <= 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert not (place / "empty-store").exists()

@@ -1,0 +1,224 @@
+"""Every YAML under conf/ composes into the types of fusion/config.py, and what is out of range is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from fusion import config as settings
+from fusion.app import conf_folder, explain, keys_of, register
+from fusion.config import EvaluateConfig, PredictConfig, Stage1Config, Stage2Config, TrainerConfig
+from fusion.errors import UserError
+
+SCHEMAS = {
+    "stage1": Stage1Config,
+    "stage2": Stage2Config,
+    "evaluate": EvaluateConfig,
+    "predict": PredictConfig,
+}
+NEEDED = {
+    "stage1": ["+task=rte"],
+    "stage2": ["+task=rte", "sources=[a,b]"],
+    "evaluate": ["artifact=rte"],
+    "predict": ["artifact=rte", "input=rows.jsonl", "output=out.jsonl"],
+}
+GROUPS = {
+    "stage1": ("backbone", "adapter", "method", "logger", "experiment"),
+    "stage2": ("backbone", "composition", "logger", "experiment"),
+}
+# What the code gives to Lightning's Trainer itself.
+OWNED_BY_CODE = {"self", "logger", "callbacks", "plugins", "use_distributed_sampler"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hydra() -> Iterator[None]:
+    for name, schema in SCHEMAS.items():
+        register(name, schema)
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        yield
+
+
+def typed(command: str, *overrides: str) -> Any:
+    return OmegaConf.to_object(compose(command, [*NEEDED[command], *overrides]))
+
+
+def group_files() -> list[tuple[str, str]]:
+    return sorted((file.parent.name, file.stem) for file in conf_folder().glob("*/*.yaml"))
+
+
+def test_all_files_are_found() -> None:
+    found: dict[str, set[str]] = {}
+    for group, name in group_files():
+        found.setdefault(group, set()).add(name)
+    tasks = found.pop("task")
+    assert len(tasks) >= 34
+    assert found == {
+        "backbone": {"minilm", "bert_base", "bert_large", "roberta_base", "xlmr_base", "electra_base"},
+        "adapter": {"pfeiffer", "houlsby"},
+        "composition": {"adapterfusion", "static", "mean"},
+        "method": {"adapter", "head"},
+        "logger": {"wandb", "csv", "none"},
+        "experiment": {"quick"},
+    }
+    assert {file.stem for file in conf_folder().glob("*.yaml")} == {*SCHEMAS, "launch"}
+    assert not list(conf_folder().glob("*/*/*.yaml"))
+
+
+@pytest.mark.parametrize(("group", "name"), group_files())
+def test_every_group_file_composes(group: str, name: str) -> None:
+    if group == "task":
+        OmegaConf.to_object(compose("stage1", [f"+task={name}"]))
+        return
+    commands = [command for command, groups in GROUPS.items() if group in groups]
+    assert commands
+    for command in commands:
+        config = typed(command, f"{group}={name}")
+        if group in ("adapter", "composition", "method"):
+            assert getattr(config, group).name == name
+
+
+@pytest.mark.parametrize("command", SCHEMAS)
+def test_defaults_are_typed(command: str) -> None:
+    assert isinstance(typed(command), SCHEMAS[command])
+
+
+def test_what_the_defaults_are() -> None:
+    one, two = typed("stage1"), typed("stage2")
+    assert (one.optim.lr, one.trainer.max_epochs) == (1e-4, 30)
+    assert (two.optim.lr, two.trainer.max_epochs) == (5e-5, 10)
+    for config in (one, two):
+        assert config.backbone.name_or_path == "google-bert/bert-base-uncased"
+        assert config.logger.wandb is not None and config.logger.csv is None
+        assert (config.store, config.seed, config.overwrite, config.resume) == (
+            "outputs/store",
+            42,
+            False,
+            True,
+        )
+        assert (config.data.max_length, config.data.batch_size) == (128, 32)
+    assert (one.adapter.sites, one.adapter.reads, one.adapter.nonlinearity) == (
+        ["feedforward"],
+        "normed",
+        "relu",
+    )
+    assert one.adapter.size_for(384) == 24
+    assert two.composition.name == "adapterfusion"
+
+
+def test_placements_and_backbones() -> None:
+    houlsby = typed("stage1", "adapter=houlsby").adapter
+    assert (houlsby.sites, houlsby.reads, houlsby.nonlinearity) == (
+        ["attention", "feedforward"],
+        "output",
+        "silu",
+    )
+    minilm = typed("stage1", "backbone=minilm").backbone
+    assert minilm.pooling == "mean"
+    # a backbone that is chosen after another leaves nothing of it behind
+
+
+def test_loggers_combine() -> None:
+    assert dataclasses.asdict(typed("stage1", "logger=none").logger) == {"wandb": None, "csv": None}
+    both = typed("stage1", "logger=[wandb,csv]").logger
+    assert both.wandb is not None and both.csv is not None
+    only = typed("stage1", "logger=csv").logger
+    assert only.wandb is None and only.csv is not None
+
+
+def test_data_dir_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FUSION_DATA_DIR", raising=False)
+    assert typed("stage1").data.dir is None
+    monkeypatch.setenv("FUSION_DATA_DIR", "/some where")
+    for command in SCHEMAS:
+        assert typed(command).data.dir == "/some where"
+    assert typed("stage1", "data.dir=here").data.dir == "here"
+
+
+def test_the_trainer_schema_says_all_that_yaml_can_say() -> None:
+    import pytorch_lightning
+
+    arguments = set(inspect.signature(pytorch_lightning.Trainer.__init__).parameters)
+    ours = {field.name for field in dataclasses.fields(TrainerConfig)}
+    assert arguments - OWNED_BY_CODE == ours
+    assert arguments >= OWNED_BY_CODE
+
+
+def test_every_trainer_key_is_an_override_without_plus() -> None:
+    values = {"bool": "true", "int": "3", "float": "0.5"}
+    overrides = [
+        f"trainer.{field.name}={values.get(type(field.default).__name__, '3')}"
+        for field in dataclasses.fields(TrainerConfig)
+        if field.name != "model_registry"
+    ]
+    compose("stage1", [*NEEDED["stage1"], *overrides, "trainer.model_registry=none"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("adapter.bottleneck_size=0", "adapter.bottleneck_size=0: expected at least 1"),
+        ("adapter.reduction_factor=0", "adapter.reduction_factor=0"),
+        ("adapter.nonlinearity=sine", "expected one of relu, gelu, silu, tanh"),
+        ("adapter.init=zero", "adapter.init=zero: expected one of"),
+        ("adapter.dropout=1", "0 <= dropout < 1"),
+        ("adapter.layers=last:0", "adapter.layers=last:0: expected"),
+        ("adapter.layers=[1,1]", "adapter.layers=[1, 1]: expected"),
+        ("adapter.sites=[middle]", "adapter.sites=['middle']"),
+        ("head.layers=3", "head.layers=3: expected 1 or 2"),
+        ("head.pooling=max", "head.pooling=max: expected one of cls, mean"),
+        ("optim.lr=0", "optim.lr=0"),
+        ("optim.warmup=1.5", "optim.warmup=1.5"),
+        ("trainer.max_epochs=0", "trainer.max_epochs=0: expected at least 1"),
+        ("data.batch_size=0", "data.batch_size=0: expected at least 1 row"),
+        ("data.limit.train=0", "data.limit.train=0"),
+        ("seed=-1", "seed=-1"),
+        ("backbone.name_or_path=''", "backbone.name_or_path is empty"),
+        ("method.name=lora", "method=lora: expected one of"),
+    ],
+)
+def test_a_value_out_of_range_is_named(override: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        typed("stage1", override)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lrr=1", "unknown key optim.lrr: did you mean optim.lr"),
+        ("batch_size=1", "unknown key batch_size: did you mean data.batch_size?"),
+        ("learning_rate=1", "unknown key learning_rate"),
+        ("backbne=minilm", "unknown key backbne: did you mean backbone?"),
+        ("backbone=minilmm", "unknown backbone 'minilmm': did you mean minilm?"),
+        ("trainer.max_epochs=many", "trainer.max_epochs=many: Value 'many' of type 'str'"),
+        ("seed=1,2", "seed=1,2: several values are a sweep, which needs -m"),
+        ("a b", "cannot read the override 'a b'"),
+    ],
+)
+def test_a_wrong_override_is_explained(override: str, message: str) -> None:
+    with pytest.raises(Exception) as error:
+        typed("stage1", override)
+    said = explain(error.value, Stage1Config)
+    assert message in said
+    assert len(said.splitlines()) <= 2
+
+
+def test_every_key_has_a_place_in_the_list_of_keys() -> None:
+    keys = keys_of(Stage1Config)
+    assert {"seed", "optim.lr", "data.limit.train", "task.hub.path", "logger.wandb.project"} <= set(keys)
+
+
+def test_task_files_hold_data_only() -> None:
+    for file in sorted((conf_folder() / "task").glob("*.yaml")):
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        assert set(content) <= {f.name for f in dataclasses.fields(settings.TaskConfig)} - {"name"}, file.name
+        assert "_target_" not in file.read_text(encoding="utf-8")
+        assert not Path(str(content.get("hub", {}).get("path", ""))).is_absolute()

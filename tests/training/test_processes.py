@@ -1,0 +1,197 @@
+"""DDP jobs as whole programs: two processes, a sweep of them, a rank that fails, a launcher that dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusion.config import TrainerConfig
+from fusion.errors import UserError
+from fusion.training import processes
+
+ROOT = Path(__file__).resolve().parents[2]
+TASK = "kind: classification\ntext: sentence\nlabels: [negative, positive]\nmetrics: [accuracy]\n"
+DDP = ("trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu")
+
+PROGRAM = '''
+import os, time
+from fusion.app import command
+from fusion.config import Stage1Config
+from fusion.errors import UserError
+
+def check(config, run):
+    """Only the process that starts the ranks checks: by then rank zero may have begun."""
+    assert "LOCAL_RANK" not in os.environ
+
+@command("stage1", Stage1Config, check)
+def main(config, run):
+    import torch, pytorch_lightning as pl
+    other = not run.rank_zero
+    if config.seed == 5 and other:
+        raise RuntimeError("early boom")  # rank zero waits for it at the rendezvous
+    if config.seed == 6:
+        raise UserError("no such column")
+
+    class Model(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 1)
+        def training_step(self, batch, index):
+            if config.seed == 7 and other and index == 1:
+                raise RuntimeError("late boom")
+            if config.seed == 9 and index == 1:
+                open("rank%s" % self.global_rank, "w").write(str(os.getpid()))
+                time.sleep(60)
+            return self.layer(batch[0]).pow(2).mean()
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    trainer = pl.Trainer(
+        accelerator=config.trainer.accelerator, devices=config.trainer.devices, strategy=config.trainer.strategy,
+        max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )
+    rows = torch.utils.data.TensorDataset(torch.randn(8, 2))
+    trainer.fit(Model(), torch.utils.data.DataLoader(rows, batch_size=2))
+    return {
+        "name": config.name, "steps": trainer.global_step, "world": trainer.world_size,
+        "threads": torch.get_num_threads(), "directory": str(run.directory), "rank_zero": run.rank_zero,
+    }
+
+if __name__ == "__main__":
+    main()
+'''
+
+
+@pytest.fixture
+def workdir(tmp_path: Path) -> Path:
+    folder = tmp_path / "work 'dir"
+    (folder / "conf" / "task").mkdir(parents=True)
+    (folder / "conf" / "task" / "mine.yaml").write_text(TASK)
+    (folder / "program.py").write_text(PROGRAM)
+    return folder
+
+
+def start(workdir: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "LOCAL_RANK")}
+    return subprocess.Popen(
+        [sys.executable, "program.py", *arguments],
+        cwd=workdir,
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def jobs(workdir: Path) -> list[dict[str, Any]]:
+    """Per job, in order: its folder, its status, its result (if there is one)."""
+    found = []
+    for file in sorted(workdir.glob("outputs/**/status.json")):
+        result = file.parent / "result.json"
+        found.append(
+            {
+                "folder": file.parent,
+                **json.loads(file.read_text()),
+                "result": json.loads(result.read_text()) if result.exists() else None,
+            }
+        )
+    return found
+
+
+def test_one_process_needs_no_ranks() -> None:
+    assert processes.count(TrainerConfig(devices=1)) == 1
+    assert processes.count(TrainerConfig(accelerator="cpu", devices="auto")) == 1
+    assert processes.count(TrainerConfig(accelerator="cpu", devices=2, strategy="ddp")) == 2
+    assert processes.count(TrainerConfig(accelerator="cpu", devices=3)) == 3
+    with pytest.raises(UserError, match=r"trainer\.accelerator=abacus"):
+        processes.count(TrainerConfig(accelerator="abacus"))
+
+
+def test_torchrun_starts_its_own_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert processes.count(TrainerConfig(accelerator="cpu", devices=2, strategy="ddp")) == 1
+
+
+def sweep(workdir: Path, seeds: str) -> tuple[subprocess.Popen[str], str, list[dict[str, Any]]]:
+    process = start(workdir, "-m", "+task=mine", f"seed={seeds}", *DDP)
+    _, err = process.communicate(timeout=180)
+    assert len(list((workdir / "outputs" / "stage1").iterdir())) == 1  # no rank started a sweep of its own
+    return process, err, jobs(workdir)
+
+
+def test_a_failing_rank_stops_neither_the_sweep_nor_time(workdir: Path) -> None:
+    """Rank one fails before the rendezvous, where rank zero would wait for half an hour."""
+    process, err, (failed, good) = sweep(workdir, "5,1")
+    assert process.returncode == 1
+    assert (failed["status"], failed["error"]) == ("failed", "RankError: rank 1: RuntimeError: early boom")
+    assert "1 of 2 jobs failed" in err
+    assert good["status"] == "done"
+    assert good["result"] == {
+        "name": "mine-seed-1",
+        "steps": 2,
+        "world": 2,
+        "threads": max(1, len(os.sched_getaffinity(0)) // 2),
+        "directory": str(good["folder"]),
+        "rank_zero": True,
+    }
+
+
+@pytest.mark.slow
+def test_errors_of_ranks_come_back_as_they_were(workdir: Path) -> None:
+    process, _, (late, users, good) = sweep(workdir, "7,6,1")
+    assert process.returncode == 1
+    assert late["error"] == "RankError: rank 1: RuntimeError: late boom"
+    assert "in training_step" in (late["folder"] / "run.log").read_text()
+    assert users["error"] == "no such column"
+    assert good["status"] == "done"
+
+
+def test_a_single_ddp_run(workdir: Path) -> None:
+    process = start(workdir, "+task=mine", *DDP)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    (job,) = jobs(workdir)
+    assert (job["name"], job["result"]["world"]) == ("mine", 2)
+    assert {file.name for file in job["folder"].iterdir() if file.suffix != ""} == {
+        "config.yaml",
+        "result.json",
+        "run.log",
+        "run.rank1.log",
+        "status.json",
+    }
+    assert out.count("`Trainer.fit` stopped") == 1
+
+
+@pytest.mark.parametrize("number", [2, 9], ids=["SIGINT", "SIGKILL"])
+def test_no_rank_outlives_its_launcher(workdir: Path, number: int) -> None:
+    process = start(workdir, "+task=mine", "seed=9", *DDP)
+    pids = [workdir / f"rank{rank}" for rank in (0, 1)]
+    deadline = time.time() + 60
+    while not all(file.exists() and file.read_text() for file in pids) and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == (130 if number == 2 else -9)
+    (job,) = jobs(workdir)
+    assert job["status"] == ("interrupted" if number == 2 else "running")
+    deadline = time.time() + 10
+    alive = {int(file.read_text()) for file in pids}
+    while alive and time.time() < deadline:
+        alive = {pid for pid in alive if is_running(pid)}
+        time.sleep(0.1)
+    assert not alive
+
+
+def is_running(pid: int) -> bool:
+    """A process that nobody has waited for yet is dead all the same."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
