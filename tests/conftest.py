@@ -24,7 +24,32 @@ CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
     "xlm-roberta": XLMRobertaConfig,
     "electra": ElectraConfig,
 }
-WORDS = ["the", "a", "cat", "dog", "film", "book", "was", "is", "not", "very", "good", "bad", "great", "poor", "it", "i", "saw", "liked", "hated", "did", "he", "she", "yes", "no"]
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "film",
+    "book",
+    "was",
+    "is",
+    "not",
+    "very",
+    "good",
+    "bad",
+    "great",
+    "poor",
+    "it",
+    "i",
+    "saw",
+    "liked",
+    "hated",
+    "did",
+    "he",
+    "she",
+    "yes",
+    "no",
+]
 
 
 def save_tokenizer(folder: Path) -> int:

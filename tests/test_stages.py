@@ -25,6 +25,7 @@ from fusion.config import (
     DataConfig,
     EvaluateConfig,
     HeadConfig,
+    HubConfig,
     LoggerConfig,
     MethodConfig,
     OptimConfig,
@@ -467,3 +468,95 @@ def test_an_entry_depends_on_what_the_config_only_names(bench: Bench) -> None:
     entries = [find_entry(config, run, "adapter", {"sources": [hash_]}) for hash_ in ("a", "b")]
     assert entries[0].identity != entries[1].identity
     assert entries[0].checkpoints.parent == bench.folder / "store" / ".runs"
+
+
+def write_rows(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
+    folder.mkdir(parents=True)
+    for split, lines in rows.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_choices_of_any_number_from_training_to_prediction(bench: Bench) -> None:
+    draw = random.Random(0)
+
+    def row() -> dict[str, Any]:
+        choices = ["a bad film", "poor it is bad", "he hated it", "a bad dog"][: draw.randrange(1, 5)]
+        right = draw.randrange(len(choices) + 1)
+        choices.insert(right, "a good film")
+        return {"question": "which film", "choices": choices, "label": right}
+
+    write_rows(
+        bench.folder / "data" / "quiz",
+        {"train": [row() for _ in range(40)], "validation": [row() for _ in range(12)]},
+    )
+    bench.tasks["quiz"] = TaskConfig(
+        name="quiz", kind="choice", text="question", choices="choices", metrics=["accuracy"]
+    )
+    bench.stage1("quiz")
+    result = bench.stage2("quiz", ["quiz"])
+    assert 0 <= result["metrics"]["validation"]["accuracy"] <= 1
+    rows = [row() for _ in range(5)]
+    for given, line in zip(rows, bench.predict("quiz-adapterfusion", rows, attention=True), strict=True):
+        assert list(line["scores"]) == [str(number) for number in range(len(given["choices"]))]
+        assert sum(line["scores"].values()) == pytest.approx(1, abs=1e-5)
+        assert line["attention"]["0"] == {"quiz": pytest.approx(1)}
+
+
+def test_a_regression_from_training_to_prediction(bench: Bench) -> None:
+    draw = random.Random(0)
+
+    def row() -> dict[str, Any]:
+        good = draw.randrange(4)
+        return {"one": " ".join(["good"] * good + ["bad"] * (3 - good)), "two": "film", "score": float(good)}
+
+    write_rows(
+        bench.folder / "data" / "rating",
+        {"train": [row() for _ in range(40)], "validation": [row() for _ in range(12)]},
+    )
+    bench.tasks["rating"] = TaskConfig(
+        name="rating", kind="regression", text=["one", "two"], label="score", metrics=["pearson", "spearman"]
+    )
+    result = bench.stage1("rating")
+    assert set(result["metrics"]["validation"]) == {"pearson", "spearman"}
+    (line,) = bench.predict("rating", [row()])
+    assert set(line) == {"score"} and isinstance(line["score"], float)
+
+
+def test_two_validation_sets_are_both_scored_and_the_first_picks_the_epoch(bench: Bench) -> None:
+    write_task(bench.folder / "data", "nli")
+    folder = bench.folder / "data" / "nli"
+    (folder / "validation_matched.jsonl").write_text((folder / "validation.jsonl").read_text())
+    (folder / "validation.jsonl").rename(folder / "validation_mismatched.jsonl")
+    hub = HubConfig(
+        "x", splits={"train": "train", "validation": ["validation_matched", "validation_mismatched"]}
+    )
+    bench.tasks["nli"] = dataclasses.replace(bench.tasks["films"], name="nli", hub=hub)
+    result = bench.stage1("nli")
+    assert list(result["metrics"]) == ["validation_matched", "validation_mismatched"]
+    both = bench.evaluate("nli")["metrics"]
+    assert both == {split: pytest.approx(values, abs=1e-6) for split, values in result["metrics"].items()}
+    assert list(bench.evaluate("nli", split="validation_mismatched")["metrics"]) == ["validation_mismatched"]
+
+
+def test_precision_accumulation_and_warm_up_reach_the_trainer(bench: Bench) -> None:
+    trainer = TrainerConfig(
+        accelerator="cpu",
+        max_epochs=2,
+        precision="bf16-mixed",
+        accumulate_grad_batches=2,
+        gradient_clip_val=0.5,
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+    )
+    bench.stage1("films", trainer=trainer)
+    bench.stage2("books", ["films"], trainer=trainer)
+    assert {t.dtype for t in bench.weights("books-adapterfusion").values()} == {torch.float32}
+
+
+def test_backbone_dropout_changes_the_training_and_is_repeatable(bench: Bench) -> None:
+    dropout = BackboneConfig(name_or_path=str(bench.backbone), pooling="mean", dropout=True)
+    for store in ("one", "two"):
+        bench.stage1("films", store=str(bench.folder / store), backbone=dropout)
+    bench.stage1("films", store=str(bench.folder / "three"))
+    assert same(bench.weights("films", "one"), bench.weights("films", "two"))
+    assert not same(bench.weights("films", "one"), bench.weights("films", "three"))
