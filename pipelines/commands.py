@@ -63,7 +63,9 @@ def call(module: str, overrides: list[str], without: tuple[str, ...] = ()) -> fl
     finally:
         signal.signal(signal.SIGTERM, before)
     if code != 0:
-        say(f"the command above ended with exit code {code}; what is done is kept, and the next start goes on there")
+        say(
+            f"the command above ended with exit code {code}; what is done is kept, and the next start goes on there"
+        )
         raise SystemExit(code)
     return time.monotonic() - start
 

@@ -23,7 +23,7 @@ from fusion.errors import UserError
 from pipelines.commands import call, read_config, say
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, 3 ... degrees of freedom; the normal's beyond.
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass
@@ -55,7 +55,10 @@ def train(config: TwoStageConfig) -> None:
     runs = f"{config.output}/runs"
     sources = ",".join(config.sources)
     say(f"\n[1/3] sources: {sources}")
-    call("fusion.stage1", ["-m", f"+task={sources}", *shared, *config.source_overrides, f"hydra.sweep.dir={runs}/sources"])
+    call(
+        "fusion.stage1",
+        ["-m", f"+task={sources}", *shared, *config.source_overrides, f"hydra.sweep.dir={runs}/sources"],
+    )
     for target in config.targets:
         seeds = ",".join(str(seed) for seed in config.seeds)
         several = ["-m", f"+task={target}", f"seed={seeds}", *shared, *config.target_overrides]
@@ -65,12 +68,17 @@ def train(config: TwoStageConfig) -> None:
         say(f"\n[3/3] fusions for {target}, seeds {seeds}")
         names = [*(source for source in config.sources if source != target), f"{target}-seed-${{seed}}"]
         fused = [f"sources=[{','.join(names)}]", f"name={target}-adapterfusion-seed-${{seed}}"]
-        call("fusion.stage2", [*several, *config.fusion_overrides, *fused, f"hydra.sweep.dir={runs}/{target}-fusion"])
+        call(
+            "fusion.stage2",
+            [*several, *config.fusion_overrides, *fused, f"hydra.sweep.dir={runs}/{target}-fusion"],
+        )
 
 
 def scores(config: TwoStageConfig, name: str) -> dict[str, float]:
     """The validation metrics that a stored artifact's manifest holds: of its first validation split."""
-    manifest = json.loads((Path(config.output) / "store" / name / "manifest.json").read_text(encoding="utf-8"))
+    manifest = json.loads(
+        (Path(config.output) / "store" / name / "manifest.json").read_text(encoding="utf-8")
+    )
     return next(iter(manifest["metrics"].values()))
 
 
@@ -108,7 +116,9 @@ def verdict(compared: dict[str, float]) -> str:
 def report(config: TwoStageConfig) -> dict[str, Any]:
     """A comparison for each target and metric, printed and given back."""
     rows: dict[str, Any] = {}
-    say(f"\nsources {', '.join(config.sources)}; {len(config.seeds)} seeds; mean ± deviation; difference with 95 % interval")
+    say(
+        f"\nsources {', '.join(config.sources)}; {len(config.seeds)} seeds; mean ± deviation; difference with 95 % interval"
+    )
     for target in config.targets:
         single = [scores(config, f"{target}-seed-{seed}") for seed in config.seeds]
         fusion = [scores(config, f"{target}-adapterfusion-seed-{seed}") for seed in config.seeds]
@@ -135,7 +145,9 @@ def main(arguments: list[str]) -> int:
     train(config)
     rows = report(config)
     path = Path(config.output) / f"{'-'.join(config.targets)}.json"
-    path.write_text(json.dumps({"config": asdict(config), "targets": rows}, indent=2) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({"config": asdict(config), "targets": rows}, indent=2) + "\n", encoding="utf-8"
+    )
     say(f"Results: {path}")
     return 0
 
