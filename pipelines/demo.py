@@ -12,26 +12,23 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import shlex
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from fusion.app import conf_folder
 from fusion.errors import UserError
+from pipelines.commands import call, read_config, say
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("movies", "products", "editorials")
 TARGET = "tweets"
 STEPS = 5
+HIDDEN = (
+    "FUSION_DATA_DIR",
+)  # the demo brings its own text: a data folder of the user's is for other commands
 
 
 @dataclass
@@ -115,7 +112,7 @@ class Demo:
 
     def train(self, step: int, module: str, overrides: list[str], names: tuple[str, ...]) -> None:
         before = [self.stamp(name) for name in names]
-        seconds = call(step, module, overrides)
+        seconds = call(module, overrides, without=HIDDEN)
         if None not in before and before == [self.stamp(name) for name in names]:
             say(
                 f"[{step}/{STEPS}] nothing to train: {', '.join(names)} of an earlier run are taken as they are"
@@ -125,7 +122,7 @@ class Demo:
 
     def stamp(self, name: str) -> int | None:
         """Changes with every new artifact of that name; None where there is none."""
-        manifest = ROOT / self.store / name / "manifest.json"
+        manifest = self.store / name / "manifest.json"
         return manifest.stat().st_mtime_ns if manifest.is_file() else None
 
     def evaluate(self) -> list[Row]:
@@ -134,7 +131,6 @@ class Demo:
         runs = self.folder / "runs" / f"test-{config.labels}"
         artifacts = [*SOURCES, *self.target_names.values()]
         call(
-            5,
             "fusion.evaluate",
             [
                 "-m",
@@ -170,52 +166,16 @@ class Demo:
         return rows
 
     def manifest(self, name: str) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads((ROOT / self.store / name / "manifest.json").read_text())
+        content: dict[str, Any] = json.loads((self.store / name / "manifest.json").read_text())
         return content
 
     def test_score(self, runs: Path, name: str) -> float:
-        result = json.loads((ROOT / runs / name / "result.json").read_text())
+        result = json.loads((runs / name / "result.json").read_text())
         return float(result["metrics"]["test"]["accuracy"])
 
 
 def announce(step: int, what: str) -> None:
     say(f"\n[{step}/{STEPS}] {what}")
-
-
-def say(text: str) -> None:
-    print(text, flush=True)  # the commands write to the same terminal: keep the order
-
-
-def call(step: int, module: str, overrides: list[str]) -> float:
-    """Run a command with its output shown, and give its seconds; where it fails, the demo ends with its exit code."""
-    say("$ " + shlex.join(["python", "-m", module, *overrides]))
-    # The demo brings its own text: a data folder of the user's is for other commands.
-    environment = {key: value for key, value in os.environ.items() if key != "FUSION_DATA_DIR"}
-    start = time.monotonic()
-    with subprocess.Popen([sys.executable, "-m", module, *overrides], cwd=ROOT, env=environment) as process:
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:  # Ctrl-C reaches the command as well: let it end in order
-            process.wait()
-            code = 130
-        except Terminated:
-            process.terminate()
-            process.wait()
-            code = 143
-    if code != 0:
-        say(
-            f"[{step}/{STEPS}] the command above ended with exit code {code}; what is done is kept: make demo goes on"
-        )
-        raise SystemExit(code)
-    return time.monotonic() - start
-
-
-class Terminated(BaseException):
-    """SIGTERM, to be handed on to the command that runs."""
-
-
-def terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated
 
 
 def labels_of(split: str, limit: int | None = None) -> list[Any]:
@@ -227,7 +187,7 @@ def labels_of(split: str, limit: int | None = None) -> list[Any]:
     from fusion.config import DataConfig, LimitConfig, TaskConfig
     from fusion.data.rows import load_rows
 
-    file = OmegaConf.load(ROOT / "conf" / "task" / f"{TARGET}.yaml")
+    file = OmegaConf.load(conf_folder() / "task" / f"{TARGET}.yaml")
     task = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TaskConfig), file))
     assert isinstance(task, TaskConfig)
     task.name = TARGET
@@ -302,45 +262,27 @@ def draw(rows: list[Row], title: str, path: Path) -> bool:
     return True
 
 
-def read_config(arguments: list[str]) -> DemoConfig:
-    """`labels=300 seed=1` as a DemoConfig.
-
-    Raises:
-        UserError: a key that is not there, or a value of the wrong type or out of range.
-    """
-    known = OmegaConf.structured(DemoConfig)
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(known, OmegaConf.from_cli(arguments)))
-    except OmegaConfBaseException as error:
-        expected = " ".join(f"{key}={value}" for key, value in asdict(DemoConfig()).items())
-        said = "no such key" if isinstance(error, ConfigKeyError) else str(error).splitlines()[0]
-        raise UserError(f"{error.full_key}: {said}; expected some of\n{expected}") from error
-    assert isinstance(config, DemoConfig)
-    return config
-
-
 def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        config = read_config(arguments)
+        config = read_config(DemoConfig, arguments)
         seen, asked = labels_of("train", config.labels), labels_of("test")
         choosing = len(labels_of("validation")[: config.labels])
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, terminate)
     demo = Demo(config)
     rows = [Row("majority class", majority_score(seen, asked)), *demo.run()]
     results = demo.folder / f"labels-{config.labels}.json"
     test_rows = len(asked)
     content = {"config": asdict(config), "test_rows": test_rows, "rows": [asdict(row) for row in rows]}
-    (ROOT / results).write_text(json.dumps(content, indent=2) + "\n")
+    (results).write_text(json.dumps(content, indent=2) + "\n")
     title = f"{TARGET} with {config.labels} labels, seed {config.seed}"
     picture = results.with_suffix(".png")
-    drawn = draw(rows, title, ROOT / picture)
+    drawn = draw(rows, title, picture)
 
     say(f"\n{title[0].upper()}{title[1:]}; {test_rows} test rows\n\n{table(rows)}\n")
     say(verdict(rows, test_rows))

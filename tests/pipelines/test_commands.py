@@ -1,0 +1,55 @@
+"""Running the project's commands from a journey."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines.commands import ROOT, call
+
+
+def test_a_failed_command_ends_the_journey_with_its_exit_code(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        call("fusion.stage1", ["+task=nothing_like_it"])
+    assert ended.value.code == 2
+    out, err = capfd.readouterr()
+    assert out.startswith("$ python -m fusion.stage1 +task=nothing_like_it")
+    assert "exit code 2" in out and "nothing_like_it" in err
+
+
+def test_a_variable_can_be_hidden_and_the_seconds_are_those_of_the_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "probe.py").write_text(
+        "import os, sys, time; time.sleep(0.3); sys.exit('HIDE' in os.environ)"
+    )
+    monkeypatch.setenv("HIDE", "1")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(SystemExit):
+        call("probe", [])
+    assert 0.3 <= call("probe", [], without=("HIDE",)) < 30
+
+
+def test_a_terminated_journey_terminates_its_command(tmp_path: Path) -> None:
+    (tmp_path / "probe.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
+    code = "from pipelines.commands import call; call('probe', [])"
+    path = os.pathsep.join([str(ROOT), str(tmp_path)])
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("$ python -m probe")
+    child = int(process.stdout.readline())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    for _ in range(50):
+        if not Path(f"/proc/{child}").exists():
+            return
+        time.sleep(0.1)
+    pytest.fail("the command outlived the journey")

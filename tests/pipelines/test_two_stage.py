@@ -1,0 +1,69 @@
+"""The comparison over seeds: its statistics, and the commands it runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from fusion.errors import UserError
+from pipelines import two_stage
+from pipelines.commands import read_config
+from pipelines.two_stage import TwoStageConfig, compare, main, verdict
+
+SINGLE, FUSION = [0.70, 0.72, 0.68, 0.75, 0.71], [0.74, 0.73, 0.71, 0.77, 0.76]
+
+
+def test_the_interval_is_that_of_students_t() -> None:
+    compared = compare(SINGLE, FUSION)
+    differences = [0.04, 0.01, 0.03, 0.02, 0.05]
+    mean = sum(differences) / 5
+    deviation = math.sqrt(sum((d - mean) ** 2 for d in differences) / 4)
+    half = 2.776 * deviation / math.sqrt(5)  # four degrees of freedom
+    assert compared["difference"] == pytest.approx(mean)
+    assert (compared["low"], compared["high"]) == pytest.approx((mean - half, mean + half))
+    assert compared["single"] == pytest.approx(0.712) and compared["fusion"] == pytest.approx(0.742)
+
+
+def test_what_may_be_said() -> None:
+    assert verdict(compare(SINGLE, FUSION)) == "fusion is better"
+    assert verdict(compare(FUSION, SINGLE)) == "fusion is worse"
+    assert verdict(compare(SINGLE, SINGLE[::-1])) == "no difference shown"
+    assert verdict(compare([0.5], [0.9])) == "no difference shown"  # one seed shows nothing
+
+
+def test_each_seed_fuses_its_own_single_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[list[str]] = []
+
+    def call(module: str, overrides: list[str]) -> float:
+        calls.append([module, *overrides])
+        return 0.0
+
+    monkeypatch.setattr(two_stage, "call", call)
+    for name, score in {
+        "rte-seed-1": 0.5,
+        "rte-seed-2": 0.6,
+        "rte-adapterfusion-seed-1": 0.7,
+        "rte-adapterfusion-seed-2": 0.8,
+    }.items():
+        folder = tmp_path / "store" / name
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(json.dumps({"metrics": {"validation": {"accuracy": score}}}))
+    assert main(["targets=[rte]", "seeds=[1,2]", "sources=[mnli,rte,cb]", f"output={tmp_path}"]) == 0
+    sources, single, fusion = calls
+    assert sources[:3] == ["fusion.stage1", "-m", "+task=mnli,rte,cb"]
+    assert {"+task=rte", "seed=1,2", "name=rte-seed-${seed}"} <= set(single)
+    assert {"seed=1,2", "sources=[mnli,cb,rte-seed-${seed}]", "name=rte-adapterfusion-seed-${seed}"} <= set(
+        fusion
+    )
+    content = json.loads((tmp_path / "rte.json").read_text())["targets"]["rte"]["accuracy"]
+    assert (content["singles"], content["fusions"]) == ([0.5, 0.6], [0.7, 0.8])
+
+
+@pytest.mark.parametrize("argument", ["seeds=[]", "targets=[cb,cb]", "sedes=[1]"])
+def test_wrong_settings_are_refused(argument: str) -> None:
+    with pytest.raises(UserError):
+        read_config(TwoStageConfig, [argument])
+    assert main([argument]) == 2
