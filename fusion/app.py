@@ -19,6 +19,7 @@ import re
 import secrets
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -260,6 +261,7 @@ OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(3), use_cach
 
 _current: Command  # the command of this process, for the callback that Hydra makes
 _sweep_folder: Path | None = None
+_sweep_start = 0.0  # a folder named by hydra.sweep.dir may hold the jobs of earlier sweeps
 
 
 class Preflight(Callback):
@@ -270,9 +272,9 @@ class Preflight(Callback):
             _current.check(*prepare(_current, config, config.hydra))
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        global _sweep_folder
+        global _sweep_folder, _sweep_start
         with _refusing():
-            _sweep_folder = Path(config.hydra.sweep.dir)
+            _sweep_folder, _sweep_start = Path(config.hydra.sweep.dir), time.time()
             loader = GlobalHydra.instance().config_loader()
             words = [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
             words += list(config.hydra.overrides.task)
@@ -395,7 +397,8 @@ def _job(command: Command, program: list[str], composed: DictConfig, outcomes: l
 
 def _sweep_outcome(folder: Path) -> int:
     """Says which jobs of a sweep failed and where their logs are; the sweep's exit code."""
-    statuses = {file.parent: json.loads(file.read_text()) for file in sorted(folder.glob("*/status.json"))}
+    files = [file for file in sorted(folder.glob("*/status.json")) if file.stat().st_mtime >= _sweep_start - 1]
+    statuses = {file.parent: json.loads(file.read_text()) for file in files}
     failed = {place: status for place, status in statuses.items() if status["status"] != "done"}
     if not failed:
         return 0
@@ -476,7 +479,11 @@ def _unknown(key: str, schema: type) -> str:
     meant = [known for _, name, known in keys if name == last]
     meant = meant or like([choice for choice in keys if choice[0] == parent], 0.6) or like(keys, 0.7)
     meant = [known for known in meant if not key.startswith(f"{known}.")][:4]
-    return f"unknown key {key}" + (f": did you mean {' or '.join(meant)}?" if meant else "; see --cfg job")
+    if meant:
+        return f"unknown key {key}: did you mean {' or '.join(meant)}?"
+    beside = [name for folder, name, _ in keys if folder == parent]
+    there = f"; {parent} has {', '.join(beside)}" if parent and beside else "; --cfg job shows all keys"
+    return f"unknown key {key}{there}"
 
 
 def _near(name: str, options: Sequence[str]) -> str:

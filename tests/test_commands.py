@@ -125,7 +125,7 @@ def test_a_sweep_gives_a_folder_and_an_artifact_a_task_and_survives_a_failed_job
     [
         ("stage1", ["+task=filns"], "films"),
         ("stage1", [], "+task=NAME"),
-        ("stage1", ["+task=films", "optim.learning_rate=1"], "optim.lr"),
+        ("stage1", ["+task=films", "optim.learning_rate=1"], "optim has lr, head_lr"),
         ("stage1", ["+task=films", "adapter.bottleneck_size=0"], "adapter.bottleneck_size=0"),
         ("stage1", ["+task=films", "optim.lr=quick"], "optim.lr"),
         ("stage1", ["+task=films", "data.dir=nowhere"], "nowhere"),
