@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, cast, get_args, get_type_hints
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -277,7 +277,8 @@ class Preflight(Callback):
             _sweep_folder, _sweep_start = Path(config.hydra.sweep.dir), time.time()
             loader = GlobalHydra.instance().config_loader()
             words = [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
-            words += list(config.hydra.overrides.task)
+            # As they were typed: `name=rte-${seed}` is another name in each job.
+            words += cast(list[str], OmegaConf.to_container(config.hydra.overrides.task, resolve=False))
             overrides = OverridesParser.create(config_loader=loader).parse_overrides(words)
             constant = [o.key_or_group for o in overrides if not o.is_sweep_override()]
             # every job of the sweep, wherever it runs, knows by this what is the same in all of them
@@ -397,7 +398,9 @@ def _job(command: Command, program: list[str], composed: DictConfig, outcomes: l
 
 def _sweep_outcome(folder: Path) -> int:
     """Says which jobs of a sweep failed and where their logs are; the sweep's exit code."""
-    files = [file for file in sorted(folder.glob("*/status.json")) if file.stat().st_mtime >= _sweep_start - 1]
+    files = [
+        file for file in sorted(folder.glob("*/status.json")) if file.stat().st_mtime >= _sweep_start - 1
+    ]
     statuses = {file.parent: json.loads(file.read_text()) for file in files}
     failed = {place: status for place, status in statuses.items() if status["status"] != "done"}
     if not failed:

@@ -336,6 +336,10 @@ class TrainerConfig:
             f"trainer.max_epochs={self.max_epochs}: expected at least 1 (the learning rate's decay ends there)",
         )
         _require(
+            not self.overfit_batches,
+            "trainer.overfit_batches: batches are planned by length here; data.limit.train=N overfits on N rows",
+        )
+        _require(
             self.accumulate_grad_batches >= 1,
             f"trainer.accumulate_grad_batches={self.accumulate_grad_batches}: expected at least 1",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from fusion.config import StageConfig
 from fusion.run import Run, checkpoint_folder, identity, identity_config, is_done
 from fusion.store.manifest import Manifest, check_free, check_writable, find, names, read_manifest
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,9 @@ class Entry:
     def result(self) -> dict[str, Any]:
         """The result of the stored artifact, as result.json has it."""
         assert self.stored is not None
-        return result_of(self.stored, find(self.name, self.store))
+        path = find(self.name, self.store)
+        log.info("%s is done already: %s", self.name, path)
+        return result_of(self.stored, path)
 
 
 def find_entry(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any] | None = None) -> Entry:

@@ -264,6 +264,12 @@ def test_swept_keys_are_in_names_and_folders(go: Callable[..., Outcome]) -> None
     assert outcome.folders[0].name == "0-mine-optim.lr-0.0001-seed-3"
 
 
+def test_a_name_may_be_made_of_what_is_swept(go: Callable[..., Outcome]) -> None:
+    outcome = go("-m", "+task=mine", "seed=1,2", "name=mine-${seed}")
+    assert outcome.code == 0, outcome.err
+    assert [status["name"] for status in outcome.statuses] == ["mine-1", "mine-2"]
+
+
 def test_a_sweep_over_lists_gives_plain_names(go: Callable[..., Outcome]) -> None:
     outcome = go("-m", "+task=mine", "adapter.layers=[0,1],[2]", "method=adapter,head")
     assert [status["name"] for status in outcome.statuses] == [

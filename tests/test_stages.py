@@ -560,3 +560,29 @@ def test_backbone_dropout_changes_the_training_and_is_repeatable(bench: Bench) -
     bench.stage1("films", store=str(bench.folder / "three"))
     assert same(bench.weights("films", "one"), bench.weights("films", "two"))
     assert not same(bench.weights("films", "one"), bench.weights("films", "three"))
+
+
+@pytest.mark.parametrize(
+    ("how", "best_epochs"),
+    [
+        ({"max_steps": 3}, {1}),  # stops within the first epoch, which is evaluated then
+        ({"fast_dev_run": True}, {1}),
+        ({"check_val_every_n_epoch": 2, "max_epochs": 3}, {2}),
+        ({"val_check_interval": 0.5}, {1, 2}),
+        ({"enable_checkpointing": False}, {1, 2}),
+    ],
+)
+def test_the_trainers_own_settings_leave_a_scored_artifact(
+    bench: Bench, how: dict[str, Any], best_epochs: set[int]
+) -> None:
+    settings = {"accelerator": "cpu", "max_epochs": 2, "enable_progress_bar": False} | how
+    result = bench.stage1("films", trainer=TrainerConfig(**settings))
+    assert result["best_epoch"] in best_epochs
+    assert set(result["metrics"]["validation"]) == {"accuracy", "macro_f1"}
+
+
+def test_what_lightning_refuses_is_said_as_the_users_mistake(bench: Bench) -> None:
+    with pytest.raises(UserError, match="trainer: .*precision"):
+        bench.stage1("films", trainer=TrainerConfig(accelerator="cpu", precision="half-way"))
+    with pytest.raises(UserError, match=r"data\.limit\.train"):
+        TrainerConfig(overfit_batches=2)

@@ -58,7 +58,8 @@ class EpochLine(lightning.Callback):
             return
         assert isinstance(pl_module, TaskModule)
         seconds = time.monotonic() - self._started
-        scores = pl_module.history[-1] if pl_module.history else {}
+        evaluated = pl_module.history and pl_module.history[-1]["epoch"] == trainer.current_epoch + 1
+        scores = {k: v for k, v in pl_module.history[-1].items() if k != "epoch"} if evaluated else {}
         shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
         best = max(
             (epoch.get(self._monitor, float("-inf")) for epoch in pl_module.history), default=float("-inf")

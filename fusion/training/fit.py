@@ -17,11 +17,13 @@ import pytorch_lightning as lightning
 import torch
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from fusion.build import fill
 from fusion.config import StageConfig, TrainerConfig
 from fusion.data.encode import EncodedRows
 from fusion.data.loaders import evaluation_loader, training_loader
+from fusion.errors import UserError
 from fusion.model import AdaptedModel
 from fusion.training.callbacks import EpochLine, Guard
 from fusion.training.metrics import main_metric
@@ -33,6 +35,7 @@ _EXPECTED_WARNINGS = (
     ".*does not have many workers",  # batches are only gathered there
     ".*Checkpoint directory .* exists and is not empty",
     ".*treespec, LeafSpec",
+    ".*could not find the monitored key",  # an epoch that is not evaluated, as the trainer's settings ask
     ".*will save all targets and predictions in the buffer",
     ".*variance of predictions or target is close to zero",  # such a correlation counts as 0
 )
@@ -96,24 +99,28 @@ def fit(
     trainer = make_trainer(config.trainer, callbacks, loggers)
     place = {"rank": trainer.global_rank, "world_size": trainer.world_size, "workers": config.data.workers}
     module = TaskModule(model, config.task, config.optim, loss_weights, splits)
+    evaluation = [evaluation_loader(rows, config.data.batch_size, **place) for rows in validation.values()]
     last = checkpoints / "last.ckpt"
     torch.manual_seed(config.seed)  # dropout starts from here, whatever was drawn before
     started = time.monotonic()
     trainer.fit(
         module,
         training_loader(training, config.data.batch_size, config.seed, **place),
-        [evaluation_loader(rows, config.data.batch_size, **place) for rows in validation.values()],
+        evaluation,
         ckpt_path=str(last) if last.is_file() else None,
         weights_only=True,
     )
     seconds = time.monotonic() - started
-    best_epoch = _best_epoch(module.history, monitor)
+    if not module.history:
+        trainer.validate(
+            module, evaluation, verbose=False
+        )  # stopped within the first epoch, by its steps or time
+    best = _best(module.history, monitor)
     if keep_best.best_model_path and trainer.is_global_zero:  # the others store nothing
         _restore(model, Path(keep_best.best_model_path))
-    best = module.history[best_epoch - 1] if module.history else {}
     return Fit(
         metrics={split: {m: best[f"{split}/{m}"] for m in config.task.metrics} for split in splits if best},
-        best_epoch=best_epoch,
+        best_epoch=int(best.get("epoch", 0)),
         epochs=trainer.current_epoch,
         speed={
             "seconds": seconds,
@@ -127,7 +134,11 @@ def fit(
 def make_trainer(
     config: TrainerConfig, callbacks: list[Callback], loggers: list[Logger]
 ) -> lightning.Trainer:
-    """Lightning's Trainer; batches are split over processes by our own samplers."""
+    """Lightning's Trainer; batches are split over processes by our own samplers.
+
+    Raises:
+        UserError: a value that Lightning refuses.
+    """
     arguments: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     # A bar is for somebody who looks at it; in a file or a pipe it would be one long line.
     arguments["enable_progress_bar"] = config.enable_progress_bar and sys.stderr.isatty()
@@ -136,15 +147,17 @@ def make_trainer(
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its tips; ours says what happens
     for expected in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=expected)
-    return lightning.Trainer(
-        **arguments, callbacks=callbacks, logger=loggers or False, use_distributed_sampler=False
-    )
+    try:
+        return lightning.Trainer(
+            **arguments, callbacks=callbacks, logger=loggers or False, use_distributed_sampler=False
+        )
+    except (ValueError, TypeError, MisconfigurationException) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
 
-def _best_epoch(history: list[dict[str, float]], monitor: str) -> int:
-    """The first epoch (from 1) with the highest score; 0 where nothing was evaluated."""
-    scores = [epoch[monitor] for epoch in history]
-    return scores.index(max(scores)) + 1 if scores else 0
+def _best(history: list[dict[str, float]], monitor: str) -> dict[str, float]:
+    """The first epoch with the highest score; empty where nothing was evaluated."""
+    return max(history, key=lambda epoch: epoch[monitor], default={})
 
 
 def _restore(model: AdaptedModel, path: Path) -> None:

@@ -44,7 +44,9 @@ class TaskModule(lightning.LightningModule):
         self.loss_weights = loss_weights
         self.splits = splits
         self.split_metrics = nn.ModuleList([TaskMetrics(task) for _ in splits])
-        self.history: list[dict[str, float]] = []  # of each finished epoch: every metric
+        self.history: list[
+            dict[str, float]
+        ] = []  # of each evaluated epoch: its number (from 1), every metric
         self.rows_seen = 0
         self.tokens_seen = 0
         # Checkpoints hold the trainable tensors alone; `on_load_checkpoint` compares the key sets.
@@ -90,9 +92,15 @@ class TaskModule(lightning.LightningModule):
             assert isinstance(metrics, TaskMetrics)
             values |= {f"{split}/{name}": value for name, value in metrics.compute().items()}
             metrics.reset()
-        self.log_dict(values, rank_zero_only=False)
-        if not self.trainer.sanity_checking:
-            self.history.append(values)
+        # Equal in all processes, since the metrics have gathered every row: the mean changes nothing.
+        self.log_dict(values, sync_dist=self.trainer.world_size > 1)
+        if self.trainer.sanity_checking:
+            return
+        within = self.trainer.state.fn == "fit"  # else asked for after it: the epoch is counted already
+        epoch = self.trainer.current_epoch + 1 if within else max(1, self.trainer.current_epoch)
+        if self.history and self.history[-1]["epoch"] == epoch:
+            self.history.pop()  # evaluated within the epoch as well: its end is what is kept
+        self.history.append({"epoch": epoch, **values})
 
     def configure_optimizers(self) -> Any:
         """AdamW with linear warm-up and linear decay to zero."""
