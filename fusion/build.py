@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from fusion.backbones.load import Backbone, load_backbone
-from fusion.config import AdapterConfig, CompositionConfig, HeadConfig, TaskConfig
+from fusion.backbones.load import Backbone
+from fusion.config import AdapterConfig, CompositionConfig, HeadConfig, SameBackboneConfig, TaskConfig
 from fusion.errors import UserError
 from fusion.layers.attention import AdapterFusion
 from fusion.layers.bank import AdapterBank
@@ -18,8 +16,8 @@ from fusion.layers.filling import Filling
 from fusion.layers.heads import TaskHead
 from fusion.layers.mixtures import MeanMixture, StaticMixture
 from fusion.model import AdaptedModel
-from fusion.store.artifacts import Artifact, load, load_by_hash, match_keys
-from fusion.store.manifest import check_backbone, check_sources
+from fusion.store.artifacts import Artifact, copy_into, load, load_by_hash
+from fusion.store.manifest import Manifest, check_backbone, check_sources
 
 
 def selected_layers(layers: Any, count: int, key: str) -> list[int]:
@@ -77,7 +75,7 @@ def stored_adapters(artifact: Artifact) -> dict[str, BottleneckAdapter]:
     state = {
         f"{slot}.{name}": p for slot, adapter in adapters.items() for name, p in adapter.named_parameters()
     }
-    fill(state, artifact.weights, artifact.path / "weights.safetensors")
+    copy_into(state, artifact.weights, artifact.path / "weights.safetensors")
     return adapters
 
 
@@ -137,11 +135,11 @@ def load_sources(references: Sequence[str], store: Path, backbone: Backbone) -> 
     sources = [load(reference, store) for reference in references]
     check_sources([source.manifest for source in sources])
     for source in sources:
-        check_same(source, backbone)
+        check_made_for(source, backbone)
     return sources
 
 
-def check_same(artifact: Artifact, backbone: Backbone) -> None:
+def check_made_for(artifact: Artifact, backbone: Backbone) -> None:
     """Refuse an artifact that was made for another backbone's weights."""
     check_backbone(
         artifact.manifest,
@@ -151,26 +149,28 @@ def check_same(artifact: Artifact, backbone: Backbone) -> None:
     )
 
 
-def stored_model(artifact: Artifact, store: Path, backbone_name_or_path: str | None = None) -> AdaptedModel:
-    """The model that an artifact stands for, with its backbone and, for a fusion, its sources.
+def backbone_of(manifest: Manifest, other: SameBackboneConfig) -> tuple[str, str | None]:
+    """Name (or path) and revision of an artifact's backbone: the manifest's, or the other place of it."""
+    if other.name_or_path is not None:
+        return other.name_or_path, other.revision
+    return manifest.backbone["name_or_path"], other.revision or manifest.backbone["revision"]
+
+
+def stored_model(artifact: Artifact, store: Path, backbone: Backbone) -> AdaptedModel:
+    """The model that an artifact stands for, with, for a fusion, its sources from the store.
 
     Raises:
         UserError: the backbone or a source is missing or not what the artifact was made with.
     """
     manifest = artifact.manifest
-    backbone = load_backbone(
-        backbone_name_or_path or manifest.backbone["name_or_path"],
-        None if backbone_name_or_path else manifest.backbone.get("revision"),
-    )
-    check_same(artifact, backbone)
+    check_made_for(artifact, backbone)
     fillings: Mapping[str, Filling] = {}
-    reads = "normed"
+    placement = manifest.placement
     if manifest.kind == "adapter":
-        assert manifest.adapter is not None
-        fillings, reads = stored_adapters(artifact), manifest.adapter["reads"]
+        fillings = stored_adapters(artifact)
     elif manifest.kind == "fusion":
         sources = [load_by_hash(source["hash"], source["name"], store) for source in manifest.sources]
-        assert manifest.composition is not None and sources[0].manifest.adapter is not None
+        assert manifest.composition is not None
         try:
             composition = CompositionConfig(**manifest.composition)
         except TypeError as error:
@@ -178,21 +178,10 @@ def stored_model(artifact: Artifact, store: Path, backbone_name_or_path: str | N
                 f"{artifact.path / 'manifest.json'}: composition is none of this version ({error})"
             ) from error
         fillings = composition_fillings(composition, sources, backbone)
-        reads = sources[0].manifest.adapter["reads"]
+        placement = sources[0].manifest.placement
     head = TaskHead(hidden_size=backbone.hidden_size, **manifest.head)
-    model = AdaptedModel(backbone, fillings, reads, head)
+    model = AdaptedModel(backbone, fillings, placement["adapter.reads"] or "normed", head)
     if manifest.kind == "fusion":
-        fill(model.filling_state(), artifact.weights, artifact.path / "weights.safetensors")
-    fill(model.head_state(), artifact.head, artifact.path / "head.safetensors")
+        copy_into(model.filling_state(), artifact.weights, artifact.path / "weights.safetensors")
+    copy_into(model.head_state(), artifact.head, artifact.path / "head.safetensors")
     return model.eval()
-
-
-def fill(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor], path: Path) -> None:
-    """Copy stored values into parameters; the two sets of names and shapes must be equal.
-
-    Raises:
-        UserError: they are not; it lists what differs.
-    """
-    match_keys({name: tuple(p.shape) for name, p in parameters.items()}, values, path)
-    for name, parameter in parameters.items():
-        parameter.data.copy_(values[name])

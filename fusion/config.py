@@ -415,13 +415,21 @@ class Stage2Config(StageConfig):
 
 
 @dataclass
+class SameBackboneConfig:
+    """Another place of the very weights that an artifact was made for; null: what its manifest says."""
+
+    name_or_path: Optional[str] = None
+    revision: Optional[str] = None
+
+
+@dataclass
 class UseConfig:
     """What evaluating and predicting share: an artifact, by name in the store or by path."""
 
     artifact: str = "???"
     store: str = "outputs/store"
     data: DataConfig = field(default_factory=DataConfig)
-    backbone: Optional[str] = None  # another folder or id of the same weights; null: what the manifest says
+    backbone: SameBackboneConfig = field(default_factory=SameBackboneConfig)
     accelerator: str = "auto"
 
 

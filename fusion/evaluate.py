@@ -37,8 +37,8 @@ def check(config: EvaluateConfig, run: Run) -> None:
 
 @command("evaluate", EvaluateConfig, check=check)
 def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
-    from fusion.backbones.load import locate
-    from fusion.build import stored_model
+    from fusion.backbones.load import load_backbone, locate
+    from fusion.build import backbone_of, stored_model
     from fusion.data.encode import encode, load_tokenizer
     from fusion.data.rows import evaluation_splits, load_rows
     from fusion.inference import device_of, predict
@@ -47,9 +47,9 @@ def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
 
     artifact = load(config.artifact, Path(config.store))
     manifest, task = artifact.manifest, task_of(config, artifact.manifest)
-    backbone = config.backbone or manifest.backbone["name_or_path"]
-    tokenizer = load_tokenizer(locate(backbone), manifest.backbone["revision"])
-    model = stored_model(artifact, artifact.path.parent, config.backbone)
+    name, revision = backbone_of(manifest, config.backbone)
+    tokenizer = load_tokenizer(locate(name), revision)
+    model = stored_model(artifact, artifact.path.parent, load_backbone(name, revision))
     metrics: dict[str, dict[str, float]] = {}
     rows_seen, seconds, tokens = 0, 0.0, 0
     for split in evaluation_splits(task, config.split, config.data):
@@ -70,6 +70,7 @@ def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     return {
         "artifact": str(artifact.path),
         "name": manifest.name,
+        "hash": manifest.hash,
         "kind": manifest.kind,
         "task": task.name,
         "metrics": metrics,

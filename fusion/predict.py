@@ -39,8 +39,8 @@ def check(config: PredictConfig, run: Run) -> None:
 
 @command("predict", PredictConfig, check=check)
 def main(config: PredictConfig, run: Run) -> dict[str, Any]:
-    from fusion.backbones.load import locate
-    from fusion.build import stored_model
+    from fusion.backbones.load import load_backbone, locate
+    from fusion.build import backbone_of, stored_model
     from fusion.data.encode import encode, load_tokenizer
     from fusion.data.rows import rows_of_file
     from fusion.inference import device_of, predict
@@ -49,11 +49,11 @@ def main(config: PredictConfig, run: Run) -> dict[str, Any]:
     artifact = load(config.artifact, Path(config.store))
     manifest, task = artifact.manifest, TaskConfig.from_dict(artifact.manifest.task)
     rows = rows_of_file(task, Path(config.input))
-    backbone = config.backbone or manifest.backbone["name_or_path"]
-    tokenizer = load_tokenizer(locate(backbone), manifest.backbone["revision"])
+    name, revision = backbone_of(manifest, config.backbone)
+    tokenizer = load_tokenizer(locate(name), revision)
     cache = None if config.data.cache_dir is None else Path(config.data.cache_dir)
     encoded = encode(rows, tokenizer, config.data.max_length or manifest.data["max_length"], cache)
-    model = stored_model(artifact, artifact.path.parent, config.backbone)
+    model = stored_model(artifact, artifact.path.parent, load_backbone(name, revision))
     predictions = predict(
         model, encoded, config.data.batch_size, device_of(config.accelerator), attention=config.attention
     )

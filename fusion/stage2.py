@@ -12,14 +12,26 @@ from typing import Any
 from fusion.app import command
 from fusion.config import Stage2Config
 from fusion.entry import Entry, find_entry
+from fusion.errors import UserError
 from fusion.run import Run
-from fusion.store.manifest import check_sources, read_manifest
+from fusion.store.manifest import Manifest, check_sources, read_manifest
+
+
+def check_backbone_name(source: Manifest, asked: str) -> None:
+    """Refuse a backbone that cannot be the sources' before it is fetched; a folder may hold the same weights."""
+    made_on = source.backbone["name_or_path"]
+    if asked != made_on and not Path(asked).is_dir() and not Path(made_on).is_dir():
+        raise UserError(
+            f"source {source.name} was trained on {made_on}, and the backbone here is {asked}.\n"
+            f"Say backbone=… as in stage 1, or backbone.name_or_path={made_on}"
+        )
 
 
 def entry_of(config: Stage2Config, run: Run) -> Entry:
     # A source that was trained again makes this another run, though the config says the same.
     manifests = [read_manifest(source, Path(config.store)) for source in config.sources]
     check_sources(manifests)
+    check_backbone_name(manifests[0], config.backbone.name_or_path)
     return find_entry(
         config, run, kind="fusion", inputs={"sources": [manifest.hash for manifest in manifests]}
     )

@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,8 @@ from pipelines.commands import call, read_config, say
 SOURCES = ("movies", "products", "editorials")
 TARGET = "tweets"
 STEPS = 5
-HIDDEN = (
-    "FUSION_DATA_DIR",
-)  # the demo brings its own text: a data folder of the user's is for other commands
+# The demo brings its own text: a data folder of the user's is for other commands.
+HIDDEN = ("FUSION_DATA_DIR",)
 
 
 @dataclass
@@ -39,6 +38,14 @@ class DemoConfig:
     source_epochs: int = 3
     target_epochs: int = 20
     output: str = "outputs/demo"
+
+    @property
+    def folder(self) -> Path:
+        """Of its own for each seed (and rows and epochs, where they are not the usual ones)."""
+        usual = {field.name: field.default for field in fields(self)}
+        others = ("rows", "source_epochs", "target_epochs")
+        more = [f"-{key}-{getattr(self, key)}" for key in others if getattr(self, key) != usual[key]]
+        return Path(self.output) / f"seed-{self.seed}{''.join(more)}"
 
     def __post_init__(self) -> None:
         for key in ("labels", "rows", "source_epochs", "target_epochs"):
@@ -65,7 +72,7 @@ class Demo:
     def __init__(self, config: DemoConfig) -> None:
         self.config = config
         # A store per seed: the names in it stay the plain ones, and the sources serve any number of labels.
-        self.folder = Path(config.output) / f"seed-{config.seed}"
+        self.folder = config.folder
         self.store = self.folder / "store"
         self.shared = ["backbone=minilm", f"seed={config.seed}", f"store={self.store}", "logger=csv"]
         self.target_names = {m: f"{TARGET}-{config.labels}-{m}" for m in ("head", "adapter", "fusion")}
@@ -130,18 +137,20 @@ class Demo:
         announce(5, f"Scores on the test rows of {TARGET}")
         runs = self.folder / "runs" / f"test-{config.labels}"
         artifacts = [*SOURCES, *self.target_names.values()]
-        call(
-            "fusion.evaluate",
-            [
+        new = [name for name in artifacts if not self.is_scored(runs, name)]
+        if new:
+            overrides = [
                 "-m",
-                f"artifact={','.join(artifacts)}",
+                f"artifact={','.join(new)}",
                 f"+task={TARGET}",
                 "split=test",
                 f"store={self.store}",
                 f"hydra.sweep.dir={runs}",
                 "hydra.sweep.subdir=${artifact}",
-            ],
-        )
+            ]
+            call("fusion.evaluate", overrides, without=HIDDEN)
+        else:
+            say(f"[5/{STEPS}] nothing to score: the scores of an earlier run are taken as they are")
         scores = {name: self.test_score(runs, name) for name in artifacts}
         rows = [
             Row(f"{name}, no {TARGET} label", scores[name], artifact=str(self.store / name))
@@ -164,6 +173,11 @@ class Demo:
                 )
             )
         return rows
+
+    def is_scored(self, runs: Path, name: str) -> bool:
+        """Whether the artifact as it stands was scored already."""
+        result, stored = runs / name / "result.json", self.stamp(name)
+        return stored is not None and result.is_file() and result.stat().st_mtime_ns > stored
 
     def manifest(self, name: str) -> dict[str, Any]:
         content: dict[str, Any] = json.loads((self.store / name / "manifest.json").read_text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from fusion.config import (
     MethodConfig,
     OptimConfig,
     PredictConfig,
+    SameBackboneConfig,
     Stage1Config,
     Stage2Config,
     TaskConfig,
@@ -251,12 +253,15 @@ def test_a_new_process_gives_bit_equal_logits(fused: Bench, tmp_path: Path) -> N
     code = """
 import sys, torch
 from pathlib import Path
+from fusion.backbones.load import load_backbone
 from fusion.build import stored_model
 from fusion.store.artifacts import load
 store = Path(sys.argv[1])
 ids = torch.tensor([[2, 7, 8, 9, 3], [2, 10, 3, 0, 0]])
 with torch.no_grad():
-    torch.save(stored_model(load("films-adapterfusion", store), store)(ids, (ids != 0).long()), sys.argv[2])
+    artifact = load("films-adapterfusion", store)
+    backbone = load_backbone(artifact.manifest.backbone["name_or_path"])
+    torch.save(stored_model(artifact, store, backbone)(ids, (ids != 0).long()), sys.argv[2])
 """
     logits = []
     for number in range(2):
@@ -440,6 +445,31 @@ def test_sources_that_do_not_go_together_are_refused(
         bench.stage2("plays", ["filns"])
 
 
+def test_another_backbone_than_the_sources_is_refused_before_it_is_loaded(bench: Bench) -> None:
+    bench.stage1("films")
+    manifest = bench.folder / "store" / "films" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["backbone"]["name_or_path"] = "somebody/tiny"
+    manifest.write_text(json.dumps(content))
+    other = BackboneConfig(name_or_path="google-bert/bert-base-uncased")
+    with pytest.raises(
+        UserError, match=r"films was trained on somebody/tiny[\s\S]*backbone\.name_or_path=somebody/tiny"
+    ):
+        bench.stage2("plays", ["films"], backbone=other)
+
+
+def test_evaluation_takes_another_place_of_the_same_backbone(
+    bench: Bench, make_backbone: Callable[..., Path]
+) -> None:
+    bench.stage1("films")
+    copy = shutil.copytree(bench.backbone, bench.folder / "copy of it")
+    expected = bench.evaluate("films")["metrics"]
+    assert bench.evaluate("films", backbone=SameBackboneConfig(name_or_path=str(copy)))["metrics"] == expected
+    other = make_backbone("bert", seed=1)
+    with pytest.raises(UserError, match="films was trained on"):
+        bench.evaluate("films", backbone=SameBackboneConfig(name_or_path=str(other)))
+
+
 def test_layers_that_do_not_exist_are_refused(bench: Bench) -> None:
     with pytest.raises(UserError, match=r"adapter\.layers=\[2, 3\]: layer 3 .* 0 to 2"):
         bench.stage1("films", adapter=AdapterConfig(layers=[2, 3]))
@@ -575,14 +605,14 @@ def test_backbone_dropout_changes_the_training_and_is_repeatable(bench: Bench) -
 def test_the_trainers_own_settings_leave_a_scored_artifact(
     bench: Bench, how: dict[str, Any], best_epochs: set[int]
 ) -> None:
-    settings = {"accelerator": "cpu", "max_epochs": 2, "enable_progress_bar": False} | how
+    settings: dict[str, Any] = {"accelerator": "cpu", "max_epochs": 2, "enable_progress_bar": False} | how
     result = bench.stage1("films", trainer=TrainerConfig(**settings))
     assert result["best_epoch"] in best_epochs
     assert set(result["metrics"]["validation"]) == {"accuracy", "macro_f1"}
 
 
 def test_what_lightning_refuses_is_said_as_the_users_mistake(bench: Bench) -> None:
-    with pytest.raises(UserError, match="trainer: .*precision"):
+    with pytest.raises(UserError, match=r"trainer: .*precision"):
         bench.stage1("films", trainer=TrainerConfig(accelerator="cpu", precision="half-way"))
     with pytest.raises(UserError, match=r"data\.limit\.train"):
         TrainerConfig(overfit_batches=2)

@@ -187,7 +187,7 @@ def _find(task: TaskConfig, table: Table, name: str, required: bool = True) -> l
         return None
     raise UserError(
         f"{table.where}: no column {name}; it has {listed(table.columns)}\n"
-        f"Say which one is meant: '++task.columns.{name}=COLUMN', or in the task file"
+        f"Rename it there; for training, '++task.columns.{name}=COLUMN' says which one is meant"
     )
 
 

@@ -84,8 +84,18 @@ def hub_part(task: TaskConfig, split: str) -> Part:
 
 
 def is_local(task: TaskConfig, data: DataConfig) -> bool:
-    """Whether `data.dir` is read: it must hold any task but a corpus, which every machine can have."""
-    return data.dir is not None and (task.corpus is None or _folder(task, data).is_dir())
+    """Whether `data.dir` is read: it must hold any task but a corpus, which every machine can have.
+
+    Raises:
+        UserError: `data.dir` is no folder.
+    """
+    if data.dir is None:
+        return False
+    if not Path(data.dir).expanduser().is_dir():
+        raise UserError(
+            f"data.dir={data.dir}: no such folder; data.dir=null reads the hub, or the task's own corpus"
+        )
+    return task.corpus is None or _folder(task, data).is_dir()
 
 
 def local_part(task: TaskConfig, data: DataConfig, split: str) -> tuple[Path, Part]:

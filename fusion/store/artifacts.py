@@ -137,6 +137,19 @@ def match_keys(
         raise UserError(f"{path}: does not fit the model it should fill; {'; '.join(problems)}")
 
 
+def copy_into(
+    parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor], path: Path | str
+) -> None:
+    """Copies stored values into a model's parameters, whose names and shapes must be exactly theirs.
+
+    Raises:
+        UserError: they are not; it names `path`, where the values come from, and what differs.
+    """
+    match_keys({name: tuple(parameter.shape) for name, parameter in parameters.items()}, values, path)
+    for name, parameter in parameters.items():
+        parameter.data.copy_(values[name])
+
+
 def _listed(keys: list[str], shown: int = 5) -> str:
     return ", ".join(keys[:shown]) + (f" and {len(keys) - shown} more" if len(keys) > shown else "")
 

@@ -46,12 +46,9 @@ class EpochLine(lightning.Callback):
     def __init__(self, monitor: str) -> None:
         self._monitor = monitor
         self._started = 0.0
-        self._rows = 0
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._started = time.monotonic()
-        assert isinstance(pl_module, TaskModule)
-        self._rows = pl_module.rows_seen
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -61,9 +58,8 @@ class EpochLine(lightning.Callback):
         evaluated = pl_module.history and pl_module.history[-1]["epoch"] == trainer.current_epoch + 1
         scores = {k: v for k, v in pl_module.history[-1].items() if k != "epoch"} if evaluated else {}
         shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
-        best = max(
-            (epoch.get(self._monitor, float("-inf")) for epoch in pl_module.history), default=float("-inf")
-        )
+        before = [epoch[self._monitor] for epoch in pl_module.history[:-1]]
+        best = bool(scores) and all(scores[self._monitor] > score for score in before)
         loss = trainer.callback_metrics.get("train/loss")
         log.info(
             "epoch %d/%s  loss %.4f  %s%s  %.1f s",
@@ -71,6 +67,6 @@ class EpochLine(lightning.Callback):
             trainer.max_epochs,
             float("nan") if loss is None else float(loss),
             shown,
-            "  (best)" if scores and scores.get(self._monitor) == best else "",
+            "  (best)" if best else "",
             seconds,
         )

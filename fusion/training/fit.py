@@ -19,12 +19,12 @@ from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from fusion.build import fill
 from fusion.config import StageConfig, TrainerConfig
 from fusion.data.encode import EncodedRows
 from fusion.data.loaders import evaluation_loader, training_loader
 from fusion.errors import UserError
 from fusion.model import AdaptedModel
+from fusion.store.artifacts import copy_into
 from fusion.training.callbacks import EpochLine, Guard
 from fusion.training.metrics import main_metric
 from fusion.training.module import TaskModule
@@ -162,7 +162,7 @@ def _best(history: list[dict[str, float]], monitor: str) -> dict[str, float]:
 
 def _restore(model: AdaptedModel, path: Path) -> None:
     state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    fill(model.trainable(), {name.removeprefix("model."): value for name, value in state.items()}, path)
+    copy_into(model.trainable(), {name.removeprefix("model."): value for name, value in state.items()}, path)
 
 
 def _peak_memory() -> int:

