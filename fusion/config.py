@@ -71,7 +71,7 @@ class TaskConfig:
         None  # choice: the mark in the last text column that the choice fills (WinoGrande's _)
     )
     label: str = "label"
-    labels: Optional[list[str]] = None
+    labels: Any = None  # a list of names
     label_values: Optional[list[Any]] = None
     ignore_labels: list[Any] = field(default_factory=list)
     metrics: list[str] = field(default_factory=list)
@@ -97,6 +97,7 @@ class TaskConfig:
             len(self.metrics) > 0,
             f"{where}: metrics is empty: name at least one of {', '.join(METRICS[self.kind])}",
         )
+        self.labels = self._label_names(where)
         if self.kind == "classification":
             names = self.labels or []
             _require(len(names) >= 2, f"{where}: labels={self.labels}: expected at least two label names")
@@ -118,11 +119,29 @@ class TaskConfig:
             _require(self.choices is None, f"{where}: choices is for kind=choice only, not {self.kind}")
             _require(self.blank is None, f"{where}: blank is for kind=choice only, not {self.kind}")
 
+    def _label_names(self, where: str) -> Optional[list[str]]:
+        if self.labels is None:
+            return None
+        _require(isinstance(self.labels, list), f"{where}: labels={self.labels}: expected a list of names")
+        _require(
+            not any(isinstance(name, bool) or name is None for name in self.labels),
+            f"{where}: labels={self.labels}: YAML reads yes, no, true, false and null as values of its own; "
+            'write them in quotes, as "yes"',
+        )
+        return [str(name) for name in self.labels]
+
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TaskConfig:
-        """A task as a manifest keeps it."""
-        hub = values.get("hub")
-        return cls(**{**values, "hub": None if hub is None else HubConfig(**hub)})
+    def from_dict(cls, values: dict[str, Any], where: str) -> TaskConfig:
+        """A task as the manifest `where` keeps it.
+
+        Raises:
+            UserError: it is none of this version.
+        """
+        try:
+            hub = values.get("hub")
+            return cls(**{**values, "hub": None if hub is None else HubConfig(**hub)})
+        except (TypeError, UserError) as error:
+            raise UserError(f"{where}: its task is none that this version reads ({error})") from error
 
     @property
     def text_columns(self) -> list[str]:
@@ -273,10 +292,10 @@ class OptimConfig:
     patience: Optional[int] = 3  # epochs without a better score before stopping; null: never stop early
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, f"optim.lr={self.lr}: expected a number above 0")
+        _require(0 < self.lr < 1e3, f"optim.lr={self.lr}: expected a number above 0, such as 1e-4")
         _require(
-            self.head_lr is None or self.head_lr > 0,
-            f"optim.head_lr={self.head_lr}: expected a number above 0",
+            self.head_lr is None or 0 < self.head_lr < 1e3,
+            f"optim.head_lr={self.head_lr}: expected a number above 0, such as 1e-3",
         )
         _require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay}: expected 0 or more")
         _require(
@@ -334,6 +353,18 @@ class TrainerConfig:
         _require(
             self.max_epochs is not None and self.max_epochs >= 1,
             f"trainer.max_epochs={self.max_epochs}: expected at least 1 (the learning rate's decay ends there)",
+        )
+        _require(
+            self.limit_train_batches != 0 and self.max_steps != 0,
+            "trainer.limit_train_batches=0 and trainer.max_steps=0 would train nothing: expected more",
+        )
+        _require(
+            self.limit_val_batches != 0,
+            "trainer.limit_val_batches=0: the validation rows choose the best epoch; data.limit.validation=N takes fewer",
+        )
+        _require(
+            isinstance(self.fast_dev_run, (bool, int)),
+            f"trainer.fast_dev_run={self.fast_dev_run}: expected true, false or a number of batches",
         )
         _require(
             not self.overfit_batches,

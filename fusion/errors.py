@@ -1,4 +1,4 @@
-"""The two ways a command can end badly. Kept apart from everything so that all may raise them."""
+"""The ways a command can end badly. Kept apart from everything so that all may raise them."""
 
 
 class UserError(Exception):
@@ -6,6 +6,10 @@ class UserError(Exception):
 
     The message is one or two lines: what was expected, what came, and the override that mends it.
     """
+
+
+class TrainingError(Exception):
+    """A training went wrong in a way that has a cure: exit code 1, nothing stored."""
 
 
 class GuardError(Exception):

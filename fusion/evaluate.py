@@ -17,7 +17,7 @@ from fusion.store.manifest import Manifest, find, read_folder
 
 def task_of(config: EvaluateConfig, manifest: Manifest) -> TaskConfig:
     """The task to evaluate on: the config's, if the artifact's head can answer it, else the artifact's own."""
-    own = TaskConfig.from_dict(manifest.task)
+    own = TaskConfig.from_dict(manifest.task, where=f"manifest of {manifest.name}")
     asked = config.task or own
     if (asked.kind, asked.labels) != (own.kind, own.labels):
         raise UserError(
@@ -45,6 +45,7 @@ def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     from fusion.store.artifacts import load
     from fusion.training.metrics import score
 
+    device = device_of(config.accelerator)
     artifact = load(config.artifact, Path(config.store))
     manifest, task = artifact.manifest, task_of(config, artifact.manifest)
     name, revision = backbone_of(manifest, config.backbone)
@@ -58,7 +59,7 @@ def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
             raise UserError(f"split={split}: its rows have no labels to score against; use fusion.predict")
         cache = None if config.data.cache_dir is None else Path(config.data.cache_dir)
         encoded = encode(rows, tokenizer, config.data.max_length or manifest.data["max_length"], cache)
-        predictions = predict(model, encoded, config.data.batch_size, device_of(config.accelerator))
+        predictions = predict(model, encoded, config.data.batch_size, device)
         metrics[split] = score(task, predictions.scores, encoded.labels)
         rows_seen, seconds, tokens = (
             rows_seen + len(rows),

@@ -14,6 +14,7 @@ from torch import Tensor
 from fusion.config import TaskConfig
 from fusion.data.encode import EncodedRows
 from fusion.data.loaders import evaluation_loader
+from fusion.errors import UserError
 from fusion.model import AdaptedModel
 
 
@@ -35,18 +36,16 @@ def device_of(accelerator: str) -> torch.device:
     """`auto` takes a GPU where there is one; anything else is a device of torch's.
 
     Raises:
-        ValueError: there is no such device.
+        UserError: there is no such device.
     """
     if accelerator == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if accelerator == "gpu":
-        accelerator = "cuda"
     try:
-        device = torch.device(accelerator)
+        device = torch.device("cuda" if accelerator == "gpu" else accelerator)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"accelerator={accelerator}: not available here ({str(error).splitlines()[0]})"
+        raise UserError(
+            f"accelerator={accelerator}: there is none here; expected auto, cpu or gpu"
         ) from error
     return device
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,10 @@ def check(config: PredictConfig, run: Run) -> None:
     output = Path(config.output)
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise UserError(f"output={config.output}: expected a file in a folder that is there")
+    try:
+        tempfile.TemporaryFile(dir=output.absolute().parent).close()
+    except OSError as error:
+        raise UserError(f"output={config.output}: its folder cannot be written ({error.strerror})") from None
     if output.exists() and output.samefile(config.input):
         raise UserError(f"output={config.output} is the input; name another file")
 
@@ -46,17 +51,17 @@ def main(config: PredictConfig, run: Run) -> dict[str, Any]:
     from fusion.inference import device_of, predict
     from fusion.store.artifacts import load
 
+    device = device_of(config.accelerator)
     artifact = load(config.artifact, Path(config.store))
-    manifest, task = artifact.manifest, TaskConfig.from_dict(artifact.manifest.task)
+    manifest = artifact.manifest
+    task = TaskConfig.from_dict(manifest.task, where=str(artifact.path / "manifest.json"))
     rows = rows_of_file(task, Path(config.input))
     name, revision = backbone_of(manifest, config.backbone)
     tokenizer = load_tokenizer(locate(name), revision)
     cache = None if config.data.cache_dir is None else Path(config.data.cache_dir)
     encoded = encode(rows, tokenizer, config.data.max_length or manifest.data["max_length"], cache)
     model = stored_model(artifact, artifact.path.parent, load_backbone(name, revision))
-    predictions = predict(
-        model, encoded, config.data.batch_size, device_of(config.accelerator), attention=config.attention
-    )
+    predictions = predict(model, encoded, config.data.batch_size, device, attention=config.attention)
     counts = None if rows.choices is None else [len(choices) for choices in rows.choices]
     _write(Path(config.output), lines(predictions, task, manifest, counts))
     print(f"{len(rows)} predictions of {manifest.name} in {config.output}")

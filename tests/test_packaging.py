@@ -38,9 +38,22 @@ def project() -> dict[str, Any]:
     return content
 
 
+def distributions_by_module() -> dict[str, str]:
+    """Which installed distribution a top-level module is of, read off the files themselves: Python 3.10's own
+    `packages_distributions` knows only those with a top_level.txt."""
+    found: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():
+        for file in distribution.files or []:
+            if file.suffix == ".py":
+                found.setdefault(
+                    file.parts[0].removesuffix(".py"), canonicalize_name(distribution.metadata["Name"])
+                )
+    return found
+
+
 def imported_distributions(folder: Path) -> dict[str, str]:
     """The distributions that the modules of a folder import, each with a file that does."""
-    by_module = importlib.metadata.packages_distributions()
+    by_module = distributions_by_module()
     found: dict[str, str] = {}
     for path in sorted(folder.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -53,7 +66,7 @@ def imported_distributions(folder: Path) -> dict[str, str]:
             for top in {module.split(".")[0] for module in modules}:
                 if top not in sys.stdlib_module_names and top != "fusion":
                     assert top in by_module, f"{path} imports {top}, which no installed distribution has"
-                    found.setdefault(canonicalize_name(by_module[top][0]), str(path.relative_to(ROOT)))
+                    found.setdefault(by_module[top], str(path.relative_to(ROOT)))
     return found
 
 

@@ -38,7 +38,7 @@ from fusion.config import (
     TrainerConfig,
 )
 from fusion.entry import find_entry
-from fusion.errors import GuardError, UserError
+from fusion.errors import GuardError, TrainingError, UserError
 from fusion.run import Run
 from fusion.store.artifacts import load
 from tests.conftest import WORDS
@@ -387,7 +387,8 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bits(
         with pytest.raises(RuntimeError, match="power"):
             train(broken)
     assert not (bench.folder / "broken" / "x").exists()
-    assert list((bench.folder / "broken" / ".runs").glob("x-*/last.ckpt"))
+    (last,) = (bench.folder / "broken" / ".runs").glob("x-*/last.ckpt")
+    assert torch.load(last, weights_only=True)["epoch"] == 1  # the last epoch, be it the best or not
     resumed = train(broken)
     assert same(bench.weights("x", "whole"), bench.weights("x", "broken"))
     assert resumed["metrics"] == expected["metrics"] and resumed["best_epoch"] == expected["best_epoch"]
@@ -596,7 +597,6 @@ def test_backbone_dropout_changes_the_training_and_is_repeatable(bench: Bench) -
     ("how", "best_epochs"),
     [
         ({"max_steps": 3}, {1}),  # stops within the first epoch, which is evaluated then
-        ({"fast_dev_run": True}, {1}),
         ({"check_val_every_n_epoch": 2, "max_epochs": 3}, {2}),
         ({"val_check_interval": 0.5}, {1, 2}),
         ({"enable_checkpointing": False}, {1, 2}),
@@ -611,8 +611,35 @@ def test_the_trainers_own_settings_leave_a_scored_artifact(
     assert set(result["metrics"]["validation"]) == {"accuracy", "macro_f1"}
 
 
+def test_a_development_run_stores_nothing(bench: Bench) -> None:
+    quick = TrainerConfig(accelerator="cpu", fast_dev_run=True, enable_progress_bar=False)
+    assert bench.stage1("films", trainer=quick)["metrics"]["validation"]
+    assert not (bench.folder / "store" / "films").exists()
+
+
+def test_weights_that_are_not_finite_are_never_stored(bench: Bench) -> None:
+    with pytest.raises(TrainingError, match=r"[\s\S]*Lower optim\.lr"):
+        bench.stage1(
+            "films", optim=OptimConfig(lr=999.0, warmup=0.0, patience=None), head=HeadConfig(layers=2)
+        )
+        bench.stage1(
+            "books",
+            optim=OptimConfig(lr=999.0, warmup=0.0, patience=None),
+            adapter=AdapterConfig(scaling=1e30),
+        )
+    assert not (bench.folder / "store" / "books").exists()
+
+
 def test_what_lightning_refuses_is_said_as_the_users_mistake(bench: Bench) -> None:
     with pytest.raises(UserError, match=r"trainer: .*precision"):
         bench.stage1("films", trainer=TrainerConfig(accelerator="cpu", precision="half-way"))
-    with pytest.raises(UserError, match=r"data\.limit\.train"):
-        TrainerConfig(overfit_batches=2)
+    with pytest.raises(UserError, match=r"an epoch has 8 batches"):
+        bench.stage1("films", trainer=TrainerConfig(accelerator="cpu", val_check_interval=50))
+    for nothing in (
+        {"overfit_batches": 2},
+        {"max_steps": 0},
+        {"limit_val_batches": 0},
+        {"fast_dev_run": "foo"},
+    ):
+        with pytest.raises(UserError, match="trainer"):
+            TrainerConfig(**nothing)

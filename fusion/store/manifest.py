@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -469,8 +470,12 @@ def check_writable(store: Path) -> None:
     nearest = store.absolute()
     while not nearest.exists():
         nearest = nearest.parent
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"store={store}: {nearest} cannot be written; store=DIR names another folder")
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=nearest))  # tried, since permissions do not tell of read-only disks
+    except OSError as error:
+        raise UserError(
+            f"store={store}: {nearest} cannot be written ({error.strerror}); store=DIR names another folder"
+        ) from None
 
 
 def check_sources(manifests: list[Manifest]) -> None:

@@ -22,7 +22,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from fusion.config import StageConfig, TrainerConfig
 from fusion.data.encode import EncodedRows
 from fusion.data.loaders import evaluation_loader, training_loader
-from fusion.errors import UserError
+from fusion.errors import TrainingError, UserError
 from fusion.model import AdaptedModel
 from fusion.store.artifacts import copy_into
 from fusion.training.callbacks import EpochLine, Guard
@@ -73,6 +73,8 @@ def fit(
 
     Raises:
         GuardError: something else than the declared parameters would train, or did.
+        TrainingError: the loss or a weight is no longer finite.
+        UserError: the trainer's settings do not fit, among them those that leave nothing to evaluate.
     """
     assert config.task is not None
     splits = list(validation)
@@ -86,8 +88,11 @@ def fit(
         monitor=monitor,
         mode="max",
         save_top_k=1,
-        save_last=True,
         save_on_train_epoch_end=True,
+    )
+    # One of its own for resuming: `save_last` of the other would write the best epoch again, not the last.
+    keep_last = ModelCheckpoint(
+        dirpath=checkpoints, filename="last", enable_version_counter=False, save_on_train_epoch_end=True
     )
     callbacks: list[Callback] = [Guard(model), EpochLine(monitor)]
     if config.optim.patience is not None:
@@ -95,17 +100,28 @@ def fit(
             EarlyStopping(monitor, patience=config.optim.patience, mode="max", check_finite=False)
         )
     if config.trainer.enable_checkpointing:
-        callbacks.append(keep_best)
+        callbacks += [keep_best, keep_last]  # in this order: the last says which one is the best
     trainer = make_trainer(config.trainer, callbacks, loggers)
     place = {"rank": trainer.global_rank, "world_size": trainer.world_size, "workers": config.data.workers}
     module = TaskModule(model, config.task, config.optim, loss_weights, splits)
     evaluation = [evaluation_loader(rows, config.data.batch_size, **place) for rows in validation.values()]
     last = checkpoints / "last.ckpt"
     torch.manual_seed(config.seed)  # dropout starts from here, whatever was drawn before
+    batches = training_loader(training, config.data.batch_size, config.seed, **place)
+    interval = config.trainer.val_check_interval
+    if (
+        type(interval) is int
+        and interval > len(batches)
+        and config.trainer.check_val_every_n_epoch is not None
+    ):
+        raise UserError(
+            f"trainer.val_check_interval={interval}: an epoch has {len(batches)} batches; expected no more than that, "
+            "a fraction of it, or trainer.check_val_every_n_epoch=null"
+        )
     started = time.monotonic()
     trainer.fit(
         module,
-        training_loader(training, config.data.batch_size, config.seed, **place),
+        batches,
         evaluation,
         ckpt_path=str(last) if last.is_file() else None,
         weights_only=True,
@@ -118,6 +134,7 @@ def fit(
     best = _best(module.history, monitor)
     if keep_best.best_model_path and trainer.is_global_zero:  # the others store nothing
         _restore(model, Path(keep_best.best_model_path))
+    _check_finite(model)
     return Fit(
         metrics={split: {m: best[f"{split}/{m}"] for m in config.task.metrics} for split in splits if best},
         best_epoch=int(best.get("epoch", 0)),
@@ -158,6 +175,15 @@ def make_trainer(
 def _best(history: list[dict[str, float]], monitor: str) -> dict[str, float]:
     """The first epoch with the highest score; empty where nothing was evaluated."""
     return max(history, key=lambda epoch: epoch[monitor], default={})
+
+
+def _check_finite(model: AdaptedModel) -> None:
+    broken = [name for name, parameter in model.trainable().items() if not parameter.isfinite().all()]
+    if broken:
+        raise TrainingError(
+            f"{broken[0]} and {len(broken) - 1} more hold values that are not finite; nothing is stored.\n"
+            "Lower optim.lr, or raise optim.warmup"
+        )
 
 
 def _restore(model: AdaptedModel, path: Path) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from fusion.config import OptimConfig, TaskConfig
 from fusion.data.batches import Batch
+from fusion.errors import TrainingError
 from fusion.model import AdaptedModel
 from fusion.training.metrics import TaskMetrics
 
@@ -77,6 +78,11 @@ class TaskModule(lightning.LightningModule):
             named = {f"train/{name}_loss": value.detach() for name, value in losses.items()}
             self.log_dict(named, sync_dist=several)
             self.log("train/loss", total.detach(), prog_bar=True, sync_dist=several)
+            if not total.isfinite():
+                raise TrainingError(
+                    f"the loss is {total.item()} at step {self.trainer.global_step} (rows "
+                    f"{batch.rows[:5].tolist()} … of train); nothing is stored.\nLower optim.lr, or raise optim.warmup"
+                )
         return total
 
     def validation_step(self, batch: Batch, batch_index: int, dataloader_idx: int = 0) -> None:

@@ -118,6 +118,10 @@ def train_and_store(
             result=_result(config, entry, model, backbone, fitted, sources),
             **_circumstances(config, run, entry, model, backbone, rows),
         )
+        if config.trainer.fast_dev_run:
+            log.info("trainer.fast_dev_run: it runs; nothing is stored")
+            exit_code = 0
+            return manifest.result
         path = save(entry.store, manifest, model.filling_state(), model.head_state(), config.overwrite)
         log.info("stored %s", path)
         shutil.rmtree(entry.checkpoints, ignore_errors=True)  # what they were kept for is done

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -277,7 +276,11 @@ def test_check_writable(store: Path) -> None:
 
 def test_check_writable_without_permission(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store.mkdir(parents=True)
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+
+    def refuse(dir: Path) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)  # root may write everywhere
     with pytest.raises(UserError, match="cannot be written"):
         check_writable(store)
 
