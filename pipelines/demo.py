@@ -79,7 +79,7 @@ class Demo:
 
     def run(self) -> list[Row]:
         self.train_sources()
-        self.train_target("head", 2, "A head alone", "fusion.stage1", ["method=head", "optim.lr=3e-3"])
+        self.train_target("head", 2, "A head alone", "fusion.stage1", ["method=head", "optim.lr=1e-2"])
         self.train_target("adapter", 3, "A single adapter", "fusion.stage1", ["optim.lr=5e-4"])
         sources = f"sources=[{','.join(SOURCES)}]"
         self.train_target("fusion", 4, "Fusion of the three", "fusion.stage2", [sources, "optim.lr=2e-4"])
@@ -278,7 +278,7 @@ def draw(rows: list[Row], title: str, path: Path) -> bool:
 
 def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
-        print(__doc__)
+        print(__doc__, "Keys and what they are unless said: ", DemoConfig(), sep="\n")
         return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
