@@ -43,7 +43,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from fusion.config import StageConfig
-from fusion.errors import UserError
+from fusion.errors import UserError, first_line
 from fusion.run import Run, Terminated, describe, record
 
 log = logging.getLogger(__name__)
@@ -446,7 +446,7 @@ def explain(error: BaseException, schema: type) -> str:
         key = match[1].lstrip("+").split("=")[0]
         if "not in" in str(cause) and key not in keys_of(schema):
             return _unknown(key, schema)
-        return f"{match[1]}: {_first_line(cause)}"
+        return f"{match[1]}: {first_line(cause)}"
     if match := re.search(r"Ambiguous value for argument '(.+)'", text):
         key, _, value = match[1].partition("=")
         a_list = "" if key == "+task" else f"; a list is written '{key}=[{value}]'"
@@ -492,7 +492,3 @@ def _unknown(key: str, schema: type) -> str:
 def _near(name: str, options: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, options, 3, 0.5)
     return f": did you mean {' or '.join(near)}?" if near else ""
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

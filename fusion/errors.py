@@ -14,3 +14,9 @@ class TrainingError(Exception):
 
 class GuardError(Exception):
     """The promise that only the declared parameters change was broken: exit code 1, nothing stored."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says first, or its type where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip() if text else type(error).__name__

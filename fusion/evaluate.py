@@ -57,8 +57,9 @@ def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
         rows = load_rows(task, config.data, split)
         if rows.labels is None:
             raise UserError(f"split={split}: its rows have no labels to score against; use fusion.predict")
-        cache = None if config.data.cache_dir is None else Path(config.data.cache_dir)
-        encoded = encode(rows, tokenizer, config.data.max_length or manifest.data["max_length"], cache)
+        encoded = encode(
+            rows, tokenizer, config.data.max_length or manifest.data["max_length"], config.data.cache_dir
+        )
         predictions = predict(model, encoded, config.data.batch_size, device)
         metrics[split] = score(task, predictions.scores, encoded.labels)
         rows_seen, seconds, tokens = (

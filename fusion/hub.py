@@ -15,7 +15,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from fusion.errors import UserError
+from fusion.errors import UserError, first_line
 
 Loaded = TypeVar("Loaded")
 
@@ -66,5 +66,5 @@ def from_cache_or_hub(load: Callable[[bool], Loaded], what: str, cure: str) -> L
     try:
         return load(False)
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{what} cannot be loaded: {reason}\n{cure}") from error

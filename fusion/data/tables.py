@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.config import HubConfig
-from fusion.errors import UserError
+from fusion.errors import UserError, first_line
 from fusion.hub import from_cache_or_hub, hub_is_reachable
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def read_table(path: Path, text_columns: Iterable[str] = ()) -> Table:
             return arrow_table(pyarrow.parquet.read_table(path, partitioning=None), str(path))
         return _read_delimited(path, text_columns)
     except (pyarrow.ArrowException, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"{path}: cannot be read as {path.suffix[1:]}: {reason}\n"
             f"Write it anew, or give it the ending of what it holds ({', '.join(ENDINGS)})"
@@ -207,9 +207,8 @@ def hub_table(hub: HubConfig, split: str, cure: str) -> Table:
                 data = datasets.load_dataset(hub.path, hub.name, split=split, revision=hub.revision)
             except (OSError, ValueError):
                 raise
-            except (
-                Exception
-            ) as error:  # whatever the libraries below raise: a bad file, an old script, a lost connection
+            # Whatever the libraries below raise: a bad file, an old script, a lost connection.
+            except Exception as error:
                 raise ValueError(_reason(error)) from error
         return arrow_table(data.with_format("arrow")[:], where)
 
@@ -220,7 +219,7 @@ def _reason(error: BaseException) -> str:
     """The first line that says something: `datasets` hides what was wrong with a file behind "An error occurred"."""
     if error.__cause__ is not None and "error occurred" in str(error):
         return _reason(error.__cause__)
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     if "scripts are no longer supported" in reason:
         return f"{reason}; hub.revision=refs/convert/parquet in the task file may have its rows"
     return reason

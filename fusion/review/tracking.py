@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 
 from fusion.config import CsvConfig, LoggerConfig, WandbConfig
+from fusion.errors import first_line
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class _NeverRaises:
                 log.warning(
                     "%s could not log (%s); training goes on, further errors of it are not shown",
                     "W&B" if isinstance(self, WandbLogger) else "the CSV logger",
-                    _first_line(error),
+                    _reason(error),
                 )
             self._warned = True
 
@@ -159,7 +160,7 @@ def finish(loggers: Sequence[Logger], exit_code: int = 0) -> None:
         except Exception as error:
             log.warning(
                 "W&B could not upload all of the run (%s): `wandb sync %s` uploads it later",
-                _first_line(error),
+                _reason(error),
                 _shown(run.settings.sync_dir),
             )
 
@@ -189,7 +190,7 @@ def _start_run(config: WandbConfig, /, **labels: Any) -> Any | None:
             try:
                 return _init(config, "online", **labels)
             except Exception as error:
-                reason = f"the server did not take the run: {_first_line(error)}"
+                reason = f"the server did not take the run: {_reason(error)}"
             for started in set(directory.glob("wandb/run-*")) - before:
                 shutil.rmtree(started, ignore_errors=True)
         try:
@@ -199,7 +200,7 @@ def _start_run(config: WandbConfig, /, **labels: Any) -> Any | None:
                 wandb.teardown()  # its service may have died in an earlier job of the sweep; a new one starts now
             return _init(config, "offline", reason, **labels)
     except Exception as error:
-        log.warning("W&B could not start (%s); the run goes on without it", _first_line(error))
+        log.warning("W&B could not start (%s); the run goes on without it", _reason(error))
         return None
 
 
@@ -223,7 +224,7 @@ def _why_offline(config: WandbConfig) -> str | None:
         if not wandb.login(prompt=False, verify=False):
             return "no API key is set, `wandb login` sets one"
     except Exception as error:  # a key that is no key, two kinds of keys at once
-        return _first_line(error)
+        return _reason(error)
     return _out_of_reach(settings, min(PROBE_SECONDS, config.init_timeout))
 
 
@@ -240,7 +241,7 @@ def _out_of_reach(settings: Any, timeout: float) -> str | None:
     try:
         socket.create_connection((url.hostname, port), timeout=timeout).close()
     except OSError as error:
-        return f"{url.hostname} is out of reach: {error.strerror or _first_line(error)}"
+        return f"{url.hostname} is out of reach: {error.strerror or _reason(error)}"
     return None
 
 
@@ -282,7 +283,7 @@ def _quietly(what: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     try:
         call(*args, **kwargs)
     except Exception as error:
-        log.warning("W&B could not %s (%s); the run goes on", what, _first_line(error))
+        log.warning("W&B could not %s (%s); the run goes on", what, _reason(error))
 
 
 def _log_result(run: Any, result: Mapping[str, Any]) -> None:
@@ -304,7 +305,7 @@ def _link_artifacts(
         try:
             run.use_artifact(f"{source['name']}:{source['hash'][:12]}")
         except Exception as error:  # made offline or in another project: the config names it all the same
-            log.debug("W&B has no artifact %s: %s", source["name"], _first_line(error))
+            log.debug("W&B has no artifact %s: %s", source["name"], _reason(error))
         if time.monotonic() > deadline:
             raise TimeoutError(f"the server is slow, and {LINK_SECONDS:g} s are over")
     artifact = wandb.Artifact(name, type=kind, metadata={"hash": hash, "folder": str(folder)})
@@ -344,8 +345,7 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    if text == "<no message>":  # W&B's words where a server refuses, as it does for a wrong key
+def _reason(error: BaseException) -> str:
+    if str(error).strip() == "<no message>":  # W&B's words where a server refuses, as it does for a wrong key
         return "it gave no reason; is the API key right?"
-    return text.splitlines()[0] if text else type(error).__name__
+    return first_line(error)

@@ -127,10 +127,8 @@ def fit(
         weights_only=True,
     )
     seconds = time.monotonic() - started
-    if not module.history:
-        trainer.validate(
-            module, evaluation, verbose=False
-        )  # stopped within the first epoch, by its steps or time
+    if not module.history:  # stopped within the first epoch, by its steps or time
+        trainer.validate(module, evaluation, verbose=False)
     best = _best(module.history, monitor)
     if keep_best.best_model_path and trainer.is_global_zero:  # the others store nothing
         _restore(model, Path(keep_best.best_model_path))

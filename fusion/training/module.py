@@ -45,9 +45,8 @@ class TaskModule(lightning.LightningModule):
         self.loss_weights = loss_weights
         self.splits = splits
         self.split_metrics = nn.ModuleList([TaskMetrics(task) for _ in splits])
-        self.history: list[
-            dict[str, float]
-        ] = []  # of each evaluated epoch: its number (from 1), every metric
+        # Of each evaluated epoch: its number (from 1) and every metric.
+        self.history: list[dict[str, float]] = []
         self.rows_seen = 0
         self.tokens_seen = 0
         # Checkpoints hold the trainable tensors alone; `on_load_checkpoint` compares the key sets.

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from fusion import __version__
@@ -44,11 +43,10 @@ def load_task_rows(config: StageConfig) -> TaskRows:
     """
     assert config.task is not None and config.data.max_length is not None
     tokenizer = load_tokenizer(locate(config.backbone.name_or_path), config.backbone.revision)
-    cache = None if config.data.cache_dir is None else Path(config.data.cache_dir)
     encoded: dict[str, EncodedRows] = {}
     for split in ["train", *evaluation_splits(config.task, "validation", config.data)]:
         rows = load_rows(config.task, config.data, split)
-        encoded[split] = encode(rows, tokenizer, config.data.max_length, cache)
+        encoded[split] = encode(rows, tokenizer, config.data.max_length, config.data.cache_dir)
         log.info(
             "%s %s: %d rows%s",
             config.task.name,
@@ -85,18 +83,14 @@ def train_and_store(
         GuardError: something else than the declared parameters changed; nothing is stored.
     """
     assert config.task is not None
-    loggers = (
-        build_loggers(
-            config.logger,
-            directory=run.directory,
-            name=entry.name,
-            group=run.group,
-            job_type=run.command,
-            tags=_tags(config, method),
-            config_values=run.config,
-        )
-        if run.rank_zero
-        else []
+    loggers = build_loggers(
+        config.logger,
+        directory=run.directory,
+        name=entry.name,
+        group=run.group,
+        job_type=run.command,
+        tags=_tags(config, method),
+        config_values=run.config,
     )
     exit_code = 1
     try:
