@@ -27,6 +27,7 @@ READS = ("output", "normed")
 POOLINGS = ("cls", "mean")
 COMPOSITIONS = ("adapterfusion", "static", "mean")
 METHODS = ("adapter", "head")
+CACHES = ("auto", "off", "float32", "float16")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -191,9 +192,20 @@ class BackboneConfig:
     revision: Optional[str] = None
     pooling: str = "cls"  # what head.pooling is where it is not said
     dropout: bool = False  # whether the frozen backbone's own dropout acts in training
+    cache: str = (
+        "auto"  # what lies below the lowest slot is computed once a row and kept; auto: where it pays
+    )
+    cache_gb: float = 20.0  # what all that is kept may take on the disk
 
     def __post_init__(self) -> None:
         _one_of("backbone.pooling", self.pooling, POOLINGS)
+        _one_of("backbone.cache", self.cache, CACHES)
+        _require(self.cache_gb > 0, f"backbone.cache_gb={self.cache_gb}: expected a number above 0")
+        _require(
+            not self.dropout or self.cache in ("auto", "off"),
+            f"backbone.cache={self.cache}: with backbone.dropout=true a row is another one each time; "
+            "expected backbone.cache=off, or backbone.dropout=false",
+        )
         _require(bool(self.name_or_path), "backbone.name_or_path is empty: expected a hub id or a folder")
 
 

@@ -32,16 +32,20 @@ class Predictions:
     tokens: int
 
 
-def device_of(accelerator: str) -> torch.device:
+def device_of(accelerator: str, local_rank: int = 0) -> torch.device:
     """`auto` takes a GPU where there is one; anything else is a device of torch's.
+
+    Args:
+        local_rank: which of this machine's devices of that kind.
 
     Raises:
         UserError: there is no such device.
     """
     if accelerator == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = "cuda" if accelerator == "gpu" else accelerator
     try:
-        device = torch.device("cuda" if accelerator == "gpu" else accelerator)
+        device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(

@@ -1,18 +1,20 @@
 """The backbone with its slots filled, and a head on top.
 
-Shapes: S texts, B rows, T tokens, D hidden size, K outputs of the head, N sources.
+Shapes: S texts, B rows, T tokens, D hidden size, K outputs of the head, N sources, W the width of
+what the lowest slot gets from below (D or 2·D).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from fusion.backbones.load import Backbone, hash_tensors
-from fusion.backbones.slots import CurrentBatch, PostNormSlot
+from fusion.backbones.prefix import make_skippable
+from fusion.backbones.slots import CurrentBatch, EntryReached, PostNormSlot
 from fusion.layers.filling import BatchContext, Filling, Recorder
 from fusion.layers.heads import TaskHead
 
@@ -45,10 +47,14 @@ class AdaptedModel(nn.Module):
         super().__init__()
         self.backbone = cast(nn.Module, backbone.model)
         self.backbone_dropout = backbone_dropout
+        self.reads = reads
         self.head = head
         # As layer -> site -> filling, so that names read `fillings.0.feedforward.down.weight`.
         self.fillings = nn.ModuleDict()
         self._current = CurrentBatch()
+        self._family = backbone.family
+        self._hidden_size = backbone.hidden_size
+        self._skippable = False
         layers = backbone.family.layer_list(backbone.model)
         for name, filling in fillings.items():
             layer, _, site = name.partition(".")
@@ -62,6 +68,7 @@ class AdaptedModel(nn.Module):
             if layer not in self.fillings:
                 self.fillings[layer] = nn.ModuleDict()
             cast(nn.ModuleDict, self.fillings[layer])[site] = filling
+        self._current.entry = self._lowest(fillings)
         self.backbone.requires_grad_(False)
         self.train(self.training)
 
@@ -80,6 +87,7 @@ class AdaptedModel(nn.Module):
         choice_counts: Tensor | None = None,
         sources_on: Tensor | None = None,
         record: Recorder | None = None,
+        prefix: Tensor | None = None,
     ) -> Tensor:
         """Scores of the rows.
 
@@ -88,15 +96,70 @@ class AdaptedModel(nn.Module):
             choice_counts: (B,), the number of texts of each row of a choice task, in order.
             sources_on: (N,) bool, which sources take part; None means all.
             record: is called in each slot with its name and the sources' weights (S, T, N).
+            prefix: (S, T, W), what `prefix_states` gives for these rows: nothing below the lowest
+                slot is run then. Values at padding do not matter.
 
         Returns:
             (B, K); for a choice task (B, most choices of a row), -inf where a row has fewer.
         """
+        if prefix is not None and not self._skippable:
+            raise RuntimeError("call make_prefix_skippable() before a batch brings its prefix")
         self._current.context = BatchContext(attention_mask, sources_on, record)
+        self._current.prefix = prefix
+        hidden = self._run(input_ids, attention_mask, token_type_ids)
+        scores: Tensor = self.head(hidden, attention_mask)
+        return scores if choice_counts is None else _by_row(scores.squeeze(-1), choice_counts)
+
+    def _run(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        """(S, T) -> the last layer's output: (S, T, D)."""
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **types)
-        scores: Tensor = self.head(output.last_hidden_state, attention_mask)
-        return scores if choice_counts is None else _by_row(scores.squeeze(-1), choice_counts)
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    @torch.no_grad()
+    def prefix_states(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """What the lowest slot gets from below, or without any slot the last layer's output.
+
+        The same for a row whatever is trained, as long as the backbone's dropout is off.
+
+        Args:
+            input_ids, attention_mask, token_type_ids: (S, T).
+
+        Returns:
+            (S, T, W).
+        """
+        assert not self.backbone.training, "dropout would make it another one each time"
+        self._current.context = BatchContext(attention_mask)
+        self._current.prefix, self._current.stop = None, True
+        try:
+            return self._run(input_ids, attention_mask, token_type_ids)
+        except EntryReached as reached:
+            return reached.state
+        finally:
+            self._current.stop = False
+
+    def make_prefix_skippable(self) -> None:
+        """Let batches bring their prefix. Frozen tensors of the prefix get other names by it."""
+        if not self._skippable:
+            make_skippable(self.backbone, self._family, self._hidden_size, self._current)
+            self._skippable = True
+
+    @property
+    def entry(self) -> str | None:
+        """The lowest slot, below which nothing trains; None: no slot."""
+        return self._current.entry
+
+    def _lowest(self, slots: Iterable[str]) -> str | None:
+        order = list(self._family.sites)
+
+        def place(slot: str) -> tuple[int, int]:
+            layer, _, site = slot.partition(".")
+            return int(layer), order.index(site)
+
+        return min(slots, key=place, default=None)
 
     def losses(self) -> dict[str, Tensor]:
         """The named terms that the fillings add, each summed over the slots."""

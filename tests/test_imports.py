@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "entry": BASE | {"run", "store"},
     "build": BASE | {"layers", "backbones", "model", "store"},
     "inference": BASE | {"model", "data"},
+    "prefix": BASE | {"model", "data"},
     "training": BASE
     | {
         "run",
@@ -54,6 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "entry",
         "build",
         "inference",
+        "prefix",
     },
     "app": BASE | {"run", "training.processes"},
 }

@@ -643,3 +643,45 @@ def test_what_lightning_refuses_is_said_as_the_users_mistake(bench: Bench) -> No
     ):
         with pytest.raises(UserError, match="trainer"):
             TrainerConfig(**nothing)
+
+
+def test_upper_layers_alone_start_from_the_kept_prefix(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    upper = {"adapter": AdapterConfig(layers=[1, 2])}
+    off = BackboneConfig(name_or_path=str(bench.backbone), pooling="mean", cache="off")
+    kept = bench.stage1("films", name="kept", **upper)
+    assert caplog.text.count("computing the frozen prefix") == 2  # of the training and the validation rows
+    assert len(list((bench.folder / "cache" / "prefix").glob("*.states"))) == 2
+    bench.stage1("films", name="again", seed=7, **upper)  # another seed starts from the same states
+    whole = bench.stage1("films", name="whole", backbone=off, **upper)
+    assert caplog.text.count("computing the frozen prefix") == 2
+    torch.testing.assert_close(bench.weights("kept"), bench.weights("whole"), rtol=1e-4, atol=1e-6)
+    assert kept["metrics"] == whole["metrics"]
+    scores = bench.evaluate("kept")["metrics"]
+    assert scores["validation"] == pytest.approx(kept["metrics"]["validation"])
+
+
+def test_a_run_goes_on_with_the_prefix_that_it_began_with(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upper = {"adapter": AdapterConfig(layers=[2])}
+    bench.stage1("films", name="whole", **upper)
+
+    def stop(self: Any, trainer: lightning.Trainer, module: Any) -> None:
+        if trainer.current_epoch == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fusion.training.callbacks.EpochLine.on_train_epoch_start", stop)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            bench.stage1("films", name="cut", **upper)
+    with monkeypatch.context() as patched:
+        patched.setattr("fusion.training.stage.keep_prefix", lambda *_: None)
+        with pytest.raises(UserError, match=r"began with backbone\.cache=float32 and would go on with off"):
+            bench.stage1("films", name="cut", **upper)
+    shutil.rmtree(bench.folder / "cache" / "prefix")  # made anew, with the same bits
+    bench.stage1("films", name="cut", **upper)
+    assert bench.weights("cut").keys() == bench.weights("whole").keys()
+    assert all(torch.equal(bench.weights("cut")[k], v) for k, v in bench.weights("whole").items())

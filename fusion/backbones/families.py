@@ -19,16 +19,22 @@ from fusion.errors import UserError
 class Family:
     """One architecture.
 
+    stem: dotted paths of what runs before the first layer; one that a model does not have is passed over.
     layers: dotted path of the list of layers inside the model.
-    sites: for each site, the dotted path inside a layer of the module that ends the sublayer.
+    sites: for each site, in the order in which they run, the dotted path inside a layer of the
+        module that ends the sublayer.
+    before: for each site, the modules of its layer that run before that end, and how many values
+        each of them gives: the stream comes first.
     architecture: the config keys that decide what the model computes; with the tensors they are
         the backbone's fingerprint, so no key that a new version of a library may add is in it.
     model_options: what the model's constructor is given beside the config.
     """
 
     name: str
+    stem: tuple[str, ...]
     layers: str
     sites: Mapping[str, str]
+    before: Mapping[str, Mapping[str, int]]
     architecture: tuple[str, ...]
     model_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -52,12 +58,15 @@ _BERT_ARCHITECTURE = (
     "pad_token_id",
 )
 _BERT_SITES = {"attention": "attention.output", "feedforward": "output"}
+_BERT_BEFORE = {"attention": {"attention.self": 2}, "feedforward": {"attention": 2, "intermediate": 1}}
 
 FAMILIES: dict[str, Family] = {
     model_type: Family(
         name=model_type,
+        stem=("embeddings", "embeddings_project"),  # Electra projects where its embeddings are narrower
         layers="encoder.layer",
         sites=_BERT_SITES,
+        before=_BERT_BEFORE,
         architecture=_BERT_ARCHITECTURE + extra,
         # The pooler is pre-trained for another purpose; heads pool for themselves.
         model_options=options,

@@ -1,12 +1,14 @@
 """A slot: a place in the backbone where the stream may be changed.
 
-Shapes: B rows, T tokens, D hidden size, I the width of what the sublayer's last product reads.
+Shapes: B rows, T tokens, D hidden size, I the width of what the sublayer's last product reads,
+W the width of a slot's state (D or 2·D).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from fusion.layers.filling import BatchContext, Filling
@@ -18,10 +20,27 @@ class CurrentBatch:
     The backbone's own modules pass no keyword through to the place where a slot sits, hence this
     one shared reference. It stays as it is until the next batch, so that a layer that is computed
     again for its gradient sees the same.
+
+    Attributes:
+        context: what the fillings may need.
+        entry: the name of the lowest slot, below which all is frozen; None: no slot.
+        prefix: (B, T, W), what `entry` would have got from below, where it is known already.
+        stop: end the pass at `entry`, with what it got, as an `EntryReached`.
     """
 
     def __init__(self) -> None:
         self.context: BatchContext | None = None
+        self.entry: str | None = None
+        self.prefix: Tensor | None = None
+        self.stop = False
+
+
+class EntryReached(Exception):
+    """Not an error: the pass got to the lowest slot, and that was all that was asked for."""
+
+    def __init__(self, state: Tensor) -> None:
+        super().__init__()
+        self.state = state
 
 
 class PostNormSlot(nn.Module):
@@ -33,6 +52,8 @@ class PostNormSlot(nn.Module):
 
         `output`: x = h            (Houlsby et al. 2019)
         `normed`: x = LN(h + a)    (Pfeiffer et al. 2021; the same LN, twice)
+
+    Its *state* is all that it needs from below: h + a, and for `output` also h.
 
     Args:
         sublayer_output: a module with `dense`, `dropout` and `LayerNorm`.
@@ -61,10 +82,21 @@ class PostNormSlot(nn.Module):
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         """hidden_states: (B, T, I), input_tensor a: (B, T, D) -> (B, T, D)."""
+        residual, h = self._state(hidden_states, input_tensor)
+        x = self.LayerNorm(residual) if h is None else h
+        return self.LayerNorm(residual + self._filling[0](x, self._context()))
+
+    def _state(self, hidden_states: Tensor, input_tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+        """h + a and, where the filling reads it, h: each (B, T, D). Computed, or what the batch brought."""
+        at_entry = self._current.entry == self.name
+        if at_entry and self._current.prefix is not None:
+            residual, *rest = self._current.prefix.chunk(1 if self.reads == "normed" else 2, dim=-1)
+            return residual, (rest[0] if rest else None)
         h = self.dropout(self.dense(hidden_states))
         residual = h + input_tensor
-        x = self.LayerNorm(residual) if self.reads == "normed" else h
-        return self.LayerNorm(residual + self._filling[0](x, self._context()))
+        if at_entry and self._current.stop:
+            raise EntryReached(residual if self.reads == "normed" else torch.cat([residual, h], dim=-1))
+        return residual, (None if self.reads == "normed" else h)
 
     def _context(self) -> BatchContext:
         context = self._current.context

@@ -50,6 +50,8 @@ class Batch:
         rows: (rows,) int64, the index of each in its split
         weights: (rows,) float32, 0.0 for a filler row and 1.0 otherwise
         global_rows: rows that count in this batch over all devices
+        prefix: (sequences, tokens, width) float32, zero at padding: what the frozen prefix of the model gives,
+            where that is known
     """
 
     input_ids: Tensor
@@ -60,6 +62,7 @@ class Batch:
     rows: Tensor
     weights: Tensor
     global_rows: int
+    prefix: Tensor | None = None
 
     def to(self, device: Any, **options: Any) -> Batch:
         """The batch on another device (Lightning moves whatever has a `to`)."""

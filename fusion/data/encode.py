@@ -69,6 +69,8 @@ class EncodedRows:
         labels: int64 class ids or indices of the right choice, or float32 values; None without labels.
         choice_counts: (rows,) or None.
         fingerprint: that of the rows.
+        key: hex digits that stand for the token ids.
+        states: (all tokens, width), what the frozen prefix of a model gives for each token; None: unknown.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class EncodedRows:
         rows: Rows,
         pad_token_id: int,
         pad_left: bool = False,
+        key: str = "",
     ) -> None:
         """
         Args:
@@ -106,6 +109,13 @@ class EncodedRows:
             real = any(isinstance(label, float) for label in rows.labels)
             self.labels = np.array(rows.labels, np.float32 if real else np.int64)
         self.fingerprint = rows.fingerprint
+        self.key = key
+        self.states: NDArray[np.floating] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows, padding left out."""
+        return len(self._input_ids)
 
     def __len__(self) -> int:
         return len(self._first)
@@ -119,25 +129,18 @@ class EncodedRows:
             weights: 0.0 for a filler row, 1.0 (all, by default) for a row that counts.
             global_rows: rows that count over all devices; those of this batch by default.
         """
-        if self.choice_counts is None:
-            counts, sequences = None, self._first[indices]
-        else:
-            counts = self.choice_counts[indices]
-            sequences = np.concatenate(
-                [np.arange(self._first[i], self._first[i] + self.choice_counts[i]) for i in indices]
-            )
-        starts, lengths = self._starts[sequences], self._ends[sequences] - self._starts[sequences]
-        width = int(lengths.max())
-        shift = (width - lengths if self._pad_left else np.zeros_like(lengths))[:, None]
-        places = np.arange(width)[None, :] - shift
-        real = (places >= 0) & (places < lengths[:, None])
-        tokens = (starts[:, None] + places)[real]
+        counts = None if self.choice_counts is None else self.choice_counts[indices]
+        tokens, real = self.places(indices)
         input_ids = np.full(real.shape, self._pad_token_id, np.int64)
         input_ids[real] = self._input_ids[tokens]
         types = None
         if self._token_type_ids is not None:
             types = np.zeros(real.shape, np.int64)
             types[real] = self._token_type_ids[tokens]
+        prefix = None
+        if self.states is not None:
+            prefix = np.zeros((*real.shape, self.states.shape[1]), np.float32)
+            prefix[real] = self.states[tokens]
         weight = np.ones(len(indices), np.float32) if weights is None else np.array(weights, np.float32)
         return Batch(
             input_ids=torch.from_numpy(input_ids),
@@ -148,7 +151,24 @@ class EncodedRows:
             rows=torch.tensor(indices, dtype=torch.int64),
             weights=torch.from_numpy(weight),
             global_rows=int((weight > 0).sum()) if global_rows is None else global_rows,
+            prefix=None if prefix is None else torch.from_numpy(prefix),
         )
+
+    def places(self, indices: list[int]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Where the tokens of these rows lie in the flat arrays: (real tokens,), and in their batch:
+        (sequences, width) bool, true for a real token."""
+        if self.choice_counts is None:
+            sequences = self._first[indices]
+        else:
+            sequences = np.concatenate(
+                [np.arange(self._first[i], self._first[i] + self.choice_counts[i]) for i in indices]
+            )
+        starts, lengths = self._starts[sequences], self._ends[sequences] - self._starts[sequences]
+        width = int(lengths.max())
+        shift = (width - lengths if self._pad_left else np.zeros_like(lengths))[:, None]
+        positions = np.arange(width)[None, :] - shift
+        real = (positions >= 0) & (positions < lengths[:, None])
+        return (starts[:, None] + positions)[real], real
 
 
 def encode(
@@ -172,7 +192,8 @@ def encode(
             f"Expected data.max_length={limit} or less"
         )
     folder = user_cache() / "tokens" if cache_dir is None else Path(cache_dir).expanduser()
-    path = folder / f"{_key(rows, tokenizer, max_length)}.safetensors"
+    key = _key(rows, tokenizer, max_length)
+    path = folder / f"{key}.safetensors"
     arrays = _read(path)
     if arrays is None:
         log.info("tokenising %d rows, once", len(rows))
@@ -186,6 +207,7 @@ def encode(
         rows=rows,
         pad_token_id=0 if pad is None else pad,
         pad_left=tokenizer.padding_side == "left",
+        key=key,
     )
 
 

@@ -63,6 +63,7 @@ def fit(
     loss_weights: dict[str, float],
     loggers: list[Logger],
     checkpoints: Path,
+    prefix: str | None = None,
 ) -> Fit:
     """Train until the epochs or the patience end, and leave the best epoch's weights in the model.
 
@@ -70,6 +71,7 @@ def fit(
         validation: by split name; the first split's first metric picks the best epoch.
         loss_weights: of the named terms that the model adds to the loss.
         checkpoints: where an interrupted training is taken up again.
+        prefix: the type of the states that the rows bring along, see `fusion.prefix`; None: they bring none.
 
     Raises:
         GuardError: something else than the declared parameters would train, or did.
@@ -103,7 +105,7 @@ def fit(
         callbacks += [keep_best, keep_last]  # in this order: the last says which one is the best
     trainer = make_trainer(config.trainer, callbacks, loggers)
     place = {"rank": trainer.global_rank, "world_size": trainer.world_size, "workers": config.data.workers}
-    module = TaskModule(model, config.task, config.optim, loss_weights, splits)
+    module = TaskModule(model, config.task, config.optim, loss_weights, splits, prefix)
     evaluation = [evaluation_loader(rows, config.data.batch_size, **place) for rows in validation.values()]
     last = checkpoints / "last.ckpt"
     torch.manual_seed(config.seed)  # dropout starts from here, whatever was drawn before

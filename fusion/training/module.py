@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fusion.config import OptimConfig, TaskConfig
 from fusion.data.batches import Batch
-from fusion.errors import TrainingError
+from fusion.errors import TrainingError, UserError
 from fusion.model import AdaptedModel
 from fusion.training.metrics import TaskMetrics
 
@@ -28,6 +28,7 @@ class TaskModule(lightning.LightningModule):
         optim: learning rates, decay and warm-up.
         loss_weights: the weight of each named term of `model.losses()`.
         splits: the validation splits, in the order of the validation loaders.
+        prefix: the type of the frozen prefix's states that batches bring along; None: they bring none.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class TaskModule(lightning.LightningModule):
         optim: OptimConfig,
         loss_weights: dict[str, float],
         splits: list[str],
+        prefix: str | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -44,6 +46,7 @@ class TaskModule(lightning.LightningModule):
         self.optim = optim
         self.loss_weights = loss_weights
         self.splits = splits
+        self.prefix = prefix
         self.split_metrics = nn.ModuleList([TaskMetrics(task) for _ in splits])
         # Of each evaluated epoch: its number (from 1) and every metric.
         self.history: list[dict[str, float]] = []
@@ -54,7 +57,13 @@ class TaskModule(lightning.LightningModule):
 
     def scores(self, batch: Batch) -> Tensor:
         """(B, K)."""
-        return self.model(batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.choice_counts)
+        return self.model(
+            batch.input_ids,
+            batch.attention_mask,
+            batch.token_type_ids,
+            batch.choice_counts,
+            prefix=batch.prefix,
+        )
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The named terms of a batch's loss: `task`, and what the fillings add, weighted."""
@@ -132,6 +141,7 @@ class TaskModule(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trainable = {f"model.{name}" for name in self.model.trainable()}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
+        checkpoint["prefix"] = self.prefix
         checkpoint["history"] = self.history
         checkpoint["seen"] = [self.rows_seen, self.tokens_seen]
         checkpoint["rng"] = torch.get_rng_state()
@@ -142,6 +152,12 @@ class TaskModule(lightning.LightningModule):
         trainable = {f"model.{name}" for name in self.model.trainable()}
         if set(checkpoint["state_dict"]) != trainable:
             raise RuntimeError("the checkpoint holds other parameters than the model trains")
+        if checkpoint["prefix"] != self.prefix:  # the same up to rounding, but not the same run
+            raise UserError(
+                f"the run began with backbone.cache={checkpoint['prefix'] or 'off'} and would go on with "
+                f"{self.prefix or 'off'}: the room on the disk, or backbone.cache_gb, changed.\n"
+                "Make it what it was, or begin anew with resume=false"
+            )
         self.history = list(checkpoint["history"])
         self.rows_seen, self.tokens_seen = checkpoint["seen"]
         self._restored_rng = (checkpoint["rng"], checkpoint.get("cuda_rng"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import platform
 import shutil
 from collections.abc import Sequence
@@ -17,7 +18,9 @@ from fusion.config import StageConfig
 from fusion.data.encode import EncodedRows, encode, load_tokenizer
 from fusion.data.rows import evaluation_splits, load_rows
 from fusion.entry import Entry, result_of
+from fusion.inference import device_of
 from fusion.model import AdaptedModel
+from fusion.prefix import keep_prefix
 from fusion.review.tracking import build_loggers, finish, log_lineage, log_result
 from fusion.run import Run
 from fusion.store.artifacts import save
@@ -94,8 +97,20 @@ def train_and_store(
     )
     exit_code = 1
     try:
+        device = device_of(config.trainer.accelerator, int(os.environ.get("LOCAL_RANK", "0")))
+        splits = [rows.training, *rows.validation.values()]
+        prefix = keep_prefix(
+            model, splits, config.backbone, backbone.fingerprint, device, config.data.cache_dir
+        )
         fitted = fit(
-            config, model, rows.training, rows.validation, loss_weights or {}, loggers, entry.checkpoints
+            config,
+            model,
+            rows.training,
+            rows.validation,
+            loss_weights or {},
+            loggers,
+            entry.checkpoints,
+            prefix=prefix,
         )
         if not run.rank_zero:
             return {}

@@ -1,0 +1,110 @@
+"""States of all tokens of a split as one array on disk: written whole or not at all, read through a memory map.
+
+A file is the array's bytes and then their checksum; its name says what is in it, so a reader knows its shape.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import uuid
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+
+_ENDING = ".states"
+_SLICE = 1 << 24  # bytes that the checksum takes at a time
+
+log = logging.getLogger(__name__)
+
+
+def kept_states(
+    path: Path, shape: tuple[int, int], dtype: str, limit: int, build: Callable[[NDArray[Any]], None]
+) -> NDArray[Any]:
+    """The states in a file, which is built first where it is missing or damaged.
+
+    Of several processes that want the same file, one builds it and the others wait for it.
+
+    Args:
+        path: without its ending.
+        shape: (tokens, width).
+        limit: bytes that all such files in the folder may take; the longest unused make room.
+        build: fills an array of this shape.
+
+    Returns:
+        (tokens, width), read-only.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full.
+    """
+    path = path.with_name(path.name + _ENDING)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        states = _read(path, shape, dtype)
+        if states is None:
+            _make_room(path.parent, _bytes(shape, dtype), limit)
+            _write(path, shape, dtype, build)
+            states = _read(path, shape, dtype)
+            if states is None:
+                raise OSError(f"{path} is not what was written to it")
+        os.utime(path)  # used now: the last to make room
+    return states
+
+
+def _bytes(shape: tuple[int, int], dtype: str) -> int:
+    return shape[0] * shape[1] * np.dtype(dtype).itemsize
+
+
+def _read(path: Path, shape: tuple[int, int], dtype: str) -> NDArray[Any] | None:
+    if not path.is_file():
+        return None
+    if path.stat().st_size == _bytes(shape, dtype) + 4:
+        states = np.memmap(path, dtype, mode="r", shape=shape)
+        with path.open("rb") as file:
+            file.seek(-4, os.SEEK_END)
+            if int.from_bytes(file.read(4), "little") == _checksum(states):
+                return states
+    log.warning("%s is damaged: made anew", path)
+    return None
+
+
+def _write(path: Path, shape: tuple[int, int], dtype: str, build: Callable[[NDArray[Any]], None]) -> None:
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with partial.open("wb") as file:  # asked for at once: a full disk is an error here, not a crash later
+            os.posix_fallocate(file.fileno(), 0, _bytes(shape, dtype))
+        states = np.memmap(partial, dtype, mode="r+", shape=shape)
+        build(states)
+        states.flush()
+        with partial.open("ab") as file:
+            file.write(_checksum(states).to_bytes(4, "little"))
+            os.fsync(file.fileno())
+        del states
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _checksum(states: NDArray[Any]) -> int:
+    flat, value = states.reshape(-1).view(np.uint8), 0
+    for start in range(0, len(flat), _SLICE):
+        value = zlib.crc32(flat[start : start + _SLICE].data, value)
+    return value
+
+
+def _make_room(folder: Path, needed: int, limit: int) -> None:
+    """Remove the longest unused files until the new one fits. Who has one open keeps what it maps."""
+    files = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in folder.glob(f"*{_ENDING}"))
+    there = sum(size for _, size, _ in files)
+    for _, size, file in files:
+        if there + needed <= limit:
+            break
+        with contextlib.suppress(OSError):
+            file.unlink()
+            there -= size

@@ -1,0 +1,98 @@
+"""States on disk: built once, checked, whole or not at all, within their limit."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fusion.data.states import kept_states
+
+SHAPE = (6, 4)
+BYTES = 6 * 4 * 4
+
+
+class Builder:
+    def __init__(self, fault: Exception | None = None) -> None:
+        self.calls = 0
+        self.fault = fault
+
+    def __call__(self, states: NDArray[Any]) -> None:
+        self.calls += 1
+        states[:] = np.arange(24).reshape(SHAPE)
+        if self.fault:
+            raise self.fault
+
+
+def files(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir() if not file.name.endswith(".lock")}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_built_once_and_read_again(tmp_path: Path, dtype: str) -> None:
+    build = Builder()
+    for _ in range(2):
+        states = kept_states(tmp_path / "new" / "a", SHAPE, dtype, 10**6, build)
+        assert states.dtype == dtype and states.tolist() == np.arange(24).reshape(SHAPE).tolist()
+    assert build.calls == 1 and files(tmp_path / "new") == {"a.states"}
+    with pytest.raises(ValueError, match="read-only"):
+        states[0, 0] = 1.0
+
+
+@pytest.mark.parametrize("place", [0, 50, BYTES, BYTES + 3])
+def test_a_changed_byte_is_seen(tmp_path: Path, place: int, caplog: pytest.LogCaptureFixture) -> None:
+    build = Builder()
+    kept_states(tmp_path / "a", SHAPE, "float32", 10**6, build)
+    content = bytearray((tmp_path / "a.states").read_bytes())
+    content[place] ^= 0x10
+    (tmp_path / "a.states").write_bytes(content)
+    assert kept_states(tmp_path / "a", SHAPE, "float32", 10**6, build).ravel()[23] == 23
+    assert build.calls == 2 and "damaged" in caplog.text
+
+
+@pytest.mark.parametrize("size", [0, 3, BYTES, BYTES + 5])
+def test_a_file_of_another_length_is_made_anew(tmp_path: Path, size: int) -> None:
+    (tmp_path / "a.states").write_bytes(b"x" * size)
+    build = Builder()
+    assert kept_states(tmp_path / "a", SHAPE, "float32", 10**6, build)[0, 1] == 1
+    assert build.calls == 1
+
+
+@pytest.mark.parametrize("fault", [OSError("no space"), KeyboardInterrupt()])
+def test_nothing_is_left_of_a_build_that_failed(tmp_path: Path, fault: Exception) -> None:
+    with pytest.raises(type(fault)):
+        kept_states(tmp_path / "a", SHAPE, "float32", 10**6, Builder(fault))
+    assert files(tmp_path) == set()
+
+
+def test_the_longest_unused_make_room(tmp_path: Path) -> None:
+    limit = 2 * (BYTES + 4) + 10
+    mapped = kept_states(tmp_path / "a", SHAPE, "float32", limit, Builder())
+    kept_states(tmp_path / "b", SHAPE, "float32", limit, Builder())
+    os.utime(tmp_path / "a.states", (1, 1))
+    os.utime(tmp_path / "b.states", (2, 2))
+    kept_states(tmp_path / "a", SHAPE, "float32", limit, Builder())  # used: now b is the longest unused
+    kept_states(tmp_path / "c", SHAPE, "float32", limit, Builder())
+    assert files(tmp_path) == {"a.states", "c.states"}
+    kept_states(tmp_path / "d", SHAPE, "float32", limit, Builder())
+    assert files(tmp_path) == {"c.states", "d.states"}
+    assert mapped[5, 3] == 23  # who has a file open keeps what it maps
+
+
+def test_of_several_who_want_it_one_builds(tmp_path: Path) -> None:
+    build = Builder()
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(kept_states, tmp_path / "a", SHAPE, "float32", 10**6, build) for _ in range(4)]
+        assert all(job.result()[5, 3] == 23 for job in jobs)
+    assert build.calls == 1
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        kept_states(tmp_path / "file" / "a", SHAPE, "float32", 10**6, Builder())

@@ -1,0 +1,160 @@
+"""The frozen prefix of a task's rows: when it is kept, what it holds, and that it changes no result."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fusion.backbones.load import Backbone, load_backbone
+from fusion.config import BackboneConfig
+from fusion.data.encode import EncodedRows, encode, load_tokenizer
+from fusion.data.loaders import training_loader
+from fusion.data.rows import Rows
+from fusion.errors import UserError
+from fusion.layers.attention import AdapterFusion
+from fusion.layers.bank import AdapterBank
+from fusion.layers.bottleneck import BottleneckAdapter
+from fusion.layers.filling import Filling
+from fusion.layers.heads import TaskHead
+from fusion.model import AdaptedModel
+from fusion.prefix import keep_prefix
+from tests.conftest import WORDS
+
+CPU = torch.device("cpu")
+
+
+def some_rows(folder: Path, cache: Path, count: int = 70, choices: bool = False) -> EncodedRows:
+    draw = np.random.RandomState(0)
+    texts = [(" ".join(draw.choice(WORDS, draw.randint(1, 9))),) for _ in range(count)]
+    options = [list(draw.choice(WORDS, draw.randint(2, 5))) for _ in range(count)] if choices else None
+    labels = [int(label) for label in draw.randint(0, 2, count)]
+    return encode(Rows(texts, options, labels, 0, "some"), load_tokenizer(str(folder)), 16, cache)
+
+
+def adapted(backbone: Backbone, layers: list[int], fusion: bool = False) -> AdaptedModel:
+    torch.manual_seed(1)
+
+    def filling() -> Filling:
+        if not fusion:
+            return BottleneckAdapter(32, 4)
+        return AdapterFusion(AdapterBank([BottleneckAdapter(32, 4) for _ in range(3)], [0, 1, 2], 3), 32)
+
+    fillings = {f"{layer}.feedforward": filling() for layer in layers}
+    return AdaptedModel(backbone, fillings, "normed", TaskHead(32, 2, pooling="mean"))
+
+
+def kept(folder: Path, place: Path, layers: list[int], **settings: object) -> tuple[str | None, EncodedRows]:
+    rows = some_rows(folder, place)
+    config = BackboneConfig(name_or_path="x", **settings)  # type: ignore[arg-type]
+    backbone = load_backbone(str(folder))
+    given = keep_prefix(adapted(backbone, layers), [rows], config, backbone.fingerprint, CPU, str(place))
+    return given, rows
+
+
+@pytest.mark.parametrize(
+    ("settings", "layers", "expected"),
+    [
+        ({}, [1, 2], "float32"),
+        ({}, [], "float32"),  # a head alone: all is prefix
+        ({}, [0, 1, 2], None),  # too little below the lowest slot
+        ({"cache": "float32"}, [0, 1, 2], "float32"),
+        ({"cache": "float16"}, [1, 2], "float16"),
+        ({"cache": "off"}, [2], None),
+        ({"dropout": True}, [2], None),
+        ({"cache_gb": 1e-9}, [2], None),
+    ],
+)
+def test_when_it_is_kept(
+    tiny_backbone: Path, tmp_path: Path, settings: dict[str, object], layers: list[int], expected: str | None
+) -> None:
+    given, rows = kept(tiny_backbone, tmp_path, layers, **settings)
+    assert given == expected
+    assert (rows.states is None) == (expected is None)
+    if rows.states is not None:
+        assert rows.states.dtype == expected and rows.states.shape == (rows.tokens, 32)
+
+
+@pytest.mark.parametrize("choices", [False, True])
+def test_a_batch_brings_the_states_of_its_tokens(tiny_backbone: Path, tmp_path: Path, choices: bool) -> None:
+    backbone, rows = load_backbone(str(tiny_backbone)), some_rows(tiny_backbone, tmp_path, choices=choices)
+    model = adapted(backbone, [1, 2]).eval()
+    keep_prefix(model, [rows], BackboneConfig(name_or_path="x"), backbone.fingerprint, CPU, str(tmp_path))
+    batch = rows.batch([3, 50, 7])
+    expected = model.prefix_states(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+    assert batch.prefix is not None and batch.prefix.dtype == torch.float32
+    real = batch.attention_mask.bool()
+    torch.testing.assert_close(batch.prefix[real], expected[real], rtol=0, atol=1e-5)
+    assert not batch.prefix[~real].any()
+
+
+def test_the_second_run_computes_nothing(
+    tiny_backbone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    first = kept(tiny_backbone, tmp_path, [2])[1].states
+    again = kept(tiny_backbone, tmp_path, [2])[1].states
+    assert first is not None and again is not None and np.array_equal(first, again)
+    assert caplog.text.count("computing the frozen prefix") == 1
+    kept(tiny_backbone, tmp_path, [1, 2])  # from another slot it is another prefix
+    kept(tiny_backbone, tmp_path, [2], cache="float16")
+    assert caplog.text.count("computing the frozen prefix") == 3
+
+
+def test_a_cache_asked_for_by_name_is_kept_or_refused(tiny_backbone: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"backbone\.cache_gb=1e-09\nRaise backbone\.cache_gb"):
+        kept(tiny_backbone, tmp_path, [2], cache="float32", cache_gb=1e-9)
+    (tmp_path / "prefix").write_text("no folder")
+    with pytest.raises(UserError, match=r"cannot be written .*\nGive another folder with data\.cache_dir"):
+        kept(tiny_backbone, tmp_path, [2], cache="float32")
+
+
+def test_under_auto_a_folder_that_cannot_be_written_costs_time_alone(
+    tiny_backbone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "prefix").write_text("no folder")
+    assert kept(tiny_backbone, tmp_path, [2])[0] is None
+    assert "computed anew in each epoch" in caplog.text
+
+
+def test_values_beyond_float16_are_refused(tiny_backbone: Path, tmp_path: Path) -> None:
+    backbone, rows = load_backbone(str(tiny_backbone)), some_rows(tiny_backbone, tmp_path)
+    with torch.no_grad():
+        backbone.model.get_parameter("encoder.layer.2.output.dense.bias").add_(1e6)
+    config = BackboneConfig(name_or_path="x", cache="float16")
+    with pytest.raises(UserError, match="beyond its range"):
+        keep_prefix(adapted(backbone, [2]), [rows], config, "f", CPU, str(tmp_path))
+    assert not list((tmp_path / "prefix").glob("*.states"))
+
+
+@pytest.mark.parametrize("fusion", [False, True])
+def test_fifty_steps_are_those_without_it(tiny_backbone: Path, tmp_path: Path, fusion: bool) -> None:
+    curves, cached = [], []
+    for cache in ("off", "float32"):
+        backbone, rows = load_backbone(str(tiny_backbone)), some_rows(tiny_backbone, tmp_path)
+        model = adapted(backbone, [1, 2], fusion)
+        config = BackboneConfig(name_or_path="x", cache=cache)
+        cached.append(keep_prefix(model, [rows], config, backbone.fingerprint, CPU, str(tmp_path)))
+        model.train()
+        optimizer = torch.optim.AdamW(model.trainable().values(), 1e-3)
+        losses: list[float] = []
+        for epoch in range(10):
+            batches = training_loader(rows, 16, seed=0)
+            batches.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+            for batch in batches:
+                scores = model(
+                    batch.input_ids, batch.attention_mask, batch.token_type_ids, prefix=batch.prefix
+                )
+                loss = F.cross_entropy(scores, batch.labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+        curves.append(losses)
+    assert cached == [None, "float32"] and len(curves[0]) == 50
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert curves[0][-1] != pytest.approx(curves[0][0], rel=1e-2)  # something was learnt
