@@ -157,7 +157,7 @@ def backbone_of(manifest: Manifest, other: SameBackboneConfig) -> tuple[str, str
 
 
 def stored_model(artifact: Artifact, store: Path, backbone: Backbone) -> AdaptedModel:
-    """The model that an artifact stands for, with, for a fusion, its sources from the store.
+    """The model that an artifact stands for, for inference; a fusion's sources come from the store.
 
     Raises:
         UserError: the backbone or a source is missing or not what the artifact was made with.
@@ -184,4 +184,4 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone) -> Adapted
     if manifest.kind == "fusion":
         copy_into(model.filling_state(), artifact.weights, artifact.path / "weights.safetensors")
     copy_into(model.head_state(), artifact.head, artifact.path / "head.safetensors")
-    return model.eval()
+    return model.merged()

@@ -144,3 +144,18 @@ def test_a_slot_that_is_not_there_is_refused(tiny_backbone: Path, slot: str) -> 
         AdaptedModel(
             load_backbone(str(tiny_backbone)), {slot: BottleneckAdapter(32, 4)}, "normed", TaskHead(32, 2)
         )
+
+
+def test_merged_scores_are_the_same_and_nothing_trains_any_more(tiny_backbone: Path) -> None:
+    model = fused(tiny_backbone).eval()
+    expected = model(IDS, MASK)
+    recorded: dict[str, Tensor] = {}
+    merged = model.merged()
+    scores = merged(IDS, MASK, record=recorded.__setitem__)
+    assert merged is model and not scores.equal(torch.zeros_like(scores))
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
+    assert set(recorded) == {f"{layer}.feedforward" for layer in range(3)}
+    assert set(merged.trainable()) == {"head.output.weight", "head.output.bias"}
+    single = adapted(tiny_backbone).eval()
+    expected = single(IDS, MASK)
+    assert torch.equal(single.merged()(IDS, MASK), expected)

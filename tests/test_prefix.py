@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 def some_rows(folder: Path, cache: Path, count: int = 70, choices: bool = False) -> EncodedRows:
     draw = np.random.RandomState(0)
-    texts = [(" ".join(draw.choice(WORDS, draw.randint(1, 9))),) for _ in range(count)]
+    texts: list[tuple[str, ...]] = [(" ".join(draw.choice(WORDS, draw.randint(1, 9))),) for _ in range(count)]
     options = [list(draw.choice(WORDS, draw.randint(2, 5))) for _ in range(count)] if choices else None
     labels = [int(label) for label in draw.randint(0, 2, count)]
     return encode(Rows(texts, options, labels, 0, "some"), load_tokenizer(str(folder)), 16, cache)

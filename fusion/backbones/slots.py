@@ -78,6 +78,10 @@ class PostNormSlot(nn.Module):
         self.name = name
         self.reads = reads
         self._current = current
+        self.fill(filling)
+
+    def fill(self, filling: Filling) -> None:
+        """Put something else into the slot."""
         self._filling = (filling,)  # a tuple hides it from torch: the model's own table registers it
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:

@@ -15,7 +15,51 @@ from torch.nn import functional as F
 from fusion.layers.bottleneck import NONLINEARITIES, BottleneckAdapter
 
 
-class AdapterBank(nn.Module):
+class Sources(nn.Module):
+    """Which of all sources have an adapter in a slot, and what stands between its two projections.
+
+    Args:
+        nonlinearities: σ_n, one an adapter, in the sources' order.
+        size: R.
+        positions: for each adapter, the position of its source among all `total` sources.
+        total: how many sources there are, with or without an adapter here.
+    """
+
+    source_positions: Tensor
+
+    def __init__(
+        self, nonlinearities: Sequence[str], size: int, positions: Sequence[int], total: int
+    ) -> None:
+        super().__init__()
+        self.nonlinearities = list(nonlinearities)
+        self.size = size
+        self.total = total
+        self.register_buffer("source_positions", torch.tensor(list(positions)))
+
+    def __len__(self) -> int:
+        return len(self.nonlinearities)
+
+    def activated(self, down: Tensor) -> Tensor:
+        """down: (B, T, N·R), the down-projections -> z: (B, T, N, R)."""
+        down = down.unflatten(-1, (len(self), self.size))
+        runs = [(name, len(list(members))) for name, members in groupby(self.nonlinearities)]
+        if len(runs) == 1:
+            return NONLINEARITIES[runs[0][0]](down)
+        parts = down.split([length for _, length in runs], dim=-2)
+        return torch.cat(
+            [NONLINEARITIES[name](part) for (name, _), part in zip(runs, parts, strict=True)], dim=-2
+        )
+
+    def on(self, sources_on: Tensor | None) -> Tensor | None:
+        """sources_on: (total,) bool or None -> the same for the adapters of this slot: (N,)."""
+        return None if sources_on is None else sources_on[self.source_positions]
+
+    def spread(self, p: Tensor) -> Tensor:
+        """p: (B, T, N) -> (B, T, total), zero for the sources that have no adapter here."""
+        return p.new_zeros(*p.shape[:-1], self.total).index_copy(-1, self.source_positions, p)
+
+
+class AdapterBank(Sources):
     """Frozen adapters as stacked matrices: buffers, so nothing in here can ever train.
 
     With z_n = σ_n(x Wd_nᵀ + bd_n), an adapter's output is u_n = Wu_n z_n + bu_n, its scaling
@@ -42,10 +86,8 @@ class AdapterBank(nn.Module):
     down_bias: Tensor
     up_weight: Tensor
     up_bias: Tensor
-    source_positions: Tensor
 
     def __init__(self, adapters: Sequence[BottleneckAdapter], sources: Sequence[int], total: int) -> None:
-        super().__init__()
         if not adapters:
             raise ValueError("a bank needs at least one adapter")
         if len(sources) != len(adapters) or sorted(set(sources)) != list(sources) or sources[-1] >= total:
@@ -56,9 +98,7 @@ class AdapterBank(nn.Module):
         if len(hidden_sizes) != 1:
             raise ValueError(f"adapters of different hidden sizes: {sorted(hidden_sizes)}")
         size = max(adapter.down.out_features for adapter in adapters)
-        self.total = total
-        self.size = size
-        self.nonlinearities = [adapter.nonlinearity for adapter in adapters]
+        super().__init__([adapter.nonlinearity for adapter in adapters], size, sources, total)
 
         def stacked(parts: list[Tensor]) -> Tensor:
             return torch.stack([part.detach() for part in parts])
@@ -75,21 +115,10 @@ class AdapterBank(nn.Module):
         self.register_buffer("down_bias", down_bias.flatten())  # (N·R,)
         self.register_buffer("up_weight", up.permute(1, 0, 2).flatten(1).contiguous())  # (D, N·R)
         self.register_buffer("up_bias", up_bias)  # (N, D)
-        self.register_buffer("source_positions", torch.tensor(list(sources)))
-
-    def __len__(self) -> int:
-        return len(self.nonlinearities)
 
     def bottlenecks(self, x: Tensor) -> Tensor:
         """x: (B, T, D) -> z: (B, T, N, R), what every adapter makes of x before its up-projection."""
-        down = F.linear(x, self.down_weight, self.down_bias).unflatten(-1, (len(self), self.size))
-        runs = [(name, len(list(members))) for name, members in groupby(self.nonlinearities)]
-        if len(runs) == 1:
-            return NONLINEARITIES[runs[0][0]](down)
-        parts = down.split([length for _, length in runs], dim=-2)
-        return torch.cat(
-            [NONLINEARITIES[name](part) for (name, _), part in zip(runs, parts, strict=True)], dim=-2
-        )
+        return self.activated(F.linear(x, self.down_weight, self.down_bias))
 
     def inner_products(self, g: Tensor, z: Tensor) -> Tensor:
         """g: (B, T, D), z: (B, T, N, R) -> g · u_n: (B, T, N)."""
@@ -99,11 +128,3 @@ class AdapterBank(nn.Module):
     def weighted_sum(self, p: Tensor, z: Tensor) -> Tensor:
         """p: (B, T, N) or (N,), z: (B, T, N, R) -> Σ_n p_n u_n: (B, T, D)."""
         return F.linear((p.unsqueeze(-1) * z).flatten(-2), self.up_weight) + p @ self.up_bias
-
-    def on(self, sources_on: Tensor | None) -> Tensor | None:
-        """sources_on: (total,) bool or None -> the same for the adapters of this bank: (N,)."""
-        return None if sources_on is None else sources_on[self.source_positions]
-
-    def spread(self, p: Tensor) -> Tensor:
-        """p: (B, T, N) -> (B, T, total), zero for the sources that have no adapter here."""
-        return p.new_zeros(*p.shape[:-1], self.total).index_copy(-1, self.source_positions, p)

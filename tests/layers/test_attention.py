@@ -175,3 +175,42 @@ def test_masked_softmax_without_a_mask_is_a_softmax() -> None:
     torch.testing.assert_close(
         masked_softmax(scores, None), scores.exp() / scores.exp().sum(-1, keepdim=True)
     )
+
+
+@pytest.mark.parametrize("value_matrix", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("on", [None, [True, False, True, True, False], [False] * 5])
+def test_merged_equals_folded(value_matrix: bool, temperature: float, on: list[bool] | None) -> None:
+    layer = fusion(value_matrix=value_matrix, temperature=temperature).eval()
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    merged = layer.merged()
+    x = torch.randn(2, 4, HIDDEN, dtype=torch.float64)
+    masked = context(x, sources_on=torch.tensor(on)) if on else context(x)
+    torch.testing.assert_close(merged(x, masked), layer(x, masked), rtol=0, atol=1e-10)
+    assert not list(merged.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in layer.state_dict().items())
+
+
+def test_merged_in_single_precision_and_without_a_square_matrix() -> None:
+    torch.manual_seed(0)
+    hidden, count, size = 64, 14, 4
+    adapters = [BottleneckAdapter(hidden, size) for _ in range(count)]
+    for adapter in adapters:
+        for parameter in adapter.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    layer = AdapterFusion(AdapterBank(adapters, range(count), count), hidden).eval()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, merged = torch.randn(2, 9, hidden), layer.merged()
+    torch.testing.assert_close(merged(x, context(x)), layer(x, context(x)), rtol=1e-5, atol=1e-5)
+    assert (hidden, hidden) not in {tuple(tensor.shape) for tensor in merged.state_dict().values()}
+
+
+def test_merged_records_what_folded_records() -> None:
+    layer = AdapterFusion(AdapterBank(adapters()[:2], [1, 3], 5), HIDDEN).double().eval()
+    x = torch.randn(2, 3, HIDDEN, dtype=torch.float64)
+    recorded: list[Tensor] = []
+    for filling in (layer, layer.merged()):
+        filling(x, BatchContext(torch.ones(2, 3), record=lambda _, p: recorded.append(p)))
+    assert recorded[1].shape == (2, 3, 5)
+    torch.testing.assert_close(recorded[1], recorded[0], rtol=0, atol=1e-12)
