@@ -30,6 +30,10 @@ class AdapterFusion(Filling):
     size D × D: from g = Wkᵀ q follow the scores q·k_n = g·u_n + bk·q, and o = Wv Σ_n p_n u_n.
     `AdapterBank` says how both come from the bottlenecks alone. There is no 1/√D, as in the paper.
 
+    Nothing but g and bk·q is needed of q, so where a batch has more tokens than D it is cheaper to
+    multiply the matrices first: g = M x + c with M = Wkᵀ Wq and c = Wkᵀ bq. That leaves one product
+    of size D × D a token in place of two, and in backward two in place of four.
+
     Args:
         bank: the frozen sources of this slot.
         hidden_size: D.
@@ -67,17 +71,27 @@ class AdapterFusion(Filling):
     def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
         """x: (B, T, D) -> o: (B, T, D)."""
         z = self.bank.bottlenecks(x)
-        q = self.query(x)
-        scores = self.bank.inner_products(q @ self.key.weight, z)
+        g, same = self._scoring(x)
+        scores = self.bank.inner_products(g, z)
         if self.training:
             # The same for every n, so the softmax drops it, unless dropout acts on the scores. It
             # stays in training all the same: without it bk would get no gradient, and DDP raises.
-            scores = scores + (q @ self.key.bias).unsqueeze(-1)
+            scores = scores + same
         p = masked_softmax(self.dropout(scores) / self.temperature, self.bank.on(batch.sources_on))
         if batch.record is not None:
             batch.record(batch.place, self.bank.spread(p))
         mixed = self.bank.weighted_sum(p, z)
         return mixed if self.value is None else self.value(mixed)
+
+    def _scoring(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x: (B, T, D) -> g: (B, T, D) and bk·q: (B, T, 1), of which the scores g·u_n + bk·q are made."""
+        query, key = self.query, self.key
+        if x.shape[:-1].numel() <= x.shape[-1]:
+            q = query(x)
+            return q @ key.weight, (q @ key.bias).unsqueeze(-1)
+        g = F.linear(x, key.weight.T @ query.weight, query.bias @ key.weight)
+        same = x @ (key.bias @ query.weight) + query.bias @ key.bias
+        return g, same.unsqueeze(-1)
 
     def merged(self) -> MergedFusion:
         """The same for inference, up to rounding, without a product of size D × D."""

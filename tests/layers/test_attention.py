@@ -74,13 +74,14 @@ def plain_fusion(layer: AdapterFusion, x: Tensor, sources: list[BottleneckAdapte
 @pytest.mark.parametrize("value_matrix", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("mode", ["evaluation", "training", "training with dropout"])
-def test_folded_equals_plain(value_matrix: bool, temperature: float, mode: str) -> None:
+@pytest.mark.parametrize("tokens", [4, 9])  # of 2 rows: fewer in all than the hidden size, and more
+def test_folded_equals_plain(value_matrix: bool, temperature: float, mode: str, tokens: int) -> None:
     dropout = 0.4 if mode == "training with dropout" else 0.0
     layer = fusion(value_matrix=value_matrix, temperature=temperature, dropout=dropout)
     layer.train(mode != "evaluation")
     torch.manual_seed(7)
-    x = torch.randn(2, 4, HIDDEN, dtype=torch.float64, requires_grad=True)
-    noise = torch.ones(2, 4, 5, dtype=torch.float64)
+    x = torch.randn(2, tokens, HIDDEN, dtype=torch.float64, requires_grad=True)
+    noise = torch.ones(2, tokens, 5, dtype=torch.float64)
     if dropout:
         torch.manual_seed(8)
         noise = torch.nn.functional.dropout(noise, dropout)
@@ -100,9 +101,10 @@ def test_folded_equals_plain(value_matrix: bool, temperature: float, mode: str) 
         torch.testing.assert_close(one, two, rtol=0, atol=1e-10, msg=f"the gradients of {name} differ")
 
 
-def test_every_parameter_gets_a_gradient_in_training() -> None:
+@pytest.mark.parametrize("tokens", [3, 9])
+def test_every_parameter_gets_a_gradient_in_training(tokens: int) -> None:
     layer = fusion().train()
-    x = torch.randn(2, 3, HIDDEN, dtype=torch.float64)
+    x = torch.randn(2, tokens, HIDDEN, dtype=torch.float64)
     layer(x, context(x)).sum().backward()
     assert {name for name, p in layer.named_parameters() if p.grad is not None} == {
         "query.weight",
