@@ -593,6 +593,7 @@ def test_backbone_dropout_changes_the_training_and_is_repeatable(bench: Bench) -
     assert not same(bench.weights("films", "one"), bench.weights("films", "three"))
 
 
+@pytest.mark.parametrize("patience", [None, 3])
 @pytest.mark.parametrize(
     ("how", "best_epochs"),
     [
@@ -603,10 +604,11 @@ def test_backbone_dropout_changes_the_training_and_is_repeatable(bench: Bench) -
     ],
 )
 def test_the_trainers_own_settings_leave_a_scored_artifact(
-    bench: Bench, how: dict[str, Any], best_epochs: set[int]
+    bench: Bench, how: dict[str, Any], best_epochs: set[int], patience: int | None
 ) -> None:
     settings: dict[str, Any] = {"accelerator": "cpu", "max_epochs": 2, "enable_progress_bar": False} | how
-    result = bench.stage1("films", trainer=TrainerConfig(**settings))
+    optim = OptimConfig(lr=5e-3, patience=patience)
+    result = bench.stage1("films", trainer=TrainerConfig(**settings), optim=optim)
     assert result["best_epoch"] in best_epochs
     assert set(result["metrics"]["validation"]) == {"accuracy", "macro_f1"}
 

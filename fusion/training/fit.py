@@ -35,6 +35,7 @@ _EXPECTED_WARNINGS = (
     ".*does not have many workers",  # batches are only gathered there
     ".*Checkpoint directory .* exists and is not empty",
     ".*treespec, LeafSpec",
+    ".*Early stopping conditioned on metric",  # nothing was evaluated yet
     ".*could not find the monitored key",  # an epoch that is not evaluated, as the trainer's settings ask
     ".*will save all targets and predictions in the buffer",
     ".*variance of predictions or target is close to zero",  # such a correlation counts as 0
@@ -98,8 +99,10 @@ def fit(
     )
     callbacks: list[Callback] = [Guard(model), EpochLine(monitor)]
     if config.optim.patience is not None:
+        # Not strict: steps or time may end within the first epoch, before anything is evaluated.
+        patience = config.optim.patience
         callbacks.append(
-            EarlyStopping(monitor, patience=config.optim.patience, mode="max", check_finite=False)
+            EarlyStopping(monitor, patience=patience, mode="max", check_finite=False, strict=False)
         )
     if config.trainer.enable_checkpointing:
         callbacks += [keep_best, keep_last]  # in this order: the last says which one is the best
