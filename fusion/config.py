@@ -173,6 +173,7 @@ class DataConfig:
         128  # tokens of a text or pair, special ones included; null: the artifact's own
     )
     batch_size: int = 32  # rows per device
+    tokens_per_batch: Optional[int] = None  # padded tokens per device, in place of batch_size
     workers: int = 0  # loader processes; batches are only gathered there, so 0 is mostly fastest
     cache_dir: Optional[str] = None  # tokenised rows; null: the user's cache folder
 
@@ -182,6 +183,11 @@ class DataConfig:
             f"data.max_length={self.max_length}: expected at least 4 tokens",
         )
         _require(self.batch_size >= 1, f"data.batch_size={self.batch_size}: expected at least 1 row")
+        _require(
+            self.tokens_per_batch is None or self.tokens_per_batch >= (self.max_length or 4),
+            f"data.tokens_per_batch={self.tokens_per_batch}: expected room for a text of data.max_length"
+            f"={self.max_length or 4} tokens, or null for data.batch_size rows",
+        )
         _require(self.workers >= 0, f"data.workers={self.workers}: expected 0 or more")
 
 

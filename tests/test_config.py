@@ -178,6 +178,10 @@ def test_every_trainer_key_is_an_override_without_plus() -> None:
         ("optim.warmup=1.5", "optim.warmup=1.5"),
         ("trainer.max_epochs=0", "trainer.max_epochs=0: expected at least 1"),
         ("data.batch_size=0", "data.batch_size=0: expected at least 1 row"),
+        (
+            "data.tokens_per_batch=100",
+            "data.tokens_per_batch=100: expected room for a text of data.max_length=128 tokens",
+        ),
         ("data.limit.train=0", "data.limit.train=0"),
         ("seed=-1", "seed=-1"),
         ("backbone.name_or_path=''", "backbone.name_or_path is empty"),

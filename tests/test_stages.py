@@ -319,6 +319,20 @@ def test_the_same_run_gives_the_same_bits(bench: Bench) -> None:
     assert not same(bench.weights("films", "one"), bench.weights("films", "three"))
 
 
+def test_batches_by_tokens_train_evaluate_and_predict(bench: Bench) -> None:
+    bench.data = dataclasses.replace(bench.data, tokens_per_batch=64)
+    result = bench.stage1("films")
+    assert result["epochs"] == 2
+    assert bench.evaluate("films")["metrics"]["validation"] == pytest.approx(
+        result["metrics"]["validation"], abs=1e-6
+    )
+    rows = [{"text": " ".join(["good"] * count)} for count in range(1, 12)]
+    by_tokens = [line["scores"]["good"] for line in bench.predict("films", rows)]
+    bench.data = dataclasses.replace(bench.data, tokens_per_batch=None)
+    by_rows = [line["scores"]["good"] for line in bench.predict("films", rows)]
+    assert by_tokens == pytest.approx(by_rows, abs=1e-5)
+
+
 def test_a_second_time_nothing_is_trained(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     first = bench.stage1("films")
     monkeypatch.setattr(lightning.Trainer, "fit", lambda *_, **__: pytest.fail("trained again"))
