@@ -319,6 +319,13 @@ def test_the_same_run_gives_the_same_bits(bench: Bench) -> None:
     assert not same(bench.weights("films", "one"), bench.weights("films", "three"))
 
 
+def test_mixed_precision_trains(bench: Bench) -> None:
+    trainer = TrainerConfig(
+        accelerator="cpu", max_epochs=1, enable_progress_bar=False, precision="bf16-mixed"
+    )
+    assert bench.stage1("films", trainer=trainer)["epochs"] == 1
+
+
 def test_batches_by_tokens_train_evaluate_and_predict(bench: Bench) -> None:
     bench.data = dataclasses.replace(bench.data, tokens_per_batch=64)
     result = bench.stage1("films")
