@@ -197,6 +197,7 @@ class BackboneConfig:
     revision: Optional[str] = None
     pooling: str = "cls"  # what head.pooling is where it is not said
     dropout: bool = False  # whether the frozen backbone's own dropout acts in training
+    gradient_checkpointing: bool = False  # less memory: each layer is computed again in backward
 
     def __post_init__(self) -> None:
         _one_of("backbone.pooling", self.pooling, POOLINGS)

@@ -67,7 +67,12 @@ def main(config: Stage2Config, run: Run) -> dict[str, Any]:
     fillings = composition_fillings(config.composition, sources, backbone)
     head = fresh_head(config.head, config.task, config.backbone.pooling, backbone)
     model = AdaptedModel(
-        backbone, fillings, sources[0].manifest.placement["adapter.reads"], head, config.backbone.dropout
+        backbone,
+        fillings,
+        sources[0].manifest.placement["adapter.reads"],
+        head,
+        config.backbone.dropout,
+        config.backbone.gradient_checkpointing,
     )
     return train_and_store(
         config,

@@ -340,6 +340,18 @@ def test_batches_by_tokens_train_evaluate_and_predict(bench: Bench) -> None:
     assert by_tokens == pytest.approx(by_rows, abs=1e-5)
 
 
+def test_gradient_checkpointing_stores_the_same_bits(bench: Bench) -> None:
+    for store, checkpointing in (("plain", False), ("again", True)):
+        backbone = BackboneConfig(
+            name_or_path=str(bench.backbone), pooling="mean", gradient_checkpointing=checkpointing
+        )
+        place = str(bench.folder / store)
+        bench.stage1("films", backbone=backbone, store=place, adapter=AdapterConfig(dropout=0.2))
+        bench.stage2("books", ["films"], backbone=backbone, store=place)
+    for name in ("films", "books-adapterfusion"):
+        assert same(bench.weights(name, "plain"), bench.weights(name, "again"))
+
+
 def test_a_second_time_nothing_is_trained(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     first = bench.stage1("films")
     monkeypatch.setattr(lightning.Trainer, "fit", lambda *_, **__: pytest.fail("trained again"))
