@@ -417,9 +417,14 @@ class StageConfig:
     name: Optional[str] = None
     overwrite: bool = False
     resume: bool = True
+    compile: bool = False  # torch.compile for the backbone's layers; needs a C++ compiler
     seed: int = 42
 
     def __post_init__(self) -> None:
+        _require(
+            not (self.compile and self.backbone.gradient_checkpointing),
+            "compile=true and backbone.gradient_checkpointing=true do not go together: choose one of them",
+        )
         _require(0 <= self.seed < 2**32, f"seed={self.seed}: expected 0 to 4294967295")
 
 

@@ -44,6 +44,10 @@ def check(config: Stage2Config, run: Run) -> None:
     assert config.task is not None
     check_source(config.task, config.data)
     entry_of(config, run)
+    if config.compile:
+        from fusion.backbones.compiling import check_compiler
+
+        check_compiler()
 
 
 @command("stage2", Stage2Config, check=check)

@@ -194,6 +194,12 @@ def test_a_value_out_of_range_is_named(override: str, message: str) -> None:
     assert message in str(error.value)
 
 
+def test_compiling_and_checkpointing_do_not_go_together() -> None:
+    for command in ("stage1", "stage2"):
+        with pytest.raises(UserError, match="do not go together"):
+            typed(command, "compile=true", "backbone.gradient_checkpointing=true")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

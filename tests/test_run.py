@@ -82,6 +82,7 @@ def test_identity_ignores_where_and_how_a_run_is_done(changes: dict[str, object]
         {"optim": {"lr": 2e-4}},
         {"data": {"dir": "rows", "limit": {"train": 5}}},
         {"sources": ["a"]},
+        {"compile": True},
     ],
 )
 def test_identity_changes_with_what_decides_the_numbers(changes: dict[str, object]) -> None:

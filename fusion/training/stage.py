@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import Any
 
 from fusion import __version__
+from fusion.backbones.compiling import compile_layers
 from fusion.backbones.load import Backbone, locate
 from fusion.config import StageConfig
 from fusion.data.encode import EncodedRows, encode, load_tokenizer
@@ -92,6 +93,8 @@ def train_and_store(
         tags=_tags(config, method),
         config_values=run.config,
     )
+    if config.compile:
+        compile_layers(backbone.family.layer_list(backbone.model))
     exit_code = 1
     try:
         fitted = fit(
