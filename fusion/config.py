@@ -174,6 +174,7 @@ class DataConfig:
         128  # tokens of a text or pair, special ones included; null: the artifact's own
     )
     batch_size: int = 32  # rows per device
+    tokens_per_batch: Optional[int] = None  # padded tokens per device, in place of batch_size
     workers: int = 0  # loader processes; batches are only gathered there, so 0 is mostly fastest
     cache_dir: Optional[str] = None  # tokenised rows; null: the user's cache folder
 
@@ -183,6 +184,11 @@ class DataConfig:
             f"data.max_length={self.max_length}: expected at least 4 tokens",
         )
         _require(self.batch_size >= 1, f"data.batch_size={self.batch_size}: expected at least 1 row")
+        _require(
+            self.tokens_per_batch is None or self.tokens_per_batch >= (self.max_length or 4),
+            f"data.tokens_per_batch={self.tokens_per_batch}: expected room for a text of data.max_length"
+            f"={self.max_length or 4} tokens, or null for data.batch_size rows",
+        )
         _require(self.workers >= 0, f"data.workers={self.workers}: expected 0 or more")
 
 
@@ -196,6 +202,7 @@ class BackboneConfig:
         "auto"  # what lies below the lowest slot is computed once a row and kept; auto: where it pays
     )
     cache_gb: float = 20.0  # what all that is kept may take on the disk
+    gradient_checkpointing: bool = False  # less memory: each layer is computed again in backward
 
     def __post_init__(self) -> None:
         _one_of("backbone.pooling", self.pooling, POOLINGS)
@@ -422,9 +429,14 @@ class StageConfig:
     name: Optional[str] = None
     overwrite: bool = False
     resume: bool = True
+    compile: bool = False  # torch.compile for the backbone's layers; needs a C++ compiler
     seed: int = 42
 
     def __post_init__(self) -> None:
+        _require(
+            not (self.compile and self.backbone.gradient_checkpointing),
+            "compile=true and backbone.gradient_checkpointing=true do not go together: choose one of them",
+        )
         _require(0 <= self.seed < 2**32, f"seed={self.seed}: expected 0 to 4294967295")
 
 

@@ -60,7 +60,9 @@ def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
         encoded = encode(
             rows, tokenizer, config.data.max_length or manifest.data["max_length"], config.data.cache_dir
         )
-        predictions = predict(model, encoded, config.data.batch_size, device)
+        predictions = predict(
+            model, encoded, config.data.batch_size, device, tokens_per_batch=config.data.tokens_per_batch
+        )
         metrics[split] = score(task, predictions.scores, encoded.labels)
         rows_seen, seconds, tokens = (
             rows_seen + len(rows),

@@ -56,7 +56,12 @@ def device_of(accelerator: str, local_rank: int = 0) -> torch.device:
 
 @torch.inference_mode()
 def predict(
-    model: AdaptedModel, rows: EncodedRows, batch_size: int, device: torch.device, attention: bool = False
+    model: AdaptedModel,
+    rows: EncodedRows,
+    batch_size: int,
+    device: torch.device,
+    attention: bool = False,
+    tokens_per_batch: int | None = None,
 ) -> Predictions:
     """Scores of every row; batches are sorted by length and the results put back in order."""
     model = model.to(device).eval()
@@ -64,7 +69,7 @@ def predict(
     places: list[Tensor] = []
     scores: list[Tensor] = []
     weights: dict[str, list[Tensor]] = {}
-    for batch in evaluation_loader(rows, batch_size):
+    for batch in evaluation_loader(rows, batch_size, tokens_per_batch=tokens_per_batch):
         tokens += batch.input_ids.numel()
         batch = batch.to(device)
         recorded: dict[str, Tensor] = {}

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from fusion.backbones.checkpointing import recompute_in_backward
 from fusion.backbones.load import Backbone, hash_tensors
 from fusion.backbones.prefix import make_skippable
 from fusion.backbones.slots import CurrentBatch, EntryReached, PostNormSlot
@@ -31,6 +32,7 @@ class AdaptedModel(nn.Module):
         reads: what every filling reads, see `PostNormSlot`.
         head: gives K scores a text.
         backbone_dropout: whether the backbone's own dropout acts in training.
+        gradient_checkpointing: whether each layer is computed again in backward, to keep less in memory.
 
     Raises:
         ValueError: a slot that the backbone does not have.
@@ -43,6 +45,7 @@ class AdaptedModel(nn.Module):
         reads: str,
         head: TaskHead,
         backbone_dropout: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = cast(nn.Module, backbone.model)
@@ -69,6 +72,8 @@ class AdaptedModel(nn.Module):
                 self.fillings[layer] = nn.ModuleDict()
             cast(nn.ModuleDict, self.fillings[layer])[site] = filling
         self._current.entry = self._lowest(fillings)
+        if gradient_checkpointing:
+            recompute_in_backward(layers, self._current)
         self.backbone.requires_grad_(False)
         self.train(self.training)
 

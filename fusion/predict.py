@@ -62,7 +62,9 @@ def main(config: PredictConfig, run: Run) -> dict[str, Any]:
         rows, tokenizer, config.data.max_length or manifest.data["max_length"], config.data.cache_dir
     )
     model = stored_model(artifact, artifact.path.parent, load_backbone(name, revision))
-    predictions = predict(model, encoded, config.data.batch_size, device, attention=config.attention)
+    predictions = predict(
+        model, encoded, config.data.batch_size, device, config.attention, config.data.tokens_per_batch
+    )
     counts = None if rows.choices is None else [len(choices) for choices in rows.choices]
     _write(Path(config.output), lines(predictions, task, manifest, counts))
     print(f"{len(rows)} predictions of {manifest.name} in {config.output}")

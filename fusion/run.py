@@ -19,7 +19,17 @@ from typing import Any
 from fusion.errors import UserError
 
 # What a run is called, where it writes and how it is watched: none of it changes the numbers.
-NOT_IDENTITY = ("logger", "store", "name", "overwrite", "resume", "hydra", "data.cache_dir", "data.workers")
+NOT_IDENTITY = (
+    "logger",
+    "store",
+    "name",
+    "overwrite",
+    "resume",
+    "hydra",
+    "data.cache_dir",
+    "data.workers",
+    "backbone.gradient_checkpointing",
+)
 NOT_IDENTITY_TRAINER = (
     "accelerator",
     "strategy",

@@ -25,6 +25,10 @@ def check(config: Stage1Config, run: Run) -> None:
     assert config.task is not None
     check_source(config.task, config.data)
     entry_of(config, run)
+    if config.compile:
+        from fusion.backbones.compiling import check_compiler
+
+        check_compiler()
 
 
 @command("stage1", Stage1Config, check=check)
@@ -46,7 +50,14 @@ def main(config: Stage1Config, run: Run) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     fillings = adapter_fillings(config.adapter, backbone) if config.method.name == "adapter" else {}
     head = fresh_head(config.head, config.task, config.backbone.pooling, backbone)
-    model = AdaptedModel(backbone, fillings, config.adapter.reads, head, config.backbone.dropout)
+    model = AdaptedModel(
+        backbone,
+        fillings,
+        config.adapter.reads,
+        head,
+        config.backbone.dropout,
+        config.backbone.gradient_checkpointing,
+    )
     sizes = {slot: config.adapter.size_for(backbone.hidden_size) for slot in fillings}
     adapter = dataclasses.asdict(config.adapter) | {"bottleneck_sizes": sizes} if fillings else None
     return train_and_store(

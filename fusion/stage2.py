@@ -44,6 +44,10 @@ def check(config: Stage2Config, run: Run) -> None:
     assert config.task is not None
     check_source(config.task, config.data)
     entry_of(config, run)
+    if config.compile:
+        from fusion.backbones.compiling import check_compiler
+
+        check_compiler()
 
 
 @command("stage2", Stage2Config, check=check)
@@ -67,7 +71,12 @@ def main(config: Stage2Config, run: Run) -> dict[str, Any]:
     fillings = composition_fillings(config.composition, sources, backbone)
     head = fresh_head(config.head, config.task, config.backbone.pooling, backbone)
     model = AdaptedModel(
-        backbone, fillings, sources[0].manifest.placement["adapter.reads"], head, config.backbone.dropout
+        backbone,
+        fillings,
+        sources[0].manifest.placement["adapter.reads"],
+        head,
+        config.backbone.dropout,
+        config.backbone.gradient_checkpointing,
     )
     return train_and_store(
         config,

@@ -178,6 +178,10 @@ def test_every_trainer_key_is_an_override_without_plus() -> None:
         ("optim.warmup=1.5", "optim.warmup=1.5"),
         ("trainer.max_epochs=0", "trainer.max_epochs=0: expected at least 1"),
         ("data.batch_size=0", "data.batch_size=0: expected at least 1 row"),
+        (
+            "data.tokens_per_batch=100",
+            "data.tokens_per_batch=100: expected room for a text of data.max_length=128 tokens",
+        ),
         ("data.limit.train=0", "data.limit.train=0"),
         ("seed=-1", "seed=-1"),
         ("backbone.name_or_path=''", "backbone.name_or_path is empty"),
@@ -188,6 +192,12 @@ def test_a_value_out_of_range_is_named(override: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         typed("stage1", override)
     assert message in str(error.value)
+
+
+def test_compiling_and_checkpointing_do_not_go_together() -> None:
+    for command in ("stage1", "stage2"):
+        with pytest.raises(UserError, match="do not go together"):
+            typed(command, "compile=true", "backbone.gradient_checkpointing=true")
 
 
 @pytest.mark.parametrize(

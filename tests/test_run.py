@@ -23,6 +23,7 @@ from fusion.run import (
 CONFIG = {
     "task": {"name": "rte", "labels": ["a", "b"], "columns": {}},
     "data": {"dir": "rows", "cache_dir": "there", "workers": 2, "limit": {"train": None}},
+    "backbone": {"name_or_path": "tiny", "gradient_checkpointing": False},
     "optim": {"lr": 1e-4},
     "trainer": {"max_epochs": 3, "devices": 2, "strategy": "ddp", "precision": None},
     "logger": {"csv": {"flush_every_n_steps": 50}},
@@ -49,6 +50,7 @@ def test_identity_config_is_flat_and_holds_only_what_decides_the_numbers() -> No
         "task.columns": {},
         "data.dir": "rows",
         "data.limit.train": None,
+        "backbone.name_or_path": "tiny",
         "optim.lr": 1e-4,
         "trainer.max_epochs": 3,
         "trainer.precision": None,
@@ -64,6 +66,7 @@ def test_identity_config_is_flat_and_holds_only_what_decides_the_numbers() -> No
         {"logger": {}},
         {"overwrite": True},
         {"resume": False},
+        {"backbone": {"name_or_path": "tiny", "gradient_checkpointing": True}},
         {"trainer": {"max_epochs": 3, "devices": 1, "strategy": "auto", "precision": None}},
         {"data": {"dir": "rows", "cache_dir": None, "workers": 0, "limit": {"train": None}}},
     ],
@@ -79,6 +82,7 @@ def test_identity_ignores_where_and_how_a_run_is_done(changes: dict[str, object]
         {"optim": {"lr": 2e-4}},
         {"data": {"dir": "rows", "limit": {"train": 5}}},
         {"sources": ["a"]},
+        {"compile": True},
     ],
 )
 def test_identity_changes_with_what_decides_the_numbers(changes: dict[str, object]) -> None:

@@ -319,6 +319,39 @@ def test_the_same_run_gives_the_same_bits(bench: Bench) -> None:
     assert not same(bench.weights("films", "one"), bench.weights("films", "three"))
 
 
+def test_mixed_precision_trains(bench: Bench) -> None:
+    trainer = TrainerConfig(
+        accelerator="cpu", max_epochs=1, enable_progress_bar=False, precision="bf16-mixed"
+    )
+    assert bench.stage1("films", trainer=trainer)["epochs"] == 1
+
+
+def test_batches_by_tokens_train_evaluate_and_predict(bench: Bench) -> None:
+    bench.data = dataclasses.replace(bench.data, tokens_per_batch=64)
+    result = bench.stage1("films")
+    assert result["epochs"] == 2
+    assert bench.evaluate("films")["metrics"]["validation"] == pytest.approx(
+        result["metrics"]["validation"], abs=1e-6
+    )
+    rows = [{"text": " ".join(["good"] * count)} for count in range(1, 12)]
+    by_tokens = [line["scores"]["good"] for line in bench.predict("films", rows)]
+    bench.data = dataclasses.replace(bench.data, tokens_per_batch=None)
+    by_rows = [line["scores"]["good"] for line in bench.predict("films", rows)]
+    assert by_tokens == pytest.approx(by_rows, abs=1e-5)
+
+
+def test_gradient_checkpointing_stores_the_same_bits(bench: Bench) -> None:
+    for store, checkpointing in (("plain", False), ("again", True)):
+        backbone = BackboneConfig(
+            name_or_path=str(bench.backbone), pooling="mean", gradient_checkpointing=checkpointing
+        )
+        place = str(bench.folder / store)
+        bench.stage1("films", backbone=backbone, store=place, adapter=AdapterConfig(dropout=0.2))
+        bench.stage2("books", ["films"], backbone=backbone, store=place)
+    for name in ("films", "books-adapterfusion"):
+        assert same(bench.weights(name, "plain"), bench.weights(name, "again"))
+
+
 def test_a_second_time_nothing_is_trained(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     first = bench.stage1("films")
     monkeypatch.setattr(lightning.Trainer, "fit", lambda *_, **__: pytest.fail("trained again"))

@@ -1,13 +1,14 @@
 """Which rows go together: batches of like length, the same for one process as for many.
 
-Legend: n rows, `batch_size` rows per device, world_size devices; a *global batch* is the
-batch_size * world_size rows that all devices take in one step.
+Legend: n rows, `batch_size` rows (or `tokens` padded tokens) per device, world_size devices; a *global
+batch* is what all devices take in one step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ from torch.utils.data import Sampler
 
 # Global batches a sort covers: enough that a batch holds one length, few enough that rows meet new company each epoch.
 _CHUNK = 50
+# Neighbouring lengths that batches by tokens take for equal, so that rows meet new company: as many as fill two
+# global batches, and no more than 8, for the shorter ones are padded.
+_CLASS_BATCHES, _CLASS_LENGTHS = 2, 8
 
 
 @dataclass(frozen=True)
@@ -78,25 +82,15 @@ class Batch:
         )
 
 
-class LengthBatches(Sampler[Plan]):
-    """Training batches of like length, in an order that is a pure function of (seed, epoch).
+class EpochBatches(Sampler[Plan]):
+    """Training batches in an order that is a pure function of (seed, epoch)."""
 
-    Each epoch shuffles all rows, sorts chunks of 50 global batches by length, cuts them into global batches
-    and shuffles these. Device r takes rows r, r + world_size, ... of each, so that two devices of 16 rows see
-    together the very batches that one of 32 sees. The last rows of the last chunk may make a smaller batch.
-    """
-
-    def __init__(
-        self, lengths: NDArray[np.integer], batch_size: int, seed: int, rank: int = 0, world_size: int = 1
-    ) -> None:
-        self.lengths = np.asarray(lengths)
-        self.batch_size = batch_size
+    def __init__(self, seed: int, rank: int, world_size: int) -> None:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
         self._resumed: tuple[int, int] | None = None
-        _check(self.lengths, batch_size, rank, world_size)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -107,7 +101,7 @@ class LengthBatches(Sampler[Plan]):
 
     def __len__(self) -> int:
         """Batches of a whole epoch, also where a resumed one gives fewer."""
-        return -(-len(self.lengths) // (self.batch_size * self.world_size))
+        raise NotImplementedError
 
     def __iter__(self) -> Iterator[Plan]:
         first = 0
@@ -115,40 +109,165 @@ class LengthBatches(Sampler[Plan]):
             epoch, batch = self._resumed
             first = batch if epoch == self.epoch else 0
             self._resumed = None
-        for rows in self._global_batches()[first:]:
-            yield _share(rows, self.rank, self.world_size)
-
-    def _global_batches(self) -> list[NDArray[np.intp]]:
         # RandomState and not Generator: its stream is frozen (NEP 19), so a resumed run may have another numpy.
         random = np.random.RandomState([self.seed, self.epoch])
-        size = self.batch_size * self.world_size
-        order = random.permutation(len(self.lengths))
-        chunks = [order[start : start + _CHUNK * size] for start in range(0, len(order), _CHUNK * size)]
-        ordered = np.concatenate([chunk[np.argsort(self.lengths[chunk], kind="stable")] for chunk in chunks])
-        batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-        return [batches[number] for number in random.permutation(len(batches))]
+        batches = self._global_batches(random)
+        for number in random.permutation(len(batches))[first:]:
+            yield _share(batches[number], self.rank, self.world_size)
+
+    def _global_batches(self, random: np.random.RandomState) -> list[NDArray[np.intp]]:
+        """The epoch's batches, before they are shuffled."""
+        raise NotImplementedError
 
 
-class SortedBatches(Sampler[Plan]):
-    """Evaluation batches: each row once, longest first, so that too little memory shows at once."""
+class LengthBatches(EpochBatches):
+    """Training batches of `batch_size` rows a device and like length.
+
+    Each epoch shuffles all rows, sorts chunks of 50 global batches by length, cuts them into global batches
+    and shuffles these. Device r takes rows r, r + world_size, ... of each, so that two devices of 16 rows see
+    together the very batches that one of 32 sees. The last rows of the last chunk may make a smaller batch.
+    """
 
     def __init__(
-        self, lengths: NDArray[np.integer], batch_size: int, rank: int = 0, world_size: int = 1
+        self, lengths: NDArray[np.integer], batch_size: int, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
+        super().__init__(seed, rank, world_size)
         self.lengths = np.asarray(lengths)
         self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
         _check(self.lengths, batch_size, rank, world_size)
 
     def __len__(self) -> int:
         return -(-len(self.lengths) // (self.batch_size * self.world_size))
 
-    def __iter__(self) -> Iterator[Plan]:
+    def _global_batches(self, random: np.random.RandomState) -> list[NDArray[np.intp]]:
         size = self.batch_size * self.world_size
-        order = np.argsort(-self.lengths, kind="stable")
-        for start in range(0, len(order), size):
-            yield _share(order[start : start + size], self.rank, self.world_size)
+        order = random.permutation(len(self.lengths))
+        chunks = [order[start : start + _CHUNK * size] for start in range(0, len(order), _CHUNK * size)]
+        ordered = np.concatenate([chunk[np.argsort(self.lengths[chunk], kind="stable")] for chunk in chunks])
+        return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+class TokenBatches(EpochBatches):
+    """Training batches of at most `tokens` padded tokens (sequences times width) a device.
+
+    Rows of neighbouring lengths, and of one number of sequences, are a class. Sorted by class, the rows stand in
+    the same classes in every epoch, so they are cut once: each epoch has as many batches as any other. It
+    shuffles the rows within their classes, and the batches. Device r takes rows r, r + world_size, ... of a
+    global batch. A row beyond the budget is alone on its device.
+
+    A batch of short rows has more of them, and the loss is a mean over the batch: a short row weighs less.
+
+    Args:
+        lengths: (n,) tokens of each row's longest sequence.
+        counts: (n,) sequences of each row (choice tasks); None: one each.
+        tokens: the budget of a device.
+    """
+
+    def __init__(
+        self,
+        lengths: NDArray[np.integer],
+        counts: NDArray[np.integer] | None,
+        tokens: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__(seed, rank, world_size)
+        lengths = np.asarray(lengths)
+        _check(lengths, tokens, rank, world_size)
+        counts = np.ones_like(lengths) if counts is None else np.asarray(counts)
+        widths = _class_widths(lengths, counts, tokens * world_size)
+        self._class = widths * (counts.max() + 1) + counts
+        order = np.argsort(-self._class, kind="stable")
+        self._cuts = _cut_by_tokens(widths[order], counts[order], tokens, world_size)
+
+    def __len__(self) -> int:
+        return len(self._cuts) - 1
+
+    def _global_batches(self, random: np.random.RandomState) -> list[NDArray[np.intp]]:
+        order = random.permutation(len(self._class))
+        ordered = order[np.argsort(-self._class[order], kind="stable")]
+        return [ordered[start:end] for start, end in pairwise(self._cuts)]
+
+
+class SortedBatches(Sampler[Plan]):
+    """Evaluation batches: each row once, longest first, so that too little memory shows at once.
+
+    Args:
+        lengths: (n,) tokens of each row's longest sequence.
+        batch_size: rows a device, unless there is a budget.
+        tokens: padded tokens a device; a row beyond that is alone on its device.
+        counts: (n,) sequences of each row (choice tasks); None: one each.
+    """
+
+    def __init__(
+        self,
+        lengths: NDArray[np.integer],
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        tokens: int | None = None,
+        counts: NDArray[np.integer] | None = None,
+    ) -> None:
+        lengths = np.asarray(lengths)
+        self.rank = rank
+        self.world_size = world_size
+        _check(lengths, batch_size if tokens is None else tokens, rank, world_size)
+        self._order = np.argsort(-lengths, kind="stable")
+        if tokens is None:
+            self._cuts = [*range(0, len(lengths), batch_size * world_size), len(lengths)]
+        else:
+            counts = np.ones_like(lengths) if counts is None else np.asarray(counts)
+            self._cuts = _cut_by_tokens(lengths[self._order], counts[self._order], tokens, world_size)
+
+    def __len__(self) -> int:
+        return len(self._cuts) - 1
+
+    def __iter__(self) -> Iterator[Plan]:
+        for start, end in pairwise(self._cuts):
+            yield _share(self._order[start:end], self.rank, self.world_size)
+
+
+def _class_widths(
+    lengths: NDArray[np.integer], counts: NDArray[np.integer], tokens: int
+) -> NDArray[np.integer]:
+    """(n,) -> (n,) the longest length in the class of each row's.
+
+    Args:
+        tokens: of a global batch.
+    """
+    width_of = np.zeros(lengths.max() + 1, lengths.dtype)
+    width, filled = 0, 0
+    sequences = np.bincount(lengths, weights=counts)
+    for length in np.flatnonzero(sequences)[::-1]:
+        if width - length >= _CLASS_LENGTHS or filled >= _CLASS_BATCHES * tokens or width == 0:
+            width, filled = length, 0
+        width_of[length] = width
+        filled += sequences[length] * width
+    return width_of[lengths]
+
+
+def _cut_by_tokens(
+    widths: NDArray[np.integer], counts: NDArray[np.integer], tokens: int, world_size: int
+) -> list[int]:
+    """Where global batches begin, and the end: each as many rows as keep all devices within the budget.
+
+    Args:
+        widths: (n,) falling, so that a batch is as wide as its first row.
+        counts: (n,) sequences of each row, at least 1.
+    """
+    cuts = [0]
+    while cuts[-1] < len(widths):
+        start = cuts[-1]
+        room = max(1, tokens // int(widths[start]))  # sequences a device
+        taken = counts[start : start + room * world_size]
+        padded = np.zeros(-(-len(taken) // world_size) * world_size, np.int64)
+        padded[: len(taken)] = taken
+        beyond = np.cumsum(padded.reshape(-1, world_size), axis=0) > room
+        beyond[0] = False  # its first row a device takes in any case
+        first_beyond = np.flatnonzero(beyond.ravel()[: len(taken)])
+        cuts.append(start + (int(first_beyond[0]) if len(first_beyond) else len(taken)))
+    return cuts
 
 
 def _share(rows: NDArray[np.intp], rank: int, world_size: int) -> Plan:
@@ -159,8 +278,8 @@ def _share(rows: NDArray[np.intp], rank: int, world_size: int) -> Plan:
     return Plan(own, [1.0] * len(own), len(rows))
 
 
-def _check(lengths: NDArray[np.integer], batch_size: int, rank: int, world_size: int) -> None:
+def _check(lengths: NDArray[np.integer], size: int, rank: int, world_size: int) -> None:
     if len(lengths) == 0:
         raise ValueError("no rows to make batches of")
-    if batch_size < 1 or not 0 <= rank < world_size:
-        raise ValueError(f"batch_size={batch_size}, rank={rank}, world_size={world_size}")
+    if size < 1 or not 0 <= rank < world_size:
+        raise ValueError(f"size={size}, rank={rank}, world_size={world_size}")

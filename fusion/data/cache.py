@@ -6,7 +6,10 @@ import contextlib
 import logging
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 log = logging.getLogger(__name__)
 
@@ -34,3 +37,32 @@ def keep(path: Path, content: bytes, cure: str) -> None:
         log.warning("%s cannot be written (%s): %s", path, error.strerror or error, cure)
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def turn(path: Path, wait: float = 600.0) -> Iterator[None]:
+    """Holds the making of `path`, so that of several processes that miss it one makes it and the others read it.
+
+    Look for the file again inside. It only saves work: where there can be no lock, or whoever holds it is not
+    done within `wait` seconds, everybody makes the file for himself. The system ends a dead process's lock.
+    """
+    lock = FileLock(path.with_name(f"{path.name}.lock"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("another process is making %s: waiting for it", path)
+            lock.acquire(timeout=wait)
+    except Timeout:
+        log.warning("%s: another process has been making it for %g s: not waiting any longer", path, wait)
+    except (OSError, NotImplementedError):
+        pass  # `keep` will say what is wrong with the folder; some network folders have no locks
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            # Before it is released. Who waits for this very file gets it and finds what was made.
+            with contextlib.suppress(OSError):
+                Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()

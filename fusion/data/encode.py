@@ -10,6 +10,8 @@ import json
 import logging
 import os
 import zlib
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from fusion.data.batches import Batch
-from fusion.data.cache import keep, user_cache
+from fusion.data.cache import keep, turn, user_cache
 from fusion.data.rows import Rows
 from fusion.errors import UserError
 from fusion.hub import from_cache_or_hub
@@ -196,9 +198,12 @@ def encode(
     path = folder / f"{key}.safetensors"
     arrays = _read(path)
     if arrays is None:
-        log.info("tokenising %d rows, once", len(rows))
-        arrays = _tokenize(rows, tokenizer, max_length)
-        _write(path, arrays)
+        with turn(path):
+            arrays = _read(path) if path.is_file() else None
+            if arrays is None:
+                log.info("tokenising %d rows, once", len(rows))
+                arrays = _tokenize(rows, tokenizer, max_length)
+                _write(path, arrays)
     pad = tokenizer.pad_token_id
     return EncodedRows(
         input_ids=arrays["input_ids"],
@@ -212,40 +217,37 @@ def encode(
 
 
 def _tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, NDArray[Any]]:
-    if rows.choices is None:
-        columns = [list(column) for column in zip(*rows.texts, strict=True)]
-    else:
-        columns = [
-            [
-                " ".join(texts)
-                for texts, choices in zip(rows.texts, rows.choices, strict=True)
-                for _ in choices
-            ],
-            [choice for choices in rows.choices for choice in choices],
+    """The cache file's arrays. All cores tokenise, unless TOKENIZERS_PARALLELISM=false."""
+    texts: Sequence[str | tuple[str, ...]] = rows.texts
+    if rows.choices is not None:
+        texts = [
+            (" ".join(parts), choice)
+            for parts, choices in zip(rows.texts, rows.choices, strict=True)
+            for choice in choices
         ]
+    elif len(rows.texts[0]) == 1:
+        texts = [text for (text,) in rows.texts]
+    # Straight from the tokenizer's core: transformers would make lists of all that it can give, offsets included.
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    with_types = "token_type_ids" in tokenizer.model_input_names
     ids, types, lengths = [], [], []
-    for start in range(0, len(columns[0]), _CHUNK):
-        encoded = tokenizer(
-            *(column[start : start + _CHUNK] for column in columns),
-            truncation="longest_first",
-            max_length=max_length,
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids="token_type_ids" in tokenizer.model_input_names,
-            verbose=False,
-        )
-        lengths += [len(sequence) for sequence in encoded["input_ids"]]
-        ids.append(_flat(encoded["input_ids"], np.int32))
-        if "token_type_ids" in encoded:
-            types.append(_flat(encoded["token_type_ids"], np.uint8))
+    for start in range(0, len(texts), _CHUNK):
+        encoded = backend.encode_batch_fast(texts[start : start + _CHUNK])
+        lengths += [len(sequence) for sequence in encoded]
+        ids.append(_flat((sequence.ids for sequence in encoded), np.int32))
+        if with_types:
+            types.append(_flat((sequence.type_ids for sequence in encoded), np.uint8))
     arrays = {"input_ids": np.concatenate(ids), "ends": np.cumsum(lengths, dtype=np.int64)}
     if types:
         arrays["token_type_ids"] = np.concatenate(types)
     return arrays
 
 
-def _flat(sequences: list[list[int]], dtype: Any) -> NDArray[Any]:
-    return np.fromiter((token for sequence in sequences for token in sequence), dtype)
+def _flat(sequences: Iterable[list[int]], dtype: Any) -> NDArray[Any]:
+    return np.fromiter(chain.from_iterable(sequences), dtype)
 
 
 def _key(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:

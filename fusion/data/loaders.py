@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fusion.data.batches import Batch, LengthBatches, Plan, SortedBatches
+from fusion.data.batches import Batch, EpochBatches, LengthBatches, Plan, SortedBatches, TokenBatches
 from fusion.data.encode import EncodedRows
 
 
@@ -26,20 +26,42 @@ class PlannedBatches(Dataset[Batch]):
 
 
 def training_loader(
-    encoded: EncodedRows, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, workers: int = 0
+    encoded: EncodedRows,
+    batch_size: int,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    tokens_per_batch: int | None = None,
 ) -> DataLoader[Any]:
-    """Batches of like length in a new order each epoch (`loader.sampler.set_epoch`), `batch_size` rows a device.
+    """Batches of like length in a new order each epoch (`loader.sampler.set_epoch`).
 
+    A device takes `batch_size` rows, or with `tokens_per_batch` as many as stay within that many padded tokens.
     Under DDP the Trainer needs `use_distributed_sampler=False`: the sampler knows its rank itself.
     """
-    return _loader(encoded, LengthBatches(encoded.lengths, batch_size, seed, rank, world_size), workers)
+    sampler: EpochBatches
+    if tokens_per_batch is None:
+        sampler = LengthBatches(encoded.lengths, batch_size, seed, rank, world_size)
+    else:
+        sampler = TokenBatches(
+            encoded.lengths, encoded.choice_counts, tokens_per_batch, seed, rank, world_size
+        )
+    return _loader(encoded, sampler, workers)
 
 
 def evaluation_loader(
-    encoded: EncodedRows, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 0
+    encoded: EncodedRows,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    tokens_per_batch: int | None = None,
 ) -> DataLoader[Any]:
     """Each row once, longest first; rows of weight 0 only keep devices in step and count for nothing."""
-    return _loader(encoded, SortedBatches(encoded.lengths, batch_size, rank, world_size), workers)
+    sampler = SortedBatches(
+        encoded.lengths, batch_size, rank, world_size, tokens_per_batch, encoded.choice_counts
+    )
+    return _loader(encoded, sampler, workers)
 
 
 def _loader(encoded: EncodedRows, sampler: Sampler[Plan], workers: int) -> DataLoader[Any]:

@@ -107,12 +107,17 @@ def fit(
     if config.trainer.enable_checkpointing:
         callbacks += [keep_best, keep_last]  # in this order: the last says which one is the best
     trainer = make_trainer(config.trainer, callbacks, loggers)
-    place = {"rank": trainer.global_rank, "world_size": trainer.world_size, "workers": config.data.workers}
+    loading: dict[str, Any] = {
+        "rank": trainer.global_rank,
+        "world_size": trainer.world_size,
+        "workers": config.data.workers,
+        "tokens_per_batch": config.data.tokens_per_batch,
+    }
     module = TaskModule(model, config.task, config.optim, loss_weights, splits, prefix)
-    evaluation = [evaluation_loader(rows, config.data.batch_size, **place) for rows in validation.values()]
+    evaluation = [evaluation_loader(rows, config.data.batch_size, **loading) for rows in validation.values()]
     last = checkpoints / "last.ckpt"
     torch.manual_seed(config.seed)  # dropout starts from here, whatever was drawn before
-    batches = training_loader(training, config.data.batch_size, config.seed, **place)
+    batches = training_loader(training, config.data.batch_size, config.seed, **loading)
     interval = config.trainer.val_check_interval
     if (
         type(interval) is int

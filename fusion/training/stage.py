@@ -13,6 +13,7 @@ from importlib.metadata import version
 from typing import Any
 
 from fusion import __version__
+from fusion.backbones.compiling import compile_layers
 from fusion.backbones.load import Backbone, locate
 from fusion.config import StageConfig
 from fusion.data.encode import EncodedRows, encode, load_tokenizer
@@ -102,6 +103,8 @@ def train_and_store(
         prefix = keep_prefix(
             model, splits, config.backbone, backbone.fingerprint, device, config.data.cache_dir
         )
+        if config.compile:  # after the prefix, which is computed once and not worth it
+            compile_layers(backbone.family.layer_list(backbone.model))
         fitted = fit(
             config,
             model,

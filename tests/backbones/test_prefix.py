@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from fusion.backbones.compiling import compile_layers
 from fusion.backbones.families import FAMILIES
 from fusion.backbones.load import load_backbone
 from fusion.backbones.prefix import Skippable
@@ -96,3 +97,25 @@ def test_what_cannot_be_is_refused(tiny_backbone: Path) -> None:
         model(IDS, MASK, prefix=torch.zeros(3, 5, 32))
     with pytest.raises(AssertionError, match="dropout"):
         model.train().prefix_states(IDS, MASK)
+
+
+@pytest.mark.parametrize("how", ["checkpointed", "compiled"])
+def test_with_layers_that_are_computed_in_another_way(tiny_backbone: Path, how: str) -> None:
+    plain = adapted(tiny_backbone, ["1.feedforward", "2.feedforward"], "normed").train()
+    other = adapted(
+        tiny_backbone,
+        ["1.feedforward", "2.feedforward"],
+        "normed",
+        gradient_checkpointing=how == "checkpointed",
+    ).train()
+    states = other.prefix_states(IDS, MASK)
+    other.make_prefix_skippable()
+    if how == "compiled":
+        layers = other.backbone.get_submodule("encoder.layer")
+        assert isinstance(layers, nn.ModuleList)
+        compile_layers(layers, backend="aot_eager")
+    for model in (plain, other):
+        model.head.eval()
+    expected = gradients(plain)
+    torch.testing.assert_close(gradients(other, prefix=states), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradients(other), expected, rtol=0, atol=1e-12)

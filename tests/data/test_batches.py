@@ -7,8 +7,10 @@ from itertools import chain
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fusion.data.batches import LengthBatches, Plan, SortedBatches
+from fusion.data.batches import LengthBatches, Plan, SortedBatches, TokenBatches
 
 LENGTHS = np.random.RandomState(0).geometric(0.05, 1000) + 3
 
@@ -137,3 +139,104 @@ def test_no_rows_and_no_rank():
         LengthBatches(LENGTHS[:0], 32, seed=0)
     with pytest.raises(ValueError, match="rank=2"):
         SortedBatches(LENGTHS, 32, rank=2, world_size=2)
+
+
+# --- by tokens ----------------------------------------------------------------------------------------
+
+CHOICES = np.random.RandomState(1).randint(2, 6, len(LENGTHS))
+
+
+def within_budget(plan: Plan, lengths: np.ndarray, counts: np.ndarray | None, tokens: int) -> bool:
+    sequences = len(plan.rows) if counts is None else int(counts[plan.rows].sum())
+    return len(plan.rows) == 1 or sequences * int(lengths[plan.rows].max()) <= tokens
+
+
+@pytest.mark.parametrize("tokens", [40, 256, 4096, 10**6])
+@pytest.mark.parametrize("counts", [None, CHOICES], ids=["rows", "choices"])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_batches_by_tokens_hold_their_budget_and_have_each_row_once(tokens, counts, world_size):
+    samplers = [TokenBatches(LENGTHS, counts, tokens, 3, rank, world_size) for rank in range(world_size)]
+    lengths_of_epochs = set()
+    for epoch in range(3):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        shares = [list(sampler) for sampler in samplers]
+        assert sorted(chain.from_iterable(counting(plans) for plans in shares)) == list(range(len(LENGTHS)))
+        assert all(within_budget(plan, LENGTHS, counts, tokens) for plan in chain.from_iterable(shares))
+        for step in zip(*shares, strict=True):
+            assert {plan.global_rows for plan in step} == {len(counting(list(step)))}
+        lengths_of_epochs |= {len(plans) for plans in shares} | {len(sampler) for sampler in samplers}
+    assert len(lengths_of_epochs) == 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.integers(1, 200), st.integers(1, 6)), min_size=1, max_size=120),
+    tokens=st.integers(1, 2000),
+    seed=st.integers(0, 2**32 - 1),
+    epochs=st.lists(st.integers(0, 1000), min_size=2, max_size=2),
+    world_size=st.integers(1, 4),
+    choices=st.booleans(),
+)
+def test_any_rows_by_tokens(rows, tokens, seed, epochs, world_size, choices):
+    lengths, counts = np.array([length for length, _ in rows]), np.array([count for _, count in rows])
+    kept = counts if choices else None
+    for ranks in (
+        [TokenBatches(lengths, kept, tokens, seed, rank, world_size) for rank in range(world_size)],
+        [SortedBatches(lengths, 1, rank, world_size, tokens, kept) for rank in range(world_size)],
+    ):
+        steps = set()
+        for epoch in epochs:
+            plans = []
+            for sampler in ranks:
+                if isinstance(sampler, TokenBatches):
+                    sampler.set_epoch(epoch)
+                own = list(sampler)
+                assert len(own) == len(sampler)
+                assert all(within_budget(plan, lengths, kept, tokens) for plan in own)
+                plans += own
+                steps.add(len(own))
+            assert sorted(counting(plans)) == list(range(len(rows)))
+        assert len(steps) == 1
+
+
+def test_the_order_by_tokens_is_a_function_of_seed_and_epoch():
+    def order(seed: int, epoch: int) -> list[list[int]]:
+        sampler = TokenBatches(LENGTHS, None, 1024, seed)
+        sampler.set_epoch(5)
+        list(sampler)
+        sampler.set_epoch(epoch)
+        return [plan.rows for plan in sampler]
+
+    assert order(1, 2) == order(1, 2)
+    assert order(1, 2) != order(1, 3)
+    assert order(1, 2) != order(2, 2)
+    together = [{frozenset(rows) for rows in order(1, epoch)} for epoch in (2, 3)]
+    assert len(together[0] & together[1]) < 0.1 * len(together[0]), "new company"
+
+
+def test_a_resumed_epoch_by_tokens_starts_where_it_stopped():
+    whole, resumed = (TokenBatches(LENGTHS, CHOICES, 1024, seed=1) for _ in range(2))
+    whole.set_epoch(4)
+    resumed.set_epoch(4)
+    resumed.resume(epoch=4, batch=7)
+    assert len(resumed) == len(whole)
+    assert [plan.rows for plan in resumed] == [plan.rows for plan in whole][7:]
+    assert [plan.rows for plan in resumed] == [plan.rows for plan in whole], "only the next pass is cut"
+
+
+def test_two_devices_of_half_the_budget_are_about_as_one():
+    one, half = TokenBatches(LENGTHS, None, 4096, 0), TokenBatches(LENGTHS, None, 2048, 0, 0, 2)
+    assert len(one) <= len(half) <= 1.1 * len(one)
+
+
+def test_batches_by_tokens_are_full_and_need_little_padding():
+    plans = [plan.rows for plan in TokenBatches(LENGTHS, None, 1024, seed=0)]
+    assert padded_size(LENGTHS, plans) < 1.25 * LENGTHS.sum()
+    assert padded_size(LENGTHS, plans) > 0.75 * 1024 * len(plans)
+
+
+def test_a_row_beyond_the_budget_is_alone():
+    lengths = np.array([100, 10, 10, 90])
+    plans = [sorted(plan.rows) for plan in TokenBatches(lengths, None, 50, seed=0)]
+    assert sorted(plans) == [[0], [1, 2], [3]]

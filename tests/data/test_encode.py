@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,7 +14,7 @@ import pytest
 import torch
 
 from fusion.data import encode as encode_module
-from fusion.data.cache import keep
+from fusion.data.cache import keep, turn
 from fusion.data.encode import EncodedRows, encode, load_tokenizer
 from fusion.data.rows import Rows, rows_of_records
 from fusion.errors import UserError
@@ -221,6 +224,59 @@ def test_two_writers_at_once(tokenizer, tmp_path):
         written = [writers.submit(write_many) for _ in range(2)]
     assert [future.result() for future in written] == [[2000] * 8] * 2
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".safetensors"] * 8
+
+
+def test_who_comes_second_waits_and_reads(tokenizer, tmp_path, tokenised, monkeypatch):
+    rows, others = make_rows(["abc"]), []
+    inside, counted = threading.Event(), encode_module._tokenize
+
+    def slow(*values):
+        inside.set()
+        time.sleep(0.5)
+        return counted(*values)
+
+    monkeypatch.setattr(encode_module, "_tokenize", slow)
+    own = load_tokenizer(str(tmp_path / "tokenizer"))
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(encode, rows, tokenizer, 16, tmp_path / "cache")
+        assert inside.wait(10)
+        others.append(encode(rows, own, 16, tmp_path / "cache"))
+    assert tokenised == [1]
+    assert same(first.result(), others[0])
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".safetensors"]
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["stuck", "killed"])
+def test_nobody_waits_for_ever(tmp_path, caplog, ended):
+    """Another process takes the lock and sleeps; a killed one's lock is free at once."""
+    path = tmp_path / "file"
+    code = (
+        "import sys, time; from filelock import FileLock; "
+        "lock = FileLock(sys.argv[1] + '.lock'); lock.acquire(); print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        if ended:
+            holder.kill()
+            holder.wait()
+        with caplog.at_level(logging.WARNING), turn(path, wait=0.3 if not ended else 30.0):
+            pass
+        assert ("not waiting any longer" in caplog.text) != ended
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_what_comes_out_is_what_the_tokenizer_says_cut_on_either_side(tokenizer, tmp_path):
+    for side in ("right", "left"):
+        tokenizer.truncation_side = side
+        pairs = [("abcdefgh", "xyzuvw"), ("a", "bcdefghijklmnop")]
+        batch = encode(make_rows(pairs), tokenizer, 9, tmp_path / "cache").batch([0, 1])
+        plain = tokenizer(
+            [a for a, _ in pairs], [b for _, b in pairs], truncation=True, max_length=9, return_tensors="pt"
+        )
+        assert torch.equal(batch.input_ids, plain["input_ids"])
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path):

@@ -85,6 +85,18 @@ def test_ragged_choices(ragged):
     assert sorted(seen) == list(range(11))
 
 
+def test_ragged_choices_by_tokens(ragged):
+    loaders = (
+        training_loader(ragged, 4, seed=0, tokens_per_batch=96),
+        evaluation_loader(ragged, 4, tokens_per_batch=96),
+    )
+    for loader in loaders:
+        batches = list(loader)
+        assert len(batches) == len(loader) > 1
+        assert all(batch.input_ids.numel() <= 96 for batch in batches)
+        assert sorted(torch.cat([batch.rows for batch in batches]).tolist()) == list(range(11))
+
+
 def test_a_batch_moves_whole(ragged):
     batch = next(iter(evaluation_loader(ragged, 4)))
     moved = batch.to("meta")
