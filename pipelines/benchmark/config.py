@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Optional
 
 from fusion.errors import UserError
 
@@ -23,7 +22,7 @@ def _require(condition: bool, message: str) -> None:
 class RivalConfig:
     """venv: an environment that has the rival; null: one is made in OUTPUT/rival-venv."""
 
-    venv: Optional[str] = None
+    venv: str | None = None
 
 
 @dataclass
@@ -54,7 +53,7 @@ class EpochConfig:
 
     tasks: list[str] = field(default_factory=lambda: ["mrpc", "rte"])
     sources: int = 8
-    limit: Optional[int] = None
+    limit: int | None = None
     later_epochs: int = 2  # epochs after the first, of which the dropped lower half is timed
 
     def __post_init__(self) -> None:
@@ -67,11 +66,11 @@ class EpochConfig:
 @dataclass
 class BenchmarkConfig:
     suite: str = "???"
-    rounds: Optional[int] = None  # null: as many as the suite needs
+    rounds: int | None = None  # null: as many as the suite needs
     steps: int = 5  # timed ones, in each round
     warmup: int = 2  # steps before them, in each round
     noise_limit: float = 0.10  # spread of the rounds' ratios above which there is no verdict
-    threads: Optional[int] = None  # of each worker; null: all cores that this process may use
+    threads: int | None = None  # of each worker; null: all cores that this process may use
     device: str = "auto"  # auto, cpu or cuda
     precision: str = "auto"  # auto: bf16 on a GPU, else float32
     batch_size: int = 32

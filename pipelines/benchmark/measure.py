@@ -77,7 +77,7 @@ def peak_bytes(step: Step, device: str) -> int:
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step(), step()
-    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    results = profiler.profiler.kineto_results
     events = [event for event in results.events() if event.name() == "[memory]"]
     assert events, "this torch records no memory events"
     held, peak = 0, 0

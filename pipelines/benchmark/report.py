@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from pipelines.benchmark.verdicts import Figure, spread
 
 @dataclass
 class Report:
-    """figures: the table. timings: the seconds behind it. more: whatever else the suite has to keep.
+    """figures: the table. timings, seconds: what is behind it, of steps and of whole commands by round.
 
-    lines: what is printed below the table.
+    more: whatever else the suite has to keep. lines: what is printed below the table.
     """
 
     figures: list[Figure]
     timings: Timings = field(default_factory=Timings)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
 
@@ -59,16 +61,20 @@ def finish(
 ) -> Path:
     """Prints the report and writes OUTPUT/SUITE.json."""
     say(f"\n{table(report.figures, config.noise_limit)}")
-    if report.timings.rounds:
-        say("\nseconds (median of the rounds' medians, spread of the rounds)")
-        for entry in report.timings.as_json():
-            say(f"  {entry['what']:<46} {entry['median']:9.4f}  {100 * entry['spread']:3.0f} %")
+    behind = report.seconds | {
+        f"{who}: {case}": report.timings.medians(who, case) for who, case in report.timings.rounds
+    }
+    if behind:
+        say("\nseconds (median and spread of the rounds)")
+    for what, rounds in behind.items():
+        say(f"  {what:<46} {statistics.median(rounds):9.4f}  {100 * spread(rounds):3.0f} %")
     for line in report.lines:
         say(line)
     content = {
         "suite": config.suite,
         "figures": [figure.as_json(config.noise_limit) for figure in report.figures],
         "timings": report.timings.as_json(),
+        "seconds": report.seconds,
         **report.more,
         "machine": machine | {"workers": versions},
         "config": asdict(config),

@@ -28,9 +28,9 @@ from pipelines.benchmark.serving import Worker, serve
 class RivalModel:
     """The rival's model of a case and the training step that its AdapterTrainer makes."""
 
-    def __init__(self, setup: Setup, case: Case, pretrained: nn.Module) -> None:
+    def __init__(self, setup: Setup, case: Case, pretrained: Any) -> None:
         self.case = case
-        self.model: Any = pretrained
+        self.model = pretrained
         hidden_size = self.model.config.hidden_size
         self.head = nn.Linear(hidden_size, weights.OUTPUTS)
         if case.bottleneck:

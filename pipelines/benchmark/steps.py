@@ -75,7 +75,7 @@ def train(session: Session) -> Report:
         ratio("  one adapter, step: the rival over ours, dropout off in both", rival(one), ours(one)),
         ratio("  full fine-tuning over one adapter, ours", ours(full), ours(one)),
     ]
-    return Report(figures, timings, {"agreement": agreement})
+    return Report(figures, timings, more={"agreement": agreement})
 
 
 def infer(session: Session) -> Report:
@@ -93,7 +93,7 @@ def infer(session: Session) -> Report:
         ratio("  the rival's one adapter over its bare backbone", rival(one), rival(bare)),
         ratio(f"  fusion of {n}: the rival over ours", rival(fused), ours(fused)),
     ]
-    return Report(figures, timings, {"agreement": agreement})
+    return Report(figures, timings, more={"agreement": agreement})
 
 
 def memory(session: Session) -> Report:

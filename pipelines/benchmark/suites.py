@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from pipelines.benchmark import machine, steps
+from pipelines.benchmark import journeys, machine, scale, steps
 from pipelines.benchmark.config import BenchmarkConfig
 from pipelines.benchmark.report import Report, finish
 from pipelines.benchmark.session import Session, say
@@ -13,7 +13,11 @@ from pipelines.benchmark.session import Session, say
 SUITES: dict[str, Callable[[Session], Report]] = {
     "train": steps.train,
     "infer": steps.infer,
+    "scale": scale.scale,
     "memory": steps.memory,
+    "epoch": journeys.epoch,
+    "startup": journeys.startup,
+    "ddp": journeys.ddp,
 }
 
 
