@@ -51,7 +51,10 @@ def epoch(session: Session) -> Report:
         )
         seconds.setdefault(f"rival: {stage} {task}", []).append(answer["seconds"])
 
-    layers = {"all layers": (), "upper half": (f"adapter.layers=last:{_layers(first) - _layers(first) // 2}",)}
+    layers = {
+        "all layers": (),
+        "upper half": (f"adapter.layers=last:{_layers(first) - _layers(first) // 2}",),
+    }
     dropped_on = settings.tasks[-1]
 
     def later(label: str) -> None:
@@ -112,7 +115,13 @@ def random_sources(programs: Programs, trained: Outcome, count: int) -> list[str
         weights = {
             key: torch.randn(value.shape, generator=random) * 0.02 for key, value in artifact.weights.items()
         }
-        save(programs.store, dataclasses.replace(artifact.manifest, name=name), weights, artifact.head, overwrite=True)
+        save(
+            programs.store,
+            dataclasses.replace(artifact.manifest, name=name),
+            weights,
+            artifact.head,
+            overwrite=True,
+        )
     return names
 
 
@@ -125,7 +134,9 @@ def write_rows(session: Session, task: str) -> None:
     from fusion.data.rows import load_rows
 
     limit = session.config.epoch.limit
-    content: dict[str, Any] = yaml.safe_load((conf_folder() / "task" / f"{task}.yaml").read_text(encoding="utf-8"))
+    content: dict[str, Any] = yaml.safe_load(
+        (conf_folder() / "task" / f"{task}.yaml").read_text(encoding="utf-8")
+    )
     config = TaskConfig.from_dict(content | {"name": task}, where=f"task {task}")
     data = DataConfig(dir=session.config.data_dir, limit=LimitConfig(train=limit, validation=limit))
     splits = {}
@@ -148,7 +159,12 @@ def startup(session: Session) -> Report:
         seconds["--help"].append(programs.run("fusion.stage1", ["--help"], session.threads)[0])
         say(f"round {number + 1} of {session.config.rounds_of_suite()} done")
     figures = [
-        Figure(f"stage 1 on {task}, tokens cached: start to first step", tuple(seconds["first step"]), Target(10.0), unit="s"),
+        Figure(
+            f"stage 1 on {task}, tokens cached: start to first step",
+            tuple(seconds["first step"]),
+            Target(10.0),
+            unit="s",
+        ),
         Figure("--help", tuple(seconds["--help"]), Target(2.0), unit="s"),
     ]
     return Report(figures, seconds=seconds)

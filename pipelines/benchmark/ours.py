@@ -33,7 +33,7 @@ from fusion.review.tracking import build_loggers
 from fusion.training.fit import make_trainer
 from fusion.training.module import TaskModule
 from pipelines.benchmark import floor, weights
-from pipelines.benchmark.cases import ADAPTER, CLIPPED, FLOOR, FULL, FUSION, LOOP, Case, Setup
+from pipelines.benchmark.cases import ADAPTER, CLIPPED, FLOOR, FULL, FUSION, INFER, LOOP, Case, Setup
 from pipelines.benchmark.measure import TokenBatch, synchronise, timed, token_batch
 from pipelines.benchmark.serving import Worker, serve
 
@@ -81,23 +81,23 @@ class OurModel:
 
     @torch.inference_mode()
     def infer(self) -> Tensor:
-        if self._merged is None:
-            self.adapted.eval()
-            # Folding weights is done once, when a model is loaded, and not for every batch.
-            self._merged = getattr(self.adapted, "merged", lambda: self.adapted)().eval()
-        return self._merged(self.batch.input_ids, self.batch.attention_mask)
+        return self._inference_model()(self.batch.input_ids, self.batch.attention_mask)
 
     def check(self) -> dict[str, Any]:
         self.adapted.train()
-        losses = self.module.losses(self.padded)
-        self.adapted.eval()
+        losses = {name: value.item() for name, value in self.module.losses(self.padded).items()}
+        found = {"loss": losses["task"], "penalty": losses.get("value_penalty", 0.0)}
+        model = self._inference_model() if self.case.work == INFER else self.adapted.eval()
         with torch.inference_mode():
-            logits = self.adapted(self.padded.input_ids, self.padded.attention_mask)
-        return {
-            "logits": logits.tolist(),
-            "loss": float(losses["task"]),
-            "penalty": float(losses.get("value_penalty", 0.0)),
-        }
+            logits: Tensor = model(self.padded.input_ids, self.padded.attention_mask)
+        return found | {"logits": logits.tolist()}
+
+    def _inference_model(self) -> nn.Module:
+        """With its weights folded, which is done once, when a model is loaded, and not for every batch."""
+        if self._merged is None:
+            self.adapted.eval()
+            self._merged = getattr(self.adapted, "merged", lambda: self.adapted)().eval()
+        return self._merged
 
 
 def adapted_model(setup: Setup, case: Case, backbone: Backbone) -> AdaptedModel:

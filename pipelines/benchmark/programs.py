@@ -62,7 +62,9 @@ class Programs:
         self.log.write_text("", encoding="utf-8")
         self._number = 0
 
-    def train(self, stage: str, task: str, *more: str, threads: int | None = None, watch: str | None = None) -> Outcome:
+    def train(
+        self, stage: str, task: str, *more: str, threads: int | None = None, watch: str | None = None
+    ) -> Outcome:
         """One run of a stage on a task; `watch` names a file of its run folder to wait for."""
         session = self.session
         self._number += 1
@@ -89,7 +91,10 @@ class Programs:
         spoken = {word.partition("=")[0] for word in more}
         overrides = [word for word in overrides if word.partition("=")[0] not in spoken]
         seconds, until = self.run(
-            f"fusion.{stage}", [*overrides, *more], threads or session.threads, directory / watch if watch else None
+            f"fusion.{stage}",
+            [*overrides, *more],
+            threads or session.threads,
+            directory / watch if watch else None,
         )
         return Outcome(seconds, until, directory)
 
@@ -129,7 +134,11 @@ class Programs:
                     os.killpg(process.pid, signal.SIGTERM)
                     process.wait()
         if late or process.returncode != 0:
-            what = f"took more than {self.session.config.timeout:g} s" if late else f"ended with exit code {process.returncode}"
+            what = (
+                f"took more than {self.session.config.timeout:g} s"
+                if late
+                else f"ended with exit code {process.returncode}"
+            )
             raise BenchmarkError(f"python -m {module} {what} (log: {self.log})")
         if watch is not None and until is None:
             raise BenchmarkError(f"python -m {module} left no {watch.name} (log: {self.log})")

@@ -78,9 +78,9 @@ class RivalModel:
 
     def check(self) -> dict[str, Any]:
         self.model.train()
-        loss = float(self.loss(self.padded))
+        loss = self.loss(self.padded).item()
         fused = self.case.method == FUSION
-        penalty = float(self.model.get_fusion_regularization_loss()) if fused else 0.0
+        penalty = self.model.get_fusion_regularization_loss().item() if fused else 0.0
         self.model.eval()
         with torch.inference_mode():
             logits = self.scores(self.padded)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
 from typing import Any
 
 from pipelines.benchmark import floor, formulas, plot, weights
@@ -25,7 +24,9 @@ def scale(session: Session) -> Report:
     sizes = list(dict.fromkeys([*many, *wide]))
     for bottleneck in {b for _, b in [*sizes, *theirs]}:
         session.make_weights(max(n for n, b in [*sizes, *theirs] if b == bottleneck), bottleneck)
-    measured: list[Measured] = [(OURS, Case(work, FUSION, *size)) for size in sizes for work in (TRAIN, INFER)]
+    measured: list[Measured] = [
+        (OURS, Case(work, FUSION, *size)) for size in sizes for work in (TRAIN, INFER)
+    ]
     measured += [(RIVAL, Case(work, FUSION, *size)) for size in theirs for work in (TRAIN, INFER)]
     # Ours and the rival's of one size stand together, so that a drift within a round hardly parts them.
     measured.sort(key=lambda pair: (pair[1].bottleneck, pair[1].sources, pair[1].work, pair[0]))
@@ -91,7 +92,9 @@ def _predict(session: Session, points: list[dict[str, Any]]) -> None:
         n, r = point["sources"], point["bottleneck"]
         point["train_multiply_adds"] = floor.multiply_adds(floor.training_step(shape, r, n))
         point["infer_multiply_adds"] = floor.multiply_adds(floor.inference(shape, r, n))
-        point["predicted_peak_bytes"] = formulas.training_bytes(backbone, n, r, config.batch_size * config.tokens)
+        point["predicted_peak_bytes"] = formulas.training_bytes(
+            backbone, n, r, config.batch_size * config.tokens
+        )
     first = points[0]
     for point in points:
         for work in ("train", "infer"):
@@ -120,7 +123,10 @@ def _on_paper(tokens: int) -> list[dict[str, Any]]:
     for backbone in (formulas.BERT_LARGE, formulas.DECODER_7B):
         r = backbone.hidden_size // 16
         values = formulas.on_paper(backbone, ON_PAPER_SOURCES, r, tokens)
-        found.append({"backbone": backbone.name, "sources": ON_PAPER_SOURCES, "bottleneck": r, "tokens": tokens} | values)
+        found.append(
+            {"backbone": backbone.name, "sources": ON_PAPER_SOURCES, "bottleneck": r, "tokens": tokens}
+            | values
+        )
     return found
 
 

@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 OUTPUTS = 3  # K of the head
-DEVIATION = 0.02  # that adapters and fusions start from
-HEAD_DEVIATION = 0.5  # so large that a difference in the last layer shows in the scores
+# Far larger than initial values are: only then does a wrong weight show in the scores, beyond their rounding.
+ADAPTER_DEVIATION = 0.05
+FUSION_DEVIATION = 0.03
+HEAD_DEVIATION = 0.3
 
 
 def file_of(folder: str | Path, bottleneck: int) -> Path:
@@ -29,27 +31,26 @@ def make(
     """Writes the file for one bottleneck size, and gives its tensors."""
     random = torch.Generator().manual_seed(seed)
 
-    def normal(*shape: int, deviation: float = DEVIATION) -> Tensor:
+    def normal(*shape: int, deviation: float) -> Tensor:
         return torch.randn(shape, generator=random) * deviation
 
     tensors: dict[str, Tensor] = {
         "head.weight": normal(OUTPUTS, hidden_size, deviation=HEAD_DEVIATION),
-        "head.bias": normal(OUTPUTS),
+        "head.bias": normal(OUTPUTS, deviation=HEAD_DEVIATION),
     }
     for layer in range(layers):
         for name in ("query", "key"):
-            tensors[f"fusion.{layer}.{name}.weight"] = normal(hidden_size, hidden_size)
-            tensors[f"fusion.{layer}.{name}.bias"] = normal(hidden_size)
-        tensors[f"fusion.{layer}.value.weight"] = torch.eye(hidden_size) + 0.1 * normal(
-            hidden_size, hidden_size
-        )
+            place = f"fusion.{layer}.{name}"
+            tensors[f"{place}.weight"] = normal(hidden_size, hidden_size, deviation=FUSION_DEVIATION)
+            tensors[f"{place}.bias"] = normal(hidden_size, deviation=FUSION_DEVIATION)
+        off = normal(hidden_size, hidden_size, deviation=FUSION_DEVIATION)
+        tensors[f"fusion.{layer}.value.weight"] = torch.eye(hidden_size) + off
     for source in range(sources):
         for layer in range(layers):
-            place = f"adapters.{source}.{layer}"
-            tensors[f"{place}.down.weight"] = normal(bottleneck, hidden_size)
-            tensors[f"{place}.down.bias"] = normal(bottleneck)
-            tensors[f"{place}.up.weight"] = normal(hidden_size, bottleneck)
-            tensors[f"{place}.up.bias"] = normal(hidden_size)
+            for name, shape in (("down", (bottleneck, hidden_size)), ("up", (hidden_size, bottleneck))):
+                place = f"adapters.{source}.{layer}.{name}"
+                tensors[f"{place}.weight"] = normal(*shape, deviation=ADAPTER_DEVIATION)
+                tensors[f"{place}.bias"] = normal(shape[0], deviation=ADAPTER_DEVIATION)
     path = file_of(folder, bottleneck)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path)
