@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import statistics
 import sys
@@ -75,6 +76,8 @@ class Session:
         for worker in self._workers.values():
             worker.close()
         shutil.rmtree(self.work, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another suite may be at work beside this one
+            self.work.parent.rmdir()
 
     @property
     def setup(self) -> Setup:

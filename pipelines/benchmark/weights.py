@@ -15,10 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 OUTPUTS = 3  # K of the head
-# Far larger than initial values are: only then does a wrong weight show in the scores, beyond their rounding.
-ADAPTER_DEVIATION = 0.05
-FUSION_DEVIATION = 0.03
-HEAD_DEVIATION = 0.3
+# Deviations of the weights, times the root of what they sum over. Far larger than initial values are: only then
+# does a wrong weight show in the scores, beyond their rounding.
+DOWN, UP, FUSION, HEAD = 1.0, 0.25, 0.6, 6.0
 
 
 def file_of(folder: str | Path, bottleneck: int) -> Path:
@@ -34,23 +33,23 @@ def make(
     def normal(*shape: int, deviation: float) -> Tensor:
         return torch.randn(shape, generator=random) * deviation
 
-    tensors: dict[str, Tensor] = {
-        "head.weight": normal(OUTPUTS, hidden_size, deviation=HEAD_DEVIATION),
-        "head.bias": normal(OUTPUTS, deviation=HEAD_DEVIATION),
-    }
+    def linear(place: str, outputs: int, inputs: int, gain: float) -> dict[str, Tensor]:
+        deviation = gain / inputs**0.5
+        return {
+            f"{place}.weight": normal(outputs, inputs, deviation=deviation),
+            f"{place}.bias": normal(outputs, deviation=deviation),
+        }
+
+    d = hidden_size
+    tensors = linear("head", OUTPUTS, d, HEAD)
     for layer in range(layers):
         for name in ("query", "key"):
-            place = f"fusion.{layer}.{name}"
-            tensors[f"{place}.weight"] = normal(hidden_size, hidden_size, deviation=FUSION_DEVIATION)
-            tensors[f"{place}.bias"] = normal(hidden_size, deviation=FUSION_DEVIATION)
-        off = normal(hidden_size, hidden_size, deviation=FUSION_DEVIATION)
-        tensors[f"fusion.{layer}.value.weight"] = torch.eye(hidden_size) + off
+            tensors |= linear(f"fusion.{layer}.{name}", d, d, FUSION)
+        tensors[f"fusion.{layer}.value.weight"] = torch.eye(d) + normal(d, d, deviation=FUSION / d**0.5)
     for source in range(sources):
         for layer in range(layers):
-            for name, shape in (("down", (bottleneck, hidden_size)), ("up", (hidden_size, bottleneck))):
-                place = f"adapters.{source}.{layer}.{name}"
-                tensors[f"{place}.weight"] = normal(*shape, deviation=ADAPTER_DEVIATION)
-                tensors[f"{place}.bias"] = normal(shape[0], deviation=ADAPTER_DEVIATION)
+            tensors |= linear(f"adapters.{source}.{layer}.down", bottleneck, d, DOWN)
+            tensors |= linear(f"adapters.{source}.{layer}.up", d, bottleneck, UP)
     path = file_of(folder, bottleneck)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path)
