@@ -54,11 +54,12 @@ class EpochConfig:
     tasks: list[str] = field(default_factory=lambda: ["mrpc", "rte"])
     sources: int = 8
     limit: int | None = None
+    max_length: int = 128  # tokens; ours pads to the longest row of a batch, the rival's example to this
     later_epochs: int = 2  # epochs after the first, of which the dropped lower half is timed
 
     def __post_init__(self) -> None:
         _require(len(self.tasks) > 0, "epoch.tasks is empty: expected tasks of data_dir, such as [rte]")
-        for key in ("sources", "limit", "later_epochs"):
+        for key in ("sources", "limit", "max_length", "later_epochs"):
             value = getattr(self, key)
             _require(value is None or value >= 1, f"epoch.{key}={value}: expected at least 1")
 

@@ -47,6 +47,7 @@ def epoch(session: Session) -> Report:
             rows=str(session.work / f"{task}.json"),
             sources=settings.sources if stage == "stage2" else 0,
             rate=RATES[stage],
+            max_length=settings.max_length,
             output=str(session.work / "rival"),
         )
         seconds.setdefault(f"rival: {stage} {task}", []).append(answer["seconds"])

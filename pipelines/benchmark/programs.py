@@ -78,6 +78,7 @@ class Programs:
             override("data.dir", Path(session.config.data_dir).absolute()),
             override("data.cache_dir", session.work / "cache"),
             f"data.batch_size={session.config.batch_size}",
+            f"data.max_length={session.config.epoch.max_length}",
             *([f"data.limit.train={limit}", f"data.limit.validation={limit}"] if limit else []),
             override("store", self.store),
             "resume=false",

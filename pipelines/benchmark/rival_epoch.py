@@ -12,14 +12,13 @@ from typing import Any
 
 from pipelines.benchmark.cases import Setup
 
-MAX_LENGTH = 128  # its example's default, to which every text is padded
-
 
 def run(setup: Setup, request: dict[str, Any]) -> dict[str, Any]:
     """Seconds from the beginning of training to its end, the evaluation after the epoch included.
 
     The request names `rows`, a JSON file with texts and labels of `train` and `validation`; `sources`, how
-    many adapters are fused (0: one adapter is trained); `rate`, the learning rate; and `output`, a folder.
+    many adapters are fused (0: one adapter is trained); `max_length`, to which every text is padded; `rate`, the
+    learning rate; and `output`, a folder.
     """
     import adapters
     import torch
@@ -64,17 +63,17 @@ def run(setup: Setup, request: dict[str, Any]) -> dict[str, Any]:
             use_cpu=setup.device == "cpu",
             seed=setup.seed,
         ),
-        train_dataset=_padded(rows["train"], tokenizer),
-        eval_dataset=_padded(rows["validation"], tokenizer),
+        train_dataset=_padded(rows["train"], tokenizer, request["max_length"]),
+        eval_dataset=_padded(rows["validation"], tokenizer, request["max_length"]),
         callbacks=[clock],
     )
     trainer.train()
     return {"seconds": clock.ended - clock.started, "rows": len(rows["train"]["labels"])}
 
 
-def _padded(split: dict[str, Any], tokenizer: Any) -> list[dict[str, Any]]:
+def _padded(split: dict[str, Any], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
     columns = [list(column) for column in zip(*split["texts"], strict=True)]
-    encoded = tokenizer(*columns, padding="max_length", max_length=MAX_LENGTH, truncation=True)
+    encoded = tokenizer(*columns, padding="max_length", max_length=max_length, truncation=True)
     return [
         {key: values[row] for key, values in encoded.items()} | {"labels": label}
         for row, label in enumerate(split["labels"])
