@@ -5,6 +5,7 @@ PYTHON ?= python3
 LABELS ?= 100
 SEED   ?= 0
 ARGS   ?=
+SUITES ?= train,infer,memory,scale,epoch,startup,ddp
 # pip's index of another build of torch, such as PyTorch's CPU wheels: make demo TORCH_INDEX=URL
 TORCH_INDEX ?=
 # Tests run in two processes of one thread each.
@@ -14,7 +15,7 @@ RUN := .venv/bin/python -m
 PIP := $(RUN) pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-full check format wheel clean
+.PHONY: help venv demo bench test test-full check format wheel clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -25,6 +26,9 @@ venv: .venv/.installed ## make .venv and install the pinned packages (the others
 
 demo: .venv/.installed ## train three adapters, fuse them for tweets, compare; LABELS=100 SEED=0
 	@$(RUN) pipelines.demo labels=$(LABELS) seed=$(SEED) $(ARGS)
+
+bench: .venv/.installed ## measure speed and memory against the rival, an hour or more; ARGS="rounds=3"
+	@$(RUN) pipelines.benchmark -m suite=$(SUITES) $(ARGS)
 
 test: .venv/.installed ## the tests, but for the slow ones; ARGS="-k store" picks some
 	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) $(ARGS)

@@ -17,18 +17,21 @@ from fusion import config as settings
 from fusion.app import conf_folder, explain, keys_of, register
 from fusion.config import EvaluateConfig, PredictConfig, Stage1Config, Stage2Config, TrainerConfig
 from fusion.errors import UserError
+from pipelines.benchmark.config import BenchmarkConfig
 
 SCHEMAS = {
     "stage1": Stage1Config,
     "stage2": Stage2Config,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
+    "benchmark": BenchmarkConfig,
 }
 NEEDED = {
     "stage1": ["+task=rte"],
     "stage2": ["+task=rte", "sources=[a,b]"],
     "evaluate": ["artifact=rte"],
     "predict": ["artifact=rte", "input=rows.jsonl", "output=out.jsonl"],
+    "benchmark": ["suite=train"],
 }
 GROUPS = {
     "stage1": ("backbone", "adapter", "method", "logger", "experiment"),
@@ -137,7 +140,8 @@ def test_data_dir_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("FUSION_DATA_DIR", raising=False)
     assert typed("stage1").data.dir is None
     monkeypatch.setenv("FUSION_DATA_DIR", "/some where")
-    for command in SCHEMAS:
+    assert typed("benchmark").data_dir == "/some where"
+    for command in {*SCHEMAS} - {"benchmark"}:
         assert typed(command).data.dir == "/some where"
     assert typed("stage1", "data.dir=here").data.dir == "here"
 
