@@ -31,7 +31,7 @@ from fusion.layers.heads import TaskHead
 from fusion.model import AdaptedModel
 from fusion.review.tracking import build_loggers
 from fusion.training.fit import make_trainer
-from fusion.training.module import TaskModule
+from fusion.training.module import TaskModule, adamw
 from pipelines.benchmark import floor, weights
 from pipelines.benchmark.cases import ADAPTER, CLIPPED, FLOOR, FULL, FUSION, INFER, LOOP, Case, Setup
 from pipelines.benchmark.measure import TokenBatch, synchronise, timed, token_batch
@@ -40,9 +40,7 @@ from pipelines.benchmark.serving import Worker, serve
 TASK = TaskConfig(
     name="benchmark", text="text", labels=[str(k) for k in range(weights.OUTPUTS)], metrics=["accuracy"]
 )
-# No warm-up and a decay so long that it never ends: the rate has no part in how long a step takes.
-OPTIM = OptimConfig(warmup=0.0)
-MANY_STEPS = 10**9
+OPTIM = OptimConfig()
 
 
 class OurModel:
@@ -58,17 +56,15 @@ class OurModel:
         penalty = {"value_penalty": CompositionConfig().value_penalty}
         self.module = TaskModule(self.adapted, TASK, OPTIM, penalty, splits=[])
         # All that a step asks Lightning's trainer for.
-        self.module.trainer = cast(
-            lightning.Trainer, SimpleNamespace(estimated_stepping_batches=MANY_STEPS, world_size=1)
-        )
+        self.module.trainer = cast(lightning.Trainer, SimpleNamespace(world_size=1))
         self.optimizer = self._optimizer()
         self._merged: nn.Module | None = None
 
     def _optimizer(self) -> torch.optim.Optimizer:
         if self.case.method == FULL:
             self.adapted.requires_grad_(True)
-            return torch.optim.AdamW(self.adapted.parameters(), lr=OPTIM.lr)
-        return self.module.configure_optimizers()["optimizer"]
+            return torch.optim.AdamW(self.adapted.parameters(), lr=OPTIM.lr, fused=True)
+        return adamw(self.adapted, OPTIM)
 
     def train(self, clip: float | None = None) -> None:
         self.adapted.train()
