@@ -67,7 +67,8 @@ class OurModel:
         return adamw(self.adapted, OPTIM)
 
     def train(self, clip: float | None = None) -> None:
-        self.adapted.train()
+        if not self.adapted.training:  # walking through all modules is no part of a step
+            self.adapted.train()
         total = torch.stack(list(self.module.losses(self.batch).values())).sum()
         self.optimizer.zero_grad()
         total.backward()

@@ -62,7 +62,8 @@ class RivalModel:
         return F.cross_entropy(self.scores(batch).float(), batch.labels)
 
     def train(self) -> None:
-        self.model.train()
+        if not self.model.training:  # walking through all modules is no part of a step
+            self.model.train()
         self.loss(self.batch).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -73,7 +74,8 @@ class RivalModel:
 
     @torch.inference_mode()
     def infer(self) -> Tensor:
-        self.model.eval()
+        if self.model.training:
+            self.model.eval()
         return self.scores(self.batch)
 
     def check(self) -> dict[str, Any]:
