@@ -120,26 +120,37 @@ def _adapter(sizes: Sizes, bottleneck: int, lowest: bool) -> list[Product]:
 
 def _fusion(sizes: Sizes, bottleneck: int, sources: int, lowest: bool) -> list[Product]:
     m, d, n, width = sizes.rows * sizes.tokens, sizes.hidden_size, sources, sources * bottleneck
-    forward = [
+    shared = [  # whatever the order of query and key
         Product(m, d, width, 2),  # x to z, g to the bottlenecks
-        Product(m, d, d, 3),  # q, g, o
         Product(m, width, d),  # p ⊙ z to the mean
+        Product(m, d, d),  # o
         Product(m, d, n),  # g·bu
         Product(m, n, d),  # Σ p bu
         Product(m, d, 1),  # q·bk
-    ]
-    backward = [
-        Product(d, m, d, 3, weight_gradient=True),  # of Wv, Wk, Wq
-        Product(m, d, d, 2),  # of the mean, and from g of q
+        # backward
+        Product(d, m, d, weight_gradient=True),  # of Wv
+        Product(m, d, d),  # of the mean
         Product(m, d, width),  # of p ⊙ z
         Product(m, width, d),  # of g
         Product(m, d, n),  # of p, through bu
         Product(m, n, d),  # of g, through bu
-        Product(m, 1, d),  # of q, through bk
+        Product(m, 1, d),  # of x or q, through bk
         Product(1, m, d, weight_gradient=True),  # of bk
     ]
-    through_x = [Product(m, width, d), Product(m, d, d)]  # of x: from z and from q
-    return forward + backward + ([] if lowest else through_x)
+    if m > d:  # Wk and Wq first
+        scoring = [
+            Product(d, d, d, 3),  # M = Wkᵀ Wq, and from its gradient those of both
+            Product(m, d, d),  # g
+            Product(d, m, d, weight_gradient=True),  # of M
+        ]
+    else:
+        scoring = [
+            Product(m, d, d, 2),  # q, g
+            Product(d, m, d, 2, weight_gradient=True),  # of Wq, Wk
+            Product(m, d, d),  # of q
+        ]
+    through_x = [Product(m, width, d), Product(m, d, d)]  # of x: from z, and from g or q
+    return shared + scoring + ([] if lowest else through_x)
 
 
 def _head(sizes: Sizes) -> list[Product]:

@@ -28,9 +28,13 @@ BERT_LARGE = Backbone("BERT-large", 24, 1024, 4096, 16)
 DECODER_7B = Backbone("a decoder of 7 billion parameters", 32, 4096, 11008, 32, gated=True)
 
 
-def folded(sources: int, bottleneck: int, hidden_size: int) -> int:
-    """Multiply-adds of our fusion in one layer, forward: six products, no loop over sources."""
-    return 3 * sources * bottleneck * hidden_size + 3 * hidden_size**2
+def folded(sources: int, bottleneck: int, hidden_size: int, tokens: int) -> float:
+    """Multiply-adds of our fusion in one layer and training step, forward: no loop over sources.
+
+    A batch of more tokens than D multiplies query and key first: D³ once a batch for D² a token.
+    """
+    square = 2 + hidden_size / tokens if tokens > hidden_size else 3
+    return 3 * sources * bottleneck * hidden_size + square * hidden_size**2
 
 
 def plain(sources: int, bottleneck: int, hidden_size: int) -> int:
@@ -65,13 +69,14 @@ def kept_adapter(bottleneck: int, hidden_size: int) -> int:
     return 2 * hidden_size + 2 + bottleneck
 
 
-def kept_folded(sources: int, bottleneck: int, hidden_size: int, lowest: bool = False) -> int:
-    """Floats that a slot with our fusion keeps: the second norm's input, x, q, the mean, z, p, and Wuᵀg.
+def kept_folded(sources: int, bottleneck: int, hidden_size: int, tokens: int, lowest: bool = False) -> int:
+    """Floats that a slot with our fusion keeps: the second norm's input, x, the mean, z, p, and Wuᵀg.
 
-    In the lowest slot z needs no gradient, so that Wuᵀg is not kept.
+    A batch of no more tokens than D keeps q as well. In the lowest slot z needs no gradient, so that Wuᵀg is
+    not kept.
     """
     wide = sources * bottleneck
-    return 4 * hidden_size + 2 + (1 if lowest else 2) * wide + sources
+    return (3 if tokens > hidden_size else 4) * hidden_size + 2 + (1 if lowest else 2) * wide + sources
 
 
 def kept_plain(sources: int, hidden_size: int) -> int:
@@ -90,15 +95,15 @@ def adapter_parameters(layers: int, hidden_size: int, bottleneck: int) -> int:
 
 
 def training_bytes(backbone: Backbone, sources: int, bottleneck: int, tokens: int) -> int:
-    """Bytes at the end of a later step's forward, above those after loading.
+    """Bytes at the turn of a later step from forward to backward, above those after loading.
 
     That is what is kept for backward, the optimizer's state, the gradients of the step before (Lightning drops
-    them between forward and backward) and Wv − I of the penalty. The lowest layer runs without a gradient up to
-    its slot. What comes and goes within one layer is left out: a few widths of the feed-forward.
+    them between forward and backward), Wv − I of the penalty, and the two gradients as wide as the feed-forward
+    that the uppermost layer holds at once. The lowest layer runs without a gradient up to its slot.
     """
     d, layers = backbone.hidden_size, backbone.layers
-    kept = (layers - 1) * (kept_frozen(backbone) + kept_folded(sources, bottleneck, d))
-    kept += kept_folded(sources, bottleneck, d, lowest=True)
+    kept = (layers - 1) * (kept_frozen(backbone) + kept_folded(sources, bottleneck, d, tokens))
+    kept += kept_folded(sources, bottleneck, d, tokens, lowest=True) + 2 * backbone.intermediate_size
     return FLOAT * (tokens * kept + (STATE + 1) * parameters(layers, d) + layers * d**2)
 
 
@@ -107,10 +112,10 @@ def on_paper(backbone: Backbone, sources: int, bottleneck: int, tokens: int) -> 
     d, layers = backbone.hidden_size, backbone.layers
     return {
         "multiply_adds_a_token_backbone": layers * frozen(backbone),
-        "multiply_adds_a_token_folded": layers * folded(sources, bottleneck, d),
+        "multiply_adds_a_token_folded": layers * folded(sources, bottleneck, d, tokens),
         "multiply_adds_a_token_plain": layers * plain(sources, bottleneck, d),
         "multiply_adds_a_token_merged": layers * merged(sources, bottleneck, d),
-        "bytes_kept_folded": FLOAT * tokens * layers * kept_folded(sources, bottleneck, d),
+        "bytes_kept_folded": FLOAT * tokens * layers * kept_folded(sources, bottleneck, d, tokens),
         "bytes_kept_plain": FLOAT * tokens * layers * kept_plain(sources, d),
         "bytes_kept_backbone": FLOAT * tokens * layers * kept_frozen(backbone),
         "parameters_trained": parameters(layers, d),
