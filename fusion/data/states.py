@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
+
+from fusion.data.cache import turn
 
 _ENDING = ".states"
 _SLICE = 1 << 24  # bytes that the checksum takes at a time
@@ -45,7 +46,7 @@ def kept_states(
     """
     path = path.with_name(path.name + _ENDING)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    with turn(path, wait=-1):  # for as long as it takes: a build may take long
         states = _read(path, shape, dtype)
         if states is None:
             _make_room(path.parent, _bytes(shape, dtype), limit)
@@ -75,10 +76,16 @@ def _read(path: Path, shape: tuple[int, int], dtype: str) -> NDArray[Any] | None
 
 
 def _write(path: Path, shape: tuple[int, int], dtype: str, build: Callable[[NDArray[Any]], None]) -> None:
+    for left in path.parent.glob(f".{path.name}.*.partial"):  # by who was killed: the turn is ours
+        left.unlink(missing_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        with partial.open("wb") as file:  # asked for at once: a full disk is an error here, not a crash later
-            os.posix_fallocate(file.fileno(), 0, _bytes(shape, dtype))
+        with partial.open("wb") as file:
+            if hasattr(
+                os, "posix_fallocate"
+            ):  # at once, so that a full disk is an error here, not a crash later
+                os.posix_fallocate(file.fileno(), 0, _bytes(shape, dtype))
+            file.truncate(_bytes(shape, dtype))
         states = np.memmap(partial, dtype, mode="r+", shape=shape)
         build(states)
         states.flush()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -96,3 +98,28 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         kept_states(tmp_path / "file" / "a", SHAPE, "float32", 10**6, Builder())
+
+
+def test_what_a_killed_build_left_is_gone(tmp_path: Path) -> None:
+    (tmp_path / ".a.states.0.partial").write_bytes(b"half")
+    assert kept_states(tmp_path / "a", SHAPE, "float32", 10**6, Builder())[5, 3] == 23
+    assert files(tmp_path) == {"a.states"}
+
+
+def test_who_waits_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(states: NDArray[Any]) -> None:
+        begun.set()
+        go_on.wait(10)
+        states[:] = 1.0
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(kept_states, tmp_path / "a", SHAPE, "float32", 10**6, slowly)
+        begun.wait(10)
+        second = pool.submit(kept_states, tmp_path / "a", SHAPE, "float32", 10**6, Builder())
+        while "another process is making" not in caplog.text:
+            time.sleep(0.01)
+        go_on.set()
+        assert first.result()[0, 0] == second.result()[0, 0] == 1.0
