@@ -26,6 +26,7 @@ from fusion.errors import TrainingError, UserError
 from fusion.model import AdaptedModel
 from fusion.store.artifacts import copy_into
 from fusion.training.callbacks import EpochLine, Guard
+from fusion.training.memory import keep_freed_memory
 from fusion.training.metrics import main_metric
 from fusion.training.module import TaskModule
 
@@ -80,6 +81,7 @@ def fit(
         UserError: the trainer's settings do not fit, among them those that leave nothing to evaluate.
     """
     assert config.task is not None
+    keep_freed_memory()
     splits = list(validation)
     monitor = main_metric(splits, config.task)
     if not config.resume:

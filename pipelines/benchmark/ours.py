@@ -31,6 +31,7 @@ from fusion.layers.heads import TaskHead
 from fusion.model import AdaptedModel
 from fusion.review.tracking import build_loggers
 from fusion.training.fit import make_trainer
+from fusion.training.memory import keep_freed_memory
 from fusion.training.module import TaskModule, adamw
 from pipelines.benchmark import floor, weights
 from pipelines.benchmark.cases import ADAPTER, CLIPPED, FLOOR, FULL, FUSION, INFER, LOOP, Case, Setup
@@ -290,4 +291,5 @@ def in_lightning(model: OurModel, setup: Setup, warmup: int, steps: int) -> floa
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as a training does
     serve(OurWorker())
