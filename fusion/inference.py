@@ -15,6 +15,7 @@ from fusion.config import TaskConfig
 from fusion.data.encode import EncodedRows
 from fusion.data.loaders import evaluation_loader
 from fusion.errors import UserError
+from fusion.memory import keep_freed_memory
 from fusion.model import AdaptedModel
 
 
@@ -32,20 +33,16 @@ class Predictions:
     tokens: int
 
 
-def device_of(accelerator: str, local_rank: int = 0) -> torch.device:
+def device_of(accelerator: str) -> torch.device:
     """`auto` takes a GPU where there is one; anything else is a device of torch's.
-
-    Args:
-        local_rank: which of this machine's devices of that kind.
 
     Raises:
         UserError: there is no such device.
     """
     if accelerator == "auto":
-        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = "cuda" if accelerator == "gpu" else accelerator
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+        device = torch.device("cuda" if accelerator == "gpu" else accelerator)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
@@ -64,6 +61,7 @@ def predict(
     tokens_per_batch: int | None = None,
 ) -> Predictions:
     """Scores of every row; batches are sorted by length and the results put back in order."""
+    keep_freed_memory()
     model = model.to(device).eval()
     started, tokens = time.monotonic(), 0
     places: list[Tensor] = []

@@ -153,6 +153,11 @@ class AdaptedModel(nn.Module):
             self._skippable = True
 
     @property
+    def prefix_width(self) -> int:
+        """W, the width of what `prefix_states` gives."""
+        return self._hidden_size * (2 if self.entry is not None and self.reads == "output" else 1)
+
+    @property
     def entry(self) -> str | None:
         """The lowest slot, below which nothing trains; None: no slot."""
         return self._current.entry

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from fusion.model import AdaptedModel
 log = logging.getLogger(__name__)
 
 _FORMAT = 1
-_BATCH = 32  # rows that are computed together: of no setting, so that a row's state is the same in every run
+_TOKENS = 4096  # that are computed together: of no setting, so that a row's state is the same in every run
 
 
 def keep_prefix(
@@ -40,6 +41,7 @@ def keep_prefix(
     fingerprint: str,
     device: torch.device,
     cache_dir: str | None = None,
+    once: bool = False,
 ) -> str | None:
     """Give every split its states and let the model start from them, where `config.cache` asks for it.
 
@@ -48,6 +50,7 @@ def keep_prefix(
         fingerprint: the backbone's.
         device: where the states are computed.
         cache_dir: where they are kept; None: the user's cache.
+        once: whether the run sees each row only once, so that it gains nothing itself.
 
     Returns:
         float32 or float16, or None where the model runs whole: asked for, or under `auto` because there
@@ -56,24 +59,38 @@ def keep_prefix(
     Raises:
         UserError: a cache that was asked for by name does not fit, cannot be written, or loses too much.
     """
-    asked = config.cache
-    splits = list(splits)
-    if asked == "off" or config.dropout or (asked == "auto" and _first_layer(model) == 0):
+    asked, splits = config.cache, list(splits)
+    if asked == "off" or config.dropout:
+        return None
+    if asked == "auto" and (_first_layer(model) == 0 or once):
         return None
     dtype = "float32" if asked == "auto" else asked
-    width = _width(model, splits[0], device)
+    width = model.prefix_width
     needed = sum(rows.tokens for rows in splits) * width * np.dtype(dtype).itemsize
     limit = int(config.cache_gb * 1e9)
-    room = f"backbone.cache: the frozen prefix of these rows takes {needed / 1e9:.1f} GB as {dtype}"
+    against = None
     if needed > limit:
-        message = f"{room}, more than backbone.cache_gb={config.cache_gb:g}"
+        against = (
+            f"the frozen prefix of these rows takes {needed / 1e9:.1f} GB as {dtype}, more than "
+            f"backbone.cache_gb={config.cache_gb:g}"
+        )
+    elif any(rows.pads_left for rows in splits):
+        against = "the tokenizer pads on the left, so that a row's prefix depends on the rows beside it"
+    if against is not None:
         if asked == "auto":
-            log.info("%s: computed anew in each epoch", message)
+            log.info("%s: it is computed anew in each epoch", against)
             return None
-        raise UserError(f"{message}\nRaise backbone.cache_gb, or say backbone.cache=off")
+        raise UserError(
+            f"backbone.cache={asked}: {against}\n"
+            + (
+                "Raise backbone.cache_gb, or say backbone.cache=off"
+                if needed > limit
+                else "Say backbone.cache=off"
+            )
+        )
     folder = (user_cache() if cache_dir is None else Path(cache_dir).expanduser()) / "prefix"
-    model.to(device)
     try:
+        model.to(device)
         states = [
             kept_states(
                 folder / _key(model, rows, fingerprint, dtype, device),
@@ -107,12 +124,6 @@ def _first_layer(model: AdaptedModel) -> int | None:
     return None if model.entry is None else int(model.entry.split(".")[0])
 
 
-def _width(model: AdaptedModel, rows: EncodedRows, device: torch.device) -> int:
-    batch = rows.batch([0])
-    model.to(device)
-    return model.prefix_states(*_inputs(batch, device)).shape[-1]
-
-
 def _inputs(batch: Any, device: torch.device) -> tuple[Any, ...]:
     batch = batch.to(device)
     return batch.input_ids, batch.attention_mask, batch.token_type_ids
@@ -126,10 +137,10 @@ def _build(model: AdaptedModel, rows: EncodedRows, states: NDArray[Any], device:
         model.entry or "the head",
     )
     largest = np.finfo(states.dtype).max
-    for batch in evaluation_loader(rows, _BATCH):
+    for batch in evaluation_loader(rows, batch_size=1, tokens_per_batch=_TOKENS):
         tokens, real = rows.places(batch.rows.tolist())
         values = model.prefix_states(*_inputs(batch, device)).float().cpu().numpy()[real]
-        if not np.abs(values).max() <= largest:
+        if states.dtype == np.float16 and np.abs(values).max() > largest:
             raise UserError(
                 f"backbone.cache={states.dtype}: a value of the frozen prefix is beyond its range\n"
                 "Say backbone.cache=float32, or backbone.cache=off"
@@ -146,8 +157,11 @@ def _key(model: AdaptedModel, rows: EncodedRows, fingerprint: str, dtype: str, d
         model.entry,
         model.reads,
         dtype,
-        _BATCH,
+        _TOKENS,
         torch.__version__,
+        version("transformers"),
+        getattr(getattr(model.backbone, "config", None), "_attn_implementation", None),
+        torch.get_float32_matmul_precision(),
         device.type,
         torch.cuda.get_device_name(device) if device.type == "cuda" else torch.get_num_threads(),
     ]

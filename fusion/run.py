@@ -29,6 +29,7 @@ NOT_IDENTITY = (
     "data.cache_dir",
     "data.workers",
     "backbone.gradient_checkpointing",
+    "backbone.cache_gb",
 )
 NOT_IDENTITY_TRAINER = (
     "accelerator",

@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
     "hub": {"errors"},
+    "memory": set(),
     "run": BASE,
     "layers": set(),
     "backbones": BASE | {"hub", "layers"},
@@ -40,12 +41,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "review": BASE,
     "entry": BASE | {"run", "store"},
     "build": BASE | {"layers", "backbones", "model", "store"},
-    "inference": BASE | {"model", "data"},
+    "inference": BASE | {"memory", "model", "data"},
     "prefix": BASE | {"model", "data"},
     "training": BASE
     | {
         "run",
         "hub",
+        "memory",
         "layers",
         "backbones",
         "model",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -48,11 +49,15 @@ def adapted(backbone: Backbone, layers: list[int], fusion: bool = False) -> Adap
     return AdaptedModel(backbone, fillings, "normed", TaskHead(32, 2, pooling="mean"))
 
 
-def kept(folder: Path, place: Path, layers: list[int], **settings: object) -> tuple[str | None, EncodedRows]:
+def kept(
+    folder: Path, place: Path, layers: list[int], once: bool = False, left: bool = False, **settings: object
+) -> tuple[str | None, EncodedRows]:
     rows = some_rows(folder, place)
+    rows._pad_left = left
     config = BackboneConfig(name_or_path="x", **settings)  # type: ignore[arg-type]
     backbone = load_backbone(str(folder))
-    given = keep_prefix(adapted(backbone, layers), [rows], config, backbone.fingerprint, CPU, str(place))
+    model = adapted(backbone, layers)
+    given = keep_prefix(model, [rows], config, backbone.fingerprint, CPU, str(place), once)
     return given, rows
 
 
@@ -67,12 +72,14 @@ def kept(folder: Path, place: Path, layers: list[int], **settings: object) -> tu
         ({"cache": "off"}, [2], None),
         ({"dropout": True}, [2], None),
         ({"cache_gb": 1e-9}, [2], None),
+        ({"once": True}, [2], None),  # its rows are seen only once
+        ({"once": True, "cache": "float32"}, [2], "float32"),
     ],
 )
 def test_when_it_is_kept(
     tiny_backbone: Path, tmp_path: Path, settings: dict[str, object], layers: list[int], expected: str | None
 ) -> None:
-    given, rows = kept(tiny_backbone, tmp_path, layers, **settings)
+    given, rows = kept(tiny_backbone, tmp_path, layers, **settings)  # type: ignore[arg-type]
     assert given == expected
     assert (rows.states is None) == (expected is None)
     if rows.states is not None:
@@ -92,6 +99,25 @@ def test_a_batch_brings_the_states_of_its_tokens(tiny_backbone: Path, tmp_path: 
     assert not batch.prefix[~real].any()
 
 
+def test_a_loaders_worker_maps_the_states_again(tiny_backbone: Path, tmp_path: Path) -> None:
+    rows = kept(tiny_backbone, tmp_path, [2])[1]
+    content = pickle.dumps(rows)
+    assert rows.states is not None and len(content) < rows.states.nbytes
+    there = pickle.loads(content)
+    assert isinstance(there.states, np.memmap) and np.array_equal(there.states, rows.states)
+    first, second = rows.batch([1, 2]).prefix, there.batch([1, 2]).prefix
+    assert first is not None and torch.equal(first, second)
+
+
+def test_a_states_width_is_known_beforehand(tiny_backbone: Path) -> None:
+    ids = torch.tensor([[2, 7, 3]])
+    for reads in ("normed", "output"):
+        for slots in ([], ["1.feedforward"], ["1.attention"]):
+            fillings = {slot: BottleneckAdapter(32, 4) for slot in slots}
+            model = AdaptedModel(load_backbone(str(tiny_backbone)), fillings, reads, TaskHead(32, 2))
+            assert model.prefix_states(ids, ids).shape[-1] == model.prefix_width
+
+
 def test_the_second_run_computes_nothing(
     tiny_backbone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -108,6 +134,8 @@ def test_the_second_run_computes_nothing(
 def test_a_cache_asked_for_by_name_is_kept_or_refused(tiny_backbone: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"backbone\.cache_gb=1e-09\nRaise backbone\.cache_gb"):
         kept(tiny_backbone, tmp_path, [2], cache="float32", cache_gb=1e-9)
+    with pytest.raises(UserError, match=r"pads on the left.*\nSay backbone\.cache=off"):
+        kept(tiny_backbone, tmp_path, [2], cache="float32", left=True)
     (tmp_path / "prefix").write_text("no folder")
     with pytest.raises(UserError, match=r"cannot be written .*\nGive another folder with data\.cache_dir"):
         kept(tiny_backbone, tmp_path, [2], cache="float32")

@@ -40,11 +40,14 @@ def keep(path: Path, content: bytes, cure: str) -> None:
 
 
 @contextlib.contextmanager
-def turn(path: Path, wait: float = 600.0) -> Iterator[None]:
+def turn(path: Path, wait: float = 600.0) -> Iterator[bool]:
     """Holds the making of `path`, so that of several processes that miss it one makes it and the others read it.
 
     Look for the file again inside. It only saves work: where there can be no lock, or whoever holds it is not
     done within `wait` seconds, everybody makes the file for himself. The system ends a dead process's lock.
+
+    Yields:
+        Whether the turn is really ours alone.
     """
     lock = FileLock(path.with_name(f"{path.name}.lock"))
     try:
@@ -59,7 +62,7 @@ def turn(path: Path, wait: float = 600.0) -> Iterator[None]:
     except (OSError, NotImplementedError):
         pass  # `keep` will say what is wrong with the folder; some network folders have no locks
     try:
-        yield
+        yield lock.is_locked
     finally:
         if lock.is_locked:
             # Before it is released. Who waits for this very file gets it and finds what was made.

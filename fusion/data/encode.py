@@ -114,6 +114,23 @@ class EncodedRows:
         self.key = key
         self.states: NDArray[np.floating] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a loader's worker: states on disk are mapped there again, not copied."""
+        state = dict(self.__dict__)
+        if isinstance(self.states, np.memmap):
+            state["states"] = (str(self.states.filename), self.states.dtype.str, self.states.shape)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if isinstance(self.states, tuple):
+            filename, dtype, shape = self.states
+            self.states = np.memmap(filename, dtype, mode="r", shape=shape)
+
+    @property
+    def pads_left(self) -> bool:
+        return self._pad_left
+
     @property
     def tokens(self) -> int:
         """Tokens of all rows, padding left out."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 import uuid
 import zlib
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from fusion.data.cache import turn
 
 _ENDING = ".states"
+_DAY = 86_400.0  # seconds without a written page: whoever made it is gone
 _SLICE = 1 << 24  # bytes that the checksum takes at a time
 
 log = logging.getLogger(__name__)
@@ -46,14 +48,17 @@ def kept_states(
     """
     path = path.with_name(path.name + _ENDING)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with turn(path, wait=-1):  # for as long as it takes: a build may take long
-        states = _read(path, shape, dtype)
-        if states is None:
-            _make_room(path.parent, _bytes(shape, dtype), limit)
-            _write(path, shape, dtype, build)
+    states = _read(path, shape, dtype)
+    if states is None:
+        with turn(path, wait=-1) as alone:  # for as long as it takes: a build may take long
             states = _read(path, shape, dtype)
             if states is None:
-                raise OSError(f"{path} is not what was written to it")
+                if alone:
+                    _remove_leftovers(path)
+                _make_room(path.parent, _bytes(shape, dtype), limit)
+                _write(path, shape, dtype, build)
+                states = np.memmap(path, dtype, mode="r", shape=shape)
+    with contextlib.suppress(OSError):  # somebody else's file may be read all the same
         os.utime(path)  # used now: the last to make room
     return states
 
@@ -76,8 +81,6 @@ def _read(path: Path, shape: tuple[int, int], dtype: str) -> NDArray[Any] | None
 
 
 def _write(path: Path, shape: tuple[int, int], dtype: str, build: Callable[[NDArray[Any]], None]) -> None:
-    for left in path.parent.glob(f".{path.name}.*.partial"):  # by who was killed: the turn is ours
-        left.unlink(missing_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with partial.open("wb") as file:
@@ -89,7 +92,8 @@ def _write(path: Path, shape: tuple[int, int], dtype: str, build: Callable[[NDAr
         states = np.memmap(partial, dtype, mode="r+", shape=shape)
         build(states)
         states.flush()
-        with partial.open("ab") as file:
+        with partial.open("r+b") as file:
+            file.seek(0, os.SEEK_END)
             file.write(_checksum(states).to_bytes(4, "little"))
             os.fsync(file.fileno())
         del states
@@ -105,11 +109,26 @@ def _checksum(states: NDArray[Any]) -> int:
     return value
 
 
+def _remove_leftovers(path: Path) -> None:
+    """What a process left that was killed while it made this very file."""
+    for left in path.parent.glob(f".{path.name}.*.partial"):
+        left.unlink(missing_ok=True)
+
+
 def _make_room(folder: Path, needed: int, limit: int) -> None:
     """Remove the longest unused files until the new one fits. Who has one open keeps what it maps."""
-    files = sorted((file.stat().st_mtime, file.stat().st_size, file) for file in folder.glob(f"*{_ENDING}"))
-    there = sum(size for _, size, _ in files)
-    for _, size, file in files:
+    there, files = 0, []
+    for file in [*folder.glob(f"*{_ENDING}"), *folder.glob(f".*{_ENDING}.*.partial")]:
+        with contextlib.suppress(OSError):  # another process removed it just now
+            status = file.stat()
+            left_over = file.suffix == ".partial"
+            if left_over and time.time() - status.st_mtime > _DAY:
+                file.unlink()
+                continue
+            there += status.st_size
+            if not left_over:  # else another process is making it
+                files.append((status.st_mtime, status.st_size, file))
+    for _, size, file in sorted(files):
         if there + needed <= limit:
             break
         with contextlib.suppress(OSError):

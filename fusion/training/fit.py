@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,10 @@ from fusion.config import StageConfig, TrainerConfig
 from fusion.data.encode import EncodedRows
 from fusion.data.loaders import evaluation_loader, training_loader
 from fusion.errors import TrainingError, UserError
+from fusion.memory import keep_freed_memory
 from fusion.model import AdaptedModel
 from fusion.store.artifacts import copy_into
 from fusion.training.callbacks import EpochLine, Guard
-from fusion.training.memory import keep_freed_memory
 from fusion.training.metrics import main_metric
 from fusion.training.module import TaskModule
 
@@ -65,7 +66,7 @@ def fit(
     loss_weights: dict[str, float],
     loggers: list[Logger],
     checkpoints: Path,
-    prefix: str | None = None,
+    prepare: Callable[[torch.device], str | None] = lambda device: None,
 ) -> Fit:
     """Train until the epochs or the patience end, and leave the best epoch's weights in the model.
 
@@ -73,7 +74,8 @@ def fit(
         validation: by split name; the first split's first metric picks the best epoch.
         loss_weights: of the named terms that the model adds to the loss.
         checkpoints: where an interrupted training is taken up again.
-        prefix: the type of the states that the rows bring along, see `fusion.prefix`; None: they bring none.
+        prepare: is called with the device before anything runs there; gives the type of the states that the rows
+            bring along from then on, see `fusion.prefix`, or None.
 
     Raises:
         GuardError: something else than the declared parameters would train, or did.
@@ -115,6 +117,7 @@ def fit(
         "workers": config.data.workers,
         "tokens_per_batch": config.data.tokens_per_batch,
     }
+    prefix = prepare(trainer.strategy.root_device)
     module = TaskModule(model, config.task, config.optim, loss_weights, splits, prefix)
     evaluation = [evaluation_loader(rows, config.data.batch_size, **loading) for rows in validation.values()]
     last = checkpoints / "last.ckpt"

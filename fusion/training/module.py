@@ -150,8 +150,8 @@ class TaskModule(lightning.LightningModule):
         if checkpoint["prefix"] != self.prefix:  # the same up to rounding, but not the same run
             raise UserError(
                 f"the run began with backbone.cache={checkpoint['prefix'] or 'off'} and would go on with "
-                f"{self.prefix or 'off'}: the room on the disk, or backbone.cache_gb, changed.\n"
-                "Make it what it was, or begin anew with resume=false"
+                f"{self.prefix or 'off'}: the disk, data.cache_dir or backbone.cache_gb is not what it was.\n"
+                "Make it so again, or begin anew with resume=false"
             )
         self.history = list(checkpoint["history"])
         self.rows_seen, self.tokens_seen = checkpoint["seen"]

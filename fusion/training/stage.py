@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import platform
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
+
+import torch
 
 from fusion import __version__
 from fusion.backbones.compiling import compile_layers
@@ -19,7 +20,6 @@ from fusion.config import StageConfig
 from fusion.data.encode import EncodedRows, encode, load_tokenizer
 from fusion.data.rows import evaluation_splits, load_rows
 from fusion.entry import Entry, result_of
-from fusion.inference import device_of
 from fusion.model import AdaptedModel
 from fusion.prefix import keep_prefix
 from fusion.review.tracking import build_loggers, finish, log_lineage, log_result
@@ -96,15 +96,19 @@ def train_and_store(
         tags=_tags(config, method),
         config_values=run.config,
     )
-    exit_code = 1
-    try:
-        device = device_of(config.trainer.accelerator, int(os.environ.get("LOCAL_RANK", "0")))
+
+    def prepare(device: torch.device) -> str | None:
         splits = [rows.training, *rows.validation.values()]
+        once = bool(config.trainer.fast_dev_run) or config.trainer.max_epochs == 1
         prefix = keep_prefix(
-            model, splits, config.backbone, backbone.fingerprint, device, config.data.cache_dir
+            model, splits, config.backbone, backbone.fingerprint, device, config.data.cache_dir, once
         )
         if config.compile:  # after the prefix, which is computed once and not worth it
             compile_layers(backbone.family.layer_list(backbone.model))
+        return prefix
+
+    exit_code = 1
+    try:
         fitted = fit(
             config,
             model,
@@ -113,7 +117,7 @@ def train_and_store(
             loss_weights or {},
             loggers,
             entry.checkpoints,
-            prefix=prefix,
+            prepare=prepare,
         )
         if not run.rank_zero:
             return {}

@@ -44,7 +44,7 @@ def plain(sources: int, bottleneck: int, hidden_size: int) -> int:
 
 def merged(sources: int, bottleneck: int, hidden_size: int) -> int:
     """The same of our inference, with the D × D products folded into the adapters."""
-    return 3 * sources * bottleneck * hidden_size + sources * hidden_size
+    return 3 * sources * bottleneck * hidden_size + 2 * sources * hidden_size
 
 
 def frozen(backbone: Backbone) -> int:

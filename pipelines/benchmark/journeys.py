@@ -24,7 +24,7 @@ def epoch(session: Session) -> Report:
     """One epoch of each task through our commands and through the rival's example; later epochs without the lower half.
 
     Seconds are those of training alone, from the first batch to the last, and of the evaluation after it, in
-    both; loading, tokenising and starting are in neither. Ours write a checkpoint besides.
+    both; loading, tokenising and starting are in neither. Both write a checkpoint.
     """
     settings = session.config.epoch
     programs = Programs(session)

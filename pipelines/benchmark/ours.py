@@ -28,10 +28,10 @@ from fusion.layers.bank import AdapterBank
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.filling import Filling
 from fusion.layers.heads import TaskHead
+from fusion.memory import keep_freed_memory
 from fusion.model import AdaptedModel
 from fusion.review.tracking import build_loggers
 from fusion.training.fit import make_trainer
-from fusion.training.memory import keep_freed_memory
 from fusion.training.module import TaskModule, adamw
 from pipelines.benchmark import floor, weights
 from pipelines.benchmark.cases import ADAPTER, CLIPPED, FLOOR, FULL, FUSION, INFER, LOOP, Case, Setup

@@ -133,6 +133,9 @@ class Programs:
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGTERM)
+                    _wait(process, 30.0)
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
         if late or process.returncode != 0:
             what = (

@@ -50,7 +50,7 @@ class RivalModel:
         self.batch = token_batch(*shape, device=setup.device)
         self.padded = token_batch(*shape, device=setup.device, padded=True)
         training = [p for p in [*self.model.parameters(), *self.head.parameters()] if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(training, lr=1e-4)
+        self.optimizer = torch.optim.AdamW(training, lr=1e-4, weight_decay=0.0, fused=True)
 
     def scores(self, batch: TokenBatch) -> Tensor:
         """(B, K): the mean of the real tokens, then a linear layer, as our head."""

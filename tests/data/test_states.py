@@ -106,6 +106,29 @@ def test_what_a_killed_build_left_is_gone(tmp_path: Path) -> None:
     assert files(tmp_path) == {"a.states"}
 
 
+def test_what_others_are_making_counts_and_what_is_old_goes(tmp_path: Path) -> None:
+    limit = 3 * (BYTES + 4) + 10
+    kept_states(tmp_path / "a", SHAPE, "float32", limit, Builder())
+    for name in (".b.states.1.partial", ".c.states.2.partial"):
+        (tmp_path / name).write_bytes(b"x" * (BYTES + 4))
+    kept_states(tmp_path / "d", SHAPE, "float32", limit, Builder())  # a has to go
+    assert files(tmp_path) == {"d.states", ".b.states.1.partial", ".c.states.2.partial"}
+    os.utime(tmp_path / ".b.states.1.partial", (1, 1))
+    kept_states(tmp_path / "e", SHAPE, "float32", limit, Builder())
+    assert files(tmp_path) == {"d.states", "e.states", ".c.states.2.partial"}
+
+
+def test_somebody_elses_file_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    build = Builder()
+    kept_states(tmp_path / "a", SHAPE, "float32", 10**6, build)
+    monkeypatch.setattr(os, "utime", refuse)
+    assert kept_states(tmp_path / "a", SHAPE, "float32", 10**6, build)[5, 3] == 23
+    assert build.calls == 1
+
+
 def test_who_waits_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     begun, go_on = threading.Event(), threading.Event()
