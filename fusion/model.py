@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fusion.backbones.checkpointing import recompute_in_backward
 from fusion.backbones.load import Backbone, hash_tensors
 from fusion.backbones.prefix import make_skippable
-from fusion.backbones.slots import CurrentBatch, EntryReached, PostNormSlot
+from fusion.backbones.slots import CurrentBatch, EntryReached, PostNormSlot, layer_and_site
 from fusion.layers.filling import BatchContext, Filling, Recorder
 from fusion.layers.heads import TaskHead
 
@@ -166,8 +166,8 @@ class AdaptedModel(nn.Module):
         order = list(self._family.sites)
 
         def place(slot: str) -> tuple[int, int]:
-            layer, _, site = slot.partition(".")
-            return int(layer), order.index(site)
+            layer, site = layer_and_site(slot)
+            return layer, order.index(site)
 
         return min(slots, key=place, default=None)
 
@@ -178,8 +178,8 @@ class AdaptedModel(nn.Module):
         """
         for module in list(self.backbone.modules()):
             if isinstance(module, PostNormSlot):
-                layer, _, site = module.name.partition(".")
-                sites = cast(nn.ModuleDict, self.fillings[layer])
+                layer, site = layer_and_site(module.name)
+                sites = cast(nn.ModuleDict, self.fillings[str(layer)])
                 sites[site] = cast(Filling, sites[site]).merged()
                 module.fill(cast(Filling, sites[site]))
         return self.eval()

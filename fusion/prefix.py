@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fusion.backbones.slots import layer_and_site
 from fusion.config import BackboneConfig
 from fusion.data.cache import user_cache
 from fusion.data.encode import EncodedRows
@@ -68,26 +69,17 @@ def keep_prefix(
     width = model.prefix_width
     needed = sum(rows.tokens for rows in splits) * width * np.dtype(dtype).itemsize
     limit = int(config.cache_gb * 1e9)
-    against = None
     if needed > limit:
-        against = (
+        why = (
             f"the frozen prefix of these rows takes {needed / 1e9:.1f} GB as {dtype}, more than "
             f"backbone.cache_gb={config.cache_gb:g}"
         )
-    elif any(rows.pads_left for rows in splits):
-        against = "the tokenizer pads on the left, so that a row's prefix depends on the rows beside it"
-    if against is not None:
-        if asked == "auto":
-            log.info("%s: it is computed anew in each epoch", against)
-            return None
-        raise UserError(
-            f"backbone.cache={asked}: {against}\n"
-            + (
-                "Raise backbone.cache_gb, or say backbone.cache=off"
-                if needed > limit
-                else "Say backbone.cache=off"
-            )
-        )
+        _go_without(asked, why, "Raise backbone.cache_gb, or say backbone.cache=off")
+        return None
+    if any(rows.pads_left for rows in splits):
+        why = "the tokenizer pads on the left, so that a row's prefix depends on the rows beside it"
+        _go_without(asked, why, "Say backbone.cache=off")
+        return None
     folder = (user_cache() if cache_dir is None else Path(cache_dir).expanduser()) / "prefix"
     try:
         model.to(device)
@@ -102,15 +94,9 @@ def keep_prefix(
             for rows in splits
         ]
     except OSError as error:
-        if asked == "auto":
-            log.warning(
-                "%s cannot be written (%s): the frozen prefix is computed anew in each epoch", folder, error
-            )
-            return None
-        raise UserError(
-            f"backbone.cache={asked}: {folder} cannot be written ({error})\n"
-            "Give another folder with data.cache_dir=DIR, or say backbone.cache=off"
-        ) from error
+        cure = "Give another folder with data.cache_dir=DIR, or say backbone.cache=off"
+        _go_without(asked, f"{folder} cannot be written ({error})", cure, error)
+        return None
     finally:
         model.to("cpu")
     for rows, array in zip(splits, states, strict=True):
@@ -119,9 +105,20 @@ def keep_prefix(
     return dtype
 
 
+def _go_without(asked: str, why: str, cure: str, error: OSError | None = None) -> None:
+    """What `auto` may do where there can be no cache, and one that was asked for by name may not."""
+    if asked != "auto":
+        raise UserError(f"backbone.cache={asked}: {why}\n{cure}") from error
+    log.log(
+        logging.INFO if error is None else logging.WARNING,
+        "%s: the frozen prefix is computed anew in each epoch",
+        why,
+    )
+
+
 def _first_layer(model: AdaptedModel) -> int | None:
     """The layer of the lowest slot; None: no slot, all is prefix."""
-    return None if model.entry is None else int(model.entry.split(".")[0])
+    return None if model.entry is None else layer_and_site(model.entry)[0]
 
 
 def _inputs(batch: Any, device: torch.device) -> tuple[Any, ...]:

@@ -35,6 +35,11 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def python_path() -> str:
+    """PYTHONPATH with the project in front, for a program that is started anywhere."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def call(module: str, overrides: list[str], without: tuple[str, ...] = ()) -> float:
     """Run a command with its output shown, and give its seconds.
 
@@ -46,7 +51,7 @@ def call(module: str, overrides: list[str], without: tuple[str, ...] = ()) -> fl
     """
     say("$ " + shlex.join(["python", "-m", module, *overrides]))
     environment = {key: value for key, value in os.environ.items() if key not in without}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
+    environment["PYTHONPATH"] = python_path()
     before = signal.signal(signal.SIGTERM, _terminate)
     start = time.monotonic()
     try:

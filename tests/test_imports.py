@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "entry": BASE | {"run", "store"},
     "build": BASE | {"layers", "backbones", "model", "store"},
     "inference": BASE | {"memory", "model", "data"},
-    "prefix": BASE | {"model", "data"},
+    "prefix": BASE | {"backbones", "model", "data"},
     "training": BASE
     | {
         "run",

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fusion.backbones.families import Family
-from fusion.backbones.slots import CurrentBatch
+from fusion.backbones.slots import CurrentBatch, layer_and_site
 
 
 class Skippable(nn.Module):
@@ -53,8 +53,7 @@ def make_skippable(model: nn.Module, family: Family, hidden_size: int, current: 
 def _below(model: nn.Module, family: Family, entry: str | None) -> Iterator[tuple[str, int]]:
     present = {name for name, _ in model.named_modules()}
     yield from ((path, 1) for path in family.stem if path in present)
-    count = len(family.layer_list(model))
-    layer, site = (count, "") if entry is None else (int(entry.split(".")[0]), entry.split(".")[1])
+    layer, site = (len(family.layer_list(model)), "") if entry is None else layer_and_site(entry)
     yield from ((f"{family.layers}.{number}", 1) for number in range(layer))
     if entry is not None:
         yield from (

@@ -14,6 +14,12 @@ from torch import Tensor, nn
 from fusion.layers.filling import BatchContext, Filling
 
 
+def layer_and_site(slot: str) -> tuple[int, str]:
+    """`4.feedforward` -> (4, "feedforward")."""
+    layer, _, site = slot.partition(".")
+    return int(layer), site
+
+
 class CurrentBatch:
     """What the model hands to all its slots before the backbone runs.
 

@@ -216,7 +216,7 @@ def encode(
     arrays = _read(path)
     if arrays is None:
         with turn(path):
-            arrays = _read(path) if path.is_file() else None
+            arrays = _read(path)
             if arrays is None:
                 log.info("tokenising %d rows, once", len(rows))
                 arrays = _tokenize(rows, tokenizer, max_length)

@@ -73,9 +73,7 @@ class AdapterFusion(Filling):
         z = self.bank.bottlenecks(x)
         g, same = self._scoring(x)
         scores = self.bank.inner_products(g, z)
-        if self.training:
-            # The same for every n, so the softmax drops it, unless dropout acts on the scores. It
-            # stays in training all the same: without it bk would get no gradient, and DDP raises.
+        if same is not None:
             scores = scores + same
         p = masked_softmax(self.dropout(scores) / self.temperature, self.bank.on(batch.sources_on))
         if batch.record is not None:
@@ -83,15 +81,20 @@ class AdapterFusion(Filling):
         mixed = self.bank.weighted_sum(p, z)
         return mixed if self.value is None else self.value(mixed)
 
-    def _scoring(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x: (B, T, D) -> g: (B, T, D) and bk·q: (B, T, 1), of which the scores g·u_n + bk·q are made."""
+    def _scoring(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x: (B, T, D) -> g: (B, T, D) and in training bk·q: (B, T, 1): the scores are g·u_n + bk·q.
+
+        bk·q is the same for every n, so the softmax drops it, unless dropout acts on the scores. It
+        stays in training all the same: without it bk would get no gradient, and DDP raises.
+        """
         query, key = self.query, self.key
         if x.shape[:-1].numel() <= x.shape[-1]:
             q = query(x)
-            return q @ key.weight, (q @ key.bias).unsqueeze(-1)
+            return q @ key.weight, (q @ key.bias).unsqueeze(-1) if self.training else None
         g = F.linear(x, key.weight.T @ query.weight, query.bias @ key.weight)
-        same = x @ (key.bias @ query.weight) + query.bias @ key.bias
-        return g, same.unsqueeze(-1)
+        if not self.training:
+            return g, None
+        return g, (x @ (key.bias @ query.weight) + query.bias @ key.bias).unsqueeze(-1)
 
     def merged(self) -> MergedFusion:
         """The same for inference, up to rounding, without a product of size D × D."""

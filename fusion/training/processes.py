@@ -136,7 +136,7 @@ def _start(program: list[str], job: Path, directory: Path, rank: int, ranks: int
     environment.setdefault("MASTER_ADDR", "127.0.0.1")
     environment.setdefault("MASTER_PORT", _free_port(job.parent))
     environment.setdefault("NODE_RANK", "0")
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // ranks)))
     environment.update({JOB: str(job), "LOCAL_RANK": str(rank)})
     # A session of its own: a Ctrl-C reaches this process alone, which then stops the ranks.
     if rank == 0:
@@ -152,7 +152,8 @@ def _start(program: list[str], job: Path, directory: Path, rank: int, ranks: int
         )
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 
 from fusion.errors import UserError
+from fusion.training.processes import cores
 
 SUITES = ("train", "infer", "scale", "memory", "epoch", "startup", "ddp")
 # Rounds of a suite where none are asked for: an epoch takes minutes, a step a second.
@@ -108,10 +108,3 @@ class BenchmarkConfig:
 
     def thread_count(self) -> int:
         return self.threads or cores()
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -10,8 +10,9 @@ from typing import Any
 
 from pipelines.benchmark.programs import Outcome, Programs
 from pipelines.benchmark.report import Report
-from pipelines.benchmark.session import RIVAL, Session, say
+from pipelines.benchmark.session import RIVAL, Session
 from pipelines.benchmark.verdicts import Figure, Target, ratio
+from pipelines.commands import say
 
 ONE_STEP = ("trainer.max_epochs=1", "trainer.limit_train_batches=1", "trainer.limit_val_batches=1")
 # Every step is logged and every line written, so that the file says when the first step was done.

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipelines.benchmark.config import cores
+from fusion.training.processes import cores
 
 PACKAGES = ("torch", "transformers", "pytorch-lightning", "numpy")
 

@@ -93,8 +93,7 @@ class OurModel:
     def _inference_model(self) -> nn.Module:
         """With its weights folded, which is done once, when a model is loaded, and not for every batch."""
         if self._merged is None:
-            self.adapted.eval()
-            self._merged = getattr(self.adapted, "merged", lambda: self.adapted)().eval()
+            self._merged = self.adapted.merged()
         return self._merged
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from fusion.run import write_json
 from pipelines.benchmark.config import BenchmarkConfig
-from pipelines.benchmark.session import Timings, say
+from pipelines.benchmark.session import Timings
 from pipelines.benchmark.verdicts import Figure, spread
+from pipelines.commands import say
 
 
 @dataclass

@@ -17,6 +17,7 @@ from pipelines.benchmark.cases import Case, Setup
 from pipelines.benchmark.config import BenchmarkConfig
 from pipelines.benchmark.errors import BenchmarkError
 from pipelines.benchmark.workers import WorkerProcess
+from pipelines.commands import say
 
 OURS, RIVAL = "ours", "rival"
 MODULES = {OURS: "pipelines.benchmark.ours", RIVAL: "pipelines.benchmark.rival"}
@@ -196,7 +197,3 @@ class Session:
     def peak(self, who: str, case: Case) -> int:
         """Most bytes of tensors in a step, above those after loading."""
         return int(self.worker(who).ask("peak", case=case.as_json())["bytes"])
-
-
-def say(text: str) -> None:
-    print(text, flush=True)

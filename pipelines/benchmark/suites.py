@@ -8,7 +8,8 @@ from pathlib import Path
 from pipelines.benchmark import journeys, machine, scale, steps
 from pipelines.benchmark.config import BenchmarkConfig
 from pipelines.benchmark.report import Report, finish
-from pipelines.benchmark.session import Session, say
+from pipelines.benchmark.session import Session
+from pipelines.commands import say
 
 SUITES: dict[str, Callable[[Session], Report]] = {
     "train": steps.train,

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 REACHED, NOT_REACHED = "reached", "not reached"
 TOO_NOISY, TOO_FEW = "too noisy: no verdict", "one round: no verdict"
 
 
-def quantile(values: Sequence[float], share: float) -> float:
-    """The value below which `share` of the values lie, interpolated between neighbours."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    below = math.floor(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
-
-
 def spread(values: Sequence[float]) -> float:
     """Distance of the quartiles, as a part of the median."""
-    return (quantile(values, 0.75) - quantile(values, 0.25)) / statistics.median(values)
+    low, high = np.quantile(values, (0.25, 0.75))
+    return float(high - low) / statistics.median(values)
 
 
 def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.benchmark.errors import BenchmarkError
-from pipelines.commands import ROOT
+from pipelines.commands import python_path
 
 CLOSING_SECONDS = 10.0
 
@@ -20,9 +20,8 @@ CLOSING_SECONDS = 10.0
 def worker_environment(threads: int) -> dict[str, str]:
     """This process's environment, with the thread count said to every library that has one of its own."""
     more = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    return os.environ | more | quiet | {"PYTHONPATH": path}
+    return os.environ | more | quiet | {"PYTHONPATH": python_path()}
 
 
 class WorkerProcess:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusion.data.batches import LengthBatches, Plan, SortedBatches, TokenBatches
+from fusion.data.batches import EpochBatches, LengthBatches, Plan, SortedBatches, TokenBatches
 
 LENGTHS = np.random.RandomState(0).geometric(0.05, 1000) + 3
 
@@ -38,13 +38,16 @@ def test_an_epoch_has_each_row_once(rows, size, epoch):
     )
 
 
+def order_of(sampler: EpochBatches, epoch: int) -> list[list[int]]:
+    sampler.set_epoch(5)  # what was before does not matter
+    list(sampler)
+    sampler.set_epoch(epoch)
+    return [plan.rows for plan in sampler]
+
+
 def test_the_order_is_a_function_of_seed_and_epoch():
     def order(seed: int, epoch: int) -> list[list[int]]:
-        sampler = LengthBatches(LENGTHS, 32, seed)
-        sampler.set_epoch(5)  # what was before does not matter
-        list(sampler)
-        sampler.set_epoch(epoch)
-        return [plan.rows for plan in sampler]
+        return order_of(LengthBatches(LENGTHS, 32, seed), epoch)
 
     assert order(1, 2) == order(1, 2)
     assert order(1, 2) != order(1, 3)
@@ -202,11 +205,7 @@ def test_any_rows_by_tokens(rows, tokens, seed, epochs, world_size, choices):
 
 def test_the_order_by_tokens_is_a_function_of_seed_and_epoch():
     def order(seed: int, epoch: int) -> list[list[int]]:
-        sampler = TokenBatches(LENGTHS, None, 1024, seed)
-        sampler.set_epoch(5)
-        list(sampler)
-        sampler.set_epoch(epoch)
-        return [plan.rows for plan in sampler]
+        return order_of(TokenBatches(LENGTHS, None, 1024, seed), epoch)
 
     assert order(1, 2) == order(1, 2)
     assert order(1, 2) != order(1, 3)
