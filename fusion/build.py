@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from torch import nn
 
 from fusion.backbones.load import Backbone
-from fusion.config import AdapterConfig, CompositionConfig, HeadConfig, SameBackboneConfig, TaskConfig
+from fusion.backbones.slots import layer_and_site
+from fusion.backbones.tuning import Tuning, bitfit, full, lora
+from fusion.config import (
+    AdapterConfig,
+    CompositionConfig,
+    HeadConfig,
+    MethodConfig,
+    SameBackboneConfig,
+    TaskConfig,
+)
 from fusion.errors import UserError
 from fusion.layers.attention import AdapterFusion
 from fusion.layers.bank import AdapterBank
@@ -17,7 +28,9 @@ from fusion.layers.heads import TaskHead
 from fusion.layers.mixtures import MeanMixture, StaticMixture
 from fusion.model import AdaptedModel
 from fusion.store.artifacts import Artifact, copy_into, load, load_by_hash
-from fusion.store.manifest import Manifest, check_backbone, check_sources
+from fusion.store.manifest import MANIFEST, WEIGHTS, Manifest, check_backbone, check_sources
+
+Settings = TypeVar("Settings")
 
 
 def selected_layers(layers: Any, count: int, key: str) -> list[int]:
@@ -43,10 +56,40 @@ def selected_layers(layers: Any, count: int, key: str) -> list[int]:
     return sorted(layers)
 
 
+def kept_layers(layers: Any, drop: str | None, count: int, group: str) -> list[int]:
+    """The layers that `layers` selects, without those that `specialized:N` drops.
+
+    Raises:
+        UserError: none is left; `group` is where the settings stand.
+    """
+    selected = selected_layers(layers, count, f"{group}.layers")
+    if drop is None or drop == "robust":
+        return selected
+    first = int(drop.removeprefix("specialized:"))
+    kept = [layer for layer in selected if layer >= first]
+    if not kept:
+        raise UserError(
+            f"{group}.drop={drop}: no layer is left of {selected}; expected specialized:1 to specialized:{selected[-1]}"
+        )
+    return kept
+
+
 def adapter_fillings(config: AdapterConfig, backbone: Backbone) -> dict[str, Filling]:
-    """A fresh adapter for each slot of the placement, by slot name."""
-    return {
-        f"{layer}.{site}": BottleneckAdapter(
+    """A fresh adapter for each slot of the placement, by slot name; `shared` puts one into all layers.
+
+    Raises:
+        UserError: the backbone's family has no such site.
+    """
+    there = backbone.family.sites
+    missing = [site for site in config.sites if site not in there]
+    if missing:
+        raise UserError(
+            f"adapter={config.name}: backbone {backbone.name_or_path} ({backbone.family.name}) has no place "
+            f"{missing[0]}; expected adapter.sites among {', '.join(there)}"
+        )
+
+    def fresh() -> BottleneckAdapter:
+        return BottleneckAdapter(
             hidden_size=backbone.hidden_size,
             bottleneck_size=config.size_for(backbone.hidden_size),
             nonlinearity=config.nonlinearity,
@@ -54,9 +97,24 @@ def adapter_fillings(config: AdapterConfig, backbone: Backbone) -> dict[str, Fil
             dropout=config.dropout,
             init=config.init,
         )
-        for layer in selected_layers(config.layers, backbone.layers, "adapter.layers")
-        for site in config.sites
-    }
+
+    fillings: dict[str, Filling] = {}
+    shared = {site: fresh() for site in config.sites} if config.shared else {}
+    for layer in kept_layers(config.layers, config.drop, backbone.layers, "adapter"):
+        for site in config.sites:
+            fillings[f"{layer}.{site}"] = shared.get(site) or fresh()
+    return fillings
+
+
+def tuning_of(config: MethodConfig, backbone: Backbone) -> Tuning | None:
+    """What of the backbone itself a method trains; None: nothing. LoRA changes the backbone in place."""
+    if config.name == "full":
+        return full(backbone.model)
+    if config.name == "bitfit":
+        return bitfit(backbone.model)
+    if config.name == "lora":
+        return lora(backbone.model, config.rank, config.alpha, config.dropout, config.targets)
+    return None
 
 
 def stored_adapters(artifact: Artifact) -> dict[str, BottleneckAdapter]:
@@ -64,19 +122,37 @@ def stored_adapters(artifact: Artifact) -> dict[str, BottleneckAdapter]:
     settings = artifact.manifest.adapter
     assert settings is not None
     adapters: dict[str, BottleneckAdapter] = {}
+    shared: dict[str, BottleneckAdapter] = {}
     for slot, bottleneck_size in settings["bottleneck_sizes"].items():
-        adapters[slot] = BottleneckAdapter(
+        site = layer_and_site(slot)[1]
+        adapters[slot] = shared.get(site) or BottleneckAdapter(
             hidden_size=artifact.manifest.backbone["hidden_size"],
             bottleneck_size=bottleneck_size,
             nonlinearity=settings["nonlinearity"],
             scaling=settings["scaling"],
             dropout=settings["dropout"],
         )
-    state = {
-        f"{slot}.{name}": p for slot, adapter in adapters.items() for name, p in adapter.named_parameters()
-    }
-    copy_into(state, artifact.weights, artifact.path / "weights.safetensors")
+        if settings.get("shared", False):
+            shared[site] = adapters[slot]
+    copy_into(filling_state(adapters), artifact.weights, artifact.path / WEIGHTS)
     return adapters
+
+
+def _settings(schema: type[Settings], values: Mapping[str, Any], artifact: Artifact, key: str) -> Settings:
+    try:
+        return schema(**values)
+    except (TypeError, UserError) as error:
+        raise UserError(f"{artifact.path / MANIFEST}: {key} is none of this version ({error})") from error
+
+
+def filling_state(fillings: Mapping[str, Filling]) -> dict[str, nn.Parameter]:
+    """As `AdaptedModel.filling_state`, of fillings that are in no model yet: what slots share stands there once."""
+    state: dict[str, nn.Parameter] = {}
+    for slot, filling in fillings.items():
+        known = {id(parameter) for parameter in state.values()}
+        own = filling.named_parameters()
+        state |= {f"{slot}.{name}": parameter for name, parameter in own if id(parameter) not in known}
+    return state
 
 
 def composition_fillings(
@@ -87,7 +163,7 @@ def composition_fillings(
     placement = sources[0].manifest.adapter
     assert placement is not None
     fillings: dict[str, Filling] = {}
-    for layer in selected_layers(config.layers, backbone.layers, "composition.layers"):
+    for layer in kept_layers(config.layers, config.drop, backbone.layers, "composition"):
         for site in placement["sites"]:
             slot = f"{layer}.{site}"
             present = [position for position, adapters in enumerate(stored) if slot in adapters]
@@ -156,8 +232,11 @@ def backbone_of(manifest: Manifest, other: SameBackboneConfig) -> tuple[str, str
     return manifest.backbone["name_or_path"], other.revision or manifest.backbone["revision"]
 
 
-def stored_model(artifact: Artifact, store: Path, backbone: Backbone) -> AdaptedModel:
+def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int = 0) -> AdaptedModel:
     """The model that an artifact stands for, for inference; a fusion's sources come from the store.
+
+    Args:
+        drop: how many of the first layers go without what their slots hold (AdapterDrop, Rücklé et al. 2021).
 
     Raises:
         UserError: the backbone or a source is missing or not what the artifact was made with.
@@ -165,23 +244,24 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone) -> Adapted
     manifest = artifact.manifest
     check_made_for(artifact, backbone)
     fillings: Mapping[str, Filling] = {}
+    tuning = None
     placement = manifest.placement
     if manifest.kind == "adapter":
         fillings = stored_adapters(artifact)
     elif manifest.kind == "fusion":
         sources = [load_by_hash(source["hash"], source["name"], store) for source in manifest.sources]
         assert manifest.composition is not None
-        try:
-            composition = CompositionConfig(**manifest.composition)
-        except TypeError as error:
-            raise UserError(
-                f"{artifact.path / 'manifest.json'}: composition is none of this version ({error})"
-            ) from error
+        composition = _settings(CompositionConfig, manifest.composition, artifact, "composition")
         fillings = composition_fillings(composition, sources, backbone)
         placement = sources[0].manifest.placement
+        copy_into(filling_state(fillings), artifact.weights, artifact.path / WEIGHTS)
+    elif manifest.method is not None:
+        tuning = tuning_of(_settings(MethodConfig, manifest.method, artifact, "method"), backbone)
+        assert tuning is not None
+        copy_into(tuning.state(), artifact.weights, artifact.path / WEIGHTS)
+    kept = {slot: filling for slot, filling in fillings.items() if layer_and_site(slot)[0] >= drop}
     head = TaskHead(hidden_size=backbone.hidden_size, **manifest.head)
-    model = AdaptedModel(backbone, fillings, placement["adapter.reads"] or "normed", head)
-    if manifest.kind == "fusion":
-        copy_into(model.filling_state(), artifact.weights, artifact.path / "weights.safetensors")
+    reads = placement["adapter.reads"] or "normed"
+    model = AdaptedModel(backbone, kept, reads, head, tuning=tuning)
     copy_into(model.head_state(), artifact.head, artifact.path / "head.safetensors")
     return model.merged()

@@ -22,11 +22,12 @@ METRICS = {
 }
 NONLINEARITIES = ("relu", "gelu", "silu", "tanh")
 INITIAL_VALUES = ("bert", "houlsby", "zero_up")
-SITES = ("attention", "feedforward")
-READS = ("output", "normed")
+SITES = ("before_attention", "attention", "feedforward")
+READS = ("output", "normed", "input")
 POOLINGS = ("cls", "mean")
 COMPOSITIONS = ("adapterfusion", "static", "mean")
-METHODS = ("adapter", "head")
+METHODS = ("adapter", "head", "lora", "bitfit", "full")
+TUNING = ("lora", "bitfit", "full")  # methods that train a part of the backbone itself
 CACHES = ("auto", "off", "float32", "float16")
 
 
@@ -47,6 +48,15 @@ def _layers(key: str, value: Any) -> None:
     _require(
         numbers and len(value) > 0 and len(set(value)) == len(value),
         f"{key}={value}: expected null (all layers), last:3, or a list of layers such as [0,2,4]",
+    )
+
+
+def _drop(key: str, value: Any) -> None:
+    """AdapterDrop: `specialized:5` or `robust`."""
+    _require(
+        value is None or value == "robust" or re.fullmatch(r"specialized:[1-9]\d*", value) is not None,
+        f"{key}={value}: expected null, specialized:N (nothing in the first N layers) or robust "
+        "(in training, nothing in a random number of the first layers)",
     )
 
 
@@ -197,7 +207,9 @@ class BackboneConfig:
     name_or_path: str = "???"
     revision: Optional[str] = None
     pooling: str = "cls"  # what head.pooling is where it is not said
-    dropout: bool = False  # whether the frozen backbone's own dropout acts in training
+    dropout: Optional[bool] = (
+        None  # whether the backbone's own dropout acts in training; null: where all of it trains
+    )
     cache: str = (
         "auto"  # what lies below the lowest slot is computed once a row and kept; auto: where it pays
     )
@@ -226,16 +238,28 @@ class AdapterConfig:
     reduction_factor: Optional[float] = 16.0
     bottleneck_size: Optional[int] = None  # wins over reduction_factor where both are given
     nonlinearity: str = "relu"
-    scaling: float = 1.0
+    scaling: Any = 1.0  # a number, or learned
     init: str = "bert"
     dropout: float = 0.0
     layers: Any = None
+    drop: Optional[str] = None  # AdapterDrop: specialized:N or robust
+    shared: bool = False  # one adapter's weights for all layers
 
     def __post_init__(self) -> None:
         _require(
             len(self.sites) > 0 and len(set(self.sites)) == len(self.sites) and set(self.sites) <= set(SITES),
             f"adapter.sites={self.sites}: expected some of {', '.join(SITES)}, each once",
         )
+        _require(
+            "before_attention" not in self.sites or self.reads == "input",
+            f"adapter.reads={self.reads}: before_attention has the layer's input alone to read; "
+            "expected adapter.reads=input, or other adapter.sites",
+        )
+        _require(
+            type(self.scaling) in (int, float) or self.scaling == "learned",
+            f"adapter.scaling={self.scaling}: expected a number, or learned (starts at 1)",
+        )
+        _drop("adapter.drop", self.drop)
         _one_of("adapter.reads", self.reads, READS)
         _one_of("adapter.nonlinearity", self.nonlinearity, NONLINEARITIES)
         _one_of("adapter.init", self.init, INITIAL_VALUES)
@@ -262,10 +286,21 @@ class AdapterConfig:
 
 @dataclass
 class MethodConfig:
-    name: str = "adapter"  # adapter: slots and head train; head: the head alone
+    name: str = "adapter"  # what trains beside the head: adapters, nothing (head), or part of the backbone
+    rank: int = 8  # lora
+    alpha: int = 8  # lora: its change counts alpha / rank
+    dropout: float = 0.0  # lora: on what it reads
+    targets: list[str] = field(default_factory=lambda: ["query", "value"])  # lora: which linear layers
 
     def __post_init__(self) -> None:
         _one_of("method", self.name, METHODS)
+        _require(self.rank >= 1, f"method.rank={self.rank}: expected at least 1")
+        _require(self.alpha >= 1, f"method.alpha={self.alpha}: expected at least 1")
+        _require(0.0 <= self.dropout < 1.0, f"method.dropout={self.dropout}: expected 0 <= dropout < 1")
+        _require(
+            len(self.targets) > 0 and len(set(self.targets)) == len(self.targets),
+            f"method.targets={self.targets}: expected names of linear layers such as [query,value], each once",
+        )
 
 
 @dataclass
@@ -289,6 +324,7 @@ class CompositionConfig:
     dropout: float = 0.0  # on the scores, before the softmax
     value_penalty: float = 0.01  # weight of the sum over layers of ||Wv - I||^2
     layers: Any = None
+    drop: Optional[str] = None  # AdapterDrop: specialized:N or robust
 
     def __post_init__(self) -> None:
         _one_of("composition", self.name, COMPOSITIONS)
@@ -300,6 +336,7 @@ class CompositionConfig:
             self.value_penalty >= 0, f"composition.value_penalty={self.value_penalty}: expected 0 or more"
         )
         _layers("composition.layers", self.layers)
+        _drop("composition.drop", self.drop)
 
 
 @dataclass
@@ -445,6 +482,30 @@ class Stage1Config(StageConfig):
     method: MethodConfig = field(default_factory=MethodConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        method = self.method.name
+        _require(
+            method not in TUNING or self.backbone.cache in ("auto", "off"),
+            f"backbone.cache={self.backbone.cache}: method={method} trains inside the backbone, so that no part of "
+            "it stays the same; expected backbone.cache=off",
+        )
+        _require(
+            method == "adapter" or self.adapter.drop is None,
+            f"adapter.drop={self.adapter.drop}: method={method} has no adapters to drop; expected method=adapter",
+        )
+
+    @property
+    def backbone_dropout(self) -> bool:
+        """A backbone that trains as a whole drops out, as in pre-training; a frozen one is a fixed function."""
+        asked = self.backbone.dropout
+        return self.method.name == "full" if asked is None else asked
+
+    @property
+    def kind(self) -> str:
+        """What is stored."""
+        return self.method.name
+
     def default_name(self) -> str:
         assert self.task is not None and self.task.name is not None
         return self.task.name if self.method.name == "adapter" else f"{self.task.name}-{self.method.name}"
@@ -486,6 +547,10 @@ class UseConfig:
     data: DataConfig = field(default_factory=DataConfig)
     backbone: SameBackboneConfig = field(default_factory=SameBackboneConfig)
     accelerator: str = "auto"
+    drop: int = 0  # AdapterDrop: leave out what the first layers' slots hold
+
+    def __post_init__(self) -> None:
+        _require(self.drop >= 0, f"drop={self.drop}: expected a number of layers, 0 or more")
 
 
 @dataclass

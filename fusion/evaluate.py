@@ -12,7 +12,7 @@ from fusion.app import command
 from fusion.config import EvaluateConfig, TaskConfig
 from fusion.errors import UserError
 from fusion.run import Run
-from fusion.store.manifest import Manifest, find, read_folder
+from fusion.store.manifest import Manifest, check_drop, find, read_folder
 
 
 def task_of(config: EvaluateConfig, manifest: Manifest) -> TaskConfig:
@@ -32,6 +32,7 @@ def check(config: EvaluateConfig, run: Run) -> None:
     from fusion.data.rows import check_source
 
     manifest = read_folder(find(config.artifact, Path(config.store)))
+    check_drop(manifest, config.drop)
     check_source(task_of(config, manifest), config.data, [config.split])
 
 
@@ -50,7 +51,7 @@ def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     manifest, task = artifact.manifest, task_of(config, artifact.manifest)
     name, revision = backbone_of(manifest, config.backbone)
     tokenizer = load_tokenizer(locate(name), revision)
-    model = stored_model(artifact, artifact.path.parent, load_backbone(name, revision))
+    model = stored_model(artifact, artifact.path.parent, load_backbone(name, revision), config.drop)
     metrics: dict[str, dict[str, float]] = {}
     rows_seen, seconds, tokens = 0, 0.0, 0
     for split in evaluation_splits(task, config.split, config.data):

@@ -13,9 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from fusion.backbones.checkpointing import recompute_in_backward
+from fusion.backbones.families import Family
 from fusion.backbones.load import Backbone, hash_tensors
 from fusion.backbones.prefix import make_skippable
-from fusion.backbones.slots import CurrentBatch, EntryReached, PostNormSlot, layer_and_site
+from fusion.backbones.slots import (
+    BEFORE_ATTENTION,
+    BeforeAttentionSlot,
+    CurrentBatch,
+    EntryReached,
+    PostNormSlot,
+    Slot,
+    layer_and_site,
+    state_parts,
+)
+from fusion.backbones.tuning import Tuning
 from fusion.layers.filling import BatchContext, Filling, Recorder
 from fusion.layers.heads import TaskHead
 
@@ -23,8 +34,8 @@ from fusion.layers.heads import TaskHead
 class AdaptedModel(nn.Module):
     """Runs the frozen backbone through its filled slots and scores the result.
 
-    The parameters of `fillings` and `head` train; nothing else does. Freezing, the optimizer,
-    checkpoints and the store all read that from here.
+    The parameters of `fillings` and `head` train, and what `tuning` names; nothing else does. Freezing,
+    the optimizer, checkpoints and the store all read that from here.
 
     Args:
         backbone: frozen; its sublayers are changed in place where a slot is filled.
@@ -33,6 +44,7 @@ class AdaptedModel(nn.Module):
         head: gives K scores a text.
         backbone_dropout: whether the backbone's own dropout acts in training.
         gradient_checkpointing: whether each layer is computed again in backward, to keep less in memory.
+        tuning: what of the backbone itself trains; None: nothing.
 
     Raises:
         ValueError: a slot that the backbone does not have.
@@ -46,18 +58,21 @@ class AdaptedModel(nn.Module):
         head: TaskHead,
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        tuning: Tuning | None = None,
     ) -> None:
         super().__init__()
         self.backbone = cast(nn.Module, backbone.model)
         self.backbone_dropout = backbone_dropout
         self.reads = reads
         self.head = head
+        self.tuning = tuning
         # As layer -> site -> filling, so that names read `fillings.0.feedforward.down.weight`.
         self.fillings = nn.ModuleDict()
         self._current = CurrentBatch()
         self._family = backbone.family
         self._hidden_size = backbone.hidden_size
         self._skippable = False
+        self._slots: list[Slot] = []
         layers = backbone.family.layer_list(backbone.model)
         for name, filling in fillings.items():
             layer, _, site = name.partition(".")
@@ -65,9 +80,9 @@ class AdaptedModel(nn.Module):
                 raise ValueError(
                     f"no slot {name}: {len(layers)} layers, sites {', '.join(backbone.family.sites)}"
                 )
-            path = backbone.family.sites[site]
-            slot = PostNormSlot(layers[int(layer)].get_submodule(path), name, filling, reads, self._current)
-            layers[int(layer)].set_submodule(path, slot)
+            self._slots.append(
+                _slot(layers[int(layer)], backbone.family, name, filling, reads, self._current)
+            )
             if layer not in self.fillings:
                 self.fillings[layer] = nn.ModuleDict()
             cast(nn.ModuleDict, self.fillings[layer])[site] = filling
@@ -75,6 +90,8 @@ class AdaptedModel(nn.Module):
         if gradient_checkpointing:
             recompute_in_backward(layers, self._current)
         self.backbone.requires_grad_(False)
+        for parameter in self.tuned().values():
+            parameter.requires_grad_(True)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> AdaptedModel:
@@ -82,6 +99,8 @@ class AdaptedModel(nn.Module):
         super().train(mode)
         if not self.backbone_dropout:
             self.backbone.eval()
+            for dropout in self.tuning.dropouts if self.tuning is not None else ():
+                dropout.train(mode)
         return self
 
     def forward(
@@ -93,6 +112,7 @@ class AdaptedModel(nn.Module):
         sources_on: Tensor | None = None,
         record: Recorder | None = None,
         prefix: Tensor | None = None,
+        first_layer: int = 0,
     ) -> Tensor:
         """Scores of the rows.
 
@@ -103,17 +123,31 @@ class AdaptedModel(nn.Module):
             record: is called in each slot with its name and the sources' weights (S, T, N).
             prefix: (S, T, W), what `prefix_states` gives for these rows: nothing below the lowest
                 slot is run then. Values at padding do not matter.
+            first_layer: the slots of the layers below it stay empty (AdapterDrop, Rücklé et al. 2021).
 
         Returns:
             (B, K); for a choice task (B, most choices of a row), -inf where a row has fewer.
         """
         if prefix is not None and not self._skippable:
             raise RuntimeError("call make_prefix_skippable() before a batch brings its prefix")
-        self._current.context = BatchContext(attention_mask, sources_on, record)
+        self._current.context = BatchContext(
+            attention_mask, first_layer=first_layer, sources_on=sources_on, record=record
+        )
         self._current.prefix = prefix
         hidden = self._run(input_ids, attention_mask, token_type_ids)
         scores: Tensor = self.head(hidden, attention_mask)
+        if self.training and first_layer > 0:
+            scores = scores + self._idle(first_layer)
         return scores if choice_counts is None else _by_row(scores.squeeze(-1), choice_counts)
+
+    def _idle(self, first_layer: int) -> Tensor:
+        """0, with a gradient of 0 for all that trains in the layers below: DDP wants one of every parameter.
+
+        Added at the end and not in the layers, so that backward still stops where the first slot is filled.
+        """
+        below = [slot.filling for slot in self._slots if layer_and_site(slot.name)[0] < first_layer]
+        parts = [parameter.sum() for filling in below for parameter in filling.parameters()]
+        return 0.0 * torch.stack(parts).sum() if parts else torch.zeros(())
 
     def _run(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> Tensor:
         """(S, T) -> the last layer's output: (S, T, D)."""
@@ -155,12 +189,18 @@ class AdaptedModel(nn.Module):
     @property
     def prefix_width(self) -> int:
         """W, the width of what `prefix_states` gives."""
-        return self._hidden_size * (2 if self.entry is not None and self.reads == "output" else 1)
+        return self._hidden_size * (1 if self.entry is None else state_parts(self.entry, self.reads))
 
     @property
     def entry(self) -> str | None:
         """The lowest slot, below which nothing trains; None: no slot."""
         return self._current.entry
+
+    @property
+    def adapted_layers(self) -> tuple[int, int]:
+        """The lowest and the highest layer with a slot."""
+        layers = [layer_and_site(slot.name)[0] for slot in self._slots]
+        return min(layers), max(layers)
 
     def _lowest(self, slots: Iterable[str]) -> str | None:
         order = list(self._family.sites)
@@ -176,12 +216,13 @@ class AdaptedModel(nn.Module):
 
         The scores stay the same up to rounding. It cannot be trained or stored any more.
         """
-        for module in list(self.backbone.modules()):
-            if isinstance(module, PostNormSlot):
-                layer, site = layer_and_site(module.name)
-                sites = cast(nn.ModuleDict, self.fillings[str(layer)])
-                sites[site] = cast(Filling, sites[site]).merged()
-                module.fill(cast(Filling, sites[site]))
+        for slot in self._slots:
+            layer, site = layer_and_site(slot.name)
+            sites = cast(nn.ModuleDict, self.fillings[str(layer)])
+            sites[site] = cast(Filling, sites[site]).merged()
+            slot.fill(cast(Filling, sites[site]))
+        if self.tuning is not None:
+            self.tuning.merge()
         return self.eval()
 
     def losses(self) -> dict[str, Tensor]:
@@ -198,8 +239,16 @@ class AdaptedModel(nn.Module):
         return [cast(Filling, filling) for sites in every for filling in sites]
 
     def filling_state(self) -> dict[str, nn.Parameter]:
-        """What is stored as the weights: `0.feedforward.down.weight` and so on."""
+        """What the fillings train: `0.feedforward.down.weight` and so on. What slots share stands there once."""
         return dict(self.fillings.named_parameters())
+
+    def tuned(self) -> dict[str, nn.Parameter]:
+        """What of the backbone itself trains, by its name there."""
+        return {} if self.tuning is None else dict(self.tuning.parameters)
+
+    def weight_state(self) -> dict[str, nn.Parameter]:
+        """What is stored as the weights."""
+        return self.filling_state() | ({} if self.tuning is None else self.tuning.state())
 
     def head_state(self) -> dict[str, nn.Parameter]:
         """What is stored as the head: `output.weight` and so on."""
@@ -208,7 +257,8 @@ class AdaptedModel(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """The one list of what trains, by its full name."""
         fillings = {f"fillings.{name}": parameter for name, parameter in self.filling_state().items()}
-        return fillings | {f"head.{name}": parameter for name, parameter in self.head_state().items()}
+        tuned = {f"backbone.{name}": parameter for name, parameter in self.tuned().items()}
+        return fillings | tuned | {f"head.{name}": parameter for name, parameter in self.head_state().items()}
 
     def undecayed(self) -> set[str]:
         """Names of `trainable` that take no weight decay: vectors, and what a filling exempts."""
@@ -221,10 +271,32 @@ class AdaptedModel(nn.Module):
         }
         return vectors | (exempt & set(self.trainable()))
 
+    def frozen(self) -> dict[str, Tensor]:
+        """Every tensor that must not change in training. One that is shared may stand there twice."""
+        # By identity: what trains in several places at once has a name in each of them.
+        training = {id(parameter) for parameter in self.trainable().values()}
+        state = self.state_dict(keep_vars=True)
+        return {name: tensor for name, tensor in state.items() if id(tensor) not in training}
+
     def frozen_hash(self) -> str:
-        """sha256 of every tensor that must not change in training."""
-        trainable = self.trainable()
-        return hash_tensors((name, t) for name, t in self.state_dict().items() if name not in trainable)
+        """sha256 of `frozen`."""
+        return hash_tensors(self.frozen().items())
+
+
+def _slot(
+    layer: nn.Module, family: Family, name: str, filling: Filling, reads: str, current: CurrentBatch
+) -> Slot:
+    """Make room for a filling in one of the backbone's layers."""
+    _, site = layer_and_site(name)
+    path = family.sites[site]
+    module = layer.get_submodule(path)
+    if site == BEFORE_ATTENTION:
+        before = BeforeAttentionSlot(name, filling, current)
+        before.attach(module)
+        return before
+    after = PostNormSlot(module, name, filling, reads, current)
+    layer.set_submodule(path, after)
+    return after
 
 
 def _by_row(scores: Tensor, choice_counts: Tensor) -> Tensor:

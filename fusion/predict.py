@@ -16,7 +16,7 @@ from fusion.app import command
 from fusion.config import PredictConfig, TaskConfig
 from fusion.errors import UserError
 from fusion.run import Run
-from fusion.store.manifest import Manifest, find, read_folder
+from fusion.store.manifest import Manifest, check_drop, find, read_folder
 
 if TYPE_CHECKING:
     from fusion.inference import Predictions
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 def check(config: PredictConfig, run: Run) -> None:
     """What can be said before a model is loaded."""
     manifest = read_folder(find(config.artifact, Path(config.store)))
+    check_drop(manifest, config.drop)
     if config.attention and manifest.kind != "fusion":
         raise UserError(
             f"attention=true: {manifest.name} is a stored {manifest.kind}; only a fusion has attention to show"
@@ -61,7 +62,7 @@ def main(config: PredictConfig, run: Run) -> dict[str, Any]:
     encoded = encode(
         rows, tokenizer, config.data.max_length or manifest.data["max_length"], config.data.cache_dir
     )
-    model = stored_model(artifact, artifact.path.parent, load_backbone(name, revision))
+    model = stored_model(artifact, artifact.path.parent, load_backbone(name, revision), config.drop)
     predictions = predict(
         model, encoded, config.data.batch_size, device, config.attention, config.data.tokens_per_batch
     )

@@ -61,7 +61,7 @@ def keep_prefix(
         UserError: a cache that was asked for by name does not fit, cannot be written, or loses too much.
     """
     asked, splits = config.cache, list(splits)
-    if asked == "off" or config.dropout:
+    if asked == "off" or config.dropout or model.tuning is not None:
         return None
     if asked == "auto" and (_first_layer(model) == 0 or once):
         return None

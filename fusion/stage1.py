@@ -15,7 +15,7 @@ from fusion.run import Run
 
 
 def entry_of(config: Stage1Config, run: Run) -> Entry:
-    return find_entry(config, run, kind=config.method.name)
+    return find_entry(config, run, kind=config.kind)
 
 
 def check(config: Stage1Config, run: Run) -> None:
@@ -37,7 +37,7 @@ def main(config: Stage1Config, run: Run) -> dict[str, Any]:
     import torch
 
     from fusion.backbones.load import load_backbone
-    from fusion.build import adapter_fillings, fresh_head
+    from fusion.build import adapter_fillings, fresh_head, tuning_of
     from fusion.model import AdaptedModel
     from fusion.training.stage import load_task_rows, train_and_store
 
@@ -49,19 +49,30 @@ def main(config: Stage1Config, run: Run) -> dict[str, Any]:
     backbone = load_backbone(config.backbone.name_or_path, config.backbone.revision)
     torch.manual_seed(config.seed)
     fillings = adapter_fillings(config.adapter, backbone) if config.method.name == "adapter" else {}
+    tuning = tuning_of(config.method, backbone)
     head = fresh_head(config.head, config.task, config.backbone.pooling, backbone)
     model = AdaptedModel(
         backbone,
         fillings,
         config.adapter.reads,
         head,
-        config.backbone.dropout,
+        config.backbone_dropout,
         config.backbone.gradient_checkpointing,
+        tuning,
     )
     sizes = {slot: config.adapter.size_for(backbone.hidden_size) for slot in fillings}
     adapter = dataclasses.asdict(config.adapter) | {"bottleneck_sizes": sizes} if fillings else None
     return train_and_store(
-        config, run, entry, model, backbone, rows, method=config.method.name, adapter=adapter
+        config,
+        run,
+        entry,
+        model,
+        backbone,
+        rows,
+        tag=config.method.name,
+        method=dataclasses.asdict(config.method) if tuning is not None else None,
+        adapter=adapter,
+        robust_drop=config.adapter.drop == "robust",
     )
 
 

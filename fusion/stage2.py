@@ -75,7 +75,7 @@ def main(config: Stage2Config, run: Run) -> dict[str, Any]:
         fillings,
         sources[0].manifest.placement["adapter.reads"],
         head,
-        config.backbone.dropout,
+        bool(config.backbone.dropout),
         config.backbone.gradient_checkpointing,
     )
     return train_and_store(
@@ -85,10 +85,11 @@ def main(config: Stage2Config, run: Run) -> dict[str, Any]:
         model,
         backbone,
         rows,
-        method=config.composition.name,
+        tag=config.composition.name,
         composition=dataclasses.asdict(config.composition),
         sources=[source.manifest for source in sources],
         loss_weights={"value_penalty": config.composition.value_penalty},
+        robust_drop=config.composition.drop == "robust",
     )
 
 

@@ -65,9 +65,9 @@ def test_all_files_are_found() -> None:
     assert len(tasks) >= 34
     assert found == {
         "backbone": {"minilm", "bert_base", "bert_large", "roberta_base", "xlmr_base", "electra_base"},
-        "adapter": {"pfeiffer", "houlsby"},
+        "adapter": {"pfeiffer", "houlsby", "houlsby_ffn_only", "parallel", "before_attention"},
         "composition": {"adapterfusion", "static", "mean"},
-        "method": {"adapter", "head"},
+        "method": {"adapter", "head", "lora", "bitfit", "full"},
         "logger": {"wandb", "csv", "none"},
         "experiment": {"quick"},
     }
@@ -189,13 +189,30 @@ def test_every_trainer_key_is_an_override_without_plus() -> None:
         ("data.limit.train=0", "data.limit.train=0"),
         ("seed=-1", "seed=-1"),
         ("backbone.name_or_path=''", "backbone.name_or_path is empty"),
-        ("method.name=lora", "method=lora: expected one of"),
+        ("method.name=prefix", "method=prefix: expected one of"),
+        ("method.rank=0", "method.rank=0"),
+        ("method.alpha=0", "method.alpha=0"),
+        ("method.dropout=1", "method.dropout=1"),
+        ("method.targets=[]", "method.targets=[]"),
+        ("adapter.drop=specialized:0", "expected null, specialized:N"),
+        ("adapter.drop=5", "expected null, specialized:N"),
+        ("adapter.scaling=learnt", "expected a number, or learned"),
+        ("adapter.scaling=true", "expected a number, or learned"),
+        ("adapter.sites=[before_attention]", "expected adapter.reads=input"),
+        ("adapter.drop=robust method=head", "method=head has no adapters to drop"),
+        ("method=full backbone.cache=float32", "method=full trains inside the backbone"),
     ],
 )
 def test_a_value_out_of_range_is_named(override: str, message: str) -> None:
     with pytest.raises(UserError) as error:
-        typed("stage1", override)
+        typed("stage1", *override.split(" "))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("drop", ["half", "specialized", "specialized:0"])
+def test_a_fusion_is_dropped_like_an_adapter(drop: str) -> None:
+    with pytest.raises(UserError, match=r"composition\.drop=.*specialized:N"):
+        typed("stage2", f"composition.drop={drop}")
 
 
 def test_compiling_and_checkpointing_do_not_go_together() -> None:

@@ -73,6 +73,7 @@ LIBRARIES: dict[str, set[str]] = {
     "lightning_fabric": {"training", "commands"},
     "transformers": {"backbones", "data"},
     "datasets": {"data"},
+    "peft": {"backbones"},
     "safetensors": {"store", "data", "training"},
     "filelock": {"store", "data"},
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ IDS = torch.tensor([[2, 7, 8, 9, 3], [2, 10, 3, 0, 0], [2, 11, 12, 3, 0]])
 MASK = (IDS != 0).long()
 
 
-def adapted(folder: Path, **options: bool) -> AdaptedModel:
+def adapted(folder: Path, **options: Any) -> AdaptedModel:
     torch.manual_seed(0)
     return AdaptedModel(
         load_backbone(str(folder)),

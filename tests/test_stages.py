@@ -102,6 +102,7 @@ class Bench:
         config = EvaluateConfig(
             artifact=artifact, store=str(self.folder / "store"), data=self.data, accelerator="cpu", **changes
         )
+        evaluate.check(config, self.run("evaluate", config))
         return evaluate.main.__wrapped__(config, self.run("evaluate", config))  # type: ignore[attr-defined]
 
     def predict(self, artifact: str, rows: list[dict[str, Any]], **changes: Any) -> list[dict[str, Any]]:
@@ -191,7 +192,7 @@ def test_the_result_has_what_scripts_read(bench: Bench) -> None:
     files = (bench.folder / "store" / "films").glob("*.safetensors")
     assert result["parameters"]["stored_bytes"] == sum(file.stat().st_size for file in files)
     assert set(result["speed"]) == {
-        "seconds", "examples_per_second", "tokens_per_second", "peak_memory_bytes",
+        "seconds", "seconds_per_step", "examples_per_second", "tokens_per_second", "peak_memory_bytes",
     }  # fmt: skip
     assert result["epochs"] == 2 and 1 <= result["best_epoch"] <= 2
     assert bench.stage2("books", ["films"])["sources"] == ["films"]

@@ -22,8 +22,8 @@ class Family:
     stem: dotted paths of what runs before the first layer; one that a model does not have is passed over.
     layers: dotted path of the list of layers inside the model.
     sites: for each site, in the order in which they run, the dotted path inside a layer of the
-        module that ends the sublayer.
-    before: for each site, the modules of its layer that run before that end, and how many values
+        module that ends the sublayer (of `before_attention`, of the self-attention itself).
+    before: for each site, the modules of its layer that run before that one, and how many values
         each of them gives: the stream comes first.
     architecture: the config keys that decide what the model computes; with the tensors they are
         the backbone's fingerprint, so no key that a new version of a library may add is in it.
@@ -57,8 +57,16 @@ _BERT_ARCHITECTURE = (
     "layer_norm_eps",
     "pad_token_id",
 )
-_BERT_SITES = {"attention": "attention.output", "feedforward": "output"}
-_BERT_BEFORE = {"attention": {"attention.self": 2}, "feedforward": {"attention": 2, "intermediate": 1}}
+_BERT_SITES = {
+    "before_attention": "attention.self",
+    "attention": "attention.output",
+    "feedforward": "output",
+}
+_BERT_BEFORE = {
+    "before_attention": {},
+    "attention": {"attention.self": 2},
+    "feedforward": {"attention": 2, "intermediate": 1},
+}
 
 FAMILIES: dict[str, Family] = {
     model_type: Family(

@@ -29,14 +29,14 @@ class BottleneckAdapter(Filling):
         hidden_size: D.
         bottleneck_size: R, at least 1.
         nonlinearity: σ, a name of `NONLINEARITIES`.
-        scaling: s (λ of He et al. 2021).
+        scaling: s (λ of He et al. 2021): a number, or `learned`, which starts at 1.
         dropout: on the change, in training.
         init: `bert` N(0, 0.02) and zero biases (the convention of BERT); `houlsby` N(0, 0.01)
             truncated at two deviations (Houlsby et al. 2019, §3.6); `zero_up` the identity at the
             start (He et al. 2021): Kaiming down, zero up.
 
     Raises:
-        ValueError: a size below 1, an unknown non-linearity or initial value.
+        ValueError: a size below 1, an unknown non-linearity, scaling or initial value.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class BottleneckAdapter(Filling):
         hidden_size: int,
         bottleneck_size: int,
         nonlinearity: str = "relu",
-        scaling: float = 1.0,
+        scaling: float | str = 1.0,
         dropout: float = 0.0,
         init: str = "bert",
     ) -> None:
@@ -54,7 +54,9 @@ class BottleneckAdapter(Filling):
         if nonlinearity not in NONLINEARITIES:
             raise ValueError(f"nonlinearity {nonlinearity!r}: expected one of {', '.join(NONLINEARITIES)}")
         self.nonlinearity = nonlinearity
-        self.scaling = scaling
+        if isinstance(scaling, str) and scaling != "learned":
+            raise ValueError(f"scaling {scaling!r}: expected a number, or learned")
+        self.scaling = nn.Parameter(torch.ones(())) if isinstance(scaling, str) else scaling
         self.down = nn.Linear(hidden_size, bottleneck_size)
         self.up = nn.Linear(bottleneck_size, hidden_size)
         self.dropout = nn.Dropout(dropout)
@@ -79,6 +81,6 @@ class BottleneckAdapter(Filling):
         """x: (B, T, D) -> u: (B, T, D)."""
         z = NONLINEARITIES[self.nonlinearity](self.down(x))
         u = self.up(z)
-        if self.scaling != 1.0:
+        if isinstance(self.scaling, Tensor) or self.scaling != 1.0:
             u = u * self.scaling
         return self.dropout(u)

@@ -20,12 +20,16 @@ class BatchContext:
     """What a filling may need beyond `x`. The model makes it before the backbone runs.
 
     attention_mask: (B, T), 1 for a real token.
+    first_layer: the slots of all layers below stay empty in this batch (AdapterDrop, Rücklé et al. 2021).
+    members: (B,), which of several adapters each row is meant for; None where a filling has only one.
     sources_on: (N,) bool, which sources take part; None means all.
     record: takes the source weights out; None when nobody asked.
     place: the slot that is being filled, for the recorder.
     """
 
     attention_mask: Tensor
+    first_layer: int = 0
+    members: Tensor | None = None
     sources_on: Tensor | None = None
     record: Recorder | None = None
     place: str = ""

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from fusion.errors import UserError
 
 FORMAT_VERSION = 1
-KINDS = ("adapter", "fusion", "head")
+KINDS = ("adapter", "fusion", "head", "lora", "bitfit", "full")
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 HEAD = "head.safetensors"
@@ -40,8 +40,10 @@ NAMES_SHOWN = 20
 
 # What shapes training or only says how a size was chosen: it does not change what the stored weights compute.
 # An adapter's `bottleneck_sizes` says in which slots it stands.
-ADAPTER_TRAINING_KEYS = ("name", "init", "dropout", "reduction_factor", "bottleneck_size", "layers")
+ADAPTER_TRAINING_KEYS = ("name", "init", "dropout", "reduction_factor", "bottleneck_size", "layers", "drop")
 COMPOSITION_TRAINING_KEYS = ("dropout", "value_penalty")
+TUNING_KINDS = ("lora", "bitfit", "full")  # whose weights are the backbone's own
+OPTIONAL = ("method",)  # keys that manifests of the first release do not have
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Manifest:
 
     `adapter` holds the adapter's settings and its `bottleneck_sizes` by slot, `{"0.feedforward": 48, ...}`;
     `composition` the settings of a fusion; `sources` its adapters in order, `{"name", "hash"}`. `files` is
-    filled in when it is saved.
+    filled in when it is saved. `method` holds the settings of what trained inside the backbone itself, where
+    something did.
     """
 
     kind: str
@@ -68,6 +71,7 @@ class Manifest:
     versions: dict[str, Any]
     result: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    method: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
     @property
@@ -86,6 +90,8 @@ class Manifest:
             "composition": _without(self.composition, COMPOSITION_TRAINING_KEYS),
             "sources": [source["hash"] for source in self.sources],
         }
+        if self.method is not None:
+            parts["method"] = _without(self.method, ("dropout",))
         if self.kind == "head":
             parts["head"] = self.files[HEAD]["sha256"]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -123,6 +129,7 @@ class Manifest:
                 f"{path}: format_version is {version!r} and this version of fusion reads {FORMAT_VERSION}; "
                 "use the version that wrote it, or train the artifact again"
             )
+        values = {**dict.fromkeys(OPTIONAL), **values}
         _check_keys(values, {f.name for f in fields(cls)}, path)
         for key, allowed in TOP_LEVEL.items():
             _check_type(values[key], allowed, key, path)
@@ -155,6 +162,7 @@ TOP_LEVEL: dict[str, Types] = {
     "versions": (dict,),
     "result": (dict,),
     "files": (dict,),
+    "method": (dict, NoneType),
 }
 INNER: dict[str, dict[str, Types]] = {
     "backbone": {
@@ -173,7 +181,7 @@ ADAPTER: dict[str, Types] = {
     "sites": (list,),
     "reads": (str,),
     "nonlinearity": (str,),
-    "scaling": (int, float),
+    "scaling": (int, float, str),
     "dropout": (int, float),
     "bottleneck_sizes": (dict,),
 }
@@ -206,6 +214,8 @@ def _check_parts(values: dict[str, Any], path: Path) -> None:
             _check_type(values["adapter"].get(key), allowed, f"adapter.{key}", path)
         for slot, size in values["adapter"]["bottleneck_sizes"].items():
             _check_type(size, (int,), f"adapter.bottleneck_sizes.{slot}", path)
+    if values["kind"] in TUNING_KINDS:
+        _check_type(values["method"], (dict,), "method", path)
     if values["kind"] == "fusion":
         _check_type(values["composition"], (dict,), "composition", path)
         _check_type(values["composition"].get("name"), (str,), "composition.name", path)
@@ -490,7 +500,8 @@ def check_sources(manifests: list[Manifest]) -> None:
     for manifest in manifests:
         if manifest.kind != "adapter":
             raise UserError(
-                f"sources: {manifest.name} is a stored {manifest.kind}, expected adapters (stage 1)"
+                f"sources: {manifest.name} is a stored {manifest.kind}, and only adapters can be combined; "
+                f"train one with python -m fusion.stage1 +task={manifest.task['name']} method=adapter"
             )
     titles = [manifest.name for manifest in manifests]
     twice = sorted({title for title in titles if titles.count(title) > 1})
@@ -528,6 +539,23 @@ def _differences(first: Manifest, other: Manifest) -> list[str]:
 
 def _shown(value: Any) -> str:
     return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
+
+
+def check_drop(manifest: Manifest, drop: int) -> None:
+    """Refuses to leave layers out of an artifact that has none to leave out.
+
+    Raises:
+        UserError: it is no adapter and no fusion, or has fewer layers.
+    """
+    if drop and manifest.kind not in ("adapter", "fusion"):
+        raise UserError(
+            f"drop={drop}: {manifest.name} is a stored {manifest.kind}; only adapters and fusions can be dropped layer "
+            "by layer, so leave drop= out"
+        )
+    if drop > manifest.backbone["layers"]:
+        raise UserError(
+            f"drop={drop}: {manifest.name} has {manifest.backbone['layers']} layers; expected no more"
+        )
 
 
 def check_backbone(manifest: Manifest, *, name_or_path: str, fingerprint: str, hidden_size: int) -> None:

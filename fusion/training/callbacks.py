@@ -1,9 +1,11 @@
-"""The guard, and one line an epoch."""
+"""The guard, the clock, and one line an epoch."""
 
 from __future__ import annotations
 
 import logging
+import statistics
 import time
+from typing import Any
 
 import pytorch_lightning as lightning
 
@@ -38,6 +40,24 @@ class Guard(lightning.Callback):
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if self._model.frozen_hash() != self._before:
             raise GuardError("a frozen tensor changed in training; nothing is stored")
+
+
+class StepClock(lightning.Callback):
+    """How long a step takes: forward, backward and the optimizer, without what lies between two steps."""
+
+    def __init__(self) -> None:
+        self._started = 0.0
+        self._seconds: list[float] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._started = time.monotonic()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._seconds.append(time.monotonic() - self._started)
+
+    def median(self) -> float | None:
+        """Seconds; None: there was no step."""
+        return statistics.median(self._seconds) if self._seconds else None
 
 
 class EpochLine(lightning.Callback):

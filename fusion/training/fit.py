@@ -27,7 +27,7 @@ from fusion.errors import TrainingError, UserError
 from fusion.memory import keep_freed_memory
 from fusion.model import AdaptedModel
 from fusion.store.artifacts import copy_into
-from fusion.training.callbacks import EpochLine, Guard
+from fusion.training.callbacks import EpochLine, Guard, StepClock
 from fusion.training.metrics import main_metric
 from fusion.training.module import TaskModule
 
@@ -49,13 +49,14 @@ class Fit:
     """What a training gave; the model holds the best epoch's weights by then.
 
     metrics: of the best epoch, by split. best_epoch: counted from 1. speed: seconds of the whole
-    fit (evaluation included), rows and tokens (padding included) trained on per second, bytes.
+    fit (evaluation included) and of a step (the median), rows and tokens (padding included) trained
+    on per second, bytes.
     """
 
     metrics: dict[str, dict[str, float]]
     best_epoch: int
     epochs: int
-    speed: dict[str, float]
+    speed: dict[str, float | None]
 
 
 def fit(
@@ -67,6 +68,7 @@ def fit(
     loggers: list[Logger],
     checkpoints: Path,
     prepare: Callable[[torch.device], str | None] = lambda device: None,
+    robust_drop: bool = False,
 ) -> Fit:
     """Train until the epochs or the patience end, and leave the best epoch's weights in the model.
 
@@ -76,6 +78,7 @@ def fit(
         checkpoints: where an interrupted training is taken up again.
         prepare: is called with the device before anything runs there; gives the type of the states that the rows
             bring along from then on, see `fusion.prefix`, or None.
+        robust_drop: whether each batch leaves out a random number of the first layers' slots.
 
     Raises:
         GuardError: something else than the declared parameters would train, or did.
@@ -101,7 +104,8 @@ def fit(
     keep_last = ModelCheckpoint(
         dirpath=checkpoints, filename="last", enable_version_counter=False, save_on_train_epoch_end=True
     )
-    callbacks: list[Callback] = [Guard(model), EpochLine(monitor)]
+    clock = StepClock()
+    callbacks: list[Callback] = [Guard(model), EpochLine(monitor), clock]
     if config.optim.patience is not None:
         # Not strict: steps or time may end within the first epoch, before anything is evaluated.
         patience = config.optim.patience
@@ -118,7 +122,9 @@ def fit(
         "tokens_per_batch": config.data.tokens_per_batch,
     }
     prefix = prepare(trainer.strategy.root_device)
-    module = TaskModule(model, config.task, config.optim, loss_weights, splits, prefix)
+    module = TaskModule(
+        model, config.task, config.optim, loss_weights, splits, prefix, config.seed if robust_drop else None
+    )
     evaluation = [evaluation_loader(rows, config.data.batch_size, **loading) for rows in validation.values()]
     last = checkpoints / "last.ckpt"
     torch.manual_seed(config.seed)  # dropout starts from here, whatever was drawn before
@@ -154,6 +160,7 @@ def fit(
         epochs=trainer.current_epoch,
         speed={
             "seconds": seconds,
+            "seconds_per_step": clock.median(),
             "examples_per_second": module.rows_seen * trainer.world_size / seconds,
             "tokens_per_second": module.tokens_seen * trainer.world_size / seconds,
             "peak_memory_bytes": _peak_memory(),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as lightning
 import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
@@ -30,6 +31,8 @@ class TaskModule(lightning.LightningModule):
         loss_weights: the weight of each named term of `model.losses()`.
         splits: the validation splits, in the order of the validation loaders.
         prefix: the type of the frozen prefix's states that batches bring along; None: they bring none.
+        drop_seed: lets each training batch leave out a random number of the first layers' slots (AdapterDrop,
+            robust); None: they are all filled.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class TaskModule(lightning.LightningModule):
         loss_weights: dict[str, float],
         splits: list[str],
         prefix: str | None = None,
+        drop_seed: int | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -48,6 +52,7 @@ class TaskModule(lightning.LightningModule):
         self.loss_weights = loss_weights
         self.splits = splits
         self.prefix = prefix
+        self.drop_seed = drop_seed
         self.split_metrics = nn.ModuleList([TaskMetrics(task) for _ in splits])
         # Of each evaluated epoch: its number (from 1) and every metric.
         self.history: list[dict[str, float]] = []
@@ -56,7 +61,18 @@ class TaskModule(lightning.LightningModule):
         # Checkpoints hold the trainable tensors alone; `on_load_checkpoint` compares the key sets.
         self.strict_loading = False
 
-    def scores(self, batch: Batch) -> Tensor:
+    def first_layer(self, batch_index: int) -> int:
+        """The lowest layer whose slots are filled in a training batch: 0, or drawn evenly from those that have slots.
+
+        A pure function of (seed, epoch, batch): equal in all processes, and in a run that is taken up again.
+        """
+        if self.drop_seed is None:
+            return 0
+        lowest, highest = self.model.adapted_layers
+        draw = np.random.RandomState([self.drop_seed, self.current_epoch, batch_index])
+        return int(draw.randint(lowest, highest + 1))
+
+    def scores(self, batch: Batch, first_layer: int = 0) -> Tensor:
         """(B, K)."""
         return self.model(
             batch.input_ids,
@@ -64,19 +80,20 @@ class TaskModule(lightning.LightningModule):
             batch.token_type_ids,
             batch.choice_counts,
             prefix=batch.prefix,
+            first_layer=first_layer,
         )
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, first_layer: int = 0) -> dict[str, Tensor]:
         """The named terms of a batch's loss: `task`, and what the fillings add, weighted."""
         assert batch.labels is not None
-        per_row = row_losses(self.scores(batch), batch.labels, self.task.kind)
+        per_row = row_losses(self.scores(batch, first_layer), batch.labels, self.task.kind)
         # The mean over the rows of all processes: each process's gradient is averaged with the others'.
         task = (per_row * batch.weights).sum() * self.trainer.world_size / batch.global_rows
         extra = {name: self.loss_weights[name] * value for name, value in self.model.losses().items()}
         return {"task": task, **extra}
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        losses = self.losses(batch)
+        losses = self.losses(batch, self.first_layer(batch_index))
         total = torch.stack(list(losses.values())).sum()
         self.rows_seen += batch.rows.numel()
         self.tokens_seen += batch.input_ids.numel()

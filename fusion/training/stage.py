@@ -69,19 +69,22 @@ def train_and_store(
     backbone: Backbone,
     rows: TaskRows,
     *,
-    method: str,
+    tag: str,
+    method: dict[str, Any] | None = None,
     adapter: dict[str, Any] | None = None,
     composition: dict[str, Any] | None = None,
     sources: Sequence[Manifest] = (),
     loss_weights: dict[str, float] | None = None,
+    robust_drop: bool = False,
 ) -> dict[str, Any]:
     """Fit, store under the entry's name, and give what result.json holds.
 
     Args:
-        method: how the run is tagged: the method of stage 1, the composition of stage 2.
-        adapter, composition: what the manifest says of the fillings.
+        tag: how the run is tagged: the method of stage 1, the composition of stage 2.
+        method, adapter, composition: what the manifest says of what trains inside the backbone and in its slots.
         sources: of a fusion, in order.
         loss_weights: of the named terms that the model adds to the loss.
+        robust_drop: whether each batch leaves out a random number of the first layers' slots.
 
     Raises:
         GuardError: something else than the declared parameters changed; nothing is stored.
@@ -93,7 +96,7 @@ def train_and_store(
         name=entry.name,
         group=run.group,
         job_type=run.command,
-        tags=_tags(config, method),
+        tags=_tags(config, tag),
         config_values=run.config,
     )
 
@@ -118,6 +121,7 @@ def train_and_store(
             loggers,
             entry.checkpoints,
             prepare=prepare,
+            robust_drop=robust_drop,
         )
         if not run.rank_zero:
             return {}
@@ -125,6 +129,7 @@ def train_and_store(
             kind=entry.kind,
             name=entry.name,
             task=dataclasses.asdict(config.task),
+            method=method,
             adapter=adapter,
             composition=composition,
             sources=[{"name": source.name, "hash": source.hash} for source in sources],
@@ -138,7 +143,7 @@ def train_and_store(
             log.info("trainer.fast_dev_run: it runs; nothing is stored")
             exit_code = 0
             return manifest.result
-        path = save(entry.store, manifest, model.filling_state(), model.head_state(), config.overwrite)
+        path = save(entry.store, manifest, model.weight_state(), model.head_state(), config.overwrite)
         log.info("stored %s", path)
         shutil.rmtree(entry.checkpoints, ignore_errors=True)  # what they were kept for is done
         stored = read_folder(path)
@@ -196,7 +201,7 @@ def _result(
 ) -> dict[str, Any]:
     assert config.task is not None
     trainable = sum(parameter.numel() for parameter in model.trainable().values())
-    every = sum(tensor.numel() for tensor in model.state_dict().values())
+    frozen = sum(tensor.numel() for tensor in model.frozen().values())
     return {
         "stage": 2 if entry.kind == "fusion" else 1,
         "task": config.task.name,
@@ -206,15 +211,15 @@ def _result(
         "metrics": fitted.metrics,
         "best_epoch": fitted.best_epoch,
         "epochs": fitted.epochs,
-        "parameters": {"trainable": trainable, "frozen": every - trainable},
+        "parameters": {"trainable": trainable, "frozen": frozen},
         "speed": fitted.speed,
         "sources": [source.name for source in sources],
     }
 
 
-def _tags(config: StageConfig, method: str) -> list[str]:
+def _tags(config: StageConfig, tag: str) -> list[str]:
     assert config.task is not None
-    return [str(config.task.name), config.backbone.name_or_path.rsplit("/", 1)[-1], method]
+    return [str(config.task.name), config.backbone.name_or_path.rsplit("/", 1)[-1], tag]
 
 
 def _versions() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,11 +25,12 @@ SLOTS = [
     ["1.attention", "1.feedforward"],
     ["2.attention"],
     ["2.feedforward"],
+    ["1.before_attention", "2.feedforward"],
     [],
 ]
 
 
-def adapted(folder: Path, slots: list[str], reads: str, **options: bool) -> AdaptedModel:
+def adapted(folder: Path, slots: list[str], reads: str, **options: Any) -> AdaptedModel:
     torch.manual_seed(0)
     backbone = load_backbone(str(folder))
     backbone.model.double()
@@ -44,7 +46,7 @@ def gradients(model: AdaptedModel, **prefix: torch.Tensor) -> dict[str, torch.Te
 
 
 @pytest.mark.parametrize("slots", SLOTS, ids=lambda slots: "-".join(slots) or "none")
-@pytest.mark.parametrize("reads", ["normed", "output"])
+@pytest.mark.parametrize("reads", ["normed", "output", "input"])
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_scores_and_gradients_are_those_of_the_whole_pass(
     model_type: str, reads: str, slots: list[str], make_backbone: Callable[..., Path]
@@ -67,12 +69,13 @@ def test_scores_and_gradients_are_those_of_the_whole_pass(
     layers = {int(name.split(".")[2]) for name in ran if name.startswith("encoder.layer.")}
     assert beyond == [] and min(layers, default=3) == lowest
     at_entry = {name for name in ran if name.startswith(f"encoder.layer.{lowest}.")}
-    assert not any(".self." in name for name in at_entry)
+    before_attention = bool(slots) and slots[0].endswith("before_attention")
+    assert any(".self." in name for name in at_entry) == before_attention
     if slots and slots[0].endswith("feedforward"):
         assert at_entry == {f"encoder.layer.{lowest}.output.LayerNorm"}
 
 
-@pytest.mark.parametrize(("reads", "width"), [("normed", 32), ("output", 64)])
+@pytest.mark.parametrize(("reads", "width"), [("normed", 32), ("output", 64), ("input", 64)])
 def test_a_state_is_no_wider_than_needed(tiny_backbone: Path, reads: str, width: int) -> None:
     assert adapted(tiny_backbone, ["1.feedforward"], reads).prefix_states(IDS, MASK).shape == (3, 5, width)
 

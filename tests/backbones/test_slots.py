@@ -18,7 +18,14 @@ from fusion.layers.filling import Filling
 from fusion.layers.heads import TaskHead
 from fusion.model import AdaptedModel
 
-PLACEMENTS = {"pfeiffer": (["feedforward"], "normed"), "houlsby": (["attention", "feedforward"], "output")}
+PLACEMENTS = {
+    "pfeiffer": (["feedforward"], "normed"),
+    "houlsby": (["attention", "feedforward"], "output"),
+    "parallel": (["feedforward"], "input"),
+    "parallel to both": (["attention", "feedforward"], "input"),
+    "before attention": (["before_attention"], "input"),
+    "before attention and parallel": (["before_attention", "feedforward"], "input"),
+}
 
 
 def fillings(layers: list[int], sites: list[str], hidden_size: int = 32) -> dict[str, Filling]:
@@ -61,19 +68,20 @@ def plain_layers(
     for layer in range(config.num_hidden_layers):
         path = f"encoder.layer.{layer}"
 
+        before = adapters.get(f"{layer}.before_attention")
+        read = hidden + change(before, hidden)
+
         def split(x: Tensor) -> Tensor:
             return x.unflatten(-1, (heads, width)).transpose(1, 2)
 
-        q, k, v = (
-            split(dense(hidden, state, f"{path}.attention.self.{n}")) for n in ("query", "key", "value")
-        )
+        q, k, v = (split(dense(read, state, f"{path}.attention.self.{n}")) for n in ("query", "key", "value"))
         scores = (q @ k.transpose(-1, -2)) / width**0.5
         weights = scores.masked_fill(mask[:, None, None, :] == 0, float("-inf")).softmax(-1)
         attended = (weights @ v).transpose(1, 2).flatten(-2)
 
         def end(h: Tensor, a: Tensor, module: str, adapter: Filling | None) -> Tensor:
             name = f"{module}.LayerNorm"
-            x = norm(h + a, state, name, eps) if placement == "pfeiffer" else h
+            x = {"normed": norm(h + a, state, name, eps), "output": h, "input": a}[PLACEMENTS[placement][1]]
             return norm(h + change(adapter, x) + a, state, name, eps)
 
         h = dense(attended, state, f"{path}.attention.output.dense")
@@ -123,7 +131,7 @@ def test_backbone_keeps_its_tensor_names_and_its_fingerprint(tiny_backbone: Path
 
 def test_wrong_reading_and_a_slot_outside_the_model(tiny_backbone: Path) -> None:
     output = load_backbone(str(tiny_backbone)).model.get_submodule("encoder.layer.0.output")
-    with pytest.raises(ValueError, match="output or normed"):
+    with pytest.raises(ValueError, match="output, normed, input"):
         PostNormSlot(output, "0.feedforward", BottleneckAdapter(32, 4), "both", CurrentBatch())
     slot = PostNormSlot(output, "0.feedforward", BottleneckAdapter(32, 4), "normed", CurrentBatch())
     with pytest.raises(RuntimeError, match=r"0\.feedforward"):

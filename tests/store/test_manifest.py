@@ -17,6 +17,7 @@ from fusion.store.manifest import (
     FORMAT_VERSION,
     HEAD,
     MANIFEST,
+    OPTIONAL,
     WEIGHTS,
     Manifest,
     check_backbone,
@@ -76,7 +77,8 @@ def change(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
         ("format_version", FORMAT_VERSION + 1, f"format_version is {FORMAT_VERSION + 1}"),
         ("format_version", True, "format_version is True"),
         ("format_version", None, "format_version is None"),
-        ("kind", "lora", "kind is 'lora', expected one of adapter, fusion, head"),
+        ("kind", "bank", "kind is 'bank', expected one of adapter, fusion, head"),
+        ("kind", "lora", "method is null, expected an object"),
         ("seed", "3", "seed is text, expected a whole number"),
         ("seed", True, "seed is true or false, expected a whole number"),
         ("sources", {}, "sources is an object, expected a list"),
@@ -105,7 +107,7 @@ def test_wrong_value_is_named(make_manifest: Make, key: str, value: Any, says: s
     assert says in str(error.value)
 
 
-@pytest.mark.parametrize("key", [field.name for field in fields(Manifest)])
+@pytest.mark.parametrize("key", [field.name for field in fields(Manifest) if field.name not in OPTIONAL])
 def test_missing_key_is_named(make_manifest: Make, key: str) -> None:
     values = values_of(make_manifest())
     del values[key]
@@ -315,7 +317,9 @@ def test_sources_that_cannot_be_fused(make_manifest: Make, changes: dict[str, An
 
 def test_sources_are_adapters_of_different_names(make_manifest: Make) -> None:
     fusion = make_manifest("rte-adapterfusion", "fusion", sources=[{"name": "a", "hash": "b"}])
-    with pytest.raises(UserError, match="rte-adapterfusion is a stored fusion, expected adapters"):
+    with pytest.raises(
+        UserError, match="rte-adapterfusion is a stored fusion, and only adapters can be combined"
+    ):
         check_sources([fusion])
     with pytest.raises(UserError, match="named mnli"):
         check_sources([make_manifest("mnli"), make_manifest("mnli", seed=4)])
