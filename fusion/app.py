@@ -42,7 +42,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-from fusion.config import StageConfig
+from fusion.config import Stage1Config, Stage2Config, StageConfig
 from fusion.errors import UserError, first_line
 from fusion.run import Run, Terminated, describe, record
 
@@ -472,6 +472,9 @@ def keys_of(schema: type, prefix: str = "") -> list[str]:
 
 def _unknown(key: str, schema: type) -> str:
     """Says which keys may have been meant: same last part, else a like one beside it, else anywhere."""
+    for stage, other in (("stage 1", Stage1Config), ("stage 2", Stage2Config)):
+        if issubclass(schema, StageConfig) and schema is not other and key in keys_of(other):
+            return f"unknown key {key}: it is one of {stage}, not of this command"
     parent, _, last = key.rpartition(".")
     keys = [(*known.rpartition(".")[::2], known) for known in keys_of(schema)]
 

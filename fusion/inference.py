@@ -59,8 +59,13 @@ def predict(
     device: torch.device,
     attention: bool = False,
     tokens_per_batch: int | None = None,
+    first_layer: int = 0,
 ) -> Predictions:
-    """Scores of every row; batches are sorted by length and the results put back in order."""
+    """Scores of every row; batches are sorted by length and the results put back in order.
+
+    Args:
+        first_layer: the slots of the layers below it stay empty (AdapterDrop).
+    """
     keep_freed_memory()
     model = model.to(device).eval()
     started, tokens = time.monotonic(), 0
@@ -78,6 +83,7 @@ def predict(
                 batch.token_type_ids,
                 batch.choice_counts,
                 record=recorded.__setitem__ if attention else None,
+                first_layer=first_layer,
             ).cpu()
         )
         places.append(batch.rows.cpu())

@@ -128,17 +128,45 @@ class AdaptedModel(nn.Module):
         Returns:
             (B, K); for a choice task (B, most choices of a row), -inf where a row has fewer.
         """
-        if prefix is not None and not self._skippable:
-            raise RuntimeError("call make_prefix_skippable() before a batch brings its prefix")
-        self._current.context = BatchContext(
-            attention_mask, first_layer=first_layer, sources_on=sources_on, record=record
+        hidden = self.hidden_states(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            sources_on=sources_on,
+            record=record,
+            prefix=prefix,
+            first_layer=first_layer,
         )
-        self._current.prefix = prefix
-        hidden = self._run(input_ids, attention_mask, token_type_ids)
         scores: Tensor = self.head(hidden, attention_mask)
         if self.training and first_layer > 0:
             scores = scores + self._idle(first_layer)
         return scores if choice_counts is None else _by_row(scores.squeeze(-1), choice_counts)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        *,
+        sources_on: Tensor | None = None,
+        members: Tensor | None = None,
+        record: Recorder | None = None,
+        prefix: Tensor | None = None,
+        first_layer: int = 0,
+    ) -> Tensor:
+        """What the head reads; arguments as of `forward`.
+
+        Args:
+            members: (S,), whose adapter each text is for, where the slots hold those of several tasks.
+
+        Returns:
+            (S, T, D).
+        """
+        if prefix is not None and not self._skippable:
+            raise RuntimeError("call make_prefix_skippable() before a batch brings its prefix")
+        self._current.context = BatchContext(attention_mask, first_layer, members, sources_on, record)
+        self._current.prefix = prefix
+        return self._run(input_ids, attention_mask, token_type_ids)
 
     def _idle(self, first_layer: int) -> Tensor:
         """0, with a gradient of 0 for all that trains in the layers below: DDP wants one of every parameter.

@@ -37,6 +37,7 @@ GROUPS = {
     "stage1": ("backbone", "adapter", "method", "logger", "experiment"),
     "stage2": ("backbone", "composition", "logger", "experiment"),
 }
+STAGE1_EXPERIMENTS = {"shallow", "deep", "bottleneck_16", "bottleneck_64", "bottleneck_256"}
 # What the code gives to Lightning's Trainer itself.
 OWNED_BY_CODE = {"self", "logger", "callbacks", "plugins", "use_distributed_sampler"}
 
@@ -69,7 +70,7 @@ def test_all_files_are_found() -> None:
         "composition": {"adapterfusion", "static", "mean"},
         "method": {"adapter", "head", "lora", "bitfit", "full"},
         "logger": {"wandb", "csv", "none"},
-        "experiment": {"quick"},
+        "experiment": {"quick", "equal_budget", *STAGE1_EXPERIMENTS},
     }
     assert {file.stem for file in conf_folder().glob("*.yaml")} == {*SCHEMAS, "launch"}
     assert not list(conf_folder().glob("*/*/*.yaml"))
@@ -81,6 +82,8 @@ def test_every_group_file_composes(group: str, name: str) -> None:
         OmegaConf.to_object(compose("stage1", [f"+task={name}"]))
         return
     commands = [command for command, groups in GROUPS.items() if group in groups]
+    if group == "experiment" and name in STAGE1_EXPERIMENTS:
+        commands = ["stage1"]
     assert commands
     for command in commands:
         config = typed(command, f"{group}={name}")
@@ -240,6 +243,24 @@ def test_a_wrong_override_is_explained(override: str, message: str) -> None:
     said = explain(error.value, Stage1Config)
     assert message in said
     assert len(said.splitlines()) <= 2
+
+
+@pytest.mark.parametrize("override", ["adapter=houlsby", "adapter.layers=last:3", "experiment=shallow"])
+def test_a_key_of_the_other_stage_is_explained(override: str) -> None:
+    with pytest.raises(Exception) as error:
+        typed("stage2", override)
+    assert "it is one of stage 1, not of this command" in explain(error.value, Stage2Config)
+
+
+def test_the_presets_say_what_their_names_say() -> None:
+    assert typed("stage1", "experiment=shallow").adapter.layers == "last:3"
+    deep = typed("stage1", "experiment=deep").adapter
+    assert (deep.name, deep.sites, deep.layers) == ("houlsby", ["attention", "feedforward"], None)
+    for size in (16, 64, 256):
+        assert typed("stage1", f"experiment=bottleneck_{size}").adapter.size_for(768) == size
+    for command in ("stage1", "stage2"):
+        config = typed(command, "experiment=equal_budget")
+        assert (config.trainer.max_epochs, config.optim.patience) == (10, 3)
 
 
 def test_every_key_has_a_place_in_the_list_of_keys() -> None:

@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "build": BASE | {"layers", "backbones", "model", "store"},
     "inference": BASE | {"memory", "model", "data"},
     "prefix": BASE | {"backbones", "model", "data"},
+    "several": BASE | {"layers", "backbones", "model"},
     "training": BASE
     | {
         "run",

@@ -1,0 +1,74 @@
+"""The same rows for several tasks at once: what lies below the lowest adapter is run once for all of them.
+
+AdapterDrop (Rücklé et al. 2021, §3.2): the more of the first layers go without adapters, the more the tasks share.
+
+Shapes: B rows, T tokens, D hidden size, N tasks, K outputs of a task's head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fusion.backbones.load import Backbone
+from fusion.layers.bank import AdapterBank
+from fusion.layers.bottleneck import BottleneckAdapter
+from fusion.layers.filling import Filling
+from fusion.layers.heads import TaskHead
+from fusion.layers.switch import TaskSwitch
+from fusion.model import AdaptedModel
+
+
+class SeveralTasks(nn.Module):
+    """Scores of each row by each of N tasks' adapters and heads, in one pass.
+
+    Args:
+        adapters: of each task, by slot name.
+        reads: what all of them read, see `PostNormSlot`.
+        heads: of each task.
+
+    Raises:
+        ValueError: no task, or not as many heads as tasks.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        adapters: Sequence[Mapping[str, BottleneckAdapter]],
+        reads: str,
+        heads: Sequence[TaskHead],
+    ) -> None:
+        super().__init__()
+        if not adapters or len(adapters) != len(heads):
+            raise ValueError(f"{len(adapters)} tasks and {len(heads)} heads")
+        fillings: dict[str, Filling] = {}
+        for slot in sorted({slot for own in adapters for slot in own}):
+            present = [task for task, own in enumerate(adapters) if slot in own]
+            bank = AdapterBank([adapters[task][slot] for task in present], present, len(adapters))
+            fillings[slot] = TaskSwitch(bank)
+        self.model = AdaptedModel(backbone, fillings, reads, heads[0])
+        self.model.make_prefix_skippable()
+        self.heads = nn.ModuleList(heads)
+        self.eval()
+
+    @torch.inference_mode()
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> list[Tensor]:
+        """input_ids, attention_mask, token_type_ids: (B, T) -> of each task (B, K)."""
+        tasks = len(self.heads)
+        hidden = self.model.prefix_states(input_ids, attention_mask, token_type_ids)
+        if self.model.entry is None:  # no adapter anywhere: all is shared
+            return [head(hidden, attention_mask) for head in self.heads]
+        members = torch.arange(tasks, device=input_ids.device).repeat_interleave(len(input_ids))
+        several = self.model.hidden_states(
+            input_ids.repeat(tasks, 1),
+            attention_mask.repeat(tasks, 1),
+            None if token_type_ids is None else token_type_ids.repeat(tasks, 1),
+            members=members,
+            prefix=hidden.repeat(tasks, 1, 1),
+        )
+        parts = several.chunk(tasks)
+        return [head(part, attention_mask) for head, part in zip(self.heads, parts, strict=True)]

@@ -1,0 +1,36 @@
+"""A slot with the adapters of several tasks against each task's own adapter, row by row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fusion.layers.bank import AdapterBank
+from fusion.layers.bottleneck import BottleneckAdapter
+from fusion.layers.filling import BatchContext
+from fusion.layers.switch import TaskSwitch
+
+
+@pytest.mark.parametrize("nonlinearities", [("relu", "relu"), ("tanh", "silu")])
+def test_each_row_goes_through_its_own_adapter(nonlinearities: tuple[str, str]) -> None:
+    torch.manual_seed(0)
+    adapters = [BottleneckAdapter(8, 2 + n, name, scaling=n + 1.0) for n, name in enumerate(nonlinearities)]
+    for adapter in adapters:
+        for parameter in adapter.double().parameters():
+            torch.nn.init.normal_(parameter)
+    switch = TaskSwitch(AdapterBank(adapters, [0, 2], 3))
+    members = torch.tensor([2, 0, 1, 2])
+    x = torch.randn(4, 3, 8).double()
+    context = BatchContext(torch.ones(4, 3), members=members)
+    expected = torch.zeros_like(x)
+    for row, member in enumerate(members.tolist()):
+        if member != 1:  # that task has no adapter here
+            expected[row] = adapters[member // 2](x[row : row + 1], context)[0]
+    torch.testing.assert_close(switch(x, context), expected, rtol=0, atol=1e-12)
+    assert list(switch.parameters()) == []
+
+
+def test_without_members_it_says_so() -> None:
+    switch = TaskSwitch(AdapterBank([BottleneckAdapter(8, 2)], [0], 1))
+    with pytest.raises(RuntimeError, match="members"):
+        switch(torch.zeros(1, 2, 8), BatchContext(torch.ones(1, 2)))
