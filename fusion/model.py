@@ -58,6 +58,7 @@ class AdaptedModel(nn.Module):
         self._family = backbone.family
         self._hidden_size = backbone.hidden_size
         self._skippable = False
+        self._frozen = False
         layers = backbone.family.layer_list(backbone.model)
         for name, filling in fillings.items():
             layer, _, site = name.partition(".")
@@ -207,8 +208,15 @@ class AdaptedModel(nn.Module):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The one list of what trains, by its full name."""
+        if self._frozen:
+            return {}
         fillings = {f"fillings.{name}": parameter for name, parameter in self.filling_state().items()}
         return fillings | {f"head.{name}": parameter for name, parameter in self.head_state().items()}
+
+    def freeze(self) -> None:
+        """Let nothing train any more; what is stored stays the same."""
+        self.requires_grad_(False)
+        self._frozen = True
 
     def undecayed(self) -> set[str]:
         """Names of `trainable` that take no weight decay: vectors, and what a filling exempts."""
@@ -223,8 +231,10 @@ class AdaptedModel(nn.Module):
 
     def frozen_hash(self) -> str:
         """sha256 of every tensor that must not change in training."""
-        trainable = self.trainable()
-        return hash_tensors((name, t) for name, t in self.state_dict().items() if name not in trainable)
+        # By identity: a Parameter that several slots share has a name in each of them.
+        trainable = {id(parameter) for parameter in self.trainable().values()}
+        every = self.state_dict(keep_vars=True).items()
+        return hash_tensors((name, tensor) for name, tensor in every if id(tensor) not in trainable)
 
 
 def _by_row(scores: Tensor, choice_counts: Tensor) -> Tensor:
