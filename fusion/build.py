@@ -6,15 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.nn import Parameter
+
 from fusion.backbones.load import Backbone
 from fusion.config import AdapterConfig, CompositionConfig, HeadConfig, SameBackboneConfig, TaskConfig
 from fusion.errors import UserError
 from fusion.layers.attention import AdapterFusion
+from fusion.layers.average import FrozenAdapter, average
 from fusion.layers.bank import AdapterBank
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.filling import Filling
 from fusion.layers.heads import TaskHead
 from fusion.layers.mixtures import MeanMixture, StaticMixture
+from fusion.layers.scalearn import ScaLearn, initial_scales
+from fusion.layers.sequence import SequenceFusion
+from fusion.layers.target import WithTargetAdapter
 from fusion.model import AdaptedModel
 from fusion.store.artifacts import Artifact, copy_into, load, load_by_hash
 from fusion.store.manifest import Manifest, check_backbone, check_sources
@@ -80,20 +86,35 @@ def stored_adapters(artifact: Artifact) -> dict[str, BottleneckAdapter]:
 
 
 def composition_fillings(
-    config: CompositionConfig, sources: Sequence[Artifact], backbone: Backbone
+    config: CompositionConfig,
+    sources: Sequence[Artifact],
+    backbone: Backbone,
+    kept: Mapping[str, Sequence[int]] | None = None,
+    continued: str | None = None,
 ) -> dict[str, Filling]:
-    """The composition of the sources for each slot where at least one of them has an adapter."""
-    stored = [stored_adapters(source) for source in sources]
+    """The composition of the sources for each slot where at least one of them has an adapter.
+
+    Args:
+        kept: of a pruned fusion, the positions of the sources that each slot keeps; None: all.
+        continued: the name of the source whose adapter goes on training, alone.
+    """
+    stored = [
+        stored_adapters(source) if continued in (None, source.manifest.name) else {} for source in sources
+    ]
     placement = sources[0].manifest.adapter
     assert placement is not None
+    shared = _shared_scales(config, len(sources), backbone.hidden_size)
     fillings: dict[str, Filling] = {}
     for layer in selected_layers(config.layers, backbone.layers, "composition.layers"):
         for site in placement["sites"]:
             slot = f"{layer}.{site}"
-            present = [position for position, adapters in enumerate(stored) if slot in adapters]
+            present = {n: adapters[slot] for n, adapters in enumerate(stored) if slot in adapters}
             if present:
-                bank = AdapterBank([stored[position][slot] for position in present], present, len(sources))
-                fillings[slot] = _composition(config, bank, backbone.hidden_size)
+                chosen = present if kept is None else {n: present[n] for n in kept[slot]}
+                filling = _composition(config, chosen, len(sources), shared)
+                fillings[slot] = (
+                    _beside(filling, list(present.values())) if config.target_adapter else filling
+                )
     if not fillings:
         raise UserError(
             f"composition.layers={config.layers}: no source has an adapter in these layers, so nothing is combined"
@@ -101,18 +122,54 @@ def composition_fillings(
     return fillings
 
 
-def _composition(config: CompositionConfig, bank: AdapterBank, hidden_size: int) -> Filling:
-    if config.name == "adapterfusion":
-        return AdapterFusion(
+def _composition(
+    config: CompositionConfig,
+    adapters: Mapping[int, BottleneckAdapter],
+    total: int,
+    shared: Parameter | None,
+) -> Filling:
+    """Of the adapters of one slot, by the position of their source."""
+    several = list(adapters.values())
+    if config.name == "continued":
+        return several[0]
+    if config.name == "average":
+        return average(several) if config.train else FrozenAdapter(average(several))
+    bank = AdapterBank(several, list(adapters), total)
+    hidden_size = several[0].down.in_features
+    if config.name in ("adapterfusion", "sequence", "pruned"):
+        attention = SequenceFusion if config.name == "sequence" else AdapterFusion
+        return attention(
             bank,
             hidden_size,
             value_matrix=config.value_matrix,
             temperature=config.temperature,
             dropout=config.dropout,
+            rank=config.rank,
         )
+    if config.name.startswith("scalearn"):
+        if shared is not None:
+            return ScaLearn(bank, shared, shared=True)
+        return ScaLearn(bank, initial_scales(len(bank), _width(config, hidden_size)))
     if config.name == "static":
         return StaticMixture(bank)
     return MeanMixture(bank)
+
+
+def _shared_scales(config: CompositionConfig, total: int, hidden_size: int) -> Parameter | None:
+    """The one ω of ScaLearn++, which all its layers share."""
+    return initial_scales(total, _width(config, hidden_size)) if config.name.endswith("_pp") else None
+
+
+def _width(config: CompositionConfig, hidden_size: int) -> int:
+    return 1 if "uniform" in config.name else hidden_size
+
+
+def _beside(filling: Filling, adapters: Sequence[BottleneckAdapter]) -> WithTargetAdapter:
+    """With an adapter of the target's own, as large as the largest source of the slot."""
+    size = max(adapter.down.out_features for adapter in adapters)
+    first = adapters[0]
+    target = BottleneckAdapter(first.down.in_features, size, first.nonlinearity, init="zero_up")
+    return WithTargetAdapter(filling, target)
 
 
 def fresh_head(config: HeadConfig, task: TaskConfig, default_pooling: str, backbone: Backbone) -> TaskHead:
@@ -156,6 +213,20 @@ def backbone_of(manifest: Manifest, other: SameBackboneConfig) -> tuple[str, str
     return manifest.backbone["name_or_path"], other.revision or manifest.backbone["revision"]
 
 
+def stored_composition(manifest: Manifest, path: Path) -> tuple[CompositionConfig, dict[str, Any]]:
+    """The settings of a stored fusion, and what was chosen for it: `kept` or `continued`.
+
+    Raises:
+        UserError: they are none of this version.
+    """
+    settings = dict(manifest.composition or {})
+    chosen: dict[str, Any] = {key: settings.pop(key) for key in ("kept", "continued") if key in settings}
+    try:
+        return CompositionConfig(**settings), chosen
+    except TypeError as error:
+        raise UserError(f"{path / 'manifest.json'}: composition is none of this version ({error})") from error
+
+
 def stored_model(artifact: Artifact, store: Path, backbone: Backbone) -> AdaptedModel:
     """The model that an artifact stands for, for inference; a fusion's sources come from the store.
 
@@ -171,13 +242,8 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone) -> Adapted
     elif manifest.kind == "fusion":
         sources = [load_by_hash(source["hash"], source["name"], store) for source in manifest.sources]
         assert manifest.composition is not None
-        try:
-            composition = CompositionConfig(**manifest.composition)
-        except TypeError as error:
-            raise UserError(
-                f"{artifact.path / 'manifest.json'}: composition is none of this version ({error})"
-            ) from error
-        fillings = composition_fillings(composition, sources, backbone)
+        composition, chosen = stored_composition(manifest, artifact.path)
+        fillings = composition_fillings(composition, sources, backbone, **chosen)
         placement = sources[0].manifest.placement
     head = TaskHead(hidden_size=backbone.hidden_size, **manifest.head)
     model = AdaptedModel(backbone, fillings, placement["adapter.reads"] or "normed", head)

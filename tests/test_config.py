@@ -66,7 +66,19 @@ def test_all_files_are_found() -> None:
     assert found == {
         "backbone": {"minilm", "bert_base", "bert_large", "roberta_base", "xlmr_base", "electra_base"},
         "adapter": {"pfeiffer", "houlsby"},
-        "composition": {"adapterfusion", "static", "mean"},
+        "composition": {
+            "adapterfusion",
+            "sequence",
+            "static",
+            "mean",
+            "scalearn",
+            "scalearn_uniform",
+            "scalearn_pp",
+            "scalearn_uniform_pp",
+            "average",
+            "pruned",
+            "continued",
+        },
         "method": {"adapter", "head"},
         "logger": {"wandb", "csv", "none"},
         "experiment": {"quick"},
@@ -83,7 +95,8 @@ def test_every_group_file_composes(group: str, name: str) -> None:
     commands = [command for command, groups in GROUPS.items() if group in groups]
     assert commands
     for command in commands:
-        config = typed(command, f"{group}={name}")
+        needed = ["composition.fusion=x", "composition.keep=1"] if name == "pruned" else []
+        config = typed(command, f"{group}={name}", *needed)
         if group in ("adapter", "composition", "method"):
             assert getattr(config, group).name == name
 

@@ -70,6 +70,8 @@ def fit(
 ) -> Fit:
     """Train until the epochs or the patience end, and leave the best epoch's weights in the model.
 
+    A model in which nothing trains is evaluated, once.
+
     Args:
         validation: by split name; the first split's first metric picks the best epoch.
         loss_weights: of the named terms that the model adds to the loss.
@@ -134,23 +136,24 @@ def fit(
             "a fraction of it, or trainer.check_val_every_n_epoch=null"
         )
     started = time.monotonic()
-    trainer.fit(
-        module,
-        batches,
-        evaluation,
-        ckpt_path=str(last) if last.is_file() else None,
-        weights_only=True,
-    )
-    seconds = time.monotonic() - started
-    if not module.history:  # stopped within the first epoch, by its steps or time
+    if model.trainable():
+        trainer.fit(
+            module,
+            batches,
+            evaluation,
+            ckpt_path=str(last) if last.is_file() else None,
+            weights_only=True,
+        )
+    if not module.history:  # nothing trains, or it stopped within the first epoch, by its steps or time
         trainer.validate(module, evaluation, verbose=False)
+    seconds = time.monotonic() - started
     best = _best(module.history, monitor)
     if keep_best.best_model_path and trainer.is_global_zero:  # the others store nothing
         _restore(model, Path(keep_best.best_model_path))
     _check_finite(model)
     return Fit(
         metrics={split: {m: best[f"{split}/{m}"] for m in config.task.metrics} for split in splits if best},
-        best_epoch=int(best.get("epoch", 0)),
+        best_epoch=int(best.get("epoch", 0)) if model.trainable() else 0,
         epochs=trainer.current_epoch,
         speed={
             "seconds": seconds,

@@ -99,7 +99,7 @@ def train_and_store(
 
     def prepare(device: torch.device) -> str | None:
         splits = [rows.training, *rows.validation.values()]
-        once = bool(config.trainer.fast_dev_run) or config.trainer.max_epochs == 1
+        once = bool(config.trainer.fast_dev_run) or config.trainer.max_epochs == 1 or not model.trainable()
         prefix = keep_prefix(
             model, splits, config.backbone, backbone.fingerprint, device, config.data.cache_dir, once
         )
@@ -169,9 +169,9 @@ def _circumstances(
         },
         "head": {
             "pooling": model.head.pooling,
-            "layers": config.head.layers,
+            "layers": 1 if model.head.dense is None else 2,
             "outputs": model.head.output.out_features,
-            "dropout": config.head.dropout,
+            "dropout": model.head.dropout.p,
         },
         "data": {
             "max_length": config.data.max_length,
@@ -196,7 +196,8 @@ def _result(
 ) -> dict[str, Any]:
     assert config.task is not None
     trainable = sum(parameter.numel() for parameter in model.trainable().values())
-    every = sum(tensor.numel() for tensor in model.state_dict().values())
+    tensors = model.state_dict(keep_vars=True).values()
+    every = sum({id(tensor): tensor.numel() for tensor in tensors}.values())  # what layers share counts once
     return {
         "stage": 2 if entry.kind == "fusion" else 1,
         "task": config.task.name,
