@@ -141,7 +141,7 @@ def linear_scores(training: States, other: States, task: TaskConfig) -> Tensor:
         optimizer.zero_grad()
         value = loss()
         value.backward()
-        return float(value)
+        return float(value.detach())
 
     optimizer.step(step)
     with torch.no_grad():
