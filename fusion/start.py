@@ -131,10 +131,11 @@ def _best_source(
     )
     best = scores.index(max(scores))
     log.info(
-        "%s goes on training: the best %s of a linear head on the states that each source gives (%.4f)",
+        "%s goes on training: the best %s of a linear head on the states that each source gives (%.4f%s)",
         names[best],
         config.task.metrics[0],
         scores[best],
+        ", the first of several" if scores.count(scores[best]) > 1 else "",
     )
     return names[best]
 
