@@ -31,6 +31,8 @@ from fusion.training.callbacks import EpochLine, Guard
 from fusion.training.metrics import main_metric
 from fusion.training.module import TaskModule
 
+log = logging.getLogger(__name__)
+
 _EXPECTED_WARNINGS = (
     ".*module\\(s\\) in eval mode at the start of training",  # the frozen backbone is meant to be
     ".*is smaller than the logging interval",
@@ -148,6 +150,9 @@ def fit(
         trainer.validate(module, evaluation, verbose=False)
     seconds = time.monotonic() - started
     best = _best(module.history, monitor)
+    if not model.trainable() and trainer.is_global_zero:
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in best.items() if name != "epoch")
+        log.info("nothing trains  %s  %.1f s", shown, seconds)
     if keep_best.best_model_path and trainer.is_global_zero:  # the others store nothing
         _restore(model, Path(keep_best.best_model_path))
     _check_finite(model)
