@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
+from torch.nn import Parameter
 
 from fusion.backbones.load import Backbone
 from fusion.backbones.slots import layer_and_site
@@ -21,11 +21,15 @@ from fusion.config import (
 )
 from fusion.errors import UserError
 from fusion.layers.attention import AdapterFusion
+from fusion.layers.average import FrozenAdapter, average
 from fusion.layers.bank import AdapterBank
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.filling import Filling
 from fusion.layers.heads import TaskHead
 from fusion.layers.mixtures import MeanMixture, StaticMixture
+from fusion.layers.scalearn import ScaLearn, initial_scales
+from fusion.layers.sequence import SequenceFusion
+from fusion.layers.target import WithTargetAdapter
 from fusion.model import AdaptedModel
 from fusion.store.artifacts import Artifact, copy_into, load, load_by_hash
 from fusion.store.manifest import MANIFEST, WEIGHTS, Manifest, check_backbone, check_sources
@@ -138,16 +142,16 @@ def stored_adapters(artifact: Artifact) -> dict[str, BottleneckAdapter]:
     return adapters
 
 
-def _settings(schema: type[Settings], values: Mapping[str, Any], artifact: Artifact, key: str) -> Settings:
+def _settings(schema: type[Settings], values: Mapping[str, Any], path: Path, key: str) -> Settings:
     try:
         return schema(**values)
     except (TypeError, UserError) as error:
-        raise UserError(f"{artifact.path / MANIFEST}: {key} is none of this version ({error})") from error
+        raise UserError(f"{path / MANIFEST}: {key} is none of this version ({error})") from error
 
 
-def filling_state(fillings: Mapping[str, Filling]) -> dict[str, nn.Parameter]:
+def filling_state(fillings: Mapping[str, Filling]) -> dict[str, Parameter]:
     """As `AdaptedModel.filling_state`, of fillings that are in no model yet: what slots share stands there once."""
-    state: dict[str, nn.Parameter] = {}
+    state: dict[str, Parameter] = {}
     for slot, filling in fillings.items():
         known = {id(parameter) for parameter in state.values()}
         own = filling.named_parameters()
@@ -156,20 +160,35 @@ def filling_state(fillings: Mapping[str, Filling]) -> dict[str, nn.Parameter]:
 
 
 def composition_fillings(
-    config: CompositionConfig, sources: Sequence[Artifact], backbone: Backbone
+    config: CompositionConfig,
+    sources: Sequence[Artifact],
+    backbone: Backbone,
+    kept: Mapping[str, Sequence[int]] | None = None,
+    continued: str | None = None,
 ) -> dict[str, Filling]:
-    """The composition of the sources for each slot where at least one of them has an adapter."""
-    stored = [stored_adapters(source) for source in sources]
+    """The composition of the sources for each slot where at least one of them has an adapter.
+
+    Args:
+        kept: of a pruned fusion, the positions of the sources that each slot keeps; None: all.
+        continued: the name of the source whose adapter goes on training, alone.
+    """
+    stored = [
+        stored_adapters(source) if continued in (None, source.manifest.name) else {} for source in sources
+    ]
     placement = sources[0].manifest.adapter
     assert placement is not None
+    shared = _shared_scales(config, len(sources), backbone.hidden_size)
     fillings: dict[str, Filling] = {}
     for layer in kept_layers(config.layers, config.drop, backbone.layers, "composition"):
         for site in placement["sites"]:
             slot = f"{layer}.{site}"
-            present = [position for position, adapters in enumerate(stored) if slot in adapters]
+            present = {n: adapters[slot] for n, adapters in enumerate(stored) if slot in adapters}
             if present:
-                bank = AdapterBank([stored[position][slot] for position in present], present, len(sources))
-                fillings[slot] = _composition(config, bank, backbone.hidden_size)
+                chosen = present if kept is None else {n: present[n] for n in kept[slot]}
+                filling = _composition(config, chosen, len(sources), shared)
+                fillings[slot] = (
+                    _beside(filling, list(present.values())) if config.target_adapter else filling
+                )
     if not fillings:
         raise UserError(
             f"composition.layers={config.layers}: no source has an adapter in these layers, so nothing is combined"
@@ -177,18 +196,54 @@ def composition_fillings(
     return fillings
 
 
-def _composition(config: CompositionConfig, bank: AdapterBank, hidden_size: int) -> Filling:
-    if config.name == "adapterfusion":
-        return AdapterFusion(
+def _composition(
+    config: CompositionConfig,
+    adapters: Mapping[int, BottleneckAdapter],
+    total: int,
+    shared: Parameter | None,
+) -> Filling:
+    """Of the adapters of one slot, by the position of their source."""
+    several = list(adapters.values())
+    if config.name == "continued":
+        return several[0]
+    if config.name == "average":
+        return average(several) if config.train else FrozenAdapter(average(several))
+    bank = AdapterBank(several, list(adapters), total)
+    hidden_size = several[0].down.in_features
+    if config.name in ("adapterfusion", "sequence", "pruned"):
+        attention = SequenceFusion if config.name == "sequence" else AdapterFusion
+        return attention(
             bank,
             hidden_size,
             value_matrix=config.value_matrix,
             temperature=config.temperature,
             dropout=config.dropout,
+            rank=config.rank,
         )
+    if config.name.startswith("scalearn"):
+        if shared is not None:
+            return ScaLearn(bank, shared, shared=True)
+        return ScaLearn(bank, initial_scales(len(bank), _width(config, hidden_size)))
     if config.name == "static":
         return StaticMixture(bank)
     return MeanMixture(bank)
+
+
+def _shared_scales(config: CompositionConfig, total: int, hidden_size: int) -> Parameter | None:
+    """The one ω of ScaLearn++, which all its layers share."""
+    return initial_scales(total, _width(config, hidden_size)) if config.name.endswith("_pp") else None
+
+
+def _width(config: CompositionConfig, hidden_size: int) -> int:
+    return 1 if "uniform" in config.name else hidden_size
+
+
+def _beside(filling: Filling, adapters: Sequence[BottleneckAdapter]) -> WithTargetAdapter:
+    """With an adapter of the target's own, as large as the largest source of the slot."""
+    size = max(adapter.down.out_features for adapter in adapters)
+    first = adapters[0]
+    target = BottleneckAdapter(first.down.in_features, size, first.nonlinearity, init="zero_up")
+    return WithTargetAdapter(filling, target)
 
 
 def fresh_head(config: HeadConfig, task: TaskConfig, default_pooling: str, backbone: Backbone) -> TaskHead:
@@ -232,6 +287,17 @@ def backbone_of(manifest: Manifest, other: SameBackboneConfig) -> tuple[str, str
     return manifest.backbone["name_or_path"], other.revision or manifest.backbone["revision"]
 
 
+def stored_composition(manifest: Manifest, path: Path) -> tuple[CompositionConfig, dict[str, Any]]:
+    """The settings of a stored fusion, and what was chosen for it: `kept` or `continued`.
+
+    Raises:
+        UserError: they are none of this version.
+    """
+    settings = dict(manifest.composition or {})
+    chosen: dict[str, Any] = {key: settings.pop(key) for key in ("kept", "continued") if key in settings}
+    return _settings(CompositionConfig, settings, path, "composition"), chosen
+
+
 def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int = 0) -> AdaptedModel:
     """The model that an artifact stands for, for inference; a fusion's sources come from the store.
 
@@ -251,12 +317,12 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int 
     elif manifest.kind == "fusion":
         sources = [load_by_hash(source["hash"], source["name"], store) for source in manifest.sources]
         assert manifest.composition is not None
-        composition = _settings(CompositionConfig, manifest.composition, artifact, "composition")
-        fillings = composition_fillings(composition, sources, backbone)
+        composition, chosen = stored_composition(manifest, artifact.path)
+        fillings = composition_fillings(composition, sources, backbone, **chosen)
         placement = sources[0].manifest.placement
         copy_into(filling_state(fillings), artifact.weights, artifact.path / WEIGHTS)
     elif manifest.method is not None:
-        tuning = tuning_of(_settings(MethodConfig, manifest.method, artifact, "method"), backbone)
+        tuning = tuning_of(_settings(MethodConfig, manifest.method, artifact.path, "method"), backbone)
         assert tuning is not None
         copy_into(tuning.state(), artifact.weights, artifact.path / WEIGHTS)
     kept = {slot: filling for slot, filling in fillings.items() if layer_and_site(slot)[0] >= drop}

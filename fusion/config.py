@@ -9,7 +9,7 @@ check beside it says what is allowed.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Optional
 
 from fusion.errors import UserError
@@ -25,7 +25,19 @@ INITIAL_VALUES = ("bert", "houlsby", "zero_up")
 SITES = ("before_attention", "attention", "feedforward")
 READS = ("output", "normed", "input")
 POOLINGS = ("cls", "mean")
-COMPOSITIONS = ("adapterfusion", "static", "mean")
+COMPOSITIONS = (
+    "adapterfusion",
+    "sequence",
+    "static",
+    "mean",
+    "scalearn",
+    "scalearn_uniform",
+    "scalearn_pp",
+    "scalearn_uniform_pp",
+    "average",
+    "pruned",
+    "continued",
+)
 METHODS = ("adapter", "head", "lora", "bitfit", "full")
 TUNING = ("lora", "bitfit", "full")  # methods that train a part of the backbone itself
 CACHES = ("auto", "off", "float32", "float16")
@@ -325,9 +337,34 @@ class CompositionConfig:
     value_penalty: float = 0.01  # weight of the sum over layers of ||Wv - I||^2
     layers: Any = None
     drop: Optional[str] = None  # AdapterDrop: specialized:N or robust
+    rank: Optional[int] = None  # of query and key; null: the hidden size
+    target_adapter: bool = False  # a fresh adapter that trains beside what the sources give
+    train: bool = False  # average, pruned: whether the outcome trains further
+    fusion: Optional[str] = None  # pruned: the stored fusion that it is made of
+    keep: Optional[int] = None  # pruned: how many sources each slot keeps
 
     def __post_init__(self) -> None:
         _one_of("composition", self.name, COMPOSITIONS)
+        _require(
+            self.rank is None or self.rank >= 1,
+            f"composition.rank={self.rank}: expected at least 1, or null for the hidden size",
+        )
+        attends, trains = ("adapterfusion", "sequence", "pruned"), ("average", "pruned")
+        _require(
+            self.rank is None or self.name in attends,
+            f"composition.rank={self.rank}: {self.name} has no query and key; leave it out, or say "
+            "composition=adapterfusion or sequence",
+        )
+        _require(
+            not self.train or self.name in trains,
+            f"composition.train=true: says whether {' or '.join(trains)} trains further, and {self.name} has no "
+            "such choice; leave it out",
+        )
+        _require(
+            (self.fusion, self.keep) == (None, None) or self.name == "pruned",
+            f"composition.fusion and composition.keep are for composition=pruned, not {self.name}: say that, or "
+            "leave them out",
+        )
         _require(
             self.temperature > 0, f"composition.temperature={self.temperature}: expected a number above 0"
         )
@@ -337,6 +374,18 @@ class CompositionConfig:
         )
         _layers("composition.layers", self.layers)
         _drop("composition.drop", self.drop)
+
+    def as_stored(self) -> dict[str, Any]:
+        """As a manifest keeps it. What came with a later version is there only where it says something.
+
+        So an artifact that uses none of it has the same hash in every version, and can be read in each.
+        """
+        first = ("name", "value_matrix", "temperature", "dropout", "value_penalty", "layers")
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name in first or getattr(self, f.name) != f.default
+        }
 
 
 @dataclass
@@ -518,12 +567,41 @@ class Stage2Config(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.composition.name == "pruned":
+            self._check_pruned()
         _require(
-            len(self.sources) > 0,
+            len(self.sources) > 0 or self.composition.name == "pruned",
             "sources is empty: name adapters of the store, such as 'sources=[mnli,sst2]'",
         )
         twice = sorted({s for s in self.sources if self.sources.count(s) > 1})
         _require(not twice, f"sources={self.sources}: {', '.join(twice)} stands twice")
+
+    def _check_pruned(self) -> None:
+        asked = self.composition
+        _require(
+            asked.fusion is not None,
+            "composition=pruned: expected the fusion to prune, composition.fusion=NAME, one of the store",
+        )
+        _require(
+            asked.keep is not None and asked.keep >= 1,
+            f"composition.keep={asked.keep}: expected how many sources each layer keeps, at least 1 and fewer than "
+            "the fusion has",
+        )
+        own = replace(
+            CompositionConfig(), dropout=asked.dropout, value_penalty=asked.value_penalty, name="pruned"
+        )
+        own = replace(own, fusion=asked.fusion, keep=asked.keep, train=asked.train)
+        other = [
+            f"composition.{f.name}" for f in fields(own) if getattr(asked, f.name) != getattr(own, f.name)
+        ]
+        _require(
+            not other,
+            f"{', '.join(other)}: a pruned fusion is as composition.fusion={asked.fusion} was trained; leave it out",
+        )
+        _require(
+            self.head == HeadConfig(),
+            f"head: a pruned fusion has the head of composition.fusion={asked.fusion}; leave head.* out",
+        )
 
     def default_name(self) -> str:
         assert self.task is not None and self.task.name is not None

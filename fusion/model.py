@@ -73,6 +73,7 @@ class AdaptedModel(nn.Module):
         self._hidden_size = backbone.hidden_size
         self._skippable = False
         self._slots: list[Slot] = []
+        self._frozen = False
         layers = backbone.family.layer_list(backbone.model)
         for name, filling in fillings.items():
             layer, _, site = name.partition(".")
@@ -284,9 +285,16 @@ class AdaptedModel(nn.Module):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The one list of what trains, by its full name."""
+        if self._frozen:
+            return {}
         fillings = {f"fillings.{name}": parameter for name, parameter in self.filling_state().items()}
         tuned = {f"backbone.{name}": parameter for name, parameter in self.tuned().items()}
         return fillings | tuned | {f"head.{name}": parameter for name, parameter in self.head_state().items()}
+
+    def freeze(self) -> None:
+        """Let nothing train any more; what is stored stays the same."""
+        self.requires_grad_(False)
+        self._frozen = True
 
     def undecayed(self) -> set[str]:
         """Names of `trainable` that take no weight decay: vectors, and what a filling exempts."""

@@ -30,6 +30,12 @@ def check(config: PredictConfig, run: Run) -> None:
         raise UserError(
             f"attention=true: {manifest.name} is a stored {manifest.kind}; only a fusion has attention to show"
         )
+    composition = (manifest.composition or {}).get("name")
+    if config.attention and composition in ("average", "continued"):
+        raise UserError(
+            f"attention=true: {manifest.name} (composition={composition}) is one adapter, which attends to nothing; "
+            "leave attention= out"
+        )
     if not Path(config.input).is_file():
         raise UserError(f"input={config.input}: no such file; expected .jsonl, .csv, .tsv or .parquet")
     output = Path(config.output)

@@ -5,7 +5,6 @@ python -m fusion.stage2 +task=rte 'sources=[mnli,sst2,rte]'
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ from fusion.app import command
 from fusion.config import Stage2Config
 from fusion.entry import Entry, find_entry
 from fusion.errors import UserError
+from fusion.inputs import Inputs, read_inputs
 from fusion.run import Run
-from fusion.store.manifest import Manifest, check_sources, read_manifest
+from fusion.store.manifest import Manifest
 
 
 def check_backbone_name(source: Manifest, asked: str) -> None:
@@ -27,14 +27,10 @@ def check_backbone_name(source: Manifest, asked: str) -> None:
         )
 
 
-def entry_of(config: Stage2Config, run: Run) -> Entry:
+def entry_of(config: Stage2Config, inputs: Inputs, run: Run) -> Entry:
+    check_backbone_name(inputs.sources[0], config.backbone.name_or_path)
     # A source that was trained again makes this another run, though the config says the same.
-    manifests = [read_manifest(source, Path(config.store)) for source in config.sources]
-    check_sources(manifests)
-    check_backbone_name(manifests[0], config.backbone.name_or_path)
-    return find_entry(
-        config, run, kind="fusion", inputs={"sources": [manifest.hash for manifest in manifests]}
-    )
+    return find_entry(config, run, kind="fusion", inputs=inputs.hashes)
 
 
 def check(config: Stage2Config, run: Run) -> None:
@@ -43,7 +39,7 @@ def check(config: Stage2Config, run: Run) -> None:
 
     assert config.task is not None
     check_source(config.task, config.data)
-    entry_of(config, run)
+    entry_of(config, read_inputs(config), run)
     if config.compile:
         from fusion.backbones.compiling import check_compiler
 
@@ -56,20 +52,23 @@ def main(config: Stage2Config, run: Run) -> dict[str, Any]:
     import torch
 
     from fusion.backbones.load import load_backbone
-    from fusion.build import composition_fillings, fresh_head, load_sources
+    from fusion.build import composition_fillings, load_sources
     from fusion.model import AdaptedModel
+    from fusion.start import find_start
     from fusion.training.stage import load_task_rows, train_and_store
 
     assert config.task is not None
-    entry = entry_of(config, run)
+    inputs = read_inputs(config)
+    entry = entry_of(config, inputs, run)
     if entry.stored is not None:
         return entry.result()
     backbone = load_backbone(config.backbone.name_or_path, config.backbone.revision)
-    sources = load_sources(config.sources, Path(config.store), backbone)
+    sources = load_sources(inputs.references, Path(config.store), backbone)
     rows = load_task_rows(config)
+    start = find_start(config, sources, backbone, rows.training, rows.validation)
     torch.manual_seed(config.seed)
-    fillings = composition_fillings(config.composition, sources, backbone)
-    head = fresh_head(config.head, config.task, config.backbone.pooling, backbone)
+    fillings = composition_fillings(start.composition, sources, backbone, **start.chosen)
+    head = start.head(config, backbone)
     model = AdaptedModel(
         backbone,
         fillings,
@@ -78,6 +77,7 @@ def main(config: Stage2Config, run: Run) -> dict[str, Any]:
         bool(config.backbone.dropout),
         config.backbone.gradient_checkpointing,
     )
+    start.fill(model)
     return train_and_store(
         config,
         run,
@@ -86,7 +86,7 @@ def main(config: Stage2Config, run: Run) -> dict[str, Any]:
         backbone,
         rows,
         tag=config.composition.name,
-        composition=dataclasses.asdict(config.composition),
+        composition=start.stored,
         sources=[source.manifest for source in sources],
         loss_weights={"value_penalty": config.composition.value_penalty},
         robust_drop=config.composition.drop == "robust",

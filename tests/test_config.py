@@ -67,7 +67,19 @@ def test_all_files_are_found() -> None:
     assert found == {
         "backbone": {"minilm", "bert_base", "bert_large", "roberta_base", "xlmr_base", "electra_base"},
         "adapter": {"pfeiffer", "houlsby", "houlsby_ffn_only", "parallel", "before_attention"},
-        "composition": {"adapterfusion", "static", "mean"},
+        "composition": {
+            "adapterfusion",
+            "sequence",
+            "static",
+            "mean",
+            "scalearn",
+            "scalearn_uniform",
+            "scalearn_pp",
+            "scalearn_uniform_pp",
+            "average",
+            "pruned",
+            "continued",
+        },
         "method": {"adapter", "head", "lora", "bitfit", "full"},
         "logger": {"wandb", "csv", "none"},
         "experiment": {"quick", "equal_budget", *STAGE1_EXPERIMENTS},
@@ -86,7 +98,8 @@ def test_every_group_file_composes(group: str, name: str) -> None:
         commands = ["stage1"]
     assert commands
     for command in commands:
-        config = typed(command, f"{group}={name}")
+        needed = ["composition.fusion=x", "composition.keep=1"] if name == "pruned" else []
+        config = typed(command, f"{group}={name}", *needed)
         if group in ("adapter", "composition", "method"):
             assert getattr(config, group).name == name
 

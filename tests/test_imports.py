@@ -41,7 +41,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "review": BASE,
     "entry": BASE | {"run", "store"},
     "build": BASE | {"layers", "backbones", "model", "store"},
+    "inputs": BASE | {"store"},
     "inference": BASE | {"memory", "model", "data"},
+    "pruning": BASE | {"model", "data", "store"},
+    "probe": BASE | {"layers", "backbones", "model", "data", "store", "build", "training.metrics"},
+    "start": BASE
+    | {"layers", "backbones", "model", "data", "store", "build", "inference", "pruning", "probe"},
     "prefix": BASE | {"backbones", "model", "data"},
     "several": BASE | {"layers", "backbones", "model"},
     "training": BASE

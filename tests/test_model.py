@@ -14,6 +14,8 @@ from fusion.layers.attention import AdapterFusion
 from fusion.layers.bank import AdapterBank
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead
+from fusion.layers.scalearn import ScaLearn, initial_scales
+from fusion.layers.target import WithTargetAdapter
 from fusion.model import AdaptedModel
 
 IDS = torch.tensor([[2, 7, 8, 9, 3], [2, 10, 3, 0, 0], [2, 11, 12, 3, 0]])
@@ -91,6 +93,48 @@ def test_the_frozen_hash_sees_the_backbone_and_the_sources_but_not_what_trains(t
     with torch.no_grad():
         model.backbone.get_parameter("embeddings.word_embeddings.weight")[0, 0] += 1e-6
     assert model.frozen_hash() != changed
+
+
+def test_a_parameter_that_slots_share_is_one(tiny_backbone: Path) -> None:
+    torch.manual_seed(0)
+    shared = initial_scales(2, 32)
+    banks = [AdapterBank([BottleneckAdapter(32, 4), BottleneckAdapter(32, 2)], [0, 1], 2) for _ in range(3)]
+    fillings = {f"{n}.feedforward": ScaLearn(bank, shared, shared=True) for n, bank in enumerate(banks)}
+    model = AdaptedModel(load_backbone(str(tiny_backbone)), fillings, "normed", TaskHead(32, 2))
+    assert set(model.filling_state()) == {"0.feedforward.scales"}
+    assert "fillings.0.feedforward.scales" in model.undecayed()
+    before = model.frozen_hash()
+    with torch.no_grad():
+        shared.add_(1)
+    assert model.frozen_hash() == before
+    bank = model.get_submodule("fillings.2.feedforward.bank")
+    bank.up_bias.add_(1)  # type: ignore[operator]
+    assert model.frozen_hash() != before
+
+
+def test_a_target_adapter_leaves_the_decay_of_the_composition_as_it_is(tiny_backbone: Path) -> None:
+    torch.manual_seed(0)
+    bank = AdapterBank([BottleneckAdapter(32, 4)], [0], 1)
+    filling = WithTargetAdapter(AdapterFusion(bank, 32), BottleneckAdapter(32, 4))
+    model = AdaptedModel(
+        load_backbone(str(tiny_backbone)), {"1.feedforward": filling}, "normed", TaskHead(32, 2)
+    )
+    decayed = set(model.trainable()) - model.undecayed()
+    parts = ("composition.query", "composition.key", "target.down", "target.up")
+    assert decayed == {*(f"fillings.1.feedforward.{part}.weight" for part in parts), "head.output.weight"}
+
+
+def test_a_frozen_model_trains_nothing_and_is_stored_as_before(tiny_backbone: Path) -> None:
+    model = fused(tiny_backbone)
+    stored, before = set(model.filling_state()) | set(model.head_state()), model.frozen_hash()
+    model.freeze()
+    assert model.trainable() == {} and not any(p.requires_grad for p in model.parameters())
+    assert set(model.filling_state()) | set(model.head_state()) == stored
+    now = model.frozen_hash()
+    assert now != before
+    with torch.no_grad():
+        model.head.output.bias.add_(1)
+    assert model.frozen_hash() != now
 
 
 @pytest.mark.parametrize("dropout", [True, False])

@@ -1,11 +1,9 @@
 """AdapterFusion (Pfeiffer et al. 2021, §3.2): attention over source adapters, per token and layer.
 
-Shapes: B rows, T tokens, D hidden size, N adapters, R bottleneck size.
+Shapes: B rows, T tokens, D hidden size, N adapters, R bottleneck size, K rank of query and key.
 """
 
 from __future__ import annotations
-
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +28,11 @@ class AdapterFusion(Filling):
     size D × D: from g = Wkᵀ q follow the scores q·k_n = g·u_n + bk·q, and o = Wv Σ_n p_n u_n.
     `AdapterBank` says how both come from the bottlenecks alone. There is no 1/√D, as in the paper.
 
-    Nothing but g and bk·q is needed of q, so where a batch has more tokens than D it is cheaper to
-    multiply the matrices first: g = M x + c with M = Wkᵀ Wq and c = Wkᵀ bq. That leaves one product
-    of size D × D a token in place of two, and in backward two in place of four.
+    Nothing but g and bk·q is needed of q, so where a batch has many tokens it is cheaper to multiply
+    the matrices first: g = M x + c with M = Wkᵀ Wq and c = Wkᵀ bq. That leaves one product of size
+    D × D a token in place of two, and in backward two in place of four.
+
+    With a rank, Wq and Wk are K × D: scores of the same form from far fewer parameters.
 
     Args:
         bank: the frozen sources of this slot.
@@ -40,9 +40,13 @@ class AdapterFusion(Filling):
         value_matrix: whether there is a Wv (the paper's variant without one has v_n = u_n).
         temperature: τ.
         dropout: on the scores, before the softmax; 0 unless asked for.
+        rank: K, at least 1; None: D, as in the paper.
+
+    Raises:
+        ValueError: a rank below 1.
     """
 
-    undecayed: ClassVar[tuple[str, ...]] = ("value.weight",)  # its pull is towards I, not towards 0
+    undecayed = ("value.weight",)  # its pull is towards I, not towards 0
 
     def __init__(
         self,
@@ -51,12 +55,15 @@ class AdapterFusion(Filling):
         value_matrix: bool = True,
         temperature: float = 1.0,
         dropout: float = 0.0,
+        rank: int | None = None,
     ) -> None:
         super().__init__()
+        if rank is not None and rank < 1:
+            raise ValueError(f"rank {rank}: expected at least 1")
         self.bank = bank
         self.temperature = temperature
-        self.query = nn.Linear(hidden_size, hidden_size)
-        self.key = nn.Linear(hidden_size, hidden_size)
+        self.query = nn.Linear(hidden_size, rank or hidden_size)
+        self.key = nn.Linear(hidden_size, rank or hidden_size)
         self.value = nn.Linear(hidden_size, hidden_size, bias=False) if value_matrix else None
         self.dropout = nn.Dropout(dropout)
         for projection in (self.query, self.key):
@@ -71,15 +78,19 @@ class AdapterFusion(Filling):
     def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
         """x: (B, T, D) -> o: (B, T, D)."""
         z = self.bank.bottlenecks(x)
-        g, same = self._scoring(x)
-        scores = self.bank.inner_products(g, z)
-        if same is not None:
-            scores = scores + same
-        p = masked_softmax(self.dropout(scores) / self.temperature, self.bank.on(batch.sources_on))
+        p = self._weights(x, z, batch)
         if batch.record is not None:
             batch.record(batch.place, self.bank.spread(p))
         mixed = self.bank.weighted_sum(p, z)
         return mixed if self.value is None else self.value(mixed)
+
+    def _weights(self, x: Tensor, z: Tensor, batch: BatchContext) -> Tensor:
+        """x: (B, T, D), z: (B, T, N, R), its bottlenecks -> p: (B, T, N)."""
+        g, same = self._scoring(x)
+        scores = self.bank.inner_products(g, z)
+        if same is not None:
+            scores = scores + same
+        return masked_softmax(self.dropout(scores) / self.temperature, self.bank.on(batch.sources_on))
 
     def _scoring(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x: (B, T, D) -> g: (B, T, D) and in training bk·q: (B, T, 1): the scores are g·u_n + bk·q.
@@ -88,7 +99,9 @@ class AdapterFusion(Filling):
         stays in training all the same: without it bk would get no gradient, and DDP raises.
         """
         query, key = self.query, self.key
-        if x.shape[:-1].numel() <= x.shape[-1]:
+        tokens, rank, hidden = x.shape[:-1].numel(), *query.weight.shape
+        # One after the other, or the matrices first: 2·K·D multiply-adds a token, or K·D² once and D² a token.
+        if 2 * tokens * rank <= (tokens + rank) * hidden:
             q = query(x)
             return q @ key.weight, (q @ key.bias).unsqueeze(-1) if self.training else None
         g = F.linear(x, key.weight.T @ query.weight, query.bias @ key.weight)
@@ -153,14 +166,19 @@ class MergedFusion(Filling):
     def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
         """x: (B, T, D) -> o: (B, T, D)."""
         count, width = len(self.sources), len(self.sources) * self.sources.size
-        down, through, bias = F.linear(x, self.into, self.into_bias).split([width, width, count], dim=-1)
-        z = self.sources.activated(down)
-        scores = (z * through.unflatten(-1, (count, -1))).sum(-1) + bias
-        p = masked_softmax(scores, self.sources.on(batch.sources_on))
+        p, z = self._weights(x, batch)
         if batch.record is not None:
             batch.record(batch.place, self.sources.spread(p))
         mixed = (p.unsqueeze(-1) * z).reshape(-1, width)
         return torch.addmm(p.reshape(-1, count) @ self.out_bias, mixed, self.out).view_as(x)
+
+    def _weights(self, x: Tensor, batch: BatchContext) -> tuple[Tensor, Tensor]:
+        """x: (B, T, D) -> p: (B, T, N) and z: (B, T, N, R)."""
+        count, width = len(self.sources), len(self.sources) * self.sources.size
+        down, through, bias = F.linear(x, self.into, self.into_bias).split([width, width, count], dim=-1)
+        z = self.sources.activated(down)
+        scores = (z * through.unflatten(-1, (count, -1))).sum(-1) + bias
+        return masked_softmax(scores, self.sources.on(batch.sources_on)), z
 
 
 def masked_softmax(scores: Tensor, on: Tensor | None) -> Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -38,7 +37,7 @@ class BatchContext:
 class Filling(nn.Module):
     """Base of all that fills a slot. Keeps no state between calls."""
 
-    undecayed: ClassVar[tuple[str, ...]] = ()
+    undecayed: tuple[str, ...] = ()
     """Parameters that take no weight decay, beyond the biases, which never do."""
 
     def forward(self, x: Tensor, batch: BatchContext) -> Tensor:

@@ -41,7 +41,8 @@ NAMES_SHOWN = 20
 # What shapes training or only says how a size was chosen: it does not change what the stored weights compute.
 # An adapter's `bottleneck_sizes` says in which slots it stands.
 ADAPTER_TRAINING_KEYS = ("name", "init", "dropout", "reduction_factor", "bottleneck_size", "layers", "drop")
-COMPOSITION_TRAINING_KEYS = ("dropout", "value_penalty")
+# `fusion` is a name; of what it was, `kept` and the weights remain.
+COMPOSITION_TRAINING_KEYS = ("dropout", "value_penalty", "fusion", "keep")
 TUNING_KINDS = ("lora", "bitfit", "full")  # whose weights are the backbone's own
 OPTIONAL = ("method",)  # keys that manifests of the first release do not have
 

@@ -31,6 +31,8 @@ from fusion.training.callbacks import EpochLine, Guard, StepClock
 from fusion.training.metrics import main_metric
 from fusion.training.module import TaskModule
 
+log = logging.getLogger(__name__)
+
 _EXPECTED_WARNINGS = (
     ".*module\\(s\\) in eval mode at the start of training",  # the frozen backbone is meant to be
     ".*is smaller than the logging interval",
@@ -71,6 +73,8 @@ def fit(
     robust_drop: bool = False,
 ) -> Fit:
     """Train until the epochs or the patience end, and leave the best epoch's weights in the model.
+
+    A model in which nothing trains is evaluated, once.
 
     Args:
         validation: by split name; the first split's first metric picks the best epoch.
@@ -140,23 +144,27 @@ def fit(
             "a fraction of it, or trainer.check_val_every_n_epoch=null"
         )
     started = time.monotonic()
-    trainer.fit(
-        module,
-        batches,
-        evaluation,
-        ckpt_path=str(last) if last.is_file() else None,
-        weights_only=True,
-    )
-    seconds = time.monotonic() - started
-    if not module.history:  # stopped within the first epoch, by its steps or time
+    if model.trainable():
+        trainer.fit(
+            module,
+            batches,
+            evaluation,
+            ckpt_path=str(last) if last.is_file() else None,
+            weights_only=True,
+        )
+    if not module.history:  # nothing trains, or it stopped within the first epoch, by its steps or time
         trainer.validate(module, evaluation, verbose=False)
+    seconds = time.monotonic() - started
     best = _best(module.history, monitor)
+    if not model.trainable() and trainer.is_global_zero:
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in best.items() if name != "epoch")
+        log.info("nothing trains  %s  %.1f s", shown, seconds)
     if keep_best.best_model_path and trainer.is_global_zero:  # the others store nothing
         _restore(model, Path(keep_best.best_model_path))
     _check_finite(model)
     return Fit(
         metrics={split: {m: best[f"{split}/{m}"] for m in config.task.metrics} for split in splits if best},
-        best_epoch=int(best.get("epoch", 0)),
+        best_epoch=int(best.get("epoch", 0)) if model.trainable() else 0,
         epochs=trainer.current_epoch,
         speed={
             "seconds": seconds,

@@ -102,7 +102,7 @@ def train_and_store(
 
     def prepare(device: torch.device) -> str | None:
         splits = [rows.training, *rows.validation.values()]
-        once = bool(config.trainer.fast_dev_run) or config.trainer.max_epochs == 1
+        once = bool(config.trainer.fast_dev_run) or config.trainer.max_epochs == 1 or not model.trainable()
         prefix = keep_prefix(
             model, splits, config.backbone, backbone.fingerprint, device, config.data.cache_dir, once
         )
@@ -174,9 +174,9 @@ def _circumstances(
         },
         "head": {
             "pooling": model.head.pooling,
-            "layers": config.head.layers,
+            "layers": 1 if model.head.dense is None else 2,
             "outputs": model.head.output.out_features,
-            "dropout": config.head.dropout,
+            "dropout": model.head.dropout.p,
         },
         "data": {
             "max_length": config.data.max_length,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from fusion.layers.attention import AdapterFusion, masked_softmax
 from fusion.layers.bank import AdapterBank
@@ -26,7 +27,7 @@ def adapters() -> list[BottleneckAdapter]:
     return made
 
 
-def fusion(**options: float) -> AdapterFusion:
+def fusion(**options: float | None) -> AdapterFusion:
     torch.manual_seed(100)
     layer = AdapterFusion(AdapterBank(adapters(), range(5), 5), HIDDEN, **options).double()  # type: ignore[arg-type]
     for parameter in layer.parameters():
@@ -75,9 +76,12 @@ def plain_fusion(layer: AdapterFusion, x: Tensor, sources: list[BottleneckAdapte
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("mode", ["evaluation", "training", "training with dropout"])
 @pytest.mark.parametrize("tokens", [4, 9])  # of 2 rows: fewer in all than the hidden size, and more
-def test_folded_equals_plain(value_matrix: bool, temperature: float, mode: str, tokens: int) -> None:
+@pytest.mark.parametrize("rank", [None, 1, 5, 11, 20])
+def test_folded_equals_plain(
+    value_matrix: bool, temperature: float, mode: str, tokens: int, rank: int | None
+) -> None:
     dropout = 0.4 if mode == "training with dropout" else 0.0
-    layer = fusion(value_matrix=value_matrix, temperature=temperature, dropout=dropout)
+    layer = fusion(value_matrix=value_matrix, temperature=temperature, dropout=dropout, rank=rank)
     layer.train(mode != "evaluation")
     torch.manual_seed(7)
     x = torch.randn(2, tokens, HIDDEN, dtype=torch.float64, requires_grad=True)
@@ -99,6 +103,36 @@ def test_folded_equals_plain(value_matrix: bool, temperature: float, mode: str, 
     plain_gradients = torch.autograd.grad((plain * direction).sum(), list(wanted.values()))
     for name, one, two in zip(wanted, folded_gradients, plain_gradients, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-10, msg=f"the gradients of {name} differ")
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6, 11, 12, 20])
+@pytest.mark.parametrize("tokens", [1, 8, 11, 12, 13, 14, 40])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_cheaper_order_of_products_is_taken(rank: int, tokens: int, training: bool) -> None:
+    layer, x = fusion(rank=rank).train(training), torch.randn(1, tokens, HIDDEN, dtype=torch.float64)
+    with FlopCounterMode(display=False) as counter:
+        layer._scoring(x)
+    one_by_one = 2 * tokens * rank * HIDDEN
+    matrices_first = (rank + tokens) * HIDDEN * HIDDEN
+    if one_by_one <= matrices_first:
+        assert counter.get_total_flops() == 2 * one_by_one
+    else:
+        biases = rank * HIDDEN * (2 if training else 1)  # bq Wk, and bk Wq
+        assert counter.get_total_flops() == 2 * (matrices_first + biases)
+
+
+def test_a_rank_makes_query_and_key_smaller_and_nothing_else() -> None:
+    layer = fusion(rank=3)
+    assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == {
+        "query.weight": (3, HIDDEN),
+        "query.bias": (3,),
+        "key.weight": (3, HIDDEN),
+        "key.bias": (3,),
+        "value.weight": (HIDDEN, HIDDEN),
+    }
+    for rank in (0, -1):
+        with pytest.raises(ValueError, match=f"rank {rank}: expected at least 1"):
+            fusion(rank=rank)
 
 
 @pytest.mark.parametrize("tokens", [3, 9])
@@ -182,8 +216,11 @@ def test_masked_softmax_without_a_mask_is_a_softmax() -> None:
 @pytest.mark.parametrize("value_matrix", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("on", [None, [True, False, True, True, False], [False] * 5])
-def test_merged_equals_folded(value_matrix: bool, temperature: float, on: list[bool] | None) -> None:
-    layer = fusion(value_matrix=value_matrix, temperature=temperature).eval()
+@pytest.mark.parametrize("rank", [None, 3])
+def test_merged_equals_folded(
+    value_matrix: bool, temperature: float, on: list[bool] | None, rank: int | None
+) -> None:
+    layer = fusion(value_matrix=value_matrix, temperature=temperature, rank=rank).eval()
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     merged = layer.merged()
     x = torch.randn(2, 4, HIDDEN, dtype=torch.float64)

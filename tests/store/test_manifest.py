@@ -166,8 +166,15 @@ def test_hash_follows_what_the_weights_compute(make_manifest: Make) -> None:
         hash_of("fusion", sources=[{"name": "a", "hash": "a"}, {"name": "b", "hash": "b"}]),
         hash_of("fusion", sources=[{"name": "b", "hash": "b"}, {"name": "a", "hash": "a"}]),
         hash_of("fusion", sources=[{"name": "a", "hash": "a"}], composition={"temperature": 2.0}),
+        hash_of("fusion", composition={"name": "pruned", "kept": {"0.feedforward": [0]}}),
+        hash_of("fusion", composition={"name": "pruned", "kept": {"0.feedforward": [1]}}),
+        hash_of("fusion", composition={"rank": 2}),
+        hash_of("fusion", composition={"target_adapter": True}),
+        hash_of("fusion", composition={"name": "continued", "continued": "a"}),
+        hash_of("fusion", composition={"name": "continued", "continued": "b"}),
     ]
     assert len({first, *different}) == len(different) + 1
+    assert hash_of("fusion") == hash_of("fusion", composition={"fusion": "x", "keep": 2, "dropout": 0.5})
     with pytest.raises(ValueError, match="saved"):
         _ = make_manifest().hash
 

@@ -1,0 +1,112 @@
+"""What a stage-2 run is made of, by manifests alone: its sources, and the fusion that it prunes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusion.config import Stage2Config
+from fusion.errors import UserError
+from fusion.store.manifest import Manifest, check_sources, find_by_hash, read_folder, read_manifest
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The artifacts that a run reads.
+
+    references: of the sources, by name or path, in order. fusion: what a pruned fusion is made of.
+    """
+
+    references: list[str]
+    sources: list[Manifest]
+    fusion: Manifest | None = None
+
+    @property
+    def hashes(self) -> dict[str, Any]:
+        """What the config only names and the result depends on."""
+        sources: dict[str, Any] = {"sources": [manifest.hash for manifest in self.sources]}
+        if self.fusion is None:
+            return sources
+        # With the head, which a fusion's own hash leaves out, and the pruned one goes on with.
+        return sources | {
+            "fusion": [self.fusion.hash, *sorted(f["sha256"] for f in self.fusion.files.values())]
+        }
+
+
+def read_inputs(config: Stage2Config) -> Inputs:
+    """Look up what the config names, and refuse what cannot be combined as it asks.
+
+    Raises:
+        UserError: an artifact is missing or damaged, is of another kind, or does not go with the others.
+    """
+    store = Path(config.store)
+    if config.composition.name == "pruned":
+        return _of_fusion(config, store)
+    sources = [read_manifest(source, store) for source in config.sources]
+    check_sources(sources)
+    if config.composition.name == "average":
+        check_one_shape(sources)
+    return Inputs(config.sources, sources)
+
+
+def _of_fusion(config: Stage2Config, store: Path) -> Inputs:
+    reference, keep = config.composition.fusion, config.composition.keep
+    assert reference is not None and keep is not None and config.task is not None
+    fusion = read_manifest(reference, store)
+    composition = (fusion.composition or {}).get("name")
+    if composition != "adapterfusion":
+        what = f"fusion of composition {composition}" if composition else fusion.kind
+        raise UserError(
+            f"composition.fusion={reference}: is a stored {what}, expected one of composition=adapterfusion"
+        )
+    names = [source["name"] for source in fusion.sources]
+    if keep >= len(names):
+        raise UserError(
+            f"composition.keep={keep}: {fusion.name} has {len(names)} sources; expected fewer, at least 1"
+            + ("" if len(names) > 1 else ", so there is nothing to prune")
+        )
+    if config.sources and config.sources != names:
+        raise UserError(
+            f"sources={config.sources}: {fusion.name} has its own, {', '.join(names)}; leave sources= out"
+        )
+    answers, task = (fusion.task.get("kind"), fusion.task.get("labels")), config.task
+    if answers != (task.kind, task.labels):
+        raise UserError(
+            f"composition.fusion={reference}: its head answers {answers[0]} with labels {answers[1]}, and task "
+            f"{task.name} asks for {task.kind} with labels {task.labels}; say +task={fusion.task.get('name')}"
+        )
+    folders = [find_by_hash(source["hash"], source["name"], store) for source in fusion.sources]
+    return Inputs([str(folder) for folder in folders], [read_folder(folder) for folder in folders], fusion)
+
+
+def check_one_shape(sources: Sequence[Manifest]) -> None:
+    """Refuse sources whose weights have no mean.
+
+    Raises:
+        UserError: which source, how it differs from the first, and what is possible.
+    """
+    first = sources[0]
+    for other in sources[1:]:
+        here, there = first.adapter or {}, other.adapter or {}
+        found = [
+            f"adapter.{key} {there[key]} and not {here[key]}"
+            for key in ("nonlinearity", "scaling")
+            if here[key] != there[key]
+        ]
+        sizes, other_sizes = here["bottleneck_sizes"], there["bottleneck_sizes"]
+        if sizes.keys() != other_sizes.keys():
+            found.append(f"adapters in {_listed(other_sizes)} and not in {_listed(sizes)}")
+        elif sizes != other_sizes:
+            slot = next(slot for slot in sizes if sizes[slot] != other_sizes[slot])
+            found.append(f"bottleneck size {other_sizes[slot]} and not {sizes[slot]}")
+        if found:
+            raise UserError(
+                f"composition=average: {other.name} differs from {first.name}: {'; '.join(found)}.\n"
+                "Weights have a mean only where all have one shape: leave it out of sources=, or say composition=mean"
+            )
+
+
+def _listed(slots: dict[str, int]) -> str:
+    return f"[{', '.join(slots)}]"

@@ -1,0 +1,51 @@
+"""One adapter out of several of one shape: the mean of their weights.
+
+Shapes: B rows, T tokens, D hidden size, R bottleneck size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fusion.layers.bank import AdapterBank
+from fusion.layers.bottleneck import BottleneckAdapter
+from fusion.layers.filling import BatchContext, Filling
+
+
+def average(adapters: Sequence[BottleneckAdapter]) -> BottleneckAdapter:
+    """A new adapter whose weights and biases are the means of the given ones'.
+
+    It is not the mean of their outputs: σ stands between the two projections. Of one adapter it is a
+    copy. Dropout, which has no part in what an adapter computes, is the first one's.
+
+    Raises:
+        ValueError: none, or they differ in sizes, non-linearity or scaling.
+    """
+    kinds = {(*a.up.weight.shape, a.nonlinearity, float(a.scaling)) for a in adapters}
+    if len(kinds) != 1:
+        raise ValueError(f"expected adapters of one kind, not {sorted(kinds, key=str)}")
+    ((hidden_size, bottleneck_size, nonlinearity, scaling),) = kinds
+    mean = BottleneckAdapter(hidden_size, bottleneck_size, nonlinearity, scaling, adapters[0].dropout.p)
+    mean.to(adapters[0].up.weight)
+    with torch.no_grad():
+        for name, parameter in mean.named_parameters():
+            parameter.copy_(torch.stack([a.get_parameter(name) for a in adapters]).mean(0))
+    return mean
+
+
+class FrozenAdapter(Filling):
+    """One adapter that is a fixed function: its weights are buffers, and nothing in here can train.
+
+    `sources_on` has no say: whatever it was made of, it is one adapter now.
+    """
+
+    def __init__(self, adapter: BottleneckAdapter) -> None:
+        super().__init__()
+        self.bank = AdapterBank([adapter], [0], 1)
+
+    def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
+        """x: (B, T, D) -> u: (B, T, D)."""
+        return self.bank.weighted_sum(x.new_ones(1), self.bank.bottlenecks(x))

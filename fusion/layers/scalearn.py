@@ -1,0 +1,67 @@
+"""ScaLearn (Frohmann et al. 2023, arXiv 2310.01217): each source's output is scaled, and the sum is taken.
+
+Shapes: B rows, T tokens, D hidden size, N adapters, R bottleneck size, W width of a scale: D or 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fusion.layers.bank import AdapterBank
+from fusion.layers.filling import BatchContext, Filling
+
+
+class ScaLearn(Filling):
+    """o = Σ_n ω_n ⊙ u_n: one learned factor a source and dimension (W = D), or a source (W = 1).
+
+    The factors are unconstrained: they need not sum to 1 and may be negative. Since each u_n is linear
+    in its up-projection, that is what is scaled, once a batch, so a token costs what a mean costs.
+
+    What is recorded is the same for every token: ω_n itself where W = 1, else the mean of |ω_n| over
+    the dimensions. Neither is a share, and they do not sum to 1.
+
+    Args:
+        bank: the frozen sources of this slot.
+        scales: ω, see `initial_scales`: (N, W), or shared by several slots (total, W), a row for every source.
+        shared: whether ω has a row for every source, of which this slot takes those of its own adapters.
+
+    Raises:
+        ValueError: ω has another shape.
+    """
+
+    undecayed = ("scales",)  # 0 is no neutral value: it would switch the sources off
+
+    def __init__(self, bank: AdapterBank, scales: nn.Parameter, shared: bool = False) -> None:
+        super().__init__()
+        rows, hidden_size = bank.total if shared else len(bank), bank.up_weight.shape[0]
+        if scales.shape not in ((rows, hidden_size), (rows, 1)):
+            raise ValueError(
+                f"scales {tuple(scales.shape)}: expected {(rows, hidden_size)}, or {(rows, 1)} for one a source"
+            )
+        self.bank = bank
+        self.scales = scales
+        self.shared = shared
+
+    def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
+        """x: (B, T, D) -> o: (B, T, D)."""
+        bank, scales = self.bank, self._own_scales(batch)
+        if batch.record is not None:
+            uniform = scales.shape[1] == 1
+            seen = scales.squeeze(1) if uniform else scales.abs().mean(1)
+            batch.record(batch.place, bank.spread(seen.expand(*x.shape[:-1], len(bank))))
+        up = (bank.up_weight.unflatten(1, (len(bank), -1)) * scales.T.unsqueeze(-1)).flatten(1)  # (D, N·R)
+        up_bias = (scales * bank.up_bias).sum(0)  # (D,)
+        return F.linear(bank.bottlenecks(x).flatten(-2), up, up_bias)
+
+    def _own_scales(self, batch: BatchContext) -> Tensor:
+        """ω of this slot's adapters: (N, W), zero for those that are off."""
+        scales = self.scales[self.bank.source_positions] if self.shared else self.scales
+        on = self.bank.on(batch.sources_on)
+        return scales if on is None else scales.masked_fill(~on.unsqueeze(1), 0.0)
+
+
+def initial_scales(count: int, width: int) -> nn.Parameter:
+    """ω at the start: (count, width), 1/count, the mean of the sources, with noise N(0, 0.001)."""
+    return nn.Parameter(torch.normal(1.0 / count, 0.001, (count, width)))

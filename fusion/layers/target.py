@@ -1,0 +1,43 @@
+"""A trainable adapter of the target task beside a composition of frozen ones.
+
+Shapes: B rows, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fusion.layers.bottleneck import BottleneckAdapter
+from fusion.layers.filling import BatchContext, Filling
+
+
+class WithTargetAdapter(Filling):
+    """o + u_target: what the sources give, and what only the target's own rows can teach.
+
+    With an adapter that begins at zero (`zero_up`) it begins as the composition alone. What is
+    recorded is the composition's; the target's adapter is no source.
+
+    Args:
+        composition: gives o.
+        target: gives u_target, and trains.
+    """
+
+    def __init__(self, composition: Filling, target: BottleneckAdapter) -> None:
+        super().__init__()
+        self.composition = composition
+        self.target = target
+        parts = (("composition", composition), ("target", target))
+        self.undecayed = tuple(f"{part}.{name}" for part, filling in parts for name in filling.undecayed)
+
+    def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
+        """x: (B, T, D) -> o + u_target: (B, T, D)."""
+        out: Tensor = self.composition(x, batch)
+        return out + self.target(x, batch)
+
+    def losses(self) -> dict[str, Tensor]:
+        """The composition's: the target's adapter adds none."""
+        return self.composition.losses()
+
+    def merged(self) -> WithTargetAdapter:
+        """The same with the composition merged, where there is such a thing."""
+        return WithTargetAdapter(self.composition.merged(), self.target)

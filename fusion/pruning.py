@@ -1,0 +1,61 @@
+"""Which sources a fusion can do without: those that get least of its attention on the target's rows.
+
+Shapes: S texts of a batch, T tokens, N sources.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fusion.data.batches import Batch
+from fusion.model import AdaptedModel
+from fusion.store.manifest import Manifest
+
+log = logging.getLogger(__name__)
+
+
+@torch.inference_mode()
+def mean_attention(model: AdaptedModel, batches: Iterable[Batch], device: torch.device) -> dict[str, Tensor]:
+    """By slot, what each source gets: (N,), the mean over all real tokens."""
+    model = model.to(device).eval()
+    sums: dict[str, Tensor] = {}
+    tokens = 0
+    for batch in batches:
+        batch = batch.to(device)
+        recorded: dict[str, Tensor] = {}
+        model(
+            batch.input_ids,
+            batch.attention_mask,
+            batch.token_type_ids,
+            batch.choice_counts,
+            record=recorded.__setitem__,
+        )
+        real = batch.attention_mask.bool()
+        tokens += int(real.sum())
+        for slot, weights in recorded.items():
+            total = weights[real].double().sum(0).cpu()
+            sums[slot] = sums[slot] + total if slot in sums else total
+    return {slot: total / tokens for slot, total in sums.items()}
+
+
+def most_attended(
+    attention: Mapping[str, Tensor], sources: Sequence[Manifest], keep: int
+) -> dict[str, list[int]]:
+    """By slot, the positions of the `keep` sources with the most attention, in the sources' order.
+
+    A slot where fewer sources have an adapter keeps all of them.
+    """
+    kept: dict[str, list[int]] = {}
+    for slot, weights in attention.items():
+        there = [n for n, source in enumerate(sources) if slot in (source.adapter or {})["bottleneck_sizes"]]
+        best = sorted(there, key=lambda n: -float(weights[n]))[:keep]
+        kept[slot] = sorted(best)
+        shown = ", ".join(f"{sources[n].name} {float(weights[n]):.3f}" for n in best)
+        log.info(
+            "%s keeps %s of the attention: %s", slot, f"{sum(float(weights[n]) for n in best):.3f}", shown
+        )
+    return kept

@@ -1,0 +1,145 @@
+"""Where a composition begins: what is found out on the target's rows first, and what it takes over."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fusion.backbones.load import Backbone
+from fusion.build import fresh_head, stored_composition, stored_model
+from fusion.config import CompositionConfig, Stage2Config
+from fusion.data.encode import EncodedRows
+from fusion.data.samples import sampled_batches
+from fusion.inference import device_of
+from fusion.layers.heads import TaskHead
+from fusion.model import AdaptedModel
+from fusion.probe import probe
+from fusion.pruning import mean_attention, most_attended
+from fusion.store.artifacts import Artifact, copy_into, load
+
+log = logging.getLogger(__name__)
+
+_ROWS = 1000  # of the training rows, that are looked at
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is decided before the model is built.
+
+    composition: the settings, of a pruned fusion those that it was trained with.
+    chosen: what `composition_fillings` takes beyond them, and the manifest keeps: `kept` or `continued`.
+    fusion: the stored fusion whose weights and head the model begins with.
+    """
+
+    composition: CompositionConfig
+    chosen: dict[str, Any] = field(default_factory=dict)
+    fusion: Artifact | None = None
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """What the manifest says of the composition."""
+        return self.composition.as_stored() | self.chosen
+
+    def head(self, config: Stage2Config, backbone: Backbone) -> TaskHead:
+        """A fresh head, or one of the shape that the fusion has."""
+        assert config.task is not None
+        if self.fusion is None:
+            return fresh_head(config.head, config.task, config.backbone.pooling, backbone)
+        return TaskHead(hidden_size=backbone.hidden_size, **self.fusion.manifest.head)
+
+    def fill(self, model: AdaptedModel) -> None:
+        """Let the model begin where the fusion ended, and end there too if nothing is to train."""
+        if self.fusion is not None:
+            copy_into(model.filling_state(), self.fusion.weights, self.fusion.path / "weights.safetensors")
+            copy_into(model.head_state(), self.fusion.head, self.fusion.path / "head.safetensors")
+            if not self.composition.train:
+                model.freeze()
+
+
+def find_start(
+    config: Stage2Config,
+    sources: Sequence[Artifact],
+    backbone: Backbone,
+    training: EncodedRows,
+    validation: dict[str, EncodedRows],
+) -> Start:
+    """Look at the target's rows where the composition asks for it. The backbone stays as it is.
+
+    Raises:
+        UserError: the stored fusion is damaged or none of this version.
+    """
+    if config.composition.name == "pruned":
+        return _pruned(config, sources, backbone, training)
+    if config.composition.name == "continued":
+        name = _best_source(config, sources, backbone, training, next(iter(validation.values())))
+        return Start(config.composition, {"continued": name})
+    return Start(config.composition)
+
+
+def _pruned(
+    config: Stage2Config, sources: Sequence[Artifact], backbone: Backbone, training: EncodedRows
+) -> Start:
+    asked = config.composition
+    assert asked.fusion is not None and asked.keep is not None
+    fusion = load(asked.fusion, Path(config.store))
+    settings, _ = stored_composition(fusion.manifest, fusion.path)
+    batches = sampled_batches(training, _ROWS, config.data.batch_size, config.data.tokens_per_batch)
+    model = stored_model(fusion, Path(config.store), _copy(backbone))
+    attention = mean_attention(model, batches, device_of(config.trainer.accelerator))
+    kept = most_attended(attention, [source.manifest for source in sources], asked.keep)
+    return Start(
+        replace(
+            settings,
+            name="pruned",
+            dropout=asked.dropout,
+            value_penalty=asked.value_penalty,
+            fusion=asked.fusion,
+            keep=asked.keep,
+            train=asked.train,
+        ),
+        {"kept": kept},
+        fusion,
+    )
+
+
+def _best_source(
+    config: Stage2Config,
+    sources: Sequence[Artifact],
+    backbone: Backbone,
+    training: EncodedRows,
+    validation: EncodedRows,
+) -> str:
+    names = [source.manifest.name for source in sources]
+    assert config.task is not None
+    if len(names) == 1:
+        return names[0]
+    size, tokens = config.data.batch_size, config.data.tokens_per_batch
+    scores = probe(
+        sources,
+        _copy(backbone),
+        config.composition.layers,
+        config.head.pooling or config.backbone.pooling,
+        config.task,
+        partial(sampled_batches, training, _ROWS, size, tokens),
+        partial(sampled_batches, validation, None, size, tokens),
+        device_of(config.trainer.accelerator),
+    )
+    best = scores.index(max(scores))
+    log.info(
+        "%s goes on training: the best %s of a linear head on the states that each source gives (%.4f%s)",
+        names[best],
+        config.task.metrics[0],
+        scores[best],
+        ", the first of several" if scores.count(scores[best]) > 1 else "",
+    )
+    return names[best]
+
+
+def _copy(backbone: Backbone) -> Backbone:
+    """Another one of the same weights: a model changes its backbone in place."""
+    return replace(backbone, model=copy.deepcopy(backbone.model))
