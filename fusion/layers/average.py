@@ -24,7 +24,10 @@ def average(adapters: Sequence[BottleneckAdapter]) -> BottleneckAdapter:
     Raises:
         ValueError: none, or they differ in sizes, non-linearity or scaling.
     """
-    kinds = {(*a.up.weight.shape, a.nonlinearity, float(a.scaling)) for a in adapters}
+    kinds = {
+        (*a.up.weight.shape, a.nonlinearity, "learned" if isinstance(a.scaling, Tensor) else a.scaling)
+        for a in adapters
+    }
     if len(kinds) != 1:
         raise ValueError(f"expected adapters of one kind, not {sorted(kinds, key=str)}")
     ((hidden_size, bottleneck_size, nonlinearity, scaling),) = kinds

@@ -78,3 +78,12 @@ def test_a_frozen_adapter_says_what_it_said_and_cannot_train() -> None:
     (one,) = torch.autograd.grad(frozen(x, CONTEXT).pow(2).sum(), [x])
     (two,) = torch.autograd.grad(source.eval()(x, CONTEXT).pow(2).sum(), [x])
     torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
+
+
+def test_learned_scalings_are_averaged_too() -> None:
+    adapters = [BottleneckAdapter(8, 2, scaling="learned") for _ in range(2)]
+    with torch.no_grad():
+        adapters[0].get_parameter("scaling").fill_(3.0)
+    assert average(adapters).get_parameter("scaling").item() == 2.0
+    with pytest.raises(ValueError, match="of one kind"):
+        average([adapters[0], BottleneckAdapter(8, 2, scaling=3.0)])
