@@ -256,6 +256,9 @@ def test_the_highest_score_decides_and_of_equals_the_first(
     composed(ragged, "films", "continued", name="decided", overwrite=True)
     manifest = load("decided", ragged.folder / "store").manifest
     assert manifest.composition is not None and manifest.composition["continued"] == best
+    begun, ended = ragged.weights(best), ragged.weights("decided")
+    assert {key: value.shape for key, value in ended.items()} == {key: v.shape for key, v in begun.items()}
+    assert all(0 < (ended[key] - begun[key]).abs().max() < 0.3 for key in begun)
 
 
 # --- pruned ----------------------------------------------------------------------------------------
