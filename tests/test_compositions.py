@@ -246,6 +246,21 @@ def test_the_best_of_several_goes_on_and_it_is_said_why(
     check_reproduced(ragged, "best", result)
 
 
+@pytest.mark.parametrize(
+    ("scores", "best"), [([0.1, 0.7, 0.2], "books"), ([0.1, 0.7, 0.7], "books"), ([0.1, 0.2, 0.3], "plays")]
+)
+def test_the_highest_score_decides_and_of_equals_the_first(
+    ragged: Bench, monkeypatch: pytest.MonkeyPatch, scores: list[float], best: str
+) -> None:
+    monkeypatch.setattr("fusion.start.probe", lambda *_: scores)
+    composed(ragged, "films", "continued", name="decided", overwrite=True)
+    manifest = load("decided", ragged.folder / "store").manifest
+    assert manifest.composition is not None and manifest.composition["continued"] == best
+    begun, ended = ragged.weights(best), ragged.weights("decided")
+    assert {key: value.shape for key, value in ended.items()} == {key: v.shape for key, v in begun.items()}
+    assert all(0 < (ended[key] - begun[key]).abs().max() < 0.3 for key in begun)
+
+
 # --- pruned ----------------------------------------------------------------------------------------
 
 
@@ -472,3 +487,19 @@ def test_attention_of_one_adapter_is_refused_before_anything_is_read(ragged: Ben
     )
     with pytest.raises(UserError, match="leave attention= out"):
         predict.check(config, ragged.run("predict", config))
+
+
+@pytest.mark.parametrize("name", ["sequence", "scalearn_pp", "average", "continued"])
+def test_two_sites_and_mixed_precision(tiny_backbone: Path, tmp_path: Path, name: str) -> None:
+    bench = Bench(tmp_path / "a folder", tiny_backbone)
+    placement = AdapterConfig(
+        name="houlsby", sites=["attention", "feedforward"], reads="output", layers="last:2"
+    )
+    for task in ("films", "books"):
+        bench.stage1(task, adapter=placement)
+    mixed = TrainerConfig(accelerator="cpu", max_epochs=1, precision="bf16-mixed", enable_progress_bar=False)
+    composed(bench, "plays", name, ["films", "books"], trainer=mixed, target_adapter=True)
+    slots = {key.rpartition(".target.")[0] for key in bench.weights(f"plays-{name}") if ".target." in key}
+    assert slots == {f"{layer}.{site}" for layer in (1, 2) for site in placement.sites}
+    assert {tensor.dtype for tensor in bench.weights(f"plays-{name}").values()} == {torch.float32}
+    assert 0 <= bench.evaluate(f"plays-{name}")["metrics"]["validation"]["accuracy"] <= 1
