@@ -8,6 +8,8 @@ check beside it says what is allowed.
 
 from __future__ import annotations
 
+import hashlib
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -26,7 +28,8 @@ SITES = ("attention", "feedforward")
 READS = ("output", "normed")
 POOLINGS = ("cls", "mean")
 COMPOSITIONS = ("adapterfusion", "static", "mean")
-METHODS = ("adapter", "head")
+MULTITASK = ("multitask_adapter", "multitask_full")  # methods that train several tasks at once
+METHODS = ("adapter", "head", *MULTITASK)
 CACHES = ("auto", "off", "float32", "float16")
 
 
@@ -262,10 +265,16 @@ class AdapterConfig:
 
 @dataclass
 class MethodConfig:
-    name: str = "adapter"  # adapter: slots and head train; head: the head alone
+    name: str = "adapter"  # adapter: slots and head train; head: the head alone; multitask_*: see tasks
+    temperature: float = 2.0  # multitask_*: tasks are drawn with p_i ~ n_i^(1/temperature)
 
     def __post_init__(self) -> None:
         _one_of("method", self.name, METHODS)
+        _require(
+            0.0 < self.temperature < math.inf,
+            f"method.temperature={self.temperature}: expected a number above 0; 1 draws tasks by their rows, "
+            "a higher one brings small tasks up",
+        )
 
 
 @dataclass
@@ -439,15 +448,49 @@ class StageConfig:
         )
         _require(0 <= self.seed < 2**32, f"seed={self.seed}: expected 0 to 4294967295")
 
+    @property
+    def task_list(self) -> list[TaskConfig]:
+        """What is trained on, in order."""
+        assert self.task is not None
+        return [self.task]
+
 
 @dataclass
 class Stage1Config(StageConfig):
     method: MethodConfig = field(default_factory=MethodConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    tasks: Any = None  # in place of +task: names of tasks to train at once, of which app.py makes TaskConfigs
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        method, several = self.method.name, " or ".join(f"method={name}" for name in MULTITASK)
+        if self.tasks is None:
+            _require(
+                method not in MULTITASK,
+                f"method={method} trains several tasks at once: say 'tasks=[TASK,ANOTHER]' in place of +task=",
+            )
+            return
+        _require(
+            method in MULTITASK,
+            f"tasks= with method={method}: several tasks at once need {several}\n"
+            "One run for each task is a sweep: -m +task=TASK,ANOTHER",
+        )
+        # Plain containers where a process of a DDP job was handed them.
+        self.tasks = [
+            TaskConfig.from_dict(task, where="tasks") if isinstance(task, dict) else task
+            for task in self.tasks
+        ]
+
+    @property
+    def task_list(self) -> list[TaskConfig]:
+        return super().task_list if self.tasks is None else list(self.tasks)
 
     def default_name(self) -> str:
-        assert self.task is not None and self.task.name is not None
-        return self.task.name if self.method.name == "adapter" else f"{self.task.name}-{self.method.name}"
+        names = [str(task.name) for task in self.task_list]
+        name = "-".join(names)
+        if len(name) > 60:  # the store takes 100, and a sweep adds to it
+            name = f"{names[0]}-and-{len(names) - 1}-more-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        return name if self.method.name == "adapter" else f"{name}-{self.method.name}"
 
 
 @dataclass
@@ -496,6 +539,7 @@ class EvaluateConfig(UseConfig):
 
 @dataclass
 class PredictConfig(UseConfig):
+    task: Optional[TaskConfig] = None  # null: the artifact's own, where it has one
     input: str = "???"
     output: str = "???"
     attention: bool = False

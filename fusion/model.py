@@ -17,7 +17,7 @@ from fusion.backbones.load import Backbone, hash_tensors
 from fusion.backbones.prefix import make_skippable
 from fusion.backbones.slots import CurrentBatch, EntryReached, PostNormSlot, layer_and_site
 from fusion.layers.filling import BatchContext, Filling, Recorder
-from fusion.layers.heads import TaskHead
+from fusion.layers.heads import TaskHead, TaskHeads
 
 
 class AdaptedModel(nn.Module):
@@ -30,7 +30,7 @@ class AdaptedModel(nn.Module):
         backbone: frozen; its sublayers are changed in place where a slot is filled.
         fillings: by slot name, `LAYER.SITE`. A slot that is not named stays as it was.
         reads: what every filling reads, see `PostNormSlot`.
-        head: gives K scores a text.
+        head: gives K scores a text; of several tasks, each has its own.
         backbone_dropout: whether the backbone's own dropout acts in training.
         gradient_checkpointing: whether each layer is computed again in backward, to keep less in memory.
 
@@ -43,7 +43,7 @@ class AdaptedModel(nn.Module):
         backbone: Backbone,
         fillings: Mapping[str, Filling],
         reads: str,
-        head: TaskHead,
+        head: TaskHead | TaskHeads,
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -93,6 +93,7 @@ class AdaptedModel(nn.Module):
         sources_on: Tensor | None = None,
         record: Recorder | None = None,
         prefix: Tensor | None = None,
+        task: int = 0,
     ) -> Tensor:
         """Scores of the rows.
 
@@ -103,6 +104,7 @@ class AdaptedModel(nn.Module):
             record: is called in each slot with its name and the sources' weights (S, T, N).
             prefix: (S, T, W), what `prefix_states` gives for these rows: nothing below the lowest
                 slot is run then. Values at padding do not matter.
+            task: whose rows they are, where there are several heads.
 
         Returns:
             (B, K); for a choice task (B, most choices of a row), -inf where a row has fewer.
@@ -112,7 +114,8 @@ class AdaptedModel(nn.Module):
         self._current.context = BatchContext(attention_mask, sources_on, record)
         self._current.prefix = prefix
         hidden = self._run(input_ids, attention_mask, token_type_ids)
-        scores: Tensor = self.head(hidden, attention_mask)
+        whose = (task,) if isinstance(self.head, TaskHeads) else ()
+        scores: Tensor = self.head(hidden, attention_mask, *whose)
         return scores if choice_counts is None else _by_row(scores.squeeze(-1), choice_counts)
 
     def _run(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> Tensor:
@@ -202,13 +205,13 @@ class AdaptedModel(nn.Module):
         return dict(self.fillings.named_parameters())
 
     def head_state(self) -> dict[str, nn.Parameter]:
-        """What is stored as the head: `output.weight` and so on."""
-        return dict(self.head.named_parameters())
+        """What is stored as the head: `output.weight` and so on; of several, `TASK.output.weight`."""
+        return self.head.state() if isinstance(self.head, TaskHeads) else dict(self.head.named_parameters())
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The one list of what trains, by its full name."""
         fillings = {f"fillings.{name}": parameter for name, parameter in self.filling_state().items()}
-        return fillings | {f"head.{name}": parameter for name, parameter in self.head_state().items()}
+        return fillings | {f"head.{name}": parameter for name, parameter in self.head.named_parameters()}
 
     def undecayed(self) -> set[str]:
         """Names of `trainable` that take no weight decay: vectors, and what a filling exempts."""
