@@ -157,7 +157,9 @@ def prepare(command: Command, composed: DictConfig, launch: DictConfig) -> tuple
     task, several = choices.get("task"), OmegaConf.select(config, "tasks")
     if several is not None:
         if task is not None:
-            raise UserError(f"+task={task} and tasks= do not go together: tasks=[TASK,ANOTHER] names them all")
+            raise UserError(
+                f"+task={task} and tasks= do not go together: tasks=[TASK,ANOTHER] names them all"
+            )
         config.tasks = [_task_of(command, name) for name in _task_names(several)]
     elif task is not None:
         config.task.name = task

@@ -13,7 +13,7 @@ from fusion.layers.attention import AdapterFusion
 from fusion.layers.bank import AdapterBank
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.filling import Filling
-from fusion.layers.heads import TaskHead
+from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.layers.mixtures import MeanMixture, StaticMixture
 from fusion.model import AdaptedModel
 from fusion.store.artifacts import Artifact, copy_into, load, load_by_hash
@@ -126,6 +126,14 @@ def fresh_head(config: HeadConfig, task: TaskConfig, default_pooling: str, backb
     )
 
 
+def fresh_heads(
+    config: HeadConfig, tasks: Sequence[TaskConfig], default_pooling: str, backbone: Backbone
+) -> TaskHead | TaskHeads:
+    """A new head for each task; of a single task, that head itself."""
+    heads = {str(task.name): fresh_head(config, task, default_pooling, backbone) for task in tasks}
+    return TaskHeads(heads) if len(heads) > 1 else next(iter(heads.values()))
+
+
 def load_sources(references: Sequence[str], store: Path, backbone: Backbone) -> list[Artifact]:
     """The source adapters, in order, all made for this very backbone and one placement.
 
@@ -179,7 +187,10 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone) -> Adapted
             ) from error
         fillings = composition_fillings(composition, sources, backbone)
         placement = sources[0].manifest.placement
-    head = TaskHead(hidden_size=backbone.hidden_size, **manifest.head)
+    head: TaskHead | TaskHeads = TaskHead(hidden_size=backbone.hidden_size, **manifest.head)
+    if manifest.multitask is not None:
+        described = {task: entry["head"] for task, entry in manifest.multitask.items()}
+        head = TaskHeads({task: TaskHead(backbone.hidden_size, **how) for task, how in described.items()})
     model = AdaptedModel(backbone, fillings, placement["adapter.reads"] or "normed", head)
     if manifest.kind == "fusion":
         copy_into(model.filling_state(), artifact.weights, artifact.path / "weights.safetensors")

@@ -78,6 +78,7 @@ def predict(
                 batch.token_type_ids,
                 batch.choice_counts,
                 record=recorded.__setitem__ if attention else None,
+                task=batch.task,
             ).cpu()
         )
         places.append(batch.rows.cpu())

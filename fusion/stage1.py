@@ -1,6 +1,7 @@
-"""Stage 1: train one adapter on a source task, inside a frozen backbone.
+"""Stage 1: train one adapter on a source task, or on several at once, inside a frozen backbone.
 
 python -m fusion.stage1 +task=mnli
+python -m fusion.stage1 'tasks=[snli,rte,cb]' method=multitask_adapter
 """
 
 from __future__ import annotations
@@ -11,19 +12,25 @@ from typing import Any
 from fusion.app import command
 from fusion.config import Stage1Config
 from fusion.entry import Entry, find_entry
+from fusion.errors import UserError
 from fusion.run import Run
+
+# What each method leaves in the store. Adapters are trained where that is one.
+KINDS = {"adapter": "adapter", "multitask_adapter": "adapter", "head": "head"}
 
 
 def entry_of(config: Stage1Config, run: Run) -> Entry:
-    return find_entry(config, run, kind=config.method.name)
+    if config.method.name not in KINDS:
+        raise UserError(f"method={config.method.name} is not there yet: expected {', '.join(KINDS)}")
+    return find_entry(config, run, kind=KINDS[config.method.name])
 
 
 def check(config: Stage1Config, run: Run) -> None:
     """What can be said before a model is loaded."""
     from fusion.data.rows import check_source
 
-    assert config.task is not None
-    check_source(config.task, config.data)
+    for task in config.task_list:
+        check_source(task, config.data)
     entry_of(config, run)
     if config.compile:
         from fusion.backbones.compiling import check_compiler
@@ -37,19 +44,18 @@ def main(config: Stage1Config, run: Run) -> dict[str, Any]:
     import torch
 
     from fusion.backbones.load import load_backbone
-    from fusion.build import adapter_fillings, fresh_head
+    from fusion.build import adapter_fillings, fresh_heads
     from fusion.model import AdaptedModel
     from fusion.training.stage import load_task_rows, train_and_store
 
-    assert config.task is not None
     entry = entry_of(config, run)
     if entry.stored is not None:
         return entry.result()
     rows = load_task_rows(config)
     backbone = load_backbone(config.backbone.name_or_path, config.backbone.revision)
     torch.manual_seed(config.seed)
-    fillings = adapter_fillings(config.adapter, backbone) if config.method.name == "adapter" else {}
-    head = fresh_head(config.head, config.task, config.backbone.pooling, backbone)
+    fillings = adapter_fillings(config.adapter, backbone) if entry.kind == "adapter" else {}
+    head = fresh_heads(config.head, config.task_list, config.backbone.pooling, backbone)
     model = AdaptedModel(
         backbone,
         fillings,
@@ -61,7 +67,15 @@ def main(config: Stage1Config, run: Run) -> dict[str, Any]:
     sizes = {slot: config.adapter.size_for(backbone.hidden_size) for slot in fillings}
     adapter = dataclasses.asdict(config.adapter) | {"bottleneck_sizes": sizes} if fillings else None
     return train_and_store(
-        config, run, entry, model, backbone, rows, method=config.method.name, adapter=adapter
+        config,
+        run,
+        entry,
+        model,
+        backbone,
+        rows,
+        method=config.method.name,
+        adapter=adapter,
+        temperature=config.method.temperature,
     )
 
 

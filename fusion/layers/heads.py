@@ -85,7 +85,9 @@ class TaskHeads(nn.Module):
             return scores
         # The other heads get a gradient of 0: DDP waits for one of every parameter, and the optimizer does the same
         # in one process as in many.
-        others = [p.sum() for number, head in enumerate(self.heads) if number != task for p in head.parameters()]
+        others = [
+            p.sum() for number, head in enumerate(self.heads) if number != task for p in head.parameters()
+        ]
         return scores + 0.0 * torch.stack(others).sum() if others else scores
 
     def by_task(self) -> dict[str, TaskHead]:

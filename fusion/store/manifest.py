@@ -49,8 +49,9 @@ class Manifest:
     """Everything that is needed to rebuild the artifact's model, and where it came from.
 
     `adapter` holds the adapter's settings and its `bottleneck_sizes` by slot, `{"0.feedforward": 48, ...}`;
-    `composition` the settings of a fusion; `sources` its adapters in order, `{"name", "hash"}`. `files` is
-    filled in when it is saved.
+    `composition` the settings of a fusion; `sources` its adapters in order, `{"name", "hash"}`. `multitask` holds
+    the tasks of an artifact that was trained on several at once, by name, `{"task", "head"}`; `task` and `head` are
+    the first one's then. `files` is filled in when it is saved.
     """
 
     kind: str
@@ -69,6 +70,7 @@ class Manifest:
     result: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    multitask: dict[str, dict[str, Any]] | None = None
 
     @property
     def hash(self) -> str:
@@ -99,6 +101,8 @@ class Manifest:
     def to_json(self) -> str:
         """The text of `manifest.json`. NaN and infinities, which JSON has no word for, become null."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.multitask is None:
+            del values["multitask"]  # as in the stores that did not know it
         ordered = {"format_version": values.pop("format_version"), **values}
         return json.dumps(_finite(ordered), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -123,6 +127,7 @@ class Manifest:
                 f"{path}: format_version is {version!r} and this version of fusion reads {FORMAT_VERSION}; "
                 "use the version that wrote it, or train the artifact again"
             )
+        values.setdefault("multitask", None)
         _check_keys(values, {f.name for f in fields(cls)}, path)
         for key, allowed in TOP_LEVEL.items():
             _check_type(values[key], allowed, key, path)
@@ -155,6 +160,7 @@ TOP_LEVEL: dict[str, Types] = {
     "versions": (dict,),
     "result": (dict,),
     "files": (dict,),
+    "multitask": (dict, NoneType),
 }
 INNER: dict[str, dict[str, Types]] = {
     "backbone": {
@@ -215,6 +221,14 @@ def _check_parts(values: dict[str, Any], path: Path) -> None:
         _check_type(source, (dict,), f"sources[{position}]", path)
         for key in ("name", "hash"):
             _check_type(source.get(key), (str,), f"sources[{position}].{key}", path)
+    if values["multitask"] == {}:
+        raise UserError(f"{path}: multitask is empty: expected null, or an entry for each task")
+    for name, entry in (values["multitask"] or {}).items():
+        _check_type(entry, (dict,), f"multitask.{name}", path)
+        for key in ("task", "head"):
+            _check_type(entry.get(key), (dict,), f"multitask.{name}.{key}", path)
+        for key, allowed in INNER["head"].items():
+            _check_type(entry["head"].get(key), allowed, f"multitask.{name}.head.{key}", path)
     for file in (WEIGHTS, HEAD):
         entry = values["files"].get(file)
         _check_type(entry, (dict,), f"files.{file}", path)
