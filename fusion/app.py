@@ -38,11 +38,12 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-from fusion.config import Stage1Config, Stage2Config, StageConfig
+from fusion.config import MULTITASK, Stage1Config, Stage2Config, StageConfig
 from fusion.errors import UserError, first_line
 from fusion.run import Run, Terminated, describe, record
 
@@ -55,7 +56,7 @@ CONFIG_ERRORS = (UserError, HydraException, OmegaConfBaseException, YAMLError)
 COMPOSING_ERRORS = (ValueError, AssertionError)  # what Hydra raises besides, for overrides it cannot place
 
 # These decide a default name already, or are the name: a sweep over them needs no suffix.
-NAMED_ANYWAY = ("task", "name", "composition", "method")
+NAMED_ANYWAY = ("task", "tasks", "name", "composition", "method")
 OWN_TASK = "a task of your own is conf/task/NAME.yaml in the working directory or in $FUSION_CONF"
 USER_CONF = "user"  # how Hydra's search path calls the folders of user_conf_folders
 
@@ -144,7 +145,7 @@ def prepare(command: Command, composed: DictConfig, launch: DictConfig) -> tuple
     """The typed config and the Run of one composed job; `launch` is Hydra's part of the config.
 
     Raises:
-        UserError: no task, several tasks, a value out of its range or of the wrong type.
+        UserError: no task, tasks that do not go together, a value out of its range or of the wrong type.
     """
     config = copy.deepcopy(composed)
     with open_dict(config):
@@ -153,12 +154,18 @@ def prepare(command: Command, composed: DictConfig, launch: DictConfig) -> tuple
     _check_choices(launch)
     if (extra := _extra_key(config)) is not None:
         raise UserError(_unknown(extra, command.schema))
-    task = choices.get("task")
-    if task is not None:
+    task, several = choices.get("task"), OmegaConf.select(config, "tasks")
+    if several is not None:
+        if task is not None:
+            raise UserError(
+                f"+task={task} and tasks= do not go together: tasks=[TASK,ANOTHER] names them all"
+            )
+        config.tasks = [_task_of(command, name) for name in _task_names(several)]
+    elif task is not None:
         config.task.name = task
     elif OmegaConf.select(config, "task") is not None:
         raise UserError("a task is one file: say +task=NAME; a sweep over several is -m +task=NAME,ANOTHER")
-    elif issubclass(command.schema, StageConfig):
+    elif issubclass(command.schema, StageConfig) and OmegaConf.select(config, "method.name") not in MULTITASK:
         raise UserError(f"no task: say +task=NAME, one of {', '.join(_options('task'))}\n{OWN_TASK}")
     try:
         typed: Any = OmegaConf.to_object(config)
@@ -179,6 +186,35 @@ def prepare(command: Command, composed: DictConfig, launch: DictConfig) -> tuple
         rank_zero=_is_rank_zero(),
     )
     return typed, run
+
+
+def _task_names(several: Any) -> list[str]:
+    """The tasks of `tasks=`, as they were typed.
+
+    Raises:
+        UserError: they are no list of two names or more, each once.
+    """
+    names = OmegaConf.to_container(several) if OmegaConf.is_list(several) else several
+    if not isinstance(names, list) or not all(
+        isinstance(name, str) and re.fullmatch(r"[\w.+/-]+", name) for name in names
+    ):
+        raise UserError(f"tasks={names}: expected names of tasks, such as 'tasks=[snli,rte,cb]'")
+    if len(names) < 2:
+        shown = f"tasks=[{','.join(names)}]"
+        raise UserError(f"{shown}: expected at least two; a single one is +task={(names or ['NAME'])[0]}")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"tasks=[{','.join(names)}]: {', '.join(twice)} stands twice")
+    return names
+
+
+def _task_of(command: Command, name: str) -> DictConfig:
+    """The task that `+task=NAME` would give: the same search path, types and messages."""
+    loader = GlobalHydra.instance().config_loader()
+    composed = loader.load_configuration(command.name, [f"+task={name}"], run_mode=RunMode.RUN)
+    _check_choices(composed.hydra)
+    composed.task.name = name
+    task: DictConfig = composed.task
+    return task
 
 
 def _is_sweep(launch: DictConfig) -> bool:
@@ -245,11 +281,14 @@ def _is_rank_zero() -> bool:
 
 
 def _subject(*, _root_: DictConfig) -> str:
-    """What a run folder is about: the task (or the artifact), and in a sweep the swept keys."""
+    """What a run folder is about: the tasks (or the artifact), and in a sweep the swept keys."""
     task = _root_.hydra.runtime.choices.get("task")
+    several = OmegaConf.select(_root_, "tasks", throw_on_missing=False)
+    if OmegaConf.is_list(several):
+        task = "-".join(map(str, several))
     artifact = OmegaConf.select(_root_, "artifact", throw_on_missing=False)
     subject = str(task or (Path(str(artifact)).name if artifact else "unset"))
-    swept = _swept(_root_.hydra, ("task", "artifact"))
+    swept = _swept(_root_.hydra, ("task", "tasks", "artifact"))
     return _safe(f"{subject}-{swept}" if swept else subject)
 
 

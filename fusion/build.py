@@ -25,7 +25,7 @@ from fusion.layers.average import FrozenAdapter, average
 from fusion.layers.bank import AdapterBank
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.filling import Filling
-from fusion.layers.heads import TaskHead
+from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.layers.mixtures import MeanMixture, StaticMixture
 from fusion.layers.scalearn import ScaLearn, initial_scales
 from fusion.layers.sequence import SequenceFusion
@@ -112,7 +112,7 @@ def adapter_fillings(config: AdapterConfig, backbone: Backbone) -> dict[str, Fil
 
 def tuning_of(config: MethodConfig, backbone: Backbone) -> Tuning | None:
     """What of the backbone itself a method trains; None: nothing. LoRA changes the backbone in place."""
-    if config.name == "full":
+    if config.name in ("full", "multitask_full"):
         return full(backbone.model)
     if config.name == "bitfit":
         return bitfit(backbone.model)
@@ -257,6 +257,14 @@ def fresh_head(config: HeadConfig, task: TaskConfig, default_pooling: str, backb
     )
 
 
+def fresh_heads(
+    config: HeadConfig, tasks: Sequence[TaskConfig], default_pooling: str, backbone: Backbone
+) -> TaskHead | TaskHeads:
+    """A new head for each task; of a single task, that head itself."""
+    heads = {str(task.name): fresh_head(config, task, default_pooling, backbone) for task in tasks}
+    return TaskHeads(heads) if len(heads) > 1 else next(iter(heads.values()))
+
+
 def load_sources(references: Sequence[str], store: Path, backbone: Backbone) -> list[Artifact]:
     """The source adapters, in order, all made for this very backbone and one placement.
 
@@ -326,7 +334,10 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int 
         assert tuning is not None
         copy_into(tuning.state(), artifact.weights, artifact.path / WEIGHTS)
     kept = {slot: filling for slot, filling in fillings.items() if layer_and_site(slot)[0] >= drop}
-    head = TaskHead(hidden_size=backbone.hidden_size, **manifest.head)
+    head: TaskHead | TaskHeads = TaskHead(hidden_size=backbone.hidden_size, **manifest.head)
+    if manifest.multitask is not None:
+        described = {task: entry["head"] for task, entry in manifest.multitask.items()}
+        head = TaskHeads({task: TaskHead(backbone.hidden_size, **how) for task, how in described.items()})
     reads = placement["adapter.reads"] or "normed"
     model = AdaptedModel(backbone, kept, reads, head, tuning=tuning)
     copy_into(model.head_state(), artifact.head, artifact.path / "head.safetensors")

@@ -8,6 +8,8 @@ check beside it says what is allowed.
 
 from __future__ import annotations
 
+import hashlib
+import math
 import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Optional
@@ -38,8 +40,9 @@ COMPOSITIONS = (
     "pruned",
     "continued",
 )
-METHODS = ("adapter", "head", "lora", "bitfit", "full")
-TUNING = ("lora", "bitfit", "full")  # methods that train a part of the backbone itself
+MULTITASK = ("multitask_adapter", "multitask_full")  # methods that train several tasks at once
+METHODS = ("adapter", "head", "lora", "bitfit", "full", *MULTITASK)
+TUNING = ("lora", "bitfit", "full", "multitask_full")  # methods that train a part of the backbone itself
 CACHES = ("auto", "off", "float32", "float16")
 
 
@@ -302,6 +305,7 @@ class MethodConfig:
     rank: int = 8  # lora
     alpha: int = 8  # lora: its change counts alpha / rank
     dropout: float = 0.0  # lora: on what it reads
+    temperature: float = 2.0  # multitask_*: tasks are drawn with p_i ~ n_i^(1/temperature)
     targets: list[str] = field(default_factory=lambda: ["query", "value"])  # lora: which linear layers
 
     def __post_init__(self) -> None:
@@ -312,6 +316,11 @@ class MethodConfig:
         _require(
             len(self.targets) > 0 and len(set(self.targets)) == len(self.targets),
             f"method.targets={self.targets}: expected names of linear layers such as [query,value], each once",
+        )
+        _require(
+            0.0 < self.temperature < math.inf,
+            f"method.temperature={self.temperature}: expected a number above 0; 1 draws tasks by their rows, "
+            "a higher one brings small tasks up",
         )
 
 
@@ -525,11 +534,18 @@ class StageConfig:
         )
         _require(0 <= self.seed < 2**32, f"seed={self.seed}: expected 0 to 4294967295")
 
+    @property
+    def task_list(self) -> list[TaskConfig]:
+        """What is trained on, in order."""
+        assert self.task is not None
+        return [self.task]
+
 
 @dataclass
 class Stage1Config(StageConfig):
     method: MethodConfig = field(default_factory=MethodConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    tasks: Any = None  # in place of +task: names of tasks to train at once, of which app.py makes TaskConfigs
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -540,24 +556,48 @@ class Stage1Config(StageConfig):
             "it stays the same; expected backbone.cache=off",
         )
         _require(
-            method == "adapter" or self.adapter.drop is None,
+            method in ("adapter", "multitask_adapter") or self.adapter.drop is None,
             f"adapter.drop={self.adapter.drop}: method={method} has no adapters to drop; expected method=adapter",
         )
+        several = " or ".join(f"method={name}" for name in MULTITASK)
+        if self.tasks is None:
+            _require(
+                method not in MULTITASK,
+                f"method={method} trains several tasks at once: say 'tasks=[TASK,ANOTHER]' in place of +task=",
+            )
+            return
+        _require(
+            method in MULTITASK,
+            f"tasks= with method={method}: several tasks at once need {several}\n"
+            "One run for each task is a sweep: -m +task=TASK,ANOTHER",
+        )
+        # Plain containers where a process of a DDP job was handed them.
+        self.tasks = [
+            TaskConfig.from_dict(task, where="tasks") if isinstance(task, dict) else task
+            for task in self.tasks
+        ]
+
+    @property
+    def task_list(self) -> list[TaskConfig]:
+        return super().task_list if self.tasks is None else list(self.tasks)
 
     @property
     def backbone_dropout(self) -> bool:
         """A backbone that trains as a whole drops out, as in pre-training; a frozen one is a fixed function."""
         asked = self.backbone.dropout
-        return self.method.name == "full" if asked is None else asked
+        return self.method.name in ("full", "multitask_full") if asked is None else asked
 
     @property
     def kind(self) -> str:
-        """What is stored."""
-        return self.method.name
+        """What is stored: of several tasks the same as of one."""
+        return self.method.name.removeprefix("multitask_")
 
     def default_name(self) -> str:
-        assert self.task is not None and self.task.name is not None
-        return self.task.name if self.method.name == "adapter" else f"{self.task.name}-{self.method.name}"
+        names = [str(task.name) for task in self.task_list]
+        name = "-".join(names)
+        if len(name) > 60:  # the store takes 100, and a sweep adds to it
+            name = f"{names[0]}-and-{len(names) - 1}-more-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        return name if self.method.name == "adapter" else f"{name}-{self.method.name}"
 
 
 @dataclass
@@ -639,6 +679,7 @@ class EvaluateConfig(UseConfig):
 
 @dataclass
 class PredictConfig(UseConfig):
+    task: Optional[TaskConfig] = None  # null: the artifact's own, where it has one
     input: str = "???"
     output: str = "???"
     attention: bool = False

@@ -1,4 +1,4 @@
-"""Scores of a stored adapter or fusion on a split of its own task, or of another with the same labels.
+"""Scores of a stored adapter or fusion on a split of its own tasks, or of another one with the same labels.
 
 python -m fusion.evaluate artifact=rte-adapterfusion split=validation
 """
@@ -8,23 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fusion.answers import answers
 from fusion.app import command
-from fusion.config import EvaluateConfig, TaskConfig
+from fusion.config import EvaluateConfig
 from fusion.errors import UserError
 from fusion.run import Run
-from fusion.store.manifest import Manifest, check_drop, find, read_folder
-
-
-def task_of(config: EvaluateConfig, manifest: Manifest) -> TaskConfig:
-    """The task to evaluate on: the config's, if the artifact's head can answer it, else the artifact's own."""
-    own = TaskConfig.from_dict(manifest.task, where=f"manifest of {manifest.name}")
-    asked = config.task or own
-    if (asked.kind, asked.labels) != (own.kind, own.labels):
-        raise UserError(
-            f"{manifest.name} answers {own.kind} with labels {own.labels}, and task {asked.name} asks for "
-            f"{asked.kind} with labels {asked.labels}.\nTrain for it with stage 1 or 2, or leave +task= out"
-        )
-    return asked
+from fusion.store.manifest import check_drop, find, read_folder
 
 
 def check(config: EvaluateConfig, run: Run) -> None:
@@ -33,7 +22,8 @@ def check(config: EvaluateConfig, run: Run) -> None:
 
     manifest = read_folder(find(config.artifact, Path(config.store)))
     check_drop(manifest, config.drop)
-    check_source(task_of(config, manifest), config.data, [config.split])
+    for answer in answers(manifest, config.task):
+        check_source(answer.task, config.data, [config.split])
 
 
 @command("evaluate", EvaluateConfig, check=check)
@@ -48,36 +38,47 @@ def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
 
     device = device_of(config.accelerator)
     artifact = load(config.artifact, Path(config.store))
-    manifest, task = artifact.manifest, task_of(config, artifact.manifest)
+    manifest = artifact.manifest
+    scored = answers(manifest, config.task)
     name, revision = backbone_of(manifest, config.backbone)
     tokenizer = load_tokenizer(locate(name), revision)
     model = stored_model(artifact, artifact.path.parent, load_backbone(name, revision), config.drop)
     metrics: dict[str, dict[str, float]] = {}
     rows_seen, seconds, tokens = 0, 0.0, 0
-    for split in evaluation_splits(task, config.split, config.data):
+    splits = [
+        (answer, split)
+        for answer in scored
+        for split in evaluation_splits(answer.task, config.split, config.data)
+    ]
+    for answer, split in splits:
+        task = answer.task
         rows = load_rows(task, config.data, split)
         if rows.labels is None:
             raise UserError(f"split={split}: its rows have no labels to score against; use fusion.predict")
         encoded = encode(
             rows, tokenizer, config.data.max_length or manifest.data["max_length"], config.data.cache_dir
         )
+        encoded.task = answer.head
         predictions = predict(
             model, encoded, config.data.batch_size, device, tokens_per_batch=config.data.tokens_per_batch
         )
-        metrics[split] = score(task, predictions.scores, encoded.labels)
+        key = split if len(scored) == 1 else f"{task.name}/{split}"
+        metrics[key] = score(task, predictions.scores, encoded.labels)
         rows_seen, seconds, tokens = (
             rows_seen + len(rows),
             seconds + predictions.seconds,
             tokens + predictions.tokens,
         )
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics[split].items())
-        print(f"{manifest.name} on {task.name} {split} ({len(rows)} rows): {shown}")
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics[key].items())
+        another = manifest.multitask is not None and answer.head_task != task.name
+        by = f", by the head of {answer.head_task}" if another else ""
+        print(f"{manifest.name} on {task.name} {split} ({len(rows)} rows{by}): {shown}")
     return {
         "artifact": str(artifact.path),
         "name": manifest.name,
         "hash": manifest.hash,
         "kind": manifest.kind,
-        "task": task.name,
+        "task": "+".join(str(answer.task.name) for answer in scored),
         "metrics": metrics,
         "rows": rows_seen,
         "speed": {

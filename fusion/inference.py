@@ -84,6 +84,7 @@ def predict(
                 batch.choice_counts,
                 record=recorded.__setitem__ if attention else None,
                 first_layer=first_layer,
+                task=batch.task,
             ).cpu()
         )
         places.append(batch.rows.cpu())

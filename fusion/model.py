@@ -28,7 +28,7 @@ from fusion.backbones.slots import (
 )
 from fusion.backbones.tuning import Tuning
 from fusion.layers.filling import BatchContext, Filling, Recorder
-from fusion.layers.heads import TaskHead
+from fusion.layers.heads import TaskHead, TaskHeads
 
 
 class AdaptedModel(nn.Module):
@@ -41,7 +41,7 @@ class AdaptedModel(nn.Module):
         backbone: frozen; its sublayers are changed in place where a slot is filled.
         fillings: by slot name, `LAYER.SITE`. A slot that is not named stays as it was.
         reads: what every filling reads, see `PostNormSlot`.
-        head: gives K scores a text.
+        head: gives K scores a text; of several tasks, each has its own.
         backbone_dropout: whether the backbone's own dropout acts in training.
         gradient_checkpointing: whether each layer is computed again in backward, to keep less in memory.
         tuning: what of the backbone itself trains; None: nothing.
@@ -55,7 +55,7 @@ class AdaptedModel(nn.Module):
         backbone: Backbone,
         fillings: Mapping[str, Filling],
         reads: str,
-        head: TaskHead,
+        head: TaskHead | TaskHeads,
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
         tuning: Tuning | None = None,
@@ -114,6 +114,7 @@ class AdaptedModel(nn.Module):
         record: Recorder | None = None,
         prefix: Tensor | None = None,
         first_layer: int = 0,
+        task: int = 0,
     ) -> Tensor:
         """Scores of the rows.
 
@@ -125,6 +126,7 @@ class AdaptedModel(nn.Module):
             prefix: (S, T, W), what `prefix_states` gives for these rows: nothing below the lowest
                 slot is run then. Values at padding do not matter.
             first_layer: the slots of the layers below it stay empty (AdapterDrop, Rücklé et al. 2021).
+            task: whose rows they are, where there are several heads.
 
         Returns:
             (B, K); for a choice task (B, most choices of a row), -inf where a row has fewer.
@@ -138,7 +140,8 @@ class AdaptedModel(nn.Module):
             prefix=prefix,
             first_layer=first_layer,
         )
-        scores: Tensor = self.head(hidden, attention_mask)
+        whose = (task,) if isinstance(self.head, TaskHeads) else ()
+        scores: Tensor = self.head(hidden, attention_mask, *whose)
         if self.training and first_layer > 0:
             scores = scores + self._idle(first_layer)
         return scores if choice_counts is None else _by_row(scores.squeeze(-1), choice_counts)
@@ -280,8 +283,8 @@ class AdaptedModel(nn.Module):
         return self.filling_state() | ({} if self.tuning is None else self.tuning.state())
 
     def head_state(self) -> dict[str, nn.Parameter]:
-        """What is stored as the head: `output.weight` and so on."""
-        return dict(self.head.named_parameters())
+        """What is stored as the head: `output.weight` and so on; of several, `TASK.output.weight`."""
+        return self.head.state() if isinstance(self.head, TaskHeads) else dict(self.head.named_parameters())
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The one list of what trains, by its full name."""
@@ -289,7 +292,9 @@ class AdaptedModel(nn.Module):
             return {}
         fillings = {f"fillings.{name}": parameter for name, parameter in self.filling_state().items()}
         tuned = {f"backbone.{name}": parameter for name, parameter in self.tuned().items()}
-        return fillings | tuned | {f"head.{name}": parameter for name, parameter in self.head_state().items()}
+        return (
+            fillings | tuned | {f"head.{name}": parameter for name, parameter in self.head.named_parameters()}
+        )
 
     def freeze(self) -> None:
         """Let nothing train any more; what is stored stays the same."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion.answers import Answer, answers
 from fusion.app import command
 from fusion.config import PredictConfig, TaskConfig
 from fusion.errors import UserError
@@ -22,10 +23,22 @@ if TYPE_CHECKING:
     from fusion.inference import Predictions
 
 
+def answer_of(config: PredictConfig, manifest: Manifest) -> Answer:
+    """The task that the rows are of: the one that is asked for, or an artifact's only one."""
+    possible = answers(manifest, config.task)
+    if len(possible) > 1:
+        raise UserError(
+            f"{manifest.name} answers several tasks; say which one the rows are of: +task=NAME, one of "
+            f"{', '.join(answer.head_task for answer in possible)}"
+        )
+    return possible[0]
+
+
 def check(config: PredictConfig, run: Run) -> None:
     """What can be said before a model is loaded."""
     manifest = read_folder(find(config.artifact, Path(config.store)))
     check_drop(manifest, config.drop)
+    answer_of(config, manifest)
     if config.attention and manifest.kind != "fusion":
         raise UserError(
             f"attention=true: {manifest.name} is a stored {manifest.kind}; only a fusion has attention to show"
@@ -61,13 +74,15 @@ def main(config: PredictConfig, run: Run) -> dict[str, Any]:
     device = device_of(config.accelerator)
     artifact = load(config.artifact, Path(config.store))
     manifest = artifact.manifest
-    task = TaskConfig.from_dict(manifest.task, where=str(artifact.path / "manifest.json"))
+    answer = answer_of(config, manifest)
+    task = answer.task
     rows = rows_of_file(task, Path(config.input))
     name, revision = backbone_of(manifest, config.backbone)
     tokenizer = load_tokenizer(locate(name), revision)
     encoded = encode(
         rows, tokenizer, config.data.max_length or manifest.data["max_length"], config.data.cache_dir
     )
+    encoded.task = answer.head
     model = stored_model(artifact, artifact.path.parent, load_backbone(name, revision), config.drop)
     predictions = predict(
         model, encoded, config.data.batch_size, device, config.attention, config.data.tokens_per_batch

@@ -53,6 +53,11 @@ NOT_IDENTITY_TRAINER = (
 )
 
 
+# Keys that the first stores did not know, with the value that says what was so without them: it is left out, so that
+# a run of then is the same run now.
+ADDED_LATER: tuple[tuple[str, Any], ...] = (("tasks", None), ("method.temperature", 2.0))
+
+
 class Terminated(BaseException):
     """SIGTERM, as an exception: the job gets to say that it was interrupted. Exit code 143."""
 
@@ -93,7 +98,10 @@ def identity_config(config: dict[str, Any], inputs: dict[str, Any] | None = None
         if isinstance(value, dict) and value:
             for key in sorted(value, key=str):
                 walk(f"{prefix}.{key}" if prefix else str(key), value[key])
-        elif prefix:
+        elif isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+            for number, entry in enumerate(value):
+                walk(f"{prefix}.{number}", entry)
+        elif prefix and (prefix, value) not in ADDED_LATER:
             flat[prefix] = json.loads(json.dumps(value, default=str))  # as it will be read back
 
     walk("", config)
@@ -185,12 +193,12 @@ def record(run: Run, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if not run.rank_zero:
         return work()
     run.directory.mkdir(parents=True, exist_ok=True)
-    task = run.config.get("task") or {}
+    tasks = run.config.get("tasks") or [run.config.get("task") or {}]
     status: dict[str, Any] = {
         "status": "running",
         "command": run.command,
         "name": run.config.get("name") or run.config.get("artifact"),
-        "task": task.get("name"),
+        "task": "+".join(task["name"] for task in tasks if task.get("name")) or None,
         "overrides": list(run.overrides),
         "error": None,
         "started": _now(),

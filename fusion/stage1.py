@@ -1,6 +1,7 @@
-"""Stage 1: train one adapter on a source task, inside a frozen backbone.
+"""Stage 1: train one adapter on a source task, or on several at once, inside a frozen backbone.
 
 python -m fusion.stage1 +task=mnli
+python -m fusion.stage1 'tasks=[snli,rte,cb]' method=multitask_adapter
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ def check(config: Stage1Config, run: Run) -> None:
     """What can be said before a model is loaded."""
     from fusion.data.rows import check_source
 
-    assert config.task is not None
-    check_source(config.task, config.data)
+    for task in config.task_list:
+        check_source(task, config.data)
     entry_of(config, run)
     if config.compile:
         from fusion.backbones.compiling import check_compiler
@@ -37,20 +38,19 @@ def main(config: Stage1Config, run: Run) -> dict[str, Any]:
     import torch
 
     from fusion.backbones.load import load_backbone
-    from fusion.build import adapter_fillings, fresh_head, tuning_of
+    from fusion.build import adapter_fillings, fresh_heads, tuning_of
     from fusion.model import AdaptedModel
     from fusion.training.stage import load_task_rows, train_and_store
 
-    assert config.task is not None
     entry = entry_of(config, run)
     if entry.stored is not None:
         return entry.result()
     rows = load_task_rows(config)
     backbone = load_backbone(config.backbone.name_or_path, config.backbone.revision)
     torch.manual_seed(config.seed)
-    fillings = adapter_fillings(config.adapter, backbone) if config.method.name == "adapter" else {}
+    fillings = adapter_fillings(config.adapter, backbone) if entry.kind == "adapter" else {}
     tuning = tuning_of(config.method, backbone)
-    head = fresh_head(config.head, config.task, config.backbone.pooling, backbone)
+    head = fresh_heads(config.head, config.task_list, config.backbone.pooling, backbone)
     model = AdaptedModel(
         backbone,
         fillings,
@@ -73,6 +73,7 @@ def main(config: Stage1Config, run: Run) -> dict[str, Any]:
         method=dataclasses.asdict(config.method) if tuning is not None else None,
         adapter=adapter,
         robust_drop=config.adapter.drop == "robust",
+        temperature=config.method.temperature,
     )
 
 

@@ -65,7 +65,7 @@ def main(config: Stage2Config, run: Run) -> dict[str, Any]:
     backbone = load_backbone(config.backbone.name_or_path, config.backbone.revision)
     sources = load_sources(inputs.references, Path(config.store), backbone)
     rows = load_task_rows(config)
-    start = find_start(config, sources, backbone, rows.training, rows.validation)
+    start = find_start(config, sources, backbone, rows.training[0], rows.validation)
     torch.manual_seed(config.seed)
     fillings = composition_fillings(start.composition, sources, backbone, **start.chosen)
     head = start.head(config, backbone)

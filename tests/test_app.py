@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from fusion.app import command
-from fusion.config import Stage1Config
-from fusion.run import Run
+from fusion.config import Stage1Config, TaskConfig
+from fusion.run import Run, identity_config
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = "kind: classification\ntext: sentence\nlabels: [negative, positive]\nmetrics: [accuracy]\n"
@@ -49,6 +50,9 @@ def main(config, run):
 if __name__ == "__main__":
     main()
 """
+
+
+MT = "method=multitask_adapter"
 
 
 class Outcome:
@@ -188,6 +192,26 @@ def test_a_users_error_found_late_has_no_traceback_on_the_screen(go: Callable[..
         (["-m", "+task=mine,nobody"], "unknown task 'nobody'"),
         (["-m", "+task=mine", "seed=1,2", "name=one"], "two jobs of this sweep would both be kept as one"),
         (["-m", "seed=1,2"], "no task: say +task=NAME"),
+        (
+            ["tasks=[mine,yours]"],
+            "tasks= with method=adapter: several tasks at once need method=multitask_adapter",
+        ),
+        ([MT, "+task=mine", "tasks=[mine,yours]"], "+task=mine and tasks= do not go together"),
+        ([MT], "method=multitask_adapter trains several tasks at once: say 'tasks=[TASK,ANOTHER]'"),
+        ([MT, "+task=mine"], "method=multitask_adapter trains several tasks at once: say 'tasks=["),
+        ([MT, "tasks=[mine]"], "tasks=[mine]: expected at least two; a single one is +task=mine"),
+        ([MT, "tasks=[]"], "tasks=[]: expected at least two"),
+        ([MT, "tasks=mine"], "tasks=mine: expected names of tasks, such as 'tasks=[snli,rte,cb]'"),
+        ([MT, "tasks=[mine,7]"], "tasks=['mine', 7]: expected names"),
+        ([MT, "tasks=[mine,'[yours,rte]']"], "expected names of tasks"),
+        ([MT, "tasks=mine,yours"], "a list is written 'tasks=[mine,yours]'"),
+        ([MT, "tasks=[mine,yours,mine]"], "tasks=[mine,yours,mine]: mine stands twice"),
+        ([MT, "tasks=[mine,yuors]"], "unknown task 'yuors': did you mean yours?"),
+        (
+            [MT, "tasks=[mine,yours]", "method.temperature=0"],
+            "method.temperature=0.0: expected a number above 0",
+        ),
+        (["-m", MT, "tasks=[mine,yours],[mine]"], "job 1 ("),
     ],
 )
 def test_a_wrong_command(go: Callable[..., Outcome], arguments: list[str], message: str) -> None:
@@ -205,6 +229,58 @@ def test_a_task_in_two_places_is_refused(go: Callable[..., Outcome]) -> None:
     outcome = go("+task=rte")
     assert outcome.code == 2
     assert outcome.err.startswith("task rte is in two places: ")
+
+
+def test_one_of_several_tasks_in_two_places_is_refused(go: Callable[..., Outcome]) -> None:
+    Path("conf/task/rte.yaml").write_text(TASK)
+    outcome = go("tasks=[mine,rte]", MT)
+    assert outcome.code == 2
+    assert outcome.err.startswith("task rte is in two places: ")
+
+
+def test_several_tasks_reach_the_command_typed_and_in_order(go: Callable[..., Outcome]) -> None:
+    seen: list[Any] = []
+
+    def check(config: Stage1Config, run: Run) -> None:
+        seen.append((config, run))
+
+    @command("stage1", Stage1Config, check)
+    def main(config: Stage1Config, run: Run) -> dict[str, Any]:
+        return {}
+
+    outcome = go("tasks=[yours,stsb,mine]", MT, "trainer.devices=1", main=main)
+    assert (outcome.code, outcome.err) == (0, "")
+    config, run = seen[0]
+    assert [(type(t), t.name, t.kind, t.text) for t in config.task_list] == [
+        (TaskConfig, "yours", "classification", "sentence"),
+        (TaskConfig, "stsb", "regression", ["sentence1", "sentence2"]),
+        (TaskConfig, "mine", "classification", "sentence"),
+    ]
+    assert config.name == "yours-stsb-mine-multitask_adapter"
+    # Their content is part of what the run is, not their names alone.
+    flat = identity_config(run.config)
+    assert (flat["tasks.1.name"], flat["tasks.1.hub.name"], flat["tasks.0.labels"]) == (
+        "stsb",
+        "stsb",
+        ["negative", "positive"],
+    )
+    # A process of a DDP job is handed the config as JSON.
+    again = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Stage1Config), run.config))
+    assert isinstance(again, Stage1Config) and again.task_list == config.task_list
+    assert re.fullmatch(r"yours-stsb-mine", outcome.folders[0].parent.name)
+    assert outcome.statuses[0]["task"] == "yours+stsb+mine"
+
+
+def test_a_sweep_over_lists_of_tasks(go: Callable[..., Outcome]) -> None:
+    outcome = go("-m", "tasks=[mine,yours],[yours,rte]", MT, "seed=1,2", "trainer.devices=1")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert [status["name"] for status in outcome.statuses] == [
+        "mine-yours-multitask_adapter-seed-1",
+        "mine-yours-multitask_adapter-seed-2",
+        "yours-rte-multitask_adapter-seed-1",
+        "yours-rte-multitask_adapter-seed-2",
+    ]
+    assert outcome.folders[2].name == "2-yours-rte-seed-1"
 
 
 def test_fusion_conf_is_a_place_for_tasks_too(

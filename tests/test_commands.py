@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.test_stages import LABELS, write_task
+from tests.test_stages import LABELS, rating_row, rows_of, write_rows, write_task
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,6 +28,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path
         write_task(folder / "data", name)
         task = {"kind": "classification", "text": "text", "labels": LABELS, "metrics": ["accuracy"]}
         (folder / "conf" / "task" / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    write_rows(folder / "data" / "rating", rows_of(rating_row))
+    rating = {"kind": "regression", "text": ["one", "two"], "label": "score", "metrics": ["pearson"]}
+    (folder / "conf" / "task" / "rating.yaml").write_text(yaml.safe_dump(rating))
     return folder
 
 
@@ -89,6 +92,44 @@ def test_two_processes_follow_one(place: Path, tiny_backbone: Path) -> None:
         torch.testing.assert_close(two[name], weights, rtol=0, atol=1e-4)
 
 
+def test_several_tasks_in_two_processes_follow_one(place: Path, tiny_backbone: Path) -> None:
+    """Each head has a gradient in each step, or DDP would wait for ever; both processes take the same task."""
+    same = ["method=multitask_adapter", "logger=csv", "trainer.log_every_n_steps=1", "head.dropout=0"]
+    found = {}
+    for name, how in (
+        ("one", ["trainer.devices=1", "data.batch_size=8"]),
+        ("two", ["trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=4"]),
+    ):
+        directory = place / f"several-{name}"
+        done = run(
+            place, tiny_backbone, "stage1", "tasks=[films,rating]", *same, *how,
+            f"store=several-{name}-store", f"hydra.run.dir={directory}",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        with open(directory / "csv" / "metrics.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        found[name] = [
+            (task, float(row[f"{task}/train/task_loss"]))
+            for row in rows
+            for task in ("films", "rating")
+            if row[f"{task}/train/task_loss"]
+        ]
+        result = json.loads((directory / "result.json").read_text())
+        assert set(result["metrics"]) == {"films/validation", "rating/validation"}
+    assert len(found["one"]) == 2 * (8 + 5)
+    assert [task for task, _ in found["two"]] == [task for task, _ in found["one"]]
+    assert {task for task, _ in found["one"]} == {"films", "rating"}
+    assert [loss for _, loss in found["two"]] == pytest.approx([loss for _, loss in found["one"]], abs=1e-5)
+    for stored in ("weights.safetensors", "head.safetensors"):
+        one, two = (
+            load_file(place / f"several-{name}-store" / "films-rating-multitask_adapter" / stored)
+            for name in ("one", "two")
+        )
+        assert one.keys() == two.keys()
+        for name, weights in one.items():
+            torch.testing.assert_close(two[name], weights, rtol=0, atol=1e-4)
+
+
 def test_a_sweep_gives_a_folder_and_an_artifact_a_task_and_survives_a_failed_job(
     place: Path, tiny_backbone: Path
 ) -> None:
@@ -131,6 +172,13 @@ def test_a_sweep_gives_a_folder_and_an_artifact_a_task_and_survives_a_failed_job
         ("stage1", ["+task=films", "data.dir=nowhere"], "nowhere"),
         ("stage2", ["+task=films", "sources=[nobody]"], "nobody"),
         ("stage2", ["+task=films"], "sources"),
+        ("stage2", ["tasks=[films,books]", "sources=[films]"], "unknown key tasks"),
+        (
+            "stage1",
+            ["tasks=[films,books]", "method=multitask_full"],
+            "method=multitask_full is not there yet",
+        ),
+        ("stage1", ["tasks=[films,rte]", "method=multitask_adapter"], "no folder rte"),
         ("evaluate", ["artifact=nobody"], "nobody"),
         ("predict", ["artifact=nobody", "input=rows.jsonl", "output=out.jsonl"], "nobody"),
     ],

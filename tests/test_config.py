@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from fusion import config as settings
 from fusion.app import conf_folder, explain, keys_of, register
-from fusion.config import EvaluateConfig, PredictConfig, Stage1Config, Stage2Config, TrainerConfig
+from fusion.config import EvaluateConfig, PredictConfig, Stage1Config, Stage2Config, TaskConfig, TrainerConfig
 from fusion.errors import UserError
 from pipelines.benchmark.config import BenchmarkConfig
 
@@ -50,6 +50,10 @@ def hydra() -> Iterator[None]:
         yield
 
 
+# As they are where `app.prepare` has made task files of their names.
+TWO_TASKS = f"tasks=[{','.join(f'{{name:{n},text:text,labels:[x,y],metrics:[accuracy]}}' for n in 'ab')}]"
+
+
 def typed(command: str, *overrides: str) -> Any:
     return OmegaConf.to_object(compose(command, [*NEEDED[command], *overrides]))
 
@@ -80,7 +84,7 @@ def test_all_files_are_found() -> None:
             "pruned",
             "continued",
         },
-        "method": {"adapter", "head", "lora", "bitfit", "full"},
+        "method": {"adapter", "head", "lora", "bitfit", "full", "multitask_adapter", "multitask_full"},
         "logger": {"wandb", "csv", "none"},
         "experiment": {"quick", "equal_budget", *STAGE1_EXPERIMENTS},
     }
@@ -99,6 +103,7 @@ def test_every_group_file_composes(group: str, name: str) -> None:
     assert commands
     for command in commands:
         needed = ["composition.fusion=x", "composition.keep=1"] if name == "pruned" else []
+        needed += [TWO_TASKS] if name.startswith("multitask_") else []
         config = typed(command, f"{group}={name}", *needed)
         if group in ("adapter", "composition", "method"):
             assert getattr(config, group).name == name
@@ -217,6 +222,11 @@ def test_every_trainer_key_is_an_override_without_plus() -> None:
         ("adapter.sites=[before_attention]", "expected adapter.reads=input"),
         ("adapter.drop=robust method=head", "method=head has no adapters to drop"),
         ("method=full backbone.cache=float32", "method=full trains inside the backbone"),
+        ("method.name=none_such", "method=none_such: expected one of"),
+        ("method.temperature=0", "method.temperature=0.0: expected a number above 0"),
+        ("method.temperature=inf", "method.temperature=inf: expected a number above 0"),
+        (TWO_TASKS, "tasks= with method=adapter: several tasks at once need method=multitask_adapter"),
+        ("method=multitask_full", "method=multitask_full trains several tasks at once: say 'tasks=["),
     ],
 )
 def test_a_value_out_of_range_is_named(override: str, message: str) -> None:
@@ -229,6 +239,22 @@ def test_a_value_out_of_range_is_named(override: str, message: str) -> None:
 def test_a_fusion_is_dropped_like_an_adapter(drop: str) -> None:
     with pytest.raises(UserError, match=r"composition\.drop=.*specialized:N"):
         typed("stage2", f"composition.drop={drop}")
+
+
+def test_several_tasks_are_typed_and_name_the_run() -> None:
+    config = typed("stage1", TWO_TASKS, "method=multitask_adapter")
+    assert [(type(task), task.name, task.labels) for task in config.task_list] == [
+        (TaskConfig, "a", ["x", "y"]),
+        (TaskConfig, "b", ["x", "y"]),
+    ]
+    assert config.method.temperature == 2.0
+    assert config.default_name() == "a-b-multitask_adapter"
+    many = [dataclasses.replace(config.tasks[0], name=f"task_number_{n}") for n in range(16)]
+    names = {
+        dataclasses.replace(config, tasks=tasks).default_name() for tasks in (many, many[:-1], many[::-1])
+    }
+    assert len(names) == 3 and all(len(name) < 70 for name in names)
+    assert any(name.startswith("task_number_0-and-15-more-") for name in names)
 
 
 def test_compiling_and_checkpointing_do_not_go_together() -> None:

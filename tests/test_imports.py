@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "store": BASE,
     "review": BASE,
     "entry": BASE | {"run", "store"},
+    "answers": BASE | {"store"},
     "build": BASE | {"layers", "backbones", "model", "store"},
     "inputs": BASE | {"store"},
     "inference": BASE | {"memory", "model", "data"},

@@ -220,11 +220,11 @@ def test_robust_training_drops_as_often_at_every_layer_and_alike_in_every_proces
     model = AdaptedModel(backbone, adapter_fillings(AdapterConfig(), backbone), "normed", TaskHead(32, 2))
     task = bench.tasks["films"]
     optim = bench.settings("films")["optim"]
-    module = TaskModule(model, task, optim, {}, [], drop_seed=7)
+    module = TaskModule(model, [task], optim, {}, {}, drop_seed=7)
     drawn = [module.first_layer(batch) for batch in range(600)]
     assert drawn == [module.first_layer(batch) for batch in range(600)]
     assert all(150 < drawn.count(layer) < 250 for layer in range(3)) and set(drawn) == {0, 1, 2}
-    assert {TaskModule(model, task, optim, {}, []).first_layer(batch) for batch in range(9)} == {0}
+    assert {TaskModule(model, [task], optim, {}, {}).first_layer(batch) for batch in range(9)} == {0}
 
 
 def test_what_a_batch_leaves_out_gets_a_gradient_of_zero(tiny_backbone: Path) -> None:

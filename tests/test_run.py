@@ -58,6 +58,18 @@ def test_identity_config_is_flat_and_holds_only_what_decides_the_numbers() -> No
     }
 
 
+def test_a_run_of_one_task_is_what_it_was_before_there_were_several() -> None:
+    assert identity(changed(tasks=None, method={"temperature": 2.0})) == identity(CONFIG)
+    assert identity(changed(method={"temperature": 3.0})) != identity(CONFIG)
+
+
+def test_several_tasks_are_told_apart_key_by_key() -> None:
+    one, two = ([{"name": name, "hub": None}, {"name": "cb", "hub": None}] for name in ("rte", "wnli"))
+    stored, asked = (identity_config(changed(task=None, tasks=tasks)) for tasks in (one, two))
+    assert differing_keys(stored, asked) == ['tasks.0.name: "rte" there, "wnli" here']
+    assert identity(changed(tasks=one)) != identity(changed(tasks=one[::-1]))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -197,3 +209,9 @@ def test_other_processes_of_a_ddp_job_leave_nothing(tmp_path: Path) -> None:
     run = Run("stage1", tmp_path / "run", (), {}, "stage1", rank_zero=False)
     assert record(run, lambda: {"stage": 1}) == {"stage": 1}
     assert not run.directory.exists()
+
+
+def test_the_status_of_several_tasks_names_them_all(tmp_path: Path) -> None:
+    run = run_in(tmp_path, task=None, tasks=[{"name": "rte"}, {"name": "cb"}])
+    record(run, lambda: {})
+    assert json.loads((run.directory / "status.json").read_text())["task"] == "rte+cb"

@@ -27,6 +27,7 @@ from fusion.config import (
     EvaluateConfig,
     HeadConfig,
     HubConfig,
+    LimitConfig,
     LoggerConfig,
     MethodConfig,
     OptimConfig,
@@ -61,6 +62,30 @@ def write_task(folder: Path, name: str, rows: int = 64) -> TaskConfig:
     return TaskConfig(name=name, text="text", labels=LABELS, metrics=["accuracy", "macro_f1"])
 
 
+def rating_row(draw: random.Random) -> dict[str, Any]:
+    good = draw.randrange(4)
+    return {"one": " ".join(["good"] * good + ["bad"] * (3 - good)), "two": "film", "score": float(good)}
+
+
+def quiz_row(draw: random.Random) -> dict[str, Any]:
+    choices = ["a bad film", "poor it is bad", "he hated it", "a bad dog"][: draw.randrange(1, 5)]
+    right = draw.randrange(len(choices) + 1)
+    choices.insert(right, "a good film")
+    return {"question": "which film", "choices": choices, "label": right}
+
+
+def rows_of(row: Callable[[random.Random], dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    draw = random.Random(0)
+    counts = {"train": 40, "validation": 12, "test": 6}
+    return {split: [row(draw) for _ in range(count)] for split, count in counts.items()}
+
+
+def write_rows(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
+    folder.mkdir(parents=True)
+    for split, lines in rows.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 class Bench:
     """A working folder with a backbone and tasks, and the commands as functions."""
 
@@ -71,6 +96,7 @@ class Bench:
             dir=str(folder / "data"), batch_size=8, max_length=16, cache_dir=str(folder / "cache")
         )
         self.runs = 0
+        self.result: dict[str, Any] = {}  # of what a fixture trained
 
     def settings(self, task: str, **changes: Any) -> dict[str, Any]:
         return {
@@ -92,6 +118,33 @@ class Bench:
         config = Stage1Config(**self.settings(task, **changes))
         config.name = config.name or config.default_name()
         return stage1.main.__wrapped__(config, self.run("stage1", config))  # type: ignore[attr-defined]
+
+    def multitask(self, *tasks: str, **changes: Any) -> dict[str, Any]:
+        settings = self.settings(tasks[0], **changes) | {"task": None}
+        method = settings.pop("method", None) or MethodConfig("multitask_adapter")
+        config = Stage1Config(**settings, tasks=[self.tasks[name] for name in tasks], method=method)
+        config.name = config.name or config.default_name()
+        run = self.run("stage1", config)
+        stage1.check(config, run)
+        return stage1.main.__wrapped__(config, run)  # type: ignore[attr-defined]
+
+    def add_rating(self) -> None:
+        """A regression, `rating`: how many of three words are good."""
+        write_rows(self.folder / "data" / "rating", rows_of(rating_row))
+        self.tasks["rating"] = TaskConfig(
+            name="rating",
+            kind="regression",
+            text=["one", "two"],
+            label="score",
+            metrics=["pearson", "spearman"],
+        )
+
+    def add_quiz(self) -> None:
+        """Choices, `quiz`: two to five of them, of which one is good."""
+        write_rows(self.folder / "data" / "quiz", rows_of(quiz_row))
+        self.tasks["quiz"] = TaskConfig(
+            name="quiz", kind="choice", text="question", choices="choices", metrics=["accuracy"]
+        )
 
     def stage2(self, task: str, sources: list[str], **changes: Any) -> dict[str, Any]:
         config = Stage2Config(**self.settings(task, **changes), sources=sources)
@@ -535,32 +588,13 @@ def test_an_entry_depends_on_what_the_config_only_names(bench: Bench) -> None:
     assert entries[0].checkpoints.parent == bench.folder / "store" / ".runs"
 
 
-def write_rows(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
-    folder.mkdir(parents=True)
-    for split, lines in rows.items():
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
 def test_choices_of_any_number_from_training_to_prediction(bench: Bench) -> None:
-    draw = random.Random(0)
-
-    def row() -> dict[str, Any]:
-        choices = ["a bad film", "poor it is bad", "he hated it", "a bad dog"][: draw.randrange(1, 5)]
-        right = draw.randrange(len(choices) + 1)
-        choices.insert(right, "a good film")
-        return {"question": "which film", "choices": choices, "label": right}
-
-    write_rows(
-        bench.folder / "data" / "quiz",
-        {"train": [row() for _ in range(40)], "validation": [row() for _ in range(12)]},
-    )
-    bench.tasks["quiz"] = TaskConfig(
-        name="quiz", kind="choice", text="question", choices="choices", metrics=["accuracy"]
-    )
+    bench.add_quiz()
     bench.stage1("quiz")
     result = bench.stage2("quiz", ["quiz"])
     assert 0 <= result["metrics"]["validation"]["accuracy"] <= 1
-    rows = [row() for _ in range(5)]
+    draw = random.Random(1)
+    rows = [quiz_row(draw) for _ in range(5)]
     for given, line in zip(rows, bench.predict("quiz-adapterfusion", rows, attention=True), strict=True):
         assert list(line["scores"]) == [str(number) for number in range(len(given["choices"]))]
         assert sum(line["scores"].values()) == pytest.approx(1, abs=1e-5)
@@ -568,22 +602,10 @@ def test_choices_of_any_number_from_training_to_prediction(bench: Bench) -> None
 
 
 def test_a_regression_from_training_to_prediction(bench: Bench) -> None:
-    draw = random.Random(0)
-
-    def row() -> dict[str, Any]:
-        good = draw.randrange(4)
-        return {"one": " ".join(["good"] * good + ["bad"] * (3 - good)), "two": "film", "score": float(good)}
-
-    write_rows(
-        bench.folder / "data" / "rating",
-        {"train": [row() for _ in range(40)], "validation": [row() for _ in range(12)]},
-    )
-    bench.tasks["rating"] = TaskConfig(
-        name="rating", kind="regression", text=["one", "two"], label="score", metrics=["pearson", "spearman"]
-    )
+    bench.add_rating()
     result = bench.stage1("rating")
     assert set(result["metrics"]["validation"]) == {"pearson", "spearman"}
-    (line,) = bench.predict("rating", [row()])
+    (line,) = bench.predict("rating", [rating_row(random.Random(1))])
     assert set(line) == {"score"} and isinstance(line["score"], float)
 
 
@@ -721,3 +743,228 @@ def test_a_run_goes_on_with_the_prefix_that_it_began_with(
     bench.stage1("films", name="cut", **upper)
     assert bench.weights("cut").keys() == bench.weights("whole").keys()
     assert all(torch.equal(bench.weights("cut")[k], v) for k, v in bench.weights("whole").items())
+
+
+# --- several tasks in one run -------------------------------------------------------------------------
+
+MT = "films-quiz-rating-multitask_adapter"
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Bench:
+    """One adapter for a classification, a choice and a regression, for tests that only look."""
+    bench = Bench(tmp_path_factory.mktemp("mixed") / "a folder", tiny_backbone)
+    bench.add_rating()
+    bench.add_quiz()
+    longer = TrainerConfig(accelerator="cpu", max_epochs=12, enable_progress_bar=False, log_every_n_steps=1)
+    logger = LoggerConfig(csv=CsvConfig())
+    optim = OptimConfig(lr=1e-2, patience=None)
+    bench.result = bench.multitask("films", "quiz", "rating", trainer=longer, optim=optim, logger=logger)
+    bench.stage1("books")
+    return bench
+
+
+def test_several_tasks_store_one_adapter_and_a_head_each(mixed: Bench) -> None:
+    assert set(mixed.weights(MT)) == set(mixed.weights("books"))
+    head = load_file(mixed.folder / "store" / MT / "head.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in head.items()} == {
+        "films.output.weight": (2, 32), "films.output.bias": (2,),
+        "quiz.output.weight": (1, 32), "quiz.output.bias": (1,),
+        "rating.output.weight": (1, 32), "rating.output.bias": (1,),
+    }  # fmt: skip
+    manifest = load(MT, mixed.folder / "store").manifest
+    assert manifest.kind == "adapter" and manifest.task["name"] == "films"
+    assert manifest.multitask is not None and list(manifest.multitask) == ["films", "quiz", "rating"]
+    for name, outputs in (("films", 2), ("quiz", 1), ("rating", 1)):
+        assert manifest.multitask[name] == {
+            "task": dataclasses.asdict(mixed.tasks[name]),
+            "head": {"pooling": "mean", "layers": 1, "outputs": outputs, "dropout": 0.1},
+        }
+    assert manifest.head == manifest.multitask["films"]["head"]
+    assert set(manifest.data["fingerprints"]) == {
+        f"{task}/{split}" for task in manifest.multitask for split in ("train", "validation")
+    }
+    assert load("books", mixed.folder / "store").manifest.multitask is None
+
+
+def test_the_result_of_several_tasks(mixed: Bench) -> None:
+    result = mixed.result
+    assert set(result) == {
+        "stage", "task", "name", "seed", "backbone", "metrics", "best_epoch", "epochs",
+        "parameters", "speed", "sources", "artifact",
+    }  # fmt: skip
+    assert (result["stage"], result["task"], result["name"]) == (1, "films+quiz+rating", MT)
+    assert {split: set(metrics) for split, metrics in result["metrics"].items()} == {
+        "films/validation": {"accuracy", "macro_f1"},
+        "quiz/validation": {"accuracy"},
+        "rating/validation": {"pearson", "spearman"},
+    }
+    assert result["parameters"]["trainable"] == 3 * (2 * 32 * 2 + 2 + 32) + (2 + 1 + 1) * (32 + 1)
+    (file,) = (mixed.folder / "runs").glob("*/csv/metrics.csv")
+    header = set(file.read_text().splitlines()[0].split(","))
+    assert header - {"epoch", "step"} == {
+        "train/loss", "mean", "films/train/task_loss", "quiz/train/task_loss", "rating/train/task_loss",
+        "films/validation/accuracy", "films/validation/macro_f1", "quiz/validation/accuracy",
+        "rating/validation/pearson", "rating/validation/spearman",
+    }  # fmt: skip
+
+
+def test_several_tasks_are_learnt_at_once(mixed: Bench) -> None:
+    metrics = mixed.evaluate(MT, split="test")["metrics"]
+    assert metrics["films/test"]["accuracy"] >= 0.75
+    assert metrics["rating/test"]["pearson"] >= 0.5
+    assert metrics["quiz/test"]["accuracy"] >= 0.5
+
+
+def test_evaluation_of_several_tasks_finds_the_scores_of_the_training(mixed: Bench) -> None:
+    stored = load(MT, mixed.folder / "store").manifest.metrics
+    result = mixed.evaluate(MT)
+    assert result["task"] == "films+quiz+rating" and result["rows"] == 16 + 12 + 12
+    assert result["metrics"] == {split: pytest.approx(values, abs=1e-6) for split, values in stored.items()}
+    for name in ("films", "quiz", "rating"):
+        one = mixed.evaluate(MT, task=mixed.tasks[name])
+        assert one["task"] == name
+        assert one["metrics"] == {"validation": pytest.approx(stored[f"{name}/validation"], abs=1e-6)}
+
+
+def test_a_task_of_the_same_labels_gets_their_head(mixed: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    assert 0 <= mixed.evaluate(MT, task=mixed.tasks["books"])["metrics"]["validation"]["accuracy"] <= 1
+    assert "by the head of films" in capsys.readouterr().out
+    other = dataclasses.replace(mixed.tasks["books"], labels=["no", "yes"])
+    with pytest.raises(UserError, match=r"the tasks films, quiz, rating, and task books"):
+        mixed.evaluate(MT, task=other)
+
+
+def test_prediction_asks_which_of_several_tasks_is_meant(mixed: Bench) -> None:
+    with pytest.raises(UserError, match=r"say which .*\+task=NAME, one of films, quiz, rating"):
+        mixed.predict(MT, [{"text": "good"}])
+    (line,) = mixed.predict(MT, [{"text": "good"}], task=mixed.tasks["films"])
+    assert set(line["scores"]) == set(LABELS)
+    row = {"question": "which", "choices": ["a good film", "a bad film", "it is bad"]}
+    (line,) = mixed.predict(MT, [row], task=mixed.tasks["quiz"])
+    assert set(line["scores"]) == {"0", "1", "2"}
+    (line,) = mixed.predict(MT, [{"one": "good good", "two": "film"}], task=mixed.tasks["rating"])
+    assert set(line) == {"score"}
+    # Of an artifact with one task, another with the same labels may say where the text stands.
+    elsewhere = dataclasses.replace(mixed.tasks["books"], name="reviews", text="review")
+    (moved,) = mixed.predict("books", [{"review": "good"}], task=elsewhere)
+    assert moved == mixed.predict("books", [{"text": "good"}])[0]
+
+
+def test_an_adapter_of_several_tasks_is_a_source_like_any_other(mixed: Bench) -> None:
+    before = mixed.weights(MT)
+    result = mixed.stage2("films", ["books", MT])
+    assert result["sources"] == ["books", MT]
+    assert mixed.evaluate("films-adapterfusion")["metrics"]["validation"] == pytest.approx(
+        result["metrics"]["validation"], abs=1e-6
+    )
+    (line,) = mixed.predict("films-adapterfusion", [{"text": "good"}], attention=True)
+    assert list(line["attention"]["0"]) == ["books", MT]
+    assert same(mixed.weights(MT), before)
+    head = load_file(mixed.folder / "store" / "films-adapterfusion" / "head.safetensors")
+    assert set(head) == {"output.weight", "output.bias"}
+
+
+def test_the_mean_over_the_tasks_picks_the_best_epoch(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusion.training.module import TaskModule
+
+    # The first task alone would choose epoch 3, the mean chooses 2; patience ends the run after 4.
+    scores = {"films": [0.1, 0.2, 0.5, 0.1, 0.1, 0.1], "books": [0.2, 0.9, 0.3, 0.3, 0.3, 0.3]}
+    compute = TaskModule.on_validation_epoch_end
+
+    def scripted(self: TaskModule) -> None:
+        for (name, _), metrics in zip(self.splits.items(), self.split_metrics, strict=True):
+            value = scores[name.split("/")[0]][self.trainer.current_epoch]
+            monkeypatch.setattr(metrics, "compute", lambda value=value: {"accuracy": value, "macro_f1": 0.0})
+        compute(self)
+
+    monkeypatch.setattr(TaskModule, "on_validation_epoch_end", scripted)
+    trainer = TrainerConfig(accelerator="cpu", max_epochs=6, enable_progress_bar=False)
+    result = bench.multitask("films", "books", trainer=trainer, optim=OptimConfig(lr=5e-3, patience=2))
+    assert (result["best_epoch"], result["epochs"]) == (2, 4)
+    assert result["metrics"]["books/validation"]["accuracy"] == 0.9
+
+
+def test_the_same_run_of_several_tasks_is_skipped_and_another_refused(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = bench.multitask("films", "books")
+    with pytest.raises(UserError, match=r"method\.temperature: nothing there, 1\.0 here"):
+        bench.multitask("films", "books", method=MethodConfig("multitask_adapter", temperature=1.0))
+    with pytest.raises(UserError, match=r'tasks\.1\.name: "books" there, "plays" here'):
+        bench.multitask("films", "plays", name=first["name"])
+    monkeypatch.setattr(lightning.Trainer, "fit", lambda *_, **__: pytest.fail("trained again"))
+    assert bench.multitask("films", "books") == first
+
+
+def test_an_interrupted_run_of_several_tasks_ends_with_the_same_bits(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusion.training import fit as fit_module
+
+    bench.add_quiz()
+
+    def train(store: str) -> dict[str, Any]:
+        return bench.multitask(
+            "films",
+            "quiz",
+            store=str(bench.folder / store),
+            head=HeadConfig(dropout=0.3),
+            adapter=AdapterConfig(dropout=0.2),
+            trainer=TrainerConfig(accelerator="cpu", max_epochs=3, enable_progress_bar=False),
+            name="x",
+        )
+
+    expected = train("whole")
+    make_trainer = fit_module.make_trainer
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_module, "make_trainer", lambda c, k, g: make_trainer(c, [*k, StopAfter(2)], g))
+        with pytest.raises(RuntimeError, match="power"):
+            train("broken")
+    assert not (bench.folder / "broken" / "x").exists()
+    resumed = train("broken")
+    assert same(bench.weights("x", "whole"), bench.weights("x", "broken"))
+    heads = [load_file(bench.folder / store / "x" / "head.safetensors") for store in ("whole", "broken")]
+    assert same(*heads)
+    assert resumed["metrics"] == expected["metrics"] and resumed["best_epoch"] == expected["best_epoch"]
+
+
+def test_several_tasks_start_from_the_kept_prefix(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    bench.add_quiz()
+    bench.add_rating()
+    upper = {"adapter": AdapterConfig(layers="last:1")}
+    off = BackboneConfig(name_or_path=str(bench.backbone), pooling="mean", cache="off")
+    kept = bench.multitask("films", "quiz", "rating", name="kept", **upper)
+    assert (
+        caplog.text.count("computing the frozen prefix") == 6
+    )  # training and validation rows of three tasks
+    whole = bench.multitask("films", "quiz", "rating", name="whole", backbone=off, **upper)
+    assert caplog.text.count("computing the frozen prefix") == 6
+    torch.testing.assert_close(bench.weights("kept"), bench.weights("whole"), rtol=1e-4, atol=1e-6)
+    for split, metrics in whole["metrics"].items():
+        assert kept["metrics"][split] == pytest.approx(metrics, abs=1e-4)
+
+
+def test_several_tasks_by_tokens(bench: Bench) -> None:
+    bench.add_quiz()
+    bench.data = dataclasses.replace(bench.data, tokens_per_batch=64)
+    result = bench.multitask("films", "quiz")
+    assert bench.evaluate(result["name"])["metrics"] == {
+        split: pytest.approx(values, abs=1e-6) for split, values in result["metrics"].items()
+    }
+
+
+def test_limits_are_per_task(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    bench.add_rating()
+    bench.data = dataclasses.replace(bench.data, limit=LimitConfig(train=16, validation=5))
+    bench.multitask("films", "rating")
+    for task in ("films", "rating"):
+        assert f"{task} train: 16 rows" in caplog.text and f"{task} validation: 5 rows" in caplog.text
+    assert "4 batches an epoch, each of one task: films 50.0%, rating 50.0%" in caplog.text
+
+
+def test_the_whole_model_on_several_tasks_is_refused_as_long_as_it_is_not_there(bench: Bench) -> None:
+    with pytest.raises(UserError, match="method=multitask_full is not there yet"):
+        bench.multitask("films", "books", method=MethodConfig("multitask_full"))

@@ -6,9 +6,9 @@ batch* is what all devices take in one step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
+from itertools import count, islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -32,11 +32,13 @@ class Plan:
         rows: indices into the split.
         weights: 0.0 for a filler, which only keeps this device in step; 1.0 otherwise.
         global_rows: how many rows count in this step over all devices.
+        task: whose rows they are, where several tasks are trained at once.
     """
 
     rows: list[int]
     weights: list[float]
     global_rows: int
+    task: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Batch:
         global_rows: rows that count in this batch over all devices
         prefix: (sequences, tokens, width) float32, zero at padding: what the frozen prefix of the model gives,
             where that is known
+        task: whose rows they are, where several tasks are trained at once
     """
 
     input_ids: Tensor
@@ -67,6 +70,7 @@ class Batch:
     weights: Tensor
     global_rows: int
     prefix: Tensor | None = None
+    task: int = 0
 
     def to(self, device: Any, **options: Any) -> Batch:
         """The batch on another device (Lightning moves whatever has a `to`)."""
@@ -111,9 +115,17 @@ class EpochBatches(Sampler[Plan]):
             self._resumed = None
         # RandomState and not Generator: its stream is frozen (NEP 19), so a resumed run may have another numpy.
         random = np.random.RandomState([self.seed, self.epoch])
+        for task, rows in islice(self._steps(random), first, None):
+            yield replace(_share(rows, self.rank, self.world_size), task=task)
+
+    def _steps(self, random: np.random.RandomState) -> Iterator[tuple[int, NDArray[np.intp]]]:
+        """What each step of an epoch takes: a task, and the rows of its global batch."""
+        return ((0, rows) for rows in self.shuffled(random))
+
+    def shuffled(self, random: np.random.RandomState) -> list[NDArray[np.intp]]:
+        """An epoch's global batches, in their order."""
         batches = self._global_batches(random)
-        for number in random.permutation(len(batches))[first:]:
-            yield _share(batches[number], self.rank, self.world_size)
+        return [batches[number] for number in random.permutation(len(batches))]
 
     def _global_batches(self, random: np.random.RandomState) -> list[NDArray[np.intp]]:
         """The epoch's batches, before they are shuffled."""
@@ -188,6 +200,51 @@ class TokenBatches(EpochBatches):
         order = random.permutation(len(self._class))
         ordered = order[np.argsort(-self._class[order], kind="stable")]
         return [ordered[start:end] for start, end in pairwise(self._cuts)]
+
+
+class TaskBatches(EpochBatches):
+    """Training batches of several tasks, one task a batch, drawn with p_i proportional to n_i^(1/T).
+
+    n_i are the task's rows (Stickland & Murray 2019, whose alpha is 1/T): T = 1 draws in proportion to the rows, a
+    higher T brings small tasks up. An epoch has as many batches as the tasks' own epochs together. A task's
+    batches are those of its own sampler, which begins anew in each epoch, newly shuffled, and once more wherever its
+    rows are used up within it. All devices draw the same task at the same step.
+
+    Args:
+        samplers: one a task, of this rank and world size.
+        rows: (tasks,) n_i.
+        temperature: T.
+    """
+
+    def __init__(
+        self,
+        samplers: Sequence[EpochBatches],
+        rows: Sequence[int],
+        temperature: float,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__(seed, rank, world_size)
+        self.samplers = list(samplers)
+        # Through logarithms, which no small temperature makes overflow.
+        shares = np.log(rows) / temperature
+        shares = np.exp(shares - shares.max())
+        self.shares: NDArray[np.float64] = shares / shares.sum()
+
+    def __len__(self) -> int:
+        return sum(len(sampler) for sampler in self.samplers)
+
+    def _steps(self, random: np.random.RandomState) -> Iterator[tuple[int, NDArray[np.intp]]]:
+        streams = [self._stream(task) for task in range(len(self.samplers))]
+        for task in random.choice(len(streams), len(self), p=self.shares).tolist():
+            yield task, next(streams[task])
+
+    def _stream(self, task: int) -> Iterator[NDArray[np.intp]]:
+        """A task's global batches in this epoch, pass after pass over its rows, without end."""
+        for number in count():
+            random = np.random.RandomState([self.seed, self.epoch, task, number])
+            yield from self.samplers[task].shuffled(random)
 
 
 class SortedBatches(Sampler[Plan]):

@@ -73,6 +73,7 @@ class EncodedRows:
         fingerprint: that of the rows.
         key: hex digits that stand for the token ids.
         states: (all tokens, width), what the frozen prefix of a model gives for each token; None: unknown.
+        task: whose rows they are, where several tasks are trained or scored by one model.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class EncodedRows:
         self.fingerprint = rows.fingerprint
         self.key = key
         self.states: NDArray[np.floating] | None = None
+        self.task = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """For a loader's worker: states on disk are mapped there again, not copied."""
@@ -171,6 +173,7 @@ class EncodedRows:
             weights=torch.from_numpy(weight),
             global_rows=int((weight > 0).sum()) if global_rows is None else global_rows,
             prefix=None if prefix is None else torch.from_numpy(prefix),
+            task=self.task,
         )
 
     def places(self, indices: list[int]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

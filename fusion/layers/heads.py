@@ -1,9 +1,12 @@
-"""The task head: one vector a text, then its scores.
+"""The task head: one vector a text, then its scores. With several tasks, a head for each.
 
 Shapes: S texts (a row of a choice task has several), T tokens, D hidden size, K outputs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -60,3 +63,36 @@ class TaskHead(nn.Module):
         if self.dense is not None:
             pooled = torch.tanh(self.dense(self.dropout(pooled)))
         return self.output(self.dropout(pooled))
+
+
+class TaskHeads(nn.Module):
+    """One head a task. A batch is of one task, whose head scores it.
+
+    Args:
+        heads: by task name, in the order in which batches number their tasks.
+    """
+
+    def __init__(self, heads: Mapping[str, TaskHead]) -> None:
+        super().__init__()
+        self.tasks = list(heads)
+        # By number: torch takes neither "my.task" nor "type" for the name of a module.
+        self.heads = nn.ModuleList(heads.values())
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor, task: int) -> Tensor:
+        """hidden: (S, T, D), attention_mask: (S, T), task: its number -> scores: (S, K of that task)."""
+        scores: Tensor = self.heads[task](hidden, attention_mask)
+        if not self.training:
+            return scores
+        # The other heads get a gradient of 0: DDP waits for one of every parameter, and the optimizer does the same
+        # in one process as in many.
+        others = [
+            p.sum() for number, head in enumerate(self.heads) if number != task for p in head.parameters()
+        ]
+        return scores + 0.0 * torch.stack(others).sum() if others else scores
+
+    def by_task(self) -> dict[str, TaskHead]:
+        return dict(zip(self.tasks, cast("list[TaskHead]", list(self.heads)), strict=True))
+
+    def state(self) -> dict[str, nn.Parameter]:
+        """The parameters of all heads: `TASK.output.weight` and so on."""
+        return {f"{t}.{name}": p for t, head in self.by_task().items() for name, p in head.named_parameters()}

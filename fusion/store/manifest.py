@@ -44,7 +44,7 @@ ADAPTER_TRAINING_KEYS = ("name", "init", "dropout", "reduction_factor", "bottlen
 # `fusion` is a name; of what it was, `kept` and the weights remain.
 COMPOSITION_TRAINING_KEYS = ("dropout", "value_penalty", "fusion", "keep")
 TUNING_KINDS = ("lora", "bitfit", "full")  # whose weights are the backbone's own
-OPTIONAL = ("method",)  # keys that manifests of the first release do not have
+OPTIONAL = ("method", "multitask")  # keys that manifests of the first release do not have
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,10 @@ class Manifest:
     """Everything that is needed to rebuild the artifact's model, and where it came from.
 
     `adapter` holds the adapter's settings and its `bottleneck_sizes` by slot, `{"0.feedforward": 48, ...}`;
-    `composition` the settings of a fusion; `sources` its adapters in order, `{"name", "hash"}`. `files` is
-    filled in when it is saved. `method` holds the settings of what trained inside the backbone itself, where
-    something did.
+    `composition` the settings of a fusion; `sources` its adapters in order, `{"name", "hash"}`. `multitask` holds
+    the tasks of an artifact that was trained on several at once, by name, `{"task", "head"}`; `task` and `head` are
+    the first one's then. `method` holds the settings of what trained inside the backbone itself, where something
+    did. `files` is filled in when it is saved.
     """
 
     kind: str
@@ -74,6 +75,7 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     method: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
+    multitask: dict[str, dict[str, Any]] | None = None
 
     @property
     def hash(self) -> str:
@@ -106,6 +108,8 @@ class Manifest:
     def to_json(self) -> str:
         """The text of `manifest.json`. NaN and infinities, which JSON has no word for, become null."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.multitask is None:
+            del values["multitask"]  # as in the stores that did not know it
         ordered = {"format_version": values.pop("format_version"), **values}
         return json.dumps(_finite(ordered), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -164,6 +168,7 @@ TOP_LEVEL: dict[str, Types] = {
     "result": (dict,),
     "files": (dict,),
     "method": (dict, NoneType),
+    "multitask": (dict, NoneType),
 }
 INNER: dict[str, dict[str, Types]] = {
     "backbone": {
@@ -226,6 +231,14 @@ def _check_parts(values: dict[str, Any], path: Path) -> None:
         _check_type(source, (dict,), f"sources[{position}]", path)
         for key in ("name", "hash"):
             _check_type(source.get(key), (str,), f"sources[{position}].{key}", path)
+    if values["multitask"] == {}:
+        raise UserError(f"{path}: multitask is empty: expected null, or an entry for each task")
+    for name, entry in (values["multitask"] or {}).items():
+        _check_type(entry, (dict,), f"multitask.{name}", path)
+        for key in ("task", "head"):
+            _check_type(entry.get(key), (dict,), f"multitask.{name}.{key}", path)
+        for key, allowed in INNER["head"].items():
+            _check_type(entry["head"].get(key), allowed, f"multitask.{name}.head.{key}", path)
     for file in (WEIGHTS, HEAD):
         entry = values["files"].get(file)
         _check_type(entry, (dict,), f"files.{file}", path)

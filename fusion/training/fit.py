@@ -9,10 +9,10 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as lightning
 import torch
@@ -21,8 +21,9 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from fusion.config import StageConfig, TrainerConfig
+from fusion.data.batches import TaskBatches
 from fusion.data.encode import EncodedRows
-from fusion.data.loaders import evaluation_loader, training_loader
+from fusion.data.loaders import evaluation_loader, multitask_loader, training_loader
 from fusion.errors import TrainingError, UserError
 from fusion.memory import keep_freed_memory
 from fusion.model import AdaptedModel
@@ -64,35 +65,38 @@ class Fit:
 def fit(
     config: StageConfig,
     model: AdaptedModel,
-    training: EncodedRows,
+    training: Sequence[EncodedRows],
     validation: dict[str, EncodedRows],
     loss_weights: dict[str, float],
     loggers: list[Logger],
     checkpoints: Path,
     prepare: Callable[[torch.device], str | None] = lambda device: None,
     robust_drop: bool = False,
+    temperature: float = 1.0,
 ) -> Fit:
     """Train until the epochs or the patience end, and leave the best epoch's weights in the model.
 
     A model in which nothing trains is evaluated, once.
 
     Args:
-        validation: by split name; the first split's first metric picks the best epoch.
+        training: a split of each task.
+        validation: by split name; the first split's first metric picks the best epoch, of several tasks the mean.
         loss_weights: of the named terms that the model adds to the loss.
         checkpoints: where an interrupted training is taken up again.
         prepare: is called with the device before anything runs there; gives the type of the states that the rows
             bring along from then on, see `fusion.prefix`, or None.
         robust_drop: whether each batch leaves out a random number of the first layers' slots.
+        temperature: of several tasks, how they are drawn, see `TaskBatches`.
 
     Raises:
         GuardError: something else than the declared parameters would train, or did.
         TrainingError: the loss or a weight is no longer finite.
         UserError: the trainer's settings do not fit, among them those that leave nothing to evaluate.
     """
-    assert config.task is not None
+    tasks = config.task_list
     keep_freed_memory()
-    splits = list(validation)
-    monitor = main_metric(splits, config.task)
+    splits = {name: tasks[rows.task] for name, rows in validation.items()}
+    monitor = main_metric(splits)
     if not config.resume:
         shutil.rmtree(checkpoints, ignore_errors=True)
     keep_best = ModelCheckpoint(
@@ -127,12 +131,19 @@ def fit(
     }
     prefix = prepare(trainer.strategy.root_device)
     module = TaskModule(
-        model, config.task, config.optim, loss_weights, splits, prefix, config.seed if robust_drop else None
+        model, tasks, config.optim, loss_weights, splits, prefix, config.seed if robust_drop else None
     )
     evaluation = [evaluation_loader(rows, config.data.batch_size, **loading) for rows in validation.values()]
     last = checkpoints / "last.ckpt"
     torch.manual_seed(config.seed)  # dropout starts from here, whatever was drawn before
-    batches = training_loader(training, config.data.batch_size, config.seed, **loading)
+    size, seed = config.data.batch_size, config.seed
+    if len(tasks) > 1:
+        batches = multitask_loader(training, temperature, size, seed, **loading)
+        shares = cast(TaskBatches, batches.sampler).shares
+        shown = ", ".join(f"{task.name} {share:.1%}" for task, share in zip(tasks, shares, strict=True))
+        log.info("%d batches an epoch, each of one task: %s", len(batches), shown)
+    else:
+        batches = training_loader(training[0], size, seed, **loading)
     interval = config.trainer.val_check_interval
     if (
         type(interval) is int
@@ -163,7 +174,9 @@ def fit(
         _restore(model, Path(keep_best.best_model_path))
     _check_finite(model)
     return Fit(
-        metrics={split: {m: best[f"{split}/{m}"] for m in config.task.metrics} for split in splits if best},
+        metrics={
+            split: {m: best[f"{split}/{m}"] for m in task.metrics} for split, task in splits.items() if best
+        },
         best_epoch=int(best.get("epoch", 0)) if model.trainable() else 0,
         epochs=trainer.current_epoch,
         speed={

@@ -5,7 +5,7 @@ Shapes: B rows, K outputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -21,6 +21,8 @@ from torchmetrics.classification import (
 from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 
 from fusion.config import TaskConfig
+
+MEAN = "mean"  # of several tasks, their main metrics' mean: every task counts the same
 
 
 class ChoiceAccuracy(Metric):
@@ -96,6 +98,19 @@ def score(task: TaskConfig, scores: Tensor, labels: NDArray[Any] | None) -> dict
     return metrics.compute()
 
 
-def main_metric(splits: Sequence[str], task: TaskConfig) -> str:
-    """What picks the best epoch: the task's first metric on the first validation split."""
-    return f"{splits[0]}/{task.metrics[0]}"
+def main_metric(splits: Mapping[str, TaskConfig]) -> str:
+    """What picks the best epoch: the task's first metric on its first validation split; of several tasks, the mean.
+
+    Args:
+        splits: by name, with the task whose rows each one holds.
+    """
+    names = main_metrics(splits)
+    return names[0] if len(names) == 1 else MEAN
+
+
+def main_metrics(splits: Mapping[str, TaskConfig]) -> list[str]:
+    """Each task's first metric on its first validation split, in the order of the tasks."""
+    first: dict[str | None, str] = {}
+    for split, task in splits.items():
+        first.setdefault(task.name, f"{split}/{task.metrics[0]}")
+    return list(first.values())

@@ -5,6 +5,7 @@ Shapes: B rows, K outputs of the head.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,18 +19,20 @@ from fusion.config import OptimConfig, TaskConfig
 from fusion.data.batches import Batch
 from fusion.errors import TrainingError, UserError
 from fusion.model import AdaptedModel
-from fusion.training.metrics import TaskMetrics
+from fusion.training.metrics import MEAN, TaskMetrics, main_metrics
 
 
 class TaskModule(lightning.LightningModule):
-    """Trains what `model.trainable()` lists, on one task.
+    """Trains what `model.trainable()` lists, on one task or on several.
+
+    Of several tasks, what is logged of one begins with its name, and `mean` is what picks the best epoch.
 
     Args:
         model: the adapted model.
-        task: kind and metrics.
+        tasks: kind and metrics of each, in the order in which batches number them.
         optim: learning rates, decay and warm-up.
         loss_weights: the weight of each named term of `model.losses()`.
-        splits: the validation splits, in the order of the validation loaders.
+        splits: the validation splits, in the order of the validation loaders, and whose rows each one holds.
         prefix: the type of the frozen prefix's states that batches bring along; None: they bring none.
         drop_seed: lets each training batch leave out a random number of the first layers' slots (AdapterDrop,
             robust); None: they are all filled.
@@ -38,22 +41,22 @@ class TaskModule(lightning.LightningModule):
     def __init__(
         self,
         model: AdaptedModel,
-        task: TaskConfig,
+        tasks: Sequence[TaskConfig],
         optim: OptimConfig,
         loss_weights: dict[str, float],
-        splits: list[str],
+        splits: Mapping[str, TaskConfig],
         prefix: str | None = None,
         drop_seed: int | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.task = task
+        self.tasks = list(tasks)
         self.optim = optim
         self.loss_weights = loss_weights
-        self.splits = splits
+        self.splits = dict(splits)
         self.prefix = prefix
         self.drop_seed = drop_seed
-        self.split_metrics = nn.ModuleList([TaskMetrics(task) for _ in splits])
+        self.split_metrics = nn.ModuleList([TaskMetrics(task) for task in splits.values()])
         # Of each evaluated epoch: its number (from 1) and every metric.
         self.history: list[dict[str, float]] = []
         self.rows_seen = 0
@@ -81,12 +84,13 @@ class TaskModule(lightning.LightningModule):
             batch.choice_counts,
             prefix=batch.prefix,
             first_layer=first_layer,
+            task=batch.task,
         )
 
     def losses(self, batch: Batch, first_layer: int = 0) -> dict[str, Tensor]:
         """The named terms of a batch's loss: `task`, and what the fillings add, weighted."""
         assert batch.labels is not None
-        per_row = row_losses(self.scores(batch, first_layer), batch.labels, self.task.kind)
+        per_row = row_losses(self.scores(batch, first_layer), batch.labels, self.tasks[batch.task].kind)
         # The mean over the rows of all processes: each process's gradient is averaged with the others'.
         task = (per_row * batch.weights).sum() * self.trainer.world_size / batch.global_rows
         extra = {name: self.loss_weights[name] * value for name, value in self.model.losses().items()}
@@ -101,13 +105,14 @@ class TaskModule(lightning.LightningModule):
         if batch_index % max(1, self.trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
             # The mean over the processes is the mean over the rows of all of them: see `losses`.
             several = self.trainer.world_size > 1
-            named = {f"train/{name}_loss": value.detach() for name, value in losses.items()}
+            whose = f"{self.tasks[batch.task].name}/" if len(self.tasks) > 1 else ""
+            named = {f"{whose}train/{name}_loss": value.detach() for name, value in losses.items()}
             self.log_dict(named, sync_dist=several)
             self.log("train/loss", total.detach(), prog_bar=True, sync_dist=several)
             if not total.isfinite():
                 raise TrainingError(
                     f"the loss is {total.item()} at step {self.trainer.global_step} (rows "
-                    f"{batch.rows[:5].tolist()} … of train); nothing is stored.\nLower optim.lr, or raise optim.warmup"
+                    f"{batch.rows[:5].tolist()} … of {whose}train); nothing is stored.\nLower optim.lr, or raise optim.warmup"
                 )
         return total
 
@@ -124,6 +129,9 @@ class TaskModule(lightning.LightningModule):
             assert isinstance(metrics, TaskMetrics)
             values |= {f"{split}/{name}": value for name, value in metrics.compute().items()}
             metrics.reset()
+        if len(self.tasks) > 1:
+            chosen = main_metrics(self.splits)
+            values[MEAN] = sum(values[name] for name in chosen) / len(chosen)
         # Equal in all processes, since the metrics have gathered every row: the mean changes nothing.
         self.log_dict(values, sync_dist=self.trainer.world_size > 1)
         if self.trainer.sanity_checking:

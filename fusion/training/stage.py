@@ -16,10 +16,11 @@ import torch
 from fusion import __version__
 from fusion.backbones.compiling import compile_layers
 from fusion.backbones.load import Backbone, locate
-from fusion.config import StageConfig
+from fusion.config import StageConfig, TaskConfig
 from fusion.data.encode import EncodedRows, encode, load_tokenizer
 from fusion.data.rows import evaluation_splits, load_rows
 from fusion.entry import Entry, result_of
+from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.model import AdaptedModel
 from fusion.prefix import keep_prefix
 from fusion.review.tracking import build_loggers, finish, log_lineage, log_result
@@ -33,32 +34,47 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TaskRows:
-    """The tokenised rows of a task: what trains, and the validation splits by name."""
+    """The tokenised rows of a task, or of several: what trains, one split a task, and the validation splits by name.
 
-    training: EncodedRows
+    Of several tasks, a split's name begins with the task's: `cb/validation`.
+    """
+
+    training: list[EncodedRows]
     validation: dict[str, EncodedRows]
 
 
 def load_task_rows(config: StageConfig) -> TaskRows:
-    """Read, check and tokenise the training and validation rows of the config's task.
+    """Read, check and tokenise the training and validation rows of all tasks of the config.
 
     Raises:
         UserError: what is wrong with the data, by file and row.
     """
-    assert config.task is not None and config.data.max_length is not None
+    assert config.data.max_length is not None
     tokenizer = load_tokenizer(locate(config.backbone.name_or_path), config.backbone.revision)
-    encoded: dict[str, EncodedRows] = {}
-    for split in ["train", *evaluation_splits(config.task, "validation", config.data)]:
-        rows = load_rows(config.task, config.data, split)
-        encoded[split] = encode(rows, tokenizer, config.data.max_length, config.data.cache_dir)
-        log.info(
-            "%s %s: %d rows%s",
-            config.task.name,
-            split,
-            len(rows),
-            f", {rows.ignored} without a label left out" if rows.ignored else "",
-        )
-    return TaskRows(encoded.pop("train"), encoded)
+    loaded = TaskRows([], {})
+    tasks = config.task_list
+    for number, task in enumerate(tasks):
+        for split in ["train", *evaluation_splits(task, "validation", config.data)]:
+            rows = load_rows(task, config.data, split)
+            encoded = encode(rows, tokenizer, config.data.max_length, config.data.cache_dir)
+            encoded.task = number
+            if split == "train":
+                loaded.training.append(encoded)
+            else:
+                loaded.validation[split_name(tasks, number, split)] = encoded
+            log.info(
+                "%s %s: %d rows%s",
+                task.name,
+                split,
+                len(rows),
+                f", {rows.ignored} without a label left out" if rows.ignored else "",
+            )
+    return loaded
+
+
+def split_name(tasks: Sequence[TaskConfig], number: int, split: str) -> str:
+    """What a split is called in metrics: of several tasks, with the name of the one that it belongs to."""
+    return split if len(tasks) == 1 else f"{tasks[number].name}/{split}"
 
 
 def train_and_store(
@@ -76,6 +92,7 @@ def train_and_store(
     sources: Sequence[Manifest] = (),
     loss_weights: dict[str, float] | None = None,
     robust_drop: bool = False,
+    temperature: float = 1.0,
 ) -> dict[str, Any]:
     """Fit, store under the entry's name, and give what result.json holds.
 
@@ -85,11 +102,11 @@ def train_and_store(
         sources: of a fusion, in order.
         loss_weights: of the named terms that the model adds to the loss.
         robust_drop: whether each batch leaves out a random number of the first layers' slots.
+        temperature: of several tasks, how they are drawn.
 
     Raises:
         GuardError: something else than the declared parameters changed; nothing is stored.
     """
-    assert config.task is not None
     loggers = build_loggers(
         config.logger,
         directory=run.directory,
@@ -101,7 +118,7 @@ def train_and_store(
     )
 
     def prepare(device: torch.device) -> str | None:
-        splits = [rows.training, *rows.validation.values()]
+        splits = [*rows.training, *rows.validation.values()]
         once = bool(config.trainer.fast_dev_run) or config.trainer.max_epochs == 1 or not model.trainable()
         prefix = keep_prefix(
             model, splits, config.backbone, backbone.fingerprint, device, config.data.cache_dir, once
@@ -122,13 +139,14 @@ def train_and_store(
             entry.checkpoints,
             prepare=prepare,
             robust_drop=robust_drop,
+            temperature=temperature,
         )
         if not run.rank_zero:
             return {}
         manifest = Manifest(
             kind=entry.kind,
             name=entry.name,
-            task=dataclasses.asdict(config.task),
+            task=dataclasses.asdict(config.task_list[0]),
             method=method,
             adapter=adapter,
             composition=composition,
@@ -162,7 +180,11 @@ def _circumstances(
     config: StageConfig, run: Run, entry: Entry, model: AdaptedModel, backbone: Backbone, rows: TaskRows
 ) -> dict[str, Any]:
     """What the weights were trained in: backbone, head, data and run, as the manifest has them."""
-    splits = {"train": rows.training, **rows.validation}
+    tasks = config.task_list
+    train = {split_name(tasks, encoded.task, "train"): encoded for encoded in rows.training}
+    splits = {**train, **rows.validation}
+    every = model.head.by_task().values() if isinstance(model.head, TaskHeads) else [model.head]
+    heads = [_described(head, config) for head in every]
     return {
         "backbone": {
             "name_or_path": config.backbone.name_or_path,
@@ -172,12 +194,13 @@ def _circumstances(
             "hidden_size": backbone.hidden_size,
             "layers": backbone.layers,
         },
-        "head": {
-            "pooling": model.head.pooling,
-            "layers": 1 if model.head.dense is None else 2,
-            "outputs": model.head.output.out_features,
-            "dropout": model.head.dropout.p,
-        },
+        "head": heads[0],
+        "multitask": {
+            str(task.name): {"task": dataclasses.asdict(task), "head": head}
+            for task, head in zip(tasks, heads, strict=True)
+        }
+        if len(tasks) > 1
+        else None,
         "data": {
             "max_length": config.data.max_length,
             "fingerprints": {split: encoded.fingerprint for split, encoded in splits.items()},
@@ -191,6 +214,15 @@ def _circumstances(
     }
 
 
+def _described(head: TaskHead, config: StageConfig) -> dict[str, Any]:
+    return {
+        "pooling": head.pooling,
+        "layers": config.head.layers,
+        "outputs": head.output.out_features,
+        "dropout": config.head.dropout,
+    }
+
+
 def _result(
     config: StageConfig,
     entry: Entry,
@@ -199,12 +231,11 @@ def _result(
     fitted: Fit,
     sources: Sequence[Manifest],
 ) -> dict[str, Any]:
-    assert config.task is not None
     trainable = sum(parameter.numel() for parameter in model.trainable().values())
     frozen = sum(tensor.numel() for tensor in model.frozen().values())
     return {
         "stage": 2 if entry.kind == "fusion" else 1,
-        "task": config.task.name,
+        "task": "+".join(str(task.name) for task in config.task_list),
         "name": config.name,
         "seed": config.seed,
         "backbone": {"name": config.backbone.name_or_path, "fingerprint": backbone.fingerprint},
@@ -218,8 +249,8 @@ def _result(
 
 
 def _tags(config: StageConfig, tag: str) -> list[str]:
-    assert config.task is not None
-    return [str(config.task.name), config.backbone.name_or_path.rsplit("/", 1)[-1], tag]
+    names = [str(task.name) for task in config.task_list]
+    return [*names, config.backbone.name_or_path.rsplit("/", 1)[-1], tag]
 
 
 def _versions() -> dict[str, str]:

@@ -55,7 +55,7 @@ class OurModel:
         self.batch = batch_of(token_batch(*shape, device=setup.device))
         self.padded = batch_of(token_batch(*shape, device=setup.device, padded=True))
         penalty = {"value_penalty": CompositionConfig().value_penalty}
-        self.module = TaskModule(self.adapted, TASK, OPTIM, penalty, splits=[])
+        self.module = TaskModule(self.adapted, [TASK], OPTIM, penalty, splits={})
         # All that a step asks Lightning's trainer for.
         self.module.trainer = cast(lightning.Trainer, SimpleNamespace(world_size=1))
         self.optimizer = self._optimizer()
@@ -261,7 +261,7 @@ def in_lightning(model: OurModel, setup: Setup, warmup: int, steps: int) -> floa
     batches = [model.batch] * (warmup + steps + 1)  # the last one's beginning ends the last timed one
     loader: DataLoader[Any] = DataLoader(cast(Any, batches), batch_size=None)
     watch = Stopwatch(setup.device)
-    module = TaskModule(model.adapted, TASK, OPTIM, model.module.loss_weights, splits=[])
+    module = TaskModule(model.adapted, [TASK], OPTIM, model.module.loss_weights, splits={})
     real = sys.stderr
     with tempfile.TemporaryDirectory(dir=setup.weights) as folder:
         loggers = build_loggers(

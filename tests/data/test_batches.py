@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusion.data.batches import EpochBatches, LengthBatches, Plan, SortedBatches, TokenBatches
+from fusion.data.batches import (
+    EpochBatches,
+    LengthBatches,
+    Plan,
+    SortedBatches,
+    TaskBatches,
+    TokenBatches,
+)
 
 LENGTHS = np.random.RandomState(0).geometric(0.05, 1000) + 3
 
@@ -239,3 +246,125 @@ def test_a_row_beyond_the_budget_is_alone():
     lengths = np.array([100, 10, 10, 90])
     plans = [sorted(plan.rows) for plan in TokenBatches(lengths, None, 50, seed=0)]
     assert sorted(plans) == [[0], [1, 2], [3]]
+
+
+# --- several tasks ------------------------------------------------------------------------------------
+
+SIZES = (1000, 250, 40)
+
+
+def of_tasks(
+    seed: int = 3, rank: int = 0, world_size: int = 1, temperature: float = 2.0, tokens: int | None = None
+) -> TaskBatches:
+    """Three tasks of 1000, 250 and 40 rows, 8 rows a step over all devices; the second has choices."""
+    samplers: list[EpochBatches] = []
+    for number, size in enumerate(SIZES):
+        if tokens is None:
+            samplers.append(LengthBatches(LENGTHS[:size], 8 // world_size, seed, rank, world_size))
+        else:
+            counts = CHOICES[:size] if number == 1 else None
+            samplers.append(TokenBatches(LENGTHS[:size], counts, tokens, seed, rank, world_size))
+    return TaskBatches(samplers, SIZES, temperature, seed, rank, world_size)
+
+
+def steps(sampler: TaskBatches, epoch: int) -> list[tuple[int, list[int]]]:
+    sampler.set_epoch(epoch)
+    return [(plan.task, plan.rows) for plan in sampler]
+
+
+def test_an_epoch_of_several_tasks_is_as_long_as_theirs_together():
+    sampler = of_tasks()
+    assert len(sampler) == 125 + 32 + 5
+    assert [len(steps(sampler, epoch)) for epoch in range(3)] == [162, 162, 162]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0, 1000.0, 0.01])
+def test_tasks_are_drawn_by_temperature(temperature):
+    sampler = of_tasks(temperature=temperature)
+    drawn: Counter[int] = Counter()
+    for epoch in range(60):
+        drawn.update(task for task, _ in steps(sampler, epoch))
+    powers = [float(size / max(SIZES)) ** (1 / temperature) for size in SIZES]
+    total = sum(drawn.values())
+    for task, power in enumerate(powers):
+        p = power / sum(powers)
+        assert abs(drawn[task] / total - p) <= 4 * (p * (1 - p) / total) ** 0.5 + 1e-12, task
+    assert sampler.shares.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("tokens", [None, 300])
+def test_the_order_of_several_tasks_is_a_function_of_seed_and_epoch(tokens):
+    def order(seed: int, epoch: int) -> list[tuple[int, list[int]]]:
+        sampler = of_tasks(seed, tokens=tokens)
+        steps(sampler, 5)  # what was before does not matter
+        return steps(sampler, epoch)
+
+    assert order(1, 2) == order(1, 2)
+    for other in (order(1, 3), order(2, 2), order(2, 1)):
+        assert order(1, 2) != other
+        assert [task for task, _ in order(1, 2)] != [task for task, _ in other]
+
+
+def test_within_an_epoch_a_task_begins_anew_once_its_rows_are_used_up():
+    own: dict[int, list[list[int]]] = {task: [] for task in range(3)}
+    for task, rows in steps(of_tasks(temperature=1000.0), 0):
+        own[task].append(rows)
+    for task, batches in own.items():
+        a_pass = -(-SIZES[task] // 8)
+        whole = len(batches) // a_pass
+        passes = [batches[n * a_pass : (n + 1) * a_pass] for n in range(whole)]
+        for one in passes:
+            assert sorted(chain.from_iterable(one)) == list(range(SIZES[task])), "each row once a pass"
+        assert len({str(one) for one in passes}) == whole, "newly shuffled"
+        rest = list(chain.from_iterable(batches[whole * a_pass :]))
+        assert len(set(rest)) == len(rest)
+    assert len(own[2]) > 5 * 5 and len(own[0]) < 125
+
+
+def test_two_tasks_of_the_same_rows_are_shuffled_apart():
+    samplers = [LengthBatches(LENGTHS[:80], 8, seed=0) for _ in range(2)]
+    first: dict[int, list[int]] = {}
+    for task, rows in steps(TaskBatches(samplers, [80, 80], 1.0, seed=0), 0):
+        first.setdefault(task, rows)
+    assert first[0] != first[1]
+
+
+@pytest.mark.parametrize("tokens", [None, 300])
+def test_a_resumed_epoch_of_several_tasks_starts_where_it_stopped(tokens):
+    whole, resumed = (of_tasks(tokens=tokens) for _ in range(2))
+    expected = steps(whole, 4)
+    resumed.resume(epoch=4, batch=50)
+    assert len(resumed) == len(expected)
+    assert steps(resumed, 4) == expected[50:]
+    assert steps(resumed, 4) == expected, "only the next pass is cut"
+
+
+def test_all_ranks_draw_the_same_task_and_see_together_the_batches_of_one_process():
+    one = of_tasks()
+    ranks = [of_tasks(rank=rank, world_size=2) for rank in range(2)]
+    for epoch in range(3):
+        for sampler in [one, *ranks]:
+            sampler.set_epoch(epoch)
+        shares = list(zip(*ranks, strict=True))
+        assert len(shares) == len(one)
+        for whole, step in zip(one, shares, strict=True):
+            assert {plan.task for plan in step} == {whole.task}
+            assert sorted(whole.rows) == sorted(counting(list(step)))
+            assert {plan.global_rows for plan in step} == {len(whole.rows)}
+
+
+def test_several_tasks_by_tokens_hold_the_budget_on_every_rank():
+    ranks = [of_tasks(rank=rank, world_size=2, tokens=300) for rank in range(2)]
+    seen = set()
+    for step in zip(*ranks, strict=True):
+        assert len({plan.task for plan in step}) == 1
+        for plan in step:
+            counts = CHOICES[: SIZES[1]] if plan.task == 1 else None
+            assert within_budget(plan, LENGTHS[: SIZES[plan.task]], counts, 300)
+            seen.add(plan.task)
+    assert seen == {0, 1, 2}
+
+
+def test_plans_of_one_task_name_the_first():
+    assert {plan.task for plan in LengthBatches(LENGTHS, 32, seed=0)} == {0}
+    assert {plan.task for plan in SortedBatches(LENGTHS, 32)} == {0}

@@ -7,7 +7,7 @@ import torch
 
 from fusion.data.batches import LengthBatches
 from fusion.data.encode import encode
-from fusion.data.loaders import evaluation_loader, training_loader
+from fusion.data.loaders import evaluation_loader, multitask_loader, training_loader
 from fusion.data.rows import Rows
 
 
@@ -111,3 +111,21 @@ def test_lightning_moves_a_batch(ragged):
 
     batch = next(iter(evaluation_loader(ragged, 4)))
     assert move_data_to_device(batch, torch.device("meta")).rows.device.type == "meta"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("tokens", [None, 96])
+def test_a_batch_of_several_tasks_is_of_one(encoded, ragged, workers, tokens):
+    tasks = [encoded, ragged]
+    for number, rows in enumerate(tasks):
+        rows.task = number
+    loader = multitask_loader(tasks, 2.0, 4, seed=1, workers=workers, tokens_per_batch=tokens)
+    batches = list(loader)
+    assert len(batches) == len(loader)
+    assert {batch.task for batch in batches} == {0, 1}
+    for batch in batches:
+        expected = tasks[batch.task].batch(batch.rows.tolist())
+        assert torch.equal(batch.input_ids, expected.input_ids)
+        assert (batch.choice_counts is not None) == (batch.task == 1)
+        assert batch.to("meta").task == batch.task
+    assert {batch.task for batch in evaluation_loader(ragged, 4)} == {1}

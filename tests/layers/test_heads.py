@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusion.layers.heads import TaskHead, pool
+from fusion.layers.heads import TaskHead, TaskHeads, pool
 
 HIDDEN = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1, 1, 0], [1, 1, 1]])
@@ -49,3 +49,56 @@ def test_two_layers_are_dense_tanh_linear() -> None:
 def test_wrong_values_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="expected"):
         TaskHead(4, 3, **options)  # type: ignore[arg-type]
+
+
+def three_heads() -> TaskHeads:
+    """`my.task` and `type` are names that torch does not take for modules."""
+    torch.manual_seed(0)
+    return TaskHeads({"my.task": TaskHead(4, 3), "type": TaskHead(4, 1, layers=2), "c": TaskHead(4, 2)})
+
+
+def test_a_batch_is_scored_by_the_head_of_its_task() -> None:
+    heads = three_heads().double().eval()
+    hidden = HIDDEN.double()
+    for number, (name, outputs) in enumerate([("my.task", 3), ("type", 1), ("c", 2)]):
+        state = {
+            key.removeprefix(f"{name}."): value
+            for key, value in heads.state().items()
+            if key.startswith(name)
+        }
+        x = hidden[:, 0]
+        if "dense.weight" in state:
+            x = torch.tanh(torch.einsum("bi,oi->bo", x, state["dense.weight"]) + state["dense.bias"])
+        expected = torch.einsum("bi,oi->bo", x, state["output.weight"]) + state["output.bias"]
+        assert expected.shape == (2, outputs)
+        for mode in (False, True):
+            torch.testing.assert_close(heads.train(mode)(hidden, MASK, number), expected)
+
+
+def test_the_heads_are_stored_under_their_tasks() -> None:
+    heads = three_heads()
+    assert set(heads.state()) == {
+        "my.task.output.weight", "my.task.output.bias",
+        "type.dense.weight", "type.dense.bias", "type.output.weight", "type.output.bias",
+        "c.output.weight", "c.output.bias",
+    }  # fmt: skip
+    assert list(heads.by_task()) == ["my.task", "type", "c"]
+    assert {id(p) for p in heads.state().values()} == {id(p) for p in heads.parameters()}
+
+
+def test_in_training_the_other_heads_get_a_gradient_of_zero() -> None:
+    heads = three_heads().train()
+    heads(HIDDEN, MASK, 1).square().sum().backward()
+    for name, parameter in heads.state().items():
+        assert parameter.grad is not None, name
+        assert bool(parameter.grad.any()) == name.startswith("type."), name
+    heads.eval()
+    heads.zero_grad()
+    heads(HIDDEN, MASK, 1).sum().backward()
+    assert heads.state()["c.output.weight"].grad is None
+
+
+def test_one_head_among_several_is_like_one_alone() -> None:
+    alone = TaskHead(4, 2)
+    scores = TaskHeads({"only": alone}).train()(HIDDEN, MASK, 0)
+    assert torch.equal(scores, alone(HIDDEN, MASK))

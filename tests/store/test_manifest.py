@@ -97,6 +97,10 @@ def change(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
         ("files", {WEIGHTS: FILES[WEIGHTS]}, f"files.{HEAD} is null, expected an object"),
         (f"files/{WEIGHTS}/bytes", "10", f"files.{WEIGHTS}.bytes is text"),
         ("extra", 1, "key is unknown to this version: extra"),
+        ("multitask", [], "multitask is a list, expected an object or null"),
+        ("multitask", {}, "multitask is empty"),
+        ("multitask", {"a": {"task": {}}}, "multitask.a.head is null, expected an object"),
+        ("multitask", {"a": {"task": {}, "head": {"layers": 1}}}, "multitask.a.head.pooling is null"),
     ],
 )
 def test_wrong_value_is_named(make_manifest: Make, key: str, value: Any, says: str) -> None:
@@ -113,6 +117,33 @@ def test_missing_key_is_named(make_manifest: Make, key: str) -> None:
     del values[key]
     with pytest.raises(UserError, match=key):
         Manifest.from_json(json.dumps(values), Path("m"))
+
+
+SEVERAL = {
+    name: {
+        "task": {"name": name, "kind": "regression"},
+        "head": {"pooling": "cls", "layers": 1, "outputs": outputs, "dropout": 0.1},
+    }
+    for name, outputs in (("ztask", 1), ("a.task", 3))
+}
+
+
+def test_several_tasks_keep_their_order(make_manifest: Make) -> None:
+    manifest = make_manifest(files=FILES, multitask=SEVERAL)
+    again = Manifest.from_json(manifest.to_json(), Path("m"))
+    assert again == manifest and list(again.multitask or {}) == ["ztask", "a.task"]
+
+
+def test_a_manifest_of_one_task_reads_and_hashes_as_before_there_were_several(make_manifest: Make) -> None:
+    manifest = make_manifest(files=FILES)
+    values = json.loads(manifest.to_json())
+    assert "multitask" not in values
+    for content in (values, values | {"multitask": None}):
+        again = Manifest.from_json(json.dumps(content), Path("m"))
+        assert again == manifest and again.multitask is None
+    # As the version computed it that knew one task only.
+    assert manifest.hash == "148f42dcfbfb35ad02805453ef097ddb8508775b48331ad299edc68400ee272f"
+    assert make_manifest(files=FILES, multitask=SEVERAL).hash == manifest.hash  # a fusion takes no head
 
 
 @pytest.mark.parametrize("key", ["backbone/fingerprint", "head/pooling", "data/max_length", "run/identity"])

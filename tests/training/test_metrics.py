@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fusion.config import TaskConfig
-from fusion.training.metrics import TaskMetrics, main_metric, score
+from fusion.training.metrics import TaskMetrics, main_metric, main_metrics, score
 
 LABELS = torch.tensor([0, 0, 1, 1, 1, 0, 1, 0])
 GUESSES = torch.tensor([0, 1, 1, 0, 1, 0, 1, 1])
@@ -70,6 +71,13 @@ def test_choices_may_differ_in_number_from_batch_to_batch() -> None:
 
 
 def test_the_first_metric_of_the_first_split_picks_the_epoch() -> None:
-    assert main_metric(["validation_matched", "validation_mismatched"], task(metrics=("f1", "accuracy"))) == (
-        "validation_matched/f1"
-    )
+    nli = task(metrics=("f1", "accuracy"))
+    assert main_metric({"validation_matched": nli, "validation_mismatched": nli}) == "validation_matched/f1"
+
+
+def test_of_several_tasks_the_mean_of_their_main_metrics_picks_the_epoch() -> None:
+    nli = replace(task(metrics=("f1", "accuracy")), name="nli")
+    rating = replace(task("regression", metrics=("spearman",)), name="rating")
+    splits = {"nli/matched": nli, "nli/mismatched": nli, "rating/validation": rating}
+    assert main_metric(splits) == "mean"
+    assert main_metrics(splits) == ["nli/matched/f1", "rating/validation/spearman"]
