@@ -965,6 +965,12 @@ def test_limits_are_per_task(bench: Bench, caplog: pytest.LogCaptureFixture) -> 
     assert "4 batches an epoch, each of one task: films 50.0%, rating 50.0%" in caplog.text
 
 
-def test_the_whole_model_on_several_tasks_is_refused_as_long_as_it_is_not_there(bench: Bench) -> None:
-    with pytest.raises(UserError, match="method=multitask_full is not there yet"):
-        bench.multitask("films", "books", method=MethodConfig("multitask_full"))
+def test_the_whole_model_learns_several_tasks(bench: Bench) -> None:
+    result = bench.multitask("films", "books", method=MethodConfig("multitask_full"))
+    name = "films-books-multitask_full"
+    assert set(result["metrics"]) == {"films/validation", "books/validation"}
+    assert load(name, bench.folder / "store").manifest.kind == "full"
+    again = bench.evaluate(name)["metrics"]
+    assert {split: pytest.approx(values, abs=1e-6) for split, values in again.items()} == result["metrics"]
+    with pytest.raises(UserError, match=f"{name} is a stored full, and only adapters can be combined"):
+        bench.stage2("films", [name])

@@ -184,7 +184,7 @@ def _circumstances(
     train = {split_name(tasks, encoded.task, "train"): encoded for encoded in rows.training}
     splits = {**train, **rows.validation}
     every = model.head.by_task().values() if isinstance(model.head, TaskHeads) else [model.head]
-    heads = [_described(head, config) for head in every]
+    heads = [_described(head) for head in every]
     return {
         "backbone": {
             "name_or_path": config.backbone.name_or_path,
@@ -214,12 +214,12 @@ def _circumstances(
     }
 
 
-def _described(head: TaskHead, config: StageConfig) -> dict[str, Any]:
+def _described(head: TaskHead) -> dict[str, Any]:
     return {
         "pooling": head.pooling,
-        "layers": config.head.layers,
+        "layers": 1 if head.dense is None else 2,
         "outputs": head.output.out_features,
-        "dropout": config.head.dropout,
+        "dropout": head.dropout.p,
     }
 
 
