@@ -184,7 +184,7 @@ def test_an_average_trains_further_where_that_is_asked_for(alike: Bench) -> None
     assert set(alike.weights("on")) == in_slots(*ADAPTER)
     means = [(alike.weights("films")[key] + alike.weights("books")[key]) / 2 for key in alike.weights("on")]
     moved = [(a - b).abs().max() for a, b in zip(alike.weights("on").values(), means, strict=True)]
-    assert all(0 < distance < 0.3 for distance in moved)
+    assert 0 < max(moved) < 0.1
     check_reproduced(alike, "on", result)
     with pytest.raises(UserError, match=r"on \(composition=average\) is one adapter"):
         alike.predict("on", [{"text": "good"}], attention=True)
@@ -219,7 +219,7 @@ def test_one_source_goes_on_training(ragged: Bench) -> None:
     weights = ragged.weights("one")
     assert set(weights) == in_slots(*ADAPTER, layers=2)
     distances = {key: (value - ragged.weights("books")[key]).abs().max() for key, value in weights.items()}
-    assert all(0 < distance < 0.3 for distance in distances.values())
+    assert 0 < max(distances.values()) < 0.1
     check_reproduced(ragged, "one", result)
     with pytest.raises(UserError, match="one adapter"):
         ragged.predict("one", [{"text": "good"}], attention=True)
@@ -258,7 +258,8 @@ def test_the_highest_score_decides_and_of_equals_the_first(
     assert manifest.composition is not None and manifest.composition["continued"] == best
     begun, ended = ragged.weights(best), ragged.weights("decided")
     assert {key: value.shape for key, value in ended.items()} == {key: v.shape for key, v in begun.items()}
-    assert all(0 < (ended[key] - begun[key]).abs().max() < 0.3 for key in begun)
+    moved = [(ended[key] - begun[key]).abs().max() for key in begun]
+    assert 0 < max(moved) < 0.1  # a short way from where the source's own training ended
 
 
 # --- pruned ----------------------------------------------------------------------------------------
