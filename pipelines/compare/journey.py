@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +31,8 @@ TIMING = "pipelines.compare.inference"
 REFUSED = 2
 # Words that name another row's artifact: they change with that row's best rate, and this row with them.
 DERIVED = ("sources", "composition.fusion")
+
+JOB = re.compile(r"^job \d+ \(.*?\): ")  # how the refusal of a sweep begins: with the first job that is wrong
 
 
 @dataclass(frozen=True)
@@ -284,9 +285,11 @@ class Journey:
 
     def train(self, training: Training) -> tuple[dict[str, str], Outcome]:
         """Run a sweep; gives how it ended, and why for each of its artifacts that did not come about."""
-        started = time.time()
+        before = stamps(training.folder)
         outcome = attempt(training.module, list(training.overrides))
-        statuses = self.statuses(training, since=started)
+        new = [file for file, stamp in stamps(training.folder).items() if before.get(file) != stamp]
+        told = [json.loads(file.read_text(encoding="utf-8")) for file in new]
+        statuses = {str(status["name"]): status for status in told}
         reasons = {}
         for member in training.members:
             status = statuses.get(member.name)
@@ -297,15 +300,6 @@ class Journey:
         if not reasons:
             say(f"done in {outcome.seconds:.0f} s")
         return reasons, outcome
-
-    def statuses(self, training: Training, since: float) -> dict[str, dict[str, Any]]:
-        """What the sweep's jobs say of themselves, by the names of their artifacts."""
-        found = {}
-        for file in sorted(training.folder.glob("*/status.json")):
-            if file.stat().st_mtime >= since - 1:
-                status = json.loads(file.read_text(encoding="utf-8"))
-                found[str(status["name"])] = status
-        return found
 
     # --- inference ------------------------------------------------------------------------------------
 
@@ -353,15 +347,23 @@ class Journey:
         return words
 
 
+def stamps(folder: Path) -> dict[Path, int]:
+    """The status files of a sweep's jobs, each with what changes when it is written anew."""
+    return {file: file.stat().st_mtime_ns for file in sorted(folder.glob("*/status.json"))}
+
+
 def last_words(outcome: Outcome) -> str:
     """What a command that told nothing in a status file said at its end."""
     said = [line for line in outcome.errors if line.strip()]
     if not said:
         return f"ended with exit code {outcome.code} and said nothing"
-    return " ".join(said[-2:] if outcome.code == REFUSED else said[-1:])
+    if outcome.code != REFUSED:
+        return said[-1]
+    starts = [number for number, line in enumerate(said) if JOB.match(line)]
+    return " ".join(said[starts[-1] :] if starts else said[-2:])
 
 
 def one_line(text: str, longest: int = 400) -> str:
-    """A reason for the list of failures; which job of the sweep was looked at first says nothing there."""
-    text = re.sub(r"^job \d+ \(.*?\): ", "", " ".join(text.split()))
+    """A reason for the list of failures."""
+    text = JOB.sub("", " ".join(text.split()))
     return text if len(text) <= longest else text[: longest - 1] + "…"
