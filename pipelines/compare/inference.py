@@ -139,8 +139,11 @@ def measure(config: TimingConfig) -> dict[str, Any]:
         return output.last_hidden_state[:, 0].cpu()
 
     def run_with(model: Any) -> Callable[[Batch], object]:
+        # Of several heads the target's own scores its rows.
+        heads = list(getattr(model.head, "tasks", ()))
+        more = {"task": heads.index(config.target)} if config.target in heads else {}
         return lambda batch: model(
-            batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.choice_counts
+            batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.choice_counts, **more
         ).cpu()
 
     data, task = data_of(first.run["config"], config.cache_dir), task_of(config.target)
