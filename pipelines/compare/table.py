@@ -131,10 +131,13 @@ def notes(settings: Settings, compared: Compared) -> list[str]:
     if compared.inference:
         timing = compared.inference
         shapes = ", ".join(f"{r} × {t}" for r, t in zip(timing["rows"], timing["tokens"], strict=True))
+        timed = [row.inference for row in compared.rows if row.inference is not None]
+        spread = statistics.median(figures["high"] - figures["low"] for figures in timed) if timed else 0.0
         found.append(
             f"Inference: seconds of a batch over the bare backbone's ({timing['bare_seconds'] * 1000:.0f} ms, "
-            f"{timing['device']}, {counted(timing['threads'], 'thread')}), the median of {counted(timing['rounds'], 'round')} in turn over "
-            f"batches of {shapes} rows × tokens."
+            f"{timing['device']}, {counted(timing['threads'], 'thread')}), the median of "
+            f"{counted(timing['rounds'], 'round')} in turn over batches of {shapes} rows × tokens; the middle half of a "
+            f"row's rounds spans {spread:.2f}×."
         )
     return found
 

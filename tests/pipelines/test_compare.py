@@ -434,7 +434,12 @@ class Commands:
     def time(self, values: dict[str, str]) -> Outcome:
         artifacts: dict[str, Any] = {}
         for name in values["artifacts"][1:-1].split(","):
-            artifacts[name] = {"ratio": 1.25, "hash": read_manifest(name, Path(values["store"])).hash}
+            artifacts[name] = {
+                "ratio": 1.25,
+                "low": 1.2,
+                "high": 1.3,
+                "hash": read_manifest(name, Path(values["store"])).hash,
+            }
             if "inference" in self.errors:
                 artifacts[name] = {"error": self.errors["inference"]}
         bare = {"rows": [8, 8], "tokens": [16, 12], "rounds": 7, "threads": 2, "device": "cpu"}
@@ -745,6 +750,21 @@ def test_the_notes_say_what_the_scores_are_worth() -> None:
     ):
         assert part in said
     assert "Inference" not in said and "Multi-task" not in said
+    bare = {
+        "rows": [32, 8],
+        "tokens": [64, 20],
+        "rounds": 7,
+        "threads": 2,
+        "device": "cpu",
+        "bare_seconds": 0.1,
+    }
+    compared.inference = bare
+    for row, spread in zip(compared.rows, (0.1, 0.2), strict=True):
+        row.inference = {"ratio": 1.1, "low": 1.0, "high": 1.0 + spread}
+    assert notes(settings_of(), compared)[-1] == (
+        "Inference: seconds of a batch over the bare backbone's (100 ms, cpu, 2 threads), the median of 7 rounds in turn "
+        "over batches of 32 × 64, 8 × 20 rows × tokens; the middle half of a row's rounds spans 0.15×."
+    )
     own = " ".join(notes(settings_of("equal_budget=false", "seeds=[1,2]"), compared))
     assert "own defaults: rates and epochs differ" in own and "Seeds 1, 2: mean ± standard deviation." in own
 
