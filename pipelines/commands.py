@@ -7,11 +7,13 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
-from dataclasses import asdict
+from collections import deque
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import IO, NoReturn, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
@@ -20,6 +22,8 @@ from fusion.errors import UserError
 
 Settings = TypeVar("Settings")
 ROOT = Path(__file__).resolve().parent.parent
+# How a command says that somebody wanted it to stop; below 0 where the signal came before it could say so.
+INTERRUPTED = {130: 130, 143: 143, -signal.SIGINT: 130, -signal.SIGTERM: 143}
 
 
 class Terminated(BaseException):
@@ -40,6 +44,15 @@ def python_path() -> str:
     return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended. `errors`: the last lines that it wrote to stderr, where they were kept."""
+
+    code: int
+    seconds: float
+    errors: tuple[str, ...] = ()
+
+
 def call(module: str, overrides: list[str], without: tuple[str, ...] = ()) -> float:
     """Run a command with its output shown, and give its seconds.
 
@@ -49,13 +62,48 @@ def call(module: str, overrides: list[str], without: tuple[str, ...] = ()) -> fl
     Raises:
         SystemExit: it failed or was interrupted; with its exit code.
     """
-    say("$ " + shlex.join(["python", "-m", module, *overrides]))
+    outcome = _run(module, overrides, without, keep_errors=False)
+    if outcome.code != 0:
+        _give_up(outcome.code)
+    return outcome.seconds
+
+
+def attempt(module: str, overrides: list[str]) -> Outcome:
+    """Run a command with its output shown, and say how it ended: a failure is not the end of the journey.
+
+    Raises:
+        SystemExit: it was interrupted (130) or terminated (143).
+    """
+    outcome = _run(module, overrides, (), keep_errors=True)
+    if outcome.code in INTERRUPTED:
+        _give_up(INTERRUPTED[outcome.code])
+    return outcome
+
+
+def _give_up(code: int) -> NoReturn:
+    say(
+        f"the command above ended with exit code {code}; what is done is kept, and the next start goes on there"
+    )
+    raise SystemExit(code)
+
+
+def _run(module: str, overrides: list[str], without: tuple[str, ...], keep_errors: bool) -> Outcome:
+    say("$ " + typed(module, overrides))
     environment = {key: value for key, value in os.environ.items() if key not in without}
     environment["PYTHONPATH"] = python_path()
     before = signal.signal(signal.SIGTERM, _terminate)
     start = time.monotonic()
+    errors: deque[str] = deque(maxlen=20)
     try:
-        with subprocess.Popen([sys.executable, "-m", module, *overrides], env=environment) as process:
+        with subprocess.Popen(
+            [sys.executable, "-m", module, *overrides],
+            env=environment,
+            stderr=subprocess.PIPE if keep_errors else None,
+            text=True,
+            errors="replace",
+        ) as process:
+            shown = threading.Thread(target=_pass_on, args=(process.stderr, errors), daemon=True)
+            shown.start()
             try:
                 code = process.wait()
             except KeyboardInterrupt:  # Ctrl-C reaches the command as well: let it end in order
@@ -65,14 +113,22 @@ def call(module: str, overrides: list[str], without: tuple[str, ...] = ()) -> fl
                 process.terminate()
                 process.wait()
                 code = 143
+            shown.join()
     finally:
         signal.signal(signal.SIGTERM, before)
-    if code != 0:
-        say(
-            f"the command above ended with exit code {code}; what is done is kept, and the next start goes on there"
-        )
-        raise SystemExit(code)
-    return time.monotonic() - start
+    return Outcome(code, time.monotonic() - start, tuple(errors))
+
+
+def _pass_on(stream: IO[str] | None, last: deque[str]) -> None:
+    """Shows a command's stderr as it comes and keeps its last lines."""
+    for line in stream or ():
+        print(line, end="", file=sys.stderr, flush=True)
+        last.append(line.rstrip())
+
+
+def typed(module: str, overrides: list[str]) -> str:
+    """A command as it is typed in a shell."""
+    return shlex.join(["python", "-m", module, *overrides])
 
 
 def read_config(schema: type[Settings], arguments: list[str]) -> Settings:

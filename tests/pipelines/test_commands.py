@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.commands import ROOT, call
+from pipelines.commands import ROOT, attempt, call
 
 
 def test_a_failed_command_ends_the_journey_with_its_exit_code(capfd: pytest.CaptureFixture[str]) -> None:
@@ -21,6 +21,45 @@ def test_a_failed_command_ends_the_journey_with_its_exit_code(capfd: pytest.Capt
     out, err = capfd.readouterr()
     assert out.startswith("$ python -m fusion.stage1 +task=nothing_like_it")
     assert "exit code 2" in out and "nothing_like_it" in err
+
+
+def test_a_failed_attempt_says_how_it_ended(capfd: pytest.CaptureFixture[str]) -> None:
+    outcome = attempt("fusion.stage1", ["+task=nothing_like_it"])
+    assert outcome.code == 2 and outcome.seconds > 0
+    assert any("nothing_like_it" in line for line in outcome.errors)
+    out, err = capfd.readouterr()
+    assert out.startswith("$ python -m fusion.stage1 +task=nothing_like_it")
+    assert err.splitlines() == list(outcome.errors), "what it says is shown as well"
+
+
+@pytest.mark.parametrize(
+    ("ends", "code"),
+    [
+        ("sys.exit(130)", 130),
+        ("sys.exit(143)", 143),
+        ("os.kill(os.getpid(), signal.SIGTERM)", 143),
+        ("signal.signal(signal.SIGINT, signal.SIG_DFL), os.kill(os.getpid(), signal.SIGINT)", 130),
+    ],
+)
+def test_an_interrupted_attempt_ends_the_journey(
+    ends: str, code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "probe.py").write_text(f"import os, signal, sys, time; {ends}; time.sleep(60)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(SystemExit) as ended:
+        attempt("probe", [])
+    assert ended.value.code == code
+
+
+def test_an_attempt_succeeds_or_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "probe.py").write_text(
+        "import os, sys\nfor line in range(50): print(line, file=sys.stderr)\n"
+        "if sys.argv[1:]: os.kill(os.getpid(), 9)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    outcome = attempt("probe", [])
+    assert outcome.code == 0 and outcome.errors == tuple(str(line) for line in range(30, 50))
+    assert attempt("probe", ["now"]).code == -9, "no interrupt: the next command may do better"
 
 
 def test_a_variable_can_be_hidden_and_the_seconds_are_those_of_the_command(
