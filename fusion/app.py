@@ -474,8 +474,10 @@ def explain(error: BaseException, schema: type) -> str:
         if key == "task":
             return "task is added, not overridden: say +task=NAME"
         return _unknown(key, schema)
-    if "Unexpected type for root: NoneType" in text:
+    if re.match(r"Unexpected type( for root: NoneType|: None)", text):
         inner = [word for word in sys.argv[1:] if re.match(r"\+*(task|logger)\.[\w.]+=", word)]
+        if any(re.match(r"\+*tasks=", word) for word in sys.argv[1:]):
+            return f"{' '.join(inner)}: with tasks=, what a task says stands in its own file\n{OWN_TASK}"
         return (
             f"{' '.join(inner)}: a key of what is not there; choose it first: +task=NAME, logger=[wandb,csv]"
         )

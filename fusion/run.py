@@ -120,7 +120,8 @@ def differing_keys(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     """How two identity configs differ, one entry a key: "optim.lr: 0.0001 there, 0.0005 here"."""
 
     def shown(config: dict[str, Any], key: str) -> str:
-        return json.dumps(config[key], default=str) if key in config else "nothing"
+        known = dict(ADDED_LATER) | config
+        return json.dumps(known[key], default=str) if key in known else "nothing"
 
     return [
         f"{key}: {shown(stored, key)} there, {shown(asked, key)} here"

@@ -212,6 +212,14 @@ def test_a_users_error_found_late_has_no_traceback_on_the_screen(go: Callable[..
             "method.temperature=0.0: expected a number above 0",
         ),
         (["-m", MT, "tasks=[mine,yours],[mine]"], "job 1 ("),
+        (
+            [MT, "tasks=[mine,yours]", "task.label=x"],
+            "task.label=x: with tasks=, what a task says stands in its own file",
+        ),
+        (
+            [MT, "tasks=[mine,yours]", "++task.columns.sentence=text"],
+            "with tasks=, what a task says stands in its own",
+        ),
     ],
 )
 def test_a_wrong_command(go: Callable[..., Outcome], arguments: list[str], message: str) -> None:

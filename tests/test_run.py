@@ -60,7 +60,10 @@ def test_identity_config_is_flat_and_holds_only_what_decides_the_numbers() -> No
 
 def test_a_run_of_one_task_is_what_it_was_before_there_were_several() -> None:
     assert identity(changed(tasks=None, method={"temperature": 2.0})) == identity(CONFIG)
-    assert identity(changed(method={"temperature": 3.0})) != identity(CONFIG)
+    other = changed(method={"temperature": 3.0})
+    assert identity(other) != identity(CONFIG)
+    differing = differing_keys(identity_config(CONFIG), identity_config(other))
+    assert differing == ["method.temperature: 2.0 there, 3.0 here"]
 
 
 def test_several_tasks_are_told_apart_key_by_key() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import random
@@ -801,9 +802,11 @@ def test_the_result_of_several_tasks(mixed: Bench) -> None:
     }
     assert result["parameters"]["trainable"] == 3 * (2 * 32 * 2 + 2 + 32) + (2 + 1 + 1) * (32 + 1)
     (file,) = (mixed.folder / "runs").glob("*/csv/metrics.csv")
-    header = set(file.read_text().splitlines()[0].split(","))
-    assert header - {"epoch", "step"} == {
-        "train/loss", "mean", "films/train/task_loss", "quiz/train/task_loss", "rating/train/task_loss",
+    with open(file, newline="") as lines:
+        logged = list(csv.DictReader(lines))
+    assert all(sum(bool(row[f"{task}/train/loss"]) for row in logged) == 12 for task in ("films", "quiz"))
+    assert set(logged[0]) - {"epoch", "step"} == {
+        "train/loss", "train/task_loss", "films/train/loss", "quiz/train/loss", "rating/train/loss", "mean",
         "films/validation/accuracy", "films/validation/macro_f1", "quiz/validation/accuracy",
         "rating/validation/pearson", "rating/validation/spearman",
     }  # fmt: skip
@@ -889,7 +892,7 @@ def test_the_same_run_of_several_tasks_is_skipped_and_another_refused(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = bench.multitask("films", "books")
-    with pytest.raises(UserError, match=r"method\.temperature: nothing there, 1\.0 here"):
+    with pytest.raises(UserError, match=r"method\.temperature: 2\.0 there, 1\.0 here"):
         bench.multitask("films", "books", method=MethodConfig("multitask_adapter", temperature=1.0))
     with pytest.raises(UserError, match=r'tasks\.1\.name: "books" there, "plays" here'):
         bench.multitask("films", "plays", name=first["name"])

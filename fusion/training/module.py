@@ -106,8 +106,17 @@ class TaskModule(lightning.LightningModule):
             # The mean over the processes is the mean over the rows of all of them: see `losses`.
             several = self.trainer.world_size > 1
             whose = f"{self.tasks[batch.task].name}/" if len(self.tasks) > 1 else ""
-            named = {f"{whose}train/{name}_loss": value.detach() for name, value in losses.items()}
+            named = {f"train/{name}_loss": value.detach() for name, value in losses.items()}
             self.log_dict(named, sync_dist=several)
+            if whose:  # by the epoch: at a step, the others would be logged again with what they were last
+                self.log(
+                    f"{whose}train/loss",
+                    losses["task"].detach(),
+                    on_step=False,
+                    on_epoch=True,
+                    sync_dist=several,
+                    batch_size=batch.global_rows,
+                )
             self.log("train/loss", total.detach(), prog_bar=True, sync_dist=several)
             if not total.isfinite():
                 raise TrainingError(
