@@ -7,12 +7,12 @@
     methods=[ID,ID]       rows (default: all); what they are made from comes along
     equal_budget=true     the same epochs, patience and grid of rates for every row; false: the commands' own defaults
     rates=[5e-5,5e-4,5e-3]  the grid; a row reports its best rate by the first validation metric
-    epochs=10 patience=3  of every row; patience=null does not stop early
+    epochs=5 batch_size=16 patience=3   of every row; patience=null does not stop early
     seeds=[0]             several: mean ± standard deviation
-    source_rows=3000 source_epochs=3  of each source, at rate 5e-4; multi-task rows have the same rows and epochs
+    source_rows=1000 source_epochs=2  of each source, at rate 5e-4; multi-task rows have the same rows and epochs
     output=DIR            default outputs/compare/TARGET
 
-Every other word (backbone=, data.dir=, data.batch_size=, trainer.KEY=, logger=) is handed on to both stages as it
+Every other word (backbone=, data.dir=, data.max_length=, trainer.KEY=, logger=) is handed on to both stages as it
 is. Every step is one of the project's commands, printed as you would type it; what is stored already is not trained
 again, so a broken run goes on where it was. A row that fails is named with its reason, and the others go on.
 

@@ -24,7 +24,11 @@ SAID_HERE = {
     "hydra.sweep.dir": "output=DIR",
     "hydra.run.dir": "output=DIR",
 }
-SAID_WITH_A_BUDGET = {"trainer.max_epochs": "epochs=10", "optim.patience": "patience=3"}
+SAID_WITH_A_BUDGET = {
+    "trainer.max_epochs": "epochs=5",
+    "optim.patience": "patience=3",
+    "data.batch_size": "batch_size=16",
+}
 UNFIT_IN_A_PATH = set(",=[]{}()'\"$\\")
 
 
@@ -39,11 +43,12 @@ class CompareConfig:
     methods: list[str] = field(default_factory=list)  # ids of rows; none: all
     equal_budget: bool = True  # the same epochs, patience and grid of rates for every row
     rates: list[float] = field(default_factory=lambda: [5e-5, 5e-4, 5e-3])
-    epochs: int = 10
+    epochs: int = 5
+    batch_size: int = 16  # few rows a batch: on a small target, many steps an epoch
     patience: int | None = 3
     seeds: list[int] = field(default_factory=lambda: [0])
-    source_rows: int = 3000  # of each source, and of each task of a multi-task row
-    source_epochs: int = 3  # of both, too
+    source_rows: int = 1000  # of each source, and of each task of a multi-task row
+    source_epochs: int = 2  # of both, too
     output: str | None = None  # null: outputs/compare/TARGET
 
     def __post_init__(self) -> None:
@@ -58,7 +63,7 @@ class CompareConfig:
             _require(0 < rate < 1e3, f"rates={_listed(self.rates)}: expected numbers above 0, such as 5e-4")
         for seed in self.seeds:
             _require(0 <= seed < 2**32, f"seeds={_listed(self.seeds)}: expected numbers from 0 to 4294967295")
-        for key in ("epochs", "patience", "source_rows", "source_epochs"):
+        for key in ("epochs", "batch_size", "patience", "source_rows", "source_epochs"):
             value = getattr(self, key)
             _require(value is None or value >= 1, f"{key}={value}: expected at least 1")
         unknown = [name for name in self.methods if name not in IDS]

@@ -54,6 +54,8 @@ def row_training(settings: Settings, row: Row, filled: Mapping[str, str]) -> Tra
     elif config.equal_budget and row.trains and not any(key_of(w) == "trainer.max_epochs" for w in own):
         budget.append(f"trainer.max_epochs={config.epochs}")
     if config.equal_budget and row.trains:
+        if row.group != MULTITASK:
+            budget.append(f"data.batch_size={config.batch_size}")
         budget.append(f"optim.patience={'null' if config.patience is None else config.patience}")
         rates = config.rates
     swept = [f"optim.lr={','.join(map(str, rates))}"] if rates else []

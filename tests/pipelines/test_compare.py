@@ -29,7 +29,7 @@ from pipelines.compare.inference import TimingConfig, ratios, rounds, share_tens
 from pipelines.compare.journey import last_words, one_line
 from pipelines.compare.picture import draw, label_box, plot
 from pipelines.compare.plan import row_training, source_trainings
-from pipelines.compare.rows import ALONE, COMBINED, GROUPS, IDS, ROWS, Row, chosen
+from pipelines.compare.rows import ALONE, COMBINED, GROUPS, IDS, MULTITASK, ROWS, Row, chosen
 from pipelines.compare.scores import RowResult, row_result, target_scores
 from pipelines.compare.table import bytes_text, notes, score_text, terminal_table
 from tests.test_stages import LABELS, write_task
@@ -96,10 +96,10 @@ OWN = {
         "composition.train=true trainer.max_epochs=2"
     ),
 }
-# How long it trains: ten epochs but for these.
+# How long it trains: five epochs but for these.
 BUDGETS = {
-    "multitask_adapter": ["data.limit.train=3000", "trainer.max_epochs=3"],
-    "multitask_full": ["data.limit.train=3000", "trainer.max_epochs=3"],
+    "multitask_adapter": ["data.limit.train=1000", "trainer.max_epochs=2"],
+    "multitask_full": ["data.limit.train=1000", "trainer.max_epochs=2"],
     "pruned_trained": [],
 }
 
@@ -128,7 +128,8 @@ def test_the_command_line_of_every_row(row: Row) -> None:
     stage, *words = OWN[row.id].split()
     budget, rate, name = [], [], f"name=cb-{row.id}"
     if row.id != "pruned":
-        budget = [*BUDGETS.get(row.id, ["trainer.max_epochs=10"]), "optim.patience=3"]
+        batch = [] if row.group == MULTITASK else ["data.batch_size=16"]
+        budget = [*BUDGETS.get(row.id, ["trainer.max_epochs=5"]), *batch, "optim.patience=3"]
         rate, name = ["optim.lr=5e-05,0.0005"], name + "-lr-${optim.lr}"
     assert training.module == f"fusion.{stage}"
     assert list(training.overrides) == [
@@ -142,7 +143,7 @@ def test_the_command_line_of_every_row(row: Row) -> None:
 def test_a_whole_line_as_it_is_typed() -> None:
     training = row_training(settings_of(), chosen(["lora"])[0], {})
     assert str(training) == (
-        "python -m fusion.stage1 -m +task=cb method=lora trainer.max_epochs=10 optim.patience=3 "
+        "python -m fusion.stage1 -m +task=cb method=lora trainer.max_epochs=5 data.batch_size=16 optim.patience=3 "
         "optim.lr=5e-05,0.0005,0.005 seed=0 'name=cb-lora-lr-${optim.lr}' logger=csv store=out/store "
         "hydra.sweep.dir=out/runs/lora"
     )
@@ -170,7 +171,7 @@ def test_without_an_equal_budget_the_commands_have_their_own_defaults() -> None:
     )  # fmt: skip
     assert [(m.name, m.rate) for m in alone.members] == [("cb-lora", None)]
     several = row_training(settings, chosen(["multitask_full"])[0], FILLED)
-    assert "trainer.max_epochs=3" in several.overrides and "trainer.max_epochs=4" not in several.overrides
+    assert "trainer.max_epochs=2" in several.overrides and "trainer.max_epochs=4" not in several.overrides
     assert not any(word.startswith(("optim.", "+task")) for word in several.overrides)
 
 
@@ -200,11 +201,11 @@ def test_the_sources_have_one_rate_and_few_rows() -> None:
 
 def test_the_targets_own_source_sees_no_more_of_its_rows_than_the_target() -> None:
     others, own = source_trainings(settings_of("data.limit.train=20"), ["mrpc", "cb"])
-    assert {"+task=mrpc", "data.limit.train=3000"} <= set(others.overrides)
+    assert {"+task=mrpc", "data.limit.train=1000"} <= set(others.overrides)
     assert {"+task=cb", "data.limit.train=20"} <= set(own.overrides)
     assert others.folder != own.folder
     (own,) = source_trainings(settings_of("data.limit.train=5000"), ["cb"])
-    assert "data.limit.train=3000" in own.overrides and "data.limit.train=5000" not in own.overrides
+    assert "data.limit.train=1000" in own.overrides and "data.limit.train=5000" not in own.overrides
     row = row_training(settings_of("data.limit.train=20"), chosen(["head"])[0], {})
     assert "data.limit.train=20" in row.overrides
 
@@ -219,12 +220,12 @@ def test_chosen_rows_come_with_what_they_are_made_from() -> None:
 
 
 def test_own_keys_and_words_to_hand_on_are_told_apart() -> None:
-    settings = settings_of("backbone=minilm", "methods=[head]", "patience=null", "data.batch_size=8")
+    settings = settings_of("backbone=minilm", "methods=[head]", "patience=null", "data.max_length=64")
     assert settings.config == CompareConfig(
         sources=["mrpc", "cb"], methods=["head"], patience=None, output="out"
     )
-    assert (settings.target, settings.words) == ("cb", ("backbone=minilm", "data.batch_size=8"))
-    assert settings.word("data.batch_size") == "8" and settings.word("data.dir") is None
+    assert (settings.target, settings.words) == ("cb", ("backbone=minilm", "data.max_length=64"))
+    assert settings.word("data.max_length") == "64" and settings.word("data.dir") is None
     assert read_settings(["+task=rte", "methods=[head]"]).store == Path("outputs/compare/rte/store")
     assert not read_settings(["+task=rte", "methods=[head]"]).need_sources
     assert read_settings(["+task=rte", "methods=[drop_specialized]", "sources=[cb]"]).need_sources
@@ -259,7 +260,7 @@ def test_own_keys_and_words_to_hand_on_are_told_apart() -> None:
         (["+task=cb", "sources=[cb]", "seed=1"], "seed=1: the comparison says seed itself; expected seeds"),
         (["+task=cb", "sources=[cb]", "store=s"], "store=s: the comparison says store itself"),
         (["+task=cb", "sources=[cb]", "overwrite=true"], "overwrite=true: the comparison says overwrite"),
-        (["+task=cb", "sources=[cb]", "trainer.max_epochs=3"], "expected epochs=10, or equal_budget=false"),
+        (["+task=cb", "sources=[cb]", "trainer.max_epochs=3"], "expected epochs=5, or equal_budget=false"),
         (["+task=cb", "sources=[cb]", "adapter.dropout=0.1"], "only stage 1 has adapter.dropout"),
         (["+task=cb", "sources=[cb]", "composition=mean"], "only stage 2 has composition"),
         (["+task=cb", "sources=[cb]", "-m"], "-m: expected KEY=VALUE"),
@@ -418,7 +419,7 @@ class Commands:
         fused = values["sources"][1:-1].split(",") if "sources" in values else []
         if "composition.fusion" in values:
             fused = [source["name"] for source in read_manifest(values["composition.fusion"], store).sources]
-        config = {"trainer.max_epochs": 3, "optim.lr": 5e-4, "data.limit.train": 3000}
+        config = {"trainer.max_epochs": 2, "optim.lr": 5e-4, "data.limit.train": 1000}
         splits = ["mrpc/validation", "cb/validation"] if "tasks" in values else ["validation"]
         save_manifest(
             store,
@@ -741,11 +742,11 @@ def test_the_notes_say_what_the_scores_are_worth() -> None:
     compared = journey.Compared(rows=rows, notes=["Mind the gap."])
     said = " ".join(notes(settings_of(), compared))
     for part in (
-        "at most 10 epochs, patience 3, the best of the learning rates 5e-05, 0.0005, 0.005 by accuracy",
+        "at most 5 epochs in batches of 16, patience 3, the best of the learning rates 5e-05, 0.0005, 0.005 by accuracy",
         "all scores are optimistic",
         "wider one may be better: head.",
         "One seed, 0: small differences may be chance.",
-        "Sources mrpc, cb: up to 3000 rows, 3 epochs",
+        "Sources mrpc, cb: up to 1000 rows, 2 epochs",
         "Mind the gap.",
     ):
         assert part in said
@@ -889,7 +890,7 @@ def test_a_small_comparison_for_real(
         "+task=films", "sources=[books,films]", "methods=[head,pfeiffer,houlsby,adapterfusion,static,mean]",
         "rates=[5e-3,5e-2]", "epochs=1", "patience=null", "source_rows=16", "source_epochs=1", "output=compared",
         f"backbone.name_or_path={tiny_backbone}", "backbone.pooling=mean", "data.dir=data", "data.cache_dir=cache",
-        "data.batch_size=8", "data.max_length=16", "trainer.accelerator=cpu",
+        "batch_size=8", "data.max_length=16", "trainer.accelerator=cpu",
     ]  # fmt: skip
     assert main(words) == 1, "for the broken row"
     assert calls == ["fusion.stage1"] * 5 + ["fusion.stage2"] * 3 + [journey.TIMING]
