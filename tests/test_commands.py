@@ -92,6 +92,35 @@ def test_two_processes_follow_one(place: Path, tiny_backbone: Path) -> None:
         torch.testing.assert_close(two[name], weights, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("how", ["adapter.drop=robust adapter.shared=true", "method=lora", "method=full"])
+def test_other_ways_to_train_follow_one_process_too(place: Path, tiny_backbone: Path, how: str) -> None:
+    """A dropped layer, shared weights, what trains inside the backbone: DDP wants a gradient of each, every time."""
+    words = [
+        "logger=csv",
+        "trainer.log_every_n_steps=1",
+        "head.dropout=0",
+        "backbone.dropout=false",
+        *how.split(),
+    ]
+    found = []
+    for name, devices in (("one", ["trainer.devices=1", "data.batch_size=8"]),
+                          ("two", ["trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=4"])):  # fmt: skip
+        directory = place / f"{how.split('=')[1]}-{name}"
+        done = run(
+            place, tiny_backbone, "stage1", "+task=films", *words, *devices, "name=trained", "trainer.max_epochs=1",
+            f"store={directory}/store", f"hydra.run.dir={directory}/run",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(
+            (losses(directory / "run"), load_file(directory / "store" / "trained" / "weights.safetensors"))
+        )
+    (one, weights), (two, others) = found
+    assert len(one) == 8 and two == pytest.approx(one, abs=1e-5)
+    assert weights.keys() == others.keys()
+    for name, values in weights.items():
+        torch.testing.assert_close(others[name], values, rtol=0, atol=2e-4)
+
+
 def test_several_tasks_in_two_processes_follow_one(place: Path, tiny_backbone: Path) -> None:
     """Each head has a gradient in each step, or DDP would wait for ever; both processes take the same task."""
     same = ["method=multitask_adapter", "logger=csv", "trainer.log_every_n_steps=1", "head.dropout=0"]
