@@ -223,7 +223,7 @@ class BackboneConfig:
     revision: Optional[str] = None
     pooling: str = "cls"  # what head.pooling is where it is not said
     dropout: Optional[bool] = (
-        None  # whether the backbone's own dropout acts in training; null: where all of it trains
+        None  # whether the backbone's own dropout acts in training; null: only where all of it trains
     )
     cache: str = (
         "auto"  # what lies below the lowest slot is computed once a row and kept; auto: where it pays
@@ -528,6 +528,7 @@ class StageConfig:
     seed: int = 42
 
     def __post_init__(self) -> None:
+        self.backbone.dropout = bool(self.backbone.dropout)
         _require(
             not (self.compile and self.backbone.gradient_checkpointing),
             "compile=true and backbone.gradient_checkpointing=true do not go together: choose one of them",
@@ -548,8 +549,10 @@ class Stage1Config(StageConfig):
     tasks: Any = None  # in place of +task: names of tasks to train at once, of which app.py makes TaskConfigs
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         method = self.method.name
+        if self.backbone.dropout is None:  # what trains as a whole drops out, as in pre-training
+            self.backbone.dropout = method in ("full", "multitask_full")
+        super().__post_init__()
         _require(
             method not in TUNING or self.backbone.cache in ("auto", "off"),
             f"backbone.cache={self.backbone.cache}: method={method} trains inside the backbone, so that no part of "
@@ -580,12 +583,6 @@ class Stage1Config(StageConfig):
     @property
     def task_list(self) -> list[TaskConfig]:
         return super().task_list if self.tasks is None else list(self.tasks)
-
-    @property
-    def backbone_dropout(self) -> bool:
-        """A backbone that trains as a whole drops out, as in pre-training; a frozen one is a fixed function."""
-        asked = self.backbone.dropout
-        return self.method.name in ("full", "multitask_full") if asked is None else asked
 
     @property
     def kind(self) -> str:

@@ -55,7 +55,22 @@ NOT_IDENTITY_TRAINER = (
 
 # Keys that the first stores did not know, with the value that says what was so without them: it is left out, so that
 # a run of then is the same run now.
-ADDED_LATER: tuple[tuple[str, Any], ...] = (("tasks", None), ("method.temperature", 2.0))
+ADDED_LATER: tuple[tuple[str, Any], ...] = (
+    ("tasks", None),
+    ("method.temperature", 2.0),
+    ("method.rank", 8),
+    ("method.alpha", 8),
+    ("method.dropout", 0.0),
+    ("method.targets", ["query", "value"]),
+    ("adapter.drop", None),
+    ("adapter.shared", False),
+    ("composition.rank", None),
+    ("composition.target_adapter", False),
+    ("composition.train", False),
+    ("composition.fusion", None),
+    ("composition.keep", None),
+    ("composition.drop", None),
+)
 
 
 class Terminated(BaseException):

@@ -56,7 +56,7 @@ def main(config: Stage1Config, run: Run) -> dict[str, Any]:
         fillings,
         config.adapter.reads,
         head,
-        config.backbone_dropout,
+        bool(config.backbone.dropout),
         config.backbone.gradient_checkpointing,
         tuning,
     )
