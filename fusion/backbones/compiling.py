@@ -47,5 +47,7 @@ def compile_layers(layers: nn.ModuleList, backend: str | Callable[..., Any] = "i
     torch.compiler.reset()
     # Layers may all differ (in their sources), and each is compiled for training, evaluation and a single row.
     torch._dynamo.config.cache_size_limit = max(8, 4 * len(layers))
+    # A slot may be a hook: a layer that has one is not to take what was compiled for one that has none.
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
     for layer in layers:
         layer.compile(dynamic=True, backend=backend)

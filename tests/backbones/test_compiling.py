@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from fusion.backbones.compiling import check_compiler, compile_layers
+from fusion.backbones.load import load_backbone
 from fusion.errors import UserError
+from fusion.layers.bottleneck import BottleneckAdapter
+from fusion.layers.heads import TaskHead
 from fusion.model import AdaptedModel
 from tests.backbones.test_checkpointing import build, gradients
 
@@ -69,6 +72,33 @@ def test_other_shapes_compile_nothing_anew(
         compare(plain, compiled, some_ids(rows, tokens))
     assert backend.graphs == graphs
     assert list(compiled.state_dict()) == names and compiled.frozen_hash() == hashed
+
+
+@pytest.mark.parametrize("lower", ["0.feedforward", "0.before_attention"])
+@pytest.mark.parametrize("upper", ["1.before_attention", "1.feedforward"])
+def test_a_slot_that_reads_the_input_and_a_layer_that_is_left_out(
+    tiny_backbone: Path, lower: str, upper: str
+) -> None:
+    def made() -> AdaptedModel:
+        torch.manual_seed(0)
+        fillings = {name: BottleneckAdapter(32, 4) for name in (lower, upper)}
+        for adapter in fillings.values():
+            torch.nn.init.normal_(adapter.up.weight)
+        return AdaptedModel(
+            load_backbone(str(tiny_backbone)), dict(fillings), "input", TaskHead(32, 2)
+        ).eval()
+
+    plain, compiled = made(), made()
+    compile_layers(layers_of(compiled), Counting())
+    ids = some_ids(4, 12)
+    found = []
+    for first_layer in (0, 1, 2, 0):
+        expected = plain(ids, (ids != 0).long(), first_layer=first_layer)
+        found.append(expected)
+        scores = compiled(ids, (ids != 0).long(), first_layer=first_layer)
+        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found[0], found[3])
+    assert not torch.allclose(found[0], found[1]) and not torch.allclose(found[1], found[2])
 
 
 def test_layers_that_all_differ_are_all_compiled(tiny_backbone: Path) -> None:
