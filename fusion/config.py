@@ -75,6 +75,15 @@ def _drop(key: str, value: Any) -> None:
     )
 
 
+def _as_stored(settings: Any, later: tuple[str, ...]) -> dict[str, Any]:
+    """The fields of a dataclass, without those `later` ones that have their default."""
+    return {
+        f.name: getattr(settings, f.name)
+        for f in fields(settings)
+        if f.name not in later or getattr(settings, f.name) != f.default
+    }
+
+
 @dataclass
 class HubConfig:
     """Where the Hugging Face hub keeps a task. `splits` maps our split to the hub's (or a list)."""
@@ -291,6 +300,10 @@ class AdapterConfig:
                 f"adapter.reduction_factor={self.reduction_factor}: expected a number above 0, or adapter.bottleneck_size=N",
             )
 
+    def as_stored(self) -> dict[str, Any]:
+        """As a manifest keeps it, see `CompositionConfig.as_stored`."""
+        return _as_stored(self, ("drop", "shared"))
+
     def size_for(self, hidden_size: int) -> int:
         """The bottleneck size R for a hidden size D: D // reduction_factor, at least 1."""
         if self.bottleneck_size is not None:
@@ -389,12 +402,7 @@ class CompositionConfig:
 
         So an artifact that uses none of it has the same hash in every version, and can be read in each.
         """
-        first = ("name", "value_matrix", "temperature", "dropout", "value_penalty", "layers")
-        return {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if f.name in first or getattr(self, f.name) != f.default
-        }
+        return _as_stored(self, ("drop", "rank", "target_adapter", "train", "fusion", "keep"))
 
 
 @dataclass

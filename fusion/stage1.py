@@ -61,7 +61,7 @@ def main(config: Stage1Config, run: Run) -> dict[str, Any]:
         tuning,
     )
     sizes = {slot: config.adapter.size_for(backbone.hidden_size) for slot in fillings}
-    adapter = dataclasses.asdict(config.adapter) | {"bottleneck_sizes": sizes} if fillings else None
+    adapter = config.adapter.as_stored() | {"bottleneck_sizes": sizes} if fillings else None
     return train_and_store(
         config,
         run,
