@@ -24,7 +24,7 @@ from fusion.layers.attention import AdapterFusion
 from fusion.layers.average import FrozenAdapter, average
 from fusion.layers.bank import AdapterBank
 from fusion.layers.bottleneck import BottleneckAdapter
-from fusion.layers.filling import Filling
+from fusion.layers.filling import Filling, parameters_of
 from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.layers.mixtures import MeanMixture, StaticMixture
 from fusion.layers.scalearn import ScaLearn, initial_scales
@@ -138,7 +138,7 @@ def stored_adapters(artifact: Artifact) -> dict[str, BottleneckAdapter]:
         )
         if settings.get("shared", False):
             shared[site] = adapters[slot]
-    copy_into(filling_state(adapters), artifact.weights, artifact.path / WEIGHTS)
+    copy_into(parameters_of(adapters), artifact.weights, artifact.path / WEIGHTS)
     return adapters
 
 
@@ -147,16 +147,6 @@ def _settings(schema: type[Settings], values: Mapping[str, Any], path: Path, key
         return schema(**values)
     except (TypeError, UserError) as error:
         raise UserError(f"{path / MANIFEST}: {key} is none of this version ({error})") from error
-
-
-def filling_state(fillings: Mapping[str, Filling]) -> dict[str, Parameter]:
-    """As `AdaptedModel.filling_state`, of fillings that are in no model yet: what slots share stands there once."""
-    state: dict[str, Parameter] = {}
-    for slot, filling in fillings.items():
-        known = {id(parameter) for parameter in state.values()}
-        own = filling.named_parameters()
-        state |= {f"{slot}.{name}": parameter for name, parameter in own if id(parameter) not in known}
-    return state
 
 
 def composition_fillings(
@@ -177,7 +167,8 @@ def composition_fillings(
     ]
     placement = sources[0].manifest.adapter
     assert placement is not None
-    shared = _shared_scales(config, len(sources), backbone.hidden_size)
+    scales = {site: _shared_scales(config, len(sources), backbone.hidden_size) for site in placement["sites"]}
+    averages: dict[tuple[int, ...], BottleneckAdapter] = {}
     fillings: dict[str, Filling] = {}
     for layer in kept_layers(config.layers, config.drop, backbone.layers, "composition"):
         for site in placement["sites"]:
@@ -185,7 +176,7 @@ def composition_fillings(
             present = {n: adapters[slot] for n, adapters in enumerate(stored) if slot in adapters}
             if present:
                 chosen = present if kept is None else {n: present[n] for n in kept[slot]}
-                filling = _composition(config, chosen, len(sources), shared)
+                filling = _composition(config, chosen, len(sources), scales[site], averages)
                 fillings[slot] = (
                     _beside(filling, list(present.values())) if config.target_adapter else filling
                 )
@@ -201,13 +192,21 @@ def _composition(
     adapters: Mapping[int, BottleneckAdapter],
     total: int,
     shared: Parameter | None,
+    averages: dict[tuple[int, ...], BottleneckAdapter],
 ) -> Filling:
-    """Of the adapters of one slot, by the position of their source."""
+    """Of the adapters of one slot, by the position of their source.
+
+    Args:
+        shared: the scales that all layers share, where they do.
+        averages: those that were made already: of adapters that layers share, layers share the average.
+    """
     several = list(adapters.values())
     if config.name == "continued":
         return several[0]
     if config.name == "average":
-        return average(several) if config.train else FrozenAdapter(average(several))
+        ids = tuple(map(id, several))
+        averages.setdefault(ids, average(several))
+        return averages[ids] if config.train else FrozenAdapter(averages[ids])
     bank = AdapterBank(several, list(adapters), total)
     hidden_size = several[0].down.in_features
     if config.name in ("adapterfusion", "sequence", "pruned"):
@@ -230,7 +229,7 @@ def _composition(
 
 
 def _shared_scales(config: CompositionConfig, total: int, hidden_size: int) -> Parameter | None:
-    """The one ω of ScaLearn++, which all its layers share."""
+    """The one ω of ScaLearn++, which a site has in all layers."""
     return initial_scales(total, _width(config, hidden_size)) if config.name.endswith("_pp") else None
 
 
@@ -328,7 +327,7 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int 
         composition, chosen = stored_composition(manifest, artifact.path)
         fillings = composition_fillings(composition, sources, backbone, **chosen)
         placement = sources[0].manifest.placement
-        copy_into(filling_state(fillings), artifact.weights, artifact.path / WEIGHTS)
+        copy_into(parameters_of(fillings), artifact.weights, artifact.path / WEIGHTS)
     elif manifest.method is not None:
         tuning = tuning_of(_settings(MethodConfig, manifest.method, artifact.path, "method"), backbone)
         assert tuning is not None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any, Optional
 
 from fusion.errors import UserError
@@ -75,12 +75,17 @@ def _drop(key: str, value: Any) -> None:
     )
 
 
+def _default(setting: Field[Any]) -> Any:
+    """What a field of a dataclass holds where nothing is said."""
+    return setting.default if setting.default_factory is MISSING else setting.default_factory()
+
+
 def _as_stored(settings: Any, later: tuple[str, ...]) -> dict[str, Any]:
     """The fields of a dataclass, without those `later` ones that have their default."""
     return {
         f.name: getattr(settings, f.name)
         for f in fields(settings)
-        if f.name not in later or getattr(settings, f.name) != f.default
+        if f.name not in later or getattr(settings, f.name) != _default(f)
     }
 
 
@@ -335,6 +340,14 @@ class MethodConfig:
             f"method.temperature={self.temperature}: expected a number above 0; 1 draws tasks by their rows, "
             "a higher one brings small tasks up",
         )
+        used = {"lora": ("rank", "alpha", "dropout", "targets")} | dict.fromkeys(MULTITASK, ("temperature",))
+        for f in fields(self):
+            said, default = getattr(self, f.name), _default(f)
+            _require(
+                f.name == "name" or said == default or f.name in used.get(self.name, ()),
+                f"method.{f.name}={said}: method={self.name} has no such setting; leave it out, or say method="
+                + " or ".join(name for name, keys in used.items() if f.name in keys),
+            )
 
 
 @dataclass
@@ -372,11 +385,14 @@ class CompositionConfig:
             f"composition.rank={self.rank}: expected at least 1, or null for the hidden size",
         )
         attends, trains = ("adapterfusion", "sequence", "pruned"), ("average", "pruned")
-        _require(
-            self.rank is None or self.name in attends,
-            f"composition.rank={self.rank}: {self.name} has no query and key; leave it out, or say "
-            "composition=adapterfusion or sequence",
-        )
+        defaults = {f.name: _default(f) for f in fields(self)}
+        for key in ("value_matrix", "temperature", "dropout", "value_penalty", "rank"):
+            said = getattr(self, key)
+            _require(
+                self.name in attends or said == defaults[key],
+                f"composition.{key}={said}: {self.name} has no attention; leave it out, or say "
+                "composition=adapterfusion or sequence",
+            )
         _require(
             not self.train or self.name in trains,
             f"composition.train=true: says whether {' or '.join(trains)} trains further, and {self.name} has no "
@@ -400,7 +416,7 @@ class CompositionConfig:
     def as_stored(self) -> dict[str, Any]:
         """As a manifest keeps it. What came with a later version is there only where it says something.
 
-        So an artifact that uses none of it has the same hash in every version, and can be read in each.
+        So an artifact that uses none of it has the same hash in every version.
         """
         return _as_stored(self, ("drop", "rank", "target_adapter", "train", "fusion", "keep"))
 

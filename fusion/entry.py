@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 class Entry:
     """What a run makes.
 
-    kind: adapter, head or fusion.
+    kind: what is stored, one of the manifest's KINDS.
     config: the part of the config (and of what it names) that the identity is the hash of.
     checkpoints: where its training is taken up again after an interruption.
     stored: the manifest of the artifact that an equal run has stored, if one has.

@@ -1,4 +1,4 @@
-"""Scores of a stored adapter or fusion on a split of its own tasks, or of another one with the same labels.
+"""Scores of a stored artifact on a split of its own tasks, or of another one with the same labels.
 
 python -m fusion.evaluate artifact=rte-adapterfusion split=validation
 """
@@ -71,14 +71,16 @@ def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
         )
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics[key].items())
         another = manifest.multitask is not None and answer.head_task != task.name
+        dropped = f", {config.drop} layers dropped" if config.drop else ""
         by = f", by the head of {answer.head_task}" if another else ""
-        print(f"{manifest.name} on {task.name} {split} ({len(rows)} rows{by}): {shown}")
+        print(f"{manifest.name} on {task.name} {split} ({len(rows)} rows{by}{dropped}): {shown}")
     return {
         "artifact": str(artifact.path),
         "name": manifest.name,
         "hash": manifest.hash,
         "kind": manifest.kind,
         "task": "+".join(str(answer.task.name) for answer in scored),
+        "drop": config.drop,
         "metrics": metrics,
         "rows": rows_seen,
         "speed": {

@@ -27,7 +27,7 @@ from fusion.backbones.slots import (
     state_parts,
 )
 from fusion.backbones.tuning import Tuning
-from fusion.layers.filling import BatchContext, Filling, Recorder
+from fusion.layers.filling import BatchContext, Filling, Recorder, parameters_of
 from fusion.layers.heads import TaskHead, TaskHeads
 
 
@@ -71,6 +71,7 @@ class AdaptedModel(nn.Module):
         self._current = CurrentBatch()
         self._family = backbone.family
         self._hidden_size = backbone.hidden_size
+        self._layers = backbone.layers
         self._skippable = False
         self._slots: list[Slot] = []
         self._frozen = False
@@ -168,7 +169,8 @@ class AdaptedModel(nn.Module):
         """
         if prefix is not None and not self._skippable:
             raise RuntimeError("call make_prefix_skippable() before a batch brings its prefix")
-        self._current.context = BatchContext(attention_mask, first_layer, members, sources_on, record)
+        on = tuple(layer >= first_layer for layer in range(self._layers))
+        self._current.context = BatchContext(attention_mask, on, members, sources_on, record)
         self._current.prefix = prefix
         return self._run(input_ids, attention_mask, token_type_ids)
 
@@ -229,10 +231,9 @@ class AdaptedModel(nn.Module):
         return self._current.entry
 
     @property
-    def adapted_layers(self) -> tuple[int, int]:
-        """The lowest and the highest layer with a slot."""
-        layers = [layer_and_site(slot.name)[0] for slot in self._slots]
-        return min(layers), max(layers)
+    def adapted_layers(self) -> list[int]:
+        """The layers with a slot, rising."""
+        return sorted({layer_and_site(slot.name)[0] for slot in self._slots})
 
     def _lowest(self, slots: Iterable[str]) -> str | None:
         order = list(self._family.sites)
@@ -272,7 +273,7 @@ class AdaptedModel(nn.Module):
 
     def filling_state(self) -> dict[str, nn.Parameter]:
         """What the fillings train: `0.feedforward.down.weight` and so on. What slots share stands there once."""
-        return dict(self.fillings.named_parameters())
+        return parameters_of({slot.name: slot.filling for slot in self._slots})
 
     def tuned(self) -> dict[str, nn.Parameter]:
         """What of the backbone itself trains, by its name there."""

@@ -1,4 +1,4 @@
-"""Predictions of a stored adapter or fusion for the rows of a file, one JSON line each.
+"""Predictions of a stored artifact for the rows of a file, one JSON line each.
 
 python -m fusion.predict artifact=rte-adapterfusion input=rows.jsonl output=predictions.jsonl
 """
@@ -87,12 +87,17 @@ def main(config: PredictConfig, run: Run) -> dict[str, Any]:
     predictions = predict(
         model, encoded, config.data.batch_size, device, config.attention, config.data.tokens_per_batch
     )
+    if config.attention and not predictions.attention:
+        raise UserError(
+            f"attention=true: with drop={config.drop} no layer of {manifest.name} is left that attends"
+        )
     counts = None if rows.choices is None else [len(choices) for choices in rows.choices]
     _write(Path(config.output), lines(predictions, task, manifest, counts))
     print(f"{len(rows)} predictions of {manifest.name} in {config.output}")
     return {
         "artifact": str(artifact.path),
         "name": manifest.name,
+        "drop": config.drop,
         "output": config.output,
         "rows": len(rows),
         "speed": {"seconds": predictions.seconds, "examples_per_second": len(rows) / predictions.seconds},

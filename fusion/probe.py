@@ -48,7 +48,7 @@ class PooledStates(TaskHead):
 def probe(
     sources: Sequence[Artifact],
     backbone: Backbone,
-    layers: object,
+    composition: CompositionConfig,
     pooling: str,
     task: TaskConfig,
     training: Batches,
@@ -62,10 +62,10 @@ def probe(
 
     Args:
         backbone: is changed in place; give a copy.
-        layers: in which the adapters act, as `composition.layers` has them.
+        composition: says in which layers the adapters act.
         training, validation: give the batches, once for each source.
     """
-    settings = CompositionConfig(name="mean", layers=layers)
+    settings = CompositionConfig(name="mean", layers=composition.layers, drop=composition.drop)
     model = AdaptedModel(
         backbone,
         composition_fillings(settings, sources, backbone),

@@ -65,7 +65,7 @@ def main(config: Stage2Config, run: Run) -> dict[str, Any]:
     backbone = load_backbone(config.backbone.name_or_path, config.backbone.revision)
     sources = load_sources(inputs.references, Path(config.store), backbone)
     rows = load_task_rows(config)
-    start = find_start(config, sources, backbone, rows.training[0], rows.validation)
+    start = find_start(config, sources, backbone, rows.training[0], rows.validation, entry.checkpoints)
     torch.manual_seed(config.seed)
     fillings = composition_fillings(start.composition, sources, backbone, **start.chosen)
     head = start.head(config, backbone)
@@ -89,7 +89,7 @@ def main(config: Stage2Config, run: Run) -> dict[str, Any]:
         composition=start.stored,
         sources=[source.manifest for source in sources],
         loss_weights={"value_penalty": config.composition.value_penalty},
-        robust_drop=config.composition.drop == "robust",
+        robust_drop=start.composition.drop == "robust",
     )
 
 

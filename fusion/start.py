@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -20,10 +21,12 @@ from fusion.layers.heads import TaskHead
 from fusion.model import AdaptedModel
 from fusion.probe import probe
 from fusion.pruning import mean_attention, most_attended
+from fusion.run import write_json
 from fusion.store.artifacts import Artifact, copy_into, load
 
 log = logging.getLogger(__name__)
 
+CHOSEN = "chosen.json"
 _ROWS = 1000  # of the training rows, that are looked at
 
 
@@ -67,44 +70,63 @@ def find_start(
     backbone: Backbone,
     training: EncodedRows,
     validation: dict[str, EncodedRows],
+    checkpoints: Path,
 ) -> Start:
     """Look at the target's rows where the composition asks for it. The backbone stays as it is.
+
+    Args:
+        checkpoints: of the run. What is chosen is kept there: a run that is taken up again goes on with it.
 
     Raises:
         UserError: the stored fusion is damaged or none of this version.
     """
-    if config.composition.name == "pruned":
-        return _pruned(config, sources, backbone, training)
-    if config.composition.name == "continued":
-        name = _best_source(config, sources, backbone, training, next(iter(validation.values())))
-        return Start(config.composition, {"continued": name})
-    return Start(config.composition)
+    if config.composition.name not in ("pruned", "continued"):
+        return Start(config.composition)
+    file = checkpoints / CHOSEN
+    fusion = None
+    if config.composition.fusion is not None:
+        fusion = load(config.composition.fusion, Path(config.store))
+    if config.resume and file.is_file():
+        chosen = json.loads(file.read_text(encoding="utf-8"))
+    else:
+        if fusion is not None:
+            chosen = {"kept": _most_attended(config, fusion, sources, backbone, training)}
+        else:
+            first = next(iter(validation.values()))
+            chosen = {"continued": _best_source(config, sources, backbone, training, first)}
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        write_json(file, chosen)
+    if fusion is None:
+        return Start(config.composition, chosen)
+    return Start(_as_trained(fusion, config.composition), chosen, fusion)
 
 
-def _pruned(
-    config: Stage2Config, sources: Sequence[Artifact], backbone: Backbone, training: EncodedRows
-) -> Start:
-    asked = config.composition
-    assert asked.fusion is not None and asked.keep is not None
-    fusion = load(asked.fusion, Path(config.store))
-    settings, _ = stored_composition(fusion.manifest, fusion.path)
+def _as_trained(fusion: Artifact, asked: CompositionConfig) -> CompositionConfig:
+    """A pruned fusion's settings: those that it was trained with, but for what is asked of its pruning."""
+    return replace(
+        stored_composition(fusion.manifest, fusion.path)[0],
+        name="pruned",
+        dropout=asked.dropout,
+        value_penalty=asked.value_penalty,
+        fusion=asked.fusion,
+        keep=asked.keep,
+        train=asked.train,
+    )
+
+
+def _most_attended(
+    config: Stage2Config,
+    fusion: Artifact,
+    sources: Sequence[Artifact],
+    backbone: Backbone,
+    training: EncodedRows,
+) -> dict[str, list[int]]:
+    """Of each slot, the positions of the sources that it keeps."""
+    assert config.composition.keep is not None
     batches = sampled_batches(training, _ROWS, config.data.batch_size, config.data.tokens_per_batch)
     model = stored_model(fusion, Path(config.store), _copy(backbone))
     attention = mean_attention(model, batches, device_of(config.trainer.accelerator))
-    kept = most_attended(attention, [source.manifest for source in sources], asked.keep)
-    return Start(
-        replace(
-            settings,
-            name="pruned",
-            dropout=asked.dropout,
-            value_penalty=asked.value_penalty,
-            fusion=asked.fusion,
-            keep=asked.keep,
-            train=asked.train,
-        ),
-        {"kept": kept},
-        fusion,
-    )
+    return most_attended(attention, [source.manifest for source in sources], config.composition.keep)
 
 
 def _best_source(
@@ -122,7 +144,7 @@ def _best_source(
     scores = probe(
         sources,
         _copy(backbone),
-        config.composition.layers,
+        config.composition,
         config.head.pooling or config.backbone.pooling,
         config.task,
         partial(sampled_batches, training, _ROWS, size, tokens),

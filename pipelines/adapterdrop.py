@@ -11,6 +11,7 @@ none, for one task and for several at once (`fusion.several`). What is stored al
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 import time
@@ -190,7 +191,9 @@ def summary(scores: dict[str, dict[str, list[float]]], config: DropConfig) -> di
         `difference`: of the kept shares, robust - plain, by number of dropped layers, with its standard error.
     """
     kept = {
-        kind: {name: [value / own[0] for value in own] for name, own in artifacts.items()}
+        kind: {
+            name: [value / own[0] if own[0] else math.nan for value in own] for name, own in artifacts.items()
+        }
         for kind, artifacts in scores.items()
     }
     pairs = [(name_of(t, "plain", s), name_of(t, "robust", s)) for t in config.tasks for s in config.seeds]

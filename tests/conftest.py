@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ from transformers import (
     RobertaConfig,
     XLMRobertaConfig,
 )
+
+if TYPE_CHECKING:
+    from tests.bench import Bench
 
 CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
     "bert": BertConfig,
@@ -115,3 +119,11 @@ def make_backbone(tmp_path: Path) -> Callable[..., Path]:
     return lambda model_type="bert", **options: save_backbone(
         tmp_path / f"{model_type}", model_type, **options
     )
+
+
+@pytest.fixture
+def bench(tmp_path: Path, tiny_backbone: Path) -> Bench:
+    """The commands on a tiny backbone and tiny tasks."""
+    from tests.bench import Bench
+
+    return Bench(tmp_path / "a folder", tiny_backbone)

@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.test_stages import LABELS, rating_row, rows_of, write_rows, write_task
+from tests.bench import LABELS, rating_row, rows_of, write_rows, write_task
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -28,7 +28,8 @@ from fusion.config import (
 from fusion.errors import UserError
 from fusion.store.artifacts import load
 from fusion.store.manifest import COMPOSITION_TRAINING_KEYS
-from tests.test_stages import Bench, same, write_rows
+from fusion.training.module import TaskModule
+from tests.bench import Bench, same, write_rows
 
 NAMES = ["films", "books", "plays"]
 ATTENTION = ("query.weight", "query.bias", "key.weight", "key.bias", "value.weight")
@@ -435,7 +436,7 @@ def test_choices_and_regressions_go_on_and_are_pruned(ragged: Bench, kind: str) 
     ("settings", "message"),
     [
         ({"rank": 0}, r"composition\.rank=0: expected at least 1"),
-        ({"name": "mean", "rank": 2}, r"composition\.rank=2: mean has no query and key"),
+        ({"name": "mean", "rank": 2}, r"composition\.rank=2: mean has no attention"),
         ({"train": True}, r"composition\.train=true: says whether average or pruned"),
         (
             {"fusion": "x"},
@@ -504,3 +505,41 @@ def test_two_sites_and_mixed_precision(tiny_backbone: Path, tmp_path: Path, name
     assert slots == {f"{layer}.{site}" for layer in (1, 2) for site in placement.sites}
     assert {tensor.dtype for tensor in bench.weights(f"plays-{name}").values()} == {torch.float32}
     assert 0 <= bench.evaluate(f"plays-{name}")["metrics"]["validation"]["accuracy"] <= 1
+
+
+def test_what_was_chosen_is_kept_while_the_run_is_not_done(
+    alike: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A run that is taken up again goes on with its first choice, whatever would be chosen now."""
+    best = [[0.9, 0.1], [0.1, 0.9]]
+    monkeypatch.setattr("fusion.start.probe", lambda *_: best.pop(0))
+    trained = TaskModule.training_step
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("the power went off")
+
+    monkeypatch.setattr(TaskModule, "training_step", broken)
+    with pytest.raises(RuntimeError, match="the power went off"):
+        composed(alike, "films", "continued", ["films", "books"], name="chosen")
+    monkeypatch.setattr(TaskModule, "training_step", trained)
+    composed(alike, "films", "continued", ["films", "books"], name="chosen")
+    manifest = load("chosen", alike.folder / "store").manifest
+    assert manifest.composition is not None and manifest.composition["continued"] == "films"
+    assert best == [[0.1, 0.9]]  # nobody asked again
+
+
+def test_an_average_of_shared_adapters_is_shared(bench: Bench) -> None:
+    for task in ("films", "books"):
+        bench.stage1(task, adapter=AdapterConfig(shared=True))
+    result = composed(bench, "plays", "average", ["films", "books"], train=True, name="one")
+    assert len(bench.weights("one")) == 4  # two matrices and their biases, once for all layers
+    check_reproduced(bench, "one", result)
+
+
+def test_scalearn_pp_has_one_scale_a_site(bench: Bench) -> None:
+    both = AdapterConfig("houlsby", sites=["attention", "feedforward"], reads="output")
+    for task in ("films", "books"):
+        bench.stage1(task, adapter=both)
+    result = composed(bench, "plays", "scalearn_pp", ["films", "books"], name="one")
+    assert set(bench.weights("one")) == {"0.attention.scales", "0.feedforward.scales"}
+    check_reproduced(bench, "one", result)

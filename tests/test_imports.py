@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pruning": BASE | {"model", "data", "store"},
     "probe": BASE | {"layers", "backbones", "model", "data", "store", "build", "training.metrics"},
     "start": BASE
+    | {"run"}
     | {"layers", "backbones", "model", "data", "store", "build", "inference", "pruning", "probe"},
     "prefix": BASE | {"backbones", "model", "data"},
     "several": BASE | {"layers", "backbones", "model"},

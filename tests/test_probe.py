@@ -15,8 +15,8 @@ from fusion.config import AdapterConfig, TaskConfig
 from fusion.layers.heads import TaskHead
 from fusion.model import AdaptedModel
 from fusion.probe import States, linear_scores, probe
+from tests.bench import Bench
 from tests.test_pruning import batch
-from tests.test_stages import Bench
 
 WIDTH = 6
 LABELS = ["a", "b", "c"]

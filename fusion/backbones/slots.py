@@ -92,7 +92,10 @@ class Slot:
     @property
     def empty(self) -> bool:
         """Whether this batch leaves the slot's layer out."""
-        return self._layer < self._context.first_layer
+        on = (
+            self._context.layers_on
+        )  # not a number to compare with: compiled, that is a version for each number
+        return bool(on) and not on[self._layer]
 
     def change(self, x: Tensor) -> Tensor:
         """x: (B, T, D) -> what the filling adds: (B, T, D)."""

@@ -5,10 +5,11 @@ Shapes: B rows, T tokens, D hidden size, N source adapters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 Recorder = Callable[[str, Tensor], None]
 """Called with a slot's name and the weights (B, T, N) that its filling gave to the sources."""
@@ -19,7 +20,8 @@ class BatchContext:
     """What a filling may need beyond `x`. The model makes it before the backbone runs.
 
     attention_mask: (B, T), 1 for a real token.
-    first_layer: the slots of all layers below stay empty in this batch (AdapterDrop, Rücklé et al. 2021).
+    layers_on: for each layer whether its slots are filled in this batch (AdapterDrop, Rücklé et al. 2021);
+        empty: all are.
     members: (B,), which of several adapters each row is meant for; None where a filling has only one.
     sources_on: (N,) bool, which sources take part; None means all.
     record: takes the source weights out; None when nobody asked.
@@ -27,7 +29,7 @@ class BatchContext:
     """
 
     attention_mask: Tensor
-    first_layer: int = 0
+    layers_on: tuple[bool, ...] = ()
     members: Tensor | None = None
     sources_on: Tensor | None = None
     record: Recorder | None = None
@@ -51,3 +53,14 @@ class Filling(nn.Module):
     def merged(self) -> Filling:
         """What gives the same change at inference with less work; itself, where there is no such thing."""
         return self
+
+
+def parameters_of(fillings: Mapping[str, Filling]) -> dict[str, Parameter]:
+    """What fillings train, by slot and own name: `0.feedforward.down.weight`. What slots share stands there once."""
+    named = (
+        (f"{slot}.{name}", p) for slot, filling in fillings.items() for name, p in filling.named_parameters()
+    )
+    first: dict[Parameter, str] = {}
+    for name, parameter in named:
+        first.setdefault(parameter, name)
+    return {name: parameter for parameter, name in first.items()}

@@ -108,8 +108,9 @@ class Manifest:
     def to_json(self) -> str:
         """The text of `manifest.json`. NaN and infinities, which JSON has no word for, become null."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        if self.multitask is None:
-            del values["multitask"]  # as in the stores that did not know it
+        for key in OPTIONAL:
+            if values[key] is None:
+                del values[key]  # as in the stores that did not know it
         ordered = {"format_version": values.pop("format_version"), **values}
         return json.dumps(_finite(ordered), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import pytorch_lightning as lightning
+import torch
 
 from fusion.errors import GuardError
 from fusion.model import AdaptedModel
@@ -43,7 +44,7 @@ class Guard(lightning.Callback):
 
 
 class StepClock(lightning.Callback):
-    """How long a step takes: forward, backward and the optimizer, without what lies between two steps."""
+    """How long a batch takes: forward, backward and the optimizer, without what lies between two batches."""
 
     def __init__(self) -> None:
         self._started = 0.0
@@ -53,6 +54,8 @@ class StepClock(lightning.Callback):
         self._started = time.monotonic()
 
     def on_train_batch_end(self, *_: Any) -> None:
+        if torch.cuda.is_available():  # what is asked of a GPU goes on after the call
+            torch.cuda.synchronize()
         self._seconds.append(time.monotonic() - self._started)
 
     def median(self) -> float | None:

@@ -65,15 +65,14 @@ class TaskModule(lightning.LightningModule):
         self.strict_loading = False
 
     def first_layer(self, batch_index: int) -> int:
-        """The lowest layer whose slots are filled in a training batch: 0, or drawn evenly from those that have slots.
+        """The lowest layer whose slots are filled in a training batch: 0, or drawn evenly from those with slots.
 
         A pure function of (seed, epoch, batch): equal in all processes, and in a run that is taken up again.
         """
         if self.drop_seed is None:
             return 0
-        lowest, highest = self.model.adapted_layers
         draw = np.random.RandomState([self.drop_seed, self.current_epoch, batch_index])
-        return int(draw.randint(lowest, highest + 1))
+        return int(draw.choice(self.model.adapted_layers))
 
     def scores(self, batch: Batch, first_layer: int = 0) -> Tensor:
         """(B, K)."""

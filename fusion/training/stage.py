@@ -254,7 +254,7 @@ def _tags(config: StageConfig, tag: str) -> list[str]:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "pytorch-lightning", "datasets", "tokenizers", "numpy")
+    packages = ("torch", "transformers", "pytorch-lightning", "datasets", "tokenizers", "peft", "numpy")
     return {"adapter-fusion": __version__, "python": platform.python_version()} | {
         p: version(p) for p in packages
     }

@@ -95,7 +95,7 @@ def notes(settings: Settings, compared: Compared) -> list[str]:
         patience = "no early stopping" if config.patience is None else f"patience {config.patience}"
         rates = ", ".join(f"{rate:g}" for rate in config.rates)
         found.append(
-            f"Every row had the same budget: at most {counted(config.epochs, 'epoch')} in batches of {config.batch_size}, {patience}, the best of the learning rates "
+            f"Every row that learns from the target alone had the same budget (a pruned fusion two epochs more): at most {counted(config.epochs, 'epoch')} in batches of {config.batch_size}, {patience}, the best of the learning rates "
             f"{rates} by {metric}. Epoch and rate were chosen on the validation rows that are scored here, so all "
             "scores are optimistic, and alike."
         )

@@ -9,7 +9,7 @@ import pytest
 from fusion.config import AdapterConfig
 from pipelines import adapterdrop
 from pipelines.adapterdrop import DropConfig, name_of, scores_by_drop, summary, timings, train
-from tests.test_stages import Bench
+from tests.bench import Bench
 
 
 def test_both_kinds_are_trained_alike(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from pipelines.compare.plan import row_training, source_trainings
 from pipelines.compare.rows import ALONE, COMBINED, GROUPS, IDS, MULTITASK, ROWS, Row, chosen
 from pipelines.compare.scores import RowResult, row_result, target_scores
 from pipelines.compare.table import bytes_text, notes, score_text, terminal_table
-from tests.test_stages import LABELS, write_task
+from tests.bench import LABELS, write_task
 
 FILLED = {
     "half": "3",
