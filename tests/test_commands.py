@@ -197,8 +197,8 @@ def test_a_sweep_gives_a_folder_and_an_artifact_a_task_and_survives_a_failed_job
         ("stage2", ["tasks=[films,books]", "sources=[films]"], "unknown key tasks"),
         (
             "stage1",
-            ["tasks=[films,books]", "method=multitask_full"],
-            "method=multitask_full is not there yet",
+            ["tasks=[films,books]", "method=lora"],
+            "several tasks at once need method=multitask_adapter or method=multitask_full",
         ),
         ("stage1", ["tasks=[films,rte]", "method=multitask_adapter"], "no folder rte"),
         ("evaluate", ["artifact=nobody"], "nobody"),
