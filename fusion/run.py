@@ -136,7 +136,10 @@ def differing_keys(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
 
     def shown(config: dict[str, Any], key: str) -> str:
         known = dict(ADDED_LATER) | config
-        return json.dumps(known[key], default=str) if key in known else "nothing"
+        value = known.get(key)
+        if key.startswith("inputs.") and isinstance(value, list):  # hashes
+            value = [str(entry)[:8] for entry in value]
+        return json.dumps(value, default=str) if key in known else "nothing"
 
     return [
         f"{key}: {shown(stored, key)} there, {shown(asked, key)} here"

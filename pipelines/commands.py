@@ -136,8 +136,13 @@ def read_config(schema: type[Settings], arguments: list[str]) -> Settings:
 
     Raises:
         UserError: a key that is not there, or a value of the wrong type or out of range.
+        SystemExit: --help, which is printed: the journey's own words and its keys.
     """
     known = OmegaConf.structured(schema)
+    if {"-h", "--help"} & set(arguments):
+        said = (sys.modules[schema.__module__].__doc__ or "").rstrip()
+        say(f"{said}\n\nKeys and what they are unless you say KEY=VALUE:\n\n{OmegaConf.to_yaml(known)}")
+        raise SystemExit(0)
     try:
         config = OmegaConf.to_object(OmegaConf.merge(known, OmegaConf.from_cli(arguments)))
     except OmegaConfBaseException as error:

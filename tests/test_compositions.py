@@ -543,3 +543,14 @@ def test_scalearn_pp_has_one_scale_a_site(bench: Bench) -> None:
     result = composed(bench, "plays", "scalearn_pp", ["films", "books"], name="one")
     assert set(bench.weights("one")) == {"0.attention.scales", "0.feedforward.scales"}
     check_reproduced(bench, "one", result)
+
+
+def test_a_source_of_another_store_is_refused_before_it_is_trained_with(bench: Bench) -> None:
+    bench.stage1("films")
+    path = str(bench.folder / "store" / "films")
+    with pytest.raises(
+        UserError, match=r"films lies outside of store=.*\nCopy its folder there, or say store="
+    ):
+        bench.stage2("plays", [path], store=str(bench.folder / "another"))
+    bench.stage2("plays", [path])
+    assert bench.evaluate("plays-adapterfusion")["metrics"]

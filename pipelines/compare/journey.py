@@ -119,8 +119,8 @@ class Journey:
             if not self.has_source(source) and source not in known:
                 raise UserError(
                     f"sources: {source} is neither an adapter in {self.store} "
-                    f"({', '.join(names(self.store)) or 'empty'}) nor a path to one nor a task to train one on; "
-                    f"tasks: {', '.join(known)}"
+                    f"({', '.join(names(self.store)) or 'empty'}) nor a task to train one on; an adapter of another "
+                    f"store counts once its folder is copied there.\nTasks: {', '.join(known)}"
                 )
 
     def get_sources(self) -> None:
@@ -158,7 +158,7 @@ class Journey:
                 raise SystemExit(REFUSED)
 
     def has_source(self, source: str) -> bool:
-        return (is_name(source) and source in names(self.store)) or Path(source, "manifest.json").is_file()
+        return is_name(source) and source in names(self.store)
 
     def available(self, sources: list[str]) -> list[str]:
         missing = [source for source in sources if not self.has_source(source)]
@@ -233,6 +233,8 @@ class Journey:
         for blank in row.blanks:
             if blank == "half":
                 values[blank] = str(self.half())
+            elif blank == "keep":
+                values[blank] = str(max(1, min(2, len(self.sources) - 1)))
             elif blank == "sources":
                 values[blank] = ",".join(self.available(self.sources))
             elif blank == "dropped":

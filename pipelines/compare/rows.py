@@ -3,6 +3,7 @@
 A word in braces is filled in when the row's turn comes:
 
     {half}      half of the backbone's layers
+    {keep}      two, or one source fewer than there are
     {sources}   the source adapters, {dropped} the same ones trained with AdapterDrop
     {tasks}     the sources' tasks, and the target where it is none of them
     {ID}        the artifact that the row of that id reports; that row is trained before this one
@@ -146,16 +147,16 @@ ROWS = (
     ),
     Row(
         "pruned",
-        "AdapterFusion, two sources a layer",
+        "AdapterFusion, pruned",
         COMBINED,
-        "composition=pruned composition.fusion={adapterfusion} composition.keep=2 composition.train=false",
+        "composition=pruned composition.fusion={adapterfusion} composition.keep={keep} composition.train=false",
         trains=False,
     ),
     Row(
         "pruned_trained",
         "the same, trained on for two epochs",
         COMBINED,
-        "composition=pruned composition.fusion={adapterfusion} composition.keep=2 composition.train=true "
+        "composition=pruned composition.fusion={adapterfusion} composition.keep={keep} composition.train=true "
         "trainer.max_epochs=2",
     ),
 )

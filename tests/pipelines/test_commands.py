@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.commands import ROOT, attempt, call
+from pipelines.commands import ROOT, attempt, call, read_config
 
 
 def test_a_failed_command_ends_the_journey_with_its_exit_code(capfd: pytest.CaptureFixture[str]) -> None:
@@ -92,3 +92,12 @@ def test_a_terminated_journey_terminates_its_command(tmp_path: Path) -> None:
             return
         time.sleep(0.1)
     pytest.fail("the command outlived the journey")
+
+
+def test_help_says_what_a_journey_does_and_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    from pipelines.two_stage import TwoStageConfig
+
+    with pytest.raises(SystemExit) as ended:
+        read_config(TwoStageConfig, ["--help"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and "single adapter, over seeds" in said and "backbone: minilm" in said

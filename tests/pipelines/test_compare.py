@@ -26,7 +26,7 @@ from pipelines.compare import inference, journey
 from pipelines.compare.__main__ import main
 from pipelines.compare.config import CompareConfig, Settings, read_settings
 from pipelines.compare.inference import TimingConfig, ratios, rounds, share_tensors
-from pipelines.compare.journey import last_words, one_line
+from pipelines.compare.journey import Journey, last_words, one_line
 from pipelines.compare.picture import draw, label_box, plot
 from pipelines.compare.plan import row_training, source_trainings
 from pipelines.compare.rows import ALONE, COMBINED, GROUPS, IDS, MULTITASK, ROWS, Row, chosen
@@ -36,6 +36,7 @@ from tests.bench import LABELS, write_task
 
 FILLED = {
     "half": "3",
+    "keep": "2",
     "sources": "mrpc,cb",
     "dropped": "mrpc-dropped,cb-dropped",
     "tasks": "mrpc,cb",
@@ -116,7 +117,7 @@ def test_ids_are_unique_and_whatever_a_row_needs_stands_before_it() -> None:
     assert list(OWN) == list(IDS)
     for position, row in enumerate(ROWS):
         assert all(IDS.index(needed) < position for needed in row.needs), row.id
-        assert row.blanks <= {"half", "sources", "dropped", "tasks", *IDS}, row.id
+        assert row.blanks <= {"half", "keep", "sources", "dropped", "tasks", *IDS}, row.id
     assert [row.id for row in ROWS if row.needs] == ["fusion_with_multitask", "pruned", "pruned_trained"]
     assert [row.id for row in ROWS if not row.trains] == ["pruned"]
 
@@ -369,6 +370,13 @@ def test_what_trains_nothing_has_neither_steps_nor_parameters(tmp_path: Path) ->
     result = row_result(row, row_training(settings_of(), row, FILLED), tmp_path, "cb")
     assert result is not None
     assert (result.trainable, result.seconds_per_step, result.best_epochs, result.rate) == (0, None, [], None)
+
+
+@pytest.mark.parametrize(("sources", "keep"), [(["a"], 1), (["a", "b"], 1), (["a", "b", "c"], 2)])
+def test_a_pruned_fusion_keeps_two_sources_or_one_less_than_there_are(sources: list[str], keep: int) -> None:
+    journey = Journey(settings_of(f"sources=[{','.join(sources)}]"))
+    journey.best_of = lambda id: "fusion"  # type: ignore[method-assign]
+    assert journey.filled(chosen(["pruned"])[-1]) == {"keep": str(keep), "adapterfusion": "fusion"}
 
 
 # --- the journey, with stand-ins for the commands -------------------------------------------------
