@@ -11,10 +11,8 @@ from fusion.config import Stage2Config
 from fusion.errors import UserError
 from fusion.store.manifest import (
     Manifest,
-    artifacts,
     check_sources,
     find_by_hash,
-    is_name,
     read_folder,
     read_manifest,
 )
@@ -54,24 +52,9 @@ def read_inputs(config: Stage2Config) -> Inputs:
         return _of_fusion(config, store)
     sources = [read_manifest(source, store) for source in config.sources]
     check_sources(sources)
-    for reference, source in zip(config.sources, sources, strict=True):
-        check_in_store(reference, source, store)
     if config.composition.name == "average":
         check_one_shape(sources)
     return Inputs(config.sources, sources)
-
-
-def check_in_store(reference: str, source: Manifest, store: Path) -> None:
-    """Refuse a source that lies elsewhere: the fusion will be looked for with its sources beside it.
-
-    Raises:
-        UserError: where it lies, and what to do.
-    """
-    if not is_name(reference) and not any(other.hash == source.hash for _, other in artifacts(store)):
-        raise UserError(
-            f"sources: {reference} lies outside of store={store}, where the fusion will look for it.\n"
-            f"Copy its folder there, or say store={Path(reference).parent}"
-        )
 
 
 def _of_fusion(config: Stage2Config, store: Path) -> Inputs:

@@ -55,6 +55,7 @@ def main(config: Stage2Config, run: Run) -> dict[str, Any]:
     from fusion.build import composition_fillings, load_sources
     from fusion.model import AdaptedModel
     from fusion.start import find_start
+    from fusion.store.artifacts import adopt
     from fusion.training.stage import load_task_rows, train_and_store
 
     assert config.task is not None
@@ -64,6 +65,8 @@ def main(config: Stage2Config, run: Run) -> dict[str, Any]:
         return entry.result()
     backbone = load_backbone(config.backbone.name_or_path, config.backbone.revision)
     sources = load_sources(inputs.references, Path(config.store), backbone)
+    for source in sources if run.rank_zero else ():
+        adopt(source, Path(config.store))
     rows = load_task_rows(config)
     start = find_start(config, sources, backbone, rows.training[0], rows.validation, entry.checkpoints)
     torch.manual_seed(config.seed)

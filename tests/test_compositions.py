@@ -545,12 +545,14 @@ def test_scalearn_pp_has_one_scale_a_site(bench: Bench) -> None:
     check_reproduced(bench, "one", result)
 
 
-def test_a_source_of_another_store_is_refused_before_it_is_trained_with(bench: Bench) -> None:
+def test_a_source_of_another_store_is_copied_beside_the_fusion(bench: Bench) -> None:
     bench.stage1("films")
     path = str(bench.folder / "store" / "films")
-    with pytest.raises(
-        UserError, match=r"films lies outside of store=.*\nCopy its folder there, or say store="
-    ):
-        bench.stage2("plays", [path], store=str(bench.folder / "another"))
-    bench.stage2("plays", [path])
-    assert bench.evaluate("plays-adapterfusion")["metrics"]
+    another = bench.folder / "another"
+    result = bench.stage2("plays", [path], store=str(another))
+    (copied,) = (another / ".replaced").iterdir()
+    assert sorted(p.name for p in copied.iterdir()) == sorted(p.name for p in Path(path).iterdir())
+    assert not list((another / ".staging").iterdir())
+    shutil.rmtree(path)  # the other store may go
+    again = bench.evaluate(str(another / "plays-adapterfusion"))["metrics"]["validation"]
+    assert again == pytest.approx(result["metrics"]["validation"], abs=1e-6)

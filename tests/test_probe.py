@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusion.backbones.load import load_backbone
 from fusion.build import load_sources, stored_adapters
-from fusion.config import AdapterConfig, TaskConfig
+from fusion.config import AdapterConfig, CompositionConfig, TaskConfig
 from fusion.layers.heads import TaskHead
 from fusion.model import AdaptedModel
 from fusion.probe import States, linear_scores, probe
@@ -106,7 +106,16 @@ def test_each_source_is_looked_at_alone(
 
     monkeypatch.setattr(module, "linear_scores", scores)
     device = torch.device("cpu")
-    found = probe(sources, backbone, layers, "mean", CLASSES, lambda: [rows], lambda: [rows], device)
+    found = probe(
+        sources,
+        backbone,
+        CompositionConfig(layers=layers),
+        "mean",
+        CLASSES,
+        lambda: [rows],
+        lambda: [rows],
+        device,
+    )
     assert found == pytest.approx([2 / 3, 1.0])
     for source, pooled in zip(sources, seen, strict=True):
         own = stored_adapters(source)

@@ -116,6 +116,24 @@ def _read(folder: Path) -> Artifact:
     return Artifact(path=folder, manifest=manifest, weights=weights, head=head)
 
 
+def adopt(artifact: Artifact, store: Path) -> None:
+    """Copies an artifact of another store to STORE/.replaced, so that a fusion has its sources beside it.
+
+    Nothing is done where this store has it, under whatever name.
+    """
+    with contextlib.suppress(UserError):
+        find_by_hash(artifact.manifest.hash, artifact.manifest.name, store)
+        return
+    kept = store / REPLACED / f"{artifact.manifest.name}-{artifact.manifest.hash[:8]}"
+    staged = store / STAGING / f"{kept.name}.{os.getpid()}"
+    shutil.copytree(artifact.path, staged)
+    kept.parent.mkdir(exist_ok=True)
+    try:
+        os.replace(staged, kept)
+    except OSError:  # another process has just put the same there
+        shutil.rmtree(staged, ignore_errors=True)
+
+
 def match_keys(
     expected: Mapping[str, Sequence[int]], found: Mapping[str, torch.Tensor], path: Path | str
 ) -> None:
