@@ -32,7 +32,7 @@ from fusion.layers.sequence import SequenceFusion
 from fusion.layers.target import WithTargetAdapter
 from fusion.model import AdaptedModel
 from fusion.store.artifacts import Artifact, copy_into, load, load_by_hash
-from fusion.store.manifest import MANIFEST, WEIGHTS, Manifest, check_backbone, check_sources
+from fusion.store.manifest import HEAD, MANIFEST, WEIGHTS, Manifest, check_backbone, check_sources
 
 Settings = TypeVar("Settings")
 
@@ -339,5 +339,5 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int 
         head = TaskHeads({task: TaskHead(backbone.hidden_size, **how) for task, how in described.items()})
     reads = placement["adapter.reads"] or "normed"
     model = AdaptedModel(backbone, kept, reads, head, tuning=tuning)
-    copy_into(model.head_state(), artifact.head, artifact.path / "head.safetensors")
+    copy_into(model.head_state(), artifact.head, artifact.path / HEAD)
     return model.merged()

@@ -18,10 +18,16 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
 from pipelines.commands import call, read_config, say
+
+if TYPE_CHECKING:
+    from fusion.backbones.load import Backbone
+    from fusion.config import TaskConfig
+    from fusion.data.encode import EncodedRows
+    from fusion.store.artifacts import Artifact
 
 KINDS = {"plain": None, "robust": "robust"}
 
@@ -92,7 +98,8 @@ def scores_by_drop(config: DropConfig, name: str) -> list[float]:
     from fusion.training.metrics import score
 
     artifact = load(name, config.store)
-    task, backbone, rows = _setting(config, name)
+    task, rows = _validation(config, artifact)
+    backbone = _backbone(artifact)
     model = stored_model(artifact, config.store, backbone)
     found = []
     for first_layer in range(backbone.layers + 1):
@@ -101,27 +108,33 @@ def scores_by_drop(config: DropConfig, name: str) -> list[float]:
     return found
 
 
-def _setting(config: DropConfig, name: str) -> tuple[Any, Any, Any]:
-    """The task, a backbone without slots and the encoded validation rows of a stored artifact."""
-    from fusion.backbones.load import load_backbone, locate
+def _backbone(artifact: Artifact) -> Backbone:
+    """One of its own, without slots: a model changes it in place."""
+    from fusion.backbones.load import load_backbone
+
+    return load_backbone(artifact.manifest.backbone["name_or_path"])
+
+
+def _validation(config: DropConfig, artifact: Artifact) -> tuple[TaskConfig, EncodedRows]:
+    """The artifact's task, and the rows of its first validation split."""
+    from fusion.backbones.load import locate
     from fusion.config import DataConfig, TaskConfig
     from fusion.data.encode import encode, load_tokenizer
     from fusion.data.rows import evaluation_splits, load_rows
-    from fusion.store.manifest import read_manifest
 
-    manifest = read_manifest(name, config.store)
-    task = TaskConfig.from_dict(manifest.task, where=name)
+    manifest = artifact.manifest
+    task = TaskConfig.from_dict(manifest.task, where=manifest.name)
     data = DataConfig(dir=config.data_dir)
-    where = manifest.backbone["name_or_path"]
     rows = load_rows(task, data, evaluation_splits(task, "validation", data)[0])
-    encoded = encode(rows, load_tokenizer(locate(where)), manifest.data["max_length"], None)
-    return task, load_backbone(where), encoded
+    tokenizer = load_tokenizer(locate(manifest.backbone["name_or_path"]))
+    return task, encode(rows, tokenizer, manifest.data["max_length"], None)
 
 
 def timings(config: DropConfig) -> dict[str, Any]:
     """Seconds of a batch in turn, round by round: the first half dropped and none dropped, one task and several."""
     import torch
 
+    from fusion.backbones.slots import layer_and_site
     from fusion.build import stored_adapters, stored_model
     from fusion.data.loaders import evaluation_loader
     from fusion.layers.heads import TaskHead
@@ -132,26 +145,24 @@ def timings(config: DropConfig) -> dict[str, Any]:
     keep_freed_memory()
     names = [name_of(task, "plain", seed) for seed in config.seeds for task in config.tasks]
     chosen = [load(names[number % len(names)], config.store) for number in range(config.at_once)]
-    _, backbone, rows = _setting(config, names[0])
+    _, rows = _validation(config, chosen[0])
+    backbone = _backbone(chosen[0])
     half = backbone.layers // 2
     batches = list(evaluation_loader(rows, config.batch_size))[:8]
 
-    def bare() -> Any:
-        return _setting(config, names[0])[1]
-
     def several(first_layer: int) -> Callable[..., Any]:
         own = [
-            {s: a for s, a in stored_adapters(artifact).items() if int(s.split(".")[0]) >= first_layer}
+            {s: a for s, a in stored_adapters(artifact).items() if layer_and_site(s)[0] >= first_layer}
             for artifact in chosen
         ]
         heads = [TaskHead(backbone.hidden_size, **artifact.manifest.head) for artifact in chosen]
-        return SeveralTasks(bare(), own, chosen[0].manifest.placement["adapter.reads"], heads)
+        return SeveralTasks(_backbone(chosen[0]), own, chosen[0].manifest.placement["adapter.reads"], heads)
 
-    plain = bare().model.eval()
+    plain = backbone.model.eval()
     measured: dict[str, Callable[..., Any]] = {
         "backbone": lambda ids, mask, types: plain(ids, attention_mask=mask, token_type_ids=types),
-        "one, none dropped": stored_model(chosen[0], config.store, bare()),
-        "one, half dropped": stored_model(chosen[0], config.store, bare(), half),
+        "one, none dropped": stored_model(chosen[0], config.store, _backbone(chosen[0])),
+        "one, half dropped": stored_model(chosen[0], config.store, _backbone(chosen[0]), half),
         "several, none dropped": several(0),
         "several, half dropped": several(half),
     }

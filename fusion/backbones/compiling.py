@@ -39,8 +39,8 @@ def check_compiler() -> None:
 def compile_layers(layers: nn.ModuleList, backend: str | Callable[..., Any] = "inductor") -> None:
     """Let the layers run compiled, from their next call on, for any number of rows and tokens.
 
-    Layer by layer and not the model as one, which takes a fraction of the time and runs as fast. The modules stay as they are, and so do the names of
-    their tensors.
+    Layer by layer and not the model as one, which takes a fraction of the time and runs as fast. The modules stay
+    as they are, and so do the names of their tensors.
     """
     # What an earlier model of this process left counts against the limit on compiled versions of one function.
     torch.compiler.reset()

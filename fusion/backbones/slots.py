@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusion.config import READS
 from fusion.layers.filling import BatchContext, Filling
 
-READS = ("output", "normed", "input")
 BEFORE_ATTENTION = "before_attention"
 """The site that is no end of a sublayer: it reads the layer's input, and nothing else."""
 
@@ -92,9 +92,8 @@ class Slot:
     @property
     def empty(self) -> bool:
         """Whether this batch leaves the slot's layer out."""
-        on = (
-            self._context.layers_on
-        )  # not a number to compare with: compiled, that is a version for each number
+        # Not a number to compare with: compiled, that would be a version for each number.
+        on = self._context.layers_on
         return bool(on) and not on[self._layer]
 
     def change(self, x: Tensor) -> Tensor:
