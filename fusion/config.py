@@ -548,6 +548,9 @@ class StageConfig:
     name: Optional[str] = None
     overwrite: bool = False
     resume: bool = True
+    checkpoint_minutes: Optional[float] = (
+        10.0  # between two checkpoints within an epoch; null: each epoch alone
+    )
     compile: bool = False  # torch.compile for the backbone's layers; needs a C++ compiler
     seed: int = 42
 
@@ -556,6 +559,11 @@ class StageConfig:
         _require(
             not (self.compile and self.backbone.gradient_checkpointing),
             "compile=true and backbone.gradient_checkpointing=true do not go together: choose one of them",
+        )
+        _require(
+            self.checkpoint_minutes is None or self.checkpoint_minutes >= 0,
+            f"checkpoint_minutes={self.checkpoint_minutes}: expected minutes, 0 (after each batch) or more, or null "
+            "(after each epoch alone)",
         )
         _require(0 <= self.seed < 2**32, f"seed={self.seed}: expected 0 to 4294967295")
 

@@ -12,6 +12,10 @@ class TrainingError(Exception):
     """A training went wrong in a way that has a cure: exit code 1, nothing stored."""
 
 
+class LossNotFinite(TrainingError):
+    """The loss or a weight became NaN or infinite. Epochs before it may be worth keeping."""
+
+
 class GuardError(Exception):
     """The promise that only the declared parameters change was broken: exit code 1, nothing stored."""
 

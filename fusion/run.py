@@ -25,6 +25,7 @@ NOT_IDENTITY = (
     "name",
     "overwrite",
     "resume",
+    "checkpoint_minutes",
     "hydra",
     "data.cache_dir",
     "data.workers",

@@ -100,7 +100,11 @@ class EpochBatches(Sampler[Plan]):
         self.epoch = epoch
 
     def resume(self, epoch: int, batch: int) -> None:
-        """Let the next pass over `epoch` begin at `batch`; later passes are whole."""
+        """Let the next pass, which is over `epoch`, begin at `batch`; later passes are whole.
+
+        A loader with workers begins its pass before anybody calls `set_epoch`.
+        """
+        self.set_epoch(epoch)
         self._resumed = (epoch, batch)
 
     def __len__(self) -> int:

@@ -1,10 +1,11 @@
-"""The guard, the clock, and one line an epoch."""
+"""The guard, the clock, the best epoch, and one line an epoch."""
 
 from __future__ import annotations
 
 import logging
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as lightning
@@ -63,12 +64,69 @@ class StepClock(lightning.Callback):
         return statistics.median(self._seconds) if self._seconds else None
 
 
+class Best(lightning.Callback):
+    """Keeps what the best epoch's weights were, and ends the training when no better one comes.
+
+    What it decides is a function of the scores so far, so a run that is taken up again decides alike. Only the first
+    process keeps the weights, on the CPU.
+
+    Args:
+        monitor: the score that counts, higher is better; of equal ones the first.
+        patience: evaluated epochs without a better one; None: train to the end.
+    """
+
+    def __init__(self, monitor: str, patience: int | None) -> None:
+        self._monitor = monitor
+        self._patience = patience
+        self.weights: dict[str, torch.Tensor] | None = None
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._stop_if_over(trainer, pl_module)  # interrupted after the last epoch
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, TaskModule)
+        history = pl_module.history
+        if not history or history[-1]["epoch"] != trainer.current_epoch + 1:
+            return  # an epoch without an evaluation
+        if trainer.is_global_zero and best_epoch(history, self._monitor) is history[-1]:
+            self.weights = {
+                name: parameter.detach().to("cpu", copy=True)
+                for name, parameter in pl_module.model.trainable().items()
+            }
+        self._stop_if_over(trainer, pl_module)
+
+    def _stop_if_over(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, TaskModule)
+        history = pl_module.history
+        if self._patience is not None and history:
+            since = len(history) - 1 - history.index(best_epoch(history, self._monitor))
+            trainer.should_stop = trainer.should_stop or since >= self._patience
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["best"] = self.weights
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.weights = checkpoint["best"]
+
+
+def best_epoch(history: Sequence[dict[str, float]], monitor: str) -> dict[str, float]:
+    """The first epoch with the highest score; empty where nothing was evaluated."""
+    return max(history, key=lambda epoch: epoch[monitor], default={})
+
+
 class EpochLine(lightning.Callback):
     """After each epoch: where it is, the loss, the scores, how fast."""
 
     def __init__(self, monitor: str) -> None:
         self._monitor = monitor
         self._started = 0.0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._started = time.monotonic()  # a run that is taken up within an epoch does not start one
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._started = time.monotonic()

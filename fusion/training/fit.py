@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import resource
-import shutil
 import sys
 import time
 import warnings
@@ -16,19 +15,22 @@ from typing import Any, cast
 
 import pytorch_lightning as lightning
 import torch
-from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from fusion.config import StageConfig, TrainerConfig
-from fusion.data.batches import TaskBatches
+from fusion.data.batches import EpochBatches, TaskBatches
 from fusion.data.encode import EncodedRows
 from fusion.data.loaders import evaluation_loader, multitask_loader, training_loader
-from fusion.errors import TrainingError, UserError
+from fusion.errors import LossNotFinite, TrainingError, UserError
 from fusion.memory import keep_freed_memory
 from fusion.model import AdaptedModel
 from fusion.store.artifacts import copy_into
-from fusion.training.callbacks import EpochLine, Guard, StepClock
+from fusion.training.callbacks import Best, EpochLine, Guard, StepClock, best_epoch
+from fusion.training.checkpoints import LAST, Checkpoints, Loaded, read_checkpoint
+from fusion.training.interrupts import Interrupts
 from fusion.training.metrics import main_metric
 from fusion.training.module import TaskModule
 
@@ -38,10 +40,8 @@ _EXPECTED_WARNINGS = (
     ".*module\\(s\\) in eval mode at the start of training",  # the frozen backbone is meant to be
     ".*is smaller than the logging interval",
     ".*does not have many workers",  # batches are only gathered there
-    ".*Checkpoint directory .* exists and is not empty",
+    ".*resuming from a checkpoint that ended before the epoch ended",  # our samplers go on where they were
     ".*treespec, LeafSpec",
-    ".*Early stopping conditioned on metric",  # nothing was evaluated yet
-    ".*could not find the monitored key",  # an epoch that is not evaluated, as the trainer's settings ask
     ".*will save all targets and predictions in the buffer",
     ".*variance of predictions or target is close to zero",  # such a correlation counts as 0
 )
@@ -53,13 +53,14 @@ class Fit:
 
     metrics: of the best epoch, by split. best_epoch: counted from 1. speed: seconds of the whole
     fit (evaluation included) and of a step (the median), rows and tokens (padding included) trained
-    on per second, bytes.
+    on per second, bytes. broken: why it ended before its time, with what came before it kept; None: it did not.
     """
 
     metrics: dict[str, dict[str, float]]
     best_epoch: int
     epochs: int
     speed: dict[str, float | None]
+    broken: str | None = None
 
 
 def fit(
@@ -97,32 +98,14 @@ def fit(
     keep_freed_memory()
     splits = {name: tasks[rows.task] for name, rows in validation.items()}
     monitor = main_metric(splits)
-    if not config.resume:
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    keep_best = ModelCheckpoint(
-        dirpath=checkpoints,
-        filename="best-{epoch}",
-        auto_insert_metric_name=False,
-        monitor=monitor,
-        mode="max",
-        save_top_k=1,
-        save_on_train_epoch_end=True,
-    )
-    # One of its own for resuming: `save_last` of the other would write the best epoch again, not the last.
-    keep_last = ModelCheckpoint(
-        dirpath=checkpoints, filename="last", enable_version_counter=False, save_on_train_epoch_end=True
-    )
+    interrupts = Interrupts()
     clock = StepClock()
-    callbacks: list[Callback] = [Guard(model), EpochLine(monitor), clock]
-    if config.optim.patience is not None:
-        # Not strict: steps or time may end within the first epoch, before anything is evaluated.
-        patience = config.optim.patience
-        callbacks.append(
-            EarlyStopping(monitor, patience=patience, mode="max", check_finite=False, strict=False)
-        )
-    if config.trainer.enable_checkpointing:
-        callbacks += [keep_best, keep_last]  # in this order: the last says which one is the best
-    trainer = make_trainer(config.trainer, callbacks, loggers)
+    best = Best(monitor, config.optim.patience)
+    writes = config.trainer.enable_checkpointing and not config.trainer.fast_dev_run
+    keep = Checkpoints(checkpoints if writes else None, config.checkpoint_minutes, interrupts)
+    callbacks: list[Callback] = [Guard(model), best, EpochLine(monitor), clock, keep]
+    last = read_checkpoint(checkpoints) if config.resume and model.trainable() else None
+    trainer = make_trainer(config.trainer, callbacks, loggers, last)
     loading: dict[str, Any] = {
         "rank": trainer.global_rank,
         "world_size": trainer.world_size,
@@ -130,12 +113,8 @@ def fit(
         "tokens_per_batch": config.data.tokens_per_batch,
     }
     prefix = prepare(trainer.strategy.root_device)
-    module = TaskModule(
-        model, tasks, config.optim, loss_weights, splits, prefix, config.seed if robust_drop else None
-    )
+    module = TaskModule(model, tasks, config.optim, loss_weights, splits, prefix, config.seed, robust_drop)
     evaluation = [evaluation_loader(rows, config.data.batch_size, **loading) for rows in validation.values()]
-    last = checkpoints / "last.ckpt"
-    torch.manual_seed(config.seed)  # dropout starts from here, whatever was drawn before
     size, seed = config.data.batch_size, config.seed
     if len(tasks) > 1:
         batches = multitask_loader(training, temperature, size, seed, **loading)
@@ -154,31 +133,44 @@ def fit(
             f"trainer.val_check_interval={interval}: an epoch has {len(batches)} batches; expected no more than that, "
             "a fraction of it, or trainer.check_val_every_n_epoch=null"
         )
+    if last is not None:
+        position = last["position"]
+        cast(EpochBatches, batches.sampler).resume(position["epoch"], position["batch"])
+        log.info("going on at epoch %d, batch %d", position["epoch"] + 1, position["batch"] + 1)
     started = time.monotonic()
+    broken = None
     if model.trainable():
-        trainer.fit(
-            module,
-            batches,
-            evaluation,
-            ckpt_path=str(last) if last.is_file() else None,
-            weights_only=True,
-        )
+        try:
+            with interrupts:
+                trainer.fit(
+                    module,
+                    batches,
+                    evaluation,
+                    ckpt_path=None if last is None else str(checkpoints / LAST),
+                    weights_only=True,
+                )
+        except LossNotFinite as error:
+            broken = f"{error}: training stopped.\nLower optim.lr, or raise optim.warmup"
+            if not module.history:
+                raise TrainingError(broken) from error
     if not module.history:  # nothing trains, or it stopped within the first epoch, by its steps or time
         trainer.validate(module, evaluation, verbose=False)
     seconds = time.monotonic() - started
-    best = _best(module.history, monitor)
+    scores = best_epoch(module.history, monitor)
     if not model.trainable() and trainer.is_global_zero:
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in best.items() if name != "epoch")
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "epoch")
         log.info("nothing trains  %s  %.1f s", shown, seconds)
-    if keep_best.best_model_path and trainer.is_global_zero:  # the others store nothing
-        _restore(model, Path(keep_best.best_model_path))
+    if best.weights is not None:  # in the first process; the others store nothing
+        copy_into(model.trainable(), best.weights, checkpoints)
     _check_finite(model)
     return Fit(
         metrics={
-            split: {m: best[f"{split}/{m}"] for m in task.metrics} for split, task in splits.items() if best
+            split: {m: scores[f"{split}/{m}"] for m in task.metrics}
+            for split, task in splits.items()
+            if scores
         },
-        best_epoch=int(best.get("epoch", 0)) if model.trainable() else 0,
-        epochs=trainer.current_epoch,
+        best_epoch=int(scores.get("epoch", 0)) if model.trainable() else 0,
+        epochs=trainer.fit_loop.epoch_progress.current.processed,  # also where nothing was left to train
         speed={
             "seconds": seconds,
             "seconds_per_step": clock.median(),
@@ -186,18 +178,29 @@ def fit(
             "tokens_per_second": module.tokens_seen * trainer.world_size / seconds,
             "peak_memory_bytes": _peak_memory(),
         },
+        broken=broken,
     )
 
 
 def make_trainer(
-    config: TrainerConfig, callbacks: list[Callback], loggers: list[Logger]
+    config: TrainerConfig,
+    callbacks: list[Callback],
+    loggers: list[Logger],
+    last: dict[str, Any] | None = None,
 ) -> lightning.Trainer:
-    """Lightning's Trainer; batches are split over processes by our own samplers.
+    """Lightning's Trainer; batches are split over processes by our own samplers, checkpoints are our own.
+
+    Args:
+        last: the checkpoint that it will be asked to go on from.
 
     Raises:
         UserError: a value that Lightning refuses.
     """
     arguments: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    arguments["enable_checkpointing"] = False  # Lightning's own
+    plugins: list[Any] = [] if last is None else [Loaded(last)]
+    if SLURMEnvironment.detect():  # it would ask for another turn by itself, and so does submitit
+        plugins.append(SLURMEnvironment(auto_requeue=False))
     # A bar is for somebody who looks at it; in a file or a pipe it would be one long line.
     arguments["enable_progress_bar"] = config.enable_progress_bar and sys.stderr.isatty()
     if arguments["enable_progress_bar"]:
@@ -207,15 +210,14 @@ def make_trainer(
         warnings.filterwarnings("ignore", message=expected)
     try:
         return lightning.Trainer(
-            **arguments, callbacks=callbacks, logger=loggers or False, use_distributed_sampler=False
+            **arguments,
+            callbacks=callbacks,
+            logger=loggers or False,
+            plugins=plugins or None,
+            use_distributed_sampler=False,
         )
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
-
-
-def _best(history: list[dict[str, float]], monitor: str) -> dict[str, float]:
-    """The first epoch with the highest score; empty where nothing was evaluated."""
-    return max(history, key=lambda epoch: epoch[monitor], default={})
 
 
 def _check_finite(model: AdaptedModel) -> None:
@@ -225,11 +227,6 @@ def _check_finite(model: AdaptedModel) -> None:
             f"{broken[0]} and {len(broken) - 1} more hold values that are not finite; nothing is stored.\n"
             "Lower optim.lr, or raise optim.warmup"
         )
-
-
-def _restore(model: AdaptedModel, path: Path) -> None:
-    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    copy_into(model.trainable(), {name.removeprefix("model."): value for name, value in state.items()}, path)
 
 
 def _peak_memory() -> int:

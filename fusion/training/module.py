@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from fusion.config import OptimConfig, TaskConfig
 from fusion.data.batches import Batch
-from fusion.errors import TrainingError, UserError
+from fusion.errors import LossNotFinite, UserError
 from fusion.model import AdaptedModel
 from fusion.training.metrics import MEAN, TaskMetrics, main_metrics
 
@@ -34,8 +34,9 @@ class TaskModule(lightning.LightningModule):
         loss_weights: the weight of each named term of `model.losses()`.
         splits: the validation splits, in the order of the validation loaders, and whose rows each one holds.
         prefix: the type of the frozen prefix's states that batches bring along; None: they bring none.
-        drop_seed: lets each training batch leave out a random number of the first layers' slots (AdapterDrop,
-            robust); None: they are all filled.
+        seed: of what is drawn in training.
+        robust_drop: whether each training batch leaves out a random number of the first layers' slots (AdapterDrop,
+            robust).
     """
 
     def __init__(
@@ -46,7 +47,8 @@ class TaskModule(lightning.LightningModule):
         loss_weights: dict[str, float],
         splits: Mapping[str, TaskConfig],
         prefix: str | None = None,
-        drop_seed: int | None = None,
+        seed: int = 0,
+        robust_drop: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -55,7 +57,9 @@ class TaskModule(lightning.LightningModule):
         self.loss_weights = loss_weights
         self.splits = dict(splits)
         self.prefix = prefix
-        self.drop_seed = drop_seed
+        self.seed = seed
+        self.robust_drop = robust_drop
+        self.losses_seen = Losses()
         self.split_metrics = nn.ModuleList([TaskMetrics(task) for task in splits.values()])
         # Of each evaluated epoch: its number (from 1) and every metric.
         self.history: list[dict[str, float]] = []
@@ -69,9 +73,9 @@ class TaskModule(lightning.LightningModule):
 
         A pure function of (seed, epoch, batch): equal in all processes, and in a run that is taken up again.
         """
-        if self.drop_seed is None:
+        if not self.robust_drop:
             return 0
-        draw = np.random.RandomState([self.drop_seed, self.current_epoch, batch_index])
+        draw = np.random.RandomState([self.seed, self.current_epoch, batch_index])
         return int(draw.choice(self.model.adapted_layers))
 
     def scores(self, batch: Batch, first_layer: int = 0) -> Tensor:
@@ -95,16 +99,26 @@ class TaskModule(lightning.LightningModule):
         extra = {name: self.loss_weights[name] * value for name, value in self.model.losses().items()}
         return {"task": task, **extra}
 
+    def dropout_seed(self, batch_index: int) -> int:
+        """What a training batch draws its dropout from: a pure function of (seed, epoch, batch, process).
+
+        So a run that is taken up anywhere draws what it would have drawn, whatever was drawn meanwhile.
+        """
+        parts = [self.seed, self.current_epoch, batch_index, self.global_rank]
+        return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
+
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        torch.manual_seed(self.dropout_seed(batch_index))
         losses = self.losses(batch, self.first_layer(batch_index))
         total = torch.stack(list(losses.values())).sum()
+        whose = f"{self.tasks[batch.task].name}/" if len(self.tasks) > 1 else ""
+        self.losses_seen.add(total.detach(), self.trainer.global_step, batch.rows, f"{whose}train")
         self.rows_seen += batch.rows.numel()
         self.tokens_seen += batch.input_ids.numel()
         # Each call of log costs as much as a small layer, hence every few steps only.
         if batch_index % max(1, self.trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
             # The mean over the processes is the mean over the rows of all of them: see `losses`.
             several = self.trainer.world_size > 1
-            whose = f"{self.tasks[batch.task].name}/" if len(self.tasks) > 1 else ""
             named = {f"train/{name}_loss": value.detach() for name, value in losses.items()}
             self.log_dict(named, sync_dist=several)
             if whose:  # by the epoch: at a step, the others would be logged again with what they were last
@@ -117,12 +131,20 @@ class TaskModule(lightning.LightningModule):
                     batch_size=batch.global_rows,
                 )
             self.log("train/loss", total.detach(), prog_bar=True, sync_dist=several)
-            if not total.isfinite():
-                raise TrainingError(
-                    f"the loss is {total.item()} at step {self.trainer.global_step} (rows "
-                    f"{batch.rows[:5].tolist()} … of {whose}train); nothing is stored.\nLower optim.lr, or raise optim.warmup"
-                )
+            self.losses_seen.check(several)
         return total
+
+    def on_validation_start(self) -> None:
+        """No epoch is scored by weights that are not finite: such scores are numbers like any other."""
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self.losses_seen.check(self.trainer.world_size > 1)
+            if not self.is_finite():  # the same in all processes
+                raise LossNotFinite(f"weights are no longer finite after step {self.trainer.global_step - 1}")
+
+    def is_finite(self) -> bool:
+        """Whether all that trains is, and so were the losses of this process since they were last looked at."""
+        finite = [parameter.isfinite().all() for parameter in self.model.trainable().values()]
+        return not self.losses_seen.broken() and bool(torch.stack(finite).all()) if finite else True
 
     def validation_step(self, batch: Batch, batch_index: int, dataloader_idx: int = 0) -> None:
         assert batch.labels is not None
@@ -172,9 +194,6 @@ class TaskModule(lightning.LightningModule):
         checkpoint["prefix"] = self.prefix
         checkpoint["history"] = self.history
         checkpoint["seen"] = [self.rows_seen, self.tokens_seen]
-        checkpoint["rng"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            checkpoint["cuda_rng"] = torch.cuda.get_rng_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trainable = {f"model.{name}" for name in self.model.trainable()}
@@ -188,15 +207,53 @@ class TaskModule(lightning.LightningModule):
             )
         self.history = list(checkpoint["history"])
         self.rows_seen, self.tokens_seen = checkpoint["seen"]
-        self._restored_rng = (checkpoint["rng"], checkpoint.get("cuda_rng"))
 
-    def on_train_start(self) -> None:
-        # Not in on_load_checkpoint: what Lightning does between there and here may draw numbers.
-        rng, cuda_rng = getattr(self, "_restored_rng", (None, None))
-        if rng is not None:
-            torch.set_rng_state(rng)
-        if cuda_rng is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(cuda_rng)
+
+class Losses:
+    """The losses of the last steps, looked at together: to ask for each as it comes would make a GPU wait."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[Tensor, int, Tensor, str]] = []
+
+    def add(self, loss: Tensor, step: int, rows: Tensor, split: str) -> None:
+        """
+        Args:
+            loss: a scalar.
+            rows: (B,), of the split.
+        """
+        self._seen.append((loss, step, rows, split))
+
+    def broken(self) -> bool:
+        """Whether one of this process's is not finite."""
+        return bool(self._seen) and not bool(torch.stack([loss for loss, *_ in self._seen]).isfinite().all())
+
+    def check(self, distributed: bool) -> None:
+        """Look at all that came since the last time. Under DDP, all processes have to call it together.
+
+        Raises:
+            LossNotFinite: one is not; says the first such step and its rows.
+        """
+        seen, self._seen = self._seen, []
+        values = torch.stack([loss for loss, *_ in seen]) if seen else torch.zeros(0)
+        bad = [seen[n] for n in (~values.isfinite()).nonzero().flatten().tolist()]
+        if distributed:
+            there = torch.tensor(float(bool(bad)), device=values.device)
+            torch.distributed.all_reduce(there)
+            if not there.item():
+                return
+            everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+            plain = [(loss.item(), step, rows.tolist(), split) for loss, step, rows, split in bad]
+            torch.distributed.all_gather_object(everywhere, plain)
+            found = sorted((entry for entries in everywhere for entry in entries), key=lambda entry: entry[1])
+        else:
+            found = [(loss.item(), step, rows.tolist(), split) for loss, step, rows, split in bad]
+        if found:
+            loss, step, rows, split = found[0]
+            more = " …" if len(rows) > 8 else ""
+            shown = f"{', '.join(map(str, rows[:8]))}{more}"
+            raise LossNotFinite(
+                f"the loss is {loss} at step {step} (rows {shown} of {split}, counted from 0)"
+            )
 
 
 def adamw(model: AdaptedModel, optim: OptimConfig, fused: bool = True) -> torch.optim.AdamW:
