@@ -45,11 +45,11 @@ from yaml import YAMLError
 
 from fusion.config import MULTITASK, Stage1Config, Stage2Config, StageConfig
 from fusion.errors import UserError, first_line
-from fusion.run import Run, Terminated, describe, record
+from fusion.run import Run, Standing, Terminated, describe, record
 
 log = logging.getLogger(__name__)
 
-Check = Callable[[Any, Run], None]
+Check = Callable[[Any, Run], Standing | None]
 Function = Callable[[Any, Run], dict[str, Any]]
 
 CONFIG_ERRORS = (UserError, HydraException, OmegaConfBaseException, YAMLError)

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
+import os
+import shutil
+import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from fusion.config import StageConfig
-from fusion.run import Run, checkpoint_folder, identity, identity_config, is_done
+from fusion.errors import first_line
+from fusion.run import (
+    Run,
+    Standing,
+    caused_by_interrupt,
+    checkpoint_folder,
+    describe,
+    identity,
+    identity_config,
+    is_done,
+    write_json,
+)
 from fusion.store.manifest import Manifest, check_free, check_writable, find, names, read_manifest
+
+ATTEMPT = "attempt.json"
+POSITION = "position.json"
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +58,67 @@ class Entry:
         assert self.stored is not None
         path = find(self.name, self.store)
         log.info("%s is done already: %s", self.name, path)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)  # of one that was killed just after it had stored
         return result_of(self.stored, path)
+
+    @property
+    def standing(self) -> Standing:
+        """What became of this very run so far."""
+        if self.stored is not None:
+            return Standing("done")
+        attempt, position = _read(self.checkpoints / ATTEMPT), _read(self.checkpoints / POSITION)
+        if not attempt and not position:
+            return Standing("new")
+        where = "from the beginning"
+        if position:
+            where = f"at epoch {position['epoch'] + 1}, batch {position['batch'] + 1}"
+        if attempt.get("status") == "failed":
+            return Standing("failed", f"{first_line(Exception(attempt.get('error')))}; goes on {where}")
+        return Standing("interrupted", f"goes on {where}")
+
+    @contextlib.contextmanager
+    def attempt(self, run: Run, resume: bool) -> Iterator[None]:
+        """Keeps beside the checkpoints how the work inside ends, until it has ended well."""
+        if not run.rank_zero:
+            yield
+            return
+        if not resume:
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+        said = {
+            "status": "running",
+            "error": None,
+            "directory": str(run.directory),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        self._note(said)
+        try:
+            yield
+        except BaseException as error:
+            interrupt = caused_by_interrupt(error)
+            self._note(
+                said
+                | {
+                    "status": "failed" if interrupt is None else "interrupted",
+                    "error": describe(interrupt or error),
+                }
+            )
+            raise
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def _note(self, said: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # a full disk is nobody's reason to stop; it will say so itself
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_json(self.checkpoints / ATTEMPT, said)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def find_entry(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any] | None = None) -> Entry:

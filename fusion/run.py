@@ -99,6 +99,19 @@ class Run:
     rank_zero: bool = True
 
 
+@dataclass(frozen=True)
+class Standing:
+    """How a run stands before it starts.
+
+    Attributes:
+        state: "new", "done", "interrupted", "failed".
+        detail: where it goes on, or why it failed.
+    """
+
+    state: str
+    detail: str = ""
+
+
 def identity_config(config: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
     """The part of a resolved config that decides the numbers, flat: `{"optim.lr": 1e-4, ...}`.
 

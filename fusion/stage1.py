@@ -12,28 +12,37 @@ from typing import Any
 from fusion.app import command
 from fusion.config import Stage1Config
 from fusion.entry import Entry, find_entry
-from fusion.run import Run
+from fusion.run import Run, Standing
 
 
 def entry_of(config: Stage1Config, run: Run) -> Entry:
     return find_entry(config, run, kind=config.kind)
 
 
-def check(config: Stage1Config, run: Run) -> None:
-    """What can be said before a model is loaded."""
+def check(config: Stage1Config, run: Run) -> Standing:
+    """What can be said before a model is loaded, and how the run stands."""
     from fusion.data.rows import check_source
 
     for task in config.task_list:
         check_source(task, config.data)
-    entry_of(config, run)
+    entry = entry_of(config, run)
     if config.compile:
         from fusion.backbones.compiling import check_compiler
 
         check_compiler()
+    return entry.standing
 
 
 @command("stage1", Stage1Config, check=check)
 def main(config: Stage1Config, run: Run) -> dict[str, Any]:
+    entry = entry_of(config, run)
+    if entry.stored is not None:
+        return entry.result()
+    with entry.attempt(run, config.resume):
+        return train(config, run, entry)
+
+
+def train(config: Stage1Config, run: Run, entry: Entry) -> dict[str, Any]:
     # Heavy imports come once a command really runs, so that --help and a wrong key answer at once.
     import torch
 
@@ -42,9 +51,6 @@ def main(config: Stage1Config, run: Run) -> dict[str, Any]:
     from fusion.model import AdaptedModel
     from fusion.training.stage import load_task_rows, train_and_store
 
-    entry = entry_of(config, run)
-    if entry.stored is not None:
-        return entry.result()
     rows = load_task_rows(config)
     backbone = load_backbone(config.backbone.name_or_path, config.backbone.revision)
     torch.manual_seed(config.seed)

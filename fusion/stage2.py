@@ -13,7 +13,7 @@ from fusion.config import Stage2Config
 from fusion.entry import Entry, find_entry
 from fusion.errors import UserError
 from fusion.inputs import Inputs, read_inputs
-from fusion.run import Run
+from fusion.run import Run, Standing
 from fusion.store.manifest import Manifest
 
 
@@ -33,21 +33,31 @@ def entry_of(config: Stage2Config, inputs: Inputs, run: Run) -> Entry:
     return find_entry(config, run, kind="fusion", inputs=inputs.hashes)
 
 
-def check(config: Stage2Config, run: Run) -> None:
-    """What can be said before a model is loaded."""
+def check(config: Stage2Config, run: Run) -> Standing:
+    """What can be said before a model is loaded, and how the run stands."""
     from fusion.data.rows import check_source
 
     assert config.task is not None
     check_source(config.task, config.data)
-    entry_of(config, read_inputs(config), run)
+    entry = entry_of(config, read_inputs(config), run)
     if config.compile:
         from fusion.backbones.compiling import check_compiler
 
         check_compiler()
+    return entry.standing
 
 
 @command("stage2", Stage2Config, check=check)
 def main(config: Stage2Config, run: Run) -> dict[str, Any]:
+    inputs = read_inputs(config)
+    entry = entry_of(config, inputs, run)
+    if entry.stored is not None:
+        return entry.result()
+    with entry.attempt(run, config.resume):
+        return train(config, run, inputs, entry)
+
+
+def train(config: Stage2Config, run: Run, inputs: Inputs, entry: Entry) -> dict[str, Any]:
     # Heavy imports come once a command really runs, so that --help and a wrong key answer at once.
     import torch
 
@@ -59,10 +69,6 @@ def main(config: Stage2Config, run: Run) -> dict[str, Any]:
     from fusion.training.stage import load_task_rows, train_and_store
 
     assert config.task is not None
-    inputs = read_inputs(config)
-    entry = entry_of(config, inputs, run)
-    if entry.stored is not None:
-        return entry.result()
     backbone = load_backbone(config.backbone.name_or_path, config.backbone.revision)
     sources = load_sources(inputs.references, Path(config.store), backbone)
     for source in sources if run.rank_zero else ():

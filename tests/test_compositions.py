@@ -154,7 +154,9 @@ def test_an_interrupted_run_of_a_shared_parameter_goes_on(
     expected = train("whole")
     make_trainer = fit_module.make_trainer
     with monkeypatch.context() as patch:
-        patch.setattr(fit_module, "make_trainer", lambda c, k, *more: make_trainer(c, [*k, StopAfter(2)], *more))
+        patch.setattr(
+            fit_module, "make_trainer", lambda c, k, *more: make_trainer(c, [*k, StopAfter(2)], *more)
+        )
         with pytest.raises(RuntimeError, match="power"):
             train("broken")
     assert train("broken")["metrics"] == expected["metrics"]

@@ -215,7 +215,7 @@ def test_robust_training_drops_as_often_at_every_layer_and_alike_in_every_proces
     model = AdaptedModel(backbone, adapter_fillings(AdapterConfig(), backbone), "normed", TaskHead(32, 2))
     task = bench.tasks["films"]
     optim = bench.settings("films")["optim"]
-    module = TaskModule(model, [task], optim, {}, {}, drop_seed=7)
+    module = TaskModule(model, [task], optim, {}, {}, seed=7, robust_drop=True)
     drawn = [module.first_layer(batch) for batch in range(600)]
     assert drawn == [module.first_layer(batch) for batch in range(600)]
     assert all(150 < drawn.count(layer) < 250 for layer in range(3)) and set(drawn) == {0, 1, 2}
@@ -226,7 +226,9 @@ def test_only_layers_with_slots_are_drawn(tiny_backbone: Path, bench: Bench) -> 
     backbone = load_backbone(str(tiny_backbone))
     config = AdapterConfig(layers=[0, 2])
     model = AdaptedModel(backbone, adapter_fillings(config, backbone), "normed", TaskHead(32, 2))
-    module = TaskModule(model, [bench.tasks["films"]], bench.settings("films")["optim"], {}, {}, drop_seed=7)
+    module = TaskModule(
+        model, [bench.tasks["films"]], bench.settings("films")["optim"], {}, {}, seed=7, robust_drop=True
+    )
     drawn = [module.first_layer(batch) for batch in range(200)]
     assert set(drawn) == {0, 2} and 70 < drawn.count(0) < 130
 

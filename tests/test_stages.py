@@ -324,7 +324,9 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bits(
     expected = train(whole)
     make_trainer = fit_module.make_trainer
     with monkeypatch.context() as patch:
-        patch.setattr(fit_module, "make_trainer", lambda c, k, *more: make_trainer(c, [*k, StopAfter(2)], *more))
+        patch.setattr(
+            fit_module, "make_trainer", lambda c, k, *more: make_trainer(c, [*k, StopAfter(2)], *more)
+        )
         with pytest.raises(RuntimeError, match="power"):
             train(broken)
     assert not (bench.folder / "broken" / "x").exists()
@@ -774,7 +776,9 @@ def test_an_interrupted_run_of_several_tasks_ends_with_the_same_bits(
     expected = train("whole")
     make_trainer = fit_module.make_trainer
     with monkeypatch.context() as patch:
-        patch.setattr(fit_module, "make_trainer", lambda c, k, *more: make_trainer(c, [*k, StopAfter(2)], *more))
+        patch.setattr(
+            fit_module, "make_trainer", lambda c, k, *more: make_trainer(c, [*k, StopAfter(2)], *more)
+        )
         with pytest.raises(RuntimeError, match="power"):
             train("broken")
     assert not (bench.folder / "broken" / "x").exists()

@@ -41,7 +41,6 @@ class Checkpoints(lightning.Callback):
         folder: of the run; None: nothing is written, and signals are obeyed between two batches.
         minutes: between two checkpoints within an epoch; None: none there.
         interrupts: entered by then.
-        stamp: what the frozen part of the model is, by its hash: another one must not go on from here.
     """
 
     def __init__(
@@ -98,7 +97,7 @@ class Checkpoints(lightning.Callback):
         self, trainer: lightning.Trainer, module: lightning.LightningModule, validating: bool = False
     ) -> None:
         assert isinstance(module, TaskModule)
-        if self._folder is None or trainer.fast_dev_run or not module.is_finite():
+        if self._folder is None or not module.is_finite():
             return
         # Lightning's save_checkpoint ends in a barrier, where the other processes are not.
         content = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)

@@ -170,7 +170,8 @@ def fit(
             if scores
         },
         best_epoch=int(scores.get("epoch", 0)) if model.trainable() else 0,
-        epochs=trainer.fit_loop.epoch_progress.current.processed,  # also where nothing was left to train
+        # Not trainer.current_epoch, which is one less where a run that was taken up had nothing left to train.
+        epochs=cast(Any, trainer.fit_loop.epoch_progress.current).processed,
         speed={
             "seconds": seconds,
             "seconds_per_step": clock.median(),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import platform
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from fusion.config import StageConfig, TaskConfig
 from fusion.data.encode import EncodedRows, encode, load_tokenizer
 from fusion.data.rows import evaluation_splits, load_rows
 from fusion.entry import Entry, result_of
+from fusion.errors import TrainingError
 from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.model import AdaptedModel
 from fusion.prefix import keep_prefix
@@ -28,6 +29,8 @@ from fusion.run import Run
 from fusion.store.artifacts import save
 from fusion.store.manifest import Manifest, read_folder
 from fusion.training.fit import Fit, fit
+
+DIVERGED = "-diverged"  # ending of the name of what was best before the loss was no longer finite
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +109,8 @@ def train_and_store(
 
     Raises:
         GuardError: something else than the declared parameters changed; nothing is stored.
+        TrainingError: the loss was no longer finite (what was best before is stored under another name), or the
+            store could not be written (the checkpoint stays).
     """
     loggers = build_loggers(
         config.logger,
@@ -161,9 +166,14 @@ def train_and_store(
             log.info("trainer.fast_dev_run: it runs; nothing is stored")
             exit_code = 0
             return manifest.result
-        path = save(entry.store, manifest, model.weight_state(), model.head_state(), config.overwrite)
+        if fitted.broken is not None:
+            kept = _store(dataclasses.replace(manifest, name=f"{entry.name}{DIVERGED}"), model, entry, True)
+            scores = "  ".join(f"{split} {fitted.metrics[split]}" for split in fitted.metrics)
+            raise TrainingError(
+                f"{fitted.broken}\nThe best epoch before it ({fitted.best_epoch}: {scores}) is kept as {kept.name}"
+            )
+        path = _store(manifest, model, entry, config.overwrite)
         log.info("stored %s", path)
-        shutil.rmtree(entry.checkpoints, ignore_errors=True)  # what they were kept for is done
         stored = read_folder(path)
         result = result_of(stored, path)
         log_result(loggers, result)
@@ -174,6 +184,16 @@ def train_and_store(
         return result
     finally:
         finish(loggers, exit_code)
+
+
+def _store(manifest: Manifest, model: AdaptedModel, entry: Entry, overwrite: bool) -> Path:
+    try:
+        return save(entry.store, manifest, model.weight_state(), model.head_state(), overwrite)
+    except OSError as error:
+        raise TrainingError(
+            f"{entry.store / manifest.name} cannot be written ({error.strerror or error}).\n"
+            f"Make room or mend the folder and say the same command again: it goes on from {entry.checkpoints}"
+        ) from error
 
 
 def _circumstances(

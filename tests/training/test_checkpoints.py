@@ -1,0 +1,204 @@
+"""Checkpoint files: whole or not at all, the last good one found, nothing executed; what a run's standing says."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as lightning
+import torch
+
+from fusion.config import OptimConfig
+from fusion.errors import TrainingError
+from fusion.training import checkpoints
+from fusion.training import fit as fit_module
+from fusion.training.checkpoints import BEFORE, LAST, POSITION, read_checkpoint, write_checkpoint
+from tests.bench import Bench, same
+
+
+def content(number: int) -> dict[str, Any]:
+    return {
+        "position": {"epoch": number, "batch": 0, "steps": number},
+        "loops": {},
+        "state_dict": {"weight": torch.full((300,), float(number))},
+        "optimizer_states": [],
+    }
+
+
+def test_the_last_and_the_one_before_stay(tmp_path: Path) -> None:
+    assert read_checkpoint(tmp_path / "none") is None
+    for number in range(4):
+        write_checkpoint(tmp_path / "run", content(number))
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {LAST, BEFORE, POSITION}
+    read = read_checkpoint(tmp_path / "run")
+    assert read is not None and read["position"]["epoch"] == 3
+    assert json.loads((tmp_path / "run" / POSITION).read_text()) == {"epoch": 3, "batch": 0, "steps": 3}
+    (tmp_path / "run" / LAST).unlink()  # killed between the two renames
+    read = read_checkpoint(tmp_path / "run")
+    assert read is not None and read["position"]["epoch"] == 2
+
+
+def test_damage_is_seen_and_the_one_before_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Anything that changes the content; what is no content (padding of the archive) may be changed."""
+    draw = random.Random(5)
+    write_checkpoint(tmp_path, content(1))
+    write_checkpoint(tmp_path, content(2))
+    whole = (tmp_path / LAST).read_bytes()
+    taken = {1: 0, 2: 0}
+    for _ in range(150):
+        damaged = bytearray(whole)
+        if draw.random() < 0.3:
+            damaged = damaged[: draw.randrange(len(whole))]
+        else:
+            damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        (tmp_path / LAST).write_bytes(damaged)
+        read = read_checkpoint(tmp_path)
+        assert read is not None
+        number = read["position"]["epoch"]
+        assert torch.equal(read["state_dict"]["weight"], torch.full((300,), float(number)))
+        taken[number] += 1
+    assert taken[1] > 60
+    assert "last.ckpt is damaged" in caplog.text
+    (tmp_path / LAST).write_bytes(b"")
+    (tmp_path / BEFORE).write_bytes(b"PK")
+    assert read_checkpoint(tmp_path) is None
+
+
+class Opened:
+    def __reduce__(self) -> tuple[Any, tuple[str, ...]]:
+        return (os.system, ("touch executed",))
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(content(1) | {"more": Opened()}, tmp_path / LAST)
+    (tmp_path / BEFORE).write_bytes(pickle.dumps(Opened()))
+    assert read_checkpoint(tmp_path) is None
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_write_that_fails_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path, content(1))
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            write_checkpoint(tmp_path, content(2))
+    assert {file.name for file in tmp_path.iterdir()} == {LAST, POSITION}
+    read = read_checkpoint(tmp_path)
+    assert read is not None and read["position"]["epoch"] == 1
+
+
+def test_a_disk_that_is_full_costs_a_warning_and_not_the_training(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = bench.stage1("films")
+    weights = bench.weights("films")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoints, "write_checkpoint", full)
+    found = bench.stage1("films", overwrite=True)
+    assert found["metrics"] == expected["metrics"] and same(bench.weights("films"), weights)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert (
+        len([line for line in said if "no checkpoint could be written" in line]) == 1
+    )  # and not once an epoch
+
+
+def test_a_store_that_is_full_says_that_the_training_is_kept(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusion.training import stage
+
+    bench.stage1("films", name="other")
+    save = stage.save
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(stage, "save", full)
+    with pytest.raises(
+        TrainingError, match=r"films cannot be written \(No space left on device\)\.\nMake room"
+    ):
+        bench.stage1("films")
+    monkeypatch.setattr(stage, "save", save)
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(fit_module.TaskModule, "training_step", never)
+    bench.stage1("films")
+    assert same(bench.weights("films"), bench.weights("other"))
+
+
+class Poison(lightning.Callback):
+    """Makes the weights infinite before a step."""
+
+    def __init__(self, epoch: int, batch: int, before: dict[str, torch.Tensor]) -> None:
+        self.at = (epoch, batch)
+        self.before = before  # filled in: what the weights were when the epoch began
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(module, fit_module.TaskModule)
+        if (trainer.current_epoch, batch_idx) == (self.at[0], 0):
+            state = module.model.filling_state().items()
+            self.before.update({name: tensor.detach().clone() for name, tensor in state})
+        if (trainer.current_epoch, batch_idx) == self.at:
+            next(iter(module.model.trainable().values())).data.fill_(float("inf"))
+
+
+def poisoned(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, epoch: int, batch: int
+) -> tuple[str, dict[str, torch.Tensor]]:
+    """What is said, and what the weights were when that epoch began."""
+    make_trainer = fit_module.make_trainer
+    before: dict[str, torch.Tensor] = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            fit_module,
+            "make_trainer",
+            lambda c, k, *more: make_trainer(c, [Poison(epoch, batch, before), *k], *more),
+        )
+        with pytest.raises(TrainingError) as caught:
+            bench.stage1("films", optim=OptimConfig(lr=5e-3, patience=None))
+    return str(caught.value), before
+
+
+def test_a_loss_that_is_not_finite_names_step_and_rows_and_the_best_epoch_is_kept(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The 4th batch of the second epoch, though losses are looked at every ten steps."""
+    said, before = poisoned(bench, monkeypatch, 1, 3)
+    assert (
+        "the loss is nan at step 11 (rows " in said and "of train, counted from 0): training stopped." in said
+    )
+    assert "Lower optim.lr" in said and "The best epoch before it (1: validation " in said
+    assert not (bench.folder / "store" / "films").exists()
+    kept = bench.evaluate("films-diverged")
+    assert set(kept["metrics"]["validation"]) == {"accuracy", "macro_f1"}
+    assert same(bench.weights("films-diverged"), before)
+    # The same command again fails alike, from the last checkpoint on, and replaces what it had kept.
+    assert poisoned(bench, monkeypatch, 1, 3)[0] == said
+    bench.stage1("films")  # and where the fault has gone, it ends
+    assert (bench.folder / "store" / "films").exists()
+
+
+def test_a_loss_that_is_not_finite_from_the_first_epoch_leaves_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, _ = poisoned(bench, monkeypatch, 0, 6)
+    assert "at step 6 " in said and "kept" not in said
+    assert not (bench.folder / "store").exists() or not list((bench.folder / "store").glob("films*"))

@@ -1,0 +1,167 @@
+"""Signals: put off until a checkpoint is written, then obeyed as whoever sent them expects."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fusion.run import Terminated
+from fusion.training.interrupts import SIGNALS, Interrupts
+from tests.bench import LABELS, write_task
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def handlers() -> Iterator[list[int]]:
+    """Notes what reaches the handlers that were there before."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    seen: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    yield seen
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+def test_a_signal_waits_and_then_does_what_it_would_have_done(handlers: list[int]) -> None:
+    there = {number: signal.getsignal(number) for number in SIGNALS}
+    with Interrupts() as interrupts:
+        assert {number: signal.getsignal(number) for number in SIGNALS} == there  # not armed
+        interrupts.arm()
+        interrupts.obey()  # nothing is pending
+        send(signal.SIGTERM)
+        assert (interrupts.pending, handlers) == (signal.SIGTERM, [])
+        interrupts.obey()
+        assert (interrupts.pending, handlers) == (None, [signal.SIGTERM])  # a handler that lets it go on
+        send(signal.SIGUSR2)  # ignored before, ignored now
+        assert interrupts.pending is None
+        send(signal.SIGUSR1)
+        with pytest.raises(Terminated, match="SIGUSR1"):
+            interrupts.obey()
+        send(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.obey()
+    assert {number: signal.getsignal(number) for number in SIGNALS} == there
+
+
+def test_a_second_signal_acts_at_once(handlers: list[int]) -> None:
+    with Interrupts() as interrupts:
+        interrupts.arm()
+        send(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+            time.sleep(1)
+        assert handlers == []
+    assert handlers == [signal.SIGTERM]  # never lost
+
+
+def test_what_is_pending_at_the_end_is_obeyed_unless_something_else_went_wrong(handlers: list[int]) -> None:
+    with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts:
+        interrupts.arm()
+        send(signal.SIGINT)
+    with pytest.raises(ValueError, match="broken"), Interrupts() as interrupts:
+        interrupts.arm()
+        send(signal.SIGINT)
+        raise ValueError("broken")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("interrupts") / "my work"
+    (folder / "conf" / "task").mkdir(parents=True)
+    write_task(folder / "data", "films")
+    task = {"kind": "classification", "text": "text", "labels": LABELS, "metrics": ["accuracy"]}
+    (folder / "conf" / "task" / "films.yaml").write_text(yaml.safe_dump(task))
+    return folder
+
+
+def start(place: Path, backbone: Path, *overrides: str) -> subprocess.Popen[str]:
+    words = [
+        "+task=films", "data.dir=data", "data.cache_dir=cache", f"backbone.name_or_path={backbone}", "backbone.pooling=mean",
+        "trainer.accelerator=cpu", "optim.patience=null", "data.max_length=16", "data.batch_size=8", "logger=none",
+    ]  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-u", "-m", "fusion.stage1", *words, *overrides],
+        cwd=place,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(file: Path, process: subprocess.Popen[str], seconds: float = 90) -> dict[str, Any]:
+    deadline = time.monotonic() + seconds
+    while not file.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    said: dict[str, Any] = json.loads(file.read_text())
+    return said
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "more"),
+    [
+        (signal.SIGTERM, 143, ()),
+        (signal.SIGINT, 130, ()),
+        (signal.SIGUSR1, 143, ()),
+        (signal.SIGTERM, 143, ("trainer.devices=2", "trainer.strategy=ddp")),
+        (signal.SIGINT, 130, ("trainer.devices=2", "trainer.strategy=ddp")),
+    ],
+    ids=["SIGTERM", "SIGINT", "SIGUSR1", "SIGTERM, two processes", "SIGINT, two processes"],
+)
+def test_a_command_writes_a_checkpoint_before_it_ends(
+    place: Path, tiny_backbone: Path, number: signal.Signals, code: int, more: tuple[str, ...]
+) -> None:
+    name = f"{number.name}-{len(more)}"
+    directory = f"hydra.run.dir=runs/{name}"
+    process = start(
+        place,
+        tiny_backbone,
+        f"name={name}",
+        directory,
+        "trainer.max_epochs=2000",
+        "checkpoint_minutes=null",
+        *more,
+    )
+    runs = place / "outputs" / "store" / ".runs"
+    try:
+        (folder,) = _only(runs, f"{name}-*", process)
+        wait_for(folder / "position.json", process)
+        sent = time.time_ns()
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code, err
+    assert (folder / "last.ckpt").stat().st_mtime_ns > sent
+    assert json.loads((folder / "attempt.json").read_text())["status"] == "interrupted"
+    assert json.loads((place / "runs" / name / "status.json").read_text())["status"] == "interrupted"
+
+
+def _only(folder: Path, pattern: str, process: subprocess.Popen[str]) -> list[Path]:
+    deadline = time.monotonic() + 90
+    while not (found := list(folder.glob(pattern))):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
