@@ -203,15 +203,15 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def caused_by_interrupt(error: BaseException) -> BaseException | None:
-    """The KeyboardInterrupt or Terminated behind an error, if there is one.
+    """The KeyboardInterrupt or Terminated behind an error, if there is one, or the error if it ends the process.
 
     Lightning makes SystemExit(1) of a Ctrl-C, and what is torn down after one may fail in its turn:
-    either way somebody wanted the program to stop.
+    either way somebody wanted the program to stop. submitit ends it so when a job's turn is over.
     """
     seen: BaseException | None = error
     while seen is not None and not isinstance(seen, KeyboardInterrupt | Terminated):
         seen = seen.__cause__ or seen.__context__
-    return seen
+    return error if seen is None and isinstance(error, SystemExit) else seen
 
 
 def record(run: Run, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -165,3 +165,40 @@ def _only(folder: Path, pattern: str, process: subprocess.Popen[str]) -> list[Pa
         assert time.monotonic() < deadline
         time.sleep(0.05)
     return found
+
+
+def test_a_job_that_slurm_takes_away_goes_on_in_its_next_turn(place: Path, tiny_backbone: Path) -> None:
+    """By submitit's own executor for this machine, which starts a job again as SLURM does."""
+    process = start(
+        place, tiny_backbone, "name=preempted", "trainer.max_epochs=40", "hydra/launcher=submitit_local",
+        "hydra.launcher.timeout_min=10", "hydra.sweep.dir=preempted", "-m",
+    )  # fmt: skip
+    try:
+        (folder,) = _only(place / "outputs" / "store" / ".runs", "preempted-*", process)
+        wait_for(folder / "position.json", process)
+        (job,) = _processes("submitit.core._submit", place)
+        os.kill(job, signal.SIGUSR2)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        for left in _processes("submitit", place):
+            os.kill(left, signal.SIGKILL)
+    assert process.returncode == 0, err
+    said = next((place / "preempted").glob("*/run.log")).read_text()
+    assert "SIGUSR2" in said and "going on at epoch" in said
+    assert "Traceback" not in said
+    status = json.loads(next((place / "preempted").glob("*/status.json")).read_text())
+    assert status["status"] == "done"
+    assert (place / "outputs" / "store" / "preempted" / "manifest.json").is_file()
+
+
+def _processes(word: str, folder: Path) -> list[int]:
+    """Those that have the word in their command and stand in the folder."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if word in (entry / "cmdline").read_text() and (entry / "cwd").resolve() == folder.resolve():
+                found.append(int(entry.name))
+        except OSError:  # it has ended meanwhile
+            continue
+    return found
