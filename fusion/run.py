@@ -255,7 +255,7 @@ def record(run: Run, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             say("failed", describe(error))
             raise
         say("interrupted", describe(interrupt))
-        raise interrupt from error
+        raise interrupt from (None if interrupt is error else error)
     say("done")
     return result
 

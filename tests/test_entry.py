@@ -1,0 +1,94 @@
+"""How a run stands: new, done, interrupted or failed, and what stays of an attempt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusion import stage1
+from fusion.config import Stage1Config
+from fusion.entry import ATTEMPT, Entry
+from fusion.run import Run, Standing, Terminated
+from tests.bench import Bench
+
+
+def entry_of(bench: Bench, **changes: Any) -> tuple[Entry, Run]:
+    config = Stage1Config(**bench.settings("films", **changes))
+    config.name = config.default_name()
+    run = bench.run("stage1", config)
+    return stage1.entry_of(config, run), run
+
+
+def test_a_run_from_new_to_done(bench: Bench) -> None:
+    entry, run = entry_of(bench)
+    assert entry.standing == Standing("new")
+    with entry.attempt(run, resume=True):
+        said = json.loads((entry.checkpoints / ATTEMPT).read_text())
+        assert set(said) == {"status", "error", "directory", "host", "pid", "started"}
+        assert (said["status"], said["directory"]) == ("running", str(run.directory))
+        assert entry.standing == Standing(
+            "interrupted", "goes on from the beginning"
+        )  # for whoever comes after a kill
+    assert not entry.checkpoints.exists()
+    bench.stage1("films")
+    assert entry_of(bench)[0].standing == Standing("done")
+
+
+@pytest.mark.parametrize(
+    ("error", "standing"),
+    [
+        (RuntimeError("the power went\nand more"), Standing("failed", "RuntimeError: the power went; goes on at epoch 3, batch 8")),
+        (KeyboardInterrupt(), Standing("interrupted", "goes on at epoch 3, batch 8")),
+        (Terminated("SIGTERM"), Standing("interrupted", "goes on at epoch 3, batch 8")),
+        (SystemExit(144), Standing("interrupted", "goes on at epoch 3, batch 8")),
+    ],
+    ids=["failed", "Ctrl-C", "SIGTERM", "taken away"],
+)  # fmt: skip
+def test_an_attempt_that_ends_badly_leaves_its_checkpoints(
+    bench: Bench, error: BaseException, standing: Standing
+) -> None:
+    entry, run = entry_of(bench)
+    with pytest.raises(type(error)), entry.attempt(run, resume=True):
+        (entry.checkpoints / "last.ckpt").write_bytes(b"whole")
+        (entry.checkpoints / "position.json").write_text('{"epoch": 2, "batch": 7, "steps": 23}')
+        raise error
+    assert entry.standing == standing
+    with entry.attempt(run, resume=True):
+        assert (entry.checkpoints / "last.ckpt").exists()
+        (entry.checkpoints / ATTEMPT).write_text("not json")
+        assert entry.standing == Standing("interrupted", "goes on at epoch 3, batch 8")
+
+
+def test_resume_false_begins_anew(bench: Bench) -> None:
+    entry, run = entry_of(bench)
+    entry.checkpoints.mkdir(parents=True)
+    (entry.checkpoints / "last.ckpt").write_bytes(b"whole")
+    with entry.attempt(run, resume=False):
+        assert [file.name for file in entry.checkpoints.iterdir()] == [ATTEMPT]
+
+
+def test_other_processes_of_a_run_keep_nothing(bench: Bench) -> None:
+    entry, run = entry_of(bench)
+    with entry.attempt(Run(run.command, run.directory, (), {}, "", rank_zero=False), resume=False):
+        assert not entry.checkpoints.exists()
+
+
+def test_what_a_killed_run_left_beside_a_stored_artifact_goes(bench: Bench) -> None:
+    """It was killed after it had stored and before it had cleared up."""
+    bench.stage1("films")
+    entry, _ = entry_of(bench)
+    entry.checkpoints.mkdir(parents=True)
+    (entry.checkpoints / "last.ckpt").write_bytes(b"whole")
+    bench.stage1("films")
+    assert not entry.checkpoints.exists()
+
+
+def test_an_attempt_that_cannot_be_noted_goes_on(bench: Bench, tmp_path: Path) -> None:
+    entry, run = entry_of(bench, store=str(tmp_path / "store"))
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / ".runs").write_text("a file in the way")
+    with entry.attempt(run, resume=True):
+        pass
