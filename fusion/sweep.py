@@ -60,7 +60,7 @@ class Sweep:
             counts = f"{len(before)} done"
         lines = [f"{len(failed)} of {jobs} jobs failed:"] if failed else []
         lines += [f"  {place}/run.log: {reason}" for place, reason in sorted(failed.items())]
-        return f"{jobs} jobs: {counts}, {len(failed)} failed", lines
+        return f"{jobs} job{'s' * (jobs != 1)}: {counts}, {len(failed)} failed", lines
 
 
 def standings(jobs: Mapping[str, Standing]) -> list[str]:
@@ -75,7 +75,7 @@ def standings(jobs: Mapping[str, Standing]) -> list[str]:
         "new": "new",
     }
     counts = [f"{len(by_state[state])} {title}" for state, title in titles.items() if state in by_state]
-    lines = [f"{len(jobs)} jobs: {', '.join(counts)}"]
+    lines = [f"{len(jobs)} job{'s' * (len(jobs) != 1)}: {', '.join(counts)}"]
     if done := list(by_state.get("done", ())):
         more = f" and {len(done) - NAMES} more" if len(done) > NAMES else ""
         lines.append(f"  skipped: {', '.join(done[:NAMES])}{more}")
