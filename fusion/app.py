@@ -430,7 +430,10 @@ def _main(command: Command) -> int:
             traceback.print_exc()
         if _sweep is not None:
             _sweep_outcome(_sweep)
-        return _say(f"{command.name} failed: {describe(error)}", 1)
+        said = describe(error)
+        if isinstance(error, OSError):
+            said += "\nAn output folder cannot be written: make room, or name another with hydra.run.dir= or hydra.sweep.dir="
+        return _say(f"{command.name} failed: {said}", 1)
     if _sweep is not None:
         return _sweep_outcome(_sweep)
     return max(outcomes, default=0)
@@ -464,18 +467,19 @@ def _job(command: Command, program: list[str], composed: DictConfig, outcomes: l
     try:
         with contextlib.ExitStack() as turn:
             result = record(run, work, check)
-    except UserError as error:
-        outcomes.append(_say(str(error), 2))
-    except TrainingError as error:
-        outcomes.append(_say(f"{command.name} failed: {error} (log: {run.directory}/run.log)", 1))
     except Exception as error:
-        if not _is_sweep(launch):
+        if _sweep is not None:
+            _sweep.told[run.directory.absolute()] = describe(error)
+        if isinstance(error, UserError):
+            outcomes.append(_say(str(error), 2))
+            return None
+        if not _is_sweep(launch) and not isinstance(error, TrainingError):
             traceback.print_exc()
-        outcomes.append(_say(f"{command.name} failed: {describe(error)} (log: {run.directory}/run.log)", 1))
-    else:
-        outcomes.append(0)
-        return result
-    return None
+        said = str(error) if isinstance(error, TrainingError) else describe(error)
+        outcomes.append(_say(f"{command.name} failed: {said} (log: {run.directory}/run.log)", 1))
+        return None
+    outcomes.append(0)
+    return result
 
 
 def _say_standing(name: str, standing: Standing | None) -> None:

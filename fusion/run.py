@@ -295,7 +295,8 @@ def record(
                 file.write("".join(traceback.format_exception(error)))
             say(now, describe(reason))
         except OSError as fault:  # the error itself is what the user has to see
-            log.warning("%s: cannot be written (%s)", run.directory, fault.strerror or fault)
+            if not isinstance(error, RecordError):
+                log.warning("%s: cannot be written (%s)", run.directory, fault.strerror or fault)
 
     try:
         run.directory.mkdir(parents=True, exist_ok=True)

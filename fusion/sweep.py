@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,15 @@ Stamp = tuple[int, int]
 
 @dataclass(frozen=True)
 class Sweep:
-    """folder: hydra.sweep.dir. planned: the jobs' folders, where they are known. seen: the statuses from before."""
+    """
+    folder: hydra.sweep.dir. planned: the jobs' folders, where they are known. seen: the statuses from before.
+    told: by absolute folder, why jobs of this very process failed, for those that could not write it down.
+    """
 
     folder: Path
     planned: tuple[Path, ...]
     seen: Mapping[Path, Stamp]
+    told: dict[Path, str] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, folder: Path, planned: Sequence[Path] = ()) -> Sweep:
@@ -50,6 +54,7 @@ class Sweep:
         statuses = {place: _read(place) for place in written}
         failed = {place: _reason(status) for place, status in statuses.items() if status["status"] != "done"}
         failed |= {place: "it left no status: killed before it began, or never started" for place in silent}
+        failed |= {place: self.told[place.absolute()] for place in failed if place.absolute() in self.told}
         jobs = len(statuses) + len(silent)
         before = [status.get("before") for status in statuses.values() if status["status"] == "done"]
         if any(status.get("before") for status in statuses.values()):

@@ -208,7 +208,7 @@ def test_a_rank_that_is_killed(run: Callable[..., dict[str, Any]]) -> None:
 
 
 def test_what_a_rank_raises_for_the_user_stays_what_it_is(run: Callable[..., dict[str, Any]]) -> None:
-    with pytest.raises(TrainingError, match="^the loss is not finite$") as raised:
+    with pytest.raises(TrainingError, match=r"^the loss is not finite$") as raised:
         run("lack", "wait")
     assert type(raised.value) is TrainingError
 
@@ -239,7 +239,7 @@ def test_a_port_that_is_taken_meanwhile_is_another_one(
         assert run("listen", "well")["port"] == str(free)
         assert caplog.text.count(f"port {taken} was taken by another program: trying another") == 2
         ports += [taken] * processes.PORTS
-        with pytest.raises(RankError, match="ports were taken before .* MASTER_PORT=PORT"):
+        with pytest.raises(RankError, match=r"ports were taken before .* MASTER_PORT=PORT"):
             run("listen", "well")
         assert ports == []
 
