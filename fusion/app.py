@@ -8,18 +8,17 @@ starts, records what each job leaves, and ends with the exit code that scripts r
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import functools
 import hashlib
-import json
 import logging
 import os
 import re
 import secrets
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -44,8 +43,10 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from fusion.config import MULTITASK, Stage1Config, Stage2Config, StageConfig
-from fusion.errors import UserError, first_line
-from fusion.run import Run, Standing, Terminated, describe, record
+from fusion.errors import TrainingError, UserError, first_line
+from fusion.run import Run, Standing, Terminated, check_folder, describe, record
+from fusion.run_lock import turn_of
+from fusion.sweep import Sweep, standings
 
 log = logging.getLogger(__name__)
 
@@ -84,8 +85,8 @@ def command(name: str, schema: type, check: Check) -> Callable[[Function], Calla
     """Makes a program of a function: `conf/NAME.yaml`, typed by `schema`, tested by `check`.
 
     The function gets the typed config and the Run, and returns what result.json holds. `check` is
-    cheap and raises UserError; it sees every job of a sweep before the first one starts, and each
-    job once more when its turn comes.
+    cheap, raises UserError, and may say how the run stands; it sees every job of a sweep before the first
+    one starts, and each job once more when its turn comes.
     """
     register(name, schema)
 
@@ -299,8 +300,7 @@ OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(3), use_cach
 # --- before the first job -------------------------------------------------------------------------
 
 _current: Command  # the command of this process, for the callback that Hydra makes
-_sweep_folder: Path | None = None
-_sweep_start = 0.0  # a folder named by hydra.sweep.dir may hold the jobs of earlier sweeps
+_sweep: Sweep | None = None
 
 
 class Preflight(Callback):
@@ -308,12 +308,14 @@ class Preflight(Callback):
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         with _refusing():
-            _current.check(*prepare(_current, config, config.hydra))
+            typed, run = prepare(_current, config, config.hydra)
+            _current.check(typed, run)
+            check_folder(Path(config.hydra.run.dir), "hydra.run.dir")
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        global _sweep_folder, _sweep_start
+        global _sweep
         with _refusing():
-            _sweep_folder, _sweep_start = Path(config.hydra.sweep.dir), time.time()
+            folder = Path(config.hydra.sweep.dir)
             loader = GlobalHydra.instance().config_loader()
             words = [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
             # As they were typed: `name=rte-${seed}` is another name in each job.
@@ -324,7 +326,11 @@ class Preflight(Callback):
             keys = ",".join(f"'{key}'" for key in constant)
             config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{keys}]")
             if not str(config.hydra.sweeper.get("_target_", "")).endswith(".BasicSweeper"):
+                check_folder(folder, "hydra.sweep.dir")
+                _sweep = Sweep.begin(folder)
                 return  # another sweeper finds its jobs as it goes: each is checked when its turn comes
+            planned: list[Path] = []
+            standing: dict[str, Standing] = {}
             names: dict[tuple[str, str], Sequence[str]] = {}
             (members,) = BasicSweeper.split_arguments(overrides, None)
             for number, member in enumerate(members):
@@ -334,9 +340,12 @@ class Preflight(Callback):
                     raise HydraException(str(error)) from error
                 try:
                     typed, run = prepare(_current, composed, composed.hydra)
-                    _current.check(typed, run)
+                    found = _current.check(typed, run)
                 except UserError as error:
                     raise UserError(f"job {number} ({' '.join(member)}): {error}") from error
+                if found is not None:
+                    standing[str(run.config.get("name"))] = found
+                planned.append(folder / _job_folder(composed, number))
                 if isinstance(typed, StageConfig):
                     first = names.setdefault((typed.store, str(typed.name)), member)
                     if first is not member:
@@ -344,6 +353,28 @@ class Preflight(Callback):
                             f"two jobs of this sweep would both be kept as {typed.name}: "
                             f"{' '.join(first)} and {' '.join(member)}\nleave name= out, or sweep over it"
                         )
+            check_folder(folder, "hydra.sweep.dir")
+            for place in planned:
+                if place.exists() and not place.is_dir():
+                    raise UserError(
+                        f"{place}: this is a file, expected a folder; hydra.sweep.dir=DIR names another"
+                    )
+            _sweep = Sweep.begin(folder, planned)
+            if standing:
+                print("\n".join(standings(standing)), flush=True)
+
+
+def _job_folder(composed: DictConfig, number: int) -> str:
+    """Where Hydra will put a job of the sweep, below hydra.sweep.dir; what only the launcher knows stays open."""
+    before = HydraConfig.instance().cfg
+    with open_dict(composed):
+        composed.hydra.job.num = number
+        composed.hydra.job.id = number
+    HydraConfig.instance().set_config(composed)  # ${hydra:…} reads it there
+    try:
+        return str(composed.hydra.sweep.subdir)
+    finally:
+        HydraConfig.instance().cfg = before
 
 
 class _refusing:
@@ -365,8 +396,9 @@ class _refusing:
 def _main(command: Command) -> int:
     from fusion.training import processes
 
-    global _current, _sweep_folder
-    _current, _sweep_folder = command, None
+    global _current, _sweep
+    _current, _sweep = command, None
+    logging.raiseExceptions = False  # a full disk would fill the terminal; run.log itself says that it ends
     signal.signal(signal.SIGTERM, _terminate)
     if (rank := processes.job_of_this_rank()) is not None:
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(command.schema), rank.config))
@@ -394,12 +426,16 @@ def _main(command: Command) -> int:
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except Exception as error:
-        traceback.print_exc()
-        if _sweep_folder is not None:
-            _sweep_outcome(_sweep_folder)
-        return _say(f"{command.name} failed: {describe(error)}", 1)
-    if _sweep_folder is not None:
-        return _sweep_outcome(_sweep_folder)
+        if not isinstance(error, OSError):  # those are Hydra's own files; the others may be anything
+            traceback.print_exc()
+        if _sweep is not None:
+            _sweep_outcome(_sweep)
+        said = describe(error)
+        if isinstance(error, OSError):
+            said += "\nAn output folder cannot be written: make room, or name another with hydra.run.dir= or hydra.sweep.dir="
+        return _say(f"{command.name} failed: {said}", 1)
+    if _sweep is not None:
+        return _sweep_outcome(_sweep)
     return max(outcomes, default=0)
 
 
@@ -414,42 +450,62 @@ def _job(command: Command, program: list[str], composed: DictConfig, outcomes: l
     launch: Any = HydraConfig.get()
     typed, run = prepare(command, composed, launch)
 
+    def check() -> Standing | None:
+        standing = command.check(typed, run)
+        if isinstance(typed, StageConfig) and run.rank_zero:
+            if turn.enter_context(turn_of(Path(typed.store), str(typed.name))):
+                standing = command.check(typed, run)  # whoever had the turn may have done it
+            _say_standing(str(typed.name), standing)
+        return standing
+
     def work() -> dict[str, Any]:
-        command.check(typed, run)
         ranks = processes.count(typed.trainer) if isinstance(typed, StageConfig) else 1
         if ranks > 1:
             return processes.launch(program, run.config, run, ranks)
         return command.function(typed, run)
 
     try:
-        result = record(run, work)
-    except UserError as error:
-        outcomes.append(_say(str(error), 2))
+        with contextlib.ExitStack() as turn:
+            result = record(run, work, check)
     except Exception as error:
-        if not _is_sweep(launch):
+        if _sweep is not None:
+            _sweep.told[run.directory.absolute()] = describe(error)
+        if isinstance(error, UserError):
+            outcomes.append(_say(str(error), 2))
+            return None
+        if not _is_sweep(launch) and not isinstance(error, TrainingError):
             traceback.print_exc()
-        outcomes.append(_say(f"{command.name} failed: {describe(error)} (log: {run.directory}/run.log)", 1))
-    else:
-        outcomes.append(0)
-        return result
-    return None
+        said = str(error) if isinstance(error, TrainingError) else describe(error)
+        outcomes.append(_say(f"{command.name} failed: {said} (log: {run.directory}/run.log)", 1))
+        return None
+    outcomes.append(0)
+    return result
 
 
-def _sweep_outcome(folder: Path) -> int:
-    """Says which jobs of a sweep failed and where their logs are; the sweep's exit code."""
-    files = [
-        file for file in sorted(folder.glob("*/status.json")) if file.stat().st_mtime >= _sweep_start - 1
-    ]
-    statuses = {file.parent: json.loads(file.read_text()) for file in files}
-    failed = {place: status for place, status in statuses.items() if status["status"] != "done"}
-    if not failed:
-        return 0
-    lines = [f"  {place}/run.log: {status['error'] or status['status']}" for place, status in failed.items()]
-    return _say("\n".join([f"{len(failed)} of {len(statuses)} jobs failed:", *lines]), 1)
+def _say_standing(name: str, standing: Standing | None) -> None:
+    """One line for a run that is not new; the command itself says where a finished one lies."""
+    if standing is not None and standing.state == "interrupted":
+        log.info("%s was interrupted and goes on%s", name, f": {standing.detail}" if standing.detail else "")
+    elif standing is not None and standing.state == "failed":
+        log.info(
+            "%s failed the last time and runs again%s",
+            name,
+            f" ({standing.detail})" if standing.detail else "",
+        )
+
+
+def _sweep_outcome(sweep: Sweep) -> int:
+    """Says how a sweep went: in one line how many jobs, then which failed and where their logs are."""
+    line, failed = sweep.outcome()
+    print(line, flush=True)
+    return _say("\n".join(failed), 1) if failed else 0
 
 
 def _say(message: str, code: int) -> int:
-    print(message, file=sys.stderr, flush=True)
+    if os.environ.get("FUSION_DEBUG", "0") not in ("", "0") and sys.exc_info()[1] is not None:
+        traceback.print_exc()
+    with contextlib.suppress(OSError):  # the terminal may be a file on the disk that is full
+        print(message, file=sys.stderr, flush=True)
     return code
 
 
@@ -480,6 +536,10 @@ def explain(error: BaseException, schema: type) -> str:
             return f"{' '.join(inner)}: with tasks=, what a task says stands in its own file\n{OWN_TASK}"
         return (
             f"{' '.join(inner)}: a key of what is not there; choose it first: +task=NAME, logger=[wandb,csv]"
+        )
+    if isinstance(cause, OSError) and text.startswith("Unable to configure handler"):
+        return (
+            f"{cause.filename}: cannot be written ({cause.strerror})\nhydra.run.dir=DIR names another folder"
         )
     if isinstance(error, YAMLError):
         return " ".join(text.split())

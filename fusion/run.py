@@ -6,9 +6,13 @@ store, and its checkpoints to `STORE/.runs/NAME-IDENTITY`, where the same comman
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
+import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +20,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from fusion.errors import UserError
+from fusion.errors import TrainingError, UserError
+
+log = logging.getLogger(__name__)
 
 # What a run is called, where it writes and how it is watched: none of it changes the numbers.
 NOT_IDENTITY = (
@@ -112,6 +118,10 @@ class Standing:
     detail: str = ""
 
 
+class RecordError(TrainingError):
+    """A job did its work, and what it leaves in its own folder could not be written."""
+
+
 def identity_config(config: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
     """The part of a resolved config that decides the numbers, flat: `{"optim.lr": 1e-4, ...}`.
 
@@ -198,8 +208,40 @@ def checkpoint_folder(store: Path, name: str, identity: str) -> Path:
 def write_json(path: Path, content: Any) -> None:
     """Writes whole or not at all: a reader never sees half a file."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    try:
+        part.write_text(
+            json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
+        )
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+def check_folder(folder: Path, key: str) -> None:
+    """Makes a run's output folder, and sees that a file can be written there.
+
+    Args:
+        key: the override that names the folder.
+
+    Raises:
+        UserError: it cannot be made or written, or the disk is full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Tried with real bytes: permissions do not tell of read-only disks, nor an empty file of full ones.
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".") as probe:
+            probe.write(b"\0" * 4096)
+            probe.flush()
+    except OSError as error:
+        raise _unwritable(folder, error, key) from error
+
+
+def _unwritable(place: Path, error: OSError, key: str) -> UserError:
+    return UserError(
+        f"{place}: cannot be written ({error.strerror or error})\n{key}=DIR names another folder"
+    )
 
 
 def caused_by_interrupt(error: BaseException) -> BaseException | None:
@@ -214,21 +256,32 @@ def caused_by_interrupt(error: BaseException) -> BaseException | None:
     return error if seen is None and isinstance(error, SystemExit) else seen
 
 
-def record(run: Run, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def record(
+    run: Run, work: Callable[[], dict[str, Any]], check: Callable[[], Standing | None] | None = None
+) -> dict[str, Any]:
     """Does a job's work and leaves its traces: config.yaml, status.json, result.json, run.log.
 
     status.json says `running`, then `done`, `failed` or `interrupted`. The traceback of a failed
     job stands at the end of its run.log. Only the first process of a DDP job writes.
 
+    A folder that cannot be written any more hides neither what the work gave nor what went wrong in it.
+
+    Args:
+        check: is called before the work; how the run stands then is kept as status.json's "before".
+
     Raises:
-        Whatever `work` raises; KeyboardInterrupt or Terminated for an interrupted job.
+        UserError: the run's folder cannot be written from the start.
+        RecordError: the work is done, and its result could not be written.
+        Whatever `work` and `check` raise; KeyboardInterrupt or Terminated for an interrupted job.
     """
     if not run.rank_zero:
+        if check is not None:
+            check()
         return work()
-    run.directory.mkdir(parents=True, exist_ok=True)
     tasks = run.config.get("tasks") or [run.config.get("task") or {}]
     status: dict[str, Any] = {
         "status": "running",
+        "before": None,
         "command": run.command,
         "name": run.config.get("name") or run.config.get("artifact"),
         "task": "+".join(task["name"] for task in tasks if task.get("name")) or None,
@@ -242,22 +295,69 @@ def record(run: Run, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         status.update(status=now, error=error, ended=None if now == "running" else _now())
         write_json(run.directory / "status.json", status)
 
-    _write_config(run)
-    say("running")
+    def say_why(now: str, reason: BaseException, error: BaseException) -> None:
+        try:
+            with open(run.directory / "run.log", "a", encoding="utf-8") as file:
+                where = (
+                    traceback.format_exception(error) if now == "failed" else [f"{now}: {describe(reason)}\n"]
+                )
+                file.write("".join(where))
+            say(now, describe(reason))
+        except OSError as fault:  # the error itself is what the user has to see
+            if not isinstance(error, RecordError):
+                log.warning("%s: cannot be written (%s)", run.directory, fault.strerror or fault)
+
     try:
+        run.directory.mkdir(parents=True, exist_ok=True)
+        _write_config(run)
+        say("running")
+    except OSError as error:
+        raise _unwritable(run.directory, error, "hydra.run.dir") from error
+    try:
+        if check is not None and (standing := check()) is not None:
+            status["before"] = standing.state
+            with contextlib.suppress(OSError):
+                say("running")
         result = work()
-        write_json(run.directory / "result.json", result)
     except BaseException as error:
         interrupt = caused_by_interrupt(error)
-        with open(run.directory / "run.log", "a", encoding="utf-8") as log:
-            log.write(traceback.format_exc())
         if interrupt is None:
-            say("failed", describe(error))
+            say_why("failed", error, error)
             raise
-        say("interrupted", describe(interrupt))
-        raise interrupt from (None if interrupt is error else error)
-    say("done")
+        say_why("interrupted", interrupt, error)
+        if interrupt is error:
+            raise
+        raise interrupt from error
+    try:
+        write_json(run.directory / "result.json", result)
+        say("done")
+    except OSError as error:
+        kept = (
+            f"{result['artifact']} is stored whole"
+            if {"stage", "artifact"} <= result.keys()
+            else "it went well"
+        )
+        fault = RecordError(
+            f"{kept}, but {run.directory} cannot be written any more ({error.strerror or error})\n"
+            "Make room there, or say hydra.run.dir=DIR: the same command again writes result.json"
+        )
+        say_why("failed", fault, fault)
+        raise fault from error
     return result
+
+
+class RunLog(logging.FileHandler):
+    """run.log. A disk that fills ends it with one line on the terminal, and not with a traceback for each line."""
+
+    _ended = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not self._ended:
+            self._ended = True
+            reason = getattr(error, "strerror", None) or error
+            with contextlib.suppress(OSError):
+                print(f"{self.baseFilename}: cannot be written any more ({reason})", file=sys.stderr)
 
 
 def describe(error: BaseException) -> str:

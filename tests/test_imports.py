@@ -33,6 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hub": {"errors"},
     "memory": set(),
     "run": BASE,
+    "run_lock": set(),
+    "sweep": BASE | {"run"},
     "layers": set(),
     "backbones": BASE | {"hub", "layers"},
     "model": BASE | {"layers", "backbones"},
@@ -67,7 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "inference",
         "prefix",
     },
-    "app": BASE | {"run", "training.processes"},
+    "app": BASE | {"run", "run_lock", "sweep", "training.processes"},
 }
 MAY_IMPORT |= {command: {*MAY_IMPORT} for command in COMMANDS}
 
@@ -83,7 +85,7 @@ LIBRARIES: dict[str, set[str]] = {
     "datasets": {"data"},
     "peft": {"backbones"},
     "safetensors": {"store", "data", "training"},
-    "filelock": {"store", "data"},
+    "filelock": {"store", "data", "run_lock"},
 }
 LAYERS_LIBRARIES = {"torch", *sys.stdlib_module_names}
 

@@ -154,6 +154,7 @@ def test_record_of_a_job_that_ends_well(tmp_path: Path) -> None:
     assert status.pop("started") <= status.pop("ended")
     assert status == {
         "status": "done",
+        "before": None,
         "command": "stage1",
         "name": "rte",
         "task": "rte",

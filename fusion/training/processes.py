@@ -7,12 +7,19 @@ and checked job, and Lightning finds its ranks already there (LOCAL_RANK is set)
 trains nothing. Whatever happens to a rank, its environment, its process group and its memory go
 with it, and the next job of a sweep starts afresh.
 
+Who interrupts this process means the job: rank zero alone is told, so that it can end its step and keep
+where it is while the other ranks still answer its collectives; what is left then is killed. Rank zero is
+the only one that has something to keep.
+
+All waiting is by the monotonic clock, which one machine's processes share and nobody sets.
+
 The commands have nothing to call. In rank zero `run.rank_zero` is true, in the others false; what a
 rank's function returns counts for rank zero only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -30,19 +37,25 @@ from pathlib import Path
 from typing import Any
 
 from fusion.config import TrainerConfig
-from fusion.errors import UserError
-from fusion.run import Run, Terminated, caused_by_interrupt, describe, write_json
+from fusion.errors import TrainingError, UserError
+from fusion.run import Run, RunLog, Terminated, caused_by_interrupt, describe, write_json
 
 log = logging.getLogger(__name__)
 
 JOB = "FUSION_RANK_JOB"  # environment: the file that holds a rank's job
 POLL = 0.1  # seconds between two looks at the ranks
 GRACE = 5.0  # seconds that the other ranks get to end by themselves when one has failed
-PATIENCE = 15.0  # seconds that interrupted ranks get to put down what they hold
+PATIENCE = 30.0  # seconds that rank zero gets to put down what it holds, and the others to end after it
+START = 300.0  # seconds that a rank gets to start Python and read its job
+PORTS = 3  # ports to try, where somebody takes the chosen one before the ranks do
 
 
-class RankError(Exception):
+class RankError(TrainingError):
     """A rank of a DDP job failed; the others were stopped."""
+
+
+class PortTaken(RankError):
+    """Another program listens where rank zero wanted to."""
 
 
 # --- in the process that starts the ranks ---------------------------------------------------------
@@ -97,47 +110,92 @@ def program(function: Callable[..., Any]) -> list[str]:
 def launch(program: list[str], config: dict[str, Any], run: Run, ranks: int) -> dict[str, Any]:
     """Runs one job in `ranks` processes and gives what rank zero's function returned.
 
-    If a rank fails, the others are stopped within seconds. Ranks above zero write to
-    `run.rank1.log` and so on; the traceback of the rank that failed first is in run.log as well.
+    If a rank fails, the others are stopped within seconds. If this process is interrupted, rank zero gets
+    `PATIENCE` seconds to end in order; a second interruption ends all ranks at once. Ranks above zero write
+    to `run.rank1.log` and so on; the traceback of the rank that failed first is in run.log as well.
 
     Raises:
-        UserError: a rank raised one.
+        UserError: a rank raised one; or MASTER_PORT is no port, or taken.
+        TrainingError: a rank raised one.
         RankError: a rank failed or was killed.
     """
-    with tempfile.TemporaryDirectory(prefix="fusion-ranks-") as folder:
+    for left in reversed(range(PORTS)):
+        port = _port()
+        try:
+            return _launch(program, config, run, ranks, port)
+        except PortTaken as error:
+            if _asked_port() is not None:
+                raise _taken(port) from error
+            log.warning("port %d was taken by another program%s", port, ": trying another" if left else "")
+        except OSError as error:
+            raise RankError(
+                f"the processes of this job could not be started: {error}; is a disk full ({tempfile.gettempdir()})?"
+            ) from error
+    raise RankError(f"{PORTS} free ports were taken before they could be used: MASTER_PORT=PORT says one")
+
+
+def _launch(program: list[str], config: dict[str, Any], run: Run, ranks: int, port: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="fusion-ranks-", ignore_cleanup_errors=True) as folder:
         described = {"run": {**vars(run), "directory": str(run.directory)}, "config": config}
         job = Path(folder) / "job.json"
         write_json(job, described | {"parent": os.getpid()})
         started: list[subprocess.Popen[bytes]] = []
-        ended: dict[int, float] = {}  # rank -> when it was seen to have failed
         try:
             for rank in range(ranks):
-                started.append(_start(program, job, run.directory, rank, ranks))
-            while any(process.poll() is None for process in started):
-                for rank, process in enumerate(started):
-                    if process.poll():
-                        ended.setdefault(rank, time.time() - POLL)
-                if ended and time.time() - min(ended.values()) > GRACE:
-                    break
-                time.sleep(POLL)
-            for rank, process in enumerate(started):
-                if process.poll():
-                    ended.setdefault(rank, time.time() - POLL)
+                started.append(_start(program, job, run.directory, rank, ranks, port))
+            ended = _wait(started, Path(folder))
+            if ended:
+                _interrupt(started, signal.SIGINT, GRACE)
+        except Exception:
+            raise
+        except BaseException as error:
+            number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
+            _interrupt(started, number, PATIENCE)
+            raise
         finally:
-            _stop(started, GRACE if ended else PATIENCE)
+            _kill(started)
         reports = {rank: _read_report(Path(folder), rank) for rank in range(ranks)}
         if not ended and reports[0].get("kind") == "done":
             return reports[0]["result"]
         raise _cause(run.directory, started, ended, reports)
 
 
-def _start(program: list[str], job: Path, directory: Path, rank: int, ranks: int) -> subprocess.Popen[bytes]:
+def _wait(started: list[subprocess.Popen[bytes]], folder: Path) -> dict[int, float]:
+    """Until all ranks have ended, or those that will not end by themselves have had their time.
+
+    Returns:
+        The ranks that have failed, each with when that was seen.
+    """
+    ended: dict[int, float] = {}
+    begun, finished = time.monotonic(), None
+    while any(process.poll() is None for process in started):
+        now = time.monotonic()
+        for rank, process in enumerate(started):
+            if process.poll():
+                ended.setdefault(rank, now - POLL)
+            elif process.returncode is None and now - begun > START and not _has_begun(folder, rank):
+                raise RankError(f"rank {rank} did not start within {START:g} s: run the same command again")
+        if started[0].returncode == 0 and finished is None:
+            finished = now  # its result is there: nobody waits for ever for a rank that cannot end
+        if (ended and now - min(ended.values()) > GRACE) or (
+            finished is not None and now - finished > PATIENCE
+        ):
+            break
+        time.sleep(POLL)
+    for rank, process in enumerate(started):
+        if process.poll():
+            ended.setdefault(rank, time.monotonic() - POLL)
+    return ended
+
+
+def _start(
+    program: list[str], job: Path, directory: Path, rank: int, ranks: int, port: int
+) -> subprocess.Popen[bytes]:
     environment = os.environ.copy()
     environment.setdefault("MASTER_ADDR", "127.0.0.1")
-    environment.setdefault("MASTER_PORT", _free_port(job.parent))
     environment.setdefault("NODE_RANK", "0")
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // ranks)))
-    environment.update({JOB: str(job), "LOCAL_RANK": str(rank)})
+    environment.update({JOB: str(job), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)})
     # A session of its own: a Ctrl-C reaches this process alone, which then stops the ranks.
     if rank == 0:
         return subprocess.Popen(program, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -157,28 +215,64 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _free_port(folder: Path) -> str:
-    """One port for all ranks of the job."""
-    chosen = folder / "port"
-    if not chosen.exists():
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            chosen.write_text(str(probe.getsockname()[1]))
-    return chosen.read_text()
-
-
-def _stop(started: list[subprocess.Popen[bytes]], seconds: float) -> None:
-    """Interrupts what still runs, and kills what does not listen (a rank that waits in a collective)."""
-    running = [process for process in started if process.poll() is None]
-    for process in running:
-        process.send_signal(signal.SIGINT)
-    deadline = time.time() + seconds
-    for process in running:
+def _port() -> int:
+    """Where the ranks meet: MASTER_PORT where somebody has set it, else one that is free now."""
+    port = _asked_port()
+    if port is None:
+        return _free_port()
+    if os.environ.get("NODE_RANK", "0") == "0":  # on another machine it is rank zero's to listen there
         try:
-            process.wait(max(0.0, deadline - time.time()))
-        except subprocess.TimeoutExpired:
+            socket.create_server(("", port)).close()
+        except OSError:
+            raise _taken(port) from None
+    return port
+
+
+def _asked_port() -> int | None:
+    asked = os.environ.get("MASTER_PORT")
+    if asked is None:
+        return None
+    if not asked.isdecimal() or not 0 < int(asked) < 2**16:
+        raise UserError(
+            f"MASTER_PORT={asked}: expected a port, 1 to 65535; without it a free one is chosen: unset MASTER_PORT"
+        )
+    return int(asked)
+
+
+def _free_port() -> int:
+    with socket.create_server(("", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def _taken(port: int) -> UserError:
+    return UserError(
+        f"MASTER_PORT={port}: another program listens there, and the processes of this job cannot meet\n"
+        "Without it a free port is chosen: unset MASTER_PORT, or set it to another one"
+    )
+
+
+def _interrupt(started: list[subprocess.Popen[bytes]], number: int, seconds: float) -> None:
+    """Lets rank zero end in order. The others are left to answer it; whoever interrupts again ends all at once."""
+    if not started or started[0].poll() is not None:
+        return
+    started[0].send_signal(number)
+    deadline = time.monotonic() + seconds
+    # Polled, since Popen.wait takes a Ctrl-C for one that its child has got as well.
+    while started[0].poll() is None and time.monotonic() < deadline:
+        time.sleep(POLL)
+
+
+def _kill(started: list[subprocess.Popen[bytes]]) -> None:
+    for process in started:
+        if process.poll() is None:
             process.kill()
-            process.wait()
+    for process in started:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the system has not let go of it yet
+            process.wait(GRACE)
+
+
+def _has_begun(folder: Path, rank: int) -> bool:
+    return (folder / f"rank{rank}.begun").exists()
 
 
 def _read_report(folder: Path, rank: int) -> dict[str, Any]:
@@ -195,18 +289,35 @@ def _cause(
     """The error of the rank that failed first; the others mostly lost their connection to it."""
     failed = {rank: reports[rank].get("time", seen) for rank, seen in ended.items()}
     if not failed:
-        return RankError("rank 0 ended without a result")
+        return RankError(f"rank 0 ended without a result: see {directory / 'run.log'}")
     rank = min(failed, key=failed.__getitem__)
     report, code = reports[rank], started[rank].returncode
     if report.get("kind") == "user":
         return UserError(report["error"])
     if "traceback" in report:
-        with open(directory / "run.log", "a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), open(directory / "run.log", "a", encoding="utf-8") as file:
             file.write(f"rank {rank}:\n{report['traceback']}")
-        return RankError(f"rank {rank}: {report['error']}")
-    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        if report["kind"] == "training":
+            return TrainingError(report["error"])
+        kind = PortTaken if "EADDRINUSE" in report["error"] else RankError
+        return kind(f"rank {rank}: {report['error']}")
+    if "error" in report:
+        return RankError(f"rank {rank} was interrupted ({report['error']}): the same command goes on")
+    if code == -signal.SIGKILL:
+        return RankError(
+            f"rank {rank} was killed (SIGKILL), by somebody or by the system where memory runs out\n"
+            "A smaller data.batch_size= takes less; the same command goes on"
+        )
+    how = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
     where = directory / ("run.log" if rank == 0 else f"run.rank{rank}.log")
     return RankError(f"rank {rank} {how}: see {where}")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 # --- in a rank ------------------------------------------------------------------------------------
@@ -238,7 +349,13 @@ def job_of_this_rank() -> RankJob | None:
             "rank_zero": first and fields["rank_zero"],
         }
     )
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    if rank == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    else:
+        # A cluster signals all processes. This one answers rank zero until the process that started it ends it.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    (Path(file).parent / f"rank{rank}.begun").touch()
     _end_with(job["parent"])
     _set_up_logging(run, rank)
     return RankJob(job["config"], run, Path(file).parent / f"rank{rank}.json")
@@ -258,13 +375,17 @@ def run_rank(job: RankJob, work: Callable[[], dict[str, Any]]) -> int:
         report = {"kind": "failed", "error": describe(interrupt or error)}
         if interrupt is not None:
             return 143 if isinstance(interrupt, Terminated) else 130
+        if isinstance(error, TrainingError):
+            report = {"kind": "training", "error": str(error)}
         report["traceback"] = traceback.format_exc()
         if int(os.environ["LOCAL_RANK"]):
             traceback.print_exc()  # to this rank's own log
         return 1
     finally:
-        if report:
-            write_json(job.report, report | {"time": time.time()})
+        try:
+            write_json(job.report, report | {"time": time.monotonic()})
+        except OSError as error:
+            log.warning("%s: cannot be written (%s)", job.report, error.strerror or error)
 
 
 def _end_with(parent: int) -> None:
@@ -285,6 +406,6 @@ def _set_up_logging(run: Run, rank: int) -> None:
     if rank:
         logging.basicConfig(level=logging.WARNING, handlers=[console], format=full, force=True)
         return
-    file = logging.FileHandler(run.directory / "run.log", encoding="utf-8")
+    file = RunLog(run.directory / "run.log", encoding="utf-8")
     file.setFormatter(logging.Formatter(full))
     logging.basicConfig(level=logging.INFO, handlers=[console, file], format="%(message)s", force=True)

@@ -1,0 +1,123 @@
+"""A sweep seen from outside its jobs: how they stand before, and how they ended. Told by their status files.
+
+The jobs may run in this process, in others, or on other machines, and some may die without a word: so what
+counts is the job folders that the sweep was going to have. No clock is asked which status is of this sweep; a
+folder that hydra.sweep.dir names may hold those of earlier ones, and a status that was written anew is told by
+its file's inode and time of change being others than before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fusion.errors import first_line
+from fusion.run import Standing
+
+STATUS = "status.json"
+NAMES = 8  # so many names of a kind are shown,
+DETAILS = 4  # and so many with a line of their own
+Stamp = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """
+    folder: hydra.sweep.dir. planned: the jobs' folders, where they are known. seen: the statuses from before.
+    told: by absolute folder, why jobs of this very process failed, for those that could not write it down.
+    """
+
+    folder: Path
+    planned: tuple[Path, ...]
+    seen: Mapping[Path, Stamp]
+    told: dict[Path, str] = field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, folder: Path, planned: Sequence[Path] = ()) -> Sweep:
+        return cls(folder, tuple(planned), _stamps(folder, planned))
+
+    def outcome(self) -> tuple[str, list[str]]:
+        """One line of counts, and the lines that say which jobs failed; none where none did."""
+        stamps = _stamps(self.folder, self.planned)
+        written = [place for place, stamp in stamps.items() if self.seen.get(place) != stamp]
+        silent = [place for place in self.planned if place not in written]
+        if self.planned:
+            # A folder's name may hold what only the launcher knows, such as a cluster's number for the job: then
+            # others are there in place of those that were planned. Else they belong to another sweep.
+            others = [place for place in written if place not in self.planned][: len(silent)]
+            written = [place for place in written if place in self.planned] + others
+            silent = silent[len(others) :]
+        statuses = {place: _read(place) for place in written}
+        failed = {place: _reason(status) for place, status in statuses.items() if status["status"] != "done"}
+        failed |= {place: "it left no status: killed before it began, or never started" for place in silent}
+        failed |= {place: self.told[place.absolute()] for place in failed if place.absolute() in self.told}
+        jobs = len(statuses) + len(silent)
+        before = [status.get("before") for status in statuses.values() if status["status"] == "done"]
+        if any(status.get("before") for status in statuses.values()):
+            skipped, continued = before.count("done"), before.count("interrupted")
+            trained = len(before) - skipped - continued
+            counts = f"{skipped} done already, {continued} continued, {trained} trained"
+        else:
+            counts = f"{len(before)} done"
+        lines = [f"{len(failed)} of {jobs} jobs failed:"] if failed else []
+        lines += [f"  {place}/run.log: {reason}" for place, reason in sorted(failed.items())]
+        return f"{jobs} job{'s' * (jobs != 1)}: {counts}, {len(failed)} failed", lines
+
+
+def standings(jobs: Mapping[str, Standing]) -> list[str]:
+    """How the jobs of a sweep stand before the first one starts: a few lines, however many they are."""
+    by_state: dict[str, dict[str, str]] = {}
+    for name, standing in jobs.items():
+        by_state.setdefault(standing.state, {})[name] = standing.detail
+    titles = {
+        "done": "done already",
+        "interrupted": "interrupted, to be continued",
+        "failed": "failed the last time, to run again",
+        "new": "new",
+    }
+    counts = [f"{len(by_state[state])} {title}" for state, title in titles.items() if state in by_state]
+    lines = [f"{len(jobs)} job{'s' * (len(jobs) != 1)}: {', '.join(counts)}"]
+    if done := list(by_state.get("done", ())):
+        more = f" and {len(done) - NAMES} more" if len(done) > NAMES else ""
+        lines.append(f"  skipped: {', '.join(done[:NAMES])}{more}")
+    for state, title in (("interrupted", "goes on"), ("failed", "runs again")):
+        found = by_state.get(state, {})
+        shown = dict(list(found.items())[:DETAILS])
+        lines += [f"  {title}: {name}" + (f" ({_line(why)})" if why else "") for name, why in shown.items()]
+        if rest := list(found)[DETAILS:]:
+            more = f" and {len(rest) - NAMES} more" if len(rest) > NAMES else ""
+            lines.append(f"  {title}: {', '.join(rest[:NAMES])}{more}")
+    return lines
+
+
+def _line(text: str, longest: int = 120) -> str:
+    line = (text.strip().splitlines() or [""])[0]
+    return line if len(line) <= longest else line[: longest - 1] + "…"
+
+
+def _stamps(folder: Path, planned: Sequence[Path]) -> dict[Path, Stamp]:
+    """The job folders that have a status, each with what is another number once it was written anew."""
+    found = {}
+    for place in sorted({*planned, *(file.parent for file in folder.glob(f"*/{STATUS}"))}):
+        with contextlib.suppress(OSError):
+            about = (place / STATUS).stat()
+            found[place] = (about.st_ino, about.st_mtime_ns)
+    return found
+
+
+def _read(place: Path) -> dict[str, Any]:
+    try:
+        status = json.loads((place / STATUS).read_text(encoding="utf-8"))
+        return status if isinstance(status.get("status"), str) else {"status": "broken"}
+    except (OSError, ValueError, AttributeError) as error:
+        return {"status": "broken", "error": f"{STATUS} cannot be read: {first_line(error)}"}
+
+
+def _reason(status: Mapping[str, Any]) -> str:
+    if status.get("status") == "running":
+        return "it says that it runs: it was killed, or another process is still at it"
+    return str(status.get("error") or status["status"])
