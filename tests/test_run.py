@@ -193,7 +193,7 @@ def test_record_of_a_job_that_ends_badly(
     assert (written["status"], written["error"]) == (status, said)
     assert written["ended"] is not None
     log = (run.directory / "run.log").read_text()
-    assert "Traceback" in log and type(error).__name__ in log
+    assert ("Traceback" in log) == (status == "failed") and type(error).__name__ in log
     assert not (run.directory / "result.json").exists()
 
 
