@@ -28,7 +28,8 @@ from fusion.errors import TrainingError, UserError
 from fusion.memory import keep_freed_memory
 from fusion.model import AdaptedModel
 from fusion.store.artifacts import copy_into
-from fusion.training.callbacks import EpochLine, Guard, StepClock
+from fusion.training.callbacks import EpochLine, StepClock
+from fusion.training.guard import Guard
 from fusion.training.metrics import main_metric
 from fusion.training.module import TaskModule
 
@@ -113,7 +114,7 @@ def fit(
         dirpath=checkpoints, filename="last", enable_version_counter=False, save_on_train_epoch_end=True
     )
     clock = StepClock()
-    callbacks: list[Callback] = [Guard(model), EpochLine(monitor), clock]
+    callbacks: list[Callback] = [Guard(model, checkpoints), EpochLine(monitor), clock]
     if config.optim.patience is not None:
         # Not strict: steps or time may end within the first epoch, before anything is evaluated.
         patience = config.optim.patience
