@@ -7,7 +7,7 @@ checksums   of every tensor, whenever a checkpoint is written: a tenth of the co
             other weights than the frozen ones can be taken up again
 versions    torch counts the writes to a tensor; a look at the counters costs nothing, so it is taken at each
             epoch's end and before each evaluation. A write through `.data` is not counted. What was written to is
-            hashed again: under DDP, buffers are written to with the values that they have
+            hashed: under DDP, buffers are written to with the values that they have
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fusion.backbones.load import hash_tensors
 from fusion.errors import GuardError, UserError
 from fusion.model import AdaptedModel, hash_of_hashes
 
-_SHOWN = 3  # names in a message
+_SHOWN = 4  # names in a message
 _CHECKPOINT_KEY = "frozen_hash"
 
 
@@ -102,6 +102,20 @@ class Guard(lightning.Callback):
         if self._seen:
             self._look(trainer)
 
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx + 1 < trainer.num_training_batches:
+            return
+        self._check_declared()
+        # Here and not later: Lightning clears all gradients before it evaluates.
+        frozen = self._model.frozen().items()
+        reached = [name for name, tensor in frozen if tensor.is_leaf and tensor.grad is not None]
+        if reached:
+            raise GuardError(
+                f"a gradient reached frozen tensors, {_in_epoch(trainer)}: {_listed(reached)}; nothing is stored"
+            )
+
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._look(trainer)
 
@@ -110,7 +124,7 @@ class Guard(lightning.Callback):
     ) -> None:
         self._look(trainer)
         now = _checksums(self._model.frozen())
-        self._refuse(_differing(self._checksums, now), f"in epoch {trainer.current_epoch + 1}")
+        self._refuse(_differing(self._checksums, now), _in_epoch(trainer))
         checkpoint[_CHECKPOINT_KEY] = self.frozen_hash
 
     def on_load_checkpoint(
@@ -137,21 +151,15 @@ class Guard(lightning.Callback):
 
     def _look(self, trainer: lightning.Trainer) -> None:
         """All that can be seen without reading a tensor."""
-        when = f"in epoch {trainer.current_epoch + 1}"
         self._check_declared()
         self._check_optimizers(trainer)
         frozen = self._model.frozen()
-        reached = [name for name, tensor in frozen.items() if tensor.is_leaf and tensor.grad is not None]
-        if reached:
-            raise GuardError(
-                f"a gradient reached frozen tensors {when}: {_listed(reached)}; nothing is stored"
-            )
         suspects = [name for name, tensor in frozen.items() if not _is_as_seen(self._seen.get(name), tensor)]
-        gone = [name for name in self._seen if name not in frozen]
-        changed = [
-            name for name in suspects if hash_tensors([(name, frozen[name])]) != self._hashes.get(name)
-        ]
-        self._refuse([*gone, *changed], when)
+        broken = self._seen.keys() - frozen.keys() or any(
+            hash_tensors([(name, frozen[name])]) != self._hashes.get(name) for name in suspects
+        )
+        if broken:  # whatever it costs: torch counts not every write, not those of a norm's statistics
+            self._refuse(_differing(self._hashes, self._model.frozen_hashes()), _in_epoch(trainer))
         self._seen |= {name: _see(frozen[name]) for name in suspects}
 
     def _check_declared(self) -> None:
@@ -285,6 +293,10 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return sorted(
         name for name in {*one, *other} if name not in one or name not in other or one[name] != other[name]
     )
+
+
+def _in_epoch(trainer: lightning.Trainer) -> str:
+    return f"in epoch {trainer.current_epoch + 1}"
 
 
 def _listed(names: list[str]) -> str:
