@@ -32,6 +32,7 @@ from fusion.training.callbacks import EpochLine, StepClock
 from fusion.training.guard import Guard
 from fusion.training.metrics import main_metric
 from fusion.training.module import TaskModule
+from fusion.training.out_of_memory import OutOfMemory
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def fit(
 
     Raises:
         GuardError: something else than the declared parameters would train, or did.
-        TrainingError: the loss or a weight is no longer finite.
+        TrainingError: the loss or a weight is no longer finite, or memory ran out.
         UserError: the trainer's settings do not fit, among them those that leave nothing to evaluate.
     """
     tasks = config.task_list
@@ -114,7 +115,8 @@ def fit(
         dirpath=checkpoints, filename="last", enable_version_counter=False, save_on_train_epoch_end=True
     )
     clock = StepClock()
-    callbacks: list[Callback] = [Guard(model, checkpoints), EpochLine(monitor), clock]
+    memory = OutOfMemory(config, training, validation.values())
+    callbacks: list[Callback] = [Guard(model, checkpoints), memory, EpochLine(monitor), clock]
     if config.optim.patience is not None:
         # Not strict: steps or time may end within the first epoch, before anything is evaluated.
         patience = config.optim.patience
@@ -156,16 +158,17 @@ def fit(
             "a fraction of it, or trainer.check_val_every_n_epoch=null"
         )
     started = time.monotonic()
-    if model.trainable():
-        trainer.fit(
-            module,
-            batches,
-            evaluation,
-            ckpt_path=str(last) if last.is_file() else None,
-            weights_only=True,
-        )
-    if not module.history:  # nothing trains, or it stopped within the first epoch, by its steps or time
-        trainer.validate(module, evaluation, verbose=False)
+    with memory.explained(trainer, module):
+        if model.trainable():
+            trainer.fit(
+                module,
+                batches,
+                evaluation,
+                ckpt_path=str(last) if last.is_file() else None,
+                weights_only=True,
+            )
+        if not module.history:  # nothing trains, or it stopped within the first epoch, by its steps or time
+            trainer.validate(module, evaluation, verbose=False)
     seconds = time.monotonic() - started
     best = _best(module.history, monitor)
     if not model.trainable() and trainer.is_global_zero:
