@@ -23,6 +23,7 @@ from fusion.config import StageConfig
 from fusion.data.batches import Batch
 from fusion.data.encode import EncodedRows
 from fusion.errors import TrainingError
+from fusion.memory import give_back_memory
 from fusion.training.module import TaskModule
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ _PHRASES = (
     "CUDNN_STATUS_ALLOC_FAILED",
     "std::bad_alloc",
 )
+# oneDNN says no more than this, which may have other causes: it counts where less of a batch gets through.
+_VAGUE_PHRASES = ("could not create a primitive", "could not create a memory object")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -110,15 +113,24 @@ class OutOfMemory(lightning.Callback):
         try:
             yield
         except Exception as error:
-            if not is_out_of_memory(error):
+            certain = is_out_of_memory(error)
+            if not (certain or _may_be(error)):
                 raise
             _let_go(error)
-            raise TrainingError(self._message(trainer, module)) from error
+            message = self._message(trainer, module, certain)
+            if message is None:
+                raise
+            raise TrainingError(message) from error
 
-    def _message(self, trainer: lightning.Trainer, module: TaskModule) -> str:
+    def _message(self, trainer: lightning.Trainer, module: TaskModule, certain: bool) -> str | None:
+        """None: it was something else."""
         place = self._place
         if place is None:
-            return "out of memory before the first batch: the model alone takes more than there is"
+            return (
+                None
+                if not certain
+                else "out of memory before the first batch: the model alone takes more than there is"
+            )
         where = f"in the evaluation after {place.step} steps" if place.evaluating else f"at step {place.step}"
         asked = f"{self._setting(1)} trainer.accumulate_grad_batches={self._accumulate}"
         said = (
@@ -128,18 +140,29 @@ class OutOfMemory(lightning.Callback):
         log.warning("out of memory: trying what would fit")
         try:
             advice = self._advice(trainer, module, place)
+            if advice is None and not certain:
+                return None
         except Exception as failed:  # the first error is what counts
+            if not certain:
+                return None
             log.warning("the trial went wrong: %s", failed)
             advice = (
                 f"{self._lower} and raise trainer.accumulate_grad_batches as much, or say "
                 "backbone.gradient_checkpointing=true"
             )
-        return f"{said}\n{advice}"
+        longest = max(int(rows.lengths.max()) for rows in self._splits(place))
+        nothing = (
+            f"Not even one row of {longest} tokens fits: lower data.max_length={self._config.data.max_length}"
+        )
+        return f"{said}\n{advice or nothing}"
 
-    def _advice(self, trainer: lightning.Trainer, module: TaskModule, place: _Place) -> str:
+    def _splits(self, place: _Place) -> list[EncodedRows]:
+        return self._validation if place.evaluating else self._training
+
+    def _advice(self, trainer: lightning.Trainer, module: TaskModule, place: _Place) -> str | None:
+        """What fits; None: nothing does."""
         deadline = time.monotonic() + SECONDS
-        splits = self._validation if place.evaluating else self._training
-        model = module.model
+        splits, model = self._splits(place), module.model
 
         def first_that_fits(parts: Sequence[_Part]) -> _Part | None:
             for part in parts:
@@ -162,12 +185,7 @@ class OutOfMemory(lightning.Callback):
                 ways.append(f"{saving} fits, takes longer, and goes on where this run was")
             elif found is None and (smaller := first_that_fits(parts)) is not None:
                 ways.append(f"{saving} {self._override(smaller)} fits, takes as much a step, and begins anew")
-        if ways:
-            return "; or ".join(ways)
-        longest = max(int(rows.lengths.max()) for rows in splits)
-        return (
-            f"Not even one row of {longest} tokens fits: lower data.max_length={self._config.data.max_length}"
-        )
+        return "; or ".join(ways) or None
 
     # --- the settings -------------------------------------------------------------------------------
 
@@ -233,13 +251,17 @@ class OutOfMemory(lightning.Callback):
                 del room
             return True
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not (is_out_of_memory(error) or _may_be(error)):
                 raise
             _let_go(error)
             return False
         finally:
             module.cpu()
             _clear(module)
+
+
+def _may_be(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _VAGUE_PHRASES)
 
 
 def _longest(splits: Sequence[EncodedRows], rows: int) -> Batch:
@@ -291,5 +313,6 @@ def _let_go(error: BaseException) -> None:
 def _clear(module: TaskModule) -> None:
     module.zero_grad(set_to_none=True)
     gc.collect()
+    give_back_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
