@@ -40,11 +40,13 @@ def main(config: Stage1Config, run: Run) -> dict[str, Any]:
     from fusion.backbones.load import load_backbone
     from fusion.build import adapter_fillings, fresh_heads, tuning_of
     from fusion.model import AdaptedModel
+    from fusion.training.determinism import use_deterministic_algorithms
     from fusion.training.stage import load_task_rows, train_and_store
 
     entry = entry_of(config, run)
     if entry.stored is not None:
         return entry.result()
+    use_deterministic_algorithms(config.trainer.deterministic)
     rows = load_task_rows(config)
     backbone = load_backbone(config.backbone.name_or_path, config.backbone.revision)
     torch.manual_seed(config.seed)

@@ -56,6 +56,7 @@ def main(config: Stage2Config, run: Run) -> dict[str, Any]:
     from fusion.model import AdaptedModel
     from fusion.start import find_start
     from fusion.store.artifacts import adopt
+    from fusion.training.determinism import use_deterministic_algorithms
     from fusion.training.stage import load_task_rows, train_and_store
 
     assert config.task is not None
@@ -63,6 +64,7 @@ def main(config: Stage2Config, run: Run) -> dict[str, Any]:
     entry = entry_of(config, inputs, run)
     if entry.stored is not None:
         return entry.result()
+    use_deterministic_algorithms(config.trainer.deterministic)
     backbone = load_backbone(config.backbone.name_or_path, config.backbone.revision)
     sources = load_sources(inputs.references, Path(config.store), backbone)
     for source in sources if run.rank_zero else ():

@@ -235,6 +235,7 @@ def train_within(folder: Path, megabytes: int, rows: int, times: int) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a limit on the address space")
 def test_a_real_limit_on_memory(tmp_path: Path) -> None:
     """Under RLIMIT_AS the allocator fails for real; what the message says then trains under the same limit."""
