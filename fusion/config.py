@@ -44,6 +44,14 @@ MULTITASK = ("multitask_adapter", "multitask_full")  # methods that train severa
 METHODS = ("adapter", "head", "lora", "bitfit", "full", *MULTITASK)
 TUNING = ("lora", "bitfit", "full", "multitask_full")  # methods that train a part of the backbone itself
 CACHES = ("auto", "off", "float32", "float16")
+PRECISIONS = (
+    "32-true",
+    "bf16-mixed",
+    "16-mixed",
+    "32",
+    "bf16",
+    "16",
+)  # Lightning's that leave weights float32
 
 
 def _require(condition: bool, message: str) -> None:
@@ -511,6 +519,15 @@ class TrainerConfig:
         _require(
             self.accumulate_grad_batches >= 1,
             f"trainer.accumulate_grad_batches={self.accumulate_grad_batches}: expected at least 1",
+        )
+        # The others turn the weights themselves, the frozen ones too, into another type.
+        _require(
+            self.precision is None or str(self.precision) in PRECISIONS,
+            f"trainer.precision={self.precision}: expected one of {', '.join(PRECISIONS)}; frozen weights stay float32",
+        )
+        _require(
+            self.deterministic in (None, True, False, "warn"),
+            f"trainer.deterministic={self.deterministic}: expected true, false or warn",
         )
 
 

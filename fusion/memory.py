@@ -26,3 +26,15 @@ def keep_freed_memory() -> bool:
     trimmed = mallopt(_TRIM_THRESHOLD, _LARGE) == 1
     mapped = mallopt(_MMAP_THRESHOLD, _LARGE) == 1 or mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP) == 1
     return trimmed and mapped
+
+
+def give_back_memory() -> bool:
+    """Hand all freed memory back to the system after all, once: what is asked for next may be of another kind.
+
+    Returns:
+        Whether there was any, and a C library that can do it.
+    """
+    try:
+        return bool(ctypes.CDLL(None).malloc_trim(0) == 1)
+    except (AttributeError, OSError, TypeError):
+        return False

@@ -6,6 +6,8 @@ what the lowest slot gets from below (D or 2·D).
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from typing import cast
 
@@ -89,12 +91,19 @@ class AdaptedModel(nn.Module):
                 self.fillings[layer] = nn.ModuleDict()
             cast(nn.ModuleDict, self.fillings[layer])[site] = filling
         self._current.entry = self._lowest(fillings)
+        self.gradient_checkpointing = False
         if gradient_checkpointing:
-            recompute_in_backward(layers, self._current)
+            self.recompute_layers()
         self.backbone.requires_grad_(False)
         for parameter in self.tuned().values():
             parameter.requires_grad_(True)
         self.train(self.training)
+
+    def recompute_layers(self) -> None:
+        """From now on, compute each layer again in backward, to keep less in memory."""
+        if not self.gradient_checkpointing:
+            recompute_in_backward(self._family.layer_list(self.backbone), self._current)
+            self.gradient_checkpointing = True
 
     def train(self, mode: bool = True) -> AdaptedModel:
         """As torch's, but the backbone's dropout acts only where `backbone_dropout` asks for it."""
@@ -317,12 +326,25 @@ class AdaptedModel(nn.Module):
         """Every tensor that must not change in training. One that is shared may stand there twice."""
         # By identity: what trains in several places at once has a name in each of them.
         training = {id(parameter) for parameter in self.trainable().values()}
-        state = self.state_dict(keep_vars=True)
-        return {name: tensor for name, tensor in state.items() if id(tensor) not in training}
+        return {name: tensor for name, tensor in self.every_tensor().items() if id(tensor) not in training}
+
+    def every_tensor(self) -> dict[str, Tensor]:
+        """All parameters and buffers, those that no state_dict holds too, by each of their names."""
+        parameters = self.named_parameters(remove_duplicate=False)
+        return {**dict(parameters), **dict(self.named_buffers(remove_duplicate=False))}
+
+    def frozen_hashes(self) -> dict[str, str]:
+        """sha256 of each tensor of `frozen`."""
+        return {name: hash_tensors([(name, tensor)]) for name, tensor in self.frozen().items()}
 
     def frozen_hash(self) -> str:
-        """sha256 of `frozen`."""
-        return hash_tensors(self.frozen().items())
+        """One hash for all of `frozen`."""
+        return hash_of_hashes(self.frozen_hashes())
+
+
+def hash_of_hashes(hashes: Mapping[str, str]) -> str:
+    """sha256 over names and their hashes, in the order of the names."""
+    return hashlib.sha256(json.dumps(dict(hashes), sort_keys=True).encode()).hexdigest()
 
 
 def _slot(

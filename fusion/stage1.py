@@ -49,8 +49,10 @@ def train(config: Stage1Config, run: Run, entry: Entry) -> dict[str, Any]:
     from fusion.backbones.load import load_backbone
     from fusion.build import adapter_fillings, fresh_heads, tuning_of
     from fusion.model import AdaptedModel
+    from fusion.training.determinism import use_deterministic_algorithms
     from fusion.training.stage import load_task_rows, train_and_store
 
+    use_deterministic_algorithms(config.trainer.deterministic)
     rows = load_task_rows(config)
     backbone = load_backbone(config.backbone.name_or_path, config.backbone.revision)
     torch.manual_seed(config.seed)

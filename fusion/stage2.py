@@ -66,9 +66,11 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, entry: Entry) -> dict[
     from fusion.model import AdaptedModel
     from fusion.start import find_start
     from fusion.store.artifacts import adopt
+    from fusion.training.determinism import use_deterministic_algorithms
     from fusion.training.stage import load_task_rows, train_and_store
 
     assert config.task is not None
+    use_deterministic_algorithms(config.trainer.deterministic)
     backbone = load_backbone(config.backbone.name_or_path, config.backbone.revision)
     sources = load_sources(inputs.references, Path(config.store), backbone)
     for source in sources if run.rank_zero else ():

@@ -178,8 +178,9 @@ def test_the_trainer_schema_says_all_that_yaml_can_say() -> None:
 
 def test_every_trainer_key_is_an_override_without_plus() -> None:
     values = {"bool": "true", "int": "3", "float": "0.5"}
+    own = {"precision": "bf16-mixed", "deterministic": "warn"}
     overrides = [
-        f"trainer.{field.name}={values.get(type(field.default).__name__, '3')}"
+        f"trainer.{field.name}={own.get(field.name) or values.get(type(field.default).__name__, '3')}"
         for field in dataclasses.fields(TrainerConfig)
         if field.name != "model_registry"
     ]
@@ -202,6 +203,10 @@ def test_every_trainer_key_is_an_override_without_plus() -> None:
         ("optim.lr=0", "optim.lr=0"),
         ("optim.warmup=1.5", "optim.warmup=1.5"),
         ("trainer.max_epochs=0", "trainer.max_epochs=0: expected at least 1"),
+        ("trainer.precision=bf16-true", "trainer.precision=bf16-true: expected one of 32-true, bf16-mixed"),
+        ("trainer.precision=64", "trainer.precision=64: expected one of 32-true"),
+        ("trainer.precision=half-way", "frozen weights stay float32"),
+        ("trainer.deterministic=wran", "trainer.deterministic=wran: expected true, false or warn"),
         ("data.batch_size=0", "data.batch_size=0: expected at least 1 row"),
         (
             "data.tokens_per_batch=100",

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from fusion.memory import keep_freed_memory
+from fusion.memory import give_back_memory, keep_freed_memory
 
 FAULTS = """
 import resource, sys, torch
@@ -40,6 +40,31 @@ def test_steps_of_the_same_size_cause_no_page_faults() -> None:
     assert faults("keep") < 100 < faults("leave")
 
 
+GIVEN_BACK = """
+import resource, torch
+from pathlib import Path
+from fusion.memory import give_back_memory, keep_freed_memory
+def megabytes():
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() >> 20
+keep_freed_memory()
+before = megabytes()
+kept = [torch.ones(1 << 20) for _ in range(30)]
+del kept
+between = megabytes()
+assert give_back_memory()
+print(before, between, megabytes())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told")
+def test_what_was_kept_can_be_given_back() -> None:
+    command = [sys.executable, "-c", GIVEN_BACK]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    before, between, after = map(int, shown.split())
+    assert between - before > 100 and after - before < 20
+
+
 def test_without_glibc_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     assert keep_freed_memory() is False
+    assert give_back_memory() is False

@@ -1,4 +1,4 @@
-"""The guard, the clock, the best epoch, and one line an epoch."""
+"""The clock, the best epoch, and one line an epoch."""
 
 from __future__ import annotations
 
@@ -11,37 +11,9 @@ from typing import Any
 import pytorch_lightning as lightning
 import torch
 
-from fusion.errors import GuardError
-from fusion.model import AdaptedModel
 from fusion.training.module import TaskModule
 
 log = logging.getLogger(__name__)
-
-
-class Guard(lightning.Callback):
-    """Only what the model declares may train, and nothing else may change.
-
-    Raises:
-        GuardError: the trainable names differ from the declared ones, or a frozen tensor changed.
-    """
-
-    def __init__(self, model: AdaptedModel) -> None:
-        self._model = model
-        self._before = ""
-
-    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        declared = set(self._model.trainable())
-        training = {name for name, parameter in self._model.named_parameters() if parameter.requires_grad}
-        if declared != training:
-            raise GuardError(
-                f"trainable but not declared: {sorted(training - declared)}; "
-                f"declared but frozen: {sorted(declared - training)}"
-            )
-        self._before = self._model.frozen_hash()
-
-    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if self._model.frozen_hash() != self._before:
-            raise GuardError("a frozen tensor changed in training; nothing is stored")
 
 
 class StepClock(lightning.Callback):

@@ -28,11 +28,13 @@ from fusion.errors import LossNotFinite, TrainingError, UserError
 from fusion.memory import keep_freed_memory
 from fusion.model import AdaptedModel
 from fusion.store.artifacts import copy_into
-from fusion.training.callbacks import Best, EpochLine, Guard, StepClock, best_epoch
+from fusion.training.callbacks import Best, EpochLine, StepClock, best_epoch
 from fusion.training.checkpoints import LAST, Checkpoints, Loaded, read_checkpoint
+from fusion.training.guard import Guard
 from fusion.training.interrupts import Interrupts
 from fusion.training.metrics import main_metric
 from fusion.training.module import TaskModule
+from fusion.training.out_of_memory import OutOfMemory
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +93,7 @@ def fit(
 
     Raises:
         GuardError: something else than the declared parameters would train, or did.
-        TrainingError: the loss or a weight is no longer finite.
+        TrainingError: the loss or a weight is no longer finite, or memory ran out.
         UserError: the trainer's settings do not fit, among them those that leave nothing to evaluate.
     """
     tasks = config.task_list
@@ -101,9 +103,11 @@ def fit(
     interrupts = Interrupts()
     clock = StepClock()
     best = Best(monitor, config.optim.patience)
+    memory = OutOfMemory(config, training, validation.values())
     writes = config.trainer.enable_checkpointing and not config.trainer.fast_dev_run
     keep = Checkpoints(checkpoints if writes else None, config.checkpoint_minutes, interrupts)
-    callbacks: list[Callback] = [Guard(model), best, EpochLine(monitor), clock, keep]
+    # The guard first, since what it refuses nobody shall write down; what writes comes last.
+    callbacks: list[Callback] = [Guard(model, checkpoints), memory, best, EpochLine(monitor), clock, keep]
     last = read_checkpoint(checkpoints) if config.resume and model.trainable() else None
     trainer = make_trainer(config.trainer, callbacks, loggers, last)
     loading: dict[str, Any] = {
@@ -139,22 +143,23 @@ def fit(
         log.info("going on at epoch %d, batch %d", position["epoch"] + 1, position["batch"] + 1)
     started = time.monotonic()
     broken = None
-    if model.trainable():
-        try:
-            with interrupts:
-                trainer.fit(
-                    module,
-                    batches,
-                    evaluation,
-                    ckpt_path=None if last is None else str(checkpoints / LAST),
-                    weights_only=True,
-                )
-        except LossNotFinite as error:
-            broken = f"{error}: training stopped.\nLower optim.lr, or raise optim.warmup"
-            if not module.history:
-                raise TrainingError(broken) from error
-    if not module.history:  # nothing trains, or it stopped within the first epoch, by its steps or time
-        trainer.validate(module, evaluation, verbose=False)
+    with memory.explained(trainer, module):
+        if model.trainable():
+            try:
+                with interrupts:
+                    trainer.fit(
+                        module,
+                        batches,
+                        evaluation,
+                        ckpt_path=None if last is None else str(checkpoints / LAST),
+                        weights_only=True,
+                    )
+            except LossNotFinite as error:
+                broken = f"{error}: training stopped.\nLower optim.lr, or raise optim.warmup"
+                if not module.history:
+                    raise TrainingError(broken) from error
+        if not module.history:  # nothing trains, or it stopped within the first epoch, by its steps or time
+            trainer.validate(module, evaluation, verbose=False)
     seconds = time.monotonic() - started
     scores = best_epoch(module.history, monitor)
     if not model.trainable() and trainer.is_global_zero:

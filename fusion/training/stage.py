@@ -252,7 +252,8 @@ def _result(
     sources: Sequence[Manifest],
 ) -> dict[str, Any]:
     trainable = sum(parameter.numel() for parameter in model.trainable().values())
-    frozen = sum(tensor.numel() for tensor in model.frozen().values())
+    state = model.state_dict(keep_vars=True).keys()  # what belongs to no state_dict is computed, not learnt
+    frozen = sum(tensor.numel() for name, tensor in model.frozen().items() if name in state)
     return {
         "stage": 2 if entry.kind == "fusion" else 1,
         "task": "+".join(str(task.name) for task in config.task_list),

@@ -1,0 +1,546 @@
+"""Ways to break the promise that only the declared parameters change: each is seen, named, and nothing is stored."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import pytorch_lightning as lightning
+import torch
+from torch import Tensor, nn
+
+from fusion.backbones.load import load_backbone
+from fusion.config import BackboneConfig, MethodConfig, TrainerConfig
+from fusion.errors import GuardError, UserError
+from fusion.layers.bottleneck import BottleneckAdapter
+from fusion.layers.filling import BatchContext
+from fusion.layers.heads import TaskHead
+from fusion.model import AdaptedModel
+from fusion.training import fit as fit_module
+from fusion.training.guard import Guard
+from fusion.training.module import TaskModule
+from tests.bench import Bench, same
+from tests.conftest import save_backbone
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = "backbone.embeddings.word_embeddings.weight"
+NORM = "backbone.embeddings.LayerNorm.bias"
+TYPES = "backbone.embeddings.token_type_ids"  # a buffer that no state_dict holds
+BANK = "fillings.1.feedforward.bank.up_bias"
+Change = Callable[[AdaptedModel], None]
+
+
+class CarelessAdapter(BottleneckAdapter):
+    """Writes into a weight of the backbone whenever it is run in training, counted by torch or not."""
+
+    def __init__(self, weight: Tensor, counted: bool) -> None:
+        super().__init__(32, 4)
+        self.victim = (weight,)
+        self.counted = counted
+
+    def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
+        if self.training:
+            weight = self.victim[0]
+            with torch.no_grad():
+                (weight if self.counted else weight.data)[0, 0].add_(1e-3)
+        return super().forward(x, batch)
+
+
+class AtStart(lightning.Callback):
+    """Does something to the model once its training is about to begin, before or after it has an optimizer."""
+
+    def __init__(self, change: Change) -> None:
+        self.change = change
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, TaskModule)
+        self.change(pl_module.model)
+
+
+class AtStep(AtStart):
+    """Does it at a batch of an epoch."""
+
+    def __init__(self, change: Change, epoch: int = 1, batch: int = 3) -> None:
+        super().__init__(change)
+        self.when = epoch, batch
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        pass
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if (trainer.current_epoch, batch_idx) == self.when:
+            self.change(pl_module.model)
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> Callable[[Change], None]:
+    """`built(change)` changes every model that the commands build from then on."""
+
+    def use(change: Change) -> None:
+        build = AdaptedModel.__init__
+
+        def careless(self: AdaptedModel, *values: Any, **named: Any) -> None:
+            build(self, *values, **named)
+            change(self)
+
+        monkeypatch.setattr(AdaptedModel, "__init__", careless)
+
+    return use
+
+
+@pytest.fixture
+def callback(monkeypatch: pytest.MonkeyPatch) -> Callable[[lightning.Callback], None]:
+    """`callback(c)` puts another callback behind those of every training."""
+
+    def use(more: lightning.Callback) -> None:
+        make = fit_module.make_trainer
+        monkeypatch.setattr(fit_module, "make_trainer", lambda c, k, *rest: make(c, [*k, more], *rest))
+
+    return use
+
+
+def refused(bench: Bench, message: str, task: str = "films", **changes: Any) -> None:
+    with pytest.raises(GuardError, match=message):
+        bench.stage1(task, **changes)
+    assert not (bench.folder / "store" / task).exists()
+
+
+def write(name: str, counted: bool = True) -> Change:
+    def change(model: AdaptedModel) -> None:
+        tensor = model.every_tensor()[name]
+        with torch.no_grad():
+            (tensor if counted else tensor.data).view(-1)[0].add_(1)
+
+    return change
+
+
+def epochs_begun(bench: Bench) -> int:
+    """How many epochs' ends left a checkpoint of an unfinished run."""
+    files = list((bench.folder / "store" / ".runs").glob("*/last.ckpt"))
+    return int(torch.load(files[0], weights_only=True)["epoch"]) + 1 if files else 0
+
+
+# --- what trains -----------------------------------------------------------------------------------
+
+
+def test_an_unfrozen_parameter_of_the_backbone(bench: Bench, built: Callable[[Change], None]) -> None:
+    built(lambda model: cast(None, model.every_tensor()[NORM].requires_grad_(True)))
+    refused(bench, f"trainable but not declared: {NORM}; declared but frozen: nothing")
+
+
+def test_a_declared_parameter_that_is_frozen(bench: Bench, built: Callable[[Change], None]) -> None:
+    built(lambda model: cast(None, model.trainable()["head.output.bias"].requires_grad_(False)))
+    refused(bench, r"not declared: nothing; declared but frozen: head\.output\.bias")
+
+
+@pytest.mark.parametrize("more", [True, False], ids=["one too many", "one too few"])
+def test_an_optimizer_of_other_parameters(bench: Bench, monkeypatch: pytest.MonkeyPatch, more: bool) -> None:
+    make = fit_module.TaskModule.configure_optimizers
+
+    def careless(self: TaskModule) -> Any:
+        made = make(self)
+        group = made["optimizer"].param_groups[0]
+        if more:
+            group["params"].append(self.model.every_tensor()[NORM])
+        else:
+            group["params"].pop(0)
+        return made
+
+    monkeypatch.setattr(TaskModule, "configure_optimizers", careless)
+    refused(bench, f"not declared: {NORM}" if more else r"lacks what is declared: (fillings|head)\.")
+
+
+def test_a_tensor_that_nobody_knows_in_the_optimizer(
+    bench: Bench, callback: Callable[[lightning.Callback], None]
+) -> None:
+    class Adds(lightning.Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 9:
+                trainer.optimizers[0].param_groups[0]["params"].append(nn.Parameter(torch.zeros(3)))
+
+    callback(Adds())
+    refused(bench, r"holds what is not declared: a tensor of shape \(3,\)")
+
+
+def test_a_parameter_that_begins_to_train_in_mid_training(
+    bench: Bench, callback: Callable[[lightning.Callback], None]
+) -> None:
+    callback(AtStep(lambda model: cast(None, model.every_tensor()[NORM].requires_grad_(True))))
+    refused(bench, f"trainable but not declared: {NORM}")
+    assert epochs_begun(bench) == 1  # the epoch in which it happened left nothing
+
+
+def test_a_gradient_that_a_frozen_tensor_has(
+    bench: Bench, callback: Callable[[lightning.Callback], None]
+) -> None:
+    def change(model: AdaptedModel) -> None:
+        tensor = model.every_tensor()[NORM]
+        tensor.grad = torch.zeros_like(tensor)
+
+    callback(AtStep(change))
+    refused(bench, f"a gradient reached frozen tensors, in epoch 2: {NORM};")
+
+
+# --- what shares memory ----------------------------------------------------------------------------
+
+
+def small_model(
+    folder: Path, change: Callable[[nn.Module, BottleneckAdapter, TaskHead], None]
+) -> AdaptedModel:
+    torch.manual_seed(0)
+    backbone, adapter, head = load_backbone(str(folder)), BottleneckAdapter(32, 4), TaskHead(32, 2)
+    change(backbone.model, adapter, head)
+    model = AdaptedModel(backbone, {"1.feedforward": adapter}, "normed", head)
+    for parameter in (*adapter.parameters(), *head.parameters()):
+        parameter.requires_grad_(True)
+    return model
+
+
+def tie_the_head(backbone: nn.Module, adapter: BottleneckAdapter, head: TaskHead) -> None:
+    head.output.weight = backbone.get_parameter("embeddings.token_type_embeddings.weight")
+
+
+def tie_the_filling(backbone: nn.Module, adapter: BottleneckAdapter, head: TaskHead) -> None:
+    adapter.up.bias = backbone.get_parameter("embeddings.LayerNorm.bias")
+
+
+def view_the_words(backbone: nn.Module, adapter: BottleneckAdapter, head: TaskHead) -> None:
+    words = backbone.get_parameter("embeddings.word_embeddings.weight")
+    adapter.down.weight = nn.Parameter(words.detach()[2:6])
+
+
+def view_a_buffer(backbone: nn.Module, adapter: BottleneckAdapter, head: TaskHead) -> None:
+    backbone.register_buffer("scale", torch.ones(2, 40), persistent=False)
+    adapter.up.bias = nn.Parameter(cast(Tensor, backbone.scale)[1, 4:36])
+
+
+def a_parameter_as_a_buffer(backbone: nn.Module, adapter: BottleneckAdapter, head: TaskHead) -> None:
+    backbone.register_buffer("scale", head.output.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            tie_the_head,
+            r"head\.output\.weight trains and is the frozen backbone\.embeddings\.token_type_embedd",
+        ),
+        (tie_the_filling, rf"fillings\.1\.feedforward\.up\.bias trains and is the frozen {NORM}"),
+        (view_the_words, rf"feedforward\.down\.weight trains and shares memory with the frozen {WORDS}"),
+        (view_a_buffer, r"feedforward\.up\.bias trains and shares memory with the frozen backbone\.scale"),
+        (a_parameter_as_a_buffer, r"head\.output\.weight trains and is the frozen backbone\.scale"),
+    ],
+)
+def test_tied_weights(tiny_backbone: Path, change: Any, message: str) -> None:
+    model = small_model(tiny_backbone, change)
+    with pytest.raises(GuardError, match=message):
+        prepared(model)
+
+
+def prepared(model: AdaptedModel) -> Guard:
+    guard = Guard(model)
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    guard.setup(trainer, lightning.LightningModule(), "fit")
+    return guard
+
+
+def test_neighbours_in_one_storage_share_nothing(tiny_backbone: Path) -> None:
+    def side_by_side(backbone: nn.Module, adapter: BottleneckAdapter, head: TaskHead) -> None:
+        both = torch.zeros(64)
+        backbone.register_buffer("scale", both[:32])
+        adapter.up.bias = nn.Parameter(both[32:])
+
+    prepared(small_model(tiny_backbone, side_by_side))
+
+
+def test_tied_weights_of_a_backbone_that_trains_as_a_whole_are_fine(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusion import model as model_module
+
+    build = AdaptedModel.__init__
+
+    def tied(self: AdaptedModel, backbone: Any, *values: Any, **named: Any) -> None:
+        layers = backbone.model.encoder.layer
+        layers[1].attention.self.query.weight = layers[0].attention.self.query.weight
+        twin = "encoder.layer.1.attention.self.query.weight"
+        named_tuning = values[-1] if values and values[-1] is not None else named["tuning"]
+        named_tuning.parameters.pop(twin)
+        build(self, backbone, *values, **named)
+
+    monkeypatch.setattr(model_module.AdaptedModel, "__init__", tied)
+    bench.stage1("films", method=MethodConfig("full"), backbone=bench_backbone(bench, cache="off"))
+    assert (bench.folder / "store" / "films-full" / "manifest.json").is_file()
+
+
+def bench_backbone(bench: Bench, **settings: Any) -> BackboneConfig:
+    return BackboneConfig(name_or_path=str(bench.backbone), pooling="mean", **settings)
+
+
+# --- what changes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("counted", [True, False], ids=["in place", "through .data"])
+@pytest.mark.parametrize("name", [WORDS, TYPES])
+def test_a_frozen_tensor_that_is_written_to(
+    bench: Bench, callback: Callable[[lightning.Callback], None], name: str, counted: bool
+) -> None:
+    callback(AtStep(write(name, counted)))
+    refused(bench, f"a frozen tensor changed in training, in epoch 2: {name};")
+    assert epochs_begun(bench) == 1
+    with pytest.raises(GuardError, match="in epoch 2"):  # what is left is from before
+        bench.stage1("films")
+
+
+def test_a_slot_that_writes_into_the_backbone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    for counted in (True, False):
+        careless(monkeypatch, counted)
+        refused(bench, f"in epoch 1: {WORDS};")
+        assert epochs_begun(bench) == 0
+
+
+def careless(monkeypatch: pytest.MonkeyPatch, counted: bool) -> None:
+    from fusion import build
+
+    def fillings(config: Any, backbone: Any) -> dict[str, BottleneckAdapter]:
+        words = backbone.model.get_parameter("embeddings.word_embeddings.weight")
+        return {"0.feedforward": CarelessAdapter(words, counted)}
+
+    monkeypatch.setattr(build, "adapter_fillings", fillings)
+
+
+def test_without_checkpoints_the_end_sees_what_was_not_counted(
+    bench: Bench, callback: Callable[[lightning.Callback], None]
+) -> None:
+    trainer = TrainerConfig(
+        accelerator="cpu", max_epochs=2, enable_checkpointing=False, enable_progress_bar=False
+    )
+    callback(AtStep(write(WORDS, counted=False), epoch=0))
+    refused(bench, f"seen at the end: {WORDS};", trainer=trainer)
+
+
+def test_what_only_the_end_sees_takes_the_checkpoints_with_it(
+    bench: Bench, callback: Callable[[lightning.Callback], None]
+) -> None:
+    """Two numbers change places, unseen by counters and sums: the rerun must not go on from there."""
+
+    def swap(model: AdaptedModel) -> None:
+        pairs = model.every_tensor()[WORDS].data.view(-1, 2)
+        pairs[[0, 1]] = pairs[[1, 0]]
+
+    callback(AtStep(swap))
+    refused(bench, f"seen at the end: {WORDS};")
+    assert not list((bench.folder / "store" / ".runs").glob("*/*.ckpt"))
+
+
+def test_a_norm_that_keeps_statistics(bench: Bench, built: Callable[[Change], None]) -> None:
+    def change(model: AdaptedModel) -> None:
+        norm = nn.BatchNorm1d(32, affine=False)
+        embeddings = model.backbone.get_submodule("embeddings")
+        embeddings.add_module("statistics", norm)
+        embeddings.register_forward_hook(lambda _, __, output: norm(output.transpose(1, 2)).transpose(1, 2))
+
+    built(change)
+    dropout = bench_backbone(bench, dropout=True, cache="off")  # puts the backbone into training mode
+    names = [
+        f"backbone.embeddings.statistics.{n}" for n in ("num_batches_tracked", "running_mean", "running_var")
+    ]
+    with pytest.raises(GuardError) as caught:
+        bench.stage1("films", backbone=dropout)
+    assert all(name in str(caught.value) for name in names) and "in epoch 1" in str(caught.value)
+
+
+def test_an_optimizer_that_touches_more_than_it_holds(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = TaskModule.optimizer_step
+
+    def decays(self: TaskModule, *values: Any, **named: Any) -> None:
+        step(self, *values, **named)
+        self.model.every_tensor()[NORM].data.mul_(0.99)
+
+    monkeypatch.setattr(TaskModule, "optimizer_step", decays)
+    refused(bench, f"in epoch 1: {NORM};")
+
+
+def test_a_weight_that_is_replaced(bench: Bench, callback: Callable[[lightning.Callback], None]) -> None:
+    def replace(model: AdaptedModel) -> None:
+        embeddings = model.backbone.get_submodule("embeddings.word_embeddings")
+        weight = cast(Tensor, embeddings.weight)
+        embeddings.weight = nn.Parameter(weight * 2, requires_grad=False)
+
+    callback(AtStep(replace))
+    refused(bench, f"in epoch 2: {WORDS};")
+
+
+def test_a_buffer_that_goes_or_comes(bench: Bench, callback: Callable[[lightning.Callback], None]) -> None:
+    def come(model: AdaptedModel) -> None:
+        model.backbone.register_buffer("seen", torch.zeros(1))
+
+    callback(AtStep(come))
+    refused(bench, r"in epoch 2: backbone\.seen;")
+
+
+@pytest.mark.parametrize("how", ["written", "trains"])
+def test_a_source_of_a_fusion(bench: Bench, built: Callable[[Change], None], how: str,
+                              callback: Callable[[lightning.Callback], None]) -> None:  # fmt: skip
+    bench.stage1("films")
+    bench.stage1("books")
+    if how == "trains":
+        built(lambda model: cast(None, model.every_tensor()[BANK].requires_grad_(True)))
+        message = f"trainable but not declared: {BANK};"
+    else:
+        callback(AtStep(write(BANK), epoch=0))
+        message = f"in epoch 1: {BANK};"
+    with pytest.raises(GuardError, match=message):
+        bench.stage2("plays", ["films", "books"])
+    assert not (bench.folder / "store" / "plays-adapterfusion").exists()
+
+
+def test_under_mixed_precision(bench: Bench, callback: Callable[[lightning.Callback], None]) -> None:
+    trainer = TrainerConfig(
+        accelerator="cpu", max_epochs=2, precision="bf16-mixed", enable_progress_bar=False
+    )
+    bench.stage1("books", trainer=trainer)
+    callback(AtStep(write(WORDS, counted=False)))
+    refused(bench, f"in epoch 2: {WORDS};", trainer=trainer)
+
+
+def test_a_precision_that_turns_frozen_weights(bench: Bench) -> None:
+    trainer = TrainerConfig(accelerator="cpu", max_epochs=1, enable_progress_bar=False)
+    trainer.precision = "bf16-true"  # which the config refuses
+    refused(bench, r"trainer\.precision=bf16-true made torch\.bfloat16 of frozen tensors", trainer=trainer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("counted", [True, False], ids=["in place", "through .data"])
+def test_in_compiled_layers(
+    bench: Bench, callback: Callable[[lightning.Callback], None], counted: bool
+) -> None:
+    layer = "backbone.encoder.layer.1.attention.self.query.weight"
+    bench.stage1("books", compile=True)
+    callback(AtStep(write(layer, counted)))
+    refused(bench, f"in epoch 2: {layer};", compile=True)
+
+
+# --- before it begins, and when it goes on ----------------------------------------------------------
+
+
+def test_the_hash_is_that_of_the_frozen_weights(tiny_backbone: Path, tmp_path: Path) -> None:
+    def nothing(*_: Any) -> None:
+        pass
+
+    one = prepared(small_model(tiny_backbone, nothing))
+    again, other = (
+        small_model(tiny_backbone, nothing),
+        small_model(save_backbone(tmp_path / "b", seed=1), nothing),
+    )
+    with torch.no_grad():
+        again.trainable()["head.output.bias"].add_(1)
+    assert one.frozen_hash == prepared(again).frozen_hash == again.frozen_hash() != ""
+    assert prepared(other).frozen_hash != one.frozen_hash
+
+
+class StopAfter(lightning.Callback):
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            raise RuntimeError("the power went out")
+
+
+def test_a_resume_with_another_frozen_backbone(
+    bench: Bench, make_backbone: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.backbone = make_backbone("bert")
+    make = fit_module.make_trainer
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_module, "make_trainer", lambda c, k, *rest: make(c, [*k, StopAfter()], *rest))
+        with pytest.raises(RuntimeError, match="power"):
+            bench.stage1("films")
+    make_backbone("bert", seed=1)  # another one, in the same folder
+    with pytest.raises(UserError, match=r"began with other frozen weights[\s\S]*resume=false"):
+        bench.stage1("films")
+    assert not (bench.folder / "store" / "films").exists()
+    make_backbone("bert")
+    resumed = bench.stage1("films")
+    bench.stage1("films", store=str(bench.folder / "whole"))
+    assert resumed["epochs"] == 2 and same(bench.weights("films"), bench.weights("films", "whole"))
+
+
+RANKS = """
+import sys
+import torch
+import pytorch_lightning as lightning
+from fusion.backbones.load import load_backbone
+from fusion.errors import GuardError
+from fusion.layers.bottleneck import BottleneckAdapter
+from fusion.layers.heads import TaskHead
+from fusion.model import AdaptedModel
+from fusion.training.guard import Guard
+
+rank, folder, meeting = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+torch.distributed.init_process_group("gloo", "file://" + meeting, rank=rank, world_size=2)
+
+class Trainer:
+    world_size, global_rank = 2, rank
+
+for how in ("same", "weights", "sizes"):
+    size = 8 if rank and how == "sizes" else 4
+    model = AdaptedModel(load_backbone(folder), {"1.feedforward": BottleneckAdapter(32, size)}, "normed", TaskHead(32, 2))
+    if rank and how == "weights":
+        model.backbone.get_parameter("embeddings.LayerNorm.bias").data[3] += 1e-6
+    try:
+        Guard(model).setup(Trainer(), None, "fit")
+        print("they are the same")
+    except GuardError as error:
+        print(str(error).splitlines()[0])
+"""
+
+
+def test_processes_that_differ_fail_alike(tiny_backbone: Path, tmp_path: Path) -> None:
+    """DDP would give all of them the weights of the first, and nobody would know."""
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANKS, str(rank), str(tiny_backbone), str(tmp_path / "meeting")],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        for process in ranks:
+            out, err = process.communicate(timeout=180)
+            sizes = [f"fillings.1.feedforward.{name}" for name in ("down.bias", "down.weight", "up.weight")]
+            assert out.splitlines() == [
+                "they are the same",
+                f"process 1 has other frozen tensors than process 0: {NORM}; nothing is stored.",
+                "process 1 would train other parameters than process 0: "
+                f"{', '.join(sizes)}; nothing is stored",
+            ], err[-2000:]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+
+
+# --- what it costs ---------------------------------------------------------------------------------
+
+
+def test_a_look_within_a_training_reads_no_tensor(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hashes at the start and the end; in between only what was written to would be hashed again."""
+    from fusion.training import guard as guard_module
+
+    hashed: list[str] = []
+    real = guard_module.hash_tensors
+
+    def heard(tensors: Any) -> str:
+        hashed.extend(name for name, _ in tensors)
+        return real(tensors)
+
+    monkeypatch.setattr(guard_module, "hash_tensors", heard)
+    bench.stage1("films")
+    assert hashed == []
