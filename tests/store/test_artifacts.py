@@ -296,8 +296,8 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 HOLDER = """
     import sys, time
     from pathlib import Path
-    from fusion.store.artifacts import _writing
-    with _writing(Path({store!r}), "mnli", 10.0):
+    from fusion.store.writing import writing
+    with writing(Path({store!r}), "mnli", 10.0):
         print("held", flush=True)
         time.sleep({seconds})
 """
