@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backbones": BASE | {"hub", "layers"},
     "model": BASE | {"layers", "backbones"},
     "data": BASE | {"hub"},
+    "provenance": set(),
     "selection": BASE,
     "store": BASE | {"selection"},
     "review": BASE,
@@ -67,6 +68,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "build",
         "inference",
         "prefix",
+        "provenance",
     },
     "app": BASE | {"run", "training.processes"},
 }

@@ -193,7 +193,8 @@ INNER: dict[str, dict[str, Types]] = {
     "data": {"max_length": (int,), "fingerprints": (dict,)},
     "run": {"identity": (str,), "config": (dict,), "overrides": (list,), "directory": (str,)},
 }
-BACKBONE_LATER: dict[str, Types] = {"trust_remote_code": (bool,)}  # only there where it is true
+# Not in all manifests: `package` is in those of the first stores, `trust_remote_code` where it is true.
+BACKBONE_SOMETIMES: dict[str, Types] = {"package": (str, NoneType), "trust_remote_code": (bool,)}
 ADAPTER: dict[str, Types] = {
     "sites": (list,),
     "reads": (str,),
@@ -236,10 +237,10 @@ def _check_parts(values: dict[str, Any], path: Path) -> None:
     _check_least(values["seed"], 0, "seed", path)
     _check_least(values["data"]["max_length"], 1, "data.max_length", path)
     backbone = values["backbone"]
-    _check_only(backbone, INNER["backbone"] | BACKBONE_LATER, "backbone", path)
+    _check_only(backbone, INNER["backbone"] | BACKBONE_SOMETIMES, "backbone", path)
     for key in ("hidden_size", "layers"):
         _check_least(backbone[key], 1, f"backbone.{key}", path)
-    for key, allowed in BACKBONE_LATER.items():
+    for key, allowed in BACKBONE_SOMETIMES.items():
         if key in backbone:
             _check_type(backbone[key], allowed, f"backbone.{key}", path)
     _check_task(values["task"], "task", path)

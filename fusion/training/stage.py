@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import platform
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
-from fusion import __version__
 from fusion.backbones.compiling import compile_layers
 from fusion.backbones.load import Backbone, locate
 from fusion.config import StageConfig, TaskConfig
@@ -23,6 +20,7 @@ from fusion.entry import Entry, result_of
 from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.model import AdaptedModel
 from fusion.prefix import keep_prefix
+from fusion.provenance import circumstances, versions
 from fusion.review.tracking import build_loggers, finish, log_lineage, log_result
 from fusion.run import Run
 from fusion.store.artifacts import save
@@ -127,6 +125,7 @@ def train_and_store(
             compile_layers(backbone.family.layer_list(backbone.model))
         return prefix
 
+    origin = circumstances() if run.rank_zero else {}  # before hours in which the checkout may change
     exit_code = 1
     try:
         fitted = fit(
@@ -153,9 +152,9 @@ def train_and_store(
             sources=[{"name": source.name, "hash": source.hash} for source in sources],
             metrics=fitted.metrics,
             seed=config.seed,
-            versions=_versions(),
+            versions=versions(),
             result=_result(config, entry, model, backbone, fitted, sources),
-            **_circumstances(config, run, entry, model, backbone, rows),
+            **_circumstances(config, run, entry, model, backbone, rows, origin),
         )
         if config.trainer.fast_dev_run:
             log.info("trainer.fast_dev_run: it runs; nothing is stored")
@@ -177,7 +176,13 @@ def train_and_store(
 
 
 def _circumstances(
-    config: StageConfig, run: Run, entry: Entry, model: AdaptedModel, backbone: Backbone, rows: TaskRows
+    config: StageConfig,
+    run: Run,
+    entry: Entry,
+    model: AdaptedModel,
+    backbone: Backbone,
+    rows: TaskRows,
+    origin: dict[str, Any],
 ) -> dict[str, Any]:
     """What the weights were trained in: backbone, head, data and run, as the manifest has them."""
     tasks = config.task_list
@@ -210,6 +215,7 @@ def _circumstances(
             "config": entry.config,
             "overrides": list(run.overrides),
             "directory": str(run.directory),
+            **origin,
         },
     }
 
@@ -251,10 +257,3 @@ def _result(
 def _tags(config: StageConfig, tag: str) -> list[str]:
     names = [str(task.name) for task in config.task_list]
     return [*names, config.backbone.name_or_path.rsplit("/", 1)[-1], tag]
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "pytorch-lightning", "datasets", "tokenizers", "peft", "numpy")
-    return {"adapter-fusion": __version__, "python": platform.python_version()} | {
-        p: version(p) for p in packages
-    }
