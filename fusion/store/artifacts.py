@@ -94,7 +94,7 @@ def load(reference: str, store: Path) -> Artifact:
     Raises:
         UserError: there is no such artifact, or which of its files is missing, cut short or changed.
     """
-    return read_settled(lambda: find(reference, store), _read)
+    return read_settled(lambda: find(reference, store), read)
 
 
 def load_by_hash(hash: str, name: str, store: Path) -> Artifact:
@@ -103,12 +103,13 @@ def load_by_hash(hash: str, name: str, store: Path) -> Artifact:
     Raises:
         UserError: it is gone, or which of its files is missing, cut short or changed.
     """
-    artifact = read_settled(lambda: find_by_hash(hash, name, store), _read)
+    artifact = read_settled(lambda: find_by_hash(hash, name, store), read)
     # Between the two it may have been overwritten, whole; then it is kept, and found, elsewhere.
-    return artifact if artifact.manifest.hash == hash else _read(find_by_hash(hash, name, store))
+    return artifact if artifact.manifest.hash == hash else read(find_by_hash(hash, name, store))
 
 
-def _read(folder: Path) -> Artifact:
+def read(folder: Path) -> Artifact:
+    """The artifact that lies in `folder`, its files checked against its manifest."""
     manifest = read_folder(folder)
     weights, head = (_read_tensors(folder / file, manifest.files[file]) for file in (WEIGHTS, HEAD))
     return Artifact(path=folder, manifest=manifest, weights=weights, head=head)
@@ -130,7 +131,7 @@ def adopt(artifact: Artifact, store: Path) -> None:
         for file in (WEIGHTS, HEAD):  # these alone: whatever else lies there is no part of it
             _write(staged / file, read_regular(artifact.path / file, artifact.manifest.files[file]["bytes"]))
         _write(staged / MANIFEST, artifact.manifest.to_json().encode("utf-8"))
-        if _read(staged).manifest.hash != artifact.manifest.hash:
+        if read(staged).manifest.hash != artifact.manifest.hash:
             raise UserError(f"{artifact.path}: was changed while it was copied to {store}; run this again")
         kept.parent.mkdir(exist_ok=True)
         with contextlib.suppress(OSError):  # another process has just put the same there

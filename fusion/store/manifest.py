@@ -463,10 +463,10 @@ def is_name(reference: str) -> bool:
 
 def names(store: Path) -> list[str]:
     """What the store has, sorted by name."""
-    return sorted(_folders(store))
+    return sorted(folders(store))
 
 
-def _folders(store: Path) -> dict[str, Path]:
+def folders(store: Path) -> dict[str, Path]:
     """Where each artifact of the store lies."""
     if not store.is_dir():
         return {}
@@ -507,7 +507,7 @@ def find(reference: str, store: Path) -> Path:
         return path
     if reference and is_folder:
         raise UserError(f"{reference}: this folder is no artifact, it has no {MANIFEST}")
-    raise UserError(_unknown(reference, store))
+    raise UserError(unknown_name(reference, store))
 
 
 def _being_replaced(name: str, store: Path) -> Path | None:
@@ -525,7 +525,8 @@ def _being_replaced(name: str, store: Path) -> Path | None:
     return old if (old / MANIFEST).is_file() else None
 
 
-def _unknown(reference: str, store: Path) -> str:
+def unknown_name(reference: str, store: Path) -> str:
+    """What to say of a name that the store does not have: near ones, and what there is."""
     there = names(store)
     near = difflib.get_close_matches(reference, there, n=3, cutoff=0.6)
     text = f"no artifact {reference!r} in the store {store}"
@@ -638,7 +639,7 @@ def check_free(name: str, kind: str, store: Path, overwrite: bool) -> None:
     check_name(name)
     folder = store / name
     if not folder.exists():
-        folder = _folders(store).get(name, folder)
+        folder = folders(store).get(name, folder)
     if not folder.exists():
         return
     if not (folder / MANIFEST).is_file():

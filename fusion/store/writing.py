@@ -123,8 +123,11 @@ def needed_hashes(store: Path) -> set[str]:
 def keep_replaced(store: Path, folder: Path, manifest: Manifest) -> Path:
     """Moves an artifact to STORE/.replaced, where fusions still find it by its hash; unless it is there already."""
     kept = store / REPLACED / f"{manifest.name}-{manifest.hash[:8]}"
-    if not kept.exists():
-        kept.parent.mkdir(exist_ok=True)
-        os.replace(folder, kept)
-        sync_folder(kept.parent)
+    with contextlib.suppress(UserError):
+        if read_folder(kept).hash == manifest.hash:
+            return kept
+    shutil.rmtree(kept, ignore_errors=True)  # what lies there is no artifact
+    kept.parent.mkdir(exist_ok=True)
+    os.replace(folder, kept)
+    sync_folder(kept.parent)
     return kept
