@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
-from fusion.store.listing import as_bytes, number, shown, what_it_is, when
+from fusion.store.files import printable
+from fusion.store.listing import as_bytes, number, what_it_is, when
 from fusion.store.manifest import MANIFEST, Manifest, find, find_by_hash, read_folder, read_settled
 from fusion.store.overview import everything, users_of
 from fusion.store.rebuilding import rebuild_lines
@@ -26,9 +27,9 @@ def describe(reference: str, store: Path, into: Path | None = None) -> list[str]
     folder, manifest = read_settled(
         lambda: find(reference, store), lambda folder: (folder, read_folder(folder))
     )
-    lines = [shown(line) for line in _facts(folder, manifest, store)]
+    lines = [printable(line) for line in _facts(folder, manifest, store)]
     lines += ["", "to make it anew:"]
-    return lines + [shown(line) for line in rebuild_lines(manifest, folder.parent, into or folder.parent)]
+    return lines + [printable(line) for line in rebuild_lines(manifest, folder.parent, into or folder.parent)]
 
 
 def _facts(folder: Path, manifest: Manifest, store: Path) -> Iterator[str]:

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from fusion.store.files import printable
 from fusion.store.manifest import MANIFEST, Manifest
 from fusion.store.overview import Found, Leftover, check_store, everything, leftovers, size_of, users_of
 
@@ -23,7 +24,7 @@ def list_store(store: Path) -> list[str]:
     found = everything(store)
     rows = [TITLES, *(_row(f, f.manifest, found) for f in found if f.manifest is not None)]
     lines = table(rows) if len(rows) > 1 else [f"{store} has no artifacts"]
-    lines += [f"damaged: {shown(f.place)}: {f.problem}" for f in found if f.manifest is None]
+    lines += [f"damaged: {printable(f.place)}: {f.problem}" for f in found if f.manifest is None]
     return lines + [_left(left) for left in leftovers(store, found)]
 
 
@@ -48,11 +49,13 @@ def _row(found: Found, manifest: Manifest, every: list[Found]) -> tuple[str, ...
         when(found.folder / MANIFEST),
         ", ".join(users) or "-",
     )
-    return tuple(shown(cell) for cell in cells)
+    return tuple(printable(cell) for cell in cells)
 
 
 def _left(left: Leftover) -> str:
-    return f"left: {shown(left.place)} ({as_bytes(size_of(left.folder))}, {when(left.folder)}): {left.what}"
+    return (
+        f"left: {printable(left.place)} ({as_bytes(size_of(left.folder))}, {when(left.folder)}): {left.what}"
+    )
 
 
 def what_it_is(manifest: Manifest) -> str:
@@ -91,10 +94,3 @@ def when(path: Path) -> str:
         return datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
     except (OSError, OverflowError, ValueError):
         return "-"
-
-
-def shown(text: str) -> str:
-    """Text of a manifest or a file name for a terminal: nothing in it moves the cursor or turns the line around."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
-    )

@@ -30,7 +30,7 @@ from fusion.config import (
     TaskConfig,
 )
 from fusion.errors import UserError
-from fusion.store.files import MEND, read_regular
+from fusion.store.files import MEND, printable, read_regular
 from fusion.store.settings import TYPE_NAMES, check_types, settings_of, type_name
 
 FORMAT_VERSION = 1
@@ -135,7 +135,13 @@ class Manifest:
         Raises:
             UserError: names `path` and the key that is unknown, missing or of another type.
         """
-        values = _read_json(text, path)
+        try:
+            return cls._checked(_read_json(text, path), path)
+        except UserError as error:  # what it quotes from the file may hold anything
+            raise UserError(printable(str(error))) from None
+
+    @classmethod
+    def _checked(cls, values: Any, path: Path) -> Manifest:
         if not isinstance(values, dict):
             raise UserError(f"{path}: expected a JSON object, found {type_name(values)}")
         version = values.get("format_version")
@@ -243,6 +249,9 @@ def _check_parts(values: dict[str, Any], path: Path) -> None:
     for key, allowed in BACKBONE_SOMETIMES.items():
         if key in backbone:
             _check_type(backbone[key], allowed, f"backbone.{key}", path)
+    for split, metrics in values["metrics"].items():
+        _check_type(metrics, (dict,), f"metrics.{split}", path)
+    _check_type(values["result"].get("parameters", {}), (dict,), "result.parameters", path)
     _check_task(values["task"], "task", path)
     _check_head(values["head"], "head", path)
     _check_kind(values, path)
@@ -269,6 +278,7 @@ def _check_stored_name(name: str, key: str, path: Path) -> None:
 
 def _check_task(task: dict[str, Any], key: str, path: Path) -> None:
     _check_type(task.get("name"), (str,), f"{key}.name", path)
+    _check_type(task.get("labels"), (list, NoneType), f"{key}.labels", path)
     check_types(TaskConfig, task, f"{path}: {key}")
 
 
@@ -395,7 +405,7 @@ def _check_plain(value: Any, depth: int = 0) -> None:
     if depth > DEEPEST:
         raise ValueError(f"objects stand more than {DEEPEST} deep inside each other")
     if isinstance(value, str):
-        if re.search("[\ud800-\udfff\0]", value):
+        if not value.isprintable() and re.search("[\ud800-\udfff\0]", value):
             raise ValueError(f"{short(value)} is no text")
     elif isinstance(value, int):
         if abs(value) > LARGEST:

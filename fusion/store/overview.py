@@ -65,15 +65,14 @@ def check_store(store: Path) -> None:
         )
 
 
-def everything(store: Path) -> list[Found]:
-    """All artifacts by name, then those that were replaced; damaged ones too."""
+def everything(store: Path, only: str | None = None) -> list[Found]:
+    """All artifacts by name, then those that were replaced; damaged ones too. `only`: just that place."""
     standing = {
         entry.name: entry for entry in _entries(store) if entry.is_dir() and not entry.name.startswith(".")
     }
-    found = [_look(name, folder, store) for name, folder in sorted((standing | folders(store)).items())]
-    return found + [
-        _look(f"{REPLACED}/{folder.name}", folder, store) for folder in _entries(store / REPLACED)
-    ]
+    places = sorted((standing | folders(store)).items())
+    places += [(f"{REPLACED}/{folder.name}", folder) for folder in _entries(store / REPLACED)]
+    return [_look(place, folder, store) for place, folder in places if only in (None, place)]
 
 
 def _look(place: str, folder: Path, store: Path) -> Found:

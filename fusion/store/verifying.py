@@ -9,8 +9,8 @@ from pathlib import Path
 
 from fusion.errors import UserError
 from fusion.store.artifacts import Artifact, check_numbers, match_keys, read
-from fusion.store.files import MEND
-from fusion.store.listing import as_bytes, shown
+from fusion.store.files import MEND, printable
+from fusion.store.listing import as_bytes
 from fusion.store.manifest import HEAD, MANIFEST, WEIGHTS, Manifest, find_by_hash, read_folder, unknown_name
 from fusion.store.overview import Found, check_store, everything, leftovers, size_of
 from fusion.store.shapes import head_shapes, weight_shapes
@@ -24,7 +24,7 @@ class Verdict:
     problem: str = ""
 
     def __str__(self) -> str:
-        return shown(
+        return printable(
             f"problem  {self.place}: {' '.join(self.problem.split())}"
             if self.problem
             else f"ok       {self.place}"
@@ -38,7 +38,7 @@ def verify(store: Path, name: str | None = None) -> Iterator[Verdict]:
         UserError: there is no such store, or nothing of that name in it.
     """
     check_store(store)
-    found = [f for f in everything(store) if name is None or f.place == name]
+    found = everything(store, only=name)
     if name is not None and not found:
         raise UserError(unknown_name(name, store))
     for one in found:
@@ -48,7 +48,7 @@ def verify(store: Path, name: str | None = None) -> Iterator[Verdict]:
 def left_over(store: Path) -> list[str]:
     """A line for each thing in the store that is no artifact, with what to do about it. None of it does harm."""
     return [
-        shown(
+        printable(
             f"left     {left.place} ({as_bytes(size_of(left.folder))}): {left.what}"
             + (f"; rm -r '{left.folder}' frees it" if left.done else "")
         )
