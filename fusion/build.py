@@ -279,6 +279,13 @@ def _check_rank(method: MethodConfig, artifact: Artifact) -> None:
         )
 
 
+def _sources_of(manifest: Manifest, store: Path) -> list[Artifact]:
+    try:
+        return [load_by_hash(source["hash"], source["name"], store) for source in manifest.sources]
+    except UserError as error:
+        raise UserError(f"{manifest.name}: {error}") from None
+
+
 def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int = 0) -> AdaptedModel:
     """The model that an artifact stands for, for inference; a fusion's sources come from the store.
 
@@ -297,7 +304,7 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int 
     if manifest.kind == "adapter":
         fillings = stored_adapters(artifact)
     elif manifest.kind == "fusion":
-        sources = [load_by_hash(source["hash"], source["name"], store) for source in manifest.sources]
+        sources = _sources_of(manifest, store)
         described = [source.manifest for source in sources]
         match_keys(
             fusion_shapes(manifest, described, artifact.path), artifact.weights, artifact.path / WEIGHTS
