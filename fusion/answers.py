@@ -7,7 +7,7 @@ from typing import Any
 
 from fusion.config import TaskConfig
 from fusion.errors import UserError
-from fusion.store.files import printable
+from fusion.store.files import quotable
 from fusion.store.manifest import Manifest
 
 
@@ -27,7 +27,7 @@ def own_tasks(manifest: Manifest) -> list[TaskConfig]:
     try:
         return [TaskConfig.from_dict(task, where=where) for task in every]
     except UserError as error:  # what it quotes from the file may hold anything
-        raise UserError(printable(str(error))) from None
+        raise UserError(quotable(str(error))) from None
 
 
 def answers(manifest: Manifest, asked: TaskConfig | None) -> list[Answer]:

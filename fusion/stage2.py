@@ -63,7 +63,9 @@ def main(config: Stage2Config, run: Run) -> dict[str, Any]:
     entry = entry_of(config, inputs, run)
     if entry.stored is not None:
         return entry.result()
-    backbone = load_backbone(config.backbone.name_or_path, config.backbone.revision)
+    backbone = load_backbone(
+        config.backbone.name_or_path, config.backbone.revision, config.backbone.trust_remote_code
+    )
     sources = load_sources(inputs.references, Path(config.store), backbone)
     for source in sources if run.rank_zero else ():
         adopt(source, Path(config.store))

@@ -55,3 +55,9 @@ def printable(text: str) -> str:
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "surrogatepass").decode()
         for c in text
     )
+
+
+def quotable(text: str, most: int = 600) -> str:
+    """A message that quotes a file, as a terminal may show it: printable, and without the middle where it is long."""
+    text = printable(text)
+    return text if len(text) <= most else f"{text[: most - 200]} … {text[-200:]}"

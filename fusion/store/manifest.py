@@ -30,7 +30,7 @@ from fusion.config import (
     TaskConfig,
 )
 from fusion.errors import UserError
-from fusion.store.files import MEND, printable, read_regular
+from fusion.store.files import MEND, quotable, read_regular
 from fusion.store.settings import TYPE_NAMES, check_types, settings_of, type_name
 
 FORMAT_VERSION = 1
@@ -44,6 +44,7 @@ OLD = ".old"  # ending of an artifact that is just being replaced, in STAGING
 
 MANIFEST_BYTES = 32 * 2**20  # more is no manifest
 LARGEST = 2**64  # of whole numbers; a raw label may be any of 64 bits
+MOST_LAYERS = 10_000  # of a backbone; they are counted through
 DEEPEST = 32  # how far objects and lists stand inside each other
 
 READS = 50  # attempts to read an artifact that is overwritten meanwhile
@@ -138,7 +139,7 @@ class Manifest:
         try:
             return cls._checked(_read_json(text, path), path)
         except UserError as error:  # what it quotes from the file may hold anything
-            raise UserError(printable(str(error))) from None
+            raise UserError(quotable(str(error))) from None
 
     @classmethod
     def _checked(cls, values: Any, path: Path) -> Manifest:
@@ -246,6 +247,8 @@ def _check_parts(values: dict[str, Any], path: Path) -> None:
     _check_only(backbone, INNER["backbone"] | BACKBONE_SOMETIMES, "backbone", path)
     for key in ("hidden_size", "layers"):
         _check_least(backbone[key], 1, f"backbone.{key}", path)
+    if backbone["layers"] > MOST_LAYERS:
+        raise UserError(f"{path}: backbone.layers is {backbone['layers']}, expected at most {MOST_LAYERS}")
     for key, allowed in BACKBONE_SOMETIMES.items():
         if key in backbone:
             _check_type(backbone[key], allowed, f"backbone.{key}", path)
@@ -750,6 +753,19 @@ def check_drop(manifest: Manifest, drop: int) -> None:
     if drop > manifest.backbone["layers"]:
         raise UserError(
             f"drop={drop}: {manifest.name} has {manifest.backbone['layers']} layers; expected no more"
+        )
+
+
+def check_trust(manifest: Manifest, trusted: bool) -> None:
+    """Refuses to go without code that an artifact's backbone was run with, and to run it on the artifact's word.
+
+    Raises:
+        UserError: names the key that the user has to say again.
+    """
+    if manifest.backbone.get("trust_remote_code") and not trusted:
+        raise UserError(
+            f"{manifest.name}: its backbone {manifest.backbone['name_or_path']} runs code of its own; say "
+            "backbone.trust_remote_code=true if you have read it and trust it"
         )
 
 

@@ -48,7 +48,9 @@ def load_task_rows(config: StageConfig) -> TaskRows:
         UserError: what is wrong with the data, by file and row.
     """
     assert config.data.max_length is not None
-    tokenizer = load_tokenizer(locate(config.backbone.name_or_path), config.backbone.revision)
+    tokenizer = load_tokenizer(
+        locate(config.backbone.name_or_path), config.backbone.revision, config.backbone.trust_remote_code
+    )
     loaded = TaskRows([], {})
     tasks = config.task_list
     for number, task in enumerate(tasks):
@@ -198,6 +200,7 @@ def _circumstances(
             "family": backbone.family.name,
             "hidden_size": backbone.hidden_size,
             "layers": backbone.layers,
+            **({"trust_remote_code": True} if config.backbone.trust_remote_code else {}),
         },
         "head": heads[0],
         "multitask": {
