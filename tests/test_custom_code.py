@@ -53,7 +53,7 @@ Make = Callable[..., tuple[Path, Path]]
 def own_code(tmp_path: Path, tiny_backbone: Path) -> Make:
     """A copy of the tiny backbone with code of its own, and the file that this code leaves when it is run."""
 
-    def make(model_type: str = "bert", file: str = "config.json", **auto_map: str) -> tuple[Path, Path]:
+    def make(model_type: str = "bert", file: str = "config.json", **auto_map: Any) -> tuple[Path, Path]:
         folder, marker = tmp_path / f"own_{model_type}", tmp_path / "ran"
         shutil.copytree(tiny_backbone, folder)
         (folder / "own.py").write_text(CODE.format(marker=str(marker)))
@@ -98,7 +98,7 @@ def test_a_known_type_goes_without_its_code(
 def test_a_tokenizer_of_its_own(own_code: Make, caplog: pytest.LogCaptureFixture) -> None:
     folder, marker = own_code(
         file="tokenizer_config.json",
-        AutoTokenizer=["own.OwnTokenizer", "own.OwnTokenizer"],  # type: ignore[arg-type]
+        AutoTokenizer=["own.OwnTokenizer", "own.OwnTokenizer"],
     )
     with caplog.at_level(logging.WARNING, "fusion"):
         assert load_tokenizer(str(folder)).is_fast

@@ -94,7 +94,7 @@ def read_words(words: Sequence[str]) -> tuple[str, list[str], dict[str, str]]:
 
 
 def _near(word: str, known: Sequence[str] | dict[str, tuple[str, ...]]) -> str:
-    near = difflib.get_close_matches(word, list(known), 1)
+    near = difflib.get_close_matches(word, list(known), 1, 0.7)
     return f": did you mean {near[0]}?" if near else ""
 
 

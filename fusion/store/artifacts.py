@@ -171,10 +171,10 @@ def check_numbers(values: Mapping[str, torch.Tensor], path: Path | str) -> None:
     for name, tensor in values.items():
         if tensor.dtype not in FLOATS:
             raise UserError(
-                f"{path}: {short(name)} is of type {str(tensor.dtype).removeprefix('torch.')}, expected a float; {MEND}"
+                f"{path}: {_quoted(name)} is of type {str(tensor.dtype).removeprefix('torch.')}, expected a float; {MEND}"
             )
         if not tensor.isfinite().all():
-            raise UserError(f"{path}: {short(name)} holds values that are not finite; {MEND}")
+            raise UserError(f"{path}: {_quoted(name)} holds values that are not finite; {MEND}")
 
 
 def copy_stored(
@@ -203,9 +203,13 @@ def copy_into(
 
 
 def _listed(keys: list[str], shown: int = 5) -> str:
-    return ", ".join(key if key.isprintable() and len(key) <= 200 else short(key) for key in keys[:shown]) + (
-        f" and {len(keys) - shown} more" if len(keys) > shown else ""
-    )
+    more = f" and {len(keys) - shown} more" if len(keys) > shown else ""
+    return ", ".join(map(_quoted, keys[:shown])) + more
+
+
+def _quoted(name: str) -> str:
+    """A tensor's name as it is, where it is one that a model may have."""
+    return name if name.isprintable() and len(name) <= 200 else short(name)
 
 
 def _stage(

@@ -24,7 +24,7 @@ def list_store(store: Path) -> list[str]:
     found = everything(store)
     rows = [TITLES, *(_row(f, f.manifest, found) for f in found if f.manifest is not None)]
     lines = table(rows) if len(rows) > 1 else [f"{store} has no artifacts"]
-    lines += [f"damaged: {printable(f.place)}: {f.problem}" for f in found if f.manifest is None]
+    lines += [printable(f"damaged: {f.place}: {f.problem}") for f in found if f.manifest is None]
     return lines + [_left(left) for left in leftovers(store, found)]
 
 

@@ -88,14 +88,15 @@ class Place:
             manifest = make_manifest(name, adapter={"bottleneck_sizes": sizes, **more}, **about)
             save(self.store, manifest, parameters_of(adapters[number]), dict(head.named_parameters()))
         sources = [{"name": n, "hash": read_manifest(n, self.store).hash} for n in ("films", "books")]
-        for name, config, chosen in (
+        compositions: tuple[tuple[str, CompositionConfig, dict[str, Any]], ...] = (
             ("fusion", CompositionConfig("adapterfusion", rank=3), {}),
             (
                 "pruned",
                 CompositionConfig("pruned", fusion="fusion", keep=1),
                 {"kept": {f"{layer}.feedforward": [layer % 2] for layer in range(3)}},
             ),
-        ):
+        )
+        for name, config, chosen in compositions:
             loaded = load_sources(["films", "books"], self.store, self.backbone)
             fillings = composition_fillings(config, loaded, self.backbone, **chosen)
             manifest = make_manifest(name, "fusion", sources=sources, **about)
