@@ -80,6 +80,10 @@ def _look(place: str, folder: Path, store: Path) -> Found:
         return folder if (folder / MANIFEST).is_file() else folders(store).get(place, folder)
 
     try:
+        if not (where() / MANIFEST).exists():
+            read_folder(
+                folder
+            )  # nothing is being replaced here, so nothing is waited for: says what is wrong
         there, manifest = read_settled(where, lambda there: (there, read_folder(there)))
     except UserError as error:
         return Found(place, folder, None, str(error))
