@@ -7,6 +7,7 @@ from typing import Any
 
 from fusion.config import TaskConfig
 from fusion.errors import UserError
+from fusion.store.files import quotable
 from fusion.store.manifest import Manifest
 
 
@@ -23,7 +24,10 @@ def own_tasks(manifest: Manifest) -> list[TaskConfig]:
     """What the artifact was trained on, in the order of its heads."""
     where = f"manifest of {manifest.name}"
     every = [entry["task"] for entry in (manifest.multitask or {}).values()] or [manifest.task]
-    return [TaskConfig.from_dict(task, where=where) for task in every]
+    try:
+        return [TaskConfig.from_dict(task, where=where) for task in every]
+    except UserError as error:  # what it quotes from the file may hold anything
+        raise UserError(quotable(str(error))) from None
 
 
 def answers(manifest: Manifest, asked: TaskConfig | None) -> list[Answer]:

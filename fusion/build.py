@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch.nn import Parameter
 
@@ -31,51 +31,11 @@ from fusion.layers.scalearn import ScaLearn, initial_scales
 from fusion.layers.sequence import SequenceFusion
 from fusion.layers.target import WithTargetAdapter
 from fusion.model import AdaptedModel
-from fusion.store.artifacts import Artifact, copy_into, load, load_by_hash
+from fusion.selection import kept_layers
+from fusion.store.artifacts import Artifact, copy_stored, load, load_by_hash, match_keys
 from fusion.store.manifest import HEAD, MANIFEST, WEIGHTS, Manifest, check_backbone, check_sources
-
-Settings = TypeVar("Settings")
-
-
-def selected_layers(layers: Any, count: int, key: str) -> list[int]:
-    """`null`, `last:3` or a list, as the layers of a backbone that has `count` of them.
-
-    Raises:
-        UserError: a layer that the backbone does not have; `key` names the setting.
-    """
-    if layers is None:
-        return list(range(count))
-    if isinstance(layers, str):
-        last = int(layers.removeprefix("last:"))
-        if last > count:
-            raise UserError(
-                f"{key}={layers}: the backbone has {count} layers; expected last:1 to last:{count}"
-            )
-        return list(range(count - last, count))
-    beyond = [layer for layer in layers if layer >= count]
-    if beyond:
-        raise UserError(
-            f"{key}={list(layers)}: layer {beyond[0]} does not exist; the backbone has layers 0 to {count - 1}"
-        )
-    return sorted(layers)
-
-
-def kept_layers(layers: Any, drop: str | None, count: int, group: str) -> list[int]:
-    """The layers that `layers` selects, without those that `specialized:N` drops.
-
-    Raises:
-        UserError: none is left; `group` is where the settings stand.
-    """
-    selected = selected_layers(layers, count, f"{group}.layers")
-    if drop is None or drop == "robust":
-        return selected
-    first = int(drop.removeprefix("specialized:"))
-    kept = [layer for layer in selected if layer >= first]
-    if not kept:
-        raise UserError(
-            f"{group}.drop={drop}: no layer is left of {selected}; expected specialized:1 to specialized:{selected[-1]}"
-        )
-    return kept
+from fusion.store.settings import settings_of
+from fusion.store.shapes import adapter_shapes, fusion_shapes, head_shapes
 
 
 def adapter_fillings(config: AdapterConfig, backbone: Backbone) -> dict[str, Filling]:
@@ -122,9 +82,14 @@ def tuning_of(config: MethodConfig, backbone: Backbone) -> Tuning | None:
 
 
 def stored_adapters(artifact: Artifact) -> dict[str, BottleneckAdapter]:
-    """The adapters of a stored artifact by slot name, with their weights."""
+    """The adapters of a stored artifact by slot name, with their weights.
+
+    Raises:
+        UserError: the weights are not what the manifest says.
+    """
     settings = artifact.manifest.adapter
     assert settings is not None
+    match_keys(adapter_shapes(artifact.manifest), artifact.weights, artifact.path / WEIGHTS)
     adapters: dict[str, BottleneckAdapter] = {}
     shared: dict[str, BottleneckAdapter] = {}
     for slot, bottleneck_size in settings["bottleneck_sizes"].items():
@@ -138,15 +103,8 @@ def stored_adapters(artifact: Artifact) -> dict[str, BottleneckAdapter]:
         )
         if settings.get("shared", False):
             shared[site] = adapters[slot]
-    copy_into(parameters_of(adapters), artifact.weights, artifact.path / WEIGHTS)
+    copy_stored(parameters_of(adapters), artifact.weights, artifact.path / WEIGHTS)
     return adapters
-
-
-def _settings(schema: type[Settings], values: Mapping[str, Any], path: Path, key: str) -> Settings:
-    try:
-        return schema(**values)
-    except (TypeError, UserError) as error:
-        raise UserError(f"{path / MANIFEST}: {key} is none of this version ({error})") from error
 
 
 def composition_fillings(
@@ -285,6 +243,11 @@ def check_made_for(artifact: Artifact, backbone: Backbone) -> None:
         fingerprint=backbone.fingerprint,
         hidden_size=backbone.hidden_size,
     )
+    if artifact.manifest.backbone["layers"] != backbone.layers:
+        raise UserError(
+            f"{artifact.path / MANIFEST}: backbone.layers is {artifact.manifest.backbone['layers']}, and that "
+            f"backbone has {backbone.layers}; copy the artifact again, or train it again with overwrite=true"
+        )
 
 
 def backbone_of(manifest: Manifest, other: SameBackboneConfig) -> tuple[str, str | None]:
@@ -302,7 +265,25 @@ def stored_composition(manifest: Manifest, path: Path) -> tuple[CompositionConfi
     """
     settings = dict(manifest.composition or {})
     chosen: dict[str, Any] = {key: settings.pop(key) for key in ("kept", "continued") if key in settings}
-    return _settings(CompositionConfig, settings, path, "composition"), chosen
+    return settings_of(CompositionConfig, settings, f"{path / MANIFEST}: composition"), chosen
+
+
+def _check_rank(method: MethodConfig, artifact: Artifact) -> None:
+    """Refuse a rank that the stored weights do not have, before anything of that size is made."""
+    stored = {
+        tuple(tensor.shape[:1]) for name, tensor in artifact.weights.items() if name.endswith("lora_A.weight")
+    }
+    if method.name == "lora" and stored != {(method.rank,)}:
+        raise UserError(
+            f"{artifact.path / WEIGHTS}: holds LoRA of rank {sorted(stored)}, and {MANIFEST} says method.rank={method.rank}"
+        )
+
+
+def _sources_of(manifest: Manifest, store: Path) -> list[Artifact]:
+    try:
+        return [load_by_hash(source["hash"], source["name"], store) for source in manifest.sources]
+    except UserError as error:
+        raise UserError(f"{manifest.name}: {error}") from None
 
 
 def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int = 0) -> AdaptedModel:
@@ -316,28 +297,40 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int 
     """
     manifest = artifact.manifest
     check_made_for(artifact, backbone)
+    match_keys(head_shapes(manifest), artifact.head, artifact.path / HEAD)
     fillings: Mapping[str, Filling] = {}
     tuning = None
     placement = manifest.placement
     if manifest.kind == "adapter":
         fillings = stored_adapters(artifact)
     elif manifest.kind == "fusion":
-        sources = [load_by_hash(source["hash"], source["name"], store) for source in manifest.sources]
-        assert manifest.composition is not None
+        sources = _sources_of(manifest, store)
+        described = [source.manifest for source in sources]
+        match_keys(
+            fusion_shapes(manifest, described, artifact.path), artifact.weights, artifact.path / WEIGHTS
+        )
         composition, chosen = stored_composition(manifest, artifact.path)
+        for source in sources:
+            check_made_for(source, backbone)
         fillings = composition_fillings(composition, sources, backbone, **chosen)
         placement = sources[0].manifest.placement
-        copy_into(parameters_of(fillings), artifact.weights, artifact.path / WEIGHTS)
+        copy_stored(parameters_of(fillings), artifact.weights, artifact.path / WEIGHTS)
     elif manifest.method is not None:
-        tuning = tuning_of(_settings(MethodConfig, manifest.method, artifact.path, "method"), backbone)
+        method = settings_of(MethodConfig, manifest.method, f"{artifact.path / MANIFEST}: method")
+        _check_rank(method, artifact)
+        tuning = tuning_of(method, backbone)
         assert tuning is not None
-        copy_into(tuning.state(), artifact.weights, artifact.path / WEIGHTS)
+        copy_stored(tuning.state(), artifact.weights, artifact.path / WEIGHTS)
+    elif artifact.weights:
+        match_keys({}, artifact.weights, artifact.path / WEIGHTS)
     kept = {slot: filling for slot, filling in fillings.items() if layer_and_site(slot)[0] >= drop}
     head: TaskHead | TaskHeads = TaskHead(hidden_size=backbone.hidden_size, **manifest.head)
     if manifest.multitask is not None:
-        described = {task: entry["head"] for task, entry in manifest.multitask.items()}
-        head = TaskHeads({task: TaskHead(backbone.hidden_size, **how) for task, how in described.items()})
+        described_heads = {task: entry["head"] for task, entry in manifest.multitask.items()}
+        head = TaskHeads(
+            {task: TaskHead(backbone.hidden_size, **how) for task, how in described_heads.items()}
+        )
     reads = placement["adapter.reads"] or "normed"
     model = AdaptedModel(backbone, kept, reads, head, tuning=tuning)
-    copy_into(model.head_state(), artifact.head, artifact.path / HEAD)
+    copy_stored(model.head_state(), artifact.head, artifact.path / HEAD)
     return model.merged()

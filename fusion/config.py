@@ -252,6 +252,7 @@ class BackboneConfig:
     )
     cache_gb: float = 20.0  # what all that is kept may take on the disk
     gradient_checkpointing: bool = False  # less memory: each layer is computed again in backward
+    trust_remote_code: bool = False  # runs the Python code that the backbone brings along, if it does
 
     def __post_init__(self) -> None:
         _one_of("backbone.pooling", self.pooling, POOLINGS)
@@ -700,6 +701,7 @@ class SameBackboneConfig:
 
     name_or_path: Optional[str] = None
     revision: Optional[str] = None
+    trust_remote_code: bool = False  # said again each time: an artifact cannot say it for its user
 
 
 @dataclass

@@ -155,5 +155,5 @@ def find_entry(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any] 
 def result_of(manifest: Manifest, path: Path) -> dict[str, Any]:
     """What result.json holds: the run's own figures and, from the files, bytes and place."""
     stored_bytes = sum(file["bytes"] for file in manifest.files.values())
-    parameters = manifest.result["parameters"] | {"stored_bytes": stored_bytes}
+    parameters = manifest.result.get("parameters", {}) | {"stored_bytes": stored_bytes}
     return manifest.result | {"parameters": parameters, "artifact": str(path)}

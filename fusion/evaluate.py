@@ -13,7 +13,7 @@ from fusion.app import command
 from fusion.config import EvaluateConfig
 from fusion.errors import UserError
 from fusion.run import Run
-from fusion.store.manifest import check_drop, find, read_folder
+from fusion.store.manifest import check_drop, check_trust, find, read_folder
 
 
 def check(config: EvaluateConfig, run: Run) -> None:
@@ -22,6 +22,7 @@ def check(config: EvaluateConfig, run: Run) -> None:
 
     manifest = read_folder(find(config.artifact, Path(config.store)))
     check_drop(manifest, config.drop)
+    check_trust(manifest, config.backbone.trust_remote_code)
     for answer in answers(manifest, config.task):
         check_source(answer.task, config.data, [config.split])
 
@@ -41,8 +42,9 @@ def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     manifest = artifact.manifest
     scored = answers(manifest, config.task)
     name, revision = backbone_of(manifest, config.backbone)
-    tokenizer = load_tokenizer(locate(name), revision)
-    model = stored_model(artifact, artifact.path.parent, load_backbone(name, revision), config.drop)
+    tokenizer = load_tokenizer(locate(name), revision, config.backbone.trust_remote_code)
+    backbone = load_backbone(name, revision, config.backbone.trust_remote_code)
+    model = stored_model(artifact, artifact.path.parent, backbone, config.drop)
     metrics: dict[str, dict[str, float]] = {}
     rows_seen, seconds, tokens = 0, 0.0, 0
     splits = [

@@ -17,7 +17,7 @@ from fusion.app import command
 from fusion.config import PredictConfig, TaskConfig
 from fusion.errors import UserError
 from fusion.run import Run
-from fusion.store.manifest import Manifest, check_drop, find, read_folder
+from fusion.store.manifest import Manifest, check_drop, check_trust, find, read_folder
 
 if TYPE_CHECKING:
     from fusion.inference import Predictions
@@ -38,6 +38,7 @@ def check(config: PredictConfig, run: Run) -> None:
     """What can be said before a model is loaded."""
     manifest = read_folder(find(config.artifact, Path(config.store)))
     check_drop(manifest, config.drop)
+    check_trust(manifest, config.backbone.trust_remote_code)
     answer_of(config, manifest)
     if config.attention and manifest.kind != "fusion":
         raise UserError(
@@ -78,12 +79,13 @@ def main(config: PredictConfig, run: Run) -> dict[str, Any]:
     task = answer.task
     rows = rows_of_file(task, Path(config.input))
     name, revision = backbone_of(manifest, config.backbone)
-    tokenizer = load_tokenizer(locate(name), revision)
+    tokenizer = load_tokenizer(locate(name), revision, config.backbone.trust_remote_code)
     encoded = encode(
         rows, tokenizer, config.data.max_length or manifest.data["max_length"], config.data.cache_dir
     )
     encoded.task = answer.head
-    model = stored_model(artifact, artifact.path.parent, load_backbone(name, revision), config.drop)
+    backbone = load_backbone(name, revision, config.backbone.trust_remote_code)
+    model = stored_model(artifact, artifact.path.parent, backbone, config.drop)
     predictions = predict(
         model, encoded, config.data.batch_size, device, config.attention, config.data.tokens_per_batch
     )

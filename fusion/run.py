@@ -64,6 +64,7 @@ NOT_IDENTITY_TRAINER = (
 # a run of then is the same run now.
 ADDED_LATER: tuple[tuple[str, Any], ...] = (
     ("tasks", None),
+    ("backbone.trust_remote_code", False),
     ("method.temperature", 2.0),
     ("method.rank", 8),
     ("method.alpha", 8),

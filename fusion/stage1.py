@@ -54,7 +54,9 @@ def train(config: Stage1Config, run: Run, entry: Entry) -> dict[str, Any]:
 
     use_deterministic_algorithms(config.trainer.deterministic)
     rows = load_task_rows(config)
-    backbone = load_backbone(config.backbone.name_or_path, config.backbone.revision)
+    backbone = load_backbone(
+        config.backbone.name_or_path, config.backbone.revision, config.backbone.trust_remote_code
+    )
     torch.manual_seed(config.seed)
     fillings = adapter_fillings(config.adapter, backbone) if entry.kind == "adapter" else {}
     tuning = tuning_of(config.method, backbone)

@@ -71,7 +71,9 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, entry: Entry) -> dict[
 
     assert config.task is not None
     use_deterministic_algorithms(config.trainer.deterministic)
-    backbone = load_backbone(config.backbone.name_or_path, config.backbone.revision)
+    backbone = load_backbone(
+        config.backbone.name_or_path, config.backbone.revision, config.backbone.trust_remote_code
+    )
     sources = load_sources(inputs.references, Path(config.store), backbone)
     for source in sources if run.rank_zero else ():
         adopt(source, Path(config.store))

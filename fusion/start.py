@@ -22,7 +22,7 @@ from fusion.model import AdaptedModel
 from fusion.probe import probe
 from fusion.pruning import mean_attention, most_attended
 from fusion.run import write_json
-from fusion.store.artifacts import Artifact, copy_into, load
+from fusion.store.artifacts import Artifact, copy_stored, load
 from fusion.store.manifest import HEAD, WEIGHTS
 
 log = logging.getLogger(__name__)
@@ -59,8 +59,8 @@ class Start:
     def fill(self, model: AdaptedModel) -> None:
         """Let the model begin where the fusion ended, and end there too if nothing is to train."""
         if self.fusion is not None:
-            copy_into(model.filling_state(), self.fusion.weights, self.fusion.path / WEIGHTS)
-            copy_into(model.head_state(), self.fusion.head, self.fusion.path / HEAD)
+            copy_stored(model.filling_state(), self.fusion.weights, self.fusion.path / WEIGHTS)
+            copy_stored(model.head_state(), self.fusion.head, self.fusion.path / HEAD)
             if not self.composition.train:
                 model.freeze()
 

@@ -156,11 +156,11 @@ def test_a_turn_ends_with_the_process_that_had_it(tmp_path: Path, caplog: pytest
 
 
 def test_names_that_end_in_lock_words_do_not_meet_the_stores_own_locks(tmp_path: Path) -> None:
-    from fusion.store.artifacts import _writing
+    from fusion.store.artifacts import writing
 
     (tmp_path / ".locks").mkdir()
     for name in ("rte", "rte.run", "rte.run-lock"):
-        with turn_of(tmp_path, "rte"), _writing(tmp_path, name, 0.1):
+        with turn_of(tmp_path, "rte"), writing(tmp_path, name, 0.1):
             pass
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from fusion import custom_code
 from fusion.backbones.families import Family, family_of
 from fusion.errors import UserError, first_line
 from fusion.hub import from_cache_or_hub
@@ -60,30 +61,49 @@ def locate(name_or_path: str) -> str:
     return str(Path(spec.origin).parent / folder)
 
 
-def load_backbone(name_or_path: str, revision: str | None = None) -> Backbone:
+def load_backbone(
+    name_or_path: str, revision: str | None = None, trust_remote_code: bool = False
+) -> Backbone:
     """Load by folder, from the local cache, or from the hub, in this order; freeze; fingerprint.
 
+    Args:
+        trust_remote_code: whether Python code that the backbone brings along is run.
+
     Raises:
-        UserError: not found, no network, an unreadable file, or a family that is not supported.
+        UserError: not found, no network, an unreadable file, code of its own that is not trusted, or a
+            family that is not supported.
     """
     source = locate(name_or_path)
+    what = f"backbone {name_or_path}"
+
+    def read_config(local: bool) -> PretrainedConfig:
+        with custom_code.refused(what):
+            return AutoConfig.from_pretrained(
+                source, revision=revision, local_files_only=local, trust_remote_code=trust_remote_code
+            )
+
+    def read_model(local: bool) -> PreTrainedModel:
+        with custom_code.refused(what):
+            return AutoModel.from_pretrained(
+                source,
+                revision=revision,
+                local_files_only=local,
+                trust_remote_code=trust_remote_code,
+                dtype=torch.float32,
+                **family.model_options,
+            )
+
     with quiet_transformers():
         config: PretrainedConfig = from_cache_or_hub(
-            lambda local: AutoConfig.from_pretrained(source, revision=revision, local_files_only=local),
-            what=f"backbone {name_or_path}",
+            read_config,
+            what=what,
             cure="backbone.name_or_path=FOLDER takes a local copy",
         )
         family = family_of(config.model_type, name_or_path)
         try:
             model: PreTrainedModel = from_cache_or_hub(
-                lambda local: AutoModel.from_pretrained(
-                    source,
-                    revision=revision,
-                    local_files_only=local,
-                    dtype=torch.float32,
-                    **family.model_options,
-                ),
-                what=f"backbone {name_or_path}",
+                read_model,
+                what=what,
                 cure="backbone.name_or_path=FOLDER takes a local copy",
             )
         except UserError:
@@ -93,6 +113,8 @@ def load_backbone(name_or_path: str, revision: str | None = None) -> Backbone:
                 f"backbone {name_or_path}: its weights cannot be read ({first_line(error)}).\n"
                 "Fetch it again, or name another copy with backbone.name_or_path=FOLDER"
             ) from error
+    if not trust_remote_code:
+        custom_code.warn_if_ignored(getattr(config, "auto_map", None), what)
     model.requires_grad_(False)
     model.eval()
     return Backbone(
@@ -108,6 +130,8 @@ def load_backbone(name_or_path: str, revision: str | None = None) -> Backbone:
 def fingerprint(model: PreTrainedModel, family: Family) -> str:
     """sha256 over what decides the backbone's output: architecture and tensors, by name."""
     architecture = {key: getattr(model.config, key, None) for key in family.architecture}
+    if custom_code.is_own(model):  # the same weights in other hands
+        architecture["class"] = type(model).__name__
     digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
     digest.update(hash_tensors(model.named_parameters()).encode())
     return digest.hexdigest()

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fusion import custom_code
 from fusion.data.batches import Batch
 from fusion.data.cache import keep, turn, user_cache
 from fusion.data.rows import Rows
@@ -35,26 +36,37 @@ _CHECKSUM = "crc32"
 log = logging.getLogger(__name__)
 
 
-def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name_or_path: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a backbone, from the local cache first.
 
+    Args:
+        trust_remote_code: whether Python code that it brings along is run.
+
     Raises:
-        UserError: there is none, or only a slow one.
+        UserError: there is none, only a slow one, or one with code of its own that is not trusted.
     """
     # Said outright, it keeps tokenizers from warning of a fork when a loader starts its workers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from transformers import AutoTokenizer
 
     def load(cached_only: bool) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(
-            name_or_path, revision=revision or "main", local_files_only=cached_only
-        )
+        with custom_code.refused(f"tokenizer {name_or_path}"):
+            return AutoTokenizer.from_pretrained(
+                name_or_path,
+                revision=revision or "main",
+                local_files_only=cached_only,
+                trust_remote_code=trust_remote_code,
+            )
 
     tokenizer = from_cache_or_hub(
         load,
         f"tokenizer {name_or_path}",
         "Give a folder or a cached model instead: backbone.name_or_path=FOLDER",
     )
+    if not trust_remote_code:
+        custom_code.warn_if_ignored(tokenizer.init_kwargs.get("auto_map"), f"tokenizer {name_or_path}")
     if not tokenizer.is_fast:
         raise UserError(
             f"tokenizer {name_or_path} has no fast version ({type(tokenizer).__name__}): expected a tokenizer.json\n"

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
-import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
-from filelock import FileLock, Timeout
 
-from fusion.errors import UserError
+from fusion.errors import UserError, first_line
+from fusion.store.files import MEND, read_regular
 from fusion.store.manifest import (
     HEAD,
     MANIFEST,
@@ -30,17 +28,17 @@ from fusion.store.manifest import (
     STAGING,
     WEIGHTS,
     Manifest,
-    artifacts,
     check_free,
     check_name,
     find,
     find_by_hash,
     read_folder,
     read_settled,
+    short,
 )
+from fusion.store.writing import LOCK_SECONDS, NEW, retire, settle, sync_folder, writing
 
-LOCKS = ".locks"
-LOCK_SECONDS = 60.0
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -70,21 +68,21 @@ def save(
     """
     check_name(manifest.name)
     store.mkdir(parents=True, exist_ok=True)
-    with _writing(store, manifest.name, wait):
-        _settle(store, manifest.name)
+    with writing(store, manifest.name, wait):
+        settle(store, manifest.name)
         check_free(manifest.name, manifest.kind, store, overwrite)
-        final, staged = store / manifest.name, store / STAGING / manifest.name
+        final, staged = store / manifest.name, store / STAGING / f"{manifest.name}{NEW}"
         try:
             manifest = _stage(staged, manifest, weights, head)
             if final.exists():
                 old = store / STAGING / f"{manifest.name}{OLD}"
                 os.replace(final, old)
                 os.replace(staged, final)
-                _sync_folder(store)
-                _retire(store, old, manifest)
+                sync_folder(store)
+                retire(store, old, manifest)
             else:
                 os.replace(staged, final)
-            _sync_folder(store)
+            sync_folder(store)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
     return final
@@ -96,7 +94,7 @@ def load(reference: str, store: Path) -> Artifact:
     Raises:
         UserError: there is no such artifact, or which of its files is missing, cut short or changed.
     """
-    return read_settled(lambda: find(reference, store), _read)
+    return read_settled(lambda: find(reference, store), read)
 
 
 def load_by_hash(hash: str, name: str, store: Path) -> Artifact:
@@ -105,12 +103,13 @@ def load_by_hash(hash: str, name: str, store: Path) -> Artifact:
     Raises:
         UserError: it is gone, or which of its files is missing, cut short or changed.
     """
-    artifact = read_settled(lambda: find_by_hash(hash, name, store), _read)
+    artifact = read_settled(lambda: find_by_hash(hash, name, store), read)
     # Between the two it may have been overwritten, whole; then it is kept, and found, elsewhere.
-    return artifact if artifact.manifest.hash == hash else _read(find_by_hash(hash, name, store))
+    return artifact if artifact.manifest.hash == hash else read(find_by_hash(hash, name, store))
 
 
-def _read(folder: Path) -> Artifact:
+def read(folder: Path) -> Artifact:
+    """The artifact that lies in `folder`, its files checked against its manifest."""
     manifest = read_folder(folder)
     weights, head = (_read_tensors(folder / file, manifest.files[file]) for file in (WEIGHTS, HEAD))
     return Artifact(path=folder, manifest=manifest, weights=weights, head=head)
@@ -125,12 +124,20 @@ def adopt(artifact: Artifact, store: Path) -> None:
         find_by_hash(artifact.manifest.hash, artifact.manifest.name, store)
         return
     kept = store / REPLACED / f"{artifact.manifest.name}-{artifact.manifest.hash[:8]}"
-    staged = store / STAGING / f"{kept.name}.{os.getpid()}"
-    shutil.copytree(artifact.path, staged)
-    kept.parent.mkdir(exist_ok=True)
+    staged = store / STAGING / f"{kept.name}~{os.getpid()}"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
     try:
-        os.replace(staged, kept)
-    except OSError:  # another process has just put the same there
+        for file in (WEIGHTS, HEAD):  # these alone: whatever else lies there is no part of it
+            _write(staged / file, read_regular(artifact.path / file, artifact.manifest.files[file]["bytes"]))
+        _write(staged / MANIFEST, artifact.manifest.to_json().encode("utf-8"))
+        if read(staged).manifest.hash != artifact.manifest.hash:
+            raise UserError(f"{artifact.path}: was changed while it was copied to {store}; run this again")
+        kept.parent.mkdir(exist_ok=True)
+        with contextlib.suppress(OSError):  # another process has just put the same there
+            os.replace(staged, kept)
+        sync_folder(kept.parent)
+    finally:
         shutil.rmtree(staged, ignore_errors=True)
 
 
@@ -155,6 +162,33 @@ def match_keys(
         raise UserError(f"{path}: does not fit the model it should fill; {'; '.join(problems)}")
 
 
+def check_numbers(values: Mapping[str, torch.Tensor], path: Path | str) -> None:
+    """Refuses stored tensors that no training gives: of another type than a float, or not finite.
+
+    Raises:
+        UserError: names `path`, the tensor and what it holds.
+    """
+    for name, tensor in values.items():
+        if tensor.dtype not in FLOATS:
+            raise UserError(
+                f"{path}: {_quoted(name)} is of type {str(tensor.dtype).removeprefix('torch.')}, expected a float; {MEND}"
+            )
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: {_quoted(name)} holds values that are not finite; {MEND}")
+
+
+def copy_stored(
+    parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor], path: Path | str
+) -> None:
+    """As `copy_into`, of what comes from a store.
+
+    Raises:
+        UserError: as of `copy_into` and `check_numbers`.
+    """
+    check_numbers(values, path)
+    copy_into(parameters, values, path)
+
+
 def copy_into(
     parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor], path: Path | str
 ) -> None:
@@ -169,37 +203,13 @@ def copy_into(
 
 
 def _listed(keys: list[str], shown: int = 5) -> str:
-    return ", ".join(keys[:shown]) + (f" and {len(keys) - shown} more" if len(keys) > shown else "")
+    more = f" and {len(keys) - shown} more" if len(keys) > shown else ""
+    return ", ".join(map(_quoted, keys[:shown])) + more
 
 
-@contextlib.contextmanager
-def _writing(store: Path, name: str, wait: float) -> Iterator[None]:
-    """Holds the name against other writers. Beside the lock a note says who holds it."""
-    locks = store / LOCKS
-    locks.mkdir(exist_ok=True)
-    holder = locks / f"{name}.json"
-    lock = FileLock(locks / f"{name}.lock", timeout=wait)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UserError(
-            f"{store / name} is being written by {_holder(holder)}: waited {wait:g} s. "
-            "Run this again when that is done, or choose another name="
-        ) from None
-    try:
-        holder.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}), encoding="utf-8")
-        yield
-    finally:
-        holder.unlink(missing_ok=True)
-        lock.release()
-
-
-def _holder(path: Path) -> str:
-    try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-        return f"process {note['pid']} on {note['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
+def _quoted(name: str) -> str:
+    """A tensor's name as it is, where it is one that a model may have."""
+    return name if name.isprintable() and len(name) <= 200 else short(name)
 
 
 def _stage(
@@ -216,7 +226,7 @@ def _stage(
     text = manifest.to_json()
     Manifest.from_json(text, folder / MANIFEST)  # what could not be read again must not be stored
     _write(folder / MANIFEST, text.encode("utf-8"))
-    _sync_folder(folder)
+    sync_folder(folder)
     return manifest
 
 
@@ -232,60 +242,16 @@ def _write(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # some systems cannot sync a folder; the rename is atomic all the same
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _settle(store: Path, name: str) -> None:
-    """Ends what a killed writer left half-way. Called under the lock, so nobody is at work there."""
-    staging = store / STAGING
-    staging.mkdir(exist_ok=True)
-    shutil.rmtree(staging / name, ignore_errors=True)
-    old, final = staging / f"{name}{OLD}", store / name
-    if not (old / MANIFEST).is_file():
-        shutil.rmtree(old, ignore_errors=True)
-    elif final.exists():
-        _retire(store, old, read_folder(final))
-    else:
-        os.replace(old, final)
-
-
-def _retire(store: Path, old: Path, new: Manifest) -> None:
-    """Keeps a replaced artifact where a fusion of the store still needs it, and removes it otherwise."""
-    try:
-        manifest = read_folder(old)
-    except UserError:
-        shutil.rmtree(old, ignore_errors=True)
-        return
-    needed = {source["hash"] for _, fusion in artifacts(store) for source in fusion.sources}
-    kept = store / REPLACED / f"{manifest.name}-{manifest.hash[:8]}"
-    if manifest.hash in needed and manifest.hash != new.hash and not kept.exists():
-        kept.parent.mkdir(exist_ok=True)
-        os.replace(old, kept)
-        _sync_folder(kept.parent)
-    else:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _read_tensors(path: Path, entry: Mapping[str, object]) -> dict[str, torch.Tensor]:
-    mend = "copy the artifact again, or train it again with overwrite=true"
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); {mend}") from None
-    if len(content) != entry["bytes"]:
-        raise UserError(f"{path}: is {len(content):,} bytes of {entry['bytes']:,}; {mend}")
+def _read_tensors(path: Path, entry: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    content = read_regular(path, expected=entry["bytes"])
     found = hashlib.sha256(content).hexdigest()
     if found != entry["sha256"]:
         raise UserError(
-            f"{path}: sha256 {found[:12]} and not {str(entry['sha256'])[:12]}, so it was changed; {mend}"
+            f"{path}: sha256 {found[:12]} and not {short(entry['sha256'], 12)}, so it was changed; {MEND}"
         )
     try:
         return safetensors.torch.load(content)
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path}: is not a safetensors file ({error}); {mend}") from None
+    except (
+        Exception
+    ) as error:  # its own error, or what torch and Python say of a type or size there is none of
+        raise UserError(f"{path}: is not a safetensors file ({first_line(error)}); {MEND}") from None

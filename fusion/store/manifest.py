@@ -21,7 +21,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fusion.config import (
+    POOLINGS,
+    SITES,
+    AdapterConfig,
+    CompositionConfig,
+    MethodConfig,
+    TaskConfig,
+)
 from fusion.errors import UserError
+from fusion.store.files import MEND, quotable, read_regular
+from fusion.store.settings import TYPE_NAMES, check_types, settings_of, type_name
 
 FORMAT_VERSION = 1
 KINDS = ("adapter", "fusion", "head", "lora", "bitfit", "full")
@@ -31,6 +41,11 @@ HEAD = "head.safetensors"
 REPLACED = ".replaced"
 STAGING = ".staging"
 OLD = ".old"  # ending of an artifact that is just being replaced, in STAGING
+
+MANIFEST_BYTES = 32 * 2**20  # more is no manifest
+LARGEST = 2**63 - 1  # of whole numbers: what a tensor can hold
+MOST_LAYERS = 10_000  # of a backbone; they are counted through
+DEEPEST = 32  # how far objects and lists stand inside each other
 
 READS = 50  # attempts to read an artifact that is overwritten meanwhile
 NAME_LENGTH = 100
@@ -122,17 +137,18 @@ class Manifest:
             UserError: names `path` and the key that is unknown, missing or of another type.
         """
         try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise UserError(
-                f"{path}: is not JSON ({error}); copy the artifact again, or train it again"
-            ) from None
+            return cls._checked(_read_json(text, path), path)
+        except UserError as error:  # what it quotes from the file may hold anything
+            raise UserError(quotable(str(error))) from None
+
+    @classmethod
+    def _checked(cls, values: Any, path: Path) -> Manifest:
         if not isinstance(values, dict):
-            raise UserError(f"{path}: expected a JSON object, found {_type_name(values)}")
+            raise UserError(f"{path}: expected a JSON object, found {type_name(values)}")
         version = values.get("format_version")
         if type(version) is not int or version != FORMAT_VERSION:
             raise UserError(
-                f"{path}: format_version is {version!r} and this version of fusion reads {FORMAT_VERSION}; "
+                f"{path}: format_version is {ascii(version)[:60]} and this version of fusion reads {FORMAT_VERSION}; "
                 "use the version that wrote it, or train the artifact again"
             )
         values = {**dict.fromkeys(OPTIONAL), **values}
@@ -140,7 +156,7 @@ class Manifest:
         for key, allowed in TOP_LEVEL.items():
             _check_type(values[key], allowed, key, path)
         if values["kind"] not in KINDS:
-            raise UserError(f"{path}: kind is {values['kind']!r}, expected one of {', '.join(KINDS)}")
+            raise UserError(f"{path}: kind is {short(values['kind'])}, expected one of {', '.join(KINDS)}")
         for group, inner in INNER.items():
             for key, allowed in inner.items():
                 if key not in values[group]:
@@ -184,6 +200,8 @@ INNER: dict[str, dict[str, Types]] = {
     "data": {"max_length": (int,), "fingerprints": (dict,)},
     "run": {"identity": (str,), "config": (dict,), "overrides": (list,), "directory": (str,)},
 }
+# Not in all manifests: `package` is in those of the first stores, `trust_remote_code` where it is true.
+BACKBONE_SOMETIMES: dict[str, Types] = {"package": (str, NoneType), "trust_remote_code": (bool,)}
 ADAPTER: dict[str, Types] = {
     "sites": (list,),
     "reads": (str,),
@@ -192,18 +210,13 @@ ADAPTER: dict[str, Types] = {
     "dropout": (int, float),
     "bottleneck_sizes": (dict,),
 }
-TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
-TYPE_NAMES |= {NoneType: "null", bool: "true or false"}
-
-
-def _type_name(value: Any) -> str:
-    return TYPE_NAMES.get(type(value), type(value).__name__)
+CHOSEN: dict[str, Types] = {"kept": (dict,), "continued": (str,)}  # of a composition, beyond its settings
 
 
 def _check_type(value: Any, allowed: Types, key: str, path: Path) -> None:
     if type(value) not in allowed:  # not isinstance: true is no whole number here
         expected = " or ".join(TYPE_NAMES[kind] for kind in allowed)
-        raise UserError(f"{path}: {key} is {_type_name(value)}, expected {expected}")
+        raise UserError(f"{path}: {key} is {type_name(value)}, expected {expected}")
 
 
 def _check_keys(values: Mapping[str, Any], expected: set[str], path: Path) -> None:
@@ -214,37 +227,205 @@ def _check_keys(values: Mapping[str, Any], expected: set[str], path: Path) -> No
         raise UserError(f"{path}: {_count('key', unknown)} unknown to this version: {', '.join(unknown)}")
 
 
+def _check_only(values: Mapping[str, Any], known: Mapping[str, Any], key: str, path: Path) -> None:
+    unknown = sorted(values.keys() - known.keys())
+    if unknown:
+        raise UserError(f"{path}: {key}.{unknown[0]} is unknown to this version")
+
+
+def _check_least(value: int, least: int, key: str, path: Path) -> None:
+    if value < least:
+        raise UserError(f"{path}: {key} is {value}, expected at least {least}")
+
+
 def _check_parts(values: dict[str, Any], path: Path) -> None:
-    if values["kind"] == "adapter":
-        _check_type(values["adapter"], (dict,), "adapter", path)
-        for key, allowed in ADAPTER.items():
-            _check_type(values["adapter"].get(key), allowed, f"adapter.{key}", path)
-        for slot, size in values["adapter"]["bottleneck_sizes"].items():
-            _check_type(size, (int,), f"adapter.bottleneck_sizes.{slot}", path)
-    if values["kind"] in TUNING_KINDS:
-        _check_type(values["method"], (dict,), "method", path)
-    if values["kind"] == "fusion":
-        _check_type(values["composition"], (dict,), "composition", path)
-        _check_type(values["composition"].get("name"), (str,), "composition.name", path)
-        if not values["sources"]:
-            raise UserError(f"{path}: sources is empty, and a fusion has at least one")
-    for position, source in enumerate(values["sources"]):
-        _check_type(source, (dict,), f"sources[{position}]", path)
-        for key in ("name", "hash"):
-            _check_type(source.get(key), (str,), f"sources[{position}].{key}", path)
+    """What the loader relies on, part by part; `values` has the right keys and types at the top."""
+    _check_stored_name(values["name"], "name", path)
+    _check_least(values["seed"], 0, "seed", path)
+    _check_least(values["data"]["max_length"], 1, "data.max_length", path)
+    backbone = values["backbone"]
+    _check_only(backbone, INNER["backbone"] | BACKBONE_SOMETIMES, "backbone", path)
+    for key in ("hidden_size", "layers"):
+        _check_least(backbone[key], 1, f"backbone.{key}", path)
+    if backbone["layers"] > MOST_LAYERS:
+        raise UserError(f"{path}: backbone.layers is {backbone['layers']}, expected at most {MOST_LAYERS}")
+    for key, allowed in BACKBONE_SOMETIMES.items():
+        if key in backbone:
+            _check_type(backbone[key], allowed, f"backbone.{key}", path)
+    _check_type(values["result"].get("parameters", {}), (dict,), "result.parameters", path)
+    _check_task(values["task"], "task", path)
+    _check_head(values["head"], "head", path)
+    _check_kind(values, path)
+    _check_sources(values, path)
     if values["multitask"] == {}:
         raise UserError(f"{path}: multitask is empty: expected null, or an entry for each task")
     for name, entry in (values["multitask"] or {}).items():
-        _check_type(entry, (dict,), f"multitask.{name}", path)
-        for key in ("task", "head"):
-            _check_type(entry.get(key), (dict,), f"multitask.{name}.{key}", path)
-        for key, allowed in INNER["head"].items():
-            _check_type(entry["head"].get(key), allowed, f"multitask.{name}.head.{key}", path)
+        key = f"multitask.{name}"
+        _check_type(entry, (dict,), key, path)
+        _check_only(entry, {"task": 0, "head": 0}, key, path)
+        for part in ("task", "head"):
+            _check_type(entry.get(part), (dict,), f"{key}.{part}", path)
+        for part, allowed in INNER["head"].items():
+            _check_type(entry["head"].get(part), allowed, f"{key}.head.{part}", path)
+        _check_head(entry["head"], f"{key}.head", path)
+        _check_task(entry["task"], f"{key}.task", path)
+    _check_files(values["files"], path)
+
+
+def _check_stored_name(name: str, key: str, path: Path) -> None:
+    if not is_name(name):
+        raise UserError(f"{path}: {key} is {short(name)}, which is no name for the store; {MEND}")
+
+
+def _check_task(task: dict[str, Any], key: str, path: Path) -> None:
+    _check_type(task.get("name"), (str,), f"{key}.name", path)
+    _check_type(task.get("labels"), (list, NoneType), f"{key}.labels", path)
+    check_types(TaskConfig, task, f"{path}: {key}")
+
+
+def _check_head(head: dict[str, Any], key: str, path: Path) -> None:
+    _check_only(head, INNER["head"], key, path)
+    if head["pooling"] not in POOLINGS:
+        expected = ", ".join(POOLINGS)
+        raise UserError(f"{path}: {key}.pooling is {short(head['pooling'])}, expected one of {expected}")
+    if head["layers"] not in (1, 2):
+        raise UserError(f"{path}: {key}.layers is {head['layers']}, expected 1 or 2")
+    if not 0 <= head["dropout"] < 1:
+        raise UserError(f"{path}: {key}.dropout is {head['dropout']}, expected 0 <= dropout < 1")
+    _check_least(head["outputs"], 1, f"{key}.outputs", path)
+
+
+def _check_kind(values: dict[str, Any], path: Path) -> None:
+    """Each kind has its own part, and no other's."""
+    kind = values["kind"]
+    part = "method" if kind in TUNING_KINDS else {"adapter": "adapter", "fusion": "composition"}.get(kind)
+    for key in sorted(("adapter", "composition", "method"), key=lambda key: key != part):
+        _check_type(values[key], (dict,) if key == part else (NoneType,), key, path)
+    if kind == "adapter":
+        _check_adapter(values["adapter"], values["backbone"]["layers"], path)
+    if kind == "fusion":
+        settings = {key: value for key, value in values["composition"].items() if key not in CHOSEN}
+        _check_type(settings.get("name"), (str,), "composition.name", path)
+        settings_of(CompositionConfig, settings, f"{path}: composition")
+        for key, allowed in CHOSEN.items():
+            if key in values["composition"]:
+                _check_type(values["composition"][key], allowed, f"composition.{key}", path)
+    if part == "method":
+        _check_type(values["method"].get("name"), (str,), "method.name", path)
+        method = settings_of(MethodConfig, values["method"], f"{path}: method")
+        if method.name.removeprefix("multitask_") != kind:
+            raise UserError(f"{path}: method.name is {method.name}, and kind is {kind}")
+
+
+def _check_adapter(adapter: dict[str, Any], layers: int, path: Path) -> None:
+    for key, allowed in ADAPTER.items():
+        _check_type(adapter.get(key), allowed, f"adapter.{key}", path)
+    sizes: dict[str, Any] = adapter["bottleneck_sizes"]
+    settings = settings_of(AdapterConfig, _without(adapter, ("bottleneck_sizes",)) or {}, f"{path}: adapter")
+    if not sizes:
+        raise UserError(
+            f"{path}: adapter.bottleneck_sizes is empty, and an adapter stands in one slot at least"
+        )
+    seen: dict[str, int] = {}
+    for slot, size in sizes.items():
+        key = f"adapter.bottleneck_sizes.{slot}"
+        _check_type(size, (int,), key, path)
+        _check_least(size, 1, key, path)
+        place = re.fullmatch(rf"(0|[1-9][0-9]{{0,5}})\.({'|'.join(SITES)})", slot)
+        if place is None or place[2] not in settings.sites or int(place[1]) >= layers:
+            raise UserError(
+                f"{path}: {key} is no slot of {layers} layers with {', '.join(settings.sites)}, such as "
+                f"0.{settings.sites[0]}"
+            )
+        if settings.shared and seen.setdefault(place[2], size) != size:
+            raise UserError(f"{path}: {key} is {size}, and the layers of a shared adapter have one size")
+
+
+def _check_sources(values: dict[str, Any], path: Path) -> None:
+    sources = values["sources"]
+    if values["kind"] == "fusion" and not sources:
+        raise UserError(f"{path}: sources is empty, and a fusion has at least one")
+    for position, source in enumerate(sources):
+        key = f"sources[{position}]"
+        _check_type(source, (dict,), key, path)
+        _check_only(source, {"name": 0, "hash": 0}, key, path)
+        for part in ("name", "hash"):
+            _check_type(source.get(part), (str,), f"{key}.{part}", path)
+        _check_stored_name(source["name"], f"{key}.name", path)
+    if values["kind"] != "fusion" and sources:
+        raise UserError(f"{path}: sources has entries, and kind {values['kind']} has none")
+    titles = [source["name"] for source in sources]
+    if twice := sorted({title for title in titles if titles.count(title) > 1}):
+        raise UserError(
+            f"{path}: sources: {', '.join(twice)} stands twice, and a source is known by its name"
+        )
+
+
+def _check_files(files: dict[str, Any], path: Path) -> None:
+    _check_only(files, {WEIGHTS: 0, HEAD: 0}, "files", path)  # never a file of another place
     for file in (WEIGHTS, HEAD):
-        entry = values["files"].get(file)
+        entry = files.get(file)
         _check_type(entry, (dict,), f"files.{file}", path)
+        assert isinstance(entry, dict)
+        _check_only(entry, {"bytes": 0, "sha256": 0}, f"files.{file}", path)
         _check_type(entry.get("bytes"), (int,), f"files.{file}.bytes", path)
         _check_type(entry.get("sha256"), (str,), f"files.{file}.sha256", path)
+
+
+def _read_json(text: str, path: Path) -> Any:
+    """JSON in the narrow sense: each key once, finite numbers, text that UTF-8 can say, of a bounded depth.
+
+    Raises:
+        UserError: names `path` and what is wrong.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"key {short(twice)} stands twice")
+        return values
+
+    def constant(word: str) -> float:
+        raise ValueError(f"{word} is no number")
+
+    try:
+        values = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+        _check_plain(values)
+    except RecursionError:
+        reason = "objects inside each other without end"
+    except ValueError as error:
+        reason = str(error)
+    else:
+        return values
+    raise UserError(f"{path}: is not JSON ({reason}); copy the artifact again, or train it again")
+
+
+def _check_plain(value: Any, depth: int = 0) -> None:
+    if depth > DEEPEST:
+        raise ValueError(f"objects stand more than {DEEPEST} deep inside each other")
+    if isinstance(value, str):
+        if not value.isprintable() and re.search("[\ud800-\udfff\0]", value):
+            raise ValueError(f"{short(value)} is no text")
+    elif isinstance(value, int):
+        if abs(value) > LARGEST:
+            raise ValueError("a whole number is too large")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError("a number is too large")
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            _check_plain(key, depth)
+            _check_plain(inner, depth + 1)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_plain(inner, depth + 1)
+
+
+def short(text: str, most: int = 60) -> str:
+    """Text from a file as a message may show it: on one line, and not too long."""
+    return ascii(text if len(text) <= most else text[:most] + "…")
 
 
 def _without(values: Mapping[str, Any] | None, keys: tuple[str, ...]) -> dict[str, Any] | None:
@@ -293,10 +474,10 @@ def is_name(reference: str) -> bool:
 
 def names(store: Path) -> list[str]:
     """What the store has, sorted by name."""
-    return sorted(_folders(store))
+    return sorted(folders(store))
 
 
-def _folders(store: Path) -> dict[str, Path]:
+def folders(store: Path) -> dict[str, Path]:
     """Where each artifact of the store lies."""
     if not store.is_dir():
         return {}
@@ -337,7 +518,7 @@ def find(reference: str, store: Path) -> Path:
         return path
     if reference and is_folder:
         raise UserError(f"{reference}: this folder is no artifact, it has no {MANIFEST}")
-    raise UserError(_unknown(reference, store))
+    raise UserError(unknown_name(reference, store))
 
 
 def _being_replaced(name: str, store: Path) -> Path | None:
@@ -355,7 +536,8 @@ def _being_replaced(name: str, store: Path) -> Path | None:
     return old if (old / MANIFEST).is_file() else None
 
 
-def _unknown(reference: str, store: Path) -> str:
+def unknown_name(reference: str, store: Path) -> str:
+    """What to say of a name that the store does not have: near ones, and what there is."""
     there = names(store)
     near = difflib.get_close_matches(reference, there, n=3, cutoff=0.6)
     text = f"no artifact {reference!r} in the store {store}"
@@ -407,11 +589,10 @@ def read_folder(folder: Path) -> Manifest:
     """The manifest of the artifact that lies in `folder`."""
     path = folder / MANIFEST
     try:
-        return Manifest.from_json(path.read_text(encoding="utf-8"), path)
+        text = read_regular(path, most=MANIFEST_BYTES).decode("utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not text in UTF-8; copy the artifact again, or train it again") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    return Manifest.from_json(text, path)
 
 
 def find_by_hash(hash: str, name: str, store: Path) -> Path:
@@ -469,7 +650,7 @@ def check_free(name: str, kind: str, store: Path, overwrite: bool) -> None:
     check_name(name)
     folder = store / name
     if not folder.exists():
-        folder = _folders(store).get(name, folder)
+        folder = folders(store).get(name, folder)
     if not folder.exists():
         return
     if not (folder / MANIFEST).is_file():
@@ -570,6 +751,19 @@ def check_drop(manifest: Manifest, drop: int) -> None:
     if drop > manifest.backbone["layers"]:
         raise UserError(
             f"drop={drop}: {manifest.name} has {manifest.backbone['layers']} layers; expected no more"
+        )
+
+
+def check_trust(manifest: Manifest, trusted: bool) -> None:
+    """Refuses to go without code that an artifact's backbone was run with, and to run it on the artifact's word.
+
+    Raises:
+        UserError: names the key that the user has to say again.
+    """
+    if manifest.backbone.get("trust_remote_code") and not trusted:
+        raise UserError(
+            f"{manifest.name}: its backbone {manifest.backbone['name_or_path']} runs code of its own; say "
+            "backbone.trust_remote_code=true if you have read it and trust it"
         )
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fusion import __version__
 from fusion.backbones.compiling import compile_layers
 from fusion.backbones.load import Backbone, locate
 from fusion.config import StageConfig, TaskConfig
@@ -24,6 +21,7 @@ from fusion.errors import TrainingError
 from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.model import AdaptedModel
 from fusion.prefix import keep_prefix
+from fusion.provenance import circumstances, versions
 from fusion.review.tracking import build_loggers, finish, log_lineage, log_result
 from fusion.run import Run
 from fusion.store.artifacts import save
@@ -53,7 +51,9 @@ def load_task_rows(config: StageConfig) -> TaskRows:
         UserError: what is wrong with the data, by file and row.
     """
     assert config.data.max_length is not None
-    tokenizer = load_tokenizer(locate(config.backbone.name_or_path), config.backbone.revision)
+    tokenizer = load_tokenizer(
+        locate(config.backbone.name_or_path), config.backbone.revision, config.backbone.trust_remote_code
+    )
     loaded = TaskRows([], {})
     tasks = config.task_list
     for number, task in enumerate(tasks):
@@ -132,6 +132,7 @@ def train_and_store(
             compile_layers(backbone.family.layer_list(backbone.model))
         return prefix
 
+    origin = circumstances() if run.rank_zero else {}  # before hours in which the checkout may change
     exit_code = 1
     try:
         fitted = fit(
@@ -158,9 +159,9 @@ def train_and_store(
             sources=[{"name": source.name, "hash": source.hash} for source in sources],
             metrics=fitted.metrics,
             seed=config.seed,
-            versions=_versions(),
+            versions=versions(),
             result=_result(config, entry, model, backbone, fitted, sources),
-            **_circumstances(config, run, entry, model, backbone, rows),
+            **_circumstances(config, run, entry, model, backbone, rows, origin),
         )
         if config.trainer.fast_dev_run:
             log.info("trainer.fast_dev_run: it runs; nothing is stored")
@@ -197,7 +198,13 @@ def _store(manifest: Manifest, model: AdaptedModel, entry: Entry, overwrite: boo
 
 
 def _circumstances(
-    config: StageConfig, run: Run, entry: Entry, model: AdaptedModel, backbone: Backbone, rows: TaskRows
+    config: StageConfig,
+    run: Run,
+    entry: Entry,
+    model: AdaptedModel,
+    backbone: Backbone,
+    rows: TaskRows,
+    origin: dict[str, Any],
 ) -> dict[str, Any]:
     """What the weights were trained in: backbone, head, data and run, as the manifest has them."""
     tasks = config.task_list
@@ -213,6 +220,7 @@ def _circumstances(
             "family": backbone.family.name,
             "hidden_size": backbone.hidden_size,
             "layers": backbone.layers,
+            **({"trust_remote_code": True} if config.backbone.trust_remote_code else {}),
         },
         "head": heads[0],
         "multitask": {
@@ -230,6 +238,7 @@ def _circumstances(
             "config": entry.config,
             "overrides": list(run.overrides),
             "directory": str(run.directory),
+            **origin,
         },
     }
 
@@ -272,10 +281,3 @@ def _result(
 def _tags(config: StageConfig, tag: str) -> list[str]:
     names = [str(task.name) for task in config.task_list]
     return [*names, config.backbone.name_or_path.rsplit("/", 1)[-1], tag]
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "pytorch-lightning", "datasets", "tokenizers", "peft", "numpy")
-    return {"adapter-fusion": __version__, "python": platform.python_version()} | {
-        p: version(p) for p in packages
-    }

@@ -21,8 +21,9 @@ import torch
 
 import fusion.store.artifacts as artifacts_module
 from fusion.errors import UserError
-from fusion.store.artifacts import load, load_by_hash, match_keys, save
+from fusion.store.artifacts import adopt, load, load_by_hash, match_keys, save
 from fusion.store.manifest import HEAD, MANIFEST, WEIGHTS, Manifest, find, find_by_hash, names, read_manifest
+from fusion.store.writing import writing
 
 Make = Callable[..., Manifest]
 Tensors = dict[str, torch.Tensor]
@@ -296,8 +297,8 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 HOLDER = """
     import sys, time
     from pathlib import Path
-    from fusion.store.artifacts import _writing
-    with _writing(Path({store!r}), "mnli", 10.0):
+    from fusion.store.writing import writing
+    with writing(Path({store!r}), "mnli", 10.0):
         print("held", flush=True)
         time.sleep({seconds})
 """
@@ -330,7 +331,7 @@ def test_writers_and_readers_at_once(make_manifest: Make, head: Tensors, store: 
         import sys, torch
         from dataclasses import replace
         from pathlib import Path
-        from fusion.store.artifacts import load, save
+        from fusion.store.artifacts import adopt, load, save
         store, writer = Path({str(store)!r}), int(sys.argv[1])
         for step in range(25):
             seed = writer * 100 + step
@@ -409,3 +410,121 @@ def test_match_keys() -> None:
     )
     with pytest.raises(UserError, match=r"missing: 0, 1, 2, 3, 4 and 5 more$"):
         match_keys({str(number): (1,) for number in range(10)}, {}, "w")
+
+
+def test_a_store_on_a_path_that_needs_quoting(
+    make_manifest: Make, weights: Tensors, head: Tensors, tmp_path: Path
+) -> None:
+    store = tmp_path / "my work" / "a 'store' = [1], ü"
+    save(store, make_manifest(), weights, head)
+    with (
+        writing(store, "mnli", 1.0),
+        pytest.raises(UserError, match=f"process {os.getpid()} on .*: waited 0.1 s"),
+    ):
+        save(store, make_manifest(), weights, head, overwrite=True, wait=0.1)
+    save(store, make_manifest(seed=4), OTHER, head, overwrite=True, wait=0.1)
+    assert same_bits(load("mnli", store).weights, OTHER)
+
+
+@pytest.mark.parametrize("how", ["file in its place", "folder in the lock's place", "not writable"])
+def test_a_lock_that_cannot_be_made(
+    make_manifest: Make, weights: Tensors, head: Tensors, store: Path, how: str
+) -> None:
+    store.mkdir(parents=True)
+    locks = store / ".locks"
+    if how == "file in its place":
+        locks.touch()
+    else:
+        locks.mkdir()
+    if how == "folder in the lock's place":
+        (locks / "mnli.lock").mkdir()
+    if how == "not writable":
+        if os.geteuid() == 0:
+            pytest.skip("root writes everywhere")
+        locks.chmod(0o500)
+    with pytest.raises(UserError) as error:
+        save(store, make_manifest(), weights, head, wait=0.2)
+    assert str(error.value).startswith(f"{locks}: cannot be written (") and "store=DIR" in str(error.value)
+    assert names(store) == []
+
+
+def test_a_lock_folder_that_the_system_keeps_from_us(
+    make_manifest: Make, weights: Tensors, head: Tensors, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a disk that was mounted for reading: here for root too."""
+
+    def refuse(self: Any, *_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    with pytest.raises(UserError, match=r"\.locks: cannot be written \(Permission denied\)"):
+        save(store, make_manifest(), weights, head)
+    assert names(store) == []
+
+
+def test_a_note_that_cannot_be_written_stops_nobody(
+    make_manifest: Make, weights: Tensors, head: Tensors, store: Path
+) -> None:
+    (store / ".locks" / "mnli.json").mkdir(parents=True)  # where the note would go
+    save(store, make_manifest(), weights, head)
+    with writing(store, "mnli", 1.0), pytest.raises(UserError, match="is being written by another process"):
+        save(store, make_manifest(), weights, head, overwrite=True, wait=0.1)
+    assert same_bits(load("mnli", store).weights, weights)
+
+
+def test_a_name_that_ends_like_an_artifact_that_is_being_replaced(
+    make_manifest: Make, weights: Tensors, head: Tensors, store: Path
+) -> None:
+    """`mnli.old` is a name like any other: while it is written it is nothing of `mnli`, whatever happens."""
+    code = f"""
+        import os, signal
+        from pathlib import Path
+        import fusion.store.artifacts as artifacts
+        from dataclasses import replace
+        artifacts.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        store = Path({str(store)!r})
+        manifest = replace(artifacts.load("rte", store).manifest, name="mnli.old", files={{}})
+        artifacts.save(store, manifest, {{}}, {{}})
+    """
+    save(store, make_manifest("rte"), weights, head)
+    done = run_python(code)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert contents(store / ".staging") == {"mnli.old~new"}
+    assert names(store) == ["rte"]
+    with pytest.raises(UserError, match="no artifact 'mnli'"):
+        load("mnli", store)
+    save(store, make_manifest("mnli"), OTHER, head)
+    assert same_bits(load("mnli", store).weights, OTHER)
+    save(store, make_manifest("mnli.old"), weights, head)
+    assert same_bits(load("mnli.old", store).weights, weights) and contents(store / ".staging") == set()
+
+
+def test_a_source_of_another_store_is_taken_over_whole(
+    make_manifest: Make, weights: Tensors, head: Tensors, store: Path, tmp_path: Path
+) -> None:
+    folder = save(store, make_manifest(), weights, head)
+    (folder / "notes.txt").write_text("mine")
+    os.mkfifo(folder / "pipe")  # what is no part of it is left where it is
+    artifact = load("mnli", store)
+    other = tmp_path / "another store"
+    adopt(artifact, other)
+    kept = other / ".replaced" / f"mnli-{artifact.manifest.hash[:8]}"
+    assert contents(kept) == {MANIFEST, WEIGHTS, HEAD}
+    assert same_bits(load_by_hash(artifact.manifest.hash, "mnli", other).weights, weights)
+    before = {path: path.stat().st_mtime_ns for path in kept.iterdir()}
+    adopt(artifact, other)
+    assert {path: path.stat().st_mtime_ns for path in kept.iterdir()} == before
+    assert contents(other / ".staging") == set()
+
+
+def test_a_source_that_changes_while_it_is_taken_over(
+    make_manifest: Make, weights: Tensors, head: Tensors, store: Path, tmp_path: Path
+) -> None:
+    save(store, make_manifest(), weights, head)
+    artifact = load("mnli", store)
+    content = (artifact.path / WEIGHTS).read_bytes()
+    (artifact.path / WEIGHTS).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    other = tmp_path / "another store"
+    with pytest.raises(UserError, match="so it was changed"):
+        adopt(artifact, other)
+    assert contents(other / ".staging") == set() and not (other / ".replaced").exists()

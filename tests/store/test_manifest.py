@@ -383,3 +383,88 @@ def test_the_checks_need_no_torch() -> None:
 
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_manifests_of_earlier_versions_are_read(make_manifest: Make) -> None:
+    """As the first stores have them: without method, multitask, git and threads, and with a package."""
+    values = values_of(make_manifest(backbone={"package": None}))
+    assert (
+        not {"method", "multitask"} & values.keys()
+        and not {"git", "threads", "folder"} & values["run"].keys()
+    )
+    manifest = Manifest.from_json(json.dumps(values), Path("m"))
+    assert manifest.method is None and manifest.backbone["package"] is None
+    later = values | {"run": values["run"] | {"git": None, "threads": 2, "folder": "x", "something": [1]}}
+    assert Manifest.from_json(json.dumps(later), Path("m")).hash == manifest.hash
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("name", "../mnli", "name is '../mnli', which is no name for the store"),
+        ("seed", -1, "seed is -1, expected at least 0"),
+        ("data/max_length", 0, "data.max_length is 0, expected at least 1"),
+        ("backbone/hidden_size", 0, "backbone.hidden_size is 0"),
+        ("backbone/layers", 10**6, "backbone.layers is 1000000, expected at most 10000"),
+        ("backbone/more", 1, "backbone.more is unknown to this version"),
+        ("head/more", 1, "head.more is unknown to this version"),
+        ("head/pooling", "max", "head.pooling is 'max', expected one of cls, mean"),
+        ("head/layers", 3, "head.layers is 3, expected 1 or 2"),
+        ("head/dropout", 1.0, "head.dropout is 1.0"),
+        ("head/outputs", 0, "head.outputs is 0, expected at least 1"),
+        ("adapter/more", 1, "adapter.more is unknown to this version"),
+        ("adapter/nonlinearity", "x", "adapter.nonlinearity=x: expected one of relu"),
+        ("adapter/scaling", "x", "adapter.scaling=x"),
+        ("adapter/shared", "yes", "adapter.shared is text, expected true or false"),
+        ("adapter/bottleneck_sizes", {}, "adapter.bottleneck_sizes is empty"),
+        (
+            "adapter/bottleneck_sizes",
+            {"2.feedforward": 2},
+            "2.feedforward is no slot of 2 layers with feedforward",
+        ),
+        ("adapter/bottleneck_sizes", {"0.attention": 2}, "0.attention is no slot"),
+        ("adapter/bottleneck_sizes", {"00.feedforward": 2}, "00.feedforward is no slot"),
+        ("adapter/bottleneck_sizes", {"0.feedforward": 0}, "0.feedforward is 0, expected at least 1"),
+        ("adapter/bottleneck_sizes", {"0.feedforward": True}, "0.feedforward is true or false"),
+        ("composition", {"name": "mean"}, "composition is an object, expected null"),
+        ("sources", [{"name": "a", "hash": "b"}], "sources has entries, and kind adapter has none"),
+        ("task/more", 1, "task.more is unknown to this version"),
+        ("task/name", None, "task.name is null, expected text"),
+        ("task/labels", "no", "task.labels is text"),
+        ("task/hub", {"path": 1}, "task.hub.path is a whole number, expected text"),
+        ("task/columns", {"a": 1}, "task.columns.a is a whole number, expected text"),
+        ("files/more", {}, "files.more is unknown to this version"),
+        ("files/../../etc/passwd", {}, "files... is unknown to this version"),
+        ("seed", 2**65, "a whole number is too large"),
+    ],
+)
+def test_what_the_loader_relies_on(make_manifest: Make, key: str, value: Any, says: str) -> None:
+    values = values_of(make_manifest())
+    values = (
+        change(values, key, value) if ".." not in key else values | {"files": values["files"] | {"..": value}}
+    )
+    with pytest.raises(UserError) as error:
+        Manifest.from_json(json.dumps(values), Path("store/mnli/manifest.json"))
+    assert str(error.value).startswith("store/mnli/manifest.json: ") and says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ('"seed": 3', '"seed": NaN', "NaN is no number"),
+        ('"seed": 3', '"seed": -Infinity', "-Infinity is no number"),
+        ('"seed": 3', '"seed": 1e999', "a number is too large"),
+        ('"seed": 3', f'"seed": {"9" * 5000}', "is not JSON"),
+        ('"seed": 3', '"seed": 3, "seed": 4', "key 'seed' stands twice"),
+        ('"seed": 3', '"seed": 3, "x": ' + "[" * 100_000, "is not JSON"),
+        ('"seed": 3', '"seed": ' + "[" * 50 + "]" * 50, "deep inside each other"),
+        ('"tiny"', '"\\ud800"', "is no text"),
+        ('"tiny"', '"\\u0000"', "is no text"),
+    ],
+)
+def test_json_in_the_narrow_sense(make_manifest: Make, old: str, new: str, says: str) -> None:
+    text = json.dumps(values_of(make_manifest()))
+    assert text.count(old) == 1
+    with pytest.raises(UserError) as error:
+        Manifest.from_json(text.replace(old, new), Path("m"))
+    assert says in str(error.value) and len(str(error.value)) < 700 and str(error.value).isprintable()

@@ -1,0 +1,96 @@
+"""`list`: a table of a store, one line an artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fusion.store.files import printable
+from fusion.store.manifest import MANIFEST, Manifest
+from fusion.store.overview import Found, Leftover, check_store, everything, leftovers, size_of, users_of
+
+TITLES = ("name", "kind", "task", "backbone", "what", "score", "size", "when", "used by")
+
+
+def list_store(store: Path) -> list[str]:
+    """The lines of the table, then what is damaged and what runs have left.
+
+    Raises:
+        UserError: there is no such store.
+    """
+    check_store(store)
+    found = everything(store)
+    rows = [TITLES, *(_row(f, f.manifest, found) for f in found if f.manifest is not None)]
+    lines = table(rows) if len(rows) > 1 else [f"{store} has no artifacts"]
+    lines += [printable(f"damaged: {f.place}: {f.problem}") for f in found if f.manifest is None]
+    return lines + [_left(left) for left in leftovers(store, found)]
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows with their columns aligned, two spaces between them."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def _row(found: Found, manifest: Manifest, every: list[Found]) -> tuple[str, ...]:
+    users = [user for user in users_of(manifest.hash, every) if user != found.place]
+    cells = (
+        found.place,
+        manifest.kind,
+        "+".join(manifest.multitask or [manifest.task["name"]]),
+        manifest.backbone["name_or_path"].rstrip("/").rsplit("/", 1)[-1],
+        what_it_is(manifest),
+        first_score(manifest),
+        as_bytes(size_of(found.folder)),
+        when(found.folder / MANIFEST),
+        ", ".join(users) or "-",
+    )
+    return tuple(printable(cell) for cell in cells)
+
+
+def _left(left: Leftover) -> str:
+    return (
+        f"left: {printable(left.place)} ({as_bytes(size_of(left.folder))}, {when(left.folder)}): {left.what}"
+    )
+
+
+def what_it_is(manifest: Manifest) -> str:
+    """Where an adapter stands, or how a fusion combines: `feedforward/normed`, `adapterfusion of 3`."""
+    if manifest.composition is not None:
+        return f"{manifest.composition['name']} of {len(manifest.sources)}"
+    if manifest.adapter is not None:
+        return f"{'+'.join(manifest.adapter['sites'])}/{manifest.adapter['reads']}"
+    return "-"
+
+
+def first_score(manifest: Manifest) -> str:
+    """The first metric of the first validation split: `accuracy 0.8125`."""
+    for split in manifest.metrics.values():
+        for metric, value in split.items() if isinstance(split, dict) else ():
+            return f"{metric} {number(value)}"
+    return "-"
+
+
+def number(value: Any) -> str:
+    return "null" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def as_bytes(size: int) -> str:
+    value = float(size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def when(path: Path) -> str:
+    """When a file was last written, in local time."""
+    try:
+        return datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+    except (OSError, OverflowError, ValueError):
+        return "-"

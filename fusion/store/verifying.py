@@ -1,0 +1,100 @@
+"""`verify`: every file of a store is read again, and held against what its manifest says."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fusion.errors import UserError
+from fusion.store.artifacts import Artifact, check_numbers, match_keys, read
+from fusion.store.files import MEND, printable
+from fusion.store.listing import as_bytes
+from fusion.store.manifest import HEAD, MANIFEST, WEIGHTS, Manifest, find_by_hash, read_folder, unknown_name
+from fusion.store.overview import Found, check_store, everything, leftovers, size_of
+from fusion.store.shapes import head_shapes, weight_shapes
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One line of `verify`. problem: empty where all is well."""
+
+    place: str
+    problem: str = ""
+
+    def __str__(self) -> str:
+        return printable(
+            f"problem  {self.place}: {' '.join(self.problem.split())}"
+            if self.problem
+            else f"ok       {self.place}"
+        )
+
+
+def verify(store: Path, name: str | None = None) -> Iterator[Verdict]:
+    """One verdict an artifact, those that were replaced too; with `name` of that one alone.
+
+    Raises:
+        UserError: there is no such store, or nothing of that name in it.
+    """
+    check_store(store)
+    found = everything(store, only=name)
+    if name is not None and not found:
+        raise UserError(unknown_name(name, store))
+    for one in found:
+        yield Verdict(one.place, _problem(one, store))
+
+
+def left_over(store: Path) -> list[str]:
+    """A line for each thing in the store that is no artifact, with what to do about it. None of it does harm."""
+    return [
+        printable(
+            f"left     {left.place} ({as_bytes(size_of(left.folder))}): {left.what}"
+            + (f"; rm -r '{left.folder}' frees it" if left.done else "")
+        )
+        for left in leftovers(store, everything(store))
+    ]
+
+
+def _problem(found: Found, store: Path) -> str:
+    if found.manifest is None:
+        return found.problem
+    try:
+        artifact = read(found.folder)
+        _check_contents(found.folder)
+        sources = _sources(artifact.manifest, store)
+        _check_tensors(artifact, sources)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _check_contents(folder: Path) -> None:
+    extra = sorted(entry.name for entry in folder.iterdir() if entry.name not in (MANIFEST, WEIGHTS, HEAD))
+    if extra:
+        raise UserError(f"{folder}: {', '.join(extra)} is no part of an artifact; move it elsewhere")
+
+
+def _sources(manifest: Manifest, store: Path) -> list[Manifest]:
+    return [read_folder(find_by_hash(source["hash"], source["name"], store)) for source in manifest.sources]
+
+
+def _check_tensors(artifact: Artifact, sources: list[Manifest]) -> None:
+    path = artifact.path
+    shapes = weight_shapes(artifact.manifest, sources, path)
+    for file, tensors, expected in (
+        (WEIGHTS, artifact.weights, shapes),
+        (HEAD, artifact.head, head_shapes(artifact.manifest)),
+    ):
+        if expected is not None:
+            with _mendable():
+                match_keys(expected, tensors, path / file)
+        check_numbers(tensors, path / file)
+
+
+@contextlib.contextmanager
+def _mendable() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}; {MEND}") from None

@@ -1,0 +1,133 @@
+"""Changing a store: one writer of a name at a time, and what a writer that was killed left is put in order.
+
+No torch here. STORE/.staging holds, for an artifact NAME, `NAME~new` while it is written, `NAME.old` while it is
+replaced, `NAME~removed` while it is deleted; no name has a tilde, so that none is taken for another's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from fusion.errors import UserError
+from fusion.store.files import read_regular
+from fusion.store.manifest import (
+    MANIFEST,
+    OLD,
+    REPLACED,
+    STAGING,
+    Manifest,
+    artifacts,
+    read_folder,
+)
+
+LOCKS = ".locks"
+LOCK_SECONDS = 60.0
+NEW = "~new"
+REMOVED = "~removed"
+
+
+@contextlib.contextmanager
+def writing(store: Path, name: str, wait: float = LOCK_SECONDS) -> Iterator[None]:
+    """Holds the name against other writers. Beside the lock a note says who holds it.
+
+    The system takes the lock back from a process that dies, however it dies.
+
+    Raises:
+        UserError: another process has held it for `wait` seconds, or the lock cannot be made.
+    """
+    locks = store / LOCKS
+    holder = locks / f"{name}.json"
+    lock = FileLock(locks / f"{name}.lock", timeout=wait)
+    try:
+        locks.mkdir(exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"{store / name} is being written by {_holder(holder)}: waited {wait:g} s. "
+            "Run this again when that is done, or choose another name="
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{locks}: cannot be written ({error.strerror or error}), and without a lock nothing is stored. "
+            "Make that folder writable, or say store=DIR for another store"
+        ) from None
+    try:
+        with contextlib.suppress(OSError):  # the note is for people; the lock is what holds
+            holder.write_text(
+                json.dumps({"host": socket.gethostname(), "pid": os.getpid()}), encoding="utf-8"
+            )
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder(path: Path) -> str:
+    try:
+        note = json.loads(read_regular(path, most=4096))
+        return f"process {note['pid']} on {note['host']}"
+    except (UserError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some systems cannot sync a folder; the rename is atomic all the same
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def settle(store: Path, name: str) -> None:
+    """Ends what a killed writer left half-way. Called under the lock, so nobody is at work there."""
+    staging = store / STAGING
+    staging.mkdir(exist_ok=True)
+    for ending in (NEW, REMOVED):
+        shutil.rmtree(staging / f"{name}{ending}", ignore_errors=True)
+    old, final = staging / f"{name}{OLD}", store / name
+    if not (old / MANIFEST).is_file():
+        shutil.rmtree(old, ignore_errors=True)
+    elif final.exists():
+        retire(store, old, read_folder(final))
+    else:
+        os.replace(old, final)
+
+
+def retire(store: Path, old: Path, new: Manifest) -> None:
+    """Keeps a replaced artifact where a fusion of the store still needs it, and removes it otherwise."""
+    try:
+        manifest = read_folder(old)
+    except UserError:
+        shutil.rmtree(old, ignore_errors=True)
+        return
+    if manifest.hash in needed_hashes(store) and manifest.hash != new.hash:
+        keep_replaced(store, old, manifest)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def needed_hashes(store: Path) -> set[str]:
+    """Of all sources that the fusions of the store name."""
+    return {source["hash"] for _, fusion in artifacts(store) for source in fusion.sources}
+
+
+def keep_replaced(store: Path, folder: Path, manifest: Manifest) -> Path:
+    """Moves an artifact to STORE/.replaced, where fusions still find it by its hash; unless it is there already."""
+    kept = store / REPLACED / f"{manifest.name}-{manifest.hash[:8]}"
+    with contextlib.suppress(UserError):
+        if read_folder(kept).hash == manifest.hash:
+            return kept
+    shutil.rmtree(kept, ignore_errors=True)  # what lies there is no artifact
+    kept.parent.mkdir(exist_ok=True)
+    os.replace(folder, kept)
+    sync_folder(kept.parent)
+    return kept

@@ -1,0 +1,577 @@
+"""Thousands of damaged artifacts: each is read rightly, or refused by a UserError that names where it lies.
+
+Two families: raw damage, where a hash no longer fits, and damage whose author has put bytes and sha256 right again,
+so that only a deeper look finds it. Each is used as the commands do: load, build, fuse, verify, list.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import struct
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fusion.answers import answers
+from fusion.backbones.load import Backbone, load_backbone
+from fusion.build import (
+    check_made_for,
+    composition_fillings,
+    load_sources,
+    stored_adapters,
+    stored_composition,
+    stored_model,
+)
+from fusion.config import CompositionConfig
+from fusion.entry import result_of
+from fusion.errors import UserError
+from fusion.layers.bottleneck import BottleneckAdapter
+from fusion.layers.filling import Filling, parameters_of
+from fusion.layers.heads import TaskHead
+from fusion.store.artifacts import load, save
+from fusion.store.describing import describe
+from fusion.store.listing import list_store
+from fusion.store.manifest import HEAD, MANIFEST, WEIGHTS, Manifest, read_manifest
+from fusion.store.verifying import verify
+from tests.store.conftest import build as make_manifest
+
+EXAMPLES = 2000  # damaged artifacts in `make test`; four times as many more in `make test-full`
+SECONDS = 10  # for one example; most take a few milliseconds
+MEMORY = 512 * 2**20  # that the process may grow by; more is refused to it, and an error that is no UserError
+FILES = (MANIFEST, WEIGHTS, HEAD)
+IDS = torch.tensor([[2, 9, 14, 3], [2, 15, 3, 0]])
+MASK = (IDS != 0).long()
+
+
+class Place:
+    """A store with two adapters, a fusion, a pruned one, a head alone, LoRA, and an adapter of two tasks."""
+
+    def __init__(self, folder: Path, backbone: Path) -> None:
+        self.store = folder / "a store"
+        self.backbone = load_backbone(str(backbone))
+        torch.manual_seed(0)
+        head = TaskHead(32, 2)
+        task = {"name": "films", "kind": "classification", "text": "text", "labels": ["bad", "good"]}
+        about: dict[str, Any] = {
+            "backbone": {
+                "name_or_path": str(backbone),
+                "fingerprint": self.backbone.fingerprint,
+                "hidden_size": 32,
+                "layers": 3,
+            },
+            "task": {**task, "metrics": ["accuracy"]},
+            "result": {"parameters": {"trainable": 1, "frozen": 2}},
+        }
+        adapters: list[dict[str, Filling]] = [{}, {}]
+        for number, (name, more) in enumerate((("films", {}), ("books", {"scaling": "learned"}))):
+            sizes = {f"{layer}.feedforward": 2 for layer in range(3)}
+            for slot in sizes:
+                adapters[number][slot] = BottleneckAdapter(32, 2, **more)  # type: ignore[arg-type]
+            manifest = make_manifest(name, adapter={"bottleneck_sizes": sizes, **more}, **about)
+            save(self.store, manifest, parameters_of(adapters[number]), dict(head.named_parameters()))
+        sources = [{"name": n, "hash": read_manifest(n, self.store).hash} for n in ("films", "books")]
+        compositions: tuple[tuple[str, CompositionConfig, dict[str, Any]], ...] = (
+            ("fusion", CompositionConfig("adapterfusion", rank=3), {}),
+            (
+                "pruned",
+                CompositionConfig("pruned", fusion="fusion", keep=1),
+                {"kept": {f"{layer}.feedforward": [layer % 2] for layer in range(3)}},
+            ),
+        )
+        for name, config, chosen in compositions:
+            loaded = load_sources(["films", "books"], self.store, self.backbone)
+            fillings = composition_fillings(config, loaded, self.backbone, **chosen)
+            manifest = make_manifest(name, "fusion", sources=sources, **about)
+            manifest = replace(manifest, composition=config.as_stored() | chosen)
+            save(self.store, manifest, parameters_of(fillings), dict(head.named_parameters()))
+        save(self.store, make_manifest("head", "head", **about), {}, dict(head.named_parameters()))
+        lora = {"name": "lora", "rank": 2, "alpha": 4, "dropout": 0.0, "targets": ["query"]}
+        names = [f"encoder.layer.{layer}.attention.self.query" for layer in range(3)]
+        parts = {f"{n}.lora_A.weight": torch.randn(2, 32) for n in names}
+        parts |= {f"{n}.lora_B.weight": torch.randn(32, 2) for n in names}
+        save(
+            self.store,
+            make_manifest("lora", "lora", method=lora, **about),
+            parts,
+            dict(head.named_parameters()),
+        )
+        described = make_manifest("x").head | {"pooling": "mean", "layers": 2}
+        several = {n: {"task": {**about["task"], "name": n}, "head": described} for n in ("films", "books")}
+        two = TaskHead(32, 2, "mean", 2)
+        heads = {f"{n}.{key}": value for n in several for key, value in two.named_parameters()}
+        shared = {"shared": True, "bottleneck_sizes": {f"{layer}.feedforward": 2 for layer in range(3)}}
+        one = {"0.feedforward": BottleneckAdapter(32, 2)}
+        save(
+            self.store,
+            make_manifest("both", adapter=shared, multitask=several, **about),
+            parameters_of(one),
+            heads,
+        )
+        self.names = ("films", "books", "fusion", "pruned", "head", "lora", "both")
+        self.content = {(n, f): (self.store / n / f).read_bytes() for n in self.names for f in FILES}
+        self.scores = {name: self.use(name) for name in self.names}
+
+    def fresh(self) -> Backbone:
+        return replace(self.backbone, model=copy.deepcopy(self.backbone.model))
+
+    def use(self, name: str) -> torch.Tensor:
+        """All that the commands do with an artifact: the scores of two rows."""
+        artifact = load(name, self.store)
+        check_made_for(artifact, self.backbone)
+        answers(artifact.manifest, None)
+        result_of(artifact.manifest, artifact.path)
+        if artifact.manifest.kind == "fusion":
+            stored_composition(artifact.manifest, artifact.path)
+        if artifact.manifest.kind == "adapter":
+            (source, *_) = load_sources([name], self.store, self.backbone)
+            filled = parameters_of(stored_adapters(source))
+            assert {key: value.shape for key, value in filled.items()} == {
+                key: value.shape for key, value in source.weights.items()
+            }
+            assert all(torch.equal(filled[key].detach(), source.weights[key].float()) for key in filled)
+            composition_fillings(CompositionConfig("static"), [source], self.backbone)
+        model = stored_model(artifact, self.store, self.fresh())
+        with torch.inference_mode():
+            return model(IDS, MASK)
+
+    def restore(self, name: str) -> None:
+        for file in FILES:
+            (self.store / name / file).write_bytes(self.content[name, file])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Place:
+    return Place(tmp_path_factory.mktemp("fuzz"), tiny_backbone)
+
+
+class TooLong(BaseException):
+    """No Exception: what an example catches must not be this."""
+
+
+@contextmanager
+def limited() -> Iterator[None]:
+    """Within seconds."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TooLong(f"more than {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def attempt(place: Place, name: str, family: str, shown: bool = True) -> str:
+    """Uses the damaged artifact: `read`, or `refused` in words that say where it lies. Anything else is a hole."""
+    outcome = "read"
+    with limited():
+        try:
+            scores = place.use(name)
+        except UserError as error:
+            outcome, message = "refused", str(error)
+            assert name in message and len(message) < 2000 and message.count("\n") <= 2, message
+            assert message.replace("\n", "").isprintable(), ascii(message)
+        else:
+            assert scores.shape[0] == 2
+            check_reading(place, name, scores, family)
+        (verdict,) = verify(place.store, name)
+        if outcome == "read":
+            assert not verdict.problem or "fingerprint" in verdict.problem, verdict
+        if shown:
+            list_store(place.store)
+            try:
+                describe(name, place.store)
+            except UserError:
+                assert outcome == "refused"
+    return outcome
+
+
+def check_reading(place: Place, name: str, scores: torch.Tensor, family: str) -> None:
+    """What was read is what was stored, as far as anybody can know."""
+    artifact = load(name, place.store)
+    stored = Manifest.from_json(place.content[name, MANIFEST].decode(), Path())
+    if family == "raw":  # what a hash guards can only be as it was
+        assert artifact.manifest.files == stored.files
+    same_head = (artifact.manifest.head, artifact.manifest.multitask) == (stored.head, stored.multitask)
+    if artifact.manifest.hash == stored.hash and same_head and artifact.manifest.files == stored.files:
+        assert torch.equal(scores, place.scores[name])
+
+
+# --- how an artifact is damaged --------------------------------------------------------------------
+
+Damage = Callable[[random.Random, bytes], bytes]
+
+
+def flip(draw: random.Random, content: bytes) -> bytes:
+    damaged = bytearray(content)
+    for _ in range(draw.choice((1, 1, 2, 8))):
+        damaged[_spot(draw, len(content))] ^= 1 << draw.randrange(8)
+    return bytes(damaged)
+
+
+def _spot(draw: random.Random, length: int) -> int:
+    # The header is where the structure is: half of all damage goes there.
+    return draw.randrange(min(length, 200)) if draw.random() < 0.5 else draw.randrange(length)
+
+
+def cut(draw: random.Random, content: bytes) -> bytes:
+    start = _spot(draw, len(content))
+    return content[:start] + content[start + draw.choice((1, 4, 8, 100)) :]
+
+
+def insert(draw: random.Random, content: bytes) -> bytes:
+    start = _spot(draw, len(content))
+    return content[:start] + draw.randbytes(draw.choice((1, 4, 8, 100))) + content[start:]
+
+
+def truncate(draw: random.Random, content: bytes) -> bytes:
+    places = (0, 1, 7, 8, 9, min(100, len(content)), len(content) // 2, len(content) - 1, len(content) - 4)
+    return content[: draw.choice((*places, draw.randrange(len(content))))]
+
+
+def noise(draw: random.Random, content: bytes) -> bytes:
+    return draw.randbytes(draw.choice((0, 1, 8, 100, len(content))))
+
+
+def length_field(draw: random.Random, content: bytes) -> bytes:
+    sizes = (0, 1, 2**63, 2**64 - 1, 10**9, 100_000_001, len(content), len(content) - 8, 2**31, 2**32)
+    return struct.pack("<Q", draw.choice(sizes)) + content[8:]
+
+
+def deep(draw: random.Random, content: bytes) -> bytes:
+    return draw.choice((b"[", b'{"a":')) * draw.choice((40, 1000, 100_000))
+
+
+RAW: tuple[Damage, ...] = (flip, flip, flip, cut, insert, truncate, noise, length_field, deep)
+
+
+def header_of(content: bytes) -> tuple[dict[str, Any], bytes]:
+    (length,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def with_header(header: Any, body: bytes) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def tensor_damage(draw: random.Random, content: bytes) -> bytes:
+    """A safetensors file of another content: names, shapes, types, offsets, values."""
+    header, body = header_of(content)
+    names = [name for name in header if name != "__metadata__"]
+    how = draw.randrange(16)
+    if not names or how == 0:
+        return with_header(b"[" * 100_000, body)
+    name, other = draw.choice(names), draw.choice(names)
+    entry = header[name]
+    if how == 1:  # swapped tensors
+        header[name], header[other] = header[other], header[name]
+    elif how == 2:
+        odd = ("", "x", f"{name}.more", "../../etc/passwd", "a" * 5000, "\ud800", "\u202e", "0.feedforward")
+        header[draw.choice(odd)] = header.pop(name)
+    elif how == 3:
+        entry["shape"] = draw.choice(
+            (entry["shape"][::-1], [], [0], [2**40], [2**63], [-1], [1, *entry["shape"]], ["2"], None, [2.0])
+        )
+    elif how == 4:
+        entry["dtype"] = draw.choice(
+            ("I32", "U8", "BOOL", "F64", "BF16", "F8_E4M3", "F8_E8M0", "F4", "C64", "X", 5)
+        )
+    elif how == 5:
+        at = entry["data_offsets"][0] // 4 * 4
+        value = draw.choice((float("nan"), float("inf"), float("-inf")))
+        body = body[:at] + struct.pack("<f", value) + body[at + 4 :]
+    elif how == 6:
+        entry["data_offsets"] = draw.choice(
+            (
+                header[other]["data_offsets"],
+                [0, 2**62],
+                [2**63, 2**63],
+                [4, 0],
+                [],
+                None,
+                [0],
+                [-1, 3],
+                ["0", 4],
+            )
+        )
+    elif how == 7:
+        del header[name]
+    elif how == 8:
+        header["__metadata__"] = draw.choice(({"a": "b"}, {"a": 1}, [], "x", {"a": {"b": "c"}}))
+    elif how == 9:
+        header[name] = draw.choice((None, 1, [], {}, "x", {**entry, "more": 1}))
+    elif how == 10:  # a name twice
+        text = json.dumps(header)
+        return with_header((text[:-1] + f', "{name}": {json.dumps(entry)}' + "}").encode(), body)
+    elif how == 11:
+        return with_header(json.dumps(header).encode() + b" " * draw.choice((1, 7, 100_000)), body)
+    elif how == 12:  # integers in place of floats, of the same size: only the type tells
+        for entry in header.values():
+            entry["dtype"] = "I32"
+    elif how == 13:  # floats that are finite, and not those that were trained: nobody can tell
+        body = struct.pack(f"<{len(body) // 4}f", *(draw.uniform(-1, 1) for _ in range(len(body) // 4)))
+    elif how == 14:
+        return draw.choice(
+            (b"", b"\x80\x04.", with_header({}, b""), with_header({}, body), with_header([], b""))
+        )
+    else:
+        body = body + b"\0" * draw.choice((1, 4, 1000))
+    return with_header(header, body)
+
+
+JUNK: tuple[Any, ...] = (
+    None, True, False, 0, -1, 1.5, 2**31, 2**62, 2**64, 10**100, 1e308, "", "x", "../../etc/passwd", "/dev/zero",
+    "\u202e", "\0", "a" * 10_000, [], {}, [[]], [None], {"x": 1}, [1, 2], ["x"], "learned", "last:3", "last:99999",
+    "specialized:2", "specialized:99999999", "robust", "mean", "average", "continued", "scalearn_pp", "static",
+    "lora", "head", "adapter", "fusion", "full", {"kept": 1}, 3, 2, 99, 0.5, -0.5, "1", "0.feedforward",
+)  # fmt: skip
+
+
+def places_of(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to everything in a manifest."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in inner:
+        yield (*way, key)
+        yield from places_of(entry, (*way, key))
+
+
+def manifest_damage(draw: random.Random, content: bytes) -> bytes:
+    """Something of a manifest in another form; the text stays JSON most of the time."""
+    values = json.loads(content)
+    *way, key = draw.choice(list(places_of(values)))
+    parent: Any = values
+    for step in way:
+        parent = parent[step]
+    how = draw.randrange(10)
+    if how < 5:
+        parent[key] = draw.choice(JUNK)
+    elif how == 5:
+        del parent[key]
+    elif how == 6 and isinstance(parent, dict):
+        parent[
+            draw.choice(("x", "", "..", "\u202e", "0.feedforward", "99.feedforward", "shared", "kept"))
+        ] = draw.choice(JUNK)
+    elif how == 7 and isinstance(parent[key], (int, float)):
+        parent[key] = parent[key] * draw.choice((-1, 2, 10**6, 10**12))
+    elif how == 8 and isinstance(parent[key], str) and parent[key]:
+        parent[key] = flip(draw, parent[key].encode()).decode("latin-1")
+    else:
+        text = json.dumps(values)
+        word = json.dumps(parent[key])
+        odd = ("NaN", "-Infinity", "1e999", "9" * 5000, '"\\ud800"', "[" * 100_000, "{", "", '"a": 1', "tru")
+        return text.replace(word, draw.choice(odd), 1).encode()
+    return json.dumps(values).encode()
+
+
+def consistent(content: bytes, weights: bytes, head: bytes) -> bytes:
+    """A manifest whose entries fit the files: as somebody would leave it who means harm."""
+    values = json.loads(content)
+    for file, data in ((WEIGHTS, weights), (HEAD, head)):
+        values["files"][file] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    return json.dumps(values).encode()
+
+
+def damage(place: Place, draw: random.Random) -> tuple[str, str]:
+    """Damages one artifact of the store: its name, and the family of the damage."""
+    name = draw.choice(place.names)
+    folder = place.store / name
+    if draw.random() < 0.4:
+        file = draw.choice(FILES)
+        (folder / file).write_bytes(draw.choice(RAW)(draw, place.content[name, file]))
+        return name, "raw"
+    content = {file: place.content[name, file] for file in FILES}
+    kind = draw.randrange(3)
+    if kind < 2:
+        content[MANIFEST] = manifest_damage(draw, content[MANIFEST])
+    if kind > 0:
+        file = draw.choice((WEIGHTS, HEAD))
+        content[file] = (draw.choice(RAW) if draw.random() < 0.3 else tensor_damage)(draw, content[file])
+        # Where the manifest is none any more, it needs no hash.
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
+            content[MANIFEST] = consistent(content[MANIFEST], content[WEIGHTS], content[HEAD])
+    for file in FILES:
+        (folder / file).write_bytes(content[file])
+    return name, "consistent"
+
+
+def run_examples(place: Place, examples: int, seed: int) -> Counter[str]:
+    """So many damaged artifacts, the same ones each time; what became of them."""
+    seen: Counter[str] = Counter()
+
+    @settings(
+        max_examples=examples, derandomize=True, deadline=None, database=None,
+        suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
+    )  # fmt: skip
+    @given(st.integers(0, 2**32))
+    def one(number: int) -> None:
+        name, family = damage(place, random.Random(f"{seed} {number}"))
+        try:
+            seen[f"{family} {attempt(place, name, family, shown=number % 4 == 0)}"] += 1
+        finally:
+            place.restore(name)
+
+    with little_memory():
+        one()
+    return seen
+
+
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """Whoever asks for much more memory than is in use does not get it."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else None
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    if pages is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def test_what_is_not_damaged_is_read(place: Place) -> None:
+    for name in place.names:
+        assert attempt(place, name, "raw") == "read"
+        assert torch.equal(place.use(name), place.scores[name])
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
+def test_damaged_artifacts(place: Place, seed: int) -> None:
+    seen = run_examples(place, EXAMPLES, seed)
+    assert sum(seen.values()) >= EXAMPLES
+    # The dice fall so that each family is there, and both outcomes of what only a deeper look can tell.
+    assert seen["raw refused"] > EXAMPLES // 4 and seen["consistent refused"] > EXAMPLES // 4
+    assert seen["consistent read"] > EXAMPLES // 50
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(
+    "what", ["pipe", "folder", "device", "empty", "loop", "dangling", "passwd", "huge", "socket"]
+)
+def test_what_is_no_file(place: Place, file: str, what: str, tmp_path: Path) -> None:
+    path = place.store / "films" / file
+    path.unlink()
+    with put_back_after(place, path):
+        if what == "pipe":
+            os.mkfifo(path)
+        elif what == "folder":
+            path.mkdir()
+        elif what == "socket":
+            with socket.socket(socket.AF_UNIX) as server, working_in(path.parent):
+                server.bind(file)
+        elif what == "empty":
+            path.touch()
+        elif what == "huge":  # a hole of a terabyte, that takes no room on the disk
+            with path.open("wb") as hole:
+                try:
+                    hole.truncate(2**40)
+                except OSError:
+                    pytest.skip("this disk has no room for holes")
+            values = json.loads(place.content["films", MANIFEST])
+            if file != MANIFEST:
+                values["files"][file]["bytes"] = 2**40
+                (path.parent / MANIFEST).write_text(json.dumps(values))
+        else:
+            target = {
+                "device": "/dev/zero",
+                "loop": str(path),
+                "dangling": "nowhere",
+                "passwd": "/etc/passwd",
+            }
+            path.symlink_to(target[what])
+        with little_memory():
+            assert attempt(place, "films", "raw") == "refused"
+            with limited(), pytest.raises(UserError, match="films"):
+                place.use("fusion")  # of which it is a source
+
+
+@contextmanager
+def put_back_after(place: Place, path: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        shutil.rmtree(path.parent)
+        path.parent.mkdir()
+        place.restore("films")
+
+
+@contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """A socket's path must be short."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def test_a_link_to_a_sound_artifact_is_read(place: Place, tmp_path: Path) -> None:
+    shutil.copytree(place.store / "films", tmp_path / "elsewhere")
+    (place.store / "linked").symlink_to(tmp_path / "elsewhere")
+    try:
+        assert torch.equal(place.use("linked"), place.scores["films"])
+    finally:
+        (place.store / "linked").unlink()
+
+
+def test_another_backbone_is_refused(place: Place, make_backbone: Callable[..., Path]) -> None:
+    own = place.backbone
+    for other in ({"seed": 1}, {"hidden_size": 48}):
+        place.backbone = load_backbone(str(make_backbone(**other)))
+        try:
+            for name in place.names:
+                assert attempt(place, name, "raw") == "refused"
+        finally:
+            place.backbone = own
+
+
+@pytest.mark.parametrize("count", [10**6, 10**9, 2**62])
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("films", "adapter/bottleneck_sizes/0.feedforward"),
+        ("both", "adapter/bottleneck_sizes/0.feedforward"),
+        ("fusion", "composition/rank"),
+        ("lora", "method/rank"),
+        ("head", "head/outputs"),
+        ("both", "multitask/films/head/outputs"),
+        ("films", "backbone/hidden_size"),
+        ("films", "backbone/layers"),
+    ],
+)
+def test_sizes_that_a_manifest_makes_up_take_no_memory(place: Place, name: str, way: str, count: int) -> None:
+    values = json.loads(place.content[name, MANIFEST])
+    *path, key = way.split("/")
+    parent = values
+    for step in path:
+        parent = parent[step]
+    assert parent[key] < 100
+    parent[key] = count
+    (place.store / name / MANIFEST).write_text(json.dumps(values))
+    try:
+        with little_memory():
+            assert attempt(place, name, "consistent") == "refused"
+    finally:
+        place.restore(name)
