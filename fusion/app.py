@@ -29,6 +29,8 @@ from typing import Any, NoReturn, cast, get_args, get_type_hints
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -37,6 +39,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
+from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -44,6 +47,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from fusion.config import MULTITASK, Stage1Config, Stage2Config, StageConfig
+from fusion.data.task_files import check_task_file
 from fusion.errors import UserError, first_line
 from fusion.run import Run, Terminated, describe, record
 
@@ -136,6 +140,18 @@ class UserConf(SearchPathPlugin):
 
 
 Plugins.instance().register(UserConf)
+
+
+class CheckedFiles(FileConfigSource):
+    """Hydra's own reader of files, that looks at a task file before it follows what stands there."""
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        if config_path.startswith("task/"):
+            check_task_file(Path(self.path) / self._normalize_file_name(config_path))
+        return super().load_config(config_path)
+
+
+SourcesRegistry.instance().types["file"] = CheckedFiles  # wherever a search path came from
 
 
 # --- one job: from Hydra's config to ours ---------------------------------------------------------

@@ -67,7 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "inference",
         "prefix",
     },
-    "app": BASE | {"run", "training.processes"},
+    "app": BASE | {"run", "training.processes", "data.task_files"},
 }
 MAY_IMPORT |= {command: {*MAY_IMPORT} for command in COMMANDS}
 
