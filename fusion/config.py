@@ -141,7 +141,8 @@ class TaskConfig:
         self.labels = self._label_names(where)
         values = [(type(value), repr(value)) for value in self.label_values or []]
         _require(
-            len(set(values)) == len(values), f"{where}: label_values={self.label_values}: a value stands twice"
+            len(set(values)) == len(values),
+            f"{where}: label_values={self.label_values}: a value stands twice",
         )
         if self.kind == "classification":
             names = self.labels or []
@@ -165,10 +166,16 @@ class TaskConfig:
                 isinstance(columns, list) and len(columns) > 0 and all(isinstance(c, str) for c in columns),
                 f"{where}: choices={self.choices}: expected a list column or a list of columns",
             )
-            _require(self.blank != "", f"{where}: blank is empty: expected the mark that a choice fills, or null")
+            _require(
+                self.blank != "", f"{where}: blank is empty: expected the mark that a choice fills, or null"
+            )
         else:
             _require(self.choices is None, f"{where}: choices is for kind=choice only, not {self.kind}")
             _require(self.blank is None, f"{where}: blank is for kind=choice only, not {self.kind}")
+        _require(
+            all(isinstance(name, str) for name in self.columns.values()),
+            f"{where}: columns={self.columns}: expected the name of a column for each",
+        )
         for split, names in self.hub.splits.items() if self.hub is not None else ():
             every = names if isinstance(names, list) and names else [names]
             _require(

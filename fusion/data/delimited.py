@@ -38,7 +38,11 @@ def read_delimited(path: Path, text_columns: Iterable[str]) -> pyarrow.Table:
     if not tabs:
         _check_quotes(path, content)
     if not content.strip():
-        raise UserError(f"{path}: the file is empty; expected a line with the names of the columns, then rows")
+        raise UserError(
+            f"{path}: the file is empty; expected a line with the names of the columns, then rows"
+        )
+    if not content.endswith((b"\n", b"\r")):
+        content += b"\n"  # without which pyarrow takes the names of the columns alone for nothing
     try:
         return pyarrow.csv.read_csv(
             pyarrow.BufferReader(content),

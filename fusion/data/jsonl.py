@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,6 @@ def _read_line(line: bytes, number: int, where: str) -> Any:
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise _Twice(json.dumps(next(name for name in names if names.count(name) > 1))[:60])
+        times = Counter(name for name, _ in pairs)
+        raise _Twice(json.dumps(next(name for name in times if times[name] > 1))[:60])
     return found

@@ -75,9 +75,7 @@ def load_rows(task: TaskConfig, data: DataConfig, split: str) -> Rows:
         from fusion.data.corpora import corpus_records
 
         evaluation_splits(task, split)
-        table = record_table(
-            corpus_records(task.corpus, split), where=f"corpus {task.corpus}, {split}"
-        )
+        table = record_table(corpus_records(task.corpus, split), where=f"corpus {task.corpus}, {split}")
     elif task.hub is not None:
         part = hub_part(task, split)
         cure = f"A local copy does without the hub: data.dir=DIR reads DIR/{task.name}/{split}.parquet (jsonl, csv, tsv)"

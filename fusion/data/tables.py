@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import reprlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,12 +105,12 @@ def _counted(row: int) -> str:
 
 
 def arrow_table(table: pyarrow.Table, where: str) -> Table:
-    twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
-    if twice:
+    names = table.column_names
+    if twice := sorted(name for name, times in Counter(names).items() if times > 1):
         raise UserError(f"{where}: column {listed(twice)} stands twice; expected each name once")
     return Table(
         where=where,
-        columns=tuple(table.column_names),
+        columns=tuple(names),
         rows=table.num_rows,
         read=lambda name: _values(table.column(name), f"column {listed([name])}", where),
         row_name=_counted,
@@ -136,9 +137,7 @@ def _values(column: pyarrow.ChunkedArray, name: str, where: str) -> list[Any]:
         raise
 
 
-def record_table(
-    records: Iterable[dict[str, Any]], lines: list[int] | None = None, *, where: str
-) -> Table:
+def record_table(records: Iterable[dict[str, Any]], lines: list[int] | None = None, *, where: str) -> Table:
     """A table of dicts; `lines` are the numbers of the lines they came from, if any."""
     rows = list(records)
     return Table(

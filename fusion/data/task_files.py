@@ -92,6 +92,8 @@ def _check_node(where: str, event: yaml.NodeEvent) -> None:
     if isinstance(event, yaml.ScalarEvent):
         if "${" in event.value:
             raise UserError(f"{where}: ${{...}} stands for a value from elsewhere\n{_DATA}")
+        if event.value == "???":
+            raise UserError(f"{where}: ??? stands for a value that is still missing")
         if event.style is None and _TOO_LONG_A_NUMBER.fullmatch(event.value):
             raise UserError(f"{where}: a number of {len(event.value)} digits; {_DATA}")
 
