@@ -165,7 +165,7 @@ def _check_types(path: Path, task: DictConfig) -> None:
         UserError: names both. Keys that no task has are found later, with those that were meant.
     """
     schema = OmegaConf.structured(TaskConfig)
-    for key in [key for key in task if key in schema]:
+    for key in [str(key) for key in task if key in schema]:
         try:
             merged = OmegaConf.merge(schema, {key: task[key]})
         except ConfigKeyError:

@@ -60,7 +60,8 @@ def _check_events(path: Path, text: str) -> None:
     inside: list[_Mapping | None] = []  # None: a list
     documents = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        where = f"{path}, line {event.start_mark.line + 1}"
+        mark = event.start_mark
+        where = f"{path}, line {mark.line + 1 if mark is not None else 1}"
         if isinstance(event, yaml.DocumentStartEvent):
             documents += 1
             if documents > 1:
@@ -85,7 +86,7 @@ def _check_events(path: Path, text: str) -> None:
 
 def _check_node(where: str, event: yaml.NodeEvent) -> None:
     if isinstance(event, yaml.AliasEvent):
-        raise UserError(f"{where}: *{event.anchor[:40]} stands for another part of the file\n{_DATA}")
+        raise UserError(f"{where}: *{str(event.anchor)[:40]} stands for another part of the file\n{_DATA}")
     tag = getattr(event, "tag", None)
     if tag is not None:
         raise UserError(f"{where}: the tag {tag[:60]!r} asks for a value of another kind\n{_DATA}")
