@@ -178,7 +178,8 @@ def from_cache_or_hub(load: Callable[[bool], Loaded], what: str, cure: str) -> L
         UserError: neither has it.
     """
     try:
-        return load(True)
+        with _client_offline():
+            return load(True)
     except (OSError, ValueError) as missing:
         if not hub_is_reachable():
             raise UserError(
@@ -191,3 +192,16 @@ def from_cache_or_hub(load: Callable[[bool], Loaded], what: str, cure: str) -> L
     except (OSError, ValueError) as error:
         reason = _failures.said or first_line(error)  # the clients do not always say what was behind it
         raise UserError(f"{what} cannot be loaded: {reason}\n{cure}") from error
+
+
+@contextlib.contextmanager
+def _client_offline() -> Iterator[None]:
+    """Keep the hub's client from asking anything: it does, for its own statistics, even where all is in the cache."""
+    import huggingface_hub.constants
+
+    before = huggingface_hub.constants.HF_HUB_OFFLINE
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = before

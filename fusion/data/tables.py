@@ -212,11 +212,11 @@ def hub_table(hub: HubConfig, split: str, cure: str) -> Table:
     Raises:
         UserError: neither the cache nor the hub has it, or it has no such configuration or split.
     """
+    import datasets  # before anything keeps the hub's client offline: its own settings are read from there once
+
     where = hub.path + (f" ({hub.name})" if hub.name else "") + f", {split}"
 
     def load(cached_only: bool) -> Table:
-        import datasets
-
         if cached_only and hub.revision is not None and hub_is_reachable():
             raise FileNotFoundError("the cache does not tell revisions apart")
         with _quiet(), _offline() if cached_only else contextlib.nullcontext():
@@ -244,16 +244,15 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """Keep `datasets` and the hub's client to what is in their caches."""
+    """Keep `datasets` to what is in its cache."""
     import datasets.config
-    import huggingface_hub.constants
 
-    before = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = before
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 @contextlib.contextmanager

@@ -136,7 +136,7 @@ def main(home: str, fault: str, kind: str) -> None:
         HF_HOME=home, HF_ENDPOINT=f"http://localhost:{server.server_port}", HF_HUB_DISABLE_XET="1"
     )
     if fault == "dns":
-        socket.getaddrinfo = lambda *_, **__: time.sleep(60)  # type: ignore[assignment, return-value]
+        socket.getaddrinfo = lambda *_, **__: time.sleep(60)  # type: ignore[assignment]
 
     from fusion.backbones.load import load_backbone
     from fusion.config import DataConfig, HubConfig, TaskConfig

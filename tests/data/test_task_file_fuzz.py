@@ -150,7 +150,7 @@ TAKEN = [
 
 @pytest.mark.parametrize(("content", "expected"), REFUSED, ids=range(len(REFUSED)))
 def test_a_file_that_is_refused(ask: Callable[..., Answer], content: bytes, expected: str) -> None:
-    _, said, task = ask(content)
+    said = ask(content)[1]
     assert expected in said and "mine" in said, said
 
 
@@ -190,24 +190,24 @@ def run_mutations(ask: Callable[..., Answer], seeds: range) -> None:
             _, said, task = ask(content)
             ended["taken" if said == "taken" else "refused"] += 1
             assert said == "taken" or "mine" in said, said
-            assert said != "taken" or task is not None and 1 <= len(task.text_columns) <= 2
+            assert said != "taken" or (task is not None and 1 <= len(task.text_columns) <= 2)
         except BaseException as error:
             raise AssertionError(f"seed {seed}: {content!r}") from error
     assert sum(ended.values()) == len(seeds) and min(ended.values()) > len(seeds) // 10, ended
 
 
 def test_mutated_files(ask: Callable[..., Answer]) -> None:
-    run_mutations(ask, range(40))
+    run_mutations(ask, range(25))
 
 
 @pytest.mark.slow
 def test_many_more_mutated_files(ask: Callable[..., Answer]) -> None:
-    run_mutations(ask, range(40, 1040))
+    run_mutations(ask, range(25, 1025))
 
 
 def test_mutated_files_before_they_are_composed(tmp_path: Path) -> None:
     refused = 0
-    for seed in range(2000):
+    for seed in range(1000):
         draw = random.Random(seed)
         content = (
             mutate(GOOD, draw) if seed % 3 else bytes(draw.randrange(256) for _ in range(draw.randrange(80)))
@@ -218,5 +218,5 @@ def test_mutated_files_before_they_are_composed(tmp_path: Path) -> None:
         except UserError as error:
             refused += 1
             assert str(tmp_path / "mine.yaml") in str(error) and len(str(error).splitlines()) <= 2, content
-    assert 900 < refused < 1900
+    assert 450 < refused < 950
     assert os.listdir(tmp_path) == ["mine.yaml"]
