@@ -28,6 +28,8 @@ from typing import Any, NoReturn, cast, get_args, get_type_hints
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -36,13 +38,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
+from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-from fusion.config import MULTITASK, Stage1Config, Stage2Config, StageConfig
+from fusion.config import MULTITASK, Stage1Config, Stage2Config, StageConfig, TaskConfig
+from fusion.data.task_files import check_task_file
 from fusion.errors import TrainingError, UserError, first_line
 from fusion.run import Run, Standing, Terminated, check_folder, describe, record
 from fusion.run_lock import turn_of
@@ -137,6 +141,46 @@ class UserConf(SearchPathPlugin):
 
 
 Plugins.instance().register(UserConf)
+
+
+class CheckedFiles(FileConfigSource):
+    """Hydra's own reader of files, that looks at a task file before it follows what stands there."""
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        if not config_path.startswith("task/"):
+            return super().load_config(config_path)
+        path = Path(self.path) / self._normalize_file_name(config_path)
+        check_task_file(path)
+        result = super().load_config(config_path)
+        _check_types(path, cast(DictConfig, result.config))
+        return result
+
+
+SourcesRegistry.instance().types["file"] = CheckedFiles  # wherever a search path came from
+
+
+def _check_types(path: Path, task: DictConfig) -> None:
+    """Refuse a task file's value of the wrong type here, where the file and the key are known.
+
+    Raises:
+        UserError: names both. Keys that no task has are found later, with those that were meant.
+    """
+    schema = OmegaConf.structured(TaskConfig)
+    for key in [str(key) for key in task if key in schema]:
+        try:
+            merged = OmegaConf.merge(schema, {key: task[key]})
+        except ConfigKeyError:
+            continue
+        except OmegaConfBaseException:
+            kind = type(schema._get_node(key)).__name__
+            expected = {"ListNode": "a list", "ListConfig": "a list", "DictConfig": "keys with values"}
+            value = str(task[key])
+            raise UserError(
+                f"{path}: {key}={value[:60]}{'...' if len(value) > 60 else ''}: "
+                f"expected {expected.get(kind, 'text')}{' with path' if key == 'hub' else ''}"
+            ) from None
+        if key == "hub" and task[key] is not None and OmegaConf.is_missing(merged.hub, "path"):
+            raise UserError(f"{path}: hub has no path; expected the name of a data set on the hub")
 
 
 # --- one job: from Hydra's config to ours ---------------------------------------------------------
@@ -403,6 +447,8 @@ def _main(command: Command) -> int:
     if (rank := processes.job_of_this_rank()) is not None:
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(command.schema), rank.config))
         return processes.run_rank(rank, lambda: command.function(typed, rank.run))
+    if any(re.match(r"\+*task=\{", word) for word in sys.argv[1:]):  # which OmegaConf stumbles over
+        return _say(f"+task={{...}}: a task is one file: say +task=NAME\n{OWN_TASK}", 2)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and does not print and end with 1
     program = processes.program(command.function)
     outcomes: list[int] = []  # exit codes of this process's jobs

@@ -135,6 +135,7 @@ class TaskConfig:
             isinstance(text, list) and 1 <= len(text) <= 2 and all(isinstance(t, str) for t in text),
             f"{where}: text={self.text}: expected one column name or a list of two",
         )
+        _require(bool(self.label), f"{where}: label is empty: expected the name of a column")
         for metric in self.metrics:
             allowed = METRICS[self.kind]
             _require(
@@ -146,6 +147,11 @@ class TaskConfig:
             f"{where}: metrics is empty: name at least one of {', '.join(METRICS[self.kind])}",
         )
         self.labels = self._label_names(where)
+        values = [(type(value), repr(value)) for value in self.label_values or []]
+        _require(
+            len(set(values)) == len(values),
+            f"{where}: label_values={self.label_values}: a value stands twice",
+        )
         if self.kind == "classification":
             names = self.labels or []
             _require(len(names) >= 2, f"{where}: labels={self.labels}: expected at least two label names")
@@ -163,14 +169,36 @@ class TaskConfig:
                 self.choices is not None,
                 f"{where}: kind=choice needs choices (a list column or a list of columns)",
             )
+            columns = [self.choices] if isinstance(self.choices, str) else self.choices
+            _require(
+                isinstance(columns, list) and len(columns) > 0 and all(isinstance(c, str) for c in columns),
+                f"{where}: choices={self.choices}: expected a list column or a list of columns",
+            )
+            _require(
+                self.blank != "", f"{where}: blank is empty: expected the mark that a choice fills, or null"
+            )
         else:
             _require(self.choices is None, f"{where}: choices is for kind=choice only, not {self.kind}")
             _require(self.blank is None, f"{where}: blank is for kind=choice only, not {self.kind}")
+        _require(
+            all(isinstance(name, str) for name in self.columns.values()),
+            f"{where}: columns={self.columns}: expected the name of a column for each",
+        )
+        for split, names in self.hub.splits.items() if self.hub is not None else ():
+            every = names if isinstance(names, list) and names else [names]
+            _require(
+                all(isinstance(name, str) and name for name in every),
+                f"{where}: hub.splits.{split}={names}: expected the hub's name of a split, or a list of names",
+            )
 
     def _label_names(self, where: str) -> Optional[list[str]]:
         if self.labels is None:
             return None
         _require(isinstance(self.labels, list), f"{where}: labels={self.labels}: expected a list of names")
+        _require(
+            all(isinstance(name, (str, int, float, bool, type(None))) for name in self.labels),
+            f"{where}: labels={self.labels}: expected a list of names",
+        )
         _require(
             not any(isinstance(name, bool) or name is None for name in self.labels),
             f"{where}: labels={self.labels}: YAML reads yes, no, true, false and null as values of its own; "

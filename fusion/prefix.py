@@ -31,7 +31,7 @@ from fusion.model import AdaptedModel
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _TOKENS = 4096  # that are computed together: of no setting, so that a row's state is the same in every run
 
 

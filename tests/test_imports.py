@@ -73,7 +73,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "prefix",
         "provenance",
     },
-    "app": BASE | {"run", "run_lock", "sweep", "training.processes"},
+    "app": BASE | {"run", "run_lock", "sweep", "training.processes", "data.task_files"},
 }
 MAY_IMPORT |= {command: {*MAY_IMPORT} for command in COMMANDS}
 

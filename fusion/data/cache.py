@@ -6,10 +6,10 @@ import contextlib
 import logging
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +39,22 @@ def keep(path: Path, content: bytes, cure: str) -> None:
             partial.unlink(missing_ok=True)
 
 
+def remove_leftovers(path: Path) -> None:
+    """What a process left that was killed while it wrote this very file; only for who has the turn alone."""
+    with contextlib.suppress(OSError):
+        for left in path.parent.glob(f"{path.name}.*.partial"):
+            left.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
-def turn(path: Path, wait: float = 600.0) -> Iterator[bool]:
+def turn(path: Path, wait: float = 600.0, progress: Callable[[], object] | None = None) -> Iterator[bool]:
     """Holds the making of `path`, so that of several processes that miss it one makes it and the others read it.
 
     Look for the file again inside. It only saves work: where there can be no lock, or whoever holds it is not
     done within `wait` seconds, everybody makes the file for himself. The system ends a dead process's lock.
+
+    Args:
+        progress: what changes as long as whoever makes it gets on; then all wait for another `wait` seconds.
 
     Yields:
         Whether the turn is really ours alone.
@@ -56,7 +66,7 @@ def turn(path: Path, wait: float = 600.0) -> Iterator[bool]:
             lock.acquire(timeout=0)
         except Timeout:
             log.info("another process is making %s: waiting for it", path)
-            lock.acquire(timeout=wait)
+            _acquire(lock, wait, progress)
     except Timeout:
         log.warning("%s: another process has been making it for %g s: not waiting any longer", path, wait)
     except (OSError, NotImplementedError):
@@ -69,3 +79,15 @@ def turn(path: Path, wait: float = 600.0) -> Iterator[bool]:
             with contextlib.suppress(OSError):
                 Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
+
+
+def _acquire(lock: BaseFileLock, wait: float, progress: Callable[[], object] | None) -> None:
+    seen = progress() if progress else None
+    while True:
+        try:
+            lock.acquire(timeout=wait)
+            return
+        except Timeout:
+            before, seen = seen, progress() if progress else None
+            if seen == before:
+                raise

@@ -235,6 +235,8 @@ def fetch_with_pip(archive: Archive, folder: Path) -> Path:
 
 def _read_cache(path: Path) -> Records | None:
     """The rows, None where the file is missing or damaged: its first line is the hash of the others."""
+    if not path.is_file():
+        return None
     try:
         head, _, body = path.read_bytes().partition(b"\n")
     except OSError:

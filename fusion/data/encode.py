@@ -1,6 +1,7 @@
 """Rows of text as token ids, made once and kept on disk for the next run.
 
-A cache file is a safetensors file of flat arrays, named by the hash of all that decides its content.
+A cache file is a safetensors file of flat arrays, named by the hash of all that decides its content. It says this
+name itself and is checked when it is read: whatever else lies in its place is made anew.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ from numpy.typing import NDArray
 
 from fusion import custom_code
 from fusion.data.batches import Batch
-from fusion.data.cache import keep, turn, user_cache
+from fusion.data.cache import keep, remove_leftovers, turn, user_cache
 from fusion.data.rows import Rows
-from fusion.errors import UserError
+from fusion.errors import UserError, first_line
 from fusion.hub import from_cache_or_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK = 8192  # sequences tokenised at a time: their Python lists are many times the size of the arrays
-_CHECKSUM = "crc32"
+_SAID = "key and crc32"  # one entry: several would come in any order, and a file of other bytes each time
+_TYPES = {"input_ids": np.int32, "ends": np.int64, "token_type_ids": np.uint8}
 
 log = logging.getLogger(__name__)
 
@@ -228,10 +230,13 @@ def encode(
     folder = user_cache() / "tokens" if cache_dir is None else Path(cache_dir).expanduser()
     key = _key(rows, tokenizer, max_length)
     path = folder / f"{key}.safetensors"
-    arrays = _read(path)
+    arrays = _read(path, rows, tokenizer, max_length)
     if arrays is None:
-        with turn(path):
-            arrays = _read(path)
+        with turn(path) as alone:
+            if alone:
+                remove_leftovers(path)
+            # Again: another process may have made it meanwhile. What is wrong with it has been said by then.
+            arrays = _read(path, rows, tokenizer, max_length, quiet=True)
             if arrays is None:
                 log.info("tokenising %d rows, once", len(rows))
                 arrays = _tokenize(rows, tokenizer, max_length)
@@ -264,7 +269,7 @@ def _tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -
     backend.no_padding()
     backend.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)
     backend.encode_special_tokens = tokenizer.split_special_tokens
-    with_types = "token_type_ids" in tokenizer.model_input_names
+    with_types = _has_types(tokenizer)
     ids, types, lengths = [], [], []
     for start in range(0, len(texts), _CHUNK):
         encoded = backend.encode_batch_fast(texts[start : start + _CHUNK])
@@ -306,37 +311,76 @@ def _key(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str
 # --- the cache file ---------------------------------------------------------------------------------
 
 
-def _checksum(arrays: dict[str, NDArray[Any]]) -> str:
-    value = 0
+def _checksum(arrays: dict[str, NDArray[Any]], key: str) -> str:
+    value = zlib.crc32(key.encode())
     for name in sorted(arrays):
+        value = zlib.crc32(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode(), value)
         value = zlib.crc32(np.ascontiguousarray(arrays[name]).view(np.uint8).data, value)
     return f"{value:08x}"
 
 
-def _read(path: Path) -> dict[str, NDArray[Any]] | None:
-    """The arrays in a cache file, None where it is missing or damaged."""
-    from safetensors import SafetensorError, safe_open
+def _read(
+    path: Path, rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int, quiet: bool = False
+) -> dict[str, NDArray[Any]] | None:
+    """The arrays in a cache file, None where it is missing or not the file of these rows and this tokenizer."""
+    from safetensors import safe_open
 
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            checksum = (file.metadata() or {}).get(_CHECKSUM)
-    except (SafetensorError, OSError) as error:
-        log.warning("token cache %s is damaged (%s): made anew", path, error)
-        return None
-    if checksum != _checksum(arrays):
-        log.warning("token cache %s is damaged (checksum): made anew", path)
-        return None
-    return arrays
+            said = (file.metadata() or {}).get(_SAID, "")
+        fault = _fault(arrays, said, path.stem, rows, tokenizer, max_length)
+    except Exception as error:  # a type that numpy lacks, bytes that are no header: each has its own
+        fault = first_line(error)
+    if fault is None:
+        return arrays
+    if not quiet:
+        log.warning("token cache %s is damaged (%s): made anew", path, fault)
+    return None
+
+
+def _fault(
+    arrays: dict[str, NDArray[Any]],
+    said: str,
+    key: str,
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> str | None:
+    """Why these cannot be the token ids of these rows, None where they can."""
+    if not said.startswith(key):
+        return "it is of other rows or another tokenizer"
+    if said != f"{key} {_checksum(arrays, key)}":
+        return "checksum"
+    expected = {"input_ids", "ends"} | ({"token_type_ids"} if _has_types(tokenizer) else set())
+    if arrays.keys() != expected:
+        return f"it holds {', '.join(sorted(arrays))}"
+    if any(array.ndim != 1 or array.dtype != _TYPES[name] for name, array in arrays.items()):
+        return "an array of another type"
+    ids, ends = arrays["input_ids"], arrays["ends"]
+    sequences = len(rows) if rows.choices is None else sum(map(len, rows.choices))
+    lengths = np.diff(ends, prepend=0)
+    if len(ends) != sequences or ends[-1] != len(ids) or lengths.min() < 0 or lengths.max() > max_length:
+        return "sequences of other lengths"
+    if "token_type_ids" in arrays and len(arrays["token_type_ids"]) != len(ids):
+        return "token types of another length"
+    if len(ids) and (ids.min() < 0 or ids.max() > max(tokenizer.get_vocab().values())):
+        return "a token that the vocabulary lacks"
+    return None
+
+
+def _has_types(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return "token_type_ids" in tokenizer.model_input_names
 
 
 def _write(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
     from safetensors.numpy import save
 
+    key = path.stem
     keep(
         path,
-        save(arrays, metadata={_CHECKSUM: _checksum(arrays)}),
+        save(arrays, metadata={_SAID: f"{key} {_checksum(arrays, key)}"}),
         "give another folder with data.cache_dir=DIR",
     )

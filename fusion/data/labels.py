@@ -7,8 +7,10 @@ import math
 from typing import Any
 
 from fusion.config import TaskConfig
-from fusion.data.tables import Table, shown
+from fusion.data.tables import Table, listed, shown
 from fusion.errors import UserError
+
+_LARGEST = 3.4028234e38  # of float32, in which a regression is computed
 
 
 def is_ignored(value: Any, ignore: list[Any], unlabelled: bool) -> bool:
@@ -31,7 +33,8 @@ def read_values(task: TaskConfig, table: Table, raw: list[Any], kept: list[int])
     """
     for row in kept:
         value = raw[row]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        # Compared and not converted: an integer can be too large for a float. What is not finite fails too.
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
             raise UserError(
                 f"{table.at(row)}: {task.label} is {shown(value)}; expected a finite number\n{_cure(value)}"
             )
@@ -54,7 +57,7 @@ def read_classes(task: TaskConfig, table: Table, raw: list[Any], kept: list[int]
         ways.append({_key(number): number for number in range(len(names))})
         ways.append({_key(bool(number)): number for number in range(min(2, len(names)))})
     values = task.label_values if task.label_values is not None else range(len(names))
-    expected = "one of " + ", ".join(
+    expected = "one of " + listed(
         f"{json.dumps(value)} ({name})" for value, name in zip(values, names, strict=True)
     )
     return _read(task, table, raw, kept, ways, expected)
@@ -72,7 +75,7 @@ def read_indices(
     ways = _raw_values(task)
     expected = f"the index of the right choice, 0 to {most - 1}"
     if task.label_values is not None:
-        expected = f"one of {', '.join(json.dumps(value) for value in task.label_values)}, or {expected}"
+        expected = f"one of {listed(json.dumps(value) for value in task.label_values)}, or {expected}"
     if not _are_integers(task.label_values):
         ways.append({_key(number): number for number in range(most)})
     indices = _read(task, table, raw, kept, ways, expected)
@@ -124,7 +127,14 @@ def _key(value: Any) -> tuple[type, Any]:
     """What tells raw labels apart: "1" from 1 from True, but not 1 from the 1.0 that a null beside it makes of it."""
     if isinstance(value, float) and value.is_integer():
         return int, int(value)
-    return type(value), value if isinstance(value, (str, int, float)) else repr(value)
+    return type(value), value if isinstance(value, (str, int, float)) else _written(value)
+
+
+def _written(value: Any) -> str:
+    try:
+        return repr(value)
+    except RecursionError:  # nested more deeply than anything that is meant for a label
+        return "..."
 
 
 def _is_missing(value: Any) -> bool:
@@ -132,5 +142,10 @@ def _is_missing(value: Any) -> bool:
 
 
 def _cure(value: Any) -> str:
-    said = "null" if _is_missing(value) else json.dumps(value) if isinstance(value, str) else str(value)
+    if _is_missing(value):
+        said = "null"
+    elif isinstance(value, (str, int, float)) and len(text := json.dumps(value)) <= 60:
+        said = text if isinstance(value, str) else str(value)
+    else:
+        said = "VALUE"  # too long to be typed, or none of a config
     return f"Rows without a label: 'task.ignore_labels=[{said}]'; other raw labels: label_values in the task file"

@@ -24,11 +24,10 @@ from fusion.data.splits import (
     family,
     hub_part,
     is_local,
-    listed,
     local_part,
     no_source,
 )
-from fusion.data.tables import Table, hub_table, read_table, record_table, shown
+from fusion.data.tables import Table, hub_table, listed, read_table, record_table, shown
 from fusion.errors import UserError
 
 __all__ = ["Rows", "check_source", "evaluation_splits", "load_rows", "rows_of_file", "rows_of_records"]
@@ -76,7 +75,7 @@ def load_rows(task: TaskConfig, data: DataConfig, split: str) -> Rows:
         from fusion.data.corpora import corpus_records
 
         evaluation_splits(task, split)
-        table = record_table(corpus_records(task.corpus, split), f"corpus {task.corpus}, {split}")
+        table = record_table(corpus_records(task.corpus, split), where=f"corpus {task.corpus}, {split}")
     elif task.hub is not None:
         part = hub_part(task, split)
         cure = f"A local copy does without the hub: data.dir=DIR reads DIR/{task.name}/{split}.parquet (jsonl, csv, tsv)"
@@ -93,7 +92,7 @@ def rows_of_records(task: TaskConfig, records: Iterable[dict[str, Any]], where: 
     Raises:
         UserError: a column is missing, a text is no text, there is no row.
     """
-    return _rows(task, record_table(records, where), unlabelled=True, read_labels=False)
+    return _rows(task, record_table(records, where=where), unlabelled=True, read_labels=False)
 
 
 def rows_of_file(task: TaskConfig, path: Path) -> Rows:

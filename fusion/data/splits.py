@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusion.config import DataConfig, TaskConfig
-from fusion.data.tables import ENDINGS
+from fusion.data.tables import ENDINGS, listed
 from fusion.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -148,10 +148,6 @@ def no_source(task: TaskConfig, split: str) -> UserError:
         f"task {task.name} says neither hub nor corpus, so its rows can only be local\n"
         f"data.dir=DIR reads DIR/{task.name}/{split}.parquet (jsonl, csv, tsv)"
     )
-
-
-def listed(names: Iterable[str]) -> str:
-    return ", ".join(names) or "nothing"
 
 
 def _published(task: TaskConfig, split: str) -> list[str]:

@@ -1,11 +1,13 @@
 """States of all tokens of a split as one array on disk: written whole or not at all, read through a memory map.
 
-A file is the array's bytes and then their checksum; its name says what is in it, so a reader knows its shape.
+A file is the array's bytes and then a checksum, of them and of the file's name; the name says what is in it, so that a
+reader knows its shape, and another file under this name is seen.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import time
@@ -22,6 +24,7 @@ from fusion.data.cache import turn
 
 _ENDING = ".states"
 _DAY = 86_400.0  # seconds without a written page: whoever made it is gone
+_STUCK = 1800.0  # seconds without a written page, after which nobody waits for it any longer
 _SLICE = 1 << 24  # bytes that the checksum takes at a time
 
 log = logging.getLogger(__name__)
@@ -48,10 +51,13 @@ def kept_states(
     """
     path = path.with_name(path.name + _ENDING)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():  # said before anything is computed
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     states = _read(path, shape, dtype)
     if states is None:
-        with turn(path, wait=-1) as alone:  # for as long as it takes: a build may take long
-            states = _read(path, shape, dtype)
+        # For as long as it grows: a build may take long.
+        with turn(path, wait=_STUCK, progress=lambda: _written(path)) as alone:
+            states = _read(path, shape, dtype, quiet=True)
             if states is None:
                 if alone:
                     _remove_leftovers(path)
@@ -67,17 +73,28 @@ def _bytes(shape: tuple[int, int], dtype: str) -> int:
     return shape[0] * shape[1] * np.dtype(dtype).itemsize
 
 
-def _read(path: Path, shape: tuple[int, int], dtype: str) -> NDArray[Any] | None:
+def _read(path: Path, shape: tuple[int, int], dtype: str, quiet: bool = False) -> NDArray[Any] | None:
     if not path.is_file():
         return None
-    if path.stat().st_size == _bytes(shape, dtype) + 4:
-        states = np.memmap(path, dtype, mode="r", shape=shape)
-        with path.open("rb") as file:
-            file.seek(-4, os.SEEK_END)
-            if int.from_bytes(file.read(4), "little") == _checksum(states):
-                return states
-    log.warning("%s is damaged: made anew", path)
+    with contextlib.suppress(OSError):  # it may not be read, or make room for another just now
+        if path.stat().st_size == _bytes(shape, dtype) + 4:
+            states = np.memmap(path, dtype, mode="r", shape=shape)
+            with path.open("rb") as file:
+                file.seek(-4, os.SEEK_END)
+                if int.from_bytes(file.read(4), "little") == _checksum(states, path.name):
+                    return states
+    if not quiet:
+        log.warning("%s is damaged: made anew", path)
     return None
+
+
+def _written(path: Path) -> set[tuple[str, float]]:
+    """What others are making of this file, and when they last wrote to it."""
+    found = set()
+    for partial in path.parent.glob(f".{path.name}.*.partial"):
+        with contextlib.suppress(OSError):
+            found.add((partial.name, partial.stat().st_mtime))
+    return found
 
 
 def _write(path: Path, shape: tuple[int, int], dtype: str, build: Callable[[NDArray[Any]], None]) -> None:
@@ -94,7 +111,7 @@ def _write(path: Path, shape: tuple[int, int], dtype: str, build: Callable[[NDAr
         states.flush()
         with partial.open("r+b") as file:
             file.seek(0, os.SEEK_END)
-            file.write(_checksum(states).to_bytes(4, "little"))
+            file.write(_checksum(states, path.name).to_bytes(4, "little"))
             os.fsync(file.fileno())
         del states
         os.replace(partial, path)
@@ -102,8 +119,9 @@ def _write(path: Path, shape: tuple[int, int], dtype: str, build: Callable[[NDAr
         partial.unlink(missing_ok=True)
 
 
-def _checksum(states: NDArray[Any]) -> int:
-    flat, value = states.reshape(-1).view(np.uint8), 0
+def _checksum(states: NDArray[Any], name: str) -> int:
+    described = f"{name} {states.shape} {states.dtype}"
+    flat, value = states.reshape(-1).view(np.uint8), zlib.crc32(described.encode())
     for start in range(0, len(flat), _SLICE):
         value = zlib.crc32(flat[start : start + _SLICE].data, value)
     return value

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
+import reprlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.config import HubConfig
+from fusion.data.delimited import read_delimited
+from fusion.data.jsonl import read_jsonl
 from fusion.errors import UserError, first_line
 from fusion.hub import from_cache_or_hub, hub_is_reachable
 
@@ -19,6 +22,11 @@ if TYPE_CHECKING:
     import pyarrow
 
 ENDINGS = (".parquet", ".jsonl", ".csv", ".tsv")
+
+_SHOWN = 60  # characters of a value or a name in a message
+_NAMES = 20  # names in a message
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = _SHOWN
 
 
 class _Absent:
@@ -64,8 +72,19 @@ def shown(value: Any) -> str:
     """A raw value for a message, with its type."""
     if value is None:
         return "null"
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+    text = _short.repr(value)  # which goes only so deep, and looks only at so much
+    return f"{text if len(text) <= _SHOWN else text[: _SHOWN - 3] + '...'} ({type(value).__name__})"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message: not too many, none too long, and nothing in them that would break the line."""
+    every = list(names)
+    words = [
+        name if name.isprintable() and len(name) <= _SHOWN else _short.repr(name) for name in every[:_NAMES]
+    ]
+    if len(every) > _NAMES:
+        words.append(f"and {len(every) - _NAMES} more")
+    return ", ".join(words) or "nothing"
 
 
 def _step(value: Any, key: str) -> Any:
@@ -73,8 +92,9 @@ def _step(value: Any, key: str) -> Any:
     if isinstance(value, dict):
         return value.get(key, _ABSENT)
     if isinstance(value, (list, tuple)):
-        if key.isdigit():
-            return value[int(key)] if int(key) < len(value) else _ABSENT
+        if key.isdecimal():
+            # By its digits first: Python makes no number of thousands of them.
+            return value[int(key)] if len(key) < 10 and int(key) < len(value) else _ABSENT
         if value and all(isinstance(element, dict) and key in element for element in value):
             return [element[key] for element in value]
     return _ABSENT
@@ -85,19 +105,39 @@ def _counted(row: int) -> str:
 
 
 def arrow_table(table: pyarrow.Table, where: str) -> Table:
-    twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
-    if twice:
-        raise UserError(f"{where}: column {', '.join(twice)} stands twice; expected each name once")
+    names = table.column_names
+    if twice := sorted(name for name, times in Counter(names).items() if times > 1):
+        raise UserError(f"{where}: column {listed(twice)} stands twice; expected each name once")
     return Table(
         where=where,
-        columns=tuple(table.column_names),
+        columns=tuple(names),
         rows=table.num_rows,
-        read=lambda name: table.column(name).to_pylist(),
+        read=lambda name: _values(table.column(name), f"column {listed([name])}", where),
         row_name=_counted,
     )
 
 
-def record_table(records: Iterable[dict[str, Any]], where: str, lines: list[int] | None = None) -> Table:
+def _values(column: pyarrow.ChunkedArray, name: str, where: str) -> list[Any]:
+    """A column as Python's values.
+
+    Raises:
+        UserError: one of them has none, such as a date beyond Python's or bytes that say they are text.
+    """
+    try:
+        return column.to_pylist()
+    except Exception:  # each type of a column has errors of its own
+        for row, scalar in enumerate(column):
+            try:
+                scalar.as_py()
+            except Exception as error:
+                raise UserError(
+                    f"{where}, {_counted(row)}: {name} cannot be read as {column.type} ({first_line(error)[:120]})\n"
+                    "Write the file anew, or without this row"
+                ) from error
+        raise
+
+
+def record_table(records: Iterable[dict[str, Any]], lines: list[int] | None = None, *, where: str) -> Table:
     """A table of dicts; `lines` are the numbers of the lines they came from, if any."""
     rows = list(records)
     return Table(
@@ -119,70 +159,47 @@ def read_table(path: Path, text_columns: Iterable[str] = ()) -> Table:
     Raises:
         UserError: the file is not what its ending says, or has another.
     """
-    import pyarrow
-
     if path.suffix not in ENDINGS:
         raise UserError(f"{path}: expected a file with one of the endings {', '.join(ENDINGS)}")
     try:
         if path.suffix == ".jsonl":
-            return _read_jsonl(path)
+            return record_table(*read_jsonl(path), where=str(path))
         if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            return arrow_table(pyarrow.parquet.read_table(path, partitioning=None), str(path))
-        return _read_delimited(path, text_columns)
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = first_line(error)
+            return arrow_table(_read_parquet(path), str(path))
+        return arrow_table(read_delimited(path, text_columns), str(path))
+    except UserError:
+        raise
+    except Exception as error:  # of the system and of pyarrow, whose errors share no base
+        reason = first_line(error)[:200]
         raise UserError(
             f"{path}: cannot be read as {path.suffix[1:]}: {reason}\n"
             f"Write it anew, or give it the ending of what it holds ({', '.join(ENDINGS)})"
         ) from error
 
 
-def _read_jsonl(path: Path) -> Table:
-    records, lines = [], []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path}, line {number}: not UTF-8 text ({error.reason}); expected one JSON object"
-            ) from error
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}, line {number}: not JSON ({error.msg}, column {error.colno}); expected one object a line"
-            ) from error
-        if not isinstance(record, dict):
-            raise UserError(
-                f'{path}, line {number}: expected a JSON object such as {{"text": ...}}, got {type(record).__name__}'
-            )
-        records.append(record)
-        lines.append(number)
-    return record_table(records, str(path), lines)
+def _read_parquet(path: Path) -> pyarrow.Table:
+    import pyarrow.parquet
 
-
-def _read_delimited(path: Path, text_columns: Iterable[str]) -> Table:
-    """CSV with RFC 4180 quotes; TSV without any, as GLUE's files are (their quotes do not close)."""
-    import pyarrow
-    import pyarrow.csv
-
-    tabs = path.suffix == ".tsv"
-    table = pyarrow.csv.read_csv(
-        path,
-        parse_options=pyarrow.csv.ParseOptions(
-            delimiter="\t" if tabs else ",",
-            quote_char=False if tabs else '"',
-            newlines_in_values=not tabs,
-        ),
-        convert_options=pyarrow.csv.ConvertOptions(
-            column_types={name: pyarrow.string() for name in text_columns},
-            null_values=[""],
-            strings_can_be_null=False,
-        ),
+    footer = pyarrow.parquet.read_metadata(path)
+    # A small file can hold a lot, or say that it does.
+    needed = max(
+        sum(footer.row_group(group).total_byte_size for group in range(footer.num_row_groups)),
+        footer.num_rows * 8,
     )
-    return arrow_table(table, str(path))
+    if needed > (there := _memory()):
+        raise UserError(
+            f"{path}: its {footer.num_rows} rows take {needed / 1e9:.1f} GB once read, more than this machine's "
+            f"{there / 1e9:.1f} GB of memory\nKeep fewer rows, or only the columns of the task"
+        )
+    return pyarrow.parquet.read_table(path, partitioning=None, page_checksum_verification=True)
+
+
+def _memory() -> int:
+    """Bytes of this machine's memory."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not everywhere
+        return 2**62
 
 
 def hub_table(hub: HubConfig, split: str, cure: str) -> Table:
@@ -195,22 +212,22 @@ def hub_table(hub: HubConfig, split: str, cure: str) -> Table:
     Raises:
         UserError: neither the cache nor the hub has it, or it has no such configuration or split.
     """
+    import datasets  # before anything keeps the hub's client offline: its own settings are read from there once
+
     where = hub.path + (f" ({hub.name})" if hub.name else "") + f", {split}"
 
     def load(cached_only: bool) -> Table:
-        import datasets
-
         if cached_only and hub.revision is not None and hub_is_reachable():
             raise FileNotFoundError("the cache does not tell revisions apart")
         with _quiet(), _offline() if cached_only else contextlib.nullcontext():
             try:
                 data = datasets.load_dataset(hub.path, hub.name, split=split, revision=hub.revision)
-            except (OSError, ValueError):
+                return arrow_table(data.with_format("arrow")[:], where)
+            except (OSError, ValueError, UserError):
                 raise
             # Whatever the libraries below raise: a bad file, an old script, a lost connection.
             except Exception as error:
                 raise ValueError(_reason(error)) from error
-        return arrow_table(data.with_format("arrow")[:], where)
 
     return from_cache_or_hub(load, where, cure)
 
@@ -227,16 +244,15 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """Keep `datasets` and the hub's client to what is in their caches."""
+    """Keep `datasets` to what is in its cache."""
     import datasets.config
-    import huggingface_hub.constants
 
-    before = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = before
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 @contextlib.contextmanager

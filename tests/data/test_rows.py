@@ -156,9 +156,13 @@ def test_an_empty_split(task, write, name, content):
         ),
         ("train.jsonl", "[1, 2]\n", r"line 1: expected a JSON object .* got list"),
         ("train.jsonl", b'{"text": "\xff"}\n', r"line 1: not UTF-8"),
-        ("train.csv", "text,label\na,0\nb,1,2\n", r"cannot be read as csv: .*Expected 2 columns, got 3"),
-        ("train.csv", b"text,label\n\xff,0\n", r"cannot be read as csv"),
-        ("train.csv", "", r"cannot be read as csv"),
+        (
+            "train.csv",
+            "text,label\na,0\nb,1,2\n",
+            r"train\.csv, row 2: cannot be read as csv: .*Expected 2 columns, got 3",
+        ),
+        ("train.csv", b"text,label\n\xff,0\n", r"train\.csv, line 2: not UTF-8"),
+        ("train.csv", "", r"train\.csv: the file is empty"),
     ],
 )
 def test_a_file_that_is_not_what_its_ending_says(task, write, name, content, said):

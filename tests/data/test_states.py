@@ -20,13 +20,13 @@ BYTES = 6 * 4 * 4
 
 
 class Builder:
-    def __init__(self, fault: Exception | None = None) -> None:
+    def __init__(self, fault: BaseException | None = None, shape: tuple[int, int] = SHAPE) -> None:
         self.calls = 0
-        self.fault = fault
+        self.fault, self.shape = fault, shape
 
     def __call__(self, states: NDArray[Any]) -> None:
         self.calls += 1
-        states[:] = np.arange(24).reshape(SHAPE)
+        states[:] = np.arange(24).reshape(self.shape)
         if self.fault:
             raise self.fault
 
@@ -146,3 +146,44 @@ def test_who_waits_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
             time.sleep(0.01)
         go_on.set()
         assert first.result()[0, 0] == second.result()[0, 0] == 1.0
+
+
+def test_the_states_of_another_key_are_not_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    build, other = Builder(), Builder()
+    kept_states(tmp_path / "a", SHAPE, "float32", 10**6, other)
+    (tmp_path / "b.states").write_bytes((tmp_path / "a.states").read_bytes())
+    kept_states(tmp_path / "b", SHAPE, "float32", 10**6, build)
+    kept_states(tmp_path / "b", SHAPE, "float32", 10**6, build)
+    assert build.calls == 1 and caplog.text.count("made anew") == 1
+    # Nor those of another form, where the bytes are as many.
+    assert (
+        kept_states(tmp_path / "b", (SHAPE[1], SHAPE[0]), "float32", 10**6, turned := Builder(shape=(4, 6)))[
+            3, 5
+        ]
+        == 23
+    )
+    assert turned.calls == 1
+
+
+def test_what_lies_in_the_place_of_the_states(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    os.mkfifo(tmp_path / "a.states")
+    assert kept_states(tmp_path / "a", SHAPE, "float32", 10**6, Builder())[5, 3] == 23
+    (tmp_path / "b.states").mkdir()
+    build = Builder()
+    with pytest.raises(IsADirectoryError):
+        kept_states(tmp_path / "b", SHAPE, "float32", 10**6, build)
+    assert build.calls == 0, "said before anything is computed"
+
+
+def test_states_that_may_not_be_read_are_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    kept_states(tmp_path / "a", SHAPE, "float32", 10**6, Builder())
+    build, original = Builder(), Path.open
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, mode="r": refuse() if mode == "rb" else original(path, mode))
+        assert kept_states(tmp_path / "a", SHAPE, "float32", 10**6, build)[5, 3] == 23
+    assert build.calls == 1 and caplog.text.count("made anew") == 1
