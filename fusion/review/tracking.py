@@ -239,7 +239,10 @@ def _no_telemetry() -> None:
 def _quiet() -> Any:
     import wandb
 
-    return wandb.Settings(silent=True, **({"x_service_wait": AGAIN_SECONDS} if _waited_in_vain else {}))
+    settings = wandb.Settings(silent=True)
+    if _waited_in_vain:
+        settings.x_service_wait = AGAIN_SECONDS
+    return settings
 
 
 def _why_offline(config: WandbConfig) -> str | None:

@@ -334,7 +334,7 @@ def test_a_server_that_stops_answering(
     assert [run["displayName"] for run in server.runs] == ["rte", "cb"]
 
 
-@pytest.mark.parametrize("how", ["silent", "gone"])
+@pytest.mark.parametrize("how", ["silent", pytest.param("gone", marks=pytest.mark.slow)])
 def test_two_jobs_train_on_when_the_server_is_lost_in_the_first(
     server: WandbServer, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
@@ -378,7 +378,7 @@ for name in ("rte", "mrpc"):
 """
 
 
-@pytest.mark.parametrize("room", [0, 600])
+@pytest.mark.parametrize("room", [0, pytest.param(600, marks=pytest.mark.slow)])
 def test_a_disk_that_is_full_for_wandb_too(tmp_path: Path, room: int) -> None:
     """Without room for the file by which W&B's service says its port, W&B 0.31 itself would wait for ever."""
     done = subprocess.run(
