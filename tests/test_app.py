@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from fusion.app import command
 from fusion.config import Stage1Config, TaskConfig
-from fusion.run import Run, identity_config
+from fusion.run import Run, Standing, identity_config
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = "kind: classification\ntext: sentence\nlabels: [negative, positive]\nmetrics: [accuracy]\n"
@@ -232,6 +232,30 @@ def test_a_wrong_command(go: Callable[..., Outcome], arguments: list[str], messa
         assert not Path("outputs").exists()
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder where nothing can be made")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["hydra.run.dir=/proc/nowhere/run"], r"^/proc/nowhere/run: cannot be written \(No such file"),
+        (["hydra.run.dir=file"], r"^file: cannot be written \(File exists\)"),
+        (["hydra.run.dir=file/run"], r"^file/run: cannot be written \(Not a directory\)"),
+        (["-m", "seed=1,2", "hydra.sweep.dir=/proc/nowhere"], r"^/proc/nowhere: cannot be written"),
+        (["-m", "seed=1,2", "hydra.sweep.dir=taken"], r"^taken/1-mine-seed-2: this is a file"),
+        (["hydra.run.dir=logged"], r"logged/run\.log: cannot be written \(Is a directory\)"),
+    ],
+)
+def test_a_folder_that_cannot_be_is_refused(go: Callable[..., Outcome], words: list[str], said: str) -> None:
+    Path("file").touch()
+    Path("taken").mkdir()
+    Path("taken/1-mine-seed-2").touch()
+    Path("logged/run.log").mkdir(parents=True)
+    outcome = go(*words, "+task=mine", "trainer.devices=1")
+    assert outcome.code == 2, outcome.err
+    assert re.search(said, outcome.err) and re.search(r"hydra\.(run|sweep)\.dir=DIR", outcome.err)
+    assert "Traceback" not in outcome.err and len(outcome.err.strip().splitlines()) <= 2
+    assert outcome.folders == []
+
+
 def test_a_task_in_two_places_is_refused(go: Callable[..., Outcome]) -> None:
     Path("conf/task/rte.yaml").write_text(TASK)
     outcome = go("+task=rte")
@@ -403,6 +427,52 @@ def test_check_sees_all_jobs_first_and_each_again(go: Callable[..., Outcome]) ->
     assert go("-m", "+task=mine,yours", main=main).code == 0
     checks = ["check mine", "check yours"]
     assert seen == [*checks, "check mine", "run mine", "check yours", "run yours"]
+
+
+def test_how_a_run_stands_is_said_before_it_starts(go: Callable[..., Outcome]) -> None:
+    stands = {1: Standing("done"), 2: Standing("interrupted", "epoch 3"), 3: Standing("failed", "boom")}
+
+    def check(config: Stage1Config, run: Run) -> Standing:
+        return stands.get(config.seed, Standing("new"))
+
+    @command("stage1", Stage1Config, check)
+    def main(config: Stage1Config, run: Run) -> dict[str, Any]:
+        return {}
+
+    words = ["+task=mine", "trainer.devices=1"]
+    outcome = go("-m", "seed=1,2,3,4", *words, main=main)
+    assert outcome.code == 0
+    assert outcome.out.startswith(
+        "4 jobs: 1 done already, 1 interrupted, to be continued, 1 failed the last time, to run again, 1 new\n"
+        "  skipped: mine-seed-1\n  goes on: mine-seed-2 (epoch 3)\n  runs again: mine-seed-3 (boom)\n"
+    )
+    assert outcome.out.endswith("4 jobs: 1 done already, 1 continued, 2 trained, 0 failed\n")
+    assert [status["before"] for status in outcome.statuses] == ["done", "interrupted", "failed", "new"]
+    assert "mine-seed-2 was interrupted and goes on: epoch 3" in (outcome.folders[1] / "run.log").read_text()
+    assert "mine was interrupted and goes on: epoch 3" in go("seed=2", *words, main=main).out
+    assert "mine failed the last time and runs again (boom)" in go("seed=3", *words, main=main).out
+    assert go("seed=4", *words, main=main).out == ""
+
+
+@pytest.mark.parametrize("hours", [-1.0, 1.0])
+def test_a_sweep_knows_its_jobs_whatever_the_clock_says(
+    go: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, hours: float
+) -> None:
+    """Each look at it is an hour off, and the folder holds a failed job of an earlier sweep."""
+    assert go("-m", "seed=7,1", "+task=mine", "trainer.devices=1", "hydra.sweep.dir=sweep").code == 1
+    Path("outputs").mkdir(exist_ok=True)
+    now = [time.time()]
+
+    def jump() -> float:
+        now[0] += 3600 * hours
+        return now[0]
+
+    monkeypatch.setattr(time, "time", jump)
+    words = ["+task=mine", "trainer.devices=1", "hydra.sweep.dir=sweep"]
+    outcome = go("-m", "seed=2,1", *words)
+    assert (outcome.code, outcome.err) == (0, "") and outcome.out.endswith("2 jobs: 2 done, 0 failed\n")
+    outcome = go("-m", "seed=1,7", *words)
+    assert outcome.code == 1 and "1 of 2 jobs failed:\n  sweep/1-mine-seed-7/run.log" in outcome.err
 
 
 # --- interrupts ---------------------------------------------------------------------------------

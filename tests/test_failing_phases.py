@@ -77,13 +77,15 @@ def statuses(place: Path) -> dict[str, dict[str, Any]]:
     ("phase", "target"),
     [
         ("reading", "fusion.training.stage.load_rows"),
-        ("tokenising", "fusion.training.stage.encode"),
-        ("loading the backbone", "fusion.backbones.load.load_backbone"),
-        ("starting the loggers", "fusion.training.stage.build_loggers"),
+        pytest.param("tokenising", "fusion.training.stage.encode", marks=pytest.mark.slow),
+        pytest.param("loading the backbone", "fusion.backbones.load.load_backbone", marks=pytest.mark.slow),
+        pytest.param("starting the loggers", "fusion.training.stage.build_loggers", marks=pytest.mark.slow),
         ("training", "fusion.training.module.TaskModule.training_step"),
-        ("validation", "fusion.training.module.TaskModule.on_validation_epoch_end"),
+        pytest.param(
+            "validation", "fusion.training.module.TaskModule.on_validation_epoch_end", marks=pytest.mark.slow
+        ),
         ("storing", "fusion.training.stage.save"),
-        ("showing the result", "fusion.training.stage.log_lineage"),
+        pytest.param("showing the result", "fusion.training.stage.log_lineage", marks=pytest.mark.slow),
     ],
 )
 def test_a_job_that_fails_stops_no_other(

@@ -97,7 +97,10 @@ def jobs(place: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("arguments", "trained"),
-    [(["+task=films"], ["films"]), (["-m", "+task=films,books"], ["films", "books"])],
+    [
+        pytest.param(["+task=films"], ["films"], marks=pytest.mark.slow),
+        (["-m", "+task=films,books"], ["films", "books"]),
+    ],
     ids=["run", "sweep"],
 )
 def test_the_same_command_twice_at_once(place: Path, arguments: list[str], trained: list[str]) -> None:

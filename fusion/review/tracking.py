@@ -8,12 +8,13 @@ in one line on the console and a run that goes on: offline where it can, without
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
 import shutil
 import socket
-import time
+import threading
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
@@ -28,9 +29,12 @@ from fusion.errors import first_line
 
 log = logging.getLogger(__name__)
 
-FINISH_SECONDS = 60.0  # for what is not yet uploaded when a job ends; `wandb sync` sends the rest later
+# Together, what a server that stops answering may cost a job and the next one of its sweep.
+FINISH_SECONDS = 45.0  # for what is not yet uploaded when a job ends; `wandb sync` sends the rest later
 PROBE_SECONDS = 5.0  # for a first answer of the server, before W&B itself asks and asks again
 LINK_SECONDS = 15.0  # for W&B's own lineage, which the run's config states anyway
+AGAIN_SECONDS = 8.0  # for the next job's start, once a job of this process has waited for the server in vain
+_waited_in_vain = False
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 
 
@@ -147,7 +151,8 @@ def log_lineage(
         }
         _quietly("show the artifact", run.config.update, _plain(stated), allow_val_change=True)
         if not run.offline:
-            _quietly("link the artifacts", _link_artifacts, run, folder, kind, name, hash, sources)
+            link = functools.partial(_link_artifacts, run, folder, kind, name, hash, sources)
+            _quietly("link the artifacts", _within, LINK_SECONDS, link)
 
 
 def finish(loggers: Sequence[Logger], exit_code: int = 0) -> None:
@@ -158,6 +163,7 @@ def finish(loggers: Sequence[Logger], exit_code: int = 0) -> None:
         try:
             run.finish(exit_code=exit_code)
         except Exception as error:
+            _note_wait(error)
             log.warning(
                 "W&B could not upload all of the run (%s): `wandb sync %s` uploads it later",
                 _reason(error),
@@ -178,6 +184,7 @@ def _start_run(config: WandbConfig, /, **labels: Any) -> Any | None:
     try:
         import wandb
 
+        _no_telemetry()
         directory = Path(labels["dir"])
         directory.mkdir(parents=True, exist_ok=True)  # W&B would write to a temporary folder instead
         mode = _mode(config.mode or os.environ.get("WANDB_MODE") or wandb.setup(_quiet()).settings.mode)
@@ -188,8 +195,11 @@ def _start_run(config: WandbConfig, /, **labels: Any) -> Any | None:
         if reason is None:
             before = set(directory.glob("wandb/run-*"))
             try:
-                return _init(config, "online", **labels)
+                run = _init(config, "online", **labels)
+                _note_wait(None)
+                return run
             except Exception as error:
+                _note_wait(error)
                 reason = f"the server did not take the run: {_reason(error)}"
             for started in set(directory.glob("wandb/run-*")) - before:
                 shutil.rmtree(started, ignore_errors=True)
@@ -200,8 +210,17 @@ def _start_run(config: WandbConfig, /, **labels: Any) -> Any | None:
                 wandb.teardown()  # its service may have died in an earlier job of the sweep; a new one starts now
             return _init(config, "offline", reason, **labels)
     except Exception as error:
+        global _waited_in_vain
+        _waited_in_vain = True
         log.warning("W&B could not start (%s); the run goes on without it", _reason(error))
         return None
+
+
+def _note_wait(error: Exception | None) -> None:
+    """A sweep of a hundred jobs must not wait a hundred times for a server that does not answer."""
+    global _waited_in_vain
+    if error is None or "timed out" in str(error).lower():
+        _waited_in_vain = error is not None
 
 
 def _mode(mode: str) -> str:
@@ -209,10 +228,21 @@ def _mode(mode: str) -> str:
     return {"dryrun": "offline", "offline": "offline", "disabled": "disabled"}.get(mode, "online")
 
 
+def _no_telemetry() -> None:
+    """W&B 0.31 reports that its service cannot start while it holds the lock that the report needs: for ever."""
+    with contextlib.suppress(Exception):
+        from wandb.analytics.opentelemetry import opentelemetry_proxy
+
+        opentelemetry_proxy.disable()
+
+
 def _quiet() -> Any:
     import wandb
 
-    return wandb.Settings(silent=True)
+    settings = wandb.Settings(silent=True)
+    if _waited_in_vain:
+        settings.x_service_wait = AGAIN_SECONDS
+    return settings
 
 
 def _why_offline(config: WandbConfig) -> str | None:
@@ -253,7 +283,7 @@ def _init(
 
     settings = wandb.Settings(
         silent=True,
-        init_timeout=config.init_timeout,
+        init_timeout=min(config.init_timeout, AGAIN_SECONDS) if _waited_in_vain else config.init_timeout,
         finish_timeout=FINISH_SECONDS,
         finish_timeout_raises=True,
         reinit="finish_previous",  # a run that a failed job left open must not take this job's metrics
@@ -297,21 +327,41 @@ def _link_artifacts(
 ) -> None:
     import wandb
 
-    # Each question to a server that went away takes W&B some twenty seconds: ask first, and stop in time.
+    # Each question to a server that went away takes W&B some twenty seconds: ask first.
     if (problem := _out_of_reach(run.settings, PROBE_SECONDS)) is not None:
         raise ConnectionError(problem)
-    deadline = time.monotonic() + LINK_SECONDS
     for source in sources:
         try:
             run.use_artifact(f"{source['name']}:{source['hash'][:12]}")
         except Exception as error:  # made offline or in another project: the config names it all the same
             log.debug("W&B has no artifact %s: %s", source["name"], _reason(error))
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"the server is slow, and {LINK_SECONDS:g} s are over")
     artifact = wandb.Artifact(name, type=kind, metadata={"hash": hash, "folder": str(folder)})
     for file in sorted(folder.iterdir()):
         artifact.add_file(str(file), policy="immutable")  # no second copy in W&B's staging folder
     run.log_artifact(artifact, aliases=["latest", hash[:12]])
+
+
+def _within(seconds: float, work: Callable[[], Any]) -> None:
+    """Does what cannot be told how long to wait, in a thread that is left behind when it takes too long.
+
+    Raises:
+        TimeoutError: it does. Else whatever `work` raises.
+    """
+    raised: list[Exception] = []
+
+    def call() -> None:
+        try:
+            work()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=call, daemon=True, name="wandb-link")
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"the server is slow, and {seconds:g} s are over")
+    if raised:
+        raise raised[0]
 
 
 def _shown(path: str) -> str:

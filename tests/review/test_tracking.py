@@ -27,6 +27,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 from fusion.config import CsvConfig, LoggerConfig, WandbConfig
 from fusion.review import tracking
 from fusion.review.tracking import build_loggers, finish, log_lineage, log_result
+from tests.bench import Bench
 from tests.review.wandb_server import WandbServer, wandb_server
 
 KEY = "0123456789abcdef" * 2 + "01234567"
@@ -42,6 +43,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.delenv(variable, raising=False)
     home = tmp_path / "home"
     home.mkdir()
+    monkeypatch.setattr(tracking, "_waited_in_vain", False)
     monkeypatch.setenv("NETRC", str(home / "netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(home / "config"))
     monkeypatch.setenv("WANDB_CACHE_DIR", str(home / "cache"))
@@ -288,6 +290,109 @@ def test_a_server_lost_in_mid_run(
     loggers = start(tmp_path / "mrpc", "mrpc")  # the next job of the sweep
     finish(loggers)
     assert len(list(tmp_path.glob("mrpc/wandb/offline-run-*"))) == 1
+
+
+def shorten(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in (("FINISH_SECONDS", 2.0), ("LINK_SECONDS", 1.0), ("AGAIN_SECONDS", 2.0)):
+        monkeypatch.setattr(tracking, name, seconds)
+
+
+def test_a_server_that_stops_answering(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It takes connections and says nothing: each question would wait. The sweep's next job waits less."""
+    settings = (
+        tracking.PROBE_SECONDS,
+        tracking.LINK_SECONDS,
+        tracking.FINISH_SECONDS,
+        tracking.AGAIN_SECONDS,
+    )
+    assert sum(settings) < 75
+    shorten(monkeypatch)
+    folder = tmp_path / "store"
+    folder.mkdir()
+    loggers = start(tmp_path / "rte")
+    server.status = "silent"
+    started = time.monotonic()
+    loggers[0].log_metrics({"loss": 1.0}, 0)
+    log_result(loggers, {"metrics": {}})
+    sources = [{"name": name, "hash": "a" * 64} for name in ("mnli", "snli")]
+    log_lineage(loggers, folder=folder, kind="fusion", name="rte", hash="b" * 64, sources=sources)
+    finish(loggers)
+    assert time.monotonic() - started < 10
+    lines = said(caplog)
+    assert any("could not link the artifacts (the server is slow" in line for line in lines)
+    assert any("could not upload all of the run" in line for line in lines)
+    started = time.monotonic()
+    finish(start(tmp_path / "mrpc", "mrpc", init_timeout=30))
+    assert time.monotonic() - started < 12
+    assert len(list(tmp_path.glob("mrpc/wandb/offline-run-*"))) == 1
+    server.status = None  # it is back: the next job finds it, and trusts it again
+    loggers = start(tmp_path / "cb", "cb")
+    assert not tracking._waited_in_vain
+    finish(loggers)
+    assert [run["displayName"] for run in server.runs] == ["rte", "cb"]
+
+
+@pytest.mark.parametrize("how", ["silent", pytest.param("gone", marks=pytest.mark.slow)])
+def test_two_jobs_train_on_when_the_server_is_lost_in_the_first(
+    server: WandbServer, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    import fusion.training.stage as stage
+
+    def lose(*args: Any, **kwargs: Any) -> list[Logger]:
+        loggers = build_loggers(*args, **kwargs)
+        if how == "silent":
+            server.status = "silent"
+        else:
+            server.stop()
+        return loggers
+
+    shorten(monkeypatch)
+    monkeypatch.setattr(stage, "build_loggers", lose)
+    for name in ("films", "books"):
+        result = bench.stage1(name, logger=LoggerConfig(wandb=WandbConfig(init_timeout=20)))
+        assert Path(result["artifact"]).is_dir() and result["metrics"]["validation"]
+        monkeypatch.setattr(stage, "build_loggers", build_loggers)
+    assert len(server.runs) == 1
+    (offline,) = (bench.folder / "runs" / "2").glob("wandb/offline-run-*")
+    assert list(offline.glob("*.wandb"))
+
+
+FULL = """
+import logging, resource, sys
+from pathlib import Path
+from fusion.config import *
+from fusion.review.tracking import *
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+for name in ("rte", "mrpc"):
+    loggers = build_loggers(LoggerConfig(wandb=WandbConfig()), directory=Path(sys.argv[1]) / name, name=name,
+                            group="g", job_type="stage1", tags=[], config_values={})
+    for step in range(100):
+        for logger in loggers:
+            logger.log_metrics({"loss": step / 3}, step)
+    log_result(loggers, {"metrics": {}})
+    finish(loggers)
+    print("trained", name)
+"""
+
+
+@pytest.mark.parametrize("room", [0, pytest.param(600, marks=pytest.mark.slow)])
+def test_a_disk_that_is_full_for_wandb_too(tmp_path: Path, room: int) -> None:
+    """Without room for the file by which W&B's service says its port, W&B 0.31 itself would wait for ever."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path / "runs"), str(room)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "WANDB__SERVICE_WAIT": "20"},
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if "trained" in line] == ["trained rte", "trained mrpc"]
+    assert len(done.stdout.splitlines()) <= 6
+    if room == 0:
+        assert done.stdout.count("W&B could not start (") == 2
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for the service in /proc")
