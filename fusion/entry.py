@@ -74,7 +74,7 @@ class Entry:
             where = f"at epoch {position['epoch'] + 1}, batch {position['batch'] + 1}"
         if attempt.get("status") == "failed":
             return Standing("failed", f"{first_line(Exception(attempt.get('error')))}; goes on {where}")
-        return Standing("interrupted", f"goes on {where}")
+        return Standing("interrupted", where)
 
     @contextlib.contextmanager
     def attempt(self, run: Run, resume: bool) -> Iterator[None]:

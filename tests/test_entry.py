@@ -41,9 +41,9 @@ def test_a_run_from_new_to_done(bench: Bench) -> None:
     ("error", "standing"),
     [
         (RuntimeError("the power went\nand more"), Standing("failed", "RuntimeError: the power went; goes on at epoch 3, batch 8")),
-        (KeyboardInterrupt(), Standing("interrupted", "goes on at epoch 3, batch 8")),
-        (Terminated("SIGTERM"), Standing("interrupted", "goes on at epoch 3, batch 8")),
-        (SystemExit(144), Standing("interrupted", "goes on at epoch 3, batch 8")),
+        (KeyboardInterrupt(), Standing("interrupted", "at epoch 3, batch 8")),
+        (Terminated("SIGTERM"), Standing("interrupted", "at epoch 3, batch 8")),
+        (SystemExit(144), Standing("interrupted", "at epoch 3, batch 8")),
     ],
     ids=["failed", "Ctrl-C", "SIGTERM", "taken away"],
 )  # fmt: skip
@@ -59,7 +59,7 @@ def test_an_attempt_that_ends_badly_leaves_its_checkpoints(
     with entry.attempt(run, resume=True):
         assert (entry.checkpoints / "last.ckpt").exists()
         (entry.checkpoints / ATTEMPT).write_text("not json")
-        assert entry.standing == Standing("interrupted", "goes on at epoch 3, batch 8")
+        assert entry.standing == Standing("interrupted", "at epoch 3, batch 8")
 
 
 def test_resume_false_begins_anew(bench: Bench) -> None:
