@@ -30,7 +30,7 @@ def test_a_run_from_new_to_done(bench: Bench) -> None:
         assert set(said) == {"status", "error", "directory", "host", "pid", "started"}
         assert (said["status"], said["directory"]) == ("running", str(run.directory))
         assert entry.standing == Standing(
-            "interrupted", "goes on from the beginning"
+            "interrupted", "from the beginning"
         )  # for whoever comes after a kill
     assert not entry.checkpoints.exists()
     bench.stage1("films")
