@@ -32,7 +32,7 @@ metrics: [accuracy, macro_f1]
 hub: {path: nyu-mll/glue, name: mnli, splits: {train: train, validation: [near, far]}}
 columns: {premise: sentence1}
 """
-SECONDS = 8.0
+SECONDS = 8.0  # of computing
 Answer = tuple[int, str, TaskConfig | None]
 
 
@@ -62,10 +62,10 @@ def ask(
         seen.clear()
         monkeypatch.setattr(sys, "argv", ["stage1", *(arguments or ("+task=mine",))])
         capsys.readouterr()
-        before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+        before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
         with pytest.raises(SystemExit) as ended:
             main()
-        assert time.monotonic() - started < SECONDS
+        assert time.process_time() - started < SECONDS
         assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 200
         said = capsys.readouterr().err.strip()
         assert "hunter2" not in said and "Traceback" not in said
