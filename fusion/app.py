@@ -472,10 +472,11 @@ def _main(command: Command) -> int:
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except Exception as error:
-        if not isinstance(error, OSError):  # those are Hydra's own files; the others may be anything
+        code = _sweep_outcome(_sweep) if _sweep is not None else 0
+        if code and not isinstance(error, OSError):  # a launcher misses a job that died: it is in the list
+            return _say(f"{command.name} failed: {type(error).__name__}: {first_line(error)}", 1)
+        if not isinstance(error, OSError):  # those are of Hydra's own files; the others may be anything
             traceback.print_exc()
-        if _sweep is not None:
-            _sweep_outcome(_sweep)
         said = describe(error)
         if isinstance(error, OSError):
             said += "\nAn output folder cannot be written: make room, or name another with hydra.run.dir= or hydra.sweep.dir="
