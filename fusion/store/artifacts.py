@@ -125,13 +125,17 @@ def adopt(artifact: Artifact, store: Path) -> None:
         find_by_hash(artifact.manifest.hash, artifact.manifest.name, store)
         return
     kept = store / REPLACED / f"{artifact.manifest.name}-{artifact.manifest.hash[:8]}"
-    staged = store / STAGING / f"{kept.name}.{os.getpid()}"
-    shutil.copytree(artifact.path, staged)
-    kept.parent.mkdir(exist_ok=True)
-    try:
-        os.replace(staged, kept)
-    except OSError:  # another process has just put the same there
-        shutil.rmtree(staged, ignore_errors=True)
+    staged = store / STAGING / f"{kept.name}~{os.getpid()}"
+    store.mkdir(parents=True, exist_ok=True)
+    with _writing(store, kept.name, LOCK_SECONDS):
+        for left in (store / STAGING).glob(f"{kept.name}~*"):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        shutil.copytree(artifact.path, staged)
+        kept.parent.mkdir(exist_ok=True)
+        try:
+            os.replace(staged, kept)
+        except OSError:  # another process has just put the same there
+            shutil.rmtree(staged, ignore_errors=True)
 
 
 def match_keys(

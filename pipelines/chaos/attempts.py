@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipelines.chaos.fate import COUNTS, MAIN, PLAN, STRUCK, members, strike
+from pipelines.chaos.fate import BEGAN, COUNTS, MAIN, PLAN, STRUCK, members, strike
 from pipelines.chaos.plan import ANY_MOMENT, Course, Kill
 from pipelines.chaos.victims import Starter, living
 
@@ -31,12 +31,12 @@ class Stopped(Exception):
 class Attempt:
     """How one went.
 
-    code: exit code of the command; None: it hung. struck: whether it was killed where it should be.
+    code: exit code of the command; None: it hung. struck: the role of who was killed, or "all"; None: nobody was.
     went_on: what it said of where it began. problems: what must not be, such as processes that outlived it.
     """
 
     code: int | None
-    struck: bool
+    struck: str | None
     seconds: float
     went_on: str
     problems: list[str] = field(default_factory=list)
@@ -80,7 +80,7 @@ def make_attempt(
         if due is not None and kill is not None and now >= due and members(said):
             due = None
             whom = kill.whom if kill.whom in ("all", *members(said).values()) else MAIN
-            (said / STRUCK).write_text(ANY_MOMENT, encoding="utf-8")
+            (said / STRUCK).write_text(whom, encoding="utf-8")
             strike(said, whom)
         if now - looked >= _LOOK:
             looked = now
@@ -88,6 +88,8 @@ def make_attempt(
         hung = hung or now - started > ENDLESS
         if hung or stop.is_set():
             _kill(said)
+            if now - started > ENDLESS + SURVIVAL:  # who can neither be found nor killed
+                break
         time.sleep(_POLL)
     if not _gone(said, 0.0 if hung else SURVIVAL):
         problems.append(f"processes outlived the command by {SURVIVAL:g} s")
@@ -98,9 +100,9 @@ def make_attempt(
         problems.append(f"hung for {ENDLESS:g} s")
     _add(problems, look())
     seconds = time.monotonic() - started
-    return Attempt(
-        None if hung else code, (said / STRUCK).exists(), seconds, went_on(own / "run.log"), problems
-    )
+    struck = (said / STRUCK).read_text(encoding="utf-8") if (said / STRUCK).exists() else None
+    began = went_on(own / "run.log", (said / BEGAN).exists())
+    return Attempt(None if hung else code, struck, seconds, began, problems)
 
 
 def course_of(folder: Path, number: int, seconds: float) -> Course:
@@ -112,18 +114,22 @@ def course_of(folder: Path, number: int, seconds: float) -> Course:
     return Course(found, seconds)
 
 
-def went_on(log: Path) -> str:
-    """Where an attempt began, by its own words."""
+def went_on(log: Path, trained: bool) -> str:
+    """Where an attempt began, by its own words.
+
+    Args:
+        trained: it came to a batch.
+    """
     try:
         said = log.read_text(encoding="utf-8")
     except OSError:
-        return "killed before it began"
+        said = ""
     if re.search(r" is done already: ", said):
         return "done already"
     found = re.search(r"going on at epoch (\d+), batch (\d+)", said)
     if found is not None:
         return f"epoch {found[1]}, batch {found[2]}"
-    return "the beginning"
+    return "the beginning" if trained else "killed before it began"
 
 
 def last_words(folder: Path, number: int) -> str:

@@ -29,7 +29,9 @@ class ChaosConfig:
     jobs: int = 2  # runs at a time
     kinds: list[str] = field(default_factory=list)  # of runs; empty: all
     backbone: str | None = None  # a name of conf/backbone; null: a tiny random one
-    fork: bool = False  # victims are forked from a process that has imported all: quicker, no death in an import
+    fork: bool = (
+        False  # victims are forked from a process that has imported all: quicker, no death in an import
+    )
 
     def __post_init__(self) -> None:
         for key in ("kills", "jobs"):

@@ -25,10 +25,11 @@ from typing import Any
 
 PLAN = "FUSION_CHAOS"  # environment: a folder for what the processes say of themselves, and the kill, as JSON
 MAIN = "main"  # the process that the command started; the others are called by their rank
-STRUCK = "struck"
+STRUCK, BEGAN = "struck", "began"
 COUNTS = "counts-"
 
 READS = "a checkpoint is read"
+BATCH = "a training batch"
 OVERWRITE_RENAMES = "between an overwrite's renames"
 
 
@@ -50,14 +51,16 @@ class Fate:
     def reach(self, place: str, wound: Callable[[float], None] | None = None) -> None:
         """Says that this process is at a place. `wound` does first what a death in mid-write would have done."""
         self.counts[place] += 1
+        if place == BATCH and self.counts[place] == 1:
+            (self.folder / BEGAN).touch()
         kill = self.kill
         if kill is None or kill["place"] != place or self.counts[place] != kill["count"]:
             return
         if kill["at"] not in ("any", self.role):
             return
-        if wound is not None:
+        if wound is not None and kill["whom"] in ("all", self.role):  # else it lives, and writes the rest
             wound(kill["share"])
-        (self.folder / STRUCK).write_text(place, encoding="utf-8")
+        (self.folder / STRUCK).write_text(kill["whom"], encoding="utf-8")
         strike(self.folder, kill["whom"])
 
     def write_counts(self) -> None:
@@ -129,8 +132,8 @@ def _watch_files(fate: Fate) -> None:
         if event == "open" and str(arguments[0]).endswith("last.ckpt") and arguments[1] in ("r", "rb"):
             fate.reach(READS)
 
-    os.replace, os.fsync = watched_replace, watched_fsync
-    shutil.rmtree = watched_rmtree  # type: ignore[assignment]
+    os.replace = watched_replace  # type: ignore[assignment]
+    os.fsync, shutil.rmtree = watched_fsync, watched_rmtree  # type: ignore[assignment]
     if fate.kill is None or fate.kill["place"] == READS:
         sys.addaudithook(watch_open)
 
@@ -207,7 +210,7 @@ def _path_of_descriptor(file: Any) -> Path:
 
 def _watch_steps(fate: Fate) -> None:
     def module(loaded: ModuleType) -> None:
-        _wrap(fate, loaded.TaskModule, "training_step", before="a training batch")
+        _wrap(fate, loaded.TaskModule, "training_step", before=BATCH)
         _wrap(fate, loaded.TaskModule, "validation_step", before="a validation batch")
         _wrap(fate, loaded.TaskModule, "on_validation_epoch_end", after="after a validation")
 
@@ -215,7 +218,10 @@ def _watch_steps(fate: Fate) -> None:
         step = "the optimizer's step"
         _wrap(fate, loaded.AdamW, "step", before=f"before {step}", after=f"after {step}")
 
-    wanted = {"fusion.training.module": module, "torch.optim.adamw": optimizer}
+    wanted: dict[str, Callable[[ModuleType], None]] = {
+        "fusion.training.module": module,
+        "torch.optim.adamw": optimizer,
+    }
     for name, watch in list(wanted.items()):
         if name in sys.modules:  # a victim that was forked from one that had them
             watch(sys.modules[name])

@@ -7,14 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusion.errors import UserError
-from pipelines.chaos.attempts import Attempt, Stopped, course_of, last_words, make_attempt
+from pipelines.chaos.attempts import Attempt, course_of, last_words, make_attempt
 from pipelines.chaos.config import ChaosConfig
-from pipelines.chaos.plan import ANY_MOMENT, PLACES, Chain, Course, Kill, Plan
+from pipelines.chaos.plan import PLACES, Chain, Course, Kill, Plan
 from pipelines.chaos.victims import Starter
 from pipelines.chaos.work import KINDS, NAME, PREPARATIONS, Kind, write_work
 from pipelines.commands import say, typed
@@ -131,9 +131,7 @@ class Journey:
         folder.mkdir(parents=True)
         for need in kind.needs:
             name = NAME if need == "older" else need
-            shutil.copytree(
-                self.folder / "preparations" / need / "store" / name, folder / "store" / name
-            )
+            shutil.copytree(self.folder / "preparations" / need / "store" / name, folder / "store" / name)
 
     def _check_places(self) -> None:
         reached = {
@@ -159,15 +157,14 @@ class Journey:
             attempt = make_attempt(self.starter, folder, number, command, kill, look, self.stop)
             if deaths:
                 deaths[-1].resumed = attempt.went_on
-            if kill is not None and attempt.struck:
-                deaths.append(Death(kill, True))
-            elif kill is not None:
-                deaths.append(Death(kill, False))
+            if kill is not None:
+                came = attempt.struck is not None
+                deaths.append(Death(replace(kill, whom=attempt.struck or kill.whom), came))
             if attempt.problems:
                 outcome = f"failed: {'; '.join(attempt.problems)} (attempt {number})"
-            elif not attempt.struck and attempt.code != 0:
+            elif attempt.struck is None and attempt.code != 0:
                 outcome = f"failed: attempt {number} ended with {attempt.code}: {last_words(folder, number)}"
-            if outcome is not None or not attempt.struck:
+            if outcome is not None or attempt.struck is None:
                 break
         outcome = outcome or self._compare(chain.kind, folder)
         if outcome == EQUAL:

@@ -7,14 +7,18 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from pipelines.chaos.fate import MAIN, READS
+from pipelines.chaos.fate import BATCH, MAIN, OVERWRITE_RENAMES, READS
 from pipelines.chaos.work import Kind
 
 ANY_MOMENT = "any moment"
 MOST_KILLS = 4  # of one run, before it may end
 
 # In the order in which a run comes by; the second number: how much more often it is drawn than the others.
-_CACHE = ("half a file of the token cache", "half a file of the prefix cache", "before the prefix cache is put in place")
+_CACHE = (
+    "half a file of the token cache",
+    "half a file of the prefix cache",
+    "before the prefix cache is put in place",
+)
 _COPY = ("a source is copied and not in place",)
 _CHECKPOINT = (
     "half a checkpoint",
@@ -25,7 +29,7 @@ _CHECKPOINT = (
     "after a checkpoint",
 )
 _TRAINING = (
-    "a training batch",
+    BATCH,
     "before the optimizer's step",
     "after the optimizer's step",
     "a validation batch",
@@ -38,13 +42,13 @@ _STORE = (
     "before the manifest is written",
     "half the manifest",
     "staged and not in place",
-    "between an overwrite's renames",
+    OVERWRITE_RENAMES,
     "overwritten, the old one is still there",
 )
 _END = ("stored, the checkpoints are still there", "the checkpoints are half removed")
 _PHASES = (_COPY, _CACHE, _TRAINING, _STORE, _END)
 PLACES = (*(place for phase in _PHASES for place in phase), READS, ANY_MOMENT)
-_WEIGHTS = {ANY_MOMENT: 8, "a training batch": 2, "half a checkpoint": 2, READS: 2}
+_WEIGHTS = {ANY_MOMENT: 8, BATCH: 2, "half a checkpoint": 2, READS: 2}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pipelines.chaos.config import ChaosConfig
 from pipelines.chaos.journey import EQUAL, Death, Outcome
 from pipelines.chaos.plan import PLACES
 from pipelines.chaos.work import Kind
+from pipelines.commands import typed
 
 
 def row(outcome: Outcome) -> list[str]:
@@ -64,6 +65,15 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
     return f"{kills} kills in {len(outcomes)} runs; {equal} of the runs ended with the weights of an undisturbed one"
 
 
+def _commands(config: ChaosConfig, outcomes: Sequence[Outcome]) -> list[list[str]]:
+    """Each kind once, with its command, as seen from a folder in OUTPUT/runs."""
+    found = {}
+    for outcome in outcomes:
+        module, *overrides = outcome.chain.kind.command(config.backbone)
+        found[outcome.chain.kind.name] = f"`{typed(module, overrides)}`"
+    return [[name, command] for name, command in found.items()]
+
+
 def write(folder: Path, config: ChaosConfig, outcomes: Sequence[Outcome]) -> list[Path]:
     """Keeps table.md and results.json; gives their places."""
     ordered = sorted(outcomes, key=lambda outcome: outcome.chain.number)
@@ -71,6 +81,8 @@ def write(folder: Path, config: ChaosConfig, outcomes: Sequence[Outcome]) -> lis
         verdict(outcomes),
         markdown(SUMMARY_HEADER, summary(outcomes)),
         markdown(HEADER, [row(outcome) for outcome in ordered]),
+        "What each was:",
+        markdown(["run", "command"], _commands(config, ordered)),
     ]
     table, results = folder / "table.md", folder / "results.json"
     table.write_text("\n\n".join(text) + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pipelines.chaos.fate import members
-from pipelines.commands import ROOT
+from pipelines.commands import ROOT, python_path
 
 _HOOK = ROOT / "pipelines" / "chaos" / "hook"
 
@@ -65,11 +65,13 @@ class Fresh:
 
 
 class _ForkedVictim:
-    def __init__(self, ended: Path) -> None:
-        self._ended = ended
+    def __init__(self, ended: Path, nursery: subprocess.Popen[str]) -> None:
+        self._ended, self._nursery = ended, nursery
 
     def poll(self) -> int | None:
-        return int(self._ended.read_text(encoding="utf-8")) if self._ended.exists() else None
+        if self._ended.exists():
+            return int(self._ended.read_text(encoding="utf-8"))
+        return self._nursery.poll()  # without it there is nobody to say
 
 
 class Forked:
@@ -83,7 +85,7 @@ class Forked:
         self._nursery = subprocess.Popen(
             [sys.executable, "-m", "pipelines.chaos.nursery"],
             cwd=ROOT,
-            env={key: value for key, value in environment({}).items()} | {"PYTHONPATH": str(ROOT)},
+            env=environment({}) | {"PYTHONPATH": python_path()},
             stdin=subprocess.PIPE,
             text=True,
             start_new_session=True,
@@ -91,6 +93,7 @@ class Forked:
 
     def start(self, words: list[str], folder: Path, more: Mapping[str, str], output: Path) -> Victim:
         ended = output.with_suffix(".ended")
+        ended.unlink(missing_ok=True)
         asked = {
             "words": words,
             "folder": str(folder),
@@ -102,7 +105,7 @@ class Forked:
         with self._lock:
             self._nursery.stdin.write(json.dumps(asked) + "\n")
             self._nursery.stdin.flush()
-        return _ForkedVictim(ended)
+        return _ForkedVictim(ended, self._nursery)
 
     def close(self) -> None:
         assert self._nursery.stdin is not None

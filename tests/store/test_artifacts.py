@@ -21,7 +21,7 @@ import torch
 
 import fusion.store.artifacts as artifacts_module
 from fusion.errors import UserError
-from fusion.store.artifacts import load, load_by_hash, match_keys, save
+from fusion.store.artifacts import adopt, load, load_by_hash, match_keys, save
 from fusion.store.manifest import HEAD, MANIFEST, WEIGHTS, Manifest, find, find_by_hash, names, read_manifest
 
 Make = Callable[..., Manifest]
@@ -330,7 +330,7 @@ def test_writers_and_readers_at_once(make_manifest: Make, head: Tensors, store: 
         import sys, torch
         from dataclasses import replace
         from pathlib import Path
-        from fusion.store.artifacts import load, save
+        from fusion.store.artifacts import adopt, load, save
         store, writer = Path({str(store)!r}), int(sys.argv[1])
         for step in range(25):
             seed = writer * 100 + step
@@ -409,3 +409,19 @@ def test_match_keys() -> None:
     )
     with pytest.raises(UserError, match=r"missing: 0, 1, 2, 3, 4 and 5 more$"):
         match_keys({str(number): (1,) for number in range(10)}, {}, "w")
+
+
+def test_a_copy_that_was_killed_half_way_leaves_nothing_once_it_is_made(
+    make_manifest: Make, weights: Tensors, head: Tensors, store: Path
+) -> None:
+    elsewhere = store.parent / "elsewhere"
+    save(elsewhere, make_manifest(), weights, head)
+    artifact = load("mnli", elsewhere)
+    left = store / ".staging" / f"mnli-{artifact.manifest.hash[:8]}~1234567"
+    left.mkdir(parents=True)
+    (left / WEIGHTS).write_bytes(b"half")
+    another = store / ".staging" / "mnli-other~1234567"
+    another.mkdir()
+    adopt(artifact, store)
+    assert contents(store / ".staging") == {another.name}
+    assert load_by_hash(artifact.manifest.hash, "mnli", store).manifest == artifact.manifest
