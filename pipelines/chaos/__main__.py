@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -29,12 +30,14 @@ def main(arguments: list[str]) -> int:
     starter = Forked() if config.fork else Fresh()
     journey = Journey(config, starter)
     outcomes: list[Outcome] = []
+    files: list[Path] = []
     code = 0
     try:
         for outcome in journey.run():
             if not outcomes:
                 say(f"\n{markdown(HEADER, [])}")
             outcomes.append(outcome)
+            files = write(journey.folder, config, outcomes)  # each time: this one may be killed as well
             say(markdown(row(outcome), []).splitlines()[0])
     except UserError as error:
         print(error, file=sys.stderr)
@@ -45,7 +48,6 @@ def main(arguments: list[str]) -> int:
     finally:
         starter.close()
     if outcomes:
-        files = write(journey.folder, config, outcomes)
         say(f"\n{markdown(SUMMARY_HEADER, summary(outcomes))}\n\n{verdict(outcomes)}")
         say(f"Results: {', '.join(map(str, files))}")
     return code or int(any(outcome.outcome != EQUAL for outcome in outcomes))

@@ -117,7 +117,7 @@ def _watch_files(fate: Fate) -> None:
         if path.name == ".last.ckpt.part":
             fate.reach("a checkpoint is written and not synced")
         fsync(file)
-        if path.parent.parent.name == ".staging" and path.name == "head.safetensors":
+        if _is_staged(path) and path.name == "head.safetensors":
             fate.reach("before the manifest is written")
 
     @functools.wraps(rmtree)
@@ -129,8 +129,10 @@ def _watch_files(fate: Fate) -> None:
         rmtree(path, *rest, **more)
 
     def watch_open(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open" and str(arguments[0]).endswith("last.ckpt") and arguments[1] in ("r", "rb"):
-            fate.reach(READS)
+        if event == "open" and str(arguments[0]).endswith("last.ckpt"):
+            reading = arguments[2] & os.O_ACCMODE == os.O_RDONLY
+            if reading:
+                fate.reach(READS)
 
     os.replace = watched_replace  # type: ignore[assignment]
     os.fsync, shutil.rmtree = watched_fsync, watched_rmtree  # type: ignore[assignment]
@@ -144,13 +146,18 @@ def _place_of_write(path: Path) -> str | None:
         return "half a checkpoint"
     if path.suffix == ".partial" and ".states." in path.name:
         return "half a file of the prefix cache"
-    if path.parent.parent.name == ".staging":
+    if _is_staged(path):
         return {
             "weights.safetensors": "half the weights",
             "head.safetensors": "half the head",
             "manifest.json": "half the manifest",
         }.get(path.name)
     return None
+
+
+def _is_staged(path: Path) -> bool:
+    """Whether it is a file of the artifact that is made; a copy of another has a name with a ~."""
+    return path.parent.parent.name == ".staging" and "~" not in path.parent.name
 
 
 def _before_rename(fate: Fate, old: Path, new: Path) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fusion.store.artifacts import Artifact
 
 EQUAL = "equal"
+_MARK = ".chaos"  # in a folder that is chaos's own
 
 
 @dataclass
@@ -66,10 +67,9 @@ class Journey:
         """Each run with its deaths, as it is done, until there were enough of them.
 
         Raises:
-            UserError: an undisturbed run failed, or a place was never reached.
+            UserError: the folder is somebody else's, an undisturbed run failed, or a place was never reached.
         """
-        for part in ("work", "preparations", "undisturbed", "runs"):
-            shutil.rmtree(self.folder / part, ignore_errors=True)
+        self._clear()
         write_work(self.folder / "work")
         kinds = self.kinds
         needed = sorted({name for kind in kinds.values() for name in (*kind.needs, *kind.beside)})
@@ -89,6 +89,21 @@ class Journey:
             except BaseException:  # a Ctrl-C, or whoever reads this has had enough
                 self.stop.set()
                 raise
+
+    def _clear(self) -> None:
+        """Takes the folder: a new journey starts afresh, where an earlier one was."""
+        if not Path("/proc/self/fd").is_dir():
+            raise UserError("chaos finds out which file is written from /proc: it needs Linux")
+        mark = self.folder / _MARK
+        if self.folder.exists() and not mark.exists() and any(self.folder.iterdir()):
+            raise UserError(
+                f"output={self.config.output}: something else is there, and what chaos makes takes its place; "
+                "expected an empty folder, a new one, or one of an earlier chaos"
+            )
+        for part in ("work", "preparations", "undisturbed", "runs"):
+            shutil.rmtree(self.folder / part, ignore_errors=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
 
     def _disturbed(self, pool: ThreadPoolExecutor) -> Iterator[Outcome]:
         chains = Plan(self.kinds, self.courses, self.config.seed).chains()

@@ -28,7 +28,7 @@ _CHECKPOINT = (
     "a checkpoint is in place, its position not",
     "after a checkpoint",
 )
-_TRAINING = (
+TRAINING = (
     BATCH,
     "before the optimizer's step",
     "after the optimizer's step",
@@ -46,7 +46,7 @@ _STORE = (
     "overwritten, the old one is still there",
 )
 _END = ("stored, the checkpoints are still there", "the checkpoints are half removed")
-_PHASES = (_COPY, _CACHE, _TRAINING, _STORE, _END)
+_PHASES = (_COPY, _CACHE, TRAINING, _STORE, _END)
 PLACES = (*(place for phase in _PHASES for place in phase), READS, ANY_MOMENT)
 _WEIGHTS = {ANY_MOMENT: 8, BATCH: 2, "half a checkpoint": 2, READS: 2}
 
@@ -120,15 +120,15 @@ class Plan:
     def _kills(self, kind: Kind) -> tuple[Kill, ...]:
         course = self._courses[kind.name]
         places = self._places(course, self._draw.randint(1, MOST_KILLS))
-        fractions = iter(sorted(self._draw.random() for place in places if place in _TRAINING))
+        fractions = iter(sorted(self._draw.random() for place in places if place in TRAINING))
         kills, before = [], 0.0
         for place in places:
             if place == ANY_MOMENT:
                 kills.append(self._any_moment(kind, course))
                 continue
-            at = self._draw.choice(course.roles(place) or [MAIN]) if place in _TRAINING else "any"
+            at = self._draw.choice(course.roles(place) or [MAIN]) if place in TRAINING else "any"
             count = 1
-            if place in _TRAINING:  # later attempts go on: they have only the rest before them
+            if place in TRAINING:  # later attempts go on: they have only the rest before them
                 fraction = next(fractions)
                 visits = course.visits[at][place]
                 count, before = max(1, round((fraction - before) * visits + 0.5)), fraction
@@ -150,10 +150,10 @@ class Plan:
                 moments += 1
             else:
                 chosen.append(place)
-        chosen.sort(key=lambda place: (_phase(place), self._draw.random()))
+        chosen.sort(key=lambda place: (phase_of(place), self._draw.random()))
         for _ in range(moments):
             chosen.insert(self._draw.randint(0, len(chosen)), ANY_MOMENT)
-        trained = next((n for n, place in enumerate(chosen) if place in (*_TRAINING, *_STORE)), None)
+        trained = next((n for n, place in enumerate(chosen) if place in (*TRAINING, *_STORE)), None)
         if trained is not None and len(chosen) < MOST_KILLS and self._is_due(READS):
             self._drawn[READS] += 1
             chosen.insert(trained + 1, READS)
@@ -172,5 +172,6 @@ class Plan:
         return self._draw.choice([MAIN, "all", *map(str, range(kind.processes))])
 
 
-def _phase(place: str) -> int:
+def phase_of(place: str) -> int:
+    """A number that grows in the order in which a run comes by."""
     return next(number for number, phase in enumerate(_PHASES) if place in phase)

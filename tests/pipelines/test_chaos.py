@@ -28,7 +28,7 @@ from pipelines.chaos.attempts import Attempt, Stopped, course_of, make_attempt, 
 from pipelines.chaos.config import ChaosConfig
 from pipelines.chaos.fate import MAIN, PLAN, READS, STRUCK, members, strike
 from pipelines.chaos.journey import EQUAL, Death, Journey, Outcome
-from pipelines.chaos.plan import _TRAINING, ANY_MOMENT, MOST_KILLS, PLACES, Chain, Course, Kill, Plan
+from pipelines.chaos.plan import ANY_MOMENT, MOST_KILLS, PLACES, TRAINING, Chain, Course, Kill, Plan, phase_of
 from pipelines.chaos.table import markdown, row, summary, verdict
 from pipelines.chaos.victims import Fresh, environment, living
 from pipelines.chaos.work import KINDS, NAME, PREPARATIONS, TASKS, write_work
@@ -75,7 +75,7 @@ STAND_IN = """
 WITHOUT_STEPS = [
     place
     for place in PLACES
-    if place not in (*_TRAINING[:5], "a source is copied and not in place", ANY_MOMENT)
+    if place not in (*TRAINING[:5], "a source is copied and not in place", ANY_MOMENT)
 ]
 CHECKPOINTS = {".last.ckpt.part", "last.ckpt", "before.ckpt", "position.json", "position.part"}
 # What is in the folder of checkpoints after a death at the second visit.
@@ -151,8 +151,6 @@ def test_half_of_the_checkpoints_are_removed(tmp_path: Path) -> None:
 def test_who_is_not_there_does_not_die(tmp_path: Path) -> None:
     done = die(tmp_path, "half a checkpoint", at="1")
     assert done.returncode == 0 and not (tmp_path / "said" / STRUCK).exists()
-    visits = course_of(tmp_path, 1, 1.0).visits if (tmp_path / "processes-1").exists() else None
-    assert visits is None
     said = json.loads((tmp_path / "said" / "counts-main.json").read_text())
     assert said["half a checkpoint"] == 3 and said["between a checkpoint's renames"] == 2
     assert said["between an overwrite's renames"] == 1 and said["half the weights"] == 2
@@ -302,22 +300,19 @@ def test_every_place_comes_up_in_a_hundred_kills() -> None:
 
 
 def test_kills_can_happen() -> None:
-    order = {place: number for number, place in enumerate(PLACES)}
     for chain in chains(1, 200):
         assert 1 <= len(chain.kills) <= MOST_KILLS
         roles = {MAIN} if chain.kind.processes == 1 else {MAIN, "0", "1", "all"}
         passed = 0.0
         places = [kill.place for kill in chain.kills if kill.place not in (ANY_MOMENT, READS)]
         assert len(set(places)) == len(places)
-        phases = [min(order[p], order["half the weights"]) if p not in _TRAINING else 5 for p in places]
-        assert [p in _TRAINING for p in places] == sorted(
-            (p in _TRAINING for p in places), reverse=True
-        ) or phases
+        phases = [phase_of(place) for place in places]
+        assert phases == sorted(phases), "in the order in which a run comes by"
         for number, kill in enumerate(chain.kills):
             assert kill.whom in roles and 0 <= kill.share < 1
             if kill.place == ANY_MOMENT:
                 assert kill.seconds is not None and 0 <= kill.seconds <= 9
-            elif kill.place in _TRAINING:
+            elif kill.place in TRAINING:
                 assert kill.at in COURSES[chain.kind.name].roles(kill.place)
                 assert 1 <= kill.count <= 16
                 passed += kill.count
@@ -441,6 +436,17 @@ def test_who_looks_into_the_store_sees_the_old_one_the_new_one_or_none(judge: tu
     assert "the store was read and said: no artifact 'made'" in str(over()), "one of the two must be there"
 
 
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError, match="something else is there"):
+        next(Journey(ChaosConfig(output=str(tmp_path)), Fresh()).run())
+    assert (tmp_path / "runs").is_dir()
+    (tmp_path / ".chaos").touch()
+    (tmp_path / "table.md").touch()
+    Journey(ChaosConfig(output=str(tmp_path)), Fresh())._clear()
+    assert {path.name for path in tmp_path.iterdir()} == {".chaos", "table.md"}
+
+
 def test_a_place_that_never_comes_is_named() -> None:
     journey = Journey(ChaosConfig(), Fresh())
     journey.courses = {"adapter": Course({MAIN: _VISITS}, 1.0)}
@@ -475,7 +481,7 @@ def journey_of(tmp_path: Path, capsys: pytest.CaptureFixture[str], *words: str) 
 
 
 def test_a_short_journey(tmp_path: Path, capsys: pytest.CaptureFixture[str], with_handlers: None) -> None:
-    found = journey_of(tmp_path, capsys, "kills=6", "kinds=[adapter,overwriting]")
+    found = journey_of(tmp_path, capsys, "kills=6", "kinds=[adapter]")
     deaths = [death for run in found["runs"] for death in run["deaths"] if death["came"]]
     assert len(deaths) >= 6 and all(death["resumed"] for death in deaths)
     assert {run["outcome"] for run in found["runs"]} == {EQUAL}
@@ -486,7 +492,7 @@ def test_a_short_journey(tmp_path: Path, capsys: pytest.CaptureFixture[str], wit
 def test_a_journey_with_sources_and_ranks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], with_handlers: None
 ) -> None:
-    kinds = "kinds=[fusion in two processes,fusion with a kept prefix]"
-    found = journey_of(tmp_path, capsys, "kills=10", kinds, "seed=1")
+    kinds = "kinds=[fusion in two processes,fusion with a kept prefix,overwriting]"
+    found = journey_of(tmp_path, capsys, "kills=12", kinds, "seed=1")
     whom = {death["kill"]["whom"] for run in found["runs"] for death in run["deaths"] if death["came"]}
     assert len(whom) >= 2 and {run["outcome"] for run in found["runs"]} == {EQUAL}
