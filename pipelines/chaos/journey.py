@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fusion.store.artifacts import Artifact
 
 EQUAL = "equal"
+_OTHER = "another artifact than the old and the new one was read"
 _MARK = ".chaos"  # in a folder that is chaos's own
 
 
@@ -175,9 +176,12 @@ class Journey:
             if kill is not None:
                 came = attempt.struck is not None
                 deaths.append(Death(replace(kill, whom=attempt.struck or kill.whom), came))
-            if attempt.problems:
+            ended = attempt.struck is None and attempt.code == 0
+            if attempt.problems and not (
+                ended and attempt.problems == [_OTHER]
+            ):  # that one is told in detail
                 outcome = f"failed: {'; '.join(attempt.problems)} (attempt {number})"
-            elif attempt.struck is None and attempt.code != 0:
+            elif attempt.struck is None and not ended:
                 outcome = f"failed: attempt {number} ended with {attempt.code}: {last_words(folder, number)}"
             if outcome is not None or attempt.struck is None:
                 break
@@ -201,7 +205,7 @@ class Journey:
                 if old is None and str(error).startswith(f"no artifact '{NAME}'"):
                     return None
                 return f"the store was read and said: {error}"
-            return None if found in (new, old) else "another artifact than the old and the new one was read"
+            return None if found in (new, old) else _OTHER
 
         return look
 

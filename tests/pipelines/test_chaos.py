@@ -6,13 +6,14 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -434,6 +435,73 @@ def test_who_looks_into_the_store_sees_the_old_one_the_new_one_or_none(judge: tu
     assert over() is None, "the new one"
     os.rename(folder / "store" / NAME, folder / "store" / "away")
     assert "the store was read and said: no artifact 'made'" in str(over()), "one of the two must be there"
+
+
+class Pretended:
+    """Victims that end at once: killed where the plan says so and it is their turn, else with an artifact or a code."""
+
+    def __init__(self, made: Path | None, code: int, struck: tuple[bool, ...]) -> None:
+        self.made, self.code, self.struck = made, code, struck
+        self.started = 0
+
+    def start(self, words: list[str], folder: Path, more: Mapping[str, str], output: Path) -> Ended:
+        plan = json.loads(more[PLAN])
+        self.started += 1
+        (folder / f"attempt-{self.started}").mkdir()
+        (folder / f"attempt-{self.started}" / "run.log").write_text(
+            f"going on at epoch {self.started}, batch 1"
+        )
+        output.write_text("the last word\n")
+        if plan["kill"] is not None and self.struck[self.started - 1]:
+            (Path(plan["folder"]) / STRUCK).write_text(MAIN)
+            return Ended(-9)
+        if self.made is not None:
+            shutil.copytree(self.made, folder / "store" / NAME)
+        return Ended(self.code)
+
+    def close(self) -> None:
+        pass
+
+
+@dataclasses.dataclass
+class Ended:
+    code: int
+
+    def poll(self) -> int:
+        return self.code
+
+
+@pytest.mark.parametrize(
+    ("made", "code", "struck", "expected"),
+    [
+        ("same", 0, (True, True), EQUAL),
+        ("same", 0, (True, False), EQUAL),
+        ("other", 0, (True, True), "DIFFERENT: head.safetensors"),
+        (None, 0, (True, True), "failed: no artifact 'made'"),
+        (None, 1, (True, True), "failed: attempt 3 ended with 1: the last word"),
+        (None, 2, (False, True), "failed: attempt 1 ended with 2: the last word"),
+    ],
+)
+def test_a_run_with_deaths_is_judged_by_its_end(
+    judge: tuple[Journey, Path], made: str | None, code: int, struck: tuple[bool, bool], expected: str
+) -> None:
+    journey, folder = judge
+    (folder / "store").rename(folder.parent / "same")
+    whole = journey.expected["adapter"]
+    head = {name: tensor + 1 for name, tensor in whole.head.items()}
+    save(folder.parent / "other", whole.manifest, whole.weights, head)
+    folder.rmdir()
+    starter = Pretended(None if made is None else folder.parent / made / NAME, code, struck)
+    journey.starter = starter
+    kill = Kill("half a checkpoint", 1, "any", MAIN)
+    outcome = journey._chain(Chain(1, KINDS["adapter"], (kill, dataclasses.replace(kill, count=2))))
+    assert outcome.outcome.startswith(expected)
+    came = list(itertools.takewhile(bool, struck))
+    assert starter.started == len(came) + 1
+    assert [death.came for death in outcome.deaths] == [*came, False][:2]
+    resumed = [f"epoch {number}, batch 1" for number in range(2, len(came) + 2)]
+    assert [death.resumed for death in outcome.deaths if death.came] == resumed
+    assert folder.exists() == (expected != EQUAL), "what went wrong is kept"
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
