@@ -125,20 +125,27 @@ def adopt(artifact: Artifact, store: Path) -> None:
         return
     kept = store / REPLACED / f"{artifact.manifest.name}-{artifact.manifest.hash[:8]}"
     staged = store / STAGING / f"{kept.name}~{os.getpid()}"
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    try:
-        for file in (WEIGHTS, HEAD):  # these alone: whatever else lies there is no part of it
-            _write(staged / file, read_regular(artifact.path / file, artifact.manifest.files[file]["bytes"]))
-        _write(staged / MANIFEST, artifact.manifest.to_json().encode("utf-8"))
-        if read(staged).manifest.hash != artifact.manifest.hash:
-            raise UserError(f"{artifact.path}: was changed while it was copied to {store}; run this again")
-        kept.parent.mkdir(exist_ok=True)
-        with contextlib.suppress(OSError):  # another process has just put the same there
-            os.replace(staged, kept)
-        sync_folder(kept.parent)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    store.mkdir(parents=True, exist_ok=True)
+    with writing(store, kept.name, LOCK_SECONDS):
+        for left in (store / STAGING).glob(f"{kept.name}~*"):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        staged.mkdir(parents=True)
+        try:
+            for file in (WEIGHTS, HEAD):  # these alone: whatever else lies there is no part of it
+                _write(
+                    staged / file, read_regular(artifact.path / file, artifact.manifest.files[file]["bytes"])
+                )
+            _write(staged / MANIFEST, artifact.manifest.to_json().encode("utf-8"))
+            if read(staged).manifest.hash != artifact.manifest.hash:
+                raise UserError(
+                    f"{artifact.path}: was changed while it was copied to {store}; run this again"
+                )
+            kept.parent.mkdir(exist_ok=True)
+            with contextlib.suppress(OSError):  # another process has just put the same there
+                os.replace(staged, kept)
+            sync_folder(kept.parent)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
 
 
 def match_keys(

@@ -528,3 +528,19 @@ def test_a_source_that_changes_while_it_is_taken_over(
     with pytest.raises(UserError, match="so it was changed"):
         adopt(artifact, other)
     assert contents(other / ".staging") == set() and not (other / ".replaced").exists()
+
+
+def test_a_copy_that_was_killed_half_way_leaves_nothing_once_it_is_made(
+    make_manifest: Make, weights: Tensors, head: Tensors, store: Path
+) -> None:
+    elsewhere = store.parent / "elsewhere"
+    save(elsewhere, make_manifest(), weights, head)
+    artifact = load("mnli", elsewhere)
+    left = store / ".staging" / f"mnli-{artifact.manifest.hash[:8]}~1234567"
+    left.mkdir(parents=True)
+    (left / WEIGHTS).write_bytes(b"half")
+    another = store / ".staging" / "mnli-other~1234567"
+    another.mkdir()
+    adopt(artifact, store)
+    assert contents(store / ".staging") == {another.name}
+    assert load_by_hash(artifact.manifest.hash, "mnli", store).manifest == artifact.manifest
