@@ -29,7 +29,7 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_memory() -> bool:
-    """Hand all freed memory back to the system after all, once: what is asked for next may be of another kind.
+    """Hand freed memory back to the system after all, once: what is asked for next may be of another kind.
 
     Returns:
         Whether there was any, and a C library that can do it.

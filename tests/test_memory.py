@@ -40,12 +40,13 @@ def test_steps_of_the_same_size_cause_no_page_faults() -> None:
     assert faults("keep") < 100 < faults("leave")
 
 
-GIVEN_BACK = """
+GIVEN_BACK = '''
 import resource, torch
 from pathlib import Path
 from fusion.memory import give_back_memory, keep_freed_memory
 def megabytes():
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() >> 20
+    """That are resident: addresses alone are no memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
 keep_freed_memory()
 before = megabytes()
 kept = [torch.ones(1 << 20) for _ in range(30)]
@@ -53,7 +54,7 @@ del kept
 between = megabytes()
 assert give_back_memory()
 print(before, between, megabytes())
-"""
+'''
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told")
@@ -61,7 +62,7 @@ def test_what_was_kept_can_be_given_back() -> None:
     command = [sys.executable, "-c", GIVEN_BACK]
     shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     before, between, after = map(int, shown.split())
-    assert between - before > 100 and after - before < 20
+    assert between - before > 100 and between - after > 80
 
 
 def test_without_glibc_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
