@@ -16,7 +16,7 @@ class LossNotFinite(TrainingError):
     """The loss or a weight became NaN or infinite. Epochs before it may be worth keeping."""
 
 
-class GuardError(Exception):
+class GuardError(TrainingError):
     """The promise that only the declared parameters change was broken: exit code 1, nothing stored."""
 
 
