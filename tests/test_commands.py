@@ -152,6 +152,21 @@ def test_several_tasks_in_two_processes_follow_one(place: Path, tiny_backbone: P
             torch.testing.assert_close(two[key], weights, rtol=0, atol=1e-4)
 
 
+def test_two_processes_say_alike_where_the_loss_was_no_longer_finite(
+    place: Path, tiny_backbone: Path
+) -> None:
+    done = run(
+        place, tiny_backbone, "stage1", "+task=films", "name=wild", "logger=none", "optim.warmup=0", "head.layers=2",
+        "optim.lr=900", "adapter.scaling=1e30", "trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=4",
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    said = done.stderr.strip().splitlines()
+    assert "the loss is nan at step " in done.stderr or "the loss is inf at step " in done.stderr
+    assert "of train, counted from 0): training stopped." in done.stderr and "Lower optim.lr" in done.stderr
+    assert len(said) <= 3 and "Traceback" not in done.stderr
+    assert not (place / "outputs" / "store" / "wild").exists()
+
+
 def test_a_sweep_gives_a_folder_and_an_artifact_a_task_and_survives_a_failed_job(
     place: Path, tiny_backbone: Path
 ) -> None:

@@ -165,9 +165,10 @@ def fit(
     if not model.trainable() and trainer.is_global_zero:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "epoch")
         log.info("nothing trains  %s  %.1f s", shown, seconds)
-    if best.weights is not None:  # in the first process; the others store nothing
-        copy_into(model.trainable(), best.weights, checkpoints)
-    _check_finite(model)
+    if trainer.is_global_zero:  # the others store nothing
+        if best.weights is not None:
+            copy_into(model.trainable(), best.weights, checkpoints)
+        _check_finite(model)
     return Fit(
         metrics={
             split: {m: scores[f"{split}/{m}"] for m in task.metrics}
