@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -12,12 +13,13 @@ from fusion.run import Terminated
 
 log = logging.getLogger(__name__)
 
+ECHO = 1.0  # seconds in which the same wish may come twice, by the process group and by whoever started this
 # SLURM and submitit announce a preemption or the end of the time by USR1 or USR2.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupts:
-    """While it is armed, a first signal only sets `pending`; a second one acts at once.
+    """While it is armed, a first signal only sets `pending`; a second one, later than `ECHO`, acts at once.
 
     What a signal does in the end is what it would have done: Ctrl-C raises KeyboardInterrupt, SIGTERM raises
     Terminated, submitit's handler asks for another turn and ends the process. A scheduler's signal that nobody
@@ -26,6 +28,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.pending: signal.Signals | None = None
+        self._since = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -56,10 +59,10 @@ class Interrupts:
             self.obey()
 
     def _put_off(self, number: int, frame: FrameType | None) -> None:
-        if self.pending is not None:
+        if self.pending is None:
+            self.pending, self._since = signal.Signals(number), time.monotonic()
+        elif time.monotonic() - self._since > ECHO:
             self._act(signal.Signals(number), frame)
-        else:
-            self.pending = signal.Signals(number)
 
     def _act(self, number: signal.Signals, frame: FrameType | None) -> None:
         handler = self._before[number]
