@@ -228,3 +228,50 @@ def test_what_is_wrong_is_said_in_two_lines_with_exit_code_2(
     assert done.returncode == 2, done.stderr
     assert len(lines) <= 2 and said in done.stderr and "Traceback" not in done.stderr
     assert not (place / "empty-store").exists()
+
+
+def limited(place: Path, backbone: Path, limit: int, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Stage 1 where no file may grow beyond `limit` bytes: what a full disk says, at a size that a test can choose."""
+    code = (
+        "import resource, runpy, sys\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "sys.argv[0] = 'stage1'\n"
+        "runpy.run_module('fusion.stage1', run_name='__main__', alter_sys=True)\n"
+    )
+    words = [
+        "+task=films", "data.dir=data", "data.cache_dir=cache", f"backbone.name_or_path={backbone}", "backbone.pooling=mean",
+        "trainer.max_epochs=2", "trainer.accelerator=cpu", "data.max_length=16", "data.batch_size=8", "logger=none",
+    ]  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-c", code, *words, *overrides],
+        cwd=place,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_a_disk_that_takes_no_checkpoint_still_takes_the_artifact(place: Path, tiny_backbone: Path) -> None:
+    done = limited(place, tiny_backbone, 30_000, "name=roomy")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("no checkpoint could be written to") == 1 and "training goes on" in done.stdout
+    weights = place / "outputs" / "store" / "roomy" / "weights.safetensors"
+    assert weights.is_file() and weights.stat().st_size < 30_000
+
+
+def test_a_disk_that_takes_no_artifact_says_so_and_the_same_command_stores_it_later(
+    place: Path, tiny_backbone: Path
+) -> None:
+    words = ["name=large", "adapter.bottleneck_size=256"]
+    done = limited(place, tiny_backbone, 60_000, *words)
+    assert done.returncode == 1, done.stderr
+    said = done.stderr.strip().splitlines()
+    assert "large cannot be written (File too large)." in said[0] and said[1].startswith("Make room"), said
+    assert len(said) == 2
+    store = place / "outputs" / "store"
+    assert not (store / "large").exists() and not list((store / ".staging").glob("*"))
+    again = limited(place, tiny_backbone, 10_000_000, *words)
+    assert again.returncode == 0, again.stderr
+    assert "large failed the last time and runs again" in again.stdout
+    assert (store / "large" / "manifest.json").is_file() and not list((store / ".runs").glob("large-*"))

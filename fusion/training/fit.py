@@ -140,7 +140,13 @@ def fit(
     if last is not None:
         position = last["position"]
         cast(EpochBatches, batches.sampler).resume(position["epoch"], position["batch"])
-        log.info("going on at epoch %d, batch %d", position["epoch"] + 1, position["batch"] + 1)
+        over = position["epoch"] >= (config.trainer.max_epochs or 1)
+        where = (
+            "after the last epoch"
+            if over
+            else f"at epoch {position['epoch'] + 1}, batch {position['batch'] + 1}"
+        )
+        log.info("going on %s", where)
     started = time.monotonic()
     broken = None
     with memory.explained(trainer, module):
