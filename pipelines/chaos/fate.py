@@ -27,6 +27,7 @@ PLAN = "FUSION_CHAOS"  # environment: a folder for what the processes say of the
 MAIN = "main"  # the process that the command started; the others are called by their rank
 STRUCK, BEGAN = "struck", "began"
 COUNTS = "counts-"
+NEW = "~new"  # ending of an artifact that is being written, in STORE/.staging
 
 READS = "a checkpoint is read"
 BATCH = "a training batch"
@@ -156,8 +157,8 @@ def _place_of_write(path: Path) -> str | None:
 
 
 def _is_staged(path: Path) -> bool:
-    """Whether it is a file of the artifact that is made; a copy of another has a name with a ~."""
-    return path.parent.parent.name == ".staging" and "~" not in path.parent.name
+    """Whether it is a file of the artifact that is made, and not of the copy of a source."""
+    return path.parent.parent.name == ".staging" and path.parent.name.endswith(NEW)
 
 
 def _before_rename(fate: Fate, old: Path, new: Path) -> None:
@@ -167,7 +168,7 @@ def _before_rename(fate: Fate, old: Path, new: Path) -> None:
         fate.reach("before the prefix cache is put in place")
     elif old.suffix == ".partial":
         fate.reach("half a file of the token cache", lambda share: _cut(old, share))
-    elif old.parent.name == ".staging" and old.name == new.name:
+    elif old.parent.name == ".staging" and old.name == f"{new.name}{NEW}":
         fate.reach("staged and not in place")
     elif new.parent.name == ".replaced":
         fate.reach("a source is copied and not in place")
@@ -182,12 +183,12 @@ def _after_rename(fate: Fate, old: Path, new: Path) -> None:
         fate.reach("after a checkpoint")
     elif new.parent.name == ".staging":
         fate.reach(OVERWRITE_RENAMES)
-    elif old.parent.name == ".staging" and old.name == new.name and _old_of(old).exists():
+    elif old.parent.name == ".staging" and old.name == f"{new.name}{NEW}" and _old_of(old).exists():
         fate.reach("overwritten, the old one is still there")
 
 
 def _old_of(staged: Path) -> Path:
-    return staged.with_name(f"{staged.name}.old")
+    return staged.with_name(f"{staged.name.removesuffix(NEW)}.old")
 
 
 def _cut(path: Path, share: float) -> None:

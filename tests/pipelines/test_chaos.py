@@ -63,7 +63,7 @@ STAND_IN = """
         (run / "position.part").touch()
         os.replace(run / "position.part", run / "position.json")
     (run / "last.ckpt").read_bytes()
-    staged, old = Path("store/.staging/made"), Path("store/.staging/made.old")
+    staged, old = Path("store/.staging/made~new"), Path("store/.staging/made.old")
     for _ in range(2):
         for name in ("weights.safetensors", "head.safetensors", "manifest.json"):
             write(staged / name, b"x" * 100)
@@ -131,10 +131,10 @@ def test_what_a_death_leaves_of_a_checkpoint(tmp_path: Path, place: str) -> None
     [
         ("half a file of the token cache", "cache/tokens.safetensors.1.partial", 30),
         ("half a file of the prefix cache", "cache/.a.states.1.partial", 30),
-        ("half the weights", "store/.staging/made/weights.safetensors", 30),
-        ("before the manifest is written", "store/.staging/made/head.safetensors", 100),
-        ("half the manifest", "store/.staging/made/manifest.json", 30),
-        ("staged and not in place", "store/.staging/made/manifest.json", 100),
+        ("half the weights", "store/.staging/made~new/weights.safetensors", 30),
+        ("before the manifest is written", "store/.staging/made~new/head.safetensors", 100),
+        ("half the manifest", "store/.staging/made~new/manifest.json", 30),
+        ("staged and not in place", "store/.staging/made~new/manifest.json", 100),
         ("between an overwrite's renames", "store/.staging/made.old/manifest.json", 100),
         ("stored, the checkpoints are still there", "store/.runs/made-1/last.ckpt", 100),
     ],
