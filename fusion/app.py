@@ -156,6 +156,8 @@ class CheckedFiles(FileConfigSource):
         return result
 
 
+# Hydra tells its readers apart by this, and a launcher's job in another process registers its own once more.
+CheckedFiles.__name__ = FileConfigSource.__name__
 SourcesRegistry.instance().types["file"] = CheckedFiles  # wherever a search path came from
 
 

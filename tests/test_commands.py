@@ -92,7 +92,14 @@ def test_two_processes_follow_one(place: Path, tiny_backbone: Path) -> None:
         torch.testing.assert_close(two[name], weights, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("how", ["adapter.drop=robust adapter.shared=true", "method=lora", "method=full"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "adapter.drop=robust adapter.shared=true",
+        pytest.param("method=lora", marks=pytest.mark.slow),
+        pytest.param("method=full", marks=pytest.mark.slow),
+    ],
+)
 def test_other_ways_to_train_follow_one_process_too(place: Path, tiny_backbone: Path, how: str) -> None:
     """A dropped layer, shared weights, what trains inside the backbone: DDP wants a gradient of each, every time."""
     words = [

@@ -21,7 +21,14 @@ UNSAFE_MODULES = {
     "joblib",
     "jsonpickle",
 }
-YAML_ALLOWED = {"safe_load", "safe_dump", "YAMLError"}
+# Beside the safe calls: errors, and a look at a text's events, of which nothing is made.
+YAML_ALLOWED = {"safe_load", "safe_dump", "YAMLError", "MarkedYAMLError", "parse", "SafeLoader"} | {
+    f"{kind}Event"
+    for kind in (
+        *("DocumentStart", "CollectionEnd", "Node", "Alias", "Scalar"),
+        *("MappingStart", "SequenceStart"),
+    )
+}
 FROM_PRETRAINED_FILES = {"fusion/backbones/load.py", "fusion/data/encode.py"}
 
 

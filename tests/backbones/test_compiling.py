@@ -74,7 +74,9 @@ def test_other_shapes_compile_nothing_anew(
     assert list(compiled.state_dict()) == names and compiled.frozen_hash() == hashed
 
 
-@pytest.mark.parametrize("lower", ["0.feedforward", "0.before_attention"])
+@pytest.mark.parametrize(
+    "lower", ["0.feedforward", pytest.param("0.before_attention", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("upper", ["1.before_attention", "1.feedforward"])
 def test_a_slot_that_reads_the_input_and_a_layer_that_is_left_out(
     tiny_backbone: Path, lower: str, upper: str

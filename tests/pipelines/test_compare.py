@@ -429,9 +429,11 @@ class Commands:
             fused = [source["name"] for source in read_manifest(values["composition.fusion"], store).sources]
         config = {"trainer.max_epochs": 2, "optim.lr": 5e-4, "data.limit.train": 1000}
         splits = ["mrpc/validation", "cb/validation"] if "tasks" in values else ["validation"]
+        made: dict[str, Any] = {"kind": "fusion", "adapter": None, "composition": {"name": "adapterfusion"}}
         save_manifest(
             store,
             name,
+            **(made if fused else {}),
             task={"name": task},
             run={"identity": "i", "config": config, "directory": str(folder)}
             | {"overrides": [word.replace("${", "$\\{").replace("}", "\\}") for word in words]},

@@ -128,7 +128,9 @@ def wait_for(file: Path, process: subprocess.Popen[str], seconds: float = 90) ->
         (signal.SIGINT, 130, ()),
         (signal.SIGUSR1, 143, ()),
         (signal.SIGTERM, 143, ("trainer.devices=2", "trainer.strategy=ddp")),
-        (signal.SIGINT, 130, ("trainer.devices=2", "trainer.strategy=ddp")),
+        pytest.param(
+            signal.SIGINT, 130, ("trainer.devices=2", "trainer.strategy=ddp"), marks=pytest.mark.slow
+        ),
     ],
     ids=["SIGTERM", "SIGINT", "SIGUSR1", "SIGTERM, two processes", "SIGINT, two processes"],
 )

@@ -153,6 +153,7 @@ def test_errors_of_ranks_come_back_as_they_were(workdir: Path) -> None:
     assert good["status"] == "done"
 
 
+@pytest.mark.slow
 def test_a_single_ddp_run(workdir: Path) -> None:
     process = start(workdir, "+task=mine", *DDP)
     out, err = process.communicate(timeout=120)
@@ -169,7 +170,7 @@ def test_a_single_ddp_run(workdir: Path) -> None:
     assert out.count("`Trainer.fit` stopped") == 1
 
 
-@pytest.mark.parametrize("number", [2, 9], ids=["SIGINT", "SIGKILL"])
+@pytest.mark.parametrize("number", [pytest.param(2, marks=pytest.mark.slow), 9], ids=["SIGINT", "SIGKILL"])
 def test_no_rank_outlives_its_launcher(workdir: Path, number: int) -> None:
     process = start(workdir, "+task=mine", "seed=9", *DDP)
     pids = [workdir / f"rank{rank}" for rank in (0, 1)]
