@@ -15,7 +15,7 @@ RUN := .venv/bin/python -m
 PIP := $(RUN) pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo bench test test-full check format wheel clean
+.PHONY: help venv demo bench test test-full test-browser check format wheel clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -34,7 +34,18 @@ test: .venv/.installed ## the tests, but for the slow ones; ARGS="-k store" pick
 	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) $(ARGS)
 
 test-full: .venv/.installed ## all tests, also those that take minutes
-	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) -m "" $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) -m "not browser" $(ARGS)
+
+test-browser: .venv/.installed ## the report in a headless Chromium, which is installed where it is missing (Debian, Ubuntu)
+	@if ! command -v chromedriver >/dev/null || ! command -v chromium >/dev/null; then \
+	  command -v apt-get >/dev/null || { \
+	    echo "Chromium and its driver are not there: install them (chromium, chromedriver) and say make test-browser again." >&2; \
+	    exit 1; }; \
+	  echo "Installing Chromium and its driver from the system's packages."; \
+	  SUDO=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	  $$SUDO apt-get update -qq && $$SUDO env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	    chromium chromium-driver fonts-dejavu-core >/dev/null; fi
+	@OMP_NUM_THREADS=1 $(RUN) pytest -m browser tests/browser $(ARGS)
 
 check: .venv/.installed ## lint, formatting, types
 	@$(RUN) ruff check

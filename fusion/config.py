@@ -12,6 +12,7 @@ import hashlib
 import math
 import re
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Optional
 
 from fusion.errors import UserError
@@ -751,6 +752,54 @@ class UseConfig:
 class EvaluateConfig(UseConfig):
     task: Optional[TaskConfig] = None  # null: the artifact's own
     split: str = "validation"
+
+
+@dataclass
+class InspectConfig(UseConfig):
+    split: str = "validation"
+    words: Any = 10  # rows to show word by word: so many, or these
+    prune: bool = True  # also the score with fewer and fewer sources
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        asked = self.words if isinstance(self.words, list) else [self.words]
+        _require(
+            all(type(row) is int and row >= 0 for row in asked) and asked != [],
+            f"words={self.words}: expected how many rows to show, such as 10, or which: words=[0,5,17]",
+        )
+
+
+@dataclass
+class ReportConfig:
+    runs: Any = "outputs"  # a folder, or a list of folders
+    output: Optional[str] = None  # null: report.html in the first of them
+    split: Optional[str] = None  # null: of each target the split that most methods have a score on
+    inspect: bool = True  # look into fusions that nobody has looked into
+    inspect_rows: int = 500
+    words: int = 10  # rows of each fusion to show word by word
+    files: bool = True  # figures and tables as files too
+    data: DataConfig = field(default_factory=DataConfig)
+    accelerator: str = "auto"
+
+    def __post_init__(self) -> None:
+        names = self.runs if isinstance(self.runs, list) else [self.runs]
+        _require(
+            bool(names) and all(isinstance(name, str) and name for name in names),
+            f"runs={self.runs}: expected a folder, or several: 'runs=[outputs/stage1,outputs/stage2]'",
+        )
+        _require(self.inspect_rows >= 1, f"inspect_rows={self.inspect_rows}: expected at least 1")
+        _require(self.words >= 0, f"words={self.words}: expected 0 or more")
+
+    @property
+    def folders(self) -> list[Path]:
+        return [Path(name) for name in (self.runs if isinstance(self.runs, list) else [self.runs])]
+
+    @property
+    def path(self) -> Path:
+        return Path(self.output) if self.output is not None else self.folders[0] / "report.html"
+
+    def data_with(self, limit: LimitConfig) -> DataConfig:
+        return replace(self.data, limit=limit)
 
 
 @dataclass

@@ -35,7 +35,8 @@ def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     from fusion.data.rows import evaluation_splits, load_rows
     from fusion.inference import device_of, predict
     from fusion.store.artifacts import load
-    from fusion.training.metrics import score
+    from fusion.training.metrics import predicted, score
+    from fusion.training.outcomes import outcomes, write_outcomes
 
     device = device_of(config.accelerator)
     artifact = load(config.artifact, Path(config.store))
@@ -46,6 +47,7 @@ def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     backbone = load_backbone(name, revision, config.backbone.trust_remote_code)
     model = stored_model(artifact, artifact.path.parent, backbone, config.drop)
     metrics: dict[str, dict[str, float]] = {}
+    seen: dict[str, dict[str, Any]] = {}
     rows_seen, seconds, tokens = 0, 0.0, 0
     splits = [
         (answer, split)
@@ -66,6 +68,7 @@ def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
         )
         key = split if len(scored) == 1 else f"{task.name}/{split}"
         metrics[key] = score(task, predictions.scores, encoded.labels)
+        seen[key] = outcomes(encoded, predicted(predictions.scores, task.kind))
         rows_seen, seconds, tokens = (
             rows_seen + len(rows),
             seconds + predictions.seconds,
@@ -76,6 +79,7 @@ def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
         dropped = f", {config.drop} layers dropped" if config.drop else ""
         by = f", by the head of {answer.head_task}" if another else ""
         print(f"{manifest.name} on {task.name} {split} ({len(rows)} rows{by}{dropped}): {shown}")
+    write_outcomes(run.directory, seen)
     return {
         "artifact": str(artifact.path),
         "name": manifest.name,

@@ -60,11 +60,13 @@ def predict(
     attention: bool = False,
     tokens_per_batch: int | None = None,
     first_layer: int = 0,
+    sources_on: Tensor | None = None,
 ) -> Predictions:
     """Scores of every row; batches are sorted by length and the results put back in order.
 
     Args:
         first_layer: the slots of the layers below it stay empty (AdapterDrop).
+        sources_on: (N,) bool, which sources take part; None: all.
     """
     keep_freed_memory()
     model = model.to(device).eval()
@@ -82,6 +84,7 @@ def predict(
                 batch.attention_mask,
                 batch.token_type_ids,
                 batch.choice_counts,
+                sources_on=sources_on,
                 record=recorded.__setitem__ if attention else None,
                 first_layer=first_layer,
                 task=batch.task,

@@ -17,7 +17,7 @@ from fusion.app import command
 from fusion.config import PredictConfig, TaskConfig
 from fusion.errors import UserError
 from fusion.run import Run
-from fusion.store.manifest import Manifest, check_drop, check_trust, find, read_folder
+from fusion.store.manifest import Manifest, check_attends, check_drop, check_trust, find, read_folder
 
 if TYPE_CHECKING:
     from fusion.inference import Predictions
@@ -40,16 +40,8 @@ def check(config: PredictConfig, run: Run) -> None:
     check_drop(manifest, config.drop)
     check_trust(manifest, config.backbone.trust_remote_code)
     answer_of(config, manifest)
-    if config.attention and manifest.kind != "fusion":
-        raise UserError(
-            f"attention=true: {manifest.name} is a stored {manifest.kind}; only a fusion has attention to show"
-        )
-    composition = (manifest.composition or {}).get("name")
-    if config.attention and composition in ("average", "continued"):
-        raise UserError(
-            f"attention=true: {manifest.name} (composition={composition}) is one adapter, which attends to nothing; "
-            "leave attention= out"
-        )
+    if config.attention:
+        check_attends(manifest, "attention=true", "leave attention= out")
     if not Path(config.input).is_file():
         raise UserError(f"input={config.input}: no such file; expected .jsonl, .csv, .tsv or .parquet")
     output = Path(config.output)

@@ -1,6 +1,6 @@
 """Which sources a fusion can do without: those that get least of its attention on the target's rows.
 
-Shapes: S texts of a batch, T tokens, N sources.
+Shapes: N sources.
 """
 
 from __future__ import annotations
@@ -12,34 +12,16 @@ import torch
 from torch import Tensor
 
 from fusion.data.batches import Batch
+from fusion.listening import listen
 from fusion.model import AdaptedModel
 from fusion.store.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
 
-@torch.inference_mode()
 def mean_attention(model: AdaptedModel, batches: Iterable[Batch], device: torch.device) -> dict[str, Tensor]:
     """By slot, what each source gets: (N,), the mean over all real tokens."""
-    model = model.to(device).eval()
-    sums: dict[str, Tensor] = {}
-    tokens = 0
-    for batch in batches:
-        batch = batch.to(device)
-        recorded: dict[str, Tensor] = {}
-        model(
-            batch.input_ids,
-            batch.attention_mask,
-            batch.token_type_ids,
-            batch.choice_counts,
-            record=recorded.__setitem__,
-        )
-        real = batch.attention_mask.bool()
-        tokens += int(real.sum())
-        for slot, weights in recorded.items():
-            total = weights[real].double().sum(0).cpu()
-            sums[slot] = sums[slot] + total if slot in sums else total
-    return {slot: total / tokens for slot, total in sums.items()}
+    return {slot: heard.mean for slot, heard in listen(model, batches, device).items()}
 
 
 def most_attended(

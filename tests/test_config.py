@@ -15,7 +15,16 @@ from omegaconf import OmegaConf
 
 from fusion import config as settings
 from fusion.app import conf_folder, explain, keys_of, register
-from fusion.config import EvaluateConfig, PredictConfig, Stage1Config, Stage2Config, TaskConfig, TrainerConfig
+from fusion.config import (
+    EvaluateConfig,
+    InspectConfig,
+    PredictConfig,
+    ReportConfig,
+    Stage1Config,
+    Stage2Config,
+    TaskConfig,
+    TrainerConfig,
+)
 from fusion.errors import UserError
 from pipelines.benchmark.config import BenchmarkConfig
 
@@ -24,6 +33,8 @@ SCHEMAS = {
     "stage2": Stage2Config,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
+    "inspect": InspectConfig,
+    "report": ReportConfig,
     "benchmark": BenchmarkConfig,
 }
 NEEDED = {
@@ -31,6 +42,8 @@ NEEDED = {
     "stage2": ["+task=rte", "sources=[a,b]"],
     "evaluate": ["artifact=rte"],
     "predict": ["artifact=rte", "input=rows.jsonl", "output=out.jsonl"],
+    "inspect": ["artifact=rte-adapterfusion"],
+    "report": [],
     "benchmark": ["suite=train"],
 }
 GROUPS = {

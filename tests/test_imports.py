@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("stage1", "stage2", "evaluate", "predict", "report")
+COMMANDS = ("stage1", "stage2", "evaluate", "predict", "inspect", "report")
 HEAVY = (
     "torch",
     "transformers",
@@ -43,13 +43,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "provenance": set(),
     "selection": BASE,
     "store": BASE | {"selection"},
-    "review": BASE,
+    "review": BASE | {"run", "store", "packing"},
     "entry": BASE | {"run", "store"},
     "answers": BASE | {"store"},
     "build": BASE | {"layers", "backbones", "model", "store", "selection"},
     "inputs": BASE | {"store"},
     "inference": BASE | {"memory", "model", "data"},
-    "pruning": BASE | {"model", "data", "store"},
+    "listening": BASE | {"model", "data"},
+    "pruning": BASE | {"model", "data", "store", "listening"},
+    "masking": set(),
+    "packing": set(),
+    "words": BASE | {"model", "data", "packing"},
+    "inspection": BASE
+    | {"backbones", "model", "data", "store", "answers", "build", "inference"}
+    | {"listening", "masking", "words", "training.metrics"},
     "probe": BASE | {"layers", "backbones", "model", "data", "store", "build", "training.metrics"},
     "start": BASE
     | {"run"}

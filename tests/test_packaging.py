@@ -125,7 +125,11 @@ def test_the_wheel_carries_the_package_and_conf_and_nothing_else(wheel: Path) ->
     expected = {
         f"fusion/{path.relative_to(ROOT).as_posix()}": path.read_bytes()
         for path in (ROOT / "conf").rglob("*.yaml")
-    } | {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in (ROOT / "fusion").rglob("*.py")}
+    } | {
+        path.relative_to(ROOT).as_posix(): path.read_bytes()
+        for pattern in ("*.py", "report/templates/*")
+        for path in (ROOT / "fusion").rglob(pattern)
+    }
     with zipfile.ZipFile(wheel) as archive:
         carried = {n: archive.read(n) for n in archive.namelist() if ".dist-info/" not in n}
         licence = [n for n in archive.namelist() if n.endswith("licenses/LICENSE")]

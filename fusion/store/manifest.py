@@ -754,6 +754,25 @@ def check_drop(manifest: Manifest, drop: int) -> None:
         )
 
 
+def check_attends(manifest: Manifest, asked: str, cure: str) -> None:
+    """Refuses to show whom an artifact attends to that attends to nothing.
+
+    Args:
+        asked, cure: how it was asked for, and what to do without it.
+
+    Raises:
+        UserError: it is no fusion, or one that is a single adapter in the end.
+    """
+    if manifest.kind != "fusion":
+        raise UserError(
+            f"{asked}: {manifest.name} is a stored {manifest.kind}; only a fusion has attention to show"
+        )
+    if (composition := (manifest.composition or {}).get("name")) in ("average", "continued"):
+        raise UserError(
+            f"{asked}: {manifest.name} (composition={composition}) is one adapter, which attends to nothing; {cure}"
+        )
+
+
 def check_trust(manifest: Manifest, trusted: bool) -> None:
     """Refuses to go without code that an artifact's backbone was run with, and to run it on the artifact's word.
 

@@ -51,6 +51,7 @@ class Best(lightning.Callback):
         self._monitor = monitor
         self._patience = patience
         self.weights: dict[str, torch.Tensor] | None = None
+        self.predicted: dict[str, torch.Tensor] | None = None  # for the rows of each split, by those weights
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._stop_if_over(trainer, pl_module)  # interrupted after the last epoch
@@ -65,6 +66,7 @@ class Best(lightning.Callback):
                 name: parameter.detach().to("cpu", copy=True)
                 for name, parameter in pl_module.model.trainable().items()
             }
+            self.predicted = pl_module.predicted
         self._stop_if_over(trainer, pl_module)
 
     def _stop_if_over(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -78,11 +80,13 @@ class Best(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["best"] = self.weights
+        checkpoint["predicted"] = self.predicted
 
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self.weights = checkpoint["best"]
+        self.predicted = checkpoint.get("predicted")  # not in those of earlier versions
 
 
 def best_epoch(history: Sequence[dict[str, float]], monitor: str) -> dict[str, float]:

@@ -55,13 +55,15 @@ class Fit:
 
     metrics: of the best epoch, by split. best_epoch: counted from 1. speed: seconds of the whole
     fit (evaluation included) and of a step (the median), rows and tokens (padding included) trained
-    on per second, bytes. broken: why it ended before its time, with what came before it kept; None: it did not.
+    on per second, bytes. predicted: what the best epoch's weights say of each row, by split: (rows,). broken: why it
+    ended before its time, with what came before it kept; None: it did not.
     """
 
     metrics: dict[str, dict[str, float]]
     best_epoch: int
     epochs: int
     speed: dict[str, float | None]
+    predicted: dict[str, torch.Tensor]
     broken: str | None = None
 
 
@@ -191,6 +193,7 @@ def fit(
             "tokens_per_second": module.tokens_seen * trainer.world_size / seconds,
             "peak_memory_bytes": _peak_memory(),
         },
+        predicted=(module.predicted if best.weights is None else best.predicted) or {},
         broken=broken,
     )
 

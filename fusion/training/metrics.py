@@ -64,7 +64,7 @@ class TaskMetrics(nn.Module):
 
     def update(self, scores: Tensor, labels: Tensor) -> None:
         """scores: (B, K) of the head, labels: (B,)."""
-        predictions = scores.float().squeeze(-1) if self.kind == "regression" else scores.argmax(-1)
+        predictions = predicted(scores, self.kind)
         for metric in self.metrics.values():
             metric.update(predictions, labels)
 
@@ -76,6 +76,11 @@ class TaskMetrics(nn.Module):
     def reset(self) -> None:
         for metric in self.metrics.values():
             metric.reset()
+
+
+def predicted(scores: Tensor, kind: str) -> Tensor:
+    """scores: (B, K) of the head -> (B,): the value of a regression, else the index of the best."""
+    return scores.float().squeeze(-1) if kind == "regression" else scores.argmax(-1)
 
 
 def _metric(name: str, kind: str, classes: int) -> Metric:

@@ -19,7 +19,7 @@ from fusion.config import OptimConfig, TaskConfig
 from fusion.data.batches import Batch
 from fusion.errors import LossNotFinite, UserError
 from fusion.model import AdaptedModel
-from fusion.training.metrics import MEAN, TaskMetrics, main_metrics
+from fusion.training.metrics import MEAN, TaskMetrics, main_metrics, predicted
 
 
 class TaskModule(lightning.LightningModule):
@@ -63,6 +63,9 @@ class TaskModule(lightning.LightningModule):
         self.split_metrics = nn.ModuleList([TaskMetrics(task) for task in splits.values()])
         # Of each evaluated epoch: its number (from 1) and every metric.
         self.history: list[dict[str, float]] = []
+        # Of the last evaluation, by split: what was predicted for each row, (rows,).
+        self.predicted: dict[str, Tensor] = {}
+        self._predicted: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self.rows_seen = 0
         self.tokens_seen = 0
         # Checkpoints hold the trainable tensors alone; `on_load_checkpoint` compares the key sets.
@@ -151,9 +154,14 @@ class TaskModule(lightning.LightningModule):
         counts = batch.weights > 0
         metrics = self.split_metrics[dataloader_idx]
         assert isinstance(metrics, TaskMetrics)
-        metrics.update(self.scores(batch)[counts], batch.labels[counts])
+        scores = self.scores(batch)[counts]
+        metrics.update(scores, batch.labels[counts])
+        answers = batch.rows[counts], predicted(scores, metrics.kind)
+        self._predicted.setdefault(list(self.splits)[dataloader_idx], []).append(answers)
 
     def on_validation_epoch_end(self) -> None:
+        self.predicted = {split: self._by_row(parts) for split, parts in self._predicted.items()}
+        self._predicted = {}
         values: dict[str, float] = {}
         for split, metrics in zip(self.splits, self.split_metrics, strict=True):
             assert isinstance(metrics, TaskMetrics)
@@ -171,6 +179,15 @@ class TaskModule(lightning.LightningModule):
         if self.history and self.history[-1]["epoch"] == epoch:
             self.history.pop()  # evaluated within the epoch as well: its end is what is kept
         self.history.append({"epoch": epoch, **values})
+
+    def _by_row(self, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """(some rows,), (their predictions,) of every process -> (rows,) in the order of the split, on the CPU."""
+        rows, answers = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+        if self.trainer.world_size > 1:
+            everywhere: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(everywhere, (rows, answers))
+            rows, answers = (torch.cat(column) for column in zip(*everywhere, strict=True))
+        return answers[rows.argsort()]
 
     def configure_optimizers(self) -> Any:
         """AdamW with linear warm-up and linear decay to zero."""

@@ -27,6 +27,7 @@ from fusion.run import Run
 from fusion.store.artifacts import save
 from fusion.store.manifest import Manifest, read_folder
 from fusion.training.fit import Fit, fit
+from fusion.training.outcomes import outcomes, write_outcomes
 
 DIVERGED = "-diverged"  # ending of the name of what was best before the loss was no longer finite
 
@@ -177,6 +178,8 @@ def train_and_store(
         log.info("stored %s", path)
         stored = read_folder(path)
         result = result_of(stored, path)
+        seen = {split: outcomes(rows.validation[split], said) for split, said in fitted.predicted.items()}
+        write_outcomes(run.directory, seen)
         log_result(loggers, result)
         log_lineage(
             loggers, folder=path, kind=stored.kind, name=stored.name, hash=stored.hash, sources=stored.sources

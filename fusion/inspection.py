@@ -1,0 +1,196 @@
+"""Look into a stored fusion on a split of its task: who is listened to, word by word, and who is needed.
+
+Nothing is trained. What comes out is plain and goes into inspection.json, which the report reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fusion.answers import own_tasks
+from fusion.backbones.load import load_backbone, locate
+from fusion.build import backbone_of, stored_model
+from fusion.config import DataConfig, InspectConfig, LimitConfig, TaskConfig
+from fusion.data.encode import EncodedRows, encode, load_tokenizer
+from fusion.data.loaders import evaluation_loader
+from fusion.data.rows import Rows, evaluation_splits, load_rows
+from fusion.errors import UserError
+from fusion.inference import class_names, device_of, predict, probabilities
+from fusion.listening import listen
+from fusion.masking import Scored, prune_greedily, without_each
+from fusion.store.artifacts import load
+from fusion.store.manifest import Manifest, check_attends
+from fusion.training.metrics import predicted, score
+from fusion.words import chosen_rows, words_of
+
+TEXT = 2000  # characters of a row's text that are kept
+
+log = logging.getLogger(__name__)
+
+
+def data_of(manifest: Manifest, asked: DataConfig) -> DataConfig:
+    """The data that the artifact was trained on, but for what is asked for: the folder, lengths, limits, batches.
+
+    A relative folder that is not here is looked for where the training was started.
+    """
+    flat = {
+        key.removeprefix("data."): value
+        for key, value in manifest.run["config"].items()
+        if key.startswith("data.")
+    }
+    folder = asked.dir
+    if folder is None and (trained := flat.get("dir")) is not None:
+        there = Path(manifest.run.get("folder") or ".") / trained
+        folder = str(there if not Path(trained).is_dir() and there.is_dir() else trained)
+    limits = {
+        split: getattr(asked.limit, split) or flat.get(f"limit.{split}")
+        for split in ("train", "validation", "test")
+    }
+    return dataclasses.replace(
+        asked,
+        dir=folder,
+        limit=LimitConfig(**limits),
+        max_length=asked.max_length or manifest.data["max_length"],
+    )
+
+
+def inspect(config: InspectConfig) -> dict[str, Any]:
+    """What inspection.json holds.
+
+    name, hash, task, split, fingerprint, rows: what was looked at. sources: names, in order. slots: names, L of them.
+    metrics: with all sources. attention: by slot, each source's mean weight and the entropy, see `Listening`.
+    masked: by source, the metrics without it. pruned: `{"kept": [names], "metrics"}` from all sources down to one,
+    or null. words: the chosen rows, see `words_of`.
+
+    Raises:
+        UserError: the artifact, its sources, backbone or data are missing, or it is nothing to look into.
+    """
+    started = time.monotonic()
+    device = device_of(config.accelerator)
+    artifact = load(config.artifact, Path(config.store))
+    manifest = artifact.manifest
+    check_attends(manifest, f"artifact={config.artifact}", "name a fusion")
+    task, data = own_tasks(manifest)[0], data_of(manifest, config.data)
+    split = evaluation_splits(task, config.split, data)[0]
+    rows = load_rows(task, data, split)
+    if rows.labels is None:
+        raise UserError(f"split={split}: its rows have no labels to score against; expected a labelled split")
+    name, revision = backbone_of(manifest, config.backbone)
+    tokenizer = load_tokenizer(locate(name), revision, config.backbone.trust_remote_code)
+    assert data.max_length is not None
+    encoded = encode(rows, tokenizer, data.max_length, data.cache_dir)
+    backbone = load_backbone(name, revision, config.backbone.trust_remote_code)
+    model = stored_model(artifact, artifact.path.parent, backbone, config.drop)
+    sources = [source["name"] for source in manifest.sources]
+
+    def run(kept: Sequence[int] | None = None) -> Tensor:
+        on = None
+        if kept is not None:
+            on = torch.tensor([n in kept for n in range(len(sources))], device=device)
+        size, tokens = data.batch_size, data.tokens_per_batch
+        return predict(model, encoded, size, device, tokens_per_batch=tokens, sources_on=on).scores
+
+    def scored(kept: Sequence[int]) -> Scored:
+        return _scored(task, run(kept), encoded)
+
+    batches = evaluation_loader(encoded, data.batch_size, tokens_per_batch=data.tokens_per_batch)
+    heard = listen(model, batches, device)
+    scores = run()
+    full = _scored(task, scores, encoded)
+    log.info("%s on %s %s (%d rows): %s", manifest.name, task.name, split, len(rows), full.metrics)
+    masked = without_each(len(sources), scored) if len(sources) > 1 else []
+    for source, one in zip(sources, masked, strict=False):
+        log.info("without %s: %s", source, one.metrics)
+    pruned = prune_greedily(len(sources), scored, full, masked) if config.prune and masked else None
+    words = []
+    if all(slot.entropy is not None for slot in heard.values()):
+        answers = predicted(scores, task.kind)
+        for row in _asked_rows(config.words, task, answers, encoded):
+            text = int(answers[row]) if task.kind == "choice" else 0
+            shown = words_of(model, encoded, row, text, tokenizer, device)
+            words.append({"row": row, **_said(task, rows, row, text, scores[row]), **shown})
+    return {
+        "name": manifest.name,
+        "artifact": str(artifact.path),
+        "hash": manifest.hash,
+        "task": task.name,
+        "split": split,
+        "fingerprint": encoded.fingerprint,
+        "rows": len(rows),
+        "backbone": manifest.backbone["name_or_path"],
+        "composition": manifest.composition,
+        "drop": config.drop,
+        "sources": sources,
+        "slots": list(heard),
+        "metrics": full.metrics,
+        "attention": {
+            slot: {"mean": one.mean.tolist(), "entropy": one.entropy} for slot, one in heard.items()
+        },
+        "masked": {source: one.plain() for source, one in zip(sources, masked, strict=False)},
+        "pruned": None
+        if pruned is None
+        else [{"kept": [sources[n] for n in step.kept], **step.scored.plain()} for step in pruned],
+        "words": words,
+        "speed": {"seconds": time.monotonic() - started},
+    }
+
+
+def _scored(task: TaskConfig, scores: Tensor, rows: EncodedRows) -> Scored:
+    assert rows.labels is not None
+    labels = torch.from_numpy(rows.labels)
+    if task.kind == "regression":
+        loss = F.mse_loss(scores.float().squeeze(-1), labels.float())
+    else:
+        loss = F.cross_entropy(scores.float(), labels)
+    return Scored(score(task, scores, rows.labels), float(loss))
+
+
+def _asked_rows(asked: Any, task: TaskConfig, answers: Tensor, rows: EncodedRows) -> list[int]:
+    """The rows of `words=`: so many of them, or just these.
+
+    Raises:
+        UserError: a row that the split does not have.
+    """
+    if isinstance(asked, list):
+        if beyond := [row for row in asked if row >= len(rows)]:
+            raise UserError(
+                f"words={asked}: row {beyond[0]} is not there; the split has rows 0 to {len(rows) - 1}"
+            )
+        return asked
+    assert rows.labels is not None
+    labels = torch.from_numpy(rows.labels)
+    off = (answers - labels).abs() if task.kind == "regression" else (answers != labels).float()
+    return chosen_rows((off > off.median() if task.kind == "regression" else off > 0).tolist(), asked)
+
+
+def _said(task: TaskConfig, rows: Rows, row: int, text: int, scores: Tensor) -> dict[str, Any]:
+    """Text, prediction and truth of a row, as a person reads them."""
+    assert rows.labels is not None
+    parts = list(rows.texts[row])
+    if rows.choices is not None:
+        parts.append(rows.choices[row][text])
+    said: dict[str, Any] = {"texts": [part[:TEXT] for part in parts]}
+    if task.kind == "regression":
+        return said | {
+            "predicted": f"{float(scores[0]):.3g}",
+            "truth": f"{rows.labels[row]:.3g}",
+            "right": None,
+        }
+    count = len(rows.choices[row]) if rows.choices is not None else len(task.labels or [])
+    names = class_names(task, count)
+    values = probabilities(scores[None], task.kind)[0][:count]
+    best = int(values.argmax())
+    return said | {
+        "predicted": f"{names[best]} ({float(values[best]):.2f})",
+        "truth": names[int(rows.labels[row])],
+        "right": best == int(rows.labels[row]),
+    }

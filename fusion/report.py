@@ -1,0 +1,115 @@
+"""One page about many runs: what helped what, by how much, is it real, what did it cost.
+
+python -m fusion.report runs=outputs
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from fusion.app import command
+from fusion.config import InspectConfig, LimitConfig, ReportConfig
+from fusion.errors import UserError
+from fusion.run import Run, check_folder, write_json
+
+if TYPE_CHECKING:
+    from fusion.review.report.reading import Found
+    from fusion.review.report.results import Target
+
+log = logging.getLogger(__name__)
+
+
+def check(config: ReportConfig, run: Run) -> None:
+    """What can be said before anything is read."""
+    for folder in config.folders:
+        if not folder.is_dir():
+            raise UserError(
+                f"runs={folder}: no such folder; expected one that runs were written to, such as runs=outputs"
+            )
+    if config.path.is_dir():
+        raise UserError(
+            f"output={config.path}: this is a folder; expected a file, such as output=report.html"
+        )
+    check_folder(config.path.parent, "output")
+
+
+@command("report", ReportConfig, check=check)
+def main(config: ReportConfig, run: Run) -> dict[str, Any]:
+    from fusion.review.report.page import contents_of, write_files, write_page
+    from fusion.review.report.reading import read_runs
+    from fusion.review.report.results import targets_of
+
+    found = read_runs(config.folders, without=run.directory)
+    targets = targets_of(found, config.split)
+    if config.split is not None and not targets:
+        raise UserError(f"split={config.split}: no run has a score on it; leave split= out for what there is")
+    notes = look_into(config, run, found, targets) if config.inspect else []
+    contents = contents_of(found, targets, notes)
+    files = config.path.with_name(f"{config.path.stem}-files") if config.files else None
+    written = [] if files is None else write_files(contents, files)
+    about = {
+        "runs": ", ".join(map(str, config.folders)),
+        "made": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "command": shlex.join(["python", "-m", "fusion.report", *run.overrides]),
+    }
+    size = write_page(contents, config.path, about, files)
+    for line in found.unread:
+        log.warning("left out: %s", line)
+    print(
+        f"{config.path}: {len(targets)} target{'s' * (len(targets) != 1)}, {len(found.done)} runs, {size:,} bytes"
+    )
+    return {
+        "report": str(config.path),
+        "bytes": size,
+        "files": [str(path) for path in written],
+        "runs": len(found.done),
+        "unread": found.unread,
+        "targets": [target.label for target in targets],
+        "notes": notes,
+    }
+
+
+def look_into(config: ReportConfig, run: Run, found: Found, targets: list[Target]) -> list[str]:
+    """Inspects of every fusion in the table the first run that nobody has looked into, and gives what went wrong.
+
+    What is found lies in the report's own run folder, where the next report finds it.
+    """
+    notes = []
+    for target in targets:
+        for group in target.groups.values():
+            there = [one for one in group.trained if one.attends]
+            if not there or any(one.hash in found.inspections for one in there):
+                continue
+            from fusion.inspection import inspect
+
+            name = there[0].name
+            log.info("looking into %s (inspect=false does without)", name)
+            limits = LimitConfig(validation=config.inspect_rows, test=config.inspect_rows)
+            asked = InspectConfig(
+                artifact=there[0].artifact,
+                data=config.data_with(limits),
+                accelerator=config.accelerator,
+                words=config.words,
+            )
+            try:
+                seen = inspect(asked)
+            except Exception as error:  # one that cannot be looked into must not cost the page
+                if not isinstance(error, UserError):
+                    log.exception("%s", name)
+                reason = " ".join(str(error).split()) or type(error).__name__
+                notes.append(f"{name} could not be looked into: {reason}")
+                continue
+            folder = run.directory / "inspections" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "inspection.json", seen)
+            found.inspections[seen["hash"]] = seen
+    for note in notes:
+        log.warning("%s", note)
+    return notes
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The report: many run folders in one page. Reads files only."""

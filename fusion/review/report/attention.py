@@ -1,0 +1,121 @@
+"""Who was listened to: of each fusion the mean attention of its layers to its sources, over its seeds.
+
+Shapes: L slots, N sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusion.review.report.reading import ATTENTION, Found
+from fusion.review.report.results import Target, Trained
+
+Floats = NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """mean: (L, N), of the seeds. entropy: (L,) in nats, or None where the weights are no shares. runs: how many."""
+
+    target: str
+    method: str
+    sources: tuple[str, ...]
+    slots: tuple[str, ...]
+    mean: Floats
+    entropy: Floats | None
+    runs: int
+
+    @property
+    def overall(self) -> Floats:
+        """(N,): the mean over the slots."""
+        return np.asarray(self.mean.mean(0))
+
+    @property
+    def most(self) -> float:
+        """The entropy of paying all sources the same attention."""
+        return float(np.log(len(self.sources))) if len(self.sources) > 1 else 0.0
+
+
+def attention_of(targets: Sequence[Target], found: Found) -> list[Attention]:
+    """Of every fusion in the table, what its trainings noted in their best epoch, or its inspection saw."""
+    every = []
+    for target in targets:
+        for method, group in target.groups.items():
+            seen = [one for trained in group.trained if (one := _of_run(trained, found)) is not None]
+            like = [one for one in seen if (len(one[0]), one[1]) == (len(seen[0][0]), seen[0][1])]
+            if not like:
+                continue
+            sources, slots = like[0][:2]
+            entropies = [entropy for *_, entropy in like if entropy is not None]
+            every.append(
+                Attention(
+                    target.label,
+                    method,
+                    tuple(sources),
+                    tuple(slots),
+                    np.mean([mean for *_, mean, _ in like], axis=0),
+                    np.mean(entropies, axis=0) if len(entropies) == len(like) else None,
+                    len(like),
+                )
+            )
+    return every
+
+
+def _of_run(trained: Trained, found: Found) -> tuple[list[str], list[str], Floats, Floats | None] | None:
+    best = trained.run.result.get("best_epoch")
+    lines = trained.run.lines(ATTENTION)
+    chosen: dict[str, Any] | None = next(
+        (line for line in reversed(lines) if line.get("epoch") == best), None
+    )
+    if chosen is None and lines:
+        chosen = lines[-1]
+    if chosen is None and (inspection := found.inspections.get(trained.hash or "")) is not None:
+        chosen = {"sources": inspection.get("sources"), "slots": inspection.get("attention")}
+    if chosen is None:
+        return None
+    try:
+        sources, slots = [str(name) for name in chosen["sources"]], chosen["slots"]
+        mean = np.array([slot["mean"] for slot in slots.values()], float)
+        if not sources or mean.shape != (len(slots), len(sources)) or not np.isfinite(mean).all():
+            return None
+        entropies = [slot.get("entropy") for slot in slots.values()]
+        entropy = None if None in entropies else np.array(entropies, float)
+        return sources, list(map(str, slots)), mean, entropy
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return None
+
+
+def by_target(every: Sequence[Attention], layer: int | None = None) -> tuple[list[str], list[str], Floats]:
+    """The paper's Figure 4: fusions by rows, sources by columns, NaN where a fusion has not the source.
+
+    Args:
+        layer: the number of a slot; None: the mean over all.
+
+    Returns:
+        Names of the fusions and of the sources, and (fusions, sources).
+    """
+    columns = list(dict.fromkeys(source for one in every for source in one.sources))
+    several = len({one.method for one in every}) > 1
+    rows = [f"{one.target} ({one.method})" if several else one.target for one in every]
+    matrix = np.full((len(every), len(columns)), np.nan)
+    for row, one in enumerate(every):
+        values = one.overall if layer is None else one.mean[min(layer, len(one.mean) - 1)]
+        for source, value in zip(one.sources, values, strict=True):
+            matrix[row, columns.index(source)] = value
+    return rows, columns, matrix
+
+
+def layer_names(slots: Sequence[str]) -> list[str]:
+    """`0.feedforward` as `1` (counted from one), with the site where a layer has several."""
+    several = len({slot.partition(".")[2] for slot in slots}) > 1
+    named = []
+    for slot in slots:
+        layer, _, site = slot.partition(".")
+        number = str(int(layer) + 1) if layer.isdigit() else layer
+        named.append(f"{number} {site.replace('_', ' ')}" if several else number)
+    return named

@@ -1,0 +1,301 @@
+"""The pictures: as files for a paper (PNG, SVG), and as SVG in the page, where they take on its colours."""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import io
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fusion.review.report.attention import Attention, Floats, by_target, layer_names
+from fusion.review.report.curves import Curve
+from fusion.review.report.results import Target
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe & Ito's palette without its yellow, which white paper swallows; readable for the colour-blind.
+PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#7f7f7f", "#8c564b")
+# Nearly black: black in a file, and in the page replaced by the page's own colours of text and lines.
+_INK, _FAINT = "#010203", "#7d7e80"
+_STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a name may hold dollars
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _FAINT,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+
+@contextlib.contextmanager
+def _drawing(width: float, height: float) -> Iterator[Figure]:
+    """A figure of so many inches, drawn in the report's style and without a window."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+def colour_of(name: str, names: Sequence[str]) -> str:
+    return PALETTE[list(names).index(name) % len(PALETTE)]
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """NAME.png and NAME.svg, on white."""
+    import matplotlib
+
+    paths = [folder / f"{name}.{ending}" for ending in ("png", "svg")]
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
+        for path in paths:
+            metadata = {"Date": None} if path.suffix == ".svg" else {}
+            figure.savefig(path, dpi=200, facecolor="white", metadata=metadata)
+    return paths
+
+
+def inline(figure: Figure, name: str, title: str) -> str:
+    """The figure as an SVG element whose text and lines have the page's colours.
+
+    Args:
+        name: makes the element's inner names its own.
+        title: says to those who cannot see it what it shows.
+    """
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\b(id="|xlink:href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = svg.replace(_INK, "currentColor").replace(_FAINT, "var(--faint)")
+    head = f'<svg class="figure" role="img" aria-label="{html.escape(title)}"'
+    return re.sub(
+        r'^<svg( width="[^"]*"| height="[^"]*")*',
+        head,
+        re.sub(r'(width|height)="[\d.]+pt" ?', "", svg, count=2),
+    )
+
+
+def scores_figure(targets: Sequence[Target]) -> Figure:
+    """Each target's methods: the mean of the seeds, a line of one standard deviation, the seeds as dots."""
+    methods = list(dict.fromkeys(method for target in targets for method in target.groups))
+    heights = [len(target.groups) for target in targets]
+    with _drawing(7.0, 0.55 + 0.26 * sum(heights) + 0.45 * len(targets)) as figure:
+        panels = figure.subplots(len(targets), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, target in zip(panels, targets, strict=True):
+            for place, (method, group) in enumerate(target.groups.items()):
+                colour = colour_of(method, methods)
+                axes.errorbar(
+                    group.mean,
+                    place,
+                    xerr=group.deviation or 0,
+                    fmt="o",
+                    color=colour,
+                    markersize=6,
+                    capsize=3,
+                )
+                if len(group.scores) > 1:
+                    axes.plot(
+                        group.scores, [place] * len(group.scores), "|", color=colour, markersize=8, alpha=0.6
+                    )
+            axes.set_yticks(range(len(target.groups)), list(target.groups))
+            axes.set_ylim(len(target.groups) - 0.5, -0.5)
+            axes.set_title(f"{target.label}: {target.metric} ({target.split})")
+            axes.grid(axis="x", color=_FAINT, alpha=0.25)
+        return figure
+
+
+def attention_figure(one: Attention) -> Figure:
+    """Layers by rows, sources by columns, each cell its share."""
+    return _heatmap(one.mean, layer_names(one.slots), one.sources, "layer", f"{one.target} ← {one.method}")
+
+
+def by_target_figure(every: Sequence[Attention]) -> Figure:
+    """Fusions by rows, sources by columns, for the mean over the layers and the first, middle and last of them."""
+    count = max(len(one.slots) for one in every)
+    panels = [("all layers", None), ("first", 0), ("middle", count // 2), ("last", count - 1)]
+    rows, columns, _ = by_target(every)
+    with _drawing(2.0 + 4 * (0.5 + 0.32 * len(columns)), 1.3 + 0.3 * len(rows)) as figure:
+        for axes, (title, layer) in zip(figure.subplots(1, 4, sharey=True), panels, strict=True):
+            _cells(axes, by_target(every, layer)[2], rows, columns, title)
+        return figure
+
+
+def _heatmap(values: Floats, rows: Sequence[str], columns: Sequence[str], ylabel: str, title: str) -> Figure:
+    with _drawing(1.6 + 0.55 * len(columns), 1.2 + 0.27 * len(rows)) as figure:
+        axes = figure.subplots()
+        _cells(axes, values, rows, columns, title)
+        axes.set_ylabel(ylabel)
+        return figure
+
+
+def _cells(axes: Any, values: Floats, rows: Sequence[str], columns: Sequence[str], title: str) -> None:
+    largest = max(1e-9, float(np.nanmax(np.abs(values)))) if np.isfinite(values).any() else 1.0
+    axes.pcolormesh(
+        np.ma.masked_invalid(values), cmap="Blues", vmin=0, vmax=max(largest, 1e-9), rasterized=False
+    )
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            text = f"{value:.2f}".removeprefix("0") if 0 <= value < 1 else f"{value:.2f}"
+            dark = value > 0.6 * largest
+            axes.text(
+                column + 0.5,
+                row + 0.5,
+                text,
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if dark else "#222222",
+            )
+    axes.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(title)
+
+
+def entropy_figure(every: Sequence[Attention]) -> Figure:
+    """How spread the attention is, layer by layer, as a share of what even attention would have."""
+    with _drawing(6.0, 2.8) as figure:
+        axes = figure.subplots()
+        for number, one in enumerate(every):
+            if one.entropy is None or one.most == 0:
+                continue
+            colour = PALETTE[number % len(PALETTE)]
+            label = f"{one.target} ← {one.method}"
+            axes.plot(
+                np.arange(1, len(one.entropy) + 1),
+                one.entropy / one.most,
+                "o-",
+                color=colour,
+                label=label,
+                markersize=4,
+            )
+        axes.axhline(1.0, color=_FAINT, linestyle=":", linewidth=1)
+        axes.set_ylim(0, 1.05)
+        axes.set_xlabel("slot, from the first layer to the last")
+        axes.set_ylabel("entropy / even attention")
+        axes.legend(fontsize=7, loc="lower left")
+        return figure
+
+
+def pruning_figure(inspection: dict[str, Any]) -> Figure:
+    """Left: the change without each source; right: the score against the number of kept sources."""
+    metric, full = next(iter(inspection["metrics"].items()))
+    masked = {name: one["metrics"][metric] - full for name, one in inspection["masked"].items()}
+    steps = inspection.get("pruned") or []
+    with _drawing(7.0, 1.2 + 0.26 * max(len(masked), 5)) as figure:
+        left, right = figure.subplots(1, 2)
+        names = list(masked)
+        colours = ["#d55e00" if masked[name] < 0 else "#009e73" for name in names]
+        left.barh(names, [masked[name] for name in names], color=colours)
+        left.axvline(0, color=_FAINT, linewidth=0.8)
+        left.invert_yaxis()
+        left.set_title(f"{metric} without it")
+        left.locator_params(axis="x", nbins=4)
+        left.grid(axis="x", color=_FAINT, alpha=0.25)
+        if steps:
+            counts = [len(step["kept"]) for step in steps]
+            right.plot(
+                counts, [step["metrics"][metric] for step in steps], "o-", color=PALETTE[0], markersize=4
+            )
+            right.set_xticks(counts)
+            right.invert_xaxis()
+        right.set_xlabel("sources kept")
+        right.set_title(f"{metric}, the least needed left out first")
+        right.grid(axis="y", color=_FAINT, alpha=0.25)
+        return figure
+
+
+def curves_figure(curves: dict[str, list[Curve]], methods: Sequence[str]) -> Figure:
+    """A panel for each metric; a band from the lowest to the highest seed."""
+    with _drawing(3.4 * min(len(curves), 2) + 0.2, 2.4 * -(-len(curves) // 2) + 0.3) as figure:
+        panels = figure.subplots(-(-len(curves) // 2), min(len(curves), 2), squeeze=False).flatten()
+        for axes, (metric, of_metric) in zip(panels, curves.items(), strict=False):
+            for curve in of_metric:
+                colour = colour_of(curve.method, methods)
+                marker = "o" if len(curve.steps) < 15 else None
+                axes.plot(
+                    curve.steps,
+                    curve.mean,
+                    color=colour,
+                    label=curve.method,
+                    marker=marker,
+                    markersize=3,
+                    linewidth=1.2,
+                )
+                if curve.seeds > 1:
+                    axes.fill_between(
+                        curve.steps, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0
+                    )
+            axes.set_title(metric)
+            axes.set_xlabel("step")
+            axes.grid(color=_FAINT, alpha=0.2)
+        for axes in panels[len(curves) :]:
+            axes.set_visible(False)
+        panels[0].legend(fontsize=7)
+        return figure
+
+
+def cost_figure(target: Target, rows: Sequence[dict[str, Any]]) -> Figure:
+    """The score against what trains and against how long it took."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    methods = list(target.groups)
+    with _drawing(7.0, 2.8) as figure:
+        for axes, (key, label) in zip(
+            figure.subplots(1, 2, sharey=True),
+            (("parameters", "parameters that train"), ("seconds", "seconds of training")),
+            strict=True,
+        ):
+            for row in rows:
+                if row.get(key):
+                    axes.plot(
+                        row[key], row["score"], "o", color=colour_of(row["method"], methods), markersize=7
+                    )
+                    axes.annotate(
+                        row["method"],
+                        (row[key], row["score"]),
+                        xytext=(5, 4),
+                        textcoords="offset points",
+                        fontsize=7,
+                    )
+            if any(row.get(key) for row in rows):
+                axes.set_xscale("log")
+                axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=6))
+                axes.xaxis.set_major_formatter(FuncFormatter(_count))
+                axes.xaxis.set_minor_locator(NullLocator())
+            axes.margins(x=0.25, y=0.2)
+            axes.set_xlabel(label)
+            axes.grid(color=_FAINT, alpha=0.2)
+        figure.axes[0].set_ylabel(target.metric)
+        figure.suptitle(target.label, x=0.02, ha="left", fontsize=10)
+        return figure
+
+
+def _count(value: float, position: int | None = None) -> str:
+    """1000 as 1 k, 3000000 as 3 M."""
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"

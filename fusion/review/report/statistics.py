@@ -1,0 +1,247 @@
+"""Is a difference real? Paired bootstrap over rows and seeds, and Holm's correction for many targets.
+
+Shapes: S seeds, R rows, B resamples, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 2000
+LEVEL = 0.95
+_BATCH = 100  # resamples at a time
+_SEED = 20_210_419  # the same report from the same files
+_AGAINST_TIES = 1e-12
+
+Floats = NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one run said of the rows of a split; labels, predicted: (R,), class ids or values."""
+
+    fingerprint: str
+    labels: NDArray[Any]
+    predicted: NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One run of a method: its seed, its score, and what it said row by row, where that was kept."""
+
+    seed: int
+    score: float
+    answers: Answers | None = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A method's score less the baseline's, over the pairs of runs with the same seed.
+
+    mean: of the scores. low, high: 95 % interval; None: one run each, and nothing row by row.
+    p: two-sided. unit: what was resampled. wins, ties, losses: pairs.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    p: float | None
+    unit: str
+    wins: int
+    ties: int
+    losses: int
+
+
+def compare(method: Sequence[Sample], baseline: Sequence[Sample], metric: str) -> Difference:
+    """The difference of two methods' runs on one split.
+
+    Runs are paired by their seeds; where no seed is in both, all are taken and only the rows are paired. Where the
+    answers of every run to the same rows are known, rows and pairs of seeds are drawn together, with replacement
+    (Efron & Tibshirani 1993, ch. 8 and 15; for rows alone: Koehn 2004); the interval is of percentiles and p is twice
+    the share of resamples on the other side of zero. Else the pairs' differences are drawn, and p is of the
+    permutation test that swaps the members of pairs.
+    """
+    from scipy import stats
+
+    ones, others, paired = _pairs(method, baseline)
+    mean = _mean(ones) - _mean(others)
+    differences = (
+        np.array([one.score - other.score for one, other in zip(ones, others, strict=True)])
+        if paired
+        else np.zeros(0)
+    )
+    wins, losses = int((differences > _AGAINST_TIES).sum()), int((differences < -_AGAINST_TIES).sum())
+    counts = (wins, len(differences) - wins - losses, losses)
+    answers = _same_rows([*ones, *others])
+    if answers is not None:
+        mine, its = answers[: len(ones)], answers[len(ones) :]
+        draw = np.random.RandomState(_SEED)
+
+        def statistic(rows: NDArray[np.integer], axis: int = -1) -> Floats:
+            """rows: (B, R) -> (B,)."""
+            drawn = draw.randint(len(mine), size=(len(rows), len(mine)))
+            again = drawn if paired else draw.randint(len(its), size=(len(rows), len(its)))
+            return _drawn_mean(mine, rows, drawn, metric) - _drawn_mean(its, rows, again, metric)
+
+        found = stats.bootstrap(
+            (np.arange(len(mine[0].labels)),),
+            statistic,
+            n_resamples=RESAMPLES,
+            batch=_BATCH,
+            vectorized=True,
+            confidence_level=LEVEL,
+            method="percentile",
+            **_generator(stats.bootstrap),
+        )
+        distribution = found.bootstrap_distribution
+        tail = min((distribution <= _AGAINST_TIES).sum(), (distribution >= -_AGAINST_TIES).sum())
+        p = min(1.0, 2 * (float(tail) + 1) / (len(distribution) + 1))
+        several = len(ones) > 1 or len(others) > 1
+        unit = "rows and seeds" if several else "rows"
+        return Difference(
+            mean,
+            float(found.confidence_interval.low),
+            float(found.confidence_interval.high),
+            p,
+            unit,
+            *counts,
+        )
+    if len(differences) < 2:
+        return Difference(mean, None, None, None, "", *counts)
+    if np.ptp(differences) < _AGAINST_TIES:  # scipy warns of what has no spread
+        low = high = float(differences[0])
+    else:
+        interval = stats.bootstrap(
+            (differences,),
+            np.mean,
+            n_resamples=RESAMPLES,
+            confidence_level=LEVEL,
+            method="percentile",
+            **_generator(stats.bootstrap),
+        ).confidence_interval
+        low, high = float(interval.low), float(interval.high)
+    test = stats.permutation_test(
+        (np.array([one.score for one in ones]), np.array([other.score for other in others])),
+        lambda x, y, axis: np.mean(x - y, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        **_generator(stats.permutation_test),
+    )
+    return Difference(mean, low, high, float(test.pvalue), "seeds", *counts)
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """p-values of a family of tests, adjusted step by step from the smallest (Holm 1979)."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    adjusted, highest = [0.0] * len(values), 0.0
+    for rank, place in enumerate(order):
+        highest = max(highest, min(1.0, (len(values) - rank) * values[place]))
+        adjusted[place] = highest
+    return adjusted
+
+
+def metric_of(name: str, labels: NDArray[Any], predicted: NDArray[Any]) -> Floats:
+    """The project's metrics, for many resamples at once; what is not defined counts as 0.
+
+    Args:
+        labels, predicted: (B, R).
+
+    Returns:
+        (B,).
+
+    Raises:
+        KeyError: no such metric.
+    """
+    if name == "accuracy":
+        return np.asarray((labels == predicted).mean(-1))
+    if name in ("pearson", "spearman"):
+        return _correlation(labels, predicted, ranks=name == "spearman")
+    return {"f1": _f1, "macro_f1": _macro_f1, "matthews": _matthews}[name](_confusion(labels, predicted))
+
+
+def _confusion(labels: NDArray[Any], predicted: NDArray[Any]) -> Floats:
+    """(B, R) twice -> (B, C, C), rows by label."""
+    classes = int(max(labels.max(initial=0), predicted.max(initial=0), 1)) + 1
+    cells = labels.astype(np.int64) * classes + predicted.astype(np.int64)
+    counts = [np.bincount(row, minlength=classes * classes) for row in cells]
+    return np.array(counts, float).reshape(len(cells), classes, classes)
+
+
+def _f1(confusion: Floats) -> Floats:
+    """Of class 1."""
+    return np.asarray(_f1_by_class(confusion)[:, 1])
+
+
+def _macro_f1(confusion: Floats) -> Floats:
+    """The mean over the classes that occur or are predicted."""
+    there = confusion.sum(1) + confusion.sum(2) > 0
+    return np.asarray(_f1_by_class(confusion).sum(1) / there.sum(1))
+
+
+def _f1_by_class(confusion: Floats) -> Floats:
+    right = np.einsum("bcc->bc", confusion)
+    both = confusion.sum(1) + confusion.sum(2)
+    return np.asarray(2 * right / np.where(both > 0, both, 1))
+
+
+def _matthews(confusion: Floats) -> Floats:
+    """The multi-class form (Gorodkin 2004)."""
+    total, right = confusion.sum((1, 2)), np.einsum("bcc->b", confusion)
+    said, true = confusion.sum(1), confusion.sum(2)
+    above = right * total - (said * true).sum(1)
+    below = np.sqrt((total**2 - (said**2).sum(1)) * (total**2 - (true**2).sum(1)))
+    return np.asarray(np.where(below > 0, above / np.where(below > 0, below, 1), 0.0))
+
+
+def _correlation(one: NDArray[Any], other: NDArray[Any], ranks: bool) -> Floats:
+    if ranks:
+        from scipy.stats import rankdata
+
+        one, other = rankdata(one, axis=-1), rankdata(other, axis=-1)
+    one, other = (
+        values - values.mean(-1, keepdims=True) for values in (one.astype(float), other.astype(float))
+    )
+    below = np.sqrt((one**2).sum(-1) * (other**2).sum(-1))
+    return np.asarray(np.where(below > 0, (one * other).sum(-1) / np.where(below > 0, below, 1), 0.0))
+
+
+def _drawn_mean(
+    runs: Sequence[Answers], rows: NDArray[np.integer], drawn: NDArray[np.integer], metric: str
+) -> Floats:
+    """The mean score of the drawn runs on the drawn rows: rows (B, R), drawn (B, S) -> (B,)."""
+    scores = np.stack([metric_of(metric, run.labels[rows], run.predicted[rows]) for run in runs], -1)
+    return np.asarray(np.take_along_axis(scores, drawn, axis=-1).mean(-1))
+
+
+def _pairs(method: Sequence[Sample], baseline: Sequence[Sample]) -> tuple[list[Sample], list[Sample], bool]:
+    """The runs of both, in pairs where they share seeds."""
+    ones, others = ({sample.seed: sample for sample in samples} for samples in (method, baseline))
+    if common := sorted(ones.keys() & others.keys()):
+        return [ones[seed] for seed in common], [others[seed] for seed in common], True
+    return list(ones.values()), list(others.values()), False
+
+
+def _same_rows(samples: Sequence[Sample]) -> list[Answers] | None:
+    """The answers of all, if they are to the same rows."""
+    answers = [sample.answers for sample in samples if sample.answers is not None]
+    same = len(answers) == len(samples) and len({one.fingerprint for one in answers}) == 1
+    same = same and len({len(one.labels) for one in answers}) == 1 and len(answers[0].labels) > 1
+    return answers if same else None
+
+
+def _mean(samples: Sequence[Sample]) -> float:
+    return float(np.mean([sample.score for sample in samples]))
+
+
+def _generator(function: Any) -> dict[str, Any]:
+    """A fixed seed, by the name that this release of scipy has for it."""
+    import inspect
+
+    name = "rng" if "rng" in inspect.signature(function).parameters else "random_state"
+    return {name: np.random.default_rng(_SEED)}

@@ -1,0 +1,275 @@
+"""The report in a real browser: headless Chromium, driven by selenium. `make test-browser` runs these.
+
+They are not skipped where there is no Chromium: whoever asks for them wants to know.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from selenium import webdriver
+from selenium.webdriver import Chrome
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+
+from fusion.packing import unpack
+from tests.review.report.conftest import Write, write  # noqa: F401
+from tests.review.report.test_page import EVIL, a_night, contents, inspection, note_attention, written
+
+pytestmark = pytest.mark.browser
+WIDTHS = (400, 1600)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Chrome]:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    assert browser and driver, "no Chromium with its driver: apt-get install chromium chromium-driver"
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    started.set_page_load_timeout(60)
+    started.set_script_timeout(30)
+    try:
+        yield started
+    finally:
+        started.quit()
+
+
+@pytest.fixture
+def page(tmp_path: Path, write: Write) -> Path:  # noqa: F811
+    """A report of two targets, with a name that would do harm if it could."""
+    a_night(write)
+    a_night(write, "cb")
+    note_attention(write("rte", sources=[EVIL, "b"], wrong=1, score=0.95), EVIL)
+    write("rte", wrong=5, score=0.75)
+    written(contents(tmp_path, inspection()), tmp_path)
+    return tmp_path / "report.html"
+
+
+def show(chromium: Chrome, page: Path, width: int = 1600, dark: bool = False) -> Chrome:
+    chromium.get_log("browser")  # forget what was
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    features = {"prefers-color-scheme": "dark" if dark else "light", "prefers-reduced-motion": "reduce"}
+    wanted = [{"name": name, "value": value} for name, value in features.items()]
+    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": wanted})
+    chromium.get(page.as_uri())
+    return chromium
+
+
+def first(chromium: Chrome, selector: str) -> WebElement:
+    return chromium.find_element(By.CSS_SELECTOR, selector)
+
+
+def every(chromium: Chrome, selector: str) -> list[WebElement]:
+    return chromium.find_elements(By.CSS_SELECTOR, selector)
+
+
+def style_of(element: WebElement, name: str) -> str:
+    """A custom property as it stands on the element itself."""
+    value = element.parent.execute_script(
+        "return arguments[0].style.getPropertyValue(arguments[1])", element, name
+    )
+    return str(value).strip()
+
+
+def style_of_source(token: WebElement) -> str:
+    """The share that the page was written with, without a script."""
+    found = re.search(r"--w:\s*(\d+)%", token.get_attribute("style") or "")
+    assert found is not None
+    return found[1]
+
+
+def move(slider: WebElement, steps: int) -> None:
+    slider.send_keys(*[Keys.ARROW_RIGHT] * steps)
+
+
+def weights() -> Any:
+    return unpack(inspection()["words"][0]["weights"], (3, 4, 2))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dark", [False, True])
+def test_it_loads_cleanly_and_fits(chromium: Chrome, page: Path, width: int, dark: bool) -> None:
+    show(chromium, page, width, dark)
+    assert chromium.get_log("browser") == []
+    inner, document = chromium.execute_script("return [innerWidth, document.documentElement.scrollWidth]")
+    assert inner == width and document <= width, "the page itself does not scroll sideways"
+    assert chromium.execute_script("return performance.getEntriesByType('resource').length") == 0
+    assert chromium.find_element(By.TAG_NAME, "h1").is_displayed()
+    for section in every(chromium, "main > section"):
+        assert section.size["height"] > 40, section.get_attribute("id")
+    small = chromium.execute_script(
+        "return [...document.querySelectorAll('p, td, th, li, .token')].filter(e => e.offsetParent && "
+        "parseFloat(getComputedStyle(e).fontSize) < 10).length"
+    )
+    assert small == 0
+    texts = chromium.execute_script(
+        "return [...document.querySelectorAll('svg.figure text')].map(e => e.getBoundingClientRect().height)"
+    )
+    assert texts and min(texts) > 6, "the text of the figures can be read"
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_stands_out_from_its_ground(chromium: Chrome, page: Path, dark: bool) -> None:
+    """A contrast of 4.5 to 1 (WCAG AA), for the text, the verdicts and the darkest cell of a heatmap."""
+    show(chromium, page, dark=dark)
+
+    def colours(selector: str, ground: str) -> tuple[list[float], list[float]]:
+        script = """
+            const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+            const read = (c) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = c; canvas.fillRect(0, 0, 1, 1);
+                                  return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3); };
+            const [one, ground] = arguments;
+            return [read(getComputedStyle(document.querySelector(one)).color),
+                    read(getComputedStyle(document.querySelector(ground)).backgroundColor)];
+        """
+        return tuple(chromium.execute_script(script, selector, ground))
+
+    def luminance(colour: list[float]) -> float:
+        parts = [c / 255 for c in colour]
+        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+    pairs = [
+        ("p", "body"),
+        ("small", "body"),
+        ("td.better small", "body"),
+        ("nav a", "body"),
+        ("thead th", "body"),
+    ]
+    pairs.append(("#by-target td[style*='100%']", "#by-target td[style*='100%']"))
+    for one, ground in pairs:
+        light, deep = sorted((luminance(colour) for colour in colours(one, ground)), reverse=True)
+        assert (light + 0.05) / (deep + 0.05) >= 4.5, (one, dark)
+    assert (luminance(colours("p", "body")[1]) < 0.1) is dark
+
+
+def test_the_slider_shows_a_layer(chromium: Chrome, page: Path) -> None:
+    show(chromium, page)
+    slider, tokens = first(chromium, ".words input"), every(chromium, ".words .token")
+    assert len(tokens) == 4 and first(chromium, ".words output").text == "all layers (mean)"
+    colours = [style_of(token, "--c") for token in every(chromium, ".words .legend button[style]")]
+    for layer in range(4):
+        if layer:
+            move(slider, 1)
+        expected = weights().mean(0) if layer == 0 else weights()[layer - 1]
+        for place, token in enumerate(tokens):
+            assert style_of(token, "--c") == colours[expected[place].argmax()]
+            shown = float(style_of(token, "--w").rstrip("%"))
+            assert shown == pytest.approx(100 * expected[place].max(), abs=0.51)
+    assert first(chromium, ".words output").text == "layer 3"
+    assert chromium.get_log("browser") == []
+
+
+def test_one_source_alone(chromium: Chrome, page: Path) -> None:
+    show(chromium, page)
+    strongest, a, b = every(chromium, ".words .legend button")
+    assert [one.get_attribute("aria-pressed") for one in (strongest, a, b)] == ["true", "false", "false"]
+    b.click()
+    assert [one.get_attribute("aria-pressed") for one in (strongest, a, b)] == ["false", "false", "true"]
+    for place, token in enumerate(every(chromium, ".words .token")):
+        assert style_of(token, "--c") == style_of(b, "--c")
+        shown = float(style_of(token, "--w").rstrip("%"))
+        assert shown == pytest.approx(100 * weights().mean(0)[place, 1], abs=0.51)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_pointing_at_a_token_shows_its_shares(chromium: Chrome, page: Path, width: int) -> None:
+    show(chromium, page, width)
+    tip, tokens = first(chromium, "#tip"), every(chromium, ".words .token")
+    assert not tip.is_displayed()
+    move(first(chromium, ".words input"), 2)
+    chromium.execute_script("arguments[0].scrollIntoView({block: 'center'})", tokens[3])
+    ActionChains(chromium).move_to_element(tokens[3]).perform()
+    assert tip.is_displayed()
+    assert first(chromium, "#tip b").text == "ish · layer 2"
+    shown = {row.text.split()[0]: float(row.text.split()[1]) for row in every(chromium, "#tip tr")}
+    assert shown == {name: pytest.approx(weights()[1, 3, n], abs=0.006) for n, name in enumerate("ab")}
+    assert list(shown.values()) == sorted(shown.values(), reverse=True)
+    box = tip.rect
+    assert box["x"] >= 0 and box["x"] + box["width"] <= width
+    ActionChains(chromium).move_to_element(first(chromium, "#words h2")).perform()
+    assert not tip.is_displayed()
+
+
+def test_the_keyboard_does_too(chromium: Chrome, page: Path) -> None:
+    show(chromium, page)
+    every(chromium, ".words .legend button")[-1].send_keys(Keys.TAB)
+    assert chromium.switch_to.active_element.text == "[CLS]"
+    assert first(chromium, "#tip").is_displayed()
+    chromium.switch_to.active_element.send_keys(Keys.TAB)
+    assert first(chromium, "#tip b").text.startswith("a ·")
+
+
+def test_sources_by_targets_layer_by_layer(chromium: Chrome, page: Path) -> None:
+    show(chromium, page)
+    data = json.loads(first(chromium, "#data").get_attribute("textContent") or "")["byTarget"]
+    rows = every(chromium, "#by-target tbody tr")
+    assert [row.find_element(By.TAG_NAME, "th").text for row in rows] == ["cb", "rte", "tweets"]
+    move(first(chromium, "#target-layer"), 2)
+    assert first(chromium, "#listened output").text == "layer 2"
+    for row, values in zip(rows, data["data"][2], strict=True):
+        cells = [cell.text for cell in row.find_elements(By.TAG_NAME, "td")]
+        assert cells == ["–" if value is None else f"{value:.2f}" for value in values]
+    assert EVIL in [head.text for head in every(chromium, "#by-target thead th")]
+
+
+def test_a_cell_leads_to_its_runs(chromium: Chrome, page: Path) -> None:
+    show(chromium, page)
+    link = every(chromium, ".scores td a")[-1]
+    anchor = (link.get_attribute("href") or "").partition("#")[2]
+    folded = chromium.find_element(By.ID, anchor)
+    assert folded.get_attribute("open") is None
+    link.click()
+    assert folded.get_attribute("open") is not None
+    runs = folded.find_elements(By.CSS_SELECTOR, "li a")
+    assert runs
+    for run in runs:
+        path = re.sub("^file://", "", run.get_attribute("href") or "")
+        assert Path(path).is_dir()
+
+
+def test_it_prints_whole(chromium: Chrome, page: Path) -> None:
+    """What is folded away is unfolded on paper, dark colours are not printed, and the page is as it was afterwards."""
+    show(chromium, page, dark=True)
+    chromium.execute_script(
+        "window.seen = []; addEventListener('beforeprint', () => { seen.push(document.querySelectorAll("
+        "'details:not([open])').length, getComputedStyle(document.body).backgroundColor); })"
+    )
+    pdf = base64.b64decode(chromium.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})["data"])
+    assert pdf.startswith(b"%PDF") and len(re.findall(rb"/Type\s*/Page\b", pdf)) >= 2
+    assert chromium.execute_script("return seen[0]") == 0
+    assert every(chromium, "details[open]") == []
+    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    assert (
+        chromium.execute_script("return getComputedStyle(document.body).backgroundColor")
+        == "rgb(255, 255, 255)"
+    )
+    assert not first(chromium, "nav").is_displayed()
+    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
+def test_without_scripts_it_is_still_a_report(chromium: Chrome, page: Path) -> None:
+    chromium.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        show(chromium, page)
+        assert "±" in chromium.find_element(By.ID, "helped").text
+        widths = [float(style_of_source(token)) for token in every(chromium, ".token")]
+        assert widths == [pytest.approx(100 * share, abs=0.51) for share in weights().mean(0).max(-1)]
+    finally:
+        chromium.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})

@@ -1,0 +1,203 @@
+"""From run folders to targets, methods and seeds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fusion.errors import UserError
+from fusion.review.report.reading import read_runs
+from fusion.review.report.results import Target, targets_of
+from tests.review.report.conftest import Write
+
+
+def targets(folder: Path, split: str | None = None) -> list[Target]:
+    return targets_of(read_runs([folder / "runs"]), split)
+
+
+def only(folder: Path, split: str | None = None) -> Target:
+    (target,) = targets(folder, split)
+    return target
+
+
+def test_methods_and_seeds(tmp_path: Path, write: Write) -> None:
+    for seed, (head, adapter, fused) in enumerate([(0.6, 0.7, 0.9), (0.65, 0.8, 0.85)], start=1):
+        write(seed=seed, score=head, method__name="head")
+        write(seed=seed, score=adapter, wrong=round(20 * (1 - adapter)))
+        write(seed=seed, score=fused, sources=["a", "b"], wrong=round(20 * (1 - fused)))
+    target = only(tmp_path)
+    assert (target.label, target.task, target.split, target.metric, target.rows) == (
+        *("tweets", "tweets", "validation", "accuracy"),
+        20,
+    )
+    assert list(target.groups) == ["head", "single adapter", "fusion of 2"]
+    assert target.groups["head"].scores == [0.6, 0.65]
+    assert target.groups["fusion of 2"].mean == pytest.approx(0.875)
+    assert target.groups["fusion of 2"].deviation == pytest.approx(0.05 / 2**0.5)
+    assert set(target.differences) == {"head", "fusion of 2"}
+    fused_by = target.differences["fusion of 2"]
+    assert fused_by.mean == pytest.approx(0.125) and fused_by.unit == "rows and seeds"
+    assert (fused_by.wins, fused_by.ties, fused_by.losses) == (2, 0, 0)
+    assert target.differences["head"].unit == "seeds", "its answers were not kept"
+    assert target.adjusted == {m: d.p for m, d in target.differences.items()}, (
+        "one target, nothing to correct"
+    )
+
+
+def test_holm_is_over_the_targets(tmp_path: Path, write: Write) -> None:
+    for task in ("cb", "rte", "mrpc"):
+        write(task, score=0.7, wrong=6)
+        write(task, score=0.95, wrong=1, sources=["a", "b"])
+    found = targets(tmp_path)
+    assert [target.label for target in found] == ["cb", "mrpc", "rte"]
+    raw = [target.differences["fusion of 2"].p for target in found]
+    assert len(set(raw)) == 1 and raw[0] is not None
+    assert all(t.adjusted["fusion of 2"] == pytest.approx(min(1, 3 * raw[0])) for t in found)
+
+
+def test_of_several_settings_the_best_stands_for_its_method(tmp_path: Path, write: Write) -> None:
+    for rate, score in ((1e-4, 0.6), (1e-3, 0.8), (1e-2, 0.7)):
+        for seed in (1, 2):
+            write(seed=seed, score=score, optim__lr=rate)
+    target = only(tmp_path)
+    group = target.groups["single adapter"]
+    assert group.scores == [0.8, 0.8] and group.others == 2
+    assert group.differing == "optim.lr=0.001"
+    assert sorted(one.differing for one in target.variants["single adapter"]) == [
+        *("optim.lr=0.0001", "optim.lr=0.001", "optim.lr=0.01")
+    ]
+
+
+def test_settings_are_chosen_by_validation_and_shown_on_the_test_rows(tmp_path: Path, write: Write) -> None:
+    for name, rate, validation, test in (("a", 1e-4, 0.9, 0.5), ("b", 1e-3, 0.8, 0.7)):
+        write(score=validation, optim__lr=rate, artifact=name)
+        result = {"hash": None, "name": name}
+        write(command="evaluate", split="test", score=test, artifact=name, result=result)
+    group = only(tmp_path).groups["single adapter"]
+    assert only(tmp_path).split == "test"
+    assert group.scores == [0.5] and group.differing == "optim.lr=0.0001"
+    assert only(tmp_path, "validation").groups["single adapter"].scores == [0.9]
+
+
+def test_a_source_alone(tmp_path: Path, write: Write) -> None:
+    write("movies", artifact="movies", score=0.9)
+    write(score=0.7, artifact="own")
+    for name, score in (("own", 0.72), ("movies", 0.6)):
+        result = {"task": "tweets", "name": name, "hash": None}
+        write(command="evaluate", artifact=name, split="test", score=score, result=result)
+    by_task = {target.task: target for target in targets(tmp_path)}
+    assert {m: g.scores for m, g in by_task["tweets"].groups.items()} == {
+        "single adapter": [0.72],
+        "movies alone": [0.6],
+    }
+    assert list(by_task["movies"].groups) == ["single adapter"]
+
+
+def test_the_last_evaluation_and_the_last_training_count(tmp_path: Path, write: Write) -> None:
+    write(score=0.5, artifact="x")
+    write(score=0.6, artifact="x", optim__lr=0.5)
+    write(score=0.6, artifact="x", optim__lr=0.5, before="done")
+    for score in (0.1, 0.2):
+        write(command="evaluate", artifact="x", split="test", score=score, result={"hash": None, "name": "x"})
+    assert only(tmp_path, "validation").groups["single adapter"].scores == [0.6]
+    assert only(tmp_path, "test").groups["single adapter"].scores == [0.2]
+
+
+def test_settings_of_a_target_are_told_apart(tmp_path: Path, write: Write) -> None:
+    write(data__limit__train=100)
+    write(data__limit__train=None)
+    write(data__limit__train=100, backbone__name_or_path="org/large")
+    labels = [target.label for target in targets(tmp_path)]
+    assert sorted(labels) == [
+        "tweets · 100 rows · large",
+        "tweets · 100 rows · tiny",
+        "tweets · all rows · tiny",
+    ]
+
+
+def test_sources_named_by_their_seed_are_one_method(tmp_path: Path, write: Write) -> None:
+    for seed in (1, 2):
+        write(seed=seed, sources=[f"a-seed-{seed}", f"b-seed-{seed}"], score=0.8)
+    assert only(tmp_path).groups["fusion of 2"].scores == [0.8, 0.8]
+
+
+def test_compositions_have_their_names(tmp_path: Path, write: Write) -> None:
+    write(sources=["a"])
+    write(sources=["a", "b"], composition={"name": "scalearn"})
+    write(sources=["a", "b"], composition={"name": "adapterfusion", "target_adapter": True})
+    write(method__name="lora")
+    assert list(only(tmp_path).groups) == [
+        "LoRA",
+        "fusion of 2 + own adapter",
+        "fusion of a",
+        "scalearn of 2",
+    ]
+
+
+def test_several_tasks_at_once(tmp_path: Path, write: Write) -> None:
+    tasks = [{"name": name, "metrics": ["accuracy"]} for name in ("cb", "rte")]
+    metrics = {"cb/validation": {"accuracy": 0.6}, "rte/validation": {"accuracy": 0.5}}
+    result = {"metrics": metrics, "task": "cb+rte"}
+    write(task=None, tasks=tasks, method__name="multitask_adapter", result=result)
+    assert {t.task: t.groups["multi-task adapter"].scores for t in targets(tmp_path)} == {
+        "cb": [0.6],
+        "rte": [0.5],
+    }
+
+
+def test_what_is_no_number_is_left_out(tmp_path: Path, write: Write) -> None:
+    write(score=None)
+    write(result={"metrics": {"validation": {"accuracy": None}}})
+    write(result={"metrics": {"validation": "high"}})
+    write(result={"metrics": None})
+    assert targets(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"validation": {"labels": [0, 1], "predicted": [0]}},
+        {"validation": {"labels": ["a"], "predicted": ["a"], "fingerprint": "f"}},
+        {"validation": None},
+        {"validation": {"labels": [[0]], "predicted": [[0]], "fingerprint": "f"}},
+        [],
+    ],
+)
+def test_damaged_answers_cost_only_themselves(tmp_path: Path, write: Write, content: object) -> None:
+    folder = write()
+    (folder / "outcomes.json").write_text(json.dumps(content))
+    (sample,) = only(tmp_path).groups["single adapter"].samples
+    assert sample.score == 0.8 and sample.answers is None
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path, write: Write) -> None:
+    write()
+    for name, text in (
+        ("result.json", "{"),
+        ("config.yaml", "a: [b"),
+        ("config.yaml", "- 1"),
+        ("status.json", "[]"),
+    ):
+        (write() / name).write_text(text)
+    (write() / "result.json").unlink()
+    write(status="failed")
+    write(status="running")
+    found = read_runs([tmp_path / "runs"])
+    assert len(found.done) == 1 and len(found.unread) == 5
+    assert found.others == {"failed": 1, "running": 1}
+    assert all(any(f"{number:03d}" in line for line in found.unread) for number in range(2, 7))
+
+
+def test_folders(tmp_path: Path, write: Write) -> None:
+    folder = write()
+    assert len(read_runs([tmp_path / "runs", folder, tmp_path]).done) == 1
+    assert read_runs([folder]).done[0].folder == folder.resolve()
+    with pytest.raises(UserError, match="no such folder"):
+        read_runs([tmp_path / "nothing"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no run in it"):
+        read_runs([tmp_path / "empty"])
+    with pytest.raises(UserError, match="no run in it"):
+        read_runs([folder], without=folder)

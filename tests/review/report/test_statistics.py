@@ -1,0 +1,204 @@
+"""The report's statistics against scipy, against the project's own metrics, and against cases with a known answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from fusion.config import TaskConfig
+from fusion.review.report.statistics import (
+    RESAMPLES,
+    Answers,
+    Difference,
+    Sample,
+    compare,
+    holm,
+    metric_of,
+)
+from fusion.training.metrics import TaskMetrics
+
+DRAW = np.random.RandomState(0)
+
+
+def answers(accuracy: float, rows: int = 400, seed: int = 0) -> Answers:
+    labels = np.random.RandomState(1).randint(2, size=rows)
+    wrong = np.random.RandomState(seed + 10).permutation(rows) >= round(accuracy * rows)
+    return Answers("rows", labels, np.where(wrong, 1 - labels, labels))
+
+
+def sample(accuracy: float, seed: int, rows: int = 400) -> Sample:
+    return Sample(seed, accuracy, answers(accuracy, rows, seed))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "classes"),
+    [
+        ("classification", "accuracy", 2),
+        ("classification", "accuracy", 5),
+        ("classification", "f1", 2),
+        ("classification", "macro_f1", 2),
+        ("classification", "macro_f1", 4),
+        ("classification", "matthews", 2),
+        ("classification", "matthews", 4),
+        ("choice", "accuracy", 3),
+        ("regression", "pearson", 0),
+        ("regression", "spearman", 0),
+    ],
+)
+def test_metrics_are_those_of_the_training(kind: str, name: str, classes: int) -> None:
+    """Of every resample, also of one with a class that is missing, and one in which all is predicted alike."""
+    draw = np.random.RandomState(3)
+    labels: Any
+    predicted: Any
+    if kind == "regression":
+        labels = draw.randint(4, size=(6, 30)) / 2
+        predicted = labels + draw.normal(size=labels.shape)
+        predicted[5] = 1.0
+    else:
+        labels = draw.randint(classes, size=(6, 30))
+        predicted = np.where(draw.rand(6, 30) < 0.6, labels, draw.randint(classes, size=(6, 30)))
+        if name != "matthews":  # which torchmetrics does not give as 0 where all is predicted alike
+            predicted[4], labels[5], predicted[5] = 0, 0, 0
+    task = TaskConfig(
+        name="t",
+        kind=kind,
+        text="text",
+        choices="c" if kind == "choice" else None,
+        labels=[str(n) for n in range(classes)] if kind == "classification" else None,
+        metrics=[name],
+    )
+    found = metric_of(name, labels, predicted)
+    for row in range(6):
+        metrics = TaskMetrics(task)
+        if kind == "regression":
+            scores = torch.tensor(predicted[row], dtype=torch.float32)[:, None]
+        else:
+            scores = torch.nn.functional.one_hot(torch.tensor(predicted[row]), classes).float()
+        metrics.update(scores, torch.tensor(labels[row]))
+        assert found[row] == pytest.approx(metrics.compute()[name], abs=2e-5), row
+
+
+def test_matthews_of_one_prediction_for_all_is_zero() -> None:
+    labels = np.array([[0, 1, 1, 0, 1]])
+    assert metric_of("matthews", labels, np.zeros_like(labels)).tolist() == [0.0]
+
+
+def test_an_unknown_metric() -> None:
+    with pytest.raises(KeyError):
+        metric_of("bleu", np.zeros((1, 3), int), np.zeros((1, 3), int))
+
+
+def test_one_seed_is_the_paired_bootstrap_over_rows() -> None:
+    """Against scipy's own bootstrap of the rows' differences."""
+    one, other = sample(0.9, 0), sample(0.8, 1)
+    other = dataclasses.replace(other, seed=0)
+    assert one.answers is not None and other.answers is not None
+    found = compare([one], [other], "accuracy")
+    each = (one.answers.predicted == one.answers.labels).astype(float) - (
+        other.answers.predicted == other.answers.labels
+    )
+    expected = stats.bootstrap((each,), np.mean, method="percentile", n_resamples=9999).confidence_interval
+    assert found.mean == pytest.approx(0.1)
+    assert found.low == pytest.approx(expected.low, abs=0.006)
+    assert found.high == pytest.approx(expected.high, abs=0.006)
+    assert found.unit == "rows" and found.p is not None and found.p < 0.01
+    assert (found.wins, found.ties, found.losses) == (1, 0, 0)
+
+
+def test_seeds_that_differ_widen_the_interval() -> None:
+    """The rows alone would not see that another seed gives another difference."""
+    base = [sample(0.7, seed) for seed in range(4)]
+    steady = compare([sample(0.8, seed) for seed in range(4)], base, "accuracy")
+    shaky = compare([sample(0.8 + (0.1 if seed % 2 else -0.1), seed) for seed in range(4)], base, "accuracy")
+    assert steady.unit == shaky.unit == "rows and seeds"
+    assert steady.mean == pytest.approx(shaky.mean)
+    assert None not in (steady.low, steady.high, shaky.low, shaky.high)
+    assert shaky.high - shaky.low > 1.5 * (steady.high - steady.low)  # type: ignore[operator]
+    assert (shaky.wins, shaky.ties, shaky.losses) == (2, 2, 0)
+
+
+def test_the_interval_holds_what_it_says() -> None:
+    """Of 200 pairs of methods that are equally good, about one in twenty is found to differ."""
+    draw, found = np.random.RandomState(5), 0
+    for _ in range(200):
+        labels = np.zeros(150, int)
+        one, other = ((draw.rand(150) < 0.2).astype(int) for _ in range(2))
+        pair = [Sample(0, float((p == 0).mean()), Answers("rows", labels, p)) for p in (one, other)]
+        p = compare(pair[:1], pair[1:], "accuracy").p
+        assert p is not None
+        found += p <= 0.05
+    assert 2 <= found <= 20
+
+
+def test_the_same_answers_differ_by_nothing() -> None:
+    found = compare([sample(0.8, 3)], [sample(0.8, 3)], "accuracy")
+    assert (found.mean, found.low, found.high, found.p) == (0.0, 0.0, 0.0, 1.0)
+    assert (found.wins, found.ties, found.losses) == (0, 1, 0)
+
+
+def test_a_method_and_its_baseline_change_places() -> None:
+    ones, others = [sample(0.85, s) for s in range(3)], [sample(0.8, s + 5) for s in range(3)]
+    others = [dataclasses.replace(other, seed=seed) for seed, other in enumerate(others)]
+    there, back = compare(ones, others, "macro_f1"), compare(others, ones, "macro_f1")
+    assert there.mean == -back.mean and there.p == pytest.approx(back.p, abs=2 / RESAMPLES)
+    assert there.low == pytest.approx(-back.high) and there.wins == back.losses  # type: ignore[operator]
+
+
+def test_without_answers_the_seeds_are_drawn() -> None:
+    """p is that of every way to swap the members of the pairs."""
+    ones = [Sample(seed, 0.8 + 0.01 * seed) for seed in range(5)]
+    others = [Sample(seed, 0.7) for seed in range(5)]
+    found = compare(ones, others, "accuracy")
+    assert found.unit == "seeds" and found.mean == pytest.approx(0.12)
+    assert found.p == pytest.approx(2 / 2**5)
+    assert found.low is not None and found.high is not None and 0.1 < found.low < 0.12 < found.high < 0.14
+
+
+def test_pairs_without_spread() -> None:
+    found = compare([Sample(s, 0.75) for s in range(3)], [Sample(s, 0.5) for s in range(3)], "accuracy")
+    assert (found.low, found.high) == (0.25, 0.25) and found.p == pytest.approx(0.25)
+
+
+def test_one_run_each_and_no_rows() -> None:
+    found = compare([Sample(1, 0.8)], [Sample(1, 0.7)], "accuracy")
+    assert found == Difference(found.mean, None, None, None, "", 1, 0, 0)
+    assert found.mean == pytest.approx(0.1)
+
+
+def test_seeds_that_do_not_meet_are_not_paired() -> None:
+    found = compare([sample(0.9, 7)], [sample(0.8, 1), sample(0.8, 2)], "accuracy")
+    assert found.unit == "rows and seeds" and (found.wins, found.ties, found.losses) == (0, 0, 0)
+    assert found.mean == pytest.approx(0.1)
+
+
+def test_other_rows_are_not_compared_row_by_row() -> None:
+    one, other = sample(0.9, 0), sample(0.8, 0)
+    assert other.answers is not None
+    moved = dataclasses.replace(other, answers=dataclasses.replace(other.answers, fingerprint="others"))
+    assert compare([one], [moved], "accuracy").p is None
+
+
+def test_the_same_files_give_the_same_report() -> None:
+    pair = [sample(0.9, 0), sample(0.85, 1)], [sample(0.8, 0), sample(0.8, 1)]
+    assert compare(*pair, "accuracy") == compare(*pair, "accuracy")
+
+
+def test_holm_against_its_definition() -> None:
+    """The k-th smallest of m is refused at level a exactly if each p(j), j <= k, is at most a / (m - j + 1)."""
+    for _ in range(50):
+        values = DRAW.rand(DRAW.randint(1, 8)) ** 3
+        adjusted = holm(list(values))
+        order = np.argsort(values)
+        for level in (0.01, 0.05, 0.2):
+            refused = set()
+            for rank, place in enumerate(order):
+                if values[place] > level / (len(values) - rank):
+                    break
+                refused.add(int(place))
+            assert {n for n, p in enumerate(adjusted) if p <= level} == refused
+    assert holm([]) == [] and holm([0.03]) == [0.03]

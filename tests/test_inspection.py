@@ -1,0 +1,240 @@
+"""A fusion looked into: attention, words, and scores without sources, against slow and plain versions."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fusion import inspect as inspect_command
+from fusion.config import DataConfig, InspectConfig
+from fusion.errors import UserError
+from fusion.listening import Listeners
+from fusion.masking import Scored, prune_greedily, without_each
+from fusion.packing import pack, unpack
+from fusion.words import chosen_rows
+from tests.bench import Bench
+
+KEYS = {
+    *("name", "artifact", "hash", "task", "split", "fingerprint", "rows", "backbone", "composition", "drop"),
+    *("sources", "slots", "metrics", "attention", "masked", "pruned", "words", "speed"),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Bench:
+    bench = Bench(tmp_path_factory.mktemp("inspected") / "a folder", tiny_backbone)
+    for task in ("films", "books", "plays"):
+        bench.stage1(task)
+    bench.result = bench.stage2("plays", ["films", "books"], name="fused")
+    return bench
+
+
+def inspect(bench: Bench, artifact: str = "fused", **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the command returns, and what it wrote."""
+    settings: dict[str, Any] = (
+        {"artifact": artifact, "store": str(bench.folder / "store"), "data": DataConfig(max_length=None)}
+        | {"accelerator": "cpu"}
+        | changes
+    )
+    config = InspectConfig(**settings)
+    run = bench.run("inspect", config)
+    inspect_command.check(config, run)
+    result = inspect_command.main.__wrapped__(config, run)  # type: ignore[attr-defined]
+    return result, json.loads((run.directory / inspect_command.INSPECTION).read_text())
+
+
+def test_what_is_written(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    result, seen = inspect(trained, words=4)
+    assert set(seen) == KEYS
+    assert seen["sources"] == ["films", "books"] and seen["rows"] == 16
+    assert seen["slots"] == [f"{layer}.feedforward" for layer in range(3)]
+    assert seen["metrics"] == trained.result["metrics"]["validation"], "the data are those of the training"
+    for slot in seen["slots"]:
+        assert sum(seen["attention"][slot]["mean"]) == pytest.approx(1.0)
+        assert 0 <= seen["attention"][slot]["entropy"] <= math.log(2) + 1e-6
+    assert set(seen["masked"]) == {"films", "books"}
+    assert seen["pruned"][0]["kept"] == ["films", "books"]
+    assert [len(step["kept"]) for step in seen["pruned"]] == [2, 1]
+    assert result["metrics"] == {"validation": seen["metrics"]}
+    shown = capsys.readouterr().out
+    assert "attention" in shown and "films" in shown and "accuracy without it" in shown
+
+
+def test_masking_one_source_is_the_fusion_of_the_others(trained: Bench) -> None:
+    """Of two sources: without one, the attention is all on the other, which a fusion of that one alone gives too."""
+    _, seen = inspect(trained, words=1)
+    left = seen["pruned"][1]["kept"][0]
+    (gone,) = set(seen["sources"]) - {left}
+    assert seen["pruned"][1]["metrics"] == seen["masked"][gone]["metrics"]
+
+
+def test_attention_is_what_predict_says(trained: Bench) -> None:
+    _, seen = inspect(trained, words=16)
+    lines = [
+        json.loads(line) for line in (trained.folder / "data/plays/validation.jsonl").read_text().splitlines()
+    ]
+    predictions = trained.predict("fused", lines, attention=True)
+    # Row means weighted by the rows' tokens are the mean over all tokens.
+    counts = np.array([len(line["text"].split()) + 2 for line in lines])
+    for layer, slot in enumerate(seen["slots"]):
+        each = np.array(
+            [[line["attention"][str(layer)][name] for name in seen["sources"]] for line in predictions]
+        )
+        np.testing.assert_allclose(
+            (each * counts[:, None]).sum(0) / counts.sum(), seen["attention"][slot]["mean"], atol=1e-5
+        )
+    for word in seen["words"]:
+        shape = (len(seen["slots"]), len(word["tokens"]), 2)
+        weights = unpack(word["weights"], shape)
+        said = predictions[word["row"]]
+        for layer in range(3):
+            expected = [said["attention"][str(layer)][name] for name in seen["sources"]]
+            np.testing.assert_allclose(weights[layer].mean(0), expected, atol=1 / 255)
+        assert word["predicted"].startswith(said["label"])
+        assert word["truth"] == ["bad", "good"][lines[word["row"]]["label"]]
+        assert word["right"] is (said["label"] == word["truth"])
+        assert "".join(word["tokens"]).split()[1:-1] == lines[word["row"]]["text"].split()
+        assert word["special"] == [0, len(word["tokens"]) - 1]
+
+
+def test_chosen_words_and_no_pruning(trained: Bench) -> None:
+    _, seen = inspect(trained, words=[3, 0], prune=False)
+    assert [word["row"] for word in seen["words"]] == [3, 0]
+    assert seen["pruned"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"artifact": "films"}, "only a fusion has attention"),
+        ({"artifact": "nothing"}, "nothing"),
+        ({"words": [99]}, "rows 0 to 15"),
+        ({"split": "tset"}, "tset"),
+        ({"drop": 9}, "expected no more"),
+    ],
+)
+def test_what_cannot_be_looked_into(trained: Bench, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        inspect(trained, **changes)
+
+
+@pytest.mark.parametrize("words", [-1, [], [-2], "many", True, 1.5])
+def test_words_that_are_none(words: Any) -> None:
+    with pytest.raises(UserError, match="words="):
+        InspectConfig(artifact="a", words=words)
+
+
+def test_a_composition_without_shares_has_means_and_no_words(trained: Bench) -> None:
+    composition = dataclasses.replace(inspect_composition("scalearn_uniform"))
+    trained.stage2("plays", ["films", "books"], name="scaled", composition=composition)
+    _, seen = inspect(trained, "scaled")
+    assert seen["words"] == []
+    assert all(slot["entropy"] is None for slot in seen["attention"].values())
+    assert set(seen["masked"]) == {"films", "books"}
+
+
+def inspect_composition(name: str) -> Any:
+    from fusion.config import CompositionConfig
+
+    return CompositionConfig(name=name)
+
+
+def test_other_kinds_of_tasks(trained: Bench) -> None:
+    trained.add_rating()
+    trained.add_quiz()
+    for task in ("rating", "quiz"):
+        trained.stage2(task, ["films", "books"], name=f"{task}-fused")
+        _, seen = inspect(trained, f"{task}-fused", words=3)
+        assert set(seen["masked"]) == {"films", "books"} and len(seen["words"]) == 3
+        assert (seen["words"][0]["right"] is None) is (task == "rating")
+
+
+def test_listeners_against_a_loop() -> None:
+    torch.manual_seed(0)
+    listeners, total, entropy, tokens = Listeners(), [0.0] * 3, 0.0, 0
+    for rows, length in ((2, 5), (3, 4)):
+        weights = torch.rand(rows, length, 3).softmax(-1)
+        mask = (torch.rand(rows, length) > 0.3).long()
+        listeners.add("0.feedforward", weights, mask)
+        for row in range(rows):
+            for token in range(length):
+                if mask[row, token]:
+                    tokens += 1
+                    for source in range(3):
+                        share = float(weights[row, token, source])
+                        total[source] += share
+                        entropy -= share * math.log(share)
+    heard = listeners.result()["0.feedforward"]
+    assert heard.mean.tolist() == pytest.approx([value / tokens for value in total])
+    assert heard.entropy == pytest.approx(entropy / tokens)
+
+
+def test_weights_that_are_no_shares_have_no_entropy() -> None:
+    listeners = Listeners()
+    listeners.add("0.feedforward", torch.full((1, 2, 3), 0.9), torch.ones(1, 2))
+    assert listeners.result()["0.feedforward"].entropy is None
+    one_hot = Listeners()
+    one_hot.add("0.feedforward", torch.eye(3)[None], torch.ones(1, 3))
+    assert one_hot.result()["0.feedforward"].entropy == 0.0
+
+
+def worth(values: dict[int, float]) -> Any:
+    def score(kept: Any) -> Scored:
+        return Scored({"accuracy": sum(values[n] for n in kept)}, loss=float(len(kept)))
+
+    return score
+
+
+def test_greedy_pruning_leaves_out_the_least_needed_first() -> None:
+    asked: list[tuple[int, ...]] = []
+    inner = worth({0: 0.1, 1: 0.4, 2: 0.0, 3: 0.2})
+
+    def score(kept: Any) -> Scored:
+        asked.append(tuple(kept))
+        return inner(kept)
+
+    full = inner(range(4))
+    first = without_each(4, score)
+    assert asked == [(1, 2, 3), (0, 2, 3), (0, 1, 3), (0, 1, 2)]
+    asked.clear()
+    steps = prune_greedily(4, score, full, first)
+    assert [step.kept for step in steps] == [(0, 1, 2, 3), (0, 1, 3), (1, 3), (1,)]
+    assert len(asked) == 3 + 2
+    assert [step.scored for step in steps[1:]] == [inner(step.kept) for step in steps[1:]]
+
+
+def test_what_scores_alike_is_told_apart_by_the_loss() -> None:
+    losses = {(1,): 0.5, (0,): 0.2}
+    score = lambda kept: Scored({"f1": 1.0}, losses[tuple(kept)])  # noqa: E731
+    steps = prune_greedily(2, score, Scored({"f1": 1.0}, 0.1), without_each(2, score))
+    assert steps[1].kept == (0,)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "count", "expected"),
+    [
+        ([True, False] * 4, 4, [0, 1, 4, 5]),
+        ([False] * 6, 3, [0, 2, 4]),
+        ([True] * 6, 2, [0, 3]),
+        ([True] + [False] * 9, 4, [0, 1, 4, 7]),
+        ([False] * 3, 10, [0, 1, 2]),
+        ([], 3, []),
+        ([True, False], 0, []),
+    ],
+)
+def test_rows_to_show(wrong: list[bool], count: int, expected: list[int]) -> None:
+    assert chosen_rows(wrong, count) == expected
+
+
+def test_packed_weights() -> None:
+    weights = np.random.RandomState(0).dirichlet(np.ones(5), (4, 7))
+    np.testing.assert_allclose(unpack(pack(weights), (4, 7, 5)), weights, atol=0.5 / 255 + 1e-9)
+    assert len(base64.b64decode(pack(weights))) == 4 * 7 * 5
