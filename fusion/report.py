@@ -38,7 +38,9 @@ def check(config: ReportConfig, run: Run) -> None:
 
 @command("report", ReportConfig, check=check)
 def main(config: ReportConfig, run: Run) -> dict[str, Any]:
-    from fusion.review.report.page import contents_of, write_files, write_page
+    from fusion.review.report.contents import contents_of
+    from fusion.review.report.exports import write_files
+    from fusion.review.report.page import write_page
     from fusion.review.report.reading import read_runs
     from fusion.review.report.results import targets_of
 

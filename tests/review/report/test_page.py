@@ -15,9 +15,11 @@ import pytest
 
 from fusion.errors import UserError
 from fusion.packing import pack
-from fusion.review.report import page, tables
+from fusion.review.report import page, sections, tables
 from fusion.review.report.attention import Attention, by_target, layer_names
+from fusion.review.report.contents import Contents, _is_whole, contents_of
 from fusion.review.report.curves import POINTS, curves_of, history_of
+from fusion.review.report.exports import write_files
 from fusion.review.report.reading import read_runs
 from fusion.review.report.results import targets_of, trained_runs
 from tests.review.report.conftest import Write
@@ -70,10 +72,10 @@ def inspection(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def contents(tmp_path: Path, looked_into: dict[str, Any] | None = None) -> page.Contents:
+def contents(tmp_path: Path, looked_into: dict[str, Any] | None = None) -> Contents:
     found = read_runs([tmp_path / "runs"])
     targets = targets_of(found)
-    made = page.contents_of(found, targets)
+    made = contents_of(found, targets)
     if looked_into is not None:
         target = targets[0]
         method = next(method for method in target.groups if method.startswith("fusion"))
@@ -83,15 +85,15 @@ def contents(tmp_path: Path, looked_into: dict[str, Any] | None = None) -> page.
     return made
 
 
-class _WithInspection(page.Contents):
+class _WithInspection(Contents):
     one: Any = None
 
     @property
     def inspected(self) -> Any:
-        return [self.one] if page._is_whole(self.one[3]) else []
+        return [self.one] if _is_whole(self.one[3]) else []
 
 
-def written(made: page.Contents, tmp_path: Path, files: Path | None = None) -> str:
+def written(made: Contents, tmp_path: Path, files: Path | None = None) -> str:
     output = tmp_path / "report.html"
     assert page.write_page(made, output, ABOUT, files) == output.stat().st_size
     return output.read_text(encoding="utf-8")
@@ -191,10 +193,10 @@ def test_an_address_that_is_no_web_address_is_no_link(tmp_path: Path, write: Wri
         for entry in group.entries:
             trained = entry.trained
             object.__setattr__(trained, "manifest", _Tracked("javascript:alert(1)"))
-    runs = page._runs(made.targets, tmp_path / "report.html")
+    runs = sections.runs(made.targets, tmp_path / "report.html")
     assert {run["url"] for group in runs for run in group["runs"]} == {None}
     object.__setattr__(trained, "manifest", _Tracked("https://wandb.ai/x"))
-    runs = page._runs(made.targets, tmp_path / "report.html")
+    runs = sections.runs(made.targets, tmp_path / "report.html")
     assert "https://wandb.ai/x" in {run["url"] for group in runs for run in group["runs"]}
 
 
@@ -257,7 +259,7 @@ def test_weights_of_another_length_are_left_out(tmp_path: Path, write: Write) ->
 def test_files_for_a_paper(tmp_path: Path, write: Write) -> None:
     a_night(write)
     folder = tmp_path / "some files"
-    names = {path.name for path in page.write_files(contents(tmp_path, inspection()), folder)}
+    names = {path.name for path in write_files(contents(tmp_path, inspection()), folder)}
     figures = {
         "scores",
         "attention-tweets-fusion-of-2",

@@ -1,0 +1,111 @@
+"""What the page and the files beside it are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fusion.review.report.attention import Attention, attention_of
+from fusion.review.report.curves import Curve, curves_of
+from fusion.review.report.reading import Found
+from fusion.review.report.results import Target, Trained
+
+
+@dataclass
+class Contents:
+    """What the page and the files beside it are made of.
+
+    targets: those with several methods, or all if there are none. single: the others, such as the tasks that the
+    sources come from.
+    """
+
+    found: Found
+    targets: list[Target]
+    single: list[Target]
+    attention: list[Attention]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def everything(self) -> list[Target]:
+        return [*self.targets, *self.single]
+
+    @property
+    def inspected(self) -> list[tuple[Target, str, Trained, dict[str, Any]]]:
+        """Of each method of each target the first run that was looked into."""
+        seen = []
+        for target in self.everything:
+            for method, group in target.groups.items():
+                for trained in group.trained:
+                    inspection = self.found.inspections.get(trained.hash or "")
+                    if inspection is not None and _is_whole(inspection):
+                        seen.append((target, method, trained, inspection))
+                        break
+        return seen
+
+
+def contents_of(found: Found, targets: list[Target], notes: Sequence[str] = ()) -> Contents:
+    several = [target for target in targets if len(target.groups) > 1] or targets
+    single = [target for target in targets if target not in several]
+    return Contents(found, several, single, attention_of([*several, *single], found), list(notes))
+
+
+def shown_curves(target: Target, found: Found) -> dict[str, list[Curve]]:
+    """What is drawn: each term of the loss, and the metric that picks the best epoch."""
+    every = curves_of(target, found)
+    terms = [name for name in every if name.startswith("train/") and name.endswith("loss")]
+    if "train/loss" in terms and "train/task_loss" in terms and len(terms) == 2:
+        terms.remove("train/task_loss")  # the only term is the loss
+    scores = [name for name in every if not name.startswith("train/") and name.endswith(f"/{target.metric}")]
+    return {name: every[name] for name in [*sorted(terms), *scores[:1]]}
+
+
+def costs(target: Target) -> list[dict[str, Any]]:
+    rows = []
+    for method, group in target.groups.items():
+        if method.endswith(" alone"):
+            continue  # it learnt nothing from the target
+        results = [trained.run.result for trained in group.trained]
+        rows.append(
+            {
+                "method": method,
+                "score": group.mean,
+                "parameters": _mean_of(results, "parameters", "trainable"),
+                "bytes": _mean_of(results, "parameters", "stored_bytes"),
+                "seconds": _mean_of(results, "speed", "seconds"),
+                "tokens": _mean_of(results, "speed", "tokens_per_second"),
+                "memory": _mean_of(results, "speed", "peak_memory_bytes"),
+                "energy": _mean_of(results, "speed", "energy_joules"),
+            }
+        )
+    return rows
+
+
+def _mean_of(results: Sequence[Mapping[str, Any]], part: str, key: str) -> float | None:
+    values = [(result.get(part) or {}).get(key) for result in results]
+    numbers = [float(value) for value in values if isinstance(value, (int, float))]
+    return float(np.mean(numbers)) if numbers else None
+
+
+def _is_whole(inspection: Mapping[str, Any]) -> bool:
+    """Whether all that the page takes from an inspection is there; a file may be of anybody's."""
+    try:
+        metric = next(iter(inspection["metrics"]))
+        numbers = [
+            inspection["metrics"][metric],
+            *(one["metrics"][metric] for one in inspection["masked"].values()),
+        ]
+        numbers += [step["metrics"][metric] for step in inspection["pruned"] or []]
+        rows = all(
+            {"row", "tokens", "special", "weights", "predicted", "truth", "right"} <= set(r)
+            for r in inspection["words"]
+        )
+        return (
+            rows
+            and all(isinstance(number, (int, float)) for number in numbers)
+            and {"sources", "slots", "split", "rows"} <= set(inspection)
+        )
+    except (KeyError, TypeError, AttributeError, StopIteration):
+        return False

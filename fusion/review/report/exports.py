@@ -1,0 +1,139 @@
+"""The files for a paper: figures as PNG and SVG, tables as CSV and LaTeX."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from fusion.review.report import figures, tables
+from fusion.review.report.attention import layer_names
+from fusion.review.report.contents import Contents, costs, shown_curves
+from fusion.review.report.results import BASELINE
+from fusion.review.report.sections import every_method
+from fusion.review.report.wording import file_name, score
+
+
+def write_files(contents: Contents, folder: Path) -> list[Path]:
+    """The figures as PNG and SVG, the tables as CSV and LaTeX.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [path for table in tables_of(contents) for path in tables.save(table, folder)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of glyphs that the font has not
+        for name, figure in figures_of(contents):
+            written += figures.save(figure, folder, name)
+    return written
+
+
+def figures_of(contents: Contents) -> list[tuple[str, Any]]:
+    """Every figure with the name of its files."""
+    made: list[tuple[str, Any]] = []
+    if contents.targets:
+        made.append(("scores", figures.scores_figure(contents.targets)))
+    for one in contents.attention:
+        made.append((file_name("attention", one.target, one.method), figures.attention_figure(one)))
+    if contents.attention:
+        made.append(("attention-by-target", figures.by_target_figure(contents.attention)))
+        if any(one.entropy is not None for one in contents.attention):
+            made.append(("entropy", figures.entropy_figure(contents.attention)))
+    for target, method, _, inspection in contents.inspected:
+        if inspection["masked"]:
+            made.append((file_name("needed", target.label, method), figures.pruning_figure(inspection)))
+    for target in contents.everything:
+        if shown := shown_curves(target, contents.found):
+            made.append(
+                (file_name("curves", target.label), figures.curves_figure(shown, list(target.groups)))
+            )
+        made.append((file_name("cost", target.label), figures.cost_figure(target, costs(target))))
+    return made
+
+
+def tables_of(contents: Contents) -> list[tables.Table]:
+    """Every table that stands in the page."""
+    methods = every_method(contents.targets)
+    header = ("target", "metric", "split", *methods)
+    rows, shown = [], []
+    for target in contents.targets:
+        groups = [target.groups.get(method) for method in methods]
+        rows.append(
+            [target.label, target.metric, target.split, *(None if g is None else g.mean for g in groups)]
+        )
+        shown.append(
+            [target.label, target.metric, target.split, *("--" if g is None else score(g) for g in groups)]
+        )
+    made = [tables.Table("scores", "Mean and standard deviation over the seeds", header, rows, shown)]
+    header = (
+        "target",
+        "method",
+        "settings",
+        "seeds",
+        "mean",
+        "sd",
+        "difference",
+        "low",
+        "high",
+        "p",
+        "p (Holm)",
+    )
+    header += ("wins", "ties", "losses", "over")
+    rows = []
+    for target in contents.targets:
+        for method, group in target.groups.items():
+            d = target.differences.get(method)
+            rest: list[Any] = [None] * 9
+            if d is not None:
+                rest = [
+                    d.mean,
+                    d.low,
+                    d.high,
+                    d.p,
+                    target.adjusted.get(method),
+                    d.wins,
+                    d.ties,
+                    d.losses,
+                    d.unit,
+                ]
+            rows.append(
+                [target.label, method, group.differing, len(group.scores), group.mean, group.deviation, *rest]
+            )
+    made.append(tables.Table("differences", f"Differences to the {BASELINE}", header, rows))
+    for one in contents.attention:
+        made.append(
+            tables.Table(
+                file_name("attention", one.target, one.method),
+                f"Mean attention, {one.target} <- {one.method}, {one.runs} runs",
+                ("layer", *one.sources, "entropy"),
+                [
+                    [layer, *map(float, one.mean[n]), None if one.entropy is None else float(one.entropy[n])]
+                    for n, layer in enumerate(layer_names(one.slots))
+                ],
+            )
+        )
+    rows = []
+    for target, method, trained, inspection in contents.inspected:
+        metric, full = next(iter(inspection["metrics"].items()))
+        for source, one in inspection["masked"].items():
+            without = one["metrics"][metric]
+            rows.append([target.label, method, trained.name, source, metric, full, without, without - full])
+    header = ("target", "method", "artifact", "source", "metric", "with it", "without it", "change")
+    made.append(tables.Table("needed", "Each source masked in turn, nothing trained again", header, rows))
+    header = (
+        "target",
+        "method",
+        "score",
+        "parameters that train",
+        "stored bytes",
+        "seconds",
+        "tokens per second",
+    )
+    header += ("peak memory bytes", "energy (J)")
+    keys = ("score", "parameters", "bytes", "seconds", "tokens", "memory", "energy")
+    rows = [
+        [t.label, row["method"], *(row[key] for key in keys)] for t in contents.targets for row in costs(t)
+    ]
+    made.append(tables.Table("cost", "Cost, means over the seeds", header, rows))
+    return made

@@ -1,0 +1,348 @@
+"""The sections of the page as plain values, which its template lays out."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusion.errors import UserError
+from fusion.packing import unpack
+from fusion.review.report import figures
+from fusion.review.report.attention import Attention, by_target, layer_names
+from fusion.review.report.contents import Contents, costs, shown_curves
+from fusion.review.report.results import Target, Trained, order_of
+from fusion.review.report.statistics import LEVEL
+from fusion.review.report.wording import anchor, interval, p_value, score, signed
+from fusion.store.rebuilding import rebuild_lines
+
+SIGNIFICANT = 1 - LEVEL
+
+
+def every_method(targets: Sequence[Target]) -> list[str]:
+    """All methods of all targets, in one order."""
+    return sorted({method for target in targets for method in target.groups}, key=order_of)
+
+
+def helped(targets: Sequence[Target], output: Path) -> dict[str, Any]:
+    methods = every_method(targets)
+    rows = []
+    for target in targets:
+        best = max(group.mean for group in target.groups.values())
+        cells: list[dict[str, Any] | None] = []
+        for method in methods:
+            group = target.groups.get(method)
+            if group is None:
+                cells.append(None)
+                continue
+            difference = target.differences.get(method)
+            cells.append(
+                {
+                    "score": f"{group.mean:.3f}",
+                    "deviation": None if group.deviation is None else f"{group.deviation:.3f}",
+                    "seeds": len(group.scores),
+                    "best": group.mean == best,
+                    "difference": None if difference is None else signed(difference.mean),
+                    "verdict": _verdict(target, method),
+                    "anchor": anchor(target.label, method),
+                    "others": group.others,
+                    "differing": group.differing,
+                }
+            )
+        rows.append({"target": target, "cells": cells})
+    return {"methods": methods, "rows": rows}
+
+
+def _verdict(target: Target, method: str) -> str:
+    """better, worse or no difference shown, after Holm's correction; empty where nothing was tested."""
+    difference, p = target.differences.get(method), target.adjusted.get(method)
+    if difference is None or p is None:
+        return ""
+    if p > SIGNIFICANT:
+        return "same"
+    return "better" if difference.mean > 0 else "worse"
+
+
+def details(targets: Sequence[Target]) -> list[dict[str, Any]]:
+    rows = []
+    for target in targets:
+        for method, group in target.groups.items():
+            difference = target.differences.get(method)
+            rows.append(
+                {
+                    "target": target.label,
+                    "method": method,
+                    "anchor": anchor(target.label, method),
+                    "group": group,
+                    "score": score(group),
+                    "difference": None if difference is None else signed(difference.mean),
+                    "interval": interval(difference),
+                    "p": None if difference is None or difference.p is None else p_value(difference.p),
+                    "adjusted": None if method not in target.adjusted else p_value(target.adjusted[method]),
+                    "counts": ""
+                    if difference is None
+                    else f"{difference.wins} / {difference.ties} / {difference.losses}",
+                    "unit": "" if difference is None else difference.unit,
+                    "verdict": _verdict(target, method),
+                    "rest": [one for one in target.variants[method] if one is not group],
+                }
+            )
+    return rows
+
+
+def tallies(targets: Sequence[Target]) -> list[dict[str, Any]]:
+    """Of each method, over the targets: how often it is better, no different, worse, and by how much on average."""
+    rows = []
+    for method in every_method(targets):
+        having = [target for target in targets if method in target.differences]
+        if not having:
+            continue
+        verdicts = [_verdict(target, method) for target in having]
+        rows.append(
+            {
+                "method": method,
+                "targets": len(having),
+                "wins": verdicts.count("better"),
+                "ties": verdicts.count("same"),
+                "losses": verdicts.count("worse"),
+                "untested": verdicts.count(""),
+                "mean": signed(float(np.mean([target.differences[method].mean for target in having]))),
+            }
+        )
+    return rows
+
+
+def heatmap(one: Attention) -> dict[str, Any]:
+    largest = float(max(one.mean.max(), 1e-9))
+    rows = []
+    for number, layer in enumerate(layer_names(one.slots)):
+        cells = [_heat_cell(value, largest) for value in one.mean[number]]
+        entropy = None if one.entropy is None else f"{one.entropy[number]:.2f}"
+        rows.append({"layer": layer, "cells": cells, "entropy": entropy})
+    rows.append(
+        {"layer": "mean", "cells": [_heat_cell(value, largest) for value in one.overall], "entropy": None}
+    )
+    return {"attention": one, "rows": rows, "most": f"{one.most:.2f}"}
+
+
+def _heat_cell(value: float, largest: float) -> dict[str, Any]:
+    return {"text": f"{value:.2f}", "weight": max(0, min(100, round(100 * value / largest)))}
+
+
+def sources_by_target(every: Sequence[Attention]) -> dict[str, Any] | None:
+    """Figure 4: one matrix for the mean over the layers, and one for each layer, which a slider picks."""
+    if not every:
+        return None
+    layers = max(len(one.slots) for one in every)
+    rows, columns, mean = by_target(every)
+    matrices = [mean, *(by_target(every, layer)[2] for layer in range(layers))]
+    largest = max(1e-9, max(float(np.nanmax(matrix)) for matrix in matrices))
+    longest = max(every, key=lambda one: len(one.slots))
+    return {
+        "columns": columns,
+        "rows": [
+            {"name": name, "cells": [None if math.isnan(v) else _heat_cell(v, largest) for v in mean[n]]}
+            for n, name in enumerate(rows)
+        ],
+        "layers": ["all layers (mean)", *(f"layer {name}" for name in layer_names(longest.slots))],
+        "data": [
+            [[None if math.isnan(v) else round(float(v), 3) for v in row] for row in matrix]
+            for matrix in matrices
+        ],
+        "largest": largest,
+    }
+
+
+def entropy(every: Sequence[Attention]) -> Any:
+    if not any(one.entropy is not None and one.most > 0 for one in every):
+        return None
+    title = "Entropy of the attention in each layer, as a share of what even attention would have"
+    return figures.inline(figures.entropy_figure(every), "entropy", title)
+
+
+def looked_into(
+    target: Target, method: str, trained: Trained, inspection: dict[str, Any], most_rows: int
+) -> dict[str, Any]:
+    metric, full = next(iter(inspection["metrics"].items()))
+    identifier = anchor("into", target.label, method)
+    sources = [str(source) for source in inspection["sources"]]
+    slots = [str(slot) for slot in inspection["slots"]]
+    colours = [figures.PALETTE[n % len(figures.PALETTE)] for n in range(len(sources))]
+    every = [_word_row(row, slots, sources, colours) for row in inspection["words"][:most_rows]]
+    rows = [row for row in every if row is not None]
+    masked = [
+        {
+            "source": source,
+            "without": f"{one['metrics'][metric]:.4f}",
+            "change": signed(one["metrics"][metric] - full, 4),
+            "sign": "worse"
+            if one["metrics"][metric] < full
+            else "better"
+            if one["metrics"][metric] > full
+            else "same",
+        }
+        for source, one in inspection["masked"].items()
+    ]
+    picture = None
+    if masked:
+        title = f"Score without each source, and with fewer and fewer, {target.label}"
+        picture = figures.inline(
+            figures.pruning_figure(inspection), anchor("needed", target.label, method), title
+        )
+    return {
+        "id": identifier,
+        "title": f"{target.label} ← {method}",
+        "name": trained.name,
+        "split": inspection["split"],
+        "count": inspection["rows"],
+        "metric": metric,
+        "full": f"{full:.4f}",
+        "sources": list(zip(sources, colours, strict=True)),
+        "layers": ["all layers (mean)", *(f"layer {name}" for name in layer_names(slots))],
+        "rows": rows,
+        "data": {
+            "sources": sources,
+            "colours": colours,
+            "layers": len(slots),
+            "rows": [{"weights": row["weights"], "tokens": len(row["tokens"])} for row in rows],
+        },
+        "needed": bool(masked),
+        "masked": masked,
+        "picture": picture,
+        "pruned": [
+            {
+                "count": len(step["kept"]),
+                "kept": ", ".join(step["kept"]),
+                "score": f"{step['metrics'][metric]:.4f}",
+            }
+            for step in inspection.get("pruned") or []
+        ],
+    }
+
+
+def _word_row(
+    row: dict[str, Any], slots: Sequence[str], sources: Sequence[str], colours: Sequence[str]
+) -> dict[str, Any] | None:
+    """A row with each token's strongest source over all layers, as it stands before the slider is touched."""
+    tokens = [str(token) for token in row["tokens"]]
+    try:
+        mean = unpack(row["weights"], (len(slots), len(tokens), len(sources))).mean(0)
+    except ValueError:
+        return None
+    special = set(row["special"])
+    strongest = mean.argmax(-1)
+    return {
+        "number": row["row"],
+        "predicted": row["predicted"],
+        "truth": row["truth"],
+        "right": row["right"],
+        "weights": row["weights"],
+        "tokens": [
+            {
+                "text": token.strip() or token,
+                "begins": token.startswith(" "),
+                "special": place in special,
+                "colour": colours[strongest[place]],
+                "weight": round(100 * float(mean[place].max())),
+            }
+            for place, token in enumerate(tokens)
+        ],
+    }
+
+
+def curves(contents: Contents) -> list[dict[str, Any]]:
+    made = []
+    for target in contents.everything:
+        if shown := shown_curves(target, contents.found):
+            title = f"{', '.join(shown)} over the steps, {target.label}"
+            picture = figures.curves_figure(shown, list(target.groups))
+            made.append(
+                {
+                    "target": target.label,
+                    "picture": figures.inline(picture, anchor("curves", target.label), title),
+                }
+            )
+    return made
+
+
+def cost(target: Target) -> dict[str, Any]:
+    rows = costs(target)
+    picture = None
+    if any(row["parameters"] or row["seconds"] for row in rows):
+        title = f"Score against parameters and seconds, {target.label}"
+        picture = figures.inline(figures.cost_figure(target, rows), anchor("cost", target.label), title)
+    return {"target": target.label, "metric": target.metric, "rows": rows, "picture": picture}
+
+
+def runs(targets: Sequence[Target], output: Path) -> list[dict[str, Any]]:
+    """Of each cell the runs behind it, with links to their folders."""
+    made = []
+    for target in targets:
+        for method, group in target.groups.items():
+            runs = []
+            for entry in group.entries:
+                trained = entry.trained
+                manifest = None if trained is None else trained.manifest
+                tracked = None if manifest is None else manifest.run.get("wandb")
+                url = tracked.get("url") if isinstance(tracked, dict) else None
+                folders = (
+                    [("scored", entry.run.folder)] if trained is None or trained.run is not entry.run else []
+                )
+                if trained is not None:
+                    folders.insert(0, ("trained", trained.run.folder))
+                runs.append(
+                    {
+                        "name": trained.name if trained is not None else entry.run.result.get("name"),
+                        "seed": entry.seed,
+                        "score": f"{entry.metrics[group.metric]:.4f}",
+                        "folders": [(what, _link(folder, output), str(folder)) for what, folder in folders],
+                        "url": url
+                        if isinstance(url, str) and url.startswith(("https://", "http://"))
+                        else None,
+                    }
+                )
+            made.append(
+                {"anchor": anchor(target.label, method), "title": f"{target.label} · {method}", "runs": runs}
+            )
+    return made
+
+
+def _link(folder: Path, output: Path) -> str:
+    from urllib.parse import quote
+
+    return quote(os.path.relpath(folder, output.resolve().parent)) + "/"
+
+
+def rebuilds(targets: Sequence[Target]) -> list[dict[str, Any]]:
+    """Of each artifact the commands that make it anew, what with and on which data."""
+    made: dict[str, dict[str, Any]] = {}
+    for target in targets:
+        for group in target.groups.values():
+            for trained in group.trained:
+                if trained.artifact not in made:
+                    made[trained.artifact] = _rebuild(trained)
+    return list(made.values())
+
+
+def _rebuild(trained: Trained) -> dict[str, Any]:
+    lines = [shlex.join(["python", "-m", f"fusion.{trained.run.command}", *trained.run.overrides])]
+    facts: dict[str, Any] = {"seed": trained.seed}
+    if (manifest := trained.manifest) is not None:
+        folder, git = Path(trained.artifact), manifest.run.get("git") or {}
+        with contextlib.suppress(UserError, OSError):
+            lines = rebuild_lines(manifest, folder.parent, folder.parent)
+        marks = manifest.data["fingerprints"].items()
+        facts |= {
+            "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
+            "data": ", ".join(f"{split} {str(mark)[:12]}" for split, mark in marks),
+            "hash": manifest.hash[:12],
+        }
+        if git.get("commit"):
+            facts["commit"] = f"{str(git['commit'])[:12]}{' with changes' if git.get('dirty') else ''}"
+    return {"name": trained.name, "lines": lines, "facts": facts}

@@ -1,0 +1,59 @@
+"""How numbers, scores and names are written."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+from fusion.review.report.results import Group
+from fusion.review.report.statistics import Difference
+
+
+def score(group: Group) -> str:
+    return f"{group.mean:.3f}" + ("" if group.deviation is None else f" ± {group.deviation:.3f}")
+
+
+def signed(value: float, digits: int = 3) -> str:
+    text = f"{abs(value):.{digits}f}"
+    if float(text) == 0:
+        return text
+    return ("+" if value > 0 else "−") + text
+
+
+def interval(difference: Difference | None) -> str | None:
+    if difference is None or difference.low is None or difference.high is None:
+        return None
+    return f"{signed(difference.low)} to {signed(difference.high)}"
+
+
+def p_value(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def size(value: float | None) -> str:
+    if value is None:
+        return "–"
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def anchor(*parts: str) -> str:
+    """An id that any text may become, no two of them the same."""
+    import re
+
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", "-".join(parts)).strip("-")[:40]
+    return f"{readable}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:6]}"
+
+
+def file_name(*parts: str) -> str:
+
+    return re.sub(r"[^A-Za-z0-9]+", "-", "-".join(parts)).strip("-").lower()[:100]
