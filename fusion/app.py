@@ -48,6 +48,7 @@ from yaml import YAMLError
 from fusion.config import MULTITASK, Stage1Config, Stage2Config, StageConfig, TaskConfig
 from fusion.data.task_files import check_task_file
 from fusion.errors import TrainingError, UserError, first_line
+from fusion.repeats import repeated
 from fusion.run import Run, Standing, Terminated, check_folder, describe, record
 from fusion.run_lock import turn_of
 from fusion.sweep import Sweep, standings
@@ -249,7 +250,7 @@ def _task_names(several: Any) -> list[str]:
     if len(names) < 2:
         shown = f"tasks=[{','.join(names)}]"
         raise UserError(f"{shown}: expected at least two; a single one is +task={(names or ['NAME'])[0]}")
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := repeated(names):
         raise UserError(f"tasks=[{','.join(names)}]: {', '.join(twice)} stands twice")
     return names
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from fusion.errors import UserError
+from fusion.repeats import repeated
 
 KINDS = ("classification", "regression", "choice")
 METRICS = {
@@ -689,7 +690,7 @@ class Stage2Config(StageConfig):
             len(self.sources) > 0 or self.composition.name == "pruned",
             "sources is empty: name adapters of the store, such as 'sources=[mnli,sst2]'",
         )
-        twice = sorted({s for s in self.sources if self.sources.count(s) > 1})
+        twice = repeated(self.sources)
         _require(not twice, f"sources={self.sources}: {', '.join(twice)} stands twice")
 
     def _check_pruned(self) -> None:

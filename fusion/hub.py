@@ -177,8 +177,10 @@ def from_cache_or_hub(load: Callable[[bool], Loaded], what: str, cure: str) -> L
     Raises:
         UserError: neither has it.
     """
+    import huggingface_hub.constants
+
     try:
-        with _client_offline():
+        with offline(huggingface_hub.constants):
             return load(True)
     except (OSError, ValueError) as missing:
         if not hub_is_reachable():
@@ -195,13 +197,15 @@ def from_cache_or_hub(load: Callable[[bool], Loaded], what: str, cure: str) -> L
 
 
 @contextlib.contextmanager
-def _client_offline() -> Iterator[None]:
-    """Keep the hub's client from asking anything: it does, for its own statistics, even where all is in the cache."""
-    import huggingface_hub.constants
+def offline(settings: Any) -> Iterator[None]:
+    """Keep a hub's client from asking anything: it does, for its own statistics, even where all is in the cache.
 
-    before = huggingface_hub.constants.HF_HUB_OFFLINE
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    Args:
+        settings: the client's module of constants.
+    """
+    before = settings.HF_HUB_OFFLINE
+    settings.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        huggingface_hub.constants.HF_HUB_OFFLINE = before
+        settings.HF_HUB_OFFLINE = before

@@ -25,11 +25,12 @@ HEAVY = (
     "torchmetrics",
 )
 
-BASE = {"config", "errors"}
+BASE = {"config", "errors", "repeats"}
 # What each part of the package may import of the others. Parts that are not listed are commands.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "config": {"errors"},
+    "repeats": set(),
+    "config": {"errors", "repeats"},
     "hub": {"errors"},
     "custom_code": {"errors"},
     "memory": set(),

@@ -16,7 +16,7 @@ from fusion.config import HubConfig
 from fusion.data.delimited import read_delimited
 from fusion.data.jsonl import read_jsonl
 from fusion.errors import UserError, first_line
-from fusion.hub import from_cache_or_hub, hub_is_reachable
+from fusion.hub import from_cache_or_hub, hub_is_reachable, offline
 
 if TYPE_CHECKING:
     import pyarrow
@@ -219,7 +219,7 @@ def hub_table(hub: HubConfig, split: str, cure: str) -> Table:
     def load(cached_only: bool) -> Table:
         if cached_only and hub.revision is not None and hub_is_reachable():
             raise FileNotFoundError("the cache does not tell revisions apart")
-        with _quiet(), _offline() if cached_only else contextlib.nullcontext():
+        with _quiet(), offline(datasets.config) if cached_only else contextlib.nullcontext():
             try:
                 data = datasets.load_dataset(hub.path, hub.name, split=split, revision=hub.revision)
                 return arrow_table(data.with_format("arrow")[:], where)
@@ -240,19 +240,6 @@ def _reason(error: BaseException) -> str:
     if "scripts are no longer supported" in reason:
         return f"{reason}; hub.revision=refs/convert/parquet in the task file may have its rows"
     return reason
-
-
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """Keep `datasets` to what is in its cache."""
-    import datasets.config
-
-    before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
 
 
 @contextlib.contextmanager

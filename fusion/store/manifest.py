@@ -30,6 +30,7 @@ from fusion.config import (
     TaskConfig,
 )
 from fusion.errors import UserError
+from fusion.repeats import repeated
 from fusion.store.files import MEND, quotable, read_regular
 from fusion.store.settings import TYPE_NAMES, check_types, settings_of, type_name
 
@@ -354,8 +355,7 @@ def _check_sources(values: dict[str, Any], path: Path) -> None:
         _check_stored_name(source["name"], f"{key}.name", path)
     if values["kind"] != "fusion" and sources:
         raise UserError(f"{path}: sources has entries, and kind {values['kind']} has none")
-    titles = [source["name"] for source in sources]
-    if twice := sorted({title for title in titles if titles.count(title) > 1}):
+    if twice := repeated(source["name"] for source in sources):
         raise UserError(
             f"{path}: sources: {', '.join(twice)} stands twice, and a source is known by its name"
         )
@@ -382,9 +382,8 @@ def _read_json(text: str, path: Path) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"key {short(twice)} stands twice")
+            twice = repeated(key for key, _ in pairs)
+            raise ValueError(f"key {short(twice[0])} stands twice")
         return values
 
     def constant(word: str) -> float:
@@ -699,9 +698,7 @@ def check_sources(manifests: list[Manifest]) -> None:
                 f"sources: {manifest.name} is a stored {manifest.kind}, and only adapters can be combined; "
                 f"train one with python -m fusion.stage1 +task={manifest.task['name']} method=adapter"
             )
-    titles = [manifest.name for manifest in manifests]
-    twice = sorted({title for title in titles if titles.count(title) > 1})
-    if twice:
+    if twice := repeated(manifest.name for manifest in manifests):
         raise UserError(
             f"sources: two of them are named {', '.join(twice)}, and a source is known by its name"
         )

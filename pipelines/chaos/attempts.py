@@ -129,6 +129,8 @@ def went_on(log: Path, trained: bool) -> str:
     found = re.search(r"going on at epoch (\d+), batch (\d+)", said)
     if found is not None:
         return f"epoch {found[1]}, batch {found[2]}"
+    if "going on after the last epoch" in said:
+        return "after the last epoch"
     return "the beginning" if trained else "killed before it began"
 
 
