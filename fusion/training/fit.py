@@ -30,6 +30,7 @@ from fusion.model import AdaptedModel
 from fusion.store.artifacts import copy_into
 from fusion.training.callbacks import Best, EpochLine, StepClock, best_epoch
 from fusion.training.checkpoints import LAST, Checkpoints, Loaded, read_checkpoint
+from fusion.training.energy import EnergyMeter
 from fusion.training.guard import Guard
 from fusion.training.interrupts import Interrupts
 from fusion.training.metrics import main_metric
@@ -55,8 +56,9 @@ class Fit:
 
     metrics: of the best epoch, by split. best_epoch: counted from 1. speed: seconds of the whole
     fit (evaluation included) and of a step (the median), rows and tokens (padding included) trained
-    on per second, bytes. predicted: what the best epoch's weights say of each row, by split: (rows,). broken: why it
-    ended before its time, with what came before it kept; None: it did not.
+    on per second, bytes, and joules where the machine counts them. predicted: what the best epoch's
+    weights say of each row, by split: (rows,). broken: why it ended before its time, with what came
+    before it kept; None: it did not.
     """
 
     metrics: dict[str, dict[str, float]]
@@ -149,7 +151,7 @@ def fit(
             else f"at epoch {position['epoch'] + 1}, batch {position['batch'] + 1}"
         )
         log.info("going on %s", where)
-    started = time.monotonic()
+    started, energy = time.monotonic(), EnergyMeter()
     broken = None
     with memory.explained(trainer, module):
         if model.trainable():
@@ -168,7 +170,7 @@ def fit(
                     raise TrainingError(broken) from error
         if not module.history:  # nothing trains, or it stopped within the first epoch, by its steps or time
             trainer.validate(module, evaluation, verbose=False)
-    seconds = time.monotonic() - started
+    seconds, joules = time.monotonic() - started, energy.joules()
     scores = best_epoch(module.history, monitor)
     if not model.trainable() and trainer.is_global_zero:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "epoch")
@@ -192,6 +194,7 @@ def fit(
             "examples_per_second": module.rows_seen * trainer.world_size / seconds,
             "tokens_per_second": module.tokens_seen * trainer.world_size / seconds,
             "peak_memory_bytes": _peak_memory(),
+            **({} if joules is None else {"energy_joules": joules}),
         },
         predicted=(module.predicted if best.weights is None else best.predicted) or {},
         broken=broken,
