@@ -47,10 +47,12 @@ from yaml import YAMLError
 
 from fusion.config import MULTITASK, Stage1Config, Stage2Config, StageConfig, TaskConfig
 from fusion.data.task_files import check_task_file
+from fusion.ending import end_of_run, end_of_sweep
 from fusion.errors import TrainingError, UserError, first_line
 from fusion.run import Run, Standing, Terminated, check_folder, describe, record
 from fusion.run_lock import turn_of
 from fusion.sweep import Sweep, standings
+from fusion.terminal import bars, display
 
 log = logging.getLogger(__name__)
 
@@ -408,6 +410,8 @@ class Preflight(Callback):
             _sweep = Sweep.begin(folder, planned)
             if standing:
                 print("\n".join(standings(standing)), flush=True)
+            if str(config.hydra.launcher.get("_target_", "")).endswith(".BasicLauncher"):
+                bars.begin_sweep(len(planned))  # other launchers run jobs at once, in processes of their own
 
 
 def _job_folder(composed: DictConfig, number: int) -> str:
@@ -459,7 +463,11 @@ def _main(command: Command) -> int:
         return _job(command, program, composed, outcomes)
 
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=command.name)(job)()
+        try:
+            hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=command.name)(job)()
+        finally:
+            bars.end_sweep()
+            display.close()
     except Refused as error:
         return _say(str(error), error.code)
     except (*CONFIG_ERRORS, *COMPOSING_ERRORS) as error:  # a job's own errors do not get here
@@ -473,18 +481,21 @@ def _main(command: Command) -> int:
         return 1
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except OSError as error:  # of Hydra's own files
+        if _sweep is not None:
+            _sweep_outcome(command, _sweep)
+        cure = "make room, or name another with hydra.run.dir= or hydra.sweep.dir="
+        return _say(
+            f"{command.name} failed: {describe(error)}\nAn output folder cannot be written: {cure}", 1
+        )
     except Exception as error:
-        code = _sweep_outcome(_sweep) if _sweep is not None else 0
-        if code and not isinstance(error, OSError):  # a launcher misses a job that died: it is in the list
+        # A launcher misses a job that died: it is in the list.
+        if _sweep is not None and _sweep_outcome(command, _sweep):
             return _say(f"{command.name} failed: {type(error).__name__}: {first_line(error)}", 1)
-        if not isinstance(error, OSError):  # those are of Hydra's own files; the others may be anything
-            traceback.print_exc()
-        said = describe(error)
-        if isinstance(error, OSError):
-            said += "\nAn output folder cannot be written: make room, or name another with hydra.run.dir= or hydra.sweep.dir="
-        return _say(f"{command.name} failed: {said}", 1)
+        traceback.print_exc()
+        return _say(f"{command.name} failed: {describe(error)}", 1)
     if _sweep is not None:
-        return _sweep_outcome(_sweep)
+        return _sweep_outcome(command, _sweep)
     return max(outcomes, default=0)
 
 
@@ -510,13 +521,21 @@ def _job(command: Command, program: list[str], composed: DictConfig, outcomes: l
     def work() -> dict[str, Any]:
         ranks = processes.count(typed.trainer) if isinstance(typed, StageConfig) else 1
         if ranks > 1:
-            return processes.launch(program, run.config, run, ranks)
+            with bars.handed_over():
+                return processes.launch(program, run.config, run, ranks)
         return command.function(typed, run)
 
+    bar = bars.sweep_bar()
+    if bar is not None:
+        bar.begins()
     try:
         with contextlib.ExitStack() as turn:
             result = record(run, work, check)
+        if bar is not None:
+            bar.ends(failed=False)
     except Exception as error:
+        if bar is not None:
+            bar.ends(failed=True)
         if _sweep is not None:
             _sweep.told[run.directory.absolute()] = describe(error)
         if isinstance(error, UserError):
@@ -528,6 +547,8 @@ def _job(command: Command, program: list[str], composed: DictConfig, outcomes: l
         outcomes.append(_say(f"{command.name} failed: {said} (log: {run.directory}/run.log)", 1))
         return None
     outcomes.append(0)
+    if run.rank_zero and not _is_sweep(launch):
+        end_of_run(run, result)
     return result
 
 
@@ -541,10 +562,13 @@ def _say_standing(name: str, standing: Standing | None) -> None:
             name,
             f" ({standing.detail})" if standing.detail else "",
         )
+    elif standing is not None and standing.state == "new" and standing.detail:
+        log.info("%s %s", name, standing.detail)
 
 
-def _sweep_outcome(sweep: Sweep) -> int:
-    """Says how a sweep went: in one line how many jobs, then which failed and where their logs are."""
+def _sweep_outcome(command: Command, sweep: Sweep) -> int:
+    """Says how a sweep went: a table, in one line how many jobs, then which failed and where their logs are."""
+    end_of_sweep(command.name, sweep.folder, sweep.jobs())
     line, failed = sweep.outcome()
     print(line, flush=True)
     return _say("\n".join(failed), 1) if failed else 0

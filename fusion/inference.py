@@ -6,6 +6,7 @@ Shapes: B rows of a batch, S texts of a batch, T tokens, K outputs, N sources.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -60,11 +61,13 @@ def predict(
     attention: bool = False,
     tokens_per_batch: int | None = None,
     first_layer: int = 0,
+    advance: Callable[[int, int], None] | None = None,
 ) -> Predictions:
     """Scores of every row; batches are sorted by length and the results put back in order.
 
     Args:
         first_layer: the slots of the layers below it stay empty (AdapterDrop).
+        advance: is told of each batch that is done, how many rows and tokens (padding included) it had.
     """
     keep_freed_memory()
     model = model.to(device).eval()
@@ -92,6 +95,8 @@ def predict(
             weights.setdefault(slot, []).append(
                 _row_means(values, batch.attention_mask, batch.choice_counts).cpu()
             )
+        if advance is not None:
+            advance(len(batch.rows), batch.input_ids.numel())
     order = torch.argsort(torch.cat(places))
     return Predictions(
         scores=_stacked(scores)[order],

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import pytorch_lightning as lightning
 import torch
-from pytorch_lightning.callbacks import Callback, TQDMProgressBar
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -35,6 +35,7 @@ from fusion.training.interrupts import Interrupts
 from fusion.training.metrics import main_metric
 from fusion.training.module import TaskModule
 from fusion.training.out_of_memory import OutOfMemory
+from fusion.training.progress import ProgressBar
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +109,8 @@ def fit(
     keep = Checkpoints(checkpoints if writes else None, config.checkpoint_minutes, interrupts)
     # The guard first, since what it refuses nobody shall write down; what writes comes last.
     callbacks: list[Callback] = [Guard(model, checkpoints), memory, best, EpochLine(monitor), clock, keep]
+    if config.trainer.enable_progress_bar:
+        callbacks.insert(-1, ProgressBar(config.name or "training", monitor))
     last = read_checkpoint(checkpoints) if config.resume and model.trainable() else None
     trainer = make_trainer(config.trainer, callbacks, loggers, last)
     loading: dict[str, Any] = {
@@ -214,10 +217,7 @@ def make_trainer(
     plugins: list[Any] = [] if last is None else [Loaded(last)]
     if SLURMEnvironment.detect():  # it would ask for another turn by itself, and so does submitit
         plugins.append(SLURMEnvironment(auto_requeue=False))
-    # A bar is for somebody who looks at it; in a file or a pipe it would be one long line.
-    arguments["enable_progress_bar"] = config.enable_progress_bar and sys.stderr.isatty()
-    if arguments["enable_progress_bar"]:
-        callbacks = [*callbacks, TQDMProgressBar(leave=False)]
+    arguments["enable_progress_bar"] = False  # Lightning's own; ours is a callback
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its tips; ours says what happens
     for expected in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=expected)
