@@ -65,6 +65,7 @@ COMPOSING_ERRORS = (ValueError, AssertionError)  # what Hydra raises besides, fo
 # These decide a default name already, or are the name: a sweep over them needs no suffix.
 NAMED_ANYWAY = ("task", "tasks", "name", "composition", "method")
 OWN_TASK = "a task of your own is conf/task/NAME.yaml in the working directory or in $FUSION_CONF"
+DEBUG = "-debug"  # ending of what is stored with debug=NAME
 USER_CONF = "user"  # how Hydra's search path calls the folders of user_conf_folders
 
 
@@ -225,10 +226,15 @@ def prepare(command: Command, composed: DictConfig, launch: DictConfig) -> tuple
         suffix = _swept(launch, NAMED_ANYWAY)
         name = typed.default_name().replace("/", "-")  # type: ignore[attr-defined]
         typed.name = f"{name}-{suffix}" if suffix else name
+    if isinstance(typed, StageConfig) and choices.get("debug") and not str(typed.name).endswith(DEBUG):
+        typed.name = f"{typed.name}{DEBUG}"  # it never passes for a real one
     sweep = _is_sweep(launch)
+    directory = Path(OmegaConf.select(launch, "runtime.output_dir", throw_on_missing=False) or ".")
+    if isinstance(typed, StageConfig) and typed.trainer.profiler and not typed.trainer.default_root_dir:
+        typed.trainer.default_root_dir = str(directory)  # where Lightning puts the table
     run = Run(
         command=command.name,
-        directory=Path(OmegaConf.select(launch, "runtime.output_dir", throw_on_missing=False) or "."),
+        directory=directory,
         overrides=tuple(launch.overrides.task),
         config=asdict(typed),
         group=str(choices.get("experiment") or (Path(launch.sweep.dir).name if sweep else command.name)),

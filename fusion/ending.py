@@ -26,7 +26,17 @@ from fusion.terminal.tables import show_table
 STAGES = ("stage1", "stage2")
 # What a user has said that the next command needs too, by the beginning of the key.
 FOR_TRAINING = ("store", "data", "backbone", "logger", "trainer.accelerator")
-FOR_USING = ("store", "data.dir", "data.cache_dir", "data.limit", "data.batch_size", "data.tokens_per_batch")
+FOR_USING = (
+    "store",
+    "data.dir",
+    "data.cache_dir",
+    "data.limit.validation",
+    "data.batch_size",
+    "data.tokens_per_batch",
+    "backbone.name_or_path",
+    "backbone.revision",
+    "backbone.trust_remote_code",
+)
 FOR_LOOKING = ("store", "data.dir", "data.cache_dir")
 MOST_SOURCES = 8
 MOST_COLUMNS = 4  # of scores

@@ -18,6 +18,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.profilers import AdvancedProfiler, SimpleProfiler
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from fusion.config import StageConfig, TrainerConfig
@@ -39,6 +40,10 @@ from fusion.training.progress import ProgressBar
 
 log = logging.getLogger(__name__)
 
+PROFILERS: dict[str, type[AdvancedProfiler | SimpleProfiler]] = {
+    "simple": SimpleProfiler,
+    "advanced": AdvancedProfiler,
+}
 _EXPECTED_WARNINGS = (
     ".*module\\(s\\) in eval mode at the start of training",  # the frozen backbone is meant to be
     ".*is smaller than the logging interval",
@@ -170,6 +175,8 @@ def fit(
         if not module.history:  # nothing trains, or it stopped within the first epoch, by its steps or time
             trainer.validate(module, evaluation, verbose=False)
     seconds = time.monotonic() - started
+    if config.trainer.profiler in PROFILERS and trainer.is_global_zero:
+        log.info("where the time went: %s/fit-profile-0.txt", config.trainer.default_root_dir or ".")
     scores = best_epoch(module.history, monitor)
     if not model.trainable() and trainer.is_global_zero:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "epoch")
@@ -218,6 +225,9 @@ def make_trainer(
     if SLURMEnvironment.detect():  # it would ask for another turn by itself, and so does submitit
         plugins.append(SLURMEnvironment(auto_requeue=False))
     arguments["enable_progress_bar"] = False  # Lightning's own; ours is a callback
+    if config.profiler in PROFILERS:  # by name, Lightning would give its table to a log that nobody reads
+        folder = config.default_root_dir or "."
+        arguments["profiler"] = PROFILERS[config.profiler](dirpath=folder, filename="profile")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its tips; ours says what happens
     for expected in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=expected)
