@@ -49,6 +49,7 @@ class Bar:
 
 def _column(text: str) -> ProgressColumn:
     from rich.progress import BarColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.table import Column
     from rich.text import Text
 
     class Left(TimeRemainingColumn):
@@ -56,7 +57,7 @@ def _column(text: str) -> ProgressColumn:
             return super().render(task) + Text(" left")
 
     if text == "left":
-        return Left()
+        return Left(table_column=Column(no_wrap=True))
     if text.startswith("bar:"):
         return BarColumn(bar_width=int(text.removeprefix("bar:")))
     return TextColumn(text, markup=False)
@@ -150,7 +151,8 @@ class TrainingBar:
             110: (name_, "bar:20", epoch, score, best, speed, "left"),
             88: (name_, "bar:10", epoch, score, speed, "left"),
             60: (name_, epoch, score, "left"),
-            0: (epoch, "left"),
+            30: (epoch, "left"),
+            0: (epoch,),
         }
         fields = {"name": _short(name), "epoch": f"epoch 1/{epochs}", "score": "", "best": "", "speed": ""}
         self._above: SweepBar | None = None

@@ -200,4 +200,5 @@ def _hand_over(old: TextIO, new: TextIO) -> None:
     for logger in loggers:
         for handler in getattr(logger, "handlers", ()):
             if isinstance(handler, logging.StreamHandler) and handler.stream is old:
-                handler.setStream(new)
+                with contextlib.suppress(AttributeError):  # one that asks for sys.stderr each time
+                    handler.setStream(new)

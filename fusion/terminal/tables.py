@@ -10,7 +10,7 @@ from typing import TextIO
 from fusion.terminal.screen import console_of, is_terminal, say
 
 Row = Sequence[str]
-BETWEEN = 2  # columns of the terminal between two of a table
+BETWEEN = 3  # columns of the terminal between two of a table
 
 
 def show_table(rows: Sequence[Row], stream: TextIO | None = None) -> None:
@@ -36,7 +36,7 @@ def show_table(rows: Sequence[Row], stream: TextIO | None = None) -> None:
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     for (title, *cells), width in zip(zip(*rows, strict=True), widths, strict=True):
-        numbers = bool(cells) and all(map(_is_number, cells))
+        numbers = any(map(_is_number, cells)) and all(_is_number(cell) or cell == "-" for cell in cells)
         table.add_column(
             Text(title), overflow="fold", justify="right" if numbers else "left", width=width
         )
@@ -87,10 +87,8 @@ def blocks(rows: Sequence[Row], width: int) -> list[str]:
 
 
 def _is_number(cell: str) -> bool:
-    if cell in ("", "-"):
-        return True
     try:
-        float(cell.replace(",", "").replace("−", "-"))
+        float(cell.replace(",", ""))
     except ValueError:
         return False
     return True
