@@ -176,7 +176,8 @@ def fit(
             trainer.validate(module, evaluation, verbose=False)
     seconds = time.monotonic() - started
     if config.trainer.profiler in PROFILERS and trainer.is_global_zero:
-        log.info("where the time went: %s/fit-profile-0.txt", config.trainer.default_root_dir or ".")
+        for table in sorted(Path(config.trainer.default_root_dir or ".").glob("fit-profile*.txt"))[:1]:
+            log.info("where the time went: %s", table)
     scores = best_epoch(module.history, monitor)
     if not model.trainable() and trainer.is_global_zero:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "epoch")
