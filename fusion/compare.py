@@ -207,7 +207,9 @@ def _flat(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_inputs(settings: Any) -> dict[str, Any]:
-    return {k: v for k, v in settings.items() if not k.startswith(INPUTS)} if isinstance(settings, dict) else {}
+    return (
+        {k: v for k, v in settings.items() if not k.startswith(INPUTS)} if isinstance(settings, dict) else {}
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -282,7 +284,11 @@ def differing(one: Side, two: Side) -> Iterator[tuple[str, str, str]]:
 def _value(value: Any, known: bool) -> str:
     if not known:
         return ABSENT
-    if isinstance(value, list) and value and all(isinstance(entry, str) and len(entry) == 64 for entry in value):
+    if (
+        isinstance(value, list)
+        and value
+        and all(isinstance(entry, str) and len(entry) == 64 for entry in value)
+    ):
         value = [entry[:8] for entry in value]  # hashes
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 

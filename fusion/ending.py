@@ -204,10 +204,10 @@ def _fuse(words: Sequence[str], config: Mapping[str, Any], results: Sequence[Map
         return []
     said = _said(words, FOR_TRAINING)
     keys = [_key(word) for word in said]
-    if "backbone" not in keys and "backbone.name_or_path" not in keys:  # an experiment may have chosen it
-        if any(_key(word) == "experiment" for word in words):
-            said.append(f"backbone.name_or_path={hydra_value(target.backbone['name_or_path'])}")
-            said.append(f"backbone.pooling={target.head['pooling']}")
+    by_experiment = any(_key(word) == "experiment" for word in words)
+    if by_experiment and not {"backbone", "backbone.name_or_path"} & set(keys):
+        said.append(f"backbone.name_or_path={hydra_value(target.backbone['name_or_path'])}")
+        said.append(f"backbone.pooling={target.head['pooling']}")
     sources = ",".join(adapter.name for adapter in adapters)
     return [_line("stage2", [f"+task={target.task['name']}", f"sources=[{sources}]"], said)]
 

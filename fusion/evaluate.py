@@ -62,14 +62,14 @@ def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
             rows, tokenizer, config.data.max_length or manifest.data["max_length"], config.data.cache_dir
         )
         encoded.task = answer.head
-        with rows_bar(f"{manifest.name} on {task.name} {split}", len(rows)) as bar:
+        with rows_bar(f"{manifest.name} on {task.name} {split}", len(rows)) as advance:
             predictions = predict(
                 model,
                 encoded,
                 config.data.batch_size,
                 device,
                 tokens_per_batch=config.data.tokens_per_batch,
-                advance=bar and bar.advance,
+                advance=advance,
             )
         key = split if len(scored) == 1 else f"{task.name}/{split}"
         metrics[key] = score(task, predictions.scores, encoded.labels)

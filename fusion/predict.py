@@ -87,7 +87,7 @@ def main(config: PredictConfig, run: Run) -> dict[str, Any]:
     encoded.task = answer.head
     backbone = load_backbone(name, revision, config.backbone.trust_remote_code)
     model = stored_model(artifact, artifact.path.parent, backbone, config.drop)
-    with rows_bar(f"{manifest.name} on {Path(config.input).name}", len(rows)) as bar:
+    with rows_bar(f"{manifest.name} on {Path(config.input).name}", len(rows)) as advance:
         predictions = predict(
             model,
             encoded,
@@ -95,7 +95,7 @@ def main(config: PredictConfig, run: Run) -> dict[str, Any]:
             device,
             config.attention,
             config.data.tokens_per_batch,
-            advance=bar and bar.advance,
+            advance=advance,
         )
     if config.attention and not predictions.attention:
         raise UserError(

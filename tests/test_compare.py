@@ -125,7 +125,9 @@ def test_a_run_that_failed_has_settings_and_no_scores(trained: Bench, tmp_path: 
 
 def test_what_older_stores_did_not_know_is_no_difference(trained: Bench) -> None:
     side = read_side("films", trained.folder / "store")
-    older = dataclasses.replace(side, settings={**side.settings, "adapter.drop": None, "adapter.shared": False})
+    older = dataclasses.replace(
+        side, settings={**side.settings, "adapter.drop": None, "adapter.shared": False}
+    )
     assert list(differing(side, older)) == []
     newer = dataclasses.replace(side, settings={**side.settings, "adapter.drop": "robust"})
     assert list(differing(side, newer)) == [("adapter.drop", "null", "robust")]
@@ -206,7 +208,13 @@ def test_control_characters_stay_in_the_file(trained: Bench, tmp_path: Path, say
 
 
 def test_numbers() -> None:
-    assert [shown(value) for value in (None, 0.5, 1234.5, 12345, "x")] == ["-", "0.5000", "1,234.5", "12,345", "x"]
+    assert [shown(value) for value in (None, 0.5, 1234.5, 12345, "x")] == [
+        "-",
+        "0.5000",
+        "1,234.5",
+        "12,345",
+        "x",
+    ]
     assert (difference(0.5, 0.25), difference(None, 0.5), difference(True, 1)) == ("-0.2500", "-", "-")
     with pytest.raises(UserError):
         read_words(["a"])

@@ -24,7 +24,12 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     for name, entry in SCRIPTS.items():
         module, _, function = entry.partition(":")
-        lines = (f"#!{sys.executable}", "import sys", f"from {module} import {function}", f"sys.exit({function}())")
+        lines = (
+            f"#!{sys.executable}",
+            "import sys",
+            f"from {module} import {function}",
+            f"sys.exit({function}())",
+        )
         (folder / name).write_text("\n".join(lines) + "\n")
         (folder / name).chmod(0o755)
     return folder

@@ -78,7 +78,9 @@ def test_stage_1(go: Go, place: Path, name: str) -> None:
     assert sorted(names(place / f"store of {name}")) == kept
     assert left["result"]["name"] == "films-debug"
     assert ("artifact" in left["result"]) == bool(kept)
-    assert "films-debug" in left["out"].splitlines()[-1 if name == "one_batch" else -2]  # the table's row, or what is next
+    assert (
+        "films-debug" in left["out"].splitlines()[-1 if name == "one_batch" else -2]
+    )  # the table's row, or what is next
     if name == "profile":
         (table,) = left["folder"].glob("*.txt")
         assert f"where the time went: {table}" in left["out"]

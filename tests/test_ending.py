@@ -48,7 +48,14 @@ def typed(line: str) -> list[str]:
 
 def test_after_stage_1(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     store = trained.folder / "store"
-    words = ("+task=books", f"store={store}", "data.dir=d", "optim.lr=1", "backbone=minilm", "data.limit.train=7")
+    words = (
+        "+task=books",
+        f"store={store}",
+        "data.dir=d",
+        "optim.lr=1",
+        "backbone=minilm",
+        "data.limit.train=7",
+    )
     end_of_run(run(trained, "stage1", *words), trained.result["books"])
     titles, row, *following = lines_of(capsys)
     result = trained.result["books"]
@@ -92,13 +99,17 @@ def test_what_cannot_be_fused_is_not_proposed(
 ) -> None:
     manifest = read_manifest("books", trained.folder / "store")
     other = {**manifest.backbone, "fingerprint": "0" * 64}
-    monkeypatch.setattr(ending, "_adapter", lambda result: type(manifest)(**{**vars(manifest), "backbone": other}))
+    monkeypatch.setattr(
+        ending, "_adapter", lambda result: type(manifest)(**{**vars(manifest), "backbone": other})
+    )
     end_of_run(run(trained, "stage1", "+task=books"), trained.result["books"])
     assert [typed(line)[0] for line in lines_of(capsys)[2:]] == ["fusion.evaluate"]
 
 
 def test_after_stage_2(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    end_of_run(run(trained, "stage2", "+task=films", "sources=[films,books]", "store=s"), trained.result["both"])
+    end_of_run(
+        run(trained, "stage2", "+task=films", "sources=[films,books]", "store=s"), trained.result["both"]
+    )
     following = [typed(line) for line in lines_of(capsys)[2:]]
     folder = trained.folder / "runs" / "x y"
     assert following == [
@@ -129,12 +140,17 @@ def test_after_evaluate_and_predict(
     words = ("artifact=films", "input=a", "output=b", "store=s", "attention=true")
     end_of_run(run(trained, "predict", *words, config={"artifact": "films"}), predicted)
     titles, row, following = lines_of(capsys)
-    assert (titles.split(), row.split()) == (["name", "rows", "seconds", "output"], ["films", "1,200", "2.0", "out.jsonl"])
+    assert (titles.split(), row.split()) == (
+        ["name", "rows", "seconds", "output"],
+        ["films", "1,200", "2.0", "out.jsonl"],
+    )
     assert typed(following) == ["fusion.evaluate", "artifact=films", "store=s"]
 
 
 def job(name: str, status: str, result: dict[str, Any], *words: str, before: str | None = "new") -> Job:
-    return Job(Path("sweep") / name, {"status": status, "before": before, "name": name, "overrides": words}, result)
+    return Job(
+        Path("sweep") / name, {"status": status, "before": before, "name": name, "overrides": words}, result
+    )
 
 
 def test_after_a_sweep(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,7 +164,11 @@ def test_after_a_sweep(trained: Bench, capsys: pytest.CaptureFixture[str]) -> No
     titles, *rows, fuse, report = lines_of(capsys)
     assert titles.startswith("name   state         best epoch")
     assert [row.split("  ")[0] for row in rows] == ["films", "plays", "books"]
-    assert "done already" in rows[0] and rows[1].split() == ["plays", "failed", *"------"] and " done " in rows[2]
+    assert (
+        "done already" in rows[0]
+        and rows[1].split() == ["plays", "failed", *"------"]
+        and " done " in rows[2]
+    )
     assert typed(fuse) == ["fusion.stage2", "+task=books", "sources=[films,books]", "store=s"]
     assert typed(report) == ["fusion.report", "runs=sweep"]
     end_of_sweep("stage1", Path("sweep"), jobs)
@@ -172,7 +192,9 @@ def test_tasks_with_many_metrics_share_a_column() -> None:
 
 
 @pytest.mark.parametrize("command", ["stage1", "stage2", "evaluate", "rank", "benchmark"])
-def test_a_result_without_scores_says_nothing(command: str, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_result_without_scores_says_nothing(
+    command: str, bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
     for result in ({}, {"name": "x", "seed": 1}, {"metrics": None} if command == "evaluate" else {}):
         end_of_run(run(bench, command), result)
     end_of_sweep(command, Path("sweep"), [job("x", "failed", {})])

@@ -77,8 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "prefix",
         "provenance",
     },
-    "app": BASE
-    | {"run", "run_lock", "sweep", "ending", "terminal", "training.processes", "data.task_files"},
+    "app": BASE | {"run", "run_lock", "sweep", "ending", "terminal", "training.processes", "data.task_files"},
 }
 MAY_IMPORT |= {command: {*MAY_IMPORT} for command in COMMANDS}
 

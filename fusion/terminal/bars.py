@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from fusion.terminal.display import Display, display
@@ -214,15 +214,15 @@ class RowsBar:
 
 
 @contextlib.contextmanager
-def rows_bar(name: str, rows: int) -> Iterator[RowsBar | None]:
-    """A bar over rows while the work inside lasts; None where nobody looks on."""
+def rows_bar(name: str, rows: int) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar over rows while the work inside lasts: what is to be told of each batch; None where nobody looks on."""
     shown = display()
     if shown is None:
         yield None
         return
     bar = RowsBar(name, rows, shown)
     try:
-        yield bar
+        yield bar.advance
     finally:
         bar.close()
 

@@ -37,9 +37,7 @@ def show_table(rows: Sequence[Row], stream: TextIO | None = None) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     for (title, *cells), width in zip(zip(*rows, strict=True), widths, strict=True):
         numbers = any(map(_is_number, cells)) and all(_is_number(cell) or cell == "-" for cell in cells)
-        table.add_column(
-            Text(title), overflow="fold", justify="right" if numbers else "left", width=width
-        )
+        table.add_column(Text(title), overflow="fold", justify="right" if numbers else "left", width=width)
     for row in rows[1:]:
         table.add_row(*map(Text, row))
     console.print(table)

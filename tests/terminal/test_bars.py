@@ -91,9 +91,9 @@ def test_a_jobs_own_processes_are_told_how_the_sweep_stands(
 
 
 def test_rows(terminal: Terminal) -> None:
-    with bars.rows_bar("rte on rows.jsonl", 2000) as bar:
-        assert bar is not None
-        bar.advance(1500, 9000)
+    with bars.rows_bar("rte on rows.jsonl", 2000) as advance:
+        assert advance is not None
+        advance(1500, 9000)
         (line,) = terminal.screen
         assert re.fullmatch(r"rte on rows\.jsonl \S+ 1,500/2,000 rows [\d,]+ tokens/s [-\d:]+ left", line)
     assert terminal.screen == []
@@ -105,8 +105,8 @@ def test_rows(terminal: Terminal) -> None:
 def test_on_no_terminal_there_are_none(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     bars.begin_sweep(3)
-    with bars.rows_bar("rte", 2) as bar, bars.handed_over():
-        assert bar is None and bars.sweep_bar() is None and bars.SWEEP not in os.environ
+    with bars.rows_bar("rte", 2) as advance, bars.handed_over():
+        assert advance is None and bars.sweep_bar() is None and bars.SWEEP not in os.environ
     assert bars.training_bar("rte", 4, 1) is None
     assert terminal.getvalue() == ""
 

@@ -89,7 +89,11 @@ def test_nothing_is_drawn(
         look_on(monkeypatch, terminal)
     if how == "dumb":
         monkeypatch.setenv("TERM", "dumb")
-    config = settings() if how != "switched off" else TrainerConfig(accelerator="cpu", max_epochs=1, enable_progress_bar=False)
+    config = (
+        settings()
+        if how != "switched off"
+        else TrainerConfig(accelerator="cpu", max_epochs=1, enable_progress_bar=False)
+    )
     bench.stage1("films", trainer=config, optim=OptimConfig(lr=5e-3))
     assert "\x1b" not in terminal.getvalue() and "tokens/s" not in terminal.getvalue()
     said = capsys.readouterr()
@@ -113,7 +117,9 @@ def test_rows_are_counted_when_they_are_scored_and_predicted(
     look_on(monkeypatch, terminal)
     bench.evaluate("films", split="test")
     assert sum(done) == 8 and "8/8 rows" in terminal.getvalue()
-    assert terminal.screen == [terminal.screen[0]] and terminal.screen[0].startswith("films on films test (8 rows)")
+    assert terminal.screen == [terminal.screen[0]] and terminal.screen[0].startswith(
+        "films on films test (8 rows)"
+    )
     del done[:]
     bench.predict("films", [{"text": "a good film"}] * 20)
     assert sum(done) == 20 and "20/20 rows" in terminal.getvalue()
