@@ -384,6 +384,7 @@ class Preflight(Callback):
                 _sweep = Sweep.begin(folder)
                 return  # another sweeper finds its jobs as it goes: each is checked when its turn comes
             planned: list[Path] = []
+            watched = True
             standing: dict[str, Standing] = {}
             names: dict[tuple[str, str], Sequence[str]] = {}
             (members,) = BasicSweeper.split_arguments(overrides, None)
@@ -401,6 +402,7 @@ class Preflight(Callback):
                     standing[str(run.config.get("name"))] = found
                 planned.append(folder / _job_folder(composed, number))
                 if isinstance(typed, StageConfig):
+                    watched = watched and bool(typed.trainer.enable_progress_bar)
                     first = names.setdefault((typed.store, str(typed.name)), member)
                     if first is not member:
                         raise UserError(
@@ -416,8 +418,9 @@ class Preflight(Callback):
             _sweep = Sweep.begin(folder, planned)
             if standing:
                 print("\n".join(standings(standing)), flush=True)
-            if str(config.hydra.launcher.get("_target_", "")).endswith(".BasicLauncher"):
-                bars.begin_sweep(len(planned))  # other launchers run jobs at once, in processes of their own
+            # Other launchers run jobs at once, in processes of their own.
+            if watched and str(config.hydra.launcher.get("_target_", "")).endswith(".BasicLauncher"):
+                bars.begin_sweep(len(planned))
 
 
 def _job_folder(composed: DictConfig, number: int) -> str:

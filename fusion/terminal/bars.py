@@ -248,4 +248,5 @@ class Rate:
 
 
 def _short(name: str, longest: int = 32) -> str:
+    name = name.encode("ascii", "backslashreplace").decode()  # a file's name may be anything
     return name if len(name) <= longest else f"{name[: longest - 3]}..."

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from fusion.terminal.screen import console_of, is_terminal
+from fusion.terminal.screen import console_of, is_terminal, writable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -112,7 +112,8 @@ class Display:
         """Whole lines, as long as they are: a path that is longer than the terminal is wide can still be copied."""
         from rich.text import Text
 
-        self._console.print(Text.from_ansi("\n".join(lines)), soft_wrap=True)
+        text = writable("\n".join(lines), self._stream)
+        self._console.print(Text.from_ansi(text), soft_wrap=True)
 
     @property
     def draws(self) -> bool:

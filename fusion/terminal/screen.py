@@ -31,7 +31,12 @@ def console_of(stream: TextIO) -> Console:
     return Plain(file=stream, force_terminal=True, highlight=False, markup=False, emoji=False)
 
 
-def say(text: str, stream: TextIO) -> None:
-    """A line of text; what the stream's encoding has no sign for is written as an escape."""
+def writable(text: str, stream: TextIO) -> str:
+    """Text in which what the stream's encoding has no sign for is written as an escape."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    stream.write(f"{text.encode(encoding, 'backslashreplace').decode(encoding)}\n")
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def say(text: str, stream: TextIO) -> None:
+    """A line of text."""
+    stream.write(f"{writable(text, stream)}\n")

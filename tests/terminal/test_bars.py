@@ -60,10 +60,12 @@ def test_a_narrow_terminal_shows_less_and_never_two_lines(
 
 def test_a_terminal_that_knows_only_ascii(terminal: Terminal) -> None:
     terminal._encoding = "ascii"
-    bar = bars.training_bar("rte", total=40, epochs=10)
+    bar = bars.training_bar("größe", total=40, epochs=10)
     assert bar is not None
     bar.trains(5, 2, 500, 0.25)
-    assert terminal.getvalue().isascii() and "epoch 2/10" in terminal.screen[0]
+    print("a line – long")
+    assert terminal.getvalue().isascii() and terminal.screen[0] == "a line \\u2013 long"
+    assert "epoch 2/10" in terminal.screen[1]
 
 
 def test_a_jobs_own_processes_are_told_how_the_sweep_stands(

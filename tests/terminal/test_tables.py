@@ -38,6 +38,13 @@ def test_a_stream_that_knows_only_ascii_gets_escapes() -> None:
     assert raw.getvalue() == b"name\ngr\\xf6\\xdfe\n"
 
 
+def test_a_terminal_that_knows_only_ascii(terminal: Terminal) -> None:
+    terminal._encoding = "ascii"
+    show_table([("name", "score"), ("größe", "0.5")])
+    assert terminal.getvalue().isascii() and "gr\\xf6\\xdfe" in terminal.getvalue()
+    assert set(terminal.screen[1]) <= set("-+| ")
+
+
 def test_a_terminal_with_room(terminal: Terminal) -> None:
     show_table(ROWS)
     titles, line, first, second = terminal.screen

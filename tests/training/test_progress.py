@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from fusion.config import OptimConfig, TrainerConfig
 from fusion.terminal import bars, display
+from fusion.training.progress import ProgressBar
 from tests.bench import Bench
 from tests.terminal.emulator import Terminal, look_on
 
@@ -98,6 +101,18 @@ def test_nothing_is_drawn(
     assert "\x1b" not in terminal.getvalue() and "tokens/s" not in terminal.getvalue()
     said = capsys.readouterr()
     assert "\x1b" not in said.out + said.err and "tokens/s" not in said.out + said.err
+
+
+def test_only_the_first_process_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    look_on(monkeypatch, terminal)
+    trainer: Any = SimpleNamespace(is_global_zero=False)
+    callback = ProgressBar("films", "validation/accuracy")
+    callback.on_train_start(trainer, cast(Any, None))
+    callback.on_train_epoch_start()
+    callback.on_train_batch_end(trainer, cast(Any, None), None, cast(Any, None), 0)
+    callback.on_train_end()
+    assert terminal.getvalue() == ""
 
 
 def test_rows_are_counted_when_they_are_scored_and_predicted(
