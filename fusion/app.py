@@ -534,6 +534,8 @@ def _job(command: Command, program: list[str], composed: DictConfig, outcomes: l
                 return processes.launch(program, run.config, run, ranks)
         return command.function(typed, run)
 
+    if _sweep is None and _is_sweep(launch):  # a launcher's process, one of several at one terminal
+        os.environ[display.PROGRESS] = "0"
     bar = bars.sweep_bar()
     if bar is not None:
         bar.begins()

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from fusion.app import command
 from fusion.config import Stage1Config, TaskConfig
 from fusion.run import Run, Standing, identity_config
+from fusion.sweep import Sweep
 from fusion.terminal import display
 from tests.terminal.emulator import Terminal, look_on, seen
 
@@ -507,6 +508,32 @@ def test_a_sweep_at_a_terminal(go: Callable[..., Outcome], monkeypatch: pytest.M
     assert "  sweep/1-mine-seed-7/run.log: RuntimeError: boom" in screen
     assert all("\x1b" not in log.read_text() for log in Path("sweep").glob("*/run.log"))
     assert sys.stdout is terminal and sys.stderr is terminal
+
+
+def test_jobs_side_by_side_draw_nothing(go: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a launcher's processes, which know of no sweep and share a terminal."""
+    monkeypatch.setenv(display.PROGRESS, "1")
+    monkeypatch.setattr(Sweep, "begin", lambda *_: None)
+    wanted = []
+
+    @command("stage1", Stage1Config, lambda config, run: None)
+    def main(config: Stage1Config, run: Run) -> dict[str, Any]:
+        wanted.append(os.environ[display.PROGRESS])
+        return {}
+
+    assert go("+task=mine", "trainer.devices=1", main=main).code == 0
+    assert go("-m", "+task=mine,yours", "trainer.devices=1", main=main).code == 0
+    assert wanted == ["1", "0", "0"]
+
+
+def test_the_bar_of_a_sweep_is_switched_off_with_those_of_its_jobs(
+    go: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    look_on(monkeypatch, terminal)
+    words = ["-m", "+task=mine", "seed=1,2", "trainer.devices=1", "trainer.enable_progress_bar=false"]
+    assert go(*words).code == 0
+    assert "\x1b" not in terminal.getvalue() and terminal.screen[-1] == "2 jobs: 2 done, 0 failed"
 
 
 @pytest.mark.parametrize(

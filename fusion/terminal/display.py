@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 INTERVAL = 0.1  # seconds between two drawings
+PROGRESS = "FUSION_PROGRESS"  # environment: 0 draws nothing, in this process and in those that it starts
 
 _shown: Display | None = None
 
@@ -30,7 +31,8 @@ def display() -> Display | None:
     """The one of this process; None where nobody looks at its stderr."""
     if _shown is not None:
         return _shown if _shown.is_own() else None
-    return Display(sys.stderr) if is_terminal(sys.stderr) else None
+    wanted = os.environ.get(PROGRESS) != "0"
+    return Display(sys.stderr) if wanted and is_terminal(sys.stderr) else None
 
 
 def close() -> None:

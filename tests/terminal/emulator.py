@@ -63,7 +63,14 @@ def seen(text: str, width: int = 10_000) -> list[str]:
 
 def look_on(monkeypatch: pytest.MonkeyPatch, terminal: Terminal, width: int = 120) -> None:
     """Makes a terminal of stdout and stderr. To be called within a test: pytest sets its own before it."""
-    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", bars.SWEEP):
+    for name in (
+        "NO_COLOR",
+        "FORCE_COLOR",
+        "TTY_COMPATIBLE",
+        "TTY_INTERACTIVE",
+        bars.SWEEP,
+        display.PROGRESS,
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", str(width))

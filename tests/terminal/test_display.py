@@ -98,7 +98,7 @@ def test_it_is_hidden_for_a_while(terminal: Terminal) -> None:
     assert terminal.screen == ["somebody else", "the bar"]
 
 
-@pytest.mark.parametrize("how", ["pipe", "dumb", "closed", "forced"])
+@pytest.mark.parametrize("how", ["pipe", "dumb", "closed", "forced", "unwanted"])
 def test_nothing_is_drawn_where_nobody_looks(
     terminal: Terminal, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
@@ -108,6 +108,10 @@ def test_nothing_is_drawn_where_nobody_looks(
         closed = open(os.devnull)  # noqa: SIM115
         closed.close()
         monkeypatch.setattr(sys, "stderr", closed)
+    elif how == "unwanted":
+        monkeypatch.setenv("FUSION_PROGRESS", "0")
+        assert is_terminal(sys.stderr) and display() is None
+        return
     else:
         monkeypatch.setattr(sys, "stderr", io.StringIO())
     if how == "forced":  # colours may be wanted in a file; a bar is nothing to be read there
