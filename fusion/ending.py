@@ -7,6 +7,7 @@ job in another process and a sweep say the same.
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from fusion.sweep import Job
 from fusion.terminal.screen import say
 from fusion.terminal.tables import show_table
 
+NEXT = "FUSION_NEXT"  # environment: 0 leaves out what can be typed next
 STAGES = ("stage1", "stage2")
 # What a user has said that the next command needs too, by the beginning of the key.
 FOR_TRAINING = ("store", "data", "backbone", "logger", "trainer.accelerator")
@@ -258,7 +260,7 @@ def _show(rows: Sequence[tuple[str, ...]], following: Sequence[str]) -> None:
         return
     with contextlib.suppress(OSError):  # a pipe that nobody reads any more
         show_table(rows)
-        for text in _titled(following):
+        for text in _titled(following) if os.environ.get(NEXT) != "0" else ():
             say(text, sys.stdout)
         sys.stdout.flush()
 

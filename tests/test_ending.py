@@ -106,6 +106,14 @@ def test_what_cannot_be_fused_is_not_proposed(
     assert [typed(line)[0] for line in lines_of(capsys)[2:]] == ["fusion.evaluate"]
 
 
+def test_a_journey_knows_by_itself_what_comes_next(
+    trained: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUSION_NEXT", "0")
+    end_of_run(run(trained, "stage1", "+task=books"), trained.result["books"])
+    assert [line.split()[0] for line in lines_of(capsys)] == ["name", "books"]
+
+
 def test_after_stage_2(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     end_of_run(
         run(trained, "stage2", "+task=films", "sources=[films,books]", "store=s"), trained.result["both"]
