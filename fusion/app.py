@@ -47,7 +47,6 @@ from yaml import YAMLError
 
 from fusion.config import MULTITASK, Stage1Config, Stage2Config, StageConfig, TaskConfig
 from fusion.data.task_files import check_task_file
-from fusion.ending import end_of_run, end_of_sweep
 from fusion.errors import TrainingError, UserError, first_line
 from fusion.run import Run, Standing, Terminated, check_folder, describe, record
 from fusion.run_lock import turn_of
@@ -559,6 +558,8 @@ def _job(command: Command, program: list[str], composed: DictConfig, outcomes: l
         return None
     outcomes.append(0)
     if run.rank_zero and not _is_sweep(launch):
+        from fusion.ending import end_of_run
+
         end_of_run(run, result)
     return result
 
@@ -579,6 +580,8 @@ def _say_standing(name: str, standing: Standing | None) -> None:
 
 def _sweep_outcome(command: Command, sweep: Sweep) -> int:
     """Says how a sweep went: a table, in one line how many jobs, then which failed and where their logs are."""
+    from fusion.ending import end_of_sweep
+
     end_of_sweep(command.name, sweep.folder, sweep.jobs())
     line, failed = sweep.outcome()
     print(line, flush=True)
