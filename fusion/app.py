@@ -52,6 +52,7 @@ from fusion.repeats import repeated
 from fusion.run import Run, Standing, Terminated, check_folder, describe, record
 from fusion.run_lock import turn_of
 from fusion.sweep import Sweep, standings
+from fusion.terminal import bars, display
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ COMPOSING_ERRORS = (ValueError, AssertionError)  # what Hydra raises besides, fo
 # These decide a default name already, or are the name: a sweep over them needs no suffix.
 NAMED_ANYWAY = ("task", "tasks", "name", "composition", "method")
 OWN_TASK = "a task of your own is conf/task/NAME.yaml in the working directory or in $FUSION_CONF"
+DEBUG = "-debug"  # ending of what is stored with debug=NAME
 USER_CONF = "user"  # how Hydra's search path calls the folders of user_conf_folders
 
 
@@ -224,10 +226,15 @@ def prepare(command: Command, composed: DictConfig, launch: DictConfig) -> tuple
         suffix = _swept(launch, NAMED_ANYWAY)
         name = typed.default_name().replace("/", "-")  # type: ignore[attr-defined]
         typed.name = f"{name}-{suffix}" if suffix else name
+    if isinstance(typed, StageConfig) and choices.get("debug") and not str(typed.name).endswith(DEBUG):
+        typed.name = f"{typed.name}{DEBUG}"  # it never passes for a real one
     sweep = _is_sweep(launch)
+    directory = Path(OmegaConf.select(launch, "runtime.output_dir", throw_on_missing=False) or ".")
+    if isinstance(typed, StageConfig) and typed.trainer.profiler and not typed.trainer.default_root_dir:
+        typed.trainer.default_root_dir = str(directory)  # where Lightning puts the table
     run = Run(
         command=command.name,
-        directory=Path(OmegaConf.select(launch, "runtime.output_dir", throw_on_missing=False) or "."),
+        directory=directory,
         overrides=tuple(launch.overrides.task),
         config=asdict(typed),
         group=str(choices.get("experiment") or (Path(launch.sweep.dir).name if sweep else command.name)),
@@ -377,6 +384,7 @@ class Preflight(Callback):
                 _sweep = Sweep.begin(folder)
                 return  # another sweeper finds its jobs as it goes: each is checked when its turn comes
             planned: list[Path] = []
+            watched = True
             standing: dict[str, Standing] = {}
             names: dict[tuple[str, str], Sequence[str]] = {}
             (members,) = BasicSweeper.split_arguments(overrides, None)
@@ -394,6 +402,7 @@ class Preflight(Callback):
                     standing[str(run.config.get("name"))] = found
                 planned.append(folder / _job_folder(composed, number))
                 if isinstance(typed, StageConfig):
+                    watched = watched and bool(typed.trainer.enable_progress_bar)
                     first = names.setdefault((typed.store, str(typed.name)), member)
                     if first is not member:
                         raise UserError(
@@ -409,6 +418,9 @@ class Preflight(Callback):
             _sweep = Sweep.begin(folder, planned)
             if standing:
                 print("\n".join(standings(standing)), flush=True)
+            # Other launchers run jobs at once, in processes of their own.
+            if watched and str(config.hydra.launcher.get("_target_", "")).endswith(".BasicLauncher"):
+                bars.begin_sweep(len(planned))
 
 
 def _job_folder(composed: DictConfig, number: int) -> str:
@@ -460,7 +472,11 @@ def _main(command: Command) -> int:
         return _job(command, program, composed, outcomes)
 
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=command.name)(job)()
+        try:
+            hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=command.name)(job)()
+        finally:
+            bars.end_sweep()
+            display.close()
     except Refused as error:
         return _say(str(error), error.code)
     except (*CONFIG_ERRORS, *COMPOSING_ERRORS) as error:  # a job's own errors do not get here
@@ -474,18 +490,21 @@ def _main(command: Command) -> int:
         return 1
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except OSError as error:  # of Hydra's own files
+        if _sweep is not None:
+            _sweep_outcome(command, _sweep)
+        cure = "make room, or name another with hydra.run.dir= or hydra.sweep.dir="
+        return _say(
+            f"{command.name} failed: {describe(error)}\nAn output folder cannot be written: {cure}", 1
+        )
     except Exception as error:
-        code = _sweep_outcome(_sweep) if _sweep is not None else 0
-        if code and not isinstance(error, OSError):  # a launcher misses a job that died: it is in the list
+        # A launcher misses a job that died: it is in the list.
+        if _sweep is not None and _sweep_outcome(command, _sweep):
             return _say(f"{command.name} failed: {type(error).__name__}: {first_line(error)}", 1)
-        if not isinstance(error, OSError):  # those are of Hydra's own files; the others may be anything
-            traceback.print_exc()
-        said = describe(error)
-        if isinstance(error, OSError):
-            said += "\nAn output folder cannot be written: make room, or name another with hydra.run.dir= or hydra.sweep.dir="
-        return _say(f"{command.name} failed: {said}", 1)
+        traceback.print_exc()
+        return _say(f"{command.name} failed: {describe(error)}", 1)
     if _sweep is not None:
-        return _sweep_outcome(_sweep)
+        return _sweep_outcome(command, _sweep)
     return max(outcomes, default=0)
 
 
@@ -511,13 +530,23 @@ def _job(command: Command, program: list[str], composed: DictConfig, outcomes: l
     def work() -> dict[str, Any]:
         ranks = processes.count(typed.trainer) if isinstance(typed, StageConfig) else 1
         if ranks > 1:
-            return processes.launch(program, run.config, run, ranks)
+            with bars.handed_over():
+                return processes.launch(program, run.config, run, ranks)
         return command.function(typed, run)
 
+    if _sweep is None and _is_sweep(launch):  # a launcher's process, one of several at one terminal
+        os.environ[display.PROGRESS] = "0"
+    bar = bars.sweep_bar()
+    if bar is not None:
+        bar.begins()
     try:
         with contextlib.ExitStack() as turn:
             result = record(run, work, check)
+        if bar is not None:
+            bar.ends(failed=False)
     except Exception as error:
+        if bar is not None:
+            bar.ends(failed=True)
         if _sweep is not None:
             _sweep.told[run.directory.absolute()] = describe(error)
         if isinstance(error, UserError):
@@ -529,6 +558,10 @@ def _job(command: Command, program: list[str], composed: DictConfig, outcomes: l
         outcomes.append(_say(f"{command.name} failed: {said} (log: {run.directory}/run.log)", 1))
         return None
     outcomes.append(0)
+    if run.rank_zero and not _is_sweep(launch):
+        from fusion.ending import end_of_run
+
+        end_of_run(run, result)
     return result
 
 
@@ -542,10 +575,15 @@ def _say_standing(name: str, standing: Standing | None) -> None:
             name,
             f" ({standing.detail})" if standing.detail else "",
         )
+    elif standing is not None and standing.state == "new" and standing.detail:
+        log.info("%s %s", name, standing.detail)
 
 
-def _sweep_outcome(sweep: Sweep) -> int:
-    """Says how a sweep went: in one line how many jobs, then which failed and where their logs are."""
+def _sweep_outcome(command: Command, sweep: Sweep) -> int:
+    """Says how a sweep went: a table, in one line how many jobs, then which failed and where their logs are."""
+    from fusion.ending import end_of_sweep
+
+    end_of_sweep(command.name, sweep.folder, sweep.jobs())
     line, failed = sweep.outcome()
     print(line, flush=True)
     return _say("\n".join(failed), 1) if failed else 0

@@ -43,6 +43,7 @@ class Entry:
     config: the part of the config (and of what it names) that the identity is the hash of.
     checkpoints: where its training is taken up again after an interruption.
     stored: the manifest of the artifact that an equal run has stored, if one has.
+    resume: whether the run goes on from its checkpoints; else it begins anew.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class Entry:
     config: dict[str, Any]
     checkpoints: Path
     stored: Manifest | None
+    resume: bool = True
 
     def result(self) -> dict[str, Any]:
         """The result of the stored artifact, as result.json has it."""
@@ -72,9 +74,10 @@ class Entry:
         where = "from the beginning"
         if position:
             where = f"at epoch {position['epoch'] + 1}, batch {position['batch'] + 1}"
+        how = f"goes on {where}" if self.resume else "begins anew, since resume=false"
         if attempt.get("status") == "failed":
-            return Standing("failed", f"{first_line(Exception(attempt.get('error')))}; goes on {where}")
-        return Standing("interrupted", where)
+            return Standing("failed", f"{first_line(Exception(attempt.get('error')))}; {how}")
+        return Standing("interrupted", where) if self.resume else Standing("new", how)
 
     @contextlib.contextmanager
     def attempt(self, run: Run, resume: bool) -> Iterator[None]:
@@ -149,6 +152,7 @@ def find_entry(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any] 
         config=asked[1],
         checkpoints=checkpoint_folder(store, config.name, asked[0]),
         stored=stored if done else None,
+        resume=config.resume,
     )
 
 

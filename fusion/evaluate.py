@@ -35,6 +35,7 @@ def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     from fusion.data.rows import evaluation_splits, load_rows
     from fusion.inference import device_of, predict
     from fusion.store.artifacts import load
+    from fusion.terminal.bars import rows_bar
     from fusion.training.metrics import predicted, score
     from fusion.training.outcomes import outcomes, write_outcomes
 
@@ -63,9 +64,15 @@ def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
             rows, tokenizer, config.data.max_length or manifest.data["max_length"], config.data.cache_dir
         )
         encoded.task = answer.head
-        predictions = predict(
-            model, encoded, config.data.batch_size, device, tokens_per_batch=config.data.tokens_per_batch
-        )
+        with rows_bar(f"{manifest.name} on {task.name} {split}", len(rows)) as advance:
+            predictions = predict(
+                model,
+                encoded,
+                config.data.batch_size,
+                device,
+                tokens_per_batch=config.data.tokens_per_batch,
+                advance=advance,
+            )
         key = split if len(scored) == 1 else f"{task.name}/{split}"
         metrics[key] = score(task, predictions.scores, encoded.labels)
         seen[key] = outcomes(encoded, predicted(predictions.scores, task.kind))

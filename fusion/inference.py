@@ -6,6 +6,7 @@ Shapes: B rows of a batch, S texts of a batch, T tokens, K outputs, N sources.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -61,12 +62,14 @@ def predict(
     tokens_per_batch: int | None = None,
     first_layer: int = 0,
     sources_on: Tensor | None = None,
+    advance: Callable[[int, int], None] | None = None,
 ) -> Predictions:
     """Scores of every row; batches are sorted by length and the results put back in order.
 
     Args:
         first_layer: the slots of the layers below it stay empty (AdapterDrop).
         sources_on: (N,) bool, which sources take part; None: all.
+        advance: is told of each batch that is done, how many rows and tokens (padding included) it had.
     """
     keep_freed_memory()
     model = model.to(device).eval()
@@ -95,6 +98,8 @@ def predict(
             weights.setdefault(slot, []).append(
                 _row_means(values, batch.attention_mask, batch.choice_counts).cpu()
             )
+        if advance is not None:
+            advance(len(batch.rows), batch.input_ids.numel())
     order = torch.argsort(torch.cat(places))
     return Predictions(
         scores=_stacked(scores)[order],

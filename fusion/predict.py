@@ -63,6 +63,7 @@ def main(config: PredictConfig, run: Run) -> dict[str, Any]:
     from fusion.data.rows import rows_of_file
     from fusion.inference import device_of, predict
     from fusion.store.artifacts import load
+    from fusion.terminal.bars import rows_bar
 
     device = device_of(config.accelerator)
     artifact = load(config.artifact, Path(config.store))
@@ -78,9 +79,16 @@ def main(config: PredictConfig, run: Run) -> dict[str, Any]:
     encoded.task = answer.head
     backbone = load_backbone(name, revision, config.backbone.trust_remote_code)
     model = stored_model(artifact, artifact.path.parent, backbone, config.drop)
-    predictions = predict(
-        model, encoded, config.data.batch_size, device, config.attention, config.data.tokens_per_batch
-    )
+    with rows_bar(f"{manifest.name} on {Path(config.input).name}", len(rows)) as advance:
+        predictions = predict(
+            model,
+            encoded,
+            config.data.batch_size,
+            device,
+            config.attention,
+            config.data.tokens_per_batch,
+            advance=advance,
+        )
     if config.attention and not predictions.attention:
         raise UserError(
             f"attention=true: with drop={config.drop} no layer of {manifest.name} is left that attends"

@@ -19,6 +19,7 @@ from fusion.errors import first_line
 from fusion.run import Standing
 
 STATUS = "status.json"
+RESULT = "result.json"
 NAMES = 8  # so many names of a kind are shown,
 DETAILS = 4  # and so many with a line of their own
 Stamp = tuple[int, int]
@@ -42,16 +43,7 @@ class Sweep:
 
     def outcome(self) -> tuple[str, list[str]]:
         """One line of counts, and the lines that say which jobs failed; none where none did."""
-        stamps = _stamps(self.folder, self.planned)
-        written = [place for place, stamp in stamps.items() if self.seen.get(place) != stamp]
-        silent = [place for place in self.planned if place not in written]
-        if self.planned:
-            # A folder's name may hold what only the launcher knows, such as a cluster's number for the job: then
-            # others are there in place of those that were planned. Else they belong to another sweep.
-            others = [place for place in written if place not in self.planned][: len(silent)]
-            written = [place for place in written if place in self.planned] + others
-            silent = silent[len(others) :]
-        statuses = {place: _read(place) for place in written}
+        statuses, silent = self._ended()
         failed = {place: _reason(status) for place, status in statuses.items() if status["status"] != "done"}
         failed |= {place: "it left no status: killed before it began, or never started" for place in silent}
         failed |= {place: self.told[place.absolute()] for place in failed if place.absolute() in self.told}
@@ -66,6 +58,39 @@ class Sweep:
         lines = [f"{len(failed)} of {jobs} jobs failed:"] if failed else []
         lines += [f"  {place}/run.log: {reason}" for place, reason in sorted(failed.items())]
         return f"{jobs} job{'s' * (jobs != 1)}: {counts}, {len(failed)} failed", lines
+
+    def jobs(self) -> list[Job]:
+        """What each job left, in the order in which they were planned."""
+        statuses, silent = self._ended()
+        order = {place: number for number, place in enumerate(self.planned)}
+        places = sorted([*statuses, *silent], key=lambda place: (order.get(place, len(order)), place))
+        return [
+            Job(place, status, _result(place) if status.get("status") == "done" else {})
+            for place in places
+            for status in [statuses.get(place, {})]
+        ]
+
+    def _ended(self) -> tuple[dict[Path, dict[str, Any]], list[Path]]:
+        """The statuses that this sweep's jobs wrote, and the planned jobs that wrote none."""
+        stamps = _stamps(self.folder, self.planned)
+        written = [place for place, stamp in stamps.items() if self.seen.get(place) != stamp]
+        silent = [place for place in self.planned if place not in written]
+        if self.planned:
+            # A folder's name may hold what only the launcher knows, such as a cluster's number for the job: then
+            # others are there in place of those that were planned. Else they belong to another sweep.
+            others = [place for place in written if place not in self.planned][: len(silent)]
+            written = [place for place in written if place in self.planned] + others
+            silent = silent[len(others) :]
+        return {place: _read(place) for place in written}, silent
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of a sweep that has ended: what its status.json and result.json hold, empty where they are not there."""
+
+    place: Path
+    status: Mapping[str, Any]
+    result: Mapping[str, Any]
 
 
 def standings(jobs: Mapping[str, Standing]) -> list[str]:
@@ -115,6 +140,14 @@ def _read(place: Path) -> dict[str, Any]:
         return status if isinstance(status.get("status"), str) else {"status": "broken"}
     except (OSError, ValueError, AttributeError) as error:
         return {"status": "broken", "error": f"{STATUS} cannot be read: {first_line(error)}"}
+
+
+def _result(place: Path) -> dict[str, Any]:
+    try:
+        result = json.loads((place / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return result if isinstance(result, dict) else {}
 
 
 def _reason(status: Mapping[str, Any]) -> str:

@@ -91,6 +91,7 @@ def _run(module: str, overrides: list[str], without: tuple[str, ...], keep_error
     say("$ " + typed(module, overrides))
     environment = {key: value for key, value in os.environ.items() if key not in without}
     environment["PYTHONPATH"] = python_path()
+    environment["FUSION_NEXT"] = "0"  # the journey itself knows what comes next
     before = signal.signal(signal.SIGTERM, _terminate)
     start = time.monotonic()
     errors: deque[str] = deque(maxlen=20)

@@ -47,8 +47,8 @@ NEEDED = {
     "benchmark": ["suite=train"],
 }
 GROUPS = {
-    "stage1": ("backbone", "adapter", "method", "logger", "experiment"),
-    "stage2": ("backbone", "composition", "logger", "experiment"),
+    "stage1": ("backbone", "adapter", "method", "logger", "experiment", "debug"),
+    "stage2": ("backbone", "composition", "logger", "experiment", "debug"),
 }
 STAGE1_EXPERIMENTS = {"shallow", "deep", "bottleneck_16", "bottleneck_64", "bottleneck_256"}
 # What the code gives to Lightning's Trainer itself.
@@ -100,6 +100,7 @@ def test_all_files_are_found() -> None:
         "method": {"adapter", "head", "lora", "bitfit", "full", "multitask_adapter", "multitask_full"},
         "logger": {"wandb", "csv", "none"},
         "experiment": {"quick", "equal_budget", *STAGE1_EXPERIMENTS},
+        "debug": {"one_batch", "limit", "overfit", "anomaly", "profile"},
     }
     assert {file.stem for file in conf_folder().glob("*.yaml")} == {*SCHEMAS, "launch"}
     assert not list(conf_folder().glob("*/*/*.yaml"))
@@ -318,6 +319,16 @@ def test_the_presets_say_what_their_names_say() -> None:
     for command in ("stage1", "stage2"):
         config = typed(command, "experiment=equal_budget")
         assert (config.trainer.max_epochs, config.optim.patience) == (10, 3)
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (conf_folder() / "debug").glob("*.yaml")))
+@pytest.mark.parametrize("command", ["stage1", "stage2"])
+def test_a_debug_run_logs_nowhere_and_goes_on_with_nothing(command: str, name: str) -> None:
+    config = typed(command, f"debug={name}", "experiment=quick")  # beside an experiment, and after it
+    assert dataclasses.asdict(config.logger) == {"wandb": None, "csv": None}
+    assert (config.overwrite, config.resume) == (True, False)
+    assert typed(command, f"debug={name}", "logger=csv").logger.csv is not None
+    assert typed(command, "debug=limit", "experiment=quick").trainer.max_epochs == 2
 
 
 def test_every_key_has_a_place_in_the_list_of_keys() -> None:

@@ -70,6 +70,24 @@ def test_resume_false_begins_anew(bench: Bench) -> None:
         assert [file.name for file in entry.checkpoints.iterdir()] == [ATTEMPT]
 
 
+@pytest.mark.parametrize(
+    ("status", "standing"),
+    [
+        ("failed", Standing("failed", "RuntimeError: boom; begins anew, since resume=false")),
+        ("interrupted", Standing("new", "begins anew, since resume=false")),
+    ],
+)
+def test_what_begins_anew_is_not_said_to_go_on(bench: Bench, status: str, standing: Standing) -> None:
+    entry, _ = entry_of(bench, resume=False)
+    assert entry.standing == Standing("new")
+    entry.checkpoints.mkdir(parents=True)
+    said = {"status": status, "error": "RuntimeError: boom"}
+    (entry.checkpoints / ATTEMPT).write_text(json.dumps(said))
+    (entry.checkpoints / "position.json").write_text('{"epoch": 2, "batch": 7, "steps": 23}')
+    assert entry.standing == standing
+    assert "goes on at epoch 3, batch 8" in f"goes on {entry_of(bench)[0].standing.detail}"
+
+
 def test_other_processes_of_a_run_keep_nothing(bench: Bench) -> None:
     entry, run = entry_of(bench)
     with entry.attempt(Run(run.command, run.directory, (), {}, "", rank_zero=False), resume=False):

@@ -43,9 +43,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": BASE | {"hub", "custom_code"},
     "provenance": set(),
     "selection": BASE,
-    "store": BASE | {"selection"},
+    "terminal": {"errors"},
+    "store": BASE | {"selection", "terminal"},
     "review": BASE | {"run", "store", "packing"},
     "entry": BASE | {"run", "store"},
+    "ending": BASE | {"run", "sweep", "store", "terminal"},
+    "compare": BASE | {"run", "store", "terminal"},
     "answers": BASE | {"store"},
     "build": BASE | {"layers", "backbones", "model", "store", "selection"},
     "inputs": BASE | {"store"},
@@ -74,6 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "model",
         "data",
         "store",
+        "terminal",
         "review",
         "entry",
         "build",
@@ -81,12 +85,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         "prefix",
         "provenance",
     },
-    "app": BASE | {"run", "run_lock", "sweep", "training.processes", "data.task_files"},
+    "app": BASE | {"run", "run_lock", "sweep", "ending", "terminal", "training.processes", "data.task_files"},
 }
 MAY_IMPORT |= {command: {*MAY_IMPORT} for command in COMMANDS}
 
 # Who may import a library; every other part may not. Commands count as one part.
 LIBRARIES: dict[str, set[str]] = {
+    "rich": {"terminal"},
     "hydra": {"app"},
     "hydra_plugins": {"app"},
     "omegaconf": {"app"},

@@ -38,6 +38,21 @@ def test_a_sweep_that_went_in_all_ways(tmp_path: Path) -> None:
     assert "no status" in failed[4]
 
 
+def test_what_the_jobs_left(tmp_path: Path) -> None:
+    """In the order in which they were planned; a result counts only beside a status that says done."""
+    planned = [tmp_path / name for name in ("10", "9", "1", "2", "3")]
+    sweep = Sweep.begin(tmp_path, planned)
+    for place, status in zip(planned[:4], ("done", "failed", "done", "done"), strict=True):
+        leave(place, status, "new")
+        write_json(place / "result.json", {"name": place.name})
+    (planned[2] / "result.json").write_text("{")
+    (planned[3] / "result.json").write_text("[]")
+    jobs = sweep.jobs()
+    assert [job.place for job in jobs] == planned
+    assert [job.result for job in jobs] == [{"name": "10"}, {}, {}, {}, {}]
+    assert [job.status.get("status") for job in jobs] == ["done", "failed", "done", "done", None]
+
+
 def test_a_command_without_a_standing_only_counts(tmp_path: Path) -> None:
     planned = [tmp_path / "0", tmp_path / "1"]
     sweep = Sweep.begin(tmp_path, planned)

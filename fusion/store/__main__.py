@@ -104,8 +104,13 @@ def _store(values: dict[str, str]) -> Path:
 
 def _list(names: list[str], values: dict[str, str]) -> int:
     from fusion.store.listing import list_store
+    from fusion.terminal.tables import show_table
 
-    print("\n".join(list_store(_store(values))))
+    rows, lines = list_store(_store(values))
+    if rows:
+        show_table(rows)
+    for line in lines:
+        print(line)
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,26 +13,18 @@ from fusion.store.overview import Found, Leftover, check_store, everything, left
 TITLES = ("name", "kind", "task", "backbone", "what", "score", "size", "when", "used by")
 
 
-def list_store(store: Path) -> list[str]:
-    """The lines of the table, then what is damaged and what runs have left.
+def list_store(store: Path) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The rows of the table, titles first (none where there is no artifact), then lines: what is damaged, what runs left.
 
     Raises:
         UserError: there is no such store.
     """
     check_store(store)
     found = everything(store)
-    rows = [TITLES, *(_row(f, f.manifest, found) for f in found if f.manifest is not None)]
-    lines = table(rows) if len(rows) > 1 else [f"{store} has no artifacts"]
+    rows = [_row(f, f.manifest, found) for f in found if f.manifest is not None]
+    lines = [] if rows else [f"{store} has no artifacts"]
     lines += [printable(f"damaged: {f.place}: {f.problem}") for f in found if f.manifest is None]
-    return lines + [_left(left) for left in leftovers(store, found)]
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows with their columns aligned, two spaces between them."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    return [TITLES, *rows] if rows else [], lines + [_left(left) for left in leftovers(store, found)]
 
 
 def _row(found: Found, manifest: Manifest, every: list[Found]) -> tuple[str, ...]:

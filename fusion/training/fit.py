@@ -15,9 +15,10 @@ from typing import Any, cast
 
 import pytorch_lightning as lightning
 import torch
-from pytorch_lightning.callbacks import Callback, TQDMProgressBar
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.profilers import AdvancedProfiler, SimpleProfiler
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from fusion.config import StageConfig, TrainerConfig
@@ -36,9 +37,14 @@ from fusion.training.interrupts import Interrupts
 from fusion.training.metrics import main_metric
 from fusion.training.module import TaskModule
 from fusion.training.out_of_memory import OutOfMemory
+from fusion.training.progress import ProgressBar
 
 log = logging.getLogger(__name__)
 
+PROFILERS: dict[str, type[AdvancedProfiler | SimpleProfiler]] = {
+    "simple": SimpleProfiler,
+    "advanced": AdvancedProfiler,
+}
 _EXPECTED_WARNINGS = (
     ".*module\\(s\\) in eval mode at the start of training",  # the frozen backbone is meant to be
     ".*is smaller than the logging interval",
@@ -112,6 +118,8 @@ def fit(
     keep = Checkpoints(checkpoints if writes else None, config.checkpoint_minutes, interrupts)
     # The guard first, since what it refuses nobody shall write down; what writes comes last.
     callbacks: list[Callback] = [Guard(model, checkpoints), memory, best, EpochLine(monitor), clock, keep]
+    if config.trainer.enable_progress_bar:
+        callbacks.insert(-1, ProgressBar(config.name or "training", monitor))
     last = read_checkpoint(checkpoints) if config.resume and model.trainable() else None
     trainer = make_trainer(config.trainer, callbacks, loggers, last)
     loading: dict[str, Any] = {
@@ -171,6 +179,9 @@ def fit(
         if not module.history:  # nothing trains, or it stopped within the first epoch, by its steps or time
             trainer.validate(module, evaluation, verbose=False)
     seconds, joules = time.monotonic() - started, energy.joules()
+    if config.trainer.profiler in PROFILERS and trainer.is_global_zero:
+        for table in sorted(Path(config.trainer.default_root_dir or ".").glob("fit-profile*.txt"))[:1]:
+            log.info("where the time went: %s", table)
     scores = best_epoch(module.history, monitor)
     if not model.trainable() and trainer.is_global_zero:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "epoch")
@@ -220,10 +231,10 @@ def make_trainer(
     plugins: list[Any] = [] if last is None else [Loaded(last)]
     if SLURMEnvironment.detect():  # it would ask for another turn by itself, and so does submitit
         plugins.append(SLURMEnvironment(auto_requeue=False))
-    # A bar is for somebody who looks at it; in a file or a pipe it would be one long line.
-    arguments["enable_progress_bar"] = config.enable_progress_bar and sys.stderr.isatty()
-    if arguments["enable_progress_bar"]:
-        callbacks = [*callbacks, TQDMProgressBar(leave=False)]
+    arguments["enable_progress_bar"] = False  # Lightning's own; ours is a callback
+    if config.profiler in PROFILERS:  # by name, Lightning would give its table to a log that nobody reads
+        folder = config.default_root_dir or "."
+        arguments["profiler"] = PROFILERS[config.profiler](dirpath=folder, filename="profile")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its tips; ours says what happens
     for expected in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=expected)

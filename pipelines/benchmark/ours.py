@@ -33,6 +33,7 @@ from fusion.model import AdaptedModel
 from fusion.review.tracking import build_loggers
 from fusion.training.fit import make_trainer
 from fusion.training.module import TaskModule, adamw
+from fusion.training.progress import ProgressBar
 from pipelines.benchmark import floor, weights
 from pipelines.benchmark.cases import ADAPTER, CLIPPED, FLOOR, FULL, FUSION, INFER, LOOP, Case, Setup
 from pipelines.benchmark.measure import TokenBatch, synchronise, timed, token_batch
@@ -282,7 +283,7 @@ def in_lightning(model: OurModel, setup: Setup, warmup: int, steps: int) -> floa
         )
         sys.stderr = cast(Any, Terminal(real))
         try:
-            trainer = make_trainer(settings, [watch], loggers)
+            trainer = make_trainer(settings, [watch, ProgressBar("loop", "")], loggers)
             trainer.fit(module, loader)
         finally:
             sys.stderr = real

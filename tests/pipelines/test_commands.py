@@ -101,3 +101,12 @@ def test_help_says_what_a_journey_does_and_its_keys(capsys: pytest.CaptureFixtur
         read_config(TwoStageConfig, ["--help"])
     said = capsys.readouterr().out
     assert ended.value.code == 0 and "single adapter, over seeds" in said and "backbone: minilm" in said
+
+
+def test_a_command_of_a_journey_does_not_say_what_comes_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "probe.py").write_text("import os; print('next', os.environ['FUSION_NEXT'])")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    call("probe", [])
+    assert "next 0" in capfd.readouterr().out

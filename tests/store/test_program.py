@@ -24,6 +24,7 @@ from fusion.store.manifest import HEAD, MANIFEST, WEIGHTS, Manifest, names, read
 from fusion.store.removing import remove
 from fusion.store.shapes import head_shapes, weight_shapes
 from fusion.store.writing import writing
+from tests.terminal.emulator import Terminal, look_on
 
 Say = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).parents[2]
@@ -77,6 +78,17 @@ def test_list(say: Say, full: Path) -> None:
     assert lines[3][6] == as_bytes(size)
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", lines[3][7])
     assert len({line.index("adapter") for line in out.splitlines() if "adapter " in line}) == 1  # aligned
+
+
+@pytest.mark.parametrize("width", [60, 100, 160])
+def test_list_at_a_terminal_cuts_no_name(full: Path, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    terminal = Terminal()
+    look_on(monkeypatch, terminal, width)
+    assert main(["list", f"store={full}"]) == 0
+    words = {word.rstrip(",") for line in terminal.screen for word in line.split()}
+    assert {"books", "both", "films", "head", "adapterfusion", "feedforward/normed", "tiny"} <= words
+    assert all(len(line) <= width for line in terminal.screen)
+    assert ("─" in terminal.getvalue()) == (width > 60)  # else there is no room for columns
 
 
 def test_list_names_what_is_damaged_and_what_is_left(say: Say, full: Path) -> None:

@@ -1,0 +1,271 @@
+"""What a command says when it has ended: a small table of what came of it, and what can be typed next.
+
+Everything is read off results and statuses as they lie in the run's folder, so that a run that was done already, a
+job in another process and a sweep say the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fusion.errors import UserError
+from fusion.run import Run
+from fusion.store.listing import as_bytes
+from fusion.store.manifest import Manifest, read_folder
+from fusion.store.overview import everything
+from fusion.store.rebuilding import hydra_value
+from fusion.sweep import Job
+from fusion.terminal.screen import say
+from fusion.terminal.tables import show_table
+
+NEXT = "FUSION_NEXT"  # environment: 0 leaves out what can be typed next
+STAGES = ("stage1", "stage2")
+# What a user has said that the next command needs too, by the beginning of the key.
+FOR_TRAINING = ("store", "data", "backbone", "logger", "trainer.accelerator")
+FOR_USING = (
+    "store",
+    "data.dir",
+    "data.cache_dir",
+    "data.limit.validation",
+    "data.batch_size",
+    "data.tokens_per_batch",
+    "backbone.name_or_path",
+    "backbone.revision",
+    "backbone.trust_remote_code",
+)
+FOR_LOOKING = ("store", "data.dir", "data.cache_dir")
+MOST_SOURCES = 8
+MOST_COLUMNS = 4  # of scores
+
+
+def end_of_run(run: Run, result: Mapping[str, Any]) -> None:
+    """The table of one run, and the next commands; nothing for a command that has neither."""
+    rows, following = [], []
+    if run.command in STAGES:
+        rows = trained([(str(result.get("name")), "", result)])
+        following = _after_training(run.command, run.overrides, run.config, result, run.directory)
+    elif run.command == "evaluate":
+        rows = evaluated([("", result)])
+        following = [_report(run.directory)]
+    elif run.command == "predict":
+        speed = result.get("speed") or {}
+        row = (result.get("name"), result.get("rows"), speed.get("seconds"), result.get("output"))
+        rows = [("name", "rows", "seconds", "output"), tuple(map(number, row))]
+        used = [f"artifact={hydra_value(str(run.config.get('artifact')))}"]
+        following = [_line("evaluate", used, _said(run.overrides, FOR_USING))]
+    _show(rows, following)
+
+
+def end_of_sweep(command: str, folder: Path, jobs: Sequence[Job]) -> None:
+    """One table of all jobs of a sweep, and the next commands."""
+    done = [job.result for job in jobs if job.result]
+    rows: list[tuple[str, ...]] = []
+    if command in STAGES:
+        entries = [(_name(job), _state(job), job.result) for job in jobs]
+        rows = trained(entries) if any("metrics" in result for result in done) else []
+    elif command == "evaluate":
+        rows = evaluated([(_state(job), job.result or {"name": _name(job)}) for job in jobs])
+    following = []
+    if rows and command == "stage1":
+        words = [[str(word) for word in job.status.get("overrides") or ()] for job in jobs]
+        common = [word for word in words[0] if all(word in others for others in words)]
+        following += _fuse(common, {}, done)
+    if rows and done:
+        following.append(_report(folder))
+    _show(rows, following)
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def trained(entries: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[tuple[str, ...]]:
+    """Rows of a table of training results, titles first; without the state where none is said.
+
+    Args:
+        entries: name, state and result of each.
+    """
+    if not any("metrics" in result for _, _, result in entries):
+        return []
+    states = any(state for _, state, _ in entries)
+    titles, scores = _scores([result for _, _, result in entries])
+    table = [("name", *(["state"] if states else []), "best epoch", *titles, "trained", "stored", "seconds")]
+    for (name, state, result), values in zip(entries, scores, strict=True):
+        parameters, speed = result.get("parameters") or {}, result.get("speed") or {}
+        stored = parameters.get("stored_bytes")
+        table.append(
+            (
+                name,
+                *([state] if states else []),
+                number(result.get("best_epoch")),
+                *values,
+                number(parameters.get("trainable")),
+                "-" if stored is None else as_bytes(stored),
+                number(speed.get("seconds")),
+            )
+        )
+    return table
+
+
+def evaluated(entries: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, ...]]:
+    """Rows of a table of evaluations, titles first: a line for each split that was scored."""
+    lines = []
+    for state, result in entries:
+        for split, metrics in (result.get("metrics") or {"-": {}}).items():
+            lines.append((state, str(result.get("name")), split, result, metrics))
+    keys = list(dict.fromkeys(key for *_, metrics in lines for key in metrics))
+    if not keys:
+        return []
+    states = any(state for state, *_ in lines)
+    table = [("name", *(["state"] if states else []), "split", *keys, "rows")]
+    for state, name, split, result, metrics in lines:
+        shown = [score(metrics.get(key)) for key in keys]
+        rows = number(result.get("rows")) if len(result.get("metrics") or ()) == 1 else "-"
+        table.append((name, *([state] if states else []), split, *shown, rows))
+    return table
+
+
+def _scores(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Titles and cells of the scores: a column for each where they are few, else one for all."""
+    flat = [
+        {
+            (metric if split == "validation" else f"{split}/{metric}"): value
+            for split, metrics in (result.get("metrics") or {}).items()
+            for metric, value in metrics.items()
+        }
+        for result in results
+    ]
+    keys = list(dict.fromkeys(key for scores in flat for key in scores))
+    if len(keys) <= MOST_COLUMNS:
+        return keys, [[score(scores.get(key)) for key in keys] for scores in flat]
+    said = [", ".join(f"{key} {score(value)}" for key, value in scores.items()) or "-" for scores in flat]
+    return ["scores"], [[text] for text in said]
+
+
+def score(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, (int, float)) else "-"
+
+
+def number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.1f}"
+    return f"{value:,}" if isinstance(value, int) else "-" if value is None else str(value)
+
+
+def _name(job: Job) -> str:
+    return str(job.status.get("name") or job.place.name)
+
+
+def _state(job: Job) -> str:
+    status = str(job.status.get("status") or "no status")
+    if status == "done" and job.status.get("before") == "done":
+        return "done already"
+    return "did not end" if status == "running" else status
+
+
+# --- what can be typed next -----------------------------------------------------------------------
+
+
+def _after_training(
+    command: str, words: Sequence[str], config: Mapping[str, Any], result: Mapping[str, Any], folder: Path
+) -> list[str]:
+    name = result.get("name")
+    if "artifact" not in result or not isinstance(name, str):
+        return []  # nothing was stored
+    used = [f"artifact={hydra_value(name)}"]
+    lines = [_line("evaluate", used, _said(words, FOR_USING))]
+    if command == "stage1":
+        return lines + _fuse(words, config, [result])
+    return [*lines, _line("inspect", used, _said(words, FOR_LOOKING)), _report(folder)]
+
+
+def _fuse(words: Sequence[str], config: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Stage 2 on the last one's task: of one result with what else the store has for it, of several with these."""
+    adapters = [found for result in results if (found := _adapter(result)) is not None]
+    if not adapters:
+        return []
+    target = adapters[-1]
+    if len(results) == 1:
+        store = Path(str(results[-1]["artifact"])).parent
+        others = [
+            found.manifest
+            for found in everything(store)
+            if found.manifest is not None and not found.replaced and found.place == found.manifest.name
+        ]
+        adapters = [other for other in others if _fits(other, target) and other.name != target.name]
+        adapters = [*adapters[: MOST_SOURCES - 1], target]
+    else:
+        adapters = [adapter for adapter in adapters if _fits(adapter, target)]
+    tasks = [adapter.task["name"] for adapter in adapters]
+    if len(set(tasks)) < 2:  # there is nothing to choose from
+        return []
+    said = _said(words, FOR_TRAINING)
+    keys = [_key(word) for word in said]
+    by_experiment = any(_key(word) == "experiment" for word in words)
+    if by_experiment and not {"backbone", "backbone.name_or_path"} & set(keys):
+        said.append(f"backbone.name_or_path={hydra_value(target.backbone['name_or_path'])}")
+        said.append(f"backbone.pooling={target.head['pooling']}")
+    sources = ",".join(adapter.name for adapter in adapters)
+    return [_line("stage2", [f"+task={target.task['name']}", f"sources=[{sources}]"], said)]
+
+
+def _adapter(result: Mapping[str, Any]) -> Manifest | None:
+    """The manifest of what was stored, if a fusion can take it in."""
+    try:
+        manifest = read_folder(Path(str(result.get("artifact"))))
+    except UserError:
+        return None
+    return manifest if manifest.kind == "adapter" and manifest.multitask is None else None
+
+
+def _fits(one: Manifest, other: Manifest) -> bool:
+    """Whether two can be sources of one fusion."""
+    return (
+        one.kind == "adapter"
+        and one.multitask is None
+        and one.backbone["fingerprint"] == other.backbone["fingerprint"]
+        and one.placement == other.placement
+    )
+
+
+def _said(words: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """The overrides of a command that the next one needs again, as they were typed."""
+    return [
+        word for word in words if any(_key(word) == key or _key(word).startswith(f"{key}.") for key in keys)
+    ]
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0].partition("@")[0]
+
+
+def _report(folder: Path) -> str:
+    with contextlib.suppress(ValueError):
+        folder = folder.absolute().relative_to(Path.cwd())
+    return _line("report", [f"runs={hydra_value(str(folder))}"], [])
+
+
+def _line(command: str, own: Sequence[str], said: Sequence[str]) -> str:
+    """One line for a shell."""
+    return " ".join(["python", "-m", f"fusion.{command}", *map(shlex.quote, [*own, *said])])
+
+
+def _show(rows: Sequence[tuple[str, ...]], following: Sequence[str]) -> None:
+    if not rows:
+        return
+    with contextlib.suppress(OSError):  # a pipe that nobody reads any more
+        show_table(rows)
+        for text in _titled(following) if os.environ.get(NEXT) != "0" else ():
+            say(text, sys.stdout)
+        sys.stdout.flush()
+
+
+def _titled(following: Sequence[str]) -> Iterator[str]:
+    """A command keeps a line to itself, however long it is: so it can be copied whole."""
+    for place, line in enumerate(following):
+        yield f"{'next:' if place == 0 else '  or:'} {line}"

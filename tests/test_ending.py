@@ -1,0 +1,214 @@
+"""What a command says when it has ended, and that what it says can be typed next."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusion import ending
+from fusion.ending import end_of_run, end_of_sweep, number, score
+from fusion.run import Run
+from fusion.store.listing import as_bytes
+from fusion.store.manifest import read_manifest
+from fusion.sweep import Job
+from tests.bench import Bench
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Bench:
+    """A store with two adapters, a head and a fusion; `results` by name."""
+    bench = Bench(tmp_path_factory.mktemp("ending") / "a folder", tiny_backbone)
+    for name in ("films", "books"):
+        bench.result[name] = bench.stage1(name)
+    bench.result["both"] = bench.stage2("films", ["films", "books"], name="both")
+    return bench
+
+
+def run(bench: Bench, command: str, *words: str, config: dict[str, Any] | None = None) -> Run:
+    return Run(command, bench.folder / "runs" / "x y", words, config or {}, command)
+
+
+def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    said = capsys.readouterr()
+    assert said.err == "" and "\x1b" not in said.out and said.out.isascii()
+    return said.out.splitlines()
+
+
+def typed(line: str) -> list[str]:
+    """The words that a shell makes of a line that says what to try."""
+    mark, _, command = line.partition(": ")
+    assert mark in ("next", "  or")
+    words = shlex.split(command)
+    assert words[:2] == ["python", "-m"]
+    return words[2:]
+
+
+def test_after_stage_1(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    store = trained.folder / "store"
+    words = (
+        "+task=books",
+        f"store={store}",
+        "data.dir=d",
+        "optim.lr=1",
+        "backbone=minilm",
+        "data.limit.train=7",
+    )
+    end_of_run(run(trained, "stage1", *words), trained.result["books"])
+    titles, row, *following = lines_of(capsys)
+    result = trained.result["books"]
+    assert titles.split() == ["name", "best", "epoch", "accuracy", "macro_f1", "trained", "stored", "seconds"]
+    scores = result["metrics"]["validation"]
+    assert row.split() == [
+        "books",
+        str(result["best_epoch"]),
+        f"{scores['accuracy']:.4f}",
+        f"{scores['macro_f1']:.4f}",
+        f"{result['parameters']['trainable']:,}",
+        *as_bytes(result["parameters"]["stored_bytes"]).split(),
+        f"{result['speed']['seconds']:,.1f}",
+    ]
+    kept = [f"store={store}", "data.dir=d"]  # with its blank
+    assert [typed(line) for line in following] == [
+        ["fusion.evaluate", "artifact=books", *kept],
+        [
+            "fusion.stage2",
+            "+task=books",
+            "sources=[films,books]",  # its own last, and neither the head nor the fusion
+            *kept,
+            "backbone=minilm",
+            "data.limit.train=7",
+        ],
+    ]
+    assert following[1].startswith("  or: ") and "'sources=[films,books]'" in following[1]
+
+
+def test_a_backbone_that_an_experiment_chose_is_said_outright(
+    trained: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    end_of_run(run(trained, "stage1", "+task=books", "experiment=quick"), trained.result["books"])
+    fuse = typed(lines_of(capsys)[-1])
+    said = f'"{trained.backbone}"' if " " in str(trained.backbone) else str(trained.backbone)
+    assert fuse[-2:] == [f"backbone.name_or_path={said}", "backbone.pooling=mean"]
+
+
+def test_what_cannot_be_fused_is_not_proposed(
+    trained: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = read_manifest("books", trained.folder / "store")
+    other = {**manifest.backbone, "fingerprint": "0" * 64}
+    monkeypatch.setattr(
+        ending, "_adapter", lambda result: type(manifest)(**{**vars(manifest), "backbone": other})
+    )
+    end_of_run(run(trained, "stage1", "+task=books"), trained.result["books"])
+    assert [typed(line)[0] for line in lines_of(capsys)[2:]] == ["fusion.evaluate"]
+
+
+def test_a_journey_knows_by_itself_what_comes_next(
+    trained: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUSION_NEXT", "0")
+    end_of_run(run(trained, "stage1", "+task=books"), trained.result["books"])
+    assert [line.split()[0] for line in lines_of(capsys)] == ["name", "books"]
+
+
+def test_after_stage_2(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    end_of_run(
+        run(trained, "stage2", "+task=films", "sources=[films,books]", "store=s"), trained.result["both"]
+    )
+    following = [typed(line) for line in lines_of(capsys)[2:]]
+    folder = trained.folder / "runs" / "x y"
+    assert following == [
+        ["fusion.evaluate", "artifact=both", "store=s"],
+        ["fusion.inspect", "artifact=both", "store=s"],
+        ["fusion.report", f'runs="{folder}"'],
+    ]
+
+
+def test_after_a_run_that_stored_nothing(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    result = {key: value for key, value in trained.result["films"].items() if key != "artifact"}
+    end_of_run(run(trained, "stage1", "trainer.fast_dev_run=true"), result)
+    assert len(lines_of(capsys)) == 2
+
+
+def test_after_evaluate_and_predict(
+    trained: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = trained.evaluate("films")
+    capsys.readouterr()
+    monkeypatch.chdir(trained.folder)
+    end_of_run(run(trained, "evaluate", "artifact=films"), result)
+    titles, row, following = lines_of(capsys)
+    assert titles.split() == ["name", "split", "accuracy", "macro_f1", "rows"]
+    assert row.split()[:2] == ["films", "validation"] and row.split()[-1] == "16"
+    assert typed(following) == ["fusion.report", 'runs="runs/x y"']
+    predicted = {"name": "films", "rows": 1200, "output": "out.jsonl", "speed": {"seconds": 2.0}}
+    words = ("artifact=films", "input=a", "output=b", "store=s", "attention=true")
+    end_of_run(run(trained, "predict", *words, config={"artifact": "films"}), predicted)
+    titles, row, following = lines_of(capsys)
+    assert (titles.split(), row.split()) == (
+        ["name", "rows", "seconds", "output"],
+        ["films", "1,200", "2.0", "out.jsonl"],
+    )
+    assert typed(following) == ["fusion.evaluate", "artifact=films", "store=s"]
+
+
+def job(name: str, status: str, result: dict[str, Any], *words: str, before: str | None = "new") -> Job:
+    return Job(
+        Path("sweep") / name, {"status": status, "before": before, "name": name, "overrides": words}, result
+    )
+
+
+def test_after_a_sweep(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = [
+        job("films", "done", trained.result["films"], "+task=films", "store=s", before="done"),
+        job("plays", "failed", {}, "+task=plays", "store=s"),
+        job("books", "done", trained.result["books"], "+task=books", "store=s"),
+        Job(Path("sweep/3-quiz"), {}, {}),
+    ]
+    end_of_sweep("stage1", Path("sweep"), jobs[:3])
+    titles, *rows, fuse, report = lines_of(capsys)
+    assert titles.startswith("name   state         best epoch")
+    assert [row.split("  ")[0] for row in rows] == ["films", "plays", "books"]
+    assert (
+        "done already" in rows[0]
+        and rows[1].split() == ["plays", "failed", *"------"]
+        and " done " in rows[2]
+    )
+    assert typed(fuse) == ["fusion.stage2", "+task=books", "sources=[films,books]", "store=s"]
+    assert typed(report) == ["fusion.report", "runs=sweep"]
+    end_of_sweep("stage1", Path("sweep"), jobs)
+    assert "no status" in "\n".join(lines_of(capsys))
+
+
+def test_seeds_of_one_task_are_no_sources_for_each_other(
+    trained: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = [job(f"films-seed-{n}", "done", trained.result["films"], f"seed={n}") for n in (1, 2)]
+    end_of_sweep("stage1", Path("sweep"), jobs)
+    (report,) = lines_of(capsys)[3:]
+    assert typed(report)[0] == "fusion.report"
+
+
+def test_tasks_with_many_metrics_share_a_column() -> None:
+    results = [{"metrics": {"validation": {f"m{n}": 0.5, "x": 1}}, "name": str(n)} for n in range(5)]
+    titles, *rows = ending.trained([(str(n), "", result) for n, result in enumerate(results)])
+    assert titles == ("name", "best epoch", "scores", "trained", "stored", "seconds")
+    assert rows[0][2] == "m0 0.5000, x 1.0000"
+
+
+@pytest.mark.parametrize("command", ["stage1", "stage2", "evaluate", "rank", "benchmark"])
+def test_a_result_without_scores_says_nothing(
+    command: str, bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for result in ({}, {"name": "x", "seed": 1}, {"metrics": None} if command == "evaluate" else {}):
+        end_of_run(run(bench, command), result)
+    end_of_sweep(command, Path("sweep"), [job("x", "failed", {})])
+    assert lines_of(capsys) == []
+
+
+def test_numbers() -> None:
+    assert (score(None), score(0.5), score(1)) == ("-", "0.5000", "1.0000")
+    assert (number(None), number(1234567), number(1234.56), number("x")) == ("-", "1,234,567", "1,234.6", "x")
