@@ -59,6 +59,9 @@ def end_of_run(run: Run, result: Mapping[str, Any]) -> None:
         rows = [("name", "rows", "seconds", "output"), tuple(map(number, row))]
         used = [f"artifact={hydra_value(str(run.config.get('artifact')))}"]
         following = [_line("evaluate", used, _said(run.overrides, FOR_USING))]
+    elif run.command == "inspect":
+        rows = inspected(result)
+        following = [_report(run.directory)]
     _show(rows, following)
 
 
@@ -127,6 +130,17 @@ def evaluated(entries: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[st
         shown = [score(metrics.get(key)) for key in keys]
         rows = number(result.get("rows")) if len(result.get("metrics") or ()) == 1 else "-"
         table.append((name, *([state] if states else []), split, *shown, rows))
+    return table
+
+
+def inspected(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Of each source its share of the attention, and the first metric without it."""
+    metric, full = next(iter(next(iter(result["metrics"].values())).items()))
+    table = [("source", "attention", f"{metric} without it", "change")]
+    for source, share in result["attention"].items():
+        without = result["masked"].get(source)
+        change = "-" if without is None else f"{without - full:+.4f}"
+        table.append((source, score(share), score(without), change))
     return table
 
 
@@ -245,8 +259,9 @@ def _key(override: str) -> str:
 
 
 def _report(folder: Path) -> str:
-    with contextlib.suppress(ValueError):
-        folder = folder.absolute().relative_to(Path.cwd())
+    """On all that lies beside the run: below the first folder on the way to it from here, which is `outputs`."""
+    with contextlib.suppress(ValueError, IndexError):
+        folder = Path(folder.absolute().relative_to(Path.cwd()).parts[0])
     return _line("report", [f"runs={hydra_value(str(folder))}"], [])
 
 

@@ -30,34 +30,20 @@ def main(config: InspectConfig, run: Run) -> dict[str, Any]:
 
     seen = inspect(config)
     write_json(run.directory / INSPECTION, seen)
-    for line in summary(seen):
-        print(line)
+    metric, full = next(iter(seen["metrics"].items()))
+    print(f"{seen['name']} on {seen['task']} {seen['split']} ({seen['rows']} rows): {metric} {full:.4f}")
+    slots = list(seen["attention"].values())
+    shares = zip(*(slot["mean"] for slot in slots), strict=True)
     return {
         **{
             key: seen[key] for key in ("artifact", "name", "hash", "task", "split", "rows", "sources", "drop")
         },
         "metrics": {seen["split"]: seen["metrics"]},
+        "attention": dict(zip(seen["sources"], (sum(share) / len(slots) for share in shares), strict=True)),
+        "masked": {source: one["metrics"][metric] for source, one in seen["masked"].items()},
         "inspection": str(run.directory / INSPECTION),
         "speed": seen["speed"],
     }
-
-
-def summary(seen: dict[str, Any]) -> list[str]:
-    """For a terminal: of each source its share of the attention, and the score without it."""
-    metric, full = next(iter(seen["metrics"].items()))
-    rows = [("source", "attention", f"{metric} without it", "change")]
-    slots = list(seen["attention"].values())
-    for number, source in enumerate(seen["sources"]):
-        share = sum(slot["mean"][number] for slot in slots) / len(slots)
-        without = seen["masked"].get(source, {}).get("metrics", {}).get(metric)
-        change = ("-", "-") if without is None else (f"{without:.4f}", f"{without - full:+.4f}")
-        rows.append((source, f"{share:.3f}", *change))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [f"{seen['name']} on {seen['task']} {seen['split']} ({seen['rows']} rows): {metric} {full:.4f}"]
-    for first, *rest in rows:
-        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]))
-    return lines
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def test_after_evaluate_and_predict(
     titles, row, following = lines_of(capsys)
     assert titles.split() == ["name", "split", "accuracy", "macro_f1", "rows"]
     assert row.split()[:2] == ["films", "validation"] and row.split()[-1] == "16"
-    assert typed(following) == ["fusion.report", 'runs="runs/x y"']
+    assert typed(following) == ["fusion.report", "runs=runs"]
     predicted = {"name": "films", "rows": 1200, "output": "out.jsonl", "speed": {"seconds": 2.0}}
     words = ("artifact=films", "input=a", "output=b", "store=s", "attention=true")
     end_of_run(run(trained, "predict", *words, config={"artifact": "films"}), predicted)

@@ -15,6 +15,7 @@ import torch
 
 from fusion import inspect as inspect_command
 from fusion.config import DataConfig, InspectConfig
+from fusion.ending import inspected
 from fusion.errors import UserError
 from fusion.listening import Listeners
 from fusion.masking import Scored, prune_greedily, without_each
@@ -51,7 +52,7 @@ def inspect(bench: Bench, artifact: str = "fused", **changes: Any) -> tuple[dict
     return result, json.loads((run.directory / inspect_command.INSPECTION).read_text())
 
 
-def test_what_is_written(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_written(trained: Bench) -> None:
     result, seen = inspect(trained, words=4)
     assert set(seen) == KEYS
     assert seen["sources"] == ["films", "books"] and seen["rows"] == 16
@@ -64,8 +65,15 @@ def test_what_is_written(trained: Bench, capsys: pytest.CaptureFixture[str]) -> 
     assert seen["pruned"][0]["kept"] == ["films", "books"]
     assert [len(step["kept"]) for step in seen["pruned"]] == [2, 1]
     assert result["metrics"] == {"validation": seen["metrics"]}
-    shown = capsys.readouterr().out
-    assert "attention" in shown and "films" in shown and "accuracy without it" in shown
+    assert result["attention"] == {
+        name: pytest.approx(np.mean([seen["attention"][slot]["mean"][n] for slot in seen["slots"]]))
+        for n, name in enumerate(seen["sources"])
+    }
+    (titles, *rows) = inspected(result)
+    assert titles == ("source", "attention", "accuracy without it", "change")
+    assert [row[0] for row in rows] == ["films", "books"]
+    without = seen["masked"]["films"]["metrics"]["accuracy"]
+    assert rows[0][2:] == (f"{without:.4f}", f"{without - seen['metrics']['accuracy']:+.4f}")
 
 
 def test_masking_one_source_is_the_fusion_of_the_others(trained: Bench) -> None:
