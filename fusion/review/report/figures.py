@@ -262,7 +262,7 @@ def cost_figure(target: Target, rows: Sequence[dict[str, Any]]) -> Figure:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     methods = list(target.groups)
-    with _drawing(7.0, 2.8) as figure:
+    with _drawing(7.4, max(2.8, 0.6 + 0.18 * len(rows))) as figure:
         for axes, (key, label) in zip(
             figure.subplots(1, 2, sharey=True),
             (("parameters", "parameters that train"), ("seconds", "seconds of training")),
@@ -270,26 +270,26 @@ def cost_figure(target: Target, rows: Sequence[dict[str, Any]]) -> Figure:
         ):
             for row in rows:
                 if row.get(key):
-                    axes.plot(
-                        row[key], row["score"], "o", color=colour_of(row["method"], methods), markersize=7
-                    )
-                    axes.annotate(
-                        row["method"],
-                        (row[key], row["score"]),
-                        xytext=(5, 4),
-                        textcoords="offset points",
-                        fontsize=7,
-                    )
+                    place = methods.index(row["method"])
+                    colour, marker = PALETTE[place % len(PALETTE)], "os^D"[place // len(PALETTE) % 4]
+                    axes.plot(row[key], row["score"], marker, color=colour, markersize=7, label=row["method"])
             if any(row.get(key) for row in rows):
                 axes.set_xscale("log")
                 axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=6))
                 axes.xaxis.set_major_formatter(FuncFormatter(_count))
                 axes.xaxis.set_minor_locator(NullLocator())
-            axes.margins(x=0.25, y=0.2)
+            axes.margins(x=0.15, y=0.2)
             axes.set_xlabel(label)
             axes.grid(color=_FAINT, alpha=0.2)
         figure.axes[0].set_ylabel(target.metric)
         figure.suptitle(target.label, x=0.02, ha="left", fontsize=10)
+        named = {
+            text: handle
+            for axes in figure.axes
+            for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        if named:
+            figure.legend(named.values(), named.keys(), loc="outside right center", fontsize=7)
         return figure
 
 
