@@ -26,7 +26,9 @@ from fusion.review.tracking import build_loggers, finish, log_lineage, log_resul
 from fusion.run import Run
 from fusion.store.artifacts import save
 from fusion.store.manifest import Manifest, read_folder
+from fusion.training.attention import AttentionRecorder
 from fusion.training.fit import Fit, fit
+from fusion.training.history import History
 
 DIVERGED = "-diverged"  # ending of the name of what was best before the loss was no longer finite
 
@@ -121,6 +123,9 @@ def train_and_store(
         tags=_tags(config, tag),
         config_values=run.config,
     )
+    if run.rank_zero and not config.trainer.barebones:  # which takes no logger at all
+        loggers.insert(0, History(run.directory, run=entry.checkpoints.name, name=entry.name, command=run.command))
+    watcher = AttentionRecorder([source.name for source in sources], run.directory)
 
     def prepare(device: torch.device) -> str | None:
         splits = [*rows.training, *rows.validation.values()]
@@ -146,6 +151,7 @@ def train_and_store(
             prepare=prepare,
             robust_drop=robust_drop,
             temperature=temperature,
+            watchers=[watcher],
         )
         if not run.rank_zero:
             return {}
