@@ -22,7 +22,15 @@ from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.model import AdaptedModel
 from fusion.prefix import keep_prefix
 from fusion.provenance import circumstances, versions
-from fusion.review.tracking import build_loggers, finish, log_lineage, log_result
+from fusion.review.labels import stage_name
+from fusion.review.tracking import (
+    build_loggers,
+    finish,
+    log_attention,
+    log_lineage,
+    log_result,
+    run_reference,
+)
 from fusion.run import Run
 from fusion.store.artifacts import save
 from fusion.store.manifest import Manifest, read_folder
@@ -117,15 +125,19 @@ def train_and_store(
     loggers = build_loggers(
         config.logger,
         directory=run.directory,
-        name=entry.name,
+        name=stage_name(config, [source.name for source in sources]),
         group=run.group,
         job_type=run.command,
         tags=_tags(config, tag),
         config_values=run.config,
+        checkpoints=entry.checkpoints,
+        identity=entry.identity,
     )
     if run.rank_zero and not config.trainer.barebones:  # which takes no logger at all
         loggers.insert(0, History(run.directory, run=entry.checkpoints.name, name=entry.name, command=run.command))
-    watcher = AttentionRecorder([source.name for source in sources], run.directory)
+    watcher = AttentionRecorder(
+        [source.name for source in sources], run.directory, lambda record: log_attention(loggers, record)
+    )
 
     def prepare(device: torch.device) -> str | None:
         splits = [*rows.training, *rows.validation.values()]
@@ -138,6 +150,8 @@ def train_and_store(
         return prefix
 
     origin = circumstances() if run.rank_zero else {}  # before hours in which the checkout may change
+    if (tracked := run_reference(loggers)) is not None:
+        origin["wandb"] = tracked
     exit_code = 1
     try:
         fitted = fit(
@@ -185,7 +199,12 @@ def train_and_store(
         result = result_of(stored, path)
         log_result(loggers, result)
         log_lineage(
-            loggers, folder=path, kind=stored.kind, name=stored.name, hash=stored.hash, sources=stored.sources
+            loggers,
+            folder=path,
+            kind=stored.kind,
+            name=stored.name,
+            hash=stored.hash,
+            sources=[{"name": s.name, "hash": s.hash, "run": s.run.get("wandb")} for s in sources],
         )
         exit_code = 0
         return result
