@@ -35,9 +35,13 @@ def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
 
     manifest = read_folder(find(config.artifact, Path(config.store)))
     tasks = [str(answer.task.name) for answer in answers(manifest, config.task)]
-    about = {"kind": manifest.kind, "name": manifest.name, "hash": manifest.hash, "run": manifest.run.get("wandb")}
-    backbone = manifest.backbone["name_or_path"]
-    return tracked(config, run.directory, run.group, run.config, about, tasks, backbone, lambda: evaluate(config, run))
+    about = {key: getattr(manifest, key) for key in ("kind", "name", "hash")}
+    about["run"] = manifest.run.get("wandb")
+    made_by = (manifest.composition or manifest.method or {}).get("name", manifest.kind)
+    tags = [*tasks, manifest.backbone["name_or_path"].rsplit("/", 1)[-1], made_by]
+    return tracked(
+        config, run.directory, run.group, run.config, about, tags, tasks, lambda: evaluate(config, run)
+    )
 
 
 def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fusion.config import EvaluateConfig
-from fusion.review.labels import LENGTH
-from fusion.review.tracking import build_loggers, finish, log_result, log_use
+from fusion.review.labels import LENGTH, flat
+from fusion.review.tracking import SafeCsvLogger, build_loggers, finish, log_result, log_use
 
 
 def tracked(
@@ -17,14 +17,15 @@ def tracked(
     group: str,
     config_values: dict[str, Any],
     artifact: Mapping[str, Any],
+    tags: Sequence[str],
     tasks: Sequence[str],
-    backbone: str,
     evaluate: Callable[[], dict[str, Any]],
 ) -> dict[str, Any]:
     """What `evaluate` gives, shown in a run of job type `evaluate` that uses the artifact.
 
     Args:
         artifact: `{"kind", "name", "hash", "run"}`, with the W&B run that made it, or None.
+        tags: tasks, backbone, and the method or composition.
         tasks: what it is evaluated on.
     """
     loggers = build_loggers(
@@ -33,7 +34,7 @@ def tracked(
         name=f"{artifact['name']} on {'+'.join(tasks)} {config.split}"[:LENGTH],
         group=group,
         job_type="evaluate",
-        tags=[*tasks, backbone.rsplit("/", 1)[-1], str(artifact["kind"])],
+        tags=list(tags),
         config_values=config_values,
     )
     exit_code = 1
@@ -41,9 +42,9 @@ def tracked(
         result = evaluate()
         log_result(loggers, result)
         log_use(loggers, **artifact)
-        for logger in loggers:  # for those that have no summary: a row of scores
-            scores = {f"{split}/{name}": v for split, of in result["metrics"].items() for name, v in of.items()}
-            logger.log_metrics(scores, 0)
+        for logger in loggers:
+            if isinstance(logger, SafeCsvLogger):  # which has no summary: a row of scores
+                logger.log_metrics(dict(flat(result["metrics"])), 0)
         exit_code = 0
         return result
     finally:

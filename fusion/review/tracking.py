@@ -19,7 +19,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
@@ -31,6 +31,7 @@ from fusion.review.lineage import Links, describe, link, links_file
 from fusion.review.run_id import run_id
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Together, what a server that stops answering may cost a job and the next one of its sweep.
 FINISH_SECONDS = 45.0  # for what is not yet uploaded when a job ends; `wandb sync` sends the rest later
@@ -203,7 +204,7 @@ def log_lineage(
     """
     stated = {"name": name, "hash": hash, "kind": kind, "sources": [_source(source) for source in sources]}
     made = {"name": name, "hash": hash, "kind": kind, "folder": str(folder.absolute())}
-    _state(loggers, stated, Links(made=made, used=[dict(source) for source in sources]))
+    _state(loggers, stated, made, [dict(source) for source in sources])
 
 
 def log_use(
@@ -211,7 +212,7 @@ def log_use(
 ) -> None:
     """Says which artifact a run evaluates, as `log_lineage` says what one makes."""
     used = {"name": name, "hash": hash, "run": run}
-    _state(loggers, _source(used) | {"kind": kind}, Links(made=None, used=[used]))
+    _state(loggers, _source(used) | {"kind": kind}, None, [used])
 
 
 def _source(source: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,14 +221,23 @@ def _source(source: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": source["name"], "hash": source["hash"], **({"run": run["id"]} if run else {})}
 
 
-def _state(loggers: Sequence[Logger], stated: dict[str, Any], links: Links) -> None:
+def _state(
+    loggers: Sequence[Logger],
+    stated: dict[str, Any],
+    made: dict[str, Any] | None,
+    used: list[dict[str, Any]],
+) -> None:
     for run in _runs(loggers):
         _quietly("show the artifact", run.config.update, {"artifact": _plain(stated)}, allow_val_change=True)
-        drawn = False
-        if not run.offline:
-            work = functools.partial(_link_artifacts, run, links)
-            drawn = _quietly("link the artifacts", _within, LINK_SECONDS, work)
-        _quietly("note the artifacts", links.write, links_file(run), describe(run), drawn)
+        _quietly("link the artifacts", _keep_links, run, Links(describe(run), made, used))
+
+
+def _keep_links(run: Any, links: Links) -> None:
+    """Draws the links of a run that is online, and notes what `python -m fusion.sync` has to draw."""
+    file = links_file(run)
+    links.write(file)
+    if not run.offline:
+        _within(LINK_SECONDS, functools.partial(_link_artifacts, run, links)).write(file)
 
 
 def finish(loggers: Sequence[Logger], exit_code: int = 0) -> None:
@@ -259,14 +269,14 @@ def _start_run(config: WandbConfig, /, **labels: Any) -> Any | None:
     try:
         import wandb
 
-        _no_telemetry()
+        no_telemetry()
         directory = Path(labels["dir"])
         directory.mkdir(parents=True, exist_ok=True)  # W&B would write to a temporary folder instead
         mode = _mode(config.mode or os.environ.get("WANDB_MODE") or wandb.setup(_quiet()).settings.mode)
         if mode == "disabled":
             log.info("W&B is disabled, nothing is tracked there")
             return None
-        reason = "asked for" if mode == "offline" else _why_offline(config)
+        reason = "asked for" if mode == "offline" else why_offline(config)
         if reason is None:
             before = set(directory.glob("wandb/run-*"))
             try:
@@ -303,7 +313,7 @@ def _mode(mode: str) -> str:
     return {"dryrun": "offline", "offline": "offline", "disabled": "disabled"}.get(mode, "online")
 
 
-def _no_telemetry() -> None:
+def no_telemetry() -> None:
     """W&B 0.31 reports that its service cannot start while it holds the lock that the report needs: for ever."""
     with contextlib.suppress(Exception):
         from wandb.analytics.opentelemetry import opentelemetry_proxy
@@ -320,7 +330,7 @@ def _quiet() -> Any:
     return settings
 
 
-def _why_offline(config: WandbConfig) -> str | None:
+def why_offline(config: WandbConfig) -> str | None:
     """Why the run cannot be online, found out before W&B tries: it would ask for a key, or wait."""
     import wandb
 
@@ -384,14 +394,11 @@ def _runs(loggers: Sequence[Logger]) -> Iterator[Any]:
             yield logger._experiment
 
 
-def _quietly(what: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
-    """Whether it went well; if not, one line says so."""
+def _quietly(what: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     try:
         call(*args, **kwargs)
-        return True
     except Exception as error:
         log.warning("W&B could not %s (%s); the run goes on", what, _reason(error))
-        return False
 
 
 def _log_result(run: Any, result: Mapping[str, Any]) -> None:
@@ -433,24 +440,28 @@ def _staged_in(folder: Path) -> Iterator[None]:
             os.environ["WANDB_DATA_DIR"] = before
 
 
-def _link_artifacts(run: Any, links: Links) -> None:
+def _link_artifacts(run: Any, links: Links) -> Links:
     # Each question to a server that went away takes W&B some twenty seconds: ask first.
     if (problem := _out_of_reach(run.settings, PROBE_SECONDS)) is not None:
         raise ConnectionError(problem)
-    link(run, links)
+    return link(run, links)
 
 
-def _within(seconds: float, work: Callable[[], Any]) -> None:
+def _within(seconds: float, work: Callable[[], T]) -> T:
     """Does what cannot be told how long to wait, in a thread that is left behind when it takes too long.
+
+    Returns:
+        What `work` gives.
 
     Raises:
         TimeoutError: it does. Else whatever `work` raises.
     """
     raised: list[Exception] = []
+    given: list[T] = []
 
     def call() -> None:
         try:
-            work()
+            given.append(work())
         except Exception as error:
             raised.append(error)
 
@@ -461,6 +472,7 @@ def _within(seconds: float, work: Callable[[], Any]) -> None:
         raise TimeoutError(f"the server is slow, and {seconds:g} s are over")
     if raised:
         raise raised[0]
+    return given[0]
 
 
 def _shown(path: str) -> str:
