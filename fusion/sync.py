@@ -123,17 +123,17 @@ def _alive(piece: Path) -> bool:
         status = json.loads((job / "status.json").read_text(encoding="utf-8"))["status"]
     except (OSError, ValueError, KeyError, TypeError):
         status = None
-    if status in ("done", "failed", "interrupted"):
+    if status != "running":
         return False
-    if status == "running":
-        try:
-            config = yaml.safe_load((job / "config.yaml").read_text(encoding="utf-8"))
-            if "resume" in config:  # a training has a lock for as long as it runs; a killed one has lost it
-                return is_held(Path(config["store"]), str(config["name"]))
-        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-            pass
+    try:
+        config = yaml.safe_load((job / "config.yaml").read_text(encoding="utf-8"))
+        store = Path(config["store"])  # where it was started, which may be another folder than here
+        if "resume" in config and store.is_dir():
+            return is_held(store, str(config["name"]))  # for as long as it runs; a killed one has lost it
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        pass
     written = max((file.stat().st_mtime for file in piece.glob("*.wandb")), default=0.0)
-    return time.time() - written < ALIVE_SECONDS and status == "running"
+    return time.time() - written < ALIVE_SECONDS
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "selection": BASE,
     "store": BASE | {"selection"},
     "review": BASE,
+    "sync": BASE | {"run_lock", "review"},
     "entry": BASE | {"run", "store"},
     "answers": BASE | {"store"},
     "build": BASE | {"layers", "backbones", "model", "store", "selection"},

@@ -74,6 +74,7 @@ def find_offline(folder: Path) -> list[OfflineRun]:
 
 def why_not() -> str | None:
     """Why nothing can be uploaded now: no key, or no server; None if it can be tried."""
+    os.environ.pop("WANDB_MODE", None)  # whoever tracks offline may have said so there, and now wants a server
     no_telemetry()
     return why_offline(WandbConfig())
 
