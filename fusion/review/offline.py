@@ -75,6 +75,8 @@ def find_offline(folder: Path) -> list[OfflineRun]:
 def why_not() -> str | None:
     """Why nothing can be uploaded now: no key, or no server; None if it can be tried."""
     os.environ.pop("WANDB_MODE", None)  # whoever tracks offline may have said so there, and now wants a server
+    os.environ["WANDB_SILENT"] = "true"  # else it says where the key came from
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # see `tracking`
     no_telemetry()
     return why_offline(WandbConfig())
 
@@ -92,6 +94,7 @@ def upload(run: OfflineRun) -> None:
             done = subprocess.run(
                 command,
                 cwd=here,
+                env={k: v for k, v in os.environ.items() if k not in ("WANDB_SERVICE", "WANDB_SILENT")},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

@@ -288,11 +288,16 @@ def _start_run(config: WandbConfig, /, **labels: Any) -> Any | None:
                 reason = f"the server did not take the run: {_reason(error)}"
             for started in set(directory.glob("wandb/run-*")) - before:
                 shutil.rmtree(started, ignore_errors=True)
+        before = set(directory.glob("wandb/offline-run-*"))
         try:
             return _init(config, "offline", reason, **labels)
         except Exception:
+            # Its service may have died in an earlier job of the sweep, or still hold the id of a run that the server
+            # did not take; a new one starts now.
             with contextlib.suppress(Exception):
-                wandb.teardown()  # its service may have died in an earlier job of the sweep; a new one starts now
+                wandb.teardown()
+            for started in set(directory.glob("wandb/offline-run-*")) - before:
+                shutil.rmtree(started, ignore_errors=True)
             return _init(config, "offline", reason, **labels)
     except Exception as error:
         global _waited_in_vain

@@ -91,7 +91,7 @@ class WandbServer(ThreadingHTTPServer):
         lines = self.history[run]
         last = json.dumps([json.dumps(lines[max(lines)])] if lines else [])
         counts = {"logLineCount": 0, "historyLineCount": len(lines), "eventsLineCount": 0}
-        shown = {"displayName": run, "config": "{}", "tags": [], "notes": None, "wandbConfig": "{}"}
+        shown = {"displayName": run, "config": "{}", "tags": [], "notes": None, "wandbConfig": '{"t": 1}'}
         told = {"id": "b", "name": run, "summaryMetrics": "{}", "historyTail": last, "eventsTail": "[]"}
         project = {"id": "p", "name": "project", "entity": {"id": "e", "name": "entity"}}
         return {"model": project | {"bucket": told | counts | shown}}
