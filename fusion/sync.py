@@ -94,7 +94,9 @@ def sync(folder: Path) -> int:
             done = []
             if pieces:
                 upload(run)
-                done.append("uploaded" if len(run.pieces) == 1 else f"uploaded, {pieces} of {len(run.pieces)} pieces")
+                done.append(
+                    "uploaded" if len(run.pieces) == 1 else f"uploaded, {pieces} of {len(run.pieces)} pieces"
+                )
             drawn, still = draw(run)
             done += [f"linked to {', '.join(drawn)}"] if drawn else []
             done += [f"not linked to {', '.join(still)}, which W&B does not have"] if still else []

@@ -30,11 +30,15 @@ def picture(record: Mapping[str, Any]) -> Any:
     sources: Sequence[str] = record["sources"]
     slots = list(record["slots"])
     weights = np.array([record["slots"][slot]["mean"] for slot in slots], dtype=float)
-    figure = Figure(figsize=(2.2 + 0.62 * len(sources), 1.4 + 0.3 * len(slots)), dpi=100, layout="constrained")
+    figure = Figure(
+        figsize=(2.2 + 0.62 * len(sources), 1.4 + 0.3 * len(slots)), dpi=100, layout="constrained"
+    )
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     low = min(0.0, float(weights.min()))
-    image = axes.imshow(weights, cmap="viridis", vmin=low, vmax=max(1e-6, float(weights.max())), aspect="auto")
+    image = axes.imshow(
+        weights, cmap="viridis", vmin=low, vmax=max(1e-6, float(weights.max())), aspect="auto"
+    )
     axes.set_xticks(range(len(sources)), list(sources), rotation=40, ha="right")
     axes.set_yticks(range(len(slots)), slots)
     axes.set_title(f"epoch {record['epoch']}, step {record['step']}", fontsize=9)

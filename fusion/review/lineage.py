@@ -22,7 +22,18 @@ log = logging.getLogger(__name__)
 FILE = "links.json"
 ALIAS = 12  # digits of an artifact's hash
 # Of a manifest, what W&B shows with the artifact; a run's whole config stands with the run.
-SHOWN = ("kind", "name", "adapter", "composition", "method", "sources", "metrics", "seed", "versions", "result")
+SHOWN = (
+    "kind",
+    "name",
+    "adapter",
+    "composition",
+    "method",
+    "sources",
+    "metrics",
+    "seed",
+    "versions",
+    "result",
+)
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,9 @@ def find_offline(folder: Path) -> list[OfflineRun]:
 
 def why_not() -> str | None:
     """Why nothing can be uploaded now: no key, or no server; None if it can be tried."""
-    os.environ.pop("WANDB_MODE", None)  # whoever tracks offline may have said so there, and now wants a server
+    os.environ.pop(
+        "WANDB_MODE", None
+    )  # whoever tracks offline may have said so there, and now wants a server
     os.environ["WANDB_SILENT"] = "true"  # else it says where the key came from
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # see `tracking`
     no_telemetry()

@@ -52,17 +52,13 @@ class AttentionRecorder(lightning.Callback):
         self._show = show
         self._sums = AttentionSums()
 
-    def on_validation_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, TaskModule)
         self._sums = AttentionSums()
         watched = bool(self._sources) and not trainer.sanity_checking
         pl_module.watch = self._sums.watcher if watched else None
 
-    def on_validation_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, TaskModule)
         if pl_module.watch is None:
             return

@@ -35,9 +35,7 @@ class RecordFile:
         except OSError as error:
             self._ended = True
             reason = error.strerror or error
-            log.warning(
-                "%s: cannot be written any more (%s); training goes on without it", self.path, reason
-            )
+            log.warning("%s: cannot be written any more (%s); training goes on without it", self.path, reason)
 
     def _append(self, line: bytes) -> None:
         if not self._begun:

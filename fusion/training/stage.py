@@ -134,7 +134,9 @@ def train_and_store(
         identity=entry.identity,
     )
     if run.rank_zero and not config.trainer.barebones:  # which takes no logger at all
-        loggers.insert(0, History(run.directory, run=entry.checkpoints.name, name=entry.name, command=run.command))
+        loggers.insert(
+            0, History(run.directory, run=entry.checkpoints.name, name=entry.name, command=run.command)
+        )
     watcher = AttentionRecorder(
         [source.name for source in sources], run.directory, lambda record: log_attention(loggers, record)
     )

@@ -91,7 +91,9 @@ def test_its_runs_have_names_of_their_own(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_multirun_beside_it_asks_the_same(path: Path) -> None:
     sweep = read(path)
-    lines = [line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if "python -m" in line]
+    lines = [
+        line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if "python -m" in line
+    ]
     (words,) = [shlex.split(line) for line in lines]
     assert words[:4] == ["python", "-m", sweep["command"][3], "-m"]
     fixed = {word for word in sweep["command"][4:] if not word.startswith(("name=", "${"))}

@@ -22,7 +22,8 @@ RTE = TaskConfig(name="rte", text="text", labels=["a", "b"], metrics=["accuracy"
 
 
 def stage1(name: str = "cb", **changes: Any) -> str:
-    return stage_name(Stage1Config(**({"task": CB, "seed": 3} | changes), name=name))
+    settings: dict[str, Any] = {"task": CB, "seed": 3} | changes
+    return stage_name(Stage1Config(**settings, name=name))
 
 
 def stage2(name: str, sources: list[str], **changes: Any) -> str:
@@ -34,9 +35,7 @@ def test_names() -> None:
     assert stage1(name="cb-head", method=MethodConfig("head")) == "cb · head · seed 3"
     assert stage1(adapter=AdapterConfig(name="houlsby")) == "cb · adapter houlsby · seed 3"
     tasks = {"task": None, "tasks": [CB, RTE], "method": MethodConfig("multitask_adapter")}
-    assert (
-        stage1(name="cb-rte-multitask_adapter", **tasks) == "cb+rte · multitask_adapter · seed 3"
-    )
+    assert stage1(name="cb-rte-multitask_adapter", **tasks) == "cb+rte · multitask_adapter · seed 3"
     assert stage2("cb-adapterfusion", ["snli", "mrpc", "rte"]) == "cb ← snli+mrpc+rte · seed 3"
     static = CompositionConfig(name="static")
     assert stage2("cb-static", ["snli"], composition=static) == "cb ← snli · static · seed 3"

@@ -23,7 +23,7 @@ from fusion.review.lineage import FILE as LINKS
 from fusion.review.offline import find_offline
 from fusion.store.manifest import Manifest, read_manifest
 from tests.bench import Bench
-from tests.review.test_tracking import KEY, inspect, records, summary
+from tests.review.test_tracking import KEY, records, summary
 from tests.review.wandb_server import WandbServer, wandb_server
 from tests.test_stages import StopAfter
 
@@ -91,7 +91,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Itera
         bench.evaluate("plays-adapterfusion", logger=OFFLINE)
         patch.setenv("WANDB_API_KEY", KEY)
         folders = [bench.folder / "runs" / str(number) for number in (1, 2, 3, 4, 6)]
-        yield Runs(bench, *folders, folder / "home", result)
+        films, books, interrupted, resumed, evaluate = folders
+        yield Runs(bench, films, books, interrupted, resumed, evaluate, folder / "home", result)
 
 
 def the_run(directory: Path) -> dict[str, Any]:
@@ -168,9 +169,7 @@ def test_the_history_is_the_one_of_the_file(runs: Runs) -> None:
             }
     steps = [line for line in written(runs.resumed, "history.jsonl")[1:] if "train/loss" in line]
     losses = {"train/loss", "train/task_loss", "train/value_penalty_loss"}
-    assert all(
-        set(line) == {"step", "epoch", *losses, "train/lr", "train/grad_norm"} for line in steps
-    )
+    assert all(set(line) == {"step", "epoch", *losses, "train/lr", "train/grad_norm"} for line in steps)
 
 
 def test_the_summary_has_what_was_best_and_what_it_cost(runs: Runs) -> None:
@@ -237,8 +236,9 @@ def test_a_resumed_run_is_the_same_run(runs: Runs) -> None:
     first, second = the_run(runs.interrupted), the_run(runs.resumed)
     assert first["run_id"] == second["run_id"]
     assert len({the_run(d)["run_id"] for d in (runs.films, runs.books, runs.resumed, runs.evaluate)}) == 4
-    assert written(runs.interrupted, "history.jsonl")[0]["run"] == (
-        written(runs.resumed, "history.jsonl")[0]["run"]
+    assert (
+        written(runs.interrupted, "history.jsonl")[0]["run"]
+        == (written(runs.resumed, "history.jsonl")[0]["run"])
     )
     before, after = ([row["_step"] for row in history(d)] for d in (runs.interrupted, runs.resumed))
     assert before == sorted(before) and after == sorted(after) and max(before) < min(after)
@@ -361,6 +361,7 @@ def test_a_bad_run_does_not_stop_the_others(
     assert second.endswith(f"uploaded; linked to books:{runs.manifest('books').hash[:12]}")
 
 
+@pytest.mark.slow
 def test_a_source_that_w_and_b_does_not_have_yet(
     runs: Runs, copy: Path, server: WandbServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -416,9 +417,7 @@ def test_nothing_to_upload(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out.startswith("python -m fusion.sync [runs=DIR]")
 
 
-def test_a_run_that_goes_on_is_left_alone(
-    runs: Runs, copy: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_goes_on_is_left_alone(runs: Runs, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from fusion.run_lock import turn_of
 
     for job in ("2", "3", "4", "6"):

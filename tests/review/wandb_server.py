@@ -83,7 +83,6 @@ class WandbServer(ThreadingHTTPServer):
             }
         return {}
 
-
     def standing(self, run: str) -> dict[str, Any]:
         """What somebody who goes on with a run is told of it."""
         if run not in self.history:
@@ -108,7 +107,13 @@ class WandbServer(ThreadingHTTPServer):
         sequence = {"__typename": "ArtifactSequence", "name": collection, "project": project}
         nothing = dict.fromkeys(("description", "metadata", "historyStep", "commitHash", "updatedAt"))
         counts = {"ttlDurationSeconds": -2, "size": 1, "fileCount": 1, "versionIndex": 0}
-        artifact = {"__typename": "Artifact", "id": name, "artifactSequence": sequence, "tags": [], "digest": "d"}
+        artifact = {
+            "__typename": "Artifact",
+            "id": name,
+            "artifactSequence": sequence,
+            "tags": [],
+            "digest": "d",
+        }
         kind = {"artifactType": {"name": "adapter"}, "ttlIsInherited": True, "state": "COMMITTED"}
         more = {"digestAlgorithm": "MANIFEST_MD5", "createdAt": "2026-01-01T00:00:00"}
         place = {"__typename": "ArtifactCollectionMembership", "id": "m", "versionIndex": 0, "aliases": []}
