@@ -90,7 +90,7 @@ class WandbServer(ThreadingHTTPServer):
         lines = self.history[run]
         last = json.dumps([json.dumps(lines[max(lines)])] if lines else [])
         counts = {"logLineCount": 0, "historyLineCount": len(lines), "eventsLineCount": 0}
-        shown = {"displayName": run, "config": "{}", "tags": [], "notes": None, "wandbConfig": '{"t": 1}'}
+        shown: dict[str, Any] = {"displayName": run, "config": "{}", "tags": [], "notes": None, "wandbConfig": '{"t": 1}'}
         told = {"id": "b", "name": run, "summaryMetrics": "{}", "historyTail": last, "eventsTail": "[]"}
         project = {"id": "p", "name": "project", "entity": {"id": "e", "name": "entity"}}
         return {"model": project | {"bucket": told | counts | shown}}
@@ -121,8 +121,8 @@ class WandbServer(ThreadingHTTPServer):
         return {"project": {"artifactCollectionMembership": place | {"createdAt": "2026"} | found}}
 
     def take_stream(self, run: str, files: dict[str, Any]) -> None:
-        sent = files.get("wandb-history.jsonl")
-        for number, line in enumerate(sent["content"] if sent else []):
+        sent: dict[str, Any] = files.get("wandb-history.jsonl") or {"offset": 0, "content": []}
+        for number, line in enumerate(sent["content"]):
             self.history.setdefault(run, {})[sent["offset"] + number] = json.loads(line)
 
 
