@@ -90,7 +90,13 @@ class WandbServer(ThreadingHTTPServer):
         lines = self.history[run]
         last = json.dumps([json.dumps(lines[max(lines)])] if lines else [])
         counts = {"logLineCount": 0, "historyLineCount": len(lines), "eventsLineCount": 0}
-        shown: dict[str, Any] = {"displayName": run, "config": "{}", "tags": [], "notes": None, "wandbConfig": '{"t": 1}'}
+        shown: dict[str, Any] = {
+            "displayName": run,
+            "config": "{}",
+            "tags": [],
+            "notes": None,
+            "wandbConfig": '{"t": 1}',
+        }
         told = {"id": "b", "name": run, "summaryMetrics": "{}", "historyTail": last, "eventsTail": "[]"}
         project = {"id": "p", "name": "project", "entity": {"id": "e", "name": "entity"}}
         return {"model": project | {"bucket": told | counts | shown}}
