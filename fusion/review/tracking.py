@@ -202,17 +202,23 @@ def log_lineage(
     Args:
         sources: `{"name", "hash", "run"}` each, the last of them a `run_reference` where it is known.
     """
+    sources = [dict(source) | {"run": _reference(source.get("run"))} for source in sources]
     stated = {"name": name, "hash": hash, "kind": kind, "sources": [_source(source) for source in sources]}
     made = {"name": name, "hash": hash, "kind": kind, "folder": str(folder.absolute())}
-    _state(loggers, stated, made, [dict(source) for source in sources])
+    _state(loggers, stated, made, sources)
 
 
 def log_use(
     loggers: Sequence[Logger], *, kind: str, name: str, hash: str, run: Mapping[str, Any] | None
 ) -> None:
     """Says which artifact a run evaluates, as `log_lineage` says what one makes."""
-    used = {"name": name, "hash": hash, "run": run}
+    used = {"name": name, "hash": hash, "run": _reference(run)}
     _state(loggers, _source(used) | {"kind": kind}, None, [used])
+
+
+def _reference(run: Any) -> dict[str, Any] | None:
+    """A `run_reference` as a manifest has it, who may have written anything there."""
+    return dict(run) if isinstance(run, Mapping) and isinstance(run.get("id"), str) else None
 
 
 def _source(source: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class History(Logger):
 
     def __init__(self, directory: Path, *, run: str, name: str, command: str) -> None:
         super().__init__()
+        self._directory = directory
         self._file = RecordFile(directory / HISTORY)
         self._run = run
         self._epoch = 1
@@ -44,6 +45,10 @@ class History(Logger):
     @property
     def version(self) -> str:
         return self._run
+
+    @property
+    def save_dir(self) -> str:
+        return str(self._directory)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         values = dict(metrics)

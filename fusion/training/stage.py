@@ -134,9 +134,8 @@ def train_and_store(
         identity=entry.identity,
     )
     if run.rank_zero and not config.trainer.barebones:  # which takes no logger at all
-        loggers.insert(
-            0, History(run.directory, run=entry.checkpoints.name, name=entry.name, command=run.command)
-        )
+        run_name = entry.checkpoints.name
+        loggers.append(History(run.directory, run=run_name, name=entry.name, command=run.command))
     watcher = AttentionRecorder(
         [source.name for source in sources], run.directory, lambda record: log_attention(loggers, record)
     )
