@@ -202,10 +202,10 @@ def log_lineage(
     Args:
         sources: `{"name", "hash", "run"}` each, the last of them a `run_reference` where it is known.
     """
-    sources = [dict(source) | {"run": _reference(source.get("run"))} for source in sources]
-    stated = {"name": name, "hash": hash, "kind": kind, "sources": [_source(source) for source in sources]}
+    used = [dict(source) | {"run": _reference(source.get("run"))} for source in sources]
+    stated = {"name": name, "hash": hash, "kind": kind, "sources": [_source(source) for source in used]}
     made = {"name": name, "hash": hash, "kind": kind, "folder": str(folder.absolute())}
-    _state(loggers, stated, made, sources)
+    _state(loggers, stated, made, used)
 
 
 def log_use(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tests.bench import LABELS, write_task
@@ -16,6 +17,7 @@ from tests.review.test_tracking import records, summary
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_a_sweep_of_two_is_two_runs_of_one_group(tmp_path: Path, tiny_backbone: Path) -> None:
     place = tmp_path / "my work"
     (place / "conf" / "task").mkdir(parents=True)

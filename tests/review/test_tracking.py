@@ -275,7 +275,8 @@ def test_online(server: WandbServer, tmp_path: Path, caplog: pytest.LogCaptureFi
 def test_a_manifest_that_names_no_run(tmp_path: Path) -> None:
     """What stands in somebody's manifest stops no training that is done."""
     loggers = start(tmp_path)
-    for run in (None, "abc", [], {"id": 3}, {"project": "p"}):
+    anything: list[Any] = [None, "abc", [], {"id": 3}, {"project": "p"}]
+    for run in anything:
         sources = [{"name": "mnli", "hash": "a" * 64, "run": run}]
         log_lineage(loggers, folder=tmp_path, kind="fusion", name="rte", hash="b" * 64, sources=sources)
         (file,) = tmp_path.glob("wandb/links.json")
