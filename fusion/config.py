@@ -753,6 +753,7 @@ class UseConfig:
 class EvaluateConfig(UseConfig):
     task: Optional[TaskConfig] = None  # null: the artifact's own
     split: str = "validation"
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
 
 
 @dataclass

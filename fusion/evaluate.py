@@ -29,6 +29,23 @@ def check(config: EvaluateConfig, run: Run) -> None:
 
 @command("evaluate", EvaluateConfig, check=check)
 def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
+    if config.logger.wandb is None and config.logger.csv is None:
+        return evaluate(config, run)
+    from fusion.review.evaluation import tracked
+
+    manifest = read_folder(find(config.artifact, Path(config.store)))
+    tasks = [str(answer.task.name) for answer in answers(manifest, config.task)]
+    about = {key: getattr(manifest, key) for key in ("kind", "name", "hash")}
+    about["run"] = manifest.run.get("wandb")
+    made_by = (manifest.composition or manifest.method or {}).get("name", manifest.kind)
+    tags = [*tasks, manifest.backbone["name_or_path"].rsplit("/", 1)[-1], made_by]
+    return tracked(
+        config, run.directory, run.group, run.config, about, tags, tasks, lambda: evaluate(config, run)
+    )
+
+
+def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
+    """Score the artifact on the split, and give what result.json holds."""
     from fusion.backbones.load import load_backbone, locate
     from fusion.build import backbone_of, stored_model
     from fusion.data.encode import encode, load_tokenizer

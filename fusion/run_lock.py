@@ -71,3 +71,19 @@ def _holder(note: Path) -> str:
         return f"process {holder['pid']} on {holder['host']} (since {holder['since']})"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
+
+
+def is_held(store: Path, name: str) -> bool:
+    """Whether another process trains the run called `name` right now, as far as its lock can be asked."""
+    from filelock import FileLock, Timeout
+
+    lock = store / LOCKS / f"{name}.run-lock"
+    if not lock.is_file():
+        return False
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):
+        return False

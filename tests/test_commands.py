@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +64,10 @@ def losses(folder: Path) -> list[float]:
         return [float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")]
 
 
+def recorded(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
 def test_two_processes_follow_one(place: Path, tiny_backbone: Path) -> None:
     """Two of 4 rows against one of 8: the same order, the same loss at each step, the same weights."""
     same = ["logger=csv", "trainer.log_every_n_steps=1", "head.dropout=0"]
@@ -85,6 +90,17 @@ def test_two_processes_follow_one(place: Path, tiny_backbone: Path) -> None:
             assert status["status"] == "done"
         assert len(results["one"]) == 2 * 8
         assert results["two"] == pytest.approx(results["one"], abs=1e-5)
+        # The first process records for all of them: a file, and the numbers of one process.
+        lines, others = (recorded(place / f"{stage}-{name}", "history.jsonl")[1:] for name in ("one", "two"))
+        assert [(line["step"], set(line)) for line in lines] == [(line["step"], set(line)) for line in others]
+        for line, other in zip(lines, others, strict=True):
+            assert other == {key: pytest.approx(value, rel=1e-3, abs=1e-5) for key, value in line.items()}
+    lines, others = (recorded(place / f"stage2-{name}", "attention.jsonl") for name in ("one", "two"))
+    assert len(lines) == len(others) == 2
+    for line, other in zip(lines, others, strict=True):
+        assert line["slots"].keys() == other["slots"].keys() and len(line["slots"]) == 3
+        for slot, values in line["slots"].items():
+            assert other["slots"][slot] == {key: pytest.approx(v, abs=1e-5) for key, v in values.items()}
     one, two = (
         load_file(place / store / "films" / "weights.safetensors") for store in ("store", "store-ddp")
     )

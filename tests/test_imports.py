@@ -46,6 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "terminal": {"errors"},
     "store": BASE | {"selection", "terminal"},
     "review": BASE | {"run", "store", "packing"},
+    "sync": BASE | {"run_lock", "review"},
     "entry": BASE | {"run", "store"},
     "ending": BASE | {"run", "sweep", "store", "terminal"},
     "compare": BASE | {"run", "store", "terminal"},

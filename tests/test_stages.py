@@ -626,7 +626,8 @@ def test_the_result_of_several_tasks(mixed: Bench) -> None:
         logged = list(csv.DictReader(lines))
     assert all(sum(bool(row[f"{task}/train/loss"]) for row in logged) == 12 for task in ("films", "quiz"))
     assert set(logged[0]) - {"epoch", "step"} == {
-        "train/loss", "train/task_loss", "films/train/loss", "quiz/train/loss", "rating/train/loss", "mean",
+        "train/loss", "train/task_loss", "train/lr", "train/grad_norm",
+        "films/train/loss", "quiz/train/loss", "rating/train/loss", "mean",
         "films/validation/accuracy", "films/validation/macro_f1", "quiz/validation/accuracy",
         "rating/validation/pearson", "rating/validation/spearman",
     }  # fmt: skip

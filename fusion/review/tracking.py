@@ -19,15 +19,19 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 
 from fusion.config import CsvConfig, LoggerConfig, WandbConfig
 from fusion.errors import first_line
+from fusion.review.labels import best_is, flat
+from fusion.review.lineage import Links, describe, link, links_file
+from fusion.review.run_id import run_id
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Together, what a server that stops answering may cost a job and the next one of its sweep.
 FINISH_SECONDS = 45.0  # for what is not yet uploaded when a job ends; `wandb sync` sends the rest later
@@ -35,6 +39,7 @@ PROBE_SECONDS = 5.0  # for a first answer of the server, before W&B itself asks 
 LINK_SECONDS = 15.0  # for W&B's own lineage, which the run's config states anyway
 AGAIN_SECONDS = 8.0  # for the next job's start, once a job of this process has waited for the server in vain
 _waited_in_vain = False
+STEP = "trainer/global_step"  # as Lightning calls it
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 
 
@@ -75,7 +80,30 @@ class _NeverRaises:
 
 
 class SafeWandbLogger(_NeverRaises, WandbLogger):
-    """Lightning's W&B logger around a run that was started here."""
+    """Lightning's W&B logger around a run that was started here.
+
+    W&B's own step is the training's, so that what is logged at one step is one row, and what a run that is taken up
+    again goes through twice (it gives the same numbers) does not stand there twice. Epochs count from 1.
+    """
+
+    _defined: frozenset[str] = frozenset()
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self._attempt(self._log, metrics, step)
+
+    def _log(self, metrics: Mapping[str, Any], step: int | None) -> None:
+        run, values = self.experiment, dict(metrics)
+        if "epoch" in values:
+            values["epoch"] = int(values["epoch"]) + 1
+        for name in values.keys() - self._defined:
+            # The summary keeps the best of a curve.
+            if (best := best_is(name)) is not None:
+                run.define_metric(name, step_metric=STEP, step_sync=True, summary=best)
+        self._defined |= values.keys()
+        if step is None:
+            run.log(values)
+        else:
+            run.log({**values, STEP: step}, step=step)
 
 
 class SafeCsvLogger(_NeverRaises, CSVLogger):
@@ -91,13 +119,17 @@ def build_loggers(
     job_type: str,
     tags: list[str],
     config_values: dict[str, Any],
+    checkpoints: Path | None = None,
+    identity: str = "",
 ) -> list[Logger]:
     """The loggers that `logger=` asks for, none in any process but the first of a DDP run.
 
     Args:
         directory: the job's output directory; W&B writes to DIRECTORY/wandb, CSV to DIRECTORY/csv/metrics.csv.
         name, group, job_type, tags: how the W&B run is labelled.
-        config_values: the resolved config, shown with the run.
+        config_values: the resolved config, shown with the run: `optim/lr`, `task/name` and so on.
+        checkpoints: where a W&B run's id is kept, for a run that is taken up again; None: each has a new one.
+        identity: what such an id begins with.
     """
     if any(os.environ.get(variable, "0") not in ("", "0") for variable in RANK_VARIABLES):
         return []
@@ -110,7 +142,9 @@ def build_loggers(
             group=group,
             job_type=job_type,
             tags=_tags(tags),
-            config=_plain(config_values),
+            config=_columns(config_values),
+            id=run_id(checkpoints, identity),
+            resume="allow",
         )
         if run is not None:
             loggers.append(
@@ -124,11 +158,31 @@ def build_loggers(
 def log_result(loggers: Sequence[Logger], result: Mapping[str, Any]) -> None:
     """Puts a run's result beside its curves: metrics, artifact, sources, parameters and speed.
 
-    In W&B these are the run's summary: `validation/accuracy`, `speed/seconds`, `artifact`, ... No wandb.Table:
-    offline it would leave files in the user's home folder and not with the run.
+    In W&B these are the run's summary: `best/validation/accuracy` and `best/epoch` of a training (its curves have
+    their own `validation/accuracy.max`), `validation/accuracy` of an evaluation; `epochs`, `speed/seconds`,
+    `speed/tokens_per_second`, `speed/peak_memory_bytes`, `parameters/trainable`, `parameters/stored_bytes`, ...
     """
     for run in _runs(loggers):
         _quietly("show the result", _log_result, run, result)
+
+
+def log_attention(loggers: Sequence[Logger], record: Mapping[str, Any]) -> None:
+    """Shows a line of attention.jsonl in W&B: a picture, a table, and each slot's figures as curves."""
+    for run in _runs(loggers):
+        _quietly("show the attention", _log_attention, run, record)
+
+
+def run_reference(loggers: Sequence[Logger]) -> dict[str, Any] | None:
+    """Where the job's W&B run is found, `{"id", "project", "entity", "url"}`; None where it has none."""
+    for run in _runs(loggers):
+        with contextlib.suppress(Exception):
+            return {
+                "id": run.id,
+                "project": run.project,
+                "entity": run.entity or None,
+                "url": None if run.offline else run.url,
+            }
+    return None
 
 
 def log_lineage(
@@ -140,19 +194,56 @@ def log_lineage(
     hash: str,
     sources: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Says which artifact a run made (STORE/NAME) and, of a fusion, out of which sources, `{"name", "hash"}`.
+    """Says which artifact a run made (STORE/NAME) and, of a fusion, out of which sources.
 
-    The run's config says so always. Only a run that is online also gets W&B's own artifacts, with the first
-    twelve digits of the hash as their alias.
+    The run's config says so always, with the sources' own runs. A run that is online also gets W&B's artifacts, with
+    the first twelve digits of the hash as their alias; of another, `python -m fusion.sync` draws them later.
+
+    Args:
+        sources: `{"name", "hash", "run"}` each, the last of them a `run_reference` where it is known.
     """
+    used = [dict(source) | {"run": _reference(source.get("run"))} for source in sources]
+    stated = {"name": name, "hash": hash, "kind": kind, "sources": [_source(source) for source in used]}
+    made = {"name": name, "hash": hash, "kind": kind, "folder": str(folder.absolute())}
+    _state(loggers, stated, made, used)
+
+
+def log_use(
+    loggers: Sequence[Logger], *, kind: str, name: str, hash: str, run: Mapping[str, Any] | None
+) -> None:
+    """Says which artifact a run evaluates, as `log_lineage` says what one makes."""
+    used = {"name": name, "hash": hash, "run": _reference(run)}
+    _state(loggers, _source(used) | {"kind": kind}, None, [used])
+
+
+def _reference(run: Any) -> dict[str, Any] | None:
+    """A `run_reference` as a manifest has it, who may have written anything there."""
+    return dict(run) if isinstance(run, Mapping) and isinstance(run.get("id"), str) else None
+
+
+def _source(source: Mapping[str, Any]) -> dict[str, Any]:
+    """As a run's config states it: by hash, and by run id where that is known."""
+    run = source.get("run")
+    return {"name": source["name"], "hash": source["hash"], **({"run": run["id"]} if run else {})}
+
+
+def _state(
+    loggers: Sequence[Logger],
+    stated: dict[str, Any],
+    made: dict[str, Any] | None,
+    used: list[dict[str, Any]],
+) -> None:
     for run in _runs(loggers):
-        stated = {
-            "artifact": {"name": name, "hash": hash, "kind": kind, "sources": [dict(s) for s in sources]}
-        }
-        _quietly("show the artifact", run.config.update, _plain(stated), allow_val_change=True)
-        if not run.offline:
-            link = functools.partial(_link_artifacts, run, folder, kind, name, hash, sources)
-            _quietly("link the artifacts", _within, LINK_SECONDS, link)
+        _quietly("show the artifact", run.config.update, {"artifact": _plain(stated)}, allow_val_change=True)
+        _quietly("link the artifacts", _keep_links, run, Links(describe(run), made, used))
+
+
+def _keep_links(run: Any, links: Links) -> None:
+    """Draws the links of a run that is online, and notes what `python -m fusion.sync` has to draw."""
+    file = links_file(run)
+    links.write(file)
+    if not run.offline:
+        _within(LINK_SECONDS, functools.partial(_link_artifacts, run, links)).write(file)
 
 
 def finish(loggers: Sequence[Logger], exit_code: int = 0) -> None:
@@ -184,14 +275,14 @@ def _start_run(config: WandbConfig, /, **labels: Any) -> Any | None:
     try:
         import wandb
 
-        _no_telemetry()
+        no_telemetry()
         directory = Path(labels["dir"])
         directory.mkdir(parents=True, exist_ok=True)  # W&B would write to a temporary folder instead
         mode = _mode(config.mode or os.environ.get("WANDB_MODE") or wandb.setup(_quiet()).settings.mode)
         if mode == "disabled":
             log.info("W&B is disabled, nothing is tracked there")
             return None
-        reason = "asked for" if mode == "offline" else _why_offline(config)
+        reason = "asked for" if mode == "offline" else why_offline(config)
         if reason is None:
             before = set(directory.glob("wandb/run-*"))
             try:
@@ -203,11 +294,16 @@ def _start_run(config: WandbConfig, /, **labels: Any) -> Any | None:
                 reason = f"the server did not take the run: {_reason(error)}"
             for started in set(directory.glob("wandb/run-*")) - before:
                 shutil.rmtree(started, ignore_errors=True)
+        before = set(directory.glob("wandb/offline-run-*"))
         try:
             return _init(config, "offline", reason, **labels)
         except Exception:
+            # Its service may have died in an earlier job of the sweep, or still hold the id of a run that the server
+            # did not take; a new one starts now.
             with contextlib.suppress(Exception):
-                wandb.teardown()  # its service may have died in an earlier job of the sweep; a new one starts now
+                wandb.teardown()
+            for started in set(directory.glob("wandb/offline-run-*")) - before:
+                shutil.rmtree(started, ignore_errors=True)
             return _init(config, "offline", reason, **labels)
     except Exception as error:
         global _waited_in_vain
@@ -228,7 +324,7 @@ def _mode(mode: str) -> str:
     return {"dryrun": "offline", "offline": "offline", "disabled": "disabled"}.get(mode, "online")
 
 
-def _no_telemetry() -> None:
+def no_telemetry() -> None:
     """W&B 0.31 reports that its service cannot start while it holds the lock that the report needs: for ever."""
     with contextlib.suppress(Exception):
         from wandb.analytics.opentelemetry import opentelemetry_proxy
@@ -245,7 +341,7 @@ def _quiet() -> Any:
     return settings
 
 
-def _why_offline(config: WandbConfig) -> str | None:
+def why_offline(config: WandbConfig) -> str | None:
     """Why the run cannot be online, found out before W&B tries: it would ask for a key, or wait."""
     import wandb
 
@@ -290,8 +386,8 @@ def _init(
     )
     run = wandb.init(project=config.project, entity=config.entity, mode=mode, settings=settings, **labels)
     # Lightning does this only for runs that it starts itself.
-    run.define_metric("trainer/global_step")
-    run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+    run.define_metric(STEP)
+    run.define_metric("*", step_metric=STEP, step_sync=True)
     if mode == "online":
         log.info("W&B: %s", run.url)
     else:
@@ -318,40 +414,65 @@ def _quietly(what: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 
 def _log_result(run: Any, result: Mapping[str, Any]) -> None:
     values = _plain(result)
-    metrics = values.pop("metrics", None) or {}
-    run.summary.update(dict(_flat(values)) | dict(_flat(metrics)))
+    scores = dict(flat(values.pop("metrics", None) or {}))
+    if "best_epoch" in values:  # of a training: each score has a curve already
+        scores = {f"best/{name}": score for name, score in scores.items()}
+        scores["best/epoch"] = values["best_epoch"]
+    run.summary.update(dict(flat(values)) | scores)
 
 
-def _link_artifacts(
-    run: Any, folder: Path, kind: str, name: str, hash: str, sources: Sequence[Mapping[str, Any]]
-) -> None:
+def _log_attention(run: Any, record: Mapping[str, Any]) -> None:
     import wandb
 
+    from fusion.review.attention_picture import COLUMNS, picture, rows
+
+    values: dict[str, Any] = {"epoch": record["epoch"], STEP: record["step"]}
+    for figure in ("entropy", "value_distance"):
+        for slot, of_slot in record["slots"].items():
+            if of_slot[figure] is not None:
+                values[f"attention/{figure}/{slot}"] = of_slot[figure]
+    values["attention/picture"] = wandb.Image(picture(record), file_type="png")
+    values["attention/table"] = wandb.Table(columns=list(COLUMNS), data=rows(record))
+    with _staged_in(Path(run.settings.sync_dir)):
+        run.log(values, step=record["step"])
+
+
+@contextlib.contextmanager
+def _staged_in(folder: Path) -> Iterator[None]:
+    """A wandb.Table is an artifact too, and offline its file stays where W&B staged it: here, and not at home."""
+    before = os.environ.get("WANDB_DATA_DIR")
+    os.environ["WANDB_DATA_DIR"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["WANDB_DATA_DIR"]
+        else:
+            os.environ["WANDB_DATA_DIR"] = before
+
+
+def _link_artifacts(run: Any, links: Links) -> Links:
     # Each question to a server that went away takes W&B some twenty seconds: ask first.
     if (problem := _out_of_reach(run.settings, PROBE_SECONDS)) is not None:
         raise ConnectionError(problem)
-    for source in sources:
-        try:
-            run.use_artifact(f"{source['name']}:{source['hash'][:12]}")
-        except Exception as error:  # made offline or in another project: the config names it all the same
-            log.debug("W&B has no artifact %s: %s", source["name"], _reason(error))
-    artifact = wandb.Artifact(name, type=kind, metadata={"hash": hash, "folder": str(folder)})
-    for file in sorted(folder.iterdir()):
-        artifact.add_file(str(file), policy="immutable")  # no second copy in W&B's staging folder
-    run.log_artifact(artifact, aliases=["latest", hash[:12]])
+    return link(run, links)
 
 
-def _within(seconds: float, work: Callable[[], Any]) -> None:
+def _within(seconds: float, work: Callable[[], T]) -> T:
     """Does what cannot be told how long to wait, in a thread that is left behind when it takes too long.
+
+    Returns:
+        What `work` gives.
 
     Raises:
         TimeoutError: it does. Else whatever `work` raises.
     """
     raised: list[Exception] = []
+    given: list[T] = []
 
     def call() -> None:
         try:
-            work()
+            given.append(work())
         except Exception as error:
             raised.append(error)
 
@@ -362,6 +483,7 @@ def _within(seconds: float, work: Callable[[], Any]) -> None:
         raise TimeoutError(f"the server is slow, and {seconds:g} s are over")
     if raised:
         raise raised[0]
+    return given[0]
 
 
 def _shown(path: str) -> str:
@@ -369,12 +491,8 @@ def _shown(path: str) -> str:
     return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}/")
-        elif value is not None:
-            yield f"{prefix}{key}", value
+def _columns(config_values: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(flat(_plain(config_values)))
 
 
 def _tags(tags: list[str]) -> list[str]:

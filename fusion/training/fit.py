@@ -33,6 +33,7 @@ from fusion.training.callbacks import Best, EpochLine, StepClock, best_epoch
 from fusion.training.checkpoints import LAST, Checkpoints, Loaded, read_checkpoint
 from fusion.training.energy import EnergyMeter
 from fusion.training.guard import Guard
+from fusion.training.history import FirstOfEpoch
 from fusion.training.interrupts import Interrupts
 from fusion.training.metrics import main_metric
 from fusion.training.module import TaskModule
@@ -86,6 +87,7 @@ def fit(
     prepare: Callable[[torch.device], str | None] = lambda device: None,
     robust_drop: bool = False,
     temperature: float = 1.0,
+    watchers: Sequence[Callback] = (),
 ) -> Fit:
     """Train until the epochs or the patience end, and leave the best epoch's weights in the model.
 
@@ -100,6 +102,7 @@ def fit(
             bring along from then on, see `fusion.prefix`, or None.
         robust_drop: whether each batch leaves out a random number of the first layers' slots.
         temperature: of several tasks, how they are drawn, see `TaskBatches`.
+        watchers: look on and change nothing.
 
     Raises:
         GuardError: something else than the declared parameters would train, or did.
@@ -117,9 +120,11 @@ def fit(
     writes = config.trainer.enable_checkpointing and not config.trainer.fast_dev_run
     keep = Checkpoints(checkpoints if writes else None, config.checkpoint_minutes, interrupts)
     # The guard first, since what it refuses nobody shall write down; what writes comes last.
-    callbacks: list[Callback] = [Guard(model, checkpoints), memory, best, EpochLine(monitor), clock, keep]
+    callbacks: list[Callback] = [Guard(model, checkpoints), memory, best, EpochLine(monitor), clock]
+    callbacks += [*watchers, FirstOfEpoch()]
     if config.trainer.enable_progress_bar:
-        callbacks.insert(-1, ProgressBar(config.name or "training", monitor))
+        callbacks.append(ProgressBar(config.name or "training", monitor))
+    callbacks.append(keep)
     last = read_checkpoint(checkpoints) if config.resume and model.trainable() else None
     trainer = make_trainer(config.trainer, callbacks, loggers, last)
     loading: dict[str, Any] = {

@@ -5,7 +5,7 @@ Shapes: B rows, K outputs of the head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from fusion.config import OptimConfig, TaskConfig
 from fusion.data.batches import Batch
 from fusion.errors import LossNotFinite, UserError
+from fusion.layers.filling import Recorder
 from fusion.model import AdaptedModel
 from fusion.training.metrics import MEAN, TaskMetrics, main_metrics, predicted
 
@@ -68,6 +69,10 @@ class TaskModule(lightning.LightningModule):
         self._predicted: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self.rows_seen = 0
         self.tokens_seen = 0
+        # Gives the recorder of a validation batch, where somebody wants the sources' weights of it.
+        self.watch: Callable[[Batch], Recorder] | None = None
+        # The step whose figures were logged last.
+        self.logged_step = -1
         # Checkpoints hold the trainable tensors alone; `on_load_checkpoint` compares the key sets.
         self.strict_loading = False
 
@@ -81,13 +86,14 @@ class TaskModule(lightning.LightningModule):
         draw = np.random.RandomState([self.seed, self.current_epoch, batch_index])
         return int(draw.choice(self.model.adapted_layers))
 
-    def scores(self, batch: Batch, first_layer: int = 0) -> Tensor:
+    def scores(self, batch: Batch, first_layer: int = 0, record: Recorder | None = None) -> Tensor:
         """(B, K)."""
         return self.model(
             batch.input_ids,
             batch.attention_mask,
             batch.token_type_ids,
             batch.choice_counts,
+            record=record,
             prefix=batch.prefix,
             first_layer=first_layer,
             task=batch.task,
@@ -118,8 +124,10 @@ class TaskModule(lightning.LightningModule):
         self.losses_seen.add(total.detach(), self.trainer.global_step, batch.rows, f"{whose}train")
         self.rows_seen += batch.rows.numel()
         self.tokens_seen += batch.input_ids.numel()
-        # Each call of log costs as much as a small layer, hence every few steps only.
-        if batch_index % max(1, self.trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
+        # Each call of log costs as much as a small layer, hence only where Lightning hands it on, and once an epoch.
+        every = max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if batch_index == 0 or (self.trainer.global_step + 1) % every == 0:
+            self.logged_step = self.trainer.global_step
             # The mean over the processes is the mean over the rows of all of them: see `losses`.
             several = self.trainer.world_size > 1
             named = {f"train/{name}_loss": value.detach() for name, value in losses.items()}
@@ -136,6 +144,17 @@ class TaskModule(lightning.LightningModule):
             self.log("train/loss", total.detach(), prog_bar=True, sync_dist=several)
             self.losses_seen.check(several)
         return total
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The gradient's norm before it is clipped, and the rates, at the steps that are logged."""
+        if self.logged_step != self.trainer.global_step or not self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        rates = [group["lr"] for group in optimizer.param_groups]
+        own = {"train/head_lr": rates[-1]} if self.optim.head_lr not in (None, self.optim.lr) else {}
+        # The same in all processes: the gradients are the mean over them by now.
+        gradients = [p.grad for p in self.model.trainable().values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.log_dict({"train/lr": rates[0], **own, "train/grad_norm": norm})
 
     def on_validation_start(self) -> None:
         """No epoch is scored by weights that are not finite: such scores are numbers like any other."""
@@ -154,7 +173,8 @@ class TaskModule(lightning.LightningModule):
         counts = batch.weights > 0
         metrics = self.split_metrics[dataloader_idx]
         assert isinstance(metrics, TaskMetrics)
-        scores = self.scores(batch)[counts]
+        record = None if self.watch is None else self.watch(batch)
+        scores = self.scores(batch, record=record)[counts]
         metrics.update(scores, batch.labels[counts])
         answers = batch.rows[counts], predicted(scores, metrics.kind)
         self._predicted.setdefault(list(self.splits)[dataloader_idx], []).append(answers)

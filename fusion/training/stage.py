@@ -22,11 +22,21 @@ from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.model import AdaptedModel
 from fusion.prefix import keep_prefix
 from fusion.provenance import circumstances, versions
-from fusion.review.tracking import build_loggers, finish, log_lineage, log_result
+from fusion.review.labels import stage_name
+from fusion.review.tracking import (
+    build_loggers,
+    finish,
+    log_attention,
+    log_lineage,
+    log_result,
+    run_reference,
+)
 from fusion.run import Run
 from fusion.store.artifacts import save
 from fusion.store.manifest import Manifest, read_folder
+from fusion.training.attention import AttentionRecorder
 from fusion.training.fit import Fit, fit
+from fusion.training.history import History
 from fusion.training.outcomes import outcomes, write_outcomes
 
 DIVERGED = "-diverged"  # ending of the name of what was best before the loss was no longer finite
@@ -116,11 +126,19 @@ def train_and_store(
     loggers = build_loggers(
         config.logger,
         directory=run.directory,
-        name=entry.name,
+        name=stage_name(config, [source.name for source in sources]),
         group=run.group,
         job_type=run.command,
         tags=_tags(config, tag),
         config_values=run.config,
+        checkpoints=entry.checkpoints,
+        identity=entry.identity,
+    )
+    if run.rank_zero and not config.trainer.barebones:  # which takes no logger at all
+        run_name = entry.checkpoints.name
+        loggers.append(History(run.directory, run=run_name, name=entry.name, command=run.command))
+    watcher = AttentionRecorder(
+        [source.name for source in sources], run.directory, lambda record: log_attention(loggers, record)
     )
 
     def prepare(device: torch.device) -> str | None:
@@ -134,6 +152,8 @@ def train_and_store(
         return prefix
 
     origin = circumstances() if run.rank_zero else {}  # before hours in which the checkout may change
+    if (tracked := run_reference(loggers)) is not None:
+        origin["wandb"] = tracked
     exit_code = 1
     try:
         fitted = fit(
@@ -147,6 +167,7 @@ def train_and_store(
             prepare=prepare,
             robust_drop=robust_drop,
             temperature=temperature,
+            watchers=[watcher],
         )
         if not run.rank_zero:
             return {}
@@ -182,7 +203,12 @@ def train_and_store(
         write_outcomes(run.directory, seen)
         log_result(loggers, result)
         log_lineage(
-            loggers, folder=path, kind=stored.kind, name=stored.name, hash=stored.hash, sources=stored.sources
+            loggers,
+            folder=path,
+            kind=stored.kind,
+            name=stored.name,
+            hash=stored.hash,
+            sources=[{"name": s.name, "hash": s.hash, "run": s.run.get("wandb")} for s in sources],
         )
         exit_code = 0
         return result

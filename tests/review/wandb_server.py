@@ -15,7 +15,9 @@ from typing import Any
 class WandbServer(ThreadingHTTPServer):
     """`status`: None answers; a number refuses everything with it; "silent" never answers.
 
-    `runs` holds what was sent at each run's start, `operations` the name of each GraphQL request.
+    `runs` holds what was sent at each run's start, `operations` the name of each GraphQL request, `history` the
+    lines of each run's history by their place (a line that is sent for a place again takes it), `uses` which run has
+    said to use which artifact, `NAME:ALIAS`. It refuses what is sent for a run whose id is in `refused`.
     """
 
     daemon_threads = True
@@ -27,6 +29,9 @@ class WandbServer(ThreadingHTTPServer):
         self.runs: list[dict[str, Any]] = []
         self.artifacts: list[dict[str, Any]] = []
         self.asked_artifacts: list[str] = []
+        self.history: dict[str, dict[int, dict[str, Any]]] = {}
+        self.uses: list[tuple[str, str]] = []
+        self.refused: set[str] = set()
         self.closing = threading.Event()
 
     @property
@@ -43,7 +48,10 @@ class WandbServer(ThreadingHTTPServer):
 
     def answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
         self.operations.append(operation)
+        if operation == "RunResumeStatus":
+            return self.standing(variables["name"])
         if operation == "UpsertBucket":
+            self.history.setdefault(variables["name"], {})
             if variables.get("displayName"):
                 self.runs.append(variables)
             project = {"id": "p", "name": "project", "entity": {"id": "e", "name": "entity"}}
@@ -60,6 +68,11 @@ class WandbServer(ThreadingHTTPServer):
             return {"project": {"artifact": None}}
         if operation == "ArtifactMembershipByName":
             self.asked_artifacts.append(variables["name"])
+            return self.membership(variables["name"])
+        if operation == "UseArtifact":
+            self.uses.append((variables["runName"], variables["artifactID"]))
+            artifact = {"id": "a", "digest": "d", "description": None, "state": "COMMITTED"}
+            return {"useArtifact": {"artifact": artifact | {"createdAt": "2026", "metadata": None}}}
         if operation == "CreateArtifact":
             self.artifacts.append(variables["input"])
             sequence = {"id": "s", "latestArtifact": None}
@@ -69,6 +82,54 @@ class WandbServer(ThreadingHTTPServer):
                 }
             }
         return {}
+
+    def standing(self, run: str) -> dict[str, Any]:
+        """What somebody who goes on with a run is told of it."""
+        if run not in self.history:
+            return {"model": None}
+        lines = self.history[run]
+        last = json.dumps([json.dumps(lines[max(lines)])] if lines else [])
+        counts = {"logLineCount": 0, "historyLineCount": len(lines), "eventsLineCount": 0}
+        shown: dict[str, Any] = {
+            "displayName": run,
+            "config": "{}",
+            "tags": [],
+            "notes": None,
+            "wandbConfig": '{"t": 1}',
+        }
+        told = {"id": "b", "name": run, "summaryMetrics": "{}", "historyTail": last, "eventsTail": "[]"}
+        project = {"id": "p", "name": "project", "entity": {"id": "e", "name": "entity"}}
+        return {"model": project | {"bucket": told | counts | shown}}
+
+    def membership(self, name: str) -> dict[str, Any]:
+        """An artifact that a run has logged, by NAME:ALIAS; its id here is just that."""
+        collection, _, alias = name.partition(":")
+        if not any(
+            made["artifactCollectionName"] == collection and alias in {a["alias"] for a in made["aliases"]}
+            for made in self.artifacts
+        ):
+            return {"project": {"artifactCollectionMembership": None}}
+        project = {"id": "p", "internalId": "p", "name": "project", "entity": {"name": "entity"}}
+        sequence = {"__typename": "ArtifactSequence", "name": collection, "project": project}
+        nothing = dict.fromkeys(("description", "metadata", "historyStep", "commitHash", "updatedAt"))
+        counts = {"ttlDurationSeconds": -2, "size": 1, "fileCount": 1, "versionIndex": 0}
+        artifact = {
+            "__typename": "Artifact",
+            "id": name,
+            "artifactSequence": sequence,
+            "tags": [],
+            "digest": "d",
+        }
+        kind = {"artifactType": {"name": "adapter"}, "ttlIsInherited": True, "state": "COMMITTED"}
+        more = {"digestAlgorithm": "MANIFEST_MD5", "createdAt": "2026-01-01T00:00:00"}
+        place = {"__typename": "ArtifactCollectionMembership", "id": "m", "versionIndex": 0, "aliases": []}
+        found = {"artifactCollection": sequence, "artifact": artifact | nothing | counts | kind | more}
+        return {"project": {"artifactCollectionMembership": place | {"createdAt": "2026"} | found}}
+
+    def take_stream(self, run: str, files: dict[str, Any]) -> None:
+        sent: dict[str, Any] = files.get("wandb-history.jsonl") or {"offset": 0, "content": []}
+        for number, line in enumerate(sent["content"]):
+            self.history.setdefault(run, {})[sent["offset"] + number] = json.loads(line)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -83,14 +144,19 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(self.server.status, int):
             self.reply(self.server.status, {})
             return
+        if self.headers.get("content-encoding") == "gzip":
+            body = gzip.decompress(body)
         if not self.path.endswith("/graphql"):
+            if self.path.endswith("/file_stream"):
+                self.server.take_stream(self.path.split("/")[-2], json.loads(body).get("files") or {})
             self.reply(200, {})
             return
-        request = json.loads(
-            gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body
-        )
+        request = json.loads(body)
         found = re.match(r"\s*(?:query|mutation)\s+(\w+)", request["query"])
         operation = found.group(1) if found else ""
+        if (request.get("variables") or {}).get("name") in self.server.refused:
+            self.reply(403, {"errors": [{"message": "permission denied"}]})
+            return
         self.reply(200, {"data": self.server.answer(operation, request.get("variables") or {})})
 
     do_GET = do_PUT = do_POST

@@ -1,0 +1,83 @@
+"""history.jsonl: every figure that a run logs, whatever `logger=` says.
+
+First a header, {"run", "name", "command", "started"}, then one object for each thing that was logged:
+{"step": 9, "epoch": 1, "train/loss": 0.69, ...}. Steps count from 0, epochs from 1. A run that is taken up again
+writes another file, in its new folder, with the same "run": together they are its history, joined by the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, cast
+
+import pytorch_lightning as lightning
+from pytorch_lightning.loggers import Logger
+
+from fusion.training.module import TaskModule
+from fusion.training.record_file import RecordFile
+
+HISTORY = "history.jsonl"
+
+
+class History(Logger):
+    """A logger of Lightning's that writes history.jsonl. For the first process of a DDP run alone.
+
+    Args:
+        directory: the job's output folder.
+        run: NAME-IDENTITY, the same whenever the run is taken up again.
+    """
+
+    def __init__(self, directory: Path, *, run: str, name: str, command: str) -> None:
+        super().__init__()
+        self._directory = directory
+        self._file = RecordFile(directory / HISTORY)
+        self._run = run
+        self._epoch = 1
+        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self._file.write({"run": run, "name": name, "command": command, "started": started})
+
+    @property
+    def name(self) -> str:
+        return "history"
+
+    @property
+    def version(self) -> str:
+        return self._run
+
+    @property
+    def save_dir(self) -> str:
+        return str(self._directory)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        values = dict(metrics)
+        if "epoch" in values:  # Lightning's own, counted from 0
+            self._epoch = int(values.pop("epoch")) + 1
+        self._file.write({"step": step, "epoch": self._epoch, **values})
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """They stand in config.yaml."""
+
+
+class FirstOfEpoch(lightning.Callback):
+    """Logs each epoch's first step too, which Lightning leaves out unless it is one of `log_every_n_steps`.
+
+    So that a training of few batches has a curve at all.
+    """
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        assert isinstance(pl_module, TaskModule)
+        every, step = int(cast(Any, trainer).log_every_n_steps), pl_module.logged_step
+        if batch_idx or not trainer.loggers or not every or (step + 1) % every == 0:
+            return
+        values = {name: float(v) for name, v in trainer.logged_metrics.items() if name.startswith("train/")}
+        for logger in trainer.loggers:
+            logger.log_metrics(values | {"epoch": trainer.current_epoch}, step)

@@ -1,0 +1,174 @@
+"""history.jsonl: what a run logs, whatever `logger=` says, line by line."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as lightning
+import torch
+
+from fusion.config import CsvConfig, LoggerConfig, TrainerConfig
+from fusion.training import fit as fit_module
+from fusion.training import record_file
+from fusion.training.record_file import RecordFile
+from tests.bench import Bench
+
+CSV = LoggerConfig(csv=CsvConfig(flush_every_n_steps=1))
+
+
+def trainer(**changes: Any) -> TrainerConfig:
+    settings: dict[str, Any] = {"accelerator": "cpu", "max_epochs": 2, "enable_progress_bar": False}
+    return TrainerConfig(**(settings | changes))
+
+
+def read(bench: Bench, name: str = "history.jsonl") -> list[dict[str, Any]]:
+    """The lines that the last run of the bench has left."""
+    text = (bench.folder / "runs" / str(bench.runs) / name).read_text()
+    assert text.endswith("\n")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+class Watch(lightning.Callback):
+    """The gradient's norm and the rate of each step, computed apart."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+        self.rates: list[float] = []
+
+    def on_before_optimizer_step(
+        self, trainer: lightning.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer
+    ) -> None:
+        squares = 0.0
+        for parameter in pl_module.model.trainable().values():
+            squares += sum(value * value for value in parameter.grad.double().flatten().tolist())
+        self.norms.append(math.sqrt(squares))
+        self.rates.append(float(optimizer.param_groups[0]["lr"]))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> tuple[Bench, Watch]:
+    """Two epochs of 8 steps, each third step logged."""
+    bench = Bench(tmp_path_factory.mktemp("history") / "a folder", tiny_backbone)
+    watch, make_trainer = Watch(), fit_module.make_trainer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit_module, "make_trainer", lambda c, k, *more: make_trainer(c, [*k, watch], *more))
+        bench.stage1("films", logger=CSV, trainer=trainer(log_every_n_steps=3, num_sanity_val_steps=2))
+    return bench, watch
+
+
+def test_which_lines_there_are(trained: tuple[Bench, Watch]) -> None:
+    bench, _ = trained
+    header, *lines = read(bench)
+    identity = (bench.folder / "store" / "films" / "manifest.json").read_text()
+    assert header == {
+        "run": f"films-{json.loads(identity)['run']['identity']}",
+        "name": "films",
+        "command": "stage1",
+        "started": header["started"],
+    }
+    step = {"step", "epoch", "train/loss", "train/task_loss", "train/lr", "train/grad_norm"}
+    score = {"step", "epoch", "validation/accuracy", "validation/macro_f1"}
+    # Each third step, the first of each epoch, the end of each epoch; nothing of the sanity check.
+    assert [(line["step"], line["epoch"], set(line)) for line in lines] == [
+        (0, 1, step),
+        (2, 1, step),
+        (5, 1, step),
+        (7, 1, score),
+        (8, 2, step),
+        (11, 2, step),
+        (14, 2, step),
+        (15, 2, score),
+    ]
+
+
+def test_its_numbers_are_those_of_the_training(trained: tuple[Bench, Watch]) -> None:
+    bench, watch = trained
+    assert len(watch.norms) == 16
+    for line in read(bench)[1:]:
+        if "train/loss" in line:
+            assert line["train/grad_norm"] == pytest.approx(watch.norms[line["step"]], rel=1e-5)
+            assert line["train/lr"] == pytest.approx(watch.rates[line["step"]], rel=1e-6)
+    folder = bench.folder / "runs" / str(bench.runs)
+    with open(folder / "csv" / "metrics.csv", newline="") as file:
+        rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    for line in read(bench)[1:]:
+        (row,) = [row for row in rows if row["step"] == line["step"]]
+        assert row == {**line, "epoch": line["epoch"] - 1}  # which Lightning counts from 0
+    best = json.loads((bench.folder / "store" / "films" / "manifest.json").read_text())["result"]
+    scores = {
+        line["epoch"]: line["validation/accuracy"] for line in read(bench) if "validation/accuracy" in line
+    }
+    assert best["metrics"]["validation"]["accuracy"] == scores[best["best_epoch"]] == max(scores.values())
+
+
+def test_a_training_that_logs_and_one_that_does_not_are_the_same(trained: tuple[Bench, Watch]) -> None:
+    """Nothing of the recording touches what is trained."""
+    bench, _ = trained
+    bench.stage1("films", name="quiet", trainer=trainer(log_every_n_steps=1000))
+    assert all(
+        torch.equal(tensor, bench.weights("quiet")[name]) for name, tensor in bench.weights("films").items()
+    )
+    assert [line["step"] for line in read(bench)[1:]] == [0, 7, 8, 15]
+
+
+def test_barebones_has_no_loggers(trained: tuple[Bench, Watch]) -> None:
+    bench, _ = trained
+    bare = trainer(
+        barebones=True, max_epochs=1, enable_checkpointing=False, log_every_n_steps=0, num_sanity_val_steps=0
+    )
+    bench.stage1("films", name="bare", trainer=bare)
+    assert not (bench.folder / "runs" / str(bench.runs) / "history.jsonl").exists()
+
+
+# --- the file -----------------------------------------------------------------------------------------
+
+
+def test_whole_lines_without_nan(tmp_path: Path) -> None:
+    file = RecordFile(tmp_path / "new" / "x.jsonl")
+    assert not file.path.exists()  # until something is written
+    file.write({"loss": float("nan"), "inner": [float("inf"), {"a": -math.inf}], "ok": 1.5, "text": "ü"})
+    assert file.path.read_text(encoding="utf-8") == (
+        '{"loss": null, "inner": [null, {"a": null}], "ok": 1.5, "text": "ü"}\n'
+    )
+    file.write({"step": 2})
+    assert len(file.path.read_text().splitlines()) == 2
+    RecordFile(file.path).write({"step": 1})  # another run in a folder that was named for it
+    assert file.path.read_text() == '{"step": 1}\n'
+
+
+def test_a_full_disk_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The disk takes a part of a line: what is there ends with a whole one, and the run goes on."""
+    file = RecordFile(tmp_path / "x.jsonl")
+    file.write({"step": 1})
+    write, room = os.write, [4]
+
+    def fills(descriptor: int, data: bytes) -> int:
+        if not room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data[: room.pop()])
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, logger=record_file.__name__):
+        patch.setattr(os, "write", fills)
+        file.write({"step": 2})
+        file.write({"step": 3})
+    assert file.path.read_text() == '{"step": 1}\n'
+    (said,) = caplog.records
+    assert "x.jsonl: cannot be written any more (No space left on device)" in said.message
+    file.write({"step": 4})  # room again, but a gap would be worse than an end
+    assert file.path.read_text() == '{"step": 1}\n'
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    RecordFile(tmp_path / "file" / "x.jsonl").write({"step": 1})
+    assert len(caplog.records) == 1
