@@ -132,9 +132,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         "sources": sources,
         "slots": list(heard),
         "metrics": full.metrics,
-        "attention": {
-            slot: {"mean": one.mean.tolist(), "entropy": one.entropy} for slot, one in heard.items()
-        },
+        "attention": {slot: {"mean": one.mean, "entropy": one.entropy} for slot, one in heard.items()},
         "masked": {source: one.plain() for source, one in zip(sources, masked, strict=False)},
         "pruned": None
         if pruned is None

@@ -21,7 +21,10 @@ log = logging.getLogger(__name__)
 
 def mean_attention(model: AdaptedModel, batches: Iterable[Batch], device: torch.device) -> dict[str, Tensor]:
     """By slot, what each source gets: (N,), the mean over all real tokens."""
-    return {slot: heard.mean for slot, heard in listen(model, batches, device).items()}
+    return {
+        slot: torch.tensor(heard.mean, dtype=torch.float64)
+        for slot, heard in listen(model, batches, device).items()
+    }
 
 
 def most_attended(

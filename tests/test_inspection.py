@@ -17,7 +17,7 @@ from fusion import inspect as inspect_command
 from fusion.config import DataConfig, InspectConfig
 from fusion.ending import inspected
 from fusion.errors import UserError
-from fusion.listening import Listeners
+from fusion.listening import AttentionSums
 from fusion.masking import Scored, prune_greedily, without_each
 from fusion.packing import pack, unpack
 from fusion.words import chosen_rows
@@ -165,13 +165,13 @@ def test_other_kinds_of_tasks(trained: Bench) -> None:
         assert (seen["words"][0]["right"] is None) is (task == "rating")
 
 
-def test_listeners_against_a_loop() -> None:
+def test_sums_against_a_loop() -> None:
     torch.manual_seed(0)
-    listeners, total, entropy, tokens = Listeners(), [0.0] * 3, 0.0, 0
+    sums, total, entropy, tokens = AttentionSums(), [0.0] * 3, 0.0, 0
     for rows, length in ((2, 5), (3, 4)):
         weights = torch.rand(rows, length, 3).softmax(-1)
         mask = (torch.rand(rows, length) > 0.3).long()
-        listeners.add("0.feedforward", weights, mask)
+        sums.add("0.feedforward", weights, mask)
         for row in range(rows):
             for token in range(length):
                 if mask[row, token]:
@@ -180,18 +180,12 @@ def test_listeners_against_a_loop() -> None:
                         share = float(weights[row, token, source])
                         total[source] += share
                         entropy -= share * math.log(share)
-    heard = listeners.result()["0.feedforward"]
-    assert heard.mean.tolist() == pytest.approx([value / tokens for value in total])
-    assert heard.entropy == pytest.approx(entropy / tokens)
-
-
-def test_weights_that_are_no_shares_have_no_entropy() -> None:
-    listeners = Listeners()
-    listeners.add("0.feedforward", torch.full((1, 2, 3), 0.9), torch.ones(1, 2))
-    assert listeners.result()["0.feedforward"].entropy is None
-    one_hot = Listeners()
-    one_hot.add("0.feedforward", torch.eye(3)[None], torch.ones(1, 3))
-    assert one_hot.result()["0.feedforward"].entropy == 0.0
+    mean, spread = sums.means()["0.feedforward"]
+    assert mean == pytest.approx([value / tokens for value in total])
+    assert spread == pytest.approx(entropy / tokens)
+    even = AttentionSums()
+    even.add("0.feedforward", torch.eye(3)[None], torch.ones(1, 3))
+    assert even.means()["0.feedforward"][1] == 0.0
 
 
 def worth(values: dict[int, float]) -> Any:

@@ -3,7 +3,7 @@
 One line an evaluation: {"step", "epoch", "sources": [names], "slots": {"0.feedforward": {"mean", "entropy",
 "value_distance"}}}. Only compositions that give their sources weights have such a file.
 
-Shapes: S texts of a batch, T tokens, N sources, D hidden size.
+Shapes: D hidden size.
 """
 
 from __future__ import annotations
@@ -15,14 +15,10 @@ from typing import Any, cast
 
 import pytorch_lightning as lightning
 import torch
-from torch import Tensor, nn
 
-from fusion.data.batches import Batch
 from fusion.layers.attention import AdapterFusion
 from fusion.layers.filling import Filling
-from fusion.layers.scalearn import ScaLearn
-from fusion.layers.target import WithTargetAdapter
-from fusion.model import AdaptedModel
+from fusion.listening import AttentionSums, compositions_of
 from fusion.training.module import TaskModule
 from fusion.training.record_file import RecordFile
 
@@ -63,93 +59,26 @@ class AttentionRecorder(lightning.Callback):
         if pl_module.watch is None:
             return
         pl_module.watch = None
-        slots = self._sums.means(distributed=trainer.world_size > 1)
-        if not slots or not trainer.is_global_zero:
+        heard = self._sums.heard(pl_module.model, distributed=trainer.world_size > 1)
+        if not heard or not trainer.is_global_zero:
             return
-        fillings = fillings_of(pl_module.model)
+        compositions = compositions_of(pl_module.model)
         record = {
             "step": cast(Any, trainer.fit_loop.epoch_loop)._batches_that_stepped,  # as the scores are logged
             "epoch": int(pl_module.history[-1]["epoch"]),
             "sources": self._sources,
             "slots": {
                 slot: {
-                    "mean": mean,
-                    "entropy": entropy if is_distribution(fillings[slot]) else None,
-                    "value_distance": value_distance(fillings[slot]),
+                    "mean": listening.mean,
+                    "entropy": listening.entropy,
+                    "value_distance": value_distance(compositions[slot]),
                 }
-                for slot, (mean, entropy) in slots.items()
+                for slot, listening in heard.items()
             },
         }
         if self._file is not None:
             self._file.write(record)
         self._show(record)
-
-
-class AttentionSums:
-    """Sums over the real tokens of the rows that count: of the weights and of their entropy, slot by slot."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-
-    def watcher(self, batch: Batch) -> Callable[[str, Tensor], None]:
-        """The recorder of one batch, which is called in each slot with its name and weights (S, T, N)."""
-        real = real_tokens(batch)  # once a batch, for all slots
-
-        def record(slot: str, weights: Tensor) -> None:
-            self.add(slot, weights, real)
-
-        return record
-
-    @torch.compiler.disable
-    def add(self, slot: str, weights: Tensor, real: Tensor) -> None:
-        """
-        Args:
-            weights: (S, T, N).
-            real: (S, T), 1 for a token that counts, else 0.
-        """
-        w, real = weights.detach().float(), real.float()
-        entropy = torch.special.entr(w).sum(-1)  # -p log p, and 0 where p is 0: (S, T)
-        by_source = torch.einsum("stn,st->n", w, real)
-        sums = torch.cat([by_source, (entropy * real).sum().view(1), real.sum().view(1)]).double()
-        # Stays on the device, so that nothing waits for it: (N + 2,)
-        self._sums[slot] = self._sums[slot] + sums if slot in self._sums else sums
-
-    def means(self, distributed: bool) -> dict[str, tuple[list[float], float]]:
-        """By slot: the mean weight of each source, N numbers, and the mean entropy in nats.
-
-        Args:
-            distributed: whether all processes call it, each with its own rows.
-        """
-        means = {}
-        for slot, sums in self._sums.items():
-            if distributed:
-                torch.distributed.all_reduce(sums)
-            *by_source, entropy, tokens = sums.tolist()
-            means[slot] = ([total / max(tokens, 1.0) for total in by_source], entropy / max(tokens, 1.0))
-        return means
-
-
-def real_tokens(batch: Batch) -> Tensor:
-    """(S, T): 1 for each real token of a row that is not there to fill a batch up."""
-    counts = batch.weights > 0
-    if batch.choice_counts is not None:
-        counts = torch.repeat_interleave(counts, batch.choice_counts)
-    return batch.attention_mask * counts.unsqueeze(-1)
-
-
-def fillings_of(model: AdaptedModel) -> dict[str, Filling]:
-    """By slot, without the target's own adapter beside a composition."""
-    found = {}
-    for layer, sites in model.fillings.items():
-        for site, filling in cast(nn.ModuleDict, sites).items():
-            composition = filling.composition if isinstance(filling, WithTargetAdapter) else filling
-            found[f"{layer}.{site}"] = cast(Filling, composition)
-    return found
-
-
-def is_distribution(filling: Filling) -> bool:
-    """Whether the weights that a filling gives its sources are shares of 1: ScaLearn's factors are not."""
-    return not isinstance(filling, ScaLearn)
 
 
 def value_distance(filling: Filling) -> float | None:

@@ -21,8 +21,8 @@ from fusion.data.batches import Batch
 from fusion.data.encode import encode, load_tokenizer
 from fusion.data.loaders import evaluation_loader
 from fusion.data.rows import load_rows
+from fusion.listening import AttentionSums, real_tokens
 from fusion.store.artifacts import load
-from fusion.training.attention import AttentionSums, real_tokens
 from tests.bench import Bench
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -182,7 +182,7 @@ def batch_of(mask: Tensor, weights: list[float], choice_counts: list[int] | None
 
 RANK = """
 import sys, torch
-from fusion.training.attention import AttentionSums
+from fusion.listening import AttentionSums
 rank = int(sys.argv[1])
 torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 sums = AttentionSums()
