@@ -15,13 +15,22 @@ from omegaconf import OmegaConf
 
 from fusion import config as settings
 from fusion.app import conf_folder, explain, keys_of, register
-from fusion.config import EvaluateConfig, PredictConfig, Stage1Config, Stage2Config, TaskConfig, TrainerConfig
+from fusion.config import (
+    EvaluateConfig,
+    PredictConfig,
+    RankConfig,
+    Stage1Config,
+    Stage2Config,
+    TaskConfig,
+    TrainerConfig,
+)
 from fusion.errors import UserError
 from pipelines.benchmark.config import BenchmarkConfig
 
 SCHEMAS = {
     "stage1": Stage1Config,
     "stage2": Stage2Config,
+    "rank": RankConfig,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
     "benchmark": BenchmarkConfig,
@@ -29,6 +38,7 @@ SCHEMAS = {
 NEEDED = {
     "stage1": ["+task=rte"],
     "stage2": ["+task=rte", "sources=[a,b]"],
+    "rank": ["+task=rte"],
     "evaluate": ["artifact=rte"],
     "predict": ["artifact=rte", "input=rows.jsonl", "output=out.jsonl"],
     "benchmark": ["suite=train"],
