@@ -68,11 +68,16 @@ def probe(
     """
     scores = []
     for source, look in zip(sources, looks(sources, backbone, composition, pooling, device), strict=True):
-        one, other = look(training()), look(validation())
-        found = score(task, linear_scores(one, other, task), other.labels.numpy())[task.metrics[0]]
+        found = probe_score(look(training()), look(validation()), task)
         log.info("probe of %s: %s %.4f", source.manifest.name, task.metrics[0], found)
         scores.append(found)
     return scores
+
+
+def probe_score(training: States, validation: States, task: TaskConfig) -> float:
+    """The task's first metric on the validation rows, by the linear head that fits the training rows best."""
+    scores = linear_scores(training, validation, task)
+    return score(task, scores, validation.labels.numpy())[task.metrics[0]]
 
 
 def looks(

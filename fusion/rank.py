@@ -6,31 +6,20 @@ python -m fusion.rank +task=cb sources=all
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fusion.app import command
 from fusion.config import RankConfig
-from fusion.errors import TrainingError, UserError, first_line
+from fusion.errors import TrainingError, UserError
 from fusion.inputs import check_backbone_name
 from fusion.ranking.candidates import Candidates, all_adapters
 from fusion.run import Run
 from fusion.store.manifest import Manifest, artifacts, check_sources, check_writable, read_manifest
-
-if TYPE_CHECKING:
-    import torch
-
-    from fusion.backbones.load import Backbone
-    from fusion.store.artifacts import Artifact
-    from fusion.training.stage import TaskRows
-
-log = logging.getLogger(__name__)
 
 
 def candidates_of(config: RankConfig) -> Candidates:
@@ -75,6 +64,7 @@ def main(config: RankConfig, run: Run) -> dict[str, Any]:
     from fusion.build import load_sources
     from fusion.config import LimitConfig, StageConfig
     from fusion.ranking.kept import keep
+    from fusion.ranking.looks import Looks
     from fusion.training.stage import load_task_rows
 
     assert config.task is not None
@@ -91,10 +81,15 @@ def main(config: RankConfig, run: Run) -> dict[str, Any]:
     few = dataclasses.replace(config, data=dataclasses.replace(config.data, limit=limit))
     rows = load_task_rows(StageConfig(task=config.task, data=few.data, backbone=config.backbone))
     seconds = {"loading": time.monotonic() - started}
+    looks = Looks(few, sources, backbone, rows, run.directory)
     scores: dict[str, list[float | None]] = {}
     for method in config.methods:
+        if method in ("logme", "probe") and "states" not in seconds:  # which they share
+            started = time.monotonic()
+            _ = looks.states
+            seconds["states"] = time.monotonic() - started
         started = time.monotonic()
-        scores[method] = list(METHODS[method](few, sources, backbone, rows, run.directory))
+        scores[method] = list(getattr(looks, method)())
         seconds[method] = time.monotonic() - started
     ranking = _ranking(config, run, references, manifests, scores, seconds)
     ranking["left_out"] = candidates.left_out
@@ -121,115 +116,6 @@ def main(config: RankConfig, run: Run) -> dict[str, Any]:
 
 def _least(limit: int | None, rows: int) -> int:
     return rows if limit is None else min(limit, rows)
-
-
-# --- the methods: of each source a score, higher is better, or None where there is none -----------------------
-
-
-def _similarity(
-    config: RankConfig, sources: Sequence[Artifact], backbone: Backbone, rows: TaskRows, folder: Path
-) -> list[float | None]:
-    import torch
-
-    from fusion.backbones.load import locate
-    from fusion.data.encode import EncodedRows, load_tokenizer
-    from fusion.data.samples import sampled_batches
-    from fusion.inference import device_of
-    from fusion.ranking.similarity import cosine, text_embedding
-    from fusion.ranking.source_rows import source_rows
-
-    device = device_of(config.accelerator)
-    tokenizer = load_tokenizer(
-        locate(config.backbone.name_or_path), config.backbone.revision, config.backbone.trust_remote_code
-    )
-    plain = backbone.copy()
-    known: dict[str, torch.Tensor] = {}  # adapters of other seeds share their rows
-
-    def embedding(several: Sequence[EncodedRows]) -> torch.Tensor:
-        found = []
-        for encoded in several:
-            if encoded.key not in known:
-                batches = sampled_batches(encoded, None, config.data.batch_size, config.data.tokens_per_batch)
-                known[encoded.key] = text_embedding(plain, batches, device)
-            found.append(known[encoded.key])
-        return torch.stack(found).mean(0)
-
-    target = embedding(rows.training)
-    scores: list[float | None] = []
-    for source in sources:
-        try:
-            of_source = source_rows(source.manifest, config.data, config.rows, tokenizer)
-        except UserError as error:
-            log.info(
-                "similarity: no score for %s, its rows cannot be read: %s",
-                source.manifest.name,
-                first_line(error),
-            )
-            scores.append(None)
-        else:
-            scores.append(cosine(target, embedding(of_source)))
-    return scores
-
-
-def _logme(
-    config: RankConfig, sources: Sequence[Artifact], backbone: Backbone, rows: TaskRows, folder: Path
-) -> list[float]:
-    from fusion.config import CompositionConfig
-    from fusion.inference import device_of
-    from fusion.probe import looks
-    from fusion.ranking.logme import logme
-
-    assert config.task is not None
-    device, pooling = device_of(config.accelerator), config.head.pooling or config.backbone.pooling
-    every = looks(sources, backbone.copy(), CompositionConfig(), pooling, device)
-    return [logme(look(_batches(config, rows)[0]()), config.task) for look in every]
-
-
-def _probe(
-    config: RankConfig, sources: Sequence[Artifact], backbone: Backbone, rows: TaskRows, folder: Path
-) -> list[float]:
-    from fusion.config import CompositionConfig
-    from fusion.inference import device_of
-    from fusion.probe import probe
-
-    assert config.task is not None
-    return probe(
-        sources,
-        backbone.copy(),
-        CompositionConfig(),
-        config.head.pooling or config.backbone.pooling,
-        config.task,
-        *_batches(config, rows),
-        device_of(config.accelerator),
-    )
-
-
-def _attention(
-    config: RankConfig, sources: Sequence[Artifact], backbone: Backbone, rows: TaskRows, folder: Path
-) -> list[float]:
-    from fusion.ranking.attention import attention_of_short_run
-
-    return attention_of_short_run(config, sources, backbone.copy(), rows, folder)
-
-
-def _batches(config: RankConfig, rows: TaskRows) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Of the training rows, and of the first validation split."""
-    from fusion.data.samples import sampled_batches
-
-    size, tokens = config.data.batch_size, config.data.tokens_per_batch
-    first = next(iter(rows.validation.values()))
-    return (
-        partial(sampled_batches, rows.training[0], None, size, tokens),
-        partial(sampled_batches, first, None, size, tokens),
-    )
-
-
-METHODS: dict[str, Callable[..., Sequence[float | None]]] = {
-    "similarity": _similarity,
-    "logme": _logme,
-    "probe": _probe,
-    "attention": _attention,
-}
 
 
 # --- the outcome ----------------------------------------------------------------------------------------------
@@ -303,7 +189,9 @@ def _print(ranking: dict[str, Any], candidates: Candidates, rows: int) -> None:
     from fusion.store.listing import table
 
     target, seconds = ranking["task"]["name"], ranking["seconds"]
-    print(f"{len(ranking['sources'])} sources for {target}, {rows} of its rows: score (rank), higher is better")
+    print(
+        f"{len(ranking['sources'])} sources for {target}, {rows} of its rows: score (rank), higher is better"
+    )
     print("\n".join(table(table_rows(ranking))))
     if line := candidates.left_out_line():
         print(line)
@@ -316,9 +204,15 @@ def _print(ranking: dict[str, Any], candidates: Candidates, rows: int) -> None:
         print("\n".join(table(rows_of)))
     shown = ", ".join(f"{name} {took:.1f} s" for name, took in seconds.items())
     fusion = ranking["fusion"]
-    known = f"; the fusion {fusion['name']} of {fusion['sources']} took {fusion['seconds']:.1f} s" if fusion else ""
+    known = (
+        f"; the fusion {fusion['name']} of {fusion['sources']} took {fusion['seconds']:.1f} s"
+        if fusion
+        else ""
+    )
     print(f"cost: {shown}{known}")
-    print(f"kept: {ranking['ranking']}; python -m fusion.stage2 +task={target} sources=top:3 … takes the best three")
+    print(
+        f"kept: {ranking['ranking']}; python -m fusion.stage2 +task={target} sources=top:3 … takes the best three"
+    )
 
 
 def _signed(value: float | None) -> str:

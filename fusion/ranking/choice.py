@@ -80,7 +80,9 @@ def _standing_ranking(config: Stage2Config) -> Kept:
     if by is not None:
         what += f" by {by}"
     more = f" ({damaged[0]})" if damaged else ""
-    raise UserError(f"sources={config.sources}: the store {store} has {what}{more}; make one with\n{_command(config)}")
+    raise UserError(
+        f"sources={config.sources}: the store {store} has {what}{more}; make one with\n{_command(config)}"
+    )
 
 
 def _changed(kept: Kept, store: Path) -> list[str]:

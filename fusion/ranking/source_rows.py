@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from fusion.config import DataConfig, LimitConfig, TaskConfig
 from fusion.data.encode import EncodedRows, encode
@@ -11,12 +11,9 @@ from fusion.data.rows import load_rows
 from fusion.errors import UserError
 from fusion.store.manifest import Manifest
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 def source_rows(
-    source: Manifest, data: DataConfig, at_most: int, tokenizer: PreTrainedTokenizerBase
+    source: Manifest, data: DataConfig, at_most: int, tokenizer: Any
 ) -> list[EncodedRows]:
     """The training rows of each task that the source was trained on, at most so many in all.
 
