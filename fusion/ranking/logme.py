@@ -21,14 +21,13 @@ _STEPS = 100
 
 
 def logme(states: States, task: TaskConfig) -> float:
-    """The log evidence a row: larger is better."""
-    features, targets = _features(states), _targets(states, task)
+    """The log evidence a row: larger is better. NaN where all rows have one label, which says nothing."""
+    columns = [y for y in _targets(states, task).T if y.unique().numel() > 1]  # a label may be in no row
+    features = states.pooled.double()
     u, s, _ = torch.linalg.svd(features, full_matrices=False)
-    return math.fsum(_evidence(features, u, s, y) for y in targets.T) / targets.shape[1]
-
-
-def _features(states: States) -> Tensor:
-    return states.pooled.double()
+    if not columns:
+        return math.nan
+    return math.fsum(_evidence(features, u, s, y) for y in columns) / len(columns)
 
 
 def _targets(states: States, task: TaskConfig) -> Tensor:
@@ -59,7 +58,7 @@ def _evidence(features: Tensor, u: Tensor, s: Tensor, y: Tensor) -> float:
         weight = float((sigma * z.square() / (sigma + scale).square()).sum())  # |m|²
         error = float((z.square() * (scale / (sigma + scale)).square()).sum()) + rest  # |F m - y|²
         before = scale
-        alpha, beta = gamma / max(weight, 1e-12), (rows - gamma) / max(error, 1e-12)
+        alpha, beta = _positive(gamma / _positive(weight)), _positive((rows - gamma) / _positive(error))
         if abs(alpha / beta - before) <= 1e-6 * before:
             break
     scale = alpha / beta
@@ -75,3 +74,8 @@ def _evidence(features: Tensor, u: Tensor, s: Tensor, y: Tensor) -> float:
         - rows * math.log(2 * math.pi)
     )
     return evidence / (2 * rows)
+
+
+def _positive(value: float) -> float:
+    """Away from 0, where states that are all alike, or that leave no error, would take it."""
+    return max(value, 1e-12)

@@ -12,9 +12,7 @@ from fusion.errors import UserError
 from fusion.store.manifest import Manifest
 
 
-def source_rows(
-    source: Manifest, data: DataConfig, at_most: int, tokenizer: Any
-) -> list[EncodedRows]:
+def source_rows(source: Manifest, data: DataConfig, at_most: int, tokenizer: Any) -> list[EncodedRows]:
     """The training rows of each task that the source was trained on, at most so many in all.
 
     They are looked for where the source's run found them, then in the `data.dir` of this command. A limit draws
