@@ -114,22 +114,22 @@ def test_the_rows_of_a_source_are_those_it_was_trained_on(three: Bench, tmp_path
     tokenizer = load_tokenizer(str(three.backbone))
     manifest = read_manifest("films", three.folder / "store")
 
-    def rows(data: DataConfig, at_most: int = 1000, **config: Any) -> EncodedRows:
-        changed = {**manifest.run, "config": manifest.run["config"] | config}
+    def rows(data: DataConfig, at_most: int = 1000, config: dict[str, Any] | None = None) -> EncodedRows:
+        changed = {**manifest.run, "config": manifest.run["config"] | (config or {})}
         (found,) = source_rows(dataclasses.replace(manifest, run=changed), data, at_most, tokenizer)
         return found
 
     elsewhere = DataConfig(max_length=16, cache_dir=three.data.cache_dir)
     assert rows(elsewhere).fingerprint == encoded(three, "films").fingerprint
     assert len(rows(elsewhere, 10)) == 10
-    assert len(rows(elsewhere, **{"data.limit.train": 7})) == 7
+    assert len(rows(elsewhere, config={"data.limit.train": 7})) == 7
     limited = dataclasses.replace(three.data, limit=LimitConfig(train=10))
     assert rows(elsewhere, 10).fingerprint == load_rows(three.tasks["films"], limited, "train").fingerprint
     # Where the source's folder is gone, this command's own is looked into.
     gone = {"data.dir": str(tmp_path / "another machine")}
-    assert len(rows(three.data, **gone)) == 256
+    assert len(rows(three.data, config=gone)) == 256
     with pytest.raises(UserError, match="another machine"):
-        rows(elsewhere, **gone)
+        rows(elsewhere, config=gone)
     here = Path(three.data.dir or "").parent
     moved = dataclasses.replace(
         manifest, run={**manifest.run, "folder": str(here), "config": {"data.dir": "data"}}
