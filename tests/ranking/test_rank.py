@@ -60,7 +60,7 @@ def stage2_config(bench: Bench, sources: Any, **changes: Any) -> Stage2Config:
 def test_every_method_puts_the_twin_first(ranked: Bench) -> None:
     result = ranked.result
     assert set(result) == KEYS
-    assert [source["name"] for source in result["sources"]][0] == "films"
+    assert result["sources"][0]["name"] == "films"
     assert {source["name"] for source in result["sources"]} == {"films", "coins", "dice"}
     best = result["sources"][0]
     assert best["ranks"] == dict.fromkeys(METHODS, 1.0) and best["mean_rank"] == 1.0
