@@ -62,7 +62,9 @@ def test_a_gain_is_paired_by_seed(output: Path) -> None:
 def test_methods_are_held_against_the_gains() -> None:
     found = judge(RANKED, {"snli": -0.05, "rte": 0.1, "sst2": 0.0}, top=1)
     assert set(found) == {"similarity", "probe", "mean rank"}
-    assert found["similarity"] == pytest.approx({"kendall": 1.0, "spearman": 1.0, "top_gain": 0.1})  # of the two it has
+    assert found["similarity"] == pytest.approx(
+        {"kendall": 1.0, "spearman": 1.0, "top_gain": 0.1}
+    )  # of the two it has
     assert (found["probe"]["kendall"], found["probe"]["spearman"]) == (None, None)  # all alike
     assert found["mean rank"]["kendall"] == pytest.approx(1.0) and found["mean rank"]["top_gain"] == 0.1
     other = judge(RANKED, {"snli": 0.3, "rte": -0.1, "sst2": 0.1}, top=2)

@@ -21,6 +21,8 @@ from fusion.ranking.choice import name_sources
 from fusion.ranking.kept import rankings_of, read
 from fusion.run import identity_config
 from fusion.store.__main__ import main as store_program
+from fusion.store.manifest import read_manifest
+from fusion.store.rebuilding import rebuild_lines
 from tests.bench import Bench
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -332,7 +334,14 @@ def test_as_programs(copy: Bench, tmp_path: Path) -> None:
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
         )
 
-    fuse = ("stage2", "sources=top:2", "logger=none", "trainer.accelerator=cpu", "trainer.max_epochs=1")
+    fuse = (
+        "stage2",
+        "sources=top:2",
+        "sources_by=similarity",
+        "logger=none",
+        "trainer.accelerator=cpu",
+        "trainer.max_epochs=1",
+    )
     shutil.rmtree(copy.folder / "store" / ".rankings")
     ranking = run("rank", "methods=[similarity]", "hydra.run.dir=ranking")
     assert ranking.returncode == 0, ranking.stderr
@@ -345,8 +354,11 @@ def test_as_programs(copy: Bench, tmp_path: Path) -> None:
     fused = run(*fuse, "hydra.run.dir=fused")
     assert fused.returncode == 0, fused.stderr
     names = [source["name"] for source in result["sources"]][:2]
-    assert f"sources=top:2: {', '.join(names)}, by the mean rank of similarity" in fused.stdout
+    assert f"sources=top:2: {', '.join(names)}, by similarity (" in fused.stdout
     assert yaml.safe_load((tmp_path / "fused" / "config.yaml").read_text())["sources"] == names
     manifest = json.loads((copy.folder / "store" / "plays-adapterfusion" / "manifest.json").read_text())
     assert [source["name"] for source in manifest["sources"]] == names
     assert manifest["run"]["config"]["sources"] == names
+    rebuilt = rebuild_lines(read_manifest("plays-adapterfusion", copy.folder / "store"), tmp_path, tmp_path)
+    assert f"sources=[{','.join(names)}]" in rebuilt[-1].replace("'", "")
+    assert "top:2" not in rebuilt[-1] and "sources_by" not in rebuilt[-1]
