@@ -177,7 +177,7 @@ def report(config: RankingConfig) -> dict[str, Any]:
         say("")
         rows = [["against the gain", "Kendall τ", "Spearman ρ", "gain of its best three", "seconds"]]
         for method, values in judged.items():
-            took = ranking["seconds"].get(method)
+            took = cost(ranking["seconds"], method)
             rows.append(
                 [
                     method,
@@ -191,6 +191,13 @@ def report(config: RankingConfig) -> dict[str, Any]:
         rows.append(["the best source", "", "", _signed(max(gained.values()), 3), ""])
         say("\n".join(table(rows)))
     return found
+
+
+def cost(seconds: dict[str, float], method: str) -> float | None:
+    """Seconds of a method alone, with the states that two methods share; None for the mean rank."""
+    if method not in seconds:
+        return None
+    return seconds[method] + (seconds["states"] if method in ("logme", "probe") else 0.0)
 
 
 def _source_rows(ranking: dict[str, Any], each: dict[str, list[float]]) -> list[list[str]]:

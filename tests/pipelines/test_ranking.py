@@ -11,7 +11,7 @@ import pytest
 from fusion.errors import UserError
 from pipelines import ranking
 from pipelines.commands import read_config
-from pipelines.ranking import RankingConfig, gains, judge, main
+from pipelines.ranking import RankingConfig, cost, gains, judge, main
 
 SOURCES = ["snli", "rte", "sst2"]
 RANKED: dict[str, Any] = {
@@ -21,7 +21,7 @@ RANKED: dict[str, Any] = {
         {"name": "sst2", "mean_rank": 2.0, "scores": {"similarity": None, "probe": 0.7}},
         {"name": "snli", "mean_rank": 2.5, "scores": {"similarity": 0.2, "probe": 0.7}},
     ],
-    "seconds": {"loading": 1.0, "similarity": 2.5, "probe": 3.0},
+    "seconds": {"loading": 1.0, "similarity": 2.5, "states": 4.0, "probe": 3.0},
     "agreement": {},
 }
 for _source in RANKED["sources"]:
@@ -70,6 +70,11 @@ def test_methods_are_held_against_the_gains() -> None:
     other = judge(RANKED, {"snli": 0.3, "rte": -0.1, "sst2": 0.1}, top=2)
     assert other["mean rank"]["kendall"] == pytest.approx(-1.0)
     assert other["mean rank"]["top_gain"] == pytest.approx(0.0)
+
+
+def test_the_cost_of_a_method_alone_has_the_states_it_needs() -> None:
+    costs = [cost(RANKED["seconds"], method) for method in ("similarity", "probe", "mean rank")]
+    assert costs == [2.5, 7.0, None]
 
 
 def test_the_commands_and_the_report(
