@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -108,4 +109,4 @@ def _command(config: Stage2Config) -> str:
     ]
     if config.data.dir is not None:
         words.append(f"data.dir={hydra_value(config.data.dir)}")
-    return f"python -m fusion.rank {' '.join(words)}"
+    return f"python -m fusion.rank {shlex.join(words)}"

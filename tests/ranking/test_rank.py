@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -183,7 +184,9 @@ def test_no_ranking_names_the_command_that_makes_one(ranked: Bench) -> None:
     ):
         with pytest.raises(UserError, match=f"no ranking of sources for {missing}") as error:
             name_sources(Stage2Config(**config, sources="top:1"))
-        assert f"\npython -m fusion.rank +task={missing.split()[0]} store=" in str(error.value)
+        words = shlex.split(str(error.value).splitlines()[1])  # as a shell reads it
+        assert words[:4] == ["python", "-m", "fusion.rank", f"+task={missing.split()[0]}"]
+        assert f'store="{ranked.folder / "store"}"' in words
 
 
 def test_a_damaged_ranking_is_named_and_hides_no_other(copy: Bench) -> None:
