@@ -58,6 +58,7 @@ log = logging.getLogger(__name__)
 
 Check = Callable[[Any, Run], Standing | None]
 Function = Callable[[Any, Run], dict[str, Any]]
+Settle = Callable[[Any], None]
 
 CONFIG_ERRORS = (UserError, HydraException, OmegaConfBaseException, YAMLError)
 COMPOSING_ERRORS = (ValueError, AssertionError)  # what Hydra raises besides, for overrides it cannot place
@@ -75,6 +76,7 @@ class Command:
     schema: type
     check: Check
     function: Function
+    settle: Settle = lambda config: None
 
 
 class Refused(BaseException):
@@ -88,8 +90,13 @@ class Refused(BaseException):
         self.code = code
 
 
-def command(name: str, schema: type, check: Check) -> Callable[[Function], Callable[[], None]]:
+def command(
+    name: str, schema: type, check: Check, settle: Settle = lambda config: None
+) -> Callable[[Function], Callable[[], None]]:
     """Makes a program of a function: `conf/NAME.yaml`, typed by `schema`, tested by `check`.
+
+    `settle` puts into the typed config what was said by a word that stands for it, such as sources=all: from
+    then on the config, and all that is written of it, says what is meant.
 
     The function gets the typed config and the Run, and returns what result.json holds. `check` is
     cheap, raises UserError, and may say how the run stands; it sees every job of a sweep before the first
@@ -100,7 +107,7 @@ def command(name: str, schema: type, check: Check) -> Callable[[Function], Calla
     def decorate(function: Function) -> Callable[[], None]:
         @functools.wraps(function)
         def program() -> None:
-            sys.exit(_main(Command(name, schema, check, function)))
+            sys.exit(_main(Command(name, schema, check, function, settle)))
 
         return program
 
@@ -222,6 +229,7 @@ def prepare(command: Command, composed: DictConfig, launch: DictConfig) -> tuple
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or "a key"
         raise UserError(f"{key} is required: say {key}=...") from None
+    command.settle(typed)
     if isinstance(typed, StageConfig) and typed.name is None:
         suffix = _swept(launch, NAMED_ANYWAY)
         name = typed.default_name().replace("/", "-")  # type: ignore[attr-defined]

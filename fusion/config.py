@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Optional
 
 from fusion.errors import UserError
-from fusion.repeats import repeated
 
 KINDS = ("classification", "regression", "choice")
 METRICS = {
@@ -46,6 +45,7 @@ MULTITASK = ("multitask_adapter", "multitask_full")  # methods that train severa
 METHODS = ("adapter", "head", "lora", "bitfit", "full", *MULTITASK)
 TUNING = ("lora", "bitfit", "full", "multitask_full")  # methods that train a part of the backbone itself
 CACHES = ("auto", "off", "float32", "float16")
+RANKINGS = ("similarity", "logme", "probe", "attention")  # how fusion.rank looks at sources
 PRECISIONS = (
     "32-true",
     "bf16-mixed",
@@ -83,6 +83,29 @@ def _drop(key: str, value: Any) -> None:
         f"{key}={value}: expected null, specialized:N (nothing in the first N layers) or robust "
         "(in training, nothing in a random number of the first layers)",
     )
+
+
+def _sources(value: Any, ways: str) -> Any:
+    """`all`, `top:3`, or a list of names.
+
+    Args:
+        ways: what may be said.
+
+    Raises:
+        UserError: it is none of them, or a name stands twice.
+    """
+    if isinstance(value, str):
+        known = value == "all" or ("top:N" in ways and re.fullmatch(r"top:[1-9]\d*", value) is not None)
+        _require(known, f"sources={value}: expected {ways}")
+        return value
+    _require(
+        isinstance(value, list) and all(type(name) in (str, int, float) for name in value),
+        f"sources={value}: expected {ways}",
+    )
+    names = [str(name) for name in value]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    _require(not twice, f"sources={names}: {', '.join(twice)} stands twice")
+    return names
 
 
 def _default(setting: Field[Any]) -> Any:
@@ -680,21 +703,31 @@ class Stage1Config(StageConfig):
 @dataclass
 class Stage2Config(StageConfig):
     composition: CompositionConfig = field(default_factory=CompositionConfig)
-    sources: list[str] = field(default_factory=list)
+    sources: Any = field(default_factory=list)  # names; all and top:N become names before anything is run
+    sources_by: Optional[str] = None  # top:N: which method's ranks count; null: their mean
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.sources = _sources(self.sources, "a list of names such as [mnli,sst2], all, or top:N")
         if self.composition.name == "pruned":
             self._check_pruned()
         _require(
             len(self.sources) > 0 or self.composition.name == "pruned",
             "sources is empty: name adapters of the store, such as 'sources=[mnli,sst2]'",
         )
-        twice = repeated(self.sources)
-        _require(not twice, f"sources={self.sources}: {', '.join(twice)} stands twice")
+        if self.sources_by is not None:
+            _one_of("sources_by", self.sources_by, RANKINGS)
+            _require(
+                str(self.sources).startswith("top:"),
+                f"sources_by={self.sources_by}: says by which method the best are taken; expected sources=top:N",
+            )
 
     def _check_pruned(self) -> None:
         asked = self.composition
+        _require(
+            isinstance(self.sources, list),
+            f"sources={self.sources}: a pruned fusion has the sources of the fusion it is made of; leave sources= out",
+        )
         _require(
             asked.fusion is not None,
             "composition=pruned: expected the fusion to prune, composition.fusion=NAME, one of the store",
@@ -810,3 +843,44 @@ class PredictConfig(UseConfig):
     input: str = "???"
     output: str = "???"
     attention: bool = False
+
+
+@dataclass
+class RankConfig:
+    """Ranking stored adapters for a target before a fusion of them is trained."""
+
+    task: Optional[TaskConfig] = None  # the target
+    sources: Any = "all"  # names, or all: every adapter of the store on this backbone
+    include_target: bool = False  # all: also those that were trained on the target itself
+    methods: list[str] = field(default_factory=lambda: list(RANKINGS))
+    rows: int = 1000  # of the target and of each source's task, at most
+    epochs: int = 2  # attention: of the short fusion run
+    lr: float = 5e-4  # likewise
+    data: DataConfig = field(default_factory=DataConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    store: str = "outputs/store"
+    accelerator: str = "auto"
+    seed: int = 42  # of the short fusion run
+
+    def __post_init__(self) -> None:
+        self.sources = _sources(self.sources, "a list of names such as [mnli,sst2], or all")
+        _require(
+            self.sources == "all" or len(self.sources) >= 2,
+            f"sources={self.sources}: a ranking needs at least two; expected all, or a list such as [mnli,sst2]",
+        )
+        _require(
+            not self.include_target or self.sources == "all",
+            "include_target=true: says what sources=all means; a list names the target's own adapters itself",
+        )
+        for method in self.methods:
+            _one_of("methods", method, RANKINGS)
+        _require(
+            len(self.methods) > 0 and len(set(self.methods)) == len(self.methods),
+            f"methods={self.methods}: expected some of {', '.join(RANKINGS)}, each once",
+        )
+        _require(self.rows >= 2, f"rows={self.rows}: expected at least 2")
+        _require(self.epochs >= 1, f"epochs={self.epochs}: expected at least 1")
+        _require(0 < self.lr < 1e3, f"lr={self.lr}: expected a number above 0, such as 5e-4")
+        _require(0 <= self.seed < 2**32, f"seed={self.seed}: expected 0 to 4294967295")
+        self.methods = [name for name in RANKINGS if name in self.methods]  # in one order, whatever was typed

@@ -57,6 +57,16 @@ def read_inputs(config: Stage2Config) -> Inputs:
     return Inputs(config.sources, sources)
 
 
+def check_backbone_name(source: Manifest, asked: str) -> None:
+    """Refuse a backbone that cannot be the sources' before it is fetched; a folder may hold the same weights."""
+    made_on = source.backbone["name_or_path"]
+    if asked != made_on and not Path(asked).is_dir() and not Path(made_on).is_dir():
+        raise UserError(
+            f"source {source.name} was trained on {made_on}, and the backbone here is {asked}.\n"
+            f"Say backbone=… as in stage 1, or backbone.name_or_path={made_on}"
+        )
+
+
 def _of_fusion(config: Stage2Config, store: Path) -> Inputs:
     reference, keep = config.composition.fusion, config.composition.keep
     assert reference is not None and keep is not None and config.task is not None

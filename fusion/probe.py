@@ -6,8 +6,9 @@ Shapes: S texts, B rows, D hidden size, K outputs of the head.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -65,6 +66,28 @@ def probe(
         composition: says in which layers the adapters act.
         training, validation: give the batches, once for each source.
     """
+    scores = []
+    for source, look in zip(sources, looks(sources, backbone, composition, pooling, device), strict=True):
+        found = probe_score(look(training()), look(validation()), task)
+        log.info("probe of %s: %s %.4f", source.manifest.name, task.metrics[0], found)
+        scores.append(found)
+    return scores
+
+
+def probe_score(training: States, validation: States, task: TaskConfig) -> float:
+    """The task's first metric on the validation rows, by the linear head that fits the training rows best."""
+    scores = linear_scores(training, validation, task)
+    return score(task, scores, validation.labels.numpy())[task.metrics[0]]
+
+
+def looks(
+    sources: Sequence[Artifact],
+    backbone: Backbone,
+    composition: CompositionConfig,
+    pooling: str,
+    device: torch.device,
+) -> Iterator[Callable[[Iterable[Batch]], States]]:
+    """For each source a function of batches: the pooled states with its adapter alone; arguments as of `probe`."""
     settings = CompositionConfig(name="mean", layers=composition.layers, drop=composition.drop)
     model = AdaptedModel(
         backbone,
@@ -73,14 +96,9 @@ def probe(
         PooledStates(backbone.hidden_size, 1, pooling),
     )
     model = model.to(device).eval()
-    scores = []
-    for position, source in enumerate(sources):
+    for position in range(len(sources)):
         on = torch.arange(len(sources), device=device) == position  # the mean of one source is that source
-        one, other = (pooled_states(model, batches(), on, device) for batches in (training, validation))
-        found = score(task, linear_scores(one, other, task), other.labels.numpy())[task.metrics[0]]
-        log.info("probe of %s: %s %.4f", source.manifest.name, task.metrics[0], found)
-        scores.append(found)
-    return scores
+        yield partial(pooled_states, model, on=on, device=device)
 
 
 @torch.no_grad()

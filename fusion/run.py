@@ -78,6 +78,7 @@ ADDED_LATER: tuple[tuple[str, Any], ...] = (
     ("composition.fusion", None),
     ("composition.keep", None),
     ("composition.drop", None),
+    ("sources_by", None),
 )
 
 

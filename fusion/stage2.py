@@ -1,6 +1,7 @@
 """Stage 2: load adapters of the store, keep them frozen, and train how to combine them on a target task.
 
 python -m fusion.stage2 +task=rte 'sources=[mnli,sst2,rte]'
+python -m fusion.stage2 +task=rte sources=top:3    # of those that python -m fusion.rank +task=rte has ranked
 """
 
 from __future__ import annotations
@@ -11,20 +12,9 @@ from typing import Any
 from fusion.app import command
 from fusion.config import Stage2Config
 from fusion.entry import Entry, find_entry
-from fusion.errors import UserError
-from fusion.inputs import Inputs, read_inputs
+from fusion.inputs import Inputs, check_backbone_name, read_inputs
+from fusion.ranking.choice import name_sources
 from fusion.run import Run, Standing
-from fusion.store.manifest import Manifest
-
-
-def check_backbone_name(source: Manifest, asked: str) -> None:
-    """Refuse a backbone that cannot be the sources' before it is fetched; a folder may hold the same weights."""
-    made_on = source.backbone["name_or_path"]
-    if asked != made_on and not Path(asked).is_dir() and not Path(made_on).is_dir():
-        raise UserError(
-            f"source {source.name} was trained on {made_on}, and the backbone here is {asked}.\n"
-            f"Say backbone=… as in stage 1, or backbone.name_or_path={made_on}"
-        )
 
 
 def entry_of(config: Stage2Config, inputs: Inputs, run: Run) -> Entry:
@@ -47,7 +37,7 @@ def check(config: Stage2Config, run: Run) -> Standing:
     return entry.standing
 
 
-@command("stage2", Stage2Config, check=check)
+@command("stage2", Stage2Config, check=check, settle=name_sources)
 def main(config: Stage2Config, run: Run) -> dict[str, Any]:
     inputs = read_inputs(config)
     entry = entry_of(config, inputs, run)

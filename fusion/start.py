@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from collections.abc import Sequence
@@ -125,7 +124,7 @@ def _most_attended(
     """Of each slot, the positions of the sources that it keeps."""
     assert config.composition.keep is not None
     batches = sampled_batches(training, _ROWS, config.data.batch_size, config.data.tokens_per_batch)
-    model = stored_model(fusion, Path(config.store), _copy(backbone))
+    model = stored_model(fusion, Path(config.store), backbone.copy())
     attention = mean_attention(model, batches, device_of(config.trainer.accelerator))
     return most_attended(attention, [source.manifest for source in sources], config.composition.keep)
 
@@ -144,7 +143,7 @@ def _best_source(
     size, tokens = config.data.batch_size, config.data.tokens_per_batch
     scores = probe(
         sources,
-        _copy(backbone),
+        backbone.copy(),
         config.composition,
         config.head.pooling or config.backbone.pooling,
         config.task,
@@ -161,8 +160,3 @@ def _best_source(
         ", the first of several" if scores.count(scores[best]) > 1 else "",
     )
     return names[best]
-
-
-def _copy(backbone: Backbone) -> Backbone:
-    """Another one of the same weights: a model changes its backbone in place."""
-    return replace(backbone, model=copy.deepcopy(backbone.model))

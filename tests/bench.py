@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from fusion import evaluate, predict, stage1, stage2
+from fusion import evaluate, predict, rank, stage1, stage2
 from fusion.config import (
     BackboneConfig,
     DataConfig,
@@ -20,6 +20,7 @@ from fusion.config import (
     MethodConfig,
     OptimConfig,
     PredictConfig,
+    RankConfig,
     Stage1Config,
     Stage2Config,
     TaskConfig,
@@ -134,6 +135,14 @@ class Bench:
         config = Stage2Config(**self.settings(task, **changes), sources=sources)
         config.name = config.name or config.default_name()
         return stage2.main.__wrapped__(config, self.run("stage2", config))  # type: ignore[attr-defined]
+
+    def rank(self, task: str, **changes: Any) -> dict[str, Any]:
+        settings = self.settings(task)
+        shared = {key: settings[key] for key in ("task", "data", "backbone", "store")}
+        config = RankConfig(**shared | {"accelerator": "cpu"} | changes)
+        run = self.run("rank", config)
+        rank.check(config, run)
+        return rank.main.__wrapped__(config, run)  # type: ignore[attr-defined]
 
     def evaluate(self, artifact: str, **changes: Any) -> dict[str, Any]:
         config = EvaluateConfig(

@@ -589,7 +589,7 @@ def test_an_interrupt_ends_a_sweep(workdir: Path, number: int, code: int) -> Non
 # --- help ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["stage1", "stage2", "evaluate", "predict"])
+@pytest.mark.parametrize("name", ["stage1", "stage2", "rank", "evaluate", "predict"])
 def test_help_is_quick_and_says_what_there_is(name: str, workdir: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     arguments = [sys.executable, "-m", f"fusion.{name}"]
@@ -610,7 +610,7 @@ def test_help_is_quick_and_says_what_there_is(name: str, workdir: Path) -> None:
 
 def test_nothing_heavy_is_imported_before_a_command_runs() -> None:
     code = (
-        "import sys, fusion.stage1, fusion.stage2, fusion.evaluate, fusion.predict\n"
+        "import sys, fusion.stage1, fusion.stage2, fusion.rank, fusion.evaluate, fusion.predict\n"
         "print([m for m in ('torch', 'transformers', 'datasets', 'pytorch_lightning', 'wandb', 'numpy') "
         "if m in sys.modules])"
     )

@@ -19,6 +19,7 @@ from fusion.config import (
     EvaluateConfig,
     InspectConfig,
     PredictConfig,
+    RankConfig,
     ReportConfig,
     Stage1Config,
     Stage2Config,
@@ -31,6 +32,7 @@ from pipelines.benchmark.config import BenchmarkConfig
 SCHEMAS = {
     "stage1": Stage1Config,
     "stage2": Stage2Config,
+    "rank": RankConfig,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
     "inspect": InspectConfig,
@@ -40,6 +42,7 @@ SCHEMAS = {
 NEEDED = {
     "stage1": ["+task=rte"],
     "stage2": ["+task=rte", "sources=[a,b]"],
+    "rank": ["+task=rte"],
     "evaluate": ["artifact=rte"],
     "predict": ["artifact=rte", "input=rows.jsonl", "output=out.jsonl"],
     "inspect": ["artifact=rte-adapterfusion"],

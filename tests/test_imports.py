@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("stage1", "stage2", "evaluate", "predict", "inspect", "report")
+COMMANDS = ("stage1", "stage2", "rank", "evaluate", "predict", "inspect", "report")
 HEAVY = (
     "torch",
     "transformers",
@@ -87,6 +87,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "prefix",
         "provenance",
     },
+    "ranking": BASE
+    | {"run", "layers", "backbones", "model", "data", "store", "build", "inference", "pruning", "probe"}
+    | {"training"},
     "app": BASE | {"run", "run_lock", "sweep", "ending", "terminal", "training.processes", "data.task_files"},
 }
 MAY_IMPORT |= {command: {*MAY_IMPORT} for command in COMMANDS}

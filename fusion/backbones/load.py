@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import importlib.util
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,6 +39,10 @@ class Backbone:
     fingerprint: str
     hidden_size: int
     layers: int
+
+    def copy(self) -> Backbone:
+        """Another one of the same weights: a model changes its backbone in place."""
+        return replace(self, model=copy.deepcopy(self.model))
 
 
 def locate(name_or_path: str) -> str:

@@ -15,7 +15,8 @@ from typing import Any
 from fusion.errors import UserError
 from fusion.store.manifest import Manifest, find, find_by_hash, read_folder
 
-SAID_ANYWAY = ("store", "name", "seed", "overwrite", "resume")
+# Of sources=top:3, the names that it stood for are said, and so nothing else about them.
+SAID_ANYWAY = ("store", "name", "seed", "overwrite", "resume", "sources_by")
 
 
 def rebuild_lines(manifest: Manifest, store: Path, into: Path) -> list[str]:

@@ -1,0 +1,89 @@
+"""Which adapters of a store `sources=all` means, and why others are not among them. Manifests only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from fusion.errors import UserError
+from fusion.store.manifest import Manifest, artifacts
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """sources: that can be fused with each other, by name. left_out: the others' names, with the reason."""
+
+    sources: list[Manifest]
+    left_out: dict[str, str]
+
+    def left_out_line(self) -> str:
+        """One line; empty where nothing was left out."""
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.left_out.items():
+            by_reason.setdefault(reason, []).append(name)
+        parts = [f"{', '.join(names)} ({reason})" for reason, names in by_reason.items()]
+        return f"left out: {'; '.join(parts)}" if parts else ""
+
+
+def all_adapters(store: Path, backbone: str, without_task: str | None = None) -> Candidates:
+    """Every adapter of the store that was trained on this backbone, in the placement that most of them have.
+
+    Args:
+        backbone: name or path, as a manifest has it.
+        without_task: leaves out what was trained on this task, alone or among others; None: nothing.
+
+    Raises:
+        UserError: none is left; says what there is.
+    """
+    adapters = [manifest for _, manifest in artifacts(store) if manifest.kind == "adapter"]
+    if not adapters:
+        raise UserError(
+            f"sources=all: the store {store} has no adapters; python -m fusion.stage1 +task=NAME makes one, "
+            "and store=DIR names another store"
+        )
+    # A folder may hold the very weights that have a name elsewhere.
+    prints = {m.backbone["fingerprint"] for m in adapters if _same(m.backbone["name_or_path"], backbone)}
+    here = [manifest for manifest in adapters if manifest.backbone["fingerprint"] in prints]
+    if not here:
+        there = ", ".join(sorted({m.backbone["name_or_path"] for m in adapters}))
+        raise UserError(
+            f"sources=all: no adapter of {store} was trained on {backbone}, only on {there}\n"
+            "Say backbone=… as in stage 1, or backbone.name_or_path=NAME"
+        )
+    left_out = {
+        m.name: f"backbone {m.backbone['name_or_path']}"
+        for m in adapters
+        if m.backbone["fingerprint"] not in prints
+    }
+    own = [m for m in here if without_task in _tasks(m)] if without_task is not None else []
+    left_out |= {m.name: f"trained on {without_task} itself, include_target=true takes it in" for m in own}
+    others = [manifest for manifest in here if manifest not in own]
+    kinds = Counter(map(_kind, others))
+    # The most frequent; of equally many, that of the first name.
+    most = max(kinds, key=lambda kind: kinds[kind]) if kinds else ""
+    for manifest in others:
+        if _kind(manifest) != most:
+            left_out[manifest.name] = f"{_kind(manifest)}, most have {most}"
+    sources = [manifest for manifest in others if _kind(manifest) == most]
+    found = Candidates(sources, left_out)
+    if not sources:
+        raise UserError(f"sources=all: no adapter is left to take; {found.left_out_line()}")
+    return found
+
+
+def _same(one: str, other: str) -> bool:
+    return one == other or (Path(one).is_dir() and Path(other).is_dir() and Path(one).samefile(other))
+
+
+def _tasks(manifest: Manifest) -> list[str]:
+    return list(manifest.multitask or [manifest.task["name"]])
+
+
+def _kind(manifest: Manifest) -> str:
+    """Backbone and placement in words: what two sources of a fusion must share."""
+    placement = manifest.placement
+    return (
+        f"{'+'.join(placement['adapter.sites'])}/{placement['adapter.reads']} "
+        f"on weights {manifest.backbone['fingerprint'][:8]}"
+    )
