@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from fusion.errors import UserError
+from fusion.repeats import repeated
 
 KINDS = ("classification", "regression", "choice")
 METRICS = {
@@ -103,7 +104,7 @@ def _sources(value: Any, ways: str) -> Any:
         f"sources={value}: expected {ways}",
     )
     names = [str(name) for name in value]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = repeated(names)
     _require(not twice, f"sources={names}: {', '.join(twice)} stands twice")
     return names
 
