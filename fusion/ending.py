@@ -136,7 +136,7 @@ def evaluated(entries: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[st
 def inspected(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Of each source its share of the attention, and the first metric without it."""
     metric, full = next(iter(next(iter(result["metrics"].values())).items()))
-    table = [("source", "attention", f"{metric} without it", "change")]
+    table: list[tuple[str, ...]] = [("source", "attention", f"{metric} without it", "change")]
     for source, share in result["attention"].items():
         without = result["masked"].get(source)
         change = "-" if without is None else f"{without - full:+.4f}"

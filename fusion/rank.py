@@ -186,13 +186,13 @@ def _known_fusion(config: RankConfig) -> dict[str, Any] | None:
 
 def _print(ranking: dict[str, Any], candidates: Candidates, rows: int) -> None:
     from fusion.ranking.order import table_rows
-    from fusion.store.listing import table
+    from fusion.terminal.tables import show_table
 
     target, seconds = ranking["task"]["name"], ranking["seconds"]
     print(
         f"{len(ranking['sources'])} sources for {target}, {rows} of its rows: score (rank), higher is better"
     )
-    print("\n".join(table(table_rows(ranking))))
+    show_table(table_rows(ranking))
     if line := candidates.left_out_line():
         print(line)
     if ranking["agreement"]:
@@ -201,7 +201,7 @@ def _print(ranking: dict[str, Any], candidates: Candidates, rows: int) -> None:
             [pair.replace("/", " and "), _signed(both["kendall"]), _signed(both["spearman"])]
             for pair, both in ranking["agreement"].items()
         ]
-        print("\n".join(table(rows_of)))
+        show_table(rows_of)
     shown = ", ".join(f"{name} {took:.1f} s" for name, took in seconds.items())
     fusion = ranking["fusion"]
     known = (

@@ -20,7 +20,7 @@ from typing import Any
 
 from fusion.errors import UserError
 from fusion.ranking.order import correlation, ranks
-from fusion.store.listing import table
+from fusion.terminal.tables import plain
 from pipelines.commands import call, read_config, say
 
 MEAN = "mean rank"
@@ -173,7 +173,7 @@ def report(config: RankingConfig) -> dict[str, Any]:
         say(
             f"\n{target} alone: {_mean(alone)}; gain by seed of going on from a source, and its rank by each method"
         )
-        say("\n".join(table(_source_rows(ranking, each))))
+        say("\n".join(plain(_source_rows(ranking, each))))
         say("")
         rows = [["against the gain", "Kendall τ", "Spearman ρ", "gain of its best three", "seconds"]]
         for method, values in judged.items():
@@ -189,7 +189,7 @@ def report(config: RankingConfig) -> dict[str, Any]:
             )
         rows.append(["all sources", "", "", _signed(statistics.fmean(gained.values()), 3), ""])
         rows.append(["the best source", "", "", _signed(max(gained.values()), 3), ""])
-        say("\n".join(table(rows)))
+        say("\n".join(plain(rows)))
     return found
 
 
