@@ -49,16 +49,20 @@ def end_of_run(run: Run, result: Mapping[str, Any]) -> None:
     rows, following = [], []
     if run.command in STAGES:
         rows = trained([(str(result.get("name")), "", result)])
-        following = _after_training(run.command, run.overrides, run.config, result, run.directory)
+        if rows:
+            following = _after_training(run.command, run.overrides, run.config, result, run.directory)
     elif run.command == "evaluate":
         rows = evaluated([("", result)])
-        following = [_report(run.directory)]
+        following = [_report(run.directory)] if rows else []
     elif run.command == "predict":
         speed = result.get("speed") or {}
         row = (result.get("name"), result.get("rows"), speed.get("seconds"), result.get("output"))
         rows = [("name", "rows", "seconds", "output"), tuple(map(number, row))]
         used = [f"artifact={hydra_value(str(run.config.get('artifact')))}"]
         following = [_line("evaluate", used, _said(run.overrides, FOR_USING))]
+    elif run.command == "rank":  # which has shown its own tables
+        own = [f"+task={result['task']['name']}", f"sources=top:{min(3, len(result['sources']))}"]
+        following = [_line("stage2", own, _said(run.overrides, FOR_TRAINING))]
     elif run.command == "inspect":
         rows = inspected(result)
         following = [_report(run.directory)]
@@ -271,10 +275,9 @@ def _line(command: str, own: Sequence[str], said: Sequence[str]) -> str:
 
 
 def _show(rows: Sequence[tuple[str, ...]], following: Sequence[str]) -> None:
-    if not rows:
-        return
     with contextlib.suppress(OSError):  # a pipe that nobody reads any more
-        show_table(rows)
+        if rows:
+            show_table(rows)
         for text in _titled(following) if os.environ.get(NEXT) != "0" else ():
             say(text, sys.stdout)
         sys.stdout.flush()

@@ -210,9 +210,7 @@ def _print(ranking: dict[str, Any], candidates: Candidates, rows: int) -> None:
         else ""
     )
     print(f"cost: {shown}{known}")
-    print(
-        f"kept: {ranking['ranking']}; python -m fusion.stage2 +task={target} sources=top:3 … takes the best three"
-    )
+    print(f"kept: {ranking['ranking']}")
 
 
 def _signed(value: float | None) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shlex
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -306,6 +307,7 @@ def main(arguments: list[str]) -> int:
         "best epoch of each method.\n"
         f"Results: {results}"
         + (f", picture: {picture}" if drawn else " (no picture: matplotlib is not installed)")
+        + f"\nWhom the fusion listened to, word by word: python -m fusion.report runs={shlex.quote(str(demo.folder))}"
     )
     return 0
 

@@ -127,6 +127,13 @@ def test_after_stage_2(trained: Bench, capsys: pytest.CaptureFixture[str]) -> No
     ]
 
 
+def test_after_rank(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    result = {"task": {"name": "films"}, "sources": [{"name": "a"}, {"name": "b"}]}
+    end_of_run(run(trained, "rank", "+task=films", "sources=all", "store=s", "backbone=minilm"), result)
+    (following,) = lines_of(capsys)
+    assert typed(following) == ["fusion.stage2", "+task=films", "sources=top:2", "store=s", "backbone=minilm"]
+
+
 def test_after_a_run_that_stored_nothing(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     result = {key: value for key, value in trained.result["films"].items() if key != "artifact"}
     end_of_run(run(trained, "stage1", "trainer.fast_dev_run=true"), result)
