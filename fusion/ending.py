@@ -60,7 +60,7 @@ def end_of_run(run: Run, result: Mapping[str, Any]) -> None:
         rows = [("name", "rows", "seconds", "output"), tuple(map(number, row))]
         used = [f"artifact={hydra_value(str(run.config.get('artifact')))}"]
         following = [_line("evaluate", used, _said(run.overrides, FOR_USING))]
-    elif run.command == "rank":  # which has shown its own tables
+    elif run.command == "rank" and "sources" in result:  # which has shown its own tables
         own = [f"+task={result['task']['name']}", f"sources=top:{min(3, len(result['sources']))}"]
         following = [_line("stage2", own, _said(run.overrides, FOR_TRAINING))]
     elif run.command == "inspect":

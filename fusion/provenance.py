@@ -31,7 +31,12 @@ PACKAGES = (
     "filelock",
     "pyarrow",
     "numpy",
+    "scipy",
     "PyYAML",
+    "jinja2",
+    "matplotlib",
+    "pillow",
+    "rich",
 )
 PROJECT = Path(__file__).resolve().parents[1]
 CODE = ("fusion", "conf")  # what of a checkout decides a run

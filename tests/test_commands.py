@@ -144,6 +144,7 @@ def test_other_ways_to_train_follow_one_process_too(place: Path, tiny_backbone: 
         torch.testing.assert_close(others[name], values, rtol=0, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_several_tasks_in_two_processes_follow_one(place: Path, tiny_backbone: Path) -> None:
     """Each head has a gradient in each step, or DDP would wait for ever; both processes take the same task."""
     same = ["method=multitask_adapter", "logger=csv", "trainer.log_every_n_steps=1", "head.dropout=0"]

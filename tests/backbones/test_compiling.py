@@ -54,7 +54,7 @@ def compare(plain: AdaptedModel, compiled: AdaptedModel, ids: Tensor) -> None:
 
 
 @pytest.mark.parametrize("filling", ["adapter", "fusion"])
-@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+@pytest.mark.parametrize("model_type", ["bert", pytest.param("roberta", marks=pytest.mark.slow)])
 def test_other_shapes_compile_nothing_anew(
     make_backbone: Callable[..., Path], model_type: str, filling: str
 ) -> None:
@@ -103,6 +103,7 @@ def test_a_slot_that_reads_the_input_and_a_layer_that_is_left_out(
     assert not torch.allclose(found[0], found[1]) and not torch.allclose(found[1], found[2])
 
 
+@pytest.mark.slow
 def test_layers_that_all_differ_are_all_compiled(tiny_backbone: Path) -> None:
     """One model after another in a process, as in a sweep: none is left uncompiled."""
     for _ in range(4):

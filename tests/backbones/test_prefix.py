@@ -102,7 +102,7 @@ def test_what_cannot_be_is_refused(tiny_backbone: Path) -> None:
         model.train().prefix_states(IDS, MASK)
 
 
-@pytest.mark.parametrize("how", ["checkpointed", "compiled"])
+@pytest.mark.parametrize("how", ["checkpointed", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_with_layers_that_are_computed_in_another_way(tiny_backbone: Path, how: str) -> None:
     plain = adapted(tiny_backbone, ["1.feedforward", "2.feedforward"], "normed").train()
     other = adapted(
