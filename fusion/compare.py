@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError, first_line
+from fusion.program import run_program
 from fusion.run import ADDED_LATER, identity_config
 from fusion.store.files import printable
 from fusion.store.manifest import MANIFEST, Manifest, find, read_folder, read_settled
@@ -55,27 +55,14 @@ class Side:
 
 def main(words: Sequence[str] | None = None) -> int:
     """The program; gives the exit code."""
-    words = sys.argv[1:] if words is None else words
-    try:
-        if any(word in ("--help", "-h", "help") for word in words):
-            print(USAGE, end="")
-            return 0
-        one, two, store = read_words(words)
-        show(read_side(one, store), read_side(two, store))
-        sys.stdout.flush()
-        return 0
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `compare a b | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        print(f"{error.filename or 'what is compared'}: {error.strerror or error}", file=sys.stderr)
-        return 2
+    return run_program(words, USAGE, compare)
+
+
+def compare(words: Sequence[str]) -> int:
+    one, two, store = read_words(words)
+    show(read_side(one, store), read_side(two, store))
+    sys.stdout.flush()
+    return 0
 
 
 def read_words(words: Sequence[str]) -> tuple[str, str, Path]:

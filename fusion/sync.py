@@ -7,13 +7,13 @@ python -m fusion.sync runs=outputs/stage2
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from fusion.errors import UserError
+from fusion.program import run_program
 
 USAGE = """\
 python -m fusion.sync [runs=DIR]
@@ -32,21 +32,7 @@ ALIVE_SECONDS = 120.0  # a run of which nothing else is known and that was writt
 
 def main(words: Sequence[str] | None = None) -> int:
     """The program; gives the exit code."""
-    words = sys.argv[1:] if words is None else words
-    try:
-        if any(word in ("--help", "-h", "help") for word in words):
-            print(USAGE, end="")
-            return 0
-        return sync(read_words(words))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return run_program(words, USAGE, lambda words: sync(read_words(words)))
 
 
 def read_words(words: Sequence[str]) -> Path:

@@ -9,12 +9,12 @@ python -m fusion.store remove rte store=outputs/store
 from __future__ import annotations
 
 import difflib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fusion.errors import UserError
+from fusion.program import run_program
 
 USAGE = """\
 python -m fusion.store COMMAND [NAME] [KEY=VALUE ...]
@@ -38,25 +38,12 @@ BOOLEANS = {"true": True, "false": False}
 
 def main(words: Sequence[str] | None = None) -> int:
     """The program; gives the exit code."""
-    words = sys.argv[1:] if words is None else words
-    try:
-        if any(word in ("--help", "-h", "help") for word in words):
-            print(USAGE, end="")
-            return 0
-        command, names, values = read_words(words)
-        return COMMANDS[command](names, values)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        print(f"{error.filename or 'the store'}: {error.strerror or error}", file=sys.stderr)
-        return 2
+    return run_program(words, USAGE, work)
+
+
+def work(words: Sequence[str]) -> int:
+    command, names, values = read_words(words)
+    return COMMANDS[command](names, values)
 
 
 def read_words(words: Sequence[str]) -> tuple[str, list[str], dict[str, str]]:
