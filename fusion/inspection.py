@@ -84,6 +84,10 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     rows = load_rows(task, data, split)
     if rows.labels is None:
         raise UserError(f"split={split}: its rows have no labels to score against; expected a labelled split")
+    if isinstance(config.words, list) and max(config.words) >= len(rows):
+        raise UserError(
+            f"words={config.words}: row {max(config.words)} is not there; the split has rows 0 to {len(rows) - 1}"
+        )
     name, revision = backbone_of(manifest, config.backbone)
     tokenizer = load_tokenizer(locate(name), revision, config.backbone.trust_remote_code)
     assert data.max_length is not None
@@ -106,10 +110,10 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     heard = listen(model, batches, device)
     scores = run()
     full = _scored(task, scores, encoded)
-    log.info("%s on %s %s (%d rows): %s", manifest.name, task.name, split, len(rows), full.metrics)
+    log.info("%s on %s %s (%d rows): %s", manifest.name, task.name, split, len(rows), full)
     masked = without_each(len(sources), scored) if len(sources) > 1 else []
     for source, one in zip(sources, masked, strict=False):
-        log.info("without %s: %s", source, one.metrics)
+        log.info("without %s: %s", source, one)
     pruned = prune_greedily(len(sources), scored, full, masked) if config.prune and masked else None
     words = []
     if all(slot.entropy is not None for slot in heard.values()):
@@ -153,16 +157,8 @@ def _scored(task: TaskConfig, scores: Tensor, rows: EncodedRows) -> Scored:
 
 
 def _asked_rows(asked: Any, task: TaskConfig, answers: Tensor, rows: EncodedRows) -> list[int]:
-    """The rows of `words=`: so many of them, or just these.
-
-    Raises:
-        UserError: a row that the split does not have.
-    """
+    """The rows of `words=`: so many of them, or just these."""
     if isinstance(asked, list):
-        if beyond := [row for row in asked if row >= len(rows)]:
-            raise UserError(
-                f"words={asked}: row {beyond[0]} is not there; the split has rows 0 to {len(rows) - 1}"
-            )
         return asked
     assert rows.labels is not None
     labels = torch.from_numpy(rows.labels)

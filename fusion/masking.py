@@ -27,6 +27,9 @@ class Scored:
     def key(self) -> tuple[float, float]:
         return next(iter(self.metrics.values())), -self.loss
 
+    def __str__(self) -> str:
+        return "  ".join(f"{name} {value:.4f}" for name, value in self.metrics.items())
+
     def plain(self) -> dict[str, Any]:
         return {"metrics": self.metrics, "loss": self.loss}
 
@@ -62,5 +65,5 @@ def prune_greedily(count: int, score: Scorer, full: Scored, first: Sequence[Scor
         scores = first if len(kept) == count else [score(choice) for choice in choices]
         best = max(range(len(choices)), key=lambda n: (scores[n].key, n))
         steps.append(Step(choices[best], scores[best]))
-        log.info("%d of %d sources: %s", len(choices[best]), count, scores[best].metrics)
+        log.info("%d of %d sources: %s", len(choices[best]), count, scores[best])
     return steps

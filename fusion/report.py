@@ -33,7 +33,7 @@ def check(config: ReportConfig, run: Run) -> None:
         raise UserError(
             f"output={config.path}: this is a folder; expected a file, such as output=report.html"
         )
-    check_folder(config.path.parent, "output")
+    check_folder(config.path.parent, "output", "FILE names another place")
 
 
 @command("report", ReportConfig, check=check)

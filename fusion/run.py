@@ -221,11 +221,11 @@ def write_json(path: Path, content: Any) -> None:
         raise
 
 
-def check_folder(folder: Path, key: str) -> None:
-    """Makes a run's output folder, and sees that a file can be written there.
+def check_folder(folder: Path, key: str, other: str = "DIR names another folder") -> None:
+    """Makes an output folder, and sees that a file can be written there.
 
     Args:
-        key: the override that names the folder.
+        key, other: the override that names the folder, and what it can say instead.
 
     Raises:
         UserError: it cannot be made or written, or the disk is full.
@@ -237,13 +237,11 @@ def check_folder(folder: Path, key: str) -> None:
             probe.write(b"\0" * 4096)
             probe.flush()
     except OSError as error:
-        raise _unwritable(folder, error, key) from error
+        raise _unwritable(folder, error, key, other) from error
 
 
-def _unwritable(place: Path, error: OSError, key: str) -> UserError:
-    return UserError(
-        f"{place}: cannot be written ({error.strerror or error})\n{key}=DIR names another folder"
-    )
+def _unwritable(place: Path, error: OSError, key: str, other: str = "DIR names another folder") -> UserError:
+    return UserError(f"{place}: cannot be written ({error.strerror or error})\n{key}={other}")
 
 
 def caused_by_interrupt(error: BaseException) -> BaseException | None:

@@ -162,5 +162,5 @@ def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="this is a folder"):
         make(tmp_path, output=str(tmp_path))
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="output=DIR"):
+    with pytest.raises(UserError, match="output=FILE"):
         make(tmp_path, output=str(tmp_path / "file" / "report.html"))
