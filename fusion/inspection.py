@@ -26,13 +26,14 @@ from fusion.data.rows import Rows, evaluation_splits, load_rows
 from fusion.errors import UserError
 from fusion.inference import class_names, device_of, predict, probabilities
 from fusion.listening import listen
-from fusion.masking import Scored, prune_greedily, without_each
+from fusion.masking import Scored, prune_greedily, prune_in_order, without_each
 from fusion.store.artifacts import load
 from fusion.store.manifest import Manifest, check_attends
 from fusion.training.metrics import predicted, score
 from fusion.words import chosen_rows, words_of
 
 TEXT = 2000  # characters of a row's text that are kept
+GREEDY = 8  # sources: of more, every step looks at the first one's scores alone
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     name, hash, task, split, fingerprint, rows: what was looked at. sources: names, in order. slots: names, L of them.
     metrics: with all sources. attention: by slot, each source's mean weight and the entropy, see `Listening`.
     masked: by source, the metrics without it. pruned: `{"kept": [names], "metrics"}` from all sources down to one,
-    or null. words: the chosen rows, see `words_of`.
+    or null; the one to go is looked for anew at each step, of more than GREEDY sources once. words: the chosen rows, see `words_of`.
 
     Raises:
         UserError: the artifact, its sources, backbone or data are missing, or it is nothing to look into.
@@ -114,7 +115,10 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     masked = without_each(len(sources), scored) if len(sources) > 1 else []
     for source, one in zip(sources, masked, strict=False):
         log.info("without %s: %s", source, one)
-    pruned = prune_greedily(len(sources), scored, full, masked) if config.prune and masked else None
+    pruned = None
+    if config.prune and masked:
+        prune = prune_greedily if len(sources) <= GREEDY else prune_in_order
+        pruned = prune(len(sources), scored, full, masked)
     words = []
     if all(slot.entropy is not None for slot in heard.values()):
         answers = predicted(scores, task.kind)

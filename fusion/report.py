@@ -5,6 +5,7 @@ python -m fusion.report runs=outputs
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shlex
 from datetime import datetime
@@ -77,37 +78,43 @@ def main(config: ReportConfig, run: Run) -> dict[str, Any]:
 def look_into(config: ReportConfig, run: Run, found: Found, targets: list[Target]) -> list[str]:
     """Inspects of every fusion in the table the first run that nobody has looked into, and gives what went wrong.
 
-    What is found lies in the report's own run folder, where the next report finds it.
+    What is found is kept below the first folder of runs, where the next report finds it.
     """
-    notes = []
+    unseen = []
     for target in targets:
         for group in target.groups.values():
             there = [one for one in group.trained if one.attends]
-            if not there or any(one.hash in found.inspections for one in there):
-                continue
-            from fusion.inspection import inspect
+            if there and not any(one.hash in found.inspections for one in there):
+                unseen.append(there[0])
+    notes = []
+    for number, one in enumerate(unseen, start=1):
+        from fusion.inspection import inspect
 
-            name = there[0].name
-            log.info("looking into %s (inspect=false does without)", name)
-            limits = LimitConfig(validation=config.inspect_rows, test=config.inspect_rows)
-            asked = InspectConfig(
-                artifact=there[0].artifact,
-                data=config.data_with(limits),
-                accelerator=config.accelerator,
-                words=config.words,
-            )
-            try:
-                seen = inspect(asked)
-            except Exception as error:  # one that cannot be looked into must not cost the page
-                if not isinstance(error, UserError):
-                    log.exception("%s", name)
-                reason = " ".join(str(error).split()) or type(error).__name__
-                notes.append(f"{name} could not be looked into: {reason}")
-                continue
-            folder = run.directory / "inspections" / name
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "inspection.json", seen)
-            found.inspections[seen["hash"]] = seen
+        log.info("looking into %s, %d of %d (inspect=false does without)", one.name, number, len(unseen))
+        asked = InspectConfig(
+            artifact=one.artifact,
+            data=config.data_with(LimitConfig(validation=config.inspect_rows, test=config.inspect_rows)),
+            accelerator=config.accelerator,
+            words=config.words,
+        )
+        try:
+            seen = inspect(asked)
+        except Exception as error:  # one that cannot be looked into must not cost the page
+            if not isinstance(error, UserError):
+                log.exception("%s", one.name)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            notes.append(f"{one.name} could not be looked into: {reason}")
+            continue
+        found.inspections[seen["hash"]] = seen
+        for above in (
+            config.folders[0],
+            run.directory,
+        ):  # where the next report looks, if that can be written
+            folder = above / "inspections" / f"{one.name}-{seen['hash'][:8]}"
+            with contextlib.suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(folder / "inspection.json", seen)
+                break
     for note in notes:
         log.warning("%s", note)
     return notes

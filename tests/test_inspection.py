@@ -18,7 +18,7 @@ from fusion.config import DataConfig, InspectConfig
 from fusion.ending import inspected
 from fusion.errors import UserError
 from fusion.listening import AttentionSums
-from fusion.masking import Scored, prune_greedily, without_each
+from fusion.masking import Scored, prune_greedily, prune_in_order, without_each
 from fusion.packing import pack, unpack
 from fusion.words import chosen_rows
 from tests.bench import Bench
@@ -211,6 +211,20 @@ def test_greedy_pruning_leaves_out_the_least_needed_first() -> None:
     assert [step.kept for step in steps] == [(0, 1, 2, 3), (0, 1, 3), (1, 3), (1,)]
     assert len(asked) == 3 + 2
     assert [step.scored for step in steps[1:]] == [inner(step.kept) for step in steps[1:]]
+
+
+def test_many_sources_go_in_the_order_of_the_first_look() -> None:
+    asked: list[tuple[int, ...]] = []
+    inner = worth({0: 0.1, 1: 0.4, 2: 0.0, 3: 0.2})
+
+    def score(kept: Any) -> Scored:
+        asked.append(tuple(kept))
+        return inner(kept)
+
+    steps = prune_in_order(4, score, inner(range(4)), without_each(4, inner))
+    assert [step.kept for step in steps] == [(0, 1, 2, 3), (0, 1, 3), (1, 3), (1,)]
+    assert asked == [(1, 3), (1,)]
+    assert [step.scored for step in steps] == [inner(step.kept) for step in steps]
 
 
 def test_what_scores_alike_is_told_apart_by_the_loss() -> None:

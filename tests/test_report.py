@@ -96,7 +96,7 @@ def test_a_night_in_one_page(copy: Path) -> None:
     for said in ("fusion of 2", "single adapter", "films alone", "row ", "without", "rows and seeds"):
         assert said in text
     assert 'id="words"' in text and '<div class="row">' in text
-    inspections = list((copy / "runs").rglob("inspection.json"))
+    inspections = list((copy / "runs" / "inspections").rglob("inspection.json"))
     assert len(inspections) == 1, "one run of each fusion"
     looked = json.loads(inspections[0].read_text())
     assert looked["name"] == "fused-1" and looked["rows"] == 16 and len(looked["words"]) == 2

@@ -87,6 +87,7 @@ def inline(figure: Figure, name: str, title: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\b(id="|xlink:href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = svg.replace(_INK, "currentColor").replace(_FAINT, "var(--faint)")
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)  # which HTML does not need
     head = f'<svg class="figure" role="img" aria-label="{html.escape(title)}"'
     return re.sub(
         r'^<svg( width="[^"]*"| height="[^"]*")*',

@@ -179,7 +179,7 @@ def test_nothing_in_it_runs_or_reaches_out(tmp_path: Path, write: Write) -> None
             assert not re.match(r"(?i)\s*(https?:|//|javascript:|file:)", value), (tag, value)
     policy = next(attrs["content"] for tag, attrs in seen.tags if attrs.get("http-equiv"))
     assert policy and policy.startswith("default-src 'none'") and "http" not in policy
-    assert not re.search(r"url\((?!#)|@import", text)
+    assert not re.search(r"url\((?!#)|@import|https?://", text)
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
     assert data is not None
     (one,) = json.loads(data[1])["words"].values()
