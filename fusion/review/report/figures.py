@@ -276,7 +276,9 @@ def cost_figure(target: Target, rows: Sequence[dict[str, Any]]) -> Figure:
                     axes.plot(row[key], row["score"], marker, color=colour, markersize=7, label=row["method"])
             if any(row.get(key) for row in rows):
                 axes.set_xscale("log")
-                axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=6))
+                values = [row[key] for row in rows if row.get(key)]
+                wide = max(values) / min(values) > 100
+                axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 3.0), numticks=6))
                 axes.xaxis.set_major_formatter(FuncFormatter(_count))
                 axes.xaxis.set_minor_locator(NullLocator())
             axes.margins(x=0.15, y=0.2)

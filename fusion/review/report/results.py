@@ -368,7 +368,9 @@ def _target(task: str, label: str, entries: Sequence[Entry], asked: str | None) 
     if (base := groups.get(BASELINE)) is not None:
         for method, group in groups.items():
             if method != BASELINE:
-                target.differences[method] = compare(group.samples, base.samples, metric)
+                # The seed of a source's training says nothing about that of the target's.
+                by_seed = not any(entry.anywhere for entry in group.entries)
+                target.differences[method] = compare(group.samples, base.samples, metric, by_seed)
     return target
 
 

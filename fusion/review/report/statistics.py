@@ -57,10 +57,13 @@ class Difference:
     losses: int
 
 
-def compare(method: Sequence[Sample], baseline: Sequence[Sample], metric: str) -> Difference:
+def compare(
+    method: Sequence[Sample], baseline: Sequence[Sample], metric: str, by_seed: bool = True
+) -> Difference:
     """The difference of two methods' runs on one split.
 
-    Runs are paired by their seeds; where no seed is in both, all are taken and only the rows are paired. Where the
+    Runs are paired by their seeds, unless `by_seed` says that a seed means nothing to both; where no seed is in both,
+    or means nothing, all are taken and only the rows are paired. Where the
     answers of every run to the same rows are known, rows and pairs of seeds are drawn together, with replacement
     (Efron & Tibshirani 1993, ch. 8 and 15; for rows alone: Koehn 2004); the interval is of percentiles and p is twice
     the share of resamples on the other side of zero. Else the pairs' differences are drawn, and p is of the
@@ -68,7 +71,7 @@ def compare(method: Sequence[Sample], baseline: Sequence[Sample], metric: str) -
     """
     from scipy import stats
 
-    ones, others, paired = _pairs(method, baseline)
+    ones, others, paired = _pairs(method, baseline, by_seed)
     mean = _mean(ones) - _mean(others)
     differences = (
         np.array([one.score - other.score for one, other in zip(ones, others, strict=True)])
@@ -219,10 +222,12 @@ def _drawn_mean(
     return np.asarray(np.take_along_axis(scores, drawn, axis=-1).mean(-1))
 
 
-def _pairs(method: Sequence[Sample], baseline: Sequence[Sample]) -> tuple[list[Sample], list[Sample], bool]:
+def _pairs(
+    method: Sequence[Sample], baseline: Sequence[Sample], by_seed: bool
+) -> tuple[list[Sample], list[Sample], bool]:
     """The runs of both, in pairs where they share seeds."""
     ones, others = ({sample.seed: sample for sample in samples} for samples in (method, baseline))
-    if common := sorted(ones.keys() & others.keys()):
+    if by_seed and (common := sorted(ones.keys() & others.keys())):
         return [ones[seed] for seed in common], [others[seed] for seed in common], True
     return list(ones.values()), list(others.values()), False
 

@@ -88,6 +88,8 @@ def test_a_source_alone(tmp_path: Path, write: Write) -> None:
         result = {"task": "tweets", "name": name, "hash": None}
         write(command="evaluate", artifact=name, split="test", score=score, result=result)
     by_task = {target.task: target for target in targets(tmp_path)}
+    alone = by_task["tweets"].differences["movies alone"]
+    assert alone.mean == pytest.approx(-0.12) and alone.wins + alone.ties + alone.losses == 0
     assert {m: g.scores for m, g in by_task["tweets"].groups.items()} == {
         "single adapter": [0.72],
         "movies alone": [0.6],

@@ -176,6 +176,15 @@ def test_seeds_that_do_not_meet_are_not_paired() -> None:
     assert found.mean == pytest.approx(0.1)
 
 
+def test_a_seed_may_mean_nothing_to_both() -> None:
+    """One run against three, of which one has its number by chance."""
+    found = compare([sample(0.7, 1)], [sample(0.8, s) for s in (1, 2, 3)], "accuracy", by_seed=False)
+    assert found.mean == pytest.approx(-0.1) and (found.wins, found.ties, found.losses) == (0, 0, 0)
+    one, others = [Sample(1, 0.7)], [Sample(1, 0.6), Sample(2, 0.9)]
+    assert compare(one, others, "accuracy", by_seed=False).mean == pytest.approx(-0.05)
+    assert compare(one, others, "accuracy").mean == pytest.approx(0.1)
+
+
 def test_other_rows_are_not_compared_row_by_row() -> None:
     one, other = sample(0.9, 0), sample(0.8, 0)
     assert other.answers is not None
