@@ -49,7 +49,7 @@ from fusion.config import MULTITASK, Stage1Config, Stage2Config, StageConfig, Ta
 from fusion.data.task_files import check_task_file
 from fusion.errors import TrainingError, UserError, first_line
 from fusion.repeats import repeated
-from fusion.run import Run, Standing, Terminated, check_folder, describe, record
+from fusion.run import DEBUG, Run, Standing, Terminated, check_folder, describe, record
 from fusion.run_lock import turn_of
 from fusion.sweep import Sweep, standings
 from fusion.terminal import bars, display
@@ -66,7 +66,6 @@ COMPOSING_ERRORS = (ValueError, AssertionError)  # what Hydra raises besides, fo
 # These decide a default name already, or are the name: a sweep over them needs no suffix.
 NAMED_ANYWAY = ("task", "tasks", "name", "composition", "method")
 OWN_TASK = "a task of your own is conf/task/NAME.yaml in the working directory or in $FUSION_CONF"
-DEBUG = "-debug"  # ending of what is stored with debug=NAME
 USER_CONF = "user"  # how Hydra's search path calls the folders of user_conf_folders
 
 

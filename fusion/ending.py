@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
-from fusion.run import Run
+from fusion.run import DEBUG, Run
 from fusion.store.listing import as_bytes
-from fusion.store.manifest import Manifest, read_folder
+from fusion.store.manifest import Manifest, names, read_folder
 from fusion.store.overview import everything
 from fusion.store.rebuilding import hydra_value
 from fusion.sweep import Job
@@ -58,10 +58,11 @@ def end_of_run(run: Run, result: Mapping[str, Any]) -> None:
         speed = result.get("speed") or {}
         row = (result.get("name"), result.get("rows"), speed.get("seconds"), result.get("output"))
         rows = [("name", "rows", "seconds", "output"), tuple(map(number, row))]
-        used = [f"artifact={hydra_value(str(run.config.get('artifact')))}"]
+        used = [f"artifact={hydra_value(str(run.config.get('artifact')))}", *_data_of(result)]
         following = [_line("evaluate", used, _said(run.overrides, FOR_USING))]
     elif run.command == "rank" and "sources" in result:  # which has shown its own tables
         own = [f"+task={result['task']['name']}", f"sources=top:{min(3, len(result['sources']))}"]
+        own += _free_name(result["task"]["name"], Path(str(run.config.get("store"))))
         following = [_line("stage2", own, _said(run.overrides, FOR_TRAINING))]
     elif run.command == "inspect":
         rows = inspected(result)
@@ -205,17 +206,18 @@ def _after_training(
 def _fuse(words: Sequence[str], config: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> list[str]:
     """Stage 2 on the last one's task: of one result with what else the store has for it, of several with these."""
     adapters = [found for result in results if (found := _adapter(result)) is not None]
-    if not adapters:
+    if not adapters or adapters[-1].name.endswith(DEBUG):
         return []
     target = adapters[-1]
+    store = Path(str(results[-1]["artifact"])).parent
     if len(results) == 1:
-        store = Path(str(results[-1]["artifact"])).parent
         others = [
             found.manifest
             for found in everything(store)
             if found.manifest is not None and not found.replaced and found.place == found.manifest.name
         ]
         adapters = [other for other in others if _fits(other, target) and other.name != target.name]
+        adapters = [other for other in adapters if not other.name.endswith(DEBUG)]
         adapters = [*adapters[: MOST_SOURCES - 1], target]
     else:
         adapters = [adapter for adapter in adapters if _fits(adapter, target)]
@@ -229,7 +231,27 @@ def _fuse(words: Sequence[str], config: Mapping[str, Any], results: Sequence[Map
         said.append(f"backbone.name_or_path={hydra_value(target.backbone['name_or_path'])}")
         said.append(f"backbone.pooling={target.head['pooling']}")
     sources = ",".join(adapter.name for adapter in adapters)
-    return [_line("stage2", [f"+task={target.task['name']}", f"sources=[{sources}]"], said)]
+    own = [f"+task={target.task['name']}", f"sources=[{sources}]", *_free_name(target.task["name"], store)]
+    return [_line("stage2", own, said)]
+
+
+def _free_name(task: str, store: Path) -> list[str]:
+    """A name for a fusion of the task where the one that it would get is taken; nothing where it is free."""
+    first, there = f"{task}-adapterfusion", set(names(store))
+    if first not in there:
+        return []
+    number = next(n for n in range(2, len(there) + 3) if f"{first}-{n}" not in there)
+    return [f"name={first}-{number}"]
+
+
+def _data_of(result: Mapping[str, Any]) -> list[str]:
+    """The folder that an artifact's rows were read from, which another command on its own rows needs."""
+    try:
+        manifest = read_folder(Path(str(result.get("artifact"))))
+    except UserError:
+        return []
+    folder = manifest.run["config"].get("data.dir")
+    return [] if folder is None else [f"data.dir={hydra_value(str(folder))}"]
 
 
 def _adapter(result: Mapping[str, Any]) -> Manifest | None:

@@ -74,7 +74,7 @@ class Entry:
         where = "from the beginning"
         if position:
             where = f"at epoch {position['epoch'] + 1}, batch {position['batch'] + 1}"
-        how = f"goes on {where}" if self.resume else "begins anew, since resume=false"
+        how = f"goes on {where}" if self.resume else "begins anew"
         if attempt.get("status") == "failed":
             return Standing("failed", f"{first_line(Exception(attempt.get('error')))}; {how}")
         return Standing("interrupted", where) if self.resume else Standing("new", how)

@@ -60,6 +60,8 @@ NOT_IDENTITY_TRAINER = (
 )
 
 
+DEBUG = "-debug"  # ending of the name of what debug=NAME trains, which is nobody's result and nobody's source
+
 # Keys that the first stores did not know, with the value that says what was so without them: it is left out, so that
 # a run of then is the same run now.
 ADDED_LATER: tuple[tuple[str, Any], ...] = (

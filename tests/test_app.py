@@ -167,11 +167,11 @@ def test_a_users_error_found_late_has_no_traceback_on_the_screen(go: Callable[..
 
 
 def test_a_run_that_begins_anew_says_so(go: Callable[..., Outcome]) -> None:
-    @command("stage1", Stage1Config, lambda config, run: Standing("new", "begins anew, since resume=false"))
+    @command("stage1", Stage1Config, lambda config, run: Standing("new", "begins anew"))
     def main(config: Stage1Config, run: Run) -> dict[str, Any]:
         return {}
 
-    assert "mine begins anew, since resume=false\n" in go("+task=mine", "trainer.devices=1", main=main).out
+    assert "mine begins anew\n" in go("+task=mine", "trainer.devices=1", main=main).out
 
 
 # --- wrong commands -----------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,39 @@ def test_after_stage_2(trained: Bench, capsys: pytest.CaptureFixture[str]) -> No
         ["fusion.inspect", "artifact=both", "store=s"],
         ["fusion.report", f'runs="{folder}"'],
     ]
+
+
+def test_a_fusion_gets_a_name_that_is_free(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the default one is taken; what debug= left is nobody's source."""
+    store = trained.folder / "taken"
+    shutil.copytree(trained.folder / "store", store)
+    for name, new in (("both", "books-adapterfusion"), ("films", "films-debug")):
+        shutil.copytree(store / name, store / new)
+        manifest = json.loads((store / new / "manifest.json").read_text())
+        (store / new / "manifest.json").write_text(json.dumps(manifest | {"name": new}))
+    result = trained.result["books"] | {"artifact": str(store / "books")}
+    end_of_run(run(trained, "stage1", "+task=books"), result)
+    following = [typed(line) for line in lines_of(capsys)[2:]]
+    assert following[1][:2] == ["fusion.stage2", "+task=books"] and "debug" not in str(following)
+    assert following[1][3] == "name=books-adapterfusion-2"
+    ranked = {"task": {"name": "books"}, "sources": [{"name": "a"}]}
+    end_of_run(run(trained, "rank", "+task=books", config={"store": str(store)}), ranked)
+    (line,) = lines_of(capsys)
+    assert typed(line) == ["fusion.stage2", "+task=books", "sources=top:1", "name=books-adapterfusion-2"]
+
+
+def test_what_follows_a_prediction_says_where_the_rows_are(
+    trained: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predicted = {
+        "name": "films",
+        "rows": 3,
+        "output": "o",
+        "artifact": str(trained.folder / "store" / "films"),
+    }
+    end_of_run(run(trained, "predict", "artifact=films", config={"artifact": "films"}), predicted)
+    *_, following = lines_of(capsys)
+    assert shlex.split(following)[-1] == f'data.dir="{trained.folder / "data"}"'
 
 
 def test_after_rank(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,8 +73,8 @@ def test_resume_false_begins_anew(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("status", "standing"),
     [
-        ("failed", Standing("failed", "RuntimeError: boom; begins anew, since resume=false")),
-        ("interrupted", Standing("new", "begins anew, since resume=false")),
+        ("failed", Standing("failed", "RuntimeError: boom; begins anew")),
+        ("interrupted", Standing("new", "begins anew")),
     ],
 )
 def test_what_begins_anew_is_not_said_to_go_on(bench: Bench, status: str, standing: Standing) -> None:

@@ -65,7 +65,7 @@ def load_tokenizer(
     tokenizer = from_cache_or_hub(
         load,
         f"tokenizer {name_or_path}",
-        "Give a folder or a cached model instead: backbone.name_or_path=FOLDER",
+        "Give a folder or a cached model instead: backbone.name_or_path=FOLDER, or backbone=minilm, which needs no hub",
     )
     if not trust_remote_code:
         custom_code.warn_if_ignored(tokenizer.init_kwargs.get("auto_map"), f"tokenizer {name_or_path}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusion.errors import UserError
+from fusion.run import DEBUG
 from fusion.store.manifest import Manifest, artifacts
 
 
@@ -56,6 +57,8 @@ def all_adapters(store: Path, backbone: str, without_task: str | None = None) ->
         for m in adapters
         if m.backbone["fingerprint"] not in prints
     }
+    left_out |= {m.name: "of debug=, nobody's source" for m in here if m.name.endswith(DEBUG)}
+    here = [manifest for manifest in here if manifest.name not in left_out]
     own = [m for m in here if without_task in _tasks(m)] if without_task is not None else []
     left_out |= {m.name: f"trained on {without_task} itself, include_target=true takes it in" for m in own}
     others = [manifest for manifest in here if manifest not in own]

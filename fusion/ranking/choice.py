@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import shlex
 from pathlib import Path
@@ -29,9 +30,9 @@ def name_sources(config: Stage2Config) -> None:
     if config.sources == "all":
         found = all_adapters(Path(config.store), config.backbone.name_or_path)
         config.sources = [manifest.name for manifest in found.sources]
-        log.info("sources=all: %s", ", ".join(config.sources))
+        _say(f"sources=all: {', '.join(config.sources)}")
         if found.left_out:
-            log.info(found.left_out_line())
+            _say(found.left_out_line())
         return
     asked, by = config.sources, config.sources_by
     count = int(asked.removeprefix("top:"))
@@ -44,13 +45,15 @@ def name_sources(config: Stage2Config) -> None:
         )
     config.sources = [source["reference"] for source in ordered[:count]]
     config.sources_by = None
-    log.info(
-        "sources=%s: %s, by %s (%s)",
-        asked,
-        ", ".join(source["name"] for source in ordered[:count]),
-        by or f"the mean rank of {', '.join(kept.methods)}",
-        kept.path,
-    )
+    chosen = ", ".join(source["name"] for source in ordered[:count])
+    whose = by or f"the mean rank of {', '.join(kept.methods)}"
+    _say(f"sources={asked}: {chosen}, by {whose} ({kept.path})")
+
+
+@functools.cache
+def _say(line: str) -> None:
+    """Once a process, which settles a job when it is planned and when its turn comes."""
+    log.info("%s", line)
 
 
 def _ordered(kept: Kept, by: str | None) -> list[dict[str, Any]]:

@@ -546,8 +546,7 @@ def unknown_name(reference: str, store: Path) -> str:
         text += f"It has {', '.join(there[:NAMES_SHOWN])}{more}"
     else:
         text += "It is empty" if store.is_dir() else "There is no such folder (store=DIR names another)"
-    maker = reference if is_name(reference) and not near else "NAME"
-    return text + f"; stage 1 makes an adapter: python -m fusion.stage1 +task={maker}"
+    return text + "; stage 1 makes an adapter: python -m fusion.stage1 +task=NAME"
 
 
 def read_manifest(reference: str, store: Path) -> Manifest:

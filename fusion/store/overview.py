@@ -6,6 +6,7 @@ No torch: a store is looked at in an instant.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,9 +101,7 @@ def leftovers(store: Path, found: list[Found]) -> Iterator[Leftover]:
         yield Leftover(
             f"{RUNS}/{folder.name}",
             folder,
-            "checkpoints of a run that is done"
-            if done
-            else "an interrupted run; the same command goes on with it",
+            "checkpoints of a run that is done" if done else _attempted(folder),
             done,
         )
     for folder in _entries(store / STAGING):
@@ -118,6 +117,17 @@ def leftovers(store: Path, found: list[Found]) -> Iterator[Leftover]:
             )
         else:
             yield Leftover(f"{STAGING}/{folder.name}", folder, "half-written by a process that ended", True)
+
+
+def _attempted(run: Path) -> str:
+    """What became of a run that is not done, by its own last word."""
+    try:
+        failed = json.loads((run / "attempt.json").read_text(encoding="utf-8")).get("status") == "failed"
+    except (OSError, ValueError, AttributeError):
+        failed = False
+    if failed:
+        return "a run that failed; the same command tries it again"
+    return "an interrupted run; the same command goes on with it"
 
 
 def users_of(hash: str, found: list[Found]) -> list[str]:

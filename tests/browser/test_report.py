@@ -172,7 +172,7 @@ def test_the_slider_shows_a_layer(chromium: Chrome, page: Path) -> None:
             assert style_of(token, "--c") == colours[expected[place].argmax()]
             shown = float(style_of(token, "--w").rstrip("%"))
             assert shown == pytest.approx(100 * expected[place].max(), abs=0.51)
-    assert first(chromium, ".words output").text == "layer 3"
+    assert first(chromium, ".words output").text == "layer 2"
     assert chromium.get_log("browser") == []
 
 
@@ -197,7 +197,7 @@ def test_pointing_at_a_token_shows_its_shares(chromium: Chrome, page: Path, widt
     chromium.execute_script("arguments[0].scrollIntoView({block: 'center'})", tokens[3])
     ActionChains(chromium).move_to_element(tokens[3]).perform()
     assert tip.is_displayed()
-    assert first(chromium, "#tip b").text == "ish · layer 2"
+    assert first(chromium, "#tip b").text == "ish · layer 1"
     shown = {row.text.split()[0]: float(row.text.split()[1]) for row in every(chromium, "#tip tr")}
     assert shown == {name: pytest.approx(weights()[1, 3, n], abs=0.006) for n, name in enumerate("ab")}
     assert list(shown.values()) == sorted(shown.values(), reverse=True)
@@ -222,7 +222,7 @@ def test_sources_by_targets_layer_by_layer(chromium: Chrome, page: Path) -> None
     rows = every(chromium, "#by-target tbody tr")
     assert [row.find_element(By.TAG_NAME, "th").text for row in rows] == ["cb", "rte", "tweets"]
     move(first(chromium, "#target-layer"), 2)
-    assert first(chromium, "#listened output").text == "layer 2"
+    assert first(chromium, "#listened output").text == "layer 1"
     for row, values in zip(rows, data["data"][2], strict=True):
         cells = [cell.text for cell in row.find_elements(By.TAG_NAME, "td")]
         assert cells == ["–" if value is None else f"{value:.2f}" for value in values]

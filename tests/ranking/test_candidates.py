@@ -54,6 +54,12 @@ def test_the_targets_own_are_left_out_where_that_is_asked_for(store: Path, tiny_
     assert names(store, str(tiny_backbone))[0] == ["coins", "dice", "films", "films-seed-2", "several"]
 
 
+def test_what_debug_left_is_nobodys_source(store: Path, tiny_backbone: Path) -> None:
+    add(store, "films-debug")
+    found, left_out = names(store, str(tiny_backbone))
+    assert found == ["coins", "dice", "films"] and left_out == {"films-debug": "of debug=, nobody's source"}
+
+
 def test_what_cannot_be_fused_with_most_is_left_out_and_said(store: Path, tiny_backbone: Path) -> None:
     add(store, "before", adapter={"reads": "input"})
     add(store, "other", backbone={"name_or_path": "another", "fingerprint": "e" * 64})

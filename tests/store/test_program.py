@@ -97,6 +97,8 @@ def test_list_names_what_is_damaged_and_what_is_left(say: Say, full: Path) -> No
     (full / "odd\u202ename").mkdir()
     (full / ".runs" / "films-0123456789ab").mkdir(parents=True)
     (full / ".runs" / "plays-999999999999").mkdir()
+    (full / ".runs" / "books-888888888888").mkdir()
+    (full / ".runs" / "books-888888888888" / "attempt.json").write_text('{"status": "failed"}')
     (full / ".staging" / "plays~new").mkdir()
     shutil.copytree(full / "films", full / ".staging" / "gone.old")
     code, out, _ = say("list")
@@ -106,10 +108,12 @@ def test_list_names_what_is_damaged_and_what_is_left(say: Say, full: Path) -> No
     assert "is not JSON" in damaged[0] and "cannot be read" in damaged[2]
     left = {line.split()[1]: line for line in out.splitlines() if line.startswith("left: ")}
     assert set(left) == {
-        ".runs/films-0123456789ab", ".runs/plays-999999999999", ".staging/plays~new", ".staging/gone.old"
+        ".runs/books-888888888888", ".runs/films-0123456789ab", ".runs/plays-999999999999", ".staging/plays~new",
+        ".staging/gone.old",
     }  # fmt: skip
     assert "of a run that is done" in left[".runs/films-0123456789ab"]
     assert "an interrupted run; the same command goes on with it" in left[".runs/plays-999999999999"]
+    assert "a run that failed; the same command tries it again" in left[".runs/books-888888888888"]
     assert "half-written" in left[".staging/plays~new"]
     assert "all there is of gone" in left[".staging/gone.old"]
     assert "\u202e" not in out

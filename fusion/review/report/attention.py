@@ -111,11 +111,10 @@ def by_target(every: Sequence[Attention], layer: int | None = None) -> tuple[lis
 
 
 def layer_names(slots: Sequence[str]) -> list[str]:
-    """`0.feedforward` as `1` (counted from one), with the site where a layer has several."""
+    """`0.feedforward` as `0`, as `adapter.layers` counts, with the site where a layer has several."""
     several = len({slot.partition(".")[2] for slot in slots}) > 1
     named = []
     for slot in slots:
         layer, _, site = slot.partition(".")
-        number = str(int(layer) + 1) if layer.isdigit() else layer
-        named.append(f"{number} {site.replace('_', ' ')}" if several else number)
+        named.append(f"{layer} {site.replace('_', ' ')}" if several else layer)
     return named

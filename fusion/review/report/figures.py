@@ -185,7 +185,7 @@ def entropy_figure(every: Sequence[Attention]) -> Figure:
             colour = PALETTE[number % len(PALETTE)]
             label = f"{one.target} ← {one.method}"
             axes.plot(
-                np.arange(1, len(one.entropy) + 1),
+                np.arange(len(one.entropy)),
                 one.entropy / one.most,
                 "o-",
                 color=colour,
@@ -194,7 +194,7 @@ def entropy_figure(every: Sequence[Attention]) -> Figure:
             )
         axes.axhline(1.0, color=_FAINT, linestyle=":", linewidth=1)
         axes.set_ylim(0, 1.05)
-        axes.set_xlabel("slot, from the first layer to the last")
+        axes.set_xlabel("slot, from the first layer (0) to the last")
         axes.set_ylabel("entropy / even attention")
         axes.legend(fontsize=7, loc="lower left")
         return figure
@@ -212,7 +212,9 @@ def pruning_figure(inspection: dict[str, Any]) -> Figure:
         left.barh(names, [masked[name] for name in names], color=colours)
         left.axvline(0, color=_FAINT, linewidth=0.8)
         left.invert_yaxis()
-        left.set_title(f"{metric} without it")
+        left.set_title(f"change of {metric} without it")
+        if not any(masked.values()):
+            left.set_xlim(-0.01, 0.01)
         left.locator_params(axis="x", nbins=4)
         left.grid(axis="x", color=_FAINT, alpha=0.25)
         if steps:

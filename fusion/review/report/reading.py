@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError, first_line
+from fusion.run import DEBUG
 
 STATUS, RESULT, CONFIG = "status.json", "result.json", "config.yaml"
 HISTORY, ATTENTION, OUTCOMES, INSPECTION = (
@@ -55,13 +56,16 @@ class RunFolder:
 @dataclass
 class Found:
     """
-    done: by time of their end. others: how many runs have another status. unread: what was left out, and why.
+    done: by time of their end. others: how many runs have another status. failed: those that failed, and why.
+    debug: how many of debug= were left out. unread: what could not be read, and why.
     histories: by what a training calls itself, the folders in which it left a part, in the order of their beginning.
     inspections: by the hash of the fusion, the last one.
     """
 
     done: list[RunFolder] = field(default_factory=list)
     others: dict[str, int] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+    debug: int = 0
     unread: list[str] = field(default_factory=list)
     histories: dict[str, list[Path]] = field(default_factory=dict)
     inspections: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -137,12 +141,17 @@ def _read(folder: Path, found: Found) -> None:
         state = str(status.get("status"))
         if state != "done":
             found.others[state] = found.others.get(state, 0) + 1
+            if state == "failed":
+                found.failed.append(f"{folder}: {first_line(Exception(str(status.get('error'))))}")
             return
         result = read_json(folder / RESULT)
         with open(folder / CONFIG, encoding="utf-8") as file:
             config = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(file).get_single_data()
         if not isinstance(config, dict):
             raise ValueError(f"{CONFIG} is no mapping")
+        if str(result.get("name")).endswith(DEBUG):
+            found.debug += 1
+            return
         overrides = status.get("overrides")
         found.done.append(
             RunFolder(

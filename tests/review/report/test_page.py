@@ -345,9 +345,9 @@ def test_attention_over_seeds_and_targets() -> None:
     np.testing.assert_allclose(matrix, [[0.4, 0.6, np.nan], [np.nan, 0.2, 0.8]])
     np.testing.assert_allclose(by_target([one, other], 1)[2], [[0.6, 0.4, np.nan], [np.nan, 0.2, 0.8]])
     assert layer_names(["0.attention", "0.feedforward", "11.feedforward"]) == [
-        *("1 attention", "1 feedforward", "12 feedforward")
+        *("0 attention", "0 feedforward", "11 feedforward")
     ]
-    assert layer_names(["0.feedforward", "4.feedforward"]) == ["1", "5"]
+    assert layer_names(["0.feedforward", "4.feedforward"]) == ["0", "4"]
 
 
 def test_attention_is_that_of_the_best_epoch(tmp_path: Path, write: Write) -> None:

@@ -186,9 +186,12 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, write: Write) -> None:
     (write() / "result.json").unlink()
     write(status="failed")
     write(status="running")
+    write(artifact="tweets-debug", result={"name": "tweets-debug"})
     found = read_runs([tmp_path / "runs"])
     assert len(found.done) == 1 and len(found.unread) == 5
     assert found.others == {"failed": 1, "running": 1}
+    (failed,) = found.failed
+    assert failed.endswith("007: None") and found.debug == 1
     assert all(any(f"{number:03d}" in line for line in found.unread) for number in range(2, 7))
 
 
