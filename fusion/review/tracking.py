@@ -12,6 +12,7 @@ import functools
 import logging
 import math
 import os
+import shlex
 import shutil
 import socket
 import threading
@@ -392,9 +393,10 @@ def _init(
         log.info("W&B: %s", run.url)
     else:
         log.info(
-            "W&B is offline (%s): `wandb sync %s` uploads the run later",
+            "W&B is offline (%s): `python -m fusion.sync %s` uploads the run later",
             reason,
-            _shown(run.settings.sync_dir),
+            # two folders above: RUN/wandb/offline-run-…
+            shlex.quote(f"runs={_shown(str(Path(run.settings.sync_dir).parents[1]))}"),
         )
     return run
 

@@ -116,7 +116,8 @@ def test_two_jobs_of_one_process_have_two_runs(tmp_path: Path, caplog: pytest.Lo
         assert any(metric.get("step_metric") == "trainer/global_step" for metric in metrics)
     lines = said(caplog)
     assert len(lines) == 2 and all("W&B is offline (no API key is set" in line for line in lines)
-    assert f"wandb sync {next((tmp_path / 'mrpc').glob('wandb/offline-run-*'))}`" in lines[1]
+    assert f"python -m fusion.sync runs={tmp_path / 'mrpc'}`" in lines[1]
+    assert next((tmp_path / "mrpc").glob("wandb/offline-run-*")).is_dir()
     assert "WANDB_MODE" not in os.environ
 
 
