@@ -25,7 +25,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, entry in SCRIPTS.items():
         module, _, function = entry.partition(":")
         lines = (
-            f"#!{sys.executable}",
+            "#!/bin/sh",  # the interpreter's path may have blanks, which no first line may
+            f'\'\'\'exec\' "{sys.executable}" "$0" "$@"',
+            "' '''",
             "import sys",
             f"from {module} import {function}",
             f"sys.exit({function}())",

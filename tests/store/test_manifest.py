@@ -238,7 +238,7 @@ def test_find_by_name_then_by_path(make_manifest: Make, store: Path, monkeypatch
 
 
 def test_unknown_name_says_what_there_is(make_manifest: Make, store: Path) -> None:
-    with pytest.raises(UserError, match=r"There is no such folder .*python -m fusion.stage1 \+task=mnli"):
+    with pytest.raises(UserError, match=r"There is no such folder .*python -m fusion.stage1 \+task=NAME"):
         find("mnli", store)
     for name in ("mnli", "snli", "rte"):
         put(store / name, make_manifest(name))
