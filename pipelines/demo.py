@@ -123,7 +123,7 @@ class Demo:
         seconds = call(module, overrides, without=HIDDEN)
         if None not in before and before == [self.stamp(name) for name in names]:
             say(
-                f"[{step}/{STEPS}] nothing to train: {', '.join(names)} of an earlier run are taken as they are"
+                f"[{step}/{STEPS}] nothing to train: what an earlier run made is taken as it is ({', '.join(names)})"
             )
         else:
             say(f"[{step}/{STEPS}] done in {seconds:.0f} s")

@@ -114,16 +114,16 @@ class EpochLine(lightning.Callback):
         seconds = time.monotonic() - self._started
         evaluated = pl_module.history and pl_module.history[-1]["epoch"] == trainer.current_epoch + 1
         scores = {k: v for k, v in pl_module.history[-1].items() if k != "epoch"} if evaluated else {}
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        shown = "".join(f"{name} {value:.4f}  " for name, value in scores.items())
         before = [epoch[self._monitor] for epoch in pl_module.history[:-1]]
         best = bool(scores) and all(scores[self._monitor] > score for score in before)
         loss = trainer.callback_metrics.get("train/loss")
         log.info(
-            "epoch %d/%s  loss %.4f  %s%s  %.1f s",
+            "epoch %d/%s  loss %.4f  %s%s%.1f s",
             trainer.current_epoch + 1,
             trainer.max_epochs,
             float("nan") if loss is None else float(loss),
             shown,
-            "  (best)" if best else "",
+            "(best)  " if best else "",
             seconds,
         )
