@@ -16,7 +16,7 @@ from typing import Any
 
 from fusion.errors import UserError, first_line
 from fusion.program import run_program
-from fusion.run import ADDED_LATER, identity_config
+from fusion.run import ADDED_LATER, CONFIG, RESULT, STATUS, identity_config
 from fusion.store.files import printable
 from fusion.store.manifest import MANIFEST, Manifest, find, read_folder, read_settled
 from fusion.terminal.tables import show_table
@@ -33,7 +33,6 @@ where it was stored or logged to is none. B's score minus A's is the difference.
 Exit codes: 0 done, 2 a wrong command, artifact or run, 130 interrupted.
 """
 DEFAULT_STORE = "outputs/store"
-STATUS, RESULT, CONFIG = "status.json", "result.json", "config.yaml"
 INPUTS = "inputs."  # settings that only a manifest has: the hashes of what a run was made of
 ABSENT = "-"
 

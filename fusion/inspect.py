@@ -10,10 +10,8 @@ from typing import Any
 
 from fusion.app import command
 from fusion.config import InspectConfig
-from fusion.run import Run, write_json
+from fusion.run import INSPECTION, Run, write_json
 from fusion.store.manifest import check_attends, check_drop, check_trust, find, read_folder
-
-INSPECTION = "inspection.json"
 
 
 def check(config: InspectConfig, run: Run) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fusion.app import command
 from fusion.config import InspectConfig, LimitConfig, ReportConfig
 from fusion.errors import UserError
-from fusion.run import Run, check_folder, write_json
+from fusion.run import INSPECTION, Run, check_folder, write_json
 
 if TYPE_CHECKING:
     from fusion.review.report.reading import Found
@@ -113,7 +113,7 @@ def look_into(config: ReportConfig, run: Run, found: Found, targets: list[Target
             folder = above / "inspections" / f"{one.name}-{seen['hash'][:8]}"
             with contextlib.suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
-                write_json(folder / "inspection.json", seen)
+                write_json(folder / INSPECTION, seen)
                 break
     for note in notes:
         log.warning("%s", note)

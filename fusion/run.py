@@ -60,6 +60,11 @@ NOT_IDENTITY_TRAINER = (
 )
 
 
+# What lies in a run's folder, by the names that scripts rely on.
+STATUS, RESULT, CONFIG = "status.json", "result.json", "config.yaml"
+HISTORY, ATTENTION, OUTCOMES = "history.jsonl", "attention.jsonl", "outcomes.json"
+INSPECTION = "inspection.json"
+
 DEBUG = "-debug"  # ending of the name of what debug=NAME trains, which is nobody's result and nobody's source
 
 # Keys that the first stores did not know, with the value that says what was so without them: it is left out, so that
@@ -211,11 +216,14 @@ def checkpoint_folder(store: Path, name: str, identity: str) -> Path:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes whole or not at all: a reader never sees half a file."""
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes whole or not at all, as `write_json`."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        part.write_text(
-            json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
-        )
+        part.write_text(text, encoding="utf-8")
         os.replace(part, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -295,7 +303,7 @@ def record(
 
     def say(now: str, error: str | None = None) -> None:
         status.update(status=now, error=error, ended=None if now == "running" else _now())
-        write_json(run.directory / "status.json", status)
+        write_json(run.directory / STATUS, status)
 
     def say_why(now: str, reason: BaseException, error: BaseException) -> None:
         try:
@@ -331,7 +339,7 @@ def record(
             raise
         raise interrupt from error
     try:
-        write_json(run.directory / "result.json", result)
+        write_json(run.directory / RESULT, result)
         say("done")
     except OSError as error:
         kept = (
@@ -373,7 +381,7 @@ def _write_config(run: Run) -> None:
     import yaml
 
     text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
-    (run.directory / "config.yaml").write_text(text, encoding="utf-8")
+    (run.directory / CONFIG).write_text(text, encoding="utf-8")
 
 
 def _now() -> str:

@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import first_line
-from fusion.run import Standing
+from fusion.run import RESULT, STATUS, Standing
 
-STATUS = "status.json"
-RESULT = "result.json"
 NAMES = 8  # so many names of a kind are shown,
 DETAILS = 4  # and so many with a line of their own
 Stamp = tuple[int, int]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fusion.errors import UserError
 from fusion.program import run_program
+from fusion.run import CONFIG, STATUS
 
 USAGE = """\
 python -m fusion.sync [runs=DIR]
@@ -108,13 +109,13 @@ def _alive(piece: Path) -> bool:
 
     job = piece.parent.parent
     try:
-        status = json.loads((job / "status.json").read_text(encoding="utf-8"))["status"]
+        status = json.loads((job / STATUS).read_text(encoding="utf-8"))["status"]
     except (OSError, ValueError, KeyError, TypeError):
         status = None
     if status != "running":
         return False
     try:
-        config = yaml.safe_load((job / "config.yaml").read_text(encoding="utf-8"))
+        config = yaml.safe_load((job / CONFIG).read_text(encoding="utf-8"))
         store = Path(config["store"])  # where it was started, which may be another folder than here
         if "resume" in config and store.is_dir():
             return is_held(store, str(config["name"]))  # for as long as it runs; a killed one has lost it

@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "terminal": {"errors"},
     "store": BASE | {"program", "selection", "terminal"},
     "review": BASE | {"run", "store", "packing"},
-    "sync": BASE | {"program", "run_lock", "review"},
+    "sync": BASE | {"program", "run", "run_lock", "review"},
     "entry": BASE | {"run", "store"},
     "ending": BASE | {"run", "sweep", "store", "terminal"},
     "compare": BASE | {"program", "run", "store", "terminal"},

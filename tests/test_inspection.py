@@ -20,6 +20,7 @@ from fusion.errors import UserError
 from fusion.listening import AttentionSums
 from fusion.masking import Scored, prune_greedily, prune_in_order, without_each
 from fusion.packing import pack, unpack
+from fusion.run import INSPECTION
 from fusion.words import chosen_rows
 from tests.bench import Bench
 
@@ -49,7 +50,7 @@ def inspect(bench: Bench, artifact: str = "fused", **changes: Any) -> tuple[dict
     run = bench.run("inspect", config)
     inspect_command.check(config, run)
     result = inspect_command.main.__wrapped__(config, run)  # type: ignore[attr-defined]
-    return result, json.loads((run.directory / inspect_command.INSPECTION).read_text())
+    return result, json.loads((run.directory / INSPECTION).read_text())
 
 
 def test_what_is_written(trained: Bench) -> None:

@@ -19,10 +19,9 @@ import torch
 from fusion.layers.attention import AdapterFusion
 from fusion.layers.filling import Filling
 from fusion.listening import AttentionSums, compositions_of
+from fusion.run import ATTENTION
 from fusion.training.module import TaskModule
 from fusion.training.record_file import RecordFile
-
-ATTENTION = "attention.jsonl"
 
 
 class AttentionRecorder(lightning.Callback):

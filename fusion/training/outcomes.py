@@ -10,9 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fusion.data.encode import EncodedRows
-from fusion.run import write_json
-
-OUTCOMES = "outcomes.json"
+from fusion.run import OUTCOMES, write_json
 
 log = logging.getLogger(__name__)
 

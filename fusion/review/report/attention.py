@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fusion.review.report.reading import ATTENTION, Found
+from fusion.review.report.reading import Found
 from fusion.review.report.results import Target, Trained
+from fusion.run import ATTENTION
 
 Floats = NDArray[np.floating]
 

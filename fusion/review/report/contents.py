@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,12 @@ class Contents:
     @property
     def everything(self) -> list[Target]:
         return [*self.targets, *self.single]
+
+    @functools.cached_property
+    def curves(self) -> list[tuple[Target, dict[str, list[Curve]]]]:
+        """Of each target that has some, what is drawn; read from the histories once."""
+        every = [(target, shown_curves(target, self.found)) for target in self.everything]
+        return [(target, curves) for target, curves in every if curves]
 
     @property
     def inspected(self) -> list[tuple[Target, str, Trained, dict[str, Any]]]:

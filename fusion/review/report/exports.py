@@ -8,7 +8,7 @@ from typing import Any
 
 from fusion.review.report import figures, tables
 from fusion.review.report.attention import layer_names
-from fusion.review.report.contents import Contents, costs, shown_curves
+from fusion.review.report.contents import Contents, costs
 from fusion.review.report.results import BASELINE
 from fusion.review.report.sections import every_method
 from fusion.review.report.wording import file_name, score
@@ -43,11 +43,9 @@ def figures_of(contents: Contents) -> list[tuple[str, Any]]:
     for target, method, _, inspection in contents.inspected:
         if inspection["masked"]:
             made.append((file_name("needed", target.label, method), figures.pruning_figure(inspection)))
+    for target, shown in contents.curves:
+        made.append((file_name("curves", target.label), figures.curves_figure(shown, list(target.groups))))
     for target in contents.everything:
-        if shown := shown_curves(target, contents.found):
-            made.append(
-                (file_name("curves", target.label), figures.curves_figure(shown, list(target.groups)))
-            )
         made.append((file_name("cost", target.label), figures.cost_figure(target, costs(target))))
     return made
 

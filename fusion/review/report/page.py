@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from fusion.review.report.contents import Contents
 from fusion.review.report.results import BASELINE
 from fusion.review.report.statistics import LEVEL, RESAMPLES
 from fusion.review.report.wording import number, size
+from fusion.run import write_whole
 
 LARGEST = 5_000_000  # bytes of the page
 WORD_ROWS = (1000, 4, 1, 0)  # of each fusion, tried in turn until the page is small enough
@@ -30,37 +31,37 @@ def write_page(contents: Contents, output: Path, about: Mapping[str, Any], files
     Raises:
         OSError: it cannot be written.
     """
-    text = ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of glyphs that the font has not
+        values = _values(contents, output)
+    template, text = _template(), ""
     for most_rows in WORD_ROWS:
         notes = list(contents.notes)
         if most_rows != WORD_ROWS[0]:
             notes.append(
                 f"To stay below 5 MB, at most {most_rows} rows of each fusion are shown word by word."
             )
-        text = _render(contents, output, about, files, most_rows, notes)
+        words = [sections.at_most(one, most_rows) for one in values["looked_into"]]
+        words = [one for one in words if one["rows"]]
+        text = template.render(
+            values,
+            about=about,
+            notes=notes,
+            words=words,
+            words_data={one["id"]: one["data"] for one in words},
+            files=None if files is None else os.path.relpath(files, output.parent),
+        )
         if len(text.encode()) <= LARGEST:
             break
     else:
         raise UserError(
             f"{output}: the page would have more than 5 MB; make a report of fewer runs: runs=[DIR,ANOTHER]"
         )
-    part = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, output)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(output, text)
     return len(text.encode())
 
 
-def _render(
-    contents: Contents,
-    output: Path,
-    about: Mapping[str, Any],
-    files: Path | None,
-    most_rows: int,
-    notes: Sequence[str],
-) -> str:
+def _template() -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -72,30 +73,29 @@ def _render(
     )
     environment.filters["number"] = number
     environment.filters["bytes"] = size
-    looked_into = [sections.looked_into(*one, most_rows) for one in contents.inspected]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of glyphs that the font has not
-        return environment.get_template("report.html").render(
-            about=about,
-            version=fusion.__version__,
-            notes=notes,
-            found=contents.found,
-            level=f"{LEVEL:.0%}",
-            resamples=f"{RESAMPLES:,}",
-            baseline=BASELINE,
-            helped=sections.helped(contents.targets, output),
-            details=sections.details(contents.targets),
-            tallies=sections.tallies(contents.targets),
-            heatmaps=[sections.heatmap(one) for one in contents.attention],
-            by_target=sections.sources_by_target(contents.attention),
-            entropy=sections.entropy(contents.attention),
-            words=[one for one in looked_into if one["rows"]],
-            words_data={one["id"]: one["data"] for one in looked_into if one["rows"]},
-            needed=[one for one in looked_into if one["needed"]],
-            curves=sections.curves(contents),
-            cost=[sections.cost(target) for target in contents.targets],
-            single=sections.details(contents.single),
-            groups=sections.runs(contents.everything, output),
-            rebuilds=sections.rebuilds(contents.everything),
-            files=None if files is None else os.path.relpath(files, output.parent),
-        )
+    return environment.get_template("report.html")
+
+
+def _values(contents: Contents, output: Path) -> dict[str, Any]:
+    """What the template lays out, however many rows are shown word by word."""
+    looked_into = [sections.looked_into(*one) for one in contents.inspected]
+    return {
+        "version": fusion.__version__,
+        "found": contents.found,
+        "level": f"{LEVEL:.0%}",
+        "resamples": f"{RESAMPLES:,}",
+        "baseline": BASELINE,
+        "helped": sections.helped(contents.targets, output),
+        "details": sections.details(contents.targets),
+        "tallies": sections.tallies(contents.targets),
+        "heatmaps": [sections.heatmap(one) for one in contents.attention],
+        "by_target": sections.sources_by_target(contents.attention),
+        "entropy": sections.entropy(contents.attention),
+        "looked_into": looked_into,
+        "needed": [one for one in looked_into if one["needed"]],
+        "curves": sections.curves(contents),
+        "cost": [sections.cost(target) for target in contents.targets],
+        "single": sections.details(contents.single),
+        "groups": sections.runs(contents.everything, output),
+        "rebuilds": sections.rebuilds(contents.everything),
+    }

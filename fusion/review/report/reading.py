@@ -13,15 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError, first_line
-from fusion.run import DEBUG
+from fusion.run import CONFIG, DEBUG, HISTORY, INSPECTION, RESULT, STATUS
 
-STATUS, RESULT, CONFIG = "status.json", "result.json", "config.yaml"
-HISTORY, ATTENTION, OUTCOMES, INSPECTION = (
-    "history.jsonl",
-    "attention.jsonl",
-    "outcomes.json",
-    "inspection.json",
-)
 _LARGEST = 256 * 2**20  # bytes of a file that are read
 
 

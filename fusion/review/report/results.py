@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from fusion.errors import UserError
-from fusion.review.report.reading import OUTCOMES, Found, RunFolder
+from fusion.review.report.reading import Found, RunFolder
 from fusion.review.report.statistics import Answers, Difference, Sample, compare, holm
-from fusion.run import identity_config
+from fusion.run import OUTCOMES, identity_config
 from fusion.store.manifest import Manifest, check_attends, read_folder
 
 BASELINE = "single adapter"

@@ -16,7 +16,7 @@ from fusion.errors import UserError
 from fusion.packing import unpack
 from fusion.review.report import figures
 from fusion.review.report.attention import Attention, by_target, layer_names
-from fusion.review.report.contents import Contents, costs, shown_curves
+from fusion.review.report.contents import Contents, costs
 from fusion.review.report.results import Target, Trained, order_of
 from fusion.review.report.statistics import LEVEL
 from fusion.review.report.wording import anchor, interval, p_value, score, signed
@@ -166,15 +166,13 @@ def entropy(every: Sequence[Attention]) -> Any:
     return figures.inline(figures.entropy_figure(every), "entropy", title)
 
 
-def looked_into(
-    target: Target, method: str, trained: Trained, inspection: dict[str, Any], most_rows: int
-) -> dict[str, Any]:
+def looked_into(target: Target, method: str, trained: Trained, inspection: dict[str, Any]) -> dict[str, Any]:
     metric, full = next(iter(inspection["metrics"].items()))
     identifier = anchor("into", target.label, method)
     sources = [str(source) for source in inspection["sources"]]
     slots = [str(slot) for slot in inspection["slots"]]
     colours = [figures.PALETTE[n % len(figures.PALETTE)] for n in range(len(sources))]
-    every = [_word_row(row, slots, sources, colours) for row in inspection["words"][:most_rows]]
+    every = [_word_row(row, slots, sources, colours) for row in inspection["words"]]
     rows = [row for row in every if row is not None]
     masked = [
         {
@@ -226,6 +224,11 @@ def looked_into(
     }
 
 
+def at_most(one: dict[str, Any], rows: int) -> dict[str, Any]:
+    """What was looked into, with at most so many rows word by word."""
+    return one | {"rows": one["rows"][:rows], "data": one["data"] | {"rows": one["data"]["rows"][:rows]}}
+
+
 def _word_row(
     row: dict[str, Any], slots: Sequence[str], sources: Sequence[str], colours: Sequence[str]
 ) -> dict[str, Any] | None:
@@ -258,16 +261,15 @@ def _word_row(
 
 def curves(contents: Contents) -> list[dict[str, Any]]:
     made = []
-    for target in contents.everything:
-        if shown := shown_curves(target, contents.found):
-            title = f"{', '.join(shown)} over the steps, {target.label}"
-            picture = figures.curves_figure(shown, list(target.groups))
-            made.append(
-                {
-                    "target": target.label,
-                    "picture": figures.inline(picture, anchor("curves", target.label), title),
-                }
-            )
+    for target, shown in contents.curves:
+        title = f"{', '.join(shown)} over the steps, {target.label}"
+        picture = figures.curves_figure(shown, list(target.groups))
+        made.append(
+            {
+                "target": target.label,
+                "picture": figures.inline(picture, anchor("curves", target.label), title),
+            }
+        )
     return made
 
 

@@ -7,6 +7,7 @@ import re
 
 from fusion.review.report.results import Group
 from fusion.review.report.statistics import Difference
+from fusion.store.listing import as_bytes
 
 
 def score(group: Group) -> str:
@@ -37,23 +38,14 @@ def number(value: float | None) -> str:
 
 
 def size(value: float | None) -> str:
-    if value is None:
-        return "–"
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
+    return "–" if value is None else as_bytes(round(value))
 
 
 def anchor(*parts: str) -> str:
     """An id that any text may become, no two of them the same."""
-    import re
-
     readable = re.sub(r"[^A-Za-z0-9]+", "-", "-".join(parts)).strip("-")[:40]
     return f"{readable}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:6]}"
 
 
 def file_name(*parts: str) -> str:
-
     return re.sub(r"[^A-Za-z0-9]+", "-", "-".join(parts)).strip("-").lower()[:100]
