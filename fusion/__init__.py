@@ -1,3 +1,3 @@
 """AdapterFusion pipelines: train adapters on many tasks, then learn what to listen to."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
