@@ -509,6 +509,62 @@ class OptimConfig:
 
 
 @dataclass
+class LossConfig:
+    """The training loss of classification and choice tasks, with the semantics of torch's cross entropy."""
+
+    class_weights: Any = None  # balanced, or a number for each label, in the order of the task's labels
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        weights = self.class_weights
+        numbers = isinstance(weights, list) and all(
+            type(weight) in (int, float) and 0 < weight < math.inf for weight in weights
+        )
+        _require(
+            weights is None or weights == "balanced" or (numbers and len(weights) > 0),
+            f"loss.class_weights={weights}: expected balanced, or a list with a number above 0 for each label, "
+            "such as [1.0,2.5]",
+        )
+        _require(
+            0.0 <= self.label_smoothing < 1.0,
+            f"loss.label_smoothing={self.label_smoothing}: expected 0 <= label_smoothing < 1",
+        )
+
+    def check(self, tasks: list[TaskConfig]) -> None:
+        """Refuse settings that none of the tasks has a use for.
+
+        Of several tasks, `balanced` applies to the classification tasks and smoothing to all but regressions.
+
+        Raises:
+            UserError: names the setting and the task.
+        """
+        kinds = {task.kind for task in tasks}
+        names = ", ".join(str(task.name) for task in tasks)
+        weights = self.class_weights
+        _require(
+            weights is None or "classification" in kinds,
+            f"loss.class_weights={weights}: {names} has no classes ({' and '.join(sorted(kinds))}); leave it out",
+        )
+        _require(
+            self.label_smoothing == 0.0 or kinds != {"regression"},
+            f"loss.label_smoothing={self.label_smoothing}: {names} is a regression, which has no classes; leave it out",
+        )
+        if not isinstance(weights, list):
+            return
+        _require(
+            len(tasks) == 1,
+            f"loss.class_weights={weights}: a list holds the weights of one task's labels, and this run trains {names}; "
+            "expected loss.class_weights=balanced, which counts each task's own labels",
+        )
+        labels = tasks[0].labels or []
+        _require(
+            len(weights) == len(labels),
+            f"loss.class_weights={weights}: {len(weights)} weights for the {len(labels)} labels of {names} "
+            f"({', '.join(labels[:20])}{', ...' if len(labels) > 20 else ''}); expected one for each, in this order",
+        )
+
+
+@dataclass
 class TrainerConfig:
     """Lightning's Trainer, argument by argument; what YAML cannot say is left to the code."""
 
@@ -614,6 +670,7 @@ class StageConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     store: str = "outputs/store"
@@ -638,6 +695,8 @@ class StageConfig:
             "(after each epoch alone)",
         )
         _require(0 <= self.seed < 2**32, f"seed={self.seed}: expected 0 to 4294967295")
+        if self.task is not None:
+            self.loss.check([self.task])
 
     @property
     def task_list(self) -> list[TaskConfig]:
@@ -683,6 +742,7 @@ class Stage1Config(StageConfig):
             TaskConfig.from_dict(task, where="tasks") if isinstance(task, dict) else task
             for task in self.tasks
         ]
+        self.loss.check(self.task_list)
 
     @property
     def task_list(self) -> list[TaskConfig]:

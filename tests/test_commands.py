@@ -111,7 +111,7 @@ def test_two_processes_follow_one(place: Path, tiny_backbone: Path) -> None:
 @pytest.mark.parametrize(
     "how",
     [
-        "adapter.drop=robust adapter.shared=true",
+        "adapter.drop=robust adapter.shared=true loss.class_weights=[0.5,2.5] loss.label_smoothing=0.1",
         pytest.param("method=lora", marks=pytest.mark.slow),
         pytest.param("method=full", marks=pytest.mark.slow),
     ],

@@ -33,12 +33,14 @@ class Plan:
         weights: 0.0 for a filler, which only keeps this device in step; 1.0 otherwise.
         global_rows: how many rows count in this step over all devices.
         task: whose rows they are, where several tasks are trained at once.
+        global_indices: the rows of all devices in this step; None: this device's alone.
     """
 
     rows: list[int]
     weights: list[float]
     global_rows: int
     task: int = 0
+    global_indices: NDArray[np.intp] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Batch:
         prefix: (sequences, tokens, width) float32, zero at padding: what the frozen prefix of the model gives,
             where that is known
         task: whose rows they are, where several tasks are trained at once
+        global_weight: the sum of the class weights of these rows' labels over all devices; None: no class weights
     """
 
     input_ids: Tensor
@@ -71,6 +74,7 @@ class Batch:
     global_rows: int
     prefix: Tensor | None = None
     task: int = 0
+    global_weight: float | None = None
 
     def to(self, device: Any, **options: Any) -> Batch:
         """The batch on another device (Lightning moves whatever has a `to`)."""
@@ -335,8 +339,8 @@ def _share(rows: NDArray[np.intp], rank: int, world_size: int) -> Plan:
     """Device `rank`'s rows of a global batch; a filler of weight 0 where it would have none."""
     own = rows[rank::world_size].tolist()
     if not own:
-        return Plan([int(rows[0])], [0.0], len(rows))
-    return Plan(own, [1.0] * len(own), len(rows))
+        return Plan([int(rows[0])], [0.0], len(rows), global_indices=rows)
+    return Plan(own, [1.0] * len(own), len(rows), global_indices=rows)
 
 
 def _check(lengths: NDArray[np.integer], size: int, rank: int, world_size: int) -> None:

@@ -88,6 +88,7 @@ class EncodedRows:
         key: hex digits that stand for the token ids.
         states: (all tokens, width), what the frozen prefix of a model gives for each token; None: unknown.
         task: whose rows they are, where several tasks are trained or scored by one model.
+        class_weights: (labels,) float64, the weight of each label in the training loss; None: all count alike.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class EncodedRows:
         self.key = key
         self.states: NDArray[np.floating] | None = None
         self.task = 0
+        self.class_weights: NDArray[np.float64] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For a loader's worker: states on disk are mapped there again, not copied."""
@@ -156,13 +158,18 @@ class EncodedRows:
         return len(self._first)
 
     def batch(
-        self, indices: list[int], weights: list[float] | None = None, global_rows: int | None = None
+        self,
+        indices: list[int],
+        weights: list[float] | None = None,
+        global_rows: int | None = None,
+        global_indices: NDArray[np.intp] | None = None,
     ) -> Batch:
         """Rows padded to the longest sequence among them.
 
         Args:
             weights: 0.0 for a filler row, 1.0 (all, by default) for a row that counts.
             global_rows: rows that count over all devices; those of this batch by default.
+            global_indices: which rows those are; likewise.
         """
         counts = None if self.choice_counts is None else self.choice_counts[indices]
         tokens, real = self.places(indices)
@@ -177,6 +184,10 @@ class EncodedRows:
             prefix = np.zeros((*real.shape, self.states.shape[1]), np.float32)
             prefix[real] = self.states[tokens]
         weight = np.ones(len(indices), np.float32) if weights is None else np.array(weights, np.float32)
+        global_weight = None
+        if self.class_weights is not None and self.labels is not None:
+            everyone = np.array(indices)[weight > 0] if global_indices is None else global_indices
+            global_weight = float(self.class_weights[self.labels[everyone]].sum())
         return Batch(
             input_ids=torch.from_numpy(input_ids),
             attention_mask=torch.from_numpy(real.astype(np.int64)),
@@ -188,6 +199,7 @@ class EncodedRows:
             global_rows=int((weight > 0).sum()) if global_rows is None else global_rows,
             prefix=None if prefix is None else torch.from_numpy(prefix),
             task=self.task,
+            global_weight=global_weight,
         )
 
     def places(self, indices: list[int]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

@@ -30,7 +30,7 @@ class PlannedBatches(Dataset[Batch]):
         return sum(len(rows) for rows in self.encoded)
 
     def __getitem__(self, plan: Plan) -> Batch:
-        return self.encoded[plan.task].batch(plan.rows, plan.weights, plan.global_rows)
+        return self.encoded[plan.task].batch(plan.rows, plan.weights, plan.global_rows, plan.global_indices)
 
 
 def training_loader(

@@ -134,7 +134,18 @@ def fit(
         "tokens_per_batch": config.data.tokens_per_batch,
     }
     prefix = prepare(trainer.strategy.root_device)
-    module = TaskModule(model, tasks, config.optim, loss_weights, splits, prefix, config.seed, robust_drop)
+    module = TaskModule(
+        model,
+        tasks,
+        config.optim,
+        loss_weights,
+        splits,
+        prefix,
+        config.seed,
+        robust_drop,
+        [rows.class_weights for rows in training],
+        config.loss.label_smoothing,
+    )
     evaluation = [evaluation_loader(rows, config.data.batch_size, **loading) for rows in validation.values()]
     size, seed = config.data.batch_size, config.seed
     if len(tasks) > 1:

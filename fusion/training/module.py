@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as lightning
 import torch
+from numpy.typing import NDArray
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,6 +39,8 @@ class TaskModule(lightning.LightningModule):
         seed: of what is drawn in training.
         robust_drop: whether each training batch leaves out a random number of the first layers' slots (AdapterDrop,
             robust).
+        class_weights: for each task, the weight of each label in the training loss; None: all labels count alike.
+        label_smoothing: of the training loss, as in `torch.nn.CrossEntropyLoss`.
     """
 
     def __init__(
@@ -50,6 +53,8 @@ class TaskModule(lightning.LightningModule):
         prefix: str | None = None,
         seed: int = 0,
         robust_drop: bool = False,
+        class_weights: Sequence[NDArray[np.float64] | None] = (),
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         self.model = model
@@ -60,6 +65,10 @@ class TaskModule(lightning.LightningModule):
         self.prefix = prefix
         self.seed = seed
         self.robust_drop = robust_drop
+        self.label_smoothing = label_smoothing
+        for number, weights in enumerate(class_weights):
+            values = None if weights is None else torch.from_numpy(weights).float()
+            self.register_buffer(f"class_weights_{number}", values, persistent=False)
         self.losses_seen = Losses()
         self.split_metrics = nn.ModuleList([TaskMetrics(task) for task in splits.values()])
         # Of each evaluated epoch: its number (from 1) and every metric.
@@ -102,9 +111,17 @@ class TaskModule(lightning.LightningModule):
     def losses(self, batch: Batch, first_layer: int = 0) -> dict[str, Tensor]:
         """The named terms of a batch's loss: `task`, and what the fillings add, weighted."""
         assert batch.labels is not None
-        per_row = row_losses(self.scores(batch, first_layer), batch.labels, self.tasks[batch.task].kind)
-        # The mean over the rows of all processes: each process's gradient is averaged with the others'.
-        task = (per_row * batch.weights).sum() * self.trainer.world_size / batch.global_rows
+        per_row = row_losses(
+            self.scores(batch, first_layer),
+            batch.labels,
+            self.tasks[batch.task].kind,
+            getattr(self, f"class_weights_{batch.task}", None),
+            self.label_smoothing,
+        )
+        # The mean over the rows of all processes: each process's gradient is averaged with the others'. With class
+        # weights it is the weighted mean, so the divisor is the sum of the weights over all processes too.
+        total = batch.global_rows if batch.global_weight is None else batch.global_weight
+        task = (per_row * batch.weights).sum() * self.trainer.world_size / total
         extra = {name: self.loss_weights[name] * value for name, value in self.model.losses().items()}
         return {"task": task, **extra}
 
@@ -312,8 +329,31 @@ def adamw(model: AdaptedModel, optim: OptimConfig, fused: bool = True) -> torch.
     )
 
 
-def row_losses(scores: Tensor, labels: Tensor, kind: str) -> Tensor:
-    """scores: (B, K), labels: (B,) -> (B,): squared error for a regression, else cross-entropy."""
+def row_losses(
+    scores: Tensor,
+    labels: Tensor,
+    kind: str,
+    class_weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """scores: (B, K), labels: (B,) -> (B,): squared error for a regression, else cross entropy.
+
+    The terms of `torch.nn.CrossEntropyLoss` before its mean. The choices of a row smooth over those that the row
+    has: its other scores are -inf.
+
+    Args:
+        class_weights: (K,), classification only.
+        label_smoothing: not of a regression.
+    """
+    scores = scores.float()
     if kind == "regression":
-        return F.mse_loss(scores.float().squeeze(-1), labels.float(), reduction="none")
-    return F.cross_entropy(scores.float(), labels, reduction="none")
+        return F.mse_loss(scores.squeeze(-1), labels.float(), reduction="none")
+    if kind == "choice" and label_smoothing > 0:
+        there = scores > float("-inf")
+        losses = -scores.log_softmax(-1)
+        uniform = losses.masked_fill(~there, 0.0).sum(-1) / there.sum(-1)
+        right = losses.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        return (1 - label_smoothing) * right + label_smoothing * uniform
+    return F.cross_entropy(
+        scores, labels, weight=class_weights, reduction="none", label_smoothing=label_smoothing
+    )

@@ -35,6 +35,7 @@ from fusion.run import Run
 from fusion.store.artifacts import save
 from fusion.store.manifest import Manifest, read_folder
 from fusion.training.attention import AttentionRecorder
+from fusion.training.class_weights import set_class_weights
 from fusion.training.fit import Fit, fit
 from fusion.training.history import History
 from fusion.training.outcomes import outcomes, write_outcomes
@@ -83,6 +84,7 @@ def load_task_rows(config: StageConfig) -> TaskRows:
                 len(rows),
                 f", {rows.ignored} without a label left out" if rows.ignored else "",
             )
+    set_class_weights(config.loss, tasks, loaded.training)
     return loaded
 
 
