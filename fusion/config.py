@@ -269,7 +269,8 @@ class LimitConfig:
 
 @dataclass
 class DataConfig:
-    dir: Optional[str] = None  # read DIR/<task>/<split>.{parquet,jsonl,csv,tsv} in place of the hub
+    dir: Optional[str] = None  # read DIR/<task>/<split>.{parquet,jsonl,json,csv,tsv} in place of the hub
+    quoting: Optional[str] = None  # of CSV and TSV files: csv or none; null: csv in CSV, none in TSV
     limit: LimitConfig = field(default_factory=LimitConfig)
     max_length: Optional[int] = (
         128  # tokens of a text or pair, special ones included; null: the artifact's own
@@ -289,6 +290,11 @@ class DataConfig:
             self.tokens_per_batch is None or self.tokens_per_batch >= (self.max_length or 4),
             f"data.tokens_per_batch={self.tokens_per_batch}: expected room for a text of data.max_length"
             f"={self.max_length or 4} tokens, or null for data.batch_size rows",
+        )
+        _require(
+            self.quoting in (None, "csv", "none"),
+            f"data.quoting={self.quoting}: expected csv (a field may be in quotes), none (quotes are text), or null: "
+            "csv for CSV files, none for TSV files",
         )
         _require(self.workers >= 0, f"data.workers={self.workers}: expected 0 or more")
 

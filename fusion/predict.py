@@ -36,6 +36,8 @@ def answer_of(config: PredictConfig, manifest: Manifest) -> Answer:
 
 def check(config: PredictConfig, run: Run) -> None:
     """What can be said before a model is loaded."""
+    from fusion.data.files import READABLE, form_of
+
     manifest = read_folder(find(config.artifact, Path(config.store)))
     check_drop(manifest, config.drop)
     check_trust(manifest, config.backbone.trust_remote_code)
@@ -43,7 +45,9 @@ def check(config: PredictConfig, run: Run) -> None:
     if config.attention:
         check_attends(manifest, "attention=true", "leave attention= out")
     if not Path(config.input).is_file():
-        raise UserError(f"input={config.input}: no such file; expected .jsonl, .csv, .tsv or .parquet")
+        raise UserError(f"input={config.input}: no such file; expected one with an ending {READABLE}")
+    if form_of(Path(config.input)) is None:
+        raise UserError(f"input={config.input}: this ending is not read; expected {READABLE}")
     output = Path(config.output)
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise UserError(f"output={config.output}: expected a file in a folder that is there")
@@ -70,7 +74,7 @@ def main(config: PredictConfig, run: Run) -> dict[str, Any]:
     manifest = artifact.manifest
     answer = answer_of(config, manifest)
     task = answer.task
-    rows = rows_of_file(task, Path(config.input))
+    rows = rows_of_file(task, Path(config.input), config.data.quoting)
     name, revision = backbone_of(manifest, config.backbone)
     tokenizer = load_tokenizer(locate(name), revision, config.backbone.trust_remote_code)
     encoded = encode(

@@ -86,6 +86,7 @@ ADDED_LATER: tuple[tuple[str, Any], ...] = (
     ("composition.keep", None),
     ("composition.drop", None),
     ("sources_by", None),
+    ("data.quoting", None),
     ("loss.class_weights", None),
     ("loss.label_smoothing", 0.0),
 )

@@ -27,7 +27,7 @@ from fusion.data.splits import (
     local_part,
     no_source,
 )
-from fusion.data.tables import Table, hub_table, listed, read_table, record_table, shown
+from fusion.data.tables import Table, hub_table, listed, read_split, read_table, record_table, shown
 from fusion.errors import UserError
 
 __all__ = ["Rows", "check_source", "evaluation_splits", "load_rows", "rows_of_file", "rows_of_records"]
@@ -69,8 +69,8 @@ def load_rows(task: TaskConfig, data: DataConfig, split: str) -> Rows:
     ours = family(task, split)
     part = Part(split)
     if is_local(task, data):
-        path, part = local_part(task, data, split)
-        table = read_table(path, _text_columns(task))
+        files, part = local_part(task, data, split)
+        table = read_split(files, _text_columns(task), data.quoting)
     elif task.corpus is not None:
         from fusion.data.corpora import corpus_records
 
@@ -78,7 +78,7 @@ def load_rows(task: TaskConfig, data: DataConfig, split: str) -> Rows:
         table = record_table(corpus_records(task.corpus, split), where=f"corpus {task.corpus}, {split}")
     elif task.hub is not None:
         part = hub_part(task, split)
-        cure = f"A local copy does without the hub: data.dir=DIR reads DIR/{task.name}/{split}.parquet (jsonl, csv, tsv)"
+        cure = f"A local copy does without the hub: data.dir=DIR reads DIR/{task.name}/{split}.parquet (jsonl, json, csv, tsv)"
         table = hub_table(task.hub, part.name, cure)
     else:
         raise no_source(task, split)
@@ -95,13 +95,16 @@ def rows_of_records(task: TaskConfig, records: Iterable[dict[str, Any]], where: 
     return _rows(task, record_table(records, where=where), unlabelled=True, read_labels=False)
 
 
-def rows_of_file(task: TaskConfig, path: Path) -> Rows:
+def rows_of_file(task: TaskConfig, path: Path, quoting: str | None = None) -> Rows:
     """Rows to predict on, from a file; labels are neither needed nor read.
+
+    Args:
+        quoting: of a CSV or TSV file, see `read_delimited`.
 
     Raises:
         UserError: as `rows_of_records`, or the file is not what its ending says.
     """
-    return _rows(task, read_table(path, _text_columns(task)), unlabelled=True, read_labels=False)
+    return _rows(task, read_table(path, _text_columns(task), quoting), unlabelled=True, read_labels=False)
 
 
 def _rows(

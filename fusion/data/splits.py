@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusion.config import DataConfig, TaskConfig
-from fusion.data.tables import ENDINGS, listed
+from fusion.data.files import READABLE, SplitFiles, contents, split_files
+from fusion.data.tables import listed
 from fusion.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -98,12 +99,18 @@ def is_local(task: TaskConfig, data: DataConfig) -> bool:
     return task.corpus is None or _folder(task, data).is_dir()
 
 
-def local_part(task: TaskConfig, data: DataConfig, split: str) -> tuple[Path, Part]:
-    """The file that holds a split, and which part of it.
+def local_part(task: TaskConfig, data: DataConfig, split: str) -> tuple[SplitFiles, Part]:
+    """The files that hold a split, and which part of it.
 
     Raises:
-        UserError: the folder or the file is missing; says what is there.
+        UserError: the folder, the files or one of the shards are missing; says what is there.
     """
+    files, part = _local_part(task, data, split)
+    files.check_complete()
+    return files, part
+
+
+def _local_part(task: TaskConfig, data: DataConfig, split: str) -> tuple[SplitFiles, Part]:
     there = _files(task, data)
     published = _published(task, split)
     parts = _parts(task)
@@ -121,9 +128,14 @@ def local_part(task: TaskConfig, data: DataConfig, split: str) -> tuple[Path, Pa
         return there[ours], Part(ours)
     if part is not None and part.name in there:
         return there[part.name], part
+    folder = _folder(task, data)
+    holds = contents(folder)
+    unread = [name for name in holds if re.match(rf"(data/)?{re.escape(split)}[.-]", name)]
+    reason = f" ({listed(unread)} has no ending that is read)" if unread else ""
     raise UserError(
-        f"{_folder(task, data)} has no {split}: it holds {listed(path.name for path in there.values())}\n"
-        f"Expected {_folder(task, data)}/{split}.parquet (jsonl, csv, tsv); without data.dir the hub's copy is used"
+        f"{folder} has no {split}: it holds {listed(holds)}{reason}\n"
+        f"Expected {folder}/{split} with an ending {READABLE}, shards {split}-00000-of-00002.parquet, or a folder "
+        f"{split} of save_to_disk; without data.dir the hub's copy is used"
     )
 
 
@@ -146,7 +158,7 @@ def check_source(task: TaskConfig, data: DataConfig, splits: Iterable[str] = ("t
 def no_source(task: TaskConfig, split: str) -> UserError:
     return UserError(
         f"task {task.name} says neither hub nor corpus, so its rows can only be local\n"
-        f"data.dir=DIR reads DIR/{task.name}/{split}.parquet (jsonl, csv, tsv)"
+        f"data.dir=DIR reads DIR/{task.name}/{split}.parquet (jsonl, json, csv, tsv)"
     )
 
 
@@ -185,21 +197,13 @@ def _folder(task: TaskConfig, data: DataConfig) -> Path:
     return Path(data.dir).expanduser() / str(task.name)
 
 
-def _files(task: TaskConfig, data: DataConfig) -> dict[str, Path]:
-    """The data files in the task's folder, by the name of their split."""
+def _files(task: TaskConfig, data: DataConfig) -> dict[str, SplitFiles]:
+    """What the task's folder holds, by the name of the split."""
     folder = _folder(task, data)
     if not folder.is_dir():
         there = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
         raise UserError(
             f"data.dir={data.dir} has no folder {task.name}: it holds {listed(there)}\n"
-            f"Expected {folder}/<split>.parquet (jsonl, csv, tsv); without data.dir the hub's copy is used"
+            f"Expected {folder}/<split>.parquet (jsonl, json, csv, tsv); without data.dir the hub's copy is used"
         )
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix in ENDINGS and path.is_file():
-            if path.stem in found:
-                raise UserError(
-                    f"{folder} has both {found[path.stem].name} and {path.name}: keep one of them"
-                )
-            found[path.stem] = path
-    return found
+    return split_files(folder)

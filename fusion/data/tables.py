@@ -6,22 +6,23 @@ import contextlib
 import logging
 import os
 import reprlib
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.config import HubConfig
 from fusion.data.delimited import read_delimited
-from fusion.data.jsonl import read_jsonl
+from fusion.data.files import READABLE, Form, SplitFiles, form_of, read_content
+from fusion.data.jsonl import read_json, read_jsonl
 from fusion.errors import UserError, first_line
 from fusion.hub import from_cache_or_hub, hub_is_reachable, offline
 
 if TYPE_CHECKING:
     import pyarrow
-
-ENDINGS = (".parquet", ".jsonl", ".csv", ".tsv")
 
 _SHOWN = 60  # characters of a value or a name in a message
 _NAMES = 20  # names in a message
@@ -45,6 +46,7 @@ class Table:
     rows: int
     read: Callable[[str], list[Any]]  # a column's values
     row_name: Callable[[int], str]
+    place: Callable[[int], str] | None = None  # of a row, where the table comes from several files
 
     def column(self, path: str) -> list[Any] | None:
         """The values at `path`, None where the table has no such column.
@@ -65,7 +67,7 @@ class Table:
         return [None if value is _ABSENT else value for value in values]
 
     def at(self, row: int) -> str:
-        return f"{self.where}, {self.row_name(row)}"
+        return f"{self.where}, {self.row_name(row)}" if self.place is None else self.place(row)
 
 
 def shown(value: Any) -> str:
@@ -149,35 +151,129 @@ def record_table(records: Iterable[dict[str, Any]], lines: list[int] | None = No
     )
 
 
-def read_table(path: Path, text_columns: Iterable[str] = ()) -> Table:
+def read_split(files: SplitFiles, text_columns: Iterable[str] = (), quoting: str | None = None) -> Table:
+    """The table of a split in local files, shards joined in their order.
+
+    Args:
+        text_columns, quoting: as `read_table`.
+
+    Raises:
+        UserError: as `read_table`, or shards differ in their columns.
+    """
+    if files.form is None:
+        return _read_saved(files.paths[0])
+    columns = list(text_columns)
+    room = _Room()
+    tables = [_read_file(path, files.form, columns, quoting, room) for path in files.paths]
+    return (
+        tables[0]
+        if len(tables) == 1
+        else joined(tables, str(files.paths[0].with_name(str(files).removeprefix("data/"))))
+    )
+
+
+def read_table(path: Path, text_columns: Iterable[str] = (), quoting: str | None = None) -> Table:
     """The table in a local file.
 
     Args:
-        path: a file with one of `ENDINGS`.
+        path: a file with an ending that `form_of` knows.
         text_columns: columns of a CSV or TSV file that hold text even where all of it looks like numbers.
+        quoting: of a CSV or TSV file, see `read_delimited`.
 
     Raises:
         UserError: the file is not what its ending says, or has another.
     """
-    if path.suffix not in ENDINGS:
-        raise UserError(f"{path}: expected a file with one of the endings {', '.join(ENDINGS)}")
+    form = form_of(path)
+    if form is None:
+        raise UserError(f"{path}: expected a file with one of the endings {READABLE}")
+    return _read_file(path, form, text_columns, quoting, _Room())
+
+
+class _Room:
+    """What the compressed files of one table may still become, in bytes, and its Parquet files in memory."""
+
+    def __init__(self) -> None:
+        self.memory = _memory()
+        # Rows of text take several times their bytes, as Python's objects.
+        self.text = self.memory // 4
+
+
+def _read_file(
+    path: Path, form: Form, text_columns: Iterable[str], quoting: str | None, room: _Room
+) -> Table:
     try:
-        if path.suffix == ".jsonl":
-            return record_table(*read_jsonl(path), where=str(path))
-        if path.suffix == ".parquet":
-            return arrow_table(_read_parquet(path), str(path))
-        return arrow_table(read_delimited(path, text_columns), str(path))
+        if form.format == ".parquet":
+            return arrow_table(_read_parquet(path, room), str(path))
+        content = read_content(path, form, room.text)
+        room.text -= len(content) if form.compression else 0
+        if form.format == ".jsonl":
+            return record_table(*read_jsonl(path, content), where=str(path))
+        if form.format == ".json":
+            return record_table(*read_json(path, content), where=str(path))
+        table = read_delimited(path, content, form.format == ".tsv", text_columns, quoting)
+        return arrow_table(table, str(path))
     except UserError:
         raise
     except Exception as error:  # of the system and of pyarrow, whose errors share no base
         reason = first_line(error)[:200]
         raise UserError(
-            f"{path}: cannot be read as {path.suffix[1:]}: {reason}\n"
-            f"Write it anew, or give it the ending of what it holds ({', '.join(ENDINGS)})"
+            f"{path}: cannot be read as {form.format[1:]}: {reason}\n"
+            f"Write it again, or give it the ending of what it holds: {READABLE}"
         ) from error
 
 
-def _read_parquet(path: Path) -> pyarrow.Table:
+def _read_saved(folder: Path) -> Table:
+    """A data set that `save_to_disk` of `datasets` has written."""
+    import datasets
+
+    try:
+        with _quiet():
+            data = datasets.load_from_disk(str(folder.resolve()))
+            return arrow_table(data.with_format("arrow")[:], str(folder))
+    except UserError:
+        raise
+    except Exception as error:  # of the system, of pyarrow and of datasets, whose errors share no base
+        raise UserError(
+            f"{folder}: cannot be read as a data set of save_to_disk: {first_line(error)[:200]}\n"
+            f"Save it again, or write {folder.name}.parquet with to_parquet"
+        ) from error
+
+
+def joined(tables: list[Table], where: str) -> Table:
+    """Tables one after another.
+
+    Raises:
+        UserError: they differ in their columns.
+    """
+    first = tables[0]
+    for table in tables[1:]:
+        if set(table.columns) != set(first.columns):
+            differing = sorted(set(table.columns) ^ set(first.columns))
+            raise UserError(
+                f"{table.where}: its columns are not those of {Path(first.where).name}: {listed(differing)} is in one "
+                "of them alone; write the shards of a split with the same columns"
+            )
+    ends = list(accumulate(table.rows for table in tables))
+
+    def found(row: int) -> tuple[Table, int]:
+        number = bisect_right(ends, row)
+        return tables[number], row - (ends[number] - tables[number].rows)
+
+    def place(row: int) -> str:
+        table, own = found(row)
+        return table.at(own)
+
+    return replace(
+        first,
+        where=where,
+        rows=ends[-1],
+        read=lambda name: [value for table in tables for value in table.read(name)],
+        row_name=lambda row: found(row)[0].row_name(found(row)[1]),
+        place=place,
+    )
+
+
+def _read_parquet(path: Path, room: _Room) -> pyarrow.Table:
     import pyarrow.parquet
 
     footer = pyarrow.parquet.read_metadata(path)
@@ -186,11 +282,12 @@ def _read_parquet(path: Path) -> pyarrow.Table:
         sum(footer.row_group(group).total_byte_size for group in range(footer.num_row_groups)),
         footer.num_rows * 8,
     )
-    if needed > (there := _memory()):
+    if needed > room.memory:
         raise UserError(
             f"{path}: its {footer.num_rows} rows take {needed / 1e9:.1f} GB once read, more than this machine's "
-            f"{there / 1e9:.1f} GB of memory\nKeep fewer rows, or only the columns of the task"
+            f"{room.memory / 1e9:.1f} GB of memory\nKeep fewer rows, or only the columns of the task"
         )
+    room.memory -= needed
     return pyarrow.parquet.read_table(path, partitioning=None, page_checksum_verification=True)
 
 

@@ -63,7 +63,8 @@ def test_what_is_missing_is_said_with_what_is_there(task, write, tmp_path):
     data = write("train.jsonl", ROWS)
     write("notes.txt", "not data")
     with pytest.raises(
-        UserError, match=r"pets has no validation: it holds train\.jsonl\nExpected .*validation\.parquet"
+        UserError,
+        match=r"has no validation: it holds notes\.txt, train\.jsonl\nExpected .*pets/validation with an ending \.parquet",
     ):
         load_rows(task(), data, "validation")
     with pytest.raises(UserError, match="has no folder birds: it holds pets"):
