@@ -49,7 +49,7 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     from fusion.backbones.load import load_backbone, locate
     from fusion.build import backbone_of, stored_model
     from fusion.data.encode import encode, load_tokenizer
-    from fusion.data.rows import evaluation_splits, load_rows
+    from fusion.data.rows import evaluation_splits, load_splits
     from fusion.inference import device_of, predict
     from fusion.store.artifacts import load
     from fusion.terminal.bars import rows_bar
@@ -74,7 +74,7 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     ]
     for answer, split in splits:
         task = answer.task
-        rows = load_rows(task, config.data, split)
+        rows = load_splits(task, config.data, [split], manifest.labels_read_as(task.name))[0][split]
         if rows.labels is None:
             raise UserError(f"split={split}: its rows have no labels to score against; use fusion.predict")
         encoded = encode(

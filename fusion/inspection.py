@@ -22,7 +22,7 @@ from fusion.build import backbone_of, stored_model
 from fusion.config import DataConfig, InspectConfig, LimitConfig, TaskConfig
 from fusion.data.encode import EncodedRows, encode, load_tokenizer
 from fusion.data.loaders import evaluation_loader
-from fusion.data.rows import Rows, evaluation_splits, load_rows
+from fusion.data.rows import Rows, evaluation_splits, load_splits
 from fusion.errors import UserError
 from fusion.inference import class_names, device_of, predict, probabilities
 from fusion.listening import listen
@@ -82,7 +82,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     check_attends(manifest, f"artifact={config.artifact}", "name a fusion")
     task, data = own_tasks(manifest)[0], data_of(manifest, config.data)
     split = evaluation_splits(task, config.split, data)[0]
-    rows = load_rows(task, data, split)
+    rows = load_splits(task, data, [split], manifest.labels_read_as(task.name))[0][split]
     if rows.labels is None:
         raise UserError(f"split={split}: its rows have no labels to score against; expected a labelled split")
     if isinstance(config.words, list) and max(config.words) >= len(rows):

@@ -1,133 +1,400 @@
-"""Raw labels as class ids, values, or indices of the right choice."""
+"""Raw labels as class ids, values, or indices of the right choice.
+
+What a raw label means is a function of the task file and of that label alone. It depends neither on the other labels
+of the column nor on the format of the file, so it is the same in every split: a raw label means the label whose
+`label_values` it equals, else the label whose name it equals. Numbers are ids (and booleans the ids 0 and 1) only
+where neither names nor `label_values` are numbers (booleans). The other labels of a column can only lead to a refusal.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fusion.config import TaskConfig
-from fusion.data.tables import Table, listed, shown
+from fusion.data.tables import Column, Table, listed, shown
 from fusion.errors import UserError
 
 _LARGEST = 3.4028234e38  # of float32, in which a regression is computed
+_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_NUMBER_LENGTH = 400  # characters; no float64 needs more
+_NOT_FINITE = re.compile(r"[-+]?(nan|inf|infinity)", re.IGNORECASE)
+_BOOLEANS = {text: text.lower() == "true" for text in ("true", "True", "TRUE", "false", "False", "FALSE")}
+
+# ClassLabel names of hub data sets whose labels the shipped task file calls otherwise, by the names in `labels`. Not
+# as `label_values` in these files: the tasks in manifests of version 0.1 have none.
+_HUB_NAMES = {
+    ("negative", "positive"): ("neg", "pos"),
+    ("world", "sports", "business", "sci_tech"): ("World", "Sports", "Business", "Sci/Tech"),
+    ("abbreviation", "entity", "description", "human", "location", "number"): (
+        *("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM"),
+    ),
+}
+
+Key = tuple[str, Any]
+_MISSING: Key = ("missing", None)
 
 
-def is_ignored(value: Any, ignore: list[Any], unlabelled: bool) -> bool:
-    """Whether a raw label says that there is none.
+@dataclass(frozen=True)
+class Reading:
+    """How the labels of one split can be read.
 
-    Args:
-        ignore: the task's `ignore_labels`.
-        unlabelled: whether a missing value is one as well.
+    Attributes:
+        ways: the ways in which all of them can be read, in order of precedence; they agree on what each label means.
+        ids: the distinct class ids or indices.
+        count: how many classes or choices there are.
+        where: the file or data set, for messages.
     """
-    if _is_missing(value):
-        return unlabelled or None in ignore
-    return any(_key(value) == _key(entry) for entry in ignore)
+
+    ways: tuple[str, ...]
+    ids: frozenset[int]
+    count: int
+    where: str
 
 
-def read_values(task: TaskConfig, table: Table, raw: list[Any], kept: list[int]) -> list[float]:
-    """The labels of a regression.
+def label_key(value: Any) -> Key:
+    """What tells raw labels apart: 1, "1" and 1.0 are one label, so are true and "true", and null and ""."""
+    if isinstance(value, str):
+        return _text_key(value) if value else _MISSING
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return _MISSING
+    if isinstance(value, bool):
+        return "boolean", value
+    if isinstance(value, float) and value.is_integer():
+        return "number", int(value)
+    if isinstance(value, (int, float)):
+        return "number", value
+    return type(value).__name__, _written(value)
+
+
+def _text_key(text: str) -> Key:
+    stripped = text.strip()
+    if stripped in _BOOLEANS:
+        return "boolean", _BOOLEANS[stripped]
+    number = _number(stripped)
+    if number is None or math.isinf(number):
+        return "text", text
+    return "number", int(number) if number == int(number) else number
+
+
+def _number(text: str) -> int | float | None:
+    if len(text) > _NUMBER_LENGTH or not _NUMBER.fullmatch(text):
+        return None
+    return int(text) if text.lstrip("+-").isdecimal() else float(text)
+
+
+class Labels:
+    """The labels of a task, and every way to write them.
+
+    Raises:
+        UserError: two labels have raw values that are one value, such as 1 and "1".
+    """
+
+    def __init__(self, task: TaskConfig) -> None:
+        self.task = task
+        self.names: list[str] = task.labels or []
+        self._columns: list[str] = task.choices if isinstance(task.choices, list) else []
+        values = [(value, number) for number, entry in enumerate(raw_values(task)) for value in entry]
+        names = [(name, number) for number, name in enumerate(self.names)]
+        # Texts that differ and are one number or boolean, such as "01" and "1", are told apart by their spelling.
+        self._spelled = {*_same_key(names), *_same_key(values)}
+        self._by_value = {self.key(value): number for value, number in values}
+        by_name = {self.key(name): number for name, number in names}
+        # A name that is also the raw value of another label can only mean the latter.
+        self._by_name = {
+            k: number for k, number in by_name.items() if self._by_value.get(k, number) == number
+        }
+        self._known = [(label_key(value), number) for value, number in [*values, *names]]
+        self._named = {*self._by_value, *by_name, *(key for key, _ in self._known)}
+        self._ignore = {self.key(entry) for entry in task.ignore_labels}
+
+    def key(self, value: Any) -> Key:
+        """As `label_key`, but by its spelling where two of the task's labels differ by that alone."""
+        return ("spelled", value) if isinstance(value, str) and value in self._spelled else label_key(value)
+
+    def keys(self, column: Column) -> list[Key]:
+        """The keys of a column; an id of a ClassLabel column stands for the name that it has there."""
+        if column.names is None:
+            known: dict[tuple[type, Any], Key] = {}  # a file has few labels, each many times
+            return [self._typed_key(value, column.typed, known) for value in column.values]
+        of_name = [self._class_key(name) for name in _own_names(self.names, column.names)]
+        return [
+            of_name[value] if type(value) is int and 0 <= value < len(of_name) else self.key(value)
+            for value in column.values
+        ]
+
+    def _typed_key(self, value: Any, typed: bool, known: dict[tuple[type, Any], Key]) -> Key:
+        """Text is no id in a file that could have held a number, such as JSON."""
+        if not isinstance(value, (str, int)):
+            return self.key(value)
+        if (key := known.get((type(value), value))) is None:
+            key = self.key(value)
+            if typed and isinstance(value, str) and key not in self._named and key not in self._ignore:
+                key = "text", value
+            known[type(value), value] = key
+        return key
+
+    def _class_key(self, name: str) -> Key:
+        return ("column", self._columns.index(name)) if name in self._columns else self.key(name)
+
+    def ways(self, choices: int | None = None) -> dict[str, dict[Key, int]]:
+        """Each way to write a label, by keys, in order of precedence.
+
+        Args:
+            choices: choice tasks: the most choices that a row has.
+        """
+        columns: dict[Key, int] = {("column", number): number for number in range(len(self._columns))}
+        ways = {"label_values": self._by_value, "names": self._by_name | columns}
+        numbers = [(key[1], number) for key, number in self._known if key[0] == "number"]
+        booleans = [(key[1], number) for key, number in self._known if key[0] == "boolean"]
+        count = len(self.names) if choices is None else choices
+        if not numbers and all(boolean == number for boolean, number in booleans):
+            ways["ids"] = {("number", number): number for number in range(count)}
+        if choices is None and count == 2 and not booleans and all(one == other for one, other in numbers):
+            ways["booleans"] = {("boolean", boolean): int(boolean) for boolean in (False, True)}
+        return ways
+
+    def is_named(self, key: Key) -> bool:
+        """Whether a raw label is one of `labels` or `label_values`."""
+        return key in self._named
+
+    def ignored(self, column: Column, keys: Sequence[Key], unlabelled: bool) -> list[bool]:
+        """Which rows have no label, by `ignore_labels`.
+
+        Args:
+            unlabelled: whether a missing value is none as well.
+        """
+        ignore = self._ignore | ({_MISSING} if unlabelled else set())
+        ignored = [key in ignore for key in keys]
+        if column.names is not None and not any(self.key(name)[0] == "number" for name in column.names):
+            # An id of a ClassLabel can be ignored as well as its name.
+            return [
+                found or self.key(value) in ignore
+                for found, value in zip(ignored, column.values, strict=True)
+            ]
+        return ignored
+
+    def expected(self, ways: Mapping[str, Mapping[Key, int]]) -> str:
+        """The raw labels that the task knows, for messages."""
+        values, is_choice = raw_values(self.task), self.task.kind == "choice"
+        if values and not is_choice:
+            entries = zip(values, self.names, strict=True)
+            return "one of " + listed(f"{_alternatives(entry)} ({name})" for entry, name in entries)
+        if "ids" in ways and not is_choice:
+            return "one of " + listed(f"{number} ({name})" for number, name in enumerate(self.names))
+        known = [_alternatives(entry) for entry in values] or [json.dumps(name) for name in self.names]
+        index = f"the index of the right choice, 0 to {len(ways['ids']) - 1}" if "ids" in ways else ""
+        return ", or ".join(part for part in (f"one of {listed(known)}" if known else "", index) if part)
+
+
+def raw_values(task: TaskConfig) -> list[list[Any]]:
+    """`label_values`, each entry as a list."""
+    return [entry if isinstance(entry, list) else [entry] for entry in task.label_values or []]
+
+
+def _same_key(labels: Iterable[tuple[Any, Any]]) -> Iterator[str]:
+    """Texts that stand for different labels and have the same key.
+
+    Raises:
+        UserError: one of the two is no text, so that the spelling cannot tell them apart.
+    """
+    known: dict[Key, list[tuple[Any, Any]]] = {}
+    for value, label in labels:
+        known.setdefault(label_key(value), []).append((value, label))
+    for same in known.values():
+        if len({label for _, label in same}) == 1:
+            continue
+        if not all(isinstance(value, str) for value, _ in same):
+            first, second = same[0][0], next(value for value, label in same if label != same[0][1])
+            raise UserError(
+                f"label_values: {shown(first)} and {shown(second)} are the same raw label, and stand for two labels; "
+                "expected each once"
+            )
+        yield from (value for value, _ in same)
+
+
+def _own_names(labels: Sequence[str], names: Sequence[str]) -> Sequence[str]:
+    """The names of a ClassLabel column; for the hub's names of a shipped task's labels these labels."""
+    return labels if tuple(names) == _HUB_NAMES.get(tuple(labels)) else names
+
+
+def numbers_of(column: Column) -> Column:
+    """The column of a regression; a file without types has its numbers as text."""
+    if column.typed:
+        return column
+    return replace(column, values=[_from_text(value) for value in column.values])
+
+
+def _from_text(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    number = _number(text)
+    if number is not None:
+        return number
+    return float(text) if _NOT_FINITE.fullmatch(text) else value
+
+
+def read_values(task: TaskConfig, table: Table, column: Column, kept: list[int]) -> list[float]:
+    """The labels of a regression, from what `numbers_of` gives.
 
     Raises:
         UserError: one of the rows `kept` has no finite number; names it.
     """
     for row in kept:
-        value = raw[row]
+        value = column.values[row]
         # Compared and not converted: an integer can be too large for a float. What is not finite fails too.
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
             raise UserError(
-                f"{table.at(row)}: {task.label} is {shown(value)}; expected a finite number\n{_cure(value)}"
+                f"{table.at(row)}: {task.label} is {shown(value)}; expected a finite number\n{_ignore(value)}"
             )
-    return [float(raw[row]) for row in kept]
+    return [float(column.values[row]) for row in kept]
 
 
-def read_classes(task: TaskConfig, table: Table, raw: list[Any], kept: list[int]) -> list[int]:
-    """Class ids, read in the first way in which all labels of the column can be read.
+def read_ids(
+    labels: Labels,
+    table: Table,
+    column: Column,
+    keys: Sequence[Key],
+    kept: list[int],
+    choices: list[list[str]] | None = None,
+) -> tuple[list[int], Reading]:
+    """Class ids, or indices of the right choices, and how they were read.
 
-    The ways: as `label_values` (what the hub has), as the names in `labels`, as ids. One way serves the whole column:
-    with one for each row, a stray 0 among "1" and "2" would pass for an id.
-
-    Raises:
-        UserError: a label of the rows `kept` is none of the task's; names the row.
-    """
-    names = task.labels or []
-    ways = _raw_values(task)
-    ways.append({(str, name): number for number, name in enumerate(names)})
-    if not _are_integers(task.label_values):
-        ways.append({_key(number): number for number in range(len(names))})
-        ways.append({_key(bool(number)): number for number in range(min(2, len(names)))})
-    values = task.label_values if task.label_values is not None else range(len(names))
-    expected = "one of " + listed(
-        f"{json.dumps(value)} ({name})" for value, name in zip(values, names, strict=True)
-    )
-    return _read(task, table, raw, kept, ways, expected)
-
-
-def read_indices(
-    task: TaskConfig, table: Table, raw: list[Any], kept: list[int], choices: list[list[str]]
-) -> list[int]:
-    """Indices of the right choices: raw labels are `label_values`, or the indices themselves.
+    Args:
+        keys: of all rows of the column.
+        choices: choice tasks: of the rows `kept`.
 
     Raises:
-        UserError: a label of the rows `kept` is none, or is beyond its row's choices; names the row.
+        UserError: a label of the rows `kept` is none of the task's or beyond its row's choices, or the labels are
+            written in several ways; names the row.
     """
-    most = max(len(options) for options in choices)
-    ways = _raw_values(task)
-    expected = f"the index of the right choice, 0 to {most - 1}"
-    if task.label_values is not None:
-        expected = f"one of {listed(json.dumps(value) for value in task.label_values)}, or {expected}"
-    if not _are_integers(task.label_values):
-        ways.append({_key(number): number for number in range(most)})
-    indices = _read(task, table, raw, kept, ways, expected)
-    for row, index, options in zip(kept, indices, choices, strict=True):
+    task, count = labels.task, len(labels.names)
+    if choices is not None:
+        count = max(len(options) for options in choices)
+    ways = labels.ways(None if choices is None else count)
+    found = [keys[row] for row in kept]
+    distinct = set(found)
+    fitting = [name for name, way in ways.items() if distinct <= way.keys()]
+    if not fitting:
+        raise _unreadable(labels, ways, table, column, keys, kept)
+    ids = [ways[fitting[0]][key] for key in found]
+    for row, index, options in zip(kept, ids, choices or [], strict=choices is not None):
         if index >= len(options):
             raise UserError(
-                f"{table.at(row)}: {task.label} is {shown(raw[row])}, the choice at {index}; "
-                f"expected one of the {len(options)} choices, which count from 0\n{_cure(raw[row])}"
+                f"{table.at(row)}: {task.label} is {shown(column.values[row])}, the choice at {index}; expected one "
+                f"of the {len(options)} choices, which count from 0\n"
+                + (_ignore(column.values[row]) if 0 in ids else _count_from(1, count))
             )
-    return indices
+    return ids, Reading(tuple(fitting), frozenset(ids), count, table.where)
 
 
-def _raw_values(task: TaskConfig) -> list[dict[tuple[type, Any], int]]:
-    if task.label_values is None:
-        return []
-    ways = [{_key(value): number for number, value in enumerate(task.label_values)}]
-    if all(isinstance(value, str) and value.isdecimal() for value in task.label_values):
-        # "1" and "2" are numbers where a file does not say the types of its columns.
-        ways.append({(int, int(value)): number for number, value in enumerate(task.label_values)})
-    return ways
+def agreed_way(
+    task: TaskConfig, readings: Mapping[str, Reading | None], trained_as: str | None = None
+) -> str | None:
+    """The one way in which the labels of all splits are read; None where there are none to read.
+
+    Args:
+        readings: by split.
+        trained_as: the way in which an artifact's training read the labels of this task, where that is known.
+
+    Raises:
+        UserError: there is no such way, or the labels are numbers that could count from 0 or from 1.
+    """
+    known = {split: reading for split, reading in readings.items() if reading is not None}
+    if not known:
+        return None
+    first, *others = known
+    common = list(known[first].ways)
+    for split in others:
+        both = [way for way in common if way in known[split].ways]
+        if not both:
+            raise UserError(
+                f"{known[split].where}: its labels are {known[split].ways[0]}, and those of {first} are {common[0]}; "
+                f"expected one way in all splits\n{_one_way(task)}"
+            )
+        common = both
+    ids = frozenset().union(*(reading.ids for reading in known.values()))
+    # In a classification one class alone does not tell: a file may well hold the rows of one label.
+    enough = 0 if task.kind == "choice" else 1
+    if common[0] == "ids" and trained_as != "ids" and 0 not in ids and len(ids) > enough:
+        where = " and ".join(reading.where for reading in known.values())
+        count = max(reading.count for reading in known.values())
+        raise UserError(
+            f"{where}: {task.label} is {min(ids)} to {max(ids)} and never 0, so it may count from 0 or from 1\n"
+            f"{_count_from(1, count)}; {_count_from(0, count)}"
+        )
+    return common[0]
 
 
-def _are_integers(values: list[Any] | None) -> bool:
-    """Whether the raw labels are numbers of their own, so that a number can be nothing but one of them."""
-    return values is not None and all(type(value) is int for value in values)
-
-
-def _read(
-    task: TaskConfig,
+def _unreadable(
+    labels: Labels,
+    ways: Mapping[str, Mapping[Key, int]],
     table: Table,
-    raw: list[Any],
+    column: Column,
+    keys: Sequence[Key],
     kept: list[int],
-    ways: list[dict[tuple[type, Any], int]],
-    expected: str,
-) -> list[int]:
-    keys = [_key(raw[row]) for row in kept]
-    distinct = set(keys)
-    for way in ways:
-        if distinct <= way.keys():
-            return [way[key] for key in keys]
-    nearest = max(ways, key=lambda way: len(distinct & way.keys()))
-    row = next(row for row, key in zip(kept, keys, strict=True) if key not in nearest)
-    raise UserError(
-        f"{table.at(row)}: {task.label} is {shown(raw[row])}; expected {expected}\n{_cure(raw[row])}"
+) -> UserError:
+    task, expected = labels.task, labels.expected(ways)
+    distinct = {keys[row] for row in kept}
+    known = set().union(*(way.keys() for way in ways.values()))
+    nearest = max(ways, key=lambda name: len(distinct & ways[name].keys()))
+    strange = [row for row in kept if keys[row] not in known]
+    row = strange[0] if strange else next(row for row in kept if keys[row] not in ways[nearest])
+    value = column.values[row]
+    what = f"{table.at(row)}: {task.label} is {shown(value)}"
+    if not strange:
+        other = next(row for row in kept if keys[row] in ways[nearest])
+        return UserError(
+            f"{what}, and {shown(column.values[other])} in {table.row_name(other)} is read as {nearest}; expected "
+            f"one way in all rows\n{_one_way(task)}"
+        )
+    if column.names is not None and type(value) is int and 0 <= value < len(column.names):
+        return UserError(
+            f"{what}, which its ClassLabel calls {shown(column.names[value])}; expected {expected}\n"
+            f"Other names of the labels, in the order of labels: 'task.label_values=[…]'; {_ignore(column.names[value])}"
+        )
+    numbers = {keys[row][1] for row in kept if keys[row][0] == "number"}
+    count = len(ways.get("ids") or labels.names or raw_values(task))
+    if keys[row][0] == "number" and min(numbers) in (0, 1) and max(numbers) == min(numbers) + count - 1:
+        return UserError(f"{what}; expected {expected}\n{_count_from(min(numbers), count)}")
+    if labels.is_named(keys[row]):  # by `labels` and `label_values`, which disagree about it
+        return UserError(f"{what}; expected {expected}\n{_one_way(task)}")
+    return UserError(f"{what}; expected {expected}\n{_ignore(value)}")
+
+
+def _alternatives(entry: Sequence[Any]) -> str:
+    return " or ".join(json.dumps(value, default=str) for value in entry)
+
+
+def _one_way(task: TaskConfig) -> str:
+    name = (task.labels or ["A"])[0]
+    return (
+        "Write them in one way, or give all raw values of each label: label_values in the task file, "
+        f"such as [[{name[:20]}, 0], …]"
     )
 
 
-def _key(value: Any) -> tuple[type, Any]:
-    """What tells raw labels apart: "1" from 1 from True, but not 1 from the 1.0 that a null beside it makes of it."""
-    if isinstance(value, float) and value.is_integer():
-        return int, int(value)
-    return type(value), value if isinstance(value, (str, int, float)) else _written(value)
+def _count_from(first: int, count: int) -> str:
+    """The override for labels that are numbers in their order."""
+    counted = [str(number) for number in range(first, first + count)]
+    said = ",".join(counted) if count <= 10 else f"{counted[0]},{counted[1]},…,{counted[-1]}"
+    return f"If they count from {first}: 'task.label_values=[{said}]'"
+
+
+def _ignore(value: Any) -> str:
+    """The override for a raw label that means that there is none."""
+    if label_key(value) == _MISSING:
+        said = '""' if isinstance(value, str) else "null"
+    elif isinstance(value, (str, int, float)) and len(text := json.dumps(value)) <= 60:
+        said = text if isinstance(value, str) else str(value)
+    else:
+        said = "VALUE"  # too long to be typed, or none of a config
+    return f"Rows without a label: 'task.ignore_labels=[{said}]'; other raw labels: label_values in the task file"
 
 
 def _written(value: Any) -> str:
@@ -135,17 +402,3 @@ def _written(value: Any) -> str:
         return repr(value)
     except RecursionError:  # nested more deeply than anything that is meant for a label
         return "..."
-
-
-def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _cure(value: Any) -> str:
-    if _is_missing(value):
-        said = "null"
-    elif isinstance(value, (str, int, float)) and len(text := json.dumps(value)) <= 60:
-        said = text if isinstance(value, str) else str(value)
-    else:
-        said = "VALUE"  # too long to be typed, or none of a config
-    return f"Rows without a label: 'task.ignore_labels=[{said}]'; other raw labels: label_values in the task file"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fusion.config import DataConfig, TaskConfig
-from fusion.data.labels import is_ignored, read_classes, read_indices, read_values
+from fusion.data.labels import Labels, Reading, agreed_way, label_key, numbers_of, read_ids, read_values
 from fusion.data.splits import (
     Part,
     check_source,
@@ -27,10 +27,18 @@ from fusion.data.splits import (
     local_part,
     no_source,
 )
-from fusion.data.tables import Table, hub_table, listed, read_split, read_table, record_table, shown
+from fusion.data.tables import Column, Table, hub_table, listed, read_split, read_table, record_table, shown
 from fusion.errors import UserError
 
-__all__ = ["Rows", "check_source", "evaluation_splits", "load_rows", "rows_of_file", "rows_of_records"]
+__all__ = [
+    "Rows",
+    "check_source",
+    "evaluation_splits",
+    "load_rows",
+    "load_splits",
+    "rows_of_file",
+    "rows_of_records",
+]
 
 # Draws of rows must never change: RandomState's stream is frozen (NEP 19), that of Generator is not.
 _LIMIT_SEED = 20_200_501
@@ -47,6 +55,7 @@ class Rows:
         labels: class id, value, or index of the right choice; None for a split without labels.
         ignored: rows without a label, left out where others have one.
         fingerprint: sha256 over texts, choices and labels.
+        reading: how the labels were read; None for values and without labels.
     """
 
     texts: list[tuple[str, ...]]
@@ -54,13 +63,32 @@ class Rows:
     labels: list[int] | list[float] | None
     ignored: int
     fingerprint: str
+    reading: Reading | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
 
 
+def load_splits(
+    task: TaskConfig, data: DataConfig, splits: Iterable[str], trained_as: str | None = None
+) -> tuple[dict[str, Rows], str | None]:
+    """The rows of several splits, whose labels are read in one way: "names", "label_values", "ids" or "booleans".
+
+    Args:
+        trained_as: the way in which an artifact's training read the labels of this task, where that is known.
+
+    Returns:
+        The rows by split, and the way; None where there are no labels, or they are values.
+
+    Raises:
+        UserError: as `load_rows`; the splits have no way in common, or may count from 0 or from 1.
+    """
+    rows = {split: load_rows(task, data, split) for split in splits}
+    return rows, agreed_way(task, {split: one.reading for split, one in rows.items()}, trained_as)
+
+
 def load_rows(task: TaskConfig, data: DataConfig, split: str) -> Rows:
-    """The rows of one split, checked, and cut to `data.limit`.
+    """The rows of one split, checked, and cut to `data.limit`; `load_splits` also compares their labels.
 
     Raises:
         UserError: the split or a column is missing, a text is no text, a label is none of the task's, no row
@@ -70,7 +98,7 @@ def load_rows(task: TaskConfig, data: DataConfig, split: str) -> Rows:
     part = Part(split)
     if is_local(task, data):
         files, part = local_part(task, data, split)
-        table = read_split(files, _text_columns(task), data.quoting)
+        table = read_split(files, [*_text_columns(task), *_label_columns(task)], data.quoting)
     elif task.corpus is not None:
         from fusion.data.corpora import corpus_records
 
@@ -125,36 +153,41 @@ def _rows(
     """
     if table.rows == 0:
         raise UserError(f"{table.where}: holds no rows; expected at least one")
-    raw = _find(task, table, task.label, required=not unlabelled) if read_labels else None
+    column = _find_labels(task, table, required=not unlabelled) if read_labels else None
     kept = list(range(table.rows)) if part is None or part.is_whole else _share(table, part)
-    ignored = 0
-    if raw is not None:
-        labelled = [row for row in kept if not is_ignored(raw[row], task.ignore_labels, unlabelled)]
+    ignored, keys = 0, []
+    if column is not None:
+        names = Labels(task)
+        if task.kind == "regression":
+            column = numbers_of(column)
+            keys = [label_key(value) for value in column.values]
+        else:
+            keys = names.keys(column)
+        without = names.ignored(column, keys, unlabelled)
+        labelled = [row for row in kept if not without[row]]
         ignored = len(kept) - len(labelled)
         if not labelled and not unlabelled:
             raise UserError(
                 f"{table.where}: none of its {ignored} rows has a label; expected {task.label} to be other than "
                 f"ignore_labels={task.ignore_labels} in some"
             )
-        raw, kept = (raw, labelled) if labelled else (None, kept)
+        column, kept = (column, labelled) if labelled else (None, kept)
     columns = [_texts(table, name, column, kept) for name, column in _text_values(task, table)]
     texts = list(zip(*columns, strict=True))
     choices = _choices(task, table, kept) if task.kind == "choice" else None
     labels: list[Any] | None = None
-    if raw is not None:
-        if task.kind == "regression":
-            labels = read_values(task, table, raw, kept)
-        elif choices is not None:
-            labels = read_indices(task, table, raw, kept, choices)
-        else:
-            labels = read_classes(task, table, raw, kept)
+    reading = None
+    if column is not None and task.kind == "regression":
+        labels = read_values(task, table, column, kept)
+    elif column is not None:
+        labels, reading = read_ids(names, table, column, keys, kept, choices)
     if choices is not None and task.blank is not None:
         texts, choices = _fill_blanks(task.blank, table, kept, texts, choices)
     if limit is not None and limit < len(texts):
         drawn = np.sort(np.random.RandomState(_LIMIT_SEED).permutation(len(texts))[:limit]).tolist()
         texts, choices, labels = _at(texts, drawn), _at(choices, drawn), _at(labels, drawn)
     content = json.dumps([texts, choices, labels]).encode()
-    return Rows(texts, choices, labels, ignored, hashlib.sha256(content).hexdigest())
+    return Rows(texts, choices, labels, ignored, hashlib.sha256(content).hexdigest(), reading)
 
 
 def _at(values: Any, rows: list[int]) -> Any:
@@ -179,23 +212,41 @@ def _text_columns(task: TaskConfig) -> list[str]:
     return [*names, *(task.columns[name] for name in names if name in task.columns)]
 
 
-def _find(task: TaskConfig, table: Table, name: str, required: bool = True) -> list[Any] | None:
+def _label_columns(task: TaskConfig) -> list[str]:
+    """The column of labels under both its names: its values have one meaning whatever the others look like."""
+    return [name for name in (task.label, task.columns.get(task.label)) if name is not None]
+
+
+def _find_labels(task: TaskConfig, table: Table, required: bool) -> Column | None:
+    for path in _label_columns(task):
+        values = table.column(path)
+        if values is not None:
+            if not table.typed:
+                values = [None if value == "" else value for value in values]
+            return Column(values, table.class_names(path), table.typed)
+    if not required:
+        return None
+    raise _no_column(table, task.label)
+
+
+def _find(task: TaskConfig, table: Table, name: str) -> list[Any]:
     """A column by the task's name for it, else by the other name that the task's `columns` gives."""
     for path in (name, task.columns.get(name)):
         values = table.column(path) if path is not None else None
         if values is not None:
             return values
-    if not required:
-        return None
-    raise UserError(
+    raise _no_column(table, name)
+
+
+def _no_column(table: Table, name: str) -> UserError:
+    return UserError(
         f"{table.where}: no column {name}; it has {listed(table.columns)}\n"
         f"Rename it there; for training, '++task.columns.{name}=COLUMN' says which one is meant"
     )
 
 
 def _text_values(task: TaskConfig, table: Table) -> list[tuple[str, list[Any]]]:
-    found = [(name, _find(task, table, name)) for name in task.text_columns]
-    return [(name, values) for name, values in found if values is not None]
+    return [(name, _find(task, table, name)) for name in task.text_columns]
 
 
 def _texts(table: Table, name: str, values: list[Any], kept: list[int]) -> list[str]:

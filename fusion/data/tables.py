@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import reprlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,20 @@ _ABSENT = _Absent()
 
 
 @dataclass(frozen=True)
+class Column:
+    """Raw values, and what the table tells about them.
+
+    Attributes:
+        names: of a ClassLabel column, what its ids stand for.
+        typed: whether the values have types of their own; all values of a CSV column of labels are text.
+    """
+
+    values: list[Any]
+    names: tuple[str, ...] | None = None
+    typed: bool = True
+
+
+@dataclass(frozen=True)
 class Table:
     """Raw columns by name, and how to name a row of them to the user."""
 
@@ -47,6 +62,8 @@ class Table:
     read: Callable[[str], list[Any]]  # a column's values
     row_name: Callable[[int], str]
     place: Callable[[int], str] | None = None  # of a row, where the table comes from several files
+    features: dict[str, Any] = field(default_factory=dict)  # of a data set of the hub's library, by column
+    typed: bool = True  # whether the columns that hold text in any case could have held something else
 
     def column(self, path: str) -> list[Any] | None:
         """The values at `path`, None where the table has no such column.
@@ -65,6 +82,26 @@ class Table:
         if values and all(value is _ABSENT for value in values):
             return None
         return [None if value is _ABSENT else value for value in values]
+
+    @property
+    def classes(self) -> dict[str, Any]:
+        """The features that may hold names of classes."""
+        plain = [
+            name
+            for name, one in self.features.items()
+            if isinstance(one, dict) and one.get("_type") == "Value"
+        ]
+        return {name: one for name, one in self.features.items() if name not in plain}
+
+    def class_names(self, path: str) -> tuple[str, ...] | None:
+        """What the ids at `path` stand for, None unless that is a ClassLabel column."""
+        feature: Any = self.features
+        for key in [path] if path in self.features else path.split("."):
+            feature = feature.get(key) if isinstance(feature, dict) else None
+        if not isinstance(feature, dict) or feature.get("_type") != "ClassLabel":
+            return None
+        names = feature.get("names")
+        return tuple(str(name) for name in names) if isinstance(names, list) else None
 
     def at(self, row: int) -> str:
         return f"{self.where}, {self.row_name(row)}" if self.place is None else self.place(row)
@@ -106,7 +143,7 @@ def _counted(row: int) -> str:
     return f"row {row + 1}"
 
 
-def arrow_table(table: pyarrow.Table, where: str) -> Table:
+def arrow_table(table: pyarrow.Table, where: str, typed: bool = True) -> Table:
     names = table.column_names
     if twice := sorted(name for name, times in Counter(names).items() if times > 1):
         raise UserError(f"{where}: column {listed(twice)} stands twice; expected each name once")
@@ -116,7 +153,19 @@ def arrow_table(table: pyarrow.Table, where: str) -> Table:
         rows=table.num_rows,
         read=lambda name: _values(table.column(name), f"column {listed([name])}", where),
         row_name=_counted,
+        features=_features(table),
+        typed=typed,
     )
+
+
+def _features(table: pyarrow.Table) -> dict[str, Any]:
+    """What the hub's library keeps about the columns in the schema; nothing where it is damaged."""
+    kept = (table.schema.metadata or {}).get(b"huggingface")
+    try:
+        features = json.loads(kept)["info"]["features"] if kept is not None else {}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return features if isinstance(features, dict) else {}
 
 
 def _values(column: pyarrow.ChunkedArray, name: str, where: str) -> list[Any]:
@@ -177,7 +226,7 @@ def read_table(path: Path, text_columns: Iterable[str] = (), quoting: str | None
 
     Args:
         path: a file with an ending that `form_of` knows.
-        text_columns: columns of a CSV or TSV file that hold text even where all of it looks like numbers.
+        text_columns: columns of a CSV or TSV file that are read as text even where all of it looks like numbers.
         quoting: of a CSV or TSV file, see `read_delimited`.
 
     Raises:
@@ -211,7 +260,7 @@ def _read_file(
         if form.format == ".json":
             return record_table(*read_json(path, content), where=str(path))
         table = read_delimited(path, content, form.format == ".tsv", text_columns, quoting)
-        return arrow_table(table, str(path))
+        return arrow_table(table, str(path), typed=False)
     except UserError:
         raise
     except Exception as error:  # of the system and of pyarrow, whose errors share no base
@@ -252,6 +301,11 @@ def joined(tables: list[Table], where: str) -> Table:
             raise UserError(
                 f"{table.where}: its columns are not those of {Path(first.where).name}: {listed(differing)} is in one "
                 "of them alone; write the shards of a split with the same columns"
+            )
+        if table.classes != first.classes:
+            raise UserError(
+                f"{table.where}: its ClassLabel columns have other names than those of {Path(first.where).name}; "
+                "write the shards of a split with the same features"
             )
     ends = list(accumulate(table.rows for table in tables))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from fusion.config import DataConfig, LimitConfig, TaskConfig
 from fusion.data.encode import EncodedRows, encode
-from fusion.data.rows import load_rows
+from fusion.data.rows import load_splits
 from fusion.errors import UserError
 from fusion.store.manifest import Manifest
 
@@ -32,12 +32,12 @@ def source_rows(source: Manifest, data: DataConfig, at_most: int, tokenizer: Any
         for place in _places(source, data):
             where = DataConfig(dir=place, limit=LimitConfig(train=limit))
             try:
-                rows = load_rows(task, where, "train")
+                rows, _ = load_splits(task, where, ["train"], source.labels_read_as(task.name))
             except UserError as error:
                 errors.append(error)
                 continue
             assert data.max_length is not None
-            found.append(encode(rows, tokenizer, data.max_length, data.cache_dir))
+            found.append(encode(rows["train"], tokenizer, data.max_length, data.cache_dir))
             break
         else:
             raise errors[0]

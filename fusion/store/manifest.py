@@ -121,6 +121,11 @@ class Manifest:
         adapter = self.adapter or {}
         return {"adapter.sites": adapter.get("sites"), "adapter.reads": adapter.get("reads")}
 
+    def labels_read_as(self, task: str | None) -> str | None:
+        """The way in which training read the labels of a task; None where it is not known."""
+        way = self.data.get("labels", {}).get(task)
+        return way if isinstance(way, str) else None
+
     def to_json(self) -> str:
         """The text of `manifest.json`. NaN and infinities, which JSON has no word for, become null."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -244,6 +249,7 @@ def _check_parts(values: dict[str, Any], path: Path) -> None:
     _check_stored_name(values["name"], "name", path)
     _check_least(values["seed"], 0, "seed", path)
     _check_least(values["data"]["max_length"], 1, "data.max_length", path)
+    _check_type(values["data"].get("labels", {}), (dict,), "data.labels", path)  # not in those of version 0.1
     backbone = values["backbone"]
     _check_only(backbone, INNER["backbone"] | BACKBONE_SOMETIMES, "backbone", path)
     for key in ("hidden_size", "layers"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from fusion.backbones.compiling import compile_layers
 from fusion.backbones.load import Backbone, locate
 from fusion.config import StageConfig, TaskConfig
 from fusion.data.encode import EncodedRows, encode, load_tokenizer
-from fusion.data.rows import evaluation_splits, load_rows
+from fusion.data.rows import evaluation_splits, load_splits
 from fusion.entry import Entry, result_of
 from fusion.errors import TrainingError
 from fusion.layers.heads import TaskHead, TaskHeads
@@ -49,11 +49,13 @@ log = logging.getLogger(__name__)
 class TaskRows:
     """The tokenised rows of a task, or of several: what trains, one split a task, and the validation splits by name.
 
-    Of several tasks, a split's name begins with the task's: `cb/validation`.
+    Of several tasks, a split's name begins with the task's: `cb/validation`. `labels` is the way in which the labels of
+    each task are read, by the task's name, see `load_splits`.
     """
 
     training: list[EncodedRows]
     validation: dict[str, EncodedRows]
+    labels: dict[str, str] = field(default_factory=dict)
 
 
 def load_task_rows(config: StageConfig) -> TaskRows:
@@ -69,8 +71,12 @@ def load_task_rows(config: StageConfig) -> TaskRows:
     loaded = TaskRows([], {})
     tasks = config.task_list
     for number, task in enumerate(tasks):
-        for split in ["train", *evaluation_splits(task, "validation", config.data)]:
-            rows = load_rows(task, config.data, split)
+        splits = ["train", *evaluation_splits(task, "validation", config.data)]
+        loaded_rows, way = load_splits(task, config.data, splits)
+        if way is not None:
+            loaded.labels[str(task.name)] = way
+            log.info("%s: labels read as %s", task.name, way)
+        for split, rows in loaded_rows.items():
             encoded = encode(rows, tokenizer, config.data.max_length, config.data.cache_dir)
             encoded.task = number
             if split == "train":
@@ -263,6 +269,7 @@ def _circumstances(
         "data": {
             "max_length": config.data.max_length,
             "fingerprints": {split: encoded.fingerprint for split, encoded in splits.items()},
+            "labels": rows.labels,
         },
         "run": {
             "identity": entry.identity,

@@ -195,13 +195,13 @@ CSV: list[tuple[bytes, str | int]] = [
     ("text,label\na,0\n".encode("utf-16-le"), "row 2: cannot be read as csv"),
     (b"t\xffxt,label\na,0\n", "line 1: not UTF-8"),
     (b"text,text,label\na,b,0\n", "column text stands twice"),
-    (b"text,label\na,0\nb,x\n", "row 1: label is '0' (str)"),
-    (b"text,label\na,2020-01-01\n", "row 1: label is datetime.date"),
-    (b"text,label\na,99999999999999999999\n", "row 1: label is 1e+20 (float)"),
+    (b"text,label\na,0\nb,x\n", "row 2: label is 'x' (str)"),
+    (b"text,label\na,2020-01-01\n", "row 1: label is '2020-01-01' (str)"),
+    (b"text,label\na,99999999999999999999\n", "row 1: label is '99999999999999999999' (str)"),
     (b"text,label\na,\n", "row 1: label is null"),
     (b"text,label\na\x00b,1\n", 1),
     (b"text,label\n" + b"a" * 3_000_000 + b",1\n", 1),
-    (b"text,label\n" + b"a,0\n" * 400_000 + b"b,x\n", "row 1: label is '0' (str)"),
+    (b"text,label\n" + b"a,0\n" * 400_000 + b"b,x\n", "row 400001: label is 'x' (str)"),
     (b"text," * 20_000 + b"label\n", "column text stands twice"),
 ]  # fmt: skip
 
