@@ -109,6 +109,12 @@ def _sources(value: Any, ways: str) -> Any:
     return names
 
 
+def _is_raw_label(entry: Any) -> bool:
+    """An entry of `label_values`: a raw label, or a list of such."""
+    values = entry if isinstance(entry, list) else [entry]
+    return len(values) > 0 and all(isinstance(v, (str, int, float, bool, type(None))) for v in values)
+
+
 def _default(setting: Field[Any]) -> Any:
     """What a field of a dataclass holds where nothing is said."""
     return setting.default if setting.default_factory is MISSING else setting.default_factory()
@@ -146,7 +152,7 @@ class TaskConfig:
     )
     label: str = "label"
     labels: Any = None  # a list of names
-    label_values: Optional[list[Any]] = None
+    label_values: Optional[list[Any]] = None  # for each label its raw value, or a list of raw values
     ignore_labels: list[Any] = field(default_factory=list)
     metrics: list[str] = field(default_factory=list)
     hub: Optional[HubConfig] = None
@@ -173,7 +179,11 @@ class TaskConfig:
             f"{where}: metrics is empty: name at least one of {', '.join(METRICS[self.kind])}",
         )
         self.labels = self._label_names(where)
-        values = [(type(value), repr(value)) for value in self.label_values or []]
+        _require(
+            all(_is_raw_label(entry) for entry in self.label_values or []),
+            f"{where}: label_values={self.label_values}: expected for each label a value, or a list of values",
+        )
+        values = [(type(value), repr(value)) for entry in self.raw_label_values for value in entry]
         _require(
             len(set(values)) == len(values),
             f"{where}: label_values={self.label_values}: a value stands twice",
@@ -244,6 +254,11 @@ class TaskConfig:
             return cls(**{**values, "hub": None if hub is None else HubConfig(**hub)})
         except (TypeError, UserError) as error:
             raise UserError(f"{where}: its task is none that this version reads ({error})") from error
+
+    @property
+    def raw_label_values(self) -> list[list[Any]]:
+        """`label_values`, each entry as a list."""
+        return [entry if isinstance(entry, list) else [entry] for entry in self.label_values or []]
 
     @property
     def text_columns(self) -> list[str]:

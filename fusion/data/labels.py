@@ -98,7 +98,7 @@ class Labels:
         self.task = task
         self.names: list[str] = task.labels or []
         self._columns: list[str] = task.choices if isinstance(task.choices, list) else []
-        values = [(value, number) for number, entry in enumerate(raw_values(task)) for value in entry]
+        values = [(value, number) for number, entry in enumerate(task.raw_label_values) for value in entry]
         names = [(name, number) for number, name in enumerate(self.names)]
         # Texts that differ and are one number or boolean, such as "01" and "1", are told apart by their spelling.
         self._spelled = {*_same_key(names), *_same_key(values)}
@@ -180,7 +180,7 @@ class Labels:
 
     def expected(self, ways: Mapping[str, Mapping[Key, int]]) -> str:
         """The raw labels that the task knows, for messages."""
-        values, is_choice = raw_values(self.task), self.task.kind == "choice"
+        values, is_choice = self.task.raw_label_values, self.task.kind == "choice"
         if values and not is_choice:
             entries = zip(values, self.names, strict=True)
             return "one of " + listed(f"{_alternatives(entry)} ({name})" for entry, name in entries)
@@ -189,11 +189,6 @@ class Labels:
         known = [_alternatives(entry) for entry in values] or [json.dumps(name) for name in self.names]
         index = f"the index of the right choice, 0 to {len(ways['ids']) - 1}" if "ids" in ways else ""
         return ", or ".join(part for part in (f"one of {listed(known)}" if known else "", index) if part)
-
-
-def raw_values(task: TaskConfig) -> list[list[Any]]:
-    """`label_values`, each entry as a list."""
-    return [entry if isinstance(entry, list) else [entry] for entry in task.label_values or []]
 
 
 def _same_key(labels: Iterable[tuple[Any, Any]]) -> Iterator[str]:
@@ -359,7 +354,7 @@ def _unreadable(
             f"Other names of the labels, in the order of labels: 'task.label_values=[…]'; {_ignore(column.names[value])}"
         )
     numbers = {keys[row][1] for row in kept if keys[row][0] == "number"}
-    count = len(ways.get("ids") or labels.names or raw_values(task))
+    count = len(ways.get("ids") or labels.names or task.raw_label_values)
     if keys[row][0] == "number" and min(numbers) in (0, 1) and max(numbers) == min(numbers) + count - 1:
         return UserError(f"{what}; expected {expected}\n{_count_from(min(numbers), count)}")
     if labels.is_named(keys[row]):  # by `labels` and `label_values`, which disagree about it
