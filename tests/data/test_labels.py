@@ -355,3 +355,10 @@ def test_one_raw_value_stands_for_one_label(task, write):
 def test_label_values_win_over_names(task, write):
     assert read(task, write, ["dog", "cat"], label_values=["dog", "cat"]) == [0, 1]
     assert read(task, write, [1, 0], labels=["1", "2"], label_values=[0, 1]) == [1, 0]
+
+
+def test_shards_with_other_names_of_a_class_label_are_refused(task, tmp_path):
+    for number, names in enumerate((["cat", "dog"], ["dog", "cat"])):
+        with_classes(tmp_path / "pets" / f"train-0000{number}-of-00002.parquet", [0, 1], names)
+    with pytest.raises(UserError, match=r"00001-of-00002.parquet: its ClassLabel columns have other names"):
+        load_rows(task(), DataConfig(dir=str(tmp_path)), "train")
