@@ -48,6 +48,7 @@ from yaml import YAMLError
 from fusion.config import MULTITASK, Stage1Config, Stage2Config, StageConfig, TaskConfig
 from fusion.data.task_files import check_task_file
 from fusion.errors import TrainingError, UserError, first_line
+from fusion.memory import free_cycles
 from fusion.repeats import repeated
 from fusion.run import DEBUG, Run, Standing, Terminated, check_folder, describe, record
 from fusion.run_lock import turn_of
@@ -476,7 +477,10 @@ def _main(command: Command) -> int:
     outcomes: list[int] = []  # exit codes of this process's jobs
 
     def job(composed: DictConfig) -> dict[str, Any] | None:
-        return _job(command, program, composed, outcomes)
+        try:
+            return _job(command, program, composed, outcomes)
+        finally:  # once the job's own frames are gone, and the traceback of one that failed
+            free_cycles()
 
     try:
         try:

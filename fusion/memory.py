@@ -1,8 +1,9 @@
-"""The allocator's part in a step: what one batch frees, the next one needs again."""
+"""What a step and a job free, and when: the C library's allocator and Python's garbage collector."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _LARGE = 1 << 30
@@ -38,3 +39,12 @@ def give_back_memory() -> bool:
         return bool(ctypes.CDLL(None).malloc_trim(0) == 1)
     except (AttributeError, OSError, TypeError):
         return False
+
+
+def free_cycles() -> None:
+    """Free a model whose training is over, which the next job or the next model would otherwise come on top of.
+
+    A Lightning Trainer is a reference cycle and holds the model, its gradients and the optimizer's state. Python
+    frees cycles by a count of new objects, of which a job makes few: a sweep would hold several models at once.
+    """
+    gc.collect()

@@ -89,9 +89,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "provenance",
     },
     "ranking": BASE
+    | {"memory"}
     | {"run", "layers", "backbones", "model", "data", "store", "build", "inference", "pruning", "probe"}
     | {"training"},
-    "app": BASE | {"run", "run_lock", "sweep", "ending", "terminal", "training.processes", "data.task_files"},
+    "app": BASE
+    | {"run", "run_lock", "sweep", "ending", "memory", "terminal", "training.processes", "data.task_files"},
 }
 MAY_IMPORT |= {command: {*MAY_IMPORT} for command in COMMANDS}
 

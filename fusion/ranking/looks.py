@@ -16,6 +16,7 @@ from fusion.data.encode import EncodedRows, load_tokenizer
 from fusion.data.samples import sampled_batches
 from fusion.errors import UserError, first_line
 from fusion.inference import device_of
+from fusion.memory import free_cycles
 from fusion.probe import States, looks, probe_score
 from fusion.ranking.attention import attention_of_short_run
 from fusion.ranking.logme import logme
@@ -94,4 +95,8 @@ class Looks:
         return [probe_score(training, validation, self.task) for training, validation in self.states]
 
     def attention(self) -> list[float]:
-        return attention_of_short_run(self.config, self.sources, self.backbone.copy(), self.rows, self.folder)
+        scores = attention_of_short_run(
+            self.config, self.sources, self.backbone.copy(), self.rows, self.folder
+        )
+        free_cycles()
+        return scores
