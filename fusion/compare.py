@@ -19,6 +19,8 @@ from fusion.program import run_program
 from fusion.run import ADDED_LATER, CONFIG, RESULT, STATUS, identity_config
 from fusion.store.files import printable
 from fusion.store.manifest import MANIFEST, Manifest, find, read_folder, read_settled
+from fusion.store.settings_groups import Lookup, Settings, group
+from fusion.store.settings_groups import differing as differing_settings
 from fusion.terminal.tables import show_table
 
 USAGE = """\
@@ -41,7 +43,8 @@ ABSENT = "-"
 class Side:
     """
     settings: what decides the numbers, by key. facts: what only a manifest knows, empty without one.
-    scores: by split and metric. costs: by title.
+    scores: by split and metric. costs: by title. seed: of the run. shared: the settings that the runs of one setting
+    share, whatever their seeds and names are, with those of the sources.
     """
 
     name: str
@@ -50,6 +53,8 @@ class Side:
     facts: Mapping[str, Any]
     scores: Mapping[str, Any]
     costs: Mapping[str, Any]
+    seed: Any
+    shared: Settings
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -120,6 +125,8 @@ def _of_artifact(place: Path, manifest: Manifest) -> Side:
         facts=_facts(manifest),
         scores=_flat(manifest.metrics),
         costs=_costs(result),
+        seed=manifest.seed,
+        shared=Lookup().of_artifact(manifest, place.parent),
     )
 
 
@@ -130,6 +137,8 @@ def _of_run(folder: Path) -> Side:
     result = _json(folder / RESULT) if (folder / RESULT).exists() else {}
     settings = identity_config(config)
     facts: Mapping[str, Any] = {}
+    store = config.get("store")
+    shared = Lookup().of_run(settings, Path(store) if isinstance(store, str) else None)
     if isinstance(artifact := result.get("artifact"), str) and "stage" in result:
         try:
             manifest = read_folder(Path(artifact))
@@ -137,6 +146,7 @@ def _of_run(folder: Path) -> Side:
             manifest = None
         if manifest is not None and _without_inputs(manifest.run["config"]) == settings:
             settings, facts = manifest.run["config"], _facts(manifest)
+            shared = Lookup().of_artifact(manifest, Path(artifact).parent)
     metrics = result.get("metrics")
     return Side(
         name=str(status.get("name") or folder.name),
@@ -145,6 +155,8 @@ def _of_run(folder: Path) -> Side:
         facts=facts,
         scores=_flat(metrics if isinstance(metrics, dict) else {}),
         costs={"status": status.get("status"), **_costs(result)},
+        seed=config.get("seed"),
+        shared=shared,
     )
 
 
@@ -232,6 +244,8 @@ def show(one: Side, two: Side) -> None:
         show_table([("setting", *titles), *_printable(rows)])
     else:
         print("no setting differs")
+    for line in seed_lines(one, two):
+        print(line)
     print()
     scores = [
         (key, shown(one.scores.get(key)), shown(two.scores.get(key)), difference(one.scores.get(key), two.scores.get(key)))
@@ -265,6 +279,21 @@ def differing(one: Side, two: Side) -> Iterator[tuple[str, str, str]]:
         for key in dict.fromkeys([*one.facts, *two.facts]):
             if one.facts.get(key) != two.facts.get(key):
                 yield key, _fact(one.facts.get(key)), _fact(two.facts.get(key))
+
+
+def seed_lines(one: Side, two: Side) -> Iterator[str]:
+    """Whether the two are seeds of one setting; else how their sources differ beyond names and seeds."""
+    if len(group([one.shared, two.shared])) == 1:
+        if one.seed != two.seed:
+            yield "one setting with two seeds: the difference of the scores is that of the seeds"
+        return
+    if not (one.shared.get("sources") and two.shared.get("sources")):
+        return
+    here, there = differing_settings([one.shared, two.shared])
+    for key in here:
+        if key.startswith("sources"):
+            first, second = (_value(value, value is not None) for value in (here[key], there[key]))
+            yield printable(f"{key}: {first} and {second}")
 
 
 def _value(value: Any, known: bool) -> str:

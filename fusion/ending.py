@@ -20,6 +20,7 @@ from fusion.store.listing import as_bytes
 from fusion.store.manifest import Manifest, names, read_folder
 from fusion.store.overview import everything
 from fusion.store.rebuilding import hydra_value
+from fusion.store.settings_groups import Lookup, group
 from fusion.sweep import Job
 from fusion.terminal.screen import say
 from fusion.terminal.tables import show_table
@@ -218,9 +219,10 @@ def _fuse(words: Sequence[str], config: Mapping[str, Any], results: Sequence[Map
         ]
         adapters = [other for other in others if _fits(other, target) and other.name != target.name]
         adapters = [other for other in adapters if not other.name.endswith(DEBUG)]
-        adapters = [*adapters[: MOST_SOURCES - 1], target]
+        adapters = [*_one_seed_each(adapters, target, store)[:-1][: MOST_SOURCES - 1], target]
     else:
         adapters = [adapter for adapter in adapters if _fits(adapter, target)]
+        adapters = _one_seed_each(adapters[:-1], target, store)
     tasks = [adapter.task["name"] for adapter in adapters]
     if len(set(tasks)) < 2:  # there is nothing to choose from
         return []
@@ -271,6 +273,17 @@ def _fits(one: Manifest, other: Manifest) -> bool:
         and one.backbone["fingerprint"] == other.backbone["fingerprint"]
         and one.placement == other.placement
     )
+
+
+def _one_seed_each(others: Sequence[Manifest], target: Manifest, store: Path) -> list[Manifest]:
+    """Of artifacts that differ by their seed alone one, with the target's seed where there is one; the target is last."""
+    every, lookup = [*others, target], Lookup()
+    chosen = []
+    for positions in group(lookup.of_artifact(manifest, store) for manifest in every):
+        if len(every) - 1 not in positions:  # the others of the target's group are the target again
+            members = [every[position] for position in positions]
+            chosen.append(next((one for one in members if one.seed == target.seed), members[0]))
+    return [*chosen, target]
 
 
 def _said(words: Sequence[str], keys: Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ from fusion.config import OptimConfig
 from fusion.errors import UserError
 from fusion.run import Run, record
 from fusion.stage1 import main as stage1
-from fusion.store.manifest import MANIFEST
+from fusion.store.manifest import MANIFEST, artifacts
 from tests.bench import Bench
 
 ROOT = Path(__file__).parents[1]
@@ -121,6 +121,41 @@ def test_a_run_that_failed_has_settings_and_no_scores(trained: Bench, tmp_path: 
     assert settings.keys() == {"optim.lr"}
     assert all(row[1:] == ["-", "-"] for row in scores.values())
     assert costs["status"] == ["-", "failed"]
+
+
+def test_two_seeds_of_one_setting_are_said_to_be_so(
+    trained: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever they are named; another setting of a source is one that differs."""
+    store = tmp_path / "store"
+    shutil.copytree(trained.folder / "store", store)
+    for seed, rate in ((8, 0.005), (9, 0.1)):
+        for name in ("films", "both"):
+            shutil.copytree(store / name, store / f"{name}-{seed}")
+            path = store / f"{name}-{seed}" / MANIFEST
+            manifest = json.loads(path.read_text())
+            manifest["run"]["config"]["seed"] = manifest["seed"] = seed
+            if name == "films":
+                manifest["run"]["config"]["optim.lr"] = rate
+                manifest["files"]["weights.safetensors"]["sha256"] = str(seed) * 64
+            else:
+                films = read_side(f"films-{seed}", store).facts["weights"]
+                full = next(m.hash for _, m in artifacts(store) if m.hash.startswith(films))
+                manifest["sources"][0] = {"name": f"films-{seed}", "hash": full}
+            path.write_text(json.dumps(manifest | {"name": f"{name}-{seed}"}))
+    said = {}
+    for words in (("films", "films-8"), ("films", "films-9"), ("both", "both-8"), ("both", "both-9")):
+        assert main([*words, f"store={store}"]) == 0
+        said[words] = [
+            line for line in capsys.readouterr().out.splitlines() if "seeds:" in line or ".lr: " in line
+        ]
+    seeds = ["one setting with two seeds: the difference of the scores is that of the seeds"]
+    assert said == {
+        ("films", "films-8"): seeds,
+        ("films", "films-9"): [],
+        ("both", "both-8"): seeds,
+        ("both", "both-9"): ["sources.0.optim.lr: 0.005 and 0.1"],
+    }
 
 
 def test_what_older_stores_did_not_know_is_no_difference(trained: Bench) -> None:

@@ -234,6 +234,38 @@ def test_seeds_of_one_task_are_no_sources_for_each_other(
     assert typed(report)[0] == "fusion.report"
 
 
+def with_seed(bench: Bench, store: Path, name: str, new: str, seed: int, **settings: Any) -> dict[str, Any]:
+    """A copy of a stored artifact as another seed of it; the result of the run that would have made it."""
+    shutil.copytree(bench.folder / "store" / name, store / new)
+    manifest = json.loads((store / new / "manifest.json").read_text())
+    manifest["run"]["config"] |= {"seed": seed} | settings
+    (store / new / "manifest.json").write_text(json.dumps(manifest | {"name": new, "seed": seed}))
+    return bench.result[name] | {"artifact": str(store / new), "name": new}
+
+
+def test_one_seed_of_each_adapter_is_proposed(
+    trained: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    results = [
+        with_seed(trained, store, name, f"{name}-s{seed}", seed)
+        for name in ("books", "films")
+        for seed in (7, 8, 9)
+    ]
+    end_of_run(run(trained, "stage1", "+task=films", "seed=8"), results[4])
+    fuse = typed(lines_of(capsys)[-1])
+    assert fuse[:3] == ["fusion.stage2", "+task=films", "sources=[books-s8,films-s8]"]
+    jobs = [job(result["name"], "done", result, "seed=7,8,9") for result in results]
+    end_of_sweep("stage1", Path("sweep"), jobs)
+    fuse = typed(lines_of(capsys)[-2])
+    assert fuse[:3] == ["fusion.stage2", "+task=films", "sources=[books-s9,films-s9]"]
+    other = with_seed(trained, store, "films", "films-wide", 9, **{"adapter.reduction_factor": 2.0})
+    end_of_run(run(trained, "stage1", "+task=films", "seed=9"), other)
+    fuse = typed(lines_of(capsys)[-1])
+    assert fuse[2] == "sources=[books-s9,films-s9,films-wide]", "another setting is another adapter"
+
+
 def test_tasks_with_many_metrics_share_a_column() -> None:
     results = [{"metrics": {"validation": {f"m{n}": 0.5, "x": 1}}, "name": str(n)} for n in range(5)]
     titles, *rows = ending.trained([(str(n), "", result) for n, result in enumerate(results)])

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from fusion.store.files import printable
 from fusion.store.manifest import MANIFEST, Manifest
 from fusion.store.overview import Found, Leftover, check_store, everything, leftovers, size_of, users_of
+from fusion.store.settings_groups import Lookup, group
 
-TITLES = ("name", "kind", "task", "backbone", "what", "score", "size", "when", "used by")
+TITLES = ("name", "kind", "task", "backbone", "what", "seed", "score", "size", "when", "used by")
 
 
 def list_store(store: Path) -> tuple[list[tuple[str, ...]], list[str]]:
-    """The rows of the table, titles first (none where there is no artifact), then lines: what is damaged, what runs left.
+    """The rows of the table, titles first (none where there is no artifact), then lines.
+
+    The lines: which artifacts differ by their seed alone and what they score together, what is damaged, what runs left.
 
     Raises:
         UserError: there is no such store.
@@ -23,6 +28,7 @@ def list_store(store: Path) -> tuple[list[tuple[str, ...]], list[str]]:
     found = everything(store)
     rows = [_row(f, f.manifest, found) for f in found if f.manifest is not None]
     lines = [] if rows else [f"{store} has no artifacts"]
+    lines += [printable(line) for line in _seeds(store, found)]
     lines += [printable(f"damaged: {f.place}: {f.problem}") for f in found if f.manifest is None]
     return [TITLES, *rows] if rows else [], lines + [_left(left) for left in leftovers(store, found)]
 
@@ -35,12 +41,36 @@ def _row(found: Found, manifest: Manifest, every: list[Found]) -> tuple[str, ...
         "+".join(manifest.multitask or [manifest.task["name"]]),
         manifest.backbone["name_or_path"].rstrip("/").rsplit("/", 1)[-1],
         what_it_is(manifest),
+        str(manifest.seed),
         first_score(manifest),
         as_bytes(size_of(found.folder)),
         when(found.folder / MANIFEST),
         ", ".join(users) or "-",
     )
     return tuple(printable(cell) for cell in cells)
+
+
+def _seeds(store: Path, found: list[Found]) -> Iterator[str]:
+    """A line for each setting that was trained with several seeds: mean and standard deviation of the first score."""
+    lookup = Lookup()
+    every = [(f.place, f.manifest) for f in found if f.manifest is not None and not f.replaced]
+    for positions in group(lookup.of_artifact(manifest, store) for _, manifest in every):
+        members = [every[position] for position in positions]
+        if len({manifest.seed for _, manifest in members}) < 2:
+            continue
+        scores = [_first(manifest) for _, manifest in members]
+        names, values = {name for name, _ in scores}, [value for _, value in scores if value is not None]
+        summary = ""
+        if len(names) == 1 and len(values) == len(members):
+            summary = f": {names.pop()} mean {number(fmean(values))}, sd {number(stdev(values))}"
+        yield f"{len(members)} seeds of one setting: {', '.join(place for place, _ in members)}{summary}"
+
+
+def _first(manifest: Manifest) -> tuple[str, float | None]:
+    for split in manifest.metrics.values():
+        for metric, value in split.items() if isinstance(split, dict) else ():
+            return metric, float(value) if isinstance(value, (int, float)) else None
+    return "", None
 
 
 def _left(left: Leftover) -> str:

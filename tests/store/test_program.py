@@ -68,15 +68,23 @@ def test_list(say: Say, full: Path) -> None:
     code, out, err = say("list")
     assert (code, err) == (0, "")
     lines = [re.split(r"  +", line) for line in out.splitlines()]
-    assert lines[0] == ["name", "kind", "task", "backbone", "what", "score", "size", "when", "used by"]
+    assert lines[0] == [
+        "name",
+        "kind",
+        "task",
+        "backbone",
+        "what",
+        "seed",
+        *("score", "size", "when", "used by"),
+    ]
     assert [line[0] for line in lines[1:]] == ["books", "both", "films", "head"]
-    assert lines[2][1:6] == ["fusion", "both", "tiny", "adapterfusion of 2", "accuracy 0.5"]
-    assert lines[3][1:6] == ["adapter", "films", "tiny", "feedforward/normed", "accuracy 0.5"]
-    assert lines[4][1:6] == ["head", "films", "tiny", "-", "-"]
+    assert lines[2][1:7] == ["fusion", "both", "tiny", "adapterfusion of 2", "3", "accuracy 0.5"]
+    assert lines[3][1:7] == ["adapter", "films", "tiny", "feedforward/normed", "3", "accuracy 0.5"]
+    assert lines[4][1:7] == ["head", "films", "tiny", "-", "3", "-"]
     assert [line[-1] for line in lines[1:]] == ["both", "-", "both", "-"]
     size = sum(file.stat().st_size for file in (full / "films").iterdir())
-    assert lines[3][6] == as_bytes(size)
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", lines[3][7])
+    assert lines[3][7] == as_bytes(size)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", lines[3][8])
     assert len({line.index("adapter") for line in out.splitlines() if "adapter " in line}) == 1  # aligned
 
 
