@@ -54,7 +54,7 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     from fusion.store.artifacts import load
     from fusion.terminal.bars import rows_bar
     from fusion.training.metrics import predicted, score
-    from fusion.training.outcomes import outcomes, write_outcomes
+    from fusion.training.outcomes import Scored, outcomes, write_outcomes
 
     device = device_of(config.accelerator)
     artifact = load(config.artifact, Path(config.store))
@@ -92,7 +92,7 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
             )
         key = split if len(scored) == 1 else f"{task.name}/{split}"
         metrics[key] = score(task, predictions.scores, encoded.labels)
-        seen[key] = outcomes(encoded, predicted(predictions.scores, task.kind))
+        seen[key] = outcomes(encoded, Scored.of_all(encoded, predicted(predictions.scores, task.kind)))
         rows_seen, seconds, tokens = (
             rows_seen + len(rows),
             seconds + predictions.seconds,

@@ -24,7 +24,6 @@ PACKAGES = (
     "hydra-core",
     "omegaconf",
     "wandb",
-    "torchmetrics",
     "peft",
     "safetensors",
     "huggingface-hub",

@@ -19,11 +19,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scipy import stats
+
 from fusion.errors import UserError
 from pipelines.commands import call, read_config, say
-
-# Two-sided 95 % quantiles of Student's t for 1, 2, 3 ... degrees of freedom; the normal's beyond.
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass
@@ -90,8 +89,10 @@ def compare(single: list[float], fusion: list[float]) -> dict[str, float]:
     """
     differences = [two - one for one, two in zip(single, fusion, strict=True)]
     n = len(differences)
-    quantile = T_QUANTILES[n - 2] if 2 <= n <= len(T_QUANTILES) + 1 else 1.96
-    half = quantile * statistics.stdev(differences) / math.sqrt(n) if n > 1 else float("nan")
+    # Student's t: few seeds make a wide interval.
+    half = (
+        float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.nan
+    )
     mean = statistics.fmean(differences)
     return {
         "single": statistics.fmean(single),

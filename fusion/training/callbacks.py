@@ -12,6 +12,7 @@ import pytorch_lightning as lightning
 import torch
 
 from fusion.training.module import TaskModule
+from fusion.training.outcomes import Scored
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Best(lightning.Callback):
         self._monitor = monitor
         self._patience = patience
         self.weights: dict[str, torch.Tensor] | None = None
-        self.predicted: dict[str, torch.Tensor] | None = None  # for the rows of each split, by those weights
+        self.predicted: dict[str, Scored] | None = None  # by split, with those weights
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._stop_if_over(trainer, pl_module)  # interrupted after the last epoch
@@ -80,13 +81,18 @@ class Best(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["best"] = self.weights
-        checkpoint["predicted"] = self.predicted
+        checkpoint["predicted"] = self.predicted and {
+            split: [scored.rows, scored.predictions, scored.labels]
+            for split, scored in self.predicted.items()
+        }
 
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self.weights = checkpoint["best"]
-        self.predicted = checkpoint.get("predicted")  # not in those of earlier versions
+        predicted = checkpoint.get("predicted") or {}
+        if all(isinstance(parts, list) for parts in predicted.values()):  # otherwise of version 0.1
+            self.predicted = {split: Scored(*parts) for split, parts in predicted.items()}
 
 
 def best_epoch(history: Sequence[dict[str, float]], monitor: str) -> dict[str, float]:

@@ -38,6 +38,7 @@ from fusion.training.interrupts import Interrupts
 from fusion.training.metrics import main_metric
 from fusion.training.module import TaskModule
 from fusion.training.out_of_memory import OutOfMemory
+from fusion.training.outcomes import Scored
 from fusion.training.progress import ProgressBar
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class Fit:
     best_epoch: int
     epochs: int
     speed: dict[str, float | None]
-    predicted: dict[str, torch.Tensor]
+    predicted: dict[str, Scored]
     broken: str | None = None
 
 

@@ -21,7 +21,8 @@ from fusion.data.batches import Batch
 from fusion.errors import LossNotFinite, UserError
 from fusion.layers.filling import Recorder
 from fusion.model import AdaptedModel
-from fusion.training.metrics import MEAN, TaskMetrics, main_metrics, predicted
+from fusion.training.metrics import MEAN, main_metrics, predicted, score_predictions
+from fusion.training.outcomes import Scored
 
 
 class TaskModule(lightning.LightningModule):
@@ -70,12 +71,11 @@ class TaskModule(lightning.LightningModule):
             values = None if weights is None else torch.from_numpy(weights).float()
             self.register_buffer(f"class_weights_{number}", values, persistent=False)
         self.losses_seen = Losses()
-        self.split_metrics = nn.ModuleList([TaskMetrics(task) for task in splits.values()])
         # Of each evaluated epoch: its number (from 1) and every metric.
         self.history: list[dict[str, float]] = []
-        # Of the last evaluation, by split: what was predicted for each row, (rows,).
-        self.predicted: dict[str, Tensor] = {}
-        self._predicted: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        # Of the last evaluation, by split.
+        self.predicted: dict[str, Scored] = {}
+        self._predicted: dict[str, list[Scored]] = {}
         self.rows_seen = 0
         self.tokens_seen = 0
         # Gives the recorder of a validation batch, where somebody wants the sources' weights of it.
@@ -187,27 +187,26 @@ class TaskModule(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_index: int, dataloader_idx: int = 0) -> None:
         assert batch.labels is not None
-        counts = batch.weights > 0
-        metrics = self.split_metrics[dataloader_idx]
-        assert isinstance(metrics, TaskMetrics)
+        counts = batch.weights > 0  # the others are fillers
+        split, task = list(self.splits.items())[dataloader_idx]
         record = None if self.watch is None else self.watch(batch)
-        scores = self.scores(batch, record=record)[counts]
-        metrics.update(scores, batch.labels[counts])
-        answers = batch.rows[counts], predicted(scores, metrics.kind)
-        self._predicted.setdefault(list(self.splits)[dataloader_idx], []).append(answers)
+        predictions = predicted(self.scores(batch, record=record)[counts], task.kind)
+        scored = Scored(batch.rows[counts].cpu(), predictions.cpu(), batch.labels[counts].cpu())
+        self._predicted.setdefault(split, []).append(scored)
 
     def on_validation_epoch_end(self) -> None:
-        self.predicted = {split: self._by_row(parts) for split, parts in self._predicted.items()}
+        # A process may have had no batch of a split; all of them have to gather every split together.
+        self.predicted = {split: Scored.gathered(self._predicted.get(split, [])) for split in self.splits}
         self._predicted = {}
         values: dict[str, float] = {}
-        for split, metrics in zip(self.splits, self.split_metrics, strict=True):
-            assert isinstance(metrics, TaskMetrics)
-            values |= {f"{split}/{name}": value for name, value in metrics.compute().items()}
-            metrics.reset()
+        for split, task in self.splits.items():
+            scored = self.predicted[split]
+            found = score_predictions(task, scored.predictions.numpy(), scored.labels.numpy())
+            values |= {f"{split}/{name}": value for name, value in found.items()}
         if len(self.tasks) > 1:
             chosen = main_metrics(self.splits)
             values[MEAN] = sum(values[name] for name in chosen) / len(chosen)
-        # Equal in all processes, since the metrics have gathered every row: the mean changes nothing.
+        # Equal in all processes, each of which has gathered every row: the mean changes nothing.
         self.log_dict(values, sync_dist=self.trainer.world_size > 1)
         if self.trainer.sanity_checking:
             return
@@ -216,15 +215,6 @@ class TaskModule(lightning.LightningModule):
         if self.history and self.history[-1]["epoch"] == epoch:
             self.history.pop()  # evaluated within the epoch as well: its end is what is kept
         self.history.append({"epoch": epoch, **values})
-
-    def _by_row(self, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """(some rows,), (their predictions,) of every process -> (rows,) in the order of the split, on the CPU."""
-        rows, answers = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
-        if self.trainer.world_size > 1:
-            everywhere: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(everywhere, (rows, answers))
-            rows, answers = (torch.cat(column) for column in zip(*everywhere, strict=True))
-        return answers[rows.argsort()]
 
     def configure_optimizers(self) -> Any:
         """AdamW with linear warm-up and linear decay to zero."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fusion.data.encode import EncodedRows
@@ -15,18 +18,56 @@ from fusion.run import OUTCOMES, write_json
 log = logging.getLogger(__name__)
 
 
-def outcomes(rows: EncodedRows, predicted: Tensor) -> dict[str, Any]:
-    """Of one split: the rows' fingerprint, their labels and what was predicted, in the rows' order.
+@dataclass(frozen=True)
+class Scored:
+    """The rows of a split that were evaluated, in their order, on the CPU.
 
-    Args:
-        predicted: (rows,), class ids, or values of a regression.
+    rows, predictions, labels: (rows,). Where something limits the evaluation (`trainer.limit_val_batches`), they are
+    fewer than the split has.
     """
-    assert rows.labels is not None
-    return {
+
+    rows: Tensor
+    predictions: Tensor
+    labels: Tensor
+
+    @classmethod
+    def of_all(cls, rows: EncodedRows, predictions: Tensor) -> Scored:
+        """Of a whole split. predictions: (rows,)."""
+        assert rows.labels is not None
+        return cls(torch.arange(len(rows)), predictions, torch.from_numpy(rows.labels))
+
+    @classmethod
+    def gathered(cls, parts: Sequence[Scored]) -> Scored:
+        """The rows of all parts and of all processes, in the order of the split.
+
+        Under DDP, every process has to call it, also one without a part.
+        """
+        own = [(part.rows, part.predictions, part.labels) for part in parts]
+        everywhere: list[Any] = [own]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            everywhere = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(everywhere, own)
+        columns = zip(*(part for process in everywhere for part in process), strict=True)
+        rows, predictions, labels = (torch.cat(column) for column in columns)
+        order = rows.argsort()
+        return cls(rows[order], predictions[order], labels[order])
+
+
+def outcomes(rows: EncodedRows, scored: Scored) -> dict[str, Any]:
+    """Of one split: a fingerprint of the rows that were evaluated, their labels and predictions, in their order.
+
+    Where only some were, `rows` has their numbers, counted from 0, and the fingerprint is of that selection.
+    """
+    content: dict[str, Any] = {
         "fingerprint": rows.fingerprint,
-        "labels": rows.labels.tolist(),
-        "predicted": predicted.tolist(),
+        "labels": scored.labels.tolist(),
+        "predicted": scored.predictions.tolist(),
     }
+    if len(scored.rows) < len(rows):
+        content["rows"] = scored.rows.tolist()
+        selection = f"{rows.fingerprint} {content['rows']}"
+        content["fingerprint"] = hashlib.sha256(selection.encode()).hexdigest()
+    return content
 
 
 def write_outcomes(directory: Path, splits: Mapping[str, dict[str, Any]]) -> None:

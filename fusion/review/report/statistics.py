@@ -1,6 +1,6 @@
 """Is a difference real? Paired bootstrap over rows and seeds, and Holm's correction for many targets.
 
-Shapes: S seeds, R rows, B resamples, C classes.
+Shapes: S seeds, R rows, B resamples.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fusion.metrics import metric_of
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -147,71 +149,6 @@ def holm(values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(values) - rank) * values[place]))
         adjusted[place] = highest
     return adjusted
-
-
-def metric_of(name: str, labels: NDArray[Any], predicted: NDArray[Any]) -> Floats:
-    """The project's metrics, for many resamples at once; what is not defined counts as 0.
-
-    Args:
-        labels, predicted: (B, R).
-
-    Returns:
-        (B,).
-
-    Raises:
-        KeyError: no such metric.
-    """
-    if name == "accuracy":
-        return np.asarray((labels == predicted).mean(-1))
-    if name in ("pearson", "spearman"):
-        return _correlation(labels, predicted, ranks=name == "spearman")
-    return {"f1": _f1, "macro_f1": _macro_f1, "matthews": _matthews}[name](_confusion(labels, predicted))
-
-
-def _confusion(labels: NDArray[Any], predicted: NDArray[Any]) -> Floats:
-    """(B, R) twice -> (B, C, C), rows by label."""
-    classes = int(max(labels.max(initial=0), predicted.max(initial=0), 1)) + 1
-    cells = labels.astype(np.int64) * classes + predicted.astype(np.int64)
-    counts = [np.bincount(row, minlength=classes * classes) for row in cells]
-    return np.array(counts, float).reshape(len(cells), classes, classes)
-
-
-def _f1(confusion: Floats) -> Floats:
-    """Of class 1."""
-    return np.asarray(_f1_by_class(confusion)[:, 1])
-
-
-def _macro_f1(confusion: Floats) -> Floats:
-    """The mean over the classes that occur or are predicted."""
-    there = confusion.sum(1) + confusion.sum(2) > 0
-    return np.asarray(_f1_by_class(confusion).sum(1) / there.sum(1))
-
-
-def _f1_by_class(confusion: Floats) -> Floats:
-    right = np.einsum("bcc->bc", confusion)
-    both = confusion.sum(1) + confusion.sum(2)
-    return np.asarray(2 * right / np.where(both > 0, both, 1))
-
-
-def _matthews(confusion: Floats) -> Floats:
-    """The multi-class form (Gorodkin 2004)."""
-    total, right = confusion.sum((1, 2)), np.einsum("bcc->b", confusion)
-    said, true = confusion.sum(1), confusion.sum(2)
-    above = right * total - (said * true).sum(1)
-    below = np.sqrt((total**2 - (said**2).sum(1)) * (total**2 - (true**2).sum(1)))
-    return np.asarray(np.where(below > 0, above / np.where(below > 0, below, 1), 0.0))
-
-
-def _correlation(one: NDArray[Any], other: NDArray[Any], ranks: bool) -> Floats:
-    if ranks:
-        from scipy.stats import rankdata
-
-        one, other = rankdata(one, axis=-1), rankdata(other, axis=-1)
-    one, other = (
-        values - values.mean(-1, keepdims=True) for values in (one.astype(float), other.astype(float))
-    )
-    below = np.sqrt((one**2).sum(-1) * (other**2).sum(-1))
-    return np.asarray(np.where(below > 0, (one * other).sum(-1) / np.where(below > 0, below, 1), 0.0))
 
 
 def _drawn_mean(

@@ -1,16 +1,13 @@
-"""The report's statistics against scipy, against the project's own metrics, and against cases with a known answer."""
+"""The report's statistics against scipy and against cases with a known answer."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from scipy import stats
 
-from fusion.config import TaskConfig
 from fusion.review.report.statistics import (
     RESAMPLES,
     Answers,
@@ -18,9 +15,7 @@ from fusion.review.report.statistics import (
     Sample,
     compare,
     holm,
-    metric_of,
 )
-from fusion.training.metrics import TaskMetrics
 
 DRAW = np.random.RandomState(0)
 
@@ -33,64 +28,6 @@ def answers(accuracy: float, rows: int = 400, seed: int = 0) -> Answers:
 
 def sample(accuracy: float, seed: int, rows: int = 400) -> Sample:
     return Sample(seed, accuracy, answers(accuracy, rows, seed))
-
-
-@pytest.mark.parametrize(
-    ("kind", "name", "classes"),
-    [
-        ("classification", "accuracy", 2),
-        ("classification", "accuracy", 5),
-        ("classification", "f1", 2),
-        ("classification", "macro_f1", 2),
-        ("classification", "macro_f1", 4),
-        ("classification", "matthews", 2),
-        ("classification", "matthews", 4),
-        ("choice", "accuracy", 3),
-        ("regression", "pearson", 0),
-        ("regression", "spearman", 0),
-    ],
-)
-def test_metrics_are_those_of_the_training(kind: str, name: str, classes: int) -> None:
-    """Of every resample, also of one with a class that is missing, and one in which all is predicted alike."""
-    draw = np.random.RandomState(3)
-    labels: Any
-    predicted: Any
-    if kind == "regression":
-        labels = draw.randint(4, size=(6, 30)) / 2
-        predicted = labels + draw.normal(size=labels.shape)
-        predicted[5] = 1.0
-    else:
-        labels = draw.randint(classes, size=(6, 30))
-        predicted = np.where(draw.rand(6, 30) < 0.6, labels, draw.randint(classes, size=(6, 30)))
-        if name != "matthews":  # which torchmetrics does not give as 0 where all is predicted alike
-            predicted[4], labels[5], predicted[5] = 0, 0, 0
-    task = TaskConfig(
-        name="t",
-        kind=kind,
-        text="text",
-        choices="c" if kind == "choice" else None,
-        labels=[str(n) for n in range(classes)] if kind == "classification" else None,
-        metrics=[name],
-    )
-    found = metric_of(name, labels, predicted)
-    for row in range(6):
-        metrics = TaskMetrics(task)
-        if kind == "regression":
-            scores = torch.tensor(predicted[row], dtype=torch.float32)[:, None]
-        else:
-            scores = torch.nn.functional.one_hot(torch.tensor(predicted[row]), classes).float()
-        metrics.update(scores, torch.tensor(labels[row]))
-        assert found[row] == pytest.approx(metrics.compute()[name], abs=2e-5), row
-
-
-def test_matthews_of_one_prediction_for_all_is_zero() -> None:
-    labels = np.array([[0, 1, 1, 0, 1]])
-    assert metric_of("matthews", labels, np.zeros_like(labels)).tolist() == [0.0]
-
-
-def test_an_unknown_metric() -> None:
-    with pytest.raises(KeyError):
-        metric_of("bleu", np.zeros((1, 3), int), np.zeros((1, 3), int))
 
 
 def test_one_seed_is_the_paired_bootstrap_over_rows() -> None:

@@ -1,0 +1,110 @@
+"""The metrics of a task in double precision: one implementation for training, evaluation and the report.
+
+Shapes: B resamples (or one), R rows, C classes. A metric that is not defined, such as a correlation with a constant,
+is 0, so that a collapsed model is never the best one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+def metric_of(name: str, labels: NDArray[Any], predicted: NDArray[Any]) -> Floats:
+    """One metric of each resample.
+
+    accuracy; f1 (of the second of two labels, as GLUE has it); macro_f1 (mean over the labels that occur or are
+    predicted); matthews; pearson; spearman.
+
+    Args:
+        labels, predicted: (B, R), class ids or values.
+
+    Returns:
+        (B,).
+
+    Raises:
+        KeyError: no such metric.
+    """
+    return _METRICS[name](np.asarray(labels), np.asarray(predicted))
+
+
+def _accuracy(labels: NDArray[Any], predicted: NDArray[Any]) -> Floats:
+    return np.asarray((labels == predicted).mean(-1), np.float64)
+
+
+def _f1(labels: NDArray[Any], predicted: NDArray[Any]) -> Floats:
+    return _f1_by_class(_confusion(labels, predicted))[:, 1]
+
+
+def _macro_f1(labels: NDArray[Any], predicted: NDArray[Any]) -> Floats:
+    confusion = _confusion(labels, predicted)
+    counted = confusion.sum(1) + confusion.sum(2) > 0
+    return np.asarray(_f1_by_class(confusion).sum(1) / counted.sum(1))
+
+
+def _matthews(labels: NDArray[Any], predicted: NDArray[Any]) -> Floats:
+    """The multi-class form (Gorodkin 2004, equation 8)."""
+    confusion = _confusion(labels, predicted)
+    total, right = confusion.sum((1, 2)), np.einsum("bcc->b", confusion)
+    by_prediction, by_label = confusion.sum(1), confusion.sum(2)
+    covariance = right * total - (by_prediction * by_label).sum(1)
+    # Not the root of the product: of many rows the product exceeds what float64 holds exactly.
+    scale = np.sqrt(total**2 - (by_prediction**2).sum(1)) * np.sqrt(total**2 - (by_label**2).sum(1))
+    return _ratio(covariance, scale)
+
+
+def _pearson(labels: NDArray[Any], predicted: NDArray[Any]) -> Floats:
+    return _correlation(labels.astype(np.float64), predicted.astype(np.float64))
+
+
+def _spearman(labels: NDArray[Any], predicted: NDArray[Any]) -> Floats:
+    from scipy.stats import rankdata
+
+    return _correlation(rankdata(labels, axis=-1), rankdata(predicted, axis=-1))
+
+
+_METRICS: dict[str, Callable[[NDArray[Any], NDArray[Any]], Floats]] = {
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "macro_f1": _macro_f1,
+    "matthews": _matthews,
+    "pearson": _pearson,
+    "spearman": _spearman,
+}
+
+
+def _confusion(labels: NDArray[Any], predicted: NDArray[Any]) -> Floats:
+    """(B, R) twice -> (B, C, C), labels by predictions."""
+    classes = int(max(labels.max(initial=0), predicted.max(initial=0), 1)) + 1
+    cells = labels.astype(np.int64) * classes + predicted.astype(np.int64)
+    counts = [np.bincount(row, minlength=classes * classes) for row in cells]
+    return np.array(counts, np.float64).reshape(len(cells), classes, classes)
+
+
+def _f1_by_class(confusion: Floats) -> Floats:
+    right = np.einsum("bcc->bc", confusion)
+    return _ratio(2 * right, confusion.sum(1) + confusion.sum(2))
+
+
+def _correlation(one: Floats, other: Floats) -> Floats:
+    """Pearson's; 0 where either side is constant or not finite."""
+    with np.errstate(invalid="ignore"):
+        # By their range and not by their variance, which rounding keeps from being exactly 0.
+        varies = (np.ptp(one, axis=-1) > 0) & (np.ptp(other, axis=-1) > 0)
+        one, other = (values - values.mean(-1, keepdims=True) for values in (one, other))
+        norms = (np.sqrt((values**2).sum(-1, keepdims=True)) for values in (one, other))
+        one, other = (_ratio(values, norm) for values, norm in zip((one, other), norms, strict=True))
+        value = (one * other).sum(-1)
+    return np.where(varies & np.isfinite(value), np.clip(value, -1.0, 1.0), 0.0)
+
+
+def _ratio(above: Floats, below: Floats) -> Floats:
+    """0 where the divisor is 0."""
+    return np.asarray(
+        np.divide(above, below, out=np.zeros(np.broadcast_shapes(above.shape, below.shape)), where=below > 0)
+    )
