@@ -690,19 +690,13 @@ def test_an_adapter_of_several_tasks_is_a_source_like_any_other(mixed: Bench) ->
 
 
 def test_the_mean_over_the_tasks_picks_the_best_epoch(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusion.training.module import TaskModule
+    from fusion.training import module
 
     # The first task alone would choose epoch 3, the mean chooses 2; patience ends the run after 4.
     scores = {"films": [0.1, 0.2, 0.5, 0.1, 0.1, 0.1], "books": [0.2, 0.9, 0.3, 0.3, 0.3, 0.3]}
-    compute = TaskModule.on_validation_epoch_end
-
-    def scripted(self: TaskModule) -> None:
-        for (name, _), metrics in zip(self.splits.items(), self.split_metrics, strict=True):
-            value = scores[name.split("/")[0]][self.trainer.current_epoch]
-            monkeypatch.setattr(metrics, "compute", lambda value=value: {"accuracy": value, "macro_f1": 0.0})
-        compute(self)
-
-    monkeypatch.setattr(TaskModule, "on_validation_epoch_end", scripted)
+    remaining = {name: iter(values) for name, values in scores.items()}
+    scripted = lambda task, *_: {"accuracy": next(remaining[task.name]), "macro_f1": 0.0}  # noqa: E731
+    monkeypatch.setattr(module, "score_predictions", scripted)
     trainer = TrainerConfig(accelerator="cpu", max_epochs=6, enable_progress_bar=False)
     result = bench.multitask("films", "books", trainer=trainer, optim=OptimConfig(lr=5e-3, patience=2))
     assert (result["best_epoch"], result["epochs"]) == (2, 4)

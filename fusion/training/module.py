@@ -191,7 +191,7 @@ class TaskModule(lightning.LightningModule):
         split, task = list(self.splits.items())[dataloader_idx]
         record = None if self.watch is None else self.watch(batch)
         predictions = predicted(self.scores(batch, record=record)[counts], task.kind)
-        scored = Scored(batch.rows[counts].cpu(), predictions.cpu(), batch.labels[counts].cpu())
+        scored = Scored(batch.rows[counts].cpu(), predictions.detach().cpu(), batch.labels[counts].cpu())
         self._predicted.setdefault(split, []).append(scored)
 
     def on_validation_epoch_end(self) -> None:

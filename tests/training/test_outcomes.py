@@ -1,0 +1,78 @@
+"""outcomes.json: labels and predictions of the rows that were evaluated, row by row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fusion.config import TrainerConfig
+from fusion.training.outcomes import Scored
+from tests.bench import Bench
+
+
+def trainer(**settings: Any) -> TrainerConfig:
+    return TrainerConfig(accelerator="cpu", max_epochs=1, enable_progress_bar=False, **settings)
+
+
+def read(bench: Bench) -> dict[str, Any]:
+    return json.loads((bench.folder / "runs" / str(bench.runs) / "outcomes.json").read_text())
+
+
+def labels_of(path: Path) -> list[int]:
+    return [json.loads(line)["label"] for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [
+        ({}, 16),
+        ({"limit_val_batches": 1}, 8),
+        ({"limit_val_batches": 0.5}, 8),
+    ],
+)
+def test_labels_and_predictions_are_of_the_same_rows(
+    bench: Bench, settings: dict[str, Any], rows: int
+) -> None:
+    result = bench.stage1("films", trainer=trainer(**settings))
+    found = read(bench)["validation"]
+    every = labels_of(bench.folder / "data/films/validation.jsonl")
+    numbers = found.get("rows", list(range(len(every))))
+    assert ("rows" in found) == (len(numbers) < 16)
+    assert found["labels"] == [every[row] for row in numbers]
+    assert len(found["predicted"]) == len(numbers) == rows
+    right = np.mean(np.array(found["labels"]) == found["predicted"])
+    assert result["metrics"]["validation"]["accuracy"] == right  # in double precision
+
+
+def test_selections_of_one_split_have_fingerprints_of_their_own(bench: Bench) -> None:
+    prints = set()
+    for batches in (1.0, 1):
+        bench.stage1("films", trainer=trainer(limit_val_batches=batches), overwrite=True)
+        prints.add(read(bench)["validation"]["fingerprint"])
+    assert len(prints) == 2
+
+
+def test_tasks_that_are_limited_together(bench: Bench) -> None:
+    bench.multitask("films", "books", trainer=trainer(limit_val_batches=1))
+    found = read(bench)
+    assert set(found) == {"films/validation", "books/validation"}
+    for name, split in found.items():
+        every = labels_of(bench.folder / "data" / name.split("/")[0] / "validation.jsonl")
+        assert split["labels"] == [every[row] for row in split["rows"]] and len(split["predicted"]) == 8
+
+
+def test_parts_come_back_in_the_order_of_the_rows() -> None:
+    parts = [
+        Scored(torch.tensor([4, 1]), torch.tensor([40, 10]), torch.tensor([0, 1])),
+        Scored(torch.tensor([], dtype=torch.long), torch.tensor([]), torch.tensor([], dtype=torch.long)),
+        Scored(torch.tensor([0]), torch.tensor([5]), torch.tensor([1])),
+    ]
+    scored = Scored.gathered(parts)
+    assert scored.rows.tolist() == [0, 1, 4]
+    assert scored.predictions.tolist() == [5, 10, 40]
+    assert scored.labels.tolist() == [1, 1, 0]
