@@ -25,6 +25,10 @@ VALUES = st.one_of(
 )
 
 
+def floats(*numbers: float) -> NDArray[np.float32]:
+    return np.array(numbers, np.float32)
+
+
 def one(name: str, labels: Any, predicted: Any) -> float:
     (value,) = metric_of(name, np.asarray(labels)[None], np.asarray(predicted)[None])
     return float(value)
@@ -69,11 +73,11 @@ def test_classification_is_scikit_learns(case: tuple[int, NDArray[np.int64], NDA
 
 @QUICK
 @given(values())
-@example((np.float32([1, 2, 3]), np.float32([0.1, 0.1, 0.1])))
-@example((np.float32([1, 2]), np.float32([5, 7])))
-@example((np.float32([1, 2]), np.float32([7, 5])))
-@example((np.float32([3e38, -3e38, 0]), np.float32([1e-38, 2e-38, 3e-38])))
-@example((np.float32([1, 2, 3]), np.float32([16777216, 16777216, 16777218])))  # neighbours in float32
+@example((floats(1, 2, 3), floats(0.1, 0.1, 0.1)))
+@example((floats(1, 2), floats(5, 7)))
+@example((floats(1, 2), floats(7, 5)))
+@example((floats(3e38, -3e38, 0), floats(1e-38, 2e-38, 3e-38)))
+@example((floats(1, 2, 3), floats(16777216, 16777216, 16777218)))  # neighbours in float32
 def test_correlations_are_scipys(case: tuple[NDArray[np.float32], NDArray[np.float32]]) -> None:
     labels, predicted = (column.astype(np.float64) for column in case)
     functions = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}
