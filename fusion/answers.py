@@ -7,7 +7,7 @@ from typing import Any
 
 from fusion.config import TaskConfig
 from fusion.errors import UserError
-from fusion.store.files import quotable
+from fusion.safe_text import quotable
 from fusion.store.manifest import Manifest
 
 

@@ -49,9 +49,11 @@ from fusion.config import MULTITASK, Stage1Config, Stage2Config, StageConfig, Ta
 from fusion.data.task_files import check_task_file
 from fusion.errors import TrainingError, UserError, first_line
 from fusion.memory import free_cycles
+from fusion.paths import expand_paths, resolve_path
 from fusion.repeats import repeated
 from fusion.run import DEBUG, Run, Standing, Terminated, check_folder, describe, record
 from fusion.run_lock import turn_of
+from fusion.safe_text import printable, printable_logs
 from fusion.sweep import Sweep, standings
 from fusion.terminal import bars, display
 
@@ -132,7 +134,7 @@ def user_conf_folders() -> list[Path]:
     """Where a user's own tasks and experiments are looked for: `./conf` and `$FUSION_CONF`."""
     candidates = [Path.cwd() / "conf"]
     if named := os.environ.get("FUSION_CONF"):
-        candidates.append(Path(named).expanduser())
+        candidates.append(resolve_path(named, "FUSION_CONF"))
         if not candidates[-1].is_dir():
             raise UserError(f"FUSION_CONF={named}: no such folder")
     found: list[Path] = []
@@ -229,6 +231,7 @@ def prepare(command: Command, composed: DictConfig, launch: DictConfig) -> tuple
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or "a key"
         raise UserError(f"{key} is required: say {key}=...") from None
+    expand_paths(typed)
     command.settle(typed)
     if isinstance(typed, StageConfig) and typed.name is None:
         suffix = _swept(launch, NAMED_ANYWAY)
@@ -372,12 +375,12 @@ class Preflight(Callback):
         with _refusing():
             typed, run = prepare(_current, config, config.hydra)
             _current.check(typed, run)
-            check_folder(Path(config.hydra.run.dir), "hydra.run.dir")
+            check_folder(_output_folder(config, "run"), "hydra.run.dir")
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         global _sweep
         with _refusing():
-            folder = Path(config.hydra.sweep.dir)
+            folder = _output_folder(config, "sweep")
             loader = GlobalHydra.instance().config_loader()
             words = [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
             # As they were typed: `name=rte-${seed}` is another name in each job.
@@ -431,6 +434,18 @@ class Preflight(Callback):
                 bars.begin_sweep(len(planned))
 
 
+def _output_folder(config: DictConfig, mode: str) -> Path:
+    """hydra.run.dir or hydra.sweep.dir, where Hydra itself will make it: it does not expand `~`.
+
+    Raises:
+        UserError: it is no possible path, or begins with `~`.
+    """
+    text, key = str(config.hydra[mode].dir), f"hydra.{mode}.dir"
+    if text.startswith("~"):
+        raise UserError(f"{key}={text}: ~ is not expanded here; write the whole path, or $HOME in the shell")
+    return resolve_path(text, key)
+
+
 def _job_folder(composed: DictConfig, number: int) -> str:
     """Where Hydra will put a job of the sweep, below hydra.sweep.dir; what only the launcher knows stays open."""
     before = HydraConfig.instance().cfg
@@ -465,6 +480,7 @@ def _main(command: Command) -> int:
 
     global _current, _sweep
     _current, _sweep = command, None
+    printable_logs()
     logging.raiseExceptions = False  # a full disk would fill the terminal; run.log itself says that it ends
     signal.signal(signal.SIGTERM, _terminate)
     if (rank := processes.job_of_this_rank()) is not None:
@@ -604,7 +620,7 @@ def _say(message: str, code: int) -> int:
     if os.environ.get("FUSION_DEBUG", "0") not in ("", "0") and sys.exc_info()[1] is not None:
         traceback.print_exc()
     with contextlib.suppress(OSError):  # the terminal may be a file on the disk that is full
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
     return code
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError, first_line
+from fusion.paths import check_reference, resolve_path
 from fusion.program import run_program
 from fusion.run import ADDED_LATER, CONFIG, RESULT, STATUS, identity_config
-from fusion.store.files import printable
+from fusion.safe_text import printable
 from fusion.store.manifest import MANIFEST, Manifest, find, read_folder, read_settled
 from fusion.store.settings_groups import Lookup, Settings, group
 from fusion.store.settings_groups import differing as differing_settings
@@ -93,7 +94,7 @@ def read_words(words: Sequence[str]) -> tuple[str, str, Path]:
         raise UserError(
             f"compare takes two artifacts or runs, not {' '.join(map(repr, sides)) or 'nothing'} (--help says more)"
         )
-    return sides[0], sides[1], Path(store or DEFAULT_STORE).expanduser()
+    return sides[0], sides[1], resolve_path(store or DEFAULT_STORE, "store")
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -105,6 +106,7 @@ def read_side(reference: str, store: Path) -> Side:
     Raises:
         UserError: there is none, or what it says cannot be read.
     """
+    check_reference(reference, "artifact")
     folder = Path(reference).expanduser()
     if (folder / STATUS).is_file() and not (folder / MANIFEST).is_file():
         return _of_run(folder)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from fusion.errors import UserError
+from fusion.safe_text import printable
 
 
 def run_program(words: Sequence[str] | None, usage: str, work: Callable[[Sequence[str]], int]) -> int:
@@ -24,7 +25,7 @@ def run_program(words: Sequence[str] | None, usage: str, work: Callable[[Sequenc
             return 0
         return work(words)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -34,5 +35,5 @@ def run_program(words: Sequence[str] | None, usage: str, work: Callable[[Sequenc
         return 1
     except OSError as error:
         said = error.strerror or error
-        print(f"{error.filename}: {said}" if error.filename else said, file=sys.stderr)
+        print(printable(f"{error.filename}: {said}" if error.filename else str(said)), file=sys.stderr)
         return 2

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fusion.errors import UserError
+from fusion.paths import resolve_path
 from fusion.program import run_program
 from fusion.run import CONFIG, STATUS
 
@@ -48,7 +49,7 @@ def read_words(words: Sequence[str]) -> Path:
         if key != "runs" or not equals or not value or runs is not None:
             raise UserError(f"{word}: expected runs=DIR, once (--help says more)")
         runs = value
-    folder = Path(runs or DEFAULT_RUNS).expanduser()
+    folder = resolve_path(runs or DEFAULT_RUNS, "runs")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; runs=DIR names where runs have left theirs")
     return folder

@@ -25,12 +25,14 @@ HEAVY = (
     "torchmetrics",
 )
 
-BASE = {"config", "errors", "repeats"}
+BASE = {"config", "errors", "repeats", "paths", "safe_text"}
 # What each part of the package may import of the others. Parts that are not listed are commands.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "repeats": set(),
-    "program": {"errors"},
+    "safe_text": set(),
+    "paths": {"errors", "safe_text"},
+    "program": {"errors", "safe_text"},
     "config": {"errors", "repeats"},
     "hub": {"errors"},
     "custom_code": {"errors"},
@@ -45,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": BASE | {"hub", "custom_code"},
     "provenance": set(),
     "selection": BASE,
-    "terminal": {"errors"},
+    "terminal": {"errors", "safe_text"},
     "store": BASE | {"program", "selection", "terminal"},
     "review": BASE | {"run", "store", "packing", "metrics"},
     "sync": BASE | {"program", "run", "run_lock", "review"},

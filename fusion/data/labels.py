@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fusion.config import TaskConfig
-from fusion.data.tables import Column, Table, listed, shown
+from fusion.data.tables import Column, Table
 from fusion.errors import UserError
+from fusion.safe_text import listed, shown
 
 _LARGEST = 3.4028234e38  # of float32, in which a regression is computed
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")

@@ -27,8 +27,9 @@ from fusion.data.splits import (
     local_part,
     no_source,
 )
-from fusion.data.tables import Column, Table, hub_table, listed, read_split, read_table, record_table, shown
+from fusion.data.tables import Column, Table, hub_table, read_split, read_table, record_table
 from fusion.errors import UserError
+from fusion.safe_text import listed, shown
 
 __all__ = [
     "Rows",

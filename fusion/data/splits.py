@@ -14,8 +14,9 @@ from pathlib import Path
 
 from fusion.config import DataConfig, TaskConfig
 from fusion.data.files import READABLE, SplitFiles, contents, split_files
-from fusion.data.tables import listed
 from fusion.errors import UserError
+from fusion.paths import check_relative, resolve_path
+from fusion.safe_text import listed
 
 SPLITS = ("train", "validation", "test")
 
@@ -92,7 +93,7 @@ def is_local(task: TaskConfig, data: DataConfig) -> bool:
     """
     if data.dir is None:
         return False
-    if not Path(data.dir).expanduser().is_dir():
+    if not resolve_path(data.dir, "data.dir").is_dir():
         raise UserError(
             f"data.dir={data.dir}: no such folder; data.dir=null reads the hub, or the task's own corpus"
         )
@@ -194,7 +195,9 @@ def _part(task: TaskConfig, name: str) -> Part:
 
 def _folder(task: TaskConfig, data: DataConfig) -> Path:
     assert data.dir is not None
-    return Path(data.dir).expanduser() / str(task.name)
+    if (why := check_relative(str(task.name))) is not None:
+        raise UserError(f"task {listed([str(task.name)])} is no folder of data.dir: {why}")
+    return resolve_path(data.dir, "data.dir") / str(task.name)
 
 
 def _files(task: TaskConfig, data: DataConfig) -> dict[str, SplitFiles]:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import reprlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -21,14 +20,10 @@ from fusion.data.files import READABLE, Form, SplitFiles, form_of, read_content
 from fusion.data.jsonl import read_json, read_jsonl
 from fusion.errors import UserError, first_line
 from fusion.hub import from_cache_or_hub, hub_is_reachable, offline
+from fusion.safe_text import listed
 
 if TYPE_CHECKING:
     import pyarrow
-
-_SHOWN = 60  # characters of a value or a name in a message
-_NAMES = 20  # names in a message
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = _short.maxlong = _SHOWN
 
 
 class _Absent:
@@ -105,25 +100,6 @@ class Table:
 
     def at(self, row: int) -> str:
         return f"{self.where}, {self.row_name(row)}" if self.place is None else self.place(row)
-
-
-def shown(value: Any) -> str:
-    """A raw value for a message, with its type."""
-    if value is None:
-        return "null"
-    text = _short.repr(value)  # which goes only so deep, and looks only at so much
-    return f"{text if len(text) <= _SHOWN else text[: _SHOWN - 3] + '...'} ({type(value).__name__})"
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names for a message: not too many, none too long, and nothing in them that would break the line."""
-    every = list(names)
-    words = [
-        name if name.isprintable() and len(name) <= _SHOWN else _short.repr(name) for name in every[:_NAMES]
-    ]
-    if len(every) > _NAMES:
-        words.append(f"and {len(every) - _NAMES} more")
-    return ", ".join(words) or "nothing"
 
 
 def _step(value: Any, key: str) -> Any:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fusion.errors import UserError
+from fusion.paths import resolve_path
 from fusion.program import run_program
 
 USAGE = """\
@@ -86,7 +87,7 @@ def _near(word: str, known: Sequence[str] | dict[str, tuple[str, ...]]) -> str:
 
 
 def _store(values: dict[str, str]) -> Path:
-    return Path(values.get("store", DEFAULT_STORE)).expanduser()
+    return resolve_path(values.get("store", DEFAULT_STORE), "store")
 
 
 def _list(names: list[str], values: dict[str, str]) -> int:
@@ -104,7 +105,7 @@ def _list(names: list[str], values: dict[str, str]) -> int:
 def _show(names: list[str], values: dict[str, str]) -> int:
     from fusion.store.describing import describe
 
-    into = Path(values["into"]).expanduser() if "into" in values else None
+    into = resolve_path(values["into"], "into") if "into" in values else None
     print("\n".join(describe(names[0], _store(values), into)))
     return 0
 

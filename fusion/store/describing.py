@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
-from fusion.store.files import printable
+from fusion.safe_text import printable
 from fusion.store.listing import as_bytes, number, what_it_is, when
 from fusion.store.manifest import MANIFEST, Manifest, find, find_by_hash, read_folder, read_settled
 from fusion.store.overview import everything, users_of

@@ -47,17 +47,3 @@ def _check(path: Path, state: os.stat_result, expected: int | None, most: int | 
         raise UserError(f"{path}: is {state.st_size:,} bytes of {expected:,}; {MEND}")
     if most is not None and state.st_size > most:
         raise UserError(f"{path}: is {state.st_size:,} bytes, and at most {most:,} are read; {MEND}")
-
-
-def printable(text: str) -> str:
-    """Text of a manifest or a file name for a terminal: nothing in it moves the cursor or turns the line around."""
-    return "".join(
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "surrogatepass").decode()
-        for c in text
-    )
-
-
-def quotable(text: str, most: int = 600) -> str:
-    """A message that quotes a file, as a terminal may show it: printable, and without the middle where it is long."""
-    text = printable(text)
-    return text if len(text) <= most else f"{text[: most - 200]} … {text[-200:]}"

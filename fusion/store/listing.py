@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from fusion.store.files import printable
+from fusion.safe_text import printable
 from fusion.store.manifest import MANIFEST, Manifest
 from fusion.store.overview import Found, Leftover, check_store, everything, leftovers, size_of, users_of
 from fusion.store.settings_groups import Lookup, group

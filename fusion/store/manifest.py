@@ -30,8 +30,10 @@ from fusion.config import (
     TaskConfig,
 )
 from fusion.errors import UserError
+from fusion.paths import check_relative, resolve_path
 from fusion.repeats import repeated
-from fusion.store.files import MEND, quotable, read_regular
+from fusion.safe_text import quotable
+from fusion.store.files import MEND, read_regular
 from fusion.store.settings import TYPE_NAMES, check_types, settings_of, type_name
 
 FORMAT_VERSION = 1
@@ -286,6 +288,8 @@ def _check_stored_name(name: str, key: str, path: Path) -> None:
 
 def _check_task(task: dict[str, Any], key: str, path: Path) -> None:
     _check_type(task.get("name"), (str,), f"{key}.name", path)
+    if (why := check_relative(task["name"])) is not None:  # it is a folder of data.dir
+        raise UserError(f"{path}: {key}.name is {short(task['name'])}: {why}")
     _check_type(task.get("labels"), (list, NoneType), f"{key}.labels", path)
     check_types(TaskConfig, task, f"{path}: {key}")
 
@@ -675,6 +679,7 @@ def check_writable(store: Path) -> None:
     Raises:
         UserError: the store is a file, or it or the folder it would be made in is not writable.
     """
+    resolve_path(str(store), "store")
     if store.exists() and not store.is_dir():
         raise UserError(f"store={store}: this is a file, expected a folder")
     nearest = store.absolute()

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusion.errors import UserError
+from fusion.safe_text import printable
 from fusion.store.artifacts import Artifact, check_numbers, match_keys, read
-from fusion.store.files import MEND, printable
+from fusion.store.files import MEND
 from fusion.store.listing import as_bytes
 from fusion.store.manifest import HEAD, MANIFEST, WEIGHTS, Manifest, find_by_hash, read_folder, unknown_name
 from fusion.store.overview import Found, check_store, everything, leftovers, size_of

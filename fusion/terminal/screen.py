@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, TextIO
 
+from fusion.safe_text import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -34,7 +36,7 @@ def console_of(stream: TextIO) -> Console:
 def writable(text: str, stream: TextIO) -> str:
     """Text in which what the stream's encoding has no sign for is written as an escape."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+    return printable(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def say(text: str, stream: TextIO) -> None:

@@ -310,7 +310,7 @@ def test_check_writable(store: Path) -> None:
     store.write_text("")
     with pytest.raises(UserError, match="this is a file"):
         check_writable(store)
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="is a file, expected a folder"):
         check_writable(store / "below")
 
 
