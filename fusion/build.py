@@ -242,6 +242,7 @@ def check_made_for(artifact: Artifact, backbone: Backbone) -> None:
         name_or_path=backbone.name_or_path,
         fingerprint=backbone.fingerprint,
         hidden_size=backbone.hidden_size,
+        tokenizer=backbone.tokenizer_hash,
     )
     if artifact.manifest.backbone["layers"] != backbone.layers:
         raise UserError(

@@ -168,6 +168,7 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
         "kind": manifest.kind,
         "backbone": manifest.backbone["name_or_path"],
         "backbone weights": manifest.backbone["fingerprint"][:12],
+        "backbone tokenizer": (manifest.backbone.get("tokenizer") or "")[:12] or None,
         "sources": ", ".join(f"{source['name']} {source['hash'][:8]}" for source in manifest.sources) or None,
         "weights": manifest.hash[:12],
     }

@@ -271,6 +271,10 @@ def _fits(one: Manifest, other: Manifest) -> bool:
         one.kind == "adapter"
         and one.multitask is None
         and one.backbone["fingerprint"] == other.backbone["fingerprint"]
+        and (
+            None in (known := (one.backbone.get("tokenizer"), other.backbone.get("tokenizer")))
+            or known[0] == known[1]
+        )
         and one.placement == other.placement
     )
 

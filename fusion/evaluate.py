@@ -10,6 +10,7 @@ from typing import Any
 
 from fusion.answers import answers
 from fusion.app import command
+from fusion.backbones.files import check_files
 from fusion.config import EvaluateConfig
 from fusion.errors import UserError
 from fusion.run import Run
@@ -23,6 +24,9 @@ def check(config: EvaluateConfig, run: Run) -> None:
     manifest = read_folder(find(config.artifact, Path(config.store)))
     check_drop(manifest, config.drop)
     check_trust(manifest, config.backbone.trust_remote_code)
+    check_files(
+        config.backbone.name_or_path or manifest.backbone["name_or_path"], config.backbone.trust_remote_code
+    )
     for answer in answers(manifest, config.task):
         check_source(answer.task, config.data, [config.split])
 
@@ -46,9 +50,9 @@ def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
 
 def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     """Score the artifact on the split, and give what result.json holds."""
-    from fusion.backbones.load import load_backbone, locate
+    from fusion.backbones.load import load_backbone
     from fusion.build import backbone_of, stored_model
-    from fusion.data.encode import encode, load_tokenizer
+    from fusion.data.encode import encode
     from fusion.data.rows import evaluation_splits, load_splits
     from fusion.inference import device_of, predict
     from fusion.store.artifacts import load
@@ -61,8 +65,8 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     manifest = artifact.manifest
     scored = answers(manifest, config.task)
     name, revision = backbone_of(manifest, config.backbone)
-    tokenizer = load_tokenizer(locate(name), revision, config.backbone.trust_remote_code)
-    backbone = load_backbone(name, revision, config.backbone.trust_remote_code)
+    max_length = config.data.max_length or manifest.data["max_length"]
+    backbone = load_backbone(name, revision, config.backbone.trust_remote_code, max_length)
     model = stored_model(artifact, artifact.path.parent, backbone, config.drop)
     metrics: dict[str, dict[str, float]] = {}
     seen: dict[str, dict[str, Any]] = {}
@@ -77,9 +81,7 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
         rows = load_splits(task, config.data, [split], manifest.labels_read_as(task.name))[0][split]
         if rows.labels is None:
             raise UserError(f"split={split}: its rows have no labels to score against; use fusion.predict")
-        encoded = encode(
-            rows, tokenizer, config.data.max_length or manifest.data["max_length"], config.data.cache_dir
-        )
+        encoded = encode(rows, backbone.tokenizer, max_length, config.data.cache_dir)
         encoded.task = answer.head
         with rows_bar(f"{manifest.name} on {task.name} {split}", len(rows)) as advance:
             predictions = predict(

@@ -166,13 +166,14 @@ def _watched(read: Callable[..., Iterator[bytes]]) -> Callable[..., Iterator[byt
     return watched
 
 
-def from_cache_or_hub(load: Callable[[bool], Loaded], what: str, cure: str) -> Loaded:
+def from_cache_or_hub(load: Callable[[bool], Loaded], what: str, cure: str, cached: bool = False) -> Loaded:
     """`load(True)` from the local cache alone, else `load(False)` from the hub.
 
     Args:
         load: takes `local_files_only`; raises OSError or ValueError where the files are not there.
         what: what is loaded, for the message.
         cure: the override that does without the hub.
+        cached: whether the cache is known to have it, so that a failure there means damaged files.
 
     Raises:
         UserError: neither has it.
@@ -184,9 +185,10 @@ def from_cache_or_hub(load: Callable[[bool], Loaded], what: str, cure: str) -> L
             return load(True)
     except (OSError, ValueError) as missing:
         if not hub_is_reachable():
-            raise UserError(
-                f"{what} is not in the local cache, and the hub cannot be reached.\n{cure}"
-            ) from missing
+            where = "is not in the local cache"
+            if cached:
+                where = f"cannot be loaded from the local cache ({first_line(missing)})"
+            raise UserError(f"{what} {where}, and the hub cannot be reached.\n{cure}") from missing
     bound_the_client()
     _failures.reset()
     try:

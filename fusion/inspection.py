@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusion.answers import own_tasks
-from fusion.backbones.load import load_backbone, locate
+from fusion.backbones.load import load_backbone
 from fusion.build import backbone_of, stored_model
 from fusion.config import DataConfig, InspectConfig, LimitConfig, TaskConfig
-from fusion.data.encode import EncodedRows, encode, load_tokenizer
+from fusion.data.encode import EncodedRows, encode
 from fusion.data.loaders import evaluation_loader
 from fusion.data.rows import Rows, evaluation_splits, load_splits
 from fusion.errors import UserError
@@ -81,6 +81,10 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     manifest = artifact.manifest
     check_attends(manifest, f"artifact={config.artifact}", "name a fusion")
     task, data = own_tasks(manifest)[0], data_of(manifest, config.data)
+    assert data.max_length is not None
+    name, revision = backbone_of(manifest, config.backbone)
+    backbone = load_backbone(name, revision, config.backbone.trust_remote_code, data.max_length)
+    model = stored_model(artifact, artifact.path.parent, backbone, config.drop)
     split = evaluation_splits(task, config.split, data)[0]
     rows = load_splits(task, data, [split], manifest.labels_read_as(task.name))[0][split]
     if rows.labels is None:
@@ -89,12 +93,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         raise UserError(
             f"words={config.words}: row {max(config.words)} is not there; the split has rows 0 to {len(rows) - 1}"
         )
-    name, revision = backbone_of(manifest, config.backbone)
-    tokenizer = load_tokenizer(locate(name), revision, config.backbone.trust_remote_code)
-    assert data.max_length is not None
-    encoded = encode(rows, tokenizer, data.max_length, data.cache_dir)
-    backbone = load_backbone(name, revision, config.backbone.trust_remote_code)
-    model = stored_model(artifact, artifact.path.parent, backbone, config.drop)
+    encoded = encode(rows, backbone.tokenizer, data.max_length, data.cache_dir)
     sources = [source["name"] for source in manifest.sources]
 
     def run(kept: Sequence[int] | None = None) -> Tensor:
@@ -124,7 +123,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         answers = predicted(scores, task.kind)
         for row in _asked_rows(config.words, task, answers, encoded):
             text = int(answers[row]) if task.kind == "choice" else 0
-            shown = words_of(model, encoded, row, text, tokenizer, device)
+            shown = words_of(model, encoded, row, text, backbone.tokenizer, device)
             words.append({"row": row, **_said(task, rows, row, text, scores[row]), **shown})
     return {
         "name": manifest.name,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusion.answers import Answer, answers
 from fusion.app import command
+from fusion.backbones.files import check_files
 from fusion.config import PredictConfig, TaskConfig
 from fusion.errors import UserError
 from fusion.run import Run
@@ -41,6 +42,9 @@ def check(config: PredictConfig, run: Run) -> None:
     manifest = read_folder(find(config.artifact, Path(config.store)))
     check_drop(manifest, config.drop)
     check_trust(manifest, config.backbone.trust_remote_code)
+    check_files(
+        config.backbone.name_or_path or manifest.backbone["name_or_path"], config.backbone.trust_remote_code
+    )
     answer_of(config, manifest)
     if config.attention:
         check_attends(manifest, "attention=true", "leave attention= out")
@@ -61,9 +65,9 @@ def check(config: PredictConfig, run: Run) -> None:
 
 @command("predict", PredictConfig, check=check)
 def main(config: PredictConfig, run: Run) -> dict[str, Any]:
-    from fusion.backbones.load import load_backbone, locate
+    from fusion.backbones.load import load_backbone
     from fusion.build import backbone_of, stored_model
-    from fusion.data.encode import encode, load_tokenizer
+    from fusion.data.encode import encode
     from fusion.data.rows import rows_of_file
     from fusion.inference import device_of, predict
     from fusion.store.artifacts import load
@@ -74,15 +78,13 @@ def main(config: PredictConfig, run: Run) -> dict[str, Any]:
     manifest = artifact.manifest
     answer = answer_of(config, manifest)
     task = answer.task
-    rows = rows_of_file(task, Path(config.input), config.data.quoting)
     name, revision = backbone_of(manifest, config.backbone)
-    tokenizer = load_tokenizer(locate(name), revision, config.backbone.trust_remote_code)
-    encoded = encode(
-        rows, tokenizer, config.data.max_length or manifest.data["max_length"], config.data.cache_dir
-    )
-    encoded.task = answer.head
-    backbone = load_backbone(name, revision, config.backbone.trust_remote_code)
+    max_length = config.data.max_length or manifest.data["max_length"]
+    backbone = load_backbone(name, revision, config.backbone.trust_remote_code, max_length)
     model = stored_model(artifact, artifact.path.parent, backbone, config.drop)
+    rows = rows_of_file(task, Path(config.input), config.data.quoting)
+    encoded = encode(rows, backbone.tokenizer, max_length, config.data.cache_dir)
+    encoded.task = answer.head
     with rows_bar(f"{manifest.name} on {Path(config.input).name}", len(rows)) as advance:
         predictions = predict(
             model,

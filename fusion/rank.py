@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.app import command
+from fusion.backbones.files import check_files
 from fusion.config import RankConfig
 from fusion.errors import TrainingError, UserError
 from fusion.inputs import check_backbone_name
@@ -54,6 +55,7 @@ def check(config: RankConfig, run: Run) -> None:
     check_source(config.task, config.data)
     check_writable(Path(config.store))
     candidates_of(config)
+    check_files(config.backbone.name_or_path, config.backbone.trust_remote_code)
 
 
 @command("rank", RankConfig, check=check)
@@ -71,7 +73,10 @@ def main(config: RankConfig, run: Run) -> dict[str, Any]:
     candidates = candidates_of(config)
     started = time.monotonic()
     backbone = load_backbone(
-        config.backbone.name_or_path, config.backbone.revision, config.backbone.trust_remote_code
+        config.backbone.name_or_path,
+        config.backbone.revision,
+        config.backbone.trust_remote_code,
+        config.data.max_length,
     )
     manifests, store = candidates.sources, Path(config.store)
     references = config.sources if config.sources != "all" else [manifest.name for manifest in manifests]
@@ -79,7 +84,8 @@ def main(config: RankConfig, run: Run) -> dict[str, Any]:
     limit = config.data.limit
     limit = LimitConfig(_least(limit.train, config.rows), _least(limit.validation, config.rows))
     few = dataclasses.replace(config, data=dataclasses.replace(config.data, limit=limit))
-    rows = load_task_rows(StageConfig(task=config.task, data=few.data, backbone=config.backbone))
+    asked = StageConfig(task=config.task, data=few.data, backbone=config.backbone)
+    rows = load_task_rows(asked, backbone)
     seconds = {"loading": time.monotonic() - started}
     looks = Looks(few, sources, backbone, rows, run.directory)
     scores: dict[str, list[float | None]] = {}

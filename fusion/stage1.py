@@ -10,13 +10,18 @@ import dataclasses
 from typing import Any
 
 from fusion.app import command
+from fusion.backbones.files import check_files
 from fusion.config import Stage1Config
 from fusion.entry import Entry, find_entry
 from fusion.run import Run, Standing
+from fusion.unchanged import check_unchanged
 
 
 def entry_of(config: Stage1Config, run: Run) -> Entry:
-    return find_entry(config, run, kind=config.kind)
+    entry = find_entry(config, run, kind=config.kind)
+    if entry.stored is not None:
+        check_unchanged(entry.stored, config.backbone)
+    return entry
 
 
 def check(config: Stage1Config, run: Run) -> Standing:
@@ -26,6 +31,8 @@ def check(config: Stage1Config, run: Run) -> Standing:
     for task in config.task_list:
         check_source(task, config.data)
     entry = entry_of(config, run)
+    if entry.stored is None:
+        check_files(config.backbone.name_or_path, config.backbone.trust_remote_code)
     if config.compile:
         from fusion.backbones.compiling import check_compiler
 
@@ -53,10 +60,13 @@ def train(config: Stage1Config, run: Run, entry: Entry) -> dict[str, Any]:
     from fusion.training.stage import load_task_rows, train_and_store
 
     use_deterministic_algorithms(config.trainer.deterministic)
-    rows = load_task_rows(config)
     backbone = load_backbone(
-        config.backbone.name_or_path, config.backbone.revision, config.backbone.trust_remote_code
+        config.backbone.name_or_path,
+        config.backbone.revision,
+        config.backbone.trust_remote_code,
+        config.data.max_length,
     )
+    rows = load_task_rows(config, backbone)
     torch.manual_seed(config.seed)
     fillings = adapter_fillings(config.adapter, backbone) if entry.kind == "adapter" else {}
     tuning = tuning_of(config.method, backbone)

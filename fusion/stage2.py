@@ -10,17 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from fusion.app import command
+from fusion.backbones.files import check_files
 from fusion.config import Stage2Config
 from fusion.entry import Entry, find_entry
 from fusion.inputs import Inputs, check_backbone_name, read_inputs
 from fusion.ranking.choice import name_sources
 from fusion.run import Run, Standing
+from fusion.unchanged import check_unchanged
 
 
 def entry_of(config: Stage2Config, inputs: Inputs, run: Run) -> Entry:
     check_backbone_name(inputs.sources[0], config.backbone.name_or_path)
     # A source that was trained again makes this another run, though the config says the same.
-    return find_entry(config, run, kind="fusion", inputs=inputs.hashes)
+    entry = find_entry(config, run, kind="fusion", inputs=inputs.hashes)
+    if entry.stored is not None:
+        check_unchanged(entry.stored, config.backbone)
+    return entry
 
 
 def check(config: Stage2Config, run: Run) -> Standing:
@@ -30,6 +35,8 @@ def check(config: Stage2Config, run: Run) -> Standing:
     assert config.task is not None
     check_source(config.task, config.data)
     entry = entry_of(config, read_inputs(config), run)
+    if entry.stored is None:
+        check_files(config.backbone.name_or_path, config.backbone.trust_remote_code)
     if config.compile:
         from fusion.backbones.compiling import check_compiler
 
@@ -62,12 +69,15 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, entry: Entry) -> dict[
     assert config.task is not None
     use_deterministic_algorithms(config.trainer.deterministic)
     backbone = load_backbone(
-        config.backbone.name_or_path, config.backbone.revision, config.backbone.trust_remote_code
+        config.backbone.name_or_path,
+        config.backbone.revision,
+        config.backbone.trust_remote_code,
+        config.data.max_length,
     )
     sources = load_sources(inputs.references, Path(config.store), backbone)
     for source in sources if run.rank_zero else ():
         adopt(source, Path(config.store))
-    rows = load_task_rows(config)
+    rows = load_task_rows(config, backbone)
     start = find_start(config, sources, backbone, rows.training[0], rows.validation, entry.checkpoints)
     torch.manual_seed(config.seed)
     fillings = composition_fillings(start.composition, sources, backbone, **start.chosen)

@@ -117,10 +117,11 @@ def _backbone(artifact: Artifact) -> Backbone:
 
 def _validation(config: DropConfig, artifact: Artifact) -> tuple[TaskConfig, EncodedRows]:
     """The artifact's task, and the rows of its first validation split."""
-    from fusion.backbones.load import locate
+    from fusion.backbones.files import locate
     from fusion.config import DataConfig, TaskConfig
-    from fusion.data.encode import encode, load_tokenizer
+    from fusion.data.encode import encode
     from fusion.data.rows import evaluation_splits, load_rows
+    from fusion.data.tokenizer import load_tokenizer
 
     manifest = artifact.manifest
     task = TaskConfig.from_dict(manifest.task, where=manifest.name)

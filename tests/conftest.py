@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -56,10 +56,14 @@ WORDS = [
 ]
 
 
-def save_tokenizer(folder: Path) -> int:
-    """A word-level tokenizer with BERT's special tokens; returns the size of its vocabulary."""
+def save_tokenizer(folder: Path, more: Sequence[str] = ()) -> int:
+    """A word-level tokenizer with BERT's special tokens; returns the size of its vocabulary.
+
+    Args:
+        more: words beside the usual ones.
+    """
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    vocabulary = {word: number for number, word in enumerate(special + WORDS)}
+    vocabulary = {word: number for number, word in enumerate([*special, *WORDS, *more])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -82,22 +86,24 @@ def save_tokenizer(folder: Path) -> int:
     return len(vocabulary)
 
 
-def save_backbone(folder: Path, model_type: str = "bert", hidden_size: int = 32, seed: int = 0) -> Path:
-    """A random transformer of the family with its tokenizer: 3 layers, 2 heads."""
+def save_backbone(
+    folder: Path, model_type: str = "bert", hidden_size: int = 32, seed: int = 0, **changes: Any
+) -> Path:
+    """A random transformer of the family with its tokenizer: 3 layers, 2 heads; `changes` to its config."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = save_tokenizer(folder)
+    values: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 80,
+        "type_vocab_size": 2,
+        "pad_token_id": 0,
+    }
     more = {"embedding_size": 16} if model_type == "electra" else {}
-    config = CONFIGS[model_type](
-        vocab_size=vocabulary,
-        hidden_size=hidden_size,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=80,
-        type_vocab_size=2,
-        pad_token_id=0,
-        **more,
-    )
+    config = CONFIGS[model_type](**values | more | changes)
     torch.manual_seed(seed)
     model = AutoModel.from_config(config)
     with torch.no_grad():  # biases and norms away from 0 and 1, so that a test sees them

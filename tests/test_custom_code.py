@@ -17,7 +17,7 @@ import transformers.utils.hub
 
 from fusion.backbones.load import load_backbone
 from fusion.config import BackboneConfig, EvaluateConfig, PredictConfig, SameBackboneConfig
-from fusion.data.encode import load_tokenizer
+from fusion.data.tokenizer import load_tokenizer
 from fusion.errors import UserError
 from fusion.run import identity
 from fusion.store.manifest import check_trust, read_manifest

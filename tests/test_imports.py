@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run_lock": set(),
     "sweep": BASE | {"run"},
     "layers": set(),
-    "backbones": BASE | {"hub", "custom_code", "layers"},
+    "backbones": BASE | {"hub", "custom_code", "layers", "data.tokenizer"},
     "model": BASE | {"layers", "backbones"},
     "data": BASE | {"hub", "custom_code"},
     "provenance": set(),
@@ -57,6 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "answers": BASE | {"store"},
     "build": BASE | {"layers", "backbones", "model", "store", "selection"},
     "inputs": BASE | {"store"},
+    "unchanged": BASE | {"backbones", "store"},
     "inference": BASE | {"memory", "model", "data"},
     "listening": BASE | {"layers", "model", "data"},
     "pruning": BASE | {"model", "data", "store", "listening"},
@@ -113,7 +114,7 @@ LIBRARIES: dict[str, set[str]] = {
     "transformers": {"backbones", "data"},
     "datasets": {"data"},
     "peft": {"backbones"},
-    "safetensors": {"store", "data", "training"},
+    "safetensors": {"store", "data", "training", "backbones"},
     "filelock": {"store", "data", "run_lock"},
 }
 LAYERS_LIBRARIES = {"torch", *sys.stdlib_module_names}

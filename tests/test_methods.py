@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -369,7 +369,7 @@ def bert_base() -> Backbone:
     """BERT-base's shape, without memory for its weights."""
     with torch.device("meta"):
         model = BertModel(BertConfig(), add_pooling_layer=False)
-    return Backbone("bert-base", model, FAMILIES["bert"], "none", 768, 12)
+    return Backbone("bert-base", model, FAMILIES["bert"], "none", 768, 12, cast(Any, None), "none")
 
 
 def count(parameters: Any) -> int:
@@ -412,6 +412,6 @@ def test_fusion_of_bert_base_has_the_published_number_of_parameters(bert_base: B
 def test_lora_of_bert_base_has_the_published_number_of_parameters() -> None:
     with torch.device("meta"):
         model = BertModel(BertConfig(), add_pooling_layer=False)
-        backbone = Backbone("bert-base", model, FAMILIES["bert"], "none", 768, 12)
+        backbone = Backbone("bert-base", model, FAMILIES["bert"], "none", 768, 12, cast(Any, None), "none")
         tuning = tuning_of(MethodConfig("lora"), backbone)
     assert tuning is not None and count(tuning.parameters.values()) == 294_912

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from fusion.backbones.load import Backbone, load_backbone
 from fusion.config import BackboneConfig
-from fusion.data.encode import EncodedRows, encode, load_tokenizer
+from fusion.data.encode import EncodedRows, encode
 from fusion.data.loaders import training_loader
 from fusion.data.rows import Rows
+from fusion.data.tokenizer import load_tokenizer
 from fusion.errors import UserError
 from fusion.layers.attention import AdapterFusion
 from fusion.layers.bank import AdapterBank

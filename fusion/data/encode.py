@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import zlib
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -20,12 +19,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fusion import custom_code
 from fusion.data.batches import Batch
 from fusion.data.cache import keep, remove_leftovers, turn, user_cache
 from fusion.data.rows import Rows
-from fusion.errors import UserError, first_line
-from fusion.hub import from_cache_or_hub
+from fusion.data.tokenizer import check_length
+from fusion.errors import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,45 +34,6 @@ _SAID = "key and crc32"  # one entry: several would come in any order, and a fil
 _TYPES = {"input_ids": np.int32, "ends": np.int64, "token_type_ids": np.uint8}
 
 log = logging.getLogger(__name__)
-
-
-def load_tokenizer(
-    name_or_path: str, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a backbone, from the local cache first.
-
-    Args:
-        trust_remote_code: whether Python code that it brings along is run.
-
-    Raises:
-        UserError: there is none, only a slow one, or one with code of its own that is not trusted.
-    """
-    # Said outright, it keeps tokenizers from warning of a fork when a loader starts its workers.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from transformers import AutoTokenizer
-
-    def load(cached_only: bool) -> PreTrainedTokenizerBase:
-        with custom_code.refused(f"tokenizer {name_or_path}"):
-            return AutoTokenizer.from_pretrained(
-                name_or_path,
-                revision=revision or "main",
-                local_files_only=cached_only,
-                trust_remote_code=trust_remote_code,
-            )
-
-    tokenizer = from_cache_or_hub(
-        load,
-        f"tokenizer {name_or_path}",
-        "Give a folder or a cached model instead: backbone.name_or_path=FOLDER, or backbone=minilm, which needs no hub",
-    )
-    if not trust_remote_code:
-        custom_code.warn_if_ignored(tokenizer.init_kwargs.get("auto_map"), f"tokenizer {name_or_path}")
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"tokenizer {name_or_path} has no fast version ({type(tokenizer).__name__}): expected a tokenizer.json\n"
-            "Take another backbone: backbone.name_or_path=FOLDER"
-        )
-    return tokenizer
 
 
 class EncodedRows:
@@ -233,12 +192,7 @@ def encode(
     Raises:
         UserError: max_length is more than the tokenizer's own, or leaves no room for text.
     """
-    limit = tokenizer.model_max_length
-    if max_length > limit:
-        raise UserError(
-            f"data.max_length={max_length}: the tokenizer {tokenizer.name_or_path} takes at most {limit} tokens\n"
-            f"Expected data.max_length={limit} or less"
-        )
+    check_length(tokenizer, max_length)
     folder = user_cache() / "tokens" if cache_dir is None else Path(cache_dir).expanduser()
     key = _key(rows, tokenizer, max_length)
     path = folder / f"{key}.safetensors"

@@ -59,6 +59,14 @@ def all_adapters(store: Path, backbone: str, without_task: str | None = None) ->
     }
     left_out |= {m.name: "of debug=, nobody's source" for m in here if m.name.endswith(DEBUG)}
     here = [manifest for manifest in here if manifest.name not in left_out]
+    tokenizers = Counter(known for m in here if (known := m.backbone.get("tokenizer")) is not None)
+    usual = max(tokenizers, key=lambda known: tokenizers[known], default=None)
+    left_out |= {
+        m.name: f"trained with another tokenizer ({m.backbone['tokenizer'][:8]}, most have {usual[:8]})"
+        for m in here
+        if usual is not None and m.backbone.get("tokenizer") not in (None, usual)
+    }
+    here = [manifest for manifest in here if manifest.name not in left_out]
     own = [m for m in here if without_task in _tasks(m)] if without_task is not None else []
     left_out |= {m.name: f"trained on {without_task} itself, include_target=true takes it in" for m in own}
     others = [manifest for manifest in here if manifest not in own]

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fusion.backbones.load import Backbone, locate
+from fusion.backbones.load import Backbone
 from fusion.config import CompositionConfig, RankConfig
-from fusion.data.encode import EncodedRows, load_tokenizer
+from fusion.data.encode import EncodedRows
 from fusion.data.samples import sampled_batches
 from fusion.errors import UserError, first_line
 from fusion.inference import device_of
@@ -54,14 +54,11 @@ class Looks:
     def similarity(self) -> list[float | None]:
         """None for a source whose own rows cannot be read, which is said."""
         config = self.config
-        tokenizer = load_tokenizer(
-            locate(config.backbone.name_or_path), config.backbone.revision, config.backbone.trust_remote_code
-        )
         plain, scores = self.backbone.copy(), list[float | None]()
         target = self._embedding(plain, self.rows.training)
         for source in self.sources:
             try:
-                rows = source_rows(source.manifest, config.data, config.rows, tokenizer)
+                rows = source_rows(source.manifest, config.data, config.rows, self.backbone.tokenizer)
             except UserError as error:
                 said = first_line(error)
                 log.info("similarity: none for %s, its rows cannot be read: %s", source.manifest.name, said)

@@ -56,6 +56,7 @@ def _facts(folder: Path, manifest: Manifest, store: Path) -> Iterator[str]:
             "backbone": f"{backbone['name_or_path']} ({backbone['family']}, {backbone['layers']} layers, hidden size "
             f"{backbone['hidden_size']}{revision}{own_code})",
             "fingerprint": backbone["fingerprint"],
+            "tokenizer": backbone.get("tokenizer", "not known"),
             "head": _settings(manifest.head),
         }
     )

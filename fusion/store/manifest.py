@@ -208,8 +208,13 @@ INNER: dict[str, dict[str, Types]] = {
     "data": {"max_length": (int,), "fingerprints": (dict,)},
     "run": {"identity": (str,), "config": (dict,), "overrides": (list,), "directory": (str,)},
 }
-# Not in all manifests: `package` is in those of the first stores, `trust_remote_code` where it is true.
-BACKBONE_SOMETIMES: dict[str, Types] = {"package": (str, NoneType), "trust_remote_code": (bool,)}
+# Not in all manifests: `package` is in those of the first stores, `trust_remote_code` where it is true,
+# and `tokenizer` (its hash) since 0.2.
+BACKBONE_SOMETIMES: dict[str, Types] = {
+    "package": (str, NoneType),
+    "trust_remote_code": (bool,),
+    "tokenizer": (str,),
+}
 ADAPTER: dict[str, Types] = {
     "sites": (list,),
     "reads": (str,),
@@ -731,6 +736,11 @@ def _differences(first: Manifest, other: Manifest) -> list[str]:
             f"backbone {two['name_or_path']} has other weights "
             f"(fingerprint {two['fingerprint'][:8]} and not {one['fingerprint'][:8]})"
         )
+    if None not in (one.get("tokenizer"), two.get("tokenizer")) and one["tokenizer"] != two["tokenizer"]:
+        found.append(
+            f"backbone {two['name_or_path']} has another tokenizer "
+            f"(hash {two['tokenizer'][:8]} and not {one['tokenizer'][:8]})"
+        )
     if one["hidden_size"] != two["hidden_size"]:
         found.append(f"hidden size {two['hidden_size']} and not {one['hidden_size']}")
     here, there = first.placement, other.placement
@@ -793,14 +803,26 @@ def check_trust(manifest: Manifest, trusted: bool) -> None:
         )
 
 
-def check_backbone(manifest: Manifest, *, name_or_path: str, fingerprint: str, hidden_size: int) -> None:
+def check_backbone(
+    manifest: Manifest, *, name_or_path: str, fingerprint: str, hidden_size: int, tokenizer: str | None = None
+) -> None:
     """Refuses to put an artifact's weights on a backbone that they were not trained on.
+
+    Args:
+        tokenizer: the hash of the backbone's; manifests of 0.1 have none to compare it with.
 
     Raises:
         UserError: which artifact, and how the backbone differs.
     """
     stored = manifest.backbone
     if stored["fingerprint"] == fingerprint and stored["hidden_size"] == hidden_size:
+        trained_with = stored.get("tokenizer")
+        if None not in (trained_with, tokenizer) and trained_with != tokenizer:
+            raise UserError(
+                f"{manifest.name} was trained with another tokenizer than {name_or_path} has (hash "
+                f"{str(trained_with)[:8]} in its manifest, {str(tokenizer)[:8]} here): text would become other tokens\n"
+                "Restore the tokenizer's files, or use another copy of the backbone: backbone.name_or_path=FOLDER"
+            )
         return
     how = f"{name_or_path} has fingerprint {fingerprint[:8]}"
     if stored["hidden_size"] != hidden_size:

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 LAST, BEFORE = "last.ckpt", "before.ckpt"
 POSITION = "position.json"
+TOKENIZER = "tokenizer"  # key of a checkpoint: the hash of the tokenizer that gave the token ids
 _ENDING = ".part"
 
 
@@ -41,6 +42,7 @@ class Checkpoints(lightning.Callback):
         folder: of the run; None: nothing is written, and signals are obeyed between two batches.
         minutes: between two checkpoints within an epoch; None: none there.
         interrupts: entered by then.
+        tokenizer: its hash, which is kept beside the weights.
     """
 
     def __init__(
@@ -48,10 +50,12 @@ class Checkpoints(lightning.Callback):
         folder: Path | None,
         minutes: float | None,
         interrupts: Interrupts,
+        tokenizer: str | None = None,
     ) -> None:
         self._folder = folder
         self._seconds = None if minutes is None else 60.0 * minutes
         self._interrupts = interrupts
+        self._tokenizer = tokenizer
         self._written = 0.0
         self._warned = False
 
@@ -109,6 +113,8 @@ class Checkpoints(lightning.Callback):
             "batch": 0 if ended else batches["processed"],
             "steps": trainer.global_step,
         }
+        if self._tokenizer is not None:
+            content[TOKENIZER] = self._tokenizer
         if validating:
             _rewind_validation(content["loops"]["fit_loop"])
         try:

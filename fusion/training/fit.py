@@ -30,7 +30,7 @@ from fusion.memory import keep_freed_memory
 from fusion.model import AdaptedModel
 from fusion.store.artifacts import copy_into
 from fusion.training.callbacks import Best, EpochLine, StepClock, best_epoch
-from fusion.training.checkpoints import LAST, Checkpoints, Loaded, read_checkpoint
+from fusion.training.checkpoints import LAST, TOKENIZER, Checkpoints, Loaded, read_checkpoint
 from fusion.training.energy import EnergyMeter
 from fusion.training.guard import Guard
 from fusion.training.history import FirstOfEpoch
@@ -85,6 +85,7 @@ def fit(
     loss_weights: dict[str, float],
     loggers: list[Logger],
     checkpoints: Path,
+    tokenizer: str | None = None,
     prepare: Callable[[torch.device], str | None] = lambda device: None,
     robust_drop: bool = False,
     temperature: float = 1.0,
@@ -99,6 +100,7 @@ def fit(
         validation: by split name; the first split's first metric picks the best epoch, of several tasks the mean.
         loss_weights: of the named terms that the model adds to the loss.
         checkpoints: where an interrupted training is taken up again.
+        tokenizer: its hash, which a checkpoint keeps: training resumes with the same token ids only.
         prepare: is called with the device before anything runs there; gives the type of the states that the rows
             bring along from then on, see `fusion.prefix`, or None.
         robust_drop: whether each batch leaves out a random number of the first layers' slots.
@@ -119,7 +121,7 @@ def fit(
     best = Best(monitor, config.optim.patience)
     memory = OutOfMemory(config, training, validation.values())
     writes = config.trainer.enable_checkpointing and not config.trainer.fast_dev_run
-    keep = Checkpoints(checkpoints if writes else None, config.checkpoint_minutes, interrupts)
+    keep = Checkpoints(checkpoints if writes else None, config.checkpoint_minutes, interrupts, tokenizer)
     # The guard first, since what it refuses nobody shall write down; what writes comes last.
     callbacks: list[Callback] = [Guard(model, checkpoints), memory, best, EpochLine(monitor), clock]
     callbacks += [*watchers, FirstOfEpoch()]
@@ -127,6 +129,8 @@ def fit(
         callbacks.append(ProgressBar(config.name or "training", monitor))
     callbacks.append(keep)
     last = read_checkpoint(checkpoints) if config.resume and model.trainable() else None
+    if last is not None:
+        _check_tokenizer(last, tokenizer)
     trainer = make_trainer(config.trainer, callbacks, loggers, last)
     loading: dict[str, Any] = {
         "rank": trainer.global_rank,
@@ -227,6 +231,15 @@ def fit(
         predicted=(module.predicted if best.weights is None else best.predicted) or {},
         broken=broken,
     )
+
+
+def _check_tokenizer(last: dict[str, Any], tokenizer: str | None) -> None:
+    made_with = last.get(TOKENIZER)  # checkpoints of 0.1 do not have it
+    if None not in (made_with, tokenizer) and made_with != tokenizer:
+        raise UserError(
+            f"the checkpoint was trained with another tokenizer (hash {str(made_with)[:8]}, now {str(tokenizer)[:8]})\n"
+            "Restore the backbone's tokenizer files, or start over with resume=false"
+        )
 
 
 def make_trainer(

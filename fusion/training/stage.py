@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from fusion.backbones.compiling import compile_layers
-from fusion.backbones.load import Backbone, locate
+from fusion.backbones.files import STAMP
+from fusion.backbones.load import Backbone
 from fusion.config import StageConfig, TaskConfig
-from fusion.data.encode import EncodedRows, encode, load_tokenizer
+from fusion.data.encode import EncodedRows, encode
 from fusion.data.rows import evaluation_splits, load_splits
 from fusion.entry import Entry, result_of
 from fusion.errors import TrainingError
@@ -58,16 +59,13 @@ class TaskRows:
     labels: dict[str, str] = field(default_factory=dict)
 
 
-def load_task_rows(config: StageConfig) -> TaskRows:
+def load_task_rows(config: StageConfig, backbone: Backbone) -> TaskRows:
     """Read, check and tokenise the training and validation rows of all tasks of the config.
 
     Raises:
         UserError: what is wrong with the data, by file and row.
     """
     assert config.data.max_length is not None
-    tokenizer = load_tokenizer(
-        locate(config.backbone.name_or_path), config.backbone.revision, config.backbone.trust_remote_code
-    )
     loaded = TaskRows([], {})
     tasks = config.task_list
     for number, task in enumerate(tasks):
@@ -77,7 +75,7 @@ def load_task_rows(config: StageConfig) -> TaskRows:
             loaded.labels[str(task.name)] = way
             log.info("%s: labels read as %s", task.name, way)
         for split, rows in loaded_rows.items():
-            encoded = encode(rows, tokenizer, config.data.max_length, config.data.cache_dir)
+            encoded = encode(rows, backbone.tokenizer, config.data.max_length, config.data.cache_dir)
             encoded.task = number
             if split == "train":
                 loaded.training.append(encoded)
@@ -172,6 +170,7 @@ def train_and_store(
             loss_weights or {},
             loggers,
             entry.checkpoints,
+            backbone.tokenizer_hash,
             prepare=prepare,
             robust_drop=robust_drop,
             temperature=temperature,
@@ -257,6 +256,7 @@ def _circumstances(
             "family": backbone.family.name,
             "hidden_size": backbone.hidden_size,
             "layers": backbone.layers,
+            "tokenizer": backbone.tokenizer_hash,
             **({"trust_remote_code": True} if config.backbone.trust_remote_code else {}),
         },
         "head": heads[0],
@@ -276,6 +276,7 @@ def _circumstances(
             "config": entry.config,
             "overrides": list(run.overrides),
             "directory": str(run.directory),
+            **({} if backbone.stamp is None else {STAMP: backbone.stamp}),
             **origin,
         },
     }

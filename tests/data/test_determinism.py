@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import hashlib, sys
 from fusion.config import DataConfig, LimitConfig, TaskConfig
-from fusion.data.encode import encode, load_tokenizer
+from fusion.data.encode import encode
+from fusion.data.tokenizer import load_tokenizer
 from fusion.data.loaders import evaluation_loader, multitask_loader, training_loader
 from fusion.data.rows import load_rows
 

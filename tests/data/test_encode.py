@@ -15,8 +15,9 @@ import torch
 
 from fusion.data import encode as encode_module
 from fusion.data.cache import keep, turn
-from fusion.data.encode import EncodedRows, encode, load_tokenizer
+from fusion.data.encode import EncodedRows, encode
 from fusion.data.rows import Rows, rows_of_records
+from fusion.data.tokenizer import load_tokenizer
 from fusion.errors import UserError
 
 PAD, CLS, SEP = 7, 5, 6

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusion.data.encode import EncodedRows, encode, load_tokenizer
+from fusion.data.encode import EncodedRows, encode
 from fusion.data.rows import Rows
 from fusion.data.samples import sampled_batches
+from fusion.data.tokenizer import load_tokenizer
 from tests.conftest import WORDS
 
 

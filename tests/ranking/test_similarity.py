@@ -13,9 +13,10 @@ import torch
 
 from fusion.backbones.load import Backbone, load_backbone
 from fusion.config import DataConfig, LimitConfig
-from fusion.data.encode import EncodedRows, encode, load_tokenizer
+from fusion.data.encode import EncodedRows, encode
 from fusion.data.rows import load_rows
 from fusion.data.samples import sampled_batches
+from fusion.data.tokenizer import load_tokenizer
 from fusion.errors import UserError
 from fusion.ranking import similarity
 from fusion.ranking.similarity import cosine, kept_embedding, text_embedding

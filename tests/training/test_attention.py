@@ -18,9 +18,10 @@ from fusion.backbones.load import load_backbone
 from fusion.build import stored_model
 from fusion.config import CompositionConfig, TrainerConfig
 from fusion.data.batches import Batch
-from fusion.data.encode import encode, load_tokenizer
+from fusion.data.encode import encode
 from fusion.data.loaders import evaluation_loader
 from fusion.data.rows import load_rows
+from fusion.data.tokenizer import load_tokenizer
 from fusion.listening import AttentionSums, real_tokens
 from fusion.store.artifacts import load
 from tests.bench import Bench
