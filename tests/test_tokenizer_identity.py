@@ -203,12 +203,12 @@ def test_the_backbone_is_checked_before_the_rows(
     def read(*values: Any, **options: Any) -> None:
         raise AssertionError("rows were read")
 
-    for place in (
+    for function in (
         "fusion.training.stage.load_splits",
         "fusion.data.rows.load_splits",
         "fusion.data.rows.rows_of_file",
     ):
-        monkeypatch.setattr(place, read)
+        monkeypatch.setattr(function, read)
     folder = tmp_path / "copy"
     shutil.copytree(trained.backbone, folder)
     long = dataclasses.replace(trained.data, max_length=65)
