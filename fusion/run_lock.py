@@ -75,9 +75,18 @@ def _holder(note: Path) -> str:
 
 def is_held(store: Path, name: str) -> bool:
     """Whether another process trains the run called `name` right now, as far as its lock can be asked."""
+    return is_locked(store / LOCKS / f"{name}.run-lock")
+
+
+def holder_of(store: Path, name: str) -> str:
+    """The process that trains the run called `name`, for a message."""
+    return _holder(store / LOCKS / f"{name}.run-lock.json")
+
+
+def is_locked(lock: Path) -> bool:
+    """Whether another process holds a lock file; a lock that cannot be asked counts as free."""
     from filelock import FileLock, Timeout
 
-    lock = store / LOCKS / f"{name}.run-lock"
     if not lock.is_file():
         return False
     try:

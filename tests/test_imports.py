@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "provenance": set(),
     "selection": BASE,
     "terminal": {"errors", "safe_text"},
-    "store": BASE | {"program", "selection", "terminal"},
+    "store": BASE | {"program", "run_lock", "selection", "terminal"},
     "review": BASE | {"run", "store", "packing", "metrics"},
     "sync": BASE | {"program", "run", "run_lock", "review"},
     "entry": BASE | {"run", "store"},

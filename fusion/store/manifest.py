@@ -580,17 +580,17 @@ def read_settled(look: Callable[[], Path], read: Callable[[Path], Read]) -> Read
     """`read(look())`, again where the folder was overwritten between the two: readers take no lock."""
     for _ in range(READS - 1):
         folder = look()
-        before = _stamp(folder)
+        before = stamp(folder)
         try:
             return read(folder)
         except UserError:
-            if before is not None and before == _stamp(folder):
+            if before is not None and before == stamp(folder):
                 raise
         time.sleep(0.01)
     return read(look())
 
 
-def _stamp(folder: Path) -> tuple[int, int] | None:
+def stamp(folder: Path) -> tuple[int, int] | None:
     try:
         state = (folder / MANIFEST).stat()
     except OSError:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fusion.errors import UserError
+from fusion.run_lock import LOCKS, holder_of, is_held, is_locked
 from fusion.store.manifest import (
     MANIFEST,
     OLD,
@@ -97,6 +100,12 @@ def leftovers(store: Path, found: list[Found]) -> Iterator[Leftover]:
     """Checkpoints of runs that are not done, and of runs that are; what a writer that was killed left."""
     identities = {f"{f.place}-{f.manifest.run['identity']}" for f in found if f.manifest and not f.replaced}
     for folder in _entries(store / RUNS):
+        name = folder.name.rpartition("-")[0]
+        if name and is_held(
+            store, name
+        ):  # its lock is asked first: an overwrite has the identity of what is stored
+            yield Leftover(f"{RUNS}/{folder.name}", folder, _running(store, name, folder), False)
+            continue
         done = folder.name in identities
         yield Leftover(
             f"{RUNS}/{folder.name}",
@@ -105,6 +114,10 @@ def leftovers(store: Path, found: list[Found]) -> Iterator[Leftover]:
             done,
         )
     for folder in _entries(store / STAGING):
+        being_written = re.sub(r"(~new|~removed|\.old)$", "", folder.name)
+        if is_locked(store / LOCKS / f"{being_written}.lock"):
+            yield Leftover(f"{STAGING}/{folder.name}", folder, "running: it is being written now", False)
+            continue
         whole = folder.name.endswith(OLD) and (folder / MANIFEST).is_file()
         name = folder.name.removesuffix(OLD)
         there = (store / name / MANIFEST).is_file()
@@ -119,13 +132,25 @@ def leftovers(store: Path, found: list[Found]) -> Iterator[Leftover]:
             yield Leftover(f"{STAGING}/{folder.name}", folder, "half-written by a process that ended", True)
 
 
+def _running(store: Path, name: str, run: Path) -> str:
+    """What is said of a run whose lock is held: the lock is by name, so it may be held for another identity."""
+    attempt = _last_attempt(run)
+    if attempt.get("status") in ("failed", "interrupted"):
+        return f"{_attempted(run)}; {name} is being trained now ({holder_of(store, name)})"
+    return f"running: it is being trained now by {holder_of(store, name)}"
+
+
+def _last_attempt(run: Path) -> dict[str, Any]:
+    try:
+        attempt = json.loads((run / "attempt.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return attempt if isinstance(attempt, dict) else {}
+
+
 def _attempted(run: Path) -> str:
     """What became of a run that is not done, by its own last word."""
-    try:
-        failed = json.loads((run / "attempt.json").read_text(encoding="utf-8")).get("status") == "failed"
-    except (OSError, ValueError, AttributeError):
-        failed = False
-    if failed:
+    if _last_attempt(run).get("status") == "failed":
         return "a run that failed; the same command tries it again"
     return "an interrupted run; the same command goes on with it"
 

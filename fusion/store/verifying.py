@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from fusion.errors import UserError
+from fusion.run_lock import LOCKS, is_locked
 from fusion.safe_text import printable
 from fusion.store.artifacts import Artifact, check_numbers, match_keys, read
 from fusion.store.files import MEND
 from fusion.store.listing import as_bytes
-from fusion.store.manifest import HEAD, MANIFEST, WEIGHTS, Manifest, find_by_hash, read_folder, unknown_name
+from fusion.store.manifest import (
+    HEAD,
+    MANIFEST,
+    READS,
+    WEIGHTS,
+    Manifest,
+    find_by_hash,
+    read_folder,
+    stamp,
+    unknown_name,
+)
 from fusion.store.overview import Found, check_store, everything, leftovers, size_of
 from fusion.store.shapes import head_shapes, weight_shapes
 
@@ -43,7 +55,7 @@ def verify(store: Path, name: str | None = None) -> Iterator[Verdict]:
     if name is not None and not found:
         raise UserError(unknown_name(name, store))
     for one in found:
-        yield Verdict(one.place, _problem(one, store))
+        yield Verdict(one.place, _settled_problem(one, store))
 
 
 def left_over(store: Path) -> list[str]:
@@ -55,6 +67,32 @@ def left_over(store: Path) -> list[str]:
         )
         for left in leftovers(store, everything(store))
     ]
+
+
+def _settled_problem(found: Found, store: Path) -> str:
+    """What is wrong with an artifact that nobody wrote during the check: otherwise it is looked up and checked again.
+
+    `verify` takes no lock, so an overwrite may replace the folder between two reads. A problem counts once the
+    manifests it is about (the artifact's own and those of its sources) are the same before and after.
+    """
+    problem = ""
+    for _ in range(READS):
+        before = _stamps(store, found)
+        if not (problem := _problem(found, store)):
+            return ""
+        if before == _stamps(store, found) and not is_locked(store / LOCKS / f"{found.place}.lock"):
+            return problem
+        time.sleep(0.02)
+        again = everything(store, only=found.place)
+        if not again:
+            return "" if found.replaced else f"{found.folder}: was removed during the check"
+        found = again[0]
+    return problem
+
+
+def _stamps(store: Path, found: Found) -> list[tuple[int, int] | None]:
+    sources = found.manifest.sources if found.manifest is not None else []
+    return [stamp(found.folder), *(stamp(store / source["name"]) for source in sources)]
 
 
 def _problem(found: Found, store: Path) -> str:

@@ -17,12 +17,14 @@ import pytest
 import torch
 
 from fusion.errors import UserError
+from fusion.run_lock import turn_of
 from fusion.store.__main__ import KEYS, main
 from fusion.store.artifacts import load_by_hash, save
 from fusion.store.listing import as_bytes
 from fusion.store.manifest import HEAD, MANIFEST, WEIGHTS, Manifest, names, read_manifest
 from fusion.store.removing import remove
 from fusion.store.shapes import head_shapes, weight_shapes
+from fusion.store.verifying import verify
 from fusion.store.writing import writing
 from tests.terminal.emulator import Terminal, look_on
 
@@ -125,6 +127,65 @@ def test_list_names_what_is_damaged_and_what_is_left(say: Say, full: Path) -> No
     assert "half-written" in left[".staging/plays~new"]
     assert "all there is of gone" in left[".staging/gone.old"]
     assert "\u202e" not in out
+
+
+def test_a_run_that_is_being_trained_is_no_leftover(say: Say, full: Path) -> None:
+    for run in ("films-0123456789ab", "plays-999999999999"):
+        (full / ".runs" / run).mkdir(parents=True)
+    (full / ".staging" / "plays~new").mkdir()
+    with turn_of(full, "films"), turn_of(full, "plays"), writing(full, "plays"):
+        for command in ("list", "verify"):
+            code, out, _ = say(command)
+            lines = [line for line in out.splitlines() if line.startswith("left")]
+            assert code == 0 and len(lines) == 3
+            assert all("running: it is being" in line for line in lines), lines
+            assert f"process {os.getpid()}" in lines[0]
+            assert "rm -r" not in out and "interrupted" not in out and "of a run that is done" not in out
+    (full / ".staging" / "plays~new").mkdir(exist_ok=True)
+    code, out, _ = say("verify")
+    assert out.count("rm -r") == 2 and "an interrupted run" in out and "running" not in out
+
+
+OVERWRITE = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from fusion.store.artifacts import load, save
+
+store = Path(sys.argv[1])
+old = load("films", store)
+number = 0
+while True:
+    number += 1
+    weights = {name: tensor + number for name, tensor in old.weights.items()}
+    save(store, replace(old.manifest, files={}, seed=number), weights, old.head, overwrite=True)
+    print(number, flush=True)
+"""
+
+
+def test_no_false_alarm_while_an_artifact_is_overwritten(
+    store: Path, make_manifest: Callable[..., Manifest]
+) -> None:
+    put(store, make_manifest("films"))
+    command = [sys.executable, "-c", OVERWRITE, str(store)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as writer:
+        try:
+            assert writer.stdout is not None and writer.stdout.readline()
+            for _ in range(60):
+                assert [str(verdict) for verdict in verify(store)] == ["ok       films"]
+            assert writer.poll() is None  # it has been overwriting all the while
+        finally:
+            writer.kill()
+
+
+def test_damage_is_still_found_at_once_and_where_the_manifest_changes(full: Path) -> None:
+    weights = full / "films" / WEIGHTS
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    (problem,) = [verdict for verdict in verify(full) if verdict.problem and verdict.place == "films"]
+    assert WEIGHTS in problem.problem
 
 
 def test_a_store_that_is_empty_or_not_there(say: Say, store: Path) -> None:
