@@ -283,10 +283,42 @@ class LimitConfig:
 
 
 @dataclass
+class SplitConfig:
+    """Fractions of the training rows that become the splits which a task does not have."""
+
+    validation: Optional[float] = None
+    test: Optional[float] = None
+    seed: int = 0  # of the draw, whatever the run's own seed
+    stratify: bool = False  # classification: each part has the labels in the same proportions
+
+    def __post_init__(self) -> None:
+        for split in ("validation", "test"):
+            fraction = getattr(self, split)
+            _require(
+                fraction is None or 0.0 < fraction < 1.0,
+                f"data.split.{split}={fraction}: expected a fraction of the training rows, such as 0.1, or null",
+            )
+        together = (self.validation or 0.0) + (self.test or 0.0)
+        _require(
+            together < 1.0,
+            f"data.split.validation={self.validation} and data.split.test={self.test} leave nothing to train on: "
+            "expected less than 1 together",
+        )
+        _require(0 <= self.seed < 2**32, f"data.split.seed={self.seed}: expected 0 to 4294967295")
+        for key in ("seed", "stratify"):
+            _require(
+                together > 0.0 or not getattr(self, key),
+                f"data.split.{key}={getattr(self, key)}: no split is made; set data.split.validation=0.1, "
+                f"data.split.test=0.1 or both, or leave data.split.{key} out",
+            )
+
+
+@dataclass
 class DataConfig:
     dir: Optional[str] = None  # read DIR/<task>/<split>.{parquet,jsonl,json,csv,tsv} in place of the hub
     quoting: Optional[str] = None  # of CSV and TSV files: csv or none; null: csv in CSV, none in TSV
     limit: LimitConfig = field(default_factory=LimitConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
     max_length: Optional[int] = (
         128  # tokens of a text or pair, special ones included; null: the artifact's own
     )

@@ -15,6 +15,7 @@ from fusion.config import EvaluateConfig
 from fusion.errors import UserError
 from fusion.run import Run
 from fusion.store.manifest import check_drop, check_trust, find, read_folder
+from fusion.store.trained_data import as_trained
 
 
 def check(config: EvaluateConfig, run: Run) -> None:
@@ -28,7 +29,7 @@ def check(config: EvaluateConfig, run: Run) -> None:
         config.backbone.name_or_path or manifest.backbone["name_or_path"], config.backbone.trust_remote_code
     )
     for answer in answers(manifest, config.task):
-        check_source(answer.task, config.data, [config.split])
+        check_source(answer.task, as_trained(manifest, config.data, answer.task.name), [config.split])
 
 
 @command("evaluate", EvaluateConfig, check=check)
@@ -72,13 +73,14 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     seen: dict[str, dict[str, Any]] = {}
     rows_seen, seconds, tokens = 0, 0.0, 0
     splits = [
-        (answer, split)
+        (answer, data, split)
         for answer in scored
-        for split in evaluation_splits(answer.task, config.split, config.data)
+        for data in [as_trained(manifest, config.data, answer.task.name)]
+        for split in evaluation_splits(answer.task, config.split, data)
     ]
-    for answer, split in splits:
+    for answer, data, split in splits:
         task = answer.task
-        rows = load_splits(task, config.data, [split], manifest.labels_read_as(task.name))[0][split]
+        rows = load_splits(task, data, [split], manifest.labels_read_as(task.name))[0][split]
         if rows.labels is None:
             raise UserError(f"split={split}: its rows have no labels to score against; use fusion.predict")
         encoded = encode(rows, backbone.tokenizer, max_length, config.data.cache_dir)

@@ -29,6 +29,7 @@ from fusion.listening import listen
 from fusion.masking import Scored, prune_greedily, prune_in_order, without_each
 from fusion.store.artifacts import load
 from fusion.store.manifest import Manifest, check_attends
+from fusion.store.trained_data import as_trained
 from fusion.training.metrics import predicted, score
 from fusion.words import chosen_rows, words_of
 
@@ -57,7 +58,7 @@ def data_of(manifest: Manifest, asked: DataConfig) -> DataConfig:
         for split in ("train", "validation", "test")
     }
     return dataclasses.replace(
-        asked,
+        as_trained(manifest, asked, manifest.task["name"]),
         dir=folder,
         limit=LimitConfig(**limits),
         max_length=asked.max_length or manifest.data["max_length"],

@@ -87,6 +87,10 @@ ADDED_LATER: tuple[tuple[str, Any], ...] = (
     ("composition.drop", None),
     ("sources_by", None),
     ("data.quoting", None),
+    ("data.split.validation", None),
+    ("data.split.test", None),
+    ("data.split.seed", 0),
+    ("data.split.stratify", False),
     ("loss.class_weights", None),
     ("loss.label_smoothing", 0.0),
 )

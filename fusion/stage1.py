@@ -26,8 +26,9 @@ def entry_of(config: Stage1Config, run: Run) -> Entry:
 
 def check(config: Stage1Config, run: Run) -> Standing:
     """What can be said before a model is loaded, and how the run stands."""
-    from fusion.data.rows import check_source
+    from fusion.data.rows import check_made_splits, check_source
 
+    check_made_splits(config.task_list, config.data)
     for task in config.task_list:
         check_source(task, config.data)
     entry = entry_of(config, run)

@@ -30,9 +30,10 @@ def entry_of(config: Stage2Config, inputs: Inputs, run: Run) -> Entry:
 
 def check(config: Stage2Config, run: Run) -> Standing:
     """What can be said before a model is loaded, and how the run stands."""
-    from fusion.data.rows import check_source
+    from fusion.data.rows import check_made_splits, check_source
 
     assert config.task is not None
+    check_made_splits([config.task], config.data)
     check_source(config.task, config.data)
     entry = entry_of(config, read_inputs(config), run)
     if entry.stored is None:

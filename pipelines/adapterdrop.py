@@ -122,10 +122,11 @@ def _validation(config: DropConfig, artifact: Artifact) -> tuple[TaskConfig, Enc
     from fusion.data.encode import encode
     from fusion.data.rows import evaluation_splits, load_rows
     from fusion.data.tokenizer import load_tokenizer
+    from fusion.store.trained_data import as_trained
 
     manifest = artifact.manifest
     task = TaskConfig.from_dict(manifest.task, where=manifest.name)
-    data = DataConfig(dir=config.data_dir)
+    data = as_trained(manifest, DataConfig(dir=config.data_dir), task.name)
     rows = load_rows(task, data, evaluation_splits(task, "validation", data)[0])
     tokenizer = load_tokenizer(locate(manifest.backbone["name_or_path"]))
     return task, encode(rows, tokenizer, manifest.data["max_length"], None)

@@ -16,12 +16,15 @@ from typing import Any
 import numpy as np
 
 from fusion.config import DataConfig, TaskConfig
+from fusion.data.holdout import Holdout
 from fusion.data.labels import Labels, Reading, agreed_way, label_key, numbers_of, read_ids, read_values
 from fusion.data.splits import (
     Part,
+    check_made_splits,
     check_source,
     evaluation_splits,
     family,
+    holdout,
     hub_part,
     is_local,
     local_part,
@@ -33,6 +36,7 @@ from fusion.safe_text import listed, shown
 
 __all__ = [
     "Rows",
+    "check_made_splits",
     "check_source",
     "evaluation_splits",
     "load_rows",
@@ -97,6 +101,9 @@ def load_rows(task: TaskConfig, data: DataConfig, split: str) -> Rows:
     """
     ours = family(task, split)
     part = Part(split)
+    made = holdout(task, data, split)
+    if made is not None and made.split != "train":
+        split = "train"  # of which it is a part
     if is_local(task, data):
         files, part = local_part(task, data, split)
         table = read_split(files, [*_text_columns(task), *_label_columns(task)], data.quoting)
@@ -112,7 +119,7 @@ def load_rows(task: TaskConfig, data: DataConfig, split: str) -> Rows:
     else:
         raise no_source(task, split)
     limit = getattr(data.limit, ours) if ours else None
-    return _rows(task, table, unlabelled=ours == "test", part=part, limit=limit)
+    return _rows(task, table, unlabelled=ours == "test" and made is None, part=part, made=made, limit=limit)
 
 
 def rows_of_records(task: TaskConfig, records: Iterable[dict[str, Any]], where: str) -> Rows:
@@ -143,6 +150,7 @@ def _rows(
     unlabelled: bool,
     read_labels: bool = True,
     part: Part | None = None,
+    made: Holdout | None = None,
     limit: int | None = None,
 ) -> Rows:
     """Check a table and take from it what the task needs.
@@ -150,6 +158,7 @@ def _rows(
     Args:
         unlabelled: whether it may be without labels.
         part: the share of the rows to take, after a fixed shuffle.
+        made: how the labelled rows are shared out between splits; None: all of them are the split.
         limit: how many of the labelled rows to take, after a fixed shuffle.
     """
     if table.rows == 0:
@@ -184,6 +193,9 @@ def _rows(
         labels, reading = read_ids(names, table, column, keys, kept, choices)
     if choices is not None and task.blank is not None:
         texts, choices = _fill_blanks(task.blank, table, kept, texts, choices)
+    if made is not None:
+        own = made.rows(len(texts), labels, table.where)
+        texts, choices, labels = _at(texts, own), _at(choices, own), _at(labels, own)
     if limit is not None and limit < len(texts):
         drawn = np.sort(np.random.RandomState(_LIMIT_SEED).permutation(len(texts))[:limit]).tolist()
         texts, choices, labels = _at(texts, drawn), _at(choices, drawn), _at(labels, drawn)

@@ -14,11 +14,13 @@ from pathlib import Path
 
 from fusion.config import DataConfig, TaskConfig
 from fusion.data.files import READABLE, SplitFiles, contents, split_files
+from fusion.data.holdout import Holdout
 from fusion.errors import UserError
 from fusion.paths import check_relative, resolve_path
 from fusion.safe_text import listed
 
 SPLITS = ("train", "validation", "test")
+MADE = ("validation", "test")  # those that `data.split` can make of the training rows
 
 _PART = re.compile(r"(?P<name>[^\[\]]+)\[(?P<start>\d{0,2})%?:(?P<stop>\d{0,2})%?\]")
 
@@ -47,6 +49,8 @@ def evaluation_splits(task: TaskConfig, split: str, data: DataConfig | None = No
         UserError: the task has no such split.
     """
     published = _published(task, split)
+    if data is not None and holdout(task, data, split) is not None:
+        return [split]
     if data is not None and is_local(task, data):
         there = _files(task, data)
         named = [split] if split in there else [name for name in published if name in there]
@@ -60,8 +64,66 @@ def evaluation_splits(task: TaskConfig, split: str, data: DataConfig | None = No
             dict.fromkeys([*task.hub.splits, *(n for s in task.hub.splits for n in _published(task, s))])
         )
     if not published:
-        raise UserError(f"task {task.name} has no split {split}: expected one of {', '.join(known)}")
+        made = f"\ndata.split.{split}=0.1 takes a tenth of the training rows for it" if split in MADE else ""
+        raise UserError(f"task {task.name} has no split {split}: expected one of {', '.join(known)}{made}")
     return published
+
+
+def holdout(task: TaskConfig, data: DataConfig, split: str) -> Holdout | None:
+    """How a split is made of the training rows by `data.split`; None: it is read as it is.
+
+    Where a task has a split of its own, `data.split` does not concern that split.
+    """
+    ours = family(task, split)
+    asked = {made: getattr(data.split, made) for made in MADE}
+    if not any(asked.values()) or ours is None:
+        return None
+    fractions = {
+        made: fraction
+        for made, fraction in asked.items()
+        if fraction is not None and not _has_split(task, data, made)
+    }
+    if not fractions or (ours != "train" and split not in fractions):
+        return None
+    return Holdout(ours, fractions, data.split.seed, data.split.stratify)
+
+
+def _has_split(task: TaskConfig, data: DataConfig, split: str) -> bool:
+    """Whether a task has a split without `data.split`."""
+    if is_local(task, data):
+        there = _files(task, data)
+        return (
+            any(name in there for name in _published(task, split)) or _found(task, there, split) is not None
+        )
+    if task.corpus is not None:
+        return split in SPLITS
+    return bool(_published(task, split))
+
+
+def check_made_splits(tasks: Iterable[TaskConfig], data: DataConfig) -> None:
+    """Refuse `data.split` where no task of a run has a use for it.
+
+    Raises:
+        UserError: all tasks have the split themselves, or one to be split has no classes to stratify by.
+    """
+    every = list(tasks)
+    for made in MADE:
+        fraction = getattr(data.split, made)
+        if fraction is None:
+            continue
+        without = [task for task in every if not _has_split(task, data, made)]
+        if not without:
+            names = ", ".join(str(task.name) for task in every)
+            raise UserError(
+                f"data.split.{made}={fraction:g}: {names} {'has' if len(every) == 1 else 'have'} a {made} split of "
+                f"{'its' if len(every) == 1 else 'their'} own; leave it out"
+            )
+        for task in without:
+            if data.split.stratify and task.kind != "classification":
+                raise UserError(
+                    f"data.split.stratify=true: {task.name} is of kind {task.kind} and has no classes to stratify by; "
+                    "expected data.split.stratify=false"
+                )
 
 
 def family(task: TaskConfig, split: str) -> str | None:
@@ -113,6 +175,22 @@ def local_part(task: TaskConfig, data: DataConfig, split: str) -> tuple[SplitFil
 
 def _local_part(task: TaskConfig, data: DataConfig, split: str) -> tuple[SplitFiles, Part]:
     there = _files(task, data)
+    if (found := _found(task, there, split)) is not None:
+        return found
+    folder = _folder(task, data)
+    holds = contents(folder)
+    unread = [name for name in holds if re.match(rf"(data/)?{re.escape(split)}[.-]", name)]
+    reason = f" ({listed(unread)} has no ending that is read)" if unread else ""
+    made = f"; data.split.{split}=0.1 takes a tenth of the training rows for it" if split in MADE else ""
+    raise UserError(
+        f"{folder} has no {split}: it holds {listed(holds)}{reason}\n"
+        f"Expected {folder}/{split} with an ending {READABLE}, shards {split}-00000-of-00002.parquet, or a folder "
+        f"{split} of save_to_disk{made}; without data.dir the hub's copy is used"
+    )
+
+
+def _found(task: TaskConfig, there: dict[str, SplitFiles], split: str) -> tuple[SplitFiles, Part] | None:
+    """The files of a split among those that are there; None: it is not."""
     published = _published(task, split)
     parts = _parts(task)
     part = parts.get(split)
@@ -129,15 +207,7 @@ def _local_part(task: TaskConfig, data: DataConfig, split: str) -> tuple[SplitFi
         return there[ours], Part(ours)
     if part is not None and part.name in there:
         return there[part.name], part
-    folder = _folder(task, data)
-    holds = contents(folder)
-    unread = [name for name in holds if re.match(rf"(data/)?{re.escape(split)}[.-]", name)]
-    reason = f" ({listed(unread)} has no ending that is read)" if unread else ""
-    raise UserError(
-        f"{folder} has no {split}: it holds {listed(holds)}{reason}\n"
-        f"Expected {folder}/{split} with an ending {READABLE}, shards {split}-00000-of-00002.parquet, or a folder "
-        f"{split} of save_to_disk; without data.dir the hub's copy is used"
-    )
+    return None
 
 
 def check_source(task: TaskConfig, data: DataConfig, splits: Iterable[str] = ("train", "validation")) -> None:
@@ -147,6 +217,8 @@ def check_source(task: TaskConfig, data: DataConfig, splits: Iterable[str] = ("t
         UserError: says what is there.
     """
     for split in splits:
+        if (made := holdout(task, data, split)) is not None and made.split != "train":
+            split = "train"
         if is_local(task, data):
             for name in evaluation_splits(task, split, data):
                 local_part(task, data, name)

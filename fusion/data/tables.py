@@ -278,6 +278,11 @@ def joined(tables: list[Table], where: str) -> Table:
                 f"{table.where}: its columns are not those of {Path(first.where).name}: {listed(differing)} is in one "
                 "of them alone; write the shards of a split with the same columns"
             )
+        if other := [name for name in first.columns if table.class_names(name) != first.class_names(name)]:
+            raise UserError(
+                f"{table.where}: the class names of column {listed(other)} are not those of {Path(first.where).name}; "
+                "write the shards of a split with the same features"
+            )
         if table.classes != first.classes:
             raise UserError(
                 f"{table.where}: its ClassLabel columns have other names than those of {Path(first.where).name}; "

@@ -10,6 +10,7 @@ from fusion.data.encode import EncodedRows, encode
 from fusion.data.rows import load_splits
 from fusion.errors import UserError
 from fusion.store.manifest import Manifest
+from fusion.store.trained_data import as_trained
 
 
 def source_rows(source: Manifest, data: DataConfig, at_most: int, tokenizer: Any) -> list[EncodedRows]:
@@ -30,7 +31,7 @@ def source_rows(source: Manifest, data: DataConfig, at_most: int, tokenizer: Any
         limit = min(own, limit) if isinstance(own, int) else limit
         errors: list[UserError] = []
         for place in _places(source, data):
-            where = DataConfig(dir=place, limit=LimitConfig(train=limit))
+            where = as_trained(source, DataConfig(dir=place, limit=LimitConfig(train=limit)), task.name)
             try:
                 rows, _ = load_splits(task, where, ["train"], source.labels_read_as(task.name))
             except UserError as error:

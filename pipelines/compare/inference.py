@@ -194,11 +194,12 @@ def measure(config: TimingConfig) -> dict[str, Any]:
 
 def data_of(run_config: dict[str, Any], cache_dir: str | None) -> Any:
     """The data settings that an artifact was trained with, from the flat config of its manifest."""
-    from fusion.config import DataConfig, LimitConfig
+    from fusion.config import DataConfig, LimitConfig, SplitConfig
 
     flat = {key.removeprefix("data."): value for key, value in run_config.items() if key.startswith("data.")}
     limits = {key.removeprefix("limit."): flat.pop(key) for key in list(flat) if key.startswith("limit.")}
-    return DataConfig(limit=LimitConfig(**limits), cache_dir=cache_dir, **flat)
+    made = {key.removeprefix("split."): flat.pop(key) for key in list(flat) if key.startswith("split.")}
+    return DataConfig(limit=LimitConfig(**limits), split=SplitConfig(**made), cache_dir=cache_dir, **flat)
 
 
 def task_of(name: str) -> Any:

@@ -258,6 +258,20 @@ def test_shards_with_other_columns(task: Task, write: Write) -> None:
         load_rows(task(), data, "train")
 
 
+def test_shards_whose_ids_stand_for_other_classes(task: Task, write: Write, tmp_path: Path) -> None:
+    for number, names in enumerate((["cat", "dog"], ["dog", "cat"])):
+        features = datasets.Features(
+            {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+        )
+        path = tmp_path / "data" / "pets" / f"train-{number:05d}-of-00002.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_list(ROWS, features=features).to_parquet(path)
+    with pytest.raises(
+        UserError, match=r"00001-of-00002\.parquet: the class names of column label are not those"
+    ):
+        load_rows(task(), DataConfig(dir=str(tmp_path / "data")), "train")
+
+
 # --- save_to_disk -------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,48 @@
+"""How an artifact's training read its data, for commands that read the same rows again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fusion.config import DataConfig, SplitConfig
+from fusion.errors import UserError
+from fusion.store.manifest import Manifest
+
+
+def as_trained(manifest: Manifest, data: DataConfig, task: str | None) -> DataConfig:
+    """`data`, with the splits that training made of the rows of this task, and its `data.quoting` where none is set.
+
+    Args:
+        task: the name of the task whose rows are read. Of a task that the artifact was not trained on, `data` itself.
+
+    Raises:
+        UserError: `data.split` is set to something else, so that rows of the training would be scored.
+    """
+    if task not in [
+        entry["task"]["name"] for entry in (manifest.multitask or {"": {"task": manifest.task}}).values()
+    ]:
+        return data
+    config = manifest.run["config"]
+    keys = ("validation", "test", "seed", "stratify")
+    try:
+        split = SplitConfig(
+            **{key: config[f"data.split.{key}"] for key in keys if f"data.split.{key}" in config}
+        )
+    except (UserError, TypeError) as error:
+        raise UserError(f"manifest of {manifest.name}: run.config: {error}") from None
+    if data.split not in (SplitConfig(), split):
+        asked, trained = (
+            ", ".join(
+                f"{key}={getattr(one, key)}"
+                for key in keys
+                if getattr(one, key) != getattr(SplitConfig(), key)
+            )
+            or "none"
+            for one in (data.split, split)
+        )
+        raise UserError(
+            f"data.split ({asked}): {manifest.name} was trained with another ({trained}), and other splits would hold "
+            "rows that it was trained on\nLeave data.split out: the splits are those of the training"
+        )
+    quoting = data.quoting or config.get("data.quoting")
+    return replace(data, split=split, quoting=quoting if quoting in ("csv", "none") else None)
