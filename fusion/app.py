@@ -54,7 +54,7 @@ from fusion.repeats import repeated
 from fusion.run import DEBUG, Run, Standing, Terminated, check_folder, describe, record
 from fusion.run_lock import turn_of
 from fusion.safe_text import printable, printable_logs
-from fusion.sweep import Sweep, standings
+from fusion.sweep import JobFailed, Sweep, objective, standings
 from fusion.terminal import bars, display
 
 log = logging.getLogger(__name__)
@@ -492,7 +492,7 @@ def _main(command: Command) -> int:
     program = processes.program(command.function)
     outcomes: list[int] = []  # exit codes of this process's jobs
 
-    def job(composed: DictConfig) -> dict[str, Any] | None:
+    def job(composed: DictConfig) -> Any:
         try:
             return _job(command, program, composed, outcomes)
         finally:  # once the job's own frames are gone, and the traceback of one that failed
@@ -540,7 +540,13 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _job(command: Command, program: list[str], composed: DictConfig, outcomes: list[int]) -> Any:
-    """One job. A failure is recorded and not raised, so that a sweep goes on to the next job."""
+    """One job. A failure is recorded and not raised, so that a sweep goes on to the next job.
+
+    A job of a training command returns its objective, see `objective`, for sweepers that search by it.
+
+    Raises:
+        JobFailed: it failed, and another sweeper than Hydra's own has to know.
+    """
     from fusion.training import processes
 
     launch: Any = HydraConfig.get()
@@ -578,18 +584,30 @@ def _job(command: Command, program: list[str], composed: DictConfig, outcomes: l
             _sweep.told[run.directory.absolute()] = describe(error)
         if isinstance(error, UserError):
             outcomes.append(_say(str(error), 2))
+            if _reads_returns(launch):
+                raise JobFailed(str(error)) from None
             return None
         if not _is_sweep(launch) and not isinstance(error, TrainingError):
             traceback.print_exc()
         said = str(error) if isinstance(error, TrainingError) else describe(error)
         outcomes.append(_say(f"{command.name} failed: {said} (log: {run.directory}/run.log)", 1))
+        if _reads_returns(launch):
+            raise JobFailed(said) from None
         return None
     outcomes.append(0)
     if run.rank_zero and not _is_sweep(launch):
         from fusion.ending import end_of_run
 
         end_of_run(run, result)
-    return result
+    return objective(typed, result) if isinstance(typed, StageConfig) and result.get("metrics") else result
+
+
+def _reads_returns(launch: DictConfig) -> bool:
+    """Whether the sweeper looks at what jobs return: all but Hydra's own.
+
+    Such a sweeper decides itself what a failed job means, by the exception that Hydra keeps in its place.
+    """
+    return _is_sweep(launch) and not str(launch.sweeper.get("_target_", "")).endswith(".BasicSweeper")
 
 
 def _say_standing(name: str, standing: Standing | None) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fusion.config import StageConfig
 from fusion.errors import first_line
 from fusion.run import RESULT, STATUS, Standing
 
@@ -152,3 +153,21 @@ def _reason(status: Mapping[str, Any]) -> str:
     if status.get("status") == "running":
         return "it says that it runs: it was killed, or another process is still at it"
     return str(status.get("error") or status["status"])
+
+
+class JobFailed(RuntimeError):
+    """A job of a sweep failed, and its message is printed and recorded: for a sweeper that reads return values."""
+
+
+def objective(config: StageConfig, result: Mapping[str, Any]) -> float:
+    """What a job of a training command returns to Hydra: the score that picks the best epoch, higher is better.
+
+    The best epoch's value of the task's first metric on its first validation split; of several tasks, the mean.
+    """
+    tasks, metrics = config.task_list, result["metrics"]
+    scores = []
+    for task in tasks:
+        own = [split for split in metrics if len(tasks) == 1 or split.startswith(f"{task.name}/")]
+        score = metrics[own[0]][task.metrics[0]]
+        scores.append(float("nan") if score is None else float(score))
+    return sum(scores) / len(scores)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import select
@@ -11,17 +12,21 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 
 from fusion.app import command
-from fusion.config import Stage1Config, TaskConfig
+from fusion.config import MethodConfig, Stage1Config, TaskConfig
 from fusion.run import Run, Standing, identity_config
-from fusion.sweep import Sweep
+from fusion.sweep import Sweep, objective
 from fusion.terminal import display
 from tests.terminal.emulator import Terminal, look_on, seen
 
@@ -637,3 +642,109 @@ def test_a_fault_in_a_check_is_no_users_error(go: Callable[..., Outcome], argume
     assert (outcome.code, outcome.folders) == (1, [])
     assert "Traceback" in outcome.err
     assert outcome.err.endswith("stage1 failed: ValueError: a fault of ours\n")
+
+
+# --- a sweeper that searches ------------------------------------------------------------------------
+
+SEARCHED = """
+from fusion.app import command
+from fusion.config import Stage1Config
+from fusion.errors import TrainingError, UserError
+
+@command("stage1", Stage1Config, check=lambda config, run: None)
+def main(config, run):
+    if config.seed == 3:
+        raise UserError("no such column")
+    if config.seed == 4:
+        raise TrainingError("the loss is nan")
+    if config.seed == 5:
+        raise RuntimeError("boom")
+    # The first split and the task's first metric count.
+    return {"metrics": {"near": {"f1": 0.1, "accuracy": config.seed / 10}, "far": {"accuracy": 9.0}}}
+"""
+
+
+class StandIn(Sweeper):
+    """Runs seeds one after another, as a search does, and keeps what came back."""
+
+    def __init__(self, seeds: Any, tolerant: bool = False) -> None:
+        self.seeds, self.tolerant = list(seeds), tolerant
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        assert self.launcher is not None
+        for number, seed in enumerate(self.seeds):
+            (job,) = self.launcher.launch([[*arguments, f"seed={seed}"]], initial_job_idx=number)
+            try:
+                SEEN.append(float(job.return_value))
+            except Exception as error:
+                SEEN.append(f"{type(error).__name__}: {error}")
+                if not self.tolerant:
+                    raise
+
+
+SEEN: list[Any] = []
+
+
+@pytest.fixture
+def search(
+    go: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, bool], tuple[Outcome, list[Any]]]:
+    module = types.ModuleType("hydra_plugins.stand_in")
+    monkeypatch.setattr(StandIn, "__module__", module.__name__)
+    monkeypatch.setattr(module, "StandIn", StandIn, raising=False)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    Plugins.instance().register(StandIn)
+    settings = {"_target_": "hydra_plugins.stand_in.StandIn", "seeds": [], "tolerant": False}
+    ConfigStore.instance().store(group="hydra/sweeper", name="stand_in", node=settings)
+    namespace: dict[str, Any] = {"__name__": "stand_in"}
+    exec(compile(SEARCHED, "stand_in", "exec"), namespace)
+
+    def run(seeds: str, tolerant: bool) -> tuple[Outcome, list[Any]]:
+        SEEN.clear()
+        outcome = go(
+            "-m",
+            "+task=mine",
+            "hydra/sweeper=stand_in",
+            f"hydra.sweeper.seeds=[{seeds}]",
+            f"hydra.sweeper.tolerant={tolerant}",
+            main=namespace["main"],
+        )
+        return outcome, list(SEEN)
+
+    return run
+
+
+def test_a_job_returns_its_objective_to_the_sweeper(search: Callable[..., tuple[Outcome, list[Any]]]) -> None:
+    outcome, seen = search("1,2,7", False)
+    assert outcome.code == 0, outcome.err
+    assert seen == pytest.approx([0.1, 0.2, 0.7])
+    assert [status["name"] for status in outcome.statuses] == ["mine-seed-1", "mine-seed-2", "mine-seed-7"]
+
+
+def test_a_failed_job_is_an_exception_to_the_sweeper(
+    search: Callable[..., tuple[Outcome, list[Any]]],
+) -> None:
+    outcome, seen = search("1,3,4,5,2", True)
+    failures = ["JobFailed: no such column", "JobFailed: the loss is nan", "JobFailed: RuntimeError: boom"]
+    assert seen == [0.1, *failures, 0.2]
+    assert outcome.code == 1
+    assert [status["status"] for status in outcome.statuses] == ["done", "failed", "failed", "failed", "done"]
+    outcome, seen = search("1,4,2", False)
+    assert seen == [0.1, failures[1]] and outcome.code == 1
+    assert "Traceback" not in outcome.err
+
+
+def test_the_objective_of_several_tasks_is_their_mean() -> None:
+    tasks = [
+        TaskConfig(name=name, text="t", labels=["x", "y"], metrics=["accuracy", "f1"]) for name in ("a", "ab")
+    ]
+    config = Stage1Config(tasks=tasks, method=MethodConfig("multitask_adapter"))
+    metrics = {f"{name}/{split}": {"f1": 0.0, "accuracy": score} for name, split, score in (
+        ("ab", "near", 0.5), ("a", "validation", 0.7), ("ab", "far", 0.1))}  # fmt: skip
+    assert objective(config, {"metrics": metrics}) == pytest.approx(0.6)
+    assert math.isnan(objective(config, {"metrics": {"a/x": {"accuracy": None}, "ab/x": {"accuracy": 1.0}}}))
