@@ -69,8 +69,8 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     """What inspection.json holds.
 
     name, hash, task, split, fingerprint, rows: what was looked at. sources: names, in order. slots: names, L of them.
-    metrics: with all sources. attention: by slot, each source's mean weight and the entropy, see `Listening`.
-    masked: by source, the metrics without it. pruned: `{"kept": [names], "metrics"}` from all sources down to one,
+    metrics: with all sources. labels, predicted: row by row, with all sources. attention: by slot, each source's mean weight and the entropy, see `Listening`.
+    masked: by source, the metrics without it and what is predicted then, row by row. pruned: `{"kept": [names], "metrics"}` from all sources down to one,
     or null; the one to go is looked for anew at each step, of more than GREEDY sources once. words: the chosen rows, see `words_of`.
 
     Raises:
@@ -108,6 +108,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         return _scored(task, run(kept), encoded)
 
     batches = evaluation_loader(encoded, data.batch_size, tokens_per_batch=data.tokens_per_batch)
+    assert encoded.labels is not None
     heard = listen(model, batches, device)
     scores = run()
     full = _scored(task, scores, encoded)
@@ -140,8 +141,13 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         "sources": sources,
         "slots": list(heard),
         "metrics": full.metrics,
+        "labels": encoded.labels.tolist(),
+        "predicted": full.predicted,
         "attention": {slot: {"mean": one.mean, "entropy": one.entropy} for slot, one in heard.items()},
-        "masked": {source: one.plain() for source, one in zip(sources, masked, strict=False)},
+        "masked": {
+            source: {**one.plain(), "predicted": one.predicted}
+            for source, one in zip(sources, masked, strict=False)
+        },
         "pruned": None
         if pruned is None
         else [{"kept": [sources[n] for n in step.kept], **step.scored.plain()} for step in pruned],
@@ -157,7 +163,8 @@ def _scored(task: TaskConfig, scores: Tensor, rows: EncodedRows) -> Scored:
         loss = F.mse_loss(scores.float().squeeze(-1), labels.float())
     else:
         loss = F.cross_entropy(scores.float(), labels)
-    return Scored(score(task, scores, rows.labels), float(loss))
+    answers = predicted(scores, task.kind).tolist()
+    return Scored(score(task, scores, rows.labels), float(loss), answers)
 
 
 def _asked_rows(asked: Any, task: TaskConfig, answers: Tensor, rows: EncodedRows) -> list[int]:

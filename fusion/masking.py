@@ -18,10 +18,14 @@ Scorer = Callable[[Sequence[int]], "Scored"]
 
 @dataclass(frozen=True)
 class Scored:
-    """metrics: by name, the first is what counts. loss: the mean over the rows, which tells apart what scores alike."""
+    """metrics: by name, the first is what counts. loss: the mean over the rows, which tells apart what scores alike.
+
+    predicted: the prediction for each row, where it is kept.
+    """
 
     metrics: dict[str, float]
     loss: float
+    predicted: Sequence[float] | None = None
 
     @property
     def key(self) -> tuple[float, float]:

@@ -26,7 +26,18 @@ from tests.bench import Bench
 
 KEYS = {
     *("name", "artifact", "hash", "task", "split", "fingerprint", "rows", "backbone", "composition", "drop"),
-    *("sources", "slots", "metrics", "attention", "masked", "pruned", "words", "speed"),
+    *(
+        "sources",
+        "slots",
+        "metrics",
+        "labels",
+        "predicted",
+        "attention",
+        "masked",
+        "pruned",
+        "words",
+        "speed",
+    ),
 }
 
 
@@ -63,6 +74,10 @@ def test_what_is_written(trained: Bench) -> None:
         assert sum(seen["attention"][slot]["mean"]) == pytest.approx(1.0)
         assert 0 <= seen["attention"][slot]["entropy"] <= math.log(2) + 1e-6
     assert set(seen["masked"]) == {"films", "books"}
+    for one in (seen, *seen["masked"].values()):
+        assert np.mean(np.array(one["predicted"]) == seen["labels"]) == pytest.approx(
+            one["metrics"]["accuracy"]
+        )
     assert seen["pruned"][0]["kept"] == ["films", "books"]
     assert [len(step["kept"]) for step in seen["pruned"]] == [2, 1]
     assert result["metrics"] == {"validation": seen["metrics"]}

@@ -124,6 +124,24 @@ def test_it_loads_cleanly_and_fits(chromium: Chrome, page: Path, width: int, dar
     assert texts and min(texts) > 6, "the text of the figures can be read"
 
 
+def test_every_score_and_figure_is_within_a_phone(chromium: Chrome, page: Path) -> None:
+    show(chromium, page, 400)
+    outside = chromium.execute_script(
+        "return [...document.querySelectorAll('.scores *, svg.figure, .stack td, .heat td')].filter(e => "
+        "e.offsetParent !== null || e.tagName === 'svg').filter(e => { const box = e.getBoundingClientRect(); "
+        "return box.left < 0 || box.right > 400; }).length"
+    )
+    assert outside == 0
+
+
+def test_a_desktop_is_used(chromium: Chrome, page: Path) -> None:
+    show(chromium, page, 1600)
+    right = chromium.execute_script(
+        "return Math.max(...[...document.querySelectorAll('.scores, .card')].map(e => e.getBoundingClientRect().right))"
+    )
+    assert right > 1500
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_stands_out_from_its_ground(chromium: Chrome, page: Path, dark: bool) -> None:
     """A contrast of 4.5 to 1 (WCAG AA), for the text, the verdicts and the darkest cell of a heatmap."""
@@ -231,7 +249,7 @@ def test_sources_by_targets_layer_by_layer(chromium: Chrome, page: Path) -> None
 
 def test_a_cell_leads_to_its_runs(chromium: Chrome, page: Path) -> None:
     show(chromium, page)
-    link = every(chromium, ".scores td a")[-1]
+    link = every(chromium, ".scores th a")[-1]
     anchor = (link.get_attribute("href") or "").partition("#")[2]
     folded = chromium.find_element(By.ID, anchor)
     assert folded.get_attribute("open") is None

@@ -1,4 +1,4 @@
-"""Who was listened to: of each fusion the mean attention of its layers to its sources, over its seeds.
+"""Source attention: of each fusion the mean attention weights of its layers, over its seeds.
 
 Shapes: L slots, N sources.
 """
@@ -48,16 +48,17 @@ def attention_of(targets: Sequence[Target], found: Found) -> list[Attention]:
     for target in targets:
         for method, group in target.groups.items():
             seen = [one for trained in group.trained if (one := _of_run(trained, found)) is not None]
+            # Runs of one group have the same sources in the same order, whatever their names are.
             like = [one for one in seen if (len(one[0]), one[1]) == (len(seen[0][0]), seen[0][1])]
             if not like:
                 continue
-            sources, slots = like[0][:2]
+            slots = like[0][1]
             entropies = [entropy for *_, entropy in like if entropy is not None]
             every.append(
                 Attention(
                     target.label,
                     method,
-                    tuple(sources),
+                    _source_names(group.trained, [one[0] for one in like]),
                     tuple(slots),
                     np.mean([mean for *_, mean, _ in like], axis=0),
                     np.mean(entropies, axis=0) if len(entropies) == len(like) else None,
@@ -65,6 +66,14 @@ def attention_of(targets: Sequence[Target], found: Found) -> list[Attention]:
                 )
             )
     return every
+
+
+def _source_names(runs: Sequence[Trained], names: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """What the sources are called over all runs: by their tasks, where each seed has its own seeds of them."""
+    settings = runs[0].variant.get("sources") or ()
+    tasks = tuple(str(source.get("task.name") or source.get("artifact")) for source in settings)
+    same = all(list(one) == list(names[0]) for one in names)
+    return tuple(names[0]) if same or len(set(tasks)) != len(names[0]) else tasks
 
 
 def _of_run(trained: Trained, found: Found) -> tuple[list[str], list[str], Floats, Floats | None] | None:

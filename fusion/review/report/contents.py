@@ -13,6 +13,8 @@ from fusion.review.report.attention import Attention, attention_of
 from fusion.review.report.curves import Curve, curves_of
 from fusion.review.report.reading import Found
 from fusion.review.report.results import Target, Trained
+from fusion.review.report.statistics import Answers, Difference, Sample, compare
+from fusion.review.report.wording import titled
 
 
 @dataclass
@@ -54,7 +56,7 @@ class Contents:
 
 
 def contents_of(found: Found, targets: list[Target], notes: Sequence[str] = ()) -> Contents:
-    several = [target for target in targets if len(target.groups) > 1] or targets
+    several = [target for target in targets if len(target.every_group) > 1] or targets
     single = [target for target in targets if target not in several]
     return Contents(found, several, single, attention_of([*several, *single], found), list(notes))
 
@@ -71,13 +73,13 @@ def shown_curves(target: Target, found: Found) -> dict[str, list[Curve]]:
 
 def costs(target: Target) -> list[dict[str, Any]]:
     rows = []
-    for method, group in target.groups.items():
-        if method.endswith(" alone"):
+    for group in target.every_group:
+        if group.method.endswith(" alone"):
             continue  # it learnt nothing from the target
         results = [trained.run.result for trained in group.trained]
         rows.append(
             {
-                "method": method,
+                "method": titled(group),
                 "score": group.mean,
                 "parameters": _mean_of(results, "parameters", "trainable"),
                 "bytes": _mean_of(results, "parameters", "stored_bytes"),
@@ -88,6 +90,31 @@ def costs(target: Target) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def ablation(inspection: Mapping[str, Any], metric: str) -> dict[str, Difference]:
+    """By source, the score without it less the score with all: with an interval over the rows, where they were kept."""
+    full = inspection["metrics"][metric]
+    kept = _answers_of(inspection, inspection.get("predicted"))
+    made = {}
+    for source, one in inspection["masked"].items():
+        score, answers = one["metrics"][metric], _answers_of(inspection, one.get("predicted"))
+        if kept is None or answers is None:
+            made[source] = Difference(score - full, None, None, None, "", 0, 0, 0)
+        else:
+            made[source] = compare([Sample(0, score, answers)], [Sample(0, full, kept)], metric)
+    return made
+
+
+def _answers_of(inspection: Mapping[str, Any], predicted: Any) -> Answers | None:
+    try:
+        labels, values = np.asarray(inspection["labels"]), np.asarray(predicted)
+    except (KeyError, ValueError):  # an inspection of before they were kept
+        return None
+    numbers = {labels.dtype.kind, values.dtype.kind} <= set("if")
+    if labels.ndim != 1 or labels.shape != values.shape or not numbers:
+        return None
+    return Answers(str(inspection.get("fingerprint")), labels, values)
 
 
 def _mean_of(results: Sequence[Mapping[str, Any]], part: str, key: str) -> float | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 import warnings
 from pathlib import Path
 from typing import Any
 
 from fusion.review.report import figures, tables
 from fusion.review.report.attention import layer_names
-from fusion.review.report.contents import Contents, costs
+from fusion.review.report.contents import Contents, ablation, costs
 from fusion.review.report.results import BASELINE
 from fusion.review.report.sections import every_method
 from fusion.review.report.wording import file_name, score
@@ -78,27 +79,49 @@ def tables_of(contents: Contents) -> list[tables.Table]:
         "p (Holm)",
     )
     header += ("wins", "ties", "losses", "over")
+    header += ("not at equal budget",)
     rows = []
     for target in contents.targets:
-        for method, group in target.groups.items():
-            d = target.differences.get(method)
+        for group in target.every_group:
+            d = group.difference
             rest: list[Any] = [None] * 9
             if d is not None:
-                rest = [
-                    d.mean,
-                    d.low,
-                    d.high,
-                    d.p,
-                    target.adjusted.get(method),
-                    d.wins,
-                    d.ties,
-                    d.losses,
-                    d.unit,
-                ]
+                rest = [d.mean, d.low, d.high, d.p, group.adjusted, d.wins, d.ties, d.losses, d.unit]
             rows.append(
-                [target.label, method, group.differing, len(group.scores), group.mean, group.deviation, *rest]
+                [
+                    target.label,
+                    group.method,
+                    group.differing,
+                    len(group.scores),
+                    group.mean,
+                    group.deviation,
+                    *rest,
+                    "; ".join(group.unequal),
+                ]
             )
     made.append(tables.Table("differences", f"Differences to the {BASELINE}", header, rows))
+    header = ("target", "split", "method", "settings", "seeds", "metric", "mean", "sd")
+    rows = []
+    for target in contents.targets:
+        for group in target.every_group:
+            for metric in target.metrics:
+                if values := group.scores_by(metric):
+                    sd = statistics.stdev(values) if len(values) > 1 else None
+                    rows.append(
+                        [
+                            target.label,
+                            target.split,
+                            group.method,
+                            group.differing,
+                            len(values),
+                            metric,
+                            statistics.fmean(values),
+                            sd,
+                        ]
+                    )
+        for metric, value in target.constant.items():
+            rows.append([target.label, target.split, target.majority, "", None, metric, value, None])
+    made.append(tables.Table("metrics", "Every metric, means over the seeds", header, rows))
     for one in contents.attention:
         made.append(
             tables.Table(
@@ -114,10 +137,35 @@ def tables_of(contents: Contents) -> list[tables.Table]:
     rows = []
     for target, method, trained, inspection in contents.inspected:
         metric, full = next(iter(inspection["metrics"].items()))
+        changes = ablation(inspection, metric)
         for source, one in inspection["masked"].items():
-            without = one["metrics"][metric]
-            rows.append([target.label, method, trained.name, source, metric, full, without, without - full])
-    header = ("target", "method", "artifact", "source", "metric", "with it", "without it", "change")
+            without, d = one["metrics"][metric], changes[source]
+            rows.append(
+                [
+                    target.label,
+                    method,
+                    trained.name,
+                    source,
+                    metric,
+                    full,
+                    without,
+                    without - full,
+                    d.low,
+                    d.high,
+                ]
+            )
+    header = (
+        "target",
+        "method",
+        "artifact",
+        "source",
+        "metric",
+        "with it",
+        "without it",
+        "change",
+        "low",
+        "high",
+    )
     made.append(tables.Table("needed", "Each source masked in turn, nothing trained again", header, rows))
     header = (
         "target",

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusion.review.report.attention import Attention, Floats, by_target, layer_names
+from fusion.review.report.contents import ablation
 from fusion.review.report.curves import Curve
 from fusion.review.report.results import Target
+from fusion.review.report.wording import titled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,14 +99,14 @@ def inline(figure: Figure, name: str, title: str) -> str:
 
 
 def scores_figure(targets: Sequence[Target]) -> Figure:
-    """Each target's methods: the mean of the seeds, a line of one standard deviation, the seeds as dots."""
+    """Each target's methods, a line for each of their settings: mean, one standard deviation, the seeds as ticks."""
     methods = list(dict.fromkeys(method for target in targets for method in target.groups))
-    heights = [len(target.groups) for target in targets]
+    heights = [len(target.every_group) for target in targets]
     with _drawing(7.0, 0.55 + 0.26 * sum(heights) + 0.45 * len(targets)) as figure:
         panels = figure.subplots(len(targets), 1, squeeze=False, height_ratios=heights)[:, 0]
         for axes, target in zip(panels, targets, strict=True):
-            for place, (method, group) in enumerate(target.groups.items()):
-                colour = colour_of(method, methods)
+            for place, group in enumerate(target.every_group):
+                colour = colour_of(group.method, methods)
                 axes.errorbar(
                     group.mean,
                     place,
@@ -118,11 +120,16 @@ def scores_figure(targets: Sequence[Target]) -> Figure:
                     axes.plot(
                         group.scores, [place] * len(group.scores), "|", color=colour, markersize=8, alpha=0.6
                     )
-            axes.set_yticks(range(len(target.groups)), list(target.groups))
-            axes.set_ylim(len(target.groups) - 0.5, -0.5)
+            names = [_cut(titled(group), 70) for group in target.every_group]
+            axes.set_yticks(range(len(names)), names)
+            axes.set_ylim(len(names) - 0.5, -0.5)
             axes.set_title(f"{target.label}: {target.metric} ({target.split})")
             axes.grid(axis="x", color=_FAINT, alpha=0.25)
         return figure
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def attention_figure(one: Attention) -> Figure:
@@ -177,7 +184,7 @@ def _cells(axes: Any, values: Floats, rows: Sequence[str], columns: Sequence[str
 
 def entropy_figure(every: Sequence[Attention]) -> Figure:
     """How spread the attention is, layer by layer, as a share of what even attention would have."""
-    with _drawing(6.0, 2.8) as figure:
+    with _drawing(4.2, 3.0) as figure:
         axes = figure.subplots()
         for number, one in enumerate(every):
             if one.entropy is None or one.most == 0:
@@ -195,25 +202,38 @@ def entropy_figure(every: Sequence[Attention]) -> Figure:
         axes.axhline(1.0, color=_FAINT, linestyle=":", linewidth=1)
         axes.set_ylim(0, 1.05)
         axes.set_xlabel("slot, from the first layer (0) to the last")
-        axes.set_ylabel("entropy / even attention")
+        axes.set_ylabel("entropy, mean over tokens / even")
         axes.legend(fontsize=7, loc="lower left")
         return figure
 
 
-def pruning_figure(inspection: dict[str, Any]) -> Figure:
-    """Left: the change without each source; right: the score against the number of kept sources."""
-    metric, full = next(iter(inspection["metrics"].items()))
-    masked = {name: one["metrics"][metric] - full for name, one in inspection["masked"].items()}
+def pruning_figure(inspection: dict[str, Any], stacked: bool = False) -> Figure:
+    """The change without each source, with its interval over the rows; the score against the number of kept sources.
+
+    Args:
+        stacked: one panel below the other, as narrow as a phone; else side by side.
+    """
+    metric = next(iter(inspection["metrics"]))
+    changes = ablation(inspection, metric)
     steps = inspection.get("pruned") or []
-    with _drawing(7.0, 1.2 + 0.26 * max(len(masked), 5)) as figure:
-        left, right = figure.subplots(1, 2)
-        names = list(masked)
-        colours = ["#d55e00" if masked[name] < 0 else "#009e73" for name in names]
-        left.barh(names, [masked[name] for name in names], color=colours)
+    height = 1.2 + 0.26 * max(len(changes), 3)
+    with _drawing(3.7 if stacked else 7.0, height + 2.2 if stacked else max(height, 2.5)) as figure:
+        if stacked:
+            left, right = figure.subplots(2, 1, height_ratios=(height, 2.2))
+        else:
+            left, right = figure.subplots(1, 2)
+        for place, change in enumerate(changes.values()):
+            colour = _FAINT
+            if change.low is not None and change.high is not None:
+                if not change.low <= 0 <= change.high:
+                    colour = "#d55e00" if change.mean < 0 else "#009e73"
+                left.plot([change.low, change.high], [place, place], color=_INK, linewidth=1)
+            left.barh(place, change.mean, color=colour, zorder=0)
+        left.set_yticks(range(len(changes)), [_cut(name, 22) for name in changes])
         left.axvline(0, color=_FAINT, linewidth=0.8)
         left.invert_yaxis()
         left.set_title(f"change of {metric} without it")
-        if not any(masked.values()):
+        if not any(change.mean or change.low or change.high for change in changes.values()):
             left.set_xlim(-0.01, 0.01)
         left.locator_params(axis="x", nbins=4)
         left.grid(axis="x", color=_FAINT, alpha=0.25)
@@ -225,15 +245,17 @@ def pruning_figure(inspection: dict[str, Any]) -> Figure:
             right.set_xticks(counts)
             right.invert_xaxis()
         right.set_xlabel("sources kept")
-        right.set_title(f"{metric}, the least needed left out first")
+        right.set_title(f"{metric}, least needed removed first")
         right.grid(axis="y", color=_FAINT, alpha=0.25)
         return figure
 
 
-def curves_figure(curves: dict[str, list[Curve]], methods: Sequence[str]) -> Figure:
+def curves_figure(curves: dict[str, list[Curve]], methods: Sequence[str], columns: int = 2) -> Figure:
     """A panel for each metric; a band from the lowest to the highest seed."""
-    with _drawing(3.4 * min(len(curves), 2) + 0.2, 2.4 * -(-len(curves) // 2) + 0.3) as figure:
-        panels = figure.subplots(-(-len(curves) // 2), min(len(curves), 2), squeeze=False).flatten()
+    columns = min(len(curves), columns)
+    lines = -(-len(curves) // columns)
+    with _drawing(3.5 * columns + 0.2, 2.4 * lines + 0.3) as figure:
+        panels = figure.subplots(lines, columns, squeeze=False).flatten()
         for axes, (metric, of_metric) in zip(panels, curves.items(), strict=False):
             for curve in of_metric:
                 colour = colour_of(curve.method, methods)
@@ -260,14 +282,16 @@ def curves_figure(curves: dict[str, list[Curve]], methods: Sequence[str]) -> Fig
         return figure
 
 
-def cost_figure(target: Target, rows: Sequence[dict[str, Any]]) -> Figure:
-    """The score against what trains and against how long it took."""
+def cost_figure(target: Target, rows: Sequence[dict[str, Any]], stacked: bool = False) -> Figure:
+    """The score against what trains and against how long it took. `stacked`: as of `pruning_figure`."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    methods = list(target.groups)
-    with _drawing(7.4, max(2.8, 0.6 + 0.18 * len(rows))) as figure:
+    methods = [row["method"] for row in rows]
+    size = (3.7, 4.6 + 0.17 * len(rows)) if stacked else (7.4, max(2.8, 0.6 + 0.18 * len(rows)))
+    with _drawing(*size) as figure:
+        panels = figure.subplots(2, 1, sharey=True) if stacked else figure.subplots(1, 2, sharey=True)
         for axes, (key, label) in zip(
-            figure.subplots(1, 2, sharey=True),
+            panels,
             (("parameters", "parameters that train"), ("seconds", "seconds of training")),
             strict=True,
         ):
@@ -275,7 +299,14 @@ def cost_figure(target: Target, rows: Sequence[dict[str, Any]]) -> Figure:
                 if row.get(key):
                     place = methods.index(row["method"])
                     colour, marker = PALETTE[place % len(PALETTE)], "os^D"[place // len(PALETTE) % 4]
-                    axes.plot(row[key], row["score"], marker, color=colour, markersize=7, label=row["method"])
+                    axes.plot(
+                        row[key],
+                        row["score"],
+                        marker,
+                        color=colour,
+                        markersize=7,
+                        label=_cut(row["method"], 50),
+                    )
             if any(row.get(key) for row in rows):
                 axes.set_xscale("log")
                 values = [row[key] for row in rows if row.get(key)]
@@ -286,7 +317,8 @@ def cost_figure(target: Target, rows: Sequence[dict[str, Any]]) -> Figure:
             axes.margins(x=0.15, y=0.2)
             axes.set_xlabel(label)
             axes.grid(color=_FAINT, alpha=0.2)
-        figure.axes[0].set_ylabel(target.metric)
+        for axes in figure.axes if stacked else figure.axes[:1]:
+            axes.set_ylabel(target.metric)
         figure.suptitle(target.label, x=0.02, ha="left", fontsize=10)
         named = {
             text: handle
@@ -294,7 +326,8 @@ def cost_figure(target: Target, rows: Sequence[dict[str, Any]]) -> Figure:
             for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
         }
         if named:
-            figure.legend(named.values(), named.keys(), loc="outside right center", fontsize=7)
+            where: Any = "outside lower left" if stacked else "outside right center"
+            figure.legend(list(named.values()), list(named), loc=where, fontsize=7)
         return figure
 
 

@@ -39,7 +39,7 @@ def write_page(contents: Contents, output: Path, about: Mapping[str, Any], files
         notes = list(contents.notes)
         if most_rows != WORD_ROWS[0]:
             notes.append(
-                f"To stay below 5 MB, at most {most_rows} rows of each fusion are shown word by word."
+                f"To stay below 5 MB, at most {most_rows} rows of each fusion have their token-level attention."
             )
         words = [sections.at_most(one, most_rows) for one in values["looked_into"]]
         words = [one for one in words if one["rows"]]
@@ -85,7 +85,7 @@ def _values(contents: Contents, output: Path) -> dict[str, Any]:
         "level": f"{LEVEL:.0%}",
         "resamples": f"{RESAMPLES:,}",
         "baseline": BASELINE,
-        "helped": sections.helped(contents.targets, output),
+        "helped": sections.helped(contents.targets),
         "details": sections.details(contents.targets),
         "tallies": sections.tallies(contents.targets),
         "heatmaps": [sections.heatmap(one) for one in contents.attention],

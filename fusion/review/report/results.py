@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import statistics as plain_statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,9 +14,10 @@ import numpy as np
 
 from fusion.errors import UserError
 from fusion.review.report.reading import Found, RunFolder
-from fusion.review.report.statistics import Answers, Difference, Sample, compare, holm
+from fusion.review.report.statistics import Answers, Difference, Sample, compare, constant_scores, holm
 from fusion.run import OUTCOMES, identity_config
 from fusion.store.manifest import Manifest, check_attends, read_folder
+from fusion.store.settings_groups import Lookup, Settings, differing, key_of
 
 BASELINE = "single adapter"
 METHODS = {
@@ -32,26 +32,33 @@ METHODS = {
 FUSION = "fusion"
 COMPOSITIONS = {"adapterfusion": FUSION}
 _ORDER = ("head", "full fine-tuning", "LoRA", "BitFit", BASELINE, "alone", FUSION)
-# What makes no other method: the seed, and what belongs to the target.
-_NOT_VARIANT = (
-    "seed",
-    "task",
-    "tasks",
-    "inputs",
-    "name",
-    "data.dir",
-    "backbone.name_or_path",
-    "data.limit.train",
-)
+# Settings that belong to the target and not to the method.
+_OF_TARGET = ("task.name", "backbone.name_or_path", "data.limit.train")
 _NAMED = ("method.name", "composition.name")
+# What a training may spend, by the beginning of the key; and what the keys are called.
+_BUDGET = ("optim.", "trainer.", "data.", "loss.")
+_BUDGET_NAMES = {
+    "optim.lr": "learning rate",
+    "optim.head_lr": "head learning rate",
+    "optim.patience": "patience",
+    "optim.weight_decay": "weight decay",
+    "optim.warmup": "warmup",
+    "trainer.max_epochs": "epochs",
+    "trainer.max_steps": "steps",
+    "trainer.max_time": "time",
+    "trainer.accumulate_grad_batches": "accumulated batches",
+    "data.batch_size": "batch size",
+    "data.tokens_per_batch": "tokens per batch",
+    "data.max_length": "maximum length",
+}
 
 
 @dataclass(frozen=True)
 class Trained:
     """What a training made.
 
-    metric_of: of each task its first metric. variant: the settings that make it another one of its method.
-    limit: of the training rows. artifact: where it was stored; manifest: what is there, if it is still.
+    metric_of: of each task its first metric. variant: the settings that make it another one of its method, those of
+    its sources included. limit: of the training rows. artifact: where it was stored; manifest: what is there, if it is still.
     """
 
     run: RunFolder
@@ -104,13 +111,40 @@ class Entry:
 
 @dataclass
 class Group:
-    """The runs of one method with one set of settings on one target: they differ in their seeds."""
+    """The runs of one method with one set of settings on one target: they differ in their seeds.
+
+    differing: the settings that the method's other groups have otherwise. others: how many other groups the method
+    has. against: the baseline's group that it is compared with. difference: to that one. adjusted: its p-value after
+    Holm. unequal: how the two differ in budget; then the difference says nothing about the methods.
+    """
 
     method: str
     entries: list[Entry]
     metric: str
-    differing: str = ""  # the settings that the method's other groups have otherwise
-    others: int = 0  # how many other groups the method has, of which this one is best
+    differing: str = ""
+    others: int = 0
+    against: Group | None = None
+    difference: Difference | None = None
+    adjusted: float | None = None
+    unequal: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return key_of(self.entries[0].variant)
+
+    @property
+    def budget(self) -> dict[str, Any]:
+        """What its training was given, by setting; empty where nothing was trained on the target."""
+        if any(entry.anywhere for entry in self.entries):
+            return {}
+        return {key: value for key, value in self.entries[0].variant.items() if key.startswith(_BUDGET)}
+
+    @property
+    def seeds(self) -> int:
+        return len({entry.seed for entry in self.entries})
+
+    def scores_by(self, metric: str) -> list[float]:
+        return [entry.metrics[metric] for entry in self.entries if metric in entry.metrics]
 
     @property
     def samples(self) -> list[Sample]:
@@ -135,9 +169,9 @@ class Group:
 
 @dataclass
 class Target:
-    """A target task in one setting, with the best group of each method and all the others.
+    """A target task in one setting. groups: of each method the best on validation; variants: all of each method.
 
-    differences: by method, to the baseline. adjusted: their p-values after Holm, over the targets.
+    constant: by metric, what the split's majority class (or mean) scores for every row; empty: not known.
     """
 
     label: str
@@ -147,8 +181,28 @@ class Target:
     rows: int | None
     groups: dict[str, Group]
     variants: dict[str, list[Group]]
-    differences: dict[str, Difference] = field(default_factory=dict)
-    adjusted: dict[str, float] = field(default_factory=dict)
+    constant: dict[str, float] = field(default_factory=dict)
+    majority: str = ""
+
+    @property
+    def differences(self) -> dict[str, Difference]:
+        """By method, of its best group to the baseline."""
+        return {m: g.difference for m, g in self.groups.items() if g.difference is not None}
+
+    @property
+    def adjusted(self) -> dict[str, float]:
+        """By method, the p-values after Holm, over the targets and settings."""
+        return {m: g.adjusted for m, g in self.groups.items() if g.adjusted is not None}
+
+    @property
+    def every_group(self) -> list[Group]:
+        return [group for groups in self.variants.values() for group in groups]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Every metric of its results, the one that counts first."""
+        names = (name for group in self.every_group for entry in group.entries for name in entry.metrics)
+        return list(dict.fromkeys([self.metric, *names]))
 
 
 def targets_of(found: Found, split: str | None = None) -> list[Target]:
@@ -177,10 +231,10 @@ def targets_of(found: Found, split: str | None = None) -> list[Target]:
 def trained_runs(runs: Iterable[RunFolder]) -> list[Trained]:
     """What the trainings made, the last of each artifact. A run that found its work done stands for the one before."""
     made: dict[tuple[str, str], Trained] = {}
-    for run in runs:
-        if run.command not in ("stage1", "stage2") or "artifact" not in run.result:
-            continue
-        one = _trained(run)
+    trainings = [run for run in runs if run.command in ("stage1", "stage2") and "artifact" in run.result]
+    lookup = Lookup({_resolved(str(r.result["artifact"]), r): identity_config(r.config) for r in trainings})
+    for run in trainings:
+        one = _trained(run, lookup)
         key = (one.artifact, json.dumps(identity_config(run.config), sort_keys=True, default=str))
         if run.skipped and key in made:
             continue
@@ -191,28 +245,22 @@ def trained_runs(runs: Iterable[RunFolder]) -> list[Trained]:
     return list(last.values())
 
 
-def _trained(run: RunFolder) -> Trained:
+def _trained(run: RunFolder, lookup: Lookup) -> Trained:
     config, result = run.config, run.result
     tasks = config.get("tasks") or [config.get("task") or {}]
     artifact = _resolved(str(result["artifact"]), run)
     manifest = None
     with contextlib.suppress(OSError, UserError):  # it may have been removed since
         manifest = read_folder(Path(artifact))
-    flat = identity_config(config)
-    variant = {
-        key: value
-        for key, value in flat.items()
-        if key not in _NAMED and not any(key == k or key.startswith(f"{k}.") for k in _NOT_VARIANT)
-    }
-    if "sources" in variant:
-        variant["sources"] = [_unseeded(str(source)) for source in variant["sources"] or []]
+    settings = _settings_of(run, artifact, manifest, lookup)
+    variant = {key: value for key, value in settings.items() if key not in (*_NAMED, *_OF_TARGET)}
     return Trained(
         run=run,
         name=str(result.get("name")),
         stage=int(result.get("stage", 1)),
         tasks=tuple(str(task.get("name")) for task in tasks),
         metric_of={str(task.get("name")): str((task.get("metrics") or [""])[0]) for task in tasks},
-        method=_method(config, result),
+        method=_method(config, result, settings),
         variant=variant,
         seed=int(result.get("seed", 0)),
         backbone=str((config.get("backbone") or {}).get("name_or_path")),
@@ -223,12 +271,26 @@ def _trained(run: RunFolder) -> Trained:
     )
 
 
-def _method(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+def _settings_of(run: RunFolder, artifact: str, manifest: Manifest | None, lookup: Lookup) -> Settings:
+    """What the runs of one setting share: from the artifact, where it is still the one that the run made."""
+    flat, store = identity_config(run.config), Path(artifact).parent
+    if manifest is not None:
+        stored = manifest.run["config"]
+        if {key: value for key, value in stored.items() if not key.startswith("inputs.")} == flat:
+            return lookup.of_artifact(manifest, store)
+    return lookup.of_run(flat, store, [str(source) for source in run.result.get("sources") or ()] or None)
+
+
+def _method(config: Mapping[str, Any], result: Mapping[str, Any], settings: Settings) -> str:
     """What the method is called in the table."""
     if (composition := config.get("composition")) is not None:
         name = COMPOSITIONS.get(composition.get("name"), str(composition.get("name")))
-        sources = [_unseeded(str(source)) for source in result.get("sources") or ()]
-        of = f" of {len(sources)}" if len(sources) != 1 else f" of {sources[0]}"
+        sources: list[Any] = list(settings.get("sources") or result.get("sources") or ())
+        of = f" of {len(sources)}"
+        if len(sources) == 1:
+            one = sources[0]
+            task = one.get("artifact") or one.get("task.name") if isinstance(one, Mapping) else one
+            of = f" of {task or 'one'}"
         return f"{name}{of}{' + own adapter' if composition.get('target_adapter') else ''}"
     name = str((config.get("method") or {}).get("name"))
     return METHODS.get(name, name)
@@ -264,7 +326,8 @@ def _evaluations(runs: Iterable[RunFolder], trained: Sequence[Trained]) -> list[
             task, _, split = key.rpartition("/")
             task = task or tasks[0]
             own = maker is not None and task in maker.tasks
-            name = _unseeded(str(result.get("name")))
+            # Seeds of one source are one method, so it is called by its task.
+            name = "+".join(maker.tasks) if maker is not None else _task_of(place) or str(result.get("name"))
             method = maker.method if own and maker is not None else f"{name} alone"
             if drop := result.get("drop"):
                 method += f", {drop} layers dropped"
@@ -272,6 +335,14 @@ def _evaluations(runs: Iterable[RunFolder], trained: Sequence[Trained]) -> list[
                 task, split, metrics, answers.get(key), run, maker, method, own
             )
     return [entry for entries in last.values() for entry in entries]
+
+
+def _task_of(place: str) -> str | None:
+    """The task of an artifact that no run here has made; None: it is gone."""
+    with contextlib.suppress(OSError, UserError):
+        manifest = read_folder(Path(place))
+        return "+".join(manifest.multitask or [str(manifest.task["name"])])
+    return None
 
 
 def _entry(
@@ -295,7 +366,7 @@ def _entry(
     variant: Mapping[str, Any] = {}
     if trained is not None:
         backbone, seed = trained.backbone, trained.seed
-        limit, variant = (trained.limit, trained.variant) if own else (None, {})
+        limit, variant = (trained.limit if own else None), trained.variant
     return [
         Entry(
             task,
@@ -361,17 +432,70 @@ def _target(task: str, label: str, entries: Sequence[Entry], asked: str | None) 
     groups = {}
     for method, found in variants.items():
         best = max(found, key=lambda group: _choosing_score(group, entries, metric))
-        best.others = len(found) - 1
+        for group in found:
+            group.others = len(found) - 1
         groups[method] = best
+        found.sort(key=lambda group: group is not best)
     rows = {len(e.answers.labels) for e in here if e.answers is not None}
     target = Target(label, task, split, metric, rows.pop() if len(rows) == 1 else None, groups, variants)
     if (base := groups.get(BASELINE)) is not None:
-        for method, group in groups.items():
-            if method != BASELINE:
-                # The seed of a source's training says nothing about that of the target's.
-                by_seed = not any(entry.anywhere for entry in group.entries)
-                target.differences[method] = compare(group.samples, base.samples, metric, by_seed)
+        for group in target.every_group:
+            if group is not base:
+                _compare(group, base, variants, metric)
+    if len({e.answers.fingerprint for e in here if e.answers is not None}) == 1:
+        labels = next(e.answers.labels for e in here if e.answers is not None)
+        target.majority, target.constant = constant_scores(labels, target.metrics)
     return target
+
+
+def _compare(group: Group, base: Group, variants: Mapping[str, Sequence[Group]], metric: str) -> None:
+    """Compares a group with the baseline's: with that of its own budget, where there is one, else with the best.
+
+    Where a method and the baseline have tried the same budgets, the best of one is compared with the best of the other.
+    """
+    tried = {method: {key_of(one.budget) for one in groups} for method, groups in variants.items()}
+    of_method, others = tried[group.method], variants[BASELINE]
+    equal = [one for one in others if key_of(one.budget) == key_of(group.budget) and one is not group]
+    fair = of_method == tried[BASELINE] and len(variants[group.method]) == len(others)
+    if group.method == BASELINE or not group.budget or (fair and group is variants[group.method][0]):
+        group.against = base
+    else:
+        group.against = base if base in equal or not equal else equal[0]
+        fair = False
+    if group.budget and not fair:
+        named = _budget_differences(group.budget, group.against.budget)
+        own = variants[group.method]
+        chosen = (len(own) > 1 and group is own[0]) or (len(others) > 1 and group.against is base)
+        if group.method != BASELINE and chosen:
+            named += _tried(group, own, group.against, others)
+        group.unequal = tuple(named)
+    # The seed of a source's training says nothing about that of the target's.
+    by_seed = not any(entry.anywhere for entry in group.entries)
+    for one in (group, group.against):  # several runs of a seed, such as with other sources, are no pairs
+        by_seed = by_seed and one.seeds == len(one.entries)
+    group.difference = compare(group.samples, group.against.samples, metric, by_seed)
+
+
+def _budget_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{_BUDGET_NAMES.get(key, key)} {_shown(one.get(key))} against {_shown(other.get(key))}"
+        for key in sorted({*one, *other}, key=lambda key: (key not in _BUDGET_NAMES, key))
+        if one.get(key) != other.get(key)
+    ]
+
+
+def _tried(
+    group: Group, of_method: Sequence[Group], against: Group, of_baseline: Sequence[Group]
+) -> list[str]:
+    """Settings that the two share, and of which one of them is the best of more values than the other."""
+    named = []
+    for key in sorted({*group.budget, *against.budget}):
+        ones, others = (
+            {key_of({"": one.budget.get(key)}) for one in every} for every in (of_method, of_baseline)
+        )
+        if ones != others and group.budget.get(key) == against.budget.get(key):
+            named.append(f"{_BUDGET_NAMES.get(key, key)}: {len(ones)} tried against {len(others)}")
+    return named
 
 
 def _common_split(entries: Sequence[Entry]) -> str:
@@ -383,22 +507,26 @@ def _common_split(entries: Sequence[Entry]) -> str:
 
 
 def _variants(method: str, entries: Sequence[Entry], metric: str) -> list[Group]:
-    by_settings: dict[str, dict[int, Entry]] = {}
-    for entry in entries:  # the last run of a seed counts
-        key = json.dumps(entry.variant, sort_keys=True, default=str)
-        by_settings.setdefault(key, {})[entry.seed] = entry
+    by_settings: dict[str, dict[Any, Entry]] = {}
+    for entry in entries:  # the last run of a seed with the same sources counts
+        inputs = entry.trained.sources if entry.trained is not None else (str(entry.run.result.get("name")),)
+        by_settings.setdefault(key_of(entry.variant), {})[entry.seed, inputs] = entry
     groups = [
         Group(method, [of_seed[seed] for seed in sorted(of_seed)], metric) for of_seed in by_settings.values()
     ]
-    keys = {key for group in groups for key in group.entries[0].variant}
-    differing = [
-        key
-        for key in sorted(keys)
-        if len({json.dumps(group.entries[0].variant.get(key), default=str) for group in groups}) > 1
-    ]
-    for group in groups:
-        group.differing = ", ".join(f"{key}={_shown(group.entries[0].variant.get(key))}" for key in differing)
+    for group, settings in zip(groups, differing([one.entries[0].variant for one in groups]), strict=True):
+        group.differing = ", ".join(f"{key}={_shown(value)}" for key, value in _brief(settings).items())
     return groups
+
+
+def _brief(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what follows from another setting: of several tasks only their names."""
+    names = {
+        key: value for key, value in settings.items() if key.startswith("tasks.") and key.endswith(".name")
+    }
+    if not names:
+        return dict(settings)
+    return {"tasks": list(names.values())} | {k: v for k, v in settings.items() if not k.startswith("tasks.")}
 
 
 def _choosing_score(group: Group, entries: Sequence[Entry], metric: str) -> float:
@@ -413,13 +541,16 @@ def _choosing_score(group: Group, entries: Sequence[Entry], metric: str) -> floa
 
 
 def _correct(targets: Sequence[Target]) -> None:
-    """Holm's correction: each method is one family of tests, a test for each target."""
-    for method in {method for target in targets for method in target.differences}:
-        family = [
-            (t, p) for t in targets if method in t.differences and (p := t.differences[method].p) is not None
+    """Holm's correction: each method is one family of tests, a test for each of its settings on each target."""
+    for method in {method for target in targets for method in target.variants}:
+        tested = [
+            (group, p)
+            for target in targets
+            for group in target.variants.get(method, ())
+            if group.difference is not None and (p := group.difference.p) is not None
         ]
-        for (target, _), adjusted in zip(family, holm([p for _, p in family]), strict=True):
-            target.adjusted[method] = adjusted
+        for (group, _), adjusted in zip(tested, holm([p for _, p in tested]), strict=True):
+            group.adjusted = adjusted
 
 
 def order_of(method: str) -> tuple[int, str]:
@@ -443,9 +574,5 @@ def _resolved(path: str, run: RunFolder) -> str:
     return str(place)
 
 
-def _unseeded(name: str) -> str:
-    return re.sub(r"-seed-\d+$", "", name)
-
-
 def _shown(value: Any) -> str:
-    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "none" if value is None else "+".join(map(str, value)) if isinstance(value, list) else str(value)

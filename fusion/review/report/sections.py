@@ -16,10 +16,10 @@ from fusion.errors import UserError
 from fusion.packing import unpack
 from fusion.review.report import figures
 from fusion.review.report.attention import Attention, by_target, layer_names
-from fusion.review.report.contents import Contents, costs
-from fusion.review.report.results import Target, Trained, order_of
-from fusion.review.report.statistics import LEVEL
-from fusion.review.report.wording import anchor, interval, p_value, score, signed
+from fusion.review.report.contents import Contents, ablation, costs
+from fusion.review.report.results import BASELINE, Group, Target, Trained, order_of
+from fusion.review.report.statistics import LEVEL, Difference
+from fusion.review.report.wording import anchor, interval, p_value, score, seeds, signed, titled
 from fusion.store.rebuilding import rebuild_lines
 
 SIGNIFICANT = 1 - LEVEL
@@ -30,39 +30,67 @@ def every_method(targets: Sequence[Target]) -> list[str]:
     return sorted({method for target in targets for method in target.groups}, key=order_of)
 
 
-def helped(targets: Sequence[Target], output: Path) -> dict[str, Any]:
-    methods = every_method(targets)
-    rows = []
+def helped(targets: Sequence[Target]) -> list[dict[str, Any]]:
+    """Of each target a row for each method with each of its settings, the highest score first."""
+    made = []
     for target in targets:
-        best = max(group.mean for group in target.groups.values())
-        cells: list[dict[str, Any] | None] = []
-        for method in methods:
-            group = target.groups.get(method)
-            if group is None:
-                cells.append(None)
-                continue
-            difference = target.differences.get(method)
-            cells.append(
-                {
-                    "score": f"{group.mean:.3f}",
-                    "deviation": None if group.deviation is None else f"{group.deviation:.3f}",
-                    "seeds": len(group.scores),
-                    "best": group.mean == best,
-                    "difference": None if difference is None else signed(difference.mean),
-                    "verdict": _verdict(target, method),
-                    "anchor": anchor(target.label, method),
-                    "others": group.others,
-                    "differing": group.differing,
-                }
-            )
-        rows.append({"target": target, "cells": cells})
-    return {"methods": methods, "rows": rows}
+        groups = sorted(target.every_group, key=lambda group: -group.mean)
+        made.append(
+            {
+                "target": target,
+                "rows": [_result_row(target, group, group.mean == groups[0].mean) for group in groups],
+                "constant": [(metric, f"{value:.3f}") for metric, value in target.constant.items()],
+            }
+        )
+    return made
 
 
-def _verdict(target: Target, method: str) -> str:
-    """better, worse or no difference shown, after Holm's correction; empty where nothing was tested."""
-    difference, p = target.differences.get(method), target.adjusted.get(method)
-    if difference is None or p is None:
+def _result_row(target: Target, group: Group, best: bool) -> dict[str, Any]:
+    difference = group.difference
+    chosen = target.groups[group.method] is group
+    return {
+        "method": group.method,
+        "settings": group.differing,
+        "chosen": chosen and group.others > 0,
+        "baseline": group.method == BASELINE and chosen,
+        "best": best,
+        "score": f"{group.mean:.3f}",
+        "deviation": None if group.deviation is None else f"{group.deviation:.3f}",
+        "others": [(m, _scores(values)) for m in target.metrics[1:] if (values := group.scores_by(m))],
+        "seeds": seeds(group),
+        "difference": None if difference is None else signed(difference.mean),
+        "interval": interval(difference),
+        "against": _against(target, group),
+        "verdict": _verdict(group),
+        "unequal": "; ".join(group.unequal),
+        "anchor": anchor_of(target, group),
+    }
+
+
+def _scores(values: Sequence[float]) -> str:
+    deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{deviation}"
+
+
+def _against(target: Target, group: Group) -> str:
+    """Which of the baseline's settings, where that is not the one that is chosen."""
+    other = group.against
+    return "" if other is None or other is target.groups[BASELINE] else other.differing
+
+
+def anchor_of(target: Target, group: Group) -> str:
+    chosen = target.groups[group.method] is group
+    return anchor(target.label, group.method, *([] if chosen else [group.key]))
+
+
+def _verdict(group: Group) -> str:
+    """better, worse or no difference shown, after Holm's correction; unequal: not at equal budget; empty: not tested."""
+    difference, p = group.difference, group.adjusted
+    if difference is None:
+        return ""
+    if group.unequal:
+        return "unequal"
+    if p is None:
         return ""
     if p > SIGNIFICANT:
         return "same"
@@ -72,25 +100,26 @@ def _verdict(target: Target, method: str) -> str:
 def details(targets: Sequence[Target]) -> list[dict[str, Any]]:
     rows = []
     for target in targets:
-        for method, group in target.groups.items():
-            difference = target.differences.get(method)
+        for group in target.every_group:
+            difference = group.difference
             rows.append(
                 {
                     "target": target.label,
-                    "method": method,
-                    "anchor": anchor(target.label, method),
+                    "method": group.method,
+                    "anchor": anchor_of(target, group),
                     "group": group,
                     "score": score(group),
+                    "seeds": seeds(group),
                     "difference": None if difference is None else signed(difference.mean),
                     "interval": interval(difference),
                     "p": None if difference is None or difference.p is None else p_value(difference.p),
-                    "adjusted": None if method not in target.adjusted else p_value(target.adjusted[method]),
+                    "adjusted": None if group.adjusted is None else p_value(group.adjusted),
                     "counts": ""
                     if difference is None
                     else f"{difference.wins} / {difference.ties} / {difference.losses}",
                     "unit": "" if difference is None else difference.unit,
-                    "verdict": _verdict(target, method),
-                    "rest": [one for one in target.variants[method] if one is not group],
+                    "verdict": _verdict(group),
+                    "unequal": "; ".join(group.unequal),
                 }
             )
     return rows
@@ -100,10 +129,10 @@ def tallies(targets: Sequence[Target]) -> list[dict[str, Any]]:
     """Of each method, over the targets: how often it is better, no different, worse, and by how much on average."""
     rows = []
     for method in every_method(targets):
-        having = [target for target in targets if method in target.differences]
+        having = [group for target in targets if (group := target.groups.get(method)) and group.difference]
         if not having:
             continue
-        verdicts = [_verdict(target, method) for target in having]
+        verdicts = [_verdict(group) for group in having]
         rows.append(
             {
                 "method": method,
@@ -111,8 +140,11 @@ def tallies(targets: Sequence[Target]) -> list[dict[str, Any]]:
                 "wins": verdicts.count("better"),
                 "ties": verdicts.count("same"),
                 "losses": verdicts.count("worse"),
+                "unequal": verdicts.count("unequal"),
                 "untested": verdicts.count(""),
-                "mean": signed(float(np.mean([target.differences[method].mean for target in having]))),
+                "mean": signed(
+                    float(np.mean([group.difference.mean for group in having if group.difference]))
+                ),
             }
         )
     return rows
@@ -162,7 +194,7 @@ def sources_by_target(every: Sequence[Attention]) -> dict[str, Any] | None:
 def entropy(every: Sequence[Attention]) -> Any:
     if not any(one.entropy is not None and one.most > 0 for one in every):
         return None
-    title = "Entropy of the attention in each layer, as a share of what even attention would have"
+    title = "Entropy of the attention in each layer, the mean over tokens, relative to even attention"
     return figures.inline(figures.entropy_figure(every), "entropy", title)
 
 
@@ -174,16 +206,14 @@ def looked_into(target: Target, method: str, trained: Trained, inspection: dict[
     colours = [figures.PALETTE[n % len(figures.PALETTE)] for n in range(len(sources))]
     every = [_word_row(row, slots, sources, colours) for row in inspection["words"]]
     rows = [row for row in every if row is not None]
+    differences = ablation(inspection, metric)
     masked = [
         {
             "source": source,
             "without": f"{one['metrics'][metric]:.4f}",
             "change": signed(one["metrics"][metric] - full, 4),
-            "sign": "worse"
-            if one["metrics"][metric] < full
-            else "better"
-            if one["metrics"][metric] > full
-            else "same",
+            "interval": interval(differences[source], 4),
+            "sign": _sign(differences[source]),
         }
         for source, one in inspection["masked"].items()
     ]
@@ -191,7 +221,7 @@ def looked_into(target: Target, method: str, trained: Trained, inspection: dict[
     if masked:
         title = f"Score without each source, and with fewer and fewer, {target.label}"
         picture = figures.inline(
-            figures.pruning_figure(inspection), anchor("needed", target.label, method), title
+            figures.pruning_figure(inspection, stacked=True), anchor("needed", target.label, method), title
         )
     return {
         "id": identifier,
@@ -222,6 +252,13 @@ def looked_into(target: Target, method: str, trained: Trained, inspection: dict[
             for step in inspection.get("pruned") or []
         ],
     }
+
+
+def _sign(difference: Difference) -> str:
+    """The colour of a difference: none where its interval holds zero, or there is none."""
+    if difference.low is None or difference.high is None or difference.low <= 0 <= difference.high:
+        return "same"
+    return "better" if difference.low > 0 else "worse"
 
 
 def at_most(one: dict[str, Any], rows: int) -> dict[str, Any]:
@@ -263,7 +300,7 @@ def curves(contents: Contents) -> list[dict[str, Any]]:
     made = []
     for target, shown in contents.curves:
         title = f"{', '.join(shown)} over the steps, {target.label}"
-        picture = figures.curves_figure(shown, list(target.groups))
+        picture = figures.curves_figure(shown, list(target.groups), columns=1)
         made.append(
             {
                 "target": target.label,
@@ -278,7 +315,9 @@ def cost(target: Target) -> dict[str, Any]:
     picture = None
     if any(row["parameters"] or row["seconds"] for row in rows):
         title = f"Score against parameters and seconds, {target.label}"
-        picture = figures.inline(figures.cost_figure(target, rows), anchor("cost", target.label), title)
+        picture = figures.inline(
+            figures.cost_figure(target, rows, stacked=True), anchor("cost", target.label), title
+        )
     return {"target": target.label, "metric": target.metric, "rows": rows, "picture": picture}
 
 
@@ -286,7 +325,7 @@ def runs(targets: Sequence[Target], output: Path) -> list[dict[str, Any]]:
     """Of each cell the runs behind it, with links to their folders."""
     made = []
     for target in targets:
-        for method, group in target.groups.items():
+        for group in target.every_group:
             runs = []
             for entry in group.entries:
                 trained = entry.trained
@@ -310,7 +349,11 @@ def runs(targets: Sequence[Target], output: Path) -> list[dict[str, Any]]:
                     }
                 )
             made.append(
-                {"anchor": anchor(target.label, method), "title": f"{target.label} · {method}", "runs": runs}
+                {
+                    "anchor": anchor_of(target, group),
+                    "title": f"{target.label} · {titled(group)}",
+                    "runs": runs,
+                }
             )
     return made
 
@@ -325,7 +368,7 @@ def rebuilds(targets: Sequence[Target]) -> list[dict[str, Any]]:
     """Of each artifact the commands that make it anew, what with and on which data."""
     made: dict[str, dict[str, Any]] = {}
     for target in targets:
-        for group in target.groups.values():
+        for group in target.every_group:
             for trained in group.trained:
                 if trained.artifact not in made:
                     made[trained.artifact] = _rebuild(trained)

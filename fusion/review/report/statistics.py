@@ -5,6 +5,7 @@ Shapes: S seeds, R rows, B resamples.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -151,6 +152,26 @@ def holm(values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def constant_scores(labels: NDArray[Any], metrics: Sequence[str]) -> tuple[str, dict[str, float]]:
+    """What one answer for every row scores, the lower bound of any method: what it is, and the scores by metric.
+
+    The answer is the most frequent label, of values the mean; correlations with a constant are not defined, so left
+    out, and so is a metric that is not known here.
+    """
+    if not len(labels):
+        return "", {}
+    if labels.dtype.kind == "f":
+        return "mean", {}
+    values, counts = np.unique(labels, return_counts=True)
+    constant = np.full_like(labels, values[counts.argmax()])
+    scores = {}
+    for metric in metrics:
+        if metric not in ("pearson", "spearman"):
+            with contextlib.suppress(KeyError):
+                scores[metric] = float(metric_of(metric, labels[None], constant[None])[0])
+    return "majority class", scores
+
+
 def _drawn_mean(
     runs: Sequence[Answers], rows: NDArray[np.integer], drawn: NDArray[np.integer], metric: str
 ) -> Floats:
@@ -166,7 +187,7 @@ def _pairs(
     ones, others = ({sample.seed: sample for sample in samples} for samples in (method, baseline))
     if by_seed and (common := sorted(ones.keys() & others.keys())):
         return [ones[seed] for seed in common], [others[seed] for seed in common], True
-    return list(ones.values()), list(others.values()), False
+    return list(method), list(baseline), False
 
 
 def _same_rows(samples: Sequence[Sample]) -> list[Answers] | None:

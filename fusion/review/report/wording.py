@@ -21,10 +21,23 @@ def signed(value: float, digits: int = 3) -> str:
     return ("+" if value > 0 else "−") + text
 
 
-def interval(difference: Difference | None) -> str | None:
+def seeds(group: Group) -> str:
+    """How many runs a mean is over."""
+    runs, different = len(group.entries), group.seeds
+    if runs == different:
+        return f"{runs} seed{'s' * (runs != 1)}"
+    return f"{runs} runs of {different} seed{'s' * (different != 1)}"
+
+
+def titled(group: Group) -> str:
+    """The method, with its settings where it has several."""
+    return f"{group.method} ({group.differing})" if group.differing else group.method
+
+
+def interval(difference: Difference | None, digits: int = 3) -> str | None:
     if difference is None or difference.low is None or difference.high is None:
         return None
-    return f"{signed(difference.low)} to {signed(difference.high)}"
+    return f"{signed(difference.low, digits)} to {signed(difference.high, digits)}"
 
 
 def p_value(value: float) -> str:

@@ -136,6 +136,48 @@ def test_what_stands_in_it(tmp_path: Path, write: Write) -> None:
     assert "python -m fusion.stage1 +task=tweets seed=1" in html.unescape(text)
 
 
+def test_a_sweep_is_rows_and_an_unequal_budget_no_verdict(tmp_path: Path, write: Write) -> None:
+    for layers, wrong in (([0], 9), ([1], 7), ([2], 5)):
+        metrics = {"validation": {"accuracy": 1 - wrong / 20, "macro_f1": 0.123}}
+        write(wrong=wrong, adapter__layers=layers, result={"metrics": metrics})
+    write(wrong=1, score=0.95, sources=["a", "b"], optim__lr=0.5)
+    text = written(contents(tmp_path), tmp_path)
+    rows = re.findall(r'<tr><th scope="row"><a href="#[^"]+">(?:single|fusion).*?</tr>', text, re.DOTALL)
+    assert len(rows) == 4 and "best of" not in text
+    assert "not at equal budget: learning rate 0.5 against 0.001" in rows[0] and "▲" not in rows[0]
+    assert [re.search(r"layers=(\d)", row)[1] for row in rows[1:]] == ["2", "1", "0"]  # type: ignore[index]
+    assert "baseline" in rows[1] and "best on validation" in rows[1]
+    assert all(re.search(r"<small>[−+0].* to .*</small>", row) for row in (rows[0], *rows[2:]))
+    assert "macro_f1 0.123" in rows[1] and "majority class" in text
+    assert text.count("mean over tokens") >= 1 or "entropy" not in text
+
+
+def test_ablation_is_coloured_only_where_it_is_conclusive(tmp_path: Path, write: Write) -> None:
+    a_night(write)
+    labels = [0, 1] * 50
+    wrong = {"much": 40, "little": 1}
+    masked = {
+        name: {
+            "metrics": {"accuracy": 1 - count / 100},
+            "loss": 0.5,
+            "predicted": [1 - label if row < count else label for row, label in enumerate(labels)],
+        }
+        for name, count in wrong.items()
+    }
+    masked["unknown"] = {"metrics": {"accuracy": 0.2}, "loss": 0.5}
+    looked = inspection(metrics={"accuracy": 1.0}, labels=labels, predicted=labels, masked=masked, rows=100)
+    target = contents(tmp_path).targets[0]
+    trained = target.groups["fusion of 2"].trained[0]
+    rows = sections.looked_into(target, "fusion of 2", trained, looked)["masked"]
+    assert [(row["source"], row["sign"]) for row in rows] == [
+        *(("much", "worse"), ("little", "same"), ("unknown", "same"))
+    ]
+    low, high = (float(part.replace("−", "-")) for part in rows[0]["interval"].split(" to "))
+    assert -0.55 < low < -0.4 < high < -0.25 and rows[2]["interval"] is None
+    text = written(contents(tmp_path, looked), tmp_path)
+    assert '<td class="worse">−0.4000</td>' in text and '<td class="same">−0.0100</td>' in text
+
+
 def test_every_link_within_leads_somewhere_and_no_id_stands_twice(tmp_path: Path, write: Write) -> None:
     a_night(write)
     a_night(write, "cb")
@@ -268,7 +310,7 @@ def test_files_for_a_paper(tmp_path: Path, write: Write) -> None:
         "needed-tweets-fusion-of-2",
     }
     figures |= {"curves-tweets", "cost-tweets"}
-    held = {"scores", "differences", "attention-tweets-fusion-of-2", "needed", "cost"}
+    held = {"scores", "differences", "metrics", "attention-tweets-fusion-of-2", "needed", "cost"}
     assert names == {f"{n}.{e}" for n in figures for e in ("png", "svg")} | {
         f"{n}.{e}" for n in held for e in ("csv", "tex")
     }

@@ -57,6 +57,106 @@ def test_holm_is_over_the_targets(tmp_path: Path, write: Write) -> None:
     assert all(t.adjusted["fusion of 2"] == pytest.approx(min(1, 3 * raw[0])) for t in found)
 
 
+def test_seeds_are_told_by_settings_and_not_by_names(tmp_path: Path, write: Write) -> None:
+    """Names of any kind, with sources that have a seed each: one group, and not the best of three."""
+    for seed, score in ((1, 0.75), (2, 0.7), (3, 0.6)):
+        for name in ("a", "b"):
+            write(name, seed=seed, artifact=f"{name}-s{seed}", name=f"{name}-s{seed}")
+        write(seed=seed, score=0.7, artifact=f"x-s{seed}", name=f"x-s{seed}")
+        sources = [f"a-s{seed}", f"b-s{seed}"]
+        write(seed=seed, score=score, sources=sources, artifact=f"f{seed}", name=f"f{seed}")
+    target = next(target for target in targets(tmp_path) if target.task == "tweets")
+    group = target.groups["fusion of 2"]
+    assert group.scores == [0.75, 0.7, 0.6] and group.others == 0 and group.differing == ""
+    assert target.differences["fusion of 2"].mean == pytest.approx(-0.05 / 3)
+
+
+def test_another_setting_of_a_source_is_another_setting(tmp_path: Path, write: Write) -> None:
+    write("a", artifact="a-s1")
+    write("a", artifact="a-s2", optim__lr=0.5)
+    for seed in (1, 2):
+        write(seed=seed, sources=[f"a-s{seed}", "b"])
+    target = next(target for target in targets(tmp_path) if target.task == "tweets")
+    variants = target.variants["fusion of 2"]
+    assert sorted(one.differing for one in variants) == ["sources.0.optim.lr=0.001", "sources.0.optim.lr=0.5"]
+
+
+def test_runs_of_one_seed_with_other_seeds_of_the_sources_all_count(tmp_path: Path, write: Write) -> None:
+    write(score=0.5, wrong=10)
+    for seed, score in ((1, 0.6), (2, 0.8)):
+        write("a", seed=seed, artifact=f"a-s{seed}")
+        write(score=score, wrong=round(20 * (1 - score)), sources=[f"a-s{seed}", "b"])
+    target = next(target for target in targets(tmp_path) if target.task == "tweets")
+    group = target.groups["fusion of 2"]
+    assert group.scores == [0.6, 0.8] and group.seeds == 1
+    difference = target.differences["fusion of 2"]
+    assert difference.mean == pytest.approx(0.2) and difference.wins == 0, "no pairs"
+
+
+def test_tasks_that_were_trained_together_are_part_of_the_settings(tmp_path: Path, write: Write) -> None:
+    for other in ("rte", "mrpc"):
+        tasks = [{"name": name, "metrics": ["accuracy"]} for name in ("cb", other)]
+        result = {"metrics": {"cb/validation": {"accuracy": 0.6}}, "task": f"cb+{other}"}
+        write(task=None, tasks=tasks, method__name="multitask_adapter", result=result)
+    (target,) = targets(tmp_path)
+    assert {one.differing for one in target.variants["multi-task adapter"]} == {"tasks=rte", "tasks=mrpc"}
+
+
+def test_what_differs_in_budget_is_named(tmp_path: Path, write: Write) -> None:
+    for seed in (1, 2):
+        write(seed=seed, score=0.5, wrong=10, optim__lr=1e-4, optim__patience=3)
+        fusion = {"optim__patience": None, "trainer": {"max_epochs": 20}, "data__batch_size": 8}
+        write(seed=seed, score=0.9, wrong=2, sources=["a", "b"], optim__lr=1e-3, **fusion)
+    group = only(tmp_path).groups["fusion of 2"]
+    assert group.difference is not None and group.difference.p is not None and group.difference.p < 0.05
+    assert sorted(group.unequal) == [
+        "batch size 8 against none",
+        "epochs 20 against none",
+        "learning rate 0.001 against 0.0001",
+        "patience none against 3",
+    ]
+
+
+def test_equal_budgets_are_compared_where_there_are_some(tmp_path: Path, write: Write) -> None:
+    for rate, alone in ((1e-4, 0.6), (1e-3, 0.85)):
+        write(score=alone, wrong=round(20 * (1 - alone)), optim__lr=rate)
+    write(score=0.8, wrong=4, sources=["a", "b"], optim__lr=1e-4)
+    group = only(tmp_path).groups["fusion of 2"]
+    assert group.unequal == () and group.difference is not None
+    assert group.difference.mean == pytest.approx(0.2), "to the adapter with its own rate"
+    write(score=0.9, wrong=2, sources=["a", "b"], optim__lr=1e-3)
+    best, other = only(tmp_path).variants["fusion of 2"]
+    assert best.unequal == other.unequal == (), "both have tried the same rates"
+    assert best.difference is not None and best.difference.mean == pytest.approx(0.05)
+    write(score=0.95, wrong=1, sources=["a", "b"], optim__lr=1e-2)
+    best, low, middle = only(tmp_path).variants["fusion of 2"]
+    assert best.unequal == ("learning rate 0.01 against 0.001",)
+    assert low.unequal == (), "neither is the best of its method"
+    assert middle.unequal == ("learning rate: 3 tried against 2",)
+
+
+def test_every_setting_has_a_difference_of_its_own(tmp_path: Path, write: Write) -> None:
+    for layers, wrong in (([0, 1], 8), ([2, 3], 6), ([4, 5], 2)):
+        for seed in (1, 2):
+            write(seed=seed, score=1 - wrong / 20, wrong=wrong, adapter__layers=layers)
+    best, *others = only(tmp_path).variants["single adapter"]
+    assert best.differing == "adapter.layers=4+5" and best.difference is None
+    for group in others:
+        assert group.difference is not None and group.difference.low is not None and group.unequal == ()
+        assert group.adjusted is not None and group.difference.p is not None
+        assert group.adjusted >= group.difference.p, "two tests, so Holm's correction counts both"
+
+
+def test_majority_class(tmp_path: Path, write: Write) -> None:
+    folder = write(score=0.9, wrong=2)
+    kept = json.loads((folder / "outcomes.json").read_text())
+    kept["validation"]["labels"][:5] = [1] * 5
+    (folder / "outcomes.json").write_text(json.dumps(kept))
+    ones = sum(kept["validation"]["labels"])
+    target = only(tmp_path)
+    assert (target.majority, target.constant) == ("majority class", {"accuracy": pytest.approx(ones / 20)})
+
+
 def test_of_several_settings_the_best_stands_for_its_method(tmp_path: Path, write: Write) -> None:
     for rate, score in ((1e-4, 0.6), (1e-3, 0.8), (1e-2, 0.7)):
         for seed in (1, 2):
