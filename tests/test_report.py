@@ -109,7 +109,7 @@ def test_a_night_in_one_page(copy: Path) -> None:
 def test_without_looking(copy: Path) -> None:
     _, text = make(copy, inspect=False)
     assert not list((copy / "runs").rglob("inspection.json"))
-    assert "No fusion of these runs was looked into" in text
+    assert "No fusion of these runs was inspected" in text
 
 
 def test_a_store_that_is_gone(copy: Path) -> None:
