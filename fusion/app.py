@@ -24,9 +24,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, cast, get_args, get_type_hints
+from typing import Any, ClassVar, NoReturn, cast, get_args, get_type_hints
 
 import hydra
+import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.sources_registry import SourcesRegistry
@@ -41,12 +42,13 @@ from hydra.experimental.callback import Callback
 from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from fusion.config import MULTITASK, Stage1Config, Stage2Config, StageConfig, TaskConfig
-from fusion.data.task_files import check_task_file
+from fusion.data.task_files import TaskLoader, check_task_file
 from fusion.errors import TrainingError, UserError, first_line
 from fusion.memory import free_cycles
 from fusion.paths import expand_paths, resolve_path
@@ -158,14 +160,34 @@ Plugins.instance().register(UserConf)
 class CheckedFiles(FileConfigSource):
     """Hydra's own reader of files, that looks at a task file before it follows what stands there."""
 
+    kept: ClassVar[dict[Path, tuple[tuple[int, int], DictConfig]]] = {}
+
     def load_config(self, config_path: str) -> ConfigResult:
         if not config_path.startswith("task/"):
             return super().load_config(config_path)
         path = Path(self.path) / self._normalize_file_name(config_path)
-        check_task_file(path)
-        result = super().load_config(config_path)
-        _check_types(path, cast(DictConfig, result.config))
-        return result
+        if not check_task_file(path):
+            result = super().load_config(config_path)
+            _check_types(path, cast(DictConfig, result.config))
+            return result
+        return self._load_large(path)
+
+    def _load_large(self, path: Path) -> ConfigResult:
+        """As Hydra's own, which needs seconds for thousands of values, and asks several times."""
+        state = (status := path.stat()).st_mtime_ns, status.st_size
+        known, config = self.kept.get(path, (None, DictConfig({})))
+        if known != state:
+            TaskLoader.yaml_implicit_resolvers = get_yaml_loader().yaml_implicit_resolvers
+            with open(path, encoding="utf-8") as file:
+                config = DictConfig(yaml.load(file, Loader=TaskLoader))
+            _check_types(path, config)
+            self.kept[path] = state, config
+        return ConfigResult(
+            config=copy.deepcopy(config),
+            path=f"{self.scheme()}://{self.path}",
+            provider=self.provider,
+            header=self._get_header_dict(""),  # a file with one is refused
+        )
 
 
 # Hydra tells its readers apart by this, and a launcher's job in another process registers its own once more.
@@ -182,7 +204,7 @@ def _check_types(path: Path, task: DictConfig) -> None:
     schema = OmegaConf.structured(TaskConfig)
     for key in [str(key) for key in task if key in schema]:
         try:
-            merged = OmegaConf.merge(schema, {key: task[key]})
+            merged = OmegaConf.merge(schema, {key: _one_of_each_type(task[key])})
         except ConfigKeyError:
             continue
         except OmegaConfBaseException:
@@ -195,6 +217,15 @@ def _check_types(path: Path, task: DictConfig) -> None:
             ) from None
         if key == "hub" and task[key] is not None and OmegaConf.is_missing(merged.hub, "path"):
             raise UserError(f"{path}: hub has no path; expected the name of a data set on the hub")
+
+
+def _one_of_each_type(value: Any) -> Any:
+    """A list or mapping with one entry of each type, where it is long: the types are checked, each entry for a while."""
+    if not isinstance(value, (ListConfig, DictConfig)) or len(value) <= 100:
+        return value
+    if isinstance(value, ListConfig):
+        return list({type(entry): entry for entry in value}.values())
+    return dict({type(entry): (key, entry) for key, entry in value.items()}.values())
 
 
 # --- one job: from Hydra's config to ours ---------------------------------------------------------

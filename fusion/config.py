@@ -115,6 +115,12 @@ def _is_raw_label(entry: Any) -> bool:
     return len(values) > 0 and all(isinstance(v, (str, int, float, bool, type(None))) for v in values)
 
 
+def _shortened(value: Any) -> str:
+    """A value for a message, which a long list would fill."""
+    text = str(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
 def _default(setting: Field[Any]) -> Any:
     """What a field of a dataclass holds where nothing is said."""
     return setting.default if setting.default_factory is MISSING else setting.default_factory()
@@ -165,7 +171,7 @@ class TaskConfig:
         text = [self.text] if isinstance(self.text, str) else self.text
         _require(
             isinstance(text, list) and 1 <= len(text) <= 2 and all(isinstance(t, str) for t in text),
-            f"{where}: text={self.text}: expected one column name or a list of two",
+            f"{where}: text={_shortened(self.text)}: expected one column name or a list of two",
         )
         _require(bool(self.label), f"{where}: label is empty: expected the name of a column")
         for metric in self.metrics:
@@ -181,17 +187,23 @@ class TaskConfig:
         self.labels = self._label_names(where)
         _require(
             all(_is_raw_label(entry) for entry in self.label_values or []),
-            f"{where}: label_values={self.label_values}: expected for each label a value, or a list of values",
+            f"{where}: label_values={_shortened(self.label_values)}: expected for each label a value, or a list of values",
         )
         values = [(type(value), repr(value)) for entry in self.raw_label_values for value in entry]
         _require(
             len(set(values)) == len(values),
-            f"{where}: label_values={self.label_values}: a value stands twice",
+            f"{where}: label_values={_shortened(self.label_values)}: a value stands twice",
         )
         if self.kind == "classification":
             names = self.labels or []
-            _require(len(names) >= 2, f"{where}: labels={self.labels}: expected at least two label names")
-            _require(len(set(names)) == len(names), f"{where}: labels={self.labels}: a name stands twice")
+            _require(
+                len(names) >= 2,
+                f"{where}: labels={_shortened(self.labels)}: expected at least two label names",
+            )
+            _require(
+                len(set(names)) == len(names),
+                f"{where}: labels={_shortened(self.labels)}: a name stands twice",
+            )
             _require(
                 "f1" not in self.metrics or len(names) == 2,
                 f"{where}: f1 is the F1 of the second of two labels; with {len(names)} use macro_f1",
@@ -208,7 +220,7 @@ class TaskConfig:
             columns = [self.choices] if isinstance(self.choices, str) else self.choices
             _require(
                 isinstance(columns, list) and len(columns) > 0 and all(isinstance(c, str) for c in columns),
-                f"{where}: choices={self.choices}: expected a list column or a list of columns",
+                f"{where}: choices={_shortened(self.choices)}: expected a list column or a list of columns",
             )
             _require(
                 self.blank != "", f"{where}: blank is empty: expected the mark that a choice fills, or null"
@@ -218,26 +230,29 @@ class TaskConfig:
             _require(self.blank is None, f"{where}: blank is for kind=choice only, not {self.kind}")
         _require(
             all(isinstance(name, str) for name in self.columns.values()),
-            f"{where}: columns={self.columns}: expected the name of a column for each",
+            f"{where}: columns={_shortened(self.columns)}: expected the name of a column for each",
         )
         for split, names in self.hub.splits.items() if self.hub is not None else ():
             every = names if isinstance(names, list) and names else [names]
             _require(
                 all(isinstance(name, str) and name for name in every),
-                f"{where}: hub.splits.{split}={names}: expected the hub's name of a split, or a list of names",
+                f"{where}: hub.splits.{split}={_shortened(names)}: expected the hub's name of a split, or a list of names",
             )
 
     def _label_names(self, where: str) -> Optional[list[str]]:
         if self.labels is None:
             return None
-        _require(isinstance(self.labels, list), f"{where}: labels={self.labels}: expected a list of names")
+        _require(
+            isinstance(self.labels, list),
+            f"{where}: labels={_shortened(self.labels)}: expected a list of names",
+        )
         _require(
             all(isinstance(name, (str, int, float, bool, type(None))) for name in self.labels),
-            f"{where}: labels={self.labels}: expected a list of names",
+            f"{where}: labels={_shortened(self.labels)}: expected a list of names",
         )
         _require(
             not any(isinstance(name, bool) or name is None for name in self.labels),
-            f"{where}: labels={self.labels}: YAML reads yes, no, true, false and null as values of its own; "
+            f"{where}: labels={_shortened(self.labels)}: YAML reads yes, no, true, false and null as values of its own; "
             'write them in quotes, as "yes"',
         )
         return [str(name) for name in self.labels]

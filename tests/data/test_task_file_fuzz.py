@@ -116,6 +116,8 @@ REFUSED: list[tuple[bytes, str]] = [
     (b"x: " + b"[" * 100_000, "line 1: nested more than 10 deep"),
     (b"{x: " * 100_000, "line 1: nested more than 10 deep"),
     (b"x: " + b"9" * 5000, "line 1: a number of 5000 digits"),
+    (GOOD.replace(b"[0, 1, 2]", b"[0x" + b"f" * 5000 + b", 1, 2]"), ": a number of 5002 digits"),
+    (GOOD.replace(b"[0, 1, 2]", b"[-0b" + b"1" * 20_000 + b", 1, 2]"), ": a number of 20003 digits"),
     (b"x: '" + b"9" * 2_000_000 + b"'", "2.0 MB; expected a task file of at most 1 MB"),
     (GOOD + b"1: x\n", "unknown key 1"),
     (GOOD + b"? [a, b]\n: x\n", "line 10: a key that is no name"),
@@ -184,6 +186,35 @@ def test_a_task_that_is_typed_out_is_no_file(ask: Callable[..., Answer]) -> None
         ("-m", "++task={a:b}"),
     ):
         assert "a task is one file: say +task=NAME" in ask(GOOD, *arguments)[1], arguments
+
+
+LARGE = GOOD + b"columns: {" + b", ".join(b"c%d: %sd%d" % (n, b"x" * 100, n) for n in range(600)) + b"}\n"
+LARGE = LARGE.replace(b"columns: {premise: sentence1}\n", b"")
+
+
+def test_a_large_file_is_read_like_a_small_one(ask: Callable[..., Answer]) -> None:
+    _, said, task = ask(LARGE)
+    assert said == "taken" and task is not None
+    assert len(task.columns) == 600 and task.columns["c17"] == "x" * 100 + "d17"
+    assert task.label_values == [0, 1, 2] and task.labels == ["entailment", "neutral", "yes"]
+    line = LARGE.count(b"\n")
+    for broken, expected in (
+        (LARGE.replace(b"x" * 100 + b"d599", b"{a: b}"), "columns="),
+        (LARGE.replace(b"x" * 100 + b"d599", b"0x" + b"f" * 5000), f"line {line}: a number of 5002 digits"),
+        (LARGE.replace(b"x" * 100 + b"d599", b"*a"), f"line {line}: *a stands for another part"),
+        (LARGE.replace(b"c599", b"c1"), f"line {line}: the key 'c1' stands twice"),
+        (LARGE.replace(b"d599}", b"d599"), "not YAML"),
+        (LARGE.replace(b"[0, 1, 2]", b"3"), "label_values=3: expected a list"),
+    ):
+        assert expected in ask(broken)[1]
+
+
+def test_the_time_to_check_a_file_grows_with_its_size_alone(tmp_path: Path) -> None:
+    labels = b"[" + b", ".join(b"n%d" % n for n in range(40_000)) + b"]"
+    (tmp_path / "mine.yaml").write_bytes(GOOD + b"more: " + labels + b"\n")
+    started = time.process_time()
+    assert check_task_file(tmp_path / "mine.yaml")
+    assert time.process_time() - started < 3
 
 
 def run_mutations(ask: Callable[..., Answer], seeds: range) -> None:
