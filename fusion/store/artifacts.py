@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,9 @@ from fusion.store.manifest import (
 )
 from fusion.store.writing import LOCK_SECONDS, NEW, retire, settle, sync_folder, writing
 
+log = logging.getLogger(__name__)
+
+_NOTED: set[str] = set()  # hashes of the artifacts without a checksum that this process has named
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -111,6 +115,13 @@ def load_by_hash(hash: str, name: str, store: Path) -> Artifact:
 def read(folder: Path) -> Artifact:
     """The artifact that lies in `folder`, its files checked against its manifest."""
     manifest = read_folder(folder)
+    if manifest.checksum is None and manifest.hash not in _NOTED:
+        _NOTED.add(manifest.hash)
+        log.info(
+            "%s: its manifest has no checksum (stored by version 0.1), so a change of it cannot be noticed; training it "
+            "again with overwrite=true adds one",
+            folder,
+        )
     weights, head = (_read_tensors(folder / file, manifest.files[file]) for file in (WEIGHTS, HEAD))
     return Artifact(path=folder, manifest=manifest, weights=weights, head=head)
 

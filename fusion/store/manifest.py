@@ -62,7 +62,7 @@ ADAPTER_TRAINING_KEYS = ("name", "init", "dropout", "reduction_factor", "bottlen
 # `fusion` is a name; of what it was, `kept` and the weights remain.
 COMPOSITION_TRAINING_KEYS = ("dropout", "value_penalty", "fusion", "keep")
 TUNING_KINDS = ("lora", "bitfit", "full")  # whose weights are the backbone's own
-OPTIONAL = ("method", "multitask")  # keys that manifests of the first release do not have
+OPTIONAL = ("method", "multitask", "checksum")  # keys that manifests of the first release do not have
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class Manifest:
     `composition` the settings of a fusion; `sources` its adapters in order, `{"name", "hash"}`. `multitask` holds
     the tasks of an artifact that was trained on several at once, by name, `{"task", "head"}`; `task` and `head` are
     the first one's then. `method` holds the settings of what trained inside the backbone itself, where something
-    did. `files` is filled in when it is saved.
+    did. `files` is filled in when it is saved. `checksum` is what the file had (None: it had none, as in version 0.1);
+    `to_json` always computes it from the content.
     """
 
     kind: str
@@ -94,6 +95,7 @@ class Manifest:
     method: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
     multitask: dict[str, dict[str, Any]] | None = None
+    checksum: str | None = field(default=None, compare=False)
 
     @property
     def hash(self) -> str:
@@ -130,12 +132,13 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of `manifest.json`. NaN and infinities, which JSON has no word for, become null."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {f.name: getattr(self, f.name) for f in fields(self)} | {"checksum": None}
         for key in OPTIONAL:
             if values[key] is None:
                 del values[key]  # as in the stores that did not know it
-        ordered = {"format_version": values.pop("format_version"), **values}
-        return json.dumps(_finite(ordered), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        ordered = _finite({"format_version": values.pop("format_version"), **values})
+        ordered["checksum"] = checksum_of(ordered)
+        return json.dumps(ordered, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, path: Path) -> Manifest:
@@ -159,7 +162,7 @@ class Manifest:
                 f"{path}: format_version is {ascii(version)[:60]} and this version of fusion reads {FORMAT_VERSION}; "
                 "use the version that wrote it, or train the artifact again"
             )
-        values = {**dict.fromkeys(OPTIONAL), **values}
+        content, values = values, {**dict.fromkeys(OPTIONAL), **values}
         _check_keys(values, {f.name for f in fields(cls)}, path)
         for key, allowed in TOP_LEVEL.items():
             _check_type(values[key], allowed, key, path)
@@ -171,7 +174,18 @@ class Manifest:
                     raise UserError(f"{path}: key {group}.{key} is missing")
                 _check_type(values[group][key], allowed, f"{group}.{key}", path)
         _check_parts(values, path)
+        if "checksum" in content and checksum_of(content) != content["checksum"]:
+            raise UserError(f"{path}: its content does not match its checksum, so it was changed; {MEND}")
         return cls(**values)
+
+
+def checksum_of(content: Mapping[str, Any]) -> str:
+    """sha256 (64 hex digits) over all of a manifest but its checksum, whatever the white space of the file.
+
+    The order of keys counts: that of `multitask` is the order of the tasks.
+    """
+    others = {key: value for key, value in content.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(others, separators=(",", ":")).encode()).hexdigest()
 
 
 Types = tuple[type, ...]
@@ -194,6 +208,7 @@ TOP_LEVEL: dict[str, Types] = {
     "files": (dict,),
     "method": (dict, NoneType),
     "multitask": (dict, NoneType),
+    "checksum": (str, NoneType),
 }
 INNER: dict[str, dict[str, Types]] = {
     "backbone": {

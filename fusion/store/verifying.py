@@ -31,16 +31,17 @@ from fusion.store.shapes import head_shapes, weight_shapes
 
 @dataclass(frozen=True)
 class Verdict:
-    """One line of `verify`. problem: empty where all is well."""
+    """One line of `verify`. problem: empty where all is well. note: what could not be checked."""
 
     place: str
     problem: str = ""
+    note: str = ""
 
     def __str__(self) -> str:
         return printable(
             f"problem  {self.place}: {' '.join(self.problem.split())}"
             if self.problem
-            else f"ok       {self.place}"
+            else f"ok       {self.place}{self.note}"
         )
 
 
@@ -55,7 +56,9 @@ def verify(store: Path, name: str | None = None) -> Iterator[Verdict]:
     if name is not None and not found:
         raise UserError(unknown_name(name, store))
     for one in found:
-        yield Verdict(one.place, _settled_problem(one, store))
+        unsealed = one.manifest is not None and one.manifest.checksum is None
+        note = " (its manifest has no checksum)" if unsealed else ""
+        yield Verdict(one.place, _settled_problem(one, store), note)
 
 
 def left_over(store: Path) -> list[str]:

@@ -22,7 +22,17 @@ import torch
 import fusion.store.artifacts as artifacts_module
 from fusion.errors import UserError
 from fusion.store.artifacts import adopt, load, load_by_hash, match_keys, save
-from fusion.store.manifest import HEAD, MANIFEST, WEIGHTS, Manifest, find, find_by_hash, names, read_manifest
+from fusion.store.manifest import (
+    HEAD,
+    MANIFEST,
+    WEIGHTS,
+    Manifest,
+    checksum_of,
+    find,
+    find_by_hash,
+    names,
+    read_manifest,
+)
 from fusion.store.writing import writing
 
 Make = Callable[..., Manifest]
@@ -192,6 +202,7 @@ def test_a_manifest_that_agrees_with_a_pickle(make_manifest: Make, head: Tensors
     content = (path / WEIGHTS).read_bytes()
     values = json.loads((path / MANIFEST).read_text())
     values["files"][WEIGHTS] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    values["checksum"] = checksum_of(values)
     (path / MANIFEST).write_text(json.dumps(values))
     with pytest.raises(UserError, match="is not a safetensors file"):
         load("mnli", store)

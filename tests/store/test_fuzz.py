@@ -49,7 +49,7 @@ from fusion.layers.heads import TaskHead
 from fusion.store.artifacts import load, save
 from fusion.store.describing import describe
 from fusion.store.listing import list_store
-from fusion.store.manifest import HEAD, MANIFEST, WEIGHTS, Manifest, read_manifest
+from fusion.store.manifest import HEAD, MANIFEST, WEIGHTS, Manifest, checksum_of, read_manifest
 from fusion.store.verifying import verify
 from tests.store.conftest import build as make_manifest
 
@@ -390,6 +390,7 @@ def consistent(content: bytes, weights: bytes, head: bytes) -> bytes:
     values = json.loads(content)
     for file, data in ((WEIGHTS, weights), (HEAD, head)):
         values["files"][file] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    values["checksum"] = checksum_of(values)
     return json.dumps(values).encode()
 
 
@@ -491,6 +492,7 @@ def test_what_is_no_file(place: Place, file: str, what: str, tmp_path: Path) -> 
             values = json.loads(place.content["films", MANIFEST])
             if file != MANIFEST:
                 values["files"][file]["bytes"] = 2**40
+                values["checksum"] = checksum_of(values)
                 (path.parent / MANIFEST).write_text(json.dumps(values))
         else:
             target = {
@@ -569,6 +571,7 @@ def test_sizes_that_a_manifest_makes_up_take_no_memory(place: Place, name: str, 
         parent = parent[step]
     assert parent[key] < 100
     parent[key] = count
+    values["checksum"] = checksum_of(values)
     (place.store / name / MANIFEST).write_text(json.dumps(values))
     try:
         with little_memory():

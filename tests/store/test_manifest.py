@@ -43,7 +43,10 @@ def put(folder: Path, manifest: Manifest) -> Path:
 
 
 def values_of(manifest: Manifest) -> dict[str, Any]:
-    return json.loads(replace(manifest, files=FILES).to_json())
+    """As a manifest of version 0.1 has them: without a checksum."""
+    values = json.loads(replace(manifest, files=FILES).to_json())
+    del values["checksum"]
+    return values
 
 
 def test_round_trip(make_manifest: Make) -> None:
@@ -136,7 +139,7 @@ def test_several_tasks_keep_their_order(make_manifest: Make) -> None:
 
 def test_a_manifest_of_one_task_reads_and_hashes_as_before_there_were_several(make_manifest: Make) -> None:
     manifest = make_manifest(files=FILES)
-    values = json.loads(manifest.to_json())
+    values = values_of(manifest)
     assert "multitask" not in values
     for content in (values, values | {"multitask": None}):
         again = Manifest.from_json(json.dumps(content), Path("m"))

@@ -21,7 +21,7 @@ from fusion.run_lock import turn_of
 from fusion.store.__main__ import KEYS, main
 from fusion.store.artifacts import load_by_hash, save
 from fusion.store.listing import as_bytes
-from fusion.store.manifest import HEAD, MANIFEST, WEIGHTS, Manifest, names, read_manifest
+from fusion.store.manifest import HEAD, MANIFEST, WEIGHTS, Manifest, checksum_of, names, read_manifest
 from fusion.store.removing import remove
 from fusion.store.shapes import head_shapes, weight_shapes
 from fusion.store.verifying import verify
@@ -300,6 +300,7 @@ def rewrite(folder: Path, file: str, tensors: dict[str, torch.Tensor]) -> None:
     (folder / file).write_bytes(content)
     values = json.loads((folder / MANIFEST).read_text())
     values["files"][file] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    values["checksum"] = checksum_of(values)
     (folder / MANIFEST).write_text(json.dumps(values))
 
 
