@@ -743,6 +743,7 @@ class StageConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     store: str = "outputs/store"
     name: Optional[str] = None
+    init_from: Optional[str] = None  # an artifact of the store whose weights training starts from
     overwrite: bool = False
     resume: bool = True
     checkpoint_minutes: Optional[float] = (

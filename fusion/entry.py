@@ -141,7 +141,8 @@ def find_entry(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any] 
         read_manifest(config.name, store) if config.name in names(store) and not config.overwrite else None
     )
     there = None if stored is None else (stored.run["identity"], stored.run["config"])
-    done = is_done(config.name, there, asked, config.overwrite)
+    epochs = None if stored is None else stored.result.get("epochs")
+    done = is_done(config.name, there, asked, config.overwrite, epochs if isinstance(epochs, int) else None)
     if not done:
         check_free(config.name, kind, store, config.overwrite)
     return Entry(

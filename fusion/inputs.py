@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusion.config import Stage2Config
+from fusion.config import Stage1Config, Stage2Config, StageConfig
 from fusion.errors import UserError
 from fusion.store.manifest import (
     Manifest,
@@ -16,6 +16,8 @@ from fusion.store.manifest import (
     read_folder,
     read_manifest,
 )
+
+_OWN_START = ("average", "continued", "pruned")  # compositions that start from weights of their sources
 
 
 @dataclass(frozen=True)
@@ -126,3 +128,87 @@ def check_one_shape(sources: Sequence[Manifest]) -> None:
 
 def _listed(slots: dict[str, int]) -> str:
     return f"[{', '.join(slots)}]"
+
+
+# --- init_from ----------------------------------------------------------------------------------------
+
+
+def initial_manifest(config: StageConfig, kind: str, sources: Sequence[Manifest] = ()) -> Manifest | None:
+    """The artifact that `init_from` names; None: it names none. No model is loaded for it.
+
+    Args:
+        kind: what the run stores.
+        sources: of a fusion, in order.
+
+    Raises:
+        UserError: there is none, or its weights are not of the shape that the run trains; says what differs.
+    """
+    if config.init_from is None:
+        return None
+    manifest = read_manifest(config.init_from, Path(config.store))
+    check_backbone_name(manifest, config.backbone.name_or_path)
+    if manifest.kind != kind:
+        raise UserError(
+            f"init_from={config.init_from}: is a stored {manifest.kind}, and this run trains a {kind}; expected a "
+            f"stored {kind}"
+        )
+    if isinstance(config, Stage2Config) and config.composition.name in _OWN_START:
+        raise UserError(
+            f"init_from={config.init_from}: composition={config.composition.name} starts from its sources; leave "
+            "init_from out"
+        )
+    differing = [
+        f"{key} {ours!r} and not {theirs!r}"
+        for key, (theirs, ours) in _shape(config, manifest, sources).items()
+        if ours != theirs
+    ]
+    if differing:
+        some = "; ".join(differing[:4]) + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")
+        raise UserError(
+            f"init_from={config.init_from}: its weights are of another shape than this run's: {some}\n"
+            "Set the same here, or leave init_from out"
+        )
+    return manifest
+
+
+def initial_inputs(manifest: Manifest | None) -> dict[str, Any]:
+    """What a run depends on beyond the name in `init_from`: the weights and the head of that artifact."""
+    if manifest is None:
+        return {}
+    return {"init_from": [manifest.hash, *sorted(file["sha256"] for file in manifest.files.values())]}
+
+
+def _shape(
+    config: StageConfig, manifest: Manifest, sources: Sequence[Manifest]
+) -> dict[str, tuple[Any, Any]]:
+    """What decides names, shapes and meaning of the weights: what the artifact has, and what is asked for."""
+    found: dict[str, tuple[Any, Any]] = {}
+    if isinstance(config, Stage1Config) and manifest.adapter is not None:
+        stored, asked = manifest.adapter, config.adapter
+        for key in ("sites", "reads", "nonlinearity", "scaling", "shared"):
+            found[f"adapter.{key}"] = stored.get(key, False), getattr(asked, key)
+        if type(asked.scaling) in (int, float) and type(stored["scaling"]) in (int, float):
+            found["adapter.scaling"] = float(stored["scaling"]), float(asked.scaling)
+        sizes = set(stored["bottleneck_sizes"].values())
+        found["bottleneck size"] = sizes, {asked.size_for(manifest.backbone["hidden_size"])}
+        found["adapter.layers"] = stored.get("layers"), asked.layers
+        found["adapter.drop"] = _specialized(stored.get("drop")), _specialized(asked.drop)
+    elif isinstance(config, Stage1Config) and manifest.method is not None:
+        keys = ("rank", "alpha", "targets") if manifest.kind == "lora" else ()
+        for key in keys:
+            found[f"method.{key}"] = manifest.method.get(key), getattr(config.method, key)
+    elif isinstance(config, Stage2Config) and manifest.composition is not None:
+        stored, given = manifest.composition, config.composition.as_stored()
+        for key in ("name", "value_matrix", "temperature", "layers", "rank", "target_adapter"):
+            found[f"composition.{key}"] = stored.get(key), given.get(key)
+        found["composition.drop"] = _specialized(stored.get("drop")), _specialized(given.get("drop"))
+        found["sources"] = (
+            [f"{source['name']} ({source['hash'][:8]})" for source in manifest.sources],
+            [f"{source.name} ({source.hash[:8]})" for source in sources],
+        )
+    return found
+
+
+def _specialized(drop: Any) -> Any:
+    """`robust` leaves no layer out of what is stored."""
+    return None if drop == "robust" else drop

@@ -91,9 +91,13 @@ ADDED_LATER: tuple[tuple[str, Any], ...] = (
     ("data.split.test", None),
     ("data.split.seed", 0),
     ("data.split.stratify", False),
+    ("init_from", None),
     ("loss.class_weights", None),
     ("loss.label_smoothing", 0.0),
 )
+
+
+_EPOCHS = "trainer.max_epochs"
 
 
 class Terminated(BaseException):
@@ -193,6 +197,7 @@ def is_done(
     stored: tuple[str, dict[str, Any]] | None,
     asked: tuple[str, dict[str, Any]],
     overwrite: bool,
+    epochs: int | None = None,
 ) -> bool:
     """Whether the store already holds what a run would make, so that there is nothing to do.
 
@@ -200,6 +205,7 @@ def is_done(
         stored: identity and identity config of the artifact that has this name; None: there is none.
         asked: identity and identity config of the run.
         overwrite: train in any case and replace what is there.
+        epochs: that the artifact was trained for, where that is known.
 
     Raises:
         UserError: something else has this name.
@@ -209,6 +215,15 @@ def is_done(
     if stored[0] == asked[0]:
         return True
     keys = differing_keys(stored[1], asked[1])
+    planned, more = (config.get(_EPOCHS) for config in (stored[1], asked[1]))
+    if len(keys) == 1 and type(planned) is int and type(more) is int and planned < more:
+        early = f", and it had stopped early, after epoch {epochs}" if epochs and epochs < planned else ""
+        raise UserError(
+            f"the store has another {name}: {keys[0]}; more epochs would not continue it exactly, since its learning "
+            f"rate has decayed to zero over the {planned}{early}\n"
+            f"name=ANOTHER init_from={name} starts from its weights with a schedule of its own; overwrite=true trains "
+            f"all {more} epochs"
+        )
     some = "; ".join(keys[:6]) + (f"; and {len(keys) - 6} more" if len(keys) > 6 else "")
     raise UserError(
         f"the store has another {name}: {some or 'made from other inputs'}\n"

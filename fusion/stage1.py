@@ -18,7 +18,10 @@ from fusion.unchanged import check_unchanged
 
 
 def entry_of(config: Stage1Config, run: Run) -> Entry:
-    entry = find_entry(config, run, kind=config.kind)
+    from fusion.inputs import initial_inputs, initial_manifest
+
+    initial = initial_inputs(initial_manifest(config, config.kind))
+    entry = find_entry(config, run, kind=config.kind, inputs=initial or None)
     if entry.stored is not None:
         check_unchanged(entry.stored, config.backbone)
     return entry
@@ -56,6 +59,7 @@ def train(config: Stage1Config, run: Run, entry: Entry) -> dict[str, Any]:
 
     from fusion.backbones.load import load_backbone
     from fusion.build import adapter_fillings, fresh_heads, tuning_of
+    from fusion.initial import start_from
     from fusion.model import AdaptedModel
     from fusion.training.determinism import use_deterministic_algorithms
     from fusion.training.stage import load_task_rows, train_and_store
@@ -81,6 +85,7 @@ def train(config: Stage1Config, run: Run, entry: Entry) -> dict[str, Any]:
         config.backbone.gradient_checkpointing,
         tuning,
     )
+    initial = start_from(config, model, backbone)
     sizes = {slot: config.adapter.size_for(backbone.hidden_size) for slot in fillings}
     adapter = config.adapter.as_stored() | {"bottleneck_sizes": sizes} if fillings else None
     return train_and_store(
@@ -95,6 +100,7 @@ def train(config: Stage1Config, run: Run, entry: Entry) -> dict[str, Any]:
         adapter=adapter,
         robust_drop=config.adapter.drop == "robust",
         temperature=config.method.temperature,
+        initial=initial,
     )
 
 

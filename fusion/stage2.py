@@ -13,7 +13,7 @@ from fusion.app import command
 from fusion.backbones.files import check_files
 from fusion.config import Stage2Config
 from fusion.entry import Entry, find_entry
-from fusion.inputs import Inputs, check_backbone_name, read_inputs
+from fusion.inputs import Inputs, check_backbone_name, initial_inputs, initial_manifest, read_inputs
 from fusion.ranking.choice import name_sources
 from fusion.run import Run, Standing
 from fusion.unchanged import check_unchanged
@@ -22,7 +22,8 @@ from fusion.unchanged import check_unchanged
 def entry_of(config: Stage2Config, inputs: Inputs, run: Run) -> Entry:
     check_backbone_name(inputs.sources[0], config.backbone.name_or_path)
     # A source that was trained again makes this another run, though the config says the same.
-    entry = find_entry(config, run, kind="fusion", inputs=inputs.hashes)
+    initial = initial_inputs(initial_manifest(config, "fusion", inputs.sources))
+    entry = find_entry(config, run, kind="fusion", inputs=inputs.hashes | initial)
     if entry.stored is not None:
         check_unchanged(entry.stored, config.backbone)
     return entry
@@ -61,6 +62,7 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, entry: Entry) -> dict[
 
     from fusion.backbones.load import load_backbone
     from fusion.build import composition_fillings, load_sources
+    from fusion.initial import start_from
     from fusion.model import AdaptedModel
     from fusion.start import find_start
     from fusion.store.artifacts import adopt
@@ -92,6 +94,7 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, entry: Entry) -> dict[
         config.backbone.gradient_checkpointing,
     )
     start.fill(model)
+    initial = start_from(config, model, backbone)
     return train_and_store(
         config,
         run,
@@ -104,6 +107,7 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, entry: Entry) -> dict[
         sources=[source.manifest for source in sources],
         loss_weights={"value_penalty": config.composition.value_penalty},
         robust_drop=start.composition.drop == "robust",
+        initial=initial,
     )
 
 

@@ -71,6 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "start": BASE
     | {"run"}
     | {"layers", "backbones", "model", "data", "store", "build", "inference", "pruning", "probe"},
+    "initial": BASE | {"layers", "backbones", "model", "store", "build"},
     "prefix": BASE | {"backbones", "model", "data"},
     "several": BASE | {"layers", "backbones", "model"},
     "training": BASE

@@ -113,6 +113,7 @@ def train_and_store(
     loss_weights: dict[str, float] | None = None,
     robust_drop: bool = False,
     temperature: float = 1.0,
+    initial: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Fit, store under the entry's name, and give what result.json holds.
 
@@ -123,6 +124,7 @@ def train_and_store(
         loss_weights: of the named terms that the model adds to the loss.
         robust_drop: whether each batch leaves out a random number of the first layers' slots.
         temperature: of several tasks, how they are drawn.
+        initial: name and hash of the artifact whose weights the model starts from.
 
     Raises:
         GuardError: something else than the declared parameters changed; nothing is stored.
@@ -158,6 +160,8 @@ def train_and_store(
         return prefix
 
     origin = circumstances() if run.rank_zero else {}  # before hours in which the checkout may change
+    if initial is not None:
+        origin["init_from"] = initial
     if (tracked := run_reference(loggers)) is not None:
         origin["wandb"] = tracked
     exit_code = 1

@@ -1,0 +1,130 @@
+"""`init_from`: training starts from stored weights of the same shape, and anything else is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fusion import stage1, stage2
+from fusion.config import (
+    AdapterConfig,
+    CompositionConfig,
+    HeadConfig,
+    MethodConfig,
+    OptimConfig,
+    Stage1Config,
+    Stage2Config,
+)
+from fusion.errors import UserError
+from fusion.run import identity, is_done
+from fusion.store.manifest import read_manifest
+from tests.bench import Bench
+
+STILL = OptimConfig(lr=1e-30, weight_decay=0.0, patience=None)  # trains, and moves nothing
+
+
+def head_of(bench: Bench, name: str) -> dict[str, torch.Tensor]:
+    return load_file(bench.folder / "store" / name / "head.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_adapter_starts_from_another(bench: Bench) -> None:
+    first = bench.stage1("films")
+    again = bench.stage1("films", name="again", init_from="films", optim=STILL)
+    assert same(bench.weights("again"), bench.weights("films"))
+    assert same(head_of(bench, "again"), head_of(bench, "films"))
+    assert again["metrics"] == first["metrics"]
+    origin = read_manifest("films", bench.folder / "store")
+    stored = read_manifest("again", bench.folder / "store").run
+    assert stored["init_from"] == {"name": "films", "hash": origin.hash}
+    assert stored["config"]["init_from"] == "films"
+    assert stored["config"]["inputs.init_from"][0] == origin.hash
+    other = bench.stage1(
+        "books", name="fresh-head", init_from="films", optim=STILL, head=HeadConfig(layers=2)
+    )
+    assert other["metrics"].keys() == {"validation"}
+    assert same(bench.weights("fresh-head"), bench.weights("films"))
+
+
+def test_a_fusion_starts_from_another(bench: Bench) -> None:
+    bench.stage1("films")
+    bench.stage1("books")
+    bench.stage2("plays", ["films", "books"])
+    bench.stage2("plays", ["films", "books"], name="again", init_from="plays-adapterfusion", optim=STILL)
+    assert same(bench.weights("again"), bench.weights("plays-adapterfusion"))
+    assert same(head_of(bench, "again"), head_of(bench, "plays-adapterfusion"))
+
+    def check(sources: list[str], **changes: Any) -> None:
+        config = Stage2Config(
+            **bench.settings("plays", **changes),
+            sources=sources,
+            init_from="plays-adapterfusion",
+            name="other",
+        )
+        stage2.check(config, bench.run("stage2", config))
+
+    check(["films", "books"])
+    with pytest.raises(UserError, match="another shape than this run's: sources "):
+        check(["books", "films"])
+    with pytest.raises(UserError, match="composition.value_matrix False and not True".replace(".", "[.]")):
+        check(["films", "books"], composition=CompositionConfig(value_matrix=False))
+    with pytest.raises(UserError, match="starts from its sources; leave init_from out"):
+        check(["films", "books"], composition=CompositionConfig(name="average"))
+
+
+def test_what_does_not_fit_is_refused(bench: Bench) -> None:
+    bench.stage1("films")
+    bench.stage1("films", method=MethodConfig("head"))
+
+    def check(**changes: Any) -> None:
+        config = Stage1Config(
+            **bench.settings("films", **({"name": "other", "init_from": "films"} | changes))
+        )
+        stage1.check(config, bench.run("stage1", config))
+
+    check()
+    with pytest.raises(UserError, match=r"bottleneck size \{4\} and not \{2\}"):
+        check(adapter=AdapterConfig(reduction_factor=8))
+    with pytest.raises(UserError, match="adapter.nonlinearity 'gelu' and not 'relu'".replace(".", "[.]")):
+        check(adapter=AdapterConfig(nonlinearity="gelu"))
+    with pytest.raises(UserError, match="is a stored head, and this run trains a adapter"):
+        check(init_from="films-head")
+    with pytest.raises(UserError, match="nothing"):
+        check(init_from="nothing")
+
+
+def test_identity(bench: Bench) -> None:
+    def of(**changes: Any) -> dict[str, Any]:
+        return bench.run("stage1", Stage1Config(**bench.settings("films", **changes))).config
+
+    plain = of()
+    assert identity({key: value for key, value in plain.items() if key != "init_from"}) == identity(plain)
+    assert identity(of(init_from="films")) != identity(plain)
+
+
+def test_more_epochs_are_refused_with_the_reason(bench: Bench) -> None:
+    bench.stage1("films")
+    more = dataclasses.replace(bench.settings("films")["trainer"], max_epochs=4)
+    with pytest.raises(UserError) as caught:
+        bench.stage1("films", trainer=more)
+    message = str(caught.value)
+    assert "trainer.max_epochs: 2 there, 4 here" in message and "decayed to zero over the 2\n" in message
+    assert "name=ANOTHER init_from=films" in message and len(message.splitlines()) == 2
+    bench.stage1("films", trainer=more, name="more", init_from="films")
+
+
+def test_more_epochs_after_early_stopping() -> None:
+    before, now = {"trainer.max_epochs": 10}, {"trainer.max_epochs": 20}
+    with pytest.raises(UserError, match="and it had stopped early, after epoch 4"):
+        is_done("rte", ("a", before), ("b", now), False, epochs=4)
+    with pytest.raises(UserError, match=r"keep both with name=ANOTHER"):
+        is_done("rte", ("b", now), ("a", before), False, epochs=20)
+    with pytest.raises(UserError, match=r"keep both with name=ANOTHER"):
+        is_done("rte", ("a", before), ("b", now | {"seed": 1}), False, epochs=4)
