@@ -17,14 +17,12 @@ import logging
 import os
 import re
 import secrets
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, ClassVar, NoReturn, cast, get_args, get_type_hints
+from typing import Any, ClassVar, cast, get_args, get_type_hints
 
 import hydra
 import yaml
@@ -47,13 +45,14 @@ from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
+from fusion import signals
 from fusion.config import MULTITASK, Stage1Config, Stage2Config, StageConfig, TaskConfig
 from fusion.data.task_files import TaskLoader, check_task_file
 from fusion.errors import TrainingError, UserError, first_line
 from fusion.memory import free_cycles
 from fusion.paths import expand_paths, resolve_path
 from fusion.repeats import repeated
-from fusion.run import DEBUG, Run, Standing, Terminated, check_folder, describe, record
+from fusion.run import DEBUG, Run, Standing, check_folder, describe, record
 from fusion.run_lock import turn_of
 from fusion.safe_text import printable, printable_logs
 from fusion.sweep import JobFailed, Sweep, objective, standings
@@ -111,7 +110,7 @@ def command(
     def decorate(function: Function) -> Callable[[], None]:
         @functools.wraps(function)
         def program() -> None:
-            sys.exit(_main(Command(name, schema, check, function, settle)))
+            sys.exit(signals.exit_code(lambda: _main(Command(name, schema, check, function, settle))))
 
         return program
 
@@ -513,7 +512,6 @@ def _main(command: Command) -> int:
     _current, _sweep = command, None
     printable_logs()
     logging.raiseExceptions = False  # a full disk would fill the terminal; run.log itself says that it ends
-    signal.signal(signal.SIGTERM, _terminate)
     if (rank := processes.job_of_this_rank()) is not None:
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(command.schema), rank.config))
         return processes.run_rank(rank, lambda: command.function(typed, rank.run))
@@ -525,7 +523,8 @@ def _main(command: Command) -> int:
 
     def job(composed: DictConfig) -> Any:
         try:
-            return _job(command, program, composed, outcomes)
+            with signals.raised():  # a launcher may run the job in a process of its own
+                return _job(command, program, composed, outcomes)
         finally:  # once the job's own frames are gone, and the traceback of one that failed
             free_cycles()
 
@@ -539,10 +538,6 @@ def _main(command: Command) -> int:
         return _say(str(error), error.code)
     except (*CONFIG_ERRORS, *COMPOSING_ERRORS) as error:  # a job's own errors do not get here
         return _say(explain(error, command.schema), 2)
-    except KeyboardInterrupt:
-        return _say("interrupted", 130)
-    except Terminated:
-        return _say("terminated", 143)
     except BrokenPipeError:  # `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -564,10 +559,6 @@ def _main(command: Command) -> int:
     if _sweep is not None:
         return _sweep_outcome(command, _sweep)
     return max(outcomes, default=0)
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated("SIGTERM")
 
 
 def _job(command: Command, program: list[str], composed: DictConfig, outcomes: list[int]) -> Any:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from fusion import signals
 from fusion.errors import UserError
 from fusion.safe_text import printable
 
@@ -19,6 +20,10 @@ def run_program(words: Sequence[str] | None, usage: str, work: Callable[[Sequenc
         work: gives 0 or 1; a UserError or OSError of it is said in its own words and is 2.
     """
     words = sys.argv[1:] if words is None else words
+    return signals.exit_code(lambda: _run(words, usage, work))
+
+
+def _run(words: Sequence[str], usage: str, work: Callable[[Sequence[str]], int]) -> int:
     try:
         if any(word in ("--help", "-h", "help") for word in words):
             print(usage, end="")
@@ -27,9 +32,6 @@ def run_program(words: Sequence[str] | None, usage: str, work: Callable[[Sequenc
     except UserError as error:
         print(printable(str(error)), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

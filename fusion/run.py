@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import TrainingError, UserError
+from fusion.signals import Terminated, held
 
 log = logging.getLogger(__name__)
 
@@ -98,10 +99,6 @@ ADDED_LATER: tuple[tuple[str, Any], ...] = (
 
 
 _EPOCHS = "trainer.max_epochs"
-
-
-class Terminated(BaseException):
-    """SIGTERM, as an exception: the job gets to say that it was interrupted. Exit code 143."""
 
 
 @dataclass(frozen=True)
@@ -339,30 +336,37 @@ def record(
             if not isinstance(error, RecordError):
                 log.warning("%s: cannot be written (%s)", run.directory, fault.strerror or fault)
 
+    unwritable: UserError | None = None
     try:
-        run.directory.mkdir(parents=True, exist_ok=True)
-        _write_config(run)
-        say("running")
-    except OSError as error:
-        raise _unwritable(run.directory, error, "hydra.run.dir") from error
-    try:
+        try:
+            with held():
+                run.directory.mkdir(parents=True, exist_ok=True)
+                _write_config(run)
+                say("running")
+        except OSError as error:
+            unwritable = _unwritable(run.directory, error, "hydra.run.dir")
+            raise unwritable from error
         if check is not None and (standing := check()) is not None:
             status["before"] = standing.state
             with contextlib.suppress(OSError):
                 say("running")
         result = work()
     except BaseException as error:
-        interrupt = caused_by_interrupt(error)
-        if interrupt is None:
-            say_why("failed", error, error)
+        if error is unwritable:
             raise
-        say_why("interrupted", interrupt, error)
+        interrupt = caused_by_interrupt(error)
+        with held():
+            if interrupt is None:
+                say_why("failed", error, error)
+                raise
+            say_why("interrupted", interrupt, error)
         if interrupt is error:
             raise
         raise interrupt from error
     try:
-        write_json(run.directory / RESULT, result)
-        say("done")
+        with held():
+            write_json(run.directory / RESULT, result)
+            say("done")
     except OSError as error:
         kept = (
             f"{result['artifact']} is stored whole"

@@ -12,26 +12,18 @@ import time
 from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import IO, NoReturn, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from fusion.errors import UserError
+from fusion.signals import SIGNALS, Terminated, raised
 
 Settings = TypeVar("Settings")
 ROOT = Path(__file__).resolve().parent.parent
 # How a command says that somebody wanted it to stop; below 0 where the signal came before it could say so.
-INTERRUPTED = {130: 130, 143: 143, -signal.SIGINT: 130, -signal.SIGTERM: 143}
-
-
-class Terminated(BaseException):
-    """SIGTERM, to be handed on to the command that runs."""
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated
+INTERRUPTED = {130: 130, 143: 143} | {-n: 130 if n == signal.SIGINT else 143 for n in SIGNALS}
 
 
 def say(text: str) -> None:
@@ -92,32 +84,42 @@ def _run(module: str, overrides: list[str], without: tuple[str, ...], keep_error
     environment = {key: value for key, value in os.environ.items() if key not in without}
     environment["PYTHONPATH"] = python_path()
     environment["FUSION_NEXT"] = "0"  # the journey itself knows what comes next
-    before = signal.signal(signal.SIGTERM, _terminate)
     start = time.monotonic()
     errors: deque[str] = deque(maxlen=20)
-    try:
-        with subprocess.Popen(
+    with (
+        raised(),
+        subprocess.Popen(
             [sys.executable, "-m", module, *overrides],
             env=environment,
             stderr=subprocess.PIPE if keep_errors else None,
             text=True,
             errors="replace",
-        ) as process:
-            shown = threading.Thread(target=_pass_on, args=(process.stderr, errors), daemon=True)
-            shown.start()
-            try:
-                code = process.wait()
-            except KeyboardInterrupt:  # Ctrl-C reaches the command as well: let it end in order
-                process.wait()
-                code = 130
-            except Terminated:
-                process.terminate()
-                process.wait()
-                code = 143
-            shown.join()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        ) as process,
+    ):
+        shown = threading.Thread(target=_pass_on, args=(process.stderr, errors), daemon=True)
+        shown.start()
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            code = _end(process, signal.SIGINT, 130)
+        except Terminated:
+            code = _end(process, signal.SIGTERM, 143)
+        shown.join()
     return Outcome(code, time.monotonic() - start, tuple(errors))
+
+
+def _end(process: subprocess.Popen[str], number: signal.Signals, code: int) -> int:
+    """Let the command end in order; a second signal ends it at once.
+
+    A Ctrl-C has reached the command as well, which takes what comes twice within a second as one.
+    """
+    process.send_signal(number)
+    try:
+        process.wait()
+    except (KeyboardInterrupt, Terminated):
+        process.kill()
+        process.wait()
+    return code
 
 
 def _pass_on(stream: IO[str] | None, last: deque[str]) -> None:

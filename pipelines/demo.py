@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 
 from fusion.app import conf_folder
 from fusion.errors import UserError
+from fusion.signals import exit_code
 from pipelines.commands import call, read_config, say
 
 SOURCES = ("movies", "products", "editorials")
@@ -313,4 +314,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_code(lambda: main(sys.argv[1:])))

@@ -20,6 +20,7 @@ from typing import Any
 
 from fusion.errors import UserError
 from fusion.ranking.order import correlation, ranks
+from fusion.signals import exit_code
 from fusion.terminal.tables import plain
 from pipelines.commands import call, read_config, say
 
@@ -244,4 +245,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_code(lambda: main(sys.argv[1:])))

@@ -22,6 +22,7 @@ from typing import Any
 from scipy import stats
 
 from fusion.errors import UserError
+from fusion.signals import exit_code
 from pipelines.commands import call, read_config, say
 
 
@@ -154,4 +155,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_code(lambda: main(sys.argv[1:])))

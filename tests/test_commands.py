@@ -68,9 +68,16 @@ def recorded(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
+def outcomes(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "outcomes.json").read_text())["validation"]
+
+
 def test_two_processes_follow_one(place: Path, tiny_backbone: Path) -> None:
-    """Two of 4 rows against one of 8: the same order, the same loss at each step, the same weights."""
-    same = ["logger=csv", "trainer.log_every_n_steps=1", "head.dropout=0"]
+    """Two of 4 rows against one of 8: the same order, the same loss at each step, the same weights.
+
+    The last of the 9 validation rows leaves the second process without one.
+    """
+    same = ["logger=csv", "trainer.log_every_n_steps=1", "head.dropout=0", "data.limit.validation=9"]
     ddp = ["trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=4"]
     results = {}
     for stage, more in (("stage1", []), ("stage2", ["sources=[films]"])):
@@ -95,6 +102,8 @@ def test_two_processes_follow_one(place: Path, tiny_backbone: Path) -> None:
         assert [(line["step"], set(line)) for line in lines] == [(line["step"], set(line)) for line in others]
         for line, other in zip(lines, others, strict=True):
             assert other == {key: pytest.approx(value, rel=1e-3, abs=1e-5) for key, value in line.items()}
+        one, two = (outcomes(place / f"{stage}-{name}") for name in ("one", "two"))
+        assert one == two and len(one["predicted"]) == len(one["labels"]) == 9
     lines, others = (recorded(place / f"stage2-{name}", "attention.jsonl") for name in ("one", "two"))
     assert len(lines) == len(others) == 2
     for line, other in zip(lines, others, strict=True):
@@ -106,6 +115,33 @@ def test_two_processes_follow_one(place: Path, tiny_backbone: Path) -> None:
     )
     for name, weights in one.items():
         torch.testing.assert_close(two[name], weights, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", ["", "data.tokens_per_batch=16"])
+def test_fewer_rows_than_processes(place: Path, tiny_backbone: Path, more: str) -> None:
+    """Two rows to train on and one to validate on, for three processes."""
+    words = ["logger=none", "head.dropout=0", "backbone.cache=float32", "data.limit.train=2", "data.limit.validation=1", *more.split()]  # fmt: skip
+    found = []
+    for name, devices in (
+        ("one", ["trainer.devices=1"]),
+        ("three", ["trainer.devices=3", "trainer.strategy=ddp"]),
+    ):
+        directory = place / f"few-{name}-{bool(more)}"
+        done = run(
+            place, tiny_backbone, "stage1", "+task=films", *words, *devices, "trainer.max_epochs=2", "name=few",
+            f"store={directory}/store", f"hydra.run.dir={directory}",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        weights = load_file(directory / "store" / "few" / "weights.safetensors")
+        found.append(
+            (outcomes(directory), json.loads((directory / "result.json").read_text())["metrics"], weights)
+        )
+    (one, one_metrics, weights), (three, three_metrics, others) = found
+    assert one == three and len(one["predicted"]) == 1
+    assert one_metrics == three_metrics
+    for key, tensor in weights.items():
+        torch.testing.assert_close(others[key], tensor, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import pytest
 from fusion import stage1
 from fusion.config import Stage1Config
 from fusion.entry import ATTEMPT, Entry
-from fusion.run import Run, Standing, Terminated
+from fusion.run import Run, Standing
+from fusion.signals import Terminated
 from tests.bench import Bench
 
 

@@ -25,14 +25,16 @@ HEAVY = (
     "torchmetrics",
 )
 
-BASE = {"config", "errors", "repeats", "paths", "safe_text"}
+BASE = {"config", "errors", "repeats", "paths", "safe_text", "signals"}
 # What each part of the package may import of the others. Parts that are not listed are commands.
 MAY_IMPORT: dict[str, set[str]] = {
+    "": {"signals"},
     "errors": set(),
+    "signals": set(),
     "repeats": set(),
     "safe_text": set(),
     "paths": {"errors", "safe_text"},
-    "program": {"errors", "safe_text"},
+    "program": {"errors", "safe_text", "signals"},
     "config": {"errors", "repeats"},
     "hub": {"errors"},
     "custom_code": {"errors"},

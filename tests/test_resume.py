@@ -22,7 +22,7 @@ from fusion.config import (
     OptimConfig,
     TrainerConfig,
 )
-from fusion.run import Terminated
+from fusion.signals import Terminated
 from fusion.training import fit as fit_module
 from tests.bench import Bench
 

@@ -11,7 +11,6 @@ from fusion.errors import UserError
 from fusion.run import (
     NOT_IDENTITY_TRAINER,
     Run,
-    Terminated,
     checkpoint_folder,
     differing_keys,
     identity,
@@ -19,6 +18,7 @@ from fusion.run import (
     is_done,
     record,
 )
+from fusion.signals import Terminated
 
 CONFIG = {
     "task": {"name": "rte", "labels": ["a", "b"], "columns": {}},

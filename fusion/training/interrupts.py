@@ -9,13 +9,9 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from fusion.run import Terminated
+from fusion.signals import ECHO, SIGNALS, Terminated
 
 log = logging.getLogger(__name__)
-
-ECHO = 1.0  # seconds in which the same wish may come twice, by the process group and by whoever started this
-# SLURM and submitit announce a preemption or the end of the time by USR1 or USR2.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupts:

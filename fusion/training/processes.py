@@ -36,9 +36,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fusion import signals
 from fusion.config import TrainerConfig
 from fusion.errors import TrainingError, UserError
-from fusion.run import Run, RunLog, Terminated, caused_by_interrupt, describe, write_json
+from fusion.run import Run, RunLog, caused_by_interrupt, describe, write_json
 
 log = logging.getLogger(__name__)
 
@@ -285,7 +286,7 @@ def _cause(
     started: list[subprocess.Popen[bytes]],
     ended: dict[int, float],
     reports: dict[int, dict[str, Any]],
-) -> Exception:
+) -> BaseException:
     """The error of the rank that failed first; the others mostly lost their connection to it."""
     failed = {rank: reports[rank].get("time", seen) for rank, seen in ended.items()}
     if not failed:
@@ -301,8 +302,12 @@ def _cause(
             return TrainingError(report["error"])
         kind = PortTaken if "EADDRINUSE" in report["error"] else RankError
         return kind(f"rank {rank}: {report['error']}")
-    if "error" in report:
-        return RankError(f"rank {rank} was interrupted ({report['error']}): the same command goes on")
+    if report.get("kind") == "interrupted":  # it was told by somebody else than this process
+        return (
+            KeyboardInterrupt()
+            if report["code"] == 130
+            else signals.Terminated(report["error"].partition(": ")[2])
+        )
     if code == -signal.SIGKILL:
         return RankError(
             f"rank {rank} was killed (SIGKILL), by somebody or by the system where memory runs out\n"
@@ -350,11 +355,12 @@ def job_of_this_rank() -> RankJob | None:
         }
     )
     if rank == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+        signal.signal(signal.SIGINT, signals.raise_it)  # a shell's background job ignores it
     else:
-        # A cluster signals all processes. This one answers rank zero until the process that started it ends it.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # This one answers rank zero until the process that started it ends it: that one is told.
+        for number in signals.SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda number, frame: _tell(job["parent"], number))
     (Path(file).parent / f"rank{rank}.begun").touch()
     _end_with(job["parent"])
     _set_up_logging(run, rank)
@@ -374,7 +380,9 @@ def run_rank(job: RankJob, work: Callable[[], dict[str, Any]]) -> int:
         interrupt = caused_by_interrupt(error)
         report = {"kind": "failed", "error": describe(interrupt or error)}
         if interrupt is not None:
-            return 143 if isinstance(interrupt, Terminated) else 130
+            code = 143 if isinstance(interrupt, signals.Terminated) else 130
+            report |= {"kind": "interrupted", "code": code}
+            return code
         if isinstance(error, TrainingError):
             report = {"kind": "training", "error": str(error)}
         report["traceback"] = traceback.format_exc()
@@ -386,6 +394,11 @@ def run_rank(job: RankJob, work: Callable[[], dict[str, Any]]) -> int:
             write_json(job.report, report | {"time": time.monotonic()})
         except OSError as error:
             log.warning("%s: cannot be written (%s)", job.report, error.strerror or error)
+
+
+def _tell(parent: int, number: int) -> None:
+    if os.getppid() == parent:
+        os.kill(parent, number)
 
 
 def _end_with(parent: int) -> None:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from fusion.errors import UserError
+from fusion.signals import Terminated, exit_code
 from pipelines.chaos.config import ChaosConfig
 from pipelines.chaos.journey import EQUAL, Journey, Outcome
 from pipelines.chaos.table import HEADER, SUMMARY_HEADER, markdown, row, summary, verdict, write
 from pipelines.chaos.victims import Forked, Fresh
-from pipelines.commands import Terminated, read_config, say
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated
+from pipelines.commands import read_config, say
 
 
 def main(arguments: list[str]) -> int:
@@ -26,7 +20,6 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, _terminate)
     starter = Forked() if config.fork else Fresh()
     journey = Journey(config, starter)
     outcomes: list[Outcome] = []
@@ -54,4 +47,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_code(lambda: main(sys.argv[1:])))

@@ -26,6 +26,7 @@ import sys
 from pathlib import Path
 
 from fusion.errors import UserError
+from fusion.signals import exit_code
 from pipelines.commands import say
 from pipelines.compare.config import read_settings
 from pipelines.compare.journey import Journey
@@ -56,9 +57,6 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # between two commands: what is done is kept
-        print("interrupted", file=sys.stderr)
-        return 130
     files: list[Path] = []
     if compared.rows:  # a start that gave nothing leaves the results of an earlier one
         files = write(settings, compared)
@@ -82,4 +80,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_code(lambda: main(sys.argv[1:])))

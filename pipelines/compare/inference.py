@@ -20,6 +20,7 @@ from typing import Any
 
 from fusion.errors import UserError
 from fusion.run import describe
+from fusion.signals import exit_code
 from pipelines.commands import read_config, say
 from pipelines.compare.config import tasks
 
@@ -241,4 +242,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_code(lambda: main(sys.argv[1:])))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fusion.run import Terminated
+from fusion.signals import Terminated
 from fusion.training.interrupts import SIGNALS, Interrupts
 from tests.bench import LABELS, write_task
 
@@ -127,12 +127,12 @@ def wait_for(file: Path, process: subprocess.Popen[str], seconds: float = 90) ->
         (signal.SIGTERM, 143, ()),
         (signal.SIGINT, 130, ()),
         (signal.SIGUSR1, 143, ()),
-        (signal.SIGTERM, 143, ("trainer.devices=2", "trainer.strategy=ddp")),
+        (signal.SIGUSR2, 143, ("trainer.devices=2", "trainer.strategy=ddp")),
         pytest.param(
             signal.SIGINT, 130, ("trainer.devices=2", "trainer.strategy=ddp"), marks=pytest.mark.slow
         ),
     ],
-    ids=["SIGTERM", "SIGINT", "SIGUSR1", "SIGTERM, two processes", "SIGINT, two processes"],
+    ids=["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2, two processes", "SIGINT, two processes"],
 )
 def test_a_command_writes_a_checkpoint_before_it_ends(
     place: Path, tiny_backbone: Path, number: signal.Signals, code: int, more: tuple[str, ...]

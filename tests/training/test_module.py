@@ -6,16 +6,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import pytorch_lightning as lightning
 import torch
 
 from fusion.backbones.load import load_backbone
 from fusion.config import OptimConfig, TaskConfig
-from fusion.data.batches import Batch
+from fusion.data.batches import Batch, SortedBatches
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.model import AdaptedModel
+from fusion.training.metrics import score
 from fusion.training.module import TaskModule, adamw
 
 OPTIM = OptimConfig(lr=1e-3, head_lr=5e-3, weight_decay=0.1)
@@ -147,3 +149,102 @@ def test_metrics_of_several_tasks_carry_their_names_and_the_mean_of_the_main_one
     names = ("classes/validation/accuracy", "values/validation/pearson", "choice/validation/accuracy")
     assert logged["mean"] == pytest.approx(sum(logged[name] for name in names) / 3)
     assert module.history == [{"epoch": 1, **logged}]
+
+
+# --- several processes --------------------------------------------------------------------------------
+
+TWO = TaskConfig(name="two", text="t", labels=["a", "b"], metrics=["f1", "accuracy", "matthews"])
+RATING = TaskConfig(name="rating", kind="regression", text="t", metrics=["pearson", "spearman"])
+KINDS = {"two/validation": TWO, "classes/validation": CLASSES, "rating/validation": RATING, "choice/validation": CHOICE}  # fmt: skip
+
+
+class Ranks:
+    """The validation of `world_size` processes in this one, on scores that are given."""
+
+    def __init__(self, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = torch.nn.Linear(1, 1)
+        tasks = list(KINDS.values())
+        trainer = SimpleNamespace(
+            world_size=world_size, sanity_checking=False, current_epoch=0, state=SimpleNamespace(fn="fit")
+        )
+        self.modules = [TaskModule(cast(Any, model), tasks, OPTIM, {}, KINDS) for _ in range(world_size)]
+        for module in self.modules:
+            module.trainer = cast(lightning.Trainer, trainer)
+            monkeypatch.setattr(module, "log_dict", lambda values, **_: None)
+            monkeypatch.setattr(module, "scores", lambda batch, **_: batch.input_ids)
+
+    def validate(
+        self, rows: int, batch_size: int, tokens: int | None, monkeypatch: pytest.MonkeyPatch
+    ) -> list[TaskModule]:
+        draw = np.random.RandomState(rows)
+        self.expected: dict[str, float] = {}
+        self.predicted: dict[str, torch.Tensor] = {}
+        for loader, (split, task) in enumerate(KINDS.items()):
+            counts = draw.randint(2, 5, rows) if task.kind == "choice" else None
+            lengths = draw.randint(1, 9, rows)
+            outputs = {"classification": len(task.labels or []), "regression": 1, "choice": 4}[task.kind]
+            scores = torch.from_numpy(draw.randn(rows, outputs)).float()
+            labels = torch.from_numpy(draw.randint(0, 2, rows))
+            if task.kind == "regression":
+                labels = torch.from_numpy(draw.randn(rows)).float()
+            if counts is not None:
+                scores[torch.arange(4) >= torch.from_numpy(counts).unsqueeze(-1)] = float("-inf")
+            for name, value in score(task, scores, labels.numpy()).items():
+                self.expected[f"{split}/{name}"] = value
+            self.predicted[split] = scores.squeeze(-1) if task.kind == "regression" else scores.argmax(-1)
+            for rank, module in enumerate(self.modules):
+                plans = SortedBatches(lengths, batch_size, rank, len(self.modules), tokens, counts)
+                for number, plan in enumerate(plans):
+                    own = torch.tensor(plan.rows)
+                    given = scores[own]
+                    if counts is not None:  # as wide as the batch's most choices
+                        given = given[:, : counts[plan.rows].max()]
+                    batch = Batch(
+                        given,
+                        given,
+                        None,
+                        labels[own],
+                        None,
+                        own,
+                        torch.tensor(plan.weights),
+                        plan.global_rows,
+                    )
+                    module.validation_step(batch, number, loader)
+
+        def parts(module: TaskModule, split: str) -> list[Any]:
+            return [(part.rows, part.predictions, part.labels) for part in module._predicted[split]]
+
+        everywhere = [[parts(module, split) for module in self.modules] for split in KINDS]
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: len(self.modules))
+        for module in self.modules:
+            turn = iter(everywhere)
+            monkeypatch.setattr(
+                torch.distributed,
+                "all_gather_object",
+                lambda found, own, turn=turn: found.__setitem__(slice(None), next(turn)),
+            )
+            module.on_validation_epoch_end()
+        return self.modules
+
+
+@pytest.mark.parametrize("tokens", [None, 1, 20], ids=["by rows", "a row a device", "by tokens"])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_any_number_of_rows_gives_the_scores_of_one_process(
+    world_size: int, tokens: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every residue of rows by batch size and processes, fewer rows than processes among them."""
+    ranks = Ranks(world_size, monkeypatch)
+    for batch_size in (1, 2, 3) if tokens is None else (1,):
+        for rows in range(1, 2 * batch_size * world_size + 2):
+            for module in ranks.validate(rows, batch_size, tokens, monkeypatch):
+                values = {
+                    name: value for name, value in module.history[-1].items() if name not in ("epoch", "mean")
+                }
+                assert values == pytest.approx(ranks.expected, rel=1e-12, nan_ok=True), (batch_size, rows)
+                for split, predicted in ranks.predicted.items():
+                    assert torch.equal(module.predicted[split].predictions, predicted), (
+                        batch_size,
+                        rows,
+                        split,
+                    )
