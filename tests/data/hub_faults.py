@@ -11,13 +11,23 @@ import time
 from http.server import ThreadingHTTPServer
 from typing import Any
 
+from tokenizers import Tokenizer, models
+
 from tests.data.hub_stand_in import REPOSITORIES, Hub, parquet
 
 # A backbone beside the data set: the configuration is small, the weights are what breaks in the middle.
 CONFIG = json.dumps({"model_type": "bert", "architectures": ["BertModel"], "hidden_size": 8, "num_attention_heads": 1,
                      "num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 50}).encode()  # fmt: skip
 REPOSITORIES["org/plain"]["main"]["small/train-00000-of-00001.parquet"] = parquet(20_000)
-MODEL = {"config.json": CONFIG, "model.safetensors": b"\0" * 200_000}
+# And a tokenizer, which is loaded before the weights.
+TOKENIZER = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "a": 2}, unk_token="[UNK]")).to_str().encode()
+TOKENIZER_CONFIG = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "unk_token": "[UNK]"}).encode()  # fmt: skip
+MODEL = {
+    "config.json": CONFIG,
+    "tokenizer.json": TOKENIZER,
+    "tokenizer_config.json": TOKENIZER_CONFIG,
+    "model.safetensors": b"\0" * 200_000,
+}
 
 
 class QuietServer(ThreadingHTTPServer):
