@@ -35,19 +35,23 @@ def load_tokenizer(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from transformers import AutoTokenizer
 
-    what = f"tokenizer {name_or_path}"
+    what, is_folder = f"tokenizer {name_or_path}", Path(name_or_path).is_dir()
 
     def load(cached_only: bool) -> PreTrainedTokenizerBase:
         with custom_code.refused(what):
-            return AutoTokenizer.from_pretrained(
+            loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 name_or_path,
                 revision=revision or "main",
                 local_files_only=cached_only,
                 trust_remote_code=trust_remote_code,
             )
+        # With config.json alone in the cache, transformers makes one up and does not ask the hub.
+        if cached_only and not is_folder and _has_no_words(loaded):
+            raise OSError("its vocabulary is not in the local cache")
+        return loaded
 
     try:
-        tokenizer = load(True) if Path(name_or_path).is_dir() else from_cache_or_hub(load, what, _FIX)
+        tokenizer = load(True) if is_folder else from_cache_or_hub(load, what, _FIX)
     except UserError:
         raise
     except BaseException as error:  # a panic of the Rust library is no Exception; others share no base either
@@ -70,9 +74,7 @@ def load_tokenizer(
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, what: str) -> None:
     """Refuse the tokenizer that transformers makes up where the files are missing, and one that cannot take any text."""
-    special = set(tokenizer.all_special_tokens)
-    special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    if len(tokenizer) <= len(special) and set(tokenizer.get_vocab()) <= special:
+    if _has_no_words(tokenizer):
         raise UserError(
             f"{what} has {len(tokenizer)} tokens, all of them special: its vocabulary is missing\n"
             "Save tokenizer.json or vocab.txt beside the weights, or use another copy: backbone.name_or_path=FOLDER"
@@ -84,6 +86,13 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, what: str) -> None:
             f"{what} cannot tokenize text outside its vocabulary ({first_line(error)})\n"
             "Save a tokenizer with an unknown token, or use another copy: backbone.name_or_path=FOLDER"
         ) from error
+
+
+def _has_no_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether all tokens are special ones."""
+    special = set(tokenizer.all_special_tokens)
+    special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return len(tokenizer) <= len(special) and set(tokenizer.get_vocab()) <= special
 
 
 def check_length(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
