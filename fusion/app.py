@@ -52,6 +52,7 @@ from fusion.errors import TrainingError, UserError, first_line
 from fusion.memory import free_cycles
 from fusion.paths import expand_paths, resolve_path
 from fusion.repeats import repeated
+from fusion.review.decision import shared_decision
 from fusion.run import DEBUG, Run, Standing, check_folder, describe, record
 from fusion.run_lock import turn_of
 from fusion.safe_text import printable, printable_logs
@@ -530,7 +531,10 @@ def _main(command: Command) -> int:
 
     try:
         try:
-            hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=command.name)(job)()
+            with shared_decision():
+                hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=command.name)(
+                    job
+                )()
         finally:
             bars.end_sweep()
             display.close()

@@ -710,12 +710,35 @@ class TrainerConfig:
         )
 
 
+WANDB_MODES = ("online", "offline", "disabled")
+
+
 @dataclass
 class WandbConfig:
     project: str = "adapter-fusion"
     entity: Optional[str] = None
     mode: Optional[str] = None  # online, offline, disabled; null: online where a key is set
-    init_timeout: int = 30  # seconds to wait for the server before going offline
+    init_timeout: int = 10  # seconds to wait for the server before going offline
+
+    def __post_init__(self) -> None:
+        _require(
+            self.mode is None or self.mode in (*WANDB_MODES, "dryrun"),
+            f"logger.wandb.mode={self.mode}: expected {', '.join(WANDB_MODES)}, or null",
+        )
+        for key, value in (("project", self.project), ("entity", self.entity)):
+            wrong = value is not None and (
+                not value.strip()
+                or len(value) > 128
+                or any(c in "/\\#?%:" or not c.isprintable() for c in value)
+            )
+            _require(
+                not wrong,
+                f"logger.wandb.{key}={value!r:.200}: expected a name of 1 to 128 characters without / \\ # ? % :",
+            )
+        _require(
+            self.init_timeout >= 1,
+            f"logger.wandb.init_timeout={self.init_timeout}: expected at least 1 second",
+        )
 
 
 @dataclass

@@ -7,6 +7,7 @@ python -m fusion.sync runs=outputs/stage2
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -18,9 +19,10 @@ from fusion.program import run_program
 from fusion.run import CONFIG, STATUS
 
 USAGE = """\
-python -m fusion.sync [runs=DIR]
+python -m fusion.sync [runs=DIR] [seconds=N]
 
     runs=DIR      where to look for offline runs, also in the folders below (default: outputs)
+    seconds=N     how long to wait for the upload of each run (default: 120)
 
 Each run that is not uploaded yet is, by W&B's own `wandb sync`; the pieces of one that was interrupted and taken up
 again become one run. Then the artifacts that it made and used are linked to it. What is done is not done again, and
@@ -34,39 +36,47 @@ ALIVE_SECONDS = 120.0  # a run of which nothing else is known and that was writt
 
 def main(words: Sequence[str] | None = None) -> int:
     """The program; gives the exit code."""
-    return run_program(words, USAGE, lambda words: sync(read_words(words)))
+    return run_program(words, USAGE, lambda words: sync(*read_words(words)))
 
 
-def read_words(words: Sequence[str]) -> Path:
-    """The folder to look in.
+def read_words(words: Sequence[str]) -> tuple[Path, float | None]:
+    """The folder to look in, and the seconds to wait for each upload where they are given.
 
     Raises:
-        UserError: another word than `runs=DIR`, or no such folder.
+        UserError: another word than `runs=DIR` and `seconds=N`, or no such folder.
     """
     runs: str | None = None
+    seconds: float | None = None
     for word in words:
         key, equals, value = word.partition("=")
+        if key == "seconds" and seconds is None:
+            if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]+)?", value) or float(value) <= 0:
+                raise UserError(f"seconds={value}: expected a number above 0, such as seconds=600")
+            seconds = float(value)
+            continue
         if key != "runs" or not equals or not value or runs is not None:
             raise UserError(f"{word}: expected runs=DIR, once (--help says more)")
         runs = value
     folder = resolve_path(runs or DEFAULT_RUNS, "runs")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; runs=DIR names where runs have left theirs")
-    return folder
+    return folder, seconds
 
 
-def sync(folder: Path) -> int:
+def sync(folder: Path, seconds: float | None = None) -> int:
     """Uploads and links all that is open below `folder`, with a line a run; gives the exit code.
 
     Raises:
         UserError: there is something to do, and no key or no server to do it with.
     """
-    from fusion.review.offline import SyncError, draw, find_offline, upload, why_not
+    from fusion.review.offline import UPLOAD_SECONDS, SyncError, draw, find_offline, upload, why_not
+    from fusion.review.tracking import no_answer
 
     runs = find_offline(folder)
     failed = 0
     asked = False
-    for run in runs:
+    seconds = UPLOAD_SECONDS if seconds is None else seconds
+    for number, run in enumerate(runs, 1):
         where = _shown(run.pieces[-1])
         if any(_alive(piece) for piece in run.pieces):
             print(f"{where}: is still being written, left for the next call")
@@ -78,10 +88,18 @@ def sync(folder: Path) -> int:
                 continue
             if not asked and (reason := why_not()) is not None:
                 raise UserError(f"nothing can be uploaded: {reason}")
+            if (not asked or failed) and (reason := no_answer()) is not None:
+                print(f"nothing {'more ' if asked else ''}can be uploaded: {reason}", flush=True)
+                return 1
             asked = True
             done = []
             if pieces:
-                upload(run)
+                print(
+                    f"{where}: uploading, run {number} of {len(runs)} (at most {seconds:g} s)",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                upload(run, seconds)
                 done.append(
                     "uploaded" if len(run.pieces) == 1 else f"uploaded, {pieces} of {len(run.pieces)} pieces"
                 )

@@ -23,7 +23,7 @@ from fusion.review import lineage
 from fusion.review.lineage import Links
 from fusion.review.tracking import FINISH_SECONDS, no_telemetry, why_offline
 
-UPLOAD_SECONDS = 900.0  # a run; what it has not sent by then, the next call sends
+UPLOAD_SECONDS = 120.0  # for each run, unless seconds= is set; the next call uploads the rest
 FOLDER = re.compile(r"offline-run-(?P<when>\d{8}_\d{6})-(?P<id>.+)")
 
 
@@ -83,7 +83,7 @@ def why_not() -> str | None:
     return why_offline(WandbConfig())
 
 
-def upload(run: OfflineRun) -> None:
+def upload(run: OfflineRun, seconds: float = UPLOAD_SECONDS) -> None:
     """Uploads the pieces of a run that are not yet.
 
     Raises:
@@ -102,10 +102,10 @@ def upload(run: OfflineRun) -> None:
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
-                timeout=UPLOAD_SECONDS,
+                timeout=seconds,
             )
         except subprocess.TimeoutExpired as error:
-            raise SyncError(f"not uploaded within {UPLOAD_SECONDS:g} s") from error
+            raise SyncError(f"not uploaded within {seconds:g} s; seconds=N waits longer") from error
     if done.returncode != 0 or run.not_uploaded:
         raise SyncError(_told(done.stdout) or f"wandb sync ended with {done.returncode}")
 

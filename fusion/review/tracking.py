@@ -7,39 +7,47 @@ in one line on the console and a run that goes on: offline where it can, without
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
+import json
 import logging
 import math
 import os
+import re
 import shlex
 import shutil
 import socket
+import ssl
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 
-from fusion.config import CsvConfig, LoggerConfig, WandbConfig
+from fusion.config import WANDB_MODES, CsvConfig, LoggerConfig, WandbConfig
 from fusion.errors import first_line
+from fusion.review.decision import offline_reason, remember_offline
 from fusion.review.labels import best_is, flat
 from fusion.review.lineage import Links, describe, link, links_file
 from fusion.review.run_id import run_id
+from fusion.safe_text import quotable
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Together, what a server that stops answering may cost a job and the next one of its sweep.
-FINISH_SECONDS = 45.0  # for what is not yet uploaded when a job ends; `wandb sync` sends the rest later
+FINISH_SECONDS = 20.0  # for what is not yet uploaded when a job ends; `wandb sync` sends the rest later
 PROBE_SECONDS = 5.0  # for a first answer of the server, before W&B itself asks and asks again
 LINK_SECONDS = 15.0  # for W&B's own lineage, which the run's config states anyway
-AGAIN_SECONDS = 8.0  # for the next job's start, once a job of this process has waited for the server in vain
-_waited_in_vain = False
+SERVICE_SECONDS = 8.0  # for W&B's own service, once the server has failed
+OTHER_MODES = ("dryrun", "run", "shared")  # further values that W&B itself takes
 STEP = "trainer/global_step"  # as Lightning calls it
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 
@@ -255,7 +263,7 @@ def finish(loggers: Sequence[Logger], exit_code: int = 0) -> None:
         try:
             run.finish(exit_code=exit_code)
         except Exception as error:
-            _note_wait(error)
+            remember_offline(f"the server was lost: {_reason(error)}")
             log.warning(
                 "W&B could not upload all of the run (%s): `wandb sync %s` uploads it later",
                 _reason(error),
@@ -279,22 +287,23 @@ def _start_run(config: WandbConfig, /, **labels: Any) -> Any | None:
         no_telemetry()
         directory = Path(labels["dir"])
         directory.mkdir(parents=True, exist_ok=True)  # W&B would write to a temporary folder instead
+        if (problem := _malformed()) is not None:
+            remember_offline(problem)
         mode = _mode(config.mode or os.environ.get("WANDB_MODE") or wandb.setup(_quiet()).settings.mode)
         if mode == "disabled":
             log.info("W&B is disabled, nothing is tracked there")
             return None
-        reason = "asked for" if mode == "offline" else why_offline(config)
+        reason = "asked for" if mode == "offline" else offline_reason() or why_offline(config) or no_answer()
         if reason is None:
             before = set(directory.glob("wandb/run-*"))
             try:
-                run = _init(config, "online", **labels)
-                _note_wait(None)
-                return run
+                return _init(config, "online", **labels)
             except Exception as error:
-                _note_wait(error)
                 reason = f"the server did not take the run: {_reason(error)}"
             for started in set(directory.glob("wandb/run-*")) - before:
                 shutil.rmtree(started, ignore_errors=True)
+        if mode != "offline":
+            remember_offline(reason)
         before = set(directory.glob("wandb/offline-run-*"))
         try:
             return _init(config, "offline", reason, **labels)
@@ -307,17 +316,82 @@ def _start_run(config: WandbConfig, /, **labels: Any) -> Any | None:
                 shutil.rmtree(started, ignore_errors=True)
             return _init(config, "offline", reason, **labels)
     except Exception as error:
-        global _waited_in_vain
-        _waited_in_vain = True
+        remember_offline(f"W&B could not start: {_reason(error)}")
         log.warning("W&B could not start (%s); the run goes on without it", _reason(error))
         return None
 
 
-def _note_wait(error: Exception | None) -> None:
-    """A sweep of a hundred jobs must not wait a hundred times for a server that does not answer."""
-    global _waited_in_vain
-    if error is None or "timed out" in str(error).lower():
-        _waited_in_vain = error is not None
+def _malformed() -> str | None:
+    """What is wrong with W&B's environment variables, which are dropped then: W&B itself could not even start."""
+    problem = None
+    if "WANDB_BASE_URL" in os.environ and (why := _url_problem(url := os.environ["WANDB_BASE_URL"])):
+        del os.environ["WANDB_BASE_URL"]
+        problem = f"WANDB_BASE_URL={quotable(url, 200)}: {why}; expected such as https://api.wandb.ai"
+    if (mode := os.environ.get("WANDB_MODE")) and mode not in (*WANDB_MODES, *OTHER_MODES):
+        del os.environ["WANDB_MODE"]
+        problem = f"WANDB_MODE={quotable(mode, 200)}: expected {', '.join(WANDB_MODES)}"
+    return problem
+
+
+def _url_problem(text: str) -> str | None:
+    try:
+        url = urlsplit(text.strip())
+        port = url.port
+    except ValueError as error:
+        return str(error)
+    if url.scheme not in ("http", "https"):
+        return "it has no http:// or https://"
+    if not url.hostname or re.search(r"\s", text) or port == 0:
+        return "it is no URL of a server"
+    return None
+
+
+def no_answer() -> str | None:
+    """Why the server that can be reached is no use: it is silent, fails, or refuses the key. At most PROBE_SECONDS.
+
+    None: it answers, or a proxy or a certificate decides that, which W&B handles itself.
+    """
+    import wandb
+
+    settings = wandb.setup(_quiet()).settings
+    return None if _behind_proxy(settings) else _no_answer(settings)
+
+
+def _no_answer(settings: Any) -> str | None:
+    url = settings.base_url.rstrip("/")
+    key = os.environ.get("WANDB_API_KEY") or settings.api_key or ""
+    request = urllib.request.Request(
+        f"{url}/graphql",
+        data=json.dumps({"query": "query Viewer { viewer { id } }", "variables": {}}).encode(),
+        headers={
+            "content-type": "application/json",
+            "authorization": f"Basic {base64.b64encode(f'api:{key}'.encode()).decode()}",
+        },
+    )
+    host = urlsplit(url).hostname
+
+    def ask() -> str | None:
+        try:
+            with urllib.request.urlopen(request, timeout=PROBE_SECONDS) as answer:
+                answer.read(2**16)
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403):
+                return f"{host} refused the API key ({error.code}); `wandb login` sets one"
+            return f"{host} answers with error {error.code}" if error.code >= 500 else None
+        except urllib.error.URLError as error:
+            if isinstance(error.reason, ssl.SSLError):
+                return None
+            raise
+        return None
+
+    try:
+        return _within(PROBE_SECONDS, ask)
+    except TimeoutError:
+        return f"{host} does not answer within {PROBE_SECONDS:g} s"
+    except (OSError, HTTPException, ValueError) as error:
+        if isinstance(getattr(error, "reason", None), TimeoutError):
+            return f"{host} does not answer within {PROBE_SECONDS:g} s"
+        return f"{host} does not answer: {first_line(error)}"
 
 
 def _mode(mode: str) -> str:
@@ -337,8 +411,8 @@ def _quiet() -> Any:
     import wandb
 
     settings = wandb.Settings(silent=True)
-    if _waited_in_vain:
-        settings.x_service_wait = AGAIN_SECONDS
+    if offline_reason() is not None:
+        settings.x_service_wait = SERVICE_SECONDS
     return settings
 
 
@@ -358,11 +432,7 @@ def why_offline(config: WandbConfig) -> str | None:
 def _out_of_reach(settings: Any, timeout: float) -> str | None:
     """Why no connection to the W&B server can be made, or None if one can, or if a proxy decides that."""
     url = urlsplit(settings.base_url)
-    proxies = {
-        *urllib.request.getproxies(),
-        *(("own",) if settings.http_proxy or settings.https_proxy else ()),
-    }
-    if proxies & {"http", "https", "all", "own"} or url.hostname is None:
+    if _behind_proxy(settings) or url.hostname is None:
         return None
     port = url.port or (443 if url.scheme == "https" else 80)
     try:
@@ -370,6 +440,14 @@ def _out_of_reach(settings: Any, timeout: float) -> str | None:
     except OSError as error:
         return f"{url.hostname} is out of reach: {error.strerror or _reason(error)}"
     return None
+
+
+def _behind_proxy(settings: Any) -> bool:
+    return bool(
+        settings.http_proxy
+        or settings.https_proxy
+        or {"http", "https", "all"} & {*urllib.request.getproxies()}
+    )
 
 
 def _init(
@@ -380,7 +458,7 @@ def _init(
 
     settings = wandb.Settings(
         silent=True,
-        init_timeout=min(config.init_timeout, AGAIN_SECONDS) if _waited_in_vain else config.init_timeout,
+        init_timeout=config.init_timeout,
         finish_timeout=FINISH_SECONDS,
         finish_timeout_raises=True,
         reinit="finish_previous",  # a run that a failed job left open must not take this job's metrics
@@ -456,6 +534,7 @@ def _staged_in(folder: Path) -> Iterator[None]:
 def _link_artifacts(run: Any, links: Links) -> Links:
     # Each question to a server that went away takes W&B some twenty seconds: ask first.
     if (problem := _out_of_reach(run.settings, PROBE_SECONDS)) is not None:
+        remember_offline(problem)
         raise ConnectionError(problem)
     return link(run, links)
 
@@ -518,4 +597,6 @@ def _plain(value: Any) -> Any:
 def _reason(error: BaseException) -> str:
     if str(error).strip() == "<no message>":  # W&B's words where a server refuses, as it does for a wrong key
         return "it gave no reason; is the API key right?"
+    if "validation error" in str(error) and callable(errors := getattr(error, "errors", None)):  # pydantic's
+        return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in errors()[:2])
     return first_line(error)

@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 
 from fusion import sync
 from fusion.config import LoggerConfig, TrainerConfig, WandbConfig
-from fusion.review import tracking
+from fusion.review import decision, tracking
 from fusion.review.lineage import FILE as LINKS
 from fusion.review.offline import find_offline
 from fusion.store.manifest import Manifest, read_manifest
@@ -57,7 +58,7 @@ def nobodys_settings(home: Path) -> Iterator[pytest.MonkeyPatch]:
         for variable in tracking.RANK_VARIABLES:
             patch.delenv(variable, raising=False)
         home.mkdir(parents=True, exist_ok=True)
-        patch.setattr(tracking, "_waited_in_vain", False)
+        patch.setattr(decision, "_reason", None)
         patch.setenv("NETRC", str(home / "netrc"))
         for kind in ("CONFIG", "CACHE", "DATA"):
             patch.setenv(f"WANDB_{kind}_DIR", str(home / kind.lower()))
@@ -396,6 +397,23 @@ def test_without_a_key_or_a_server(
     assert sync.main([f"runs={copy}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("nothing can be uploaded: 127.0.0.1 is out of reach: ")
+
+
+def test_a_silent_server_is_one_line(
+    copy: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking, "PROBE_SECONDS", 1.0)
+    server.status = "silent"
+    started = time.monotonic()
+    assert sync.main([f"runs={copy}"]) == 1
+    assert time.monotonic() - started < 10
+    assert capsys.readouterr().out == "nothing can be uploaded: 127.0.0.1 does not answer within 1 s\n"
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "soon", "nan", ""])
+def test_seconds_that_are_none(seconds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sync.main([f"runs={tmp_path}", f"seconds={seconds}"]) == 2
+    assert "seconds=" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
