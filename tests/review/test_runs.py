@@ -400,13 +400,20 @@ def test_without_a_key_or_a_server(
 
 
 def test_a_silent_server_is_one_line(
-    copy: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for number in range(3):
+        piece = tmp_path / str(number) / "wandb" / f"offline-run-20260101_00000{number}-abc{number}"
+        piece.mkdir(parents=True)
+        (piece / f"run-abc{number}.wandb").touch()
     monkeypatch.setattr(tracking, "PROBE_SECONDS", 1.0)
-    server.status = "silent"
-    started = time.monotonic()
-    assert sync.main([f"runs={copy}"]) == 1
-    assert time.monotonic() - started < 10
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    with wandb_server("silent") as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        wandb.teardown()
+        started = time.monotonic()
+        assert sync.main([f"runs={tmp_path}"]) == 1
+        assert time.monotonic() - started < 10
     assert capsys.readouterr().out == "nothing can be uploaded: 127.0.0.1 does not answer within 1 s\n"
 
 

@@ -323,7 +323,7 @@ def test_a_malformed_url_means_offline(
 )
 def test_malformed_settings_are_refused(key: str, value: str) -> None:
     with pytest.raises(UserError, match=rf"^logger\.wandb\.{key}="):
-        WandbConfig(**{key: value})
+        WandbConfig(**dict[str, Any]({key: value}))
 
 
 def test_the_decision_is_shared_with_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
