@@ -105,6 +105,7 @@ def strip(store: Path, name: str, *keys: tuple[str, str]) -> None:
     values = json.loads(path.read_text())
     for group, key in keys:
         del values[group][key]
+    values.pop("checksum", None)
     path.write_text(json.dumps(values))
 
 

@@ -24,6 +24,7 @@ def add(store: Path, name: str, of: str = "films", **changes: Any) -> None:
     """Another artifact, whose manifest says something else; `backbone` and `adapter` are changed key by key."""
     shutil.copytree(store / of, store / name)
     values = json.loads((store / name / "manifest.json").read_text())
+    values.pop("checksum", None)  # of what it was
     for key, value in changes.items():
         values[key] = values[key] | value if key in ("backbone", "adapter") and value else value
     (store / name / "manifest.json").write_text(json.dumps(values | {"name": name}))
