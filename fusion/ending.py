@@ -111,7 +111,7 @@ def trained(entries: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[tuple
             (
                 name,
                 *([state] if states else []),
-                number(result.get("best_epoch")),
+                number(result.get("best_epoch")) + (" (diverged)" if result.get("diverged") else ""),
                 *values,
                 number(parameters.get("trainable")),
                 "-" if stored is None else as_bytes(stored),

@@ -68,6 +68,8 @@ def _facts(folder: Path, manifest: Manifest, store: Path) -> Iterator[str]:
     for split, metrics in manifest.metrics.items():
         yield f"{'score':<14}{split}: {_settings(metrics)}"
     result = manifest.result
+    if isinstance(diverged := result.get("diverged"), dict):
+        yield f"{'diverged':<14}{_settings(diverged)}"
     git = run.get("git")
     yield from _lines(
         {

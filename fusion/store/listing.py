@@ -89,10 +89,10 @@ def what_it_is(manifest: Manifest) -> str:
 
 
 def first_score(manifest: Manifest) -> str:
-    """The first metric of the first validation split: `accuracy 0.8125`."""
+    """The first metric of the first validation split: `accuracy 0.8125`; and whether the training diverged."""
     for split in manifest.metrics.values():
         for metric, value in split.items() if isinstance(split, dict) else ():
-            return f"{metric} {number(value)}"
+            return f"{metric} {number(value)}{' (diverged)' if manifest.result.get('diverged') else ''}"
     return "-"
 
 

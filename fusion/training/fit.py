@@ -31,6 +31,7 @@ from fusion.model import AdaptedModel
 from fusion.store.artifacts import copy_into
 from fusion.training.callbacks import Best, EpochLine, StepClock, best_epoch
 from fusion.training.checkpoints import LAST, TOKENIZER, Checkpoints, Loaded, read_checkpoint
+from fusion.training.divergence import divergence
 from fusion.training.energy import EnergyMeter
 from fusion.training.guard import Guard
 from fusion.training.history import FirstOfEpoch
@@ -66,7 +67,7 @@ class Fit:
     fit (evaluation included) and of a step (the median), rows and tokens (padding included) trained
     on per second, bytes, and joules where the machine counts them. predicted: what the best epoch's
     weights say of each row, by split: (rows,). broken: why it ended before its time, with what came
-    before it kept; None: it did not.
+    before it kept; None: it did not. diverged: see `fusion.training.divergence`.
     """
 
     metrics: dict[str, dict[str, float]]
@@ -75,6 +76,7 @@ class Fit:
     speed: dict[str, float | None]
     predicted: dict[str, Scored]
     broken: str | None = None
+    diverged: dict[str, float] | None = None
 
 
 def fit(
@@ -200,6 +202,7 @@ def fit(
         if not module.history:  # nothing trains, or it stopped within the first epoch, by its steps or time
             trainer.validate(module, evaluation, verbose=False)
     seconds, joules = time.monotonic() - started, energy.joules()
+    diverged = divergence(module.epoch_loss.figures(), training, tasks)
     if config.trainer.profiler in PROFILERS and trainer.is_global_zero:
         for table in sorted(Path(config.trainer.default_root_dir or ".").glob("fit-profile*.txt"))[:1]:
             log.info("where the time went: %s", table)
@@ -230,6 +233,7 @@ def fit(
         },
         predicted=(module.predicted if best.weights is None else best.predicted) or {},
         broken=broken,
+        diverged=diverged,
     )
 
 

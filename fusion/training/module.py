@@ -21,6 +21,7 @@ from fusion.data.batches import Batch
 from fusion.errors import LossNotFinite, UserError
 from fusion.layers.filling import Recorder
 from fusion.model import AdaptedModel
+from fusion.training.divergence import EpochLoss
 from fusion.training.metrics import MEAN, main_metrics, predicted, score_predictions
 from fusion.training.outcomes import Scored
 
@@ -76,6 +77,7 @@ class TaskModule(lightning.LightningModule):
         # Of the last evaluation, by split.
         self.predicted: dict[str, Scored] = {}
         self._predicted: dict[str, list[Scored]] = {}
+        self.epoch_loss = EpochLoss()
         self.rows_seen = 0
         self.tokens_seen = 0
         # Gives the recorder of a validation batch, where somebody wants the sources' weights of it.
@@ -139,6 +141,7 @@ class TaskModule(lightning.LightningModule):
         total = torch.stack(list(losses.values())).sum()
         whose = f"{self.tasks[batch.task].name}/" if len(self.tasks) > 1 else ""
         self.losses_seen.add(total.detach(), self.trainer.global_step, batch.rows, f"{whose}train")
+        self.epoch_loss.add(losses["task"].detach(), self.current_epoch)
         self.rows_seen += batch.rows.numel()
         self.tokens_seen += batch.input_ids.numel()
         # Each call of log costs as much as a small layer, hence only where Lightning hands it on, and once an epoch.
@@ -238,6 +241,7 @@ class TaskModule(lightning.LightningModule):
         checkpoint["prefix"] = self.prefix
         checkpoint["history"] = self.history
         checkpoint["seen"] = [self.rows_seen, self.tokens_seen]
+        checkpoint["epoch_loss"] = self.epoch_loss.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trainable = {f"model.{name}" for name in self.model.trainable()}
@@ -251,6 +255,8 @@ class TaskModule(lightning.LightningModule):
             )
         self.history = list(checkpoint["history"])
         self.rows_seen, self.tokens_seen = checkpoint["seen"]
+        if "epoch_loss" in checkpoint:  # not in those of version 0.1
+            self.epoch_loss.load(checkpoint["epoch_loss"])
 
 
 class Losses:

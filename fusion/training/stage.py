@@ -37,6 +37,7 @@ from fusion.store.artifacts import save
 from fusion.store.manifest import Manifest, read_folder
 from fusion.training.attention import AttentionRecorder
 from fusion.training.class_weights import set_class_weights
+from fusion.training.divergence import shown
 from fusion.training.fit import Fit, fit
 from fusion.training.history import History
 from fusion.training.outcomes import outcomes, write_outcomes
@@ -208,6 +209,13 @@ def train_and_store(
             )
         path = _store(manifest, model, entry, config.overwrite)
         log.info("stored %s", path)
+        if fitted.diverged is not None:
+            log.warning(
+                "the training diverged: %s. What is stored is epoch %d, the best one; lower optim.lr, or raise "
+                "optim.warmup",
+                shown(fitted.diverged),
+                fitted.best_epoch,
+            )
         stored = read_folder(path)
         result = result_of(stored, path)
         seen = {split: outcomes(rows.validation[split], said) for split, said in fitted.predicted.items()}
@@ -318,6 +326,7 @@ def _result(
         "parameters": {"trainable": trainable, "frozen": frozen},
         "speed": fitted.speed,
         "sources": [source.name for source in sources],
+        **({} if fitted.diverged is None else {"diverged": fitted.diverged}),
     }
 
 

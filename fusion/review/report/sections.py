@@ -340,6 +340,7 @@ def runs(targets: Sequence[Target], output: Path) -> list[dict[str, Any]]:
                 runs.append(
                     {
                         "name": trained.name if trained is not None else entry.run.result.get("name"),
+                        "diverged": trained is not None and bool(trained.run.result.get("diverged")),
                         "seed": entry.seed,
                         "score": f"{entry.metrics[group.metric]:.4f}",
                         "folders": [(what, _link(folder, output), str(folder)) for what, folder in folders],
