@@ -17,9 +17,10 @@ import logging
 import os
 import re
 import secrets
+import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast, get_args, get_type_hints
@@ -34,9 +35,11 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
+from hydra.grammar.gen.OverrideLexer import InputStream, OverrideLexer  # type: ignore[attr-defined]
 from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
@@ -49,7 +52,9 @@ from fusion import signals
 from fusion.config import MULTITASK, Stage1Config, Stage2Config, StageConfig, TaskConfig
 from fusion.data.task_files import TaskLoader, check_task_file
 from fusion.errors import TrainingError, UserError, first_line
+from fusion.expected_warnings import ignore_expected_warnings
 from fusion.memory import free_cycles
+from fusion.overrides import override
 from fusion.paths import expand_paths, resolve_path
 from fusion.repeats import repeated
 from fusion.review.decision import shared_decision
@@ -295,23 +300,92 @@ def _task_names(several: Any) -> list[str]:
     if not isinstance(names, list) or not all(
         isinstance(name, str) and re.fullmatch(r"[\w.+/-]+", name) for name in names
     ):
-        raise UserError(f"tasks={names}: expected names of tasks, such as 'tasks=[snli,rte,cb]'")
+        raise UserError(f"{override('tasks', names)}: expected names of tasks, such as 'tasks=[snli,rte,cb]'")
     if len(names) < 2:
         shown = f"tasks=[{','.join(names)}]"
         raise UserError(f"{shown}: expected at least two; a single one is +task={(names or ['NAME'])[0]}")
     if twice := repeated(names):
-        raise UserError(f"tasks=[{','.join(names)}]: {', '.join(twice)} stands twice")
+        raise UserError(f"tasks=[{','.join(names)}]: duplicate {', '.join(twice)}; expected each task once")
     return names
 
 
 def _task_of(command: Command, name: str) -> DictConfig:
     """The task that `+task=NAME` would give: the same search path, types and messages."""
     loader = GlobalHydra.instance().config_loader()
-    composed = loader.load_configuration(command.name, [f"+task={name}"], run_mode=RunMode.RUN)
+    composed = loader.load_configuration(command.name, [f"+{override('task', name)}"], run_mode=RunMode.RUN)
     _check_choices(composed.hydra)
     composed.task.name = name
     task: DictConfig = composed.task
     return task
+
+
+_END = -1  # what the lexer's tokens have before and behind them
+LISTS_OF_NAMES = ("sources", "tasks", "runs")  # typed Any, since a word may stand for the list
+
+
+def text_keys(schema: type) -> set[str]:
+    """The keys whose values are text, or lists of text."""
+    found = {*LISTS_OF_NAMES} & {*keys_of(schema)}
+    for key, kind in _types_of(schema):
+        inner = {kind, *get_args(kind)}
+        if inner & {str, list[str]} and not inner & {Any}:
+            found.add(key)
+    return found
+
+
+def as_text(word: str, keys: Collection[str]) -> str:
+    """An override of one of `keys` in which what Hydra would read as a number or a truth value is quoted.
+
+    `name=true` and `+task=1e3` mean the names that were typed, not True and 1000.0. Null stays null, except where
+    it can only be a name: `+task=null`, `sources=[null]`.
+    """
+    match = re.match(r"\+{0,2}([\w./-]+)=", word)
+    if match is None or match[1] not in keys:
+        return word
+    lexer = OverrideLexer(InputStream(word[match.end() :]))
+    lexer.removeErrorListeners()
+    lexer.mode(OverrideLexer.VALUE_MODE)
+    tokens = lexer.getAllTokens()
+    value, shift = word[match.end() :], 0
+    around = {OverrideLexer.COMMA, OverrideLexer.BRACKET_OPEN, OverrideLexer.BRACKET_CLOSE, _END}
+    known = around | {OverrideLexer.WS}
+    kinds = [_END, *(token.type for token in tokens if token.type != OverrideLexer.WS), _END]
+    if {OverrideLexer.POPEN, OverrideLexer.BRACE_OPEN} & {*kinds}:  # functions such as range(1,4); keys
+        return word
+    named = match[1] == "task" or (match[1] in LISTS_OF_NAMES and OverrideLexer.BRACKET_OPEN in kinds)
+    place, quoted = 0, {OverrideLexer.INT, OverrideLexer.FLOAT, OverrideLexer.BOOL}
+    quoted |= {OverrideLexer.NULL} if named else set()
+    for token in tokens:
+        if token.type == OverrideLexer.WS:
+            continue
+        place += 1
+        alone = kinds[place - 1] in known and kinds[place + 1] in known
+        if alone and token.type in quoted:
+            first, last = token.start + shift, token.stop + 1 + shift
+            value, shift = f"{value[:first]}'{value[first:last]}'{value[last:]}", shift + 2
+    return word[: match.end()] + value
+
+
+def flags_first(words: Sequence[str]) -> list[str]:
+    """The command line with its overrides last, since Hydra takes them only side by side: -m may be anywhere."""
+    before = ["", *words]
+    overrides = [
+        bool(re.match(r"[+~]*[\w@./-]+=", word))
+        and (not last.startswith("-") or last in ("-m", "--multirun"))
+        for last, word in zip(before, words, strict=False)
+    ]
+    marked = list(zip(words, overrides, strict=True))
+    return [word for word, is_one in marked if not is_one] + [word for word, is_one in marked if is_one]
+
+
+def _groups() -> set[str]:
+    """The groups of which a file is chosen by name: those of the shipped conf/ and of the user's."""
+    return {
+        folder.name
+        for conf in (conf_folder(), *user_conf_folders())
+        for folder in conf.iterdir()
+        if folder.is_dir()
+    }
 
 
 def _is_sweep(launch: DictConfig) -> bool:
@@ -447,10 +521,7 @@ class Preflight(Callback):
                     watched = watched and bool(typed.trainer.enable_progress_bar)
                     first = names.setdefault((typed.store, str(typed.name)), member)
                     if first is not member:
-                        raise UserError(
-                            f"two jobs of this sweep would both be kept as {typed.name}: "
-                            f"{' '.join(first)} and {' '.join(member)}\nleave name= out, or sweep over it"
-                        )
+                        raise UserError(_same_name(str(typed.name), first, member, overrides))
             check_folder(folder, "hydra.sweep.dir")
             for place in planned:
                 if place.exists() and not place.is_dir():
@@ -475,6 +546,24 @@ def _output_folder(config: DictConfig, mode: str) -> Path:
     if text.startswith("~"):
         raise UserError(f"{key}={text}: ~ is not expanded here; write the whole path, or $HOME in the shell")
     return resolve_path(text, key)
+
+
+def _same_name(name: str, first: Sequence[str], second: Sequence[str], overrides: Sequence[Override]) -> str:
+    """Why two jobs of a sweep would be stored under one name, and what to do about it."""
+    swept = [one for one in overrides if one.is_sweep_override()]
+    for one in swept:
+        if twice := repeated(one.sweep_string_iterator()):
+            times = "twice" if list(one.sweep_string_iterator()).count(twice[0]) == 2 else "several times"
+            value = twice[0].strip("'\"")
+            return f"{one.input_line}: {value} is given {times}; expected each value once"
+    different = [(one, other) for one, other in zip(first, second, strict=True) if one != other]
+    jobs = f"{' '.join(one for one, _ in different)} and {' '.join(other for _, other in different)}"
+    key = next((one.key_or_group for one in swept if one.key_or_group != "name"), "seed")
+    key = f"{key}.name" if key in ("task", "adapter", "composition", "method") else key
+    made = shlex.quote(f"name=NAME-${{{key}}}")
+    given = any(one.key_or_group == "name" for one in overrides)
+    ways = f"leave name= out, or use {made}" if given else f"give each its own name with {made}"
+    return f"two jobs of this sweep would both be stored as {name}: {jobs}\n{ways}"
 
 
 def _job_folder(composed: DictConfig, number: int) -> str:
@@ -512,12 +601,18 @@ def _main(command: Command) -> int:
     global _current, _sweep
     _current, _sweep = command, None
     printable_logs()
+    ignore_expected_warnings()
     logging.raiseExceptions = False  # a full disk would fill the terminal; run.log itself says that it ends
     if (rank := processes.job_of_this_rank()) is not None:
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(command.schema), rank.config))
         return processes.run_rank(rank, lambda: command.function(typed, rank.run))
     if any(re.match(r"\+*task=\{", word) for word in sys.argv[1:]):  # which OmegaConf stumbles over
         return _say(f"+task={{...}}: a task is one file: say +task=NAME\n{OWN_TASK}", 2)
+    try:
+        texts = text_keys(command.schema) | _groups()
+    except UserError as error:  # FUSION_CONF
+        return _say(str(error), 2)
+    sys.argv[1:] = flags_first([as_text(word, texts) for word in sys.argv[1:]])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and does not print and end with 1
     program = processes.program(command.function)
     outcomes: list[int] = []  # exit codes of this process's jobs
@@ -719,15 +814,18 @@ def explain(error: BaseException, schema: type) -> str:
     return "\n".join([line for line in lines if line][:2])
 
 
-def keys_of(schema: type, prefix: str = "") -> list[str]:
+def keys_of(schema: type) -> list[str]:
     """Every key that a schema knows, dotted: "seed", "optim.lr", ..."""
-    found: list[str] = []
+    return [key for key, _ in _types_of(schema)]
+
+
+def _types_of(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key that a schema knows, dotted, with its type."""
     for name, kind in get_type_hints(schema).items():
-        found.append(prefix + name)
+        yield prefix + name, kind
         for inner in (kind, *get_args(kind)):
             if is_dataclass(inner):
-                found += keys_of(inner, f"{prefix}{name}.")  # type: ignore[arg-type]
-    return found
+                yield from _types_of(cast(type, inner), f"{prefix}{name}.")
 
 
 def _unknown(key: str, schema: type) -> str:

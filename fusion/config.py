@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from fusion.errors import UserError
+from fusion.overrides import override
 from fusion.repeats import repeated
 
 KINDS = ("classification", "regression", "choice")
@@ -62,8 +63,67 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def _in_range(
+    key: str,
+    value: Any,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    whole: bool = True,
+    infinite: bool = False,
+    null: str = "",
+    hint: str = "",
+) -> None:
+    """Refuse a number outside a range; the message is made of the same bounds.
+
+    Args:
+        whole: whether only whole numbers will do.
+        infinite: whether infinity is a value like any other.
+        null: what null means; empty: null is refused.
+        hint: ends the sentence: an example, or what else would do.
+
+    Raises:
+        UserError: says what came, the whole range, and what null means.
+    """
+    if value is None and null:
+        return
+    number = type(value) is int or (type(value) is float and not whole)
+    if number and (infinite or math.isfinite(value)):
+        inside = (
+            (at_least is None or value >= at_least)
+            and (above is None or value > above)
+            and (at_most is None or value <= at_most)
+            and (below is None or value < below)
+        )
+        if inside:
+            return
+    if at_least is not None and at_most is not None:
+        bounds = f"{at_least:.10g} to {at_most:.10g}"
+    else:
+        named = (("at least", at_least), ("above", above), ("at most", at_most), ("below", below))
+        bounds = " and ".join(f"{name} {bound:.10g}" for name, bound in named if bound is not None)
+    what = "a whole number, " if whole else "a number, " if infinite else "a finite number, "
+    if number and math.isfinite(value):
+        what = "" if above is None else "a number, "
+    expected = f"{what}{bounds}".replace(", above", " above")
+    raise UserError(
+        f"{override(key, value)}: expected {expected}{hint}{f', or null for {null}' if null else ''}"
+    )
+
+
 def _one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:
-    _require(value in allowed, f"{key}={value}: expected one of {', '.join(allowed)}")
+    _require(value in allowed, f"{override(key, value)}: expected one of {', '.join(allowed)}")
+
+
+def _batches(key: str, value: Any) -> None:
+    """How much of an epoch, as Lightning takes it: a fraction, or a number of batches."""
+    fraction = type(value) is float and 0.0 <= value <= 1.0
+    _require(
+        value is None or fraction or (type(value) is int and value >= 0),
+        f"{override(key, value)}: expected a fraction 0.0 to 1.0, or a whole number of batches, at least 0",
+    )
 
 
 def _layers(key: str, value: Any) -> None:
@@ -73,7 +133,7 @@ def _layers(key: str, value: Any) -> None:
     numbers = isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
     _require(
         numbers and len(value) > 0 and len(set(value)) == len(value),
-        f"{key}={value}: expected null (all layers), last:3, or a list of layers such as [0,2,4]",
+        f"{override(key, value)}: expected null (all layers), last:N such as last:3, or a list of different layers such as [0,2,4]",
     )
 
 
@@ -81,7 +141,7 @@ def _drop(key: str, value: Any) -> None:
     """AdapterDrop: `specialized:5` or `robust`."""
     _require(
         value is None or value == "robust" or re.fullmatch(r"specialized:[1-9]\d*", value) is not None,
-        f"{key}={value}: expected null, specialized:N (nothing in the first N layers) or robust "
+        f"{override(key, value)}: expected null, specialized:N (nothing in the first N layers) or robust "
         "(in training, nothing in a random number of the first layers)",
     )
 
@@ -97,15 +157,17 @@ def _sources(value: Any, ways: str) -> Any:
     """
     if isinstance(value, str):
         known = value == "all" or ("top:N" in ways and re.fullmatch(r"top:[1-9]\d*", value) is not None)
-        _require(known, f"sources={value}: expected {ways}")
+        _require(known, f"{override('sources', value)}: expected {ways}")
         return value
     _require(
         isinstance(value, list) and all(type(name) in (str, int, float) for name in value),
-        f"sources={value}: expected {ways}",
+        f"{override('sources', value)}: expected {ways}",
     )
     names = [str(name) for name in value]
     twice = repeated(names)
-    _require(not twice, f"sources={names}: {', '.join(twice)} stands twice")
+    _require(
+        not twice, f"{override('sources', names)}: duplicate {', '.join(twice)}; expected each source once"
+    )
     return names
 
 
@@ -290,11 +352,7 @@ class LimitConfig:
 
     def __post_init__(self) -> None:
         for split in ("train", "validation", "test"):
-            limit = getattr(self, split)
-            _require(
-                limit is None or limit >= 1,
-                f"data.limit.{split}={limit}: expected at least 1, or null for all rows",
-            )
+            _in_range(f"data.limit.{split}", getattr(self, split), at_least=1, null="all rows")
 
 
 @dataclass
@@ -308,10 +366,15 @@ class SplitConfig:
 
     def __post_init__(self) -> None:
         for split in ("validation", "test"):
-            fraction = getattr(self, split)
-            _require(
-                fraction is None or 0.0 < fraction < 1.0,
-                f"data.split.{split}={fraction}: expected a fraction of the training rows, such as 0.1, or null",
+            hint = ", a fraction of the training rows such as 0.1"
+            _in_range(
+                f"data.split.{split}",
+                getattr(self, split),
+                above=0,
+                below=1,
+                whole=False,
+                hint=hint,
+                null="no such split",
             )
         together = (self.validation or 0.0) + (self.test or 0.0)
         _require(
@@ -319,11 +382,11 @@ class SplitConfig:
             f"data.split.validation={self.validation} and data.split.test={self.test} leave nothing to train on: "
             "expected less than 1 together",
         )
-        _require(0 <= self.seed < 2**32, f"data.split.seed={self.seed}: expected 0 to 4294967295")
+        _in_range("data.split.seed", self.seed, at_least=0, at_most=2**32 - 1)
         for key in ("seed", "stratify"):
             _require(
                 together > 0.0 or not getattr(self, key),
-                f"data.split.{key}={getattr(self, key)}: no split is made; set data.split.validation=0.1, "
+                f"{override(f'data.split.{key}', getattr(self, key))}: no split is made; set data.split.validation=0.1, "
                 f"data.split.test=0.1 or both, or leave data.split.{key} out",
             )
 
@@ -343,22 +406,23 @@ class DataConfig:
     cache_dir: Optional[str] = None  # tokenised rows; null: the user's cache folder
 
     def __post_init__(self) -> None:
-        _require(
-            self.max_length is None or self.max_length >= 4,
-            f"data.max_length={self.max_length}: expected at least 4 tokens",
-        )
-        _require(self.batch_size >= 1, f"data.batch_size={self.batch_size}: expected at least 1 row")
-        _require(
-            self.tokens_per_batch is None or self.tokens_per_batch >= (self.max_length or 4),
-            f"data.tokens_per_batch={self.tokens_per_batch}: expected room for a text of data.max_length"
-            f"={self.max_length or 4} tokens, or null for data.batch_size rows",
+        # Null only where an artifact brings its own: `StageConfig` and `RankConfig` ask for a number.
+        _in_range("data.max_length", self.max_length, at_least=4, null="the artifact's own", hint=" tokens")
+        _in_range("data.batch_size", self.batch_size, at_least=1, hint=" row")
+        least = self.max_length or 4
+        _in_range(
+            "data.tokens_per_batch",
+            self.tokens_per_batch,
+            at_least=least,
+            null="data.batch_size rows",
+            hint=f", room for a text of data.max_length={least} tokens",
         )
         _require(
             self.quoting in (None, "csv", "none"),
-            f"data.quoting={self.quoting}: expected csv (a field may be in quotes), none (quotes are text), or null: "
+            f"{override('data.quoting', self.quoting)}: expected csv (a field may be in quotes), none (quotes are text), or null: "
             "csv for CSV files, none for TSV files",
         )
-        _require(self.workers >= 0, f"data.workers={self.workers}: expected 0 or more")
+        _in_range("data.workers", self.workers, at_least=0)
 
 
 @dataclass
@@ -379,7 +443,7 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         _one_of("backbone.pooling", self.pooling, POOLINGS)
         _one_of("backbone.cache", self.cache, CACHES)
-        _require(self.cache_gb > 0, f"backbone.cache_gb={self.cache_gb}: expected a number above 0")
+        _in_range("backbone.cache_gb", self.cache_gb, above=0, whole=False, infinite=True)
         _require(
             not self.dropout or self.cache in ("auto", "off"),
             f"backbone.cache={self.cache}: with backbone.dropout=true a row is another one each time; "
@@ -408,7 +472,7 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         _require(
             len(self.sites) > 0 and len(set(self.sites)) == len(self.sites) and set(self.sites) <= set(SITES),
-            f"adapter.sites={self.sites}: expected some of {', '.join(SITES)}, each once",
+            f"{override('adapter.sites', self.sites)}: expected some of {', '.join(SITES)}, each once",
         )
         _require(
             "before_attention" not in self.sites or self.reads == "input",
@@ -416,25 +480,22 @@ class AdapterConfig:
             "expected adapter.reads=input, or other adapter.sites",
         )
         _require(
-            type(self.scaling) in (int, float) or self.scaling == "learned",
-            f"adapter.scaling={self.scaling}: expected a number, or learned (starts at 1)",
+            self.scaling == "learned" or (type(self.scaling) in (int, float) and math.isfinite(self.scaling)),
+            f"{override('adapter.scaling', self.scaling)}: expected a finite number, or learned (starts at 1)",
         )
         _drop("adapter.drop", self.drop)
         _one_of("adapter.reads", self.reads, READS)
         _one_of("adapter.nonlinearity", self.nonlinearity, NONLINEARITIES)
         _one_of("adapter.init", self.init, INITIAL_VALUES)
-        _require(0.0 <= self.dropout < 1.0, f"adapter.dropout={self.dropout}: expected 0 <= dropout < 1")
+        _in_range("adapter.dropout", self.dropout, at_least=0, below=1, whole=False)
         _layers("adapter.layers", self.layers)
         if self.bottleneck_size is not None:
-            _require(
-                self.bottleneck_size >= 1,
-                f"adapter.bottleneck_size={self.bottleneck_size}: expected at least 1",
+            _in_range(
+                "adapter.bottleneck_size", self.bottleneck_size, at_least=1, null="adapter.reduction_factor"
             )
         else:
-            _require(
-                self.reduction_factor is not None and self.reduction_factor > 0,
-                f"adapter.reduction_factor={self.reduction_factor}: expected a number above 0, or adapter.bottleneck_size=N",
-            )
+            hint = ", or adapter.bottleneck_size=N"
+            _in_range("adapter.reduction_factor", self.reduction_factor, above=0, whole=False, hint=hint)
 
     def as_stored(self) -> dict[str, Any]:
         """As a manifest keeps it, see `CompositionConfig.as_stored`."""
@@ -459,24 +520,21 @@ class MethodConfig:
 
     def __post_init__(self) -> None:
         _one_of("method", self.name, METHODS)
-        _require(self.rank >= 1, f"method.rank={self.rank}: expected at least 1")
-        _require(self.alpha >= 1, f"method.alpha={self.alpha}: expected at least 1")
-        _require(0.0 <= self.dropout < 1.0, f"method.dropout={self.dropout}: expected 0 <= dropout < 1")
+        _in_range("method.rank", self.rank, at_least=1)
+        _in_range("method.alpha", self.alpha, at_least=1)
+        _in_range("method.dropout", self.dropout, at_least=0, below=1, whole=False)
         _require(
             len(self.targets) > 0 and len(set(self.targets)) == len(self.targets),
-            f"method.targets={self.targets}: expected names of linear layers such as [query,value], each once",
+            f"{override('method.targets', self.targets)}: expected names of linear layers such as [query,value], each once",
         )
-        _require(
-            0.0 < self.temperature < math.inf,
-            f"method.temperature={self.temperature}: expected a number above 0; 1 draws tasks by their rows, "
-            "a higher one brings small tasks up",
-        )
+        hint = "; 1 draws tasks by their rows, a higher one brings small tasks up"
+        _in_range("method.temperature", self.temperature, above=0, whole=False, hint=hint)
         used = {"lora": ("rank", "alpha", "dropout", "targets")} | dict.fromkeys(MULTITASK, ("temperature",))
         for f in fields(self):
             said, default = getattr(self, f.name), _default(f)
             _require(
                 f.name == "name" or said == default or f.name in used.get(self.name, ()),
-                f"method.{f.name}={said}: method={self.name} has no such setting; leave it out, or say method="
+                f"{override(f'method.{f.name}', said)}: method={self.name} has no such setting; leave it out, or say method="
                 + " or ".join(name for name, keys in used.items() if f.name in keys),
             )
 
@@ -491,7 +549,7 @@ class HeadConfig:
         if self.pooling is not None:
             _one_of("head.pooling", self.pooling, POOLINGS)
         _require(self.layers in (1, 2), f"head.layers={self.layers}: expected 1 or 2")
-        _require(0.0 <= self.dropout < 1.0, f"head.dropout={self.dropout}: expected 0 <= dropout < 1")
+        _in_range("head.dropout", self.dropout, at_least=0, below=1, whole=False)
 
 
 @dataclass
@@ -511,17 +569,17 @@ class CompositionConfig:
 
     def __post_init__(self) -> None:
         _one_of("composition", self.name, COMPOSITIONS)
-        _require(
-            self.rank is None or self.rank >= 1,
-            f"composition.rank={self.rank}: expected at least 1, or null for the hidden size",
-        )
+        if self.name == "pruned":
+            hint = " source of each layer, fewer than the fusion has"
+            _in_range("composition.keep", self.keep, at_least=1, hint=hint)
+        _in_range("composition.rank", self.rank, at_least=1, null="the hidden size")
         attends, trains = ("adapterfusion", "sequence", "pruned"), ("average", "pruned")
         defaults = {f.name: _default(f) for f in fields(self)}
         for key in ("value_matrix", "temperature", "dropout", "value_penalty", "rank"):
             said = getattr(self, key)
             _require(
                 self.name in attends or said == defaults[key],
-                f"composition.{key}={said}: {self.name} has no attention; leave it out, or say "
+                f"{override(f'composition.{key}', said)}: {self.name} has no attention; leave it out, or say "
                 "composition=adapterfusion or sequence",
             )
         _require(
@@ -534,13 +592,9 @@ class CompositionConfig:
             f"composition.fusion and composition.keep are for composition=pruned, not {self.name}: say that, or "
             "leave them out",
         )
-        _require(
-            self.temperature > 0, f"composition.temperature={self.temperature}: expected a number above 0"
-        )
-        _require(0.0 <= self.dropout < 1.0, f"composition.dropout={self.dropout}: expected 0 <= dropout < 1")
-        _require(
-            self.value_penalty >= 0, f"composition.value_penalty={self.value_penalty}: expected 0 or more"
-        )
+        _in_range("composition.temperature", self.temperature, above=0, whole=False)
+        _in_range("composition.dropout", self.dropout, at_least=0, below=1, whole=False)
+        _in_range("composition.value_penalty", self.value_penalty, at_least=0, whole=False)
         _layers("composition.layers", self.layers)
         _drop("composition.drop", self.drop)
 
@@ -561,19 +615,13 @@ class OptimConfig:
     patience: Optional[int] = 3  # epochs without a better score before stopping; null: never stop early
 
     def __post_init__(self) -> None:
-        _require(0 < self.lr < 1e3, f"optim.lr={self.lr}: expected a number above 0, such as 1e-4")
-        _require(
-            self.head_lr is None or 0 < self.head_lr < 1e3,
-            f"optim.head_lr={self.head_lr}: expected a number above 0, such as 1e-3",
-        )
-        _require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay}: expected 0 or more")
-        _require(
-            0.0 <= self.warmup <= 1.0, f"optim.warmup={self.warmup}: expected a fraction of the steps, 0 to 1"
-        )
-        _require(
-            self.patience is None or self.patience >= 1,
-            f"optim.patience={self.patience}: expected at least 1, or null",
-        )
+        _in_range("optim.lr", self.lr, above=0, below=1e3, whole=False, hint=", such as 1e-4")
+        hint = ", such as 1e-3"
+        _in_range("optim.head_lr", self.head_lr, above=0, below=1e3, whole=False, hint=hint, null="optim.lr")
+        _in_range("optim.weight_decay", self.weight_decay, at_least=0, whole=False)
+        hint = ", a fraction of the steps"
+        _in_range("optim.warmup", self.warmup, at_least=0, at_most=1, whole=False, hint=hint)
+        _in_range("optim.patience", self.patience, at_least=1, null="no early stopping", hint=" epoch")
 
 
 @dataclass
@@ -590,13 +638,10 @@ class LossConfig:
         )
         _require(
             weights is None or weights == "balanced" or (numbers and len(weights) > 0),
-            f"loss.class_weights={weights}: expected balanced, or a list with a number above 0 for each label, "
+            f"{override('loss.class_weights', weights)}: expected balanced, or a list with a number above 0 for each label, "
             "such as [1.0,2.5]",
         )
-        _require(
-            0.0 <= self.label_smoothing < 1.0,
-            f"loss.label_smoothing={self.label_smoothing}: expected 0 <= label_smoothing < 1",
-        )
+        _in_range("loss.label_smoothing", self.label_smoothing, at_least=0, below=1, whole=False)
 
     def check(self, tasks: list[TaskConfig]) -> None:
         """Refuse settings that none of the tasks has a use for.
@@ -611,7 +656,7 @@ class LossConfig:
         weights = self.class_weights
         _require(
             weights is None or "classification" in kinds,
-            f"loss.class_weights={weights}: {names} has no classes ({' and '.join(sorted(kinds))}); leave it out",
+            f"{override('loss.class_weights', weights)}: {names} has no classes ({' and '.join(sorted(kinds))}); leave it out",
         )
         _require(
             self.label_smoothing == 0.0 or kinds != {"regression"},
@@ -621,13 +666,13 @@ class LossConfig:
             return
         _require(
             len(tasks) == 1,
-            f"loss.class_weights={weights}: a list holds the weights of one task's labels, and this run trains {names}; "
+            f"{override('loss.class_weights', weights)}: a list holds the weights of one task's labels, and this run trains {names}; "
             "expected loss.class_weights=balanced, which counts each task's own labels",
         )
         labels = tasks[0].labels or []
         _require(
             len(weights) == len(labels),
-            f"loss.class_weights={weights}: {len(weights)} weights for the {len(labels)} labels of {names} "
+            f"{override('loss.class_weights', weights)}: {len(weights)} weights for the {len(labels)} labels of {names} "
             f"({', '.join(labels[:20])}{', ...' if len(labels) > 20 else ''}); expected one for each, in this order",
         )
 
@@ -675,38 +720,69 @@ class TrainerConfig:
     model_registry: Optional[str] = None
 
     def __post_init__(self) -> None:
-        _require(
-            self.max_epochs is not None and self.max_epochs >= 1,
-            f"trainer.max_epochs={self.max_epochs}: expected at least 1 (the learning rate's decay ends there)",
+        hint = " (the learning rate's decay ends there)"
+        _in_range("trainer.max_epochs", self.max_epochs, at_least=1, hint=hint)
+        _in_range("trainer.num_nodes", self.num_nodes, at_least=1)
+        _in_range("trainer.min_epochs", self.min_epochs, at_least=0, null="none")
+        _in_range("trainer.min_steps", self.min_steps, at_least=0, null="none")
+        _in_range("trainer.num_sanity_val_steps", self.num_sanity_val_steps, at_least=-1, null="none")
+        _in_range("trainer.log_every_n_steps", self.log_every_n_steps, at_least=0, null="50")
+        _in_range(
+            "trainer.check_val_every_n_epoch",
+            self.check_val_every_n_epoch,
+            at_least=1,
+            null="trainer.val_check_interval in batches across epochs",
+        )
+        _in_range(
+            "trainer.reload_dataloaders_every_n_epochs", self.reload_dataloaders_every_n_epochs, at_least=0
+        )
+        hint = ", the norm or value that gradients are clipped to (0: no clipping)"
+        _in_range(
+            "trainer.gradient_clip_val",
+            self.gradient_clip_val,
+            at_least=0,
+            whole=False,
+            hint=hint,
+            null="no clipping",
         )
         _require(
-            self.limit_train_batches != 0 and self.max_steps != 0,
-            "trainer.limit_train_batches=0 and trainer.max_steps=0 would train nothing: expected more",
+            self.limit_train_batches != 0,
+            "trainer.limit_train_batches=0 would train nothing: expected a fraction above 0, or at least 1 batch",
         )
+        if self.max_steps != -1:
+            hint = ", or -1 for as many as trainer.max_epochs has"
+            _in_range("trainer.max_steps", self.max_steps, at_least=1, hint=hint)
         _require(
             self.limit_val_batches != 0,
             "trainer.limit_val_batches=0: the validation rows choose the best epoch; data.limit.validation=N takes fewer",
         )
+        for key in ("train", "val", "test", "predict"):
+            _batches(f"trainer.limit_{key}_batches", getattr(self, f"limit_{key}_batches"))
+        if not isinstance(self.val_check_interval, (str, dict)):  # a time, which Lightning reads
+            _batches("trainer.val_check_interval", self.val_check_interval)
         _require(
-            isinstance(self.fast_dev_run, (bool, int)),
-            f"trainer.fast_dev_run={self.fast_dev_run}: expected true, false or a number of batches",
+            isinstance(self.fast_dev_run, (bool, int)) and int(self.fast_dev_run) >= 0,
+            f"{override('trainer.fast_dev_run', self.fast_dev_run)}: expected true, false, or a number of batches, "
+            "at least 0",
+        )
+        _require(
+            self.max_time is None or isinstance(self.max_time, (str, dict)),
+            f"{override('trainer.max_time', self.max_time)}: expected DAYS:HOURS:MINUTES:SECONDS such as "
+            "00:01:30:00, or {hours:1,minutes:30}",
         )
         _require(
             not self.overfit_batches,
             "trainer.overfit_batches: batches are planned by length here; data.limit.train=N overfits on N rows",
         )
-        _require(
-            self.accumulate_grad_batches >= 1,
-            f"trainer.accumulate_grad_batches={self.accumulate_grad_batches}: expected at least 1",
-        )
+        _in_range("trainer.accumulate_grad_batches", self.accumulate_grad_batches, at_least=1)
         # The others turn the weights themselves, the frozen ones too, into another type.
         _require(
             self.precision is None or str(self.precision) in PRECISIONS,
-            f"trainer.precision={self.precision}: expected one of {', '.join(PRECISIONS)}; frozen weights stay float32",
+            f"{override('trainer.precision', self.precision)}: expected one of {', '.join(PRECISIONS)}; frozen weights stay float32",
         )
         _require(
             self.deterministic in (None, True, False, "warn"),
-            f"trainer.deterministic={self.deterministic}: expected true, false or warn",
+            f"{override('trainer.deterministic', self.deterministic)}: expected true, false or warn",
         )
 
 
@@ -745,6 +821,9 @@ class WandbConfig:
 class CsvConfig:
     flush_every_n_steps: int = 50
 
+    def __post_init__(self) -> None:
+        _in_range("logger.csv.flush_every_n_steps", self.flush_every_n_steps, at_least=1)
+
 
 @dataclass
 class LoggerConfig:
@@ -782,11 +861,19 @@ class StageConfig:
             "compile=true and backbone.gradient_checkpointing=true do not go together: choose one of them",
         )
         _require(
-            self.checkpoint_minutes is None or self.checkpoint_minutes >= 0,
-            f"checkpoint_minutes={self.checkpoint_minutes}: expected minutes, 0 (after each batch) or more, or null "
-            "(after each epoch alone)",
+            self.data.max_length is not None,
+            "data.max_length=null: expected a number of tokens, at least 4, such as 128",
         )
-        _require(0 <= self.seed < 2**32, f"seed={self.seed}: expected 0 to 4294967295")
+        _in_range(
+            "checkpoint_minutes",
+            self.checkpoint_minutes,
+            at_least=0,
+            whole=False,
+            infinite=True,
+            null="after each epoch alone",
+            hint=" (0: after each batch)",
+        )
+        _in_range("seed", self.seed, at_least=0, at_most=2**32 - 1)
         if self.task is not None:
             self.loss.check([self.task])
 
@@ -879,21 +966,21 @@ class Stage2Config(StageConfig):
         asked = self.composition
         _require(
             isinstance(self.sources, list),
-            f"sources={self.sources}: a pruned fusion has the sources of the fusion it is made of; leave sources= out",
+            f"{override('sources', self.sources)}: a pruned fusion has the sources of the fusion it is made of; leave sources= out",
         )
         _require(
             asked.fusion is not None,
             "composition=pruned: expected the fusion to prune, composition.fusion=NAME, one of the store",
         )
-        _require(
-            asked.keep is not None and asked.keep >= 1,
-            f"composition.keep={asked.keep}: expected how many sources each layer keeps, at least 1 and fewer than "
-            "the fusion has",
-        )
         own = replace(
-            CompositionConfig(), dropout=asked.dropout, value_penalty=asked.value_penalty, name="pruned"
+            CompositionConfig(),
+            name="pruned",
+            dropout=asked.dropout,
+            value_penalty=asked.value_penalty,
+            fusion=asked.fusion,
+            keep=asked.keep,
+            train=asked.train,
         )
-        own = replace(own, fusion=asked.fusion, keep=asked.keep, train=asked.train)
         other = [
             f"composition.{f.name}" for f in fields(own) if getattr(asked, f.name) != getattr(own, f.name)
         ]
@@ -932,7 +1019,7 @@ class UseConfig:
     drop: int = 0  # AdapterDrop: leave out what the first layers' slots hold
 
     def __post_init__(self) -> None:
-        _require(self.drop >= 0, f"drop={self.drop}: expected a number of layers, 0 or more")
+        _in_range("drop", self.drop, at_least=0, hint=" layer")
 
 
 @dataclass
@@ -953,7 +1040,7 @@ class InspectConfig(UseConfig):
         asked = self.words if isinstance(self.words, list) else [self.words]
         _require(
             all(type(row) is int and row >= 0 for row in asked) and asked != [],
-            f"words={self.words}: expected how many rows to show, such as 10, or which: words=[0,5,17]",
+            f"{override('words', self.words)}: expected how many rows to show, at least 0, or which: words=[0,5,17]",
         )
 
 
@@ -973,10 +1060,10 @@ class ReportConfig:
         names = self.runs if isinstance(self.runs, list) else [self.runs]
         _require(
             bool(names) and all(isinstance(name, str) and name for name in names),
-            f"runs={self.runs}: expected a folder, or several: 'runs=[outputs/stage1,outputs/stage2]'",
+            f"{override('runs', self.runs)}: expected a folder, or several: 'runs=[outputs/stage1,outputs/stage2]'",
         )
-        _require(self.inspect_rows >= 1, f"inspect_rows={self.inspect_rows}: expected at least 1")
-        _require(self.words >= 0, f"words={self.words}: expected 0 or more")
+        _in_range("inspect_rows", self.inspect_rows, at_least=1)
+        _in_range("words", self.words, at_least=0)
 
     @property
     def folders(self) -> list[Path]:
@@ -1020,7 +1107,7 @@ class RankConfig:
         self.sources = _sources(self.sources, "a list of names such as [mnli,sst2], or all")
         _require(
             self.sources == "all" or len(self.sources) >= 2,
-            f"sources={self.sources}: a ranking needs at least two; expected all, or a list such as [mnli,sst2]",
+            f"{override('sources', self.sources)}: a ranking needs at least two; expected all, or a list such as [mnli,sst2]",
         )
         _require(
             not self.include_target or self.sources == "all",
@@ -1030,10 +1117,14 @@ class RankConfig:
             _one_of("methods", method, RANKINGS)
         _require(
             len(self.methods) > 0 and len(set(self.methods)) == len(self.methods),
-            f"methods={self.methods}: expected some of {', '.join(RANKINGS)}, each once",
+            f"{override('methods', self.methods)}: expected some of {', '.join(RANKINGS)}, each once",
         )
-        _require(self.rows >= 2, f"rows={self.rows}: expected at least 2")
-        _require(self.epochs >= 1, f"epochs={self.epochs}: expected at least 1")
-        _require(0 < self.lr < 1e3, f"lr={self.lr}: expected a number above 0, such as 5e-4")
-        _require(0 <= self.seed < 2**32, f"seed={self.seed}: expected 0 to 4294967295")
+        _require(
+            self.data.max_length is not None,
+            "data.max_length=null: expected a number of tokens, at least 4, such as 128",
+        )
+        _in_range("rows", self.rows, at_least=2)
+        _in_range("epochs", self.epochs, at_least=1)
+        _in_range("lr", self.lr, above=0, below=1e3, whole=False, hint=", such as 5e-4")
+        _in_range("seed", self.seed, at_least=0, at_most=2**32 - 1)
         self.methods = [name for name in RANKINGS if name in self.methods]  # in one order, whatever was typed

@@ -31,6 +31,7 @@ from fusion.store.manifest import Manifest, check_free, check_writable, find, na
 
 ATTEMPT = "attempt.json"
 POSITION = "position.json"
+CHECKPOINTS = ("last.ckpt", "before.ckpt")  # as `fusion.training.checkpoints` writes them
 
 log = logging.getLogger(__name__)
 
@@ -68,16 +69,34 @@ class Entry:
         """What became of this very run so far."""
         if self.stored is not None:
             return Standing("done")
-        attempt, position = _read(self.checkpoints / ATTEMPT), _read(self.checkpoints / POSITION)
-        if not attempt and not position:
+        attempt, there = _read(self.checkpoints / ATTEMPT), self._has_checkpoint
+        if not attempt and not there:
             return Standing("new")
-        where = "from the beginning"
-        if position:
-            where = f"at epoch {position['epoch'] + 1}, batch {position['batch'] + 1}"
+        where = self._position() if there else "from the beginning"
         how = f"goes on {where}" if self.resume else "begins anew"
         if attempt.get("status") == "failed":
             return Standing("failed", f"{first_line(Exception(attempt.get('error')))}; {how}")
         return Standing("interrupted", where) if self.resume else Standing("new", how)
+
+    @property
+    def outlook(self) -> str:
+        """What the same command would do after a failure, as the files are now."""
+        if not self._has_checkpoint:
+            return "it starts over, since there is no checkpoint"
+        if not self.resume:
+            return f"without resume=false it resumes {self._position()} ({self.checkpoints})"
+        return f"it resumes {self._position()} ({self.checkpoints})"
+
+    @property
+    def _has_checkpoint(self) -> bool:
+        """Whether there is one to resume from; a position without one is of no use."""
+        return any((self.checkpoints / name).is_file() for name in CHECKPOINTS)
+
+    def _position(self) -> str:
+        position = _read(self.checkpoints / POSITION)
+        if {type(position.get(key)) for key in ("epoch", "batch")} != {int}:
+            return "at its last checkpoint"
+        return f"at epoch {position['epoch'] + 1}, batch {position['batch'] + 1}"
 
     @contextlib.contextmanager
     def attempt(self, run: Run, resume: bool) -> Iterator[None]:

@@ -23,8 +23,8 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 
-from fusion.app import command
-from fusion.config import MethodConfig, Stage1Config, TaskConfig
+from fusion.app import as_text, command, text_keys
+from fusion.config import MethodConfig, Stage1Config, Stage2Config, TaskConfig
 from fusion.run import Run, Standing, identity_config
 from fusion.sweep import Sweep, objective
 from fusion.terminal import display
@@ -207,7 +207,20 @@ def test_a_run_that_begins_anew_says_so(go: Callable[..., Outcome]) -> None:
         (["-m", "+task=mine", "seed=1,2,13"], "job 2 (+task=mine seed=13): seed=13 is unlucky"),
         (["-m", "+task=mine", "seed=1,x"], "seed=x: Value 'x' of type 'str'"),
         (["-m", "+task=mine,nobody"], "unknown task 'nobody'"),
-        (["-m", "+task=mine", "seed=1,2", "name=one"], "two jobs of this sweep would both be kept as one"),
+        (
+            ["-m", "+task=mine", "seed=1,2", "name=one"],
+            "would both be stored as one: seed=1 and seed=2\nleave name= out, or use 'name=NAME-${seed}'",
+        ),
+        (["-m", "+task=mine", "seed=1,1"], "seed=1,1: 1 is given twice; expected each value once"),
+        (["-m", "+task=mine", "seed=2,1,2,2"], "seed=2,1,2,2: 2 is given several times"),
+        (["-m", "+task=mine,yours,mine"], "+task=mine,yours,mine: mine is given twice"),
+        (["-m", "+task=mine", "optim.lr=1e-4,0.0001"], "optim.lr=1e-4,0.0001: 0.0001 is given twice"),
+        (["-m", "+task=mine", "seed=1", "name=true,true"], "true is given twice"),
+        (["-m", "+task=mine", "adapter.layers=[0,1],[0,1]"], "[0,1] is given twice"),
+        (
+            ["-m", "+task=mine", "backbone.revision=a/b,a-b"],
+            "backbone.revision=a/b and backbone.revision=a-b\ngive each its own name with 'name=NAME-${backbone.revision}'",
+        ),
         (["-m", "seed=1,2"], "no task: say +task=NAME"),
         (
             ["tasks=[mine,yours]"],
@@ -219,10 +232,11 @@ def test_a_run_that_begins_anew_says_so(go: Callable[..., Outcome]) -> None:
         ([MT, "tasks=[mine]"], "tasks=[mine]: expected at least two; a single one is +task=mine"),
         ([MT, "tasks=[]"], "tasks=[]: expected at least two"),
         ([MT, "tasks=mine"], "tasks=mine: expected names of tasks, such as 'tasks=[snli,rte,cb]'"),
-        ([MT, "tasks=[mine,7]"], "tasks=['mine', 7]: expected names"),
+        ([MT, "tasks=[mine,7]"], "unknown task '7'"),
+        ([MT, "tasks=[mine,{a:7}]"], "tasks=[mine,{a:7}]: expected names"),
         ([MT, "tasks=[mine,'[yours,rte]']"], "expected names of tasks"),
         ([MT, "tasks=mine,yours"], "a list is written 'tasks=[mine,yours]'"),
-        ([MT, "tasks=[mine,yours,mine]"], "tasks=[mine,yours,mine]: mine stands twice"),
+        ([MT, "tasks=[mine,yours,mine]"], "tasks=[mine,yours,mine]: duplicate mine; expected each task once"),
         ([MT, "tasks=[mine,yuors]"], "unknown task 'yuors': did you mean yours?"),
         (
             [MT, "tasks=[mine,yours]", "method.temperature=0"],
@@ -378,6 +392,50 @@ def test_a_sweep_over_tasks(go: Callable[..., Outcome]) -> None:
     assert f"in group {sweep}" in (outcome.folders[0] / "run.log").read_text()
 
 
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("name=true", "name='true'"),
+        ("name=1e3,007,a", "name='1e3',007,a"),
+        ("name=null", "name=null"),  # the default name
+        ("+task=null", "+task='null'"),
+        ("+task=7 , No,nan", "+task='7' , No,'nan'"),
+        ("sources=[1e3,null, 1_000]", "sources=['1e3','null', '1_000']"),
+        ("backbone.revision=12e4567", "backbone.revision='12e4567'"),
+        ("data.dir=2024/01", "data.dir=2024/01"),
+        ("name='true'", "name='true'"),
+        ("name=1-2", "name=1-2"),
+        ("name=rte-${seed}", "name=rte-${seed}"),
+        ("name=range(1,3)", "name=range(1,3)"),
+        ("seed=1e3", "seed=1e3"),  # a number
+        ("optim.lr=1e-3,2", "optim.lr=1e-3,2"),
+        ("compile=true", "compile=true"),
+        ("~logger", "~logger"),
+        ("name=", "name="),
+        ("name=\u00e9", "name=\u00e9"),
+    ],
+)
+def test_text_is_what_was_typed(word: str, meant: str) -> None:
+    """Not what Hydra makes of it: True, 1000.0, infinity."""
+    assert as_text(word, text_keys(Stage2Config) | {"task"}) == meant
+
+
+def test_names_that_read_as_other_types(go: Callable[..., Outcome]) -> None:
+    for name in ("1e3", "null"):
+        Path(f"conf/task/{name}.yaml").write_text(TASK)
+    outcome = go("-m", "+task=1e3,null", "hydra.sweep.dir=outputs/s")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert [status["name"] for status in outcome.statuses] == ["1e3", "null"]
+    assert outcome.statuses[0]["overrides"] == ["+task='1e3'"]  # it can be typed again
+    outcome = go(MT, "tasks=[null,1e3]", "hydra.run.dir=outputs/t")
+    assert outcome.statuses[-1]["name"] == "null-1e3-multitask_adapter"
+
+
+def test_a_flag_may_be_anywhere(go: Callable[..., Outcome]) -> None:
+    outcome = go("+task=mine", "-m", "seed=1,2")
+    assert (outcome.code, len(outcome.folders)) == (0, 2)
+
+
 def test_swept_keys_are_in_names_and_folders(go: Callable[..., Outcome]) -> None:
     outcome = go("-m", "+task=mine", "seed=3,4", "optim.lr=1e-4,5e-4", "trainer.max_epochs=2")
     assert [status["name"] for status in outcome.statuses] == [
@@ -393,6 +451,13 @@ def test_a_name_may_be_made_of_what_is_swept(go: Callable[..., Outcome]) -> None
     outcome = go("-m", "+task=mine", "seed=1,2", "name=mine-${seed}")
     assert outcome.code == 0, outcome.err
     assert [status["name"] for status in outcome.statuses] == ["mine-1", "mine-2"]
+
+
+def test_a_sweep_over_names_that_read_as_other_types(go: Callable[..., Outcome]) -> None:
+    outcome = go("-m", "+task=mine", "name=true,1e3,007")
+    assert [status["name"] for status in outcome.statuses] == ["true", "1e3", "007"]
+    # and it can be typed again, by a report or by somebody who reads status.json
+    assert outcome.statuses[0]["overrides"] == ["+task=mine", "name='true'"]
 
 
 def test_a_sweep_over_lists_gives_plain_names(go: Callable[..., Outcome]) -> None:

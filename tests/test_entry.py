@@ -84,9 +84,26 @@ def test_what_begins_anew_is_not_said_to_go_on(bench: Bench, status: str, standi
     entry.checkpoints.mkdir(parents=True)
     said = {"status": status, "error": "RuntimeError: boom"}
     (entry.checkpoints / ATTEMPT).write_text(json.dumps(said))
+    (entry.checkpoints / "last.ckpt").write_bytes(b"whole")
     (entry.checkpoints / "position.json").write_text('{"epoch": 2, "batch": 7, "steps": 23}')
     assert entry.standing == standing
     assert "goes on at epoch 3, batch 8" in f"goes on {entry_of(bench)[0].standing.detail}"
+
+
+def test_nothing_resumes_without_a_checkpoint(bench: Bench) -> None:
+    """What a full disk leaves: a position of which there is no checkpoint, or a checkpoint without one."""
+    entry, _ = entry_of(bench)
+    assert entry.outlook == "it starts over, since there is no checkpoint"
+    entry.checkpoints.mkdir(parents=True)
+    (entry.checkpoints / ATTEMPT).write_text(json.dumps({"status": "interrupted"}))
+    (entry.checkpoints / "position.json").write_text('{"epoch": 2, "batch": 7, "steps": 23}')
+    assert entry.standing == Standing("interrupted", "from the beginning")
+    assert entry.outlook == "it starts over, since there is no checkpoint"
+    (entry.checkpoints / "before.ckpt").write_bytes(b"whole")
+    assert entry.standing == Standing("interrupted", "at epoch 3, batch 8")
+    assert entry.outlook == f"it resumes at epoch 3, batch 8 ({entry.checkpoints})"
+    (entry.checkpoints / "position.json").write_text('{"epoch": null}')
+    assert entry.outlook == f"it resumes at its last checkpoint ({entry.checkpoints})"
 
 
 def test_other_processes_of_a_run_keep_nothing(bench: Bench) -> None:

@@ -25,17 +25,19 @@ HEAVY = (
     "torchmetrics",
 )
 
-BASE = {"config", "errors", "repeats", "paths", "safe_text", "signals"}
+BASE = {"config", "errors", "overrides", "expected_warnings", "repeats", "paths", "safe_text", "signals"}
 # What each part of the package may import of the others. Parts that are not listed are commands.
 MAY_IMPORT: dict[str, set[str]] = {
     "": {"signals"},
     "errors": set(),
     "signals": set(),
     "repeats": set(),
+    "overrides": set(),
+    "expected_warnings": set(),
     "safe_text": set(),
     "paths": {"errors", "safe_text"},
     "program": {"errors", "safe_text", "signals"},
-    "config": {"errors", "repeats"},
+    "config": {"errors", "overrides", "repeats"},
     "hub": {"errors"},
     "custom_code": {"errors"},
     "memory": set(),

@@ -172,6 +172,9 @@ def write_checkpoint(folder: Path, content: dict[str, Any]) -> None:
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
+        (folder / POSITION).unlink(
+            missing_ok=True
+        )  # of the checkpoint before: if the disk is full, none is written
         if (folder / LAST).exists():
             os.replace(folder / LAST, folder / BEFORE)
         os.replace(part, folder / LAST)

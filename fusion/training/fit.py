@@ -7,7 +7,6 @@ import logging
 import resource
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from fusion.data.batches import EpochBatches, TaskBatches
 from fusion.data.encode import EncodedRows
 from fusion.data.loaders import evaluation_loader, multitask_loader, training_loader
 from fusion.errors import LossNotFinite, TrainingError, UserError
+from fusion.expected_warnings import ignore_expected_warnings
 from fusion.memory import keep_freed_memory
 from fusion.model import AdaptedModel
 from fusion.store.artifacts import copy_into
@@ -48,15 +48,6 @@ PROFILERS: dict[str, type[AdvancedProfiler | SimpleProfiler]] = {
     "simple": SimpleProfiler,
     "advanced": AdvancedProfiler,
 }
-_EXPECTED_WARNINGS = (
-    ".*module\\(s\\) in eval mode at the start of training",  # the frozen backbone is meant to be
-    ".*is smaller than the logging interval",
-    ".*does not have many workers",  # batches are only gathered there
-    ".*resuming from a checkpoint that ended before the epoch ended",  # our samplers go on where they were
-    ".*treespec, LeafSpec",
-    ".*will save all targets and predictions in the buffer",
-    ".*variance of predictions or target is close to zero",  # such a correlation counts as 0
-)
 
 
 @dataclass(frozen=True)
@@ -270,8 +261,7 @@ def make_trainer(
         folder = config.default_root_dir or "."
         arguments["profiler"] = PROFILERS[config.profiler](dirpath=folder, filename="profile")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its tips; ours says what happens
-    for expected in _EXPECTED_WARNINGS:
-        warnings.filterwarnings("ignore", message=expected)
+    ignore_expected_warnings()
     try:
         return lightning.Trainer(
             **arguments,

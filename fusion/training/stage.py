@@ -241,7 +241,7 @@ def _store(manifest: Manifest, model: AdaptedModel, entry: Entry, overwrite: boo
     except OSError as error:
         raise TrainingError(
             f"{entry.store / manifest.name} cannot be written ({error.strerror or error}).\n"
-            f"Make room or mend the folder and say the same command again: it goes on from {entry.checkpoints}"
+            f"Make room or fix the folder, then run the same command again: {entry.outlook}"
         ) from error
 
 

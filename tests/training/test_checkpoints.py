@@ -14,7 +14,7 @@ import pytest
 import pytorch_lightning as lightning
 import torch
 
-from fusion.config import OptimConfig
+from fusion.config import OptimConfig, TrainerConfig
 from fusion.errors import TrainingError
 from fusion.training import checkpoints
 from fusion.training import fit as fit_module
@@ -128,9 +128,13 @@ def test_a_store_that_is_full_says_that_the_training_is_kept(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(stage, "save", full)
-    with pytest.raises(
-        TrainingError, match=r"films cannot be written \(No space left on device\)\.\nMake room"
-    ):
+    why = r"films cannot be written \(No space left on device\)\.\nMake room or fix the folder, then run the same command again: "
+    without = TrainerConfig(
+        accelerator="cpu", max_epochs=2, enable_progress_bar=False, enable_checkpointing=False
+    )
+    with pytest.raises(TrainingError, match=f"{why}it starts over, since there is no checkpoint$"):
+        bench.stage1("films", trainer=without)
+    with pytest.raises(TrainingError, match=f"{why}it resumes at epoch 3, batch 1 "):
         bench.stage1("films")
     monkeypatch.setattr(stage, "save", save)
 

@@ -1,0 +1,79 @@
+"""What is printed in order to be typed means what it says, to a shell and to Hydra."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from fusion.overrides import hydra_value, key_of, override, shell_line, typed
+
+TEXTS = [
+    *("a", "/a/b", "a b", "it's", 'a"b', "a\\", 'a\\"b', "a,b=[c]{d}", "~/x", "ü", "a:b", "(x)", "#1", "*"),
+    *("", " ", "-", "-x", "$HOME", "${x}", "\\${x}", "a${x}b\\", "\\", "\\\\", "'", 'it\'s "q"', "x\ty"),
+    *(
+        "null",
+        "Null",
+        "true",
+        "FALSE",
+        "007",
+        "7",
+        "-5",
+        "+5",
+        "1_000",
+        "1e3",
+        "12e4567",
+        ".5",
+        "1.",
+        "nan",
+        "-inf",
+    ),
+]
+VALUES = [
+    None,
+    True,
+    False,
+    0,
+    -3,
+    1e-4,
+    1e30,
+    [],
+    ["a", "b c", None, True, "1"],
+    {"a": 1, "b": [None, "x:y"]},
+]
+
+
+def through(word: str) -> Any:
+    """The value of a word of a shell, as a config has it."""
+    (argument,) = shlex.split(word)
+    parsed = OverridesParser.create().parse_override(argument)
+    config = OmegaConf.create({})
+    OmegaConf.update(config, parsed.key_or_group, parsed.value())
+    container: Any = OmegaConf.to_container(config, resolve=True)
+    return container[parsed.key_or_group]
+
+
+@pytest.mark.parametrize("value", [*TEXTS, *VALUES, TEXTS[:-1]], ids=repr)
+def test_a_value_means_itself(value: Any) -> None:
+    found = through(typed("key", value))
+    assert found == value and type(found) is type(value)
+
+
+def test_what_is_plain_stays_plain() -> None:
+    assert override("sources", ["mnli", "sst2"]) == "sources=[mnli,sst2]"
+    assert [hydra_value(value) for value in (None, False, 1e-4, "last:3", "bert-base")] == [
+        "null",
+        "false",
+        "0.0001",
+        "last:3",
+        "bert-base",
+    ]
+
+
+def test_a_line_for_a_shell() -> None:
+    line = shell_line("stage2", ["+task=rte", "sources=[a,b]", override("data.dir", "my data")])
+    assert line == "python -m fusion.stage2 +task=rte 'sources=[a,b]' 'data.dir=\"my data\"'"
+    assert [key_of(word) for word in ("+task=rte", "~logger", "a.b@c=1")] == ["task", "logger", "a.b"]
