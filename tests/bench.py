@@ -27,6 +27,7 @@ from fusion.config import (
     TrainerConfig,
 )
 from fusion.run import Run
+from fusion.store.manifest import checksum_of
 from tests.conftest import WORDS
 
 LABELS = ["bad", "good"]
@@ -69,6 +70,11 @@ def write_rows(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
     folder.mkdir(parents=True)
     for split, lines in rows.items():
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_manifest(path: Path, values: dict[str, Any]) -> None:
+    """An edited manifest, with the checksum of its content."""
+    path.write_text(json.dumps(values | {"checksum": checksum_of(values)}))
 
 
 class Bench:

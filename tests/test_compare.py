@@ -19,7 +19,7 @@ from fusion.errors import UserError
 from fusion.run import Run, record
 from fusion.stage1 import main as stage1
 from fusion.store.manifest import MANIFEST, artifacts
-from tests.bench import Bench
+from tests.bench import Bench, write_manifest
 
 ROOT = Path(__file__).parents[1]
 Say = Callable[..., tuple[int, str, str]]
@@ -142,7 +142,7 @@ def test_two_seeds_of_one_setting_are_said_to_be_so(
                 films = read_side(f"films-{seed}", store).facts["weights"]
                 full = next(m.hash for _, m in artifacts(store) if m.hash.startswith(films))
                 manifest["sources"][0] = {"name": f"films-{seed}", "hash": full}
-            path.write_text(json.dumps(manifest | {"name": f"{name}-{seed}"}))
+            write_manifest(path, manifest | {"name": f"{name}-{seed}"})
     said = {}
     for words in (("films", "films-8"), ("films", "films-9"), ("both", "both-8"), ("both", "both-9")):
         assert main([*words, f"store={store}"]) == 0

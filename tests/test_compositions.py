@@ -29,7 +29,7 @@ from fusion.errors import UserError
 from fusion.store.artifacts import load
 from fusion.store.manifest import COMPOSITION_TRAINING_KEYS
 from fusion.training.module import TaskModule
-from tests.bench import Bench, same, write_rows
+from tests.bench import Bench, same, write_manifest, write_rows
 
 NAMES = ["films", "books", "plays"]
 ATTENTION = ("query.weight", "query.bias", "key.weight", "key.bias", "value.weight")
@@ -312,7 +312,7 @@ def test_without_one_source_is_that_source_masked(ragged: Bench) -> None:
     content = json.loads(file.read_text())
     content["composition"] |= {"name": "pruned", "kept": {f"{n}.feedforward": [0, 1] for n in (0, 1)}}
     content["composition"]["kept"]["2.feedforward"] = [0]
-    file.write_text(json.dumps(content))
+    write_manifest(file, content)
     pruned = stored_model(
         load(str(ragged.folder / "edited"), store), store, load_backbone(str(ragged.backbone))
     )

@@ -16,7 +16,7 @@ from fusion.run import Run
 from fusion.store.listing import as_bytes
 from fusion.store.manifest import read_manifest
 from fusion.sweep import Job
-from tests.bench import Bench
+from tests.bench import Bench, write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_a_fusion_gets_a_name_that_is_free(trained: Bench, capsys: pytest.Captur
     for name, new in (("both", "books-adapterfusion"), ("films", "films-debug")):
         shutil.copytree(store / name, store / new)
         manifest = json.loads((store / new / "manifest.json").read_text())
-        (store / new / "manifest.json").write_text(json.dumps(manifest | {"name": new}))
+        write_manifest(store / new / "manifest.json", manifest | {"name": new})
     result = trained.result["books"] | {"artifact": str(store / "books")}
     end_of_run(run(trained, "stage1", "+task=books"), result)
     following = [typed(line) for line in lines_of(capsys)[2:]]
@@ -239,7 +239,7 @@ def with_seed(bench: Bench, store: Path, name: str, new: str, seed: int, **setti
     shutil.copytree(bench.folder / "store" / name, store / new)
     manifest = json.loads((store / new / "manifest.json").read_text())
     manifest["run"]["config"] |= {"seed": seed} | settings
-    (store / new / "manifest.json").write_text(json.dumps(manifest | {"name": new, "seed": seed}))
+    write_manifest(store / new / "manifest.json", manifest | {"name": new, "seed": seed})
     return bench.result[name] | {"artifact": str(store / new), "name": new}
 
 

@@ -76,7 +76,7 @@ def statuses(place: Path) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize(
     ("phase", "target"),
     [
-        ("reading", "fusion.training.stage.load_rows"),
+        ("reading", "fusion.training.stage.load_splits"),
         pytest.param("tokenising", "fusion.training.stage.encode", marks=pytest.mark.slow),
         pytest.param("loading the backbone", "fusion.backbones.load.load_backbone", marks=pytest.mark.slow),
         pytest.param("starting the loggers", "fusion.training.stage.build_loggers", marks=pytest.mark.slow),

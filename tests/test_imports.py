@@ -103,7 +103,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"run", "layers", "backbones", "model", "data", "store", "build", "inference", "pruning", "probe"}
     | {"training"},
     "app": BASE
-    | {"run", "run_lock", "sweep", "ending", "memory", "terminal", "training.processes", "data.task_files"},
+    | {"run", "run_lock", "sweep", "ending", "memory", "terminal", "training.processes", "data.task_files"}
+    | {"review.decision"},
 }
 MAY_IMPORT |= {command: {*MAY_IMPORT} for command in COMMANDS}
 

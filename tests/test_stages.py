@@ -38,7 +38,7 @@ from fusion.config import (
 from fusion.entry import find_entry
 from fusion.errors import TrainingError, UserError
 from fusion.store.artifacts import load
-from tests.bench import LABELS, Bench, quiz_row, rating_row, same, write_task
+from tests.bench import LABELS, Bench, quiz_row, rating_row, same, write_manifest, write_task
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +359,7 @@ def test_another_backbone_than_the_sources_is_refused_before_it_is_loaded(bench:
     manifest = bench.folder / "store" / "films" / "manifest.json"
     content = json.loads(manifest.read_text())
     content["backbone"]["name_or_path"] = "somebody/tiny"
-    manifest.write_text(json.dumps(content))
+    write_manifest(manifest, content)
     other = BackboneConfig(name_or_path="google-bert/bert-base-uncased")
     with pytest.raises(
         UserError, match=r"films was trained on somebody/tiny[\s\S]*backbone\.name_or_path=somebody/tiny"

@@ -24,7 +24,7 @@ from fusion.run import identity_config
 from fusion.store.__main__ import main as store_program
 from fusion.store.manifest import read_manifest
 from fusion.store.rebuilding import rebuild_lines
-from tests.bench import Bench
+from tests.bench import Bench, write_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ["similarity", "logme", "probe", "attention"]
@@ -113,7 +113,7 @@ def test_a_source_whose_rows_are_gone_has_no_similarity(
     values = json.loads(path.read_text())
     values["run"]["config"]["data.dir"] = "nowhere"
     values["task"]["name"] = "lost"
-    path.write_text(json.dumps(values))
+    write_manifest(path, values)
     with caplog.at_level("INFO"):
         result = copy.rank("plays", methods=["similarity", "logme"])
     (dice,) = (source for source in result["sources"] if source["name"] == "dice")
@@ -296,7 +296,7 @@ def _unnamed(ranked: Bench, tmp_path: Path) -> Path:
     for manifest in store.glob("*/manifest.json"):
         values = json.loads(manifest.read_text())
         values["backbone"]["name_or_path"] = "a hub id"
-        manifest.write_text(json.dumps(values))
+        write_manifest(manifest, values)
     return store
 
 
