@@ -140,14 +140,26 @@ def evaluated(entries: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[st
 
 
 def inspected(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Of each source its share of the attention, and the first metric without it."""
+    """Of each source its share of the attention, and the first metric without it, with the interval of the change.
+
+    A change is inconclusive where its 95 % bootstrap interval over the rows contains zero, or there is none.
+    """
     metric, full = next(iter(next(iter(result["metrics"].values())).items()))
-    table: list[tuple[str, ...]] = [("source", "attention", f"{metric} without it", "change")]
+    table: list[tuple[str, ...]] = [("source", "attention", f"{metric} without it", "change", "95% interval")]
+    intervals = result.get("intervals")  # which 0.1 did not keep
     for source, share in result["attention"].items():
         without = result["masked"].get(source)
         change = "-" if without is None else f"{without - full:+.4f}"
-        table.append((source, score(share), score(without), change))
+        known = without is not None and intervals is not None
+        interval = _interval(*intervals[source]) if known else "-"
+        table.append((source, score(share), score(without), change, interval))
     return table
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return "none, inconclusive"
+    return f"{low:+.4f} to {high:+.4f}{', inconclusive' if low <= 0 <= high else ''}"
 
 
 def _scores(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:

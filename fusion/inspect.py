@@ -29,6 +29,7 @@ def check(config: InspectConfig, run: Run) -> None:
 @command("inspect", InspectConfig, check=check)
 def main(config: InspectConfig, run: Run) -> dict[str, Any]:
     from fusion.inspection import inspect
+    from fusion.review.report.contents import ablation
 
     seen = inspect(config)
     write_json(run.directory / INSPECTION, seen)
@@ -43,6 +44,7 @@ def main(config: InspectConfig, run: Run) -> dict[str, Any]:
         "metrics": {seen["split"]: seen["metrics"]},
         "attention": dict(zip(seen["sources"], (sum(share) / len(slots) for share in shares), strict=True)),
         "masked": {source: one["metrics"][metric] for source, one in seen["masked"].items()},
+        "intervals": {source: [change.low, change.high] for source, change in ablation(seen, metric).items()},
         "inspection": str(run.directory / INSPECTION),
         "speed": seen["speed"],
     }

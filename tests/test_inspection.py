@@ -20,6 +20,7 @@ from fusion.errors import UserError
 from fusion.listening import AttentionSums
 from fusion.masking import Scored, prune_greedily, prune_in_order, without_each
 from fusion.packing import pack, unpack
+from fusion.review.report.contents import ablation
 from fusion.run import INSPECTION
 from fusion.words import chosen_rows
 from tests.bench import Bench
@@ -86,10 +87,34 @@ def test_what_is_written(trained: Bench) -> None:
         for n, name in enumerate(seen["sources"])
     }
     (titles, *rows) = inspected(result)
-    assert titles == ("source", "attention", "accuracy without it", "change")
+    assert titles == ("source", "attention", "accuracy without it", "change", "95% interval")
     assert [row[0] for row in rows] == ["films", "books"]
     without = seen["masked"]["films"]["metrics"]["accuracy"]
-    assert rows[0][2:] == (f"{without:.4f}", f"{without - seen['metrics']['accuracy']:+.4f}")
+    assert rows[0][2:4] == (f"{without:.4f}", f"{without - seen['metrics']['accuracy']:+.4f}")
+    for source, *_, change, interval in rows:
+        page = ablation(seen, "accuracy")[source]  # what the report shows
+        assert result["intervals"][source] == [page.low, page.high]
+        assert float(change) == pytest.approx(page.mean, abs=5e-5) and page.low is not None
+        assert interval.startswith(f"{page.low:+.4f} to {page.high:+.4f}")
+        assert interval.endswith("inconclusive") is not page.conclusive
+
+
+@pytest.mark.parametrize(
+    ("interval", "shown"),
+    [
+        ([-0.3, -0.1], "-0.3000 to -0.1000"),
+        ([0.01, 0.2], "+0.0100 to +0.2000"),
+        ([-0.3, 0.1], "-0.3000 to +0.1000, inconclusive"),
+        ([-0.3, 0.0], "-0.3000 to +0.0000, inconclusive"),
+        ([None, None], "none, inconclusive"),
+        (None, "-"),
+    ],
+)
+def test_inconclusive_changes_are_marked(interval: list[float | None] | None, shown: str) -> None:
+    result: dict[str, Any] = {"metrics": {"validation": {"f1": 0.8}}, "attention": {"films": 0.6}}
+    result |= {"masked": {"films": 0.7}} | ({} if interval is None else {"intervals": {"films": interval}})
+    assert inspected(result)[1] == ("films", "0.6000", "0.7000", "-0.1000", shown)
+    assert inspected(result | {"masked": {}, "intervals": {}})[1][2:] == ("-", "-", "-")
 
 
 def test_masking_one_source_is_the_fusion_of_the_others(trained: Bench) -> None:

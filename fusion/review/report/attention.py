@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fusion.review.report.reading import Found
 from fusion.review.report.results import Target, Trained
+from fusion.review.report.wording import chosen_setting
 from fusion.run import ATTENTION
 
 Floats = NDArray[np.floating]
@@ -21,7 +22,10 @@ Floats = NDArray[np.floating]
 
 @dataclass(frozen=True)
 class Attention:
-    """mean: (L, N), of the seeds. entropy: (L,) in nats, or None where the weights are no shares. runs: how many."""
+    """mean: (L, N), of the seeds. entropy: (L,) in nats, or None where the weights are no shares. runs: how many.
+
+    setting: which of the method's settings it is, see `chosen_setting`.
+    """
 
     target: str
     method: str
@@ -30,6 +34,7 @@ class Attention:
     mean: Floats
     entropy: Floats | None
     runs: int
+    setting: str = ""
 
     @property
     def overall(self) -> Floats:
@@ -43,7 +48,7 @@ class Attention:
 
 
 def attention_of(targets: Sequence[Target], found: Found) -> list[Attention]:
-    """Of every fusion in the table, what its trainings noted in their best epoch, or its inspection saw."""
+    """Of every fusion in the table, with its best setting on validation, what its trainings noted in their best epoch, or its inspection saw."""
     every = []
     for target in targets:
         for method, group in target.groups.items():
@@ -63,6 +68,7 @@ def attention_of(targets: Sequence[Target], found: Found) -> list[Attention]:
                     np.mean([mean for *_, mean, _ in like], axis=0),
                     np.mean(entropies, axis=0) if len(entropies) == len(like) else None,
                     len(like),
+                    chosen_setting(group),
                 )
             )
     return every

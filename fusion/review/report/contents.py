@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from fusion.review.report.curves import Curve, curves_of
 from fusion.review.report.reading import Found
 from fusion.review.report.results import Target, Trained
 from fusion.review.report.statistics import Answers, Difference, Sample, compare
-from fusion.review.report.wording import titled
+from fusion.review.report.wording import chosen_setting, titled
 
 
 @dataclass
@@ -69,6 +69,12 @@ def shown_curves(target: Target, found: Found) -> dict[str, list[Curve]]:
         terms.remove("train/task_loss")  # the only term is the loss
     scores = [name for name in every if not name.startswith("train/") and name.endswith(f"/{target.metric}")]
     return {name: every[name] for name in [*sorted(terms), *scores[:1]]}
+
+
+def chosen_settings(target: Target, methods: Iterable[str]) -> list[str]:
+    """Of those methods that have several settings, which one a figure shows."""
+    groups = [target.groups[method] for method in dict.fromkeys(methods) if method in target.groups]
+    return [f"{group.method}: {setting}" for group in groups if (setting := chosen_setting(group))]
 
 
 def costs(target: Target) -> list[dict[str, Any]]:

@@ -9,10 +9,10 @@ from typing import Any
 
 from fusion.review.report import figures, tables
 from fusion.review.report.attention import layer_names
-from fusion.review.report.contents import Contents, ablation, costs
+from fusion.review.report.contents import Contents, ablation, chosen_settings, costs
 from fusion.review.report.results import BASELINE
-from fusion.review.report.sections import every_method
-from fusion.review.report.wording import file_name, score
+from fusion.review.report.sections import curve_methods, every_method
+from fusion.review.report.wording import chosen_setting, file_name, score
 
 
 def write_files(contents: Contents, folder: Path) -> list[Path]:
@@ -35,17 +35,24 @@ def figures_of(contents: Contents) -> list[tuple[str, Any]]:
     made: list[tuple[str, Any]] = []
     if contents.targets:
         made.append(("scores", figures.scores_figure(contents.targets)))
+    chosen = [f"{one.target} ← {one.method}: {one.setting}" for one in contents.attention if one.setting]
     for one in contents.attention:
-        made.append((file_name("attention", one.target, one.method), figures.attention_figure(one)))
+        figure = figures.noted(figures.attention_figure(one), [one.setting] if one.setting else [])
+        made.append((file_name("attention", one.target, one.method), figure))
     if contents.attention:
-        made.append(("attention-by-target", figures.by_target_figure(contents.attention)))
+        made.append(
+            ("attention-by-target", figures.noted(figures.by_target_figure(contents.attention), chosen))
+        )
         if any(one.entropy is not None for one in contents.attention):
-            made.append(("entropy", figures.entropy_figure(contents.attention)))
+            made.append(("entropy", figures.noted(figures.entropy_figure(contents.attention), chosen)))
     for target, method, _, inspection in contents.inspected:
         if inspection["masked"]:
-            made.append((file_name("needed", target.label, method), figures.pruning_figure(inspection)))
+            figure = figures.noted(figures.pruning_figure(inspection), chosen_settings(target, [method]))
+            made.append((file_name("needed", target.label, method), figure))
     for target, shown in contents.curves:
-        made.append((file_name("curves", target.label), figures.curves_figure(shown, list(target.groups))))
+        figure = figures.curves_figure(shown, list(target.groups))
+        figures.noted(figure, chosen_settings(target, curve_methods(shown)))
+        made.append((file_name("curves", target.label), figure))
     for target in contents.everything:
         made.append((file_name("cost", target.label), figures.cost_figure(target, costs(target))))
     return made
@@ -64,7 +71,12 @@ def tables_of(contents: Contents) -> list[tables.Table]:
         shown.append(
             [target.label, target.metric, target.split, *("--" if g is None else score(g) for g in groups)]
         )
-    made = [tables.Table("scores", "Mean and standard deviation over the seeds", header, rows, shown)]
+    caption = "Mean and standard deviation over the seeds" + "".join(
+        f"; {target.label}, {line}"
+        for target in contents.targets
+        for line in chosen_settings(target, methods)
+    )
+    made = [tables.Table("scores", caption, header, rows, shown)]
     header = (
         "target",
         "method",
@@ -126,7 +138,8 @@ def tables_of(contents: Contents) -> list[tables.Table]:
         made.append(
             tables.Table(
                 file_name("attention", one.target, one.method),
-                f"Mean attention, {one.target} <- {one.method}, {one.runs} runs",
+                f"Mean attention, {one.target} <- {one.method}, {one.runs} runs"
+                + (f", {one.setting}" if one.setting else ""),
                 ("layer", *one.sources, "entropy"),
                 [
                     [layer, *map(float, one.mean[n]), None if one.entropy is None else float(one.entropy[n])]
@@ -152,6 +165,7 @@ def tables_of(contents: Contents) -> list[tables.Table]:
                     without - full,
                     d.low,
                     d.high,
+                    chosen_setting(target.groups[method]),
                 ]
             )
     header = (
@@ -165,6 +179,7 @@ def tables_of(contents: Contents) -> list[tables.Table]:
         "change",
         "low",
         "high",
+        "setting",
     )
     made.append(tables.Table("needed", "Each source masked in turn, nothing trained again", header, rows))
     header = (

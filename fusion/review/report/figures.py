@@ -6,6 +6,7 @@ import contextlib
 import html
 import io
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,15 @@ def inline(figure: Figure, name: str, title: str) -> str:
         head,
         re.sub(r'(width|height)="[\d.]+pt" ?', "", svg, count=2),
     )
+
+
+def noted(figure: Figure, lines: Sequence[str]) -> Figure:
+    """The figure with lines of small text below it, such as which settings it shows."""
+    if lines:
+        most = int(18 * figure.get_figwidth())  # characters of 7 points
+        text = "\n".join(part for line in lines for part in textwrap.wrap(line, most))
+        figure.supxlabel(text, x=0.02, ha="left", fontsize=7, color=_INK)
+    return figure
 
 
 def scores_figure(targets: Sequence[Target]) -> Figure:
@@ -224,9 +234,9 @@ def pruning_figure(inspection: dict[str, Any], stacked: bool = False) -> Figure:
             left, right = figure.subplots(1, 2)
         for place, change in enumerate(changes.values()):
             colour = _FAINT
+            if change.conclusive:
+                colour = "#d55e00" if change.mean < 0 else "#009e73"
             if change.low is not None and change.high is not None:
-                if not change.low <= 0 <= change.high:
-                    colour = "#d55e00" if change.mean < 0 else "#009e73"
                 left.plot([change.low, change.high], [place, place], color=_INK, linewidth=1)
             left.barh(place, change.mean, color=colour, zorder=0)
         left.set_yticks(range(len(changes)), [_cut(name, 22) for name in changes])

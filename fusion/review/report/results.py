@@ -114,7 +114,7 @@ class Group:
     """The runs of one method with one set of settings on one target: they differ in their seeds.
 
     differing: the settings that the method's other groups have otherwise. others: how many other groups the method
-    has. against: the baseline's group that it is compared with. difference: to that one. adjusted: its p-value after
+    has. chosen_on: the split whose scores choose among them. against: the baseline's group that it is compared with. difference: to that one. adjusted: its p-value after
     Holm. unequal: how the two differ in budget; then the difference says nothing about the methods.
     """
 
@@ -123,6 +123,7 @@ class Group:
     metric: str
     differing: str = ""
     others: int = 0
+    chosen_on: str = "validation"
     against: Group | None = None
     difference: Difference | None = None
     adjusted: float | None = None
@@ -197,6 +198,20 @@ class Target:
     @property
     def every_group(self) -> list[Group]:
         return [group for groups in self.variants.values() for group in groups]
+
+    @property
+    def chosen_here(self) -> list[str]:
+        """What was chosen by scores on the rows that are shown, which makes these scores optimistic."""
+        chosen = []
+        for entry in (entry for group in self.every_group for entry in group.entries if not entry.anywhere):
+            result = {} if entry.trained is None else entry.trained.run.result
+            scored = {key.rpartition("/")[2] for key in result.get("metrics") or {}}
+            if self.split in scored and result.get("best_epoch") is not None and result.get("epochs") != 1:
+                chosen.append("the best epoch")
+                break
+        if any(group.others and self.split.startswith(group.chosen_on) for group in self.groups.values()):
+            chosen.append("the best setting of a method")
+        return chosen
 
     @property
     def metrics(self) -> list[str]:
@@ -431,9 +446,13 @@ def _target(task: str, label: str, entries: Sequence[Entry], asked: str | None) 
     }
     groups = {}
     for method, found in variants.items():
-        best = max(found, key=lambda group: _choosing_score(group, entries, metric))
+        choosing = [_validation_score(group, entries, metric) for group in found]
+        known = [score for score in choosing if score is not None]
+        scores = known if len(known) == len(found) else [group.mean for group in found]
+        best = found[scores.index(max(scores))]
         for group in found:
             group.others = len(found) - 1
+            group.chosen_on = "validation" if scores is known else split
         groups[method] = best
         found.sort(key=lambda group: group is not best)
     rows = {len(e.answers.labels) for e in here if e.answers is not None}
@@ -529,15 +548,15 @@ def _brief(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"tasks": list(names.values())} | {k: v for k, v in settings.items() if not k.startswith("tasks.")}
 
 
-def _choosing_score(group: Group, entries: Sequence[Entry], metric: str) -> float:
-    """What decides which settings of a method stand in the table: the validation score of its trainings."""
+def _validation_score(group: Group, entries: Sequence[Entry], metric: str) -> float | None:
+    """The mean validation score of a group's trainings, which chooses among a method's settings; None: not known."""
     runs = {id(one.run) for one in group.trained}
     own = [
         e.metrics[metric]
         for e in entries
         if id(e.run) in runs and e.split.startswith("validation") and metric in e.metrics
     ]
-    return plain_statistics.fmean(own) if own else group.mean
+    return plain_statistics.fmean(own) if own else None
 
 
 def _correct(targets: Sequence[Target]) -> None:

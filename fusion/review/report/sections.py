@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,20 @@ from fusion.errors import UserError
 from fusion.packing import unpack
 from fusion.review.report import figures
 from fusion.review.report.attention import Attention, by_target, layer_names
-from fusion.review.report.contents import Contents, ablation, costs
+from fusion.review.report.contents import Contents, ablation, chosen_settings, costs
+from fusion.review.report.curves import Curve
 from fusion.review.report.results import BASELINE, Group, Target, Trained, order_of
 from fusion.review.report.statistics import LEVEL, Difference
-from fusion.review.report.wording import anchor, interval, p_value, score, seeds, signed, titled
+from fusion.review.report.wording import (
+    anchor,
+    chosen_setting,
+    interval,
+    p_value,
+    score,
+    seeds,
+    signed,
+    titled,
+)
 from fusion.store.rebuilding import rebuild_lines
 
 SIGNIFICANT = 1 - LEVEL
@@ -51,7 +61,7 @@ def _result_row(target: Target, group: Group, best: bool) -> dict[str, Any]:
     return {
         "method": group.method,
         "settings": group.differing,
-        "chosen": chosen and group.others > 0,
+        "chosen": f"best on {group.chosen_on}" if chosen and group.others else "",
         "baseline": group.method == BASELINE and chosen,
         "best": best,
         "score": f"{group.mean:.3f}",
@@ -179,7 +189,11 @@ def sources_by_target(every: Sequence[Attention]) -> dict[str, Any] | None:
     return {
         "columns": columns,
         "rows": [
-            {"name": name, "cells": [None if math.isnan(v) else _heat_cell(v, largest) for v in mean[n]]}
+            {
+                "name": name,
+                "setting": every[n].setting,
+                "cells": [None if math.isnan(v) else _heat_cell(v, largest) for v in mean[n]],
+            }
             for n, name in enumerate(rows)
         ],
         "layers": ["all layers (mean)", *(f"layer {name}" for name in layer_names(longest.slots))],
@@ -227,6 +241,7 @@ def looked_into(target: Target, method: str, trained: Trained, inspection: dict[
         "id": identifier,
         "title": f"{target.label} ← {method}",
         "name": trained.name,
+        "setting": chosen_setting(target.groups[method]),
         "split": inspection["split"],
         "count": inspection["rows"],
         "metric": metric,
@@ -256,9 +271,9 @@ def looked_into(target: Target, method: str, trained: Trained, inspection: dict[
 
 def _sign(difference: Difference) -> str:
     """The colour of a difference: none where its interval holds zero, or there is none."""
-    if difference.low is None or difference.high is None or difference.low <= 0 <= difference.high:
+    if not difference.conclusive:
         return "same"
-    return "better" if difference.low > 0 else "worse"
+    return "better" if difference.mean > 0 else "worse"
 
 
 def at_most(one: dict[str, Any], rows: int) -> dict[str, Any]:
@@ -304,10 +319,27 @@ def curves(contents: Contents) -> list[dict[str, Any]]:
         made.append(
             {
                 "target": target.label,
+                "settings": chosen_settings(target, curve_methods(shown)),
                 "picture": figures.inline(picture, anchor("curves", target.label), title),
             }
         )
     return made
+
+
+def curve_methods(shown: Mapping[str, Sequence[Curve]]) -> list[str]:
+    return [curve.method for of_metric in shown.values() for curve in of_metric]
+
+
+def optimistic(targets: Sequence[Target]) -> list[str]:
+    """Of the targets whose scores are on rows that chose something: what was chosen, and which targets, if not all."""
+    by_choice: dict[str, list[str]] = {}
+    for target in targets:
+        if chosen := target.chosen_here:
+            by_choice.setdefault(" and ".join(chosen), []).append(target.label)
+    return [
+        chosen + ("" if len(labels) == len(targets) else f" ({', '.join(labels)})")
+        for chosen, labels in by_choice.items()
+    ]
 
 
 def cost(target: Target) -> dict[str, Any]:

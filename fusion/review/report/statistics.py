@@ -59,6 +59,11 @@ class Difference:
     ties: int
     losses: int
 
+    @property
+    def conclusive(self) -> bool:
+        """Whether there is an interval and it excludes zero."""
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+
 
 def compare(
     method: Sequence[Sample], baseline: Sequence[Sample], metric: str, by_seed: bool = True

@@ -34,6 +34,13 @@ def titled(group: Group) -> str:
     return f"{group.method} ({group.differing})" if group.differing else group.method
 
 
+def chosen_setting(group: Group) -> str:
+    """Which setting of a method is shown where only one is; empty where the method has only one."""
+    if not group.others:
+        return ""
+    return f"setting {group.differing}, best on {group.chosen_on} of {group.others + 1} settings"
+
+
 def interval(difference: Difference | None, digits: int = 3) -> str | None:
     if difference is None or difference.low is None or difference.high is None:
         return None

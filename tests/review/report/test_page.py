@@ -152,6 +152,62 @@ def test_a_sweep_is_rows_and_an_unequal_budget_no_verdict(tmp_path: Path, write:
     assert text.count("mean over tokens") >= 1 or "entropy" not in text
 
 
+def test_a_figure_of_one_setting_names_it(tmp_path: Path, write: Write) -> None:
+    for rate, wrong in ((0.1, 1), (0.2, 4), (0.3, 8)):
+        for seed in (1, 2):
+            folder = write(seed=seed, score=1 - wrong / 20, wrong=wrong, sources=["a", "b"], optim__lr=rate)
+            note_attention(folder)
+            note_history(folder, f"{rate}-{seed}", range(0, 40, 10))
+    write(score=0.5, wrong=10)
+    named = "setting optim.lr=0.1, best on validation of 3 settings"
+    made = contents(tmp_path, inspection())
+    assert [one.setting for one in made.attention] == [named]
+    assert [one["settings"] for one in sections.curves(made)] == [[f"fusion of 2: {named}"]]
+    assert sections.looked_into(*made.inspected[0])["setting"] == named
+    text = written(made, tmp_path)
+    for section, count in (("listened", 3), ("words", 1), ("needed", 1), ("curves", 1)):
+        content = text[text.index(f'<section id="{section}">') :].partition("</section>")[0]
+        assert content.count(named) == count, section
+    write_files(made, tmp_path / "files")
+    with_note = ("attention-tweets-fusion-of-2", "attention-by-target", "entropy")
+    for name in (*with_note, "needed-tweets-fusion-of-2", "curves-tweets"):
+        lines = re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "files" / f"{name}.svg").read_text())
+        assert named in " ".join(lines), name
+    with open(tmp_path / "files/needed.csv", newline="") as file:
+        assert {row["setting"] for row in csv.DictReader(file)} == {named}
+    for table in ("scores", "attention-tweets-fusion-of-2"):
+        assert named in (tmp_path / "files" / f"{table}.tex").read_text(), table
+
+
+def test_a_method_of_one_setting_names_none(tmp_path: Path, write: Write) -> None:
+    a_night(write)
+    made = contents(tmp_path, inspection())
+    text = written(made, tmp_path)
+    assert (
+        made.attention[0].setting == ""
+        and "best on" not in text
+        and "of a method with several settings, each" not in text
+    )
+
+
+def test_scores_of_rows_that_chose_are_called_optimistic_once(tmp_path: Path, write: Write) -> None:
+    folders = [write(score=0.8, wrong=4, artifact="a"), write("other", score=0.9, result={"epochs": 1})]
+    text = written(contents(tmp_path), tmp_path)
+    assert text.count("optimistic: the best epoch (tweets).") == 1 == text.count("optimistic:")
+    assert text.index('id="optimistic"') < text.index("<table")
+    write(score=0.7, wrong=6, optim__lr=0.5)
+    text = written(contents(tmp_path), tmp_path)
+    assert "optimistic: the best epoch and the best setting of a method." in text, "other is not compared"
+    for folder in folders[:1]:
+        (folder / "status.json").write_text(
+            (folder / "status.json").read_text().replace('"done"', '"failed"')
+        )
+    result = {"hash": None, "name": "a"}
+    write(command="evaluate", split="test", score=0.7, artifact="a", result=result)
+    found = read_runs([tmp_path / "runs"])
+    assert 'id="optimistic"' not in written(contents_of(found, targets_of(found, "test")), tmp_path)
+
+
 def test_ablation_is_coloured_only_where_it_is_conclusive(tmp_path: Path, write: Write) -> None:
     a_night(write)
     labels = [0, 1] * 50

@@ -178,7 +178,23 @@ def test_settings_are_chosen_by_validation_and_shown_on_the_test_rows(tmp_path: 
     group = only(tmp_path).groups["single adapter"]
     assert only(tmp_path).split == "test"
     assert group.scores == [0.5] and group.differing == "optim.lr=0.0001"
+    assert group.chosen_on == "validation" and only(tmp_path).chosen_here == []
     assert only(tmp_path, "validation").groups["single adapter"].scores == [0.9]
+
+
+def test_settings_without_a_validation_score_are_chosen_on_the_rows_that_are_shown(
+    tmp_path: Path, write: Write
+) -> None:
+    for name, rate, test in (("a", 1e-4, 0.5), ("b", 1e-3, 0.7)):
+        write(score=0.9 if name == "a" else None, optim__lr=rate, artifact=name)
+        result = {"hash": None, "name": name}
+        write(command="evaluate", split="test", score=test, artifact=name, result=result)
+    target = only(tmp_path, "test")
+    group = target.groups["single adapter"]
+    assert (group.scores, group.chosen_on, target.chosen_here) == (
+        *([0.7], "test"),
+        ["the best setting of a method"],
+    )
 
 
 def test_a_source_alone(tmp_path: Path, write: Write) -> None:

@@ -14,6 +14,7 @@ from fusion.review.report.statistics import (
     Difference,
     Sample,
     compare,
+    constant_scores,
     holm,
 )
 
@@ -148,3 +149,35 @@ def test_holm_against_its_definition() -> None:
                 refused.add(int(place))
             assert {n for n, p in enumerate(adjusted) if p <= level} == refused
     assert holm([]) == [] and holm([0.03]) == [0.03]
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+@pytest.mark.parametrize("seed", range(4))
+def test_majority_class_against_counting(classes: int, seed: int) -> None:
+    labels = np.random.RandomState(seed).choice(
+        classes, 37, p=np.random.RandomState(9).dirichlet([1] * classes)
+    )
+    occurring = sorted(set(labels.tolist()))
+    majority = max(occurring, key=lambda label: (sum(one == label for one in labels), -label))
+
+    def f1(label: int) -> float:
+        """From precision and recall of predicting the majority class for every row."""
+        hits = sum(one == label == majority for one in labels)
+        if not hits:
+            return 0.0
+        precision, recall = hits / len(labels), hits / sum(one == label for one in labels)
+        return 2 * precision * recall / (precision + recall)
+
+    expected = {
+        "accuracy": sum(one == majority for one in labels) / len(labels),
+        "macro_f1": sum(map(f1, occurring)) / len(occurring),
+        "matthews": 0.0,
+    }
+    expected |= {"f1": f1(1)} if classes == 2 else {}
+    name, scores = constant_scores(labels, [*expected, "pearson", "unknown"])
+    assert name == "majority class" and scores == pytest.approx(expected)
+
+
+def test_the_mean_of_values_has_no_correlation() -> None:
+    assert constant_scores(np.array([0.5, 2.0, 4.5]), ["pearson", "spearman"]) == ("mean", {})
+    assert constant_scores(np.array([], int), ["accuracy"]) == ("", {})
