@@ -150,8 +150,7 @@ def inspected(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for source, share in result["attention"].items():
         without = result["masked"].get(source)
         change = "-" if without is None else f"{without - full:+.4f}"
-        known = without is not None and intervals is not None
-        interval = _interval(*intervals[source]) if known else "-"
+        interval = "-" if without is None or intervals is None else _interval(*intervals[source])
         table.append((source, score(share), score(without), change, interval))
     return table
 
