@@ -54,15 +54,16 @@ from fusion.data.task_files import TaskLoader, check_task_file
 from fusion.errors import TrainingError, UserError, first_line
 from fusion.expected_warnings import ignore_expected_warnings
 from fusion.memory import free_cycles
-from fusion.overrides import override
+from fusion.overrides import is_plain, only_in_quotes, override, quoted
 from fusion.paths import expand_paths, resolve_path
 from fusion.repeats import repeated
-from fusion.review.decision import shared_decision
+from fusion.review.decision import name_sweep, shared_decision
 from fusion.run import DEBUG, Run, Standing, check_folder, describe, record
 from fusion.run_lock import turn_of
 from fusion.safe_text import printable, printable_logs
 from fusion.sweep import JobFailed, Sweep, objective, standings
 from fusion.terminal import bars, display
+from fusion.terminal.screen import say
 
 log = logging.getLogger(__name__)
 
@@ -498,6 +499,7 @@ class Preflight(Callback):
             if not str(config.hydra.sweeper.get("_target_", "")).endswith(".BasicSweeper"):
                 check_folder(folder, "hydra.sweep.dir")
                 _sweep = Sweep.begin(folder)
+                name_sweep(folder)
                 return  # another sweeper finds its jobs as it goes: each is checked when its turn comes
             planned: list[Path] = []
             watched = True
@@ -529,8 +531,9 @@ class Preflight(Callback):
                         f"{place}: this is a file, expected a folder; hydra.sweep.dir=DIR names another"
                     )
             _sweep = Sweep.begin(folder, planned)
+            name_sweep(folder)
             if standing:
-                print("\n".join(standings(standing)), flush=True)
+                say("\n".join(standings(standing)), flush=True)
             # Other launchers run jobs at once, in processes of their own.
             if watched and str(config.hydra.launcher.get("_target_", "")).endswith(".BasicLauncher"):
                 bars.begin_sweep(len(planned))
@@ -751,7 +754,7 @@ def _sweep_outcome(command: Command, sweep: Sweep) -> int:
 
     end_of_sweep(command.name, sweep.folder, sweep.jobs())
     line, failed = sweep.outcome()
-    print(line, flush=True)
+    say(line, flush=True)
     return _say("\n".join(failed), 1) if failed else 0
 
 
@@ -809,9 +812,26 @@ def explain(error: BaseException, schema: type) -> str:
     if match := re.search(r"^In '(.+)': .*\n(?:.*\n)*?Key '(.+)' not in '", text):
         return f"conf file {match[1]}.yaml: {_unknown(match[2], schema)}"
     if isinstance(error, OverrideParseException):
-        return f"cannot read the override {error.override!r}: it is KEY=VALUE, in quotes where it has blanks or [ ]"
+        return _unreadable(error.override)
     lines = [line.strip() for line in f"{text}\n{cause if cause is not error else ''}".splitlines()]
     return "\n".join([line for line in lines if line][:2])
+
+
+def _unreadable(word: str) -> str:
+    """The reason why Hydra's grammar has no such override, and how it is written."""
+    start = f"cannot read the override {word!r}: "
+    key, equals, value = word.partition("=")
+    if not equals or not key:
+        return f"{start}expected KEY=VALUE"
+    if odd := only_in_quotes(key.lstrip("+~")):
+        return f"{start}a key has no {' '.join(odd)}"
+    if odd := only_in_quotes(value):
+        if is_plain(value):
+            return f"{start}quotes are needed for {' '.join(odd)}\n{shlex.quote(quoted(word))} is read"
+        return f"{start}double quotes are needed around a text with {' '.join(odd)}, as in '{key}=[\"A\"]'"
+    return (
+        f"{start}a value with [ ] {{ }} ( ) ' = or \" is put in double quotes, and the whole in single ones"
+    )
 
 
 def keys_of(schema: type) -> list[str]:

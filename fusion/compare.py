@@ -22,6 +22,7 @@ from fusion.safe_text import printable
 from fusion.store.manifest import MANIFEST, Manifest, find, read_folder, read_settled
 from fusion.store.settings_groups import Lookup, Settings, group
 from fusion.store.settings_groups import differing as differing_settings
+from fusion.terminal.screen import say
 from fusion.terminal.tables import show_table
 
 USAGE = """\
@@ -246,10 +247,10 @@ def show(one: Side, two: Side) -> None:
     if rows:
         show_table([("setting", *titles), *_printable(rows)])
     else:
-        print("no setting differs")
+        say("no setting differs")
     for line in seed_lines(one, two):
-        print(line)
-    print()
+        say(line)
+    say()
     scores = [
         (key, shown(one.scores.get(key)), shown(two.scores.get(key)), difference(one.scores.get(key), two.scores.get(key)))
         for key in dict.fromkeys([*one.scores, *two.scores])
@@ -257,8 +258,8 @@ def show(one: Side, two: Side) -> None:
     if scores:
         show_table([("score", *titles, "difference"), *_printable(scores)])
     else:
-        print("no scores")
-    print()
+        say("no scores")
+    say()
     costs = [
         (title, shown(one.costs.get(title)), shown(two.costs.get(title)))
         for title in dict.fromkeys([*one.costs, *two.costs])

@@ -16,6 +16,7 @@ from fusion.errors import UserError
 from fusion.run import Run
 from fusion.store.manifest import check_drop, check_trust, find, read_folder
 from fusion.store.trained_data import as_trained
+from fusion.terminal.screen import say
 
 
 def check(config: EvaluateConfig, run: Run) -> None:
@@ -106,7 +107,7 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
         another = manifest.multitask is not None and answer.head_task != task.name
         dropped = f", {config.drop} layers dropped" if config.drop else ""
         by = f", by the head of {answer.head_task}" if another else ""
-        print(f"{manifest.name} on {task.name} {split} ({len(rows)} rows{by}{dropped}): {shown}")
+        say(f"{manifest.name} on {task.name} {split} ({len(rows)} rows{by}{dropped}): {shown}")
     write_outcomes(run.directory, seen)
     return {
         "artifact": str(artifact.path),

@@ -13,6 +13,7 @@ from fusion.backbones.files import check_files
 from fusion.config import InspectConfig
 from fusion.run import INSPECTION, Run, write_json
 from fusion.store.manifest import check_attends, check_drop, check_trust, find, read_folder
+from fusion.terminal.screen import say
 
 
 def check(config: InspectConfig, run: Run) -> None:
@@ -34,7 +35,7 @@ def main(config: InspectConfig, run: Run) -> dict[str, Any]:
     seen = inspect(config)
     write_json(run.directory / INSPECTION, seen)
     metric, full = next(iter(seen["metrics"].items()))
-    print(f"{seen['name']} on {seen['task']} {seen['split']} ({seen['rows']} rows): {metric} {full:.4f}")
+    say(f"{seen['name']} on {seen['task']} {seen['split']} ({seen['rows']} rows): {metric} {full:.4f}")
     slots = list(seen["attention"].values())
     shares = zip(*(slot["mean"] for slot in slots), strict=True)
     return {

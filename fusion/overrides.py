@@ -16,6 +16,9 @@ _OTHER_TYPE = re.compile(
     r"null|true|false|[-+]?(inf|nan|(0|[1-9](_?\d)*)|((0|[1-9](_?\d)*)\.?|(0|[1-9](_?\d)*)?\.\d(_?\d)*)(e[-+]?\d(_?\d)*)?)",
     re.IGNORECASE,
 )
+# ID, numbers, `:`, UNQUOTED_CHAR and white space of Hydra 1.3's OverrideLexer.g4.
+_UNQUOTED = re.compile(r"[A-Za-z0-9_ \t/\-\\+.$%*@?|:]")
+_STRUCTURE = re.compile(r"[\[\]{}()'\",=]")  # lists, dicts, calls, quotes, sweeps: not a plain text
 
 
 def hydra_value(value: Any) -> str:
@@ -59,3 +62,19 @@ def shell_line(module: str, words: Sequence[str]) -> str:
 def key_of(word: str) -> str:
     """The key of an override: `task` of `+task=rte`."""
     return word.lstrip("+~").partition("=")[0].partition("@")[0]
+
+
+def only_in_quotes(value: str) -> list[str]:
+    """The characters of a value that Hydra reads inside quotes only, such as `ü`, `&` and `~`."""
+    return [c for c in dict.fromkeys(value) if not _UNQUOTED.fullmatch(c) and not _STRUCTURE.fullmatch(c)]
+
+
+def is_plain(value: str) -> bool:
+    """Whether a value is a single text: no list, dict, call, sweep, nor in quotes already."""
+    return not _STRUCTURE.search(value)
+
+
+def quoted(word: str) -> str:
+    """An override as Hydra reads it: a plain value that it would refuse is put in quotes."""
+    key, equals, value = word.partition("=")
+    return f"{key}={hydra_value(value)}" if equals and is_plain(value) and only_in_quotes(value) else word

@@ -19,6 +19,7 @@ from fusion.config import PredictConfig, TaskConfig
 from fusion.errors import UserError
 from fusion.run import Run
 from fusion.store.manifest import Manifest, check_attends, check_drop, check_trust, find, read_folder
+from fusion.terminal.screen import say
 
 if TYPE_CHECKING:
     from fusion.inference import Predictions
@@ -101,7 +102,7 @@ def main(config: PredictConfig, run: Run) -> dict[str, Any]:
         )
     counts = None if rows.choices is None else [len(choices) for choices in rows.choices]
     _write(Path(config.output), lines(predictions, task, manifest, counts))
-    print(f"{len(rows)} predictions of {manifest.name} in {config.output}")
+    say(f"{len(rows)} predictions of {manifest.name} in {config.output}")
     return {
         "artifact": str(artifact.path),
         "name": manifest.name,

@@ -21,6 +21,7 @@ from fusion.inputs import check_backbone_name
 from fusion.ranking.candidates import Candidates, all_adapters
 from fusion.run import Run
 from fusion.store.manifest import Manifest, artifacts, check_sources, check_writable, read_manifest
+from fusion.terminal.screen import say
 
 
 def candidates_of(config: RankConfig) -> Candidates:
@@ -196,12 +197,10 @@ def _print(ranking: dict[str, Any], candidates: Candidates, rows: int) -> None:
     from fusion.terminal.tables import show_table
 
     target, seconds = ranking["task"]["name"], ranking["seconds"]
-    print(
-        f"{len(ranking['sources'])} sources for {target}, {rows} of its rows: score (rank), higher is better"
-    )
+    say(f"{len(ranking['sources'])} sources for {target}, {rows} of its rows: score (rank), higher is better")
     show_table(table_rows(ranking))
     if line := candidates.left_out_line():
-        print(line)
+        say(line)
     if ranking["agreement"]:
         rows_of = [["agreement", "Kendall τ", "Spearman ρ"]]
         rows_of += [
@@ -216,8 +215,8 @@ def _print(ranking: dict[str, Any], candidates: Candidates, rows: int) -> None:
         if fusion
         else ""
     )
-    print(f"cost: {shown}{known}")
-    print(f"kept: {ranking['ranking']}")
+    say(f"cost: {shown}{known}")
+    say(f"kept: {ranking['ranking']}")
 
 
 def _signed(value: float | None) -> str:

@@ -15,6 +15,7 @@ from fusion.app import command
 from fusion.config import InspectConfig, LimitConfig, ReportConfig
 from fusion.errors import UserError
 from fusion.run import INSPECTION, Run, check_folder, write_json
+from fusion.terminal.screen import say
 
 if TYPE_CHECKING:
     from fusion.review.report.reading import Found
@@ -61,7 +62,7 @@ def main(config: ReportConfig, run: Run) -> dict[str, Any]:
     size = write_page(contents, config.path, about, files)
     for line in found.unread:
         log.warning("left out: %s", line)
-    print(
+    say(
         f"{config.path}: {len(targets)} target{'s' * (len(targets) != 1)}, {len(found.done)} runs, {size:,} bytes"
     )
     return {

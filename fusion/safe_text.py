@@ -18,11 +18,11 @@ _short.maxstring = _short.maxother = _short.maxlong = SHOWN
 
 
 def printable(text: str) -> str:
-    """`text` with everything but printable characters and line feeds written as an escape."""
+    """`text` with everything but printable characters, tabs and line feeds written as an escape."""
     if text.isprintable():
         return text
     return "".join(
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "surrogatepass").decode()
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape", "surrogatepass").decode()
         for c in text
     )
 

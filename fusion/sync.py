@@ -17,6 +17,7 @@ from fusion.errors import UserError
 from fusion.paths import resolve_path
 from fusion.program import run_program
 from fusion.run import CONFIG, STATUS
+from fusion.terminal.screen import say
 
 USAGE = """\
 python -m fusion.sync [runs=DIR] [seconds=N]
@@ -79,24 +80,24 @@ def sync(folder: Path, seconds: float | None = None) -> int:
     for number, run in enumerate(runs, 1):
         where = _shown(run.pieces[-1])
         if any(_alive(piece) for piece in run.pieces):
-            print(f"{where}: is still being written, left for the next call")
+            say(f"{where}: is still being written, left for the next call")
             continue
         try:
             pieces = len(run.not_uploaded)
             if not pieces and not run.links:
-                print(f"{where}: nothing left to do")
+                say(f"{where}: nothing left to do")
                 continue
             if not asked and (reason := why_not()) is not None:
                 raise UserError(f"nothing can be uploaded: {reason}")
             if (not asked or failed) and (reason := no_answer()) is not None:
-                print(f"nothing {'more ' if asked else ''}can be uploaded: {reason}", flush=True)
+                say(f"nothing {'more ' if asked else ''}can be uploaded: {reason}", flush=True)
                 return 1
             asked = True
             done = []
             if pieces:
-                print(
+                say(
                     f"{where}: uploading, run {number} of {len(runs)} (at most {seconds:g} s)",
-                    file=sys.stderr,
+                    sys.stderr,
                     flush=True,
                 )
                 upload(run, seconds)
@@ -106,12 +107,12 @@ def sync(folder: Path, seconds: float | None = None) -> int:
             drawn, still = draw(run)
             done += [f"linked to {', '.join(drawn)}"] if drawn else []
             done += [f"not linked to {', '.join(still)}, which W&B does not have"] if still else []
-            print(f"{where}: {'; '.join(done)}", flush=True)
+            say(f"{where}: {'; '.join(done)}", flush=True)
         except SyncError as error:
             failed += 1
-            print(f"{where}: {error}", flush=True)
+            say(f"{where}: {error}", flush=True)
     if not runs:
-        print(f"{folder}: no offline runs")
+        say(f"{folder}: no offline runs")
     return 1 if failed else 0
 
 

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from fusion.errors import UserError
+from fusion.overrides import quoted
 from fusion.signals import SIGNALS, Terminated, raised
 
 Settings = TypeVar("Settings")
@@ -89,7 +90,7 @@ def _run(module: str, overrides: list[str], without: tuple[str, ...], keep_error
     with (
         raised(),
         subprocess.Popen(
-            [sys.executable, "-m", module, *overrides],
+            [sys.executable, "-m", module, *map(quoted, overrides)],
             env=environment,
             stderr=subprocess.PIPE if keep_errors else None,
             text=True,
@@ -131,7 +132,7 @@ def _pass_on(stream: IO[str] | None, last: deque[str]) -> None:
 
 def typed(module: str, overrides: list[str]) -> str:
     """A command as it is typed in a shell."""
-    return shlex.join(["python", "-m", module, *overrides])
+    return shlex.join(["python", "-m", module, *map(quoted, overrides)])
 
 
 def read_config(schema: type[Settings], arguments: list[str]) -> Settings:

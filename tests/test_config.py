@@ -399,7 +399,12 @@ def test_compiling_and_checkpointing_do_not_go_together() -> None:
         ("backbone=minilmm", "unknown backbone 'minilmm': did you mean minilm?"),
         ("trainer.max_epochs=many", "trainer.max_epochs=many: Value 'many' of type 'str'"),
         ("seed=1,2", "seed=1,2: several values are a sweep, which needs -m"),
-        ("a b", "cannot read the override 'a b'"),
+        ("a b", "cannot read the override 'a b': expected KEY=VALUE"),
+        ("store=/tmp/ü", "quotes are needed for ü\n'store=\"/tmp/ü\"' is read"),
+        ("store=/tmp/日 &", "quotes are needed for 日 &\n'store=\"/tmp/日 &\"' is read"),
+        ("größe=1", "a key has no ö ß"),
+        ("sources=[ü]", "double quotes are needed around a text with ü, as in 'sources=[\"A\"]'"),
+        ("store=a(b", "is put in double quotes"),
     ],
 )
 def test_a_wrong_override_is_explained(override: str, message: str) -> None:

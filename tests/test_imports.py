@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "terminal": {"errors", "safe_text"},
     "store": BASE | {"program", "run_lock", "selection", "terminal"},
     "review": BASE | {"run", "store", "packing", "metrics"},
-    "sync": BASE | {"program", "run", "run_lock", "review"},
+    "sync": BASE | {"program", "run", "run_lock", "review", "terminal"},
     "entry": BASE | {"run", "store"},
     "ending": BASE | {"run", "sweep", "store", "terminal"},
     "compare": BASE | {"program", "run", "store", "terminal"},

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import ast
 import logging
+from pathlib import Path
 
 import pytest
 
 from fusion.safe_text import listed, one_line, printable, printable_logs, quotable, shown
+from fusion.store.__main__ import main as store_program
+from fusion.store.manifest import HEAD, MANIFEST, WEIGHTS
+from tests.store.conftest import build
 
 HOSTILE = [
     "\x1b[2Jgone",  # clears the screen
@@ -47,3 +52,76 @@ def test_logs_are_printable(caplog: pytest.LogCaptureFixture) -> None:
     finally:
         logging.setLogRecordFactory(before)
     assert caplog.messages == ["\\x1b[31m.parquet: cannot be read"]
+
+
+def test_only_a_few_modules_print_directly() -> None:
+    """Everything else prints with `say`, which makes text from outside printable."""
+    package = Path(__file__).parents[1] / "fusion"
+    found = {
+        str(file.relative_to(package))
+        for file in package.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    }
+    # program, app: usage and messages, through `printable`; run: the name of a log that cannot be written
+    assert found == {"terminal/screen.py", "program.py", "app.py", "run.py"}
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_say_prints_nothing_hostile(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from fusion.terminal.screen import say
+
+    say(f"{text} on films")
+    assert capsys.readouterr().out.rstrip("\n").isprintable()
+
+
+def test_a_tab_and_a_line_feed_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    from fusion.terminal.screen import say
+
+    say("a\tb\nc")
+    assert capsys.readouterr().out == "a\tb\nc\n"
+
+
+def test_names_in_a_ranking_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    from fusion.rank import _print
+
+    evil = "\x1b[2Jgone"
+    ranking = {
+        "task": {"name": evil},
+        "seconds": {evil: 1.0},
+        "sources": [{"name": evil, "scores": {}, "ranks": {}, "mean_rank": None}],
+        "agreement": {f"{evil}/b": {"kendall": None, "spearman": 0.5}},
+        "fusion": {"name": evil, "sources": 2, "seconds": 3.0},
+        "ranking": evil,
+        "methods": {},
+    }
+    _print(ranking, _NoneLeftOut(), 3)  # type: ignore[arg-type]
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and out.count("\\x1b[2Jgone") >= 5
+
+
+class _NoneLeftOut:
+    def left_out_line(self) -> str:
+        return ""
+
+
+def test_names_in_a_manifest_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "\x1b[2Jgone"
+    manifest = build(
+        "films",
+        "fusion",
+        task={"name": evil, "kind": "classification", "labels": [evil, "b"]},
+        sources=[{"name": "a", "hash": "b"}],
+        files={WEIGHTS: {"sha256": "1" * 64, "bytes": 10}, HEAD: {"sha256": "2" * 64, "bytes": 20}},
+    )
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / MANIFEST).write_text(manifest.to_json())
+    assert store_program(["show", "films", f"store={tmp_path}"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and out.count("\\x1b[2Jgone") >= 2
+
+
+def test_a_bar_has_no_escapes_in_its_name() -> None:
+    from fusion.terminal.bars import _short
+
+    assert _short("\x1b[2J\nfilms").isprintable()

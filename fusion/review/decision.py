@@ -34,6 +34,34 @@ def offline_reason() -> str | None:
     return _reason
 
 
+def is_first_notice() -> bool:
+    """Whether no job of this command has reported yet that W&B is offline or disabled. Asking counts as a report."""
+    if not (file := os.environ.get(VARIABLE)):
+        return True
+    try:
+        Path(f"{file}.reported").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # the folder may be another machine's
+        return True
+    return True
+
+
+def name_sweep(folder: Path) -> None:
+    """Keep the folder of all jobs, which one notice is for."""
+    if file := os.environ.get(VARIABLE):
+        with contextlib.suppress(OSError):
+            Path(f"{file}.sweep").write_text(str(folder.absolute()), encoding="utf-8")
+
+
+def sweep_folder() -> Path | None:
+    """The folder of the sweep that this process's job belongs to; None: it belongs to none, or to one elsewhere."""
+    if file := os.environ.get(VARIABLE):
+        with contextlib.suppress(OSError, ValueError):
+            return Path(Path(f"{file}.sweep").read_text(encoding="utf-8"))
+    return None
+
+
 @contextlib.contextmanager
 def shared_decision() -> Iterator[None]:
     """Share the decision with all processes that are started inside."""

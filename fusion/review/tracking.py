@@ -33,7 +33,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 
 from fusion.config import WANDB_MODES, CsvConfig, LoggerConfig, WandbConfig
 from fusion.errors import first_line
-from fusion.review.decision import offline_reason, remember_offline
+from fusion.review.decision import is_first_notice, offline_reason, remember_offline, sweep_folder
 from fusion.review.labels import best_is, flat
 from fusion.review.lineage import Links, describe, link, links_file
 from fusion.review.run_id import run_id
@@ -291,7 +291,8 @@ def _start_run(config: WandbConfig, /, **labels: Any) -> Any | None:
             remember_offline(problem)
         mode = _mode(config.mode or os.environ.get("WANDB_MODE") or wandb.setup(_quiet()).settings.mode)
         if mode == "disabled":
-            log.info("W&B is disabled, nothing is tracked there")
+            if is_first_notice():
+                log.info("W&B is disabled, nothing is tracked there")
             return None
         reason = "asked for" if mode == "offline" else offline_reason() or why_offline(config) or no_answer()
         if reason is None:
@@ -317,7 +318,8 @@ def _start_run(config: WandbConfig, /, **labels: Any) -> Any | None:
             return _init(config, "offline", reason, **labels)
     except Exception as error:
         remember_offline(f"W&B could not start: {_reason(error)}")
-        log.warning("W&B could not start (%s); the run goes on without it", _reason(error))
+        if is_first_notice():
+            log.warning("W&B could not start (%s); the run goes on without it", _reason(error))
         return None
 
 
@@ -470,13 +472,21 @@ def _init(
     if mode == "online":
         log.info("W&B: %s", run.url)
     else:
-        log.info(
-            "W&B is offline (%s): `python -m fusion.sync %s` uploads the run later",
-            reason,
-            # two folders above: RUN/wandb/offline-run-…
-            shlex.quote(f"runs={_shown(str(Path(run.settings.sync_dir).parents[1]))}"),
-        )
+        _report_offline(reason, Path(run.settings.sync_dir).parents[1])  # two above: RUN/wandb/offline-run-…
     return run
+
+
+def _report_offline(reason: str | None, folder: Path) -> None:
+    """One line for all jobs of a sweep, which one command uploads."""
+    if not is_first_notice():
+        return
+    sweep = sweep_folder()
+    log.info(
+        "W&B is offline (%s): `python -m fusion.sync %s` uploads the %s later",
+        reason,
+        shlex.quote(f"runs={_shown(str(sweep or folder))}"),
+        "runs of this sweep" if sweep else "run",
+    )
 
 
 def _runs(loggers: Sequence[Logger]) -> Iterator[Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from fusion.errors import UserError
 from fusion.paths import resolve_path
 from fusion.program import run_program
+from fusion.terminal.screen import say
 
 USAGE = """\
 python -m fusion.store COMMAND [NAME] [KEY=VALUE ...]
@@ -98,7 +99,7 @@ def _list(names: list[str], values: dict[str, str]) -> int:
     if rows:
         show_table(rows)
     for line in lines:
-        print(line)
+        say(line)
     return 0
 
 
@@ -106,7 +107,7 @@ def _show(names: list[str], values: dict[str, str]) -> int:
     from fusion.store.describing import describe
 
     into = resolve_path(values["into"], "into") if "into" in values else None
-    print("\n".join(describe(names[0], _store(values), into)))
+    say("\n".join(describe(names[0], _store(values), into)))
     return 0
 
 
@@ -115,12 +116,12 @@ def _verify(names: list[str], values: dict[str, str]) -> int:
 
     store, problems, count = _store(values), 0, 0
     for verdict in verify(store, names[0] if names else None):
-        print(verdict, flush=True)
+        say(str(verdict), flush=True)
         problems, count = problems + bool(verdict.problem), count + 1
     if not names:
         for line in left_over(store):
-            print(line)
-    print(f"{count - problems} of {count} artifacts are sound")
+            say(line)
+    say(f"{count - problems} of {count} artifacts are sound")
     return 1 if problems else 0
 
 
@@ -130,7 +131,7 @@ def _remove(names: list[str], values: dict[str, str]) -> int:
     force = values.get("force", "false")
     if force not in BOOLEANS:
         raise UserError(f"force={force}: expected true or false")
-    print(remove(names[0], _store(values), BOOLEANS[force]))
+    say(remove(names[0], _store(values), BOOLEANS[force]))
     return 0
 
 

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from fusion.safe_text import one_line
 from fusion.terminal.display import Display, display
 
 if TYPE_CHECKING:
@@ -248,5 +249,5 @@ class Rate:
 
 
 def _short(name: str, longest: int = 32) -> str:
-    name = name.encode("ascii", "backslashreplace").decode()  # a file's name may be anything
+    name = one_line(name).encode("ascii", "backslashreplace").decode()  # a file's name may be anything
     return name if len(name) <= longest else f"{name[: longest - 3]}..."

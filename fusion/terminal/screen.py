@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING, TextIO
 
 from fusion.safe_text import printable
@@ -39,6 +40,7 @@ def writable(text: str, stream: TextIO) -> str:
     return printable(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
-def say(text: str, stream: TextIO) -> None:
-    """A line of text."""
-    stream.write(f"{writable(text, stream)}\n")
+def say(text: str = "", stream: TextIO | None = None, flush: bool = False) -> None:
+    """Print a line of text that may come from outside: on stdout, unless a stream is given."""
+    stream = sys.stdout if stream is None else stream
+    print(writable(text, stream), file=stream, flush=flush)

@@ -341,6 +341,21 @@ def test_the_decision_is_shared_with_other_processes(monkeypatch: pytest.MonkeyP
     assert decision.VARIABLE not in os.environ
 
 
+def test_a_sweep_reports_once_that_it_is_offline(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger=tracking.__name__)
+    with decision.shared_decision():
+        decision.name_sweep(tmp_path)
+        for job in ("0-a", "1-b"):
+            tracking._report_offline("it is silent", tmp_path / job)
+    line = f"W&B is offline (it is silent): `python -m fusion.sync runs={tmp_path}` uploads the runs of this sweep later"
+    assert said(caplog) == [line]
+    with decision.shared_decision():  # the next command
+        tracking._report_offline("it is silent", tmp_path / "c")
+    assert said(caplog)[1:] == [
+        line.replace(str(tmp_path), str(tmp_path / "c")).replace("runs of this sweep", "run")
+    ]
+
+
 def test_a_key_that_is_no_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -471,3 +472,30 @@ def test_json_in_the_narrow_sense(make_manifest: Make, old: str, new: str, says:
     with pytest.raises(UserError) as error:
         Manifest.from_json(text.replace(old, new), Path("m"))
     assert says in str(error.value) and len(str(error.value)) < 700 and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc", "a/../../x"])
+@pytest.mark.parametrize("command", ["evaluate", "inspect"])
+@pytest.mark.parametrize("several", [False, True])
+def test_the_task_name_of_a_manifest_cannot_leave_data_dir(
+    make_manifest: Make, tmp_path: Path, name: str, command: str, several: bool
+) -> None:
+    from fusion.config import DataConfig, EvaluateConfig, InspectConfig
+    from fusion.run import Run
+
+    task = {"name": name, "text": ["text"], "labels": ["a", "b"], "metrics": ["accuracy"]}
+    head = make_manifest().head
+    tasks = {"multitask": {name: {"task": task, "head": head}}} if several else {"task": task}
+    put(
+        tmp_path / "store" / "evil",
+        make_manifest("evil", "fusion", sources=[{"name": "a", "hash": "b"}], **tasks),
+    )
+    (tmp_path / "some" / "data").mkdir(parents=True)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "validation.jsonl").write_text('{"text": "secret", "label": 0}\n')
+    module = importlib.import_module(f"fusion.{command}")
+    config = {"evaluate": EvaluateConfig, "inspect": InspectConfig}[command](
+        artifact="evil", store=str(tmp_path / "store"), data=DataConfig(dir=str(tmp_path / "some" / "data"))
+    )
+    with pytest.raises(UserError, match=r"name is '.*': expected a name, .* no path out of its folder"):
+        module.check(config, Run(command, tmp_path / "run", (), {}, command))
