@@ -24,7 +24,15 @@ from selenium.webdriver.remote.webelement import WebElement
 
 from fusion.packing import unpack
 from tests.review.report.conftest import Write, write  # noqa: F401
-from tests.review.report.test_page import EVIL, a_night, contents, inspection, note_attention, written
+from tests.review.report.test_page import (
+    EVIL,
+    a_night,
+    contents,
+    inspection,
+    note_attention,
+    note_history,
+    written,
+)
 
 pytestmark = pytest.mark.browser
 WIDTHS = (400, 1600)
@@ -56,6 +64,14 @@ def page(tmp_path: Path, write: Write) -> Path:  # noqa: F811
     a_night(write, "cb")
     note_attention(write("rte", sources=[EVIL, "b"], wrong=1, score=0.95), EVIL)
     write("rte", wrong=5, score=0.75)
+    for rate, wrong in ((0.1, 2), (0.2, 4)):  # settings with a long name, in every caption
+        changes = {
+            "adapter__a_rather_long_name_of_a_setting": rate,
+            "adapter__another_name_of_a_setting": rate,
+        }
+        folder = write("wnli", score=1 - wrong / 20, wrong=wrong, sources=["a", "b"], **changes)
+        note_attention(folder)
+        note_history(folder, f"wnli-{rate}", range(0, 40, 10))
     written(contents(tmp_path, inspection()), tmp_path)
     return tmp_path / "report.html"
 
@@ -238,7 +254,8 @@ def test_sources_by_targets_layer_by_layer(chromium: Chrome, page: Path) -> None
     show(chromium, page)
     data = json.loads(first(chromium, "#data").get_attribute("textContent") or "")["byTarget"]
     rows = every(chromium, "#by-target tbody tr")
-    assert [row.find_element(By.TAG_NAME, "th").text for row in rows] == ["cb", "rte", "tweets"]
+    titles = [row.find_element(By.TAG_NAME, "th").text.splitlines()[0] for row in rows]
+    assert titles == ["cb", "rte", "tweets", "wnli"]
     move(first(chromium, "#target-layer"), 2)
     assert first(chromium, "#listened output").text == "layer 1"
     for row, values in zip(rows, data["data"][2], strict=True):
