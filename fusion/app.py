@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, ClassVar, cast, get_args, get_type_hints
 
 import hydra
-import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.sources_registry import SourcesRegistry
@@ -50,7 +49,7 @@ from yaml import YAMLError
 
 from fusion import signals
 from fusion.config import MULTITASK, Stage1Config, Stage2Config, StageConfig, TaskConfig
-from fusion.data.task_files import TaskLoader, check_task_file
+from fusion.data.task_files import check_task_file, read_large
 from fusion.errors import TrainingError, UserError, first_line
 from fusion.expected_warnings import ignore_expected_warnings
 from fusion.memory import free_cycles
@@ -183,9 +182,7 @@ class CheckedFiles(FileConfigSource):
         state = (status := path.stat()).st_mtime_ns, status.st_size
         known, config = self.kept.get(path, (None, DictConfig({})))
         if known != state:
-            TaskLoader.yaml_implicit_resolvers = get_yaml_loader().yaml_implicit_resolvers
-            with open(path, encoding="utf-8") as file:
-                config = DictConfig(yaml.load(file, Loader=TaskLoader))
+            config = DictConfig(read_large(path, get_yaml_loader().yaml_implicit_resolvers))
             _check_types(path, config)
             self.kept[path] = state, config
         return ConfigResult(

@@ -48,28 +48,27 @@ def resolve_path(text: str, key: str) -> Path:
             f"{said}: one of its components has {len(long[0]):,} bytes; a file name has at most {COMPONENT_BYTES}"
         )
     for step in [*reversed(path.parents), path]:
-        _check_step(step, said, last=step == path)
+        if why := _problem(step, last=step == path):
+            raise UserError(f"{said}: {why}\n{key}=DIR names another")
     return path
 
 
-def _check_step(step: Path, said: str, last: bool) -> None:
+def _problem(step: Path, last: bool) -> str | None:
+    """Why a path cannot go through `step`; None: it can."""
+    shown = quotable(str(step), 300)
     try:
         os.stat(step)
-        if not last and not step.is_dir():
-            raise UserError(f"{said}: {printable(str(step))} is a file, expected a folder")
     except FileNotFoundError:
         if step.is_symlink():
-            target = printable(os.readlink(step))
-            raise UserError(
-                f"{said}: {printable(str(step))} is a symbolic link to {target}, which does not exist"
-            ) from None
+            return f"{shown} is a symbolic link to {printable(os.readlink(step))}, which does not exist"
+        return None
+    except NotADirectoryError:
+        return None  # named by the step before
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise UserError(
-                f"{said}: {printable(str(step))} is a symbolic link that leads to itself"
-            ) from None
-        if not isinstance(error, NotADirectoryError):
-            raise UserError(f"{said}: {quotable(str(step), 300)}: {error.strerror}") from None
+            return f"{shown} is a symbolic link that leads to itself"
+        return f"{shown}: {error.strerror}"
+    return None if last or step.is_dir() else f"{shown} is a file, expected a folder"
 
 
 def expand_paths(config: Any) -> None:

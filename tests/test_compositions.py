@@ -310,7 +310,11 @@ def test_without_one_source_is_that_source_masked(ragged: Bench) -> None:
     shutil.copytree(store / "films-adapterfusion", ragged.folder / "edited")
     file = ragged.folder / "edited" / "manifest.json"
     content = json.loads(file.read_text())
-    content["composition"] |= {"name": "pruned", "kept": {f"{n}.feedforward": [0, 1] for n in (0, 1)}}
+    content["composition"] |= {
+        "name": "pruned",
+        "keep": 1,
+        "kept": {f"{n}.feedforward": [0, 1] for n in (0, 1)},
+    }
     content["composition"]["kept"]["2.feedforward"] = [0]
     write_manifest(file, content)
     pruned = stored_model(

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+
+from fusion.data.task_files import TaskLoader
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for part in ("fusion", "pipelines") for path in (ROOT / part).rglob("*.py"))
@@ -29,7 +32,7 @@ YAML_ALLOWED = {"safe_load", "safe_dump", "YAMLError", "MarkedYAMLError", "parse
         *("MappingStart", "SequenceStart"),
     )
 }
-FROM_PRETRAINED_FILES = {"fusion/backbones/load.py", "fusion/data/encode.py"}
+FROM_PRETRAINED_FILES = {"fusion/backbones/load.py", "fusion/data/tokenizer.py"}
 
 
 def faults(source: str, where: str) -> Iterator[str]:
@@ -81,6 +84,12 @@ def _of_call(call: ast.Call) -> Iterator[str]:
         yield f"{name} without trust_remote_code"
     if name in ("read_pickle", "pd.read_pickle", "pandas.read_pickle"):
         yield name
+
+
+def test_the_loader_of_large_task_files_is_a_safe_one() -> None:
+    safe = (yaml.SafeLoader, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    assert issubclass(TaskLoader, safe)
+    assert TaskLoader.yaml_constructors == yaml.SafeLoader.yaml_constructors
 
 
 def test_nothing_unsafe_is_read() -> None:

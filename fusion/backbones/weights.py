@@ -64,7 +64,7 @@ def check_shapes(folder: Path, family: Family, config: PretrainedConfig) -> None
     """
     tensors = _headers(folder, complete=False)
     with torch.device("meta"):
-        model = AutoModel.from_config(config, **family.model_options)
+        model = AutoModel.from_config(config, trust_remote_code=False, **family.model_options)
     prefix = f"{model.base_model_prefix}."
     for stored, (path, _, shape) in tensors.items():
         name = stored.removeprefix(prefix)

@@ -37,10 +37,10 @@ def console_of(stream: TextIO) -> Console:
 def writable(text: str, stream: TextIO) -> str:
     """Text in which what the stream's encoding has no sign for is written as an escape."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    return printable(text).encode(encoding, "backslashreplace").decode(encoding)
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def say(text: str = "", stream: TextIO | None = None, flush: bool = False) -> None:
     """Print a line of text that may come from outside: on stdout, unless a stream is given."""
     stream = sys.stdout if stream is None else stream
-    print(writable(text, stream), file=stream, flush=flush)
+    print(writable(printable(text), stream), file=stream, flush=flush)

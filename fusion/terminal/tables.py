@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TextIO
 
+from fusion.safe_text import printable
 from fusion.terminal.screen import console_of, is_terminal, say, writable
 
 Row = Sequence[str]
@@ -29,7 +30,7 @@ def show_table(rows: Sequence[Row], stream: TextIO | None = None) -> None:
     from rich.text import Text
 
     console = console_of(stream)
-    rows = [[writable(cell, stream) for cell in row] for row in rows]
+    rows = [[writable(printable(cell), stream) for cell in row] for row in rows]
     widths = fit(rows, console.width)
     if widths is None:
         for line in blocks(rows, console.width):

@@ -434,7 +434,7 @@ class Commands:
             store,
             name,
             **(made if fused else {}),
-            task={"name": task},
+            task={"name": task or "mrpc"},  # of several tasks, the first one's
             run={"identity": "i", "config": config, "directory": str(folder)}
             | {"overrides": [word.replace("${", "$\\{").replace("}", "\\}") for word in words]},
             sources=[{"name": source, "hash": read_manifest(source, store).hash} for source in fused],
