@@ -49,7 +49,7 @@ def resolve_path(text: str, key: str) -> Path:
         )
     for step in [*reversed(path.parents), path]:
         if why := _problem(step, last=step == path):
-            raise UserError(f"{said}: {why}\n{key}=DIR names another")
+            raise UserError(f"{said}: {why}; {key}=DIR names another")
     return path
 
 
