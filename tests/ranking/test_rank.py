@@ -223,7 +223,7 @@ def test_a_damaged_ranking_is_named_and_hides_no_other(copy: Bench) -> None:
     [
         ({"sources": []}, "at least two"),
         ({"sources": ["films"]}, "at least two"),
-        ({"sources": ["films", "films"]}, "sources=[films,films]: duplicate films"),
+        ({"sources": ["films", "films"]}, r"sources=\[films,films\]: duplicate films"),
         ({"sources": "top:3"}, "or all"),
         ({"sources": [["films"], "dice"]}, "expected a list of names"),
         ({"sources": ["films", "dice"], "include_target": True}, "include_target"),
