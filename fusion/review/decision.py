@@ -68,7 +68,15 @@ def shared_decision() -> Iterator[None]:
     if os.environ.get(VARIABLE):
         yield
         return
-    with tempfile.TemporaryDirectory(prefix="fusion-wandb-", ignore_cleanup_errors=True) as folder:
+    with contextlib.ExitStack() as stack:
+        folder = None
+        with contextlib.suppress(OSError):  # a full disk is reported where it matters
+            folder = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="fusion-wandb-", ignore_cleanup_errors=True)
+            )
+        if folder is None:  # each process decides for itself
+            yield
+            return
         os.environ[VARIABLE] = str(Path(folder) / "offline")
         try:
             yield

@@ -132,11 +132,11 @@ def test_of_other_kinds() -> None:
         ({"name": "continued"}, "composition.continued is missing"),
         ({"name": "continued", "continued": "z"}, "continued is none of the sources"),
         ({"name": "mean", "continued": "a"}, "composition.continued is not for mean"),
-        ({"name": "pruned"}, "composition.kept is missing"),
+        ({"name": "pruned", "keep": 1}, "composition.kept is missing"),
         ({"name": "adapterfusion", "kept": {}}, "composition.kept is not for adapterfusion"),
-        ({"name": "pruned", "kept": {}}, "composition.kept.0.feedforward: expected some of"),
+        ({"name": "pruned", "keep": 1, "kept": {}}, "composition.kept.0.feedforward: expected some of"),
         *(
-            ({"name": "pruned", "kept": {"0.feedforward": kept}}, "composition.kept.0.feedforward")
+            ({"name": "pruned", "keep": 1, "kept": {"0.feedforward": kept}}, "composition.kept.0.feedforward")
             for kept in ([], [3], [-1], [True], [0, 0], 0, None, ["0"], [0.0])
         ),
         ({"name": "mean", "layers": "last:9"}, "composition.layers=last:9"),
