@@ -60,7 +60,7 @@ from fusion.review.decision import name_sweep, shared_decision
 from fusion.run import DEBUG, Run, Standing, check_folder, describe, record
 from fusion.run_lock import turn_of
 from fusion.safe_text import printable, printable_logs
-from fusion.sweep import JobFailed, Sweep, objective, standings
+from fusion.sweep import JobFailed, Sweep, command_again, objective, standings
 from fusion.terminal import bars, display
 from fusion.terminal.screen import say
 
@@ -68,7 +68,7 @@ log = logging.getLogger(__name__)
 
 Check = Callable[[Any, Run], Standing | None]
 Function = Callable[[Any, Run], dict[str, Any]]
-Settle = Callable[[Any], None]
+Settle = Callable[[Any, Sequence[str]], None]
 
 CONFIG_ERRORS = (UserError, HydraException, OmegaConfBaseException, YAMLError)
 COMPOSING_ERRORS = (ValueError, AssertionError)  # what Hydra raises besides, for overrides it cannot place
@@ -85,7 +85,7 @@ class Command:
     schema: type
     check: Check
     function: Function
-    settle: Settle = lambda config: None
+    settle: Settle = lambda config, overrides: None
 
 
 class Refused(BaseException):
@@ -100,12 +100,12 @@ class Refused(BaseException):
 
 
 def command(
-    name: str, schema: type, check: Check, settle: Settle = lambda config: None
+    name: str, schema: type, check: Check, settle: Settle = lambda config, overrides: None
 ) -> Callable[[Function], Callable[[], None]]:
     """Makes a program of a function: `conf/NAME.yaml`, typed by `schema`, tested by `check`.
 
     `settle` puts into the typed config what was said by a word that stands for it, such as sources=all: from
-    then on the config, and all that is written of it, says what is meant.
+    then on the config, and all that is written of it, says what is meant. It gets the overrides too.
 
     The function gets the typed config and the Run, and returns what result.json holds. `check` is
     cheap, raises UserError, and may say how the run stands; it sees every job of a sweep before the first
@@ -266,7 +266,7 @@ def prepare(command: Command, composed: DictConfig, launch: DictConfig) -> tuple
         key = getattr(error, "full_key", None) or "a key"
         raise UserError(f"{key} is required: say {key}=...") from None
     expand_paths(typed)
-    command.settle(typed)
+    command.settle(typed, tuple(launch.overrides.task))
     if isinstance(typed, StageConfig) and typed.name is None:
         suffix = _swept(launch, NAMED_ANYWAY)
         name = typed.default_name().replace("/", "-")  # type: ignore[attr-defined]
@@ -499,7 +499,7 @@ class Preflight(Callback):
                 name_sweep(folder)
                 return  # another sweeper finds its jobs as it goes: each is checked when its turn comes
             planned: list[Path] = []
-            watched = True
+            watched, again = True, None
             standing: dict[str, Standing] = {}
             names: dict[tuple[str, str], Sequence[str]] = {}
             (members,) = BasicSweeper.split_arguments(overrides, None)
@@ -518,6 +518,7 @@ class Preflight(Callback):
                 planned.append(folder / _job_folder(composed, number))
                 if isinstance(typed, StageConfig):
                     watched = watched and bool(typed.trainer.enable_progress_bar)
+                    again = command_again(typed.resume, typed.overwrite)
                     first = names.setdefault((typed.store, str(typed.name)), member)
                     if first is not member:
                         raise UserError(_same_name(str(typed.name), first, member, overrides))
@@ -527,7 +528,7 @@ class Preflight(Callback):
                     raise UserError(
                         f"{place}: this is a file, expected a folder; hydra.sweep.dir=DIR names another"
                     )
-            _sweep = Sweep.begin(folder, planned)
+            _sweep = Sweep.begin(folder, planned, again)
             name_sweep(folder)
             if standing:
                 say("\n".join(standings(standing)), flush=True)
@@ -637,6 +638,11 @@ def _main(command: Command) -> int:
         return _say(str(error), error.code)
     except (*CONFIG_ERRORS, *COMPOSING_ERRORS) as error:  # a job's own errors do not get here
         return _say(explain(error, command.schema), 2)
+    except (KeyboardInterrupt, signals.Terminated) as error:
+        if _sweep is None:
+            raise  # the program's one line comes from `signals.exit_code`
+        ended = ("interrupted", 130) if isinstance(error, KeyboardInterrupt) else ("terminated", 143)
+        return _say(_sweep.stopped(ended[0]), ended[1])
     except BrokenPipeError:  # `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -845,21 +851,78 @@ def _types_of(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
                 yield from _types_of(cast(type, inner), f"{prefix}{name}.")
 
 
+# What people type who know other programs, and the keys that do it here; those that the command has are proposed.
+SYNONYMS = {
+    "learning_rate": ("optim.lr", "lr"),
+    "epochs": ("trainer.max_epochs",),
+    "num_train_epochs": ("trainer.max_epochs",),
+    "max_steps": ("trainer.max_steps",),
+    "steps": ("trainer.max_steps",),
+    "bs": ("data.batch_size",),
+    "per_device_train_batch_size": ("data.batch_size",),
+    "gradient_accumulation_steps": ("trainer.accumulate_grad_batches",),
+    "warmup_ratio": ("optim.warmup",),
+    "early_stopping": ("optim.patience",),
+    "max_seq_length": ("data.max_length",),
+    "num_workers": ("data.workers",),
+    "data_dir": ("data.dir",),
+    "train_file": ("data.dir",),
+    "max_train_samples": ("data.limit.train",),
+    "gpus": ("trainer.devices", "accelerator"),
+    "device": ("trainer.accelerator", "accelerator"),
+    "fp16": ("trainer.precision",),
+    "bf16": ("trainer.precision",),
+    "model": ("artifact", "backbone.name_or_path"),
+    "model_name_or_path": ("artifact", "backbone.name_or_path"),
+    "checkpoint": ("artifact", "resume"),
+    "name": ("artifact",),
+    "adapters": ("sources",),
+    "file": ("input",),
+    "input_file": ("input",),
+    "output_file": ("output",),
+    "output_dir": ("output", "store"),
+    "project": ("logger.wandb.project",),
+}
+TEXTS = ("text", "texts", "sentence", "sentences", "prompt", "premise", "hypothesis", "question", "rows")
+GROUPS_OF_TRAINING = ("adapter", "composition", "method", "experiment", "debug", "optim", "trainer", "head")
+
+
 def _unknown(key: str, schema: type) -> str:
     """Says which keys may have been meant: same last part, else a like one beside it, else anywhere."""
+    every = keys_of(schema)
+    inner = [known for known in every if known.startswith(f"{key}.")]
+    uses = "artifact" in every
+    if key == "backbone" and uses:
+        return (
+            "backbone= is not for this command: an artifact brings its own backbone; leave it out\n"
+            "backbone.name_or_path=FOLDER names another place of the same weights"
+        )
+    if key in every and inner:
+        shown = ", ".join(inner[:6]) + (", ..." if len(inner) > 6 else "")
+        return f"{key} holds several settings here and takes no value itself; it has {shown}"
     for stage, other in (("stage 1", Stage1Config), ("stage 2", Stage2Config)):
         if issubclass(schema, StageConfig) and schema is not other and key in keys_of(other):
             return f"unknown key {key}: it is one of {stage}, not of this command"
     parent, _, last = key.rpartition(".")
-    keys = [(*known.rpartition(".")[::2], known) for known in keys_of(schema)]
+    if uses and "input" in every and last in TEXTS:
+        return (
+            f"unknown key {key}: predictions are for the rows of a file, input=rows.jsonl, with one JSON object a "
+            'line\nsuch as {"COLUMN": "a text"}, where COLUMN is a text column of the artifact\'s task'
+        )
+    if uses and key.partition(".")[0] in GROUPS_OF_TRAINING and key.partition(".")[0] not in every:
+        return f"unknown key {key}: an artifact is used as it was trained; leave {key}= out"
+    if uses:  # a task of an artifact is its own, or another file: +task=NAME
+        every = [known for known in every if not known.startswith("task.")]
+    keys = [(*known.rpartition(".")[::2], known) for known in every]
 
     def like(choices: list[tuple[str, str, str]], cutoff: float) -> list[str]:
         near = difflib.get_close_matches(last, [name for _, name, _ in choices], 3, cutoff)
         return [known for _, name, known in choices if name in near]
 
-    meant = [known for _, name, known in keys if name == last]
+    meant = [known for known in SYNONYMS.get(key, ()) if known in every][:1]
+    meant = meant or [known for _, name, known in keys if name == last]
     meant = meant or like([choice for choice in keys if choice[0] == parent], 0.6) or like(keys, 0.7)
-    meant = [known for known in meant if not key.startswith(f"{known}.")][:4]
+    meant = [known for known in meant if known != key and not key.startswith(f"{known}.")][:4]
     if meant:
         return f"unknown key {key}: did you mean {' or '.join(meant)}?"
     beside = [name for folder, name, _ in keys if folder == parent]

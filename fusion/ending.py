@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
+from fusion.overrides import key_of, override, shell_line
 from fusion.run import DEBUG, Run
+from fusion.settings_table import settings_table
 from fusion.store.listing import as_bytes
 from fusion.store.manifest import Manifest, names, read_folder
 from fusion.store.overview import everything
-from fusion.store.rebuilding import hydra_value
 from fusion.store.settings_groups import Lookup, group
 from fusion.sweep import Job
 from fusion.terminal.screen import say
@@ -59,10 +59,13 @@ def end_of_run(run: Run, result: Mapping[str, Any]) -> None:
         speed = result.get("speed") or {}
         row = (result.get("name"), result.get("rows"), speed.get("seconds"), result.get("output"))
         rows = [("name", "rows", "seconds", "output"), tuple(map(number, row))]
-        used = [f"artifact={hydra_value(str(run.config.get('artifact')))}", *_data_of(result)]
+        used = [override("artifact", run.config.get("artifact")), *_data_of(result)]
         following = [_line("evaluate", used, _said(run.overrides, FOR_USING))]
     elif run.command == "rank" and "sources" in result:  # which has shown its own tables
-        own = [f"+task={result['task']['name']}", f"sources=top:{min(3, len(result['sources']))}"]
+        own = [
+            "+" + override("task", result["task"]["name"]),
+            f"sources=top:{min(3, len(result['sources']))}",
+        ]
         own += _free_name(result["task"]["name"], Path(str(run.config.get("store"))))
         following = [_line("stage2", own, _said(run.overrides, FOR_TRAINING))]
     elif run.command == "inspect":
@@ -75,9 +78,11 @@ def end_of_sweep(command: str, folder: Path, jobs: Sequence[Job]) -> None:
     """One table of all jobs of a sweep, and the next commands."""
     done = [job.result for job in jobs if job.result]
     rows: list[tuple[str, ...]] = []
+    compared: list[tuple[str, ...]] = []
     if command in STAGES:
         entries = [(_name(job), _state(job), job.result) for job in jobs]
         rows = trained(entries) if any("metrics" in result for result in done) else []
+        compared = settings_table(jobs)
     elif command == "evaluate":
         rows = evaluated([(_state(job), job.result or {"name": _name(job)}) for job in jobs])
     following = []
@@ -87,7 +92,7 @@ def end_of_sweep(command: str, folder: Path, jobs: Sequence[Job]) -> None:
         following += _fuse(common, {}, done)
     if rows and done:
         following.append(_report(folder))
-    _show(rows, following)
+    _show(rows, following, compared)
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -208,7 +213,7 @@ def _after_training(
     name = result.get("name")
     if "artifact" not in result or not isinstance(name, str):
         return []  # nothing was stored
-    used = [f"artifact={hydra_value(name)}"]
+    used = [override("artifact", name)]
     lines = [_line("evaluate", used, _said(words, FOR_USING))]
     if command == "stage1":
         return lines + _fuse(words, config, [result])
@@ -238,13 +243,13 @@ def _fuse(words: Sequence[str], config: Mapping[str, Any], results: Sequence[Map
     if len(set(tasks)) < 2:  # there is nothing to choose from
         return []
     said = _said(words, FOR_TRAINING)
-    keys = [_key(word) for word in said]
-    by_experiment = any(_key(word) == "experiment" for word in words)
+    keys = [key_of(word) for word in said]
+    by_experiment = any(key_of(word) == "experiment" for word in words)
     if by_experiment and not {"backbone", "backbone.name_or_path"} & set(keys):
-        said.append(f"backbone.name_or_path={hydra_value(target.backbone['name_or_path'])}")
+        said.append(override("backbone.name_or_path", target.backbone["name_or_path"]))
         said.append(f"backbone.pooling={target.head['pooling']}")
-    sources = ",".join(adapter.name for adapter in adapters)
-    own = [f"+task={target.task['name']}", f"sources=[{sources}]", *_free_name(target.task["name"], store)]
+    sources = override("sources", [adapter.name for adapter in adapters])
+    own = ["+" + override("task", target.task["name"]), sources, *_free_name(target.task["name"], store)]
     return [_line("stage2", own, said)]
 
 
@@ -254,7 +259,7 @@ def _free_name(task: str, store: Path) -> list[str]:
     if first not in there:
         return []
     number = next(n for n in range(2, len(there) + 3) if f"{first}-{n}" not in there)
-    return [f"name={first}-{number}"]
+    return [override("name", f"{first}-{number}")]
 
 
 def _data_of(result: Mapping[str, Any]) -> list[str]:
@@ -264,7 +269,7 @@ def _data_of(result: Mapping[str, Any]) -> list[str]:
     except UserError:
         return []
     folder = manifest.run["config"].get("data.dir")
-    return [] if folder is None else [f"data.dir={hydra_value(str(folder))}"]
+    return [] if folder is None else [override("data.dir", folder)]
 
 
 def _adapter(result: Mapping[str, Any]) -> Manifest | None:
@@ -304,30 +309,33 @@ def _one_seed_each(others: Sequence[Manifest], target: Manifest, store: Path) ->
 def _said(words: Sequence[str], keys: Sequence[str]) -> list[str]:
     """The overrides of a command that the next one needs again, as they were typed."""
     return [
-        word for word in words if any(_key(word) == key or _key(word).startswith(f"{key}.") for key in keys)
+        word
+        for word in words
+        if any(key_of(word) == key or key_of(word).startswith(f"{key}.") for key in keys)
     ]
-
-
-def _key(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0].partition("@")[0]
 
 
 def _report(folder: Path) -> str:
     """On all that lies beside the run: below the first folder on the way to it from here, which is `outputs`."""
     with contextlib.suppress(ValueError, IndexError):
         folder = Path(folder.absolute().relative_to(Path.cwd()).parts[0])
-    return _line("report", [f"runs={hydra_value(str(folder))}"], [])
+    return _line("report", [override("runs", folder)], [])
 
 
 def _line(command: str, own: Sequence[str], said: Sequence[str]) -> str:
     """One line for a shell."""
-    return " ".join(["python", "-m", f"fusion.{command}", *map(shlex.quote, [*own, *said])])
+    return shell_line(command, [*own, *said])
 
 
-def _show(rows: Sequence[tuple[str, ...]], following: Sequence[str]) -> None:
+def _show(
+    rows: Sequence[tuple[str, ...]], following: Sequence[str], more: Sequence[tuple[str, ...]] = ()
+) -> None:
     with contextlib.suppress(OSError):  # a pipe that nobody reads any more
         if rows:
             show_table(rows)
+        if more:
+            say("", sys.stdout)
+            show_table(more)
         for text in _titled(following) if os.environ.get(NEXT) != "0" else ():
             say(text, sys.stdout)
         sys.stdout.flush()

@@ -126,6 +126,8 @@ class Entry:
                     "error": describe(interrupt or error),
                 }
             )
+            if interrupt is not None:
+                log.info("%s stopped; the same command again: %s", self.name, self.outlook)
             raise
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 

@@ -5,18 +5,26 @@ python -m fusion.evaluate artifact=rte-adapterfusion split=validation
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion.answers import answers
+from fusion.answers import answers, own_tasks
 from fusion.app import command
 from fusion.backbones.files import check_files
 from fusion.config import EvaluateConfig
 from fusion.errors import UserError
+from fusion.overrides import key_of, typed
 from fusion.run import Run
-from fusion.store.manifest import check_drop, check_trust, find, read_folder
+from fusion.safe_text import quotable
+from fusion.store.data_folder import data_folder_of
+from fusion.store.manifest import check_drop, check_trust, find, read_folder, read_manifest
 from fusion.store.trained_data import as_trained
 from fusion.terminal.screen import say
+
+log = logging.getLogger(__name__)
 
 
 def check(config: EvaluateConfig, run: Run) -> None:
@@ -33,7 +41,39 @@ def check(config: EvaluateConfig, run: Run) -> None:
         check_source(answer.task, as_trained(manifest, config.data, answer.task.name), [config.split])
 
 
-@command("evaluate", EvaluateConfig, check=check)
+def use_trained_data(config: EvaluateConfig, overrides: Sequence[str]) -> None:
+    """Read the artifact's rows where its training read them, unless data.dir= is given; data.dir=null: the hub.
+
+    Raises:
+        UserError: that folder is gone.
+    """
+    if config.data.dir is not None or "data.dir" in map(key_of, overrides):
+        return
+    manifest = read_manifest(config.artifact, Path(config.store))
+    folder = data_folder_of(manifest)
+    if folder is None:
+        return
+    own = [task.name for task in own_tasks(manifest)]
+    other = config.task is not None and config.task.name not in own
+    if other and not (Path(folder) / str(config.task and config.task.name)).is_dir():
+        return  # another task than the artifact's may come from anywhere
+    shown = quotable(typed("data.dir", folder))
+    if not Path(folder).is_dir():
+        raise UserError(
+            f"{manifest.name} was trained on the rows in {shown}, and that folder is gone\n"
+            "data.dir=DIR names another one, data.dir=null takes the hub's rows"
+        )
+    config.data.dir = folder
+    _say_once(f"{shown}, as {manifest.name} was trained")
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    """Once a process, which settles a job when it is planned and when its turn comes."""
+    log.info("%s", line)
+
+
+@command("evaluate", EvaluateConfig, check=check, settle=use_trained_data)
 def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     if config.logger.wandb is None and config.logger.csv is None:
         return evaluate(config, run)

@@ -28,6 +28,7 @@ from fusion.inference import class_names, device_of, predict, probabilities
 from fusion.listening import listen
 from fusion.masking import Scored, prune_greedily, prune_in_order, without_each
 from fusion.store.artifacts import load
+from fusion.store.data_folder import data_folder_of
 from fusion.store.manifest import Manifest, check_attends
 from fusion.store.trained_data import as_trained
 from fusion.training.metrics import predicted, score
@@ -49,10 +50,7 @@ def data_of(manifest: Manifest, asked: DataConfig) -> DataConfig:
         for key, value in manifest.run["config"].items()
         if key.startswith("data.")
     }
-    folder = asked.dir
-    if folder is None and (trained := flat.get("dir")) is not None:
-        there = Path(manifest.run.get("folder") or ".") / trained
-        folder = str(there if not Path(trained).is_dir() and there.is_dir() else trained)
+    folder = data_folder_of(manifest) if asked.dir is None else asked.dir
     limits = {
         split: getattr(asked.limit, split) or flat.get(f"limit.{split}")
         for split in ("train", "validation", "test")

@@ -46,7 +46,7 @@ def check(config: Stage2Config, run: Run) -> Standing:
     return entry.standing
 
 
-@command("stage2", Stage2Config, check=check, settle=name_sources)
+@command("stage2", Stage2Config, check=check, settle=lambda config, overrides: name_sources(config))
 def main(config: Stage2Config, run: Run) -> dict[str, Any]:
     inputs = read_inputs(config)
     entry = entry_of(config, inputs, run)

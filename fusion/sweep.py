@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,41 @@ class Sweep:
     """
     folder: hydra.sweep.dir. planned: the jobs' folders, where they are known. seen: the statuses from before.
     told: by absolute folder, why jobs of this very process failed, for those that could not write it down.
+    again: what the same command does with the jobs that are done, and with one that was interrupted.
     """
 
     folder: Path
     planned: tuple[Path, ...]
     seen: Mapping[Path, Stamp]
     told: dict[Path, str] = field(default_factory=dict)
+    again: str = "The same command runs all jobs again"
 
     @classmethod
-    def begin(cls, folder: Path, planned: Sequence[Path] = ()) -> Sweep:
-        return cls(folder, tuple(planned), _stamps(folder, planned))
+    def begin(cls, folder: Path, planned: Sequence[Path] = (), again: str | None = None) -> Sweep:
+        sweep = cls(folder, tuple(planned), _stamps(folder, planned))
+        return sweep if again is None else replace(sweep, again=again)
+
+    def stopped(self, how: str) -> str:
+        """Two lines for a sweep that was stopped: what is done, and what the same command does.
+
+        Args:
+            how: "interrupted" or "terminated".
+        """
+        statuses, silent = self._ended()
+        done = [
+            str(status.get("name") or place.name)
+            for place, status in statuses.items()
+            if status["status"] == "done"
+        ]
+        failed = [status for status in statuses.values() if status["status"] == "failed"]
+        stopped = len(statuses) - len(done) - len(failed)
+        counts = [
+            f"{len(done)} of {len(statuses) + len(silent)} jobs done" + (f" ({_some(done)})" if done else ""),
+            *([f"{len(failed)} failed"] if failed else []),
+            *([f"{stopped} {how}"] if stopped else []),
+            *([f"{len(silent)} not started"] if silent else []),
+        ]
+        return f"{how}: {', '.join(counts)}\n{self.again}"
 
     def outcome(self) -> tuple[str, list[str]]:
         """One line of counts, and the lines that say which jobs failed; none where none did."""
@@ -90,6 +115,20 @@ class Job:
     place: Path
     status: Mapping[str, Any]
     result: Mapping[str, Any]
+
+
+def command_again(resume: bool, overwrite: bool) -> str:
+    """What the same command does with the jobs of a sweep of trainings that was stopped."""
+    if overwrite:
+        return "With overwrite=true, the same command trains all jobs again; without it, it skips those that are done"
+    if not resume:
+        return "The same command skips the jobs that are done and, with resume=false, restarts the others"
+    return "The same command continues: it skips the jobs that are done and resumes from the last checkpoint"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMES} more" if len(names) > NAMES else ""
+    return f"{', '.join(names[:NAMES])}{more}"
 
 
 def standings(jobs: Mapping[str, Standing]) -> list[str]:

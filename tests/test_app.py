@@ -640,7 +640,9 @@ def test_a_terminal_is_as_it_was_however_a_sweep_ends(workdir: Path, number: int
     screen = seen(text.decode())
     assert "waiting" in screen and "job mine-seed-1 in group" in "\n".join(screen)
     if number != signal.SIGKILL:  # it cannot be told of that one
-        assert screen[-1] == ("interrupted" if number == signal.SIGINT else "terminated")
+        how = "interrupted" if number == signal.SIGINT else "terminated"
+        assert screen[-2].startswith(f"{how}: 1 of 3 jobs done ("), screen[-4:]
+        assert screen[-1].startswith("The same command continues: it skips the jobs that are done")
         assert not any(line.startswith("sweep ") for line in screen)
 
 

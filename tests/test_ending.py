@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
 from fusion import ending
 from fusion.ending import end_of_run, end_of_sweep, number, score
 from fusion.run import Run
+from fusion.settings_table import settings_table
 from fusion.store.listing import as_bytes
 from fusion.store.manifest import read_manifest
 from fusion.sweep import Job
@@ -230,8 +233,38 @@ def test_seeds_of_one_task_are_no_sources_for_each_other(
 ) -> None:
     jobs = [job(f"films-seed-{n}", "done", trained.result["films"], f"seed={n}") for n in (1, 2)]
     end_of_sweep("stage1", Path("sweep"), jobs)
-    (report,) = lines_of(capsys)[3:]
+    *tables, report = lines_of(capsys)
+    assert [line.split() for line in tables[-2:]] == [
+        ["seeds", "accuracy", "mean", "sd"],
+        ["2", ANY, "0.0000"],
+    ]
     assert typed(report)[0] == "fusion.report"
+
+
+def test_a_sweep_ends_with_its_settings(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    """Mean and standard deviation over the seeds of each, with the best one marked; jobs without a score are counted."""
+    scores = {"1e-4": (0.5, 0.7), "1e-3": (0.9, 0.8)}
+    jobs = [
+        job(
+            f"films-{rate}-{seed}",
+            "done",
+            {**trained.result["films"], "metrics": {"validation": {"accuracy": score}}},
+        )
+        for rate, pair in scores.items()
+        for seed, score in enumerate(pair)
+    ]
+    overrides = [["+task=films", f"optim.lr={rate}", f"seed={seed}"] for rate in scores for seed in (0, 1)]
+    jobs = [
+        dataclasses.replace(one, status={**one.status, "overrides": said})
+        for one, said in zip(jobs, overrides, strict=True)
+    ]
+    jobs.append(dataclasses.replace(jobs[-1], status={**jobs[-1].status, "status": "failed"}, result={}))
+    titles, *rows = settings_table(jobs)
+    assert titles == ("optim.lr", "seeds", "accuracy mean", "sd", "")
+    assert rows == [("1e-4", "2", "0.6000", "0.1414", ""), ("1e-3", "2 of 3", "0.8500", "0.0707", "best")]
+    end_of_sweep("stage1", Path("sweep"), jobs)
+    shown = [line.split() for line in lines_of(capsys)]
+    assert ["1e-3", "2", "of", "3", "0.8500", "0.0707", "best"] in shown
 
 
 def with_seed(bench: Bench, store: Path, name: str, new: str, seed: int, **settings: Any) -> dict[str, Any]:

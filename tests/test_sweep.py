@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fusion.run import Standing, write_json
-from fusion.sweep import Sweep, standings
+from fusion.sweep import Sweep, command_again, standings
 
 
 def leave(folder: Path, status: str, before: str | None = None, error: str | None = None) -> Path:
@@ -120,3 +120,16 @@ def test_how_jobs_stand_is_a_few_lines() -> None:
     assert len(lines) <= 12 and all(len(line) < 200 for line in lines)
     assert lines[0].startswith("100 jobs: 25 done already, 25 interrupted")
     assert lines[1].endswith(" and 17 more")
+
+
+def test_a_sweep_that_is_stopped_says_what_is_done(tmp_path: Path) -> None:
+    planned = [tmp_path / str(n) for n in range(5)]
+    sweep = Sweep.begin(tmp_path, planned, command_again(resume=True, overwrite=False))
+    for place, status in zip(planned, ("done", "done", "failed", "interrupted"), strict=False):
+        leave(place, status)
+    first, second = sweep.stopped("interrupted").splitlines()
+    assert first == "interrupted: 2 of 5 jobs done (0, 1), 1 failed, 1 interrupted, 1 not started"
+    assert (
+        second
+        == "The same command continues: it skips the jobs that are done and resumes from the last checkpoint"
+    )

@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import shlex
 from pathlib import Path
 from typing import Any
 
 from fusion.config import Stage2Config
 from fusion.errors import UserError
+from fusion.overrides import override, shell_line
 from fusion.ranking.candidates import all_adapters
 from fusion.ranking.kept import Kept, rankings_of
 from fusion.store.manifest import read_manifest
-from fusion.store.rebuilding import hydra_value
 
 log = logging.getLogger(__name__)
 
@@ -105,11 +104,11 @@ def _changed(kept: Kept, store: Path) -> list[str]:
 
 def _command(config: Stage2Config) -> str:
     assert config.task is not None
-    words = [f"+task={config.task.name}", f"store={hydra_value(config.store)}"]
+    words = ["+" + override("task", config.task.name), override("store", config.store)]
     words += [
-        f"backbone.name_or_path={hydra_value(config.backbone.name_or_path)}",
-        f"backbone.pooling={config.backbone.pooling}",
+        override("backbone.name_or_path", config.backbone.name_or_path),
+        override("backbone.pooling", config.backbone.pooling),
     ]
     if config.data.dir is not None:
-        words.append(f"data.dir={hydra_value(config.data.dir)}")
-    return f"python -m fusion.rank {shlex.join(words)}"
+        words.append(override("data.dir", config.data.dir))
+    return shell_line("rank", words)

@@ -34,6 +34,7 @@ from fusion.paths import check_relative, resolve_path
 from fusion.repeats import repeated
 from fusion.safe_text import quotable
 from fusion.store.files import MEND, read_regular
+from fusion.store.foreign import why_no_artifact
 from fusion.store.settings import TYPE_NAMES, check_types, settings_of, type_name
 
 FORMAT_VERSION = 1
@@ -540,13 +541,13 @@ def find(reference: str, store: Path) -> Path:
     path = Path(reference)
     try:
         path = path.expanduser()
-        is_artifact, is_folder = (path / MANIFEST).is_file(), path.is_dir()
+        is_artifact, is_there = (path / MANIFEST).is_file(), path.exists()
     except (OSError, RuntimeError) as error:  # no permission, too long for a path, ~ of an unknown user
         raise UserError(f"{reference}: cannot be read as a folder ({error})") from None
     if reference and is_artifact:
         return path
-    if reference and is_folder:
-        raise UserError(f"{reference}: this folder is no artifact, it has no {MANIFEST}")
+    if reference and is_there:
+        raise UserError(f"{reference}: {why_no_artifact(path)}")
     raise UserError(unknown_name(reference, store))
 
 

@@ -6,13 +6,13 @@ that another shell, on another day, runs the same thing.
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
+from fusion.overrides import key_of, override
 from fusion.store.manifest import Manifest, find, find_by_hash, read_folder
 
 # Of sources=top:3, the names that it stood for are said, and so nothing else about them.
@@ -66,18 +66,18 @@ def _command(manifest: Manifest, into: Path) -> list[str]:
     if not overrides:
         return [f"# {manifest.name} was not made by a command: there is nothing to type again"]
     stage = "stage2" if manifest.kind == "fusion" else "stage1"
-    kept = [word for word in overrides if _key(word) not in SAID_ANYWAY]
-    said = {_key(word) for word in kept}
+    kept = [word for word in overrides if key_of(word) not in SAID_ANYWAY]
+    said = {key_of(word) for word in kept}
     config: dict[str, Any] = manifest.run["config"]
     data = config.get("data.dir")
     if isinstance(data, str) and "data.dir" not in said:  # it came from FUSION_DATA_DIR
-        kept.append(f"data.dir={hydra_value(data)}")
+        kept.append(override("data.dir", data))
     # By name: a source that was given by a path has its name in the store that is written to.
-    names = ",".join(source["name"] for source in manifest.sources)
-    kept = [f"sources=[{names}]" if _key(word) == "sources" else word for word in kept]
+    names = override("sources", [source["name"] for source in manifest.sources])
+    kept = [names if key_of(word) == "sources" else word for word in kept]
     kept += [
-        f"name={manifest.name}",
-        f"store={hydra_value(str(into.absolute()))}",
+        override("name", manifest.name),
+        override("store", str(into.absolute())),
         f"seed={manifest.seed}",
     ]
     environment = manifest.run.get("environment")
@@ -85,17 +85,3 @@ def _command(manifest: Manifest, into: Path) -> list[str]:
     words = [f"{key}={shlex.quote(str(value))}" for key, value in variables]
     words += ["python", "-m", f"fusion.{stage}", *map(shlex.quote, kept)]
     return [" ".join(words)]
-
-
-def _key(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0].partition("@")[0]
-
-
-def hydra_value(text: str) -> str:
-    """Text as a value of an override that means that very text."""
-    if re.fullmatch(r"[A-Za-z0-9_./~-]+", text) and not text.startswith("~"):
-        return text
-    escaped = re.sub(r'(\\*)"', lambda match: match[1] * 2 + '\\"', text)
-    if match := re.search(r"\\+$", escaped):
-        escaped += match[0]
-    return f'"{escaped}"'

@@ -1,4 +1,4 @@
-"""The clock, the best epoch, and one line an epoch."""
+"""The clock, the best epoch, and one line an epoch; why a training ended early."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import logging
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as lightning
 import torch
+from pytorch_lightning.callbacks import Timer
 
 from fusion.training.module import TaskModule
 from fusion.training.outcomes import Scored
@@ -101,10 +102,16 @@ def best_epoch(history: Sequence[dict[str, float]], monitor: str) -> dict[str, f
 
 
 class EpochLine(lightning.Callback):
-    """After each epoch: where it is, the loss, the scores, how fast."""
+    """After each epoch: where it is, the mean loss, the scores, how fast. At the end: why it ended early.
 
-    def __init__(self, monitor: str) -> None:
+    Args:
+        monitor: the score that counts.
+        patience: of `Best`.
+    """
+
+    def __init__(self, monitor: str, patience: int | None = None) -> None:
         self._monitor = monitor
+        self._patience = patience
         self._started = 0.0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -114,22 +121,61 @@ class EpochLine(lightning.Callback):
         self._started = time.monotonic()
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, TaskModule)
+        loss = pl_module.epoch_loss.mean(trainer.world_size)  # all processes together
         if not trainer.is_global_zero:
             return
-        assert isinstance(pl_module, TaskModule)
         seconds = time.monotonic() - self._started
         evaluated = pl_module.history and pl_module.history[-1]["epoch"] == trainer.current_epoch + 1
         scores = {k: v for k, v in pl_module.history[-1].items() if k != "epoch"} if evaluated else {}
         shown = "".join(f"{name} {value:.4f}  " for name, value in scores.items())
         before = [epoch[self._monitor] for epoch in pl_module.history[:-1]]
         best = bool(scores) and all(scores[self._monitor] > score for score in before)
-        loss = trainer.callback_metrics.get("train/loss")
+        first = pl_module.epoch_loss.first_batch
+        done, batches = _batches(trainer)
         log.info(
-            "epoch %d/%s  loss %.4f  %s%s%.1f s",
+            "epoch %d/%s%s  loss %.4f%s  %s%s%.1f s",
             trainer.current_epoch + 1,
             trainer.max_epochs,
-            float("nan") if loss is None else float(loss),
+            f" ({done} of {batches} batches)" if done < batches else "",
+            float("nan") if loss is None else loss,
+            f" (from batch {first + 1} on)" if first else "",
             shown,
             "(best)  " if best else "",
             seconds,
         )
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, TaskModule)
+        if (why := self._why(trainer, pl_module.history)) is not None:
+            log.info("%s", why)
+
+    def _why(self, trainer: lightning.Trainer, history: Sequence[dict[str, float]]) -> str | None:
+        """Why a training ended before its last epoch did; None: it did not."""
+        done, batches = _batches(trainer)
+        if trainer.current_epoch >= (trainer.max_epochs or 0) and done >= batches:
+            return None
+        if 0 < trainer.max_steps <= trainer.global_step:
+            return f"stopped by trainer.max_steps={trainer.max_steps}"
+        timers = [one for one in cast(Any, trainer).callbacks if isinstance(one, Timer)]
+        if any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers):
+            return "stopped by trainer.max_time"
+        best = best_epoch(history, self._monitor)
+        if self._patience is None or not best:
+            return None
+        since = len(history) - 1 - list(history).index(best)
+        if since < self._patience:
+            return None
+        unit = "epoch" if self._patience == 1 else "evaluated epochs"
+        return (
+            f"stopped early: {self._monitor} did not improve for {since} {unit} (optim.patience={self._patience}); "
+            f"best {best[self._monitor]:.4f} in epoch {int(best['epoch'])}"
+        )
+
+
+def _batches(trainer: lightning.Trainer) -> tuple[int, float]:
+    """How many batches of the current epoch are done, and how many it has."""
+    done = cast(Any, trainer.fit_loop.epoch_loop.batch_progress.current).processed
+    return done, trainer.num_training_batches

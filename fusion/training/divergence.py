@@ -12,57 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fusion.config import TaskConfig
 from fusion.data.encode import EncodedRows
 
 FACTOR = 3.0
-
-
-class EpochLoss:
-    """The loss of the first batch of a training, and the mean over the batches of its latest epoch."""
-
-    def __init__(self) -> None:
-        self._first: Tensor | float | None = None
-        self._epoch = -1
-        self._sum: Tensor | float = 0.0
-        self._batches = 0
-
-    def add(self, loss: Tensor, epoch: int) -> None:
-        """loss: a scalar, of one batch. It is not waited for."""
-        if self._first is None:
-            self._first = loss
-        if epoch != self._epoch:
-            self._epoch, self._sum, self._batches = epoch, 0.0, 0
-        self._sum = self._sum + loss
-        self._batches += 1
-
-    def state(self) -> list[Any]:
-        """What a checkpoint holds, so that a resumed training has the same figures."""
-        first = None if self._first is None else float(self._first)
-        return [first, self._epoch, float(self._sum), self._batches]
-
-    def load(self, state: Sequence[Any]) -> None:
-        self._first, self._epoch, self._sum, self._batches = state
-
-    def figures(self) -> tuple[float, float] | None:
-        """Loss of the first batch and mean of the last epoch, over all processes; None where nothing was trained.
-
-        Under DDP, every process has to call it.
-        """
-        first, _, total, batches = self.state()
-        everywhere: list[Any] = [(first, total / batches) if batches else None]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            own = everywhere[0]
-            everywhere = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(everywhere, own)
-        found = [figures for figures in everywhere if figures is not None]
-        if not found:
-            return None
-        firsts, lasts = zip(*found, strict=True)
-        return sum(firsts) / len(firsts), sum(lasts) / len(lasts)
 
 
 def zero_score_loss(rows: EncodedRows, task: TaskConfig) -> float:

@@ -116,7 +116,13 @@ def fit(
     writes = config.trainer.enable_checkpointing and not config.trainer.fast_dev_run
     keep = Checkpoints(checkpoints if writes else None, config.checkpoint_minutes, interrupts, tokenizer)
     # The guard first, since what it refuses nobody shall write down; what writes comes last.
-    callbacks: list[Callback] = [Guard(model, checkpoints), memory, best, EpochLine(monitor), clock]
+    callbacks: list[Callback] = [
+        Guard(model, checkpoints),
+        memory,
+        best,
+        EpochLine(monitor, config.optim.patience),
+        clock,
+    ]
     callbacks += [*watchers, FirstOfEpoch()]
     if config.trainer.enable_progress_bar:
         callbacks.append(ProgressBar(config.name or "training", monitor))

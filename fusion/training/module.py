@@ -21,7 +21,7 @@ from fusion.data.batches import Batch
 from fusion.errors import LossNotFinite, UserError
 from fusion.layers.filling import Recorder
 from fusion.model import AdaptedModel
-from fusion.training.divergence import EpochLoss
+from fusion.training.epoch_loss import EpochLoss
 from fusion.training.metrics import MEAN, main_metrics, predicted, score_predictions
 from fusion.training.outcomes import Scored
 
@@ -135,13 +135,17 @@ class TaskModule(lightning.LightningModule):
         parts = [self.seed, self.current_epoch, batch_index, self.global_rank]
         return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
 
+    def on_train_epoch_start(self) -> None:
+        self.epoch_loss.restart()  # not called where a run resumes within an epoch
+
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         torch.manual_seed(self.dropout_seed(batch_index))
         losses = self.losses(batch, self.first_layer(batch_index))
         total = torch.stack(list(losses.values())).sum()
         whose = f"{self.tasks[batch.task].name}/" if len(self.tasks) > 1 else ""
         self.losses_seen.add(total.detach(), self.trainer.global_step, batch.rows, f"{whose}train")
-        self.epoch_loss.add(losses["task"].detach(), self.current_epoch)
+        weight = batch.global_rows if batch.global_weight is None else batch.global_weight
+        self.epoch_loss.add(total, losses["task"], weight)
         self.rows_seen += batch.rows.numel()
         self.tokens_seen += batch.input_ids.numel()
         # Each call of log costs as much as a small layer, hence only where Lightning hands it on, and once an epoch.
@@ -241,7 +245,7 @@ class TaskModule(lightning.LightningModule):
         checkpoint["prefix"] = self.prefix
         checkpoint["history"] = self.history
         checkpoint["seen"] = [self.rows_seen, self.tokens_seen]
-        checkpoint["epoch_loss"] = self.epoch_loss.state()
+        checkpoint["epoch_loss"] = self.epoch_loss.state(self.trainer.world_size)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trainable = {f"model.{name}" for name in self.model.trainable()}
@@ -255,8 +259,12 @@ class TaskModule(lightning.LightningModule):
             )
         self.history = list(checkpoint["history"])
         self.rows_seen, self.tokens_seen = checkpoint["seen"]
-        if "epoch_loss" in checkpoint:  # not in those of version 0.1
-            self.epoch_loss.load(checkpoint["epoch_loss"])
+        self.epoch_loss.resume(
+            checkpoint.get("epoch_loss"),  # not in those of earlier versions
+            self.trainer.world_size,
+            checkpoint["position"]["batch"],
+            self.device,
+        )
 
 
 class Losses:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ from fusion.ending import trained
 from fusion.store.describing import describe
 from fusion.store.listing import first_score
 from fusion.store.manifest import read_manifest
-from fusion.training.divergence import EpochLoss, divergence, zero_score_loss
+from fusion.training.divergence import divergence, zero_score_loss
 from tests.bench import Bench
 
 THREE = TaskConfig(name="a", text="x", labels=["p", "q", "r"], metrics=["accuracy"])
@@ -69,17 +68,6 @@ def test_of_several_tasks_the_largest_limit_counts() -> None:
     both = [rows([0, 1]), rows([10.0, 10.0], task=1)]
     assert divergence((1.0, 200.0), both, [THREE, RATING]) is None
     assert divergence((1.0, 301.0), both, [THREE, RATING]) == {"train_loss": 301.0, "limit": 300.0}
-
-
-def test_the_last_epochs_mean_survives_a_checkpoint() -> None:
-    seen, resumed = EpochLoss(), EpochLoss()
-    assert seen.figures() is None
-    for epoch, loss in ((0, 4.0), (0, 2.0), (1, 1.0)):
-        seen.add(torch.tensor(loss), epoch)
-    resumed.load(json.loads(json.dumps(seen.state())))
-    for one in (seen, resumed):
-        one.add(torch.tensor(3.0), 1)
-        assert one.figures() == (4.0, 2.0)
 
 
 def test_a_run_that_diverges_is_marked(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,90 @@
+"""The mean training loss of an epoch: each batch counts with its examples, those of all processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class EpochLoss:
+    """Running sums in double precision, of the whole loss and of the task's own, which wait for no device.
+
+    A checkpoint keeps them, so that the mean of an epoch that was interrupted is that of all its batches. Only the
+    first of several processes writes checkpoints, and knows its own sums alone: then the mean starts at the first
+    batch after the interruption, and `first_batch` has its number.
+    """
+
+    def __init__(self) -> None:
+        self._first: Tensor | float | None = None  # the task's loss of the training's first batch
+        self.restart()
+
+    def restart(self, first_batch: int = 0) -> None:
+        """Start a new epoch, or the rest of one."""
+        self.first_batch = first_batch
+        self._sums: Tensor | None = None
+        self._weight = 0.0
+
+    def add(self, total: Tensor, task: Tensor, weight: float) -> None:
+        """
+        Args:
+            total, task: of a batch, scalars: in each process its part of the mean over all processes.
+            weight: how many examples count in the batch over all processes; with class weights, the sum of theirs.
+        """
+        wide = torch.float32 if total.device.type == "mps" else torch.float64
+        parts = torch.stack([total, task]).detach().to(wide)
+        if self._first is None:
+            self._first = parts[1]
+        self._sums = parts * weight if self._sums is None else self._sums + parts * weight
+        self._weight += weight
+
+    def mean(self, processes: int = 1) -> float | None:
+        """The mean of the whole loss so far, equal in all processes, which have to ask together; None: no batch."""
+        if self._sums is None:
+            return None
+        total = self._sums[0].clone()
+        if processes > 1:
+            torch.distributed.all_reduce(total)
+        return float(total) / processes / self._weight
+
+    def figures(self) -> tuple[float, float] | None:
+        """The task's loss of the training's first batch, and its mean over the last epoch; None: no batch.
+
+        Under DDP, every process has to call it.
+        """
+        own = None
+        if self._sums is not None and self._first is not None:
+            own = float(self._first), float(self._sums[1]) / self._weight
+        everywhere: list[Any] = [own]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            everywhere = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(everywhere, own)
+        found = [figures for figures in everywhere if figures is not None]
+        if not found:
+            return None
+        firsts, lasts = zip(*found, strict=True)
+        return sum(firsts) / len(firsts), sum(lasts) / len(lasts)
+
+    def state(self, processes: int = 1) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "first": None if self._first is None else float(self._first),
+            "sums": None if self._sums is None else self._sums.tolist(),
+            "weight": self._weight,
+            "first_batch": self.first_batch,
+            "processes": processes,
+        }
+
+    def resume(self, state: dict[str, Any] | None, processes: int, batch: int, device: torch.device) -> None:
+        """Continue from what `state` gave, before `batch` (counted from 0); None: of version 0.1."""
+        self.restart(batch)
+        if not isinstance(state, dict):
+            return
+        self._first = state["first"]
+        if (state["processes"], processes) != (1, 1):
+            return
+        self.first_batch, self._weight = state["first_batch"], state["weight"]
+        if state["sums"] is not None:
+            wide = torch.float32 if device.type == "mps" else torch.float64
+            self._sums = torch.tensor(state["sums"], dtype=wide, device=device)
