@@ -19,9 +19,8 @@ from fusion.errors import UserError
 from fusion.overrides import key_of, typed
 from fusion.run import Run
 from fusion.safe_text import quotable
-from fusion.store.data_folder import data_folder_of
 from fusion.store.manifest import check_drop, check_trust, find, read_folder, read_manifest
-from fusion.store.trained_data import as_trained
+from fusion.store.trained_data import as_trained, data_folder_of
 from fusion.terminal.screen import say
 
 log = logging.getLogger(__name__)

@@ -28,9 +28,8 @@ from fusion.inference import class_names, device_of, predict, probabilities
 from fusion.listening import listen
 from fusion.masking import Scored, prune_greedily, prune_in_order, without_each
 from fusion.store.artifacts import load
-from fusion.store.data_folder import data_folder_of
 from fusion.store.manifest import Manifest, check_attends
-from fusion.store.trained_data import as_trained
+from fusion.store.trained_data import as_trained, data_folder_of
 from fusion.training.metrics import predicted, score
 from fusion.words import chosen_rows, words_of
 
