@@ -31,7 +31,7 @@ from fusion.store.manifest import Manifest, check_free, check_writable, find, na
 
 ATTEMPT = "attempt.json"
 POSITION = "position.json"
-CHECKPOINTS = ("last.ckpt", "before.ckpt")  # as `fusion.training.checkpoints` writes them
+LAST, BEFORE = "last.ckpt", "before.ckpt"  # checkpoints, which `fusion.training.checkpoints` writes
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Entry:
     @property
     def _has_checkpoint(self) -> bool:
         """Whether there is one to resume from; a position without one is of no use."""
-        return any((self.checkpoints / name).is_file() for name in CHECKPOINTS)
+        return any((self.checkpoints / name).is_file() for name in (LAST, BEFORE))
 
     def _position(self) -> str:
         position = _read(self.checkpoints / POSITION)

@@ -20,14 +20,13 @@ import pytorch_lightning as lightning
 import torch
 from lightning_fabric.plugins import CheckpointIO
 
+from fusion.entry import BEFORE, LAST, POSITION
 from fusion.errors import first_line
 from fusion.training.interrupts import Interrupts
 from fusion.training.module import TaskModule
 
 log = logging.getLogger(__name__)
 
-LAST, BEFORE = "last.ckpt", "before.ckpt"
-POSITION = "position.json"
 TOKENIZER = "tokenizer"  # key of a checkpoint: the hash of the tokenizer that gave the token ids
 _ENDING = ".part"
 
@@ -172,9 +171,8 @@ def write_checkpoint(folder: Path, content: dict[str, Any]) -> None:
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        (folder / POSITION).unlink(
-            missing_ok=True
-        )  # of the checkpoint before: if the disk is full, none is written
+        # Of the checkpoint before; where the disk is full, no new one is written.
+        (folder / POSITION).unlink(missing_ok=True)
         if (folder / LAST).exists():
             os.replace(folder / LAST, folder / BEFORE)
         os.replace(part, folder / LAST)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusion.training.gathering import gathered
+
 
 class EpochLoss:
     """Running sums in double precision, of the whole loss and of the task's own, which wait for no device.
@@ -56,11 +58,7 @@ class EpochLoss:
         own = None
         if self._sums is not None and self._first is not None:
             own = float(self._first), float(self._sums[1]) / self._weight
-        everywhere: list[Any] = [own]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            everywhere = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(everywhere, own)
-        found = [figures for figures in everywhere if figures is not None]
+        found = [figures for figures in gathered(own) if figures is not None]
         if not found:
             return None
         firsts, lasts = zip(*found, strict=True)

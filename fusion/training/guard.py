@@ -25,6 +25,7 @@ from torch import Tensor
 from fusion.backbones.load import hash_tensors
 from fusion.errors import GuardError, UserError
 from fusion.model import AdaptedModel, hash_of_hashes
+from fusion.training.gathering import gathered
 
 _SHOWN = 4  # names in a message
 _CHECKPOINT_KEY = "frozen_hash"
@@ -200,8 +201,7 @@ class Guard(lightning.Callback):
     def _compare_processes(self, trainer: lightning.Trainer) -> None:
         """Every process says the same as the first, or all of them fail alike."""
         shapes = {name: str(tuple(parameter.shape)) for name, parameter in self._model.trainable().items()}
-        every: list[tuple[dict[str, str], dict[str, str]]] = [({}, {})] * trainer.world_size
-        torch.distributed.all_gather_object(every, (self._hashes, shapes))
+        every = gathered((self._hashes, shapes))
         for rank, (hashes, theirs) in enumerate(every):
             if names := _differing(every[0][0], hashes):
                 raise GuardError(

@@ -22,6 +22,7 @@ from fusion.errors import LossNotFinite, UserError
 from fusion.layers.filling import Recorder
 from fusion.model import AdaptedModel
 from fusion.training.epoch_loss import EpochLoss
+from fusion.training.gathering import gathered
 from fusion.training.metrics import MEAN, main_metrics, predicted, score_predictions
 from fusion.training.outcomes import Scored
 
@@ -299,12 +300,10 @@ class Losses:
             torch.distributed.all_reduce(there)
             if not there.item():
                 return
-            everywhere: list[Any] = [None] * torch.distributed.get_world_size()
-            plain = [(loss.item(), step, rows.tolist(), split) for loss, step, rows, split in bad]
-            torch.distributed.all_gather_object(everywhere, plain)
-            found = sorted((entry for entries in everywhere for entry in entries), key=lambda entry: entry[1])
-        else:
-            found = [(loss.item(), step, rows.tolist(), split) for loss, step, rows, split in bad]
+        plain = [(loss.item(), step, rows.tolist(), split) for loss, step, rows, split in bad]
+        found = sorted(
+            (entry for entries in gathered(plain) for entry in entries), key=lambda entry: entry[1]
+        )
         if found:
             loss, step, rows, split = found[0]
             more = " …" if len(rows) > 8 else ""

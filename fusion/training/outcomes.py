@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fusion.data.encode import EncodedRows
 from fusion.run import OUTCOMES, write_json
+from fusion.training.gathering import gathered
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +44,7 @@ class Scored:
         Under DDP, every process has to call it, also one without a part.
         """
         own = [(part.rows, part.predictions, part.labels) for part in parts]
-        everywhere: list[Any] = [own]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            everywhere = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(everywhere, own)
-        columns = zip(*(part for process in everywhere for part in process), strict=True)
+        columns = zip(*(part for process in gathered(own) for part in process), strict=True)
         rows, predictions, labels = (torch.cat(column) for column in columns)
         order = rows.argsort()
         return cls(rows[order], predictions[order], labels[order])
