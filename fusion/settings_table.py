@@ -1,17 +1,23 @@
 """The table at the end of a sweep: for each setting, the mean score over its seeds, with the best marked.
 
-Within one sweep all that differs between two jobs is what is swept, so jobs belong together where their overrides
-are the same but for seed and name.
+Jobs belong together where their artifacts have the same resolved settings, see `fusion.store.settings_groups`, so that
+sources which differ by their seed alone are one setting. A job without an artifact belongs to those with its overrides.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from fusion.errors import UserError
 from fusion.overrides import key_of
+from fusion.store.manifest import read_folder
+from fusion.store.settings_groups import Lookup
+from fusion.store.settings_groups import key_of as key_of_settings
 from fusion.sweep import Job
 
 NOT_SETTINGS = ("seed", "name")
@@ -29,17 +35,18 @@ def settings_table(jobs: Sequence[Job]) -> list[tuple[str, ...]]:
         return []
     keys = list(dict.fromkeys(key for one in words for key in one))
     swept = [key for key in keys if len({one.get(key) for one in words}) > 1 and key not in NOT_SETTINGS]
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for number, one in enumerate(words):
-        groups.setdefault(tuple(_value(one.get(key)) for key in swept), []).append(number)
+    groups = _groups(jobs, [tuple(_value(one.get(key)) for key in swept) for one in words])
     if len(groups) == len(jobs) and set(swept) <= {
         "task"
     }:  # a row for each job is what the table of jobs has
         return []
+    # What differs within a setting, such as the seed in the names of sources, is not part of it.
+    swept = [key for key in swept if all(len({words[n].get(key) for n in group}) == 1 for group in groups)]
     metrics = list(dict.fromkeys(score[0] for score in scores if score is not None))
     title = metrics[0] if len(metrics) == 1 else "score"
     rows: list[tuple[tuple[str, ...], str, list[float], int]] = []
-    for setting, members in groups.items():
+    for members in groups:
+        setting = tuple(_value(words[members[0]].get(key)) for key in swept)
         found = [score[1] for number in members if (score := scores[number]) is not None]
         task = next((str(jobs[n].result["task"]) for n in members if jobs[n].result.get("task")), "")
         rows.append((setting, task, found, len(members)))
@@ -62,6 +69,24 @@ def settings_table(jobs: Sequence[Job]) -> list[tuple[str, ...]]:
             )
         )
     return table
+
+
+def _groups(jobs: Sequence[Job], overrides: Sequence[tuple[str, ...]]) -> list[list[int]]:
+    """Positions of the jobs of each setting.
+
+    Args:
+        overrides: of each job the values of what is swept, without seed and name.
+    """
+    lookup = Lookup()
+    resolved: dict[tuple[str, ...], str] = {}
+    for job, said in zip(jobs, overrides, strict=True):
+        with contextlib.suppress(KeyError, UserError, OSError):  # nothing stored, or gone
+            folder = Path(job.result["artifact"])
+            resolved[said] = key_of_settings(lookup.of_artifact(read_folder(folder), folder.parent))
+    groups: dict[object, list[int]] = {}
+    for number, said in enumerate(overrides):
+        groups.setdefault(resolved.get(said, said), []).append(number)
+    return list(groups.values())
 
 
 def _value(word: str | None) -> str:

@@ -241,14 +241,18 @@ def test_seeds_of_one_task_are_no_sources_for_each_other(
     assert typed(report)[0] == "fusion.report"
 
 
-def test_a_sweep_ends_with_its_settings(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_ends_with_its_settings(
+    trained: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Mean and standard deviation over the seeds of each, with the best one marked; jobs without a score are counted."""
+    store = tmp_path / "store"
     scores = {"1e-4": (0.5, 0.7), "1e-3": (0.9, 0.8)}
     jobs = [
         job(
             f"films-{rate}-{seed}",
             "done",
-            {**trained.result["films"], "metrics": {"validation": {"accuracy": score}}},
+            with_seed(trained, store, "films", f"films-{rate}-{seed}", seed, **{"optim.lr": float(rate)})
+            | {"metrics": {"validation": {"accuracy": score}}},
         )
         for rate, pair in scores.items()
         for seed, score in enumerate(pair)
@@ -265,6 +269,22 @@ def test_a_sweep_ends_with_its_settings(trained: Bench, capsys: pytest.CaptureFi
     end_of_sweep("stage1", Path("sweep"), jobs)
     shown = [line.split() for line in lines_of(capsys)]
     assert ["1e-3", "2", "of", "3", "0.8500", "0.0707", "best"] in shown
+
+
+def test_sources_that_differ_by_their_seed_are_one_setting(trained: Bench, tmp_path: Path) -> None:
+    """Whatever is typed: each seed of the fusion names the seed of its sources."""
+    store = tmp_path / "store"
+    shutil.copytree(trained.folder / "store", store)
+    jobs = []
+    for seed in (1, 2):
+        result = with_seed(trained, store, "both", f"both-{seed}", seed)
+        overrides = ["+task=films", f"seed={seed}", f"sources=[films-s{seed},books-s{seed}]"]
+        one = job(f"both-{seed}", "done", result | {"metrics": {"validation": {"accuracy": 0.5 + seed / 10}}})
+        jobs.append(dataclasses.replace(one, status={**one.status, "overrides": overrides}))
+    assert settings_table(jobs) == [
+        ("seeds", "accuracy mean", "sd", ""),
+        ("2", "0.6500", "0.0707", ""),
+    ]
 
 
 def with_seed(bench: Bench, store: Path, name: str, new: str, seed: int, **settings: Any) -> dict[str, Any]:

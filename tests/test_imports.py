@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "review": BASE | {"run", "store", "packing", "metrics"},
     "sync": BASE | {"program", "run", "run_lock", "review", "terminal"},
     "entry": BASE | {"run", "store"},
-    "settings_table": BASE | {"run", "sweep"},
+    "settings_table": BASE | {"run", "store", "sweep"},
     "ending": BASE | {"run", "sweep", "store", "terminal", "settings_table"},
     "compare": BASE | {"program", "run", "store", "terminal"},
     "answers": BASE | {"store"},
