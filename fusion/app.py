@@ -105,7 +105,7 @@ def command(
     """Makes a program of a function: `conf/NAME.yaml`, typed by `schema`, tested by `check`.
 
     `settle` puts into the typed config what was said by a word that stands for it, such as sources=all: from
-    then on the config, and all that is written of it, says what is meant. It gets the overrides too.
+    then on the config, and all that is written of it, has what the word stands for. It gets the overrides too.
 
     The function gets the typed config and the Run, and returns what result.json holds. `check` is
     cheap, raises UserError, and may say how the run stands; it sees every job of a sweep before the first
@@ -541,7 +541,7 @@ def _output_folder(config: DictConfig, mode: str) -> Path:
     """hydra.run.dir or hydra.sweep.dir, where Hydra itself will make it: it does not expand `~`.
 
     Raises:
-        UserError: it is no possible path, or begins with `~`.
+        UserError: it is no possible path, or starts with `~`.
     """
     text, key = str(config.hydra[mode].dir), f"hydra.{mode}.dir"
     if text.startswith("~"):
@@ -667,7 +667,7 @@ def _main(command: Command) -> int:
 
 
 def _job(command: Command, program: list[str], composed: DictConfig, outcomes: list[int]) -> Any:
-    """One job. A failure is recorded and not raised, so that a sweep goes on to the next job.
+    """One job. A failure is recorded and not raised, so that a sweep continues with the next job.
 
     A job of a training command returns its objective, see `objective`, for sweepers that search by it.
 

@@ -85,7 +85,7 @@ def _in_range(
         hint: ends the sentence: an example, or what else would do.
 
     Raises:
-        UserError: says what came, the whole range, and what null means.
+        UserError: states the value, the whole range, and what null means.
     """
     if value is None and null:
         return
@@ -605,6 +605,18 @@ class CompositionConfig:
         """
         return _as_stored(self, ("drop", "rank", "target_adapter", "train", "fusion", "keep"))
 
+    def pruning_of(self, trained: CompositionConfig) -> CompositionConfig:
+        """The settings of a pruned fusion: those that the fusion was trained with, but for what its pruning may set."""
+        return replace(
+            trained,
+            name="pruned",
+            dropout=self.dropout,
+            value_penalty=self.value_penalty,
+            fusion=self.fusion,
+            keep=self.keep,
+            train=self.train,
+        )
+
 
 @dataclass
 class OptimConfig:
@@ -811,10 +823,7 @@ class WandbConfig:
                 not wrong,
                 f"logger.wandb.{key}={value!r:.200}: expected a name of 1 to 128 characters without / \\ # ? % :",
             )
-        _require(
-            self.init_timeout >= 1,
-            f"logger.wandb.init_timeout={self.init_timeout}: expected at least 1 second",
-        )
+        _in_range("logger.wandb.init_timeout", self.init_timeout, at_least=1, hint=" second")
 
 
 @dataclass
@@ -972,15 +981,7 @@ class Stage2Config(StageConfig):
             asked.fusion is not None,
             "composition=pruned: expected the fusion to prune, composition.fusion=NAME, one of the store",
         )
-        own = replace(
-            CompositionConfig(),
-            name="pruned",
-            dropout=asked.dropout,
-            value_penalty=asked.value_penalty,
-            fusion=asked.fusion,
-            keep=asked.keep,
-            train=asked.train,
-        )
+        own = asked.pruning_of(CompositionConfig())
         other = [
             f"composition.{f.name}" for f in fields(own) if getattr(asked, f.name) != getattr(own, f.name)
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,20 +98,8 @@ def find_start(
         write_json(file, chosen)
     if fusion is None:
         return Start(config.composition, chosen)
-    return Start(_as_trained(fusion, config.composition), chosen, fusion)
-
-
-def _as_trained(fusion: Artifact, asked: CompositionConfig) -> CompositionConfig:
-    """A pruned fusion's settings: those that it was trained with, but for what is asked of its pruning."""
-    return replace(
-        stored_composition(fusion.manifest, fusion.path)[0],
-        name="pruned",
-        dropout=asked.dropout,
-        value_penalty=asked.value_penalty,
-        fusion=asked.fusion,
-        keep=asked.keep,
-        train=asked.train,
-    )
+    trained = stored_composition(fusion.manifest, fusion.path)[0]
+    return Start(config.composition.pruning_of(trained), chosen, fusion)
 
 
 def _most_attended(
