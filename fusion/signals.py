@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 ECHO = 1.0  # seconds in which the same wish may come twice, by the process group and by whoever started this
+RESEND = 0.05  # seconds until a signal whose exception was swallowed is sent again: the callback has returned by then
 # SLURM and submitit announce a preemption or the end of the time by USR1 or USR2, a terminal that closes by HUP.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
@@ -44,14 +45,31 @@ def raised() -> Iterator[None]:
 
     A signal that is ignored stays ignored, as under nohup, and a handler that somebody else has set stays as well, as
     submitit's. A second signal raises once more, unless it comes within `ECHO` seconds.
+
+    Python swallows an exception that is raised inside a `__del__` or a callback of the garbage collector; a signal that
+    comes there is therefore sent once more.
     """
     global _since
     before = _install(raise_it)
     if before:
         _since = float("-inf")
+    report = sys.unraisablehook
+
+    def hook(swallowed: sys.UnraisableHookArgs) -> None:
+        number = _number_of(swallowed.exc_value)
+        if number is None:
+            report(swallowed)
+        else:
+            timer = threading.Timer(RESEND, _send_again, (number,))
+            timer.daemon = True
+            timer.start()
+
+    sys.unraisablehook = hook
     try:
         yield
     finally:
+        if sys.unraisablehook is hook:
+            sys.unraisablehook = report
         for number, handler in before.items():
             if signal.getsignal(number) is raise_it:
                 signal.signal(number, handler)
@@ -99,6 +117,20 @@ def _throw(number: int) -> NoReturn:
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise Terminated(signal.Signals(number).name)
+
+
+def _number_of(error: BaseException | None) -> int | None:
+    if isinstance(error, KeyboardInterrupt):
+        return signal.SIGINT
+    return signal.Signals[error.args[0]] if isinstance(error, Terminated) else None
+
+
+def _send_again(number: int) -> None:
+    """From another thread: handlers run in the main thread, wherever that is by then."""
+    global _since
+    if signal.getsignal(number) is raise_it:
+        _since = float("-inf")
+        os.kill(os.getpid(), number)
 
 
 def _exit(number: int, frame: FrameType | None) -> None:
