@@ -57,9 +57,10 @@ from fusion.overrides import is_plain, only_in_quotes, override, quoted
 from fusion.paths import expand_paths, resolve_path
 from fusion.repeats import repeated
 from fusion.review.decision import name_sweep, shared_decision
-from fusion.run import DEBUG, Run, Standing, check_folder, describe, record
+from fusion.run import Run, Standing, check_folder, describe, record
 from fusion.run_lock import turn_of
 from fusion.safe_text import printable, printable_logs
+from fusion.store.unfit import DEBUG
 from fusion.sweep import JobFailed, Sweep, command_again, objective, standings
 from fusion.terminal import bars, display
 from fusion.terminal.screen import say

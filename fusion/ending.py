@@ -15,12 +15,13 @@ from typing import Any
 
 from fusion.errors import UserError
 from fusion.overrides import key_of, override, shell_line
-from fusion.run import DEBUG, Run
+from fusion.run import Run
 from fusion.settings_table import settings_table
 from fusion.store.listing import as_bytes
 from fusion.store.manifest import Manifest, names, read_folder
 from fusion.store.overview import everything
 from fusion.store.settings_groups import Lookup, group
+from fusion.store.unfit import why_unfit
 from fusion.sweep import Job
 from fusion.terminal.screen import say
 from fusion.terminal.tables import show_table
@@ -223,7 +224,7 @@ def _after_training(
 def _fuse(words: Sequence[str], config: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> list[str]:
     """Stage 2 on the last one's task: of one result with what else the store has for it, of several with these."""
     adapters = [found for result in results if (found := _adapter(result)) is not None]
-    if not adapters or adapters[-1].name.endswith(DEBUG):
+    if not adapters or why_unfit(adapters[-1]) is not None:
         return []
     target = adapters[-1]
     store = Path(str(results[-1]["artifact"])).parent
@@ -234,7 +235,6 @@ def _fuse(words: Sequence[str], config: Mapping[str, Any], results: Sequence[Map
             if found.manifest is not None and not found.replaced and found.place == found.manifest.name
         ]
         adapters = [other for other in others if _fits(other, target) and other.name != target.name]
-        adapters = [other for other in adapters if not other.name.endswith(DEBUG)]
         adapters = [*_one_seed_each(adapters, target, store)[:-1][: MOST_SOURCES - 1], target]
     else:
         adapters = [adapter for adapter in adapters if _fits(adapter, target)]
@@ -286,6 +286,7 @@ def _fits(one: Manifest, other: Manifest) -> bool:
     return (
         one.kind == "adapter"
         and one.multitask is None
+        and why_unfit(one) is None
         and one.backbone["fingerprint"] == other.backbone["fingerprint"]
         and (
             None in (known := (one.backbone.get("tokenizer"), other.backbone.get("tokenizer")))

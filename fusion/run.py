@@ -66,7 +66,6 @@ STATUS, RESULT, CONFIG = "status.json", "result.json", "config.yaml"
 HISTORY, ATTENTION, OUTCOMES = "history.jsonl", "attention.jsonl", "outcomes.json"
 INSPECTION = "inspection.json"
 
-DEBUG = "-debug"  # ending of the name of what debug=NAME trains, which is nobody's result and nobody's source
 
 # Keys that the first stores did not know, with the value that says what was so without them: it is left out, so that
 # a run of then is the same run now.

@@ -133,17 +133,25 @@ def test_after_stage_2(trained: Bench, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_fusion_gets_a_name_that_is_free(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where the default one is taken; what debug= left is nobody's source."""
+    """Where the default one is taken; what was trained with debug= or diverged is not offered as a source."""
     store = trained.folder / "taken"
     shutil.copytree(trained.folder / "store", store)
-    for name, new in (("both", "books-adapterfusion"), ("films", "films-debug")):
+    copies = [
+        ("both", "books-adapterfusion"),
+        ("films", "films-debug"),
+        ("films", "f-diverged"),
+        ("films", "hot"),
+    ]
+    for name, new in copies:
         shutil.copytree(store / name, store / new)
         manifest = json.loads((store / new / "manifest.json").read_text())
+        if new == "hot":
+            manifest["result"] |= {"diverged": {"train_loss": 9.0, "limit": 2.0}}
         write_manifest(store / new / "manifest.json", manifest | {"name": new})
     result = trained.result["books"] | {"artifact": str(store / "books")}
     end_of_run(run(trained, "stage1", "+task=books"), result)
     following = [typed(line) for line in lines_of(capsys)[2:]]
-    assert following[1][:2] == ["fusion.stage2", "+task=books"] and "debug" not in str(following)
+    assert following[1][:3] == ["fusion.stage2", "+task=books", "sources=[films,books]"]
     assert following[1][3] == "name=books-adapterfusion-2"
     ranked = {"task": {"name": "books"}, "sources": [{"name": "a"}]}
     end_of_run(run(trained, "rank", "+task=books", config={"store": str(store)}), ranked)

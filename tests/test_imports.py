@@ -105,7 +105,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"training"},
     "app": BASE
     | {"run", "run_lock", "sweep", "ending", "memory", "terminal", "training.processes", "data.task_files"}
-    | {"review.decision"},
+    | {"review.decision", "store.unfit"},
 }
 MAY_IMPORT |= {command: {*MAY_IMPORT} for command in COMMANDS}
 

@@ -7,9 +7,20 @@ from typing import Any
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from fusion.overrides import hydra_value, key_of, override, shell_line, typed
+from fusion.overrides import (
+    hydra_value,
+    is_plain,
+    key_of,
+    only_in_quotes,
+    override,
+    quoted,
+    shell_line,
+    typed,
+)
+from pipelines.commands import typed as workflow_line
 
 TEXTS = [
     *("a", "/a/b", "a b", "it's", 'a"b', "a\\", 'a\\"b', "a,b=[c]{d}", "~/x", "ü", "a:b", "(x)", "#1", "*"),
@@ -31,6 +42,21 @@ TEXTS = [
         "nan",
         "-inf",
     ),
+]
+PLAIN = [
+    "/tmp/ü",
+    "/tmp/日本 x",
+    "a&b",
+    "~/x",
+    "a#b",
+    "a b",
+    "a:b",
+    "a\tb",
+    "x%y@z?|*",
+    "\u00a0",
+    "a;b<c>!^`",
+    "1.5",
+    "a+b",
 ]
 VALUES = [
     None,
@@ -77,3 +103,27 @@ def test_a_line_for_a_shell() -> None:
     line = shell_line("stage2", ["+task=rte", "sources=[a,b]", override("data.dir", "my data")])
     assert line == "python -m fusion.stage2 +task=rte 'sources=[a,b]' 'data.dir=\"my data\"'"
     assert [key_of(word) for word in ("+task=rte", "~logger", "a.b@c=1")] == ["task", "logger", "a.b"]
+
+
+@pytest.mark.parametrize("value", PLAIN)
+def test_quotes_are_added_where_hydra_needs_them(value: str) -> None:
+    parser = OverridesParser.create()
+    assert is_plain(value)
+    try:
+        parser.parse_override(f"store={value}")
+    except HydraException:
+        assert only_in_quotes(value)
+        read = parser.parse_override(quoted(f"store={value}")).value()
+        assert getattr(read, "text", read) == value
+    else:
+        assert only_in_quotes(value) == [] and quoted(f"store={value}") == f"store={value}"
+
+
+@pytest.mark.parametrize("override", ["sources=[a,b]", 'store="/tmp/ü"', "seed=1,2", "a", "x={a:ü}", "~key"])
+def test_what_has_a_structure_is_kept(override: str) -> None:
+    assert quoted(override) == override
+
+
+def test_a_workflow_quotes_its_paths() -> None:
+    words = shlex.split(workflow_line("fusion.stage1", ["store=/tmp/ü", "sources=[a]"]))
+    assert words[3:] == ['store="/tmp/ü"', "sources=[a]"]

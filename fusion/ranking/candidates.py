@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusion.errors import UserError
-from fusion.run import DEBUG
 from fusion.store.manifest import Manifest, artifacts
+from fusion.store.unfit import why_unfit
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def all_adapters(store: Path, backbone: str, without_task: str | None = None) ->
         for m in adapters
         if m.backbone["fingerprint"] not in prints
     }
-    left_out |= {m.name: "of debug=, nobody's source" for m in here if m.name.endswith(DEBUG)}
+    left_out |= {m.name: reason for m in here if (reason := why_unfit(m)) is not None}
     here = [manifest for manifest in here if manifest.name not in left_out]
     tokenizers = Counter(known for m in here if (known := m.backbone.get("tokenizer")) is not None)
     usual = max(tokenizers, key=lambda known: tokenizers[known], default=None)

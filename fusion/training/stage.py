@@ -35,14 +35,13 @@ from fusion.review.tracking import (
 from fusion.run import Run
 from fusion.store.artifacts import save
 from fusion.store.manifest import Manifest, read_folder
+from fusion.store.unfit import DIVERGED
 from fusion.training.attention import AttentionRecorder
 from fusion.training.class_weights import set_class_weights
 from fusion.training.divergence import shown
 from fusion.training.fit import Fit, fit
 from fusion.training.history import History
 from fusion.training.outcomes import outcomes, write_outcomes
-
-DIVERGED = "-diverged"  # ending of the name of what was best before the loss was no longer finite
 
 log = logging.getLogger(__name__)
 

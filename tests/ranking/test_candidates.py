@@ -55,10 +55,16 @@ def test_the_targets_own_are_left_out_where_that_is_asked_for(store: Path, tiny_
     assert names(store, str(tiny_backbone))[0] == ["coins", "dice", "films", "films-seed-2", "several"]
 
 
-def test_what_debug_left_is_nobodys_source(store: Path, tiny_backbone: Path) -> None:
+def test_debug_runs_and_diverged_ones_are_left_out(store: Path, tiny_backbone: Path) -> None:
     add(store, "films-debug")
+    add(store, "films-diverged")
+    add(store, "hot", result={"diverged": {"train_loss": 9.0, "limit": 2.0}})
     found, left_out = names(store, str(tiny_backbone))
-    assert found == ["coins", "dice", "films"] and left_out == {"films-debug": "of debug=, nobody's source"}
+    assert found == ["coins", "dice", "films"] and left_out == {
+        "films-debug": "trained with debug=",
+        "films-diverged": "its training diverged",
+        "hot": "its training diverged",
+    }
 
 
 def test_what_cannot_be_fused_with_most_is_left_out_and_said(store: Path, tiny_backbone: Path) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError, first_line
-from fusion.run import CONFIG, DEBUG, HISTORY, INSPECTION, RESULT, STATUS
+from fusion.run import CONFIG, HISTORY, INSPECTION, RESULT, STATUS
+from fusion.store.unfit import DEBUG
 
 _LARGEST = 256 * 2**20  # bytes of a file that are read
 
