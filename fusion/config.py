@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from fusion.errors import UserError
-from fusion.overrides import override
+from fusion.overrides import hydra_value, override
 from fusion.repeats import repeated
 
 KINDS = ("classification", "regression", "choice")
@@ -178,8 +178,8 @@ def _is_raw_label(entry: Any) -> bool:
 
 
 def _shortened(value: Any) -> str:
-    """A value for a message, which a long list would fill."""
-    text = str(value)
+    """A value for a message, which a long list would fill, as an override writes it."""
+    text = hydra_value(value)
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 

@@ -133,7 +133,7 @@ REFUSED: list[tuple[bytes, str]] = [
     (GOOD.replace(b"[0, 1, 2]", b"[{a: b}, 1, 2]"), "expected for each label a value, or a list of values"),
     (GOOD.replace(b"[0, 1, 2]", b"[0, 1]"), "label_values has 2 entries for 3 labels"),
     (GOOD.replace(b"{premise: sentence1}", b"[1]"), "mine.yaml: columns=[1]: expected keys with values"),
-    (GOOD.replace(b"sentence1", b"{a: b}"), "columns={'premise': {'a': 'b'}}: expected the name of a column"),
+    (GOOD.replace(b"sentence1", b"{a: b}"), "columns={premise:{a:b}}: expected the name of a column"),
     (GOOD.replace(b"path: nyu-mll/glue, ", b""), "mine.yaml: hub has no path"),
     (GOOD.replace(b"train: train", b"train: 5"), "hub.splits.train=5: expected the hub's name"),
     (GOOD.replace(b"train: train", b"train: []"), "hub.splits.train=[]: expected"),

@@ -594,4 +594,4 @@ def _resolved(path: str, run: RunFolder) -> str:
 
 
 def _shown(value: Any) -> str:
-    return "none" if value is None else "+".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "null" if value is None else "+".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -110,10 +110,10 @@ def test_what_differs_in_budget_is_named(tmp_path: Path, write: Write) -> None:
     group = only(tmp_path).groups["fusion of 2"]
     assert group.difference is not None and group.difference.p is not None and group.difference.p < 0.05
     assert sorted(group.unequal) == [
-        "batch size 8 against none",
-        "epochs 20 against none",
+        "batch size 8 against null",
+        "epochs 20 against null",
         "learning rate 0.001 against 0.0001",
-        "patience none against 3",
+        "patience null against 3",
     ]
 
 
