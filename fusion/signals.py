@@ -30,6 +30,17 @@ class Terminated(BaseException):
     """SIGTERM or another of `SIGNALS`, as an exception: the job gets to record that it was interrupted. Exit code 143."""
 
 
+class Forward:
+    """A handler that passes signals on to the process that started this one, which decides for all that it started."""
+
+    def __init__(self, parent: int) -> None:
+        self.parent = parent
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if os.getppid() == self.parent:
+            os.kill(self.parent, number)
+
+
 def end_at_once_until_ready() -> None:
     """Called by the package's `__init__`: if a command of this project is starting, end it at once on a signal.
 

@@ -16,7 +16,6 @@ import pytorch_lightning as lightning
 import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
-from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.profilers import AdvancedProfiler, SimpleProfiler
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
@@ -260,8 +259,6 @@ def make_trainer(
     arguments: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     arguments["enable_checkpointing"] = False  # Lightning's own
     plugins: list[Any] = [] if last is None else [Loaded(last)]
-    if SLURMEnvironment.detect():  # it would ask for another turn by itself, and so does submitit
-        plugins.append(SLURMEnvironment(auto_requeue=False))
     arguments["enable_progress_bar"] = False  # Lightning's own; ours is a callback
     if config.profiler in PROFILERS:  # by name, Lightning would give its table to a log that nobody reads
         folder = config.default_root_dir or "."
@@ -269,7 +266,7 @@ def make_trainer(
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its tips; ours says what happens
     ignore_expected_warnings()
     try:
-        return lightning.Trainer(
+        trainer = lightning.Trainer(
             **arguments,
             callbacks=callbacks,
             logger=loggers or False,
@@ -278,6 +275,10 @@ def make_trainer(
         )
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+    # Lightning's own handlers requeue a SLURM job, as submitit does too, and broadcast SIGTERM, which never returns
+    # where only one rank got it.
+    cast(Any, trainer)._signal_connector.register_signal_handlers = lambda: None
+    return trainer
 
 
 def _check_finite(model: AdaptedModel) -> None:

@@ -9,7 +9,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from fusion.signals import ECHO, SIGNALS, Terminated
+from fusion.signals import ECHO, SIGNALS, Forward, Terminated
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +35,14 @@ class Interrupts:
         return self
 
     def arm(self) -> None:
-        """Put signals off from now on. Lightning sets handlers of its own when it starts: call it after that."""
-        for number in self._before:
-            signal.signal(number, self._put_off)
+        """Put signals off from now on.
+
+        A rank that forwards its signals still does so at once: it has nothing to save, and the process that started
+        it stops all ranks.
+        """
+        for number, handler in self._before.items():
+            if not isinstance(handler, Forward):
+                signal.signal(number, self._put_off)
 
     def obey(self) -> None:
         """Do what the pending signal asks for, if there is one. Returns where it asks for nothing."""

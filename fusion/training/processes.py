@@ -360,7 +360,7 @@ def job_of_this_rank() -> RankJob | None:
         # This one answers rank zero until the process that started it ends it: that one is told.
         for number in signals.SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, lambda number, frame: _tell(job["parent"], number))
+                signal.signal(number, signals.Forward(job["parent"]))
     (Path(file).parent / f"rank{rank}.begun").touch()
     _end_with(job["parent"])
     _set_up_logging(run, rank)
@@ -394,11 +394,6 @@ def run_rank(job: RankJob, work: Callable[[], dict[str, Any]]) -> int:
             write_json(job.report, report | {"time": time.monotonic()})
         except OSError as error:
             log.warning("%s: cannot be written (%s)", job.report, error.strerror or error)
-
-
-def _tell(parent: int, number: int) -> None:
-    if os.getppid() == parent:
-        os.kill(parent, number)
 
 
 def _end_with(parent: int) -> None:

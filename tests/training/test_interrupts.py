@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fusion.signals import Terminated
+from fusion.signals import Forward, Terminated
 from fusion.training.interrupts import SIGNALS, Interrupts
 from tests.bench import LABELS, write_task
 
@@ -38,6 +38,19 @@ def handlers() -> Iterator[list[int]]:
 
 def send(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
+
+
+def test_a_rank_forwards_its_signals_at_once(handlers: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those above zero have nothing to save; the process that started them stops the job."""
+    sent: list[int] = []
+    forward = Forward(os.getppid())
+    signal.signal(signal.SIGTERM, forward)
+    with Interrupts() as interrupts:
+        interrupts.arm()
+        assert signal.getsignal(signal.SIGTERM) is forward
+        monkeypatch.setattr(os, "kill", lambda pid, number: sent.append(number))
+        signal.raise_signal(signal.SIGTERM)
+        assert (sent, interrupts.pending) == ([signal.SIGTERM], None)
 
 
 def test_a_signal_waits_and_then_does_what_it_would_have_done(handlers: list[int]) -> None:
