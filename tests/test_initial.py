@@ -53,6 +53,28 @@ def test_an_adapter_starts_from_another(bench: Bench) -> None:
     assert same(bench.weights("fresh-head"), bench.weights("films"))
 
 
+@pytest.mark.parametrize("method", ["head", "lora", "bitfit", "full"])
+def test_every_method_starts_from_its_own(bench: Bench, method: str) -> None:
+    first = bench.stage1("films", method=MethodConfig(method))
+    again = bench.stage1(
+        "films", method=MethodConfig(method), name="again", init_from=f"films-{method}", optim=STILL
+    )
+    assert same(bench.weights("again"), bench.weights(f"films-{method}"))
+    assert same(head_of(bench, "again"), head_of(bench, f"films-{method}"))
+    assert again["metrics"] == first["metrics"]
+
+
+@pytest.mark.parametrize("method", ["multitask_adapter", "multitask_full"])
+def test_several_tasks_start_from_the_same_tasks(bench: Bench, method: str) -> None:
+    first = bench.multitask("films", "books", method=MethodConfig(method), name="first")
+    again = bench.multitask(
+        "films", "books", method=MethodConfig(method), name="again", init_from="first", optim=STILL
+    )
+    assert same(bench.weights("again"), bench.weights("first"))
+    assert same(head_of(bench, "again"), head_of(bench, "first"))
+    assert again["metrics"] == first["metrics"]
+
+
 def test_a_fusion_starts_from_another(bench: Bench) -> None:
     bench.stage1("films")
     bench.stage1("books")

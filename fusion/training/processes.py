@@ -146,12 +146,12 @@ def _launch(program: list[str], config: dict[str, Any], run: Run, ranks: int, po
                 started.append(_start(program, job, run.directory, rank, ranks, port))
             ended = _wait(started, Path(folder))
             if ended:
-                _interrupt(started, signal.SIGINT, GRACE)
+                _interrupt(started, Path(folder), signal.SIGINT, GRACE)
         except Exception:
             raise
         except BaseException as error:
             number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
-            _interrupt(started, number, PATIENCE)
+            _interrupt(started, Path(folder), number, PATIENCE)
             raise
         finally:
             _kill(started)
@@ -252,9 +252,13 @@ def _taken(port: int) -> UserError:
     )
 
 
-def _interrupt(started: list[subprocess.Popen[bytes]], number: int, seconds: float) -> None:
+def _interrupt(started: list[subprocess.Popen[bytes]], folder: Path, number: int, seconds: float) -> None:
     """Lets rank zero end in order. The others are left to answer it; whoever interrupts again ends all at once."""
     if not started or started[0].poll() is not None:
+        return
+    if not _has_begun(
+        folder, 0
+    ):  # it has nothing to save, and a starting interpreter would print a traceback
         return
     started[0].send_signal(number)
     deadline = time.monotonic() + seconds
