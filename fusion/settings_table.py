@@ -27,7 +27,7 @@ def settings_table(jobs: Sequence[Job]) -> list[tuple[str, ...]]:
     """Rows, titles first; none where there are no two jobs to compare.
 
     The score is the main metric: of the first validation split, of several tasks the mean. The best is marked within
-    each task. `sd` is the standard deviation of the sample (n - 1), and jobs without a score are counted.
+    each task. Where a seed was trained twice, under two names, the column `seeds` is called `runs`. `sd` is the standard deviation of the sample (n - 1), and jobs without a score are counted.
     """
     words = [{key_of(str(word)): str(word) for word in job.status.get("overrides") or ()} for job in jobs]
     scores = [_main_score(job.result) for job in jobs]
@@ -55,7 +55,9 @@ def settings_table(jobs: Sequence[Job]) -> list[tuple[str, ...]]:
         if found:
             best[task] = max(best.get(task, -math.inf), statistics.fmean(found))
     several = {task: sum(row[1] == task and bool(row[2]) for row in rows) > 1 for task in best}
-    table = [(*swept, "seeds", f"{title} mean", "sd", "")]
+    seeds = [[jobs[n].result["seed"] for n in group if "seed" in jobs[n].result] for group in groups]
+    counted = "seeds" if all(len(set(of_group)) == len(of_group) for of_group in seeds) else "runs"
+    table = [(*swept, counted, f"{title} mean", "sd", "")]
     for setting, task, found, planned in rows:
         mean = statistics.fmean(found) if found else None
         is_best = mean is not None and mean == best[task] and several[task]

@@ -239,7 +239,9 @@ def test_after_a_sweep(trained: Bench, capsys: pytest.CaptureFixture[str]) -> No
 def test_seeds_of_one_task_are_no_sources_for_each_other(
     trained: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    jobs = [job(f"films-seed-{n}", "done", trained.result["films"], f"seed={n}") for n in (1, 2)]
+    jobs = [
+        job(f"films-seed-{n}", "done", trained.result["films"] | {"seed": n}, f"seed={n}") for n in (1, 2)
+    ]
     end_of_sweep("stage1", Path("sweep"), jobs)
     *tables, report = lines_of(capsys)
     assert [line.split() for line in tables[-2:]] == [
@@ -247,6 +249,8 @@ def test_seeds_of_one_task_are_no_sources_for_each_other(
         ["2", ANY, "0.0000"],
     ]
     assert typed(report)[0] == "fusion.report"
+    again = [job(name, "done", trained.result["films"] | {"seed": 1}, f"name={name}") for name in ("a", "b")]
+    assert settings_table(again)[0] == ("runs", "accuracy mean", "sd", "")
 
 
 def test_a_sweep_ends_with_its_settings(
@@ -301,7 +305,7 @@ def with_seed(bench: Bench, store: Path, name: str, new: str, seed: int, **setti
     manifest = json.loads((store / new / "manifest.json").read_text())
     manifest["run"]["config"] |= {"seed": seed} | settings
     write_manifest(store / new / "manifest.json", manifest | {"name": new, "seed": seed})
-    return bench.result[name] | {"artifact": str(store / new), "name": new}
+    return bench.result[name] | {"artifact": str(store / new), "name": new, "seed": seed}
 
 
 def test_one_seed_of_each_adapter_is_proposed(
