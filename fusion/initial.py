@@ -17,11 +17,11 @@ from fusion.store.manifest import HEAD, WEIGHTS, Manifest
 log = logging.getLogger(__name__)
 
 
-def start_from(config: StageConfig, model: AdaptedModel, backbone: Backbone) -> dict[str, str] | None:
+def start_from(config: StageConfig, model: AdaptedModel, backbone: Backbone) -> Manifest | None:
     """Copy the weights of the artifact that `init_from` names into the model, and its head where that fits.
 
     Returns:
-        Name and hash of the artifact, for the manifest; None: `init_from` names none.
+        The manifest of the artifact; None: `init_from` names none.
 
     Raises:
         UserError: it is damaged, or was trained on another backbone.
@@ -39,7 +39,7 @@ def start_from(config: StageConfig, model: AdaptedModel, backbone: Backbone) -> 
         log.info(
             "starting from the weights of %s; the head is new, since its task or shape differs", manifest.name
         )
-    return {"name": manifest.name, "hash": manifest.hash}
+    return manifest
 
 
 def _head_fits(config: StageConfig, manifest: Manifest, model: AdaptedModel) -> bool:

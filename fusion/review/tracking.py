@@ -202,6 +202,7 @@ def log_lineage(
     name: str,
     hash: str,
     sources: Sequence[Mapping[str, Any]],
+    init_from: Mapping[str, Any] | None = None,
 ) -> None:
     """Says which artifact a run made (STORE/NAME) and, of a fusion, out of which sources.
 
@@ -210,9 +211,14 @@ def log_lineage(
 
     Args:
         sources: `{"name", "hash", "run"}` each, the last of them a `run_reference` where it is known.
+        init_from: the artifact whose weights the training started from, in the same form.
     """
     used = [dict(source) | {"run": _reference(source.get("run"))} for source in sources]
-    stated = {"name": name, "hash": hash, "kind": kind, "sources": [_source(source) for source in used]}
+    stated: dict[str, Any] = {"name": name, "hash": hash, "kind": kind}
+    stated["sources"] = [_source(source) for source in used]
+    if init_from is not None:
+        used.append(dict(init_from) | {"run": _reference(init_from.get("run"))})
+        stated["init_from"] = _source(used[-1])
     made = {"name": name, "hash": hash, "kind": kind, "folder": str(folder.absolute())}
     _state(loggers, stated, made, used)
 

@@ -113,7 +113,7 @@ def train_and_store(
     loss_weights: dict[str, float] | None = None,
     robust_drop: bool = False,
     temperature: float = 1.0,
-    initial: dict[str, str] | None = None,
+    initial: Manifest | None = None,
 ) -> dict[str, Any]:
     """Fit, store under the entry's name, and give what result.json holds.
 
@@ -124,7 +124,7 @@ def train_and_store(
         loss_weights: of the named terms that the model adds to the loss.
         robust_drop: whether each batch leaves out a random number of the first layers' slots.
         temperature: of several tasks, how they are drawn.
-        initial: name and hash of the artifact whose weights the model starts from.
+        initial: the artifact whose weights the model starts from.
 
     Raises:
         GuardError: something else than the declared parameters changed; nothing is stored.
@@ -161,7 +161,7 @@ def train_and_store(
 
     origin = circumstances() if run.rank_zero else {}  # before hours in which the checkout may change
     if initial is not None:
-        origin["init_from"] = initial
+        origin["init_from"] = {"name": initial.name, "hash": initial.hash}
     if (tracked := run_reference(loggers)) is not None:
         origin["wandb"] = tracked
     exit_code = 1
@@ -226,12 +226,17 @@ def train_and_store(
             kind=stored.kind,
             name=stored.name,
             hash=stored.hash,
-            sources=[{"name": s.name, "hash": s.hash, "run": s.run.get("wandb")} for s in sources],
+            sources=[_reference(source) for source in sources],
+            init_from=None if initial is None else _reference(initial),
         )
         exit_code = 0
         return result
     finally:
         finish(loggers, exit_code)
+
+
+def _reference(manifest: Manifest) -> dict[str, Any]:
+    return {"name": manifest.name, "hash": manifest.hash, "run": manifest.run.get("wandb")}
 
 
 def _store(manifest: Manifest, model: AdaptedModel, entry: Entry, overwrite: bool) -> Path:

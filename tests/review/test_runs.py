@@ -80,7 +80,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Itera
             accelerator="cpu", max_epochs=2, enable_progress_bar=False, log_every_n_steps=3
         )
         bench.stage1("films", logger=OFFLINE, trainer=trainer)
-        bench.stage1("books", logger=OFFLINE)
+        bench.stage1("books", logger=OFFLINE, init_from="films")
         make_trainer = fit_module.make_trainer
         with pytest.MonkeyPatch.context() as cut:
             cut.setattr(
@@ -264,6 +264,8 @@ def test_lineage_stands_in_config_and_manifest(runs: Runs) -> None:
         "sources": sources,
     }
     assert summary(runs.films)["config"]["artifact"]["sources"] == []
+    assert "init_from" not in summary(runs.films)["config"]["artifact"]
+    assert summary(runs.books)["config"]["artifact"]["init_from"] == sources[0]
     assert summary(runs.evaluate)["config"]["artifact"] == {
         "name": plays.name,
         "hash": plays.hash,
@@ -313,7 +315,7 @@ def test_runs_are_uploaded_and_linked_once(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": ", 1)[1] for line in lines] == [
         f"uploaded; linked to {marks['films']}",
-        f"uploaded; linked to {marks['books']}",
+        f"uploaded; linked to {marks['films']}, {marks['books']}",
         f"uploaded, 2 of 2 pieces; linked to {', '.join(marks.values())}",
         f"uploaded; linked to {marks['plays-adapterfusion']}",
     ]
@@ -324,6 +326,7 @@ def test_runs_are_uploaded_and_linked_once(
     assert set(server.history) == set(ids.values())
     fusion = ids["resumed"]
     assert server.uses == [
+        (ids["books"], marks["films"]),  # init_from
         (fusion, marks["films"]),
         (fusion, marks["books"]),
         (ids["evaluate"], marks["plays-adapterfusion"]),
@@ -359,7 +362,8 @@ def test_a_bad_run_does_not_stop_the_others(
     assert sync.main([f"runs={copy}"]) == 1
     first, second = capsys.readouterr().out.splitlines()
     assert "runs/1/" in first and "uploaded" not in first.split(": ", 1)[1].split(";")[0]
-    assert second.endswith(f"uploaded; linked to books:{runs.manifest('books').hash[:12]}")
+    books, films = (f"{name}:{runs.manifest(name).hash[:12]}" for name in ("books", "films"))
+    assert second.endswith(f"uploaded; linked to {books}; not linked to {films}, which W&B does not have")
 
 
 @pytest.mark.slow
