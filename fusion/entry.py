@@ -28,6 +28,7 @@ from fusion.run import (
     write_json,
 )
 from fusion.store.manifest import Manifest, check_free, check_writable, find, names, read_manifest
+from fusion.store.trained_data import note_ambiguous_labels
 
 ATTEMPT = "attempt.json"
 POSITION = "position.json"
@@ -61,6 +62,7 @@ class Entry:
         assert self.stored is not None
         path = find(self.name, self.store)
         log.info("%s is done already: %s", self.name, path)
+        note_ambiguous_labels(self.stored)
         shutil.rmtree(self.checkpoints, ignore_errors=True)  # of one that was killed just after it had stored
         return result_of(self.stored, path)
 

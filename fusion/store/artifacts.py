@@ -37,6 +37,7 @@ from fusion.store.manifest import (
     read_settled,
     short,
 )
+from fusion.store.trained_data import note_ambiguous_labels
 from fusion.store.writing import LOCK_SECONDS, NEW, retire, settle, sync_folder, writing
 
 log = logging.getLogger(__name__)
@@ -122,6 +123,7 @@ def read(folder: Path) -> Artifact:
             "again with overwrite=true adds one",
             folder,
         )
+        note_ambiguous_labels(manifest)
     weights, head = (_read_tensors(folder / file, manifest.files[file]) for file in (WEIGHTS, HEAD))
     return Artifact(path=folder, manifest=manifest, weights=weights, head=head)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
 from fusion.config import DataConfig, SplitConfig
 from fusion.errors import UserError
 from fusion.store.manifest import Manifest
+
+log = logging.getLogger(__name__)
 
 
 def data_folder_of(manifest: Manifest) -> str | None:
@@ -20,6 +23,37 @@ def data_folder_of(manifest: Manifest) -> str | None:
         return None
     there = Path(str(manifest.run.get("folder") or ".")) / trained
     return str(there) if not Path(trained).is_dir() and there.is_dir() else trained
+
+
+def note_ambiguous_labels(manifest: Manifest) -> None:
+    """Warn of an artifact of version 0.1 whose labels may have been read wrongly.
+
+    That version read a column that was typed as booleans or integers as ids, even where the label names are truth
+    values or numbers in another order, such as `["true", "false"]` or `[1, 2, 3]`. It did not record which it did.
+    """
+    for entry in (manifest.multitask or {"": {"task": manifest.task}}).values():
+        task = entry["task"]
+        names = [str(name) for name in task.get("labels") or ()]
+        if (
+            manifest.labels_read_as(task["name"]) is None
+            and not task.get("label_values")
+            and _look_like_ids(names)
+        ):
+            log.warning(
+                "%s: version 0.1 may have read the labels %s of %s as ids, which mean others; if its scores are wrong, "
+                "train it again with overwrite=true",
+                manifest.name,
+                ", ".join(names),
+                task["name"],
+            )
+
+
+def _look_like_ids(names: list[str]) -> bool:
+    """Whether a name is the id of another label, or as a truth value would be."""
+    ids = [
+        {"false": 0, "true": 1}.get(name.lower(), int(name) if name.isdecimal() else None) for name in names
+    ]
+    return any(id is not None and id != number for number, id in enumerate(ids))
 
 
 def as_trained(manifest: Manifest, data: DataConfig, task: str | None) -> DataConfig:

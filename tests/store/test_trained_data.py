@@ -15,7 +15,7 @@ from fusion.errors import UserError
 from fusion.inspection import data_of
 from fusion.run import identity
 from fusion.store.manifest import read_manifest
-from fusion.store.trained_data import as_trained
+from fusion.store.trained_data import as_trained, note_ambiguous_labels
 from tests.bench import Bench
 
 
@@ -135,3 +135,58 @@ def test_a_fusion_and_a_ranking(made: Bench) -> None:
     assert made.evaluate("films-adapterfusion")["metrics"] == fused["metrics"]
     ranked = made.rank("films", data=data, include_target=True, methods=["similarity"])
     assert {source["name"] for source in ranked["sources"]} == {"films", "books"}
+
+
+@pytest.mark.parametrize(
+    ("labels", "values", "ambiguous"),
+    [
+        (["true", "false"], None, True),
+        (["True", "False"], None, True),
+        (["1", "2", "3"], None, True),
+        (["0", "2"], None, True),
+        (["false", "true"], None, False),
+        (["0", "1", "2"], None, False),
+        (["bad", "good"], None, False),
+        (["1", "2"], ["1", "2"], False),
+    ],
+)
+def test_labels_that_version_0_1_may_have_misread(
+    bench: Bench,
+    labels: list[str],
+    values: list[str] | None,
+    ambiguous: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Only where a name looks like the id of another label, and nothing records how the labels were read."""
+    bench.stage1("films")
+    manifest = read_manifest("films", bench.folder / "store")
+    task = manifest.task | {"labels": labels, "label_values": values}
+    note_ambiguous_labels(dataclasses.replace(manifest, task=task))
+    assert caplog.records == []
+    old = {key: value for key, value in manifest.data.items() if key != "labels"}
+    note_ambiguous_labels(dataclasses.replace(manifest, task=task, data=old))
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * ambiguous
+    if ambiguous:
+        assert (
+            f"films: version 0.1 may have read the labels {', '.join(labels)} of films as ids" in caplog.text
+        )
+
+
+def test_the_warning_comes_before_a_result_of_0_1_is_used(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In `predict`, and where stage 1 finds the run done already."""
+    path = bench.folder / "store" / "films" / "manifest.json"
+    bench.stage1("films")
+    values = json.loads(path.read_text())
+    values.pop("checksum")
+    values["data"].pop("labels")
+    values["task"]["labels"] = ["true", "false"]
+    path.write_text(json.dumps(values))
+    caplog.clear()
+    bench.predict("films", [{"text": "the cat was good"}])
+    assert caplog.text.count("may have read the labels true, false of films as ids") == 1
+    caplog.clear()
+    bench.stage1("films")
+    assert "films is done already" in caplog.text
+    assert caplog.text.count("may have read the labels true, false of films as ids") == 1
