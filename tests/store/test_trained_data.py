@@ -183,7 +183,7 @@ def test_the_warning_comes_before_a_result_of_0_1_is_used(
     values["data"].pop("labels")
     values["task"]["labels"] = ["true", "false"]
     path.write_text(json.dumps(values))
-    caplog.clear()
+    caplog.set_level("INFO")
     bench.predict("films", [{"text": "the cat was good"}])
     assert caplog.text.count("may have read the labels true, false of films as ids") == 1
     caplog.clear()
