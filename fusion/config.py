@@ -229,7 +229,9 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         where = f"task {self.name}" if self.name else "task file"
-        _require(self.kind in KINDS, f"{where}: kind={self.kind}: expected one of {', '.join(KINDS)}")
+        _require(
+            self.kind in KINDS, f"{where}: kind={_shortened(self.kind)}: expected one of {', '.join(KINDS)}"
+        )
         text = [self.text] if isinstance(self.text, str) else self.text
         _require(
             isinstance(text, list) and 1 <= len(text) <= 2 and all(isinstance(t, str) for t in text),
@@ -240,7 +242,7 @@ class TaskConfig:
             allowed = METRICS[self.kind]
             _require(
                 metric in allowed,
-                f"{where}: metric {metric} does not fit kind {self.kind}: expected {', '.join(allowed)}",
+                f"{where}: metric {_shortened(metric)} does not fit kind {self.kind}: expected {', '.join(allowed)}",
             )
         _require(
             len(self.metrics) > 0,

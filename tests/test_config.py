@@ -454,3 +454,11 @@ def test_task_files_hold_data_only() -> None:
         assert set(content) <= {f.name for f in dataclasses.fields(settings.TaskConfig)} - {"name"}, file.name
         assert "_target_" not in file.read_text(encoding="utf-8")
         assert not Path(str(content.get("hub", {}).get("path", ""))).is_absolute()
+
+
+@pytest.mark.parametrize("values", [{"kind": "[" * 3000}, {"metrics": ["x" * 3000]}], ids=["kind", "metrics"])
+def test_a_long_value_of_a_task_file_is_shortened(values: dict[str, Any]) -> None:
+    task = {"kind": "classification", "text": "t", "labels": ["a", "b"], "metrics": ["accuracy"]} | values
+    with pytest.raises(UserError, match=r"\.\.\.") as refused:
+        TaskConfig(name="mine", **task)
+    assert len(str(refused.value)) < 500
