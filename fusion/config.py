@@ -1031,6 +1031,10 @@ class EvaluateConfig(UseConfig):
     split: str = "validation"
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.split != "", "split= is empty: expected a split, such as split=validation")
+
 
 @dataclass
 class InspectConfig(UseConfig):
@@ -1040,6 +1044,7 @@ class InspectConfig(UseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require(self.split != "", "split= is empty: expected a split, such as split=validation")
         asked = self.words if isinstance(self.words, list) else [self.words]
         _require(
             all(type(row) is int and row >= 0 for row in asked) and asked != [],

@@ -54,8 +54,10 @@ def check(config: PredictConfig, run: Run) -> None:
     if form_of(Path(config.input)) is None:
         raise UserError(f"input={config.input}: this ending is not read; expected {READABLE}")
     output = Path(config.output)
-    if output.is_dir() or not output.absolute().parent.is_dir():
-        raise UserError(f"output={config.output}: expected a file in a folder that is there")
+    if output.is_dir():
+        raise UserError(f"output={config.output}: expected a file, and this is a folder")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"output={config.output}: expected a file in a folder that exists")
     try:
         tempfile.TemporaryFile(dir=output.absolute().parent).close()
     except OSError as error:

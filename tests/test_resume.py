@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -144,6 +145,24 @@ def asked_to_end() -> Iterator[None]:
 def test_a_run_that_was_cut_ends_with_the_same_bits(bench: Bench, kind: str, asked_to_end: None) -> None:
     there = 1 if kind == "every other epoch" else 2  # the first epoch is not evaluated there
     assert cuts_that_made_no_difference(bench, kind, FEW) == there
+
+
+def test_the_time_of_a_resumed_run_is_that_of_all_its_processes(bench: Bench) -> None:
+    """As its rows are, which the speed is made of."""
+
+    class SlowCut(Cut):
+        def on_train_batch_start(self, trainer: lightning.Trainer, *rest: Any) -> None:
+            if trainer.global_step == 0:
+                time.sleep(3.0)
+            super().on_train_batch_start(trainer, *rest)
+
+    kind = next(iter(KINDS))
+    with pytest.raises(RuntimeError):
+        train(bench, kind, "store", SlowCut("end", 1, 0))
+    began = time.monotonic()
+    speed = train(bench, kind, "store")["speed"]
+    assert 3.0 < speed["seconds"] < 3.0 + time.monotonic() - began + 10.0
+    assert speed["examples_per_second"] * speed["seconds"] == pytest.approx(2 * 64)
 
 
 @pytest.mark.slow

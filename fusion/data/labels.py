@@ -246,7 +246,7 @@ def read_values(task: TaskConfig, table: Table, column: Column, kept: list[int])
         # Compared and not converted: an integer can be too large for a float. What is not finite fails too.
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
             raise UserError(
-                f"{table.at(row)}: {task.label} is {shown(value)}; expected a finite number\n{_ignore(value)}"
+                f"{table.at(row)}: {task.label} is {shown(value)}; expected a finite number\n{_ignore(task, value)}"
             )
     return [float(column.values[row]) for row in kept]
 
@@ -284,7 +284,7 @@ def read_ids(
             raise UserError(
                 f"{table.at(row)}: {task.label} is {shown(column.values[row])}, the choice at {index}; expected one "
                 f"of the {len(options)} choices, which count from 0\n"
-                + (_ignore(column.values[row]) if 0 in ids else _count_from(1, count))
+                + (_ignore(task, column.values[row]) if 0 in ids else _count_from(1, count))
             )
     return ids, Reading(tuple(fitting), frozenset(ids), count, table.where)
 
@@ -352,7 +352,7 @@ def _unreadable(
     if column.names is not None and type(value) is int and 0 <= value < len(column.names):
         return UserError(
             f"{what}, which its ClassLabel calls {shown(column.names[value])}; expected {expected}\n"
-            f"Other names of the labels, in the order of labels: 'task.label_values=[…]'; {_ignore(column.names[value])}"
+            f"Other names of the labels, in the order of labels: 'task.label_values=[…]'; {_ignore(task, column.names[value])}"
         )
     numbers = {keys[row][1] for row in kept if keys[row][0] == "number"}
     count = len(ways.get("ids") or labels.names or task.raw_label_values)
@@ -360,7 +360,7 @@ def _unreadable(
         return UserError(f"{what}; expected {expected}\n{_count_from(min(numbers), count)}")
     if labels.is_named(keys[row]):  # by `labels` and `label_values`, which disagree about it
         return UserError(f"{what}; expected {expected}\n{_one_way(task)}")
-    return UserError(f"{what}; expected {expected}\n{_ignore(value)}")
+    return UserError(f"{what}; expected {expected}\n{_ignore(task, value)}")
 
 
 def _alternatives(entry: Sequence[Any]) -> str:
@@ -382,15 +382,19 @@ def _count_from(first: int, count: int) -> str:
     return f"If they count from {first}: 'task.label_values=[{said}]'"
 
 
-def _ignore(value: Any) -> str:
-    """The override for a raw label that means that there is none."""
-    if label_key(value) == _MISSING:
-        said = '""' if isinstance(value, str) else "null"
-    elif isinstance(value, (str, int, float)) and len(text := json.dumps(value)) <= 60:
-        said = text if isinstance(value, str) else str(value)
-    else:
-        said = "VALUE"  # too long to be typed, or none of a config
+def _ignore(task: TaskConfig, value: Any) -> str:
+    """The override for one more raw label that means that there is none."""
+    said = ",".join(map(_typed, [*task.ignore_labels, value]))
     return f"Rows without a label: 'task.ignore_labels=[{said}]'; other raw labels: label_values in the task file"
+
+
+def _typed(value: Any) -> str:
+    """A raw label as an override writes it."""
+    if label_key(value) == _MISSING:
+        return '""' if isinstance(value, str) else "null"
+    if isinstance(value, (str, int, float)) and len(text := json.dumps(value)) <= 60:
+        return text if isinstance(value, str) else str(value)
+    return "VALUE"  # too long to be typed, or none of a config
 
 
 def _written(value: Any) -> str:

@@ -7,6 +7,7 @@ some data sets are sorted by label.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -182,11 +183,21 @@ def _local_part(task: TaskConfig, data: DataConfig, split: str) -> tuple[SplitFi
     unread = [name for name in holds if re.match(rf"(data/)?{re.escape(split)}[.-]", name)]
     reason = f" ({listed(unread)} has no ending that is read)" if unread else ""
     made = f"; data.split.{split}=0.1 takes a tenth of the training rows for it" if split in MADE else ""
+    if (
+        task.hub is None
+        and split not in SPLITS
+        and (meant := difflib.get_close_matches(split, {*SPLITS, *there}, 1))
+    ):
+        raise UserError(f"{folder} has no {split}: did you mean {meant[0]}? It holds {listed(holds)}{reason}")
     raise UserError(
         f"{folder} has no {split}: it holds {listed(holds)}{reason}\n"
         f"Expected {folder}/{split} with an ending {READABLE}, shards {split}-00000-of-00002.parquet, or a folder "
-        f"{split} of save_to_disk{made}; without data.dir the hub's copy is used"
+        f"{split} of save_to_disk{made}{_elsewhere(task)}"
     )
+
+
+def _elsewhere(task: TaskConfig) -> str:
+    return "" if task.hub is None else "; without data.dir the hub's copy is used"
 
 
 def _found(task: TaskConfig, there: dict[str, SplitFiles], split: str) -> tuple[SplitFiles, Part] | None:
@@ -279,6 +290,6 @@ def _files(task: TaskConfig, data: DataConfig) -> dict[str, SplitFiles]:
         there = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
         raise UserError(
             f"data.dir={data.dir} has no folder {task.name}: it holds {listed(there)}\n"
-            f"Expected {folder}/<split>.parquet (jsonl, json, csv, tsv); without data.dir the hub's copy is used"
+            f"Expected {folder}/<split>.parquet (jsonl, json, csv, tsv){_elsewhere(task)}"
         )
     return split_files(folder)

@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import resource
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,6 @@ from fusion.store.artifacts import copy_into
 from fusion.training.callbacks import Best, EpochLine, StepClock, best_epoch
 from fusion.training.checkpoints import LAST, TOKENIZER, Checkpoints, Loaded, read_checkpoint
 from fusion.training.divergence import divergence
-from fusion.training.energy import EnergyMeter
 from fusion.training.guard import Guard
 from fusion.training.history import FirstOfEpoch
 from fusion.training.interrupts import Interrupts
@@ -178,7 +176,7 @@ def fit(
             else f"at epoch {position['epoch'] + 1}, batch {position['batch'] + 1}"
         )
         log.info("going on %s", where)
-    started, energy = time.monotonic(), EnergyMeter()
+    module.count_time()
     broken = None
     with memory.explained(trainer, module):
         if model.trainable():
@@ -197,7 +195,7 @@ def fit(
                     raise TrainingError(broken) from error
         if not module.history:  # nothing trains, or it stopped within the first epoch, by its steps or time
             trainer.validate(module, evaluation, verbose=False)
-    seconds, joules = time.monotonic() - started, energy.joules()
+    seconds, joules = module.spent()
     diverged = divergence(module.epoch_loss.figures(), training, tasks)
     if config.trainer.profiler in PROFILERS and trainer.is_global_zero:
         for table in sorted(Path(config.trainer.default_root_dir or ".").glob("fit-profile*.txt"))[:1]:

@@ -5,6 +5,7 @@ Shapes: B rows, K outputs of the head.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from fusion.data.batches import Batch
 from fusion.errors import LossNotFinite, UserError
 from fusion.layers.filling import Recorder
 from fusion.model import AdaptedModel
+from fusion.training.energy import EnergyMeter
 from fusion.training.epoch_loss import EpochLoss
 from fusion.training.gathering import gathered
 from fusion.training.metrics import MEAN, main_metrics, predicted, score_predictions
@@ -81,12 +83,24 @@ class TaskModule(lightning.LightningModule):
         self.epoch_loss = EpochLoss()
         self.rows_seen = 0
         self.tokens_seen = 0
+        self.spent_before: tuple[float, float | None] = (0.0, 0.0)
+        self.count_time()
         # Gives the recorder of a validation batch, where somebody wants the sources' weights of it.
         self.watch: Callable[[Batch], Recorder] | None = None
         # The step whose figures were logged last.
         self.logged_step = -1
         # Checkpoints hold the trainable tensors alone; `on_load_checkpoint` compares the key sets.
         self.strict_loading = False
+
+    def count_time(self) -> None:
+        """Count seconds and energy from now on."""
+        self._started, self._energy = time.monotonic(), EnergyMeter()
+
+    def spent(self) -> tuple[float, float | None]:
+        """Seconds and joules since `count_time` and, of a resumed training, up to its checkpoint; None: not known."""
+        joules, before = self._energy.joules(), self.spent_before[1]
+        seconds = self.spent_before[0] + time.monotonic() - self._started
+        return seconds, None if joules is None or before is None else before + joules
 
     def first_layer(self, batch_index: int) -> int:
         """The lowest layer whose slots are filled in a training batch: 0, or drawn evenly from those with slots.
@@ -246,6 +260,7 @@ class TaskModule(lightning.LightningModule):
         checkpoint["prefix"] = self.prefix
         checkpoint["history"] = self.history
         checkpoint["seen"] = [self.rows_seen, self.tokens_seen]
+        checkpoint["spent"] = list(self.spent())
         checkpoint["epoch_loss"] = self.epoch_loss.state(self.trainer.world_size)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -259,7 +274,9 @@ class TaskModule(lightning.LightningModule):
                 "Make it so again, or begin anew with resume=false"
             )
         self.history = list(checkpoint["history"])
-        self.rows_seen, self.tokens_seen = checkpoint["seen"]
+        if "spent" in checkpoint:  # not in those of 0.1, and what was seen in a time not known gives no speed
+            self.rows_seen, self.tokens_seen = checkpoint["seen"]
+            self.spent_before = (checkpoint["spent"][0], checkpoint["spent"][1])
         self.epoch_loss.resume(
             checkpoint.get("epoch_loss"),  # not in those of earlier versions
             self.trainer.world_size,

@@ -89,6 +89,12 @@ def test_a_value_that_is_no_finite_number_names_its_row(task, write, label, said
         read(task, write, [1.5, label], kind="regression")
 
 
+def test_the_override_for_one_more_ignored_label_keeps_the_others(task, write):
+    """Each row's own override alone would bring back the rows of the other, in turns."""
+    with pytest.raises(UserError, match=r"'task\.ignore_labels=\[\"unknown\",null,4\]'"):
+        read(task, write, ["cat", "unknown", None, 4], labels=["cat", "dog"], ignore_labels=["unknown", None])
+
+
 def test_a_nan_is_ignored_where_null_is(task, write):
     assert read(task, write, [1.5, float("nan"), None], kind="regression", ignore_labels=[None]) == [1.5]
 

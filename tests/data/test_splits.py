@@ -67,6 +67,17 @@ def test_what_is_missing_is_said_with_what_is_there(task, write, tmp_path):
         match=r"has no validation: it holds notes\.txt, train\.jsonl\nExpected .*pets/validation with an ending \.parquet",
     ):
         load_rows(task(), data, "validation")
+    with pytest.raises(
+        UserError, match=r"has no vaidation: did you mean validation\? It holds notes\.txt, train\.jsonl$"
+    ):
+        load_rows(task(), data, "vaidation")
+    with pytest.raises(
+        UserError,
+        match=r"or a folder validation of save_to_disk; data\.split\.validation=0\.1 takes [a-z ]*$",
+    ):
+        load_rows(task(), data, "validation")
+    with pytest.raises(UserError, match=r"; without data\.dir the hub's copy is used$"):
+        load_rows(task(hub={"path": "x/y"}), data, "validation")
     with pytest.raises(UserError, match="has no folder birds: it holds pets"):
         load_rows(task(name="birds"), data, "train")
     with pytest.raises(UserError, match="no such folder"):
