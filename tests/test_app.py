@@ -368,7 +368,7 @@ def test_fusion_conf_is_a_place_for_tasks_too(
         (TASK.replace("accuracy", "pearson"), "task broken: metric pearson does not fit kind classification"),
         (
             TASK.replace("[negative, positive]", "[positive]"),
-            "task broken: labels=['positive']: expected at least two",
+            "task broken: labels=[positive]: expected at least two",
         ),
     ],
 )

@@ -65,7 +65,11 @@ def evaluation_splits(task: TaskConfig, split: str, data: DataConfig | None = No
             dict.fromkeys([*task.hub.splits, *(n for s in task.hub.splits for n in _published(task, s))])
         )
     if not published:
-        made = f"\ndata.split.{split}=0.1 takes a tenth of the training rows for it" if split in MADE else ""
+        made = (
+            f"\nIn training, data.split.{split}=0.1 takes a tenth of the training rows for it"
+            if split in MADE
+            else ""
+        )
         raise UserError(f"task {task.name} has no split {split}: expected one of {', '.join(known)}{made}")
     return published
 
@@ -182,7 +186,11 @@ def _local_part(task: TaskConfig, data: DataConfig, split: str) -> tuple[SplitFi
     holds = contents(folder)
     unread = [name for name in holds if re.match(rf"(data/)?{re.escape(split)}[.-]", name)]
     reason = f" ({listed(unread)} has no ending that is read)" if unread else ""
-    made = f"; data.split.{split}=0.1 takes a tenth of the training rows for it" if split in MADE else ""
+    made = (
+        f"; in training, data.split.{split}=0.1 takes a tenth of the training rows for it"
+        if split in MADE
+        else ""
+    )
     if (
         task.hub is None
         and split not in SPLITS

@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from fusion.config import Stage2Config
+from fusion.config import SplitConfig, Stage2Config
 from fusion.errors import UserError
 from fusion.overrides import override, shell_line
 from fusion.ranking.candidates import all_adapters
@@ -111,4 +111,10 @@ def _command(config: Stage2Config) -> str:
     ]
     if config.data.dir is not None:
         words.append(override("data.dir", config.data.dir))
+    if config.data.quoting is not None:
+        words.append(override("data.quoting", config.data.quoting))
+    for setting in dataclasses.fields(config.data.split):
+        value = getattr(config.data.split, setting.name)
+        if value != getattr(SplitConfig(), setting.name):
+            words.append(override(f"data.split.{setting.name}", value))
     return shell_line("rank", words)

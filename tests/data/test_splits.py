@@ -73,7 +73,7 @@ def test_what_is_missing_is_said_with_what_is_there(task, write, tmp_path):
         load_rows(task(), data, "vaidation")
     with pytest.raises(
         UserError,
-        match=r"or a folder validation of save_to_disk; data\.split\.validation=0\.1 takes [a-z ]*$",
+        match=r"or a folder validation of save_to_disk; in training, data\.split\.validation=0\.1 takes [a-z ]*$",
     ):
         load_rows(task(), data, "validation")
     with pytest.raises(UserError, match=r"; without data\.dir the hub's copy is used$"):

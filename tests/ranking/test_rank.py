@@ -16,9 +16,17 @@ import pytest
 import yaml
 
 from fusion import rank
-from fusion.config import CompositionConfig, DataConfig, LimitConfig, RankConfig, Stage2Config, TaskConfig
+from fusion.config import (
+    CompositionConfig,
+    DataConfig,
+    LimitConfig,
+    RankConfig,
+    SplitConfig,
+    Stage2Config,
+    TaskConfig,
+)
 from fusion.errors import UserError
-from fusion.ranking.choice import name_sources
+from fusion.ranking.choice import _command, name_sources
 from fusion.ranking.kept import rankings_of, read
 from fusion.run import identity_config
 from fusion.store.__main__ import main as store_program
@@ -172,6 +180,14 @@ def test_the_newest_that_still_holds_is_taken(copy: Bench) -> None:
     with pytest.raises(UserError, match="films is gone or damaged") as error:
         stage2_config(copy, "top:1")
     assert "python -m fusion.rank +task=plays" in str(error.value)
+
+
+def test_the_command_that_ranks_reads_the_same_rows(ranked: Bench) -> None:
+    data = dataclasses.replace(
+        ranked.settings("plays")["data"], quoting="csv", split=SplitConfig(validation=0.2, stratify=True)
+    )
+    config = Stage2Config(**ranked.settings("plays", data=data), sources="top:1")
+    assert " data.quoting=csv data.split.validation=0.2 data.split.stratify=true" in _command(config)
 
 
 def test_no_ranking_names_the_command_that_makes_one(ranked: Bench) -> None:
