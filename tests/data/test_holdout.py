@@ -228,7 +228,9 @@ def test_a_task_of_the_hub(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(rows, "hub_table", table)
     hub = task(hub={"path": "x/y", "splits": {"train": "training", "test": "test"}})
-    with pytest.raises(UserError, match=r"has no split validation: .*\nIn training, data\.split\.validation=0\.1"):
+    with pytest.raises(
+        UserError, match=r"has no split validation: .*\nIn training, data\.split\.validation=0\.1"
+    ):
         evaluation_splits(hub, "validation", DataConfig())
     data = split(DataConfig(), validation=0.1)
     check_made_splits([hub], data)
