@@ -23,9 +23,8 @@ class Answer:
 def own_tasks(manifest: Manifest) -> list[TaskConfig]:
     """What the artifact was trained on, in the order of its heads."""
     where = f"manifest of {manifest.name}"
-    every = [entry["task"] for entry in (manifest.multitask or {}).values()] or [manifest.task]
     try:
-        return [TaskConfig.from_dict(task, where=where) for task in every]
+        return [TaskConfig.from_dict(task, where=where) for task in manifest.tasks]
     except UserError as error:  # what it quotes from the file may hold anything
         raise UserError(quotable(str(error))) from None
 

@@ -45,8 +45,7 @@ def _facts(folder: Path, manifest: Manifest, store: Path) -> Iterator[str]:
             "used by": ", ".join(users) or "nothing",
         }
     )
-    tasks = [entry["task"] for entry in (manifest.multitask or {}).values()] or [manifest.task]
-    for task in tasks:
+    for task in manifest.tasks:
         labels = ", ".join(map(str, task.get("labels") or [])) or "none"
         yield f"{'task':<14}{task['name']} ({task.get('kind')}), labels: {labels}"
     revision = f", revision {backbone['revision']}" if backbone["revision"] else ""

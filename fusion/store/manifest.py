@@ -126,6 +126,11 @@ class Manifest:
         adapter = self.adapter or {}
         return {"adapter.sites": adapter.get("sites"), "adapter.reads": adapter.get("reads")}
 
+    @property
+    def tasks(self) -> list[dict[str, Any]]:
+        """The task that the artifact was trained on, or each of several, as `TaskConfig` has them."""
+        return [entry["task"] for entry in (self.multitask or {"": {"task": self.task}}).values()]
+
     def labels_read_as(self, task: str | None) -> str | None:
         """The way in which training read the labels of a task; None where it is not known."""
         way = self.data.get("labels", {}).get(task)

@@ -31,8 +31,7 @@ def note_ambiguous_labels(manifest: Manifest) -> None:
     That version read a column that was typed as booleans or integers as ids, even where the label names are truth
     values or numbers in another order, such as `["true", "false"]` or `[1, 2, 3]`. It did not record which it did.
     """
-    for entry in (manifest.multitask or {"": {"task": manifest.task}}).values():
-        task = entry["task"]
+    for task in manifest.tasks:
         names = [str(name) for name in task.get("labels") or ()]
         if (
             manifest.labels_read_as(task["name"]) is None
@@ -65,9 +64,7 @@ def as_trained(manifest: Manifest, data: DataConfig, task: str | None) -> DataCo
     Raises:
         UserError: `data.split` is set to something else, so that rows of the training would be scored.
     """
-    if task not in [
-        entry["task"]["name"] for entry in (manifest.multitask or {"": {"task": manifest.task}}).values()
-    ]:
+    if task not in [trained["name"] for trained in manifest.tasks]:
         return data
     config = manifest.run["config"]
     keys = ("validation", "test", "seed", "stratify")
