@@ -392,6 +392,15 @@ class SplitConfig:
                 f"data.split.test=0.1 or both, or leave data.split.{key} out",
             )
 
+    def overrides(self) -> list[str]:
+        """What differs from the defaults, as overrides."""
+        values = {
+            own.name: getattr(self, own.name)
+            for own in fields(self)
+            if getattr(self, own.name) != own.default
+        }
+        return [override(f"data.split.{key}", value) for key, value in values.items()]
+
 
 @dataclass
 class DataConfig:

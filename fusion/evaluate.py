@@ -19,7 +19,14 @@ from fusion.errors import UserError
 from fusion.overrides import key_of, typed
 from fusion.run import Run
 from fusion.safe_text import quotable
-from fusion.store.manifest import check_drop, check_trust, find, read_folder, read_manifest
+from fusion.store.manifest import (
+    check_drop,
+    check_trust,
+    find,
+    read_folder,
+    read_manifest,
+    source_manifests,
+)
 from fusion.store.trained_data import as_trained, data_folder_of
 from fusion.terminal.screen import say
 
@@ -100,6 +107,7 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     from fusion.terminal.bars import rows_bar
     from fusion.training.metrics import predicted, score
     from fusion.training.outcomes import Scored, outcomes, write_outcomes
+    from fusion.unseen import check_unseen
 
     device = device_of(config.accelerator)
     artifact = load(config.artifact, Path(config.store))
@@ -109,6 +117,7 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     max_length = config.data.max_length or manifest.data["max_length"]
     backbone = load_backbone(name, revision, config.backbone.trust_remote_code, max_length)
     model = stored_model(artifact, artifact.path.parent, backbone, config.drop)
+    trained = [manifest, *source_manifests(manifest, artifact.path.parent)]
     metrics: dict[str, dict[str, float]] = {}
     seen: dict[str, dict[str, Any]] = {}
     rows_seen, seconds, tokens = 0, 0.0, 0
@@ -120,6 +129,7 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     ]
     for answer, data, split in splits:
         task = answer.task
+        check_unseen(trained, task, data, split)
         rows = load_splits(task, data, [split], manifest.labels_read_as(task.name))[0][split]
         if rows.labels is None:
             raise UserError(f"split={split}: its rows have no labels to score against; use fusion.predict")

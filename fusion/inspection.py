@@ -28,9 +28,10 @@ from fusion.inference import class_names, device_of, predict, probabilities
 from fusion.listening import listen
 from fusion.masking import Scored, prune_greedily, prune_in_order, without_each
 from fusion.store.artifacts import load
-from fusion.store.manifest import Manifest, check_attends
+from fusion.store.manifest import Manifest, check_attends, source_manifests
 from fusion.store.trained_data import as_trained, data_folder_of
 from fusion.training.metrics import predicted, score
+from fusion.unseen import check_unseen
 from fusion.words import chosen_rows, words_of
 
 TEXT = 2000  # characters of a row's text that are kept
@@ -84,6 +85,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     backbone = load_backbone(name, revision, config.backbone.trust_remote_code, data.max_length)
     model = stored_model(artifact, artifact.path.parent, backbone, config.drop)
     split = evaluation_splits(task, config.split, data)[0]
+    check_unseen([manifest, *source_manifests(manifest, artifact.path.parent)], task, data, split)
     rows = load_splits(task, data, [split], manifest.labels_read_as(task.name))[0][split]
     if rows.labels is None:
         raise UserError(f"split={split}: its rows have no labels to score against; expected a labelled split")

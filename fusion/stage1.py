@@ -13,13 +13,12 @@ from fusion.app import command
 from fusion.backbones.files import check_files
 from fusion.config import Stage1Config
 from fusion.entry import Entry, find_entry
+from fusion.inputs import initial_inputs, initial_manifest
 from fusion.run import Run, Standing
 from fusion.unchanged import check_unchanged
 
 
 def entry_of(config: Stage1Config, run: Run) -> Entry:
-    from fusion.inputs import initial_inputs, initial_manifest
-
     initial = initial_inputs(initial_manifest(config, config.kind))
     entry = find_entry(config, run, kind=config.kind, inputs=initial or None)
     if entry.stored is not None:
@@ -63,6 +62,7 @@ def train(config: Stage1Config, run: Run, entry: Entry) -> dict[str, Any]:
     from fusion.model import AdaptedModel
     from fusion.training.determinism import use_deterministic_algorithms
     from fusion.training.stage import load_task_rows, train_and_store
+    from fusion.unseen import check_unseen
 
     use_deterministic_algorithms(config.trainer.deterministic)
     backbone = load_backbone(
@@ -71,6 +71,8 @@ def train(config: Stage1Config, run: Run, entry: Entry) -> dict[str, Any]:
         config.backbone.trust_remote_code,
         config.data.max_length,
     )
+    for task in config.task_list:
+        check_unseen([initial_manifest(config, config.kind)], task, config.data)
     rows = load_task_rows(config, backbone)
     torch.manual_seed(config.seed)
     fillings = adapter_fillings(config.adapter, backbone) if entry.kind == "adapter" else {}

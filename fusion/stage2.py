@@ -68,6 +68,7 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, entry: Entry) -> dict[
     from fusion.store.artifacts import adopt
     from fusion.training.determinism import use_deterministic_algorithms
     from fusion.training.stage import load_task_rows, train_and_store
+    from fusion.unseen import check_unseen
 
     assert config.task is not None
     use_deterministic_algorithms(config.trainer.deterministic)
@@ -80,6 +81,8 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, entry: Entry) -> dict[
     sources = load_sources(inputs.references, Path(config.store), backbone)
     for source in sources if run.rank_zero else ():
         adopt(source, Path(config.store))
+    earlier = initial_manifest(config, "fusion", inputs.sources)
+    check_unseen([*inputs.sources, inputs.fusion, earlier], config.task, config.data)
     rows = load_task_rows(config, backbone)
     start = find_start(config, sources, backbone, rows.training[0], rows.validation, entry.checkpoints)
     torch.manual_seed(config.seed)

@@ -62,6 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "answers": BASE | {"store"},
     "build": BASE | {"layers", "backbones", "model", "store", "selection"},
     "inputs": BASE | {"store"},
+    "unseen": BASE | {"data", "store"},
     "unchanged": BASE | {"backbones", "store"},
     "inference": BASE | {"memory", "model", "data"},
     "listening": BASE | {"layers", "model", "data"},
@@ -71,7 +72,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "words": BASE | {"model", "data", "packing"},
     "inspection": BASE
     | {"backbones", "model", "data", "store", "answers", "build", "inference"}
-    | {"listening", "masking", "words", "training.metrics"},
+    | {"listening", "masking", "words", "training.metrics", "unseen"},
     "probe": BASE | {"layers", "backbones", "model", "data", "store", "build", "training.metrics"},
     "start": BASE
     | {"run"}

@@ -93,6 +93,20 @@ def holdout(task: TaskConfig, data: DataConfig, split: str) -> Holdout | None:
     return Holdout(ours, fractions, data.split.seed, data.split.stratify)
 
 
+def drawn_from_train(task: TaskConfig, data: DataConfig, split: str) -> bool:
+    """Whether a split is a share of the rows from which the training rows are drawn too.
+
+    Raises:
+        UserError: the task has no such split.
+    """
+    made = holdout(task, data, split)
+    if made is not None or (family(task, split) or "train") == "train":
+        return made is not None and made.split != "train"
+    if is_local(task, data):
+        return not local_part(task, data, split)[1].is_whole
+    return task.corpus is None and task.hub is not None and not hub_part(task, split).is_whole
+
+
 def _has_split(task: TaskConfig, data: DataConfig, split: str) -> bool:
     """Whether a task has a split without `data.split`."""
     if is_local(task, data):

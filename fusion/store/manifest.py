@@ -660,6 +660,15 @@ def find_by_hash(hash: str, name: str, store: Path) -> Path:
     )
 
 
+def source_manifests(manifest: Manifest, store: Path) -> list[Manifest]:
+    """Those of a fusion's sources, in order; empty for anything else.
+
+    Raises:
+        UserError: a source is missing or damaged.
+    """
+    return [read_folder(find_by_hash(source["hash"], source["name"], store)) for source in manifest.sources]
+
+
 def artifacts(store: Path, replaced: bool = False) -> Iterator[tuple[Path, Manifest]]:
     """All artifacts of the store that can be read, by name; `replaced` adds those that were overwritten."""
     standing = names(store)

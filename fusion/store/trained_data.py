@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from fusion.config import DataConfig, SplitConfig
@@ -55,6 +55,22 @@ def _look_like_ids(names: list[str]) -> bool:
     return any(id is not None and id != number for number, id in enumerate(ids))
 
 
+def split_of(manifest: Manifest) -> SplitConfig:
+    """The `data.split` of the training.
+
+    Raises:
+        UserError: the manifest has a value that is none.
+    """
+    keys = [field.name for field in fields(SplitConfig)]
+    config = manifest.run["config"]
+    try:
+        return SplitConfig(
+            **{key: config[f"data.split.{key}"] for key in keys if f"data.split.{key}" in config}
+        )
+    except (UserError, TypeError) as error:
+        raise UserError(f"manifest of {manifest.name}: run.config: {error}") from None
+
+
 def as_trained(manifest: Manifest, data: DataConfig, task: str | None) -> DataConfig:
     """`data`, with the splits that training made of the rows of this task, and its `data.quoting` where none is set.
 
@@ -66,27 +82,12 @@ def as_trained(manifest: Manifest, data: DataConfig, task: str | None) -> DataCo
     """
     if task not in [trained["name"] for trained in manifest.tasks]:
         return data
-    config = manifest.run["config"]
-    keys = ("validation", "test", "seed", "stratify")
-    try:
-        split = SplitConfig(
-            **{key: config[f"data.split.{key}"] for key in keys if f"data.split.{key}" in config}
-        )
-    except (UserError, TypeError) as error:
-        raise UserError(f"manifest of {manifest.name}: run.config: {error}") from None
+    split = split_of(manifest)
     if data.split not in (SplitConfig(), split):
-        asked, trained = (
-            ", ".join(
-                f"{key}={getattr(one, key)}"
-                for key in keys
-                if getattr(one, key) != getattr(SplitConfig(), key)
-            )
-            or "none"
-            for one in (data.split, split)
-        )
+        asked, trained = (" ".join(one.overrides()) or "none" for one in (data.split, split))
         raise UserError(
-            f"data.split ({asked}): {manifest.name} was trained with another ({trained}), and other splits would hold "
+            f"{asked}: {manifest.name} was trained with another ({trained}), and other splits would hold "
             "rows that it was trained on\nLeave data.split out: the splits are those of the training"
         )
-    quoting = data.quoting or config.get("data.quoting")
+    quoting = data.quoting or manifest.run["config"].get("data.quoting")
     return replace(data, split=split, quoting=quoting if quoting in ("csv", "none") else None)

@@ -20,8 +20,7 @@ from fusion.store.manifest import (
     READS,
     WEIGHTS,
     Manifest,
-    find_by_hash,
-    read_folder,
+    source_manifests,
     stamp,
     unknown_name,
 )
@@ -104,7 +103,7 @@ def _problem(found: Found, store: Path) -> str:
     try:
         artifact = read(found.folder)
         _check_contents(found.folder)
-        sources = _sources(artifact.manifest, store)
+        sources = source_manifests(artifact.manifest, store)
         _check_tensors(artifact, sources)
     except UserError as error:
         return str(error)
@@ -115,10 +114,6 @@ def _check_contents(folder: Path) -> None:
     extra = sorted(entry.name for entry in folder.iterdir() if entry.name not in (MANIFEST, WEIGHTS, HEAD))
     if extra:
         raise UserError(f"{folder}: {', '.join(extra)} is no part of an artifact; move it elsewhere")
-
-
-def _sources(manifest: Manifest, store: Path) -> list[Manifest]:
-    return [read_folder(find_by_hash(source["hash"], source["name"], store)) for source in manifest.sources]
 
 
 def _check_tensors(artifact: Artifact, sources: list[Manifest]) -> None:

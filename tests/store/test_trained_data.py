@@ -64,7 +64,8 @@ def test_other_splits_than_those_of_the_training_are_refused(made: Bench) -> Non
             accelerator="cpu",
         )
         with pytest.raises(
-            UserError, match=r"films was trained with another \(validation=0\.125, stratify=True\)"
+            UserError,
+            match=r"films was trained with another \(data\.split\.validation=0\.125 data\.split\.stratify=true\)",
         ):
             evaluate.check(config, made.run("evaluate", config))
     assert as_trained(manifest, split(made.data, validation=0.125, stratify=True), "films").split.stratify
@@ -78,7 +79,9 @@ def test_no_split_is_made_for_an_artifact_that_was_trained_without(bench: Bench)
     with pytest.raises(UserError, match="has no validation"):
         bench.evaluate("books")
     manifest = read_manifest("books", bench.folder / "store")
-    with pytest.raises(UserError, match=r"\(validation=0\.1\): books was trained with another \(none\)"):
+    with pytest.raises(
+        UserError, match=r"data\.split\.validation=0\.1: books was trained with another \(none\)"
+    ):
         as_trained(manifest, split(bench.data, validation=0.1), "books")
 
 
@@ -130,7 +133,7 @@ def test_refused_before_anything_is_loaded(bench: Bench) -> None:
 
 def test_a_fusion_and_a_ranking(made: Bench) -> None:
     made.stage1("books")
-    data = split(made.data, validation=0.25)
+    data = split(made.data, validation=0.125, stratify=True)
     fused = made.stage2("films", ["films", "books"], data=data)
     assert made.evaluate("films-adapterfusion")["metrics"] == fused["metrics"]
     ranked = made.rank("films", data=data, include_target=True, methods=["similarity"])
