@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +122,35 @@ def save_backbone(
 def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random BERT of 3 layers and hidden size 32."""
     return save_backbone(tmp_path_factory.mktemp("backbones") / "tiny bert")
+
+
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A program to start in place of `sys.executable`, whose heavy imports are done: see tests/fork_server.py."""
+    program = Path(__file__).with_name("fork_server.py")
+    with tempfile.TemporaryDirectory(prefix="fork-") as folder:  # a socket's path is short
+        socket, script = f"{folder}/socket", Path(folder, "python")
+        client = shlex.join([sys.executable, "-IS", str(program), "client", socket])
+        script.write_text(f'#!/bin/sh\nWARM_PYTHON={shlex.quote(str(script))} exec {client} "$@"\n')
+        script.chmod(0o755)
+        with subprocess.Popen(
+            [sys.executable, str(program), "server", socket],
+            cwd=program.parents[1],
+            env=os.environ | {"PYTHONPATH": str(program.parents[1]), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        ) as server:
+            assert server.stdout is not None and server.stdin is not None
+            assert server.stdout.readline() == b"ready\n"
+            yield str(script)
+            server.stdin.close()
+
+
+@pytest.fixture
+def warm(warm_python: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that a test starts with `sys.executable` have done their imports, and so have their ranks."""
+    monkeypatch.setattr(sys, "executable", warm_python)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tests.bench import LABELS, rating_row, rows_of, write_rows, write_task
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("warm")
 
 
 @pytest.fixture(scope="module")

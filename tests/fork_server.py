@@ -1,0 +1,190 @@
+"""A Python whose heavy imports are done: a server forks the programs that a client, in place of Python, asks for.
+
+Most of a short command's time goes into importing torch, transformers and Lightning. `warm_python` in conftest.py is
+a command that takes Python's `-m MODULE`, `-c CODE` or a script, and its arguments. What runs has its own process,
+arguments, environment, folder and standard streams; signals are forwarded and the exit status is that of the program.
+Only variables that a library reads while it is imported are those of the server: tests of these, and of what happens
+during imports, take `sys.executable`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+POLL = 0.01  # seconds between two looks at the programs
+NUMBER = 8  # bytes of a number on the socket
+
+
+def main(role: str, path: str, *words: str) -> None:
+    if role == "client":
+        client(path, list(words))
+        return
+    import_all()
+    gc.freeze()  # or each program would copy and traverse all of it at its end
+    request = serve(path)
+    if request is not None:  # in a process of its own
+        end(lambda: run(request))
+
+
+def client(path: str, words: list[str]) -> None:
+    """Ask for a program, wait for its end and end in the same way."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(path)
+        asked = {
+            "executable": os.environ.pop("WARM_PYTHON"),
+            "words": words,
+            "folder": os.getcwd(),
+            "environment": dict(os.environ),
+            "parent": os.getppid(),
+        }
+        request = json.dumps(asked).encode()
+        socket.send_fds(connection, [len(request).to_bytes(NUMBER, "big")], [0, 1, 2])
+        connection.sendall(request)
+        pid = int.from_bytes(_receive(connection, NUMBER), "big")
+        for number in FORWARDED:
+            signal.signal(number, lambda number, _: os.kill(pid, number))
+        status = int.from_bytes(_receive(connection, NUMBER), "big", signed=True)
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    os._exit(status)
+
+
+def import_all() -> None:
+    import datasets  # noqa: F401
+    import matplotlib.figure  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
+    import scipy.stats  # noqa: F401
+    import torch.distributed  # noqa: F401
+    import transformers.models.bert  # noqa: F401
+
+    import fusion.app
+    import fusion.build
+    import fusion.start
+    import fusion.training.processes
+    import fusion.training.stage  # noqa: F401
+
+
+def serve(path: str) -> dict[str, Any] | None:
+    """Fork for each request; returns it in the new process, and None once nobody holds standard input open."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen(64)
+    looks = selectors.DefaultSelector()
+    looks.register(listener, selectors.EVENT_READ)
+    looks.register(sys.stdin.fileno(), selectors.EVENT_READ)
+    print("ready", flush=True)
+    programs: dict[int, socket.socket] = {}
+    while True:
+        for key, _ in looks.select(POLL if programs else None):
+            if key.fileobj is listener:
+                connection, _ = listener.accept()
+                size, streams, _, _ = socket.recv_fds(connection, NUMBER, 3)
+                request = json.loads(_receive(connection, int.from_bytes(size, "big")))
+                if (pid := os.fork()) == 0:
+                    for other in (listener, connection, *programs.values()):
+                        other.close()
+                    looks.close()
+                    return request | {"streams": streams}
+                for stream in streams:
+                    os.close(stream)
+                connection.sendall(pid.to_bytes(NUMBER, "big"))
+                programs[pid] = connection
+                looks.register(connection, selectors.EVENT_READ, pid)
+            elif key.data is None:
+                for pid in programs:
+                    os.kill(pid, signal.SIGKILL)
+                return None
+            else:  # the client has died, and says so by the end of its file
+                looks.unregister(key.fileobj)
+                os.kill(key.data, signal.SIGKILL)
+        for pid in list(programs):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                connection = programs.pop(pid)
+                if connection in [key.fileobj for key in looks.get_map().values()]:
+                    looks.unregister(connection)
+                    code = os.waitstatus_to_exitcode(status)
+                    connection.sendall(code.to_bytes(NUMBER, "big", signed=True))
+                connection.close()
+
+
+def run(request: dict[str, Any]) -> None:
+    """Become the program, as nearly as can be."""
+    import runpy
+
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    for number, stream in enumerate(request["streams"]):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.getppid = lambda: request["parent"]  # type: ignore[assignment]
+    words = request["words"]
+    while words[0] in ("-u", "-I"):
+        if words.pop(0) == "-u":
+            sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+    for entry in reversed(os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+        if entry and entry not in sys.path:
+            sys.path.insert(0, entry)
+    sys.executable = request["executable"]
+    if words[0] == "-m":
+        sys.path[0] = os.getcwd()
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        sys.path[0] = ""
+        sys.argv = ["-c", *words[2:]]
+        namespace = sys.modules["__main__"].__dict__
+        namespace["__spec__"] = None
+        exec(compile(words[1], "<string>", "exec"), namespace)
+    else:
+        sys.path[0] = os.path.dirname(os.path.abspath(words[0]))
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def end(program: Callable[[], None]) -> NoReturn:
+    """Run it and exit as the interpreter does, but for the second that freeing all modules would take."""
+    code: Any = 0
+    try:
+        program()
+    except SystemExit as asked:
+        code = asked.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        code = 1
+    if code is not None and not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]  # joins what is no daemon
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit((code or 0) & 0xFF)
+
+
+def _receive(connection: socket.socket, size: int) -> bytes:
+    received = b""
+    while len(received) < size:
+        more = connection.recv(size - len(received))
+        if not more:
+            raise SystemExit("the fork server has ended")
+        received += more
+    return received
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
