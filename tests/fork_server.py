@@ -131,7 +131,7 @@ def run(request: dict[str, Any]) -> None:
     for number, stream in enumerate(request["streams"]):
         os.dup2(stream, number)
         os.close(stream)
-    os.getppid = lambda: request["parent"]  # type: ignore[assignment]
+    os.getppid = lambda: request["parent"]
     words = request["words"]
     while words[0] in ("-u", "-I"):
         if words.pop(0) == "-u":
@@ -164,7 +164,7 @@ def end(program: Callable[[], None]) -> NoReturn:
     except SystemExit as asked:
         code = asked.code
     except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
         code = 1
     if code is not None and not isinstance(code, int):
         print(code, file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from typing import Any
 
 import pytest
@@ -21,7 +22,9 @@ from fusion.config import (
 )
 from fusion.errors import UserError
 from fusion.run import identity, is_done
+from fusion.store.describing import describe
 from fusion.store.manifest import read_manifest
+from fusion.store.rebuilding import rebuild_lines
 from tests.bench import Bench
 
 STILL = OptimConfig(lr=1e-30, weight_decay=0.0, patience=None)  # trains, and moves nothing
@@ -51,6 +54,24 @@ def test_an_adapter_starts_from_another(bench: Bench) -> None:
     )
     assert other["metrics"].keys() == {"validation"}
     assert same(bench.weights("fresh-head"), bench.weights("films"))
+
+
+def test_the_store_shows_what_it_started_from_and_how_to_make_both(bench: Bench) -> None:
+    bench.stage1("films")
+    bench.stage1("films", name="again", init_from="films")
+    store = bench.folder / "store"
+    stored, origin = read_manifest("again", store), read_manifest("films", store)
+    words = ["+task=films", "init_from=../elsewhere/films"]
+    typed = dataclasses.replace(stored, run=stored.run | {"overrides": words, "folder": None})
+    _, first, second = rebuild_lines(typed, store, store)
+    assert first.startswith("# films was not made by a command")
+    assert "python -m fusion.stage1 +task=films init_from=films " in second and " name=again " in second
+    line = f"init_from     films {origin.hash}, "
+    assert f"{line}found: {store / 'films'}" in describe("again", store)
+    shutil.rmtree(store / "films")
+    assert f"{line}NOT FOUND" in describe("again", store)
+    gone = f"# init_from=films ({origin.hash[:8]}), whose weights again was trained from, is gone"
+    assert rebuild_lines(typed, store, store)[0] == gone
 
 
 @pytest.mark.parametrize("method", ["head", "lora", "bitfit", "full"])

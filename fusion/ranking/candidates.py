@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusion.errors import UserError
-from fusion.store.manifest import Manifest, artifacts
+from fusion.store.manifest import OLD, Manifest, artifacts, names
 from fusion.store.unfit import why_unfit
 
 
@@ -18,13 +18,13 @@ class Candidates:
     sources: list[Manifest]
     left_out: dict[str, str]
 
-    def left_out_line(self) -> str:
+    def left_out_line(self, before: str = "") -> str:
         """One line; empty where nothing was left out."""
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.left_out.items():
             by_reason.setdefault(reason, []).append(name)
         parts = [f"{', '.join(names)} ({reason})" for reason, names in by_reason.items()]
-        return f"left out: {'; '.join(parts)}" if parts else ""
+        return f"{before}left out: {'; '.join(parts)}" if parts else ""
 
 
 def all_adapters(store: Path, backbone: str, without_task: str | None = None) -> Candidates:
@@ -37,11 +37,16 @@ def all_adapters(store: Path, backbone: str, without_task: str | None = None) ->
     Raises:
         UserError: none is left; says what there is.
     """
-    adapters = [manifest for _, manifest in artifacts(store) if manifest.kind == "adapter"]
+    read = {folder.name.removesuffix(OLD): manifest for folder, manifest in artifacts(store)}
+    damaged = dict.fromkeys(
+        (name for name in names(store) if name not in read),
+        "cannot be read, python -m fusion.store verify says why",
+    )
+    adapters = [manifest for manifest in read.values() if manifest.kind == "adapter"]
     if not adapters:
         raise UserError(
             f"sources=all: the store {store} has no adapters; python -m fusion.stage1 +task=NAME makes one, "
-            "and store=DIR names another store"
+            f"and store=DIR names another store{Candidates([], damaged).left_out_line(before='; ')}"
         )
     # A folder may hold the very weights that have a name elsewhere.
     prints = {m.backbone["fingerprint"] for m in adapters if _same(m.backbone["name_or_path"], backbone)}
@@ -52,7 +57,7 @@ def all_adapters(store: Path, backbone: str, without_task: str | None = None) ->
             f"sources=all: no adapter of {store} was trained on {backbone}, only on {there}\n"
             "Say backbone=… as in stage 1, or backbone.name_or_path=NAME"
         )
-    left_out = {
+    left_out = damaged | {
         m.name: f"backbone {m.backbone['name_or_path']}"
         for m in adapters
         if m.backbone["fingerprint"] not in prints

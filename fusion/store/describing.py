@@ -64,6 +64,8 @@ def _facts(folder: Path, manifest: Manifest, store: Path) -> Iterator[str]:
             yield f"{title:<14}{_settings(settings)}"
     for source in manifest.sources:
         yield f"{'source':<14}{source['name']} {source['hash']}, {_where(source, folder.parent)}"
+    if (origin := manifest.origin) is not None:
+        yield f"{'init_from':<14}{origin['name']} {origin['hash']}, {_where(origin, folder.parent)}"
     for split, metrics in manifest.metrics.items():
         yield f"{'score':<14}{split}: {_settings(metrics)}"
     result = manifest.result

@@ -131,6 +131,14 @@ class Manifest:
         """The task that the artifact was trained on, or each of several, as `TaskConfig` has them."""
         return [entry["task"] for entry in (self.multitask or {"": {"task": self.task}}).values()]
 
+    @property
+    def origin(self) -> dict[str, str] | None:
+        """`{"name", "hash"}` of the artifact whose weights the training started from, `init_from`."""
+        origin = self.run.get("init_from")
+        if isinstance(origin, dict) and all(isinstance(origin.get(key), str) for key in ("name", "hash")):
+            return origin
+        return None
+
     def labels_read_as(self, task: str | None) -> str | None:
         """The way in which training read the labels of a task; None where it is not known."""
         way = self.data.get("labels", {}).get(task)

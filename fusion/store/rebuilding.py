@@ -52,6 +52,13 @@ def _in_order(manifest: Manifest, store: Path, seen: list[str]) -> Iterator[Mani
             yield " ".join(str(error).split())
         else:
             yield from _in_order(found, store, seen)
+    if (origin := manifest.origin) is not None:
+        try:
+            yield from _in_order(
+                read_folder(find_by_hash(origin["hash"], origin["name"], store)), store, seen
+            )
+        except UserError:
+            yield f"init_from={origin['name']} ({origin['hash'][:8]}), whose weights {manifest.name} was trained from, is gone"
     pruned = (manifest.composition or {}).get("fusion")
     if isinstance(pruned, str):
         try:
@@ -75,6 +82,9 @@ def _command(manifest: Manifest, into: Path) -> list[str]:
     # By name: a source that was given by a path has its name in the store that is written to.
     names = override("sources", [source["name"] for source in manifest.sources])
     kept = [names if key_of(word) == "sources" else word for word in kept]
+    if manifest.origin is not None:
+        initial = override("init_from", manifest.origin["name"])
+        kept = [initial if key_of(word) == "init_from" else word for word in kept]
     kept += [
         override("name", manifest.name),
         override("store", str(into.absolute())),

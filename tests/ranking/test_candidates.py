@@ -78,10 +78,18 @@ def test_what_cannot_be_fused_with_most_is_left_out_and_said(store: Path, tiny_b
     assert "most have feedforward/normed on weights" in left_out["before"]
 
 
-def test_fusions_and_damaged_artifacts_are_none_of_them(store: Path, tiny_backbone: Path) -> None:
-    (store / "dice" / "manifest.json").write_text("{")
+def test_other_kinds_are_none_of_them_and_damaged_artifacts_are_named(
+    store: Path, tiny_backbone: Path
+) -> None:
+    reason = "cannot be read, python -m fusion.store verify says why"
     add(store, "a-head", kind="head", adapter=None)
-    assert names(store, str(tiny_backbone)) == (["coins", "films"], {})
+    path = store / "dice" / "manifest.json"
+    path.write_text(path.read_text()[:100])
+    assert names(store, str(tiny_backbone)) == (["coins", "films"], {"dice": reason})
+    for name in ("coins", "films"):
+        (store / name / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match=rf"has no adapters.*left out: coins, dice, films \({reason}\)"):
+        all_adapters(store, str(tiny_backbone))
 
 
 def test_a_store_without_any(store: Path, tiny_backbone: Path, tmp_path: Path) -> None:

@@ -57,6 +57,11 @@ def test_what_is_rebuilt_is_the_same(tmp_path: Path, tiny_backbone: Path) -> Non
         place,
         **own,
     )
+    shell(
+        f"python -m fusion.stage1 +task=films name=again init_from=films-seed-1 {shared} {store}",
+        place,
+        **own,
+    )
     first = read_manifest("films-seed-1", place / "a store").hash
     shell(
         f"python -m fusion.stage1 +task=films name=films-seed-1 overwrite=true optim.weight_decay=0.1 {shared} {store}",
@@ -74,6 +79,16 @@ def test_what_is_rebuilt_is_the_same(tmp_path: Path, tiny_backbone: Path) -> Non
     originals = {name: place / "a store" / name for name in ("books-seed-2", "both", "pruned")}
     originals["films-seed-1"] = place / "a store" / ".replaced" / f"films-seed-1-{first[:8]}"
     assert {entry.name for entry in made.iterdir() if not entry.name.startswith(".")} == set(originals)
+    shown = shell(f"python -m fusion.store show again {store} into='a third store'", place)
+    assert f"films-seed-1 {first}, found: " in shown
+    shell(shown.split("to make it anew:\n")[1], elsewhere)
+    third = place / "a third store"
+    assert {entry.name for entry in third.iterdir() if not entry.name.startswith(".")} == {
+        "films-seed-1",
+        "again",
+    }
+    original = place / "a store" / "again" / FILES[0]
+    assert (third / "again" / FILES[0]).read_bytes() == original.read_bytes()
     for name, original in originals.items():
         for file in FILES:
             assert (made / name / file).read_bytes() == (original / file).read_bytes(), (name, file)

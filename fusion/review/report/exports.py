@@ -60,10 +60,10 @@ def figures_of(contents: Contents) -> list[tuple[str, Any]]:
 
 def tables_of(contents: Contents) -> list[tables.Table]:
     """Every table that stands in the page."""
-    methods = every_method(contents.targets)
+    methods = every_method(contents.everything)
     header = ("target", "metric", "split", *methods)
     rows, shown = [], []
-    for target in contents.targets:
+    for target in contents.everything:
         groups = [target.groups.get(method) for method in methods]
         rows.append(
             [target.label, target.metric, target.split, *(None if g is None else g.mean for g in groups)]
@@ -73,7 +73,7 @@ def tables_of(contents: Contents) -> list[tables.Table]:
         )
     caption = "Mean and standard deviation over the seeds" + "".join(
         f"; {target.label}, {line}"
-        for target in contents.targets
+        for target in contents.everything
         for line in chosen_settings(target, methods)
     )
     made = [tables.Table("scores", caption, header, rows, shown)]
@@ -91,7 +91,7 @@ def tables_of(contents: Contents) -> list[tables.Table]:
         "p (Holm)",
     )
     header += ("wins", "ties", "losses", "over")
-    header += ("not at equal budget",)
+    header += ("not at equal budget", "pairs")
     rows = []
     for target in contents.targets:
         for group in target.every_group:
@@ -109,12 +109,13 @@ def tables_of(contents: Contents) -> list[tables.Table]:
                     group.deviation,
                     *rest,
                     "; ".join(group.unequal),
+                    None if d is None else d.pairs,
                 ]
             )
     made.append(tables.Table("differences", f"Differences to the {BASELINE}", header, rows))
     header = ("target", "split", "method", "settings", "seeds", "metric", "mean", "sd")
     rows = []
-    for target in contents.targets:
+    for target in contents.everything:
         for group in target.every_group:
             for metric in target.metrics:
                 if values := group.scores_by(metric):
@@ -194,7 +195,7 @@ def tables_of(contents: Contents) -> list[tables.Table]:
     header += ("peak memory bytes", "energy (J)")
     keys = ("score", "parameters", "bytes", "seconds", "tokens", "memory", "energy")
     rows = [
-        [t.label, row["method"], *(row[key] for key in keys)] for t in contents.targets for row in costs(t)
+        [t.label, row["method"], *(row[key] for key in keys)] for t in contents.everything for row in costs(t)
     ]
     made.append(tables.Table("cost", "Cost, means over the seeds", header, rows))
     return made

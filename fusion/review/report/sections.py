@@ -70,6 +70,7 @@ def _result_row(target: Target, group: Group, best: bool) -> dict[str, Any]:
         "seeds": seeds(group),
         "difference": None if difference is None else signed(difference.mean),
         "interval": interval(difference),
+        "common": _common_seeds(group),
         "against": _against(target, group),
         "verdict": _verdict(group),
         "unequal": "; ".join(group.unequal),
@@ -80,6 +81,16 @@ def _result_row(target: Target, group: Group, best: bool) -> dict[str, Any]:
 def _scores(values: Sequence[float]) -> str:
     deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
     return f"{np.mean(values):.3f}{deviation}"
+
+
+def _common_seeds(group: Group) -> str:
+    """Of how many seeds a difference is, where that is not all of both: the means beside it are of others too."""
+    if group.difference is None or group.against is None:
+        return ""
+    pairs = group.difference.pairs
+    if pairs in (0, max(len(group.entries), len(group.against.entries))):
+        return ""
+    return f"of the {pairs} seeds in both" if pairs > 1 else "of the one seed in both"
 
 
 def _against(target: Target, group: Group) -> str:
@@ -122,6 +133,7 @@ def details(targets: Sequence[Target]) -> list[dict[str, Any]]:
                     "seeds": seeds(group),
                     "difference": None if difference is None else signed(difference.mean),
                     "interval": interval(difference),
+                    "common": _common_seeds(group),
                     "p": None if difference is None or difference.p is None else p_value(difference.p),
                     "adjusted": None if group.adjusted is None else p_value(group.adjusted),
                     "counts": ""

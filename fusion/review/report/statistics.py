@@ -60,6 +60,11 @@ class Difference:
     losses: int
 
     @property
+    def pairs(self) -> int:
+        """How many pairs of runs with the same seed were compared; 0: all runs of both were, unpaired."""
+        return self.wins + self.ties + self.losses
+
+    @property
     def conclusive(self) -> bool:
         """Whether there is an interval and it excludes zero."""
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high

@@ -152,6 +152,26 @@ def test_a_sweep_is_rows_and_an_unequal_budget_no_verdict(tmp_path: Path, write:
     assert text.count("mean over tokens") >= 1 or "entropy" not in text
 
 
+def test_a_difference_says_of_how_many_seeds_it_is(tmp_path: Path, write: Write) -> None:
+    """The means beside it are of three seeds and of two; a target with one method is in the tables too."""
+    a_night(write)
+    write(seed=3, score=0.1, wrong=18, sources=["a", "b"])
+    write("movies", seed=1, score=0.5)
+    made = contents(tmp_path)
+    text = written(made, tmp_path)
+    write_files(made, tmp_path / "files")
+    assert text.count("<small>of the 2 seeds in both</small>") == 2 and "<small>3 seeds</small>" in text
+    with open(tmp_path / "files" / "differences.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], row["seeds"], row["pairs"], row["difference"][:4]) for row in rows] == [
+        ("single adapter", "2", "", ""),
+        ("fusion of 2", "3", "2", "0.25"),
+    ]
+    for name in ("scores", "metrics", "cost"):
+        with open(tmp_path / "files" / f"{name}.csv", newline="") as file:
+            assert {row["target"] for row in csv.DictReader(file)} >= {"tweets", "movies"}, name
+
+
 def test_a_figure_of_one_setting_names_it(tmp_path: Path, write: Write) -> None:
     for rate, wrong in ((0.1, 1), (0.2, 4), (0.3, 8)):
         for seed in (1, 2):
