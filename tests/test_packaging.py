@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import importlib.metadata
 import re
 import shutil
@@ -43,11 +44,10 @@ def distributions_by_module() -> dict[str, str]:
     `packages_distributions` knows only those with a top_level.txt."""
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
-        for file in distribution.files or []:
-            if file.suffix == ".py":
-                found.setdefault(
-                    file.parts[0].removesuffix(".py"), canonicalize_name(distribution.metadata["Name"])
-                )
+        record = distribution.read_text("RECORD") or ""
+        tops = {path.split("/")[0] for path, *_ in csv.reader(record.splitlines()) if path.endswith(".py")}
+        for top in tops:
+            found.setdefault(top.removesuffix(".py"), canonicalize_name(distribution.metadata["Name"]))
     return found
 
 

@@ -157,7 +157,9 @@ def test_the_penalty_is_logged_by_its_name(fused: Bench) -> None:
     assert {"train/task_loss", "train/value_penalty_loss", "train/loss", "validation/accuracy"} <= header
 
 
-def test_a_new_process_gives_bit_equal_logits(fused: Bench, tmp_path: Path) -> None:
+def test_a_new_process_gives_bit_equal_logits(
+    fused: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code = """
 import sys, torch
 from pathlib import Path
@@ -171,15 +173,13 @@ with torch.no_grad():
     backbone = load_backbone(artifact.manifest.backbone["name_or_path"])
     torch.save(stored_model(artifact, store, backbone)(ids, (ids != 0).long()), sys.argv[2])
 """
-    logits = []
-    for number in range(2):
-        target = tmp_path / str(number)
-        subprocess.run(
-            [sys.executable, "-c", code, fused.folder / "store", target],
-            check=True,
-            cwd=Path(__file__).parents[1],
-        )
-        logits.append(torch.load(target, weights_only=True))
+    store, here, there = (
+        str(path) for path in (fused.folder / "store", tmp_path / "here", tmp_path / "there")
+    )
+    monkeypatch.setattr(sys, "argv", ["-c", store, here])
+    exec(code, {})
+    subprocess.run([sys.executable, "-c", code, store, there], check=True, cwd=Path(__file__).parents[1])
+    logits = [torch.load(path, weights_only=True) for path in (here, there)]
     assert torch.equal(*logits)
 
 

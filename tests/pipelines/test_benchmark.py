@@ -214,6 +214,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.usefixtures("warm")
 def test_the_command_line(tmp_path: Path) -> None:
     wrong = run("suite=tarin", cwd=tmp_path)
     assert wrong.returncode == 2 and wrong.stdout == ""

@@ -548,6 +548,7 @@ def journey_of(tmp_path: Path, capsys: pytest.CaptureFixture[str], *words: str) 
     return found
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_short_journey(tmp_path: Path, capsys: pytest.CaptureFixture[str], with_handlers: None) -> None:
     found = journey_of(tmp_path, capsys, "kills=6", "kinds=[adapter]")
     deaths = [death for run in found["runs"] for death in run["deaths"] if death["came"]]

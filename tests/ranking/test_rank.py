@@ -337,6 +337,7 @@ def test_the_store_programs_pass_over_rankings(copy: Bench, capsys: pytest.Captu
     assert (copy.folder / "store" / ".rankings").is_dir()
 
 
+@pytest.mark.usefixtures("warm")
 def test_as_programs(copy: Bench, tmp_path: Path) -> None:
     """A ranking is asked for, and then the best two of it are fused: the names are what is kept."""
     (tmp_path / "conf" / "task").mkdir(parents=True)

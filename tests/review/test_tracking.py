@@ -124,6 +124,7 @@ def test_two_jobs_of_one_process_have_two_runs(tmp_path: Path, caplog: pytest.Lo
     assert "WANDB_MODE" not in os.environ
 
 
+@pytest.mark.usefixtures("warm")
 def test_it_says_one_line_and_keeps_to_its_folder(tmp_path: Path) -> None:
     code = f"""
 import logging
@@ -530,6 +531,7 @@ for name in ("rte", "mrpc"):
 """
 
 
+@pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize("room", [0, pytest.param(600, marks=pytest.mark.slow)])
 def test_a_disk_that_is_full_for_wandb_too(tmp_path: Path, room: int) -> None:
     """Without room for the file by which W&B's service says its port, W&B 0.31 itself would wait for ever."""

@@ -499,6 +499,7 @@ for how in ("same", "weights", "sizes"):
 """
 
 
+@pytest.mark.usefixtures("warm")
 def test_processes_that_differ_fail_alike(tiny_backbone: Path, tmp_path: Path) -> None:
     """DDP would give all of them the weights of the first, and nobody would know."""
     ranks = [

@@ -148,8 +148,15 @@ def wait_for(file: Path, process: subprocess.Popen[str], seconds: float = 90) ->
     ids=["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2, two processes", "SIGINT, two processes"],
 )
 def test_a_command_writes_a_checkpoint_before_it_ends(
-    place: Path, tiny_backbone: Path, number: signal.Signals, code: int, more: tuple[str, ...]
+    request: pytest.FixtureRequest,
+    place: Path,
+    tiny_backbone: Path,
+    number: signal.Signals,
+    code: int,
+    more: tuple[str, ...],
 ) -> None:
+    if number != signal.SIGTERM:  # which is sent to a Python of its own
+        request.getfixturevalue("warm")
     name = f"{number.name}-{len(more)}"
     directory = f"hydra.run.dir=runs/{name}"
     process = start(

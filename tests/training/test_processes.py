@@ -126,6 +126,7 @@ def sweep(workdir: Path, seeds: str) -> tuple[subprocess.Popen[str], str, list[d
     return process, err, jobs(workdir)
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_failing_rank_stops_neither_the_sweep_nor_time(workdir: Path) -> None:
     """Rank one fails before the rendezvous, where rank zero would wait for half an hour."""
     process, err, (failed, good) = sweep(workdir, "5,1")
