@@ -164,34 +164,35 @@ Plugins.instance().register(UserConf)
 
 
 class CheckedFiles(FileConfigSource):
-    """Hydra's own reader of files, that looks at a task file before it follows what stands there."""
+    """Hydra's own reader of files, that checks a task file first, and reads no file twice: each job asks several times."""
 
-    kept: ClassVar[dict[Path, tuple[tuple[int, int], DictConfig]]] = {}
+    kept: ClassVar[dict[tuple[str, Path], tuple[tuple[int, int], ConfigResult]]] = {}
 
     def load_config(self, config_path: str) -> ConfigResult:
+        path = Path(self.path) / self._normalize_file_name(config_path)
+        if not path.is_file():
+            return super().load_config(config_path)  # says that it is not there
+        state = (status := path.stat()).st_mtime_ns, status.st_size
+        known, result = self.kept.get((self.provider, path), (None, None))
+        if result is None or known != state:
+            result = self._load(path, config_path)
+            self.kept[self.provider, path] = state, result
+        return copy.deepcopy(result)  # Hydra takes the defaults out of it
+
+    def _load(self, path: Path, config_path: str) -> ConfigResult:
         if not config_path.startswith("task/"):
             return super().load_config(config_path)
-        path = Path(self.path) / self._normalize_file_name(config_path)
-        if not check_task_file(path):
+        if check_task_file(path):  # Hydra needs seconds for thousands of values
+            result = ConfigResult(
+                config=DictConfig(read_large(path, get_yaml_loader().yaml_implicit_resolvers)),
+                path=f"{self.scheme()}://{self.path}",
+                provider=self.provider,
+                header=self._get_header_dict(""),  # a file with one is refused
+            )
+        else:
             result = super().load_config(config_path)
-            _check_types(path, cast(DictConfig, result.config))
-            return result
-        return self._load_large(path)
-
-    def _load_large(self, path: Path) -> ConfigResult:
-        """As Hydra's own, which needs seconds for thousands of values, and asks several times."""
-        state = (status := path.stat()).st_mtime_ns, status.st_size
-        known, config = self.kept.get(path, (None, DictConfig({})))
-        if known != state:
-            config = DictConfig(read_large(path, get_yaml_loader().yaml_implicit_resolvers))
-            _check_types(path, config)
-            self.kept[path] = state, config
-        return ConfigResult(
-            config=copy.deepcopy(config),
-            path=f"{self.scheme()}://{self.path}",
-            provider=self.provider,
-            header=self._get_header_dict(""),  # a file with one is refused
-        )
+        _check_types(path, cast(DictConfig, result.config))
+        return result
 
 
 # Hydra tells its readers apart by this, and a launcher's job in another process registers its own once more.
