@@ -23,7 +23,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast, get_args, get_type_hints
+from typing import Any, ClassVar, cast, get_args, get_origin, get_type_hints
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -44,7 +44,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf._utils import get_yaml_loader
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
 from fusion import signals
@@ -809,10 +809,13 @@ def explain(error: BaseException, schema: type) -> str:
         key = match[1].lstrip("+").split("=")[0]
         if "not in" in str(cause) and key not in keys_of(schema):
             return _unknown(key, schema)
+        if isinstance(cause, ValidationError) and (expected := _expected(dict(_types_of(schema)).get(key))):
+            return f"{match[1]}: expected {expected}"
         return f"{match[1]}: {first_line(cause)}"
     if match := re.search(r"Ambiguous value for argument '(.+)'", text):
         key, _, value = match[1].partition("=")
-        a_list = "" if key == "+task" else f"; a list is written '{key}=[{value}]'"
+        takes_list = _takes_list(dict(_types_of(schema)).get(key.lstrip("+")))
+        a_list = f"; a list is written '{key}=[{value}]'" if takes_list else ""
         return f"{match[1]}: several values are a sweep, which needs -m{a_list}"
     if match := re.search(r"^In '(.+)': .*\n(?:.*\n)*?Key '(.+)' not in '", text):
         return f"conf file {match[1]}.yaml: {_unknown(match[2], schema)}"
@@ -827,6 +830,9 @@ def _unreadable(word: str) -> str:
     start = f"cannot read the override {word!r}: "
     key, equals, value = word.partition("=")
     if not equals or not key:
+        before = sys.argv[sys.argv.index(word) - 1] if word in sys.argv[2:] else ""
+        if "=" in before and not before.endswith("="):  # the shell has split a value at a space
+            return f"{start}expected KEY=VALUE; a value with a space is put in quotes, '{before} {word}'"
         return f"{start}expected KEY=VALUE"
     if odd := only_in_quotes(key.lstrip("+~")):
         return f"{start}a key has no {' '.join(odd)}"
@@ -837,6 +843,20 @@ def _unreadable(word: str) -> str:
     return (
         f"{start}a value with [ ] {{ }} ( ) ' = or \" is put in double quotes, and the whole in single ones"
     )
+
+
+def _expected(kind: Any) -> str:
+    """What a key of this type takes, where it is one number or truth value; else empty."""
+    names = {int: "a whole number", float: "a number", bool: "true or false"}
+    given = [one for one in get_args(kind) or (kind,) if one is not type(None)]
+    if len(given) != 1 or given[0] not in names:
+        return ""
+    return names[given[0]] + (", or null" if type(None) in get_args(kind) else "")
+
+
+def _takes_list(kind: Any) -> bool:
+    """Whether a key of this type may have a list for its value."""
+    return kind is Any or list in (kind, get_origin(kind)) or any(map(_takes_list, get_args(kind)))
 
 
 def keys_of(schema: type) -> list[str]:
@@ -886,7 +906,7 @@ SYNONYMS = {
     "project": ("logger.wandb.project",),
 }
 TEXTS = ("text", "texts", "sentence", "sentences", "prompt", "premise", "hypothesis", "question", "rows")
-GROUPS_OF_TRAINING = ("adapter", "composition", "method", "experiment", "debug", "optim", "trainer", "head")
+OF_TRAINING = ("adapter", "composition", "method", "experiment", "debug", "optim", "trainer", "head", "seed")
 
 
 def _unknown(key: str, schema: type) -> str:
@@ -904,14 +924,14 @@ def _unknown(key: str, schema: type) -> str:
         return f"{key} holds several settings here and takes no value itself; it has {shown}"
     for stage, other in (("stage 1", Stage1Config), ("stage 2", Stage2Config)):
         if issubclass(schema, StageConfig) and schema is not other and key in keys_of(other):
-            return f"unknown key {key}: it is one of {stage}, not of this command"
+            return f"unknown key {key}: it is one of {stage}, not of this command; leave it out"
     parent, _, last = key.rpartition(".")
     if uses and "input" in every and last in TEXTS:
         return (
             f"unknown key {key}: predictions are for the rows of a file, input=rows.jsonl, with one JSON object a "
             'line\nsuch as {"COLUMN": "a text"}, where COLUMN is a text column of the artifact\'s task'
         )
-    if uses and key.partition(".")[0] in GROUPS_OF_TRAINING and key.partition(".")[0] not in every:
+    if uses and key.partition(".")[0] in OF_TRAINING and key.partition(".")[0] not in every:
         return f"unknown key {key}: an artifact is used as it was trained; leave {key}= out"
     if uses:  # a task of an artifact is its own, or another file: +task=NAME
         every = [known for known in every if not known.startswith("task.")]

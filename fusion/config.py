@@ -1031,7 +1031,10 @@ class UseConfig:
     drop: int = 0  # AdapterDrop: leave out what the first layers' slots hold
 
     def __post_init__(self) -> None:
-        _in_range("drop", self.drop, at_least=0, hint=" layer")
+        _in_range("drop", self.drop, at_least=0, hint=" layers")
+        _require(
+            getattr(self, "split", None) != "", "split= is empty: expected a split, such as split=validation"
+        )
 
 
 @dataclass
@@ -1039,10 +1042,6 @@ class EvaluateConfig(UseConfig):
     task: Optional[TaskConfig] = None  # null: the artifact's own
     split: str = "validation"
     logger: LoggerConfig = field(default_factory=LoggerConfig)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(self.split != "", "split= is empty: expected a split, such as split=validation")
 
 
 @dataclass
@@ -1053,7 +1052,6 @@ class InspectConfig(UseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.split != "", "split= is empty: expected a split, such as split=validation")
         asked = self.words if isinstance(self.words, list) else [self.words]
         _require(
             all(type(row) is int and row >= 0 for row in asked) and asked != [],

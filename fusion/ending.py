@@ -21,6 +21,7 @@ from fusion.store.listing import as_bytes
 from fusion.store.manifest import Manifest, names, read_folder
 from fusion.store.overview import everything
 from fusion.store.settings_groups import Lookup, group
+from fusion.store.trained_data import data_folder_of
 from fusion.store.unfit import why_unfit
 from fusion.sweep import Job
 from fusion.terminal.screen import say
@@ -265,10 +266,9 @@ def _free_name(task: str, store: Path) -> list[str]:
 def _data_of(result: Mapping[str, Any]) -> list[str]:
     """The folder that an artifact's rows were read from, which another command on its own rows needs."""
     try:
-        manifest = read_folder(Path(str(result.get("artifact"))))
+        folder = data_folder_of(read_folder(Path(str(result.get("artifact")))))
     except UserError:
         return []
-    folder = manifest.run["config"].get("data.dir")
     return [] if folder is None else [override("data.dir", folder)]
 
 

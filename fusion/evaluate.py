@@ -13,22 +13,15 @@ from typing import Any
 
 from fusion.answers import answers, own_tasks
 from fusion.app import command
-from fusion.backbones.files import check_files
 from fusion.config import EvaluateConfig
 from fusion.errors import UserError
 from fusion.overrides import key_of, typed
 from fusion.run import Run
 from fusion.safe_text import quotable
-from fusion.store.manifest import (
-    check_drop,
-    check_trust,
-    find,
-    read_folder,
-    read_manifest,
-    source_manifests,
-)
+from fusion.store.manifest import read_manifest, source_manifests
 from fusion.store.trained_data import as_trained, data_folder_of
 from fusion.terminal.screen import say
+from fusion.usable import usable_manifest
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +30,7 @@ def check(config: EvaluateConfig, run: Run) -> None:
     """What can be said before a model is loaded."""
     from fusion.data.rows import check_source
 
-    manifest = read_folder(find(config.artifact, Path(config.store)))
-    check_drop(manifest, config.drop)
-    check_trust(manifest, config.backbone.trust_remote_code)
-    check_files(
-        config.backbone.name_or_path or manifest.backbone["name_or_path"], config.backbone.trust_remote_code
-    )
+    manifest = usable_manifest(config)
     for answer in answers(manifest, config.task):
         check_source(answer.task, as_trained(manifest, config.data, answer.task.name), [config.split])
 
@@ -85,7 +73,7 @@ def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
         return evaluate(config, run)
     from fusion.review.evaluation import tracked
 
-    manifest = read_folder(find(config.artifact, Path(config.store)))
+    manifest = read_manifest(config.artifact, Path(config.store))
     tasks = [str(answer.task.name) for answer in answers(manifest, config.task)]
     about = {key: getattr(manifest, key) for key in ("kind", "name", "hash")}
     about["run"] = manifest.run.get("wandb")

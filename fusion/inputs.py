@@ -9,6 +9,7 @@ from typing import Any
 
 from fusion.config import Stage1Config, Stage2Config, StageConfig
 from fusion.errors import UserError
+from fusion.overrides import hydra_value, override
 from fusion.store.manifest import (
     Manifest,
     check_sources,
@@ -158,7 +159,7 @@ def initial_manifest(config: StageConfig, kind: str, sources: Sequence[Manifest]
             "init_from out"
         )
     differing = [
-        f"{key} {ours!r} and not {theirs!r}"
+        f"{override(key, theirs)} there, {hydra_value(ours)} here"
         for key, (theirs, ours) in _shape(config, manifest, sources).items()
         if ours != theirs
     ]
@@ -189,8 +190,9 @@ def _shape(
             found[f"adapter.{key}"] = stored.get(key, False), getattr(asked, key)
         if type(asked.scaling) in (int, float) and type(stored["scaling"]) in (int, float):
             found["adapter.scaling"] = float(stored["scaling"]), float(asked.scaling)
-        sizes = set(stored["bottleneck_sizes"].values())
-        found["bottleneck size"] = sizes, {asked.size_for(manifest.backbone["hidden_size"])}
+        sizes = sorted(set(stored["bottleneck_sizes"].values()))
+        size = asked.size_for(manifest.backbone["hidden_size"])
+        found["adapter.bottleneck_size"] = sizes[0] if len(sizes) == 1 else sizes, size
         found["adapter.layers"] = stored.get("layers"), asked.layers
         found["adapter.drop"] = _specialized(stored.get("drop")), _specialized(asked.drop)
     elif isinstance(config, Stage1Config) and manifest.method is not None:
@@ -202,10 +204,14 @@ def _shape(
         for key in ("name", "value_matrix", "temperature", "layers", "rank", "target_adapter"):
             found[f"composition.{key}"] = stored.get(key), given.get(key)
         found["composition.drop"] = _specialized(stored.get("drop")), _specialized(given.get("drop"))
-        found["sources"] = (
-            [f"{source['name']} ({source['hash'][:8]})" for source in manifest.sources],
-            [f"{source.name} ({source.hash[:8]})" for source in sources],
-        )
+        pairs = [(source["name"], source["hash"]) for source in manifest.sources]
+        asked_for = [(source.name, source.hash) for source in sources]
+        found["sources"] = [name for name, _ in pairs], [name for name, _ in asked_for]
+        if found["sources"][0] == found["sources"][1]:  # one may have been trained again since
+            found["sources"] = (
+                [f"{name} {hash[:8]}" for name, hash in pairs],
+                [f"{name} {hash[:8]}" for name, hash in asked_for],
+            )
     return found
 
 

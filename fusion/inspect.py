@@ -5,25 +5,19 @@ python -m fusion.inspect artifact=rte-adapterfusion
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from fusion.app import command
-from fusion.backbones.files import check_files
 from fusion.config import InspectConfig
 from fusion.run import INSPECTION, Run, write_json
-from fusion.store.manifest import check_attends, check_drop, check_trust, find, read_folder
+from fusion.store.manifest import check_attends
 from fusion.terminal.screen import say
+from fusion.usable import usable_manifest
 
 
 def check(config: InspectConfig, run: Run) -> None:
     """What can be said before a model is loaded."""
-    manifest = read_folder(find(config.artifact, Path(config.store)))
-    check_drop(manifest, config.drop)
-    check_trust(manifest, config.backbone.trust_remote_code)
-    check_files(
-        config.backbone.name_or_path or manifest.backbone["name_or_path"], config.backbone.trust_remote_code
-    )
+    manifest = usable_manifest(config)
     check_attends(manifest, f"artifact={config.artifact}", "name a fusion")
 
 

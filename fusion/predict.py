@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from fusion.answers import Answer, answers
 from fusion.app import command
-from fusion.backbones.files import check_files
 from fusion.config import PredictConfig, TaskConfig
 from fusion.errors import UserError
 from fusion.run import Run
-from fusion.store.manifest import Manifest, check_attends, check_drop, check_trust, find, read_folder
+from fusion.store.manifest import Manifest, check_attends
 from fusion.terminal.screen import say
+from fusion.usable import usable_manifest
 
 if TYPE_CHECKING:
     from fusion.inference import Predictions
@@ -40,12 +40,7 @@ def check(config: PredictConfig, run: Run) -> None:
     """What can be said before a model is loaded."""
     from fusion.data.files import READABLE, form_of
 
-    manifest = read_folder(find(config.artifact, Path(config.store)))
-    check_drop(manifest, config.drop)
-    check_trust(manifest, config.backbone.trust_remote_code)
-    check_files(
-        config.backbone.name_or_path or manifest.backbone["name_or_path"], config.backbone.trust_remote_code
-    )
+    manifest = usable_manifest(config)
     answer_of(config, manifest)
     if config.attention:
         check_attends(manifest, "attention=true", "leave attention= out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 import subprocess
@@ -11,7 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets  # noqa: F401
 import pytest
+import pytorch_lightning  # noqa: F401
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
@@ -59,6 +62,10 @@ WORDS = [
     "yes",
     "no",
 ]
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported by now stays, and is not traversed after each job of a sweep
 
 
 def save_tokenizer(folder: Path, more: Sequence[str] = ()) -> int:

@@ -205,7 +205,7 @@ def test_a_run_that_begins_anew_says_so(go: Callable[..., Outcome]) -> None:
         (["+task=mine", "trainer.accelerator=none_such"], "trainer.accelerator=none_such"),
         (["+task=mine", "trainer.strategy=none_such"], "trainer.strategy=none_such"),
         (["-m", "+task=mine", "seed=1,2,13"], "job 2 (+task=mine seed=13): seed=13 is unlucky"),
-        (["-m", "+task=mine", "seed=1,x"], "seed=x: Value 'x' of type 'str'"),
+        (["-m", "+task=mine", "seed=1,x"], "seed=x: expected a whole number"),
         (["-m", "+task=mine,nobody"], "unknown task 'nobody'"),
         (
             ["-m", "+task=mine", "seed=1,2", "name=one"],

@@ -397,8 +397,11 @@ def test_compiling_and_checkpointing_do_not_go_together() -> None:
         ("learning_rate=1", "unknown key learning_rate"),
         ("backbne=minilm", "unknown key backbne: did you mean backbone?"),
         ("backbone=minilmm", "unknown backbone 'minilmm': did you mean minilm?"),
-        ("trainer.max_epochs=many", "trainer.max_epochs=many: Value 'many' of type 'str'"),
-        ("seed=1,2", "seed=1,2: several values are a sweep, which needs -m"),
+        ("trainer.max_epochs=many", "trainer.max_epochs=many: expected a whole number"),
+        ("optim.lr=fast", "optim.lr=fast: expected a number"),
+        ("compile=often", "compile=often: expected true or false"),
+        ("data.limit.train=few", "data.limit.train=few: expected a whole number, or null"),
+        ("adapter.sites=ffn,attention", "which needs -m; a list is written 'adapter.sites=[ffn,attention]'"),
         ("a b", "cannot read the override 'a b': expected KEY=VALUE"),
         ("store=/tmp/ü", "quotes are needed for ü\n'store=\"/tmp/ü\"' is read"),
         ("store=/tmp/日 &", "quotes are needed for 日 &\n'store=\"/tmp/日 &\"' is read"),
@@ -415,11 +418,27 @@ def test_a_wrong_override_is_explained(override: str, message: str) -> None:
     assert len(said.splitlines()) <= 2
 
 
+@pytest.mark.parametrize("override", ["seed=1,2", "init_from=a,b", "task.name=a,b"])
+def test_several_values_are_no_list_where_none_is_taken(override: str) -> None:
+    with pytest.raises(Exception) as error:
+        typed("stage1", override)
+    assert explain(error.value, Stage1Config) == f"{override}: several values are a sweep, which needs -m"
+
+
+def test_a_value_that_the_shell_has_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["stage1", "+task=cb", "data.dir=/my", "data"])
+    with pytest.raises(Exception) as error:
+        typed("stage1", "data")
+    assert explain(error.value, Stage1Config).endswith(
+        "a value with a space is put in quotes, 'data.dir=/my data'"
+    )
+
+
 @pytest.mark.parametrize("override", ["adapter=houlsby", "adapter.layers=last:3", "experiment=shallow"])
 def test_a_key_of_the_other_stage_is_explained(override: str) -> None:
     with pytest.raises(Exception) as error:
         typed("stage2", override)
-    assert "it is one of stage 1, not of this command" in explain(error.value, Stage2Config)
+    assert "it is one of stage 1, not of this command; leave it out" in explain(error.value, Stage2Config)
 
 
 def test_the_presets_say_what_their_names_say() -> None:

@@ -63,6 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "build": BASE | {"layers", "backbones", "model", "store", "selection"},
     "inputs": BASE | {"store"},
     "unseen": BASE | {"data", "store"},
+    "usable": BASE | {"backbones", "store"},
     "unchanged": BASE | {"backbones", "store"},
     "inference": BASE | {"memory", "model", "data"},
     "listening": BASE | {"layers", "model", "data"},

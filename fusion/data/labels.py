@@ -349,10 +349,13 @@ def _unreadable(
             f"{what}, and {shown(column.values[other])} in {table.row_name(other)} is read as {nearest}; expected "
             f"one way in all rows\n{_one_way(task)}"
         )
+    alike = f" ({sum(keys[other] == keys[row] for other in kept):,} of {len(kept):,})"
     if column.names is not None and type(value) is int and 0 <= value < len(column.names):
+        name = column.names[value]
         return UserError(
-            f"{what}, which its ClassLabel calls {shown(column.names[value])}; expected {expected}\n"
-            f"Other names of the labels, in the order of labels: 'task.label_values=[…]'; {_ignore(task, column.names[value])}"
+            f"{what}, which its ClassLabel calls {shown(name)}; expected {expected}\n"
+            "Other names of the labels, in the order of labels: 'task.label_values=[…]'; "
+            f"{_ignore(task, name, alike)}"
         )
     numbers = {keys[row][1] for row in kept if keys[row][0] == "number"}
     count = len(ways.get("ids") or labels.names or task.raw_label_values)
@@ -360,7 +363,7 @@ def _unreadable(
         return UserError(f"{what}; expected {expected}\n{_count_from(min(numbers), count)}")
     if labels.is_named(keys[row]):  # by `labels` and `label_values`, which disagree about it
         return UserError(f"{what}; expected {expected}\n{_one_way(task)}")
-    return UserError(f"{what}; expected {expected}\n{_ignore(task, value)}")
+    return UserError(f"{what}; expected {expected}\n{_ignore(task, value, alike)}")
 
 
 def _alternatives(entry: Sequence[Any]) -> str:
@@ -382,10 +385,17 @@ def _count_from(first: int, count: int) -> str:
     return f"If they count from {first}: 'task.label_values=[{said}]'"
 
 
-def _ignore(task: TaskConfig, value: Any) -> str:
-    """The override for one more raw label that means that there is none."""
+def _ignore(task: TaskConfig, value: Any, alike: str = "") -> str:
+    """The override for one more raw label that means that there is none.
+
+    Args:
+        alike: how many rows have it.
+    """
     said = ",".join(map(_typed, [*task.ignore_labels, value]))
-    return f"Rows without a label: 'task.ignore_labels=[{said}]'; other raw labels: label_values in the task file"
+    return (
+        f"If such rows{alike} have no label: 'task.ignore_labels=[{said}]'; other raw labels: label_values in the "
+        "task file"
+    )
 
 
 def _typed(value: Any) -> str:

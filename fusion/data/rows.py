@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ from fusion.data.splits import (
 from fusion.data.tables import Column, Table, hub_table, read_split, read_table, record_table
 from fusion.errors import UserError
 from fusion.safe_text import listed, shown
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "Rows",
@@ -185,6 +188,8 @@ def _rows(
     columns = [_texts(table, name, column, kept) for name, column in _text_values(task, table)]
     texts = list(zip(*columns, strict=True))
     choices = _choices(task, table, kept) if task.kind == "choice" else None
+    if choices is None and (empty := sum(not any(map(str.strip, row)) for row in texts)):
+        log.warning("%s: %d of %d rows have an empty text", table.where, empty, len(texts))
     labels: list[Any] | None = None
     reading = None
     if column is not None and task.kind == "regression":
@@ -196,6 +201,7 @@ def _rows(
     if made is not None:
         own = made.rows(len(texts), labels, table.where)
         texts, choices, labels = _at(texts, own), _at(choices, own), _at(labels, own)
+        ignored = ignored if made.split == "train" else 0  # they are rows of train
     if limit is not None and limit < len(texts):
         drawn = np.sort(np.random.RandomState(_LIMIT_SEED).permutation(len(texts))[:limit]).tolist()
         texts, choices, labels = _at(texts, drawn), _at(choices, drawn), _at(labels, drawn)
