@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets  # noqa: F401
+import hypothesis  # noqa: F401
 import pytest
 import pytorch_lightning  # noqa: F401
 import torch
