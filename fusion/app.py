@@ -561,9 +561,9 @@ def _same_name(name: str, first: Sequence[str], second: Sequence[str], overrides
             return f"{one.input_line}: {value} is given {times}; expected each value once"
     different = [(one, other) for one, other in zip(first, second, strict=True) if one != other]
     jobs = f"{' '.join(one for one, _ in different)} and {' '.join(other for _, other in different)}"
-    key = next((one.key_or_group for one in swept if one.key_or_group != "name"), "seed")
-    key = f"{key}.name" if key in ("task", "adapter", "composition", "method") else key
-    made = shlex.quote(f"name=NAME-${{{key}}}")
+    keys = [one.key_or_group for one in swept if one.key_or_group != "name"] or ["seed"]
+    keys = [f"{key}.name" if key in ("task", "adapter", "composition", "method") else key for key in keys]
+    made = shlex.quote("-".join(["name=NAME", *(f"${{{key}}}" for key in keys)]))
     given = any(one.key_or_group == "name" for one in overrides)
     ways = f"leave name= out, or use {made}" if given else f"give each its own name with {made}"
     return f"two jobs of this sweep would both be stored as {name}: {jobs}\n{ways}"
@@ -615,6 +615,7 @@ def _main(command: Command) -> int:
         texts = text_keys(command.schema) | _groups()
     except UserError as error:  # FUSION_CONF
         return _say(str(error), 2)
+    typed_words = sys.argv[1:]
     sys.argv[1:] = flags_first([as_text(word, texts) for word in sys.argv[1:]])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and does not print and end with 1
     program = processes.program(command.function)
@@ -639,7 +640,7 @@ def _main(command: Command) -> int:
     except Refused as error:
         return _say(str(error), error.code)
     except (*CONFIG_ERRORS, *COMPOSING_ERRORS) as error:  # a job's own errors do not get here
-        return _say(explain(error, command.schema), 2)
+        return _say(explain(error, command.schema, typed_words), 2)
     except (KeyboardInterrupt, signals.Terminated) as error:
         if _sweep is None:
             raise  # the program's one line comes from `signals.exit_code`
@@ -774,8 +775,12 @@ def _say(message: str, code: int) -> int:
 # --- what a wrong command line gets ---------------------------------------------------------------
 
 
-def explain(error: BaseException, schema: type) -> str:
-    """One or two lines for a config that Hydra or OmegaConf refused: the key, and what was meant."""
+def explain(error: BaseException, schema: type, words: Sequence[str] = ()) -> str:
+    """One or two lines for a config that Hydra or OmegaConf refused: the key, and what was meant.
+
+    Args:
+        words: the command line as it was typed.
+    """
     if isinstance(error, UserError):
         return str(error)
     text = str(error)
@@ -812,6 +817,9 @@ def explain(error: BaseException, schema: type) -> str:
         if isinstance(cause, ValidationError) and (expected := _expected(dict(_types_of(schema)).get(key))):
             return f"{match[1]}: expected {expected}"
         return f"{match[1]}: {first_line(cause)}"
+    if match := re.match(r"Multiple values for (\w+)\.", text):
+        key = match[1]
+        return f"{key} is given more than once: expected one +{key}=NAME; a sweep is -m +{key}=NAME,ANOTHER"
     if match := re.search(r"Ambiguous value for argument '(.+)'", text):
         key, _, value = match[1].partition("=")
         takes_list = _takes_list(dict(_types_of(schema)).get(key.lstrip("+")))
@@ -820,17 +828,17 @@ def explain(error: BaseException, schema: type) -> str:
     if match := re.search(r"^In '(.+)': .*\n(?:.*\n)*?Key '(.+)' not in '", text):
         return f"conf file {match[1]}.yaml: {_unknown(match[2], schema)}"
     if isinstance(error, OverrideParseException):
-        return _unreadable(error.override)
+        return _unreadable(error.override, words)
     lines = [line.strip() for line in f"{text}\n{cause if cause is not error else ''}".splitlines()]
     return "\n".join([line for line in lines if line][:2])
 
 
-def _unreadable(word: str) -> str:
+def _unreadable(word: str, words: Sequence[str]) -> str:
     """The reason why Hydra's grammar has no such override, and how it is written."""
     start = f"cannot read the override {word!r}: "
     key, equals, value = word.partition("=")
     if not equals or not key:
-        before = sys.argv[sys.argv.index(word) - 1] if word in sys.argv[2:] else ""
+        before = words[words.index(word) - 1] if word in words[1:] else ""
         if "=" in before and not before.endswith("="):  # the shell has split a value at a space
             return f"{start}expected KEY=VALUE; a value with a space is put in quotes, '{before} {word}'"
         return f"{start}expected KEY=VALUE"

@@ -181,8 +181,23 @@ def differing_keys(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
             value = [str(entry)[:8] for entry in value]
         return json.dumps(value, default=str) if key in known else "nothing"
 
+    def difference(key: str) -> str:
+        columns = [
+            column if isinstance(column, list) else []
+            for column in (asked.get("sources"), stored.get(key), asked.get(key))
+        ]
+        alike = asked.get("sources") == stored.get("sources") and len(set(map(len, columns))) == 1
+        if key == "inputs.sources" and alike and columns[0]:
+            changed = [
+                f"{name} is another artifact now ({there[:8]} there, {here[:8]} here)"
+                for name, there, here in zip(*columns, strict=True)
+                if there != here
+            ]
+            return f"sources: {', '.join(changed)}"
+        return f"{key}: {shown(stored, key)} there, {shown(asked, key)} here"
+
     return [
-        f"{key}: {shown(stored, key)} there, {shown(asked, key)} here"
+        difference(key)
         for key in sorted({*stored, *asked})
         if stored.get(key) != asked.get(key) or (key in stored) != (key in asked)
     ]
@@ -217,7 +232,7 @@ def is_done(
         raise UserError(
             f"the store has another {name}: {keys[0]}; more epochs would not continue it exactly, since its learning "
             f"rate has decayed to zero over the {planned}{early}\n"
-            f"name=ANOTHER init_from={name} starts from its weights with a schedule of its own; overwrite=true trains "
+            f"name=ANOTHER init_from={name} starts this run from its weights with a schedule of its own; overwrite=true trains "
             f"all {more} epochs"
         )
     some = "; ".join(keys[:6]) + (f"; and {len(keys) - 6} more" if len(keys) > 6 else "")

@@ -211,6 +211,15 @@ def test_a_run_that_begins_anew_says_so(go: Callable[..., Outcome]) -> None:
             ["-m", "+task=mine", "seed=1,2", "name=one"],
             "would both be stored as one: seed=1 and seed=2\nleave name= out, or use 'name=NAME-${seed}'",
         ),
+        (
+            ["-m", "+task=mine,yours", "seed=1,2", "name=one"],
+            "leave name= out, or use 'name=NAME-${task.name}-${seed}'",
+        ),
+        (
+            ["+task=mine", "+task=yours"],
+            "task is given more than once: expected one +task=NAME; a sweep is -m",
+        ),
+        (["+task=mine", "data.dir=/my", "data"], "put in quotes, 'data.dir=/my data'"),
         (["-m", "+task=mine", "seed=1,1"], "seed=1,1: 1 is given twice; expected each value once"),
         (["-m", "+task=mine", "seed=2,1,2,2"], "seed=2,1,2,2: 2 is given several times"),
         (["-m", "+task=mine,yours,mine"], "+task=mine,yours,mine: mine is given twice"),

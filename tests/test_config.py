@@ -425,13 +425,11 @@ def test_several_values_are_no_list_where_none_is_taken(override: str) -> None:
     assert explain(error.value, Stage1Config) == f"{override}: several values are a sweep, which needs -m"
 
 
-def test_a_value_that_the_shell_has_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["stage1", "+task=cb", "data.dir=/my", "data"])
+def test_a_value_that_the_shell_has_split() -> None:
     with pytest.raises(Exception) as error:
         typed("stage1", "data")
-    assert explain(error.value, Stage1Config).endswith(
-        "a value with a space is put in quotes, 'data.dir=/my data'"
-    )
+    said = explain(error.value, Stage1Config, ["+task=cb", "data.dir=/my", "data"])
+    assert said.endswith("a value with a space is put in quotes, 'data.dir=/my data'")
 
 
 @pytest.mark.parametrize("override", ["adapter=houlsby", "adapter.layers=last:3", "experiment=shallow"])
