@@ -21,7 +21,7 @@ from fusion.store.listing import as_bytes
 from fusion.store.manifest import Manifest, names, read_folder
 from fusion.store.overview import everything
 from fusion.store.settings_groups import Lookup, group
-from fusion.store.trained_data import data_folder_of
+from fusion.store.trained_data import data_folder_of, split_of
 from fusion.store.unfit import why_unfit
 from fusion.sweep import Job
 from fusion.terminal.screen import say
@@ -293,7 +293,15 @@ def _fits(one: Manifest, other: Manifest) -> bool:
             or known[0] == known[1]
         )
         and one.placement == other.placement
+        and not _saw_other_rows(one, other)
     )
+
+
+def _saw_other_rows(one: Manifest, target: Manifest) -> bool:
+    """Whether it was trained on rows of the target's task that a split made of the training rows may hold."""
+    fingerprints = [manifest.data["fingerprints"].get("train") for manifest in (one, target)]
+    made = bool(split_of(target).overrides())
+    return made and one.task["name"] == target.task["name"] and fingerprints[0] != fingerprints[1]
 
 
 def _one_seed_each(others: Sequence[Manifest], target: Manifest, store: Path) -> list[Manifest]:
