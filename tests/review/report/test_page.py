@@ -145,7 +145,7 @@ def test_a_sweep_is_rows_and_an_unequal_budget_no_verdict(tmp_path: Path, write:
     rows = re.findall(r'<tr><th scope="row"><a href="#[^"]+">(?:single|fusion).*?</tr>', text, re.DOTALL)
     assert len(rows) == 4 and "best of" not in text
     assert "not at equal budget: learning rate 0.5 against 0.001" in rows[0] and "▲" not in rows[0]
-    assert [re.search(r"layers=(\d)", row)[1] for row in rows[1:]] == ["2", "1", "0"]  # type: ignore[index]
+    assert [re.search(r"layers=<wbr>(\d)", row)[1] for row in rows[1:]] == ["2", "1", "0"]  # type: ignore[index]
     assert "baseline" in rows[1] and "best on validation" in rows[1]
     assert all(re.search(r"<small>[−+0].* to .*</small>", row) for row in (rows[0], *rows[2:]))
     assert "macro_f1 0.123" in rows[1] and "majority class" in text
