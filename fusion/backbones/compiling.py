@@ -20,7 +20,7 @@ def check_compiler() -> None:
     """See that what torch.compile calls is there.
 
     Raises:
-        UserError: there is no C++ compiler, or Python's headers are missing.
+        UserError: there is no C++ compiler, Python's headers are missing, or a path of theirs has a space.
     """
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
@@ -34,6 +34,13 @@ def check_compiler() -> None:
             f"compile=true needs Python's headers, and there is no {header}: install them (python3-dev), "
             "or leave compile=false"
         )
+    # Inductor gives the compiler these paths without quotes.
+    for path in (Path(torch.__file__).parent, header.parent):
+        if " " in str(path):
+            raise UserError(
+                f"compile=true: torch.compile cannot use the path {path}, which has a space: make the environment in a "
+                "folder without one, or leave compile=false"
+            )
 
 
 def compile_layers(layers: nn.ModuleList, backend: str | Callable[..., Any] = "inductor") -> None:

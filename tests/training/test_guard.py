@@ -24,6 +24,7 @@ from fusion.model import AdaptedModel
 from fusion.training import fit as fit_module
 from fusion.training.guard import Guard
 from fusion.training.module import TaskModule
+from tests.backbones.test_compiling import compiling_is_refused
 from tests.bench import Bench, same
 from tests.conftest import save_backbone
 
@@ -420,6 +421,8 @@ def test_a_precision_that_turns_frozen_weights(bench: Bench) -> None:
 def test_in_compiled_layers(
     bench: Bench, callback: Callable[[lightning.Callback], None], counted: bool
 ) -> None:
+    if compiling_is_refused():
+        return
     layer = "backbone.encoder.layer.1.attention.self.query.weight"
     bench.stage1("books", compile=True)
     callback(AtStep(write(layer, counted)))
