@@ -204,14 +204,11 @@ def _shape(
         for key in ("name", "value_matrix", "temperature", "layers", "rank", "target_adapter"):
             found[f"composition.{key}"] = stored.get(key), given.get(key)
         found["composition.drop"] = _specialized(stored.get("drop")), _specialized(given.get("drop"))
-        pairs = [(source["name"], source["hash"]) for source in manifest.sources]
-        asked_for = [(source.name, source.hash) for source in sources]
-        found["sources"] = [name for name, _ in pairs], [name for name, _ in asked_for]
-        if found["sources"][0] == found["sources"][1]:  # one may have been trained again since
-            found["sources"] = (
-                [f"{name} {hash[:8]}" for name, hash in pairs],
-                [f"{name} {hash[:8]}" for name, hash in asked_for],
-            )
+        theirs = [(source["name"], source["hash"][:8]) for source in manifest.sources]
+        ours = [(source.name, source.hash[:8]) for source in sources]
+        # Of equal names one may have been trained again since: the hashes tell.
+        parts = 2 if [name for name, _ in theirs] == [name for name, _ in ours] else 1
+        found["sources"] = [" ".join(one[:parts]) for one in theirs], [" ".join(one[:parts]) for one in ours]
     return found
 
 

@@ -71,8 +71,9 @@ def train(config: Stage1Config, run: Run, entry: Entry) -> dict[str, Any]:
         config.backbone.trust_remote_code,
         config.data.max_length,
     )
+    earlier = initial_manifest(config, config.kind)
     for task in config.task_list:
-        check_unseen([initial_manifest(config, config.kind)], task, config.data)
+        check_unseen([earlier], task, config.data)
     rows = load_task_rows(config, backbone)
     torch.manual_seed(config.seed)
     fillings = adapter_fillings(config.adapter, backbone) if entry.kind == "adapter" else {}

@@ -26,7 +26,7 @@ def check_unseen(
     Raises:
         UserError: the remaining rows differ; names the artifact.
     """
-    trained = [one for one in manifests if one and task.name in [own["name"] for own in one.tasks]]
+    trained = [one for one in manifests if one and task.name in one.task_names]
     if not trained or not drawn_from_train(task, data, split):
         return
     fingerprints: dict[int | None, str] = {}

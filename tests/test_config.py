@@ -428,8 +428,8 @@ def test_several_values_are_no_list_where_none_is_taken(override: str) -> None:
 def test_a_value_that_the_shell_has_split() -> None:
     with pytest.raises(Exception) as error:
         typed("stage1", "data")
-    said = explain(error.value, Stage1Config, ["+task=cb", "data.dir=/my", "data"])
-    assert said.endswith("a value with a space is put in quotes, 'data.dir=/my data'")
+    message = explain(error.value, Stage1Config, ["+task=cb", "data.dir=/my", "data"])
+    assert message.endswith("a value with a space is put in quotes, 'data.dir=/my data'")
 
 
 @pytest.mark.parametrize("override", ["adapter=houlsby", "adapter.layers=last:3", "experiment=shallow"])

@@ -391,9 +391,9 @@ def _ignore(task: TaskConfig, value: Any, alike: str = "") -> str:
     Args:
         alike: how many rows have it.
     """
-    said = ",".join(map(_typed, [*task.ignore_labels, value]))
+    ignored = ",".join(map(_typed, [*task.ignore_labels, value]))
     return (
-        f"If such rows{alike} have no label: 'task.ignore_labels=[{said}]'; other raw labels: label_values in the "
+        f"If such rows{alike} have no label: 'task.ignore_labels=[{ignored}]'; other raw labels: label_values in the "
         "task file"
     )
 

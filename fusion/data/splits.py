@@ -65,11 +65,7 @@ def evaluation_splits(task: TaskConfig, split: str, data: DataConfig | None = No
             dict.fromkeys([*task.hub.splits, *(n for s in task.hub.splits for n in _published(task, s))])
         )
     if not published:
-        made = (
-            f"\nIn training, data.split.{split}=0.1 takes a tenth of the training rows for it"
-            if split in MADE
-            else ""
-        )
+        made = f"\nIn training, {_to_make(split)}" if split in MADE else ""
         raise UserError(f"task {task.name} has no split {split}: expected one of {', '.join(known)}{made}")
     return published
 
@@ -200,11 +196,7 @@ def _local_part(task: TaskConfig, data: DataConfig, split: str) -> tuple[SplitFi
     holds = contents(folder)
     unread = [name for name in holds if re.match(rf"(data/)?{re.escape(split)}[.-]", name)]
     reason = f" ({listed(unread)} has no ending that is read)" if unread else ""
-    made = (
-        f"; in training, data.split.{split}=0.1 takes a tenth of the training rows for it"
-        if split in MADE
-        else ""
-    )
+    made = f"; in training, {_to_make(split)}" if split in MADE else ""
     if (
         task.hub is None
         and split not in SPLITS
@@ -216,6 +208,10 @@ def _local_part(task: TaskConfig, data: DataConfig, split: str) -> tuple[SplitFi
         f"Expected {folder}/{split} with an ending {READABLE}, shards {split}-00000-of-00002.parquet, or a folder "
         f"{split} of save_to_disk{made}{_elsewhere(task)}"
     )
+
+
+def _to_make(split: str) -> str:
+    return f"data.split.{split}=0.1 takes a tenth of the training rows for it"
 
 
 def _elsewhere(task: TaskConfig) -> str:

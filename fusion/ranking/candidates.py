@@ -72,7 +72,7 @@ def all_adapters(store: Path, backbone: str, without_task: str | None = None) ->
         if usual is not None and m.backbone.get("tokenizer") not in (None, usual)
     }
     here = [manifest for manifest in here if manifest.name not in left_out]
-    own = [m for m in here if without_task in _tasks(m)] if without_task is not None else []
+    own = [m for m in here if without_task in m.task_names] if without_task is not None else []
     left_out |= {m.name: f"trained on {without_task} itself, include_target=true takes it in" for m in own}
     others = [manifest for manifest in here if manifest not in own]
     kinds = Counter(map(_kind, others))
@@ -90,10 +90,6 @@ def all_adapters(store: Path, backbone: str, without_task: str | None = None) ->
 
 def _same(one: str, other: str) -> bool:
     return one == other or (Path(one).is_dir() and Path(other).is_dir() and Path(one).samefile(other))
-
-
-def _tasks(manifest: Manifest) -> list[str]:
-    return list(manifest.multitask or [manifest.task["name"]])
 
 
 def _kind(manifest: Manifest) -> str:

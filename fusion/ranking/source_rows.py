@@ -22,12 +22,11 @@ def source_rows(source: Manifest, data: DataConfig, at_most: int, tokenizer: Any
     Raises:
         UserError: they are in none of these places; what the first of them said.
     """
-    every = source.multitask or {"": {"task": source.task}}
     found = []
-    for entry in every.values():
-        task = TaskConfig.from_dict(entry["task"], source.name)
+    for trained in source.tasks:
+        task = TaskConfig.from_dict(trained, source.name)
         own = source.run["config"].get("data.limit.train")
-        limit = max(2, at_most // len(every))
+        limit = max(2, at_most // len(source.tasks))
         limit = min(own, limit) if isinstance(own, int) else limit
         errors: list[UserError] = []
         for place in _places(source, data):

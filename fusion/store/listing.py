@@ -38,7 +38,7 @@ def _row(found: Found, manifest: Manifest, every: list[Found]) -> tuple[str, ...
     cells = (
         found.place,
         manifest.kind,
-        "+".join(manifest.multitask or [manifest.task["name"]]),
+        "+".join(manifest.task_names),
         manifest.backbone["name_or_path"].rstrip("/").rsplit("/", 1)[-1],
         what_it_is(manifest),
         str(manifest.seed),

@@ -132,6 +132,11 @@ class Manifest:
         return [entry["task"] for entry in (self.multitask or {"": {"task": self.task}}).values()]
 
     @property
+    def task_names(self) -> list[str]:
+        """Those of `tasks`."""
+        return [str(task["name"]) for task in self.tasks]
+
+    @property
     def origin(self) -> dict[str, str] | None:
         """`{"name", "hash"}` of the artifact whose weights the training started from, `init_from`."""
         origin = self.run.get("init_from")

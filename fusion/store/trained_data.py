@@ -80,7 +80,7 @@ def as_trained(manifest: Manifest, data: DataConfig, task: str | None) -> DataCo
     Raises:
         UserError: `data.split` is set to something else, so that rows of the training would be scored.
     """
-    if task not in [trained["name"] for trained in manifest.tasks]:
+    if task not in manifest.task_names:
         return data
     split = split_of(manifest)
     if data.split not in (SplitConfig(), split):

@@ -115,7 +115,7 @@ def test_layers_that_all_differ_are_all_compiled(tiny_backbone: Path) -> None:
 
 
 def compiling_is_refused() -> bool:
-    """Whether these tests run in a folder whose path has a space, where torch.compile cannot link: that is said."""
+    """Whether torch lies in a path with a space, where torch.compile cannot link: then `check_compiler` refuses it."""
     if " " not in torch.__file__:
         check_compiler()
         return False

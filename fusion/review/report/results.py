@@ -356,7 +356,7 @@ def _task_of(place: str) -> str | None:
     """The task of an artifact that no run here has made; None: it is gone."""
     with contextlib.suppress(OSError, UserError):
         manifest = read_folder(Path(place))
-        return "+".join(manifest.multitask or [str(manifest.task["name"])])
+        return "+".join(manifest.task_names)
     return None
 
 
