@@ -24,13 +24,13 @@ from fusion.layers.attention import AdapterFusion
 from fusion.layers.average import FrozenAdapter, average
 from fusion.layers.bank import AdapterBank
 from fusion.layers.bottleneck import BottleneckAdapter
-from fusion.layers.filling import Filling, parameters_of
 from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.layers.mixtures import MeanMixture, StaticMixture
 from fusion.layers.scalearn import ScaLearn, initial_scales
 from fusion.layers.sequence import SequenceFusion
+from fusion.layers.slot_module import SlotModule, parameters_of
 from fusion.layers.target import WithTargetAdapter
-from fusion.model import AdaptedModel
+from fusion.model.adapted import AdaptedModel
 from fusion.selection import kept_layers
 from fusion.store.artifacts import Artifact, copy_stored, load, load_by_hash, match_keys
 from fusion.store.manifest import HEAD, MANIFEST, WEIGHTS, Manifest, check_backbone, check_sources
@@ -38,7 +38,7 @@ from fusion.store.settings import settings_of
 from fusion.store.shapes import adapter_shapes, fusion_shapes, head_shapes
 
 
-def adapter_fillings(config: AdapterConfig, backbone: Backbone) -> dict[str, Filling]:
+def adapter_fillings(config: AdapterConfig, backbone: Backbone) -> dict[str, SlotModule]:
     """A fresh adapter for each slot of the placement, by slot name; `shared` puts one into all layers.
 
     Raises:
@@ -62,7 +62,7 @@ def adapter_fillings(config: AdapterConfig, backbone: Backbone) -> dict[str, Fil
             init=config.init,
         )
 
-    fillings: dict[str, Filling] = {}
+    fillings: dict[str, SlotModule] = {}
     shared = {site: fresh() for site in config.sites} if config.shared else {}
     for layer in kept_layers(config.layers, config.drop, backbone.layers, "adapter"):
         for site in config.sites:
@@ -113,7 +113,7 @@ def composition_fillings(
     backbone: Backbone,
     kept: Mapping[str, Sequence[int]] | None = None,
     continued: str | None = None,
-) -> dict[str, Filling]:
+) -> dict[str, SlotModule]:
     """The composition of the sources for each slot where at least one of them has an adapter.
 
     Args:
@@ -127,7 +127,7 @@ def composition_fillings(
     assert placement is not None
     scales = {site: _shared_scales(config, len(sources), backbone.hidden_size) for site in placement["sites"]}
     averages: dict[tuple[int, ...], BottleneckAdapter] = {}
-    fillings: dict[str, Filling] = {}
+    fillings: dict[str, SlotModule] = {}
     for layer in kept_layers(config.layers, config.drop, backbone.layers, "composition"):
         for site in placement["sites"]:
             slot = f"{layer}.{site}"
@@ -151,7 +151,7 @@ def _composition(
     total: int,
     shared: Parameter | None,
     averages: dict[tuple[int, ...], BottleneckAdapter],
-) -> Filling:
+) -> SlotModule:
     """Of the adapters of one slot, by the position of their source.
 
     Args:
@@ -195,7 +195,7 @@ def _width(config: CompositionConfig, hidden_size: int) -> int:
     return 1 if "uniform" in config.name else hidden_size
 
 
-def _beside(filling: Filling, adapters: Sequence[BottleneckAdapter]) -> WithTargetAdapter:
+def _beside(filling: SlotModule, adapters: Sequence[BottleneckAdapter]) -> WithTargetAdapter:
     """With an adapter of the target's own, as large as the largest source of the slot."""
     size = max(adapter.down.out_features for adapter in adapters)
     first = adapters[0]
@@ -299,7 +299,7 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int 
     manifest = artifact.manifest
     check_made_for(artifact, backbone)
     match_keys(head_shapes(manifest), artifact.head, artifact.path / HEAD)
-    fillings: Mapping[str, Filling] = {}
+    fillings: Mapping[str, SlotModule] = {}
     tuning = None
     placement = manifest.placement
     if manifest.kind == "adapter":

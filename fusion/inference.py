@@ -17,7 +17,7 @@ from fusion.data.encode import EncodedRows
 from fusion.data.loaders import evaluation_loader
 from fusion.errors import UserError
 from fusion.memory import keep_freed_memory
-from fusion.model import AdaptedModel
+from fusion.model.adapted import AdaptedModel
 
 
 @dataclass(frozen=True)

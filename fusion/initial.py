@@ -10,7 +10,7 @@ from fusion.backbones.load import Backbone
 from fusion.build import check_made_for
 from fusion.config import StageConfig, TaskConfig
 from fusion.layers.heads import TaskHead, TaskHeads
-from fusion.model import AdaptedModel
+from fusion.model.adapted import AdaptedModel
 from fusion.store.artifacts import copy_stored, load
 from fusion.store.manifest import HEAD, WEIGHTS, Manifest
 

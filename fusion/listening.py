@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from fusion.data.batches import Batch
-from fusion.layers.filling import Filling
 from fusion.layers.scalearn import ScaLearn
+from fusion.layers.slot_module import SlotModule
 from fusion.layers.target import WithTargetAdapter
-from fusion.model import AdaptedModel
+from fusion.model.adapted import AdaptedModel
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,13 @@ def real_tokens(batch: Batch) -> Tensor:
     return batch.attention_mask * counts.unsqueeze(-1)
 
 
-def compositions_of(model: AdaptedModel) -> dict[str, Filling]:
+def compositions_of(model: AdaptedModel) -> dict[str, SlotModule]:
     """By slot, without the target's own adapter beside a composition."""
     found = {}
     for layer, sites in model.fillings.items():
         for site, filling in cast(nn.ModuleDict, sites).items():
             composition = filling.composition if isinstance(filling, WithTargetAdapter) else filling
-            found[f"{layer}.{site}"] = cast(Filling, composition)
+            found[f"{layer}.{site}"] = cast(SlotModule, composition)
     return found
 
 

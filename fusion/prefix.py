@@ -27,7 +27,7 @@ from fusion.data.encode import EncodedRows
 from fusion.data.loaders import evaluation_loader
 from fusion.data.states import kept_states
 from fusion.errors import UserError
-from fusion.model import AdaptedModel
+from fusion.model.adapted import AdaptedModel
 
 log = logging.getLogger(__name__)
 

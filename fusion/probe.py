@@ -20,7 +20,7 @@ from fusion.build import composition_fillings
 from fusion.config import CompositionConfig, TaskConfig
 from fusion.data.batches import Batch
 from fusion.layers.heads import TaskHead, pool
-from fusion.model import AdaptedModel
+from fusion.model.adapted import AdaptedModel
 from fusion.store.artifacts import Artifact
 from fusion.training.metrics import score
 

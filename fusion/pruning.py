@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fusion.data.batches import Batch
 from fusion.listening import listen
-from fusion.model import AdaptedModel
+from fusion.model.adapted import AdaptedModel
 from fusion.store.manifest import Manifest
 
 log = logging.getLogger(__name__)

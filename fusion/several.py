@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from fusion.backbones.load import Backbone
 from fusion.layers.bank import AdapterBank
 from fusion.layers.bottleneck import BottleneckAdapter
-from fusion.layers.filling import Filling
 from fusion.layers.heads import TaskHead
+from fusion.layers.slot_module import SlotModule
 from fusion.layers.switch import TaskSwitch
-from fusion.model import AdaptedModel
+from fusion.model.adapted import AdaptedModel
 
 
 class SeveralTasks(nn.Module):
@@ -43,7 +43,7 @@ class SeveralTasks(nn.Module):
         super().__init__()
         if not adapters or len(adapters) != len(heads):
             raise ValueError(f"{len(adapters)} tasks and {len(heads)} heads")
-        fillings: dict[str, Filling] = {}
+        fillings: dict[str, SlotModule] = {}
         for slot in sorted({slot for own in adapters for slot in own}):
             present = [task for task, own in enumerate(adapters) if slot in own]
             bank = AdapterBank([adapters[task][slot] for task in present], present, len(adapters))

@@ -59,7 +59,7 @@ def train(config: Stage1Config, run: Run, entry: Entry) -> dict[str, Any]:
     from fusion.backbones.load import load_backbone
     from fusion.build import adapter_fillings, fresh_heads, tuning_of
     from fusion.initial import start_from
-    from fusion.model import AdaptedModel
+    from fusion.model.adapted import AdaptedModel
     from fusion.training.determinism import use_deterministic_algorithms
     from fusion.training.stage import load_task_rows, train_and_store
     from fusion.unseen import check_unseen

@@ -63,7 +63,7 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, entry: Entry) -> dict[
     from fusion.backbones.load import load_backbone
     from fusion.build import composition_fillings, load_sources
     from fusion.initial import start_from
-    from fusion.model import AdaptedModel
+    from fusion.model.adapted import AdaptedModel
     from fusion.start import find_start
     from fusion.store.artifacts import adopt
     from fusion.training.determinism import use_deterministic_algorithms

@@ -17,7 +17,7 @@ from fusion.data.encode import EncodedRows
 from fusion.data.samples import sampled_batches
 from fusion.inference import device_of
 from fusion.layers.heads import TaskHead
-from fusion.model import AdaptedModel
+from fusion.model.adapted import AdaptedModel
 from fusion.probe import probe
 from fusion.pruning import mean_attention, most_attended
 from fusion.run import write_json

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fusion.data.encode import EncodedRows
-from fusion.model import AdaptedModel
+from fusion.model.adapted import AdaptedModel
 from fusion.packing import pack
 
 

@@ -251,13 +251,13 @@ def test_wandb_is_imported_only_where_it_is_used() -> None:
     [
         (
             "fusion.data.rows",
-            "from fusion.model import AdaptedModel",
-            "fusion.data.rows imports fusion.model",
+            "from fusion.model.adapted import AdaptedModel",
+            "fusion.data.rows imports fusion.model.adapted",
         ),
         (
             "fusion.data.rows",
             "def f():\n    from fusion import model",
-            "fusion.data.rows imports fusion.model",
+            "fusion.data.rows imports fusion.model.adapted",
         ),
         (
             "fusion.data.rows",

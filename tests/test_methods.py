@@ -16,7 +16,7 @@ from fusion.build import adapter_fillings, stored_model, tuning_of
 from fusion.config import AdapterConfig, BackboneConfig, CompositionConfig, MethodConfig
 from fusion.errors import UserError
 from fusion.layers.heads import TaskHead
-from fusion.model import AdaptedModel
+from fusion.model.adapted import AdaptedModel
 from fusion.store.artifacts import Artifact, load
 from fusion.training.module import TaskModule
 from tests.bench import Bench, same

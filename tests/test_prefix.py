@@ -21,9 +21,9 @@ from fusion.errors import UserError
 from fusion.layers.attention import AdapterFusion
 from fusion.layers.bank import AdapterBank
 from fusion.layers.bottleneck import BottleneckAdapter
-from fusion.layers.filling import Filling
 from fusion.layers.heads import TaskHead
-from fusion.model import AdaptedModel
+from fusion.layers.slot_module import SlotModule
+from fusion.model.adapted import AdaptedModel
 from fusion.prefix import keep_prefix
 from tests.conftest import WORDS
 
@@ -41,7 +41,7 @@ def some_rows(folder: Path, cache: Path, count: int = 70, choices: bool = False)
 def adapted(backbone: Backbone, layers: list[int], fusion: bool = False) -> AdaptedModel:
     torch.manual_seed(1)
 
-    def filling() -> Filling:
+    def filling() -> SlotModule:
         if not fusion:
             return BottleneckAdapter(32, 4)
         return AdapterFusion(AdapterBank([BottleneckAdapter(32, 4) for _ in range(3)], [0, 1, 2], 3), 32)

@@ -13,7 +13,7 @@ from fusion.backbones.load import load_backbone
 from fusion.build import load_sources, stored_adapters
 from fusion.config import AdapterConfig, CompositionConfig, TaskConfig
 from fusion.layers.heads import TaskHead
-from fusion.model import AdaptedModel
+from fusion.model.adapted import AdaptedModel
 from fusion.probe import States, linear_scores, probe
 from tests.bench import Bench
 from tests.test_pruning import batch

@@ -14,7 +14,7 @@ from fusion.layers.attention import AdapterFusion
 from fusion.layers.bank import AdapterBank
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead
-from fusion.model import AdaptedModel
+from fusion.model.adapted import AdaptedModel
 from fusion.pruning import mean_attention, most_attended
 from fusion.store.manifest import Manifest
 from tests.store.conftest import build

@@ -11,7 +11,7 @@ from torch import nn
 from fusion.backbones.load import load_backbone
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead
-from fusion.model import AdaptedModel
+from fusion.model.adapted import AdaptedModel
 from fusion.several import SeveralTasks
 
 IDS = torch.tensor([[2, 7, 8, 9, 3], [2, 10, 3, 0, 0]])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fusion.backbones.slots import CurrentBatch
-from fusion.layers.filling import BatchContext
+from fusion.layers.slot_module import BatchContext
 
 
 def recompute_in_backward(layers: nn.ModuleList, current: CurrentBatch) -> None:

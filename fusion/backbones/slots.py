@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion.config import READS
-from fusion.layers.filling import BatchContext, Filling
+from fusion.layers.slot_module import BatchContext, SlotModule
 
 BEFORE_ATTENTION = "before_attention"
 """The site that is no end of a sublayer: it reads the layer's input, and nothing else."""
@@ -68,18 +68,18 @@ class Slot:
         current: where the model puts each batch's context.
     """
 
-    def __init__(self, name: str, filling: Filling, current: CurrentBatch) -> None:
+    def __init__(self, name: str, filling: SlotModule, current: CurrentBatch) -> None:
         self.name = name
         self._layer = layer_and_site(name)[0]
         self._current = current
         self.fill(filling)
 
-    def fill(self, filling: Filling) -> None:
+    def fill(self, filling: SlotModule) -> None:
         """Put something else into the slot."""
         self._filling = (filling,)  # a tuple hides it from torch: the model's own table registers it
 
     @property
-    def filling(self) -> Filling:
+    def filling(self) -> SlotModule:
         return self._filling[0]
 
     @property
@@ -144,7 +144,7 @@ class PostNormSlot(Slot, nn.Module):
     """
 
     def __init__(
-        self, sublayer_output: nn.Module, name: str, filling: Filling, reads: str, current: CurrentBatch
+        self, sublayer_output: nn.Module, name: str, filling: SlotModule, reads: str, current: CurrentBatch
     ) -> None:
         nn.Module.__init__(self)
         Slot.__init__(self, name, filling, current)

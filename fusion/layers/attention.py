@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusion.layers.bank import AdapterBank, Sources
-from fusion.layers.filling import BatchContext, Filling
+from fusion.layers.slot_module import BatchContext, SlotModule
 
 
-class AdapterFusion(Filling):
+class AdapterFusion(SlotModule):
     """Decides for every token how much to listen to each source adapter.
 
     The paper's equation, with u_n the change that source n would make (before any residual):
@@ -122,7 +122,7 @@ class AdapterFusion(Filling):
         return {"value_penalty": (weight - identity).pow(2).sum()}
 
 
-class MergedFusion(Filling):
+class MergedFusion(SlotModule):
     """A trained fusion whose D × D matrices are multiplied into the adapters' own: for inference.
 
     With M = Wkᵀ Wq and c = Wkᵀ bq, all that the scores need is linear in x,

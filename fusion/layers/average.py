@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusion.layers.bank import AdapterBank
 from fusion.layers.bottleneck import BottleneckAdapter
-from fusion.layers.filling import BatchContext, Filling
+from fusion.layers.slot_module import BatchContext, SlotModule
 
 
 def average(adapters: Sequence[BottleneckAdapter]) -> BottleneckAdapter:
@@ -39,7 +39,7 @@ def average(adapters: Sequence[BottleneckAdapter]) -> BottleneckAdapter:
     return mean
 
 
-class FrozenAdapter(Filling):
+class FrozenAdapter(SlotModule):
     """One adapter that is a fixed function: its weights are buffers, and nothing in here can train.
 
     `sources_on` has no say: whatever it was made of, it is one adapter now.

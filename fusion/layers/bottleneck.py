@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusion.layers.filling import BatchContext, Filling
+from fusion.layers.slot_module import BatchContext, SlotModule
 
 NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -22,7 +22,7 @@ NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
 """Each maps 0 to 0, which is what lets `AdapterBank` pad bottlenecks with zero rows."""
 
 
-class BottleneckAdapter(Filling):
+class BottleneckAdapter(SlotModule):
     """u = s · (σ(x Wdᵀ + bd) Wuᵀ + bu): the change alone; the slot adds the residual.
 
     Args:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from fusion.layers.attention import masked_softmax
 from fusion.layers.bank import AdapterBank
-from fusion.layers.filling import BatchContext, Filling
+from fusion.layers.slot_module import BatchContext, SlotModule
 
 
-class StaticMixture(Filling):
+class StaticMixture(SlotModule):
     """o = Σ_n softmax(w)_n u_n, one learned weight a source and slot; uniform at the start."""
 
     def __init__(self, bank: AdapterBank) -> None:
@@ -26,7 +26,7 @@ class StaticMixture(Filling):
         return _mix(self.bank, self.weight, x, batch)
 
 
-class MeanMixture(Filling):
+class MeanMixture(SlotModule):
     """o = (1/N) Σ_n u_n over the sources that are on: nothing to train."""
 
     def __init__(self, bank: AdapterBank) -> None:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusion.layers.bank import AdapterBank
-from fusion.layers.filling import BatchContext, Filling
+from fusion.layers.slot_module import BatchContext, SlotModule
 
 
-class ScaLearn(Filling):
+class ScaLearn(SlotModule):
     """o = Σ_n ω_n ⊙ u_n: one learned factor a source and dimension (W = D), or a source (W = 1).
 
     The factors are unconstrained: they need not sum to 1 and may be negative. Since each u_n is linear

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusion.layers.attention import AdapterFusion, MergedFusion
-from fusion.layers.filling import BatchContext
 from fusion.layers.heads import pool
+from fusion.layers.slot_module import BatchContext
 
 
 class SequenceFusion(AdapterFusion):

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from fusion.layers.bank import AdapterBank
 from fusion.layers.bottleneck import NONLINEARITIES
-from fusion.layers.filling import BatchContext, Filling
+from fusion.layers.slot_module import BatchContext, SlotModule
 
 
-class TaskSwitch(Filling):
+class TaskSwitch(SlotModule):
     """u = u_m(x), with m the row's member of `batch.members`; 0 where that task has no adapter here.
 
     Args:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from fusion.layers.bottleneck import BottleneckAdapter
-from fusion.layers.filling import BatchContext, Filling
+from fusion.layers.slot_module import BatchContext, SlotModule
 
 
-class WithTargetAdapter(Filling):
+class WithTargetAdapter(SlotModule):
     """o + u_target: what the sources give, and what only the target's own rows can teach.
 
     With an adapter that begins at zero (`zero_up`) it begins as the composition alone. What is
@@ -22,7 +22,7 @@ class WithTargetAdapter(Filling):
         target: gives u_target, and trains.
     """
 
-    def __init__(self, composition: Filling, target: BottleneckAdapter) -> None:
+    def __init__(self, composition: SlotModule, target: BottleneckAdapter) -> None:
         super().__init__()
         self.composition = composition
         self.target = target

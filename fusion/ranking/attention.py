@@ -19,7 +19,7 @@ from fusion.build import composition_fillings, fresh_head
 from fusion.config import CompositionConfig, OptimConfig, RankConfig, Stage2Config, TrainerConfig
 from fusion.data.samples import sampled_batches
 from fusion.inference import device_of
-from fusion.model import AdaptedModel
+from fusion.model.adapted import AdaptedModel
 from fusion.pruning import mean_attention
 from fusion.store.artifacts import Artifact
 from fusion.store.manifest import Manifest

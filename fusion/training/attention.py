@@ -17,7 +17,7 @@ import pytorch_lightning as lightning
 import torch
 
 from fusion.layers.attention import AdapterFusion
-from fusion.layers.filling import Filling
+from fusion.layers.slot_module import SlotModule
 from fusion.listening import AttentionSums, compositions_of
 from fusion.run import ATTENTION
 from fusion.training.module import TaskModule
@@ -80,7 +80,7 @@ class AttentionRecorder(lightning.Callback):
         self._show(record)
 
 
-def value_distance(filling: Filling) -> float | None:
+def value_distance(filling: SlotModule) -> float | None:
     """‖Wv − I‖_F / √D of a fusion, which starts near 0; None where there is no Wv."""
     if not isinstance(filling, AdapterFusion) or filling.value is None:
         return None

@@ -25,7 +25,7 @@ from fusion.data.loaders import evaluation_loader, multitask_loader, training_lo
 from fusion.errors import LossNotFinite, TrainingError, UserError
 from fusion.expected_warnings import ignore_expected_warnings
 from fusion.memory import keep_freed_memory
-from fusion.model import AdaptedModel
+from fusion.model.adapted import AdaptedModel
 from fusion.store.artifacts import copy_into
 from fusion.training.callbacks import Best, EpochLine, StepClock, best_epoch
 from fusion.training.checkpoints import LAST, TOKENIZER, Checkpoints, Loaded, read_checkpoint

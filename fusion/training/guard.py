@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fusion.backbones.load import hash_tensors
 from fusion.errors import GuardError, UserError
-from fusion.model import AdaptedModel, hash_of_hashes
+from fusion.model.adapted import AdaptedModel, hash_of_hashes
 from fusion.training.gathering import gathered
 
 _SHOWN = 4  # names in a message

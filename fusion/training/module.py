@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from fusion.config import OptimConfig, TaskConfig
 from fusion.data.batches import Batch
 from fusion.errors import LossNotFinite, UserError
-from fusion.layers.filling import Recorder
-from fusion.model import AdaptedModel
+from fusion.layers.slot_module import Recorder
+from fusion.model.adapted import AdaptedModel
 from fusion.training.energy import EnergyMeter
 from fusion.training.epoch_loss import EpochLoss
 from fusion.training.gathering import gathered

@@ -20,7 +20,7 @@ from fusion.data.rows import evaluation_splits, load_splits
 from fusion.entry import Entry, result_of
 from fusion.errors import TrainingError
 from fusion.layers.heads import TaskHead, TaskHeads
-from fusion.model import AdaptedModel
+from fusion.model.adapted import AdaptedModel
 from fusion.prefix import keep_prefix
 from fusion.provenance import circumstances, versions
 from fusion.review.labels import stage_name

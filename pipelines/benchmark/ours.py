@@ -26,10 +26,10 @@ from fusion.data.batches import Batch
 from fusion.layers.attention import AdapterFusion
 from fusion.layers.bank import AdapterBank
 from fusion.layers.bottleneck import BottleneckAdapter
-from fusion.layers.filling import Filling
 from fusion.layers.heads import TaskHead
+from fusion.layers.slot_module import SlotModule
 from fusion.memory import keep_freed_memory
-from fusion.model import AdaptedModel
+from fusion.model.adapted import AdaptedModel
 from fusion.review.tracking import build_loggers
 from fusion.training.fit import make_trainer
 from fusion.training.module import TaskModule, adamw
@@ -100,7 +100,7 @@ class OurModel:
 
 def adapted_model(setup: Setup, case: Case, backbone: Backbone) -> AdaptedModel:
     """The model of a case, with the weights that the rival gets too."""
-    fillings: dict[str, Filling] = {}
+    fillings: dict[str, SlotModule] = {}
     head = TaskHead(backbone.hidden_size, weights.OUTPUTS, pooling="mean")
     if case.bottleneck:
         stored = weights.Weights(setup.weights, case.bottleneck)
@@ -110,7 +110,7 @@ def adapted_model(setup: Setup, case: Case, backbone: Backbone) -> AdaptedModel:
     return AdaptedModel(backbone, fillings, "normed", head)
 
 
-def filling(case: Case, stored: weights.Weights, layer: int, hidden_size: int) -> Filling:
+def filling(case: Case, stored: weights.Weights, layer: int, hidden_size: int) -> SlotModule:
     """One adapter, or a fusion of the first N."""
     adapters = []
     for source in range(case.sources if case.method == FUSION else 1):

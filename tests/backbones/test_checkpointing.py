@@ -14,9 +14,9 @@ from fusion.backbones.load import load_backbone
 from fusion.layers.attention import AdapterFusion
 from fusion.layers.bank import AdapterBank
 from fusion.layers.bottleneck import BottleneckAdapter
-from fusion.layers.filling import Filling
 from fusion.layers.heads import TaskHead
-from fusion.model import AdaptedModel
+from fusion.layers.slot_module import SlotModule
+from fusion.model.adapted import AdaptedModel
 
 IDS = torch.tensor([[2, 7, 8, 9, 3, 0], [2, 10, 3, 0, 0, 0], [2, 11, 12, 5, 6, 3]])
 MASK = (IDS != 0).long()
@@ -24,7 +24,7 @@ MASK = (IDS != 0).long()
 
 def build(folder: Path, filling: str, checkpointing: bool, dropout: bool = False) -> AdaptedModel:
     torch.manual_seed(0)
-    fillings: dict[str, Filling] = {}
+    fillings: dict[str, SlotModule] = {}
     for layer in (1, 2):
         if filling == "adapter":
             fillings[f"{layer}.feedforward"] = BottleneckAdapter(32, 4, dropout=0.3)

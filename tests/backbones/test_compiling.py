@@ -16,7 +16,7 @@ from fusion.backbones.load import load_backbone
 from fusion.errors import UserError
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead
-from fusion.model import AdaptedModel
+from fusion.model.adapted import AdaptedModel
 from tests.backbones.test_checkpointing import build, gradients
 
 

@@ -16,7 +16,7 @@ from fusion.backbones.load import load_backbone
 from fusion.backbones.prefix import Skippable
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead
-from fusion.model import AdaptedModel
+from fusion.model.adapted import AdaptedModel
 
 IDS = torch.tensor([[2, 7, 8, 9, 3], [2, 10, 3, 0, 0], [2, 11, 12, 3, 0]])
 MASK = (IDS != 0).long()

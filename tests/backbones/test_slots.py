@@ -14,9 +14,9 @@ from fusion.backbones.families import FAMILIES
 from fusion.backbones.load import Backbone, load_backbone
 from fusion.backbones.slots import CurrentBatch, PostNormSlot
 from fusion.layers.bottleneck import BottleneckAdapter
-from fusion.layers.filling import Filling
 from fusion.layers.heads import TaskHead
-from fusion.model import AdaptedModel
+from fusion.layers.slot_module import SlotModule
+from fusion.model.adapted import AdaptedModel
 
 PLACEMENTS = {
     "pfeiffer": (["feedforward"], "normed"),
@@ -28,9 +28,9 @@ PLACEMENTS = {
 }
 
 
-def fillings(layers: list[int], sites: list[str], hidden_size: int = 32) -> dict[str, Filling]:
+def fillings(layers: list[int], sites: list[str], hidden_size: int = 32) -> dict[str, SlotModule]:
     torch.manual_seed(3)
-    made: dict[str, Filling] = {}
+    made: dict[str, SlotModule] = {}
     for layer in layers:
         for site in sites:
             adapter = BottleneckAdapter(hidden_size, 4, "silu").double()
@@ -50,7 +50,7 @@ def dense(x: Tensor, state: Mapping[str, Tensor], name: str) -> Tensor:
     return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
 
 
-def change(adapter: Filling | None, x: Tensor) -> Tensor:
+def change(adapter: SlotModule | None, x: Tensor) -> Tensor:
     if adapter is None:
         return torch.zeros_like(x)
     assert isinstance(adapter, BottleneckAdapter)
@@ -59,7 +59,7 @@ def change(adapter: Filling | None, x: Tensor) -> Tensor:
 
 
 def plain_layers(
-    hidden: Tensor, mask: Tensor, backbone: Backbone, adapters: dict[str, Filling], placement: str
+    hidden: Tensor, mask: Tensor, backbone: Backbone, adapters: dict[str, SlotModule], placement: str
 ) -> Tensor:
     """All layers from their tensors, with the placement's equations of the two papers."""
     config, state = backbone.model.config, dict(backbone.model.named_parameters())
@@ -79,7 +79,7 @@ def plain_layers(
         weights = scores.masked_fill(mask[:, None, None, :] == 0, float("-inf")).softmax(-1)
         attended = (weights @ v).transpose(1, 2).flatten(-2)
 
-        def end(h: Tensor, a: Tensor, module: str, adapter: Filling | None) -> Tensor:
+        def end(h: Tensor, a: Tensor, module: str, adapter: SlotModule | None) -> Tensor:
             name = f"{module}.LayerNorm"
             x = {"normed": norm(h + a, state, name, eps), "output": h, "input": a}[PLACEMENTS[placement][1]]
             return norm(h + change(adapter, x) + a, state, name, eps)

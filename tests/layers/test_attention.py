@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fusion.layers.attention import AdapterFusion, masked_softmax
 from fusion.layers.bank import AdapterBank
 from fusion.layers.bottleneck import BottleneckAdapter
-from fusion.layers.filling import BatchContext
+from fusion.layers.slot_module import BatchContext
 
 HIDDEN = 12
 SHAPES = [(3, "relu", 1.0), (5, "gelu", 4.0), (5, "gelu", 1.0), (1, "silu", 0.5), (4, "tanh", 1.0)]

@@ -7,7 +7,7 @@ import torch
 
 from fusion.layers.average import FrozenAdapter, average
 from fusion.layers.bottleneck import BottleneckAdapter
-from fusion.layers.filling import BatchContext
+from fusion.layers.slot_module import BatchContext
 from tests.layers.test_attention import plain_output
 
 HIDDEN = 6

@@ -7,7 +7,7 @@ import torch
 
 from fusion.layers.bank import AdapterBank
 from fusion.layers.bottleneck import NONLINEARITIES, BottleneckAdapter
-from fusion.layers.filling import BatchContext
+from fusion.layers.slot_module import BatchContext
 
 
 def adapters() -> list[BottleneckAdapter]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fusion.layers.bottleneck import BottleneckAdapter
-from fusion.layers.filling import BatchContext
+from fusion.layers.slot_module import BatchContext
 
 CONTEXT = BatchContext(torch.ones(2, 3))
 

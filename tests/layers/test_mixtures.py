@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fusion.layers.bank import AdapterBank
 from fusion.layers.bottleneck import BottleneckAdapter
-from fusion.layers.filling import BatchContext
 from fusion.layers.mixtures import MeanMixture, StaticMixture
+from fusion.layers.slot_module import BatchContext
 
 
 def sources() -> list[BottleneckAdapter]:

@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fusion.layers.bank import AdapterBank
 from fusion.layers.bottleneck import BottleneckAdapter
-from fusion.layers.filling import BatchContext
 from fusion.layers.mixtures import MeanMixture
 from fusion.layers.scalearn import ScaLearn, initial_scales
+from fusion.layers.slot_module import BatchContext
 from tests.layers.test_attention import HIDDEN, adapters, plain_output
 
 COUNT = 5

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fusion.layers.attention import AdapterFusion
 from fusion.layers.bank import AdapterBank
-from fusion.layers.filling import BatchContext
 from fusion.layers.sequence import SequenceFusion
+from fusion.layers.slot_module import BatchContext
 from tests.layers.test_attention import HIDDEN, adapters, plain_output
 
 MASK = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0], [1, 0, 0, 0]])

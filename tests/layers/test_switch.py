@@ -7,7 +7,7 @@ import torch
 
 from fusion.layers.bank import AdapterBank
 from fusion.layers.bottleneck import BottleneckAdapter
-from fusion.layers.filling import BatchContext
+from fusion.layers.slot_module import BatchContext
 from fusion.layers.switch import TaskSwitch
 
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from fusion.layers.attention import AdapterFusion, MergedFusion
 from fusion.layers.bank import AdapterBank
 from fusion.layers.bottleneck import BottleneckAdapter
-from fusion.layers.filling import BatchContext
 from fusion.layers.scalearn import ScaLearn, initial_scales
+from fusion.layers.slot_module import BatchContext
 from fusion.layers.target import WithTargetAdapter
 from tests.layers.test_attention import HIDDEN, adapters, context, fusion
 

@@ -44,8 +44,8 @@ from fusion.config import CompositionConfig
 from fusion.entry import result_of
 from fusion.errors import UserError
 from fusion.layers.bottleneck import BottleneckAdapter
-from fusion.layers.filling import Filling, parameters_of
 from fusion.layers.heads import TaskHead
+from fusion.layers.slot_module import SlotModule, parameters_of
 from fusion.store.artifacts import load, save
 from fusion.store.describing import describe
 from fusion.store.listing import list_store
@@ -80,7 +80,7 @@ class Place:
             "task": {**task, "metrics": ["accuracy"]},
             "result": {"parameters": {"trainable": 1, "frozen": 2}},
         }
-        adapters: list[dict[str, Filling]] = [{}, {}]
+        adapters: list[dict[str, SlotModule]] = [{}, {}]
         for number, (name, more) in enumerate((("films", {}), ("books", {"scaling": "learned"}))):
             sizes = {f"{layer}.feedforward": 2 for layer in range(3)}
             for slot in sizes:

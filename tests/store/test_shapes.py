@@ -14,8 +14,8 @@ from fusion.build import composition_fillings, stored_adapters
 from fusion.config import CompositionConfig
 from fusion.errors import UserError
 from fusion.layers.bottleneck import BottleneckAdapter
-from fusion.layers.filling import Filling, parameters_of
 from fusion.layers.heads import TaskHead, TaskHeads
+from fusion.layers.slot_module import SlotModule, parameters_of
 from fusion.store.artifacts import Artifact
 from fusion.store.manifest import HEAD, WEIGHTS, Manifest
 from fusion.store.shapes import adapter_shapes, fusion_shapes, head_shapes, weight_shapes
@@ -34,7 +34,7 @@ def adapter(name: str, sizes: dict[str, int], **settings: Any) -> Artifact:
     settings["sites"] = settings.pop("sites", None) or ["feedforward"]
     manifest = replace(build(name, backbone={"layers": LAYERS}, adapter=settings), files=FILES)
     shared = settings.get("shared", False)
-    fillings: dict[str, Filling] = {}
+    fillings: dict[str, SlotModule] = {}
     first: dict[str, BottleneckAdapter] = {}
     for slot, size in sizes.items():
         made = BottleneckAdapter(8, size, scaling=settings.get("scaling", 1.0))

@@ -18,9 +18,9 @@ from fusion.backbones.load import load_backbone
 from fusion.config import BackboneConfig, MethodConfig, TrainerConfig
 from fusion.errors import GuardError, UserError
 from fusion.layers.bottleneck import BottleneckAdapter
-from fusion.layers.filling import BatchContext
 from fusion.layers.heads import TaskHead
-from fusion.model import AdaptedModel
+from fusion.layers.slot_module import BatchContext
+from fusion.model.adapted import AdaptedModel
 from fusion.training import fit as fit_module
 from fusion.training.guard import Guard
 from fusion.training.module import TaskModule
@@ -480,7 +480,7 @@ from fusion.backbones.load import load_backbone
 from fusion.errors import GuardError
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead
-from fusion.model import AdaptedModel
+from fusion.model.adapted import AdaptedModel
 from fusion.training.guard import Guard
 
 rank, folder, meeting = int(sys.argv[1]), sys.argv[2], sys.argv[3]

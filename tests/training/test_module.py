@@ -16,7 +16,7 @@ from fusion.config import OptimConfig, TaskConfig
 from fusion.data.batches import Batch, SortedBatches
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead, TaskHeads
-from fusion.model import AdaptedModel
+from fusion.model.adapted import AdaptedModel
 from fusion.training.metrics import score
 from fusion.training.module import TaskModule, adamw
 

@@ -16,7 +16,7 @@ import torch
 
 from fusion.config import BackboneConfig, TrainerConfig
 from fusion.errors import TrainingError
-from fusion.model import AdaptedModel
+from fusion.model.adapted import AdaptedModel
 from fusion.training import out_of_memory
 from fusion.training.out_of_memory import is_out_of_memory
 from tests.bench import Bench, same

@@ -36,7 +36,7 @@ class BatchContext:
     place: str = ""
 
 
-class Filling(nn.Module):
+class SlotModule(nn.Module):
     """Base of all that fills a slot. Keeps no state between calls."""
 
     undecayed: tuple[str, ...] = ()
@@ -50,12 +50,12 @@ class Filling(nn.Module):
         """Named scalars that this filling adds to the loss, before their weight."""
         return {}
 
-    def merged(self) -> Filling:
+    def merged(self) -> SlotModule:
         """What gives the same change at inference with less work; itself, where there is no such thing."""
         return self
 
 
-def parameters_of(fillings: Mapping[str, Filling]) -> dict[str, Parameter]:
+def parameters_of(fillings: Mapping[str, SlotModule]) -> dict[str, Parameter]:
     """What fillings train, by slot and own name: `0.feedforward.down.weight`. What slots share stands there once."""
     named = (
         (f"{slot}.{name}", p) for slot, filling in fillings.items() for name, p in filling.named_parameters()

@@ -29,8 +29,8 @@ from fusion.backbones.slots import (
     state_parts,
 )
 from fusion.backbones.tuning import Tuning
-from fusion.layers.filling import BatchContext, Filling, Recorder, parameters_of
 from fusion.layers.heads import TaskHead, TaskHeads
+from fusion.layers.slot_module import BatchContext, Recorder, SlotModule, parameters_of
 
 
 class AdaptedModel(nn.Module):
@@ -55,7 +55,7 @@ class AdaptedModel(nn.Module):
     def __init__(
         self,
         backbone: Backbone,
-        fillings: Mapping[str, Filling],
+        fillings: Mapping[str, SlotModule],
         reads: str,
         head: TaskHead | TaskHeads,
         backbone_dropout: bool = False,
@@ -261,8 +261,8 @@ class AdaptedModel(nn.Module):
         for slot in self._slots:
             layer, site = layer_and_site(slot.name)
             sites = cast(nn.ModuleDict, self.fillings[str(layer)])
-            sites[site] = cast(Filling, sites[site]).merged()
-            slot.fill(cast(Filling, sites[site]))
+            sites[site] = cast(SlotModule, sites[site]).merged()
+            slot.fill(cast(SlotModule, sites[site]))
         if self.tuning is not None:
             self.tuning.merge()
         return self.eval()
@@ -275,10 +275,10 @@ class AdaptedModel(nn.Module):
                 total[name] = total[name] + value if name in total else value
         return total
 
-    def filling_list(self) -> list[Filling]:
+    def filling_list(self) -> list[SlotModule]:
         """All fillings, layer by layer."""
         every = (cast(nn.ModuleDict, sites).values() for sites in self.fillings.values())
-        return [cast(Filling, filling) for sites in every for filling in sites]
+        return [cast(SlotModule, filling) for sites in every for filling in sites]
 
     def filling_state(self) -> dict[str, nn.Parameter]:
         """What the fillings train: `0.feedforward.down.weight` and so on. What slots share stands there once."""
@@ -318,7 +318,7 @@ class AdaptedModel(nn.Module):
             f"fillings.{layer}.{site}.{name}"
             for layer, sites in self.fillings.items()
             for site, filling in cast(nn.ModuleDict, sites).items()
-            for name in cast(Filling, filling).undecayed
+            for name in cast(SlotModule, filling).undecayed
         }
         return vectors | (exempt & set(self.trainable()))
 
@@ -348,7 +348,7 @@ def hash_of_hashes(hashes: Mapping[str, str]) -> str:
 
 
 def _slot(
-    layer: nn.Module, family: Family, name: str, filling: Filling, reads: str, current: CurrentBatch
+    layer: nn.Module, family: Family, name: str, filling: SlotModule, reads: str, current: CurrentBatch
 ) -> Slot:
     """Make room for a filling in one of the backbone's layers."""
     _, site = layer_and_site(name)
