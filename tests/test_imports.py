@@ -256,7 +256,7 @@ def test_wandb_is_imported_only_where_it_is_used() -> None:
         ),
         (
             "fusion.data.rows",
-            "def f():\n    from fusion import model",
+            "def f():\n    from fusion.model import adapted",
             "fusion.data.rows imports fusion.model.adapted",
         ),
         (

@@ -262,7 +262,7 @@ def test_neighbours_in_one_storage_share_nothing(tiny_backbone: Path) -> None:
 def test_tied_weights_of_a_backbone_that_trains_as_a_whole_are_fine(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fusion import model as model_module
+    from fusion.model import adapted as model_module
 
     build = AdaptedModel.__init__
 
