@@ -53,12 +53,28 @@ def evaluated(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return result, json.loads((one.directory / "outcomes.json").read_text())
 
 
-def test_the_kinds() -> None:
-    kinds = {name: read_manifest(name, STORED / "store").kind for name in EVALUATED}
-    assert set(kinds.values()) == {"adapter", "fusion", "head", "lora", "bitfit", "full"}
-    assert "multitask" in kinds
-    predictions = [set(p) for one in EVALUATED.values() for p in one["predicted"].values()]
-    assert predictions == [{0, 1}] * len(predictions)  # a constant prediction would hide a wrong weight
+def test_what_is_covered() -> None:
+    """Every kind, composition, site, reading, and kind of task that 0.1 knew, and each optional key."""
+    manifests = {name: read_manifest(name, STORED / "store") for name in EVALUATED}
+    assert {m.kind for m in manifests.values()} == {"adapter", "fusion", "head", "lora", "bitfit", "full"}
+    compositions = {m.composition["name"] for m in manifests.values() if m.composition is not None}
+    assert compositions == {
+        *("adapterfusion", "sequence", "static", "mean", "average", "pruned", "continued"),
+        *("scalearn", "scalearn_uniform", "scalearn_pp", "scalearn_uniform_pp"),
+    }
+    keys = {key for m in manifests.values() for key in (*(m.composition or {}), *(m.adapter or {}))}
+    assert {"rank", "target_adapter", "train", "fusion", "keep", "kept", "continued", "drop", "shared"} < keys
+    adapters = [m.adapter for m in manifests.values() if m.adapter is not None]
+    assert {site for a in adapters for site in a["sites"]} == {"before_attention", "attention", "feedforward"}
+    assert {a["reads"] for a in adapters} == {"output", "normed", "input"}
+    assert {t["kind"] for m in manifests.values() for t in m.tasks} == {
+        "classification",
+        "regression",
+        "choice",
+    }
+    assert {len(m.tasks) for m in manifests.values()} == {1, 2, 3}
+    for one in EVALUATED.values():  # a constant prediction would hide a wrong weight
+        assert all(len(set(p)) > 1 for p in one["predicted"].values())
 
 
 @pytest.mark.parametrize("name", EVALUATED)
@@ -66,14 +82,29 @@ def test_it_evaluates_as_in_0_1(place: Path, name: str) -> None:
     expected = EVALUATED[name]
     result, outcomes = evaluated(name)
     assert result["hash"] == expected["hash"]  # what fusions name their sources by
-    assert {split: rows["predicted"] for split, rows in outcomes.items()} == expected["predicted"]
+    assert outcomes.keys() == expected["predicted"].keys()
+    for split, predicted in expected["predicted"].items():
+        if isinstance(predicted[0], int):
+            assert outcomes[split]["predicted"] == predicted
+        else:  # the last digits of a regression are the machine's
+            assert outcomes[split]["predicted"] == pytest.approx(predicted, rel=1e-5)
     for split, metrics in expected["metrics"].items():  # 0.1 stored single precision
         assert result["metrics"][split] == pytest.approx(metrics, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", EVALUATED)
+def test_it_is_written_again_as_0_1_wrote_it(name: str) -> None:
+    """Byte for byte, but for the checksum, which came later: keys, their order, values."""
+    manifest = read_manifest(name, STORED / "store")
+    values = json.loads(manifest.to_json())
+    assert values.pop("checksum") is not None
+    written = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    assert written == (STORED / "store" / name / "manifest.json").read_text()
+
+
 def test_they_verify(place: Path) -> None:
     verdicts = list(verify(place / "store"))
-    assert [verdict.place for verdict in verdicts] == sorted(EVALUATED)
+    assert [verdict.place for verdict in verdicts] == [*sorted(EVALUATED), ".replaced/replaced-97937089"]
     assert not [str(verdict) for verdict in verdicts if verdict.problem]
     assert all("has no checksum" in str(verdict) for verdict in verdicts)
 
