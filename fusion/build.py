@@ -171,7 +171,6 @@ def _composition(
         attention = SequenceFusion if config.name == "sequence" else AdapterFusion
         return attention(
             bank,
-            hidden_size,
             value_matrix=config.value_matrix,
             temperature=config.temperature,
             dropout=config.dropout,

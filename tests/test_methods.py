@@ -405,7 +405,7 @@ def test_fusion_of_bert_base_has_the_published_number_of_parameters(bert_base: B
     from fusion.layers.bank import AdapterBank
     from fusion.layers.bottleneck import BottleneckAdapter
 
-    one = AdapterFusion(AdapterBank([BottleneckAdapter(768, 48)], [0], 1), 768)
+    one = AdapterFusion(AdapterBank([BottleneckAdapter(768, 48)], [0], 1))
     assert 12 * count(one.parameters()) == 12 * (3 * 768**2 + 2 * 768) == 21_252_096
 
 

@@ -36,7 +36,7 @@ def adapted(folder: Path, **options: Any) -> AdaptedModel:
 def fused(folder: Path) -> AdaptedModel:
     torch.manual_seed(0)
     banks = [AdapterBank([BottleneckAdapter(32, 4), BottleneckAdapter(32, 2)], [0, 1], 2) for _ in range(3)]
-    fillings = {f"{layer}.feedforward": AdapterFusion(bank, 32) for layer, bank in enumerate(banks)}
+    fillings = {f"{layer}.feedforward": AdapterFusion(bank) for layer, bank in enumerate(banks)}
     return AdaptedModel(load_backbone(str(folder)), fillings, "normed", TaskHead(32, 2))
 
 
@@ -115,7 +115,7 @@ def test_a_parameter_that_slots_share_is_one(tiny_backbone: Path) -> None:
 def test_a_target_adapter_leaves_the_decay_of_the_composition_as_it_is(tiny_backbone: Path) -> None:
     torch.manual_seed(0)
     bank = AdapterBank([BottleneckAdapter(32, 4)], [0], 1)
-    filling = WithTargetAdapter(AdapterFusion(bank, 32), BottleneckAdapter(32, 4))
+    filling = WithTargetAdapter(AdapterFusion(bank), BottleneckAdapter(32, 4))
     model = AdaptedModel(
         load_backbone(str(tiny_backbone)), {"1.feedforward": filling}, "normed", TaskHead(32, 2)
     )

@@ -44,7 +44,7 @@ def adapted(backbone: Backbone, layers: list[int], fusion: bool = False) -> Adap
     def filling() -> SlotModule:
         if not fusion:
             return BottleneckAdapter(32, 4)
-        return AdapterFusion(AdapterBank([BottleneckAdapter(32, 4) for _ in range(3)], [0, 1, 2], 3), 32)
+        return AdapterFusion(AdapterBank([BottleneckAdapter(32, 4) for _ in range(3)], [0, 1, 2], 3))
 
     fillings = {f"{layer}.feedforward": filling() for layer in layers}
     return AdaptedModel(backbone, fillings, "normed", TaskHead(32, 2, pooling="mean"))

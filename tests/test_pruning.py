@@ -35,7 +35,7 @@ def model_of(folder: Path) -> AdaptedModel:
         adapters = [BottleneckAdapter(32, 4) for _ in range(2)]
         for parameter in (p for adapter in adapters for p in adapter.parameters()):
             nn.init.normal_(parameter, std=0.3)
-        fillings[f"{layer}.feedforward"] = AdapterFusion(AdapterBank(adapters, [0, 2], 3), 32)
+        fillings[f"{layer}.feedforward"] = AdapterFusion(AdapterBank(adapters, [0, 2], 3))
         for parameter in fillings[f"{layer}.feedforward"].parameters():
             nn.init.normal_(parameter, std=0.1)
     return AdaptedModel(load_backbone(str(folder)), fillings, "normed", TaskHead(32, 1)).eval()

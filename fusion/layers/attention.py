@@ -1,6 +1,7 @@
 """AdapterFusion (Pfeiffer et al. 2021, §3.2): attention over source adapters, per token and layer.
 
-Shapes: B rows, T tokens, D hidden size, N adapters, R bottleneck size, K rank of query and key.
+Shapes: B rows, T tokens, N adapters, R bottleneck size, K rank of query and key. D_in and D_out are the widths of what
+is read and of the update: both D, the hidden size, but for a slot at a linear layer.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from fusion.layers.slot_module import BatchContext, SlotModule
 
 
 class AdapterFusion(SlotModule):
-    """Decides for every token how much to listen to each source adapter.
+    """Weighs the source adapters' updates for every token.
 
     The paper's equation, with u_n the change that source n would make (before any residual):
 
@@ -32,15 +33,14 @@ class AdapterFusion(SlotModule):
     the matrices first: g = M x + c with M = Wkᵀ Wq and c = Wkᵀ bq. That leaves one product of size
     D × D a token in place of two, and in backward two in place of four.
 
-    With a rank, Wq and Wk are K × D: scores of the same form from far fewer parameters.
+    With a rank, Wq and Wk have K rows: scores of the same form from far fewer parameters.
 
     Args:
-        bank: the frozen sources of this slot.
-        hidden_size: D.
+        bank: the frozen sources of this slot: bottleneck adapters, or LoRAs, which have neither biases nor σ.
         value_matrix: whether there is a Wv (the paper's variant without one has v_n = u_n).
         temperature: τ.
         dropout: on the scores, before the softmax; 0 unless asked for.
-        rank: K, at least 1; None: D, as in the paper.
+        rank: K, at least 1; None: D_in, as in the paper.
 
     Raises:
         ValueError: a rank below 1.
@@ -51,7 +51,7 @@ class AdapterFusion(SlotModule):
     def __init__(
         self,
         bank: AdapterBank,
-        hidden_size: int,
+        *,
         value_matrix: bool = True,
         temperature: float = 1.0,
         dropout: float = 0.0,
@@ -62,9 +62,9 @@ class AdapterFusion(SlotModule):
             raise ValueError(f"rank {rank}: expected at least 1")
         self.bank = bank
         self.temperature = temperature
-        self.query = nn.Linear(hidden_size, rank or hidden_size)
-        self.key = nn.Linear(hidden_size, rank or hidden_size)
-        self.value = nn.Linear(hidden_size, hidden_size, bias=False) if value_matrix else None
+        self.query = nn.Linear(bank.input_size, rank or bank.input_size)
+        self.key = nn.Linear(bank.output_size, rank or bank.input_size)
+        self.value = nn.Linear(bank.output_size, bank.output_size, bias=False) if value_matrix else None
         self.dropout = nn.Dropout(dropout)
         for projection in (self.query, self.key):
             nn.init.normal_(projection.weight, std=0.02)
@@ -76,7 +76,7 @@ class AdapterFusion(SlotModule):
                 self.value.weight.fill_diagonal_(1.0)
 
     def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
-        """x: (B, T, D) -> o: (B, T, D)."""
+        """x: (B, T, D_in) -> o: (B, T, D_out)."""
         z = self.bank.bottlenecks(x)
         p = self._weights(x, z, batch)
         if batch.record is not None:
@@ -85,7 +85,7 @@ class AdapterFusion(SlotModule):
         return mixed if self.value is None else self.value(mixed)
 
     def _weights(self, x: Tensor, z: Tensor, batch: BatchContext) -> Tensor:
-        """x: (B, T, D), z: (B, T, N, R), its bottlenecks -> p: (B, T, N)."""
+        """x: (B, T, D_in), z: (B, T, N, R), its bottlenecks -> p: (B, T, N)."""
         g, same = self._scoring(x)
         scores = self.bank.inner_products(g, z)
         if same is not None:
@@ -93,15 +93,16 @@ class AdapterFusion(SlotModule):
         return masked_softmax(self.dropout(scores) / self.temperature, self.bank.on(batch.sources_on))
 
     def _scoring(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x: (B, T, D) -> g: (B, T, D) and in training bk·q: (B, T, 1): the scores are g·u_n + bk·q.
+        """x: (B, T, D_in) -> g: (B, T, D_out) and in training bk·q: (B, T, 1): the scores are g·u_n + bk·q.
 
         bk·q is the same for every n, so the softmax drops it, unless dropout acts on the scores. It
         stays in training all the same: without it bk would get no gradient, and DDP raises.
         """
         query, key = self.query, self.key
-        tokens, rank, hidden = x.shape[:-1].numel(), *query.weight.shape
-        # One after the other, or the matrices first: 2·K·D multiply-adds a token, or K·D² once and D² a token.
-        if 2 * tokens * rank <= (tokens + rank) * hidden:
+        tokens, (rank, width), output = x.shape[:-1].numel(), query.weight.shape, key.weight.shape[1]
+        # One after the other, K·(D_in + D_out) multiply-adds a token, or the matrices first, K·D_in·D_out once
+        # and D_in·D_out a token.
+        if tokens * rank * (width + output) <= (tokens + rank) * width * output:
             q = query(x)
             return q @ key.weight, (q @ key.bias).unsqueeze(-1) if self.training else None
         g = F.linear(x, key.weight.T @ query.weight, query.bias @ key.weight)
@@ -158,22 +159,23 @@ class MergedFusion(SlotModule):
             if fusion.value is not None:
                 value = fusion.value.weight.double()
                 up, up_bias = value @ up, up_bias @ value.T
-        self.register_buffer("into", into.to(dtype))  # (2·N·R + N, D)
+        self.register_buffer("into", into.to(dtype))  # (2·N·R + N, D_in)
         self.register_buffer("into_bias", into_bias.to(dtype))  # (2·N·R + N,)
-        self.register_buffer("out", up.to(dtype).T.contiguous())  # (N·R, D)
-        self.register_buffer("out_bias", up_bias.to(dtype))  # (N, D)
+        self.register_buffer("out", up.to(dtype).T.contiguous())  # (N·R, D_out)
+        self.register_buffer("out_bias", up_bias.to(dtype))  # (N, D_out)
 
     def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
-        """x: (B, T, D) -> o: (B, T, D)."""
+        """x: (B, T, D_in) -> o: (B, T, D_out)."""
         count, width = len(self.sources), len(self.sources) * self.sources.size
         p, z = self._weights(x, batch)
         if batch.record is not None:
             batch.record(batch.place, self.sources.spread(p))
         mixed = (p.unsqueeze(-1) * z).reshape(-1, width)
-        return torch.addmm(p.reshape(-1, count) @ self.out_bias, mixed, self.out).view_as(x)
+        out = torch.addmm(p.reshape(-1, count) @ self.out_bias, mixed, self.out)
+        return out.view(*x.shape[:-1], -1)
 
     def _weights(self, x: Tensor, batch: BatchContext) -> tuple[Tensor, Tensor]:
-        """x: (B, T, D) -> p: (B, T, N) and z: (B, T, N, R)."""
+        """x: (B, T, D_in) -> p: (B, T, N) and z: (B, T, N, R)."""
         count, width = len(self.sources), len(self.sources) * self.sources.size
         down, through, bias = F.linear(x, self.into, self.into_bias).split([width, width, count], dim=-1)
         z = self.sources.activated(down)

@@ -22,16 +22,25 @@ def average(adapters: Sequence[BottleneckAdapter]) -> BottleneckAdapter:
     copy. Dropout, which has no part in what an adapter computes, is the first one's.
 
     Raises:
-        ValueError: none, or they differ in sizes, non-linearity or scaling.
+        ValueError: none, or they differ in sizes, biases, non-linearity or scaling.
     """
     kinds = {
-        (*a.up.weight.shape, a.nonlinearity, "learned" if isinstance(a.scaling, Tensor) else a.scaling)
+        (
+            a.down.in_features,
+            *a.up.weight.shape,
+            a.up.bias is not None,
+            a.nonlinearity,
+            "learned" if isinstance(a.scaling, Tensor) else a.scaling,
+        )
         for a in adapters
     }
     if len(kinds) != 1:
         raise ValueError(f"expected adapters of one kind, not {sorted(kinds, key=str)}")
-    ((hidden_size, bottleneck_size, nonlinearity, scaling),) = kinds
-    mean = BottleneckAdapter(hidden_size, bottleneck_size, nonlinearity, scaling, adapters[0].dropout.p)
+    ((input_size, output_size, bottleneck_size, bias, nonlinearity, scaling),) = kinds
+    dropout = adapters[0].dropout.p
+    mean = BottleneckAdapter(
+        input_size, bottleneck_size, nonlinearity, scaling, dropout, output_size=output_size, bias=bias
+    )
     mean.to(adapters[0].up.weight)
     with torch.no_grad():
         for name, parameter in mean.named_parameters():

@@ -1,6 +1,7 @@
 """N frozen adapters of one slot, stacked so that no loop runs over them.
 
-Shapes: B rows, T tokens, D hidden size, N adapters, R the largest bottleneck size among them.
+Shapes: B rows, T tokens, D_in and D_out widths of what is read and of the update, N adapters,
+R the largest bottleneck size among them.
 """
 
 from __future__ import annotations
@@ -69,9 +70,9 @@ class AdapterBank(Sources):
         g · u_n       = z_n · (Wu_nᵀ g) + bu_n · g
         Σ_n p_n u_n   = Σ_n Wu_n (p_n z_n) + Σ_n p_n bu_n
 
-    so per token N·R numbers are kept in place of N·D. Smaller bottlenecks are padded with zero
-    rows, which is exact because every σ maps 0 to 0. The adapters' own dropout is not part of
-    it: the sources are fixed functions.
+    so per token N·R numbers are kept in place of N·D_out. Smaller bottlenecks are padded with zero
+    rows, which is exact because every σ maps 0 to 0, and a missing bias (LoRA) is one of zeros. The
+    adapters' own dropout is not part of it: the sources are fixed functions.
 
     Args:
         adapters: those that the sources have in this slot, in the sources' order.
@@ -79,7 +80,7 @@ class AdapterBank(Sources):
         total: how many sources there are, with or without an adapter here.
 
     Raises:
-        ValueError: no adapter, positions that do not fit, or hidden sizes that differ.
+        ValueError: no adapter, positions that do not fit, or widths that differ.
     """
 
     down_weight: Tensor
@@ -94,37 +95,38 @@ class AdapterBank(Sources):
             raise ValueError(
                 f"source positions {list(sources)} do not fit {len(adapters)} adapters of {total} sources"
             )
-        hidden_sizes = {adapter.down.in_features for adapter in adapters}
-        if len(hidden_sizes) != 1:
-            raise ValueError(f"adapters of different hidden sizes: {sorted(hidden_sizes)}")
+        widths = {(adapter.down.in_features, adapter.up.out_features) for adapter in adapters}
+        if len(widths) != 1:
+            raise ValueError(f"adapters of different widths (input, output): {sorted(widths)}")
+        ((input_size, output_size),) = widths
         size = max(adapter.down.out_features for adapter in adapters)
         super().__init__([adapter.nonlinearity for adapter in adapters], size, sources, total)
-
-        def stacked(parts: list[Tensor]) -> Tensor:
-            return torch.stack([part.detach() for part in parts])
-
+        self.input_size = input_size
+        self.output_size = output_size
+        down, down_bias, up, up_bias = [], [], [], []
         with torch.no_grad():
-            room = [size - adapter.down.out_features for adapter in adapters]
-            down = stacked([F.pad(a.down.weight, (0, 0, 0, r)) for a, r in zip(adapters, room, strict=True)])
-            down_bias = stacked([F.pad(a.down.bias, (0, r)) for a, r in zip(adapters, room, strict=True)])
-            up = stacked(
-                [F.pad(a.up.weight * a.scaling, (0, r)) for a, r in zip(adapters, room, strict=True)]
-            )
-            up_bias = stacked([a.up.bias * a.scaling for a in adapters])
-        self.register_buffer("down_weight", down.flatten(0, 1).contiguous())  # (N·R, D)
-        self.register_buffer("down_bias", down_bias.flatten())  # (N·R,)
-        self.register_buffer("up_weight", up.permute(1, 0, 2).flatten(1).contiguous())  # (D, N·R)
-        self.register_buffer("up_bias", up_bias)  # (N, D)
+            for adapter in adapters:
+                room, scaling = size - adapter.down.out_features, adapter.scaling
+                bias = adapter.down.bias is not None
+                down.append(F.pad(adapter.down.weight, (0, 0, 0, room)))
+                up.append(F.pad(adapter.up.weight * scaling, (0, room)))
+                zero = adapter.down.weight.new_zeros
+                down_bias.append(F.pad(adapter.down.bias, (0, room)) if bias else zero(size))
+                up_bias.append(adapter.up.bias * scaling if bias else zero(output_size))
+        self.register_buffer("down_weight", torch.cat(down))  # (N·R, D_in)
+        self.register_buffer("down_bias", torch.cat(down_bias))  # (N·R,)
+        self.register_buffer("up_weight", torch.cat(up, dim=1))  # (D_out, N·R)
+        self.register_buffer("up_bias", torch.stack(up_bias))  # (N, D_out)
 
     def bottlenecks(self, x: Tensor) -> Tensor:
-        """x: (B, T, D) -> z: (B, T, N, R), what every adapter makes of x before its up-projection."""
+        """x: (B, T, D_in) -> z: (B, T, N, R), what every adapter makes of x before its up-projection."""
         return self.activated(F.linear(x, self.down_weight, self.down_bias))
 
     def inner_products(self, g: Tensor, z: Tensor) -> Tensor:
-        """g: (B, T, D), z: (B, T, N, R) -> g · u_n: (B, T, N)."""
+        """g: (B, T, D_out), z: (B, T, N, R) -> g · u_n: (B, T, N)."""
         through = (g @ self.up_weight).unflatten(-1, (len(self), self.size))
         return (z * through).sum(-1) + F.linear(g, self.up_bias)
 
     def weighted_sum(self, p: Tensor, z: Tensor) -> Tensor:
-        """p: (B, T, N) or (N,), z: (B, T, N, R) -> Σ_n p_n u_n: (B, T, D)."""
+        """p: (B, T, N) or (N,), z: (B, T, N, R) -> Σ_n p_n u_n: (B, T, D_out)."""
         return F.linear((p.unsqueeze(-1) * z).flatten(-2), self.up_weight) + p @ self.up_bias

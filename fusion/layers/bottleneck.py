@@ -1,6 +1,6 @@
-"""The bottleneck adapter (Houlsby et al. 2019, §2.1; Pfeiffer et al. 2021, §3.1).
+"""The bottleneck adapter (Houlsby et al. 2019, §2.1; Pfeiffer et al. 2021, §3.1), and LoRA as a case of it.
 
-Shapes: B rows, T tokens, D hidden size, R bottleneck size.
+Shapes: B rows, T tokens, D_in and D_out widths of what is read and of the update, R bottleneck size.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "silu": F.silu,
     "tanh": torch.tanh,
+    "identity": lambda z: z,
 }
 """Each maps 0 to 0, which is what lets `AdapterBank` pad bottlenecks with zero rows."""
 
 
 class BottleneckAdapter(SlotModule):
-    """u = s · (σ(x Wdᵀ + bd) Wuᵀ + bu): the change alone; the slot adds the residual.
+    """u = s · (σ(x Wdᵀ + bd) Wuᵀ + bu): the update alone; the slot adds the residual.
+
+    Without biases and with the identity for σ it is LoRA (Hu et al. 2022, eq. 3): A = Wd, B = Wu, s = α / r.
 
     Args:
-        hidden_size: D.
+        hidden_size: D_in, and D_out where no other is given.
         bottleneck_size: R, at least 1.
         nonlinearity: σ, a name of `NONLINEARITIES`.
         scaling: s (λ of He et al. 2021): a number, or `learned`, which starts at 1.
@@ -34,6 +37,8 @@ class BottleneckAdapter(SlotModule):
         init: `bert` N(0, 0.02) and zero biases (the convention of BERT); `houlsby` N(0, 0.01)
             truncated at two deviations (Houlsby et al. 2019, §3.6); `zero_up` the identity at the
             start (He et al. 2021): Kaiming down, zero up.
+        output_size: D_out; None: D_in.
+        bias: whether there are bd and bu.
 
     Raises:
         ValueError: a size below 1, an unknown non-linearity, scaling or initial value.
@@ -47,18 +52,23 @@ class BottleneckAdapter(SlotModule):
         scaling: float | str = 1.0,
         dropout: float = 0.0,
         init: str = "bert",
+        output_size: int | None = None,
+        bias: bool = True,
     ) -> None:
         super().__init__()
-        if hidden_size < 1 or bottleneck_size < 1:
-            raise ValueError(f"sizes must be at least 1: hidden {hidden_size}, bottleneck {bottleneck_size}")
+        output_size = hidden_size if output_size is None else output_size
+        if min(hidden_size, bottleneck_size, output_size) < 1:
+            raise ValueError(
+                f"sizes must be at least 1: hidden {hidden_size}, bottleneck {bottleneck_size}, output {output_size}"
+            )
         if nonlinearity not in NONLINEARITIES:
             raise ValueError(f"nonlinearity {nonlinearity!r}: expected one of {', '.join(NONLINEARITIES)}")
         self.nonlinearity = nonlinearity
         if isinstance(scaling, str) and scaling != "learned":
             raise ValueError(f"scaling {scaling!r}: expected a number, or learned")
         self.scaling = nn.Parameter(torch.ones(())) if isinstance(scaling, str) else scaling
-        self.down = nn.Linear(hidden_size, bottleneck_size)
-        self.up = nn.Linear(bottleneck_size, hidden_size)
+        self.down = nn.Linear(hidden_size, bottleneck_size, bias)
+        self.up = nn.Linear(bottleneck_size, output_size, bias)
         self.dropout = nn.Dropout(dropout)
         self._initialise(init)
 
@@ -74,11 +84,12 @@ class BottleneckAdapter(SlotModule):
             nn.init.zeros_(self.up.weight)
         else:
             raise ValueError(f"init {init!r}: expected bert, houlsby or zero_up")
-        nn.init.zeros_(self.down.bias)
-        nn.init.zeros_(self.up.bias)
+        for bias in (self.down.bias, self.up.bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
 
     def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
-        """x: (B, T, D) -> u: (B, T, D)."""
+        """x: (B, T, D_in) -> u: (B, T, D_out)."""
         z = NONLINEARITIES[self.nonlinearity](self.down(x))
         u = self.up(z)
         if isinstance(self.scaling, Tensor) or self.scaling != 1.0:

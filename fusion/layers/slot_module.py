@@ -1,6 +1,7 @@
-"""The one contract: whatever fills a slot maps the stream to the change that is added to it.
+"""The contract of whatever fills a slot: it maps what the slot reads to the update that the slot adds.
 
-Shapes: B rows, T tokens, D hidden size, N source adapters.
+Shapes: B rows, T tokens, N source adapters. The widths D_in and D_out are both the hidden size, but for a slot at a
+linear layer, which has that layer's.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class SlotModule(nn.Module):
     """Parameters that take no weight decay, beyond the biases, which never do."""
 
     def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
-        """x: (B, T, D) -> the change to add: (B, T, D)."""
+        """x: (B, T, D_in) -> the update to add: (B, T, D_out)."""
         raise NotImplementedError
 
     def losses(self) -> dict[str, Tensor]:

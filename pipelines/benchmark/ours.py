@@ -123,7 +123,6 @@ def filling(case: Case, stored: weights.Weights, layer: int, hidden_size: int) -
     settings = CompositionConfig()
     fused = AdapterFusion(
         AdapterBank(adapters, list(range(len(adapters))), len(adapters)),
-        hidden_size,
         value_matrix=settings.value_matrix,
         temperature=settings.temperature,
         dropout=settings.dropout,

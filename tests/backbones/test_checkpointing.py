@@ -30,7 +30,7 @@ def build(folder: Path, filling: str, checkpointing: bool, dropout: bool = False
             fillings[f"{layer}.feedforward"] = BottleneckAdapter(32, 4, dropout=0.3)
         else:
             bank = AdapterBank([BottleneckAdapter(32, 4), BottleneckAdapter(32, 2)], [0, 1], 2)
-            fillings[f"{layer}.feedforward"] = AdapterFusion(bank, 32, dropout=0.3)
+            fillings[f"{layer}.feedforward"] = AdapterFusion(bank, dropout=0.3)
     return AdaptedModel(
         load_backbone(str(folder)), fillings, "normed", TaskHead(32, 2), dropout, checkpointing
     )

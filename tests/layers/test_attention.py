@@ -29,7 +29,7 @@ def adapters() -> list[BottleneckAdapter]:
 
 def fusion(**options: float | None) -> AdapterFusion:
     torch.manual_seed(100)
-    layer = AdapterFusion(AdapterBank(adapters(), range(5), 5), HIDDEN, **options).double()  # type: ignore[arg-type]
+    layer = AdapterFusion(AdapterBank(adapters(), range(5), 5), **options).double()  # type: ignore[arg-type]
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return layer
@@ -42,13 +42,15 @@ def context(x: Tensor, **more: Tensor) -> BatchContext:
 def plain_output(adapter: BottleneckAdapter, x: Tensor) -> Tensor:
     """u_n for one token: x (D,) -> (D,), from the weights alone."""
     act = {
+        "identity": lambda a: a,
         "relu": lambda a: a.clamp(min=0),
         "gelu": lambda a: a * 0.5 * (1 + torch.erf(a / 2**0.5)),
         "silu": lambda a: a / (1 + torch.exp(-a)),
         "tanh": lambda a: (torch.exp(2 * a) - 1) / (torch.exp(2 * a) + 1),
     }[adapter.nonlinearity]
-    z = act(torch.einsum("rd,d->r", adapter.down.weight, x) + adapter.down.bias)
-    return adapter.scaling * (torch.einsum("dr,r->d", adapter.up.weight, z) + adapter.up.bias)
+    down_bias, up_bias = (0.0 if part.bias is None else part.bias for part in (adapter.down, adapter.up))
+    z = act(torch.einsum("rd,d->r", adapter.down.weight, x) + down_bias)
+    return adapter.scaling * (torch.einsum("dr,r->d", adapter.up.weight, z) + up_bias)
 
 
 def plain_fusion(layer: AdapterFusion, x: Tensor, sources: list[BottleneckAdapter], noise: Tensor) -> Tensor:
@@ -105,6 +107,45 @@ def test_folded_equals_plain(
         torch.testing.assert_close(one, two, rtol=0, atol=1e-10, msg=f"the gradients of {name} differ")
 
 
+def sources_of(kinds: list[str], width: int, output: int) -> list[BottleneckAdapter]:
+    torch.manual_seed(11)
+    made = []
+    for number, kind in enumerate(kinds):
+        lora = {"nonlinearity": "identity", "scaling": 2.0 / (number + 1), "bias": False}
+        options = lora if kind == "lora" else {"nonlinearity": "silu"}
+        made.append(BottleneckAdapter(width, 2 + number, output_size=output, **options).double())
+        for parameter in made[-1].parameters():
+            torch.nn.init.normal_(parameter, std=0.7)
+    return made
+
+
+@pytest.mark.parametrize("kinds", [["lora"] * 3, ["bottleneck", "lora", "bottleneck"]], ids=["lora", "both"])
+@pytest.mark.parametrize(("width", "output"), [(12, 12), (12, 7), (5, 16)])
+@pytest.mark.parametrize(("rank", "value_matrix"), [(None, True), (3, False)])
+@pytest.mark.parametrize("tokens", [3, 15])
+def test_loras_and_linear_layers_take_the_same_path(
+    kinds: list[str], width: int, output: int, rank: int | None, value_matrix: bool, tokens: int
+) -> None:
+    sources = sources_of(kinds, width, output)
+    layer = AdapterFusion(AdapterBank(sources, range(3), 3), rank=rank, value_matrix=value_matrix).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(2, tokens, width, dtype=torch.float64, requires_grad=True)
+    plain = plain_fusion(layer, x, sources, torch.ones(2, tokens, 3, dtype=torch.float64))
+    folded = layer(x, context(x))
+    assert folded.shape == (2, tokens, output)
+    torch.testing.assert_close(folded, plain, rtol=0, atol=1e-10)
+    torch.testing.assert_close(layer.eval().merged()(x, context(x)), plain, rtol=0, atol=1e-10)
+    direction = torch.randn_like(plain)
+    wanted = [*layer.train().parameters(), x]
+    for one, two in zip(
+        torch.autograd.grad((layer(x, context(x)) * direction).sum(), wanted),
+        torch.autograd.grad((plain * direction).sum(), wanted),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("rank", [1, 3, 6, 11, 12, 20])
 @pytest.mark.parametrize("tokens", [1, 8, 11, 12, 13, 14, 40])
 @pytest.mark.parametrize("training", [True, False])
@@ -156,7 +197,7 @@ def test_trains_only_what_the_paper_names() -> None:
 
 def test_initial_values() -> None:
     torch.manual_seed(0)
-    layer = AdapterFusion(AdapterBank([BottleneckAdapter(64, 4)], [0], 1), 64)
+    layer = AdapterFusion(AdapterBank([BottleneckAdapter(64, 4)], [0], 1))
     assert layer.value is not None
     value = layer.value.weight
     assert torch.equal(value.diagonal(), torch.ones(64))
@@ -179,7 +220,7 @@ def test_penalty_is_the_squared_distance_from_the_identity() -> None:
 
 def test_one_source_passes_through_unchanged() -> None:
     adapter = adapters()[0]
-    layer = AdapterFusion(AdapterBank([adapter], [0], 1), HIDDEN, value_matrix=False).double()
+    layer = AdapterFusion(AdapterBank([adapter], [0], 1), value_matrix=False).double()
     x = torch.randn(2, 3, HIDDEN, dtype=torch.float64)
     torch.testing.assert_close(layer(x, context(x)), adapter(x, context(x)), rtol=0, atol=1e-12)
 
@@ -196,7 +237,7 @@ def test_a_masked_source_takes_no_part() -> None:
 
 def test_records_a_distribution_over_all_sources() -> None:
     here = adapters()[:2]
-    layer = AdapterFusion(AdapterBank(here, [1, 3], 5), HIDDEN).double().eval()
+    layer = AdapterFusion(AdapterBank(here, [1, 3], 5)).double().eval()
     x = torch.randn(2, 3, HIDDEN, dtype=torch.float64)
     recorded: dict[str, Tensor] = {}
     layer(x, BatchContext(torch.ones(2, 3), record=recorded.__setitem__, place="4.feedforward"))
@@ -237,7 +278,7 @@ def test_merged_in_single_precision_and_without_a_square_matrix() -> None:
     for adapter in adapters:
         for parameter in adapter.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
-    layer = AdapterFusion(AdapterBank(adapters, range(count), count), hidden).eval()
+    layer = AdapterFusion(AdapterBank(adapters, range(count), count)).eval()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     x, merged = torch.randn(2, 9, hidden), layer.merged()
@@ -246,7 +287,7 @@ def test_merged_in_single_precision_and_without_a_square_matrix() -> None:
 
 
 def test_merged_records_what_folded_records() -> None:
-    layer = AdapterFusion(AdapterBank(adapters()[:2], [1, 3], 5), HIDDEN).double().eval()
+    layer = AdapterFusion(AdapterBank(adapters()[:2], [1, 3], 5)).double().eval()
     x = torch.randn(2, 3, HIDDEN, dtype=torch.float64)
     recorded: list[Tensor] = []
     for filling in (layer, layer.merged()):

@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fusion.layers.average import FrozenAdapter, average
 from fusion.layers.bank import AdapterBank
 from fusion.layers.bottleneck import NONLINEARITIES, BottleneckAdapter
+from fusion.layers.mixtures import MeanMixture, StaticMixture
+from fusion.layers.scalearn import ScaLearn
 from fusion.layers.slot_module import BatchContext
+from fusion.layers.switch import TaskSwitch
 
 
 def adapters() -> list[BottleneckAdapter]:
@@ -38,6 +42,42 @@ def test_products_and_sums_equal_those_of_the_single_outputs() -> None:
     torch.testing.assert_close(bank.weighted_sum(p[0, 0], z), torch.einsum("n,btnd->btd", p[0, 0], outputs))
 
 
+def linear_layer_sources() -> list[BottleneckAdapter]:
+    """Two LoRAs and a bottleneck with biases, for a linear layer from 6 to 10."""
+    torch.manual_seed(1)
+    made = [
+        BottleneckAdapter(6, 2, "identity", scaling=4.0, output_size=10, bias=False),
+        BottleneckAdapter(6, 3, "relu", output_size=10),
+        BottleneckAdapter(6, 1, "identity", output_size=10, bias=False),
+    ]
+    for adapter in made:
+        for parameter in adapter.double().parameters():
+            torch.nn.init.normal_(parameter)
+    return made
+
+
+def test_every_composition_of_a_linear_layer_equals_its_sum() -> None:
+    sources, x = linear_layer_sources(), torch.randn(2, 4, 6).double()
+    batch = BatchContext(torch.ones(2, 4), members=torch.tensor([2, 1]))
+    outputs = [source(x, batch) for source in sources]
+    bank = AdapterBank(sources, [0, 1, 2], 3)
+    assert (bank.input_size, bank.output_size) == (6, 10)
+    torch.testing.assert_close(
+        outputs[0][0, 0], 4.0 * sources[0].up.weight @ sources[0].down.weight @ x[0, 0]
+    )
+    scales = torch.nn.Parameter(torch.randn(3, 10).double())
+    scaled = sum(scale * output for scale, output in zip(scales, outputs, strict=True))
+    for layer, expected in (
+        (MeanMixture(bank), sum(outputs) / 3),
+        (StaticMixture(bank).double(), sum(outputs) / 3),
+        (ScaLearn(bank, scales), scaled),
+        (TaskSwitch(bank), torch.stack([outputs[2][0], outputs[1][1]])),
+        (FrozenAdapter(sources[0]), outputs[0]),
+        (average(sources[:1]), outputs[0]),
+    ):
+        torch.testing.assert_close(layer(x, batch), expected, msg=type(layer).__name__)
+
+
 def test_nothing_in_a_bank_can_train_and_the_sources_are_copied() -> None:
     made = adapters()
     bank = AdapterBank(made, [0, 1, 2], 3)
@@ -64,5 +104,5 @@ def test_positions_that_do_not_fit_are_refused(positions: list[int], total: int)
 def test_no_adapter_and_mixed_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
         AdapterBank([], [], 1)
-    with pytest.raises(ValueError, match="hidden sizes"):
+    with pytest.raises(ValueError, match=r"different widths \(input, output\): \[\(8, 8\), \(9, 9\)\]"):
         AdapterBank([BottleneckAdapter(8, 2), BottleneckAdapter(9, 2)], [0, 1], 2)

@@ -19,7 +19,7 @@ MASK = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0], [1, 0, 0, 0]])
 
 def fusion(**options: Any) -> SequenceFusion:
     torch.manual_seed(100)
-    layer = SequenceFusion(AdapterBank(adapters(), range(5), 5), HIDDEN, **options).double()
+    layer = SequenceFusion(AdapterBank(adapters(), range(5), 5), **options).double()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return layer
@@ -109,7 +109,7 @@ def test_merged_equals_folded_without_a_square_matrix(value_matrix: bool, rank: 
 @pytest.mark.parametrize("merge", [False, True])
 def test_records_one_distribution_a_text_for_all_its_tokens(merge: bool) -> None:
     torch.manual_seed(0)
-    layer = SequenceFusion(AdapterBank(adapters()[:2], [1, 3], 5), HIDDEN).double().eval()
+    layer = SequenceFusion(AdapterBank(adapters()[:2], [1, 3], 5)).double().eval()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     x, seen = texts().detach(), dict[str, Tensor]()
@@ -145,7 +145,7 @@ def test_a_text_without_a_real_token_gives_numbers(merge: bool) -> None:
 
 def test_has_the_parameters_of_a_fusion_and_equals_it_on_texts_of_one_token() -> None:
     layer = fusion()
-    other = AdapterFusion(AdapterBank(adapters(), range(5), 5), HIDDEN).double()
+    other = AdapterFusion(AdapterBank(adapters(), range(5), 5)).double()
     names = {name: tuple(p.shape) for name, p in layer.named_parameters()}
     assert names == {name: tuple(p.shape) for name, p in other.named_parameters()}
     assert layer.undecayed == other.undecayed and set(layer.losses()) == {"value_penalty"}
