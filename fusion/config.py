@@ -404,7 +404,7 @@ class SplitConfig:
 
 @dataclass
 class DataConfig:
-    dir: Optional[str] = None  # read DIR/<task>/<split>.{parquet,jsonl,json,csv,tsv} in place of the hub
+    dir: Optional[str] = None  # read DIR/<task>/<split>.parquet (jsonl, …, conll) in place of the hub
     quoting: Optional[str] = None  # of CSV and TSV files: csv or none; null: csv in CSV, none in TSV
     limit: LimitConfig = field(default_factory=LimitConfig)
     split: SplitConfig = field(default_factory=SplitConfig)

@@ -41,9 +41,9 @@ class States:
 class PooledStates(TaskHead):
     """A head that scores nothing: it hands the pooled states on."""
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """hidden: (S, T, D), attention_mask: (S, T) -> (S, D)."""
-        return pool(hidden, attention_mask, self.pooling)
+    def forward(self, hidden: Tensor, attention_mask: Tensor, words: Tensor | None = None) -> Tensor:
+        """hidden: (S, T, D), attention_mask: (S, T) -> (S, D); with words: (W,), (W, D)."""
+        return pool(hidden, attention_mask, self.pooling, words)
 
 
 def probe(

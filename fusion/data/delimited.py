@@ -50,7 +50,7 @@ def read_delimited(
     delimiter = "\t" if tabs else ","
     quoted = not tabs if quoting is None else quoting == "csv"
     content = content.removeprefix(_BYTE_ORDER_MARK)
-    _check_text(path, content)
+    check_text(path, content)
     looks_quoted = 0 if quoted else _quoted_fields(content, delimiter)
     if quoted:
         _check_quotes(path, content, delimiter)
@@ -119,7 +119,7 @@ def _quoted_fields(content: bytes, delimiter: str) -> int:
     return count
 
 
-def _check_text(path: Path, content: bytes) -> None:
+def check_text(path: Path, content: bytes) -> None:
     try:
         content.decode()
     except UnicodeDecodeError as error:

@@ -14,9 +14,9 @@ from typing import IO, Any, cast
 
 from fusion.errors import UserError
 
-FORMATS = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
+FORMATS = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".conll")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")  # of any format but Parquet, which compresses its pages itself
-READABLE = ".parquet, .jsonl, .json, .csv or .tsv (all but .parquet also with .gz, .bz2, .xz or .zst)"
+READABLE = ".parquet, .jsonl, .json, .csv, .tsv or .conll (all but .parquet also with .gz, .bz2, .xz or .zst)"
 
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5,9})-of-(?P<total>\d{5,9})(?:-[0-9a-f]{8,64})?")
 _STATE, _SPLITS = "state.json", "dataset_dict.json"  # what `save_to_disk` of `datasets` writes

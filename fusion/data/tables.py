@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.config import HubConfig
+from fusion.data.conll import read_conll
 from fusion.data.delimited import read_delimited
 from fusion.data.files import READABLE, Form, SplitFiles, form_of, read_content
 from fusion.data.jsonl import read_json, read_jsonl
@@ -235,6 +236,8 @@ def _read_file(
             return record_table(*read_jsonl(path, content), where=str(path))
         if form.format == ".json":
             return record_table(*read_json(path, content), where=str(path))
+        if form.format == ".conll":
+            return replace(record_table(*read_conll(path, content), where=str(path)), typed=False)
         table = read_delimited(path, content, form.format == ".tsv", text_columns, quoting)
         return arrow_table(table, str(path), typed=False)
     except UserError:

@@ -1,6 +1,6 @@
-"""The task head: one vector a text, then its scores. With several tasks, a head for each.
+"""The task head: one vector a text (or a word), then its scores. With several tasks, a head for each.
 
-Shapes: S texts (a row of a choice task has several), T tokens, D hidden size, K outputs.
+Shapes: S texts (a row of a choice task has several), T tokens, D hidden size, K outputs, W words of all texts.
 """
 
 from __future__ import annotations
@@ -12,18 +12,27 @@ import torch
 from torch import Tensor, nn
 
 
-def pool(hidden: Tensor, attention_mask: Tensor, how: str) -> Tensor:
+def pool(hidden: Tensor, attention_mask: Tensor, how: str, words: Tensor | None = None) -> Tensor:
     """hidden: (S, T, D), attention_mask: (S, T) -> (S, D), the first token or the mean of the real ones.
 
+    For `words`, (W, D): the state of each word's first sub-word, as BERT tags words (Devlin et al. 2019, section 5.3).
+
+    Args:
+        words: (W,), where those sub-words are among the S * T tokens.
+
     Raises:
-        ValueError: `how` is neither cls nor mean.
+        ValueError: `how` is none of cls, mean and words, or `words` are given for another, or are not for this one.
     """
+    if (how == "words") != (words is not None):
+        raise ValueError(f"pooling {how!r} {'with' if words is not None else 'without'} places of words")
+    if words is not None:
+        return hidden.flatten(0, 1)[words]
     if how == "cls":
         return hidden[:, 0]
     if how == "mean":
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
-    raise ValueError(f"pooling {how!r}: expected cls or mean")
+    raise ValueError(f"pooling {how!r}: expected cls, mean or words")
 
 
 class TaskHead(nn.Module):
@@ -32,7 +41,7 @@ class TaskHead(nn.Module):
     Args:
         hidden_size: D.
         outputs: K; 1 for a regression and for each choice of a choice task.
-        pooling: cls or mean.
+        pooling: cls, mean, or words for scores of each word.
         layers: 1 or 2.
         dropout: before each linear, in training.
 
@@ -46,8 +55,8 @@ class TaskHead(nn.Module):
         super().__init__()
         if layers not in (1, 2):
             raise ValueError(f"layers {layers}: expected 1 or 2")
-        if pooling not in ("cls", "mean"):
-            raise ValueError(f"pooling {pooling!r}: expected cls or mean")
+        if pooling not in ("cls", "mean", "words"):
+            raise ValueError(f"pooling {pooling!r}: expected cls, mean or words")
         self.pooling = pooling
         self.dropout = nn.Dropout(dropout)
         self.dense = nn.Linear(hidden_size, hidden_size) if layers == 2 else None
@@ -57,9 +66,9 @@ class TaskHead(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """hidden: (S, T, D), attention_mask: (S, T) -> scores: (S, K)."""
-        pooled = pool(hidden, attention_mask, self.pooling)
+    def forward(self, hidden: Tensor, attention_mask: Tensor, words: Tensor | None = None) -> Tensor:
+        """hidden: (S, T, D), attention_mask: (S, T) -> scores: (S, K), or with words: (W,) for each word: (W, K)."""
+        pooled = pool(hidden, attention_mask, self.pooling, words)
         if self.dense is not None:
             pooled = torch.tanh(self.dense(self.dropout(pooled)))
         return self.output(self.dropout(pooled))
@@ -78,9 +87,11 @@ class TaskHeads(nn.Module):
         # By number: torch takes neither "my.task" nor "type" for the name of a module.
         self.heads = nn.ModuleList(heads.values())
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor, task: int) -> Tensor:
-        """hidden: (S, T, D), attention_mask: (S, T), task: its number -> scores: (S, K of that task)."""
-        scores: Tensor = self.heads[task](hidden, attention_mask)
+    def forward(
+        self, hidden: Tensor, attention_mask: Tensor, task: int, words: Tensor | None = None
+    ) -> Tensor:
+        """As `TaskHead`, by the head of the task of this number."""
+        scores: Tensor = self.heads[task](hidden, attention_mask, words)
         if not self.training:
             return scores
         # The other heads get a gradient of 0: DDP waits for one of every parameter, and the optimizer does the same

@@ -351,7 +351,7 @@ def test_other_endings_are_named(task: Task, write: Write, name: str) -> None:
         check_source(task(), data, ["train"])
     message = str(caught.value)
     assert f"has no train: it holds {name} ({name} has no ending that is read)" in message
-    assert ".parquet, .jsonl, .json, .csv or .tsv" in message and len(message.splitlines()) == 2
+    assert ".parquet, .jsonl, .json, .csv, .tsv or .conll" in message and len(message.splitlines()) == 2
 
 
 def test_what_is_there_is_always_named(task: Task, write: Write) -> None:

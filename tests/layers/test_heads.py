@@ -19,6 +19,23 @@ def test_pooling() -> None:
         pool(HIDDEN, MASK, "max")
 
 
+def test_a_word_is_its_first_sub_word() -> None:
+    # The second word of the first text, the first and the last of the second one.
+    words = torch.tensor([1, 3, 5])
+    expected = torch.stack([HIDDEN[0, 1], HIDDEN[1, 0], HIDDEN[1, 2]])
+    assert torch.equal(pool(HIDDEN, MASK, "words", words), expected)
+    head = TaskHead(4, 3, pooling="words", layers=2).eval()
+    assert head.dense is not None
+    torch.testing.assert_close(
+        head(HIDDEN, MASK, words),
+        torch.stack([head.output(torch.tanh(head.dense(vector))) for vector in expected]),
+    )
+    assert head(HIDDEN, MASK, words[:0]).shape == (0, 3)
+    for how, given in (("words", None), ("cls", words)):
+        with pytest.raises(ValueError, match=f"pooling '{how}'"):
+            pool(HIDDEN, MASK, how, given)
+
+
 def test_padding_does_not_reach_the_mean() -> None:
     changed = HIDDEN.clone()
     changed[0, 2] = 1e6
