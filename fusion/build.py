@@ -33,7 +33,9 @@ from fusion.layers.target import WithTargetAdapter
 from fusion.model.adapted import AdaptedModel
 from fusion.selection import kept_layers
 from fusion.store.artifacts import Artifact, copy_stored, load, load_by_hash, match_keys
-from fusion.store.manifest import HEAD, MANIFEST, WEIGHTS, Manifest, check_backbone, check_sources
+from fusion.store.compatibility import check_backbone, check_sources
+from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
+from fusion.store.manifest import Manifest
 from fusion.store.settings import settings_of
 from fusion.store.shapes import adapter_shapes, fusion_shapes, head_shapes
 

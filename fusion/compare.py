@@ -19,7 +19,9 @@ from fusion.paths import check_reference, resolve_path
 from fusion.program import run_program
 from fusion.run import ADDED_LATER, CONFIG, RESULT, STATUS, identity_config
 from fusion.safe_text import printable
-from fusion.store.manifest import MANIFEST, Manifest, find, read_folder, read_settled
+from fusion.store.layout import MANIFEST
+from fusion.store.lookup import find, read_folder, read_settled
+from fusion.store.manifest import Manifest
 from fusion.store.settings_groups import Lookup, Settings, group
 from fusion.store.settings_groups import differing as differing_settings
 from fusion.terminal.screen import say

@@ -18,7 +18,8 @@ from fusion.overrides import key_of, override, shell_line
 from fusion.run import Run
 from fusion.settings_table import settings_table
 from fusion.store.listing import as_bytes
-from fusion.store.manifest import Manifest, names, read_folder
+from fusion.store.lookup import names, read_folder
+from fusion.store.manifest import Manifest
 from fusion.store.overview import everything
 from fusion.store.settings_groups import Lookup, group
 from fusion.store.trained_data import data_folder_of, split_of

@@ -27,8 +27,10 @@ from fusion.run import (
     is_done,
     write_json,
 )
-from fusion.store.manifest import Manifest, check_free, check_writable, find, names, read_manifest
+from fusion.store.lookup import find, names, read_manifest
+from fusion.store.manifest import Manifest
 from fusion.store.trained_data import note_ambiguous_labels
+from fusion.store.writing import check_free, check_writable
 
 ATTEMPT = "attempt.json"
 POSITION = "position.json"

@@ -18,7 +18,7 @@ from fusion.errors import UserError
 from fusion.overrides import key_of, typed
 from fusion.run import Run
 from fusion.safe_text import quotable
-from fusion.store.manifest import read_manifest, source_manifests
+from fusion.store.lookup import read_manifest, source_manifests
 from fusion.store.trained_data import as_trained, data_folder_of
 from fusion.terminal.screen import say
 from fusion.usable import usable_manifest

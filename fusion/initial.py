@@ -12,7 +12,8 @@ from fusion.config import StageConfig, TaskConfig
 from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.model.adapted import AdaptedModel
 from fusion.store.artifacts import copy_stored, load
-from fusion.store.manifest import HEAD, WEIGHTS, Manifest
+from fusion.store.layout import HEAD, WEIGHTS
+from fusion.store.manifest import Manifest
 
 log = logging.getLogger(__name__)
 

@@ -10,13 +10,9 @@ from typing import Any
 from fusion.config import Stage1Config, Stage2Config, StageConfig
 from fusion.errors import UserError
 from fusion.overrides import hydra_value, override
-from fusion.store.manifest import (
-    Manifest,
-    check_sources,
-    find_by_hash,
-    read_folder,
-    read_manifest,
-)
+from fusion.store.compatibility import check_sources
+from fusion.store.lookup import find_by_hash, read_folder, read_manifest
+from fusion.store.manifest import Manifest
 
 _OWN_START = ("average", "continued", "pruned")  # compositions that start from weights of their sources
 

@@ -10,7 +10,7 @@ from typing import Any
 from fusion.app import command
 from fusion.config import InspectConfig
 from fusion.run import INSPECTION, Run, write_json
-from fusion.store.manifest import check_attends
+from fusion.store.compatibility import check_attends
 from fusion.terminal.screen import say
 from fusion.usable import usable_manifest
 

@@ -28,7 +28,9 @@ from fusion.inference import class_names, device_of, predict, probabilities
 from fusion.listening import listen
 from fusion.masking import Scored, prune_greedily, prune_in_order, without_each
 from fusion.store.artifacts import load
-from fusion.store.manifest import Manifest, check_attends, source_manifests
+from fusion.store.compatibility import check_attends
+from fusion.store.lookup import source_manifests
+from fusion.store.manifest import Manifest
 from fusion.store.trained_data import as_trained, data_folder_of
 from fusion.training.metrics import predicted, score
 from fusion.unseen import check_unseen

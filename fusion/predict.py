@@ -17,7 +17,8 @@ from fusion.app import command
 from fusion.config import PredictConfig, TaskConfig
 from fusion.errors import UserError
 from fusion.run import Run
-from fusion.store.manifest import Manifest, check_attends
+from fusion.store.compatibility import check_attends
+from fusion.store.manifest import Manifest
 from fusion.terminal.screen import say
 from fusion.usable import usable_manifest
 

@@ -20,7 +20,10 @@ from fusion.errors import TrainingError, UserError
 from fusion.inputs import check_backbone_name
 from fusion.ranking.candidates import Candidates, all_adapters
 from fusion.run import Run
-from fusion.store.manifest import Manifest, artifacts, check_sources, check_writable, read_manifest
+from fusion.store.compatibility import check_sources
+from fusion.store.lookup import artifacts, read_manifest
+from fusion.store.manifest import Manifest
+from fusion.store.writing import check_writable
 from fusion.terminal.screen import say
 
 

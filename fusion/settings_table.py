@@ -15,7 +15,7 @@ from typing import Any
 
 from fusion.errors import UserError
 from fusion.overrides import key_of
-from fusion.store.manifest import read_folder
+from fusion.store.lookup import read_folder
 from fusion.store.settings_groups import Lookup
 from fusion.store.settings_groups import key_of as key_of_settings
 from fusion.sweep import Job

@@ -22,7 +22,7 @@ from fusion.probe import probe
 from fusion.pruning import mean_attention, most_attended
 from fusion.run import write_json
 from fusion.store.artifacts import Artifact, copy_stored, load
-from fusion.store.manifest import HEAD, WEIGHTS
+from fusion.store.layout import HEAD, WEIGHTS
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from fusion.backbones.files import check_files
 from fusion.config import UseConfig
-from fusion.store.manifest import Manifest, check_drop, check_trust, read_manifest
+from fusion.store.compatibility import check_drop, check_trust
+from fusion.store.lookup import read_manifest
+from fusion.store.manifest import Manifest
 
 
 def usable_manifest(config: UseConfig) -> Manifest:

@@ -18,7 +18,8 @@ from fusion.config import OptimConfig
 from fusion.errors import UserError
 from fusion.run import Run, record
 from fusion.stage1 import main as stage1
-from fusion.store.manifest import MANIFEST, artifacts
+from fusion.store.layout import MANIFEST
+from fusion.store.lookup import artifacts
 from tests.bench import Bench, write_manifest
 
 ROOT = Path(__file__).parents[1]

@@ -20,7 +20,8 @@ from fusion.config import BackboneConfig, EvaluateConfig, PredictConfig, SameBac
 from fusion.data.tokenizer import load_tokenizer
 from fusion.errors import UserError
 from fusion.run import identity
-from fusion.store.manifest import check_trust, read_manifest
+from fusion.store.compatibility import check_trust
+from fusion.store.lookup import read_manifest
 from tests.bench import Bench
 from tests.store.conftest import build as make_manifest
 

@@ -15,7 +15,7 @@ import yaml
 
 from fusion import stage1, stage2
 from fusion.app import conf_folder
-from fusion.store.manifest import names, read_manifest
+from fusion.store.lookup import names, read_manifest
 from tests.bench import LABELS, write_task
 
 DEBUG = sorted(file.stem for file in (conf_folder() / "debug").glob("*.yaml"))

@@ -17,7 +17,7 @@ from fusion.ending import end_of_run, end_of_sweep, number, score
 from fusion.run import Run
 from fusion.settings_table import settings_table
 from fusion.store.listing import as_bytes
-from fusion.store.manifest import read_manifest
+from fusion.store.lookup import read_manifest
 from fusion.sweep import Job
 from tests.bench import Bench, write_manifest
 

@@ -23,7 +23,7 @@ from fusion.config import (
 from fusion.errors import UserError
 from fusion.run import identity, is_done
 from fusion.store.describing import describe
-from fusion.store.manifest import read_manifest
+from fusion.store.lookup import read_manifest
 from fusion.store.rebuilding import rebuild_lines
 from tests.bench import Bench
 

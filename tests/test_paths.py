@@ -11,7 +11,7 @@ from fusion.data.splits import check_source
 from fusion.errors import UserError
 from fusion.paths import check_relative, expand_paths, resolve_path
 from fusion.store.__main__ import main as store_program
-from fusion.store.manifest import check_writable
+from fusion.store.writing import check_writable
 from fusion.sync import main as sync_program
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from fusion.safe_text import listed, one_line, printable, printable_logs, quotable, shown
 from fusion.store.__main__ import main as store_program
-from fusion.store.manifest import HEAD, MANIFEST, WEIGHTS
+from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
 from tests.store.conftest import build
 
 HOSTILE = [

@@ -17,7 +17,7 @@ from fusion.config import BackboneConfig, SameBackboneConfig, Stage1Config
 from fusion.errors import UserError
 from fusion.inspection import inspect
 from fusion.run import Run
-from fusion.store.manifest import read_manifest
+from fusion.store.lookup import read_manifest
 from fusion.training.fit import _check_tokenizer
 from tests.bench import Bench
 from tests.conftest import save_backbone

@@ -12,7 +12,7 @@ from fusion.config import DataConfig, HubConfig, InspectConfig, LimitConfig, Spl
 from fusion.data.splits import drawn_from_train
 from fusion.errors import UserError
 from fusion.inspection import inspect
-from fusion.store.manifest import read_manifest
+from fusion.store.lookup import read_manifest
 from fusion.unseen import check_unseen
 from tests.bench import Bench
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusion.errors import UserError
-from fusion.store.manifest import OLD, Manifest, artifacts, names
+from fusion.store.layout import OLD
+from fusion.store.lookup import artifacts, names
+from fusion.store.manifest import Manifest
 from fusion.store.unfit import why_unfit
 
 

@@ -13,7 +13,7 @@ from fusion.errors import UserError
 from fusion.overrides import override, shell_line
 from fusion.ranking.candidates import all_adapters
 from fusion.ranking.kept import Kept, rankings_of
-from fusion.store.manifest import read_manifest
+from fusion.store.lookup import read_manifest
 
 log = logging.getLogger(__name__)
 

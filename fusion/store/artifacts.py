@@ -21,24 +21,13 @@ import torch
 
 from fusion.errors import UserError, first_line
 from fusion.store.files import MEND, read_regular
-from fusion.store.manifest import (
-    HEAD,
-    MANIFEST,
-    OLD,
-    REPLACED,
-    STAGING,
-    WEIGHTS,
-    Manifest,
-    check_free,
-    check_name,
-    find,
-    find_by_hash,
-    read_folder,
-    read_settled,
-    short,
-)
+from fusion.store.json_text import short
+from fusion.store.layout import HEAD, MANIFEST, OLD, REPLACED, STAGING, WEIGHTS
+from fusion.store.lookup import find, find_by_hash, read_folder, read_settled
+from fusion.store.manifest import Manifest
+from fusion.store.names import check_name
 from fusion.store.trained_data import note_ambiguous_labels
-from fusion.store.writing import LOCK_SECONDS, NEW, retire, settle, sync_folder, writing
+from fusion.store.writing import LOCK_SECONDS, NEW, check_free, retire, settle, sync_folder, writing
 
 log = logging.getLogger(__name__)
 

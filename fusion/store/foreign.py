@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-MANIFEST = "manifest.json"
+from fusion.store.layout import MANIFEST
+
 _LARGEST = 2**20  # bytes of a config
 
 # By a file that only this format has. The first that is there decides.

@@ -9,7 +9,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from fusion.safe_text import printable
-from fusion.store.manifest import MANIFEST, Manifest
+from fusion.store.layout import MANIFEST
+from fusion.store.manifest import Manifest
 from fusion.store.overview import Found, Leftover, check_store, everything, leftovers, size_of, users_of
 from fusion.store.settings_groups import Lookup, group
 

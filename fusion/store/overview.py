@@ -15,17 +15,10 @@ from typing import Any
 
 from fusion.errors import UserError
 from fusion.run_lock import LOCKS, holder_of, is_held, is_locked
-from fusion.store.manifest import (
-    MANIFEST,
-    OLD,
-    REPLACED,
-    STAGING,
-    Manifest,
-    folders,
-    is_name,
-    read_folder,
-    read_settled,
-)
+from fusion.store.layout import MANIFEST, OLD, REPLACED, STAGING
+from fusion.store.lookup import folders, read_folder, read_settled
+from fusion.store.manifest import Manifest
+from fusion.store.names import is_name
 
 RUNS = ".runs"
 

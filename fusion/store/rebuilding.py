@@ -13,7 +13,8 @@ from typing import Any
 
 from fusion.errors import UserError
 from fusion.overrides import key_of, override
-from fusion.store.manifest import Manifest, find, find_by_hash, read_folder
+from fusion.store.lookup import find, find_by_hash, read_folder
+from fusion.store.manifest import Manifest
 
 # Of sources=top:3, the names that it stood for are said, and so nothing else about them.
 SAID_ANYWAY = ("store", "name", "seed", "overwrite", "resume", "sources_by")

@@ -8,17 +8,9 @@ import shutil
 from pathlib import Path
 
 from fusion.errors import UserError
-from fusion.store.manifest import (
-    HEAD,
-    MANIFEST,
-    STAGING,
-    WEIGHTS,
-    artifacts,
-    check_name,
-    names,
-    read_folder,
-    unknown_name,
-)
+from fusion.store.layout import HEAD, MANIFEST, STAGING, WEIGHTS
+from fusion.store.lookup import artifacts, names, read_folder, unknown_name
+from fusion.store.names import check_name
 from fusion.store.overview import check_store
 from fusion.store.writing import (
     LOCK_SECONDS,

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
-from fusion.store.manifest import Manifest, artifacts, find, read_folder
+from fusion.store.lookup import artifacts, find, read_folder
+from fusion.store.manifest import Manifest
 
 Settings = dict[str, Any]
 

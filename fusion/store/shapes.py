@@ -16,7 +16,9 @@ from typing import Any
 from fusion.config import CompositionConfig
 from fusion.errors import UserError
 from fusion.selection import kept_layers
-from fusion.store.manifest import CHOSEN, MANIFEST, Manifest, check_sources
+from fusion.store.compatibility import check_sources
+from fusion.store.layout import MANIFEST
+from fusion.store.manifest import CHOSEN, Manifest
 
 Shapes = dict[str, tuple[int, ...]]
 

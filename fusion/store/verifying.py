@@ -13,17 +13,10 @@ from fusion.run_lock import LOCKS, is_locked
 from fusion.safe_text import printable
 from fusion.store.artifacts import Artifact, check_numbers, match_keys, read
 from fusion.store.files import MEND
+from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
 from fusion.store.listing import as_bytes
-from fusion.store.manifest import (
-    HEAD,
-    MANIFEST,
-    READS,
-    WEIGHTS,
-    Manifest,
-    source_manifests,
-    stamp,
-    unknown_name,
-)
+from fusion.store.lookup import READS, source_manifests, stamp, unknown_name
+from fusion.store.manifest import Manifest
 from fusion.store.overview import Found, check_store, everything, leftovers, size_of
 from fusion.store.shapes import head_shapes, weight_shapes
 

@@ -11,22 +11,19 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from fusion.errors import UserError
+from fusion.paths import resolve_path
 from fusion.store.files import read_regular
-from fusion.store.manifest import (
-    MANIFEST,
-    OLD,
-    REPLACED,
-    STAGING,
-    Manifest,
-    artifacts,
-    read_folder,
-)
+from fusion.store.layout import MANIFEST, OLD, REPLACED, STAGING
+from fusion.store.lookup import artifacts, folders, read_folder
+from fusion.store.manifest import Manifest
+from fusion.store.names import check_name
 
 LOCKS = ".locks"
 LOCK_SECONDS = 60.0
@@ -131,3 +128,48 @@ def keep_replaced(store: Path, folder: Path, manifest: Manifest) -> Path:
     os.replace(folder, kept)
     sync_folder(kept.parent)
     return kept
+
+
+def check_free(name: str, kind: str, store: Path, overwrite: bool) -> None:
+    """Refuses to write `name` where something stands that must not be replaced.
+
+    Raises:
+        UserError: the name is taken: by something else than an artifact, by another kind (a fusion never takes
+            an adapter's name, even with overwrite), or by an artifact without `overwrite`.
+    """
+    check_name(name)
+    folder = store / name
+    if not folder.exists():
+        folder = folders(store).get(name, folder)
+    if not folder.exists():
+        return
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder} is there and is no artifact: choose another name=, or move it away")
+    try:
+        stored = read_folder(folder).kind
+    except UserError:
+        stored = kind  # damaged: training it again with overwrite=true is the mend
+    if stored != kind:
+        raise UserError(f"{store / name} is kept for a stored {stored}: choose another name= for this {kind}")
+    if not overwrite:
+        raise UserError(f"{store / name} is there already: overwrite=true replaces it, name=NAME keeps both")
+
+
+def check_writable(store: Path) -> None:
+    """Refuses a store that cannot be written, before hours are spent on what should go there.
+
+    Raises:
+        UserError: the store is a file, or it or the folder it would be made in is not writable.
+    """
+    resolve_path(str(store), "store")
+    if store.exists() and not store.is_dir():
+        raise UserError(f"store={store}: this is a file, expected a folder")
+    nearest = store.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=nearest))  # tried, since permissions do not tell of read-only disks
+    except OSError as error:
+        raise UserError(
+            f"store={store}: {nearest} cannot be written ({error.strerror}); store=DIR names another folder"
+        ) from None

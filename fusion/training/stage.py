@@ -34,7 +34,8 @@ from fusion.review.tracking import (
 )
 from fusion.run import Run
 from fusion.store.artifacts import save
-from fusion.store.manifest import Manifest, read_folder
+from fusion.store.lookup import read_folder
+from fusion.store.manifest import Manifest
 from fusion.store.unfit import DIVERGED
 from fusion.training.attention import AttentionRecorder
 from fusion.training.class_weights import set_class_weights

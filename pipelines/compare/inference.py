@@ -119,7 +119,7 @@ def measure(config: TimingConfig) -> dict[str, Any]:
     from fusion.inference import device_of
     from fusion.memory import keep_freed_memory
     from fusion.store.artifacts import load
-    from fusion.store.manifest import read_manifest
+    from fusion.store.lookup import read_manifest
 
     if not config.artifacts:
         raise UserError("artifacts is empty: expected names in the store, such as artifacts=[cb-head]")

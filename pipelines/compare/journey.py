@@ -11,7 +11,9 @@ from typing import Any
 
 from fusion.errors import UserError
 from fusion.run import describe
-from fusion.store.manifest import Manifest, is_name, names, read_manifest
+from fusion.store.lookup import names, read_manifest
+from fusion.store.manifest import Manifest
+from fusion.store.names import is_name
 from pipelines.commands import Outcome, attempt, say, typed
 from pipelines.compare.config import Settings, key_of, tasks
 from pipelines.compare.plan import (

@@ -19,7 +19,8 @@ import yaml
 
 from fusion import stage1, stage2
 from fusion.errors import UserError
-from fusion.store.manifest import Manifest, read_manifest
+from fusion.store.lookup import read_manifest
+from fusion.store.manifest import Manifest
 from pipelines.commands import Outcome
 from pipelines.compare import config as settings_module
 from pipelines.compare import inference, journey

@@ -17,7 +17,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from wandb.sdk.launch.sweeps import utils as wandb_sweeps
 
-from fusion.store.manifest import is_name
+from fusion.store.names import is_name
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "pipelines" / "wandb"

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fusion.ranking.attention import shares
-from fusion.store.manifest import Manifest, read_manifest
+from fusion.store.lookup import read_manifest
+from fusion.store.manifest import Manifest
 from tests.bench import Bench
 
 

@@ -30,7 +30,7 @@ from fusion.ranking.choice import _command, name_sources
 from fusion.ranking.kept import rankings_of, read
 from fusion.run import identity_config
 from fusion.store.__main__ import main as store_program
-from fusion.store.manifest import read_manifest
+from fusion.store.lookup import read_manifest
 from fusion.store.rebuilding import rebuild_lines
 from tests.bench import Bench, write_manifest
 

@@ -21,7 +21,7 @@ from fusion.errors import UserError
 from fusion.ranking import similarity
 from fusion.ranking.similarity import cosine, kept_embedding, text_embedding
 from fusion.ranking.source_rows import source_rows
-from fusion.store.manifest import read_manifest
+from fusion.store.lookup import read_manifest
 from tests.bench import Bench
 
 CPU = torch.device("cpu")

@@ -22,7 +22,8 @@ from fusion.config import LoggerConfig, TrainerConfig, WandbConfig
 from fusion.review import decision, tracking
 from fusion.review.lineage import FILE as LINKS
 from fusion.review.offline import find_offline
-from fusion.store.manifest import Manifest, read_manifest
+from fusion.store.lookup import read_manifest
+from fusion.store.manifest import Manifest
 from tests.bench import Bench
 from tests.review.test_tracking import KEY, records, summary
 from tests.review.wandb_server import WandbServer, wandb_server

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
 from fusion.store.manifest import Manifest
+
+FILES = {WEIGHTS: {"sha256": "1" * 64, "bytes": 10}, HEAD: {"sha256": "2" * 64, "bytes": 20}}
 
 
 def build(name: str = "mnli", kind: str = "adapter", **changes: Any) -> Manifest:
@@ -58,6 +62,13 @@ def build(name: str = "mnli", kind: str = "adapter", **changes: Any) -> Manifest
         "result": {"best_epoch": 1},
     }
     return Manifest(**(values | changes))
+
+
+def put(folder: Path, manifest: Manifest) -> Path:
+    """Writes a manifest as an artifact has it; the weights are of no interest here."""
+    folder.mkdir(parents=True)
+    (folder / MANIFEST).write_text(replace(manifest, files=manifest.files or FILES).to_json())
+    return folder
 
 
 @pytest.fixture

@@ -22,17 +22,9 @@ import torch
 import fusion.store.artifacts as artifacts_module
 from fusion.errors import UserError
 from fusion.store.artifacts import adopt, load, load_by_hash, match_keys, save
-from fusion.store.manifest import (
-    HEAD,
-    MANIFEST,
-    WEIGHTS,
-    Manifest,
-    checksum_of,
-    find,
-    find_by_hash,
-    names,
-    read_manifest,
-)
+from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
+from fusion.store.lookup import find, find_by_hash, names, read_manifest
+from fusion.store.manifest import Manifest, checksum_of
 from fusion.store.writing import writing
 
 Make = Callable[..., Manifest]

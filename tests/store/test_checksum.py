@@ -14,7 +14,9 @@ import torch
 
 from fusion.errors import UserError
 from fusion.store.artifacts import load, save
-from fusion.store.manifest import MANIFEST, Manifest, checksum_of, read_manifest
+from fusion.store.layout import MANIFEST
+from fusion.store.lookup import read_manifest
+from fusion.store.manifest import Manifest, checksum_of
 from fusion.store.shapes import head_shapes, weight_shapes
 from fusion.store.verifying import verify
 

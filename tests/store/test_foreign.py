@@ -9,7 +9,7 @@ import pytest
 
 from fusion.errors import UserError
 from fusion.store.foreign import why_no_artifact
-from fusion.store.manifest import find
+from fusion.store.lookup import find
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,10 @@ from fusion.layers.heads import TaskHead
 from fusion.layers.slot_module import SlotModule, parameters_of
 from fusion.store.artifacts import load, save
 from fusion.store.describing import describe
+from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
 from fusion.store.listing import list_store
-from fusion.store.manifest import HEAD, MANIFEST, WEIGHTS, Manifest, checksum_of, read_manifest
+from fusion.store.lookup import read_manifest
+from fusion.store.manifest import Manifest, checksum_of
 from fusion.store.verifying import verify
 from tests.store.conftest import build as make_manifest
 

@@ -1,4 +1,4 @@
-"""The manifest's own checks, names, and how artifacts are found."""
+"""What a manifest may hold, and its hash."""
 
 from __future__ import annotations
 
@@ -14,33 +14,11 @@ from typing import Any
 import pytest
 
 from fusion.errors import UserError
-from fusion.store.manifest import (
-    FORMAT_VERSION,
-    HEAD,
-    MANIFEST,
-    OPTIONAL,
-    WEIGHTS,
-    Manifest,
-    check_backbone,
-    check_free,
-    check_name,
-    check_sources,
-    check_writable,
-    find,
-    find_by_hash,
-    names,
-    read_manifest,
-)
+from fusion.store.layout import HEAD, WEIGHTS
+from fusion.store.manifest import FORMAT_VERSION, OPTIONAL, Manifest
+from tests.store.conftest import FILES, put
 
 Make = Callable[..., Manifest]
-FILES = {WEIGHTS: {"sha256": "1" * 64, "bytes": 10}, HEAD: {"sha256": "2" * 64, "bytes": 20}}
-
-
-def put(folder: Path, manifest: Manifest) -> Path:
-    """Writes a manifest as an artifact has it; the weights are of no interest here."""
-    folder.mkdir(parents=True)
-    (folder / MANIFEST).write_text(replace(manifest, files=manifest.files or FILES).to_json())
-    return folder
 
 
 def values_of(manifest: Manifest) -> dict[str, Any]:
@@ -212,170 +190,6 @@ def test_hash_follows_what_the_weights_compute(make_manifest: Make) -> None:
     assert hash_of("fusion") == hash_of("fusion", composition={"fusion": "x", "keep": 2, "dropout": 0.5})
     with pytest.raises(ValueError, match="saved"):
         _ = make_manifest().hash
-
-
-@pytest.mark.parametrize("name", ["mnli", "rte-seed-3", "a.b_c-D", "0", "rte-lr-1e-4", "x" * 100, "console"])
-def test_good_names(name: str) -> None:
-    check_name(name)
-
-
-PATHS = ["", ".", "..", "../mnli", "/mnli", "a/b", "a\\b", ".hidden", "~", "a:b"]
-TEXTS = ["-x", "x.", "a b", "é", "a\n", "a\0b", "$x", "x" * 101, "con", "NUL.txt", "com1"]
-
-
-@pytest.mark.parametrize("name", PATHS + TEXTS)
-def test_names_that_would_leave_the_store(name: str) -> None:
-    with pytest.raises(UserError, match="Letters, digits"):
-        check_name(name)
-
-
-def test_find_by_name_then_by_path(make_manifest: Make, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = put(store / "mnli", make_manifest("mnli"))
-    elsewhere = put(store.parent / "copies" / "mnli", make_manifest("mnli", seed=9))
-    assert find("mnli", store) == stored
-    assert find(str(elsewhere), store) == elsewhere
-    monkeypatch.chdir(elsewhere.parent)
-    assert find("mnli", store) == stored  # the store first
-    assert find("./mnli", store) == Path("mnli")
-    assert read_manifest(str(elsewhere), store).seed == 9
-    assert find("mnli", store.parent / "empty") == Path("mnli")
-
-
-def test_unknown_name_says_what_there_is(make_manifest: Make, store: Path) -> None:
-    with pytest.raises(UserError, match=r"There is no such folder .*python -m fusion.stage1 \+task=NAME"):
-        find("mnli", store)
-    for name in ("mnli", "snli", "rte"):
-        put(store / name, make_manifest(name))
-    (store / ".runs" / "mnli-0123").mkdir(parents=True)
-    (store / "notes").mkdir()
-    assert names(store) == ["mnli", "rte", "snli"]
-    with pytest.raises(UserError, match="did you mean mnli or snli") as error:
-        find("mnlli", store)
-    assert "It has mnli, rte, snli; stage 1 makes an adapter" in str(error.value)
-    with pytest.raises(UserError, match=r"\+task=NAME"):
-        find("../mnli", store)
-    with pytest.raises(UserError, match=r"it has no manifest\.json"):
-        find(str(store / "notes"), store)
-    with pytest.raises(UserError, match="cannot be read as a folder"):
-        find("x" * 5000, store)
-    with pytest.raises(UserError, match="no artifact ''"):
-        find("", store)
-    for number in range(30):
-        put(store / f"task{number}", make_manifest())
-    with pytest.raises(UserError, match="and 13 more"):
-        find("cola", store)
-
-
-def test_find_by_hash(make_manifest: Make, store: Path) -> None:
-    def files(digit: str) -> dict[str, Any]:
-        return FILES | {WEIGHTS: {"sha256": digit * 64, "bytes": 10}}
-
-    first, second, third = (make_manifest("mnli", files=files(digit)) for digit in "345")
-    put(store / "mnli", second)
-    put(store / "copy", third)
-    put(store / ".replaced" / f"mnli-{first.hash[:8]}", first)
-    assert find_by_hash(second.hash, "mnli", store) == store / "mnli"
-    assert find_by_hash(third.hash, "mnli", store) == store / "copy"  # renamed by hand
-    assert find_by_hash(first.hash, "mnli", store) == store / ".replaced" / f"mnli-{first.hash[:8]}"
-    with pytest.raises(UserError, match=r"source mnli \(00000000\) is gone: .*mnli is another artifact now"):
-        find_by_hash("0" * 64, "mnli", store)
-    with pytest.raises(UserError, match=r"source rte \(00000000\) is gone: nothing in the store"):
-        find_by_hash("0" * 64, "rte", store)
-    (store / "mnli" / MANIFEST).write_text("{")
-    with pytest.raises(UserError, match=r"source mnli .* is gone: .*manifest.json: is not JSON"):
-        find_by_hash(second.hash, "mnli", store)
-    assert find_by_hash(third.hash, "mnli", store) == store / "copy"  # the damaged one hides nothing
-
-
-def test_check_free(make_manifest: Make, store: Path) -> None:
-    check_free("mnli", "adapter", store, overwrite=False)
-    put(store / "mnli", make_manifest())
-    with pytest.raises(UserError, match="overwrite=true"):
-        check_free("mnli", "adapter", store, overwrite=False)
-    check_free("mnli", "adapter", store, overwrite=True)
-    for overwrite in (False, True):  # a fusion never takes an adapter's name
-        with pytest.raises(
-            UserError, match="kept for a stored adapter: choose another name= for this fusion"
-        ):
-            check_free("mnli", "fusion", store, overwrite)
-    (store / "notes").mkdir()
-    with pytest.raises(UserError, match="is no artifact"):
-        check_free("notes", "adapter", store, overwrite=True)
-    (store / "mnli" / MANIFEST).write_text("{")
-    check_free("mnli", "adapter", store, overwrite=True)  # damaged: training it again is the mend
-    with pytest.raises(UserError, match="Letters"):
-        check_free("../mnli", "adapter", store, overwrite=True)
-
-
-def test_check_writable(store: Path) -> None:
-    check_writable(store)  # not there yet: its parents will be made
-    assert not store.exists()
-    store.parent.mkdir()
-    store.write_text("")
-    with pytest.raises(UserError, match="this is a file"):
-        check_writable(store)
-    with pytest.raises(UserError, match="is a file, expected a folder"):
-        check_writable(store / "below")
-
-
-def test_check_writable_without_permission(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store.mkdir(parents=True)
-
-    def refuse(dir: Path) -> str:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("tempfile.mkdtemp", refuse)  # root may write everywhere
-    with pytest.raises(UserError, match="cannot be written"):
-        check_writable(store)
-
-
-def test_sources_may_differ_in_shape(make_manifest: Make) -> None:
-    other = {"bottleneck_sizes": {"1.feedforward": 5}, "nonlinearity": "gelu", "scaling": 2.0, "layers": [1]}
-    check_sources([make_manifest("mnli"), make_manifest("rte", adapter=other)])
-    check_sources([make_manifest("mnli"), make_manifest("rte", backbone={"name_or_path": "/copies/tiny"})])
-    check_sources([])
-
-
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"backbone": {"name_or_path": "other", "fingerprint": "e" * 64}}, "backbone other and not tiny"),
-        (
-            {"backbone": {"fingerprint": "e" * 64}},
-            r"backbone tiny has other weights \(fingerprint eeeeeeee and not ffffffff\)",
-        ),
-        ({"backbone": {"hidden_size": 16}}, "hidden size 16 and not 8"),
-        (
-            {"adapter": {"sites": ["attention", "feedforward"]}},
-            r"adapter.sites \[attention, feedforward\] and not \[feedforward\]",
-        ),
-        ({"adapter": {"reads": "output"}}, "adapter.reads output and not normed"),
-    ],
-)
-def test_sources_that_cannot_be_fused(make_manifest: Make, changes: dict[str, Any], says: str) -> None:
-    with pytest.raises(UserError, match=rf"rte cannot be fused with mnli: {says}\. "):
-        check_sources([make_manifest("mnli"), make_manifest("sst2"), make_manifest("rte", **changes)])
-
-
-def test_sources_are_adapters_of_different_names(make_manifest: Make) -> None:
-    fusion = make_manifest("rte-adapterfusion", "fusion", sources=[{"name": "a", "hash": "b"}])
-    with pytest.raises(
-        UserError, match="rte-adapterfusion is a stored fusion, and only adapters can be combined"
-    ):
-        check_sources([fusion])
-    with pytest.raises(UserError, match="named mnli"):
-        check_sources([make_manifest("mnli"), make_manifest("mnli", seed=4)])
-
-
-def test_check_backbone(make_manifest: Make) -> None:
-    manifest = make_manifest("mnli", backbone={"revision": "abc"})
-    check_backbone(manifest, name_or_path="/elsewhere", fingerprint="f" * 64, hidden_size=8)
-    with pytest.raises(
-        UserError, match=r"mnli was trained on tiny revision abc .*ffffffff, and big has .*eeeeeeee"
-    ):
-        check_backbone(manifest, name_or_path="big", fingerprint="e" * 64, hidden_size=8)
-    with pytest.raises(UserError, match=r"hidden size 16 \(not 8\)"):
-        check_backbone(manifest, name_or_path="big", fingerprint="e" * 64, hidden_size=16)
 
 
 def test_the_checks_need_no_torch() -> None:

@@ -20,8 +20,10 @@ from fusion.errors import UserError
 from fusion.run_lock import turn_of
 from fusion.store.__main__ import KEYS, main
 from fusion.store.artifacts import load_by_hash, save
+from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
 from fusion.store.listing import as_bytes
-from fusion.store.manifest import HEAD, MANIFEST, WEIGHTS, Manifest, checksum_of, names, read_manifest
+from fusion.store.lookup import names, read_manifest
+from fusion.store.manifest import Manifest, checksum_of
 from fusion.store.removing import remove
 from fusion.store.shapes import head_shapes, weight_shapes
 from fusion.store.verifying import verify

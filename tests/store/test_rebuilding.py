@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fusion.store.manifest import read_manifest
+from fusion.store.lookup import read_manifest
 from tests.bench import LABELS, write_task
 
 ROOT = Path(__file__).resolve().parents[2]

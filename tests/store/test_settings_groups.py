@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from fusion.store.listing import list_store
-from fusion.store.manifest import Manifest, read_manifest
+from fusion.store.lookup import read_manifest
+from fusion.store.manifest import Manifest
 from fusion.store.settings_groups import Lookup, differing, group
 from tests.store.test_program import put
 

@@ -17,7 +17,8 @@ from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.layers.slot_module import SlotModule, parameters_of
 from fusion.store.artifacts import Artifact
-from fusion.store.manifest import HEAD, WEIGHTS, Manifest
+from fusion.store.layout import HEAD, WEIGHTS
+from fusion.store.manifest import Manifest
 from fusion.store.shapes import adapter_shapes, fusion_shapes, head_shapes, weight_shapes
 from tests.store.conftest import build
 

@@ -14,7 +14,7 @@ from fusion.data.rows import load_rows
 from fusion.errors import UserError
 from fusion.inspection import data_of
 from fusion.run import identity
-from fusion.store.manifest import read_manifest
+from fusion.store.lookup import read_manifest
 from fusion.store.trained_data import as_trained, note_ambiguous_labels
 from tests.bench import Bench
 

@@ -21,7 +21,7 @@ from fusion.config import (
     TrainerConfig,
 )
 from fusion.run import Run
-from fusion.store.manifest import read_manifest
+from fusion.store.lookup import read_manifest
 from fusion.store.verifying import verify
 
 STORED = Path(__file__).parent / "v0_1"

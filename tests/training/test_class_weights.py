@@ -19,7 +19,7 @@ from fusion.data.loaders import PlannedBatches
 from fusion.data.rows import Rows
 from fusion.errors import UserError
 from fusion.run import identity, identity_config
-from fusion.store.manifest import read_manifest
+from fusion.store.lookup import read_manifest
 from fusion.training.class_weights import set_class_weights
 from fusion.training.module import TaskModule, row_losses
 from tests.bench import Bench

@@ -17,7 +17,7 @@ from fusion.data.encode import EncodedRows
 from fusion.ending import trained
 from fusion.store.describing import describe
 from fusion.store.listing import first_score
-from fusion.store.manifest import read_manifest
+from fusion.store.lookup import read_manifest
 from fusion.training.divergence import divergence, zero_score_loss
 from tests.bench import Bench
 

@@ -16,7 +16,9 @@ from fusion.errors import UserError
 from fusion.review.report.reading import Found, RunFolder
 from fusion.review.report.statistics import Answers, Difference, Sample, compare, constant_scores, holm
 from fusion.run import OUTCOMES, identity_config
-from fusion.store.manifest import Manifest, check_attends, read_folder
+from fusion.store.compatibility import check_attends
+from fusion.store.lookup import read_folder
+from fusion.store.manifest import Manifest
 from fusion.store.settings_groups import Lookup, Settings, differing, key_of
 
 BASELINE = "single adapter"
