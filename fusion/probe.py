@@ -42,7 +42,7 @@ class PooledStates(TaskHead):
     """A head that scores nothing: it hands the pooled states on."""
 
     def forward(self, hidden: Tensor, attention_mask: Tensor, words: Tensor | None = None) -> Tensor:
-        """hidden: (S, T, D), attention_mask: (S, T) -> (S, D); with words: (W,), (W, D)."""
+        """hidden: (S, T, D), attention_mask: (S, T) -> (S, D), of words (B, W, D)."""
         return pool(hidden, attention_mask, self.pooling, words)
 
 

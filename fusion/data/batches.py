@@ -47,14 +47,15 @@ class Plan:
 class Batch:
     """Encoded rows, padded to the longest of them.
 
-    `sequences` is rows, or for choice tasks the sum of `choice_counts`: a row's choices stand one after another.
+    `sequences` is rows, or the sum of `choice_counts` where a row has several: its choices, or the windows of a sentence
+    that is too long, one after another.
 
     Attributes:
         input_ids: (sequences, tokens) int64
         attention_mask: (sequences, tokens) int64, 0 for padding
         token_type_ids: (sequences, tokens) int64, None where the tokenizer gives none
         labels: (rows,) int64 class ids or indices of the right choice, or float32 values; None without labels
-        choice_counts: (rows,) int64, choice tasks only
+        choice_counts: (rows,) int64, the sequences of each row; None: one each
         rows: (rows,) int64, the index of each in its split
         weights: (rows,) float32, 0.0 for a filler row and 1.0 otherwise
         global_rows: rows that count in this batch over all devices
@@ -62,6 +63,8 @@ class Batch:
             where that is known
         task: whose rows they are, where several tasks are trained at once
         global_weight: the sum of the class weights of these rows' labels over all devices; None: no class weights
+        words: (rows, most words) int64, rows of words only: where each word's first sub-word is among the sequences *
+            tokens; -1 for padding
     """
 
     input_ids: Tensor
@@ -75,6 +78,7 @@ class Batch:
     prefix: Tensor | None = None
     task: int = 0
     global_weight: float | None = None
+    words: Tensor | None = None
 
     def to(self, device: Any, **options: Any) -> Batch:
         """The batch on another device (Lightning moves whatever has a `to`)."""

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fusion.data.alignment import windows_of
 from fusion.data.batches import Batch
 from fusion.data.cache import keep, remove_leftovers, turn, user_cache
 from fusion.data.rows import Rows
@@ -31,7 +32,13 @@ if TYPE_CHECKING:
 _FORMAT = 2
 _CHUNK = 8192  # sequences tokenised at a time: their Python lists are many times the size of the arrays
 _SAID = "key and crc32"  # one entry: several would come in any order, and a file of other bytes each time
-_TYPES = {"input_ids": np.int32, "ends": np.int64, "token_type_ids": np.uint8}
+_TYPES = {
+    "input_ids": np.int32,
+    "ends": np.int64,
+    "token_type_ids": np.uint8,
+    "word_tokens": np.int64,
+    "windows": np.int64,
+}
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +49,7 @@ class EncodedRows:
     Attributes:
         lengths: (rows,) tokens of each row, of its longest choice where it has choices.
         labels: int64 class ids or indices of the right choice, or float32 values; None without labels.
-        choice_counts: (rows,) or None.
+        choice_counts: (rows,) the sequences of each row, its choices or windows; None: one each.
         fingerprint: that of the rows.
         key: hex digits that stand for the token ids.
         states: (all tokens, width), what the frozen prefix of a model gives for each token; None: unknown.
@@ -59,12 +66,16 @@ class EncodedRows:
         pad_token_id: int,
         pad_left: bool = False,
         key: str = "",
+        word_tokens: NDArray[np.int64] | None = None,
+        windows: NDArray[np.int64] | None = None,
     ) -> None:
         """
         Args:
             input_ids: (all tokens,) the sequences one after another.
             ends: (sequences,) where each sequence ends.
             token_type_ids: (all tokens,) or None.
+            word_tokens: (all words,) which of all tokens each word of `rows.words` begins with.
+            windows: (rows,) the sequences of each sentence.
         """
         self._input_ids = input_ids
         self._ends = ends
@@ -75,6 +86,13 @@ class EncodedRows:
         counts = (
             None if rows.choices is None else np.array([len(choices) for choices in rows.choices], np.int64)
         )
+        if windows is not None and windows.max() > 1:
+            counts = windows
+        self._word_tokens = word_tokens
+        self.word_counts: NDArray[np.int64] | None = None  # (rows,)
+        if rows.words is not None:
+            self.word_counts = np.array([len(words) for words in rows.words], np.int64)
+            self._word_ends = np.cumsum(self.word_counts)
         self.choice_counts: NDArray[np.int64] | None = counts
         self._first = np.arange(len(rows)) if counts is None else np.cumsum(counts) - counts
         sequence_lengths = self._ends - self._starts
@@ -147,11 +165,15 @@ class EncodedRows:
         if self.class_weights is not None and self.labels is not None:
             everyone = np.array(indices)[weight > 0] if global_indices is None else global_indices
             global_weight = float(self.class_weights[self.labels[everyone]].sum())
+        words = self._places_of_words(indices, real.shape[1])
+        labels = None if self.labels is None else self.labels[indices]
+        if labels is not None and words is not None:
+            labels = labels[:, : words.shape[1]]  # padded to the longest of the batch, not of the split
         return Batch(
             input_ids=torch.from_numpy(input_ids),
             attention_mask=torch.from_numpy(real.astype(np.int64)),
             token_type_ids=None if types is None else torch.from_numpy(types),
-            labels=None if self.labels is None else torch.from_numpy(self.labels[indices]),
+            labels=None if labels is None else torch.from_numpy(labels),
             choice_counts=None if counts is None else torch.from_numpy(counts),
             rows=torch.tensor(indices, dtype=torch.int64),
             weights=torch.from_numpy(weight),
@@ -159,7 +181,28 @@ class EncodedRows:
             prefix=None if prefix is None else torch.from_numpy(prefix),
             task=self.task,
             global_weight=global_weight,
+            words=None if words is None else torch.from_numpy(words),
         )
+
+    def _places_of_words(self, indices: list[int], width: int) -> NDArray[np.int64] | None:
+        """`Batch.words` of these rows, whose sequences are padded to `width`."""
+        if self.word_counts is None or self._word_tokens is None:
+            return None
+        rows = np.asarray(indices, np.intp)
+        counts = self.word_counts[rows]
+        tokens = self._word_tokens[_ranges(self._word_ends[rows] - counts, counts)]
+        sequences = np.searchsorted(self._ends, tokens, side="right")  # of the split
+        column = tokens - self._starts[sequences]
+        if self._pad_left:
+            column += width - (self._ends[sequences] - self._starts[sequences])
+        windows = np.ones_like(counts) if self.choice_counts is None else self.choice_counts[rows]
+        # By how much a sequence's number in the batch differs from that in the split, for each row.
+        shift = np.cumsum(windows) - windows - self._first[rows]
+        places = np.full((len(rows), int(counts.max())), -1, np.int64)
+        places[np.arange(places.shape[1]) < counts[:, None]] = (
+            sequences + np.repeat(shift, counts)
+        ) * width + column
+        return places
 
     def places(self, indices: list[int]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Where the tokens of these rows lie in the flat arrays: (real tokens,), and in their batch:
@@ -167,9 +210,7 @@ class EncodedRows:
         if self.choice_counts is None:
             sequences = self._first[indices]
         else:
-            sequences = np.concatenate(
-                [np.arange(self._first[i], self._first[i] + self.choice_counts[i]) for i in indices]
-            )
+            sequences = _ranges(self._first[indices], self.choice_counts[indices])
         starts, lengths = self._starts[sequences], self._ends[sequences] - self._starts[sequences]
         width = int(lengths.max())
         shift = (width - lengths if self._pad_left else np.zeros_like(lengths))[:, None]
@@ -178,12 +219,19 @@ class EncodedRows:
         return (starts[:, None] + positions)[real], real
 
 
+def _ranges(starts: NDArray[np.intp], counts: NDArray[np.int64]) -> NDArray[np.intp]:
+    """The numbers start, start + 1, …, `counts` of them for each start, one after another."""
+    shift = np.repeat(starts - (np.cumsum(counts) - counts), counts)
+    return shift + np.arange(len(shift))
+
+
 def encode(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int, cache_dir: Path | str | None = None
 ) -> EncodedRows:
     """Token ids of all rows; a pair too long loses tokens of its longer part.
 
-    A row with choices becomes one pair for each: its text columns, joined by a space, and the choice.
+    A row with choices becomes one pair for each: its text columns, joined by a space, and the choice. A row of words
+    that is too long becomes several sequences, see `data.alignment`.
 
     Args:
         max_length: tokens of a sequence, special tokens included.
@@ -207,6 +255,14 @@ def encode(
                 log.info("tokenising %d rows, once", len(rows))
                 arrays = _tokenize(rows, tokenizer, max_length)
                 _write(path, arrays)
+    windows = arrays.get("windows")
+    if windows is not None and (several := int((windows > 1).sum())):
+        log.info(
+            "%d of %d sentences have more than data.max_length=%d tokens: split into windows, every word is tagged",
+            several,
+            len(windows),
+            max_length,
+        )
     pad = tokenizer.pad_token_id
     return EncodedRows(
         input_ids=arrays["input_ids"],
@@ -216,6 +272,8 @@ def encode(
         pad_token_id=0 if pad is None else pad,
         pad_left=tokenizer.padding_side == "left",
         key=key,
+        word_tokens=arrays.get("word_tokens"),
+        windows=windows,
     )
 
 
@@ -237,8 +295,19 @@ def _tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -
     backend.encode_special_tokens = tokenizer.split_special_tokens
     with_types = _has_types(tokenizer)
     ids, types, lengths = [], [], []
+    word_tokens: list[NDArray[np.int64]] = []
+    windows: list[int] = []
+    tokens = 0
     for start in range(0, len(texts), _CHUNK):
-        encoded = backend.encode_batch_fast(texts[start : start + _CHUNK])
+        if rows.words is None:
+            encoded = backend.encode_batch_fast(texts[start : start + _CHUNK])
+        else:
+            split = windows_of(rows.words[start : start + _CHUNK], tokenizer, max_length)
+            windows += map(len, split)
+            encoded = [window.encoding for sentence in split for window in sentence]
+            for window in chain.from_iterable(split):
+                word_tokens.append(window.first + tokens)
+                tokens += len(window.encoding)
         lengths += [len(sequence) for sequence in encoded]
         ids.append(_flat((sequence.ids for sequence in encoded), np.int32))
         if with_types:
@@ -246,6 +315,8 @@ def _tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -
     arrays = {"input_ids": np.concatenate(ids), "ends": np.cumsum(lengths, dtype=np.int64)}
     if types:
         arrays["token_type_ids"] = np.concatenate(types)
+    if rows.words is not None:
+        arrays |= {"word_tokens": np.concatenate(word_tokens), "windows": np.array(windows, np.int64)}
     return arrays
 
 
@@ -270,6 +341,7 @@ def _key(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str
         sorted(tokenizer.model_input_names),
         tokenizer.truncation_side,
         max_length,
+        *([] if rows.words is None else ["words"]),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
 
@@ -321,12 +393,21 @@ def _fault(
     if said != f"{key} {_checksum(arrays, key)}":
         return "checksum"
     expected = {"input_ids", "ends"} | ({"token_type_ids"} if _has_types(tokenizer) else set())
+    if rows.words is not None:
+        expected |= {"word_tokens", "windows"}
     if arrays.keys() != expected:
         return f"it holds {', '.join(sorted(arrays))}"
     if any(array.ndim != 1 or array.dtype != _TYPES[name] for name, array in arrays.items()):
         return "an array of another type"
     ids, ends = arrays["input_ids"], arrays["ends"]
     sequences = len(rows) if rows.choices is None else sum(map(len, rows.choices))
+    if rows.words is not None:
+        windows, word_tokens = arrays["windows"], arrays["word_tokens"]
+        if len(windows) != len(rows) or windows.min() < 1 or len(word_tokens) != sum(map(len, rows.words)):
+            return "other sentences"
+        if len(word_tokens) and (word_tokens.min() < 0 or word_tokens.max() >= len(ids)):
+            return "words at other tokens"
+        sequences = int(windows.sum())
     lengths = np.diff(ends, prepend=0)
     if len(ends) != sequences or ends[-1] != len(ids) or lengths.min() < 0 or lengths.max() > max_length:
         return "sequences of other lengths"

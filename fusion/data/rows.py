@@ -64,6 +64,7 @@ class Rows:
         ignored: rows without a label, left out where others have one.
         fingerprint: sha256 over texts, choices and labels.
         reading: how the labels were read; None for values and without labels.
+        words: of each row, whose text has them joined by a space; None: rows are plain texts.
     """
 
     texts: list[tuple[str, ...]]
@@ -72,6 +73,7 @@ class Rows:
     ignored: int
     fingerprint: str
     reading: Reading | None = None
+    words: list[list[str]] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)

@@ -1,6 +1,6 @@
 """The task head: one vector a text (or a word), then its scores. With several tasks, a head for each.
 
-Shapes: S texts (a row of a choice task has several), T tokens, D hidden size, K outputs, W words of all texts.
+Shapes: S texts (a row of a choice task has several), T tokens, D hidden size, K outputs, B rows of at most W words.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 def pool(hidden: Tensor, attention_mask: Tensor, how: str, words: Tensor | None = None) -> Tensor:
     """hidden: (S, T, D), attention_mask: (S, T) -> (S, D), the first token or the mean of the real ones.
 
-    For `words`, (W, D): the state of each word's first sub-word, as BERT tags words (Devlin et al. 2019, section 5.3).
+    For `words`, (B, W, D): the state of each word's first sub-word, as BERT tags words (Devlin et al. 2019, section
+    5.3); any state at padding.
 
     Args:
-        words: (W,), where those sub-words are among the S * T tokens.
+        words: (B, W), where those sub-words are among the S * T tokens; -1 for padding.
 
     Raises:
         ValueError: `how` is none of cls, mean and words, or `words` are given for another, or are not for this one.
@@ -26,7 +27,7 @@ def pool(hidden: Tensor, attention_mask: Tensor, how: str, words: Tensor | None 
     if (how == "words") != (words is not None):
         raise ValueError(f"pooling {how!r} {'with' if words is not None else 'without'} places of words")
     if words is not None:
-        return hidden.flatten(0, 1)[words]
+        return hidden.flatten(0, 1)[words.clamp(min=0)]
     if how == "cls":
         return hidden[:, 0]
     if how == "mean":
@@ -67,11 +68,15 @@ class TaskHead(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, hidden: Tensor, attention_mask: Tensor, words: Tensor | None = None) -> Tensor:
-        """hidden: (S, T, D), attention_mask: (S, T) -> scores: (S, K), or with words: (W,) for each word: (W, K)."""
+        """hidden: (S, T, D), attention_mask: (S, T) -> scores: (S, K).
+
+        With words: (B, W), for each word: (B, W, K), -inf at padding.
+        """
         pooled = pool(hidden, attention_mask, self.pooling, words)
         if self.dense is not None:
             pooled = torch.tanh(self.dense(self.dropout(pooled)))
-        return self.output(self.dropout(pooled))
+        scores: Tensor = self.output(self.dropout(pooled))
+        return scores if words is None else scores.masked_fill((words < 0).unsqueeze(-1), float("-inf"))
 
 
 class TaskHeads(nn.Module):

@@ -20,17 +20,20 @@ def test_pooling() -> None:
 
 
 def test_a_word_is_its_first_sub_word() -> None:
-    # The second word of the first text, the first and the last of the second one.
-    words = torch.tensor([1, 3, 5])
+    words = torch.tensor(
+        [[1, -1], [3, 5]]
+    )  # the second token of the first text; the first and last of the other
     expected = torch.stack([HIDDEN[0, 1], HIDDEN[1, 0], HIDDEN[1, 2]])
-    assert torch.equal(pool(HIDDEN, MASK, "words", words), expected)
+    there = words >= 0
+    assert torch.equal(pool(HIDDEN, MASK, "words", words)[there], expected)
     head = TaskHead(4, 3, pooling="words", layers=2).eval()
     assert head.dense is not None
+    scores = head(HIDDEN, MASK, words)
     torch.testing.assert_close(
-        head(HIDDEN, MASK, words),
-        torch.stack([head.output(torch.tanh(head.dense(vector))) for vector in expected]),
+        scores[there], torch.stack([head.output(torch.tanh(head.dense(vector))) for vector in expected])
     )
-    assert head(HIDDEN, MASK, words[:0]).shape == (0, 3)
+    assert scores.shape == (2, 2, 3) and scores[0, 1].tolist() == [float("-inf")] * 3
+    assert head(HIDDEN, MASK, words[:, :0]).shape == (2, 0, 3)
     for how, given in (("words", None), ("cls", words)):
         with pytest.raises(ValueError, match=f"pooling '{how}'"):
             pool(HIDDEN, MASK, how, given)

@@ -1,0 +1,132 @@
+"""Sentences of given words as token ids: which token each word is scored by, and long sentences in windows.
+
+A word is scored by its first sub-word, as BERT tags words (Devlin et al. 2019, section 5.3); its other sub-words and
+the special tokens have no label. Every word has such a token: a sentence that is too long becomes several sequences,
+cut between words, and a word of which the tokenizer leaves nothing (a zero-width space, say) becomes the unknown token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusion.errors import UserError
+from fusion.safe_text import shown
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerBase
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # where the tokenizer has no unknown token
+
+
+@dataclass(frozen=True)
+class Window:
+    """Words of a sentence in one sequence.
+
+    Attributes:
+        encoding: the sequence, special tokens included.
+        first: (words,) the token of the sequence that each word begins with.
+    """
+
+    encoding: Encoding
+    first: NDArray[np.int64]
+
+
+def windows_of(
+    sentences: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[list[Window]]:
+    """The windows of each sentence, in order: mostly one.
+
+    The words are joined by a space, which is a text as in pre-training for any tokenizer; where each word begins is
+    read from the offsets.
+
+    Args:
+        max_length: tokens of a sequence, special tokens included. A single word beyond it loses its last sub-words.
+
+    Raises:
+        UserError: the tokenizer gives no token for a word, and none for the unknown token either.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    found: list[dict[int, Window]] = [{} for _ in sentences]  # by the number of their first word
+    # What is still to be encoded: the sentence, the first word, the words. What turns out too long is cut, and again.
+    pieces = [(number, 0, list(words)) for number, words in enumerate(sentences)]
+    while pieces:
+        texts = [" ".join(words) for *_, words in pieces]
+        encoded = zip(pieces, backend.encode_batch(texts), strict=True)
+        pieces = []
+        for (number, start, words), encoding in encoded:
+            first = first_tokens(words, encoding)
+            if (without := np.flatnonzero(first < 0)).size:
+                words, encoding = _with_unknown(tokenizer, words, without)
+                first = first_tokens(words, encoding)
+            if len(encoding) > max_length and len(words) > 1:
+                room = max_length - backend.num_special_tokens_to_add(False)
+                cuts = _cuts(first, len(encoding), room)
+                pieces += [(number, start + cut, words[cut:end]) for cut, end in pairwise(cuts)]
+                continue
+            if len(encoding) > max_length:
+                backend.enable_truncation(max_length)
+                encoding = backend.encode(words[0])
+                backend.no_truncation()
+                first = first_tokens(words, encoding)
+            found[number][start] = Window(encoding, first)
+    return [[windows[start] for start in sorted(windows)] for windows in found]
+
+
+def first_tokens(words: Sequence[str], encoding: Encoding) -> NDArray[np.int64]:
+    """(words,) the first token that covers a part of each word, -1 where there is none.
+
+    Args:
+        encoding: of the words, joined by a space.
+    """
+    ends = np.fromiter(accumulate(len(word) + 1 for word in words), np.int64) - 1
+    starts = ends - np.fromiter(map(len, words), np.int64)
+    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    real = np.flatnonzero(offsets[:, 1] > offsets[:, 0])  # special tokens cover nothing
+    if not len(real):
+        return np.full(len(words), -1, np.int64)
+    token = np.searchsorted(offsets[real, 1], starts, side="right")
+    there = token < len(real)
+    token = np.minimum(token, len(real) - 1)
+    there &= offsets[real[token], 0] < ends
+    return np.where(there, real[token], -1)
+
+
+def _cuts(first: NDArray[np.int64], tokens: int, room: int) -> list[int]:
+    """Where windows of at most `room` tokens begin, and the end: as many words in each as fit, at least one.
+
+    Args:
+        first: (words,), two or more.
+        tokens: of the whole sequence.
+    """
+    ends = np.append(first[1:], tokens)
+    cuts = [0]
+    while cuts[-1] < len(first):
+        fitting = int(np.searchsorted(ends, first[cuts[-1]] + room, side="right"))
+        cuts.append(max(fitting, cuts[-1] + 1))
+    # Each is shorter than the whole, so that cutting comes to an end whatever its tokens are without the other words.
+    return cuts if len(cuts) > 2 else [0, len(first) // 2, len(first)]
+
+
+def _with_unknown(
+    tokenizer: PreTrainedTokenizerBase, words: Sequence[str], without: NDArray[np.intp]
+) -> tuple[list[str], Encoding]:
+    """The words, of which those `without` a token are replaced by the unknown token, and their encoding."""
+    unknown = str(tokenizer.unk_token or _REPLACEMENT)
+    replaced = list(words)
+    for number in without:
+        replaced[number] = unknown
+    encoding = tokenizer.backend_tokenizer.encode(" ".join(replaced))
+    if (first_tokens(replaced, encoding) < 0).any():
+        raise UserError(
+            f"tokenizer {tokenizer.name_or_path} gives no token for the word {shown(words[int(without[0])])}, nor for "
+            f"{shown(unknown)} in its place; remove the word, or take a tokenizer with an unknown token"
+        )
+    return replaced, encoding
