@@ -9,15 +9,20 @@ from fusion.config import TaskConfig
 from fusion.errors import UserError
 from fusion.safe_text import quotable
 from fusion.store.manifest import Manifest
+from fusion.tasks.kind import Decision
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A task, and which of the artifact's heads scores its rows: the number, and its own task's name."""
+    """A task, and which of the artifact's heads scores its rows: the number, and its own task's name.
+
+    decision: what predictions with this head depend on, as its training chose it, see `Kind.decision`.
+    """
 
     task: TaskConfig
     head: int
     head_task: str
+    decision: Decision
 
 
 def own_tasks(manifest: Manifest) -> list[TaskConfig]:
@@ -27,6 +32,14 @@ def own_tasks(manifest: Manifest) -> list[TaskConfig]:
         return [TaskConfig.from_dict(task, where=where) for task in manifest.tasks]
     except UserError as error:  # what it quotes from the file may hold anything
         raise UserError(quotable(str(error))) from None
+
+
+def decision_of(manifest: Manifest, head: int = 0) -> Decision:
+    """What the manifest keeps beside one of the artifact's heads."""
+    heads = (
+        [entry["head"] for entry in manifest.multitask.values()] if manifest.multitask else [manifest.head]
+    )
+    return dict(heads[head].get("decision", {}))
 
 
 def answers(manifest: Manifest, asked: TaskConfig | None) -> list[Answer]:
@@ -39,11 +52,14 @@ def answers(manifest: Manifest, asked: TaskConfig | None) -> list[Answer]:
     """
     own = own_tasks(manifest)
     if asked is None:
-        return [Answer(task, number, str(task.name)) for number, task in enumerate(own)]
+        return [
+            Answer(task, number, str(task.name), decision_of(manifest, number))
+            for number, task in enumerate(own)
+        ]
     named = [number for number, task in enumerate(own) if task.name == asked.name]
     fitting = [number for number in named or range(len(own)) if _form(own[number]) == _form(asked)]
     if len(fitting) == 1:
-        return [Answer(asked, fitting[0], str(own[fitting[0]].name))]
+        return [Answer(asked, fitting[0], str(own[fitting[0]].name), decision_of(manifest, fitting[0]))]
     names = [str(task.name) for task in own]
     one_of = f"say +task= with one of {', '.join(names)}" if len(own) > 1 else "leave +task= out"
     if fitting:

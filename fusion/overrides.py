@@ -21,6 +21,12 @@ _UNQUOTED = re.compile(r"[A-Za-z0-9_ \t/\-\\+.$%*@?|:]")
 _STRUCTURE = re.compile(r"[\[\]{}()'\",=]")  # lists, dicts, calls, quotes, sweeps: not a plain text
 
 
+def shortened(value: Any) -> str:
+    """A value for a message, which a long list would fill, as an override writes it."""
+    text = hydra_value(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
 def hydra_value(value: Any) -> str:
     """A value as an override writes it: `null`, `true`, `0.0001`, `[a,b]`, `{a:1}`, text that means that very text."""
     if value is None:

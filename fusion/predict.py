@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from fusion.answers import Answer, answers
 from fusion.app import command
-from fusion.config import PredictConfig, TaskConfig
+from fusion.config import PredictConfig
 from fusion.errors import UserError
 from fusion.run import Run
 from fusion.store.compatibility import check_attends
 from fusion.store.manifest import Manifest
+from fusion.tasks.table import kind_of
 from fusion.terminal.screen import say
 from fusion.usable import usable_manifest
 
@@ -99,7 +100,7 @@ def main(config: PredictConfig, run: Run) -> dict[str, Any]:
             f"attention=true: with drop={config.drop} no layer of {manifest.name} is left that attends"
         )
     counts = None if rows.choices is None else [len(choices) for choices in rows.choices]
-    _write(Path(config.output), lines(predictions, task, manifest, counts))
+    _write(Path(config.output), lines(predictions, answer, manifest, counts))
     say(f"{len(rows)} predictions of {manifest.name} in {config.output}")
     return {
         "artifact": str(artifact.path),
@@ -112,28 +113,17 @@ def main(config: PredictConfig, run: Run) -> dict[str, Any]:
 
 
 def lines(
-    predictions: Predictions, task: TaskConfig, manifest: Manifest, choice_counts: list[int] | None
+    predictions: Predictions, answer: Answer, manifest: Manifest, counts: list[int] | None
 ) -> Iterator[dict[str, Any]]:
-    """One prediction a row: `label` and `scores` by label name (`score` of a regression).
+    """One prediction a row, as the task's kind words it.
 
     With attention: for each layer, the mean over the row's tokens of what each source got. Where a
     placement has several sites, `layer.site` stands for the layer.
     """
-    from fusion.inference import class_names, probabilities
-
     sources = [source["name"] for source in manifest.sources]
     several_sites = len({slot.partition(".")[2] for slot in predictions.attention}) > 1
-    for row, values in enumerate(probabilities(predictions.scores, task.kind).tolist()):
-        line: dict[str, Any]
-        if task.kind == "regression":
-            line = {"score": values[0]}
-        else:
-            values = values[: choice_counts[row]] if choice_counts else values
-            names = class_names(task, len(values))
-            line = {
-                "label": names[values.index(max(values))],
-                "scores": dict(zip(names, values, strict=True)),
-            }
+    kind = kind_of(answer.task)
+    for row, line in enumerate(kind.lines(answer.task, predictions.scores, counts, answer.decision)):
         if predictions.attention:
             line["attention"] = {
                 slot if several_sites else slot.partition(".")[0]: dict(

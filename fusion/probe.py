@@ -12,7 +12,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from fusion.backbones.load import Backbone
@@ -22,6 +21,7 @@ from fusion.data.batches import Batch
 from fusion.layers.heads import TaskHead, pool
 from fusion.model.adapted import AdaptedModel
 from fusion.store.artifacts import Artifact
+from fusion.tasks.table import kind_of
 from fusion.training.metrics import score
 
 log = logging.getLogger(__name__)
@@ -123,14 +123,11 @@ def linear_scores(training: States, other: States, task: TaskConfig) -> Tensor:
     cross-entropy, over the labels or over a row's choices, or the squared error of standardised values.
     """
     mean, deviation = training.pooled.mean(0), training.pooled.std(0, correction=0).clamp(min=1e-6)
-    outputs = len(task.labels or []) if task.kind == "classification" else 1
+    kind = kind_of(task)
+    outputs = kind.head_outputs(task)
     weight = torch.zeros(training.pooled.shape[1], outputs, dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(outputs, dtype=torch.float64, requires_grad=True)
-    labels = training.labels
-    if task.kind == "regression":
-        labels = (labels.double() - labels.double().mean()) / labels.double().std(correction=0).clamp(
-            min=1e-6
-        )
+    labels = kind.probe_labels(training.labels)
 
     def scores(states: States) -> Tensor:
         each = ((states.pooled - mean) / deviation) @ weight + bias
@@ -140,12 +137,7 @@ def linear_scores(training: States, other: States, task: TaskConfig) -> Tensor:
         return pad_sequence(list(rows), batch_first=True, padding_value=float("-inf"))
 
     def loss() -> Tensor:
-        found = scores(training)
-        if task.kind == "regression":
-            fit = F.mse_loss(found.squeeze(-1), labels)
-        else:
-            fit = F.cross_entropy(found, labels)
-        return fit + weight.pow(2).sum() / (2 * len(labels))
+        return kind.mean_loss(scores(training), labels) + weight.pow(2).sum() / (2 * len(labels))
 
     optimizer = torch.optim.LBFGS(
         [weight, bias],

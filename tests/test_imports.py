@@ -25,7 +25,17 @@ HEAVY = (
     "torchmetrics",
 )
 
-BASE = {"config", "errors", "overrides", "expected_warnings", "repeats", "paths", "safe_text", "signals"}
+BASE = {
+    "config",
+    "errors",
+    "overrides",
+    "expected_warnings",
+    "repeats",
+    "paths",
+    "safe_text",
+    "signals",
+    "tasks",
+}
 # What each part of the package may import of the others. Parts that are not listed are commands.
 MAY_IMPORT: dict[str, set[str]] = {
     "": {"signals"},
@@ -37,7 +47,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "safe_text": set(),
     "paths": {"errors", "safe_text"},
     "program": {"errors", "safe_text", "signals"},
-    "config": {"errors", "overrides", "repeats"},
+    "config": {"errors", "overrides", "repeats", "tasks"},
+    "tasks": {"errors", "overrides", "safe_text", "metrics", "layers", "data.table"},
     "hub": {"errors"},
     "custom_code": {"errors"},
     "memory": set(),

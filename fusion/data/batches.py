@@ -54,7 +54,7 @@ class Batch:
         input_ids: (sequences, tokens) int64
         attention_mask: (sequences, tokens) int64, 0 for padding
         token_type_ids: (sequences, tokens) int64, None where the tokenizer gives none
-        labels: (rows,) int64 class ids or indices of the right choice, or float32 values; None without labels
+        labels: (rows,) int64 or float32, or (rows, longest) int64 where a label is a list; None without labels
         choice_counts: (rows,) int64, the sequences of each row; None: one each
         rows: (rows,) int64, the index of each in its split
         weights: (rows,) float32, 0.0 for a filler row and 1.0 otherwise
@@ -62,7 +62,7 @@ class Batch:
         prefix: (sequences, tokens, width) float32, zero at padding: what the frozen prefix of the model gives,
             where that is known
         task: whose rows they are, where several tasks are trained at once
-        global_weight: the sum of the class weights of these rows' labels over all devices; None: no class weights
+        global_weight: the sum of these rows' loss weights over all devices; None: all rows count alike
         words: (rows, most words) int64, rows of words only: where each word's first sub-word is among the sequences *
             tokens; -1 for padding
     """

@@ -29,6 +29,8 @@ from fusion.errors import first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PADDING = -100  # of labels that are lists; what `torch.nn.functional.cross_entropy` ignores
+
 _FORMAT = 2
 _CHUNK = 8192  # sequences tokenised at a time: their Python lists are many times the size of the arrays
 _SAID = "key and crc32"  # one entry: several would come in any order, and a file of other bytes each time
@@ -48,13 +50,15 @@ class EncodedRows:
 
     Attributes:
         lengths: (rows,) tokens of each row, of its longest choice where it has choices.
-        labels: int64 class ids or indices of the right choice, or float32 values; None without labels.
+        labels: (rows,) int64 or float32, or (rows, longest) int64 where a label is a list, shorter ones padded with
+            `PADDING`; None without labels.
         choice_counts: (rows,) the sequences of each row, its choices or windows; None: one each.
         fingerprint: that of the rows.
         key: hex digits that stand for the token ids.
         states: (all tokens, width), what the frozen prefix of a model gives for each token; None: unknown.
         task: whose rows they are, where several tasks are trained or scored by one model.
         class_weights: (labels,) float64, the weight of each label in the training loss; None: all count alike.
+        loss_weights: (rows,) float64, what each row counts for in the mean of the training loss; None: all count alike.
     """
 
     def __init__(
@@ -101,13 +105,13 @@ class EncodedRows:
         )
         self.labels: NDArray[Any] | None = None
         if rows.labels is not None:
-            real = any(isinstance(label, float) for label in rows.labels)
-            self.labels = np.array(rows.labels, np.float32 if real else np.int64)
+            self.labels = label_array(rows.labels)
         self.fingerprint = rows.fingerprint
         self.key = key
         self.states: NDArray[np.floating] | None = None
         self.task = 0
         self.class_weights: NDArray[np.float64] | None = None
+        self.loss_weights: NDArray[np.float64] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For a loader's worker: states on disk are mapped there again, not copied."""
@@ -162,9 +166,9 @@ class EncodedRows:
             prefix[real] = self.states[tokens]
         weight = np.ones(len(indices), np.float32) if weights is None else np.array(weights, np.float32)
         global_weight = None
-        if self.class_weights is not None and self.labels is not None:
+        if self.loss_weights is not None:
             everyone = np.array(indices)[weight > 0] if global_indices is None else global_indices
-            global_weight = float(self.class_weights[self.labels[everyone]].sum())
+            global_weight = float(self.loss_weights[everyone].sum())
         words = self._places_of_words(indices, real.shape[1])
         labels = None if self.labels is None else self.labels[indices]
         if labels is not None and words is not None:
@@ -223,6 +227,15 @@ def _ranges(starts: NDArray[np.intp], counts: NDArray[np.int64]) -> NDArray[np.i
     """The numbers start, start + 1, …, `counts` of them for each start, one after another."""
     shift = np.repeat(starts - (np.cumsum(counts) - counts), counts)
     return shift + np.arange(len(shift))
+
+
+def label_array(labels: Sequence[Any]) -> NDArray[Any]:
+    """(rows,) float32 of values, (rows,) int64 of ids, (rows, longest) int64 of lists of them."""
+    if any(isinstance(label, list) for label in labels):
+        longest = max(map(len, labels))
+        return np.array([[*label, *[PADDING] * (longest - len(label))] for label in labels], np.int64)
+    real = any(isinstance(label, float) for label in labels)
+    return np.array(labels, np.float32 if real else np.int64)
 
 
 def encode(

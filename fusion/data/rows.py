@@ -18,7 +18,6 @@ import numpy as np
 
 from fusion.config import DataConfig, TaskConfig
 from fusion.data.holdout import Holdout
-from fusion.data.labels import Labels, Reading, agreed_way, label_key, numbers_of, read_ids, read_values
 from fusion.data.splits import (
     Part,
     check_made_splits,
@@ -31,9 +30,12 @@ from fusion.data.splits import (
     local_part,
     no_source,
 )
-from fusion.data.tables import Column, Table, hub_table, read_split, read_table, record_table
+from fusion.data.table import Column, Table
+from fusion.data.tables import hub_table, read_split, read_table, record_table
 from fusion.errors import UserError
 from fusion.safe_text import listed, shown
+from fusion.tasks.labels import Reading, agreed_way
+from fusion.tasks.table import kind_of
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +62,8 @@ class Rows:
     Attributes:
         texts: one or two columns a row.
         choices: choice tasks: the texts to choose from, two or more a row.
-        labels: class id, value, or index of the right choice; None for a split without labels.
+        labels: as the kind of the task has them: class id, value, index of the right choice, or a list of ints; None
+            for a split without labels.
         ignored: rows without a label, left out where others have one.
         fingerprint: sha256 over texts, choices and labels.
         reading: how the labels were read; None for values and without labels.
@@ -69,7 +72,7 @@ class Rows:
 
     texts: list[tuple[str, ...]]
     choices: list[list[str]] | None
-    labels: list[int] | list[float] | None
+    labels: list[Any] | None
     ignored: int
     fingerprint: str
     reading: Reading | None = None
@@ -170,34 +173,26 @@ def _rows(
         raise UserError(f"{table.where}: holds no rows; expected at least one")
     column = _find_labels(task, table, required=not unlabelled) if read_labels else None
     kept = list(range(table.rows)) if part is None or part.is_whole else _share(table, part)
-    ignored, keys = 0, []
+    ignored, raw, kind = 0, None, kind_of(task)
     if column is not None:
-        names = Labels(task)
-        if task.kind == "regression":
-            column = numbers_of(column)
-            keys = [label_key(value) for value in column.values]
-        else:
-            keys = names.keys(column)
-        without = names.ignored(column, keys, unlabelled)
-        labelled = [row for row in kept if not without[row]]
+        raw = kind.read_labels(task, column, table, unlabelled)
+        labelled = [row for row in kept if not raw.missing[row]]
         ignored = len(kept) - len(labelled)
         if not labelled and not unlabelled:
             raise UserError(
                 f"{table.where}: none of its {ignored} rows has a label; expected {task.label} to be other than "
                 f"ignore_labels={task.ignore_labels} in some"
             )
-        column, kept = (column, labelled) if labelled else (None, kept)
+        raw, kept = (raw, labelled) if labelled else (None, kept)
     columns = [_texts(table, name, column, kept) for name, column in _text_values(task, table)]
     texts = list(zip(*columns, strict=True))
-    choices = _choices(task, table, kept) if task.kind == "choice" else None
+    choices = _choices(task, table, kept) if kind.items == "choices" else None
     if choices is None and (empty := sum(not any(map(str.strip, row)) for row in texts)):
         log.warning("%s: %d of %d rows have an empty text", table.where, empty, len(texts))
     labels: list[Any] | None = None
     reading = None
-    if column is not None and task.kind == "regression":
-        labels = read_values(task, table, column, kept)
-    elif column is not None:
-        labels, reading = read_ids(names, table, column, keys, kept, choices)
+    if raw is not None:
+        labels, reading = raw.read(kept, choices)
     if choices is not None and task.blank is not None:
         texts, choices = _fill_blanks(task.blank, table, kept, texts, choices)
     if made is not None:

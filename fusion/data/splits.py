@@ -19,6 +19,7 @@ from fusion.data.holdout import Holdout
 from fusion.errors import UserError
 from fusion.paths import check_relative, resolve_path
 from fusion.safe_text import listed
+from fusion.tasks.table import kind_of
 
 SPLITS = ("train", "validation", "test")
 MADE = ("validation", "test")  # those that `data.split` can make of the training rows
@@ -134,7 +135,7 @@ def check_made_splits(tasks: Iterable[TaskConfig], data: DataConfig) -> None:
                 f"{'its' if len(every) == 1 else 'their'} own; leave it out"
             )
         for task in without:
-            if data.split.stratify and task.kind != "classification":
+            if data.split.stratify and not kind_of(task).has_classes:
                 raise UserError(
                     f"data.split.stratify=true: {task.name} is of kind {task.kind} and has no classes to stratify by; "
                     "expected data.split.stratify=false"

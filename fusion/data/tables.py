@@ -8,8 +8,8 @@ import logging
 import os
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,105 +19,13 @@ from fusion.data.conll import read_conll
 from fusion.data.delimited import read_delimited
 from fusion.data.files import READABLE, Form, SplitFiles, form_of, read_content
 from fusion.data.jsonl import read_json, read_jsonl
+from fusion.data.table import Table, counted
 from fusion.errors import UserError, first_line
 from fusion.hub import from_cache_or_hub, hub_is_reachable, offline
 from fusion.safe_text import listed
 
 if TYPE_CHECKING:
     import pyarrow
-
-
-class _Absent:
-    """A value that a row does not have, to tell it from null."""
-
-
-_ABSENT = _Absent()
-
-
-@dataclass(frozen=True)
-class Column:
-    """Raw values, and what the table tells about them.
-
-    Attributes:
-        names: of a ClassLabel column, what its ids stand for.
-        typed: whether the values have types of their own; all values of a CSV column of labels are text.
-    """
-
-    values: list[Any]
-    names: tuple[str, ...] | None = None
-    typed: bool = True
-
-
-@dataclass(frozen=True)
-class Table:
-    """Raw columns by name, and how to name a row of them to the user."""
-
-    where: str
-    columns: tuple[str, ...]
-    rows: int
-    read: Callable[[str], list[Any]]  # a column's values
-    row_name: Callable[[int], str]
-    place: Callable[[int], str] | None = None  # of a row, where the table comes from several files
-    features: dict[str, Any] = field(default_factory=dict)  # of a data set of the hub's library, by column
-    typed: bool = True  # whether the columns that hold text in any case could have held something else
-
-    def column(self, path: str) -> list[Any] | None:
-        """The values at `path`, None where the table has no such column.
-
-        `path` is a column, or goes on into nested values: `choices.text` is the field `text` of the struct
-        (or of each struct of the list) in `choices`, `choices.0` its first element.
-        """
-        if path in self.columns:
-            return self.read(path)
-        head, _, rest = path.partition(".")
-        if not rest or head not in self.columns:
-            return None
-        values = self.read(head)
-        for key in rest.split("."):
-            values = [_step(value, key) for value in values]
-        if values and all(value is _ABSENT for value in values):
-            return None
-        return [None if value is _ABSENT else value for value in values]
-
-    @property
-    def classes(self) -> dict[str, Any]:
-        """The features that may hold names of classes."""
-        plain = [
-            name
-            for name, one in self.features.items()
-            if isinstance(one, dict) and one.get("_type") == "Value"
-        ]
-        return {name: one for name, one in self.features.items() if name not in plain}
-
-    def class_names(self, path: str) -> tuple[str, ...] | None:
-        """What the ids at `path` stand for, None unless that is a ClassLabel column."""
-        feature: Any = self.features
-        for key in [path] if path in self.features else path.split("."):
-            feature = feature.get(key) if isinstance(feature, dict) else None
-        if not isinstance(feature, dict) or feature.get("_type") != "ClassLabel":
-            return None
-        names = feature.get("names")
-        return tuple(str(name) for name in names) if isinstance(names, list) else None
-
-    def at(self, row: int) -> str:
-        return f"{self.where}, {self.row_name(row)}" if self.place is None else self.place(row)
-
-
-def _step(value: Any, key: str) -> Any:
-    """One step into a nested value."""
-    if isinstance(value, dict):
-        return value.get(key, _ABSENT)
-    if isinstance(value, (list, tuple)):
-        if key.isdecimal():
-            # By its digits first: Python makes no number of thousands of them.
-            return value[int(key)] if len(key) < 10 and int(key) < len(value) else _ABSENT
-        if value and all(isinstance(element, dict) and key in element for element in value):
-            return [element[key] for element in value]
-    return _ABSENT
-
-
-def _counted(row: int) -> str:
-    return f"row {row + 1}"
 
 
 def arrow_table(table: pyarrow.Table, where: str, typed: bool = True) -> Table:
@@ -129,7 +37,7 @@ def arrow_table(table: pyarrow.Table, where: str, typed: bool = True) -> Table:
         columns=tuple(names),
         rows=table.num_rows,
         read=lambda name: _values(table.column(name), f"column {listed([name])}", where),
-        row_name=_counted,
+        row_name=counted,
         features=_features(table),
         typed=typed,
     )
@@ -159,7 +67,7 @@ def _values(column: pyarrow.ChunkedArray, name: str, where: str) -> list[Any]:
                 scalar.as_py()
             except Exception as error:
                 raise UserError(
-                    f"{where}, {_counted(row)}: {name} cannot be read as {column.type} ({first_line(error)[:120]})\n"
+                    f"{where}, {counted(row)}: {name} cannot be read as {column.type} ({first_line(error)[:120]})\n"
                     "Write the file anew, or without this row"
                 ) from error
         raise
@@ -173,7 +81,7 @@ def record_table(records: Iterable[dict[str, Any]], lines: list[int] | None = No
         columns=tuple(dict.fromkeys(key for row in rows for key in row)),
         rows=len(rows),
         read=lambda name: [row.get(name) for row in rows],
-        row_name=_counted if lines is None else lambda row: f"line {lines[row]}",
+        row_name=counted if lines is None else lambda row: f"line {lines[row]}",
     )
 
 

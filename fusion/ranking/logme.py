@@ -16,30 +16,20 @@ from torch import Tensor
 
 from fusion.config import TaskConfig
 from fusion.probe import States
+from fusion.tasks.table import kind_of
 
 _STEPS = 100
 
 
 def logme(states: States, task: TaskConfig) -> float:
     """The log evidence a row: larger is better. NaN where all rows have one label, which says nothing."""
-    columns = [y for y in _targets(states, task).T if y.unique().numel() > 1]  # a label may be in no row
+    targets = kind_of(task).columns(task, states.labels, states.choice_counts)
+    columns = [y for y in targets.T if y.unique().numel() > 1]  # a label may be in no row
     features = states.pooled.double()
     u, s, _ = torch.linalg.svd(features, full_matrices=False)
     if not columns:
         return math.nan
     return math.fsum(_evidence(features, u, s, y) for y in columns) / len(columns)
-
-
-def _targets(states: States, task: TaskConfig) -> Tensor:
-    """(texts, columns): one-hot classes, the values, or whether a text is the right choice."""
-    labels = states.labels
-    if task.kind == "regression":
-        return labels.double().unsqueeze(1)
-    if states.choice_counts is not None:
-        right = torch.zeros(len(states.pooled), dtype=torch.float64)
-        right[states.choice_counts.cumsum(0) - states.choice_counts + labels] = 1.0
-        return right.unsqueeze(1)
-    return torch.nn.functional.one_hot(labels, len(task.labels or [])).double()
 
 
 def _evidence(features: Tensor, u: Tensor, s: Tensor, y: Tensor) -> float:

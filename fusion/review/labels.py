@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fusion.config import METRICS, StageConfig
+from fusion.config import StageConfig
+from fusion.tasks.table import METRICS
 
 NAMES_SHOWN = 4  # of sources
 LENGTH = 128  # of a name, W&B's limit

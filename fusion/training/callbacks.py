@@ -12,6 +12,7 @@ import pytorch_lightning as lightning
 import torch
 from pytorch_lightning.callbacks import Timer
 
+from fusion.tasks.kind import Decision
 from fusion.training.module import TaskModule
 from fusion.training.outcomes import Scored
 
@@ -54,6 +55,7 @@ class Best(lightning.Callback):
         self._patience = patience
         self.weights: dict[str, torch.Tensor] | None = None
         self.predicted: dict[str, Scored] | None = None  # by split, with those weights
+        self.decisions: dict[str, Decision] = {}  # by task, likewise
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._stop_if_over(trainer, pl_module)  # interrupted after the last epoch
@@ -68,7 +70,7 @@ class Best(lightning.Callback):
                 name: parameter.detach().to("cpu", copy=True)
                 for name, parameter in pl_module.model.trainable().items()
             }
-            self.predicted = pl_module.predicted
+            self.predicted, self.decisions = pl_module.predicted, pl_module.decisions
         self._stop_if_over(trainer, pl_module)
 
     def _stop_if_over(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -86,6 +88,7 @@ class Best(lightning.Callback):
             split: [scored.rows, scored.predictions, scored.labels]
             for split, scored in self.predicted.items()
         }
+        checkpoint["decisions"] = self.decisions
 
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
@@ -93,7 +96,12 @@ class Best(lightning.Callback):
         self.weights = checkpoint["best"]
         predicted = checkpoint.get("predicted") or {}
         if all(isinstance(parts, list) for parts in predicted.values()):  # otherwise of version 0.1
-            self.predicted = {split: Scored(*parts) for split, parts in predicted.items()}
+            # Tensors in those of earlier versions.
+            self.predicted = {
+                split: Scored(*(part.tolist() if torch.is_tensor(part) else part for part in parts))
+                for split, parts in predicted.items()
+            }
+        self.decisions = checkpoint.get("decisions", {})
 
 
 def best_epoch(history: Sequence[dict[str, float]], monitor: str) -> dict[str, float]:

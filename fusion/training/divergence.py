@@ -7,14 +7,12 @@ update. Zero scores cost log(labels) in cross entropy, and the mean square of th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from fusion.config import TaskConfig
 from fusion.data.encode import EncodedRows
+from fusion.tasks.table import kind_of
 
 FACTOR = 3.0
 
@@ -22,11 +20,7 @@ FACTOR = 3.0
 def zero_score_loss(rows: EncodedRows, task: TaskConfig) -> float:
     """The mean loss of scores that are all zero. Neither class weights nor label smoothing change it."""
     assert rows.labels is not None
-    if task.kind == "regression":
-        return float(np.mean(rows.labels.astype(np.float64) ** 2))
-    if rows.choice_counts is not None:
-        return float(np.mean(np.log(rows.choice_counts)))
-    return math.log(len(task.labels or [None]))
+    return kind_of(task).zero_score_loss(task, rows.labels, rows.choice_counts)
 
 
 def divergence(

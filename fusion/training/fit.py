@@ -27,6 +27,7 @@ from fusion.expected_warnings import ignore_expected_warnings
 from fusion.memory import keep_freed_memory
 from fusion.model.adapted import AdaptedModel
 from fusion.store.artifacts import copy_into
+from fusion.tasks.kind import Decision
 from fusion.training.callbacks import Best, EpochLine, StepClock, best_epoch
 from fusion.training.checkpoints import LAST, TOKENIZER, Checkpoints, Loaded, read_checkpoint
 from fusion.training.divergence import divergence
@@ -54,7 +55,7 @@ class Fit:
     metrics: of the best epoch, by split. best_epoch: counted from 1. speed: seconds of the whole
     fit (evaluation included) and of a step (the median), rows and tokens (padding included) trained
     on per second, bytes, and joules where the machine counts them. predicted: what the best epoch's
-    weights say of each row, by split: (rows,). broken: why it ended before its time, with what came
+    weights say of each row, by split. decisions: what the predictions depend on, by task, see `Kind.decision`. broken: why it ended before its time, with what came
     before it kept; None: it did not. diverged: see `fusion.training.divergence`.
     """
 
@@ -63,6 +64,7 @@ class Fit:
     epochs: int
     speed: dict[str, float | None]
     predicted: dict[str, Scored]
+    decisions: dict[str, Decision]
     broken: str | None = None
     diverged: dict[str, float] | None = None
 
@@ -226,6 +228,7 @@ def fit(
             **({} if joules is None else {"energy_joules": joules}),
         },
         predicted=(module.predicted if best.weights is None else best.predicted) or {},
+        decisions=module.decisions if best.weights is None else best.decisions,
         broken=broken,
         diverged=diverged,
     )

@@ -5,36 +5,49 @@ Shapes: B rows, K outputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fusion.config import TaskConfig
-from fusion.metrics import metric_of
+from fusion.tasks.kind import Decision
+from fusion.tasks.table import kind_of
 
 MEAN = "mean"  # of several tasks, their main metrics' mean: every task counts the same
 
 
-def predicted(scores: Tensor, kind: str) -> Tensor:
-    """scores: (B, K) of the head -> (B,): the value of a regression, else the index of the best."""
-    return scores.float().squeeze(-1) if kind == "regression" else scores.argmax(-1)
+def predicted(
+    task: TaskConfig, scores: Tensor, labels: NDArray[Any] | None, decision: Decision | None = None
+) -> list[Any]:
+    """The prediction for each row. scores: (B, K) of the head; the other arguments as of `score`."""
+    kind = kind_of(task)
+    outputs = kind.outputs(scores)
+    if decision is None:
+        assert labels is not None
+        decision = kind.decision(task, outputs, kind.plain_labels(labels))
+    return kind.predict(outputs, decision)
 
 
-def score(task: TaskConfig, scores: Tensor, labels: NDArray[Any] | None) -> dict[str, float]:
-    """All metrics of the task for scores (rows, K) and labels (rows,)."""
-    assert labels is not None
-    return score_predictions(task, predicted(scores, task.kind).cpu().numpy(), labels)
-
-
-def score_predictions(task: TaskConfig, predictions: NDArray[Any], labels: NDArray[Any]) -> dict[str, float]:
-    """All metrics of the task, in double precision.
+def score(
+    task: TaskConfig, scores: Tensor, labels: NDArray[Any] | None, decision: Decision | None = None
+) -> dict[str, float]:
+    """All metrics of the task for scores (rows, K) and labels (rows,) or (rows, ...).
 
     Args:
-        predictions, labels: (rows,), class ids or values.
+        decision: what an artifact stores with its head, see `Kind.decision`; None: chosen on these rows.
     """
-    return {name: float(metric_of(name, labels[None], predictions[None])[0]) for name in task.metrics}
+    assert labels is not None
+    predictions = predicted(task, scores, labels, decision)
+    return score_predictions(task, predictions, kind_of(task).plain_labels(labels))
+
+
+def score_predictions(
+    task: TaskConfig, predictions: Sequence[Any], labels: Sequence[Any]
+) -> dict[str, float]:
+    """All metrics of the task over all rows, in double precision."""
+    return kind_of(task).metrics(task, labels, predictions)
 
 
 def main_metric(splits: Mapping[str, TaskConfig]) -> str:

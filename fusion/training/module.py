@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,17 +16,18 @@ import torch
 from numpy.typing import NDArray
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fusion.config import OptimConfig, TaskConfig
 from fusion.data.batches import Batch
 from fusion.errors import LossNotFinite, UserError
 from fusion.layers.slot_module import Recorder
 from fusion.model.adapted import AdaptedModel
+from fusion.tasks.kind import Decision
+from fusion.tasks.table import kind_of
 from fusion.training.energy import EnergyMeter
 from fusion.training.epoch_loss import EpochLoss
 from fusion.training.gathering import gathered
-from fusion.training.metrics import MEAN, main_metrics, predicted, score_predictions
+from fusion.training.metrics import MEAN, main_metrics, score_predictions
 from fusion.training.outcomes import Scored
 
 
@@ -77,9 +79,11 @@ class TaskModule(lightning.LightningModule):
         self.losses_seen = Losses()
         # Of each evaluated epoch: its number (from 1) and every metric.
         self.history: list[dict[str, float]] = []
-        # Of the last evaluation, by split.
+        # Of the last evaluation: by split, and what the predictions depend on by task.
         self.predicted: dict[str, Scored] = {}
-        self._predicted: dict[str, list[Scored]] = {}
+        self.decisions: dict[str, Decision] = {}
+        # Of the evaluation that is running: the outputs in place of predictions.
+        self._outputs: dict[str, list[Scored]] = {}
         self.epoch_loss = EpochLoss()
         self.rows_seen = 0
         self.tokens_seen = 0
@@ -128,15 +132,14 @@ class TaskModule(lightning.LightningModule):
     def losses(self, batch: Batch, first_layer: int = 0) -> dict[str, Tensor]:
         """The named terms of a batch's loss: `task`, and what the fillings add, weighted."""
         assert batch.labels is not None
-        per_row = row_losses(
+        per_row = kind_of(self.tasks[batch.task]).loss(
             self.scores(batch, first_layer),
             batch.labels,
-            self.tasks[batch.task].kind,
             getattr(self, f"class_weights_{batch.task}", None),
             self.label_smoothing,
         )
-        # The mean over the rows of all processes: each process's gradient is averaged with the others'. With class
-        # weights it is the weighted mean, so the divisor is the sum of the weights over all processes too.
+        # The mean over the rows of all processes: each process's gradient is averaged with the others'. Where rows have
+        # loss weights it is the weighted mean, so the divisor is the sum of the weights over all processes too.
         total = batch.global_rows if batch.global_weight is None else batch.global_weight
         task = (per_row * batch.weights).sum() * self.trainer.world_size / total
         extra = {name: self.loss_weights[name] * value for name, value in self.model.losses().items()}
@@ -212,18 +215,24 @@ class TaskModule(lightning.LightningModule):
         counts = batch.weights > 0  # the others are fillers
         split, task = list(self.splits.items())[dataloader_idx]
         record = None if self.watch is None else self.watch(batch)
-        predictions = predicted(self.scores(batch, record=record)[counts], task.kind)
-        scored = Scored(batch.rows[counts].cpu(), predictions.detach().cpu(), batch.labels[counts].cpu())
-        self._predicted.setdefault(split, []).append(scored)
+        kind = kind_of(task)
+        outputs = kind.outputs(self.scores(batch, record=record).detach()[counts])
+        labels = kind.plain_labels(batch.labels[counts])
+        self._outputs.setdefault(split, []).append(Scored(batch.rows[counts].tolist(), outputs, labels))
 
     def on_validation_epoch_end(self) -> None:
         # A process may have had no batch of a split; all of them have to gather every split together.
-        self.predicted = {split: Scored.gathered(self._predicted.get(split, [])) for split in self.splits}
-        self._predicted = {}
+        every = {split: Scored.gathered(self._outputs.get(split, [])) for split in self.splits}
+        self._outputs = {}
+        self.predicted, self.decisions = {}, {}
         values: dict[str, float] = {}
         for split, task in self.splits.items():
-            scored = self.predicted[split]
-            found = score_predictions(task, scored.predictions.numpy(), scored.labels.numpy())
+            kind, name, scored = kind_of(task), str(task.name), every[split]
+            if name not in self.decisions:  # chosen on the task's first validation split
+                self.decisions[name] = kind.decision(task, scored.predictions, scored.labels)
+            predictions = kind.predict(scored.predictions, self.decisions[name])
+            self.predicted[split] = replace(scored, predictions=predictions)
+            found = score_predictions(task, predictions, scored.labels)
             values |= {f"{split}/{name}": value for name, value in found.items()}
         if len(self.tasks) > 1:
             chosen = main_metrics(self.splits)
@@ -346,34 +355,4 @@ def adamw(model: AdaptedModel, optim: OptimConfig, fused: bool = True) -> torch.
     return torch.optim.AdamW(
         [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()],
         fused=fused and devices <= {"cpu", "cuda"},
-    )
-
-
-def row_losses(
-    scores: Tensor,
-    labels: Tensor,
-    kind: str,
-    class_weights: Tensor | None = None,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """scores: (B, K), labels: (B,) -> (B,): squared error for a regression, else cross entropy.
-
-    The terms of `torch.nn.CrossEntropyLoss` before its mean. The choices of a row smooth over those that the row
-    has: its other scores are -inf.
-
-    Args:
-        class_weights: (K,), classification only.
-        label_smoothing: not of a regression.
-    """
-    scores = scores.float()
-    if kind == "regression":
-        return F.mse_loss(scores.squeeze(-1), labels.float(), reduction="none")
-    if kind == "choice" and label_smoothing > 0:
-        there = scores > float("-inf")
-        losses = -scores.log_softmax(-1)
-        uniform = losses.masked_fill(~there, 0.0).sum(-1) / there.sum(-1)
-        right = losses.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-        return (1 - label_smoothing) * right + label_smoothing * uniform
-    return F.cross_entropy(
-        scores, labels, weight=class_weights, reduction="none", label_smoothing=label_smoothing
     )

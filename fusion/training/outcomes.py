@@ -6,14 +6,14 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from fusion.config import TaskConfig
 from fusion.data.encode import EncodedRows
 from fusion.run import OUTCOMES, write_json
+from fusion.tasks.table import kind_of
 from fusion.training.gathering import gathered
 
 log = logging.getLogger(__name__)
@@ -23,19 +23,19 @@ log = logging.getLogger(__name__)
 class Scored:
     """The rows of a split that were evaluated, in their order, on the CPU.
 
-    rows, predictions, labels: (rows,). Where something limits the evaluation (`trainer.limit_val_batches`), they are
-    fewer than the split has.
+    rows: their numbers in the split, fewer than it has where something limits the evaluation
+    (`trainer.limit_val_batches`). predictions, labels: for each of these a JSON-able value, see `fusion.tasks.kind`.
     """
 
-    rows: Tensor
-    predictions: Tensor
-    labels: Tensor
+    rows: list[int]
+    predictions: list[Any]
+    labels: list[Any]
 
     @classmethod
-    def of_all(cls, rows: EncodedRows, predictions: Tensor) -> Scored:
-        """Of a whole split. predictions: (rows,)."""
+    def of_all(cls, rows: EncodedRows, task: TaskConfig, predictions: list[Any]) -> Scored:
+        """Of a whole split."""
         assert rows.labels is not None
-        return cls(torch.arange(len(rows)), predictions, torch.from_numpy(rows.labels))
+        return cls(list(range(len(rows))), predictions, kind_of(task).plain_labels(rows.labels))
 
     @classmethod
     def gathered(cls, parts: Sequence[Scored]) -> Scored:
@@ -45,9 +45,9 @@ class Scored:
         """
         own = [(part.rows, part.predictions, part.labels) for part in parts]
         columns = zip(*(part for process in gathered(own) for part in process), strict=True)
-        rows, predictions, labels = (torch.cat(column) for column in columns)
-        order = rows.argsort()
-        return cls(rows[order], predictions[order], labels[order])
+        rows, predictions, labels = (list(chain.from_iterable(column)) for column in columns)
+        order = sorted(range(len(rows)), key=rows.__getitem__)
+        return cls(*([column[place] for place in order] for column in (rows, predictions, labels)))
 
 
 def outcomes(rows: EncodedRows, scored: Scored) -> dict[str, Any]:
@@ -57,11 +57,11 @@ def outcomes(rows: EncodedRows, scored: Scored) -> dict[str, Any]:
     """
     content: dict[str, Any] = {
         "fingerprint": rows.fingerprint,
-        "labels": scored.labels.tolist(),
-        "predicted": scored.predictions.tolist(),
+        "labels": scored.labels,
+        "predicted": scored.predictions,
     }
     if len(scored.rows) < len(rows):
-        content["rows"] = scored.rows.tolist()
+        content["rows"] = scored.rows
         selection = f"{rows.fingerprint} {content['rows']}"
         content["fingerprint"] = hashlib.sha256(selection.encode()).hexdigest()
     return content

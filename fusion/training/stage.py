@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from fusion.store.artifacts import save
 from fusion.store.lookup import read_folder
 from fusion.store.manifest import Manifest
 from fusion.store.unfit import DIVERGED
+from fusion.tasks.kind import Decision
 from fusion.training.attention import AttentionRecorder
 from fusion.training.class_weights import set_class_weights
 from fusion.training.divergence import shown
@@ -195,7 +196,7 @@ def train_and_store(
             seed=config.seed,
             versions=versions(),
             result=_result(config, entry, model, backbone, fitted, sources),
-            **_circumstances(config, run, entry, model, backbone, rows, origin),
+            **_circumstances(config, run, entry, model, backbone, rows, origin, fitted.decisions),
         )
         if config.trainer.fast_dev_run:
             log.info("trainer.fast_dev_run: it runs; nothing is stored")
@@ -258,13 +259,14 @@ def _circumstances(
     backbone: Backbone,
     rows: TaskRows,
     origin: dict[str, Any],
+    decisions: Mapping[str, Decision],
 ) -> dict[str, Any]:
     """What the weights were trained in: backbone, head, data and run, as the manifest has them."""
     tasks = config.task_list
     train = {split_name(tasks, encoded.task, "train"): encoded for encoded in rows.training}
     splits = {**train, **rows.validation}
     every = model.head.by_task().values() if isinstance(model.head, TaskHeads) else [model.head]
-    heads = [_described(head) for head in every]
+    heads = [_described(head, decisions.get(str(task.name))) for head, task in zip(every, tasks, strict=True)]
     return {
         "backbone": {
             "name_or_path": config.backbone.name_or_path,
@@ -299,12 +301,13 @@ def _circumstances(
     }
 
 
-def _described(head: TaskHead) -> dict[str, Any]:
+def _described(head: TaskHead, decision: Decision | None) -> dict[str, Any]:
     return {
         "pooling": head.pooling,
         "layers": 1 if head.dense is None else 2,
         "outputs": head.output.out_features,
         "dropout": head.dropout.p,
+        **({"decision": decision} if decision else {}),
     }
 
 

@@ -10,10 +10,11 @@ import pyarrow.parquet
 import pytest
 
 from fusion.config import DataConfig
-from fusion.data.labels import Labels, read_ids
 from fusion.data.rows import load_rows, load_splits
-from fusion.data.tables import Column, record_table
+from fusion.data.table import Column
+from fusion.data.tables import record_table
 from fusion.errors import UserError
+from fusion.tasks.labels import Labels, read_ids
 
 
 def read(task, write, raw, **changes):

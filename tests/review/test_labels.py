@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from fusion.config import (
-    METRICS,
     AdapterConfig,
     CompositionConfig,
     MethodConfig,
@@ -16,6 +15,7 @@ from fusion.config import (
     TaskConfig,
 )
 from fusion.review.labels import LENGTH, best_is, flat, stage_name
+from fusion.tasks.table import METRICS
 
 CB = TaskConfig(name="cb", text="text", labels=["a", "b"], metrics=["accuracy"])
 RTE = TaskConfig(name="rte", text="text", labels=["a", "b"], metrics=["accuracy"])

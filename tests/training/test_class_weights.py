@@ -20,8 +20,9 @@ from fusion.data.rows import Rows
 from fusion.errors import UserError
 from fusion.run import identity, identity_config
 from fusion.store.lookup import read_manifest
+from fusion.tasks.table import KINDS
 from fusion.training.class_weights import set_class_weights
-from fusion.training.module import TaskModule, row_losses
+from fusion.training.module import TaskModule
 from tests.bench import Bench
 
 THREE = TaskConfig(name="three", text="t", labels=["a", "b", "c"], metrics=["accuracy"])
@@ -53,7 +54,7 @@ def test_terms(weights: list[float] | None, smoothing: float) -> None:
     draw = torch.Generator().manual_seed(0)
     scores, labels = torch.randn(9, 3, generator=draw), torch.arange(9) % 3
     given = None if weights is None else torch.tensor(weights)
-    losses = row_losses(scores, labels, "classification", given, smoothing)
+    losses = KINDS["classification"].loss(scores, labels, given, smoothing)
     assert losses.tolist() == pytest.approx(by_loops(scores, labels, weights or [1.0] * 3, smoothing))
 
 
@@ -61,7 +62,7 @@ def test_choices_smooth_over_those_that_a_row_has() -> None:
     infinite = float("-inf")
     scores = torch.tensor([[1.0, 2.0, infinite], [0.5, -1.0, 3.0]], requires_grad=True)
     labels = torch.tensor([1, 0])
-    losses = row_losses(scores, labels, "choice", label_smoothing=0.3)
+    losses = KINDS["choice"].loss(scores, labels, label_smoothing=0.3)
     expected = [
         by_loops(scores[:1, :2], labels[:1], [1.0] * 2, 0.3)[0],
         by_loops(scores[1:], labels[1:], [1.0] * 3, 0.3)[0],

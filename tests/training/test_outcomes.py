@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from fusion.config import TrainerConfig
 from fusion.training.outcomes import Scored
@@ -68,11 +67,9 @@ def test_tasks_that_are_limited_together(bench: Bench) -> None:
 
 def test_parts_come_back_in_the_order_of_the_rows() -> None:
     parts = [
-        Scored(torch.tensor([4, 1]), torch.tensor([40, 10]), torch.tensor([0, 1])),
-        Scored(torch.tensor([], dtype=torch.long), torch.tensor([]), torch.tensor([], dtype=torch.long)),
-        Scored(torch.tensor([0]), torch.tensor([5]), torch.tensor([1])),
+        Scored([4, 1], [[4, 0], [1]], [0, 1]),
+        Scored([], [], []),
+        Scored([0], [[]], [1]),
     ]
     scored = Scored.gathered(parts)
-    assert scored.rows.tolist() == [0, 1, 4]
-    assert scored.predictions.tolist() == [5, 10, 40]
-    assert scored.labels.tolist() == [1, 1, 0]
+    assert scored == Scored([0, 1, 4], [[], [1], [4, 0]], [1, 1, 0])

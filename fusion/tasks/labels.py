@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fusion.config import TaskConfig
-from fusion.data.tables import Column, Table
+from fusion.data.table import Column, Table
 from fusion.errors import UserError
 from fusion.safe_text import listed, shown
+from fusion.tasks.task import Task
 
 _LARGEST = 3.4028234e38  # of float32, in which a regression is computed
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -95,7 +95,7 @@ class Labels:
         UserError: two labels have raw values that are one value, such as 1 and "1".
     """
 
-    def __init__(self, task: TaskConfig) -> None:
+    def __init__(self, task: Task) -> None:
         self.task = task
         self.names: list[str] = task.labels or []
         self._columns: list[str] = task.choices if isinstance(task.choices, list) else []
@@ -181,7 +181,7 @@ class Labels:
 
     def expected(self, ways: Mapping[str, Mapping[Key, int]]) -> str:
         """The raw labels that the task knows, for messages."""
-        values, is_choice = self.task.raw_label_values, self.task.kind == "choice"
+        values, is_choice = self.task.raw_label_values, self.task.choices is not None
         if values and not is_choice:
             entries = zip(values, self.names, strict=True)
             return "one of " + listed(f"{_alternatives(entry)} ({name})" for entry, name in entries)
@@ -235,7 +235,7 @@ def _from_text(value: Any) -> Any:
     return float(text) if _NOT_FINITE.fullmatch(text) else value
 
 
-def read_values(task: TaskConfig, table: Table, column: Column, kept: list[int]) -> list[float]:
+def read_values(task: Task, table: Table, column: Column, kept: list[int]) -> list[float]:
     """The labels of a regression, from what `numbers_of` gives.
 
     Raises:
@@ -290,7 +290,7 @@ def read_ids(
 
 
 def agreed_way(
-    task: TaskConfig, readings: Mapping[str, Reading | None], trained_as: str | None = None
+    task: Task, readings: Mapping[str, Reading | None], trained_as: str | None = None
 ) -> str | None:
     """The one way in which the labels of all splits are read; None where there are none to read.
 
@@ -316,7 +316,7 @@ def agreed_way(
         common = both
     ids = frozenset().union(*(reading.ids for reading in known.values()))
     # In a classification one class alone does not tell: a file may well hold the rows of one label.
-    enough = 0 if task.kind == "choice" else 1
+    enough = 0 if task.choices is not None else 1
     if common[0] == "ids" and trained_as != "ids" and 0 not in ids and len(ids) > enough:
         where = " and ".join(reading.where for reading in known.values())
         count = max(reading.count for reading in known.values())
@@ -370,7 +370,7 @@ def _alternatives(entry: Sequence[Any]) -> str:
     return " or ".join(json.dumps(value, default=str) for value in entry)
 
 
-def _one_way(task: TaskConfig) -> str:
+def _one_way(task: Task) -> str:
     name = (task.labels or ["A"])[0]
     return (
         "Write them in one way, or give all raw values of each label: label_values in the task file, "
@@ -385,7 +385,7 @@ def _count_from(first: int, count: int) -> str:
     return f"If they count from {first}: 'task.label_values=[{said}]'"
 
 
-def _ignore(task: TaskConfig, value: Any, alike: str = "") -> str:
+def _ignore(task: Task, value: Any, alike: str = "") -> str:
     """The override for one more raw label that means that there is none.
 
     Args:

@@ -1,0 +1,76 @@
+"""`kind: choice`: one of several texts per row, each scored by itself beside the row's texts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fusion.errors import UserError
+from fusion.overrides import shortened
+from fusion.tasks.classification import Classification
+from fusion.tasks.task import Task
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+
+class Choice(Classification):
+    """A classification whose labels are the choices of the row: (B, most choices), -inf where a row has fewer."""
+
+    name = "choice"
+    metric_names = ("accuracy",)
+    keys = ("choices", "blank")
+    items = "choices"
+    has_classes = False
+
+    def check(self, task: Task, where: str) -> None:
+        if task.choices is None:
+            raise UserError(f"{where}: kind=choice needs choices (a list column or a list of columns)")
+        columns = [task.choices] if isinstance(task.choices, str) else task.choices
+        if not (isinstance(columns, list) and len(columns) > 0 and all(isinstance(c, str) for c in columns)):
+            raise UserError(
+                f"{where}: choices={shortened(task.choices)}: expected a list column or a list of columns"
+            )
+        if task.blank == "":
+            raise UserError(f"{where}: blank is empty: expected the mark that a choice fills, or null")
+
+    def head_outputs(self, task: Task) -> int:
+        return 1
+
+    def loss(
+        self,
+        scores: Tensor,
+        labels: Tensor,
+        class_weights: Tensor | None = None,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        """As of a classification. A row smooths over the choices that it has: its other scores are -inf."""
+        if label_smoothing == 0:
+            return super().loss(scores, labels)
+        scores = scores.float()
+        there = scores > float("-inf")
+        losses = -scores.log_softmax(-1)
+        uniform = losses.masked_fill(~there, 0.0).sum(-1) / there.sum(-1)
+        right = losses.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        return (1 - label_smoothing) * right + label_smoothing * uniform
+
+    def zero_score_loss(
+        self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None
+    ) -> float:
+        import numpy as np
+
+        assert choice_counts is not None
+        return float(np.mean(np.log(choice_counts)))
+
+    def text_of(self, prediction: Any) -> int:
+        return int(prediction)
+
+    def columns(self, task: Task, labels: Tensor, choice_counts: Tensor | None) -> Tensor:
+        """Whether a text is the right choice."""
+        import torch
+
+        assert choice_counts is not None
+        right = torch.zeros(int(choice_counts.sum()), dtype=torch.float64)
+        right[choice_counts.cumsum(0) - choice_counts + labels] = 1.0
+        return right.unsqueeze(1)

@@ -1,0 +1,229 @@
+"""What a kind of task has to provide.
+
+An instance has no state: every method is a function of its arguments. Heavy imports (torch, numpy) happen inside the
+methods, since the checks of a task file ask the kind before anything of that is loaded.
+
+What happens to one batch and to one split:
+
+    scores = head(...)                        (B, ...), of the model
+    loss(scores, labels)                      (B,), in training
+    outputs(scores)                           a JSON-able value for each example; gathered over batches and processes
+    decision(outputs, labels of all examples) numbers that the predictions depend on, chosen on the validation split
+    predict(outputs, decision)                a JSON-able prediction for each example
+    metrics(labels, predictions)              of all examples at once
+
+Shapes: B examples, K outputs of the head.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fusion.data.table import Column, Table
+from fusion.tasks.labels import Reading
+from fusion.tasks.task import Task
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from fusion.layers.heads import TaskHead
+
+Decision = dict[str, float]
+
+
+@dataclass(frozen=True)
+class RawLabels:
+    """A column of labels before it is read.
+
+    Attributes:
+        missing: for each row of the table, whether it has no label.
+        read: from the rows to keep, and the choices or words of each of them (None: rows are plain texts), to their
+            labels and how they were read. A label is an int, a float, or a list of ints; of lists of different lengths,
+            a batch pads the shorter ones with `PADDING`. Raises UserError, which names the row.
+    """
+
+    missing: list[bool]
+    read: Callable[[list[int], list[list[str]] | None], tuple[list[Any], Reading | None]]
+
+
+class Kind(ABC):
+    """A kind of task.
+
+    Attributes:
+        name: `kind:` of a task file.
+        noun: the kind in a sentence.
+        metric_names: `metrics:` that a task file may ask for.
+        keys: of a task file, those that only this kind has.
+        items: what a row of data consists of besides its texts: `choices` (one sequence of tokens each), `words`, or
+            None.
+        has_classes: whether an example has one class: `loss.class_weights` and stratified splits apply.
+        smooths_labels: whether `loss.label_smoothing` applies.
+        is_pooled: whether the head scores one vector per text, so that a linear probe says something.
+    """
+
+    name: str
+    metric_names: tuple[str, ...]
+    keys: tuple[str, ...] = ()
+    items: str | None = None
+    has_classes = False
+    smooths_labels = False
+    is_pooled = True
+
+    @property
+    def noun(self) -> str:
+        return f"a task of kind {self.name}"
+
+    # --- task file and data ---------------------------------------------------------------------------
+
+    def check(self, task: Task, where: str) -> None:  # noqa: B027
+        """Refuse a task file that this kind cannot use.
+
+        Args:
+            where: begins the message.
+
+        Raises:
+            UserError: what was expected.
+        """
+
+    @abstractmethod
+    def read_labels(self, task: Task, column: Column, table: Table, unlabelled: bool) -> RawLabels:
+        """
+        Args:
+            column: of labels, all rows of the table.
+            unlabelled: whether rows may be without labels.
+        """
+
+    def plain_labels(self, labels: Tensor | NDArray[Any]) -> list[Any]:
+        """The labels of a batch or a split, (B,) or (B, ...), as `metrics` takes them and outcomes.json has them."""
+        return labels.tolist()
+
+    # --- head and loss --------------------------------------------------------------------------------
+
+    @abstractmethod
+    def head_outputs(self, task: Task) -> int:
+        """K."""
+
+    def make_head(
+        self, hidden_size: int, outputs: int, pooling: str = "cls", layers: int = 1, dropout: float = 0.0
+    ) -> TaskHead:
+        """A new head: (texts, tokens, hidden) -> (texts, K)."""
+        from fusion.layers.heads import TaskHead
+
+        return TaskHead(hidden_size, outputs, pooling, layers, dropout)
+
+    @abstractmethod
+    def loss(
+        self,
+        scores: Tensor,
+        labels: Tensor,
+        class_weights: Tensor | None = None,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        """The loss of each example, in float32, before the mean over the batch.
+
+        Args:
+            scores: (B, K).
+            labels: (B,) or (B, ...).
+            class_weights: (K,); None unless `has_classes`.
+            label_smoothing: 0.0 unless `smooths_labels`.
+
+        Returns:
+            (B,).
+        """
+
+    def loss_weights(
+        self, labels: NDArray[Any], class_weights: NDArray[np.float64] | None
+    ) -> NDArray[np.float64] | None:
+        """What each example of a split counts for in the mean loss; None: all count alike.
+
+        The mean divides the sum of `loss` over the batch, all processes together, by the sum of these.
+        """
+        return None if class_weights is None else class_weights[labels]
+
+    @abstractmethod
+    def mean_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss of all examples in the precision of the scores; for analysis and the linear probe."""
+
+    @abstractmethod
+    def zero_score_loss(
+        self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None
+    ) -> float:
+        """The mean loss of scores that are all zero. Neither class weights nor label smoothing change it."""
+
+    # --- predictions and metrics ----------------------------------------------------------------------
+
+    @abstractmethod
+    def outputs(self, scores: Tensor) -> list[Any]:
+        """What is kept of each example's scores: a JSON-able value that `predict` takes.
+
+        Args:
+            scores: (B, K); -inf where a row has fewer choices or words than another.
+        """
+
+    def decision(self, task: Task, outputs: Sequence[Any], labels: Sequence[Any]) -> Decision:
+        """What predictions depend on besides the outputs, chosen on the examples of the validation split.
+
+        The manifest keeps it beside the head, and `evaluate`, `predict` and `inspect` use what it keeps.
+        """
+        return {}
+
+    def predict(self, outputs: Sequence[Any], decision: Decision) -> list[Any]:
+        """The prediction for each example, as `metrics` takes it and outcomes.json has it."""
+        return list(outputs)
+
+    def metrics(self, task: Task, labels: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
+        """All metrics of the task over all examples at once, in double precision."""
+        import numpy as np
+
+        from fusion.metrics import metric_of
+
+        one, other = np.asarray(labels)[None], np.asarray(predictions)[None]
+        return {name: float(metric_of(name, one, other)[0]) for name in task.metrics}
+
+    # --- wording --------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def lines(
+        self, task: Task, scores: Tensor, counts: Sequence[int] | None, decision: Decision
+    ) -> Iterator[dict[str, Any]]:
+        """What `fusion.predict` writes of each example.
+
+        Args:
+            scores: (B, K).
+            counts: choices or words of each example; None: rows are plain texts.
+        """
+
+    @abstractmethod
+    def describe(
+        self, task: Task, scores: Tensor, label: Any, count: int | None, decision: Decision
+    ) -> dict[str, Any]:
+        """`predicted` and `truth` of one example as a person reads them, and whether it is `right` (or None).
+
+        Args:
+            scores: (K,).
+            label: as `RawLabels.read` gives it.
+            count: its choices or words; None: it is a plain text.
+        """
+
+    @abstractmethod
+    def wrong(self, labels: Sequence[Any], predictions: Sequence[Any]) -> list[bool]:
+        """Which examples are worth a look, since they were predicted wrong."""
+
+    def text_of(self, prediction: Any) -> int:
+        """Which of the texts of an example its prediction is about; 0 but for choices."""
+        return 0
+
+    # --- linear probe and LogME -----------------------------------------------------------------------
+
+    def probe_labels(self, labels: Tensor) -> Tensor:
+        """Labels as the linear probe fits them: (B,) or (B, ...)."""
+        return labels
+
+    def columns(self, task: Task, labels: Tensor, choice_counts: Tensor | None) -> Tensor:
+        """(texts, columns) float64: what a linear model of the pooled states has to explain, for LogME."""
+        raise NotImplementedError(f"{self.name} has no columns: is_pooled is False")

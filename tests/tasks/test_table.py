@@ -1,0 +1,76 @@
+"""The table of kinds: what each one provides, and that nothing outside `fusion/tasks/` asks for one by name."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusion.config import TaskConfig
+from fusion.errors import UserError
+from fusion.tasks.table import KINDS, METRICS
+
+ROOT = Path(__file__).parents[2]
+
+
+def compared(source: str) -> Iterator[str]:
+    """The kinds that `source` compares something with, by `==`, `!=`, `in`, `match` or as the key of a dict."""
+    for node in ast.walk(ast.parse(source)):
+        values: list[ast.expr | None] = []
+        if isinstance(node, ast.Compare):
+            values = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            values = [node.value]
+        elif isinstance(node, ast.Dict):
+            values = list(node.keys)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
+            values = list(node.args[:1])
+        for value in values:
+            for one in ast.walk(value) if value is not None else ():
+                if isinstance(one, ast.Constant) and one.value in KINDS:
+                    yield str(one.value)
+
+
+def test_no_other_module_asks_for_a_kind_by_name() -> None:
+    found = {
+        str(path.relative_to(ROOT)): kinds
+        for path in sorted([*(ROOT / "fusion").rglob("*.py"), *(ROOT / "pipelines").rglob("*.py")])
+        if path.parent.name != "tasks" and (kinds := set(compared(path.read_text(encoding="utf-8"))))
+    }
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'if task.kind == "regression": pass',
+        'x = "choice" != kind',
+        'x = kind in ("classification", "other")',
+        'match kind:\n    case "regression":\n        pass',
+        'f = {"choice": 1}[kind]',
+        'f = handlers.get("choice")',
+    ],
+)
+def test_a_comparison_is_seen(source: str) -> None:
+    assert len(set(compared(source))) == 1
+
+
+def test_kinds_by_name() -> None:
+    assert {name: (kind.name, kind.metric_names, kind.keys) for name, kind in KINDS.items()} == {
+        "classification": ("classification", ("accuracy", "f1", "macro_f1", "matthews"), ()),
+        "regression": ("regression", ("pearson", "spearman"), ()),
+        "choice": ("choice", ("accuracy",), ("choices", "blank")),
+    }
+    assert {name: kind.metric_names for name, kind in KINDS.items()} == METRICS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_key_of_another_kind_is_refused(kind: str) -> None:
+    for owner in KINDS.values():
+        for key in set(owner.keys) - set(KINDS[kind].keys):
+            own: dict[str, Any] = {"labels": ["a", "b"]} | dict.fromkeys(KINDS[kind].keys, "column")
+            with pytest.raises(UserError, match=f"{key} is for kind={owner.name} only, not {kind}"):
+                TaskConfig(kind=kind, text="t", metrics=[METRICS[kind][0]], **own | {key: "x"})
