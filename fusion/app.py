@@ -48,11 +48,12 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from yaml import YAMLError
 
 from fusion import signals
-from fusion.config import MULTITASK, Stage1Config, Stage2Config, StageConfig, TaskConfig
+from fusion.config import Stage1Config, Stage2Config, StageConfig, TaskConfig
 from fusion.data.task_files import check_task_file, read_large
 from fusion.errors import TrainingError, UserError, first_line
 from fusion.expected_warnings import ignore_expected_warnings
 from fusion.memory import free_cycles
+from fusion.model.methods import METHODS
 from fusion.overrides import is_plain, only_in_quotes, override, quoted
 from fusion.paths import expand_paths, resolve_path
 from fusion.repeats import repeated
@@ -260,7 +261,7 @@ def prepare(command: Command, composed: DictConfig, launch: DictConfig) -> tuple
         config.task.name = task
     elif OmegaConf.select(config, "task") is not None:
         raise UserError("a task is one file: say +task=NAME; a sweep over several is -m +task=NAME,ANOTHER")
-    elif issubclass(command.schema, StageConfig) and OmegaConf.select(config, "method.name") not in MULTITASK:
+    elif issubclass(command.schema, StageConfig) and not _is_multitask(config):
         raise UserError(f"no task: say +task=NAME, one of {', '.join(_options('task'))}\n{OWN_TASK}")
     try:
         typed: Any = OmegaConf.to_object(config)
@@ -288,6 +289,11 @@ def prepare(command: Command, composed: DictConfig, launch: DictConfig) -> tuple
         rank_zero=_is_rank_zero(),
     )
     return typed, run
+
+
+def _is_multitask(config: DictConfig) -> bool:
+    method = METHODS.get(OmegaConf.select(config, "method.name"))
+    return method is not None and method.multitask
 
 
 def _task_names(several: Any) -> list[str]:

@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.nn import Parameter
-
 from fusion.backbones.load import Backbone
 from fusion.backbones.slots import layer_and_site
-from fusion.backbones.tuning import Tuning, bitfit, full, lora
+from fusion.backbones.tuning import Tuning
 from fusion.config import (
     AdapterConfig,
     CompositionConfig,
@@ -20,16 +18,17 @@ from fusion.config import (
     TaskConfig,
 )
 from fusion.errors import UserError
-from fusion.layers.attention import AdapterFusion
-from fusion.layers.average import FrozenAdapter, average
-from fusion.layers.bank import AdapterBank
+from fusion.from_manifests import (
+    compose,
+    described_adapters,
+    described_head,
+    head_shapes,
+    stored_composition,
+    weight_shapes,
+)
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead, TaskHeads
-from fusion.layers.mixtures import MeanMixture, StaticMixture
-from fusion.layers.scalearn import ScaLearn, initial_scales
-from fusion.layers.sequence import SequenceFusion
 from fusion.layers.slot_module import SlotModule, parameters_of
-from fusion.layers.target import WithTargetAdapter
 from fusion.model.adapted import AdaptedModel
 from fusion.selection import kept_layers
 from fusion.store.artifacts import Artifact, copy_stored, load, load_by_hash, match_keys
@@ -37,7 +36,6 @@ from fusion.store.compatibility import check_backbone, check_sources
 from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
 from fusion.store.manifest import Manifest
 from fusion.store.settings import settings_of
-from fusion.store.shapes import adapter_shapes, fusion_shapes, head_shapes
 from fusion.tasks.table import kind_of
 
 
@@ -75,13 +73,8 @@ def adapter_fillings(config: AdapterConfig, backbone: Backbone) -> dict[str, Slo
 
 def tuning_of(config: MethodConfig, backbone: Backbone) -> Tuning | None:
     """What of the backbone itself a method trains; None: nothing. LoRA changes the backbone in place."""
-    if config.name in ("full", "multitask_full"):
-        return full(backbone.model)
-    if config.name == "bitfit":
-        return bitfit(backbone.model)
-    if config.name == "lora":
-        return lora(backbone.model, config.rank, config.alpha, config.dropout, config.targets)
-    return None
+    tune = config.definition.tune
+    return None if tune is None else tune(config.settings, backbone.model)
 
 
 def stored_adapters(artifact: Artifact) -> dict[str, BottleneckAdapter]:
@@ -90,22 +83,10 @@ def stored_adapters(artifact: Artifact) -> dict[str, BottleneckAdapter]:
     Raises:
         UserError: the weights are not what the manifest says.
     """
-    settings = artifact.manifest.adapter
-    assert settings is not None
-    match_keys(adapter_shapes(artifact.manifest), artifact.weights, artifact.path / WEIGHTS)
-    adapters: dict[str, BottleneckAdapter] = {}
-    shared: dict[str, BottleneckAdapter] = {}
-    for slot, bottleneck_size in settings["bottleneck_sizes"].items():
-        site = layer_and_site(slot)[1]
-        adapters[slot] = shared.get(site) or BottleneckAdapter(
-            hidden_size=artifact.manifest.backbone["hidden_size"],
-            bottleneck_size=bottleneck_size,
-            nonlinearity=settings["nonlinearity"],
-            scaling=settings["scaling"],
-            dropout=settings["dropout"],
-        )
-        if settings.get("shared", False):
-            shared[site] = adapters[slot]
+    expected = weight_shapes(artifact.manifest, [], artifact.path)
+    assert expected is not None
+    match_keys(expected, artifact.weights, artifact.path / WEIGHTS)
+    adapters = described_adapters(artifact.manifest)
     copy_stored(parameters_of(adapters), artifact.weights, artifact.path / WEIGHTS)
     return adapters
 
@@ -114,95 +95,15 @@ def composition_fillings(
     config: CompositionConfig,
     sources: Sequence[Artifact],
     backbone: Backbone,
-    kept: Mapping[str, Sequence[int]] | None = None,
-    continued: str | None = None,
+    chosen: Mapping[str, Any] | None = None,
 ) -> dict[str, SlotModule]:
-    """The composition of the sources for each slot where at least one of them has an adapter.
+    """The composition of stored sources for each slot where at least one of them has an adapter.
 
     Args:
-        kept: of a pruned fusion, the positions of the sources that each slot keeps; None: all.
-        continued: the name of the source whose adapter goes on training, alone.
+        chosen: see `compose`.
     """
-    stored = [
-        stored_adapters(source) if continued in (None, source.manifest.name) else {} for source in sources
-    ]
-    placement = sources[0].manifest.adapter
-    assert placement is not None
-    scales = {site: _shared_scales(config, len(sources), backbone.hidden_size) for site in placement["sites"]}
-    averages: dict[tuple[int, ...], BottleneckAdapter] = {}
-    fillings: dict[str, SlotModule] = {}
-    for layer in kept_layers(config.layers, config.drop, backbone.layers, "composition"):
-        for site in placement["sites"]:
-            slot = f"{layer}.{site}"
-            present = {n: adapters[slot] for n, adapters in enumerate(stored) if slot in adapters}
-            if present:
-                chosen = present if kept is None else {n: present[n] for n in kept[slot]}
-                filling = _composition(config, chosen, len(sources), scales[site], averages)
-                fillings[slot] = (
-                    _beside(filling, list(present.values())) if config.target_adapter else filling
-                )
-    if not fillings:
-        raise UserError(
-            f"composition.layers={config.layers}: no source has an adapter in these layers, so nothing is combined"
-        )
-    return fillings
-
-
-def _composition(
-    config: CompositionConfig,
-    adapters: Mapping[int, BottleneckAdapter],
-    total: int,
-    shared: Parameter | None,
-    averages: dict[tuple[int, ...], BottleneckAdapter],
-) -> SlotModule:
-    """Of the adapters of one slot, by the position of their source.
-
-    Args:
-        shared: the scales that all layers share, where they do.
-        averages: those that were made already: of adapters that layers share, layers share the average.
-    """
-    several = list(adapters.values())
-    if config.name == "continued":
-        return several[0]
-    if config.name == "average":
-        ids = tuple(map(id, several))
-        averages.setdefault(ids, average(several))
-        return averages[ids] if config.train else FrozenAdapter(averages[ids])
-    bank = AdapterBank(several, list(adapters), total)
-    hidden_size = several[0].down.in_features
-    if config.name in ("adapterfusion", "sequence", "pruned"):
-        attention = SequenceFusion if config.name == "sequence" else AdapterFusion
-        return attention(
-            bank,
-            value_matrix=config.value_matrix,
-            temperature=config.temperature,
-            dropout=config.dropout,
-            rank=config.rank,
-        )
-    if config.name.startswith("scalearn"):
-        if shared is not None:
-            return ScaLearn(bank, shared, shared=True)
-        return ScaLearn(bank, initial_scales(len(bank), _width(config, hidden_size)))
-    if config.name == "static":
-        return StaticMixture(bank)
-    return MeanMixture(bank)
-
-
-def _shared_scales(config: CompositionConfig, total: int, hidden_size: int) -> Parameter | None:
-    """The one ω of ScaLearn++, which a site has in all layers."""
-    return initial_scales(total, _width(config, hidden_size)) if config.name.endswith("_pp") else None
-
-
-def _width(config: CompositionConfig, hidden_size: int) -> int:
-    return 1 if "uniform" in config.name else hidden_size
-
-
-def _beside(filling: SlotModule, adapters: Sequence[BottleneckAdapter]) -> WithTargetAdapter:
-    """With an adapter of the target's own, as large as the largest source of the slot."""
-    size = max(adapter.down.out_features for adapter in adapters)
-    first = adapters[0]
-    target = BottleneckAdapter(first.down.in_features, size, first.nonlinearity, init="zero_up")
-    return WithTargetAdapter(filling, target)
+    manifests = [source.manifest for source in sources]
+    return compose(config, manifests, lambda n: stored_adapters(sources[n]), backbone.layers, chosen or {})
 
 
 def fresh_head(config: HeadConfig, task: TaskConfig, default_pooling: str, backbone: Backbone) -> TaskHead:
@@ -261,39 +162,11 @@ def backbone_of(manifest: Manifest, other: SameBackboneConfig) -> tuple[str, str
     return manifest.backbone["name_or_path"], other.revision or manifest.backbone["revision"]
 
 
-def stored_composition(manifest: Manifest, path: Path) -> tuple[CompositionConfig, dict[str, Any]]:
-    """The settings of a stored fusion, and what was chosen for it: `kept` or `continued`.
-
-    Raises:
-        UserError: they are none of this version.
-    """
-    settings = dict(manifest.composition or {})
-    chosen: dict[str, Any] = {key: settings.pop(key) for key in ("kept", "continued") if key in settings}
-    return settings_of(CompositionConfig, settings, f"{path / MANIFEST}: composition"), chosen
-
-
-def _check_rank(method: MethodConfig, artifact: Artifact) -> None:
-    """Refuse a rank that the stored weights do not have, before anything of that size is made."""
-    stored = {
-        tuple(tensor.shape[:1]) for name, tensor in artifact.weights.items() if name.endswith("lora_A.weight")
-    }
-    if method.name == "lora" and stored != {(method.rank,)}:
-        raise UserError(
-            f"{artifact.path / WEIGHTS}: holds LoRA of rank {sorted(stored)}, and {MANIFEST} says method.rank={method.rank}"
-        )
-
-
 def _sources_of(manifest: Manifest, store: Path) -> list[Artifact]:
     try:
         return [load_by_hash(source["hash"], source["name"], store) for source in manifest.sources]
     except UserError as error:
         raise UserError(f"{manifest.name}: {error}") from None
-
-
-def _stored_head(task: dict[str, Any], head: dict[str, Any], backbone: Backbone) -> TaskHead:
-    kind = kind_of(TaskConfig.from_dict(task, where="manifest"))
-    shape = {key: value for key, value in head.items() if key != "decision"}
-    return kind.make_head(backbone.hidden_size, **shape)
 
 
 def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int = 0) -> AdaptedModel:
@@ -307,42 +180,32 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int 
     """
     manifest = artifact.manifest
     check_made_for(artifact, backbone)
-    match_keys(head_shapes(manifest), artifact.head, artifact.path / HEAD)
+    match_keys(head_shapes(manifest, artifact.path), artifact.head, artifact.path / HEAD)
+    sources = _sources_of(manifest, store)
+    for source in sources:
+        check_made_for(source, backbone)
+    expected = weight_shapes(manifest, [source.manifest for source in sources], artifact.path)
+    if expected is not None:
+        match_keys(expected, artifact.weights, artifact.path / WEIGHTS)
     fillings: Mapping[str, SlotModule] = {}
     tuning = None
-    placement = manifest.placement
-    if manifest.kind == "adapter":
+    if manifest.adapter is not None:
         fillings = stored_adapters(artifact)
-    elif manifest.kind == "fusion":
-        sources = _sources_of(manifest, store)
-        described = [source.manifest for source in sources]
-        match_keys(
-            fusion_shapes(manifest, described, artifact.path), artifact.weights, artifact.path / WEIGHTS
-        )
+    elif manifest.composition is not None:
         composition, chosen = stored_composition(manifest, artifact.path)
-        for source in sources:
-            check_made_for(source, backbone)
-        fillings = composition_fillings(composition, sources, backbone, **chosen)
-        placement = sources[0].manifest.placement
+        fillings = composition_fillings(composition, sources, backbone, chosen)
         copy_stored(parameters_of(fillings), artifact.weights, artifact.path / WEIGHTS)
     elif manifest.method is not None:
         method = settings_of(MethodConfig, manifest.method, f"{artifact.path / MANIFEST}: method")
-        _check_rank(method, artifact)
+        check = method.definition.check_stored
+        if check is not None:
+            check(method.settings, artifact.weights, artifact.path / WEIGHTS)
         tuning = tuning_of(method, backbone)
         assert tuning is not None
         copy_stored(tuning.state(), artifact.weights, artifact.path / WEIGHTS)
-    elif artifact.weights:
-        match_keys({}, artifact.weights, artifact.path / WEIGHTS)
     kept = {slot: filling for slot, filling in fillings.items() if layer_and_site(slot)[0] >= drop}
-    head: TaskHead | TaskHeads = _stored_head(manifest.task, manifest.head, backbone)
-    if manifest.multitask is not None:
-        head = TaskHeads(
-            {
-                name: _stored_head(entry["task"], entry["head"], backbone)
-                for name, entry in manifest.multitask.items()
-            }
-        )
+    placement = sources[0].manifest.placement if sources else manifest.placement
     reads = placement["adapter.reads"] or "normed"
-    model = AdaptedModel(backbone, kept, reads, head, tuning=tuning)
+    model = AdaptedModel(backbone, kept, reads, described_head(manifest), tuning=tuning)
     copy_stored(model.head_state(), artifact.head, artifact.path / HEAD)
     return model.merged()

@@ -11,11 +11,21 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Optional
 
+from fusion.checks import as_stored as _as_stored
+from fusion.checks import check_batches as _batches
+from fusion.checks import check_drop as _drop
+from fusion.checks import check_layers as _layers
+from fusion.checks import in_range as _in_range
+from fusion.checks import one_of as _one_of
+from fusion.checks import require as _require
 from fusion.errors import UserError
+from fusion.model.compositions import COMPOSITIONS, Composition
+from fusion.model.methods import ADAPTER, METHODS, Method
+from fusion.model.settings import flat_group
 from fusion.overrides import override, shortened
 from fusion.repeats import repeated
 from fusion.tasks.table import KINDS, check_task, kind_of
@@ -27,22 +37,6 @@ INITIAL_VALUES = ("bert", "houlsby", "zero_up")
 SITES = ("before_attention", "attention", "feedforward")
 READS = ("output", "normed", "input")
 POOLINGS = ("cls", "mean")
-COMPOSITIONS = (
-    "adapterfusion",
-    "sequence",
-    "static",
-    "mean",
-    "scalearn",
-    "scalearn_uniform",
-    "scalearn_pp",
-    "scalearn_uniform_pp",
-    "average",
-    "pruned",
-    "continued",
-)
-MULTITASK = ("multitask_adapter", "multitask_full")  # methods that train several tasks at once
-METHODS = ("adapter", "head", "lora", "bitfit", "full", *MULTITASK)
-TUNING = ("lora", "bitfit", "full", "multitask_full")  # methods that train a part of the backbone itself
 CACHES = ("auto", "off", "float32", "float16")
 RANKINGS = ("similarity", "logme", "probe", "attention")  # how fusion.rank looks at sources
 PRECISIONS = (
@@ -53,94 +47,6 @@ PRECISIONS = (
     "bf16",
     "16",
 )  # Lightning's that leave weights float32
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-def _in_range(
-    key: str,
-    value: Any,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-    whole: bool = True,
-    infinite: bool = False,
-    null: str = "",
-    hint: str = "",
-) -> None:
-    """Refuse a number outside a range; the message is made of the same bounds.
-
-    Args:
-        whole: whether only whole numbers will do.
-        infinite: whether infinity is a value like any other.
-        null: what null means; empty: null is refused.
-        hint: ends the sentence: an example, or what else would do.
-
-    Raises:
-        UserError: states the value, the whole range, and what null means.
-    """
-    if value is None and null:
-        return
-    number = type(value) is int or (type(value) is float and not whole)
-    if number and (infinite or math.isfinite(value)):
-        inside = (
-            (at_least is None or value >= at_least)
-            and (above is None or value > above)
-            and (at_most is None or value <= at_most)
-            and (below is None or value < below)
-        )
-        if inside:
-            return
-    if at_least is not None and at_most is not None:
-        bounds = f"{at_least:.10g} to {at_most:.10g}"
-    else:
-        named = (("at least", at_least), ("above", above), ("at most", at_most), ("below", below))
-        bounds = " and ".join(f"{name} {bound:.10g}" for name, bound in named if bound is not None)
-    what = "a whole number, " if whole else "a number, " if infinite else "a finite number, "
-    if number and math.isfinite(value):
-        what = "" if above is None else "a number, "
-    expected = f"{what}{bounds}".replace(", above", " above")
-    raise UserError(
-        f"{override(key, value)}: expected {expected}{hint}{f', or null for {null}' if null else ''}"
-    )
-
-
-def _one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:
-    _require(value in allowed, f"{override(key, value)}: expected one of {', '.join(allowed)}")
-
-
-def _batches(key: str, value: Any) -> None:
-    """How much of an epoch, as Lightning takes it: a fraction, or a number of batches."""
-    fraction = type(value) is float and 0.0 <= value <= 1.0
-    _require(
-        value is None or fraction or (type(value) is int and value >= 0),
-        f"{override(key, value)}: expected a fraction 0.0 to 1.0, or a whole number of batches, at least 0",
-    )
-
-
-def _layers(key: str, value: Any) -> None:
-    """`null` (all), `last:3`, or a list of 0-based layer numbers."""
-    if value is None or (isinstance(value, str) and re.fullmatch(r"last:[1-9]\d*", value)):
-        return
-    numbers = isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
-    _require(
-        numbers and len(value) > 0 and len(set(value)) == len(value),
-        f"{override(key, value)}: expected null (all layers), last:N such as last:3, or a list of different layers such as [0,2,4]",
-    )
-
-
-def _drop(key: str, value: Any) -> None:
-    """AdapterDrop: `specialized:5` or `robust`."""
-    _require(
-        value is None or value == "robust" or re.fullmatch(r"specialized:[1-9]\d*", value) is not None,
-        f"{override(key, value)}: expected null, specialized:N (nothing in the first N layers) or robust "
-        "(in training, nothing in a random number of the first layers)",
-    )
 
 
 def _sources(value: Any, ways: str) -> Any:
@@ -173,19 +79,6 @@ def _is_raw_label(entry: Any) -> bool:
     values = entry if isinstance(entry, list) else [entry]
     return len(values) > 0 and all(isinstance(v, (str, int, float, bool, type(None))) for v in values)
 
-
-def _default(setting: Field[Any]) -> Any:
-    """What a field of a dataclass holds where nothing is said."""
-    return setting.default if setting.default_factory is MISSING else setting.default_factory()
-
-
-def _as_stored(settings: Any, later: tuple[str, ...]) -> dict[str, Any]:
-    """The fields of a dataclass, without those `later` ones that have their default."""
-    return {
-        f.name: getattr(settings, f.name)
-        for f in fields(settings)
-        if f.name not in later or getattr(settings, f.name) != _default(f)
-    }
 
 
 @dataclass
@@ -443,34 +336,20 @@ class AdapterConfig:
         return max(1, int(hidden_size // self.reduction_factor))
 
 
-@dataclass
-class MethodConfig:
-    name: str = "adapter"  # what trains beside the head: adapters, nothing (head), or part of the backbone
-    rank: int = 8  # lora
-    alpha: int = 8  # lora: its change counts alpha / rank
-    dropout: float = 0.0  # lora: on what it reads
-    temperature: float = 2.0  # multitask_*: tasks are drawn with p_i ~ n_i^(1/temperature)
-    targets: list[str] = field(default_factory=lambda: ["query", "value"])  # lora: which linear layers
+_Method: Any = flat_group(
+    "method",
+    {name: method.settings for name, method in METHODS.items()},
+    first=("name", "rank", "alpha", "dropout", "temperature", "targets"),
+)
 
-    def __post_init__(self) -> None:
-        _one_of("method", self.name, METHODS)
-        _in_range("method.rank", self.rank, at_least=1)
-        _in_range("method.alpha", self.alpha, at_least=1)
-        _in_range("method.dropout", self.dropout, at_least=0, below=1, whole=False)
-        _require(
-            len(self.targets) > 0 and len(set(self.targets)) == len(self.targets),
-            f"{override('method.targets', self.targets)}: expected names of linear layers such as [query,value], each once",
-        )
-        hint = "; 1 draws tasks by their rows, a higher one brings small tasks up"
-        _in_range("method.temperature", self.temperature, above=0, whole=False, hint=hint)
-        used = {"lora": ("rank", "alpha", "dropout", "targets")} | dict.fromkeys(MULTITASK, ("temperature",))
-        for f in fields(self):
-            said, default = getattr(self, f.name), _default(f)
-            _require(
-                f.name == "name" or said == default or f.name in used.get(self.name, ()),
-                f"{override(f'method.{f.name}', said)}: method={self.name} has no such setting; leave it out, or say method="
-                + " or ".join(name for name, keys in used.items() if f.name in keys),
-            )
+
+@dataclass
+class MethodConfig(_Method):
+    """What stage 1 trains beside the head: a name of `METHODS`, and the settings of all of them."""
+
+    @property
+    def definition(self) -> Method:
+        return METHODS[self.name]
 
 
 @dataclass
@@ -486,70 +365,26 @@ class HeadConfig:
         _in_range("head.dropout", self.dropout, at_least=0, below=1, whole=False)
 
 
+_Composition: Any = flat_group(
+    "composition",
+    {name: composition.settings for name, composition in COMPOSITIONS.items()},
+    first=("name", "value_matrix", "temperature", "dropout", "value_penalty", "layers"),
+    later=("drop", "rank", "target_adapter", "train", "fusion", "keep"),
+)
+
+
 @dataclass
-class CompositionConfig:
-    name: str = "adapterfusion"
-    value_matrix: bool = True
-    temperature: float = 1.0
-    dropout: float = 0.0  # on the scores, before the softmax
-    value_penalty: float = 0.01  # weight of the sum over layers of ||Wv - I||^2
-    layers: Any = None
-    drop: Optional[str] = None  # AdapterDrop: specialized:N or robust
-    rank: Optional[int] = None  # of query and key; null: the hidden size
-    target_adapter: bool = False  # a fresh adapter that trains beside what the sources give
-    train: bool = False  # average, pruned: whether the outcome trains further
-    fusion: Optional[str] = None  # pruned: the stored fusion that it is made of
-    keep: Optional[int] = None  # pruned: how many sources each slot keeps
+class CompositionConfig(_Composition):
+    """How stage 2 combines its sources: a name of `COMPOSITIONS`, and the settings of all of them."""
 
-    def __post_init__(self) -> None:
-        _one_of("composition", self.name, COMPOSITIONS)
-        if self.name == "pruned":
-            hint = " source of each layer, fewer than the fusion has"
-            _in_range("composition.keep", self.keep, at_least=1, hint=hint)
-        _in_range("composition.rank", self.rank, at_least=1, null="the hidden size")
-        attends, trains = ("adapterfusion", "sequence", "pruned"), ("average", "pruned")
-        defaults = {f.name: _default(f) for f in fields(self)}
-        for key in ("value_matrix", "temperature", "dropout", "value_penalty", "rank"):
-            said = getattr(self, key)
-            _require(
-                self.name in attends or said == defaults[key],
-                f"{override(f'composition.{key}', said)}: {self.name} has no attention; leave it out, or say "
-                "composition=adapterfusion or sequence",
-            )
-        _require(
-            not self.train or self.name in trains,
-            f"composition.train=true: says whether {' or '.join(trains)} trains further, and {self.name} has no "
-            "such choice; leave it out",
-        )
-        _require(
-            (self.fusion, self.keep) == (None, None) or self.name == "pruned",
-            f"composition.fusion and composition.keep are for composition=pruned, not {self.name}: say that, or "
-            "leave them out",
-        )
-        _in_range("composition.temperature", self.temperature, above=0, whole=False)
-        _in_range("composition.dropout", self.dropout, at_least=0, below=1, whole=False)
-        _in_range("composition.value_penalty", self.value_penalty, at_least=0, whole=False)
-        _layers("composition.layers", self.layers)
-        _drop("composition.drop", self.drop)
-
-    def as_stored(self) -> dict[str, Any]:
-        """As a manifest keeps it. What came with a later version is there only where it says something.
-
-        So an artifact that uses none of it has the same hash in every version.
-        """
-        return _as_stored(self, ("drop", "rank", "target_adapter", "train", "fusion", "keep"))
+    @property
+    def definition(self) -> Composition:
+        return COMPOSITIONS[self.name]
 
     def pruning_of(self, trained: CompositionConfig) -> CompositionConfig:
         """The settings of a pruned fusion: those that the fusion was trained with, but for what its pruning may set."""
-        return replace(
-            trained,
-            name="pruned",
-            dropout=self.dropout,
-            value_penalty=self.value_penalty,
-            fusion=self.fusion,
-            keep=self.keep,
-            train=self.train,
-        )
+        own = (*self.settings.training_only, "name", "train")
+        return replace(trained, **{key: getattr(self, key) for key in own})
 
 
 @dataclass
@@ -835,28 +670,28 @@ class Stage1Config(StageConfig):
     tasks: Any = None  # in place of +task: names of tasks to train at once, of which app.py makes TaskConfigs
 
     def __post_init__(self) -> None:
-        method = self.method.name
+        method, definition = self.method.name, self.method.definition
         if self.backbone.dropout is None:  # what trains as a whole drops out, as in pre-training
-            self.backbone.dropout = method in ("full", "multitask_full")
+            self.backbone.dropout = definition.whole
         super().__post_init__()
         _require(
-            method not in TUNING or self.backbone.cache in ("auto", "off"),
+            definition.tune is None or self.backbone.cache in ("auto", "off"),
             f"backbone.cache={self.backbone.cache}: method={method} trains inside the backbone, so that no part of "
             "it stays the same; expected backbone.cache=off",
         )
         _require(
-            method in ("adapter", "multitask_adapter") or self.adapter.drop is None,
+            definition.kind == ADAPTER or self.adapter.drop is None,
             f"adapter.drop={self.adapter.drop}: method={method} has no adapters to drop; expected method=adapter",
         )
-        several = " or ".join(f"method={name}" for name in MULTITASK)
+        several = " or ".join(f"method={name}" for name, one in METHODS.items() if one.multitask)
         if self.tasks is None:
             _require(
-                method not in MULTITASK,
+                not definition.multitask,
                 f"method={method} trains several tasks at once: say 'tasks=[TASK,ANOTHER]' in place of +task=",
             )
             return
         _require(
-            method in MULTITASK,
+            definition.multitask,
             f"tasks= with method={method}: several tasks at once need {several}\n"
             "One run for each task is a sweep: -m +task=TASK,ANOTHER",
         )
@@ -874,14 +709,14 @@ class Stage1Config(StageConfig):
     @property
     def kind(self) -> str:
         """What is stored: of several tasks the same as of one."""
-        return self.method.name.removeprefix("multitask_")
+        return self.method.definition.kind
 
     def default_name(self) -> str:
         names = [str(task.name) for task in self.task_list]
         name = "-".join(names)
         if len(name) > 60:  # the store takes 100, and a sweep adds to it
             name = f"{names[0]}-and-{len(names) - 1}-more-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-        return name if self.method.name == "adapter" else f"{name}-{self.method.name}"
+        return name if self.method.is_default else f"{name}-{self.method.name}"
 
 
 @dataclass
@@ -893,10 +728,10 @@ class Stage2Config(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.sources = _sources(self.sources, "a list of names such as [mnli,sst2], all, or top:N")
-        if self.composition.name == "pruned":
+        if self.composition.definition.is_pruned:
             self._check_pruned()
         _require(
-            len(self.sources) > 0 or self.composition.name == "pruned",
+            len(self.sources) > 0 or self.composition.definition.is_pruned,
             "sources is empty: name adapters of the store, such as 'sources=[mnli,sst2]'",
         )
         if self.sources_by is not None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from fusion.config import Stage1Config, Stage2Config, StageConfig
 from fusion.errors import UserError
+from fusion.model.compositions import COMPOSITIONS
 from fusion.overrides import hydra_value, override
 from fusion.store.compatibility import check_sources
 from fusion.store.lookup import find_by_hash, read_folder, read_manifest
-from fusion.store.manifest import Manifest
-
-_OWN_START = ("average", "continued", "pruned")  # compositions that start from weights of their sources
+from fusion.store.manifest import COMPOSITION_TRAINING_KEYS, Manifest
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,11 @@ def read_inputs(config: Stage2Config) -> Inputs:
         UserError: an artifact is missing or damaged, is of another kind, or does not go with the others.
     """
     store = Path(config.store)
-    if config.composition.name == "pruned":
+    if config.composition.definition.is_pruned:
         return _of_fusion(config, store)
     sources = [read_manifest(source, store) for source in config.sources]
     check_sources(sources)
-    if config.composition.name == "average":
+    if config.composition.definition.one_shape:
         check_one_shape(sources)
     return Inputs(config.sources, sources)
 
@@ -71,10 +70,11 @@ def _of_fusion(config: Stage2Config, store: Path) -> Inputs:
     assert reference is not None and keep is not None and config.task is not None
     fusion = read_manifest(reference, store)
     composition = (fusion.composition or {}).get("name")
-    if composition != "adapterfusion":
+    prunable = [name for name, one in COMPOSITIONS.items() if one.can_be_pruned]
+    if composition not in prunable:
         what = f"fusion of composition {composition}" if composition else fusion.kind
         raise UserError(
-            f"composition.fusion={reference}: is a stored {what}, expected one of composition=adapterfusion"
+            f"composition.fusion={reference}: is a stored {what}, expected one of composition={' or '.join(prunable)}"
         )
     names = [source["name"] for source in fusion.sources]
     if keep >= len(names):
@@ -149,7 +149,7 @@ def initial_manifest(config: StageConfig, kind: str, sources: Sequence[Manifest]
             f"init_from={config.init_from}: is a stored {manifest.kind}, and this run trains a {kind}; expected a "
             f"stored {kind}"
         )
-    if isinstance(config, Stage2Config) and config.composition.name in _OWN_START:
+    if isinstance(config, Stage2Config) and config.composition.definition.starts_from_sources:
         raise UserError(
             f"init_from={config.init_from}: composition={config.composition.name} starts from its sources; leave "
             "init_from out"
@@ -192,12 +192,13 @@ def _shape(
         found["adapter.layers"] = stored.get("layers"), asked.layers
         found["adapter.drop"] = _specialized(stored.get("drop")), _specialized(asked.drop)
     elif isinstance(config, Stage1Config) and manifest.method is not None:
-        keys = ("rank", "alpha", "targets") if manifest.kind == "lora" else ()
-        for key in keys:
+        for key in config.method.settings.shaping:
             found[f"method.{key}"] = manifest.method.get(key), getattr(config.method, key)
     elif isinstance(config, Stage2Config) and manifest.composition is not None:
         stored, given = manifest.composition, config.composition.as_stored()
-        for key in ("name", "value_matrix", "temperature", "layers", "rank", "target_adapter"):
+        for key in (f.name for f in fields(config.composition)):
+            if key in (*COMPOSITION_TRAINING_KEYS, "drop"):
+                continue
             found[f"composition.{key}"] = stored.get(key), given.get(key)
         found["composition.drop"] = _specialized(stored.get("drop")), _specialized(given.get("drop"))
         theirs = [(source["name"], source["hash"][:8]) for source in manifest.sources]

@@ -20,6 +20,7 @@ from fusion.config import CompositionConfig, TaskConfig
 from fusion.data.batches import Batch
 from fusion.layers.heads import TaskHead, pool
 from fusion.model.adapted import AdaptedModel
+from fusion.model.compositions import MEAN
 from fusion.store.artifacts import Artifact
 from fusion.tasks.table import kind_of
 from fusion.training.metrics import score
@@ -88,7 +89,7 @@ def looks(
     device: torch.device,
 ) -> Iterator[Callable[[Iterable[Batch]], States]]:
     """For each source a function of batches: the pooled states with its adapter alone; arguments as of `probe`."""
-    settings = CompositionConfig(name="mean", layers=composition.layers, drop=composition.drop)
+    settings = CompositionConfig(MEAN, layers=composition.layers, drop=composition.drop)
     model = AdaptedModel(
         backbone,
         composition_fillings(settings, sources, backbone),

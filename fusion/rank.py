@@ -15,7 +15,7 @@ from typing import Any
 
 from fusion.app import command
 from fusion.backbones.files import check_files
-from fusion.config import RankConfig
+from fusion.config import CompositionConfig, RankConfig
 from fusion.errors import TrainingError, UserError
 from fusion.inputs import check_backbone_name
 from fusion.ranking.candidates import Candidates, all_adapters
@@ -188,7 +188,7 @@ def _known_fusion(config: RankConfig) -> dict[str, Any] | None:
             "seconds": manifest.result["speed"]["seconds"],
         }
         for _, manifest in artifacts(Path(config.store))
-        if (manifest.composition or {}).get("name") == "adapterfusion"
+        if (manifest.composition or {}).get("name") == CompositionConfig.default
         and manifest.task.get("name") == config.task.name
         and isinstance((manifest.result.get("speed") or {}).get("seconds"), float)
     ]

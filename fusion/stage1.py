@@ -6,7 +6,6 @@ python -m fusion.stage1 'tasks=[snli,rte,cb]' method=multitask_adapter
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from fusion.app import command
@@ -99,7 +98,7 @@ def train(config: Stage1Config, run: Run, entry: Entry) -> dict[str, Any]:
         backbone,
         rows,
         tag=config.method.name,
-        method=dataclasses.asdict(config.method) if tuning is not None else None,
+        method=config.method.as_stored() if tuning is not None else None,
         adapter=adapter,
         robust_drop=config.adapter.drop == "robust",
         temperature=config.method.temperature,

@@ -86,7 +86,7 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, entry: Entry) -> dict[
     rows = load_task_rows(config, backbone)
     start = find_start(config, sources, backbone, rows.training[0], rows.validation, entry.checkpoints)
     torch.manual_seed(config.seed)
-    fillings = composition_fillings(start.composition, sources, backbone, **start.chosen)
+    fillings = composition_fillings(start.composition, sources, backbone, start.chosen)
     head = start.head(config, backbone)
     model = AdaptedModel(
         backbone,
@@ -108,7 +108,7 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, entry: Entry) -> dict[
         tag=config.composition.name,
         composition=start.stored,
         sources=[source.manifest for source in sources],
-        loss_weights={"value_penalty": config.composition.value_penalty},
+        loss_weights=start.composition.settings.loss_weights(),
         robust_drop=start.composition.drop == "robust",
         initial=initial,
     )

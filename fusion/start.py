@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fusion.backbones.load import Backbone
-from fusion.build import fresh_head, stored_composition, stored_model
+from fusion.build import fresh_head, stored_model
 from fusion.config import CompositionConfig, Stage2Config
 from fusion.data.encode import EncodedRows
 from fusion.data.samples import sampled_batches
+from fusion.from_manifests import stored_composition
 from fusion.inference import device_of
 from fusion.layers.heads import TaskHead
 from fusion.model.adapted import AdaptedModel
+from fusion.model.compositions import CONTINUED, KEPT
 from fusion.probe import probe
 from fusion.pruning import mean_attention, most_attended
 from fusion.run import write_json
@@ -35,7 +37,7 @@ class Start:
     """What is decided before the model is built.
 
     composition: the settings, of a pruned fusion those that it was trained with.
-    chosen: what `composition_fillings` takes beyond them, and the manifest keeps: `kept` or `continued`.
+    chosen: what `composition_fillings` takes beyond them, and the manifest keeps, see `Composition.finds`.
     fusion: the stored fusion whose weights and head the model begins with.
     """
 
@@ -80,7 +82,8 @@ def find_start(
     Raises:
         UserError: the stored fusion is damaged or none of this version.
     """
-    if config.composition.name not in ("pruned", "continued"):
+    finds = config.composition.definition.finds
+    if finds is None:
         return Start(config.composition)
     file = checkpoints / CHOSEN
     fusion = None
@@ -89,11 +92,8 @@ def find_start(
     if config.resume and file.is_file():
         chosen = json.loads(file.read_text(encoding="utf-8"))
     else:
-        if fusion is not None:
-            chosen = {"kept": _most_attended(config, fusion, sources, backbone, training)}
-        else:
-            first = next(iter(validation.values()))
-            chosen = {"continued": _best_source(config, sources, backbone, training, first)}
+        first = next(iter(validation.values()))
+        chosen = {finds: _FIND[finds](config, fusion, sources, backbone, training, first)}
         checkpoints.mkdir(parents=True, exist_ok=True)
         write_json(file, chosen)
     if fusion is None:
@@ -104,13 +104,14 @@ def find_start(
 
 def _most_attended(
     config: Stage2Config,
-    fusion: Artifact,
+    fusion: Artifact | None,
     sources: Sequence[Artifact],
     backbone: Backbone,
     training: EncodedRows,
+    validation: EncodedRows,
 ) -> dict[str, list[int]]:
     """Of each slot, the positions of the sources that it keeps."""
-    assert config.composition.keep is not None
+    assert fusion is not None
     batches = sampled_batches(training, _ROWS, config.data.batch_size, config.data.tokens_per_batch)
     model = stored_model(fusion, Path(config.store), backbone.copy())
     attention = mean_attention(model, batches, device_of(config.trainer.accelerator))
@@ -119,6 +120,7 @@ def _most_attended(
 
 def _best_source(
     config: Stage2Config,
+    fusion: Artifact | None,
     sources: Sequence[Artifact],
     backbone: Backbone,
     training: EncodedRows,
@@ -148,3 +150,6 @@ def _best_source(
         ", the first of several" if scores.count(scores[best]) > 1 else "",
     )
     return names[best]
+
+
+_FIND: dict[str, Callable[..., Any]] = {KEPT: _most_attended, CONTINUED: _best_source}

@@ -64,4 +64,4 @@ class ScaLearn(SlotModule):
 
 def initial_scales(count: int, width: int) -> nn.Parameter:
     """ω at the start: (count, width), 1/count, the mean of the sources, with noise N(0, 0.001)."""
-    return nn.Parameter(torch.normal(1.0 / count, 0.001, (count, width)))
+    return nn.Parameter(torch.empty(count, width).normal_(1.0 / count, 0.001))

@@ -65,7 +65,7 @@ def attention_of_short_run(
         sources[0].manifest.placement["adapter.reads"],
         fresh_head(config.head, config.task, config.backbone.pooling, backbone),
     )
-    weights = {"value_penalty": composition.value_penalty}
+    weights = composition.settings.loss_weights()
     fit(training, model, rows.training, rows.validation, weights, [], folder / "no checkpoints")
     batches = sampled_batches(rows.training[0], None, config.data.batch_size, config.data.tokens_per_batch)
     attention = mean_attention(model, batches, device_of(config.accelerator))

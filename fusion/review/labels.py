@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fusion.config import StageConfig
+from fusion.model.methods import ADAPTER
 from fusion.tasks.table import METRICS
 
 NAMES_SHOWN = 4  # of sources
@@ -27,12 +28,12 @@ def stage_name(config: StageConfig, sources: Sequence[str] = ()) -> str:
     composition = getattr(config, "composition", None)
     if composition is not None:
         parts = [f"{tasks} ← {_listed(sources)}"]
-        parts += [] if composition.name == "adapterfusion" else [composition.name]
+        parts += [] if composition.is_default else [composition.name]
     else:
         adapter = config.adapter.name  # type: ignore[attr-defined]
-        method = config.method.name  # type: ignore[attr-defined]
-        shown = f" {adapter}" if method.endswith("adapter") and adapter != "pfeiffer" else ""
-        parts = [tasks, f"{method}{shown}"]
+        method = config.method  # type: ignore[attr-defined]
+        shown = f" {adapter}" if method.definition.kind == ADAPTER and adapter != "pfeiffer" else ""
+        parts = [tasks, f"{method.name}{shown}"]
     parts.append(f"seed {config.seed}")
     usual = config.default_name()  # type: ignore[attr-defined]
     own = str(config.name)

@@ -112,10 +112,11 @@ def _show(names: list[str], values: dict[str, str]) -> int:
 
 
 def _verify(names: list[str], values: dict[str, str]) -> int:
+    from fusion.from_manifests import tensor_shapes
     from fusion.store.verifying import left_over, verify
 
     store, problems, count = _store(values), 0, 0
-    for verdict in verify(store, names[0] if names else None):
+    for verdict in verify(store, tensor_shapes, names[0] if names else None):
         say(str(verdict), flush=True)
         problems, count = problems + bool(verdict.problem), count + 1
     if not names:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fusion.errors import UserError
+from fusion.model.compositions import COMPOSITIONS
 from fusion.repeats import repeated
 from fusion.store.manifest import Manifest
 
@@ -89,16 +90,15 @@ def check_attends(manifest: Manifest, asked: str, cure: str) -> None:
         asked, cure: how it was asked for, and what to do without it.
 
     Raises:
-        UserError: it is no fusion, or one that is a single adapter in the end.
+        UserError: it is no fusion, or one that reports no weights of its sources.
     """
     if manifest.kind != "fusion":
         raise UserError(
             f"{asked}: {manifest.name} is a stored {manifest.kind}; only a fusion has attention to show"
         )
-    if (composition := (manifest.composition or {}).get("name")) in ("average", "continued"):
-        raise UserError(
-            f"{asked}: {manifest.name} (composition={composition}) is one adapter, which attends to nothing; {cure}"
-        )
+    name = (manifest.composition or {})["name"]
+    if why := COMPOSITIONS[name].no_weights:
+        raise UserError(f"{asked}: {manifest.name} (composition={name}) {why}; {cure}")
 
 
 def check_trust(manifest: Manifest, trusted: bool) -> None:

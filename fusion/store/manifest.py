@@ -19,6 +19,8 @@ from fusion.config import (
     TaskConfig,
 )
 from fusion.errors import UserError
+from fusion.model.compositions import COMPOSITIONS, CONTINUED, KEPT
+from fusion.model.methods import ADAPTER, METHODS
 from fusion.paths import check_relative
 from fusion.repeats import repeated
 from fusion.safe_text import quotable
@@ -29,15 +31,18 @@ from fusion.store.names import is_name
 from fusion.store.settings import TYPE_NAMES, check_types, settings_of, type_name
 
 FORMAT_VERSION = 1
-KINDS = ("adapter", "fusion", "head", "lora", "bitfit", "full")
+FUSION = "fusion"
+# What stage 1 stores, and what stage 2 stores.
+KINDS = tuple(dict.fromkeys((ADAPTER, FUSION, *(method.kind for method in METHODS.values()))))
 MOST_LAYERS = 10_000  # of a backbone; they are counted through
 
 # What shapes training or only says how a size was chosen: it does not change what the stored weights compute.
 # An adapter's `bottleneck_sizes` says in which slots it stands.
 ADAPTER_TRAINING_KEYS = ("name", "init", "dropout", "reduction_factor", "bottleneck_size", "layers", "drop")
-# `fusion` is a name; of what it was, `kept` and the weights remain.
-COMPOSITION_TRAINING_KEYS = ("dropout", "value_penalty", "fusion", "keep")
-TUNING_KINDS = ("lora", "bitfit", "full")  # whose weights are the backbone's own
+COMPOSITION_TRAINING_KEYS = tuple(
+    {key for composition in COMPOSITIONS.values() for key in composition.settings.training_only}
+)
+TUNING_KINDS = {method.kind for method in METHODS.values() if method.tune is not None}
 OPTIONAL = ("method", "multitask", "checksum")  # keys that manifests of the first release do not have
 
 
@@ -232,7 +237,7 @@ ADAPTER: dict[str, Types] = {
     "dropout": (int, float),
     "bottleneck_sizes": (dict,),
 }
-CHOSEN: dict[str, Types] = {"kept": (dict,), "continued": (str,)}  # of a composition, beyond its settings
+CHOSEN: dict[str, Types] = {KEPT: (dict,), CONTINUED: (str,)}  # of a composition, beyond its settings
 
 
 def _check_type(value: Any, allowed: Types, key: str, path: Path) -> None:
@@ -341,7 +346,7 @@ def _check_kind(values: dict[str, Any], path: Path) -> None:
     if part == "method":
         _check_type(values["method"].get("name"), (str,), "method.name", path)
         method = settings_of(MethodConfig, values["method"], f"{path}: method")
-        if method.name.removeprefix("multitask_") != kind:
+        if method.definition.kind != kind:
             raise UserError(f"{path}: method.name is {method.name}, and kind is {kind}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from fusion.store.listing import as_bytes
 from fusion.store.lookup import READS, source_manifests, stamp, unknown_name
 from fusion.store.manifest import Manifest
 from fusion.store.overview import Found, check_store, everything, leftovers, size_of
-from fusion.store.shapes import head_shapes, weight_shapes
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,14 @@ class Verdict:
         )
 
 
-def verify(store: Path, name: str | None = None) -> Iterator[Verdict]:
+Shapes = Callable[[Manifest, Sequence[Manifest], Path], Mapping[str, Mapping[str, tuple[int, ...]] | None]]
+"""From a manifest, those of its sources and the artifact's folder to the tensors that each of its files must hold.
+
+None for a file of which the manifest cannot tell. It raises UserError where a manifest describes no model.
+"""
+
+
+def verify(store: Path, shapes: Shapes, name: str | None = None) -> Iterator[Verdict]:
     """One verdict an artifact, those that were replaced too; with `name` of that one alone.
 
     Raises:
@@ -50,7 +56,7 @@ def verify(store: Path, name: str | None = None) -> Iterator[Verdict]:
     for one in found:
         unsealed = one.manifest is not None and one.manifest.checksum is None
         note = " (its manifest has no checksum)" if unsealed else ""
-        yield Verdict(one.place, _settled_problem(one, store), note)
+        yield Verdict(one.place, _settled_problem(one, store, shapes), note)
 
 
 def left_over(store: Path) -> list[str]:
@@ -64,7 +70,7 @@ def left_over(store: Path) -> list[str]:
     ]
 
 
-def _settled_problem(found: Found, store: Path) -> str:
+def _settled_problem(found: Found, store: Path, shapes: Shapes) -> str:
     """What is wrong with an artifact that nobody wrote during the check: otherwise it is looked up and checked again.
 
     `verify` takes no lock, so an overwrite may replace the folder between two reads. A problem counts once the
@@ -73,7 +79,7 @@ def _settled_problem(found: Found, store: Path) -> str:
     problem = ""
     for _ in range(READS):
         before = _stamps(store, found)
-        if not (problem := _problem(found, store)):
+        if not (problem := _problem(found, store, shapes)):
             return ""
         if before == _stamps(store, found) and not is_locked(store / LOCKS / f"{found.place}.lock"):
             return problem
@@ -90,14 +96,14 @@ def _stamps(store: Path, found: Found) -> list[tuple[int, int] | None]:
     return [stamp(found.folder), *(stamp(store / source["name"]) for source in sources)]
 
 
-def _problem(found: Found, store: Path) -> str:
+def _problem(found: Found, store: Path, shapes: Shapes) -> str:
     if found.manifest is None:
         return found.problem
     try:
         artifact = read(found.folder)
         _check_contents(found.folder)
         sources = source_manifests(artifact.manifest, store)
-        _check_tensors(artifact, sources)
+        _check_tensors(artifact, shapes(artifact.manifest, sources, artifact.path))
     except UserError as error:
         return str(error)
     return ""
@@ -109,17 +115,12 @@ def _check_contents(folder: Path) -> None:
         raise UserError(f"{folder}: {', '.join(extra)} is no part of an artifact; move it elsewhere")
 
 
-def _check_tensors(artifact: Artifact, sources: list[Manifest]) -> None:
-    path = artifact.path
-    shapes = weight_shapes(artifact.manifest, sources, path)
-    for file, tensors, expected in (
-        (WEIGHTS, artifact.weights, shapes),
-        (HEAD, artifact.head, head_shapes(artifact.manifest)),
-    ):
-        if expected is not None:
+def _check_tensors(artifact: Artifact, shapes: Mapping[str, Mapping[str, tuple[int, ...]] | None]) -> None:
+    for file, tensors in ((WEIGHTS, artifact.weights), (HEAD, artifact.head)):
+        if (expected := shapes[file]) is not None:
             with _mendable():
-                match_keys(expected, tensors, path / file)
-        check_numbers(tensors, path / file)
+                match_keys(expected, tensors, artifact.path / file)
+        check_numbers(tensors, artifact.path / file)
 
 
 @contextlib.contextmanager
