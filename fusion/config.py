@@ -80,7 +80,6 @@ def _is_raw_label(entry: Any) -> bool:
     return len(values) > 0 and all(isinstance(v, (str, int, float, bool, type(None))) for v in values)
 
 
-
 @dataclass
 class TaskConfig(Task):
     """A task file, checked."""
@@ -346,6 +345,11 @@ _Method: Any = flat_group(
 @dataclass
 class MethodConfig(_Method):
     """What stage 1 trains beside the head: a name of `METHODS`, and the settings of all of them."""
+
+    def __post_init__(self) -> None:
+        for cls in self.classes.values():  # a value out of its range is named first, whatever the method
+            self.values_for(cls)
+        super().__post_init__()
 
     @property
     def definition(self) -> Method:

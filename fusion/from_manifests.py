@@ -14,19 +14,21 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from fusion.config import CompositionConfig, TaskConfig
+from fusion.config import CompositionConfig
 from fusion.errors import UserError, first_line
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.layers.slot_module import SlotModule, parameters_of
 from fusion.layers.target import WithTargetAdapter
 from fusion.model.compositions import COMPOSITIONS, CONTINUED, KEPT, SlotSources
+from fusion.safe_text import quotable
 from fusion.selection import kept_layers
 from fusion.store.compatibility import check_sources
 from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
 from fusion.store.manifest import CHOSEN, Manifest
 from fusion.store.settings import settings_of
-from fusion.tasks.table import kind_of
+from fusion.tasks.table import KINDS
+from fusion.tasks.task import Task
 
 Shapes = dict[str, tuple[int, ...]]
 """Of tensors, by their names in a file."""
@@ -62,7 +64,9 @@ def described_head(manifest: Manifest) -> TaskHead | TaskHeads:
 
 
 def _head(task: dict[str, Any], head: dict[str, Any], hidden_size: int) -> TaskHead:
-    kind = kind_of(TaskConfig.from_dict(task, where="manifest"))
+    kind = KINDS.get(name := task.get("kind", Task.kind))
+    if kind is None:
+        raise UserError(f"its task is of kind {quotable(str(name))}, expected one of {', '.join(KINDS)}")
     shape = {key: value for key, value in head.items() if key != "decision"}
     return kind.make_head(hidden_size, **shape)
 
@@ -99,7 +103,9 @@ def compose(
     definition = config.definition
     for key in {one.finds for one in COMPOSITIONS.values()} - {None}:
         if (key in chosen) != (definition.finds == key):
-            raise UserError(f"composition.{key} is {'not for' if key in chosen else 'missing for'} {config.name}")
+            raise UserError(
+                f"composition.{key} is {'not for' if key in chosen else 'missing for'} {config.name}"
+            )
     only = chosen.get(CONTINUED)
     if only is not None and only not in [source.name for source in sources]:
         raise UserError("composition.continued is none of the sources")
@@ -149,9 +155,7 @@ def _beside(module: SlotModule, adapters: Sequence[BottleneckAdapter]) -> WithTa
 # --- shapes -----------------------------------------------------------------------------------------
 
 
-def tensor_shapes(
-    manifest: Manifest, sources: Sequence[Manifest], path: Path
-) -> dict[str, Shapes | None]:
+def tensor_shapes(manifest: Manifest, sources: Sequence[Manifest], path: Path) -> dict[str, Shapes | None]:
     """Of each of an artifact's files, see `weight_shapes` and `head_shapes`."""
     return {WEIGHTS: weight_shapes(manifest, sources, path), HEAD: head_shapes(manifest, path)}
 

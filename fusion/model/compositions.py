@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from fusion.layers.bottleneck import BottleneckAdapter
     from fusion.layers.slot_module import SlotModule
 
-KEPT, CONTINUED = "kept", "continued"  # what a composition may have to find out first, see `Composition.finds`
+KEPT, CONTINUED = (
+    "kept",
+    "continued",
+)  # what a composition may have to find out first, see `Composition.finds`
 MEAN = "mean"
 ONE_ADAPTER = "is one adapter, which attends to nothing"
 

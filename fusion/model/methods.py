@@ -87,9 +87,7 @@ def _bitfit(settings: MethodSettings, model: nn.Module) -> Tuning:
 
 def _check_lora(settings: LoraSettings, weights: Mapping[str, Tensor], file: Path) -> None:
     """Refuse a rank that the stored weights do not have, before anything of that size is made."""
-    stored = {
-        tuple(tensor.shape[:1]) for name, tensor in weights.items() if name.endswith("lora_A.weight")
-    }
+    stored = {tuple(tensor.shape[:1]) for name, tensor in weights.items() if name.endswith("lora_A.weight")}
     if stored != {(settings.rank,)}:
         raise UserError(
             f"{file}: holds LoRA of rank {sorted(stored)}, and manifest.json says method.rank={settings.rank}"

@@ -55,7 +55,7 @@ class FlatGroup:
     def _refusal(self, key: str, value: Any) -> str:
         having = {name: cls for name, cls in self.classes.items() if key in {f.name for f in fields(cls)}}
         first = next(iter(having.values()))
-        defining = next(cls for cls in first.__mro__ if key in get_annotations(cls))
+        defining: Any = next(cls for cls in first.__mro__ if key in get_annotations(cls))
         return defining.refusal.format(
             setting=override(f"{self.group}.{key}", value),
             group=self.group,
@@ -66,7 +66,10 @@ class FlatGroup:
     @property
     def settings(self) -> Any:
         """The chosen class's settings."""
-        cls = self.classes[self.name]
+        return self.values_for(self.classes[self.name])
+
+    def values_for(self, cls: type[Settings]) -> Settings:
+        """An object of one of the classes, its values checked."""
         return cls(**{f.name: getattr(self, f.name) for f in fields(cls)})
 
     @property

@@ -20,7 +20,7 @@ from fusion.config import (
 )
 from fusion.errors import UserError
 from fusion.model.compositions import COMPOSITIONS, CONTINUED, KEPT
-from fusion.model.methods import ADAPTER, METHODS
+from fusion.model.methods import METHODS
 from fusion.paths import check_relative
 from fusion.repeats import repeated
 from fusion.safe_text import quotable
@@ -33,7 +33,7 @@ from fusion.store.settings import TYPE_NAMES, check_types, settings_of, type_nam
 FORMAT_VERSION = 1
 FUSION = "fusion"
 # What stage 1 stores, and what stage 2 stores.
-KINDS = tuple(dict.fromkeys((ADAPTER, FUSION, *(method.kind for method in METHODS.values()))))
+KINDS = tuple(dict.fromkeys(("adapter", FUSION, *(method.kind for method in METHODS.values()))))
 MOST_LAYERS = 10_000  # of a backbone; they are counted through
 
 # What shapes training or only says how a size was chosen: it does not change what the stored weights compute.

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from fusion.errors import UserError
+from fusion.from_manifests import head_shapes, tensor_shapes, weight_shapes
 from fusion.store.artifacts import load, save
 from fusion.store.layout import MANIFEST
 from fusion.store.lookup import read_manifest
 from fusion.store.manifest import Manifest, checksum_of
-from fusion.store.shapes import head_shapes, weight_shapes
 from fusion.store.verifying import verify
 
 Make = Callable[..., Manifest]
@@ -28,7 +28,7 @@ def path(store: Path, make_manifest: Make) -> Path:
     """The manifest of a stored adapter."""
     manifest = make_manifest("films")
     weights = {name: torch.ones(shape) for name, shape in (weight_shapes(manifest, [], Path()) or {}).items()}
-    head = {name: torch.ones(shape) for name, shape in head_shapes(manifest).items()}
+    head = {name: torch.ones(shape) for name, shape in head_shapes(manifest, Path()).items()}
     return save(store, manifest, weights, head) / MANIFEST
 
 
@@ -60,7 +60,7 @@ def test_values_that_decide_predictions(path: Path, store: Path, fixed: tuple[st
     for read in (read_manifest, load):
         with pytest.raises(UserError, match=r"manifest\.json: its content does not match its checksum"):
             read("films", store)
-    (verdict,) = verify(store, "films")
+    (verdict,) = verify(store, tensor_shapes, "films")
     assert "checksum" in verdict.problem
 
 
@@ -117,7 +117,7 @@ def test_without_a_checksum_it_loads_with_one_note(
         assert [load("films", store).manifest.hash for _ in range(2)] == [manifest.hash] * 2
     (record,) = [record for record in caplog.records if "checksum" in record.message]
     assert "overwrite=true adds one" in record.message
-    (verdict,) = verify(store, "films")
+    (verdict,) = verify(store, tensor_shapes, "films")
     assert str(verdict) == "ok       films (its manifest has no checksum)"
     again = json.loads(read_manifest("films", store).to_json())  # written again, it has one
     assert again["checksum"] == checksum_of(again) == manifest.checksum

@@ -37,12 +37,12 @@ from fusion.build import (
     composition_fillings,
     load_sources,
     stored_adapters,
-    stored_composition,
     stored_model,
 )
 from fusion.config import CompositionConfig
 from fusion.entry import result_of
 from fusion.errors import UserError
+from fusion.from_manifests import stored_composition, tensor_shapes
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead
 from fusion.layers.slot_module import SlotModule, parameters_of
@@ -100,7 +100,7 @@ class Place:
         )
         for name, config, chosen in compositions:
             loaded = load_sources(["films", "books"], self.store, self.backbone)
-            fillings = composition_fillings(config, loaded, self.backbone, **chosen)
+            fillings = composition_fillings(config, loaded, self.backbone, chosen)
             manifest = make_manifest(name, "fusion", sources=sources, **about)
             manifest = replace(manifest, composition=config.as_stored() | chosen)
             save(self.store, manifest, parameters_of(fillings), dict(head.named_parameters()))
@@ -197,7 +197,7 @@ def attempt(place: Place, name: str, family: str, shown: bool = True) -> str:
         else:
             assert scores.shape[0] == 2
             check_reading(place, name, scores, family)
-        (verdict,) = verify(place.store, name)
+        (verdict,) = verify(place.store, tensor_shapes, name)
         if outcome == "read":
             assert not verdict.problem or "fingerprint" in verdict.problem, verdict
         if shown:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from fusion.errors import UserError
+from fusion.from_manifests import head_shapes, tensor_shapes, weight_shapes
 from fusion.run_lock import turn_of
 from fusion.store.__main__ import KEYS, main
 from fusion.store.artifacts import load_by_hash, save
@@ -25,7 +26,6 @@ from fusion.store.listing import as_bytes
 from fusion.store.lookup import names, read_manifest
 from fusion.store.manifest import Manifest, checksum_of
 from fusion.store.removing import remove
-from fusion.store.shapes import head_shapes, weight_shapes
 from fusion.store.verifying import verify
 from fusion.store.writing import writing
 from tests.terminal.emulator import Terminal, look_on
@@ -52,7 +52,7 @@ def put(
     """Stores an artifact that holds what its manifest says, filled with one value."""
     shapes = weight_shapes(manifest, sources or [], Path()) or {}
     weights = {name: torch.full(shape, value) for name, shape in shapes.items()}
-    head = {name: torch.full(shape, value) for name, shape in head_shapes(manifest).items()}
+    head = {name: torch.full(shape, value) for name, shape in head_shapes(manifest, Path()).items()}
     return save(store, manifest, weights, head, **how)
 
 
@@ -175,7 +175,7 @@ def test_no_false_alarm_while_an_artifact_is_overwritten(
         try:
             assert writer.stdout is not None and writer.stdout.readline()
             for _ in range(60):
-                assert [str(verdict) for verdict in verify(store)] == ["ok       films"]
+                assert [str(verdict) for verdict in verify(store, tensor_shapes)] == ["ok       films"]
             assert writer.poll() is None  # it has been overwriting all the while
         finally:
             writer.kill()
@@ -186,7 +186,9 @@ def test_damage_is_still_found_at_once_and_where_the_manifest_changes(full: Path
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    (problem,) = [verdict for verdict in verify(full) if verdict.problem and verdict.place == "films"]
+    (problem,) = [
+        verdict for verdict in verify(full, tensor_shapes) if verdict.problem and verdict.place == "films"
+    ]
     assert WEIGHTS in problem.problem
 
 

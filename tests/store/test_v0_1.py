@@ -20,6 +20,7 @@ from fusion.config import (
     TaskConfig,
     TrainerConfig,
 )
+from fusion.from_manifests import tensor_shapes
 from fusion.run import Run
 from fusion.store.lookup import read_manifest
 from fusion.store.verifying import verify
@@ -103,7 +104,7 @@ def test_it_is_written_again_as_0_1_wrote_it(name: str) -> None:
 
 
 def test_they_verify(place: Path) -> None:
-    verdicts = list(verify(place / "store"))
+    verdicts = list(verify(place / "store", tensor_shapes))
     assert [verdict.place for verdict in verdicts] == [*sorted(EVALUATED), ".replaced/replaced-97937089"]
     assert not [str(verdict) for verdict in verdicts if verdict.problem]
     assert all("has no checksum" in str(verdict) for verdict in verdicts)

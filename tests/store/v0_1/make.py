@@ -186,8 +186,9 @@ def train_compositions() -> None:
     def fuse(name: str, sources: list[str], config: CompositionConfig, task: str = "films") -> None:
         train(stage2, Stage2Config, name, task, sources=sources, composition=config)
 
-    attention = CompositionConfig("adapterfusion", rank=3, value_matrix=False, temperature=2.0, dropout=0.1)
-    attention = dataclasses.replace(attention, target_adapter=True, layers=[1], drop="robust")
+    settings: dict[str, Any] = {"rank": 3, "value_matrix": False, "temperature": 2.0, "dropout": 0.1}
+    settings |= {"target_adapter": True, "layers": [1], "drop": "robust"}
+    attention = CompositionConfig("adapterfusion", **settings)
     fuse("attention", ["films", "books", "last-layer"], attention)
     fuse("sequence", ["houlsby", "houlsby-shared"], CompositionConfig("sequence", value_penalty=0.5))
     fuse("static", ["parallel"], CompositionConfig("static", drop="specialized:1"), "books")

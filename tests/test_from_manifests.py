@@ -1,4 +1,4 @@
-"""What a manifest says of its tensors, against what the layers themselves have."""
+"""The tensors that a manifest describes, without weights, against those of the modules that hold the weights."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fusion.backbones.load import Backbone
 from fusion.build import composition_fillings, stored_adapters
 from fusion.config import CompositionConfig
 from fusion.errors import UserError
+from fusion.from_manifests import head_shapes, weight_shapes
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.layers.slot_module import SlotModule, parameters_of
 from fusion.store.artifacts import Artifact
 from fusion.store.layout import HEAD, WEIGHTS
 from fusion.store.manifest import Manifest
-from fusion.store.shapes import adapter_shapes, fusion_shapes, head_shapes, weight_shapes
 from tests.store.conftest import build
 
 LAYERS = 4
@@ -96,17 +96,17 @@ def test_of_every_composition(sources: str, config: CompositionConfig, chosen: d
         }
         chosen = {"kept": {slot: [position] for slot, position in last.items()}}
     backbone = cast(Backbone, SimpleNamespace(hidden_size=8, layers=LAYERS))
-    built = parameters_of(composition_fillings(config, loaded, backbone, **chosen))
+    built = parameters_of(composition_fillings(config, loaded, backbone, chosen))
     manifest = replace(
         build("f", "fusion", backbone={"layers": LAYERS}), composition=config.as_stored() | chosen
     )
-    assert fusion_shapes(manifest, [s.manifest for s in loaded], Path("store/f")) == shapes_of(built)
+    assert weight_shapes(manifest, [s.manifest for s in loaded], Path("store/f")) == shapes_of(built)
 
 
 @pytest.mark.parametrize("sources", SOURCES)
 def test_of_adapters(sources: str) -> None:
     for source in SOURCES[sources]:
-        assert adapter_shapes(source.manifest) == shapes_of(source.weights)
+        assert weight_shapes(source.manifest, [], Path("a")) == shapes_of(source.weights)
         assert shapes_of(parameters_of(stored_adapters(source))) == shapes_of(source.weights)
 
 
@@ -114,17 +114,16 @@ def test_of_adapters(sources: str) -> None:
 def test_of_heads(layers: int) -> None:
     head = {"pooling": "mean", "layers": layers, "outputs": 3, "dropout": 0.0}
     made = TaskHead(8, 3, "mean", layers)
-    assert head_shapes(build(head=head)) == shapes_of(dict(made.named_parameters()))
+    assert head_shapes(build(head=head), Path("h")) == shapes_of(dict(made.named_parameters()))
     several = {name: {"task": {"name": name}, "head": head} for name in ("a", "b.c")}
-    assert head_shapes(build(multitask=several)) == shapes_of(TaskHeads(dict.fromkeys(several, made)).state())
+    assert head_shapes(build(multitask=several), Path("h")) == shapes_of(
+        TaskHeads(dict.fromkeys(several, made)).state()
+    )
 
 
 def test_of_other_kinds() -> None:
     assert weight_shapes(build("h", "head"), [], Path("h")) == {}
     assert weight_shapes(build("l", "lora", method={"name": "lora"}), [], Path("l")) is None
-    assert weight_shapes(SOURCES["alike"][0].manifest, [], Path("a")) == adapter_shapes(
-        SOURCES["alike"][0].manifest
-    )
 
 
 @pytest.mark.parametrize(
@@ -148,7 +147,7 @@ def test_a_fusion_that_does_not_go_with_its_sources(composition: dict[str, Any],
     sources: list[Manifest] = [source.manifest for source in SOURCES["alike"]]
     manifest = replace(build("f", "fusion", backbone={"layers": LAYERS}), composition=composition)
     with pytest.raises(UserError) as error:
-        fusion_shapes(manifest, sources, Path("store/f"))
+        weight_shapes(manifest, sources, Path("store/f"))
     assert str(error.value).startswith("store/f/manifest.json: ") and says in str(error.value)
 
 
@@ -156,4 +155,4 @@ def test_sources_without_a_mean() -> None:
     ragged = [source.manifest for source in SOURCES["ragged"]]
     manifest = replace(build("f", "fusion", backbone={"layers": LAYERS}), composition={"name": "average"})
     with pytest.raises(UserError, match="not of one shape"):
-        fusion_shapes(manifest, ragged, Path("f"))
+        weight_shapes(manifest, ragged, Path("f"))
