@@ -53,6 +53,7 @@ from fusion.data.task_files import check_task_file, read_large
 from fusion.errors import TrainingError, UserError, first_line
 from fusion.expected_warnings import ignore_expected_warnings
 from fusion.memory import free_cycles
+from fusion.model.compositions import COMPOSITIONS
 from fusion.model.methods import METHODS
 from fusion.overrides import is_plain, only_in_quotes, override, quoted
 from fusion.paths import expand_paths, resolve_path
@@ -130,6 +131,13 @@ def register(name: str, schema: type) -> None:
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
 
 
+# Groups without files in conf/: each name of their tables is a choice.
+TABLES: dict[str, Collection[str]] = {"composition": COMPOSITIONS, "method": METHODS}
+for _group, _names in TABLES.items():
+    for _name in _names:
+        ConfigStore.instance().store(group=_group, name=_name, node={"name": _name}, provider="fusion")
+
+
 def conf_folder() -> Path:
     """The shipped `conf/`: inside the package once it is installed, beside it in a checkout."""
     package = Path(__file__).resolve().parent
@@ -181,6 +189,11 @@ class CheckedFiles(FileConfigSource):
         return copy.deepcopy(result)  # Hydra takes the defaults out of it
 
     def _load(self, path: Path, config_path: str) -> ConfigResult:
+        group, _, name = config_path.removesuffix(".yaml").rpartition("/")
+        if name in TABLES.get(group, ()):
+            raise UserError(
+                f"{group} {name} is in two places: {path} and the {group}s that are built in\ngive your own another name"
+            )
         if not config_path.startswith("task/"):
             return super().load_config(config_path)
         if check_task_file(path):  # Hydra needs seconds for thousands of values
@@ -385,8 +398,8 @@ def flags_first(words: Sequence[str]) -> list[str]:
 
 
 def _groups() -> set[str]:
-    """The groups of which a file is chosen by name: those of the shipped conf/ and of the user's."""
-    return {
+    """The groups of which one is chosen by name: those of the shipped conf/, of the user's, and of the tables."""
+    return {*TABLES} | {
         folder.name
         for conf in (conf_folder(), *user_conf_folders())
         for folder in conf.iterdir()

@@ -303,6 +303,22 @@ def test_a_task_in_two_places_is_refused(go: Callable[..., Outcome]) -> None:
     assert outcome.err.startswith("task rte is in two places: ")
 
 
+def test_a_users_own_choice_stands_beside_those_of_the_tables(go: Callable[..., Outcome]) -> None:
+    Path("conf/method").mkdir()
+    Path("conf/method/small.yaml").write_text("name: lora\nrank: 2\n")
+    assert go("+task=mine", "method=small").code == 0
+    outcome = go("+task=mine", "method=smal")
+    assert outcome.code == 2
+    assert outcome.err == (
+        "unknown method 'smal': did you mean small? known: adapter, bitfit, full, head, lora, multitask_adapter, "
+        "multitask_full, small\n"
+    ).replace("? known", "?; known")
+    Path("conf/method/lora.yaml").write_text("name: lora\n")
+    outcome = go("+task=mine", "method=lora")
+    assert outcome.code == 2
+    assert outcome.err.startswith("method lora is in two places: ") and len(outcome.err.splitlines()) == 2
+
+
 def test_one_of_several_tasks_in_two_places_is_refused(go: Callable[..., Outcome]) -> None:
     Path("conf/task/rte.yaml").write_text(TASK)
     outcome = go("tasks=[mine,rte]", MT)

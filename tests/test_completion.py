@@ -72,6 +72,7 @@ def test_tasks_are_offered_and_a_users_own_too(path: Path, tmp_path: Path) -> No
 def test_groups_and_keys_are_offered(path: Path, tmp_path: Path) -> None:
     assert offered(path, "fusion-stage2 debug=o", tmp_path) == ["debug=one_batch", "debug=overfit"]
     assert offered(path, "fusion-stage1 optim.l", tmp_path) == ["optim.lr="]
+    assert offered(path, "fusion-stage2 composition=st", tmp_path) == ["composition=static"]
 
 
 def test_a_shell_completes(path: Path, tmp_path: Path) -> None:

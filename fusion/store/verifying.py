@@ -104,7 +104,7 @@ def _problem(found: Found, store: Path, shapes: Shapes) -> str:
         _check_contents(found.folder)
         sources = source_manifests(artifact.manifest, store)
         _check_tensors(artifact, shapes(artifact.manifest, sources, artifact.path))
-    except UserError as error:
+    except (UserError, FileNotFoundError) as error:  # the folder may be replaced between two reads
         return str(error)
     return ""
 

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from fusion.errors import UserError
+from fusion.model.compositions import COMPOSITIONS, Composition
+from fusion.model.methods import METHODS, Method
 from fusion.review.report.reading import Found, RunFolder
 from fusion.review.report.statistics import Answers, Difference, Sample, compare, constant_scores, holm
 from fusion.run import OUTCOMES, identity_config
@@ -22,17 +24,7 @@ from fusion.store.manifest import Manifest
 from fusion.store.settings_groups import Lookup, Settings, differing, key_of
 
 BASELINE = "single adapter"
-METHODS = {
-    "adapter": BASELINE,
-    "head": "head",
-    "full": "full fine-tuning",
-    "lora": "LoRA",
-    "bitfit": "BitFit",
-    "multitask_adapter": "multi-task adapter",
-    "multitask_full": "multi-task fine-tuning",
-}
 FUSION = "fusion"
-COMPOSITIONS = {"adapterfusion": FUSION}
 _ORDER = ("head", "full fine-tuning", "LoRA", "BitFit", BASELINE, "alone", FUSION)
 # Settings that belong to the target and not to the method.
 _OF_TARGET = ("task.name", "backbone.name_or_path", "data.limit.train")
@@ -301,7 +293,7 @@ def _settings_of(run: RunFolder, artifact: str, manifest: Manifest | None, looku
 def _method(config: Mapping[str, Any], result: Mapping[str, Any], settings: Settings) -> str:
     """What the method is called in the table."""
     if (composition := config.get("composition")) is not None:
-        name = COMPOSITIONS.get(composition.get("name"), str(composition.get("name")))
+        name = _title(composition.get("name"), COMPOSITIONS)
         sources: list[Any] = list(settings.get("sources") or result.get("sources") or ())
         of = f" of {len(sources)}"
         if len(sources) == 1:
@@ -309,8 +301,13 @@ def _method(config: Mapping[str, Any], result: Mapping[str, Any], settings: Sett
             task = one.get("artifact") or one.get("task.name") if isinstance(one, Mapping) else one
             of = f" of {task or 'one'}"
         return f"{name}{of}{' + own adapter' if composition.get('target_adapter') else ''}"
-    name = str((config.get("method") or {}).get("name"))
-    return METHODS.get(name, name)
+    return _title((config.get("method") or {}).get("name"), METHODS)
+
+
+def _title(name: Any, table: Mapping[str, Composition | Method]) -> str:
+    """A run may be of a version that has other names."""
+    known = table.get(str(name))
+    return (known.title if known is not None else "") or str(name)
 
 
 def _own_scores(trained: Sequence[Trained]) -> list[Entry]:
