@@ -83,12 +83,17 @@ def stored_adapters(artifact: Artifact) -> dict[str, BottleneckAdapter]:
     Raises:
         UserError: the weights are not what the manifest says.
     """
-    expected = weight_shapes(artifact.manifest, [], artifact.path)
-    assert expected is not None
-    match_keys(expected, artifact.weights, artifact.path / WEIGHTS)
+    _check_weights(artifact)
     adapters = described_adapters(artifact.manifest)
     copy_stored(parameters_of(adapters), artifact.weights, artifact.path / WEIGHTS)
     return adapters
+
+
+def _check_weights(artifact: Artifact, sources: Sequence[Manifest] = ()) -> None:
+    """Refuse weights that the manifest does not describe, before anything of their size is built."""
+    expected = weight_shapes(artifact.manifest, sources, artifact.path)
+    if expected is not None:
+        match_keys(expected, artifact.weights, artifact.path / WEIGHTS)
 
 
 def composition_fillings(
@@ -184,14 +189,13 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int 
     sources = _sources_of(manifest, store)
     for source in sources:
         check_made_for(source, backbone)
-    expected = weight_shapes(manifest, [source.manifest for source in sources], artifact.path)
-    if expected is not None:
-        match_keys(expected, artifact.weights, artifact.path / WEIGHTS)
     fillings: Mapping[str, SlotModule] = {}
     tuning = None
     if manifest.adapter is not None:
         fillings = stored_adapters(artifact)
-    elif manifest.composition is not None:
+    else:
+        _check_weights(artifact, [source.manifest for source in sources])
+    if manifest.composition is not None:
         composition, chosen = stored_composition(manifest, artifact.path)
         fillings = composition_fillings(composition, sources, backbone, chosen)
         copy_stored(parameters_of(fillings), artifact.weights, artifact.path / WEIGHTS)

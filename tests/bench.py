@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from fusion import evaluate, predict, rank, stage1, stage2
+from fusion import evaluate, inspect, predict, rank, stage1, stage2
 from fusion.config import (
     BackboneConfig,
     DataConfig,
     EvaluateConfig,
+    InspectConfig,
     MethodConfig,
     OptimConfig,
     PredictConfig,
@@ -26,7 +27,7 @@ from fusion.config import (
     TaskConfig,
     TrainerConfig,
 )
-from fusion.run import Run
+from fusion.run import INSPECTION, Run
 from fusion.store.manifest import checksum_of
 from tests.conftest import WORDS
 
@@ -172,6 +173,15 @@ class Bench:
         predict.check(config, self.run("predict", config))
         predict.main.__wrapped__(config, self.run("predict", config))  # type: ignore[attr-defined]
         return [json.loads(line) for line in target.read_text().splitlines()]
+
+    def inspect(self, artifact: str, **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the command returns, and what it wrote."""
+        settings: dict[str, Any] = {"store": str(self.folder / "store"), "data": DataConfig(max_length=None)}
+        config = InspectConfig(**settings | {"artifact": artifact, "accelerator": "cpu"} | changes)
+        run = self.run("inspect", config)
+        inspect.check(config, run)
+        result = inspect.main.__wrapped__(config, run)  # type: ignore[attr-defined]
+        return result, json.loads((run.directory / INSPECTION).read_text())
 
     def weights(self, name: str, store: str = "store") -> dict[str, torch.Tensor]:
         return load_file(self.folder / store / name / "weights.safetensors")

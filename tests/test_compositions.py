@@ -26,8 +26,11 @@ from fusion.config import (
     TrainerConfig,
 )
 from fusion.errors import UserError
+from fusion.from_manifests import tensor_shapes
+from fusion.model.compositions import COMPOSITIONS
 from fusion.store.artifacts import load
 from fusion.store.manifest import COMPOSITION_TRAINING_KEYS
+from fusion.store.verifying import verify
 from fusion.training.module import TaskModule
 from tests.bench import Bench, same, write_manifest, write_rows
 
@@ -77,27 +80,68 @@ def check_reproduced(bench: Bench, name: str, result: dict[str, Any]) -> None:
     assert scores == pytest.approx(result["metrics"]["validation"], abs=1e-6)
 
 
+# --- every entry of the table -----------------------------------------------------------------------
+
+NEEDED: dict[str, dict[str, Any]] = {
+    "average": {"train": True},
+    "pruned": {"fusion": "plays-adapterfusion", "keep": 1},
+}
+"""Settings with which a composition can be trained on the sources of `sharing`; the others take their defaults."""
+
+
+@pytest.fixture(scope="module")
+def sharing(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Bench:
+    """Two sources of one shape, each with the same adapter in all layers."""
+    bench = Bench(tmp_path_factory.mktemp("sharing") / "a folder", tiny_backbone)
+    for task in ("films", "books"):
+        bench.stage1(task, adapter=AdapterConfig(bottleneck_size=3, shared=True))
+    return bench
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_is_trained_stored_loaded_evaluated_and_inspected(sharing: Bench, name: str) -> None:
+    definition, settings = COMPOSITIONS[name], NEEDED.get(name, {})
+    sources, called = ["films", "books"], f"plays-{name}"
+    if definition.is_pruned:
+        composed(sharing, "plays", "adapterfusion", sources)
+    result = composed(sharing, "plays", name, [] if definition.is_pruned else sources, **settings)
+    store = sharing.folder / "store"
+    manifest = load(called, store).manifest
+    assert manifest.composition is not None and manifest.composition["name"] == name
+    assert result["sources"] == [source["name"] for source in manifest.sources] == sources
+    check_reproduced(sharing, called, result)
+    assert all("ok" in str(verdict) for verdict in verify(store, tensor_shapes, called))
+    weights = sharing.weights(called)
+    if definition.share is not None:  # by all layers, as these sources do
+        assert weights and {key.partition(".")[0] for key in weights} == {"0"}
+    if definition.no_weights:
+        with pytest.raises(UserError) as error:
+            sharing.inspect(called)
+        expected = f"{called} (composition={name}) {definition.no_weights}; name a fusion"
+        assert str(error.value) == f"artifact={called}: {expected}"
+        return
+    inspected, seen = sharing.inspect(called, words=1, prune=False)
+    assert list(inspected["attention"]) == list(inspected["masked"]) == sources
+    assert inspected["metrics"]["validation"] == pytest.approx(result["metrics"]["validation"], abs=1e-6)
+    assert list(seen["attention"]) == ["0.feedforward", "1.feedforward", "2.feedforward"]
+
+
 TRAINED: list[tuple[str, dict[str, Any], set[str]]] = [
     ("adapterfusion", {"rank": 2}, in_slots(*ATTENTION)),
-    ("sequence", {}, in_slots(*ATTENTION)),
     ("sequence", {"rank": 2, "value_matrix": False}, in_slots(*ATTENTION[:4])),
     ("scalearn", {}, in_slots("scales")),
-    ("scalearn_uniform", {}, in_slots("scales")),
-    ("scalearn_pp", {}, {"0.feedforward.scales"}),
     ("scalearn_uniform_pp", {}, {"0.feedforward.scales"}),
 ]
 
 
 @pytest.mark.parametrize(("name", "settings", "keys"), TRAINED)
-@pytest.mark.parametrize("target", [False, True])
-def test_trains_stores_evaluates_and_predicts(
-    ragged: Bench, name: str, settings: dict[str, Any], keys: set[str], target: bool
+def test_trains_with_a_target_adapter_and_predicts(
+    ragged: Bench, name: str, settings: dict[str, Any], keys: set[str]
 ) -> None:
-    called = "-".join(["plays", name, *map(str, settings), str(target)])
-    result = composed(ragged, "plays", name, name=called, target_adapter=target, **settings)
-    if target:
-        keys = {key.replace("feedforward.", "feedforward.composition.") for key in keys}
-        keys = keys | in_slots(*(f"target.{part}" for part in ADAPTER))
+    called = "-".join(["plays", name, *map(str, settings)])
+    result = composed(ragged, "plays", name, name=called, target_adapter=True, **settings)
+    keys = {key.replace("feedforward.", "feedforward.composition.") for key in keys}
+    keys = keys | in_slots(*(f"target.{part}" for part in ADAPTER))
     weights = ragged.weights(called)
     assert set(weights) == keys
     head = load_file(ragged.folder / "store" / called / "head.safetensors")
@@ -509,6 +553,9 @@ def test_two_sites_and_mixed_precision(tiny_backbone: Path, tmp_path: Path, name
     composed(bench, "plays", name, ["films", "books"], trainer=mixed, target_adapter=True)
     slots = {key.rpartition(".target.")[0] for key in bench.weights(f"plays-{name}") if ".target." in key}
     assert slots == {f"{layer}.{site}" for layer in (1, 2) for site in placement.sites}
+    if name == "scalearn_pp":  # one scale a site
+        scales = {key for key in bench.weights(f"plays-{name}") if key.endswith("scales")}
+        assert scales == {f"1.{site}.composition.scales" for site in placement.sites}
     assert {tensor.dtype for tensor in bench.weights(f"plays-{name}").values()} == {torch.float32}
     assert 0 <= bench.evaluate(f"plays-{name}")["metrics"]["validation"]["accuracy"] <= 1
 
@@ -532,23 +579,6 @@ def test_what_was_chosen_is_kept_while_the_run_is_not_done(
     manifest = load("chosen", alike.folder / "store").manifest
     assert manifest.composition is not None and manifest.composition["continued"] == "films"
     assert best == [[0.1, 0.9]]  # nobody asked again
-
-
-def test_an_average_of_shared_adapters_is_shared(bench: Bench) -> None:
-    for task in ("films", "books"):
-        bench.stage1(task, adapter=AdapterConfig(shared=True))
-    result = composed(bench, "plays", "average", ["films", "books"], train=True, name="one")
-    assert len(bench.weights("one")) == 4  # two matrices and their biases, once for all layers
-    check_reproduced(bench, "one", result)
-
-
-def test_scalearn_pp_has_one_scale_a_site(bench: Bench) -> None:
-    both = AdapterConfig("houlsby", sites=["attention", "feedforward"], reads="output")
-    for task in ("films", "books"):
-        bench.stage1(task, adapter=both)
-    result = composed(bench, "plays", "scalearn_pp", ["films", "books"], name="one")
-    assert set(bench.weights("one")) == {"0.attention.scales", "0.feedforward.scales"}
-    check_reproduced(bench, "one", result)
 
 
 def test_a_source_of_another_store_is_copied_beside_the_fusion(bench: Bench) -> None:

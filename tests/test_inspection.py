@@ -13,15 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from fusion import inspect as inspect_command
-from fusion.config import DataConfig, InspectConfig
+from fusion.config import InspectConfig
 from fusion.ending import inspected
 from fusion.errors import UserError
 from fusion.listening import AttentionSums
 from fusion.masking import Scored, prune_greedily, prune_in_order, without_each
 from fusion.packing import pack, unpack
 from fusion.review.report.contents import ablation
-from fusion.run import INSPECTION
 from fusion.words import chosen_rows
 from tests.bench import Bench
 
@@ -52,17 +50,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Be
 
 
 def inspect(bench: Bench, artifact: str = "fused", **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the command returns, and what it wrote."""
-    settings: dict[str, Any] = (
-        {"artifact": artifact, "store": str(bench.folder / "store"), "data": DataConfig(max_length=None)}
-        | {"accelerator": "cpu"}
-        | changes
-    )
-    config = InspectConfig(**settings)
-    run = bench.run("inspect", config)
-    inspect_command.check(config, run)
-    result = inspect_command.main.__wrapped__(config, run)  # type: ignore[attr-defined]
-    return result, json.loads((run.directory / INSPECTION).read_text())
+    return bench.inspect(artifact, **changes)
 
 
 def test_what_is_written(trained: Bench) -> None:

@@ -1,0 +1,311 @@
+"""The table of compositions: each entry against its equation, in loops and float64, and nobody outside asks for names."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fusion.config import CompositionConfig, MethodConfig
+from fusion.errors import UserError
+from fusion.layers.bottleneck import BottleneckAdapter
+from fusion.layers.slot_module import BatchContext, SlotModule
+from fusion.model.compositions import COMPOSITIONS, CompositionSettings, SlotSources
+from fusion.model.methods import METHODS
+from fusion.model.settings import Settings, flat_group
+from tests.layers import test_scalearn, test_sequence
+from tests.layers.test_attention import HIDDEN, adapters, plain_fusion, plain_output
+
+TOTAL = 5
+POSITIONS = (0, 2, 3)  # of the sources that have an adapter in the slot
+MASK = test_sequence.MASK
+NEEDED: dict[str, dict[str, Any]] = {"pruned": {"fusion": "a", "keep": 1}}
+"""Settings that a composition cannot be without."""
+
+Sources = Mapping[int, BottleneckAdapter]
+
+
+def plain_tokens(x: Tensor, of_token: Callable[[Tensor], Tensor]) -> Tensor:
+    return torch.stack([torch.stack([of_token(x[b, t]) for t in range(x.shape[1])]) for b in range(len(x))])
+
+
+def plain_attention(module: Any, x: Tensor, sources: Sources, on: Collection[int]) -> Tensor:
+    kept = [adapter for n, adapter in sources.items() if n in on]
+    return plain_fusion(module, x, kept, torch.ones(*x.shape[:2], len(kept), dtype=x.dtype))
+
+
+def plain_sequence(module: Any, x: Tensor, sources: Sources, on: Collection[int]) -> Tensor:
+    return test_sequence.plain(module, x, [n for n in sources if n in on])[0]
+
+
+def plain_static(module: Any, x: Tensor, sources: Sources, on: Collection[int]) -> Tensor:
+    powers = {n: torch.exp(w) for n, w in zip(sources, module.weight, strict=True) if n in on}
+    total = sum(powers.values())
+    return plain_tokens(
+        x,
+        lambda token: torch.stack(
+            [p / total * plain_output(sources[n], token) for n, p in powers.items()]
+        ).sum(0),
+    )
+
+
+def plain_mean(module: Any, x: Tensor, sources: Sources, on: Collection[int]) -> Tensor:
+    kept = [adapter for n, adapter in sources.items() if n in on]
+    return plain_tokens(
+        x, lambda token: torch.stack([plain_output(a, token) for a in kept]).sum(0) / len(kept)
+    )
+
+
+def plain_scales(module: Any, x: Tensor, sources: Sources, on: Collection[int]) -> Tensor:
+    rows = {n: module.scales[n if module.shared else place] for place, n in enumerate(sources) if n in on}
+    return test_scalearn.plain(torch.stack([*rows.values()]), [sources[n] for n in rows], x)
+
+
+def plain_average(module: Any, x: Tensor, sources: Sources, on: Collection[int]) -> Tensor:
+    first = next(iter(sources.values()))
+    one = BottleneckAdapter(HIDDEN, first.down.out_features, "tanh", 2.0).double()
+    with torch.no_grad():
+        for name, parameter in one.named_parameters():
+            parameter.copy_(torch.stack([a.get_parameter(name) for a in sources.values()]).mean(0))
+    return plain_tokens(x, lambda token: plain_output(one, token))
+
+
+def plain_source(module: Any, x: Tensor, sources: Sources, on: Collection[int]) -> Tensor:
+    return plain_tokens(x, lambda token: plain_output(module, token))
+
+
+REFERENCES: dict[str, Callable[[Any, Tensor, Sources, Collection[int]], Tensor]] = {
+    "adapterfusion": plain_attention,
+    "sequence": plain_sequence,
+    "static": plain_static,
+    "mean": plain_mean,
+    "scalearn": plain_scales,
+    "scalearn_uniform": plain_scales,
+    "scalearn_pp": plain_scales,
+    "scalearn_uniform_pp": plain_scales,
+    "average": plain_average,
+    "pruned": plain_attention,
+    "continued": plain_source,
+}
+"""Of each composition, the output for x (B, T, D), one token after the other, where the sources `on` take part.
+
+It gets the module, for its parameters, and the slot's adapters by the position of their source.
+"""
+
+
+def sources_of(name: str) -> dict[int, BottleneckAdapter]:
+    every = adapters()
+    if COMPOSITIONS[name].one_shape:
+        every = [BottleneckAdapter(HIDDEN, 3, "tanh", 2.0).double() for _ in range(TOTAL)]
+    positions = POSITIONS[:1] if COMPOSITIONS[name].finds == "continued" else POSITIONS
+    return {n: every[n] for n in positions}
+
+
+def built(name: str, shared: Any = None) -> tuple[SlotModule, dict[int, BottleneckAdapter]]:
+    definition, sources = COMPOSITIONS[name], sources_of(name)
+    settings = definition.settings(**NEEDED.get(name, {}))
+    module = definition.build(settings, SlotSources(sources, TOTAL), shared).double()
+    torch.manual_seed(3)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return module, sources
+
+
+def share_of(name: str) -> Any:
+    share = COMPOSITIONS[name].share
+    return None if share is None else share(TOTAL, HIDDEN)
+
+
+@pytest.mark.parametrize("off", [None, 2])
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_every_composition_computes_its_equation(name: str, off: int | None) -> None:
+    assert name in REFERENCES, f"write {name}'s equation out in loops, in REFERENCES"
+    module, sources = built(name, share_of(name))
+    x = test_sequence.texts()
+    on = [n for n in range(TOTAL) if n != off]
+    sources_on = None if off is None else torch.tensor([n in on for n in range(TOTAL)])
+    found = module(x, BatchContext(MASK, sources_on=sources_on))
+    expected = REFERENCES[name](module, x, sources, on)
+    assert found.shape == x.shape
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    direction = torch.randn_like(found)
+    wanted = [x, *module.parameters()]
+    one = torch.autograd.grad((found * direction).sum(), wanted, allow_unused=True)
+    two = torch.autograd.grad((expected * direction).sum(), wanted, allow_unused=True)
+    for here, there in zip(one, two, strict=True):
+        zero = torch.zeros((), dtype=x.dtype)
+        pair = zero if here is None else here, zero if there is None else there
+        torch.testing.assert_close(*pair, rtol=0, atol=1e-10)
+    merged = module.eval().merged()(x, BatchContext(MASK, sources_on=sources_on))
+    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_weights_of_the_sources_are_reported_where_the_table_says_so(name: str) -> None:
+    module, sources = built(name, share_of(name))
+    seen: dict[str, Tensor] = {}
+    module(test_sequence.texts(), BatchContext(MASK, record=seen.__setitem__, place="0.feedforward"))
+    if COMPOSITIONS[name].no_weights:
+        assert seen == {}
+        return
+    assert seen["0.feedforward"].shape == (*MASK.shape, TOTAL)
+    elsewhere = [n for n in range(TOTAL) if n not in sources]
+    assert not seen["0.feedforward"][..., elsewhere].any() and seen["0.feedforward"][..., list(sources)].all()
+
+
+def test_what_layers_share_is_one_parameter() -> None:
+    sharing = []
+    for name in COMPOSITIONS:
+        shared = share_of(name)
+        (one, _), (two, _) = built(name, shared), built(name, shared)
+        same = [p is q for p, q in zip(one.parameters(), two.parameters(), strict=True)]
+        if isinstance(shared, nn.Parameter):
+            assert same == [True]
+            sharing.append(name)
+        else:
+            assert not any(same)
+    assert {"scalearn_pp", "scalearn_uniform_pp"} <= set(sharing)
+
+
+def test_only_a_name_of_the_table_is_a_composition() -> None:
+    with pytest.raises(UserError, match=r"composition=scalern: expected one of adapterfusion, sequence, "):
+        CompositionConfig("scalern")
+    with pytest.raises(UserError, match=r"method=adaptor: expected one of adapter, head, lora, "):
+        MethodConfig("adaptor")
+
+
+# --- settings ---------------------------------------------------------------------------------------
+
+
+def test_the_flat_groups_have_the_keys_of_version_0_1_in_their_order() -> None:
+    assert [f.name for f in fields(CompositionConfig)] == [
+        *("name", "value_matrix", "temperature", "dropout", "value_penalty", "layers", "drop", "rank"),
+        *("target_adapter", "train", "fusion", "keep"),
+    ]
+    assert [f.name for f in fields(MethodConfig)] == [
+        *("name", "rank", "alpha", "dropout", "temperature", "targets")
+    ]
+    assert list(CompositionConfig("mean").as_stored().items()) == [
+        *(("name", "mean"), ("value_matrix", True), ("temperature", 1.0), ("dropout", 0.0)),
+        *(("value_penalty", 0.01), ("layers", None)),
+    ]
+    assert list(MethodConfig("bitfit").as_stored().items()) == [
+        *(("name", "bitfit"), ("rank", 8), ("alpha", 8), ("dropout", 0.0), ("temperature", 2.0)),
+        ("targets", ["query", "value"]),
+    ]
+
+
+@dataclass
+class One(Settings):
+    size: int = 1
+
+
+@dataclass
+class Two(Settings):
+    places: list[str] = None  # type: ignore[assignment]
+    more: float = 0.5
+
+    refusal: ClassVar[str] = "{setting}: {name} has no places; say {group}={others}"
+
+    def __post_init__(self) -> None:
+        if self.more > 1:
+            raise UserError("made.more")
+
+
+@dataclass
+class Three(Settings):
+    size: float = 1.0
+
+
+def test_a_flat_group_refuses_what_the_chosen_class_does_not_have() -> None:
+    flat = flat_group(
+        "made", {"one": One, "two": Two, "two_again": Two, "none": Settings}, first=("name",), later=("more",)
+    )
+    assert [f.name for f in fields(flat)] == ["name", "more", "size", "places"]
+    assert flat().name == "one" and flat().is_default and not flat("two").is_default
+    assert flat("one", size=3).settings == One(3)
+    assert flat("one", size=3).as_stored() == {"name": "one", "size": 3}
+    assert flat("none").settings == Settings()
+    with pytest.raises(UserError) as error:
+        flat("two", size=3)
+    assert str(error.value) == "made.size=3: made=two has no such setting; leave it out, or say made=one"
+    with pytest.raises(UserError) as error:
+        flat("one", more=0.7)
+    assert str(error.value) == "made.more=0.7: one has no places; say made=two or two_again"
+    with pytest.raises(UserError, match=r"made\.more"):
+        flat("two", more=2.0)
+    with pytest.raises(UserError, match="made=three: expected one of one, two, two_again, none"):
+        flat("three")
+    with pytest.raises(TypeError, match=r"made\.size: Three"):
+        flat_group("made", {"one": One, "three": Three}, first=("name",))
+
+
+def test_every_settings_class_is_checked() -> None:
+    for definition in COMPOSITIONS.values():
+        assert issubclass(definition.settings, CompositionSettings)
+        assert set(definition.settings.training_only) <= {f.name for f in fields(definition.settings)}
+    for method in METHODS.values():
+        assert set(method.settings.shaping) <= {f.name for f in fields(method.settings)}
+
+
+# --- nobody outside asks for a name -----------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+TABLES = ("fusion/model/compositions.py", "fusion/model/methods.py")
+NAMES = {*COMPOSITIONS, *METHODS}
+
+
+def comparisons(source: str) -> Iterator[str]:
+    """What `source` compares with names of the tables: `config.name == "mean"`, `name.startswith("scalearn")`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr not in ("startswith", "endswith", "removeprefix", "removesuffix"):
+                continue
+            sides = [node.func.value, *node.args]
+        elif isinstance(node, ast.Match):
+            sides = [
+                node.subject,
+                *(c.pattern.value for c in node.cases if isinstance(c.pattern, ast.MatchValue)),
+            ]
+        else:
+            continue
+        listed = [entry for side in sides for entry in getattr(side, "elts", [side])]
+        words = {entry.value for entry in listed if isinstance(entry, ast.Constant)}
+        every = [inner for side in sides for inner in ast.walk(side)]
+        asked = {inner.id for inner in every if isinstance(inner, ast.Name)}
+        asked |= {inner.attr for inner in every if isinstance(inner, ast.Attribute)}
+        if asked & {"name", "composition", "method"} and words & (NAMES | {"multitask_", "_pp", "uniform"}):
+            yield ast.unparse(node)
+
+
+def test_nobody_asks_for_the_name_of_a_composition_or_method() -> None:
+    found = {
+        str(path.relative_to(ROOT)): list(comparisons(path.read_text(encoding="utf-8")))
+        for folder in ("fusion", "pipelines")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert {path: asked for path, asked in found.items() if asked and path not in TABLES} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'config.composition.name == "mean"',
+        'name in ("average", "continued")',
+        '"uniform" in config.name',
+        'config.name.startswith("scalearn")',
+        'config.method.name.removeprefix("multitask_")',
+        'match composition:\n    case "static":\n        pass',
+    ],
+)
+def test_a_question_for_a_name_is_seen(source: str) -> None:
+    assert list(comparisons(source))
+    assert not list(comparisons('manifest.kind == "adapter" or pooling == "mean"'))
