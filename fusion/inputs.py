@@ -51,7 +51,7 @@ def read_inputs(config: Stage2Config) -> Inputs:
     sources = [read_manifest(source, store) for source in config.sources]
     check_sources(sources)
     if config.composition.definition.one_shape:
-        check_one_shape(sources)
+        check_one_shape(config.composition.name, sources)
     return Inputs(config.sources, sources)
 
 
@@ -96,7 +96,7 @@ def _of_fusion(config: Stage2Config, store: Path) -> Inputs:
     return Inputs([str(folder) for folder in folders], [read_folder(folder) for folder in folders], fusion)
 
 
-def check_one_shape(sources: Sequence[Manifest]) -> None:
+def check_one_shape(composition: str, sources: Sequence[Manifest]) -> None:
     """Refuse sources whose weights have no mean.
 
     Raises:
@@ -118,7 +118,7 @@ def check_one_shape(sources: Sequence[Manifest]) -> None:
             found.append(f"bottleneck size {other_sizes[slot]} and not {sizes[slot]}")
         if found:
             raise UserError(
-                f"composition=average: {other.name} differs from {first.name}: {'; '.join(found)}.\n"
+                f"composition={composition}: {other.name} differs from {first.name}: {'; '.join(found)}.\n"
                 "Weights have a mean only where all have one shape: leave it out of sources=, or say composition=mean"
             )
 
