@@ -39,6 +39,7 @@ READS = ("output", "normed", "input")
 POOLINGS = ("cls", "mean")
 CACHES = ("auto", "off", "float32", "float16")
 RANKINGS = ("similarity", "logme", "probe", "attention")  # how fusion.rank looks at sources
+POOLED_RANKINGS = ("logme", "probe")  # those that need one vector per text
 PRECISIONS = (
     "32-true",
     "bf16-mixed",
@@ -906,3 +907,10 @@ class RankConfig:
         _in_range("lr", self.lr, above=0, below=1e3, whole=False, hint=", such as 5e-4")
         _in_range("seed", self.seed, at_least=0, at_most=2**32 - 1)
         self.methods = [name for name in RANKINGS if name in self.methods]  # in one order, whatever was typed
+        if self.task is not None and not kind_of(self.task).is_pooled:
+            others = [name for name in RANKINGS if name not in POOLED_RANKINGS]
+            _require(
+                set(self.methods) <= set(others),
+                f"{override('methods', self.methods)}: {self.task.name} is {kind_of(self.task).noun}, and "
+                f"{' and '.join(POOLED_RANKINGS)} score one vector per text; expected {override('methods', others)}",
+            )

@@ -16,6 +16,7 @@ from fusion.config import CompositionConfig, Stage2Config
 from fusion.data.encode import EncodedRows
 from fusion.data.samples import sampled_batches
 from fusion.from_manifests import stored_composition
+from fusion.errors import UserError
 from fusion.inference import device_of
 from fusion.layers.heads import TaskHead
 from fusion.model.adapted import AdaptedModel
@@ -25,6 +26,7 @@ from fusion.pruning import mean_attention, most_attended
 from fusion.run import write_json
 from fusion.store.artifacts import Artifact, copy_stored, load
 from fusion.store.layout import HEAD, WEIGHTS
+from fusion.tasks.table import kind_of
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +132,12 @@ def _best_source(
     assert config.task is not None
     if len(names) == 1:
         return names[0]
+    kind = kind_of(config.task)
+    if not kind.is_pooled:
+        raise UserError(
+            f"composition=continued: which of {', '.join(names)} suits {config.task.name} best is found by a linear probe "
+            f"of one vector per text, and this is {kind.noun}\nName one of them: 'sources=[{names[0]}]'"
+        )
     size, tokens = config.data.batch_size, config.data.tokens_per_batch
     scores = probe(
         sources,

@@ -70,10 +70,12 @@ class Table:
         return {name: one for name, one in self.features.items() if name not in plain}
 
     def class_names(self, path: str) -> tuple[str, ...] | None:
-        """What the ids at `path` stand for, None unless that is a ClassLabel column."""
+        """What the ids at `path` stand for, None unless that is a column of ClassLabels or of lists of them."""
         feature: Any = self.features
         for key in [path] if path in self.features else path.split("."):
             feature = feature.get(key) if isinstance(feature, dict) else None
+        while isinstance(feature, dict) and feature.get("_type") in ("Sequence", "List", "LargeList"):
+            feature = feature.get("feature")
         if not isinstance(feature, dict) or feature.get("_type") != "ClassLabel":
             return None
         names = feature.get("names")

@@ -6,10 +6,11 @@ from fusion.errors import UserError
 from fusion.tasks.choice import Choice
 from fusion.tasks.classification import Classification
 from fusion.tasks.kind import Kind
+from fusion.tasks.multi_label import MultiLabel
 from fusion.tasks.regression import Regression
 from fusion.tasks.task import Task
 
-_EVERY: tuple[Kind, ...] = (Classification(), Regression(), Choice())
+_EVERY: tuple[Kind, ...] = (Classification(), Regression(), Choice(), MultiLabel())
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _EVERY}
 METRICS = {kind.name: kind.metric_names for kind in _EVERY}
 

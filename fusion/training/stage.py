@@ -217,6 +217,9 @@ def train_and_store(
                 shown(fitted.diverged),
                 fitted.best_epoch,
             )
+        for name, decision in fitted.decisions.items():
+            for key, value in decision.items():
+                log.info("%s: %s %.4f, chosen on the validation split and stored", name, key, value)
         stored = read_folder(path)
         result = result_of(stored, path)
         seen = {split: outcomes(rows.validation[split], said) for split, said in fitted.predicted.items()}

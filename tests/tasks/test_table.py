@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from fusion.config import TaskConfig
+from fusion.config import CompositionConfig, RankConfig, Stage2Config, TaskConfig
 from fusion.errors import UserError
 from fusion.tasks.table import KINDS, METRICS
 
@@ -63,6 +64,7 @@ def test_kinds_by_name() -> None:
         "classification": ("classification", ("accuracy", "f1", "macro_f1", "matthews"), ()),
         "regression": ("regression", ("pearson", "spearman"), ()),
         "choice": ("choice", ("accuracy",), ("choices", "blank")),
+        "multi_label": ("multi_label", ("micro_f1", "macro_f1", "subset_accuracy"), ()),
     }
     assert {name: kind.metric_names for name, kind in KINDS.items()} == METRICS
 
@@ -74,3 +76,21 @@ def test_a_key_of_another_kind_is_refused(kind: str) -> None:
             own: dict[str, Any] = {"labels": ["a", "b"]} | dict.fromkeys(KINDS[kind].keys, "column")
             with pytest.raises(UserError, match=f"{key} is for kind={owner.name} only, not {kind}"):
                 TaskConfig(kind=kind, text="t", metrics=[METRICS[kind][0]], **own | {key: "x"})
+
+
+def test_a_linear_probe_is_refused_where_there_is_no_vector_per_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusion import start
+
+    asked = TaskConfig(name="n", text="t", labels=["a", "b"], metrics=["accuracy"])
+    monkeypatch.setattr(KINDS["classification"], "is_pooled", False)
+    with pytest.raises(
+        UserError, match=r"n is a task of kind classification, and logme and probe score .*attention\]"
+    ):
+        RankConfig(task=asked)
+    assert RankConfig(task=asked, methods=["similarity", "attention"]).methods == ["similarity", "attention"]
+    config = Stage2Config(task=asked, sources=["x", "y"], composition=CompositionConfig(name="continued"))
+    sources: Any = [SimpleNamespace(manifest=SimpleNamespace(name=name)) for name in ("x", "y")]
+    nothing: Any = None
+    with pytest.raises(UserError, match=r"which of x, y suits n best .*\n.*'sources=\[x\]'"):
+        start._best_source(config, sources, nothing, nothing, nothing)
+    assert start._best_source(config, sources[:1], nothing, nothing, nothing) == "x"

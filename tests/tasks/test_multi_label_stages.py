@@ -1,0 +1,134 @@
+"""`kind: multi_label` through all commands on a tiny backbone."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusion import inspect, report, stage1, stage2
+from fusion.config import DataConfig, InspectConfig, ReportConfig, Stage1Config, Stage2Config, TaskConfig
+from fusion.run import INSPECTION, OUTCOMES, record
+from fusion.store.lookup import read_manifest
+from tests.bench import Bench, write_rows
+from tests.conftest import WORDS
+
+NAMES = ["good", "bad", "great"]
+
+
+def moods_row(draw: random.Random) -> dict[str, Any]:
+    own = [name for name in NAMES if draw.random() < 0.4]
+    words = [*draw.choices(WORDS[:8], k=4), *own]
+    draw.shuffle(words)
+    return {"text": " ".join(words), "moods": own}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Bench:
+    bench = Bench(tmp_path_factory.mktemp("moods") / "a folder", tiny_backbone)
+    draw = random.Random(0)
+    counts = {"train": 48, "validation": 24, "test": 12}
+    rows = {split: [moods_row(draw) for _ in range(count)] for split, count in counts.items()}
+    write_rows(bench.folder / "data" / "moods", rows)
+    bench.tasks["moods"] = TaskConfig(
+        name="moods",
+        kind="multi_label",
+        text="text",
+        label="moods",
+        labels=NAMES,
+        metrics=["micro_f1", "macro_f1", "subset_accuracy"],
+    )
+    bench.stage1("films")
+    for command, kind, changes in (
+        (stage1, Stage1Config, {}),
+        (stage2, Stage2Config, {"sources": ["moods", "films"]}),
+    ):
+        config: Any = kind(**bench.settings("moods", **changes))
+        config.name = config.default_name()
+        run = bench.run(str(command.__name__).rpartition(".")[2], config)
+        bench.result = record(run, lambda: command.main.__wrapped__(config, run))  # noqa: B023
+        bench.result["directory"] = run.directory
+    return bench
+
+
+FUSED = "moods-adapterfusion"
+
+
+def test_the_threshold_is_stored_and_used(trained: Bench) -> None:
+    manifest = read_manifest(FUSED, trained.folder / "store")
+    assert set(manifest.head) == {"pooling", "layers", "outputs", "dropout", "decision"}
+    assert manifest.head["outputs"] == 3 and 0 < manifest.head["decision"]["threshold"] < 1
+    assert manifest.metrics["validation"]["micro_f1"] > 0.5
+    found = trained.evaluate(FUSED, split="validation")["metrics"]["validation"]
+    assert found == pytest.approx(manifest.metrics["validation"])
+    assert set(trained.evaluate(FUSED, split="test")["metrics"]["test"]) == set(found)
+
+    path = trained.folder / "store" / FUSED / "manifest.json"
+    text = path.read_text()
+    from fusion.store.manifest import checksum_of
+
+    values = json.loads(text)
+    values["head"]["decision"]["threshold"] = 0.0
+    try:
+        path.write_text(json.dumps(values | {"checksum": checksum_of(values)}))
+        (line,) = trained.predict(FUSED, [{"text": "a film"}])
+        assert line["labels"] == NAMES, "with a threshold of 0 every label is predicted"
+    finally:
+        path.write_text(text)
+
+
+def test_outcomes_are_ids_of_each_row(trained: Bench) -> None:
+    seen = json.loads((trained.result["directory"] / OUTCOMES).read_text())["validation"]
+    rows = (trained.folder / "data" / "moods" / "validation.jsonl").read_text().splitlines()
+    assert seen["labels"] == [[NAMES.index(name) for name in json.loads(row)["moods"]] for row in rows]
+    assert len(seen["predicted"]) == 24 and all(set(ids) <= {0, 1, 2} for ids in seen["predicted"])
+
+
+def test_predictions_are_names_and_probabilities(trained: Bench) -> None:
+    threshold = read_manifest(FUSED, trained.folder / "store").head["decision"]["threshold"]
+    lines = trained.predict(FUSED, [{"text": "a good great film"}, {"text": "a dog"}], attention=True)
+    for line in lines:
+        assert set(line) == {"labels", "scores", "attention"} and list(line["scores"]) == NAMES
+        assert line["labels"] == [name for name, p in line["scores"].items() if p >= threshold]
+
+
+def test_it_is_inspected_ranked_and_reported(trained: Bench) -> None:
+    config = InspectConfig(
+        artifact=FUSED,
+        store=str(trained.folder / "store"),
+        data=DataConfig(max_length=None),
+        accelerator="cpu",
+        words=4,
+    )
+    run = trained.run("inspect", config)
+    inspect.main.__wrapped__(config, run)  # type: ignore[attr-defined]
+    seen = json.loads((run.directory / INSPECTION).read_text())
+    assert seen["metrics"] == pytest.approx(trained.result["metrics"]["validation"])
+    assert set(seen["masked"]["films"]) == {"metrics", "loss", "predicted"} and len(seen["words"]) == 4
+    assert all(isinstance(word["right"], bool) for word in seen["words"])
+
+    ranked = trained.rank("moods", sources=["moods", "films"], methods=["logme", "probe"])
+    assert all(
+        isinstance(one["scores"][method], float) for one in ranked["sources"] for method in ("logme", "probe")
+    )
+
+    settings = ReportConfig(runs=str(trained.folder / "runs"), files=True, accelerator="cpu", words=2, data=DataConfig(max_length=None))  # fmt: skip
+    run = trained.run("report", settings)
+    report.check(settings, run)
+    made = record(run, lambda: report.main.__wrapped__(settings, run))  # type: ignore[attr-defined]
+    assert made["targets"] == ["moods"] and made["notes"] == []
+    assert "micro_f1" in settings.path.read_text()
+
+
+def test_beside_another_kind_each_head_has_its_own_decision(trained: Bench) -> None:
+    result = trained.multitask("films", "moods")
+    assert result["metrics"]["moods/validation"].keys() == {"micro_f1", "macro_f1", "subset_accuracy"}
+    manifest = read_manifest(result["name"], trained.folder / "store")
+    assert manifest.multitask is not None
+    heads = {name: entry["head"].get("decision") for name, entry in manifest.multitask.items()}
+    assert heads["films"] is None and heads["moods"] is not None
+    found = trained.evaluate(result["name"], task=trained.tasks["moods"], split="validation")
+    assert found["metrics"]["validation"] == pytest.approx(result["metrics"]["moods/validation"])
