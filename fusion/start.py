@@ -15,8 +15,8 @@ from fusion.build import fresh_head, stored_model
 from fusion.config import CompositionConfig, Stage2Config
 from fusion.data.encode import EncodedRows
 from fusion.data.samples import sampled_batches
-from fusion.from_manifests import stored_composition
 from fusion.errors import UserError
+from fusion.from_manifests import stored_composition
 from fusion.inference import device_of
 from fusion.layers.heads import TaskHead
 from fusion.model.adapted import AdaptedModel

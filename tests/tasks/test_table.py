@@ -92,5 +92,5 @@ def test_a_linear_probe_is_refused_where_there_is_no_vector_per_text(monkeypatch
     sources: Any = [SimpleNamespace(manifest=SimpleNamespace(name=name)) for name in ("x", "y")]
     nothing: Any = None
     with pytest.raises(UserError, match=r"which of x, y suits n best .*\n.*'sources=\[x\]'"):
-        start._best_source(config, sources, nothing, nothing, nothing)
-    assert start._best_source(config, sources[:1], nothing, nothing, nothing) == "x"
+        start._best_source(config, None, sources, nothing, nothing, nothing)
+    assert start._best_source(config, None, sources[:1], nothing, nothing, nothing) == "x"
