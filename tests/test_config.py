@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from fusion import config as settings
-from fusion.app import conf_folder, explain, keys_of, register
+from fusion.app import TABLES, conf_folder, explain, keys_of, register
 from fusion.config import (
     EvaluateConfig,
     InspectConfig,
@@ -80,6 +80,11 @@ def group_files() -> list[tuple[str, str]]:
     return sorted((file.parent.name, file.stem) for file in conf_folder().glob("*/*.yaml"))
 
 
+def choices() -> list[tuple[str, str]]:
+    """Every GROUP=NAME, of files and of tables."""
+    return sorted([*group_files(), *((group, name) for group, names in TABLES.items() for name in names)])
+
+
 def test_all_files_are_found() -> None:
     found: dict[str, set[str]] = {}
     for group, name in group_files():
@@ -89,20 +94,6 @@ def test_all_files_are_found() -> None:
     assert found == {
         "backbone": {"minilm", "bert_base", "bert_large", "roberta_base", "xlmr_base", "electra_base"},
         "adapter": {"pfeiffer", "houlsby", "houlsby_ffn_only", "parallel", "before_attention"},
-        "composition": {
-            "adapterfusion",
-            "sequence",
-            "static",
-            "mean",
-            "scalearn",
-            "scalearn_uniform",
-            "scalearn_pp",
-            "scalearn_uniform_pp",
-            "average",
-            "pruned",
-            "continued",
-        },
-        "method": {"adapter", "head", "lora", "bitfit", "full", "multitask_adapter", "multitask_full"},
         "logger": {"wandb", "csv", "none"},
         "experiment": {"quick", "equal_budget", *STAGE1_EXPERIMENTS},
         "debug": {"one_batch", "limit", "overfit", "anomaly", "profile"},
@@ -111,8 +102,18 @@ def test_all_files_are_found() -> None:
     assert not list(conf_folder().glob("*/*/*.yaml"))
 
 
-@pytest.mark.parametrize(("group", "name"), group_files())
-def test_every_group_file_composes(group: str, name: str) -> None:
+def test_the_tables_have_every_name_of_version_0_1() -> None:
+    assert {
+        *("adapterfusion", "sequence", "static", "mean", "average", "pruned", "continued"),
+        *("scalearn", "scalearn_uniform", "scalearn_pp", "scalearn_uniform_pp"),
+    } <= set(TABLES["composition"])
+    methods = {"adapter", "head", "lora", "bitfit", "full", "multitask_adapter", "multitask_full"}
+    assert methods <= set(TABLES["method"])
+    assert not {*TABLES} & {group for group, _ in group_files()}
+
+
+@pytest.mark.parametrize(("group", "name"), choices())
+def test_every_choice_composes(group: str, name: str) -> None:
     if group == "task":
         OmegaConf.to_object(compose("stage1", [f"+task={name}"]))
         return
