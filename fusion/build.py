@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fusion.backbones.load import Backbone
-from fusion.backbones.slots import layer_and_site
+from fusion.backbones.slots import SlotAddress
 from fusion.backbones.tuning import Tuning
 from fusion.config import (
+    SITES,
     AdapterConfig,
     CompositionConfig,
     HeadConfig,
@@ -50,8 +51,15 @@ def adapter_fillings(config: AdapterConfig, backbone: Backbone) -> dict[str, Slo
     if missing:
         raise UserError(
             f"adapter={config.name}: backbone {backbone.name_or_path} ({backbone.family.name}) has no place "
-            f"{missing[0]}; expected adapter.sites among {', '.join(there)}"
+            f"{missing[0]}; expected adapter.sites among {', '.join(site for site in SITES if site in there)}"
         )
+    for site in config.sites:
+        if config.reads not in there[site].reads:
+            *others, last = there[site].reads
+            raise UserError(
+                f"adapter.reads={config.reads}: backbone {backbone.name_or_path} ({backbone.family.name}) has no such "
+                f"reading at {site}; expected {', '.join(others)} or {last}"
+            )
 
     def fresh() -> BottleneckAdapter:
         return BottleneckAdapter(
@@ -207,7 +215,7 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int 
         tuning = tuning_of(method, backbone)
         assert tuning is not None
         copy_stored(tuning.state(), artifact.weights, artifact.path / WEIGHTS)
-    kept = {slot: filling for slot, filling in fillings.items() if layer_and_site(slot)[0] >= drop}
+    kept = {slot: filling for slot, filling in fillings.items() if SlotAddress.parse(slot).layer >= drop}
     placement = sources[0].manifest.placement if sources else manifest.placement
     reads = placement["adapter.reads"] or "normed"
     model = AdaptedModel(backbone, kept, reads, described_head(manifest), tuning=tuning)

@@ -35,7 +35,7 @@ from fusion.tasks.task import Task
 NONLINEARITIES = ("relu", "gelu", "silu", "tanh")
 INITIAL_VALUES = ("bert", "houlsby", "zero_up")
 SITES = ("before_attention", "attention", "feedforward")
-READS = ("output", "normed", "input")
+READS = ("output", "normed", "stream", "input")
 POOLINGS = ("cls", "mean")
 CACHES = ("auto", "off", "float32", "float16")
 RANKINGS = ("similarity", "logme", "probe", "attention")  # how fusion.rank looks at sources

@@ -49,7 +49,7 @@ class SeveralTasks(nn.Module):
             bank = AdapterBank([adapters[task][slot] for task in present], present, len(adapters))
             fillings[slot] = TaskSwitch(bank)
         self.model = AdaptedModel(backbone, fillings, reads, heads[0])
-        self.model.make_prefix_skippable()
+        self.model.take_features()
         self.heads = nn.ModuleList(heads)
         self.eval()
 
@@ -59,8 +59,8 @@ class SeveralTasks(nn.Module):
     ) -> list[Tensor]:
         """input_ids, attention_mask, token_type_ids: (B, T) -> of each task (B, K)."""
         tasks = len(self.heads)
-        hidden = self.model.prefix_states(input_ids, attention_mask, token_type_ids)
-        if self.model.entry is None:  # no adapter anywhere: all is shared
+        hidden = self.model.frozen_features(input_ids, attention_mask, token_type_ids)
+        if self.model.boundary is None:  # no adapter anywhere: all is shared
             return [head(hidden, attention_mask) for head in self.heads]
         members = torch.arange(tasks, device=input_ids.device).repeat_interleave(len(input_ids))
         several = self.model.hidden_states(
@@ -68,7 +68,7 @@ class SeveralTasks(nn.Module):
             attention_mask.repeat(tasks, 1),
             None if token_type_ids is None else token_type_ids.repeat(tasks, 1),
             members=members,
-            prefix=hidden.repeat(tasks, 1, 1),
+            features=hidden.repeat(tasks, 1, 1),
         )
         parts = several.chunk(tasks)
         return [head(part, attention_mask) for head, part in zip(self.heads, parts, strict=True)]

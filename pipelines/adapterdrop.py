@@ -137,7 +137,7 @@ def timings(config: DropConfig) -> dict[str, Any]:
     """Seconds of a batch in turn, round by round: the first half dropped and none dropped, one task and several."""
     import torch
 
-    from fusion.backbones.slots import layer_and_site
+    from fusion.backbones.slots import SlotAddress
     from fusion.build import stored_adapters, stored_model
     from fusion.data.loaders import evaluation_loader
     from fusion.layers.heads import TaskHead
@@ -155,7 +155,7 @@ def timings(config: DropConfig) -> dict[str, Any]:
 
     def several(first_layer: int) -> Callable[..., Any]:
         own = [
-            {s: a for s, a in stored_adapters(artifact).items() if layer_and_site(s)[0] >= first_layer}
+            {s: a for s, a in stored_adapters(artifact).items() if SlotAddress.parse(s).layer >= first_layer}
             for artifact in chosen
         ]
         heads = [TaskHead(backbone.hidden_size, **artifact.manifest.head) for artifact in chosen]

@@ -238,18 +238,18 @@ def test_only_layers_with_slots_are_drawn(tiny_backbone: Path, bench: Bench) -> 
 
 
 @pytest.mark.parametrize("reads", ["normed", "input"])
-def test_a_kept_prefix_and_dropped_layers_go_together(tiny_backbone: Path, reads: str) -> None:
+def test_cached_features_and_dropped_layers_go_together(tiny_backbone: Path, reads: str) -> None:
     backbone = load_backbone(str(tiny_backbone))
     config = AdapterConfig(layers=[1, 2], reads=reads, nonlinearity="tanh")
     fillings = adapter_fillings(config, backbone)
     for filling in fillings.values():
         torch.nn.init.normal_(filling.get_parameter("up.weight"))
     model = AdaptedModel(backbone, fillings, reads, TaskHead(32, 2)).eval()
-    states = model.prefix_states(IDS, MASK)
+    features = model.frozen_features(IDS, MASK)
     whole = [model(IDS, MASK, first_layer=n) for n in range(4)]
-    model.make_prefix_skippable()
+    model.take_features()
     for first_layer, expected in enumerate(whole):
-        torch.testing.assert_close(model(IDS, MASK, prefix=states, first_layer=first_layer), expected)
+        torch.testing.assert_close(model(IDS, MASK, features=features, first_layer=first_layer), expected)
     assert not torch.allclose(whole[1], whole[2]) and not torch.allclose(whole[2], whole[3])
 
 
@@ -359,10 +359,16 @@ def test_sources_of_other_sites_are_refused_with_what_is_possible(bench: Bench) 
 
 def test_a_placement_that_a_family_does_not_have_is_refused(tiny_backbone: Path) -> None:
     backbone = load_backbone(str(tiny_backbone))
-    sites = {site: path for site, path in backbone.family.sites.items() if site != "before_attention"}
-    other = dataclasses.replace(backbone, family=dataclasses.replace(backbone.family, sites=sites))
+    stack = backbone.family.first_stack
+    sites = {site: wiring for site, wiring in stack.sites.items() if site != "before_attention"}
+    family = dataclasses.replace(backbone.family, stacks={"": dataclasses.replace(stack, sites=sites)})
     with pytest.raises(UserError, match=r"has no place before_attention; expected .* attention, feedforward"):
-        adapter_fillings(PLACEMENTS["before_attention"], other)
+        adapter_fillings(PLACEMENTS["before_attention"], dataclasses.replace(backbone, family=family))
+    pre_norm = dataclasses.replace(backbone, family=FAMILIES["gpt2"])
+    with pytest.raises(
+        UserError, match=r"reads=normed: .*gpt2.* at feedforward; expected output, stream or input"
+    ):
+        adapter_fillings(AdapterConfig(), pre_norm)
 
 
 # --- the published numbers of parameters ------------------------------------------------------------

@@ -533,11 +533,11 @@ def test_upper_layers_alone_start_from_the_kept_prefix(
     upper = {"adapter": AdapterConfig(layers=[1, 2])}
     off = BackboneConfig(name_or_path=str(bench.backbone), pooling="mean", cache="off")
     kept = bench.stage1("films", name="kept", **upper)
-    assert caplog.text.count("computing the frozen prefix") == 2  # of the training and the validation rows
+    assert caplog.text.count("computing the frozen features") == 2  # of the training and the validation rows
     assert len(list((bench.folder / "cache" / "prefix").glob("*.states"))) == 2
     bench.stage1("films", name="again", seed=7, **upper)  # another seed starts from the same states
     whole = bench.stage1("films", name="whole", backbone=off, **upper)
-    assert caplog.text.count("computing the frozen prefix") == 2
+    assert caplog.text.count("computing the frozen features") == 2
     torch.testing.assert_close(bench.weights("kept"), bench.weights("whole"), rtol=1e-4, atol=1e-6)
     assert kept["metrics"] == whole["metrics"]
     scores = bench.evaluate("kept")["metrics"]
@@ -759,10 +759,10 @@ def test_several_tasks_start_from_the_kept_prefix(bench: Bench, caplog: pytest.L
     off = BackboneConfig(name_or_path=str(bench.backbone), pooling="mean", cache="off")
     kept = bench.multitask("films", "quiz", "rating", name="kept", **upper)
     assert (
-        caplog.text.count("computing the frozen prefix") == 6
+        caplog.text.count("computing the frozen features") == 6
     )  # training and validation rows of three tasks
     whole = bench.multitask("films", "quiz", "rating", name="whole", backbone=off, **upper)
-    assert caplog.text.count("computing the frozen prefix") == 6
+    assert caplog.text.count("computing the frozen features") == 6
     torch.testing.assert_close(bench.weights("kept"), bench.weights("whole"), rtol=1e-4, atol=1e-6)
     for split, metrics in whole["metrics"].items():
         assert kept["metrics"][split] == pytest.approx(metrics, abs=1e-4)

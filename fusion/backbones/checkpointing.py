@@ -32,28 +32,30 @@ def recompute_in_backward(layers: nn.ModuleList, current: CurrentBatch) -> None:
 def _checkpointed(forward: Callable[..., Any], current: CurrentBatch, *inputs: Any, **keywords: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*inputs, **keywords)
-    context, prefix = current.context, current.prefix
+    context, features = current.context, current.features
     return checkpoint(
         forward,
         *inputs,
         use_reentrant=False,
-        context_fn=lambda: (contextlib.nullcontext(), _once_more(current, context, prefix)),
+        context_fn=lambda: (contextlib.nullcontext(), _once_more(current, context, features)),
         **keywords,
     )
 
 
 @contextlib.contextmanager
-def _once_more(current: CurrentBatch, context: BatchContext | None, prefix: Tensor | None) -> Iterator[None]:
+def _once_more(
+    current: CurrentBatch, context: BatchContext | None, features: Tensor | None
+) -> Iterator[None]:
     """The slots see the batch of the first time, and whoever records has heard it all already."""
-    now = current.context, current.prefix
+    now = current.context, current.features
     # A recorder that hears nothing and not None: what is computed must be the same, operation by operation.
     recorded = context is not None and context.record is not None
     current.context = replace(context, record=_ignore) if context is not None and recorded else context
-    current.prefix = prefix
+    current.features = features
     try:
         yield
     finally:
-        current.context, current.prefix = now
+        current.context, current.features = now
 
 
 def _ignore(place: str, weights: Tensor) -> None:

@@ -1,8 +1,4 @@
-"""Per architecture: where its layers and sublayers are. A new family is one entry here.
-
-All that is needed of a post-norm family is that the module at the end of each sublayer has
-`dense`, `dropout` and `LayerNorm` and computes `LayerNorm(dropout(dense(h)) + a)`.
-"""
+"""Per architecture: where its layers and sublayers are. A new family of a known wiring is one entry here."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+from fusion.backbones.wirings import BeforeAttention, LinearLayer, PostNorm, PreNorm, Wiring
 from fusion.errors import UserError
 
 if TYPE_CHECKING:  # a command's first checks read this table without torch
@@ -17,43 +14,260 @@ if TYPE_CHECKING:  # a command's first checks read this table without torch
 
 
 @dataclass(frozen=True)
+class Stack:
+    """One stack of layers.
+
+    Attributes:
+        layers: dotted path of the list of layers inside the model.
+        sites: where slots can be in a layer, by name.
+        outputs: how many values a layer returns as a tuple, the hidden states first; None: the hidden states alone.
+        position_bias: of layers that return (hidden states, position bias, …), the module in the first of them that
+            computes the bias for all (T5); None: there is no such thing.
+    """
+
+    layers: str
+    sites: Mapping[str, Wiring]
+    outputs: int | None = None
+    position_bias: str | None = None
+
+
+@dataclass(frozen=True)
 class Family:
     """One architecture.
 
-    stem: dotted paths of what runs before the first layer; one that a model does not have is passed over.
-    layers: dotted path of the list of layers inside the model.
-    sites: for each site, in the order in which they run, the dotted path inside a layer of the
-        module that ends the sublayer (of `before_attention`, of the self-attention itself).
-    before: for each site, the modules of its layer that run before that one, and how many values
-        each of them gives: the stream comes first.
-    architecture: the config keys that decide what the model computes; with the tensors they are
-        the backbone's fingerprint, so no key that a new version of a library may add is in it.
-    model_options: what the model's constructor is given beside the config.
-    positions_follow_padding: whether positions count the tokens that are not padding, from `pad_token_id` + 1;
-        otherwise they count all tokens from 0, padding included.
+    Attributes:
+        name: its `model_type`.
+        stem: dotted paths of what runs before the first layer and after the last one; a path that a model does not
+            have is passed over.
+        stacks: by name; a single one has the empty name. The first is the one that reads the input.
+        architecture: the config keys that decide what the model computes; with the tensors they are the backbone's
+            fingerprint, so no key that a new version of a library may add is in it.
+        model_options: what the model's constructor is given beside the config.
+        positions_follow_padding: whether positions count the tokens that are not padding, from `pad_token_id` + 1;
+            otherwise they count all tokens from 0, padding included.
+        repeated: whether `layers` holds fewer modules than the model has layers, each used several times (ALBERT).
+        commands: whether the commands train it.
     """
 
     name: str
     stem: tuple[str, ...]
-    layers: str
-    sites: Mapping[str, str]
-    before: Mapping[str, Mapping[str, int]]
+    stacks: Mapping[str, Stack]
     architecture: tuple[str, ...]
     model_options: Mapping[str, Any] = field(default_factory=dict)
     positions_follow_padding: bool = False
+    repeated: bool = False
+    commands: bool = False
 
-    def layer_list(self, model: nn.Module) -> nn.ModuleList:
-        return cast("nn.ModuleList", model.get_submodule(self.layers))
+    @property
+    def first_stack(self) -> Stack:
+        """The stack that reads the input."""
+        return next(iter(self.stacks.values()))
+
+    @property
+    def layers(self) -> str:
+        """The dotted path of the layers of the first stack."""
+        return self.first_stack.layers
+
+    @property
+    def sites(self) -> Mapping[str, Wiring]:
+        """The sites of the first stack."""
+        return self.first_stack.sites
+
+    def layer_list(self, model: nn.Module, stack: str | None = None) -> nn.ModuleList:
+        """The layers of a stack; None: of the first one."""
+        path = self.layers if stack is None else self.stacks[stack].layers
+        return cast("nn.ModuleList", model.get_submodule(path))
 
     @property
     def roots(self) -> set[str]:
         """The first parts of the names of all tensors that a forward pass uses."""
-        return {path.partition(".")[0] for path in (*self.stem, self.layers)}
+        paths = (*self.stem, *(stack.layers for stack in self.stacks.values()))
+        return {path.partition(".")[0] for path in paths}
 
     def positions(self, table: int, pad_token_id: int | None) -> int:
         """How many tokens a sequence may have, given the rows of the position table."""
         return table - (pad_token_id or 0) - 1 if self.positions_follow_padding else table
 
+
+def _linear(sublayer: str, **paths: str) -> dict[str, Wiring]:
+    """Sites at the linear layers of a sublayer: `query` of `attention` is the site `attention.query`."""
+    return {f"{sublayer}.{name}": LinearLayer(path) for name, path in paths.items()}
+
+
+_BERT_SITES: dict[str, Wiring] = {
+    "before_attention": BeforeAttention(("attention.self",)),
+    "attention": PostNorm("attention.output.LayerNorm", "attention.output.dropout", "attention.self"),
+    "feedforward": PostNorm("output.LayerNorm", "output.dropout", "intermediate"),
+    **_linear(
+        "attention",
+        query="attention.self.query",
+        key="attention.self.key",
+        value="attention.self.value",
+        output="attention.output.dense",
+    ),
+    **_linear("feedforward", up="intermediate.dense", down="output.dense"),
+}
+_DEBERTA_SITES = _BERT_SITES | _linear(
+    "attention",
+    query="attention.self.query_proj",
+    key="attention.self.key_proj",
+    value="attention.self.value_proj",
+)
+_MPNET_SITES: dict[str, Wiring] = {
+    "before_attention": BeforeAttention(("attention.attn",)),
+    "attention": PostNorm("attention.LayerNorm", "attention.dropout", "attention.attn"),
+    "feedforward": PostNorm("output.LayerNorm", "output.dropout", "intermediate"),
+    **_linear(
+        "attention",
+        query="attention.attn.q",
+        key="attention.attn.k",
+        value="attention.attn.v",
+        output="attention.attn.o",
+    ),
+    **_linear("feedforward", up="intermediate.dense", down="output.dense"),
+}
+_DISTILBERT_SITES: dict[str, Wiring] = {
+    "before_attention": BeforeAttention(("attention",)),
+    "attention": PostNorm("sa_layer_norm", "attention", "attention"),
+    "feedforward": PostNorm("output_layer_norm", "ffn", "ffn"),
+    **_linear(
+        "attention",
+        query="attention.q_lin",
+        key="attention.k_lin",
+        value="attention.v_lin",
+        output="attention.out_lin",
+    ),
+    **_linear("feedforward", up="ffn.lin1", down="ffn.lin2"),
+}
+# ALBERT's attention adds its own residual, so what reads the input of self-attention alone is the three projections.
+_ALBERT_LAYER = "albert_layers.0"
+_ALBERT_PROJECTIONS = tuple(f"{_ALBERT_LAYER}.attention.{name}" for name in ("query", "key", "value"))
+_ALBERT_SITES: dict[str, Wiring] = {
+    "before_attention": BeforeAttention(_ALBERT_PROJECTIONS),
+    "attention": PostNorm(
+        f"{_ALBERT_LAYER}.attention.LayerNorm",
+        f"{_ALBERT_LAYER}.attention.output_dropout",
+        f"{_ALBERT_LAYER}.attention",
+    ),
+    "feedforward": PostNorm(
+        f"{_ALBERT_LAYER}.full_layer_layer_norm", f"{_ALBERT_LAYER}.ffn_output", f"{_ALBERT_LAYER}.ffn"
+    ),
+    **_linear(
+        "attention",
+        query=_ALBERT_PROJECTIONS[0],
+        key=_ALBERT_PROJECTIONS[1],
+        value=_ALBERT_PROJECTIONS[2],
+        output=f"{_ALBERT_LAYER}.attention.dense",
+    ),
+    **_linear("feedforward", up=f"{_ALBERT_LAYER}.ffn", down=f"{_ALBERT_LAYER}.ffn_output"),
+}
+_MODERNBERT_SITES: dict[str, Wiring] = {
+    "before_attention": BeforeAttention(("attn",)),
+    "attention": PreNorm("attn_norm", "attn.out_drop"),
+    "feedforward": PreNorm("mlp_norm", "mlp.Wo"),
+    **_linear("attention", query_key_value="attn.Wqkv", output="attn.Wo"),
+    **_linear("feedforward", up_gate="mlp.Wi", down="mlp.Wo"),
+}
+_GPT2_SITES: dict[str, Wiring] = {
+    "before_attention": BeforeAttention(("attn",)),
+    "attention": PreNorm("ln_1", "attn.resid_dropout"),
+    "feedforward": PreNorm("ln_2", "mlp.dropout"),
+    **_linear("attention", query_key_value="attn.c_attn", output="attn.c_proj"),
+    **_linear("feedforward", up="mlp.c_fc", down="mlp.c_proj"),
+}
+_GATED_LINEAR = _linear(
+    "attention",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    output="self_attn.o_proj",
+) | _linear("feedforward", gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj")
+_LLAMA_SITES: dict[str, Wiring] = {
+    "before_attention": BeforeAttention(("self_attn",)),
+    "attention": PreNorm("input_layernorm", "self_attn.o_proj"),
+    # The name is misleading: it is the norm before the feed-forward.
+    "feedforward": PreNorm("post_attention_layernorm", "mlp.down_proj"),
+    **_GATED_LINEAR,
+}
+_GEMMA_SITES: dict[str, Wiring] = {
+    **_LLAMA_SITES,
+    "feedforward": PreNorm("pre_feedforward_layernorm", "mlp.down_proj"),
+}
+_PHI_SITES: dict[str, Wiring] = {
+    "before_attention": BeforeAttention(("self_attn",)),
+    "attention": PreNorm("input_layernorm", "self_attn.dense"),
+    "feedforward": PreNorm("input_layernorm", "mlp.fc2"),
+    **_linear(
+        "attention",
+        query="self_attn.q_proj",
+        key="self_attn.k_proj",
+        value="self_attn.v_proj",
+        output="self_attn.dense",
+    ),
+    **_linear("feedforward", up="mlp.fc1", down="mlp.fc2"),
+}
+_BART_SITES: dict[str, Wiring] = {
+    "before_attention": BeforeAttention(("self_attn",)),
+    "attention": PostNorm("self_attn_layer_norm", "self_attn", "self_attn"),
+    "feedforward": PostNorm("final_layer_norm", "fc2", "fc1"),
+    **_linear(
+        "attention",
+        query="self_attn.q_proj",
+        key="self_attn.k_proj",
+        value="self_attn.v_proj",
+        output="self_attn.out_proj",
+    ),
+    **_linear("feedforward", up="fc1", down="fc2"),
+}
+_BART_DECODER_SITES: dict[str, Wiring] = {
+    **_BART_SITES,
+    "cross_attention": PostNorm("encoder_attn_layer_norm", "encoder_attn", "encoder_attn"),
+    **_linear(
+        "cross_attention",
+        query="encoder_attn.q_proj",
+        key="encoder_attn.k_proj",
+        value="encoder_attn.v_proj",
+        output="encoder_attn.out_proj",
+    ),
+}
+
+
+def _t5_sites(feedforward: str) -> dict[str, Wiring]:
+    """feedforward: the path of a block's last sublayer."""
+    attention = "layer.0.SelfAttention"
+    return {
+        "before_attention": BeforeAttention((attention,)),
+        "attention": PreNorm("layer.0.layer_norm", "layer.0.dropout"),
+        "feedforward": PreNorm(f"{feedforward}.layer_norm", f"{feedforward}.dropout"),
+        **_linear(
+            "attention",
+            query=f"{attention}.q",
+            key=f"{attention}.k",
+            value=f"{attention}.v",
+            output=f"{attention}.o",
+        ),
+        # wi of T5, or wi_0 and wi_1 of its gated versions
+        **_linear(
+            "feedforward",
+            wi=f"{feedforward}.DenseReluDense.wi",
+            wi_0=f"{feedforward}.DenseReluDense.wi_0",
+            wi_1=f"{feedforward}.DenseReluDense.wi_1",
+            wo=f"{feedforward}.DenseReluDense.wo",
+        ),
+    }
+
+
+_T5_DECODER_SITES: dict[str, Wiring] = {
+    **_t5_sites("layer.2"),
+    "cross_attention": PreNorm("layer.1.layer_norm", "layer.1.dropout"),
+    **_linear(
+        "cross_attention",
+        query="layer.1.EncDecAttention.q",
+        key="layer.1.EncDecAttention.k",
+        value="layer.1.EncDecAttention.v",
+        output="layer.1.EncDecAttention.o",
+    ),
+}
 
 _BERT_ARCHITECTURE = (
     "model_type",
@@ -68,47 +282,223 @@ _BERT_ARCHITECTURE = (
     "layer_norm_eps",
     "pad_token_id",
 )
-_BERT_SITES = {
-    "before_attention": "attention.self",
-    "attention": "attention.output",
-    "feedforward": "output",
-}
-_BERT_BEFORE = {
-    "before_attention": {},
-    "attention": {"attention.self": 2},
-    "feedforward": {"attention": 2, "intermediate": 1},
-}
+_DECODER_ARCHITECTURE = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "hidden_act",
+    "hidden_activation",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "pad_token_id",
+)
+# A cache of keys and values is of use in generation alone.
+_NO_CACHE = {"use_cache": False}
 
-FAMILIES: dict[str, Family] = {
-    model_type: Family(
-        name=model_type,
-        stem=("embeddings", "embeddings_project"),  # Electra projects where its embeddings are narrower
-        layers="encoder.layer",
-        sites=_BERT_SITES,
-        before=_BERT_BEFORE,
-        architecture=_BERT_ARCHITECTURE + extra,
-        # The pooler is pre-trained for another purpose; heads pool for themselves.
-        model_options=options,
-        positions_follow_padding=model_type in ("roberta", "xlm-roberta"),
+
+def _llama_like(name: str, sites: Mapping[str, Wiring], *architecture: str) -> Family:
+    return Family(
+        name=name,
+        stem=("embed_tokens", "norm"),
+        stacks={"": Stack("layers", sites)},
+        architecture=_DECODER_ARCHITECTURE + architecture,
+        model_options=_NO_CACHE,
     )
-    for model_type, extra, options in (
-        ("bert", (), {"add_pooling_layer": False}),
-        ("roberta", (), {"add_pooling_layer": False}),
-        ("xlm-roberta", (), {"add_pooling_layer": False}),
-        ("electra", ("embedding_size",), {}),
-    )
-}
+
+
+_LIST = (
+    *(
+        Family(
+            name=model_type,
+            stem=("embeddings", "embeddings_project"),  # Electra projects where its embeddings are narrower
+            stacks={"": Stack("encoder.layer", _BERT_SITES)},
+            architecture=_BERT_ARCHITECTURE + extra,
+            # The pooler is pre-trained for another purpose; heads pool for themselves.
+            model_options=options,
+            positions_follow_padding=model_type in ("roberta", "xlm-roberta"),
+            commands=True,
+        )
+        for model_type, extra, options in (
+            ("bert", (), {"add_pooling_layer": False}),
+            ("roberta", (), {"add_pooling_layer": False}),
+            ("xlm-roberta", (), {"add_pooling_layer": False}),
+            ("electra", ("embedding_size",), {}),
+        )
+    ),
+    Family(
+        name="mpnet",
+        stem=("embeddings",),
+        stacks={"": Stack("encoder.layer", _MPNET_SITES, outputs=1)},
+        architecture=(*_BERT_ARCHITECTURE, "relative_attention_num_buckets"),
+        model_options={"add_pooling_layer": False},
+        positions_follow_padding=True,
+    ),
+    Family(
+        name="deberta-v2",
+        stem=("embeddings",),
+        stacks={"": Stack("encoder.layer", _DEBERTA_SITES, outputs=2)},
+        architecture=(
+            *_BERT_ARCHITECTURE,
+            "relative_attention",
+            "max_relative_positions",
+            "position_buckets",
+            "pos_att_type",
+            "share_att_key",
+            "norm_rel_ebd",
+            "position_biased_input",
+            "conv_kernel_size",
+            "conv_act",
+        ),
+    ),
+    Family(
+        name="distilbert",
+        stem=("embeddings",),
+        stacks={"": Stack("transformer.layer", _DISTILBERT_SITES)},
+        architecture=(
+            "model_type",
+            "vocab_size",
+            "dim",
+            "n_layers",
+            "n_heads",
+            "hidden_dim",
+            "activation",
+            "max_position_embeddings",
+            "sinusoidal_pos_embds",
+            "pad_token_id",
+        ),
+    ),
+    Family(
+        name="albert",
+        stem=("embeddings", "encoder.embedding_hidden_mapping_in"),
+        stacks={"": Stack("encoder.albert_layer_groups", _ALBERT_SITES)},
+        architecture=(*_BERT_ARCHITECTURE, "embedding_size", "num_hidden_groups", "inner_group_num"),
+        model_options={"add_pooling_layer": False},
+        repeated=True,
+    ),
+    Family(
+        name="modernbert",
+        stem=("embeddings", "final_norm"),
+        stacks={"": Stack("layers", _MODERNBERT_SITES)},
+        architecture=(
+            "model_type",
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "hidden_activation",
+            "max_position_embeddings",
+            "norm_eps",
+            "layer_types",
+            "rope_parameters",
+            "local_attention",
+            "pad_token_id",
+        ),
+    ),
+    Family(
+        name="gpt2",
+        stem=("wte", "wpe", "ln_f"),
+        stacks={"": Stack("h", _GPT2_SITES)},
+        architecture=(
+            "model_type",
+            "vocab_size",
+            "n_embd",
+            "n_layer",
+            "n_head",
+            "n_inner",
+            "n_positions",
+            "activation_function",
+            "layer_norm_epsilon",
+            "scale_attn_weights",
+            "scale_attn_by_inverse_layer_idx",
+        ),
+        model_options=_NO_CACHE,
+    ),
+    _llama_like("llama", _LLAMA_SITES),
+    _llama_like("mistral", _LLAMA_SITES, "sliding_window"),
+    _llama_like("qwen2", _LLAMA_SITES, "layer_types", "sliding_window"),
+    _llama_like("qwen3", _LLAMA_SITES, "layer_types", "sliding_window"),
+    _llama_like("gemma2", _GEMMA_SITES, "layer_types", "sliding_window", "query_pre_attn_scalar"),
+    _llama_like("gemma3_text", _GEMMA_SITES, "layer_types", "sliding_window", "query_pre_attn_scalar"),
+    Family(
+        name="phi",
+        stem=("embed_tokens", "final_layernorm"),
+        stacks={"": Stack("layers", _PHI_SITES)},
+        architecture=(*_DECODER_ARCHITECTURE, "layer_norm_eps", "partial_rotary_factor", "qk_layernorm"),
+        model_options=_NO_CACHE,
+    ),
+    Family(
+        name="bart",
+        stem=("shared",),
+        stacks={
+            "encoder": Stack("encoder.layers", _BART_SITES),
+            "decoder": Stack("decoder.layers", _BART_DECODER_SITES),
+        },
+        architecture=(
+            "model_type",
+            "vocab_size",
+            "d_model",
+            "encoder_layers",
+            "decoder_layers",
+            "encoder_attention_heads",
+            "decoder_attention_heads",
+            "encoder_ffn_dim",
+            "decoder_ffn_dim",
+            "activation_function",
+            "max_position_embeddings",
+            "scale_embedding",
+            "pad_token_id",
+        ),
+        model_options=_NO_CACHE,
+    ),
+    *(
+        Family(
+            name=model_type,
+            stem=("shared",),
+            stacks={
+                stack: Stack(f"{stack}.block", sites, outputs=3, position_bias="layer.0.SelfAttention")
+                for stack, sites in (("encoder", _t5_sites("layer.1")), ("decoder", _T5_DECODER_SITES))
+            },
+            architecture=(
+                "model_type",
+                "vocab_size",
+                "d_model",
+                "d_kv",
+                "d_ff",
+                "num_layers",
+                "num_decoder_layers",
+                "num_heads",
+                "feed_forward_proj",
+                "layer_norm_epsilon",
+                "relative_attention_num_buckets",
+                "relative_attention_max_distance",
+                "pad_token_id",
+            ),
+            model_options=_NO_CACHE,
+        )
+        for model_type in ("t5", "mt5")
+    ),
+)
+
+FAMILIES: dict[str, Family] = {family.name: family for family in _LIST}
 
 
 def family_of(model_type: str, where: str) -> Family:
     """The family of a model type.
 
     Raises:
-        UserError: the type is none of `FAMILIES`; it lists them.
+        UserError: the commands do not train this type; lists those that they do.
     """
-    if model_type not in FAMILIES:
+    supported = [name for name, family in FAMILIES.items() if family.commands]
+    if model_type not in supported:
         raise UserError(
-            f"backbone {where} is of type {model_type!r}, which is not supported; supported: {', '.join(FAMILIES)}.\n"
+            f"backbone {where} is of type {model_type!r}, which is not supported; supported: {', '.join(supported)}.\n"
             "Choose one of those with backbone=… or backbone.name_or_path=…"
         )
     return FAMILIES[model_type]

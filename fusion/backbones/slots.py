@@ -1,176 +1,258 @@
-"""A slot: a place in the backbone where the stream may be changed.
+"""Slots: places in the backbone where an update may be added.
 
-Shapes: B rows, T tokens, D hidden size, I the width of what the sublayer's last product reads,
-W the width of a slot's state (D or 2·D).
+A slot is attached with hooks, so the backbone's modules and the names of its tensors stay what they are.
+
+Shapes: B rows, T tokens, D hidden size, D_in and D_out the widths of a linear layer.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from fusion.config import READS
+from fusion.backbones.wirings import BeforeAttention, LinearLayer, PostNorm, PreNorm, Wiring
 from fusion.layers.slot_module import BatchContext, SlotModule
 
-BEFORE_ATTENTION = "before_attention"
-"""The site that is no end of a sublayer: it reads the layer's input, and nothing else."""
+
+@dataclass(frozen=True)
+class SlotAddress:
+    """Where a slot is. As text `4.feedforward`, `decoder.4.cross_attention`, `4.attention.query`.
+
+    stack: empty for a backbone of one stack, else `encoder` or `decoder`.
+    layer: its number in the stack, from 0.
+    site: a key of the stack's sites, see `fusion.backbones.families`; may have dots.
+    """
+
+    stack: str
+    layer: int
+    site: str
+
+    @classmethod
+    def parse(cls, text: str) -> SlotAddress:
+        """Read an address.
+
+        Raises:
+            ValueError: the text is none.
+        """
+        first, _, rest = text.partition(".")
+        stack, number, site = ("", first, rest) if first.isdecimal() else (first, *_halves(rest))
+        if not number.isdecimal() or not site:
+            raise ValueError(f"slot {text!r}: expected LAYER.SITE or STACK.LAYER.SITE, such as 4.feedforward")
+        return cls(stack, int(number), site)
+
+    def __str__(self) -> str:
+        return ".".join([*([self.stack] if self.stack else []), str(self.layer), self.site])
 
 
-def layer_and_site(slot: str) -> tuple[int, str]:
-    """`4.feedforward` -> (4, "feedforward")."""
-    layer, _, site = slot.partition(".")
-    return int(layer), site
-
-
-def state_parts(slot: str, reads: str) -> int:
-    """How many tensors of width D a slot needs from below: W / D."""
-    return 1 if reads == "normed" or layer_and_site(slot)[1] == BEFORE_ATTENTION else 2
+def _halves(text: str) -> tuple[str, str]:
+    first, _, rest = text.partition(".")
+    return first, rest
 
 
 class CurrentBatch:
-    """What the model hands to all its slots before the backbone runs.
+    """What the model gives to all its slots before the backbone runs.
 
-    The backbone's own modules pass no keyword through to the place where a slot sits, hence this
-    one shared reference. It stays as it is until the next batch, so that a layer that is computed
-    again for its gradient sees the same.
+    The backbone's own modules pass no keyword through to the place of a slot, hence this one shared reference. It
+    stays as it is until the next batch, so that a layer that is computed again for its gradient reads the same.
 
     Attributes:
-        context: what the fillings may need.
-        entry: the name of the lowest slot, below which all is frozen; None: no slot.
-        prefix: (B, T, W), what `entry` would have got from below, where it is known already.
-        stop: end the pass at `entry`, with what it got, as an `EntryReached`.
+        context: what the slot modules may need.
+        features: (B, T, D), the input of the lowest adapted layer, where it is known already.
+        capture: end the pass at the lowest adapted layer, with its input, as a `BoundaryReached`.
     """
 
     def __init__(self) -> None:
         self.context: BatchContext | None = None
-        self.entry: str | None = None
-        self.prefix: Tensor | None = None
-        self.stop = False
-
-
-class EntryReached(Exception):
-    """Not an error: the pass got to the lowest slot, and that was all that was asked for."""
-
-    def __init__(self, state: Tensor) -> None:
-        super().__init__()
-        self.state = state
+        self.features: Tensor | None = None
+        self.capture = False
 
 
 class Slot:
-    """What all slots share: a name, something that fills it, and the batch that the model announced.
+    """What all slots share: an address, a slot module, and the batch that the model announced.
+
+    Subclasses say which wiring they are for, and hook themselves into a layer of it. Slots of one layer are attached
+    in the order of `order`: a sublayer's output includes the updates beside its linear layers, and what a sublayer
+    reads as its input is not what `BeforeAttention` changed.
 
     Args:
-        name: `LAYER.SITE`, such as `0.feedforward`.
-        filling: what changes the stream here. It is not registered: the model owns it.
+        address: where the slot is.
+        wiring: the modules around it.
+        module: gives the update. It is not registered here: the model owns it.
+        reads: what the module reads, one of the wiring's `reads`.
         current: where the model puts each batch's context.
+
+    Raises:
+        ValueError: the wiring has no such reading.
     """
 
-    def __init__(self, name: str, filling: SlotModule, current: CurrentBatch) -> None:
-        self.name = name
-        self._layer = layer_and_site(name)[0]
+    order: ClassVar[int] = 1
+
+    def __init__(
+        self, address: SlotAddress, wiring: Any, module: SlotModule, reads: str, current: CurrentBatch
+    ) -> None:
+        if reads not in wiring.reads:
+            raise ValueError(f"slot {address}: reads {reads!r}, expected one of {', '.join(wiring.reads)}")
+        self.address = address
+        self.name = str(address)
+        self.wiring = wiring
+        self.reads = reads
+        self.module = module
         self._current = current
-        self.fill(filling)
+        self._kept: Tensor | None = None  # between two hooks of one pass only
 
-    def fill(self, filling: SlotModule) -> None:
-        """Put something else into the slot."""
-        self._filling = (filling,)  # a tuple hides it from torch: the model's own table registers it
-
-    @property
-    def filling(self) -> SlotModule:
-        return self._filling[0]
-
-    @property
-    def _context(self) -> BatchContext:
-        context = self._current.context
-        if context is None:
-            raise RuntimeError(f"slot {self.name} ran outside the model: nothing set the batch")
-        return context
+    def attach(self, layer: nn.Module) -> None:
+        """Hook the slot into its layer."""
+        raise NotImplementedError
 
     @property
     def empty(self) -> bool:
         """Whether this batch leaves the slot's layer out."""
         # Not a number to compare with: compiled, that would be a version for each number.
         on = self._context.layers_on
-        return bool(on) and not on[self._layer]
+        return bool(on) and not on[self.address.layer]
 
-    def change(self, x: Tensor) -> Tensor:
-        """x: (B, T, D) -> what the filling adds: (B, T, D)."""
+    @property
+    def _context(self) -> BatchContext:
+        context = self._current.context
+        if context is None:
+            raise RuntimeError(f"slot {self.name} ran outside the model: no batch was announced")
+        return context
+
+    def update(self, x: Tensor) -> Tensor:
+        """x: (B, T, D_in) -> what the module adds: (B, T, D_out)."""
         context = self._context
         placed = context if context.record is None else replace(context, place=self.name)
-        change: Tensor = self.filling(x, placed)
-        return change
+        update: Tensor = self.module(x, placed)
+        return update
+
+    def _take(self) -> Tensor:
+        kept, self._kept = self._kept, None
+        assert kept is not None, f"slot {self.name}: the hooks ran in another order"
+        return kept
+
+
+class PostNormSlot(Slot):
+    """See `PostNorm`. The update is added to h + r on its way into the norm."""
+
+    wiring: PostNorm
+
+    def attach(self, layer: nn.Module) -> None:
+        if self.reads == "output":
+            layer.get_submodule(self.wiring.output).register_forward_hook(self._keep_output)
+        elif self.reads == "input":
+            reader = layer.get_submodule(self.wiring.reader)
+            reader.register_forward_pre_hook(self._keep_input, with_kwargs=True)
+        layer.get_submodule(self.wiring.norm).register_forward_pre_hook(self._before_norm)
+
+    def _keep_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._kept = _first(output)
+
+    def _keep_input(self, module: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+        self._kept = hidden_states(inputs, keywords)
+
+    def _before_norm(self, norm: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        (stream,) = inputs
+        x = self._take() if self.reads in ("output", "input") else stream
+        if self.empty:
+            return inputs
+        if self.reads == "normed":
+            x = norm.forward(stream)  # not called: that would come back here
+        return (stream + self.update(x),)
+
+
+class PreNormSlot(Slot):
+    """See `PreNorm`. The update is added to h, whatever the backbone does with it: pre-norm, sandwich, parallel."""
+
+    wiring: PreNorm
+
+    def attach(self, layer: nn.Module) -> None:
+        if self.reads != "output":
+            layer.get_submodule(self.wiring.norm).register_forward_hook(self._keep)
+        layer.get_submodule(self.wiring.output).register_forward_hook(self._after_output)
+
+    def _keep(self, norm: nn.Module, inputs: tuple[Tensor], normed: Tensor) -> None:
+        self._kept = inputs[0] if self.reads == "stream" else normed
+
+    def _after_output(self, module: nn.Module, inputs: Any, h: Tensor) -> Tensor:
+        x = h if self.reads == "output" else self._take()
+        if self.empty:
+            return h
+        return h + self.update(x + h if self.reads == "stream" else x)
 
 
 class BeforeAttentionSlot(Slot):
-    """Lets self-attention read a changed stream, i + u, while the residual stays i.
+    """See `BeforeAttention`."""
 
-    The filling reads the layer's input: x = i, which is its state too. The backbone's modules stay
-    what they are: the change is made in a hook on the self-attention, whose first argument is i.
-    """
+    order = 2
+    wiring: BeforeAttention
 
-    def attach(self, attention: nn.Module) -> None:
-        """From now on, `attention` gets i + u."""
-        attention.register_forward_pre_hook(self._before)
+    def attach(self, layer: nn.Module) -> None:
+        first, *others = (layer.get_submodule(path) for path in self.wiring.readers)
+        first.register_forward_pre_hook(self._before_first, with_kwargs=True)
+        for other in others:
+            other.register_forward_pre_hook(self._before_other, with_kwargs=True)
 
-    def _before(self, attention: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden_states, *others = inputs
-        if self._current.stop and self._current.entry == self.name:
-            raise EntryReached(hidden_states)
-        return inputs if self.empty else (hidden_states + self.change(hidden_states), *others)
+    def _before_first(self, module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        self._kept = None
+        if self.empty:
+            return inputs, keywords
+        x = hidden_states(inputs, keywords)
+        changed = x + self.update(x)
+        if len(self.wiring.readers) > 1:
+            self._kept = changed
+        return with_hidden_states(inputs, keywords, changed)
+
+    def _before_other(self, module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        return (inputs, keywords) if self._kept is None else with_hidden_states(inputs, keywords, self._kept)
 
 
-class PostNormSlot(Slot, nn.Module):
-    """The end of a post-norm sublayer, `LN(h + a)`, with room for a change u: `LN(h + u + a)`.
+class LinearSlot(Slot):
+    """See `LinearLayer`."""
 
-    It takes the place of the backbone's own output module (BERT, RoBERTa, XLM-R, Electra), and
-    keeps that module's three parts under their own names, so that the backbone's tensors are
-    called what they were. With a the sublayer's input and h = dropout(W·…), the filling reads
+    order = 0
+    wiring: LinearLayer
 
-        `output`: x = h            (Houlsby et al. 2019)
-        `normed`: x = LN(h + a)    (Pfeiffer et al. 2021; the same LN, twice)
-        `input`:  x = a            (beside the sublayer: He et al. 2021, parallel)
+    def attach(self, layer: nn.Module) -> None:
+        layer.get_submodule(self.wiring.linear).register_forward_hook(self._after)
 
-    Its *state* is all that it needs from below: h + a, and for `output` and `input` also x.
+    def _after(self, linear: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        return output if self.empty else output + self.update(inputs[0])
 
-    Args:
-        sublayer_output: a module with `dense`, `dropout` and `LayerNorm`.
-        reads: output, normed or input.
 
-    Raises:
-        ValueError: `reads` is unknown.
-    """
+_SLOTS: Mapping[type, type[Slot]] = {
+    PostNorm: PostNormSlot,
+    PreNorm: PreNormSlot,
+    BeforeAttention: BeforeAttentionSlot,
+    LinearLayer: LinearSlot,
+}
 
-    def __init__(
-        self, sublayer_output: nn.Module, name: str, filling: SlotModule, reads: str, current: CurrentBatch
-    ) -> None:
-        nn.Module.__init__(self)
-        Slot.__init__(self, name, filling, current)
-        if reads not in READS:
-            raise ValueError(f"reads {reads!r}: expected one of {', '.join(READS)}")
-        self.dense = sublayer_output.get_submodule("dense")
-        self.dropout = sublayer_output.get_submodule("dropout")
-        self.LayerNorm = sublayer_output.get_submodule("LayerNorm")
-        self.reads = reads
 
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        """hidden_states: (B, T, I), input_tensor a: (B, T, D) -> (B, T, D)."""
-        residual, x = self._state(hidden_states, input_tensor)
-        if not self.empty:
-            residual = residual + self.change(self.LayerNorm(residual) if x is None else x)
-        return self.LayerNorm(residual)
+def make_slot(
+    address: SlotAddress, wiring: Wiring, module: SlotModule, reads: str, current: CurrentBatch
+) -> Slot:
+    """The slot of a wiring; see `Slot`. It does nothing until it is attached."""
+    return _SLOTS[type(wiring)](address, wiring, module, reads, current)
 
-    def _state(self, hidden_states: Tensor, input_tensor: Tensor) -> tuple[Tensor, Tensor | None]:
-        """h + a and, unless the filling reads its norm, x: each (B, T, D). Computed, or what the batch brought."""
-        at_entry = self._current.entry == self.name
-        if at_entry and self._current.prefix is not None:
-            residual, *rest = self._current.prefix.chunk(state_parts(self.name, self.reads), dim=-1)
-            return residual, (rest[0] if rest else None)
-        h = self.dropout(self.dense(hidden_states))
-        residual = h + input_tensor
-        x = {"output": h, "input": input_tensor, "normed": None}[self.reads]
-        if at_entry and self._current.stop:
-            raise EntryReached(residual if x is None else torch.cat([residual, x], dim=-1))
-        return residual, x
+
+def hidden_states(inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:
+    """The hidden states that a module of transformers was called with: its first argument, or a keyword."""
+    found: Tensor = inputs[0] if inputs else keywords["hidden_states"]
+    return found
+
+
+def with_hidden_states(
+    inputs: tuple[Any, ...], keywords: dict[str, Any], states: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with other hidden states."""
+    if inputs:
+        return (states, *inputs[1:]), keywords
+    return inputs, {**keywords, "hidden_states": states}
+
+
+def _first(output: Any) -> Tensor:
+    """Attention modules give their weights beside their output."""
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found

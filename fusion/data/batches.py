@@ -59,8 +59,8 @@ class Batch:
         rows: (rows,) int64, the index of each in its split
         weights: (rows,) float32, 0.0 for a filler row and 1.0 otherwise
         global_rows: rows that count in this batch over all devices
-        prefix: (sequences, tokens, width) float32, zero at padding: what the frozen prefix of the model gives,
-            where that is known
+        features: (sequences, tokens, hidden size) float32, zero at padding: the model's cached frozen features, where
+            there are any
         task: whose rows they are, where several tasks are trained at once
         global_weight: the sum of these rows' loss weights over all devices; None: all rows count alike
         words: (rows, most words) int64, rows of words only: where each word's first sub-word is among the sequences *
@@ -75,7 +75,7 @@ class Batch:
     rows: Tensor
     weights: Tensor
     global_rows: int
-    prefix: Tensor | None = None
+    features: Tensor | None = None
     task: int = 0
     global_weight: float | None = None
     words: Tensor | None = None

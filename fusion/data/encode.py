@@ -55,7 +55,7 @@ class EncodedRows:
         choice_counts: (rows,) the sequences of each row, its choices or windows; None: one each.
         fingerprint: that of the rows.
         key: hex digits that stand for the token ids.
-        states: (all tokens, width), what the frozen prefix of a model gives for each token; None: unknown.
+        states: (all tokens, width), the cached frozen features of each token, see `fusion.feature_cache`; None: there are none.
         task: whose rows they are, where several tasks are trained or scored by one model.
         class_weights: (labels,) float64, the weight of each label in the training loss; None: all count alike.
         loss_weights: (rows,) float64, what each row counts for in the mean of the training loss; None: all count alike.
@@ -160,10 +160,10 @@ class EncodedRows:
         if self._token_type_ids is not None:
             types = np.zeros(real.shape, np.int64)
             types[real] = self._token_type_ids[tokens]
-        prefix = None
+        features = None
         if self.states is not None:
-            prefix = np.zeros((*real.shape, self.states.shape[1]), np.float32)
-            prefix[real] = self.states[tokens]
+            features = np.zeros((*real.shape, self.states.shape[1]), np.float32)
+            features[real] = self.states[tokens]
         weight = np.ones(len(indices), np.float32) if weights is None else np.array(weights, np.float32)
         global_weight = None
         if self.loss_weights is not None:
@@ -182,7 +182,7 @@ class EncodedRows:
             rows=torch.tensor(indices, dtype=torch.int64),
             weights=torch.from_numpy(weight),
             global_rows=int((weight > 0).sum()) if global_rows is None else global_rows,
-            prefix=None if prefix is None else torch.from_numpy(prefix),
+            features=None if features is None else torch.from_numpy(features),
             task=self.task,
             global_weight=global_weight,
             words=None if words is None else torch.from_numpy(words),

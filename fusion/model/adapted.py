@@ -1,33 +1,22 @@
 """The backbone with its slots filled, and a head on top.
 
-Shapes: S texts, B rows, T tokens, D hidden size, K outputs of the head, N sources, W the width of
-what the lowest slot gets from below (D or 2·D).
+Shapes: S texts, B rows, T tokens, D hidden size, K outputs of the head, N sources.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from fusion.backbones.boundary import BoundaryReached, skip_with_features, watch_boundary
 from fusion.backbones.checkpointing import recompute_in_backward
-from fusion.backbones.families import Family
 from fusion.backbones.load import Backbone, hash_tensors
-from fusion.backbones.prefix import make_skippable
-from fusion.backbones.slots import (
-    BEFORE_ATTENTION,
-    BeforeAttentionSlot,
-    CurrentBatch,
-    EntryReached,
-    PostNormSlot,
-    Slot,
-    layer_and_site,
-    state_parts,
-)
+from fusion.backbones.slots import CurrentBatch, Slot, SlotAddress, make_slot
 from fusion.backbones.tuning import Tuning
 from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.layers.slot_module import BatchContext, Recorder, SlotModule, parameters_of
@@ -40,16 +29,16 @@ class AdaptedModel(nn.Module):
     the optimizer, checkpoints and the store all read that from here.
 
     Args:
-        backbone: frozen; its sublayers are changed in place where a slot is filled.
-        fillings: by slot name, `LAYER.SITE`. A slot that is not named stays as it was.
-        reads: what every filling reads, see `PostNormSlot`.
+        backbone: frozen; slots are attached to it in place.
+        fillings: by slot address, see `SlotAddress`. A slot that is not named stays empty.
+        reads: what every slot module reads, see `fusion.backbones.wirings`.
         head: gives K scores a text; of several tasks, each has its own.
         backbone_dropout: whether the backbone's own dropout acts in training.
         gradient_checkpointing: whether each layer is computed again in backward, to keep less in memory.
         tuning: what of the backbone itself trains; None: nothing.
 
     Raises:
-        ValueError: a slot that the backbone does not have.
+        ValueError: a slot that the backbone does not have, or that has no such reading.
     """
 
     def __init__(
@@ -68,29 +57,32 @@ class AdaptedModel(nn.Module):
         self.reads = reads
         self.head = head
         self.tuning = tuning
-        # As layer -> site -> filling, so that names read `fillings.0.feedforward.down.weight`.
-        self.fillings = nn.ModuleDict()
         self._current = CurrentBatch()
         self._family = backbone.family
-        self._hidden_size = backbone.hidden_size
         self._layers = backbone.layers
-        self._skippable = False
-        self._slots: list[Slot] = []
+        self.hidden_size = backbone.hidden_size
+        self._takes_features = False
         self._frozen = False
-        layers = backbone.family.layer_list(backbone.model)
-        for name, filling in fillings.items():
-            layer, _, site = name.partition(".")
-            if site not in backbone.family.sites or not layer.isdigit() or int(layer) >= len(layers):
-                raise ValueError(
-                    f"no slot {name}: {len(layers)} layers, sites {', '.join(backbone.family.sites)}"
-                )
-            self._slots.append(
-                _slot(layers[int(layer)], backbone.family, name, filling, reads, self._current)
-            )
-            if layer not in self.fillings:
-                self.fillings[layer] = nn.ModuleDict()
-            cast(nn.ModuleDict, self.fillings[layer])[site] = filling
-        self._current.entry = self._lowest(fillings)
+        self._slots = [
+            self._make_slot(SlotAddress.parse(name), module, reads) for name, module in fillings.items()
+        ]
+        for slot in sorted(self._slots, key=lambda slot: slot.order):
+            slot.attach(self._layers_of(slot.address.stack)[slot.address.layer])
+        # Nested by address, so that names read `fillings.0.feedforward.down.weight`.
+        self.fillings = nn.ModuleDict()
+        for slot in self._slots:
+            *above, last = _key(slot.address)
+            place = self.fillings
+            for key in above:
+                if key not in place:
+                    place[key] = nn.ModuleDict()
+                place = cast(nn.ModuleDict, place[key])
+            place[last] = slot.module
+        first = next(iter(self._family.stacks))
+        layers = [slot.address.layer for slot in self._slots if slot.address.stack == first]
+        self.boundary = min(layers, default=None)
+        if self.boundary is not None:
+            watch_boundary(self._family.layer_list(self.backbone)[self.boundary], self._current)
         self.gradient_checkpointing = False
         if gradient_checkpointing:
             self.recompute_layers()
@@ -99,10 +91,25 @@ class AdaptedModel(nn.Module):
             parameter.requires_grad_(True)
         self.train(self.training)
 
+    def _layers_of(self, stack: str) -> nn.ModuleList:
+        return self._family.layer_list(self.backbone, stack)
+
+    def _make_slot(self, address: SlotAddress, module: SlotModule, reads: str) -> Slot:
+        stack = self._family.stacks.get(address.stack)
+        if stack is None:
+            raise ValueError(
+                f"no slot {address}: expected one of the stacks {', '.join(self._family.stacks)}"
+            )
+        layers = self._layers_of(address.stack)
+        if address.site not in stack.sites or address.layer >= len(layers):
+            raise ValueError(f"no slot {address}: {len(layers)} layers, sites {', '.join(stack.sites)}")
+        return make_slot(address, stack.sites[address.site], module, reads, self._current)
+
     def recompute_layers(self) -> None:
         """From now on, compute each layer again in backward, to keep less in memory."""
         if not self.gradient_checkpointing:
-            recompute_in_backward(self._family.layer_list(self.backbone), self._current)
+            for stack in self._family.stacks:
+                recompute_in_backward(self._layers_of(stack), self._current)
             self.gradient_checkpointing = True
 
     def train(self, mode: bool = True) -> AdaptedModel:
@@ -122,7 +129,7 @@ class AdaptedModel(nn.Module):
         choice_counts: Tensor | None = None,
         sources_on: Tensor | None = None,
         record: Recorder | None = None,
-        prefix: Tensor | None = None,
+        features: Tensor | None = None,
         first_layer: int = 0,
         task: int = 0,
     ) -> Tensor:
@@ -133,8 +140,8 @@ class AdaptedModel(nn.Module):
             choice_counts: (B,), the number of texts of each row of a choice task, in order.
             sources_on: (N,) bool, which sources take part; None means all.
             record: is called in each slot with its name and the sources' weights (S, T, N).
-            prefix: (S, T, W), what `prefix_states` gives for these rows: nothing below the lowest
-                slot is run then. Values at padding do not matter.
+            features: (S, T, D), what `frozen_features` gives for these rows: no layer below the lowest one
+                with a slot is computed then. Values at padding do not matter.
             first_layer: the slots of the layers below it stay empty (AdapterDrop, Rücklé et al. 2021).
             task: whose rows they are, where there are several heads.
 
@@ -147,7 +154,7 @@ class AdaptedModel(nn.Module):
             token_type_ids,
             sources_on=sources_on,
             record=record,
-            prefix=prefix,
+            features=features,
             first_layer=first_layer,
         )
         whose = (task,) if isinstance(self.head, TaskHeads) else ()
@@ -165,7 +172,7 @@ class AdaptedModel(nn.Module):
         sources_on: Tensor | None = None,
         members: Tensor | None = None,
         record: Recorder | None = None,
-        prefix: Tensor | None = None,
+        features: Tensor | None = None,
         first_layer: int = 0,
     ) -> Tensor:
         """What the head reads; arguments as of `forward`.
@@ -176,11 +183,13 @@ class AdaptedModel(nn.Module):
         Returns:
             (S, T, D).
         """
-        if prefix is not None and not self._skippable:
-            raise RuntimeError("call make_prefix_skippable() before a batch brings its prefix")
+        if features is not None and not self._takes_features:
+            raise RuntimeError("call take_features() before a batch brings its features")
         on = tuple(layer >= first_layer for layer in range(self._layers))
         self._current.context = BatchContext(attention_mask, on, members, sources_on, record)
-        self._current.prefix = prefix
+        self._current.features = features
+        if features is not None and self.boundary is None:
+            return features
         return self._run(input_ids, attention_mask, token_type_ids)
 
     def _idle(self, first_layer: int) -> Tensor:
@@ -188,7 +197,7 @@ class AdaptedModel(nn.Module):
 
         Added at the end and not in the layers, so that backward still stops where the first slot is filled.
         """
-        below = [slot.filling for slot in self._slots if layer_and_site(slot.name)[0] < first_layer]
+        below = [slot.module for slot in self._slots if slot.address.layer < first_layer]
         parts = [parameter.sum() for filling in below for parameter in filling.parameters()]
         return 0.0 * torch.stack(parts).sum() if parts else torch.zeros(())
 
@@ -200,10 +209,10 @@ class AdaptedModel(nn.Module):
         return hidden
 
     @torch.no_grad()
-    def prefix_states(
+    def frozen_features(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
-        """What the lowest slot gets from below, or without any slot the last layer's output.
+        """The input of the lowest layer with a slot, or without any slot the last hidden states.
 
         The same for a row whatever is trained, as long as the backbone's dropout is off.
 
@@ -211,47 +220,35 @@ class AdaptedModel(nn.Module):
             input_ids, attention_mask, token_type_ids: (S, T).
 
         Returns:
-            (S, T, W).
+            (S, T, D).
         """
         assert not self.backbone.training, "dropout would make it another one each time"
         self._current.context = BatchContext(attention_mask)
-        self._current.prefix, self._current.stop = None, True
+        self._current.features, self._current.capture = None, True
         try:
             return self._run(input_ids, attention_mask, token_type_ids)
-        except EntryReached as reached:
-            return reached.state
+        except BoundaryReached as reached:
+            return reached.features
         finally:
-            self._current.stop = False
+            self._current.capture = False
 
-    def make_prefix_skippable(self) -> None:
-        """Let batches bring their prefix. Frozen tensors of the prefix get other names by it."""
-        if not self._skippable:
-            make_skippable(self.backbone, self._family, self._hidden_size, self._current)
-            self._skippable = True
+    def take_features(self) -> None:
+        """Let batches bring their frozen features, in place of which no layer below the boundary is computed.
 
-    @property
-    def prefix_width(self) -> int:
-        """W, the width of what `prefix_states` gives."""
-        return self._hidden_size * (1 if self.entry is None else state_parts(self.entry, self.reads))
-
-    @property
-    def entry(self) -> str | None:
-        """The lowest slot, below which nothing trains; None: no slot."""
-        return self._current.entry
+        Raises:
+            RuntimeError: of two stacks, only the decoder has slots.
+        """
+        if self.boundary is None and len(self._family.stacks) > 1:
+            raise RuntimeError("no slot of the encoder: its output is no state of the whole model")
+        if not self._takes_features:
+            layers, stack = self._family.layer_list(self.backbone), self._family.first_stack
+            skip_with_features(layers, self.boundary or 0, stack, self._current)
+            self._takes_features = True
 
     @property
     def adapted_layers(self) -> list[int]:
         """The layers with a slot, rising."""
-        return sorted({layer_and_site(slot.name)[0] for slot in self._slots})
-
-    def _lowest(self, slots: Iterable[str]) -> str | None:
-        order = list(self._family.sites)
-
-        def place(slot: str) -> tuple[int, int]:
-            layer, site = layer_and_site(slot)
-            return layer, order.index(site)
-
-        return min(slots, key=place, default=None)
+        return sorted({slot.address.layer for slot in self._slots})
 
     def merged(self) -> AdaptedModel:
         """This model, changed for inference: what its fillings trained is merged where that saves work.
@@ -259,10 +256,9 @@ class AdaptedModel(nn.Module):
         The scores stay the same up to rounding. It cannot be trained or stored any more.
         """
         for slot in self._slots:
-            layer, site = layer_and_site(slot.name)
-            sites = cast(nn.ModuleDict, self.fillings[str(layer)])
-            sites[site] = cast(SlotModule, sites[site]).merged()
-            slot.fill(cast(SlotModule, sites[site]))
+            *above, last = _key(slot.address)
+            slot.module = slot.module.merged()
+            self.fillings.get_submodule(".".join(above)).register_module(last, slot.module)
         if self.tuning is not None:
             self.tuning.merge()
         return self.eval()
@@ -276,13 +272,12 @@ class AdaptedModel(nn.Module):
         return total
 
     def filling_list(self) -> list[SlotModule]:
-        """All fillings, layer by layer."""
-        every = (cast(nn.ModuleDict, sites).values() for sites in self.fillings.values())
-        return [cast(SlotModule, filling) for sites in every for filling in sites]
+        """All slot modules, in the order in which they were given."""
+        return [slot.module for slot in self._slots]
 
     def filling_state(self) -> dict[str, nn.Parameter]:
         """What the fillings train: `0.feedforward.down.weight` and so on. What slots share stands there once."""
-        return parameters_of({slot.name: slot.filling for slot in self._slots})
+        return parameters_of({slot.name: slot.module for slot in self._slots})
 
     def tuned(self) -> dict[str, nn.Parameter]:
         """What of the backbone itself trains, by its name there."""
@@ -300,7 +295,8 @@ class AdaptedModel(nn.Module):
         """The one list of what trains, by its full name."""
         if self._frozen:
             return {}
-        fillings = {f"fillings.{name}": parameter for name, parameter in self.filling_state().items()}
+        modules = {".".join(_key(slot.address)): slot.module for slot in self._slots}
+        fillings = {f"fillings.{name}": parameter for name, parameter in parameters_of(modules).items()}
         tuned = {f"backbone.{name}": parameter for name, parameter in self.tuned().items()}
         return (
             fillings | tuned | {f"head.{name}": parameter for name, parameter in self.head.named_parameters()}
@@ -315,10 +311,9 @@ class AdaptedModel(nn.Module):
         """Names of `trainable` that take no weight decay: vectors, and what a filling exempts."""
         vectors = {name for name, parameter in self.trainable().items() if parameter.ndim < 2}
         exempt = {
-            f"fillings.{layer}.{site}.{name}"
-            for layer, sites in self.fillings.items()
-            for site, filling in cast(nn.ModuleDict, sites).items()
-            for name in cast(SlotModule, filling).undecayed
+            ".".join(("fillings", *_key(slot.address), name))
+            for slot in self._slots
+            for name in slot.module.undecayed
         }
         return vectors | (exempt & set(self.trainable()))
 
@@ -347,20 +342,10 @@ def hash_of_hashes(hashes: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(dict(hashes), sort_keys=True).encode()).hexdigest()
 
 
-def _slot(
-    layer: nn.Module, family: Family, name: str, filling: SlotModule, reads: str, current: CurrentBatch
-) -> Slot:
-    """Make room for a filling in one of the backbone's layers."""
-    _, site = layer_and_site(name)
-    path = family.sites[site]
-    module = layer.get_submodule(path)
-    if site == BEFORE_ATTENTION:
-        before = BeforeAttentionSlot(name, filling, current)
-        before.attach(module)
-        return before
-    after = PostNormSlot(module, name, filling, reads, current)
-    layer.set_submodule(path, after)
-    return after
+def _key(address: SlotAddress) -> tuple[str, ...]:
+    """Where a slot module is registered. torch's names have no dots: the site attention.query is attention_query."""
+    stack = (address.stack,) if address.stack else ()
+    return (*stack, str(address.layer), address.site.replace(".", "_"))
 
 
 def _by_row(scores: Tensor, choice_counts: Tensor) -> Tensor:

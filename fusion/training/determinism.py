@@ -12,7 +12,7 @@ CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 def use_deterministic_algorithms(asked: bool | str | None) -> None:
     """`trainer.deterministic`, from the start: Lightning says it only once a trainer is made.
 
-    What looks at the target before it trains (a probe, a frozen prefix) runs on the device earlier, and cuBLAS reads
+    What looks at the target before it trains (a probe, the feature cache) runs on the device earlier, and cuBLAS reads
     its setting once, when it starts. On a CPU the algorithms are deterministic as they are.
 
     Args:

@@ -94,7 +94,7 @@ def fit(
         checkpoints: where an interrupted training is taken up again.
         tokenizer: its hash, which a checkpoint keeps: training resumes with the same token ids only.
         prepare: is called with the device before anything runs there; gives the type of the states that the rows
-            bring along from then on, see `fusion.prefix`, or None.
+            bring along from then on, see `fusion.feature_cache`, or None.
         robust_drop: whether each batch leaves out a random number of the first layers' slots.
         temperature: of several tasks, how they are drawn, see `TaskBatches`.
         watchers: look on and change nothing.
@@ -136,14 +136,14 @@ def fit(
         "workers": config.data.workers,
         "tokens_per_batch": config.data.tokens_per_batch,
     }
-    prefix = prepare(trainer.strategy.root_device)
+    features = prepare(trainer.strategy.root_device)
     module = TaskModule(
         model,
         tasks,
         config.optim,
         loss_weights,
         splits,
-        prefix,
+        features,
         config.seed,
         robust_drop,
         [rows.class_weights for rows in training],

@@ -42,7 +42,7 @@ class TaskModule(lightning.LightningModule):
         optim: learning rates, decay and warm-up.
         loss_weights: the weight of each named term of `model.losses()`.
         splits: the validation splits, in the order of the validation loaders, and whose rows each one holds.
-        prefix: the type of the frozen prefix's states that batches bring along; None: they bring none.
+        features: the type of the cached frozen features that batches bring along; None: they bring none.
         seed: of what is drawn in training.
         robust_drop: whether each training batch leaves out a random number of the first layers' slots (AdapterDrop,
             robust).
@@ -57,7 +57,7 @@ class TaskModule(lightning.LightningModule):
         optim: OptimConfig,
         loss_weights: dict[str, float],
         splits: Mapping[str, TaskConfig],
-        prefix: str | None = None,
+        features: str | None = None,
         seed: int = 0,
         robust_drop: bool = False,
         class_weights: Sequence[NDArray[np.float64] | None] = (),
@@ -69,7 +69,7 @@ class TaskModule(lightning.LightningModule):
         self.optim = optim
         self.loss_weights = loss_weights
         self.splits = dict(splits)
-        self.prefix = prefix
+        self.features = features
         self.seed = seed
         self.robust_drop = robust_drop
         self.label_smoothing = label_smoothing
@@ -124,7 +124,7 @@ class TaskModule(lightning.LightningModule):
             batch.token_type_ids,
             batch.choice_counts,
             record=record,
-            prefix=batch.prefix,
+            features=batch.features,
             first_layer=first_layer,
             task=batch.task,
         )
@@ -266,7 +266,7 @@ class TaskModule(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trainable = {f"model.{name}" for name in self.model.trainable()}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
-        checkpoint["prefix"] = self.prefix
+        checkpoint["prefix"] = self.features
         checkpoint["history"] = self.history
         checkpoint["seen"] = [self.rows_seen, self.tokens_seen]
         checkpoint["spent"] = list(self.spent())
@@ -276,10 +276,10 @@ class TaskModule(lightning.LightningModule):
         trainable = {f"model.{name}" for name in self.model.trainable()}
         if set(checkpoint["state_dict"]) != trainable:
             raise RuntimeError("the checkpoint holds other parameters than the model trains")
-        if checkpoint["prefix"] != self.prefix:  # the same up to rounding, but not the same run
+        if checkpoint["prefix"] != self.features:  # the same up to rounding, but not the same run
             raise UserError(
                 f"the run began with backbone.cache={checkpoint['prefix'] or 'off'} and would go on with "
-                f"{self.prefix or 'off'}: the disk, data.cache_dir or backbone.cache_gb is not what it was.\n"
+                f"{self.features or 'off'}: the disk, data.cache_dir or backbone.cache_gb is not what it was.\n"
                 "Make it so again, or begin anew with resume=false"
             )
         self.history = list(checkpoint["history"])

@@ -19,9 +19,9 @@ from fusion.data.encode import EncodedRows, encode
 from fusion.data.rows import evaluation_splits, load_splits
 from fusion.entry import Entry, result_of
 from fusion.errors import TrainingError
+from fusion.feature_cache import cache_features
 from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.model.adapted import AdaptedModel
-from fusion.prefix import keep_prefix
 from fusion.provenance import circumstances, versions
 from fusion.review.labels import stage_name
 from fusion.review.tracking import (
@@ -154,12 +154,12 @@ def train_and_store(
     def prepare(device: torch.device) -> str | None:
         splits = [*rows.training, *rows.validation.values()]
         once = bool(config.trainer.fast_dev_run) or config.trainer.max_epochs == 1 or not model.trainable()
-        prefix = keep_prefix(
+        features = cache_features(
             model, splits, config.backbone, backbone.fingerprint, device, config.data.cache_dir, once
         )
-        if config.compile:  # after the prefix, which is computed once and not worth it
+        if config.compile:  # after the features, which are computed once and not worth it
             compile_layers(backbone.family.layer_list(backbone.model))
-        return prefix
+        return features
 
     origin = circumstances() if run.rank_zero else {}  # before hours in which the checkout may change
     if initial is not None:

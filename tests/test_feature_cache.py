@@ -1,4 +1,4 @@
-"""The frozen prefix of a task's rows: when it is kept, what it holds, and that it changes no result."""
+"""The frozen features of a task's rows: when they are kept, what they are, and that they change no result."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fusion.data.loaders import training_loader
 from fusion.data.rows import Rows
 from fusion.data.tokenizer import load_tokenizer
 from fusion.errors import UserError
+from fusion.feature_cache import cache_features
 from fusion.layers.attention import AdapterFusion
 from fusion.layers.bank import AdapterBank
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead
 from fusion.layers.slot_module import SlotModule
 from fusion.model.adapted import AdaptedModel
-from fusion.prefix import keep_prefix
 from tests.conftest import WORDS
 
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ def kept(
     config = BackboneConfig(name_or_path="x", **settings)  # type: ignore[arg-type]
     backbone = load_backbone(str(folder))
     model = adapted(backbone, layers)
-    given = keep_prefix(model, [rows], config, backbone.fingerprint, CPU, str(place), once)
+    given = cache_features(model, [rows], config, backbone.fingerprint, CPU, str(place), once)
     return given, rows
 
 
@@ -66,7 +66,7 @@ def kept(
     ("settings", "layers", "expected"),
     [
         ({}, [1, 2], "float32"),
-        ({}, [], "float32"),  # a head alone: all is prefix
+        ({}, [], "float32"),  # a head alone: all is frozen
         ({}, [0, 1, 2], None),  # too little below the lowest slot
         ({"cache": "float32"}, [0, 1, 2], "float32"),
         ({"cache": "float16"}, [1, 2], "float16"),
@@ -91,13 +91,13 @@ def test_when_it_is_kept(
 def test_a_batch_brings_the_states_of_its_tokens(tiny_backbone: Path, tmp_path: Path, choices: bool) -> None:
     backbone, rows = load_backbone(str(tiny_backbone)), some_rows(tiny_backbone, tmp_path, choices=choices)
     model = adapted(backbone, [1, 2]).eval()
-    keep_prefix(model, [rows], BackboneConfig(name_or_path="x"), backbone.fingerprint, CPU, str(tmp_path))
+    cache_features(model, [rows], BackboneConfig(name_or_path="x"), backbone.fingerprint, CPU, str(tmp_path))
     batch = rows.batch([3, 50, 7])
-    expected = model.prefix_states(batch.input_ids, batch.attention_mask, batch.token_type_ids)
-    assert batch.prefix is not None and batch.prefix.dtype == torch.float32
+    expected = model.frozen_features(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+    assert batch.features is not None and batch.features.dtype == torch.float32
     real = batch.attention_mask.bool()
-    torch.testing.assert_close(batch.prefix[real], expected[real], rtol=0, atol=1e-5)
-    assert not batch.prefix[~real].any()
+    torch.testing.assert_close(batch.features[real], expected[real], rtol=0, atol=1e-5)
+    assert not batch.features[~real].any()
 
 
 def test_a_loaders_worker_maps_the_states_again(tiny_backbone: Path, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_loaders_worker_maps_the_states_again(tiny_backbone: Path, tmp_path: P
     assert rows.states is not None and len(content) < rows.states.nbytes
     there = pickle.loads(content)
     assert isinstance(there.states, np.memmap) and np.array_equal(there.states, rows.states)
-    first, second = rows.batch([1, 2]).prefix, there.batch([1, 2]).prefix
+    first, second = rows.batch([1, 2]).features, there.batch([1, 2]).features
     assert first is not None and torch.equal(first, second)
 
 
@@ -116,7 +116,7 @@ def test_a_states_width_is_known_beforehand(tiny_backbone: Path) -> None:
         for slots in ([], ["1.feedforward"], ["1.attention"]):
             fillings = {slot: BottleneckAdapter(32, 4) for slot in slots}
             model = AdaptedModel(load_backbone(str(tiny_backbone)), fillings, reads, TaskHead(32, 2))
-            assert model.prefix_states(ids, ids).shape[-1] == model.prefix_width
+            assert model.frozen_features(ids, ids).shape[-1] == model.hidden_size
 
 
 def test_the_second_run_computes_nothing(
@@ -126,10 +126,10 @@ def test_the_second_run_computes_nothing(
     first = kept(tiny_backbone, tmp_path, [2])[1].states
     again = kept(tiny_backbone, tmp_path, [2])[1].states
     assert first is not None and again is not None and np.array_equal(first, again)
-    assert caplog.text.count("computing the frozen prefix") == 1
+    assert caplog.text.count("computing the frozen features") == 1
     kept(tiny_backbone, tmp_path, [1, 2])  # from another slot it is another prefix
     kept(tiny_backbone, tmp_path, [2], cache="float16")
-    assert caplog.text.count("computing the frozen prefix") == 3
+    assert caplog.text.count("computing the frozen features") == 3
 
 
 def test_a_cache_asked_for_by_name_is_kept_or_refused(tiny_backbone: Path, tmp_path: Path) -> None:
@@ -147,16 +147,16 @@ def test_under_auto_a_folder_that_cannot_be_written_costs_time_alone(
 ) -> None:
     (tmp_path / "prefix").write_text("no folder")
     assert kept(tiny_backbone, tmp_path, [2])[0] is None
-    assert "computed anew in each epoch" in caplog.text
+    assert "computed again in each epoch" in caplog.text
 
 
 def test_values_beyond_float16_are_refused(tiny_backbone: Path, tmp_path: Path) -> None:
     backbone, rows = load_backbone(str(tiny_backbone)), some_rows(tiny_backbone, tmp_path)
     with torch.no_grad():
-        backbone.model.get_parameter("encoder.layer.2.output.dense.bias").add_(1e6)
+        backbone.model.get_parameter("encoder.layer.1.output.LayerNorm.bias").add_(1e6)
     config = BackboneConfig(name_or_path="x", cache="float16")
     with pytest.raises(UserError, match="beyond its range"):
-        keep_prefix(adapted(backbone, [2]), [rows], config, "f", CPU, str(tmp_path))
+        cache_features(adapted(backbone, [2]), [rows], config, "f", CPU, str(tmp_path))
     assert not list((tmp_path / "prefix").glob("*.states"))
 
 
@@ -167,7 +167,7 @@ def test_fifty_steps_are_those_without_it(tiny_backbone: Path, tmp_path: Path, f
         backbone, rows = load_backbone(str(tiny_backbone)), some_rows(tiny_backbone, tmp_path)
         model = adapted(backbone, [1, 2], fusion)
         config = BackboneConfig(name_or_path="x", cache=cache)
-        cached.append(keep_prefix(model, [rows], config, backbone.fingerprint, CPU, str(tmp_path)))
+        cached.append(cache_features(model, [rows], config, backbone.fingerprint, CPU, str(tmp_path)))
         model.train()
         optimizer = torch.optim.AdamW(model.trainable().values(), 1e-3)
         losses: list[float] = []
@@ -176,7 +176,7 @@ def test_fifty_steps_are_those_without_it(tiny_backbone: Path, tmp_path: Path, f
             batches.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
             for batch in batches:
                 scores = model(
-                    batch.input_ids, batch.attention_mask, batch.token_type_ids, prefix=batch.prefix
+                    batch.input_ids, batch.attention_mask, batch.token_type_ids, features=batch.features
                 )
                 loss = F.cross_entropy(scores, batch.labels)
                 optimizer.zero_grad()

@@ -1,6 +1,6 @@
-"""The frozen prefix of every row, computed once and kept on disk: epochs, seeds and runs start from there.
+"""Frozen features of every row, computed once and kept on disk: epochs, seeds and runs start from there.
 
-What the backbone computes below its lowest slot depends on nothing that trains. With float32 the
+The hidden states that enter the lowest layer with a slot depend on nothing that trains. With float32 the
 scores are those of the whole pass up to rounding, and the lower layers are not run at all, forward or
 backward. All states are there before the first of them is used, always made in batches of the same
 rows: a run that is taken up again sees the same bits.
@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fusion.backbones.slots import layer_and_site
 from fusion.config import BackboneConfig
 from fusion.data.cache import user_cache
 from fusion.data.encode import EncodedRows
@@ -31,11 +30,11 @@ from fusion.model.adapted import AdaptedModel
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 2
+_FORMAT = 3
 _TOKENS = 4096  # that are computed together: of no setting, so that a row's state is the same in every run
 
 
-def keep_prefix(
+def cache_features(
     model: AdaptedModel,
     splits: Iterable[EncodedRows],
     config: BackboneConfig,
@@ -54,8 +53,8 @@ def keep_prefix(
         once: whether the run sees each row only once, so that it gains nothing itself.
 
     Returns:
-        float32 or float16, or None where the model runs whole: asked for, or under `auto` because there
-        is little below the lowest slot, too little room, or a folder that cannot be written.
+        float32 or float16, or None where the model runs whole: asked for, or under `auto` because no
+        layer lies below the lowest slot, there is too little room, or a folder that cannot be written.
 
     Raises:
         UserError: a cache that was asked for by name does not fit, cannot be written, or loses too much.
@@ -63,21 +62,21 @@ def keep_prefix(
     asked, splits = config.cache, list(splits)
     if asked == "off" or config.dropout or model.tuning is not None:
         return None
-    if asked == "auto" and (_first_layer(model) == 0 or once):
+    if asked == "auto" and (model.boundary == 0 or once):
         return None
     dtype = "float32" if asked == "auto" else asked
-    width = model.prefix_width
+    width = model.hidden_size
     needed = sum(rows.tokens for rows in splits) * width * np.dtype(dtype).itemsize
     limit = int(config.cache_gb * 1e9)
     if needed > limit:
         why = (
-            f"the frozen prefix of these rows takes {needed / 1e9:.1f} GB as {dtype}, more than "
+            f"the frozen features of these rows take {needed / 1e9:.1f} GB as {dtype}, more than "
             f"backbone.cache_gb={config.cache_gb:g}"
         )
         _go_without(asked, why, "Raise backbone.cache_gb, or say backbone.cache=off")
         return None
     if any(rows.pads_left for rows in splits):
-        why = "the tokenizer pads on the left, so that a row's prefix depends on the rows beside it"
+        why = "the tokenizer pads on the left, so that a row's features depend on the rows beside it"
         _go_without(asked, why, "Say backbone.cache=off")
         return None
     folder = (user_cache() if cache_dir is None else Path(cache_dir).expanduser()) / "prefix"
@@ -101,7 +100,7 @@ def keep_prefix(
         model.to("cpu")
     for rows, array in zip(splits, states, strict=True):
         rows.states = array
-    model.make_prefix_skippable()
+    model.take_features()
     return dtype
 
 
@@ -111,14 +110,9 @@ def _go_without(asked: str, why: str, cure: str, error: OSError | None = None) -
         raise UserError(f"backbone.cache={asked}: {why}\n{cure}") from error
     log.log(
         logging.INFO if error is None else logging.WARNING,
-        "%s: the frozen prefix is computed anew in each epoch",
+        "%s: the frozen features are computed again in each epoch",
         why,
     )
-
-
-def _first_layer(model: AdaptedModel) -> int | None:
-    """The layer of the lowest slot; None: no slot, all is prefix."""
-    return None if model.entry is None else layer_and_site(model.entry)[0]
 
 
 def _inputs(batch: Any, device: torch.device) -> tuple[Any, ...]:
@@ -128,18 +122,18 @@ def _inputs(batch: Any, device: torch.device) -> tuple[Any, ...]:
 
 def _build(model: AdaptedModel, rows: EncodedRows, states: NDArray[Any], device: torch.device) -> None:
     log.info(
-        "computing the frozen prefix of %d rows, once (%.0f MB, below %s)",
+        "computing the frozen features of %d rows, once (%.0f MB, below %s)",
         len(rows),
         states.nbytes / 1e6,
-        model.entry or "the head",
+        "the head" if model.boundary is None else f"layer {model.boundary}",
     )
     largest = np.finfo(states.dtype).max
     for batch in evaluation_loader(rows, batch_size=1, tokens_per_batch=_TOKENS):
         tokens, real = rows.places(batch.rows.tolist())
-        values = model.prefix_states(*_inputs(batch, device)).float().cpu().numpy()[real]
+        values = model.frozen_features(*_inputs(batch, device)).float().cpu().numpy()[real]
         if states.dtype == np.float16 and np.abs(values).max() > largest:
             raise UserError(
-                f"backbone.cache={states.dtype}: a value of the frozen prefix is beyond its range\n"
+                f"backbone.cache={states.dtype}: a frozen feature is beyond its range\n"
                 "Say backbone.cache=float32, or backbone.cache=off"
             )
         states[tokens] = values
@@ -151,8 +145,7 @@ def _key(model: AdaptedModel, rows: EncodedRows, fingerprint: str, dtype: str, d
         _FORMAT,
         rows.key,
         fingerprint,
-        model.entry,
-        model.reads,
+        model.boundary,
         dtype,
         _TOKENS,
         torch.__version__,

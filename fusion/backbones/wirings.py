@@ -1,0 +1,80 @@
+"""Where a slot can be in a layer: how the sublayer's modules are wired, as data without torch.
+
+In all of them r is the residual stream before a sublayer, h the sublayer's output before it is added to r, LN a norm of
+the backbone. What a slot may read, and with which meaning:
+
+    output   h                        (Houlsby et al. 2019)
+    normed   LN(h + r), post-norm     (Pfeiffer et al. 2021)
+    stream   h + r                    (Pfeiffer on pre-norm families)
+    input    what the sublayer reads  (He et al. 2022, parallel; LoRA)
+
+Paths are dotted module paths inside a layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class PostNorm:
+    """y = LN(h + r), as in BERT; with an update u, y = LN(h + u + r).
+
+    Attributes:
+        norm: LN, which is called with h + r.
+        output: the last module whose output is h. Where the backbone applies dropout to it without a module of its
+            own (BART), h is what comes before that dropout.
+        reader: a module whose first argument is the sublayer's input.
+    """
+
+    reads: ClassVar = ("output", "normed", "stream", "input")
+    norm: str
+    output: str
+    reader: str
+
+
+@dataclass(frozen=True)
+class PreNorm:
+    """y = r + h with h = f(LN(r)), as in GPT-2 and Llama; with an update u, h + u takes the place of h.
+
+    The same data describe two more wirings, which differ in what the backbone does with h + u:
+
+        sandwich norm (Gemma 2 and 3)    y = r + LN'(h + u)
+        parallel block (GPT-J, Phi)      y = r + (h_attention + u_attention) + (h_feedforward + u_feedforward)
+
+    Attributes:
+        norm: LN, whose argument is r and whose output is the sublayer's input.
+        output: the last module whose output is h.
+    """
+
+    reads: ClassVar = ("output", "stream", "input")
+    norm: str
+    output: str
+
+
+@dataclass(frozen=True)
+class BeforeAttention:
+    """Self-attention reads i + u in place of its input i; the residual stream is not changed.
+
+    Attributes:
+        readers: the modules whose first argument is i, in the order in which they run.
+    """
+
+    reads: ClassVar = ("input",)
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """y = W x + b + u(x): an update beside a linear layer, whose widths the slot has (LoRA, Hu et al. 2022).
+
+    Attributes:
+        linear: a `torch.nn.Linear`, or transformers' `Conv1D`.
+    """
+
+    reads: ClassVar = ("input",)
+    linear: str
+
+
+Wiring = PostNorm | PreNorm | BeforeAttention | LinearLayer
