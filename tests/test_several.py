@@ -43,9 +43,7 @@ def test_every_task_gets_its_own_scores(tiny_backbone: Path, site: str, reads: s
     several = SeveralTasks(backbone, tasks, reads, heads)
     rows = dict.fromkeys(range(3), 0)  # that each layer's attention has seen
     for layer in rows:
-        names = (name.replace(".inner", "") for name, _ in backbone.model.named_modules())
-        modules = dict(zip(names, backbone.model.modules(), strict=True))
-        query = modules[f"encoder.layer.{layer}.attention.self.query"]
+        query = backbone.model.get_submodule(f"encoder.layer.{layer}.attention.self.query")
 
         def count(
             _: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor, layer: int = layer
@@ -57,8 +55,7 @@ def test_every_task_gets_its_own_scores(tiny_backbone: Path, site: str, reads: s
     for own, head, scores in zip(tasks, heads, found, strict=True):
         alone = AdaptedModel(load_backbone(str(tiny_backbone)), dict(own), reads, head).eval()
         torch.testing.assert_close(scores, alone(IDS, MASK), rtol=0, atol=1e-5)
-    shared = first if site == "before_attention" else first + 1  # attention below the lowest slot
-    assert rows == {layer: 2 if layer < shared else 4 for layer in range(3)}
+    assert rows == {layer: 2 if layer < first else 4 for layer in range(3)}  # the layers below are shared
 
 
 def test_as_many_heads_as_tasks(tiny_backbone: Path) -> None:
