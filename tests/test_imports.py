@@ -99,7 +99,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"run", "from_manifests"}
     | {"layers", "backbones", "model", "data", "store", "build", "inference", "pruning", "probe"},
     "initial": BASE | {"layers", "backbones", "model", "store", "build"},
-    "prefix": BASE | {"backbones", "model", "data"},
+    "feature_cache": BASE | {"backbones", "model", "data"},
     "several": BASE | {"layers", "backbones", "model"},
     "training": BASE
     | {
@@ -118,7 +118,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "build",
         "inference",
         "listening",
-        "prefix",
+        "feature_cache",
         "provenance",
     },
     "ranking": BASE

@@ -559,7 +559,7 @@ def test_a_run_goes_on_with_the_prefix_that_it_began_with(
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             bench.stage1("films", name="cut", **upper)
     with monkeypatch.context() as patched:
-        patched.setattr("fusion.training.stage.keep_prefix", lambda *_: None)
+        patched.setattr("fusion.training.stage.cache_features", lambda *_: None)
         with pytest.raises(UserError, match=r"began with backbone\.cache=float32 and would go on with off"):
             bench.stage1("films", name="cut", **upper)
     shutil.rmtree(bench.folder / "cache" / "prefix")  # made anew, with the same bits
