@@ -185,7 +185,7 @@ def test_masking_a_source_changes_the_scores_and_leaves_no_trace(tiny_backbone: 
 
 @pytest.mark.parametrize("slot", ["3.feedforward", "0.pooler", "x.feedforward", "feedforward"])
 def test_a_slot_that_is_not_there_is_refused(tiny_backbone: Path, slot: str) -> None:
-    with pytest.raises(ValueError, match="no slot|expected LAYER"):
+    with pytest.raises(ValueError, match=r"no slot|expected LAYER"):
         AdaptedModel(
             load_backbone(str(tiny_backbone)), {slot: BottleneckAdapter(32, 4)}, "normed", TaskHead(32, 2)
         )
