@@ -14,12 +14,14 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from fusion.checks import default_of
+from fusion.config import CompositionConfig, MethodConfig
 from fusion.errors import TrainingError, UserError
 from fusion.signals import Terminated, held
 
@@ -67,24 +69,19 @@ HISTORY, ATTENTION, OUTCOMES = "history.jsonl", "attention.jsonl", "outcomes.jso
 INSPECTION = "inspection.json"
 
 
+def _defaults(group: Any, without: Sequence[str]) -> list[tuple[str, Any]]:
+    return [(f"{group.group}.{f.name}", default_of(f)) for f in fields(group) if f.name not in without]
+
+
 # Keys that the first stores did not know, with the value that says what was so without them: it is left out, so that
 # a run of then is the same run now.
 ADDED_LATER: tuple[tuple[str, Any], ...] = (
     ("tasks", None),
     ("backbone.trust_remote_code", False),
-    ("method.temperature", 2.0),
-    ("method.rank", 8),
-    ("method.alpha", 8),
-    ("method.dropout", 0.0),
-    ("method.targets", ["query", "value"]),
+    *_defaults(MethodConfig, without=("name",)),
     ("adapter.drop", None),
     ("adapter.shared", False),
-    ("composition.rank", None),
-    ("composition.target_adapter", False),
-    ("composition.train", False),
-    ("composition.fusion", None),
-    ("composition.keep", None),
-    ("composition.drop", None),
+    *_defaults(CompositionConfig, without=CompositionConfig.first),
     ("sources_by", None),
     ("data.quoting", None),
     ("data.split.validation", None),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from inspect import get_annotations
-from typing import Any, ClassVar, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
 from fusion.checks import as_stored, default_of, one_of
 from fusion.errors import UserError
@@ -37,11 +37,12 @@ class Settings:
 class FlatGroup:
     """Base of a flat group: `name`, and the fields of all settings classes of the group."""
 
-    group = ""  # its key in a command's config
-    classes: Mapping[str, type[Settings]] = {}
-    default = ""
-    later: tuple[str, ...] = ()  # fields that a manifest has only where they are not the default
-    name: str
+    if TYPE_CHECKING:  # `flat_group` sets them; annotations at run time would count as settings
+        group: str  # its key in a command's config
+        classes: Mapping[str, type[Settings]]
+        default: str
+        first: tuple[str, ...]  # fields that every manifest has
+        name: str
 
     def __post_init__(self) -> None:
         one_of(self.group, self.name, tuple(self.classes))
@@ -82,7 +83,7 @@ class FlatGroup:
 
         So an artifact that uses no later setting has the same hash in every version.
         """
-        return as_stored(self, self.later)
+        return as_stored(self, tuple(f.name for f in fields(self) if f.name not in self.first))  # type: ignore[arg-type]
 
 
 def flat_group(
@@ -117,7 +118,7 @@ def flat_group(
             "group": group,
             "classes": classes,
             "default": default,
-            "later": tuple(name for name in order if name not in first),
+            "first": tuple(first),
         },
     )
 

@@ -12,13 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusion.config import CompositionConfig, MethodConfig
+from fusion.app import keys_of
+from fusion.config import CompositionConfig, MethodConfig, Stage1Config, Stage2Config
 from fusion.errors import UserError
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.slot_module import BatchContext, SlotModule
 from fusion.model.compositions import COMPOSITIONS, CompositionSettings, SlotSources
 from fusion.model.methods import METHODS
 from fusion.model.settings import Settings, flat_group
+from fusion.run import ADDED_LATER
 from tests.layers import test_scalearn, test_sequence
 from tests.layers.test_attention import HIDDEN, adapters, plain_fusion, plain_output
 
@@ -185,11 +187,11 @@ def test_only_a_name_of_the_table_is_a_composition() -> None:
 
 
 def test_the_flat_groups_have_the_keys_of_version_0_1_in_their_order() -> None:
-    assert [f.name for f in fields(CompositionConfig)] == [
+    assert [f.name for f in fields(CompositionConfig)][:12] == [
         *("name", "value_matrix", "temperature", "dropout", "value_penalty", "layers", "drop", "rank"),
         *("target_adapter", "train", "fusion", "keep"),
     ]
-    assert [f.name for f in fields(MethodConfig)] == [
+    assert [f.name for f in fields(MethodConfig)][:6] == [
         *("name", "rank", "alpha", "dropout", "temperature", "targets")
     ]
     assert list(CompositionConfig("mean").as_stored().items()) == [
@@ -200,6 +202,28 @@ def test_the_flat_groups_have_the_keys_of_version_0_1_in_their_order() -> None:
         *(("name", "bitfit"), ("rank", 8), ("alpha", 8), ("dropout", 0.0), ("temperature", 2.0)),
         ("targets", ["query", "value"]),
     ]
+
+
+def test_settings_that_version_0_1_did_not_have_leave_a_run_its_identity() -> None:
+    later = {key: value for key, value in ADDED_LATER if key.startswith(("composition.", "method."))}
+    assert len(later) == len([key for key, _ in ADDED_LATER if key in later])
+    assert (
+        later.items()
+        >= {
+            **{"composition.drop": None, "composition.rank": None, "composition.target_adapter": False},
+            **{"composition.train": False, "composition.fusion": None, "composition.keep": None},
+            **{"method.rank": 8, "method.alpha": 8, "method.dropout": 0.0, "method.temperature": 2.0},
+        }.items()
+    )
+    assert later["method.targets"] == ["query", "value"]
+
+
+def test_keys_are_the_fields_and_nothing_else() -> None:
+    for group, config in (("composition", CompositionConfig), ("method", MethodConfig)):
+        keys = {key for schema in (Stage1Config, Stage2Config) for key in keys_of(schema)}
+        assert {key for key in keys if key.startswith(f"{group}.")} == {
+            f"{group}.{f.name}" for f in fields(config)
+        }
 
 
 @dataclass
