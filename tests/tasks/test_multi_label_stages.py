@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -132,3 +132,28 @@ def test_beside_another_kind_each_head_has_its_own_decision(trained: Bench) -> N
     assert heads["films"] is None and heads["moods"] is not None
     found = trained.evaluate(result["name"], task=trained.tasks["moods"], split="validation")
     assert found["metrics"]["validation"] == pytest.approx(result["metrics"]["moods/validation"])
+
+
+def test_a_checkpoint_keeps_the_decision_of_the_best_epoch(tmp_path: Path) -> None:
+    import torch
+
+    from fusion.training.callbacks import Best
+    from fusion.training.outcomes import Scored
+
+    best, nothing = Best("validation/micro_f1", None), cast(Any, None)
+    best.weights = {"w": torch.ones(2)}
+    best.predicted = {"validation": Scored([0, 1], [[0, 2], []], [[0], []])}
+    best.decisions = {"moods": {"threshold": 0.25}}
+    checkpoint: dict[str, Any] = {}
+    best.on_save_checkpoint(nothing, nothing, checkpoint)
+    torch.save(checkpoint, tmp_path / "c.pt")
+    resumed = Best("validation/micro_f1", None)
+    resumed.on_load_checkpoint(nothing, nothing, torch.load(tmp_path / "c.pt", weights_only=True))
+    assert (resumed.predicted, resumed.decisions) == (best.predicted, best.decisions)
+    # Of earlier versions: tensors, and no decision.
+    checkpoint["predicted"] = {
+        "validation": [torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor([1, 1])]
+    }
+    del checkpoint["decisions"]
+    resumed.on_load_checkpoint(nothing, nothing, checkpoint)
+    assert resumed.predicted == {"validation": Scored([0, 1], [1, 0], [1, 1])} and resumed.decisions == {}
