@@ -17,7 +17,7 @@ from fusion.data.batches import Batch, SortedBatches
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.model.adapted import AdaptedModel
-from fusion.training.metrics import score
+from fusion.training.metrics import predicted, score
 from fusion.training.module import TaskModule, adamw
 
 OPTIM = OptimConfig(lr=1e-3, head_lr=5e-3, weight_decay=0.1)
@@ -155,7 +155,16 @@ def test_metrics_of_several_tasks_carry_their_names_and_the_mean_of_the_main_one
 
 TWO = TaskConfig(name="two", text="t", labels=["a", "b"], metrics=["f1", "accuracy", "matthews"])
 RATING = TaskConfig(name="rating", kind="regression", text="t", metrics=["pearson", "spearman"])
-KINDS = {"two/validation": TWO, "classes/validation": CLASSES, "rating/validation": RATING, "choice/validation": CHOICE}  # fmt: skip
+MOODS = TaskConfig(
+    name="moods", kind="multi_label", text="t", labels=["a", "b", "c"], metrics=["macro_f1", "micro_f1"]
+)
+KINDS = {
+    "two/validation": TWO,
+    "classes/validation": CLASSES,
+    "rating/validation": RATING,
+    "choice/validation": CHOICE,
+    "moods/validation": MOODS,
+}
 
 
 class Ranks:
@@ -182,17 +191,21 @@ class Ranks:
         for loader, (split, task) in enumerate(KINDS.items()):
             counts = draw.randint(2, 5, rows) if task.kind == "choice" else None
             lengths = draw.randint(1, 9, rows)
-            outputs = {"classification": len(task.labels or []), "regression": 1, "choice": 4}[task.kind]
+            outputs = {"regression": 1, "choice": 4}.get(task.kind, len(task.labels or []))
             scores = torch.from_numpy(draw.randn(rows, outputs)).float()
             labels = torch.from_numpy(draw.randint(0, 2, rows))
             if task.kind == "regression":
                 labels = torch.from_numpy(draw.randn(rows)).float()
+            if task.kind == "multi_label":
+                labels = torch.from_numpy(draw.randint(0, 2, (rows, outputs)))
             if counts is not None:
                 scores[torch.arange(4) >= torch.from_numpy(counts).unsqueeze(-1)] = float("-inf")
             for name, value in score(task, scores, labels.numpy()).items():
                 self.expected[f"{split}/{name}"] = value
             best = scores.squeeze(-1) if task.kind == "regression" else scores.argmax(-1)
             self.predicted[split] = best.tolist()
+            if task.kind == "multi_label":
+                self.predicted[split] = predicted(task, scores, labels.numpy())
             for rank, module in enumerate(self.modules):
                 plans = SortedBatches(lengths, batch_size, rank, len(self.modules), tokens, counts)
                 for number, plan in enumerate(plans):
@@ -243,5 +256,5 @@ def test_any_number_of_rows_gives_the_scores_of_one_process(
                     name: value for name, value in module.history[-1].items() if name not in ("epoch", "mean")
                 }
                 assert values == pytest.approx(ranks.expected, rel=1e-12, nan_ok=True), (batch_size, rows)
-                for split, predicted in ranks.predicted.items():
-                    assert module.predicted[split].predictions == predicted, (batch_size, rows, split)
+                for split, expected in ranks.predicted.items():
+                    assert module.predicted[split].predictions == expected, (batch_size, rows, split)
