@@ -29,17 +29,14 @@ def own_tasks(manifest: Manifest) -> list[TaskConfig]:
     """What the artifact was trained on, in the order of its heads."""
     where = f"manifest of {manifest.name}"
     try:
-        return [TaskConfig.from_dict(task, where=where) for task in manifest.tasks]
+        return [task.as_config(where) for task in manifest.tasks]
     except UserError as error:  # what it quotes from the file may hold anything
         raise UserError(quotable(str(error))) from None
 
 
 def decision_of(manifest: Manifest, head: int = 0) -> Decision:
     """What the manifest keeps beside one of the artifact's heads."""
-    heads = (
-        [entry["head"] for entry in manifest.multitask.values()] if manifest.multitask else [manifest.head]
-    )
-    return dict(heads[head].get("decision", {}))
+    return dict(manifest.heads[head].decision)
 
 
 def answers(manifest: Manifest, asked: TaskConfig | None) -> list[Answer]:

@@ -24,7 +24,6 @@ from fusion.from_manifests import (
     described_adapters,
     described_head,
     head_shapes,
-    stored_composition,
     weight_shapes,
 )
 from fusion.layers.bottleneck import BottleneckAdapter
@@ -36,7 +35,6 @@ from fusion.store.artifacts import Artifact, copy_stored, load, load_by_hash, ma
 from fusion.store.compatibility import check_backbone, check_sources
 from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
 from fusion.store.manifest import Manifest
-from fusion.store.settings import settings_of
 from fusion.tasks.table import kind_of
 
 
@@ -161,9 +159,9 @@ def check_made_for(artifact: Artifact, backbone: Backbone) -> None:
         hidden_size=backbone.hidden_size,
         tokenizer=backbone.tokenizer_hash,
     )
-    if artifact.manifest.backbone["layers"] != backbone.layers:
+    if artifact.manifest.backbone.layers != backbone.layers:
         raise UserError(
-            f"{artifact.path / MANIFEST}: backbone.layers is {artifact.manifest.backbone['layers']}, and that "
+            f"{artifact.path / MANIFEST}: backbone.layers is {artifact.manifest.backbone.layers}, and that "
             f"backbone has {backbone.layers}; copy the artifact again, or train it again with overwrite=true"
         )
 
@@ -172,12 +170,12 @@ def backbone_of(manifest: Manifest, other: SameBackboneConfig) -> tuple[str, str
     """Name (or path) and revision of an artifact's backbone: the manifest's, or the other place of it."""
     if other.name_or_path is not None:
         return other.name_or_path, other.revision
-    return manifest.backbone["name_or_path"], other.revision or manifest.backbone["revision"]
+    return manifest.backbone.name_or_path, other.revision or manifest.backbone.revision
 
 
 def _sources_of(manifest: Manifest, store: Path) -> list[Artifact]:
     try:
-        return [load_by_hash(source["hash"], source["name"], store) for source in manifest.sources]
+        return [load_by_hash(source.hash, source.name, store) for source in manifest.sources]
     except UserError as error:
         raise UserError(f"{manifest.name}: {error}") from None
 
@@ -204,11 +202,11 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int 
     else:
         _check_weights(artifact, [source.manifest for source in sources])
     if manifest.composition is not None:
-        composition, chosen = stored_composition(manifest, artifact.path)
-        fillings = composition_fillings(composition, sources, backbone, chosen)
+        fused = manifest.composition
+        fillings = composition_fillings(fused.settings, sources, backbone, fused.chosen)
         copy_stored(parameters_of(fillings), artifact.weights, artifact.path / WEIGHTS)
     elif manifest.method is not None:
-        method = settings_of(MethodConfig, manifest.method, f"{artifact.path / MANIFEST}: method")
+        method = manifest.method
         check = method.definition.check_stored
         if check is not None:
             check(method.settings, artifact.weights, artifact.path / WEIGHTS)

@@ -118,15 +118,14 @@ def read_side(reference: str, store: Path) -> Side:
 
 
 def _of_artifact(place: Path, manifest: Manifest) -> Side:
-    sizes = {"stored_bytes": sum(file["bytes"] for file in manifest.files.values())}
-    result = dict(manifest.result)
+    sizes = {"stored_bytes": sum(file.bytes for file in manifest.files.values())}
+    result = dict(manifest.content["result"])
     parameters = result.get("parameters")
     result["parameters"] = (parameters if isinstance(parameters, dict) else {}) | sizes
-    config = manifest.run["config"]
     return Side(
         name=manifest.name,
         place=place,
-        settings=dict(config) if isinstance(config, dict) else {},
+        settings=manifest.run.config,
         facts=_facts(manifest),
         scores=_flat(manifest.metrics),
         costs=_costs(result),
@@ -149,8 +148,8 @@ def _of_run(folder: Path) -> Side:
             manifest = read_folder(Path(artifact))
         except UserError:
             manifest = None
-        if manifest is not None and _without_inputs(manifest.run["config"]) == settings:
-            settings, facts = manifest.run["config"], _facts(manifest)
+        if manifest is not None and _without_inputs(manifest.run.config) == settings:
+            settings, facts = manifest.run.config, _facts(manifest)
             shared = Lookup().of_artifact(manifest, Path(artifact).parent)
     metrics = result.get("metrics")
     return Side(
@@ -169,18 +168,17 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
     """What a manifest knows beyond its config."""
     facts: dict[str, Any] = {
         "kind": manifest.kind,
-        "backbone": manifest.backbone["name_or_path"],
-        "backbone weights": manifest.backbone["fingerprint"][:12],
-        "backbone tokenizer": (manifest.backbone.get("tokenizer") or "")[:12] or None,
-        "sources": ", ".join(f"{source['name']} {source['hash'][:8]}" for source in manifest.sources) or None,
+        "backbone": manifest.backbone.name_or_path,
+        "backbone weights": manifest.backbone.fingerprint[:12],
+        "backbone tokenizer": (manifest.backbone.tokenizer or "")[:12] or None,
+        "sources": ", ".join(f"{source.name} {source.hash[:8]}" for source in manifest.sources) or None,
         "weights": manifest.hash[:12],
     }
-    for split, fingerprint in manifest.data["fingerprints"].items():
-        facts[f"data {split}"] = str(fingerprint)[:12]
+    for split, fingerprint in manifest.data.fingerprints.items():
+        facts[f"data {split}"] = fingerprint[:12]
     facts |= {f"version of {name}": version for name, version in manifest.versions.items()}
-    git = manifest.run.get("git")
-    facts["git"] = str(git.get("commit"))[:12] if isinstance(git, dict) else None
-    facts["threads"] = manifest.run.get("threads")
+    facts["git"] = None if manifest.run.git is None else manifest.run.git.commit[:12]
+    facts["threads"] = manifest.run.threads
     return facts
 
 

@@ -241,17 +241,17 @@ def _fuse(words: Sequence[str], config: Mapping[str, Any], results: Sequence[Map
     else:
         adapters = [adapter for adapter in adapters if _fits(adapter, target)]
         adapters = _one_seed_each(adapters[:-1], target, store)
-    tasks = [adapter.task["name"] for adapter in adapters]
+    tasks = [adapter.task.name for adapter in adapters]
     if len(set(tasks)) < 2:  # there is nothing to choose from
         return []
     said = _said(words, FOR_TRAINING)
     keys = [key_of(word) for word in said]
     by_experiment = any(key_of(word) == "experiment" for word in words)
     if by_experiment and not {"backbone", "backbone.name_or_path"} & set(keys):
-        said.append(override("backbone.name_or_path", target.backbone["name_or_path"]))
-        said.append(f"backbone.pooling={target.head['pooling']}")
+        said.append(override("backbone.name_or_path", target.backbone.name_or_path))
+        said.append(f"backbone.pooling={target.head.pooling}")
     sources = override("sources", [adapter.name for adapter in adapters])
-    own = ["+" + override("task", target.task["name"]), sources, *_free_name(target.task["name"], store)]
+    own = ["+" + override("task", target.task.name), sources, *_free_name(target.task.name, store)]
     return [_line("stage2", own, said)]
 
 
@@ -288,11 +288,8 @@ def _fits(one: Manifest, other: Manifest) -> bool:
         one.kind == "adapter"
         and one.multitask is None
         and why_unfit(one) is None
-        and one.backbone["fingerprint"] == other.backbone["fingerprint"]
-        and (
-            None in (known := (one.backbone.get("tokenizer"), other.backbone.get("tokenizer")))
-            or known[0] == known[1]
-        )
+        and one.backbone.fingerprint == other.backbone.fingerprint
+        and (None in (known := (one.backbone.tokenizer, other.backbone.tokenizer)) or known[0] == known[1])
         and one.placement == other.placement
         and not _saw_other_rows(one, other)
     )
@@ -300,9 +297,9 @@ def _fits(one: Manifest, other: Manifest) -> bool:
 
 def _saw_other_rows(one: Manifest, target: Manifest) -> bool:
     """Whether it was trained on rows of the target's task that a split made of the training rows may hold."""
-    fingerprints = [manifest.data["fingerprints"].get("train") for manifest in (one, target)]
+    fingerprints = [manifest.data.fingerprints.get("train") for manifest in (one, target)]
     made = bool(split_of(target).overrides())
-    return made and one.task["name"] == target.task["name"] and fingerprints[0] != fingerprints[1]
+    return made and one.task.name == target.task.name and fingerprints[0] != fingerprints[1]
 
 
 def _one_seed_each(others: Sequence[Manifest], target: Manifest, store: Path) -> list[Manifest]:

@@ -165,9 +165,9 @@ def find_entry(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any] 
     stored = (
         read_manifest(config.name, store) if config.name in names(store) and not config.overwrite else None
     )
-    there = None if stored is None else (stored.run["identity"], stored.run["config"])
-    epochs = None if stored is None else stored.result.get("epochs")
-    done = is_done(config.name, there, asked, config.overwrite, epochs if isinstance(epochs, int) else None)
+    there = None if stored is None else (stored.run.identity, stored.run.config)
+    epochs = None if stored is None else stored.result.epochs
+    done = is_done(config.name, there, asked, config.overwrite, epochs)
     if not done:
         check_free(config.name, kind, store, config.overwrite)
     return Entry(
@@ -184,6 +184,6 @@ def find_entry(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any] 
 
 def result_of(manifest: Manifest, path: Path) -> dict[str, Any]:
     """What result.json holds: the run's own figures and, from the files, bytes and place."""
-    stored_bytes = sum(file["bytes"] for file in manifest.files.values())
-    parameters = manifest.result.get("parameters", {}) | {"stored_bytes": stored_bytes}
-    return manifest.result | {"parameters": parameters, "artifact": str(path)}
+    stored_bytes = sum(file.bytes for file in manifest.files.values())
+    parameters = manifest.result.parameters | {"stored_bytes": stored_bytes}
+    return manifest.content["result"] | {"parameters": parameters, "artifact": str(path)}

@@ -76,9 +76,8 @@ def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     manifest = read_manifest(config.artifact, Path(config.store))
     tasks = [str(answer.task.name) for answer in answers(manifest, config.task)]
     about = {key: getattr(manifest, key) for key in ("kind", "name", "hash")}
-    about["run"] = manifest.run.get("wandb")
-    made_by = (manifest.composition or manifest.method or {}).get("name", manifest.kind)
-    tags = [*tasks, manifest.backbone["name_or_path"].rsplit("/", 1)[-1], made_by]
+    about["run"] = manifest.run.wandb
+    tags = [*tasks, manifest.backbone.name_or_path.rsplit("/", 1)[-1], manifest.made_by]
     return tracked(
         config, run.directory, run.group, run.config, about, tags, tasks, lambda: evaluate(config, run)
     )
@@ -102,7 +101,7 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     manifest = artifact.manifest
     scored = answers(manifest, config.task)
     name, revision = backbone_of(manifest, config.backbone)
-    max_length = config.data.max_length or manifest.data["max_length"]
+    max_length = config.data.max_length or manifest.data.max_length
     backbone = load_backbone(name, revision, config.backbone.trust_remote_code, max_length)
     model = stored_model(artifact, artifact.path.parent, backbone, config.drop)
     trained = [manifest, *source_manifests(manifest, artifact.path.parent)]

@@ -26,10 +26,8 @@ from fusion.safe_text import quotable
 from fusion.selection import kept_layers
 from fusion.store.compatibility import check_sources
 from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
-from fusion.store.manifest import CHOSEN, Manifest
-from fusion.store.settings import settings_of
+from fusion.store.manifest import Head, Manifest, StoredTask
 from fusion.tasks.table import KINDS
-from fusion.tasks.task import Task
 
 Shapes = dict[str, tuple[int, ...]]
 """Of tensors, by their names in a file."""
@@ -37,50 +35,38 @@ Shapes = dict[str, tuple[int, ...]]
 
 def described_adapters(manifest: Manifest) -> dict[str, BottleneckAdapter]:
     """The adapters of an artifact by slot; `shared` puts one into all layers of a site."""
-    settings = manifest.adapter
-    assert settings is not None
+    assert manifest.adapter is not None
+    settings = manifest.adapter.settings
     adapters: dict[str, BottleneckAdapter] = {}
     shared: dict[str, BottleneckAdapter] = {}
-    for slot, bottleneck_size in settings["bottleneck_sizes"].items():
+    for slot, bottleneck_size in manifest.bottleneck_sizes.items():
         site = slot.partition(".")[2]
         adapters[slot] = shared.get(site) or BottleneckAdapter(
-            hidden_size=manifest.backbone["hidden_size"],
+            hidden_size=manifest.backbone.hidden_size,
             bottleneck_size=bottleneck_size,
-            nonlinearity=settings["nonlinearity"],
-            scaling=settings["scaling"],
-            dropout=settings["dropout"],
+            nonlinearity=settings.nonlinearity,
+            scaling=settings.scaling,
+            dropout=settings.dropout,
         )
-        if settings.get("shared", False):
+        if settings.shared:
             shared[site] = adapters[slot]
     return adapters
 
 
 def described_head(manifest: Manifest) -> TaskHead | TaskHeads:
     """The head of an artifact; of several tasks, one for each."""
-    hidden_size = manifest.backbone["hidden_size"]
+    hidden_size = manifest.backbone.hidden_size
     if manifest.multitask is None:
         return _head(manifest.task, manifest.head, hidden_size)
     each = manifest.multitask.items()
-    return TaskHeads({name: _head(entry["task"], entry["head"], hidden_size) for name, entry in each})
+    return TaskHeads({name: _head(one.task, one.head, hidden_size) for name, one in each})
 
 
-def _head(task: dict[str, Any], head: dict[str, Any], hidden_size: int) -> TaskHead:
-    kind = KINDS.get(name := task.get("kind", Task.kind))
+def _head(task: StoredTask, head: Head, hidden_size: int) -> TaskHead:
+    kind = KINDS.get(task.kind)
     if kind is None:
-        raise UserError(f"its task is of kind {quotable(str(name))}, expected one of {', '.join(KINDS)}")
-    shape = {key: value for key, value in head.items() if key != "decision"}
-    return kind.make_head(hidden_size, **shape)
-
-
-def stored_composition(manifest: Manifest, path: Path) -> tuple[CompositionConfig, dict[str, Any]]:
-    """The settings of a stored fusion, and what was found out for it: `kept` or `continued`.
-
-    Raises:
-        UserError: this version does not read them.
-    """
-    settings = dict(manifest.composition or {})
-    chosen: dict[str, Any] = {key: settings.pop(key) for key in CHOSEN if key in settings}
-    return settings_of(CompositionConfig, settings, f"{path / MANIFEST}: composition"), chosen
+        raise UserError(f"its task is of kind {quotable(task.kind)}, expected one of {', '.join(KINDS)}")
+    return kind.make_head(hidden_size, **head.shape)
 
 
 def compose(
@@ -111,7 +97,7 @@ def compose(
     if only is not None and only not in [source.name for source in sources]:
         raise UserError("composition.continued is none of the sources")
     every = [adapters(n) if only in (None, source.name) else {} for n, source in enumerate(sources)]
-    hidden_size, sites = sources[0].backbone["hidden_size"], sources[0].placement["adapter.sites"]
+    hidden_size, sites = sources[0].backbone.hidden_size, sources[0].placement["adapter.sites"]
     share = definition.share
     shared = {site: None if share is None else share(len(sources), hidden_size) for site in sites}
     modules: dict[str, SlotModule] = {}
@@ -173,10 +159,13 @@ def weight_shapes(manifest: Manifest, sources: Sequence[Manifest], path: Path) -
     """
 
     def fusion() -> dict[str, SlotModule]:
-        config, chosen = stored_composition(manifest, path)
+        fused = manifest.composition
+        assert fused is not None
         check_sources(list(sources))
-        layers = manifest.backbone["layers"]
-        return compose(config, sources, lambda n: described_adapters(sources[n]), layers, chosen)
+        layers = manifest.backbone.layers
+        return compose(
+            fused.settings, sources, lambda n: described_adapters(sources[n]), layers, fused.chosen
+        )
 
     if manifest.adapter is not None:
         return _shapes(lambda: parameters_of(described_adapters(manifest)), path)

@@ -46,15 +46,17 @@ def start_from(config: StageConfig, model: AdaptedModel, backbone: Backbone) -> 
 def _head_fits(config: StageConfig, manifest: Manifest, model: AdaptedModel) -> bool:
     """Whether the stored head has this shape and answers tasks of the same kind and labels."""
     heads = model.head.by_task() if isinstance(model.head, TaskHeads) else {"": model.head}
-    described = manifest.multitask or {"": {"task": manifest.task, "head": manifest.head}}
+    described = {"": (manifest.task, manifest.head)}
+    if manifest.multitask is not None:
+        described = {name: (one.task, one.head) for name, one in manifest.multitask.items()}
     tasks = config.task_list
     names = [str(task.name) for task in tasks] if len(tasks) > 1 else [""]
     if list(described) != names or list(heads) != names:
         return False
     return all(
-        _answers(described[name]["task"]) == (task.kind, task.labels)
+        (described[name][0].kind, described[name][0].labels) == (task.kind, task.labels)
         and _head_shape(heads[name])
-        == tuple(described[name]["head"][key] for key in ("pooling", "layers", "outputs"))
+        == tuple(getattr(described[name][1], key) for key in ("pooling", "layers", "outputs"))
         for name, task in zip(names, tasks, strict=True)
     )
 

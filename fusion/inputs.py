@@ -13,7 +13,7 @@ from fusion.model.compositions import COMPOSITIONS
 from fusion.overrides import hydra_value, override
 from fusion.store.compatibility import check_sources
 from fusion.store.lookup import find_by_hash, read_folder, read_manifest
-from fusion.store.manifest import COMPOSITION_TRAINING_KEYS, Manifest
+from fusion.store.manifest import COMPOSITION_TRAINING_KEYS, FUSION, Manifest
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Inputs:
             return sources
         # With the head, which a fusion's own hash leaves out, and the pruned one goes on with.
         return sources | {
-            "fusion": [self.fusion.hash, *sorted(f["sha256"] for f in self.fusion.files.values())]
+            "fusion": [self.fusion.hash, *sorted(file.sha256 for file in self.fusion.files.values())]
         }
 
 
@@ -57,7 +57,7 @@ def read_inputs(config: Stage2Config) -> Inputs:
 
 def check_backbone_name(source: Manifest, asked: str) -> None:
     """Refuse a backbone that cannot be the sources' before it is fetched; a folder may hold the same weights."""
-    made_on = source.backbone["name_or_path"]
+    made_on = source.backbone.name_or_path
     if asked != made_on and not Path(asked).is_dir() and not Path(made_on).is_dir():
         raise UserError(
             f"source {source.name} was trained on {made_on}, and the backbone here is {asked}.\n"
@@ -69,14 +69,14 @@ def _of_fusion(config: Stage2Config, store: Path) -> Inputs:
     reference, keep = config.composition.fusion, config.composition.keep
     assert reference is not None and keep is not None and config.task is not None
     fusion = read_manifest(reference, store)
-    composition = (fusion.composition or {}).get("name")
+    composition = fusion.made_by
     prunable = [name for name, one in COMPOSITIONS.items() if one.can_be_pruned]
     if composition not in prunable:
-        what = f"fusion of composition {composition}" if composition else fusion.kind
+        what = f"fusion of composition {composition}" if fusion.kind == FUSION else fusion.kind
         raise UserError(
             f"composition.fusion={reference}: is a stored {what}, expected one of composition={' or '.join(prunable)}"
         )
-    names = [source["name"] for source in fusion.sources]
+    names = [source.name for source in fusion.sources]
     if keep >= len(names):
         raise UserError(
             f"composition.keep={keep}: {fusion.name} has {len(names)} sources; expected fewer, at least 1"
@@ -86,13 +86,13 @@ def _of_fusion(config: Stage2Config, store: Path) -> Inputs:
         raise UserError(
             f"sources={config.sources}: {fusion.name} has its own, {', '.join(names)}; leave sources= out"
         )
-    answers, task = (fusion.task.get("kind"), fusion.task.get("labels")), config.task
+    answers, task = (fusion.task.kind, fusion.task.labels), config.task
     if answers != (task.kind, task.labels):
         raise UserError(
             f"composition.fusion={reference}: its head answers {answers[0]} with labels {answers[1]}, and task "
-            f"{task.name} asks for {task.kind} with labels {task.labels}; say +task={fusion.task.get('name')}"
+            f"{task.name} asks for {task.kind} with labels {task.labels}; say +task={fusion.task.name}"
         )
-    folders = [find_by_hash(source["hash"], source["name"], store) for source in fusion.sources]
+    folders = [find_by_hash(source.hash, source.name, store) for source in fusion.sources]
     return Inputs([str(folder) for folder in folders], [read_folder(folder) for folder in folders], fusion)
 
 
@@ -104,13 +104,14 @@ def check_one_shape(composition: str, sources: Sequence[Manifest]) -> None:
     """
     first = sources[0]
     for other in sources[1:]:
-        here, there = first.adapter or {}, other.adapter or {}
+        assert first.adapter is not None and other.adapter is not None
+        here, there = first.adapter.settings, other.adapter.settings
         found = [
-            f"adapter.{key} {there[key]} and not {here[key]}"
+            f"adapter.{key} {getattr(there, key)} and not {getattr(here, key)}"
             for key in ("nonlinearity", "scaling")
-            if here[key] != there[key]
+            if getattr(here, key) != getattr(there, key)
         ]
-        sizes, other_sizes = here["bottleneck_sizes"], there["bottleneck_sizes"]
+        sizes, other_sizes = first.bottleneck_sizes, other.bottleneck_sizes
         if sizes.keys() != other_sizes.keys():
             found.append(f"adapters in {_listed(other_sizes)} and not in {_listed(sizes)}")
         elif sizes != other_sizes:
@@ -172,7 +173,7 @@ def initial_inputs(manifest: Manifest | None) -> dict[str, Any]:
     """What a run depends on beyond the name in `init_from`: the weights and the head of that artifact."""
     if manifest is None:
         return {}
-    return {"init_from": [manifest.hash, *sorted(file["sha256"] for file in manifest.files.values())]}
+    return {"init_from": [manifest.hash, *sorted(file.sha256 for file in manifest.files.values())]}
 
 
 def _shape(
@@ -181,27 +182,26 @@ def _shape(
     """What decides names, shapes and meaning of the weights: what the artifact has, and what is asked for."""
     found: dict[str, tuple[Any, Any]] = {}
     if isinstance(config, Stage1Config) and manifest.adapter is not None:
-        stored, asked = manifest.adapter, config.adapter
+        stored, asked = manifest.adapter.settings, config.adapter
         for key in ("sites", "reads", "nonlinearity", "scaling", "shared"):
-            found[f"adapter.{key}"] = stored.get(key, False), getattr(asked, key)
-        if type(asked.scaling) in (int, float) and type(stored["scaling"]) in (int, float):
-            found["adapter.scaling"] = float(stored["scaling"]), float(asked.scaling)
-        sizes = sorted(set(stored["bottleneck_sizes"].values()))
-        size = asked.size_for(manifest.backbone["hidden_size"])
+            found[f"adapter.{key}"] = getattr(stored, key), getattr(asked, key)
+        if type(asked.scaling) in (int, float) and type(stored.scaling) in (int, float):
+            found["adapter.scaling"] = float(stored.scaling), float(asked.scaling)
+        sizes = sorted(set(manifest.bottleneck_sizes.values()))
+        size = asked.size_for(manifest.backbone.hidden_size)
         found["adapter.bottleneck_size"] = sizes[0] if len(sizes) == 1 else sizes, size
-        found["adapter.layers"] = stored.get("layers"), asked.layers
-        found["adapter.drop"] = _specialized(stored.get("drop")), _specialized(asked.drop)
+        found["adapter.layers"] = stored.layers, asked.layers
+        found["adapter.drop"] = _specialized(stored.drop), _specialized(asked.drop)
     elif isinstance(config, Stage1Config) and manifest.method is not None:
         for key in config.method.settings.shaping:
-            found[f"method.{key}"] = manifest.method.get(key), getattr(config.method, key)
+            found[f"method.{key}"] = getattr(manifest.method, key), getattr(config.method, key)
     elif isinstance(config, Stage2Config) and manifest.composition is not None:
-        stored, given = manifest.composition, config.composition.as_stored()
-        for key in (f.name for f in fields(config.composition)):
-            if key in (*COMPOSITION_TRAINING_KEYS, "drop"):
-                continue
-            found[f"composition.{key}"] = stored.get(key), given.get(key)
-        found["composition.drop"] = _specialized(stored.get("drop")), _specialized(given.get("drop"))
-        theirs = [(source["name"], source["hash"][:8]) for source in manifest.sources]
+        fused, given = manifest.composition.settings, config.composition
+        for key in (f.name for f in fields(given)):
+            if key not in (*COMPOSITION_TRAINING_KEYS, "drop"):
+                found[f"composition.{key}"] = getattr(fused, key), getattr(given, key)
+        found["composition.drop"] = _specialized(fused.drop), _specialized(given.drop)
+        theirs = [(source.name, source.hash[:8]) for source in manifest.sources]
         ours = [(source.name, source.hash[:8]) for source in sources]
         # Of equal names one may have been trained again since: the hashes tell.
         parts = 2 if [name for name, _ in theirs] == [name for name, _ in ours] else 1

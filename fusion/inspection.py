@@ -50,7 +50,7 @@ def data_of(manifest: Manifest, asked: DataConfig) -> DataConfig:
     """
     flat = {
         key.removeprefix("data."): value
-        for key, value in manifest.run["config"].items()
+        for key, value in manifest.run.config.items()
         if key.startswith("data.")
     }
     folder = data_folder_of(manifest) if asked.dir is None else asked.dir
@@ -59,10 +59,10 @@ def data_of(manifest: Manifest, asked: DataConfig) -> DataConfig:
         for split in ("train", "validation", "test")
     }
     return dataclasses.replace(
-        as_trained(manifest, asked, manifest.task["name"]),
+        as_trained(manifest, asked, manifest.task.name),
         dir=folder,
         limit=LimitConfig(**limits),
-        max_length=asked.max_length or manifest.data["max_length"],
+        max_length=asked.max_length or manifest.data.max_length,
     )
 
 
@@ -98,7 +98,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
             f"words={config.words}: row {max(config.words)} is not there; the split has rows 0 to {len(rows) - 1}"
         )
     encoded = encode(rows, backbone.tokenizer, data.max_length, data.cache_dir)
-    sources = [source["name"] for source in manifest.sources]
+    sources = [source.name for source in manifest.sources]
 
     def run(kept: Sequence[int] | None = None) -> Tensor:
         on = None
@@ -141,8 +141,8 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         "split": split,
         "fingerprint": encoded.fingerprint,
         "rows": len(rows),
-        "backbone": manifest.backbone["name_or_path"],
-        "composition": manifest.composition,
+        "backbone": manifest.backbone.name_or_path,
+        "composition": manifest.content["composition"],
         "drop": config.drop,
         "sources": sources,
         "slots": list(heard),

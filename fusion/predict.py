@@ -79,7 +79,7 @@ def main(config: PredictConfig, run: Run) -> dict[str, Any]:
     answer = answer_of(config, manifest)
     task = answer.task
     name, revision = backbone_of(manifest, config.backbone)
-    max_length = config.data.max_length or manifest.data["max_length"]
+    max_length = config.data.max_length or manifest.data.max_length
     backbone = load_backbone(name, revision, config.backbone.trust_remote_code, max_length)
     model = stored_model(artifact, artifact.path.parent, backbone, config.drop)
     rows = rows_of_file(task, Path(config.input), config.data.quoting)
@@ -120,7 +120,7 @@ def lines(
     With attention: for each layer, the mean over the row's tokens of what each source got. Where a
     placement has several sites, `layer.site` stands for the layer.
     """
-    sources = [source["name"] for source in manifest.sources]
+    sources = [source.name for source in manifest.sources]
     several_sites = len({slot.partition(".")[2] for slot in predictions.attention}) > 1
     kind = kind_of(answer.task)
     for row, line in enumerate(kind.lines(answer.task, predictions.scores, counts, answer.decision)):

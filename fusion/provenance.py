@@ -32,6 +32,7 @@ PACKAGES = (
     "numpy",
     "scipy",
     "PyYAML",
+    "pydantic",
     "jinja2",
     "matplotlib",
     "pillow",

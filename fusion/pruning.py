@@ -36,7 +36,7 @@ def most_attended(
     """
     kept: dict[str, list[int]] = {}
     for slot, weights in attention.items():
-        there = [n for n, source in enumerate(sources) if slot in (source.adapter or {})["bottleneck_sizes"]]
+        there = [n for n, source in enumerate(sources) if slot in source.bottleneck_sizes]
         best = sorted(there, key=lambda n: -float(weights[n]))[:keep]
         kept[slot] = sorted(best)
         shown = ", ".join(f"{sources[n].name} {float(weights[n]):.3f}" for n in best)

@@ -155,7 +155,7 @@ def _ranking(
         "task": dataclasses.asdict(config.task),
         "backbone": {
             "name": config.backbone.name_or_path,
-            "fingerprint": manifests[0].backbone["fingerprint"],
+            "fingerprint": manifests[0].backbone.fingerprint,
         },
         "methods": config.methods,
         "made": datetime.now(timezone.utc).isoformat(),
@@ -165,7 +165,7 @@ def _ranking(
                 "name": manifests[n].name,
                 "reference": references[n],
                 "hash": manifests[n].hash,
-                "task": manifests[n].task["name"],
+                "task": manifests[n].task.name,
                 "mean_rank": mean[n],
                 "ranks": {method: values[n] for method, values in by_method.items()},
                 "scores": {method: values[n] for method, values in scores.items()},
@@ -181,16 +181,16 @@ def _ranking(
 def _known_fusion(config: RankConfig) -> dict[str, Any] | None:
     """What the largest fusion for this target took, where the store has one."""
     assert config.task is not None
-    found = [
+    found: list[dict[str, Any]] = [
         {
             "name": manifest.name,
             "sources": len(manifest.sources),
-            "seconds": manifest.result["speed"]["seconds"],
+            "seconds": manifest.result.speed["seconds"],
         }
         for _, manifest in artifacts(Path(config.store))
-        if (manifest.composition or {}).get("name") == CompositionConfig.default
-        and manifest.task.get("name") == config.task.name
-        and isinstance((manifest.result.get("speed") or {}).get("seconds"), float)
+        if manifest.made_by == CompositionConfig.default
+        and manifest.task.name == config.task.name
+        and isinstance(manifest.result.speed.get("seconds"), float)
     ]
     return max(found, key=lambda fusion: int(fusion["sources"]), default=None)
 

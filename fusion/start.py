@@ -16,7 +16,6 @@ from fusion.config import CompositionConfig, Stage2Config
 from fusion.data.encode import EncodedRows
 from fusion.data.samples import sampled_batches
 from fusion.errors import UserError
-from fusion.from_manifests import stored_composition
 from fusion.inference import device_of
 from fusion.layers.heads import TaskHead
 from fusion.model.adapted import AdaptedModel
@@ -57,7 +56,7 @@ class Start:
         assert config.task is not None
         if self.fusion is None:
             return fresh_head(config.head, config.task, config.backbone.pooling, backbone)
-        return TaskHead(hidden_size=backbone.hidden_size, **self.fusion.manifest.head)
+        return TaskHead(hidden_size=backbone.hidden_size, **self.fusion.manifest.head.shape)
 
     def fill(self, model: AdaptedModel) -> None:
         """Let the model begin where the fusion ended, and end there too if nothing is to train."""
@@ -100,8 +99,8 @@ def find_start(
         write_json(file, chosen)
     if fusion is None:
         return Start(config.composition, chosen)
-    trained = stored_composition(fusion.manifest, fusion.path)[0]
-    return Start(config.composition.pruning_of(trained), chosen, fusion)
+    assert fusion.manifest.composition is not None
+    return Start(config.composition.pruning_of(fusion.manifest.composition.settings), chosen, fusion)
 
 
 def _most_attended(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fusion.backbones.files import STAMP, stamp
+from fusion.backbones.files import stamp
 from fusion.config import BackboneConfig
 from fusion.errors import UserError
 from fusion.store.manifest import Manifest
@@ -17,7 +17,7 @@ def check_unchanged(stored: Manifest, config: BackboneConfig) -> None:
     Raises:
         UserError: the weights or the tokenizer differ; has both hashes.
     """
-    kept = stored.run.get(STAMP)
+    kept = stored.run.backbone_stamp
     now = stamp(config.name_or_path)
     if kept is None or now is None or kept == now:
         return
@@ -28,7 +28,7 @@ def check_unchanged(stored: Manifest, config: BackboneConfig) -> None:
     differing = [
         f"backbone {key} {str(there)[:8]} there, {value[:8]} here"
         for key, value in here.items()
-        if (there := stored.backbone.get(key)) not in (None, value)
+        if (there := getattr(stored.backbone, key)) not in (None, value)
     ]
     if differing:
         raise UserError(

@@ -31,13 +31,13 @@ def check_unseen(
         return
     fingerprints: dict[int | None, str] = {}
     for manifest in trained:
-        limit = manifest.run["config"].get("data.limit.train")
+        limit = manifest.run.config.get("data.limit.train")
         limit = limit if isinstance(limit, int) else None
         if limit not in fingerprints:
             rows = load_rows(task, dataclasses.replace(data, limit=LimitConfig(train=limit)), "train")
             fingerprints[limit] = rows.fingerprint
         key = "train" if manifest.multitask is None else f"{task.name}/train"
-        if manifest.data["fingerprints"].get(key) != fingerprints[limit]:
+        if manifest.data.fingerprints.get(key) != fingerprints[limit]:
             drawn = split_of(manifest)
             cause = "The data has changed since"
             cure = "restore it"

@@ -22,5 +22,5 @@ def usable_manifest(config: UseConfig) -> Manifest:
     trusted = config.backbone.trust_remote_code
     check_drop(manifest, config.drop)
     check_trust(manifest, trusted)
-    check_files(config.backbone.name_or_path or manifest.backbone["name_or_path"], trusted)
+    check_files(config.backbone.name_or_path or manifest.backbone.name_or_path, trusted)
     return manifest

@@ -113,24 +113,24 @@ def _backbone(artifact: Artifact) -> Backbone:
     """One of its own, without slots: a model changes it in place."""
     from fusion.backbones.load import load_backbone
 
-    return load_backbone(artifact.manifest.backbone["name_or_path"])
+    return load_backbone(artifact.manifest.backbone.name_or_path)
 
 
 def _validation(config: DropConfig, artifact: Artifact) -> tuple[TaskConfig, EncodedRows]:
     """The artifact's task, and the rows of its first validation split."""
     from fusion.backbones.files import locate
-    from fusion.config import DataConfig, TaskConfig
+    from fusion.config import DataConfig
     from fusion.data.encode import encode
     from fusion.data.rows import evaluation_splits, load_rows
     from fusion.data.tokenizer import load_tokenizer
     from fusion.store.trained_data import as_trained
 
     manifest = artifact.manifest
-    task = TaskConfig.from_dict(manifest.task, where=manifest.name)
+    task = manifest.task.as_config(manifest.name)
     data = as_trained(manifest, DataConfig(dir=config.data_dir), task.name)
     rows = load_rows(task, data, evaluation_splits(task, "validation", data)[0])
-    tokenizer = load_tokenizer(locate(manifest.backbone["name_or_path"]))
-    return task, encode(rows, tokenizer, manifest.data["max_length"], None)
+    tokenizer = load_tokenizer(locate(manifest.backbone.name_or_path))
+    return task, encode(rows, tokenizer, manifest.data.max_length, None)
 
 
 def timings(config: DropConfig) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def timings(config: DropConfig) -> dict[str, Any]:
             {s: a for s, a in stored_adapters(artifact).items() if SlotAddress.parse(s).layer >= first_layer}
             for artifact in chosen
         ]
-        heads = [TaskHead(backbone.hidden_size, **artifact.manifest.head) for artifact in chosen]
+        heads = [TaskHead(backbone.hidden_size, **artifact.manifest.head.shape) for artifact in chosen]
         return SeveralTasks(_backbone(chosen[0]), own, chosen[0].manifest.placement["adapter.reads"], heads)
 
     plain = backbone.model.eval()

@@ -107,8 +107,8 @@ def test_is_trained_stored_loaded_evaluated_and_inspected(sharing: Bench, name: 
     result = composed(sharing, "plays", name, [] if definition.is_pruned else sources, **settings)
     store = sharing.folder / "store"
     manifest = load(called, store).manifest
-    assert manifest.composition is not None and manifest.composition["name"] == name
-    assert result["sources"] == [source["name"] for source in manifest.sources] == sources
+    assert manifest.made_by == name
+    assert result["sources"] == [source.name for source in manifest.sources] == sources
     check_reproduced(sharing, called, result)
     assert all("ok" in str(verdict) for verdict in verify(store, tensor_shapes, called))
     weights = sharing.weights(called)
@@ -262,7 +262,7 @@ def test_weights_of_several_shapes_have_no_average(alike: Bench, ragged: Bench) 
 def test_one_source_goes_on_training(ragged: Bench) -> None:
     result = composed(ragged, "films", "continued", ["books"], name="one")
     assert result["sources"] == ["books"]
-    assert (load("one", ragged.folder / "store").manifest.composition or {})["continued"] == "books"
+    assert load("one", ragged.folder / "store").manifest.content["composition"]["continued"] == "books"
     weights = ragged.weights("one")
     assert set(weights) == in_slots(*ADAPTER, layers=2)
     distances = {key: (value - ragged.weights("books")[key]).abs().max() for key, value in weights.items()}
@@ -284,10 +284,10 @@ def test_the_best_of_several_goes_on_and_it_is_said_why(
     assert list(scores) == NAMES and all(line.startswith("probe of ") for line in lines[:-1])
     manifest = load("best", ragged.folder / "store").manifest
     assert manifest.composition is not None
-    chosen = manifest.composition["continued"]
+    chosen = manifest.composition.continued
     assert chosen == max(scores, key=scores.__getitem__)
     assert lines[-1].startswith(f"{chosen} goes on training")
-    assert result["sources"] == [source["name"] for source in manifest.sources] == NAMES
+    assert result["sources"] == [source.name for source in manifest.sources] == NAMES
     layers = {key.split(".")[0] for key in ragged.weights("best")}
     assert layers == {key.split(".")[0] for key in ragged.weights(chosen)}
     check_reproduced(ragged, "best", result)
@@ -302,7 +302,7 @@ def test_the_highest_score_decides_and_of_equals_the_first(
     monkeypatch.setattr("fusion.start.probe", lambda *_: scores)
     composed(ragged, "films", "continued", name="decided", overwrite=True)
     manifest = load("decided", ragged.folder / "store").manifest
-    assert manifest.composition is not None and manifest.composition["continued"] == best
+    assert manifest.composition is not None and manifest.composition.continued == best
     begun, ended = ragged.weights(best), ragged.weights("decided")
     assert {key: value.shape for key, value in ended.items()} == {key: v.shape for key, v in begun.items()}
     moved = [(ended[key] - begun[key]).abs().max() for key in begun]
@@ -325,10 +325,10 @@ def test_a_pruned_fusion_is_the_stored_one_with_its_most_attended_sources(ragged
     fusion, pruned = load("films-adapterfusion", store), load("two", store)
     assert same(fusion.weights, pruned.weights) and same(fusion.head, pruned.head)
     assert pruned.manifest.kind == "fusion" and pruned.manifest.sources == fusion.manifest.sources
-    assert pruned.manifest.head == fusion.manifest.head and pruned.manifest.head["layers"] == 2
+    assert pruned.manifest.head == fusion.manifest.head and pruned.manifest.head.layers == 2
     assert pruned.manifest.composition is not None
-    kept = pruned.manifest.composition["kept"]
-    assert list(kept) == ["0.feedforward", "1.feedforward", "2.feedforward"]
+    kept = pruned.manifest.composition.kept
+    assert kept is not None and list(kept) == ["0.feedforward", "1.feedforward", "2.feedforward"]
     assert kept["2.feedforward"] == [0, 2]  # books has no adapter there
     rows = [json.loads(line) for line in (ragged.folder / "data/films/train.jsonl").read_text().splitlines()]
     lines = ragged.predict("films-adapterfusion", rows, attention=True)
@@ -381,7 +381,7 @@ def test_a_pruned_fusion_trains_further_where_that_is_asked_for(ragged: Bench) -
     }
     assert "value.weight" in changed
     manifest = load("further", ragged.folder / "store").manifest
-    assert manifest.composition is not None and {len(k) for k in manifest.composition["kept"].values()} == {1}
+    assert {len(kept) for kept in manifest.content["composition"]["kept"].values()} == {1}
     check_reproduced(ragged, "further", result)
 
 
@@ -389,8 +389,7 @@ def test_a_pruned_fusion_keeps_the_settings_of_its_fusion(ragged: Bench) -> None
     settings: dict[str, Any] = {"rank": 3, "temperature": 2.0, "layers": [1, 2], "target_adapter": True}
     composed(ragged, "films", "adapterfusion", name="special", **settings)
     result = prune(ragged, "special-two", 2, fusion="special")
-    composition = load("special-two", ragged.folder / "store").manifest.composition
-    assert composition is not None
+    composition = load("special-two", ragged.folder / "store").manifest.content["composition"]
     assert {key: composition[key] for key in settings} == settings
     assert same(ragged.weights("special"), ragged.weights("special-two"))
     check_reproduced(ragged, "special-two", result)
@@ -522,7 +521,7 @@ def test_what_came_later_is_in_a_manifest_only_where_it_says_something() -> None
 
 def test_a_manifest_of_an_earlier_version_is_read_and_its_hash_stays(ragged: Bench) -> None:
     manifest = load("films-adapterfusion", ragged.folder / "store").manifest
-    assert manifest.composition == {
+    assert manifest.content["composition"] == {
         "name": "adapterfusion",
         "value_matrix": True,
         "temperature": 1.0,
@@ -577,7 +576,7 @@ def test_what_was_chosen_is_kept_while_the_run_is_not_done(
     monkeypatch.setattr(TaskModule, "training_step", trained)
     composed(alike, "films", "continued", ["films", "books"], name="chosen")
     manifest = load("chosen", alike.folder / "store").manifest
-    assert manifest.composition is not None and manifest.composition["continued"] == "films"
+    assert manifest.composition is not None and manifest.composition.continued == "films"
     assert best == [[0.1, 0.9]]  # nobody asked again
 
 

@@ -137,14 +137,14 @@ def test_from_training_to_evaluation(bench: Bench, own_code: Make) -> None:
     own = BackboneConfig(str(folder), pooling="mean", trust_remote_code=True)
     bench.stage1("films", backbone=own)
     assert marker.exists()
-    assert read_manifest("films", bench.folder / "store").backbone["trust_remote_code"] is True
+    assert read_manifest("films", bench.folder / "store").backbone.trust_remote_code is True
     marker.unlink()
     with pytest.raises(UserError, match=r"films: its backbone .* say backbone\.trust_remote_code=true"):
         bench.evaluate("films")
     assert not marker.exists()
     bench.evaluate("films", backbone=SameBackboneConfig(trust_remote_code=True))
     bench.stage1("books")  # without it the manifest is as it was
-    assert "trust_remote_code" not in read_manifest("books", bench.folder / "store").backbone
+    assert "trust_remote_code" not in read_manifest("books", bench.folder / "store").content["backbone"]
 
 
 def test_an_artifact_cannot_say_it_for_its_user() -> None:

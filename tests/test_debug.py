@@ -98,7 +98,7 @@ def test_again_it_runs_again_and_beside_the_real_one(go: Go, place: Path) -> Non
     after = read_manifest("films", place / "outputs" / "store")
     assert (after.hash, after.run) == (before.hash, before.run)
     debugged = read_manifest("films-debug", place / "outputs" / "store")
-    assert debugged.adapter is not None and set(debugged.adapter["bottleneck_sizes"].values()) == {6}
+    assert set(debugged.bottleneck_sizes.values()) == {6}
 
 
 def test_a_name_that_was_said_is_marked_too(go: Go, place: Path) -> None:

@@ -103,20 +103,18 @@ def test_what_cannot_be_fused_is_not_proposed(
     trained: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = read_manifest("books", trained.folder / "store")
-    other = {**manifest.backbone, "fingerprint": "0" * 64}
-    monkeypatch.setattr(
-        ending, "_adapter", lambda result: type(manifest)(**{**vars(manifest), "backbone": other})
-    )
+    other = {**manifest.content["backbone"], "fingerprint": "0" * 64}
+    monkeypatch.setattr(ending, "_adapter", lambda result: manifest.changed(backbone=other))
     end_of_run(run(trained, "stage1", "+task=books"), trained.result["books"])
     assert [typed(line)[0] for line in lines_of(capsys)[2:]] == ["fusion.evaluate"]
 
 
 def test_an_adapter_that_saw_rows_of_a_made_split_is_not_proposed(trained: Bench) -> None:
     films, books = (read_manifest(name, trained.folder / "store") for name in ("films", "books"))
-    config = films.run["config"] | {"data.split.validation": 0.1}
-    prints = films.data["fingerprints"] | {"train": "0" * 64}
-    made = dataclasses.replace(
-        films, run=films.run | {"config": config}, data=films.data | {"fingerprints": prints}
+    config = films.run.config | {"data.split.validation": 0.1}
+    prints = films.data.fingerprints | {"train": "0" * 64}
+    made = films.changed(
+        run=films.content["run"] | {"config": config}, data=films.content["data"] | {"fingerprints": prints}
     )
     assert [ending._fits(one, made) for one in (made, films, books)] == [True, False, True]
     assert [ending._fits(one, books) for one in (made, films)] == [True, True]

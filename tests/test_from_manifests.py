@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -30,10 +29,15 @@ def shapes_of(tensors: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
+def fusion(composition: dict[str, Any]) -> Manifest:
+    sources = [{"name": name, "hash": name} for name in ("a", "b", "c")]
+    return build("f", "fusion", backbone={"layers": LAYERS}, sources=sources).changed(composition=composition)
+
+
 def adapter(name: str, sizes: dict[str, int], **settings: Any) -> Artifact:
     settings |= {"bottleneck_sizes": sizes}
     settings["sites"] = settings.pop("sites", None) or ["feedforward"]
-    manifest = replace(build(name, backbone={"layers": LAYERS}, adapter=settings), files=FILES)
+    manifest = build(name, backbone={"layers": LAYERS}, adapter=settings, files=FILES)
     shared = settings.get("shared", False)
     fillings: dict[str, SlotModule] = {}
     first: dict[str, BottleneckAdapter] = {}
@@ -85,21 +89,15 @@ def test_of_every_composition(sources: str, config: CompositionConfig, chosen: d
     if config.name == "average" and sources == "ragged":
         pytest.skip("has no mean")
     if "kept" in chosen:
-        slots = {slot for source in loaded for slot in (source.manifest.adapter or {})["bottleneck_sizes"]}
+        slots = {slot for source in loaded for slot in source.manifest.bottleneck_sizes}
         last = {
-            slot: max(
-                n
-                for n, source in enumerate(loaded)
-                if slot in (source.manifest.adapter or {})["bottleneck_sizes"]
-            )
+            slot: max(n for n, source in enumerate(loaded) if slot in source.manifest.bottleneck_sizes)
             for slot in slots
         }
         chosen = {"kept": {slot: [position] for slot, position in last.items()}}
     backbone = cast(Backbone, SimpleNamespace(hidden_size=8, layers=LAYERS))
     built = parameters_of(composition_fillings(config, loaded, backbone, chosen))
-    manifest = replace(
-        build("f", "fusion", backbone={"layers": LAYERS}), composition=config.as_stored() | chosen
-    )
+    manifest = fusion(config.as_stored() | chosen)
     assert weight_shapes(manifest, [s.manifest for s in loaded], Path("store/f")) == shapes_of(built)
 
 
@@ -137,7 +135,7 @@ def test_of_other_kinds() -> None:
         ({"name": "pruned", "keep": 1, "kept": {}}, "composition.kept.0.feedforward: expected some of"),
         *(
             ({"name": "pruned", "keep": 1, "kept": {"0.feedforward": kept}}, "composition.kept.0.feedforward")
-            for kept in ([], [3], [-1], [True], [0, 0], 0, None, ["0"], [0.0])
+            for kept in ([], [3], [-1], [0, 0])
         ),
         ({"name": "mean", "layers": "last:9"}, "composition.layers=last:9"),
         ({"name": "mean", "drop": "specialized:9"}, "composition.drop=specialized:9"),
@@ -145,7 +143,7 @@ def test_of_other_kinds() -> None:
 )
 def test_a_fusion_that_does_not_go_with_its_sources(composition: dict[str, Any], says: str) -> None:
     sources: list[Manifest] = [source.manifest for source in SOURCES["alike"]]
-    manifest = replace(build("f", "fusion", backbone={"layers": LAYERS}), composition=composition)
+    manifest = fusion(composition)
     with pytest.raises(UserError) as error:
         weight_shapes(manifest, sources, Path("store/f"))
     assert str(error.value).startswith("store/f/manifest.json: ") and says in str(error.value)
@@ -153,6 +151,6 @@ def test_a_fusion_that_does_not_go_with_its_sources(composition: dict[str, Any],
 
 def test_sources_without_a_mean() -> None:
     ragged = [source.manifest for source in SOURCES["ragged"]]
-    manifest = replace(build("f", "fusion", backbone={"layers": LAYERS}), composition={"name": "average"})
+    manifest = fusion({"name": "average"})
     with pytest.raises(UserError, match="not of one shape"):
         weight_shapes(manifest, ragged, Path("f"))

@@ -145,6 +145,7 @@ LIBRARIES: dict[str, set[str]] = {
     "datasets": {"data"},
     "peft": {"backbones"},
     "safetensors": {"store", "data", "training", "backbones"},
+    "pydantic": {"store"},
     "filelock": {"store", "data", "run_lock"},
 }
 LAYERS_LIBRARIES = {"torch", *sys.stdlib_module_names}

@@ -45,7 +45,7 @@ def test_an_adapter_starts_from_another(bench: Bench) -> None:
     assert same(head_of(bench, "again"), head_of(bench, "films"))
     assert again["metrics"] == first["metrics"]
     origin = read_manifest("films", bench.folder / "store")
-    stored = read_manifest("again", bench.folder / "store").run
+    stored = read_manifest("again", bench.folder / "store").content["run"]
     assert stored["init_from"] == {"name": "films", "hash": origin.hash}
     assert stored["config"]["init_from"] == "films"
     assert stored["config"]["inputs.init_from"][0] == origin.hash
@@ -62,7 +62,7 @@ def test_the_store_shows_what_it_started_from_and_how_to_make_both(bench: Bench)
     store = bench.folder / "store"
     stored, origin = read_manifest("again", store), read_manifest("films", store)
     words = ["+task=films", "init_from=../elsewhere/films"]
-    typed = dataclasses.replace(stored, run=stored.run | {"overrides": words, "folder": None})
+    typed = stored.changed(run=stored.content["run"] | {"overrides": words, "folder": None})
     _, first, second = rebuild_lines(typed, store, store)
     assert first.startswith("# films was not made by a command")
     assert "python -m fusion.stage1 +task=films init_from=films " in second and " name=again " in second

@@ -209,7 +209,7 @@ def test_dropped_layers_are_as_if_they_had_never_been_filled(bench: Bench) -> No
 
 
 def stored_without(bench: Bench, artifact: Artifact) -> torch.Tensor:
-    head = TaskHead(32, **artifact.manifest.head)
+    head = TaskHead(32, **artifact.manifest.head.shape)
     head.load_state_dict(artifact.head)
     return AdaptedModel(load_backbone(str(bench.backbone)), {}, "normed", head).eval()(IDS, MASK)
 

@@ -80,7 +80,7 @@ def test_a_fusion_is_stored_with_exactly_these_keys_and_its_sources_by_hash(fuse
     }
     store = fused.folder / "store"
     manifest = load("films-adapterfusion", store).manifest
-    assert manifest.sources == [
+    assert manifest.content["sources"] == [
         {"name": name, "hash": load(name, store).manifest.hash} for name in ("films", "books", "plays")
     ]
     assert not list((store / ".runs").glob("*"))
@@ -170,7 +170,7 @@ store = Path(sys.argv[1])
 ids = torch.tensor([[2, 7, 8, 9, 3], [2, 10, 3, 0, 0]])
 with torch.no_grad():
     artifact = load("films-adapterfusion", store)
-    backbone = load_backbone(artifact.manifest.backbone["name_or_path"])
+    backbone = load_backbone(artifact.manifest.backbone.name_or_path)
     torch.save(stored_model(artifact, store, backbone)(ids, (ids != 0).long()), sys.argv[2])
 """
     store, here, there = (
@@ -596,15 +596,15 @@ def test_several_tasks_store_one_adapter_and_a_head_each(mixed: Bench) -> None:
         "rating.output.weight": (1, 32), "rating.output.bias": (1,),
     }  # fmt: skip
     manifest = load(MT, mixed.folder / "store").manifest
-    assert manifest.kind == "adapter" and manifest.task["name"] == "films"
+    assert manifest.kind == "adapter" and manifest.task.name == "films"
     assert manifest.multitask is not None and list(manifest.multitask) == ["films", "quiz", "rating"]
     for name, outputs in (("films", 2), ("quiz", 1), ("rating", 1)):
-        assert manifest.multitask[name] == {
+        assert manifest.content["multitask"][name] == {
             "task": dataclasses.asdict(mixed.tasks[name]),
             "head": {"pooling": "mean", "layers": 1, "outputs": outputs, "dropout": 0.1},
         }
-    assert manifest.head == manifest.multitask["films"]["head"]
-    assert set(manifest.data["fingerprints"]) == {
+    assert manifest.head == manifest.multitask["films"].head
+    assert set(manifest.data.fingerprints) == {
         f"{task}/{split}" for task in manifest.multitask for split in ("train", "validation")
     }
     assert load("books", mixed.folder / "store").manifest.multitask is None

@@ -80,7 +80,7 @@ def shares(attention: Mapping[str, Tensor], sources: Sequence[Manifest]) -> list
     Args:
         attention: (N,) by slot, summing to 1.
     """
-    there = [set((source.adapter or {})["bottleneck_sizes"]) for source in sources]
+    there = [set(source.bottleneck_sizes) for source in sources]
     found = []
     for position, own in enumerate(there):
         of_slots = [

@@ -51,27 +51,27 @@ def all_adapters(store: Path, backbone: str, without_task: str | None = None) ->
             f"and store=DIR names another store{Candidates([], damaged).left_out_line(before='; ')}"
         )
     # A folder may hold the very weights that have a name elsewhere.
-    prints = {m.backbone["fingerprint"] for m in adapters if _same(m.backbone["name_or_path"], backbone)}
-    here = [manifest for manifest in adapters if manifest.backbone["fingerprint"] in prints]
+    prints = {m.backbone.fingerprint for m in adapters if _same(m.backbone.name_or_path, backbone)}
+    here = [manifest for manifest in adapters if manifest.backbone.fingerprint in prints]
     if not here:
-        there = ", ".join(sorted({m.backbone["name_or_path"] for m in adapters}))
+        there = ", ".join(sorted({m.backbone.name_or_path for m in adapters}))
         raise UserError(
             f"sources=all: no adapter of {store} was trained on {backbone}, only on {there}\n"
             "Say backbone=… as in stage 1, or backbone.name_or_path=NAME"
         )
     left_out = damaged | {
-        m.name: f"backbone {m.backbone['name_or_path']}"
+        m.name: f"backbone {m.backbone.name_or_path}"
         for m in adapters
-        if m.backbone["fingerprint"] not in prints
+        if m.backbone.fingerprint not in prints
     }
     left_out |= {m.name: reason for m in here if (reason := why_unfit(m)) is not None}
     here = [manifest for manifest in here if manifest.name not in left_out]
-    tokenizers = Counter(known for m in here if (known := m.backbone.get("tokenizer")) is not None)
+    tokenizers = Counter(known for m in here if (known := m.backbone.tokenizer) is not None)
     usual = max(tokenizers, key=lambda known: tokenizers[known], default=None)
     left_out |= {
-        m.name: f"trained with another tokenizer ({m.backbone['tokenizer'][:8]}, most have {usual[:8]})"
+        m.name: f"trained with another tokenizer ({str(m.backbone.tokenizer)[:8]}, most have {usual[:8]})"
         for m in here
-        if usual is not None and m.backbone.get("tokenizer") not in (None, usual)
+        if usual is not None and m.backbone.tokenizer not in (None, usual)
     }
     here = [manifest for manifest in here if manifest.name not in left_out]
     own = [m for m in here if without_task in m.task_names] if without_task is not None else []
@@ -99,5 +99,5 @@ def _kind(manifest: Manifest) -> str:
     placement = manifest.placement
     return (
         f"{'+'.join(placement['adapter.sites'])}/{placement['adapter.reads']} "
-        f"on weights {manifest.backbone['fingerprint'][:8]}"
+        f"on weights {manifest.backbone.fingerprint[:8]}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fusion.config import DataConfig, LimitConfig, TaskConfig
+from fusion.config import DataConfig, LimitConfig
 from fusion.data.encode import EncodedRows, encode
 from fusion.data.rows import load_splits
 from fusion.errors import UserError
@@ -24,8 +24,8 @@ def source_rows(source: Manifest, data: DataConfig, at_most: int, tokenizer: Any
     """
     found = []
     for trained in source.tasks:
-        task = TaskConfig.from_dict(trained, source.name)
-        own = source.run["config"].get("data.limit.train")
+        task = trained.as_config(source.name)
+        own = source.run.config.get("data.limit.train")
         limit = max(2, at_most // len(source.tasks))
         limit = min(own, limit) if isinstance(own, int) else limit
         errors: list[UserError] = []
@@ -46,7 +46,7 @@ def source_rows(source: Manifest, data: DataConfig, at_most: int, tokenizer: Any
 
 def _places(source: Manifest, data: DataConfig) -> list[str | None]:
     """Values of `data.dir` to try, in order; None: the hub, or the task's own corpus."""
-    own, folder = source.run["config"].get("data.dir"), source.run.get("folder")
+    own, folder = source.run.config.get("data.dir"), source.run.folder
     places: list[str | None] = []
     if isinstance(own, str):
         if isinstance(folder, str):

@@ -12,9 +12,8 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -24,7 +23,7 @@ from fusion.store.files import MEND, read_regular
 from fusion.store.json_text import short
 from fusion.store.layout import HEAD, MANIFEST, OLD, REPLACED, STAGING, WEIGHTS
 from fusion.store.lookup import find, find_by_hash, read_folder, read_settled
-from fusion.store.manifest import Manifest
+from fusion.store.manifest import File, Manifest
 from fusion.store.names import check_name
 from fusion.store.trained_data import note_ambiguous_labels
 from fusion.store.writing import LOCK_SECONDS, NEW, check_free, retire, settle, sync_folder, writing
@@ -134,9 +133,7 @@ def adopt(artifact: Artifact, store: Path) -> None:
         staged.mkdir(parents=True)
         try:
             for file in (WEIGHTS, HEAD):  # these alone: whatever else lies there is no part of it
-                _write(
-                    staged / file, read_regular(artifact.path / file, artifact.manifest.files[file]["bytes"])
-                )
+                _write(staged / file, read_regular(artifact.path / file, artifact.manifest.files[file].bytes))
             _write(staged / MANIFEST, artifact.manifest.to_json().encode("utf-8"))
             if read(staged).manifest.hash != artifact.manifest.hash:
                 raise UserError(
@@ -231,7 +228,7 @@ def _stage(
         content = safetensors.torch.save({key: _plain(tensor) for key, tensor in tensors.items()})
         files[file] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
         _write(folder / file, content)
-    manifest = replace(manifest, files=files)
+    manifest = manifest.changed(files=files)
     text = manifest.to_json()
     Manifest.from_json(text, folder / MANIFEST)  # what could not be read again must not be stored
     _write(folder / MANIFEST, text.encode("utf-8"))
@@ -251,12 +248,12 @@ def _write(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _read_tensors(path: Path, entry: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    content = read_regular(path, expected=entry["bytes"])
+def _read_tensors(path: Path, entry: File) -> dict[str, torch.Tensor]:
+    content = read_regular(path, expected=entry.bytes)
     found = hashlib.sha256(content).hexdigest()
-    if found != entry["sha256"]:
+    if found != entry.sha256:
         raise UserError(
-            f"{path}: sha256 {found[:12]} and not {short(entry['sha256'], 12)}, so it was changed; {MEND}"
+            f"{path}: sha256 {found[:12]} and not {short(entry.sha256, 12)}, so it was changed; {MEND}"
         )
     try:
         return safetensors.torch.load(content)

@@ -23,7 +23,7 @@ def check_sources(manifests: list[Manifest]) -> None:
         if manifest.kind != "adapter":
             raise UserError(
                 f"sources: {manifest.name} is a stored {manifest.kind}, and only adapters can be combined; "
-                f"train one with python -m fusion.stage1 +task={manifest.task['name']} method=adapter"
+                f"train one with python -m fusion.stage1 +task={manifest.task.name} method=adapter"
             )
     if twice := repeated(manifest.name for manifest in manifests):
         raise UserError(
@@ -41,20 +41,20 @@ def check_sources(manifests: list[Manifest]) -> None:
 def _differences(first: Manifest, other: Manifest) -> list[str]:
     one, two = first.backbone, other.backbone
     found = []
-    if one["name_or_path"] != two["name_or_path"] and one["fingerprint"] != two["fingerprint"]:
-        found.append(f"backbone {two['name_or_path']} and not {one['name_or_path']}")
-    elif one["fingerprint"] != two["fingerprint"]:
+    if one.name_or_path != two.name_or_path and one.fingerprint != two.fingerprint:
+        found.append(f"backbone {two.name_or_path} and not {one.name_or_path}")
+    elif one.fingerprint != two.fingerprint:
         found.append(
-            f"backbone {two['name_or_path']} has other weights "
-            f"(fingerprint {two['fingerprint'][:8]} and not {one['fingerprint'][:8]})"
+            f"backbone {two.name_or_path} has other weights "
+            f"(fingerprint {two.fingerprint[:8]} and not {one.fingerprint[:8]})"
         )
-    if None not in (one.get("tokenizer"), two.get("tokenizer")) and one["tokenizer"] != two["tokenizer"]:
+    if None not in (one.tokenizer, two.tokenizer) and one.tokenizer != two.tokenizer:
         found.append(
-            f"backbone {two['name_or_path']} has another tokenizer "
-            f"(hash {two['tokenizer'][:8]} and not {one['tokenizer'][:8]})"
+            f"backbone {two.name_or_path} has another tokenizer "
+            f"(hash {str(two.tokenizer)[:8]} and not {str(one.tokenizer)[:8]})"
         )
-    if one["hidden_size"] != two["hidden_size"]:
-        found.append(f"hidden size {two['hidden_size']} and not {one['hidden_size']}")
+    if one.hidden_size != two.hidden_size:
+        found.append(f"hidden size {two.hidden_size} and not {one.hidden_size}")
     here, there = first.placement, other.placement
     found += [
         f"{key} {_shown(there[key])} and not {_shown(here[key])}" for key in here if here[key] != there[key]
@@ -77,9 +77,9 @@ def check_drop(manifest: Manifest, drop: int) -> None:
             f"drop={drop}: {manifest.name} is a stored {manifest.kind}; only adapters and fusions can be dropped layer "
             "by layer, so leave drop= out"
         )
-    if drop > manifest.backbone["layers"]:
+    if drop > manifest.backbone.layers:
         raise UserError(
-            f"drop={drop}: {manifest.name} has {manifest.backbone['layers']} layers; expected no more"
+            f"drop={drop}: {manifest.name} has {manifest.backbone.layers} layers; expected no more"
         )
 
 
@@ -96,7 +96,7 @@ def check_attends(manifest: Manifest, asked: str, cure: str) -> None:
         raise UserError(
             f"{asked}: {manifest.name} is a stored {manifest.kind}; only a fusion has attention to show"
         )
-    name = (manifest.composition or {})["name"]
+    name = manifest.made_by
     if why := COMPOSITIONS[name].no_weights:
         raise UserError(f"{asked}: {manifest.name} (composition={name}) {why}; {cure}")
 
@@ -107,9 +107,9 @@ def check_trust(manifest: Manifest, trusted: bool) -> None:
     Raises:
         UserError: names the key that the user has to say again.
     """
-    if manifest.backbone.get("trust_remote_code") and not trusted:
+    if manifest.backbone.trust_remote_code and not trusted:
         raise UserError(
-            f"{manifest.name}: its backbone {manifest.backbone['name_or_path']} runs code of its own; say "
+            f"{manifest.name}: its backbone {manifest.backbone.name_or_path} runs code of its own; say "
             "backbone.trust_remote_code=true if you have read it and trust it"
         )
 
@@ -126,8 +126,8 @@ def check_backbone(
         UserError: which artifact, and how the backbone differs.
     """
     stored = manifest.backbone
-    if stored["fingerprint"] == fingerprint and stored["hidden_size"] == hidden_size:
-        trained_with = stored.get("tokenizer")
+    if stored.fingerprint == fingerprint and stored.hidden_size == hidden_size:
+        trained_with = stored.tokenizer
         if None not in (trained_with, tokenizer) and trained_with != tokenizer:
             raise UserError(
                 f"{manifest.name} was trained with another tokenizer than {name_or_path} has (hash "
@@ -136,10 +136,10 @@ def check_backbone(
             )
         return
     how = f"{name_or_path} has fingerprint {fingerprint[:8]}"
-    if stored["hidden_size"] != hidden_size:
-        how += f" and hidden size {hidden_size} (not {stored['hidden_size']})"
-    revision = f" revision {stored['revision']}" if stored["revision"] else ""
+    if stored.hidden_size != hidden_size:
+        how += f" and hidden size {hidden_size} (not {stored.hidden_size})"
+    revision = f" revision {stored.revision}" if stored.revision else ""
     raise UserError(
-        f"{manifest.name} was trained on {stored['name_or_path']}{revision} with fingerprint "
-        f"{stored['fingerprint'][:8]}, and {how}: it needs the very same backbone"
+        f"{manifest.name} was trained on {stored.name_or_path}{revision} with fingerprint "
+        f"{stored.fingerprint[:8]}, and {how}: it needs the very same backbone"
     )

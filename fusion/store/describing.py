@@ -11,7 +11,7 @@ from fusion.safe_text import printable
 from fusion.store.layout import MANIFEST
 from fusion.store.listing import as_bytes, number, what_it_is, when
 from fusion.store.lookup import find, find_by_hash, read_folder, read_settled
-from fusion.store.manifest import Manifest
+from fusion.store.manifest import Git, Manifest, Source
 from fusion.store.overview import everything, users_of
 from fusion.store.rebuilding import rebuild_lines
 
@@ -48,53 +48,52 @@ def _facts(folder: Path, manifest: Manifest, store: Path) -> Iterator[str]:
         }
     )
     for task in manifest.tasks:
-        labels = ", ".join(map(str, task.get("labels") or [])) or "none"
-        yield f"{'task':<14}{task['name']} ({task.get('kind')}), labels: {labels}"
-    revision = f", revision {backbone['revision']}" if backbone["revision"] else ""
-    own_code = ", with code of its own" if backbone.get("trust_remote_code") else ""
+        labels = ", ".join(map(str, task.labels or [])) or "none"
+        yield f"{'task':<14}{task.name} ({task.kind}), labels: {labels}"
+    revision = f", revision {backbone.revision}" if backbone.revision else ""
+    own_code = ", with code of its own" if backbone.trust_remote_code else ""
     yield from _lines(
         {
-            "backbone": f"{backbone['name_or_path']} ({backbone['family']}, {backbone['layers']} layers, hidden size "
-            f"{backbone['hidden_size']}{revision}{own_code})",
-            "fingerprint": backbone["fingerprint"],
-            "tokenizer": backbone.get("tokenizer", "not known"),
-            "head": _settings(manifest.head),
+            "backbone": f"{backbone.name_or_path} ({backbone.family}, {backbone.layers} layers, hidden size "
+            f"{backbone.hidden_size}{revision}{own_code})",
+            "fingerprint": backbone.fingerprint,
+            "tokenizer": backbone.tokenizer or "not known",
+            "head": _settings(manifest.content["head"]),
         }
     )
     for title in ("adapter", "composition", "method"):
-        if (settings := getattr(manifest, title)) is not None:
+        if (settings := manifest.content.get(title)) is not None:
             yield f"{title:<14}{_settings(settings)}"
     for source in manifest.sources:
-        yield f"{'source':<14}{source['name']} {source['hash']}, {_where(source, folder.parent)}"
-    if (origin := manifest.origin) is not None:
-        yield f"{'init_from':<14}{origin['name']} {origin['hash']}, {_where(origin, folder.parent)}"
+        yield f"{'source':<14}{source.name} {source.hash}, {_where(source, folder.parent)}"
+    if (origin := run.init_from) is not None:
+        yield f"{'init_from':<14}{origin.name} {origin.hash}, {_where(origin, folder.parent)}"
     for split, metrics in manifest.metrics.items():
         yield f"{'score':<14}{split}: {_settings(metrics)}"
     result = manifest.result
-    if isinstance(diverged := result.get("diverged"), dict):
+    if diverged := result.diverged:
         yield f"{'diverged':<14}{_settings(diverged)}"
-    git = run.get("git")
     yield from _lines(
         {
-            "epochs": f"best {result.get('best_epoch')} of {result.get('epochs')}",
-            "parameters": _settings(result.get("parameters")),
+            "epochs": f"best {result.best_epoch} of {result.epochs}",
+            "parameters": _settings(result.parameters),
             "seed": manifest.seed,
-            "max_length": manifest.data["max_length"],
+            "max_length": manifest.data.max_length,
         }
     )
-    for split, fingerprint in manifest.data["fingerprints"].items():
+    for split, fingerprint in manifest.data.fingerprints.items():
         yield f"{'data':<14}{split} {fingerprint}"
     yield from _lines(
         {
             "versions": _settings(manifest.versions),
-            "git": _git(git) if isinstance(git, dict) else "not known",
-            "threads": run.get("threads", "not known"),
-            "run": f"{run['identity']}, its folder {run['directory']}",
-            "started in": run.get("folder") or "not known",
+            "git": "not known" if run.git is None else _git(run.git),
+            "threads": "not known" if run.threads is None else run.threads,
+            "run": f"{run.identity}, its folder {run.directory}",
+            "started in": run.folder or "not known",
         }
     )
     for file, entry in manifest.files.items():
-        yield f"{'file':<14}{file}, {entry['bytes']:,} bytes ({as_bytes(entry['bytes'])}), sha256 {entry['sha256']}"
+        yield f"{'file':<14}{file}, {entry.bytes:,} bytes ({as_bytes(entry.bytes)}), sha256 {entry.sha256}"
 
 
 def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -107,13 +106,13 @@ def _settings(values: Any) -> str:
     return ", ".join(f"{key} {number(value)}" for key, value in values.items()) or "none"
 
 
-def _git(state: Mapping[str, Any]) -> str:
+def _git(state: Git) -> str:
     changed = {True: ", with changes that are not committed", None: ", changes not known"}
-    return f"{state.get('commit')}{changed.get(state.get('dirty'), '')}"
+    return f"{state.commit}{changed.get(state.dirty, '')}"
 
 
-def _where(source: Mapping[str, Any], store: Path) -> str:
+def _where(source: Source, store: Path) -> str:
     try:
-        return f"found: {find_by_hash(source['hash'], source['name'], store)}"
+        return f"found: {find_by_hash(source.hash, source.name, store)}"
     except UserError:
         return "NOT FOUND"

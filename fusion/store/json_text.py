@@ -34,8 +34,12 @@ def read_json(text: str, path: Path) -> Any:
         raise ValueError(f"{word} is no number")
 
     try:
-        values = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
-        _check_plain(values)
+        values = json.loads(
+            text, object_pairs_hook=unique, parse_constant=constant, parse_int=_whole, parse_float=_finite
+        )
+        _check_depth(values)
+        if "\\u" in text:  # only so can JSON that was UTF-8 hold a lone surrogate or a NUL
+            _check_text(values)
     except RecursionError:
         reason = "objects inside each other without end"
     except ValueError as error:
@@ -45,25 +49,33 @@ def read_json(text: str, path: Path) -> Any:
     raise UserError(f"{path}: is not JSON ({reason}); copy the artifact again, or train it again")
 
 
-def _check_plain(value: Any, depth: int = 0) -> None:
+def _whole(digits: str) -> int:
+    if abs(value := int(digits)) > LARGEST:
+        raise ValueError("a whole number is too large")
+    return value
+
+
+def _finite(digits: str) -> float:
+    if math.isinf(value := float(digits)):
+        raise ValueError("a number is too large")
+    return value
+
+
+def _check_depth(value: Any, depth: int = 0) -> None:
     if depth > DEEPEST:
         raise ValueError(f"objects stand more than {DEEPEST} deep inside each other")
-    if isinstance(value, str):
-        if not value.isprintable() and re.search("[\ud800-\udfff\0]", value):
-            raise ValueError(f"{short(value)} is no text")
-    elif isinstance(value, int):
-        if abs(value) > LARGEST:
-            raise ValueError("a whole number is too large")
-    elif isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError("a number is too large")
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            _check_plain(key, depth)
-            _check_plain(inner, depth + 1)
-    elif isinstance(value, list):
-        for inner in value:
-            _check_plain(inner, depth + 1)
+    for inner in value.values() if type(value) is dict else value if type(value) is list else ():
+        if type(inner) in (dict, list):
+            _check_depth(inner, depth + 1)
+
+
+def _check_text(value: Any) -> None:
+    if isinstance(value, str) and re.search("[\ud800-\udfff\0]", value):
+        raise ValueError(f"{short(value)} is no text")
+    for inner in (
+        (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
+    ):
+        _check_text(inner)
 
 
 def short(text: str, most: int = 60) -> str:

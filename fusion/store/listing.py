@@ -40,7 +40,7 @@ def _row(found: Found, manifest: Manifest, every: list[Found]) -> tuple[str, ...
         found.place,
         manifest.kind,
         "+".join(manifest.task_names),
-        manifest.backbone["name_or_path"].rstrip("/").rsplit("/", 1)[-1],
+        manifest.backbone.name_or_path.rstrip("/").rsplit("/", 1)[-1],
         what_it_is(manifest),
         str(manifest.seed),
         first_score(manifest),
@@ -69,7 +69,7 @@ def _seeds(store: Path, found: list[Found]) -> Iterator[str]:
 
 def _first(manifest: Manifest) -> tuple[str, float | None]:
     for split in manifest.metrics.values():
-        for metric, value in split.items() if isinstance(split, dict) else ():
+        for metric, value in split.items():
             return metric, float(value) if isinstance(value, (int, float)) else None
     return "", None
 
@@ -83,17 +83,17 @@ def _left(left: Leftover) -> str:
 def what_it_is(manifest: Manifest) -> str:
     """Where an adapter stands, or how a fusion combines: `feedforward/normed`, `adapterfusion of 3`."""
     if manifest.composition is not None:
-        return f"{manifest.composition['name']} of {len(manifest.sources)}"
+        return f"{manifest.composition.settings.name} of {len(manifest.sources)}"
     if manifest.adapter is not None:
-        return f"{'+'.join(manifest.adapter['sites'])}/{manifest.adapter['reads']}"
+        return f"{'+'.join(manifest.adapter.settings.sites)}/{manifest.adapter.settings.reads}"
     return "-"
 
 
 def first_score(manifest: Manifest) -> str:
     """The first metric of the first validation split: `accuracy 0.8125`; and whether the training diverged."""
     for split in manifest.metrics.values():
-        for metric, value in split.items() if isinstance(split, dict) else ():
-            return f"{metric} {number(value)}{' (diverged)' if manifest.result.get('diverged') else ''}"
+        for metric, value in split.items():
+            return f"{metric} {number(value)}{' (diverged)' if manifest.result.diverged else ''}"
     return "-"
 
 

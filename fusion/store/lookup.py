@@ -180,7 +180,7 @@ def source_manifests(manifest: Manifest, store: Path) -> list[Manifest]:
     Raises:
         UserError: a source is missing or damaged.
     """
-    return [read_folder(find_by_hash(source["hash"], source["name"], store)) for source in manifest.sources]
+    return [read_folder(find_by_hash(source.hash, source.name, store)) for source in manifest.sources]
 
 
 def artifacts(store: Path, replaced: bool = False) -> Iterator[tuple[Path, Manifest]]:

@@ -91,7 +91,7 @@ def _look(place: str, folder: Path, store: Path) -> Found:
 
 def leftovers(store: Path, found: list[Found]) -> Iterator[Leftover]:
     """Checkpoints of runs that are not done, and of runs that are; what a writer that was killed left."""
-    identities = {f"{f.place}-{f.manifest.run['identity']}" for f in found if f.manifest and not f.replaced}
+    identities = {f"{f.place}-{f.manifest.run.identity}" for f in found if f.manifest and not f.replaced}
     for folder in _entries(store / RUNS):
         name = folder.name.rpartition("-")[0]
         if name and is_held(
@@ -153,7 +153,7 @@ def users_of(hash: str, found: list[Found]) -> list[str]:
     return [
         f.place
         for f in found
-        if f.manifest is not None and any(source["hash"] == hash for source in f.manifest.sources)
+        if f.manifest is not None and any(source.hash == hash for source in f.manifest.sources)
     ]
 
 

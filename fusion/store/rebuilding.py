@@ -33,7 +33,7 @@ def rebuild_lines(manifest: Manifest, store: Path, into: Path) -> list[str]:
         if isinstance(needed, str):
             lines.append(f"# {needed}")
             continue
-        where = needed.run.get("folder")
+        where = needed.run.folder
         if isinstance(where, str) and where != standing:
             lines.append(f"cd {shlex.quote(where)}")
             standing = where
@@ -48,19 +48,17 @@ def _in_order(manifest: Manifest, store: Path, seen: list[str]) -> Iterator[Mani
     seen.append(manifest.hash)
     for source in manifest.sources:
         try:
-            found = read_folder(find_by_hash(source["hash"], source["name"], store))
+            found = read_folder(find_by_hash(source.hash, source.name, store))
         except UserError as error:
             yield " ".join(str(error).split())
         else:
             yield from _in_order(found, store, seen)
-    if (origin := manifest.origin) is not None:
+    if (origin := manifest.run.init_from) is not None:
         try:
-            yield from _in_order(
-                read_folder(find_by_hash(origin["hash"], origin["name"], store)), store, seen
-            )
+            yield from _in_order(read_folder(find_by_hash(origin.hash, origin.name, store)), store, seen)
         except UserError:
-            yield f"init_from={origin['name']} ({origin['hash'][:8]}), whose weights {manifest.name} was trained from, is gone"
-    pruned = (manifest.composition or {}).get("fusion")
+            yield f"init_from={origin.name} ({origin.hash[:8]}), whose weights {manifest.name} was trained from, is gone"
+    pruned = None if manifest.composition is None else manifest.composition.settings.fusion
     if isinstance(pruned, str):
         try:
             yield from _in_order(read_folder(find(pruned, store)), store, seen)
@@ -70,28 +68,28 @@ def _in_order(manifest: Manifest, store: Path, seen: list[str]) -> Iterator[Mani
 
 
 def _command(manifest: Manifest, into: Path) -> list[str]:
-    overrides = [word for word in manifest.run["overrides"] if isinstance(word, str)]
+    overrides = [word for word in manifest.run.overrides if isinstance(word, str)]
     if not overrides:
         return [f"# {manifest.name} was not made by a command: there is nothing to type again"]
     stage = "stage2" if manifest.kind == "fusion" else "stage1"
     kept = [word for word in overrides if key_of(word) not in SAID_ANYWAY]
     said = {key_of(word) for word in kept}
-    config: dict[str, Any] = manifest.run["config"]
+    config: dict[str, Any] = manifest.run.config
     data = config.get("data.dir")
     if isinstance(data, str) and "data.dir" not in said:  # it came from FUSION_DATA_DIR
         kept.append(override("data.dir", data))
     # By name: a source that was given by a path has its name in the store that is written to.
-    names = override("sources", [source["name"] for source in manifest.sources])
+    names = override("sources", [source.name for source in manifest.sources])
     kept = [names if key_of(word) == "sources" else word for word in kept]
-    if manifest.origin is not None:
-        initial = override("init_from", manifest.origin["name"])
+    if manifest.run.init_from is not None:
+        initial = override("init_from", manifest.run.init_from.name)
         kept = [initial if key_of(word) == "init_from" else word for word in kept]
     kept += [
         override("name", manifest.name),
         override("store", str(into.absolute())),
         f"seed={manifest.seed}",
     ]
-    environment = manifest.run.get("environment")
+    environment = manifest.run.environment
     variables = environment.items() if isinstance(environment, dict) else ()
     words = [f"{key}={shlex.quote(str(value))}" for key, value in variables]
     words += ["python", "-m", f"fusion.{stage}", *map(shlex.quote, kept)]

@@ -88,5 +88,5 @@ def _only_users(name: str, hash: str, store: Path) -> list[str]:
     return [
         folder.name
         for folder, manifest in artifacts(store)
-        if any(source["hash"] == hash for source in manifest.sources)
+        if any(source.hash == hash for source in manifest.sources)
     ]

@@ -21,7 +21,7 @@ from typing import Any
 
 from fusion.errors import UserError
 from fusion.store.lookup import artifacts, find, read_folder
-from fusion.store.manifest import Manifest
+from fusion.store.manifest import Manifest, Source
 
 Settings = dict[str, Any]
 
@@ -69,8 +69,8 @@ class Lookup:
         return self._of_config(config, store, sources, 0)
 
     def _of_artifact(self, manifest: Manifest, store: Path, depth: int) -> Settings:
-        config = manifest.run["config"]
-        if depth >= _DEEPEST or not isinstance(config, dict):
+        config = manifest.run.config
+        if depth >= _DEEPEST:
             return {"artifact": manifest.name}
         sources = [self._by_hash(source, manifest.seed, store, depth + 1) for source in manifest.sources]
         settings = _plain(config)
@@ -91,10 +91,10 @@ class Lookup:
             settings[FUSION] = self._by_name(reference, seed, store, depth + 1)
         return settings
 
-    def _by_hash(self, source: Mapping[str, Any], seed: Any, store: Path, depth: int) -> Settings:
-        if (found := self._index(store).get(source["hash"])) is not None:
+    def _by_hash(self, source: Source, seed: Any, store: Path, depth: int) -> Settings:
+        if (found := self._index(store).get(source.hash)) is not None:
             return self._of_artifact(found[0], store, depth)
-        return self._by_name(source["name"], seed, store, depth, stored=False)
+        return self._by_name(source.name, seed, store, depth, stored=False)
 
     def _by_name(
         self, reference: str, seed: Any, store: Path | None, depth: int, stored: bool = True

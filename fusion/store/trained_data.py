@@ -18,10 +18,10 @@ def data_folder_of(manifest: Manifest) -> str | None:
 
     A relative folder that is not here is looked for where the training was started.
     """
-    trained = manifest.run["config"].get("data.dir")
+    trained = manifest.run.config.get("data.dir")
     if not isinstance(trained, str):
         return None
-    there = Path(str(manifest.run.get("folder") or ".")) / trained
+    there = Path(str(manifest.run.folder or ".")) / trained
     return str(there) if not Path(trained).is_dir() and there.is_dir() else trained
 
 
@@ -32,18 +32,14 @@ def note_ambiguous_labels(manifest: Manifest) -> None:
     values or numbers in another order, such as `["true", "false"]` or `[1, 2, 3]`. It did not record which it did.
     """
     for task in manifest.tasks:
-        names = [str(name) for name in task.get("labels") or ()]
-        if (
-            manifest.labels_read_as(task["name"]) is None
-            and not task.get("label_values")
-            and _look_like_ids(names)
-        ):
+        names = [str(name) for name in task.labels or ()]
+        if manifest.labels_read_as(task.name) is None and not task.label_values and _look_like_ids(names):
             log.warning(
                 "%s: version 0.1 may have read the labels %s of %s as ids, which mean others; if its scores are wrong, "
                 "train it again with overwrite=true",
                 manifest.name,
                 ", ".join(names),
-                task["name"],
+                task.name,
             )
 
 
@@ -62,7 +58,7 @@ def split_of(manifest: Manifest) -> SplitConfig:
         UserError: the manifest has a value that is none.
     """
     keys = [field.name for field in fields(SplitConfig)]
-    config = manifest.run["config"]
+    config = manifest.run.config
     try:
         return SplitConfig(
             **{key: config[f"data.split.{key}"] for key in keys if f"data.split.{key}" in config}
@@ -89,5 +85,5 @@ def as_trained(manifest: Manifest, data: DataConfig, task: str | None) -> DataCo
             f"{asked}: {manifest.name} was trained with another ({trained}), and other splits would hold "
             "rows that it was trained on\nLeave data.split out: the splits are those of the training"
         )
-    quoting = data.quoting or manifest.run["config"].get("data.quoting")
+    quoting = data.quoting or manifest.run.config.get("data.quoting")
     return replace(data, split=split, quoting=quoting if quoting in ("csv", "none") else None)

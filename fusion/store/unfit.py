@@ -15,6 +15,6 @@ def why_unfit(manifest: Manifest) -> str | None:
     """Why `sources=all`, a ranking and proposed commands leave an adapter out; None: they do not."""
     if manifest.name.endswith(DEBUG):
         return "trained with debug="
-    if manifest.name.endswith(DIVERGED) or manifest.result.get("diverged"):
+    if manifest.name.endswith(DIVERGED) or manifest.result.diverged:
         return "its training diverged"
     return None

@@ -93,7 +93,7 @@ def _settled_problem(found: Found, store: Path, shapes: Shapes) -> str:
 
 def _stamps(store: Path, found: Found) -> list[tuple[int, int] | None]:
     sources = found.manifest.sources if found.manifest is not None else []
-    return [stamp(found.folder), *(stamp(store / source["name"]) for source in sources)]
+    return [stamp(found.folder), *(stamp(store / source.name) for source in sources)]
 
 
 def _problem(found: Found, store: Path, shapes: Shapes) -> str:

@@ -114,7 +114,7 @@ def retire(store: Path, old: Path, new: Manifest) -> None:
 
 def needed_hashes(store: Path) -> set[str]:
     """Of all sources that the fusions of the store name."""
-    return {source["hash"] for _, fusion in artifacts(store) for source in fusion.sources}
+    return {source.hash for _, fusion in artifacts(store) for source in fusion.sources}
 
 
 def keep_replaced(store: Path, folder: Path, manifest: Manifest) -> Path:
@@ -145,10 +145,9 @@ def check_free(name: str, kind: str, store: Path, overwrite: bool) -> None:
         return
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} is there and is no artifact: choose another name=, or move it away")
-    try:
+    stored = kind
+    with contextlib.suppress(UserError):  # damaged: training it again with overwrite=true is the mend
         stored = read_folder(folder).kind
-    except UserError:
-        stored = kind  # damaged: training it again with overwrite=true is the mend
     if stored != kind:
         raise UserError(f"{store / name} is kept for a stored {stored}: choose another name= for this {kind}")
     if not overwrite:

@@ -184,7 +184,8 @@ def train_and_store(
         )
         if not run.rank_zero:
             return {}
-        manifest = Manifest(
+        result = _result(config, entry, model, backbone, fitted, sources)
+        manifest = Manifest.of(
             kind=entry.kind,
             name=entry.name,
             task=dataclasses.asdict(config.task_list[0]),
@@ -195,15 +196,15 @@ def train_and_store(
             metrics=fitted.metrics,
             seed=config.seed,
             versions=versions(),
-            result=_result(config, entry, model, backbone, fitted, sources),
+            result=result,
             **_circumstances(config, run, entry, model, backbone, rows, origin, fitted.decisions),
         )
         if config.trainer.fast_dev_run:
             log.info("trainer.fast_dev_run: it runs; nothing is stored")
             exit_code = 0
-            return manifest.result
+            return result
         if fitted.broken is not None:
-            kept = _store(dataclasses.replace(manifest, name=f"{entry.name}{DIVERGED}"), model, entry, True)
+            kept = _store(manifest.changed(name=f"{entry.name}{DIVERGED}"), model, entry, True)
             scores = "  ".join(f"{split} {fitted.metrics[split]}" for split in fitted.metrics)
             raise TrainingError(
                 f"{fitted.broken}\nThe best epoch before it ({fitted.best_epoch}: {scores}) is kept as {kept.name}"
@@ -241,7 +242,7 @@ def train_and_store(
 
 
 def _reference(manifest: Manifest) -> dict[str, Any]:
-    return {"name": manifest.name, "hash": manifest.hash, "run": manifest.run.get("wandb")}
+    return {"name": manifest.name, "hash": manifest.hash, "run": manifest.run.wandb}
 
 
 def _store(manifest: Manifest, model: AdaptedModel, entry: Entry, overwrite: bool) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import statistics
 from pathlib import Path
@@ -119,7 +118,7 @@ def random_sources(programs: Programs, trained: Outcome, count: int) -> list[str
         }
         save(
             programs.store,
-            dataclasses.replace(artifact.manifest, name=name),
+            artifact.manifest.changed(name=name),
             weights,
             artifact.head,
             overwrite=True,

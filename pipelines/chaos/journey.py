@@ -219,8 +219,9 @@ class Journey:
             return f"failed: {error}"
         different = [file for file, sums in _sums(expected).items() if _sums(found)[file] != sums]
         for key in ("metrics", "best_epoch", "epochs"):
-            if found.manifest.result[key] != expected.manifest.result[key]:
-                different.append(f"{key} {found.manifest.result[key]}, not {expected.manifest.result[key]}")
+            here, there = (artifact.manifest.content["result"][key] for artifact in (found, expected))
+            if here != there:
+                different.append(f"{key} {here}, not {there}")
         if different:
             return f"DIFFERENT: {'; '.join(different)}"
         left = [
@@ -233,4 +234,4 @@ class Journey:
 
 def _sums(artifact: Artifact) -> dict[str, object]:
     """The hash of each file of weights: equal ones have equal bytes."""
-    return {name: file["sha256"] for name, file in artifact.manifest.files.items()}
+    return {name: file.sha256 for name, file in artifact.manifest.files.items()}

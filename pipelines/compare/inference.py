@@ -147,12 +147,12 @@ def measure(config: TimingConfig) -> dict[str, Any]:
             batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.choice_counts, **more
         ).cpu()
 
-    data, task = data_of(first.run["config"], config.cache_dir), task_of(config.target)
+    data, task = data_of(first.run.config, config.cache_dir), task_of(config.target)
     split = evaluation_splits(task, "validation", data)[0]
     rows = encode(
         load_rows(task, data, split),
         backbone.tokenizer,
-        data.max_length or first.data["max_length"],
+        data.max_length or first.data.max_length,
         data.cache_dir,
     )
     loader = evaluation_loader(rows, data.batch_size, tokens_per_batch=data.tokens_per_batch)

@@ -171,7 +171,7 @@ class Journey:
     def source_tasks(self) -> list[str]:
         """The sources' tasks: what the manifest says, or the name of what is not stored."""
         found = [
-            str(read_manifest(source, self.store).task["name"]) if self.has_source(source) else source
+            str(read_manifest(source, self.store).task.name) if self.has_source(source) else source
             for source in self.sources
         ]
         return list(dict.fromkeys(found))
@@ -181,22 +181,22 @@ class Journey:
         if self.dropped_are_there:
             sources += [source_name(task, 0) for task in self.source_tasks()]
         made = [read_manifest(source, self.store).run for source in sources if self.has_source(source)]
-        return [typed("fusion.stage1", [w.replace("\\", "") for w in run["overrides"]]) for run in made]
+        return [typed("fusion.stage1", [w.replace("\\", "") for w in run.overrides]) for run in made]
 
     def half(self) -> int:
         """Half of the backbone's layers."""
         stored = [source for source in self.sources if self.has_source(source)] or self.available(
             self.sources
         )
-        return int(read_manifest(stored[0], self.store).backbone["layers"]) // 2
+        return int(read_manifest(stored[0], self.store).backbone.layers) // 2
 
     def note_other_settings(self, source: str) -> None:
         """A stored source is taken as it is; a reader is told where it was made with something else."""
         manifest, config = read_manifest(source, self.store), self.settings.config
         asked = {"trainer.max_epochs": config.source_epochs, "optim.lr": SOURCE_RATE}
-        if manifest.task["name"] != self.settings.target or self.settings.word("data.limit.train") is None:
+        if manifest.task.name != self.settings.target or self.settings.word("data.limit.train") is None:
             asked["data.limit.train"] = config.source_rows
-        made = manifest.run["config"]
+        made = manifest.run.config
         others = [f"{key}={made.get(key)}" for key, value in asked.items() if made.get(key) != value]
         if others:
             self.compared.notes.append(f"Source {source} is taken as it was: {', '.join(others)}.")
@@ -261,7 +261,7 @@ class Journey:
             manifest = self.stored(member)
             if manifest is None or self.sources_changed(manifest):
                 return False
-            if recorded_words(manifest.run["overrides"]) != member.words:
+            if recorded_words(manifest.run.overrides) != member.words:
                 return False
         return True
 
@@ -271,7 +271,7 @@ class Journey:
             manifest = self.stored(member)
             if manifest is None:
                 continue
-            others = recorded_words(manifest.run["overrides"]) ^ member.words
+            others = recorded_words(manifest.run.overrides) ^ member.words
             renamed = bool(row.needs and others) and all(key_of(word) in DERIVED for word in others)
             if renamed or self.sources_changed(manifest):
                 return True
@@ -283,7 +283,7 @@ class Journey:
     def sources_changed(self, manifest: Manifest) -> bool:
         stored = names(self.store)
         return any(
-            source["name"] in stored and read_manifest(source["name"], self.store).hash != source["hash"]
+            source.name in stored and read_manifest(source.name, self.store).hash != source.hash
             for source in manifest.sources
         )
 

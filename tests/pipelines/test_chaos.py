@@ -403,11 +403,11 @@ def test_equal_different_and_left_over(judge: tuple[Journey, Path]) -> None:
     assert journey._compare(kind, folder) == EQUAL
     (folder / "store" / ".runs" / "made-1").mkdir(parents=True)
     assert journey._compare(kind, folder) == "failed: left over: store/.runs/made-1"
-    result = expected.manifest.result | {"best_epoch": 7}
-    manifest = dataclasses.replace(expected.manifest, result=result)
+    result = expected.manifest.content["result"] | {"best_epoch": 7}
+    manifest = expected.manifest.changed(result=result)
     head = {name: tensor + torch.finfo(tensor.dtype).eps for name, tensor in expected.head.items()}
     save(folder / "store", manifest, expected.weights, head, overwrite=True)
-    best = expected.manifest.result["best_epoch"]
+    best = expected.manifest.result.best_epoch
     assert journey._compare(kind, folder) == f"DIFFERENT: head.safetensors; best_epoch 7, not {best}"
     (folder / "store" / NAME / "weights.safetensors").unlink()
     assert journey._compare(kind, folder).startswith("failed: ")

@@ -313,7 +313,7 @@ def save_manifest(store: Path, name: str, **changes: Any) -> Manifest:
             "head.safetensors": {"bytes": 800, "sha256": "h"},
         },
     }
-    manifest = Manifest(**(values | changes))
+    manifest = Manifest.of(**(values | changes))
     (store / name).mkdir(parents=True, exist_ok=True)
     (store / name / "manifest.json").write_text(manifest.to_json())
     return manifest
@@ -427,7 +427,7 @@ class Commands:
         ]
         fused = values["sources"][1:-1].split(",") if "sources" in values else []
         if "composition.fusion" in values:
-            fused = [source["name"] for source in read_manifest(values["composition.fusion"], store).sources]
+            fused = [source.name for source in read_manifest(values["composition.fusion"], store).sources]
         config = {"trainer.max_epochs": 2, "optim.lr": 5e-4, "data.limit.train": 1000}
         splits = ["mrpc/validation", "cb/validation"] if "tasks" in values else ["validation"]
         made: dict[str, Any] = {"kind": "fusion", "adapter": None, "composition": {"name": "adapterfusion"}}
@@ -927,7 +927,7 @@ def test_a_small_comparison_for_real(
     timing = content["inference"]
     assert (timing["split"], timing["rows"], timing["device"]) == ("validation", [8, 8], "cpu")
     assert timing["rounds"] >= inference.SMALLEST_ROUNDS and timing["bare_seconds"] > 0
-    source = read_manifest("books", place / "compared" / "store").run["config"]
+    source = read_manifest("books", place / "compared" / "store").run.config
     assert (source["data.limit.train"], source["trainer.max_epochs"], source["optim.lr"]) == (16, 1, 5e-4)
     table = (place / "compared" / "table.md").read_text()
     assert "| `static` | static weights | " in table and "python -m fusion.stage2 -m +task=films" in table

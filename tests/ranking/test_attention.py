@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -20,8 +19,8 @@ def manifest(three: Bench) -> Manifest:
 
 
 def with_slots(manifest: Manifest, *slots: str) -> Manifest:
-    adapter = (manifest.adapter or {}) | {"bottleneck_sizes": dict.fromkeys(slots, 2)}
-    return dataclasses.replace(manifest, adapter=adapter)
+    adapter = manifest.content["adapter"] | {"bottleneck_sizes": dict.fromkeys(slots, 2)}
+    return manifest.changed(adapter=adapter)
 
 
 def test_a_share_is_measured_where_the_source_stands(manifest: Manifest) -> None:

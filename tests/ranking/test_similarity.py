@@ -116,8 +116,8 @@ def test_the_rows_of_a_source_are_those_it_was_trained_on(three: Bench, tmp_path
     manifest = read_manifest("films", three.folder / "store")
 
     def rows(data: DataConfig, at_most: int = 1000, config: dict[str, Any] | None = None) -> EncodedRows:
-        changed = {**manifest.run, "config": manifest.run["config"] | (config or {})}
-        (found,) = source_rows(dataclasses.replace(manifest, run=changed), data, at_most, tokenizer)
+        changed = {**manifest.content["run"], "config": manifest.run.config | (config or {})}
+        (found,) = source_rows(manifest.changed(run=changed), data, at_most, tokenizer)
         return found
 
     elsewhere = DataConfig(max_length=16, cache_dir=three.data.cache_dir)
@@ -132,8 +132,8 @@ def test_the_rows_of_a_source_are_those_it_was_trained_on(three: Bench, tmp_path
     with pytest.raises(UserError, match="another machine"):
         rows(elsewhere, config=gone)
     here = Path(three.data.dir or "").parent
-    moved = dataclasses.replace(
-        manifest, run={**manifest.run, "folder": str(here), "config": {"data.dir": "data"}}
+    moved = manifest.changed(
+        run={**manifest.content["run"], "folder": str(here), "config": {"data.dir": "data"}}
     )
     assert len(source_rows(moved, elsewhere, 1000, tokenizer)[0]) == 256  # relative to where it was typed
 

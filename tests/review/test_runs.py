@@ -244,7 +244,7 @@ def test_a_resumed_run_is_the_same_run(runs: Runs) -> None:
     )
     before, after = ([row["_step"] for row in history(d)] for d in (runs.interrupted, runs.resumed))
     assert before == sorted(before) and after == sorted(after) and max(before) < min(after)
-    identity = runs.manifest("plays-adapterfusion").run["identity"]
+    identity = runs.manifest("plays-adapterfusion").run.identity
     assert second["run_id"].startswith(f"{identity}-")
     assert not list((runs.bench.folder / "store" / ".runs").glob("*/wandb.json"))  # the next one is another
 
@@ -253,9 +253,9 @@ def test_lineage_stands_in_config_and_manifest(runs: Runs) -> None:
     films, books, plays = (runs.manifest(name) for name in ("films", "books", "plays-adapterfusion"))
     for manifest, directory in ((films, runs.films), (plays, runs.resumed)):
         expected = {"id": the_run(directory)["run_id"], "project": "adapter-fusion"}
-        assert manifest.run["wandb"] == expected | {"entity": None, "url": None}
+        assert manifest.run.wandb == expected | {"entity": None, "url": None}
     sources = [
-        {"name": source.name, "hash": source.hash, "run": source.run["wandb"]["id"]}
+        {"name": source.name, "hash": source.hash, "run": (source.run.wandb or {})["id"]}
         for source in (films, books)
     ]
     assert summary(runs.resumed)["config"]["artifact"] == {
@@ -271,7 +271,7 @@ def test_lineage_stands_in_config_and_manifest(runs: Runs) -> None:
         "name": plays.name,
         "hash": plays.hash,
         "kind": "fusion",
-        "run": plays.run["wandb"]["id"],
+        "run": (plays.run.wandb or {})["id"],
     }
 
 
@@ -342,9 +342,9 @@ def test_runs_are_uploaded_and_linked_once(
     ]
     metadata = json.loads(models[-1]["metadata"])
     manifest = runs.manifest("plays-adapterfusion")
-    assert metadata["hash"] == manifest.hash and metadata["composition"] == manifest.composition
-    assert metadata["sources"] == manifest.sources and metadata["metrics"] == manifest.metrics
-    assert metadata["task"] == "plays" and metadata["identity"] == manifest.run["identity"]
+    assert metadata["hash"] == manifest.hash and metadata["composition"] == manifest.content["composition"]
+    assert metadata["sources"] == manifest.content["sources"] and metadata["metrics"] == manifest.metrics
+    assert metadata["task"] == "plays" and metadata["identity"] == manifest.run.identity
 
     said = len(server.operations)
     assert sync.main([f"runs={copy}"]) == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ def build(name: str = "mnli", kind: str = "adapter", **changes: Any) -> Manifest
         "adapter": adapter | changes.pop("adapter", {}) if kind == "adapter" else None,
         "composition": composition | changes.pop("composition", {}) if kind == "fusion" else None,
         "head": {"pooling": "cls", "layers": 1, "outputs": 2, "dropout": 0.1},
-        "sources": [],
+        "sources": [{"name": "a", "hash": "b"}] if kind == "fusion" else [],
         "data": {"max_length": 16, "fingerprints": {"train": "0" * 64}},
         "metrics": {"validation": {"accuracy": 0.5}},
         "seed": 3,
@@ -61,13 +60,13 @@ def build(name: str = "mnli", kind: str = "adapter", **changes: Any) -> Manifest
         "versions": {"torch": torch.__version__},
         "result": {"best_epoch": 1},
     }
-    return Manifest(**(values | changes))
+    return Manifest.of(**(values | changes))
 
 
 def put(folder: Path, manifest: Manifest) -> Path:
     """Writes a manifest as an artifact has it; the weights are of no interest here."""
     folder.mkdir(parents=True)
-    (folder / MANIFEST).write_text(replace(manifest, files=manifest.files or FILES).to_json())
+    (folder / MANIFEST).write_text(manifest.changed(files=manifest.content["files"] or FILES).to_json())
     return folder
 
 

@@ -86,7 +86,7 @@ def test_bytes_and_modes(make_manifest: Make, weights: Tensors, head: Tensors, s
     finally:
         os.umask(umask)
     files = read_manifest("mnli", store).files
-    assert {file: entry["bytes"] for file, entry in files.items()} == {
+    assert {file: entry.bytes for file, entry in files.items()} == {
         file: (path / file).stat().st_size for file in (WEIGHTS, HEAD)
     }
     if os.name == "posix":  # a group that shares the store can read what one of them made
@@ -269,7 +269,7 @@ def test_a_writer_killed_in_an_overwrite(
             replace(old, new)
         artifacts.os.replace = rename
         store = Path({str(store)!r})
-        manifest = replace(artifacts.load("mnli", store).manifest, seed=4, files={{}})
+        manifest = artifacts.load("mnli", store).manifest.changed(seed=4, files={{}})
         artifacts.save(store, manifest, {{"other": torch.ones(3)}}, {{}}, overwrite=True)
     """
     done = run_python(code)
@@ -278,13 +278,13 @@ def test_a_writer_killed_in_an_overwrite(
     stored = load("mnli", store)
     assert same_bits(stored.weights, OTHER if moment == "in place" else weights)
     source = load("f", store).manifest.sources[0]
-    assert same_bits(load_by_hash(source["hash"], source["name"], store).weights, weights)
+    assert same_bits(load_by_hash(source.hash, source.name, store).weights, weights)
     with pytest.raises(UserError, match="overwrite=true"):
         save(store, make_manifest(), OTHER, head)
     save(store, make_manifest(seed=6), {"new": torch.zeros(1)}, head, overwrite=True)
     assert load("mnli", store).manifest.seed == 6 and find("mnli", store) == store / "mnli"
     assert contents(store / ".staging") == set()
-    assert same_bits(load_by_hash(source["hash"], source["name"], store).weights, weights)
+    assert same_bits(load_by_hash(source.hash, source.name, store).weights, weights)
 
 
 def source_of(name: str, store: Path) -> dict[str, str]:
@@ -338,7 +338,7 @@ def test_writers_and_readers_at_once(make_manifest: Make, head: Tensors, store: 
         store, writer = Path({str(store)!r}), int(sys.argv[1])
         for step in range(25):
             seed = writer * 100 + step
-            manifest = replace(load("mnli", store).manifest, seed=seed, files={{}})
+            manifest = load("mnli", store).manifest.changed(seed=seed, files={{}})
             save(store, manifest, {{"value": torch.full((1000,), float(seed))}}, {{}}, overwrite=True)
     """
     writers = [
@@ -486,7 +486,7 @@ def test_a_name_that_ends_like_an_artifact_that_is_being_replaced(
         from dataclasses import replace
         artifacts.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         store = Path({str(store)!r})
-        manifest = replace(artifacts.load("rte", store).manifest, name="mnli.old", files={{}})
+        manifest = artifacts.load("rte", store).manifest.changed(name="mnli.old", files={{}})
         artifacts.save(store, manifest, {{}}, {{}})
     """
     save(store, make_manifest("rte"), weights, head)

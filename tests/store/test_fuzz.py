@@ -42,7 +42,7 @@ from fusion.build import (
 from fusion.config import CompositionConfig
 from fusion.entry import result_of
 from fusion.errors import UserError
-from fusion.from_manifests import stored_composition, tensor_shapes
+from fusion.from_manifests import tensor_shapes
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead
 from fusion.layers.slot_module import SlotModule, parameters_of
@@ -102,7 +102,7 @@ class Place:
             loaded = load_sources(["films", "books"], self.store, self.backbone)
             fillings = composition_fillings(config, loaded, self.backbone, chosen)
             manifest = make_manifest(name, "fusion", sources=sources, **about)
-            manifest = replace(manifest, composition=config.as_stored() | chosen)
+            manifest = manifest.changed(composition=config.as_stored() | chosen)
             save(self.store, manifest, parameters_of(fillings), dict(head.named_parameters()))
         save(self.store, make_manifest("head", "head", **about), {}, dict(head.named_parameters()))
         lora = {"name": "lora", "rank": 2, "alpha": 4, "dropout": 0.0, "targets": ["query"]}
@@ -115,7 +115,7 @@ class Place:
             parts,
             dict(head.named_parameters()),
         )
-        described = make_manifest("x").head | {"pooling": "mean", "layers": 2}
+        described = make_manifest("x").content["head"] | {"pooling": "mean", "layers": 2}
         several = {n: {"task": {**about["task"], "name": n}, "head": described} for n in ("films", "books")}
         two = TaskHead(32, 2, "mean", 2)
         heads = {f"{n}.{key}": value for n in several for key, value in two.named_parameters()}
@@ -140,8 +140,6 @@ class Place:
         check_made_for(artifact, self.backbone)
         answers(artifact.manifest, None)
         result_of(artifact.manifest, artifact.path)
-        if artifact.manifest.kind == "fusion":
-            stored_composition(artifact.manifest, artifact.path)
         if artifact.manifest.kind == "adapter":
             (source, *_) = load_sources([name], self.store, self.backbone)
             filled = parameters_of(stored_adapters(source))

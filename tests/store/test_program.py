@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +159,7 @@ number = 0
 while True:
     number += 1
     weights = {name: tensor + number for name, tensor in old.weights.items()}
-    save(store, replace(old.manifest, files={}, seed=number), weights, old.head, overwrite=True)
+    save(store, old.manifest.changed(files={}, seed=number), weights, old.head, overwrite=True)
     print(number, flush=True)
 """
 
@@ -208,15 +207,15 @@ def test_show(say: Say, full: Path) -> None:
     for expected in (
         manifest.hash,
         "labels: no, yes",
-        manifest.backbone["fingerprint"],
+        manifest.backbone.fingerprint,
         "validation: accuracy 0.5",
         "train " + "0" * 64,
         f"torch {torch.__version__}",
         "git           not known",
         "threads       not known",
-        *(source["hash"] for source in manifest.sources),
-        *(entry["sha256"] for entry in manifest.files.values()),
-        *(f"{entry['bytes']:,} bytes" for entry in manifest.files.values()),
+        *(source.hash for source in manifest.sources),
+        *(entry.sha256 for entry in manifest.files.values()),
+        *(f"{entry.bytes:,} bytes" for entry in manifest.files.values()),
         f"found: {full / 'films'}",
     ):
         assert expected in out
@@ -227,7 +226,7 @@ def test_show(say: Say, full: Path) -> None:
 
 
 def with_run(manifest: Manifest, *overrides: str, **run: Any) -> Manifest:
-    return replace(manifest, run={**manifest.run, "overrides": list(overrides), **run})
+    return manifest.changed(run={**manifest.content["run"], "overrides": list(overrides), **run})
 
 
 def commands(out: str) -> list[str]:
@@ -404,7 +403,7 @@ def test_remove_by_force_leaves_fusions_what_they_need(say: Say, full: Path) -> 
     assert names(full) == ["books", "both", "head"]
     assert load_by_hash(hash, "films", full).path == kept
     assert say("verify")[0] == 0
-    put(full, replace(read_manifest("books", full), name="films", files={}))  # the name is free
+    put(full, read_manifest("books", full).changed(name="films", files={}))  # the name is free
 
 
 def test_a_copy_under_another_name_frees_the_first(say: Say, full: Path) -> None:

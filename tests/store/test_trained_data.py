@@ -46,7 +46,7 @@ def test_evaluate_scores_the_rows_of_the_training(made: Bench) -> None:
     manifest = read_manifest("films", made.folder / "store")
     used = as_trained(manifest, made.data, "films")
     rows = load_rows(made.tasks["films"], used, "validation")
-    assert manifest.data["fingerprints"]["validation"] == rows.fingerprint
+    assert manifest.data.fingerprints["validation"] == rows.fingerprint
     assert data_of(manifest, made.data).split == used.split == SplitConfig(0.125, stratify=True)
 
 
@@ -107,7 +107,7 @@ def test_identity(made: Bench) -> None:
         {"validation": 0.1, "stratify": True},
     )
     assert len({of(split(made.data, **values)) for values in asked}) == len(asked)
-    stored = read_manifest("films", made.folder / "store").run["config"]
+    stored = read_manifest("films", made.folder / "store").run.config
     assert {key: stored[key] for key in stored if key.startswith("data.split")} == {
         "data.split.validation": 0.125,
         "data.split.stratify": True,
@@ -163,11 +163,11 @@ def test_labels_that_version_0_1_may_have_misread(
     """Only where a name looks like the id of another label, and nothing records how the labels were read."""
     bench.stage1("films")
     manifest = read_manifest("films", bench.folder / "store")
-    task = manifest.task | {"labels": labels, "label_values": values}
-    note_ambiguous_labels(dataclasses.replace(manifest, task=task))
+    task = manifest.content["task"] | {"labels": labels, "label_values": values}
+    note_ambiguous_labels(manifest.changed(task=task))
     assert caplog.records == []
-    old = {key: value for key, value in manifest.data.items() if key != "labels"}
-    note_ambiguous_labels(dataclasses.replace(manifest, task=task, data=old))
+    old = {key: value for key, value in manifest.content["data"].items() if key != "labels"}
+    note_ambiguous_labels(manifest.changed(task=task, data=old))
     assert [record.levelname for record in caplog.records] == ["WARNING"] * ambiguous
     if ambiguous:
         assert (

@@ -58,17 +58,21 @@ def test_what_is_covered() -> None:
     """Every kind, composition, site, reading, and kind of task that 0.1 knew, and each optional key."""
     manifests = {name: read_manifest(name, STORED / "store") for name in EVALUATED}
     assert {m.kind for m in manifests.values()} == {"adapter", "fusion", "head", "lora", "bitfit", "full"}
-    compositions = {m.composition["name"] for m in manifests.values() if m.composition is not None}
+    compositions = {m.composition.settings.name for m in manifests.values() if m.composition is not None}
     assert compositions == {
         *("adapterfusion", "sequence", "static", "mean", "average", "pruned", "continued"),
         *("scalearn", "scalearn_uniform", "scalearn_pp", "scalearn_uniform_pp"),
     }
-    keys = {key for m in manifests.values() for key in (*(m.composition or {}), *(m.adapter or {}))}
+    keys = {
+        key
+        for m in manifests.values()
+        for key in (*(m.content["composition"] or {}), *(m.content["adapter"] or {}))
+    }
     assert {"rank", "target_adapter", "train", "fusion", "keep", "kept", "continued", "drop", "shared"} < keys
-    adapters = [m.adapter for m in manifests.values() if m.adapter is not None]
-    assert {site for a in adapters for site in a["sites"]} == {"before_attention", "attention", "feedforward"}
-    assert {a["reads"] for a in adapters} == {"output", "normed", "input"}
-    assert {t["kind"] for m in manifests.values() for t in m.tasks} == {
+    adapters = [m.adapter.settings for m in manifests.values() if m.adapter is not None]
+    assert {site for a in adapters for site in a.sites} == {"before_attention", "attention", "feedforward"}
+    assert {a.reads for a in adapters} == {"output", "normed", "input"}
+    assert {t.kind for m in manifests.values() for t in m.tasks} == {
         "classification",
         "regression",
         "choice",
@@ -123,7 +127,7 @@ def test_their_adapters_can_be_fused(place: Path) -> None:
     )
     result = stage2.main.__wrapped__(config, run("stage2", config))  # type: ignore[attr-defined]
     manifest = read_manifest("new", place / "store")
-    assert [source["hash"] for source in manifest.sources] == [
+    assert [source.hash for source in manifest.sources] == [
         EVALUATED[name]["hash"] for name in ("films", "books")
     ]
     assert manifest.checksum is not None

@@ -59,9 +59,9 @@ FUSED = "moods-adapterfusion"
 
 def test_the_threshold_is_stored_and_used(trained: Bench) -> None:
     manifest = read_manifest(FUSED, trained.folder / "store")
-    assert set(manifest.head) == {"pooling", "layers", "outputs", "dropout", "decision"}
-    assert manifest.head["outputs"] == 3 and 0 < manifest.head["decision"]["threshold"] < 1
-    assert manifest.metrics["validation"]["micro_f1"] > 0.5
+    assert set(manifest.content["head"]) == {"pooling", "layers", "outputs", "dropout", "decision"}
+    assert manifest.head.outputs == 3 and 0 < manifest.head.decision["threshold"] < 1
+    assert (manifest.metrics["validation"]["micro_f1"] or 0.0) > 0.5
     found = trained.evaluate(FUSED, split="validation")["metrics"]["validation"]
     assert found == pytest.approx(manifest.metrics["validation"])
     assert set(trained.evaluate(FUSED, split="test")["metrics"]["test"]) == set(found)
@@ -88,7 +88,7 @@ def test_outcomes_are_ids_of_each_row(trained: Bench) -> None:
 
 
 def test_predictions_are_names_and_probabilities(trained: Bench) -> None:
-    threshold = read_manifest(FUSED, trained.folder / "store").head["decision"]["threshold"]
+    threshold = read_manifest(FUSED, trained.folder / "store").head.decision["threshold"]
     lines = trained.predict(FUSED, [{"text": "a good great film"}, {"text": "a dog"}], attention=True)
     for line in lines:
         assert set(line) == {"labels", "scores", "attention"} and list(line["scores"]) == NAMES
@@ -128,8 +128,8 @@ def test_beside_another_kind_each_head_has_its_own_decision(trained: Bench) -> N
     assert result["metrics"]["moods/validation"].keys() == {"micro_f1", "macro_f1", "subset_accuracy"}
     manifest = read_manifest(result["name"], trained.folder / "store")
     assert manifest.multitask is not None
-    heads = {name: entry["head"].get("decision") for name, entry in manifest.multitask.items()}
-    assert heads["films"] is None and heads["moods"] is not None
+    heads = {name: one.head.decision for name, one in manifest.multitask.items()}
+    assert heads["films"] == {} and heads["moods"].keys() == {"threshold"}
     found = trained.evaluate(result["name"], task=trained.tasks["moods"], split="validation")
     assert found["metrics"]["validation"] == pytest.approx(result["metrics"]["moods/validation"])
 

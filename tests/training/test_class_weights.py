@@ -233,7 +233,7 @@ def test_trained_and_stored(bench: Bench) -> None:
     assert not torch.equal(
         *(bench.weights(name)["0.feedforward.down.weight"] for name in ("plain", "weighted"))
     )
-    stored = read_manifest("weighted", bench.folder / "store").run["config"]
+    stored = read_manifest("weighted", bench.folder / "store").run.config
     assert stored["loss.class_weights"] == [0.2, 3.0] and stored["loss.label_smoothing"] == 0.1
     assert plain["metrics"].keys() == {"validation"}
 

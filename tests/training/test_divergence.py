@@ -79,7 +79,7 @@ def test_a_run_that_diverges_is_marked(bench: Bench, caplog: pytest.LogCaptureFi
     assert "the training diverged: training loss" in caplog.text
     store = bench.folder / "store"
     manifest = read_manifest("films", store)
-    assert manifest.result["diverged"] == result["diverged"]
+    assert manifest.result.diverged == result["diverged"]
     assert first_score(manifest).endswith(" (diverged)")
     assert any(line.startswith("diverged      train_loss ") for line in describe("films", store))
     (titles, row) = trained([("films", "", result)])

@@ -284,7 +284,7 @@ def _settings_of(run: RunFolder, artifact: str, manifest: Manifest | None, looku
     """What the runs of one setting share: from the artifact, where it is still the one that the run made."""
     flat, store = identity_config(run.config), Path(artifact).parent
     if manifest is not None:
-        stored = manifest.run["config"]
+        stored = manifest.run.config
         if {key: value for key, value in stored.items() if not key.startswith("inputs.")} == flat:
             return lookup.of_artifact(manifest, store)
     return lookup.of_run(flat, store, [str(source) for source in run.result.get("sources") or ()] or None)

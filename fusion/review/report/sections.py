@@ -374,7 +374,7 @@ def runs(targets: Sequence[Target], output: Path) -> list[dict[str, Any]]:
             for entry in group.entries:
                 trained = entry.trained
                 manifest = None if trained is None else trained.manifest
-                tracked = None if manifest is None else manifest.run.get("wandb")
+                tracked = None if manifest is None else manifest.run.wandb
                 url = tracked.get("url") if isinstance(tracked, dict) else None
                 folders = (
                     [("scored", entry.run.folder)] if trained is None or trained.run is not entry.run else []
@@ -424,15 +424,15 @@ def _rebuild(trained: Trained) -> dict[str, Any]:
     lines = [shlex.join(["python", "-m", f"fusion.{trained.run.command}", *trained.run.overrides])]
     facts: dict[str, Any] = {"seed": trained.seed}
     if (manifest := trained.manifest) is not None:
-        folder, git = Path(trained.artifact), manifest.run.get("git") or {}
+        folder, git = Path(trained.artifact), manifest.run.git
         with contextlib.suppress(UserError, OSError):
             lines = rebuild_lines(manifest, folder.parent, folder.parent)
-        marks = manifest.data["fingerprints"].items()
+        marks = manifest.data.fingerprints.items()
         facts |= {
             "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
-            "data": ", ".join(f"{split} {str(mark)[:12]}" for split, mark in marks),
+            "data": ", ".join(f"{split} {mark[:12]}" for split, mark in marks),
             "hash": manifest.hash[:12],
         }
-        if git.get("commit"):
-            facts["commit"] = f"{str(git['commit'])[:12]}{' with changes' if git.get('dirty') else ''}"
+        if git is not None:
+            facts["commit"] = f"{git.commit[:12]}{' with changes' if git.dirty else ''}"
     return {"name": trained.name, "lines": lines, "facts": facts}
