@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusion.config import TaskConfig
 from fusion.errors import UserError
 from fusion.safe_text import quotable
-from fusion.store.manifest import Manifest
 from fusion.tasks.kind import Decision
+
+if TYPE_CHECKING:
+    from fusion.store.manifest import Manifest
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError, first_line
 from fusion.paths import check_reference, resolve_path
@@ -21,11 +21,13 @@ from fusion.run import ADDED_LATER, CONFIG, RESULT, STATUS, identity_config
 from fusion.safe_text import printable
 from fusion.store.layout import MANIFEST
 from fusion.store.lookup import find, read_folder, read_settled
-from fusion.store.manifest import Manifest
 from fusion.store.settings_groups import Lookup, Settings, group
 from fusion.store.settings_groups import differing as differing_settings
 from fusion.terminal.screen import say
 from fusion.terminal.tables import show_table
+
+if TYPE_CHECKING:
+    from fusion.store.manifest import Manifest
 
 USAGE = """\
 python -m fusion.compare A B [store=DIR]

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
 from fusion.overrides import key_of, override, shell_line
@@ -19,7 +19,6 @@ from fusion.run import Run
 from fusion.settings_table import settings_table
 from fusion.store.listing import as_bytes
 from fusion.store.lookup import names, read_folder
-from fusion.store.manifest import Manifest
 from fusion.store.overview import everything
 from fusion.store.settings_groups import Lookup, group
 from fusion.store.trained_data import data_folder_of, split_of
@@ -27,6 +26,9 @@ from fusion.store.unfit import why_unfit
 from fusion.sweep import Job
 from fusion.terminal.screen import say
 from fusion.terminal.tables import show_table
+
+if TYPE_CHECKING:
+    from fusion.store.manifest import Manifest
 
 NEXT = "FUSION_NEXT"  # environment: 0 leaves out what can be typed next
 STAGES = ("stage1", "stage2")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusion.config import StageConfig
 from fusion.errors import first_line
@@ -28,9 +28,11 @@ from fusion.run import (
     write_json,
 )
 from fusion.store.lookup import find, names, read_manifest
-from fusion.store.manifest import Manifest
 from fusion.store.trained_data import note_ambiguous_labels
 from fusion.store.writing import check_free, check_writable
+
+if TYPE_CHECKING:
+    from fusion.store.manifest import Manifest
 
 ATTEMPT = "attempt.json"
 POSITION = "position.json"

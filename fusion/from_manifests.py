@@ -88,7 +88,7 @@ def compose(
         UserError: `chosen` does not fit the composition or the sources, or no slot is left.
     """
     definition = config.definition
-    for key in CHOSEN:
+    for key in (KEPT, CONTINUED):
         if (key in chosen) != (definition.finds == key):
             raise UserError(
                 f"composition.{key} is {'not for' if key in chosen else 'missing for'} {config.name}"

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusion.config import Stage1Config, Stage2Config, StageConfig
 from fusion.errors import UserError
-from fusion.model.compositions import COMPOSITIONS
+from fusion.model.compositions import COMPOSITIONS, TRAINING_ONLY
 from fusion.overrides import hydra_value, override
 from fusion.store.compatibility import check_sources
 from fusion.store.lookup import find_by_hash, read_folder, read_manifest
-from fusion.store.manifest import COMPOSITION_TRAINING_KEYS, FUSION, Manifest
+
+if TYPE_CHECKING:
+    from fusion.store.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def _of_fusion(config: Stage2Config, store: Path) -> Inputs:
     composition = fusion.made_by
     prunable = [name for name, one in COMPOSITIONS.items() if one.can_be_pruned]
     if composition not in prunable:
-        what = f"fusion of composition {composition}" if fusion.kind == FUSION else fusion.kind
+        what = f"fusion of composition {composition}" if fusion.composition is not None else fusion.kind
         raise UserError(
             f"composition.fusion={reference}: is a stored {what}, expected one of composition={' or '.join(prunable)}"
         )
@@ -198,7 +200,7 @@ def _shape(
     elif isinstance(config, Stage2Config) and manifest.composition is not None:
         fused, given = manifest.composition.settings, config.composition
         for key in (f.name for f in fields(given)):
-            if key not in (*COMPOSITION_TRAINING_KEYS, "drop"):
+            if key not in (*TRAINING_ONLY, "drop"):
                 found[f"composition.{key}"] = getattr(fused, key), getattr(given, key)
         found["composition.drop"] = _specialized(fused.drop), _specialized(given.drop)
         theirs = [(source.name, source.hash[:8]) for source in manifest.sources]

@@ -18,13 +18,13 @@ from fusion.config import PredictConfig
 from fusion.errors import UserError
 from fusion.run import Run
 from fusion.store.compatibility import check_attends
-from fusion.store.manifest import Manifest
 from fusion.tasks.table import kind_of
 from fusion.terminal.screen import say
 from fusion.usable import usable_manifest
 
 if TYPE_CHECKING:
     from fusion.inference import Predictions
+    from fusion.store.manifest import Manifest
 
 
 def answer_of(config: PredictConfig, manifest: Manifest) -> Answer:

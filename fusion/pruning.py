@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ from torch import Tensor
 from fusion.data.batches import Batch
 from fusion.listening import listen
 from fusion.model.adapted import AdaptedModel
-from fusion.store.manifest import Manifest
+
+if TYPE_CHECKING:
+    from fusion.store.manifest import Manifest
 
 log = logging.getLogger(__name__)
 

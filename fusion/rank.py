@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusion.app import command
 from fusion.backbones.files import check_files
@@ -22,9 +22,11 @@ from fusion.ranking.candidates import Candidates, all_adapters
 from fusion.run import Run
 from fusion.store.compatibility import check_sources
 from fusion.store.lookup import artifacts, read_manifest
-from fusion.store.manifest import Manifest
 from fusion.store.writing import check_writable
 from fusion.terminal.screen import say
+
+if TYPE_CHECKING:
+    from fusion.store.manifest import Manifest
 
 
 def candidates_of(config: RankConfig) -> Candidates:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fusion.backbones.files import stamp
 from fusion.config import BackboneConfig
 from fusion.errors import UserError
-from fusion.store.manifest import Manifest
+
+if TYPE_CHECKING:
+    from fusion.store.manifest import Manifest
 
 
 def check_unchanged(stored: Manifest, config: BackboneConfig) -> None:

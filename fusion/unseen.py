@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from fusion.config import DataConfig, LimitConfig, TaskConfig
 from fusion.data.rows import load_rows
 from fusion.data.splits import drawn_from_train
 from fusion.errors import UserError
-from fusion.store.manifest import Manifest
 from fusion.store.trained_data import split_of
+
+if TYPE_CHECKING:
+    from fusion.store.manifest import Manifest
 
 
 def check_unseen(

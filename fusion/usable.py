@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fusion.backbones.files import check_files
 from fusion.config import UseConfig
 from fusion.store.compatibility import check_drop, check_trust
 from fusion.store.lookup import read_manifest
-from fusion.store.manifest import Manifest
+
+if TYPE_CHECKING:
+    from fusion.store.manifest import Manifest
 
 
 def usable_manifest(config: UseConfig) -> Manifest:

@@ -27,9 +27,8 @@ from fusion.config import (
 )
 from fusion.errors import UserError
 from fusion.from_manifests import tensor_shapes
-from fusion.model.compositions import COMPOSITIONS
+from fusion.model.compositions import COMPOSITIONS, TRAINING_ONLY
 from fusion.store.artifacts import load
-from fusion.store.manifest import COMPOSITION_TRAINING_KEYS
 from fusion.store.verifying import verify
 from fusion.training.module import TaskModule
 from tests.bench import Bench, same, write_manifest, write_rows
@@ -516,7 +515,7 @@ def test_what_came_later_is_in_a_manifest_only_where_it_says_something() -> None
     }
     for settings in (CompositionConfig(), CompositionConfig("average", train=True, layers=[1])):
         assert CompositionConfig(**settings.as_stored()) == settings
-    assert {"fusion", "keep"} < set(COMPOSITION_TRAINING_KEYS) and "kept" not in COMPOSITION_TRAINING_KEYS
+    assert {"fusion", "keep"} < set(TRAINING_ONLY) and "kept" not in TRAINING_ONLY
 
 
 def test_a_manifest_of_an_earlier_version_is_read_and_its_hash_stays(ragged: Bench) -> None:

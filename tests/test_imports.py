@@ -23,6 +23,7 @@ HEAVY = (
     "lightning_fabric",
     "wandb",
     "torchmetrics",
+    "pydantic",  # light enough for a command that reads manifests, and no other
 )
 
 TABLES = {

@@ -272,3 +272,6 @@ COMPOSITIONS: dict[str, Composition] = {
     "pruned": Composition(_adapterfusion, PrunedSettings, starts_from_sources=True, finds=KEPT),
     "continued": Composition(_continued, no_weights=ONE_ADAPTER, starts_from_sources=True, finds=CONTINUED),
 }
+
+# Settings of any of them that do not change what the stored weights compute.
+TRAINING_ONLY = tuple({key for one in COMPOSITIONS.values() for key in one.settings.training_only})

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fusion.errors import UserError
 from fusion.store.layout import OLD
 from fusion.store.lookup import artifacts, names
-from fusion.store.manifest import Manifest
 from fusion.store.unfit import why_unfit
+
+if TYPE_CHECKING:
+    from fusion.store.manifest import Manifest
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusion.config import DataConfig, LimitConfig
 from fusion.data.encode import EncodedRows, encode
 from fusion.data.rows import load_splits
 from fusion.errors import UserError
-from fusion.store.manifest import Manifest
 from fusion.store.trained_data import as_trained
+
+if TYPE_CHECKING:
+    from fusion.store.manifest import Manifest
 
 
 def source_rows(source: Manifest, data: DataConfig, at_most: int, tokenizer: Any) -> list[EncodedRows]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
 from fusion.model.compositions import COMPOSITIONS
 from fusion.repeats import repeated
-from fusion.store.manifest import Manifest
+
+if TYPE_CHECKING:
+    from fusion.store.manifest import Manifest
 
 
 def check_sources(manifests: list[Manifest]) -> None:

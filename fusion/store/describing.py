@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
 from fusion.safe_text import printable
 from fusion.store.layout import MANIFEST
 from fusion.store.listing import as_bytes, number, what_it_is, when
 from fusion.store.lookup import find, find_by_hash, read_folder, read_settled
-from fusion.store.manifest import Git, Manifest, Source
 from fusion.store.overview import everything, users_of
 from fusion.store.rebuilding import rebuild_lines
+
+if TYPE_CHECKING:
+    from fusion.store.manifest import Git, Manifest, Source
 
 
 def describe(reference: str, store: Path, into: Path | None = None) -> list[str]:

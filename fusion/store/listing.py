@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusion.safe_text import printable
 from fusion.store.layout import MANIFEST
-from fusion.store.manifest import Manifest
 from fusion.store.overview import Found, Leftover, check_store, everything, leftovers, size_of, users_of
 from fusion.store.settings_groups import Lookup, group
+
+if TYPE_CHECKING:
+    from fusion.store.manifest import Manifest
 
 TITLES = ("name", "kind", "task", "backbone", "what", "seed", "score", "size", "when", "used by")
 

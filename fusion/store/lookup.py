@@ -7,14 +7,16 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from fusion.errors import UserError
 from fusion.store.files import read_regular
 from fusion.store.foreign import why_no_artifact
 from fusion.store.layout import MANIFEST, OLD, REPLACED, STAGING
-from fusion.store.manifest import Manifest
 from fusion.store.names import is_name
+
+if TYPE_CHECKING:
+    from fusion.store.manifest import Manifest
 
 READS = 50  # attempts to read an artifact that is overwritten meanwhile
 MANIFEST_BYTES = 32 * 2**20  # more is no manifest
@@ -135,6 +137,10 @@ def stamp(folder: Path) -> tuple[int, int] | None:
 
 def read_folder(folder: Path) -> Manifest:
     """The manifest of the artifact that lies in `folder`."""
+    from fusion.store.manifest import (
+        Manifest,  # with pydantic, which a command that reads no artifact need not load
+    )
+
     path = folder / MANIFEST
     try:
         text = read_regular(path, most=MANIFEST_BYTES).decode("utf-8")

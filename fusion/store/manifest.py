@@ -27,7 +27,7 @@ from pydantic import (
 
 from fusion.config import POOLINGS, SITES, AdapterConfig, CompositionConfig, MethodConfig, TaskConfig
 from fusion.errors import UserError, first_line
-from fusion.model.compositions import COMPOSITIONS, CONTINUED, KEPT
+from fusion.model.compositions import CONTINUED, KEPT, TRAINING_ONLY
 from fusion.model.methods import METHODS
 from fusion.paths import check_relative
 from fusion.repeats import repeated
@@ -48,9 +48,6 @@ MOST_LAYERS = 10_000  # of a backbone; they are counted through
 # What shapes training or only says how a size was chosen: it does not change what the stored weights compute.
 # An adapter's `bottleneck_sizes` says in which slots it is.
 ADAPTER_TRAINING_KEYS = ("name", "init", "dropout", "reduction_factor", "bottleneck_size", "layers", "drop")
-COMPOSITION_TRAINING_KEYS = tuple(
-    {key for composition in COMPOSITIONS.values() for key in composition.settings.training_only}
-)
 TUNING_KINDS = {method.kind for method in METHODS.values() if method.tune is not None}
 OPTIONAL = ("method", "multitask", "checksum")  # keys that manifests of the first release do not have
 
@@ -365,7 +362,7 @@ class Manifest(Part):
             "backbone": self.backbone.fingerprint,
             "weights": self.files[WEIGHTS].sha256,
             "adapter": _without(self._content["adapter"], ADAPTER_TRAINING_KEYS),
-            "composition": _without(self._content["composition"], COMPOSITION_TRAINING_KEYS),
+            "composition": _without(self._content["composition"], TRAINING_ONLY),
             "sources": [source.hash for source in self.sources],
         }
         if self.method is not None:

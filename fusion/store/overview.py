@@ -11,14 +11,16 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
 from fusion.run_lock import LOCKS, holder_of, is_held, is_locked
 from fusion.store.layout import MANIFEST, OLD, REPLACED, STAGING
 from fusion.store.lookup import folders, read_folder, read_settled
-from fusion.store.manifest import Manifest
 from fusion.store.names import is_name
+
+if TYPE_CHECKING:
+    from fusion.store.manifest import Manifest
 
 RUNS = ".runs"
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
 from fusion.overrides import key_of, override
 from fusion.store.lookup import find, find_by_hash, read_folder
-from fusion.store.manifest import Manifest
+
+if TYPE_CHECKING:
+    from fusion.store.manifest import Manifest
 
 # Of sources=top:3, the names that it stood for are said, and so nothing else about them.
 SAID_ANYWAY = ("store", "name", "seed", "overwrite", "resume", "sources_by")

@@ -17,11 +17,13 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
 from fusion.store.lookup import artifacts, find, read_folder
-from fusion.store.manifest import Manifest, Source
+
+if TYPE_CHECKING:
+    from fusion.store.manifest import Manifest, Source
 
 Settings = dict[str, Any]
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fusion.config import DataConfig, SplitConfig
 from fusion.errors import UserError
-from fusion.store.manifest import Manifest
+
+if TYPE_CHECKING:
+    from fusion.store.manifest import Manifest
 
 log = logging.getLogger(__name__)
 

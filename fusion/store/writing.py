@@ -14,6 +14,7 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
@@ -22,8 +23,10 @@ from fusion.paths import resolve_path
 from fusion.store.files import read_regular
 from fusion.store.layout import MANIFEST, OLD, REPLACED, STAGING
 from fusion.store.lookup import artifacts, folders, read_folder
-from fusion.store.manifest import Manifest
 from fusion.store.names import check_name
+
+if TYPE_CHECKING:
+    from fusion.store.manifest import Manifest
 
 LOCKS = ".locks"
 LOCK_SECONDS = 60.0

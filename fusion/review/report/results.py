@@ -8,7 +8,7 @@ import statistics as plain_statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,8 +20,10 @@ from fusion.review.report.statistics import Answers, Difference, Sample, compare
 from fusion.run import OUTCOMES, identity_config
 from fusion.store.compatibility import check_attends
 from fusion.store.lookup import read_folder
-from fusion.store.manifest import Manifest
 from fusion.store.settings_groups import Lookup, Settings, differing, key_of
+
+if TYPE_CHECKING:
+    from fusion.store.manifest import Manifest
 
 BASELINE = "single adapter"
 FUSION = "fusion"
