@@ -53,6 +53,7 @@ def windows_of(
         UserError: the tokenizer gives no token for a word, and none for the unknown token either.
     """
     backend = tokenizer.backend_tokenizer
+    backend.no_padding()
     backend.no_truncation()
     found: list[dict[int, Window]] = [{} for _ in sentences]  # by the number of their first word
     # What is still to be encoded: the sentence, the first word, the words. What turns out too long is cut, and again.
