@@ -660,6 +660,11 @@ class StageConfig:
         _in_range("seed", self.seed, at_least=0, at_most=2**32 - 1)
         if self.task is not None:
             self.loss.check([self.task])
+            _require(
+                self.head.pooling is None or kind_of(self.task).items != "words",
+                f"head.pooling={self.head.pooling}: {self.task.name} is {kind_of(self.task).noun}, whose head scores "
+                "each word and pools nothing; leave it out",
+            )
 
     @property
     def task_list(self) -> list[TaskConfig]:

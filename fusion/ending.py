@@ -251,7 +251,8 @@ def _fuse(words: Sequence[str], config: Mapping[str, Any], results: Sequence[Map
     by_experiment = any(key_of(word) == "experiment" for word in words)
     if by_experiment and not {"backbone", "backbone.name_or_path"} & set(keys):
         said.append(override("backbone.name_or_path", target.backbone.name_or_path))
-        said.append(f"backbone.pooling={target.head.pooling}")
+        if target.head.pooling != "words":  # which is of the task, not of the backbone
+            said.append(f"backbone.pooling={target.head.pooling}")
     sources = override("sources", [adapter.name for adapter in adapters])
     own = ["+" + override("task", target.task.name), sources, *_free_name(target.task.name, store)]
     return [_line("stage2", own, said)]

@@ -23,7 +23,8 @@ from fusion.model.adapted import AdaptedModel
 class Predictions:
     """For all rows, in their order.
 
-    scores: (rows, K), or for choices (rows, most choices), -inf where a row has fewer.
+    scores: (rows, K), or for choices (rows, most choices), or for words (rows, most words, K), -inf where a row has
+        fewer.
     attention: slot name -> (rows, N), the mean over the row's real tokens; empty unless asked for.
     """
 
@@ -90,6 +91,7 @@ def predict(
                 record=recorded.__setitem__ if attention else None,
                 first_layer=first_layer,
                 task=batch.task,
+                words=batch.words,
             ).cpu()
         )
         places.append(batch.rows.cpu())
@@ -111,7 +113,10 @@ def predict(
 def _stacked(parts: list[Tensor]) -> Tensor:
     widest = max(part.shape[1] for part in parts)
     padded = [
-        torch.nn.functional.pad(part, (0, widest - part.shape[1]), value=float("-inf")) for part in parts
+        torch.nn.functional.pad(
+            part, (0, 0) * (part.ndim - 2) + (0, widest - part.shape[1]), value=float("-inf")
+        )
+        for part in parts
     ]
     return torch.cat(padded)
 

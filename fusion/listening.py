@@ -116,5 +116,6 @@ def listen(model: AdaptedModel, batches: Iterable[Batch], device: torch.device) 
             batch.choice_counts,
             record=sums.watcher(batch),
             task=batch.task,
+            words=batch.words,
         )
     return sums.heard(model)

@@ -53,6 +53,7 @@ def words_of(
         batch.choice_counts,
         record=recorded.__setitem__,
         task=rows.task,
+        words=batch.words,
     )
     real = batch.attention_mask[text].bool()
     ids = batch.input_ids[text][real].tolist()

@@ -145,6 +145,7 @@ LIBRARIES: dict[str, set[str]] = {
     "transformers": {"backbones", "data"},
     "datasets": {"data"},
     "peft": {"backbones"},
+    "nervaluate": {"tasks"},
     "safetensors": {"store", "data", "training", "backbones"},
     "pydantic": {"store"},
     "filelock": {"store", "data", "run_lock"},

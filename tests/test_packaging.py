@@ -99,6 +99,8 @@ def test_constraints_pin_every_requirement_within_its_range(python: str) -> None
         *(t for extra in project()["optional-dependencies"].values() for t in extra),
     ]
     for requirement in map(Requirement, texts):
+        if requirement.marker and not requirement.marker.evaluate({"python_version": python}):
+            continue
         version = pinned[canonicalize_name(requirement.name)]
         assert version in requirement.specifier, f"{requirement} against {version}"
     assert pinned["torch"].local is None, "a build tag would bind the pin to one kind of machine"

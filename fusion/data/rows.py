@@ -184,26 +184,33 @@ def _rows(
                 f"ignore_labels={task.ignore_labels} in some"
             )
         raw, kept = (raw, labelled) if labelled else (None, kept)
-    columns = [_texts(table, name, column, kept) for name, column in _text_values(task, table)]
-    texts = list(zip(*columns, strict=True))
+    words = None
+    if kind.items == "words":
+        words = _words(table, task.text_columns[0], _text_values(task, table)[0][1], kept)
+        if raw is not None and not all(words):
+            kept, words = _with_words(table, kept, words)
+        texts: list[tuple[str, ...]] = [(" ".join(sentence),) for sentence in words]
+    else:
+        columns = [_texts(table, name, column, kept) for name, column in _text_values(task, table)]
+        texts = list(zip(*columns, strict=True))
     choices = _choices(task, table, kept) if kind.items == "choices" else None
     if choices is None and (empty := sum(not any(map(str.strip, row)) for row in texts)):
         log.warning("%s: %d of %d rows have an empty text", table.where, empty, len(texts))
     labels: list[Any] | None = None
     reading = None
     if raw is not None:
-        labels, reading = raw.read(kept, choices)
+        labels, reading = raw.read(kept, choices if words is None else words)
     if choices is not None and task.blank is not None:
         texts, choices = _fill_blanks(task.blank, table, kept, texts, choices)
     if made is not None:
         own = made.rows(len(texts), labels, table.where)
-        texts, choices, labels = _at(texts, own), _at(choices, own), _at(labels, own)
+        texts, choices, labels, words = (_at(values, own) for values in (texts, choices, labels, words))
         ignored = ignored if made.split == "train" else 0  # they are rows of train
     if limit is not None and limit < len(texts):
         drawn = np.sort(np.random.RandomState(_LIMIT_SEED).permutation(len(texts))[:limit]).tolist()
-        texts, choices, labels = _at(texts, drawn), _at(choices, drawn), _at(labels, drawn)
-    content = json.dumps([texts, choices, labels]).encode()
-    return Rows(texts, choices, labels, ignored, hashlib.sha256(content).hexdigest(), reading)
+        texts, choices, labels, words = (_at(values, drawn) for values in (texts, choices, labels, words))
+    content = json.dumps([texts, choices, labels, *([] if words is None else [words])]).encode()
+    return Rows(texts, choices, labels, ignored, hashlib.sha256(content).hexdigest(), reading, words)
 
 
 def _at(values: Any, rows: list[int]) -> Any:
@@ -274,6 +281,30 @@ def _texts(table: Table, name: str, values: list[Any], kept: list[int]) -> list[
             )
     _check_characters(table, name, texts, kept)
     return texts
+
+
+def _words(table: Table, name: str, values: list[Any], kept: list[int]) -> list[list[str]]:
+    """The words of the rows to keep."""
+    for row in kept:
+        words = values[row]
+        if not isinstance(words, (list, tuple)):
+            raise UserError(f"{table.at(row)}: {name} is {shown(words)}; expected a list of words")
+        for number, word in enumerate(words, start=1):
+            if type(word) is not str:
+                raise UserError(f"{table.at(row)}: word {number} of {name} is {shown(word)}; expected text")
+        _check_characters(table, name, list(words), [row] * len(words))
+    return [list(values[row]) for row in kept]
+
+
+def _with_words(table: Table, kept: list[int], words: list[list[str]]) -> tuple[list[int], list[list[str]]]:
+    """Without the rows that have no word: there is nothing to train on and nothing to score."""
+    pairs = [(row, sentence) for row, sentence in zip(kept, words, strict=True) if sentence]
+    if not pairs:
+        raise UserError(f"{table.where}: none of its {len(kept)} rows has a word; expected at least one")
+    log.warning(
+        "%s: %d of %d rows have no words and are left out", table.where, len(kept) - len(pairs), len(kept)
+    )
+    return [row for row, _ in pairs], [sentence for _, sentence in pairs]
 
 
 def _check_characters(table: Table, name: str, texts: list[str], kept: list[int]) -> None:

@@ -132,21 +132,25 @@ class AdaptedModel(nn.Module):
         features: Tensor | None = None,
         first_layer: int = 0,
         task: int = 0,
+        words: Tensor | None = None,
     ) -> Tensor:
         """Scores of the rows.
 
         Args:
             input_ids, attention_mask, token_type_ids: (S, T).
-            choice_counts: (B,), the number of texts of each row of a choice task, in order.
+            choice_counts: (B,), the number of texts of each row: of a choice task, or of a sentence in windows.
             sources_on: (N,) bool, which sources take part; None means all.
             record: is called in each slot with its name and the sources' weights (S, T, N).
             features: (S, T, D), what `frozen_features` gives for these rows: no layer below the lowest one
                 with a slot is computed then. Values at padding do not matter.
             first_layer: the slots of the layers below it stay empty (AdapterDrop, Rücklé et al. 2021).
             task: whose rows they are, where there are several heads.
+            words: (B, most words), tagging tasks: where each word's first sub-word is among the S * T tokens; -1 for
+                padding.
 
         Returns:
-            (B, K); for a choice task (B, most choices of a row), -inf where a row has fewer.
+            (B, K); for a choice task (B, most choices of a row), and with words (B, most words, K), -inf where a row has
+            fewer.
         """
         hidden = self.hidden_states(
             input_ids,
@@ -158,10 +162,14 @@ class AdaptedModel(nn.Module):
             first_layer=first_layer,
         )
         whose = (task,) if isinstance(self.head, TaskHeads) else ()
-        scores: Tensor = self.head(hidden, attention_mask, *whose)
+        scores: Tensor = self.head(hidden, attention_mask, *whose, words=words)
         if self.training and first_layer > 0:
             scores = scores + self._idle(first_layer)
-        return scores if choice_counts is None else _by_row(scores.squeeze(-1), choice_counts)
+        return (
+            scores
+            if choice_counts is None or words is not None
+            else _by_row(scores.squeeze(-1), choice_counts)
+        )
 
     def hidden_states(
         self,

@@ -107,7 +107,7 @@ class Backbone(Part):
 class Head(Part):
     """A head, beside its hidden size, which is the backbone's."""
 
-    pooling: Annotated[str, _one_of(POOLINGS)]
+    pooling: Annotated[str, _one_of((*POOLINGS, "words"))]
     layers: Literal[1, 2]
     outputs: Count
     dropout: Annotated[Number, Field(ge=0, lt=1)]

@@ -8,9 +8,10 @@ from fusion.tasks.classification import Classification
 from fusion.tasks.kind import Kind
 from fusion.tasks.multi_label import MultiLabel
 from fusion.tasks.regression import Regression
+from fusion.tasks.tagging import Tagging
 from fusion.tasks.task import Task
 
-_EVERY: tuple[Kind, ...] = (Classification(), Regression(), Choice(), MultiLabel())
+_EVERY: tuple[Kind, ...] = (Classification(), Regression(), Choice(), MultiLabel(), Tagging())
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _EVERY}
 METRICS = {kind.name: kind.metric_names for kind in _EVERY}
 

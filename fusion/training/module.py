@@ -127,6 +127,7 @@ class TaskModule(lightning.LightningModule):
             features=batch.features,
             first_layer=first_layer,
             task=batch.task,
+            words=batch.words,
         )
 
     def losses(self, batch: Batch, first_layer: int = 0) -> dict[str, Tensor]:

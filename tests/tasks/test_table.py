@@ -65,6 +65,7 @@ def test_kinds_that_task_files_and_artifacts_name() -> None:
         "regression": ("regression", ("pearson", "spearman"), ()),
         "choice": ("choice", ("accuracy",), ("choices", "blank")),
         "multi_label": ("multi_label", ("micro_f1", "macro_f1", "subset_accuracy"), ()),
+        "tagging": ("tagging", ("entity_f1", "entity_precision", "entity_recall", "token_accuracy"), ()),
     }
     there = {name: (kind.name, kind.metric_names, kind.keys) for name, kind in KINDS.items()}
     assert promised.items() <= there.items()

@@ -1,0 +1,232 @@
+"""`kind: tagging`: one label for each word of a sentence, such as the BIO tags of named entities.
+
+The words are given; each is scored by its first sub-word. The loss is the mean cross entropy over all words of a batch.
+
+Shapes: B examples of at most W words, K labels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from fusion.data.table import Column, Table
+from fusion.errors import UserError
+from fusion.overrides import shortened
+from fusion.safe_text import listed, shown
+from fusion.tasks import entities
+from fusion.tasks.classification import check_label_names, check_label_values
+from fusion.tasks.kind import Decision, Kind, RawLabels
+from fusion.tasks.labels import Labels, Reading
+from fusion.tasks.task import Task
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from fusion.layers.heads import TaskHead
+
+
+class Tagging(Kind):
+    name = "tagging"
+    metric_names = (*entities.METRICS, "token_accuracy")
+    items = "words"
+    smooths_labels = True
+    is_pooled = False
+
+    def check(self, task: Task, where: str) -> None:
+        if not isinstance(task.text, str) and len(task.text) != 1:
+            raise UserError(
+                f"{where}: text={shortened(task.text)}: expected one column, with a list of words"
+            )
+        check_label_names(task, where)
+        check_label_values(task, where)
+        if task.ignore_labels:
+            raise UserError(
+                f"{where}: ignore_labels={shortened(task.ignore_labels)}: each word has a label; leave it out"
+            )
+        asked = [metric for metric in task.metrics if metric in entities.METRICS]
+        other = [tag for tag in task.labels or [] if not entities.is_bio(tag)]
+        if asked and other:
+            raise UserError(
+                f"{where}: {asked[0]} needs BIO labels (O, B-TYPE, I-TYPE), and labels has {listed(other)}; "
+                "expected such labels, or metrics: [token_accuracy]"
+            )
+        if asked and not entities.can_count():
+            raise UserError(
+                f"{where}: {asked[0]} needs the package nervaluate, for Python 3.11 or newer: pip install nervaluate; "
+                "metrics: [token_accuracy] does without"
+            )
+
+    # --- labels ---------------------------------------------------------------------------------------
+
+    def read_labels(self, task: Task, column: Column, table: Table, unlabelled: bool) -> RawLabels:
+        """A row has a list with a raw label for each word."""
+        missing = [value is None and unlabelled for value in column.values]
+
+        def read(kept: list[int], words: list[list[str]] | None) -> tuple[list[Any], Reading | None]:
+            assert words is not None
+            return _read(Labels(task), table, column, kept, words)
+
+        return RawLabels(missing, read)
+
+    def plain_labels(self, labels: Tensor | NDArray[Any]) -> list[Any]:
+        """The ids of each example's words, without padding."""
+        return [[number for number in row if number >= 0] for row in labels.tolist()]
+
+    # --- head and loss --------------------------------------------------------------------------------
+
+    def head_outputs(self, task: Task) -> int:
+        return len(task.labels or [])
+
+    def make_head(
+        self, hidden_size: int, outputs: int, pooling: str = "words", layers: int = 1, dropout: float = 0.0
+    ) -> TaskHead:
+        """A new head: (texts, tokens, hidden) -> (B, W, K), whatever the pooling of other tasks is."""
+        return super().make_head(hidden_size, outputs, "words", layers, dropout)
+
+    def loss(
+        self,
+        scores: Tensor,
+        labels: Tensor,
+        class_weights: Tensor | None = None,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        """The sum of the words' cross entropies, whose mean over all words of a batch is taken by `loss_weights`.
+
+        Args:
+            scores: (B, W, K).
+            labels: (B, W), below 0 at padding.
+        """
+        from torch.nn import functional as F
+
+        there = labels >= 0
+        losses = F.cross_entropy(
+            scores[there].float(), labels[there], reduction="none", label_smoothing=label_smoothing
+        )
+        return losses.new_zeros(labels.shape).masked_scatter(there, losses).sum(-1)
+
+    def loss_weights(
+        self, labels: NDArray[Any], class_weights: NDArray[np.float64] | None
+    ) -> NDArray[np.float64]:
+        """The words of each sentence."""
+        return (labels >= 0).sum(-1).astype(float)
+
+    def mean_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+        from torch.nn import functional as F
+
+        there = labels >= 0
+        return F.cross_entropy(scores[there], labels[there])
+
+    def zero_score_loss(
+        self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None
+    ) -> float:
+        return math.log(len(task.labels or [None]))
+
+    # --- predictions and metrics ----------------------------------------------------------------------
+
+    def outputs(self, scores: Tensor) -> list[Any]:
+        """The index of the best score of each word."""
+        best, there = scores.argmax(-1).tolist(), _words_of(scores).tolist()
+        return [
+            [number for number, is_word in zip(row, words, strict=True) if is_word]
+            for row, words in zip(best, there, strict=True)
+        ]
+
+    def metrics(self, task: Task, labels: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
+        """Of the entities see `fusion.tasks.entities`; token_accuracy is the share of the words that are right."""
+        values: dict[str, float] = {}
+        if any(metric in entities.METRICS for metric in task.metrics):
+            names = list(task.labels or [])
+            tags = ([[names[number] for number in row] for row in rows] for rows in (labels, predictions))
+            values = entities.entity_scores(entities.entity_counts(*tags))
+        words = sum(map(len, labels))
+        right = sum(
+            one == other
+            for row, found in zip(labels, predictions, strict=True)
+            for one, other in zip(row, found, strict=True)
+        )
+        values["token_accuracy"] = right / words if words else 0.0
+        return {name: values[name] for name in task.metrics}
+
+    # --- wording --------------------------------------------------------------------------------------
+
+    def lines(
+        self, task: Task, scores: Tensor, counts: Sequence[int] | None, decision: Decision
+    ) -> Iterator[dict[str, Any]]:
+        """`labels`, one per word in order, and the probability of each of these as `scores`."""
+        names = list(task.labels or [])
+        best, ids = scores.float().softmax(-1).amax(-1).tolist(), self.outputs(scores)
+        for row, values in zip(ids, best, strict=True):
+            yield {"labels": [names[number] for number in row], "scores": values[: len(row)]}
+
+    def describe(
+        self, task: Task, scores: Tensor, label: Any, count: int | None, decision: Decision
+    ) -> dict[str, Any]:
+        """All tags of the sentence."""
+        names, (ids,) = list(task.labels or []), self.outputs(scores[None])
+        return {
+            "predicted": " ".join(names[number] for number in ids),
+            "truth": " ".join(names[number] for number in label),
+            "right": ids == list(label),
+        }
+
+    def wrong(self, labels: Sequence[Any], predictions: Sequence[Any]) -> list[bool]:
+        return [label != prediction for label, prediction in zip(labels, predictions, strict=True)]
+
+
+def _words_of(scores: Tensor) -> Tensor:
+    """scores: (B, W, K) -> (B, W) bool, false at padding."""
+    return ~scores.isneginf().all(-1)
+
+
+def _read(
+    names: Labels, table: Table, column: Column, kept: Sequence[int], words: Sequence[Sequence[str]]
+) -> tuple[list[list[int]], Reading]:
+    """The label of each word, and how all raw labels were read.
+
+    Raises:
+        UserError: a row has no list, another number of labels than words, or a label that is none of the task's; names
+            the row, and the word.
+    """
+    task = names.task
+    for row, sentence in zip(kept, words, strict=True):
+        value = column.values[row]
+        if not isinstance(value, (list, tuple)):
+            raise UserError(
+                f"{table.at(row)}: {task.label} is {shown(value)}; expected a list with a label for each word"
+            )
+        if len(value) != len(sentence):
+            raise UserError(
+                f"{table.at(row)}: {task.label} has {len(value)} labels for {len(sentence)} words; expected one per word "
+                "(fix or remove the row)"
+            )
+    flat = replace(column, values=[value for row in kept for value in column.values[row]])
+    keys, ways = names.keys(flat), names.ways()
+    distinct = set(keys)
+    fitting = [name for name, way in ways.items() if distinct <= way.keys()]
+    if not fitting:
+        nearest = max(ways.values(), key=lambda way: len(distinct & way.keys()))
+        number = next(number for number, key in enumerate(keys) if key not in nearest)
+        places = [
+            (row, place, word)
+            for row, sentence in zip(kept, words, strict=True)
+            for place, word in enumerate(sentence)
+        ]
+        row, place, word = places[number]
+        value = column.values[row][place]
+        if column.names is not None and type(value) is int and 0 <= value < len(column.names):
+            value = column.names[value]
+        raise UserError(
+            f"{table.at(row)}: the label of word {place + 1}, {shown(word)}, is {shown(value)}; expected "
+            f"{names.expected(ways)}\nFix the row, or add the label to labels in the task file"
+        )
+    ids = iter([ways[fitting[0]][key] for key in keys])
+    labels = [[next(ids) for _ in sentence] for sentence in words]
+    reading = Reading(
+        tuple(fitting), frozenset(number for row in labels for number in row), len(names.names), table.where
+    )
+    return labels, reading
