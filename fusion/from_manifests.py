@@ -15,6 +15,7 @@ import torch
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
+from fusion.backbones.slots import SlotAddress
 from fusion.config import CompositionConfig
 from fusion.errors import UserError, first_line
 from fusion.layers.bottleneck import BottleneckAdapter
@@ -38,9 +39,10 @@ def described_adapters(manifest: Manifest) -> dict[str, BottleneckAdapter]:
     assert manifest.adapter is not None
     settings = manifest.adapter.settings
     adapters: dict[str, BottleneckAdapter] = {}
-    shared: dict[str, BottleneckAdapter] = {}
+    shared: dict[tuple[str, str], BottleneckAdapter] = {}
     for slot, bottleneck_size in manifest.bottleneck_sizes.items():
-        site = slot.partition(".")[2]
+        address = SlotAddress.parse(slot)
+        site = address.stack, address.site
         adapters[slot] = shared.get(site) or BottleneckAdapter(
             hidden_size=manifest.backbone.hidden_size,
             bottleneck_size=bottleneck_size,

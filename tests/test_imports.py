@@ -80,7 +80,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ending": BASE | {"run", "sweep", "store", "terminal", "settings_table"},
     "compare": BASE | {"program", "run", "store", "terminal"},
     "answers": BASE | {"store"},
-    "from_manifests": BASE | {"layers", "model", "store", "selection"},
+    "from_manifests": BASE | {"layers", "backbones.slots", "model", "store", "selection"},
     "build": BASE | {"layers", "backbones", "model", "store", "selection", "from_manifests"},
     "inputs": BASE | {"store"},
     "unseen": BASE | {"data", "store"},

@@ -24,7 +24,7 @@ KEPT, CONTINUED = (
     "kept",
     "continued",
 )  # what a composition may have to find out first, see `Composition.finds`
-MEAN = "mean"
+MEAN = "mean"  # with one source on it is that source, which the probe uses
 ONE_ADAPTER = "is one adapter, which attends to nothing"
 
 
