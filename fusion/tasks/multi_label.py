@@ -100,7 +100,10 @@ class MultiLabel(Kind):
         import numpy as np
 
         true = _indicators(labels, len(task.labels or []))
-        return {"threshold": best_threshold(task.metrics[0], np.asarray(outputs, np.float64), true)}
+        probabilities = np.nan_to_num(
+            np.asarray(outputs, np.float64), nan=0.0
+        )  # `predict` takes neither for a label
+        return {"threshold": best_threshold(task.metrics[0], probabilities, true)}
 
     def predict(self, outputs: Sequence[Any], decision: Decision) -> list[Any]:
         """The ids of the labels whose probability is at least the threshold; 0.5 where none was chosen."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,10 @@ def test_the_threshold_is_of_the_first_metric_and_predictions_reach_it() -> None
     assert KIND.predict([[0.45, 0.44, 0.46]], {"threshold": 0.45}) == [[0, 2]]
     assert KIND.predict([[0.5, 0.4, 0.6]], {}) == [[0, 2]]
     assert KIND.decision(task(), [], []) == {}
+    # A score that is not a number is no label's.
+    decision = KIND.decision(task(), [[0.9, math.nan, 0.1], [0.1, 0.1, math.nan]], [[0], [1]])
+    assert decision == {"threshold": 0.5}
+    assert KIND.predict([[math.nan, 0.6, 0.1]], decision) == [[1]]
 
 
 def test_wording() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from fusion import inspect, report, stage1, stage2
 from fusion.config import DataConfig, InspectConfig, ReportConfig, Stage1Config, Stage2Config, TaskConfig
+from fusion.errors import UserError
 from fusion.run import INSPECTION, OUTCOMES, record
 from fusion.store.lookup import read_manifest
 from tests.bench import Bench, write_rows
@@ -76,6 +77,11 @@ def test_the_threshold_is_stored_and_used(trained: Bench) -> None:
         path.write_text(json.dumps(values | {"checksum": checksum_of(values)}))
         (line,) = trained.predict(FUSED, [{"text": "a film"}])
         assert line["labels"] == NAMES, "with a threshold of 0 every label is predicted"
+        for wrong in ({"threshold": "high"}, [0.5], {"threshold": True}):
+            values["head"]["decision"] = wrong
+            path.write_text(json.dumps(values | {"checksum": checksum_of(values)}))
+            with pytest.raises(UserError, match=r"head\.decision"):
+                read_manifest(FUSED, trained.folder / "store")
     finally:
         path.write_text(text)
 
