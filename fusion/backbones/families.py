@@ -424,6 +424,7 @@ _LIST = (
     _llama_like("mistral", _LLAMA_SITES, "sliding_window"),
     _llama_like("qwen2", _LLAMA_SITES, "layer_types", "sliding_window"),
     _llama_like("qwen3", _LLAMA_SITES, "layer_types", "sliding_window"),
+    _llama_like("gemma", _LLAMA_SITES),
     _llama_like("gemma2", _GEMMA_SITES, "layer_types", "sliding_window", "query_pre_attn_scalar"),
     _llama_like("gemma3_text", _GEMMA_SITES, "layer_types", "sliding_window", "query_pre_attn_scalar"),
     Family(

@@ -165,9 +165,10 @@ class Layers:
         )
 
     def llama(self, x: Tensor, mask: Tensor, tables: Any) -> Tensor:
-        """Llama, Mistral, Qwen 2 and 3; with sandwich norms Gemma 2 and 3."""
+        """Llama, Mistral, Qwen 2 and 3, Gemma; with sandwich norms Gemma 2 and 3."""
         config = self.config
         gemma = config.model_type.startswith("gemma")
+        sandwich = f"{self.path}pre_feedforward_layernorm.weight" in self.tensors
 
         def rms(name: str, y: Tensor) -> Tensor:
             return self.rms(name, y, config.rms_norm_eps, gemma)
@@ -191,17 +192,17 @@ class Layers:
             mask,
             tables=tables,
             kv_heads=config.num_key_value_heads,
-            scale=config.query_pre_attn_scalar**-0.5 if gemma else None,
+            scale=config.query_pre_attn_scalar**-0.5 if sandwich else None,
             softcap=config.attn_logit_softcapping if config.model_type == "gemma2" else None,
         )
         h = self.updated("attention", self.dense("self_attn.o_proj", attended, "attention.output"), x, n)
-        x = x + (rms("post_attention_layernorm", h) if gemma else h)
-        n = rms("pre_feedforward_layernorm" if gemma else "post_attention_layernorm", x)
+        x = x + (rms("post_attention_layernorm", h) if sandwich else h)
+        n = rms("pre_feedforward_layernorm" if sandwich else "post_attention_layernorm", x)
         gate = self.dense("mlp.gate_proj", n, "feedforward.gate")
         gate = F.gelu(gate, approximate="tanh") if gemma else F.silu(gate)
         up = gate * self.dense("mlp.up_proj", n, "feedforward.up")
         h = self.updated("feedforward", self.dense("mlp.down_proj", up, "feedforward.down"), x, n)
-        return x + (rms("post_feedforward_layernorm", h) if gemma else h)
+        return x + (rms("post_feedforward_layernorm", h) if sandwich else h)
 
     def phi(self, x: Tensor, mask: Tensor, tables: Any) -> Tensor:
         n = self.norm("input_layernorm", x, self.config.layer_norm_eps)

@@ -58,6 +58,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "gemma": _LLAMA,
     "gemma2": _LLAMA | {"query_pre_attn_scalar": 8},
     "gemma3_text": _LLAMA | {"query_pre_attn_scalar": 8},
     "phi": _BERT | {"max_position_embeddings": 64},
