@@ -30,6 +30,7 @@ from fusion.backbones.files import (
     stamp,
 )
 from fusion.backbones.pairing import adjust, check_max_length, check_pair
+from fusion.backbones.repeated_layers import separate_repeated_layers
 from fusion.backbones.weights import check_complete, check_finite, check_headers, check_shapes
 from fusion.data.tokenizer import load_tokenizer, tokenizer_hash
 from fusion.errors import UserError
@@ -150,11 +151,13 @@ def load_backbone(
     model.requires_grad_(False)
     model.eval()
     check_finite(model, what)
+    identity = fingerprint(model, family)
+    separate_repeated_layers(model, family)
     return Backbone(
         name_or_path=name_or_path,
         model=model,
         family=family,
-        fingerprint=fingerprint(model, family),
+        fingerprint=identity,
         hidden_size=config.hidden_size,
         layers=len(family.layer_list(model)),
         tokenizer=tokenizer,
