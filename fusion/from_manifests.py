@@ -27,7 +27,8 @@ from fusion.safe_text import quotable
 from fusion.selection import kept_layers
 from fusion.store.compatibility import check_sources
 from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
-from fusion.store.manifest import Head, Manifest, StoredTask
+from fusion.store.manifest import Manifest
+from fusion.store.parts import Head, StoredTask
 from fusion.tasks.table import KINDS
 
 Shapes = dict[str, tuple[int, ...]]

@@ -23,8 +23,9 @@ from fusion.store.files import MEND, read_regular
 from fusion.store.json_text import short
 from fusion.store.layout import HEAD, MANIFEST, OLD, REPLACED, STAGING, WEIGHTS
 from fusion.store.lookup import find, find_by_hash, read_folder, read_settled
-from fusion.store.manifest import File, Manifest
+from fusion.store.manifest import Manifest
 from fusion.store.names import check_name
+from fusion.store.parts import File
 from fusion.store.trained_data import note_ambiguous_labels
 from fusion.store.writing import LOCK_SECONDS, NEW, check_free, retire, settle, sync_folder, writing
 

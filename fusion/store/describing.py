@@ -15,7 +15,8 @@ from fusion.store.overview import everything, users_of
 from fusion.store.rebuilding import rebuild_lines
 
 if TYPE_CHECKING:
-    from fusion.store.manifest import Git, Manifest, Source
+    from fusion.store.manifest import Manifest
+    from fusion.store.parts import Git, Source
 
 
 def describe(reference: str, store: Path, into: Path | None = None) -> list[str]:

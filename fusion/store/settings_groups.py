@@ -23,7 +23,8 @@ from fusion.errors import UserError
 from fusion.store.lookup import artifacts, find, read_folder
 
 if TYPE_CHECKING:
-    from fusion.store.manifest import Manifest, Source
+    from fusion.store.manifest import Manifest
+    from fusion.store.parts import Source
 
 Settings = dict[str, Any]
 
