@@ -15,13 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Optional
 
-from fusion.checks import as_stored as _as_stored
-from fusion.checks import check_batches as _batches
-from fusion.checks import check_drop as _drop
-from fusion.checks import check_layers as _layers
-from fusion.checks import in_range as _in_range
-from fusion.checks import one_of as _one_of
-from fusion.checks import require as _require
+from fusion.checks import as_stored, check_batches, check_drop, check_layers, in_range, one_of, require
 from fusion.errors import UserError
 from fusion.model.compositions import COMPOSITIONS, Composition
 from fusion.model.methods import ADAPTER, METHODS, Method
@@ -61,15 +55,15 @@ def _sources(value: Any, ways: str) -> Any:
     """
     if isinstance(value, str):
         known = value == "all" or ("top:N" in ways and re.fullmatch(r"top:[1-9]\d*", value) is not None)
-        _require(known, f"{override('sources', value)}: expected {ways}")
+        require(known, f"{override('sources', value)}: expected {ways}")
         return value
-    _require(
+    require(
         isinstance(value, list) and all(type(name) in (str, int, float) for name in value),
         f"{override('sources', value)}: expected {ways}",
     )
     names = [str(name) for name in value]
     twice = repeated(names)
-    _require(
+    require(
         not twice, f"{override('sources', names)}: duplicate {', '.join(twice)}; expected each source once"
     )
     return names
@@ -87,43 +81,43 @@ class TaskConfig(Task):
 
     def __post_init__(self) -> None:
         where = f"task {self.name}" if self.name else "task file"
-        _require(
+        require(
             self.kind in KINDS, f"{where}: kind={shortened(self.kind)}: expected one of {', '.join(KINDS)}"
         )
         text = [self.text] if isinstance(self.text, str) else self.text
-        _require(
+        require(
             isinstance(text, list) and 1 <= len(text) <= 2 and all(isinstance(t, str) for t in text),
             f"{where}: text={shortened(self.text)}: expected one column name or a list of two",
         )
-        _require(bool(self.label), f"{where}: label is empty: expected the name of a column")
+        require(bool(self.label), f"{where}: label is empty: expected the name of a column")
         for metric in self.metrics:
             allowed = KINDS[self.kind].metric_names
-            _require(
+            require(
                 metric in allowed,
                 f"{where}: metric {shortened(metric)} does not fit kind {self.kind}: expected {', '.join(allowed)}",
             )
-        _require(
+        require(
             len(self.metrics) > 0,
             f"{where}: metrics is empty: name at least one of {', '.join(KINDS[self.kind].metric_names)}",
         )
         self.labels = self._label_names(where)
-        _require(
+        require(
             all(_is_raw_label(entry) for entry in self.label_values or []),
             f"{where}: label_values={shortened(self.label_values)}: expected for each label a value, or a list of values",
         )
         values = [(type(value), repr(value)) for entry in self.raw_label_values for value in entry]
-        _require(
+        require(
             len(set(values)) == len(values),
             f"{where}: label_values={shortened(self.label_values)}: a value stands twice",
         )
         check_task(self, where)
-        _require(
+        require(
             all(isinstance(name, str) for name in self.columns.values()),
             f"{where}: columns={shortened(self.columns)}: expected the name of a column for each",
         )
         for split, names in self.hub.splits.items() if self.hub is not None else ():
             every = names if isinstance(names, list) and names else [names]
-            _require(
+            require(
                 all(isinstance(name, str) and name for name in every),
                 f"{where}: hub.splits.{split}={shortened(names)}: expected the hub's name of a split, or a list of names",
             )
@@ -131,15 +125,15 @@ class TaskConfig(Task):
     def _label_names(self, where: str) -> Optional[list[str]]:
         if self.labels is None:
             return None
-        _require(
+        require(
             isinstance(self.labels, list),
             f"{where}: labels={shortened(self.labels)}: expected a list of names",
         )
-        _require(
+        require(
             all(isinstance(name, (str, int, float, bool, type(None))) for name in self.labels),
             f"{where}: labels={shortened(self.labels)}: expected a list of names",
         )
-        _require(
+        require(
             not any(isinstance(name, bool) or name is None for name in self.labels),
             f"{where}: labels={shortened(self.labels)}: YAML reads yes, no, true, false and null as values of its own; "
             'write them in quotes, as "yes"',
@@ -170,7 +164,7 @@ class LimitConfig:
 
     def __post_init__(self) -> None:
         for split in ("train", "validation", "test"):
-            _in_range(f"data.limit.{split}", getattr(self, split), at_least=1, null="all rows")
+            in_range(f"data.limit.{split}", getattr(self, split), at_least=1, null="all rows")
 
 
 @dataclass
@@ -185,7 +179,7 @@ class SplitConfig:
     def __post_init__(self) -> None:
         for split in ("validation", "test"):
             hint = ", a fraction of the training rows such as 0.1"
-            _in_range(
+            in_range(
                 f"data.split.{split}",
                 getattr(self, split),
                 above=0,
@@ -195,14 +189,14 @@ class SplitConfig:
                 null="no such split",
             )
         together = (self.validation or 0.0) + (self.test or 0.0)
-        _require(
+        require(
             together < 1.0,
             f"data.split.validation={self.validation} and data.split.test={self.test} leave nothing to train on: "
             "expected less than 1 together",
         )
-        _in_range("data.split.seed", self.seed, at_least=0, at_most=2**32 - 1)
+        in_range("data.split.seed", self.seed, at_least=0, at_most=2**32 - 1)
         for key in ("seed", "stratify"):
-            _require(
+            require(
                 together > 0.0 or not getattr(self, key),
                 f"{override(f'data.split.{key}', getattr(self, key))}: no split is made; set data.split.validation=0.1, "
                 f"data.split.test=0.1 or both, or leave data.split.{key} out",
@@ -234,22 +228,22 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         # Null only where an artifact brings its own: `StageConfig` and `RankConfig` ask for a number.
-        _in_range("data.max_length", self.max_length, at_least=4, null="the artifact's own", hint=" tokens")
-        _in_range("data.batch_size", self.batch_size, at_least=1, hint=" row")
+        in_range("data.max_length", self.max_length, at_least=4, null="the artifact's own", hint=" tokens")
+        in_range("data.batch_size", self.batch_size, at_least=1, hint=" row")
         least = self.max_length or 4
-        _in_range(
+        in_range(
             "data.tokens_per_batch",
             self.tokens_per_batch,
             at_least=least,
             null="data.batch_size rows",
             hint=f", room for a text of data.max_length={least} tokens",
         )
-        _require(
+        require(
             self.quoting in (None, "csv", "none"),
             f"{override('data.quoting', self.quoting)}: expected csv (a field may be in quotes), none (quotes are text), or null: "
             "csv for CSV files, none for TSV files",
         )
-        _in_range("data.workers", self.workers, at_least=0)
+        in_range("data.workers", self.workers, at_least=0)
 
 
 @dataclass
@@ -268,15 +262,15 @@ class BackboneConfig:
     trust_remote_code: bool = False  # runs the Python code that the backbone brings along, if it does
 
     def __post_init__(self) -> None:
-        _one_of("backbone.pooling", self.pooling, POOLINGS)
-        _one_of("backbone.cache", self.cache, CACHES)
-        _in_range("backbone.cache_gb", self.cache_gb, above=0, whole=False, infinite=True)
-        _require(
+        one_of("backbone.pooling", self.pooling, POOLINGS)
+        one_of("backbone.cache", self.cache, CACHES)
+        in_range("backbone.cache_gb", self.cache_gb, above=0, whole=False, infinite=True)
+        require(
             not self.dropout or self.cache in ("auto", "off"),
             f"backbone.cache={self.cache}: with backbone.dropout=true a row is another one each time; "
             "expected backbone.cache=off, or backbone.dropout=false",
         )
-        _require(bool(self.name_or_path), "backbone.name_or_path is empty: expected a hub id or a folder")
+        require(bool(self.name_or_path), "backbone.name_or_path is empty: expected a hub id or a folder")
 
 
 @dataclass
@@ -297,36 +291,36 @@ class AdapterConfig:
     shared: bool = False  # one adapter's weights for all layers
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             len(self.sites) > 0 and len(set(self.sites)) == len(self.sites) and set(self.sites) <= set(SITES),
             f"{override('adapter.sites', self.sites)}: expected some of {', '.join(SITES)}, each once",
         )
-        _require(
+        require(
             "before_attention" not in self.sites or self.reads == "input",
             f"adapter.reads={self.reads}: before_attention has the layer's input alone to read; "
             "expected adapter.reads=input, or other adapter.sites",
         )
-        _require(
+        require(
             self.scaling == "learned" or (type(self.scaling) in (int, float) and math.isfinite(self.scaling)),
             f"{override('adapter.scaling', self.scaling)}: expected a finite number, or learned (starts at 1)",
         )
-        _drop("adapter.drop", self.drop)
-        _one_of("adapter.reads", self.reads, READS)
-        _one_of("adapter.nonlinearity", self.nonlinearity, NONLINEARITIES)
-        _one_of("adapter.init", self.init, INITIAL_VALUES)
-        _in_range("adapter.dropout", self.dropout, at_least=0, below=1, whole=False)
-        _layers("adapter.layers", self.layers)
+        check_drop("adapter.drop", self.drop)
+        one_of("adapter.reads", self.reads, READS)
+        one_of("adapter.nonlinearity", self.nonlinearity, NONLINEARITIES)
+        one_of("adapter.init", self.init, INITIAL_VALUES)
+        in_range("adapter.dropout", self.dropout, at_least=0, below=1, whole=False)
+        check_layers("adapter.layers", self.layers)
         if self.bottleneck_size is not None:
-            _in_range(
+            in_range(
                 "adapter.bottleneck_size", self.bottleneck_size, at_least=1, null="adapter.reduction_factor"
             )
         else:
             hint = ", or adapter.bottleneck_size=N"
-            _in_range("adapter.reduction_factor", self.reduction_factor, above=0, whole=False, hint=hint)
+            in_range("adapter.reduction_factor", self.reduction_factor, above=0, whole=False, hint=hint)
 
     def as_stored(self) -> dict[str, Any]:
         """As a manifest keeps it, see `CompositionConfig.as_stored`."""
-        return _as_stored(self, ("drop", "shared"))
+        return as_stored(self, ("drop", "shared"))
 
     def size_for(self, hidden_size: int) -> int:
         """The bottleneck size R for a hidden size D: D // reduction_factor, at least 1."""
@@ -365,9 +359,9 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         if self.pooling is not None:
-            _one_of("head.pooling", self.pooling, POOLINGS)
-        _require(self.layers in (1, 2), f"head.layers={self.layers}: expected 1 or 2")
-        _in_range("head.dropout", self.dropout, at_least=0, below=1, whole=False)
+            one_of("head.pooling", self.pooling, POOLINGS)
+        require(self.layers in (1, 2), f"head.layers={self.layers}: expected 1 or 2")
+        in_range("head.dropout", self.dropout, at_least=0, below=1, whole=False)
 
 
 _Composition: Any = flat_group(
@@ -401,13 +395,13 @@ class OptimConfig:
     patience: Optional[int] = 3  # epochs without a better score before stopping; null: never stop early
 
     def __post_init__(self) -> None:
-        _in_range("optim.lr", self.lr, above=0, below=1e3, whole=False, hint=", such as 1e-4")
+        in_range("optim.lr", self.lr, above=0, below=1e3, whole=False, hint=", such as 1e-4")
         hint = ", such as 1e-3"
-        _in_range("optim.head_lr", self.head_lr, above=0, below=1e3, whole=False, hint=hint, null="optim.lr")
-        _in_range("optim.weight_decay", self.weight_decay, at_least=0, whole=False)
+        in_range("optim.head_lr", self.head_lr, above=0, below=1e3, whole=False, hint=hint, null="optim.lr")
+        in_range("optim.weight_decay", self.weight_decay, at_least=0, whole=False)
         hint = ", a fraction of the steps"
-        _in_range("optim.warmup", self.warmup, at_least=0, at_most=1, whole=False, hint=hint)
-        _in_range("optim.patience", self.patience, at_least=1, null="no early stopping", hint=" epoch")
+        in_range("optim.warmup", self.warmup, at_least=0, at_most=1, whole=False, hint=hint)
+        in_range("optim.patience", self.patience, at_least=1, null="no early stopping", hint=" epoch")
 
 
 @dataclass
@@ -422,12 +416,12 @@ class LossConfig:
         numbers = isinstance(weights, list) and all(
             type(weight) in (int, float) and 0 < weight < math.inf for weight in weights
         )
-        _require(
+        require(
             weights is None or weights == "balanced" or (numbers and len(weights) > 0),
             f"{override('loss.class_weights', weights)}: expected balanced, or a list with a number above 0 for each label, "
             "such as [1.0,2.5]",
         )
-        _in_range("loss.label_smoothing", self.label_smoothing, at_least=0, below=1, whole=False)
+        in_range("loss.label_smoothing", self.label_smoothing, at_least=0, below=1, whole=False)
 
     def check(self, tasks: list[TaskConfig]) -> None:
         """Refuse settings that none of the tasks has a use for.
@@ -440,24 +434,24 @@ class LossConfig:
         kinds = {task.kind: kind_of(task) for task in tasks}
         names = ", ".join(str(task.name) for task in tasks)
         weights = self.class_weights
-        _require(
+        require(
             weights is None or any(kind.has_classes for kind in kinds.values()),
             f"{override('loss.class_weights', weights)}: {names} has no classes ({' and '.join(sorted(kinds))}); leave it out",
         )
-        _require(
+        require(
             self.label_smoothing == 0.0 or any(kind.smooths_labels for kind in kinds.values()),
             f"loss.label_smoothing={self.label_smoothing}: {names} is {kind_of(tasks[0]).noun}, which has no classes; "
             "leave it out",
         )
         if not isinstance(weights, list):
             return
-        _require(
+        require(
             len(tasks) == 1,
             f"{override('loss.class_weights', weights)}: a list holds the weights of one task's labels, and this run trains {names}; "
             "expected loss.class_weights=balanced, which counts each task's own labels",
         )
         labels = tasks[0].labels or []
-        _require(
+        require(
             len(weights) == len(labels),
             f"{override('loss.class_weights', weights)}: {len(weights)} weights for the {len(labels)} labels of {names} "
             f"({', '.join(labels[:20])}{', ...' if len(labels) > 20 else ''}); expected one for each, in this order",
@@ -508,23 +502,23 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         hint = " (the learning rate's decay ends there)"
-        _in_range("trainer.max_epochs", self.max_epochs, at_least=1, hint=hint)
-        _in_range("trainer.num_nodes", self.num_nodes, at_least=1)
-        _in_range("trainer.min_epochs", self.min_epochs, at_least=0, null="none")
-        _in_range("trainer.min_steps", self.min_steps, at_least=0, null="none")
-        _in_range("trainer.num_sanity_val_steps", self.num_sanity_val_steps, at_least=-1, null="none")
-        _in_range("trainer.log_every_n_steps", self.log_every_n_steps, at_least=0, null="50")
-        _in_range(
+        in_range("trainer.max_epochs", self.max_epochs, at_least=1, hint=hint)
+        in_range("trainer.num_nodes", self.num_nodes, at_least=1)
+        in_range("trainer.min_epochs", self.min_epochs, at_least=0, null="none")
+        in_range("trainer.min_steps", self.min_steps, at_least=0, null="none")
+        in_range("trainer.num_sanity_val_steps", self.num_sanity_val_steps, at_least=-1, null="none")
+        in_range("trainer.log_every_n_steps", self.log_every_n_steps, at_least=0, null="50")
+        in_range(
             "trainer.check_val_every_n_epoch",
             self.check_val_every_n_epoch,
             at_least=1,
             null="trainer.val_check_interval in batches across epochs",
         )
-        _in_range(
+        in_range(
             "trainer.reload_dataloaders_every_n_epochs", self.reload_dataloaders_every_n_epochs, at_least=0
         )
         hint = ", the norm or value that gradients are clipped to (0: no clipping)"
-        _in_range(
+        in_range(
             "trainer.gradient_clip_val",
             self.gradient_clip_val,
             at_least=0,
@@ -532,42 +526,42 @@ class TrainerConfig:
             hint=hint,
             null="no clipping",
         )
-        _require(
+        require(
             self.limit_train_batches != 0,
             "trainer.limit_train_batches=0 would train nothing: expected a fraction above 0, or at least 1 batch",
         )
         if self.max_steps != -1:
             hint = ", or -1 for as many as trainer.max_epochs has"
-            _in_range("trainer.max_steps", self.max_steps, at_least=1, hint=hint)
-        _require(
+            in_range("trainer.max_steps", self.max_steps, at_least=1, hint=hint)
+        require(
             self.limit_val_batches != 0,
             "trainer.limit_val_batches=0: the validation rows choose the best epoch; data.limit.validation=N takes fewer",
         )
         for key in ("train", "val", "test", "predict"):
-            _batches(f"trainer.limit_{key}_batches", getattr(self, f"limit_{key}_batches"))
+            check_batches(f"trainer.limit_{key}_batches", getattr(self, f"limit_{key}_batches"))
         if not isinstance(self.val_check_interval, (str, dict)):  # a time, which Lightning reads
-            _batches("trainer.val_check_interval", self.val_check_interval)
-        _require(
+            check_batches("trainer.val_check_interval", self.val_check_interval)
+        require(
             isinstance(self.fast_dev_run, (bool, int)) and int(self.fast_dev_run) >= 0,
             f"{override('trainer.fast_dev_run', self.fast_dev_run)}: expected true, false, or a number of batches, "
             "at least 0",
         )
-        _require(
+        require(
             self.max_time is None or isinstance(self.max_time, (str, dict)),
             f"{override('trainer.max_time', self.max_time)}: expected DAYS:HOURS:MINUTES:SECONDS such as "
             "00:01:30:00, or {hours:1,minutes:30}",
         )
-        _require(
+        require(
             not self.overfit_batches,
             "trainer.overfit_batches: batches are planned by length here; data.limit.train=N overfits on N rows",
         )
-        _in_range("trainer.accumulate_grad_batches", self.accumulate_grad_batches, at_least=1)
+        in_range("trainer.accumulate_grad_batches", self.accumulate_grad_batches, at_least=1)
         # The others turn the weights themselves, the frozen ones too, into another type.
-        _require(
+        require(
             self.precision is None or str(self.precision) in PRECISIONS,
             f"{override('trainer.precision', self.precision)}: expected one of {', '.join(PRECISIONS)}; frozen weights stay float32",
         )
-        _require(
+        require(
             self.deterministic in (None, True, False, "warn"),
             f"{override('trainer.deterministic', self.deterministic)}: expected true, false or warn",
         )
@@ -584,7 +578,7 @@ class WandbConfig:
     init_timeout: int = 10  # seconds to wait for the server before going offline
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.mode is None or self.mode in (*WANDB_MODES, "dryrun"),
             f"logger.wandb.mode={self.mode}: expected {', '.join(WANDB_MODES)}, or null",
         )
@@ -594,11 +588,11 @@ class WandbConfig:
                 or len(value) > 128
                 or any(c in "/\\#?%:" or not c.isprintable() for c in value)
             )
-            _require(
+            require(
                 not wrong,
                 f"logger.wandb.{key}={value!r:.200}: expected a name of 1 to 128 characters without / \\ # ? % :",
             )
-        _in_range("logger.wandb.init_timeout", self.init_timeout, at_least=1, hint=" second")
+        in_range("logger.wandb.init_timeout", self.init_timeout, at_least=1, hint=" second")
 
 
 @dataclass
@@ -606,7 +600,7 @@ class CsvConfig:
     flush_every_n_steps: int = 50
 
     def __post_init__(self) -> None:
-        _in_range("logger.csv.flush_every_n_steps", self.flush_every_n_steps, at_least=1)
+        in_range("logger.csv.flush_every_n_steps", self.flush_every_n_steps, at_least=1)
 
 
 @dataclass
@@ -640,15 +634,15 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         self.backbone.dropout = bool(self.backbone.dropout)
-        _require(
+        require(
             not (self.compile and self.backbone.gradient_checkpointing),
             "compile=true and backbone.gradient_checkpointing=true do not go together: choose one of them",
         )
-        _require(
+        require(
             self.data.max_length is not None,
             "data.max_length=null: expected a number of tokens, at least 4, such as 128",
         )
-        _in_range(
+        in_range(
             "checkpoint_minutes",
             self.checkpoint_minutes,
             at_least=0,
@@ -657,10 +651,10 @@ class StageConfig:
             null="after each epoch alone",
             hint=" (0: after each batch)",
         )
-        _in_range("seed", self.seed, at_least=0, at_most=2**32 - 1)
+        in_range("seed", self.seed, at_least=0, at_most=2**32 - 1)
         if self.task is not None:
             self.loss.check([self.task])
-            _require(
+            require(
                 self.head.pooling is None or kind_of(self.task).items != "words",
                 f"head.pooling={self.head.pooling}: {self.task.name} is {kind_of(self.task).noun}, whose head scores "
                 "each word and pools nothing; leave it out",
@@ -684,23 +678,23 @@ class Stage1Config(StageConfig):
         if self.backbone.dropout is None:  # what trains as a whole drops out, as in pre-training
             self.backbone.dropout = definition.whole
         super().__post_init__()
-        _require(
+        require(
             definition.tune is None or self.backbone.cache in ("auto", "off"),
             f"backbone.cache={self.backbone.cache}: method={method} trains inside the backbone, so that no part of "
             "it stays the same; expected backbone.cache=off",
         )
-        _require(
+        require(
             definition.kind == ADAPTER or self.adapter.drop is None,
             f"adapter.drop={self.adapter.drop}: method={method} has no adapters to drop; expected method=adapter",
         )
         several = " or ".join(f"method={name}" for name, one in METHODS.items() if one.multitask)
         if self.tasks is None:
-            _require(
+            require(
                 not definition.multitask,
                 f"method={method} trains several tasks at once: say 'tasks=[TASK,ANOTHER]' in place of +task=",
             )
             return
-        _require(
+        require(
             definition.multitask,
             f"tasks= with method={method}: several tasks at once need {several}\n"
             "One run for each task is a sweep: -m +task=TASK,ANOTHER",
@@ -740,24 +734,24 @@ class Stage2Config(StageConfig):
         self.sources = _sources(self.sources, "a list of names such as [mnli,sst2], all, or top:N")
         if self.composition.definition.is_pruned:
             self._check_pruned()
-        _require(
+        require(
             len(self.sources) > 0 or self.composition.definition.is_pruned,
             "sources is empty: name adapters of the store, such as 'sources=[mnli,sst2]'",
         )
         if self.sources_by is not None:
-            _one_of("sources_by", self.sources_by, RANKINGS)
-            _require(
+            one_of("sources_by", self.sources_by, RANKINGS)
+            require(
                 str(self.sources).startswith("top:"),
                 f"sources_by={self.sources_by}: says by which method the best are taken; expected sources=top:N",
             )
 
     def _check_pruned(self) -> None:
         asked = self.composition
-        _require(
+        require(
             isinstance(self.sources, list),
             f"{override('sources', self.sources)}: a pruned fusion has the sources of the fusion it is made of; leave sources= out",
         )
-        _require(
+        require(
             asked.fusion is not None,
             "composition=pruned: expected the fusion to prune, composition.fusion=NAME, one of the store",
         )
@@ -765,11 +759,11 @@ class Stage2Config(StageConfig):
         other = [
             f"composition.{f.name}" for f in fields(own) if getattr(asked, f.name) != getattr(own, f.name)
         ]
-        _require(
+        require(
             not other,
             f"{', '.join(other)}: a pruned fusion is as composition.fusion={asked.fusion} was trained; leave it out",
         )
-        _require(
+        require(
             self.head == HeadConfig(),
             f"head: a pruned fusion has the head of composition.fusion={asked.fusion}; leave head.* out",
         )
@@ -800,8 +794,8 @@ class UseConfig:
     drop: int = 0  # AdapterDrop: leave out what the first layers' slots hold
 
     def __post_init__(self) -> None:
-        _in_range("drop", self.drop, at_least=0, hint=" layers")
-        _require(
+        in_range("drop", self.drop, at_least=0, hint=" layers")
+        require(
             getattr(self, "split", None) != "", "split= is empty: expected a split, such as split=validation"
         )
 
@@ -822,7 +816,7 @@ class InspectConfig(UseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         asked = self.words if isinstance(self.words, list) else [self.words]
-        _require(
+        require(
             all(type(row) is int and row >= 0 for row in asked) and asked != [],
             f"{override('words', self.words)}: expected how many rows to show, at least 0, or which: words=[0,5,17]",
         )
@@ -842,12 +836,12 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         names = self.runs if isinstance(self.runs, list) else [self.runs]
-        _require(
+        require(
             bool(names) and all(isinstance(name, str) and name for name in names),
             f"{override('runs', self.runs)}: expected a folder, or several: 'runs=[outputs/stage1,outputs/stage2]'",
         )
-        _in_range("inspect_rows", self.inspect_rows, at_least=1)
-        _in_range("words", self.words, at_least=0)
+        in_range("inspect_rows", self.inspect_rows, at_least=1)
+        in_range("words", self.words, at_least=0)
 
     @property
     def folders(self) -> list[Path]:
@@ -889,32 +883,32 @@ class RankConfig:
 
     def __post_init__(self) -> None:
         self.sources = _sources(self.sources, "a list of names such as [mnli,sst2], or all")
-        _require(
+        require(
             self.sources == "all" or len(self.sources) >= 2,
             f"{override('sources', self.sources)}: a ranking needs at least two; expected all, or a list such as [mnli,sst2]",
         )
-        _require(
+        require(
             not self.include_target or self.sources == "all",
             "include_target=true: says what sources=all means; a list names the target's own adapters itself",
         )
         for method in self.methods:
-            _one_of("methods", method, RANKINGS)
-        _require(
+            one_of("methods", method, RANKINGS)
+        require(
             len(self.methods) > 0 and len(set(self.methods)) == len(self.methods),
             f"{override('methods', self.methods)}: expected some of {', '.join(RANKINGS)}, each once",
         )
-        _require(
+        require(
             self.data.max_length is not None,
             "data.max_length=null: expected a number of tokens, at least 4, such as 128",
         )
-        _in_range("rows", self.rows, at_least=2)
-        _in_range("epochs", self.epochs, at_least=1)
-        _in_range("lr", self.lr, above=0, below=1e3, whole=False, hint=", such as 5e-4")
-        _in_range("seed", self.seed, at_least=0, at_most=2**32 - 1)
+        in_range("rows", self.rows, at_least=2)
+        in_range("epochs", self.epochs, at_least=1)
+        in_range("lr", self.lr, above=0, below=1e3, whole=False, hint=", such as 5e-4")
+        in_range("seed", self.seed, at_least=0, at_most=2**32 - 1)
         self.methods = [name for name in RANKINGS if name in self.methods]  # in one order, whatever was typed
         if self.task is not None and not kind_of(self.task).is_pooled:
             others = [name for name in RANKINGS if name not in POOLED_RANKINGS]
-            _require(
+            require(
                 set(self.methods) <= set(others),
                 f"{override('methods', self.methods)}: {self.task.name} is {kind_of(self.task).noun}, and "
                 f"{' and '.join(POOLED_RANKINGS)} score one vector per text; expected {override('methods', others)}",
