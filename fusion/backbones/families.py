@@ -94,49 +94,33 @@ def _linear(sublayer: str, **paths: str) -> dict[str, Wiring]:
     return {f"{sublayer}.{name}": LinearLayer(path) for name, path in paths.items()}
 
 
+def _projections(sublayer: str, module: str, names: str, output: str | None = None) -> dict[str, Wiring]:
+    """Sites at the projections of an attention module. names: of the query, key and value, separated by spaces."""
+    query, key, value = (f"{module}.{name}" for name in names.split())
+    sites = _linear(sublayer, query=query, key=key, value=value)
+    return sites if output is None else sites | _linear(sublayer, output=output)
+
+
 _BERT_SITES: dict[str, Wiring] = {
     "before_attention": BeforeAttention(("attention.self",)),
     "attention": PostNorm("attention.output.LayerNorm", "attention.output.dropout", "attention.self"),
     "feedforward": PostNorm("output.LayerNorm", "output.dropout", "intermediate"),
-    **_linear(
-        "attention",
-        query="attention.self.query",
-        key="attention.self.key",
-        value="attention.self.value",
-        output="attention.output.dense",
-    ),
+    **_projections("attention", "attention.self", "query key value", output="attention.output.dense"),
     **_linear("feedforward", up="intermediate.dense", down="output.dense"),
 }
-_DEBERTA_SITES = _BERT_SITES | _linear(
-    "attention",
-    query="attention.self.query_proj",
-    key="attention.self.key_proj",
-    value="attention.self.value_proj",
-)
+_DEBERTA_SITES = _BERT_SITES | _projections("attention", "attention.self", "query_proj key_proj value_proj")
 _MPNET_SITES: dict[str, Wiring] = {
     "before_attention": BeforeAttention(("attention.attn",)),
     "attention": PostNorm("attention.LayerNorm", "attention.dropout", "attention.attn"),
     "feedforward": PostNorm("output.LayerNorm", "output.dropout", "intermediate"),
-    **_linear(
-        "attention",
-        query="attention.attn.q",
-        key="attention.attn.k",
-        value="attention.attn.v",
-        output="attention.attn.o",
-    ),
+    **_projections("attention", "attention.attn", "q k v", output="attention.attn.o"),
     **_linear("feedforward", up="intermediate.dense", down="output.dense"),
 }
 _DISTILBERT_SITES: dict[str, Wiring] = {
     "before_attention": BeforeAttention(("attention",)),
     "attention": PostNorm("sa_layer_norm", "attention", "attention"),
     "feedforward": PostNorm("output_layer_norm", "ffn", "ffn"),
-    **_linear(
-        "attention",
-        query="attention.q_lin",
-        key="attention.k_lin",
-        value="attention.v_lin",
-        output="attention.out_lin",
-    ),
+    **_projections("attention", "attention", "q_lin k_lin v_lin", output="attention.out_lin"),
     **_linear("feedforward", up="ffn.lin1", down="ffn.lin2"),
 }
 # ALBERT's attention adds its own residual, so what reads the input of self-attention alone is the three projections.
@@ -175,12 +159,8 @@ _GPT2_SITES: dict[str, Wiring] = {
     **_linear("attention", query_key_value="attn.c_attn", output="attn.c_proj"),
     **_linear("feedforward", up="mlp.c_fc", down="mlp.c_proj"),
 }
-_GATED_LINEAR = _linear(
-    "attention",
-    query="self_attn.q_proj",
-    key="self_attn.k_proj",
-    value="self_attn.v_proj",
-    output="self_attn.o_proj",
+_GATED_LINEAR = _projections(
+    "attention", "self_attn", "q_proj k_proj v_proj", output="self_attn.o_proj"
 ) | _linear("feedforward", gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj")
 _LLAMA_SITES: dict[str, Wiring] = {
     "before_attention": BeforeAttention(("self_attn",)),
@@ -197,38 +177,20 @@ _PHI_SITES: dict[str, Wiring] = {
     "before_attention": BeforeAttention(("self_attn",)),
     "attention": PreNorm("input_layernorm", "self_attn.dense"),
     "feedforward": PreNorm("input_layernorm", "mlp.fc2"),
-    **_linear(
-        "attention",
-        query="self_attn.q_proj",
-        key="self_attn.k_proj",
-        value="self_attn.v_proj",
-        output="self_attn.dense",
-    ),
+    **_projections("attention", "self_attn", "q_proj k_proj v_proj", output="self_attn.dense"),
     **_linear("feedforward", up="mlp.fc1", down="mlp.fc2"),
 }
 _BART_SITES: dict[str, Wiring] = {
     "before_attention": BeforeAttention(("self_attn",)),
     "attention": PostNorm("self_attn_layer_norm", "self_attn", "self_attn"),
     "feedforward": PostNorm("final_layer_norm", "fc2", "fc1"),
-    **_linear(
-        "attention",
-        query="self_attn.q_proj",
-        key="self_attn.k_proj",
-        value="self_attn.v_proj",
-        output="self_attn.out_proj",
-    ),
+    **_projections("attention", "self_attn", "q_proj k_proj v_proj", output="self_attn.out_proj"),
     **_linear("feedforward", up="fc1", down="fc2"),
 }
 _BART_DECODER_SITES: dict[str, Wiring] = {
     **_BART_SITES,
     "cross_attention": PostNorm("encoder_attn_layer_norm", "encoder_attn", "encoder_attn"),
-    **_linear(
-        "cross_attention",
-        query="encoder_attn.q_proj",
-        key="encoder_attn.k_proj",
-        value="encoder_attn.v_proj",
-        output="encoder_attn.out_proj",
-    ),
+    **_projections("cross_attention", "encoder_attn", "q_proj k_proj v_proj", output="encoder_attn.out_proj"),
 }
 
 
@@ -239,13 +201,7 @@ def _t5_sites(feedforward: str) -> dict[str, Wiring]:
         "before_attention": BeforeAttention((attention,)),
         "attention": PreNorm("layer.0.layer_norm", "layer.0.dropout"),
         "feedforward": PreNorm(f"{feedforward}.layer_norm", f"{feedforward}.dropout"),
-        **_linear(
-            "attention",
-            query=f"{attention}.q",
-            key=f"{attention}.k",
-            value=f"{attention}.v",
-            output=f"{attention}.o",
-        ),
+        **_projections("attention", attention, "q k v", output=f"{attention}.o"),
         # wi of T5, or wi_0 and wi_1 of its gated versions
         **_linear(
             "feedforward",
@@ -260,13 +216,7 @@ def _t5_sites(feedforward: str) -> dict[str, Wiring]:
 _T5_DECODER_SITES: dict[str, Wiring] = {
     **_t5_sites("layer.2"),
     "cross_attention": PreNorm("layer.1.layer_norm", "layer.1.dropout"),
-    **_linear(
-        "cross_attention",
-        query="layer.1.EncDecAttention.q",
-        key="layer.1.EncDecAttention.k",
-        value="layer.1.EncDecAttention.v",
-        output="layer.1.EncDecAttention.o",
-    ),
+    **_projections("cross_attention", "layer.1.EncDecAttention", "q k v", output="layer.1.EncDecAttention.o"),
 }
 
 _BERT_ARCHITECTURE = (
