@@ -145,7 +145,12 @@ def _read_file(
         if form.format == ".json":
             return record_table(*read_json(path, content), where=str(path))
         if form.format == ".conll":
-            return replace(record_table(*read_conll(path, content), where=str(path)), typed=False)
+            sentences, lines = read_conll(path, content)
+            return replace(
+                record_table(sentences, lines, where=str(path)),
+                typed=False,
+                row_name=lambda row: f"sentence at line {lines[row]}",
+            )
         table = read_delimited(path, content, form.format == ".tsv", text_columns, quoting)
         return arrow_table(table, str(path), typed=False)
     except UserError:

@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 
 from fusion.errors import UserError, first_line
+from fusion.safe_text import printable
 from fusion.store.files import MEND, read_regular
 from fusion.store.json_text import short
 from fusion.store.layout import HEAD, MANIFEST, OLD, REPLACED, STAGING, WEIGHTS
@@ -254,7 +255,7 @@ def _read_tensors(path: Path, entry: File) -> dict[str, torch.Tensor]:
     found = hashlib.sha256(content).hexdigest()
     if found != entry.sha256:
         raise UserError(
-            f"{path}: sha256 {found[:12]} and not {short(entry.sha256, 12)}, so it was changed; {MEND}"
+            f"{path}: sha256 {found[:12]} and not {printable(entry.sha256[:12])}, so it was changed; {MEND}"
         )
     try:
         return safetensors.torch.load(content)

@@ -25,11 +25,11 @@ from fusion.store.writing import (
 def remove(name: str, store: Path, force: bool = False, wait: float = LOCK_SECONDS) -> str:
     """Takes an artifact out of the store, and gives the line that says what became of it.
 
-    With `force` an artifact that fusions need goes to STORE/.replaced, as by an overwrite: they go on working,
+    With `force` an artifact that fusions need, or may need, goes to STORE/.replaced, as by an overwrite: they go on working,
     and the name is free. A damaged artifact can be removed; no fusion can be using it.
 
     Raises:
-        UserError: the name is none, nothing stands there, fusions need it, or it is being written.
+        UserError: the name is none, nothing stands there, fusions need it or may need it, or it is being written.
     """
     check_name(name)  # never a path: what lies outside of a store is not ours to delete
     check_store(store)
@@ -46,6 +46,15 @@ def remove(name: str, store: Path, force: bool = False, wait: float = LOCK_SECON
             manifest = read_folder(folder)
         if manifest is not None:
             users = _only_users(name, manifest.hash, store)
+        # A manifest that cannot be read does not tell its sources.
+        unreadable = _unreadable(store) if manifest is not None and manifest.kind == "adapter" else []
+        if unreadable and not users and not force:
+            raise UserError(
+                f"{name} may be a source of {', '.join(unreadable)}, which cannot be read: mend or remove "
+                f"{'that' if len(unreadable) == 1 else 'those'} first (python -m fusion.store verify)\n"
+                "or say force=true, which frees the name and keeps the files in .replaced, where fusions find them"
+            )
+        users = users or unreadable
         if users and not force:
             raise UserError(
                 f"{name} is a source of {', '.join(users)}: remove {'that' if len(users) == 1 else 'those'} first\n"
@@ -78,6 +87,17 @@ def _check_ours(folder: Path) -> None:
     elif folder.is_symlink() and not folder.exists():
         return
     raise UserError(f"{folder} is no artifact, it has no {MANIFEST}: remove it by hand if nobody needs it")
+
+
+def _unreadable(store: Path) -> list[str]:
+    """The artifacts whose manifest cannot be read."""
+    found = []
+    for name in names(store):
+        try:
+            read_folder(store / name)
+        except UserError:
+            found.append(name)
+    return found
 
 
 def _only_users(name: str, hash: str, store: Path) -> list[str]:

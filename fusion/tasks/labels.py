@@ -258,12 +258,14 @@ def read_ids(
     keys: Sequence[Key],
     kept: list[int],
     choices: list[list[str]] | None = None,
+    unit: str = "rows",
 ) -> tuple[list[int], Reading]:
     """Class ids, or indices of the right choices, and how they were read.
 
     Args:
         keys: of all rows of the column.
         choices: choice tasks: of the rows `kept`.
+        unit: what `kept` counts: rows, or labels where a row has several.
 
     Raises:
         UserError: a label of the rows `kept` is none of the task's or beyond its row's choices, or the labels are
@@ -277,7 +279,7 @@ def read_ids(
     distinct = set(found)
     fitting = [name for name, way in ways.items() if distinct <= way.keys()]
     if not fitting:
-        raise _unreadable(labels, ways, table, column, keys, kept)
+        raise _unreadable(labels, ways, table, column, keys, kept, unit)
     ids = [ways[fitting[0]][key] for key in found]
     for row, index, options in zip(kept, ids, choices or [], strict=choices is not None):
         if index >= len(options):
@@ -334,6 +336,7 @@ def _unreadable(
     column: Column,
     keys: Sequence[Key],
     kept: list[int],
+    unit: str,
 ) -> UserError:
     task, expected = labels.task, labels.expected(ways)
     distinct = {keys[row] for row in kept}
@@ -355,7 +358,7 @@ def _unreadable(
         return UserError(
             f"{what}, which its ClassLabel calls {shown(name)}; expected {expected}\n"
             "Other names of the labels, in the order of labels: 'task.label_values=[…]'; "
-            f"{_ignore(task, name, alike)}"
+            f"{_ignore(task, name, alike, unit)}"
         )
     numbers = {keys[row][1] for row in kept if keys[row][0] == "number"}
     count = len(ways.get("ids") or labels.names or task.raw_label_values)
@@ -363,7 +366,7 @@ def _unreadable(
         return UserError(f"{what}; expected {expected}\n{_count_from(min(numbers), count)}")
     if labels.is_named(keys[row]):  # by `labels` and `label_values`, which disagree about it
         return UserError(f"{what}; expected {expected}\n{_one_way(task)}")
-    return UserError(f"{what}; expected {expected}\n{_ignore(task, value, alike)}")
+    return UserError(f"{what}; expected {expected}\n{_ignore(task, value, alike, unit)}")
 
 
 def _alternatives(entry: Sequence[Any]) -> str:
@@ -385,17 +388,16 @@ def _count_from(first: int, count: int) -> str:
     return f"If they count from {first}: 'task.label_values=[{said}]'"
 
 
-def _ignore(task: Task, value: Any, alike: str = "") -> str:
+def _ignore(task: Task, value: Any, alike: str = "", unit: str = "rows") -> str:
     """The override for one more raw label that means that there is none.
 
     Args:
-        alike: how many rows have it.
+        alike: how many of them there are.
+        unit: rows, or labels where a row has several.
     """
     ignored = ",".join(map(_typed, [*task.ignore_labels, value]))
-    return (
-        f"If such rows{alike} have no label: 'task.ignore_labels=[{ignored}]'; other raw labels: label_values in the "
-        "task file"
-    )
+    meaning = f"such rows{alike} have no label" if unit == "rows" else f"such {unit}{alike} count for nothing"
+    return f"If {meaning}: 'task.ignore_labels=[{ignored}]'; other raw labels: label_values in the task file"
 
 
 def _typed(value: Any) -> str:

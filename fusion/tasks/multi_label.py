@@ -195,7 +195,7 @@ def _read(
     keys = names.keys(flat)
     ignored = names.ignored(flat, keys, unlabelled=False)
     used = [number for number, is_ignored in enumerate(ignored) if not is_ignored]
-    ids, reading = read_ids(names, by_label, flat, keys, used)
+    ids, reading = read_ids(names, by_label, flat, keys, used, unit="labels")
     found: dict[int, list[int]] = {row: [0] * len(names.names) for row in kept}
     for number, label in zip(used, ids, strict=True):
         row = where[number]

@@ -406,6 +406,20 @@ def test_remove_by_force_leaves_fusions_what_they_need(say: Say, full: Path) -> 
     put(full, read_manifest("books", full).changed(name="films", files={}))  # the name is free
 
 
+def test_a_source_stays_where_a_damaged_fusion_may_need_it(say: Say, full: Path) -> None:
+    manifest = full / "both" / MANIFEST
+    manifest.write_text(manifest.read_text()[:-20])
+    code, _, err = say("remove", "films")
+    assert code == 2 and err.startswith(
+        "films may be a source of both, which cannot be read: mend or remove that first"
+    )
+    assert say("remove", "films", "force=true")[0] == 0
+    assert [path.name.partition("-")[0] for path in (full / ".replaced").iterdir()] == ["films"]
+    assert say("remove", "head")[0] == 0  # no fusion has a head for a source
+    assert say("remove", "both") == (0, "removed both\n", "")
+    assert say("remove", "books") == (0, "removed books\n", "")
+
+
 def test_a_copy_under_another_name_frees_the_first(say: Say, full: Path) -> None:
     shutil.copytree(full / "films", full / "copy")
     assert say("remove", "films") == (0, "removed films\n", "")

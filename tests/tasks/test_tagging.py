@@ -262,7 +262,8 @@ def test_rows_that_are_refused(content: Any, message: str, write: Write) -> None
 def test_an_unknown_tag_of_a_conll_file(write: Write) -> None:
     data = write("a\tO\n\nb\tO\nRome\tB-GPE\n", ending="conll")
     with pytest.raises(
-        UserError, match=r"train\.conll, line 3: the label of word 2, 'Rome' .* is 'B-GPE' .*; exp"
+        UserError,
+        match=r"train\.conll, sentence at line 3: the label of word 2, 'Rome' .* is 'B-GPE' .*; exp",
     ):
         load_rows(make_task(), data, "train")
     with pytest.raises(UserError, match=r"no column 3; it has 0, 1|no column ner_tags; it has 0, 1"):
