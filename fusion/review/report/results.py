@@ -489,11 +489,26 @@ def _compare(group: Group, base: Group, variants: Mapping[str, Sequence[Group]],
         if group.method != BASELINE and chosen:
             named += _tried(group, own, group.against, others)
         group.unequal = tuple(named)
+    group.unequal += _scored_differently(group, group.against)
     # The seed of a source's training says nothing about that of the target's.
     by_seed = not any(entry.anywhere for entry in group.entries)
     for one in (group, group.against):  # several runs of a seed, such as with other sources, are no pairs
         by_seed = by_seed and one.seeds == len(one.entries)
     group.difference = compare(group.samples, group.against.samples, metric, by_seed)
+
+
+def _scored_differently(group: Group, against: Group) -> tuple[str, ...]:
+    """How the validation or test rows of two groups differ; empty: they share some, or it is not known."""
+    ones, others = (
+        {e.answers.fingerprint: len(e.answers.labels) for e in each.entries if e.answers is not None}
+        for each in (group, against)
+    )
+    if not ones or not others or ones.keys() & others.keys():
+        return ()
+    counts = [" or ".join(map(str, sorted(set(rows.values())))) for rows in (ones, others)]
+    if counts[0] == counts[1]:
+        return (f"scored on other {counts[0]} rows",)
+    return (f"scored on {counts[0]} rows against {counts[1]}",)
 
 
 def _budget_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

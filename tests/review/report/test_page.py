@@ -8,6 +8,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -320,7 +321,7 @@ def test_an_address_that_is_no_web_address_is_no_link(tmp_path: Path, write: Wri
 
 class _Tracked:
     def __init__(self, url: str) -> None:
-        self.run = {"wandb": {"url": url}}
+        self.run = SimpleNamespace(wandb={"url": url})
 
 
 def test_it_stays_below_five_megabytes(tmp_path: Path, write: Write) -> None:

@@ -117,6 +117,21 @@ def test_what_differs_in_budget_is_named(tmp_path: Path, write: Write) -> None:
     ]
 
 
+def test_scores_of_other_rows_are_not_compared_as_equals(tmp_path: Path, write: Write) -> None:
+    for seed in (1, 2):
+        write(seed=seed, score=0.5, wrong=10)
+        folder = write(seed=seed, score=0.9, wrong=2, sources=["a", "b"])
+        outcomes = json.loads((folder / "outcomes.json").read_text())
+        own = outcomes["validation"]
+        few = {key: own[key][:10] for key in ("labels", "predicted")} | {"fingerprint": "of 10 rows"}
+        (folder / "outcomes.json").write_text(json.dumps({"validation": few}))
+    group = only(tmp_path).groups["fusion of 2"]
+    count = len(own["labels"])
+    assert group.unequal == (f"scored on 10 rows against {count}",)
+    write(seed=3, score=0.9, wrong=2, sources=["a", "b"])  # one seed in common is enough to compare
+    assert only(tmp_path).groups["fusion of 2"].unequal == ()
+
+
 def test_equal_budgets_are_compared_where_there_are_some(tmp_path: Path, write: Write) -> None:
     for rate, alone in ((1e-4, 0.6), (1e-3, 0.85)):
         write(score=alone, wrong=round(20 * (1 - alone)), optim__lr=rate)
