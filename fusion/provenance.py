@@ -33,6 +33,7 @@ PACKAGES = (
     "scipy",
     "PyYAML",
     "pydantic",
+    "nervaluate",
     "jinja2",
     "matplotlib",
     "pillow",

@@ -87,6 +87,8 @@ def test_only_sources_with_an_adapter_in_the_slot_can_stay() -> None:
     assert most_attended(attention, some, 2) == {"0.feedforward": [0, 2], "1.feedforward": [0, 1]}
     assert most_attended(attention, some, 1) == {"0.feedforward": [0], "1.feedforward": [1]}
     alone = most_attended(
-        {"1.feedforward": attention["1.feedforward"]}, sources([], ["1.feedforward"], []), 2
+        {"1.feedforward": attention["1.feedforward"]},
+        sources(["0.feedforward"], ["1.feedforward"], ["0.feedforward"]),
+        2,
     )
     assert alone == {"1.feedforward": [1]}

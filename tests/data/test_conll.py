@@ -101,4 +101,4 @@ def test_a_table_of_a_compressed_file(tmp_path: Path) -> None:
     table = read_table(path)
     assert table.columns == ("0", "1", "2", "3") and table.rows == 2 and not table.typed
     assert table.column("3") == [["B-ORG", "O", "O"], ["B-PER"]]
-    assert table.at(1) == f"{path}, line 7"
+    assert table.at(1) == f"{path}, sentence at line 7"
