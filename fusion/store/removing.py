@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from pathlib import Path
 
 from fusion.errors import UserError
 from fusion.store.layout import HEAD, MANIFEST, STAGING, WEIGHTS
-from fusion.store.lookup import artifacts, names, read_folder, unknown_name
+from fusion.store.lookup import names, unknown_name
 from fusion.store.names import check_name
-from fusion.store.overview import check_store
+from fusion.store.overview import Found, check_store, everything, users_of
 from fusion.store.writing import (
     LOCK_SECONDS,
     REMOVED,
@@ -25,8 +24,8 @@ from fusion.store.writing import (
 def remove(name: str, store: Path, force: bool = False, wait: float = LOCK_SECONDS) -> str:
     """Takes an artifact out of the store, and gives the line that says what became of it.
 
-    With `force` an artifact that fusions need, or may need, goes to STORE/.replaced, as by an overwrite: they go on working,
-    and the name is free. A damaged artifact can be removed; no fusion can be using it.
+    With `force` an artifact that fusions need, or may need, goes to STORE/.replaced, as by an overwrite: they go on
+    working, and the name is free. A damaged artifact can be removed; no fusion can be using it.
 
     Raises:
         UserError: the name is none, nothing stands there, fusions need it or may need it, or it is being written.
@@ -41,25 +40,24 @@ def remove(name: str, store: Path, force: bool = False, wait: float = LOCK_SECON
         if not os.path.lexists(folder):
             raise UserError(unknown_name(name, store))
         _check_ours(folder)
-        manifest, users = None, []
-        with contextlib.suppress(UserError):
-            manifest = read_folder(folder)
-        if manifest is not None:
-            users = _only_users(name, manifest.hash, store)
-        # A manifest that cannot be read does not tell its sources.
-        unreadable = _unreadable(store) if manifest is not None and manifest.kind == "adapter" else []
-        if unreadable and not users and not force:
+        found = everything(store)
+        manifest = next((one.manifest for one in found if one.place == name), None)
+        users, unreadable = [], []
+        if manifest is not None and not _is_elsewhere(name, manifest.hash, found):
+            users = users_of(manifest.hash, [one for one in found if not one.replaced])
+            # A manifest that cannot be read does not tell its sources, which are adapters.
+            unreadable = _unreadable(found) if manifest.kind == "adapter" else []
+        if (users or unreadable) and not force:
+            what = (
+                f"{name} is a source of {', '.join(users)}: remove {'that' if len(users) == 1 else 'those'} first"
+                if users
+                else f"{name} may be a source of {', '.join(unreadable)}, which cannot be read: fix or remove "
+                f"{'that' if len(unreadable) == 1 else 'those'} first (python -m fusion.store verify)"
+            )
             raise UserError(
-                f"{name} may be a source of {', '.join(unreadable)}, which cannot be read: mend or remove "
-                f"{'that' if len(unreadable) == 1 else 'those'} first (python -m fusion.store verify)\n"
-                "or say force=true, which frees the name and keeps the files in .replaced, where fusions find them"
+                f"{what}\nor say force=true, which frees the name and keeps the files in .replaced, where fusions find them"
             )
         users = users or unreadable
-        if users and not force:
-            raise UserError(
-                f"{name} is a source of {', '.join(users)}: remove {'that' if len(users) == 1 else 'those'} first\n"
-                "or say force=true, which frees the name and keeps the files in .replaced, where fusions find them"
-            )
         if users and manifest is not None:
             kept = keep_replaced(store, folder, manifest)
             sync_folder(store)
@@ -89,24 +87,15 @@ def _check_ours(folder: Path) -> None:
     raise UserError(f"{folder} is no artifact, it has no {MANIFEST}: remove it by hand if nobody needs it")
 
 
-def _unreadable(store: Path) -> list[str]:
-    """The artifacts whose manifest cannot be read."""
-    found = []
-    for name in names(store):
-        try:
-            read_folder(store / name)
-        except UserError:
-            found.append(name)
-    return found
+def _is_elsewhere(name: str, hash: str, found: list[Found]) -> bool:
+    """Whether fusions find this very artifact under another name, or among those that were replaced."""
+    return any(one.manifest.hash == hash for one in found if one.manifest is not None and one.place != name)
 
 
-def _only_users(name: str, hash: str, store: Path) -> list[str]:
-    """The fusions that find this artifact nowhere else in the store."""
-    others = (manifest.hash for folder, manifest in artifacts(store, replaced=True) if folder != store / name)
-    if hash in others:
-        return []
+def _unreadable(found: list[Found]) -> list[str]:
+    """The artifacts whose manifest is there and cannot be read."""
     return [
-        folder.name
-        for folder, manifest in artifacts(store)
-        if any(source.hash == hash for source in manifest.sources)
+        one.place
+        for one in found
+        if one.manifest is None and not one.replaced and (one.folder / MANIFEST).is_file()
     ]

@@ -411,7 +411,7 @@ def test_a_source_stays_where_a_damaged_fusion_may_need_it(say: Say, full: Path)
     manifest.write_text(manifest.read_text()[:-20])
     code, _, err = say("remove", "films")
     assert code == 2 and err.startswith(
-        "films may be a source of both, which cannot be read: mend or remove that first"
+        "films may be a source of both, which cannot be read: fix or remove that first"
     )
     assert say("remove", "films", "force=true")[0] == 0
     assert [path.name.partition("-")[0] for path in (full / ".replaced").iterdir()] == ["films"]
