@@ -100,7 +100,7 @@ def check_drop(key: str, value: Any) -> None:
 
 
 def default_of(setting: Field[Any]) -> Any:
-    """What a field of a dataclass holds where nothing is said."""
+    """The default value of a field of a dataclass."""
     return setting.default if setting.default_factory is MISSING else setting.default_factory()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from fusion import evaluate, inspect, predict, rank, stage1, stage2
+from fusion import evaluate, inspect, predict, rank, report, stage1, stage2
 from fusion.config import (
     BackboneConfig,
     DataConfig,
@@ -22,12 +22,13 @@ from fusion.config import (
     OptimConfig,
     PredictConfig,
     RankConfig,
+    ReportConfig,
     Stage1Config,
     Stage2Config,
     TaskConfig,
     TrainerConfig,
 )
-from fusion.run import INSPECTION, Run
+from fusion.run import INSPECTION, Run, record
 from fusion.store.manifest import checksum_of
 from tests.conftest import WORDS
 
@@ -182,6 +183,15 @@ class Bench:
         inspect.check(config, run)
         result = inspect.main.__wrapped__(config, run)  # type: ignore[attr-defined]
         return result, json.loads((run.directory / INSPECTION).read_text())
+
+    def report(self, **changes: Any) -> tuple[dict[str, Any], str]:
+        """What the command returns, and the page."""
+        settings = {"data": DataConfig(max_length=None), "accelerator": "cpu", "words": 2}
+        config = ReportConfig(runs=str(self.folder / "runs"), **settings | changes)  # type: ignore[arg-type]
+        run = self.run("report", config)
+        report.check(config, run)
+        made = record(run, lambda: report.main.__wrapped__(config, run))  # type: ignore[attr-defined]
+        return made, config.path.read_text()
 
     def weights(self, name: str, store: str = "store") -> dict[str, torch.Tensor]:
         return load_file(self.folder / store / name / "weights.safetensors")

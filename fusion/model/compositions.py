@@ -20,10 +20,8 @@ if TYPE_CHECKING:
     from fusion.layers.bottleneck import BottleneckAdapter
     from fusion.layers.slot_module import SlotModule
 
-KEPT, CONTINUED = (
-    "kept",
-    "continued",
-)  # what a composition may have to find out first, see `Composition.finds`
+# What a composition may have to find out first, see `Composition.finds`.
+KEPT, CONTINUED = "kept", "continued"
 MEAN = "mean"  # with one source on it is that source, which the probe uses
 ONE_ADAPTER = "is one adapter, which attends to nothing"
 

@@ -66,9 +66,6 @@ class Classification(Kind):
             lambda kept, choices: read_ids(names, table, column, keys, kept, choices),
         )
 
-    def head_outputs(self, task: Task) -> int:
-        return len(task.labels or [])
-
     def loss(
         self,
         scores: Tensor,
@@ -121,9 +118,6 @@ class Classification(Kind):
             "truth": names[int(label)],
             "right": best == int(label),
         }
-
-    def wrong(self, labels: Sequence[Any], predictions: Sequence[Any]) -> list[bool]:
-        return [label != prediction for label, prediction in zip(labels, predictions, strict=True)]
 
     def columns(self, task: Task, labels: Tensor, choice_counts: Tensor | None) -> Tensor:
         """One-hot classes."""

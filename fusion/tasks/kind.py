@@ -104,9 +104,9 @@ class Kind(ABC):
 
     # --- head and loss --------------------------------------------------------------------------------
 
-    @abstractmethod
     def head_outputs(self, task: Task) -> int:
-        """K."""
+        """K: an output per label."""
+        return len(task.labels or [])
 
     def make_head(
         self, hidden_size: int, outputs: int, pooling: str = "cls", layers: int = 1, dropout: float = 0.0
@@ -210,9 +210,9 @@ class Kind(ABC):
             count: its choices or words; None: it is a plain text.
         """
 
-    @abstractmethod
     def wrong(self, labels: Sequence[Any], predictions: Sequence[Any]) -> list[bool]:
         """Which examples are worth a look, since they were predicted wrong."""
+        return [label != prediction for label, prediction in zip(labels, predictions, strict=True)]
 
     def text_of(self, prediction: Any) -> int:
         """Which of the texts of an example its prediction is about; 0 but for choices."""

@@ -59,9 +59,6 @@ class MultiLabel(Kind):
 
     # --- head and loss --------------------------------------------------------------------------------
 
-    def head_outputs(self, task: Task) -> int:
-        return len(task.labels or [])
-
     def loss(
         self,
         scores: Tensor,
@@ -152,9 +149,6 @@ class MultiLabel(Kind):
             "truth": ", ".join(names[number] for number in right) or "no label",
             "right": ids == right,
         }
-
-    def wrong(self, labels: Sequence[Any], predictions: Sequence[Any]) -> list[bool]:
-        return [label != prediction for label, prediction in zip(labels, predictions, strict=True)]
 
     def columns(self, task: Task, labels: Tensor, choice_counts: Tensor | None) -> Tensor:
         """Whether a text has the label."""

@@ -79,9 +79,6 @@ class Tagging(Kind):
 
     # --- head and loss --------------------------------------------------------------------------------
 
-    def head_outputs(self, task: Task) -> int:
-        return len(task.labels or [])
-
     def make_head(
         self, hidden_size: int, outputs: int, pooling: str = "words", layers: int = 1, dropout: float = 0.0
     ) -> TaskHead:
@@ -173,9 +170,6 @@ class Tagging(Kind):
             "truth": " ".join(names[number] for number in label),
             "right": ids == list(label),
         }
-
-    def wrong(self, labels: Sequence[Any], predictions: Sequence[Any]) -> list[bool]:
-        return [label != prediction for label, prediction in zip(labels, predictions, strict=True)]
 
 
 def _words_of(scores: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import pytest
 
-from fusion import inspect, report, stage1, stage2
-from fusion.config import DataConfig, InspectConfig, ReportConfig, Stage1Config, Stage2Config, TaskConfig
+from fusion import stage1, stage2
+from fusion.config import Stage1Config, Stage2Config, TaskConfig
 from fusion.errors import UserError
-from fusion.run import INSPECTION, OUTCOMES, record
+from fusion.run import OUTCOMES, record
 from fusion.store.lookup import read_manifest
 from tests.bench import Bench, write_rows
 from tests.conftest import WORDS
@@ -102,16 +102,7 @@ def test_predictions_are_names_and_probabilities(trained: Bench) -> None:
 
 
 def test_it_is_inspected_ranked_and_reported(trained: Bench) -> None:
-    config = InspectConfig(
-        artifact=FUSED,
-        store=str(trained.folder / "store"),
-        data=DataConfig(max_length=None),
-        accelerator="cpu",
-        words=4,
-    )
-    run = trained.run("inspect", config)
-    inspect.main.__wrapped__(config, run)  # type: ignore[attr-defined]
-    seen = json.loads((run.directory / INSPECTION).read_text())
+    _, seen = trained.inspect(FUSED, words=4)
     assert seen["metrics"] == pytest.approx(trained.result["metrics"]["validation"])
     assert set(seen["masked"]["films"]) == {"metrics", "loss", "predicted"} and len(seen["words"]) == 4
     assert all(isinstance(word["right"], bool) for word in seen["words"])
@@ -121,12 +112,9 @@ def test_it_is_inspected_ranked_and_reported(trained: Bench) -> None:
         isinstance(one["scores"][method], float) for one in ranked["sources"] for method in ("logme", "probe")
     )
 
-    settings = ReportConfig(runs=str(trained.folder / "runs"), files=True, accelerator="cpu", words=2, data=DataConfig(max_length=None))  # fmt: skip
-    run = trained.run("report", settings)
-    report.check(settings, run)
-    made = record(run, lambda: report.main.__wrapped__(settings, run))  # type: ignore[attr-defined]
+    made, page = trained.report(files=True)
     assert made["targets"] == ["moods"] and made["notes"] == []
-    assert "micro_f1" in settings.path.read_text()
+    assert "micro_f1" in page
 
 
 def test_beside_another_kind_each_head_has_its_own_decision(trained: Bench) -> None:

@@ -10,14 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from fusion import inspect, report, stage1, stage2
+from fusion import stage1, stage2
 from fusion.config import (
     AdapterConfig,
     BackboneConfig,
     DataConfig,
-    InspectConfig,
     OptimConfig,
-    ReportConfig,
     SplitConfig,
     Stage1Config,
     Stage2Config,
@@ -28,7 +26,7 @@ from fusion.data.encode import encode
 from fusion.data.rows import load_rows
 from fusion.data.tokenizer import load_tokenizer
 from fusion.errors import UserError
-from fusion.run import INSPECTION, OUTCOMES, record
+from fusion.run import OUTCOMES, record
 from fusion.store.lookup import read_manifest
 from fusion.tasks.table import kind_of
 from tests.bench import Bench
@@ -137,16 +135,7 @@ def test_a_prediction_for_each_word(trained: Bench) -> None:
 
 
 def test_it_is_inspected_ranked_and_reported(trained: Bench) -> None:
-    config = InspectConfig(
-        artifact=FUSED,
-        store=str(trained.folder / "store"),
-        data=DataConfig(max_length=None),
-        accelerator="cpu",
-        words=4,
-    )
-    run = trained.run("inspect", config)
-    inspect.main.__wrapped__(config, run)  # type: ignore[attr-defined]
-    seen = json.loads((run.directory / INSPECTION).read_text())
+    _, seen = trained.inspect(FUSED, words=4)
     assert seen["metrics"] == pytest.approx(trained.result["metrics"]["validation"])
     assert set(seen["masked"]["films"]) == {"metrics", "loss", "predicted"} and len(seen["words"]) == 4
     assert all(isinstance(word["right"], bool) for word in seen["words"])
@@ -155,12 +144,9 @@ def test_it_is_inspected_ranked_and_reported(trained: Bench) -> None:
     ranked = trained.rank("nouns", sources=["nouns", "films"], methods=["similarity"], rows=16)
     assert all(isinstance(one["scores"]["similarity"], float) for one in ranked["sources"])
 
-    settings = ReportConfig(runs=str(trained.folder / "runs"), files=False, accelerator="cpu", words=2, data=DataConfig(max_length=None))  # fmt: skip
-    run = trained.run("report", settings)
-    report.check(settings, run)
-    made = record(run, lambda: report.main.__wrapped__(settings, run))  # type: ignore[attr-defined]
+    made, page = trained.report(files=False)
     assert made["targets"] == ["nouns"] and made["notes"] == []
-    assert "entity_f1" in settings.path.read_text()
+    assert "entity_f1" in page
 
 
 def test_beside_another_kind(trained: Bench) -> None:
