@@ -30,11 +30,14 @@ demo: .venv/.installed ## train three adapters, fuse them for tweets, compare; L
 bench: .venv/.installed ## measure speed and memory against the rival, an hour or more; ARGS="rounds=3"
 	@$(RUN) pipelines.benchmark -m suite=$(SUITES) $(ARGS)
 
+# Bytecode is kept even where the environment says otherwise: the many programs of the tests would each compile it.
+TEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(RUN) pytest
+
 test: .venv/.installed ## the tests, but for the slow ones; ARGS="-k store" picks some
-	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) $(ARGS)
+	@$(TEST) -n $(WORKERS) $(ARGS)
 
 test-full: .venv/.installed ## all tests, also those that take minutes
-	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) -m "not browser" $(ARGS)
+	@$(TEST) -n $(WORKERS) -m "not browser" $(ARGS)
 
 test-browser: .venv/.installed ## the report in a headless Chromium, which is installed where it is missing (Debian, Ubuntu)
 	@if ! command -v chromedriver >/dev/null || ! command -v chromium >/dev/null; then \
@@ -45,7 +48,7 @@ test-browser: .venv/.installed ## the report in a headless Chromium, which is in
 	  SUDO=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 	  $$SUDO apt-get update -qq && $$SUDO env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
 	    chromium chromium-driver fonts-dejavu-core >/dev/null; fi
-	@OMP_NUM_THREADS=1 $(RUN) pytest -m browser tests/browser $(ARGS)
+	@$(TEST) -m browser tests/browser $(ARGS)
 
 check: .venv/.installed ## lint, formatting, types
 	@$(RUN) ruff check

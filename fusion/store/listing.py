@@ -55,7 +55,7 @@ def _row(found: Found, manifest: Manifest, every: list[Found]) -> tuple[str, ...
 
 def _seeds(store: Path, found: list[Found]) -> Iterator[str]:
     """A line for each setting that was trained with several seeds: mean and standard deviation of the first score."""
-    lookup = Lookup()
+    lookup = Lookup(stores={store: [f.manifest for f in found if f.manifest is not None]})
     every = [(f.place, f.manifest) for f in found if f.manifest is not None and not f.replaced]
     for positions in group(lookup.of_artifact(manifest, store) for _, manifest in every):
         members = [every[position] for position in positions]

@@ -49,11 +49,16 @@ class Lookup:
 
     Args:
         known: flat configs by the absolute path of the artifact that they made, for artifacts that are gone.
+        stores: the manifests of stores that have been read already, replaced artifacts too.
     """
 
-    def __init__(self, known: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    def __init__(
+        self,
+        known: Mapping[str, Mapping[str, Any]] | None = None,
+        stores: Mapping[Path, Iterable[Manifest]] | None = None,
+    ) -> None:
         self._known = dict(known or {})
-        self._stores: dict[Path, dict[str, tuple[Manifest, Path]]] = {}
+        self._stores = {store: _by_their_hash(manifests) for store, manifests in (stores or {}).items()}
 
     def of_artifact(self, manifest: Manifest, store: Path) -> Settings:
         """Of a stored artifact. Its sources are found by their hashes, as the fusion itself finds them."""
@@ -96,7 +101,7 @@ class Lookup:
 
     def _by_hash(self, source: Source, seed: Any, store: Path, depth: int) -> Settings:
         if (found := self._index(store).get(source.hash)) is not None:
-            return self._of_artifact(found[0], store, depth)
+            return self._of_artifact(found, store, depth)
         return self._by_name(source.name, seed, store, depth, stored=False)
 
     def _by_name(
@@ -112,11 +117,15 @@ class Lookup:
         # Nothing but the name is left of it. A sweep over seeds ends it with its own one.
         return {"artifact": re.sub(rf"-seed-{re.escape(str(seed))}$", "", reference)}
 
-    def _index(self, store: Path) -> dict[str, tuple[Manifest, Path]]:
+    def _index(self, store: Path) -> dict[str, Manifest]:
         if store not in self._stores:
             every = artifacts(store, replaced=True)
-            self._stores[store] = {manifest.hash: (manifest, folder) for folder, manifest in every}
+            self._stores[store] = _by_their_hash(manifest for _, manifest in every)
         return self._stores[store]
+
+
+def _by_their_hash(manifests: Iterable[Manifest]) -> dict[str, Manifest]:
+    return {manifest.hash: manifest for manifest in manifests}
 
 
 def key_of(settings: Mapping[str, Any]) -> str:

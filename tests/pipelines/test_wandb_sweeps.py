@@ -15,7 +15,6 @@ import pytest
 import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from wandb.sdk.launch.sweeps import utils as wandb_sweeps
 
 from fusion.store.names import is_name
 
@@ -37,6 +36,9 @@ def ends(parameter: Mapping[str, Any]) -> list[Any]:
 
 def agents_command(sweep: Sweep, values: Mapping[str, Any]) -> list[str]:
     """What W&B's agent runs, as its `_command_run` puts it together."""
+    # Here, since it takes seconds.
+    from wandb.sdk.launch.sweeps import utils as wandb_sweeps
+
     macros: dict[str, Any] = wandb_sweeps.create_sweep_command_args(
         {"args": {key: {"value": value} for key, value in values.items()}}
     )
