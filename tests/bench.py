@@ -30,7 +30,7 @@ from fusion.config import (
 )
 from fusion.run import INSPECTION, Run, record
 from fusion.store.manifest import checksum_of
-from tests.conftest import WORDS
+from tests.tiny_backbone import WORDS
 
 LABELS = ["bad", "good"]
 

@@ -686,18 +686,24 @@ def test_an_interrupt_ends_a_sweep(workdir: Path, number: int, code: int) -> Non
 # --- help ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["stage1", "stage2", "rank", "evaluate", "predict"])
-def test_help_is_quick_and_says_what_there_is(name: str, workdir: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    arguments = [sys.executable, "-m", f"fusion.{name}"]
-    subprocess.run(
-        [*arguments, "--help"], env=environment, capture_output=True, check=True
-    )  # warms the cache
+def help_of(name: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    """What a command says of itself, and after how many seconds."""
     started = time.perf_counter()
     shown = subprocess.run(
-        [*arguments, "--help"], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-m", f"fusion.{name}", "--help"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    seconds = time.perf_counter() - started
+    return shown, time.perf_counter() - started
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2", "rank", "evaluate", "predict"])
+def test_help_is_quick_and_says_what_there_is(name: str, workdir: Path) -> None:
+    shown, seconds = help_of(name)
+    if seconds >= 4.0:  # the first one reads the package from the disk
+        shown, seconds = help_of(name)
     assert seconds < 4.0  # 2 s on a machine that does nothing else
     assert f"python -m fusion.{name} " in shown.stdout
     for word in ("mine", "130 interrupted", "--cfg job"):

@@ -25,7 +25,7 @@ from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead
 from fusion.layers.slot_module import SlotModule
 from fusion.model.adapted import AdaptedModel
-from tests.conftest import WORDS
+from tests.tiny_backbone import WORDS
 
 CPU = torch.device("cpu")
 

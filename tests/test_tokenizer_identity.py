@@ -20,7 +20,7 @@ from fusion.run import Run
 from fusion.store.lookup import read_manifest
 from fusion.training.fit import _check_tokenizer
 from tests.bench import Bench
-from tests.conftest import save_backbone
+from tests.tiny_backbone import save_backbone
 
 ROWS = [{"text": "the Cat was good"}, {"text": "a Dog is bad"}]
 

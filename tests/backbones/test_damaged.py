@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fusion.backbones.load import load_backbone
 from fusion.errors import UserError
-from tests.conftest import save_backbone
+from tests.tiny_backbone import save_backbone
 
 Damage = Callable[[Path], object]
 WEIGHTS = "model.safetensors"

@@ -15,7 +15,7 @@ from fusion.backbones.load import Backbone, load_backbone
 from fusion.data.encode import encode
 from fusion.data.rows import Rows
 from fusion.errors import UserError
-from tests.conftest import save_backbone, save_tokenizer
+from tests.tiny_backbone import save_backbone, save_tokenizer
 
 
 def edit(path: Path, **values: Any) -> None:

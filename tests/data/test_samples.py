@@ -11,7 +11,7 @@ from fusion.data.encode import EncodedRows, encode
 from fusion.data.rows import Rows
 from fusion.data.samples import sampled_batches
 from fusion.data.tokenizer import load_tokenizer
-from tests.conftest import WORDS
+from tests.tiny_backbone import WORDS
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, processors
 
 from fusion.data.tokenizer import load_tokenizer, tokenizer_hash
-from tests.conftest import save_tokenizer
+from tests.tiny_backbone import save_tokenizer
 
 Change = Callable[[Any], object]
 DECISIVE: dict[str, Change] = {

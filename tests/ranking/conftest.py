@@ -10,7 +10,7 @@ import pytest
 
 from fusion.config import OptimConfig, TaskConfig, TrainerConfig
 from tests.bench import LABELS, Bench
-from tests.conftest import WORDS
+from tests.tiny_backbone import WORDS
 
 
 def write_words(bench: Bench, name: str, meaning: bool, rows: int) -> None:

@@ -15,7 +15,7 @@ from fusion.errors import UserError
 from fusion.run import OUTCOMES, record
 from fusion.store.lookup import read_manifest
 from tests.bench import Bench, write_rows
-from tests.conftest import WORDS
+from tests.tiny_backbone import WORDS
 
 NAMES = ["good", "bad", "great"]
 

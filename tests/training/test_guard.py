@@ -26,7 +26,7 @@ from fusion.training.guard import Guard
 from fusion.training.module import TaskModule
 from tests.backbones.test_compiling import compiling_is_refused
 from tests.bench import Bench, same
-from tests.conftest import save_backbone
+from tests.tiny_backbone import save_backbone
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "backbone.embeddings.word_embeddings.weight"

@@ -196,7 +196,7 @@ PROGRAM = """
 import dataclasses, resource, sys
 from pathlib import Path
 from tests.bench import Bench, write_task
-from tests.conftest import save_backbone
+from tests.tiny_backbone import save_backbone
 from fusion.config import TrainerConfig
 from fusion.errors import TrainingError
 from fusion.training import fit as fit_module

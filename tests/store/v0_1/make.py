@@ -38,7 +38,7 @@ from fusion.config import (
     TrainerConfig,
 )
 from fusion.run import Run
-from tests.conftest import WORDS, save_tokenizer
+from tests.tiny_backbone import WORDS, save_tokenizer
 
 LABELS = ["bad", "good"]
 METRICS = ["matthews", "accuracy", "f1", "macro_f1"]
