@@ -38,6 +38,7 @@ NOT_SETTINGS: tuple[str, ...] = (
     "resume",
     "data.dir",
     "data.cache_dir",
+    "backbone.cache_gb",
 )
 NOT_SETTINGS += ("logger", "hydra", "inputs", "sources_by")
 SOURCES, FUSION = "sources", "composition.fusion"  # keys that name artifacts
@@ -161,6 +162,7 @@ def _plain(config: Mapping[str, Any]) -> Settings:
         key: value
         for key, value in config.items()
         if not any(key == one or key.startswith(f"{one}.") for one in left_out)
+        and (key != "backbone.cache" or value == "float16")  # the others compute the same, up to rounding
     }
 
 

@@ -103,6 +103,14 @@ def test_runs_without_artifacts(tmp_path: Path) -> None:
     assert len(group(Lookup().of_run(run, None) for run in runs)) == 3
 
 
+def test_a_feature_cache_is_no_setting_unless_it_rounds() -> None:
+    caches: list[dict[str, Any]] = [{"backbone.cache": cache} for cache in ("auto", "off", "float32", "float16")]
+    runs = [{"optim.lr": 1.0}, {"backbone.cache_gb": 5.0}, *caches]
+    settings = [Lookup().of_run(run | {"optim.lr": 1.0}, None) for run in runs]
+    assert group(settings) == [[0, 1, 2, 3, 4], [5]]
+    assert differing(settings)[-2:] == [{"backbone.cache": None}, {"backbone.cache": "float16"}]
+
+
 def test_list_names_the_seeds_of_one_setting(filled: Path) -> None:
     rows, lines = list_store(filled)
     assert [row[rows[0].index("seed")] for row in rows[1:]] == ["3", "1", "1", "2", "3", "1", "2", "2", "3"]
