@@ -104,7 +104,9 @@ def test_runs_without_artifacts(tmp_path: Path) -> None:
 
 
 def test_a_feature_cache_is_no_setting_unless_it_rounds() -> None:
-    caches: list[dict[str, Any]] = [{"backbone.cache": cache} for cache in ("auto", "off", "float32", "float16")]
+    caches: list[dict[str, Any]] = [
+        {"backbone.cache": cache} for cache in ("auto", "off", "float32", "float16")
+    ]
     runs = [{"optim.lr": 1.0}, {"backbone.cache_gb": 5.0}, *caches]
     settings = [Lookup().of_run(run | {"optim.lr": 1.0}, None) for run in runs]
     assert group(settings) == [[0, 1, 2, 3, 4], [5]]
