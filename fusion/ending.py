@@ -45,7 +45,6 @@ FOR_USING = (
     "backbone.revision",
     "backbone.trust_remote_code",
 )
-FOR_LOOKING = ("store", "data.dir", "data.cache_dir")
 MOST_SOURCES = 8
 MOST_COLUMNS = 4  # of scores
 
@@ -222,7 +221,7 @@ def _after_training(
     lines = [_line("evaluate", used, _said(words, FOR_USING))]
     if command == "stage1":
         return lines + _fuse(words, config, [result])
-    return [*lines, _line("inspect", used, _said(words, FOR_LOOKING)), _report(folder)]
+    return [*lines, _line("inspect", used, _said(words, FOR_USING)), _report(folder)]
 
 
 def _fuse(words: Sequence[str], config: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -129,14 +129,14 @@ def test_a_journey_knows_by_itself_what_comes_next(
 
 
 def test_after_stage_2(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    end_of_run(
-        run(trained, "stage2", "+task=films", "sources=[films,books]", "store=s"), trained.result["both"]
-    )
+    limits = ("data.limit.train=7", "data.limit.validation=5")
+    words = ("+task=films", "sources=[films,books]", "store=s", *limits)
+    end_of_run(run(trained, "stage2", *words), trained.result["both"])
     following = [typed(line) for line in lines_of(capsys)[2:]]
     folder = trained.folder / "runs" / "x y"
     assert following == [
-        ["fusion.evaluate", "artifact=both", "store=s"],
-        ["fusion.inspect", "artifact=both", "store=s"],
+        ["fusion.evaluate", "artifact=both", "store=s", "data.limit.validation=5"],
+        ["fusion.inspect", "artifact=both", "store=s", "data.limit.validation=5"],
         ["fusion.report", f'runs="{folder}"'],
     ]
 
