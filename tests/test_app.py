@@ -687,7 +687,7 @@ def test_an_interrupt_ends_a_sweep(workdir: Path, number: int, code: int) -> Non
 
 
 def help_of(name: str) -> tuple[subprocess.CompletedProcess[str], float]:
-    """What a command says of itself, and after how many seconds."""
+    """The finished `--help` of a command, and the seconds it took."""
     started = time.perf_counter()
     shown = subprocess.run(
         [sys.executable, "-m", f"fusion.{name}", "--help"],

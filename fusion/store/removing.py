@@ -24,11 +24,11 @@ from fusion.store.writing import (
 def remove(name: str, store: Path, force: bool = False, wait: float = LOCK_SECONDS) -> str:
     """Takes an artifact out of the store, and gives the line that says what became of it.
 
-    With `force` an artifact that fusions need, or may need, goes to STORE/.replaced, as by an overwrite: they go on
-    working, and the name is free. A damaged artifact can be removed; no fusion can be using it.
+    With `force` an artifact that fusions need, or may need, goes to STORE/.replaced, as by an overwrite: they
+    still work, and the name is free. A damaged artifact can be removed; no fusion can be using it.
 
     Raises:
-        UserError: the name is none, nothing stands there, fusions need it or may need it, or it is being written.
+        UserError: the name is none, nothing is there, fusions need it or may need it, or it is being written.
     """
     check_name(name)  # never a path: what lies outside of a store is not ours to delete
     check_store(store)

@@ -41,6 +41,8 @@ NOT_SETTINGS: tuple[str, ...] = (
     "backbone.cache_gb",
 )
 NOT_SETTINGS += ("logger", "hydra", "inputs", "sources_by")
+# Values whose results are equal up to rounding: only float16 changes them.
+NOT_SETTINGS_AT = tuple(("backbone.cache", value) for value in ("auto", "off", "float32"))
 SOURCES, FUSION = "sources", "composition.fusion"  # keys that name artifacts
 _DEEPEST = 8  # artifacts made of artifacts
 
@@ -59,7 +61,8 @@ class Lookup:
         stores: Mapping[Path, Iterable[Manifest]] | None = None,
     ) -> None:
         self._known = dict(known or {})
-        self._stores = {store: _by_their_hash(manifests) for store, manifests in (stores or {}).items()}
+        self._read = dict(stores or {})
+        self._indices: dict[Path, dict[str, Manifest]] = {}
 
     def of_artifact(self, manifest: Manifest, store: Path) -> Settings:
         """Of a stored artifact. Its sources are found by their hashes, as the fusion itself finds them."""
@@ -119,14 +122,12 @@ class Lookup:
         return {"artifact": re.sub(rf"-seed-{re.escape(str(seed))}$", "", reference)}
 
     def _index(self, store: Path) -> dict[str, Manifest]:
-        if store not in self._stores:
-            every = artifacts(store, replaced=True)
-            self._stores[store] = _by_their_hash(manifest for _, manifest in every)
-        return self._stores[store]
-
-
-def _by_their_hash(manifests: Iterable[Manifest]) -> dict[str, Manifest]:
-    return {manifest.hash: manifest for manifest in manifests}
+        if store not in self._indices:
+            manifests = self._read.get(store)
+            if manifests is None:
+                manifests = [manifest for _, manifest in artifacts(store, replaced=True)]
+            self._indices[store] = {manifest.hash: manifest for manifest in manifests}
+        return self._indices[store]
 
 
 def key_of(settings: Mapping[str, Any]) -> str:
@@ -162,7 +163,7 @@ def _plain(config: Mapping[str, Any]) -> Settings:
         key: value
         for key, value in config.items()
         if not any(key == one or key.startswith(f"{one}.") for one in left_out)
-        and (key != "backbone.cache" or value == "float16")  # the others compute the same, up to rounding
+        and (key, value) not in NOT_SETTINGS_AT
     }
 
 

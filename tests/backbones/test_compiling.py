@@ -80,11 +80,11 @@ def test_other_shapes_compile_nothing_anew(
 def test_slots_that_read_the_input_and_a_layer_that_is_left_out(tiny_backbone: Path, lower: str) -> None:
     def made() -> AdaptedModel:
         torch.manual_seed(0)
-        fillings = {name: BottleneckAdapter(32, 4) for name in (lower, "1.before_attention", "1.feedforward")}
-        for adapter in fillings.values():
+        adapters = {name: BottleneckAdapter(32, 4) for name in (lower, "1.before_attention", "1.feedforward")}
+        for adapter in adapters.values():
             torch.nn.init.normal_(adapter.up.weight)
         return AdaptedModel(
-            load_backbone(str(tiny_backbone)), dict(fillings), "input", TaskHead(32, 2)
+            load_backbone(str(tiny_backbone)), dict(adapters), "input", TaskHead(32, 2)
         ).eval()
 
     plain, compiled = made(), made()

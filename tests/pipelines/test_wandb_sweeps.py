@@ -36,7 +36,7 @@ def ends(parameter: Mapping[str, Any]) -> list[Any]:
 
 def agents_command(sweep: Sweep, values: Mapping[str, Any]) -> list[str]:
     """What W&B's agent runs, as its `_command_run` puts it together."""
-    # Here, since it takes seconds.
+    # Importing this takes seconds, which collecting the tests need not wait for.
     from wandb.sdk.launch.sweeps import utils as wandb_sweeps
 
     macros: dict[str, Any] = wandb_sweeps.create_sweep_command_args(
