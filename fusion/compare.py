@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion.cli.program import run_program
 from fusion.errors import UserError, first_line
-from fusion.paths import check_reference, resolve_path
-from fusion.program import run_program
-from fusion.run import ADDED_LATER, CONFIG, RESULT, STATUS, identity_config
-from fusion.safe_text import printable
+from fusion.files import check_reference, resolve_path
+from fusion.runs.run import ADDED_LATER, CONFIG, RESULT, STATUS, identity_config
 from fusion.store.layout import MANIFEST
 from fusion.store.lookup import find, read_folder, read_settled
 from fusion.store.settings_groups import Lookup, Settings, group
 from fusion.store.settings_groups import differing as differing_settings
 from fusion.terminal.screen import say
 from fusion.terminal.tables import show_table
+from fusion.text import printable
 
 if TYPE_CHECKING:
     from fusion.store.manifest import Manifest

@@ -11,17 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion.answers import answers, own_tasks
-from fusion.app import command
-from fusion.config import EvaluateConfig
+from fusion.cli.app import command
+from fusion.config.commands import EvaluateConfig
 from fusion.errors import UserError
-from fusion.overrides import key_of, typed
-from fusion.run import Run
-from fusion.safe_text import quotable
+from fusion.model.head_selection import answers, own_tasks
+from fusion.model.usable import usable_manifest
+from fusion.runs.run import Run
 from fusion.store.lookup import read_manifest, source_manifests
 from fusion.store.trained_data import as_trained, data_folder_of
 from fusion.terminal.screen import say
-from fusion.usable import usable_manifest
+from fusion.text import key_of, quotable, typed
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +70,7 @@ def _say_once(line: str) -> None:
 def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     if config.logger.wandb is None and config.logger.csv is None:
         return evaluate(config, run)
-    from fusion.review.evaluation import tracked
+    from fusion.tracking.evaluation import tracked
 
     manifest = read_manifest(config.artifact, Path(config.store))
     tasks = [str(answer.task.name) for answer in answers(manifest, config.task)]
@@ -85,16 +84,16 @@ def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
 
 def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     """Score the artifact on the split, and give what result.json holds."""
+    from fusion.analysis.unseen import check_unseen
     from fusion.backbones.load import load_backbone
-    from fusion.build import backbone_of, stored_model
     from fusion.data.encode import encode
     from fusion.data.rows import evaluation_splits, load_splits
-    from fusion.inference import device_of, predict
+    from fusion.model.build import backbone_of, stored_model
+    from fusion.model.inference import device_of, predict
     from fusion.store.artifacts import load
     from fusion.terminal.bars import rows_bar
     from fusion.training.metrics import predicted, score_predictions
     from fusion.training.outcomes import Scored, outcomes, write_outcomes
-    from fusion.unseen import check_unseen
 
     device = device_of(config.accelerator)
     artifact = load(config.artifact, Path(config.store))

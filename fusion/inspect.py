@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fusion.app import command
-from fusion.config import InspectConfig
-from fusion.run import INSPECTION, Run, write_json
+from fusion.cli.app import command
+from fusion.config.commands import InspectConfig
+from fusion.model.usable import usable_manifest
+from fusion.runs.run import INSPECTION, Run, write_json
 from fusion.store.compatibility import check_attends
 from fusion.terminal.screen import say
-from fusion.usable import usable_manifest
 
 
 def check(config: InspectConfig, run: Run) -> None:
@@ -23,8 +23,8 @@ def check(config: InspectConfig, run: Run) -> None:
 
 @command("inspect", InspectConfig, check=check)
 def main(config: InspectConfig, run: Run) -> dict[str, Any]:
-    from fusion.inspection import inspect
-    from fusion.review.report.contents import ablation
+    from fusion.analysis.inspection import inspect
+    from fusion.reporting.contents import ablation
 
     seen = inspect(config)
     write_json(run.directory / INSPECTION, seen)

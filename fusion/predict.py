@@ -12,18 +12,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion.answers import Answer, answers
-from fusion.app import command
-from fusion.config import PredictConfig
+from fusion.cli.app import command
+from fusion.config.commands import PredictConfig
 from fusion.errors import UserError
-from fusion.run import Run
+from fusion.model.head_selection import Answer, answers
+from fusion.model.usable import usable_manifest
+from fusion.runs.run import Run
 from fusion.store.compatibility import check_attends
 from fusion.tasks.table import kind_of
 from fusion.terminal.screen import say
-from fusion.usable import usable_manifest
 
 if TYPE_CHECKING:
-    from fusion.inference import Predictions
+    from fusion.model.inference import Predictions
     from fusion.store.manifest import Manifest
 
 
@@ -66,10 +66,10 @@ def check(config: PredictConfig, run: Run) -> None:
 @command("predict", PredictConfig, check=check)
 def main(config: PredictConfig, run: Run) -> dict[str, Any]:
     from fusion.backbones.load import load_backbone
-    from fusion.build import backbone_of, stored_model
     from fusion.data.encode import encode
     from fusion.data.rows import rows_of_file
-    from fusion.inference import device_of, predict
+    from fusion.model.build import backbone_of, stored_model
+    from fusion.model.inference import device_of, predict
     from fusion.store.artifacts import load
     from fusion.terminal.bars import rows_bar
 

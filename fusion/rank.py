@@ -13,13 +13,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion.app import command
+from fusion.analysis.ranking.candidates import Candidates, all_adapters
 from fusion.backbones.files import check_files
-from fusion.config import CompositionConfig, RankConfig
+from fusion.cli.app import command
+from fusion.config.commands import RankConfig
+from fusion.config.model import CompositionConfig
 from fusion.errors import TrainingError, UserError
-from fusion.inputs import check_backbone_name
-from fusion.ranking.candidates import Candidates, all_adapters
-from fusion.run import Run
+from fusion.runs.inputs import check_backbone_name
+from fusion.runs.run import Run
 from fusion.store.compatibility import check_sources
 from fusion.store.lookup import artifacts, read_manifest
 from fusion.store.writing import check_writable
@@ -69,11 +70,12 @@ def check(config: RankConfig, run: Run) -> None:
 def main(config: RankConfig, run: Run) -> dict[str, Any]:
     if not run.rank_zero:  # one process does it
         return {}
+    from fusion.analysis.ranking.kept import keep
+    from fusion.analysis.ranking.scorers import Looks
     from fusion.backbones.load import load_backbone
-    from fusion.build import load_sources
-    from fusion.config import LimitConfig, StageConfig
-    from fusion.ranking.kept import keep
-    from fusion.ranking.looks import Looks
+    from fusion.config.data import LimitConfig
+    from fusion.config.stages import StageConfig
+    from fusion.model.build import load_sources
     from fusion.training.stage import load_task_rows
 
     assert config.task is not None
@@ -143,7 +145,7 @@ def _ranking(
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """What result.json and the store keep; the sources best first."""
-    from fusion.ranking.order import agreement, best_first, mean_ranks, ranks
+    from fusion.analysis.ranking.order import agreement, best_first, mean_ranks, ranks
 
     scores = {
         method: [None if score is None or not math.isfinite(score) else score for score in values]
@@ -198,7 +200,7 @@ def _known_fusion(config: RankConfig) -> dict[str, Any] | None:
 
 
 def _print(ranking: dict[str, Any], candidates: Candidates, rows: int) -> None:
-    from fusion.ranking.order import table_rows
+    from fusion.analysis.ranking.order import table_rows
     from fusion.terminal.tables import show_table
 
     target, seconds = ranking["task"]["name"], ranking["seconds"]

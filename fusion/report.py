@@ -11,15 +11,16 @@ import shlex
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from fusion.app import command
-from fusion.config import InspectConfig, LimitConfig, ReportConfig
+from fusion.cli.app import command
+from fusion.config.commands import InspectConfig, ReportConfig
+from fusion.config.data import LimitConfig
 from fusion.errors import UserError
-from fusion.run import INSPECTION, Run, check_folder, write_json
+from fusion.runs.run import INSPECTION, Run, check_folder, write_json
 from fusion.terminal.screen import say
 
 if TYPE_CHECKING:
-    from fusion.review.report.reading import Found
-    from fusion.review.report.results import Target
+    from fusion.reporting.reading import Found
+    from fusion.reporting.results import Target
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +41,11 @@ def check(config: ReportConfig, run: Run) -> None:
 
 @command("report", ReportConfig, check=check)
 def main(config: ReportConfig, run: Run) -> dict[str, Any]:
-    from fusion.review.report.contents import contents_of
-    from fusion.review.report.exports import write_files
-    from fusion.review.report.page import write_page
-    from fusion.review.report.reading import read_runs
-    from fusion.review.report.results import targets_of
+    from fusion.reporting.contents import contents_of
+    from fusion.reporting.exports import write_files
+    from fusion.reporting.page import write_page
+    from fusion.reporting.reading import read_runs
+    from fusion.reporting.results import targets_of
 
     found = read_runs(config.folders, without=run.directory)
     targets = targets_of(found, config.split)
@@ -89,7 +90,7 @@ def look_into(config: ReportConfig, run: Run, found: Found, targets: list[Target
                 unseen.append(there[0])
     notes = []
     for number, one in enumerate(unseen, start=1):
-        from fusion.inspection import inspect
+        from fusion.analysis.inspection import inspect
 
         log.info("looking into %s, %d of %d (inspect=false does without)", one.name, number, len(unseen))
         asked = InspectConfig(

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from fusion.app import command
 from fusion.backbones.files import check_files
-from fusion.config import Stage1Config
-from fusion.entry import Entry, find_entry
-from fusion.inputs import initial_inputs, initial_manifest
-from fusion.run import Run, Standing
-from fusion.unchanged import check_unchanged
+from fusion.cli.app import command
+from fusion.config.stages import Stage1Config
+from fusion.model.unchanged import check_unchanged
+from fusion.runs.entry import Entry, find_entry
+from fusion.runs.inputs import initial_inputs, initial_manifest
+from fusion.runs.run import Run, Standing
 
 
 def entry_of(config: Stage1Config, run: Run) -> Entry:
@@ -55,13 +55,13 @@ def train(config: Stage1Config, run: Run, entry: Entry) -> dict[str, Any]:
     # Heavy imports come once a command really runs, so that --help and a wrong key answer at once.
     import torch
 
+    from fusion.analysis.unseen import check_unseen
     from fusion.backbones.load import load_backbone
-    from fusion.build import adapter_fillings, fresh_heads, tuning_of
-    from fusion.initial import start_from
     from fusion.model.adapted import AdaptedModel
+    from fusion.model.build import adapter_fillings, fresh_heads, tuning_of
+    from fusion.model.init_from import start_from
     from fusion.training.determinism import use_deterministic_algorithms
     from fusion.training.stage import load_task_rows, train_and_store
-    from fusion.unseen import check_unseen
 
     use_deterministic_algorithms(config.trainer.deterministic)
     backbone = load_backbone(

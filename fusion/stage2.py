@@ -9,14 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fusion.app import command
+from fusion.analysis.ranking.choice import name_sources
 from fusion.backbones.files import check_files
-from fusion.config import Stage2Config
-from fusion.entry import Entry, find_entry
-from fusion.inputs import Inputs, check_backbone_name, initial_inputs, initial_manifest, read_inputs
-from fusion.ranking.choice import name_sources
-from fusion.run import Run, Standing
-from fusion.unchanged import check_unchanged
+from fusion.cli.app import command
+from fusion.config.stages import Stage2Config
+from fusion.model.unchanged import check_unchanged
+from fusion.runs.entry import Entry, find_entry
+from fusion.runs.inputs import Inputs, check_backbone_name, initial_inputs, initial_manifest, read_inputs
+from fusion.runs.run import Run, Standing
 
 
 def entry_of(config: Stage2Config, inputs: Inputs, run: Run) -> Entry:
@@ -60,15 +60,15 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, entry: Entry) -> dict[
     # Heavy imports come once a command really runs, so that --help and a wrong key answer at once.
     import torch
 
+    from fusion.analysis.initialization import find_start
+    from fusion.analysis.unseen import check_unseen
     from fusion.backbones.load import load_backbone
-    from fusion.build import composition_fillings, load_sources
-    from fusion.initial import start_from
     from fusion.model.adapted import AdaptedModel
-    from fusion.start import find_start
+    from fusion.model.build import composition_fillings, load_sources
+    from fusion.model.init_from import start_from
     from fusion.store.artifacts import adopt
     from fusion.training.determinism import use_deterministic_algorithms
     from fusion.training.stage import load_task_rows, train_and_store
-    from fusion.unseen import check_unseen
 
     assert config.task is not None
     use_deterministic_algorithms(config.trainer.deterministic)

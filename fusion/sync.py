@@ -13,10 +13,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from fusion.cli.program import run_program
 from fusion.errors import UserError
-from fusion.paths import resolve_path
-from fusion.program import run_program
-from fusion.run import CONFIG, STATUS
+from fusion.files import resolve_path
+from fusion.runs.run import CONFIG, STATUS
 from fusion.terminal.screen import say
 
 USAGE = """\
@@ -70,8 +70,8 @@ def sync(folder: Path, seconds: float | None = None) -> int:
     Raises:
         UserError: there is something to do, and no key or no server to do it with.
     """
-    from fusion.review.offline import UPLOAD_SECONDS, SyncError, draw, find_offline, upload, why_not
-    from fusion.review.tracking import no_answer
+    from fusion.tracking.offline import UPLOAD_SECONDS, SyncError, draw, find_offline, upload, why_not
+    from fusion.tracking.tracking import no_answer
 
     runs = find_offline(folder)
     failed = 0
@@ -125,7 +125,7 @@ def _alive(piece: Path) -> bool:
     """Whether a job still writes to its run: what is uploaded of such a one would count as all of it."""
     import yaml
 
-    from fusion.run_lock import is_held
+    from fusion.locks import is_held
 
     job = piece.parent.parent
     try:

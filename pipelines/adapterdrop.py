@@ -5,7 +5,7 @@
 For each task and seed two adapters learn from the same rows in the same order and number of steps: a plain one,
 and one with `adapter.drop=robust`, where each batch leaves out a random number of the first layers. Both are
 then scored with 0, 1, 2 … layers dropped. Then inference is timed, the first half of the layers dropped against
-none, for one task and for several at once (`fusion.several`). What is stored already is not trained again.
+none, for one task and for several at once (`fusion.model.multi_task`). What is stored already is not trained again.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
-from fusion.signals import exit_code
+from fusion.runs.signals import exit_code
 from pipelines.commands import call, read_config, say
 
 if TYPE_CHECKING:
     from fusion.backbones.load import Backbone
-    from fusion.config import TaskConfig
+    from fusion.config.task import TaskConfig
     from fusion.data.encode import EncodedRows
     from fusion.store.artifacts import Artifact
 
@@ -93,8 +93,8 @@ def train(config: DropConfig) -> None:
 
 def scores_by_drop(config: DropConfig, name: str) -> list[float]:
     """The task's first metric on its validation rows, with 0, 1, … all layers dropped."""
-    from fusion.build import stored_model
-    from fusion.inference import device_of, predict
+    from fusion.model.build import stored_model
+    from fusion.model.inference import device_of, predict
     from fusion.store.artifacts import load
     from fusion.training.metrics import score
 
@@ -119,10 +119,10 @@ def _backbone(artifact: Artifact) -> Backbone:
 def _validation(config: DropConfig, artifact: Artifact) -> tuple[TaskConfig, EncodedRows]:
     """The artifact's task, and the rows of its first validation split."""
     from fusion.backbones.files import locate
-    from fusion.config import DataConfig
+    from fusion.config.data import DataConfig
     from fusion.data.encode import encode
     from fusion.data.rows import evaluation_splits, load_rows
-    from fusion.data.tokenizer import load_tokenizer
+    from fusion.hub.tokenizer import load_tokenizer
     from fusion.store.trained_data import as_trained
 
     manifest = artifact.manifest
@@ -138,11 +138,11 @@ def timings(config: DropConfig) -> dict[str, Any]:
     import torch
 
     from fusion.backbones.slots import SlotAddress
-    from fusion.build import stored_adapters, stored_model
     from fusion.data.loaders import evaluation_loader
     from fusion.layers.heads import TaskHead
-    from fusion.memory import keep_freed_memory
-    from fusion.several import SeveralTasks
+    from fusion.model.build import stored_adapters, stored_model
+    from fusion.model.multi_task import SeveralTasks
+    from fusion.runs.memory import keep_freed_memory
     from fusion.store.artifacts import load
 
     keep_freed_memory()

@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from fusion.errors import UserError
-from fusion.overrides import quoted
-from fusion.signals import SIGNALS, Terminated, raised
+from fusion.runs.signals import SIGNALS, Terminated, raised
+from fusion.text import quoted
 
 Settings = TypeVar("Settings")
 ROOT = Path(__file__).resolve().parent.parent

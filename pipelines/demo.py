@@ -20,9 +20,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from fusion.app import conf_folder
+from fusion.cli.app import conf_folder
 from fusion.errors import UserError
-from fusion.signals import exit_code
+from fusion.runs.signals import exit_code
 from pipelines.commands import call, read_config, say
 
 SOURCES = ("movies", "products", "editorials")
@@ -200,7 +200,8 @@ def labels_of(split: str, limit: int | None = None) -> list[Any]:
     Raises:
         UserError: the text is not cached and cannot be fetched, or has fewer rows than `limit`.
     """
-    from fusion.config import DataConfig, LimitConfig, TaskConfig
+    from fusion.config.data import DataConfig, LimitConfig
+    from fusion.config.task import TaskConfig
     from fusion.data.rows import load_rows
 
     file = OmegaConf.load(conf_folder() / "task" / f"{TARGET}.yaml")

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fusion.analysis.ranking.order import correlation, ranks
 from fusion.errors import UserError
-from fusion.ranking.order import correlation, ranks
-from fusion.signals import exit_code
+from fusion.runs.signals import exit_code
 from fusion.terminal.tables import plain
 from pipelines.commands import call, read_config, say
 

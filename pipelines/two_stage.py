@@ -22,7 +22,7 @@ from typing import Any
 from scipy import stats
 
 from fusion.errors import UserError
-from fusion.signals import exit_code
+from fusion.runs.signals import exit_code
 from pipelines.commands import call, read_config, say
 
 

@@ -13,22 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from fusion import evaluate, inspect, predict, rank, report, stage1, stage2
-from fusion.config import (
-    BackboneConfig,
-    DataConfig,
-    EvaluateConfig,
-    InspectConfig,
-    MethodConfig,
-    OptimConfig,
-    PredictConfig,
-    RankConfig,
-    ReportConfig,
-    Stage1Config,
-    Stage2Config,
-    TaskConfig,
-    TrainerConfig,
-)
-from fusion.run import INSPECTION, Run, record
+from fusion.config.commands import EvaluateConfig, InspectConfig, PredictConfig, RankConfig, ReportConfig
+from fusion.config.data import DataConfig
+from fusion.config.model import BackboneConfig, MethodConfig
+from fusion.config.stages import Stage1Config, Stage2Config
+from fusion.config.task import TaskConfig
+from fusion.config.training import OptimConfig, TrainerConfig
+from fusion.runs.run import INSPECTION, Run, record
 from fusion.store.manifest import checksum_of
 from tests.tiny_backbone import WORDS
 

@@ -69,9 +69,9 @@ def import_all() -> None:
     import torch.distributed  # noqa: F401
     import transformers.models.bert  # noqa: F401
 
-    import fusion.app
-    import fusion.build
-    import fusion.start
+    import fusion.analysis.initialization
+    import fusion.cli.app
+    import fusion.model.build
     import fusion.training.processes
     import fusion.training.stage  # noqa: F401
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from fusion.compare import difference, differing, main, read_side, read_words, shown
-from fusion.config import OptimConfig
+from fusion.config.training import OptimConfig
 from fusion.errors import UserError
-from fusion.run import Run, record
+from fusion.runs.run import Run, record
 from fusion.stage1 import main as stage1
 from fusion.store.layout import MANIFEST
 from fusion.store.lookup import artifacts
@@ -29,7 +29,7 @@ Say = Callable[..., tuple[int, str, str]]
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Bench:
     """Adapters of two learning rates and a fusion, and the folder of the run that made `slow`."""
-    from fusion.config import Stage1Config
+    from fusion.config.stages import Stage1Config
 
     bench = Bench(tmp_path_factory.mktemp("compare") / "a folder", tiny_backbone)
     bench.stage1("films")

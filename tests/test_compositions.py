@@ -15,19 +15,15 @@ from safetensors.torch import load_file
 
 from fusion import predict
 from fusion.backbones.load import load_backbone
-from fusion.build import composition_fillings, load_sources, stored_model
-from fusion.config import (
-    AdapterConfig,
-    CompositionConfig,
-    HeadConfig,
-    PredictConfig,
-    Stage2Config,
-    TaskConfig,
-    TrainerConfig,
-)
+from fusion.config.commands import PredictConfig
+from fusion.config.compositions import COMPOSITIONS, TRAINING_ONLY
+from fusion.config.model import AdapterConfig, CompositionConfig, HeadConfig
+from fusion.config.stages import Stage2Config
+from fusion.config.task import TaskConfig
+from fusion.config.training import TrainerConfig
 from fusion.errors import UserError
-from fusion.from_manifests import tensor_shapes
-from fusion.model.compositions import COMPOSITIONS, TRAINING_ONLY
+from fusion.model.build import composition_fillings, load_sources, stored_model
+from fusion.model.from_manifests import tensor_shapes
 from fusion.store.artifacts import load
 from fusion.store.verifying import verify
 from fusion.training.module import TaskModule
@@ -277,7 +273,9 @@ def test_the_best_of_several_goes_on_and_it_is_said_why(
     caplog.set_level("INFO")
     result = composed(ragged, "films", "continued", name="best")
     lines = [
-        record.getMessage() for record in caplog.records if record.name in ("fusion.probe", "fusion.start")
+        record.getMessage()
+        for record in caplog.records
+        if record.name in ("fusion.analysis.probe", "fusion.analysis.initialization")
     ]
     scores = {line.split()[2].rstrip(":"): float(line.split()[-1]) for line in lines[:-1]}
     assert list(scores) == NAMES and all(line.startswith("probe of ") for line in lines[:-1])
@@ -298,7 +296,7 @@ def test_the_best_of_several_goes_on_and_it_is_said_why(
 def test_the_highest_score_decides_and_of_equals_the_first(
     ragged: Bench, monkeypatch: pytest.MonkeyPatch, scores: list[float], best: str
 ) -> None:
-    monkeypatch.setattr("fusion.start.probe", lambda *_: scores)
+    monkeypatch.setattr("fusion.analysis.initialization.probe", lambda *_: scores)
     composed(ragged, "films", "continued", name="decided", overwrite=True)
     manifest = load("decided", ragged.folder / "store").manifest
     assert manifest.composition is not None and manifest.composition.continued == best
@@ -563,7 +561,7 @@ def test_what_was_chosen_is_kept_while_the_run_is_not_done(
 ) -> None:
     """A run that is taken up again goes on with its first choice, whatever would be chosen now."""
     best = [[0.9, 0.1], [0.1, 0.9]]
-    monkeypatch.setattr("fusion.start.probe", lambda *_: best.pop(0))
+    monkeypatch.setattr("fusion.analysis.initialization.probe", lambda *_: best.pop(0))
     trained = TaskModule.training_step
 
     def broken(*_: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fusion.errors import UserError
-from fusion.run import RecordError, Run, check_folder, record, write_json
+from fusion.runs.run import RecordError, Run, check_folder, record, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 TASK = "kind: classification\ntext: sentence\nlabels: [negative, positive]\nmetrics: [accuracy]\n"
@@ -22,9 +22,9 @@ TASK = "kind: classification\ntext: sentence\nlabels: [negative, positive]\nmetr
 PROGRAM = """
 import logging, resource, signal, sys
 from pathlib import Path
-from fusion.app import command
-from fusion.config import Stage1Config
-from fusion.run import Standing
+from fusion.cli.app import command
+from fusion.config.stages import Stage1Config
+from fusion.runs.run import Standing
 
 def check(config, run):
     return Standing("done" if Path(config.store, "made").exists() else "new")

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from fusion import evaluate, report, stage1, stage2
-from fusion.config import DataConfig, EvaluateConfig, ReportConfig, Stage1Config, Stage2Config
+from fusion.config.commands import EvaluateConfig, ReportConfig
+from fusion.config.data import DataConfig
+from fusion.config.stages import Stage1Config, Stage2Config
 from fusion.errors import UserError
-from fusion.run import record
+from fusion.runs.run import record
 from tests.bench import Bench
 
 

@@ -15,15 +15,9 @@ import pytorch_lightning as lightning
 import torch
 from safetensors.torch import load_file
 
-from fusion.config import (
-    AdapterConfig,
-    CompositionConfig,
-    HeadConfig,
-    MethodConfig,
-    OptimConfig,
-    TrainerConfig,
-)
-from fusion.signals import Terminated
+from fusion.config.model import AdapterConfig, CompositionConfig, HeadConfig, MethodConfig
+from fusion.config.training import OptimConfig, TrainerConfig
+from fusion.runs.signals import Terminated
 from fusion.training import fit as fit_module
 from tests.bench import Bench
 

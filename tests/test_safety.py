@@ -32,7 +32,7 @@ YAML_ALLOWED = {"safe_load", "safe_dump", "YAMLError", "MarkedYAMLError", "parse
         *("MappingStart", "SequenceStart"),
     )
 }
-FROM_PRETRAINED_FILES = {"fusion/backbones/load.py", "fusion/data/tokenizer.py"}
+FROM_PRETRAINED_FILES = {"fusion/backbones/load.py", "fusion/hub/tokenizer.py"}
 
 
 def faults(source: str, where: str) -> Iterator[str]:

@@ -19,25 +19,23 @@ import torch
 from safetensors.torch import load_file
 
 from fusion import evaluate
-from fusion.config import (
+from fusion.config.commands import EvaluateConfig
+from fusion.config.data import LimitConfig
+from fusion.config.logging import CsvConfig, LoggerConfig
+from fusion.config.model import (
     AdapterConfig,
     BackboneConfig,
     CompositionConfig,
-    CsvConfig,
-    EvaluateConfig,
     HeadConfig,
-    HubConfig,
-    LimitConfig,
-    LoggerConfig,
     MethodConfig,
-    OptimConfig,
     SameBackboneConfig,
-    Stage1Config,
-    TrainerConfig,
 )
-from fusion.entry import find_entry
+from fusion.config.stages import Stage1Config
+from fusion.config.training import OptimConfig, TrainerConfig
 from fusion.errors import TrainingError, UserError
+from fusion.runs.entry import find_entry
 from fusion.store.artifacts import load
+from fusion.tasks.task import HubConfig
 from tests.bench import LABELS, Bench, quiz_row, rating_row, same, write_manifest, write_task
 
 
@@ -164,7 +162,7 @@ def test_a_new_process_gives_bit_equal_logits(
 import sys, torch
 from pathlib import Path
 from fusion.backbones.load import load_backbone
-from fusion.build import stored_model
+from fusion.model.build import stored_model
 from fusion.store.artifacts import load
 store = Path(sys.argv[1])
 ids = torch.tensor([[2, 7, 8, 9, 3], [2, 10, 3, 0, 0]])

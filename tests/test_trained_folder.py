@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fusion.config import DataConfig, EvaluateConfig
+from fusion.config.commands import EvaluateConfig
+from fusion.config.data import DataConfig
 from fusion.errors import UserError
 from fusion.evaluate import use_trained_data
 from tests.bench import Bench

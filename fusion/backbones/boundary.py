@@ -1,7 +1,7 @@
 """The boundary between what is frozen and what trains: the input of the lowest layer that has a slot.
 
 With the backbone's dropout off, the hidden states there are a fixed function of the row, so they need not be computed
-more than once: see `fusion.feature_cache`. They have one shape in all families, (B, T, D).
+more than once: see `fusion.model.feature_cache`. They have one shape in all families, (B, T, D).
 
 Shapes: B rows, T tokens, D hidden size.
 """

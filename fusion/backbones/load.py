@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
-from fusion import custom_code
 from fusion.backbones.families import Family, family_of
 from fusion.backbones.files import (
     CONFIG,
@@ -32,9 +31,10 @@ from fusion.backbones.files import (
 from fusion.backbones.pairing import adjust, check_max_length, check_pair
 from fusion.backbones.repeated_layers import separate_repeated_layers
 from fusion.backbones.weights import check_complete, check_finite, check_headers, check_shapes
-from fusion.data.tokenizer import load_tokenizer, tokenizer_hash
 from fusion.errors import UserError
-from fusion.hub import from_cache_or_hub
+from fusion.hub import custom_code
+from fusion.hub.access import from_cache_or_hub
+from fusion.hub.tokenizer import load_tokenizer, tokenizer_hash
 
 Loaded = TypeVar("Loaded")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from fusion.backbones.families import Family
-from fusion.data.tokenizer import check_length
 from fusion.errors import UserError
+from fusion.hub.tokenizer import check_length
 
 _FIX = "Use the tokenizer that belongs to the model, or another copy of both: backbone.name_or_path=FOLDER"
 TYPES = "token_type_ids"

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusion.errors import UserError
-from fusion.safe_text import shown
+from fusion.text import shown
 
 if TYPE_CHECKING:
     from tokenizers import Encoding

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fusion.data.delimited import check_text
 from fusion.errors import UserError
-from fusion.safe_text import one_line
+from fusion.text import one_line
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _DOCUMENT = "-DOCSTART-"  # begins the line that CoNLL-2003 has before each document

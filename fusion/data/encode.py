@@ -23,8 +23,8 @@ from fusion.data.alignment import windows_of
 from fusion.data.batches import Batch
 from fusion.data.cache import keep, remove_leftovers, turn, user_cache
 from fusion.data.rows import Rows
-from fusion.data.tokenizer import check_length
 from fusion.errors import first_line
+from fusion.hub.tokenizer import check_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,7 +55,7 @@ class EncodedRows:
         choice_counts: (rows,) the sequences of each row, its choices or windows; None: one each.
         fingerprint: that of the rows.
         key: hex digits that stand for the token ids.
-        states: (all tokens, width), the cached frozen features of each token, see `fusion.feature_cache`; None: there are none.
+        states: (all tokens, width), the cached frozen features of each token, see `fusion.model.feature_cache`; None: there are none.
         task: whose rows they are, where several tasks are trained or scored by one model.
         class_weights: (labels,) float64, the weight of each label in the training loss; None: all count alike.
         loss_weights: (rows,) float64, what each row counts for in the mean of the training loss; None: all count alike.

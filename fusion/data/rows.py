@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from fusion.config import DataConfig, TaskConfig
+from fusion.config.data import DataConfig
+from fusion.config.task import TaskConfig
 from fusion.data.holdout import Holdout
 from fusion.data.splits import (
     Part,
@@ -30,12 +31,12 @@ from fusion.data.splits import (
     local_part,
     no_source,
 )
-from fusion.data.table import Column, Table
 from fusion.data.tables import hub_table, read_split, read_table, record_table
 from fusion.errors import UserError
-from fusion.safe_text import listed, shown
+from fusion.tasks.columns import Column, Table
 from fusion.tasks.labels import Reading, agreed_way
 from fusion.tasks.table import kind_of
+from fusion.text import listed, shown
 
 log = logging.getLogger(__name__)
 

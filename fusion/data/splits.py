@@ -13,13 +13,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusion.config import DataConfig, TaskConfig
+from fusion.config.data import DataConfig
+from fusion.config.task import TaskConfig
 from fusion.data.files import READABLE, SplitFiles, contents, split_files
 from fusion.data.holdout import Holdout
 from fusion.errors import UserError
-from fusion.paths import check_relative, resolve_path
-from fusion.safe_text import listed
+from fusion.files import check_relative, resolve_path
 from fusion.tasks.table import kind_of
+from fusion.text import listed
 
 SPLITS = ("train", "validation", "test")
 MADE = ("validation", "test")  # those that `data.split` can make of the training rows

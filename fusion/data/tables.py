@@ -14,15 +14,15 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion.config import HubConfig
 from fusion.data.conll import read_conll
 from fusion.data.delimited import read_delimited
 from fusion.data.files import READABLE, Form, SplitFiles, form_of, read_content
 from fusion.data.jsonl import read_json, read_jsonl
-from fusion.data.table import Table, counted
 from fusion.errors import UserError, first_line
-from fusion.hub import from_cache_or_hub, hub_is_reachable, offline
-from fusion.safe_text import listed
+from fusion.hub.access import from_cache_or_hub, hub_is_reachable, offline
+from fusion.tasks.columns import Table, counted
+from fusion.tasks.task import HubConfig
+from fusion.text import listed
 
 if TYPE_CHECKING:
     import pyarrow

@@ -13,9 +13,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fusion.cli.program import run_program
 from fusion.errors import UserError
-from fusion.paths import resolve_path
-from fusion.program import run_program
+from fusion.files import resolve_path
 from fusion.terminal.screen import say
 
 USAGE = """\
@@ -112,7 +112,7 @@ def _show(names: list[str], values: dict[str, str]) -> int:
 
 
 def _verify(names: list[str], values: dict[str, str]) -> int:
-    from fusion.from_manifests import tensor_shapes
+    from fusion.model.from_manifests import tensor_shapes
     from fusion.store.verifying import left_over, verify
 
     store, problems, count = _store(values), 0, 0

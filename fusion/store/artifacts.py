@@ -19,7 +19,6 @@ import safetensors.torch
 import torch
 
 from fusion.errors import UserError, first_line
-from fusion.safe_text import printable
 from fusion.store.files import MEND, read_regular
 from fusion.store.json_text import short
 from fusion.store.layout import HEAD, MANIFEST, OLD, REPLACED, STAGING, WEIGHTS
@@ -29,6 +28,7 @@ from fusion.store.names import check_name
 from fusion.store.parts import File
 from fusion.store.trained_data import note_ambiguous_labels
 from fusion.store.writing import LOCK_SECONDS, NEW, check_free, retire, settle, sync_folder, writing
+from fusion.text import printable
 
 log = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fusion.config.compositions import COMPOSITIONS
 from fusion.errors import UserError
-from fusion.model.compositions import COMPOSITIONS
-from fusion.repeats import repeated
+from fusion.text import repeated
 
 if TYPE_CHECKING:
     from fusion.store.manifest import Manifest

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
-from fusion.safe_text import printable
 from fusion.store.layout import MANIFEST
 from fusion.store.listing import as_bytes, number, what_it_is, when
 from fusion.store.lookup import find, find_by_hash, read_folder, read_settled
 from fusion.store.overview import everything, users_of
 from fusion.store.rebuilding import rebuild_lines
+from fusion.text import printable
 
 if TYPE_CHECKING:
     from fusion.store.manifest import Manifest

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
-from fusion.repeats import repeated
+from fusion.text import repeated
 
 LARGEST = 2**63 - 1  # of whole numbers: what a tensor can hold
 DEEPEST = 32  # how far objects and lists stand inside each other

@@ -8,10 +8,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from fusion.safe_text import printable
 from fusion.store.layout import MANIFEST
 from fusion.store.overview import Found, Leftover, check_store, everything, leftovers, size_of, users_of
 from fusion.store.settings_groups import Lookup, group
+from fusion.text import printable
 
 if TYPE_CHECKING:
     from fusion.store.manifest import Manifest

@@ -16,12 +16,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError
 
-from fusion.config import SITES, MethodConfig
+from fusion.config.compositions import TRAINING_ONLY
+from fusion.config.methods import METHODS
+from fusion.config.model import SITES, MethodConfig
 from fusion.errors import UserError, first_line
-from fusion.model.compositions import TRAINING_ONLY
-from fusion.model.methods import METHODS
-from fusion.repeats import repeated
-from fusion.safe_text import quotable
 from fusion.store.files import MEND
 from fusion.store.json_text import finite, read_json
 from fusion.store.layout import HEAD, WEIGHTS
@@ -45,6 +43,7 @@ from fusion.store.parts import (
     one_of,
 )
 from fusion.store.refusals import NULL, OBJECT, mismatch, reason
+from fusion.text import quotable, repeated
 
 FORMAT_VERSION = 1
 FUSION = "fusion"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
-from fusion.run_lock import LOCKS, holder_of, is_held, is_locked
+from fusion.locks import LOCKS, holder_of, is_held, is_locked
 from fusion.store.layout import MANIFEST, OLD, REPLACED, STAGING
 from fusion.store.lookup import folders, read_folder, read_settled
 from fusion.store.names import is_name

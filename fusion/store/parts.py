@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from fusion.config import POOLINGS, AdapterConfig, CompositionConfig, TaskConfig
+from fusion.config.compositions import CONTINUED, KEPT
+from fusion.config.model import POOLINGS, AdapterConfig, CompositionConfig
+from fusion.config.task import TaskConfig
 from fusion.errors import UserError
-from fusion.model.compositions import CONTINUED, KEPT
-from fusion.paths import check_relative
+from fusion.files import check_relative
 from fusion.store.files import MEND
 from fusion.store.layout import HEAD, WEIGHTS
 from fusion.store.names import is_name

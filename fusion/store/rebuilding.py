@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
-from fusion.overrides import key_of, override
 from fusion.store.lookup import find, find_by_hash, read_folder
+from fusion.text import key_of, override
 
 if TYPE_CHECKING:
     from fusion.store.manifest import Manifest

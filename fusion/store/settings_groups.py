@@ -74,7 +74,7 @@ class Lookup:
         """Of a run whose artifact is not there: its sources are found by name.
 
         Args:
-            config: flat, as `fusion.run.identity_config` gives it.
+            config: flat, as `fusion.runs.run.identity_config` gives it.
             store: where the sources are; None: not known.
             sources: their names, where the config holds others, such as `top:3`.
         """

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fusion.config import DataConfig, SplitConfig
+from fusion.config.data import DataConfig, SplitConfig
 from fusion.errors import UserError
 
 if TYPE_CHECKING:

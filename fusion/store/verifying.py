@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusion.errors import UserError
-from fusion.run_lock import LOCKS, is_locked
-from fusion.safe_text import printable
+from fusion.locks import LOCKS, is_locked
 from fusion.store.artifacts import Artifact, check_numbers, match_keys, read
 from fusion.store.files import MEND
 from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
@@ -18,6 +17,7 @@ from fusion.store.listing import as_bytes
 from fusion.store.lookup import READS, source_manifests, stamp, unknown_name
 from fusion.store.manifest import Manifest
 from fusion.store.overview import Found, check_store, everything, leftovers, size_of
+from fusion.text import printable
 
 
 @dataclass(frozen=True)

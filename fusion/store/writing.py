@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from fusion.errors import UserError
-from fusion.paths import resolve_path
+from fusion.files import resolve_path
 from fusion.store.files import read_regular
 from fusion.store.layout import MANIFEST, OLD, REPLACED, STAGING
 from fusion.store.lookup import artifacts, folders, read_folder

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
-from fusion.overrides import shortened
 from fusion.tasks.classification import Classification
 from fusion.tasks.task import Task
+from fusion.text import shortened
 
 if TYPE_CHECKING:
     import numpy as np

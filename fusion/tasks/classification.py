@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fusion.data.table import Column, Table
 from fusion.errors import UserError
-from fusion.overrides import shortened
+from fusion.tasks.columns import Column, Table
 from fusion.tasks.kind import Decision, Kind, RawLabels
 from fusion.tasks.labels import Labels, read_ids
 from fusion.tasks.task import Task
+from fusion.text import shortened
 
 if TYPE_CHECKING:
     import numpy as np

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fusion.data.table import Column, Table
+from fusion.tasks.columns import Column, Table
 from fusion.tasks.labels import Reading
 from fusion.tasks.task import Task
 
@@ -180,7 +180,7 @@ class Kind(ABC):
         """All metrics of the task over all examples at once, in double precision."""
         import numpy as np
 
-        from fusion.metrics import metric_of
+        from fusion.tasks.metrics import metric_of
 
         one, other = np.asarray(labels)[None], np.asarray(predictions)[None]
         return {name: float(metric_of(name, one, other)[0]) for name in task.metrics}

@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fusion.data.table import Column, Table
 from fusion.errors import UserError
-from fusion.safe_text import listed, shown
+from fusion.tasks.columns import Column, Table
 from fusion.tasks.task import Task
+from fusion.text import listed, shown
 
 _LARGEST = 3.4028234e38  # of float32, in which a regression is computed
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")

@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from fusion.data.table import Column, Table
 from fusion.errors import UserError
-from fusion.safe_text import shown
 from fusion.tasks.classification import check_label_names, check_label_values
+from fusion.tasks.columns import Column, Table
 from fusion.tasks.kind import Decision, Kind, RawLabels
 from fusion.tasks.labels import Labels, Reading, read_ids
 from fusion.tasks.task import Task
+from fusion.text import shown
 
 if TYPE_CHECKING:
     import numpy as np

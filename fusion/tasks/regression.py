@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fusion.data.table import Column, Table
+from fusion.tasks.columns import Column, Table
 from fusion.tasks.kind import Decision, Kind, RawLabels
 from fusion.tasks.labels import Labels, label_key, numbers_of, read_values
 from fusion.tasks.task import Task

@@ -12,15 +12,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from fusion.data.table import Column, Table
 from fusion.errors import UserError
-from fusion.overrides import shortened
-from fusion.safe_text import listed, shown
 from fusion.tasks import entities
 from fusion.tasks.classification import check_label_names, check_label_values
+from fusion.tasks.columns import Column, Table
 from fusion.tasks.kind import Decision, Kind, RawLabels
 from fusion.tasks.labels import Labels, Reading
 from fusion.tasks.task import Task
+from fusion.text import listed, shortened, shown
 
 if TYPE_CHECKING:
     import numpy as np

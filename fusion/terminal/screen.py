@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, TextIO
 
-from fusion.safe_text import printable
+from fusion.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,8 +7,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import TextIO
 
-from fusion.safe_text import printable
 from fusion.terminal.screen import console_of, is_terminal, say, writable
+from fusion.text import printable
 
 Row = Sequence[str]
 BETWEEN = 3  # columns of the terminal between two of a table

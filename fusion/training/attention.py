@@ -18,8 +18,8 @@ import torch
 
 from fusion.layers.attention import AdapterFusion
 from fusion.layers.slot_module import SlotModule
-from fusion.listening import AttentionSums, compositions_of
-from fusion.run import ATTENTION
+from fusion.model.source_attention import AttentionSums, compositions_of
+from fusion.runs.run import ATTENTION
 from fusion.training.module import TaskModule
 from fusion.training.record_file import RecordFile
 

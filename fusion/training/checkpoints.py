@@ -20,8 +20,8 @@ import pytorch_lightning as lightning
 import torch
 from lightning_fabric.plugins import CheckpointIO
 
-from fusion.entry import BEFORE, LAST, POSITION
 from fusion.errors import first_line
+from fusion.runs.entry import BEFORE, LAST, POSITION
 from fusion.training.interrupts import Interrupts
 from fusion.training.module import TaskModule
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fusion.config import LossConfig, TaskConfig
+from fusion.config.task import TaskConfig
+from fusion.config.training import LossConfig
 from fusion.data.encode import EncodedRows
 from fusion.errors import UserError
 from fusion.tasks.table import kind_of

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fusion.config import TaskConfig
+from fusion.config.task import TaskConfig
 from fusion.data.encode import EncodedRows
 from fusion.tasks.table import kind_of
 

@@ -18,19 +18,20 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.profilers import AdvancedProfiler, SimpleProfiler
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from fusion.config import StageConfig, TrainerConfig
+from fusion.config.stages import StageConfig
+from fusion.config.training import TrainerConfig
 from fusion.data.batches import EpochBatches, TaskBatches
 from fusion.data.encode import EncodedRows
 from fusion.data.loaders import evaluation_loader, multitask_loader, training_loader
 from fusion.errors import LossNotFinite, TrainingError, UserError
-from fusion.expected_warnings import ignore_expected_warnings
-from fusion.memory import keep_freed_memory
 from fusion.model.adapted import AdaptedModel
+from fusion.runs.memory import keep_freed_memory
 from fusion.store.artifacts import copy_into
 from fusion.tasks.kind import Decision
 from fusion.training.callbacks import Best, EpochLine, StepClock, best_epoch
 from fusion.training.checkpoints import LAST, TOKENIZER, Checkpoints, Loaded, read_checkpoint
 from fusion.training.divergence import divergence
+from fusion.training.expected_warnings import ignore_expected_warnings
 from fusion.training.guard import Guard
 from fusion.training.history import FirstOfEpoch
 from fusion.training.interrupts import Interrupts
@@ -94,7 +95,7 @@ def fit(
         checkpoints: where an interrupted training is taken up again.
         tokenizer: its hash, which a checkpoint keeps: training resumes with the same token ids only.
         prepare: is called with the device before anything runs there; gives the type of the states that the rows
-            bring along from then on, see `fusion.feature_cache`, or None.
+            bring along from then on, see `fusion.model.feature_cache`, or None.
         robust_drop: whether each batch leaves out a random number of the first layers' slots.
         temperature: of several tasks, how they are drawn, see `TaskBatches`.
         watchers: look on and change nothing.

@@ -15,7 +15,7 @@ from typing import Any, cast
 import pytorch_lightning as lightning
 from pytorch_lightning.loggers import Logger
 
-from fusion.run import HISTORY
+from fusion.runs.run import HISTORY
 from fusion.training.module import TaskModule
 from fusion.training.record_file import RecordFile
 

@@ -9,7 +9,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from fusion.signals import ECHO, SIGNALS, Forward, Terminated
+from fusion.runs.signals import ECHO, SIGNALS, Forward, Terminated
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fusion.config import TaskConfig
+from fusion.config.task import TaskConfig
 from fusion.tasks.kind import Decision
 from fusion.tasks.table import kind_of
 

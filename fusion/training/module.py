@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
-from fusion.config import OptimConfig, TaskConfig
+from fusion.config.task import TaskConfig
+from fusion.config.training import OptimConfig
 from fusion.data.batches import Batch
 from fusion.errors import LossNotFinite, UserError
 from fusion.layers.slot_module import Recorder

@@ -21,11 +21,11 @@ import numpy as np
 import pytorch_lightning as lightning
 import torch
 
-from fusion.config import StageConfig
+from fusion.config.stages import StageConfig
 from fusion.data.batches import Batch
 from fusion.data.encode import EncodedRows
 from fusion.errors import TrainingError
-from fusion.memory import give_back_memory
+from fusion.runs.memory import give_back_memory
 from fusion.training.module import TaskModule
 
 log = logging.getLogger(__name__)

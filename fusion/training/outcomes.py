@@ -10,9 +10,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fusion.config import TaskConfig
+from fusion.config.task import TaskConfig
 from fusion.data.encode import EncodedRows
-from fusion.run import OUTCOMES, write_json
+from fusion.runs.run import OUTCOMES, write_json
 from fusion.tasks.table import kind_of
 from fusion.training.gathering import gathered
 

@@ -36,10 +36,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusion import signals
-from fusion.config import TrainerConfig
+from fusion.config.training import TrainerConfig
 from fusion.errors import TrainingError, UserError
-from fusion.run import Run, RunLog, caused_by_interrupt, describe, write_json
+from fusion.runs import signals
+from fusion.runs.run import Run, RunLog, caused_by_interrupt, describe, write_json
 
 log = logging.getLogger(__name__)
 

@@ -14,17 +14,24 @@ import torch
 from fusion.backbones.compiling import compile_layers
 from fusion.backbones.files import STAMP
 from fusion.backbones.load import Backbone
-from fusion.config import StageConfig, TaskConfig
+from fusion.config.stages import StageConfig
+from fusion.config.task import TaskConfig
 from fusion.data.encode import EncodedRows, encode
 from fusion.data.rows import evaluation_splits, load_splits
-from fusion.entry import Entry, result_of
 from fusion.errors import TrainingError
-from fusion.feature_cache import cache_features
 from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.model.adapted import AdaptedModel
-from fusion.provenance import circumstances, versions
-from fusion.review.labels import stage_name
-from fusion.review.tracking import (
+from fusion.model.feature_cache import cache_features
+from fusion.runs.entry import Entry, result_of
+from fusion.runs.provenance import circumstances, versions
+from fusion.runs.run import Run
+from fusion.store.artifacts import save
+from fusion.store.lookup import read_folder
+from fusion.store.manifest import Manifest
+from fusion.store.unfit import DIVERGED
+from fusion.tasks.kind import Decision
+from fusion.tracking.labels import stage_name
+from fusion.tracking.tracking import (
     build_loggers,
     finish,
     log_attention,
@@ -32,12 +39,6 @@ from fusion.review.tracking import (
     log_result,
     run_reference,
 )
-from fusion.run import Run
-from fusion.store.artifacts import save
-from fusion.store.lookup import read_folder
-from fusion.store.manifest import Manifest
-from fusion.store.unfit import DIVERGED
-from fusion.tasks.kind import Decision
 from fusion.training.attention import AttentionRecorder
 from fusion.training.class_weights import set_class_weights
 from fusion.training.divergence import shown

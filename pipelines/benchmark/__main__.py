@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fusion.app import command
+from fusion.cli.app import command
 from fusion.errors import UserError
-from fusion.run import Run
+from fusion.runs.run import Run
 from pipelines.benchmark.config import BenchmarkConfig
 from pipelines.benchmark.errors import BenchmarkError
 

@@ -130,8 +130,9 @@ def write_rows(session: Session, task: str) -> None:
     """The very rows that our command reads, as JSON for the rival."""
     import yaml
 
-    from fusion.app import conf_folder
-    from fusion.config import DataConfig, LimitConfig, TaskConfig
+    from fusion.cli.app import conf_folder
+    from fusion.config.data import DataConfig, LimitConfig
+    from fusion.config.task import TaskConfig
     from fusion.data.rows import load_rows
 
     limit = session.config.epoch.limit

@@ -21,16 +21,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fusion.backbones.load import Backbone, load_backbone
-from fusion.config import CompositionConfig, CsvConfig, LoggerConfig, OptimConfig, TaskConfig, TrainerConfig
+from fusion.config.logging import CsvConfig, LoggerConfig
+from fusion.config.model import CompositionConfig
+from fusion.config.task import TaskConfig
+from fusion.config.training import OptimConfig, TrainerConfig
 from fusion.data.batches import Batch
 from fusion.layers.attention import AdapterFusion
 from fusion.layers.bank import AdapterBank
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead
 from fusion.layers.slot_module import SlotModule
-from fusion.memory import keep_freed_memory
 from fusion.model.adapted import AdaptedModel
-from fusion.review.tracking import build_loggers
+from fusion.runs.memory import keep_freed_memory
+from fusion.tracking.tracking import build_loggers
 from fusion.training.fit import make_trainer
 from fusion.training.module import TaskModule, adamw
 from fusion.training.progress import ProgressBar

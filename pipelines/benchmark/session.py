@@ -84,7 +84,7 @@ class Session:
     def setup(self) -> Setup:
         if self._setup is None:
             from fusion.backbones.files import locate
-            from fusion.inference import device_of
+            from fusion.model.inference import device_of
 
             device = device_of(self.config.device).type
             usual = "bf16" if device == "cuda" else "float32"

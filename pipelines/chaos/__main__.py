@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from fusion.errors import UserError
-from fusion.signals import Terminated, exit_code
+from fusion.runs.signals import Terminated, exit_code
 from pipelines.chaos.config import ChaosConfig
 from pipelines.chaos.journey import EQUAL, Journey, Outcome
 from pipelines.chaos.table import HEADER, SUMMARY_HEADER, markdown, row, summary, verdict, write

@@ -18,8 +18,8 @@ def main() -> None:
     import torch  # noqa: F401
     import transformers.models.bert  # noqa: F401
 
-    import fusion.build
-    import fusion.start
+    import fusion.analysis.initialization
+    import fusion.model.build
     import fusion.training.stage  # noqa: F401
 
     children: dict[int, Path] = {}

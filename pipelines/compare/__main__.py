@@ -26,7 +26,7 @@ import sys
 from pathlib import Path
 
 from fusion.errors import UserError
-from fusion.signals import exit_code
+from fusion.runs.signals import exit_code
 from pipelines.commands import say
 from pipelines.compare.config import read_settings
 from pipelines.compare.journey import Journey

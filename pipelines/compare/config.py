@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fusion.app import conf_folder, keys_of, user_conf_folders
-from fusion.config import Stage1Config, Stage2Config
+from fusion.cli.app import conf_folder, keys_of, user_conf_folders
+from fusion.config.stages import Stage1Config, Stage2Config
 from fusion.errors import UserError
 from pipelines.commands import read_config
 from pipelines.compare.rows import IDS, NEED_SOURCES, Row, chosen

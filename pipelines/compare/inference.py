@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
-from fusion.run import describe
-from fusion.signals import exit_code
+from fusion.runs.run import describe
+from fusion.runs.signals import exit_code
 from pipelines.commands import read_config, say
 from pipelines.compare.config import tasks
 
@@ -110,14 +110,14 @@ def measure(config: TimingConfig) -> dict[str, Any]:
     import torch
 
     from fusion.backbones.load import load_backbone
-    from fusion.build import backbone_of, stored_model
-    from fusion.config import SameBackboneConfig
+    from fusion.config.model import SameBackboneConfig
     from fusion.data.batches import Batch
     from fusion.data.encode import encode
     from fusion.data.loaders import evaluation_loader
     from fusion.data.rows import evaluation_splits, load_rows
-    from fusion.inference import device_of
-    from fusion.memory import keep_freed_memory
+    from fusion.model.build import backbone_of, stored_model
+    from fusion.model.inference import device_of
+    from fusion.runs.memory import keep_freed_memory
     from fusion.store.artifacts import load
     from fusion.store.lookup import read_manifest
 
@@ -195,7 +195,7 @@ def measure(config: TimingConfig) -> dict[str, Any]:
 
 def data_of(run_config: dict[str, Any], cache_dir: str | None) -> Any:
     """The data settings that an artifact was trained with, from the flat config of its manifest."""
-    from fusion.config import DataConfig, LimitConfig, SplitConfig
+    from fusion.config.data import DataConfig, LimitConfig, SplitConfig
 
     flat = {key.removeprefix("data."): value for key, value in run_config.items() if key.startswith("data.")}
     limits = {key.removeprefix("limit."): flat.pop(key) for key in list(flat) if key.startswith("limit.")}
@@ -211,7 +211,7 @@ def task_of(name: str) -> Any:
     """
     from omegaconf import OmegaConf
 
-    from fusion.config import TaskConfig
+    from fusion.config.task import TaskConfig
 
     files = tasks()
     if name not in files:

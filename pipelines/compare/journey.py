@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
-from fusion.run import describe
+from fusion.runs.run import describe
 from fusion.store.lookup import names, read_manifest
 from fusion.store.manifest import Manifest
 from fusion.store.names import is_name

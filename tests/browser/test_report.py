@@ -22,9 +22,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
-from fusion.packing import unpack
-from tests.review.report.conftest import Write, write  # noqa: F401
-from tests.review.report.test_page import (
+from fusion.reporting.packing import unpack
+from tests.reporting.conftest import Write, write  # noqa: F401
+from tests.reporting.test_page import (
     EVIL,
     a_night,
     contents,

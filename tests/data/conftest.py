@@ -13,7 +13,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fusion.config import DataConfig, HubConfig, TaskConfig
+from fusion.config.data import DataConfig
+from fusion.config.task import TaskConfig
+from fusion.tasks.task import HubConfig
 
 Records = list[dict[str, Any]]
 
@@ -74,7 +76,7 @@ def tokenizer_without_types(tmp_path: Path) -> PreTrainedTokenizerBase:
 
 def make_tokenizer(folder: Path, types: bool, model_max_length: int = 64) -> PreTrainedTokenizerBase:
     """One token a character; pads with 7, so that no test takes padding for zeros. Saved in `folder`."""
-    from fusion.data.tokenizer import load_tokenizer
+    from fusion.hub.tokenizer import load_tokenizer
 
     characters = {character: number for number, character in enumerate(map(chr, range(32, 127)), start=10)}
     backend = Tokenizer(

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fusion.config import DataConfig, LimitConfig, TaskConfig
+from fusion.config.data import DataConfig, LimitConfig
+from fusion.config.task import TaskConfig
 from fusion.data import corpora
 from fusion.data.corpora import VADER, Archive, corpus_records, fetch_with_pip, read_archive, split_of
 from fusion.data.rows import load_rows

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion.config import AdapterConfig, HeadConfig
+from fusion.config.model import AdapterConfig, HeadConfig
 from tests.bench import Bench, same, write_task
 from tests.data.conftest import make_tokenizer
 
@@ -19,9 +19,10 @@ ROOT = Path(__file__).parents[2]
 # Prints a hash of everything that a batch holds, for two epochs of training and one of evaluation.
 PROGRAM = """
 import hashlib, sys
-from fusion.config import DataConfig, LimitConfig, TaskConfig
+from fusion.config.data import DataConfig, LimitConfig
+from fusion.config.task import TaskConfig
 from fusion.data.encode import encode
-from fusion.data.tokenizer import load_tokenizer
+from fusion.hub.tokenizer import load_tokenizer
 from fusion.data.loaders import evaluation_loader, multitask_loader, training_loader
 from fusion.data.rows import load_rows
 

@@ -17,8 +17,8 @@ from fusion.data import encode as encode_module
 from fusion.data.cache import keep, turn
 from fusion.data.encode import EncodedRows, encode
 from fusion.data.rows import Rows, rows_of_records
-from fusion.data.tokenizer import load_tokenizer
 from fusion.errors import UserError
+from fusion.hub.tokenizer import load_tokenizer
 
 PAD, CLS, SEP = 7, 5, 6
 
@@ -120,7 +120,7 @@ def test_a_length_beyond_the_tokenizer_is_refused(tokenizer, tmp_path):
 
 
 def test_a_tokenizer_that_is_not_there(monkeypatch, tmp_path):
-    monkeypatch.setattr("fusion.hub.hub_is_reachable", lambda: False)
+    monkeypatch.setattr("fusion.hub.access.hub_is_reachable", lambda: False)
     with pytest.raises(UserError, match=r"hub cannot be reached.*\nGive a folder.*backbone\.name_or_path"):
         load_tokenizer("nobody/nothing")
     (tmp_path / "empty").mkdir()

@@ -17,7 +17,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fusion.config import DataConfig, TaskConfig
+from fusion.config.data import DataConfig
+from fusion.config.task import TaskConfig
 from fusion.data import tables
 from fusion.data.files import Form, form_of, split_files
 from fusion.data.rows import check_source, load_rows, rows_of_file

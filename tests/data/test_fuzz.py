@@ -23,7 +23,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fusion.config import DataConfig, TaskConfig
+from fusion.config.data import DataConfig
+from fusion.config.task import TaskConfig
 from fusion.data.rows import Rows, load_rows
 from fusion.errors import UserError
 from tests.data.conftest import make_task

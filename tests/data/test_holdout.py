@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from fusion.config import DataConfig, LimitConfig, SplitConfig, TaskConfig
+from fusion.config.data import DataConfig, LimitConfig, SplitConfig
+from fusion.config.task import TaskConfig
 from fusion.data.holdout import Holdout
 from fusion.data.rows import check_made_splits, check_source, evaluation_splits, load_rows
 from fusion.errors import UserError

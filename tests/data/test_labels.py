@@ -9,11 +9,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fusion.config import DataConfig
+from fusion.config.data import DataConfig
 from fusion.data.rows import load_rows, load_splits
-from fusion.data.table import Column
 from fusion.data.tables import record_table
 from fusion.errors import UserError
+from fusion.tasks.columns import Column
 from fusion.tasks.labels import Labels, read_ids
 
 

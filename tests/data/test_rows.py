@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion.config import DataConfig, LimitConfig
+from fusion.config.data import DataConfig, LimitConfig
 from fusion.data.rows import load_rows, rows_of_file, rows_of_records
 from fusion.errors import UserError
 

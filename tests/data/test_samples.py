@@ -10,7 +10,7 @@ import pytest
 from fusion.data.encode import EncodedRows, encode
 from fusion.data.rows import Rows
 from fusion.data.samples import sampled_batches
-from fusion.data.tokenizer import load_tokenizer
+from fusion.hub.tokenizer import load_tokenizer
 from tests.tiny_backbone import WORDS
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fusion.config import DataConfig
+from fusion.config.data import DataConfig
 from fusion.data.rows import load_rows
 from fusion.data.splits import check_source, evaluation_splits
 from fusion.errors import UserError

@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from fusion.app import command
-from fusion.config import Stage1Config, TaskConfig
+from fusion.cli.app import command
+from fusion.config.stages import Stage1Config
+from fusion.config.task import TaskConfig
 from fusion.data.task_files import check_task_file
 from fusion.errors import UserError
-from fusion.run import Run
+from fusion.runs.run import Run
 from tests.data.test_fuzz import mutate
 
 GOOD = b"""kind: classification            # a comment

@@ -13,9 +13,11 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from fusion.config import DataConfig, HubConfig, TaskConfig
+from fusion.config.data import DataConfig
+from fusion.config.task import TaskConfig
 from fusion.data.rows import load_rows
 from fusion.data.splits import SPLITS, evaluation_splits, hub_part
+from fusion.tasks.task import HubConfig
 
 ROOT = Path(__file__).parents[2]
 TASKS = ROOT / "conf" / "task"

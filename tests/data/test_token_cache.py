@@ -225,7 +225,7 @@ FULL = """
 import resource, sys
 from tests.data.test_token_cache import ROWS
 from fusion.data.encode import encode
-from fusion.data.tokenizer import load_tokenizer
+from fusion.hub.tokenizer import load_tokenizer
 tokenizer = load_tokenizer(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 print(encode(ROWS, tokenizer, 16, sys.argv[2]).batch([0, 1, 2]).input_ids.tolist())

@@ -12,15 +12,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusion.app import keys_of
-from fusion.config import CompositionConfig, MethodConfig, Stage1Config, Stage2Config
+from fusion.cli.app import keys_of
+from fusion.config.compositions import COMPOSITIONS, CompositionSettings, SlotSources
+from fusion.config.methods import METHODS
+from fusion.config.model import CompositionConfig, MethodConfig
+from fusion.config.own_settings import Settings, flat_group
+from fusion.config.stages import Stage1Config, Stage2Config
 from fusion.errors import UserError
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.slot_module import BatchContext, SlotModule
-from fusion.model.compositions import COMPOSITIONS, CompositionSettings, SlotSources
-from fusion.model.methods import METHODS
-from fusion.model.settings import Settings, flat_group
-from fusion.run import ADDED_LATER
+from fusion.runs.run import ADDED_LATER
 from tests.layers import test_scalearn, test_sequence
 from tests.layers.test_attention import HIDDEN, adapters, plain_fusion, plain_output
 
@@ -282,7 +283,7 @@ def test_every_settings_class_is_checked() -> None:
 # --- nobody outside asks for a name -----------------------------------------------------------------
 
 ROOT = Path(__file__).parents[2]
-TABLES = ("fusion/model/compositions.py", "fusion/model/methods.py")
+TABLES = ("fusion/config/compositions.py", "fusion/config/methods.py")
 NAMES = {*COMPOSITIONS, *METHODS}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion.config import AdapterConfig
+from fusion.config.model import AdapterConfig
 from pipelines import adapterdrop
 from pipelines.adapterdrop import DropConfig, name_of, scores_by_drop, summary, timings, train
 from tests.bench import Bench

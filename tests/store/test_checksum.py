@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fusion.errors import UserError
-from fusion.from_manifests import head_shapes, tensor_shapes, weight_shapes
+from fusion.model.from_manifests import head_shapes, tensor_shapes, weight_shapes
 from fusion.store.artifacts import load, save
 from fusion.store.layout import MANIFEST
 from fusion.store.lookup import read_manifest

@@ -30,22 +30,22 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fusion.answers import answers
 from fusion.backbones.load import Backbone, load_backbone
-from fusion.build import (
+from fusion.config.model import CompositionConfig
+from fusion.errors import UserError
+from fusion.layers.bottleneck import BottleneckAdapter
+from fusion.layers.heads import TaskHead
+from fusion.layers.slot_module import SlotModule, parameters_of
+from fusion.model.build import (
     check_made_for,
     composition_fillings,
     load_sources,
     stored_adapters,
     stored_model,
 )
-from fusion.config import CompositionConfig
-from fusion.entry import result_of
-from fusion.errors import UserError
-from fusion.from_manifests import tensor_shapes
-from fusion.layers.bottleneck import BottleneckAdapter
-from fusion.layers.heads import TaskHead
-from fusion.layers.slot_module import SlotModule, parameters_of
+from fusion.model.from_manifests import tensor_shapes
+from fusion.model.head_selection import answers
+from fusion.runs.entry import result_of
 from fusion.store.artifacts import load, save
 from fusion.store.describing import describe
 from fusion.store.layout import HEAD, MANIFEST, WEIGHTS

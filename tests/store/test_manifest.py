@@ -307,8 +307,9 @@ def test_json_in_the_narrow_sense(make_manifest: Make, old: str, new: str, says:
 def test_the_task_name_of_a_manifest_cannot_leave_data_dir(
     make_manifest: Make, tmp_path: Path, name: str, command: str, several: bool
 ) -> None:
-    from fusion.config import DataConfig, EvaluateConfig, InspectConfig
-    from fusion.run import Run
+    from fusion.config.commands import EvaluateConfig, InspectConfig
+    from fusion.config.data import DataConfig
+    from fusion.runs.run import Run
 
     task = {"name": name, "text": ["text"], "labels": ["a", "b"], "metrics": ["accuracy"]}
     head = make_manifest().content["head"]

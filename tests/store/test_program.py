@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from fusion.errors import UserError
-from fusion.from_manifests import head_shapes, tensor_shapes, weight_shapes
-from fusion.run_lock import turn_of
+from fusion.locks import turn_of
+from fusion.model.from_manifests import head_shapes, tensor_shapes, weight_shapes
 from fusion.store.__main__ import KEYS, main
 from fusion.store.artifacts import load_by_hash, save
 from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
@@ -274,7 +274,7 @@ def test_the_commands_that_make_it_anew(
 def test_a_path_in_an_override_means_itself(text: str) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from fusion.overrides import hydra_value
+    from fusion.text import hydra_value
 
     override = OverridesParser.create().parse_override(f"data.dir={hydra_value(text)}")
     value = override.value()

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from fusion import evaluate, stage1
-from fusion.config import DataConfig, EvaluateConfig, SplitConfig, Stage1Config
+from fusion.analysis.inspection import data_of
+from fusion.config.commands import EvaluateConfig
+from fusion.config.data import DataConfig, SplitConfig
+from fusion.config.stages import Stage1Config
 from fusion.data.rows import load_rows
 from fusion.errors import UserError
-from fusion.inspection import data_of
-from fusion.run import identity
+from fusion.runs.run import identity
 from fusion.store.lookup import read_manifest
 from fusion.store.trained_data import as_trained, note_ambiguous_labels
 from tests.bench import Bench

@@ -11,17 +11,14 @@ from typing import Any
 import pytest
 
 from fusion import evaluate, stage2
-from fusion.config import (
-    BackboneConfig,
-    DataConfig,
-    EvaluateConfig,
-    OptimConfig,
-    Stage2Config,
-    TaskConfig,
-    TrainerConfig,
-)
-from fusion.from_manifests import tensor_shapes
-from fusion.run import Run
+from fusion.config.commands import EvaluateConfig
+from fusion.config.data import DataConfig
+from fusion.config.model import BackboneConfig
+from fusion.config.stages import Stage2Config
+from fusion.config.task import TaskConfig
+from fusion.config.training import OptimConfig, TrainerConfig
+from fusion.model.from_manifests import tensor_shapes
+from fusion.runs.run import Run
 from fusion.store.lookup import read_manifest
 from fusion.store.verifying import verify
 

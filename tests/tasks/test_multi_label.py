@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from fusion.config import DataConfig, LossConfig, SplitConfig, TaskConfig
+from fusion.config.data import DataConfig, SplitConfig
+from fusion.config.task import TaskConfig
+from fusion.config.training import LossConfig
 from fusion.data.encode import label_array
 from fusion.data.rows import check_made_splits, load_rows, load_splits
 from fusion.errors import UserError

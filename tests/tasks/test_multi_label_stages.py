@@ -10,9 +10,10 @@ from typing import Any, cast
 import pytest
 
 from fusion import stage1, stage2
-from fusion.config import Stage1Config, Stage2Config, TaskConfig
+from fusion.config.stages import Stage1Config, Stage2Config
+from fusion.config.task import TaskConfig
 from fusion.errors import UserError
-from fusion.run import OUTCOMES, record
+from fusion.runs.run import OUTCOMES, record
 from fusion.store.lookup import read_manifest
 from tests.bench import Bench, write_rows
 from tests.tiny_backbone import WORDS

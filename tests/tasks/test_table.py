@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
-from fusion.config import CompositionConfig, RankConfig, Stage2Config, TaskConfig
+from fusion.config.commands import RankConfig
+from fusion.config.model import CompositionConfig
+from fusion.config.stages import Stage2Config
+from fusion.config.task import TaskConfig
 from fusion.errors import UserError
 from fusion.tasks.table import KINDS, METRICS
 
@@ -83,7 +86,7 @@ def test_a_key_of_another_kind_is_refused(kind: str) -> None:
 
 
 def test_a_linear_probe_is_refused_where_there_is_no_vector_per_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusion import start
+    from fusion.analysis import initialization as start
 
     asked = TaskConfig(name="n", text="t", labels=["a", "b"], metrics=["accuracy"])
     monkeypatch.setattr(KINDS["classification"], "is_pooled", False)

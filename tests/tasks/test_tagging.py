@@ -15,13 +15,18 @@ import torch
 import yaml
 from torch.nn import functional as F
 
-from fusion.config import DataConfig, HeadConfig, HubConfig, LossConfig, Stage1Config, TaskConfig
+from fusion.config.data import DataConfig
+from fusion.config.model import HeadConfig
+from fusion.config.stages import Stage1Config
+from fusion.config.task import TaskConfig
+from fusion.config.training import LossConfig
 from fusion.data.rows import Rows, load_rows, load_splits, rows_of_file
 from fusion.errors import UserError
 from fusion.layers.heads import TaskHead
 from fusion.tasks import entities
 from fusion.tasks.entities import entity_counts, entity_scores
 from fusion.tasks.tagging import Tagging
+from fusion.tasks.task import HubConfig
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 TAGGING = Tagging()

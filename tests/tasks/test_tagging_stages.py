@@ -11,22 +11,16 @@ import pytest
 import torch
 
 from fusion import stage1, stage2
-from fusion.config import (
-    AdapterConfig,
-    BackboneConfig,
-    DataConfig,
-    OptimConfig,
-    SplitConfig,
-    Stage1Config,
-    Stage2Config,
-    TaskConfig,
-    TrainerConfig,
-)
+from fusion.config.data import DataConfig, SplitConfig
+from fusion.config.model import AdapterConfig, BackboneConfig
+from fusion.config.stages import Stage1Config, Stage2Config
+from fusion.config.task import TaskConfig
+from fusion.config.training import OptimConfig, TrainerConfig
 from fusion.data.encode import encode
 from fusion.data.rows import load_rows
-from fusion.data.tokenizer import load_tokenizer
 from fusion.errors import UserError
-from fusion.run import OUTCOMES, record
+from fusion.hub.tokenizer import load_tokenizer
+from fusion.runs.run import OUTCOMES, record
 from fusion.store.lookup import read_manifest
 from fusion.tasks.table import kind_of
 from tests.bench import Bench

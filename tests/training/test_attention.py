@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from fusion.backbones.load import load_backbone
-from fusion.build import stored_model
-from fusion.config import CompositionConfig, TrainerConfig
+from fusion.config.model import CompositionConfig
+from fusion.config.training import TrainerConfig
 from fusion.data.batches import Batch
 from fusion.data.encode import encode
 from fusion.data.loaders import evaluation_loader
 from fusion.data.rows import load_rows
-from fusion.data.tokenizer import load_tokenizer
-from fusion.listening import AttentionSums, real_tokens
+from fusion.hub.tokenizer import load_tokenizer
+from fusion.model.build import stored_model
+from fusion.model.source_attention import AttentionSums, real_tokens
 from fusion.store.artifacts import load
 from tests.bench import Bench
 
@@ -183,7 +184,7 @@ def batch_of(mask: Tensor, weights: list[float], choice_counts: list[int] | None
 
 RANK = """
 import sys, torch
-from fusion.listening import AttentionSums
+from fusion.model.source_attention import AttentionSums
 rank = int(sys.argv[1])
 torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 sums = AttentionSums()

@@ -14,7 +14,7 @@ import pytest
 import pytorch_lightning as lightning
 import torch
 
-from fusion.config import OptimConfig, TrainerConfig
+from fusion.config.training import OptimConfig, TrainerConfig
 from fusion.errors import TrainingError
 from fusion.training import checkpoints
 from fusion.training import fit as fit_module

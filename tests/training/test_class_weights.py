@@ -12,13 +12,15 @@ import pytorch_lightning as lightning
 import torch
 from torch import Tensor
 
-from fusion.config import LossConfig, Stage1Config, Stage2Config, TaskConfig
+from fusion.config.stages import Stage1Config, Stage2Config
+from fusion.config.task import TaskConfig
+from fusion.config.training import LossConfig
 from fusion.data.batches import Batch, LengthBatches, TaskBatches, TokenBatches
 from fusion.data.encode import EncodedRows
 from fusion.data.loaders import PlannedBatches
 from fusion.data.rows import Rows
 from fusion.errors import UserError
-from fusion.run import identity, identity_config
+from fusion.runs.run import identity, identity_config
 from fusion.store.lookup import read_manifest
 from fusion.tasks.table import KINDS
 from fusion.training.class_weights import set_class_weights
@@ -198,7 +200,7 @@ def test_refused(task: TaskConfig, values: dict[str, Any], message: str) -> None
 
 
 def test_a_list_is_refused_for_several_tasks() -> None:
-    from fusion.config import MethodConfig
+    from fusion.config.model import MethodConfig
 
     method = MethodConfig("multitask_adapter")
     with pytest.raises(UserError, match=r"expected loss\.class_weights=balanced"):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusion.config import TrainerConfig
+from fusion.config.training import TrainerConfig
 from fusion.training.determinism import CUBLAS, use_deterministic_algorithms
 from tests.bench import Bench, same
 
@@ -23,7 +23,7 @@ PROGRAM = """
 import dataclasses, sys
 from pathlib import Path
 from tests.bench import Bench
-from fusion.config import AdapterConfig
+from fusion.config.model import AdapterConfig
 
 folder, backbone, workers = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 bench = Bench(folder, backbone)
@@ -109,7 +109,7 @@ def test_what_is_asked_holds_for_both_stages_and_changes_nothing_on_a_cpu(
 
 def test_several_kinds_of_tasks_train_under_it(bench: Bench, as_before: None) -> None:
     """No operation of a choice task, a regression or a robust drop is one that torch calls not deterministic."""
-    from fusion.config import AdapterConfig
+    from fusion.config.model import AdapterConfig
 
     bench.add_quiz()
     bench.add_rating()

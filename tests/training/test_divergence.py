@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fusion.config import OptimConfig, TaskConfig, TrainerConfig
+from fusion.cli.ending import trained
+from fusion.config.task import TaskConfig
+from fusion.config.training import OptimConfig, TrainerConfig
 from fusion.data.encode import EncodedRows
-from fusion.ending import trained
 from fusion.store.describing import describe
 from fusion.store.listing import first_score
 from fusion.store.lookup import read_manifest

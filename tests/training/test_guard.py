@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fusion.backbones.load import load_backbone
-from fusion.config import BackboneConfig, MethodConfig, TrainerConfig
+from fusion.config.model import BackboneConfig, MethodConfig
+from fusion.config.training import TrainerConfig
 from fusion.errors import GuardError, UserError
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead
@@ -306,7 +307,7 @@ def test_a_slot_that_writes_into_the_backbone(bench: Bench, monkeypatch: pytest.
 
 
 def careless(monkeypatch: pytest.MonkeyPatch, counted: bool) -> None:
-    from fusion import build
+    from fusion.model import build
 
     def fillings(config: Any, backbone: Any) -> dict[str, BottleneckAdapter]:
         words = backbone.model.get_parameter("embeddings.word_embeddings.weight")

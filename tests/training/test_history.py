@@ -15,7 +15,8 @@ import pytest
 import pytorch_lightning as lightning
 import torch
 
-from fusion.config import CsvConfig, LoggerConfig, TrainerConfig
+from fusion.config.logging import CsvConfig, LoggerConfig
+from fusion.config.training import TrainerConfig
 from fusion.training import fit as fit_module
 from fusion.training import record_file
 from fusion.training.record_file import RecordFile

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fusion.signals import Forward, Terminated
+from fusion.runs.signals import Forward, Terminated
 from fusion.training.interrupts import SIGNALS, Interrupts
 from tests.bench import LABELS, write_task
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fusion.config import TaskConfig
+from fusion.config.task import TaskConfig
 from fusion.training.metrics import main_metric, main_metrics, score
 
 LABELS = torch.tensor([0, 0, 1, 1, 1, 0, 1, 0])

@@ -12,7 +12,8 @@ import pytorch_lightning as lightning
 import torch
 
 from fusion.backbones.load import load_backbone
-from fusion.config import OptimConfig, TaskConfig
+from fusion.config.task import TaskConfig
+from fusion.config.training import OptimConfig
 from fusion.data.batches import Batch, SortedBatches
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead, TaskHeads

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from fusion.config import BackboneConfig, TrainerConfig
+from fusion.config.model import BackboneConfig
+from fusion.config.training import TrainerConfig
 from fusion.errors import TrainingError
 from fusion.model.adapted import AdaptedModel
 from fusion.training import out_of_memory
@@ -197,7 +198,7 @@ import dataclasses, resource, sys
 from pathlib import Path
 from tests.bench import Bench, write_task
 from tests.tiny_backbone import save_backbone
-from fusion.config import TrainerConfig
+from fusion.config.training import TrainerConfig
 from fusion.errors import TrainingError
 from fusion.training import fit as fit_module
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fusion.config import TrainerConfig
+from fusion.config.training import TrainerConfig
 from fusion.training.outcomes import Scored
 from tests.bench import Bench
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fusion.config import TrainerConfig
+from fusion.config.training import TrainerConfig
 from fusion.errors import UserError
 from fusion.training import processes
 
@@ -22,8 +22,8 @@ DDP = ("trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu")
 
 PROGRAM = '''
 import os, time
-from fusion.app import command
-from fusion.config import Stage1Config
+from fusion.cli.app import command
+from fusion.config.stages import Stage1Config
 from fusion.errors import UserError
 
 def check(config, run):

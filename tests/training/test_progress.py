@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from fusion.config import OptimConfig, TrainerConfig
+from fusion.config.training import OptimConfig, TrainerConfig
 from fusion.terminal import bars, display
 from fusion.training.progress import ProgressBar
 from tests.bench import Bench

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from fusion.errors import TrainingError, UserError
-from fusion.run import Run
-from fusion.signals import Terminated
+from fusion.runs.run import Run
+from fusion.runs.signals import Terminated
 from fusion.training import processes
 from fusion.training.processes import RankError, launch
 
@@ -35,7 +35,7 @@ if (place / f"never{rank}").exists():
     time.sleep(60)
 
 from fusion.errors import TrainingError, UserError
-from fusion.signals import Terminated
+from fusion.runs.signals import Terminated
 from fusion.training.processes import job_of_this_rank, run_rank
 
 def told(number, frame):

@@ -22,22 +22,15 @@ from typing import Any
 import torch
 from transformers import BertConfig, BertModel
 
-from fusion import evaluate, provenance, stage1, stage2
-from fusion.config import (
-    AdapterConfig,
-    BackboneConfig,
-    CompositionConfig,
-    DataConfig,
-    EvaluateConfig,
-    HeadConfig,
-    MethodConfig,
-    OptimConfig,
-    Stage1Config,
-    Stage2Config,
-    TaskConfig,
-    TrainerConfig,
-)
-from fusion.run import Run
+from fusion import evaluate, stage1, stage2
+from fusion.config.commands import EvaluateConfig
+from fusion.config.data import DataConfig
+from fusion.config.model import AdapterConfig, BackboneConfig, CompositionConfig, HeadConfig, MethodConfig
+from fusion.config.stages import Stage1Config, Stage2Config
+from fusion.config.task import TaskConfig
+from fusion.config.training import OptimConfig, TrainerConfig
+from fusion.runs import provenance
+from fusion.runs.run import Run
 from tests.tiny_backbone import WORDS, save_tokenizer
 
 LABELS = ["bad", "good"]

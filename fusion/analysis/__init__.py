@@ -1,0 +1,1 @@
+"""What adapters and fusions have learned: ablation, pruning, transferability scores."""

@@ -1,0 +1,95 @@
+"""What a short AdapterFusion run listens to: its mean attention to each source.
+
+Pfeiffer et al. 2021, "AdapterFusion" (§5.2, figure 6), read what a trained fusion attends to as which sources are
+useful; here the fusion has seen the target's rows only a few times.
+
+Shapes: N sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fusion.analysis.pruning import mean_attention
+from fusion.backbones.load import Backbone
+from fusion.config.commands import RankConfig
+from fusion.config.model import CompositionConfig
+from fusion.config.stages import Stage2Config
+from fusion.config.training import OptimConfig, TrainerConfig
+from fusion.data.samples import sampled_batches
+from fusion.model.adapted import AdaptedModel
+from fusion.model.build import composition_fillings, fresh_head
+from fusion.model.inference import device_of
+from fusion.store.artifacts import Artifact
+from fusion.store.manifest import Manifest
+from fusion.training.fit import fit
+from fusion.training.stage import TaskRows
+
+
+def attention_of_short_run(
+    config: RankConfig, sources: Sequence[Artifact], backbone: Backbone, rows: TaskRows, folder: Path
+) -> list[float]:
+    """Each source's attention after `config.epochs` over the target's rows, see `shares`.
+
+    Args:
+        backbone: is changed in place; give a copy.
+        folder: of the run; nothing is left there.
+
+    Raises:
+        TrainingError: the loss was no longer finite.
+    """
+    composition = CompositionConfig()
+    training = Stage2Config(
+        task=config.task,
+        data=config.data,
+        backbone=config.backbone,
+        optim=OptimConfig(lr=config.lr, patience=None),
+        trainer=TrainerConfig(
+            accelerator=config.accelerator,
+            devices=1,
+            max_epochs=config.epochs,
+            check_val_every_n_epoch=config.epochs,  # of no use here, so once
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+        ),
+        resume=False,
+        sources=[source.manifest.name for source in sources],
+        seed=config.seed,
+    )
+    assert config.task is not None
+    torch.manual_seed(config.seed)
+    model = AdaptedModel(
+        backbone,
+        composition_fillings(composition, sources, backbone),
+        sources[0].manifest.placement["adapter.reads"],
+        fresh_head(config.head, config.task, config.backbone.pooling, backbone),
+    )
+    weights = composition.settings.loss_weights()
+    fit(training, model, rows.training, rows.validation, weights, [], folder / "no checkpoints")
+    batches = sampled_batches(rows.training[0], None, config.data.batch_size, config.data.tokens_per_batch)
+    attention = mean_attention(model, batches, device_of(config.accelerator))
+    return shares(attention, [source.manifest for source in sources])
+
+
+def shares(attention: Mapping[str, Tensor], sources: Sequence[Manifest]) -> list[float]:
+    """Of each source, the mean over its slots of its attention times the slot's number of sources.
+
+    1 is an equal share. So a source with adapters in few layers is measured where it has them.
+
+    Args:
+        attention: (N,) by slot, summing to 1.
+    """
+    there = [set(source.bottleneck_sizes) for source in sources]
+    found = []
+    for position, own in enumerate(there):
+        of_slots = [
+            float(weights[position]) * sum(slot in others for others in there)
+            for slot, weights in attention.items()
+            if slot in own
+        ]
+        found.append(sum(of_slots) / len(of_slots))
+    return found

@@ -1,0 +1,1 @@
+"""Typed settings, one file per topic, with the checks of their values."""

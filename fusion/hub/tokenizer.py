@@ -1,0 +1,143 @@
+"""A backbone's tokenizer: loading it, and a hash of what decides its token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusion.errors import UserError, first_line
+from fusion.hub import custom_code
+from fusion.hub.access import from_cache_or_hub
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_FIX = "Give a folder or a cached model instead: backbone.name_or_path=FOLDER, or backbone=minilm, which needs no hub"
+_UNUSUAL = "\N{SNOWMAN}\N{BEAMED SIXTEENTH NOTES}\N{CJK UNIFIED IDEOGRAPH-4E00}"  # hardly in any vocabulary
+
+
+def load_tokenizer(
+    name_or_path: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a backbone, from the local cache first.
+
+    Args:
+        trust_remote_code: whether Python code that it brings along is run.
+
+    Raises:
+        UserError: there is none, it is damaged or has no vocabulary, only a slow one, or one with code of its own
+            that is not trusted.
+    """
+    # Set explicitly, it keeps tokenizers from warning of a fork when a loader starts its workers.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers import AutoTokenizer
+
+    what, is_folder = f"tokenizer {name_or_path}", Path(name_or_path).is_dir()
+
+    def load(cached_only: bool) -> PreTrainedTokenizerBase:
+        with custom_code.refused(what):
+            loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                name_or_path,
+                revision=revision or "main",
+                local_files_only=cached_only,
+                trust_remote_code=trust_remote_code,
+            )
+        # With config.json alone in the cache, transformers makes one up and does not ask the hub.
+        if cached_only and not is_folder and _has_no_words(loaded):
+            raise OSError("its vocabulary is not in the local cache")
+        return loaded
+
+    try:
+        tokenizer = load(True) if is_folder else from_cache_or_hub(load, what, _FIX)
+    except UserError:
+        raise
+    except BaseException as error:  # a panic of the Rust library is no Exception; others share no base either
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(
+            f"{what} cannot be loaded ({first_line(error)})\n"
+            "Copy its files again, or use another copy of the backbone: backbone.name_or_path=FOLDER"
+        ) from error
+    if not trust_remote_code:
+        custom_code.warn_if_ignored(tokenizer.init_kwargs.get("auto_map"), what)
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{what} has no fast version ({type(tokenizer).__name__}): expected a tokenizer.json\n"
+            "Take another backbone: backbone.name_or_path=FOLDER"
+        )
+    _check_vocabulary(tokenizer, what)
+    return tokenizer
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, what: str) -> None:
+    """Refuse the tokenizer that transformers makes up where the files are missing, and one that cannot take any text."""
+    if _has_no_words(tokenizer):
+        raise UserError(
+            f"{what} has {len(tokenizer)} tokens, all of them special: its vocabulary is missing\n"
+            "Save tokenizer.json or vocab.txt beside the weights, or use another copy: backbone.name_or_path=FOLDER"
+        )
+    try:
+        tokenizer.backend_tokenizer.encode(_UNUSUAL)
+    except Exception as error:  # tokenizers raises Exception itself
+        raise UserError(
+            f"{what} cannot tokenize text outside its vocabulary ({first_line(error)})\n"
+            "Save a tokenizer with an unknown token, or use another copy: backbone.name_or_path=FOLDER"
+        ) from error
+
+
+def _has_no_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether all tokens are special ones."""
+    special = set(tokenizer.all_special_tokens)
+    special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return len(tokenizer) <= len(special) and set(tokenizer.get_vocab()) <= special
+
+
+def check_length(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Refuse sequences that are longer than the tokenizer's own limit.
+
+    Raises:
+        UserError: has both numbers.
+    """
+    limit = tokenizer.model_max_length
+    if max_length > limit:
+        raise UserError(
+            f"data.max_length={max_length}: the tokenizer {tokenizer.name_or_path} takes at most {limit} tokens\n"
+            f"Expected data.max_length={limit} or less"
+        )
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of what decides token ids and token types: two tokenizers with one hash give the same ids for any text.
+
+    That is the normalizer, the pre-tokenizer, the model with its vocabulary, the post-processor, the added tokens,
+    the side that is truncated, and whether there are token types. Not in it: how ids become text again, padding,
+    the longest sequence, and the versions and layout of the files.
+    """
+    backend = tokenizer.backend_tokenizer
+    digest = hashlib.sha256()
+    for part in (backend.normalizer, backend.pre_tokenizer, backend.model, backend.post_processor):
+        state = b"" if part is None else part.__getstate__()
+        digest.update(f"{len(state)} ".encode())
+        digest.update(state)
+    rest: list[Any] = [
+        [
+            [
+                number,
+                token.content,
+                token.single_word,
+                token.lstrip,
+                token.rstrip,
+                token.normalized,
+                token.special,
+            ]
+            for number, token in sorted(backend.get_added_tokens_decoder().items())
+        ],
+        tokenizer.truncation_side,
+        bool(tokenizer.split_special_tokens),
+        "token_type_ids" in tokenizer.model_input_names,
+    ]
+    digest.update(json.dumps(rest).encode())
+    return digest.hexdigest()

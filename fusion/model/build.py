@@ -1,0 +1,221 @@
+"""From settings and stored artifacts to a model: the only place that knows both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fusion.backbones.load import Backbone
+from fusion.backbones.slots import SlotAddress
+from fusion.backbones.tuning import Tuning
+from fusion.config.model import (
+    SITES,
+    AdapterConfig,
+    CompositionConfig,
+    HeadConfig,
+    MethodConfig,
+    SameBackboneConfig,
+)
+from fusion.config.task import TaskConfig
+from fusion.errors import UserError
+from fusion.layers.bottleneck import BottleneckAdapter
+from fusion.layers.heads import TaskHead, TaskHeads
+from fusion.layers.slot_module import SlotModule, parameters_of
+from fusion.model.adapted import AdaptedModel
+from fusion.model.from_manifests import (
+    compose,
+    described_adapters,
+    described_head,
+    head_shapes,
+    weight_shapes,
+)
+from fusion.model.layer_selection import kept_layers
+from fusion.store.artifacts import Artifact, copy_stored, load, load_by_hash, match_keys
+from fusion.store.compatibility import check_backbone, check_sources
+from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
+from fusion.store.manifest import Manifest
+from fusion.tasks.table import kind_of
+
+
+def adapter_fillings(config: AdapterConfig, backbone: Backbone) -> dict[str, SlotModule]:
+    """A fresh adapter for each slot of the placement, by slot name; `shared` puts one into all layers.
+
+    Raises:
+        UserError: the backbone's family has no such site.
+    """
+    there = backbone.family.sites
+    missing = [site for site in config.sites if site not in there]
+    if missing:
+        raise UserError(
+            f"adapter={config.name}: backbone {backbone.name_or_path} ({backbone.family.name}) has no place "
+            f"{missing[0]}; expected adapter.sites among {', '.join(site for site in SITES if site in there)}"
+        )
+    for site in config.sites:
+        if config.reads not in there[site].reads:
+            *others, last = there[site].reads
+            raise UserError(
+                f"adapter.reads={config.reads}: backbone {backbone.name_or_path} ({backbone.family.name}) has no such "
+                f"reading at {site}; expected {', '.join(others)} or {last}"
+            )
+
+    def fresh() -> BottleneckAdapter:
+        return BottleneckAdapter(
+            hidden_size=backbone.hidden_size,
+            bottleneck_size=config.size_for(backbone.hidden_size),
+            nonlinearity=config.nonlinearity,
+            scaling=config.scaling,
+            dropout=config.dropout,
+            init=config.init,
+        )
+
+    fillings: dict[str, SlotModule] = {}
+    shared = {site: fresh() for site in config.sites} if config.shared else {}
+    for layer in kept_layers(config.layers, config.drop, backbone.layers, "adapter"):
+        for site in config.sites:
+            fillings[f"{layer}.{site}"] = shared.get(site) or fresh()
+    return fillings
+
+
+def tuning_of(config: MethodConfig, backbone: Backbone) -> Tuning | None:
+    """What of the backbone itself a method trains; None: nothing. LoRA changes the backbone in place."""
+    tune = config.definition.tune
+    return None if tune is None else tune(config.settings, backbone.model)
+
+
+def stored_adapters(artifact: Artifact) -> dict[str, BottleneckAdapter]:
+    """The adapters of a stored artifact by slot name, with their weights.
+
+    Raises:
+        UserError: the weights are not what the manifest says.
+    """
+    _check_weights(artifact)
+    adapters = described_adapters(artifact.manifest)
+    copy_stored(parameters_of(adapters), artifact.weights, artifact.path / WEIGHTS)
+    return adapters
+
+
+def _check_weights(artifact: Artifact, sources: Sequence[Manifest] = ()) -> None:
+    """Refuse weights that the manifest does not describe, before anything of their size is built."""
+    expected = weight_shapes(artifact.manifest, sources, artifact.path)
+    if expected is not None:
+        match_keys(expected, artifact.weights, artifact.path / WEIGHTS)
+
+
+def composition_fillings(
+    config: CompositionConfig,
+    sources: Sequence[Artifact],
+    backbone: Backbone,
+    chosen: Mapping[str, Any] | None = None,
+) -> dict[str, SlotModule]:
+    """The composition of stored sources for each slot where at least one of them has an adapter.
+
+    Args:
+        chosen: see `compose`.
+    """
+    manifests = [source.manifest for source in sources]
+    return compose(config, manifests, lambda n: stored_adapters(sources[n]), backbone.layers, chosen or {})
+
+
+def fresh_head(config: HeadConfig, task: TaskConfig, default_pooling: str, backbone: Backbone) -> TaskHead:
+    """A new head for the task."""
+    kind = kind_of(task)
+    return kind.make_head(
+        hidden_size=backbone.hidden_size,
+        outputs=kind.head_outputs(task),
+        pooling=config.pooling or default_pooling,
+        layers=config.layers,
+        dropout=config.dropout,
+    )
+
+
+def fresh_heads(
+    config: HeadConfig, tasks: Sequence[TaskConfig], default_pooling: str, backbone: Backbone
+) -> TaskHead | TaskHeads:
+    """A new head for each task; of a single task, that head itself."""
+    heads = {str(task.name): fresh_head(config, task, default_pooling, backbone) for task in tasks}
+    return TaskHeads(heads) if len(heads) > 1 else next(iter(heads.values()))
+
+
+def load_sources(references: Sequence[str], store: Path, backbone: Backbone) -> list[Artifact]:
+    """The source adapters, in order, all made for this very backbone and one placement.
+
+    Raises:
+        UserError: a source that is missing, damaged, or differs; it says which and how.
+    """
+    sources = [load(reference, store) for reference in references]
+    check_sources([source.manifest for source in sources])
+    for source in sources:
+        check_made_for(source, backbone)
+    return sources
+
+
+def check_made_for(artifact: Artifact, backbone: Backbone) -> None:
+    """Refuse an artifact that was made for another backbone's weights."""
+    check_backbone(
+        artifact.manifest,
+        name_or_path=backbone.name_or_path,
+        fingerprint=backbone.fingerprint,
+        hidden_size=backbone.hidden_size,
+        tokenizer=backbone.tokenizer_hash,
+    )
+    if artifact.manifest.backbone.layers != backbone.layers:
+        raise UserError(
+            f"{artifact.path / MANIFEST}: backbone.layers is {artifact.manifest.backbone.layers}, and that "
+            f"backbone has {backbone.layers}; copy the artifact again, or train it again with overwrite=true"
+        )
+
+
+def backbone_of(manifest: Manifest, other: SameBackboneConfig) -> tuple[str, str | None]:
+    """Name (or path) and revision of an artifact's backbone: the manifest's, or the other place of it."""
+    if other.name_or_path is not None:
+        return other.name_or_path, other.revision
+    return manifest.backbone.name_or_path, other.revision or manifest.backbone.revision
+
+
+def _sources_of(manifest: Manifest, store: Path) -> list[Artifact]:
+    try:
+        return [load_by_hash(source.hash, source.name, store) for source in manifest.sources]
+    except UserError as error:
+        raise UserError(f"{manifest.name}: {error}") from None
+
+
+def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int = 0) -> AdaptedModel:
+    """The model that an artifact stands for, for inference; a fusion's sources come from the store.
+
+    Args:
+        drop: how many of the first layers go without what their slots hold (AdapterDrop, Rücklé et al. 2021).
+
+    Raises:
+        UserError: the backbone or a source is missing or not what the artifact was made with.
+    """
+    manifest = artifact.manifest
+    check_made_for(artifact, backbone)
+    match_keys(head_shapes(manifest, artifact.path), artifact.head, artifact.path / HEAD)
+    sources = _sources_of(manifest, store)
+    for source in sources:
+        check_made_for(source, backbone)
+    fillings: Mapping[str, SlotModule] = {}
+    tuning = None
+    if manifest.adapter is not None:
+        fillings = stored_adapters(artifact)
+    else:
+        _check_weights(artifact, [source.manifest for source in sources])
+    if manifest.composition is not None:
+        fused = manifest.composition
+        fillings = composition_fillings(fused.settings, sources, backbone, fused.chosen)
+        copy_stored(parameters_of(fillings), artifact.weights, artifact.path / WEIGHTS)
+    elif manifest.method is not None:
+        method = manifest.method
+        check = method.definition.check_stored
+        if check is not None:
+            check(method.settings, artifact.weights, artifact.path / WEIGHTS)
+        tuning = tuning_of(method, backbone)
+        assert tuning is not None
+        copy_stored(tuning.state(), artifact.weights, artifact.path / WEIGHTS)
+    kept = {slot: filling for slot, filling in fillings.items() if SlotAddress.parse(slot).layer >= drop}
+    placement = sources[0].manifest.placement if sources else manifest.placement
+    reads = placement["adapter.reads"] or "normed"
+    model = AdaptedModel(backbone, kept, reads, described_head(manifest), tuning=tuning)
+    copy_stored(model.head_state(), artifact.head, artifact.path / HEAD)
+    return model.merged()

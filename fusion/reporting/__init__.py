@@ -1,0 +1,1 @@
+"""The HTML report about many runs. Reads files only."""

@@ -1,1 +1,0 @@
-"""The report: many run folders in one page. Reads files only."""

@@ -1,0 +1,1 @@
+"""What a run is: identity, folder, status, sweep, provenance."""

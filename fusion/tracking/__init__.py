@@ -1,0 +1,1 @@
+"""W&B and CSV tracking. The only package that imports wandb."""

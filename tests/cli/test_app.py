@@ -1,0 +1,850 @@
+"""What a command line gets: its exit code, its message, its folder. The command itself is a stand-in."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from omegaconf import OmegaConf
+
+from fusion.cli.app import as_text, command, text_keys
+from fusion.config.model import MethodConfig
+from fusion.config.stages import Stage1Config, Stage2Config
+from fusion.config.task import TaskConfig
+from fusion.runs.run import Run, Standing, identity_config
+from fusion.runs.sweep import Sweep, objective
+from fusion.terminal import display
+from tests.terminal.emulator import Terminal, look_on, seen
+
+ROOT = Path(__file__).resolve().parents[2]
+TASK = "kind: classification\ntext: sentence\nlabels: [negative, positive]\nmetrics: [accuracy]\n"
+
+# seed=13 is refused by check, 7 fails, 8 is a user's error found late, 99 waits. The same stand-in in this process (fast) and as a program of its own (for signals).
+PROGRAM = """
+import logging, time
+from fusion.cli.app import command
+from fusion.config.stages import Stage1Config
+from fusion.errors import UserError
+
+def check(config, run):
+    if config.seed == 13:
+        raise UserError("seed=13 is unlucky: say another seed=")
+
+@command("stage1", Stage1Config, check)
+def main(config, run):
+    logging.getLogger("stand-in").info("job %s in group %s", config.name, run.group)
+    if config.seed == 7:
+        raise RuntimeError("boom")
+    if config.seed == 8:
+        raise UserError("row 3 has no label: say data.dir=")
+    if config.seed == 99:
+        print("waiting", flush=True)
+        time.sleep(60)
+    return {"name": config.name, "seed": config.seed, "directory": str(run.directory)}
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+MT = "method=multitask_adapter"
+
+
+class Outcome:
+    """How a command line ended, and what lies under outputs/ now."""
+
+    def __init__(self, folder: Path, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+        self.folders = sorted(file.parent for file in folder.glob("outputs/**/status.json"))
+        self.statuses = [json.loads((f / "status.json").read_text()) for f in self.folders]
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory with a blank in its name and two tasks of its own in ./conf/task."""
+    folder = tmp_path / "work dir"
+    (folder / "conf" / "task").mkdir(parents=True)
+    for name in ("mine", "yours"):
+        (folder / "conf" / "task" / f"{name}.yaml").write_text(TASK)
+    monkeypatch.chdir(folder)
+    for variable in ("FUSION_CONF", "FUSION_DATA_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the program sets it; this restores it
+    root = logging.getLogger()
+    before, level, handler = root.handlers[:], root.level, signal.getsignal(signal.SIGTERM)
+    yield folder
+    root.handlers[:], root.level = before, level
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def go(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Outcome]:
+    namespace: dict[str, Any] = {"__name__": "stand_in"}
+    exec(compile(PROGRAM, "stand_in", "exec"), namespace)
+
+    def run(*arguments: str, main: Callable[[], None] = namespace["main"]) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["stage1", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        code = ended.value.code
+        assert isinstance(code, int)
+        return Outcome(workdir, code, said.out, said.err)
+
+    return run
+
+
+def in_a_program(workdir: Path, *arguments: str, until: str, number: int) -> tuple[int, Outcome]:
+    """Starts the stand-in as a program, sends the signal once it has printed `until`."""
+    (workdir / "program.py").write_text(PROGRAM)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    log = workdir / "output.txt"
+    with open(log, "w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "program.py", *arguments], stdout=output, stderr=output, env=environment
+        )
+        deadline = time.time() + 60
+        while until not in log.read_text() and process.poll() is None and time.time() < deadline:
+            time.sleep(0.1)
+        process.send_signal(number)
+        code = process.wait(60)
+    return code, Outcome(workdir, code, log.read_text(), "")
+
+
+# --- a run --------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_traces(go: Callable[..., Outcome], workdir: Path) -> None:
+    outcome = go("+task=mine", "trainer.devices=1")
+    assert (outcome.code, outcome.err) == (0, "")
+    (folder,) = outcome.folders
+    assert re.fullmatch(r"outputs/stage1/mine/[\d_-]+-[0-9a-f]{6}", str(folder.relative_to(workdir)))
+    assert {"config.yaml", "result.json", "run.log", "status.json"} <= {f.name for f in folder.iterdir()}
+    result = json.loads((folder / "result.json").read_text())
+    assert result == {"name": "mine", "seed": 42, "directory": str(folder)}
+    assert outcome.statuses[0]["overrides"] == ["+task=mine", "trainer.devices=1"]
+    assert "job mine in group stage1" in (folder / "run.log").read_text()
+    assert "name: mine" in (folder / "config.yaml").read_text()
+
+
+def test_two_runs_in_one_second_have_two_folders(go: Callable[..., Outcome]) -> None:
+    go("+task=mine")
+    assert len(go("+task=mine").folders) == 2
+
+
+def test_the_experiment_is_the_group(go: Callable[..., Outcome]) -> None:
+    outcome = go("+task=mine", "experiment=quick")
+    assert "job mine in group quick" in (outcome.folders[0] / "run.log").read_text()
+
+
+def test_a_failed_run(go: Callable[..., Outcome]) -> None:
+    outcome = go("+task=mine", "seed=7")
+    assert outcome.code == 1
+    assert outcome.statuses[0]["status"] == "failed"
+    assert outcome.statuses[0]["error"] == "RuntimeError: boom"
+    log = (outcome.folders[0] / "run.log").read_text()
+    assert "Traceback" in log and "boom" in log
+    assert "stage1 failed: RuntimeError: boom" in outcome.err and "run.log" in outcome.err
+
+
+def test_a_users_error_found_late_has_no_traceback_on_the_screen(go: Callable[..., Outcome]) -> None:
+    outcome = go("+task=mine", "seed=8")
+    assert (outcome.code, outcome.err) == (2, "row 3 has no label: say data.dir=\n")
+    assert outcome.statuses[0]["status"] == "failed"
+    assert "Traceback" in (outcome.folders[0] / "run.log").read_text()
+
+
+def test_a_run_that_begins_anew_says_so(go: Callable[..., Outcome]) -> None:
+    @command("stage1", Stage1Config, lambda config, run: Standing("new", "begins anew"))
+    def main(config: Stage1Config, run: Run) -> dict[str, Any]:
+        return {}
+
+    assert "mine begins anew\n" in go("+task=mine", "trainer.devices=1", main=main).out
+
+
+# --- wrong commands -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no task: say +task=NAME, one of "),
+        (["+task=mnlii"], "unknown task 'mnlii': did you mean mnli"),
+        (["+task=mien"], "did you mean mine"),
+        (["task=mine"], "say +task=NAME"),
+        (["+task=[mine,yours]"], "a task is one file"),
+        (["+task.kind=regression"], "+task.kind=regression: a key of what is not there"),
+        (
+            ["+task=mine", "logger.csv.flush_every_n_steps=3"],
+            "choose it first: +task=NAME, logger=[wandb,csv]",
+        ),
+        (["+task=mine,yours"], "several values are a sweep, which needs -m"),
+        (["+task=mine", "optim.lrr=1"], "unknown key optim.lrr: did you mean optim.lr"),
+        (["+task=mine", "+optim.extra=1"], "unknown key optim.extra"),
+        (["+task=mine", "+extra=1"], "unknown key extra"),
+        (["+task=mine", "adapter=compacter"], "unknown adapter 'compacter'"),
+        (["+task=mine", "trainer.max_epochs=0"], "trainer.max_epochs=0: expected at least 1"),
+        (["+task=mine", "seed=13"], "seed=13 is unlucky"),
+        (["+task=mine", "trainer.accelerator=none_such"], "trainer.accelerator=none_such"),
+        (["+task=mine", "trainer.strategy=none_such"], "trainer.strategy=none_such"),
+        (["-m", "+task=mine", "seed=1,2,13"], "job 2 (+task=mine seed=13): seed=13 is unlucky"),
+        (["-m", "+task=mine", "seed=1,x"], "seed=x: expected a whole number"),
+        (["-m", "+task=mine,nobody"], "unknown task 'nobody'"),
+        (
+            ["-m", "+task=mine", "seed=1,2", "name=one"],
+            "would both be stored as one: seed=1 and seed=2\nleave name= out, or use 'name=NAME-${seed}'",
+        ),
+        (
+            ["-m", "+task=mine,yours", "seed=1,2", "name=one"],
+            "leave name= out, or use 'name=NAME-${task.name}-${seed}'",
+        ),
+        (
+            ["+task=mine", "+task=yours"],
+            "task is given more than once: expected one +task=NAME; a sweep is -m",
+        ),
+        (["+task=mine", "data.dir=/my", "data"], "put in quotes, 'data.dir=/my data'"),
+        (["-m", "+task=mine", "seed=1,1"], "seed=1,1: 1 is given twice; expected each value once"),
+        (["-m", "+task=mine", "seed=2,1,2,2"], "seed=2,1,2,2: 2 is given several times"),
+        (["-m", "+task=mine,yours,mine"], "+task=mine,yours,mine: mine is given twice"),
+        (["-m", "+task=mine", "optim.lr=1e-4,0.0001"], "optim.lr=1e-4,0.0001: 0.0001 is given twice"),
+        (["-m", "+task=mine", "seed=1", "name=true,true"], "true is given twice"),
+        (["-m", "+task=mine", "adapter.layers=[0,1],[0,1]"], "[0,1] is given twice"),
+        (
+            ["-m", "+task=mine", "backbone.revision=a/b,a-b"],
+            "backbone.revision=a/b and backbone.revision=a-b\ngive each its own name with 'name=NAME-${backbone.revision}'",
+        ),
+        (["-m", "seed=1,2"], "no task: say +task=NAME"),
+        (
+            ["tasks=[mine,yours]"],
+            "tasks= with method=adapter: several tasks at once need method=multitask_adapter",
+        ),
+        ([MT, "+task=mine", "tasks=[mine,yours]"], "+task=mine and tasks= do not go together"),
+        ([MT], "method=multitask_adapter trains several tasks at once: say 'tasks=[TASK,ANOTHER]'"),
+        ([MT, "+task=mine"], "method=multitask_adapter trains several tasks at once: say 'tasks=["),
+        ([MT, "tasks=[mine]"], "tasks=[mine]: expected at least two; a single one is +task=mine"),
+        ([MT, "tasks=[]"], "tasks=[]: expected at least two"),
+        ([MT, "tasks=mine"], "tasks=mine: expected names of tasks, such as 'tasks=[snli,rte,cb]'"),
+        ([MT, "tasks=[mine,7]"], "unknown task '7'"),
+        ([MT, "tasks=[mine,{a:7}]"], "tasks=[mine,{a:7}]: expected names"),
+        ([MT, "tasks=[mine,'[yours,rte]']"], "expected names of tasks"),
+        ([MT, "tasks=mine,yours"], "a list is written 'tasks=[mine,yours]'"),
+        ([MT, "tasks=[mine,yours,mine]"], "tasks=[mine,yours,mine]: duplicate mine; expected each task once"),
+        ([MT, "tasks=[mine,yuors]"], "unknown task 'yuors': did you mean yours?"),
+        (
+            [MT, "tasks=[mine,yours]", "method.temperature=0"],
+            "method.temperature=0.0: expected a number above 0",
+        ),
+        (["-m", MT, "tasks=[mine,yours],[mine]"], "job 1 ("),
+        (
+            [MT, "tasks=[mine,yours]", "task.label=x"],
+            "task.label=x: with tasks=, what a task says stands in its own file",
+        ),
+        (
+            [MT, "tasks=[mine,yours]", "++task.columns.sentence=text"],
+            "with tasks=, what a task says stands in its own",
+        ),
+    ],
+)
+def test_a_wrong_command(go: Callable[..., Outcome], arguments: list[str], message: str) -> None:
+    outcome = go(*arguments)
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert "Traceback" not in outcome.err
+    assert 1 <= len(outcome.err.strip().splitlines()) <= 2
+    if "none_such" not in message:  # that one only Lightning knows, when the job has begun
+        assert not Path("outputs").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder where nothing can be made")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["hydra.run.dir=/proc/nowhere/run"], r"^/proc/nowhere/run: cannot be written \(No such file"),
+        (["hydra.run.dir=file"], r"^file: cannot be written \(File exists\)"),
+        (["hydra.run.dir=file/run"], r"^hydra.run.dir=file/run: file is a file, expected a folder"),
+        (["-m", "seed=1,2", "hydra.sweep.dir=/proc/nowhere"], r"^/proc/nowhere: cannot be written"),
+        (["-m", "seed=1,2", "hydra.sweep.dir=taken"], r"^taken/1-mine-seed-2: this is a file"),
+        (["hydra.run.dir=logged"], r"logged/run\.log: cannot be written \(Is a directory\)"),
+    ],
+)
+def test_a_folder_that_cannot_be_is_refused(go: Callable[..., Outcome], words: list[str], said: str) -> None:
+    Path("file").touch()
+    Path("taken").mkdir()
+    Path("taken/1-mine-seed-2").touch()
+    Path("logged/run.log").mkdir(parents=True)
+    outcome = go(*words, "+task=mine", "trainer.devices=1")
+    assert outcome.code == 2, outcome.err
+    assert re.search(said, outcome.err) and re.search(r"hydra\.(run|sweep)\.dir=DIR", outcome.err)
+    assert "Traceback" not in outcome.err and len(outcome.err.strip().splitlines()) <= 2
+    assert outcome.folders == []
+
+
+def test_a_task_in_two_places_is_refused(go: Callable[..., Outcome]) -> None:
+    Path("conf/task/rte.yaml").write_text(TASK)
+    outcome = go("+task=rte")
+    assert outcome.code == 2
+    assert outcome.err.startswith("task rte is in two places: ")
+
+
+def test_a_users_own_choice_stands_beside_those_of_the_tables(go: Callable[..., Outcome]) -> None:
+    Path("conf/method").mkdir()
+    Path("conf/method/small.yaml").write_text("name: lora\nrank: 2\n")
+    assert go("+task=mine", "method=small").code == 0
+    outcome = go("+task=mine", "method=smal")
+    assert outcome.code == 2
+    assert outcome.err == (
+        "unknown method 'smal': did you mean small? known: adapter, bitfit, full, head, lora, multitask_adapter, "
+        "multitask_full, small\n"
+    ).replace("? known", "?; known")
+    Path("conf/method/lora.yaml").write_text("name: lora\n")
+    outcome = go("+task=mine", "method=lora")
+    assert outcome.code == 2
+    assert outcome.err.startswith("method lora is in two places: ") and len(outcome.err.splitlines()) == 2
+
+
+def test_one_of_several_tasks_in_two_places_is_refused(go: Callable[..., Outcome]) -> None:
+    Path("conf/task/rte.yaml").write_text(TASK)
+    outcome = go("tasks=[mine,rte]", MT)
+    assert outcome.code == 2
+    assert outcome.err.startswith("task rte is in two places: ")
+
+
+def test_several_tasks_reach_the_command_typed_and_in_order(go: Callable[..., Outcome]) -> None:
+    seen: list[Any] = []
+
+    def check(config: Stage1Config, run: Run) -> None:
+        seen.append((config, run))
+
+    @command("stage1", Stage1Config, check)
+    def main(config: Stage1Config, run: Run) -> dict[str, Any]:
+        return {}
+
+    outcome = go("tasks=[yours,stsb,mine]", MT, "trainer.devices=1", main=main)
+    assert (outcome.code, outcome.err) == (0, "")
+    config, run = seen[0]
+    assert [(type(t), t.name, t.kind, t.text) for t in config.task_list] == [
+        (TaskConfig, "yours", "classification", "sentence"),
+        (TaskConfig, "stsb", "regression", ["sentence1", "sentence2"]),
+        (TaskConfig, "mine", "classification", "sentence"),
+    ]
+    assert config.name == "yours-stsb-mine-multitask_adapter"
+    # Their content is part of what the run is, not their names alone.
+    flat = identity_config(run.config)
+    assert (flat["tasks.1.name"], flat["tasks.1.hub.name"], flat["tasks.0.labels"]) == (
+        "stsb",
+        "stsb",
+        ["negative", "positive"],
+    )
+    # A process of a DDP job is handed the config as JSON.
+    again = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Stage1Config), run.config))
+    assert isinstance(again, Stage1Config) and again.task_list == config.task_list
+    assert re.fullmatch(r"yours-stsb-mine", outcome.folders[0].parent.name)
+    assert outcome.statuses[0]["task"] == "yours+stsb+mine"
+
+
+def test_a_sweep_over_lists_of_tasks(go: Callable[..., Outcome]) -> None:
+    outcome = go("-m", "tasks=[mine,yours],[yours,rte]", MT, "seed=1,2", "trainer.devices=1")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert [status["name"] for status in outcome.statuses] == [
+        "mine-yours-multitask_adapter-seed-1",
+        "mine-yours-multitask_adapter-seed-2",
+        "yours-rte-multitask_adapter-seed-1",
+        "yours-rte-multitask_adapter-seed-2",
+    ]
+    assert outcome.folders[2].name == "2-yours-rte-seed-1"
+
+
+def test_fusion_conf_is_a_place_for_tasks_too(
+    go: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "more" / "task").mkdir(parents=True)
+    (tmp_path / "more" / "task" / "theirs.yaml").write_text(TASK)
+    assert go("+task=theirs").code == 2
+    monkeypatch.setenv("FUSION_CONF", str(tmp_path / "more"))
+    assert go("+task=theirs").code == 0
+    (tmp_path / "more" / "task" / "mine.yaml").write_text(TASK)
+    assert "in two places" in go("+task=mine").err
+    monkeypatch.setenv("FUSION_CONF", str(tmp_path / "none"))
+    assert "no such folder" in go("+task=mine").err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("kind: [", "broken.yaml"),
+        (TASK + "labelz: [a]\n", "conf file task/broken.yaml: unknown key labelz: did you mean task.label"),
+        (TASK.replace("accuracy", "pearson"), "task broken: metric pearson does not fit kind classification"),
+        (
+            TASK.replace("[negative, positive]", "[positive]"),
+            "task broken: labels=[positive]: expected at least two",
+        ),
+    ],
+)
+def test_a_broken_task_file_is_named(go: Callable[..., Outcome], content: str, message: str) -> None:
+    Path("conf/task/broken.yaml").write_text(content)
+    outcome = go("+task=broken")
+    assert (outcome.code, len(outcome.err.strip().splitlines())) in ((2, 1), (2, 2))
+    assert message in outcome.err
+
+
+# --- sweeps -------------------------------------------------------------------------------------
+
+
+def test_a_sweep_over_tasks(go: Callable[..., Outcome]) -> None:
+    outcome = go("-m", "+task=mine,yours")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert [folder.name for folder in outcome.folders] == ["0-mine", "1-yours"]
+    sweep = outcome.folders[0].parent.name
+    assert re.fullmatch(r"sweep-[\d_-]+-[0-9a-f]{6}", sweep)
+    assert [status["name"] for status in outcome.statuses] == ["mine", "yours"]
+    assert f"in group {sweep}" in (outcome.folders[0] / "run.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("name=true", "name='true'"),
+        ("name=1e3,007,a", "name='1e3',007,a"),
+        ("name=null", "name=null"),  # the default name
+        ("+task=null", "+task='null'"),
+        ("+task=7 , No,nan", "+task='7' , No,'nan'"),
+        ("sources=[1e3,null, 1_000]", "sources=['1e3','null', '1_000']"),
+        ("backbone.revision=12e4567", "backbone.revision='12e4567'"),
+        ("data.dir=2024/01", "data.dir=2024/01"),
+        ("name='true'", "name='true'"),
+        ("name=1-2", "name=1-2"),
+        ("name=rte-${seed}", "name=rte-${seed}"),
+        ("name=range(1,3)", "name=range(1,3)"),
+        ("seed=1e3", "seed=1e3"),  # a number
+        ("optim.lr=1e-3,2", "optim.lr=1e-3,2"),
+        ("compile=true", "compile=true"),
+        ("~logger", "~logger"),
+        ("name=", "name="),
+        ("name=\u00e9", "name=\u00e9"),
+    ],
+)
+def test_text_is_what_was_typed(word: str, meant: str) -> None:
+    """Not what Hydra makes of it: True, 1000.0, infinity."""
+    assert as_text(word, text_keys(Stage2Config) | {"task"}) == meant
+
+
+def test_names_that_read_as_other_types(go: Callable[..., Outcome]) -> None:
+    for name in ("1e3", "null"):
+        Path(f"conf/task/{name}.yaml").write_text(TASK)
+    outcome = go("-m", "+task=1e3,null", "hydra.sweep.dir=outputs/s")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert [status["name"] for status in outcome.statuses] == ["1e3", "null"]
+    assert outcome.statuses[0]["overrides"] == ["+task='1e3'"]  # it can be typed again
+    outcome = go(MT, "tasks=[null,1e3]", "hydra.run.dir=outputs/t")
+    assert outcome.statuses[-1]["name"] == "null-1e3-multitask_adapter"
+
+
+def test_a_flag_may_be_anywhere(go: Callable[..., Outcome]) -> None:
+    outcome = go("+task=mine", "-m", "seed=1,2")
+    assert (outcome.code, len(outcome.folders)) == (0, 2)
+
+
+def test_swept_keys_are_in_names_and_folders(go: Callable[..., Outcome]) -> None:
+    outcome = go("-m", "+task=mine", "seed=3,4", "optim.lr=1e-4,5e-4", "trainer.max_epochs=2")
+    assert [status["name"] for status in outcome.statuses] == [
+        "mine-optim.lr-0.0001-seed-3",
+        "mine-optim.lr-0.0005-seed-3",
+        "mine-optim.lr-0.0001-seed-4",
+        "mine-optim.lr-0.0005-seed-4",
+    ]
+    assert outcome.folders[0].name == "0-mine-optim.lr-0.0001-seed-3"
+
+
+def test_a_name_may_be_made_of_what_is_swept(go: Callable[..., Outcome]) -> None:
+    outcome = go("-m", "+task=mine", "seed=1,2", "name=mine-${seed}")
+    assert outcome.code == 0, outcome.err
+    assert [status["name"] for status in outcome.statuses] == ["mine-1", "mine-2"]
+
+
+def test_a_sweep_over_names_that_read_as_other_types(go: Callable[..., Outcome]) -> None:
+    outcome = go("-m", "+task=mine", "name=true,1e3,007")
+    assert [status["name"] for status in outcome.statuses] == ["true", "1e3", "007"]
+    # and it can be typed again, by a report or by somebody who reads status.json
+    assert outcome.statuses[0]["overrides"] == ["+task=mine", "name='true'"]
+
+
+def test_a_sweep_over_lists_gives_plain_names(go: Callable[..., Outcome]) -> None:
+    outcome = go("-m", "+task=mine", "adapter.layers=[0,1],[2]", "method=adapter,head")
+    assert [status["name"] for status in outcome.statuses] == [
+        "mine-adapter.layers-0-1",
+        "mine-head-adapter.layers-0-1",
+        "mine-adapter.layers-2",
+        "mine-head-adapter.layers-2",
+    ]
+    assert outcome.folders[1].name == "1-mine-adapter.layers-0-1-method-head"
+
+
+def test_a_given_name_stays(go: Callable[..., Outcome]) -> None:
+    outcome = go("-m", "+task=mine", "name=a,b", "seed=3")
+    assert [status["name"] for status in outcome.statuses] == ["a", "b"]
+
+
+def test_a_failed_job_does_not_stop_the_others(go: Callable[..., Outcome]) -> None:
+    outcome = go("-m", "+task=mine,yours", "seed=7,1")
+    assert outcome.code == 1
+    assert [status["status"] for status in outcome.statuses] == ["failed", "done", "failed", "done"]
+    assert "boom" in (outcome.folders[0] / "run.log").read_text()
+    assert "boom" not in (outcome.folders[1] / "run.log").read_text()
+    summary = outcome.err.split("2 of 4 jobs failed:\n")[1]
+    assert [line.split("/")[-2] for line in summary.strip().splitlines()] == [
+        "0-mine-seed-7",
+        "2-yours-seed-7",
+    ]
+    assert all(line.endswith("run.log: RuntimeError: boom") for line in summary.strip().splitlines())
+
+
+def test_a_users_error_in_a_job_of_a_sweep_is_a_failed_job(go: Callable[..., Outcome]) -> None:
+    outcome = go("-m", "+task=mine", "seed=8,1")
+    assert (outcome.code, [status["status"] for status in outcome.statuses]) == (1, ["failed", "done"])
+
+
+def test_check_sees_all_jobs_first_and_each_again(go: Callable[..., Outcome]) -> None:
+    seen: list[str] = []
+
+    def check(config: Stage1Config, run: Run) -> None:
+        seen.append(f"check {config.name}")
+
+    @command("stage1", Stage1Config, check)
+    def main(config: Stage1Config, run: Run) -> dict[str, Any]:
+        seen.append(f"run {config.name}")
+        return {}
+
+    assert go("-m", "+task=mine,yours", main=main).code == 0
+    checks = ["check mine", "check yours"]
+    assert seen == [*checks, "check mine", "run mine", "check yours", "run yours"]
+
+
+def test_how_a_run_stands_is_said_before_it_starts(go: Callable[..., Outcome]) -> None:
+    stands = {1: Standing("done"), 2: Standing("interrupted", "epoch 3"), 3: Standing("failed", "boom")}
+
+    def check(config: Stage1Config, run: Run) -> Standing:
+        return stands.get(config.seed, Standing("new"))
+
+    @command("stage1", Stage1Config, check)
+    def main(config: Stage1Config, run: Run) -> dict[str, Any]:
+        return {}
+
+    words = ["+task=mine", "trainer.devices=1"]
+    outcome = go("-m", "seed=1,2,3,4", *words, main=main)
+    assert outcome.code == 0
+    assert outcome.out.startswith(
+        "4 jobs: 1 done already, 1 interrupted, to be continued, 1 failed the last time, to run again, 1 new\n"
+        "  skipped: mine-seed-1\n  goes on: mine-seed-2 (epoch 3)\n  runs again: mine-seed-3 (boom)\n"
+    )
+    assert outcome.out.endswith("4 jobs: 1 done already, 1 continued, 2 trained, 0 failed\n")
+    assert [status["before"] for status in outcome.statuses] == ["done", "interrupted", "failed", "new"]
+    assert "mine-seed-2 was interrupted and goes on: epoch 3" in (outcome.folders[1] / "run.log").read_text()
+    assert "mine was interrupted and goes on: epoch 3" in go("seed=2", *words, main=main).out
+    assert "mine failed the last time and runs again (boom)" in go("seed=3", *words, main=main).out
+    assert go("seed=4", *words, main=main).out == ""
+
+
+@pytest.mark.parametrize("hours", [-1.0, 1.0])
+def test_a_sweep_knows_its_jobs_whatever_the_clock_says(
+    go: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, hours: float
+) -> None:
+    """Each look at it is an hour off, and the folder holds a failed job of an earlier sweep."""
+    assert go("-m", "seed=7,1", "+task=mine", "trainer.devices=1", "hydra.sweep.dir=sweep").code == 1
+    Path("outputs").mkdir(exist_ok=True)
+    now = [time.time()]
+
+    def jump() -> float:
+        now[0] += 3600 * hours
+        return now[0]
+
+    monkeypatch.setattr(time, "time", jump)
+    words = ["+task=mine", "trainer.devices=1", "hydra.sweep.dir=sweep"]
+    outcome = go("-m", "seed=2,1", *words)
+    assert (outcome.code, outcome.err) == (0, "") and outcome.out.endswith("2 jobs: 2 done, 0 failed\n")
+    outcome = go("-m", "seed=1,7", *words)
+    assert outcome.code == 1 and "1 of 2 jobs failed:\n  sweep/1-mine-seed-7/run.log" in outcome.err
+
+
+# --- at a terminal ------------------------------------------------------------------------------
+
+
+def test_a_sweep_at_a_terminal(go: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    look_on(monkeypatch, terminal)
+    outcome = go("-m", "+task=mine", "seed=1,7,2", "trainer.devices=1", "hydra.sweep.dir=sweep")
+    assert outcome.code == 1
+    drawn = re.findall(r"job \d of 3, \d done, \d failed", terminal.getvalue())
+    steps = [(1, 0, 0), (1, 1, 0), (2, 1, 0), (2, 1, 1), (3, 1, 1), (3, 2, 1)]
+    said = [f"job {number} of 3, {done} done, {failed} failed" for number, done, failed in steps]
+    assert list(dict.fromkeys(drawn)) == said
+    screen = terminal.screen  # of the bar nothing is left, and every line stands whole
+    assert not any(line.startswith("sweep ") for line in screen) and display.display() is not None
+    assert [line for line in screen if line.startswith("job ")] == [
+        f"job mine-seed-{seed} in group sweep" for seed in (1, 7, 2)
+    ]
+    assert "3 jobs: 2 done, 1 failed" in screen
+    assert "  sweep/1-mine-seed-7/run.log: RuntimeError: boom" in screen
+    assert all("\x1b" not in log.read_text() for log in Path("sweep").glob("*/run.log"))
+    assert sys.stdout is terminal and sys.stderr is terminal
+
+
+def test_jobs_side_by_side_draw_nothing(go: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a launcher's processes, which know of no sweep and share a terminal."""
+    monkeypatch.setenv(display.PROGRESS, "1")
+    monkeypatch.setattr(Sweep, "begin", lambda *_: None)
+    wanted = []
+
+    @command("stage1", Stage1Config, lambda config, run: None)
+    def main(config: Stage1Config, run: Run) -> dict[str, Any]:
+        wanted.append(os.environ[display.PROGRESS])
+        return {}
+
+    assert go("+task=mine", "trainer.devices=1", main=main).code == 0
+    assert go("-m", "+task=mine,yours", "trainer.devices=1", main=main).code == 0
+    assert wanted == ["1", "0", "0"]
+
+
+def test_the_bar_of_a_sweep_is_switched_off_with_those_of_its_jobs(
+    go: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    look_on(monkeypatch, terminal)
+    words = ["-m", "+task=mine", "seed=1,2", "trainer.devices=1", "trainer.enable_progress_bar=false"]
+    assert go(*words).code == 0
+    assert "\x1b" not in terminal.getvalue() and terminal.screen[-1] == "2 jobs: 2 done, 0 failed"
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+def test_a_terminal_is_as_it_was_however_a_sweep_ends(workdir: Path, number: int, code: int) -> None:
+    (workdir / "program.py").write_text(PROGRAM)
+    master, slave = os.openpty()
+    unset = ("NO_COLOR", "COLUMNS", "LINES")
+    environment = {k: v for k, v in os.environ.items() if k not in unset}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+    process = subprocess.Popen(
+        [sys.executable, "program.py", "-m", "+task=mine", "seed=1,99,2", "trainer.devices=1"],
+        stdin=slave, stdout=slave, stderr=slave, env=environment,
+    )  # fmt: skip
+    os.close(slave)
+    text, sent, deadline = b"", False, time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if not select.select([master], [], [], 0.2)[0]:
+            continue
+        try:
+            said = os.read(master, 65536)
+        except OSError:  # how Linux says that nobody has the other end any more
+            break
+        text += said
+        if not said:
+            break
+        if b"waiting" in text and not sent:
+            process.send_signal(number)
+            sent = True
+    os.close(master)
+    assert process.wait(10) == code
+    assert b"\x1b[?25" not in text and b"job 2 of 3, 1 done, 0 failed" in text
+    screen = seen(text.decode())
+    assert "waiting" in screen and "job mine-seed-1 in group" in "\n".join(screen)
+    if number != signal.SIGKILL:  # it cannot be told of that one
+        how = "interrupted" if number == signal.SIGINT else "terminated"
+        assert screen[-2].startswith(f"{how}: 1 of 3 jobs done ("), screen[-4:]
+        assert screen[-1].startswith("The same command continues: it skips the jobs that are done")
+        assert not any(line.startswith("sweep ") for line in screen)
+
+
+# --- interrupts ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_ends_a_sweep(workdir: Path, number: int, code: int) -> None:
+    arguments = ["-m", "+task=mine", "seed=1,99,2", "trainer.devices=1"]
+    got, outcome = in_a_program(workdir, *arguments, until="waiting", number=number)
+    assert got == code
+    assert [status["status"] for status in outcome.statuses] == ["done", "interrupted"]
+    assert "Traceback" not in outcome.out
+
+
+# --- help ---------------------------------------------------------------------------------------
+
+
+def help_of(name: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    """The finished `--help` of a command, and the seconds it took."""
+    started = time.perf_counter()
+    shown = subprocess.run(
+        [sys.executable, "-m", f"fusion.{name}", "--help"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return shown, time.perf_counter() - started
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2", "rank", "evaluate", "predict"])
+def test_help_is_quick_and_says_what_there_is(name: str, workdir: Path) -> None:
+    shown, seconds = help_of(name)
+    if seconds >= 4.0:  # the first one reads the package from the disk
+        shown, seconds = help_of(name)
+    assert seconds < 4.0  # 2 s on a machine that does nothing else
+    assert f"python -m fusion.{name} " in shown.stdout
+    for word in ("mine", "130 interrupted", "--cfg job"):
+        assert word in shown.stdout
+    assert not shown.stderr
+
+
+def test_nothing_heavy_is_imported_before_a_command_runs() -> None:
+    code = (
+        "import sys, fusion.stage1, fusion.stage2, fusion.rank, fusion.evaluate, fusion.predict\n"
+        "print([m for m in ('torch', 'transformers', 'datasets', 'pytorch_lightning', 'wandb', 'numpy') "
+        "if m in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert shown.stdout == "[]\n"
+
+
+def test_only_app_knows_hydra() -> None:
+    imports = re.compile(r"^\s*(import hydra|from hydra)", re.MULTILINE)
+    knows = [file.name for file in (ROOT / "fusion").rglob("*.py") if imports.search(file.read_text())]
+    assert knows == ["app.py"]
+
+
+@pytest.mark.parametrize("arguments", [("+task=mine",), ("-m", "+task=mine,yours")])
+def test_a_fault_in_a_check_is_no_users_error(go: Callable[..., Outcome], arguments: tuple[str, ...]) -> None:
+    def check(config: Stage1Config, run: Run) -> None:
+        raise ValueError("a fault of ours")
+
+    @command("stage1", Stage1Config, check)
+    def main(config: Stage1Config, run: Run) -> dict[str, Any]:
+        return {}
+
+    outcome = go(*arguments, main=main)
+    assert (outcome.code, outcome.folders) == (1, [])
+    assert "Traceback" in outcome.err
+    assert outcome.err.endswith("stage1 failed: ValueError: a fault of ours\n")
+
+
+# --- a sweeper that searches ------------------------------------------------------------------------
+
+SEARCHED = """
+from fusion.cli.app import command
+from fusion.config.stages import Stage1Config
+from fusion.errors import TrainingError, UserError
+
+@command("stage1", Stage1Config, check=lambda config, run: None)
+def main(config, run):
+    if config.seed == 3:
+        raise UserError("no such column")
+    if config.seed == 4:
+        raise TrainingError("the loss is nan")
+    if config.seed == 5:
+        raise RuntimeError("boom")
+    # The first split and the task's first metric count.
+    return {"metrics": {"near": {"f1": 0.1, "accuracy": config.seed / 10}, "far": {"accuracy": 9.0}}}
+"""
+
+
+class StandIn(Sweeper):
+    """Runs seeds one after another, as a search does, and keeps what came back."""
+
+    def __init__(self, seeds: Any, tolerant: bool = False) -> None:
+        self.seeds, self.tolerant = list(seeds), tolerant
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        assert self.launcher is not None
+        for number, seed in enumerate(self.seeds):
+            (job,) = self.launcher.launch([[*arguments, f"seed={seed}"]], initial_job_idx=number)
+            try:
+                SEEN.append(float(job.return_value))
+            except Exception as error:
+                SEEN.append(f"{type(error).__name__}: {error}")
+                if not self.tolerant:
+                    raise
+
+
+SEEN: list[Any] = []
+
+
+@pytest.fixture
+def search(
+    go: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, bool], tuple[Outcome, list[Any]]]:
+    module = types.ModuleType("hydra_plugins.stand_in")
+    monkeypatch.setattr(StandIn, "__module__", module.__name__)
+    monkeypatch.setattr(module, "StandIn", StandIn, raising=False)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    Plugins.instance().register(StandIn)
+    settings = {"_target_": "hydra_plugins.stand_in.StandIn", "seeds": [], "tolerant": False}
+    ConfigStore.instance().store(group="hydra/sweeper", name="stand_in", node=settings)
+    namespace: dict[str, Any] = {"__name__": "stand_in"}
+    exec(compile(SEARCHED, "stand_in", "exec"), namespace)
+
+    def run(seeds: str, tolerant: bool) -> tuple[Outcome, list[Any]]:
+        SEEN.clear()
+        outcome = go(
+            "-m",
+            "+task=mine",
+            "hydra/sweeper=stand_in",
+            f"hydra.sweeper.seeds=[{seeds}]",
+            f"hydra.sweeper.tolerant={tolerant}",
+            main=namespace["main"],
+        )
+        return outcome, list(SEEN)
+
+    return run
+
+
+def test_a_job_returns_its_objective_to_the_sweeper(search: Callable[..., tuple[Outcome, list[Any]]]) -> None:
+    outcome, seen = search("1,2,7", False)
+    assert outcome.code == 0, outcome.err
+    assert seen == pytest.approx([0.1, 0.2, 0.7])
+    assert [status["name"] for status in outcome.statuses] == ["mine-seed-1", "mine-seed-2", "mine-seed-7"]
+
+
+def test_a_failed_job_is_an_exception_to_the_sweeper(
+    search: Callable[..., tuple[Outcome, list[Any]]],
+) -> None:
+    outcome, seen = search("1,3,4,5,2", True)
+    failures = ["JobFailed: no such column", "JobFailed: the loss is nan", "JobFailed: RuntimeError: boom"]
+    assert seen == [0.1, *failures, 0.2]
+    assert outcome.code == 1
+    assert [status["status"] for status in outcome.statuses] == ["done", "failed", "failed", "failed", "done"]
+    outcome, seen = search("1,4,2", False)
+    assert seen == [0.1, failures[1]] and outcome.code == 1
+    assert "Traceback" not in outcome.err
+
+
+def test_the_objective_of_several_tasks_is_their_mean() -> None:
+    tasks = [
+        TaskConfig(name=name, text="t", labels=["x", "y"], metrics=["accuracy", "f1"]) for name in ("a", "ab")
+    ]
+    config = Stage1Config(tasks=tasks, method=MethodConfig("multitask_adapter"))
+    metrics = {f"{name}/{split}": {"f1": 0.0, "accuracy": score} for name, split, score in (
+        ("ab", "near", 0.5), ("a", "validation", 0.7), ("ab", "far", 0.1))}  # fmt: skip
+    assert objective(config, {"metrics": metrics}) == pytest.approx(0.6)
+    assert math.isnan(objective(config, {"metrics": {"a/x": {"accuracy": None}, "ab/x": {"accuracy": 1.0}}}))

@@ -1,0 +1,338 @@
+"""The commands as a user types them, on a tiny backbone: processes, sweeps, exit codes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.bench import LABELS, rating_row, rows_of, write_rows, write_task
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.usefixtures("warm")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path:
+    """A working folder (with a space in its name) that has its own tasks, as files."""
+    folder = tmp_path_factory.mktemp("commands") / "my work"
+    (folder / "conf" / "task").mkdir(parents=True)
+    for name in ("films", "books"):
+        write_task(folder / "data", name)
+        task = {"kind": "classification", "text": "text", "labels": LABELS, "metrics": ["accuracy"]}
+        (folder / "conf" / "task" / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    write_rows(folder / "data" / "rating", rows_of(rating_row))
+    rating = {"kind": "regression", "text": ["one", "two"], "label": "score", "metrics": ["pearson"]}
+    (folder / "conf" / "task" / "rating.yaml").write_text(yaml.safe_dump(rating))
+    return folder
+
+
+def run(place: Path, backbone: Path, module: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    environment.pop("FUSION_DATA_DIR", None)
+    shared = ["data.dir=data", "data.cache_dir=cache"]
+    if module in ("stage1", "stage2"):
+        shared += [
+            f"backbone.name_or_path={backbone}",
+            "backbone.pooling=mean",
+            "optim.lr=5e-3",
+            "trainer.max_epochs=2",
+            "trainer.accelerator=cpu",
+            "data.max_length=16",
+        ]
+    return subprocess.run(
+        [sys.executable, "-m", f"fusion.{module}", *overrides[:1], *shared, *overrides[1:]],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def losses(folder: Path) -> list[float]:
+    """The loss of each step, from the metrics of a run."""
+    with open(folder / "csv" / "metrics.csv", newline="") as file:
+        return [float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")]
+
+
+def recorded(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def outcomes(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "outcomes.json").read_text())["validation"]
+
+
+def test_two_processes_follow_one(place: Path, tiny_backbone: Path) -> None:
+    """Two of 4 rows against one of 8: the same order, the same loss at each step, the same weights.
+
+    The last of the 9 validation rows leaves the second process without one.
+    """
+    same = ["logger=csv", "trainer.log_every_n_steps=1", "head.dropout=0", "data.limit.validation=9"]
+    ddp = ["trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=4"]
+    results = {}
+    for stage, more in (("stage1", []), ("stage2", ["sources=[films]"])):
+        for name, how in (("one", ["trainer.devices=1", "data.batch_size=8"]), ("two", ddp)):
+            directory = place / f"{stage}-{name}"
+            task = "films" if stage == "stage1" else "books"
+            # Stage 2 takes the source that one process made, both times.
+            store = "store" if stage == "stage2" or name == "one" else "store-ddp"
+            done = run(
+                place, tiny_backbone, stage, f"+task={task}", *more, *same, *how,
+                f"store={store}", f"hydra.run.dir={directory}",
+                *([] if stage == "stage1" else [f"name={name}"]),
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr[-2000:]
+            results[name] = losses(directory)
+            status = json.loads((directory / "status.json").read_text())
+            assert status["status"] == "done"
+        assert len(results["one"]) == 2 * 8
+        assert results["two"] == pytest.approx(results["one"], abs=1e-5)
+        # The first process records for all of them: a file, and the numbers of one process.
+        lines, others = (recorded(place / f"{stage}-{name}", "history.jsonl")[1:] for name in ("one", "two"))
+        assert [(line["step"], set(line)) for line in lines] == [(line["step"], set(line)) for line in others]
+        for line, other in zip(lines, others, strict=True):
+            assert other == {key: pytest.approx(value, rel=1e-3, abs=1e-5) for key, value in line.items()}
+        one, two = (outcomes(place / f"{stage}-{name}") for name in ("one", "two"))
+        assert one == two and len(one["predicted"]) == len(one["labels"]) == 9
+    lines, others = (recorded(place / f"stage2-{name}", "attention.jsonl") for name in ("one", "two"))
+    assert len(lines) == len(others) == 2
+    for line, other in zip(lines, others, strict=True):
+        assert line["slots"].keys() == other["slots"].keys() and len(line["slots"]) == 3
+        for slot, values in line["slots"].items():
+            assert other["slots"][slot] == {key: pytest.approx(v, abs=1e-5) for key, v in values.items()}
+    one, two = (
+        load_file(place / store / "films" / "weights.safetensors") for store in ("store", "store-ddp")
+    )
+    for name, weights in one.items():
+        torch.testing.assert_close(two[name], weights, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", ["", "data.tokens_per_batch=16"])
+def test_fewer_rows_than_processes(place: Path, tiny_backbone: Path, more: str) -> None:
+    """Two rows to train on and one to validate on, for three processes."""
+    words = ["logger=none", "head.dropout=0", "backbone.cache=float32", "data.limit.train=2", "data.limit.validation=1", *more.split()]  # fmt: skip
+    found = []
+    for name, devices in (
+        ("one", ["trainer.devices=1"]),
+        ("three", ["trainer.devices=3", "trainer.strategy=ddp"]),
+    ):
+        directory = place / f"few-{name}-{bool(more)}"
+        done = run(
+            place, tiny_backbone, "stage1", "+task=films", *words, *devices, "trainer.max_epochs=2", "name=few",
+            f"store={directory}/store", f"hydra.run.dir={directory}",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        weights = load_file(directory / "store" / "few" / "weights.safetensors")
+        found.append(
+            (outcomes(directory), json.loads((directory / "result.json").read_text())["metrics"], weights)
+        )
+    (one, one_metrics, weights), (three, three_metrics, others) = found
+    assert one == three and len(one["predicted"]) == 1
+    assert one_metrics == three_metrics
+    for key, tensor in weights.items():
+        torch.testing.assert_close(others[key], tensor, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "adapter.drop=robust adapter.shared=true loss.class_weights=[0.5,2.5] loss.label_smoothing=0.1",
+        pytest.param("method=lora", marks=pytest.mark.slow),
+        pytest.param("method=full", marks=pytest.mark.slow),
+    ],
+)
+def test_other_ways_to_train_follow_one_process_too(place: Path, tiny_backbone: Path, how: str) -> None:
+    """A dropped layer, shared weights, what trains inside the backbone: DDP wants a gradient of each, every time."""
+    words = [
+        "logger=csv",
+        "trainer.log_every_n_steps=1",
+        "head.dropout=0",
+        "backbone.dropout=false",
+        *how.split(),
+    ]
+    found = []
+    for name, devices in (("one", ["trainer.devices=1", "data.batch_size=8"]),
+                          ("two", ["trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=4"])):  # fmt: skip
+        directory = place / f"{how.split('=')[1]}-{name}"
+        done = run(
+            place, tiny_backbone, "stage1", "+task=films", *words, *devices, "name=trained", "trainer.max_epochs=1",
+            f"store={directory}/store", f"hydra.run.dir={directory}/run",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(
+            (losses(directory / "run"), load_file(directory / "store" / "trained" / "weights.safetensors"))
+        )
+    (one, weights), (two, others) = found
+    assert len(one) == 8 and two == pytest.approx(one, abs=1e-5)
+    assert weights.keys() == others.keys()
+    for name, values in weights.items():
+        torch.testing.assert_close(others[name], values, rtol=0, atol=2e-4)
+
+
+@pytest.mark.slow
+def test_several_tasks_in_two_processes_follow_one(place: Path, tiny_backbone: Path) -> None:
+    """Each head has a gradient in each step, or DDP would wait for ever; both processes take the same task."""
+    same = ["method=multitask_adapter", "logger=csv", "trainer.log_every_n_steps=1", "head.dropout=0"]
+    found = {}
+    for name, how in (
+        ("one", ["trainer.devices=1", "data.batch_size=8"]),
+        ("two", ["trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=4"]),
+    ):
+        directory = place / f"several-{name}"
+        done = run(
+            place, tiny_backbone, "stage1", "tasks=[films,rating]", *same, *how,
+            f"store=several-{name}-store", f"hydra.run.dir={directory}",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        found[name] = losses(directory)
+        result = json.loads((directory / "result.json").read_text())
+        assert set(result["metrics"]) == {"films/validation", "rating/validation"}
+    assert len(found["one"]) == 2 * (8 + 5)
+    assert found["two"] == pytest.approx(found["one"], abs=1e-5)
+    for part in ("weights", "head"):
+        one, two = (
+            load_file(
+                place / f"several-{name}-store" / "films-rating-multitask_adapter" / f"{part}.safetensors"
+            )
+            for name in ("one", "two")
+        )
+        assert one.keys() == two.keys()
+        for key, weights in one.items():
+            torch.testing.assert_close(two[key], weights, rtol=0, atol=1e-4)
+
+
+def test_two_processes_say_alike_where_the_loss_was_no_longer_finite(
+    place: Path, tiny_backbone: Path
+) -> None:
+    done = run(
+        place, tiny_backbone, "stage1", "+task=films", "name=wild", "logger=none", "optim.warmup=0", "head.layers=2",
+        "optim.lr=900", "adapter.scaling=1e30", "trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=4",
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    said = done.stderr.strip().splitlines()
+    assert "the loss is nan at step " in done.stderr or "the loss is inf at step " in done.stderr
+    assert "of train, counted from 0): training stopped." in done.stderr and "Lower optim.lr" in done.stderr
+    assert len(said) <= 3 and "Traceback" not in done.stderr
+    assert not (place / "outputs" / "store" / "wild").exists()
+
+
+def test_a_sweep_gives_a_folder_and_an_artifact_a_task_and_survives_a_failed_job(
+    place: Path, tiny_backbone: Path
+) -> None:
+    broken = place / "data" / "plays"
+    write_task(place / "data", "plays")
+    task = {"kind": "classification", "text": "text", "labels": ["bad", "fine"], "metrics": ["accuracy"]}
+    (place / "conf" / "task" / "plays.yaml").write_text(yaml.safe_dump(task))
+    rows = (broken / "train.jsonl").read_text().splitlines()
+    (broken / "train.jsonl").write_text(
+        "\n".join([*rows[:3], '{"text": "no label here", "label": 7}', *rows[4:]])
+    )
+    done = run(
+        place, tiny_backbone, "stage1", "-m", "+task=films,plays,books", "logger=csv",
+        "store=sweep-store", "hydra.sweep.dir=sweep",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "plays" in done.stderr and "train.jsonl" in done.stderr
+    folders = {f.name.rsplit("-", 1)[-1]: f for f in (place / "sweep").iterdir() if f.is_dir()}
+    assert set(folders) == {"films", "plays", "books"}
+    states = {name: json.loads((f / "status.json").read_text()) for name, f in folders.items()}
+    assert {name: s["status"] for name, s in states.items()} == {
+        "films": "done",
+        "plays": "failed",
+        "books": "done",
+    }
+    assert "label" in states["plays"]["error"]
+    assert "Traceback" in (folders["plays"] / "run.log").read_text()
+    stored = {f.name for f in (place / "sweep-store").iterdir() if not f.name.startswith(".")}
+    assert stored == {"films", "books"}
+
+
+@pytest.mark.parametrize(
+    ("module", "overrides", "said"),
+    [
+        ("stage1", ["+task=filns"], "films"),
+        ("stage1", [], "+task=NAME"),
+        ("stage1", ["+task=films", "optim.learning_rate=1"], "optim has lr, head_lr"),
+        ("stage1", ["+task=films", "adapter.bottleneck_size=0"], "adapter.bottleneck_size=0"),
+        ("stage1", ["+task=films", "optim.lr=quick"], "optim.lr"),
+        ("stage1", ["+task=films", "data.dir=nowhere"], "nowhere"),
+        ("stage2", ["+task=films", "sources=[nobody]"], "nobody"),
+        ("stage2", ["+task=films"], "sources"),
+        ("stage2", ["tasks=[films,books]", "sources=[films]"], "unknown key tasks"),
+        (
+            "stage1",
+            ["tasks=[films,books]", "method=lora"],
+            "several tasks at once need method=multitask_adapter or method=multitask_full",
+        ),
+        ("stage1", ["tasks=[films,rte]", "method=multitask_adapter"], "no folder rte"),
+        ("evaluate", ["artifact=nobody"], "nobody"),
+        ("predict", ["artifact=nobody", "input=rows.jsonl", "output=out.jsonl"], "nobody"),
+    ],
+)
+def test_what_is_wrong_is_said_in_two_lines_with_exit_code_2(
+    place: Path, tiny_backbone: Path, module: str, overrides: list[str], said: str
+) -> None:
+    done = run(place, tiny_backbone, module, *overrides, "store=empty-store")
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2, done.stderr
+    assert len(lines) <= 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert not (place / "empty-store").exists()
+
+
+def limited(place: Path, backbone: Path, limit: int, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Stage 1 where no file may grow beyond `limit` bytes: what a full disk says, at a size that a test can choose."""
+    code = (
+        "import resource, runpy, sys\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "sys.argv[0] = 'stage1'\n"
+        "runpy.run_module('fusion.stage1', run_name='__main__', alter_sys=True)\n"
+    )
+    words = [
+        "+task=films", "data.dir=data", "data.cache_dir=cache", f"backbone.name_or_path={backbone}", "backbone.pooling=mean",
+        "trainer.max_epochs=2", "trainer.accelerator=cpu", "data.max_length=16", "data.batch_size=8", "logger=none",
+    ]  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-c", code, *words, *overrides],
+        cwd=place,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_a_disk_that_takes_no_checkpoint_still_takes_the_artifact(place: Path, tiny_backbone: Path) -> None:
+    done = limited(place, tiny_backbone, 30_000, "name=roomy")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("no checkpoint could be written to") == 1 and "training goes on" in done.stdout
+    weights = place / "outputs" / "store" / "roomy" / "weights.safetensors"
+    assert weights.is_file() and weights.stat().st_size < 30_000
+
+
+def test_a_disk_that_takes_no_artifact_says_so_and_the_same_command_stores_it_later(
+    place: Path, tiny_backbone: Path
+) -> None:
+    words = ["name=large", "adapter.bottleneck_size=256"]
+    done = limited(place, tiny_backbone, 60_000, *words)
+    assert done.returncode == 1, done.stderr
+    said = done.stderr.strip().splitlines()
+    assert "large cannot be written (File too large)." in said[0] and said[1].startswith("Make room"), said
+    assert len(said) == 2
+    store = place / "outputs" / "store"
+    assert not (store / "large").exists() and not list((store / ".staging").glob("*"))
+    again = limited(place, tiny_backbone, 10_000_000, *words)
+    assert again.returncode == 0, again.stderr
+    assert "large failed the last time and runs again" in again.stdout
+    assert (store / "large" / "manifest.json").is_file() and not list((store / ".runs").glob("large-*"))

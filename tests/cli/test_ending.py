@@ -1,0 +1,362 @@
+"""What a command says when it has ended, and that what it says can be typed next."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest.mock import ANY
+
+import pytest
+
+from fusion.cli import ending
+from fusion.cli.ending import end_of_run, end_of_sweep, number, score
+from fusion.cli.settings_table import settings_table
+from fusion.runs.run import Run
+from fusion.runs.sweep import Job
+from fusion.store.listing import as_bytes
+from fusion.store.lookup import read_manifest
+from tests.bench import Bench, write_manifest
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Bench:
+    """A store with two adapters, a head and a fusion; `results` by name."""
+    bench = Bench(tmp_path_factory.mktemp("ending") / "a folder", tiny_backbone)
+    for name in ("films", "books"):
+        bench.result[name] = bench.stage1(name)
+    bench.result["both"] = bench.stage2("films", ["films", "books"], name="both")
+    return bench
+
+
+def run(bench: Bench, command: str, *words: str, config: dict[str, Any] | None = None) -> Run:
+    return Run(command, bench.folder / "runs" / "x y", words, config or {}, command)
+
+
+def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    said = capsys.readouterr()
+    assert said.err == "" and "\x1b" not in said.out and said.out.isascii()
+    return said.out.splitlines()
+
+
+def typed(line: str) -> list[str]:
+    """The words that a shell makes of a line that says what to try."""
+    mark, _, command = line.partition(": ")
+    assert mark in ("next", "  or")
+    words = shlex.split(command)
+    assert words[:2] == ["python", "-m"]
+    return words[2:]
+
+
+def test_after_stage_1(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    store = trained.folder / "store"
+    words = (
+        "+task=books",
+        f"store={store}",
+        "data.dir=d",
+        "optim.lr=1",
+        "backbone=minilm",
+        "data.limit.train=7",
+    )
+    end_of_run(run(trained, "stage1", *words), trained.result["books"])
+    titles, row, *following = lines_of(capsys)
+    result = trained.result["books"]
+    assert titles.split() == ["name", "best", "epoch", "accuracy", "macro_f1", "trained", "stored", "seconds"]
+    scores = result["metrics"]["validation"]
+    assert row.split() == [
+        "books",
+        str(result["best_epoch"]),
+        f"{scores['accuracy']:.4f}",
+        f"{scores['macro_f1']:.4f}",
+        f"{result['parameters']['trainable']:,}",
+        *as_bytes(result["parameters"]["stored_bytes"]).split(),
+        f"{result['speed']['seconds']:,.1f}",
+    ]
+    kept = [f"store={store}", "data.dir=d"]  # with its blank
+    assert [typed(line) for line in following] == [
+        ["fusion.evaluate", "artifact=books", *kept],
+        [
+            "fusion.stage2",
+            "+task=books",
+            "sources=[films,books]",  # its own last, and neither the head nor the fusion
+            *kept,
+            "backbone=minilm",
+            "data.limit.train=7",
+        ],
+    ]
+    assert following[1].startswith("  or: ") and "'sources=[films,books]'" in following[1]
+
+
+def test_a_backbone_that_an_experiment_chose_is_said_outright(
+    trained: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    end_of_run(run(trained, "stage1", "+task=books", "experiment=quick"), trained.result["books"])
+    fuse = typed(lines_of(capsys)[-1])
+    said = f'"{trained.backbone}"' if " " in str(trained.backbone) else str(trained.backbone)
+    assert fuse[-2:] == [f"backbone.name_or_path={said}", "backbone.pooling=mean"]
+
+
+def test_what_cannot_be_fused_is_not_proposed(
+    trained: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = read_manifest("books", trained.folder / "store")
+    other = {**manifest.content["backbone"], "fingerprint": "0" * 64}
+    monkeypatch.setattr(ending, "_adapter", lambda result: manifest.changed(backbone=other))
+    end_of_run(run(trained, "stage1", "+task=books"), trained.result["books"])
+    assert [typed(line)[0] for line in lines_of(capsys)[2:]] == ["fusion.evaluate"]
+
+
+def test_an_adapter_that_saw_rows_of_a_made_split_is_not_proposed(trained: Bench) -> None:
+    films, books = (read_manifest(name, trained.folder / "store") for name in ("films", "books"))
+    config = films.run.config | {"data.split.validation": 0.1}
+    prints = films.data.fingerprints | {"train": "0" * 64}
+    made = films.changed(
+        run=films.content["run"] | {"config": config}, data=films.content["data"] | {"fingerprints": prints}
+    )
+    assert [ending._fits(one, made) for one in (made, films, books)] == [True, False, True]
+    assert [ending._fits(one, books) for one in (made, films)] == [True, True]
+
+
+def test_a_journey_knows_by_itself_what_comes_next(
+    trained: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUSION_NEXT", "0")
+    end_of_run(run(trained, "stage1", "+task=books"), trained.result["books"])
+    assert [line.split()[0] for line in lines_of(capsys)] == ["name", "books"]
+
+
+def test_after_stage_2(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    limits = ("data.limit.train=7", "data.limit.validation=5")
+    words = ("+task=films", "sources=[films,books]", "store=s", *limits)
+    end_of_run(run(trained, "stage2", *words), trained.result["both"])
+    following = [typed(line) for line in lines_of(capsys)[2:]]
+    folder = trained.folder / "runs" / "x y"
+    assert following == [
+        ["fusion.evaluate", "artifact=both", "store=s", "data.limit.validation=5"],
+        ["fusion.inspect", "artifact=both", "store=s", "data.limit.validation=5"],
+        ["fusion.report", f'runs="{folder}"'],
+    ]
+
+
+def test_a_fusion_gets_a_name_that_is_free(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the default one is taken; what was trained with debug= or diverged is not offered as a source."""
+    store = trained.folder / "taken"
+    shutil.copytree(trained.folder / "store", store)
+    copies = [
+        ("both", "books-adapterfusion"),
+        ("films", "films-debug"),
+        ("films", "f-diverged"),
+        ("films", "hot"),
+    ]
+    for name, new in copies:
+        shutil.copytree(store / name, store / new)
+        manifest = json.loads((store / new / "manifest.json").read_text())
+        if new == "hot":
+            manifest["result"] |= {"diverged": {"train_loss": 9.0, "limit": 2.0}}
+        write_manifest(store / new / "manifest.json", manifest | {"name": new})
+    result = trained.result["books"] | {"artifact": str(store / "books")}
+    end_of_run(run(trained, "stage1", "+task=books"), result)
+    following = [typed(line) for line in lines_of(capsys)[2:]]
+    assert following[1][:3] == ["fusion.stage2", "+task=books", "sources=[films,books]"]
+    assert following[1][3] == "name=books-adapterfusion-2"
+    ranked = {"task": {"name": "books"}, "sources": [{"name": "a"}]}
+    end_of_run(run(trained, "rank", "+task=books", config={"store": str(store)}), ranked)
+    (line,) = lines_of(capsys)
+    assert typed(line) == ["fusion.stage2", "+task=books", "sources=top:1", "name=books-adapterfusion-2"]
+
+
+def test_what_follows_a_prediction_says_where_the_rows_are(
+    trained: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predicted = {
+        "name": "films",
+        "rows": 3,
+        "output": "o",
+        "artifact": str(trained.folder / "store" / "films"),
+    }
+    end_of_run(run(trained, "predict", "artifact=films", config={"artifact": "films"}), predicted)
+    *_, following = lines_of(capsys)
+    assert shlex.split(following)[-1] == f'data.dir="{trained.folder / "data"}"'
+
+
+def test_after_rank(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    result = {"task": {"name": "films"}, "sources": [{"name": "a"}, {"name": "b"}]}
+    end_of_run(run(trained, "rank", "+task=films", "sources=all", "store=s", "backbone=minilm"), result)
+    (following,) = lines_of(capsys)
+    assert typed(following) == ["fusion.stage2", "+task=films", "sources=top:2", "store=s", "backbone=minilm"]
+
+
+def test_after_a_run_that_stored_nothing(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    result = {key: value for key, value in trained.result["films"].items() if key != "artifact"}
+    end_of_run(run(trained, "stage1", "trainer.fast_dev_run=true"), result)
+    assert len(lines_of(capsys)) == 2
+
+
+def test_after_evaluate_and_predict(
+    trained: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = trained.evaluate("films")
+    capsys.readouterr()
+    monkeypatch.chdir(trained.folder)
+    end_of_run(run(trained, "evaluate", "artifact=films"), result)
+    titles, row, following = lines_of(capsys)
+    assert titles.split() == ["name", "split", "accuracy", "macro_f1", "rows"]
+    assert row.split()[:2] == ["films", "validation"] and row.split()[-1] == "16"
+    assert typed(following) == ["fusion.report", "runs=runs"]
+    predicted = {"name": "films", "rows": 1200, "output": "out.jsonl", "speed": {"seconds": 2.0}}
+    words = ("artifact=films", "input=a", "output=b", "store=s", "attention=true")
+    end_of_run(run(trained, "predict", *words, config={"artifact": "films"}), predicted)
+    titles, row, following = lines_of(capsys)
+    assert (titles.split(), row.split()) == (
+        ["name", "rows", "seconds", "output"],
+        ["films", "1,200", "2.0", "out.jsonl"],
+    )
+    assert typed(following) == ["fusion.evaluate", "artifact=films", "store=s"]
+
+
+def job(name: str, status: str, result: dict[str, Any], *words: str, before: str | None = "new") -> Job:
+    return Job(
+        Path("sweep") / name, {"status": status, "before": before, "name": name, "overrides": words}, result
+    )
+
+
+def test_after_a_sweep(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = [
+        job("films", "done", trained.result["films"], "+task=films", "store=s", before="done"),
+        job("plays", "failed", {}, "+task=plays", "store=s"),
+        job("books", "done", trained.result["books"], "+task=books", "store=s"),
+        Job(Path("sweep/3-quiz"), {}, {}),
+    ]
+    end_of_sweep("stage1", Path("sweep"), jobs[:3])
+    titles, *rows, fuse, report = lines_of(capsys)
+    assert titles.startswith("name   state         best epoch")
+    assert [row.split("  ")[0] for row in rows] == ["films", "plays", "books"]
+    assert (
+        "done already" in rows[0]
+        and rows[1].split() == ["plays", "failed", *"------"]
+        and " done " in rows[2]
+    )
+    assert typed(fuse) == ["fusion.stage2", "+task=books", "sources=[films,books]", "store=s"]
+    assert typed(report) == ["fusion.report", "runs=sweep"]
+    end_of_sweep("stage1", Path("sweep"), jobs)
+    assert "no status" in "\n".join(lines_of(capsys))
+
+
+def test_seeds_of_one_task_are_no_sources_for_each_other(
+    trained: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = [
+        job(f"films-seed-{n}", "done", trained.result["films"] | {"seed": n}, f"seed={n}") for n in (1, 2)
+    ]
+    end_of_sweep("stage1", Path("sweep"), jobs)
+    *tables, report = lines_of(capsys)
+    assert [line.split() for line in tables[-2:]] == [
+        ["seeds", "accuracy", "mean", "sd"],
+        ["2", ANY, "0.0000"],
+    ]
+    assert typed(report)[0] == "fusion.report"
+    again = [job(name, "done", trained.result["films"] | {"seed": 1}, f"name={name}") for name in ("a", "b")]
+    assert settings_table(again)[0] == ("runs", "accuracy mean", "sd", "")
+
+
+def test_a_sweep_ends_with_its_settings(
+    trained: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mean and standard deviation over the seeds of each, with the best one marked; jobs without a score are counted."""
+    store = tmp_path / "store"
+    scores = {"1e-4": (0.5, 0.7), "1e-3": (0.9, 0.8)}
+    jobs = [
+        job(
+            f"films-{rate}-{seed}",
+            "done",
+            with_seed(trained, store, "films", f"films-{rate}-{seed}", seed, **{"optim.lr": float(rate)})
+            | {"metrics": {"validation": {"accuracy": score}}},
+        )
+        for rate, pair in scores.items()
+        for seed, score in enumerate(pair)
+    ]
+    overrides = [["+task=films", f"optim.lr={rate}", f"seed={seed}"] for rate in scores for seed in (0, 1)]
+    jobs = [
+        dataclasses.replace(one, status={**one.status, "overrides": said})
+        for one, said in zip(jobs, overrides, strict=True)
+    ]
+    jobs.append(dataclasses.replace(jobs[-1], status={**jobs[-1].status, "status": "failed"}, result={}))
+    titles, *rows = settings_table(jobs)
+    assert titles == ("optim.lr", "seeds", "accuracy mean", "sd", "")
+    assert rows == [("1e-4", "2", "0.6000", "0.1414", ""), ("1e-3", "2 of 3", "0.8500", "0.0707", "best")]
+    end_of_sweep("stage1", Path("sweep"), jobs)
+    shown = [line.split() for line in lines_of(capsys)]
+    assert ["1e-3", "2", "of", "3", "0.8500", "0.0707", "best"] in shown
+
+
+def test_sources_that_differ_by_their_seed_are_one_setting(trained: Bench, tmp_path: Path) -> None:
+    """Whatever is typed: each seed of the fusion names the seed of its sources."""
+    store = tmp_path / "store"
+    shutil.copytree(trained.folder / "store", store)
+    jobs = []
+    for seed in (1, 2):
+        result = with_seed(trained, store, "both", f"both-{seed}", seed)
+        overrides = ["+task=films", f"seed={seed}", f"sources=[films-s{seed},books-s{seed}]"]
+        one = job(f"both-{seed}", "done", result | {"metrics": {"validation": {"accuracy": 0.5 + seed / 10}}})
+        jobs.append(dataclasses.replace(one, status={**one.status, "overrides": overrides}))
+    assert settings_table(jobs) == [
+        ("seeds", "accuracy mean", "sd", ""),
+        ("2", "0.6500", "0.0707", ""),
+    ]
+
+
+def with_seed(bench: Bench, store: Path, name: str, new: str, seed: int, **settings: Any) -> dict[str, Any]:
+    """A copy of a stored artifact as another seed of it; the result of the run that would have made it."""
+    shutil.copytree(bench.folder / "store" / name, store / new)
+    manifest = json.loads((store / new / "manifest.json").read_text())
+    manifest["run"]["config"] |= {"seed": seed} | settings
+    write_manifest(store / new / "manifest.json", manifest | {"name": new, "seed": seed})
+    return bench.result[name] | {"artifact": str(store / new), "name": new, "seed": seed}
+
+
+def test_one_seed_of_each_adapter_is_proposed(
+    trained: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    results = [
+        with_seed(trained, store, name, f"{name}-s{seed}", seed)
+        for name in ("books", "films")
+        for seed in (7, 8, 9)
+    ]
+    end_of_run(run(trained, "stage1", "+task=films", "seed=8"), results[4])
+    fuse = typed(lines_of(capsys)[-1])
+    assert fuse[:3] == ["fusion.stage2", "+task=films", "sources=[books-s8,films-s8]"]
+    jobs = [job(result["name"], "done", result, "seed=7,8,9") for result in results]
+    end_of_sweep("stage1", Path("sweep"), jobs)
+    fuse = typed(lines_of(capsys)[-2])
+    assert fuse[:3] == ["fusion.stage2", "+task=films", "sources=[books-s9,films-s9]"]
+    other = with_seed(trained, store, "films", "films-wide", 9, **{"adapter.reduction_factor": 2.0})
+    end_of_run(run(trained, "stage1", "+task=films", "seed=9"), other)
+    fuse = typed(lines_of(capsys)[-1])
+    assert fuse[2] == "sources=[books-s9,films-s9,films-wide]", "another setting is another adapter"
+
+
+def test_tasks_with_many_metrics_share_a_column() -> None:
+    results = [{"metrics": {"validation": {f"m{n}": 0.5, "x": 1}}, "name": str(n)} for n in range(5)]
+    titles, *rows = ending.trained([(str(n), "", result) for n, result in enumerate(results)])
+    assert titles == ("name", "best epoch", "scores", "trained", "stored", "seconds")
+    assert rows[0][2] == "m0 0.5000, x 1.0000"
+
+
+@pytest.mark.parametrize("command", ["stage1", "stage2", "evaluate", "rank", "benchmark"])
+def test_a_result_without_scores_says_nothing(
+    command: str, bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for result in ({}, {"name": "x", "seed": 1}, {"metrics": None} if command == "evaluate" else {}):
+        end_of_run(run(bench, command), result)
+    end_of_sweep(command, Path("sweep"), [job("x", "failed", {})])
+    assert lines_of(capsys) == []
+
+
+def test_numbers() -> None:
+    assert (score(None), score(0.5), score(1)) == ("-", "0.5000", "1.0000")
+    assert (number(None), number(1234567), number(1234.56), number("x")) == ("-", "1,234,567", "1,234.6", "x")

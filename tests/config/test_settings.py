@@ -1,0 +1,474 @@
+"""Every YAML under conf/ composes into the types of fusion/config/, and what is out of range is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast, get_args, get_type_hints
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from fusion.cli.app import TABLES, conf_folder, explain, keys_of, register
+from fusion.config.commands import EvaluateConfig, InspectConfig, PredictConfig, RankConfig, ReportConfig
+from fusion.config.stages import Stage1Config, Stage2Config
+from fusion.config.task import TaskConfig
+from fusion.config.training import TrainerConfig
+from fusion.errors import UserError
+from pipelines.benchmark.config import BenchmarkConfig
+
+SCHEMAS = {
+    "stage1": Stage1Config,
+    "stage2": Stage2Config,
+    "rank": RankConfig,
+    "evaluate": EvaluateConfig,
+    "predict": PredictConfig,
+    "inspect": InspectConfig,
+    "report": ReportConfig,
+    "benchmark": BenchmarkConfig,
+}
+NEEDED = {
+    "stage1": ["+task=rte"],
+    "stage2": ["+task=rte", "sources=[a,b]"],
+    "rank": ["+task=rte"],
+    "evaluate": ["artifact=rte"],
+    "predict": ["artifact=rte", "input=rows.jsonl", "output=out.jsonl"],
+    "inspect": ["artifact=rte-adapterfusion"],
+    "report": [],
+    "benchmark": ["suite=train"],
+}
+GROUPS = {
+    "stage1": ("backbone", "adapter", "method", "logger", "experiment", "debug"),
+    "stage2": ("backbone", "composition", "logger", "experiment", "debug"),
+}
+STAGE1_EXPERIMENTS = {"shallow", "deep", "bottleneck_16", "bottleneck_64", "bottleneck_256"}
+# What the code gives to Lightning's Trainer itself.
+OWNED_BY_CODE = {"self", "logger", "callbacks", "plugins", "use_distributed_sampler"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hydra() -> Iterator[None]:
+    for name, schema in SCHEMAS.items():
+        register(name, schema)
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        yield
+
+
+# As they are where `app.prepare` has made task files of their names.
+TWO_TASKS = f"tasks=[{','.join(f'{{name:{n},text:text,labels:[x,y],metrics:[accuracy]}}' for n in 'ab')}]"
+
+
+def typed(command: str, *overrides: str) -> Any:
+    return OmegaConf.to_object(compose(command, [*NEEDED[command], *overrides]))
+
+
+def group_files() -> list[tuple[str, str]]:
+    return sorted((file.parent.name, file.stem) for file in conf_folder().glob("*/*.yaml"))
+
+
+def choices() -> list[tuple[str, str]]:
+    """Every GROUP=NAME, of files and of tables."""
+    return sorted([*group_files(), *((group, name) for group, names in TABLES.items() for name in names)])
+
+
+def test_all_files_are_found() -> None:
+    found: dict[str, set[str]] = {}
+    for group, name in group_files():
+        found.setdefault(group, set()).add(name)
+    tasks = found.pop("task")
+    assert len(tasks) >= 34
+    assert found == {
+        "backbone": {"minilm", "bert_base", "bert_large", "roberta_base", "xlmr_base", "electra_base"},
+        "adapter": {"pfeiffer", "houlsby", "houlsby_ffn_only", "parallel", "before_attention"},
+        "logger": {"wandb", "csv", "none"},
+        "experiment": {"quick", "equal_budget", *STAGE1_EXPERIMENTS},
+        "debug": {"one_batch", "limit", "overfit", "anomaly", "profile"},
+    }
+    assert {file.stem for file in conf_folder().glob("*.yaml")} == {*SCHEMAS, "launch"}
+    assert not list(conf_folder().glob("*/*/*.yaml"))
+
+
+def test_the_tables_have_every_name_of_version_0_1() -> None:
+    assert {
+        *("adapterfusion", "sequence", "static", "mean", "average", "pruned", "continued"),
+        *("scalearn", "scalearn_uniform", "scalearn_pp", "scalearn_uniform_pp"),
+    } <= set(TABLES["composition"])
+    methods = {"adapter", "head", "lora", "bitfit", "full", "multitask_adapter", "multitask_full"}
+    assert methods <= set(TABLES["method"])
+    assert not {*TABLES} & {group for group, _ in group_files()}
+
+
+@pytest.mark.parametrize(("group", "name"), choices())
+def test_every_choice_composes(group: str, name: str) -> None:
+    if group == "task":
+        OmegaConf.to_object(compose("stage1", [f"+task={name}"]))
+        return
+    commands = [command for command, groups in GROUPS.items() if group in groups]
+    if group == "experiment" and name in STAGE1_EXPERIMENTS:
+        commands = ["stage1"]
+    assert commands
+    for command in commands:
+        needed = ["composition.fusion=x", "composition.keep=1"] if name == "pruned" else []
+        needed += [TWO_TASKS] if name.startswith("multitask_") else []
+        config = typed(command, f"{group}={name}", *needed)
+        if group in ("adapter", "composition", "method"):
+            assert getattr(config, group).name == name
+
+
+@pytest.mark.parametrize("command", SCHEMAS)
+def test_defaults_are_typed(command: str) -> None:
+    assert isinstance(typed(command), SCHEMAS[command])
+
+
+def test_what_the_defaults_are() -> None:
+    one, two = typed("stage1"), typed("stage2")
+    assert (one.optim.lr, one.trainer.max_epochs) == (1e-4, 30)
+    assert (two.optim.lr, two.trainer.max_epochs) == (5e-5, 10)
+    for config in (one, two):
+        assert config.backbone.name_or_path == "google-bert/bert-base-uncased"
+        assert config.logger.wandb is not None and config.logger.csv is None
+        assert (config.store, config.seed, config.overwrite, config.resume) == (
+            "outputs/store",
+            42,
+            False,
+            True,
+        )
+        assert (config.data.max_length, config.data.batch_size) == (128, 32)
+    assert (one.adapter.sites, one.adapter.reads, one.adapter.nonlinearity) == (
+        ["feedforward"],
+        "normed",
+        "relu",
+    )
+    assert one.adapter.size_for(384) == 24
+    assert two.composition.name == "adapterfusion"
+
+
+def test_placements_and_backbones() -> None:
+    houlsby = typed("stage1", "adapter=houlsby").adapter
+    assert (houlsby.sites, houlsby.reads, houlsby.nonlinearity) == (
+        ["attention", "feedforward"],
+        "output",
+        "silu",
+    )
+    minilm = typed("stage1", "backbone=minilm").backbone
+    assert minilm.pooling == "mean"
+    # a backbone that is chosen after another leaves nothing of it behind
+
+
+def test_loggers_combine() -> None:
+    assert dataclasses.asdict(typed("stage1", "logger=none").logger) == {"wandb": None, "csv": None}
+    both = typed("stage1", "logger=[wandb,csv]").logger
+    assert both.wandb is not None and both.csv is not None
+    only = typed("stage1", "logger=csv").logger
+    assert only.wandb is None and only.csv is not None
+
+
+def test_data_dir_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FUSION_DATA_DIR", raising=False)
+    assert typed("stage1").data.dir is None
+    monkeypatch.setenv("FUSION_DATA_DIR", "/some where")
+    assert typed("benchmark").data_dir == "/some where"
+    for command in {*SCHEMAS} - {"benchmark"}:
+        assert typed(command).data.dir == "/some where"
+    assert typed("stage1", "data.dir=here").data.dir == "here"
+
+
+def test_the_trainer_schema_says_all_that_yaml_can_say() -> None:
+    import pytorch_lightning
+
+    arguments = set(inspect.signature(pytorch_lightning.Trainer.__init__).parameters)
+    ours = {field.name for field in dataclasses.fields(TrainerConfig)}
+    assert arguments - OWNED_BY_CODE == ours
+    assert arguments >= OWNED_BY_CODE
+
+
+def test_every_trainer_key_is_an_override_without_plus() -> None:
+    values = {"bool": "true", "int": "3", "float": "0.5"}
+    own = {"precision": "bf16-mixed", "deterministic": "warn"}
+    overrides = [
+        f"trainer.{field.name}={own.get(field.name) or values.get(type(field.default).__name__, '3')}"
+        for field in dataclasses.fields(TrainerConfig)
+        if field.name != "model_registry"
+    ]
+    compose("stage1", [*NEEDED["stage1"], *overrides, "trainer.model_registry=none"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("adapter.bottleneck_size=0", "adapter.bottleneck_size=0: expected at least 1"),
+        ("adapter.reduction_factor=0", "adapter.reduction_factor=0"),
+        ("adapter.nonlinearity=sine", "expected one of relu, gelu, silu, tanh"),
+        ("adapter.init=zero", "adapter.init=zero: expected one of"),
+        ("adapter.dropout=1", "adapter.dropout=1.0: expected at least 0 and below 1"),
+        ("adapter.layers=last:0", "adapter.layers=last:0: expected"),
+        ("adapter.layers=[1,1]", "adapter.layers=[1,1]: expected"),
+        ("adapter.sites=[middle]", "adapter.sites=[middle]"),
+        ("head.layers=3", "head.layers=3: expected 1 or 2"),
+        ("head.pooling=max", "head.pooling=max: expected one of cls, mean"),
+        ("optim.lr=0", "optim.lr=0"),
+        ("optim.warmup=1.5", "optim.warmup=1.5"),
+        ("trainer.max_epochs=0", "trainer.max_epochs=0: expected at least 1"),
+        ("trainer.precision=bf16-true", "trainer.precision=bf16-true: expected one of 32-true, bf16-mixed"),
+        ("trainer.precision=64", "trainer.precision=64: expected one of 32-true"),
+        ("trainer.precision=half-way", "frozen weights stay float32"),
+        ("trainer.deterministic=wran", "trainer.deterministic=wran: expected true, false or warn"),
+        ("data.batch_size=0", "data.batch_size=0: expected at least 1 row"),
+        (
+            "data.tokens_per_batch=100",
+            "data.tokens_per_batch=100: expected at least 128, room for a text of data.max_length=128 tokens",
+        ),
+        ("data.limit.train=0", "data.limit.train=0"),
+        ("seed=-1", "seed=-1"),
+        ("optim.lr=1e6", "optim.lr=1000000.0: expected a number above 0 and below 1000, such as 1e-4"),
+        ("optim.weight_decay=inf", "optim.weight_decay=inf: expected a finite number, at least 0"),
+        ("data.max_length=null", "data.max_length=null: expected a number of tokens, at least 4"),
+        ("trainer.max_time=90", "trainer.max_time=90: expected DAYS:HOURS:MINUTES:SECONDS"),
+        ("trainer.max_epochs=null", "trainer.max_epochs=null: expected a whole number, at least 1"),
+        ("trainer.val_check_interval=1.5", "expected a fraction 0.0 to 1.0, or a whole number of batches"),
+        ("adapter.scaling=nan", "adapter.scaling=nan: expected a finite number"),
+        ("backbone.name_or_path=''", "backbone.name_or_path is empty"),
+        ("method.name=prefix", "method=prefix: expected one of"),
+        ("method.rank=0", "method.rank=0"),
+        ("method.alpha=0", "method.alpha=0"),
+        ("method.dropout=1", "method.dropout=1"),
+        ("method.targets=[]", "method.targets=[]"),
+        ("adapter.drop=specialized:0", "expected null, specialized:N"),
+        ("adapter.drop=5", "expected null, specialized:N"),
+        ("adapter.scaling=learnt", "expected a finite number, or learned"),
+        ("adapter.scaling=true", "expected a finite number, or learned"),
+        ("adapter.sites=[before_attention]", "expected adapter.reads=input"),
+        ("adapter.drop=robust method=head", "method=head has no adapters to drop"),
+        ("method=full backbone.cache=float32", "method=full trains inside the backbone"),
+        ("method.name=none_such", "method=none_such: expected one of"),
+        ("method.temperature=0", "method.temperature=0.0: expected a number above 0"),
+        ("method.temperature=inf", "method.temperature=inf: expected a finite number above 0"),
+        (TWO_TASKS, "tasks= with method=adapter: several tasks at once need method=multitask_adapter"),
+        ("method=multitask_full", "method=multitask_full trains several tasks at once: say 'tasks=["),
+    ],
+)
+def test_a_value_out_of_range_is_named(override: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        typed("stage1", *override.split(" "))
+    assert message in str(error.value)
+
+
+# Keys with a number that any value suits, or that are checked elsewhere.
+ANY_NUMBER = {"logger.wandb.init_timeout"}
+# What has to be set for a setting to be allowed at all.
+TOGETHER: dict[str, dict[str, Any]] = {
+    "data.split.seed": {"validation": 0.1},
+    "method.rank": {"name": "lora"},
+    "method.alpha": {"name": "lora"},
+    "method.dropout": {"name": "lora"},
+    "method.temperature": {"name": "multitask_adapter"},
+    "composition.keep": {"name": "pruned", "fusion": "x"},
+}
+BOUND = re.compile(r"(at least|above|at most|below) (-?[\d.e+]+)")
+
+
+def numbers_of(schema: type, prefix: str = "") -> Iterator[tuple[str, type, str, bool, bool]]:
+    """Each setting that is a number: its key, its class, its field, whether it is whole, whether it may be null."""
+    for name, kind in get_type_hints(schema).items():
+        inner = [kind, *get_args(kind)]
+        for one in inner:
+            if dataclasses.is_dataclass(one):
+                yield from numbers_of(cast(type, one), f"{prefix}{name}.")
+        if float in inner or int in inner:
+            yield prefix + name, schema, name, float not in inner, type(None) in inner
+
+
+ALL_NUMBERS = sorted(
+    {
+        found[0]: found
+        for name, schema in SCHEMAS.items()
+        if name != "benchmark"
+        for found in numbers_of(schema)
+        if found[0] not in ANY_NUMBER
+    }.values(),
+    key=lambda found: found[0],
+)
+
+
+@pytest.mark.parametrize(
+    ("key", "schema", "field", "whole", "null"), ALL_NUMBERS, ids=lambda value: str(value)
+)
+def test_a_message_states_the_range_that_is_enforced(
+    key: str, schema: type, field: str, whole: bool, null: bool
+) -> None:
+    """Every value that is refused is outside the bounds of its message, every other one inside."""
+    needed = {
+        f.name: "x"
+        for f in dataclasses.fields(schema)
+        if f.default is f.default_factory is dataclasses.MISSING
+    }
+    base: dict[str, Any] = {**needed, **TOGETHER.get(key, {})}
+    if issubclass(schema, Stage2Config):
+        base["sources"] = ["a"]
+
+    def refusal(value: Any) -> str | None:
+        try:
+            schema(**base | {field: value})
+        except UserError as error:
+            return str(error)
+        return None
+
+    probes = [-(10.0**n) for n in range(12)] + [0.0] + [10.0**n for n in range(-12, 12)]
+    probes += [-2, 1, 2, 3, 4, 5, 127, 128, 129, 999, 1001, 2**32 - 1, 2**32, 0.5, 0.999, 1.001]
+    values: list[Any] = sorted({int(p) for p in probes if p == int(p)} if whole else {*probes})
+    values += [] if whole else [float("inf"), float("nan")]
+    told = {value: message for value in values if (message := refusal(value)) is not None}
+    assert told, f"{key}: no number is refused; is there no wrong one?"
+    for message in told.values():
+        assert message.startswith(f"{key}=") or message.startswith(f"{field}="), message
+        expected = message.partition(": expected ")[2].partition(", or ")[0]
+        bounds = BOUND.findall(expected)
+        if span := re.search(r"(-?[\d.]+) (?:to|or) (-?[\d.]+)", expected):
+            bounds += [("at least", span[1]), ("at most", span[2])]
+        assert bounds, message
+        allowed = {
+            "at least": lambda value, bound: value >= bound,
+            "above": lambda value, bound: value > bound,
+            "at most": lambda value, bound: value <= bound,
+            "below": lambda value, bound: value < bound,
+        }
+        finite = "finite" in message or math.isfinite(float(message.partition("=")[2].partition(":")[0]))
+        for value in values:
+            inside = all(allowed[word](value, float(bound)) for word, bound in bounds)
+            if finite and not math.isfinite(value):
+                continue
+            if value == -1 and ", or -1 for" in message:
+                inside = True
+            assert (value not in told) == inside, f"{key}={value}: {message}"
+    if null and (said := refusal(None)) is not None:
+        assert f"{field}=null" in said
+    elif null:
+        assert any("null" in message for message in told.values()), (
+            f"{key}: null is allowed and nobody says so"
+        )
+
+
+@pytest.mark.parametrize("drop", ["half", "specialized", "specialized:0"])
+def test_a_fusion_is_dropped_like_an_adapter(drop: str) -> None:
+    with pytest.raises(UserError, match=r"composition\.drop=.*specialized:N"):
+        typed("stage2", f"composition.drop={drop}")
+
+
+def test_several_tasks_are_typed_and_name_the_run() -> None:
+    config = typed("stage1", TWO_TASKS, "method=multitask_adapter")
+    assert [(type(task), task.name, task.labels) for task in config.task_list] == [
+        (TaskConfig, "a", ["x", "y"]),
+        (TaskConfig, "b", ["x", "y"]),
+    ]
+    assert config.method.temperature == 2.0
+    assert config.default_name() == "a-b-multitask_adapter"
+    many = [dataclasses.replace(config.tasks[0], name=f"task_number_{n}") for n in range(16)]
+    names = {
+        dataclasses.replace(config, tasks=tasks).default_name() for tasks in (many, many[:-1], many[::-1])
+    }
+    assert len(names) == 3 and all(len(name) < 70 for name in names)
+    assert any(name.startswith("task_number_0-and-15-more-") for name in names)
+
+
+def test_compiling_and_checkpointing_do_not_go_together() -> None:
+    for command in ("stage1", "stage2"):
+        with pytest.raises(UserError, match="do not go together"):
+            typed(command, "compile=true", "backbone.gradient_checkpointing=true")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lrr=1", "unknown key optim.lrr: did you mean optim.lr"),
+        ("batch_size=1", "unknown key batch_size: did you mean data.batch_size?"),
+        ("learning_rate=1", "unknown key learning_rate"),
+        ("backbne=minilm", "unknown key backbne: did you mean backbone?"),
+        ("backbone=minilmm", "unknown backbone 'minilmm': did you mean minilm?"),
+        ("trainer.max_epochs=many", "trainer.max_epochs=many: expected a whole number"),
+        ("optim.lr=fast", "optim.lr=fast: expected a number"),
+        ("compile=often", "compile=often: expected true or false"),
+        ("data.limit.train=few", "data.limit.train=few: expected a whole number, or null"),
+        ("adapter.sites=ffn,attention", "which needs -m; a list is written 'adapter.sites=[ffn,attention]'"),
+        ("a b", "cannot read the override 'a b': expected KEY=VALUE"),
+        ("store=/tmp/ü", "quotes are needed for ü\n'store=\"/tmp/ü\"' is read"),
+        ("store=/tmp/日 &", "quotes are needed for 日 &\n'store=\"/tmp/日 &\"' is read"),
+        ("größe=1", "a key has no ö ß"),
+        ("sources=[ü]", "double quotes are needed around a text with ü, as in 'sources=[\"A\"]'"),
+        ("store=a(b", "is put in double quotes"),
+    ],
+)
+def test_a_wrong_override_is_explained(override: str, message: str) -> None:
+    with pytest.raises(Exception) as error:
+        typed("stage1", override)
+    said = explain(error.value, Stage1Config)
+    assert message in said
+    assert len(said.splitlines()) <= 2
+
+
+@pytest.mark.parametrize("override", ["seed=1,2", "init_from=a,b", "task.name=a,b"])
+def test_several_values_are_no_list_where_none_is_taken(override: str) -> None:
+    with pytest.raises(Exception) as error:
+        typed("stage1", override)
+    assert explain(error.value, Stage1Config) == f"{override}: several values are a sweep, which needs -m"
+
+
+def test_a_value_that_the_shell_has_split() -> None:
+    with pytest.raises(Exception) as error:
+        typed("stage1", "data")
+    message = explain(error.value, Stage1Config, ["+task=cb", "data.dir=/my", "data"])
+    assert message.endswith("a value with a space is put in quotes, 'data.dir=/my data'")
+
+
+@pytest.mark.parametrize("override", ["adapter=houlsby", "adapter.layers=last:3", "experiment=shallow"])
+def test_a_key_of_the_other_stage_is_explained(override: str) -> None:
+    with pytest.raises(Exception) as error:
+        typed("stage2", override)
+    assert "it is one of stage 1, not of this command; leave it out" in explain(error.value, Stage2Config)
+
+
+def test_the_presets_say_what_their_names_say() -> None:
+    assert typed("stage1", "experiment=shallow").adapter.layers == "last:3"
+    deep = typed("stage1", "experiment=deep").adapter
+    assert (deep.name, deep.sites, deep.layers) == ("houlsby", ["attention", "feedforward"], None)
+    for size in (16, 64, 256):
+        assert typed("stage1", f"experiment=bottleneck_{size}").adapter.size_for(768) == size
+    for command in ("stage1", "stage2"):
+        config = typed(command, "experiment=equal_budget")
+        assert (config.trainer.max_epochs, config.optim.patience) == (10, 3)
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (conf_folder() / "debug").glob("*.yaml")))
+@pytest.mark.parametrize("command", ["stage1", "stage2"])
+def test_a_debug_run_logs_nowhere_and_goes_on_with_nothing(command: str, name: str) -> None:
+    config = typed(command, f"debug={name}", "experiment=quick")  # beside an experiment, and after it
+    assert dataclasses.asdict(config.logger) == {"wandb": None, "csv": None}
+    assert (config.overwrite, config.resume) == (True, False)
+    assert typed(command, f"debug={name}", "logger=csv").logger.csv is not None
+    assert typed(command, "debug=limit", "experiment=quick").trainer.max_epochs == 2
+
+
+def test_every_key_has_a_place_in_the_list_of_keys() -> None:
+    keys = keys_of(Stage1Config)
+    assert {"seed", "optim.lr", "data.limit.train", "task.hub.path", "logger.wandb.project"} <= set(keys)
+
+
+def test_task_files_hold_data_only() -> None:
+    for file in sorted((conf_folder() / "task").glob("*.yaml")):
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        assert set(content) <= {f.name for f in dataclasses.fields(TaskConfig)} - {"name"}, file.name
+        assert "_target_" not in file.read_text(encoding="utf-8")
+        assert not Path(str(content.get("hub", {}).get("path", ""))).is_absolute()
+
+
+@pytest.mark.parametrize("values", [{"kind": "[" * 3000}, {"metrics": ["x" * 3000]}], ids=["kind", "metrics"])
+def test_a_long_value_of_a_task_file_is_shortened(values: dict[str, Any]) -> None:
+    task = {"kind": "classification", "text": "t", "labels": ["a", "b"], "metrics": ["accuracy"]} | values
+    with pytest.raises(UserError, match=r"\.\.\.") as refused:
+        TaskConfig(name="mine", **task)
+    assert len(str(refused.value)) < 500

@@ -1,0 +1,67 @@
+"""A hub that is there and fails: each load ends in seconds, and says what does without it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CURES = {"data": "data.dir=DIR", "backbone": "backbone.name_or_path=", "tokenizer": "backbone.name_or_path="}
+SECONDS = 30.0
+
+
+def load(folder: Path, fault: str, kind: str) -> dict[str, Any]:
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.hub.hub_faults", str(folder), fault, kind],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr == "", "quiet"
+    came: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
+    lines = came["said"].splitlines()
+    assert len(lines) == 2 and CURES[kind] in lines[1], came
+    assert came["seconds"] < SECONDS
+    return came
+
+
+QUICK = [
+    ("500", "data", "cannot be loaded: the hub answers 500"),
+    ("truncated", "backbone", "file should be of size 200000 but has size 100000"),
+]
+SLOW = [
+    ("404", "backbone", "cannot be loaded"),
+    ("500", "backbone", "the hub answers 500"),
+    ("500", "tokenizer", "the hub answers 500"),
+    ("404", "data", "cannot be loaded"),
+    ("404", "tokenizer", "cannot be loaded"),
+    ("truncated", "data", "Consistency check failed"),
+    ("dropping", "data", "the hub stops in the middle of a file"),
+    ("dropping", "backbone", "the hub stops in the middle of a file"),
+    ("stalling", "data", "the hub stops in the middle of a file"),
+    ("stalling", "backbone", "the hub stops in the middle of a file"),
+    ("silent later", "data", "the hub does not answer"),
+    *[("silent", kind, "the hub cannot be reached") for kind in CURES],
+    *[("dns", kind, "the hub cannot be reached") for kind in CURES],
+    *[("slow", kind, "the hub does not answer") for kind in CURES],
+]
+
+
+@pytest.mark.parametrize(("fault", "kind", "said"), QUICK)
+def test_a_fault_is_said(tmp_path: Path, fault: str, kind: str, said: str) -> None:
+    assert said in load(tmp_path, fault, kind)["said"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "kind", "said"), SLOW)
+def test_a_fault_that_takes_its_time_is_said(tmp_path: Path, fault: str, kind: str, said: str) -> None:
+    assert said in load(tmp_path, fault, kind)["said"]

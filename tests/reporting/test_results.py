@@ -1,0 +1,339 @@
+"""From run folders to targets, methods and seeds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fusion.errors import UserError
+from fusion.reporting.reading import read_runs
+from fusion.reporting.results import Target, targets_of
+from tests.reporting.conftest import Write
+
+
+def targets(folder: Path, split: str | None = None) -> list[Target]:
+    return targets_of(read_runs([folder / "runs"]), split)
+
+
+def only(folder: Path, split: str | None = None) -> Target:
+    (target,) = targets(folder, split)
+    return target
+
+
+def test_methods_and_seeds(tmp_path: Path, write: Write) -> None:
+    for seed, (head, adapter, fused) in enumerate([(0.6, 0.7, 0.9), (0.65, 0.8, 0.85)], start=1):
+        write(seed=seed, score=head, method__name="head")
+        write(seed=seed, score=adapter, wrong=round(20 * (1 - adapter)))
+        write(seed=seed, score=fused, sources=["a", "b"], wrong=round(20 * (1 - fused)))
+    target = only(tmp_path)
+    assert (target.label, target.task, target.split, target.metric, target.rows) == (
+        *("tweets", "tweets", "validation", "accuracy"),
+        20,
+    )
+    assert list(target.groups) == ["head", "single adapter", "fusion of 2"]
+    assert target.groups["head"].scores == [0.6, 0.65]
+    assert target.groups["fusion of 2"].mean == pytest.approx(0.875)
+    assert target.groups["fusion of 2"].deviation == pytest.approx(0.05 / 2**0.5)
+    assert set(target.differences) == {"head", "fusion of 2"}
+    fused_by = target.differences["fusion of 2"]
+    assert fused_by.mean == pytest.approx(0.125) and fused_by.unit == "rows and seeds"
+    assert (fused_by.wins, fused_by.ties, fused_by.losses) == (2, 0, 0)
+    assert target.differences["head"].unit == "seeds", "its answers were not kept"
+    assert target.adjusted == {m: d.p for m, d in target.differences.items()}, (
+        "one target, nothing to correct"
+    )
+
+
+def test_holm_is_over_the_targets(tmp_path: Path, write: Write) -> None:
+    for task in ("cb", "rte", "mrpc"):
+        write(task, score=0.7, wrong=6)
+        write(task, score=0.95, wrong=1, sources=["a", "b"])
+    found = targets(tmp_path)
+    assert [target.label for target in found] == ["cb", "mrpc", "rte"]
+    raw = [target.differences["fusion of 2"].p for target in found]
+    assert len(set(raw)) == 1 and raw[0] is not None
+    assert all(t.adjusted["fusion of 2"] == pytest.approx(min(1, 3 * raw[0])) for t in found)
+
+
+def test_seeds_are_told_by_settings_and_not_by_names(tmp_path: Path, write: Write) -> None:
+    """Names of any kind, with sources that have a seed each: one group, and not the best of three."""
+    for seed, score in ((1, 0.75), (2, 0.7), (3, 0.6)):
+        for name in ("a", "b"):
+            write(name, seed=seed, artifact=f"{name}-s{seed}", name=f"{name}-s{seed}")
+        write(seed=seed, score=0.7, artifact=f"x-s{seed}", name=f"x-s{seed}")
+        sources = [f"a-s{seed}", f"b-s{seed}"]
+        write(seed=seed, score=score, sources=sources, artifact=f"f{seed}", name=f"f{seed}")
+    target = next(target for target in targets(tmp_path) if target.task == "tweets")
+    group = target.groups["fusion of 2"]
+    assert group.scores == [0.75, 0.7, 0.6] and group.others == 0 and group.differing == ""
+    assert target.differences["fusion of 2"].mean == pytest.approx(-0.05 / 3)
+
+
+def test_another_setting_of_a_source_is_another_setting(tmp_path: Path, write: Write) -> None:
+    write("a", artifact="a-s1")
+    write("a", artifact="a-s2", optim__lr=0.5)
+    for seed in (1, 2):
+        write(seed=seed, sources=[f"a-s{seed}", "b"])
+    target = next(target for target in targets(tmp_path) if target.task == "tweets")
+    variants = target.variants["fusion of 2"]
+    assert sorted(one.differing for one in variants) == ["sources.0.optim.lr=0.001", "sources.0.optim.lr=0.5"]
+
+
+def test_runs_of_one_seed_with_other_seeds_of_the_sources_all_count(tmp_path: Path, write: Write) -> None:
+    write(score=0.5, wrong=10)
+    for seed, score in ((1, 0.6), (2, 0.8)):
+        write("a", seed=seed, artifact=f"a-s{seed}")
+        write(score=score, wrong=round(20 * (1 - score)), sources=[f"a-s{seed}", "b"])
+    target = next(target for target in targets(tmp_path) if target.task == "tweets")
+    group = target.groups["fusion of 2"]
+    assert group.scores == [0.6, 0.8] and group.seeds == 1
+    difference = target.differences["fusion of 2"]
+    assert difference.mean == pytest.approx(0.2) and difference.wins == 0, "no pairs"
+
+
+def test_tasks_that_were_trained_together_are_part_of_the_settings(tmp_path: Path, write: Write) -> None:
+    for other in ("rte", "mrpc"):
+        tasks = [{"name": name, "metrics": ["accuracy"]} for name in ("cb", other)]
+        result = {"metrics": {"cb/validation": {"accuracy": 0.6}}, "task": f"cb+{other}"}
+        write(task=None, tasks=tasks, method__name="multitask_adapter", result=result)
+    (target,) = targets(tmp_path)
+    assert {one.differing for one in target.variants["multi-task adapter"]} == {"tasks=rte", "tasks=mrpc"}
+
+
+def test_what_differs_in_budget_is_named(tmp_path: Path, write: Write) -> None:
+    for seed in (1, 2):
+        write(seed=seed, score=0.5, wrong=10, optim__lr=1e-4, optim__patience=3)
+        fusion = {"optim__patience": None, "trainer": {"max_epochs": 20}, "data__batch_size": 8}
+        write(seed=seed, score=0.9, wrong=2, sources=["a", "b"], optim__lr=1e-3, **fusion)
+    group = only(tmp_path).groups["fusion of 2"]
+    assert group.difference is not None and group.difference.p is not None and group.difference.p < 0.05
+    assert sorted(group.unequal) == [
+        "batch size 8 against null",
+        "epochs 20 against null",
+        "learning rate 0.001 against 0.0001",
+        "patience null against 3",
+    ]
+
+
+def test_scores_of_other_rows_are_not_compared_as_equals(tmp_path: Path, write: Write) -> None:
+    for seed in (1, 2):
+        write(seed=seed, score=0.5, wrong=10)
+        folder = write(seed=seed, score=0.9, wrong=2, sources=["a", "b"])
+        outcomes = json.loads((folder / "outcomes.json").read_text())
+        own = outcomes["validation"]
+        few = {key: own[key][:10] for key in ("labels", "predicted")} | {"fingerprint": "of 10 rows"}
+        (folder / "outcomes.json").write_text(json.dumps({"validation": few}))
+    group = only(tmp_path).groups["fusion of 2"]
+    count = len(own["labels"])
+    assert group.unequal == (f"scored on 10 rows against {count}",)
+    write(seed=3, score=0.9, wrong=2, sources=["a", "b"])  # one seed in common is enough to compare
+    assert only(tmp_path).groups["fusion of 2"].unequal == ()
+
+
+def test_equal_budgets_are_compared_where_there_are_some(tmp_path: Path, write: Write) -> None:
+    for rate, alone in ((1e-4, 0.6), (1e-3, 0.85)):
+        write(score=alone, wrong=round(20 * (1 - alone)), optim__lr=rate)
+    write(score=0.8, wrong=4, sources=["a", "b"], optim__lr=1e-4)
+    group = only(tmp_path).groups["fusion of 2"]
+    assert group.unequal == () and group.difference is not None
+    assert group.difference.mean == pytest.approx(0.2), "to the adapter with its own rate"
+    write(score=0.9, wrong=2, sources=["a", "b"], optim__lr=1e-3)
+    best, other = only(tmp_path).variants["fusion of 2"]
+    assert best.unequal == other.unequal == (), "both have tried the same rates"
+    assert best.difference is not None and best.difference.mean == pytest.approx(0.05)
+    write(score=0.95, wrong=1, sources=["a", "b"], optim__lr=1e-2)
+    best, low, middle = only(tmp_path).variants["fusion of 2"]
+    assert best.unequal == ("learning rate 0.01 against 0.001",)
+    assert low.unequal == (), "neither is the best of its method"
+    assert middle.unequal == ("learning rate: 3 tried against 2",)
+
+
+def test_every_setting_has_a_difference_of_its_own(tmp_path: Path, write: Write) -> None:
+    for layers, wrong in (([0, 1], 8), ([2, 3], 6), ([4, 5], 2)):
+        for seed in (1, 2):
+            write(seed=seed, score=1 - wrong / 20, wrong=wrong, adapter__layers=layers)
+    best, *others = only(tmp_path).variants["single adapter"]
+    assert best.differing == "adapter.layers=4+5" and best.difference is None
+    for group in others:
+        assert group.difference is not None and group.difference.low is not None and group.unequal == ()
+        assert group.adjusted is not None and group.difference.p is not None
+        assert group.adjusted >= group.difference.p, "two tests, so Holm's correction counts both"
+
+
+def test_majority_class(tmp_path: Path, write: Write) -> None:
+    folder = write(score=0.9, wrong=2)
+    kept = json.loads((folder / "outcomes.json").read_text())
+    kept["validation"]["labels"][:5] = [1] * 5
+    (folder / "outcomes.json").write_text(json.dumps(kept))
+    ones = sum(kept["validation"]["labels"])
+    target = only(tmp_path)
+    assert (target.majority, target.constant) == ("majority class", {"accuracy": pytest.approx(ones / 20)})
+
+
+def test_of_several_settings_the_best_stands_for_its_method(tmp_path: Path, write: Write) -> None:
+    for rate, score in ((1e-4, 0.6), (1e-3, 0.8), (1e-2, 0.7)):
+        for seed in (1, 2):
+            write(seed=seed, score=score, optim__lr=rate)
+    target = only(tmp_path)
+    group = target.groups["single adapter"]
+    assert group.scores == [0.8, 0.8] and group.others == 2
+    assert group.differing == "optim.lr=0.001"
+    assert sorted(one.differing for one in target.variants["single adapter"]) == [
+        *("optim.lr=0.0001", "optim.lr=0.001", "optim.lr=0.01")
+    ]
+
+
+def test_settings_are_chosen_by_validation_and_shown_on_the_test_rows(tmp_path: Path, write: Write) -> None:
+    for name, rate, validation, test in (("a", 1e-4, 0.9, 0.5), ("b", 1e-3, 0.8, 0.7)):
+        write(score=validation, optim__lr=rate, artifact=name)
+        result = {"hash": None, "name": name}
+        write(command="evaluate", split="test", score=test, artifact=name, result=result)
+    group = only(tmp_path).groups["single adapter"]
+    assert only(tmp_path).split == "test"
+    assert group.scores == [0.5] and group.differing == "optim.lr=0.0001"
+    assert group.chosen_on == "validation" and only(tmp_path).chosen_here == []
+    assert only(tmp_path, "validation").groups["single adapter"].scores == [0.9]
+
+
+def test_settings_without_a_validation_score_are_chosen_on_the_rows_that_are_shown(
+    tmp_path: Path, write: Write
+) -> None:
+    for name, rate, test in (("a", 1e-4, 0.5), ("b", 1e-3, 0.7)):
+        write(score=0.9 if name == "a" else None, optim__lr=rate, artifact=name)
+        result = {"hash": None, "name": name}
+        write(command="evaluate", split="test", score=test, artifact=name, result=result)
+    target = only(tmp_path, "test")
+    group = target.groups["single adapter"]
+    assert (group.scores, group.chosen_on, target.chosen_here) == (
+        *([0.7], "test"),
+        ["the best setting of a method"],
+    )
+
+
+def test_a_source_alone(tmp_path: Path, write: Write) -> None:
+    write("movies", artifact="movies", score=0.9)
+    write(score=0.7, artifact="own")
+    for name, score in (("own", 0.72), ("movies", 0.6)):
+        result = {"task": "tweets", "name": name, "hash": None}
+        write(command="evaluate", artifact=name, split="test", score=score, result=result)
+    by_task = {target.task: target for target in targets(tmp_path)}
+    alone = by_task["tweets"].differences["movies alone"]
+    assert alone.mean == pytest.approx(-0.12) and alone.wins + alone.ties + alone.losses == 0
+    assert {m: g.scores for m, g in by_task["tweets"].groups.items()} == {
+        "single adapter": [0.72],
+        "movies alone": [0.6],
+    }
+    assert list(by_task["movies"].groups) == ["single adapter"]
+
+
+def test_the_last_evaluation_and_the_last_training_count(tmp_path: Path, write: Write) -> None:
+    write(score=0.5, artifact="x")
+    write(score=0.6, artifact="x", optim__lr=0.5)
+    write(score=0.6, artifact="x", optim__lr=0.5, before="done")
+    for score in (0.1, 0.2):
+        write(command="evaluate", artifact="x", split="test", score=score, result={"hash": None, "name": "x"})
+    assert only(tmp_path, "validation").groups["single adapter"].scores == [0.6]
+    assert only(tmp_path, "test").groups["single adapter"].scores == [0.2]
+
+
+def test_settings_of_a_target_are_told_apart(tmp_path: Path, write: Write) -> None:
+    write(data__limit__train=100)
+    write(data__limit__train=None)
+    write(data__limit__train=100, backbone__name_or_path="org/large")
+    labels = [target.label for target in targets(tmp_path)]
+    assert sorted(labels) == [
+        "tweets · 100 rows · large",
+        "tweets · 100 rows · tiny",
+        "tweets · all rows · tiny",
+    ]
+
+
+def test_sources_named_by_their_seed_are_one_method(tmp_path: Path, write: Write) -> None:
+    for seed in (1, 2):
+        write(seed=seed, sources=[f"a-seed-{seed}", f"b-seed-{seed}"], score=0.8)
+    assert only(tmp_path).groups["fusion of 2"].scores == [0.8, 0.8]
+
+
+def test_compositions_have_their_names(tmp_path: Path, write: Write) -> None:
+    write(sources=["a"])
+    write(sources=["a", "b"], composition={"name": "scalearn"})
+    write(sources=["a", "b"], composition={"name": "adapterfusion", "target_adapter": True})
+    write(method__name="lora")
+    assert list(only(tmp_path).groups) == [
+        "LoRA",
+        "fusion of 2 + own adapter",
+        "fusion of a",
+        "scalearn of 2",
+    ]
+
+
+def test_several_tasks_at_once(tmp_path: Path, write: Write) -> None:
+    tasks = [{"name": name, "metrics": ["accuracy"]} for name in ("cb", "rte")]
+    metrics = {"cb/validation": {"accuracy": 0.6}, "rte/validation": {"accuracy": 0.5}}
+    result = {"metrics": metrics, "task": "cb+rte"}
+    write(task=None, tasks=tasks, method__name="multitask_adapter", result=result)
+    assert {t.task: t.groups["multi-task adapter"].scores for t in targets(tmp_path)} == {
+        "cb": [0.6],
+        "rte": [0.5],
+    }
+
+
+def test_what_is_no_number_is_left_out(tmp_path: Path, write: Write) -> None:
+    write(score=None)
+    write(result={"metrics": {"validation": {"accuracy": None}}})
+    write(result={"metrics": {"validation": "high"}})
+    write(result={"metrics": None})
+    assert targets(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"validation": {"labels": [0, 1], "predicted": [0]}},
+        {"validation": {"labels": ["a"], "predicted": ["a"], "fingerprint": "f"}},
+        {"validation": None},
+        {"validation": {"labels": [[0]], "predicted": [[0]], "fingerprint": "f"}},
+        [],
+    ],
+)
+def test_damaged_answers_cost_only_themselves(tmp_path: Path, write: Write, content: object) -> None:
+    folder = write()
+    (folder / "outcomes.json").write_text(json.dumps(content))
+    (sample,) = only(tmp_path).groups["single adapter"].samples
+    assert sample.score == 0.8 and sample.answers is None
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path, write: Write) -> None:
+    write()
+    for name, text in (
+        ("result.json", "{"),
+        ("config.yaml", "a: [b"),
+        ("config.yaml", "- 1"),
+        ("status.json", "[]"),
+    ):
+        (write() / name).write_text(text)
+    (write() / "result.json").unlink()
+    write(status="failed")
+    write(status="running")
+    write(artifact="tweets-debug", result={"name": "tweets-debug"})
+    found = read_runs([tmp_path / "runs"])
+    assert len(found.done) == 1 and len(found.unread) == 5
+    assert found.others == {"failed": 1, "running": 1}
+    (failed,) = found.failed
+    assert failed.endswith("007: None") and found.debug == 1
+    assert all(any(f"{number:03d}" in line for line in found.unread) for number in range(2, 7))
+
+
+def test_folders(tmp_path: Path, write: Write) -> None:
+    folder = write()
+    assert len(read_runs([tmp_path / "runs", folder, tmp_path]).done) == 1
+    assert read_runs([folder]).done[0].folder == folder.resolve()
+    with pytest.raises(UserError, match="no such folder"):
+        read_runs([tmp_path / "nothing"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no run in it"):
+        read_runs([tmp_path / "empty"])
+    with pytest.raises(UserError, match="no run in it"):
+        read_runs([folder], without=folder)

@@ -1,0 +1,183 @@
+"""The report's statistics against scipy and against cases with a known answer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from fusion.reporting.statistics import (
+    RESAMPLES,
+    Answers,
+    Difference,
+    Sample,
+    compare,
+    constant_scores,
+    holm,
+)
+
+DRAW = np.random.RandomState(0)
+
+
+def answers(accuracy: float, rows: int = 400, seed: int = 0) -> Answers:
+    labels = np.random.RandomState(1).randint(2, size=rows)
+    wrong = np.random.RandomState(seed + 10).permutation(rows) >= round(accuracy * rows)
+    return Answers("rows", labels, np.where(wrong, 1 - labels, labels))
+
+
+def sample(accuracy: float, seed: int, rows: int = 400) -> Sample:
+    return Sample(seed, accuracy, answers(accuracy, rows, seed))
+
+
+def test_one_seed_is_the_paired_bootstrap_over_rows() -> None:
+    """Against scipy's own bootstrap of the rows' differences."""
+    one, other = sample(0.9, 0), sample(0.8, 1)
+    other = dataclasses.replace(other, seed=0)
+    assert one.answers is not None and other.answers is not None
+    found = compare([one], [other], "accuracy")
+    each = (one.answers.predicted == one.answers.labels).astype(float) - (
+        other.answers.predicted == other.answers.labels
+    )
+    expected = stats.bootstrap((each,), np.mean, method="percentile", n_resamples=9999).confidence_interval
+    assert found.mean == pytest.approx(0.1)
+    assert found.low == pytest.approx(expected.low, abs=0.006)
+    assert found.high == pytest.approx(expected.high, abs=0.006)
+    assert found.unit == "rows" and found.p is not None and found.p < 0.01
+    assert (found.wins, found.ties, found.losses) == (1, 0, 0)
+
+
+def test_seeds_that_differ_widen_the_interval() -> None:
+    """The rows alone would not see that another seed gives another difference."""
+    base = [sample(0.7, seed) for seed in range(4)]
+    steady = compare([sample(0.8, seed) for seed in range(4)], base, "accuracy")
+    shaky = compare([sample(0.8 + (0.1 if seed % 2 else -0.1), seed) for seed in range(4)], base, "accuracy")
+    assert steady.unit == shaky.unit == "rows and seeds"
+    assert steady.mean == pytest.approx(shaky.mean)
+    assert None not in (steady.low, steady.high, shaky.low, shaky.high)
+    assert shaky.high - shaky.low > 1.5 * (steady.high - steady.low)  # type: ignore[operator]
+    assert (shaky.wins, shaky.ties, shaky.losses) == (2, 2, 0)
+
+
+def test_the_interval_holds_what_it_says() -> None:
+    """Of 200 pairs of methods that are equally good, about one in twenty is found to differ."""
+    draw, found = np.random.RandomState(5), 0
+    for _ in range(200):
+        labels = np.zeros(150, int)
+        one, other = ((draw.rand(150) < 0.2).astype(int) for _ in range(2))
+        pair = [Sample(0, float((p == 0).mean()), Answers("rows", labels, p)) for p in (one, other)]
+        p = compare(pair[:1], pair[1:], "accuracy").p
+        assert p is not None
+        found += p <= 0.05
+    assert 2 <= found <= 20
+
+
+def test_the_same_answers_differ_by_nothing() -> None:
+    found = compare([sample(0.8, 3)], [sample(0.8, 3)], "accuracy")
+    assert (found.mean, found.low, found.high, found.p) == (0.0, 0.0, 0.0, 1.0)
+    assert (found.wins, found.ties, found.losses) == (0, 1, 0)
+
+
+def test_a_method_and_its_baseline_change_places() -> None:
+    ones, others = [sample(0.85, s) for s in range(3)], [sample(0.8, s + 5) for s in range(3)]
+    others = [dataclasses.replace(other, seed=seed) for seed, other in enumerate(others)]
+    there, back = compare(ones, others, "macro_f1"), compare(others, ones, "macro_f1")
+    assert there.mean == -back.mean and there.p == pytest.approx(back.p, abs=2 / RESAMPLES)
+    assert there.low == pytest.approx(-back.high) and there.wins == back.losses  # type: ignore[operator]
+
+
+def test_without_answers_the_seeds_are_drawn() -> None:
+    """p is that of every way to swap the members of the pairs."""
+    ones = [Sample(seed, 0.8 + 0.01 * seed) for seed in range(5)]
+    others = [Sample(seed, 0.7) for seed in range(5)]
+    found = compare(ones, others, "accuracy")
+    assert found.unit == "seeds" and found.mean == pytest.approx(0.12)
+    assert found.p == pytest.approx(2 / 2**5)
+    assert found.low is not None and found.high is not None and 0.1 < found.low < 0.12 < found.high < 0.14
+
+
+def test_pairs_without_spread() -> None:
+    found = compare([Sample(s, 0.75) for s in range(3)], [Sample(s, 0.5) for s in range(3)], "accuracy")
+    assert (found.low, found.high) == (0.25, 0.25) and found.p == pytest.approx(0.25)
+
+
+def test_one_run_each_and_no_rows() -> None:
+    found = compare([Sample(1, 0.8)], [Sample(1, 0.7)], "accuracy")
+    assert found == Difference(found.mean, None, None, None, "", 1, 0, 0)
+    assert found.mean == pytest.approx(0.1)
+
+
+def test_seeds_that_do_not_meet_are_not_paired() -> None:
+    found = compare([sample(0.9, 7)], [sample(0.8, 1), sample(0.8, 2)], "accuracy")
+    assert found.unit == "rows and seeds" and (found.wins, found.ties, found.losses) == (0, 0, 0)
+    assert found.mean == pytest.approx(0.1)
+
+
+def test_a_seed_may_mean_nothing_to_both() -> None:
+    """One run against three, of which one has its number by chance."""
+    found = compare([sample(0.7, 1)], [sample(0.8, s) for s in (1, 2, 3)], "accuracy", by_seed=False)
+    assert found.mean == pytest.approx(-0.1) and (found.wins, found.ties, found.losses) == (0, 0, 0)
+    one, others = [Sample(1, 0.7)], [Sample(1, 0.6), Sample(2, 0.9)]
+    assert compare(one, others, "accuracy", by_seed=False).mean == pytest.approx(-0.05)
+    assert compare(one, others, "accuracy").mean == pytest.approx(0.1)
+
+
+def test_other_rows_are_not_compared_row_by_row() -> None:
+    one, other = sample(0.9, 0), sample(0.8, 0)
+    assert other.answers is not None
+    moved = dataclasses.replace(other, answers=dataclasses.replace(other.answers, fingerprint="others"))
+    assert compare([one], [moved], "accuracy").p is None
+
+
+def test_the_same_files_give_the_same_report() -> None:
+    pair = [sample(0.9, 0), sample(0.85, 1)], [sample(0.8, 0), sample(0.8, 1)]
+    assert compare(*pair, "accuracy") == compare(*pair, "accuracy")
+
+
+def test_holm_against_its_definition() -> None:
+    """The k-th smallest of m is refused at level a exactly if each p(j), j <= k, is at most a / (m - j + 1)."""
+    for _ in range(50):
+        values = DRAW.rand(DRAW.randint(1, 8)) ** 3
+        adjusted = holm(list(values))
+        order = np.argsort(values)
+        for level in (0.01, 0.05, 0.2):
+            refused = set()
+            for rank, place in enumerate(order):
+                if values[place] > level / (len(values) - rank):
+                    break
+                refused.add(int(place))
+            assert {n for n, p in enumerate(adjusted) if p <= level} == refused
+    assert holm([]) == [] and holm([0.03]) == [0.03]
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+@pytest.mark.parametrize("seed", range(4))
+def test_majority_class_against_counting(classes: int, seed: int) -> None:
+    labels = np.random.RandomState(seed).choice(
+        classes, 37, p=np.random.RandomState(9).dirichlet([1] * classes)
+    )
+    occurring = sorted(set(labels.tolist()))
+    majority = max(occurring, key=lambda label: (sum(one == label for one in labels), -label))
+
+    def f1(label: int) -> float:
+        """From precision and recall of predicting the majority class for every row."""
+        hits = sum(one == label == majority for one in labels)
+        if not hits:
+            return 0.0
+        precision, recall = hits / len(labels), hits / sum(one == label for one in labels)
+        return 2 * precision * recall / (precision + recall)
+
+    expected = {
+        "accuracy": sum(one == majority for one in labels) / len(labels),
+        "macro_f1": sum(map(f1, occurring)) / len(occurring),
+        "matthews": 0.0,
+    }
+    expected |= {"f1": f1(1)} if classes == 2 else {}
+    name, scores = constant_scores(labels, [*expected, "pearson", "unknown"])
+    assert name == "majority class" and scores == pytest.approx(expected)
+
+
+def test_the_mean_of_values_has_no_correlation() -> None:
+    assert constant_scores(np.array([0.5, 2.0, 4.5]), ["pearson", "spearman"]) == ("mean", {})
+    assert constant_scores(np.array([], int), ["accuracy"]) == ("", {})

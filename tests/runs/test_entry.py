@@ -1,0 +1,130 @@
+"""How a run stands: new, done, interrupted or failed, and what stays of an attempt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusion import stage1
+from fusion.config.stages import Stage1Config
+from fusion.runs.entry import ATTEMPT, Entry
+from fusion.runs.run import Run, Standing
+from fusion.runs.signals import Terminated
+from tests.bench import Bench
+
+
+def entry_of(bench: Bench, **changes: Any) -> tuple[Entry, Run]:
+    config = Stage1Config(**bench.settings("films", **changes))
+    config.name = config.default_name()
+    run = bench.run("stage1", config)
+    return stage1.entry_of(config, run), run
+
+
+def test_a_run_from_new_to_done(bench: Bench) -> None:
+    entry, run = entry_of(bench)
+    assert entry.standing == Standing("new")
+    with entry.attempt(run, resume=True):
+        said = json.loads((entry.checkpoints / ATTEMPT).read_text())
+        assert set(said) == {"status", "error", "directory", "host", "pid", "started"}
+        assert (said["status"], said["directory"]) == ("running", str(run.directory))
+        assert entry.standing == Standing(
+            "interrupted", "from the beginning"
+        )  # for whoever comes after a kill
+    assert not entry.checkpoints.exists()
+    bench.stage1("films")
+    assert entry_of(bench)[0].standing == Standing("done")
+
+
+@pytest.mark.parametrize(
+    ("error", "standing"),
+    [
+        (RuntimeError("the power went\nand more"), Standing("failed", "RuntimeError: the power went; goes on at epoch 3, batch 8")),
+        (KeyboardInterrupt(), Standing("interrupted", "at epoch 3, batch 8")),
+        (Terminated("SIGTERM"), Standing("interrupted", "at epoch 3, batch 8")),
+        (SystemExit(144), Standing("interrupted", "at epoch 3, batch 8")),
+    ],
+    ids=["failed", "Ctrl-C", "SIGTERM", "taken away"],
+)  # fmt: skip
+def test_an_attempt_that_ends_badly_leaves_its_checkpoints(
+    bench: Bench, error: BaseException, standing: Standing
+) -> None:
+    entry, run = entry_of(bench)
+    with pytest.raises(type(error)), entry.attempt(run, resume=True):
+        (entry.checkpoints / "last.ckpt").write_bytes(b"whole")
+        (entry.checkpoints / "position.json").write_text('{"epoch": 2, "batch": 7, "steps": 23}')
+        raise error
+    assert entry.standing == standing
+    with entry.attempt(run, resume=True):
+        assert (entry.checkpoints / "last.ckpt").exists()
+        (entry.checkpoints / ATTEMPT).write_text("not json")
+        assert entry.standing == Standing("interrupted", "at epoch 3, batch 8")
+
+
+def test_resume_false_begins_anew(bench: Bench) -> None:
+    entry, run = entry_of(bench)
+    entry.checkpoints.mkdir(parents=True)
+    (entry.checkpoints / "last.ckpt").write_bytes(b"whole")
+    with entry.attempt(run, resume=False):
+        assert [file.name for file in entry.checkpoints.iterdir()] == [ATTEMPT]
+
+
+@pytest.mark.parametrize(
+    ("status", "standing"),
+    [
+        ("failed", Standing("failed", "RuntimeError: boom; begins anew")),
+        ("interrupted", Standing("new", "begins anew")),
+    ],
+)
+def test_what_begins_anew_is_not_said_to_go_on(bench: Bench, status: str, standing: Standing) -> None:
+    entry, _ = entry_of(bench, resume=False)
+    assert entry.standing == Standing("new")
+    entry.checkpoints.mkdir(parents=True)
+    said = {"status": status, "error": "RuntimeError: boom"}
+    (entry.checkpoints / ATTEMPT).write_text(json.dumps(said))
+    (entry.checkpoints / "last.ckpt").write_bytes(b"whole")
+    (entry.checkpoints / "position.json").write_text('{"epoch": 2, "batch": 7, "steps": 23}')
+    assert entry.standing == standing
+    assert "goes on at epoch 3, batch 8" in f"goes on {entry_of(bench)[0].standing.detail}"
+
+
+def test_nothing_resumes_without_a_checkpoint(bench: Bench) -> None:
+    """What a full disk leaves: a position of which there is no checkpoint, or a checkpoint without one."""
+    entry, _ = entry_of(bench)
+    assert entry.outlook == "it starts over, since there is no checkpoint"
+    entry.checkpoints.mkdir(parents=True)
+    (entry.checkpoints / ATTEMPT).write_text(json.dumps({"status": "interrupted"}))
+    (entry.checkpoints / "position.json").write_text('{"epoch": 2, "batch": 7, "steps": 23}')
+    assert entry.standing == Standing("interrupted", "from the beginning")
+    assert entry.outlook == "it starts over, since there is no checkpoint"
+    (entry.checkpoints / "before.ckpt").write_bytes(b"whole")
+    assert entry.standing == Standing("interrupted", "at epoch 3, batch 8")
+    assert entry.outlook == f"it resumes at epoch 3, batch 8 ({entry.checkpoints})"
+    (entry.checkpoints / "position.json").write_text('{"epoch": null}')
+    assert entry.outlook == f"it resumes at its last checkpoint ({entry.checkpoints})"
+
+
+def test_other_processes_of_a_run_keep_nothing(bench: Bench) -> None:
+    entry, run = entry_of(bench)
+    with entry.attempt(Run(run.command, run.directory, (), {}, "", rank_zero=False), resume=False):
+        assert not entry.checkpoints.exists()
+
+
+def test_what_a_killed_run_left_beside_a_stored_artifact_goes(bench: Bench) -> None:
+    """It was killed after it had stored and before it had cleared up."""
+    bench.stage1("films")
+    entry, _ = entry_of(bench)
+    entry.checkpoints.mkdir(parents=True)
+    (entry.checkpoints / "last.ckpt").write_bytes(b"whole")
+    bench.stage1("films")
+    assert not entry.checkpoints.exists()
+
+
+def test_an_attempt_that_cannot_be_noted_goes_on(bench: Bench, tmp_path: Path) -> None:
+    entry, run = entry_of(bench, store=str(tmp_path / "store"))
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / ".runs").write_text("a file in the way")
+    with entry.attempt(run, resume=True):
+        pass

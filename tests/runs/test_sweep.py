@@ -1,0 +1,135 @@
+"""What is said of a sweep before and after, from status files alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fusion.runs.run import Standing, write_json
+from fusion.runs.sweep import Sweep, command_again, standings
+
+
+def leave(folder: Path, status: str, before: str | None = None, error: str | None = None) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "status.json", {"status": status, "before": before, "error": error})
+    return folder
+
+
+def test_a_sweep_that_went_in_all_ways(tmp_path: Path) -> None:
+    planned = [tmp_path / str(number) for number in range(8)]
+    sweep = Sweep.begin(tmp_path, planned)
+    leave(planned[0], "done", "done")
+    leave(planned[1], "done", "interrupted")
+    leave(planned[2], "done", "new")
+    leave(planned[3], "done", "failed")
+    leave(planned[4], "failed", "new", "RuntimeError: boom")
+    leave(planned[5], "running", "new")
+    (planned[6]).mkdir()
+    (planned[6] / "status.json").write_text("{")
+    line, failed = sweep.outcome()
+    assert line == "8 jobs: 1 done already, 1 continued, 2 trained, 4 failed"
+    assert failed[0] == "4 of 8 jobs failed:"
+    assert [text.split(": ")[0] for text in failed[1:]] == [f"  {planned[n]}/run.log" for n in (4, 5, 6, 7)]
+    assert failed[1].endswith(": RuntimeError: boom")
+    assert "says that it runs" in failed[2]
+    assert "status.json cannot be read" in failed[3]
+    assert "no status" in failed[4]
+
+
+def test_what_the_jobs_left(tmp_path: Path) -> None:
+    """In the order in which they were planned; a result counts only beside a status that says done."""
+    planned = [tmp_path / name for name in ("10", "9", "1", "2", "3")]
+    sweep = Sweep.begin(tmp_path, planned)
+    for place, status in zip(planned[:4], ("done", "failed", "done", "done"), strict=True):
+        leave(place, status, "new")
+        write_json(place / "result.json", {"name": place.name})
+    (planned[2] / "result.json").write_text("{")
+    (planned[3] / "result.json").write_text("[]")
+    jobs = sweep.jobs()
+    assert [job.place for job in jobs] == planned
+    assert [job.result for job in jobs] == [{"name": "10"}, {}, {}, {}, {}]
+    assert [job.status.get("status") for job in jobs] == ["done", "failed", "done", "done", None]
+
+
+def test_a_command_without_a_standing_only_counts(tmp_path: Path) -> None:
+    planned = [tmp_path / "0", tmp_path / "1"]
+    sweep = Sweep.begin(tmp_path, planned)
+    for place in planned:
+        leave(place, "done")
+    assert sweep.outcome() == ("2 jobs: 2 done, 0 failed", [])
+
+
+@pytest.mark.parametrize("age", [-1e6, 0, 1e6])
+def test_no_clock_decides_what_is_of_this_sweep(tmp_path: Path, age: float) -> None:
+    """Jobs of an earlier sweep in the same folder, and this sweep's under a clock that was set."""
+    old = leave(tmp_path / "0", "failed", error="of old")
+    leave(tmp_path / "7-of-old", "failed", error="of old")
+    now = old.joinpath("status.json").stat().st_mtime
+    sweep = Sweep.begin(tmp_path, [tmp_path / "0", tmp_path / "1"])
+    for name in ("0", "1"):
+        leave(tmp_path / name, "done", "new")
+        os.utime(tmp_path / name / "status.json", (now + age, now + age))
+    assert sweep.outcome() == ("2 jobs: 0 done already, 0 continued, 2 trained, 0 failed", [])
+    again = Sweep.begin(tmp_path, [tmp_path / "0", tmp_path / "1"])
+    line, failed = again.outcome()  # none of them began: what lies there is the last sweep's
+    assert line.endswith("2 failed") and len(failed) == 3
+
+
+def test_folders_that_only_the_launcher_can_name(tmp_path: Path) -> None:
+    sweep = Sweep.begin(tmp_path, [tmp_path / "0", tmp_path / "1", tmp_path / "2"])
+    leave(tmp_path / "job-4711", "done", "new")
+    leave(tmp_path / "job-4712", "failed", "new", "boom")
+    line, failed = sweep.outcome()
+    assert line == "3 jobs: 0 done already, 0 continued, 1 trained, 2 failed"
+    assert len(failed) == 3
+
+
+def test_what_another_sweep_leaves_in_the_same_folder_is_not_counted(tmp_path: Path) -> None:
+    sweep = Sweep.begin(tmp_path, [tmp_path / "0"])
+    leave(tmp_path / "0", "done", "new")
+    leave(tmp_path / "5-other", "failed", "new", "boom")
+    assert sweep.outcome()[1] == []
+
+
+def test_jobs_that_nobody_planned(tmp_path: Path) -> None:
+    """Another sweeper than Hydra's own finds them as it goes."""
+    leave(tmp_path / "0", "failed", "new", "of old")
+    sweep = Sweep.begin(tmp_path)
+    leave(tmp_path / "1", "done", "new")
+    assert sweep.outcome()[0] == "1 job: 0 done already, 0 continued, 1 trained, 0 failed"
+
+
+def test_how_jobs_stand_is_a_few_lines() -> None:
+    few = {
+        "rte": Standing("done"),
+        "cb": Standing("interrupted", "epoch 3, step 12"),
+        "mnli": Standing("failed", "RuntimeError: boom\nand more"),
+        "snli": Standing("new"),
+    }
+    assert standings(few) == [
+        "4 jobs: 1 done already, 1 interrupted, to be continued, 1 failed the last time, to run again, 1 new",
+        "  skipped: rte",
+        "  goes on: cb (epoch 3, step 12)",
+        "  runs again: mnli (RuntimeError: boom)",
+    ]
+    states = ("done", "interrupted", "failed", "new")
+    many = {f"job-{number}": Standing(states[number % 4], "x" * 500) for number in range(100)}
+    lines = standings(many)
+    assert len(lines) <= 12 and all(len(line) < 200 for line in lines)
+    assert lines[0].startswith("100 jobs: 25 done already, 25 interrupted")
+    assert lines[1].endswith(" and 17 more")
+
+
+def test_a_sweep_that_is_stopped_says_what_is_done(tmp_path: Path) -> None:
+    planned = [tmp_path / str(n) for n in range(5)]
+    sweep = Sweep.begin(tmp_path, planned, command_again(resume=True, overwrite=False))
+    for place, status in zip(planned, ("done", "done", "failed", "interrupted"), strict=False):
+        leave(place, status)
+    first, second = sweep.stopped("interrupted").splitlines()
+    assert first == "interrupted: 2 of 5 jobs done (0, 1), 1 failed, 1 interrupted, 1 not started"
+    assert (
+        second
+        == "The same command continues: it skips the jobs that are done and resumes from the last checkpoint"
+    )

@@ -1,0 +1,129 @@
+"""What is printed in order to be typed means what it says, to a shell and to Hydra."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from fusion.text import (
+    hydra_value,
+    is_plain,
+    key_of,
+    only_in_quotes,
+    override,
+    quoted,
+    shell_line,
+    typed,
+)
+from pipelines.commands import typed as workflow_line
+
+TEXTS = [
+    *("a", "/a/b", "a b", "it's", 'a"b', "a\\", 'a\\"b', "a,b=[c]{d}", "~/x", "ü", "a:b", "(x)", "#1", "*"),
+    *("", " ", "-", "-x", "$HOME", "${x}", "\\${x}", "a${x}b\\", "\\", "\\\\", "'", 'it\'s "q"', "x\ty"),
+    *(
+        "null",
+        "Null",
+        "true",
+        "FALSE",
+        "007",
+        "7",
+        "-5",
+        "+5",
+        "1_000",
+        "1e3",
+        "12e4567",
+        ".5",
+        "1.",
+        "nan",
+        "-inf",
+    ),
+]
+PLAIN = [
+    "/tmp/ü",
+    "/tmp/日本 x",
+    "a&b",
+    "~/x",
+    "a#b",
+    "a b",
+    "a:b",
+    "a\tb",
+    "x%y@z?|*",
+    "\u00a0",
+    "a;b<c>!^`",
+    "1.5",
+    "a+b",
+]
+VALUES = [
+    None,
+    True,
+    False,
+    0,
+    -3,
+    1e-4,
+    1e30,
+    [],
+    ["a", "b c", None, True, "1"],
+    {"a": 1, "b": [None, "x:y"]},
+]
+
+
+def through(word: str) -> Any:
+    """The value of a word of a shell, as a config has it."""
+    (argument,) = shlex.split(word)
+    parsed = OverridesParser.create().parse_override(argument)
+    config = OmegaConf.create({})
+    OmegaConf.update(config, parsed.key_or_group, parsed.value())
+    container: Any = OmegaConf.to_container(config, resolve=True)
+    return container[parsed.key_or_group]
+
+
+@pytest.mark.parametrize("value", [*TEXTS, *VALUES, TEXTS[:-1]], ids=repr)
+def test_a_value_means_itself(value: Any) -> None:
+    found = through(typed("key", value))
+    assert found == value and type(found) is type(value)
+
+
+def test_what_is_plain_stays_plain() -> None:
+    assert override("sources", ["mnli", "sst2"]) == "sources=[mnli,sst2]"
+    assert [hydra_value(value) for value in (None, False, 1e-4, "last:3", "bert-base")] == [
+        "null",
+        "false",
+        "0.0001",
+        "last:3",
+        "bert-base",
+    ]
+
+
+def test_a_line_for_a_shell() -> None:
+    line = shell_line("stage2", ["+task=rte", "sources=[a,b]", override("data.dir", "my data")])
+    assert line == "python -m fusion.stage2 +task=rte 'sources=[a,b]' 'data.dir=\"my data\"'"
+    assert [key_of(word) for word in ("+task=rte", "~logger", "a.b@c=1")] == ["task", "logger", "a.b"]
+
+
+@pytest.mark.parametrize("value", PLAIN)
+def test_quotes_are_added_where_hydra_needs_them(value: str) -> None:
+    parser = OverridesParser.create()
+    assert is_plain(value)
+    try:
+        parser.parse_override(f"store={value}")
+    except HydraException:
+        assert only_in_quotes(value)
+        read = parser.parse_override(quoted(f"store={value}")).value()
+        assert getattr(read, "text", read) == value
+    else:
+        assert only_in_quotes(value) == [] and quoted(f"store={value}") == f"store={value}"
+
+
+@pytest.mark.parametrize("override", ["sources=[a,b]", 'store="/tmp/ü"', "seed=1,2", "a", "x={a:ü}", "~key"])
+def test_what_has_a_structure_is_kept(override: str) -> None:
+    assert quoted(override) == override
+
+
+def test_a_workflow_quotes_its_paths() -> None:
+    words = shlex.split(workflow_line("fusion.stage1", ["store=/tmp/ü", "sources=[a]"]))
+    assert words[3:] == ['store="/tmp/ü"', "sources=[a]"]

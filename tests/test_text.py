@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import ast
+import logging
+from pathlib import Path
+
+import pytest
+
+from fusion.store.__main__ import main as store_program
+from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
+from fusion.text import listed, one_line, printable, printable_logs, quotable, shown
+from tests.store.conftest import build
+
+HOSTILE = [
+    "\x1b[2Jgone",  # clears the screen
+    "\x1b]0;title\x07",
+    "a\rb",
+    "a\bb",
+    "\u202eevil",  # right-to-left override
+    "\u2066x\u2069",
+    "\u200bzero",
+    "\x9b31m",  # a one-byte CSI
+    "\ud800",
+    "\x7f",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_nothing_hostile_is_printed(text: str) -> None:
+    for safe in (printable(text), one_line(text), quotable(text), shown(text), listed([text, text])):
+        assert safe.isprintable(), ascii(safe)
+
+
+def test_plain_text_is_kept() -> None:
+    for text in ("mnli", "Straße 東京 🙂", "two\nlines"):
+        assert printable(text) == text == quotable(text)
+    assert listed(["a", "b"]) == "a, b" and listed([]) == "nothing"
+    assert one_line("a\n  b\tc") == "a b c"
+
+
+def test_what_is_long_is_cut() -> None:
+    assert len(quotable("x" * 10_000)) <= 610
+    assert len(shown("x" * 10_000)) < 80
+    assert listed(map(str, range(25))).endswith("19, and 5 more")
+
+
+def test_logs_are_printable(caplog: pytest.LogCaptureFixture) -> None:
+    before = logging.getLogRecordFactory()
+    try:
+        printable_logs()
+        logging.getLogger("fusion.anything").warning("%s: cannot be read", "\x1b[31m.parquet")
+    finally:
+        logging.setLogRecordFactory(before)
+    assert caplog.messages == ["\\x1b[31m.parquet: cannot be read"]
+
+
+def test_only_a_few_modules_print_directly() -> None:
+    """Everything else prints with `say`, which makes text from outside printable."""
+    package = Path(__file__).parents[1] / "fusion"
+    found = {
+        str(file.relative_to(package))
+        for file in package.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    }
+    # program, app: usage and messages, through `printable`; run: the name of a log that cannot be written
+    assert found == {"terminal/screen.py", "cli/program.py", "cli/app.py", "runs/run.py"}
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_say_prints_nothing_hostile(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from fusion.terminal.screen import say
+
+    say(f"{text} on films")
+    assert capsys.readouterr().out.rstrip("\n").isprintable()
+
+
+def test_a_tab_and_a_line_feed_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    from fusion.terminal.screen import say
+
+    say("a\tb\nc")
+    assert capsys.readouterr().out == "a\tb\nc\n"
+
+
+def test_names_in_a_ranking_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    from fusion.rank import _print
+
+    evil = "\x1b[2Jgone"
+    ranking = {
+        "task": {"name": evil},
+        "seconds": {evil: 1.0},
+        "sources": [{"name": evil, "scores": {}, "ranks": {}, "mean_rank": None}],
+        "agreement": {f"{evil}/b": {"kendall": None, "spearman": 0.5}},
+        "fusion": {"name": evil, "sources": 2, "seconds": 3.0},
+        "ranking": evil,
+        "methods": {},
+    }
+    _print(ranking, _NoneLeftOut(), 3)  # type: ignore[arg-type]
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and out.count("\\x1b[2Jgone") >= 5
+
+
+class _NoneLeftOut:
+    def left_out_line(self) -> str:
+        return ""
+
+
+def test_names_in_a_manifest_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "\x1b[2Jgone"
+    manifest = build(
+        "films",
+        "fusion",
+        task={"name": evil, "kind": "classification", "labels": [evil, "b"]},
+        sources=[{"name": "a", "hash": "b"}],
+        files={WEIGHTS: {"sha256": "1" * 64, "bytes": 10}, HEAD: {"sha256": "2" * 64, "bytes": 20}},
+    )
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / MANIFEST).write_text(manifest.to_json())
+    assert store_program(["show", "films", f"store={tmp_path}"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and out.count("\\x1b[2Jgone") >= 2
+
+
+def test_a_bar_has_no_escapes_in_its_name() -> None:
+    from fusion.terminal.bars import _short
+
+    assert _short("\x1b[2J\nfilms").isprintable()

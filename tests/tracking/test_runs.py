@@ -1,0 +1,462 @@
+"""What W&B has of real runs, read from the files that they wrote offline; and how those are uploaded later."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+from PIL import Image
+
+from fusion import sync
+from fusion.config.logging import LoggerConfig, WandbConfig
+from fusion.config.training import TrainerConfig
+from fusion.store.lookup import read_manifest
+from fusion.store.manifest import Manifest
+from fusion.tracking import decision, tracking
+from fusion.tracking.lineage import FILE as LINKS
+from fusion.tracking.offline import find_offline
+from tests.bench import Bench
+from tests.test_stages import StopAfter
+from tests.tracking.test_tracking import KEY, records, summary
+from tests.tracking.wandb_server import WandbServer, wandb_server
+
+OFFLINE = LoggerConfig(wandb=WandbConfig(mode="offline"))
+
+
+@dataclass
+class Runs:
+    """The job folders of the runs, and what the store has."""
+
+    bench: Bench
+    films: Path
+    books: Path
+    interrupted: Path
+    resumed: Path
+    evaluate: Path
+    home: Path
+    result: dict[str, Any]
+
+    def manifest(self, name: str) -> Manifest:
+        return read_manifest(name, self.bench.folder / "store")
+
+
+@contextlib.contextmanager
+def nobodys_settings(home: Path) -> Iterator[pytest.MonkeyPatch]:
+    """No key, no settings, no network variables of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in list(os.environ):
+            if variable.startswith("WANDB_") or variable.lower().endswith("_proxy"):
+                patch.delenv(variable)
+        for variable in tracking.RANK_VARIABLES:
+            patch.delenv(variable, raising=False)
+        home.mkdir(parents=True, exist_ok=True)
+        patch.setattr(decision, "_reason", None)
+        patch.setenv("NETRC", str(home / "netrc"))
+        for kind in ("CONFIG", "CACHE", "DATA"):
+            patch.setenv(f"WANDB_{kind}_DIR", str(home / kind.lower()))
+        patch.chdir(home)
+        yield patch
+        with contextlib.suppress(Exception):
+            wandb.teardown()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Iterator[Runs]:
+    """Two sources, a fusion that is interrupted after its first epoch and taken up again, and its evaluation."""
+    from fusion.training import fit as fit_module
+
+    folder = tmp_path_factory.mktemp("tracked")
+    bench = Bench(folder / "a folder", tiny_backbone)
+    with nobodys_settings(folder / "home") as patch:
+        trainer = TrainerConfig(
+            accelerator="cpu", max_epochs=2, enable_progress_bar=False, log_every_n_steps=3
+        )
+        bench.stage1("films", logger=OFFLINE, trainer=trainer)
+        bench.stage1("books", logger=OFFLINE, init_from="films")
+        make_trainer = fit_module.make_trainer
+        with pytest.MonkeyPatch.context() as cut:
+            cut.setattr(
+                fit_module, "make_trainer", lambda c, k, *more: make_trainer(c, [*k, StopAfter(1)], *more)
+            )
+            with pytest.raises(RuntimeError, match="power"):
+                bench.stage2("plays", ["films", "books"], logger=OFFLINE, trainer=trainer)
+        result = bench.stage2("plays", ["films", "books"], logger=OFFLINE, trainer=trainer)
+        bench.evaluate("plays-adapterfusion", logger=OFFLINE)
+        patch.setenv("WANDB_API_KEY", KEY)
+        folders = [bench.folder / "runs" / str(number) for number in (1, 2, 3, 4, 6)]
+        films, books, interrupted, resumed, evaluate = folders
+        yield Runs(bench, films, books, interrupted, resumed, evaluate, folder / "home", result)
+
+
+def the_run(directory: Path) -> dict[str, Any]:
+    (run,) = records(directory, "run")
+    return run
+
+
+def history(directory: Path) -> list[dict[str, Any]]:
+    return [record["item"] for record in records(directory, "history")]
+
+
+def written(directory: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / name).read_text().splitlines()]
+
+
+def test_what_a_run_is_found_by(runs: Runs) -> None:
+    backbone = runs.bench.backbone.name
+    found = {
+        directory: (run["display_name"], run["job_type"], run["run_group"], run["tags"])
+        for directory in (runs.films, runs.resumed, runs.evaluate)
+        for run in [the_run(directory)]
+    }
+    assert found == {
+        runs.films: ("films · adapter · seed 42", "stage1", "stage1", ["films", backbone, "adapter"]),
+        runs.resumed: (
+            "plays ← films+books · seed 42",
+            "stage2",
+            "stage2",
+            ["plays", backbone, "adapterfusion"],
+        ),
+        runs.evaluate: (
+            "plays-adapterfusion on plays validation",
+            "evaluate",
+            "evaluate",
+            ["plays", backbone, "adapterfusion"],
+        ),
+    }
+
+
+def test_the_config_is_flat_and_whole(runs: Runs) -> None:
+    import dataclasses
+
+    from fusion.config.stages import Stage2Config
+
+    config = the_run(runs.resumed)["config"]["update"]
+    nested = {key for key, value in config.items() if isinstance(value, dict) and key != "_wandb"}
+    assert nested == set()
+    asked = Stage2Config(
+        **runs.bench.settings("plays", logger=OFFLINE), sources=["films", "books"], name="plays-adapterfusion"
+    )
+
+    def leaves(value: Any, key: str = "") -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {k: v for name, inner in value.items() for k, v in leaves(inner, f"{key}/{name}").items()}
+        return {} if value is None else {key[1:]: value}
+
+    expected = leaves(dataclasses.asdict(asked)) | {"trainer/log_every_n_steps": 3}
+    assert {key: value for key, value in config.items() if key != "_wandb"} == expected
+
+
+def test_the_history_is_the_one_of_the_file(runs: Runs) -> None:
+    """At each step one row; the numbers are those of history.jsonl, to the last bit."""
+    for directory in (runs.films, runs.interrupted, runs.resumed):
+        header, *lines = written(directory, "history.jsonl")
+        assert set(header) == {"run", "name", "command", "started"}
+        rows = {row["_step"]: row for row in history(directory)}
+        assert len(rows) == len(history(directory))
+        assert set(rows) == {line["step"] for line in lines} and len(rows) > 2
+        for line in lines:
+            row = rows[line["step"]]
+            assert row["epoch"] == line["epoch"] and row["trainer/global_step"] == line["step"]
+            assert {key: row[key] for key in line if key not in ("step", "epoch")} == {
+                key: value for key, value in line.items() if key not in ("step", "epoch")
+            }
+    steps = [line for line in written(runs.resumed, "history.jsonl")[1:] if "train/loss" in line]
+    losses = {"train/loss", "train/task_loss", "train/value_penalty_loss"}
+    assert all(set(line) == {"step", "epoch", *losses, "train/lr", "train/grad_norm"} for line in steps)
+
+
+def test_the_summary_has_what_was_best_and_what_it_cost(runs: Runs) -> None:
+    found = summary(runs.resumed)["summary"]
+    result = runs.result
+    metrics = result["metrics"]["validation"]
+    assert {key: value for key, value in found.items() if key.startswith("best/")} == {
+        "best/epoch": result["best_epoch"],
+        **{f"best/validation/{name}": value for name, value in metrics.items()},
+    }
+    for group in ("parameters", "speed"):
+        assert {k: v for k, v in found.items() if k.startswith(f"{group}/")} == {
+            f"{group}/{key}": value for key, value in result[group].items() if value is not None
+        }
+    assert found["parameters/stored_bytes"] == sum(
+        file.stat().st_size for file in Path(result["artifact"]).glob("*.safetensors")
+    )
+    assert found["speed/tokens_per_second"] > 0 and found["speed/peak_memory_bytes"] > 2**20
+    assert found["epochs"] == 2
+    rows = history(runs.films)
+    films = summary(runs.films)["summary"]
+    scores = [row["validation/accuracy"] for row in rows if "validation/accuracy" in row]
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert len(scores) == 2 and films["validation/accuracy"] == {"max": max(scores)}
+    assert len(losses) > 2 and films["train/loss"] == {"min": min(losses)}
+    evaluated = summary(runs.evaluate)["summary"]
+    assert evaluated["validation/accuracy"] == metrics["accuracy"] and evaluated["rows"] == 16
+
+
+def test_attention_as_picture_table_and_curves(runs: Runs) -> None:
+    for directory, epoch in ((runs.interrupted, 1), (runs.resumed, 2)):
+        (line,) = written(directory, "attention.jsonl")
+        assert line["epoch"] == epoch and line["sources"] == ["films", "books"]
+        (row,) = [row for row in history(directory) if "attention/picture.path" in row]
+        assert row["_step"] == line["step"] and "validation/accuracy" in row
+        for slot, values in line["slots"].items():
+            assert row[f"attention/entropy/{slot}"] == values["entropy"]
+            assert row[f"attention/value_distance/{slot}"] == values["value_distance"]
+        (folder,) = (directory / "wandb").glob("offline-run-*")
+        with Image.open(folder / "files" / row["attention/picture.path"]) as picture:
+            assert picture.size == (row["attention/picture.width"], row["attention/picture.height"])
+            colours = picture.convert("RGB").getcolors(1 << 16)
+            assert colours is None or len(colours) > 10  # something is drawn
+        table = json.loads((folder / "files" / row["attention/table.path"]).read_text())
+        assert table["columns"] == ["slot", "source", "mean", "entropy", "value_distance"]
+        assert table["data"] == [
+            [slot, source, values["mean"][n], values["entropy"], values["value_distance"]]
+            for slot, values in line["slots"].items()
+            for n, source in enumerate(line["sources"])
+        ]
+        # A table is an artifact too: its file has to be there when the run is uploaded.
+        for artifact in records(directory, "artifact"):
+            for entry in artifact["manifest"]["contents"]:
+                place = Path(entry["local_path"])
+                assert place.is_file() and place.is_relative_to(folder)
+
+
+def test_nothing_is_left_at_home(runs: Runs) -> None:
+    left = [path.relative_to(runs.home) for path in runs.home.rglob("*") if path.is_file()]
+    assert all(path.parts[:2] == ("cache", "wandb") for path in left), left  # the log of W&B's own service
+
+
+def test_a_resumed_run_is_the_same_run(runs: Runs) -> None:
+    first, second = the_run(runs.interrupted), the_run(runs.resumed)
+    assert first["run_id"] == second["run_id"]
+    assert len({the_run(d)["run_id"] for d in (runs.films, runs.books, runs.resumed, runs.evaluate)}) == 4
+    assert (
+        written(runs.interrupted, "history.jsonl")[0]["run"]
+        == (written(runs.resumed, "history.jsonl")[0]["run"])
+    )
+    before, after = ([row["_step"] for row in history(d)] for d in (runs.interrupted, runs.resumed))
+    assert before == sorted(before) and after == sorted(after) and max(before) < min(after)
+    identity = runs.manifest("plays-adapterfusion").run.identity
+    assert second["run_id"].startswith(f"{identity}-")
+    assert not list((runs.bench.folder / "store" / ".runs").glob("*/wandb.json"))  # the next one is another
+
+
+def test_lineage_stands_in_config_and_manifest(runs: Runs) -> None:
+    films, books, plays = (runs.manifest(name) for name in ("films", "books", "plays-adapterfusion"))
+    for manifest, directory in ((films, runs.films), (plays, runs.resumed)):
+        expected = {"id": the_run(directory)["run_id"], "project": "adapter-fusion"}
+        assert manifest.run.wandb == expected | {"entity": None, "url": None}
+    sources = [
+        {"name": source.name, "hash": source.hash, "run": (source.run.wandb or {})["id"]}
+        for source in (films, books)
+    ]
+    assert summary(runs.resumed)["config"]["artifact"] == {
+        "name": plays.name,
+        "hash": plays.hash,
+        "kind": "fusion",
+        "sources": sources,
+    }
+    assert summary(runs.films)["config"]["artifact"]["sources"] == []
+    assert "init_from" not in summary(runs.films)["config"]["artifact"]
+    assert summary(runs.books)["config"]["artifact"]["init_from"] == sources[0]
+    assert summary(runs.evaluate)["config"]["artifact"] == {
+        "name": plays.name,
+        "hash": plays.hash,
+        "kind": "fusion",
+        "run": (plays.run.wandb or {})["id"],
+    }
+
+
+def test_csv_of_an_evaluation(runs: Runs) -> None:
+    from fusion.config.logging import CsvConfig
+
+    result = runs.bench.evaluate("plays-adapterfusion", logger=LoggerConfig(csv=CsvConfig()))
+    with open(runs.bench.folder / "runs" / str(runs.bench.runs) / "csv" / "metrics.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["validation/accuracy"]) == result["metrics"]["validation"]["accuracy"]
+
+
+# --- uploading ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(runs: Runs, tmp_path: Path) -> Path:
+    """The runs' folders, to be marked as uploaded."""
+    wandb.teardown()  # what it knows of keys and servers is of the test before
+    return Path(shutil.copytree(runs.bench.folder / "runs", tmp_path / "runs", symlinks=True))
+
+
+@pytest.fixture
+def server(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    with wandb_server() as server:
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        yield server
+        with contextlib.suppress(Exception):
+            wandb.teardown()
+
+
+def test_runs_are_uploaded_and_linked_once(
+    runs: Runs, copy: Path, server: WandbServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = {name: the_run(getattr(runs, name))["run_id"] for name in ("films", "books", "resumed", "evaluate")}
+    marks = {
+        name: f"{name}:{runs.manifest(name).hash[:12]}" for name in ("films", "books", "plays-adapterfusion")
+    }
+    assert [run.id for run in find_offline(copy)] == list(ids.values())
+    assert sync.main([f"runs={copy}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ", 1)[1] for line in lines] == [
+        f"uploaded; linked to {marks['films']}",
+        f"uploaded; linked to {marks['films']}, {marks['books']}",
+        f"uploaded, 2 of 2 pieces; linked to {', '.join(marks.values())}",
+        f"uploaded; linked to {marks['plays-adapterfusion']}",
+    ]
+    # The two pieces are one history: every step of both, in their order.
+    sent = server.history[ids["resumed"]]
+    expected = [row["_step"] for d in (runs.interrupted, runs.resumed) for row in history(d)]
+    assert [sent[place]["_step"] for place in sorted(sent)] == expected
+    assert set(server.history) == set(ids.values())
+    fusion = ids["resumed"]
+    assert server.uses == [
+        (ids["books"], marks["films"]),  # init_from
+        (fusion, marks["films"]),
+        (fusion, marks["books"]),
+        (ids["evaluate"], marks["plays-adapterfusion"]),
+    ]
+    models = [made for made in server.artifacts if made["artifactTypeName"] != "run_table"]
+    assert [
+        (made["artifactCollectionName"], made["artifactTypeName"], made["runName"]) for made in models
+    ] == [
+        ("films", "adapter", ids["films"]),
+        ("books", "adapter", ids["books"]),
+        ("plays-adapterfusion", "fusion", fusion),
+    ]
+    metadata = json.loads(models[-1]["metadata"])
+    manifest = runs.manifest("plays-adapterfusion")
+    assert metadata["hash"] == manifest.hash and metadata["composition"] == manifest.content["composition"]
+    assert metadata["sources"] == manifest.content["sources"] and metadata["metrics"] == manifest.metrics
+    assert metadata["task"] == "plays" and metadata["identity"] == manifest.run.identity
+
+    said = len(server.operations)
+    assert sync.main([f"runs={copy}"]) == 0
+    assert len(server.operations) == said
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all(line.endswith(": nothing left to do") for line in lines)
+
+
+def test_a_bad_run_does_not_stop_the_others(
+    runs: Runs, copy: Path, server: WandbServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for job in ("3", "4", "6"):
+        shutil.rmtree(copy / job)
+    (damaged,) = (copy / "1").rglob("*.wandb")
+    damaged.write_bytes(b"no run at all")
+    assert sync.main([f"runs={copy}"]) == 1
+    first, second = capsys.readouterr().out.splitlines()
+    assert "runs/1/" in first and "uploaded" not in first.split(": ", 1)[1].split(";")[0]
+    books, films = (f"{name}:{runs.manifest(name).hash[:12]}" for name in ("books", "films"))
+    assert second.endswith(f"uploaded; linked to {books}; not linked to {films}, which W&B does not have")
+
+
+@pytest.mark.slow
+def test_a_source_that_w_and_b_does_not_have_yet(
+    runs: Runs, copy: Path, server: WandbServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    films = f"films:{runs.manifest('films').hash[:12]}"
+    assert sync.main([f"runs={copy / '2'}"]) == 0
+    fusion = copy / "4"
+    capsys.readouterr()
+    assert sync.main([f"runs={fusion}"]) == 0
+    assert f"not linked to {films}, which W&B does not have" in capsys.readouterr().out
+    assert json.loads((fusion / "wandb" / LINKS).read_text())["drawn"][0].startswith("books:")
+    assert sync.main([f"runs={copy / '1'}"]) == 0
+    capsys.readouterr()
+    made = len(server.artifacts)
+    assert sync.main([f"runs={fusion}"]) == 0
+    assert capsys.readouterr().out.endswith(f": linked to {films}\n")
+    assert len(server.artifacts) == made  # what is linked already is not linked again
+
+
+def test_without_a_key_or_a_server(
+    runs: Runs, copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_API_KEY")
+    assert sync.main([f"runs={copy}"]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err == (
+        "nothing can be uploaded: no API key is set, `wandb login` sets one\n"
+    )
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    wandb.teardown()
+    assert sync.main([f"runs={copy}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("nothing can be uploaded: 127.0.0.1 is out of reach: ")
+
+
+def test_a_silent_server_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(3):
+        piece = tmp_path / str(number) / "wandb" / f"offline-run-20260101_00000{number}-abc{number}"
+        piece.mkdir(parents=True)
+        (piece / f"run-abc{number}.wandb").touch()
+    monkeypatch.setattr(tracking, "PROBE_SECONDS", 1.0)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    with wandb_server("silent") as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        wandb.teardown()
+        started = time.monotonic()
+        assert sync.main([f"runs={tmp_path}"]) == 1
+        assert time.monotonic() - started < 10
+    assert capsys.readouterr().out == "nothing can be uploaded: 127.0.0.1 does not answer within 1 s\n"
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "soon", "nan", ""])
+def test_seconds_that_are_none(seconds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sync.main([f"runs={tmp_path}", f"seconds={seconds}"]) == 2
+    assert "seconds=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["outputs"], ["runs="], ["run=x"], ["runs=nowhere"], ["runs=.", "runs=."], ["--force"]]
+)
+def test_wrong_words(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sync.main(words) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "runs=DIR" in error
+
+
+def test_nothing_to_upload(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sync.main([f"runs={tmp_path}"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}: no offline runs\n"
+    assert sync.main(["--help"]) == 0
+    assert capsys.readouterr().out.startswith("python -m fusion.sync [runs=DIR]")
+
+
+def test_a_run_that_goes_on_is_left_alone(runs: Runs, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fusion.locks import turn_of
+
+    for job in ("2", "3", "4", "6"):
+        shutil.rmtree(copy / job)
+    store = copy / "store"
+    (copy / "1" / "status.json").write_text('{"status": "running"}')
+    (copy / "1" / "config.yaml").write_text(f"store: {store}\nname: films\nresume: true\n")
+    with turn_of(store, "films"):
+        assert sync.main([f"runs={copy}"]) == 0
+    assert capsys.readouterr().out.endswith(": is still being written, left for the next call\n")
+    assert sync._alive(find_offline(copy)[0].pieces[0]) is False  # killed: its lock went with it
