@@ -12,46 +12,46 @@ from fusion.backbones.files import check_files
 from fusion.cli.app import command
 from fusion.config.stages import Stage1Config
 from fusion.model.unchanged import check_unchanged
-from fusion.runs.entry import Entry, find_entry
 from fusion.runs.inputs import initial_inputs, initial_manifest
-from fusion.runs.run import Run, Standing
+from fusion.runs.output import RunOutput, find_output
+from fusion.runs.run import Run, RunState
 
 
-def entry_of(config: Stage1Config, run: Run) -> Entry:
+def output_of(config: Stage1Config, run: Run) -> RunOutput:
     initial = initial_inputs(initial_manifest(config, config.kind))
-    entry = find_entry(config, run, kind=config.kind, inputs=initial or None)
-    if entry.stored is not None:
-        check_unchanged(entry.stored, config.backbone)
-    return entry
+    output = find_output(config, run, kind=config.kind, inputs=initial or None)
+    if output.stored is not None:
+        check_unchanged(output.stored, config.backbone)
+    return output
 
 
-def check(config: Stage1Config, run: Run) -> Standing:
+def check(config: Stage1Config, run: Run) -> RunState:
     """What can be said before a model is loaded, and how the run stands."""
     from fusion.data.rows import check_made_splits, check_source
 
     check_made_splits(config.task_list, config.data)
     for task in config.task_list:
         check_source(task, config.data)
-    entry = entry_of(config, run)
-    if entry.stored is None:
+    output = output_of(config, run)
+    if output.stored is None:
         check_files(config.backbone.name_or_path, config.backbone.trust_remote_code)
     if config.compile:
         from fusion.backbones.compiling import check_compiler
 
         check_compiler()
-    return entry.standing
+    return output.run_state
 
 
 @command("stage1", Stage1Config, check=check)
 def main(config: Stage1Config, run: Run) -> dict[str, Any]:
-    entry = entry_of(config, run)
-    if entry.stored is not None:
-        return entry.result()
-    with entry.attempt(run, config.resume):
-        return train(config, run, entry)
+    output = output_of(config, run)
+    if output.stored is not None:
+        return output.result()
+    with output.attempt(run, config.resume):
+        return train(config, run, output)
 
 
-def train(config: Stage1Config, run: Run, entry: Entry) -> dict[str, Any]:
+def train(config: Stage1Config, run: Run, output: RunOutput) -> dict[str, Any]:
     # Heavy imports come once a command really runs, so that --help and a wrong key answer at once.
     import torch
 
@@ -75,7 +75,7 @@ def train(config: Stage1Config, run: Run, entry: Entry) -> dict[str, Any]:
         check_unseen([earlier], task, config.data)
     rows = load_task_rows(config, backbone)
     torch.manual_seed(config.seed)
-    fillings = adapter_fillings(config.adapter, backbone) if entry.kind == "adapter" else {}
+    fillings = adapter_fillings(config.adapter, backbone) if output.kind == "adapter" else {}
     tuning = tuning_of(config.method, backbone)
     head = fresh_heads(config.head, config.task_list, config.backbone.pooling, backbone)
     model = AdaptedModel(
@@ -93,7 +93,7 @@ def train(config: Stage1Config, run: Run, entry: Entry) -> dict[str, Any]:
     return train_and_store(
         config,
         run,
-        entry,
+        output,
         model,
         backbone,
         rows,

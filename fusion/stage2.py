@@ -14,49 +14,49 @@ from fusion.backbones.files import check_files
 from fusion.cli.app import command
 from fusion.config.stages import Stage2Config
 from fusion.model.unchanged import check_unchanged
-from fusion.runs.entry import Entry, find_entry
 from fusion.runs.inputs import Inputs, check_backbone_name, initial_inputs, initial_manifest, read_inputs
-from fusion.runs.run import Run, Standing
+from fusion.runs.output import RunOutput, find_output
+from fusion.runs.run import Run, RunState
 
 
-def entry_of(config: Stage2Config, inputs: Inputs, run: Run) -> Entry:
+def output_of(config: Stage2Config, inputs: Inputs, run: Run) -> RunOutput:
     check_backbone_name(inputs.sources[0], config.backbone.name_or_path)
     # A source that was trained again makes this another run, though the config says the same.
     initial = initial_inputs(initial_manifest(config, "fusion", inputs.sources))
-    entry = find_entry(config, run, kind="fusion", inputs=inputs.hashes | initial)
-    if entry.stored is not None:
-        check_unchanged(entry.stored, config.backbone)
-    return entry
+    output = find_output(config, run, kind="fusion", inputs=inputs.hashes | initial)
+    if output.stored is not None:
+        check_unchanged(output.stored, config.backbone)
+    return output
 
 
-def check(config: Stage2Config, run: Run) -> Standing:
+def check(config: Stage2Config, run: Run) -> RunState:
     """What can be said before a model is loaded, and how the run stands."""
     from fusion.data.rows import check_made_splits, check_source
 
     assert config.task is not None
     check_made_splits([config.task], config.data)
     check_source(config.task, config.data)
-    entry = entry_of(config, read_inputs(config), run)
-    if entry.stored is None:
+    output = output_of(config, read_inputs(config), run)
+    if output.stored is None:
         check_files(config.backbone.name_or_path, config.backbone.trust_remote_code)
     if config.compile:
         from fusion.backbones.compiling import check_compiler
 
         check_compiler()
-    return entry.standing
+    return output.run_state
 
 
 @command("stage2", Stage2Config, check=check, settle=lambda config, overrides: name_sources(config))
 def main(config: Stage2Config, run: Run) -> dict[str, Any]:
     inputs = read_inputs(config)
-    entry = entry_of(config, inputs, run)
-    if entry.stored is not None:
-        return entry.result()
-    with entry.attempt(run, config.resume):
-        return train(config, run, inputs, entry)
+    output = output_of(config, inputs, run)
+    if output.stored is not None:
+        return output.result()
+    with output.attempt(run, config.resume):
+        return train(config, run, inputs, output)
 
 
-def train(config: Stage2Config, run: Run, inputs: Inputs, entry: Entry) -> dict[str, Any]:
+def train(config: Stage2Config, run: Run, inputs: Inputs, output: RunOutput) -> dict[str, Any]:
     # Heavy imports come once a command really runs, so that --help and a wrong key answer at once.
     import torch
 
@@ -84,7 +84,7 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, entry: Entry) -> dict[
     earlier = initial_manifest(config, "fusion", inputs.sources)
     check_unseen([*inputs.sources, inputs.fusion, earlier], config.task, config.data)
     rows = load_task_rows(config, backbone)
-    start = find_start(config, sources, backbone, rows.training[0], rows.validation, entry.checkpoints)
+    start = find_start(config, sources, backbone, rows.training[0], rows.validation, output.checkpoints)
     torch.manual_seed(config.seed)
     fillings = composition_fillings(start.composition, sources, backbone, start.chosen)
     head = start.head(config, backbone)
@@ -101,7 +101,7 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, entry: Entry) -> dict[
     return train_and_store(
         config,
         run,
-        entry,
+        output,
         model,
         backbone,
         rows,

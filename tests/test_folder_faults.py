@@ -24,10 +24,10 @@ import logging, resource, signal, sys
 from pathlib import Path
 from fusion.cli.app import command
 from fusion.config.stages import Stage1Config
-from fusion.runs.run import Standing
+from fusion.runs.run import RunState
 
 def check(config, run):
-    return Standing("done" if Path(config.store, "made").exists() else "new")
+    return RunState("done" if Path(config.store, "made").exists() else "new")
 
 @command("stage1", Stage1Config, check)
 def main(config, run):

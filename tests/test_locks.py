@@ -27,10 +27,10 @@ import time
 from pathlib import Path
 from fusion.cli.app import command
 from fusion.config.stages import Stage1Config
-from fusion.runs.run import Standing
+from fusion.runs.run import RunState
 
 def check(config, run):
-    return Standing("done" if (Path(config.store) / config.name).exists() else "new")
+    return RunState("done" if (Path(config.store) / config.name).exists() else "new")
 
 @command("stage1", Stage1Config, check)
 def main(config, run):

@@ -33,7 +33,7 @@ from fusion.config.model import (
 from fusion.config.stages import Stage1Config
 from fusion.config.training import OptimConfig, TrainerConfig
 from fusion.errors import TrainingError, UserError
-from fusion.runs.entry import find_entry
+from fusion.runs.output import find_output
 from fusion.store.artifacts import load
 from fusion.tasks.task import HubConfig
 from tests.bench import LABELS, Bench, quiz_row, rating_row, same, write_manifest, write_task
@@ -404,7 +404,7 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_run(bench: Bench) -> None:
 def test_an_entry_depends_on_what_the_config_only_names(bench: Bench) -> None:
     config = Stage1Config(**bench.settings("films"), name="films")
     run = bench.run("stage1", config)
-    entries = [find_entry(config, run, "adapter", {"sources": [hash_]}) for hash_ in ("a", "b")]
+    entries = [find_output(config, run, "adapter", {"sources": [hash_]}) for hash_ in ("a", "b")]
     assert entries[0].identity != entries[1].identity
     assert entries[0].checkpoints.parent == bench.folder / "store" / ".runs"
 

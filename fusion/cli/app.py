@@ -57,8 +57,8 @@ from fusion.files import expand_paths, resolve_path
 from fusion.locks import turn_of
 from fusion.runs import signals
 from fusion.runs.memory import free_cycles
-from fusion.runs.run import Run, Standing, check_folder, describe, record
-from fusion.runs.sweep import JobFailed, Sweep, command_again, objective, standings
+from fusion.runs.run import Run, RunState, check_folder, describe, record
+from fusion.runs.sweep import JobFailed, Sweep, command_again, objective, summarize_states
 from fusion.store.unfit import DEBUG
 from fusion.terminal import bars, display
 from fusion.terminal.screen import say
@@ -68,7 +68,7 @@ from fusion.training.expected_warnings import ignore_expected_warnings
 
 log = logging.getLogger(__name__)
 
-Check = Callable[[Any, Run], Standing | None]
+Check = Callable[[Any, Run], RunState | None]
 Function = Callable[[Any, Run], dict[str, Any]]
 Settle = Callable[[Any, Sequence[str]], None]
 
@@ -520,7 +520,7 @@ class Preflight(Callback):
                 return  # another sweeper finds its jobs as it goes: each is checked when its turn comes
             planned: list[Path] = []
             watched, again = True, None
-            standing: dict[str, Standing] = {}
+            standing: dict[str, RunState] = {}
             names: dict[tuple[str, str], Sequence[str]] = {}
             (members,) = BasicSweeper.split_arguments(overrides, None)
             for number, member in enumerate(members):
@@ -551,7 +551,7 @@ class Preflight(Callback):
             _sweep = Sweep.begin(folder, planned, again)
             name_sweep(folder)
             if standing:
-                say("\n".join(standings(standing)), flush=True)
+                say("\n".join(summarize_states(standing)), flush=True)
             # Other launchers run jobs at once, in processes of their own.
             if watched and str(config.hydra.launcher.get("_target_", "")).endswith(".BasicLauncher"):
                 bars.begin_sweep(len(planned))
@@ -700,7 +700,7 @@ def _job(command: Command, program: list[str], composed: DictConfig, outcomes: l
     launch: Any = HydraConfig.get()
     typed, run = prepare(command, composed, launch)
 
-    def check() -> Standing | None:
+    def check() -> RunState | None:
         standing = command.check(typed, run)
         if isinstance(typed, StageConfig) and run.rank_zero:
             if turn.enter_context(turn_of(Path(typed.store), str(typed.name))):
@@ -758,7 +758,7 @@ def _reads_returns(launch: DictConfig) -> bool:
     return _is_sweep(launch) and not str(launch.sweeper.get("_target_", "")).endswith(".BasicSweeper")
 
 
-def _say_standing(name: str, standing: Standing | None) -> None:
+def _say_standing(name: str, standing: RunState | None) -> None:
     """One line for a run that is not new; the command itself says where a finished one lies."""
     if standing is not None and standing.state == "interrupted":
         log.info("%s was interrupted and goes on%s", name, f": {standing.detail}" if standing.detail else "")

@@ -119,7 +119,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunState:
     """How a run stands before it starts.
 
     Attributes:
@@ -297,7 +297,7 @@ def caused_by_interrupt(error: BaseException) -> BaseException | None:
 
 
 def record(
-    run: Run, work: Callable[[], dict[str, Any]], check: Callable[[], Standing | None] | None = None
+    run: Run, work: Callable[[], dict[str, Any]], check: Callable[[], RunState | None] | None = None
 ) -> dict[str, Any]:
     """Does a job's work and leaves its traces: config.yaml, status.json, result.json, run.log.
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from fusion.config.stages import StageConfig
 from fusion.errors import first_line
-from fusion.runs.run import RESULT, STATUS, Standing
+from fusion.runs.run import RESULT, STATUS, RunState
 
 NAMES = 8  # so many names of a kind are shown,
 DETAILS = 4  # and so many with a line of their own
@@ -131,7 +131,7 @@ def _some(names: Sequence[str]) -> str:
     return f"{', '.join(names[:NAMES])}{more}"
 
 
-def standings(jobs: Mapping[str, Standing]) -> list[str]:
+def summarize_states(jobs: Mapping[str, RunState]) -> list[str]:
     """How the jobs of a sweep stand before the first one starts: a few lines, however many they are."""
     by_state: dict[str, dict[str, str]] = {}
     for name, standing in jobs.items():

@@ -21,7 +21,7 @@ import torch
 from lightning_fabric.plugins import CheckpointIO
 
 from fusion.errors import first_line
-from fusion.runs.entry import BEFORE, LAST, POSITION
+from fusion.runs.output import BEFORE, LAST, POSITION
 from fusion.training.interrupts import Interrupts
 from fusion.training.module import TaskModule
 

@@ -22,7 +22,7 @@ from fusion.errors import TrainingError
 from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.model.adapted import AdaptedModel
 from fusion.model.feature_cache import cache_features
-from fusion.runs.entry import Entry, result_of
+from fusion.runs.output import RunOutput, result_of
 from fusion.runs.provenance import circumstances, versions
 from fusion.runs.run import Run
 from fusion.store.artifacts import save
@@ -103,7 +103,7 @@ def split_name(tasks: Sequence[TaskConfig], number: int, split: str) -> str:
 def train_and_store(
     config: StageConfig,
     run: Run,
-    entry: Entry,
+    entry: RunOutput,
     model: AdaptedModel,
     backbone: Backbone,
     rows: TaskRows,
@@ -246,7 +246,7 @@ def _reference(manifest: Manifest) -> dict[str, Any]:
     return {"name": manifest.name, "hash": manifest.hash, "run": manifest.run.wandb}
 
 
-def _store(manifest: Manifest, model: AdaptedModel, entry: Entry, overwrite: bool) -> Path:
+def _store(manifest: Manifest, model: AdaptedModel, entry: RunOutput, overwrite: bool) -> Path:
     try:
         return save(entry.store, manifest, model.weight_state(), model.head_state(), overwrite)
     except OSError as error:
@@ -259,7 +259,7 @@ def _store(manifest: Manifest, model: AdaptedModel, entry: Entry, overwrite: boo
 def _circumstances(
     config: StageConfig,
     run: Run,
-    entry: Entry,
+    entry: RunOutput,
     model: AdaptedModel,
     backbone: Backbone,
     rows: TaskRows,
@@ -318,7 +318,7 @@ def _described(head: TaskHead, decision: Decision | None) -> dict[str, Any]:
 
 def _result(
     config: StageConfig,
-    entry: Entry,
+    entry: RunOutput,
     model: AdaptedModel,
     backbone: Backbone,
     fitted: Fit,

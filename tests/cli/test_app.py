@@ -27,7 +27,7 @@ from fusion.cli.app import as_text, command, text_keys
 from fusion.config.model import MethodConfig
 from fusion.config.stages import Stage1Config, Stage2Config
 from fusion.config.task import TaskConfig
-from fusion.runs.run import Run, Standing, identity_config
+from fusion.runs.run import Run, RunState, identity_config
 from fusion.runs.sweep import Sweep, objective
 from fusion.terminal import display
 from tests.terminal.emulator import Terminal, look_on, seen
@@ -174,7 +174,7 @@ def test_a_users_error_found_late_has_no_traceback_on_the_screen(go: Callable[..
 
 
 def test_a_run_that_begins_anew_says_so(go: Callable[..., Outcome]) -> None:
-    @command("stage1", Stage1Config, lambda config, run: Standing("new", "begins anew"))
+    @command("stage1", Stage1Config, lambda config, run: RunState("new", "begins anew"))
     def main(config: Stage1Config, run: Run) -> dict[str, Any]:
         return {}
 
@@ -539,10 +539,10 @@ def test_check_sees_all_jobs_first_and_each_again(go: Callable[..., Outcome]) ->
 
 
 def test_how_a_run_stands_is_said_before_it_starts(go: Callable[..., Outcome]) -> None:
-    stands = {1: Standing("done"), 2: Standing("interrupted", "epoch 3"), 3: Standing("failed", "boom")}
+    stands = {1: RunState("done"), 2: RunState("interrupted", "epoch 3"), 3: RunState("failed", "boom")}
 
-    def check(config: Stage1Config, run: Run) -> Standing:
-        return stands.get(config.seed, Standing("new"))
+    def check(config: Stage1Config, run: Run) -> RunState:
+        return stands.get(config.seed, RunState("new"))
 
     @command("stage1", Stage1Config, check)
     def main(config: Stage1Config, run: Run) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fusion.runs.run import Standing, write_json
-from fusion.runs.sweep import Sweep, command_again, standings
+from fusion.runs.run import RunState, write_json
+from fusion.runs.sweep import Sweep, command_again, summarize_states
 
 
 def leave(folder: Path, status: str, before: str | None = None, error: str | None = None) -> Path:
@@ -103,20 +103,20 @@ def test_jobs_that_nobody_planned(tmp_path: Path) -> None:
 
 def test_how_jobs_stand_is_a_few_lines() -> None:
     few = {
-        "rte": Standing("done"),
-        "cb": Standing("interrupted", "epoch 3, step 12"),
-        "mnli": Standing("failed", "RuntimeError: boom\nand more"),
-        "snli": Standing("new"),
+        "rte": RunState("done"),
+        "cb": RunState("interrupted", "epoch 3, step 12"),
+        "mnli": RunState("failed", "RuntimeError: boom\nand more"),
+        "snli": RunState("new"),
     }
-    assert standings(few) == [
+    assert summarize_states(few) == [
         "4 jobs: 1 done already, 1 interrupted, to be continued, 1 failed the last time, to run again, 1 new",
         "  skipped: rte",
         "  goes on: cb (epoch 3, step 12)",
         "  runs again: mnli (RuntimeError: boom)",
     ]
     states = ("done", "interrupted", "failed", "new")
-    many = {f"job-{number}": Standing(states[number % 4], "x" * 500) for number in range(100)}
-    lines = standings(many)
+    many = {f"job-{number}": RunState(states[number % 4], "x" * 500) for number in range(100)}
+    lines = summarize_states(many)
     assert len(lines) <= 12 and all(len(line) < 200 for line in lines)
     assert lines[0].startswith("100 jobs: 25 done already, 25 interrupted")
     assert lines[1].endswith(" and 17 more")

@@ -45,7 +45,7 @@ from fusion.model.build import (
 )
 from fusion.model.from_manifests import tensor_shapes
 from fusion.model.head_selection import answers
-from fusion.runs.entry import result_of
+from fusion.runs.output import result_of
 from fusion.store.artifacts import load, save
 from fusion.store.describing import describe
 from fusion.store.layout import HEAD, MANIFEST, WEIGHTS

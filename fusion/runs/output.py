@@ -18,7 +18,7 @@ from fusion.config.stages import StageConfig
 from fusion.errors import first_line
 from fusion.runs.run import (
     Run,
-    Standing,
+    RunState,
     caused_by_interrupt,
     checkpoint_folder,
     describe,
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Entry:
+class RunOutput:
     """What a run makes.
 
     kind: what is stored, one of the manifest's KINDS.
@@ -71,18 +71,18 @@ class Entry:
         return result_of(self.stored, path)
 
     @property
-    def standing(self) -> Standing:
+    def run_state(self) -> RunState:
         """What became of this very run so far."""
         if self.stored is not None:
-            return Standing("done")
+            return RunState("done")
         attempt, there = _read(self.checkpoints / ATTEMPT), self._has_checkpoint
         if not attempt and not there:
-            return Standing("new")
+            return RunState("new")
         where = self._position() if there else "from the beginning"
         how = f"goes on {where}" if self.resume else "begins anew"
         if attempt.get("status") == "failed":
-            return Standing("failed", f"{first_line(Exception(attempt.get('error')))}; {how}")
-        return Standing("interrupted", where) if self.resume else Standing("new", how)
+            return RunState("failed", f"{first_line(Exception(attempt.get('error')))}; {how}")
+        return RunState("interrupted", where) if self.resume else RunState("new", how)
 
     @property
     def outlook(self) -> str:
@@ -151,7 +151,7 @@ def _read(path: Path) -> dict[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def find_entry(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any] | None = None) -> Entry:
+def find_output(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any] | None = None) -> RunOutput:
     """Look the run up in the store; no model is loaded for it.
 
     Args:
@@ -172,7 +172,7 @@ def find_entry(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any] 
     done = is_done(config.name, there, asked, config.overwrite, epochs)
     if not done:
         check_free(config.name, kind, store, config.overwrite)
-    return Entry(
+    return RunOutput(
         kind=kind,
         name=config.name,
         store=store,

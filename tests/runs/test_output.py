@@ -10,61 +10,61 @@ import pytest
 
 from fusion import stage1
 from fusion.config.stages import Stage1Config
-from fusion.runs.entry import ATTEMPT, Entry
-from fusion.runs.run import Run, Standing
+from fusion.runs.output import ATTEMPT, RunOutput
+from fusion.runs.run import Run, RunState
 from fusion.runs.signals import Terminated
 from tests.bench import Bench
 
 
-def entry_of(bench: Bench, **changes: Any) -> tuple[Entry, Run]:
+def output_of(bench: Bench, **changes: Any) -> tuple[RunOutput, Run]:
     config = Stage1Config(**bench.settings("films", **changes))
     config.name = config.default_name()
     run = bench.run("stage1", config)
-    return stage1.entry_of(config, run), run
+    return stage1.output_of(config, run), run
 
 
 def test_a_run_from_new_to_done(bench: Bench) -> None:
-    entry, run = entry_of(bench)
-    assert entry.standing == Standing("new")
+    entry, run = output_of(bench)
+    assert entry.run_state == RunState("new")
     with entry.attempt(run, resume=True):
         said = json.loads((entry.checkpoints / ATTEMPT).read_text())
         assert set(said) == {"status", "error", "directory", "host", "pid", "started"}
         assert (said["status"], said["directory"]) == ("running", str(run.directory))
-        assert entry.standing == Standing(
+        assert entry.run_state == RunState(
             "interrupted", "from the beginning"
         )  # for whoever comes after a kill
     assert not entry.checkpoints.exists()
     bench.stage1("films")
-    assert entry_of(bench)[0].standing == Standing("done")
+    assert output_of(bench)[0].run_state == RunState("done")
 
 
 @pytest.mark.parametrize(
     ("error", "standing"),
     [
-        (RuntimeError("the power went\nand more"), Standing("failed", "RuntimeError: the power went; goes on at epoch 3, batch 8")),
-        (KeyboardInterrupt(), Standing("interrupted", "at epoch 3, batch 8")),
-        (Terminated("SIGTERM"), Standing("interrupted", "at epoch 3, batch 8")),
-        (SystemExit(144), Standing("interrupted", "at epoch 3, batch 8")),
+        (RuntimeError("the power went\nand more"), RunState("failed", "RuntimeError: the power went; goes on at epoch 3, batch 8")),
+        (KeyboardInterrupt(), RunState("interrupted", "at epoch 3, batch 8")),
+        (Terminated("SIGTERM"), RunState("interrupted", "at epoch 3, batch 8")),
+        (SystemExit(144), RunState("interrupted", "at epoch 3, batch 8")),
     ],
     ids=["failed", "Ctrl-C", "SIGTERM", "taken away"],
 )  # fmt: skip
 def test_an_attempt_that_ends_badly_leaves_its_checkpoints(
-    bench: Bench, error: BaseException, standing: Standing
+    bench: Bench, error: BaseException, standing: RunState
 ) -> None:
-    entry, run = entry_of(bench)
+    entry, run = output_of(bench)
     with pytest.raises(type(error)), entry.attempt(run, resume=True):
         (entry.checkpoints / "last.ckpt").write_bytes(b"whole")
         (entry.checkpoints / "position.json").write_text('{"epoch": 2, "batch": 7, "steps": 23}')
         raise error
-    assert entry.standing == standing
+    assert entry.run_state == standing
     with entry.attempt(run, resume=True):
         assert (entry.checkpoints / "last.ckpt").exists()
         (entry.checkpoints / ATTEMPT).write_text("not json")
-        assert entry.standing == Standing("interrupted", "at epoch 3, batch 8")
+        assert entry.run_state == RunState("interrupted", "at epoch 3, batch 8")
 
 
 def test_resume_false_begins_anew(bench: Bench) -> None:
-    entry, run = entry_of(bench)
+    entry, run = output_of(bench)
     entry.checkpoints.mkdir(parents=True)
     (entry.checkpoints / "last.ckpt").write_bytes(b"whole")
     with entry.attempt(run, resume=False):
@@ -74,40 +74,40 @@ def test_resume_false_begins_anew(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("status", "standing"),
     [
-        ("failed", Standing("failed", "RuntimeError: boom; begins anew")),
-        ("interrupted", Standing("new", "begins anew")),
+        ("failed", RunState("failed", "RuntimeError: boom; begins anew")),
+        ("interrupted", RunState("new", "begins anew")),
     ],
 )
-def test_what_begins_anew_is_not_said_to_go_on(bench: Bench, status: str, standing: Standing) -> None:
-    entry, _ = entry_of(bench, resume=False)
-    assert entry.standing == Standing("new")
+def test_what_begins_anew_is_not_said_to_go_on(bench: Bench, status: str, standing: RunState) -> None:
+    entry, _ = output_of(bench, resume=False)
+    assert entry.run_state == RunState("new")
     entry.checkpoints.mkdir(parents=True)
     said = {"status": status, "error": "RuntimeError: boom"}
     (entry.checkpoints / ATTEMPT).write_text(json.dumps(said))
     (entry.checkpoints / "last.ckpt").write_bytes(b"whole")
     (entry.checkpoints / "position.json").write_text('{"epoch": 2, "batch": 7, "steps": 23}')
-    assert entry.standing == standing
-    assert "goes on at epoch 3, batch 8" in f"goes on {entry_of(bench)[0].standing.detail}"
+    assert entry.run_state == standing
+    assert "goes on at epoch 3, batch 8" in f"goes on {output_of(bench)[0].run_state.detail}"
 
 
 def test_nothing_resumes_without_a_checkpoint(bench: Bench) -> None:
     """What a full disk leaves: a position of which there is no checkpoint, or a checkpoint without one."""
-    entry, _ = entry_of(bench)
+    entry, _ = output_of(bench)
     assert entry.outlook == "it starts over, since there is no checkpoint"
     entry.checkpoints.mkdir(parents=True)
     (entry.checkpoints / ATTEMPT).write_text(json.dumps({"status": "interrupted"}))
     (entry.checkpoints / "position.json").write_text('{"epoch": 2, "batch": 7, "steps": 23}')
-    assert entry.standing == Standing("interrupted", "from the beginning")
+    assert entry.run_state == RunState("interrupted", "from the beginning")
     assert entry.outlook == "it starts over, since there is no checkpoint"
     (entry.checkpoints / "before.ckpt").write_bytes(b"whole")
-    assert entry.standing == Standing("interrupted", "at epoch 3, batch 8")
+    assert entry.run_state == RunState("interrupted", "at epoch 3, batch 8")
     assert entry.outlook == f"it resumes at epoch 3, batch 8 ({entry.checkpoints})"
     (entry.checkpoints / "position.json").write_text('{"epoch": null}')
     assert entry.outlook == f"it resumes at its last checkpoint ({entry.checkpoints})"
 
 
 def test_other_processes_of_a_run_keep_nothing(bench: Bench) -> None:
-    entry, run = entry_of(bench)
+    entry, run = output_of(bench)
     with entry.attempt(Run(run.command, run.directory, (), {}, "", rank_zero=False), resume=False):
         assert not entry.checkpoints.exists()
 
@@ -115,7 +115,7 @@ def test_other_processes_of_a_run_keep_nothing(bench: Bench) -> None:
 def test_what_a_killed_run_left_beside_a_stored_artifact_goes(bench: Bench) -> None:
     """It was killed after it had stored and before it had cleared up."""
     bench.stage1("films")
-    entry, _ = entry_of(bench)
+    entry, _ = output_of(bench)
     entry.checkpoints.mkdir(parents=True)
     (entry.checkpoints / "last.ckpt").write_bytes(b"whole")
     bench.stage1("films")
@@ -123,7 +123,7 @@ def test_what_a_killed_run_left_beside_a_stored_artifact_goes(bench: Bench) -> N
 
 
 def test_an_attempt_that_cannot_be_noted_goes_on(bench: Bench, tmp_path: Path) -> None:
-    entry, run = entry_of(bench, store=str(tmp_path / "store"))
+    entry, run = output_of(bench, store=str(tmp_path / "store"))
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / ".runs").write_text("a file in the way")
     with entry.attempt(run, resume=True):
