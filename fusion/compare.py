@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion.cli.console import say, show_table
 from fusion.cli.program import run_program
 from fusion.errors import UserError, first_line
 from fusion.files import check_reference, resolve_path
@@ -22,8 +23,6 @@ from fusion.store.layout import MANIFEST
 from fusion.store.lookup import find, read_folder, read_settled
 from fusion.store.settings_groups import Lookup, Settings, group
 from fusion.store.settings_groups import differing as differing_settings
-from fusion.terminal.screen import say
-from fusion.terminal.tables import show_table
 from fusion.text import printable
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.cli.app import command
+from fusion.cli.console import say
 from fusion.config.commands import EvaluateConfig
 from fusion.errors import UserError
 from fusion.model.head_selection import answers, own_tasks
@@ -19,7 +20,6 @@ from fusion.model.usable import usable_manifest
 from fusion.runs.run import Run
 from fusion.store.lookup import read_manifest, source_manifests
 from fusion.store.trained_data import as_trained, data_folder_of
-from fusion.terminal.screen import say
 from fusion.text import key_of, quotable, typed
 
 log = logging.getLogger(__name__)
@@ -86,12 +86,12 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     """Score the artifact on the split, and give what result.json holds."""
     from fusion.analysis.unseen import check_unseen
     from fusion.backbones.load import load_backbone
+    from fusion.cli.console import rows_progress
     from fusion.data.encode import encode
     from fusion.data.rows import evaluation_splits, load_splits
     from fusion.model.build import backbone_of, stored_model
     from fusion.model.inference import device_of, predict
     from fusion.store.artifacts import load
-    from fusion.terminal.bars import rows_bar
     from fusion.training.metrics import predicted, score_predictions
     from fusion.training.outcomes import Scored, outcomes, write_outcomes
 
@@ -121,7 +121,7 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
             raise UserError(f"split={split}: its rows have no labels to score against; use fusion.predict")
         encoded = encode(rows, backbone.tokenizer, max_length, config.data.cache_dir)
         encoded.task = answer.head
-        with rows_bar(f"{manifest.name} on {task.name} {split}", len(rows)) as advance:
+        with rows_progress(f"{manifest.name} on {task.name} {split}", len(rows)) as advance:
             predictions = predict(
                 model,
                 encoded,

@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from fusion.cli.app import command
+from fusion.cli.console import say
 from fusion.config.commands import InspectConfig
 from fusion.model.usable import usable_manifest
 from fusion.runs.run import INSPECTION, Run, write_json
 from fusion.store.compatibility import check_attends
-from fusion.terminal.screen import say
 
 
 def check(config: InspectConfig, run: Run) -> None:

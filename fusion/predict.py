@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.cli.app import command
+from fusion.cli.console import say
 from fusion.config.commands import PredictConfig
 from fusion.errors import UserError
 from fusion.model.head_selection import Answer, answers
@@ -20,7 +21,6 @@ from fusion.model.usable import usable_manifest
 from fusion.runs.run import Run
 from fusion.store.compatibility import check_attends
 from fusion.tasks.table import kind_of
-from fusion.terminal.screen import say
 
 if TYPE_CHECKING:
     from fusion.model.inference import Predictions
@@ -66,12 +66,12 @@ def check(config: PredictConfig, run: Run) -> None:
 @command("predict", PredictConfig, check=check)
 def main(config: PredictConfig, run: Run) -> dict[str, Any]:
     from fusion.backbones.load import load_backbone
+    from fusion.cli.console import rows_progress
     from fusion.data.encode import encode
     from fusion.data.rows import rows_of_file
     from fusion.model.build import backbone_of, stored_model
     from fusion.model.inference import device_of, predict
     from fusion.store.artifacts import load
-    from fusion.terminal.bars import rows_bar
 
     device = device_of(config.accelerator)
     artifact = load(config.artifact, Path(config.store))
@@ -85,7 +85,7 @@ def main(config: PredictConfig, run: Run) -> dict[str, Any]:
     rows = rows_of_file(task, Path(config.input), config.data.quoting)
     encoded = encode(rows, backbone.tokenizer, max_length, config.data.cache_dir)
     encoded.task = answer.head
-    with rows_bar(f"{manifest.name} on {Path(config.input).name}", len(rows)) as advance:
+    with rows_progress(f"{manifest.name} on {Path(config.input).name}", len(rows)) as advance:
         predictions = predict(
             model,
             encoded,

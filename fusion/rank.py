@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fusion.analysis.ranking.candidates import Candidates, all_adapters
 from fusion.backbones.files import check_files
 from fusion.cli.app import command
+from fusion.cli.console import say
 from fusion.config.commands import RankConfig
 from fusion.config.model import CompositionConfig
 from fusion.errors import TrainingError, UserError
@@ -24,7 +25,6 @@ from fusion.runs.run import Run
 from fusion.store.compatibility import check_sources
 from fusion.store.lookup import artifacts, read_manifest
 from fusion.store.writing import check_writable
-from fusion.terminal.screen import say
 
 if TYPE_CHECKING:
     from fusion.store.manifest import Manifest
@@ -201,7 +201,7 @@ def _known_fusion(config: RankConfig) -> dict[str, Any] | None:
 
 def _print(ranking: dict[str, Any], candidates: Candidates, rows: int) -> None:
     from fusion.analysis.ranking.order import table_rows
-    from fusion.terminal.tables import show_table
+    from fusion.cli.console import show_table
 
     target, seconds = ranking["task"]["name"], ranking["seconds"]
     say(f"{len(ranking['sources'])} sources for {target}, {rows} of its rows: score (rank), higher is better")

@@ -12,11 +12,11 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from fusion.cli.app import command
+from fusion.cli.console import say
 from fusion.config.commands import InspectConfig, ReportConfig
 from fusion.config.data import LimitConfig
 from fusion.errors import UserError
 from fusion.runs.run import INSPECTION, Run, check_folder, write_json
-from fusion.terminal.screen import say
 
 if TYPE_CHECKING:
     from fusion.reporting.reading import Found

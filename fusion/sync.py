@@ -13,11 +13,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from fusion.cli.console import say
 from fusion.cli.program import run_program
 from fusion.errors import UserError
 from fusion.files import resolve_path
 from fusion.runs.run import CONFIG, STATUS
-from fusion.terminal.screen import say
 
 USAGE = """\
 python -m fusion.sync [runs=DIR] [seconds=N]

@@ -8,13 +8,16 @@ that are printed in order to be typed are written in Hydra's override syntax and
 from __future__ import annotations
 
 import logging
+import os
 import re
 import reprlib
 import shlex
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
+PROGRESS = "FUSION_PROGRESS"  # environment: 0 draws no progress bar
 SHOWN = 60  # characters of a value or a name in a message
 NAMES = 20  # names in a message
 _short = reprlib.Repr()
@@ -69,6 +72,27 @@ class _PrintableRecord(logging.LogRecord):
 def printable_logs() -> None:
     """Make every log message of this process `printable`, on the terminal and in run.log."""
     logging.setLogRecordFactory(_PrintableRecord)
+
+
+class ConsoleHandler(logging.StreamHandler[TextIO]):
+    """Log to the `sys.stdout` of the moment, through which a progress bar prints lines above itself."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stdout
+
+
+def at_terminal(stream: TextIO) -> bool:
+    """Whether a stream is a terminal that can move its cursor."""
+    return not stream.closed and stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+def shows_progress() -> bool:
+    """Whether progress bars are drawn: at a terminal, unless FUSION_PROGRESS is 0."""
+    return os.environ.get(PROGRESS) != "0" and at_terminal(sys.stdout) and at_terminal(sys.stderr)
 
 
 def repeated(values: Iterable[str]) -> list[str]:

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from fusion.analysis.ranking.order import correlation, ranks
+from fusion.cli.console import columns
 from fusion.errors import UserError
 from fusion.runs.signals import exit_code
-from fusion.terminal.tables import plain
 from pipelines.commands import call, read_config, say
 
 MEAN = "mean rank"
@@ -174,7 +174,7 @@ def report(config: RankingConfig) -> dict[str, Any]:
         say(
             f"\n{target} alone: {_mean(alone)}; gain by seed of going on from a source, and its rank by each method"
         )
-        say("\n".join(plain(_source_rows(ranking, each))))
+        say("\n".join(columns(_source_rows(ranking, each))))
         say("")
         rows = [["against the gain", "Kendall τ", "Spearman ρ", "gain of its best three", "seconds"]]
         for method, values in judged.items():
@@ -190,7 +190,7 @@ def report(config: RankingConfig) -> dict[str, Any]:
             )
         rows.append(["all sources", "", "", _signed(statistics.fmean(gained.values()), 3), ""])
         rows.append(["the best source", "", "", _signed(max(gained.values()), 3), ""])
-        say("\n".join(plain(rows)))
+        say("\n".join(columns(rows)))
     return found
 
 

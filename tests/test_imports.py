@@ -17,12 +17,12 @@ ROOT = Path(__file__).parents[1]
 # A package imports only those before it, beside the modules that every package may use. Commands import all of them.
 EVERYWHERE = ("errors", "text", "files", "locks")
 PACKAGES = (
-    *("layers", "hub", "terminal", "tasks", "backbones", "config", "data", "store", "runs"),
+    *("layers", "hub", "tasks", "backbones", "config", "data", "store", "runs"),
     *("tracking", "reporting", "model", "training", "analysis", "cli"),
 )
 COMMANDS = ("stage1", "stage2", "rank", "evaluate", "predict", "inspect", "report", "compare", "sync")
 LIBRARIES = {
-    "rich": {"terminal"},
+    "rich": {"cli"},
     "hydra": {"cli"},
     "hydra_plugins": {"cli"},
     "omegaconf": {"cli"},

@@ -64,22 +64,7 @@ def test_only_a_few_modules_print_directly() -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     }
     # program, app: usage and messages, through `printable`; run: the name of a log that cannot be written
-    assert found == {"terminal/screen.py", "cli/program.py", "cli/app.py", "runs/run.py"}
-
-
-@pytest.mark.parametrize("text", HOSTILE)
-def test_say_prints_nothing_hostile(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from fusion.terminal.screen import say
-
-    say(f"{text} on films")
-    assert capsys.readouterr().out.rstrip("\n").isprintable()
-
-
-def test_a_tab_and_a_line_feed_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
-    from fusion.terminal.screen import say
-
-    say("a\tb\nc")
-    assert capsys.readouterr().out == "a\tb\nc\n"
+    assert found == {"cli/console.py", "cli/program.py", "cli/app.py", "runs/run.py"}
 
 
 def test_names_in_a_ranking_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,9 +104,3 @@ def test_names_in_a_manifest_are_escaped(tmp_path: Path, capsys: pytest.CaptureF
     assert store_program(["show", "films", f"store={tmp_path}"]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out and out.count("\\x1b[2Jgone") >= 2
-
-
-def test_a_bar_has_no_escapes_in_its_name() -> None:
-    from fusion.terminal.bars import _short
-
-    assert _short("\x1b[2J\nfilms").isprintable()

@@ -47,6 +47,7 @@ from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
+from fusion.cli.console import say
 from fusion.config.compositions import COMPOSITIONS
 from fusion.config.methods import METHODS
 from fusion.config.stages import Stage1Config, Stage2Config, StageConfig
@@ -60,9 +61,16 @@ from fusion.runs.memory import free_cycles
 from fusion.runs.run import Run, RunState, check_folder, describe, record
 from fusion.runs.sweep import JobFailed, Sweep, command_again, objective, summarize_states
 from fusion.store.unfit import DEBUG
-from fusion.terminal import bars, display
-from fusion.terminal.screen import say
-from fusion.text import is_plain, only_in_quotes, override, printable, printable_logs, quoted, repeated
+from fusion.text import (
+    PROGRESS,
+    is_plain,
+    only_in_quotes,
+    override,
+    printable,
+    printable_logs,
+    quoted,
+    repeated,
+)
 from fusion.tracking.decision import name_sweep, shared_decision
 from fusion.training.expected_warnings import ignore_expected_warnings
 
@@ -519,7 +527,7 @@ class Preflight(Callback):
                 name_sweep(folder)
                 return  # another sweeper finds its jobs as it goes: each is checked when its turn comes
             planned: list[Path] = []
-            watched, again = True, None
+            again = None
             standing: dict[str, RunState] = {}
             names: dict[tuple[str, str], Sequence[str]] = {}
             (members,) = BasicSweeper.split_arguments(overrides, None)
@@ -537,7 +545,6 @@ class Preflight(Callback):
                     standing[str(run.config.get("name"))] = found
                 planned.append(folder / _job_folder(composed, number))
                 if isinstance(typed, StageConfig):
-                    watched = watched and bool(typed.trainer.enable_progress_bar)
                     again = command_again(typed.resume, typed.overwrite)
                     first = names.setdefault((typed.store, str(typed.name)), member)
                     if first is not member:
@@ -552,9 +559,6 @@ class Preflight(Callback):
             name_sweep(folder)
             if standing:
                 say("\n".join(summarize_states(standing)), flush=True)
-            # Other launchers run jobs at once, in processes of their own.
-            if watched and str(config.hydra.launcher.get("_target_", "")).endswith(".BasicLauncher"):
-                bars.begin_sweep(len(planned))
 
 
 def _output_folder(config: DictConfig, mode: str) -> Path:
@@ -647,14 +651,8 @@ def _main(command: Command) -> int:
             free_cycles()
 
     try:
-        try:
-            with shared_decision():
-                hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=command.name)(
-                    job
-                )()
-        finally:
-            bars.end_sweep()
-            display.close()
+        with shared_decision():
+            hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=command.name)(job)()
     except Refused as error:
         return _say(str(error), error.code)
     except (*CONFIG_ERRORS, *COMPOSING_ERRORS) as error:  # a job's own errors do not get here
@@ -711,23 +709,15 @@ def _job(command: Command, program: list[str], composed: DictConfig, outcomes: l
     def work() -> dict[str, Any]:
         ranks = processes.count(typed.trainer) if isinstance(typed, StageConfig) else 1
         if ranks > 1:
-            with bars.handed_over():
-                return processes.launch(program, run.config, run, ranks)
+            return processes.launch(program, run.config, run, ranks)
         return command.function(typed, run)
 
     if _sweep is None and _is_sweep(launch):  # a launcher's process, one of several at one terminal
-        os.environ[display.PROGRESS] = "0"
-    bar = bars.sweep_bar()
-    if bar is not None:
-        bar.begins()
+        os.environ[PROGRESS] = "0"
     try:
         with contextlib.ExitStack() as turn:
             result = record(run, work, check)
-        if bar is not None:
-            bar.ends(failed=False)
     except Exception as error:
-        if bar is not None:
-            bar.ends(failed=True)
         if _sweep is not None:
             _sweep.told[run.directory.absolute()] = describe(error)
         if isinstance(error, UserError):

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion.cli.console import say, show_table
 from fusion.cli.settings_table import settings_table
 from fusion.errors import UserError
 from fusion.runs.run import Run
@@ -23,8 +24,6 @@ from fusion.store.overview import everything
 from fusion.store.settings_groups import Lookup, group
 from fusion.store.trained_data import data_folder_of, split_of
 from fusion.store.unfit import why_unfit
-from fusion.terminal.screen import say
-from fusion.terminal.tables import show_table
 from fusion.text import key_of, override, shell_line
 
 if TYPE_CHECKING:

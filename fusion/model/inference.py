@@ -62,14 +62,14 @@ def predict(
     tokens_per_batch: int | None = None,
     first_layer: int = 0,
     sources_on: Tensor | None = None,
-    advance: Callable[[int, int], None] | None = None,
+    advance: Callable[[int], None] | None = None,
 ) -> Predictions:
     """Scores of every row; batches are sorted by length and the results put back in order.
 
     Args:
         first_layer: the slots of the layers below it stay empty (AdapterDrop).
         sources_on: (N,) bool, which sources take part; None: all.
-        advance: is told of each batch that is done, how many rows and tokens (padding included) it had.
+        advance: called after each batch with its number of rows.
     """
     keep_freed_memory()
     model = model.to(device).eval()
@@ -100,7 +100,7 @@ def predict(
                 _row_means(values, batch.attention_mask, batch.choice_counts).cpu()
             )
         if advance is not None:
-            advance(len(batch.rows), batch.input_ids.numel())
+            advance(len(batch.rows))
     order = torch.argsort(torch.cat(places))
     return Predictions(
         scores=_stacked(scores)[order],

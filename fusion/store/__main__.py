@@ -13,10 +13,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fusion.cli.console import say
 from fusion.cli.program import run_program
 from fusion.errors import UserError
 from fusion.files import resolve_path
-from fusion.terminal.screen import say
 
 USAGE = """\
 python -m fusion.store COMMAND [NAME] [KEY=VALUE ...]
@@ -92,8 +92,8 @@ def _store(values: dict[str, str]) -> Path:
 
 
 def _list(names: list[str], values: dict[str, str]) -> int:
+    from fusion.cli.console import show_table
     from fusion.store.listing import list_store
-    from fusion.terminal.tables import show_table
 
     rows, lines = list_store(_store(values))
     if rows:

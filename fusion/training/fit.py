@@ -28,6 +28,7 @@ from fusion.model.adapted import AdaptedModel
 from fusion.runs.memory import keep_freed_memory
 from fusion.store.artifacts import copy_into
 from fusion.tasks.kind import Decision
+from fusion.text import shows_progress
 from fusion.training.callbacks import Best, EpochLine, StepClock, best_epoch
 from fusion.training.checkpoints import LAST, TOKENIZER, Checkpoints, Loaded, read_checkpoint
 from fusion.training.divergence import divergence
@@ -124,8 +125,8 @@ def fit(
         clock,
     ]
     callbacks += [*watchers, FirstOfEpoch()]
-    if config.trainer.enable_progress_bar:
-        callbacks.append(ProgressBar(config.name or "training", monitor))
+    if config.trainer.enable_progress_bar and shows_progress():
+        callbacks.append(ProgressBar(monitor))
     callbacks.append(keep)
     last = read_checkpoint(checkpoints) if config.resume and model.trainable() else None
     if last is not None:
@@ -261,7 +262,7 @@ def make_trainer(
     arguments: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     arguments["enable_checkpointing"] = False  # Lightning's own
     plugins: list[Any] = [] if last is None else [Loaded(last)]
-    arguments["enable_progress_bar"] = False  # Lightning's own; ours is a callback
+    arguments["enable_progress_bar"] = any(isinstance(callback, ProgressBar) for callback in callbacks)
     if config.profiler in PROFILERS:  # by name, Lightning would give its table to a log that nobody reads
         folder = config.default_root_dir or "."
         arguments["profiler"] = PROFILERS[config.profiler](dirpath=folder, filename="profile")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -36,7 +35,6 @@ from fusion.runs.memory import keep_freed_memory
 from fusion.tracking.tracking import build_loggers
 from fusion.training.fit import make_trainer
 from fusion.training.module import TaskModule, adamw
-from fusion.training.progress import ProgressBar
 from pipelines.benchmark import floor, weights
 from pipelines.benchmark.cases import ADAPTER, CLIPPED, FLOOR, FULL, FUSION, INFER, LOOP, Case, Setup
 from pipelines.benchmark.measure import TokenBatch, synchronise, timed, token_batch
@@ -246,26 +244,12 @@ class Stopwatch(lightning.Callback):
         self.begun.append(time.perf_counter())
 
 
-class Terminal:
-    """stderr as it is for somebody who looks at it: that is where a progress bar is drawn."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def isatty(self) -> bool:
-        return True
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
 def in_lightning(model: OurModel, setup: Setup, warmup: int, steps: int) -> float:
-    """Mean seconds a step in the project's own Trainer, with the CSV logger and the progress bar."""
+    """Mean seconds a step in the project's own Trainer, with the CSV logger."""
     batches = [model.batch] * (warmup + steps + 1)  # the last one's beginning ends the last timed one
     loader: DataLoader[Any] = DataLoader(cast(Any, batches), batch_size=None)
     watch = Stopwatch(setup.device)
     module = TaskModule(model.adapted, [TASK], OPTIM, model.module.loss_weights, splits={})
-    real = sys.stderr
     with tempfile.TemporaryDirectory(dir=setup.weights) as folder:
         loggers = build_loggers(
             LoggerConfig(csv=CsvConfig()),
@@ -283,12 +267,8 @@ def in_lightning(model: OurModel, setup: Setup, warmup: int, steps: int) -> floa
             max_epochs=1,
             enable_checkpointing=False,
         )
-        sys.stderr = cast(Any, Terminal(real))
-        try:
-            trainer = make_trainer(settings, [watch, ProgressBar("loop", "")], loggers)
-            trainer.fit(module, loader)
-        finally:
-            sys.stderr = real
+        trainer = make_trainer(settings, [watch], loggers)
+        trainer.fit(module, loader)
     return (watch.begun[-1] - watch.begun[warmup]) / steps
 
 

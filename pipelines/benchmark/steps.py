@@ -66,7 +66,7 @@ def train(session: Session) -> Report:
         ratio("  the rival's, with its defaults", rival(theirs_one), ours(one_floor)),
         ratio(f"  our fusion of {n} over its matrix products alone", ours(usual), ours(floors[n])),
         ratio(
-            "Lightning's loop with logger and progress bar, over the bare step",
+            "Lightning's loop with logger, over the bare step",
             ours(loop),
             ours(bare_loop),
             Target(1.03),

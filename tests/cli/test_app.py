@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
@@ -29,8 +28,7 @@ from fusion.config.stages import Stage1Config, Stage2Config
 from fusion.config.task import TaskConfig
 from fusion.runs.run import Run, RunState, identity_config
 from fusion.runs.sweep import Sweep, objective
-from fusion.terminal import display
-from tests.terminal.emulator import Terminal, look_on, seen
+from fusion.text import PROGRESS
 
 ROOT = Path(__file__).resolve().parents[2]
 TASK = "kind: classification\ntext: sentence\nlabels: [negative, positive]\nmetrics: [accuracy]\n"
@@ -587,90 +585,22 @@ def test_a_sweep_knows_its_jobs_whatever_the_clock_says(
 # --- at a terminal ------------------------------------------------------------------------------
 
 
-def test_a_sweep_at_a_terminal(go: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Terminal()
-    look_on(monkeypatch, terminal)
-    outcome = go("-m", "+task=mine", "seed=1,7,2", "trainer.devices=1", "hydra.sweep.dir=sweep")
-    assert outcome.code == 1
-    drawn = re.findall(r"job \d of 3, \d done, \d failed", terminal.getvalue())
-    steps = [(1, 0, 0), (1, 1, 0), (2, 1, 0), (2, 1, 1), (3, 1, 1), (3, 2, 1)]
-    said = [f"job {number} of 3, {done} done, {failed} failed" for number, done, failed in steps]
-    assert list(dict.fromkeys(drawn)) == said
-    screen = terminal.screen  # of the bar nothing is left, and every line stands whole
-    assert not any(line.startswith("sweep ") for line in screen) and display.display() is not None
-    assert [line for line in screen if line.startswith("job ")] == [
-        f"job mine-seed-{seed} in group sweep" for seed in (1, 7, 2)
-    ]
-    assert "3 jobs: 2 done, 1 failed" in screen
-    assert "  sweep/1-mine-seed-7/run.log: RuntimeError: boom" in screen
-    assert all("\x1b" not in log.read_text() for log in Path("sweep").glob("*/run.log"))
-    assert sys.stdout is terminal and sys.stderr is terminal
-
-
-def test_jobs_side_by_side_draw_nothing(go: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_that_run_at_once_draw_no_bars(
+    go: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As in a launcher's processes, which know of no sweep and share a terminal."""
-    monkeypatch.setenv(display.PROGRESS, "1")
+    monkeypatch.setenv(PROGRESS, "1")
     monkeypatch.setattr(Sweep, "begin", lambda *_: None)
     wanted = []
 
     @command("stage1", Stage1Config, lambda config, run: None)
     def main(config: Stage1Config, run: Run) -> dict[str, Any]:
-        wanted.append(os.environ[display.PROGRESS])
+        wanted.append(os.environ[PROGRESS])
         return {}
 
     assert go("+task=mine", "trainer.devices=1", main=main).code == 0
     assert go("-m", "+task=mine,yours", "trainer.devices=1", main=main).code == 0
     assert wanted == ["1", "0", "0"]
-
-
-def test_the_bar_of_a_sweep_is_switched_off_with_those_of_its_jobs(
-    go: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    terminal = Terminal()
-    look_on(monkeypatch, terminal)
-    words = ["-m", "+task=mine", "seed=1,2", "trainer.devices=1", "trainer.enable_progress_bar=false"]
-    assert go(*words).code == 0
-    assert "\x1b" not in terminal.getvalue() and terminal.screen[-1] == "2 jobs: 2 done, 0 failed"
-
-
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
-)
-def test_a_terminal_is_as_it_was_however_a_sweep_ends(workdir: Path, number: int, code: int) -> None:
-    (workdir / "program.py").write_text(PROGRAM)
-    master, slave = os.openpty()
-    unset = ("NO_COLOR", "COLUMNS", "LINES")
-    environment = {k: v for k, v in os.environ.items() if k not in unset}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "xterm"}
-    process = subprocess.Popen(
-        [sys.executable, "program.py", "-m", "+task=mine", "seed=1,99,2", "trainer.devices=1"],
-        stdin=slave, stdout=slave, stderr=slave, env=environment,
-    )  # fmt: skip
-    os.close(slave)
-    text, sent, deadline = b"", False, time.monotonic() + 90
-    while time.monotonic() < deadline:
-        if not select.select([master], [], [], 0.2)[0]:
-            continue
-        try:
-            said = os.read(master, 65536)
-        except OSError:  # how Linux says that nobody has the other end any more
-            break
-        text += said
-        if not said:
-            break
-        if b"waiting" in text and not sent:
-            process.send_signal(number)
-            sent = True
-    os.close(master)
-    assert process.wait(10) == code
-    assert b"\x1b[?25" not in text and b"job 2 of 3, 1 done, 0 failed" in text
-    screen = seen(text.decode())
-    assert "waiting" in screen and "job mine-seed-1 in group" in "\n".join(screen)
-    if number != signal.SIGKILL:  # it cannot be told of that one
-        how = "interrupted" if number == signal.SIGINT else "terminated"
-        assert screen[-2].startswith(f"{how}: 1 of 3 jobs done ("), screen[-4:]
-        assert screen[-1].startswith("The same command continues: it skips the jobs that are done")
-        assert not any(line.startswith("sweep ") for line in screen)
 
 
 # --- interrupts ---------------------------------------------------------------------------------
