@@ -2,6 +2,6 @@
 
 from fusion.runs import signals
 
-signals.end_at_once_until_ready()  # first of all: what the commands import takes a second
+signals.exit_during_startup()  # first of all: imports take a second
 
 __version__ = "0.2.0.dev0"

@@ -18,7 +18,8 @@ from fusion.cli.console import say, show_table
 from fusion.cli.program import run_program
 from fusion.errors import UserError, first_line
 from fusion.files import check_reference, resolve_path
-from fusion.runs.run import ADDED_LATER, CONFIG, RESULT, STATUS, identity_config
+from fusion.runs.identity import ADDED_LATER, identity_config
+from fusion.runs.run import CONFIG, RESULT, STATUS
 from fusion.store.layout import MANIFEST
 from fusion.store.lookup import find, read_folder, read_settled
 from fusion.store.settings_groups import Lookup, Settings, group
@@ -274,7 +275,7 @@ def differing(one: Side, two: Side) -> Iterator[tuple[str, str, str]]:
     settings, others = dict(one.settings), dict(two.settings)
     if not (one.facts and two.facts):
         settings, others = _without_inputs(settings), _without_inputs(others)
-    default = dict(ADDED_LATER)
+    default = ADDED_LATER
     for key in sorted({*settings, *others}):
         first, second = settings.get(key, default.get(key)), others.get(key, default.get(key))
         known = key in settings or key in default, key in others or key in default

@@ -719,7 +719,7 @@ def _job(command: Command, program: list[str], composed: DictConfig, outcomes: l
             result = record(run, work, check)
     except Exception as error:
         if _sweep is not None:
-            _sweep.told[run.directory.absolute()] = describe(error)
+            _sweep.errors[run.directory.absolute()] = describe(error)
         if isinstance(error, UserError):
             outcomes.append(_say(str(error), 2))
             if _reads_returns(launch):

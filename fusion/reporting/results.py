@@ -17,7 +17,8 @@ from fusion.config.methods import METHODS, Method
 from fusion.errors import UserError
 from fusion.reporting.reading import Found, RunFolder
 from fusion.reporting.statistics import Answers, Difference, Sample, compare, constant_scores, holm
-from fusion.runs.run import OUTCOMES, identity_config
+from fusion.runs.identity import identity_config
+from fusion.runs.run import OUTCOMES
 from fusion.store.compatibility import check_attends
 from fusion.store.lookup import read_folder
 from fusion.store.settings_groups import Lookup, Settings, differing, key_of

@@ -1,4 +1,4 @@
-"""A run's place in the store: what it will be called, and whether it is there already."""
+"""What a training run stores: the artifact's name, whether it is stored already, and the state of earlier attempts."""
 
 from __future__ import annotations
 
@@ -16,17 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from fusion.config.stages import StageConfig
 from fusion.errors import first_line
-from fusion.runs.run import (
-    Run,
-    RunState,
-    caused_by_interrupt,
-    checkpoint_folder,
-    describe,
-    identity,
-    identity_config,
-    is_done,
-    write_json,
-)
+from fusion.runs.identity import identity, identity_config, is_done
+from fusion.runs.run import Run, RunState, caused_by_interrupt, describe, write_json
 from fusion.store.lookup import find, names, read_manifest
 from fusion.store.trained_data import note_ambiguous_labels
 from fusion.store.writing import check_free, check_writable
@@ -36,20 +27,21 @@ if TYPE_CHECKING:
 
 ATTEMPT = "attempt.json"
 POSITION = "position.json"
-LAST, BEFORE = "last.ckpt", "before.ckpt"  # checkpoints, which `fusion.training.checkpoints` writes
+LAST, BEFORE = "last.ckpt", "before.ckpt"  # checkpoints, written by `fusion.training.checkpoints`
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RunOutput:
-    """What a run makes.
+    """The artifact of a training run.
 
-    kind: what is stored, one of the manifest's KINDS.
-    config: the part of the config (and of what it names) that the identity is the hash of.
-    checkpoints: where its training is taken up again after an interruption.
-    stored: the manifest of the artifact that an equal run has stored, if one has.
-    resume: whether the run goes on from its checkpoints; else it begins anew.
+    Attributes:
+        kind: what is stored, one of the manifest's KINDS.
+        config: the part of the config (and of the artifacts that it names) that `identity` is a hash of.
+        checkpoints: the folder of its checkpoints, `STORE/.runs/NAME-IDENTITY`.
+        stored: the manifest of the artifact that an equal run has stored; None: there is none.
+        resume: whether the run resumes from its checkpoints; else it starts over.
     """
 
     kind: str
@@ -67,35 +59,33 @@ class RunOutput:
         path = find(self.name, self.store)
         log.info("%s is done already: %s", self.name, path)
         note_ambiguous_labels(self.stored)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)  # of one that was killed just after it had stored
+        shutil.rmtree(self.checkpoints, ignore_errors=True)  # of a run that was killed right after storing
         return result_of(self.stored, path)
 
     @property
     def run_state(self) -> RunState:
-        """What became of this very run so far."""
+        """The state of this run before it starts."""
         if self.stored is not None:
             return RunState("done")
-        attempt, there = _read(self.checkpoints / ATTEMPT), self._has_checkpoint
-        if not attempt and not there:
+        attempt, resumable = _read(self.checkpoints / ATTEMPT), self._has_checkpoint
+        if not attempt and not resumable:
             return RunState("new")
-        where = self._position() if there else "from the beginning"
-        how = f"goes on {where}" if self.resume else "begins anew"
+        where = self._position() if resumable else "from the beginning"
+        how = f"resumes {where}" if self.resume else "starts over"
         if attempt.get("status") == "failed":
             return RunState("failed", f"{first_line(Exception(attempt.get('error')))}; {how}")
         return RunState("interrupted", where) if self.resume else RunState("new", how)
 
     @property
     def outlook(self) -> str:
-        """What the same command would do after a failure, as the files are now."""
+        """What the same command would do after a failure."""
         if not self._has_checkpoint:
             return "it starts over, since there is no checkpoint"
-        if not self.resume:
-            return f"without resume=false it resumes {self._position()} ({self.checkpoints})"
-        return f"it resumes {self._position()} ({self.checkpoints})"
+        without = "" if self.resume else "without resume=false "
+        return f"{without}it resumes {self._position()} ({self.checkpoints})"
 
     @property
     def _has_checkpoint(self) -> bool:
-        """Whether there is one to resume from; a position without one is of no use."""
         return any((self.checkpoints / name).is_file() for name in (LAST, BEFORE))
 
     def _position(self) -> str:
@@ -106,13 +96,13 @@ class RunOutput:
 
     @contextlib.contextmanager
     def attempt(self, run: Run, resume: bool) -> Iterator[None]:
-        """Keeps beside the checkpoints how the work inside ends, until it has ended well."""
+        """Keep the status of the work inside beside the checkpoints, and remove both once it succeeds."""
         if not run.rank_zero:
             yield
             return
         if not resume:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
-        said = {
+        status = {
             "status": "running",
             "error": None,
             "directory": str(run.directory),
@@ -120,56 +110,50 @@ class RunOutput:
             "pid": os.getpid(),
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
-        self._note(said)
+        self._write_attempt(status)
         try:
             yield
         except BaseException as error:
             interrupt = caused_by_interrupt(error)
-            self._note(
-                said
-                | {
-                    "status": "failed" if interrupt is None else "interrupted",
-                    "error": describe(interrupt or error),
-                }
-            )
+            ended = "failed" if interrupt is None else "interrupted"
+            self._write_attempt(status | {"status": ended, "error": describe(interrupt or error)})
             if interrupt is not None:
                 log.info("%s stopped; the same command again: %s", self.name, self.outlook)
             raise
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
-    def _note(self, said: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # a full disk is nobody's reason to stop; it will say so itself
+    def _write_attempt(self, status: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # a full disk stops the run where something essential is written
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_json(self.checkpoints / ATTEMPT, said)
+            write_json(self.checkpoints / ATTEMPT, status)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return said if isinstance(said, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def find_output(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any] | None = None) -> RunOutput:
-    """Look the run up in the store; no model is loaded for it.
+    """Look up a run's artifact in the store, without loading a model.
 
     Args:
-        inputs: what the config only names and the result depends on: the hashes of the sources.
+        inputs: what the config refers to by name only and the result depends on: the hashes of the sources.
 
     Raises:
-        UserError: the name is taken by another run and `overwrite` is not set, or cannot be used.
+        UserError: the name belongs to another run and `overwrite` is not set, or cannot be used.
     """
     assert config.name is not None
     store = Path(config.store)
     asked = identity(run.config, inputs), identity_config(run.config, inputs)
     check_writable(store)
-    stored = (
-        read_manifest(config.name, store) if config.name in names(store) and not config.overwrite else None
-    )
-    there = None if stored is None else (stored.run.identity, stored.run.config)
+    exists = config.name in names(store) and not config.overwrite
+    stored = read_manifest(config.name, store) if exists else None
+    known = None if stored is None else (stored.run.identity, stored.run.config)
     epochs = None if stored is None else stored.result.epochs
-    done = is_done(config.name, there, asked, config.overwrite, epochs)
+    done = is_done(config.name, known, asked, config.overwrite, epochs)
     if not done:
         check_free(config.name, kind, store, config.overwrite)
     return RunOutput(
@@ -178,14 +162,14 @@ def find_output(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any]
         store=store,
         identity=asked[0],
         config=asked[1],
-        checkpoints=checkpoint_folder(store, config.name, asked[0]),
+        checkpoints=store / ".runs" / f"{config.name}-{asked[0]}",
         stored=stored if done else None,
         resume=config.resume,
     )
 
 
 def result_of(manifest: Manifest, path: Path) -> dict[str, Any]:
-    """What result.json holds: the run's own figures and, from the files, bytes and place."""
+    """The content of result.json: the manifest's result with the stored bytes and the artifact's path."""
     stored_bytes = sum(file.bytes for file in manifest.files.values())
     parameters = manifest.result.parameters | {"stored_bytes": stored_bytes}
     return manifest.content["result"] | {"parameters": parameters, "artifact": str(path)}

@@ -1,7 +1,4 @@
-"""Where an artifact came from, beyond its settings: the code, the packages, the threads, the folder.
-
-None of it may fail or take long: what cannot be found out is null.
-"""
+"""Where an artifact came from, beyond its settings: code, packages, threads, folder. What is unknown is null."""
 
 from __future__ import annotations
 
@@ -14,46 +11,46 @@ from typing import Any
 
 from fusion import __version__
 
-# All that pyproject.toml asks for: any of them may change what a run computes or how it is read again.
+# The dependencies in pyproject.toml: any of them may change what a run computes or how it is read again.
 PACKAGES = (
-    "torch",
-    "pytorch-lightning",
-    "transformers",
-    "tokenizers",
-    "datasets",
-    "hydra-core",
-    "omegaconf",
-    "wandb",
-    "peft",
-    "safetensors",
-    "huggingface-hub",
-    "filelock",
-    "pyarrow",
-    "numpy",
-    "scipy",
-    "PyYAML",
-    "pydantic",
-    "nervaluate",
-    "jinja2",
-    "matplotlib",
-    "pillow",
-    "rich",
+    *(
+        "torch",
+        "pytorch-lightning",
+        "transformers",
+        "tokenizers",
+        "datasets",
+        "hydra-core",
+        "omegaconf",
+        "wandb",
+    ),
+    *(
+        "peft",
+        "safetensors",
+        "huggingface-hub",
+        "filelock",
+        "pyarrow",
+        "numpy",
+        "scipy",
+        "PyYAML",
+        "pydantic",
+    ),
+    *("nervaluate", "jinja2", "matplotlib", "pillow", "rich"),
 )
 PROJECT = Path(__file__).resolve().parents[2]
-CODE = ("fusion", "conf")  # what of a checkout decides a run
+CODE = ("fusion", "conf")  # the parts of a checkout that determine a run's numbers
 GIT_SECONDS = 5.0
-VARIABLES = ("FUSION_CONF",)  # of the environment, that a command's meaning depends on
+VARIABLES = ("FUSION_CONF",)  # environment variables that commands read
 
 
 def versions() -> dict[str, str | None]:
-    """The versions of this project, of Python and of `PACKAGES`; null for one that is not installed."""
+    """The versions of this project, of Python and of `PACKAGES`; None for one that is not installed."""
     return {"adapter-fusion": __version__, "python": platform.python_version()} | {
         package: _version(package) for package in PACKAGES
     }
 
 
 def circumstances() -> dict[str, Any]:
-    """What a manifest keeps of a run beside its config: git state, threads, folder and environment."""
+    """What a manifest records of a run beside its config: git state, threads, folder and environment."""
     import torch
 
     return {
@@ -72,14 +69,14 @@ def _folder() -> str | None:
 
 
 def git_state(project: Path = PROJECT) -> dict[str, Any] | None:
-    """Commit of the project's checkout, and whether its code differs from it; null where there is no checkout.
+    """The commit of the project's checkout, and whether its code was changed; None where there is no checkout.
 
-    An installed package that lies somewhere inside another project's checkout is none of that checkout.
+    A package installed somewhere inside another project's checkout does not belong to that checkout.
     """
-    said = _git(project, "rev-parse", "--show-toplevel", "HEAD")
-    if said is None or len(said.splitlines()) != 2:
+    output = _git(project, "rev-parse", "--show-toplevel", "HEAD")
+    if output is None or len(output.splitlines()) != 2:
         return None
-    root, commit = said.splitlines()
+    root, commit = output.splitlines()
     if Path(root).resolve() != project.resolve():
         return None
     changed = _git(project, "status", "--porcelain", "--", *CODE)
@@ -87,20 +84,20 @@ def git_state(project: Path = PROJECT) -> dict[str, Any] | None:
 
 
 def _git(project: Path, *words: str) -> str | None:
-    # Of this folder alone, whatever a hook or a shell has set; without locks, and without the user's own helpers.
+    # Of this folder alone, whatever a git hook has set; without locks and without the user's monitor program.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    environment |= {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
+    command = ["git", "-c", "core.fsmonitor=false", "-C", str(project), *words]
     try:
         done = subprocess.run(
-            ["git", "-c", "core.fsmonitor=false", "-C", str(project), *words],
-            env=environment,
+            command,
+            env=environment | {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             errors="replace",
             timeout=GIT_SECONDS,
         )
-    except (OSError, subprocess.SubprocessError, ValueError):
+    except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
 

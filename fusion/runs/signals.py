@@ -1,7 +1,7 @@
-"""The signals that end a program: SIGINT, SIGTERM, and those by which schedulers and terminals announce their end.
+"""Signals that end a program: SIGINT, SIGTERM, and those that schedulers and terminals send before they end it.
 
-Each ends the program in order wherever it is: exit code 130 for SIGINT, else 143, one line, no traceback. Only the
-standard library is imported here, since the handlers have to be in place before anything large is imported.
+Each ends the program with exit code 130 (SIGINT) or 143 (the others) and one line, without a traceback. Only the
+standard library is imported here: the handlers must be installed before anything large is imported.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-ECHO = 1.0  # seconds in which the same wish may come twice, by the process group and by whoever started this
-RESEND = 0.05  # seconds until a signal whose exception was swallowed is sent again: the callback has returned by then
-# SLURM and submitit announce a preemption or the end of the time by USR1 or USR2, a terminal that closes by HUP.
+ECHO = 1.0  # seconds in which a signal may arrive twice, from the process group and from the parent
+RESEND = 0.05  # seconds until a signal whose exception was swallowed is sent again
+# SLURM and submitit announce preemption by USR1 or USR2, a closing terminal sends HUP.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
-_since = float("-inf")  # when the last signal was taken
+_last = float("-inf")  # when the last signal was handled
 _holding = 0
 _pending: int | None = None
 
 
 class Terminated(BaseException):
-    """SIGTERM or another of `SIGNALS`, as an exception: the job gets to record that it was interrupted. Exit code 143."""
+    """SIGTERM or another of `SIGNALS` as an exception, so that a job can record that it was interrupted."""
 
 
 class Forward:
-    """A handler that passes signals on to the process that started this one, which decides for all that it started."""
+    """A handler that passes signals on to the parent process, which stops all its children."""
 
     def __init__(self, parent: int) -> None:
         self.parent = parent
@@ -41,10 +41,10 @@ class Forward:
             os.kill(self.parent, number)
 
 
-def end_at_once_until_ready() -> None:
-    """Called by the package's `__init__`: if a command of this project is starting, end it at once on a signal.
+def exit_during_startup() -> None:
+    """Called by the package's `__init__`: let a command that is still importing exit at once on a signal.
 
-    There is nothing to clean up yet, and an exception would end in a traceback from the middle of some import.
+    There is nothing to clean up yet, and an exception would print a traceback from the middle of an import.
     """
     if _is_starting():
         _install(_exit)
@@ -52,18 +52,16 @@ def end_at_once_until_ready() -> None:
 
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
-    """Inside, a signal raises KeyboardInterrupt or Terminated; the handlers from before come back at the end.
+    """Inside, a signal raises KeyboardInterrupt or Terminated; the previous handlers are restored at the end.
 
-    A signal that is ignored stays ignored, as under nohup, and a handler that somebody else has set stays as well, as
-    submitit's. A second signal raises once more, unless it comes within `ECHO` seconds.
-
-    Python swallows an exception that is raised inside a `__del__` or a callback of the garbage collector; a signal that
-    comes there is therefore sent once more.
+    Ignored signals (nohup) stay ignored, and other handlers (submitit's) stay in place. A second signal raises again
+    unless it follows within `ECHO` seconds. Python swallows exceptions raised in `__del__` and in callbacks of the
+    garbage collector; a signal that arrives there is sent again.
     """
-    global _since
+    global _last
     before = _install(raise_it)
     if before:
-        _since = float("-inf")
+        _last = float("-inf")
     report = sys.unraisablehook
 
     def hook(swallowed: sys.UnraisableHookArgs) -> None:
@@ -88,7 +86,7 @@ def raised() -> Iterator[None]:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Inside, a signal waits: for what must not be left half-done and takes no time."""
+    """Inside, signals are deferred: for short work that must not be left half-done."""
     global _holding, _pending
     _holding += 1
     try:
@@ -101,23 +99,23 @@ def held() -> Iterator[None]:
 
 
 def exit_code(work: Callable[[], int]) -> int:
-    """Does the work of a whole program, and gives its exit code: 130 or 143 where a signal ended it."""
+    """Run a whole program and return its exit code: 130 or 143 if a signal ended it."""
     try:
         with raised():
             return work()
     except KeyboardInterrupt:
-        return _say("interrupted", 130)
+        return _report("interrupted", 130)
     except Terminated:
-        return _say("terminated", 143)
+        return _report("terminated", 143)
 
 
 def raise_it(number: int, frame: FrameType | None) -> None:
-    """A handler: raises what the signal stands for."""
-    global _since, _pending
+    """A handler that raises the exception of a signal."""
+    global _last, _pending
     now = time.monotonic()
-    if now - _since < ECHO:
+    if now - _last < ECHO:
         return
-    _since = now
+    _last = now
     if _holding:
         _pending = number
     else:
@@ -137,26 +135,26 @@ def _number_of(error: BaseException | None) -> int | None:
 
 
 def _send_again(number: int) -> None:
-    """From another thread: handlers run in the main thread, wherever that is by then."""
-    global _since
+    """Called in another thread; handlers run in the main thread."""
+    global _last
     if signal.getsignal(number) is raise_it:
-        _since = float("-inf")
+        _last = float("-inf")
         os.kill(os.getpid(), number)
 
 
 def _exit(number: int, frame: FrameType | None) -> None:
-    os._exit(_say("interrupted", 130) if number == signal.SIGINT else _say("terminated", 143))
+    os._exit(_report("interrupted", 130) if number == signal.SIGINT else _report("terminated", 143))
 
 
-def _say(word: str, code: int) -> int:
+def _report(word: str, code: int) -> int:
     with contextlib.suppress(OSError):
         os.write(2, f"{word}\n".encode())
     return code
 
 
 def _install(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
-    """Sets the handler where Python's own, or the one for the start, is. Gives what was there before."""
-    if threading.current_thread() is not threading.main_thread():  # nobody else may set handlers
+    """Replace Python's default handlers and the one of the startup. Returns those that were replaced."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         return {}
     replaceable = (signal.SIG_DFL, signal.default_int_handler, _exit)
     before: dict[int, Any] = {n: h for n in SIGNALS if (h := signal.getsignal(n)) in replaceable}
@@ -168,7 +166,7 @@ def _install(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]
 def _is_starting() -> bool:
     """Whether this process is `python -m fusion.NAME`, `python -m pipelines.NAME` or an installed `fusion-NAME`."""
     name = sys.argv[0] if sys.argv else ""
-    if name == "-m":  # so it is called until the module has been found, after its package's __init__
+    if name == "-m":  # Python's placeholder until it has found the module, after its package's __init__
         words = sys.orig_argv
         module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
         return module.split(".")[0] in ("fusion", "pipelines")

@@ -1,47 +1,59 @@
-"""A sweep seen from outside its jobs: how they stand before, and how they ended. Told by their status files.
+"""The state of a sweep's jobs before and after it, read from their status files.
 
-The jobs may run in this process, in others, or on other machines, and some may die without a word: so what
-counts is the job folders that the sweep was going to have. No clock is asked which status is of this sweep; a
-folder that hydra.sweep.dir names may hold those of earlier ones, and a status that was written anew is told by
-its file's inode and time of change being others than before.
+Jobs may run in this process, in others or on other machines, and may be killed at any time; what counts are the
+folders that the sweep planned. Whether a status file belongs to this sweep or to an earlier one in the same folder is
+decided by its inode and modification time, not by a clock.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fusion.config.stages import StageConfig
-from fusion.errors import first_line
 from fusion.runs.run import RESULT, STATUS, RunState
 
-NAMES = 8  # so many names of a kind are shown,
-DETAILS = 4  # and so many with a line of their own
+NAMES = 8  # the most names in one list
+DETAILS = 4  # the most lines with a detail
+RUN_AGAIN = "The same command runs all jobs again"
 Stamp = tuple[int, int]
 
 
 @dataclass(frozen=True)
+class Job:
+    """A job that has ended, with the contents of its status.json and result.json (empty where there is none)."""
+
+    place: Path
+    status: Mapping[str, Any]
+    result: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Sweep:
-    """
-    folder: hydra.sweep.dir. planned: the jobs' folders, where they are known. seen: the statuses from before.
-    told: by absolute folder, why jobs of this very process failed, for those that could not write it down.
-    again: what the same command does with the jobs that are done, and with one that was interrupted.
+    """A sweep in progress.
+
+    Attributes:
+        folder: hydra.sweep.dir.
+        planned: the jobs' folders, as far as they are known.
+        seen: the status files that were there before.
+        errors: by absolute folder, why jobs of this process failed, for those that could not write their status.
+        again: what the same command does with jobs that are done and with interrupted ones.
     """
 
     folder: Path
     planned: tuple[Path, ...]
     seen: Mapping[Path, Stamp]
-    told: dict[Path, str] = field(default_factory=dict)
-    again: str = "The same command runs all jobs again"
+    errors: dict[Path, str] = field(default_factory=dict)
+    again: str = RUN_AGAIN
 
     @classmethod
     def begin(cls, folder: Path, planned: Sequence[Path] = (), again: str | None = None) -> Sweep:
-        sweep = cls(folder, tuple(planned), _stamps(folder, planned))
-        return sweep if again is None else replace(sweep, again=again)
+        return cls(folder, tuple(planned), _stamps(folder, planned), again=again or RUN_AGAIN)
 
     def stopped(self, how: str) -> str:
         """Two lines for a sweep that was stopped: what is done, and what the same command does.
@@ -49,76 +61,53 @@ class Sweep:
         Args:
             how: "interrupted" or "terminated".
         """
-        statuses, silent = self._ended()
-        done = [
-            str(status.get("name") or place.name)
-            for place, status in statuses.items()
-            if status["status"] == "done"
-        ]
-        failed = [status for status in statuses.values() if status["status"] == "failed"]
-        stopped = len(statuses) - len(done) - len(failed)
-        counts = [
-            f"{len(done)} of {len(statuses) + len(silent)} jobs done" + (f" ({_some(done)})" if done else ""),
-            *([f"{len(failed)} failed"] if failed else []),
-            *([f"{stopped} {how}"] if stopped else []),
-            *([f"{len(silent)} not started"] if silent else []),
-        ]
+        jobs = self.jobs()
+        done = [str(job.status.get("name") or job.place.name) for job in jobs if _state(job) == "done"]
+        states = Counter(_state(job) for job in jobs)
+        stopped = len(jobs) - len(done) - states["failed"] - states["none"]
+        counts = [f"{len(done)} of {len(jobs)} jobs done" + (f" ({_some(done)})" if done else "")]
+        for count, text in ((states["failed"], "failed"), (stopped, how), (states["none"], "not started")):
+            counts += [f"{count} {text}"] if count else []
         return f"{how}: {', '.join(counts)}\n{self.again}"
 
     def outcome(self) -> tuple[str, list[str]]:
-        """One line of counts, and the lines that say which jobs failed; none where none did."""
-        statuses, silent = self._ended()
-        failed = {place: _reason(status) for place, status in statuses.items() if status["status"] != "done"}
-        failed |= {place: "it left no status: killed before it began, or never started" for place in silent}
-        failed |= {place: self.told[place.absolute()] for place in failed if place.absolute() in self.told}
-        jobs = len(statuses) + len(silent)
-        before = [status.get("before") for status in statuses.values() if status["status"] == "done"]
-        if any(status.get("before") for status in statuses.values()):
-            skipped, continued = before.count("done"), before.count("interrupted")
-            trained = len(before) - skipped - continued
-            counts = f"{skipped} done already, {continued} continued, {trained} trained"
+        """One line of counts, and a line for each failed job."""
+        jobs = self.jobs()
+        failed = {job.place: self._reason(job) for job in jobs if _state(job) != "done"}
+        before = [job.status.get("before") for job in jobs if _state(job) == "done"]
+        if any(job.status.get("before") for job in jobs):
+            skipped, resumed = before.count("done"), before.count("interrupted")
+            counts = f"{skipped} done already, {resumed} continued, {len(before) - skipped - resumed} trained"
         else:
             counts = f"{len(before)} done"
-        lines = [f"{len(failed)} of {jobs} jobs failed:"] if failed else []
+        lines = [f"{len(failed)} of {len(jobs)} jobs failed:"] if failed else []
         lines += [f"  {place}/run.log: {reason}" for place, reason in sorted(failed.items())]
-        return f"{jobs} job{'s' * (jobs != 1)}: {counts}, {len(failed)} failed", lines
+        return f"{len(jobs)} job{'s' * (len(jobs) != 1)}: {counts}, {len(failed)} failed", lines
 
     def jobs(self) -> list[Job]:
-        """What each job left, in the order in which they were planned."""
-        statuses, silent = self._ended()
-        order = {place: number for number, place in enumerate(self.planned)}
-        places = sorted([*statuses, *silent], key=lambda place: (order.get(place, len(order)), place))
-        return [
-            Job(place, status, _result(place) if status.get("status") == "done" else {})
-            for place in places
-            for status in [statuses.get(place, {})]
-        ]
-
-    def _ended(self) -> tuple[dict[Path, dict[str, Any]], list[Path]]:
-        """The statuses that this sweep's jobs wrote, and the planned jobs that wrote none."""
+        """The jobs of this sweep with what they wrote, in the planned order."""
         stamps = _stamps(self.folder, self.planned)
         written = [place for place, stamp in stamps.items() if self.seen.get(place) != stamp]
-        silent = [place for place in self.planned if place not in written]
+        places = list(self.planned) or sorted(written)
         if self.planned:
-            # A folder's name may hold what only the launcher knows, such as a cluster's number for the job: then
-            # others are there in place of those that were planned. Else they belong to another sweep.
-            others = [place for place in written if place not in self.planned][: len(silent)]
-            written = [place for place in written if place in self.planned] + others
-            silent = silent[len(others) :]
-        return {place: _read(place) for place in written}, silent
+            # A folder's name may depend on the launcher, such as a cluster's job number: unplanned folders then take
+            # the places of planned ones that were never created.
+            others = iter(place for place in written if place not in self.planned)
+            places = [place if place in written else next(others, place) for place in places]
+        return [_job(place, place in written) for place in places]
 
-
-@dataclass(frozen=True)
-class Job:
-    """A job of a sweep that has ended: what its status.json and result.json hold, empty where they are not there."""
-
-    place: Path
-    status: Mapping[str, Any]
-    result: Mapping[str, Any]
+    def _reason(self, job: Job) -> str:
+        if job.place.absolute() in self.errors:
+            return self.errors[job.place.absolute()]
+        if _state(job) == "none":
+            return "no status: it was killed before it started, or never started"
+        if _state(job) == "running":
+            return "status running: it was killed, or is still running in another process"
+        return str(job.status.get("error") or _state(job))
 
 
 def command_again(resume: bool, overwrite: bool) -> str:
-    """What the same command does with the jobs of a sweep of trainings that was stopped."""
+    """What the same command does with the jobs of a stopped sweep of trainings."""
     if overwrite:
         return "With overwrite=true, the same command trains all jobs again; without it, it skips those that are done"
     if not resume:
@@ -126,82 +115,38 @@ def command_again(resume: bool, overwrite: bool) -> str:
     return "The same command continues: it skips the jobs that are done and resumes from the last checkpoint"
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMES} more" if len(names) > NAMES else ""
-    return f"{', '.join(names[:NAMES])}{more}"
-
-
 def summarize_states(jobs: Mapping[str, RunState]) -> list[str]:
-    """How the jobs of a sweep stand before the first one starts: a few lines, however many they are."""
-    by_state: dict[str, dict[str, str]] = {}
-    for name, standing in jobs.items():
-        by_state.setdefault(standing.state, {})[name] = standing.detail
+    """The states of a sweep's jobs before it starts, in a few lines.
+
+    Args:
+        jobs: by the run's name.
+    """
     titles = {
-        "done": "done already",
-        "interrupted": "interrupted, to be continued",
-        "failed": "failed the last time, to run again",
-        "new": "new",
+        "done": ("done already", "skipped"),
+        "interrupted": ("interrupted, to be continued", "resumes"),
+        "failed": ("failed the last time, to run again", "runs again"),
+        "new": ("new", ""),
     }
-    counts = [f"{len(by_state[state])} {title}" for state, title in titles.items() if state in by_state]
-    lines = [f"{len(jobs)} job{'s' * (len(jobs) != 1)}: {', '.join(counts)}"]
-    if done := list(by_state.get("done", ())):
-        more = f" and {len(done) - NAMES} more" if len(done) > NAMES else ""
-        lines.append(f"  skipped: {', '.join(done[:NAMES])}{more}")
-    for state, title in (("interrupted", "goes on"), ("failed", "runs again")):
-        found = by_state.get(state, {})
-        shown = dict(list(found.items())[:DETAILS])
-        lines += [f"  {title}: {name}" + (f" ({_line(why)})" if why else "") for name, why in shown.items()]
-        if rest := list(found)[DETAILS:]:
-            more = f" and {len(rest) - NAMES} more" if len(rest) > NAMES else ""
-            lines.append(f"  {title}: {', '.join(rest[:NAMES])}{more}")
+    counts = Counter(job.state for job in jobs.values())
+    summary = ", ".join(f"{counts[state]} {title}" for state, (title, _) in titles.items() if counts[state])
+    lines = [f"{len(jobs)} job{'s' * (len(jobs) != 1)}: {summary}"]
+    for state, (_, verb) in titles.items():
+        found = {name: job.detail for name, job in jobs.items() if job.state == state and verb}
+        detailed = [name for name in found if found[name] and state != "done"][:DETAILS]
+        lines += [f"  {verb}: {name} ({_line(found[name])})" for name in detailed]
+        if rest := [name for name in found if name not in detailed]:
+            lines.append(f"  {verb}: {_some(rest)}")
     return lines
 
 
-def _line(text: str, longest: int = 120) -> str:
-    line = (text.strip().splitlines() or [""])[0]
-    return line if len(line) <= longest else line[: longest - 1] + "…"
-
-
-def _stamps(folder: Path, planned: Sequence[Path]) -> dict[Path, Stamp]:
-    """The job folders that have a status, each with what is another number once it was written anew."""
-    found = {}
-    for place in sorted({*planned, *(file.parent for file in folder.glob(f"*/{STATUS}"))}):
-        with contextlib.suppress(OSError):
-            about = (place / STATUS).stat()
-            found[place] = (about.st_ino, about.st_mtime_ns)
-    return found
-
-
-def _read(place: Path) -> dict[str, Any]:
-    try:
-        status = json.loads((place / STATUS).read_text(encoding="utf-8"))
-        return status if isinstance(status.get("status"), str) else {"status": "broken"}
-    except (OSError, ValueError, AttributeError) as error:
-        return {"status": "broken", "error": f"{STATUS} cannot be read: {first_line(error)}"}
-
-
-def _result(place: Path) -> dict[str, Any]:
-    try:
-        result = json.loads((place / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return result if isinstance(result, dict) else {}
-
-
-def _reason(status: Mapping[str, Any]) -> str:
-    if status.get("status") == "running":
-        return "it says that it runs: it was killed, or another process is still at it"
-    return str(status.get("error") or status["status"])
-
-
 class JobFailed(RuntimeError):
-    """A job of a sweep failed, and its message is printed and recorded: for a sweeper that reads return values."""
+    """A job of a sweep failed after its message was printed: for a sweeper that reads return values."""
 
 
 def objective(config: StageConfig, result: Mapping[str, Any]) -> float:
-    """What a job of a training command returns to Hydra: the score that picks the best epoch, higher is better.
+    """What a training job returns to Hydra: the score that selects the best epoch, higher is better.
 
-    The best epoch's value of the task's first metric on its first validation split; of several tasks, the mean.
+    The best epoch's value of the task's first metric on its first validation split; the mean over multiple tasks.
     """
     tasks, metrics = config.task_list, result["metrics"]
     scores = []
@@ -210,3 +155,44 @@ def objective(config: StageConfig, result: Mapping[str, Any]) -> float:
         score = metrics[own[0]][task.metrics[0]]
         scores.append(float("nan") if score is None else float(score))
     return sum(scores) / len(scores)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMES} more" if len(names) > NAMES else ""
+    return f"{', '.join(names[:NAMES])}{more}"
+
+
+def _line(text: str, longest: int = 120) -> str:
+    line = (text.strip().splitlines() or [""])[0]
+    return line if len(line) <= longest else line[: longest - 1] + "…"
+
+
+def _stamps(folder: Path, planned: Sequence[Path]) -> dict[Path, Stamp]:
+    """The job folders with a status, each with a stamp that changes whenever the status is written."""
+    found = {}
+    for place in sorted({*planned, *(file.parent for file in folder.glob(f"*/{STATUS}"))}):
+        with contextlib.suppress(OSError):
+            about = (place / STATUS).stat()
+            found[place] = (about.st_ino, about.st_mtime_ns)
+    return found
+
+
+def _state(job: Job) -> str:
+    return str(job.status.get("status", "none"))
+
+
+def _job(place: Path, has_status: bool) -> Job:
+    if not has_status:
+        return Job(place, {}, {})
+    status = _read(place / STATUS)
+    if not isinstance(status.get("status"), str):
+        status = {"status": "broken", "error": f"{STATUS} cannot be read"}
+    return Job(place, status, _read(place / RESULT) if status["status"] == "done" else {})
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusion.runs.run import NOT_IDENTITY, NOT_IDENTITY_TRAINER
+from fusion.runs.identity import NOT_IDENTITY, NOT_IDENTITY_TRAINER
 from pipelines.commands import typed
 from pipelines.compare.config import Settings, key_of
 from pipelines.compare.rows import MULTITASK, Row

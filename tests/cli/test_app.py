@@ -26,7 +26,8 @@ from fusion.cli.app import as_text, command, text_keys
 from fusion.config.model import MethodConfig
 from fusion.config.stages import Stage1Config, Stage2Config
 from fusion.config.task import TaskConfig
-from fusion.runs.run import Run, RunState, identity_config
+from fusion.runs.identity import identity_config
+from fusion.runs.run import Run, RunState
 from fusion.runs.sweep import Sweep, objective
 from fusion.text import PROGRESS
 

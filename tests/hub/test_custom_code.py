@@ -20,7 +20,7 @@ from fusion.config.commands import EvaluateConfig, PredictConfig
 from fusion.config.model import BackboneConfig, SameBackboneConfig
 from fusion.errors import UserError
 from fusion.hub.tokenizer import load_tokenizer
-from fusion.runs.run import identity
+from fusion.runs.identity import identity
 from fusion.store.compatibility import check_trust
 from fusion.store.lookup import read_manifest
 from tests.bench import Bench

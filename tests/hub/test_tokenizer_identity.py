@@ -182,7 +182,7 @@ def test_a_finished_run_is_refused_where_its_backbone_has_changed(
     again()
     save_backbone(folder, seed=1)
     with pytest.raises(
-        UserError, match=r"backbone fingerprint \w{8} there, \w{8} here\nkeep both with name="
+        UserError, match=r"backbone fingerprint \w{8} there, \w{8} here\nKeep both with name="
     ):
         again()
     strip(tmp_path / "again" / "store", "films", ("backbone", "tokenizer"), ("run", "backbone_stamp"))

@@ -41,7 +41,7 @@ def test_a_run_from_new_to_done(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("error", "standing"),
     [
-        (RuntimeError("the power went\nand more"), RunState("failed", "RuntimeError: the power went; goes on at epoch 3, batch 8")),
+        (RuntimeError("the power went\nand more"), RunState("failed", "RuntimeError: the power went; resumes at epoch 3, batch 8")),
         (KeyboardInterrupt(), RunState("interrupted", "at epoch 3, batch 8")),
         (Terminated("SIGTERM"), RunState("interrupted", "at epoch 3, batch 8")),
         (SystemExit(144), RunState("interrupted", "at epoch 3, batch 8")),
@@ -74,8 +74,8 @@ def test_resume_false_begins_anew(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("status", "standing"),
     [
-        ("failed", RunState("failed", "RuntimeError: boom; begins anew")),
-        ("interrupted", RunState("new", "begins anew")),
+        ("failed", RunState("failed", "RuntimeError: boom; starts over")),
+        ("interrupted", RunState("new", "starts over")),
     ],
 )
 def test_what_begins_anew_is_not_said_to_go_on(bench: Bench, status: str, standing: RunState) -> None:
@@ -87,7 +87,7 @@ def test_what_begins_anew_is_not_said_to_go_on(bench: Bench, status: str, standi
     (entry.checkpoints / "last.ckpt").write_bytes(b"whole")
     (entry.checkpoints / "position.json").write_text('{"epoch": 2, "batch": 7, "steps": 23}')
     assert entry.run_state == standing
-    assert "goes on at epoch 3, batch 8" in f"goes on {output_of(bench)[0].run_state.detail}"
+    assert "resumes at epoch 3, batch 8" in f"resumes {output_of(bench)[0].run_state.detail}"
 
 
 def test_nothing_resumes_without_a_checkpoint(bench: Bench) -> None:

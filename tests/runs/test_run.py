@@ -8,16 +8,8 @@ import yaml
 
 from fusion.config.stages import Stage1Config
 from fusion.errors import UserError
-from fusion.runs.run import (
-    NOT_IDENTITY_TRAINER,
-    Run,
-    checkpoint_folder,
-    differing_keys,
-    identity,
-    identity_config,
-    is_done,
-    record,
-)
+from fusion.runs.identity import NOT_IDENTITY_TRAINER, differing_keys, identity, identity_config, is_done
+from fusion.runs.run import Run, record
 from fusion.runs.signals import Terminated
 
 CONFIG = {
@@ -135,10 +127,6 @@ def test_is_done() -> None:
     assert not is_done("rte", other, here, overwrite=True)
     with pytest.raises(UserError, match=r"another rte: seed: 2 there, 1 here\n.*name=.*overwrite=true"):
         is_done("rte", other, here, overwrite=False)
-
-
-def test_checkpoint_folder() -> None:
-    assert checkpoint_folder(Path("store"), "rte", "abc") == Path("store/.runs/rte-abc")
 
 
 def test_record_of_a_job_that_ends_well(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ def leave(folder: Path, status: str, before: str | None = None, error: str | Non
     return folder
 
 
-def test_a_sweep_that_went_in_all_ways(tmp_path: Path) -> None:
+def test_every_outcome_of_a_job(tmp_path: Path) -> None:
     planned = [tmp_path / str(number) for number in range(8)]
     sweep = Sweep.begin(tmp_path, planned)
     leave(planned[0], "done", "done")
@@ -33,12 +33,12 @@ def test_a_sweep_that_went_in_all_ways(tmp_path: Path) -> None:
     assert failed[0] == "4 of 8 jobs failed:"
     assert [text.split(": ")[0] for text in failed[1:]] == [f"  {planned[n]}/run.log" for n in (4, 5, 6, 7)]
     assert failed[1].endswith(": RuntimeError: boom")
-    assert "says that it runs" in failed[2]
+    assert "status running" in failed[2]
     assert "status.json cannot be read" in failed[3]
     assert "no status" in failed[4]
 
 
-def test_what_the_jobs_left(tmp_path: Path) -> None:
+def test_jobs_with_status_and_result(tmp_path: Path) -> None:
     """In the order in which they were planned; a result counts only beside a status that says done."""
     planned = [tmp_path / name for name in ("10", "9", "1", "2", "3")]
     sweep = Sweep.begin(tmp_path, planned)
@@ -53,7 +53,7 @@ def test_what_the_jobs_left(tmp_path: Path) -> None:
     assert [job.status.get("status") for job in jobs] == ["done", "failed", "done", "done", None]
 
 
-def test_a_command_without_a_standing_only_counts(tmp_path: Path) -> None:
+def test_a_command_without_states_only_counts(tmp_path: Path) -> None:
     planned = [tmp_path / "0", tmp_path / "1"]
     sweep = Sweep.begin(tmp_path, planned)
     for place in planned:
@@ -62,7 +62,7 @@ def test_a_command_without_a_standing_only_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("age", [-1e6, 0, 1e6])
-def test_no_clock_decides_what_is_of_this_sweep(tmp_path: Path, age: float) -> None:
+def test_no_clock_decides_which_status_belongs_to_the_sweep(tmp_path: Path, age: float) -> None:
     """Jobs of an earlier sweep in the same folder, and this sweep's under a clock that was set."""
     old = leave(tmp_path / "0", "failed", error="of old")
     leave(tmp_path / "7-of-old", "failed", error="of old")
@@ -77,7 +77,7 @@ def test_no_clock_decides_what_is_of_this_sweep(tmp_path: Path, age: float) -> N
     assert line.endswith("2 failed") and len(failed) == 3
 
 
-def test_folders_that_only_the_launcher_can_name(tmp_path: Path) -> None:
+def test_folders_named_by_the_launcher(tmp_path: Path) -> None:
     sweep = Sweep.begin(tmp_path, [tmp_path / "0", tmp_path / "1", tmp_path / "2"])
     leave(tmp_path / "job-4711", "done", "new")
     leave(tmp_path / "job-4712", "failed", "new", "boom")
@@ -86,14 +86,14 @@ def test_folders_that_only_the_launcher_can_name(tmp_path: Path) -> None:
     assert len(failed) == 3
 
 
-def test_what_another_sweep_leaves_in_the_same_folder_is_not_counted(tmp_path: Path) -> None:
+def test_jobs_of_another_sweep_in_the_same_folder_are_not_counted(tmp_path: Path) -> None:
     sweep = Sweep.begin(tmp_path, [tmp_path / "0"])
     leave(tmp_path / "0", "done", "new")
     leave(tmp_path / "5-other", "failed", "new", "boom")
     assert sweep.outcome()[1] == []
 
 
-def test_jobs_that_nobody_planned(tmp_path: Path) -> None:
+def test_unplanned_jobs(tmp_path: Path) -> None:
     """Another sweeper than Hydra's own finds them as it goes."""
     leave(tmp_path / "0", "failed", "new", "of old")
     sweep = Sweep.begin(tmp_path)
@@ -101,7 +101,7 @@ def test_jobs_that_nobody_planned(tmp_path: Path) -> None:
     assert sweep.outcome()[0] == "1 job: 0 done already, 0 continued, 1 trained, 0 failed"
 
 
-def test_how_jobs_stand_is_a_few_lines() -> None:
+def test_the_states_before_a_sweep_are_a_few_lines() -> None:
     few = {
         "rte": RunState("done"),
         "cb": RunState("interrupted", "epoch 3, step 12"),
@@ -111,7 +111,7 @@ def test_how_jobs_stand_is_a_few_lines() -> None:
     assert summarize_states(few) == [
         "4 jobs: 1 done already, 1 interrupted, to be continued, 1 failed the last time, to run again, 1 new",
         "  skipped: rte",
-        "  goes on: cb (epoch 3, step 12)",
+        "  resumes: cb (epoch 3, step 12)",
         "  runs again: mnli (RuntimeError: boom)",
     ]
     states = ("done", "interrupted", "failed", "new")
@@ -122,7 +122,7 @@ def test_how_jobs_stand_is_a_few_lines() -> None:
     assert lines[1].endswith(" and 17 more")
 
 
-def test_a_sweep_that_is_stopped_says_what_is_done(tmp_path: Path) -> None:
+def test_a_stopped_sweep_reports_what_is_done(tmp_path: Path) -> None:
     planned = [tmp_path / str(n) for n in range(5)]
     sweep = Sweep.begin(tmp_path, planned, command_again(resume=True, overwrite=False))
     for place, status in zip(planned, ("done", "done", "failed", "interrupted"), strict=False):

@@ -15,7 +15,7 @@ from fusion.config.data import DataConfig, SplitConfig
 from fusion.config.stages import Stage1Config
 from fusion.data.rows import load_rows
 from fusion.errors import UserError
-from fusion.runs.run import identity
+from fusion.runs.identity import identity
 from fusion.store.lookup import read_manifest
 from fusion.store.trained_data import as_trained, note_ambiguous_labels
 from tests.bench import Bench

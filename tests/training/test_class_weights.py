@@ -20,7 +20,7 @@ from fusion.data.encode import EncodedRows
 from fusion.data.loaders import PlannedBatches
 from fusion.data.rows import Rows
 from fusion.errors import UserError
-from fusion.runs.run import identity, identity_config
+from fusion.runs.identity import identity, identity_config
 from fusion.store.lookup import read_manifest
 from fusion.tasks.table import KINDS
 from fusion.training.class_weights import set_class_weights

@@ -24,7 +24,7 @@ from fusion.config.model import CompositionConfig
 from fusion.config.stages import Stage2Config
 from fusion.config.task import TaskConfig
 from fusion.errors import UserError
-from fusion.runs.run import identity_config
+from fusion.runs.identity import identity_config
 from fusion.store.__main__ import main as store_program
 from fusion.store.lookup import read_manifest
 from fusion.store.rebuilding import rebuild_lines

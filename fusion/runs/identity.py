@@ -1,0 +1,148 @@
+"""The identity of a run: a hash over everything that determines its numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from fusion.config.checks import default_of
+from fusion.config.model import CompositionConfig, MethodConfig
+from fusion.errors import UserError
+
+# Names, places, logging and hardware do not change the numbers.
+NOT_IDENTITY = (
+    *("logger", "store", "name", "overwrite", "resume", "checkpoint_minutes", "hydra"),
+    *("data.cache_dir", "data.workers", "backbone.gradient_checkpointing", "backbone.cache_gb"),
+)
+NOT_IDENTITY_TRAINER = (
+    *("accelerator", "strategy", "devices", "num_nodes", "num_sanity_val_steps", "log_every_n_steps"),
+    *("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "deterministic", "benchmark"),
+    *("inference_mode", "profiler", "detect_anomaly", "barebones", "default_root_dir"),
+    *("enable_autolog_hparams", "model_registry"),
+)
+
+
+def _defaults(group: Any, without: Sequence[str]) -> dict[str, Any]:
+    return {f"{group.group}.{f.name}": default_of(f) for f in fields(group) if f.name not in without}
+
+
+# Keys that the first stores do not have, with their defaults. A default is left out of the identity, so that a run
+# made before the key existed keeps its identity.
+ADDED_LATER: dict[str, Any] = {
+    "tasks": None,
+    "backbone.trust_remote_code": False,
+    **_defaults(MethodConfig, without=("name",)),
+    "adapter.drop": None,
+    "adapter.shared": False,
+    **_defaults(CompositionConfig, without=CompositionConfig.first),
+    "sources_by": None,
+    "data.quoting": None,
+    "data.split.validation": None,
+    "data.split.test": None,
+    "data.split.seed": 0,
+    "data.split.stratify": False,
+    "init_from": None,
+    "loss.class_weights": None,
+    "loss.label_smoothing": 0.0,
+}
+
+
+def identity_config(config: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The part of a resolved config that determines the numbers, flat: `{"optim.lr": 1e-4, ...}`.
+
+    Args:
+        inputs: what the config refers to by name only, such as the sources' hashes; the keys become "inputs.KEY".
+    """
+    left_out = {*NOT_IDENTITY, *(f"trainer.{key}" for key in NOT_IDENTITY_TRAINER)}
+    flat: dict[str, Any] = {}
+
+    def walk(path: str, value: Any) -> None:
+        if path in left_out:
+            return
+        if isinstance(value, dict) and value:
+            for key in sorted(value, key=str):
+                walk(f"{path}.{key}" if path else str(key), value[key])
+        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            for number, item in enumerate(value):
+                walk(f"{path}.{number}", item)
+        elif path and not (path in ADDED_LATER and value == ADDED_LATER[path]):
+            flat[path] = json.loads(json.dumps(value, default=str))  # as it will be read back
+
+    walk("", config)
+    walk("inputs", inputs or {})
+    flat.pop("inputs", None)
+    return flat
+
+
+def identity(config: dict[str, Any], inputs: dict[str, Any] | None = None) -> str:
+    """12 hex digits, equal for two runs exactly if they should give the same numbers."""
+    text = json.dumps(identity_config(config, inputs), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def differing_keys(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """The differences between two identity configs, such as "optim.lr: 0.0001 there, 0.0005 here"."""
+
+    def shown(config: dict[str, Any], key: str) -> str:
+        known = ADDED_LATER | config
+        value = known.get(key)
+        if key.startswith("inputs.") and isinstance(value, list):  # hashes
+            value = [str(item)[:8] for item in value]
+        return json.dumps(value, default=str) if key in known else "nothing"
+
+    def difference(key: str) -> str:
+        names, before, now = asked.get("sources"), stored.get(key), asked.get(key)
+        if key == "inputs.sources" and names and names == stored.get("sources"):
+            changed = [
+                f"{name} is another artifact now ({there[:8]} there, {here[:8]} here)"
+                for name, there, here in zip(names, before or [], now or [], strict=False)
+                if there != here
+            ]
+            return f"sources: {', '.join(changed)}"
+        return f"{key}: {shown(stored, key)} there, {shown(asked, key)} here"
+
+    absent = object()
+    keys = sorted({*stored, *asked})
+    return [difference(key) for key in keys if stored.get(key, absent) != asked.get(key, absent)]
+
+
+def is_done(
+    name: str,
+    stored: tuple[str, dict[str, Any]] | None,
+    asked: tuple[str, dict[str, Any]],
+    overwrite: bool,
+    epochs: int | None = None,
+) -> bool:
+    """Whether the store already has what a run would train.
+
+    Args:
+        stored: identity and identity config of the artifact of this name; None: there is none.
+        asked: identity and identity config of the run.
+        overwrite: train in any case and replace what is stored.
+        epochs: for how many epochs the artifact was trained, if known.
+
+    Raises:
+        UserError: the name belongs to an artifact of other settings.
+    """
+    if stored is None or overwrite:
+        return False
+    if stored[0] == asked[0]:
+        return True
+    keys = differing_keys(stored[1], asked[1])
+    planned, more = (config.get("trainer.max_epochs") for config in (stored[1], asked[1]))
+    if len(keys) == 1 and type(planned) is int and type(more) is int and planned < more:
+        early = f" (it stopped early, after epoch {epochs})" if epochs and epochs < planned else ""
+        raise UserError(
+            f"the store has another {name}: {keys[0]}; its learning rate has decayed to zero over its {planned} epochs"
+            f"{early}, so that it cannot be continued exactly\n"
+            f"Train from its weights with a new schedule: name=ANOTHER init_from={name}; or train all {more} epochs: "
+            "overwrite=true"
+        )
+    some = "; ".join(keys[:6]) + (f"; and {len(keys) - 6} more" if len(keys) > 6 else "")
+    raise UserError(
+        f"the store has another {name}: {some or 'made from other inputs'}\n"
+        "Keep both with name=ANOTHER, or replace it with overwrite=true"
+    )
