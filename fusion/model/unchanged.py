@@ -37,5 +37,5 @@ def check_unchanged(stored: Manifest, config: BackboneConfig) -> None:
     if differing:
         raise UserError(
             f"the store has another {stored.name}, since {config.name_or_path} has changed: {'; '.join(differing)}\n"
-            "keep both with name=ANOTHER, or replace it with overwrite=true"
+            "Keep both with name=ANOTHER, or replace it with overwrite=true"
         )

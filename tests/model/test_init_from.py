@@ -131,9 +131,11 @@ def test_what_does_not_fit_is_refused(bench: Bench) -> None:
     check()
     with pytest.raises(UserError, match=r"adapter\.bottleneck_size=2 there, 4 here"):
         check(adapter=AdapterConfig(reduction_factor=8))
-    with pytest.raises(UserError, match=r"adapter\.nonlinearity=relu there, gelu here\nSet the same values here"):
+    with pytest.raises(
+        UserError, match=r"adapter\.nonlinearity=relu there, gelu here\nSet the same values here"
+    ):
         check(adapter=AdapterConfig(nonlinearity="gelu"))
-    with pytest.raises(UserError, match="is a stored head, and this run trains a adapter"):
+    with pytest.raises(UserError, match="is a stored head; this run trains a adapter"):
         check(init_from="films-head")
     with pytest.raises(UserError, match="nothing"):
         check(init_from="nothing")
