@@ -18,7 +18,7 @@ from fusion.backbones.files import check_files
 from fusion.cli.app import command
 from fusion.cli.console import say
 from fusion.config.commands import RankConfig
-from fusion.config.model import CompositionConfig
+from fusion.config.compositions import CompositionConfig
 from fusion.errors import TrainingError, UserError
 from fusion.runs.inputs import check_backbone_name
 from fusion.runs.run import Run
@@ -192,7 +192,7 @@ def _known_fusion(config: RankConfig) -> dict[str, Any] | None:
             "seconds": manifest.result.speed["seconds"],
         }
         for _, manifest in artifacts(Path(config.store))
-        if manifest.made_by == CompositionConfig.default
+        if manifest.made_by == CompositionConfig().name
         and manifest.task.name == config.task.name
         and isinstance(manifest.result.speed.get("seconds"), float)
     ]

@@ -108,7 +108,7 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, output: RunOutput) -> 
         tag=config.composition.name,
         composition=start.stored,
         sources=[source.manifest for source in sources],
-        loss_weights=start.composition.settings.loss_weights(),
+        loss_weights=start.composition.loss_weights(),
         robust_drop=start.composition.drop == "robust",
         initial=initial,
     )

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from fusion import evaluate, inspect, predict, rank, report, stage1, stage2
 from fusion.config.commands import EvaluateConfig, InspectConfig, PredictConfig, RankConfig, ReportConfig
 from fusion.config.data import DataConfig
-from fusion.config.model import BackboneConfig, MethodConfig
+from fusion.config.methods import MethodConfig
+from fusion.config.model import BackboneConfig
 from fusion.config.stages import Stage1Config, Stage2Config
 from fusion.config.task import TaskConfig
 from fusion.config.training import OptimConfig, TrainerConfig

@@ -15,7 +15,9 @@ import pytorch_lightning as lightning
 import torch
 from safetensors.torch import load_file
 
-from fusion.config.model import AdapterConfig, CompositionConfig, HeadConfig, MethodConfig
+from fusion.config.compositions import CompositionConfig
+from fusion.config.methods import MethodConfig
+from fusion.config.model import AdapterConfig, HeadConfig
 from fusion.config.training import OptimConfig, TrainerConfig
 from fusion.runs.signals import Terminated
 from fusion.training import fit as fit_module

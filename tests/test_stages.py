@@ -20,14 +20,14 @@ from safetensors.torch import load_file
 
 from fusion import evaluate
 from fusion.config.commands import EvaluateConfig
+from fusion.config.compositions import CompositionConfig
 from fusion.config.data import LimitConfig
-from fusion.config.logging import CsvConfig, LoggerConfig
+from fusion.config.logger import CsvConfig, LoggerConfig
+from fusion.config.methods import MethodConfig
 from fusion.config.model import (
     AdapterConfig,
     BackboneConfig,
-    CompositionConfig,
     HeadConfig,
-    MethodConfig,
     SameBackboneConfig,
 )
 from fusion.config.stages import Stage1Config

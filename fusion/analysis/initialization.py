@@ -13,8 +13,7 @@ from typing import Any
 from fusion.analysis.probe import probe
 from fusion.analysis.pruning import mean_attention, most_attended
 from fusion.backbones.load import Backbone
-from fusion.config.compositions import CONTINUED, KEPT
-from fusion.config.model import CompositionConfig
+from fusion.config.compositions import CONTINUED, KEPT, CompositionConfig
 from fusion.config.stages import Stage2Config
 from fusion.data.encode import EncodedRows
 from fusion.data.samples import sampled_batches
@@ -113,7 +112,7 @@ def _most_attended(
     validation: EncodedRows,
 ) -> dict[str, list[int]]:
     """Of each slot, the positions of the sources that it keeps."""
-    assert fusion is not None
+    assert fusion is not None and config.composition.keep is not None
     batches = sampled_batches(training, _ROWS, config.data.batch_size, config.data.tokens_per_batch)
     model = stored_model(fusion, Path(config.store), backbone.copy())
     attention = mean_attention(model, batches, device_of(config.trainer.accelerator))

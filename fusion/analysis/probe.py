@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fusion.backbones.load import Backbone
-from fusion.config.compositions import MEAN
-from fusion.config.model import CompositionConfig
+from fusion.config.compositions import MEAN, CompositionConfig
 from fusion.config.task import TaskConfig
 from fusion.data.batches import Batch
 from fusion.layers.heads import TaskHead, pool

@@ -7,12 +7,12 @@ name; what differs between compositions is said here.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, Optional
 
-from fusion.config.checks import check_drop, check_layers, in_range
-from fusion.config.own_settings import Settings
+from fusion.config.fields import integer, layer_drop, layers, number
+from fusion.config.named_settings import NamedSettings
 from fusion.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,100 +24,6 @@ if TYPE_CHECKING:
 KEPT, CONTINUED = "kept", "continued"
 MEAN = "mean"  # with one source on it is that source, which the probe uses
 ONE_ADAPTER = "is one adapter, which attends to nothing"
-
-
-# --- settings ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class CompositionSettings(Settings):
-    """What every composition has.
-
-    Attributes:
-        layers: which of the backbone's layers have a composition: null (all), `last:N`, or a list.
-        drop: AdapterDrop, `specialized:N` or `robust`.
-        target_adapter: whether a new adapter trains beside what the sources give.
-    """
-
-    layers: Any = None
-    drop: str | None = None
-    target_adapter: bool = False
-
-    training_only: ClassVar[tuple[str, ...]] = ()  # do not change what the stored weights compute
-
-    def __post_init__(self) -> None:
-        check_layers("composition.layers", self.layers)
-        check_drop("composition.drop", self.drop)
-
-    def loss_weights(self) -> dict[str, float]:
-        """The weight of each named term that the slot modules add to the loss."""
-        return {}
-
-
-@dataclass
-class AttentionSettings(CompositionSettings):
-    """Attributes:
-    value_matrix: whether there is a Wv.
-    temperature: of the softmax.
-    dropout: on the scores, before the softmax.
-    value_penalty: weight of the sum over layers of ||Wv - I||^2.
-    rank: of query and key; null: the hidden size.
-    """
-
-    value_matrix: bool = True
-    temperature: float = 1.0
-    dropout: float = 0.0
-    value_penalty: float = 0.01
-    rank: int | None = None
-
-    refusal: ClassVar[str] = (
-        "{setting}: {name} has no attention; leave it out, or say composition=adapterfusion or sequence"
-    )
-    training_only: ClassVar[tuple[str, ...]] = ("dropout", "value_penalty")
-
-    def __post_init__(self) -> None:
-        in_range("composition.rank", self.rank, at_least=1, null="the hidden size")
-        in_range("composition.temperature", self.temperature, above=0, whole=False)
-        in_range("composition.dropout", self.dropout, at_least=0, below=1, whole=False)
-        in_range("composition.value_penalty", self.value_penalty, at_least=0, whole=False)
-        super().__post_init__()
-
-    def loss_weights(self) -> dict[str, float]:
-        return {"value_penalty": self.value_penalty}
-
-
-@dataclass
-class TrainableSettings(CompositionSettings):
-    """Attributes:
-    train: whether what is made of stored weights trains further.
-    """
-
-    train: bool = False
-
-    refusal: ClassVar[str] = (
-        "{setting}: says whether average or pruned trains further, and {name} has no such choice; leave it out"
-    )
-
-
-@dataclass
-class PrunedSettings(AttentionSettings, TrainableSettings):
-    """Attributes:
-    fusion: the stored fusion that is pruned.
-    keep: how many sources each slot keeps.
-    """
-
-    fusion: str | None = None
-    keep: int | None = None
-
-    refusal: ClassVar[str] = (
-        "composition.fusion and composition.keep are for composition=pruned, not {name}: say that, or leave them out"
-    )
-    training_only: ClassVar[tuple[str, ...]] = (*AttentionSettings.training_only, "fusion", "keep")
-
-    def __post_init__(self) -> None:
-        hint = " source of each layer, fewer than the fusion has"
-        in_range("composition.keep", self.keep, at_least=1, hint=hint)
-        super().__post_init__()
 
 
 # --- builders ---------------------------------------------------------------------------------------
@@ -142,36 +48,36 @@ class SlotSources:
         return AdapterBank(list(self.adapters.values()), list(self.adapters), self.total)
 
 
-def _adapterfusion(settings: AttentionSettings, sources: SlotSources, shared: None) -> SlotModule:
+def _adapterfusion(settings: CompositionConfig, sources: SlotSources, shared: None) -> SlotModule:
     from fusion.layers.attention import AdapterFusion
 
     return AdapterFusion(sources.bank(), **_of_attention(settings))
 
 
-def _sequence(settings: AttentionSettings, sources: SlotSources, shared: None) -> SlotModule:
+def _sequence(settings: CompositionConfig, sources: SlotSources, shared: None) -> SlotModule:
     from fusion.layers.sequence import SequenceFusion
 
     return SequenceFusion(sources.bank(), **_of_attention(settings))
 
 
-def _of_attention(settings: AttentionSettings) -> dict[str, Any]:
+def _of_attention(settings: CompositionConfig) -> dict[str, Any]:
     return {key: getattr(settings, key) for key in ("value_matrix", "temperature", "dropout", "rank")}
 
 
-def _static(settings: CompositionSettings, sources: SlotSources, shared: None) -> SlotModule:
+def _static(settings: CompositionConfig, sources: SlotSources, shared: None) -> SlotModule:
     from fusion.layers.mixtures import StaticMixture
 
     return StaticMixture(sources.bank())
 
 
-def _mean(settings: CompositionSettings, sources: SlotSources, shared: None) -> SlotModule:
+def _mean(settings: CompositionConfig, sources: SlotSources, shared: None) -> SlotModule:
     from fusion.layers.mixtures import MeanMixture
 
     return MeanMixture(sources.bank())
 
 
 def _scalearn(
-    settings: CompositionSettings, sources: SlotSources, shared: None, uniform: bool = False
+    settings: CompositionConfig, sources: SlotSources, shared: None, uniform: bool = False
 ) -> SlotModule:
     from fusion.layers.scalearn import ScaLearn, initial_scales
 
@@ -179,7 +85,7 @@ def _scalearn(
     return ScaLearn(bank, initial_scales(len(bank), 1 if uniform else bank.output_size))
 
 
-def _scalearn_pp(settings: CompositionSettings, sources: SlotSources, shared: Any) -> SlotModule:
+def _scalearn_pp(settings: CompositionConfig, sources: SlotSources, shared: Any) -> SlotModule:
     from fusion.layers.scalearn import ScaLearn
 
     return ScaLearn(sources.bank(), shared, shared=True)
@@ -191,7 +97,7 @@ def _scales(total: int, width: int) -> Any:
     return initial_scales(total, width)
 
 
-def _average(settings: TrainableSettings, sources: SlotSources, shared: dict[Any, Any]) -> SlotModule:
+def _average(settings: CompositionConfig, sources: SlotSources, shared: dict[Any, Any]) -> SlotModule:
     from fusion.layers.average import FrozenAdapter, average
 
     adapters = tuple(sources.adapters.values())
@@ -206,7 +112,7 @@ def _average(settings: TrainableSettings, sources: SlotSources, shared: dict[Any
     return mean if settings.train else FrozenAdapter(mean)
 
 
-def _continued(settings: CompositionSettings, sources: SlotSources, shared: None) -> SlotModule:
+def _continued(settings: CompositionConfig, sources: SlotSources, shared: None) -> SlotModule:
     (adapter,) = sources.adapters.values()
     return adapter
 
@@ -221,7 +127,8 @@ class Composition:
     Attributes:
         build: from the settings, the sources of one slot, and what `share` gave, to the slot's module. It may draw
             random numbers; slots are built layer by layer.
-        settings: its settings class.
+        settings: fields of `CompositionConfig` that apply to it, beside those that apply to all.
+        loss_terms: the named terms that its modules add to the loss; the setting of that name is the weight.
         title: its name in reports; empty: as in the table.
         no_weights: why its modules report no weight for each source, so that `inspect` and attention=true have nothing to
             show: the predicate of a sentence about a stored fusion; empty: they report weights.
@@ -235,7 +142,8 @@ class Composition:
     """
 
     build: Callable[[Any, SlotSources, Any], SlotModule]
-    settings: type[CompositionSettings] = CompositionSettings
+    settings: tuple[str, ...] = ()
+    loss_terms: tuple[str, ...] = ()
     title: str = ""
     no_weights: str = ""
     share: Callable[[int, int], Any] | None = None
@@ -250,9 +158,12 @@ class Composition:
         return self.finds == KEPT
 
 
+_ATTENTION = ("value_matrix", "temperature", "dropout", "value_penalty", "rank")
+_PENALTY = ("value_penalty",)
+
 COMPOSITIONS: dict[str, Composition] = {
-    "adapterfusion": Composition(_adapterfusion, AttentionSettings, title="fusion", can_be_pruned=True),
-    "sequence": Composition(_sequence, AttentionSettings),
+    "adapterfusion": Composition(_adapterfusion, _ATTENTION, _PENALTY, title="fusion", can_be_pruned=True),
+    "sequence": Composition(_sequence, _ATTENTION, _PENALTY),
     "static": Composition(_static),
     MEAN: Composition(_mean),
     "scalearn": Composition(_scalearn),
@@ -261,15 +172,55 @@ COMPOSITIONS: dict[str, Composition] = {
     "scalearn_uniform_pp": Composition(_scalearn_pp, share=lambda total, width: _scales(total, 1)),
     "average": Composition(
         _average,
-        TrainableSettings,
+        ("train",),
         no_weights=ONE_ADAPTER,
-        share=lambda total, width: {},  # averages that exist: layers that share adapters share their average
+        share=lambda total, width: {},  # averages so far: layers that share adapters share their average
         starts_from_sources=True,
         one_shape=True,
     ),
-    "pruned": Composition(_adapterfusion, PrunedSettings, starts_from_sources=True, finds=KEPT),
+    "pruned": Composition(
+        _adapterfusion,
+        (*_ATTENTION, "train", "fusion", "keep"),
+        _PENALTY,
+        starts_from_sources=True,
+        finds=KEPT,
+    ),
     "continued": Composition(_continued, no_weights=ONE_ADAPTER, starts_from_sources=True, finds=CONTINUED),
 }
 
-# Settings of any of them that do not change what the stored weights compute.
-TRAINING_ONLY = tuple({key for one in COMPOSITIONS.values() for key in one.settings.training_only})
+# Settings that do not change what the stored weights compute.
+TRAINING_ONLY = ("dropout", "value_penalty", "fusion", "keep")
+
+
+@dataclass
+class CompositionConfig(NamedSettings, group="composition"):
+    """How stage 2 combines its sources: a name of `COMPOSITIONS`, and the settings of all of them."""
+
+    name: str = "adapterfusion"
+    value_matrix: bool = True  # whether there is a Wv
+    temperature: float = number(1.0, above=0)  # of the softmax
+    dropout: float = number(0.0, at_least=0, below=1)  # on the scores, before the softmax
+    value_penalty: float = number(0.01, at_least=0)  # weight of the sum over layers of ||Wv - I||^2
+    layers: Any = layers()  # those of the backbone that have a composition
+    drop: Optional[str] = layer_drop()
+    rank: Optional[int] = integer(None, 1, null="the hidden size")  # of query and key
+    target_adapter: bool = False  # train a new adapter beside the combined sources
+    train: bool = False  # train the weights that are made of stored ones further
+    fusion: Optional[str] = None  # the stored fusion that is pruned
+    keep: Optional[int] = integer(None, 1, null="none")  # sources of each slot that a pruned fusion keeps
+
+    table = COMPOSITIONS
+    common = ("name", "layers", "drop", "target_adapter")
+    first = ("name", "value_matrix", "temperature", "dropout", "value_penalty", "layers")
+
+    @property
+    def definition(self) -> Composition:
+        return COMPOSITIONS[self.name]
+
+    def loss_weights(self) -> dict[str, float]:
+        """The weight of each named term that the slot modules add to the loss."""
+        return {term: getattr(self, term) for term in self.definition.loss_terms}
+
+    def pruning_of(self, trained: CompositionConfig) -> CompositionConfig:
+        """The settings of a pruned fusion: those that the fusion was trained with, except what pruning may set."""
+        return replace(trained, **{key: getattr(self, key) for key in (*TRAINING_ONLY, "name", "train")})

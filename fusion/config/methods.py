@@ -6,14 +6,13 @@ It is readable without torch: a method imports what it needs when it is called.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from fusion.config.checks import in_range, require
-from fusion.config.own_settings import Settings
+from fusion.config.fields import checked, integer, number
+from fusion.config.named_settings import NamedSettings
 from fusion.errors import UserError
-from fusion.text import override
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,69 +22,19 @@ if TYPE_CHECKING:
 ADAPTER = "adapter"  # the kind of artifact that holds adapters
 
 
-@dataclass
-class MethodSettings(Settings):
-    """What every method has: nothing.
-
-    Attributes:
-        shaping: settings that decide names, shapes or meaning of the stored weights.
-    """
-
-    shaping: ClassVar[tuple[str, ...]] = ()
-
-
-@dataclass
-class LoraSettings(MethodSettings):
-    """Attributes:
-    rank: of the update.
-    alpha: the update counts alpha / rank.
-    dropout: on what the update reads.
-    targets: the linear layers that have one, by the last part of their names.
-    """
-
-    rank: int = 8
-    alpha: int = 8
-    dropout: float = 0.0
-    targets: list[str] = field(default_factory=lambda: ["query", "value"])
-
-    shaping: ClassVar[tuple[str, ...]] = ("rank", "alpha", "targets")
-
-    def __post_init__(self) -> None:
-        in_range("method.rank", self.rank, at_least=1)
-        in_range("method.alpha", self.alpha, at_least=1)
-        in_range("method.dropout", self.dropout, at_least=0, below=1, whole=False)
-        require(
-            len(self.targets) > 0 and len(set(self.targets)) == len(self.targets),
-            f"{override('method.targets', self.targets)}: expected names of linear layers such as [query,value], each once",
-        )
-
-
-@dataclass
-class MultitaskSettings(MethodSettings):
-    """Attributes:
-    temperature: tasks are drawn with p_i ~ n_i^(1/temperature) (Stickland & Murray 2019).
-    """
-
-    temperature: float = 2.0
-
-    def __post_init__(self) -> None:
-        hint = "; 1 draws tasks by their rows, a higher one brings small tasks up"
-        in_range("method.temperature", self.temperature, above=0, whole=False, hint=hint)
-
-
-def _full(settings: MethodSettings, model: nn.Module) -> Tuning:
+def _full(settings: MethodConfig, model: nn.Module) -> Tuning:
     from fusion.backbones.tuning import full
 
     return full(model)
 
 
-def _bitfit(settings: MethodSettings, model: nn.Module) -> Tuning:
+def _bitfit(settings: MethodConfig, model: nn.Module) -> Tuning:
     from fusion.backbones.tuning import bitfit
 
     return bitfit(model)
 
 
-def _check_lora(settings: LoraSettings, weights: Mapping[str, Tensor], file: Path) -> None:
+def _check_lora(settings: MethodConfig, weights: Mapping[str, Tensor], file: Path) -> None:
     """Refuse a rank that the stored weights do not have, before anything of that size is made."""
     stored = {tuple(tensor.shape[:1]) for name, tensor in weights.items() if name.endswith("lora_A.weight")}
     if stored != {(settings.rank,)}:
@@ -94,7 +43,7 @@ def _check_lora(settings: LoraSettings, weights: Mapping[str, Tensor], file: Pat
         )
 
 
-def _lora(settings: LoraSettings, model: nn.Module) -> Tuning:
+def _lora(settings: MethodConfig, model: nn.Module) -> Tuning:
     from fusion.backbones.tuning import lora
 
     return lora(model, settings.rank, settings.alpha, settings.dropout, settings.targets)
@@ -107,7 +56,8 @@ class Method:
     Attributes:
         kind: of the artifact that it stores.
         title: its name in reports.
-        settings: its settings class.
+        settings: fields of `MethodConfig` that apply to it.
+        shaping: those that decide names, shapes or meaning of the stored weights.
         tune: from the settings and the backbone, which it may change in place, to what of the backbone trains; None:
             nothing does.
         check_stored: refuses stored weights that do not fit the settings, before anything of their size is made; None:
@@ -118,7 +68,8 @@ class Method:
 
     kind: str
     title: str
-    settings: type[MethodSettings] = MethodSettings
+    settings: tuple[str, ...] = ()
+    shaping: tuple[str, ...] = ()
     tune: Callable[[Any, nn.Module], Tuning] | None = None
     check_stored: Callable[[Any, Mapping[str, Tensor], Path], None] | None = None
     multitask: bool = False
@@ -128,11 +79,45 @@ class Method:
 METHODS: dict[str, Method] = {
     "adapter": Method(ADAPTER, "single adapter"),
     "head": Method("head", "head"),
-    "lora": Method("lora", "LoRA", LoraSettings, _lora, _check_lora),
+    "lora": Method(
+        "lora",
+        "LoRA",
+        settings=("rank", "alpha", "dropout", "targets"),
+        shaping=("rank", "alpha", "targets"),
+        tune=_lora,
+        check_stored=_check_lora,
+    ),
     "bitfit": Method("bitfit", "BitFit", tune=_bitfit),
     "full": Method("full", "full fine-tuning", tune=_full, whole=True),
-    "multitask_adapter": Method(ADAPTER, "multi-task adapter", MultitaskSettings, multitask=True),
+    "multitask_adapter": Method(ADAPTER, "multi-task adapter", ("temperature",), multitask=True),
     "multitask_full": Method(
-        "full", "multi-task fine-tuning", MultitaskSettings, _full, multitask=True, whole=True
+        "full", "multi-task fine-tuning", ("temperature",), tune=_full, multitask=True, whole=True
     ),
 }
+
+
+@dataclass
+class MethodConfig(NamedSettings, group="method"):
+    """What stage 1 trains beside the head: a name of `METHODS`, and the settings of all of them."""
+
+    name: str = "adapter"
+    rank: int = integer(8, 1)  # of LoRA's update
+    alpha: int = integer(8, 1)  # the update is scaled by alpha / rank
+    dropout: float = number(0.0, at_least=0, below=1)  # on the input of the update
+    # Tasks are drawn with p_i ~ n_i^(1/temperature) (Stickland & Murray 2019).
+    temperature: float = number(
+        2.0, above=0, hint="; 1 draws tasks by their size, higher values favour small tasks"
+    )
+    targets: list[str] = checked(  # the linear layers with an update, by the last part of their names
+        ["query", "value"],
+        lambda value: 0 < len(value) == len(set(value)),
+        "names of linear layers such as [query,value], each once",
+    )
+
+    table = METHODS
+    common = ("name",)
+    first = ("name", "rank", "alpha", "dropout", "temperature", "targets")
+
+    @property
+    def definition(self) -> Method:
+        return METHODS[self.name]

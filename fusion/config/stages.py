@@ -7,47 +7,45 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Optional
 
-from fusion.config.checks import in_range, one_of, require
-from fusion.config.data import DataConfig
-from fusion.config.logging import LoggerConfig
-from fusion.config.methods import ADAPTER, METHODS
-from fusion.config.model import AdapterConfig, BackboneConfig, CompositionConfig, HeadConfig, MethodConfig
+from fusion.config.compositions import CompositionConfig
+from fusion.config.data import DataConfig, require_max_length
+from fusion.config.fields import MAX_SEED, Settings, choice, integer, number, require
+from fusion.config.logger import LoggerConfig
+from fusion.config.methods import ADAPTER, METHODS, MethodConfig
+from fusion.config.model import AdapterConfig, BackboneConfig, HeadConfig
 from fusion.config.task import TaskConfig
 from fusion.config.training import LossConfig, OptimConfig, TrainerConfig
 from fusion.tasks.table import kind_of
 from fusion.text import override, repeated
 
-RANKINGS = ("similarity", "logme", "probe", "attention")  # how fusion.rank looks at sources
+RANKINGS = ("similarity", "logme", "probe", "attention")  # the scorers of fusion.rank
 POOLED_RANKINGS = ("logme", "probe")  # those that need one vector per text
 
 
-def source_names(value: Any, ways: str) -> Any:
+def source_names(value: Any, expected: str) -> Any:
     """`all`, `top:3`, or a list of names.
 
     Args:
-        ways: what may be said.
+        expected: for the message; `top:N` is accepted where it is named there.
 
     Raises:
-        UserError: it is none of them, or a name stands twice.
+        UserError: it is none of them, or a name is duplicate.
     """
-    if isinstance(value, str):
-        known = value == "all" or ("top:N" in ways and re.fullmatch(r"top:[1-9]\d*", value) is not None)
-        require(known, f"{override('sources', value)}: expected {ways}")
-        return value
-    require(
-        isinstance(value, list) and all(type(name) in (str, int, float) for name in value),
-        f"{override('sources', value)}: expected {ways}",
-    )
-    names = [str(name) for name in value]
-    twice = repeated(names)
-    require(
-        not twice, f"{override('sources', names)}: duplicate {', '.join(twice)}; expected each source once"
-    )
-    return names
+    if isinstance(value, list) and all(type(name) in (str, int, float) for name in value):
+        names = [str(name) for name in value]
+        twice = repeated(names)
+        require(
+            not twice,
+            f"{override('sources', names)}: duplicate {', '.join(twice)}; expected each source once",
+        )
+        return names
+    known = value == "all" or ("top:N" in expected and re.fullmatch(r"top:[1-9]\d*", str(value)) is not None)
+    require(known, f"{override('sources', value)}: expected {expected}")
+    return value
 
 
 @dataclass
-class StageConfig:
+class StageConfig(Settings):
     """What the two training commands share."""
 
     task: Optional[TaskConfig] = None
@@ -60,46 +58,34 @@ class StageConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     store: str = "outputs/store"
     name: Optional[str] = None
-    init_from: Optional[str] = None  # an artifact of the store whose weights training starts from
+    init_from: Optional[str] = None  # an artifact of the store to initialize the weights from
     overwrite: bool = False
     resume: bool = True
-    checkpoint_minutes: Optional[float] = (
-        10.0  # between two checkpoints within an epoch; null: each epoch alone
+    checkpoint_minutes: Optional[float] = number(  # between two checkpoints within an epoch
+        10.0, at_least=0, infinite=True, hint=" (0: after each batch)", null="after each epoch only"
     )
     compile: bool = False  # torch.compile for the backbone's layers; needs a C++ compiler
-    seed: int = 42
+    seed: int = integer(42, 0, MAX_SEED)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.backbone.dropout = bool(self.backbone.dropout)
         require(
             not (self.compile and self.backbone.gradient_checkpointing),
             "compile=true and backbone.gradient_checkpointing=true do not go together: choose one of them",
         )
-        require(
-            self.data.max_length is not None,
-            "data.max_length=null: expected a number of tokens, at least 4, such as 128",
-        )
-        in_range(
-            "checkpoint_minutes",
-            self.checkpoint_minutes,
-            at_least=0,
-            whole=False,
-            infinite=True,
-            null="after each epoch alone",
-            hint=" (0: after each batch)",
-        )
-        in_range("seed", self.seed, at_least=0, at_most=2**32 - 1)
+        require_max_length(self.data)
         if self.task is not None:
             self.loss.check([self.task])
             require(
                 self.head.pooling is None or kind_of(self.task).items != "words",
-                f"head.pooling={self.head.pooling}: {self.task.name} is {kind_of(self.task).noun}, whose head scores "
-                "each word and pools nothing; leave it out",
+                f"head.pooling={self.head.pooling}: {self.task.name} is {kind_of(self.task).noun}, whose head scores each "
+                "word without pooling; leave it out",
             )
 
     @property
     def task_list(self) -> list[TaskConfig]:
-        """What is trained on, in order."""
+        """The tasks to train on, in order."""
         assert self.task is not None
         return [self.task]
 
@@ -108,35 +94,37 @@ class StageConfig:
 class Stage1Config(StageConfig):
     method: MethodConfig = field(default_factory=MethodConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    tasks: Any = None  # in place of +task: names of tasks to train at once, of which app.py makes TaskConfigs
+    tasks: Any = None  # multi-task training, in place of +task: names, which app.py turns into TaskConfigs
 
     def __post_init__(self) -> None:
         method, definition = self.method.name, self.method.definition
-        if self.backbone.dropout is None:  # what trains as a whole drops out, as in pre-training
+        if (
+            self.backbone.dropout is None
+        ):  # a backbone that trains as a whole uses its dropout, as in pre-training
             self.backbone.dropout = definition.whole
         super().__post_init__()
         require(
             definition.tune is None or self.backbone.cache in ("auto", "off"),
-            f"backbone.cache={self.backbone.cache}: method={method} trains inside the backbone, so that no part of "
-            "it stays the same; expected backbone.cache=off",
+            f"backbone.cache={self.backbone.cache}: method={method} trains the backbone, so no features "
+            "stay the same; expected backbone.cache=off",
         )
         require(
             definition.kind == ADAPTER or self.adapter.drop is None,
             f"adapter.drop={self.adapter.drop}: method={method} has no adapters to drop; expected method=adapter",
         )
-        several = " or ".join(f"method={name}" for name, one in METHODS.items() if one.multitask)
         if self.tasks is None:
             require(
                 not definition.multitask,
-                f"method={method} trains several tasks at once: say 'tasks=[TASK,ANOTHER]' in place of +task=",
+                f"method={method} trains several tasks at once: expected 'tasks=[TASK,ANOTHER]' in place of +task=",
             )
             return
         require(
             definition.multitask,
-            f"tasks= with method={method}: several tasks at once need {several}\n"
+            f"tasks= with method={method}: several tasks at once need "
+            f"{' or '.join(f'method={name}' for name, one in METHODS.items() if one.multitask)}\n"
             "One run for each task is a sweep: -m +task=TASK,ANOTHER",
         )
-        # Plain containers where a process of a DDP job was handed them.
+        # Plain containers in the processes of a DDP job.
         self.tasks = [
             TaskConfig.from_dict(task, where="tasks") if isinstance(task, dict) else task
             for task in self.tasks
@@ -149,7 +137,7 @@ class Stage1Config(StageConfig):
 
     @property
     def kind(self) -> str:
-        """What is stored: of several tasks the same as of one."""
+        """The kind of artifact that is stored."""
         return self.method.definition.kind
 
     def default_name(self) -> str:
@@ -164,7 +152,7 @@ class Stage1Config(StageConfig):
 class Stage2Config(StageConfig):
     composition: CompositionConfig = field(default_factory=CompositionConfig)
     sources: Any = field(default_factory=list)  # names; all and top:N become names before anything is run
-    sources_by: Optional[str] = None  # top:N: which method's ranks count; null: their mean
+    sources_by: Optional[str] = choice(None, RANKINGS, null="the mean of their ranks")  # for top:N
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -175,34 +163,28 @@ class Stage2Config(StageConfig):
             len(self.sources) > 0 or self.composition.definition.is_pruned,
             "sources is empty: name adapters of the store, such as 'sources=[mnli,sst2]'",
         )
-        if self.sources_by is not None:
-            one_of("sources_by", self.sources_by, RANKINGS)
-            require(
-                str(self.sources).startswith("top:"),
-                f"sources_by={self.sources_by}: says by which method the best are taken; expected sources=top:N",
-            )
+        require(
+            self.sources_by is None or str(self.sources).startswith("top:"),
+            f"sources_by={self.sources_by}: ranks the sources for sources=top:N; leave it out",
+        )
 
     def _check_pruned(self) -> None:
+        """A pruned fusion has the sources, the head and the settings of the fusion that it is made of."""
         asked = self.composition
         require(
-            isinstance(self.sources, list),
-            f"{override('sources', self.sources)}: a pruned fusion has the sources of the fusion it is made of; leave sources= out",
-        )
-        require(
-            asked.fusion is not None,
-            "composition=pruned: expected the fusion to prune, composition.fusion=NAME, one of the store",
+            asked.fusion is not None and asked.keep is not None,
+            "composition=pruned: expected composition.fusion=NAME, a fusion of the store, and composition.keep=K, the "
+            "number of sources per layer",
         )
         own = asked.pruning_of(CompositionConfig())
         other = [
-            f"composition.{f.name}" for f in fields(own) if getattr(asked, f.name) != getattr(own, f.name)
+            *(["sources"] if isinstance(self.sources, str) else []),
+            *(f"composition.{f.name}" for f in fields(own) if getattr(asked, f.name) != getattr(own, f.name)),
+            *(["head"] if self.head != HeadConfig() else []),
         ]
         require(
             not other,
-            f"{', '.join(other)}: a pruned fusion is as composition.fusion={asked.fusion} was trained; leave it out",
-        )
-        require(
-            self.head == HeadConfig(),
-            f"head: a pruned fusion has the head of composition.fusion={asked.fusion}; leave head.* out",
+            f"{', '.join(other)}: composition=pruned takes them from composition.fusion={asked.fusion}; leave them out",
         )
 
     def default_name(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from fusion.config.checks import require
+from fusion.config.fields import require
 from fusion.errors import UserError
 from fusion.tasks.table import KINDS, check_task
 from fusion.tasks.task import HubConfig, Task

@@ -9,12 +9,12 @@ from typing import Any
 from fusion.backbones.load import Backbone
 from fusion.backbones.slots import SlotAddress
 from fusion.backbones.tuning import Tuning
+from fusion.config.compositions import CompositionConfig
+from fusion.config.methods import MethodConfig
 from fusion.config.model import (
     SITES,
     AdapterConfig,
-    CompositionConfig,
     HeadConfig,
-    MethodConfig,
     SameBackboneConfig,
 )
 from fusion.config.task import TaskConfig
@@ -80,7 +80,7 @@ def adapter_fillings(config: AdapterConfig, backbone: Backbone) -> dict[str, Slo
 def tuning_of(config: MethodConfig, backbone: Backbone) -> Tuning | None:
     """What of the backbone itself a method trains; None: nothing. LoRA changes the backbone in place."""
     tune = config.definition.tune
-    return None if tune is None else tune(config.settings, backbone.model)
+    return None if tune is None else tune(config, backbone.model)
 
 
 def stored_adapters(artifact: Artifact) -> dict[str, BottleneckAdapter]:
@@ -209,7 +209,7 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int 
         method = manifest.method
         check = method.definition.check_stored
         if check is not None:
-            check(method.settings, artifact.weights, artifact.path / WEIGHTS)
+            check(method, artifact.weights, artifact.path / WEIGHTS)
         tuning = tuning_of(method, backbone)
         assert tuning is not None
         copy_stored(tuning.state(), artifact.weights, artifact.path / WEIGHTS)

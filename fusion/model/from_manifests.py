@@ -16,8 +16,7 @@ from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 from fusion.backbones.slots import SlotAddress
-from fusion.config.compositions import CONTINUED, KEPT, SlotSources
-from fusion.config.model import CompositionConfig
+from fusion.config.compositions import CONTINUED, KEPT, CompositionConfig, SlotSources
 from fusion.errors import UserError, first_line
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead, TaskHeads
@@ -111,7 +110,7 @@ def compose(
             if not present:
                 continue
             combined = _kept(chosen[KEPT], slot, present) if KEPT in chosen else present
-            module = definition.build(config.settings, SlotSources(combined, len(sources)), shared[site])
+            module = definition.build(config, SlotSources(combined, len(sources)), shared[site])
             modules[slot] = _beside(module, list(present.values())) if config.target_adapter else module
     if not modules:
         raise UserError(

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from fusion.config.checks import default_of
-from fusion.config.model import CompositionConfig, MethodConfig
+from fusion.config.compositions import CompositionConfig
+from fusion.config.fields import default_of
+from fusion.config.methods import MethodConfig
 from fusion.errors import UserError
 
 # Names, places, logging and hardware do not change the numbers.

@@ -185,7 +185,7 @@ def _shape(
         found["adapter.bottleneck_size"] = sizes[0] if len(sizes) == 1 else sizes, size
         found["adapter.drop"] = _specialized(stored.drop), _specialized(asked.drop)
     elif isinstance(config, Stage1Config) and manifest.method is not None:
-        for key in config.method.settings.shaping:
+        for key in config.method.definition.shaping:
             found[f"method.{key}"] = getattr(manifest.method, key), getattr(config.method, key)
     elif isinstance(config, Stage2Config) and manifest.composition is not None:
         fused, given = manifest.composition.settings, config.composition

@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PrivateAttr, ValidationError
 
 from fusion.config.compositions import TRAINING_ONLY
-from fusion.config.methods import METHODS
-from fusion.config.model import SITES, MethodConfig
+from fusion.config.methods import METHODS, MethodConfig
+from fusion.config.model import SITES
 from fusion.errors import UserError, first_line
 from fusion.store.files import MEND
 from fusion.store.json_text import finite, read_json

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from fusion.config.compositions import CONTINUED, KEPT
-from fusion.config.model import POOLINGS, AdapterConfig, CompositionConfig
+from fusion.config.compositions import CONTINUED, KEPT, CompositionConfig
+from fusion.config.model import POOLINGS, AdapterConfig
 from fusion.config.task import TaskConfig
 from fusion.errors import UserError
 from fusion.files import check_relative

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusion.config.logging import WandbConfig
+from fusion.config.logger import WandbConfig
 from fusion.errors import first_line
 from fusion.tracking import lineage
 from fusion.tracking.lineage import Links

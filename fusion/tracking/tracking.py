@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 
-from fusion.config.logging import WANDB_MODES, CsvConfig, LoggerConfig, WandbConfig
+from fusion.config.logger import WANDB_MODES, CsvConfig, LoggerConfig, WandbConfig
 from fusion.errors import first_line
 from fusion.text import quotable
 from fusion.tracking.decision import is_first_notice, offline_reason, remember_offline, sweep_folder

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fusion.backbones.load import Backbone, load_backbone
-from fusion.config.logging import CsvConfig, LoggerConfig
-from fusion.config.model import CompositionConfig
+from fusion.config.compositions import CompositionConfig
+from fusion.config.logger import CsvConfig, LoggerConfig
 from fusion.config.task import TaskConfig
 from fusion.config.training import OptimConfig, TrainerConfig
 from fusion.data.batches import Batch

@@ -179,7 +179,7 @@ def test_a_composition_without_shares_has_means_and_no_words(trained: Bench) -> 
 
 
 def inspect_composition(name: str) -> Any:
-    from fusion.config.model import CompositionConfig
+    from fusion.config.compositions import CompositionConfig
 
     return CompositionConfig(name=name)
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fusion.analysis.probe import States, linear_scores, probe
 from fusion.backbones.load import load_backbone
-from fusion.config.model import AdapterConfig, CompositionConfig
+from fusion.config.compositions import CompositionConfig
+from fusion.config.model import AdapterConfig
 from fusion.config.task import TaskConfig
 from fusion.layers.heads import TaskHead
 from fusion.model.adapted import AdaptedModel

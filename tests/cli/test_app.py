@@ -23,7 +23,7 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 
 from fusion.cli.app import as_text, command, text_keys
-from fusion.config.model import MethodConfig
+from fusion.config.methods import MethodConfig
 from fusion.config.stages import Stage1Config, Stage2Config
 from fusion.config.task import TaskConfig
 from fusion.runs.identity import identity_config
@@ -201,7 +201,7 @@ def test_a_run_that_begins_anew_says_so(go: Callable[..., Outcome]) -> None:
         (["+task=mine", "+optim.extra=1"], "unknown key optim.extra"),
         (["+task=mine", "+extra=1"], "unknown key extra"),
         (["+task=mine", "adapter=compacter"], "unknown adapter 'compacter'"),
-        (["+task=mine", "trainer.max_epochs=0"], "trainer.max_epochs=0: expected at least 1"),
+        (["+task=mine", "trainer.max_epochs=0"], "trainer.max_epochs=0: expected a whole number >= 1"),
         (["+task=mine", "seed=13"], "seed=13 is unlucky"),
         (["+task=mine", "trainer.accelerator=none_such"], "trainer.accelerator=none_such"),
         (["+task=mine", "trainer.strategy=none_such"], "trainer.strategy=none_such"),
@@ -250,7 +250,7 @@ def test_a_run_that_begins_anew_says_so(go: Callable[..., Outcome]) -> None:
         ([MT, "tasks=[mine,yuors]"], "unknown task 'yuors': did you mean yours?"),
         (
             [MT, "tasks=[mine,yours]", "method.temperature=0"],
-            "method.temperature=0.0: expected a number above 0",
+            "method.temperature=0.0: expected a finite number > 0",
         ),
         (["-m", MT, "tasks=[mine,yours],[mine]"], "job 1 ("),
         (

@@ -13,8 +13,9 @@ from transformers import BertConfig, BertModel
 
 from fusion.backbones.families import FAMILIES
 from fusion.backbones.load import Backbone, load_backbone
-from fusion.config.methods import METHODS
-from fusion.config.model import AdapterConfig, BackboneConfig, CompositionConfig, MethodConfig
+from fusion.config.compositions import CompositionConfig
+from fusion.config.methods import METHODS, MethodConfig
+from fusion.config.model import AdapterConfig, BackboneConfig
 from fusion.errors import UserError
 from fusion.layers.heads import TaskHead
 from fusion.model.adapted import AdaptedModel

@@ -110,10 +110,10 @@ def test_an_empty_part(count: int, labels: Any, fractions: dict[str, float], mes
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"validation": 0.0}, r"data\.split\.validation=0\.0: expected a number above 0 and below 1"),
-        ({"test": 1.0}, r"data\.split\.test=1\.0: expected a number above 0 and below 1"),
-        ({"validation": 10.0}, "expected a number above 0 and below 1"),
-        ({"validation": float("nan")}, "expected a finite number above 0 and below 1"),
+        ({"validation": 0.0}, r"data\.split\.validation=0\.0: expected a finite number > 0 and < 1"),
+        ({"test": 1.0}, r"data\.split\.test=1\.0: expected a finite number > 0 and < 1"),
+        ({"validation": 10.0}, "expected a finite number > 0 and < 1"),
+        ({"validation": float("nan")}, "expected a finite number > 0 and < 1"),
         ({"validation": 0.5, "test": 0.5}, "leave nothing to train on"),
         ({"validation": 0.1, "seed": -1}, r"data\.split\.seed=-1"),
         ({"stratify": True}, r"data\.split\.stratify=true: no split is made"),

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fusion.cli.app import keys_of
-from fusion.config.compositions import COMPOSITIONS, CompositionSettings, SlotSources
-from fusion.config.methods import METHODS
-from fusion.config.model import CompositionConfig, MethodConfig
-from fusion.config.own_settings import Settings, flat_group
+from fusion.config.compositions import COMPOSITIONS, CompositionConfig, SlotSources
+from fusion.config.fields import default_of
+from fusion.config.methods import METHODS, MethodConfig
 from fusion.config.stages import Stage1Config, Stage2Config
 from fusion.errors import UserError
 from fusion.layers.bottleneck import BottleneckAdapter
@@ -112,7 +111,7 @@ def sources_of(name: str) -> dict[int, BottleneckAdapter]:
 
 def built(name: str, shared: Any = None) -> tuple[SlotModule, dict[int, BottleneckAdapter]]:
     definition, sources = COMPOSITIONS[name], sources_of(name)
-    settings = definition.settings(**NEEDED.get(name, {}))
+    settings = CompositionConfig(name, **NEEDED.get(name, {}))
     module = definition.build(settings, SlotSources(sources, TOTAL), shared).double()
     torch.manual_seed(3)
     for parameter in module.parameters():
@@ -226,57 +225,33 @@ def test_keys_are_the_fields_and_nothing_else() -> None:
         }
 
 
-@dataclass
-class One(Settings):
-    size: int = 1
+def other_than(default: Any) -> Any:
+    if isinstance(default, bool):
+        return not default
+    if isinstance(default, list):
+        return ["x"]
+    return 1 if default is None else default + (0.5 if isinstance(default, float) else 1)
 
 
-@dataclass
-class Two(Settings):
-    places: list[str] = None  # type: ignore[assignment]
-    more: float = 0.5
-
-    refusal: ClassVar[str] = "{setting}: {name} has no places; say {group}={others}"
-
-    def __post_init__(self) -> None:
-        if self.more > 1:
-            raise UserError("made.more")
-
-
-@dataclass
-class Three(Settings):
-    size: float = 1.0
-
-
-def test_a_flat_group_refuses_what_the_chosen_class_does_not_have() -> None:
-    flat = flat_group(
-        "made", {"one": One, "two": Two, "two_again": Two, "none": Settings}, first=("name",), later=("more",)
-    )
-    assert [f.name for f in fields(flat)] == ["name", "more", "size", "places"]
-    assert flat().name == "one" and flat().is_default and not flat("two").is_default
-    assert flat("one", size=3).settings == One(3)
-    assert flat("one", size=3).as_stored() == {"name": "one", "size": 3}
-    assert flat("none").settings == Settings()
-    with pytest.raises(UserError) as error:
-        flat("two", size=3)
-    assert str(error.value) == "made.size=3: made=two has no such setting; leave it out, or say made=one"
-    with pytest.raises(UserError) as error:
-        flat("one", more=0.7)
-    assert str(error.value) == "made.more=0.7: one has no places; say made=two or two_again"
-    with pytest.raises(UserError, match=r"made\.more"):
-        flat("two", more=2.0)
-    with pytest.raises(UserError, match="made=three: expected one of one, two, two_again, none"):
-        flat("three")
-    with pytest.raises(TypeError, match=r"made\.size: Three"):
-        flat_group("made", {"one": One, "three": Three}, first=("name",))
-
-
-def test_every_settings_class_is_checked() -> None:
-    for definition in COMPOSITIONS.values():
-        assert issubclass(definition.settings, CompositionSettings)
-        assert set(definition.settings.training_only) <= {f.name for f in fields(definition.settings)}
-    for method in METHODS.values():
-        assert set(method.settings.shaping) <= {f.name for f in fields(method.settings)}
+@pytest.mark.parametrize(("table", "config"), [(COMPOSITIONS, CompositionConfig), (METHODS, MethodConfig)])
+def test_each_name_has_settings_that_are_fields_and_refuses_the_others(table: Any, config: Any) -> None:
+    own = [f for f in fields(config) if f.name not in config.common]
+    for name, entry in table.items():
+        assert set(entry.settings) <= {f.name for f in own}
+        assert set(getattr(entry, "shaping", ())) <= set(entry.settings)
+        assert set(getattr(entry, "loss_terms", ())) <= set(entry.settings)
+        for f in own:
+            value = other_than(default_of(f))
+            if f.name in entry.settings:
+                assert getattr(config(name, **{f.name: value}), f.name) == value
+                continue
+            with pytest.raises(UserError) as error:
+                config(name, **{f.name: value})
+            having = [other for other, one in table.items() if f.name in one.settings]
+            assert str(error.value).startswith(f"{config.group}.{f.name}=")
+            assert f"{config.group}={name} has no such setting" in str(error.value)
+            assert str(error.value).endswith(f"{config.group}={' or '.join(having)}")
+    assert config().is_default and not config(next(reversed(table))).is_default
 
 
 # --- nobody outside asks for a name -----------------------------------------------------------------

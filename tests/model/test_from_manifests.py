@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from fusion.backbones.load import Backbone
-from fusion.config.model import CompositionConfig
+from fusion.config.compositions import CompositionConfig
 from fusion.errors import UserError
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead, TaskHeads

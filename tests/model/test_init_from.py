@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from fusion import stage1, stage2
-from fusion.config.model import AdapterConfig, CompositionConfig, HeadConfig, MethodConfig
+from fusion.config.compositions import CompositionConfig
+from fusion.config.methods import MethodConfig
+from fusion.config.model import AdapterConfig, HeadConfig
 from fusion.config.stages import Stage1Config, Stage2Config
 from fusion.config.training import OptimConfig
 from fusion.errors import UserError

@@ -31,7 +31,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fusion.backbones.load import Backbone, load_backbone
-from fusion.config.model import CompositionConfig
+from fusion.config.compositions import CompositionConfig
 from fusion.errors import UserError
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead

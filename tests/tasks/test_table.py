@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fusion.config.commands import RankConfig
-from fusion.config.model import CompositionConfig
+from fusion.config.compositions import CompositionConfig
 from fusion.config.stages import Stage2Config
 from fusion.config.task import TaskConfig
 from fusion.errors import UserError

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from fusion.config.model import AdapterConfig, CompositionConfig, MethodConfig
+from fusion.config.compositions import CompositionConfig
+from fusion.config.methods import MethodConfig
+from fusion.config.model import AdapterConfig
 from fusion.config.stages import Stage1Config, Stage2Config
 from fusion.config.task import TaskConfig
 from fusion.tasks.table import METRICS

@@ -25,7 +25,7 @@ import torch
 import wandb
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 
-from fusion.config.logging import CsvConfig, LoggerConfig, WandbConfig
+from fusion.config.logger import CsvConfig, LoggerConfig, WandbConfig
 from fusion.errors import UserError
 from fusion.tracking import decision, tracking
 from fusion.tracking.tracking import build_loggers, finish, log_lineage, log_result
@@ -129,7 +129,7 @@ def test_it_says_one_line_and_keeps_to_its_folder(tmp_path: Path) -> None:
     code = f"""
 import logging
 from pathlib import Path
-from fusion.config.logging import LoggerConfig, WandbConfig
+from fusion.config.logger import LoggerConfig, WandbConfig
 from fusion.tracking.tracking import *
 logging.basicConfig(level=logging.INFO)
 loggers = build_loggers(LoggerConfig(wandb=WandbConfig()), directory=Path({str(tmp_path / "job")!r}), name="rte",
@@ -515,7 +515,7 @@ def test_two_jobs_train_on_when_the_server_is_lost_in_the_first(
 FULL = """
 import logging, resource, sys
 from pathlib import Path
-from fusion.config.logging import LoggerConfig, WandbConfig
+from fusion.config.logger import LoggerConfig, WandbConfig
 from fusion.tracking.tracking import *
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))

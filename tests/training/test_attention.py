@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fusion.backbones.load import load_backbone
-from fusion.config.model import CompositionConfig
+from fusion.config.compositions import CompositionConfig
 from fusion.config.training import TrainerConfig
 from fusion.data.batches import Batch
 from fusion.data.encode import encode

@@ -200,7 +200,7 @@ def test_refused(task: TaskConfig, values: dict[str, Any], message: str) -> None
 
 
 def test_a_list_is_refused_for_several_tasks() -> None:
-    from fusion.config.model import MethodConfig
+    from fusion.config.methods import MethodConfig
 
     method = MethodConfig("multitask_adapter")
     with pytest.raises(UserError, match=r"expected loss\.class_weights=balanced"):

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fusion.backbones.load import load_backbone
-from fusion.config.model import BackboneConfig, MethodConfig
+from fusion.config.methods import MethodConfig
+from fusion.config.model import BackboneConfig
 from fusion.config.training import TrainerConfig
 from fusion.errors import GuardError, UserError
 from fusion.layers.bottleneck import BottleneckAdapter

@@ -15,7 +15,7 @@ import pytest
 import pytorch_lightning as lightning
 import torch
 
-from fusion.config.logging import CsvConfig, LoggerConfig
+from fusion.config.logger import CsvConfig, LoggerConfig
 from fusion.config.training import TrainerConfig
 from fusion.training import fit as fit_module
 from fusion.training import record_file

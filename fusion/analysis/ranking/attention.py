@@ -17,7 +17,7 @@ from torch import Tensor
 from fusion.analysis.pruning import mean_attention
 from fusion.backbones.load import Backbone
 from fusion.config.commands import RankConfig
-from fusion.config.model import CompositionConfig
+from fusion.config.compositions import CompositionConfig
 from fusion.config.stages import Stage2Config
 from fusion.config.training import OptimConfig, TrainerConfig
 from fusion.data.samples import sampled_batches
@@ -68,7 +68,7 @@ def attention_of_short_run(
         sources[0].manifest.placement["adapter.reads"],
         fresh_head(config.head, config.task, config.backbone.pooling, backbone),
     )
-    weights = composition.settings.loss_weights()
+    weights = composition.loss_weights()
     fit(training, model, rows.training, rows.validation, weights, [], folder / "no checkpoints")
     batches = sampled_batches(rows.training[0], None, config.data.batch_size, config.data.tokens_per_batch)
     attention = mean_attention(model, batches, device_of(config.accelerator))

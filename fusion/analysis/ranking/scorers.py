@@ -17,7 +17,7 @@ from fusion.analysis.ranking.similarity import cosine, kept_embedding
 from fusion.analysis.ranking.source_rows import source_rows
 from fusion.backbones.load import Backbone
 from fusion.config.commands import RankConfig
-from fusion.config.model import CompositionConfig
+from fusion.config.compositions import CompositionConfig
 from fusion.data.encode import EncodedRows
 from fusion.data.samples import sampled_batches
 from fusion.errors import UserError, first_line

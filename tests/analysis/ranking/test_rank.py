@@ -19,8 +19,8 @@ from fusion import rank
 from fusion.analysis.ranking.choice import _command, name_sources
 from fusion.analysis.ranking.kept import rankings_of, read
 from fusion.config.commands import RankConfig
+from fusion.config.compositions import CompositionConfig
 from fusion.config.data import DataConfig, LimitConfig, SplitConfig
-from fusion.config.model import CompositionConfig
 from fusion.config.stages import Stage2Config
 from fusion.config.task import TaskConfig
 from fusion.errors import UserError

@@ -24,8 +24,10 @@ from transformers import BertConfig, BertModel
 
 from fusion import evaluate, stage1, stage2
 from fusion.config.commands import EvaluateConfig
+from fusion.config.compositions import CompositionConfig
 from fusion.config.data import DataConfig
-from fusion.config.model import AdapterConfig, BackboneConfig, CompositionConfig, HeadConfig, MethodConfig
+from fusion.config.methods import MethodConfig
+from fusion.config.model import AdapterConfig, BackboneConfig, HeadConfig
 from fusion.config.stages import Stage1Config, Stage2Config
 from fusion.config.task import TaskConfig
 from fusion.config.training import OptimConfig, TrainerConfig

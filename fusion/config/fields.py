@@ -1,0 +1,188 @@
+"""Fields of settings classes: the values that each accepts is data beside it, checked when an object is made."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Collection
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fusion.errors import UserError
+from fusion.text import override
+
+_COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+MAX_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class _Rule:
+    accepts: Callable[[Any], bool]
+    expected: str
+
+
+@dataclass
+class Settings:
+    """Base of settings classes. A subclass may add checks across its fields in `__post_init__`.
+
+    Class arguments:
+        group: its key in a command's config, such as `optim`; none for the config itself.
+
+    Raises:
+        UserError: a field does not accept its value; states the override and what was expected.
+    """
+
+    if TYPE_CHECKING:  # Hydra would take an annotation for a setting
+        group: ClassVar[str]
+
+    def __init_subclass__(cls, group: str = "") -> None:
+        cls.group = group
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, rule = getattr(self, f.name), f.metadata.get("rule")
+            if rule is not None and not rule.accepts(value):
+                key = f"{self.group}.{f.name}" if self.group else f.name
+                raise UserError(f"{override(key, value)}: expected {rule.expected}")
+
+
+def checked(default: Any, accepts: Callable[[Any], bool], expected: str) -> Any:
+    """A field that accepts values by a function.
+
+    Args:
+        expected: ends the message "KEY=VALUE: expected ...".
+    """
+    metadata = {"rule": _Rule(accepts, expected)}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def integer(
+    default: int | None,
+    at_least: int,
+    at_most: float = math.inf,
+    null: str = "",
+    hint: str = "",
+) -> Any:
+    """A whole number.
+
+    Args:
+        null: what null means; empty: null is refused.
+        hint: ends the sentence: an example, a unit, or what else would do.
+    """
+    bounds = {">=": at_least} | ({"<=": at_most} if at_most < math.inf else {})
+    return _number(default, "a whole number", lambda value: type(value) is int, bounds, null, hint)
+
+
+def number(
+    default: float | None,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    infinite: bool = False,
+    null: str = "",
+    hint: str = "",
+) -> Any:
+    """A finite number, or any with `infinite`. `null` and `hint` are as for `integer`."""
+    given = {">=": at_least, ">": above, "<=": at_most, "<": below}
+    bounds = {sign: bound for sign, bound in given.items() if bound is not None}
+
+    def accepts(value: Any) -> bool:
+        return type(value) is int or (type(value) is float and (infinite or math.isfinite(value)))
+
+    return _number(default, "a number" if infinite else "a finite number", accepts, bounds, null, hint)
+
+
+def _number(
+    default: float | None,
+    kind: str,
+    accepts: Callable[[Any], bool],
+    bounds: dict[str, float],
+    null: str,
+    hint: str,
+) -> Any:
+    def inside(value: Any) -> bool:
+        if value is None:
+            return bool(null)
+        return accepts(value) and all(_COMPARE[sign](value, bound) for sign, bound in bounds.items())
+
+    text = " and ".join(f"{sign} {bound:.10g}" for sign, bound in bounds.items())
+    return checked(default, inside, f"{kind} {text}{hint}{f', or null for {null}' if null else ''}")
+
+
+def choice(default: str | None, allowed: Collection[str], null: str = "") -> Any:
+    """One of several texts, or null where `null` states what it means."""
+    expected = f"one of {', '.join(allowed)}{f', or null for {null}' if null else ''}"
+    return checked(default, lambda value: value in allowed or (value is None and bool(null)), expected)
+
+
+def subset(default: list[str], allowed: Collection[str]) -> Any:
+    """At least one of several texts, each once."""
+    return checked(
+        default,
+        lambda value: 0 < len(value) == len(set(value)) and set(value) <= set(allowed),
+        f"some of {', '.join(allowed)}, each once",
+    )
+
+
+def layers() -> Any:
+    """Layers of the backbone: null (all), `last:N`, or a list of numbers from 0."""
+
+    def accepts(value: Any) -> bool:
+        if isinstance(value, list):
+            return 0 < len(value) == len(set(value)) and all(type(n) is int and n >= 0 for n in value)
+        return value is None or (isinstance(value, str) and re.fullmatch(r"last:[1-9]\d*", value) is not None)
+
+    return checked(
+        None,
+        accepts,
+        "null (all layers), last:N such as last:3, or a list of different layers such as [0,2,4]",
+    )
+
+
+def layer_drop() -> Any:
+    """AdapterDrop: null, `specialized:N` or `robust`."""
+    return checked(
+        None,
+        lambda value: value in (None, "robust") or re.fullmatch(r"specialized:[1-9]\d*", value) is not None,
+        "null, specialized:N (nothing in the first N layers) or robust (in training, nothing in a random number of "
+        "the first layers)",
+    )
+
+
+def batches(times: bool = False) -> Any:
+    """A part of an epoch, as Lightning takes it: null (all), a fraction (float) or a number of batches (int).
+
+    Args:
+        times: accept texts and mappings too, which Lightning reads as a duration.
+    """
+
+    def accepts(value: Any) -> bool:
+        if type(value) in (int, float):
+            return value >= 0 and (type(value) is int or value <= 1)
+        return value is None or (times and isinstance(value, (str, dict)))
+
+    return checked(None, accepts, "a fraction from 0.0 to 1.0, or a whole number of batches >= 0")
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def default_of(setting: Field[Any]) -> Any:
+    """The default value of a field of a dataclass."""
+    return setting.default if setting.default_factory is MISSING else setting.default_factory()
+
+
+def as_stored(settings: Any, first: Collection[str]) -> dict[str, Any]:
+    """The settings as a manifest has them: the `first` ones always, later ones only where they are not the default.
+
+    So an artifact that uses no later setting has the same hash in every version.
+    """
+    values = {f.name: (getattr(settings, f.name), default_of(f)) for f in fields(settings)}
+    return {key: value for key, (value, default) in values.items() if key in first or value != default}
