@@ -15,7 +15,7 @@ RUN := .venv/bin/python -m
 PIP := $(RUN) pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo bench test test-full test-browser check format wheel clean
+.PHONY: help venv demo bench test test-full test-browser crash-test check format wheel clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -49,6 +49,9 @@ test-browser: .venv/.installed ## the report in a headless Chromium, which is in
 	  $$SUDO apt-get update -qq && $$SUDO env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
 	    chromium chromium-driver fonts-dejavu-core >/dev/null; fi
 	@$(TEST) -m browser tests/browser $(ARGS)
+
+crash-test: .venv/.installed ## kill training runs at random places and compare what they resume to; ARGS="kills=100 fork=true"
+	@$(RUN) tests.crash $(ARGS)
 
 check: .venv/.installed ## lint, formatting, types
 	@$(RUN) ruff check

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
-import shlex
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,24 +39,10 @@ def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A program to start in place of `sys.executable`, whose heavy imports are done: see tests/fork_server.py."""
-    program = Path(__file__).with_name("fork_server.py")
-    with tempfile.TemporaryDirectory(prefix="fork-") as folder:  # a socket's path is short
-        socket, script = f"{folder}/socket", Path(folder, "python")
-        client = shlex.join([sys.executable, "-IS", str(program), "client", socket])
-        script.write_text(f'#!/bin/sh\nWARM_PYTHON={shlex.quote(str(script))} exec {client} "$@"\n')
-        script.chmod(0o755)
-        with subprocess.Popen(
-            [sys.executable, str(program), "server", socket],
-            cwd=program.parents[1],
-            env=os.environ | {"PYTHONPATH": str(program.parents[1]), "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-        ) as server:
-            assert server.stdout is not None and server.stdin is not None
-            assert server.stdout.readline() == b"ready\n"
-            yield str(script)
-            server.stdin.close()
+    from tests.fork_server import warm_python
+
+    with warm_python() as program:
+        yield program
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """A Python whose heavy imports are done: a server forks the programs that a client, in place of Python, asks for.
 
-Most of a short command's time goes into importing torch, transformers and Lightning. `warm_python` in conftest.py is
-a command that takes Python's `-m MODULE`, `-c CODE` or a script, and its arguments. What runs has its own process,
+Most of a short command's time goes into importing torch, transformers and Lightning. `warm_python` starts a server and
+gives a command that takes Python's `-m MODULE`, `-c CODE` or a script, and its arguments. What runs has its own process,
 arguments, environment, folder and standard streams; signals are forwarded and the exit status is that of the program.
 Only variables that a library reads while it is imported are those of the server: tests of these, and of what happens
 during imports, take `sys.executable`.
@@ -10,6 +10,7 @@ during imports, take `sys.executable`.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import json
 import os
@@ -18,7 +19,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -37,6 +38,36 @@ def main(role: str, path: str, *words: str) -> None:
         end(lambda: run(request))
 
 
+@contextlib.contextmanager
+def warm_python() -> Iterator[str]:
+    """Inside, the path of a program that takes Python's place."""
+    import shlex
+    import subprocess
+    import tempfile
+    from pathlib import Path
+
+    program = Path(__file__)
+    with tempfile.TemporaryDirectory(prefix="fork-") as folder:  # a socket's path is short
+        path, script = f"{folder}/socket", Path(folder, "python")
+        command = shlex.join([sys.executable, "-IS", str(program), "client", path])
+        script.write_text(f'#!/bin/sh\nWARM_PYTHON={shlex.quote(str(script))} exec {command} "$@"\n')
+        script.chmod(0o755)
+        with subprocess.Popen(
+            [sys.executable, str(program), "server", path],
+            cwd=program.parents[1],
+            env=os.environ | {"PYTHONPATH": str(program.parents[1]), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        ) as server:
+            assert server.stdout is not None and server.stdin is not None
+            assert server.stdout.readline() == b"ready\n"
+            try:
+                yield str(script)
+            finally:
+                server.stdin.close()
+
+
 def client(path: str, words: list[str]) -> None:
     """Ask for a program, wait for its end and end in the same way."""
     with socket.socket(socket.AF_UNIX) as connection:
@@ -47,6 +78,7 @@ def client(path: str, words: list[str]) -> None:
             "folder": os.getcwd(),
             "environment": dict(os.environ),
             "parent": os.getppid(),
+            "client": os.getpid(),
         }
         request = json.dumps(asked).encode()
         socket.send_fds(connection, [len(request).to_bytes(NUMBER, "big")], [0, 1, 2])
@@ -131,7 +163,8 @@ def run(request: dict[str, Any]) -> None:
     for number, stream in enumerate(request["streams"]):
         os.dup2(stream, number)
         os.close(stream)
-    os.getppid = lambda: request["parent"]
+    client = f"/proc/{request['client']}/stat"
+    os.getppid = lambda: _parent(client) or request["parent"]
     words = request["words"]
     while words[0] in ("-u", "-I"):
         if words.pop(0) == "-u":
@@ -139,6 +172,9 @@ def run(request: dict[str, Any]) -> None:
     for entry in reversed(os.environ.get("PYTHONPATH", "").split(os.pathsep)):
         if entry and entry not in sys.path:
             sys.path.insert(0, entry)
+            hook = os.path.join(entry, "sitecustomize.py")
+            if os.path.exists(hook):
+                runpy.run_path(hook)
     sys.executable = request["executable"]
     if words[0] == "-m":
         sys.path[0] = os.getcwd()
@@ -154,6 +190,15 @@ def run(request: dict[str, Any]) -> None:
         sys.path[0] = os.path.dirname(os.path.abspath(words[0]))
         sys.argv = words
         runpy.run_path(words[0], run_name="__main__")
+
+
+def _parent(stat: str) -> int | None:
+    """The parent of the client: another one once that one is dead. None: there is no /proc."""
+    try:
+        with open(stat) as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
 
 
 def end(program: Callable[[], None]) -> NoReturn:

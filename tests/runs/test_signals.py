@@ -29,10 +29,7 @@ COMMANDS = [
         for n in ("stage1", "stage2", "evaluate", "predict", "rank", "inspect", "report", "compare")
     ),
     *("fusion.sync", "fusion.store"),
-    *(
-        f"pipelines.{n}"
-        for n in ("demo", "two_stage", "ranking", "adapterdrop", "compare", "benchmark", "chaos")
-    ),
+    *(f"pipelines.{n}" for n in ("demo", "two_stage", "ranking", "adapterdrop", "compare", "benchmark")),
 ]
 
 
