@@ -58,7 +58,7 @@ def train(config: Stage1Config, run: Run, output: RunOutput) -> dict[str, Any]:
     from fusion.analysis.unseen import check_unseen
     from fusion.backbones.load import load_backbone
     from fusion.model.adapted import AdaptedModel
-    from fusion.model.build import adapter_fillings, fresh_heads, tuning_of
+    from fusion.model.build import new_adapters, new_heads, tuning_of
     from fusion.model.init_from import start_from
     from fusion.training.determinism import use_deterministic_algorithms
     from fusion.training.stage import load_task_rows, train_and_store
@@ -75,12 +75,12 @@ def train(config: Stage1Config, run: Run, output: RunOutput) -> dict[str, Any]:
         check_unseen([earlier], task, config.data)
     rows = load_task_rows(config, backbone)
     torch.manual_seed(config.seed)
-    fillings = adapter_fillings(config.adapter, backbone) if output.kind == "adapter" else {}
+    slot_modules = new_adapters(config.adapter, backbone) if output.kind == "adapter" else {}
     tuning = tuning_of(config.method, backbone)
-    head = fresh_heads(config.head, config.task_list, config.backbone.pooling, backbone)
+    head = new_heads(config.head, config.task_list, config.backbone.pooling, backbone)
     model = AdaptedModel(
         backbone,
-        fillings,
+        slot_modules,
         config.adapter.reads,
         head,
         bool(config.backbone.dropout),
@@ -88,8 +88,8 @@ def train(config: Stage1Config, run: Run, output: RunOutput) -> dict[str, Any]:
         tuning,
     )
     initial = start_from(config, model, backbone)
-    sizes = {slot: config.adapter.size_for(backbone.hidden_size) for slot in fillings}
-    adapter = config.adapter.as_stored() | {"bottleneck_sizes": sizes} if fillings else None
+    sizes = {slot: config.adapter.size_for(backbone.hidden_size) for slot in slot_modules}
+    adapter = config.adapter.as_stored() | {"bottleneck_sizes": sizes} if slot_modules else None
     return train_and_store(
         config,
         run,

@@ -64,7 +64,7 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, output: RunOutput) -> 
     from fusion.analysis.unseen import check_unseen
     from fusion.backbones.load import load_backbone
     from fusion.model.adapted import AdaptedModel
-    from fusion.model.build import composition_fillings, load_sources
+    from fusion.model.build import build_composition, load_sources
     from fusion.model.init_from import start_from
     from fusion.store.artifacts import adopt
     from fusion.training.determinism import use_deterministic_algorithms
@@ -86,11 +86,11 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, output: RunOutput) -> 
     rows = load_task_rows(config, backbone)
     start = find_start(config, sources, backbone, rows.training[0], rows.validation, output.checkpoints)
     torch.manual_seed(config.seed)
-    fillings = composition_fillings(start.composition, sources, backbone, start.chosen)
+    slot_modules = build_composition(start.composition, sources, backbone, start.chosen)
     head = start.head(config, backbone)
     model = AdaptedModel(
         backbone,
-        fillings,
+        slot_modules,
         sources[0].manifest.placement["adapter.reads"],
         head,
         bool(config.backbone.dropout),

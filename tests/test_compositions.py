@@ -22,7 +22,7 @@ from fusion.config.stages import Stage2Config
 from fusion.config.task import TaskConfig
 from fusion.config.training import TrainerConfig
 from fusion.errors import UserError
-from fusion.model.build import composition_fillings, load_sources, stored_model
+from fusion.model.build import build_composition, load_sources, stored_model
 from fusion.model.from_manifests import tensor_shapes
 from fusion.store.artifacts import load
 from fusion.store.verifying import verify
@@ -213,9 +213,9 @@ def test_an_average_is_the_mean_of_the_weights_and_only_the_head_trains(alike: B
     store = alike.folder / "store"
     backbone = load_backbone(str(alike.backbone))
     sources = load_sources(["films", "books"], store, backbone)
-    fillings = composition_fillings(CompositionConfig(name="average", train=True), sources, backbone)
-    for slot, filling in fillings.items():
-        for name, parameter in filling.named_parameters():
+    slot_modules = build_composition(CompositionConfig(name="average", train=True), sources, backbone)
+    for slot, slot_module in slot_modules.items():
+        for name, parameter in slot_module.named_parameters():
             expected = sum(source.weights[f"{slot}.{name}"] for source in sources) / 2
             torch.testing.assert_close(parameter.detach(), expected)
     assert set(alike.predict("plays-average", [{"text": "good"}])[0]) == {"label", "scores"}

@@ -20,7 +20,7 @@ from fusion.data.samples import sampled_batches
 from fusion.errors import UserError
 from fusion.layers.heads import TaskHead
 from fusion.model.adapted import AdaptedModel
-from fusion.model.build import fresh_head, stored_model
+from fusion.model.build import new_head, stored_model
 from fusion.model.inference import device_of
 from fusion.runs.run import write_json
 from fusion.store.artifacts import Artifact, copy_stored, load
@@ -38,7 +38,7 @@ class Start:
     """What is decided before the model is built.
 
     composition: the settings, of a pruned fusion those that it was trained with.
-    chosen: what `composition_fillings` takes beyond them, and the manifest keeps, see `Composition.finds`.
+    chosen: what `build_composition` takes beyond them, and the manifest keeps, see `Composition.finds`.
     fusion: the stored fusion whose weights and head the model begins with.
     """
 
@@ -55,13 +55,13 @@ class Start:
         """A fresh head, or one of the shape that the fusion has."""
         assert config.task is not None
         if self.fusion is None:
-            return fresh_head(config.head, config.task, config.backbone.pooling, backbone)
+            return new_head(config.head, config.task, config.backbone.pooling, backbone)
         return TaskHead(hidden_size=backbone.hidden_size, **self.fusion.manifest.head.shape)
 
     def fill(self, model: AdaptedModel) -> None:
         """Let the model begin where the fusion ended, and end there too if nothing is to train."""
         if self.fusion is not None:
-            copy_stored(model.filling_state(), self.fusion.weights, self.fusion.path / WEIGHTS)
+            copy_stored(model.slot_state(), self.fusion.weights, self.fusion.path / WEIGHTS)
             copy_stored(model.head_state(), self.fusion.head, self.fusion.path / HEAD)
             if not self.composition.train:
                 model.freeze()

@@ -20,7 +20,7 @@ from fusion.config.task import TaskConfig
 from fusion.data.batches import Batch
 from fusion.layers.heads import TaskHead, pool
 from fusion.model.adapted import AdaptedModel
-from fusion.model.build import composition_fillings
+from fusion.model.build import build_composition
 from fusion.store.artifacts import Artifact
 from fusion.tasks.table import kind_of
 from fusion.training.metrics import score
@@ -92,7 +92,7 @@ def looks(
     settings = CompositionConfig(MEAN, layers=composition.layers, drop=composition.drop)
     model = AdaptedModel(
         backbone,
-        composition_fillings(settings, sources, backbone),
+        build_composition(settings, sources, backbone),
         sources[0].manifest.placement["adapter.reads"],
         PooledStates(backbone.hidden_size, 1, pooling),
     )

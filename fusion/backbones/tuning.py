@@ -1,4 +1,4 @@
-"""Methods that train a part of the backbone itself in place of filling its slots: the baselines of the field.
+"""Methods that train a part of the backbone itself in place of slot module its slots: the baselines of the field.
 
 full     every parameter
 bitfit   the bias terms (BitFit, Ben Zaken et al. 2022)

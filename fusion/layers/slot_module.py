@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 Recorder = Callable[[str, Tensor], None]
-"""Called with a slot's name and the weights (B, T, N) that its filling gave to the sources."""
+"""Called with a slot's name and the weights (B, T, N) that its slot module gave to the sources."""
 
 
 @dataclass(frozen=True)
 class BatchContext:
-    """What a filling may need beyond `x`. The model makes it before the backbone runs.
+    """What a slot module may need beyond `x`. The model makes it before the backbone runs.
 
     attention_mask: (B, T), 1 for a real token.
     layers_on: for each layer whether its slots are filled in this batch (AdapterDrop, Rücklé et al. 2021);
         empty: all are.
-    members: (B,), which of several adapters each row is meant for; None where a filling has only one.
+    members: (B,), which of several adapters each row is meant for; None where a slot module has only one.
     sources_on: (N,) bool, which sources take part; None means all.
     record: takes the source weights out; None when nobody asked.
     place: the slot that is being filled, for the recorder.
@@ -48,7 +48,7 @@ class SlotModule(nn.Module):
         raise NotImplementedError
 
     def losses(self) -> dict[str, Tensor]:
-        """Named scalars that this filling adds to the loss, before their weight."""
+        """Named scalars that this slot module adds to the loss, before their weight."""
         return {}
 
     def merged(self) -> SlotModule:
@@ -56,10 +56,12 @@ class SlotModule(nn.Module):
         return self
 
 
-def parameters_of(fillings: Mapping[str, SlotModule]) -> dict[str, Parameter]:
-    """What fillings train, by slot and own name: `0.feedforward.down.weight`. What slots share stands there once."""
+def parameters_of(slot_modules: Mapping[str, SlotModule]) -> dict[str, Parameter]:
+    """What slot modules train, by slot and own name: `0.feedforward.down.weight`. What slots share stands there once."""
     named = (
-        (f"{slot}.{name}", p) for slot, filling in fillings.items() for name, p in filling.named_parameters()
+        (f"{slot}.{name}", p)
+        for slot, slot_module in slot_modules.items()
+        for name, p in slot_module.named_parameters()
     )
     first: dict[Parameter, str] = {}
     for name, parameter in named:

@@ -25,12 +25,12 @@ from fusion.layers.slot_module import BatchContext, Recorder, SlotModule, parame
 class AdaptedModel(nn.Module):
     """Runs the frozen backbone through its filled slots and scores the result.
 
-    The parameters of `fillings` and `head` train, and what `tuning` names; nothing else does. Freezing,
+    The parameters of `slot_modules` and `head` train, and what `tuning` names; nothing else does. Freezing,
     the optimizer, checkpoints and the store all read that from here.
 
     Args:
         backbone: frozen; slots are attached to it in place.
-        fillings: by slot address, see `SlotAddress`. A slot that is not named stays empty.
+        slot_modules: by slot address, see `SlotAddress`. A slot that is not named stays empty.
         reads: what every slot module reads, see `fusion.backbones.wirings`.
         head: gives K scores a text; of several tasks, each has its own.
         backbone_dropout: whether the backbone's own dropout acts in training.
@@ -44,7 +44,7 @@ class AdaptedModel(nn.Module):
     def __init__(
         self,
         backbone: Backbone,
-        fillings: Mapping[str, SlotModule],
+        slot_modules: Mapping[str, SlotModule],
         reads: str,
         head: TaskHead | TaskHeads,
         backbone_dropout: bool = False,
@@ -63,23 +63,23 @@ class AdaptedModel(nn.Module):
         self.hidden_size = backbone.hidden_size
         self._takes_features = False
         self._frozen = False
-        self._slots = [
-            self._make_slot(SlotAddress.parse(name), module, reads) for name, module in fillings.items()
+        self._slot_list = [
+            self._make_slot(SlotAddress.parse(name), module, reads) for name, module in slot_modules.items()
         ]
-        for slot in sorted(self._slots, key=lambda slot: slot.order):
+        for slot in sorted(self._slot_list, key=lambda slot: slot.order):
             slot.attach(self._layers_of(slot.address.stack)[slot.address.layer])
-        # Nested by address, so that names read `fillings.0.feedforward.down.weight`.
-        self.fillings = nn.ModuleDict()
-        for slot in self._slots:
+        # Nested by address, so that names read `slots.0.feedforward.down.weight`.
+        self.slots = nn.ModuleDict()
+        for slot in self._slot_list:
             *above, last = _key(slot.address)
-            place = self.fillings
+            place = self.slots
             for key in above:
                 if key not in place:
                     place[key] = nn.ModuleDict()
                 place = cast(nn.ModuleDict, place[key])
             place[last] = slot.module
         first = next(iter(self._family.stacks))
-        layers = [slot.address.layer for slot in self._slots if slot.address.stack == first]
+        layers = [slot.address.layer for slot in self._slot_list if slot.address.stack == first]
         self.boundary = min(layers, default=None)
         if self.boundary is not None:
             watch_boundary(self._family.layer_list(self.backbone)[self.boundary], self._current)
@@ -205,8 +205,8 @@ class AdaptedModel(nn.Module):
 
         Added at the end and not in the layers, so that backward still stops where the first slot is filled.
         """
-        below = [slot.module for slot in self._slots if slot.address.layer < first_layer]
-        parts = [parameter.sum() for filling in below for parameter in filling.parameters()]
+        below = [slot.module for slot in self._slot_list if slot.address.layer < first_layer]
+        parts = [parameter.sum() for slot_module in below for parameter in slot_module.parameters()]
         return 0.0 * torch.stack(parts).sum() if parts else torch.zeros(())
 
     def _run(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> Tensor:
@@ -256,36 +256,36 @@ class AdaptedModel(nn.Module):
     @property
     def adapted_layers(self) -> list[int]:
         """The layers with a slot, rising."""
-        return sorted({slot.address.layer for slot in self._slots})
+        return sorted({slot.address.layer for slot in self._slot_list})
 
     def merged(self) -> AdaptedModel:
-        """This model, changed for inference: what its fillings trained is merged where that saves work.
+        """This model, changed for inference: what its slot modules trained is merged where that saves work.
 
         The scores stay the same up to rounding. It cannot be trained or stored any more.
         """
-        for slot in self._slots:
+        for slot in self._slot_list:
             *above, last = _key(slot.address)
             slot.module = slot.module.merged()
-            self.fillings.get_submodule(".".join(above)).register_module(last, slot.module)
+            self.slots.get_submodule(".".join(above)).register_module(last, slot.module)
         if self.tuning is not None:
             self.tuning.merge()
         return self.eval()
 
     def losses(self) -> dict[str, Tensor]:
-        """The named terms that the fillings add, each summed over the slots."""
+        """The named terms that the slot modules add, each summed over the slots."""
         total: dict[str, Tensor] = {}
-        for filling in self.filling_list():
-            for name, value in filling.losses().items():
+        for slot_module in self.slot_modules():
+            for name, value in slot_module.losses().items():
                 total[name] = total[name] + value if name in total else value
         return total
 
-    def filling_list(self) -> list[SlotModule]:
+    def slot_modules(self) -> list[SlotModule]:
         """All slot modules, in the order in which they were given."""
-        return [slot.module for slot in self._slots]
+        return [slot.module for slot in self._slot_list]
 
-    def filling_state(self) -> dict[str, nn.Parameter]:
-        """What the fillings train: `0.feedforward.down.weight` and so on. What slots share stands there once."""
-        return parameters_of({slot.name: slot.module for slot in self._slots})
+    def slot_state(self) -> dict[str, nn.Parameter]:
+        """What the slot modules train: `0.feedforward.down.weight` and so on. What slots share stands there once."""
+        return parameters_of({slot.name: slot.module for slot in self._slot_list})
 
     def tuned(self) -> dict[str, nn.Parameter]:
         """What of the backbone itself trains, by its name there."""
@@ -293,7 +293,7 @@ class AdaptedModel(nn.Module):
 
     def weight_state(self) -> dict[str, nn.Parameter]:
         """What is stored as the weights."""
-        return self.filling_state() | ({} if self.tuning is None else self.tuning.state())
+        return self.slot_state() | ({} if self.tuning is None else self.tuning.state())
 
     def head_state(self) -> dict[str, nn.Parameter]:
         """What is stored as the head: `output.weight` and so on; of several, `TASK.output.weight`."""
@@ -303,11 +303,13 @@ class AdaptedModel(nn.Module):
         """The one list of what trains, by its full name."""
         if self._frozen:
             return {}
-        modules = {".".join(_key(slot.address)): slot.module for slot in self._slots}
-        fillings = {f"fillings.{name}": parameter for name, parameter in parameters_of(modules).items()}
+        modules = {".".join(_key(slot.address)): slot.module for slot in self._slot_list}
+        slot_modules = {f"slots.{name}": parameter for name, parameter in parameters_of(modules).items()}
         tuned = {f"backbone.{name}": parameter for name, parameter in self.tuned().items()}
         return (
-            fillings | tuned | {f"head.{name}": parameter for name, parameter in self.head.named_parameters()}
+            slot_modules
+            | tuned
+            | {f"head.{name}": parameter for name, parameter in self.head.named_parameters()}
         )
 
     def freeze(self) -> None:
@@ -316,11 +318,11 @@ class AdaptedModel(nn.Module):
         self._frozen = True
 
     def undecayed(self) -> set[str]:
-        """Names of `trainable` that take no weight decay: vectors, and what a filling exempts."""
+        """Names of `trainable` that take no weight decay: vectors, and what a slot module exempts."""
         vectors = {name for name, parameter in self.trainable().items() if parameter.ndim < 2}
         exempt = {
-            ".".join(("fillings", *_key(slot.address), name))
-            for slot in self._slots
+            ".".join(("slots", *_key(slot.address), name))
+            for slot in self._slot_list
             for name in slot.module.undecayed
         }
         return vectors | (exempt & set(self.trainable()))

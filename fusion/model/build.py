@@ -38,7 +38,7 @@ from fusion.store.manifest import Manifest
 from fusion.tasks.table import kind_of
 
 
-def adapter_fillings(config: AdapterConfig, backbone: Backbone) -> dict[str, SlotModule]:
+def new_adapters(config: AdapterConfig, backbone: Backbone) -> dict[str, SlotModule]:
     """A fresh adapter for each slot of the placement, by slot name; `shared` puts one into all layers.
 
     Raises:
@@ -69,12 +69,12 @@ def adapter_fillings(config: AdapterConfig, backbone: Backbone) -> dict[str, Slo
             init=config.init,
         )
 
-    fillings: dict[str, SlotModule] = {}
+    slot_modules: dict[str, SlotModule] = {}
     shared = {site: fresh() for site in config.sites} if config.shared else {}
     for layer in kept_layers(config.layers, config.drop, backbone.layers, "adapter"):
         for site in config.sites:
-            fillings[f"{layer}.{site}"] = shared.get(site) or fresh()
-    return fillings
+            slot_modules[f"{layer}.{site}"] = shared.get(site) or fresh()
+    return slot_modules
 
 
 def tuning_of(config: MethodConfig, backbone: Backbone) -> Tuning | None:
@@ -102,7 +102,7 @@ def _check_weights(artifact: Artifact, sources: Sequence[Manifest] = ()) -> None
         match_keys(expected, artifact.weights, artifact.path / WEIGHTS)
 
 
-def composition_fillings(
+def build_composition(
     config: CompositionConfig,
     sources: Sequence[Artifact],
     backbone: Backbone,
@@ -117,7 +117,7 @@ def composition_fillings(
     return compose(config, manifests, lambda n: stored_adapters(sources[n]), backbone.layers, chosen or {})
 
 
-def fresh_head(config: HeadConfig, task: TaskConfig, default_pooling: str, backbone: Backbone) -> TaskHead:
+def new_head(config: HeadConfig, task: TaskConfig, default_pooling: str, backbone: Backbone) -> TaskHead:
     """A new head for the task."""
     kind = kind_of(task)
     return kind.make_head(
@@ -129,11 +129,11 @@ def fresh_head(config: HeadConfig, task: TaskConfig, default_pooling: str, backb
     )
 
 
-def fresh_heads(
+def new_heads(
     config: HeadConfig, tasks: Sequence[TaskConfig], default_pooling: str, backbone: Backbone
 ) -> TaskHead | TaskHeads:
     """A new head for each task; of a single task, that head itself."""
-    heads = {str(task.name): fresh_head(config, task, default_pooling, backbone) for task in tasks}
+    heads = {str(task.name): new_head(config, task, default_pooling, backbone) for task in tasks}
     return TaskHeads(heads) if len(heads) > 1 else next(iter(heads.values()))
 
 
@@ -195,16 +195,16 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int 
     sources = _sources_of(manifest, store)
     for source in sources:
         check_made_for(source, backbone)
-    fillings: Mapping[str, SlotModule] = {}
+    slot_modules: Mapping[str, SlotModule] = {}
     tuning = None
     if manifest.adapter is not None:
-        fillings = stored_adapters(artifact)
+        slot_modules = stored_adapters(artifact)
     else:
         _check_weights(artifact, [source.manifest for source in sources])
     if manifest.composition is not None:
         fused = manifest.composition
-        fillings = composition_fillings(fused.settings, sources, backbone, fused.chosen)
-        copy_stored(parameters_of(fillings), artifact.weights, artifact.path / WEIGHTS)
+        slot_modules = build_composition(fused.settings, sources, backbone, fused.chosen)
+        copy_stored(parameters_of(slot_modules), artifact.weights, artifact.path / WEIGHTS)
     elif manifest.method is not None:
         method = manifest.method
         check = method.definition.check_stored
@@ -213,7 +213,11 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int 
         tuning = tuning_of(method, backbone)
         assert tuning is not None
         copy_stored(tuning.state(), artifact.weights, artifact.path / WEIGHTS)
-    kept = {slot: filling for slot, filling in fillings.items() if SlotAddress.parse(slot).layer >= drop}
+    kept = {
+        slot: slot_module
+        for slot, slot_module in slot_modules.items()
+        if SlotAddress.parse(slot).layer >= drop
+    }
     placement = sources[0].manifest.placement if sources else manifest.placement
     reads = placement["adapter.reads"] or "normed"
     model = AdaptedModel(backbone, kept, reads, described_head(manifest), tuning=tuning)

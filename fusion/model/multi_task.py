@@ -43,12 +43,12 @@ class SeveralTasks(nn.Module):
         super().__init__()
         if not adapters or len(adapters) != len(heads):
             raise ValueError(f"{len(adapters)} tasks and {len(heads)} heads")
-        fillings: dict[str, SlotModule] = {}
+        slot_modules: dict[str, SlotModule] = {}
         for slot in sorted({slot for own in adapters for slot in own}):
             present = [task for task, own in enumerate(adapters) if slot in own]
             bank = AdapterBank([adapters[task][slot] for task in present], present, len(adapters))
-            fillings[slot] = TaskSwitch(bank)
-        self.model = AdaptedModel(backbone, fillings, reads, heads[0])
+            slot_modules[slot] = TaskSwitch(bank)
+        self.model = AdaptedModel(backbone, slot_modules, reads, heads[0])
         self.model.take_features()
         self.heads = nn.ModuleList(heads)
         self.eval()

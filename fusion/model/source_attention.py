@@ -95,9 +95,11 @@ def real_tokens(batch: Batch) -> Tensor:
 def compositions_of(model: AdaptedModel) -> dict[str, SlotModule]:
     """By slot, without the target's own adapter beside a composition."""
     found = {}
-    for layer, sites in model.fillings.items():
-        for site, filling in cast(nn.ModuleDict, sites).items():
-            composition = filling.composition if isinstance(filling, WithTargetAdapter) else filling
+    for layer, sites in model.slots.items():
+        for site, slot_module in cast(nn.ModuleDict, sites).items():
+            composition = (
+                slot_module.composition if isinstance(slot_module, WithTargetAdapter) else slot_module
+            )
             found[f"{layer}.{site}"] = cast(SlotModule, composition)
     return found
 

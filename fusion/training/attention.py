@@ -80,10 +80,10 @@ class AttentionRecorder(lightning.Callback):
         self._show(record)
 
 
-def value_distance(filling: SlotModule) -> float | None:
+def value_distance(slot_module: SlotModule) -> float | None:
     """‖Wv − I‖_F / √D of a fusion, which starts near 0; None where there is no Wv."""
-    if not isinstance(filling, AdapterFusion) or filling.value is None:
+    if not isinstance(slot_module, AdapterFusion) or slot_module.value is None:
         return None
-    weight = filling.value.weight.detach()
+    weight = slot_module.value.weight.detach()
     identity = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
     return float((weight - identity).norm()) / math.sqrt(len(weight))

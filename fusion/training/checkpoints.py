@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import os
+import re
 import time
 import zipfile
 from pathlib import Path
@@ -24,6 +25,8 @@ from fusion.errors import first_line
 from fusion.runs.output import BEFORE, LAST, POSITION
 from fusion.training.interrupts import Interrupts
 from fusion.training.module import TaskModule
+
+_FORMER = re.compile(r"^(model\.)?fillings\.")  # parameters of slot modules in checkpoints of version 0.1
 
 log = logging.getLogger(__name__)
 
@@ -197,10 +200,27 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | None:
             content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             if not {"position", "loops", "state_dict", "optimizer_states"} <= content.keys():
                 raise OSError("it is none of this version")
-            return content
+            return _with_present_names(content)
         except Exception as error:  # zip, zlib, pickle and torch errors share no base
             log.warning("checkpoint %s is damaged (%s): not used", path, first_line(error))
     return None
+
+
+def _with_present_names(content: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of version 0.1 with the present names of parameters: `fillings.` is `slots.` now."""
+
+    def renamed(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {
+            _FORMER.sub(r"\1slots.", str(key)) if isinstance(key, str) else key: renamed(inner)
+            for key, inner in value.items()
+        }
+
+    if any(_FORMER.match(name) for name in content["state_dict"]):
+        content = renamed(content)
+        content.pop("frozen_hash", None)  # a hash over the former names
+    return content
 
 
 class Loaded(CheckpointIO):

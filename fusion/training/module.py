@@ -132,7 +132,7 @@ class TaskModule(lightning.LightningModule):
         )
 
     def losses(self, batch: Batch, first_layer: int = 0) -> dict[str, Tensor]:
-        """The named terms of a batch's loss: `task`, and what the fillings add, weighted."""
+        """The named terms of a batch's loss: `task`, and what the slot modules add, weighted."""
         assert batch.labels is not None
         per_row = kind_of(self.tasks[batch.task]).loss(
             self.scores(batch, first_layer),

@@ -15,7 +15,7 @@ class Case:
 
     work: train (a step), infer (a batch), floor (the matrix products of the training step alone),
         loop (a training step inside Lightning) or clipped (the same step without Lightning).
-    method: fusion, adapter (one), bare (no filling), full (the whole backbone trains).
+    method: fusion, adapter (one), bare (no slot_module), full (the whole backbone trains).
     sources: N of a fusion. bottleneck: R; 0 where there is none.
     dropout: whether the rival keeps the dropout that it has by default.
     """

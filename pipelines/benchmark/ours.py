@@ -101,17 +101,17 @@ class OurModel:
 
 def adapted_model(setup: Setup, case: Case, backbone: Backbone) -> AdaptedModel:
     """The model of a case, with the weights that the rival gets too."""
-    fillings: dict[str, SlotModule] = {}
+    slot_modules: dict[str, SlotModule] = {}
     head = TaskHead(backbone.hidden_size, weights.OUTPUTS, pooling="mean")
     if case.bottleneck:
         stored = weights.Weights(setup.weights, case.bottleneck)
         head.output.load_state_dict(stored.module("head"))
         for layer in range(backbone.layers):
-            fillings[f"{layer}.feedforward"] = filling(case, stored, layer, backbone.hidden_size)
-    return AdaptedModel(backbone, fillings, "normed", head)
+            slot_modules[f"{layer}.feedforward"] = slot_module(case, stored, layer, backbone.hidden_size)
+    return AdaptedModel(backbone, slot_modules, "normed", head)
 
 
-def filling(case: Case, stored: weights.Weights, layer: int, hidden_size: int) -> SlotModule:
+def slot_module(case: Case, stored: weights.Weights, layer: int, hidden_size: int) -> SlotModule:
     """One adapter, or a fusion of the first N."""
     adapters = []
     for source in range(case.sources if case.method == FUSION else 1):

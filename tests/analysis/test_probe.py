@@ -121,8 +121,10 @@ def test_each_source_is_looked_at_alone(
     assert found == pytest.approx([2 / 3, 1.0])
     for source, pooled in zip(sources, seen, strict=True):
         own = stored_adapters(source)
-        fillings = {slot: a for slot, a in own.items() if layers is None or slot == "1.feedforward"}
-        model = AdaptedModel(load_backbone(str(tiny_backbone)), fillings, "normed", TaskHead(32, 2)).eval()
+        slot_modules = {slot: a for slot, a in own.items() if layers is None or slot == "1.feedforward"}
+        model = AdaptedModel(
+            load_backbone(str(tiny_backbone)), slot_modules, "normed", TaskHead(32, 2)
+        ).eval()
         hidden: list[Tensor] = []
         model.backbone.register_forward_hook(
             lambda *given, into=hidden: into.append(given[2].last_hidden_state)

@@ -30,15 +30,15 @@ def batch(ids: Tensor, choice_counts: list[int] | None = None) -> Batch:
 
 def model_of(folder: Path) -> AdaptedModel:
     torch.manual_seed(0)
-    fillings = {}
+    slot_modules = {}
     for layer in (0, 2):
         adapters = [BottleneckAdapter(32, 4) for _ in range(2)]
         for parameter in (p for adapter in adapters for p in adapter.parameters()):
             nn.init.normal_(parameter, std=0.3)
-        fillings[f"{layer}.feedforward"] = AdapterFusion(AdapterBank(adapters, [0, 2], 3))
-        for parameter in fillings[f"{layer}.feedforward"].parameters():
+        slot_modules[f"{layer}.feedforward"] = AdapterFusion(AdapterBank(adapters, [0, 2], 3))
+        for parameter in slot_modules[f"{layer}.feedforward"].parameters():
             nn.init.normal_(parameter, std=0.1)
-    return AdaptedModel(load_backbone(str(folder)), fillings, "normed", TaskHead(32, 1)).eval()
+    return AdaptedModel(load_backbone(str(folder)), slot_modules, "normed", TaskHead(32, 1)).eval()
 
 
 @pytest.mark.parametrize("choices", [False, True])

@@ -22,17 +22,17 @@ IDS = torch.tensor([[2, 7, 8, 9, 3, 0], [2, 10, 3, 0, 0, 0], [2, 11, 12, 5, 6, 3
 MASK = (IDS != 0).long()
 
 
-def build(folder: Path, filling: str, checkpointing: bool, dropout: bool = False) -> AdaptedModel:
+def build(folder: Path, slot_module: str, checkpointing: bool, dropout: bool = False) -> AdaptedModel:
     torch.manual_seed(0)
-    fillings: dict[str, SlotModule] = {}
+    slot_modules: dict[str, SlotModule] = {}
     for layer in (1, 2):
-        if filling == "adapter":
-            fillings[f"{layer}.feedforward"] = BottleneckAdapter(32, 4, dropout=0.3)
+        if slot_module == "adapter":
+            slot_modules[f"{layer}.feedforward"] = BottleneckAdapter(32, 4, dropout=0.3)
         else:
             bank = AdapterBank([BottleneckAdapter(32, 4), BottleneckAdapter(32, 2)], [0, 1], 2)
-            fillings[f"{layer}.feedforward"] = AdapterFusion(bank, dropout=0.3)
+            slot_modules[f"{layer}.feedforward"] = AdapterFusion(bank, dropout=0.3)
     return AdaptedModel(
-        load_backbone(str(folder)), fillings, "normed", TaskHead(32, 2), dropout, checkpointing
+        load_backbone(str(folder)), slot_modules, "normed", TaskHead(32, 2), dropout, checkpointing
     )
 
 
@@ -59,13 +59,15 @@ def kept_bytes(model: AdaptedModel) -> int:
 
 
 @pytest.mark.parametrize("dropout", [False, True], ids=["backbone eval", "backbone dropout"])
-@pytest.mark.parametrize("filling", ["adapter", "fusion"])
+@pytest.mark.parametrize("slot_module", ["adapter", "fusion"])
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "electra"])
 def test_gradients_are_the_same_to_the_bit_and_less_is_kept(
-    make_backbone: Callable[..., Path], model_type: str, filling: str, dropout: bool
+    make_backbone: Callable[..., Path], model_type: str, slot_module: str, dropout: bool
 ) -> None:
     folder = make_backbone(model_type)
-    plain, checkpointed = (build(folder, filling, checkpointing, dropout) for checkpointing in (False, True))
+    plain, checkpointed = (
+        build(folder, slot_module, checkpointing, dropout) for checkpointing in (False, True)
+    )
     for _ in range(2):
         expected, found = gradients(plain.train()), gradients(checkpointed.train())
         assert set(found) == set(expected) == set(plain.trainable())

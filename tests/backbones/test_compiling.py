@@ -53,13 +53,13 @@ def compare(plain: AdaptedModel, compiled: AdaptedModel, ids: Tensor) -> None:
         torch.testing.assert_close(compiled.eval()(ids, mask), plain.eval()(ids, mask), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("filling", ["adapter", "fusion"])
+@pytest.mark.parametrize("slot_module", ["adapter", "fusion"])
 @pytest.mark.parametrize("model_type", ["bert", pytest.param("roberta", marks=pytest.mark.slow)])
 def test_other_shapes_compile_nothing_anew(
-    make_backbone: Callable[..., Path], model_type: str, filling: str
+    make_backbone: Callable[..., Path], model_type: str, slot_module: str
 ) -> None:
     folder, backend = make_backbone(model_type), Counting()
-    plain, compiled = (build(folder, filling, checkpointing=False) for _ in range(2))
+    plain, compiled = (build(folder, slot_module, checkpointing=False) for _ in range(2))
     names, hashed = list(compiled.state_dict()), compiled.frozen_hash()
     compile_layers(layers_of(compiled), backend)
     for rows, tokens in ((4, 12), (3, 9)):
@@ -67,7 +67,7 @@ def test_other_shapes_compile_nothing_anew(
     graphs = backend.graphs
     # Three layers: without a slot, with the lowest one, with another one; each in training and in evaluation. A
     # fusion of few tokens multiplies in another order.
-    assert 0 < graphs <= (6 if filling == "adapter" else 10)
+    assert 0 < graphs <= (6 if slot_module == "adapter" else 10)
     for rows, tokens in ((8, 30), (2, 7), (5, 64), (16, 16), (3, 12)):
         compare(plain, compiled, some_ids(rows, tokens))
     assert backend.graphs == graphs
@@ -122,11 +122,11 @@ def compiling_is_refused() -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("filling", ["adapter", "fusion"])
-def test_really_compiled(tiny_backbone: Path, filling: str) -> None:
+@pytest.mark.parametrize("slot_module", ["adapter", "fusion"])
+def test_really_compiled(tiny_backbone: Path, slot_module: str) -> None:
     if compiling_is_refused():
         return
-    plain, compiled = (build(tiny_backbone, filling, checkpointing=False) for _ in range(2))
+    plain, compiled = (build(tiny_backbone, slot_module, checkpointing=False) for _ in range(2))
     for model in (plain, compiled):  # another stream of random numbers
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):

@@ -19,7 +19,7 @@ from fusion.config.model import AdapterConfig, BackboneConfig
 from fusion.errors import UserError
 from fusion.layers.heads import TaskHead
 from fusion.model.adapted import AdaptedModel
-from fusion.model.build import adapter_fillings, stored_model, tuning_of
+from fusion.model.build import new_adapters, stored_model, tuning_of
 from fusion.store.artifacts import Artifact, load
 from fusion.training.module import TaskModule
 from tests.bench import Bench, same
@@ -72,7 +72,9 @@ def test_shared_weights_are_stored_once(bench: Bench) -> None:
     }
     assert result["parameters"]["trainable"] == 2 * 32 * 5 + 5 + 32 + (2 * 32 + 2)
     model = stored(bench, "films")
-    assert len({id(filling) for filling in model.filling_list()}) == 1 and len(model.filling_list()) == 3
+    assert (
+        len({id(slot_module) for slot_module in model.slot_modules()}) == 1 and len(model.slot_modules()) == 3
+    )
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -217,7 +219,7 @@ def stored_without(bench: Bench, artifact: Artifact) -> torch.Tensor:
 
 def test_robust_training_drops_as_often_at_every_layer_and_alike_in_every_process(bench: Bench) -> None:
     backbone = load_backbone(str(bench.backbone))
-    model = AdaptedModel(backbone, adapter_fillings(AdapterConfig(), backbone), "normed", TaskHead(32, 2))
+    model = AdaptedModel(backbone, new_adapters(AdapterConfig(), backbone), "normed", TaskHead(32, 2))
     task = bench.tasks["films"]
     optim = bench.settings("films")["optim"]
     module = TaskModule(model, [task], optim, {}, {}, seed=7, robust_drop=True)
@@ -230,7 +232,7 @@ def test_robust_training_drops_as_often_at_every_layer_and_alike_in_every_proces
 def test_only_layers_with_slots_are_drawn(tiny_backbone: Path, bench: Bench) -> None:
     backbone = load_backbone(str(tiny_backbone))
     config = AdapterConfig(layers=[0, 2])
-    model = AdaptedModel(backbone, adapter_fillings(config, backbone), "normed", TaskHead(32, 2))
+    model = AdaptedModel(backbone, new_adapters(config, backbone), "normed", TaskHead(32, 2))
     module = TaskModule(
         model, [bench.tasks["films"]], bench.settings("films")["optim"], {}, {}, seed=7, robust_drop=True
     )
@@ -242,10 +244,10 @@ def test_only_layers_with_slots_are_drawn(tiny_backbone: Path, bench: Bench) -> 
 def test_cached_features_and_dropped_layers_go_together(tiny_backbone: Path, reads: str) -> None:
     backbone = load_backbone(str(tiny_backbone))
     config = AdapterConfig(layers=[1, 2], reads=reads, nonlinearity="tanh")
-    fillings = adapter_fillings(config, backbone)
-    for filling in fillings.values():
-        torch.nn.init.normal_(filling.get_parameter("up.weight"))
-    model = AdaptedModel(backbone, fillings, reads, TaskHead(32, 2)).eval()
+    slot_modules = new_adapters(config, backbone)
+    for slot_module in slot_modules.values():
+        torch.nn.init.normal_(slot_module.get_parameter("up.weight"))
+    model = AdaptedModel(backbone, slot_modules, reads, TaskHead(32, 2)).eval()
     features = model.frozen_features(IDS, MASK)
     whole = [model(IDS, MASK, first_layer=n) for n in range(4)]
     model.take_features()
@@ -288,12 +290,12 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
 def test_what_a_batch_leaves_out_gets_a_gradient_of_zero(tiny_backbone: Path) -> None:
     backbone = load_backbone(str(tiny_backbone))
     config = AdapterConfig(nonlinearity="tanh")  # no unit is dead, whatever is drawn
-    model = AdaptedModel(backbone, adapter_fillings(config, backbone), "normed", TaskHead(32, 2))
+    model = AdaptedModel(backbone, new_adapters(config, backbone), "normed", TaskHead(32, 2))
     model.train()
     model(IDS, MASK, first_layer=2).sum().backward()
     for name, parameter in model.trainable().items():
         assert parameter.grad is not None
-        dropped = name.startswith(("fillings.0", "fillings.1"))
+        dropped = name.startswith(("slots.0", "slots.1"))
         assert (parameter.grad.abs().max() == 0) == dropped, name
 
 
@@ -364,12 +366,12 @@ def test_a_placement_that_a_family_does_not_have_is_refused(tiny_backbone: Path)
     sites = {site: wiring for site, wiring in stack.sites.items() if site != "before_attention"}
     family = dataclasses.replace(backbone.family, stacks={"": dataclasses.replace(stack, sites=sites)})
     with pytest.raises(UserError, match=r"has no place before_attention; expected .* attention, feedforward"):
-        adapter_fillings(PLACEMENTS["before_attention"], dataclasses.replace(backbone, family=family))
+        new_adapters(PLACEMENTS["before_attention"], dataclasses.replace(backbone, family=family))
     pre_norm = dataclasses.replace(backbone, family=FAMILIES["gpt2"])
     with pytest.raises(
         UserError, match=r"reads=normed: .*gpt2.* at feedforward; expected output, stream or input"
     ):
-        adapter_fillings(AdapterConfig(), pre_norm)
+        new_adapters(AdapterConfig(), pre_norm)
 
 
 # --- the published numbers of parameters ------------------------------------------------------------
@@ -403,11 +405,11 @@ def test_adapters_of_bert_base_have_the_published_number_of_parameters(
     with torch.device("meta"):
         model = AdaptedModel(
             dataclasses.replace(bert_base, model=BertModel(BertConfig(), add_pooling_layer=False)),
-            adapter_fillings(config, bert_base),
+            new_adapters(config, bert_base),
             config.reads,
             TaskHead(768, 2),
         )
-    assert count(model.filling_state().values()) == expected
+    assert count(model.slot_state().values()) == expected
     assert count(model.trainable().values()) == expected + 2 * 768 + 2
 
 

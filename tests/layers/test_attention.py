@@ -290,7 +290,7 @@ def test_merged_records_what_folded_records() -> None:
     layer = AdapterFusion(AdapterBank(adapters()[:2], [1, 3], 5)).double().eval()
     x = torch.randn(2, 3, HIDDEN, dtype=torch.float64)
     recorded: list[Tensor] = []
-    for filling in (layer, layer.merged()):
-        filling(x, BatchContext(torch.ones(2, 3), record=lambda _, p: recorded.append(p)))
+    for slot_module in (layer, layer.merged()):
+        slot_module(x, BatchContext(torch.ones(2, 3), record=lambda _, p: recorded.append(p)))
     assert recorded[1].shape == (2, 3, 5)
     torch.testing.assert_close(recorded[1], recorded[0], rtol=0, atol=1e-12)

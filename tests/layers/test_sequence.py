@@ -85,12 +85,12 @@ def test_folded_equals_plain(value_matrix: bool, rank: int | None, mode: str) ->
 @pytest.mark.parametrize("merge", [False, True])
 def test_masked_sources_take_no_part(merge: bool) -> None:
     layer, x = fusion().eval(), texts().detach()
-    filling = layer.merged() if merge else layer
+    slot_module = layer.merged() if merge else layer
     on = torch.tensor([True, False, True, True, False])
     expected, _ = plain(layer, x, [0, 2, 3])
-    found = filling(x, BatchContext(MASK, sources_on=on))
+    found = slot_module(x, BatchContext(MASK, sources_on=on))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
-    none = filling(x, BatchContext(MASK, sources_on=torch.zeros(5, dtype=torch.bool)))
+    none = slot_module(x, BatchContext(MASK, sources_on=torch.zeros(5, dtype=torch.bool)))
     assert torch.equal(none, torch.zeros_like(none))
 
 
@@ -113,8 +113,8 @@ def test_records_one_distribution_a_text_for_all_its_tokens(merge: bool) -> None
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     x, seen = texts().detach(), dict[str, Tensor]()
-    filling = layer.merged() if merge else layer
-    filling(x, BatchContext(MASK, record=seen.__setitem__, place="4.feedforward"))
+    slot_module = layer.merged() if merge else layer
+    slot_module(x, BatchContext(MASK, record=seen.__setitem__, place="4.feedforward"))
     weights = seen["4.feedforward"]
     assert weights.shape == (3, 4, 5) and not weights[..., [0, 2, 4]].any()
     _, expected = plain(layer, x, [0, 1])
@@ -136,8 +136,8 @@ def test_padding_has_no_say() -> None:
 @pytest.mark.parametrize("merge", [False, True])
 def test_a_text_without_a_real_token_gives_numbers(merge: bool) -> None:
     layer, x = fusion().eval(), texts()
-    filling = layer.merged() if merge else layer
-    out = filling(x, BatchContext(torch.zeros_like(MASK)))
+    slot_module = layer.merged() if merge else layer
+    out = slot_module(x, BatchContext(torch.zeros_like(MASK)))
     assert out.isfinite().all()
     (gradient,) = torch.autograd.grad(out.sum(), [x])
     assert gradient.isfinite().all()

@@ -36,27 +36,27 @@ def adapted(folder: Path, **options: Any) -> AdaptedModel:
 def fused(folder: Path) -> AdaptedModel:
     torch.manual_seed(0)
     banks = [AdapterBank([BottleneckAdapter(32, 4), BottleneckAdapter(32, 2)], [0, 1], 2) for _ in range(3)]
-    fillings = {f"{layer}.feedforward": AdapterFusion(bank) for layer, bank in enumerate(banks)}
-    return AdaptedModel(load_backbone(str(folder)), fillings, "normed", TaskHead(32, 2))
+    slot_modules = {f"{layer}.feedforward": AdapterFusion(bank) for layer, bank in enumerate(banks)}
+    return AdaptedModel(load_backbone(str(folder)), slot_modules, "normed", TaskHead(32, 2))
 
 
 def test_exactly_the_adapters_and_the_head_train(tiny_backbone: Path) -> None:
     model = adapted(tiny_backbone)
     names = {
-        f"fillings.{layer}.feedforward.{part}.{kind}"
+        f"slots.{layer}.feedforward.{part}.{kind}"
         for layer in (0, 2)
         for part in ("down", "up")
         for kind in ("weight", "bias")
     } | {"head.output.weight", "head.output.bias"}
     assert set(model.trainable()) == names
     assert {name for name, p in model.named_parameters() if p.requires_grad} == names
-    assert set(model.filling_state()) == {n.removeprefix("fillings.") for n in names if n.startswith("fill")}
+    assert set(model.slot_state()) == {n.removeprefix("slots.") for n in names if n.startswith("slots")}
 
 
 def test_of_a_fusion_query_key_value_and_the_head_train(tiny_backbone: Path) -> None:
     model = fused(tiny_backbone)
     parts = ("query.weight", "query.bias", "key.weight", "key.bias", "value.weight")
-    names = {f"fillings.{layer}.feedforward.{part}" for layer in range(3) for part in parts}
+    names = {f"slots.{layer}.feedforward.{part}" for layer in range(3) for part in parts}
     assert set(model.trainable()) == names | {"head.output.weight", "head.output.bias"}
     model.train()
     model(IDS, MASK).sum().backward()
@@ -67,7 +67,7 @@ def test_biases_and_the_value_matrix_take_no_weight_decay(tiny_backbone: Path) -
     model = fused(tiny_backbone)
     decayed = set(model.trainable()) - model.undecayed()
     assert decayed == {
-        *(f"fillings.{n}.feedforward.{part}.weight" for n in range(3) for part in ("query", "key")),
+        *(f"slots.{n}.feedforward.{part}.weight" for n in range(3) for part in ("query", "key")),
         "head.output.weight",
     }
 
@@ -83,10 +83,10 @@ def test_the_frozen_hash_sees_the_backbone_and_the_sources_but_not_what_trains(t
     model = fused(tiny_backbone)
     before = model.frozen_hash()
     with torch.no_grad():
-        next(iter(model.filling_state().values())).add_(1)
+        next(iter(model.slot_state().values())).add_(1)
         model.head_state()["output.bias"].add_(1)
     assert model.frozen_hash() == before
-    bank = model.get_submodule("fillings.1.feedforward.bank")
+    bank = model.get_submodule("slots.1.feedforward.bank")
     bank.up_bias.add_(1)  # type: ignore[operator]
     changed = model.frozen_hash()
     assert changed != before
@@ -99,15 +99,15 @@ def test_a_parameter_that_slots_share_is_one(tiny_backbone: Path) -> None:
     torch.manual_seed(0)
     shared = initial_scales(2, 32)
     banks = [AdapterBank([BottleneckAdapter(32, 4), BottleneckAdapter(32, 2)], [0, 1], 2) for _ in range(3)]
-    fillings = {f"{n}.feedforward": ScaLearn(bank, shared, shared=True) for n, bank in enumerate(banks)}
-    model = AdaptedModel(load_backbone(str(tiny_backbone)), fillings, "normed", TaskHead(32, 2))
-    assert set(model.filling_state()) == {"0.feedforward.scales"}
-    assert "fillings.0.feedforward.scales" in model.undecayed()
+    slot_modules = {f"{n}.feedforward": ScaLearn(bank, shared, shared=True) for n, bank in enumerate(banks)}
+    model = AdaptedModel(load_backbone(str(tiny_backbone)), slot_modules, "normed", TaskHead(32, 2))
+    assert set(model.slot_state()) == {"0.feedforward.scales"}
+    assert "slots.0.feedforward.scales" in model.undecayed()
     before = model.frozen_hash()
     with torch.no_grad():
         shared.add_(1)
     assert model.frozen_hash() == before
-    bank = model.get_submodule("fillings.2.feedforward.bank")
+    bank = model.get_submodule("slots.2.feedforward.bank")
     bank.up_bias.add_(1)  # type: ignore[operator]
     assert model.frozen_hash() != before
 
@@ -115,21 +115,21 @@ def test_a_parameter_that_slots_share_is_one(tiny_backbone: Path) -> None:
 def test_a_target_adapter_leaves_the_decay_of_the_composition_as_it_is(tiny_backbone: Path) -> None:
     torch.manual_seed(0)
     bank = AdapterBank([BottleneckAdapter(32, 4)], [0], 1)
-    filling = WithTargetAdapter(AdapterFusion(bank), BottleneckAdapter(32, 4))
+    slot_module = WithTargetAdapter(AdapterFusion(bank), BottleneckAdapter(32, 4))
     model = AdaptedModel(
-        load_backbone(str(tiny_backbone)), {"1.feedforward": filling}, "normed", TaskHead(32, 2)
+        load_backbone(str(tiny_backbone)), {"1.feedforward": slot_module}, "normed", TaskHead(32, 2)
     )
     decayed = set(model.trainable()) - model.undecayed()
     parts = ("composition.query", "composition.key", "target.down", "target.up")
-    assert decayed == {*(f"fillings.1.feedforward.{part}.weight" for part in parts), "head.output.weight"}
+    assert decayed == {*(f"slots.1.feedforward.{part}.weight" for part in parts), "head.output.weight"}
 
 
 def test_a_frozen_model_trains_nothing_and_is_stored_as_before(tiny_backbone: Path) -> None:
     model = fused(tiny_backbone)
-    stored, before = set(model.filling_state()) | set(model.head_state()), model.frozen_hash()
+    stored, before = set(model.slot_state()) | set(model.head_state()), model.frozen_hash()
     model.freeze()
     assert model.trainable() == {} and not any(p.requires_grad for p in model.parameters())
-    assert set(model.filling_state()) | set(model.head_state()) == stored
+    assert set(model.slot_state()) | set(model.head_state()) == stored
     now = model.frozen_hash()
     assert now != before
     with torch.no_grad():
@@ -172,7 +172,7 @@ def test_recording_gives_each_slot_its_weights(tiny_backbone: Path) -> None:
 def test_masking_a_source_changes_the_scores_and_leaves_no_trace(tiny_backbone: Path) -> None:
     model = fused(tiny_backbone).eval()
     with torch.no_grad():
-        for parameter in model.filling_state().values():
+        for parameter in model.slot_state().values():
             parameter.add_(torch.randn_like(parameter) * 0.1)
         for module in model.modules():
             if isinstance(module, AdapterBank):

@@ -41,13 +41,13 @@ def some_rows(folder: Path, cache: Path, count: int = 70, choices: bool = False)
 def adapted(backbone: Backbone, layers: list[int], fusion: bool = False) -> AdaptedModel:
     torch.manual_seed(1)
 
-    def filling() -> SlotModule:
+    def slot_module() -> SlotModule:
         if not fusion:
             return BottleneckAdapter(32, 4)
         return AdapterFusion(AdapterBank([BottleneckAdapter(32, 4) for _ in range(3)], [0, 1, 2], 3))
 
-    fillings = {f"{layer}.feedforward": filling() for layer in layers}
-    return AdaptedModel(backbone, fillings, "normed", TaskHead(32, 2, pooling="mean"))
+    slot_modules = {f"{layer}.feedforward": slot_module() for layer in layers}
+    return AdaptedModel(backbone, slot_modules, "normed", TaskHead(32, 2, pooling="mean"))
 
 
 def kept(
@@ -114,8 +114,8 @@ def test_a_states_width_is_known_beforehand(tiny_backbone: Path) -> None:
     ids = torch.tensor([[2, 7, 3]])
     for reads in ("normed", "output"):
         for slots in ([], ["1.feedforward"], ["1.attention"]):
-            fillings = {slot: BottleneckAdapter(32, 4) for slot in slots}
-            model = AdaptedModel(load_backbone(str(tiny_backbone)), fillings, reads, TaskHead(32, 2))
+            slot_modules = {slot: BottleneckAdapter(32, 4) for slot in slots}
+            model = AdaptedModel(load_backbone(str(tiny_backbone)), slot_modules, reads, TaskHead(32, 2))
             assert model.frozen_features(ids, ids).shape[-1] == model.hidden_size
 
 

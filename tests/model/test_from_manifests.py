@@ -14,7 +14,7 @@ from fusion.errors import UserError
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.layers.slot_module import SlotModule, parameters_of
-from fusion.model.build import composition_fillings, stored_adapters
+from fusion.model.build import build_composition, stored_adapters
 from fusion.model.from_manifests import head_shapes, weight_shapes
 from fusion.store.artifacts import Artifact
 from fusion.store.layout import HEAD, WEIGHTS
@@ -39,12 +39,12 @@ def adapter(name: str, sizes: dict[str, int], **settings: Any) -> Artifact:
     settings["sites"] = settings.pop("sites", None) or ["feedforward"]
     manifest = build(name, backbone={"layers": LAYERS}, adapter=settings, files=FILES)
     shared = settings.get("shared", False)
-    fillings: dict[str, SlotModule] = {}
+    slot_modules: dict[str, SlotModule] = {}
     first: dict[str, BottleneckAdapter] = {}
     for slot, size in sizes.items():
         made = BottleneckAdapter(8, size, scaling=settings.get("scaling", 1.0))
-        fillings[slot] = first.setdefault(slot.partition(".")[2], made) if shared else made
-    weights = {key: value.detach() for key, value in parameters_of(fillings).items()}
+        slot_modules[slot] = first.setdefault(slot.partition(".")[2], made) if shared else made
+    weights = {key: value.detach() for key, value in parameters_of(slot_modules).items()}
     return Artifact(Path("store") / name, manifest, weights, {})
 
 
@@ -97,13 +97,13 @@ def test_of_every_composition(sources: str, config: CompositionConfig, chosen: d
     manifest = fusion(config.as_stored() | chosen)
     if config.definition.one_shape and sources == "ragged":
         for build_it in (
-            lambda: composition_fillings(config, loaded, backbone, chosen),
+            lambda: build_composition(config, loaded, backbone, chosen),
             lambda: weight_shapes(manifest, [s.manifest for s in loaded], Path("store/f")),
         ):
             with pytest.raises(UserError, match="adapters are not of one shape"):
                 build_it()
         return
-    built = parameters_of(composition_fillings(config, loaded, backbone, chosen))
+    built = parameters_of(build_composition(config, loaded, backbone, chosen))
     assert weight_shapes(manifest, [s.manifest for s in loaded], Path("store/f")) == shapes_of(built)
 
 

@@ -164,7 +164,7 @@ def test_the_check_sees_what_is_missing(worker: OurWorker, setup: Setup) -> None
     for part in ("query.bias", "key.weight", "value.weight", "bank.up_bias", "bank.down_weight"):
         model = worker.build(setup, case)
         state = model.adapted.state_dict()
-        state[f"fillings.1.feedforward.{part}"].zero_()
+        state[f"slots.1.feedforward.{part}"].zero_()
         apart = torch.tensor(model.check()["logits"]) - torch.tensor(found["logits"])
         assert apart.abs().max() > LOGITS_LIMIT, part
 

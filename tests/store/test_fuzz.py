@@ -37,8 +37,8 @@ from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead
 from fusion.layers.slot_module import SlotModule, parameters_of
 from fusion.model.build import (
+    build_composition,
     check_made_for,
-    composition_fillings,
     load_sources,
     stored_adapters,
     stored_model,
@@ -100,10 +100,10 @@ class Place:
         )
         for name, config, chosen in compositions:
             loaded = load_sources(["films", "books"], self.store, self.backbone)
-            fillings = composition_fillings(config, loaded, self.backbone, chosen)
+            slot_modules = build_composition(config, loaded, self.backbone, chosen)
             manifest = make_manifest(name, "fusion", sources=sources, **about)
             manifest = manifest.changed(composition=config.as_stored() | chosen)
-            save(self.store, manifest, parameters_of(fillings), dict(head.named_parameters()))
+            save(self.store, manifest, parameters_of(slot_modules), dict(head.named_parameters()))
         save(self.store, make_manifest("head", "head", **about), {}, dict(head.named_parameters()))
         lora = {"name": "lora", "rank": 2, "alpha": 4, "dropout": 0.0, "targets": ["query"]}
         names = [f"encoder.layer.{layer}.attention.self.query" for layer in range(3)]
@@ -147,7 +147,7 @@ class Place:
                 key: value.shape for key, value in source.weights.items()
             }
             assert all(torch.equal(filled[key].detach(), source.weights[key].float()) for key in filled)
-            composition_fillings(CompositionConfig("static"), [source], self.backbone)
+            build_composition(CompositionConfig("static"), [source], self.backbone)
         model = stored_model(artifact, self.store, self.fresh())
         with torch.inference_mode():
             return model(IDS, MASK)

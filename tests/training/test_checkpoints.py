@@ -44,6 +44,20 @@ def test_the_last_and_the_one_before_stay(tmp_path: Path) -> None:
     assert read is not None and read["position"]["epoch"] == 2
 
 
+def test_a_checkpoint_of_version_0_1_gets_the_present_names(tmp_path: Path) -> None:
+    former, name = "model.fillings.0.feedforward.up.bias", "model.slots.0.feedforward.up.bias"
+    old = {
+        "state_dict": {former: torch.ones(1), "model.head.bias": torch.ones(1)},
+        "frozen_hash": "of old names",
+    }
+    write_checkpoint(
+        tmp_path, content(1) | old | {"callbacks": {"Best": {"weights": {former[6:]: torch.ones(1)}}}}
+    )
+    read = read_checkpoint(tmp_path)
+    assert read is not None and set(read["state_dict"]) == {name, "model.head.bias"}
+    assert list(read["callbacks"]["Best"]["weights"]) == [name[6:]] and "frozen_hash" not in read
+
+
 def test_damage_is_seen_and_the_one_before_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Anything that changes the content; what is no content (padding of the archive) may be changed."""
     draw = random.Random(5)
@@ -158,7 +172,7 @@ class Poison(lightning.Callback):
     ) -> None:
         assert isinstance(module, fit_module.TaskModule)
         if (trainer.current_epoch, batch_idx) == (self.at[0], 0):
-            state = module.model.filling_state().items()
+            state = module.model.slot_state().items()
             self.before.update({name: tensor.detach().clone() for name, tensor in state})
         if (trainer.current_epoch, batch_idx) == self.at:
             next(iter(module.model.trainable().values())).data.fill_(float("inf"))

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WORDS = "backbone.embeddings.word_embeddings.weight"
 NORM = "backbone.embeddings.LayerNorm.bias"
 TYPES = "backbone.embeddings.token_type_ids"  # a buffer that no state_dict holds
-BANK = "fillings.1.feedforward.bank.up_bias"
+BANK = "slots.1.feedforward.bank.up_bias"
 Change = Callable[[AdaptedModel], None]
 
 
@@ -155,7 +155,7 @@ def test_an_optimizer_of_other_parameters(bench: Bench, monkeypatch: pytest.Monk
         return made
 
     monkeypatch.setattr(TaskModule, "configure_optimizers", careless)
-    refused(bench, f"not declared: {NORM}" if more else r"lacks what is declared: (fillings|head)\.")
+    refused(bench, f"not declared: {NORM}" if more else r"lacks what is declared: (slot_modules|head)\.")
 
 
 def test_a_tensor_that_nobody_knows_in_the_optimizer(
@@ -208,7 +208,7 @@ def tie_the_head(backbone: nn.Module, adapter: BottleneckAdapter, head: TaskHead
     head.output.weight = backbone.get_parameter("embeddings.token_type_embeddings.weight")
 
 
-def tie_the_filling(backbone: nn.Module, adapter: BottleneckAdapter, head: TaskHead) -> None:
+def tie_the_slot_module(backbone: nn.Module, adapter: BottleneckAdapter, head: TaskHead) -> None:
     adapter.up.bias = backbone.get_parameter("embeddings.LayerNorm.bias")
 
 
@@ -233,7 +233,7 @@ def a_parameter_as_a_buffer(backbone: nn.Module, adapter: BottleneckAdapter, hea
             tie_the_head,
             r"head\.output\.weight trains and is the frozen backbone\.embeddings\.token_type_embedd",
         ),
-        (tie_the_filling, rf"fillings\.1\.feedforward\.up\.bias trains and is the frozen {NORM}"),
+        (tie_the_slot_module, rf"slots\.1\.feedforward\.up\.bias trains and is the frozen {NORM}"),
         (view_the_words, rf"feedforward\.down\.weight trains and shares memory with the frozen {WORDS}"),
         (view_a_buffer, r"feedforward\.up\.bias trains and shares memory with the frozen backbone\.scale"),
         (a_parameter_as_a_buffer, r"head\.output\.weight trains and is the frozen backbone\.scale"),
@@ -310,11 +310,11 @@ def test_a_slot_that_writes_into_the_backbone(bench: Bench, monkeypatch: pytest.
 def careless(monkeypatch: pytest.MonkeyPatch, counted: bool) -> None:
     from fusion.model import build
 
-    def fillings(config: Any, backbone: Any) -> dict[str, BottleneckAdapter]:
+    def slot_modules(config: Any, backbone: Any) -> dict[str, BottleneckAdapter]:
         words = backbone.model.get_parameter("embeddings.word_embeddings.weight")
         return {"0.feedforward": CarelessAdapter(words, counted)}
 
-    monkeypatch.setattr(build, "adapter_fillings", fillings)
+    monkeypatch.setattr(build, "new_adapters", slot_modules)
 
 
 def test_without_checkpoints_the_end_sees_what_was_not_counted(
@@ -520,7 +520,7 @@ def test_processes_that_differ_fail_alike(tiny_backbone: Path, tmp_path: Path) -
     try:
         for process in ranks:
             out, err = process.communicate(timeout=180)
-            sizes = [f"fillings.1.feedforward.{name}" for name in ("down.bias", "down.weight", "up.weight")]
+            sizes = [f"slots.1.feedforward.{name}" for name in ("down.bias", "down.weight", "up.weight")]
             assert out.splitlines() == [
                 "they are the same",
                 f"process 1 has other frozen tensors than process 0: {NORM}; nothing is stored.",

@@ -26,8 +26,8 @@ OPTIM = OptimConfig(lr=1e-3, head_lr=5e-3, weight_decay=0.1)
 
 def small_model(folder: Path) -> AdaptedModel:
     torch.manual_seed(0)
-    fillings = {f"{layer}.feedforward": BottleneckAdapter(32, 4) for layer in range(3)}
-    return AdaptedModel(load_backbone(str(folder)), fillings, "normed", TaskHead(32, 2, dropout=0.0))
+    slot_modules = {f"{layer}.feedforward": BottleneckAdapter(32, 4) for layer in range(3)}
+    return AdaptedModel(load_backbone(str(folder)), slot_modules, "normed", TaskHead(32, 2, dropout=0.0))
 
 
 def train(folder: Path, fused: bool, steps: int = 50) -> tuple[AdaptedModel, list[float]]:
@@ -63,8 +63,8 @@ def test_rates_and_decay_by_group(tiny_backbone: Path) -> None:
         seen |= {names[id(p)]: (group["lr"], group["weight_decay"]) for p in group["params"]}
     assert seen["head.output.weight"] == (5e-3, 0.1)
     assert seen["head.output.bias"] == (5e-3, 0.0)
-    assert seen["fillings.0.feedforward.down.weight"] == (1e-3, 0.1)
-    assert seen["fillings.0.feedforward.up.bias"] == (1e-3, 0.0)
+    assert seen["slots.0.feedforward.down.weight"] == (1e-3, 0.1)
+    assert seen["slots.0.feedforward.up.bias"] == (1e-3, 0.0)
     assert set(seen) == set(model.trainable())
 
 
@@ -78,10 +78,10 @@ TASKS = [CLASSES, VALUES, CHOICE]
 
 def several_tasks(folder: Path) -> TaskModule:
     torch.manual_seed(0)
-    fillings = {f"{layer}.feedforward": BottleneckAdapter(32, 4) for layer in range(3)}
+    slot_modules = {f"{layer}.feedforward": BottleneckAdapter(32, 4) for layer in range(3)}
     outputs = {"classes": 3, "values": 1, "choice": 1}
     heads = TaskHeads({name: TaskHead(32, count) for name, count in outputs.items()})
-    model = AdaptedModel(load_backbone(str(folder)), fillings, "normed", heads)
+    model = AdaptedModel(load_backbone(str(folder)), slot_modules, "normed", heads)
     splits = {
         "classes/validation": CLASSES,
         "classes/more": CLASSES,

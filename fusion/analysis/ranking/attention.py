@@ -22,7 +22,7 @@ from fusion.config.stages import Stage2Config
 from fusion.config.training import OptimConfig, TrainerConfig
 from fusion.data.samples import sampled_batches
 from fusion.model.adapted import AdaptedModel
-from fusion.model.build import composition_fillings, fresh_head
+from fusion.model.build import build_composition, new_head
 from fusion.model.inference import device_of
 from fusion.store.artifacts import Artifact
 from fusion.store.manifest import Manifest
@@ -64,9 +64,9 @@ def attention_of_short_run(
     torch.manual_seed(config.seed)
     model = AdaptedModel(
         backbone,
-        composition_fillings(composition, sources, backbone),
+        build_composition(composition, sources, backbone),
         sources[0].manifest.placement["adapter.reads"],
-        fresh_head(config.head, config.task, config.backbone.pooling, backbone),
+        new_head(config.head, config.task, config.backbone.pooling, backbone),
     )
     weights = composition.loss_weights()
     fit(training, model, rows.training, rows.validation, weights, [], folder / "no checkpoints")
