@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from fusion.model.usable import usable_manifest
 from fusion.runs.run import Run
 from fusion.store.lookup import read_manifest, source_manifests
 from fusion.store.trained_data import as_trained, data_folder_of
-from fusion.text import key_of, quotable, typed
+from fusion.text import key_of, override, shortened
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def use_trained_data(config: EvaluateConfig, overrides: Sequence[str]) -> None:
     other = config.task is not None and config.task.name not in own
     if other and not (Path(folder) / str(config.task and config.task.name)).is_dir():
         return  # another task than the artifact's may come from anywhere
-    shown = quotable(typed("data.dir", folder))
+    shown = shortened(shlex.quote(override("data.dir", folder)))
     if not Path(folder).is_dir():
         raise UserError(
             f"{manifest.name} was trained on the rows in {shown}, and that folder is gone\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
-from fusion.text import printable, quotable
+from fusion.text import printable, shortened
 
 COMPONENT_BYTES = 255  # the limit of every common file system
 # Settings that are paths. Of those in EXPANDED `~` is replaced in the config itself; the others are part of a run's
@@ -31,7 +31,7 @@ def resolve_path(text: str, key: str) -> Path:
     """
     if not text.strip():
         raise UserError(f"{key}= is empty: expected a path, such as {key}=DIR")
-    said = f"{key}={quotable(text, 300)}"
+    said = f"{key}={shortened(text, 300)}"
     if "\0" in text:
         raise UserError(f"{said}: a path has no NUL character")
     try:
@@ -55,7 +55,7 @@ def resolve_path(text: str, key: str) -> Path:
 
 def _problem(step: Path, last: bool) -> str | None:
     """Why a path cannot go through `step`; None: it can."""
-    shown = quotable(str(step), 300)
+    shown = shortened(str(step), 300)
     try:
         os.stat(step)
     except FileNotFoundError:

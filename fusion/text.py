@@ -1,8 +1,7 @@
-"""Text as a terminal, a log and a shell may be given it.
+"""Text for terminals, logs and shells.
 
 Text from outside (manifests, data values, file names, a hub's answers) passes through `printable` before it is
-printed, which escapes control characters, bidirectional controls and lone surrogates. Values, overrides and commands
-that are printed in order to be typed are written in Hydra's override syntax and quoted for a shell, without Hydra.
+printed. Values, overrides and commands in messages are written in Hydra's override syntax, without Hydra.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _short.maxstring = _short.maxother = _short.maxlong = SHOWN
 
 
 def printable(text: str) -> str:
-    """`text` with everything but printable characters, tabs and line feeds written as an escape."""
+    """Escape all but printable characters, tabs and line feeds, such as control characters and lone surrogates."""
     if text.isprintable():
         return text
     return "".join(
@@ -34,23 +33,17 @@ def printable(text: str) -> str:
     )
 
 
-def one_line(text: str) -> str:
-    """`printable` text on a single line: runs of white space become one space."""
-    return printable(" ".join(text.split()))
-
-
-def quotable(text: str, most: int = 600) -> str:
-    """`printable` text of a bounded length: the middle of a longer one is left out."""
-    text = printable(text)
-    return text if len(text) <= most else f"{text[: most - 200]} … {text[-200:]}"
+def shortened(value: Any, most: int = 300) -> str:
+    """A text, or a value as an override writes it: `printable`, and cut to a number of characters."""
+    text = printable(value if isinstance(value, str) else hydra_value(value))
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def shown(value: Any) -> str:
     """A raw value for a message, with its type."""
     if value is None:
         return "null"
-    text = _short.repr(value)  # bounded in depth and length
-    return f"{printable(text if len(text) <= SHOWN else text[: SHOWN - 3] + '...')} ({type(value).__name__})"
+    return f"{shortened(_short.repr(value), SHOWN)} ({type(value).__name__})"
 
 
 def listed(names: Iterable[str]) -> str:
@@ -111,12 +104,6 @@ _UNQUOTED = re.compile(r"[A-Za-z0-9_ \t/\-\\+.$%*@?|:]")
 _STRUCTURE = re.compile(r"[\[\]{}()'\",=]")  # lists, dicts, calls, quotes, sweeps: not a plain text
 
 
-def shortened(value: Any) -> str:
-    """A value for a message, which a long list would fill, as an override writes it."""
-    text = hydra_value(value)
-    return text if len(text) <= 300 else f"{text[:300]}..."
-
-
 def hydra_value(value: Any) -> str:
     """A value as an override writes it: `null`, `true`, `0.0001`, `[a,b]`, `{a:1}`, text that means that very text."""
     if value is None:
@@ -141,13 +128,8 @@ def hydra_value(value: Any) -> str:
 
 
 def override(key: str, value: Any) -> str:
-    """KEY=VALUE for Hydra. For a shell it is quoted by `shell_line`, or by `typed` within a sentence."""
+    """KEY=VALUE for Hydra; `shell_line` and `shlex.quote` quote it for a shell."""
     return f"{key}={hydra_value(value)}"
-
-
-def typed(key: str, value: Any) -> str:
-    """KEY=VALUE as it can be typed in a shell."""
-    return shlex.quote(override(key, value))
 
 
 def shell_line(module: str, words: Sequence[str]) -> str:

@@ -18,7 +18,6 @@ from fusion.text import (
     override,
     quoted,
     shell_line,
-    typed,
 )
 from pipelines.commands import typed as workflow_line
 
@@ -84,7 +83,7 @@ def through(word: str) -> Any:
 
 @pytest.mark.parametrize("value", [*TEXTS, *VALUES, TEXTS[:-1]], ids=repr)
 def test_a_value_means_itself(value: Any) -> None:
-    found = through(typed("key", value))
+    found = through(shlex.quote(override("key", value)))
     assert found == value and type(found) is type(value)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from fusion.store.__main__ import main as store_program
 from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
-from fusion.text import listed, one_line, printable, printable_logs, quotable, shown
+from fusion.text import listed, printable, printable_logs, shortened, shown
 from tests.store.conftest import build
 
 HOSTILE = [
@@ -27,19 +27,18 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_nothing_hostile_is_printed(text: str) -> None:
-    for safe in (printable(text), one_line(text), quotable(text), shown(text), listed([text, text])):
+    for safe in (printable(text), shortened(text), shown(text), listed([text, text])):
         assert safe.isprintable(), ascii(safe)
 
 
 def test_plain_text_is_kept() -> None:
     for text in ("mnli", "Straße 東京 🙂", "two\nlines"):
-        assert printable(text) == text == quotable(text)
+        assert printable(text) == text == shortened(text)
     assert listed(["a", "b"]) == "a, b" and listed([]) == "nothing"
-    assert one_line("a\n  b\tc") == "a b c"
 
 
 def test_what_is_long_is_cut() -> None:
-    assert len(quotable("x" * 10_000)) <= 610
+    assert len(shortened("x" * 10_000)) == 300
     assert len(shown("x" * 10_000)) < 80
     assert listed(map(str, range(25))).endswith("19, and 5 more")
 

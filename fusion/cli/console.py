@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
-from fusion.text import at_terminal, one_line, printable, shows_progress
+from fusion.text import at_terminal, printable, shows_progress
 
 Row = Sequence[str]
 
@@ -57,5 +57,5 @@ def rows_progress(description: str, rows: int) -> Iterator[Callable[[int], None]
     from rich.progress import MofNCompleteColumn, Progress
 
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), transient=True) as progress:
-        task = progress.add_task(escape(one_line(description)), total=rows)
+        task = progress.add_task(escape(printable(" ".join(description.split()))), total=rows)
         yield lambda done: progress.advance(task, done)

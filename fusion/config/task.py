@@ -1,9 +1,9 @@
-"""The task file: its keys, their types, and what a wrong value gets."""
+"""The task file: the values that its keys accept."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 from fusion.config.fields import require
 from fusion.errors import UserError
@@ -12,10 +12,16 @@ from fusion.tasks.task import HubConfig, Task
 from fusion.text import shortened
 
 
-def _is_raw_label(entry: Any) -> bool:
-    """An entry of `label_values`: a raw label, or a list of such."""
-    values = entry if isinstance(entry, list) else [entry]
-    return len(values) > 0 and all(isinstance(v, (str, int, float, bool, type(None))) for v in values)
+def _all_texts(values: Any) -> bool:
+    return all(isinstance(value, str) and value for value in values)
+
+
+def _is_raw_label(value: Any) -> bool:
+    return isinstance(value, (str, int, float, type(None)))
+
+
+def _is_label_name(value: Any) -> bool:
+    return isinstance(value, (str, int, float)) and not isinstance(value, bool)
 
 
 @dataclass
@@ -24,74 +30,58 @@ class TaskConfig(Task):
 
     def __post_init__(self) -> None:
         where = f"task {self.name}" if self.name else "task file"
-        require(
-            self.kind in KINDS, f"{where}: kind={shortened(self.kind)}: expected one of {', '.join(KINDS)}"
-        )
+
+        def check(accepted: bool, key: str, value: Any, expected: str) -> None:
+            require(accepted, f"{where}: {key}={shortened(value)}: expected {expected}")
+
+        check(self.kind in KINDS, "kind", self.kind, f"one of {', '.join(KINDS)}")
         text = [self.text] if isinstance(self.text, str) else self.text
-        require(
-            isinstance(text, list) and 1 <= len(text) <= 2 and all(isinstance(t, str) for t in text),
-            f"{where}: text={shortened(self.text)}: expected one column name or a list of two",
+        is_text = isinstance(text, list) and 1 <= len(text) <= 2 and _all_texts(text)
+        check(is_text, "text", self.text, "one column name or a list of two")
+        check(bool(self.label), "label", self.label, "the name of a column")
+        allowed = KINDS[self.kind].metric_names
+        check(
+            len(self.metrics) > 0 and set(self.metrics) <= set(allowed),
+            "metrics",
+            self.metrics,
+            f"some of {', '.join(allowed)}, which fit kind {self.kind}",
         )
-        require(bool(self.label), f"{where}: label is empty: expected the name of a column")
-        for metric in self.metrics:
-            allowed = KINDS[self.kind].metric_names
-            require(
-                metric in allowed,
-                f"{where}: metric {shortened(metric)} does not fit kind {self.kind}: expected {', '.join(allowed)}",
+        if self.labels is not None:
+            check(
+                isinstance(self.labels, list) and all(map(_is_label_name, self.labels)),
+                "labels",
+                self.labels,
+                'a list of names; yes, no, true, false and null are no texts in YAML unless in quotes, as "yes"',
             )
-        require(
-            len(self.metrics) > 0,
-            f"{where}: metrics is empty: name at least one of {', '.join(KINDS[self.kind].metric_names)}",
-        )
-        self.labels = self._label_names(where)
-        require(
-            all(_is_raw_label(entry) for entry in self.label_values or []),
-            f"{where}: label_values={shortened(self.label_values)}: expected for each label a value, or a list of values",
-        )
-        values = [(type(value), repr(value)) for entry in self.raw_label_values for value in entry]
-        require(
-            len(set(values)) == len(values),
-            f"{where}: label_values={shortened(self.label_values)}: a value stands twice",
+            self.labels = [str(name) for name in self.labels]
+        entries = self.raw_label_values
+        values = [(type(value), repr(value)) for entry in entries for value in entry]
+        check(
+            all(entry and all(map(_is_raw_label, entry)) for entry in entries)
+            and len(set(values)) == len(values),
+            "label_values",
+            self.label_values,
+            "for each label a value, or a list of values, each once",
         )
         check_task(self, where)
-        require(
-            all(isinstance(name, str) for name in self.columns.values()),
-            f"{where}: columns={shortened(self.columns)}: expected the name of a column for each",
-        )
+        check(_all_texts(self.columns.values()), "columns", self.columns, "the name of a column for each")
         for split, names in self.hub.splits.items() if self.hub is not None else ():
-            every = names if isinstance(names, list) and names else [names]
-            require(
-                all(isinstance(name, str) and name for name in every),
-                f"{where}: hub.splits.{split}={shortened(names)}: expected the hub's name of a split, or a list of names",
+            check(
+                _all_texts(names if isinstance(names, list) and names else [names]),
+                f"hub.splits.{split}",
+                names,
+                "the hub's name of a split, or a list of names",
             )
-
-    def _label_names(self, where: str) -> Optional[list[str]]:
-        if self.labels is None:
-            return None
-        require(
-            isinstance(self.labels, list),
-            f"{where}: labels={shortened(self.labels)}: expected a list of names",
-        )
-        require(
-            all(isinstance(name, (str, int, float, bool, type(None))) for name in self.labels),
-            f"{where}: labels={shortened(self.labels)}: expected a list of names",
-        )
-        require(
-            not any(isinstance(name, bool) or name is None for name in self.labels),
-            f"{where}: labels={shortened(self.labels)}: YAML reads yes, no, true, false and null as values of its own; "
-            'write them in quotes, as "yes"',
-        )
-        return [str(name) for name in self.labels]
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str) -> TaskConfig:
-        """A task as the manifest `where` keeps it.
+        """A task of plain containers.
 
         Raises:
-            UserError: it is none of this version.
+            UserError: it is not a task of this version; begins with `where`.
         """
         try:
             hub = values.get("hub")
             return cls(**{**values, "hub": None if hub is None else HubConfig(**hub)})
         except (TypeError, UserError) as error:
-            raise UserError(f"{where}: its task is none that this version reads ({error})") from error
+            raise UserError(f"{where}: not a task of this version ({error})") from error

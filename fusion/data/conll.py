@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fusion.data.delimited import check_text
 from fusion.errors import UserError
-from fusion.text import one_line
+from fusion.text import shortened
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _DOCUMENT = "-DOCSTART-"  # begins the line that CoNLL-2003 has before each document
@@ -53,12 +53,12 @@ def read_conll(path: Path, content: bytes) -> tuple[list[dict[str, list[str]]], 
         fields = line.split("\t") if tabs else _SPACES.split(line.lstrip(" \t"))
         if sentences and len(fields) != len(sentences[0][0]):
             raise UserError(
-                f"{path}, line {number}: '{one_line(line)[:60]}' has {len(fields)} of the {len(sentences[0][0])} fields "
+                f"{path}, line {number}: '{shortened(' '.join(line.split()), 60)}' has {len(fields)} of the {len(sentences[0][0])} fields "
                 f"that line {first_lines[0]} has\n{_EXPECTED}"
             )
         if "" in fields:
             raise UserError(
-                f"{path}, line {number}: field {fields.index('')} (from 0) of '{one_line(line)[:60]}' is empty\n{_EXPECTED}"
+                f"{path}, line {number}: field {fields.index('')} (from 0) of '{shortened(' '.join(line.split()), 60)}' is empty\n{_EXPECTED}"
             )
         if not is_open:
             sentences.append([])

@@ -34,7 +34,7 @@ from fusion.data.splits import (
 from fusion.data.tables import hub_table, read_split, read_table, record_table
 from fusion.errors import UserError
 from fusion.tasks.columns import Column, Table
-from fusion.tasks.labels import Reading, agreed_way
+from fusion.tasks.labels import LabelFormat, common_format
 from fusion.tasks.table import kind_of
 from fusion.text import listed, shown
 
@@ -67,7 +67,7 @@ class Rows:
             for a split without labels.
         ignored: rows without a label, left out where others have one.
         fingerprint: sha256 over texts, choices and labels.
-        reading: how the labels were read; None for values and without labels.
+        label_format: how the labels are written; None for values and without labels.
         words: of each row, whose text has them joined by a space; None: rows are plain texts.
     """
 
@@ -76,7 +76,7 @@ class Rows:
     labels: list[Any] | None
     ignored: int
     fingerprint: str
-    reading: Reading | None = None
+    label_format: LabelFormat | None = None
     words: list[list[str]] | None = None
 
     def __len__(self) -> int:
@@ -98,7 +98,7 @@ def load_splits(
         UserError: as `load_rows`; the splits have no way in common, or may count from 0 or from 1.
     """
     rows = {split: load_rows(task, data, split) for split in splits}
-    return rows, agreed_way(task, {split: one.reading for split, one in rows.items()}, trained_as)
+    return rows, common_format(task, {split: one.label_format for split, one in rows.items()}, trained_as)
 
 
 def load_rows(task: TaskConfig, data: DataConfig, split: str) -> Rows:
@@ -198,9 +198,9 @@ def _rows(
     if choices is None and (empty := sum(not any(map(str.strip, row)) for row in texts)):
         log.warning("%s: %d of %d rows have an empty text", table.where, empty, len(texts))
     labels: list[Any] | None = None
-    reading = None
+    label_format = None
     if raw is not None:
-        labels, reading = raw.read(kept, choices if words is None else words)
+        labels, label_format = raw.read(kept, choices if words is None else words)
     if choices is not None and task.blank is not None:
         texts, choices = _fill_blanks(task.blank, table, kept, texts, choices)
     if made is not None:
@@ -211,7 +211,7 @@ def _rows(
         drawn = np.sort(np.random.RandomState(_LIMIT_SEED).permutation(len(texts))[:limit]).tolist()
         texts, choices, labels, words = (_at(values, drawn) for values in (texts, choices, labels, words))
     content = json.dumps([texts, choices, labels, *([] if words is None else [words])]).encode()
-    return Rows(texts, choices, labels, ignored, hashlib.sha256(content).hexdigest(), reading, words)
+    return Rows(texts, choices, labels, ignored, hashlib.sha256(content).hexdigest(), label_format, words)
 
 
 def _at(values: Any, rows: list[int]) -> Any:

@@ -28,7 +28,7 @@ from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
 from fusion.store.manifest import Manifest
 from fusion.store.parts import Head, StoredTask
 from fusion.tasks.table import KINDS
-from fusion.text import quotable
+from fusion.text import shortened
 
 Shapes = dict[str, tuple[int, ...]]
 """Of tensors, by their names in a file."""
@@ -67,7 +67,7 @@ def described_head(manifest: Manifest) -> TaskHead | TaskHeads:
 def _head(task: StoredTask, head: Head, hidden_size: int) -> TaskHead:
     kind = KINDS.get(task.kind)
     if kind is None:
-        raise UserError(f"its task is of kind {quotable(task.kind)}, expected one of {', '.join(KINDS)}")
+        raise UserError(f"its task is of kind {shortened(task.kind)}, expected one of {', '.join(KINDS)}")
     return kind.make_head(hidden_size, **head.shape)
 
 

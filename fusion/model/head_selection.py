@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fusion.config.task import TaskConfig
 from fusion.errors import UserError
 from fusion.tasks.kind import Decision
-from fusion.text import quotable
+from fusion.text import shortened
 
 if TYPE_CHECKING:
     from fusion.store.manifest import Manifest
@@ -33,7 +33,7 @@ def own_tasks(manifest: Manifest) -> list[TaskConfig]:
     try:
         return [task.as_config(where) for task in manifest.tasks]
     except UserError as error:  # what it quotes from the file may hold anything
-        raise UserError(quotable(str(error))) from None
+        raise UserError(shortened(str(error), 600)) from None
 
 
 def decision_of(manifest: Manifest, head: int = 0) -> Decision:

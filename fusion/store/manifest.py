@@ -43,7 +43,7 @@ from fusion.store.parts import (
     one_of,
 )
 from fusion.store.refusals import NULL, OBJECT, mismatch, reason
-from fusion.text import quotable, repeated
+from fusion.text import repeated, shortened
 
 FORMAT_VERSION = 1
 FUSION = "fusion"
@@ -117,7 +117,7 @@ class Manifest(Part):
             if "checksum" in content and checksum_of(content) != content["checksum"]:
                 raise UserError(f"{path}: its content does not match its checksum, so it was changed; {MEND}")
         except UserError as error:  # what it quotes from the file may hold anything
-            raise UserError(quotable(str(error))) from None
+            raise UserError(shortened(str(error), 600)) from None
         return manifest
 
     @classmethod

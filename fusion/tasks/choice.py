@@ -45,10 +45,9 @@ class Choice(Classification):
         class_weights: Tensor | None = None,
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        """As of a classification. A row smooths over the choices that it has: its other scores are -inf."""
+        """As in classification. A row smooths over the choices that it has: its other scores are -inf."""
         if label_smoothing == 0:
             return super().loss(scores, labels)
-        scores = scores.float()
         there = scores > float("-inf")
         losses = -scores.log_softmax(-1)
         uniform = losses.masked_fill(~there, 0.0).sum(-1) / there.sum(-1)

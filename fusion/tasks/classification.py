@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,35 +10,24 @@ from fusion.tasks.columns import Column, Table
 from fusion.tasks.kind import Decision, Kind, RawLabels
 from fusion.tasks.labels import Labels, read_ids
 from fusion.tasks.task import Task
-from fusion.text import shortened
+from fusion.text import listed, repeated, shortened
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor
 
 
-def check_label_names(task: Task, where: str, least: int = 2) -> None:
-    """At least so many different label names, and as many `label_values`.
+def check_labels(task: Task, where: str, least: int = 2) -> None:
+    """At least so many different label names, and as many `label_values` if there are any.
 
     Raises:
         UserError: what was expected.
     """
     names = task.labels or []
+    what = f"{where}: labels={shortened(task.labels)}"
     if len(names) < least:
-        count = "two label names" if least == 2 else "one label name"
-        raise UserError(f"{where}: labels={shortened(task.labels)}: expected at least {count}")
-    if len(set(names)) != len(names):
-        raise UserError(f"{where}: labels={shortened(task.labels)}: a name stands twice")
-
-
-def check_label_values(task: Task, where: str) -> None:
-    """As many `label_values` as labels, where there are any.
-
-    Raises:
-        UserError: they are not.
-    """
-    names = task.labels or []
+        raise UserError(f"{what}: expected at least {least} label name{'s' if least > 1 else ''}")
+    if twice := repeated(names):
+        raise UserError(f"{what}: duplicate {listed(twice)}; expected each name once")
     if task.label_values is not None and len(task.label_values) != len(names):
         raise UserError(f"{where}: label_values has {len(task.label_values)} entries for {len(names)} labels")
 
@@ -51,12 +39,11 @@ class Classification(Kind):
     smooths_labels = True
 
     def check(self, task: Task, where: str) -> None:
-        check_label_names(task, where)
+        check_labels(task, where)
         if "f1" in task.metrics and len(task.labels or []) != 2:
             raise UserError(
                 f"{where}: f1 is the F1 of the second of two labels; with {len(task.labels or [])} use macro_f1"
             )
-        check_label_values(task, where)
 
     def read_labels(self, task: Task, column: Column, table: Table, unlabelled: bool) -> RawLabels:
         names = Labels(task)
@@ -77,18 +64,8 @@ class Classification(Kind):
         from torch.nn import functional as F
 
         return F.cross_entropy(
-            scores.float(), labels, weight=class_weights, reduction="none", label_smoothing=label_smoothing
+            scores, labels, weight=class_weights, reduction="none", label_smoothing=label_smoothing
         )
-
-    def mean_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        from torch.nn import functional as F
-
-        return F.cross_entropy(scores, labels)
-
-    def zero_score_loss(
-        self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None
-    ) -> float:
-        return math.log(len(task.labels or [None]))
 
     def outputs(self, scores: Tensor) -> list[Any]:
         """The index of the best score."""
@@ -109,14 +86,12 @@ class Classification(Kind):
     def describe(
         self, task: Task, scores: Tensor, label: Any, count: int | None, decision: Decision
     ) -> dict[str, Any]:
-        count = len(task.labels or []) if count is None else count
-        names = class_names(task, count)
-        values = scores[None].float().softmax(-1)[0][:count]
-        best = int(values.argmax())
+        (line,) = self.lines(task, scores[None], None if count is None else [count], decision)
+        truth = list(line["scores"])[int(label)]
         return {
-            "predicted": f"{names[best]} ({float(values[best]):.2f})",
-            "truth": names[int(label)],
-            "right": best == int(label),
+            "predicted": f"{line['label']} ({line['scores'][line['label']]:.2f})",
+            "truth": truth,
+            "right": line["label"] == truth,
         }
 
     def columns(self, task: Task, labels: Tensor, choice_counts: Tensor | None) -> Tensor:
@@ -127,7 +102,7 @@ class Classification(Kind):
 
 
 def class_names(task: Task, count: int) -> list[str]:
-    """What the K scores of a row are called: the labels, or for choices without names their numbers."""
+    """The names of the K scores of a row: the labels, or for choices without names their numbers."""
     if task.labels and len(task.labels) >= count:
         return list(task.labels[:count])
     return [str(number) for number in range(count)]

@@ -1,29 +1,30 @@
-"""What a kind of task has to provide.
+"""The interface of a kind of task.
 
-An instance has no state: every method is a function of its arguments. Heavy imports (torch, numpy) happen inside the
-methods, since the checks of a task file ask the kind before anything of that is loaded.
+An instance has no state. Heavy imports (torch, numpy) happen inside the methods, since task files are checked before
+any of that is loaded.
 
-What happens to one batch and to one split:
+The order of calls for a batch and for a split:
 
     scores = head(...)                        (B, ...), of the model
     loss(scores, labels)                      (B,), in training
-    outputs(scores)                           a JSON-able value for each example; gathered over batches and processes
+    outputs(scores)                           a JSON-able value per example; gathered over batches and processes
     decision(outputs, labels of all examples) numbers that the predictions depend on, chosen on the validation split
-    predict(outputs, decision)                a JSON-able prediction for each example
-    metrics(labels, predictions)              of all examples at once
+    predict(outputs, decision)                a JSON-able prediction per example
+    metrics(labels, predictions)              of all examples
 
 Shapes: B examples, K outputs of the head.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fusion.tasks.columns import Column, Table
-from fusion.tasks.labels import Reading
+from fusion.tasks.labels import LabelFormat
 from fusion.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -42,13 +43,13 @@ class RawLabels:
 
     Attributes:
         missing: for each row of the table, whether it has no label.
-        read: from the rows to keep, and the choices or words of each of them (None: rows are plain texts), to their
-            labels and how they were read. A label is an int, a float, or a list of ints; of lists of different lengths,
-            a batch pads the shorter ones with `PADDING`. Raises UserError, which names the row.
+        read: from the rows to keep, and the choices or words of each (None: rows are plain texts), to their labels and
+            the format of these. A label is an int, a float, or a list of ints; lists of different lengths are padded
+            in a batch. Raises UserError, which names the row.
     """
 
     missing: list[bool]
-    read: Callable[[list[int], list[list[str]] | None], tuple[list[Any], Reading | None]]
+    read: Callable[[list[int], list[list[str]] | None], tuple[list[Any], LabelFormat | None]]
 
 
 class Kind(ABC):
@@ -57,13 +58,12 @@ class Kind(ABC):
     Attributes:
         name: `kind:` of a task file.
         noun: the kind in a sentence.
-        metric_names: `metrics:` that a task file may ask for.
-        keys: of a task file, those that only this kind has.
-        items: what a row of data consists of besides its texts: `choices` (one sequence of tokens each), `words`, or
-            None.
+        metric_names: the `metrics:` that a task file may list.
+        keys: keys of a task file that only this kind has.
+        items: what a row consists of besides its texts: `choices` (a sequence of tokens each), `words`, or None.
         has_classes: whether an example has one class: `loss.class_weights` and stratified splits apply.
         smooths_labels: whether `loss.label_smoothing` applies.
-        is_pooled: whether the head scores one vector per text, so that a linear probe says something.
+        is_pooled: whether the head scores one vector per text, so that a linear probe is meaningful.
     """
 
     name: str
@@ -81,22 +81,11 @@ class Kind(ABC):
     # --- task file and data ---------------------------------------------------------------------------
 
     def check(self, task: Task, where: str) -> None:  # noqa: B027
-        """Refuse a task file that this kind cannot use.
-
-        Args:
-            where: begins the message.
-
-        Raises:
-            UserError: what was expected.
-        """
+        """Refuse a task file that this kind cannot use, with a UserError that begins with `where`."""
 
     @abstractmethod
     def read_labels(self, task: Task, column: Column, table: Table, unlabelled: bool) -> RawLabels:
-        """
-        Args:
-            column: of labels, all rows of the table.
-            unlabelled: whether rows may be without labels.
-        """
+        """Prepare the column of labels of a table; `unlabelled`: rows may be without labels."""
 
     def plain_labels(self, labels: Tensor | NDArray[Any]) -> list[Any]:
         """The labels of a batch or a split, (B,) or (B, ...), as `metrics` takes them and outcomes.json has them."""
@@ -124,7 +113,7 @@ class Kind(ABC):
         class_weights: Tensor | None = None,
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        """The loss of each example, in float32, before the mean over the batch.
+        """The loss of each example, in the precision of the scores, before the mean over the batch.
 
         Args:
             scores: (B, K).
@@ -139,36 +128,36 @@ class Kind(ABC):
     def loss_weights(
         self, labels: NDArray[Any], class_weights: NDArray[np.float64] | None
     ) -> NDArray[np.float64] | None:
-        """What each example of a split counts for in the mean loss; None: all count alike.
+        """The weight of each example of a split in the mean loss; None: all are equal.
 
         The mean divides the sum of `loss` over the batch, all processes together, by the sum of these.
         """
         return None if class_weights is None else class_weights[labels]
 
-    @abstractmethod
     def mean_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss of all examples in the precision of the scores; for analysis and the linear probe."""
+        """The mean loss of all examples; for analysis and the linear probe."""
+        return self.loss(scores, labels).mean()
 
-    @abstractmethod
     def zero_score_loss(
         self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None
     ) -> float:
-        """The mean loss of scores that are all zero. Neither class weights nor label smoothing change it."""
+        """The mean loss of scores that are all zero, without class weights and label smoothing."""
+        return math.log(max(1, self.head_outputs(task)))
 
     # --- predictions and metrics ----------------------------------------------------------------------
 
     @abstractmethod
     def outputs(self, scores: Tensor) -> list[Any]:
-        """What is kept of each example's scores: a JSON-able value that `predict` takes.
+        """A JSON-able value of each example's scores, from which `predict` makes the prediction.
 
         Args:
             scores: (B, K); -inf where a row has fewer choices or words than another.
         """
 
     def decision(self, task: Task, outputs: Sequence[Any], labels: Sequence[Any]) -> Decision:
-        """What predictions depend on besides the outputs, chosen on the examples of the validation split.
+        """Numbers that predictions depend on besides the outputs, chosen on the validation split.
 
-        The manifest keeps it beside the head, and `evaluate`, `predict` and `inspect` use what it keeps.
+        They are stored in the manifest for `evaluate`, `predict` and `inspect`.
         """
         return {}
 
@@ -191,7 +180,7 @@ class Kind(ABC):
     def lines(
         self, task: Task, scores: Tensor, counts: Sequence[int] | None, decision: Decision
     ) -> Iterator[dict[str, Any]]:
-        """What `fusion.predict` writes of each example.
+        """What `fusion.predict` writes for each example.
 
         Args:
             scores: (B, K).
@@ -202,7 +191,7 @@ class Kind(ABC):
     def describe(
         self, task: Task, scores: Tensor, label: Any, count: int | None, decision: Decision
     ) -> dict[str, Any]:
-        """`predicted` and `truth` of one example as a person reads them, and whether it is `right` (or None).
+        """`predicted` and `truth` of one example in words, and whether it is `right` (or None).
 
         Args:
             scores: (K,).
@@ -211,11 +200,11 @@ class Kind(ABC):
         """
 
     def wrong(self, labels: Sequence[Any], predictions: Sequence[Any]) -> list[bool]:
-        """Which examples are worth a look, since they were predicted wrong."""
+        """Which examples were predicted wrong."""
         return [label != prediction for label, prediction in zip(labels, predictions, strict=True)]
 
     def text_of(self, prediction: Any) -> int:
-        """Which of the texts of an example its prediction is about; 0 but for choices."""
+        """The index of the text of an example that was predicted; 0 except for choices."""
         return 0
 
     # --- linear probe and LogME -----------------------------------------------------------------------
@@ -225,5 +214,5 @@ class Kind(ABC):
         return labels
 
     def columns(self, task: Task, labels: Tensor, choice_counts: Tensor | None) -> Tensor:
-        """(texts, columns) float64: what a linear model of the pooled states has to explain, for LogME."""
-        raise NotImplementedError(f"{self.name} has no columns: is_pooled is False")
+        """(texts, columns) float64: the targets of a linear model of the pooled states, for LogME."""
+        raise NotImplementedError

@@ -2,8 +2,8 @@
 
 An output of the head per label, its sigmoid the probability of that label, and one threshold for all labels. The
 threshold is chosen at each evaluation on the validation split: the one at which the task's first metric is highest. So
-the validation scores of a training are optimistic, as those of its best epoch are in any case; the artifact keeps the
-threshold of the epoch that it keeps, and a test split is scored with that.
+validation scores in training are optimistic, as those of the best epoch are in any case; the artifact stores the
+threshold of its epoch, and a test split is scored with that.
 
 Shapes: B examples, K labels.
 """
@@ -16,12 +16,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
-from fusion.tasks.classification import check_label_names, check_label_values
+from fusion.tasks.classification import check_labels
 from fusion.tasks.columns import Column, Table
 from fusion.tasks.kind import Decision, Kind, RawLabels
-from fusion.tasks.labels import Labels, Reading, read_ids
+from fusion.tasks.labels import LabelFormat, Labels, read_lists
 from fusion.tasks.task import Task
-from fusion.text import shown
+from fusion.text import listed, repeated, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,21 +37,32 @@ class MultiLabel(Kind):
     metric_names = ("micro_f1", "macro_f1", "subset_accuracy")
 
     def check(self, task: Task, where: str) -> None:
-        check_label_names(task, where, least=1)
-        check_label_values(task, where)
+        check_labels(task, where, least=1)
 
     # --- labels ---------------------------------------------------------------------------------------
 
     def read_labels(self, task: Task, column: Column, table: Table, unlabelled: bool) -> RawLabels:
         """A row has a list of raw labels, or in a CSV or TSV file text with `SEPARATOR` between them.
 
-        An entry of `ignore_labels` is a row without labels where it is the row's value (null), and is left out of the
-        list where it is in there.
+        An entry of `ignore_labels` is a row without labels where it is the row's value (null), and is left out of a
+        list that has it.
         """
         names = Labels(task)
-        rows = column.values if column.typed else _from_text(column.values, unlabelled)
-        missing = names.ignored(Column(rows), [names.key(value) for value in rows], unlabelled)
-        return RawLabels(missing, lambda kept, _: _read(names, table, replace(column, values=rows), kept))
+        values = column.values if column.typed else _from_text(column.values, unlabelled)
+        missing = names.ignored(Column(values), [names.key(value) for value in values], unlabelled)
+
+        def read(kept: list[int], _: Any) -> tuple[list[Any], LabelFormat]:
+            """Whether a row has each of the labels (0 or 1)."""
+            ids, written = read_lists(names, table, replace(column, values=values), kept)
+            for row, own in zip(kept, ids, strict=True):
+                if twice := repeated(names.names[label] for label in own):
+                    raise UserError(
+                        f"{table.at(row)}: {task.label} is {shown(values[row])}: duplicate {listed(twice)}; expected "
+                        "each label once"
+                    )
+            return _indicators(ids, len(names.names)).astype(int).tolist(), written
+
+        return RawLabels(missing, read)
 
     def plain_labels(self, labels: Tensor | NDArray[Any]) -> list[Any]:
         """The ids of the labels of each example, in their order."""
@@ -72,13 +83,8 @@ class MultiLabel(Kind):
         """
         from torch.nn import functional as F
 
-        losses = F.binary_cross_entropy_with_logits(scores.float(), labels.float(), reduction="none")
+        losses = F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype), reduction="none")
         return losses.mean(-1)
-
-    def mean_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        from torch.nn import functional as F
-
-        return F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype))
 
     def zero_score_loss(
         self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None
@@ -97,9 +103,7 @@ class MultiLabel(Kind):
         import numpy as np
 
         true = _indicators(labels, len(task.labels or []))
-        probabilities = np.nan_to_num(
-            np.asarray(outputs, np.float64), nan=0.0
-        )  # `predict` takes neither for a label
+        probabilities = np.nan_to_num(np.asarray(outputs, np.float64))  # NaN is predicted as no label
         return {"threshold": best_threshold(task.metrics[0], probabilities, true)}
 
     def predict(self, outputs: Sequence[Any], decision: Decision) -> list[Any]:
@@ -141,13 +145,13 @@ class MultiLabel(Kind):
     def describe(
         self, task: Task, scores: Tensor, label: Any, count: int | None, decision: Decision
     ) -> dict[str, Any]:
-        names, outputs = list(task.labels or []), self.outputs(scores[None])
-        (ids,), (values,) = self.predict(outputs, decision), outputs
-        right = [number for number, is_set in enumerate(label) if is_set]
+        (line,) = self.lines(task, scores[None], None, decision)
+        truth = [name for name, is_set in zip(line["scores"], label, strict=True) if is_set]
+        predicted = [f"{name} ({line['scores'][name]:.2f})" for name in line["labels"]]
         return {
-            "predicted": ", ".join(f"{names[number]} ({values[number]:.2f})" for number in ids) or "no label",
-            "truth": ", ".join(names[number] for number in right) or "no label",
-            "right": ids == right,
+            "predicted": ", ".join(predicted) or "no label",
+            "truth": ", ".join(truth) or "no label",
+            "right": line["labels"] == truth,
         }
 
     def columns(self, task: Task, labels: Tensor, choice_counts: Tensor | None) -> Tensor:
@@ -156,50 +160,10 @@ class MultiLabel(Kind):
 
 
 def _from_text(values: Sequence[Any], unlabelled: bool) -> list[Any]:
-    """The cells of a file without types as lists. An empty one has no label, unless all are empty in a split that may
-    be without labels."""
+    """The cells of a file without types as lists; unchanged if all are empty in a split that may be without labels."""
     if unlabelled and not any(values):
         return list(values)
     return [[part.strip() for part in str(value).split(SEPARATOR)] if value else [] for value in values]
-
-
-def _read(
-    names: Labels, table: Table, column: Column, kept: Sequence[int]
-) -> tuple[list[list[int]], Reading | None]:
-    """Whether a row has each of the labels (0 or 1), and how all raw labels were read.
-
-    Raises:
-        UserError: a row has no list, a label twice, or one that is none of the task's; names the row.
-    """
-    where: list[int] = []  # the row of each raw label
-    for row in kept:
-        value = column.values[row]
-        if not isinstance(value, (list, tuple)):
-            raise UserError(
-                f"{table.at(row)}: {names.task.label} is {shown(value)}; expected a list of labels, [] for none"
-            )
-        where += [row] * len(value)
-    flat = replace(column, values=[value for row in kept for value in column.values[row]])
-    place = table.place
-    by_label = replace(
-        table,
-        row_name=lambda number: table.row_name(where[number]),
-        place=None if place is None else lambda number: place(where[number]),
-    )
-    keys = names.keys(flat)
-    ignored = names.ignored(flat, keys, unlabelled=False)
-    used = [number for number, is_ignored in enumerate(ignored) if not is_ignored]
-    ids, reading = read_ids(names, by_label, flat, keys, used, unit="labels")
-    found: dict[int, list[int]] = {row: [0] * len(names.names) for row in kept}
-    for number, label in zip(used, ids, strict=True):
-        row = where[number]
-        if found[row][label]:
-            raise UserError(
-                f"{table.at(row)}: {names.task.label} is {shown(column.values[row])}, which has "
-                f"{names.names[label]} twice; expected each label once"
-            )
-        found[row][label] = 1
-    return list(found.values()), reading
 
 
 # --- metrics and threshold ----------------------------------------------------------------------------

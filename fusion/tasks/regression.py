@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from fusion.errors import UserError
 from fusion.tasks.columns import Column, Table
 from fusion.tasks.kind import Decision, Kind, RawLabels
-from fusion.tasks.labels import Labels, label_key, numbers_of, read_values
+from fusion.tasks.labels import Labels, ignore_hint, label_key, parse_number
 from fusion.tasks.task import Task
+from fusion.text import shown
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
+
+_LARGEST = 3.4028234e38  # of float32, in which a regression is computed
+_NOT_FINITE = re.compile(r"[-+]?(nan|inf|infinity)", re.IGNORECASE)
 
 
 class Regression(Kind):
@@ -25,11 +32,13 @@ class Regression(Kind):
         return "a regression"
 
     def read_labels(self, task: Task, column: Column, table: Table, unlabelled: bool) -> RawLabels:
-        names, numbers = Labels(task), numbers_of(column)
-        keys = [label_key(value) for value in numbers.values]
+        # A file without types has its numbers as text.
+        values = column.values if column.typed else [_from_text(value) for value in column.values]
+        numbers = replace(column, values=values)
+        keys = [label_key(value) for value in values]
         return RawLabels(
-            names.ignored(numbers, keys, unlabelled),
-            lambda kept, _: (read_values(task, table, numbers, kept), None),
+            Labels(task).ignored(numbers, keys, unlabelled),
+            lambda kept, _: (_read(task, table, values, kept), None),
         )
 
     def head_outputs(self, task: Task) -> int:
@@ -45,12 +54,7 @@ class Regression(Kind):
         """Squared error."""
         from torch.nn import functional as F
 
-        return F.mse_loss(scores.float().squeeze(-1), labels.float(), reduction="none")
-
-    def mean_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        from torch.nn import functional as F
-
-        return F.mse_loss(scores.squeeze(-1), labels.to(scores.dtype))
+        return F.mse_loss(scores.squeeze(-1), labels.to(scores.dtype), reduction="none")
 
     def zero_score_loss(
         self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None
@@ -78,11 +82,8 @@ class Regression(Kind):
         """Those whose error is above the median."""
         import torch
 
-        # In float32, in which the values were computed.
-        off = (
-            torch.tensor(predictions, dtype=torch.float32) - torch.tensor(labels, dtype=torch.float32)
-        ).abs()
-        return (off > off.median()).tolist()
+        error = (torch.tensor(predictions) - torch.tensor(labels)).abs()  # float32, as they were computed
+        return (error > error.median()).tolist()
 
     def probe_labels(self, labels: Tensor) -> Tensor:
         """Standardised."""
@@ -92,3 +93,24 @@ class Regression(Kind):
     def columns(self, task: Task, labels: Tensor, choice_counts: Tensor | None) -> Tensor:
         """The values."""
         return labels.double().unsqueeze(1)
+
+
+def _from_text(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    number = parse_number(text)
+    if number is None and _NOT_FINITE.fullmatch(text):
+        return float(text)
+    return value if number is None else number
+
+
+def _read(task: Task, table: Table, values: Sequence[Any], kept: Sequence[int]) -> list[float]:
+    for row in kept:
+        value = values[row]
+        # Compared and not converted: an integer can be too large for a float. NaN fails too.
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
+            raise UserError(
+                f"{table.at(row)}: {task.label} is {shown(value)}; expected a finite number\n{ignore_hint(task, value)}"
+            )
+    return [float(values[row]) for row in kept]

@@ -7,19 +7,17 @@ Shapes: B examples of at most W words, K labels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
 from fusion.tasks import entities
-from fusion.tasks.classification import check_label_names, check_label_values
+from fusion.tasks.classification import check_labels
 from fusion.tasks.columns import Column, Table
 from fusion.tasks.kind import Decision, Kind, RawLabels
-from fusion.tasks.labels import Labels, Reading
+from fusion.tasks.labels import LabelFormat, Labels, read_lists
 from fusion.tasks.task import Task
-from fusion.text import listed, shortened, shown
+from fusion.text import listed, shortened
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,8 +39,7 @@ class Tagging(Kind):
             raise UserError(
                 f"{where}: text={shortened(task.text)}: expected one column, with a list of words"
             )
-        check_label_names(task, where)
-        check_label_values(task, where)
+        check_labels(task, where)
         if task.ignore_labels:
             raise UserError(
                 f"{where}: ignore_labels={shortened(task.ignore_labels)}: each word has a label; leave it out"
@@ -64,13 +61,19 @@ class Tagging(Kind):
 
     def read_labels(self, task: Task, column: Column, table: Table, unlabelled: bool) -> RawLabels:
         """A row has a list with a raw label for each word."""
-        missing = [value is None and unlabelled for value in column.values]
 
-        def read(kept: list[int], words: list[list[str]] | None) -> tuple[list[Any], Reading | None]:
+        def read(kept: list[int], words: list[list[str]] | None) -> tuple[list[Any], LabelFormat]:
             assert words is not None
-            return _read(Labels(task), table, column, kept, words)
+            for row, sentence in zip(kept, words, strict=True):
+                value = column.values[row]
+                if isinstance(value, (list, tuple)) and len(value) != len(sentence):
+                    raise UserError(
+                        f"{table.at(row)}: {task.label} has {len(value)} labels for {len(sentence)} words; expected one "
+                        "per word (fix or remove the row)"
+                    )
+            return read_lists(Labels(task), table, column, kept)
 
-        return RawLabels(missing, read)
+        return RawLabels([value is None and unlabelled for value in column.values], read)
 
     def plain_labels(self, labels: Tensor | NDArray[Any]) -> list[Any]:
         """The ids of each example's words, without padding."""
@@ -101,7 +104,7 @@ class Tagging(Kind):
 
         there = labels >= 0
         losses = F.cross_entropy(
-            scores[there].float(), labels[there], reduction="none", label_smoothing=label_smoothing
+            scores[there], labels[there], reduction="none", label_smoothing=label_smoothing
         )
         return losses.new_zeros(labels.shape).masked_scatter(there, losses).sum(-1)
 
@@ -112,15 +115,7 @@ class Tagging(Kind):
         return (labels >= 0).sum(-1).astype(float)
 
     def mean_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        from torch.nn import functional as F
-
-        there = labels >= 0
-        return F.cross_entropy(scores[there], labels[there])
-
-    def zero_score_loss(
-        self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None
-    ) -> float:
-        return math.log(len(task.labels or [None]))
+        return self.loss(scores, labels).sum() / (labels >= 0).sum()
 
     # --- predictions and metrics ----------------------------------------------------------------------
 
@@ -133,7 +128,7 @@ class Tagging(Kind):
         ]
 
     def metrics(self, task: Task, labels: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
-        """Of the entities see `fusion.tasks.entities`; token_accuracy is the share of the words that are right."""
+        """See `fusion.tasks.entities`; token_accuracy is the share of the words that are right."""
         values: dict[str, float] = {}
         if any(metric in entities.METRICS for metric in task.metrics):
             names = list(task.labels or [])
@@ -163,63 +158,15 @@ class Tagging(Kind):
         self, task: Task, scores: Tensor, label: Any, count: int | None, decision: Decision
     ) -> dict[str, Any]:
         """All tags of the sentence."""
-        names, (ids,) = list(task.labels or []), self.outputs(scores[None])
+        (line,) = self.lines(task, scores[None], None, decision)
+        truth = [task.labels[number] for number in label]
         return {
-            "predicted": " ".join(names[number] for number in ids),
-            "truth": " ".join(names[number] for number in label),
-            "right": ids == list(label),
+            "predicted": " ".join(line["labels"]),
+            "truth": " ".join(truth),
+            "right": line["labels"] == truth,
         }
 
 
 def _words_of(scores: Tensor) -> Tensor:
     """scores: (B, W, K) -> (B, W) bool, false at padding."""
     return ~scores.isneginf().all(-1)
-
-
-def _read(
-    names: Labels, table: Table, column: Column, kept: Sequence[int], words: Sequence[Sequence[str]]
-) -> tuple[list[list[int]], Reading]:
-    """The label of each word, and how all raw labels were read.
-
-    Raises:
-        UserError: a row has no list, another number of labels than words, or a label that is none of the task's; names
-            the row, and the word.
-    """
-    task = names.task
-    for row, sentence in zip(kept, words, strict=True):
-        value = column.values[row]
-        if not isinstance(value, (list, tuple)):
-            raise UserError(
-                f"{table.at(row)}: {task.label} is {shown(value)}; expected a list with a label for each word"
-            )
-        if len(value) != len(sentence):
-            raise UserError(
-                f"{table.at(row)}: {task.label} has {len(value)} labels for {len(sentence)} words; expected one per word "
-                "(fix or remove the row)"
-            )
-    flat = replace(column, values=[value for row in kept for value in column.values[row]])
-    keys, ways = names.keys(flat), names.ways()
-    distinct = set(keys)
-    fitting = [name for name, way in ways.items() if distinct <= way.keys()]
-    if not fitting:
-        nearest = max(ways.values(), key=lambda way: len(distinct & way.keys()))
-        number = next(number for number, key in enumerate(keys) if key not in nearest)
-        places = [
-            (row, place, word)
-            for row, sentence in zip(kept, words, strict=True)
-            for place, word in enumerate(sentence)
-        ]
-        row, place, word = places[number]
-        value = column.values[row][place]
-        if column.names is not None and type(value) is int and 0 <= value < len(column.names):
-            value = column.names[value]
-        raise UserError(
-            f"{table.at(row)}: the label of word {place + 1}, {shown(word)}, is {shown(value)}; expected "
-            f"{names.expected(ways)}\nFix the row, or add the label to labels in the task file"
-        )
-    ids = iter([ways[fitting[0]][key] for key in keys])
-    labels = [[next(ids) for _ in sentence] for sentence in words]
-    reading = Reading(
-        tuple(fitting), frozenset(number for row in labels for number in row), len(names.names), table.where
-    )
-    return labels, reading

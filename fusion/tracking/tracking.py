@@ -33,7 +33,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 
 from fusion.config.logger import WANDB_MODES, CsvConfig, LoggerConfig, WandbConfig
 from fusion.errors import first_line
-from fusion.text import quotable
+from fusion.text import shortened
 from fusion.tracking.decision import is_first_notice, offline_reason, remember_offline, sweep_folder
 from fusion.tracking.labels import best_is, flat
 from fusion.tracking.lineage import Links, describe, link, links_file
@@ -334,10 +334,10 @@ def _malformed() -> str | None:
     problem = None
     if "WANDB_BASE_URL" in os.environ and (why := _url_problem(url := os.environ["WANDB_BASE_URL"])):
         del os.environ["WANDB_BASE_URL"]
-        problem = f"WANDB_BASE_URL={quotable(url, 200)}: {why}; expected such as https://api.wandb.ai"
+        problem = f"WANDB_BASE_URL={shortened(url, 200)}: {why}; expected such as https://api.wandb.ai"
     if (mode := os.environ.get("WANDB_MODE")) and mode not in (*WANDB_MODES, *OTHER_MODES):
         del os.environ["WANDB_MODE"]
-        problem = f"WANDB_MODE={quotable(mode, 200)}: expected {', '.join(WANDB_MODES)}"
+        problem = f"WANDB_MODE={shortened(mode, 200)}: expected {', '.join(WANDB_MODES)}"
     return problem
 
 

@@ -135,7 +135,7 @@ class TaskModule(lightning.LightningModule):
         """The named terms of a batch's loss: `task`, and what the slot modules add, weighted."""
         assert batch.labels is not None
         per_row = kind_of(self.tasks[batch.task]).loss(
-            self.scores(batch, first_layer),
+            self.scores(batch, first_layer).float(),
             batch.labels,
             getattr(self, f"class_weights_{batch.task}", None),
             self.label_smoothing,

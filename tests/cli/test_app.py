@@ -237,8 +237,8 @@ def test_a_run_that_begins_anew_says_so(go: Callable[..., Outcome]) -> None:
             "tasks= with method=adapter: several tasks at once need method=multitask_adapter",
         ),
         ([MT, "+task=mine", "tasks=[mine,yours]"], "+task=mine and tasks= do not go together"),
-        ([MT], "method=multitask_adapter trains several tasks at once: say 'tasks=[TASK,ANOTHER]'"),
-        ([MT, "+task=mine"], "method=multitask_adapter trains several tasks at once: say 'tasks=["),
+        ([MT], "method=multitask_adapter trains several tasks at once: expected 'tasks=[TASK,ANOTHER]'"),
+        ([MT, "+task=mine"], "method=multitask_adapter trains several tasks at once: expected 'tasks=["),
         ([MT, "tasks=[mine]"], "tasks=[mine]: expected at least two; a single one is +task=mine"),
         ([MT, "tasks=[]"], "tasks=[]: expected at least two"),
         ([MT, "tasks=mine"], "tasks=mine: expected names of tasks, such as 'tasks=[snli,rte,cb]'"),
@@ -391,10 +391,10 @@ def test_fusion_conf_is_a_place_for_tasks_too(
     [
         ("kind: [", "broken.yaml"),
         (TASK + "labelz: [a]\n", "conf file task/broken.yaml: unknown key labelz: did you mean task.label"),
-        (TASK.replace("accuracy", "pearson"), "task broken: metric pearson does not fit kind classification"),
+        (TASK.replace("accuracy", "pearson"), "task broken: metrics=[pearson]: expected some of accuracy"),
         (
             TASK.replace("[negative, positive]", "[positive]"),
-            "task broken: labels=[positive]: expected at least two",
+            "task broken: labels=[positive]: expected at least 2",
         ),
     ],
 )
