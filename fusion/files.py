@@ -1,10 +1,14 @@
-"""Paths from settings and names from files, checked in one way before anything is trained."""
+"""Atomic writes of files, and checks of paths from settings before anything is trained."""
 
 from __future__ import annotations
 
-import errno
+import contextlib
+import glob
+import json
 import os
 import re
+import uuid
+from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +17,44 @@ from fusion.errors import UserError
 from fusion.text import printable, shortened
 
 COMPONENT_BYTES = 255  # the limit of every common file system
-# Settings that are paths. Of those in EXPANDED `~` is replaced in the config itself; the others are part of a run's
+PARTIAL = ".partial"  # ending of a file that is being written
+# Settings that are paths. `~` is replaced in the config itself for those in EXPANDED; the others are part of a run's
 # identity as they were typed, and are expanded where they are read.
 EXPANDED = ("store", "data.cache_dir", "input", "output", "trainer.default_root_dir")
 KEPT = ("data.dir",)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`. At the end of the block it replaces `path`; on an error it is removed.
+
+    Readers see the old file or the new one, never a part of either. Several processes may write the same file.
+    """
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all, text as UTF-8."""
+    with atomic_path(path) as part:
+        part.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`write_atomic` of indented JSON; values of other types are written as text."""
+    write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def remove_partial(path: Path) -> None:
+    """Remove what killed writers of `path` left. Only for the holder of its lock."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
+        with contextlib.suppress(OSError):
+            left.unlink(missing_ok=True)
 
 
 def resolve_path(text: str, key: str) -> Path:
@@ -26,53 +64,31 @@ def resolve_path(text: str, key: str) -> Path:
         key: the setting, for the message: `store`, `data.dir`.
 
     Raises:
-        UserError: the text is empty or blank, has a NUL or a component of more than 255 bytes, names the home of an
-            unknown user, or goes through a dangling or looping symbolic link, or through a file.
+        UserError: the text is empty, cannot be a path, or goes through a dangling or looping link or through a file.
     """
+    given = f"{key}={shortened(text, 300)}"
     if not text.strip():
-        raise UserError(f"{key}= is empty: expected a path, such as {key}=DIR")
-    said = f"{key}={shortened(text, 300)}"
-    if "\0" in text:
-        raise UserError(f"{said}: a path has no NUL character")
+        raise UserError(f"{given} is empty: expected a path, such as {key}=DIR")
     try:
+        if _is_long(text):
+            raise ValueError(f"a part of it is longer than {COMPONENT_BYTES} bytes")
         path = Path(text).expanduser()
-        parts = [os.fsencode(part) for part in path.parts]
-    except RuntimeError:
-        raise UserError(
-            f"{said}: there is no such user's home folder; write ./~… for a name with ~"
-        ) from None
-    except UnicodeEncodeError:
-        raise UserError(f"{said}: this text cannot be a file name on this system") from None
-    if long := [part for part in parts if len(part) > COMPONENT_BYTES]:
-        raise UserError(
-            f"{said}: one of its components has {len(long[0]):,} bytes; a file name has at most {COMPONENT_BYTES}"
-        )
-    for step in [*reversed(path.parents), path]:
-        if why := _problem(step, last=step == path):
-            raise UserError(f"{said}: {why}; {key}=DIR names another")
+        path.stat()
+    except FileNotFoundError:
+        if dangling := [step for step in (path, *path.parents) if step.is_symlink() and not step.exists()]:
+            raise UserError(
+                f"{given}: the target of the symbolic link {shortened(str(dangling[-1]), 300)} does not exist"
+            ) from None
+        return path
+    except OSError as error:
+        raise UserError(f"{given}: {error.strerror}; {key}=DIR names another path") from None
+    except (RuntimeError, ValueError) as error:  # unknown user's home, NUL, text that no file name can hold
+        raise UserError(f"{given}: {printable(str(error))}; {key}=DIR names another path") from None
     return path
 
 
-def _problem(step: Path, last: bool) -> str | None:
-    """Why a path cannot go through `step`; None: it can."""
-    shown = shortened(str(step), 300)
-    try:
-        os.stat(step)
-    except FileNotFoundError:
-        if step.is_symlink():
-            return f"{shown} is a symbolic link to {printable(os.readlink(step))}, which does not exist"
-        return None
-    except NotADirectoryError:
-        return None  # named by the step before
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            return f"{shown} is a symbolic link that leads to itself"
-        return f"{shown}: {error.strerror}"
-    return None if last or step.is_dir() else f"{shown} is a file, expected a folder"
-
-
 def expand_paths(config: Any) -> None:
-    """Check every path of a typed config, and expand `~` in those that say where to read and write.
+    """Check every path of a typed config, and expand `~` in those that name where to read and write.
 
     Raises:
         UserError: names the setting.
@@ -89,11 +105,9 @@ def expand_paths(config: Any) -> None:
                 setattr(owner, name, str(path))
     runs = getattr(config, "runs", None)
     if isinstance(runs, str):
-        config.runs = str(resolve_path(runs, "runs")) if runs.startswith("~") else _checked(runs, "runs")
+        config.runs = _expanded(runs)
     elif isinstance(runs, list):
-        config.runs = [
-            str(resolve_path(run, "runs")) if run.startswith("~") else _checked(run, "runs") for run in runs
-        ]
+        config.runs = [_expanded(run) for run in runs]
     backbone = getattr(config, "backbone", None)
     name_or_path = getattr(backbone, "name_or_path", None) if is_dataclass(backbone) else None
     for key, reference in (
@@ -104,23 +118,23 @@ def expand_paths(config: Any) -> None:
             check_reference(reference, key)
 
 
+def _expanded(run: str) -> str:
+    path = resolve_path(run, "runs")
+    return str(path) if run.startswith("~") else run
+
+
 def check_reference(reference: str, key: str) -> None:
-    """Check what is a name or a path, where it is a path.
+    """Check a name or path, where it is a path.
 
     Raises:
         UserError: as `resolve_path`.
     """
-    if (
-        not reference.strip()
-        or "\0" in reference
-        or reference.startswith((".", "/", "~"))
-        or _is_long(reference)
-    ):
+    if not reference.strip() or "\0" in reference or reference[0] in "./~" or _is_long(reference):
         resolve_path(reference, key)
 
 
 def check_relative(name: str) -> str | None:
-    """Why `name`, taken from a file or a command line, could leave the folder it is looked for in; None: it cannot."""
+    """Why `name`, taken from a file or a command line, could leave the folder it is looked up in; None: it cannot."""
     parts = re.split(r"[/\\]", name)
     if not name or "\0" in name or "" in parts or {".", ".."} & set(parts) or re.match(r"[A-Za-z]:", name):
         return "expected a name, or names joined by /, and no path out of its folder"
@@ -131,8 +145,3 @@ def check_relative(name: str) -> str | None:
 
 def _is_long(name: str) -> bool:
     return any(len(part.encode("utf-8", "surrogatepass")) > COMPONENT_BYTES for part in name.split("/"))
-
-
-def _checked(text: str, key: str) -> str:
-    resolve_path(text, key)
-    return text

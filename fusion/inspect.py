@@ -10,8 +10,9 @@ from typing import Any
 from fusion.cli.app import command
 from fusion.cli.console import say
 from fusion.config.commands import InspectConfig
+from fusion.files import write_json
 from fusion.model.usable import usable_manifest
-from fusion.runs.run import INSPECTION, Run, write_json
+from fusion.runs.run import INSPECTION, Run
 from fusion.store.compatibility import check_attends
 
 

@@ -1,8 +1,4 @@
-"""One run of a name at a time: who comes second waits, and then finds it done or goes on with it.
-
-The lock is the system's own, on a file beside the store's others, so that it ends with the process that holds
-it. It is another than the one that the store takes to write an artifact, which a run does within its turn.
-"""
+"""Locks between processes, on lock files: the operating system releases a lock when its process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -11,88 +7,112 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 log = logging.getLogger(__name__)
 
-LOCKS = ".locks"
-POLL = 0.5  # seconds between two attempts
+LOCKS = ".locks"  # folder of a store
 
 
 @contextlib.contextmanager
-def turn_of(store: Path, name: str) -> Iterator[bool]:
-    """Holds the run called `name` in `store`; waits, with one line that says for whom, while another has it.
+def lock(
+    path: Path, what: str, wait: float = -1.0, progress: Callable[[], object] | None = None
+) -> Iterator[bool]:
+    """Hold the lock file `path` inside the block. A note beside it names the process that holds it.
 
-    Where a lock cannot be had (a network folder without locks), it warns and goes on without.
+    Args:
+        what: what the lock is for, in log messages: "films is being trained".
+        wait: seconds to wait for another process; -1: as long as it takes.
+        progress: `wait` starts again for as long as this value changes.
 
     Yields:
-        Whether it waited: the store may have the artifact by now.
-    """
-    from filelock import FileLock, Timeout  # not for --help: it brings asyncio
+        Whether another process held the lock first.
 
-    # No artifact's own lock is called so: those end in .lock
-    lock, note = store / LOCKS / f"{name}.run-lock", store / LOCKS / f"{name}.run-lock.json"
-    held, waited = FileLock(lock), False
+    Raises:
+        TimeoutError: another process has held it for `wait` seconds.
+        OSError: the lock file cannot be written, or the file system has no locks.
+    """
+    from filelock import FileLock, Timeout  # not for --help: it imports asyncio
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held, note, waited = FileLock(path), _note(path), False
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            held.acquire(timeout=0)
-        except Timeout:
-            log.info("%s is being trained by %s: waiting", name, _holder(note))
-            waited = True
-            held.acquire(timeout=-1, poll_interval=POLL)
-        _write(note)
-    except (OSError, NotImplementedError) as error:
-        reason = getattr(error, "strerror", None) or error
-        log.warning("%s: no lock (%s), so that nothing keeps a second run of %s away", lock, reason, name)
+        held.acquire(timeout=0)
+    except Timeout:
+        waited = True
+        log.info("%s by %s: waiting", what, holder(path))
+        seen = progress and progress()
+        while not held.is_locked:
+            try:
+                held.acquire(timeout=wait)
+            except Timeout:
+                before, seen = seen, progress and progress()
+                if seen == before:
+                    raise TimeoutError(f"{what} by {holder(path)}: waited {wait:g} s") from None
+    except NotImplementedError as error:
+        raise OSError(str(error)) from None
     try:
+        with contextlib.suppress(OSError):  # the note is for people
+            since = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            content = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
+            note.write_text(json.dumps(content), encoding="utf-8")
         yield waited
     finally:
-        if held.is_locked:
-            with contextlib.suppress(OSError):
-                note.unlink(missing_ok=True)
-            held.release()
+        with contextlib.suppress(OSError):
+            note.unlink(missing_ok=True)
+        held.release()
 
 
-def _write(note: Path) -> None:
-    since = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    holder: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
-    with contextlib.suppress(OSError):  # the lock counts without
-        note.write_text(json.dumps(holder), encoding="utf-8")
+@contextlib.contextmanager
+def run_lock(store: Path, name: str) -> Iterator[bool]:
+    """Hold the run called `name` in `store`, so that one process at a time trains it.
+
+    Where there can be no lock (a network folder without locks), log a warning and continue without one.
+
+    Yields:
+        Whether another process held it first: the store may have the artifact by now.
+    """
+    path, waited = run_lock_file(store, name), False
+    with contextlib.ExitStack() as stack:
+        try:
+            waited = stack.enter_context(lock(path, f"{name} is being trained"))
+        except OSError as error:
+            log.warning(
+                "%s: no lock (%s), a second run of %s is possible", path, error.strerror or error, name
+            )
+        yield waited
 
 
-def _holder(note: Path) -> str:
-    """Who holds the lock, as far as its note says so: a dead process's note may still stand there."""
-    try:
-        holder = json.loads(note.read_text(encoding="utf-8"))
-        return f"process {holder['pid']} on {holder['host']} (since {holder['since']})"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
+def run_lock_file(store: Path, name: str) -> Path:
+    """The lock file of `run_lock`. An artifact's own lock ends in `.lock`, so the two never meet."""
+    return store / LOCKS / f"{name}.run-lock"
 
 
-def is_held(store: Path, name: str) -> bool:
-    """Whether another process trains the run called `name` right now, as far as its lock can be asked."""
-    return is_locked(store / LOCKS / f"{name}.run-lock")
-
-
-def holder_of(store: Path, name: str) -> str:
-    """The process that trains the run called `name`, for a message."""
-    return _holder(store / LOCKS / f"{name}.run-lock.json")
-
-
-def is_locked(lock: Path) -> bool:
-    """Whether another process holds a lock file; a lock that cannot be asked counts as free."""
+def is_locked(path: Path) -> bool:
+    """Whether another process holds a lock file; one that cannot be tested counts as free."""
     from filelock import FileLock, Timeout
 
-    if not lock.is_file():
+    if not path.is_file():
         return False
     try:
-        with FileLock(lock, timeout=0):
+        with FileLock(path, timeout=0):
             return False
     except Timeout:
         return True
     except (OSError, NotImplementedError):
         return False
+
+
+def holder(path: Path) -> str:
+    """The process that holds a lock file, for a message."""
+    try:
+        note = json.loads(_note(path).read_text(encoding="utf-8"))
+        return f"process {note['pid']} on {note['host']} (since {note['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _note(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")

@@ -6,7 +6,6 @@ python -m fusion.predict artifact=rte-adapterfusion input=rows.jsonl output=pred
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from fusion.cli.app import command
 from fusion.cli.console import say
 from fusion.config.commands import PredictConfig
 from fusion.errors import UserError
+from fusion.files import atomic_path
 from fusion.model.head_selection import Answer, answers
 from fusion.model.usable import usable_manifest
 from fusion.runs.run import Run
@@ -135,14 +135,9 @@ def lines(
 
 
 def _write(path: Path, records: Iterator[dict[str, Any]]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_path(path) as part, part.open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from fusion.cli.console import say
 from fusion.config.commands import InspectConfig, ReportConfig
 from fusion.config.data import LimitConfig
 from fusion.errors import UserError
-from fusion.runs.run import INSPECTION, Run, check_folder, write_json
+from fusion.files import write_json
+from fusion.runs.run import INSPECTION, Run, check_folder
 
 if TYPE_CHECKING:
     from fusion.reporting.reading import Found

@@ -125,7 +125,7 @@ def _alive(piece: Path) -> bool:
     """Whether a job still writes to its run: what is uploaded of such a one would count as all of it."""
     import yaml
 
-    from fusion.locks import is_held
+    from fusion.locks import is_locked, run_lock_file
 
     job = piece.parent.parent
     try:
@@ -138,7 +138,9 @@ def _alive(piece: Path) -> bool:
         config = yaml.safe_load((job / CONFIG).read_text(encoding="utf-8"))
         store = Path(config["store"])  # where it was started, which may be another folder than here
         if "resume" in config and store.is_dir():
-            return is_held(store, str(config["name"]))  # for as long as it runs; a killed one has lost it
+            return is_locked(
+                run_lock_file(store, str(config["name"]))
+            )  # for as long as it runs; a killed one has lost it
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         pass
     written = max((file.stat().st_mtime for file in piece.glob("*.wandb")), default=0.0)

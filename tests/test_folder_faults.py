@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from fusion.errors import UserError
-from fusion.runs.run import RecordError, Run, check_folder, record, write_json
+from fusion.files import write_json
+from fusion.runs.run import RecordError, Run, check_folder, record
 
 ROOT = Path(__file__).resolve().parents[1]
 TASK = "kind: classification\ntext: sentence\nlabels: [negative, positive]\nmetrics: [accuracy]\n"

@@ -35,7 +35,7 @@ LIBRARIES = {
     "nervaluate": {"tasks"},
     "safetensors": {"store", "data", "training", "backbones", "model"},
     "pydantic": {"store"},
-    "filelock": {"store", "data", "locks"},
+    "filelock": {"locks"},
 }
 HEAVY = (
     "torch",

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fusion.locks import turn_of
+from fusion.locks import run_lock
 
 ROOT = Path(__file__).resolve().parents[1]
 TASK = "kind: classification\ntext: sentence\nlabels: [negative, positive]\nmetrics: [accuracy]\n"
@@ -49,8 +49,8 @@ if __name__ == "__main__":
 ENDLESS = """
 import sys, time
 from pathlib import Path
-from fusion.locks import turn_of
-with turn_of(Path(sys.argv[1]), "rte"):
+from fusion.locks import run_lock
+with run_lock(Path(sys.argv[1]), "rte"):
     print("mine", flush=True)
     time.sleep(60)
 """
@@ -147,11 +147,11 @@ def test_a_turn_ends_with_the_process_that_had_it(tmp_path: Path, caplog: pytest
     assert process.stdout is not None and process.stdout.readline() == "mine\n"
     process.kill()
     process.wait(10)
-    with turn_of(store, "rte") as waited:
+    with run_lock(store, "rte") as waited:
         assert not waited
         note = json.loads((store / ".locks" / "rte.run-lock.json").read_text())
         assert (note["pid"], note["host"]) == (os.getpid(), socket.gethostname())
-        with turn_of(store, "cb") as other:
+        with run_lock(store, "cb") as other:
             assert not other
     assert [file.name for file in (store / ".locks").iterdir() if file.suffix == ".json"] == []
     assert caplog.text == ""
@@ -163,7 +163,7 @@ def test_names_that_end_in_lock_words_do_not_meet_the_stores_own_locks(tmp_path:
 
     (tmp_path / ".locks").mkdir()
     for name in ("rte", "rte.run", "rte.run-lock"):
-        with turn_of(tmp_path, "rte"), writing(tmp_path, name, 0.1):
+        with run_lock(tmp_path, "rte"), writing(tmp_path, name, 0.1):
             pass
 
 
@@ -171,6 +171,6 @@ def test_a_store_without_locks_is_said_and_no_obstacle(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / ".locks").write_text("a file")
-    with turn_of(tmp_path, "rte") as waited:
+    with run_lock(tmp_path, "rte") as waited:
         assert not waited
     assert "no lock (" in caplog.text and "second run of rte" in caplog.text

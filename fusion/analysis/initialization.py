@@ -18,11 +18,11 @@ from fusion.config.stages import Stage2Config
 from fusion.data.encode import EncodedRows
 from fusion.data.samples import sampled_batches
 from fusion.errors import UserError
+from fusion.files import write_json
 from fusion.layers.heads import TaskHead
 from fusion.model.adapted import AdaptedModel
 from fusion.model.build import new_head, stored_model
 from fusion.model.inference import device_of
-from fusion.runs.run import write_json
 from fusion.store.artifacts import Artifact, copy_stored, load
 from fusion.store.layout import HEAD, WEIGHTS
 from fusion.tasks.table import kind_of

@@ -55,7 +55,7 @@ from fusion.config.task import TaskConfig
 from fusion.data.task_files import check_task_file, read_large
 from fusion.errors import TrainingError, UserError, first_line
 from fusion.files import expand_paths, resolve_path
-from fusion.locks import turn_of
+from fusion.locks import run_lock
 from fusion.runs import signals
 from fusion.runs.memory import free_cycles
 from fusion.runs.run import Run, RunState, check_folder, describe, record
@@ -701,7 +701,7 @@ def _job(command: Command, program: list[str], composed: DictConfig, outcomes: l
     def check() -> RunState | None:
         standing = command.check(typed, run)
         if isinstance(typed, StageConfig) and run.rank_zero:
-            if turn.enter_context(turn_of(Path(typed.store), str(typed.name))):
+            if turn.enter_context(run_lock(Path(typed.store), str(typed.name))):
                 standing = command.check(typed, run)  # whoever had the turn may have done it
             _say_standing(str(typed.name), standing)
         return standing

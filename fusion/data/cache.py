@@ -1,93 +1,62 @@
-"""The user's cache: files that can be made anew, written whole or not at all."""
+"""The user's cache: files that can be made again, written whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from filelock import BaseFileLock, FileLock, Timeout
+from fusion.files import write_atomic
+from fusion.locks import lock
 
 log = logging.getLogger(__name__)
 
 
 def user_cache() -> Path:
-    """`$XDG_CACHE_HOME/adapter-fusion`, else under `~/.cache`; the standard says to pass over a relative path."""
+    """`$XDG_CACHE_HOME/adapter-fusion`, else under `~/.cache`; a relative path is ignored, as the standard requires."""
     home = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "adapter-fusion"
 
 
-def keep(path: Path, content: bytes, cure: str) -> None:
-    """Write beside and rename: two writers make the same file, and nobody reads half of one.
-
-    A folder that cannot be written costs the next run its time, and this one nothing but a warning.
+def keep(path: Path, content: bytes, fix: str) -> None:
+    """Write a file of the cache; log a warning where that fails, since it only costs the next run its time.
 
     Args:
-        cure: what the user can do about a folder that cannot be written.
+        fix: what the user can do about a folder that cannot be written.
     """
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        os.replace(partial, path)
+        write_atomic(path, content)
     except OSError as error:
-        log.warning("%s cannot be written (%s): %s", path, error.strerror or error, cure)
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def remove_leftovers(path: Path) -> None:
-    """What a process left that was killed while it wrote this very file; only for who has the turn alone."""
-    with contextlib.suppress(OSError):
-        for left in path.parent.glob(f"{path.name}.*.partial"):
-            left.unlink(missing_ok=True)
+        log.warning("%s cannot be written (%s): %s", path, error.strerror or error, fix)
 
 
 @contextlib.contextmanager
-def turn(path: Path, wait: float = 600.0, progress: Callable[[], object] | None = None) -> Iterator[bool]:
-    """Holds the making of `path`, so that of several processes that miss it one makes it and the others read it.
+def cache_lock(
+    path: Path, wait: float = 600.0, progress: Callable[[], object] | None = None
+) -> Iterator[bool]:
+    """Hold the lock of a cache file, so that one process makes it and the others read it.
 
-    Look for the file again inside. It only saves work: where there can be no lock, or whoever holds it is not
-    done within `wait` seconds, everybody makes the file for himself. The system ends a dead process's lock.
+    Look for the file again inside. The lock only saves work: where there can be none, or its holder makes no
+    progress for `wait` seconds, each process makes the file itself.
 
     Args:
-        progress: what changes as long as whoever makes it gets on; then all wait for another `wait` seconds.
+        progress: as of `fusion.locks.lock`.
 
     Yields:
-        Whether the turn is really ours alone.
+        Whether the lock is held.
     """
-    lock = FileLock(path.with_name(f"{path.name}.lock"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    file, held = path.with_name(f"{path.name}.lock"), False
+    with contextlib.ExitStack() as stack:
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.info("another process is making %s: waiting for it", path)
-            _acquire(lock, wait, progress)
-    except Timeout:
-        log.warning("%s: another process has been making it for %g s: not waiting any longer", path, wait)
-    except (OSError, NotImplementedError):
-        pass  # `keep` will say what is wrong with the folder; some network folders have no locks
-    try:
-        yield lock.is_locked
-    finally:
-        if lock.is_locked:
-            # Before it is released. Who waits for this very file gets it and finds what was made.
-            with contextlib.suppress(OSError):
-                Path(lock.lock_file).unlink(missing_ok=True)
-            lock.release()
-
-
-def _acquire(lock: BaseFileLock, wait: float, progress: Callable[[], object] | None) -> None:
-    seen = progress() if progress else None
-    while True:
-        try:
-            lock.acquire(timeout=wait)
-            return
-        except Timeout:
-            before, seen = seen, progress() if progress else None
-            if seen == before:
-                raise
+            stack.enter_context(lock(file, f"{path} is being written", wait, progress))
+            held = True
+            # Removed while it is held: a process that waits for this very file gets it, and finds what was made.
+            stack.callback(file.unlink, missing_ok=True)
+        except TimeoutError as error:
+            log.warning("%s, not waiting any longer", error)
+        except OSError:
+            pass  # `keep` warns of a folder that cannot be written; some network folders have no locks
+        yield held

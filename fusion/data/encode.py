@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 
 from fusion.data.alignment import windows_of
 from fusion.data.batches import Batch
-from fusion.data.cache import keep, remove_leftovers, turn, user_cache
+from fusion.data.cache import cache_lock, keep, user_cache
 from fusion.data.rows import Rows
 from fusion.errors import first_line
+from fusion.files import remove_partial
 from fusion.hub.tokenizer import check_length
 
 if TYPE_CHECKING:
@@ -259,9 +260,9 @@ def encode(
     path = folder / f"{key}.safetensors"
     arrays = _read(path, rows, tokenizer, max_length)
     if arrays is None:
-        with turn(path) as alone:
+        with cache_lock(path) as alone:
             if alone:
-                remove_leftovers(path)
+                remove_partial(path)
             # Again: another process may have made it meanwhile. What is wrong with it has been said by then.
             arrays = _read(path, rows, tokenizer, max_length, quiet=True)
             if arrays is None:

@@ -11,7 +11,6 @@ import errno
 import logging
 import os
 import time
-import uuid
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fusion.data.cache import turn
+from fusion.data.cache import cache_lock
+from fusion.files import PARTIAL, atomic_path, remove_partial
 
 _ENDING = ".states"
 _DAY = 86_400.0  # seconds without a written page: whoever made it is gone
@@ -56,11 +56,11 @@ def kept_states(
     states = _read(path, shape, dtype)
     if states is None:
         # For as long as it grows: a build may take long.
-        with turn(path, wait=_STUCK, progress=lambda: _written(path)) as alone:
+        with cache_lock(path, wait=_STUCK, progress=lambda: _written(path)) as alone:
             states = _read(path, shape, dtype, quiet=True)
             if states is None:
                 if alone:
-                    _remove_leftovers(path)
+                    remove_partial(path)
                 _make_room(path.parent, _bytes(shape, dtype), limit)
                 _write(path, shape, dtype, build)
                 states = np.memmap(path, dtype, mode="r", shape=shape)
@@ -91,15 +91,14 @@ def _read(path: Path, shape: tuple[int, int], dtype: str, quiet: bool = False) -
 def _written(path: Path) -> set[tuple[str, float]]:
     """What others are making of this file, and when they last wrote to it."""
     found = set()
-    for partial in path.parent.glob(f".{path.name}.*.partial"):
+    for partial in path.parent.glob(f".{path.name}.*{PARTIAL}"):
         with contextlib.suppress(OSError):
             found.add((partial.name, partial.stat().st_mtime))
     return found
 
 
 def _write(path: Path, shape: tuple[int, int], dtype: str, build: Callable[[NDArray[Any]], None]) -> None:
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
+    with atomic_path(path) as partial:
         with partial.open("wb") as file:
             if hasattr(
                 os, "posix_fallocate"
@@ -114,9 +113,6 @@ def _write(path: Path, shape: tuple[int, int], dtype: str, build: Callable[[NDAr
             file.write(_checksum(states, path.name).to_bytes(4, "little"))
             os.fsync(file.fileno())
         del states
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _checksum(states: NDArray[Any], name: str) -> int:
@@ -127,19 +123,13 @@ def _checksum(states: NDArray[Any], name: str) -> int:
     return value
 
 
-def _remove_leftovers(path: Path) -> None:
-    """What a process left that was killed while it made this very file."""
-    for left in path.parent.glob(f".{path.name}.*.partial"):
-        left.unlink(missing_ok=True)
-
-
 def _make_room(folder: Path, needed: int, limit: int) -> None:
     """Remove the longest unused files until the new one fits. Who has one open keeps what it maps."""
     there, files = 0, []
-    for file in [*folder.glob(f"*{_ENDING}"), *folder.glob(f".*{_ENDING}.*.partial")]:
+    for file in [*folder.glob(f"*{_ENDING}"), *folder.glob(f".*{_ENDING}.*{PARTIAL}")]:
         with contextlib.suppress(OSError):  # another process removed it just now
             status = file.stat()
-            left_over = file.suffix == ".partial"
+            left_over = file.suffix == PARTIAL
             if left_over and time.time() - status.st_mtime > _DAY:
                 file.unlink()
                 continue

@@ -10,12 +10,12 @@ from typing import Any
 
 import fusion
 from fusion.errors import UserError
+from fusion.files import write_atomic
 from fusion.reporting import sections
 from fusion.reporting.contents import Contents
 from fusion.reporting.results import BASELINE
 from fusion.reporting.statistics import LEVEL, RESAMPLES
 from fusion.reporting.wording import number, size
-from fusion.runs.run import write_whole
 
 LARGEST = 5_000_000  # bytes of the page
 WORD_ROWS = (1000, 4, 1, 0)  # of each fusion, tried in turn until the page is small enough
@@ -57,7 +57,7 @@ def write_page(contents: Contents, output: Path, about: Mapping[str, Any], files
         raise UserError(
             f"{output}: the page would have more than 5 MB; make a report of fewer runs: runs=[DIR,ANOTHER]"
         )
-    write_whole(output, text)
+    write_atomic(output, text)
     return len(text.encode())
 
 

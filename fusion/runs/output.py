@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from fusion.config.stages import StageConfig
 from fusion.errors import first_line
+from fusion.files import write_json
 from fusion.runs.identity import identity, identity_config, is_done
-from fusion.runs.run import Run, RunState, caused_by_interrupt, describe, write_json
+from fusion.runs.run import Run, RunState, caused_by_interrupt, describe
 from fusion.store.lookup import find, names, read_manifest
 from fusion.store.trained_data import note_ambiguous_labels
 from fusion.store.writing import check_free, check_writable

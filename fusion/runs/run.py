@@ -6,9 +6,7 @@ Neither Hydra nor torch is imported here. Trained weights go to the store, check
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
 import sys
 import tempfile
 import traceback
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import TrainingError, UserError
+from fusion.files import write_json
 from fusion.runs.signals import Terminated, held
 
 log = logging.getLogger(__name__)
@@ -65,23 +64,6 @@ class RunState:
 
 class RecordError(TrainingError):
     """A job is done, but its result could not be written to its folder."""
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes whole or not at all: a reader never sees half a file."""
-    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes whole or not at all, as `write_json`."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise
 
 
 def check_folder(folder: Path, key: str, other: str = "DIR names another folder") -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
-from fusion.locks import LOCKS, holder_of, is_held, is_locked
+from fusion.locks import LOCKS, holder, is_locked, run_lock_file
 from fusion.store.layout import MANIFEST, OLD, REPLACED, STAGING
 from fusion.store.lookup import folders, read_folder, read_settled
 from fusion.store.names import is_name
@@ -96,8 +96,8 @@ def leftovers(store: Path, found: list[Found]) -> Iterator[Leftover]:
     identities = {f"{f.place}-{f.manifest.run.identity}" for f in found if f.manifest and not f.replaced}
     for folder in _entries(store / RUNS):
         name = folder.name.rpartition("-")[0]
-        if name and is_held(
-            store, name
+        if name and is_locked(
+            run_lock_file(store, name)
         ):  # its lock is asked first: an overwrite has the identity of what is stored
             yield Leftover(f"{RUNS}/{folder.name}", folder, _running(store, name, folder), False)
             continue
@@ -131,8 +131,8 @@ def _running(store: Path, name: str, run: Path) -> str:
     """What is said of a run whose lock is held: the lock is by name, so it may be held for another identity."""
     attempt = _last_attempt(run)
     if attempt.get("status") in ("failed", "interrupted"):
-        return f"{_attempted(run)}; {name} is being trained now ({holder_of(store, name)})"
-    return f"running: it is being trained now by {holder_of(store, name)}"
+        return f"{_attempted(run)}; {name} is being trained now ({holder(run_lock_file(store, name))})"
+    return f"running: it is being trained now by {holder(run_lock_file(store, name))}"
 
 
 def _last_attempt(run: Path) -> dict[str, Any]:

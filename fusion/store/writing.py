@@ -7,20 +7,16 @@ replaced, `NAME~removed` while it is deleted; no name has a tilde, so that none 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
-
 from fusion.errors import UserError
 from fusion.files import resolve_path
-from fusion.store.files import read_regular
+from fusion.locks import LOCKS, lock
 from fusion.store.layout import MANIFEST, OLD, REPLACED, STAGING
 from fusion.store.lookup import artifacts, folders, read_folder
 from fusion.store.names import check_name
@@ -28,7 +24,6 @@ from fusion.store.names import check_name
 if TYPE_CHECKING:
     from fusion.store.manifest import Manifest
 
-LOCKS = ".locks"
 LOCK_SECONDS = 60.0
 NEW = "~new"
 REMOVED = "~removed"
@@ -43,40 +38,21 @@ def writing(store: Path, name: str, wait: float = LOCK_SECONDS) -> Iterator[None
     Raises:
         UserError: another process has held it for `wait` seconds, or the lock cannot be made.
     """
-    locks = store / LOCKS
-    holder = locks / f"{name}.json"
-    lock = FileLock(locks / f"{name}.lock", timeout=wait)
-    try:
-        locks.mkdir(exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise UserError(
-            f"{store / name} is being written by {_holder(holder)}: waited {wait:g} s. "
-            "Run this again when that is done, or choose another name="
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"{locks}: cannot be written ({error.strerror or error}), and without a lock nothing is stored. "
-            "Make that folder writable, or say store=DIR for another store"
-        ) from None
-    try:
-        with contextlib.suppress(OSError):  # the note is for people; the lock is what holds
-            holder.write_text(
-                json.dumps({"host": socket.gethostname(), "pid": os.getpid()}), encoding="utf-8"
-            )
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock(artifact_lock(store, name), f"{store / name} is being written", wait))
+        except TimeoutError as error:
+            raise UserError(f"{error}. Run this again when that is done, or choose another name=") from None
+        except OSError as error:
+            raise UserError(
+                f"{store / LOCKS}: cannot be written ({error.strerror or error}), and nothing is stored without a lock; "
+                "store=DIR names another store"
+            ) from None
         yield
-    finally:
-        with contextlib.suppress(OSError):
-            holder.unlink(missing_ok=True)
-        lock.release()
 
 
-def _holder(path: Path) -> str:
-    try:
-        note = json.loads(read_regular(path, most=4096))
-        return f"process {note['pid']} on {note['host']}"
-    except (UserError, ValueError, KeyError, TypeError):
-        return "another process"
+def artifact_lock(store: Path, name: str) -> Path:
+    return store / LOCKS / f"{name}.lock"
 
 
 def sync_folder(folder: Path) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fusion.errors import first_line
+from fusion.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +55,7 @@ class Links:
         return [mark(artifact) for artifact in every if mark(artifact) not in self.drawn]
 
     def write(self, file: Path) -> None:
-        part = file.with_name(f".{FILE}.{os.getpid()}")
-        part.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(part, file)
+        write_json(file, asdict(self))
 
     @classmethod
     def read(cls, file: Path) -> Links:

@@ -11,6 +11,8 @@ import re
 import secrets
 from pathlib import Path
 
+from fusion.files import write_json
+
 FILE = "wandb.json"
 KEPT = r"[\w.-]{1,64}"
 
@@ -40,9 +42,7 @@ def run_id(folder: Path | None, identity: str) -> str | None:
     fresh = f"{identity}-{secrets.token_hex(3)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f".{FILE}.{os.getpid()}")
-        part.write_text(json.dumps({"id": fresh}) + "\n", encoding="utf-8")
-        os.replace(part, file)
+        write_json(file, {"id": fresh})
     except OSError:
         pass  # a full disk says so itself; this run has an id all the same
     return fresh

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import os
 import re
@@ -22,6 +21,7 @@ import torch
 from lightning_fabric.plugins import CheckpointIO
 
 from fusion.errors import first_line
+from fusion.files import write_json
 from fusion.runs.output import BEFORE, LAST, POSITION
 from fusion.training.interrupts import Interrupts
 from fusion.training.module import TaskModule
@@ -179,9 +179,7 @@ def write_checkpoint(folder: Path, content: dict[str, Any]) -> None:
         if (folder / LAST).exists():
             os.replace(folder / LAST, folder / BEFORE)
         os.replace(part, folder / LAST)
-        place = folder / f".{POSITION}{_ENDING}"
-        place.write_text(json.dumps(content["position"]), encoding="utf-8")
-        os.replace(place, folder / POSITION)
+        write_json(folder / POSITION, content["position"])
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)

@@ -12,7 +12,8 @@ from typing import Any
 
 from fusion.config.task import TaskConfig
 from fusion.data.encode import EncodedRows
-from fusion.runs.run import OUTCOMES, write_json
+from fusion.files import write_json
+from fusion.runs.run import OUTCOMES
 from fusion.tasks.table import kind_of
 from fusion.training.gathering import gathered
 

@@ -38,8 +38,9 @@ from typing import Any
 
 from fusion.config.training import TrainerConfig
 from fusion.errors import TrainingError, UserError
+from fusion.files import write_json
 from fusion.runs import signals
-from fusion.runs.run import Run, RunLog, caused_by_interrupt, describe, write_json
+from fusion.runs.run import Run, RunLog, caused_by_interrupt, describe
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fusion.runs.run import write_json
+from fusion.files import write_json
 from pipelines.benchmark.config import BenchmarkConfig
 from pipelines.benchmark.session import Timings
 from pipelines.benchmark.verdicts import Figure, spread

@@ -279,7 +279,7 @@ def test_a_wrong_command(go: Callable[..., Outcome], arguments: list[str], messa
     [
         (["hydra.run.dir=/proc/nowhere/run"], r"^/proc/nowhere/run: cannot be written \(No such file"),
         (["hydra.run.dir=file"], r"^file: cannot be written \(File exists\)"),
-        (["hydra.run.dir=file/run"], r"^hydra.run.dir=file/run: file is a file, expected a folder"),
+        (["hydra.run.dir=file/run"], r"^hydra.run.dir=file/run: Not a directory"),
         (["-m", "seed=1,2", "hydra.sweep.dir=/proc/nowhere"], r"^/proc/nowhere: cannot be written"),
         (["-m", "seed=1,2", "hydra.sweep.dir=taken"], r"^taken/1-mine-seed-2: this is a file"),
         (["hydra.run.dir=logged"], r"logged/run\.log: cannot be written \(Is a directory\)"),

@@ -48,7 +48,7 @@ def _is_overwritten(old: Path, new: Path) -> bool:
 BEFORE_RENAME: dict[str, Rename] = {
     "before a checkpoint's renames": lambda old, new: new.name == "before.ckpt",
     "before the feature cache is put in place": lambda old, new: new.suffix == ".states",
-    "half a file of the token cache": lambda old, new: old.suffix == ".partial",
+    "half a file of the token cache": lambda old, new: new.suffix == ".safetensors",
     "staged and not in place": _is_stored,
     "a source is copied and not in place": lambda old, new: new.parent.name == ".replaced",
 }

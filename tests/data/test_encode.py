@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fusion.data import encode as encode_module
-from fusion.data.cache import keep, turn
+from fusion.data.cache import cache_lock, keep
 from fusion.data.encode import EncodedRows, encode
 from fusion.data.rows import Rows, rows_of_records
 from fusion.errors import UserError
@@ -261,7 +261,7 @@ def test_nobody_waits_for_ever(tmp_path, caplog, ended):
         if ended:
             holder.kill()
             holder.wait()
-        with caplog.at_level(logging.WARNING), turn(path, wait=0.3 if not ended else 30.0):
+        with caplog.at_level(logging.WARNING), cache_lock(path, wait=0.3 if not ended else 30.0):
             pass
         assert ("not waiting any longer" in caplog.text) != ended
     finally:

@@ -142,7 +142,7 @@ def test_who_waits_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
         first = pool.submit(kept_states, tmp_path / "a", SHAPE, "float32", 10**6, slowly)
         begun.wait(10)
         second = pool.submit(kept_states, tmp_path / "a", SHAPE, "float32", 10**6, Builder())
-        while "another process is making" not in caplog.text:
+        while "is being written by" not in caplog.text:
             time.sleep(0.01)
         go_on.set()
         assert first.result()[0, 0] == second.result()[0, 0] == 1.0
@@ -184,6 +184,10 @@ def test_states_that_may_not_be_read_are_made_anew(
     kept_states(tmp_path / "a", SHAPE, "float32", 10**6, Builder())
     build, original = Builder(), Path.open
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", lambda path, mode="r": refuse() if mode == "rb" else original(path, mode))
+        patch.setattr(
+            Path,
+            "open",
+            lambda path, mode="r", **more: refuse() if mode == "rb" else original(path, mode, **more),
+        )
         assert kept_states(tmp_path / "a", SHAPE, "float32", 10**6, build)[5, 3] == 23
     assert build.calls == 1 and caplog.text.count("made anew") == 1

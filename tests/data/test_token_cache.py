@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 from transformers import PreTrainedTokenizerBase
 
+import fusion.files as files_module
 from fusion.data import cache as cache_module
 from fusion.data import encode as encode_module
 from fusion.data.encode import EncodedRows, encode
@@ -202,7 +203,7 @@ def test_a_file_that_may_not_be_read(cache: Cache, monkeypatch: pytest.MonkeyPat
 
 def test_what_a_killed_writer_left_is_gone(cache: Cache) -> None:
     cache.path.unlink()
-    (cache.folder / f"{cache.path.name}.{'0' * 32}.partial").write_bytes(b"half")
+    (cache.folder / f".{cache.path.name}.{'0' * 32}.partial").write_bytes(b"half")
     (cache.folder / f"{cache.path.name}.lock").write_bytes(b"")
     cache.check(warnings=0)
 
@@ -216,7 +217,7 @@ def test_a_disk_that_takes_nothing(cache: Cache, error: OSError, monkeypatch: py
 
     cache.path.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(cache_module.os, "replace", refuse)
+        patch.setattr(files_module.os, "replace", refuse)
         cache.check(stored=False)
     assert not cache.path.exists()
 
@@ -255,8 +256,8 @@ def test_a_process_that_is_stopped_while_it_writes_keeps_nobody(tmp_path: Path) 
     """It holds the turn and gets nowhere; who waits goes on by himself after a while."""
     path = tmp_path / "file"
     code = (
-        "import sys, time; from pathlib import Path; from fusion.data.cache import turn\n"
-        "with turn(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from fusion.data.cache import cache_lock\n"
+        "with cache_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", code, str(path)],
@@ -268,7 +269,7 @@ def test_a_process_that_is_stopped_while_it_writes_keeps_nobody(tmp_path: Path) 
         holder.send_signal(signal.SIGSTOP)
         steps = iter([0, 1, 2, 2])  # it gets on twice, and then no more
         started = time.monotonic()
-        with cache_module.turn(path, wait=0.2, progress=lambda: next(steps)) as alone:
+        with cache_module.cache_lock(path, wait=0.2, progress=lambda: next(steps)) as alone:
             assert not alone
         assert 0.5 < time.monotonic() - started < 10 and next(steps, None) is None
     finally:

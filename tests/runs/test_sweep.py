@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fusion.runs.run import RunState, write_json
+from fusion.files import write_json
+from fusion.runs.run import RunState
 from fusion.runs.sweep import Sweep, command_again, summarize_states
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fusion.errors import UserError
-from fusion.locks import turn_of
+from fusion.locks import run_lock
 from fusion.model.from_manifests import head_shapes, tensor_shapes, weight_shapes
 from fusion.store.__main__ import KEYS, main
 from fusion.store.artifacts import load_by_hash, save
@@ -132,7 +132,7 @@ def test_a_run_that_is_being_trained_is_no_leftover(say: Say, full: Path) -> Non
     for run in ("films-0123456789ab", "plays-999999999999"):
         (full / ".runs" / run).mkdir(parents=True)
     (full / ".staging" / "plays~new").mkdir()
-    with turn_of(full, "films"), turn_of(full, "plays"), writing(full, "plays"):
+    with run_lock(full, "films"), run_lock(full, "plays"), writing(full, "plays"):
         for command in ("list", "verify"):
             code, out, _ = say(command)
             lines = [line for line in out.splitlines() if line.startswith("left")]

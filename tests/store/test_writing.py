@@ -43,7 +43,7 @@ def test_check_writable(store: Path) -> None:
     store.write_text("")
     with pytest.raises(UserError, match="this is a file"):
         check_writable(store)
-    with pytest.raises(UserError, match="is a file, expected a folder"):
+    with pytest.raises(UserError, match="Not a directory"):
         check_writable(store / "below")
 
 

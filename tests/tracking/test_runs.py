@@ -449,14 +449,14 @@ def test_nothing_to_upload(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_run_that_goes_on_is_left_alone(runs: Runs, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from fusion.locks import turn_of
+    from fusion.locks import run_lock
 
     for job in ("2", "3", "4", "6"):
         shutil.rmtree(copy / job)
     store = copy / "store"
     (copy / "1" / "status.json").write_text('{"status": "running"}')
     (copy / "1" / "config.yaml").write_text(f"store: {store}\nname: films\nresume: true\n")
-    with turn_of(store, "films"):
+    with run_lock(store, "films"):
         assert sync.main([f"runs={copy}"]) == 0
     assert capsys.readouterr().out.endswith(": is still being written, left for the next call\n")
     assert sync._alive(find_offline(copy)[0].pieces[0]) is False  # killed: its lock went with it

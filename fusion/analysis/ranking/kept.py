@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
-from fusion.runs.run import write_json
+from fusion.files import write_json
 from fusion.store.files import read_regular
 
 RANKINGS = ".rankings"
