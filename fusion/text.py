@@ -95,7 +95,7 @@ def repeated(values: Iterable[str]) -> list[str]:
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./:+@%-]+")
 # What Hydra reads as null, a truth value or a number unless it is quoted.
-_OTHER_TYPE = re.compile(
+OTHER_TYPE = re.compile(
     r"null|true|false|[-+]?(inf|nan|(0|[1-9](_?\d)*)|((0|[1-9](_?\d)*)\.?|(0|[1-9](_?\d)*)?\.\d(_?\d)*)(e[-+]?\d(_?\d)*)?)",
     re.IGNORECASE,
 )
@@ -117,7 +117,7 @@ def hydra_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(hydra_value, value))}]"
     text = str(value)
-    if _PLAIN.fullmatch(text) and not _OTHER_TYPE.fullmatch(text):
+    if _PLAIN.fullmatch(text) and not OTHER_TYPE.fullmatch(text):
         return text
     # OmegaConf would look up what stands in ${...}, in quotes too.
     text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", text)

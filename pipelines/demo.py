@@ -20,7 +20,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from fusion.cli.app import conf_folder
+from fusion.cli.config_sources import conf_folder
 from fusion.errors import UserError
 from fusion.runs.signals import exit_code
 from pipelines.commands import call, read_config, say

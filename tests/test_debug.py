@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from fusion import stage1, stage2
-from fusion.cli.app import conf_folder
+from fusion.cli.config_sources import conf_folder
 from fusion.store.lookup import names, read_manifest
 from tests.bench import LABELS, write_task
 

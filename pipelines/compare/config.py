@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fusion.cli.app import conf_folder, keys_of, user_conf_folders
+from fusion.cli.config_sources import conf_folder, keys_of, user_conf_folders
 from fusion.config.stages import Stage1Config, Stage2Config
 from fusion.errors import UserError
 from pipelines.commands import read_config

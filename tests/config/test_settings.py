@@ -15,7 +15,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from fusion.cli.app import TABLES, conf_folder, explain, keys_of, register
+from fusion.cli.config_sources import TABLES, conf_folder, keys_of, register
+from fusion.cli.messages import explain
 from fusion.config.commands import EvaluateConfig, InspectConfig, PredictConfig, RankConfig, ReportConfig
 from fusion.config.stages import Stage1Config, Stage2Config
 from fusion.config.task import TaskConfig
@@ -391,11 +392,11 @@ def test_compiling_and_checkpointing_do_not_go_together() -> None:
         ("data.limit.train=few", "data.limit.train=few: expected a whole number, or null"),
         ("adapter.sites=ffn,attention", "which needs -m; a list is written 'adapter.sites=[ffn,attention]'"),
         ("a b", "cannot read the override 'a b': expected KEY=VALUE"),
-        ("store=/tmp/ü", "quotes are needed for ü\n'store=\"/tmp/ü\"' is read"),
-        ("store=/tmp/日 &", "quotes are needed for 日 &\n'store=\"/tmp/日 &\"' is read"),
-        ("größe=1", "a key has no ö ß"),
-        ("sources=[ü]", "double quotes are needed around a text with ü, as in 'sources=[\"A\"]'"),
-        ("store=a(b", "is put in double quotes"),
+        ("store=/tmp/ü", "quotes around ü: 'store=\"/tmp/ü\"'"),
+        ("store=/tmp/日 &", "quotes around 日 &: 'store=\"/tmp/日 &\"'"),
+        ("größe=1", "special characters"),
+        ("sources=[ü]", "a value with special characters needs quotes"),
+        ("store=a(b", "needs quotes"),
     ],
 )
 def test_a_wrong_override_is_explained(override: str, message: str) -> None:
@@ -417,14 +418,14 @@ def test_a_value_that_the_shell_has_split() -> None:
     with pytest.raises(Exception) as error:
         typed("stage1", "data")
     message = explain(error.value, Stage1Config, ["+task=cb", "data.dir=/my", "data"])
-    assert message.endswith("a value with a space is put in quotes, 'data.dir=/my data'")
+    assert message.endswith("a value with a space needs quotes: 'data.dir=/my data'")
 
 
 @pytest.mark.parametrize("override", ["adapter=houlsby", "adapter.layers=last:3", "experiment=shallow"])
 def test_a_key_of_the_other_stage_is_explained(override: str) -> None:
     with pytest.raises(Exception) as error:
         typed("stage2", override)
-    assert "it is one of stage 1, not of this command; leave it out" in explain(error.value, Stage2Config)
+    assert "a setting of stage1, not of this command; leave it out" in explain(error.value, Stage2Config)
 
 
 def test_the_presets_say_what_their_names_say() -> None:

@@ -186,7 +186,7 @@ def test_a_task_that_is_typed_out_is_no_file(ask: Callable[..., Answer]) -> None
         ("+task={text:a}", "tasks=[mnli,mine]"),
         ("-m", "++task={a:b}"),
     ):
-        assert "a task is one file: say +task=NAME" in ask(GOOD, *arguments)[1], arguments
+        assert "a task is one file: expected +task=NAME" in ask(GOOD, *arguments)[1], arguments
 
 
 LARGE = GOOD + b"columns: {" + b", ".join(b"c%d: %sd%d" % (n, b"x" * 100, n) for n in range(600)) + b"}\n"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusion.cli.app import keys_of
+from fusion.cli.config_sources import keys_of
 from fusion.config.compositions import COMPOSITIONS, CompositionConfig, SlotSources
 from fusion.config.fields import default_of
 from fusion.config.methods import METHODS, MethodConfig

@@ -1,0 +1,126 @@
+"""Everything that replaces or relies on a private part of Hydra, each with its reason."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.hydra import Hydra
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.plugins.config_source import ConfigResult
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf._utils import get_yaml_loader
+
+from fusion.cli.config_sources import TABLES, check_place
+from fusion.data.task_files import check_task_file, read_large
+
+KEPT_JOBS = 64  # composed configs that wait for their job: each takes about a megabyte
+
+
+class ConfigFiles(FileConfigSource):
+    """Hydra's reader of files, which checks task files and reads no file twice.
+
+    Hydra asks for each file several times per composition, and has no hook that sees a file before it is merged.
+    """
+
+    read: ClassVar[dict[tuple[str, Path], tuple[tuple[int, int], ConfigResult]]] = {}
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        path = Path(self.path) / self._normalize_file_name(config_path)
+        if not path.is_file():
+            return super().load_config(config_path)  # raises what says so
+        state = (status := path.stat()).st_mtime_ns, status.st_size
+        known, result = self.read.get((self.provider, path), (None, None))
+        if result is None or known != state:
+            result = self._load(path, config_path)
+            self.read[self.provider, path] = state, result
+        return copy.deepcopy(result)  # Hydra takes the defaults out of it
+
+    def _load(self, path: Path, config_path: str) -> ConfigResult:
+        group, _, name = config_path.removesuffix(".yaml").rpartition("/")
+        check_place(group, name, [path, "the built-in ones"] if name in TABLES.get(group, ()) else [])
+        if group != "task" or not check_task_file(path):
+            return super().load_config(config_path)
+        return ConfigResult(  # Hydra would need seconds for thousands of values
+            config=DictConfig(read_large(path, get_yaml_loader().yaml_implicit_resolvers)),
+            path=f"{self.scheme()}://{self.path}",
+            provider=self.provider,
+            header=self._get_header_dict(""),  # a file with one is refused
+        )
+
+
+# Hydra tells its readers apart by their name, and registers its own again in a launcher's process.
+ConfigFiles.__name__ = FileConfigSource.__name__
+SourcesRegistry.instance().types["file"] = ConfigFiles
+
+
+def _mode(self: Hydra, config_name: str | None, overrides: list[str]) -> RunMode | None:
+    modes = [word.partition("=")[2] for word in overrides if word.startswith("hydra.mode=")]
+    return RunMode.__members__.get(modes[-1]) if modes else None
+
+
+# Hydra composes the whole config one more time to read hydra.mode, which only an override sets.
+Hydra.get_mode = _mode  # type: ignore[method-assign]
+
+_composed: dict[tuple[str, ...], DictConfig] = {}
+_load_sweep_config = ConfigLoaderImpl.load_sweep_config
+
+
+def _kept_or_composed(
+    self: ConfigLoaderImpl, master_config: DictConfig, sweep_overrides: list[str]
+) -> DictConfig:
+    kept = _composed.pop(tuple(sweep_overrides), None)
+    return _load_sweep_config(self, master_config, sweep_overrides) if kept is None else kept
+
+
+# The launcher gets the config of a job that was composed to be checked, and does not compose it again.
+ConfigLoaderImpl.load_sweep_config = _kept_or_composed  # type: ignore[method-assign]
+
+
+def compose_job(master: DictConfig, overrides: list[str], number: int) -> tuple[DictConfig, str]:
+    """The config of a job of a sweep, and its folder below hydra.sweep.dir as far as it is known by now."""
+    loader = cast(ConfigLoaderImpl, GlobalHydra.instance().config_loader())
+    composed = _load_sweep_config(loader, master, overrides)
+    with open_dict(composed):
+        composed.hydra.job.num = composed.hydra.job.id = number
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(composed)  # ${hydra:...} is resolved there; makes it read-only
+    try:
+        folder = str(composed.hydra.sweep.subdir)
+    finally:
+        HydraConfig.instance().cfg = before
+        OmegaConf.set_readonly(composed.hydra, False)
+    if len(_composed) < KEPT_JOBS:
+        _composed[tuple(overrides)] = composed
+    return composed, folder
+
+
+def forget_jobs() -> None:
+    """Drop the composed configs that no job has taken."""
+    _composed.clear()
+
+
+def parse(words: Sequence[str]) -> list[Override]:
+    loader = GlobalHydra.instance().config_loader()
+    return OverridesParser.create(config_loader=loader).parse_overrides(list(words))
+
+
+def split_into_jobs(overrides: list[Override]) -> list[list[str]]:
+    """The overrides of each job of a sweep; Hydra's sweeper has no public function for it."""
+    (jobs,) = BasicSweeper.split_arguments(overrides, None)
+    return [list(job) for job in jobs]
+
+
+def is_hydras_own(plugin: Any) -> bool:
+    """Whether the config of a sweeper names Hydra's BasicSweeper."""
+    return str(plugin.get("_target_", "")).endswith(".BasicSweeper")

@@ -1,0 +1,192 @@
+"""From Hydra's config of one job to the typed settings and the Run of it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import MissingMandatoryValue
+
+from fusion.cli.config_sources import check_choices
+from fusion.cli.messages import OWN_TASK, unknown_key
+from fusion.config.methods import METHODS
+from fusion.config.stages import StageConfig
+from fusion.errors import UserError
+from fusion.files import expand_paths
+from fusion.runs.run import Run, RunState
+from fusion.store.unfit import DEBUG
+from fusion.text import override, repeated
+
+# These decide a default name already, or are the name: a sweep over them adds nothing to it.
+NAMED_ANYWAY = ("task", "tasks", "name", "composition", "method")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line program, see `fusion.cli.app.command`."""
+
+    name: str
+    schema: type
+    check: Callable[[Any, Run], RunState | None]
+    function: Callable[[Any, Run], dict[str, Any]]
+    settle: Callable[[Any, Sequence[str]], None]
+
+
+def prepare(command: Command, composed: DictConfig, launch: DictConfig) -> tuple[Any, Run]:
+    """The typed config and the Run of one job.
+
+    Args:
+        launch: Hydra's part of the config.
+
+    Raises:
+        UserError: no task, tasks that do not go together, an unknown key, a value out of its range.
+    """
+    choices = launch.runtime.choices
+    check_choices(launch)
+    config = copy.deepcopy(composed)
+    with open_dict(config):
+        config.pop("hydra", None)
+    if (extra := _extra_key(config)) is not None:
+        raise UserError(unknown_key(extra, command.schema))
+    _set_tasks(command, config, choices.get("task"))
+    try:
+        typed: Any = OmegaConf.to_object(config)
+    except MissingMandatoryValue as error:
+        key = getattr(error, "full_key", None) or "a key"
+        raise UserError(f"{key} is required: expected {key}=...") from None
+    expand_paths(typed)
+    command.settle(typed, tuple(launch.overrides.task))
+    directory = Path(OmegaConf.select(launch, "runtime.output_dir", throw_on_missing=False) or ".")
+    if isinstance(typed, StageConfig):
+        if typed.name is None:
+            name = typed.default_name().replace("/", "-")  # type: ignore[attr-defined]
+            typed.name = "-".join(filter(None, (name, _swept(launch, NAMED_ANYWAY))))
+        if choices.get("debug") and not typed.name.endswith(DEBUG):
+            typed.name = f"{typed.name}{DEBUG}"
+        if typed.trainer.profiler and not typed.trainer.default_root_dir:
+            typed.trainer.default_root_dir = str(directory)  # where Lightning puts the table
+    sweep = Path(launch.sweep.dir).name if is_sweep(launch) else None
+    run = Run(
+        command=command.name,
+        directory=directory,
+        overrides=tuple(launch.overrides.task),
+        config=asdict(typed),
+        group=str(choices.get("experiment") or sweep or command.name),
+        rank_zero=_is_rank_zero(),
+    )
+    return typed, run
+
+
+def _extra_key(config: DictConfig, prefix: str = "") -> str | None:
+    """A key that the schema does not have: `+KEY=...` gets past Hydra's own check."""
+    kind = OmegaConf.get_type(config)
+    known = {field.name for field in fields(kind)} if is_dataclass(kind) else None
+    for key, value in config.items_ex(resolve=False):
+        if known is not None and key not in known:
+            return f"{prefix}{key!s}"
+        deeper = isinstance(value, DictConfig) and not (value._is_none() or value._is_missing())
+        if deeper and (inner := _extra_key(value, f"{prefix}{key!s}.")) is not None:
+            return inner
+    return None
+
+
+def _set_tasks(command: Command, config: DictConfig, task: str | None) -> None:
+    """Give the task its name, or replace the names in `tasks` by the tasks."""
+    if (names := OmegaConf.select(config, "tasks")) is not None:
+        if task is not None:
+            raise UserError(
+                f"+task={task} and tasks= do not go together: tasks=[TASK,ANOTHER] names them all"
+            )
+        names = OmegaConf.to_container(names) if OmegaConf.is_list(names) else names
+        config.tasks = [_task_of(command, name) for name in _checked_names(names)]
+    elif task is not None:
+        config.task.name = task
+    elif OmegaConf.select(config, "task") is not None:
+        raise UserError(
+            "a task is one file: expected +task=NAME; a sweep over several is -m +task=NAME,ANOTHER"
+        )
+    elif issubclass(command.schema, StageConfig):
+        method = METHODS.get(OmegaConf.select(config, "method.name"))
+        if method is None or not method.multitask:
+            known = sorted(GlobalHydra.instance().config_loader().get_group_options("task"))
+            raise UserError(f"no task: expected +task=NAME, one of {', '.join(known)}\n{OWN_TASK}")
+
+
+def _checked_names(names: Any) -> list[str]:
+    """Raises UserError where `tasks=` is no list of two names or more, each once."""
+    is_list = isinstance(names, list) and all(
+        isinstance(name, str) and re.fullmatch(r"[\w.+/-]+", name) for name in names
+    )
+    if not is_list or len(names) < 2:
+        one = f"; a single one is +task={names[0]}" if is_list and names else ""
+        raise UserError(
+            f"{override('tasks', names)}: expected names of at least two tasks, such as 'tasks=[snli,rte,cb]'{one}"
+        )
+    if twice := repeated(names):
+        raise UserError(f"{override('tasks', names)}: duplicate {', '.join(twice)}; expected each task once")
+    return list(names)
+
+
+def _task_of(command: Command, name: str) -> DictConfig:
+    """The task that `+task=NAME` would give: the same search path, types and messages."""
+    loader = GlobalHydra.instance().config_loader()
+    composed = loader.load_configuration(command.name, [f"+{override('task', name)}"], run_mode=RunMode.RUN)
+    check_choices(composed.hydra)
+    composed.task.name = name
+    task: DictConfig = composed.task
+    return task
+
+
+def is_sweep(launch: DictConfig) -> bool:
+    return launch.mode is not None and launch.mode.name == "MULTIRUN"
+
+
+def _is_rank_zero() -> bool:
+    """False in all processes but the first, where SLURM or torchrun has started one per device."""
+    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"))
+    return all(rank in (None, "", "0") for rank in ranks)
+
+
+# --- names of runs and folders --------------------------------------------------------------------
+
+
+def _swept(launch: DictConfig, without: Sequence[str]) -> str:
+    """The swept keys and their values as part of a name: "seed-3"; empty outside a sweep."""
+    if not is_sweep(launch):
+        return ""
+    left_out = {*without, *launch.job.config.override_dirname.exclude_keys}
+    pairs = [override.lstrip("+").partition("=") for override in sorted(launch.overrides.task)]
+    return _safe("-".join(f"{key}-{_safe(value)}" for key, _, value in pairs if key not in left_out))
+
+
+def _safe(text: str) -> str:
+    """Text as a file name that needs no quoting and is never too long."""
+    text = re.sub(r"[^A-Za-z0-9_.+-]+", "-", text).strip("-.")
+    if len(text) > 100:
+        text = f"{text[:90].rstrip('-.')}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return text
+
+
+def _subject(*, _root_: DictConfig) -> str:
+    """What a run folder is named after: the tasks or the artifact, and in a sweep the swept keys."""
+    task = _root_.hydra.runtime.choices.get("task")
+    tasks = OmegaConf.select(_root_, "tasks", throw_on_missing=False)
+    if OmegaConf.is_list(tasks):
+        task = "-".join(map(str, tasks))
+    artifact = OmegaConf.select(_root_, "artifact", throw_on_missing=False)
+    subject = str(task or (Path(str(artifact)).name if artifact else "unset"))
+    return _safe("-".join(filter(None, (subject, _swept(_root_.hydra, ("task", "tasks", "artifact"))))))
+
+
+OmegaConf.register_new_resolver("subject", _subject, replace=True)
+OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(3), use_cache=True, replace=True)

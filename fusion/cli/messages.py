@@ -1,0 +1,149 @@
+"""What a wrong command line or config is answered with: one or two lines, with the key and what was meant."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from collections.abc import Sequence
+from typing import Any, get_args, get_origin
+
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf.errors import ValidationError
+from yaml import YAMLError
+
+from fusion.cli.config_sources import keys_of, types_of
+from fusion.config.stages import Stage1Config, Stage2Config
+from fusion.errors import UserError, first_line
+from fusion.text import is_plain, only_in_quotes, quoted
+
+OWN_TASK = "a task of your own is conf/task/NAME.yaml in the working directory or in $FUSION_CONF"
+# Names of other programs, and the keys here; the first that the command has is suggested.
+SYNONYMS = {
+    "learning_rate": ("optim.lr", "lr"),
+    "num_train_epochs": ("trainer.max_epochs",),
+    "per_device_train_batch_size": ("data.batch_size",),
+    "gradient_accumulation_steps": ("trainer.accumulate_grad_batches",),
+    "warmup_ratio": ("optim.warmup",),
+    "early_stopping": ("optim.patience",),
+    "data_dir": ("data.dir",),
+    "gpus": ("trainer.devices", "accelerator"),
+    "device": ("trainer.accelerator", "accelerator"),
+    "fp16": ("trainer.precision",),
+    "bf16": ("trainer.precision",),
+    "model": ("artifact", "backbone.name_or_path"),
+    "checkpoint": ("artifact", "resume"),
+    "output_dir": ("output", "store"),
+}
+
+
+def explain(error: BaseException, schema: type, words: Sequence[str] = ()) -> str:
+    """One or two lines for what Hydra, OmegaConf or a check refused.
+
+    Args:
+        words: the command line as it was typed.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    text, cause = str(error), error.__cause__ or error
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        known = sorted(error.options or [])
+        said = f"unknown {group} {name!r}{did_you_mean(name, known, 0.5)}; known: {', '.join(known)}"
+        return f"{said}\n{OWN_TASK}" if group == "task" else said
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error.override, words)
+    if match := re.search(r"Could not (?:override|delete)(?: from config\.)? '?([^'=\s]+)'?", text):
+        return "task is added: expected +task=NAME" if match[1] == "task" else unknown_key(match[1], schema)
+    if match := re.search(r"Error merging override (\S+)", text):
+        key = match[1].lstrip("+").split("=")[0]
+        if "not in" in str(cause) and key not in keys_of(schema):
+            return unknown_key(key, schema)
+        expected = _expected(dict(types_of(schema)).get(key)) if isinstance(cause, ValidationError) else ""
+        return f"{match[1]}: {f'expected {expected}' if expected else first_line(cause)}"
+    if match := re.match(r"Multiple values for (\w+)\.", text):
+        key = match[1]
+        return f"{key} is given more than once: expected one +{key}=NAME; a sweep is -m +{key}=NAME,ANOTHER"
+    if match := re.search(r"Ambiguous value for argument '(.+)'", text):
+        key, _, value = match[1].partition("=")
+        is_list = _takes_list(dict(types_of(schema)).get(key.lstrip("+")))
+        as_list = f"; a list is written '{key}=[{value}]'" if is_list else ""
+        return f"{match[1]}: several values are a sweep, which needs -m{as_list}"
+    if match := re.search(r"^In '(.+?)': (?:.*\n)+?.*?(Key '(.+)' not in '|full_key: (.+))", text):
+        file = f"conf file {match[1]}.yaml: "
+        if match[3]:
+            return file + unknown_key(match[3], schema)
+        return f"{file}{match[4]}: {text.splitlines()[1].strip()}"
+    if re.match(r"Unexpected type( for root: NoneType|: None)", text):
+        inner = " ".join(word for word in words if re.match(r"\+*(task|logger)\.[\w.]+=", word))
+        return f"{inner}: a key of what is not there: expected +task=NAME (a task in tasks= is set in its file) or logger=[wandb,csv]"
+    if isinstance(cause, OSError) and text.startswith("Unable to configure handler"):
+        return (
+            f"{cause.filename}: cannot be written ({cause.strerror})\nhydra.run.dir=DIR names another folder"
+        )
+    if isinstance(error, YAMLError):
+        return " ".join(text.split())
+    lines = [line.strip() for line in f"{text}\n{cause if cause is not error else ''}".splitlines()]
+    return "\n".join([line for line in lines if line][:2])
+
+
+def _unreadable(word: str, words: Sequence[str]) -> str:
+    """Why Hydra's grammar has no such override, and how it is written."""
+    start = f"cannot read the override {word!r}: "
+    key, _, value = word.partition("=")
+    if not key or "=" not in word:
+        before = words[words.index(word) - 1] if word in words[1:] else ""
+        hint = f"; a value with a space needs quotes: '{before} {word}'" if "=" in before else ""
+        return f"{start}expected KEY=VALUE{hint}"
+    if is_plain(value) and only_in_quotes(value) and not only_in_quotes(key.lstrip("+~")):
+        return f"{start}expected quotes around {' '.join(only_in_quotes(value))}: {shlex.quote(quoted(word))}"
+    return f"""{start}a value with special characters needs quotes, as in 'KEY="a (b)"' or 'KEY=["ü"]'"""
+
+
+def _expected(kind: Any) -> str:
+    """What a key of this type takes, where it is one number or boolean; else empty."""
+    names = {int: "a whole number", float: "a number", bool: "true or false"}
+    given = [one for one in get_args(kind) or (kind,) if one is not type(None)]
+    if len(given) != 1 or given[0] not in names:
+        return ""
+    return names[given[0]] + (", or null" if type(None) in get_args(kind) else "")
+
+
+def _takes_list(kind: Any) -> bool:
+    return kind is Any or list in (kind, get_origin(kind)) or any(map(_takes_list, get_args(kind)))
+
+
+def unknown_key(key: str, schema: type) -> str:
+    """Which keys may have been meant: those with the same last part, else similar ones."""
+    keys = keys_of(schema)
+    if inner := [known for known in keys if key in keys and known.startswith(f"{key}.")]:
+        return f"{key} has no value of its own: expected one of {', '.join(inner[:6])}{', ...' * (len(inner) > 6)}"
+    for stage, other in (("stage1", Stage1Config), ("stage2", Stage2Config)):
+        if schema is not other and key in keys_of(other):
+            of_artifact = ", whose artifact has its own" if "artifact" in keys else ""
+            return f"unknown key {key}: a setting of {stage}, not of this command{of_artifact}; leave it out"
+    parent, _, last = key.rpartition(".")
+    if "artifact" in keys:  # the task of an artifact is its own, or another file: +task=NAME
+        keys = [known for known in keys if not known.startswith("task.")]
+    beside = [known for known in keys if known.rpartition(".")[0] == parent]
+    meant = [known for known in SYNONYMS.get(key, ()) if known in keys][:1]
+    meant = meant or [known for known in keys if known.rpartition(".")[2] == last]
+    meant = meant or _similar(last, beside, 0.6) or _similar(last, keys, 0.7)
+    meant = [known for known in meant if known != key and not key.startswith(f"{known}.")][:4]
+    if meant:
+        return f"unknown key {key}: did you mean {' or '.join(meant)}?"
+    if parent and beside:
+        return f"unknown key {key}; {parent} has {', '.join(known.rpartition('.')[2] for known in beside)}"
+    return f"unknown key {key}; --cfg job shows all keys"
+
+
+def _similar(name: str, keys: Sequence[str], cutoff: float) -> list[str]:
+    """The keys whose last part is similar to `name`."""
+    near = difflib.get_close_matches(name, [key.rpartition(".")[2] for key in keys], 3, cutoff)
+    return [key for key in keys if key.rpartition(".")[2] in near]
+
+
+def did_you_mean(word: str, known: Sequence[str], cutoff: float = 0.7) -> str:
+    """`: did you mean rte?`, or nothing where no name is similar."""
+    near = difflib.get_close_matches(word, list(known), 3, cutoff)
+    return f": did you mean {' or '.join(near)}?" if near else ""
