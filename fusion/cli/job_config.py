@@ -63,7 +63,10 @@ def prepare(command: Command, composed: DictConfig, launch: DictConfig) -> tuple
         typed: Any = OmegaConf.to_object(config)
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or "a key"
-        raise UserError(f"{key} is required: expected {key}=...") from None
+        where = (
+            f" in the file of {choices.get('task')}" if key.startswith("task") else f": expected {key}=..."
+        )
+        raise UserError(f"{key} is required{where}") from None
     expand_paths(typed)
     command.settle(typed, tuple(launch.overrides.task))
     directory = Path(OmegaConf.select(launch, "runtime.output_dir", throw_on_missing=False) or ".")

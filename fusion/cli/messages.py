@@ -60,7 +60,7 @@ def explain(error: BaseException, schema: type, words: Sequence[str] = ()) -> st
         if "not in" in str(cause) and key not in keys_of(schema):
             return unknown_key(key, schema)
         expected = _expected(dict(types_of(schema)).get(key)) if isinstance(cause, ValidationError) else ""
-        return f"{match[1]}: {f'expected {expected}' if expected else first_line(cause)}"
+        return f"{match[1]}: {expected or first_line(cause)}"
     if match := re.match(r"Multiple values for (\w+)\.", text):
         key = match[1]
         return f"{key} is given more than once: expected one +{key}=NAME; a sweep is -m +{key}=NAME,ANOTHER"
@@ -69,11 +69,13 @@ def explain(error: BaseException, schema: type, words: Sequence[str] = ()) -> st
         is_list = _takes_list(dict(types_of(schema)).get(key.lstrip("+")))
         as_list = f"; a list is written '{key}=[{value}]'" if is_list else ""
         return f"{match[1]}: several values are a sweep, which needs -m{as_list}"
-    if match := re.search(r"^In '(.+?)': (?:.*\n)+?.*?(Key '(.+)' not in '|full_key: (.+))", text):
-        file = f"conf file {match[1]}.yaml: "
-        if match[3]:
-            return file + unknown_key(match[3], schema)
-        return f"{file}{match[4]}: {text.splitlines()[1].strip()}"
+    if match := re.match(r"In '(.+)': .* raised while composing config:\n(.*)", text):
+        said = match[2]
+        if unknown := re.search(r"Key '(.+)' not in '", said):
+            said = unknown_key(unknown[1], schema)
+        elif key := re.search(r"full_key: (\S+)", text):
+            said = f"{key[1]}: {_expected(dict(types_of(schema)).get(key[1])) or said}"
+        return f"conf file {match[1]}.yaml: {said}"
     if re.match(r"Unexpected type( for root: NoneType|: None)", text):
         inner = " ".join(word for word in words if re.match(r"\+*(task|logger)\.[\w.]+=", word))
         return f"{inner}: a key of what is not there: expected +task=NAME (a task in tasks= is set in its file) or logger=[wandb,csv]"
@@ -101,12 +103,15 @@ def _unreadable(word: str, words: Sequence[str]) -> str:
 
 
 def _expected(kind: Any) -> str:
-    """What a key of this type takes, where it is one number or boolean; else empty."""
-    names = {int: "a whole number", float: "a number", bool: "true or false"}
-    given = [one for one in get_args(kind) or (kind,) if one is not type(None)]
+    """What a key of this type takes; empty where several types fit."""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list"}
+    names |= {dict: "keys with values"}
+    given = [get_origin(one) or one for one in get_args(kind) or (kind,) if one is not type(None)]
+    if get_origin(kind) in (list, dict):
+        given = [get_origin(kind)]
     if len(given) != 1 or given[0] not in names:
         return ""
-    return names[given[0]] + (", or null" if type(None) in get_args(kind) else "")
+    return f"expected {names[given[0]]}{', or null' if type(None) in get_args(kind) else ''}"
 
 
 def _takes_list(kind: Any) -> bool:
