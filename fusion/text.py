@@ -6,6 +6,7 @@ printed. Values, overrides and commands in messages are written in Hydra's overr
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import re
@@ -86,6 +87,12 @@ def at_terminal(stream: TextIO) -> bool:
 def shows_progress() -> bool:
     """Whether progress bars are drawn: at a terminal, unless FUSION_PROGRESS is 0."""
     return os.environ.get(PROGRESS) != "0" and at_terminal(sys.stdout) and at_terminal(sys.stderr)
+
+
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """`: did you mean rte or cb?` for an unknown name; empty where no known one is similar."""
+    near = difflib.get_close_matches(word, list(known), 3, cutoff)
+    return f": did you mean {' or '.join(near)}?" if near else ""
 
 
 def repeated(values: Iterable[str]) -> list[str]:

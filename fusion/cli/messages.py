@@ -15,7 +15,7 @@ from yaml import YAMLError
 from fusion.cli.config_sources import keys_of, types_of
 from fusion.config.stages import Stage1Config, Stage2Config
 from fusion.errors import UserError, first_line
-from fusion.text import is_plain, only_in_quotes, quoted
+from fusion.text import did_you_mean, is_plain, only_in_quotes, quoted
 
 OWN_TASK = "a task of your own is conf/task/NAME.yaml in the working directory or in $FUSION_CONF"
 # Names of other programs, and the keys here; the first that the command has is suggested.
@@ -49,7 +49,7 @@ def explain(error: BaseException, schema: type, words: Sequence[str] = ()) -> st
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         known = sorted(error.options or [])
-        said = f"unknown {group} {name!r}{did_you_mean(name, known, 0.5)}; known: {', '.join(known)}"
+        said = f"unknown {group} {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}"
         return f"{said}\n{OWN_TASK}" if group == "task" else said
     if isinstance(error, OverrideParseException):
         return _unreadable(error.override, words)
@@ -146,9 +146,3 @@ def _similar(name: str, keys: Sequence[str], cutoff: float) -> list[str]:
     """The keys whose last part is similar to `name`."""
     near = difflib.get_close_matches(name, [key.rpartition(".")[2] for key in keys], 3, cutoff)
     return [key for key in keys if key.rpartition(".")[2] in near]
-
-
-def did_you_mean(word: str, known: Sequence[str], cutoff: float = 0.7) -> str:
-    """`: did you mean rte?`, or nothing where no name is similar."""
-    near = difflib.get_close_matches(word, list(known), 3, cutoff)
-    return f": did you mean {' or '.join(near)}?" if near else ""

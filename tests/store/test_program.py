@@ -496,18 +496,18 @@ def test_names_that_would_leave_the_store(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "no command; expected one of list, show, verify, remove"),
+        ([], "unknown command ''; expected one of list, show, verify, remove"),
         (["lst"], "unknown command 'lst': did you mean list?"),
-        (["list", "films"], "list takes no name, not 'films'"),
-        (["show"], "show takes the NAME of an artifact, not nothing"),
-        (["show", "a", "b"], "show takes the NAME of an artifact, not 'a' 'b'"),
-        (["verify", "a", "b"], "verify takes one NAME, or none for all"),
-        (["remove", ""], "remove takes the NAME of an artifact"),
-        (["list", "stroe=x"], "unknown key stroe: did you mean store?; list knows store="),
-        (["list", "force=true"], "unknown key force; list knows store="),
+        (["list", "films"], "expected no name, not 'films'"),
+        (["show"], "expected the NAME of an artifact, not nothing"),
+        (["show", "a", "b"], "expected the NAME of an artifact, not 'a' 'b'"),
+        (["verify", "a", "b"], "expected one NAME, or none for all"),
+        (["remove", ""], "expected the NAME of an artifact"),
+        (["list", "stroe=x"], "unknown key stroe: did you mean store?; expected store=DIR"),
+        (["list", "force=true"], "unknown key force; expected store=DIR"),
         (["remove", "a", "force=yes"], "force=yes: expected true or false"),
-        (["list", "store="], "store= is empty"),
-        (["list", "store=a", "store=b"], "store= stands twice"),
+        (["list", "store="], "store=: expected store=DIR"),
+        (["list", "store=a", "store=b"], "store=b: expected store=DIR, once"),
     ],
 )
 def test_a_wrong_command_line(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
