@@ -94,7 +94,7 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     from fusion.model.inference import device_of, predict
     from fusion.store.artifacts import load
     from fusion.training.metrics import predicted, score_predictions
-    from fusion.training.outcomes import Scored, outcomes, write_outcomes
+    from fusion.training.predictions import RowPredictions, write_predictions
 
     device = device_of(config.accelerator)
     artifact = load(config.artifact, Path(config.store))
@@ -132,11 +132,11 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
                 advance=advance,
             )
         key = split if len(scored) == 1 else f"{task.name}/{split}"
-        said = Scored.of_all(
+        said = RowPredictions.of_all(
             encoded, task, predicted(task, predictions.scores, encoded.labels, answer.decision)
         )
         metrics[key] = score_predictions(task, said.predictions, said.labels)
-        seen[key] = outcomes(encoded, said)
+        seen[key] = said.as_stored(encoded)
         rows_seen, seconds, tokens = (
             rows_seen + len(rows),
             seconds + predictions.seconds,
@@ -147,7 +147,7 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
         dropped = f", {config.drop} layers dropped" if config.drop else ""
         by = f", by the head of {answer.head_task}" if another else ""
         say(f"{manifest.name} on {task.name} {split} ({len(rows)} rows{by}{dropped}): {shown}")
-    write_outcomes(run.directory, seen)
+    write_predictions(run.directory, seen)
     return {
         "artifact": str(artifact.path),
         "name": manifest.name,

@@ -74,9 +74,9 @@ def main(config: RankConfig, run: Run) -> dict[str, Any]:
     from fusion.analysis.ranking.scorers import Looks
     from fusion.backbones.load import load_backbone
     from fusion.config.data import LimitConfig
-    from fusion.config.stages import StageConfig
+    from fusion.config.training import LossConfig
     from fusion.model.build import load_sources
-    from fusion.training.stage import load_task_rows
+    from fusion.training.task_rows import load_task_rows
 
     assert config.task is not None
     candidates = candidates_of(config)
@@ -93,8 +93,7 @@ def main(config: RankConfig, run: Run) -> dict[str, Any]:
     limit = config.data.limit
     limit = LimitConfig(_least(limit.train, config.rows), _least(limit.validation, config.rows))
     few = dataclasses.replace(config, data=dataclasses.replace(config.data, limit=limit))
-    asked = StageConfig(task=config.task, data=few.data, backbone=config.backbone)
-    rows = load_task_rows(asked, backbone)
+    rows = load_task_rows([config.task], few.data, LossConfig(), backbone)
     seconds = {"loading": time.monotonic() - started}
     looks = Looks(few, sources, backbone, rows, run.directory)
     scores: dict[str, list[float | None]] = {}

@@ -61,7 +61,9 @@ def train(config: Stage1Config, run: Run, output: RunOutput) -> dict[str, Any]:
     from fusion.model.build import new_adapters, new_heads, tuning_of
     from fusion.model.init_from import start_from
     from fusion.training.determinism import use_deterministic_algorithms
-    from fusion.training.stage import load_task_rows, train_and_store
+    from fusion.training.spec import Objective, StageSpec
+    from fusion.training.stage import train_and_store
+    from fusion.training.task_rows import load_task_rows
 
     use_deterministic_algorithms(config.trainer.deterministic)
     backbone = load_backbone(
@@ -73,7 +75,7 @@ def train(config: Stage1Config, run: Run, output: RunOutput) -> dict[str, Any]:
     earlier = initial_manifest(config, config.kind)
     for task in config.task_list:
         check_unseen([earlier], task, config.data)
-    rows = load_task_rows(config, backbone)
+    rows = load_task_rows(config.task_list, config.data, config.loss, backbone)
     torch.manual_seed(config.seed)
     slot_modules = new_adapters(config.adapter, backbone) if output.kind == "adapter" else {}
     tuning = tuning_of(config.method, backbone)
@@ -90,19 +92,16 @@ def train(config: Stage1Config, run: Run, output: RunOutput) -> dict[str, Any]:
     initial = start_from(config, model, backbone)
     sizes = {slot: config.adapter.size_for(backbone.hidden_size) for slot in slot_modules}
     adapter = config.adapter.as_stored() | {"bottleneck_sizes": sizes} if slot_modules else None
-    return train_and_store(
-        config,
-        run,
-        output,
-        model,
-        backbone,
-        rows,
-        tag=config.method.name,
-        method=config.method.as_stored() if tuning is not None else None,
-        adapter=adapter,
+    objective = Objective(
+        label_smoothing=config.loss.label_smoothing,
         robust_drop=config.adapter.drop == "robust",
         temperature=config.method.temperature,
-        initial=initial,
+    )
+    parts = {"adapter": adapter, "method": config.method.as_stored() if tuning is not None else None}
+    return train_and_store(
+        StageSpec(
+            config, run, output, model, backbone, rows, config.method.name, parts, objective, initial=initial
+        )
     )
 
 

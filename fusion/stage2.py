@@ -68,7 +68,9 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, output: RunOutput) -> 
     from fusion.model.init_from import start_from
     from fusion.store.artifacts import adopt
     from fusion.training.determinism import use_deterministic_algorithms
-    from fusion.training.stage import load_task_rows, train_and_store
+    from fusion.training.spec import Objective, StageSpec
+    from fusion.training.stage import train_and_store
+    from fusion.training.task_rows import load_task_rows
 
     assert config.task is not None
     use_deterministic_algorithms(config.trainer.deterministic)
@@ -83,7 +85,7 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, output: RunOutput) -> 
         adopt(source, Path(config.store))
     earlier = initial_manifest(config, "fusion", inputs.sources)
     check_unseen([*inputs.sources, inputs.fusion, earlier], config.task, config.data)
-    rows = load_task_rows(config, backbone)
+    rows = load_task_rows(config.task_list, config.data, config.loss, backbone)
     start = find_start(config, sources, backbone, rows.training[0], rows.validation, output.checkpoints)
     torch.manual_seed(config.seed)
     slot_modules = build_composition(start.composition, sources, backbone, start.chosen)
@@ -98,19 +100,25 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, output: RunOutput) -> 
     )
     start.fill(model)
     initial = start_from(config, model, backbone)
-    return train_and_store(
-        config,
-        run,
-        output,
-        model,
-        backbone,
-        rows,
-        tag=config.composition.name,
-        composition=start.stored,
-        sources=[source.manifest for source in sources],
+    objective = Objective(
         loss_weights=start.composition.loss_weights(),
+        label_smoothing=config.loss.label_smoothing,
         robust_drop=start.composition.drop == "robust",
-        initial=initial,
+    )
+    return train_and_store(
+        StageSpec(
+            config=config,
+            run=run,
+            output=output,
+            model=model,
+            backbone=backbone,
+            rows=rows,
+            tag=config.composition.name,
+            parts={"composition": start.stored},
+            objective=objective,
+            sources=[source.manifest for source in sources],
+            initial=initial,
+        )
     )
 
 

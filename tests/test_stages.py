@@ -558,7 +558,9 @@ def test_a_run_goes_on_with_the_prefix_that_it_began_with(
             bench.stage1("films", name="cut", **upper)
     with monkeypatch.context() as patched:
         patched.setattr("fusion.training.stage.cache_features", lambda *_: None)
-        with pytest.raises(UserError, match=r"began with backbone\.cache=float32 and would go on with off"):
+        with pytest.raises(
+            UserError, match=r"started with backbone\.cache=float32 and would resume with off"
+        ):
             bench.stage1("films", name="cut", **upper)
     shutil.rmtree(bench.folder / "cache" / "prefix")  # made anew, with the same bits
     bench.stage1("films", name="cut", **upper)

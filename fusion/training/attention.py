@@ -1,7 +1,7 @@
-"""What a fusion attends to, gathered in passing by the ordinary validation: attention.jsonl.
+"""attention.jsonl: the source attention of a fusion, summed over each validation.
 
-One line an evaluation: {"step", "epoch", "sources": [names], "slots": {"0.feedforward": {"mean", "entropy",
-"value_distance"}}}. Only compositions that give their sources weights have such a file.
+One line per validation: {"step", "epoch", "sources": [names], "slots": {"0.feedforward": {"mean", "entropy",
+"value_distance"}}}. Only compositions that weight their sources have this file.
 
 Shapes: D hidden size.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytorch_lightning as lightning
 import torch
@@ -20,20 +20,21 @@ from fusion.layers.attention import AdapterFusion
 from fusion.layers.slot_module import SlotModule
 from fusion.model.source_attention import AttentionSums, compositions_of
 from fusion.runs.run import ATTENTION
+from fusion.training.lightning_internals import logged_step
 from fusion.training.module import TaskModule
 from fusion.training.record_file import RecordFile
 
 
 class AttentionRecorder(lightning.Callback):
-    """Sums up what the slots give their sources while the validation runs; no pass of its own.
+    """Records the source weights of each slot during the validation, without a pass of its own.
 
-    Under DDP the sums of all processes are added, so that every real token of every row counts once. The first
-    process writes. What Lightning runs before the training to see that the validation works is left out.
+    Under DDP the sums of all processes are added, so that every real token of every row counts once, and the first
+    process writes. Lightning's sanity check is left out.
 
     Args:
-        sources: their names, in the order of the weights; none: nothing is recorded.
-        directory: where attention.jsonl is written.
-        show: is called with each line, to draw it where curves are drawn.
+        sources: their names, in the order of the weights; empty: nothing is recorded.
+        directory: of attention.jsonl.
+        show: called with each line.
     """
 
     def __init__(
@@ -50,20 +51,20 @@ class AttentionRecorder(lightning.Callback):
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, TaskModule)
         self._sums = AttentionSums()
-        watched = bool(self._sources) and not trainer.sanity_checking
-        pl_module.watch = self._sums.watcher if watched else None
+        recorded = bool(self._sources) and not trainer.sanity_checking
+        pl_module.recorder = self._sums.watcher if recorded else None
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, TaskModule)
-        if pl_module.watch is None:
+        if pl_module.recorder is None:
             return
-        pl_module.watch = None
+        pl_module.recorder = None
         heard = self._sums.heard(pl_module.model, distributed=trainer.world_size > 1)
         if not heard or not trainer.is_global_zero:
             return
         compositions = compositions_of(pl_module.model)
         record = {
-            "step": cast(Any, trainer.fit_loop.epoch_loop)._batches_that_stepped,  # as the scores are logged
+            "step": logged_step(trainer),
             "epoch": int(pl_module.history[-1]["epoch"]),
             "sources": self._sources,
             "slots": {
@@ -80,10 +81,10 @@ class AttentionRecorder(lightning.Callback):
         self._show(record)
 
 
-def value_distance(slot_module: SlotModule) -> float | None:
-    """‖Wv − I‖_F / √D of a fusion, which starts near 0; None where there is no Wv."""
-    if not isinstance(slot_module, AdapterFusion) or slot_module.value is None:
+def value_distance(module: SlotModule) -> float | None:
+    """‖Wv − I‖_F / √D of a fusion, which starts near 0; None if there is no Wv."""
+    if not isinstance(module, AdapterFusion) or module.value is None:
         return None
-    weight = slot_module.value.weight.detach()
+    weight = module.value.weight.detach()
     identity = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
     return float((weight - identity).norm()) / math.sqrt(len(weight))

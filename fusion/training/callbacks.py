@@ -1,4 +1,4 @@
-"""The clock, the best epoch, and one line an epoch; why a training ended early."""
+"""Callbacks: seconds per step, the best epoch with early stopping, one line per epoch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import torch
 from pytorch_lightning.callbacks import Timer
 
 from fusion.tasks.kind import Decision
+from fusion.training import lightning_internals as internals
 from fusion.training.module import TaskModule
-from fusion.training.outcomes import Scored
+from fusion.training.predictions import RowPredictions
 
 log = logging.getLogger(__name__)
 
 
-class StepClock(lightning.Callback):
-    """How long a batch takes: forward, backward and the optimizer, without what lies between two batches."""
+class StepTimer(lightning.Callback):
+    """Measures each training batch: forward, backward and the optimizer, without the time between two batches."""
 
     def __init__(self) -> None:
         self._started = 0.0
@@ -30,7 +31,7 @@ class StepClock(lightning.Callback):
         self._started = time.monotonic()
 
     def on_train_batch_end(self, *_: Any) -> None:
-        if torch.cuda.is_available():  # what is asked of a GPU goes on after the call
+        if torch.cuda.is_available():  # kernels run on after their call returns
             torch.cuda.synchronize()
         self._seconds.append(time.monotonic() - self._started)
 
@@ -40,81 +41,74 @@ class StepClock(lightning.Callback):
 
 
 class Best(lightning.Callback):
-    """Keeps what the best epoch's weights were, and ends the training when no better one comes.
+    """Keeps the weights and predictions of the best epoch, and stops the training early.
 
-    What it decides is a function of the scores so far, so a run that is taken up again decides alike. Only the first
-    process keeps the weights, on the CPU.
+    All decisions are functions of the scores so far, so a resumed run decides alike. Lightning's EarlyStopping and
+    ModelCheckpoint keep counters and files of their own. Only the first process keeps the weights, on the CPU.
 
     Args:
-        monitor: the score that counts, higher is better; of equal ones the first.
-        patience: evaluated epochs without a better one; None: train to the end.
+        monitor: the score that picks the best epoch, higher is better; of equal ones the first.
+        patience: evaluated epochs without improvement before the training stops; None: it does not stop early.
     """
 
     def __init__(self, monitor: str, patience: int | None) -> None:
         self._monitor = monitor
         self._patience = patience
         self.weights: dict[str, torch.Tensor] | None = None
-        self.predicted: dict[str, Scored] | None = None  # by split, with those weights
-        self.decisions: dict[str, Decision] = {}  # by task, likewise
+        self.predicted: dict[str, RowPredictions] = {}  # by split
+        self.decisions: dict[str, Decision] = {}  # by task
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._stop_if_over(trainer, pl_module)  # interrupted after the last epoch
+        self._stop_early(trainer, pl_module)  # the run was interrupted after its last epoch
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, TaskModule)
-        history = pl_module.history
-        if not history or history[-1]["epoch"] != trainer.current_epoch + 1:
-            return  # an epoch without an evaluation
-        if trainer.is_global_zero and best_epoch(history, self._monitor) is history[-1]:
+        if (scores := pl_module.scores_of(trainer.current_epoch + 1)) is None:
+            return
+        if trainer.is_global_zero and best_epoch(pl_module.history, self._monitor) is scores:
             self.weights = {
                 name: parameter.detach().to("cpu", copy=True)
                 for name, parameter in pl_module.model.trainable().items()
             }
             self.predicted, self.decisions = pl_module.predicted, pl_module.decisions
-        self._stop_if_over(trainer, pl_module)
+        self._stop_early(trainer, pl_module)
 
-    def _stop_if_over(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def _stop_early(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, TaskModule)
         history = pl_module.history
         if self._patience is not None and history:
-            since = len(history) - 1 - history.index(best_epoch(history, self._monitor))
-            trainer.should_stop = trainer.should_stop or since >= self._patience
+            trainer.should_stop = (
+                trainer.should_stop or epochs_since_best(history, self._monitor) >= self._patience
+            )
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint["best"] = self.weights
-        checkpoint["predicted"] = self.predicted and {
-            split: [scored.rows, scored.predictions, scored.labels]
-            for split, scored in self.predicted.items()
-        }
-        checkpoint["decisions"] = self.decisions
+        predicted = {split: [p.rows, p.predictions, p.labels] for split, p in self.predicted.items()}
+        checkpoint |= {"best": self.weights, "predicted": predicted, "decisions": self.decisions}
 
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self.weights = checkpoint["best"]
-        predicted = checkpoint.get("predicted") or {}
-        if all(isinstance(parts, list) for parts in predicted.values()):  # otherwise of version 0.1
-            # Tensors in those of earlier versions.
-            self.predicted = {
-                split: Scored(*(part.tolist() if torch.is_tensor(part) else part for part in parts))
-                for split, parts in predicted.items()
-            }
-        self.decisions = checkpoint.get("decisions", {})
+        self.weights, self.decisions = checkpoint["best"], checkpoint["decisions"]
+        self.predicted = {split: RowPredictions(*parts) for split, parts in checkpoint["predicted"].items()}
 
 
 def best_epoch(history: Sequence[dict[str, float]], monitor: str) -> dict[str, float]:
-    """The first epoch with the highest score; empty where nothing was evaluated."""
+    """The first epoch with the highest score; empty if there is none."""
     return max(history, key=lambda epoch: epoch[monitor], default={})
 
 
+def epochs_since_best(history: Sequence[dict[str, float]], monitor: str) -> int:
+    """Evaluated epochs after the best one."""
+    return len(history) - 1 - list(history).index(best_epoch(history, monitor))
+
+
 class EpochLine(lightning.Callback):
-    """After each epoch: where it is, the mean loss, the scores, how fast. At the end: why it ended early.
+    """Logs one line per epoch: number, mean loss, scores, seconds; and at the end, why a training stopped early.
 
     Args:
-        monitor: the score that counts.
-        patience: of `Best`.
+        monitor, patience: as of `Best`.
     """
 
     def __init__(self, monitor: str, patience: int | None = None) -> None:
@@ -123,24 +117,21 @@ class EpochLine(lightning.Callback):
         self._started = 0.0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._started = time.monotonic()  # a run that is taken up within an epoch does not start one
+        self._started = time.monotonic()  # a run that resumes within an epoch has no on_train_epoch_start
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._started = time.monotonic()
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, TaskModule)
-        loss = pl_module.epoch_loss.mean(trainer.world_size)  # all processes together
+        loss = pl_module.epoch_loss.mean(trainer.world_size)  # collective
         if not trainer.is_global_zero:
             return
-        seconds = time.monotonic() - self._started
-        evaluated = pl_module.history and pl_module.history[-1]["epoch"] == trainer.current_epoch + 1
-        scores = {k: v for k, v in pl_module.history[-1].items() if k != "epoch"} if evaluated else {}
-        shown = "".join(f"{name} {value:.4f}  " for name, value in scores.items())
-        before = [epoch[self._monitor] for epoch in pl_module.history[:-1]]
-        best = bool(scores) and all(scores[self._monitor] > score for score in before)
+        scores = pl_module.scores_of(trainer.current_epoch + 1) or {}
+        shown = "".join(f"{name} {value:.4f}  " for name, value in scores.items() if name != "epoch")
+        best = bool(scores) and best_epoch(pl_module.history, self._monitor) is scores
         first = pl_module.epoch_loss.first_batch
-        done, batches = _batches(trainer)
+        done, batches = internals.batches_done(trainer), trainer.num_training_batches
         log.info(
             "epoch %d/%s%s  loss %.4f%s  %s%s%.1f s",
             trainer.current_epoch + 1,
@@ -150,40 +141,32 @@ class EpochLine(lightning.Callback):
             f" (from batch {first + 1} on)" if first else "",
             shown,
             "(best)  " if best else "",
-            seconds,
+            time.monotonic() - self._started,
         )
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
         assert isinstance(pl_module, TaskModule)
-        if (why := self._why(trainer, pl_module.history)) is not None:
-            log.info("%s", why)
+        if trainer.is_global_zero and (reason := self._reason(trainer, pl_module.history)) is not None:
+            log.info("%s", reason)
 
-    def _why(self, trainer: lightning.Trainer, history: Sequence[dict[str, float]]) -> str | None:
+    def _reason(self, trainer: lightning.Trainer, history: Sequence[dict[str, float]]) -> str | None:
         """Why a training ended before its last epoch did; None: it did not."""
-        done, batches = _batches(trainer)
-        if trainer.current_epoch >= (trainer.max_epochs or 0) and done >= batches:
+        ended = internals.batches_done(trainer) >= trainer.num_training_batches
+        if trainer.current_epoch >= (trainer.max_epochs or 0) and ended:
             return None
         if 0 < trainer.max_steps <= trainer.global_step:
             return f"stopped by trainer.max_steps={trainer.max_steps}"
         timers = [one for one in cast(Any, trainer).callbacks if isinstance(one, Timer)]
         if any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers):
             return "stopped by trainer.max_time"
-        best = best_epoch(history, self._monitor)
-        if self._patience is None or not best:
+        if self._patience is None or not history:
             return None
-        since = len(history) - 1 - list(history).index(best)
+        since = epochs_since_best(history, self._monitor)
         if since < self._patience:
             return None
+        best = best_epoch(history, self._monitor)
         unit = "epoch" if self._patience == 1 else "evaluated epochs"
         return (
             f"stopped early: {self._monitor} did not improve for {since} {unit} (optim.patience={self._patience}); "
             f"best {best[self._monitor]:.4f} in epoch {int(best['epoch'])}"
         )
-
-
-def _batches(trainer: lightning.Trainer) -> tuple[int, float]:
-    """How many batches of the current epoch are done, and how many it has."""
-    done = cast(Any, trainer.fit_loop.epoch_loop.batch_progress.current).processed
-    return done, trainer.num_training_batches

@@ -1,4 +1,4 @@
-"""The same command, the same weights: what has to be said before anything runs on a device."""
+"""Deterministic algorithms: the same command trains the same weights."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import torch
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 
-def use_deterministic_algorithms(asked: bool | str | None) -> None:
-    """`trainer.deterministic`, from the start: Lightning says it only once a trainer is made.
+def use_deterministic_algorithms(deterministic: bool | str | None) -> None:
+    """Apply `trainer.deterministic` before anything runs on a device; Lightning does only when a Trainer is made.
 
-    What looks at the target before it trains (a probe, the feature cache) runs on the device earlier, and cuBLAS reads
-    its setting once, when it starts. On a CPU the algorithms are deterministic as they are.
+    A probe and the feature cache run earlier, and cuBLAS reads its setting once. On a CPU it changes nothing.
 
     Args:
-        asked: true: an operation that is not deterministic is an error; "warn": a warning.
+        deterministic: true: raise for a nondeterministic operation; "warn": warn.
     """
-    if asked:
+    if deterministic:
         os.environ.setdefault(CUBLAS, ":4096:8")
-    torch.use_deterministic_algorithms(bool(asked), warn_only=asked == "warn")
+    torch.use_deterministic_algorithms(bool(deterministic), warn_only=deterministic == "warn")

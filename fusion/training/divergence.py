@@ -1,8 +1,8 @@
-"""When a training whose loss stayed finite counts as diverged.
+"""Detect trainings that diverged with a finite loss.
 
-The mean training loss of its last epoch (the task's own, without penalties) is then more than `FACTOR` times the larger
-of two: the loss of a model whose scores are all zero, which knows nothing, and the loss of the first batch, before any
-update. Zero scores cost log(labels) in cross entropy, and the mean square of the labels in a regression.
+The mean training loss of the last epoch (the task's own, without penalties) is then more than `FACTOR` times the larger
+of two: the loss of scores that are all zero, and the loss of the first batch, before any update. Zero scores cost
+log(labels) in cross entropy, and the mean square of the labels in a regression.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FACTOR = 3.0
 
 
 def zero_score_loss(rows: EncodedRows, task: TaskConfig) -> float:
-    """The mean loss of scores that are all zero. Neither class weights nor label smoothing change it."""
+    """The mean loss of scores that are all zero, without class weights and label smoothing."""
     assert rows.labels is not None
     return kind_of(task).zero_score_loss(task, rows.labels, rows.choice_counts)
 
@@ -26,11 +26,11 @@ def zero_score_loss(rows: EncodedRows, task: TaskConfig) -> float:
 def divergence(
     figures: tuple[float, float] | None, training: Sequence[EncodedRows], tasks: Sequence[TaskConfig]
 ) -> dict[str, float] | None:
-    """`{"train_loss", "limit"}` of a training that diverged, as result.json has it; None of any other.
+    """`{"train_loss", "limit"}` of a training that diverged, as result.json has it; else None.
 
     Args:
         figures: of `EpochLoss`.
-        training: a split of each task.
+        training: one split per task.
     """
     if figures is None:
         return None

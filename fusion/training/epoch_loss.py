@@ -1,4 +1,4 @@
-"""The mean training loss of an epoch: each batch counts with its examples, those of all processes."""
+"""The mean training loss of an epoch: each batch is weighted by its examples in all processes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from fusion.training.gathering import gathered
 
 
 class EpochLoss:
-    """Running sums in double precision, of the whole loss and of the task's own, which wait for no device.
+    """Running sums in double precision, of the whole loss and of the task's own, without synchronising a device.
 
-    A checkpoint keeps them, so that the mean of an epoch that was interrupted is that of all its batches. Only the
-    first of several processes writes checkpoints, and knows its own sums alone: then the mean starts at the first
-    batch after the interruption, and `first_batch` has its number.
+    A checkpoint stores them. With several processes only the first one writes, which has its own sums only: after a
+    resume, the mean starts at the first batch since then, `first_batch`.
     """
 
     def __init__(self) -> None:
@@ -31,18 +30,17 @@ class EpochLoss:
     def add(self, total: Tensor, task: Tensor, weight: float) -> None:
         """
         Args:
-            total, task: of a batch, scalars: in each process its part of the mean over all processes.
-            weight: how many examples count in the batch over all processes; with class weights, the sum of theirs.
+            total, task: scalar losses of a batch: this process's part of the mean over all processes.
+            weight: the examples of the batch in all processes; with class weights, the sum of their weights.
         """
-        wide = torch.float32 if total.device.type == "mps" else torch.float64
-        parts = torch.stack([total, task]).detach().to(wide)
+        parts = torch.stack([total, task]).detach().to(_wide(total.device))
         if self._first is None:
             self._first = parts[1]
         self._sums = parts * weight if self._sums is None else self._sums + parts * weight
         self._weight += weight
 
     def mean(self, processes: int = 1) -> float | None:
-        """The mean of the whole loss so far, equal in all processes, which have to ask together; None: no batch."""
+        """The mean of the whole loss so far, equal in all processes; None: no batch. All processes have to call it."""
         if self._sums is None:
             return None
         total = self._sums[0].clone()
@@ -53,7 +51,7 @@ class EpochLoss:
     def figures(self) -> tuple[float, float] | None:
         """The task's loss of the training's first batch, and its mean over the last epoch; None: no batch.
 
-        Under DDP, every process has to call it.
+        All processes have to call it.
         """
         own = None
         if self._sums is not None and self._first is not None:
@@ -65,7 +63,7 @@ class EpochLoss:
         return sum(firsts) / len(firsts), sum(lasts) / len(lasts)
 
     def state(self, processes: int = 1) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """For a checkpoint."""
         return {
             "first": None if self._first is None else float(self._first),
             "sums": None if self._sums is None else self._sums.tolist(),
@@ -74,15 +72,15 @@ class EpochLoss:
             "processes": processes,
         }
 
-    def resume(self, state: dict[str, Any] | None, processes: int, batch: int, device: torch.device) -> None:
-        """Continue from what `state` gave, before `batch` (counted from 0); None: of version 0.1."""
+    def resume(self, state: dict[str, Any], processes: int, batch: int, device: torch.device) -> None:
+        """Continue from `state()` before `batch`, counted from 0."""
         self.restart(batch)
-        if not isinstance(state, dict):
-            return
         self._first = state["first"]
-        if (state["processes"], processes) != (1, 1):
-            return
-        self.first_batch, self._weight = state["first_batch"], state["weight"]
-        if state["sums"] is not None:
-            wide = torch.float32 if device.type == "mps" else torch.float64
-            self._sums = torch.tensor(state["sums"], dtype=wide, device=device)
+        if state["processes"] == processes == 1:
+            self.first_batch, self._weight = state["first_batch"], state["weight"]
+            if state["sums"] is not None:
+                self._sums = torch.tensor(state["sums"], dtype=_wide(device), device=device)
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64

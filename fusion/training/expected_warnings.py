@@ -1,14 +1,14 @@
-"""Warnings of libraries about what is meant to be so, kept off the terminal by every command alike."""
+"""Warnings of libraries about what this project does on purpose; no command shows them."""
 
 from __future__ import annotations
 
 import warnings
 
 EXPECTED = (
-    ".*module\\(s\\) in eval mode at the start of training",  # the frozen backbone is meant to be
+    ".*module\\(s\\) in eval mode at the start of training",  # the frozen backbone
     ".*is smaller than the logging interval",
-    ".*does not have many workers",  # batches are only gathered there
-    ".*resuming from a checkpoint that ended before the epoch ended",  # our samplers go on where they were
+    ".*does not have many workers",  # loaders only gather tokenised rows
+    ".*resuming from a checkpoint that ended before the epoch ended",  # the samplers resume within the epoch
     ".*treespec, LeafSpec",
     ".*will save all targets and predictions in the buffer",
     ".*variance of predictions or target is close to zero",  # such a correlation counts as 0

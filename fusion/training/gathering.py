@@ -10,10 +10,7 @@ T = TypeVar("T")
 
 
 def gathered(own: T) -> list[T]:
-    """What every process passes, in the order of the ranks; `[own]` outside DDP.
-
-    All processes have to call it together.
-    """
+    """The objects of all processes, by rank; `[own]` outside DDP. All processes have to call it."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [own]
     everywhere: list[Any] = [None] * torch.distributed.get_world_size()

@@ -1,20 +1,19 @@
-"""Frozen means frozen: only what the model declares trains, and nothing else changes.
+"""The guard over frozen tensors: only what the model declares is trained, and nothing else changes.
 
-Hashing every frozen tensor is exact and too dear for each epoch, so a change is looked for in three ways:
+A hash of every frozen tensor is exact but too slow for each epoch, so changes are detected in three ways:
 
-hashes      of every tensor, before a training and after it
-checksums   of every tensor, whenever a checkpoint is written: a tenth of the cost. Nothing that was trained on
-            other weights than the frozen ones can be taken up again
-versions    torch counts the writes to a tensor; a look at the counters costs nothing, so it is taken at each
-            epoch's end and before each evaluation. A write through `.data` is not counted. What was written to is
-            hashed: under DDP, buffers are written to with the values that they have
+hashes      of every tensor, before and after a training
+checksums   of every tensor, whenever a checkpoint is written, at a tenth of the cost. So no run resumes from what was
+            trained on other frozen weights
+versions    torch's counters of the writes to each tensor, at each epoch's end and before each validation, at no cost.
+            They miss writes through `.data`. A tensor with a new count is hashed, since DDP broadcasts buffers, which
+            rewrites the same values
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,35 +25,29 @@ from fusion.backbones.load import hash_tensors
 from fusion.errors import GuardError, UserError
 from fusion.model.adapted import AdaptedModel, hash_of_hashes
 from fusion.training.gathering import gathered
+from fusion.training.lightning_internals import writes
 
 _SHOWN = 4  # names in a message
-_CHECKPOINT_KEY = "frozen_hash"
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """A frozen tensor as it was last known to be right. It is kept, so that no other can take its address."""
-
-    tensor: Tensor
-    address: int
-    version: int
+_Seen = tuple[
+    Tensor, int, int
+]  # a frozen tensor, its address and its writes when it was last known to be unchanged
 
 
 class Guard(lightning.Callback):
-    """Only what the model declares may train, and nothing else may change, in any process.
+    """Raises if other tensors than the declared ones would be trained, or have changed, in any process.
 
-    It comes first among the callbacks: what it refuses, no other one writes down.
+    It has to be the first callback, so that no other one stores what it refuses.
 
     Args:
         model: the one that is trained.
-        checkpoints: the run's. They are removed where the end of a training shows that they cannot be trusted.
+        checkpoints: of the run; they are removed if a change is found at the end of a training only.
 
     Attributes:
-        frozen_hash: of all that is frozen, before the training; there before a checkpoint is read.
+        frozen_hash: of all frozen tensors before the training.
 
     Raises:
-        GuardError: other tensors than the declared ones would train, or did change; processes differ.
-        UserError: a checkpoint was made with other frozen weights.
+        GuardError: see above, or the processes have different tensors.
+        UserError: a checkpoint was trained with other frozen weights.
     """
 
     def __init__(self, model: AdaptedModel, checkpoints: Path | None = None) -> None:
@@ -64,44 +57,40 @@ class Guard(lightning.Callback):
         self._hashes: dict[str, str] = {}
         self._types: dict[str, torch.dtype] = {}
         self._checksums: dict[str, int] = {}
-        self._seen: dict[str, _Seen] = {}  # empty: no training is under way
-
-    # --- before -------------------------------------------------------------------------------------
+        self._seen: dict[str, _Seen] = {}  # empty outside a training
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Before a checkpoint is read, and before DDP gives every process the weights of the first."""
+        """Before a checkpoint is loaded, and before DDP copies the weights of the first process to the others."""
         if stage != "fit":
             return
         self._check_declared()
-        _check_apart(self._model)
+        _check_shared_memory(self._model)
         frozen = self._model.frozen()
         self._hashes = self._model.frozen_hashes()
         self.frozen_hash = hash_of_hashes(self._hashes)
         self._types = {name: tensor.dtype for name, tensor in frozen.items()}
         self._checksums = _checksums(frozen)
         if trainer.world_size > 1 and torch.distributed.is_initialized():
-            self._compare_processes(trainer)
+            self._compare_processes()
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """The model is where it will be trained."""
+        """After the model was moved to its device."""
         frozen = self._model.frozen()
-        turned = [name for name, tensor in frozen.items() if tensor.dtype != self._types.get(name)]
-        if turned:
+        converted = [name for name, tensor in frozen.items() if tensor.dtype != self._types.get(name)]
+        if converted:
             raise GuardError(
-                f"trainer.precision={trainer.precision} made {frozen[turned[0]].dtype} of frozen tensors: "
-                f"{_listed(turned)}; nothing is stored"
+                f"trainer.precision={trainer.precision} made {frozen[converted[0]].dtype} of frozen tensors: "
+                f"{_listed(converted)}; nothing is stored"
             )
         self._seen = {name: _see(tensor) for name, tensor in frozen.items()}
-        self._refuse(_differing(self._checksums, _checksums(frozen)), "before the first step")
+        _refuse(_differing(self._checksums, _checksums(frozen)), "before the first step")
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._check_optimizers(trainer)
 
-    # --- during -------------------------------------------------------------------------------------
-
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if self._seen:
-            self._look(trainer)
+            self._check_versions(trainer)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -109,7 +98,7 @@ class Guard(lightning.Callback):
         if batch_idx + 1 < trainer.num_training_batches:
             return
         self._check_declared()
-        # Here and not later: Lightning clears all gradients before it evaluates.
+        # Not at the epoch's end: Lightning clears all gradients before it validates.
         frozen = self._model.frozen().items()
         reached = [name for name, tensor in frozen if tensor.is_leaf and tensor.grad is not None]
         if reached:
@@ -118,114 +107,96 @@ class Guard(lightning.Callback):
             )
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._look(trainer)
+        self._check_versions(trainer)
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._look(trainer)
-        now = _checksums(self._model.frozen())
-        self._refuse(_differing(self._checksums, now), _in_epoch(trainer))
-        checkpoint[_CHECKPOINT_KEY] = self.frozen_hash
+        self._check_versions(trainer)
+        _refuse(_differing(self._checksums, _checksums(self._model.frozen())), _in_epoch(trainer))
+        checkpoint["frozen_hash"] = self.frozen_hash
 
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        made_with = checkpoint.get(_CHECKPOINT_KEY, self.frozen_hash)  # the first checkpoints did not know it
-        if made_with != self.frozen_hash:
+        stored = checkpoint["frozen_hash"]
+        if stored != self.frozen_hash:
             raise UserError(
-                "the run began with other frozen weights: the backbone or a source is not what it was "
-                f"({made_with[:8]} in the checkpoint, {self.frozen_hash[:8]} here).\n"
-                "Bring them back, or begin anew with resume=false"
+                "the run started with other frozen weights: the backbone or a source has changed "
+                f"({stored[:8]} in the checkpoint, {self.frozen_hash[:8]} now)\n"
+                "Restore them, or start over with resume=false"
             )
-
-    # --- after --------------------------------------------------------------------------------------
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._seen = {}
         changed = _differing(self._hashes, self._model.frozen_hashes())
         if changed and self._checkpoints is not None and trainer.is_global_zero:
-            shutil.rmtree(self._checkpoints, ignore_errors=True)  # nobody knows since when
-        self._refuse(changed, "seen at the end")
+            shutil.rmtree(self._checkpoints, ignore_errors=True)  # it is not known since when
+        _refuse(changed, "seen at the end")
 
-    # --- what is looked at --------------------------------------------------------------------------
+    # --- checks -------------------------------------------------------------------------------------
 
-    def _look(self, trainer: lightning.Trainer) -> None:
-        """All that can be seen without reading a tensor."""
+    def _check_versions(self, trainer: lightning.Trainer) -> None:
+        """All checks that read no tensor."""
         self._check_declared()
         self._check_optimizers(trainer)
         frozen = self._model.frozen()
         suspects = [name for name, tensor in frozen.items() if not _is_as_seen(self._seen.get(name), tensor)]
-        broken = self._seen.keys() - frozen.keys() or any(
+        if self._seen.keys() - frozen.keys() or any(
             hash_tensors([(name, frozen[name])]) != self._hashes.get(name) for name in suspects
-        )
-        if broken:  # whatever it costs: torch counts not every write, not those of a norm's statistics
-            self._refuse(_differing(self._hashes, self._model.frozen_hashes()), _in_epoch(trainer))
+        ):  # name all that changed: torch does not count the writes to a norm's statistics
+            _refuse(_differing(self._hashes, self._model.frozen_hashes()), _in_epoch(trainer))
         self._seen |= {name: _see(frozen[name]) for name in suspects}
 
     def _check_declared(self) -> None:
         declared = self._model.trainable()
-        by_identity = {id(parameter) for parameter in declared.values()}
-        undeclared = sorted(
-            name
-            for name, tensor in self._model.every_tensor().items()
-            if tensor.requires_grad and id(tensor) not in by_identity
-        )
-        frozen = sorted(name for name, parameter in declared.items() if not parameter.requires_grad)
+        ids = {id(parameter) for parameter in declared.values()}
+        tensors = self._model.every_tensor().items()
+        undeclared = [name for name, tensor in tensors if tensor.requires_grad and id(tensor) not in ids]
+        frozen = [name for name, parameter in declared.items() if not parameter.requires_grad]
         if undeclared or frozen:
             raise GuardError(
-                f"trainable but not declared: {_listed(undeclared) or 'nothing'}; "
-                f"declared but frozen: {_listed(frozen) or 'nothing'}; nothing is stored"
+                f"trainable but not declared: {_listed(undeclared)}; declared but frozen: {_listed(frozen)}; "
+                "nothing is stored"
             )
 
     def _check_optimizers(self, trainer: lightning.Trainer) -> None:
         declared = {id(parameter): name for name, parameter in self._model.trainable().items()}
         names = {id(tensor): name for name, tensor in self._model.every_tensor().items()}
-        given = [
-            parameter
-            for optimizer in trainer.optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        ]
-        held = {id(parameter) for parameter in given}
-        more = [
-            names.get(id(p), f"a tensor of shape {tuple(p.shape)}") for p in given if id(p) not in declared
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        held = {id(parameter): parameter for group in groups for parameter in group["params"]}
+        extra = [
+            names.get(key, f"a tensor of shape {tuple(parameter.shape)}")
+            for key, parameter in held.items()
+            if key not in declared
         ]
         missing = [name for key, name in declared.items() if key not in held]
-        if more or missing:
+        if extra or missing:
             raise GuardError(
-                f"the optimizer holds what is not declared: {_listed(more) or 'nothing'}; "
-                f"it lacks what is declared: {_listed(missing) or 'nothing'}; nothing is stored"
+                f"the optimizer holds what is not declared: {_listed(extra)}; "
+                f"it lacks what is declared: {_listed(missing)}; nothing is stored"
             )
 
-    def _compare_processes(self, trainer: lightning.Trainer) -> None:
-        """Every process says the same as the first, or all of them fail alike."""
+    def _compare_processes(self) -> None:
+        """Each process compares all with the first, so that all of them fail alike."""
         shapes = {name: str(tuple(parameter.shape)) for name, parameter in self._model.trainable().items()}
         every = gathered((self._hashes, shapes))
-        for rank, (hashes, theirs) in enumerate(every):
-            if names := _differing(every[0][0], hashes):
-                raise GuardError(
-                    f"process {rank} has other frozen tensors than process 0: {_listed(names)}; nothing is stored.\n"
-                    "The backbone and the store must be the same files for all of them"
-                )
-            if names := _differing(every[0][1], theirs):
-                raise GuardError(
-                    f"process {rank} would train other parameters than process 0: {_listed(names)}; "
-                    "nothing is stored"
-                )
-
-    def _refuse(self, changed: list[str], when: str) -> None:
-        if changed:
-            raise GuardError(
-                f"a frozen tensor changed in training, {when}: {_listed(changed)}; nothing is stored"
-            )
+        for rank, (hashes, trained) in enumerate(every):
+            for what, own, first in (
+                ("has other frozen tensors", hashes, every[0][0]),
+                ("would train other parameters", trained, every[0][1]),
+            ):
+                if names := _differing(first, own):
+                    raise GuardError(
+                        f"process {rank} {what} than process 0: {_listed(names)}; nothing is stored\n"
+                        "The backbone and the store must be the same files for all processes"
+                    )
 
 
-def _check_apart(model: AdaptedModel) -> None:
-    """What trains shares no memory with what is frozen.
-
+def _check_shared_memory(model: AdaptedModel) -> None:
+    """
     Raises:
-        GuardError: it does, or a parameter that trains stands for a frozen one as well.
+        GuardError: a trained parameter is a frozen tensor as well, or shares memory with one.
     """
     training = {id(parameter): name for name, parameter in model.trainable().items()}
     tuned = {id(parameter) for parameter in model.tuned().values()}
@@ -234,13 +205,14 @@ def _check_apart(model: AdaptedModel) -> None:
         of_the_backbone = name.startswith("backbone.") and id(tensor) not in tuned
         if id(tensor) in training and (of_the_backbone or name in buffers):
             raise GuardError(f"{training[id(tensor)]} trains and is the frozen {name}; nothing is stored")
-    frozen = model.frozen()
-    spans = [
-        *((*span, True, name) for name, tensor in model.trainable().items() for span in _memory(tensor)),
-        *((*span, False, name) for name, tensor in frozen.items() for span in _memory(tensor)),
-    ]
+    spans = sorted(
+        (*span, trains, name)
+        for tensors, trains in ((model.trainable(), True), (model.frozen(), False))
+        for name, tensor in tensors.items()
+        for span in _memory(tensor)
+    )
     furthest: dict[tuple[str, bool], tuple[int, str]] = {}  # by device and whether it trains: end, name
-    for device, start, end, trains, name in sorted(spans):
+    for device, start, end, trains, name in spans:
         other_end, other = furthest.get((device, not trains), (0, ""))
         if other_end > start:
             first, second = (name, other) if trains else (other, name)
@@ -249,50 +221,48 @@ def _check_apart(model: AdaptedModel) -> None:
 
 
 def _memory(tensor: Tensor) -> Iterable[tuple[str, int, int]]:
-    """Device, first byte and the byte after the last one of a tensor's elements; nothing for an empty one."""
+    """Device, first byte and the byte after the last one of a tensor's elements; nothing for an empty tensor."""
     if tensor.numel():
         elements = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
         yield str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()
 
 
 def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The sum of each tensor's bytes, taken as integers of up to 64 bits, modulo 2^64: the same on any device."""
-    sums: dict[torch.device, list[Tensor]] = {}
-    names: dict[torch.device, list[str]] = {}
+    """The sum of each tensor's bytes, taken as integers of up to 64 bits, modulo 2^64: equal on all devices."""
+    sums: dict[torch.device, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         flat = tensor.detach().contiguous().flatten()
-        wide = flat.numel() * flat.element_size() % 8 == 0 and flat.data_ptr() % 8 == 0
-        size = 8 if wide and flat.storage_offset() * flat.element_size() % 8 == 0 else flat.element_size()
-        as_integers = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(size, torch.int64))
-        sums.setdefault(tensor.device, []).append(as_integers.sum(dtype=torch.int64))
-        names.setdefault(tensor.device, []).append(name)
+        size = flat.element_size()
+        offsets = (flat.numel() * size, flat.data_ptr(), flat.storage_offset() * size)
+        if all(offset % 8 == 0 for offset in offsets):
+            size = 8
+        integers = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(size, torch.int64))
+        sums.setdefault(tensor.device, {})[name] = integers.sum(dtype=torch.int64)
     return {
         name: value
-        for device, values in sums.items()
-        for name, value in zip(names[device], torch.stack(values).tolist(), strict=True)
+        for of_device in sums.values()  # one transfer per device
+        for name, value in zip(of_device, torch.stack(list(of_device.values())).tolist(), strict=True)
     }
 
 
 def _see(tensor: Tensor) -> _Seen:
-    return _Seen(tensor, tensor.data_ptr(), _version(tensor))
+    return tensor, tensor.data_ptr(), writes(tensor)  # the reference keeps the address from being reused
 
 
 def _is_as_seen(seen: _Seen | None, tensor: Tensor) -> bool:
-    if seen is None or seen.tensor is not tensor:
-        return False
-    return (seen.address, seen.version) == (tensor.data_ptr(), _version(tensor))
-
-
-def _version(tensor: Tensor) -> int:
-    """How often it was written to; -1 for one that does not count, which a frozen tensor was never."""
-    return -1 if tensor.is_inference() else tensor._version
+    return seen is not None and seen[0] is tensor and seen[1:] == (tensor.data_ptr(), writes(tensor))
 
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The names that are missing on one side or have another value there."""
-    return sorted(
-        name for name in {*one, *other} if name not in one or name not in other or one[name] != other[name]
-    )
+    """The names that one side lacks or that have another value there."""
+    return sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
+
+
+def _refuse(changed: list[str], when: str) -> None:
+    if changed:
+        raise GuardError(
+            f"a frozen tensor changed in training, {when}: {_listed(changed)}; nothing is stored"
+        )
 
 
 def _in_epoch(trainer: lightning.Trainer) -> str:
@@ -301,4 +271,4 @@ def _in_epoch(trainer: lightning.Trainer) -> str:
 
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return ", ".join(sorted(names)[:_SHOWN]) + more if names else "nothing"

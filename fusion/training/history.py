@@ -1,8 +1,8 @@
-"""history.jsonl: every figure that a run logs, whatever `logger=` says.
+"""history.jsonl: all figures that a run logs, for any setting of `logger`.
 
-First a header, {"run", "name", "command", "started"}, then one object for each thing that was logged:
-{"step": 9, "epoch": 1, "train/loss": 0.69, ...}. Steps count from 0, epochs from 1. A run that is taken up again
-writes another file, in its new folder, with the same "run": together they are its history, joined by the step.
+The first line is {"run", "name", "command", "started"}, then one object for each logged step or epoch:
+{"step": 9, "epoch": 1, "train/loss": 0.69, ...}. Steps count from 0, epochs from 1. A resumed run writes another file,
+in its new folder, with the same "run": together they are its history, joined by the step.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from fusion.training.record_file import RecordFile
 
 
 class History(Logger):
-    """A logger of Lightning's that writes history.jsonl. For the first process of a DDP run alone.
+    """A Lightning logger that writes history.jsonl, for the first process of a DDP run.
 
     Args:
         directory: the job's output folder.
-        run: NAME-IDENTITY, the same whenever the run is taken up again.
+        run: NAME-IDENTITY, the same whenever the run resumes.
     """
 
     def __init__(self, directory: Path, *, run: str, name: str, command: str) -> None:
@@ -51,18 +51,18 @@ class History(Logger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         values = dict(metrics)
-        if "epoch" in values:  # Lightning's own, counted from 0
+        if "epoch" in values:  # added by Lightning, counted from 0
             self._epoch = int(values.pop("epoch")) + 1
         self._file.write({"step": step, "epoch": self._epoch, **values})
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """They stand in config.yaml."""
+        """They are in config.yaml."""
 
 
 class FirstOfEpoch(lightning.Callback):
-    """Logs each epoch's first step too, which Lightning leaves out unless it is one of `log_every_n_steps`.
+    """Logs the first step of each epoch too, so that a training of few batches has a curve.
 
-    So that a training of few batches has a curve at all.
+    Lightning logs the steps of `log_every_n_steps` only.
     """
 
     def on_train_batch_end(

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and the signals of a scheduler, put off until what was earned is on the disk."""
+"""Defer SIGINT, SIGTERM and the signals of schedulers until a checkpoint has been written."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ log = logging.getLogger(__name__)
 
 
 class Interrupts:
-    """While it is armed, a first signal only sets `pending`; a second one, later than `ECHO`, acts at once.
+    """Once armed, the first signal only sets `pending`; a second one, later than `ECHO` seconds, is handled at once.
 
-    What a signal does in the end is what it would have done: Ctrl-C raises KeyboardInterrupt, SIGTERM raises
-    Terminated, submitit's handler asks for another turn and ends the process. A scheduler's signal that nobody
-    handles ends the run like SIGTERM. Handlers that were there before come back at the end.
+    `obey` calls the previous handler: Ctrl-C raises KeyboardInterrupt, SIGTERM raises Terminated, submitit's handler
+    requeues the job. A scheduler's signal without a handler ends the run like SIGTERM. The previous handlers are
+    restored at the end.
     """
 
     def __init__(self) -> None:
@@ -28,24 +28,20 @@ class Interrupts:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():  # nobody else may handle signals
+        if threading.current_thread() is threading.main_thread():  # others may not set handlers
             handlers = {number: signal.getsignal(number) for number in SIGNALS}
-            # None: it was set outside Python. Ignored: the user wants it to be, as nohup does.
+            # None: set outside Python. SIG_IGN: the user wants it ignored, as with nohup.
             self._before = {n: h for n, h in handlers.items() if h not in (None, signal.SIG_IGN)}
         return self
 
     def arm(self) -> None:
-        """Put signals off from now on.
-
-        A rank that forwards its signals still does so at once: it has nothing to save, and the process that started
-        it stops all ranks.
-        """
+        """Defer signals from now on, except those that a rank forwards to the process that started it."""
         for number, handler in self._before.items():
             if not isinstance(handler, Forward):
-                signal.signal(number, self._put_off)
+                signal.signal(number, self._defer)
 
     def obey(self) -> None:
-        """Do what the pending signal asks for, if there is one. Returns where it asks for nothing."""
+        """Call the handler of the pending signal, if there is one."""
         if self.pending is None:
             return
         number, self.pending = self.pending, None
@@ -59,7 +55,7 @@ class Interrupts:
         if error is None:
             self.obey()
 
-    def _put_off(self, number: int, frame: FrameType | None) -> None:
+    def _defer(self, number: int, frame: FrameType | None) -> None:
         if self.pending is None:
             self.pending, self._since = signal.Signals(number), time.monotonic()
         elif time.monotonic() - self._since > ECHO:

@@ -15,13 +15,13 @@ from fusion.config.task import TaskConfig
 from fusion.tasks.kind import Decision
 from fusion.tasks.table import kind_of
 
-MEAN = "mean"  # of several tasks, their main metrics' mean: every task counts the same
+MEAN = "mean"  # of the main metrics of all tasks
 
 
 def predicted(
     task: TaskConfig, scores: Tensor, labels: NDArray[Any] | None, decision: Decision | None = None
 ) -> list[Any]:
-    """The prediction for each row. scores: (B, K) of the head; the other arguments as of `score`."""
+    """The prediction for each row; arguments as of `score`."""
     kind = kind_of(task)
     outputs = kind.outputs(scores)
     if decision is None:
@@ -33,10 +33,12 @@ def predicted(
 def score(
     task: TaskConfig, scores: Tensor, labels: NDArray[Any] | None, decision: Decision | None = None
 ) -> dict[str, float]:
-    """All metrics of the task for scores (rows, K) and labels (rows,) or (rows, ...).
+    """All metrics of the task.
 
     Args:
-        decision: what an artifact stores with its head, see `Kind.decision`; None: chosen on these rows.
+        scores: (B, K), of the head.
+        labels: (B,) or (B, ...).
+        decision: as an artifact stores it, see `Kind.decision`; None: chosen on these rows.
     """
     assert labels is not None
     predictions = predicted(task, scores, labels, decision)
@@ -51,10 +53,10 @@ def score_predictions(
 
 
 def main_metric(splits: Mapping[str, TaskConfig]) -> str:
-    """What picks the best epoch: the task's first metric on its first validation split; of several tasks, the mean.
+    """The metric that picks the best epoch: the task's first one on its first split; of several tasks, the mean.
 
     Args:
-        splits: by name, with the task whose rows each one holds.
+        splits: the task of each validation split.
     """
     names = main_metrics(splits)
     return names[0] if len(names) == 1 else MEAN

@@ -1,4 +1,4 @@
-"""JSON lines that a run writes as it goes: whole lines only, and no reason to stop when the disk is full."""
+"""JSON Lines files that are written during a run: whole lines only; a full disk does not stop the run."""
 
 from __future__ import annotations
 
@@ -14,50 +14,46 @@ log = logging.getLogger(__name__)
 
 
 class RecordFile:
-    """A file of one JSON object a line, made with its first line; whoever reads it meanwhile sees whole lines.
+    """A file with one JSON object per line, created with the first line; an existing file is overwritten.
 
-    A file that is there already (of a folder that was named for a second run) is begun anew. After the first line
-    that cannot be written it says so once, takes back what it wrote of it, and writes no more.
+    If a line cannot be written, a warning is logged, the partial line is removed and nothing more is written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._begun = False
-        self._ended = False
+        self._size = 0
+        self._failed = False
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends one line; NaN and infinities become null."""
-        if self._ended:
+        """Append one line; NaN and infinities become null."""
+        if self._failed:
             return
         line = json.dumps(finite(record), ensure_ascii=False, allow_nan=False, default=str)
         try:
-            self._append(f"{line}\n".encode())
-        except OSError as error:
-            self._ended = True
-            reason = error.strerror or error
-            log.warning("%s: cannot be written any more (%s); training goes on without it", self.path, reason)
-
-    def _append(self, line: bytes) -> None:
-        if not self._begun:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        begin = os.O_APPEND if self._begun else os.O_TRUNC
-        # Opened for each line, which costs some microseconds: nothing to close when a run is killed or fails.
-        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | begin, 0o666)
+            # Opened for each line, which takes microseconds: nothing to close when the run is killed.
+            with open(self.path, "ab" if self._size else "wb", buffering=0) as file:
+                self._append(file.fileno(), f"{line}\n".encode())
+        except OSError as error:
+            self._failed = True
+            reason = error.strerror or error
+            log.warning(
+                "%s: cannot be written any more (%s); training continues without it", self.path, reason
+            )
+
+    def _append(self, descriptor: int, line: bytes) -> None:
+        written = 0
         try:
-            before, written = os.fstat(file).st_size, 0
-            try:
-                while written < len(line):  # a disk with a little room takes a part
-                    written += os.write(file, line[written:])
-            except OSError:
-                os.ftruncate(file, before)
-                raise
-        finally:
-            os.close(file)
-        self._begun = True
+            while written < len(line):  # an almost full disk takes a part
+                written += os.write(descriptor, line[written:])
+        except OSError:
+            os.ftruncate(descriptor, self._size)
+            raise
+        self._size += len(line)
 
 
 def finite(value: Any) -> Any:
-    """The same with None for each number that JSON has no word for."""
+    """The same with None for each NaN and infinity, which JSON lacks."""
     if isinstance(value, Mapping):
         return {str(key): finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

@@ -76,8 +76,8 @@ def statuses(place: Path) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize(
     ("phase", "target"),
     [
-        ("reading", "fusion.training.stage.load_splits"),
-        pytest.param("tokenising", "fusion.training.stage.encode", marks=pytest.mark.slow),
+        ("reading", "fusion.training.task_rows.load_splits"),
+        pytest.param("tokenising", "fusion.training.task_rows.encode", marks=pytest.mark.slow),
         pytest.param("loading the backbone", "fusion.backbones.load.load_backbone", marks=pytest.mark.slow),
         pytest.param("starting the loggers", "fusion.training.stage.build_loggers", marks=pytest.mark.slow),
         ("training", "fusion.training.module.TaskModule.training_step"),

@@ -19,7 +19,7 @@ from fusion.config.stages import Stage1Config
 from fusion.errors import UserError
 from fusion.runs.run import Run
 from fusion.store.lookup import read_manifest
-from fusion.training.fit import _check_tokenizer
+from fusion.training.checkpoints import check_tokenizer
 from tests.bench import Bench
 from tests.tiny_backbone import save_backbone
 
@@ -190,10 +190,9 @@ def test_a_finished_run_is_refused_where_its_backbone_has_changed(
 
 
 def test_a_checkpoint_is_resumed_with_its_own_tokenizer() -> None:
-    _check_tokenizer({"tokenizer": "a" * 64}, "a" * 64)
-    _check_tokenizer({}, "a" * 64)  # of 0.1
+    check_tokenizer({"tokenizer": "a" * 64}, "a" * 64)
     with pytest.raises(UserError, match=r"another tokenizer \(hash aaaaaaaa, now bbbbbbbb\)\n.*resume=false"):
-        _check_tokenizer({"tokenizer": "a" * 64}, "b" * 64)
+        check_tokenizer({"tokenizer": "a" * 64}, "b" * 64)
 
 
 # --- before the rows are read -----------------------------------------------------------------------
@@ -206,7 +205,7 @@ def test_the_backbone_is_checked_before_the_rows(
         raise AssertionError("rows were read")
 
     for function in (
-        "fusion.training.stage.load_splits",
+        "fusion.training.task_rows.load_splits",
         "fusion.data.rows.load_splits",
         "fusion.data.rows.rows_of_file",
     ):

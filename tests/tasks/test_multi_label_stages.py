@@ -133,11 +133,11 @@ def test_a_checkpoint_keeps_the_decision_of_the_best_epoch(tmp_path: Path) -> No
     import torch
 
     from fusion.training.callbacks import Best
-    from fusion.training.outcomes import Scored
+    from fusion.training.predictions import RowPredictions
 
     best, nothing = Best("validation/micro_f1", None), cast(Any, None)
     best.weights = {"w": torch.ones(2)}
-    best.predicted = {"validation": Scored([0, 1], [[0, 2], []], [[0], []])}
+    best.predicted = {"validation": RowPredictions([0, 1], [[0, 2], []], [[0], []])}
     best.decisions = {"moods": {"threshold": 0.25}}
     checkpoint: dict[str, Any] = {}
     best.on_save_checkpoint(nothing, nothing, checkpoint)
@@ -145,10 +145,3 @@ def test_a_checkpoint_keeps_the_decision_of_the_best_epoch(tmp_path: Path) -> No
     resumed = Best("validation/micro_f1", None)
     resumed.on_load_checkpoint(nothing, nothing, torch.load(tmp_path / "c.pt", weights_only=True))
     assert (resumed.predicted, resumed.decisions) == (best.predicted, best.decisions)
-    # Of earlier versions: tensors, and no decision.
-    checkpoint["predicted"] = {
-        "validation": [torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor([1, 1])]
-    }
-    del checkpoint["decisions"]
-    resumed.on_load_checkpoint(nothing, nothing, checkpoint)
-    assert resumed.predicted == {"validation": Scored([0, 1], [1, 0], [1, 1])} and resumed.decisions == {}

@@ -24,10 +24,9 @@ from tests.bench import Bench, same
 
 def content(number: int) -> dict[str, Any]:
     return {
+        "format": checkpoints.FORMAT,
         "position": {"epoch": number, "batch": 0, "steps": number},
-        "loops": {},
         "state_dict": {"weight": torch.full((300,), float(number))},
-        "optimizer_states": [],
     }
 
 
@@ -44,18 +43,12 @@ def test_the_last_and_the_one_before_stay(tmp_path: Path) -> None:
     assert read is not None and read["position"]["epoch"] == 2
 
 
-def test_a_checkpoint_of_version_0_1_gets_the_present_names(tmp_path: Path) -> None:
-    former, name = "model.fillings.0.feedforward.up.bias", "model.slots.0.feedforward.up.bias"
-    old = {
-        "state_dict": {former: torch.ones(1), "model.head.bias": torch.ones(1)},
-        "frozen_hash": "of old names",
-    }
-    write_checkpoint(
-        tmp_path, content(1) | old | {"callbacks": {"Best": {"weights": {former[6:]: torch.ones(1)}}}}
-    )
-    read = read_checkpoint(tmp_path)
-    assert read is not None and set(read["state_dict"]) == {name, "model.head.bias"}
-    assert list(read["callbacks"]["Best"]["weights"]) == [name[6:]] and "frozen_hash" not in read
+def test_a_checkpoint_of_another_version_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    old = content(1)
+    del old["format"]  # as of version 0.1
+    write_checkpoint(tmp_path, old)
+    assert read_checkpoint(tmp_path) is None
+    assert "written by another version" in caplog.text
 
 
 def test_damage_is_seen_and_the_one_before_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

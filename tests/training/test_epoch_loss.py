@@ -48,10 +48,3 @@ def test_of_several_processes_only_the_rest_is_known(processes: tuple[int, int])
     assert rest.first_batch == 2
     add(rest, BATCHES[2:])
     assert rest.mean() == 1.0 and rest.figures() == (3.5, 0.5)
-
-
-@pytest.mark.parametrize("state", [None, [4.0, 1, 2.0, 3]])
-def test_a_checkpoint_of_another_version(state: object) -> None:
-    loss = EpochLoss()
-    loss.resume(state, 1, 2, CPU)  # type: ignore[arg-type]
-    assert loss.mean() is None and loss.first_batch == 2

@@ -210,7 +210,7 @@ def test_a_job_that_slurm_takes_away_goes_on_in_its_next_turn(place: Path, tiny_
             os.kill(left, signal.SIGKILL)
     assert process.returncode == 0, err
     said = next((place / "preempted").glob("*/run.log")).read_text()
-    assert "SIGUSR2" in said and "going on at epoch" in said
+    assert "SIGUSR2" in said and "resuming at epoch" in said
     assert "Traceback" not in said
     status = json.loads(next((place / "preempted").glob("*/status.json")).read_text())
     assert status["status"] == "done"

@@ -1,4 +1,4 @@
-"""Too little memory: the step, the batch and what fits are said, and what is said to fit does."""
+"""Out of memory: the error names the step, the batch and the settings that take less."""
 
 from __future__ import annotations
 
@@ -18,144 +18,89 @@ from fusion.config.model import BackboneConfig
 from fusion.config.training import TrainerConfig
 from fusion.errors import TrainingError
 from fusion.model.adapted import AdaptedModel
-from fusion.training import out_of_memory
 from fusion.training.out_of_memory import is_out_of_memory
 from tests.bench import Bench, same
 
 ROOT = Path(__file__).resolve().parents[2]
-AsLongAs = Callable[[AdaptedModel, torch.Tensor], bool]
-CPU_SAYS = (
+CHECKPOINTING = "or backbone.gradient_checkpointing=true"
+CPU_ERROR = (
     "[enforce fail at alloc_cpu.cpp:128] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
     "allocate 1 bytes. Error code 12 (Cannot allocate memory)"
 )
 
 
 @pytest.fixture
-def room_for(monkeypatch: pytest.MonkeyPatch) -> Callable[[AsLongAs], list[int]]:
-    """`room_for(check)` makes the model raise where check(model, input_ids) is false; gives the sequences it was asked for."""
+def fits(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[AdaptedModel, torch.Tensor], bool]], None]:
+    """`fits(check)` makes the model run out of memory if `check(model, input_ids)` is false."""
     forward = AdaptedModel.forward
 
-    def use(check: AsLongAs) -> list[int]:
-        tried: list[int] = []
-
+    def use(check: Callable[[AdaptedModel, torch.Tensor], bool]) -> None:
         def limited(self: AdaptedModel, input_ids: torch.Tensor, *values: Any, **named: Any) -> torch.Tensor:
-            tried.append(len(input_ids))
             if not check(self, input_ids):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
             return forward(self, input_ids, *values, **named)
 
         monkeypatch.setattr(AdaptedModel, "forward", limited)
-        return tried
 
     return use
 
 
-def failing(bench: Bench, **changes: Any) -> str:
+def failing(bench: Bench, **changes: Any) -> tuple[str, str]:
+    """The two lines of the message."""
     with pytest.raises(TrainingError) as caught:
         bench.stage1("films", **changes)
     assert not (bench.folder / "store" / "films").exists()
-    said = str(caught.value)
-    assert len(said.splitlines()) == 2
-    return said
+    first, second = str(caught.value).splitlines()
+    return first, second
 
 
 def trainer(**settings: Any) -> TrainerConfig:
-    return TrainerConfig(accelerator="cpu", max_epochs=1, enable_progress_bar=False, **settings)
-
-
-def batches(bench: Bench, **settings: Any) -> Any:
-    return dataclasses.replace(bench.data, **settings)
+    return TrainerConfig(**{"accelerator": "cpu", "max_epochs": 1, "enable_progress_bar": False, **settings})
 
 
 @pytest.mark.parametrize(
-    ("room", "size", "accumulate", "fits"),
-    [(3, 8, 1, (2, 4)), (4, 8, 3, (4, 6)), (7, 12, 1, (6, 2)), (1, 5, 1, (1, 5))],
+    ("data", "advice"),
+    [
+        ({"batch_size": 8}, "data.batch_size=4 trainer.accumulate_grad_batches=6"),
+        ({"tokens_per_batch": 100}, "data.tokens_per_batch=50 trainer.accumulate_grad_batches=6"),
+        ({"batch_size": 1}, "a data.max_length below 16"),
+    ],
 )
-def test_the_largest_part_of_a_batch_that_fits(
-    bench: Bench,
-    room_for: Callable[[AsLongAs], list[int]],
-    room: int,
-    size: int,
-    accumulate: int,
-    fits: tuple[int, int],
-) -> None:
-    tried = room_for(lambda _, ids: len(ids) <= room)
-    asked = trainer(accumulate_grad_batches=accumulate)
-    said = failing(bench, data=batches(bench, batch_size=size), trainer=asked)
-    first, second = said.splitlines()
-    assert re.fullmatch(
-        rf"out of memory at step 0, in a batch of {size} rows of up to \d+ tokens \(data\.batch_size={size} "
-        rf"trainer\.accumulate_grad_batches={accumulate}\); nothing is stored\.",
-        first,
+def test_in_training(bench: Bench, fits: Any, data: dict[str, Any], advice: str) -> None:
+    fits(lambda *_: False)
+    settings = dataclasses.replace(bench.data, **data)
+    first, second = failing(bench, data=settings, trainer=trainer(accumulate_grad_batches=3))
+    assert re.match(
+        r"out of memory at step 0, in a batch of \d+ examples x \d+ tokens; nothing is stored", first
     )
-    rows, times = fits
-    override = f"data.batch_size={rows} trainer.accumulate_grad_batches={times}"
-    assert second == f"{override} fits, takes as much a step, and begins anew"
-    assert tried[0] == size and tried[1:] == [*sorted(tried[1:-1], reverse=True), size]  # that one recomputed
-    bench.stage1(
-        "films", data=batches(bench, batch_size=rows), trainer=trainer(accumulate_grad_batches=times)
-    )
+    assert "Tried to allocate 2 GiB" in first
+    assert second.startswith(f"Try {advice}, {CHECKPOINTING}")
 
 
-def test_gradient_checkpointing_goes_on_where_the_run_was(
-    bench: Bench, room_for: Callable[[AsLongAs], list[int]], monkeypatch: pytest.MonkeyPatch
+def test_in_a_validation(bench: Bench, fits: Any) -> None:
+    """Without gradients there is nothing to recompute."""
+    fits(lambda model, ids: model.training or len(ids) <= 4)
+    first, second = failing(bench, trainer=trainer())
+    assert first.startswith("out of memory in the validation after 8 steps, in a batch of 8 examples x ")
+    assert second == "Try data.batch_size=4 trainer.accumulate_grad_batches=2"
+
+
+def test_with_gradient_checkpointing_the_run_resumes(
+    bench: Bench, fits: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun: list[int] = []
-    two = TrainerConfig(accelerator="cpu", max_epochs=2, enable_progress_bar=False)
+    calls: list[int] = []
+    two = trainer(max_epochs=2)
     bench.stage1("films", trainer=two, store=str(bench.folder / "whole"))
-    with monkeypatch.context():
-        # The second epoch meets a batch that does not fit.
-        room_for(lambda model, ids: model.gradient_checkpointing or begun.append(0) or len(begun) <= 12)  # type: ignore[func-returns-value]
-        said = failing(bench, trainer=two)
-    assert "at step 10" in said
-    assert said.endswith(
-        "backbone.gradient_checkpointing=true fits, takes longer, and goes on where this run was"
-    )
+    with monkeypatch.context():  # a batch of the second epoch does not fit
+        fits(lambda model, ids: model.gradient_checkpointing or calls.append(0) or len(calls) <= 12)
+        first, second = failing(bench, trainer=two)
+    assert "at step 10" in first and CHECKPOINTING in second
     saving = BackboneConfig(name_or_path=str(bench.backbone), pooling="mean", gradient_checkpointing=True)
     assert bench.stage1("films", trainer=two, backbone=saving)["epochs"] == 2
     assert same(bench.weights("films"), bench.weights("films", "whole"))
 
 
-def test_not_even_one_row(bench: Bench, room_for: Callable[[AsLongAs], list[int]]) -> None:
-    room_for(lambda *_: False)
-    assert re.search(r"\nNot even one row of \d+ tokens fits: lower data\.max_length=16$", failing(bench))
-
-
-def test_both_together(bench: Bench, room_for: Callable[[AsLongAs], list[int]]) -> None:
-    room_for(lambda model, ids: model.gradient_checkpointing and len(ids) <= 2)
-    override = "backbone.gradient_checkpointing=true data.batch_size=2 trainer.accumulate_grad_batches=4"
-    assert failing(bench).splitlines()[1] == f"{override} fits, takes as much a step, and begins anew"
-
-
-def test_batches_by_tokens(bench: Bench, room_for: Callable[[AsLongAs], list[int]]) -> None:
-    room_for(lambda _, ids: ids.numel() <= 30)
-    said = failing(bench, data=batches(bench, tokens_per_batch=100))
-    assert "(data.tokens_per_batch=100 trainer.accumulate_grad_batches=1)" in said
-    assert said.splitlines()[1].startswith("data.tokens_per_batch=25 trainer.accumulate_grad_batches=4 fits")
-    bench.stage1("films", data=batches(bench, tokens_per_batch=25))
-
-
-def test_in_an_evaluation(bench: Bench, room_for: Callable[[AsLongAs], list[int]]) -> None:
-    """Without gradients there is nothing to compute again; the advice is tried without them, too."""
-    room_for(lambda model, ids: model.training or len(ids) <= 4)
-    first, second = failing(bench).splitlines()
-    assert first.startswith("out of memory in the evaluation after 8 steps, in a batch of 8 rows")
-    assert (
-        second
-        == "data.batch_size=4 trainer.accumulate_grad_batches=2 fits, takes as much a step, and begins anew"
-    )
-
-
-def test_a_trial_that_takes_too_long_or_fails_still_says_something(
-    bench: Bench, room_for: Callable[[AsLongAs], list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tried = room_for(lambda _, ids: len(ids) <= 3)
-    monkeypatch.setattr(out_of_memory, "SECONDS", -1.0)
-    assert "\nLower data.batch_size and raise trainer.accumulate_grad_batches" in failing(bench)
-    assert len(tried) == 1
-
-
-def test_other_errors_stay_what_they_are(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_not_changed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> torch.Tensor:
         raise RuntimeError("shapes do not match")
 
@@ -164,28 +109,10 @@ def test_other_errors_stay_what_they_are(bench: Bench, monkeypatch: pytest.Monke
         bench.stage1("films")
 
 
-def test_an_error_that_may_mean_it_counts_where_less_gets_through(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forward = AdaptedModel.forward
-    room = 4
-
-    def limited(self: AdaptedModel, input_ids: torch.Tensor, *values: Any, **named: Any) -> torch.Tensor:
-        if len(input_ids) > room:
-            raise RuntimeError("could not create a primitive")
-        return forward(self, input_ids, *values, **named)
-
-    monkeypatch.setattr(AdaptedModel, "forward", limited)
-    assert "data.batch_size=4 trainer.accumulate_grad_batches=2 fits" in failing(bench)
-    room = 0
-    with pytest.raises(RuntimeError, match="could not create a primitive"):
-        bench.stage1("films")
-
-
-def test_what_allocators_say() -> None:
+def test_errors_of_allocators() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert is_out_of_memory(MemoryError())
-    assert is_out_of_memory(RuntimeError(CPU_SAYS))
+    assert is_out_of_memory(RuntimeError(CPU_ERROR))
     behind = ValueError("compiling failed")
     behind.__cause__ = RuntimeError("CUDA error: out of memory")
     assert is_out_of_memory(behind)
@@ -239,11 +166,8 @@ def train_within(folder: Path, megabytes: int, rows: int, times: int) -> str:
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a limit on the address space")
 def test_a_real_limit_on_memory(tmp_path: Path) -> None:
-    """Under RLIMIT_AS the allocator fails for real; what the message says then trains under the same limit."""
+    """Under RLIMIT_AS the allocator fails; a batch that is small enough trains under the same limit."""
     first, second = train_within(tmp_path / "1", 80, 512, 1).splitlines()
-    assert first.startswith("out of memory at step 0, in a batch of 512 rows of up to ")
-    fits = re.match(r"data\.batch_size=(\d+) trainer\.accumulate_grad_batches=(\d+) fits", second)
-    assert fits is not None, second
-    rows, times = int(fits[1]), int(fits[2])
-    assert rows * times == 512
-    assert train_within(tmp_path / "2", 80, rows, times) == "trained"
+    assert first.startswith("out of memory at step 0, in a batch of 512 examples x ")
+    assert second.startswith("Try data.batch_size=256 trainer.accumulate_grad_batches=2, or ")
+    assert train_within(tmp_path / "2", 80, 16, 32) == "trained"

@@ -18,7 +18,6 @@ from fusion.analysis.pruning import mean_attention
 from fusion.backbones.load import Backbone
 from fusion.config.commands import RankConfig
 from fusion.config.compositions import CompositionConfig
-from fusion.config.stages import Stage2Config
 from fusion.config.training import OptimConfig, TrainerConfig
 from fusion.data.samples import sampled_batches
 from fusion.model.adapted import AdaptedModel
@@ -27,7 +26,8 @@ from fusion.model.inference import device_of
 from fusion.store.artifacts import Artifact
 from fusion.store.manifest import Manifest
 from fusion.training.fit import fit
-from fusion.training.stage import TaskRows
+from fusion.training.spec import FitSpec, Objective
+from fusion.training.task_rows import TaskRows
 
 
 def attention_of_short_run(
@@ -42,25 +42,8 @@ def attention_of_short_run(
     Raises:
         TrainingError: the loss was no longer finite.
     """
-    composition = CompositionConfig()
-    training = Stage2Config(
-        task=config.task,
-        data=config.data,
-        backbone=config.backbone,
-        optim=OptimConfig(lr=config.lr, patience=None),
-        trainer=TrainerConfig(
-            accelerator=config.accelerator,
-            devices=1,
-            max_epochs=config.epochs,
-            check_val_every_n_epoch=config.epochs,  # of no use here, so once
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-        ),
-        resume=False,
-        sources=[source.manifest.name for source in sources],
-        seed=config.seed,
-    )
     assert config.task is not None
+    composition = CompositionConfig()
     torch.manual_seed(config.seed)
     model = AdaptedModel(
         backbone,
@@ -68,8 +51,26 @@ def attention_of_short_run(
         sources[0].manifest.placement["adapter.reads"],
         new_head(config.head, config.task, config.backbone.pooling, backbone),
     )
-    weights = composition.loss_weights()
-    fit(training, model, rows.training, rows.validation, weights, [], folder / "no checkpoints")
+    trainer = TrainerConfig(
+        accelerator=config.accelerator,
+        devices=1,
+        max_epochs=config.epochs,
+        check_val_every_n_epoch=config.epochs,  # the scores are not used
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    spec = FitSpec(
+        tasks=[config.task],
+        rows=rows,
+        data=config.data,
+        optim=OptimConfig(lr=config.lr, patience=None),
+        trainer=trainer,
+        checkpoints=folder / "no checkpoints",
+        seed=config.seed,
+        objective=Objective(loss_weights=composition.loss_weights()),
+        resume=False,
+    )
+    fit(model, spec)
     batches = sampled_batches(rows.training[0], None, config.data.batch_size, config.data.tokens_per_batch)
     attention = mean_attention(model, batches, device_of(config.accelerator))
     return shares(attention, [source.manifest for source in sources])

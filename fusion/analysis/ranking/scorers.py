@@ -24,7 +24,7 @@ from fusion.errors import UserError, first_line
 from fusion.model.inference import device_of
 from fusion.runs.memory import free_cycles
 from fusion.store.artifacts import Artifact
-from fusion.training.stage import TaskRows
+from fusion.training.task_rows import TaskRows
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fusion.config.training import TrainerConfig
-from fusion.training.outcomes import Scored
+from fusion.training.predictions import RowPredictions
 from tests.bench import Bench
 
 
@@ -67,9 +67,9 @@ def test_tasks_that_are_limited_together(bench: Bench) -> None:
 
 def test_parts_come_back_in_the_order_of_the_rows() -> None:
     parts = [
-        Scored([4, 1], [[4, 0], [1]], [0, 1]),
-        Scored([], [], []),
-        Scored([0], [[]], [1]),
+        RowPredictions([4, 1], [[4, 0], [1]], [0, 1]),
+        RowPredictions([], [], []),
+        RowPredictions([0], [[]], [1]),
     ]
-    scored = Scored.gathered(parts)
-    assert scored == Scored([0, 1, 4], [[], [1], [4, 0]], [1, 1, 0])
+    scored = RowPredictions.gathered(parts)
+    assert scored == RowPredictions([0, 1, 4], [[], [1], [4, 0]], [1, 1, 0])
