@@ -542,7 +542,7 @@ def test_upper_layers_alone_start_from_the_kept_prefix(
     assert scores["validation"] == pytest.approx(kept["metrics"]["validation"])
 
 
-def test_a_run_goes_on_with_the_prefix_that_it_began_with(
+def test_a_run_resumes_with_the_same_feature_cache_only(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upper = {"adapter": AdapterConfig(layers=[2])}
@@ -562,7 +562,7 @@ def test_a_run_goes_on_with_the_prefix_that_it_began_with(
             UserError, match=r"started with backbone\.cache=float32 and would resume with off"
         ):
             bench.stage1("films", name="cut", **upper)
-    shutil.rmtree(bench.folder / "cache" / "prefix")  # made anew, with the same bits
+    shutil.rmtree(bench.folder / "cache" / "prefix")  # computed again, with the same bits
     bench.stage1("films", name="cut", **upper)
     assert bench.weights("cut").keys() == bench.weights("whole").keys()
     assert all(torch.equal(bench.weights("cut")[k], v) for k, v in bench.weights("whole").items())

@@ -6,7 +6,6 @@ seed, the epoch and the batch.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
 import os
@@ -20,7 +19,7 @@ import torch
 from lightning_fabric.plugins import CheckpointIO
 
 from fusion.errors import UserError, first_line
-from fusion.files import write_json
+from fusion.files import atomic_path, remove_partial, write_json
 from fusion.runs.output import BEFORE, LAST, POSITION
 from fusion.training import lightning_internals as internals
 from fusion.training.interrupts import Interrupts
@@ -127,11 +126,11 @@ def write_checkpoint(folder: Path, content: dict[str, Any]) -> None:
         OSError: it could not be written; the existing files are unchanged.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{LAST}.part"
+    remove_partial(folder / LAST)  # of a writer that was killed
     # torch.save aborts the process, without an OSError, if it writes to a disk that is full.
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    try:
+    with atomic_path(folder / LAST) as part:
         with part.open("wb") as file:
             file.write(buffer.getbuffer())
             file.flush()
@@ -139,11 +138,7 @@ def write_checkpoint(folder: Path, content: dict[str, Any]) -> None:
         (folder / POSITION).unlink(missing_ok=True)
         if (folder / LAST).exists():
             os.replace(folder / LAST, folder / BEFORE)
-        os.replace(part, folder / LAST)
-        write_json(folder / POSITION, content["position"])
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+    write_json(folder / POSITION, content["position"])
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any] | None:

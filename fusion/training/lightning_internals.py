@@ -1,6 +1,6 @@
 """Everything that the training takes from private parts of Lightning and torch, each with its reason.
 
-An upgrade of Lightning or torch has to check this file only; tests/training/test_lightning_internals.py does.
+An upgrade of Lightning or torch has to check this file; tests/test_resume.py covers most of it.
 """
 
 from __future__ import annotations

@@ -43,7 +43,9 @@ def test_the_last_and_the_one_before_stay(tmp_path: Path) -> None:
     assert read is not None and read["position"]["epoch"] == 2
 
 
-def test_a_checkpoint_of_another_version_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_checkpoint_of_another_version_is_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     old = content(1)
     del old["format"]  # as of version 0.1
     write_checkpoint(tmp_path, old)
@@ -135,7 +137,7 @@ def test_a_store_that_is_full_says_that_the_training_is_kept(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(stage, "save", full)
-    why = r"films cannot be written \(No space left on device\)\.\nMake room or fix the folder, then run the same command again: "
+    why = r"films cannot be written \(No space left on device\)\.\nFree disk space or fix the folder, then run the same command again: "
     without = TrainerConfig(
         accelerator="cpu", max_epochs=2, enable_progress_bar=False, enable_checkpointing=False
     )

@@ -29,7 +29,7 @@ def test_two_processors_and_what_is_within_them(tmp_path: Path) -> None:
     assert meter.joules() == pytest.approx(3.5), "the part is in the whole"
 
 
-def test_a_counter_that_begins_anew(tmp_path: Path) -> None:
+def test_a_counter_that_overflows(tmp_path: Path) -> None:
     count(tmp_path, "intel-rapl:0", 9_000_000)
     meter = EnergyMeter(tmp_path)
     count(tmp_path, "intel-rapl:0", 1_500_000)

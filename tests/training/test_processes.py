@@ -127,8 +127,8 @@ def sweep(workdir: Path, seeds: str) -> tuple[subprocess.Popen[str], str, list[d
 
 
 @pytest.mark.usefixtures("warm")
-def test_a_failing_rank_stops_neither_the_sweep_nor_time(workdir: Path) -> None:
-    """Rank one fails before the rendezvous, where rank zero would wait for half an hour."""
+def test_a_failing_rank_does_not_stop_the_sweep(workdir: Path) -> None:
+    """Rank one fails before the rendezvous, where rank zero would wait for 30 minutes."""
     process, err, (failed, good) = sweep(workdir, "5,1")
     assert process.returncode == 1
     assert (failed["status"], failed["error"]) == ("failed", "RankError: rank 1: RuntimeError: early boom")
@@ -145,7 +145,7 @@ def test_a_failing_rank_stops_neither_the_sweep_nor_time(workdir: Path) -> None:
 
 
 @pytest.mark.slow
-def test_errors_of_ranks_come_back_as_they_were(workdir: Path) -> None:
+def test_errors_of_ranks_are_raised_in_the_launcher(workdir: Path) -> None:
     process, _, (late, users, good) = sweep(workdir, "7,6,1")
     assert process.returncode == 1
     assert late["error"] == "RankError: rank 1: RuntimeError: late boom"
