@@ -115,13 +115,11 @@ def _main(command: Command) -> int:
         return 1
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    except OSError as error:  # of Hydra's own files
-        _end_of_sweep()
-        hint = "make room, or name another with hydra.run.dir= or hydra.sweep.dir="
-        return _error(
-            f"{command.name} failed: {describe(error)}\nAn output folder cannot be written: {hint}", 1
-        )
     except Exception as error:
+        if isinstance(error, OSError):  # of Hydra's own files
+            hint = "\nAn output folder cannot be written: hydra.run.dir= or hydra.sweep.dir= names another"
+            _end_of_sweep()
+            return _error(f"{command.name} failed: {describe(error)}{hint}", 1)
         if _end_of_sweep():  # a launcher misses a job that died: it is in the list
             return _error(f"{command.name} failed: {type(error).__name__}: {first_line(error)}", 1)
         traceback.print_exc()
@@ -178,7 +176,7 @@ def _job(command: Command, program: list[str], composed: DictConfig, codes: list
         return None
     codes.append(0)
     if run.rank_zero and not is_sweep(launch):
-        from fusion.cli.ending import end_of_run
+        from fusion.cli.next_commands import end_of_run
 
         end_of_run(run, result)
     return objective(typed, result) if isinstance(typed, StageConfig) and result.get("metrics") else result
@@ -198,7 +196,7 @@ def _end_of_sweep() -> int:
     if (sweep := preflight.sweep) is None:
         return 0
     from fusion.cli.console import say
-    from fusion.cli.ending import end_of_sweep
+    from fusion.cli.next_commands import end_of_sweep
 
     end_of_sweep(preflight.command.name, sweep.folder, sweep.jobs())
     line, failed = sweep.outcome()

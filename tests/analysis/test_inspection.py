@@ -15,7 +15,7 @@ import torch
 
 from fusion.analysis.ablation import Scored, prune_greedily, prune_in_order, without_each
 from fusion.analysis.token_attention import chosen_rows
-from fusion.cli.ending import inspected
+from fusion.cli.result_tables import inspected
 from fusion.config.commands import InspectConfig
 from fusion.errors import UserError
 from fusion.model.source_attention import AttentionSums

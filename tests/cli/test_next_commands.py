@@ -1,4 +1,4 @@
-"""What a command says when it has ended, and that what it says can be typed next."""
+"""What is printed when a command has ended; the next commands can be typed as they are."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from unittest.mock import ANY
 
 import pytest
 
-from fusion.cli import ending
-from fusion.cli.ending import end_of_run, end_of_sweep, number, score
+from fusion.cli.console import number, score
+from fusion.cli.next_commands import end_of_run, end_of_sweep
 from fusion.cli.settings_table import settings_table
 from fusion.runs.run import Run
 from fusion.runs.sweep import Job
 from fusion.store.listing import as_bytes
-from fusion.store.lookup import read_manifest
 from tests.bench import Bench, write_manifest
 
 
@@ -81,13 +80,13 @@ def test_after_stage_1(trained: Bench, capsys: pytest.CaptureFixture[str]) -> No
         [
             "fusion.stage2",
             "+task=books",
-            "sources=[films,books]",  # its own last, and neither the head nor the fusion
+            "sources=all",
             *kept,
             "backbone=minilm",
             "data.limit.train=7",
         ],
     ]
-    assert following[1].startswith("  or: ") and "'sources=[films,books]'" in following[1]
+    assert following[1].startswith("  or: ")
 
 
 def test_a_backbone_that_an_experiment_chose_is_said_outright(
@@ -99,28 +98,17 @@ def test_a_backbone_that_an_experiment_chose_is_said_outright(
     assert fuse[-2:] == [f"backbone.name_or_path={said}", "backbone.pooling=mean"]
 
 
-def test_what_cannot_be_fused_is_not_proposed(
-    trained: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_stage_2_is_not_proposed_without_adapters_of_other_tasks(
+    trained: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    manifest = read_manifest("books", trained.folder / "store")
-    other = {**manifest.content["backbone"], "fingerprint": "0" * 64}
-    monkeypatch.setattr(ending, "_adapter", lambda result: manifest.changed(backbone=other))
-    end_of_run(run(trained, "stage1", "+task=books"), trained.result["books"])
+    store = tmp_path / "store"
+    result = with_seed(trained, store, "books", "books", 1)
+    with_seed(trained, store, "books", "books-2", 2)
+    end_of_run(run(trained, "stage1", "+task=books"), result)
     assert [typed(line)[0] for line in lines_of(capsys)[2:]] == ["fusion.evaluate"]
 
 
-def test_an_adapter_that_saw_rows_of_a_made_split_is_not_proposed(trained: Bench) -> None:
-    films, books = (read_manifest(name, trained.folder / "store") for name in ("films", "books"))
-    config = films.run.config | {"data.split.validation": 0.1}
-    prints = films.data.fingerprints | {"train": "0" * 64}
-    made = films.changed(
-        run=films.content["run"] | {"config": config}, data=films.content["data"] | {"fingerprints": prints}
-    )
-    assert [ending._fits(one, made) for one in (made, films, books)] == [True, False, True]
-    assert [ending._fits(one, books) for one in (made, films)] == [True, True]
-
-
-def test_a_journey_knows_by_itself_what_comes_next(
+def test_next_commands_can_be_switched_off(
     trained: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FUSION_NEXT", "0")
@@ -142,44 +130,19 @@ def test_after_stage_2(trained: Bench, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_fusion_gets_a_name_that_is_free(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where the default one is taken; what was trained with debug= or diverged is not offered as a source."""
+    """Where the default one is taken."""
     store = trained.folder / "taken"
     shutil.copytree(trained.folder / "store", store)
-    copies = [
-        ("both", "books-adapterfusion"),
-        ("films", "films-debug"),
-        ("films", "f-diverged"),
-        ("films", "hot"),
-    ]
-    for name, new in copies:
-        shutil.copytree(store / name, store / new)
-        manifest = json.loads((store / new / "manifest.json").read_text())
-        if new == "hot":
-            manifest["result"] |= {"diverged": {"train_loss": 9.0, "limit": 2.0}}
-        write_manifest(store / new / "manifest.json", manifest | {"name": new})
+    with_seed(trained, store, "both", "books-adapterfusion", 1)
     result = trained.result["books"] | {"artifact": str(store / "books")}
     end_of_run(run(trained, "stage1", "+task=books"), result)
     following = [typed(line) for line in lines_of(capsys)[2:]]
-    assert following[1][:3] == ["fusion.stage2", "+task=books", "sources=[films,books]"]
-    assert following[1][3] == "name=books-adapterfusion-2"
+    name = "name=books-adapterfusion-2"
+    assert following[1] == ["fusion.stage2", "+task=books", "sources=all", name]
     ranked = {"task": {"name": "books"}, "sources": [{"name": "a"}]}
     end_of_run(run(trained, "rank", "+task=books", config={"store": str(store)}), ranked)
     (line,) = lines_of(capsys)
     assert typed(line) == ["fusion.stage2", "+task=books", "sources=top:1", "name=books-adapterfusion-2"]
-
-
-def test_what_follows_a_prediction_says_where_the_rows_are(
-    trained: Bench, capsys: pytest.CaptureFixture[str]
-) -> None:
-    predicted = {
-        "name": "films",
-        "rows": 3,
-        "output": "o",
-        "artifact": str(trained.folder / "store" / "films"),
-    }
-    end_of_run(run(trained, "predict", "artifact=films", config={"artifact": "films"}), predicted)
-    *_, following = lines_of(capsys)
-    assert shlex.split(following)[-1] == f'data.dir="{trained.folder / "data"}"'
 
 
 def test_after_rank(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,25 +202,19 @@ def test_after_a_sweep(trained: Bench, capsys: pytest.CaptureFixture[str]) -> No
         and rows[1].split() == ["plays", "failed", *"------"]
         and " done " in rows[2]
     )
-    assert typed(fuse) == ["fusion.stage2", "+task=books", "sources=[films,books]", "store=s"]
+    assert typed(fuse) == ["fusion.stage2", "+task=books", "sources=all", "store=s"]
     assert typed(report) == ["fusion.report", "runs=sweep"]
     end_of_sweep("stage1", Path("sweep"), jobs)
     assert "no status" in "\n".join(lines_of(capsys))
 
 
-def test_seeds_of_one_task_are_no_sources_for_each_other(
-    trained: Bench, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_seeds_of_one_task(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     jobs = [
         job(f"films-seed-{n}", "done", trained.result["films"] | {"seed": n}, f"seed={n}") for n in (1, 2)
     ]
     end_of_sweep("stage1", Path("sweep"), jobs)
-    *tables, report = lines_of(capsys)
-    assert [line.split() for line in tables[-2:]] == [
-        ["seeds", "accuracy", "mean", "sd"],
-        ["2", ANY, "0.0000"],
-    ]
-    assert typed(report)[0] == "fusion.report"
+    shown = [line.split() for line in lines_of(capsys)]
+    assert ["seeds", "accuracy", "mean", "sd"] in shown and ["2", ANY, "0.0000"] in shown
     again = [job(name, "done", trained.result["films"] | {"seed": 1}, f"name={name}") for name in ("a", "b")]
     assert settings_table(again)[0] == ("runs", "accuracy mean", "sd", "")
 
@@ -315,36 +272,6 @@ def with_seed(bench: Bench, store: Path, name: str, new: str, seed: int, **setti
     manifest["run"]["config"] |= {"seed": seed} | settings
     write_manifest(store / new / "manifest.json", manifest | {"name": new, "seed": seed})
     return bench.result[name] | {"artifact": str(store / new), "name": new, "seed": seed}
-
-
-def test_one_seed_of_each_adapter_is_proposed(
-    trained: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    store = tmp_path / "store"
-    store.mkdir()
-    results = [
-        with_seed(trained, store, name, f"{name}-s{seed}", seed)
-        for name in ("books", "films")
-        for seed in (7, 8, 9)
-    ]
-    end_of_run(run(trained, "stage1", "+task=films", "seed=8"), results[4])
-    fuse = typed(lines_of(capsys)[-1])
-    assert fuse[:3] == ["fusion.stage2", "+task=films", "sources=[books-s8,films-s8]"]
-    jobs = [job(result["name"], "done", result, "seed=7,8,9") for result in results]
-    end_of_sweep("stage1", Path("sweep"), jobs)
-    fuse = typed(lines_of(capsys)[-2])
-    assert fuse[:3] == ["fusion.stage2", "+task=films", "sources=[books-s9,films-s9]"]
-    other = with_seed(trained, store, "films", "films-wide", 9, **{"adapter.reduction_factor": 2.0})
-    end_of_run(run(trained, "stage1", "+task=films", "seed=9"), other)
-    fuse = typed(lines_of(capsys)[-1])
-    assert fuse[2] == "sources=[books-s9,films-s9,films-wide]", "another setting is another adapter"
-
-
-def test_tasks_with_many_metrics_share_a_column() -> None:
-    results = [{"metrics": {"validation": {f"m{n}": 0.5, "x": 1}}, "name": str(n)} for n in range(5)]
-    titles, *rows = ending.trained([(str(n), "", result) for n, result in enumerate(results)])
-    assert titles == ("name", "best epoch", "scores", "trained", "stored", "seconds")
-    assert rows[0][2] == "m0 0.5000, x 1.0000"
 
 
 @pytest.mark.parametrize("command", ["stage1", "stage2", "evaluate", "rank", "benchmark"])
