@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import json
 import os
 import re
 import uuid
 from collections.abc import Iterator
-from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from fusion.text import printable, shortened
 COMPONENT_BYTES = 255  # the limit of every common file system
 PARTIAL = ".partial"  # ending of a file that is being written
 # Settings that are paths. `~` is replaced in the config itself for those in EXPANDED; the others are part of a run's
-# identity as they were typed, and are expanded where they are read.
-EXPANDED = ("store", "data.cache_dir", "input", "output", "trainer.default_root_dir")
-KEPT = ("data.dir",)
+# identity as they were typed, and are expanded where they are read. REFERENCES are names or paths.
+EXPANDED = ("store", "data.cache_dir", "input", "output", "trainer.default_root_dir", "runs")
+KEPT, REFERENCES = ("data.dir",), ("backbone.name_or_path", "artifact")
 
 
 @contextlib.contextmanager
@@ -93,34 +93,26 @@ def expand_paths(config: Any) -> None:
     Raises:
         UserError: names the setting.
     """
-    for key in (*EXPANDED, *KEPT):
+    for key in (*EXPANDED, *KEPT, *REFERENCES):
         *groups, name = key.split(".")
-        owner = config
-        for group in groups:
-            owner = getattr(owner, group, None)
+        owner = functools.reduce(lambda owner, group: getattr(owner, group, None), groups, config)
         value = getattr(owner, name, None)
         if isinstance(value, str):
-            path = resolve_path(value, key)
-            if key in EXPANDED and value.startswith("~"):
-                setattr(owner, name, str(path))
-    runs = getattr(config, "runs", None)
-    if isinstance(runs, str):
-        config.runs = _expanded(runs)
-    elif isinstance(runs, list):
-        config.runs = [_expanded(run) for run in runs]
-    backbone = getattr(config, "backbone", None)
-    name_or_path = getattr(backbone, "name_or_path", None) if is_dataclass(backbone) else None
-    for key, reference in (
-        ("backbone.name_or_path", name_or_path),
-        ("artifact", getattr(config, "artifact", None)),
-    ):
-        if isinstance(reference, str):
-            check_reference(reference, key)
+            expanded: str | list[str] = _expanded(value, key)
+        elif isinstance(value, list):
+            expanded = [_expanded(text, key) for text in value]
+        else:
+            continue
+        if expanded != value:
+            setattr(owner, name, expanded)
 
 
-def _expanded(run: str) -> str:
-    path = resolve_path(run, "runs")
-    return str(path) if run.startswith("~") else run
+def _expanded(text: str, key: str) -> str:
+    if key in REFERENCES:
+        check_reference(text, key)
+        return text
+    path = resolve_path(text, key)
+    return str(path) if key in EXPANDED and text.startswith("~") else text
 
 
 def check_reference(reference: str, key: str) -> None:

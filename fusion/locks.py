@@ -67,12 +67,9 @@ def lock(
 
 @contextlib.contextmanager
 def run_lock(store: Path, name: str) -> Iterator[bool]:
-    """Hold the run called `name` in `store`, so that one process at a time trains it.
+    """Hold the run called `name` in `store`, so that one process at a time trains it. Yields as `lock`.
 
     Where there can be no lock (a network folder without locks), log a warning and continue without one.
-
-    Yields:
-        Whether another process held it first: the store may have the artifact by now.
     """
     path, waited = run_lock_file(store, name), False
     with contextlib.ExitStack() as stack:

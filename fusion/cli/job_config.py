@@ -24,7 +24,7 @@ from fusion.config.stages import StageConfig
 from fusion.errors import UserError
 from fusion.files import expand_paths
 from fusion.runs.run import Run, RunState
-from fusion.store.unfit import DEBUG
+from fusion.store.compatibility import DEBUG
 from fusion.text import override, repeated
 
 # These decide a default name already, or are the name: a sweep over them adds nothing to it.

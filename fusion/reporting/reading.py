@@ -14,7 +14,7 @@ from typing import Any
 
 from fusion.errors import UserError, first_line
 from fusion.runs.run import CONFIG, HISTORY, INSPECTION, RESULT, STATUS
-from fusion.store.unfit import DEBUG
+from fusion.store.compatibility import DEBUG
 
 _LARGEST = 256 * 2**20  # bytes of a file that are read
 

@@ -1,15 +1,69 @@
-"""Where the files of a store are.
+"""Files, folders and names of a store.
 
-An artifact is a folder STORE/NAME with `manifest.json`, `weights.safetensors` and `head.safetensors`.
-Names that begin with a dot are the store's own: `.runs` (checkpoints), `.replaced` (artifacts that were
-overwritten while a fusion still needs them), `.staging` (artifacts being written), `.locks`.
+An artifact is a folder STORE/NAME with `manifest.json`, `weights.safetensors` and `head.safetensors`. Folders whose
+names start with a dot belong to the store itself: `.runs` (checkpoints), `.replaced` (overwritten artifacts that a
+fusion still needs), `.staging` (artifacts that are being written), `.locks`.
 """
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
+from fusion.errors import UserError
+
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 HEAD = "head.safetensors"
-REPLACED = ".replaced"
-STAGING = ".staging"
-OLD = ".old"  # ending of an artifact that is just being replaced, in STAGING
+REPLACED, STAGING, RUNS = ".replaced", ".staging", ".runs"
+# Endings of an artifact's name in STAGING. No name contains a tilde.
+NEW, OLD, COPY, REMOVED = "~new", ".old", "~copy", "~removed"
+FIX = "copy the artifact again, or train it again with overwrite=true"
+
+NAME_LENGTH = 100
+# Names that Windows reserves for devices, with or without an ending.
+RESERVED = {"con", "prn", "aux", "nul"} | {f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10)}
+
+
+def is_name(text: str) -> bool:
+    """Whether an artifact may have this name: never a path, and possible on every common file system."""
+    allowed = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text) is not None and not text.endswith(".")
+    return allowed and len(text) <= NAME_LENGTH and text.split(".")[0].lower() not in RESERVED
+
+
+def check_name(name: str) -> None:
+    """Refuse what `is_name` does not allow.
+
+    Raises:
+        UserError: says what a name may be.
+    """
+    if not is_name(name):
+        raise UserError(
+            f"name={name[:NAME_LENGTH]!r}: not a name for the store. Letters, digits, '.', '_' and '-' are allowed, a "
+            f"letter or digit first, no '.' last, at most {NAME_LENGTH} characters, no device name of Windows"
+        )
+
+
+def read_regular(path: Path, expected: int | None = None, most: int | None = None) -> bytes:
+    """The content of a file that must be a regular file: opening a pipe could block, and a device may have no end.
+
+    Args:
+        expected: its size in bytes, exactly.
+        most: the most bytes that it may have.
+
+    Raises:
+        UserError: it is missing, not readable, no regular file, or of another size.
+    """
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: is missing, or no regular file; {FIX}")
+        size = path.stat().st_size
+        if expected is not None and size != expected:
+            raise UserError(f"{path}: has {size:,} bytes, expected {expected:,}; {FIX}")
+        if most is not None and size > most:
+            raise UserError(f"{path}: has {size:,} bytes, expected at most {most:,}; {FIX}")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); {FIX}") from None
+    except MemoryError:
+        raise UserError(f"{path}: does not fit into memory; {FIX}") from None

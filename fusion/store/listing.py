@@ -1,4 +1,4 @@
-"""`list`: a table of a store, one line an artifact."""
+"""`list`: a table of a store, one line per artifact."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from fusion.store.layout import MANIFEST
-from fusion.store.overview import Found, Leftover, check_store, everything, leftovers, size_of, users_of
+from fusion.store.lookup import Found, scan
+from fusion.store.overview import check_store, leftovers, size_of, users_of
 from fusion.store.settings_groups import Lookup, group
 from fusion.text import printable
 
@@ -20,20 +21,25 @@ TITLES = ("name", "kind", "task", "backbone", "what", "seed", "score", "size", "
 
 
 def list_store(store: Path) -> tuple[list[tuple[str, ...]], list[str]]:
-    """The rows of the table, titles first (none where there is no artifact), then lines.
+    """The rows of the table, titles first (none if there is no artifact), and lines to print below it.
 
-    The lines: which artifacts differ by their seed alone and what they score together, what is damaged, what runs left.
+    The lines: artifacts that differ only by their seed, with mean and standard deviation of their score; what is
+    damaged; what runs have left.
 
     Raises:
         UserError: there is no such store.
     """
     check_store(store)
-    found = everything(store)
+    found = list(scan(store))
     rows = [_row(f, f.manifest, found) for f in found if f.manifest is not None]
     lines = [] if rows else [f"{store} has no artifacts"]
-    lines += [printable(line) for line in _seeds(store, found)]
-    lines += [printable(f"damaged: {f.place}: {f.problem}") for f in found if f.manifest is None]
-    return [TITLES, *rows] if rows else [], lines + [_left(left) for left in leftovers(store, found)]
+    lines += _seeds(store, found)
+    lines += [f"damaged: {f.place}: {f.problem}" for f in found if f.manifest is None]
+    lines += [
+        f"left: {left.place} ({as_bytes(size_of(left.folder))}, {when(left.folder)}): {left.what}"
+        for left in leftovers(store, found)
+    ]
+    return [TITLES, *rows] if rows else [], [printable(line) for line in lines]
 
 
 def _row(found: Found, manifest: Manifest, every: list[Found]) -> tuple[str, ...]:
@@ -54,7 +60,6 @@ def _row(found: Found, manifest: Manifest, every: list[Found]) -> tuple[str, ...
 
 
 def _seeds(store: Path, found: list[Found]) -> Iterator[str]:
-    """A line for each setting that was trained with several seeds: mean and standard deviation of the first score."""
     lookup = Lookup(stores={store: [f.manifest for f in found if f.manifest is not None]})
     every = [(f.place, f.manifest) for f in found if f.manifest is not None and not f.replaced]
     for positions in group(lookup.of_artifact(manifest, store) for _, manifest in every):
@@ -62,28 +67,23 @@ def _seeds(store: Path, found: list[Found]) -> Iterator[str]:
         if len({manifest.seed for _, manifest in members}) < 2:
             continue
         scores = [_first(manifest) for _, manifest in members]
-        names, values = {name for name, _ in scores}, [value for _, value in scores if value is not None]
-        summary = ""
-        if len(names) == 1 and len(values) == len(members):
-            summary = f": {names.pop()} mean {number(fmean(values))}, sd {number(stdev(values))}"
-        yield f"{len(members)} seeds of one setting: {', '.join(place for place, _ in members)}{summary}"
+        metrics, values = (
+            {metric for metric, _ in scores},
+            [value for _, value in scores if value is not None],
+        )
+        line = f"{len(members)} seeds of one setting: {', '.join(place for place, _ in members)}"
+        if len(metrics) == 1 and len(values) == len(members):
+            line += f": {metrics.pop()} mean {number(fmean(values))}, sd {number(stdev(values))}"
+        yield line
 
 
 def _first(manifest: Manifest) -> tuple[str, float | None]:
-    for split in manifest.metrics.values():
-        for metric, value in split.items():
-            return metric, float(value) if isinstance(value, (int, float)) else None
-    return "", None
-
-
-def _left(left: Leftover) -> str:
-    return (
-        f"left: {printable(left.place)} ({as_bytes(size_of(left.folder))}, {when(left.folder)}): {left.what}"
-    )
+    """The first metric of the first validation split."""
+    return next((score for split in manifest.metrics.values() for score in split.items()), ("", None))
 
 
 def what_it_is(manifest: Manifest) -> str:
-    """Where an adapter stands, or how a fusion combines: `feedforward/normed`, `adapterfusion of 3`."""
+    """The placement of an adapter, or the composition of a fusion: `feedforward/normed`, `adapterfusion of 3`."""
     if manifest.composition is not None:
         return f"{manifest.composition.settings.name} of {len(manifest.sources)}"
     if manifest.adapter is not None:
@@ -92,18 +92,18 @@ def what_it_is(manifest: Manifest) -> str:
 
 
 def first_score(manifest: Manifest) -> str:
-    """The first metric of the first validation split: `accuracy 0.8125`; and whether the training diverged."""
-    for split in manifest.metrics.values():
-        for metric, value in split.items():
-            return f"{metric} {number(value)}{' (diverged)' if manifest.result.diverged else ''}"
-    return "-"
+    """The first metric of the first validation split, `accuracy 0.8125`, and whether the training diverged."""
+    metric, value = _first(manifest)
+    return f"{metric} {number(value)}{' (diverged)' if manifest.result.diverged else ''}" if metric else "-"
 
 
 def number(value: Any) -> str:
+    """A value of a manifest for a person."""
     return "null" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def as_bytes(size: int) -> str:
+    """A size for a person: `1.23 MB`."""
     value = float(size)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:

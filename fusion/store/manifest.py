@@ -1,14 +1,15 @@
-"""The schema of `manifest.json`: all that an artifact states about itself.
+"""The schema of `manifest.json`, everything that an artifact states about itself.
 
-Reading is strict: no key that is not listed here, no value of another type (true is no integer), no size beyond its
-range. Settings are checked by the dataclasses of `fusion.config` that they come from. What was read is kept as it
-is, and written, hashed and sealed with a checksum as it is.
+Reading is strict: unknown keys, values of another type (true is no integer) and sizes out of range are refused.
+Settings are checked by the dataclasses of `fusion.config` that they come from. The content of the file is kept,
+written, hashed and checksummed as it was read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,20 +21,15 @@ from fusion.config.compositions import TRAINING_ONLY
 from fusion.config.methods import METHODS, MethodConfig
 from fusion.config.model import SITES
 from fusion.errors import UserError, first_line
-from fusion.store.files import MEND
-from fusion.store.json_text import finite, read_json
-from fusion.store.layout import HEAD, WEIGHTS
-from fusion.store.names import check_name
+from fusion.store.layout import FIX, HEAD, WEIGHTS, check_name
 from fusion.store.parts import (
     Adapter,
     Backbone,
     Composition,
     Data,
     File,
-    FileName,
     Head,
     Name,
-    Number,
     Part,
     Result,
     RunRecord,
@@ -42,25 +38,23 @@ from fusion.store.parts import (
     TaskAndHead,
     one_of,
 )
-from fusion.store.refusals import NULL, OBJECT, mismatch, reason
-from fusion.text import repeated, shortened
+from fusion.text import repeated, shortened, shown
 
 FORMAT_VERSION = 1
 FUSION = "fusion"
 # What stage 1 stores, and what stage 2 stores.
 KINDS = tuple(dict.fromkeys(("adapter", FUSION, *(method.kind for method in METHODS.values()))))
 
-# What shapes training or only says how a size was chosen: it does not change what the stored weights compute.
-# An adapter's `bottleneck_sizes` says in which slots it is.
+# Settings that do not change what the stored weights compute; `bottleneck_sizes` says in which slots an adapter is.
 ADAPTER_TRAINING_KEYS = ("name", "init", "dropout", "reduction_factor", "bottleneck_size", "layers", "drop")
 TUNING_KINDS = {method.kind for method in METHODS.values() if method.tune is not None}
-OPTIONAL = ("method", "multitask", "checksum")  # keys that manifests of the first release do not have
+OPTIONAL = ("method", "multitask", "checksum")  # keys that manifests of version 0.1 may lack
 
 
 class Manifest(Part):
     """Everything that is needed to rebuild the artifact's model, and where it came from.
 
-    Of an artifact of several tasks, `task` and `head` are the first one's. `files` is empty until it is saved.
+    `task` and `head` of a multi-task artifact are those of its first task. `files` is empty until it is saved.
     """
 
     format_version: Literal[1]
@@ -73,15 +67,15 @@ class Manifest(Part):
     head: Head
     sources: list[Source]
     data: Data
-    metrics: dict[str, dict[str, Number | None]]
-    seed: Annotated[int, Field(ge=0)]
+    metrics: dict[str, dict[str, float | None]]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
     run: RunRecord
     versions: dict[str, str | None]
     result: Result
-    files: dict[FileName, File]
+    files: dict[Annotated[str, one_of((WEIGHTS, HEAD))], File]  # never a file outside of the artifact
     method: MethodConfig | None = None
     multitask: Annotated[dict[str, TaskAndHead], Field(min_length=1)] | None = None
-    checksum: str | None = None  # that the file had; 0.1 wrote none
+    checksum: str | None = None  # version 0.1 wrote none
 
     _content: dict[str, Any] = PrivateAttr(default_factory=dict)
 
@@ -93,11 +87,11 @@ class Manifest(Part):
             UserError: names the key that is missing, unknown or of another type.
         """
         check_name(str(values.get("name")))
-        content = finite({"format_version": FORMAT_VERSION, "files": {}} | values)
+        content = _finite({"format_version": FORMAT_VERSION, "files": {}} | values)
         return cls._read(json.dumps(content), content, f"manifest of {content.get('name')}")
 
     def changed(self, **values: Any) -> Manifest:
-        """The same, but for some keys, with plain values."""
+        """A copy with other plain values for some keys."""
         return self.of(**(self._content | values))
 
     @classmethod
@@ -108,15 +102,21 @@ class Manifest(Part):
             UserError: names `path` and the key that is unknown, missing or of another type.
         """
         try:
-            content = read_json(text, path)
-            if not isinstance(content, dict):
-                raise UserError(f"{path}: {mismatch('', content, 'a JSON object')}")
+            content = json.loads(text)
+            json.dumps(content, allow_nan=False, ensure_ascii=False).encode(
+                "utf-8"
+            )  # no infinities and no lone surrogates
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: is not JSON ({first_line(error)[:100]}); {FIX}") from None
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: expected a JSON object; {FIX}")
+        try:
             manifest = cls._read(text, content, str(path))
             if missing := [file for file in (WEIGHTS, HEAD) if file not in manifest.files]:
-                raise UserError(f"{path}: key files.{missing[0]} is missing")
+                raise UserError(f"{path}: key files.{missing[0]} is missing; {FIX}")
             if "checksum" in content and checksum_of(content) != content["checksum"]:
-                raise UserError(f"{path}: its content does not match its checksum, so it was changed; {MEND}")
-        except UserError as error:  # what it quotes from the file may hold anything
+                raise UserError(f"{path}: was changed, its content does not match its checksum; {FIX}")
+        except UserError as error:  # it may quote any text of the file
             raise UserError(shortened(str(error), 600)) from None
         return manifest
 
@@ -125,7 +125,7 @@ class Manifest(Part):
         version = content.get("format_version")
         if type(version) is not int or version != FORMAT_VERSION:
             raise UserError(
-                f"{where}: format_version is {ascii(version)[:60]} and this version of fusion reads {FORMAT_VERSION}; "
+                f"{where}: format_version is {shown(version)} and this version of fusion reads {FORMAT_VERSION}; "
                 "use the version that wrote it, or train the artifact again"
             )
         try:
@@ -133,14 +133,13 @@ class Manifest(Part):
             _check_kind(manifest)
             _check_sources(manifest)
         except ValidationError as error:
-            raise UserError(f"{where}: {reason(error, cls)}") from None
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        except (TypeError, ValueError) as error:  # of a setting that is checked by its own dataclass
-            raise UserError(
-                f"{where}: has settings that this version does not read ({first_line(error)})"
-            ) from None
-        # In the order of the schema, without keys that the first release did not know and that hold nothing.
+            first = error.errors(include_url=False)[0]
+            key = ".".join(str(step) for step in first["loc"] if step != "settings")
+            given = "" if first["type"] == "missing" else f", got {shown(first['input'])}"
+            raise UserError(f"{where}: {key or 'content'}: {first['msg']}{given}") from None
+        except (UserError, TypeError, ValueError) as error:  # also of a setting that its own dataclass checks
+            raise UserError(f"{where}: {first_line(error)}") from None
+        # In the order of the schema, without keys that version 0.1 may lack and that hold nothing.
         known = [key for key in cls.model_fields if key not in OPTIONAL or content.get(key) is not None]
         manifest._content = {key: content[key] for key in known if key != "checksum"}
         return manifest
@@ -150,7 +149,7 @@ class Manifest(Part):
 
     @property
     def content(self) -> dict[str, Any]:
-        """The plain values of `manifest.json`, without the checksum. Not to be changed."""
+        """The plain values of `manifest.json`, without the checksum. Do not change them."""
         return self._content
 
     def to_json(self) -> str:
@@ -160,9 +159,9 @@ class Manifest(Part):
 
     @property
     def hash(self) -> str:
-        """sha256 (64 hex digits) over the weights file and all that decides what those weights compute.
+        """sha256 (64 hex digits) of the weights file and all settings that change what the weights compute.
 
-        The head counts only where there is nothing else (kind head): a fusion uses an adapter without it.
+        The head counts only in artifacts of kind head: a fusion uses an adapter without its head.
         """
         if not self.files:
             raise ValueError("a manifest has a hash once its artifact is saved")
@@ -182,32 +181,32 @@ class Manifest(Part):
 
     @property
     def placement(self) -> dict[str, Any]:
-        """Where the artifact's adapters are; sources that are fused together share it."""
+        """Where the adapters are; all sources of a fusion have the same placement."""
         settings = None if self.adapter is None else self.adapter.settings
         return {f"adapter.{key}": getattr(settings, key, None) for key in ("sites", "reads")}
 
     @property
     def bottleneck_sizes(self) -> dict[str, int]:
-        """Of an adapter, by slot; empty for anything else."""
+        """The bottleneck size of each slot of an adapter; empty for anything else."""
         return {} if self.adapter is None else self.adapter.bottleneck_sizes
 
     @property
     def tasks(self) -> list[StoredTask]:
-        """The task that the artifact was trained on, or each of several."""
+        """The tasks that the artifact was trained on."""
         return [self.task] if self.multitask is None else [one.task for one in self.multitask.values()]
 
     @property
     def heads(self) -> list[Head]:
-        """Those of `tasks`."""
+        """The head of each of `tasks`."""
         return [self.head] if self.multitask is None else [one.head for one in self.multitask.values()]
 
     @property
     def task_names(self) -> list[str]:
-        """Those of `tasks`."""
+        """The name of each of `tasks`."""
         return [task.name for task in self.tasks]
 
     def labels_read_as(self, task: str | None) -> str | None:
-        """The way in which training read the labels of a task; None where it is not known."""
+        """How training read the labels of a task; None: not known."""
         return None if task is None else self.data.labels.get(task)
 
     @property
@@ -219,9 +218,9 @@ class Manifest(Part):
 
 
 def checksum_of(content: Mapping[str, Any]) -> str:
-    """sha256 (64 hex digits) over all of a manifest but its checksum, whatever the white space of the file.
+    """sha256 (64 hex digits) of a manifest without its checksum, whatever the white space of the file.
 
-    The order of keys counts: that of `multitask` is the order of the tasks.
+    The order of keys counts: `multitask` is in the order of the tasks.
     """
     others = {key: value for key, value in content.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(others, separators=(",", ":")).encode()).hexdigest()
@@ -231,9 +230,9 @@ def _check_kind(manifest: Manifest) -> None:
     """Each kind has its own part, and no other's."""
     kind, adapter, method = manifest.kind, manifest.adapter, manifest.method
     part = "method" if kind in TUNING_KINDS else {"adapter": "adapter", FUSION: "composition"}.get(kind)
-    for key in sorted(("adapter", "composition", "method"), key=lambda key: key != part):
+    for key in ("adapter", "composition", "method"):
         if (getattr(manifest, key) is None) == (key == part):
-            raise UserError(mismatch(key, None, OBJECT) if key == part else mismatch(key, {}, NULL))
+            raise UserError(f"{key} is {'null' if key == part else 'set'} in an artifact of kind {kind}")
     if adapter is not None:
         _check_slots(adapter, manifest.backbone.layers)
     if method is not None and method.definition.kind != kind:
@@ -242,7 +241,7 @@ def _check_kind(manifest: Manifest) -> None:
 
 def _check_slots(adapter: Adapter, layers: int) -> None:
     if not adapter.bottleneck_sizes:
-        raise UserError("adapter.bottleneck_sizes is empty: expected one slot at least")
+        raise UserError("adapter.bottleneck_sizes is empty, expected at least one slot")
     sites = adapter.settings.sites
     seen: dict[str, int] = {}
     for slot, size in adapter.bottleneck_sizes.items():
@@ -253,17 +252,23 @@ def _check_slots(adapter: Adapter, layers: int) -> None:
                 f"{key} is no slot of {layers} layers with {', '.join(sites)}, such as 0.{sites[0]}"
             )
         if adapter.settings.shared and seen.setdefault(place[2], size) != size:
-            raise UserError(f"{key} is {size}, and the layers of a shared adapter have one size")
+            raise UserError(f"{key} is {size}, expected one size for all layers of a shared adapter")
 
 
 def _check_sources(manifest: Manifest) -> None:
-    sources = manifest.sources
-    if manifest.kind == FUSION and not sources:
-        raise UserError("sources is empty, and a fusion has at least one")
-    if manifest.kind != FUSION and sources:
-        raise UserError(f"sources has entries, and kind {manifest.kind} has none")
-    if twice := repeated(source.name for source in sources):
-        raise UserError(f"sources: duplicate {', '.join(twice)}, and a source is known by its name")
+    if (manifest.kind == FUSION) != bool(manifest.sources):
+        raise UserError(f"sources has {len(manifest.sources)} entries in an artifact of kind {manifest.kind}")
+    if duplicates := repeated(source.name for source in manifest.sources):
+        raise UserError(f"sources: duplicate {', '.join(duplicates)}")
+
+
+def _finite(value: Any) -> Any:
+    """A plain value as JSON can hold it: NaN and infinities become null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _without(values: Mapping[str, Any] | None, keys: tuple[str, ...]) -> dict[str, Any] | None:

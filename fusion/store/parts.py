@@ -13,17 +13,15 @@ from fusion.config.model import POOLINGS, AdapterConfig
 from fusion.config.task import TaskConfig
 from fusion.errors import UserError
 from fusion.files import check_relative
-from fusion.store.files import MEND
-from fusion.store.layout import HEAD, WEIGHTS
-from fusion.store.names import is_name
+from fusion.store.layout import FIX, is_name
 from fusion.tasks.task import Task
 
-MOST_LAYERS = 10_000  # of a backbone; they are counted through
+MOST_LAYERS = 10_000  # of a backbone; some checks count through them
 
 
 def _check_name(text: str) -> str:
     if not is_name(text):
-        raise ValueError(f"which is no name for the store; {MEND}")
+        raise ValueError(f"expected a name of the store; {FIX}")
     return text
 
 
@@ -42,16 +40,8 @@ def one_of(allowed: Sequence[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _check_file(text: str) -> str:
-    if text not in (WEIGHTS, HEAD):  # never a file of another place
-        raise ValueError
-    return text
-
-
-Number = int | float
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**63)]
 Name = Annotated[str, AfterValidator(_check_name)]
-FileName = Annotated[str, AfterValidator(_check_file)]
 
 
 class Part(BaseModel):
@@ -61,7 +51,7 @@ class Part(BaseModel):
 
 
 class Backbone(Part):
-    """The backbone that the weights were trained on, and fit alone."""
+    """The backbone that the weights were trained on, the only one that they fit."""
 
     name_or_path: str
     revision: str | None
@@ -69,19 +59,19 @@ class Backbone(Part):
     family: str
     hidden_size: Count
     layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)]
-    tokenizer: str | None = None  # its hash; not in manifests of 0.1
-    package: str | None = None  # in those of the first stores
+    tokenizer: str | None = None  # its hash; not in manifests of version 0.1
+    package: str | None = None  # only in the first manifests
     trust_remote_code: bool = False
 
 
 class Head(Part):
-    """A head, beside its hidden size, which is the backbone's."""
+    """A head; its hidden size is the backbone's."""
 
     pooling: Annotated[str, one_of((*POOLINGS, "words"))]
     layers: Literal[1, 2]
     outputs: Count
-    dropout: Annotated[Number, Field(ge=0, lt=1)]
-    decision: dict[str, Number] = {}  # what predictions depend on beside the weights, see `Kind.decision`
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    decision: dict[str, float] = {}  # what predictions depend on besides the weights, see `Kind.decision`
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -106,8 +96,9 @@ class Adapter(Part):
 class Composition(Part):
     """Settings of a fusion, and what was chosen on its data.
 
-    kept: of a pruned fusion, the positions of the sources that each slot keeps.
-    continued: the name of the source that was trained further, alone.
+    Attributes:
+        kept: the positions of the sources that each slot of a pruned fusion keeps.
+        continued: the name of the one source that was trained further.
     """
 
     settings: CompositionConfig
@@ -127,7 +118,7 @@ class Composition(Part):
 
 
 def _settings_apart(values: Any, part: str, required: Sequence[str], own: Sequence[str]) -> Any:
-    """A manifest has the settings and the part's `own` keys beside each other."""
+    """Separate the settings from the part's `own` keys, which are in one object in the file."""
     if not isinstance(values, dict):
         return values
     for key in required:
@@ -139,7 +130,7 @@ def _settings_apart(values: Any, part: str, required: Sequence[str], own: Sequen
 
 @dataclass
 class StoredTask(Task):
-    """A task as it was when the artifact was stored. Types alone are checked: whoever only lists it need not run it."""
+    """A task as it was when the artifact was stored. Only types are checked: a task that is listed need not run."""
 
     name: Annotated[str, AfterValidator(_check_task_name)] = Field()
     labels: list[Any] | None = None
@@ -148,34 +139,34 @@ class StoredTask(Task):
         """The task, as this version runs it.
 
         Raises:
-            UserError: begins with `where`; the task is none of this version.
+            UserError: starts with `where`; this version has no such task.
         """
         try:
             return TaskConfig(**{field.name: getattr(self, field.name) for field in fields(self)})
         except (TypeError, UserError) as error:
-            raise UserError(f"{where}: its task is none that this version reads ({error})") from error
+            raise UserError(f"{where}: this version cannot run its task ({error})") from error
 
 
 class TaskAndHead(Part):
-    """One task of several, with its head."""
+    """One task of a multi-task artifact, with its head."""
 
     task: StoredTask
     head: Head
 
 
 class Source(Part):
-    """An artifact that another one was made of."""
+    """An artifact that another one was made from."""
 
     name: Name
     hash: str
 
 
 class Data(Part):
-    """What it was trained on: a fingerprint of the rows of each split, and how the labels of each task were read."""
+    """A fingerprint of the examples of each split, and how the labels of each task were read."""
 
     max_length: Count
     fingerprints: dict[str, str]
-    labels: dict[str, str | None] = {}  # not in manifests of 0.1
+    labels: dict[str, str | None] = {}  # not in manifests of version 0.1
 
 
 class Git(Part):
@@ -186,7 +177,7 @@ class Git(Part):
 
 
 class RunRecord(Part):
-    """The run that trained it: flat config, command line, place and circumstances."""
+    """The run that trained it: flat config, command line, folder and environment."""
 
     identity: str
     config: dict[str, Any]
@@ -202,14 +193,14 @@ class RunRecord(Part):
 
 
 class Result(Part):
-    """What of `result.json` other commands read; the rest of it is there too."""
+    """The values of `result.json` that other commands read; the rest of it is kept as it is."""
 
     model_config = ConfigDict(extra="allow")
 
     best_epoch: int | None = None
     epochs: int | None = None
     parameters: dict[str, int] = {}
-    speed: dict[str, Number | None] = {}
+    speed: dict[str, float | None] = {}
     diverged: dict[str, Any] | None = None
 
 

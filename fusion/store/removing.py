@@ -1,4 +1,4 @@
-"""`remove`: an artifact goes away whole, and not from under a fusion that needs it."""
+"""`remove`: delete an artifact, unless a fusion needs it."""
 
 from __future__ import annotations
 
@@ -7,30 +7,22 @@ import shutil
 from pathlib import Path
 
 from fusion.errors import UserError
-from fusion.store.layout import HEAD, MANIFEST, STAGING, WEIGHTS
-from fusion.store.lookup import names, unknown_name
-from fusion.store.names import check_name
-from fusion.store.overview import Found, check_store, everything, users_of
-from fusion.store.writing import (
-    LOCK_SECONDS,
-    REMOVED,
-    keep_replaced,
-    settle,
-    sync_folder,
-    writing,
-)
+from fusion.store.layout import HEAD, MANIFEST, REMOVED, STAGING, WEIGHTS, check_name
+from fusion.store.lookup import Found, names, scan, unknown_name
+from fusion.store.overview import check_store, users_of
+from fusion.store.writing import LOCK_SECONDS, keep_replaced, settle, sync_folder, writing
 
 
 def remove(name: str, store: Path, force: bool = False, wait: float = LOCK_SECONDS) -> str:
-    """Takes an artifact out of the store, and gives the line that says what became of it.
+    """Remove an artifact from the store and return the line to print.
 
-    With `force` an artifact that fusions need, or may need, goes to STORE/.replaced, as by an overwrite: they
-    still work, and the name is free. A damaged artifact can be removed; no fusion can be using it.
+    With `force`, an artifact that fusions need or may need moves to STORE/.replaced, as by an overwrite: they still
+    work, and the name is free. A damaged artifact can be removed; no fusion can be using it.
 
     Raises:
-        UserError: the name is none, nothing is there, fusions need it or may need it, or it is being written.
+        UserError: there is no such artifact, fusions need it or may need it, or it is being written.
     """
-    check_name(name)  # never a path: what lies outside of a store is not ours to delete
+    check_name(name)  # never a path: nothing outside of a store is deleted
     check_store(store)
     folder = store / name
     if not os.path.lexists(folder) and name not in names(store):
@@ -39,31 +31,29 @@ def remove(name: str, store: Path, force: bool = False, wait: float = LOCK_SECON
         settle(store, name)
         if not os.path.lexists(folder):
             raise UserError(unknown_name(name, store))
-        _check_ours(folder)
-        found = everything(store)
+        _check_artifact(folder)
+        found = list(scan(store))
         manifest = next((one.manifest for one in found if one.place == name), None)
-        users, unreadable = [], []
+        users: list[str] = []
         if manifest is not None and not _is_elsewhere(name, manifest.hash, found):
             users = users_of(manifest.hash, [one for one in found if not one.replaced])
-            # A manifest that cannot be read does not tell its sources, which are adapters.
-            unreadable = _unreadable(found) if manifest.kind == "adapter" else []
-        if (users or unreadable) and not force:
-            what = (
-                f"{name} is a source of {', '.join(users)}: remove {'that' if len(users) == 1 else 'those'} first"
-                if users
-                else f"{name} may be a source of {', '.join(unreadable)}, which cannot be read: fix or remove "
-                f"{'that' if len(unreadable) == 1 else 'those'} first (python -m fusion.store verify)"
-            )
-            raise UserError(
-                f"{what}\nor say force=true, which frees the name and keeps the files in .replaced, where fusions find them"
-            )
-        users = users or unreadable
+            need = f"is a source of {', '.join(users)}: remove them first"
+            # The sources of an unreadable manifest are not known; all sources are adapters.
+            if not users and manifest.kind == "adapter" and (users := _unreadable(found)):
+                need = (
+                    f"may be a source of {', '.join(users)}, which cannot be read: fix or remove them first "
+                    "(python -m fusion.store verify)"
+                )
+            if users and not force:
+                raise UserError(
+                    f"{name} {need}\nforce=true frees the name and keeps the files in .replaced, where fusions find them"
+                )
         if users and manifest is not None:
             kept = keep_replaced(store, folder, manifest)
             sync_folder(store)
             return f"removed {name}; {', '.join(users)} finds it in {kept}"
         aside = store / STAGING / f"{name}{REMOVED}"
-        os.replace(folder, aside)  # gone at once; what follows may be interrupted
+        os.replace(folder, aside)
         sync_folder(store)
         if aside.is_symlink():
             aside.unlink()
@@ -72,8 +62,8 @@ def remove(name: str, store: Path, force: bool = False, wait: float = LOCK_SECON
     return f"removed {name}"
 
 
-def _check_ours(folder: Path) -> None:
-    """Refuses what is neither an artifact nor the remains of one.
+def _check_artifact(folder: Path) -> None:
+    """Refuse what is neither an artifact, nor part of one, nor a dangling link.
 
     Raises:
         UserError: a file, or a folder of other things.
@@ -88,12 +78,11 @@ def _check_ours(folder: Path) -> None:
 
 
 def _is_elsewhere(name: str, hash: str, found: list[Found]) -> bool:
-    """Whether fusions find this very artifact under another name, or among those that were replaced."""
+    """Whether fusions find the same artifact under another name or in .replaced."""
     return any(one.manifest.hash == hash for one in found if one.manifest is not None and one.place != name)
 
 
 def _unreadable(found: list[Found]) -> list[str]:
-    """The artifacts whose manifest is there and cannot be read."""
     return [
         one.place
         for one in found

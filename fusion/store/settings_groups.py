@@ -1,8 +1,7 @@
-"""Which artifacts are one setting trained with several seeds: told by their resolved settings, never by their names.
+"""Which artifacts are one setting trained with several seeds, by their resolved settings, never by their names.
 
-Two runs belong together where everything that decides their numbers is the same, apart from the seed. What a run is
-named and where its files are does not count, and a source counts by its own settings in the same way: `rte-s1` and
-`rte-s2` are the same source where they differ by their seed alone.
+Two runs have the same setting if everything that determines their numbers is equal, apart from the seed. A source
+counts by its own settings in the same way: `rte-s1` and `rte-s2` are the same source if only their seeds differ.
 
     lookup = Lookup()
     settings = [lookup.of_artifact(manifest, store) for manifest in manifests]
@@ -28,19 +27,11 @@ if TYPE_CHECKING:
 
 Settings = dict[str, Any]
 
-# Keys that differ between the seeds of one setting, or only say where something is.
-NOT_SETTINGS: tuple[str, ...] = (
-    "seed",
-    "name",
-    "store",
-    "output",
-    "overwrite",
-    "resume",
-    "data.dir",
-    "data.cache_dir",
-    "backbone.cache_gb",
+# Keys that differ between the seeds of one setting, or only name where something is.
+NOT_SETTINGS = (
+    *("seed", "name", "store", "output", "overwrite", "resume", "data.dir", "data.cache_dir"),
+    *("backbone.cache_gb", "logger", "hydra", "inputs", "sources_by"),
 )
-NOT_SETTINGS += ("logger", "hydra", "inputs", "sources_by")
 # Values whose results are equal up to rounding: only float16 changes them.
 NOT_SETTINGS_AT = tuple(("backbone.cache", value) for value in ("auto", "off", "float32"))
 SOURCES, FUSION = "sources", "composition.fusion"  # keys that name artifacts
@@ -48,11 +39,11 @@ _DEEPEST = 8  # artifacts made of artifacts
 
 
 class Lookup:
-    """Gives the settings of artifacts and runs, those of their sources included; each store is read once.
+    """The settings of artifacts and runs, including those of their sources; each store is read once.
 
     Args:
         known: flat configs by the absolute path of the artifact that they made, for artifacts that are gone.
-        stores: the manifests of stores that have been read already, replaced artifacts too.
+        stores: the manifests of stores that have been read already, replaced artifacts included.
     """
 
     def __init__(
@@ -60,78 +51,71 @@ class Lookup:
         known: Mapping[str, Mapping[str, Any]] | None = None,
         stores: Mapping[Path, Iterable[Manifest]] | None = None,
     ) -> None:
-        self._known = dict(known or {})
-        self._read = dict(stores or {})
-        self._indices: dict[Path, dict[str, Manifest]] = {}
+        self._known = known or {}
+        self._stores = {store: _by_hash(manifests) for store, manifests in (stores or {}).items()}
 
-    def of_artifact(self, manifest: Manifest, store: Path) -> Settings:
-        """Of a stored artifact. Its sources are found by their hashes, as the fusion itself finds them."""
-        return self._of_artifact(manifest, store, 0)
-
-    def of_run(
-        self, config: Mapping[str, Any], store: Path | None, sources: Sequence[str] | None = None
-    ) -> Settings:
-        """Of a run whose artifact is not there: its sources are found by name.
-
-        Args:
-            config: flat, as `fusion.runs.run.identity_config` gives it.
-            store: where the sources are; None: not known.
-            sources: their names, where the config holds others, such as `top:3`.
-        """
-        return self._of_config(config, store, sources, 0)
-
-    def _of_artifact(self, manifest: Manifest, store: Path, depth: int) -> Settings:
-        config = manifest.run.config
+    def of_artifact(self, manifest: Manifest, store: Path, depth: int = 0) -> Settings:
+        """The settings of a stored artifact, whose sources are found by their hashes."""
         if depth >= _DEEPEST:
             return {"artifact": manifest.name}
-        sources = [self._by_hash(source, manifest.seed, store, depth + 1) for source in manifest.sources]
-        settings = _plain(config)
-        if sources:
-            settings[SOURCES] = sources
-        if isinstance(reference := config.get(FUSION), str):
-            settings[FUSION] = self._by_name(reference, manifest.seed, store, depth + 1)
-        return settings
+        sources = [self._source(source, manifest.seed, store, depth + 1) for source in manifest.sources]
+        return self._settings(manifest.run.config, sources, manifest.seed, store, depth)
 
-    def _of_config(
-        self, config: Mapping[str, Any], store: Path | None, sources: Sequence[str] | None, depth: int
+    def of_run(
+        self,
+        config: Mapping[str, Any],
+        store: Path | None,
+        sources: Sequence[str] | None = None,
+        depth: int = 0,
     ) -> Settings:
-        settings, seed = _plain(config), config.get("seed")
+        """The settings of a run without its artifact: its sources are found by name.
+
+        Args:
+            config: flat, as `fusion.runs.identity.identity_config` gives it.
+            store: where the sources are; None: not known.
+            sources: their names, if the config holds something else, such as `top:3`.
+        """
+        seed = config.get("seed")
         named = config.get(SOURCES) if sources is None else sources
-        if isinstance(named, (list, tuple)) and named:
-            settings[SOURCES] = [self._by_name(str(name), seed, store, depth + 1) for name in named]
+        names = named if isinstance(named, (list, tuple)) else ()
+        found = [self._named(str(name), seed, store, depth + 1) for name in names]
+        return self._settings(config, found, seed, store, depth)
+
+    def _settings(
+        self, config: Mapping[str, Any], sources: list[Settings], seed: Any, store: Path | None, depth: int
+    ) -> Settings:
+        settings = _plain(config) | ({SOURCES: sources} if sources else {})
         if isinstance(reference := config.get(FUSION), str):
-            settings[FUSION] = self._by_name(reference, seed, store, depth + 1)
+            settings[FUSION] = self._named(reference, seed, store, depth + 1)
         return settings
 
-    def _by_hash(self, source: Source, seed: Any, store: Path, depth: int) -> Settings:
-        if (found := self._index(store).get(source.hash)) is not None:
-            return self._of_artifact(found, store, depth)
-        return self._by_name(source.name, seed, store, depth, stored=False)
+    def _source(self, source: Source, seed: Any, store: Path, depth: int) -> Settings:
+        if store not in self._stores:
+            self._stores[store] = _by_hash(manifest for _, manifest in artifacts(store, replaced=True))
+        if (found := self._stores[store].get(source.hash)) is not None:
+            return self.of_artifact(found, store, depth)
+        return self._named(source.name, seed, store, depth, stored=False)
 
-    def _by_name(
+    def _named(
         self, reference: str, seed: Any, store: Path | None, depth: int, stored: bool = True
     ) -> Settings:
         if store is not None and depth < _DEEPEST:
             if stored:
                 with contextlib.suppress(UserError, OSError):
                     folder = find(reference, store)
-                    return self._of_artifact(read_folder(folder), folder.parent, depth)
+                    return self.of_artifact(read_folder(folder), folder.parent, depth)
             if (config := self._known.get(str(store / reference))) is not None:
-                return self._of_config(config, store, None, depth)
-        # Nothing but the name is left of it. A sweep over seeds ends it with its own one.
+                return self.of_run(config, store, None, depth)
+        # Only the name is left. In a sweep over seeds it ends with the seed.
         return {"artifact": re.sub(rf"-seed-{re.escape(str(seed))}$", "", reference)}
 
-    def _index(self, store: Path) -> dict[str, Manifest]:
-        if store not in self._indices:
-            manifests = self._read.get(store)
-            if manifests is None:
-                manifests = [manifest for _, manifest in artifacts(store, replaced=True)]
-            self._indices[store] = {manifest.hash: manifest for manifest in manifests}
-        return self._indices[store]
+
+def _by_hash(manifests: Iterable[Manifest]) -> dict[str, Manifest]:
+    return {manifest.hash: manifest for manifest in manifests}
 
 
 def key_of(settings: Mapping[str, Any]) -> str:
-    """The same text for the same settings."""
+    """Equal texts for equal settings."""
     return json.dumps(settings, sort_keys=True, default=str)
 
 
@@ -144,10 +128,10 @@ def group(settings: Iterable[Mapping[str, Any]]) -> list[list[int]]:
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of each the settings that not all of them share. Sources are named by their tasks, where those differ."""
+    """The settings of each that not all of them share. Sources are named by their tasks if those differ."""
     flat = [_flat(one) for one in settings]
     tasks = [_tasks(one) for one in settings]
-    if len(set(map(tuple, tasks))) > 1:  # other sources altogether: each one's settings would be noise
+    if len(set(map(tuple, tasks))) > 1:  # other sources: their settings would be noise
         flat = [
             {k: v for k, v in one.items() if not k.startswith(f"{SOURCES}.")} | {SOURCES: "+".join(names)}
             for one, names in zip(flat, tasks, strict=True)

@@ -1,4 +1,4 @@
-"""How an artifact's training read its data, for commands that read the same rows again."""
+"""How an artifact's training read its data, for commands that read the same examples again."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ log = logging.getLogger(__name__)
 
 
 def data_folder_of(manifest: Manifest) -> str | None:
-    """What data.dir was; None: the rows came from the hub or from PyPI.
+    """What data.dir was; None: the data came from the hub or from PyPI.
 
-    A relative folder that is not here is looked for where the training was started.
+    A relative folder that is not here is looked up where the training was started.
     """
     trained = manifest.run.config.get("data.dir")
     if not isinstance(trained, str):
@@ -31,8 +31,8 @@ def data_folder_of(manifest: Manifest) -> str | None:
 def note_ambiguous_labels(manifest: Manifest) -> None:
     """Warn of an artifact of version 0.1 whose labels may have been read wrongly.
 
-    That version read a column that was typed as booleans or integers as ids, even where the label names are truth
-    values or numbers in another order, such as `["true", "false"]` or `[1, 2, 3]`. It did not record which it did.
+    It read a column of booleans or integers as ids, even where the label names are truth values or numbers in another
+    order, such as `["true", "false"]` or `[1, 2, 3]`, and did not record which of the two it did.
     """
     for task in manifest.tasks:
         names = [str(name) for name in task.labels or ()]
@@ -47,7 +47,7 @@ def note_ambiguous_labels(manifest: Manifest) -> None:
 
 
 def _look_like_ids(names: list[str]) -> bool:
-    """Whether a name is the id of another label, or as a truth value would be."""
+    """Whether a name, as an integer or truth value, is the id of another label."""
     ids = [
         {"false": 0, "true": 1}.get(name.lower(), int(name) if name.isdecimal() else None) for name in names
     ]
@@ -58,7 +58,7 @@ def split_of(manifest: Manifest) -> SplitConfig:
     """The `data.split` of the training.
 
     Raises:
-        UserError: the manifest has a value that is none.
+        UserError: the manifest has a wrong value.
     """
     keys = [field.name for field in fields(SplitConfig)]
     config = manifest.run.config
@@ -71,13 +71,13 @@ def split_of(manifest: Manifest) -> SplitConfig:
 
 
 def as_trained(manifest: Manifest, data: DataConfig, task: str | None) -> DataConfig:
-    """`data`, with the splits that training made of the rows of this task, and its `data.quoting` where none is set.
+    """`data` with the splits of the training for this task, and its `data.quoting` if none is set.
 
     Args:
-        task: the name of the task whose rows are read. Of a task that the artifact was not trained on, `data` itself.
+        task: the name of the task that is read; for a task that the artifact was not trained on, `data` is returned.
 
     Raises:
-        UserError: `data.split` is set to something else, so that rows of the training would be scored.
+        UserError: `data.split` is set to something else, so that training examples would be scored.
     """
     if task not in manifest.task_names:
         return data
@@ -85,8 +85,8 @@ def as_trained(manifest: Manifest, data: DataConfig, task: str | None) -> DataCo
     if data.split not in (SplitConfig(), split):
         asked, trained = (" ".join(one.overrides()) or "none" for one in (data.split, split))
         raise UserError(
-            f"{asked}: {manifest.name} was trained with another ({trained}), and other splits would hold "
-            "rows that it was trained on\nLeave data.split out: the splits are those of the training"
+            f"{asked}: {manifest.name} was trained with another ({trained}), and other splits would contain examples "
+            "that it was trained on\nLeave data.split out: the splits are those of the training"
         )
     quoting = data.quoting or manifest.run.config.get("data.quoting")
     return replace(data, split=split, quoting=quoting if quoting in ("csv", "none") else None)

@@ -1,7 +1,7 @@
-"""Changing a store: one writer of a name at a time, and what a writer that was killed left is put in order.
+"""Changing a store: one writer per name at a time, and cleaning up after a writer that was killed. No torch here.
 
-No torch here. STORE/.staging holds, for an artifact NAME, `NAME~new` while it is written, `NAME.old` while it is
-replaced, `NAME~removed` while it is deleted; no name has a tilde, so that none is taken for another's.
+STORE/.staging holds, of an artifact NAME, `NAME~new` while it is written, `NAME.old` while it is replaced and
+`NAME~removed` while it is deleted. A folder gets its final name by a rename, so readers never see half an artifact.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from typing import TYPE_CHECKING
 from fusion.errors import UserError
 from fusion.files import resolve_path
 from fusion.locks import LOCKS, lock
-from fusion.store.layout import MANIFEST, OLD, REPLACED, STAGING
+from fusion.store.layout import MANIFEST, NEW, OLD, REMOVED, REPLACED, STAGING, check_name
 from fusion.store.lookup import artifacts, folders, read_folder
-from fusion.store.names import check_name
 
 if TYPE_CHECKING:
     from fusion.store.manifest import Manifest
 
 LOCK_SECONDS = 60.0
-NEW = "~new"
-REMOVED = "~removed"
+
+
+def artifact_lock(store: Path, name: str) -> Path:
+    """The lock file of `writing`."""
+    return store / LOCKS / f"{name}.lock"
 
 
 @contextlib.contextmanager
 def writing(store: Path, name: str, wait: float = LOCK_SECONDS) -> Iterator[None]:
-    """Holds the name against other writers. Beside the lock a note says who holds it.
-
-    The system takes the lock back from a process that dies, however it dies.
+    """Hold the lock for writing an artifact.
 
     Raises:
-        UserError: another process has held it for `wait` seconds, or the lock cannot be made.
+        UserError: another process has held it for `wait` seconds, or there can be no lock.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -51,12 +51,9 @@ def writing(store: Path, name: str, wait: float = LOCK_SECONDS) -> Iterator[None
         yield
 
 
-def artifact_lock(store: Path, name: str) -> Path:
-    return store / LOCKS / f"{name}.lock"
-
-
 def sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # some systems cannot sync a folder; the rename is atomic all the same
+    """Flush a rename in a folder to the disk, where the system can."""
+    with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -65,7 +62,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def settle(store: Path, name: str) -> None:
-    """Ends what a killed writer left half-way. Called under the lock, so nobody is at work there."""
+    """Clean up what a killed writer of `name` left, and finish its replacement. Only for the holder of the lock."""
     staging = store / STAGING
     staging.mkdir(exist_ok=True)
     for ending in (NEW, REMOVED):
@@ -80,29 +77,22 @@ def settle(store: Path, name: str) -> None:
 
 
 def retire(store: Path, old: Path, new: Manifest) -> None:
-    """Keeps a replaced artifact where a fusion of the store still needs it, and removes it otherwise."""
-    try:
+    """Keep a replaced artifact if a fusion of the store needs it, and remove it otherwise."""
+    with contextlib.suppress(UserError):  # a damaged one has no use
         manifest = read_folder(old)
-    except UserError:
-        shutil.rmtree(old, ignore_errors=True)
-        return
-    if manifest.hash in needed_hashes(store) and manifest.hash != new.hash:
-        keep_replaced(store, old, manifest)
+        needed = {source.hash for _, fusion in artifacts(store) for source in fusion.sources}
+        if manifest.hash in needed and manifest.hash != new.hash:
+            keep_replaced(store, old, manifest)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def needed_hashes(store: Path) -> set[str]:
-    """Of all sources that the fusions of the store name."""
-    return {source.hash for _, fusion in artifacts(store) for source in fusion.sources}
-
-
 def keep_replaced(store: Path, folder: Path, manifest: Manifest) -> Path:
-    """Moves an artifact to STORE/.replaced, where fusions still find it by its hash; unless it is there already."""
+    """Move an artifact to STORE/.replaced, where fusions find it by its hash, unless it is there already."""
     kept = store / REPLACED / f"{manifest.name}-{manifest.hash[:8]}"
     with contextlib.suppress(UserError):
         if read_folder(kept).hash == manifest.hash:
             return kept
-    shutil.rmtree(kept, ignore_errors=True)  # what lies there is no artifact
+    shutil.rmtree(kept, ignore_errors=True)
     kept.parent.mkdir(exist_ok=True)
     os.replace(folder, kept)
     sync_folder(kept.parent)
@@ -110,43 +100,39 @@ def keep_replaced(store: Path, folder: Path, manifest: Manifest) -> Path:
 
 
 def check_free(name: str, kind: str, store: Path, overwrite: bool) -> None:
-    """Refuses to write `name` where something stands that must not be replaced.
+    """Refuse to write `name` where that would replace something that must stay.
 
     Raises:
-        UserError: the name is taken: by something else than an artifact, by another kind (a fusion never takes
-            an adapter's name, even with overwrite), or by an artifact without `overwrite`.
+        UserError: the name is taken by something that is no artifact, by an artifact of another kind (a fusion never
+            replaces an adapter), or by an artifact without `overwrite`.
     """
     check_name(name)
-    folder = store / name
-    if not folder.exists():
-        folder = folders(store).get(name, folder)
+    folder = folders(store).get(name, store / name)
     if not folder.exists():
         return
     if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder} is there and is no artifact: choose another name=, or move it away")
+        raise UserError(f"{folder} exists and is no artifact: choose another name=, or move it away")
     stored = kind
-    with contextlib.suppress(UserError):  # damaged: training it again with overwrite=true is the mend
+    with contextlib.suppress(UserError):  # a damaged one is fixed by training it again with overwrite=true
         stored = read_folder(folder).kind
     if stored != kind:
-        raise UserError(f"{store / name} is kept for a stored {stored}: choose another name= for this {kind}")
+        raise UserError(f"{store / name} is a stored {stored}: choose another name= for this {kind}")
     if not overwrite:
-        raise UserError(f"{store / name} is there already: overwrite=true replaces it, name=NAME keeps both")
+        raise UserError(f"{store / name} exists: overwrite=true replaces it, name=NAME keeps both")
 
 
 def check_writable(store: Path) -> None:
-    """Refuses a store that cannot be written, before hours are spent on what should go there.
+    """Refuse a store that cannot be written, before hours are spent on training.
 
     Raises:
-        UserError: the store is a file, or it or the folder it would be made in is not writable.
+        UserError: the store is a file, or it or the folder to create it in is not writable.
     """
     resolve_path(str(store), "store")
     if store.exists() and not store.is_dir():
-        raise UserError(f"store={store}: this is a file, expected a folder")
-    nearest = store.absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
+        raise UserError(f"store={store}: is a file, expected a folder")
+    nearest = next(folder for folder in (store.absolute(), *store.absolute().parents) if folder.exists())
     try:
-        os.rmdir(tempfile.mkdtemp(dir=nearest))  # tried, since permissions do not tell of read-only disks
+        os.rmdir(tempfile.mkdtemp(dir=nearest))  # permissions do not show a read-only disk
     except OSError as error:
         raise UserError(
             f"store={store}: {nearest} cannot be written ({error.strerror}); store=DIR names another folder"

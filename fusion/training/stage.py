@@ -15,9 +15,9 @@ from fusion.model.feature_cache import cache_features
 from fusion.runs.output import result_of
 from fusion.runs.provenance import circumstances
 from fusion.store.artifacts import save
+from fusion.store.compatibility import DIVERGED
 from fusion.store.lookup import read_folder
 from fusion.store.manifest import Manifest
-from fusion.store.unfit import DIVERGED
 from fusion.tracking.labels import stage_name
 from fusion.tracking.tracking import (
     build_loggers,

@@ -11,9 +11,9 @@ from typing import Any
 
 from fusion.errors import UserError
 from fusion.runs.run import describe
+from fusion.store.layout import is_name
 from fusion.store.lookup import names, read_manifest
 from fusion.store.manifest import Manifest
-from fusion.store.names import is_name
 from pipelines.commands import Outcome, attempt, say, typed
 from pipelines.compare.config import Settings, key_of, tasks
 from pipelines.compare.plan import (

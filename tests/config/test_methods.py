@@ -111,9 +111,7 @@ def test_each_method_trains_exactly_its_parameters_and_is_evaluated_alike(bench:
     assert again == pytest.approx(result["metrics"]["validation"], abs=1e-6)
     (line,) = bench.predict(f"films-{name}", [{"text": "a good film"}])
     assert set(line) == {"label", "scores"}
-    with pytest.raises(
-        UserError, match=rf"films-{name} is a stored {name}, and only adapters can be combined"
-    ):
+    with pytest.raises(UserError, match=rf"films-{name} is a stored {name}, expected an adapter"):
         bench.stage2("books", [f"films-{name}"])
     with pytest.raises(UserError, match=r"drop=1: .*only adapters and fusions"):
         bench.evaluate(f"films-{name}", drop=1)

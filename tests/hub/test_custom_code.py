@@ -140,7 +140,7 @@ def test_from_training_to_evaluation(bench: Bench, own_code: Make) -> None:
     assert marker.exists()
     assert read_manifest("films", bench.folder / "store").backbone.trust_remote_code is True
     marker.unlink()
-    with pytest.raises(UserError, match=r"films: its backbone .* say backbone\.trust_remote_code=true"):
+    with pytest.raises(UserError, match=r"films: its backbone .* set backbone\.trust_remote_code=true"):
         bench.evaluate("films")
     assert not marker.exists()
     bench.evaluate("films", backbone=SameBackboneConfig(trust_remote_code=True))

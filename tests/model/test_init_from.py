@@ -66,7 +66,7 @@ def test_the_store_shows_what_it_started_from_and_how_to_make_both(bench: Bench)
     assert f"{line}found: {store / 'films'}" in describe("again", store)
     shutil.rmtree(store / "films")
     assert f"{line}NOT FOUND" in describe("again", store)
-    gone = f"# init_from=films ({origin.hash[:8]}), whose weights again was trained from, is gone"
+    gone = f"# init_from=films ({origin.hash[:8]}), whose weights again started from, is gone"
     assert rebuild_lines(typed, store, store)[0] == gone
 
 

@@ -16,7 +16,7 @@ import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from fusion.store.names import is_name
+from fusion.store.layout import is_name
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "pipelines" / "wandb"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,23 @@ def put(folder: Path, manifest: Manifest) -> Path:
     folder.mkdir(parents=True)
     (folder / MANIFEST).write_text(manifest.changed(files=manifest.content["files"] or FILES).to_json())
     return folder
+
+
+def fork(work: Callable[[], object]) -> int:
+    """Run `work` in a child process; return its id."""
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        work()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def exit_code(child: int) -> int:
+    """Wait for a child process; a negative number is the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.fixture

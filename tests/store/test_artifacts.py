@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -26,10 +24,10 @@ from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
 from fusion.store.lookup import find, find_by_hash, names, read_manifest
 from fusion.store.manifest import Manifest, checksum_of
 from fusion.store.writing import writing
+from tests.store.conftest import exit_code, fork
 
 Make = Callable[..., Manifest]
 Tensors = dict[str, torch.Tensor]
-ROOT = Path(__file__).parents[2]
 OTHER = {"other": torch.ones(3)}
 
 
@@ -99,7 +97,7 @@ def test_a_taken_name(make_manifest: Make, weights: Tensors, head: Tensors, stor
     with pytest.raises(UserError, match="overwrite=true"):
         save(store, make_manifest(seed=4), OTHER, head)
     assert same_bits(load("mnli", store).weights, weights)
-    with pytest.raises(UserError, match="kept for a stored adapter"):
+    with pytest.raises(UserError, match="is a stored adapter"):
         fusion = make_manifest("mnli", "fusion", sources=[{"name": "a", "hash": "b"}])
         save(store, fusion, OTHER, head, overwrite=True)
     with pytest.raises(UserError, match="Letters"):
@@ -167,10 +165,13 @@ def damaged(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ("cut", r"is [\d,]+ bytes of [\d,]+; copy the artifact again, or train it again with overwrite=true"),
-        ("changed", "sha256 .* so it was changed"),
-        ("pickle", "bytes of"),
-        ("gone", "cannot be read"),
+        (
+            "cut",
+            r"has [\d,]+ bytes, expected [\d,]+; copy the artifact again, or train it again with overwrite=true",
+        ),
+        ("changed", "was changed, its sha256 is"),
+        ("pickle", "bytes, expected"),
+        ("gone", "is missing"),
     ],
 )
 def test_damaged_files_are_named(
@@ -181,7 +182,7 @@ def test_damaged_files_are_named(
     with pytest.raises(UserError, match=says) as error:
         load("mnli", store)
     assert str(error.value).startswith(f"{path}: ")
-    save(store, make_manifest(), weights, head, overwrite=True)  # the mend that the message names
+    save(store, make_manifest(), weights, head, overwrite=True)  # as the message proposes
     assert same_bits(load("mnli", store).weights, weights)
 
 
@@ -242,7 +243,7 @@ def test_a_failed_save_leaves_nothing(
 
 
 def test_what_cannot_be_read_again_is_not_stored(make_manifest: Make, head: Tensors, store: Path) -> None:
-    with pytest.raises(UserError, match="seed is text"):
+    with pytest.raises(UserError, match="seed: "):
         save(store, make_manifest(seed="three"), OTHER, head)
     with pytest.raises(TypeError, match="not JSON serializable"):
         save(store, make_manifest(metrics={"validation": torch.ones(1)}), OTHER, head)
@@ -253,27 +254,11 @@ def test_what_cannot_be_read_again_is_not_stored(make_manifest: Make, head: Tens
 def test_a_writer_killed_in_an_overwrite(
     make_manifest: Make, weights: Tensors, head: Tensors, store: Path, moment: str
 ) -> None:
-    """SIGKILL at each step: the store has the old artifact or the new one, and the next writer tidies up."""
+    """SIGKILL at each step: the store has the old artifact or the new one, and the next writer cleans up."""
     save(store, make_manifest(), weights, head)
     save(store, make_manifest("f", "fusion", sources=[source_of("mnli", store)]), OTHER, head)
-    code = f"""
-        import os, signal, torch
-        from pathlib import Path
-        import fusion.store.artifacts as artifacts
-        from dataclasses import replace
-        steps = []
-        def rename(old, new, replace=os.replace):
-            steps.append(new)
-            if len(steps) == {["staged", "moved aside", "in place"].index(moment) + 1}:
-                os.kill(os.getpid(), signal.SIGKILL)
-            replace(old, new)
-        artifacts.os.replace = rename
-        store = Path({str(store)!r})
-        manifest = artifacts.load("mnli", store).manifest.changed(seed=4, files={{}})
-        artifacts.save(store, manifest, {{"other": torch.ones(3)}}, {{}}, overwrite=True)
-    """
-    done = run_python(code)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = ["staged", "moved aside", "in place"].index(moment)
+    killed_at_rename(left, lambda: save(store, make_manifest(seed=4), OTHER, {}, overwrite=True))
     assert names(store) == ["f", "mnli"]
     stored = load("mnli", store)
     assert same_bits(stored.weights, OTHER if moment == "in place" else weights)
@@ -287,77 +272,68 @@ def test_a_writer_killed_in_an_overwrite(
     assert same_bits(load_by_hash(source.hash, source.name, store).weights, weights)
 
 
+def killed_at_rename(number: int, work: Callable[[], object]) -> None:
+    """Run `work` in a process that is killed in place of a rename, counted from 0."""
+
+    def killed() -> None:
+        left, replace = iter(range(number)), os.replace
+
+        def rename(old: Path, new: Path) -> None:
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(old, new)
+
+        os.replace = rename  # type: ignore[assignment]
+        work()
+
+    assert exit_code(fork(killed)) == -signal.SIGKILL
+
+
 def source_of(name: str, store: Path) -> dict[str, str]:
     return {"name": name, "hash": read_manifest(name, store).hash}
-
-
-def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT, timeout=120
-    )
-
-
-HOLDER = """
-    import sys, time
-    from pathlib import Path
-    from fusion.store.writing import writing
-    with writing(Path({store!r}), "mnli", 10.0):
-        print("held", flush=True)
-        time.sleep({seconds})
-"""
 
 
 def test_a_second_writer_waits_and_then_names_the_first(
     make_manifest: Make, weights: Tensors, head: Tensors, store: Path
 ) -> None:
     store.mkdir(parents=True)
-    code = textwrap.dedent(HOLDER.format(store=str(store), seconds=60))
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT
-    ) as holder:
-        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        started = time.monotonic()
-        with pytest.raises(UserError, match=f"process {holder.pid} on {socket.gethostname()}: waited 0.3 s"):
-            save(store, make_manifest(), weights, head, wait=0.3)
-        assert time.monotonic() - started < 5
-        save(store, make_manifest("rte"), weights, head, wait=0.3)  # another name is free
-        waiting = threading.Timer(0.3, holder.kill)  # a writer that dies holds nobody up
-        waiting.start()
-        save(store, make_manifest(), weights, head, wait=30)
+
+    def hold() -> None:
+        with writing(store, "mnli", 10.0):
+            (store / "held").touch()
+            time.sleep(60)
+
+    holder = fork(hold)
+    while not (store / "held").exists():
+        time.sleep(0.01)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=f"process {holder} on {socket.gethostname()} .*: waited 0.3 s"):
+        save(store, make_manifest(), weights, head, wait=0.3)
+    assert time.monotonic() - started < 5
+    save(store, make_manifest("rte"), weights, head, wait=0.3)  # another name is free
+    threading.Timer(0.3, os.kill, (holder, signal.SIGKILL)).start()  # the lock ends with its process
+    save(store, make_manifest(), weights, head, wait=30)
+    assert exit_code(holder) == -signal.SIGKILL
     assert same_bits(load("mnli", store).weights, weights)
 
 
 def test_writers_and_readers_at_once(make_manifest: Make, head: Tensors, store: Path) -> None:
-    """Two processes overwrite one name again and again; whatever a reader gets is one of them, whole."""
+    """Two processes overwrite one name repeatedly; what a reader gets is one of their artifacts, whole."""
     save(store, make_manifest(seed=0), {"value": torch.full((1000,), 0.0)}, head)
-    code = f"""
-        import sys, torch
-        from dataclasses import replace
-        from pathlib import Path
-        from fusion.store.artifacts import adopt, load, save
-        store, writer = Path({str(store)!r}), int(sys.argv[1])
-        for step in range(25):
-            seed = writer * 100 + step
-            manifest = load("mnli", store).manifest.changed(seed=seed, files={{}})
-            save(store, manifest, {{"value": torch.full((1000,), float(seed))}}, {{}}, overwrite=True)
-    """
-    writers = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(code), str(number)],
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-        for number in (1, 2)
-    ]
+
+    def write(writer: int) -> None:
+        for seed in range(writer * 100, writer * 100 + 25):
+            value = {"value": torch.full((1000,), float(seed))}
+            save(store, make_manifest(seed=seed), value, {}, overwrite=True)
+        (store / f".done-{writer}").touch()
+
+    writers = [fork(functools.partial(write, number)) for number in (1, 2)]
     seen = set()
-    while any(writer.poll() is None for writer in writers):
+    while len(list(store.glob(".done-*"))) < 2:
         artifact = load("mnli", store)
         assert torch.equal(artifact.weights["value"], torch.full((1000,), float(artifact.manifest.seed)))
         seen.add(artifact.manifest.seed)
-    for writer in writers:
-        _, errors = writer.communicate()
-        assert writer.returncode == 0, errors
+    assert [exit_code(writer) for writer in writers] == [0, 0]
     assert len(seen) > 2
     assert load("mnli", store).manifest.seed in (124, 224)
     assert contents(store / ".staging") == set()
@@ -408,11 +384,9 @@ def test_match_keys() -> None:
     with pytest.raises(UserError) as error:
         match_keys({"a": (3, 2), "c": (1,)}, found, Path("store/mnli/weights.safetensors"))
     assert str(error.value) == (
-        "store/mnli/weights.safetensors: does not fit the model it should fill; "
-        "missing: c; unexpected: b; of another shape: a (2, 3) and not (3, 2)"
+        "store/mnli/weights.safetensors: does not fit the model; "
+        "missing: c; unexpected: b; of another shape: a (2, 3), expected (3, 2)"
     )
-    with pytest.raises(UserError, match=r"missing: 0, 1, 2, 3, 4 and 5 more$"):
-        match_keys({str(number): (1,) for number in range(10)}, {}, "w")
 
 
 def test_a_store_on_a_path_that_needs_quoting(
@@ -429,38 +403,20 @@ def test_a_store_on_a_path_that_needs_quoting(
     assert same_bits(load("mnli", store).weights, OTHER)
 
 
-@pytest.mark.parametrize("how", ["file in its place", "folder in the lock's place", "not writable"])
 def test_a_lock_that_cannot_be_made(
-    make_manifest: Make, weights: Tensors, head: Tensors, store: Path, how: str
-) -> None:
-    store.mkdir(parents=True)
-    locks = store / ".locks"
-    if how == "file in its place":
-        locks.touch()
-    else:
-        locks.mkdir()
-    if how == "folder in the lock's place":
-        (locks / "mnli.lock").mkdir()
-    if how == "not writable":
-        if os.geteuid() == 0:
-            pytest.skip("root writes everywhere")
-        locks.chmod(0o500)
-    with pytest.raises(UserError) as error:
-        save(store, make_manifest(), weights, head, wait=0.2)
-    assert str(error.value).startswith(f"{locks}: cannot be written (") and "store=DIR" in str(error.value)
-    assert names(store) == []
-
-
-def test_a_lock_folder_that_the_system_keeps_from_us(
     make_manifest: Make, weights: Tensors, head: Tensors, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a disk that was mounted for reading: here for root too."""
-
     def refuse(self: Any, *_: Any, **__: Any) -> None:
-        raise PermissionError(13, "Permission denied")
+        raise PermissionError(13, "Permission denied")  # as on a disk that is mounted read-only
 
-    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
-    with pytest.raises(UserError, match=r"\.locks: cannot be written \(Permission denied\)"):
+    (store / ".locks").mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("filelock.FileLock.acquire", refuse)
+        with pytest.raises(UserError, match=r"\.locks: cannot be written \(Permission denied\).*store=DIR"):
+            save(store, make_manifest(), weights, head)
+    (store / ".locks").rmdir()
+    (store / ".locks").touch()
+    with pytest.raises(UserError, match=r"\.locks: cannot be written \(File exists\)"):
         save(store, make_manifest(), weights, head)
     assert names(store) == []
 
@@ -468,7 +424,7 @@ def test_a_lock_folder_that_the_system_keeps_from_us(
 def test_a_note_that_cannot_be_written_stops_nobody(
     make_manifest: Make, weights: Tensors, head: Tensors, store: Path
 ) -> None:
-    (store / ".locks" / "mnli.json").mkdir(parents=True)  # where the note would go
+    (store / ".locks" / "mnli.lock.json").mkdir(parents=True)  # where the note would go
     save(store, make_manifest(), weights, head)
     with writing(store, "mnli", 1.0), pytest.raises(UserError, match="is being written by another process"):
         save(store, make_manifest(), weights, head, overwrite=True, wait=0.1)
@@ -478,20 +434,9 @@ def test_a_note_that_cannot_be_written_stops_nobody(
 def test_a_name_that_ends_like_an_artifact_that_is_being_replaced(
     make_manifest: Make, weights: Tensors, head: Tensors, store: Path
 ) -> None:
-    """`mnli.old` is a name like any other: while it is written it is nothing of `mnli`, whatever happens."""
-    code = f"""
-        import os, signal
-        from pathlib import Path
-        import fusion.store.artifacts as artifacts
-        from dataclasses import replace
-        artifacts.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        store = Path({str(store)!r})
-        manifest = artifacts.load("rte", store).manifest.changed(name="mnli.old", files={{}})
-        artifacts.save(store, manifest, {{}}, {{}})
-    """
+    """`mnli.old` is a name like any other: while it is written it is no part of `mnli`."""
     save(store, make_manifest("rte"), weights, head)
-    done = run_python(code)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    killed_at_rename(0, lambda: save(store, make_manifest("mnli.old"), {}, {}))
     assert contents(store / ".staging") == {"mnli.old~new"}
     assert names(store) == ["rte"]
     with pytest.raises(UserError, match="no artifact 'mnli'"):
@@ -502,7 +447,7 @@ def test_a_name_that_ends_like_an_artifact_that_is_being_replaced(
     assert same_bits(load("mnli.old", store).weights, weights) and contents(store / ".staging") == set()
 
 
-def test_a_source_of_another_store_is_taken_over_whole(
+def test_a_source_of_another_store_is_copied(
     make_manifest: Make, weights: Tensors, head: Tensors, store: Path, tmp_path: Path
 ) -> None:
     folder = save(store, make_manifest(), weights, head)
@@ -520,7 +465,7 @@ def test_a_source_of_another_store_is_taken_over_whole(
     assert contents(other / ".staging") == set()
 
 
-def test_a_source_that_changes_while_it_is_taken_over(
+def test_a_source_that_changes_while_it_is_copied(
     make_manifest: Make, weights: Tensors, head: Tensors, store: Path, tmp_path: Path
 ) -> None:
     save(store, make_manifest(), weights, head)
@@ -528,7 +473,7 @@ def test_a_source_that_changes_while_it_is_taken_over(
     content = (artifact.path / WEIGHTS).read_bytes()
     (artifact.path / WEIGHTS).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     other = tmp_path / "another store"
-    with pytest.raises(UserError, match="so it was changed"):
+    with pytest.raises(UserError, match="was changed"):
         adopt(artifact, other)
     assert contents(other / ".staging") == set() and not (other / ".replaced").exists()
 
@@ -539,10 +484,10 @@ def test_a_copy_that_was_killed_half_way_leaves_nothing_once_it_is_made(
     elsewhere = store.parent / "elsewhere"
     save(elsewhere, make_manifest(), weights, head)
     artifact = load("mnli", elsewhere)
-    left = store / ".staging" / f"mnli-{artifact.manifest.hash[:8]}~1234567"
+    left = store / ".staging" / f"mnli-{artifact.manifest.hash[:8]}~copy"
     left.mkdir(parents=True)
     (left / WEIGHTS).write_bytes(b"half")
-    another = store / ".staging" / "mnli-other~1234567"
+    another = store / ".staging" / "mnli-other~copy"
     another.mkdir()
     adopt(artifact, store)
     assert contents(store / ".staging") == {another.name}

@@ -22,42 +22,38 @@ def test_sources_may_differ_in_shape(make_manifest: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
-        ({"backbone": {"name_or_path": "other", "fingerprint": "e" * 64}}, "backbone other and not tiny"),
+        ({"backbone": {"name_or_path": "other", "fingerprint": "e" * 64}}, "backbone other, expected tiny"),
         (
             {"backbone": {"fingerprint": "e" * 64}},
-            r"backbone tiny has other weights \(fingerprint eeeeeeee and not ffffffff\)",
+            "backbone tiny with fingerprint eeeeeeee, expected ffffffff",
         ),
-        ({"backbone": {"hidden_size": 16}}, "hidden size 16 and not 8"),
+        ({"backbone": {"hidden_size": 16}}, "hidden size 16, expected 8"),
         (
             {"adapter": {"sites": ["attention", "feedforward"]}},
-            r"adapter.sites \[attention, feedforward\] and not \[feedforward\]",
+            r"adapter.sites \[attention, feedforward\], expected \[feedforward\]",
         ),
-        ({"adapter": {"reads": "output"}}, "adapter.reads output and not normed"),
+        ({"adapter": {"reads": "output"}}, "adapter.reads output, expected normed"),
     ],
 )
-def test_sources_that_cannot_be_fused(make_manifest: Make, changes: dict[str, Any], says: str) -> None:
-    with pytest.raises(UserError, match=rf"rte cannot be fused with mnli: {says}\. "):
+def test_sources_that_cannot_be_fused(make_manifest: Make, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=rf"rte cannot be fused with mnli: {message}\. "):
         check_sources([make_manifest("mnli"), make_manifest("sst2"), make_manifest("rte", **changes)])
 
 
 def test_sources_are_adapters_of_different_names(make_manifest: Make) -> None:
     fusion = make_manifest("rte-adapterfusion", "fusion", sources=[{"name": "a", "hash": "b"}])
-    with pytest.raises(
-        UserError, match="rte-adapterfusion is a stored fusion, and only adapters can be combined"
-    ):
+    with pytest.raises(UserError, match="rte-adapterfusion is a stored fusion, expected an adapter"):
         check_sources([fusion])
-    with pytest.raises(UserError, match="named mnli"):
+    with pytest.raises(UserError, match="duplicate names mnli"):
         check_sources([make_manifest("mnli"), make_manifest("mnli", seed=4)])
 
 
 def test_check_backbone(make_manifest: Make) -> None:
     manifest = make_manifest("mnli", backbone={"revision": "abc"})
     check_backbone(manifest, name_or_path="/elsewhere", fingerprint="f" * 64, hidden_size=8)
-    with pytest.raises(
-        UserError, match=r"mnli was trained on tiny revision abc .*ffffffff, and big has .*eeeeeeee"
-    ):
+    with pytest.raises(UserError, match=r"mnli was trained on tiny revision abc .*ffffffff.*big.*eeeeeeee"):
         check_backbone(manifest, name_or_path="big", fingerprint="e" * 64, hidden_size=8)
-    with pytest.raises(UserError, match=r"hidden size 16 \(not 8\)"):
+    with pytest.raises(UserError, match=r"hidden size 8.*hidden size 16"):
         check_backbone(manifest, name_or_path="big", fingerprint="e" * 64, hidden_size=16)

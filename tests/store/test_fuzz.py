@@ -1,7 +1,7 @@
-"""Thousands of damaged artifacts: each is read rightly, or refused by a UserError that names where it lies.
+"""Damaged artifacts: each is read as it was stored, or refused by a UserError that names its place.
 
-Two families: raw damage, where a hash no longer fits, and damage whose author has put bytes and sha256 right again,
-so that only a deeper look finds it. Each is used as the commands do: load, build, fuse, verify, list.
+Two families: raw damage, which a hash detects, and damage with matching sizes and hashes, which only a check of the
+content can detect. Each artifact is used as the commands do: load, build, fuse, verify, list.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from fusion.backbones.load import Backbone, load_backbone
 from fusion.config.compositions import CompositionConfig
@@ -55,9 +53,9 @@ from fusion.store.manifest import Manifest, checksum_of
 from fusion.store.verifying import verify
 from tests.store.conftest import build as make_manifest
 
-EXAMPLES = 2000  # damaged artifacts in `make test`; four times as many more in `make test-full`
-SECONDS = 30  # for one example, on a machine that is busy; most take a few milliseconds
-MEMORY = 512 * 2**20  # that the process may grow by; more is refused to it, and an error that is no UserError
+EXAMPLES = 1000  # damaged artifacts in `make test`; four times as many more in `make test-full`
+SECONDS = 30  # limit of one example on a busy machine; most take a few milliseconds
+MEMORY = 512 * 2**20  # bytes that the process may grow by
 FILES = (MANIFEST, WEIGHTS, HEAD)
 IDS = torch.tensor([[2, 9, 14, 3], [2, 15, 3, 0]])
 MASK = (IDS != 0).long()
@@ -135,7 +133,7 @@ class Place:
         return replace(self.backbone, model=copy.deepcopy(self.backbone.model))
 
     def use(self, name: str) -> torch.Tensor:
-        """All that the commands do with an artifact: the scores of two rows."""
+        """Do all that the commands do with an artifact; return the scores of two examples."""
         artifact = load(name, self.store)
         check_made_for(artifact, self.backbone)
         answers(artifact.manifest, None)
@@ -163,13 +161,11 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Plac
 
 
 class TooLong(BaseException):
-    """No Exception: what an example catches must not be this."""
+    """No Exception, so that no example catches it."""
 
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """Within seconds."""
-
     def stop(number: int, frame: FrameType | None) -> None:
         raise TooLong(f"more than {SECONDS} s")
 
@@ -183,7 +179,7 @@ def limited() -> Iterator[None]:
 
 
 def attempt(place: Place, name: str, family: str, shown: bool = True) -> str:
-    """Uses the damaged artifact: `read`, or `refused` in words that say where it lies. Anything else is a hole."""
+    """Use a damaged artifact. Returns `read`, or `refused` for a UserError that names its place."""
     outcome = "read"
     with limited():
         try:
@@ -208,62 +204,35 @@ def attempt(place: Place, name: str, family: str, shown: bool = True) -> str:
 
 
 def check_reading(place: Place, name: str, scores: torch.Tensor, family: str) -> None:
-    """What was read is what was stored, as far as anybody can know."""
+    """What was read is what was stored, as far as hashes can tell."""
     artifact = load(name, place.store)
     stored = Manifest.from_json(place.content[name, MANIFEST].decode(), Path())
-    if family == "raw":  # what a hash guards can only be as it was
+    if family == "raw":  # their hashes are in the manifest, whose checksum is right
         assert artifact.manifest.files == stored.files
     same_head = (artifact.manifest.head, artifact.manifest.multitask) == (stored.head, stored.multitask)
     if artifact.manifest.hash == stored.hash and same_head and artifact.manifest.files == stored.files:
         assert torch.equal(scores, place.scores[name])
 
 
-# --- how an artifact is damaged --------------------------------------------------------------------
-
-Damage = Callable[[random.Random, bytes], bytes]
-
-
-def flip(draw: random.Random, content: bytes) -> bytes:
-    damaged = bytearray(content)
-    for _ in range(draw.choice((1, 1, 2, 8))):
-        damaged[_spot(draw, len(content))] ^= 1 << draw.randrange(8)
-    return bytes(damaged)
-
-
-def _spot(draw: random.Random, length: int) -> int:
-    # The header is where the structure is: half of all damage goes there.
-    return draw.randrange(min(length, 200)) if draw.random() < 0.5 else draw.randrange(length)
-
-
-def cut(draw: random.Random, content: bytes) -> bytes:
-    start = _spot(draw, len(content))
-    return content[:start] + content[start + draw.choice((1, 4, 8, 100)) :]
-
-
-def insert(draw: random.Random, content: bytes) -> bytes:
-    start = _spot(draw, len(content))
-    return content[:start] + draw.randbytes(draw.choice((1, 4, 8, 100))) + content[start:]
-
-
-def truncate(draw: random.Random, content: bytes) -> bytes:
-    places = (0, 1, 7, 8, 9, min(100, len(content)), len(content) // 2, len(content) - 1, len(content) - 4)
-    return content[: draw.choice((*places, draw.randrange(len(content))))]
-
-
-def noise(draw: random.Random, content: bytes) -> bytes:
-    return draw.randbytes(draw.choice((0, 1, 8, 100, len(content))))
-
-
-def length_field(draw: random.Random, content: bytes) -> bytes:
-    sizes = (0, 1, 2**63, 2**64 - 1, 10**9, 100_000_001, len(content), len(content) - 8, 2**31, 2**32)
-    return struct.pack("<Q", draw.choice(sizes)) + content[8:]
-
-
-def deep(draw: random.Random, content: bytes) -> bytes:
-    return draw.choice((b"[", b'{"a":')) * draw.choice((40, 1000, 100_000))
-
-
-RAW: tuple[Damage, ...] = (flip, flip, flip, cut, insert, truncate, noise, length_field, deep)
+def raw_damage(draw: random.Random, content: bytes) -> bytes:
+    """Other bytes: flipped bits, cut, inserted, truncated, noise, another header length, deep nesting."""
+    length = len(content)
+    # The header has the structure: half of all damage goes there.
+    at = draw.randrange(min(length, 200)) if draw.random() < 0.5 else draw.randrange(length)
+    count = draw.choice((1, 4, 8, 100))
+    header = draw.choice((0, 1, 2**63, 2**64 - 1, 10**9, 100_000_001, length, length - 8, 2**31, 2**32))
+    flipped = bytes([content[at] ^ 1 << draw.randrange(8)])
+    return draw.choice(
+        (
+            *(content[:at] + flipped + content[at + 1 :],) * 3,
+            content[:at] + content[at + count :],
+            content[:at] + draw.randbytes(count) + content[at:],
+            content[: draw.choice((0, 1, 7, 8, 9, length // 2, length - 4, length - 1, at))],
+            draw.randbytes(draw.choice((0, 1, 8, 100, length))),
+            struct.pack("<Q", header) + content[8:],
+            draw.choice((b"[", b'{"a":')) * draw.choice((40, 1000, 100_000)),
+        )
+    )
 
 
 def header_of(content: bytes) -> tuple[dict[str, Any], bytes]:
@@ -277,7 +246,7 @@ def with_header(header: Any, body: bytes) -> bytes:
 
 
 def tensor_damage(draw: random.Random, content: bytes) -> bytes:
-    """A safetensors file of another content: names, shapes, types, offsets, values."""
+    """A safetensors file of other content: names, shapes, types, offsets, values."""
     header, body = header_of(content)
     names = [name for name in header if name != "__metadata__"]
     how = draw.randrange(16)
@@ -285,44 +254,44 @@ def tensor_damage(draw: random.Random, content: bytes) -> bytes:
         return with_header(b"[" * 100_000, body)
     name, other = draw.choice(names), draw.choice(names)
     entry = header[name]
+    shape, types = (
+        entry["shape"],
+        ("I32", "U8", "BOOL", "F64", "BF16", "F8_E4M3", "F8_E8M0", "F4", "C64", "X", 5),
+    )
+    ranges: tuple[Any, ...] = (
+        header[other]["data_offsets"],
+        [0, 2**62],
+        [2**63, 2**63],
+        [4, 0],
+        [],
+        None,
+        [0],
+        [-1, 3],
+        ["0", 4],
+    )
+    new_names = ("", "x", f"{name}.more", "../../etc/passwd", "a" * 5000, "\ud800", "\u202e", "0.feedforward")
     if how == 1:  # swapped tensors
         header[name], header[other] = header[other], header[name]
     elif how == 2:
-        odd = ("", "x", f"{name}.more", "../../etc/passwd", "a" * 5000, "\ud800", "\u202e", "0.feedforward")
-        header[draw.choice(odd)] = header.pop(name)
+        header[draw.choice(new_names)] = header.pop(name)
     elif how == 3:
         entry["shape"] = draw.choice(
-            (entry["shape"][::-1], [], [0], [2**40], [2**63], [-1], [1, *entry["shape"]], ["2"], None, [2.0])
+            (shape[::-1], [], [0], [2**40], [2**63], [-1], [1, *shape], ["2"], None, [2.0])
         )
     elif how == 4:
-        entry["dtype"] = draw.choice(
-            ("I32", "U8", "BOOL", "F64", "BF16", "F8_E4M3", "F8_E8M0", "F4", "C64", "X", 5)
-        )
+        entry["dtype"] = draw.choice(types)
     elif how == 5:
         at = entry["data_offsets"][0] // 4 * 4
-        value = draw.choice((float("nan"), float("inf"), float("-inf")))
-        body = body[:at] + struct.pack("<f", value) + body[at + 4 :]
+        body = body[:at] + struct.pack("<f", draw.choice((float("nan"), float("inf")))) + body[at + 4 :]
     elif how == 6:
-        entry["data_offsets"] = draw.choice(
-            (
-                header[other]["data_offsets"],
-                [0, 2**62],
-                [2**63, 2**63],
-                [4, 0],
-                [],
-                None,
-                [0],
-                [-1, 3],
-                ["0", 4],
-            )
-        )
+        entry["data_offsets"] = draw.choice(ranges)
     elif how == 7:
         del header[name]
     elif how == 8:
         header["__metadata__"] = draw.choice(({"a": "b"}, {"a": 1}, [], "x", {"a": {"b": "c"}}))
     elif how == 9:
         header[name] = draw.choice((None, 1, [], {}, "x", {**entry, "more": 1}))
-    elif how == 10:  # a name twice
+    elif how == 10:  # a duplicate name
         text = json.dumps(header)
         return with_header((text[:-1] + f', "{name}": {json.dumps(entry)}' + "}").encode(), body)
     elif how == 11:
@@ -330,7 +299,7 @@ def tensor_damage(draw: random.Random, content: bytes) -> bytes:
     elif how == 12:  # integers in place of floats, of the same size: only the type tells
         for entry in header.values():
             entry["dtype"] = "I32"
-    elif how == 13:  # floats that are finite, and not those that were trained: nobody can tell
+    elif how == 13:  # other finite floats, which nothing can detect
         body = struct.pack(f"<{len(body) // 4}f", *(draw.uniform(-1, 1) for _ in range(len(body) // 4)))
     elif how == 14:
         return draw.choice(
@@ -350,7 +319,7 @@ JUNK: tuple[Any, ...] = (
 
 
 def places_of(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The way to everything in a manifest."""
+    """The path to every value of a manifest."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, entry in inner:
         yield (*way, key)
@@ -358,7 +327,7 @@ def places_of(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
 
 
 def manifest_damage(draw: random.Random, content: bytes) -> bytes:
-    """Something of a manifest in another form; the text stays JSON most of the time."""
+    """A manifest with another value or key; the text stays JSON most of the time."""
     values = json.loads(content)
     *way, key = draw.choice(list(places_of(values)))
     parent: Any = values
@@ -376,7 +345,7 @@ def manifest_damage(draw: random.Random, content: bytes) -> bytes:
     elif how == 7 and isinstance(parent[key], (int, float)):
         parent[key] = parent[key] * draw.choice((-1, 2, 10**6, 10**12))
     elif how == 8 and isinstance(parent[key], str) and parent[key]:
-        parent[key] = flip(draw, parent[key].encode()).decode("latin-1")
+        parent[key] = parent[key][:-1] + chr(draw.randrange(0x500))
     else:
         text = json.dumps(values)
         word = json.dumps(parent[key])
@@ -386,7 +355,7 @@ def manifest_damage(draw: random.Random, content: bytes) -> bytes:
 
 
 def consistent(content: bytes, weights: bytes, head: bytes) -> bytes:
-    """A manifest whose entries fit the files: as somebody would leave it who means harm."""
+    """A manifest whose sizes and hashes match the files."""
     values = json.loads(content)
     for file, data in ((WEIGHTS, weights), (HEAD, head)):
         values["files"][file] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
@@ -395,12 +364,12 @@ def consistent(content: bytes, weights: bytes, head: bytes) -> bytes:
 
 
 def damage(place: Place, draw: random.Random) -> tuple[str, str]:
-    """Damages one artifact of the store: its name, and the family of the damage."""
+    """Damage one artifact of the store; return its name and the family of the damage."""
     name = draw.choice(place.names)
     folder = place.store / name
     if draw.random() < 0.4:
         file = draw.choice(FILES)
-        (folder / file).write_bytes(draw.choice(RAW)(draw, place.content[name, file]))
+        (folder / file).write_bytes(raw_damage(draw, place.content[name, file]))
         return name, "raw"
     content = {file: place.content[name, file] for file in FILES}
     kind = draw.randrange(3)
@@ -408,8 +377,8 @@ def damage(place: Place, draw: random.Random) -> tuple[str, str]:
         content[MANIFEST] = manifest_damage(draw, content[MANIFEST])
     if kind > 0:
         file = draw.choice((WEIGHTS, HEAD))
-        content[file] = (draw.choice(RAW) if draw.random() < 0.3 else tensor_damage)(draw, content[file])
-        # Where the manifest is none any more, it needs no hash.
+        content[file] = (raw_damage if draw.random() < 0.3 else tensor_damage)(draw, content[file])
+        # A manifest that is no JSON needs no hash.
         with suppress(ValueError, KeyError, TypeError, RecursionError):
             content[MANIFEST] = consistent(content[MANIFEST], content[WEIGHTS], content[HEAD])
     for file in FILES:
@@ -418,29 +387,24 @@ def damage(place: Place, draw: random.Random) -> tuple[str, str]:
 
 
 def run_examples(place: Place, examples: int, seed: int) -> Counter[str]:
-    """So many damaged artifacts, the same ones each time; what became of them."""
+    """Use damaged artifacts, the same ones each time; return how many were read and refused by family."""
     seen: Counter[str] = Counter()
-
-    @settings(
-        max_examples=examples, derandomize=True, deadline=None, database=None,
-        suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
-    )  # fmt: skip
-    @given(st.integers(0, 2**32))
-    def one(number: int) -> None:
-        name, family = damage(place, random.Random(f"{seed} {number}"))
-        try:
-            seen[f"{family} {attempt(place, name, family, shown=number % 4 == 0)}"] += 1
-        finally:
-            place.restore(name)
-
     with little_memory():
-        one()
+        for number in range(examples):
+            name, family = damage(place, random.Random(f"{seed} {number}"))
+            try:
+                seen[f"{family} {attempt(place, name, family, shown=number % 4 == 0)}"] += 1
+            except BaseException as error:
+                error.add_note(f"example {number} of seed {seed}")
+                raise
+            finally:
+                place.restore(name)
     return seen
 
 
 @contextmanager
 def little_memory() -> Iterator[None]:
-    """Whoever asks for much more memory than is in use does not get it."""
+    """Limit the memory of the process to a little more than is in use."""
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else None
     limits = resource.getrlimit(resource.RLIMIT_AS)
     if pages is not None:
@@ -451,7 +415,7 @@ def little_memory() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-def test_what_is_not_damaged_is_read(place: Place) -> None:
+def test_intact_artifacts_are_read(place: Place) -> None:
     for name in place.names:
         assert attempt(place, name, "raw") == "read"
         assert torch.equal(place.use(name), place.scores[name])
@@ -461,7 +425,6 @@ def test_what_is_not_damaged_is_read(place: Place) -> None:
 def test_damaged_artifacts(place: Place, seed: int) -> None:
     seen = run_examples(place, EXAMPLES, seed)
     assert sum(seen.values()) >= EXAMPLES
-    # The dice fall so that each family is there, and both outcomes of what only a deeper look can tell.
     assert seen["raw refused"] > EXAMPLES // 4 and seen["consistent refused"] > EXAMPLES // 4
     assert seen["consistent read"] > EXAMPLES // 50
 
@@ -470,7 +433,7 @@ def test_damaged_artifacts(place: Place, seed: int) -> None:
 @pytest.mark.parametrize(
     "what", ["pipe", "folder", "device", "empty", "loop", "dangling", "passwd", "huge", "socket"]
 )
-def test_what_is_no_file(place: Place, file: str, what: str, tmp_path: Path) -> None:
+def test_no_regular_file(place: Place, file: str, what: str, tmp_path: Path) -> None:
     path = place.store / "films" / file
     path.unlink()
     with put_back_after(place, path):
@@ -483,12 +446,12 @@ def test_what_is_no_file(place: Place, file: str, what: str, tmp_path: Path) -> 
                 server.bind(file)
         elif what == "empty":
             path.touch()
-        elif what == "huge":  # a hole of a terabyte, that takes no room on the disk
+        elif what == "huge":  # a sparse file
             with path.open("wb") as hole:
                 try:
                     hole.truncate(2**40)
                 except OSError:
-                    pytest.skip("this disk has no room for holes")
+                    pytest.skip("no sparse files on this disk")
             values = json.loads(place.content["films", MANIFEST])
             if file != MANIFEST:
                 values["files"][file]["bytes"] = 2**40
@@ -529,7 +492,7 @@ def working_in(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
-def test_a_link_to_a_sound_artifact_is_read(place: Place, tmp_path: Path) -> None:
+def test_a_link_to_an_artifact_is_read(place: Place, tmp_path: Path) -> None:
     shutil.copytree(place.store / "films", tmp_path / "elsewhere")
     (place.store / "linked").symlink_to(tmp_path / "elsewhere")
     try:
@@ -549,7 +512,7 @@ def test_another_backbone_is_refused(place: Place, make_backbone: Callable[..., 
             place.backbone = own
 
 
-@pytest.mark.parametrize("count", [10**6, 10**9, 2**62])
+@pytest.mark.parametrize("count", [10**6, 2**62])
 @pytest.mark.parametrize(
     ("name", "way"),
     [
@@ -563,7 +526,7 @@ def test_another_backbone_is_refused(place: Place, make_backbone: Callable[..., 
         ("films", "backbone/layers"),
     ],
 )
-def test_sizes_that_a_manifest_makes_up_take_no_memory(place: Place, name: str, way: str, count: int) -> None:
+def test_wrong_sizes_take_no_memory(place: Place, name: str, way: str, count: int) -> None:
     values = json.loads(place.content[name, MANIFEST])
     *path, key = way.split("/")
     parent = values

@@ -42,7 +42,7 @@ def test_unknown_name_says_what_there_is(make_manifest: Make, store: Path) -> No
     assert "It has mnli, rte, snli; stage 1 makes an adapter" in str(error.value)
     with pytest.raises(UserError, match=r"\+task=NAME"):
         find("../mnli", store)
-    with pytest.raises(UserError, match=r"it has no manifest\.json"):
+    with pytest.raises(UserError, match="is no artifact"):
         find(str(store / "notes"), store)
     with pytest.raises(UserError, match="cannot be read as a folder"):
         find("x" * 5000, store)
@@ -73,3 +73,31 @@ def test_find_by_hash(make_manifest: Make, store: Path) -> None:
     with pytest.raises(UserError, match=r"source mnli .* is gone: .*manifest.json: is not JSON"):
         find_by_hash(second.hash, "mnli", store)
     assert find_by_hash(third.hash, "mnli", store) == store / "copy"  # the damaged one hides nothing
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["adapter_config.json", "adapter_model.safetensors"], "is a peft adapter"),
+        (["adapter_config.json", "pytorch_adapter.bin"], "is an adapter of AdapterHub's adapters"),
+        (["modules.json", "config.json"], "is a sentence-transformers model"),
+        (["config.json"], "backbone.name_or_path= takes"),
+        (["result.json"], "is the output folder of a run"),
+        ([WEIGHTS], "has lost its manifest.json"),
+        ([], "is no artifact"),
+    ],
+)
+def test_a_folder_of_another_format_is_named(tmp_path: Path, files: list[str], message: str) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=message) as error:
+        find(str(tmp_path), tmp_path)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_file_and_a_store_are_no_artifacts(make_manifest: Make, store: Path) -> None:
+    folder = put(store / "mnli", make_manifest())
+    with pytest.raises(UserError, match="is a file; expected the folder of an artifact"):
+        find(str(folder / MANIFEST), store)
+    with pytest.raises(UserError, match=r"is a store, not an artifact; expected store=.* artifact=NAME"):
+        find(str(store), store)

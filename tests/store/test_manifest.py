@@ -51,48 +51,81 @@ def change(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     return values
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "says"),
-    [
-        ("format_version", FORMAT_VERSION + 1, f"format_version is {FORMAT_VERSION + 1}"),
-        ("format_version", True, "format_version is True"),
-        ("format_version", None, "format_version is None"),
-        ("kind", "bank", "kind is 'bank', expected one of adapter, fusion, head"),
-        ("kind", "lora", "method is null, expected an object"),
-        ("seed", "3", "seed is text, expected a whole number"),
-        ("seed", True, "seed is true or false, expected a whole number"),
-        ("sources", {}, "sources is an object, expected a list"),
-        ("sources", [{"name": "a"}], "key sources[0].hash is missing"),
-        ("sources", ["a"], "sources[0] is text, expected an object"),
-        ("backbone/hidden_size", 8.5, "backbone.hidden_size is a number, expected a whole number"),
-        ("backbone/revision", 1, "backbone.revision is a whole number, expected text or null"),
-        ("head/dropout", None, "head.dropout is null, expected a whole number or a number"),
-        ("adapter", None, "adapter is null, expected an object"),
-        ("adapter/sites", "feedforward", "adapter.sites is text, expected a list"),
-        (
-            "adapter/bottleneck_sizes",
-            {"0.feedforward": "2"},
-            "adapter.bottleneck_sizes.0.feedforward is text",
-        ),
-        ("files", {WEIGHTS: FILES[WEIGHTS]}, f"key files.{HEAD} is missing"),
-        (f"files/{WEIGHTS}/bytes", "10", f"files.{WEIGHTS}.bytes is text"),
-        ("extra", 1, "extra is unknown to this version"),
-        ("multitask", [], "multitask is a list, expected an object or null"),
-        ("multitask", {}, "multitask is empty"),
-        ("multitask", {"a": {"task": {"name": "a"}}}, "key multitask.a.head is missing"),
-        (
-            "multitask",
-            {"a": {"task": {"name": "a"}, "head": {"layers": 1}}},
-            "key multitask.a.head.pooling is missing",
-        ),
-    ],
+WRONG: tuple[tuple[str, Any, str], ...] = (
+    ("format_version", FORMAT_VERSION + 1, f"format_version is {FORMAT_VERSION + 1}"),
+    ("format_version", True, "format_version is True"),
+    ("format_version", None, "format_version is null"),
+    ("name", "../mnli", "name: "),
+    ("kind", "bank", "kind: Value error, expected one of adapter, fusion, head"),
+    ("kind", "lora", "in an artifact of kind lora"),
+    ("seed", "3", "seed: "),
+    ("seed", True, "seed: "),
+    ("seed", -1, "seed: Input should be greater than or equal to 0, got -1"),
+    ("seed", 2**63, "seed: "),
+    ("sources", {}, "sources: "),
+    ("sources", [{"name": "a"}], "sources.0.hash: Field required"),
+    ("sources", ["a"], "sources.0: "),
+    ("sources", [{"name": "a", "hash": "b"}], "sources has 1 entries in an artifact of kind adapter"),
+    ("backbone/hidden_size", 8.5, "backbone.hidden_size: "),
+    ("backbone/hidden_size", 0, "backbone.hidden_size: "),
+    ("backbone/layers", 10**6, "backbone.layers: "),
+    ("backbone/revision", 1, "backbone.revision: "),
+    ("backbone/more", 1, "backbone.more: "),
+    ("data/max_length", 0, "data.max_length: "),
+    ("data/labels", {"a": 1}, "data.labels.a: "),
+    ("head/more", 1, "head.more: "),
+    ("head/pooling", "max", "head.pooling: Value error, expected one of cls, mean"),
+    ("head/layers", 3, "head.layers: Input should be 1 or 2, got 3"),
+    ("head/dropout", None, "head.dropout: "),
+    ("head/dropout", 1.0, "head.dropout: "),
+    ("head/outputs", 0, "head.outputs: "),
+    ("head/decision", {"threshold": None}, "head.decision.threshold: "),
+    ("adapter", None, "adapter is null in an artifact of kind adapter"),
+    ("adapter/more", 1, "adapter.more: "),
+    ("adapter/sites", "feedforward", "adapter.sites: "),
+    ("adapter/nonlinearity", "x", "adapter.nonlinearity=x: expected one of relu"),
+    ("adapter/scaling", "x", "adapter.scaling=x"),
+    ("adapter/shared", "yes", "adapter.shared: "),
+    ("adapter/bottleneck_sizes", {}, "adapter.bottleneck_sizes is empty"),
+    (
+        "adapter/bottleneck_sizes",
+        {"2.feedforward": 2},
+        "2.feedforward is no slot of 2 layers with feedforward",
+    ),
+    ("adapter/bottleneck_sizes", {"0.attention": 2}, "0.attention is no slot"),
+    ("adapter/bottleneck_sizes", {"00.feedforward": 2}, "00.feedforward is no slot"),
+    ("adapter/bottleneck_sizes", {"0.feedforward": 0}, "adapter.bottleneck_sizes.0.feedforward: "),
+    ("adapter/bottleneck_sizes", {"0.feedforward": True}, "adapter.bottleneck_sizes.0.feedforward: "),
+    ("composition", {"name": "mean"}, "composition is set in an artifact of kind adapter"),
+    ("task/more", 1, "task.more: "),
+    ("task/name", None, "task.name: "),
+    ("task/labels", "no", "task.labels: "),
+    ("task/hub", {"path": 1}, "task.hub.path: "),
+    ("task/columns", {"a": 1}, "task.columns.a: "),
+    ("run/something", [1], "run.something: "),
+    ("run/git", {"commit": 1}, "run.git.commit: "),
+    ("metrics/validation", 1, "metrics.validation: "),
+    ("metrics/validation/accuracy", "1", "metrics.validation.accuracy: "),
+    ("versions/torch", 2, "versions.torch: "),
+    ("files", {WEIGHTS: FILES[WEIGHTS]}, f"key files.{HEAD} is missing"),
+    ("files", FILES | {"..": {}}, "files.."),
+    ("files", FILES | {"more": {}}, "files.more"),
+    (f"files/{WEIGHTS}/bytes", "10", f"files.{WEIGHTS}.bytes: "),
+    ("extra", 1, "extra: "),
+    ("multitask", [], "multitask: "),
+    ("multitask", {}, "multitask: "),
+    ("multitask", {"a": {"task": {"name": "a"}}}, "multitask.a.head: Field required"),
+    ("multitask", {"a": {"task": {"name": "a"}, "head": {"layers": 1}}}, "multitask.a.head.pooling: "),
 )
-def test_wrong_value_is_named(make_manifest: Make, key: str, value: Any, says: str) -> None:
+
+
+@pytest.mark.parametrize(("key", "value", "message"), WRONG)
+def test_wrong_value_is_named(make_manifest: Make, key: str, value: Any, message: str) -> None:
     text = json.dumps(change(values_of(make_manifest()), key, value))
     with pytest.raises(UserError) as error:
         Manifest.from_json(text, Path("store/mnli/manifest.json"))
     assert str(error.value).startswith("store/mnli/manifest.json: ")
-    assert says in str(error.value)
+    assert message in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("key", [key for key in Manifest.model_fields if key not in OPTIONAL])
@@ -135,7 +168,7 @@ def test_missing_inner_key_is_named(make_manifest: Make, key: str) -> None:
     values = values_of(make_manifest())
     group, inner = key.split("/")
     del values[group][inner]
-    with pytest.raises(UserError, match=rf"m: key {group}\.{inner} is missing"):
+    with pytest.raises(UserError, match=rf"m: {group}\.{inner}: Field required"):
         Manifest.from_json(json.dumps(values), Path("m"))
 
 
@@ -147,7 +180,7 @@ def test_what_is_no_manifest(text: str) -> None:
 
 def test_a_fusion_has_sources_and_a_composition(make_manifest: Make) -> None:
     values = values_of(make_manifest("f", "fusion"))
-    with pytest.raises(UserError, match="sources is empty"):
+    with pytest.raises(UserError, match="sources has 0 entries"):
         Manifest.from_json(json.dumps(values | {"sources": []}), Path("m"))
     values["composition"] = None
     with pytest.raises(UserError, match="composition is null"):
@@ -223,82 +256,22 @@ def test_manifests_of_earlier_versions_are_read(make_manifest: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "says"),
+    ("old", "new"),
     [
-        ("name", "../mnli", "name is '../mnli', which is no name for the store"),
-        ("seed", -1, "seed is -1, expected at least 0"),
-        ("data/max_length", 0, "data.max_length is 0, expected at least 1"),
-        ("backbone/hidden_size", 0, "backbone.hidden_size is 0"),
-        ("backbone/layers", 10**6, "backbone.layers is 1000000, expected at most 10000"),
-        ("backbone/more", 1, "backbone.more is unknown to this version"),
-        ("head/more", 1, "head.more is unknown to this version"),
-        ("head/pooling", "max", "head.pooling is 'max', expected one of cls, mean"),
-        ("head/layers", 3, "head.layers is 3, expected one of 1, 2"),
-        ("head/dropout", 1.0, "head.dropout is 1.0"),
-        ("head/outputs", 0, "head.outputs is 0, expected at least 1"),
-        ("adapter/more", 1, "adapter.more is unknown to this version"),
-        ("adapter/nonlinearity", "x", "adapter.nonlinearity=x: expected one of relu"),
-        ("adapter/scaling", "x", "adapter.scaling=x"),
-        ("adapter/shared", "yes", "adapter.shared is text, expected true or false"),
-        ("adapter/bottleneck_sizes", {}, "adapter.bottleneck_sizes is empty"),
-        (
-            "adapter/bottleneck_sizes",
-            {"2.feedforward": 2},
-            "2.feedforward is no slot of 2 layers with feedforward",
-        ),
-        ("adapter/bottleneck_sizes", {"0.attention": 2}, "0.attention is no slot"),
-        ("adapter/bottleneck_sizes", {"00.feedforward": 2}, "00.feedforward is no slot"),
-        ("adapter/bottleneck_sizes", {"0.feedforward": 0}, "0.feedforward is 0, expected at least 1"),
-        ("adapter/bottleneck_sizes", {"0.feedforward": True}, "0.feedforward is true or false"),
-        ("composition", {"name": "mean"}, "composition is an object, expected null"),
-        ("sources", [{"name": "a", "hash": "b"}], "sources has entries, and kind adapter has none"),
-        ("task/more", 1, "task.more is unknown to this version"),
-        ("task/name", None, "task.name is null, expected text"),
-        ("task/labels", "no", "task.labels is text"),
-        ("task/hub", {"path": 1}, "task.hub.path is a whole number, expected text"),
-        ("task/columns", {"a": 1}, "task.columns.a is a whole number, expected text"),
-        ("run/something", [1], "run.something is unknown to this version"),
-        ("run/git", {"commit": 1}, "run.git.commit is a whole number, expected text"),
-        ("data/labels", {"a": 1}, "data.labels.a is a whole number, expected text or null"),
-        ("metrics/validation", 1, "metrics.validation is a whole number, expected an object"),
-        ("metrics/validation/accuracy", "1", "is text, expected a whole number or a number or null"),
-        ("head/decision", {"threshold": None}, "head.decision.threshold is null, expected a whole number"),
-        ("versions/torch", 2, "versions.torch is a whole number, expected text or null"),
-        ("files/more", {}, "files.more is unknown to this version"),
-        ("files/../../etc/passwd", {}, "files... is unknown to this version"),
-        ("seed", 2**63, "a whole number is too large"),
+        ('"seed": 3', '"seed": NaN'),
+        ('"optim.lr": 0.0001', '"optim.lr": -Infinity'),
+        ('"optim.lr": 0.0001', '"optim.lr": 1e999'),
+        ('"seed": 3', f'"seed": {"9" * 5000}'),
+        ('"seed": 3', '"seed": 3, "x": ' + "[" * 100_000),
+        ('"tiny"', '"\\ud800"'),
     ],
 )
-def test_what_the_loader_relies_on(make_manifest: Make, key: str, value: Any, says: str) -> None:
-    values = values_of(make_manifest())
-    values = (
-        change(values, key, value) if ".." not in key else values | {"files": values["files"] | {"..": value}}
-    )
-    with pytest.raises(UserError) as error:
-        Manifest.from_json(json.dumps(values), Path("store/mnli/manifest.json"))
-    assert str(error.value).startswith("store/mnli/manifest.json: ") and says in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "says"),
-    [
-        ('"seed": 3', '"seed": NaN', "NaN is no number"),
-        ('"seed": 3', '"seed": -Infinity', "-Infinity is no number"),
-        ('"seed": 3', '"seed": 1e999', "a number is too large"),
-        ('"seed": 3', f'"seed": {"9" * 5000}', "is not JSON"),
-        ('"seed": 3', '"seed": 3, "seed": 4', "key 'seed' stands twice"),
-        ('"seed": 3', '"seed": 3, "x": ' + "[" * 100_000, "is not JSON"),
-        ('"seed": 3', '"seed": ' + "[" * 50 + "]" * 50, "deep inside each other"),
-        ('"tiny"', '"\\ud800"', "is no text"),
-        ('"tiny"', '"\\u0000"', "is no text"),
-    ],
-)
-def test_json_in_the_narrow_sense(make_manifest: Make, old: str, new: str, says: str) -> None:
+def test_what_is_no_json(make_manifest: Make, old: str, new: str) -> None:
     text = json.dumps(values_of(make_manifest()))
     assert text.count(old) == 1
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=r"^m: is not JSON") as error:
         Manifest.from_json(text.replace(old, new), Path("m"))
-    assert says in str(error.value) and len(str(error.value)) < 700 and str(error.value).isprintable()
+    assert len(str(error.value)) < 700 and str(error.value).isprintable()
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc", "a/../../x"])
@@ -323,5 +296,5 @@ def test_the_task_name_of_a_manifest_cannot_leave_data_dir(
     config = {"evaluate": EvaluateConfig, "inspect": InspectConfig}[command](
         artifact="evil", store=str(tmp_path / "store"), data=DataConfig(dir=str(tmp_path / "some" / "data"))
     )
-    with pytest.raises(UserError, match=r"name is '.*', expected a name, .* no path out of its folder"):
+    with pytest.raises(UserError, match=r"name: .*expected a name, .* no path out of its folder"):
         module.check(config, Run(command, tmp_path / "run", (), {}, command))

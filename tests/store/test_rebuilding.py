@@ -70,7 +70,7 @@ def test_what_is_rebuilt_is_the_same(tmp_path: Path, tiny_backbone: Path) -> Non
     )
     assert read_manifest("films-seed-1", place / "a store").hash != first
     shown = shell(f"python -m fusion.store show pruned {store} into='another store'", place)
-    lines = shown.split("to make it anew:\n")[1]
+    lines = shown.split("to make it again:\n")[1]
     assert lines.count("python -m fusion.stage1") == 2 and lines.count("python -m fusion.stage2") == 2
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -81,7 +81,7 @@ def test_what_is_rebuilt_is_the_same(tmp_path: Path, tiny_backbone: Path) -> Non
     assert {entry.name for entry in made.iterdir() if not entry.name.startswith(".")} == set(originals)
     shown = shell(f"python -m fusion.store show again {store} into='a third store'", place)
     assert f"films-seed-1 {first}, found: " in shown
-    shell(shown.split("to make it anew:\n")[1], elsewhere)
+    shell(shown.split("to make it again:\n")[1], elsewhere)
     third = place / "a third store"
     assert {entry.name for entry in third.iterdir() if not entry.name.startswith(".")} == {
         "films-seed-1",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from fusion.data.rows import load_rows
 from fusion.errors import UserError
 from fusion.runs.identity import identity
 from fusion.store.lookup import read_manifest
+from fusion.store.manifest import Manifest
 from fusion.store.trained_data import as_trained, note_ambiguous_labels
 from tests.bench import Bench
 
@@ -142,39 +144,24 @@ def test_a_fusion_and_a_ranking(made: Bench) -> None:
     assert {source["name"] for source in ranked["sources"]} == {"films", "books"}
 
 
-@pytest.mark.parametrize(
-    ("labels", "values", "ambiguous"),
-    [
-        (["true", "false"], None, True),
-        (["True", "False"], None, True),
-        (["1", "2", "3"], None, True),
-        (["0", "2"], None, True),
-        (["false", "true"], None, False),
-        (["0", "1", "2"], None, False),
-        (["bad", "good"], None, False),
-        (["1", "2"], ["1", "2"], False),
-    ],
-)
 def test_labels_that_version_0_1_may_have_misread(
-    bench: Bench,
-    labels: list[str],
-    values: list[str] | None,
-    ambiguous: bool,
-    caplog: pytest.LogCaptureFixture,
+    make_manifest: Callable[..., Manifest], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Only where a name looks like the id of another label, and nothing records how the labels were read."""
-    bench.stage1("films")
-    manifest = read_manifest("films", bench.folder / "store")
-    task = manifest.content["task"] | {"labels": labels, "label_values": values}
-    note_ambiguous_labels(manifest.changed(task=task))
+    """Those where a name looks like the id of another label, and nothing records how the labels were read."""
+    ambiguous = (["true", "false"], ["True", "False"], ["1", "2", "3"], ["0", "2"])
+    clear = (["false", "true"], ["0", "1", "2"], ["bad", "good"])
+    task = {"name": "films", "kind": "classification"}
+    recorded = {"max_length": 16, "fingerprints": {}, "labels": {"films": "names"}}
+    for labels in (*ambiguous, *clear):
+        note_ambiguous_labels(make_manifest("films", task=task | {"labels": labels}, data=recorded))
+    note_ambiguous_labels(
+        make_manifest("films", task=task | {"labels": ["1", "2"], "label_values": ["1", "2"]})
+    )
     assert caplog.records == []
-    old = {key: value for key, value in manifest.content["data"].items() if key != "labels"}
-    note_ambiguous_labels(manifest.changed(task=task, data=old))
-    assert [record.levelname for record in caplog.records] == ["WARNING"] * ambiguous
-    if ambiguous:
-        assert (
-            f"films: version 0.1 may have read the labels {', '.join(labels)} of films as ids" in caplog.text
-        )
+    for labels in (*ambiguous, *clear):
+        note_ambiguous_labels(make_manifest("films", task=task | {"labels": labels}))
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * len(ambiguous)
+    assert "films: version 0.1 may have read the labels true, false of films as ids" in caplog.text
 
 
 def test_the_warning_comes_before_a_result_of_0_1_is_used(

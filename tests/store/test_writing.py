@@ -23,15 +23,13 @@ def test_check_free(make_manifest: Make, store: Path) -> None:
         check_free("mnli", "adapter", store, overwrite=False)
     check_free("mnli", "adapter", store, overwrite=True)
     for overwrite in (False, True):  # a fusion never takes an adapter's name
-        with pytest.raises(
-            UserError, match="kept for a stored adapter: choose another name= for this fusion"
-        ):
+        with pytest.raises(UserError, match="is a stored adapter: choose another name= for this fusion"):
             check_free("mnli", "fusion", store, overwrite)
     (store / "notes").mkdir()
     with pytest.raises(UserError, match="is no artifact"):
         check_free("notes", "adapter", store, overwrite=True)
     (store / "mnli" / MANIFEST).write_text("{")
-    check_free("mnli", "adapter", store, overwrite=True)  # damaged: training it again is the mend
+    check_free("mnli", "adapter", store, overwrite=True)  # damaged: training it again fixes it
     with pytest.raises(UserError, match="Letters"):
         check_free("../mnli", "adapter", store, overwrite=True)
 
@@ -41,7 +39,7 @@ def test_check_writable(store: Path) -> None:
     assert not store.exists()
     store.parent.mkdir()
     store.write_text("")
-    with pytest.raises(UserError, match="this is a file"):
+    with pytest.raises(UserError, match="is a file"):
         check_writable(store)
     with pytest.raises(UserError, match="Not a directory"):
         check_writable(store / "below")

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusion.errors import UserError
+from fusion.store.compatibility import why_unfit
 from fusion.store.layout import OLD
 from fusion.store.lookup import artifacts, names
-from fusion.store.unfit import why_unfit
 
 if TYPE_CHECKING:
     from fusion.store.manifest import Manifest

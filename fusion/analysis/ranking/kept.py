@@ -15,7 +15,7 @@ from typing import Any
 
 from fusion.errors import UserError
 from fusion.files import write_json
-from fusion.store.files import read_regular
+from fusion.store.layout import read_regular
 
 RANKINGS = ".rankings"
 FORMAT_VERSION = 1

@@ -1,11 +1,11 @@
-"""Which names the store takes."""
+"""Names of artifacts."""
 
 from __future__ import annotations
 
 import pytest
 
 from fusion.errors import UserError
-from fusion.store.names import check_name
+from fusion.store.layout import check_name
 
 
 @pytest.mark.parametrize("name", ["mnli", "rte-seed-3", "a.b_c-D", "0", "rte-lr-1e-4", "x" * 100, "console"])
