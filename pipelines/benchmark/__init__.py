@@ -1,4 +1,4 @@
-"""How fast and how small: ours against AdapterHub's `adapters`, and against the matrix products alone.
+"""Speed and memory: this project against AdapterHub's `adapters`, and against the matrix products alone.
 
-Nothing is imported here, since the rival's interpreter, which has other versions, loads this package too.
+Nothing is imported here, since the interpreter of the baseline, which has other versions, loads this package too.
 """

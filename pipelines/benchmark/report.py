@@ -1,86 +1,204 @@
-"""What a suite found: printed as a table and written as JSON, whole or not at all."""
+"""What a suite found: figures with verdicts over the rounds, printed as tables and written as JSON."""
 
 from __future__ import annotations
 
+import os
+import platform
 import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fusion.files import write_json
+import numpy as np
+
+from fusion.cli.console import show_table
+from fusion.runs.run import write_json
+from fusion.training.processes import cores
+from pipelines.benchmark.cases import Case
 from pipelines.benchmark.config import BenchmarkConfig
-from pipelines.benchmark.session import Timings
-from pipelines.benchmark.verdicts import Figure, spread
 from pipelines.commands import say
+
+REACHED, NOT_REACHED = "reached", "not reached"
+TOO_NOISY, TOO_FEW = "too noisy: no verdict", "one round: no verdict"
+PACKAGES = ("torch", "transformers", "pytorch-lightning", "numpy")
+Measured = tuple[str, Case]  # who does what
+Timings = dict[Measured, list[list[float]]]  # seconds of every step, by round
+
+
+def spread(values: Sequence[float]) -> float:
+    """Interquartile range, as a fraction of the median."""
+    low, high = np.quantile(values, (0.25, 0.75))
+    return float(high - low) / statistics.median(values)
+
+
+def medians(timings: Timings, who: str, case: Case) -> list[float]:
+    """One number per round."""
+    return [statistics.median(seconds) for seconds in timings[who, case]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a figure should come to."""
+
+    limit: float
+    at_least: bool = False
+
+    def met(self, value: float) -> bool:
+        return value >= self.limit if self.at_least else value <= self.limit
+
+    @property
+    def sign(self) -> str:
+        return ">=" if self.at_least else "<="
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A row of the table.
+
+    what: describes it. values: of each round. target: None where it is for information.
+    exact: a count (bytes), for which a single measurement is enough.
+    unit: "x" for a ratio, "%" for one that is shown as what it adds, "s" for seconds.
+    """
+
+    what: str
+    values: tuple[float, ...]
+    target: Target | None = None
+    exact: bool = False
+    unit: str = "x"
+
+    def verdict(self, noise_limit: float) -> str:
+        """Empty for information; neither reached nor not reached where the rounds differ too much."""
+        if self.target is None:
+            return ""
+        margin = abs(self.target.limit - 1.0)
+        if (
+            self.unit != "s" and margin > 0
+        ):  # rounds that differ by a tenth cannot judge a ratio of at most 1.03
+            noise_limit = min(noise_limit, margin)
+        if not self.exact and len(self.values) < 2:
+            return TOO_FEW
+        if not self.exact and spread(self.values) > noise_limit:
+            return TOO_NOISY
+        return REACHED if self.target.met(statistics.median(self.values)) else NOT_REACHED
+
+    def shown(self, value: float) -> str:
+        if self.unit == "%":
+            return f"{100 * (value - 1):+.1f} %"
+        return f"{value:.2f}{' s' if self.unit == 's' else 'x'}"
+
+    def row(self, noise_limit: float) -> list[str]:
+        rounds = [
+            self.shown(min(self.values)),
+            self.shown(max(self.values)),
+            f"{100 * spread(self.values):.0f} %",
+        ]
+        target = "" if self.target is None else f"{self.target.sign} {self.shown(self.target.limit)}"
+        return [
+            self.what,
+            self.shown(statistics.median(self.values)),
+            *(rounds if len(self.values) > 1 else ["", "", ""]),
+            target,
+            self.verdict(noise_limit),
+        ]
+
+    def as_json(self, noise_limit: float) -> dict[str, Any]:
+        return {
+            "what": self.what,
+            "unit": "seconds" if self.unit == "s" else "ratio",
+            "median": statistics.median(self.values),
+            "low": min(self.values),
+            "high": max(self.values),
+            "spread": spread(self.values),
+            "rounds": list(self.values),
+            "to_reach": None if self.target is None else f"{self.target.sign} {self.target.limit:g}",
+            "verdict": self.verdict(noise_limit) or None,
+        }
+
+
+def ratio(
+    what: str,
+    numerators: Iterable[float],
+    denominators: Iterable[float],
+    target: Target | None = None,
+    **more: Any,
+) -> Figure:
+    """A figure that compares two things round by round, so that what slows down a whole round cancels out."""
+    ratios = (one / other for one, other in zip(numerators, denominators, strict=True))
+    return Figure(what, tuple(ratios), target, **more)
 
 
 @dataclass
 class Report:
-    """figures: the table. timings, seconds: what is behind it, of steps and of whole commands by round.
+    """figures: the table. timings, seconds: what they come from, of steps and of whole commands, by round.
 
-    more: whatever else the suite has to keep. lines: what is printed below the table.
+    more: further fields of the JSON. lines: printed below the table.
     """
 
     figures: list[Figure]
-    timings: Timings = field(default_factory=Timings)
+    timings: Timings = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
 
 
-def table(figures: list[Figure], noise_limit: float) -> str:
-    """Columns: what, the median, lowest and highest round, what to reach, and the verdict."""
-    rows = [("", "median", "low", "high", "spread", "to reach", "")]
-    for figure in figures:
-        one = len(figure.values) == 1
-        rows.append(
-            (
-                figure.what,
-                figure.shown(figure.median),
-                "" if one else figure.shown(min(figure.values)),
-                "" if one else figure.shown(max(figure.values)),
-                "" if one else f"{100 * spread(figure.values):.0f} %",
-                figure.shown_target(),
-                figure.verdict(noise_limit),
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *(c.rjust(w) for c, w in zip(row[1:-1], widths[1:-1], strict=True)),
-                row[-1],
-            ]
-        ).rstrip()
-        for row in rows
-    )
+def describe_machine(threads: int) -> dict[str, Any]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "cores_allowed": cores(),
+        "threads": threads,
+        "load_before": os.getloadavg()[0],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in PACKAGES},
+    }
 
 
 def finish(
     config: BenchmarkConfig, report: Report, machine: dict[str, Any], versions: dict[str, Any]
 ) -> Path:
-    """Prints the report and writes OUTPUT/SUITE.json."""
-    say(f"\n{table(report.figures, config.noise_limit)}")
+    """Print the report and write OUTPUT/SUITE.json."""
+    say("")
+    titles = ["", "median", "low", "high", "spread", "to reach", ""]
+    show_table([titles, *(figure.row(config.noise_limit) for figure in report.figures)])
+    timings = [
+        {
+            "who": who,
+            "case": asdict(case),
+            "what": f"{who}: {case}",
+            "median": statistics.median(medians(report.timings, who, case)),
+            "spread": spread(medians(report.timings, who, case)),
+            "rounds": rounds,
+        }
+        for (who, case), rounds in report.timings.items()
+    ]
     behind = report.seconds | {
-        f"{who}: {case}": report.timings.medians(who, case) for who, case in report.timings.rounds
+        f"{who}: {case}": medians(report.timings, who, case) for who, case in report.timings
     }
     if behind:
-        say("\nseconds (median and spread of the rounds)")
-    for what, rounds in behind.items():
-        say(f"  {what:<46} {statistics.median(rounds):9.4f}  {100 * spread(rounds):3.0f} %")
+        say("")
+        rows = [
+            [what, f"{statistics.median(rounds):.4f}", f"{100 * spread(rounds):.0f} %"]
+            for what, rounds in behind.items()
+        ]
+        show_table([["seconds", "median of the rounds", "spread"], *rows])
     for line in report.lines:
         say(line)
+    path = Path(config.output) / f"{config.suite}.json"
     content = {
         "suite": config.suite,
         "figures": [figure.as_json(config.noise_limit) for figure in report.figures],
-        "timings": report.timings.as_json(),
+        "timings": timings,
         "seconds": report.seconds,
         **report.more,
         "machine": machine | {"workers": versions},
         "config": asdict(config),
     }
-    path = Path(config.output) / f"{config.suite}.json"
     write_json(path, content)
-    say(f"\nEverything: {path}")
+    say(f"\nAll results: {path}")
     return path

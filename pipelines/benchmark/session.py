@@ -1,199 +1,217 @@
-"""One suite's workers and the rounds in which they take turns."""
+"""The workers of one suite and the rounds in which they take turns."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import shutil
-import statistics
+import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from multiprocessing import Pipe
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from pipelines.benchmark import rival_env, verdicts
-from pipelines.benchmark.cases import Case, Setup
-from pipelines.benchmark.config import BenchmarkConfig
-from pipelines.benchmark.errors import BenchmarkError
-from pipelines.benchmark.workers import WorkerProcess
-from pipelines.commands import say
+from pipelines.benchmark.cases import Case, Setup, make_weights
+from pipelines.benchmark.config import BenchmarkConfig, BenchmarkError
+from pipelines.benchmark.formulas import Backbone
+from pipelines.benchmark.report import Measured, Timings
+from pipelines.commands import python_path, say
 
-OURS, RIVAL = "ours", "rival"
-MODULES = {OURS: "pipelines.benchmark.ours", RIVAL: "pipelines.benchmark.rival"}
+OURS, BASELINE = "ours", "rival"
 LOGITS_LIMIT = 1e-4  # above this the two do not compute the same, and a comparison would mean nothing
+CLOSING_SECONDS = 10.0
+# `accelerate` is what the baseline's trainer needs beyond its own requirements.
+PACKAGES = ("adapters==1.3.0", "torch==2.13.0", "accelerate>=1.1,<2")
 
-Measured = tuple[str, Case]
-"""Who does what."""
+
+def environment(threads: int) -> dict[str, str]:
+    """This process's environment, with the number of threads for every library that has one of its own."""
+    more = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    return os.environ | more | quiet | {"PYTHONPATH": python_path()}
 
 
-@dataclass
-class Timings:
-    """Seconds of every step, by what was measured and by round."""
+class WorkerProcess:
+    """A program that answers requests through a pipe; what it prints goes to `log`.
 
-    rounds: dict[Measured, list[list[float]]] = field(default_factory=dict)
+    Raises (from `ask`):
+        BenchmarkError: it died, answered an error, or took longer than `timeout` seconds.
+    """
 
-    def add(self, measured: Measured, seconds: list[float]) -> None:
-        self.rounds.setdefault(measured, []).append(seconds)
+    def __init__(self, name: str, command: list[str], log: Path, threads: int, timeout: float) -> None:
+        self.name, self.log, self.timeout = name, log, timeout
+        self._pipe, other = Pipe()
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [*command, str(other.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment(threads),
+                pass_fds=[other.fileno()],
+            )
+        other.close()
 
-    def medians(self, who: str, case: Case) -> list[float]:
-        """One number a round."""
-        return [statistics.median(seconds) for seconds in self.rounds[who, case]]
+    def ask(self, do: str, **arguments: Any) -> Any:
+        """Call a method of the worker and wait for its result."""
+        try:
+            self._pipe.send_bytes(json.dumps({"do": do, **arguments}, default=asdict).encode())
+            if self._pipe.poll(self.timeout):
+                answer = json.loads(self._pipe.recv_bytes())
+            else:
+                self._process.kill()
+                answer = {"error": f"took more than {self.timeout:g} s"}
+        except (EOFError, OSError):
+            answer = {"error": f"ended with exit code {self._process.wait()}"}
+        if "error" in answer:
+            problem = answer["error"].partition("\n")[0]
+            raise BenchmarkError(f"the worker {self.name}, asked for {do}: {problem} (log: {self.log})")
+        return answer["result"]
 
-    def as_json(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "who": who,
-                "case": case.as_json(),
-                "what": f"{who}: {case}",
-                "median": statistics.median(self.medians(who, case)),
-                "spread": verdicts.spread(self.medians(who, case)),
-                "rounds": rounds,
-            }
-            for (who, case), rounds in self.rounds.items()
-        ]
+    def close(self) -> None:
+        """Let it end by itself, or kill it."""
+        self._pipe.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(CLOSING_SECONDS)
+        self._process.kill()
+        self._process.wait()
+
+
+def baseline_python(venv: str | None, output: Path) -> str:
+    """The interpreter of the baseline, whose versions do not fit beside ours: of `venv`, or of one that is made once.
+
+    Raises:
+        BenchmarkError: the folder has no python, or pip failed.
+    """
+    folder = Path(venv).expanduser() if venv else output / "rival-venv"
+    # Not resolved: the interpreter finds its packages by the place of the link.
+    python = (folder / "bin" / "python").absolute()
+    stamp = folder / ".installed"
+    if venv and not python.is_file():
+        raise BenchmarkError(f"rival.venv={venv}: expected a virtual environment with {python}")
+    if venv or (stamp.is_file() and stamp.read_text(encoding="utf-8").split("\n") == list(PACKAGES)):
+        return str(python)
+    say(f"Installing the baseline ({', '.join(PACKAGES)}) into {folder}: a few minutes, once")
+    log = output / "rival-venv.log"
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", *PACKAGES]
+    with log.open("wb") as file:
+        for command in ([sys.executable, "-m", "venv", "--clear", str(folder)], pip):
+            if code := subprocess.call(command, stdout=file, stderr=subprocess.STDOUT):
+                raise BenchmarkError(
+                    f"the baseline could not be installed: exit code {code} of pip (log: {log}); "
+                    "rival.venv=FOLDER uses an environment that has it"
+                )
+    stamp.write_text("\n".join(PACKAGES), encoding="utf-8")
+    return str(python)
 
 
 class Session:
-    """Starts a worker when it is first needed; ends all of them, and removes the work folder, at the end."""
+    """Starts a worker when it is first needed; `close` ends all of them and removes the work folder.
+
+    Raises:
+        BenchmarkError: the backbone is not a folder.
+    """
 
     def __init__(self, config: BenchmarkConfig) -> None:
+        from fusion.backbones.files import locate
+        from fusion.model.inference import device_of
+
         self.config = config
         self.output = Path(config.output)
         self.work = (self.output / "work" / config.suite).absolute()
         self.threads = config.thread_count()
         self.versions: dict[str, Any] = {}
         self._workers: dict[str, WorkerProcess] = {}
-        self._setup: Setup | None = None
-
-    def __enter__(self) -> Session:
+        folder = Path(locate(config.backbone)).absolute()
+        if not folder.is_dir():
+            raise BenchmarkError(f"backbone={config.backbone}: expected a folder or the packaged MiniLM")
+        device = device_of(config.device).type
+        automatic = "bf16" if device == "cuda" else "float32"
+        precision = automatic if config.precision == "auto" else config.precision
+        shape = (config.batch_size, config.tokens, self.threads, config.seed)
+        self.setup = Setup(str(folder), str(self.work), *shape, device, precision)
+        self.backbone = Backbone.read(str(folder))
+        self.bottleneck = max(1, self.backbone.hidden_size // 16)  # R of the usual placement
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         for worker in self._workers.values():
             worker.close()
         shutil.rmtree(self.work, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another suite may be at work beside this one
+        with contextlib.suppress(OSError):  # another suite may be running
             self.work.parent.rmdir()
-
-    @property
-    def setup(self) -> Setup:
-        if self._setup is None:
-            from fusion.backbones.files import locate
-            from fusion.model.inference import device_of
-
-            device = device_of(self.config.device).type
-            usual = "bf16" if device == "cuda" else "float32"
-            folder = Path(locate(self.config.backbone))
-            if not folder.is_dir():
-                raise BenchmarkError(
-                    f"backbone={self.config.backbone}: expected a folder, or the packaged MiniLM, which both can load"
-                )
-            self._setup = Setup(
-                backbone=str(folder.absolute()),
-                weights=str(self.work),
-                batch_size=self.config.batch_size,
-                tokens=self.config.tokens,
-                threads=self.threads,
-                seed=self.config.seed,
-                device=device,
-                precision=usual if self.config.precision == "auto" else self.config.precision,
-            )
-        return self._setup
 
     def worker(self, name: str) -> WorkerProcess:
         if name not in self._workers:
-            worker = WorkerProcess(
-                name,
-                self.command(name),
-                self.output / f"{self.config.suite}-{name}.log",
-                self.threads,
-                self.config.timeout,
-            )
+            log = self.output / f"{self.config.suite}-{name}.log"
+            worker = WorkerProcess(name, self.command(name), log, self.threads, self.config.timeout)
             self._workers[name] = worker
-            self.versions[name] = worker.ask("setup", setup=self.setup.as_json())
+            self.versions[name] = worker.ask("prepare", setup=self.setup)
         return self._workers[name]
 
     def command(self, name: str) -> list[str]:
         """What starts a worker."""
-        python = (
-            str(rival_env.interpreter(self.config.rival.venv, self.output))
-            if name == RIVAL
-            else sys.executable
-        )
-        return [python, "-m", MODULES[name]]
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The backbone's: layers, hidden_size, intermediate_size, heads, vocabulary."""
-        self.worker(OURS)
-        return self.versions[OURS]["sizes"]
-
-    @property
-    def bottleneck(self) -> int:
-        """R of the usual placement, D / 16."""
-        return max(1, self.sizes["hidden_size"] // 16)
+        if name == OURS:
+            return [sys.executable, "-m", "pipelines.benchmark.ours"]
+        return [baseline_python(self.config.rival.venv, self.output), "-m", "pipelines.benchmark.baseline"]
 
     def make_weights(self, sources: int, bottleneck: int | None = None) -> None:
-        self.worker(OURS).ask("weights", sources=sources, bottleneck=bottleneck or self.bottleneck)
+        layers, hidden_size = self.backbone.layers, self.backbone.hidden_size
+        make_weights(self.setup, layers, hidden_size, bottleneck or self.bottleneck, sources)
 
     def agreement(self, cases: Sequence[Case]) -> list[dict[str, Any]]:
-        """How far the two are apart on the same padded batch, with dropout off.
+        """The largest differences between the two on the same padded batch, with dropout off.
 
         Raises:
-            BenchmarkError: so far that they do not compute the same.
+            BenchmarkError: they are so large that the two do not compute the same.
         """
+        import numpy as np
+
         found = []
         for case in cases:
-            ours, theirs = (self.worker(name).ask("check", case=case.as_json()) for name in (OURS, RIVAL))
-            apart = {
-                "logits": max(
-                    abs(a - b)
-                    for row, other in zip(ours["logits"], theirs["logits"], strict=True)
-                    for a, b in zip(row, other, strict=True)
-                ),
+            ours, theirs = (self.worker(name).ask("check", case=case) for name in (OURS, BASELINE))
+            differences = {
+                "logits": float(np.abs(np.subtract(ours["logits"], theirs["logits"])).max()),
                 "loss": abs(ours["loss"] - theirs["loss"]),
                 "penalty": abs(ours["penalty"] - theirs["penalty"]) / max(1.0, abs(ours["penalty"])),
             }
-            shown = ", ".join(f"{name} {value:.1e}" for name, value in apart.items())
+            shown = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
             say(f"same weights, same batch, {case}: largest difference of {shown}")
-            if not max(apart.values()) <= LOGITS_LIMIT:  # a NaN is no agreement either
+            if not all(value <= LOGITS_LIMIT for value in differences.values()):  # nor where one is NaN
                 raise BenchmarkError(
-                    f"{case}: ours and the rival's differ by more than {LOGITS_LIMIT:g} ({shown}): nothing to compare "
-                    f"(log: {self.output}/{self.config.suite}-{OURS}.log)"
+                    f"{case}: ours and the baseline differ by more than {LOGITS_LIMIT:g} ({shown})"
                 )
-            found.append({"case": case.as_json(), **apart})
+            found.append({"case": asdict(case), **differences})
         return found
 
-    def time(
-        self,
-        measured: Sequence[Measured],
-        forget: bool = False,
-        timings: Timings | None = None,
-    ) -> Timings:
-        """Rounds in which each is measured in turn, every second round in reverse; never two at a time.
-
-        Args:
-            forget: drop each model once it was measured, where all together would not fit in memory.
-        """
-        timings = timings or Timings()
-        for name in dict.fromkeys(who for who, _ in measured):
-            self.worker(name)  # starting one takes time that belongs to no round
+    def rounds(self, things: Sequence[Any]) -> Iterator[Any]:
+        """Each thing once per round, in reverse order in every second round."""
         rounds = self.config.rounds_of_suite()
         for number in range(rounds):
-            for who, case in measured if number % 2 == 0 else reversed(measured):
-                steps, warmup = self.config.steps, self.config.warmup
-                answer = self.worker(who).ask("time", case=case.as_json(), warmup=warmup, steps=steps)
-                timings.add((who, case), answer["seconds"])
-                if forget:
-                    self.worker(who).ask("forget")
+            yield from things if number % 2 == 0 else reversed(things)
             say(f"round {number + 1} of {rounds} done")
+
+    def time(self, measured: Sequence[Measured], forget: bool = False) -> Timings:
+        """Measure one case after the other, in rounds; never two at a time.
+
+        Args:
+            forget: drop each model after its measurement, where all together do not fit in memory.
+        """
+        for name in dict.fromkeys(who for who, _ in measured):
+            self.worker(name)  # its start belongs to no round
+        timings: Timings = {}
+        steps, warmup = self.config.steps, self.config.warmup
+        for who, case in self.rounds(measured):
+            seconds = self.worker(who).ask("time", case=case, warmup=warmup, steps=steps)
+            timings.setdefault((who, case), []).append(seconds)
+            if forget:
+                self.worker(who).ask("forget")
         return timings
 
     def peak(self, who: str, case: Case) -> int:
         """Most bytes of tensors in a step, above those after loading."""
-        return int(self.worker(who).ask("peak", case=case.as_json())["bytes"])
+        return int(self.worker(who).ask("peak", case=case))

@@ -1,0 +1,202 @@
+"""The worker that runs AdapterHub's `adapters` on the same weights: python -m pipelines.benchmark.baseline.
+
+It runs in an environment of its own and imports nothing of this project but the plain modules of this package.
+
+Shapes: B rows, T tokens, D hidden size, K outputs, N sources, R bottleneck size.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import adapters
+import torch
+import transformers
+from adapters.composition import Fuse
+from adapters.methods.modeling import BertFusion
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoTokenizer, TrainerCallback, TrainingArguments
+
+from pipelines.benchmark.cases import ADAPTER, FULL, FUSION, OUTPUTS, Case, Setup, Weights
+from pipelines.benchmark.worker import TokenBatch, Worker, serve, token_batch
+
+
+class BaselineModel:
+    """The baseline's model of a case and the training step of its AdapterTrainer."""
+
+    def __init__(self, setup: Setup, case: Case, pretrained: Any) -> None:
+        self.case = case
+        self.model = pretrained
+        self.head = nn.Linear(self.model.config.hidden_size, OUTPUTS)
+        if case.bottleneck:
+            stored = Weights(setup, case.bottleneck)
+            stored.load_into(self.head, "head")
+            add_adapters(self.model, case, stored)
+        else:
+            self.model.requires_grad_(case.method == FULL)
+        if not case.dropout:
+            # A setting of 0.0 becomes 0.1 in its fusion layers, so the modules themselves are set.
+            for module in self.model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+        self.model.to(setup.device)
+        self.head.to(setup.device)
+        vocabulary = self.model.config.vocab_size
+        self.batch = token_batch(setup, vocabulary)
+        self.padded = token_batch(setup, vocabulary, padded=True)
+        training = [p for p in [*self.model.parameters(), *self.head.parameters()] if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(training, lr=1e-4, weight_decay=0.0, fused=True)
+
+    def scores(self, batch: TokenBatch) -> Tensor:
+        """(B, K): the mean of the real tokens, then a linear layer, as our head."""
+        hidden = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        mask = batch.attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return self.head((hidden * mask).sum(1) / mask.sum(1).clamp(min=1))
+
+    def loss(self, batch: TokenBatch) -> Tensor:
+        return F.cross_entropy(self.scores(batch).float(), batch.labels)
+
+    def train(self) -> None:
+        if not self.model.training:  # iterating over all modules is not part of a step
+            self.model.train()
+        self.loss(self.batch).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.case.method == FUSION:
+            # A callback of its trainer does this after a step, so that the gradient of the penalty is in the value
+            # matrices for the next step.
+            self.model.get_fusion_regularization_loss().backward()
+
+    @torch.inference_mode()
+    def infer(self) -> Tensor:
+        if self.model.training:
+            self.model.eval()
+        return self.scores(self.batch)
+
+    def check(self) -> dict[str, Any]:
+        self.model.train()
+        loss = self.loss(self.padded).item()
+        fused = self.case.method == FUSION
+        penalty = self.model.get_fusion_regularization_loss().item() if fused else 0.0
+        self.model.eval()
+        with torch.inference_mode():
+            logits = self.scores(self.padded)
+        return {"logits": logits.tolist(), "loss": loss, "penalty": penalty}
+
+
+def add_adapters(model: Any, case: Case, stored: Weights) -> None:
+    """Our weights in its modules, one adapter active or all of them fused; the rest is frozen."""
+    names = [f"source{n}" for n in range(case.sources if case.method == FUSION else 1)]
+    adapters.init(model)
+    # Pfeiffer's placement: reads LN(h + a), and the residual is h.
+    factor = model.config.hidden_size / case.bottleneck
+    settings = adapters.SeqBnConfig(reduction_factor=factor, non_linearity="relu")
+    for source, name in enumerate(names):
+        model.add_adapter(name, config=settings)
+        for layer, places in model.get_adapter(name).items():
+            (adapter,) = places.values()
+            stored.load_into(adapter.adapter_down[0], f"adapters.{source}.{layer}.down")
+            stored.load_into(adapter.adapter_up, f"adapters.{source}.{layer}.up")
+    if case.method == ADAPTER:
+        model.train_adapter(names[0])
+        return
+    model.add_adapter_fusion(Fuse(*names), adapters.AdapterFusionConfig.load("dynamic"))
+    model.train_adapter_fusion(Fuse(*names))
+    fusions = [module for module in model.modules() if isinstance(module, BertFusion)]
+    assert len(fusions) == model.config.num_hidden_layers
+    for layer, fusion in enumerate(fusions):
+        for name in ("query", "key", "value"):
+            stored.load_into(fusion.get_submodule(name), f"fusion.{layer}.{name}")
+
+
+class BaselineWorker(Worker):
+    def __init__(self) -> None:
+        super().__init__()
+        self._pretrained: dict[bool, nn.Module] = {}
+
+    def prepare(self, setup: dict[str, Any]) -> dict[str, Any]:
+        versions = {"adapters": adapters.__version__, "transformers": transformers.__version__}
+        return super().prepare(setup) | versions
+
+    def build(self, case: Case) -> BaselineModel:
+        if case.dropout not in self._pretrained:
+            off = {} if case.dropout else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+            config = AutoConfig.from_pretrained(self.setup.backbone, **off)
+            # Its default attention, which is torch's fused one; the pooler would be needless work.
+            self._pretrained[case.dropout] = AutoModel.from_pretrained(
+                self.setup.backbone, config=config, dtype=torch.float32, add_pooling_layer=False
+            )
+        return BaselineModel(self.setup, case, copy.deepcopy(self._pretrained[case.dropout]))
+
+    def epoch(self, rows: str, sources: int, rate: float, max_length: int, output: str) -> float:
+        """Seconds of an epoch and the evaluation after it as the baseline's own example trains it.
+
+        That is with padding to the full length, its AdapterTrainer and its defaults.
+
+        Args:
+            rows: a JSON file with texts and labels of `train` and `validation`.
+            sources: how many adapters are fused; 0: one adapter is trained.
+        """
+        setup = self.setup
+        splits = json.loads(Path(rows).read_text(encoding="utf-8"))
+        tokenizer = AutoTokenizer.from_pretrained(setup.backbone)
+        torch.manual_seed(setup.seed)
+        model = adapters.AutoAdapterModel.from_pretrained(setup.backbone, dtype=torch.float32)
+        model.add_classification_head("task", num_labels=len(set(splits["train"]["labels"])))
+        names = [f"source{n}" for n in range(sources)] or ["task"]
+        for name in names:
+            model.add_adapter(name, config=adapters.SeqBnConfig())
+        if sources:
+            model.add_adapter_fusion(Fuse(*names), "dynamic")
+            model.train_adapter_fusion(Fuse(*names))
+        else:
+            model.train_adapter("task")
+        model.active_head = "task"
+        clock = Clock()
+        trainer = adapters.AdapterTrainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=output,
+                per_device_train_batch_size=setup.batch_size,
+                per_device_eval_batch_size=setup.batch_size,
+                learning_rate=rate,
+                num_train_epochs=1,
+                eval_strategy="epoch",
+                report_to=[],
+                use_cpu=setup.device == "cpu",
+                seed=setup.seed,
+            ),
+            train_dataset=padded(splits["train"], tokenizer, max_length),
+            eval_dataset=padded(splits["validation"], tokenizer, max_length),
+            callbacks=[clock],
+        )
+        trainer.train()
+        return clock.ended - clock.started
+
+
+class Clock(TrainerCallback):
+    started = ended = 0.0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.ended = time.perf_counter()
+
+
+def padded(split: dict[str, Any], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
+    columns = [list(column) for column in zip(*split["texts"], strict=True)]
+    encoded = tokenizer(*columns, padding="max_length", max_length=max_length, truncation=True)
+    return [
+        {key: values[row] for key, values in encoded.items()} | {"labels": label}
+        for row, label in enumerate(split["labels"])
+    ]
+
+
+if __name__ == "__main__":
+    serve(BaselineWorker())

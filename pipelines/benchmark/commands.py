@@ -1,0 +1,282 @@
+"""The suites that time whole commands: epoch, startup, ddp."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusion.text import override
+from pipelines.benchmark.config import BenchmarkError
+from pipelines.benchmark.report import Figure, Report, Target, ratio
+from pipelines.benchmark.session import BASELINE, Session, environment
+
+POLL_SECONDS = 0.01
+EPOCH = re.compile(r"epoch \d+/\d+ .*?([\d.]+) s\s*$")
+ONE_STEP = ("trainer.max_epochs=1", "trainer.limit_train_batches=1", "trainer.limit_val_batches=1")
+# Every step is logged and every line written at once, so that the file shows when the first step was done.
+LOG_EVERY_STEP = ("trainer.log_every_n_steps=1", "logger.csv.flush_every_n_steps=1")
+RATES = {"stage1": 1e-4, "stage2": 5e-5}  # learning rates of both: the defaults of our commands
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """seconds: until the command ended, or until the watched file existed. directory: of the run."""
+
+    seconds: float
+    directory: Path
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """Its `speed` has the `seconds` of the fit (evaluation and checkpoints included), `examples_per_second`."""
+        return json.loads((self.directory / "result.json").read_text(encoding="utf-8"))
+
+    def epoch_seconds(self) -> list[float]:
+        """Of each epoch, its evaluation included, from the log."""
+        lines = (self.directory / "run.log").read_text(encoding="utf-8").splitlines()
+        return [float(match[1]) for line in lines if (match := EPOCH.search(line))]
+
+
+class Commands:
+    """Runs stage 1 and stage 2 with the settings that all runs of a suite share."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.store = session.work / "store"
+        self.log = session.output / f"{session.config.suite}-commands.log"
+        self.log.unlink(missing_ok=True)
+        self._number = 0
+
+    def train(
+        self, stage: str, task: str, *more: str, threads: int | None = None, watch: str | None = None
+    ) -> Outcome:
+        """One run of a stage on a task; `watch` names a file of its run folder."""
+        config, setup, work = self.session.config, self.session.setup, self.session.work
+        self._number += 1
+        directory = work / "runs" / f"{self._number:03d}-{task}"
+        overrides = {
+            "backbone.name_or_path": setup.backbone,
+            "data.dir": str(Path(config.data_dir).absolute()),
+            "data.cache_dir": str(work / "cache"),
+            "data.batch_size": config.batch_size,
+            "data.max_length": config.epoch.max_length,
+            "data.limit.train": config.epoch.limit,
+            "data.limit.validation": config.epoch.limit,
+            "store": str(self.store),
+            "resume": False,
+            "overwrite": True,
+            "optim.patience": None,
+            "trainer.accelerator": "gpu" if setup.device == "cuda" else "cpu",
+            "trainer.devices": 1,
+            "hydra.run.dir": str(directory),
+        }
+        words = [override(key, value) for key, value in overrides.items()]
+        changed = {word.partition("=")[0] for word in more}
+        words = [word for word in words if word.partition("=")[0] not in changed]
+        fixed = [f"+task={task}", "backbone=minilm", "logger=csv"]
+        watched = directory / watch if watch else None
+        seconds = self.run(
+            f"fusion.{stage}", [*fixed, *words, *more], threads or self.session.threads, watched
+        )
+        return Outcome(seconds, directory)
+
+    def run(self, module: str, arguments: list[str], threads: int, watch: Path | None = None) -> float:
+        """Seconds of `python -m MODULE`, or until the file `watch` exists.
+
+        Raises:
+            BenchmarkError: it failed or took too long; the log has its output.
+        """
+        timeout, seconds = self.session.config.timeout, None
+        with self.log.open("a", encoding="utf-8") as log:
+            print("$", "python", "-m", module, *arguments, file=log, flush=True)
+            started = time.perf_counter()
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environment(threads),
+                start_new_session=True,
+            )
+            try:
+                while process.poll() is None and time.perf_counter() - started < timeout:
+                    if watch is not None and seconds is None and watch.is_file():
+                        seconds = time.perf_counter() - started
+                    time.sleep(POLL_SECONDS)
+                ended = time.perf_counter() - started
+                problem = f"took more than {timeout:g} s" if process.poll() is None else None
+            finally:
+                with contextlib.suppress(ProcessLookupError):  # the ranks of a DDP run end with it
+                    os.killpg(process.pid, signal.SIGKILL)
+                code = process.wait()
+        if code and problem is None:
+            problem = f"ended with exit code {code}"
+        if watch is not None and seconds is None:
+            problem = problem or f"wrote no {watch.name}"
+        if problem is not None:
+            raise BenchmarkError(f"python -m {module} {problem} (log: {self.log})")
+        return ended if seconds is None else seconds
+
+
+def epoch(session: Session) -> Report:
+    """One epoch of each task by our commands and by the baseline's example; later epochs without the lower half.
+
+    Seconds are those of training, from the first batch to the last, and of the evaluation after it, in both, without
+    loading, tokenising and starting. Both write a checkpoint.
+    """
+    settings = session.config.epoch
+    commands = Commands(session)
+    first = commands.train("stage1", settings.tasks[0], *ONE_STEP, "name=first")
+    sources = random_sources(commands, Path(first.result["artifact"]), settings.sources)
+    for task in settings.tasks:
+        commands.train("stage1", task, *ONE_STEP)  # the tokens are cached from here on
+        write_rows(session, task)
+    seconds: dict[str, list[float]] = defaultdict(list)
+    fused = {"stage1": (), "stage2": (f"sources=[{','.join(sources)}]",)}
+
+    def ours(stage: str, task: str) -> float:
+        rate = f"optim.lr={RATES[stage]}"
+        outcome = commands.train(
+            stage, task, rate, "trainer.max_epochs=1", f"name={task}-{stage}", *fused[stage]
+        )
+        return outcome.result["speed"]["seconds"]
+
+    def theirs(stage: str, task: str) -> float:
+        return session.worker(BASELINE).ask(
+            "epoch",
+            rows=str(session.work / f"{task}.json"),
+            sources=settings.sources if stage == "stage2" else 0,
+            rate=RATES[stage],
+            max_length=settings.max_length,
+            output=str(session.work / "rival"),
+        )
+
+    dropped_on = settings.tasks[-1]
+    layers = json.loads(Path(first.result["artifact"], "manifest.json").read_text(encoding="utf-8"))[
+        "backbone"
+    ]["layers"]
+    halves = {"all layers": (), "upper half": (f"adapter.layers=last:{layers - layers // 2}",)}
+
+    def later(half: str, task: str) -> float:
+        epochs = f"trainer.max_epochs={1 + settings.later_epochs}"
+        outcome = commands.train("stage1", task, epochs, f"name={task}-later", *halves[half])
+        return statistics.fmean(outcome.epoch_seconds()[1:])
+
+    parts: list[tuple[str, Callable[[str, str], float], str, str]] = [
+        (f"{who}: {stage} {task}", measure, stage, task)
+        for stage in RATES
+        for task in settings.tasks
+        for who, measure in (("ours", ours), ("rival", theirs))
+    ]
+    parts += [(f"ours: later epoch of {dropped_on}, {half}", later, half, dropped_on) for half in halves]
+    for label, measure, what, task in session.rounds(parts):
+        seconds[label].append(measure(what, task))
+
+    targets = {"stage1": Target(2.0, at_least=True), "stage2": Target(4.0, at_least=True)}
+    names = {"stage1": "one adapter", "stage2": f"fusion of {settings.sources}"}
+    figures = [
+        ratio(
+            f"an epoch of {task}, {names[stage]}: the baseline's example over our command",
+            seconds[f"rival: {stage} {task}"],
+            seconds[f"ours: {stage} {task}"],
+            targets[stage],
+        )
+        for stage in RATES
+        for task in settings.tasks
+    ]
+    upper, whole = (
+        seconds[f"ours: later epoch of {dropped_on}, {half}"] for half in ("upper half", "all layers")
+    )
+    what = f"later epochs of {dropped_on}, adapters in the upper half of the layers over all layers"
+    return Report([*figures, ratio(what, upper, whole, Target(0.5))], seconds=dict(seconds))
+
+
+def random_sources(commands: Commands, trained: Path, count: int) -> list[str]:
+    """Store `count` adapters of the trained one's shape with random weights; returns their names."""
+    import torch
+
+    from fusion.store.artifacts import load, save
+
+    artifact = load(str(trained), commands.store)
+    random = torch.Generator().manual_seed(commands.session.config.seed)
+    names = [f"source-{number}" for number in range(count)]
+    for name in names:
+        weights = {
+            key: torch.randn(value.shape, generator=random) * 0.02 for key, value in artifact.weights.items()
+        }
+        save(commands.store, artifact.manifest.changed(name=name), weights, artifact.head, overwrite=True)
+    return names
+
+
+def write_rows(session: Session, task: str) -> None:
+    """The examples that our command reads, as JSON for the baseline."""
+    import yaml
+
+    from fusion.cli.app import conf_folder
+    from fusion.config.data import DataConfig, LimitConfig
+    from fusion.config.task import TaskConfig
+    from fusion.data.rows import load_rows
+
+    limit = session.config.epoch.limit
+    content = yaml.safe_load((conf_folder() / "task" / f"{task}.yaml").read_text(encoding="utf-8"))
+    config = TaskConfig.from_dict(content | {"name": task}, where=f"task {task}")
+    data = DataConfig(dir=session.config.data_dir, limit=LimitConfig(train=limit, validation=limit))
+    splits = {split: load_rows(config, data, split) for split in ("train", "validation")}
+    columns = {split: {"texts": rows.texts, "labels": rows.labels} for split, rows in splits.items()}
+    (session.work / f"{task}.json").write_text(json.dumps(columns), encoding="utf-8")
+
+
+def startup(session: Session) -> Report:
+    """From the start of a command to its first finished step, its tokens cached; and to the end of --help."""
+    commands = Commands(session)
+    task = session.config.epoch.tasks[-1]
+    commands.train("stage1", task, *ONE_STEP)
+    measures = {
+        "first step": lambda: (
+            commands.train("stage1", task, *ONE_STEP, *LOG_EVERY_STEP, watch="csv/metrics.csv").seconds
+        ),
+        "--help": lambda: commands.run("fusion.stage1", ["--help"], session.threads),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in measures}
+    for name in session.rounds(list(measures)):
+        seconds[name].append(measures[name]())
+    what = f"stage 1 on {task}, tokens cached: start to first step"
+    figures = [
+        Figure(what, tuple(seconds["first step"]), Target(10.0), unit="s"),
+        Figure("--help", tuple(seconds["--help"]), Target(2.0), unit="s"),
+    ]
+    return Report(figures, seconds=seconds)
+
+
+def ddp(session: Session) -> Report:
+    """Examples per second of two processes of one thread over one process of two threads, on the same batches."""
+    commands = Commands(session)
+    task, rows = session.config.epoch.tasks[-1], session.config.batch_size
+    two = ("trainer.devices=2", "trainer.strategy=ddp", f"data.batch_size={max(1, rows // 2)}")
+    ways: dict[str, tuple[int, tuple[str, ...]]] = {
+        "one process, two threads": (2, ()),
+        "two processes, one thread": (1, two),
+    }
+    commands.train("stage1", task, *ONE_STEP)
+    speeds: dict[str, list[float]] = {way: [] for way in ways}
+    for way in session.rounds(list(ways)):
+        threads, more = ways[way]
+        outcome = commands.train("stage1", task, "trainer.max_epochs=1", *more, threads=threads)
+        speeds[way].append(outcome.result["speed"]["examples_per_second"])
+    what = "rows a second: two DDP processes of one thread over one of two threads"
+    figure = ratio(
+        what, speeds["two processes, one thread"], speeds["one process, two threads"], Target(0.9, True)
+    )
+    lines = [f"{way}: {statistics.median(values):.1f} rows a second" for way, values in speeds.items()]
+    return Report([figure], more={"rows_a_second": speeds}, lines=["", *lines])
