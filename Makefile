@@ -26,7 +26,7 @@ venv: .venv/.installed ## create .venv and install the pinned packages (the othe
 demo: .venv/.installed ## train three adapters, fuse them for tweets and compare; LABELS=100 SEED=0 ARGS="rows=500"
 	@$(RUN) pipelines.demo labels=$(LABELS) seed=$(SEED) $(ARGS)
 
-bench: .venv/.installed ## measure speed and memory against AdapterHub's adapters (an hour or more); ARGS="rounds=3"
+bench: .venv/.installed ## measure speed and memory against the baseline, an hour or more; ARGS="rounds=3"
 	@$(RUN) pipelines.benchmark -m suite=$(SUITES) $(ARGS)
 
 # Write bytecode even if the environment disables it: otherwise each of the tests' subprocesses compiles it again.

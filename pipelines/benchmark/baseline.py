@@ -23,10 +23,10 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoTokenizer, TrainerCallback, TrainingArguments
 
 from pipelines.benchmark.cases import ADAPTER, FULL, FUSION, OUTPUTS, Case, Setup, Weights
-from pipelines.benchmark.worker import TokenBatch, Worker, serve, token_batch
+from pipelines.benchmark.worker import Model, TokenBatch, Worker, serve, token_batch
 
 
-class BaselineModel:
+class BaselineModel(Model):
     """The baseline's model of a case and the training step of its AdapterTrainer."""
 
     def __init__(self, setup: Setup, case: Case, pretrained: Any) -> None:
@@ -52,19 +52,19 @@ class BaselineModel:
         training = [p for p in [*self.model.parameters(), *self.head.parameters()] if p.requires_grad]
         self.optimizer = torch.optim.AdamW(training, lr=1e-4, weight_decay=0.0, fused=True)
 
-    def scores(self, batch: TokenBatch) -> Tensor:
+    def forward(self, batch: TokenBatch) -> Tensor:
         """(B, K): the mean of the real tokens, then a linear layer, as our head."""
         hidden = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
         mask = batch.attention_mask.unsqueeze(-1).to(hidden.dtype)
         return self.head((hidden * mask).sum(1) / mask.sum(1).clamp(min=1))
 
-    def loss(self, batch: TokenBatch) -> Tensor:
-        return F.cross_entropy(self.scores(batch).float(), batch.labels)
-
-    def train(self) -> None:
+    def task_loss(self, batch: TokenBatch) -> Tensor:
         if not self.model.training:  # iterating over all modules is not part of a step
             self.model.train()
-        self.loss(self.batch).backward()
+        return F.cross_entropy(self.forward(batch).float(), batch.labels)
+
+    def train(self) -> None:
+        self.task_loss(self.batch).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.case.method == FUSION:
@@ -72,21 +72,16 @@ class BaselineModel:
             # matrices for the next step.
             self.model.get_fusion_regularization_loss().backward()
 
-    @torch.inference_mode()
-    def infer(self) -> Tensor:
+    def losses(self, batch: TokenBatch) -> dict[str, Tensor]:
+        losses = {"task": self.task_loss(batch)}
+        if self.case.method == FUSION:
+            losses["value_penalty"] = self.model.get_fusion_regularization_loss()
+        return losses
+
+    def scores(self, batch: TokenBatch) -> Tensor:
         if self.model.training:
             self.model.eval()
-        return self.scores(self.batch)
-
-    def check(self) -> dict[str, Any]:
-        self.model.train()
-        loss = self.loss(self.padded).item()
-        fused = self.case.method == FUSION
-        penalty = self.model.get_fusion_regularization_loss().item() if fused else 0.0
-        self.model.eval()
-        with torch.inference_mode():
-            logits = self.scores(self.padded)
-        return {"logits": logits.tolist(), "loss": loss, "penalty": penalty}
+        return self.forward(batch)
 
 
 def add_adapters(model: Any, case: Case, stored: Weights) -> None:

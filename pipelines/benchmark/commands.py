@@ -11,41 +11,34 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from fusion.text import override
+from fusion.text import key_of, override
 from pipelines.benchmark.config import BenchmarkError
 from pipelines.benchmark.report import Figure, Report, Target, ratio
 from pipelines.benchmark.session import BASELINE, Session, environment
 
 POLL_SECONDS = 0.01
-EPOCH = re.compile(r"epoch \d+/\d+ .*?([\d.]+) s\s*$")
+EPOCH = re.compile(r"epoch \d+/\d+ .*?([\d.]+) s$", re.MULTILINE)
 ONE_STEP = ("trainer.max_epochs=1", "trainer.limit_train_batches=1", "trainer.limit_val_batches=1")
 # Every step is logged and every line written at once, so that the file shows when the first step was done.
 LOG_EVERY_STEP = ("trainer.log_every_n_steps=1", "logger.csv.flush_every_n_steps=1")
 RATES = {"stage1": 1e-4, "stage2": 5e-5}  # learning rates of both: the defaults of our commands
+TARGETS = {"stage1": Target(2.0, at_least=True), "stage2": Target(4.0, at_least=True)}
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """seconds: until the command ended, or until the watched file existed. directory: of the run."""
 
     seconds: float
     directory: Path
 
     @property
-    def result(self) -> dict[str, Any]:
-        """Its `speed` has the `seconds` of the fit (evaluation and checkpoints included), `examples_per_second`."""
-        return json.loads((self.directory / "result.json").read_text(encoding="utf-8"))
-
-    def epoch_seconds(self) -> list[float]:
-        """Of each epoch, its evaluation included, from the log."""
-        lines = (self.directory / "run.log").read_text(encoding="utf-8").splitlines()
-        return [float(match[1]) for line in lines if (match := EPOCH.search(line))]
+    def speed(self) -> dict[str, float]:
+        """`seconds` of the fit (evaluation and checkpoints included), `examples_per_second` and others."""
+        return json.loads((self.directory / "result.json").read_text(encoding="utf-8"))["speed"]
 
 
 class Commands:
@@ -53,7 +46,6 @@ class Commands:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self.store = session.work / "store"
         self.log = session.output / f"{session.config.suite}-commands.log"
         self.log.unlink(missing_ok=True)
         self._number = 0
@@ -73,7 +65,7 @@ class Commands:
             "data.max_length": config.epoch.max_length,
             "data.limit.train": config.epoch.limit,
             "data.limit.validation": config.epoch.limit,
-            "store": str(self.store),
+            "store": str(work / "store"),
             "resume": False,
             "overwrite": True,
             "optim.patience": None,
@@ -81,17 +73,15 @@ class Commands:
             "trainer.devices": 1,
             "hydra.run.dir": str(directory),
         }
-        words = [override(key, value) for key, value in overrides.items()]
-        changed = {word.partition("=")[0] for word in more}
-        words = [word for word in words if word.partition("=")[0] not in changed]
-        fixed = [f"+task={task}", "backbone=minilm", "logger=csv"]
+        changed = {key_of(word) for word in more}
+        words = [override(key, value) for key, value in overrides.items() if key not in changed]
+        arguments = [f"+task={task}", "backbone=minilm", "logger=csv", *words, *more]
         watched = directory / watch if watch else None
-        seconds = self.run(
-            f"fusion.{stage}", [*fixed, *words, *more], threads or self.session.threads, watched
-        )
-        return Outcome(seconds, directory)
+        return Outcome(self.run(f"fusion.{stage}", arguments, threads, watched), directory)
 
-    def run(self, module: str, arguments: list[str], threads: int, watch: Path | None = None) -> float:
+    def run(
+        self, module: str, arguments: list[str], threads: int | None = None, watch: Path | None = None
+    ) -> float:
         """Seconds of `python -m MODULE`, or until the file `watch` exists.
 
         Raises:
@@ -106,26 +96,24 @@ class Commands:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=environment(threads),
+                env=environment(threads or self.session.threads),
                 start_new_session=True,
             )
             try:
-                while process.poll() is None and time.perf_counter() - started < timeout:
+                while (code := process.poll()) is None and time.perf_counter() - started < timeout:
                     if watch is not None and seconds is None and watch.is_file():
                         seconds = time.perf_counter() - started
                     time.sleep(POLL_SECONDS)
                 ended = time.perf_counter() - started
-                problem = f"took more than {timeout:g} s" if process.poll() is None else None
             finally:
                 with contextlib.suppress(ProcessLookupError):  # the ranks of a DDP run end with it
                     os.killpg(process.pid, signal.SIGKILL)
-                code = process.wait()
-        if code and problem is None:
-            problem = f"ended with exit code {code}"
-        if watch is not None and seconds is None:
-            problem = problem or f"wrote no {watch.name}"
-        if problem is not None:
+                process.wait()
+        if code != 0:
+            problem = f"took more than {timeout:g} s" if code is None else f"ended with exit code {code}"
             raise BenchmarkError(f"python -m {module} {problem} (log: {self.log})")
+        if watch is not None and seconds is None:
+            raise BenchmarkError(f"python -m {module} wrote no {watch.name} (log: {self.log})")
         return ended if seconds is None else seconds
 
 
@@ -137,20 +125,17 @@ def epoch(session: Session) -> Report:
     """
     settings = session.config.epoch
     commands = Commands(session)
-    first = commands.train("stage1", settings.tasks[0], *ONE_STEP, "name=first")
-    sources = random_sources(commands, Path(first.result["artifact"]), settings.sources)
+    sources = [f"source-{number}" for number in range(settings.sources)]
+    for number, name in enumerate(sources):
+        commands.train("stage1", settings.tasks[0], *ONE_STEP, f"name={name}", f"seed={number}")
     for task in settings.tasks:
         commands.train("stage1", task, *ONE_STEP)  # the tokens are cached from here on
         write_rows(session, task)
-    seconds: dict[str, list[float]] = defaultdict(list)
-    fused = {"stage1": (), "stage2": (f"sources=[{','.join(sources)}]",)}
 
     def ours(stage: str, task: str) -> float:
+        more = [f"sources=[{','.join(sources)}]"] if stage == "stage2" else []
         rate = f"optim.lr={RATES[stage]}"
-        outcome = commands.train(
-            stage, task, rate, "trainer.max_epochs=1", f"name={task}-{stage}", *fused[stage]
-        )
-        return outcome.result["speed"]["seconds"]
+        return commands.train(stage, task, rate, "trainer.max_epochs=1", *more).speed["seconds"]
 
     def theirs(stage: str, task: str) -> float:
         return session.worker(BASELINE).ask(
@@ -162,61 +147,41 @@ def epoch(session: Session) -> Report:
             output=str(session.work / "rival"),
         )
 
-    dropped_on = settings.tasks[-1]
-    layers = json.loads(Path(first.result["artifact"], "manifest.json").read_text(encoding="utf-8"))[
-        "backbone"
-    ]["layers"]
+    layers = session.backbone.layers
     halves = {"all layers": (), "upper half": (f"adapter.layers=last:{layers - layers // 2}",)}
 
     def later(half: str, task: str) -> float:
+        """Mean seconds of the epochs after the first, their evaluation included."""
         epochs = f"trainer.max_epochs={1 + settings.later_epochs}"
-        outcome = commands.train("stage1", task, epochs, f"name={task}-later", *halves[half])
-        return statistics.fmean(outcome.epoch_seconds()[1:])
+        run = commands.train("stage1", task, epochs, *halves[half])
+        log = (run.directory / "run.log").read_text(encoding="utf-8")
+        return statistics.fmean(float(seconds) for seconds in EPOCH.findall(log)[1:])
 
+    last = settings.tasks[-1]
     parts: list[tuple[str, Callable[[str, str], float], str, str]] = [
         (f"{who}: {stage} {task}", measure, stage, task)
         for stage in RATES
         for task in settings.tasks
         for who, measure in (("ours", ours), ("rival", theirs))
     ]
-    parts += [(f"ours: later epoch of {dropped_on}, {half}", later, half, dropped_on) for half in halves]
+    parts += [(f"ours: later epoch of {last}, {half}", later, half, last) for half in halves]
+    seconds: dict[str, list[float]] = {label: [] for label, *_ in parts}
     for label, measure, what, task in session.rounds(parts):
         seconds[label].append(measure(what, task))
-
-    targets = {"stage1": Target(2.0, at_least=True), "stage2": Target(4.0, at_least=True)}
     names = {"stage1": "one adapter", "stage2": f"fusion of {settings.sources}"}
     figures = [
         ratio(
             f"an epoch of {task}, {names[stage]}: the baseline's example over our command",
             seconds[f"rival: {stage} {task}"],
             seconds[f"ours: {stage} {task}"],
-            targets[stage],
+            TARGETS[stage],
         )
         for stage in RATES
         for task in settings.tasks
     ]
-    upper, whole = (
-        seconds[f"ours: later epoch of {dropped_on}, {half}"] for half in ("upper half", "all layers")
-    )
-    what = f"later epochs of {dropped_on}, adapters in the upper half of the layers over all layers"
-    return Report([*figures, ratio(what, upper, whole, Target(0.5))], seconds=dict(seconds))
-
-
-def random_sources(commands: Commands, trained: Path, count: int) -> list[str]:
-    """Store `count` adapters of the trained one's shape with random weights; returns their names."""
-    import torch
-
-    from fusion.store.artifacts import load, save
-
-    artifact = load(str(trained), commands.store)
-    random = torch.Generator().manual_seed(commands.session.config.seed)
-    names = [f"source-{number}" for number in range(count)]
-    for name in names:
-        weights = {
-            key: torch.randn(value.shape, generator=random) * 0.02 for key, value in artifact.weights.items()
-        }
-        save(commands.store, artifact.manifest.changed(name=name), weights, artifact.head, overwrite=True)
-    return names
+    whole, upper = (seconds[f"ours: later epoch of {last}, {half}"] for half in halves)
+    what = f"later epochs of {last}, adapters in the upper half of the layers over all layers"
+    return Report([*figures, ratio(what, upper, whole, Target(0.5))], seconds=seconds)
 
 
 def write_rows(session: Session, task: str) -> None:
@@ -232,9 +197,11 @@ def write_rows(session: Session, task: str) -> None:
     content = yaml.safe_load((conf_folder() / "task" / f"{task}.yaml").read_text(encoding="utf-8"))
     config = TaskConfig.from_dict(content | {"name": task}, where=f"task {task}")
     data = DataConfig(dir=session.config.data_dir, limit=LimitConfig(train=limit, validation=limit))
-    splits = {split: load_rows(config, data, split) for split in ("train", "validation")}
-    columns = {split: {"texts": rows.texts, "labels": rows.labels} for split, rows in splits.items()}
-    (session.work / f"{task}.json").write_text(json.dumps(columns), encoding="utf-8")
+    splits: dict[str, Any] = {}
+    for split in ("train", "validation"):
+        rows = load_rows(config, data, split)
+        splits[split] = {"texts": rows.texts, "labels": rows.labels}
+    (session.work / f"{task}.json").write_text(json.dumps(splits), encoding="utf-8")
 
 
 def startup(session: Session) -> Report:
@@ -242,15 +209,13 @@ def startup(session: Session) -> Report:
     commands = Commands(session)
     task = session.config.epoch.tasks[-1]
     commands.train("stage1", task, *ONE_STEP)
-    measures = {
-        "first step": lambda: (
-            commands.train("stage1", task, *ONE_STEP, *LOG_EVERY_STEP, watch="csv/metrics.csv").seconds
-        ),
-        "--help": lambda: commands.run("fusion.stage1", ["--help"], session.threads),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in measures}
-    for name in session.rounds(list(measures)):
-        seconds[name].append(measures[name]())
+    seconds: dict[str, list[float]] = {"first step": [], "--help": []}
+    for part in session.rounds(list(seconds)):
+        if part == "--help":
+            seconds[part].append(commands.run("fusion.stage1", ["--help"]))
+        else:
+            run = commands.train("stage1", task, *ONE_STEP, *LOG_EVERY_STEP, watch="csv/metrics.csv")
+            seconds[part].append(run.seconds)
     what = f"stage 1 on {task}, tokens cached: start to first step"
     figures = [
         Figure(what, tuple(seconds["first step"]), Target(10.0), unit="s"),
@@ -264,19 +229,15 @@ def ddp(session: Session) -> Report:
     commands = Commands(session)
     task, rows = session.config.epoch.tasks[-1], session.config.batch_size
     two = ("trainer.devices=2", "trainer.strategy=ddp", f"data.batch_size={max(1, rows // 2)}")
-    ways: dict[str, tuple[int, tuple[str, ...]]] = {
-        "one process, two threads": (2, ()),
-        "two processes, one thread": (1, two),
-    }
+    ways = {"one process, two threads": (2, ()), "two processes, one thread": (1, two)}
     commands.train("stage1", task, *ONE_STEP)
     speeds: dict[str, list[float]] = {way: [] for way in ways}
     for way in session.rounds(list(ways)):
         threads, more = ways[way]
-        outcome = commands.train("stage1", task, "trainer.max_epochs=1", *more, threads=threads)
-        speeds[way].append(outcome.result["speed"]["examples_per_second"])
+        run = commands.train("stage1", task, "trainer.max_epochs=1", *more, threads=threads)
+        speeds[way].append(run.speed["examples_per_second"])
+    one_process, two_processes = speeds.values()
     what = "rows a second: two DDP processes of one thread over one of two threads"
-    figure = ratio(
-        what, speeds["two processes, one thread"], speeds["one process, two threads"], Target(0.9, True)
-    )
+    figure = ratio(what, two_processes, one_process, Target(0.9, at_least=True))
     lines = [f"{way}: {statistics.median(values):.1f} rows a second" for way, values in speeds.items()]
     return Report([figure], more={"rows_a_second": speeds}, lines=["", *lines])

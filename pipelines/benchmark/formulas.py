@@ -1,4 +1,4 @@
-"""What a training step and a fusion cost on paper: matrix products, bytes and parameters.
+"""What steps and fusions cost on paper: matrix products, bytes and parameters.
 
 Shapes: B rows, T tokens, M = B·T, L layers, D hidden size, I width of the feed-forward, H heads, R bottleneck size,
 N sources, K outputs. Counts are per token and layer unless stated otherwise; a float is 4 bytes.
@@ -7,13 +7,8 @@ N sources, K outputs. Counts are per token and layer unless stated otherwise; a 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 from pipelines.benchmark.cases import OUTPUTS, Setup
 
@@ -70,9 +65,27 @@ def frozen(backbone: Backbone) -> int:
 
 def inference(backbone: Backbone, setup: Setup, n: int, r: int) -> int:
     """Multiply-adds of a whole batch through all layers, with merged fusions, and the head."""
-    d = backbone.hidden_size
-    per_token = frozen(backbone) + 2 * setup.tokens * d + merged(n, r, d)
-    return setup.batch_size * (setup.tokens * backbone.layers * per_token + d * OUTPUTS)
+    m, d = setup.batch_size * setup.tokens, backbone.hidden_size
+    layer = frozen(backbone) + 2 * setup.tokens * d + merged(n, r, d)
+    return m * backbone.layers * layer + setup.batch_size * d * OUTPUTS
+
+
+def training(backbone: Backbone, setup: Setup, n: int | None, r: int) -> int:
+    """Multiply-adds that a whole training step needs at least, of one adapter (N is None) or of a fusion.
+
+    Frozen weights get no gradient, and below the lowest slot nothing runs backward. A fusion of few tokens multiplies
+    x with Wq and Wk; one of many computes Wkᵀ Wq first.
+    """
+    m, d, t = setup.batch_size * setup.tokens, backbone.hidden_size, setup.tokens
+    forward, backward = backbone.layers, backbone.layers - 1
+    total = (forward + backward) * m * frozen(backbone) + (2 * forward + 4 * backward) * m * t * d
+    if n is None:  # down, up, and the gradients of z and both weights; the gradient of x
+        total += (5 * forward + backward) * m * r * d
+    else:
+        scores = 2 * m * d**2 + 3 * d**3 if m > d else 5 * m * d**2
+        total += forward * (scores + 3 * m * d**2 + m * d * (5 * n * r + 4 * n + 3))
+        total += backward * m * d * (n * r + d)
+    return total + 3 * setup.batch_size * d * OUTPUTS
 
 
 def kept_frozen(backbone: Backbone) -> int:
@@ -129,113 +142,3 @@ def on_paper(backbone: Backbone, n: int, r: int, tokens: int) -> dict[str, float
         "bytes_stored_fusion": FLOAT * parameters(layers, d),
         "bytes_stored_sources": FLOAT * n * layers * (2 * d * r + r + d),
     }
-
-
-# --- the lower bound: only the matrix products of a step --------------------------------------------
-# They are counted by hand from the equations, so that products which a model does needlessly are not part of its own
-# lower bound. Frozen weights get no gradient, and below the lowest adapter nothing runs backward.
-
-
-class Product(NamedTuple):
-    """`times` products of (rows, inner) with (inner, columns); `batch` of them in one call, for attention.
-
-    weight_gradient: rows and columns are widths and inner is M: the memory layout of a weight's gradient.
-    """
-
-    rows: int
-    inner: int
-    columns: int
-    times: int = 1
-    batch: int = 1
-    weight_gradient: bool = False
-
-
-def multiply_adds(products: list[Product]) -> int:
-    return sum(p.times * p.batch * p.rows * p.inner * p.columns for p in products)
-
-
-def training_step(backbone: Backbone, setup: Setup, r: int, n: int | None) -> list[Product]:
-    """Forward and backward of one adapter (N is None) or of a fusion, after every feed-forward."""
-    rows, tokens, d, wide = setup.batch_size, setup.tokens, backbone.hidden_size, backbone.intermediate_size
-    m, head, batch = rows * tokens, d // backbone.heads, rows * backbone.heads
-    layers, upper = (
-        backbone.layers,
-        backbone.layers - 1,
-    )  # the lowest layer does not run backward below its slot
-    slot = _adapter(m, d, r) if n is None else _fusion(m, d, r, n)
-    # Gradient of x, in the upper layers: from z, and of a fusion from g or q as well.
-    to_input = [Product(m, r, d)] if n is None else [Product(m, n * r, d), Product(m, d, d)]
-    return [
-        Product(m, d, d, 4 * (layers + upper)),  # query, key, value and output, forward and backward
-        Product(m, d, wide, layers + upper),
-        Product(m, wide, d, layers + upper),
-        Product(tokens, head, tokens, layers + upper, batch),  # q·k; gradient of p
-        Product(tokens, tokens, head, layers + 3 * upper, batch),  # p·v; gradients of v, q and k
-        *(product._replace(times=layers * product.times) for product in slot),
-        *(product._replace(times=upper) for product in to_input),
-        Product(rows, d, OUTPUTS),  # the head
-        Product(rows, OUTPUTS, d),
-        Product(OUTPUTS, rows, d, weight_gradient=True),
-    ]
-
-
-def _adapter(m: int, d: int, r: int) -> list[Product]:
-    return [
-        Product(m, d, r, 2),  # down; gradient of z
-        Product(m, r, d),  # up
-        Product(d, m, r, weight_gradient=True),
-        Product(r, m, d, weight_gradient=True),
-    ]
-
-
-def _fusion(m: int, d: int, r: int, n: int) -> list[Product]:
-    scoring = [  # Wk and Wq first
-        Product(d, d, d, 3),  # M = Wkᵀ Wq, and from its gradient those of both
-        Product(m, d, d),  # g
-        Product(d, m, d, weight_gradient=True),  # of M
-    ]
-    if m <= d:
-        scoring = [
-            Product(m, d, d, 3),  # q, g; gradient of q
-            Product(d, m, d, 2, weight_gradient=True),  # of Wq, Wk
-        ]
-    return [
-        *scoring,
-        Product(m, d, n * r, 3),  # x to z, g to the bottlenecks; gradient of p ⊙ z
-        Product(m, n * r, d, 2),  # p ⊙ z to the mean; gradient of g
-        Product(m, d, d, 2),  # o; gradient of the mean
-        Product(m, d, n, 2),  # g·bu; gradient of p, through bu
-        Product(m, n, d, 2),  # Σ p bu; gradient of g, through bu
-        Product(m, d, 1),  # q·bk
-        Product(d, m, d, weight_gradient=True),  # of Wv
-        Product(m, 1, d),  # gradient of x or q, through bk
-        Product(1, m, d, weight_gradient=True),  # of bk
-    ]
-
-
-def runner(products: list[Product], device: str, dtype: torch.dtype) -> Callable[[], None]:
-    """A call that does all of them into memory that is allocated already."""
-    random = torch.Generator().manual_seed(0)
-    made: dict[tuple[int, ...], Tensor] = {}
-
-    def matrix(*shape: int) -> Tensor:
-        if shape not in made:
-            made[shape] = torch.randn(shape, generator=random).to(device, dtype)
-        return made[shape]
-
-    calls: list[tuple[Tensor, Tensor, Tensor]] = []
-    for rows, inner, columns, times, batch, weight_gradient in products:
-        if batch > 1:
-            operands = matrix(batch, rows, inner), matrix(batch, inner, columns)
-        elif weight_gradient:
-            operands = matrix(inner, rows).t(), matrix(inner, columns)
-        else:
-            operands = matrix(rows, inner), matrix(columns, inner).t()
-        calls += [(*operands, torch.empty_like(operands[0] @ operands[1]))] * times
-
-    @torch.inference_mode()
-    def run() -> None:
-        for left, right, out in calls:
-            torch.matmul(left, right, out=out)
-
-    return run

@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, D hidden size, K outputs, N sources, R bottleneck size
 from __future__ import annotations
 
 import copy
+import functools
 import statistics
 import sys
 import tempfile
@@ -47,20 +48,20 @@ from pipelines.benchmark.cases import (
     LOOP,
     LOWER_BOUND,
     OUTPUTS,
+    TRAIN,
     Case,
     Setup,
     Weights,
 )
-from pipelines.benchmark.formulas import Backbone as Sizes
-from pipelines.benchmark.formulas import runner, training_step
-from pipelines.benchmark.worker import TokenBatch, Worker, serve, synchronise, timed, token_batch
+from pipelines.benchmark.products import products_of
+from pipelines.benchmark.worker import Model, TokenBatch, Worker, serve, synchronise, timed, token_batch
 
 LABELS = [str(k) for k in range(OUTPUTS)]
 TASK = TaskConfig(name="benchmark", text="text", labels=LABELS, metrics=["accuracy"])
 OPTIM = OptimConfig()
 
 
-class OurModel:
+class OurModel(Model):
     """An adapted model, the project's own training step without its loop, and its inference."""
 
     def __init__(self, setup: Setup, case: Case, backbone: Backbone) -> None:
@@ -79,36 +80,28 @@ class OurModel:
             self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=OPTIM.lr, fused=True)
         else:
             self.optimizer = adamw(self.adapted, OPTIM)
-        self._merged: nn.Module | None = None
 
-    def train(self, clip: float | None = None) -> None:
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
         if not self.adapted.training:  # iterating over all modules is not part of a step
             self.adapted.train()
-        total = torch.stack(list(self.module.losses(self.batch).values())).sum()
+        return self.module.losses(batch)
+
+    def train(self, clip: float | None = None) -> None:
+        total = torch.stack(list(self.losses(self.batch).values())).sum()
         self.optimizer.zero_grad()
         total.backward()
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(list(self.adapted.trainable().values()), clip)
         self.optimizer.step()
 
-    @torch.inference_mode()
-    def infer(self) -> Tensor:
-        return self._inference_model()(self.batch.input_ids, self.batch.attention_mask)
+    def scores(self, batch: Batch) -> Tensor:
+        model = self.merged if self.case.work == INFER else self.adapted.eval()
+        return model(batch.input_ids, batch.attention_mask)
 
-    def check(self) -> dict[str, Any]:
-        self.adapted.train()
-        losses = {name: value.item() for name, value in self.module.losses(self.padded).items()}
-        model = self._inference_model() if self.case.work == INFER else self.adapted.eval()
-        with torch.inference_mode():
-            logits: Tensor = model(self.padded.input_ids, self.padded.attention_mask)
-        penalty = losses.get("value_penalty", 0.0)
-        return {"logits": logits.tolist(), "loss": losses["task"], "penalty": penalty}
-
-    def _inference_model(self) -> nn.Module:
+    @functools.cached_property
+    def merged(self) -> nn.Module:
         """With merged weights, which is done once when a model is loaded, and not for every batch."""
-        if self._merged is None:
-            self._merged = self.adapted.merged()
-        return self._merged
+        return self.adapted.merged()
 
 
 def adapted_model(setup: Setup, case: Case, backbone: Backbone) -> AdaptedModel:
@@ -175,10 +168,8 @@ class OurWorker(Worker):
     def time(self, case: Case, warmup: int, steps: int) -> list[float]:
         setup = self.setup
         if case.work == LOWER_BOUND:
-            sources = case.sources if case.method == FUSION else None
-            products = training_step(Sizes.read(setup.backbone), setup, case.bottleneck, sources)
-            dtype = torch.float32 if setup.precision == "float32" else torch.bfloat16
-            return timed(runner(products, setup.device, dtype), warmup, steps, setup.device)
+            products = products_of(self.in_precision(self.unfused(case).train))
+            return timed(products.run, warmup, steps, setup.device)
         if case.work not in (LOOP, CLIPPED):
             return super().time(case, warmup, steps)
         # Both clip gradients, as the project's trainer does. It is the mean over at least as many steps as there are
@@ -190,6 +181,12 @@ class OurWorker(Worker):
             return [in_lightning(model, setup, warmup, steps)]
         step = self.in_precision(lambda: model.train(trainer.gradient_clip_val))
         return [statistics.fmean(timed(step, warmup, steps, setup.device))]
+
+    def unfused(self, case: Case) -> OurModel:
+        """A model whose attention is made of single products, which the fused kernel is not."""
+        backbone = copy.deepcopy(self.backbone)
+        backbone.model.set_attn_implementation("eager")
+        return OurModel(self.setup, replace(case, work=TRAIN), backbone)
 
 
 class Stopwatch(lightning.Callback):

@@ -29,8 +29,8 @@ Timings = dict[Measured, list[list[float]]]  # seconds of every step, by round
 
 def spread(values: Sequence[float]) -> float:
     """Interquartile range, as a fraction of the median."""
-    low, high = np.quantile(values, (0.25, 0.75))
-    return float(high - low) / statistics.median(values)
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
+    return float((high - low) / median)
 
 
 def medians(timings: Timings, who: str, case: Case) -> list[float]:
@@ -45,12 +45,12 @@ class Target:
     limit: float
     at_least: bool = False
 
-    def met(self, value: float) -> bool:
-        return value >= self.limit if self.at_least else value <= self.limit
-
     @property
     def sign(self) -> str:
         return ">=" if self.at_least else "<="
+
+    def met(self, value: float) -> bool:
+        return value >= self.limit if self.at_least else value <= self.limit
 
 
 @dataclass(frozen=True)
@@ -89,19 +89,12 @@ class Figure:
         return f"{value:.2f}{' s' if self.unit == 's' else 'x'}"
 
     def row(self, noise_limit: float) -> list[str]:
-        rounds = [
-            self.shown(min(self.values)),
-            self.shown(max(self.values)),
-            f"{100 * spread(self.values):.0f} %",
-        ]
-        target = "" if self.target is None else f"{self.target.sign} {self.shown(self.target.limit)}"
-        return [
-            self.what,
-            self.shown(statistics.median(self.values)),
-            *(rounds if len(self.values) > 1 else ["", "", ""]),
-            target,
-            self.verdict(noise_limit),
-        ]
+        median, low, high = map(
+            self.shown, (statistics.median(self.values), min(self.values), max(self.values))
+        )
+        rounds = [low, high, f"{100 * spread(self.values):.0f} %"] if len(self.values) > 1 else ["", "", ""]
+        target = f"{self.target.sign} {self.shown(self.target.limit)}" if self.target else ""
+        return [self.what, median, *rounds, target, self.verdict(noise_limit)]
 
     def as_json(self, noise_limit: float) -> dict[str, Any]:
         return {
@@ -112,21 +105,16 @@ class Figure:
             "high": max(self.values),
             "spread": spread(self.values),
             "rounds": list(self.values),
-            "to_reach": None if self.target is None else f"{self.target.sign} {self.target.limit:g}",
+            "to_reach": f"{self.target.sign} {self.target.limit:g}" if self.target else None,
             "verdict": self.verdict(noise_limit) or None,
         }
 
 
 def ratio(
-    what: str,
-    numerators: Iterable[float],
-    denominators: Iterable[float],
-    target: Target | None = None,
-    **more: Any,
+    what: str, above: Iterable[float], below: Iterable[float], target: Target | None = None, **more: Any
 ) -> Figure:
     """A figure that compares two things round by round, so that what slows down a whole round cancels out."""
-    ratios = (one / other for one, other in zip(numerators, denominators, strict=True))
-    return Figure(what, tuple(ratios), target, **more)
+    return Figure(what, tuple(one / other for one, other in zip(above, below, strict=True)), target, **more)
 
 
 @dataclass
@@ -146,7 +134,7 @@ class Report:
 def describe_machine(threads: int) -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     return {
         "processor": names[0] if names else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -163,30 +151,22 @@ def finish(
     config: BenchmarkConfig, report: Report, machine: dict[str, Any], versions: dict[str, Any]
 ) -> Path:
     """Print the report and write OUTPUT/SUITE.json."""
-    say("")
     titles = ["", "median", "low", "high", "spread", "to reach", ""]
+    say("")
     show_table([titles, *(figure.row(config.noise_limit) for figure in report.figures)])
-    timings = [
-        {
-            "who": who,
-            "case": asdict(case),
-            "what": f"{who}: {case}",
-            "median": statistics.median(medians(report.timings, who, case)),
-            "spread": spread(medians(report.timings, who, case)),
-            "rounds": rounds,
-        }
-        for (who, case), rounds in report.timings.items()
-    ]
-    behind = report.seconds | {
-        f"{who}: {case}": medians(report.timings, who, case) for who, case in report.timings
-    }
+    timings = []
+    behind = dict(report.seconds)
+    for (who, case), rounds in report.timings.items():
+        values = medians(report.timings, who, case)
+        behind[f"{who}: {case}"] = values
+        summary = {"median": statistics.median(values), "spread": spread(values), "rounds": rounds}
+        timings.append({"who": who, "case": asdict(case), "what": f"{who}: {case}"} | summary)
     if behind:
-        say("")
-        rows = [
-            [what, f"{statistics.median(rounds):.4f}", f"{100 * spread(rounds):.0f} %"]
-            for what, rounds in behind.items()
+        cells = [
+            [what, f"{statistics.median(v):.4f}", f"{100 * spread(v):.0f} %"] for what, v in behind.items()
         ]
-        show_table([["seconds", "median of the rounds", "spread"], *rows])
+        say("")
+        show_table([["seconds", "median of the rounds", "spread"], *cells])
     for line in report.lines:
         say(line)
     path = Path(config.output) / f"{config.suite}.json"

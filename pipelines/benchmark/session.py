@@ -35,7 +35,7 @@ def environment(threads: int) -> dict[str, str]:
 
 
 class WorkerProcess:
-    """A program that answers requests through a pipe; what it prints goes to `log`.
+    """A program that answers requests on its stdin, one end of a pipe; what it prints goes to `log`.
 
     Raises (from `ask`):
         BenchmarkError: it died, answered an error, or took longer than `timeout` seconds.
@@ -46,12 +46,11 @@ class WorkerProcess:
         self._pipe, other = Pipe()
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [*command, str(other.fileno())],
-                stdin=subprocess.DEVNULL,
+                command,
+                stdin=other.fileno(),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment(threads),
-                pass_fds=[other.fileno()],
             )
         other.close()
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
+import os
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,17 +88,33 @@ def peak_bytes(step: Step, device: str) -> int:
     return peak
 
 
-class Model(Protocol):
-    """A model with its batch."""
+class Model:
+    """A model with a batch to measure and a padded one to compare. Subclasses define what it computes."""
 
-    def train(self) -> object:
+    batch: Any
+    padded: Any
+
+    def train(self) -> None:
         """One training step."""
+        raise NotImplementedError
 
-    def infer(self) -> object:
-        """Scores of one batch, the model in evaluation mode."""
+    def losses(self, batch: Any) -> dict[str, Tensor]:
+        """Of a model in training mode: `task`, and `value_penalty` of a fusion."""
+        raise NotImplementedError
+
+    def scores(self, batch: Any) -> Tensor:
+        """(B, K) of a model in evaluation mode."""
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def infer(self) -> Tensor:
+        return self.scores(self.batch)
 
     def check(self) -> dict[str, Any]:
-        """`logits` (B, K) of a padded batch, and that batch's `loss` and `penalty` with dropout off."""
+        losses = {name: value.item() for name, value in self.losses(self.padded).items()}
+        with torch.inference_mode():
+            logits = self.scores(self.padded).tolist()
+        return {"logits": logits, "loss": losses["task"], "penalty": losses.get("value_penalty", 0.0)}
 
 
 class Worker:
@@ -146,8 +162,8 @@ class Worker:
 
 
 def serve(worker: Worker) -> None:
-    """Answer until the other end of the pipe, whose descriptor is the last argument, is closed."""
-    pipe = Connection(int(sys.argv[-1]))
+    """Answer on stdin until the other end of the pipe is closed."""
+    pipe = Connection(os.dup(0))
     with contextlib.suppress(EOFError, OSError):
         while True:
             request = json.loads(pipe.recv_bytes())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.benchmark.verdicts import (
+from pipelines.benchmark.report import (
     NOT_REACHED,
     REACHED,
     TOO_FEW,
@@ -55,9 +55,9 @@ def test_a_count_needs_no_rounds() -> None:
 
 def test_how_figures_are_shown() -> None:
     percent = Figure("loop", (1.021,), Target(1.03), unit="%")
-    assert (percent.shown(percent.median), percent.shown_target()) == ("+2.1 %", "<= +3.0 %")
-    seconds = Figure("start", (9.0,), Target(10.0), unit="s")
-    assert (seconds.shown(9.0), seconds.shown_target()) == ("9.00 s", "<= 10.00 s")
+    assert percent.row(0.1) == ["loop", "+2.1 %", "", "", "", "<= +3.0 %", TOO_FEW]
+    seconds = Figure("start", (9.0, 9.0), Target(10.0), unit="s")
+    assert seconds.row(0.1) == ["start", "9.00 s", "9.00 s", "9.00 s", "0 %", "<= 10.00 s", REACHED]
     content = Figure("step", (4.0, 5.0, 4.5), Target(4.5, at_least=True)).as_json(0.2)
     assert (content["median"], content["low"], content["high"]) == (4.5, 4.0, 5.0)
     assert (content["to_reach"], content["verdict"]) == (">= 4.5", REACHED)
