@@ -188,7 +188,7 @@ def write_rows(session: Session, task: str) -> None:
     """The examples that our command reads, as JSON for the baseline."""
     import yaml
 
-    from fusion.cli.app import conf_folder
+    from fusion.cli.config_sources import conf_folder
     from fusion.config.data import DataConfig, LimitConfig
     from fusion.config.task import TaskConfig
     from fusion.data.rows import load_rows

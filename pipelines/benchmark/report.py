@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fusion.cli.console import show_table
-from fusion.runs.run import write_json
+from fusion.files import write_json
 from fusion.training.processes import cores
 from pipelines.benchmark.cases import Case
 from pipelines.benchmark.config import BenchmarkConfig
