@@ -97,7 +97,7 @@ def load_backbone(
             if source == str(folder):
                 return read(True)
             cure = "backbone.name_or_path=FOLDER takes a local copy"
-            return from_cache_or_hub(read, what=what, cure=cure, cached=folder is not None)
+            return from_cache_or_hub(read, what=what, fix=cure, cached=folder is not None)
 
     def read_config(local: bool) -> PretrainedConfig:
         return AutoConfig.from_pretrained(
