@@ -108,8 +108,21 @@ def from_cache_or_hub(load: Callable[[bool], Loaded], what: str, fix: str, cache
     try:
         return load(False)
     except (OSError, ValueError) as error:
-        reason = (_faults or [first_line(error)])[0]  # the clients often hide it
-        raise UserError(f"{what} cannot be loaded: {reason}\n{fix}") from error
+        raise UserError(f"{what} cannot be loaded: {_reason(error)}\n{fix}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The failed request behind an error, which the callers of the client often hide; else the error itself."""
+    from huggingface_hub.utils import _http
+
+    if _faults:
+        return _faults[0]
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, _http._DEFAULT_RETRY_ON_EXCEPTIONS):
+            return f"the download broke off ({first_line(cause)})"
+        cause = cause.__cause__ or cause.__context__
+    return first_line(error)
 
 
 @contextlib.contextmanager

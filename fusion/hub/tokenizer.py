@@ -1,4 +1,4 @@
-"""A backbone's tokenizer: loading it, and a hash of what decides its token ids."""
+"""Load a backbone's tokenizer, and hash what decides its token ids."""
 
 from __future__ import annotations
 
@@ -25,13 +25,12 @@ def load_tokenizer(
     """The fast tokenizer of a backbone, from the local cache first.
 
     Args:
-        trust_remote_code: whether Python code that it brings along is run.
+        trust_remote_code: whether Python code that comes with it is run.
 
     Raises:
-        UserError: there is none, it is damaged or has no vocabulary, only a slow one, or one with code of its own
-            that is not trusted.
+        UserError: it is missing, damaged, slow, without vocabulary, or needs its own code, which is not trusted.
     """
-    # Set explicitly, it keeps tokenizers from warning of a fork when a loader starts its workers.
+    # Set explicitly, so that tokenizers does not warn about forks when a loader starts its workers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from transformers import AutoTokenizer
 
@@ -45,7 +44,7 @@ def load_tokenizer(
                 local_files_only=cached_only,
                 trust_remote_code=trust_remote_code,
             )
-        # With config.json alone in the cache, transformers makes one up and does not ask the hub.
+        # With only config.json in the cache, transformers makes up a tokenizer without vocabulary.
         if cached_only and not is_folder and _has_no_words(loaded):
             raise OSError("its vocabulary is not in the local cache")
         return loaded
@@ -73,7 +72,7 @@ def load_tokenizer(
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, what: str) -> None:
-    """Refuse the tokenizer that transformers makes up where the files are missing, and one that cannot take any text."""
+    """Refuse a tokenizer without vocabulary, and one that cannot tokenize any text."""
     if _has_no_words(tokenizer):
         raise UserError(
             f"{what} has {len(tokenizer)} tokens, all of them special: its vocabulary is missing\n"
@@ -112,9 +111,8 @@ def check_length(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """sha256 of what decides token ids and token types: two tokenizers with one hash give the same ids for any text.
 
-    That is the normalizer, the pre-tokenizer, the model with its vocabulary, the post-processor, the added tokens,
-    the side that is truncated, and whether there are token types. Not in it: how ids become text again, padding,
-    the longest sequence, and the versions and layout of the files.
+    Included: normalizer, pre-tokenizer, model with its vocabulary, post-processor, added tokens, truncation side, token
+    types. Not included: decoding, padding, the maximum length, and the versions and layout of the files.
     """
     backend = tokenizer.backend_tokenizer
     digest = hashlib.sha256()

@@ -39,11 +39,7 @@ class Choice(Classification):
         return 1
 
     def loss(
-        self,
-        scores: Tensor,
-        labels: Tensor,
-        class_weights: Tensor | None = None,
-        label_smoothing: float = 0.0,
+        self, scores: Tensor, labels: Tensor, weight: Tensor | None = None, label_smoothing: float = 0.0
     ) -> Tensor:
         """As in classification. A row smooths over the choices that it has: its other scores are -inf."""
         if label_smoothing == 0:

@@ -54,17 +54,13 @@ class Classification(Kind):
         )
 
     def loss(
-        self,
-        scores: Tensor,
-        labels: Tensor,
-        class_weights: Tensor | None = None,
-        label_smoothing: float = 0.0,
+        self, scores: Tensor, labels: Tensor, weight: Tensor | None = None, label_smoothing: float = 0.0
     ) -> Tensor:
         """The terms of `torch.nn.CrossEntropyLoss` before its mean."""
         from torch.nn import functional as F
 
         return F.cross_entropy(
-            scores, labels, weight=class_weights, reduction="none", label_smoothing=label_smoothing
+            scores, labels, weight=weight, reduction="none", label_smoothing=label_smoothing
         )
 
     def outputs(self, scores: Tensor) -> list[Any]:

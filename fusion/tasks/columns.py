@@ -1,4 +1,4 @@
-"""Raw columns by name, whatever file or data set they come from."""
+"""Raw columns by name, from any file or data set."""
 
 from __future__ import annotations
 
@@ -6,21 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-
-class _Absent:
-    """A value that a row does not have, to tell it from null."""
-
-
-_ABSENT = _Absent()
+_ABSENT: Any = object()  # a value that a row does not have, which is not null
 
 
 @dataclass(frozen=True)
 class Column:
-    """Raw values, and what the table tells about them.
+    """Raw values.
 
     Attributes:
-        names: of a ClassLabel column, what its ids stand for.
-        typed: whether the values have types of their own; all values of a CSV column of labels are text.
+        names: the names of the ids of a ClassLabel column.
+        typed: whether the values have types; all values of a CSV column of labels are text.
     """
 
     values: list[Any]
@@ -44,8 +39,8 @@ class Table:
     def column(self, path: str) -> list[Any] | None:
         """The values at `path`, None where the table has no such column.
 
-        `path` is a column, or goes on into nested values: `choices.text` is the field `text` of the struct
-        (or of each struct of the list) in `choices`, `choices.0` its first element.
+        A path may lead into nested values: `choices.text` is the field `text` of the struct (or of each struct of the
+        list) in `choices`, `choices.0` its first element.
         """
         if path in self.columns:
             return self.read(path)
@@ -62,15 +57,14 @@ class Table:
     @property
     def classes(self) -> dict[str, Any]:
         """The features that may hold names of classes."""
-        plain = [
-            name
+        return {
+            name: one
             for name, one in self.features.items()
-            if isinstance(one, dict) and one.get("_type") == "Value"
-        ]
-        return {name: one for name, one in self.features.items() if name not in plain}
+            if not (isinstance(one, dict) and one.get("_type") == "Value")
+        }
 
     def class_names(self, path: str) -> tuple[str, ...] | None:
-        """What the ids at `path` stand for, None unless that is a column of ClassLabels or of lists of them."""
+        """The names of the ids at `path`; None unless it is a column of ClassLabels or of lists of them."""
         feature: Any = self.features
         for key in [path] if path in self.features else path.split("."):
             feature = feature.get(key) if isinstance(feature, dict) else None

@@ -1,7 +1,7 @@
-"""Entities of tagged sentences, counted as CoNLL's `conlleval` does; nervaluate finds and matches them.
+"""Entities of tagged sentences, counted by nervaluate as CoNLL's `conlleval` does.
 
-An entity is right if its words and its type are. `B-X` begins one, and so does an `I-X` after `O` or after another
-type, so that IOB1 tags and tags that break the scheme are read as well.
+An entity is correct if its words and its type are. `B-X` begins one, and so does `I-X` after `O` or another type, so
+IOB1 tags and invalid tag sequences are read as well.
 """
 
 from __future__ import annotations
@@ -27,11 +27,7 @@ def is_bio(tag: str) -> bool:
 
 
 def entity_counts(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> NDArray[np.int64]:
-    """(sentences, 3): of each sentence the right entities, those predicted, and the true ones.
-
-    Args:
-        true, predicted: BIO tags, one per word.
-    """
+    """(sentences, 3): the numbers of correct, predicted and true entities, from BIO tags, one per word."""
     import numpy as np
     from nervaluate.loaders import ListLoader
     from nervaluate.strategies import StrictEvaluation
@@ -47,11 +43,7 @@ def entity_counts(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[st
 
 
 def entity_scores(counts: NDArray[np.int64]) -> dict[str, float]:
-    """Micro-averaged over all sentences; 0 where nothing is predicted, or nothing is there.
-
-    Args:
-        counts: (sentences, 3), of `entity_counts`.
-    """
+    """Micro averages over all sentences, from `entity_counts`; 0 where they are not defined."""
     right, found, there = map(int, counts.sum(0))
     return {
         "entity_f1": 2 * right / (found + there) if found + there else 0.0,

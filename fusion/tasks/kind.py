@@ -107,18 +107,14 @@ class Kind(ABC):
 
     @abstractmethod
     def loss(
-        self,
-        scores: Tensor,
-        labels: Tensor,
-        class_weights: Tensor | None = None,
-        label_smoothing: float = 0.0,
+        self, scores: Tensor, labels: Tensor, weight: Tensor | None = None, label_smoothing: float = 0.0
     ) -> Tensor:
         """The loss of each example, in the precision of the scores, before the mean over the batch.
 
         Args:
             scores: (B, K).
             labels: (B,) or (B, ...).
-            class_weights: (K,); None unless `has_classes`.
+            weight: of each class, (K,); None unless `has_classes`.
             label_smoothing: 0.0 unless `smooths_labels`.
 
         Returns:

@@ -1,4 +1,4 @@
-"""The metrics of a task in double precision: one implementation for training, evaluation and the report.
+"""Metrics in double precision, one implementation for training, evaluation and the report.
 
 Shapes: B resamples (or one), R rows, C classes. A metric that is not defined, such as a correlation with a constant,
 is 0, so that a collapsed model is never the best one.

@@ -71,11 +71,7 @@ class MultiLabel(Kind):
     # --- head and loss --------------------------------------------------------------------------------
 
     def loss(
-        self,
-        scores: Tensor,
-        labels: Tensor,
-        class_weights: Tensor | None = None,
-        label_smoothing: float = 0.0,
+        self, scores: Tensor, labels: Tensor, weight: Tensor | None = None, label_smoothing: float = 0.0
     ) -> Tensor:
         """Binary cross entropy, the mean over the labels, as `torch.nn.BCEWithLogitsLoss` has it.
 

@@ -45,11 +45,7 @@ class Regression(Kind):
         return 1
 
     def loss(
-        self,
-        scores: Tensor,
-        labels: Tensor,
-        class_weights: Tensor | None = None,
-        label_smoothing: float = 0.0,
+        self, scores: Tensor, labels: Tensor, weight: Tensor | None = None, label_smoothing: float = 0.0
     ) -> Tensor:
         """Squared error."""
         from torch.nn import functional as F

