@@ -6,7 +6,9 @@ What takes seconds to import is imported by what needs it: pytest-xdist's contro
 from __future__ import annotations
 
 import gc
+import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,6 +51,31 @@ def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def warm(warm_python: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that a test starts with `sys.executable` have done their imports, and so have their ranks."""
     monkeypatch.setattr(sys, "executable", warm_python)
+
+
+@pytest.fixture
+def in_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """Run a command in this process: `in_process(main, *words)` gives exit code, stdout and stderr."""
+    for variable in ("FUSION_CONF", "FUSION_DATA_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the command sets it; this restores it
+    root = logging.getLogger()
+    before, level, handler = root.handlers[:], root.level, signal.getsignal(signal.SIGTERM)
+
+    def run(main: Callable[[], None], *words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["command", *words])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, said.out, said.err
+
+    yield run
+    root.handlers[:], root.level = before, level
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,38 +32,26 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def go(
-    place: Path, tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Go]:
-    """Runs a command as its program does, in this process; gives what it left."""
+    place: Path,
+    tiny_backbone: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    in_process: Callable[..., tuple[int, str, str]],
+) -> Go:
+    """Run a command; gives what it printed and its result."""
     monkeypatch.chdir(place)
-    monkeypatch.delenv("FUSION_CONF", raising=False)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    root = logging.getLogger()
-    before, level, handler = root.handlers[:], root.level, signal.getsignal(signal.SIGTERM)
 
     def run(stage: str, *words: str) -> dict[str, Any]:
         main = {"stage1": stage1, "stage2": stage2}[stage].main
         shared = ["data.dir=data", "data.cache_dir=cache", f"backbone.name_or_path={tiny_backbone}"]
         shared += ["backbone.pooling=mean", "data.max_length=16", "data.batch_size=8", "trainer.devices=1"]
         directory = place / "runs" / str(len(list(place.glob("runs/*"))))
-        monkeypatch.setattr(
-            sys, "argv", [stage, *words, *shared, "trainer.accelerator=cpu", f"hydra.run.dir={directory}"]
-        )
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
+        words = (*words, *shared, "trainer.accelerator=cpu", f"hydra.run.dir={directory}")
+        code, out, err = in_process(main, *words)
         result = directory / "result.json"
-        return {
-            "code": ended.value.code,
-            "out": said.out,
-            "err": said.err,
-            "folder": directory,
-            "result": json.loads(result.read_text()) if result.exists() else {},
-        }
+        content = json.loads(result.read_text()) if result.exists() else {}
+        return {"code": code, "out": out, "err": err, "folder": directory, "result": content}
 
-    yield run
-    root.handlers[:], root.level = before, level
-    signal.signal(signal.SIGTERM, handler)
+    return run
 
 
 @pytest.mark.parametrize("name", DEBUG)

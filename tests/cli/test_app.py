@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
 import math
 import os
 import re
@@ -13,7 +12,7 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,41 +76,21 @@ class Outcome:
 
 
 @pytest.fixture
-def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a blank in its name and two tasks of its own in ./conf/task."""
     folder = tmp_path / "work dir"
     (folder / "conf" / "task").mkdir(parents=True)
     for name in ("mine", "yours"):
         (folder / "conf" / "task" / f"{name}.yaml").write_text(TASK)
     monkeypatch.chdir(folder)
-    for variable in ("FUSION_CONF", "FUSION_DATA_DIR"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the program sets it; this restores it
-    root = logging.getLogger()
-    before, level, handler = root.handlers[:], root.level, signal.getsignal(signal.SIGTERM)
-    yield folder
-    root.handlers[:], root.level = before, level
-    signal.signal(signal.SIGTERM, handler)
+    return folder
 
 
 @pytest.fixture
-def go(
-    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Outcome]:
+def go(workdir: Path, in_process: Callable[..., tuple[int, str, str]]) -> Callable[..., Outcome]:
     namespace: dict[str, Any] = {"__name__": "stand_in"}
     exec(compile(PROGRAM, "stand_in", "exec"), namespace)
-
-    def run(*arguments: str, main: Callable[[], None] = namespace["main"]) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["stage1", *arguments])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        code = ended.value.code
-        assert isinstance(code, int)
-        return Outcome(workdir, code, said.out, said.err)
-
-    return run
+    return lambda *words, main=namespace["main"]: Outcome(workdir, *in_process(main, *words))
 
 
 def in_a_program(workdir: Path, *arguments: str, until: str, number: int) -> tuple[int, Outcome]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -260,34 +262,37 @@ def test_a_sweep_gives_a_folder_and_an_artifact_a_task_and_survives_a_failed_job
 
 
 @pytest.mark.parametrize(
-    ("module", "overrides", "said"),
+    ("module", "overrides", "message"),
     [
-        ("stage1", ["+task=filns"], "films"),
-        ("stage1", [], "+task=NAME"),
         ("stage1", ["+task=films", "optim.learning_rate=1"], "optim has lr, head_lr"),
         ("stage1", ["+task=films", "adapter.bottleneck_size=0"], "adapter.bottleneck_size=0"),
-        ("stage1", ["+task=films", "optim.lr=quick"], "optim.lr"),
         ("stage1", ["+task=films", "data.dir=nowhere"], "nowhere"),
-        ("stage2", ["+task=films", "sources=[nobody]"], "nobody"),
-        ("stage2", ["+task=films"], "sources"),
-        ("stage2", ["tasks=[films,books]", "sources=[films]"], "unknown key tasks"),
+        ("stage1", ["tasks=[films,rte]", "method=multitask_adapter"], "no folder rte"),
         (
             "stage1",
             ["tasks=[films,books]", "method=lora"],
-            "several tasks at once need method=multitask_adapter or method=multitask_full",
+            "need method=multitask_adapter or method=multitask_full",
         ),
-        ("stage1", ["tasks=[films,rte]", "method=multitask_adapter"], "no folder rte"),
+        ("stage2", ["+task=films", "sources=[nobody]"], "nobody"),
+        ("stage2", ["+task=films"], "sources"),
+        ("stage2", ["tasks=[films,books]", "sources=[films]"], "unknown key tasks"),
         ("evaluate", ["artifact=nobody"], "nobody"),
         ("predict", ["artifact=nobody", "input=rows.jsonl", "output=out.jsonl"], "nobody"),
     ],
 )
-def test_what_is_wrong_is_said_in_two_lines_with_exit_code_2(
-    place: Path, tiny_backbone: Path, module: str, overrides: list[str], said: str
+def test_a_wrong_command_is_refused_in_two_lines_with_exit_code_2(
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    in_process: Callable[..., tuple[int, str, str]],
+    module: str,
+    overrides: list[str],
+    message: str,
 ) -> None:
-    done = run(place, tiny_backbone, module, *overrides, "store=empty-store")
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2, done.stderr
-    assert len(lines) <= 2 and said in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.chdir(place)
+    main = importlib.import_module(f"fusion.{module}").main
+    data = [] if any(word.startswith("data.dir") for word in overrides) else ["data.dir=data"]
+    code, _, err = in_process(main, *overrides, *data, "store=empty-store")
+    assert code == 2 and len(err.strip().splitlines()) <= 2 and message in err, err
     assert not (place / "empty-store").exists()
 
 
@@ -316,7 +321,7 @@ def limited(place: Path, backbone: Path, limit: int, *overrides: str) -> subproc
 def test_a_disk_that_takes_no_checkpoint_still_takes_the_artifact(place: Path, tiny_backbone: Path) -> None:
     done = limited(place, tiny_backbone, 30_000, "name=roomy")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("no checkpoint could be written to") == 1 and "training goes on" in done.stdout
+    assert done.stdout.count("no checkpoint could be written to") == 1 and "training continues" in done.stdout
     weights = place / "outputs" / "store" / "roomy" / "weights.safetensors"
     assert weights.is_file() and weights.stat().st_size < 30_000
 
@@ -334,5 +339,5 @@ def test_a_disk_that_takes_no_artifact_says_so_and_the_same_command_stores_it_la
     assert not (store / "large").exists() and not list((store / ".staging").glob("*"))
     again = limited(place, tiny_backbone, 10_000_000, *words)
     assert again.returncode == 0, again.stderr
-    assert "large failed the last time and runs again" in again.stdout
+    assert "large failed the last time: running it again" in again.stdout
     assert (store / "large" / "manifest.json").is_file() and not list((store / ".runs").glob("large-*"))

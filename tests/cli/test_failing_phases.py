@@ -1,12 +1,10 @@
-"""A job of a sweep that fails, whatever it was doing: the others run, it is said why, and the rerun mends it."""
+"""A job of a sweep that fails, whatever it was doing: the others run, the reason is printed, and the same command again trains it."""
 
 from __future__ import annotations
 
 import json
-import logging
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +18,22 @@ from tests.bench import LABELS, write_task
 
 @pytest.fixture
 def sweep(
-    tmp_path: Path, tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Iterator[Callable[[], tuple[int, str, str]]]:
-    """Trains films and books, in this process; gives the exit code and what was said."""
+    tmp_path: Path,
+    tiny_backbone: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    in_process: Callable[..., tuple[int, str, str]],
+) -> Callable[[], tuple[int, str, str]]:
+    """Train films and books; gives the exit code and what was printed."""
     (tmp_path / "conf" / "task").mkdir(parents=True)
     for name in ("films", "books"):
         write_task(tmp_path / "data", name, rows=16)
         task = {"kind": "classification", "text": "text", "labels": LABELS, "metrics": ["accuracy"]}
         (tmp_path / "conf" / "task" / f"{name}.yaml").write_text(yaml.safe_dump(task))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    for variable in ("FUSION_CONF", "FUSION_DATA_DIR"):
-        monkeypatch.delenv(variable, raising=False)
     words = ["-m", "+task=films,books", "data.dir=data", "data.cache_dir=cache", "logger=csv", "store=store"]
     words += [f"backbone.name_or_path={tiny_backbone}", "backbone.pooling=mean", "data.max_length=16"]
     words += ["trainer.max_epochs=1", "trainer.accelerator=cpu", "trainer.devices=1", "hydra.sweep.dir=sweep"]
-    monkeypatch.setattr(sys, "argv", ["stage1", *words])
-    root = logging.getLogger()
-    before, level, handler = root.handlers[:], root.level, signal.getsignal(signal.SIGTERM)
-
-    def go() -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            stage1.main()
-        said = capfd.readouterr()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, said.out, said.err
-
-    yield go
-    root.handlers[:], root.level = before, level
-    signal.signal(signal.SIGTERM, handler)
+    return lambda: in_process(stage1.main, *words)
 
 
 def fails_once(monkeypatch: pytest.MonkeyPatch, target: str, error: Exception) -> None:
