@@ -333,7 +333,9 @@ def test_a_disk_that_takes_no_artifact_says_so_and_the_same_command_stores_it_la
     done = limited(place, tiny_backbone, 60_000, *words)
     assert done.returncode == 1, done.stderr
     said = done.stderr.strip().splitlines()
-    assert "large cannot be written (File too large)." in said[0] and said[1].startswith("Free disk space"), said
+    assert "large cannot be written (File too large)." in said[0] and said[1].startswith("Free disk space"), (
+        said
+    )
     assert len(said) == 2
     store = place / "outputs" / "store"
     assert not (store / "large").exists() and not list((store / ".staging").glob("*"))
