@@ -1,5 +1,5 @@
 #!/bin/sh
-# The picture leet.png: W&B's viewer in the terminal, on runs that were tracked offline.
+# The picture docs/leet.png: W&B's viewer in the terminal, on runs that were tracked offline.
 #
 #   pipelines/wandb/leet.sh FOLDER_OF_RUNS PICTURE.png      # such as outputs/stage2/sweep-…
 #
