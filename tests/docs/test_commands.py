@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -20,9 +21,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from fusion import compare, sync
-from fusion.cli.app import Command, conf_folder, prepare
-from fusion.store import __main__ as store
+from fusion.cli.config_sources import conf_folder
+from fusion.cli.job_config import Command, prepare
+from fusion.cli.program import read_arguments
 from pipelines import adapterdrop, demo, ranking, two_stage
 from pipelines.commands import read_config
 from pipelines.compare.config import read_settings
@@ -70,7 +71,7 @@ def jobs(overrides: Sequence[str]) -> Iterator[list[str]]:
         key = f"{'+' if one.is_add() else ''}{one.key_or_group}"
         values = list(one.sweep_string_iterator()) if one.is_discrete_sweep() else []
         choices.append(
-            [f"{key}={value}" for value in dict.fromkeys(values[:1] + values[-1:])] or [one.input_line]
+            [f"{key}={value}" for value in dict.fromkeys(values[:1] + values[-1:])] or [str(one.input_line)]
         )
     for combined in zip_longest(*choices):
         yield [value or options[-1] for value, options in zip(combined, choices, strict=True)]
@@ -91,6 +92,15 @@ def overrides_of(command: DocumentedCommand) -> list[str]:
     return [word for word in words if not re.match(r"hydra[./]", word)]
 
 
+def command_of(name: str) -> Command:
+    """A command with the settings of the real one, which trains nothing."""
+    schema = OmegaConf.get_type(ConfigStore.instance().load(f"{name}_schema.yaml").node)
+    assert schema is not None
+    return Command(
+        name, schema, lambda config, run: None, lambda config, run: {}, lambda config, overrides: None
+    )
+
+
 @cache
 def composed(name: str, *groups: str) -> DictConfig:
     return compose(name, [*groups], return_hydra_config=True)
@@ -103,7 +113,6 @@ def compose_all(command: DocumentedCommand) -> None:
     a copy.
     """
     name = command.words[2].split(".")[1]
-    schema = OmegaConf.get_type(ConfigStore.instance().load(f"{name}_schema.yaml").node)
     loader = GlobalHydra.instance().config_loader()
     group_names, tasks = loader.list_groups(""), loader.get_group_options("task")
     for job in jobs(overrides_of(command)):
@@ -117,7 +126,7 @@ def compose_all(command: DocumentedCommand) -> None:
         for one in parsed:
             if one not in groups:
                 OmegaConf.update(config, one.key_or_group, one.value(), merge=True)
-        prepare(Command(name, schema, lambda config, run: None, lambda config, run: {}), config, config.hydra)
+        prepare(command_of(name), config, config.hydra)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -131,10 +140,23 @@ def test_overrides_are_accepted(folder: Path, page: Path) -> None:
                 raise AssertionError(f"{command}\n{error}") from error
 
 
-def test_other_programs_of_the_project_read_their_words(folder: Path) -> None:
-    for command in commands("fusion", "store", "compare", "sync"):
-        name, words = command.words[2].removeprefix("fusion."), command.words[3:]
-        {"store": store.read_words, "compare": compare.read_words, "sync": sync.read_words}[name](words)
+class Accepted(BaseException):
+    """The arguments were read, and the command would start now."""
+
+
+def test_other_programs_of_the_project_read_their_arguments(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def accept(*arguments: Any) -> None:
+        read_arguments(*arguments)
+        raise Accepted
+
+    for name in ("store", "compare", "sync"):
+        module = importlib.import_module("fusion.store.__main__" if name == "store" else f"fusion.{name}")
+        monkeypatch.setattr(module, "read_arguments", accept)
+        for command in commands("fusion", name):
+            with pytest.raises(Accepted):
+                pytest.fail(f"{command}: exit code {module.main(list(command.words[3:]))}")
     for command in commands("pipelines", *PIPELINES):
         if "--help" not in command.words:
             read_config(PIPELINES[command.words[2].removeprefix("pipelines.")], list(command.words[3:]))
