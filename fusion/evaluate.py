@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 def check(config: EvaluateConfig, run: Run) -> None:
     """What can be said before a model is loaded."""
-    from fusion.data.rows import check_source
+    from fusion.data.splits import check_source
 
     manifest = usable_manifest(config)
     for answer in answers(manifest, config.task):
@@ -89,7 +89,8 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     from fusion.backbones.load import load_backbone
     from fusion.cli.console import rows_progress
     from fusion.data.encode import encode
-    from fusion.data.rows import evaluation_splits, load_splits
+    from fusion.data.rows import load_splits
+    from fusion.data.splits import evaluation_splits
     from fusion.model.build import backbone_of, stored_model
     from fusion.model.inference import device_of, predict
     from fusion.store.artifacts import load

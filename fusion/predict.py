@@ -40,7 +40,7 @@ def answer_of(config: PredictConfig, manifest: Manifest) -> Answer:
 
 def check(config: PredictConfig, run: Run) -> None:
     """What can be said before a model is loaded."""
-    from fusion.data.files import READABLE, form_of
+    from fusion.data.files import READABLE, file_format
 
     manifest = usable_manifest(config)
     answer_of(config, manifest)
@@ -48,7 +48,7 @@ def check(config: PredictConfig, run: Run) -> None:
         check_attends(manifest, "attention=true", "leave attention= out")
     if not Path(config.input).is_file():
         raise UserError(f"input={config.input}: no such file; expected one with an ending {READABLE}")
-    if form_of(Path(config.input)) is None:
+    if file_format(Path(config.input)) is None:
         raise UserError(f"input={config.input}: this ending is not read; expected {READABLE}")
     output = Path(config.output)
     if output.is_dir():

@@ -55,11 +55,11 @@ def candidates_of(config: RankConfig) -> Candidates:
 
 def check(config: RankConfig, run: Run) -> None:
     """What can be said before a model is loaded."""
-    from fusion.data.rows import check_made_splits, check_source
+    from fusion.data.splits import check_held_out_splits, check_source
 
     if config.task is None:
         raise UserError("no task: say +task=NAME, the target that the sources are ranked for")
-    check_made_splits([config.task], config.data)
+    check_held_out_splits([config.task], config.data)
     check_source(config.task, config.data)
     check_writable(Path(config.store))
     candidates_of(config)

@@ -27,9 +27,9 @@ def output_of(config: Stage1Config, run: Run) -> RunOutput:
 
 def check(config: Stage1Config, run: Run) -> RunState:
     """What can be said before a model is loaded, and how the run stands."""
-    from fusion.data.rows import check_made_splits, check_source
+    from fusion.data.splits import check_held_out_splits, check_source
 
-    check_made_splits(config.task_list, config.data)
+    check_held_out_splits(config.task_list, config.data)
     for task in config.task_list:
         check_source(task, config.data)
     output = output_of(config, run)

@@ -31,10 +31,10 @@ def output_of(config: Stage2Config, inputs: Inputs, run: Run) -> RunOutput:
 
 def check(config: Stage2Config, run: Run) -> RunState:
     """What can be said before a model is loaded, and how the run stands."""
-    from fusion.data.rows import check_made_splits, check_source
+    from fusion.data.splits import check_held_out_splits, check_source
 
     assert config.task is not None
-    check_made_splits([config.task], config.data)
+    check_held_out_splits([config.task], config.data)
     check_source(config.task, config.data)
     output = output_of(config, read_inputs(config), run)
     if output.stored is None:

@@ -121,7 +121,8 @@ def _validation(config: DropConfig, artifact: Artifact) -> tuple[TaskConfig, Enc
     from fusion.backbones.files import locate
     from fusion.config.data import DataConfig
     from fusion.data.encode import encode
-    from fusion.data.rows import evaluation_splits, load_rows
+    from fusion.data.rows import load_rows
+    from fusion.data.splits import evaluation_splits
     from fusion.hub.tokenizer import load_tokenizer
     from fusion.store.trained_data import as_trained
 

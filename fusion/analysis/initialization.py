@@ -16,7 +16,7 @@ from fusion.backbones.load import Backbone
 from fusion.config.compositions import CONTINUED, KEPT, CompositionConfig
 from fusion.config.stages import Stage2Config
 from fusion.data.encode import EncodedRows
-from fusion.data.samples import sampled_batches
+from fusion.data.loaders import sampled_batches
 from fusion.errors import UserError
 from fusion.files import write_json
 from fusion.layers.heads import TaskHead

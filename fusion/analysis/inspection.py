@@ -24,7 +24,8 @@ from fusion.config.data import DataConfig, LimitConfig
 from fusion.config.task import TaskConfig
 from fusion.data.encode import EncodedRows, encode
 from fusion.data.loaders import evaluation_loader
-from fusion.data.rows import Rows, evaluation_splits, load_splits
+from fusion.data.rows import Rows, load_splits
+from fusion.data.splits import evaluation_splits
 from fusion.errors import UserError
 from fusion.model.build import backbone_of, stored_model
 from fusion.model.head_selection import decision_of, own_tasks

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf._utils import get_yaml_loader
 
 from fusion.cli.config_sources import TABLES, check_place
-from fusion.data.task_files import check_task_file, read_large
+from fusion.data.task_files import read_task_file
 
 KEPT_JOBS = 64  # composed configs that wait for their job: each takes about a megabyte
 
@@ -49,13 +49,13 @@ class ConfigFiles(FileConfigSource):
     def _load(self, path: Path, config_path: str) -> ConfigResult:
         group, _, name = config_path.removesuffix(".yaml").rpartition("/")
         check_place(group, name, [path, "the built-in ones"] if name in TABLES.get(group, ()) else [])
-        if group != "task" or not check_task_file(path):
+        if group != "task":
             return super().load_config(config_path)
-        return ConfigResult(  # Hydra would need seconds for thousands of values
-            config=DictConfig(read_large(path, get_yaml_loader().yaml_implicit_resolvers)),
+        return ConfigResult(
+            config=DictConfig(read_task_file(path, get_yaml_loader().yaml_implicit_resolvers)),
             path=f"{self.scheme()}://{self.path}",
             provider=self.provider,
-            header=self._get_header_dict(""),  # a file with one is refused
+            header=self._get_header_dict(""),  # `read_task_file` refuses a header
         )
 
 

@@ -1,8 +1,8 @@
-"""Sentences of given words as token ids: which token each word is scored by, and long sentences in windows.
+"""Alignment of words and tokens: the first token of each word, and long sentences split into windows.
 
-A word is scored by its first sub-word, as BERT tags words (Devlin et al. 2019, section 5.3); its other sub-words and
-the special tokens have no label. Every word has such a token: a sentence that is too long becomes several sequences,
-cut between words, and a word of which the tokenizer leaves nothing (a zero-width space, say) becomes the unknown token.
+A word is predicted from its first sub-word (Devlin et al. 2019, section 5.3); its other sub-words and the special
+tokens have no label. A sentence that is too long becomes several sequences, split between words. A word that the
+tokenizer removes, such as a zero-width space, becomes the unknown token.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Window:
 
     Attributes:
         encoding: the sequence, special tokens included.
-        first: (words,) the token of the sequence that each word begins with.
+        first: (words,) the index of each word's first token.
     """
 
     encoding: Encoding
@@ -41,22 +41,22 @@ class Window:
 def windows_of(
     sentences: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[list[Window]]:
-    """The windows of each sentence, in order: mostly one.
+    """The windows of each sentence, in order; usually one.
 
-    The words are joined by a space, which is a text as in pre-training for any tokenizer; where each word begins is
-    read from the offsets.
+    The words are joined by a space, so that any tokenizer reads a text as in pre-training, and are found by the
+    tokens' offsets (`word_ids()` follows the tokenizer's own words, and tokenising given words changes the ids).
 
     Args:
-        max_length: tokens of a sequence, special tokens included. A single word beyond it loses its last sub-words.
+        max_length: tokens of a sequence, special tokens included. A longer word loses its last sub-words.
 
     Raises:
-        UserError: the tokenizer gives no token for a word, and none for the unknown token either.
+        UserError: the tokenizer has no token for a word, nor for the unknown token.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()
-    found: list[dict[int, Window]] = [{} for _ in sentences]  # by the number of their first word
-    # What is still to be encoded: the sentence, the first word, the words. What turns out too long is cut, and again.
+    found: list[dict[int, Window]] = [{} for _ in sentences]  # by the index of their first word
+    # To be encoded: the sentence, the first word, the words. A piece that is too long is split, and encoded again.
     pieces = [(number, 0, list(words)) for number, words in enumerate(sentences)]
     while pieces:
         texts = [" ".join(words) for *_, words in pieces]
@@ -64,8 +64,8 @@ def windows_of(
         pieces = []
         for (number, start, words), encoding in encoded:
             first = first_tokens(words, encoding)
-            if (without := np.flatnonzero(first < 0)).size:
-                words, encoding = _with_unknown(tokenizer, words, without)
+            if (missing := np.flatnonzero(first < 0)).size:
+                words, encoding = _with_unknown(tokenizer, words, missing)
                 first = first_tokens(words, encoding)
             if len(encoding) > max_length and len(words) > 1:
                 room = max_length - backend.num_special_tokens_to_add(False)
@@ -82,7 +82,7 @@ def windows_of(
 
 
 def first_tokens(words: Sequence[str], encoding: Encoding) -> NDArray[np.int64]:
-    """(words,) the first token that covers a part of each word, -1 where there is none.
+    """(words,) the first token that overlaps each word; -1 if there is none.
 
     Args:
         encoding: of the words, joined by a space.
@@ -90,7 +90,7 @@ def first_tokens(words: Sequence[str], encoding: Encoding) -> NDArray[np.int64]:
     ends = np.fromiter(accumulate(len(word) + 1 for word in words), np.int64) - 1
     starts = ends - np.fromiter(map(len, words), np.int64)
     offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-    real = np.flatnonzero(offsets[:, 1] > offsets[:, 0])  # special tokens cover nothing
+    real = np.flatnonzero(offsets[:, 1] > offsets[:, 0])  # special tokens are empty
     if not len(real):
         return np.full(len(words), -1, np.int64)
     token = np.searchsorted(offsets[real, 1], starts, side="right")
@@ -101,7 +101,7 @@ def first_tokens(words: Sequence[str], encoding: Encoding) -> NDArray[np.int64]:
 
 
 def _cuts(first: NDArray[np.int64], tokens: int, room: int) -> list[int]:
-    """Where windows of at most `room` tokens begin, and the end: as many words in each as fit, at least one.
+    """The first word of each window of at most `room` tokens, and the end; each has as many words as fit, at least one.
 
     Args:
         first: (words,), two or more.
@@ -112,22 +112,22 @@ def _cuts(first: NDArray[np.int64], tokens: int, room: int) -> list[int]:
     while cuts[-1] < len(first):
         fitting = int(np.searchsorted(ends, first[cuts[-1]] + room, side="right"))
         cuts.append(max(fitting, cuts[-1] + 1))
-    # Each is shorter than the whole, so that cutting comes to an end whatever its tokens are without the other words.
+    # Each window is shorter than the whole, so splitting terminates whatever its tokens are without the other words.
     return cuts if len(cuts) > 2 else [0, len(first) // 2, len(first)]
 
 
 def _with_unknown(
-    tokenizer: PreTrainedTokenizerBase, words: Sequence[str], without: NDArray[np.intp]
+    tokenizer: PreTrainedTokenizerBase, words: Sequence[str], missing: NDArray[np.intp]
 ) -> tuple[list[str], Encoding]:
-    """The words, of which those `without` a token are replaced by the unknown token, and their encoding."""
+    """The words, with those `missing` a token replaced by the unknown token, and their encoding."""
     unknown = str(tokenizer.unk_token or _REPLACEMENT)
     replaced = list(words)
-    for number in without:
+    for number in missing:
         replaced[number] = unknown
     encoding = tokenizer.backend_tokenizer.encode(" ".join(replaced))
     if (first_tokens(replaced, encoding) < 0).any():
         raise UserError(
-            f"tokenizer {tokenizer.name_or_path} gives no token for the word {shown(words[int(without[0])])}, nor for "
-            f"{shown(unknown)} in its place; remove the word, or take a tokenizer with an unknown token"
+            f"tokenizer {tokenizer.name_or_path} has no token for the word {shown(words[int(missing[0])])}, nor for "
+            f"{shown(unknown)} in its place; remove the word, or use a tokenizer with an unknown token"
         )
     return replaced, encoding

@@ -1,7 +1,7 @@
-"""Which rows go together: batches of like length, the same for one process as for many.
+"""Samplers of batches by length, the same for one process as for many.
 
-Legend: n rows, `batch_size` rows (or `tokens` padded tokens) per device, world_size devices; a *global
-batch* is what all devices take in one step.
+Legend: n rows, `batch_size` rows (or `tokens` padded tokens) per device, world_size devices; a *global batch* is
+that of all devices in one step.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
 
-# Global batches a sort covers: enough that a batch holds one length, few enough that rows meet new company each epoch.
+# Global batches sorted by length together: enough for little padding, few enough to mix rows anew in each epoch.
 _CHUNK = 50
-# Neighbouring lengths that batches by tokens take for equal, so that rows meet new company: as many as fill two
-# global batches, and no more than 8, for the shorter ones are padded.
+# `TokenBatches` treats neighbouring lengths as equal, so that rows are mixed: as many as fill two global batches, and
+# at most 8, because the shorter ones are padded.
 _CLASS_BATCHES, _CLASS_LENGTHS = 2, 8
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The rows of one batch on one device, before they are gathered.
+    """The rows of one batch on one device.
 
     Attributes:
         rows: indices into the split.
-        weights: 0.0 for a filler, which only keeps this device in step; 1.0 otherwise.
-        global_rows: how many rows count in this step over all devices.
-        task: whose rows they are, where several tasks are trained at once.
-        global_indices: the rows of all devices in this step; None: this device's alone.
+        weights: 0.0 for a filler row, which only keeps this device in step; 1.0 otherwise.
+        global_rows: rows of all devices in this step, without fillers.
+        task: index of the task, if several are trained at once.
+        global_indices: those rows' indices; None: this device's alone.
     """
 
     rows: list[int]
@@ -45,26 +45,25 @@ class Plan:
 
 @dataclass(frozen=True)
 class Batch:
-    """Encoded rows, padded to the longest of them.
+    """Encoded rows, padded to the longest sequence.
 
-    `sequences` is rows, or the sum of `choice_counts` where a row has several: its choices, or the windows of a sentence
-    that is too long, one after another.
+    `sequences` equals rows, or the sum of `choice_counts` if rows have several: their choices, or the windows of long
+    sentences, one after another.
 
     Attributes:
         input_ids: (sequences, tokens) int64
         attention_mask: (sequences, tokens) int64, 0 for padding
-        token_type_ids: (sequences, tokens) int64, None where the tokenizer gives none
-        labels: (rows,) int64 or float32, or (rows, longest) int64 where a label is a list; None without labels
-        choice_counts: (rows,) int64, the sequences of each row; None: one each
-        rows: (rows,) int64, the index of each in its split
+        token_type_ids: (sequences, tokens) int64; None if the tokenizer has none
+        labels: (rows,) int64 or float32, or (rows, longest) int64 for labels that are lists; None without labels
+        choice_counts: (rows,) int64, sequences of each row; None: one each
+        rows: (rows,) int64, indices in the split
         weights: (rows,) float32, 0.0 for a filler row and 1.0 otherwise
-        global_rows: rows that count in this batch over all devices
-        features: (sequences, tokens, hidden size) float32, zero at padding: the model's cached frozen features, where
-            there are any
-        task: whose rows they are, where several tasks are trained at once
-        global_weight: the sum of these rows' loss weights over all devices; None: all rows count alike
-        words: (rows, most words) int64, rows of words only: where each word's first sub-word is among the sequences *
-            tokens; -1 for padding
+        global_rows: rows of this step on all devices, without fillers
+        features: (sequences, tokens, hidden size) float32, cached frozen features, zero for padding; None without
+        task: index of the task, if several are trained at once
+        global_weight: sum of the rows' loss weights on all devices; None: all are equal
+        words: (rows, most words) int64, the index of each word's first sub-word in the flattened `input_ids`, -1 for
+            padding; None for rows of plain text
     """
 
     input_ids: Tensor
@@ -81,7 +80,7 @@ class Batch:
     words: Tensor | None = None
 
     def to(self, device: Any, **options: Any) -> Batch:
-        """The batch on another device (Lightning moves whatever has a `to`)."""
+        """The batch on another device (Lightning moves any object with a `to`)."""
         return self._mapped(lambda tensor: tensor.to(device, **options))
 
     def pin_memory(self) -> Batch:
@@ -95,7 +94,7 @@ class Batch:
 
 
 class EpochBatches(Sampler[Plan]):
-    """Training batches in an order that is a pure function of (seed, epoch)."""
+    """Training batches, in an order that depends only on the seed and the epoch."""
 
     def __init__(self, seed: int, rank: int, world_size: int) -> None:
         self.seed = seed
@@ -108,15 +107,15 @@ class EpochBatches(Sampler[Plan]):
         self.epoch = epoch
 
     def resume(self, epoch: int, batch: int) -> None:
-        """Let the next pass, which is over `epoch`, begin at `batch`; later passes are whole.
+        """Start the next pass, over `epoch`, at `batch`; later passes are complete.
 
-        A loader with workers begins its pass before anybody calls `set_epoch`.
+        A loader with workers starts its pass before `set_epoch` is called.
         """
         self.set_epoch(epoch)
         self._resumed = (epoch, batch)
 
     def __len__(self) -> int:
-        """Batches of a whole epoch, also where a resumed one gives fewer."""
+        """Batches of a complete epoch, also while a resumed one yields fewer."""
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[Plan]:
@@ -125,31 +124,31 @@ class EpochBatches(Sampler[Plan]):
             epoch, batch = self._resumed
             first = batch if epoch == self.epoch else 0
             self._resumed = None
-        # RandomState and not Generator: its stream is frozen (NEP 19), so a resumed run may have another numpy.
+        # RandomState's stream is frozen (NEP 19), unlike Generator's, so another numpy can resume a run.
         random = np.random.RandomState([self.seed, self.epoch])
         for task, rows in islice(self._steps(random), first, None):
             yield replace(_share(rows, self.rank, self.world_size), task=task)
 
     def _steps(self, random: np.random.RandomState) -> Iterator[tuple[int, NDArray[np.intp]]]:
-        """What each step of an epoch takes: a task, and the rows of its global batch."""
+        """For each step of an epoch, a task and the rows of its global batch."""
         return ((0, rows) for rows in self.shuffled(random))
 
     def shuffled(self, random: np.random.RandomState) -> list[NDArray[np.intp]]:
-        """An epoch's global batches, in their order."""
+        """An epoch's global batches, shuffled."""
         batches = self._global_batches(random)
         return [batches[number] for number in random.permutation(len(batches))]
 
     def _global_batches(self, random: np.random.RandomState) -> list[NDArray[np.intp]]:
-        """The epoch's batches, before they are shuffled."""
+        """An epoch's global batches, before they are shuffled."""
         raise NotImplementedError
 
 
 class LengthBatches(EpochBatches):
-    """Training batches of `batch_size` rows a device and like length.
+    """Training batches of `batch_size` rows per device and similar length.
 
-    Each epoch shuffles all rows, sorts chunks of 50 global batches by length, cuts them into global batches
-    and shuffles these. Device r takes rows r, r + world_size, ... of each, so that two devices of 16 rows see
-    together the very batches that one of 32 sees. The last rows of the last chunk may make a smaller batch.
+    Each epoch shuffles all rows, sorts chunks of 50 global batches by length, splits them into global batches and
+    shuffles these. Device r takes rows r, r + world_size, ..., so that two devices of 16 rows see the same global
+    batches as one of 32. The last batch may be smaller.
     """
 
     def __init__(
@@ -172,19 +171,16 @@ class LengthBatches(EpochBatches):
 
 
 class TokenBatches(EpochBatches):
-    """Training batches of at most `tokens` padded tokens (sequences times width) a device.
+    """Training batches of at most `tokens` padded tokens (sequences times width) per device.
 
-    Rows of neighbouring lengths, and of one number of sequences, are a class. Sorted by class, the rows stand in
-    the same classes in every epoch, so they are cut once: each epoch has as many batches as any other. It
-    shuffles the rows within their classes, and the batches. Device r takes rows r, r + world_size, ... of a
-    global batch. A row beyond the budget is alone on its device.
-
-    A batch of short rows has more of them, and the loss is a mean over the batch: a short row weighs less.
+    Rows of neighbouring lengths and the same number of sequences form a class. Sorted by class, the rows are split
+    once, so that every epoch has the same number of batches; it shuffles the rows within their classes, and the
+    batches. Device r takes rows r, r + world_size, ... of a global batch. A row beyond the budget is alone on its
+    device. A batch of short rows has more of them, and the loss is their mean, so a short row weighs less.
 
     Args:
         lengths: (n,) tokens of each row's longest sequence.
-        counts: (n,) sequences of each row (choice tasks); None: one each.
-        tokens: the budget of a device.
+        counts: (n,) sequences of each row; None: one each.
     """
 
     def __init__(
@@ -215,15 +211,15 @@ class TokenBatches(EpochBatches):
 
 
 class TaskBatches(EpochBatches):
-    """Training batches of several tasks, one task a batch, drawn with p_i proportional to n_i^(1/T).
+    """Training batches of several tasks, one task per batch, drawn with p_i proportional to n_i^(1/T).
 
-    n_i are the task's rows (Stickland & Murray 2019, whose alpha is 1/T): T = 1 draws in proportion to the rows, a
-    higher T brings small tasks up. An epoch has as many batches as the tasks' own epochs together. A task's
-    batches are those of its own sampler, which begins anew in each epoch, newly shuffled, and once more wherever its
-    rows are used up within it. All devices draw the same task at the same step.
+    n_i is the task's number of rows (Stickland & Murray 2019, whose alpha is 1/T): T = 1 draws in proportion to it, a
+    higher T draws small tasks more often. An epoch has as many batches as the tasks' own epochs together. A task's
+    batches come from its own sampler, shuffled again in each epoch and whenever its rows are exhausted. All devices
+    draw the same task in the same step.
 
     Args:
-        samplers: one a task, of this rank and world size.
+        samplers: one per task, of this rank and world size.
         rows: (tasks,) n_i.
         temperature: T.
     """
@@ -239,8 +235,7 @@ class TaskBatches(EpochBatches):
     ) -> None:
         super().__init__(seed, rank, world_size)
         self.samplers = list(samplers)
-        # Through logarithms, which no small temperature makes overflow.
-        shares = np.log(rows) / temperature
+        shares = np.log(rows) / temperature  # logarithms do not overflow at small temperatures
         shares = np.exp(shares - shares.max())
         self.shares: NDArray[np.float64] = shares / shares.sum()
 
@@ -253,20 +248,20 @@ class TaskBatches(EpochBatches):
             yield task, next(streams[task])
 
     def _stream(self, task: int) -> Iterator[NDArray[np.intp]]:
-        """A task's global batches in this epoch, pass after pass over its rows, without end."""
+        """A task's global batches in this epoch, in endless passes over its rows."""
         for number in count():
             random = np.random.RandomState([self.seed, self.epoch, task, number])
             yield from self.samplers[task].shuffled(random)
 
 
 class SortedBatches(Sampler[Plan]):
-    """Evaluation batches: each row once, longest first, so that too little memory shows at once.
+    """Evaluation batches: each row once, longest first, so that running out of memory happens at once.
 
     Args:
         lengths: (n,) tokens of each row's longest sequence.
-        batch_size: rows a device, unless there is a budget.
-        tokens: padded tokens a device; a row beyond that is alone on its device.
-        counts: (n,) sequences of each row (choice tasks); None: one each.
+        batch_size: rows per device, unless `tokens` is given.
+        tokens: padded tokens per device; a row beyond that is alone on its device.
+        counts: (n,) sequences of each row; None: one each.
     """
 
     def __init__(
@@ -300,11 +295,7 @@ class SortedBatches(Sampler[Plan]):
 def _class_widths(
     lengths: NDArray[np.integer], counts: NDArray[np.integer], tokens: int
 ) -> NDArray[np.integer]:
-    """(n,) -> (n,) the longest length in the class of each row's.
-
-    Args:
-        tokens: of a global batch.
-    """
+    """(n,) -> (n,) the largest length of each row's class; `tokens` are those of a global batch."""
     width_of = np.zeros(lengths.max() + 1, lengths.dtype)
     width, filled = 0, 0
     sequences = np.bincount(lengths, weights=counts)
@@ -319,28 +310,28 @@ def _class_widths(
 def _cut_by_tokens(
     widths: NDArray[np.integer], counts: NDArray[np.integer], tokens: int, world_size: int
 ) -> list[int]:
-    """Where global batches begin, and the end: each as many rows as keep all devices within the budget.
+    """The first row of each global batch, and the end: as many rows as keep all devices within the budget.
 
     Args:
-        widths: (n,) falling, so that a batch is as wide as its first row.
+        widths: (n,) descending, so that a batch is as wide as its first row.
         counts: (n,) sequences of each row, at least 1.
     """
     cuts = [0]
     while cuts[-1] < len(widths):
         start = cuts[-1]
-        room = max(1, tokens // int(widths[start]))  # sequences a device
+        room = max(1, tokens // int(widths[start]))  # sequences per device
         taken = counts[start : start + room * world_size]
         padded = np.zeros(-(-len(taken) // world_size) * world_size, np.int64)
         padded[: len(taken)] = taken
         beyond = np.cumsum(padded.reshape(-1, world_size), axis=0) > room
-        beyond[0] = False  # its first row a device takes in any case
+        beyond[0] = False  # each device takes at least one row
         first_beyond = np.flatnonzero(beyond.ravel()[: len(taken)])
         cuts.append(start + (int(first_beyond[0]) if len(first_beyond) else len(taken)))
     return cuts
 
 
 def _share(rows: NDArray[np.intp], rank: int, world_size: int) -> Plan:
-    """Device `rank`'s rows of a global batch; a filler of weight 0 where it would have none."""
+    """Device `rank`'s rows of a global batch; a filler of weight 0 if there are none."""
     own = rows[rank::world_size].tolist()
     if not own:
         return Plan([int(rows[0])], [0.0], len(rows), global_indices=rows)

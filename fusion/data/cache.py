@@ -1,62 +1,68 @@
-"""The user's cache: files that can be made again, written whole or not at all."""
+"""The user's cache: files that can be rebuilt, each written completely or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from fusion.files import write_atomic
+from fusion.files import remove_partial, write_atomic
 from fusion.locks import lock
 
+_WAIT = 3600.0  # seconds for another process to build a file
+
 log = logging.getLogger(__name__)
+Content = TypeVar("Content")
 
 
 def user_cache() -> Path:
-    """`$XDG_CACHE_HOME/adapter-fusion`, else under `~/.cache`; a relative path is ignored, as the standard requires."""
+    """`$XDG_CACHE_HOME/adapter-fusion`, else under `~/.cache`; the XDG standard ignores a relative path."""
     home = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "adapter-fusion"
 
 
-def keep(path: Path, content: bytes, fix: str) -> None:
-    """Write a file of the cache; log a warning where that fails, since it only costs the next run its time.
+def read_or_build(path: Path, read: Callable[[], Content | None], build: Callable[[], Content]) -> Content:
+    """The content of a cache file, which is built first if it is missing or damaged.
+
+    Of several processes that need the same file, one builds it and the others wait. The lock only saves work: where
+    the file system has none, or its holder takes longer than an hour, each process builds the file for itself.
 
     Args:
-        fix: what the user can do about a folder that cannot be written.
+        read: returns None if the file is missing; `discard`s a damaged one.
     """
+    content = read()
+    if content is not None:
+        return content
+    lock_file = path.with_name(f"{path.name}.lock")
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock(lock_file, f"{path} is being written", _WAIT))
+            # Removed before the release: a waiting process gets the lock of this file, and finds what was built.
+            stack.callback(lock_file.unlink, missing_ok=True)
+            remove_partial(path)
+        except OSError as error:  # a timeout as well
+            log.info("%s: no lock (%s)", path, error)
+        content = read()  # another process may have built it
+        return build() if content is None else content
+
+
+def discard(path: Path, reason: str) -> None:
+    log.warning("%s is damaged (%s): rebuilt", path, reason)
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def write_cache_file(path: Path, content: bytes) -> None:
+    """Write a file atomically; if its folder cannot be written, warn."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content)
     except OSError as error:
-        log.warning("%s cannot be written (%s): %s", path, error.strerror or error, fix)
-
-
-@contextlib.contextmanager
-def cache_lock(
-    path: Path, wait: float = 600.0, progress: Callable[[], object] | None = None
-) -> Iterator[bool]:
-    """Hold the lock of a cache file, so that one process makes it and the others read it.
-
-    Look for the file again inside. The lock only saves work: where there can be none, or its holder makes no
-    progress for `wait` seconds, each process makes the file itself.
-
-    Args:
-        progress: as of `fusion.locks.lock`.
-
-    Yields:
-        Whether the lock is held.
-    """
-    file, held = path.with_name(f"{path.name}.lock"), False
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(lock(file, f"{path} is being written", wait, progress))
-            held = True
-            # Removed while it is held: a process that waits for this very file gets it, and finds what was made.
-            stack.callback(file.unlink, missing_ok=True)
-        except TimeoutError as error:
-            log.warning("%s, not waiting any longer", error)
-        except OSError:
-            pass  # `keep` warns of a folder that cannot be written; some network folders have no locks
-        yield held
+        log.warning(
+            "%s cannot be written (%s): not cached; data.cache_dir=DIR or XDG_CACHE_HOME selects another folder",
+            path,
+            error.strerror or error,
+        )

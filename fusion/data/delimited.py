@@ -1,4 +1,4 @@
-"""CSV and TSV files: their types by the whole of each column, what is wrong in them by its line or row."""
+"""CSV and TSV files, each column typed by all of its values."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fusion.data.files import read_text
 from fusion.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -15,126 +16,85 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LARGEST_BLOCK = 2**31 - 2  # of pyarrow's reader
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# A field in quotes, from where a field can begin; the last group is empty where the quotes never close.
-_QUOTED = {
-    ",": re.compile(rb'(?:\A|[,\r\n])"[^"]*(?:""[^"]*)*("?)'),
-    "\t": re.compile(rb'(?:\A|[\t\r\n])"[^"]*(?:""[^"]*)*("?)'),
-}
-# The same in a file whose quotes may be text; the last group is empty where it is no field in quotes.
-_LOOKS_QUOTED = {
-    ",": re.compile(rb'(?:\A|[,\r\n])"[^"]*(?:""[^"]*)*((?:"(?=[,\r\n]|\Z))?)'),
-    "\t": re.compile(rb'(?:\A|[\t\r\n])"[^"]*(?:""[^"]*)*((?:"(?=[\t\r\n]|\Z))?)'),
-}
-_ROW = re.compile(r"Row #(\d+): ")
+_MAX_BLOCK = 2**31 - 2  # of pyarrow's reader
 
 
 def read_delimited(
     path: Path, content: bytes, tabs: bool, text_columns: Iterable[str], quoting: str | None = None
 ) -> pyarrow.Table:
-    """CSV with RFC 4180 quotes; TSV without any, as GLUE's files are (their quotes do not close).
+    """CSV with RFC 4180 quotes; TSV without quotes, as GLUE's files are (theirs do not close).
 
     Args:
-        path: for messages.
         tabs: whether fields are separated by tabs; else by commas.
-        quoting: `csv` reads RFC 4180 quotes, `none` takes quotes for text; None: as above.
-        text_columns: columns that hold text even where all of it looks like numbers.
+        text_columns: columns that hold text even if all of it is numeric.
+        quoting: `csv` reads RFC 4180 quotes, `none` keeps quotes as text; None: as above.
 
     Raises:
-        UserError: the text is not UTF-8, quotes do not close, or a row does not fit; names the line or row.
+        UserError: the text is not UTF-8, a quote is not closed, or a row has too few or too many fields; names the
+            line or row.
     """
     import pyarrow
     import pyarrow.csv
 
-    delimiter = "\t" if tabs else ","
     quoted = not tabs if quoting is None else quoting == "csv"
-    content = content.removeprefix(_BYTE_ORDER_MARK)
-    check_text(path, content)
-    looks_quoted = 0 if quoted else _quoted_fields(content, delimiter)
-    if quoted:
-        _check_quotes(path, content, delimiter)
+    content = read_text(path, content).encode()
     if not content.strip():
+        raise UserError(f"{path}: the file is empty; expected a line of column names, then rows")
+    fields, unclosed = _quoted_fields(content, b"\t" if tabs else b",", strict=not quoted)
+    looks_quoted = not quoted and fields > 0 and unclosed is None
+    if quoted and unclosed is not None:
+        line = content.count(b"\n", 0, unclosed) + 1
+        # pyarrow would read the rest of the file as one value, and rows would be lost silently.
         raise UserError(
-            f"{path}: the file is empty; expected a line with the names of the columns, then rows"
+            f"{path}, line {line}: a quote is not closed; close it, or double the quotes in a field"
         )
     if not content.endswith((b"\n", b"\r")):
-        content += b"\n"  # without which pyarrow takes the names of the columns alone for nothing
+        content += b"\n"  # without it, pyarrow ignores a file of column names only
     try:
         table = pyarrow.csv.read_csv(
             pyarrow.BufferReader(content),
             # In one block and by one thread: a column's type is then that of all its values, a row may be longer
-            # than a block, and an error says its row.
-            read_options=pyarrow.csv.ReadOptions(
-                use_threads=False, block_size=min(len(content) + 1, _LARGEST_BLOCK)
-            ),
-            parse_options=pyarrow.csv.ParseOptions(
-                delimiter=delimiter,
+            # than a block, and an error names its row.
+            pyarrow.csv.ReadOptions(use_threads=False, block_size=min(len(content) + 1, _MAX_BLOCK)),
+            pyarrow.csv.ParseOptions(
+                delimiter="\t" if tabs else ",",
                 quote_char='"' if quoted else False,
                 newlines_in_values=quoted,
             ),
-            convert_options=pyarrow.csv.ConvertOptions(
+            pyarrow.csv.ConvertOptions(
                 column_types={name: pyarrow.string() for name in text_columns},
                 null_values=[""],
                 strings_can_be_null=False,
             ),
         )
     except pyarrow.ArrowInvalid as error:
-        said = first_line(error)
-        found = _ROW.search(said)
-        if found is None:
-            raise
-        row, reason = int(found[1]) - 1, said[found.end() :]  # the names of the columns are its first row
-        where = f"row {row}" if row else "the names of the columns"
-        name = "tabs" if tabs else "commas"
+        # pyarrow counts the line of column names.
+        reason = re.sub(r"Row #(\d+): ", lambda row: f"row {int(row[1]) - 1}: ", first_line(error))[:150]
+        hint = "; the file looks quoted: data.quoting=csv reads it so" if looks_quoted else ""
         raise UserError(
-            f"{path}, {where}: cannot be read as {'tsv' if tabs else 'csv'}: {reason[:120]}\n"
-            f"Fields are separated by {name}, and {_rule(name, quoted, looks_quoted)}"
+            f"{path}: cannot be read as {'tsv' if tabs else 'csv'}: {reason}\n"
+            f"Fields are separated by {'tabs' if tabs else 'commas'}, quotes are {'read' if quoted else 'text'}{hint}"
         ) from error
     if looks_quoted and quoting is None:
         log.warning(
-            "%s: %d fields begin and end with a quotation mark, which is read as part of the text; "
-            "data.quoting=csv reads such fields as quoted (data.quoting=none keeps them without this warning)",
+            "%s: %d fields begin and end with a quotation mark, which is read as part of the text; set "
+            "data.quoting=csv to read them as quoted fields, or data.quoting=none to silence this warning",
             path,
-            looks_quoted,
+            fields,
         )
     return table
 
 
-def _rule(name: str, quoted: bool, looks_quoted: int) -> str:
-    if quoted:
-        return f"a field with {name} or lines in it is in quotes"
-    if looks_quoted:
-        return f"quotes are text; the file looks quoted ({looks_quoted} fields): data.quoting=csv reads it so"
-    return "quotes are text"
+def _quoted_fields(content: bytes, delimiter: bytes, strict: bool) -> tuple[int, int | None]:
+    """The number of fields in CSV quotes, and the offset of the first that is not closed.
 
-
-def _quoted_fields(content: bytes, delimiter: str) -> int:
-    """How many fields are in quotes as CSV has them; 0 where one that begins with a quote is not, as in GLUE's files."""
+    Args:
+        strict: whether the closing quote must end the field.
+    """
+    closing = rb'"(?=[%b\r\n]|\Z)' % delimiter if strict else b'"'
     count = 0
-    for found in _LOOKS_QUOTED[delimiter].finditer(content):
-        if not found[1]:
-            return 0
+    for found in re.finditer(rb'(?:\A|[%b\r\n])"[^"]*(?:""[^"]*)*(%b)?' % (delimiter, closing), content):
+        if found[1] is None:
+            return count, content.index(b'"', found.start())
         count += 1
-    return count
-
-
-def check_text(path: Path, content: bytes) -> None:
-    try:
-        content.decode()
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}, line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8"
-        ) from error
-
-
-def _check_quotes(path: Path, content: bytes, delimiter: str) -> None:
-    """What follows a quote that never closes would all be one value, and rows be lost without a word."""
-    for found in _QUOTED[delimiter].finditer(content):
-        if not found[1]:
-            begin = content.index(b'"', found.start())
-            line = content.count(b"\n", 0, begin) + 1
-            raise UserError(
-                f"{path}, line {line}: a quote begins a field and never closes; close it, or double the quotes in a field"
-            )
+    return count, None

@@ -1,31 +1,47 @@
-"""Which files of a folder hold a split: one file, shards as the hub names them, or a folder of `save_to_disk`."""
+"""Files of a split in a task's folder: one file, shards named as on the hub, or a `save_to_disk` folder."""
 
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import json
 import lzma
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
-from fusion.errors import UserError
+from fusion.errors import UserError, first_line
 
 FORMATS = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".conll")
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")  # of any format but Parquet, which compresses its pages itself
 READABLE = ".parquet, .jsonl, .json, .csv, .tsv or .conll (all but .parquet also with .gz, .bz2, .xz or .zst)"
 
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5,9})-of-(?P<total>\d{5,9})(?:-[0-9a-f]{8,64})?")
-_STATE, _SPLITS = "state.json", "dataset_dict.json"  # what `save_to_disk` of `datasets` writes
-_CHUNK = 2**20
+_STATE = "state.json"  # marks a folder of `Dataset.save_to_disk`
+_METADATA = (_STATE, "dataset_dict.json", "dataset_info.json")
+
+
+def _open_zstd(path: Path) -> Any:
+    import pyarrow  # the standard library has no Zstandard before Python 3.14
+
+    return pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+
+
+_OPEN: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstd,
+}
 
 
 @dataclass(frozen=True)
-class Form:
-    """What an ending says of a file: one of `FORMATS`, and one of `COMPRESSIONS` or nothing."""
+class FileFormat:
+    """Format and compression (or "") of a file, from its extension."""
 
     format: str
     compression: str = ""
@@ -36,208 +52,141 @@ class Form:
 
 @dataclass(frozen=True)
 class SplitFiles:
-    """What holds a split.
+    """The files of a split.
 
     Attributes:
-        paths: one file, the shards in order, or a folder of `save_to_disk`.
-        form: of the files; None for a folder.
-        total: how many shards there should be.
+        paths: one file, the shards in order, or a `save_to_disk` folder.
+        format: None for a folder.
+        total: the number of shards according to their names; None for a single file or a folder.
     """
 
     split: str
     paths: tuple[Path, ...]
-    form: Form | None
-    total: int = 1
-
-    @property
-    def is_sharded(self) -> bool:
-        return self.form is not None and _SHARD.fullmatch(_stem(self.paths[0], self.form)) is not None
+    format: FileFormat | None = None
+    total: int | None = None
 
     def __str__(self) -> str:
-        """For messages: the name of the file or folder, of shards their common part."""
-        first = self.paths[0]
-        place = "data/" if first.parent.name == "data" and self.form is not None else ""
-        if self.form is None:
-            return f"{first.name}/"
-        return (
-            f"{place}{self.split}-*-of-{self.total:05d}{self.form}" if self.is_sharded else place + first.name
-        )
+        """The path of the file or folder, or the pattern of the shards."""
+        path = self.paths[0]
+        if self.total is not None:
+            path = path.with_name(f"{self.split}-*-of-{self.total:05d}{self.format}")
+        return str(path)
 
     def check_complete(self) -> None:
-        """
-        Raises:
-            UserError: shards are missing, or two files are the same shard.
-        """
-        if not self.is_sharded:
+        """Raises UserError if a shard is missing or duplicated."""
+        if self.total is None:
             return
-        seen: dict[int, Path] = {}
-        for path in self.paths:
-            number = shard_number(path)
-            if number in seen:
-                raise UserError(
-                    f"{path.parent} has both {seen[number].name} and {path.name}: keep one of them"
-                )
-            seen[number] = path
-        missing = [number for number in range(min(self.total, 10**6)) if number not in seen]
-        if len(seen) != self.total or missing:
-            names = [f"{self.split}-{number:05d}-of-{self.total:05d}{self.form}" for number in missing[:5]]
-            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-            wrong = f"no {', '.join(names)}{more}" if missing else f"shards beyond {self.total:05d}"
+        times = Counter(_shard_number(path) for path in self.paths)
+        missing = list(islice((n for n in range(self.total) if n not in times), 5))
+        wrong = sorted(n for n in times if times[n] > 1 or n >= self.total)[:5]
+        if missing or wrong:
             raise UserError(
-                f"{self.paths[0].parent}: {len(seen)} of {self.total} shards of {self.split} are there: {wrong}\n"
-                "Copy all shards of the split, or write it as one file"
+                f"{self}: expected the shards 0 to {self.total - 1} once each; missing: {missing}, duplicate or out "
+                f"of range: {wrong}\nCopy all shards of the split, or write it as one file"
             )
 
 
-def form_of(path: Path) -> Form | None:
-    """What the ending of a file says, in either case; None: it is read by nobody here."""
-    endings = [suffix.lower() for suffix in path.suffixes[-2:]]
-    if not endings:
-        return None
-    if endings[-1] in FORMATS:
-        return Form(endings[-1])
-    text = len(endings) == 2 and endings[0] in FORMATS and endings[0] != ".parquet"
-    return Form(endings[0], endings[1]) if text and endings[1] in COMPRESSIONS else None
+def file_format(path: Path) -> FileFormat | None:
+    """The format by the extension, in upper or lower case; None: not a readable one."""
+    last, inner = path.suffix.lower(), Path(path.stem).suffix.lower()
+    if last in FORMATS:
+        return FileFormat(last)
+    # Parquet compresses its pages itself.
+    is_compressed_text = last in _OPEN and inner in FORMATS and inner != ".parquet"
+    return FileFormat(inner, last) if is_compressed_text else None
 
 
-def shard_number(path: Path) -> int:
-    """The number in the name of a shard, from 0."""
-    found = _SHARD.fullmatch(_stem(path, form_of(path)))
+def contents(folder: Path) -> list[str]:
+    """The names in a folder and in its `data` folder, without hidden ones, for messages."""
+    paths = [path for path in [*folder.iterdir(), *(folder / "data").glob("*")] if path.name[0] != "."]
+    return sorted(f"{path.relative_to(folder)}{'/' if path.is_dir() else ''}" for path in paths)
+
+
+def split_files(folder: Path) -> dict[str, SplitFiles]:
+    """The files of a folder and of its subfolder `data`, by split.
+
+    Raises:
+        UserError: a split is there in two forms.
+    """
+    found: dict[str, SplitFiles] = {}
+    for files in [*_saved_data_sets(folder), *_single_files_and_shards(folder)]:
+        if files.split in found:
+            raise UserError(f"both {found[files.split]} and {files} exist: keep one of them")
+        found[files.split] = files
+    return dict(sorted(found.items()))
+
+
+def _single_files_and_shards(folder: Path) -> Iterator[SplitFiles]:
+    shards: dict[tuple[str, Path, FileFormat, int], list[Path]] = {}
+    inner = folder / "data"
+    for place in [folder, inner] if inner.is_dir() and not (inner / _STATE).is_file() else [folder]:
+        for path in sorted(place.iterdir()):
+            form = file_format(path)
+            if form is None or path.name in _METADATA or path.name.startswith(".") or not path.is_file():
+                continue
+            shard = _SHARD.fullmatch(_stem(path))
+            if shard is None:
+                yield SplitFiles(_stem(path), (path,), form)
+            else:
+                shards.setdefault((shard["split"], place, form, int(shard["total"])), []).append(path)
+    for (split, _, form, total), paths in shards.items():
+        yield SplitFiles(split, tuple(sorted(paths, key=_shard_number)), form, total)
+
+
+def _saved_data_sets(folder: Path) -> Iterator[SplitFiles]:
+    """Folders of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`."""
+    state = folder / _STATE
+    if not state.is_file():
+        yield from (
+            SplitFiles(path.name, (path,)) for path in sorted(folder.iterdir()) if (path / _STATE).is_file()
+        )
+        return
+    try:
+        split = json.loads(state.read_bytes())["_split"]
+    except (ValueError, RecursionError, OSError, KeyError, TypeError):
+        split = None
+    if not isinstance(split, str) or not re.fullmatch(r"\w+", split):
+        raise UserError(f"{state} names no split; move the data set to {folder}/train, or save it again")
+    yield SplitFiles(split, (folder,))
+
+
+def _stem(path: Path) -> str:
+    return path.name[: len(path.name) - len(str(file_format(path) or ""))]
+
+
+def _shard_number(path: Path) -> int:
+    found = _SHARD.fullmatch(_stem(path))
     assert found is not None
     return int(found["number"])
 
 
-def contents(folder: Path) -> list[str]:
-    """The names in a folder and in its `data` folder, hidden ones left out, for messages."""
-    names = []
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir() and path.name == "data" and not (path / _STATE).is_file():
-            names += [f"data/{name}" for name in contents(path)] or ["data/"]
-        else:
-            names.append(f"{path.name}/" if path.is_dir() else path.name)
-    return names
-
-
-def split_files(folder: Path) -> dict[str, SplitFiles]:
-    """What a folder holds, by split. Its subfolder `data` is looked into as well.
-
-    Raises:
-        UserError: a split is there in two forms, or what `save_to_disk` has written is not complete.
-    """
-    found: dict[str, list[SplitFiles]] = {}
-    for split in [*_saved(folder), *_in_files(folder)]:
-        found.setdefault(split.split, []).append(split)
-    for forms in found.values():
-        if len(forms) > 1:
-            raise UserError(f"{folder} has both {forms[0]} and {forms[1]}: keep one of them")
-    return {split: forms[0] for split, forms in sorted(found.items())}
-
-
-def _in_files(folder: Path) -> Iterator[SplitFiles]:
-    shards: dict[tuple[str, Path, Form, int], list[Path]] = {}
-    inner = folder / "data"
-    places = [folder, inner] if inner.is_dir() and not (inner / _STATE).is_file() else [folder]
-    for place in places:
-        for path in sorted(place.iterdir()):
-            form = form_of(path)
-            own = path.name in (_STATE, _SPLITS, "dataset_info.json")
-            if form is None or own or path.name.startswith(".") or not path.is_file():
-                continue
-            stem = _stem(path, form)
-            shard = _SHARD.fullmatch(stem)
-            if shard is None:
-                yield SplitFiles(stem, (path,), form)
-            else:
-                key = (shard["split"], place, form, int(shard["total"]))
-                shards.setdefault(key, []).append(path)
-    for (split, _, form, total), paths in shards.items():
-        yield SplitFiles(split, tuple(sorted(paths, key=shard_number)), form, total)
-
-
-def _saved(folder: Path) -> Iterator[SplitFiles]:
-    """What `Dataset.save_to_disk` and `DatasetDict.save_to_disk` have written."""
-    if (folder / _STATE).is_file():
-        split = _json(folder / _STATE).get("_split")
-        if not isinstance(split, str) or not re.fullmatch(r"\w+", split):
-            raise UserError(
-                f"{folder} is a data set of save_to_disk that names no split\n"
-                f"Move it to {folder}/train (or validation, test)"
-            )
-        yield SplitFiles(split, (folder,), None)
-        return
-    inner = [path for path in sorted(folder.iterdir()) if path.is_dir() and (path / _STATE).is_file()]
-    if (folder / _SPLITS).is_file():
-        named = _json(folder / _SPLITS).get("splits")
-        missing = [name for name in named or [] if str(name) not in {path.name for path in inner}]
-        if not isinstance(named, list) or missing:
-            raise UserError(
-                f"{folder / _SPLITS}: names the splits {named}, and {', '.join(map(str, missing)) or 'that is no list'} "
-                "is missing; save the data set again with save_to_disk"
-            )
-    for path in inner:
-        yield SplitFiles(path.name, (path,), None)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); save the data set again with save_to_disk"
-        ) from error
-    return content if isinstance(content, dict) else {}
-
-
-def _stem(path: Path, form: Form | None) -> str:
-    return path.name[: -len(str(form))] if form is not None else path.name
-
-
-# --- content ----------------------------------------------------------------------------------------
-
-
-def read_content(path: Path, form: Form, most: int) -> bytes:
+def read_content(path: Path, form: FileFormat) -> bytes:
     """The bytes of a file, decompressed.
 
-    Args:
-        most: bytes that a compressed file may become.
-
     Raises:
-        UserError: it becomes more, or ends too early, or is not what its ending says.
+        UserError: the file is truncated, or is not what its extension says.
         OSError: it cannot be read.
     """
     if not form.compression:
         return path.read_bytes()
-    parts: list[bytes] = []
-    size = 0
     try:
-        with _decompressed(path, form.compression) as file:
-            while part := file.read(_CHUNK):
-                size += len(part)
-                if size > most:
-                    raise UserError(
-                        f"{path}: takes more than {most / 1e9:.1f} GB once decompressed, too much for this machine's "
-                        "memory\nKeep fewer rows, or only the columns of the task"
-                    )
-                parts.append(part)
+        with _OPEN[form.compression](path) as file:
+            content: bytes = file.read()
+            return content
     except (EOFError, OSError, lzma.LZMAError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the system
-            raise
         raise UserError(
-            f"{path}: cannot be decompressed ({str(error)[:120] or type(error).__name__}); "
-            "copy it again, or give it the ending of what it holds"
+            f"{path}: cannot be decompressed ({first_line(error)[:120]}); copy it again, or rename it to the "
+            "extension of its content"
         ) from error
-    return b"".join(parts)
 
 
-def _decompressed(path: Path, compression: str) -> IO[bytes]:
-    if compression == ".gz":
-        return cast(IO[bytes], gzip.open(path))
-    if compression == ".bz2":
-        return cast(IO[bytes], bz2.open(path))
-    if compression == ".xz":
-        return cast(IO[bytes], lzma.open(path))
-    import pyarrow  # the standard library has no Zstandard before Python 3.14
-
-    return cast(IO[bytes], pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
+def read_text(path: object, content: bytes) -> str:
+    """UTF-8 text without its byte order mark; raises UserError with the line if it is not UTF-8."""
+    content = content.removeprefix(codecs.BOM_UTF8)
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}, line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8"
+        ) from error

@@ -1,12 +1,13 @@
-"""Loaders: a sampler's plans, gathered into batches."""
+"""Data loaders of encoded rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from fusion.data.batches import (
     Batch,
@@ -19,9 +20,11 @@ from fusion.data.batches import (
 )
 from fusion.data.encode import EncodedRows
 
+_SAMPLE_SEED = 0  # independent of the run's seed: runs with different seeds measure the same rows
+
 
 class PlannedBatches(Dataset[Batch]):
-    """Encoded rows, of one task or of several, that are asked for by the batch."""
+    """Encoded rows of one or several tasks, indexed by the batch."""
 
     def __init__(self, encoded: Sequence[EncodedRows]) -> None:
         self.encoded = encoded
@@ -34,52 +37,33 @@ class PlannedBatches(Dataset[Batch]):
 
 
 def training_loader(
-    encoded: EncodedRows,
-    batch_size: int,
-    seed: int,
-    rank: int = 0,
-    world_size: int = 1,
-    workers: int = 0,
-    tokens_per_batch: int | None = None,
-) -> DataLoader[Any]:
-    """Batches of like length in a new order each epoch (`loader.sampler.set_epoch`).
-
-    A device takes `batch_size` rows, or with `tokens_per_batch` as many as stay within that many padded tokens.
-    Under DDP the Trainer needs `use_distributed_sampler=False`: the sampler knows its rank itself.
-    """
-    sampler = _training_sampler(encoded, batch_size, seed, rank, world_size, tokens_per_batch)
-    return _loader([encoded], sampler, workers)
-
-
-def multitask_loader(
     tasks: Sequence[EncodedRows],
-    temperature: float,
     batch_size: int,
     seed: int,
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
     tokens_per_batch: int | None = None,
+    temperature: float = 1.0,
 ) -> DataLoader[Any]:
-    """As `training_loader`, for several tasks: each batch is of one of them, see `TaskBatches`."""
-    samplers = [
-        _training_sampler(encoded, batch_size, seed, rank, world_size, tokens_per_batch) for encoded in tasks
+    """Batches of similar length, in a new order in each epoch (`loader.sampler.set_epoch`).
+
+    Under DDP the Trainer needs `use_distributed_sampler=False`: the sampler knows its rank itself.
+
+    Args:
+        tasks: one, or several, each batch from one of them, see `TaskBatches`.
+        batch_size: rows per device, unless `tokens_per_batch` limits its padded tokens instead.
+    """
+    samplers: list[EpochBatches] = [
+        LengthBatches(rows.lengths, batch_size, seed, rank, world_size)
+        if tokens_per_batch is None
+        else TokenBatches(rows.lengths, rows.choice_counts, tokens_per_batch, seed, rank, world_size)
+        for rows in tasks
     ]
-    rows = [len(encoded) for encoded in tasks]
-    return _loader(tasks, TaskBatches(samplers, rows, temperature, seed, rank, world_size), workers)
-
-
-def _training_sampler(
-    encoded: EncodedRows,
-    batch_size: int,
-    seed: int,
-    rank: int,
-    world_size: int,
-    tokens_per_batch: int | None,
-) -> EpochBatches:
-    if tokens_per_batch is None:
-        return LengthBatches(encoded.lengths, batch_size, seed, rank, world_size)
-    return TokenBatches(encoded.lengths, encoded.choice_counts, tokens_per_batch, seed, rank, world_size)
+    sampler = samplers[0]
+    if len(tasks) > 1:
+        sampler = TaskBatches(samplers, list(map(len, tasks)), temperature, seed, rank, world_size)
+    return _loader(tasks, sampler, workers)
 
 
 def evaluation_loader(
@@ -90,23 +74,35 @@ def evaluation_loader(
     workers: int = 0,
     tokens_per_batch: int | None = None,
 ) -> DataLoader[Any]:
-    """Each row once, longest first; rows of weight 0 only keep devices in step and count for nothing."""
-    sampler = SortedBatches(
-        encoded.lengths, batch_size, rank, world_size, tokens_per_batch, encoded.choice_counts
-    )
+    """Each row once, longest first; rows of weight 0 only keep devices in step."""
+    counts = encoded.choice_counts
+    sampler = SortedBatches(encoded.lengths, batch_size, rank, world_size, tokens_per_batch, counts)
     return _loader([encoded], sampler, workers)
 
 
-def _loader(encoded: Sequence[EncodedRows], sampler: Sampler[Plan], workers: int) -> DataLoader[Any]:
-    assert isinstance(sampler, Sized)
+def sampled_batches(
+    rows: EncodedRows, at_most: int | None, batch_size: int, tokens_per_batch: int | None = None
+) -> Iterator[Batch]:
+    """Batches of a fixed random sample of at most `at_most` rows (None: all), longest first."""
+    chosen = np.arange(len(rows))
+    if at_most is not None and at_most < len(rows):
+        chosen = np.random.RandomState(_SAMPLE_SEED).permutation(len(rows))[:at_most]
+    counts = None if rows.choice_counts is None else rows.choice_counts[chosen]
+    for plan in SortedBatches(rows.lengths[chosen], batch_size, tokens=tokens_per_batch, counts=counts):
+        yield rows.batch(chosen[plan.rows].tolist())
+
+
+def _loader(
+    encoded: Sequence[EncodedRows], sampler: EpochBatches | SortedBatches, workers: int
+) -> DataLoader[Any]:
     return DataLoader(
         PlannedBatches(encoded),
         sampler=sampler,
-        batch_size=None,  # a plan is a whole batch
+        batch_size=None,  # a plan is a complete batch
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
-        # A loader draws a seed for its workers at each epoch. Of its own generator: drawn from the global one it
-        # would change the dropout that follows, and a run resumed in mid-epoch would not equal one in one piece.
+        # A loader draws a seed for its workers in each epoch. Drawn from the global generator it would change the
+        # dropout that follows, and a run resumed within an epoch would not be bit-equal.
         generator=torch.Generator().manual_seed(0),
     )

@@ -1,13 +1,11 @@
-"""Files and hub data sets as tables of raw columns; what cannot be read says which file and line."""
+"""Local files and hub data sets as tables of raw columns."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
-import os
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import accumulate
@@ -16,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from fusion.data.conll import read_conll
 from fusion.data.delimited import read_delimited
-from fusion.data.files import READABLE, Form, SplitFiles, form_of, read_content
+from fusion.data.files import READABLE, FileFormat, SplitFiles, file_format, read_content
 from fusion.data.jsonl import read_json, read_jsonl
 from fusion.errors import UserError, first_line
 from fusion.hub.access import from_cache_or_hub, hub_is_reachable, offline
 from fusion.tasks.columns import Table, counted
 from fusion.tasks.task import HubConfig
-from fusion.text import listed
+from fusion.text import listed, repeated
 
 if TYPE_CHECKING:
     import pyarrow
@@ -30,13 +28,13 @@ if TYPE_CHECKING:
 
 def arrow_table(table: pyarrow.Table, where: str, typed: bool = True) -> Table:
     names = table.column_names
-    if twice := sorted(name for name, times in Counter(names).items() if times > 1):
-        raise UserError(f"{where}: column {listed(twice)} stands twice; expected each name once")
+    if duplicates := repeated(names):
+        raise UserError(f"{where}: duplicate column {listed(duplicates)}; expected each name once")
     return Table(
         where=where,
         columns=tuple(names),
         rows=table.num_rows,
-        read=lambda name: _values(table.column(name), f"column {listed([name])}", where),
+        read=lambda name: _values(table.column(name), f"{where}: column {listed([name])}"),
         row_name=counted,
         features=_features(table),
         typed=typed,
@@ -44,37 +42,25 @@ def arrow_table(table: pyarrow.Table, where: str, typed: bool = True) -> Table:
 
 
 def _features(table: pyarrow.Table) -> dict[str, Any]:
-    """What the hub's library keeps about the columns in the schema; nothing where it is damaged."""
-    kept = (table.schema.metadata or {}).get(b"huggingface")
+    """The features that `datasets` stores in the schema; empty if there are none or they are damaged."""
     try:
-        features = json.loads(kept)["info"]["features"] if kept is not None else {}
+        features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return {}
     return features if isinstance(features, dict) else {}
 
 
-def _values(column: pyarrow.ChunkedArray, name: str, where: str) -> list[Any]:
-    """A column as Python's values.
-
-    Raises:
-        UserError: one of them has none, such as a date beyond Python's or bytes that say they are text.
-    """
+def _values(column: pyarrow.ChunkedArray, where: str) -> list[Any]:
     try:
         return column.to_pylist()
-    except Exception:  # each type of a column has errors of its own
-        for row, scalar in enumerate(column):
-            try:
-                scalar.as_py()
-            except Exception as error:
-                raise UserError(
-                    f"{where}, {counted(row)}: {name} cannot be read as {column.type} ({first_line(error)[:120]})\n"
-                    "Write the file anew, or without this row"
-                ) from error
-        raise
+    except Exception as error:  # a date beyond Python's range, text that is not UTF-8: each has its own type
+        raise UserError(
+            f"{where} cannot be read as {column.type} ({first_line(error)[:120]}); fix or remove the value"
+        ) from error
 
 
 def record_table(records: Iterable[dict[str, Any]], lines: list[int] | None = None, *, where: str) -> Table:
-    """A table of dicts; `lines` are the numbers of the lines they came from, if any."""
+    """A table of dicts; `lines` are the line numbers they were read from, if any."""
     rows = list(records)
     return Table(
         where=where,
@@ -86,132 +72,103 @@ def record_table(records: Iterable[dict[str, Any]], lines: list[int] | None = No
 
 
 def read_split(files: SplitFiles, text_columns: Iterable[str] = (), quoting: str | None = None) -> Table:
-    """The table of a split in local files, shards joined in their order.
+    """The table of a split in local files, shards concatenated in their order.
 
     Args:
         text_columns, quoting: as `read_table`.
 
     Raises:
-        UserError: as `read_table`, or shards differ in their columns.
+        UserError: as `read_table`, or the shards differ in their columns.
     """
-    if files.form is None:
-        return _read_saved(files.paths[0])
     columns = list(text_columns)
-    room = _Room()
-    tables = [_read_file(path, files.form, columns, quoting, room) for path in files.paths]
-    return (
-        tables[0]
-        if len(tables) == 1
-        else joined(tables, str(files.paths[0].with_name(str(files).removeprefix("data/"))))
-    )
+    tables = [_read(path, files.format, columns, quoting) for path in files.paths]
+    return tables[0] if len(tables) == 1 else _concatenated(tables, str(files))
 
 
 def read_table(path: Path, text_columns: Iterable[str] = (), quoting: str | None = None) -> Table:
-    """The table in a local file.
+    """The table of a local file.
 
     Args:
-        path: a file with an ending that `form_of` knows.
-        text_columns: columns of a CSV or TSV file that are read as text even where all of it looks like numbers.
+        path: a file with one of the extensions `READABLE`.
+        text_columns: columns of a CSV or TSV file that are read as text even if all of it is numeric.
         quoting: of a CSV or TSV file, see `read_delimited`.
 
     Raises:
-        UserError: the file is not what its ending says, or has another.
+        UserError: the content does not fit the extension, or the extension is unknown.
     """
-    form = form_of(path)
+    form = file_format(path)
     if form is None:
-        raise UserError(f"{path}: expected a file with one of the endings {READABLE}")
-    return _read_file(path, form, text_columns, quoting, _Room())
+        raise UserError(f"{path}: expected a file with one of the extensions {READABLE}")
+    return _read(path, form, text_columns, quoting)
 
 
-class _Room:
-    """What the compressed files of one table may still become, in bytes, and its Parquet files in memory."""
-
-    def __init__(self) -> None:
-        self.memory = _memory()
-        # Rows of text take several times their bytes, as Python's objects.
-        self.text = self.memory // 4
-
-
-def _read_file(
-    path: Path, form: Form, text_columns: Iterable[str], quoting: str | None, room: _Room
-) -> Table:
+def _read(path: Path, form: FileFormat | None, text_columns: Iterable[str], quoting: str | None) -> Table:
+    where = str(path)
     try:
+        if form is None:
+            return _read_saved_data_set(path)
         if form.format == ".parquet":
-            return arrow_table(_read_parquet(path, room), str(path))
-        content = read_content(path, form, room.text)
-        room.text -= len(content) if form.compression else 0
-        if form.format == ".jsonl":
-            return record_table(*read_jsonl(path, content), where=str(path))
-        if form.format == ".json":
-            return record_table(*read_json(path, content), where=str(path))
+            return arrow_table(_read_parquet(path), where)
+        content = read_content(path, form)
+        if form.format in (".jsonl", ".json"):
+            return record_table(
+                *(read_json if form.format == ".json" else read_jsonl)(path, content), where=where
+            )
         if form.format == ".conll":
             sentences, lines = read_conll(path, content)
-            return replace(
-                record_table(sentences, lines, where=str(path)),
-                typed=False,
-                row_name=lambda row: f"sentence at line {lines[row]}",
-            )
-        table = read_delimited(path, content, form.format == ".tsv", text_columns, quoting)
-        return arrow_table(table, str(path), typed=False)
+            table = record_table(sentences, where=where)
+            return replace(table, typed=False, row_name=lambda row: f"sentence at line {lines[row]}")
+        return arrow_table(
+            read_delimited(path, content, form.format == ".tsv", text_columns, quoting), where, typed=False
+        )
     except UserError:
         raise
-    except Exception as error:  # of the system and of pyarrow, whose errors share no base
-        reason = first_line(error)[:200]
+    except Exception as error:  # of the system, pyarrow and datasets, whose errors share no base class
+        expected = "a data set of save_to_disk" if form is None else form.format[1:]
         raise UserError(
-            f"{path}: cannot be read as {form.format[1:]}: {reason}\n"
-            f"Write it again, or give it the ending of what it holds: {READABLE}"
+            f"{path}: cannot be read as {expected}: {first_line(error)[:200]}\n"
+            f"Write it again, or rename it to the extension of its content: {READABLE}"
         ) from error
 
 
-def _read_saved(folder: Path) -> Table:
-    """A data set that `save_to_disk` of `datasets` has written."""
+def _read_saved_data_set(folder: Path) -> Table:
     import datasets
 
-    try:
-        with _quiet():
-            data = datasets.load_from_disk(str(folder.resolve()))
-            return arrow_table(data.with_format("arrow")[:], str(folder))
-    except UserError:
-        raise
-    except Exception as error:  # of the system, of pyarrow and of datasets, whose errors share no base
-        raise UserError(
-            f"{folder}: cannot be read as a data set of save_to_disk: {first_line(error)[:200]}\n"
-            f"Save it again, or write {folder.name}.parquet with to_parquet"
-        ) from error
+    with _quiet():
+        data = datasets.load_from_disk(str(folder.resolve()))
+        return arrow_table(data.with_format("arrow")[:], str(folder))
 
 
-def joined(tables: list[Table], where: str) -> Table:
-    """Tables one after another.
+def _read_parquet(path: Path) -> pyarrow.Table:
+    import pyarrow.parquet
 
-    Raises:
-        UserError: they differ in their columns.
-    """
+    return pyarrow.parquet.read_table(path, partitioning=None, page_checksum_verification=True)
+
+
+def _concatenated(tables: list[Table], where: str) -> Table:
     first = tables[0]
     for table in tables[1:]:
-        if set(table.columns) != set(first.columns):
-            differing = sorted(set(table.columns) ^ set(first.columns))
-            raise UserError(
-                f"{table.where}: its columns are not those of {Path(first.where).name}: {listed(differing)} is in one "
-                "of them alone; write the shards of a split with the same columns"
+        # Class names are part of it: the same ids must mean the same classes.
+        if set(table.columns) != set(first.columns) or table.classes != first.classes:
+            differing = sorted(set(table.columns) ^ set(first.columns)) or sorted(
+                {**first.classes, **table.classes}
             )
-        if other := [name for name in first.columns if table.class_names(name) != first.class_names(name)]:
             raise UserError(
-                f"{table.where}: the class names of column {listed(other)} are not those of {Path(first.where).name}; "
-                "write the shards of a split with the same features"
-            )
-        if table.classes != first.classes:
-            raise UserError(
-                f"{table.where}: its ClassLabel columns have other names than those of {Path(first.where).name}; "
-                "write the shards of a split with the same features"
+                f"{table.where}: column {listed(differing)} differs from {Path(first.where).name} in its name or its "
+                "class names; write all shards of a split with the same columns and features"
             )
     ends = list(accumulate(table.rows for table in tables))
 
-    def found(row: int) -> tuple[Table, int]:
+    def find(row: int) -> tuple[Table, int]:
         number = bisect_right(ends, row)
         return tables[number], row - (ends[number] - tables[number].rows)
 
+    def row_name(row: int) -> str:
+        table, own = find(row)
+        return table.row_name(own)
+
     def place(row: int) -> str:
-        table, own = found(row)
+        table, own = find(row)
         return table.at(own)
 
     return replace(
@@ -219,90 +176,55 @@ def joined(tables: list[Table], where: str) -> Table:
         where=where,
         rows=ends[-1],
         read=lambda name: [value for table in tables for value in table.read(name)],
-        row_name=lambda row: found(row)[0].row_name(found(row)[1]),
+        row_name=row_name,
         place=place,
     )
 
 
-def _read_parquet(path: Path, room: _Room) -> pyarrow.Table:
-    import pyarrow.parquet
-
-    footer = pyarrow.parquet.read_metadata(path)
-    # A small file can hold a lot, or say that it does.
-    needed = max(
-        sum(footer.row_group(group).total_byte_size for group in range(footer.num_row_groups)),
-        footer.num_rows * 8,
-    )
-    if needed > room.memory:
-        raise UserError(
-            f"{path}: its {footer.num_rows} rows take {needed / 1e9:.1f} GB once read, more than this machine's "
-            f"{room.memory / 1e9:.1f} GB of memory\nKeep fewer rows, or only the columns of the task"
-        )
-    room.memory -= needed
-    return pyarrow.parquet.read_table(path, partitioning=None, page_checksum_verification=True)
-
-
-def _memory() -> int:
-    """Bytes of this machine's memory."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # not everywhere
-        return 2**62
-
-
-def hub_table(hub: HubConfig, split: str, cure: str) -> Table:
-    """A split of a data set, from the local cache first.
+def hub_table(hub: HubConfig, split: str, hint: str) -> Table:
+    """A split of a hub data set, from the local cache if possible.
 
     Args:
-        split: as the hub names it.
-        cure: what does without the hub, for the message.
+        split: the hub's name of it.
+        hint: for the message, how to work without the hub.
 
     Raises:
-        UserError: neither the cache nor the hub has it, or it has no such configuration or split.
+        UserError: neither the cache nor the hub has it, or the configuration or split does not exist.
     """
-    import datasets  # before anything keeps the hub's client offline: its own settings are read from there once
+    import datasets  # before `offline` changes the hub client's settings, which it reads once on import
 
     where = hub.path + (f" ({hub.name})" if hub.name else "") + f", {split}"
 
     def load(cached_only: bool) -> Table:
         if cached_only and hub.revision is not None and hub_is_reachable():
-            raise FileNotFoundError("the cache does not tell revisions apart")
+            raise FileNotFoundError("the cache does not distinguish revisions")
         with _quiet(), offline(datasets.config) if cached_only else contextlib.nullcontext():
             try:
                 data = datasets.load_dataset(hub.path, hub.name, split=split, revision=hub.revision)
                 return arrow_table(data.with_format("arrow")[:], where)
             except (OSError, ValueError, UserError):
                 raise
-            # Whatever the libraries below raise: a bad file, an old script, a lost connection.
-            except Exception as error:
-                raise ValueError(_reason(error)) from error
+            except Exception as error:  # of any library below: a bad file, an old script, a lost connection
+                cause: BaseException = error
+                while cause.__cause__ is not None and "error occurred" in str(cause):
+                    cause = cause.__cause__  # `datasets` hides a file's error behind "An error occurred"
+                raise ValueError(first_line(cause)) from error
 
-    return from_cache_or_hub(load, where, cure)
-
-
-def _reason(error: BaseException) -> str:
-    """The first line that says something: `datasets` hides what was wrong with a file behind "An error occurred"."""
-    if error.__cause__ is not None and "error occurred" in str(error):
-        return _reason(error.__cause__)
-    reason = first_line(error)
-    if "scripts are no longer supported" in reason:
-        return f"{reason}; hub.revision=refs/convert/parquet in the task file may have its rows"
-    return reason
+    return from_cache_or_hub(load, where, hint)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the bars of `datasets`, and without its word that the cache was used, as it was asked to be."""
+    """Without progress bars and log messages of `datasets`; its errors are raised as well."""
     import datasets
 
-    level = datasets.logging.get_verbosity()
-    shown = datasets.is_progress_bar_enabled() and os.environ.get("HF_DATASETS_DISABLE_PROGRESS_BARS") is None
-    datasets.logging.set_verbosity(logging.CRITICAL)  # an error is raised as well, and ours says it
-    if shown:
+    level, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    if bars:
         datasets.disable_progress_bars()
     try:
         yield
     finally:
         datasets.logging.set_verbosity(level)
-        if shown:
+        if bars:
             datasets.enable_progress_bars()

@@ -1,7 +1,7 @@
-"""A task file before it is composed: plain YAML data that can do nothing and stays small.
+"""Task files: plain YAML, checked before Hydra composes them.
 
-Hydra would follow a `defaults` list or a `@package` line of it, and OmegaConf an interpolation, which reads the
-environment; aliases can make gigabytes of a few lines. A task needs none of these.
+Hydra would follow a `defaults` list or a `@package` header, OmegaConf an interpolation (which can read the
+environment), and aliases can expand a few lines to gigabytes. A task needs none of these.
 """
 
 from __future__ import annotations
@@ -13,142 +13,102 @@ from typing import Any
 
 import yaml
 
+from fusion.data.files import read_text
 from fusion.errors import UserError, first_line
 
-_LARGEST = 1_000_000  # bytes
-_DEEPEST = 10
-_EMPTY = "the file is empty"
-_PACKAGE = re.compile(r"^\s*#\s*@", re.MULTILINE)
-_HEADER = 512  # characters in which Hydra looks for it
-_LARGE = 50_000  # bytes: smaller files are read by PyYAML's own parser, whose messages are better
-# Integers of 300 digits or so, in each of YAML's notations: Python does not print those of more than 4300.
-_TOO_LONG_A_NUMBER = re.compile(r"[-+]?(?:[0-9_:]{300,}|0x[0-9a-fA-F_]{250,}|0b[01_]{1000,})")
-_DATA = "a task file is data: it holds names and values, and nothing that stands for something else"
+_MAX_BYTES = 1_000_000
+_MAX_DEPTH = 10
+_HEADER = re.compile(r"\A(?s:.{0,512}?)^\s*#\s*@", re.MULTILINE)  # where Hydra searches for `# @package`
+# Integers of about 300 digits or more: Python does not print those of more than 4300.
+_LONG_NUMBER = re.compile(r"[-+]?(?:[0-9_:]{300,}|0x[0-9a-fA-F_]{250,}|0b[01_]{1000,})")
+_SPECIAL_KEY = re.compile(r"<<|_\w+_|")  # YAML's merge key; Hydra's _target_, _partial_, ...; no name
 
 
 class TaskLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Ten times as fast as the loader of OmegaConf, which gives the same values."""
+    """Ten times as fast as OmegaConf's loader, with the same values."""
 
 
-def read_large(path: Path, resolvers: Mapping[str, Any]) -> Any:
-    """The content of a checked file, by `TaskLoader`.
+def read_task_file(path: Path, resolvers: Mapping[str, Any]) -> Any:
+    """The content of a task file.
 
     Args:
-        resolvers: which texts are numbers, booleans and null, as the loader of OmegaConf has them.
-    """
-    TaskLoader.yaml_implicit_resolvers = resolvers
-    with path.open(encoding="utf-8") as file:
-        loader = TaskLoader(file)
-        try:
-            return loader.get_single_data()
-        finally:
-            loader.dispose()
-
-
-def check_task_file(path: Path) -> bool:
-    """Refuse a task file that is no YAML mapping, or that is more than data.
-
-    Returns:
-        Whether it is large, and `TaskLoader` can read it.
+        resolvers: OmegaConf's rules for which plain scalars are numbers, booleans and null.
 
     Raises:
-        UserError: what is wrong, with the file and where there is one the line.
+        UserError: the file is not a YAML mapping of plain values; names the file and, if known, the line.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(content) > _LARGEST:
-        raise UserError(
-            f"{path}: {len(content) / 1e6:.1f} MB; expected a task file of at most {_LARGEST / 1e6:g} MB"
-        )
+    if len(content) > _MAX_BYTES:
+        raise UserError(f"{path}: {len(content) / 1e6:.1f} MB; expected a task file of at most 1 MB")
+    text = read_text(path, content)
+    if _HEADER.search(text):
+        raise _not_plain(path, "a # @ header")
+    TaskLoader.yaml_implicit_resolvers = resolvers
     try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}, line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8"
-        ) from error
-    if _PACKAGE.search(text[:_HEADER]):
-        raise UserError(f"{path}: a line with # @ moves what follows to another place\n{_DATA}")
-    if len(content) > _LARGE:
-        try:
-            _check_events(path, text, TaskLoader)
-            return True
-        except yaml.YAMLError:  # said below, in the words of the other parser
-            pass
-    try:
-        _check_events(path, text, yaml.SafeLoader)
-        return False
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark is not None else 1
-        raise UserError(f"{path}, line {line}: not YAML ({error.problem or error.context})") from error
+        _check_events(path, text)
+        return TaskLoader(text).get_single_data()
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML ({first_line(error)})") from error
+        mark = getattr(error, "problem_mark", None)
+        where = str(path) if mark is None else f"{path}, line {mark.line + 1}"
+        reason = getattr(error, "problem", None) or first_line(error)
+        raise UserError(f"{where}: invalid YAML ({reason})") from error
 
 
-def _check_events(path: Path, text: str, loader: Any) -> None:
-    """Go through the file's events, which nothing is built of."""
-    inside: list[_Mapping | None] = []  # None: a list
+def _check_events(path: Path, text: str) -> None:
+    """Check the parser's events, before any value is built."""
+    keys: list[set[str] | None] = []  # of each open mapping; None: a list
+    is_key: list[bool] = []  # whether the next node of each is a key
     documents = 0
-    for event in yaml.parse(text, Loader=loader):
+    for event in yaml.parse(text, Loader=TaskLoader):
         mark = event.start_mark
         where = f"{path}, line {mark.line + 1 if mark is not None else 1}"
         if isinstance(event, yaml.DocumentStartEvent):
             documents += 1
             if documents > 1:
-                raise UserError(f"{where}: a second document; expected one task a file")
+                raise _not_plain(where, "a second document")
         elif isinstance(event, yaml.CollectionEndEvent):
-            inside.pop()
+            keys.pop(), is_key.pop()
         elif isinstance(event, yaml.NodeEvent):
-            if not inside and not isinstance(event, yaml.MappingStartEvent):
-                nothing = isinstance(event, yaml.ScalarEvent) and not event.value
-                found = _EMPTY if nothing else "no keys at the top"
-                raise UserError(f"{path}: {found}; expected a task, such as kind: classification")
+            if not keys and not isinstance(event, yaml.MappingStartEvent):
+                raise UserError(f"{path}: no keys; expected a task, such as kind: classification")
             _check_node(where, event)
-            if inside and inside[-1] is not None:
-                inside[-1].take(where, event, top=len(inside) == 1)
-            if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
-                inside.append(_Mapping() if isinstance(event, yaml.MappingStartEvent) else None)
-                if len(inside) > _DEEPEST:
-                    raise UserError(f"{where}: nested more than {_DEEPEST} deep; {_DATA}")
+            if keys and (known := keys[-1]) is not None:
+                if is_key[-1]:
+                    _check_key(where, getattr(event, "value", ""), known, is_top=len(keys) == 1)
+                is_key[-1] = not is_key[-1]
+            if isinstance(event, yaml.CollectionStartEvent):
+                keys.append(set() if isinstance(event, yaml.MappingStartEvent) else None)
+                is_key.append(True)
+                if len(keys) > _MAX_DEPTH:
+                    raise _not_plain(where, f"more than {_MAX_DEPTH} levels of nesting")
     if not documents:
-        raise UserError(f"{path}: {_EMPTY}; expected a task, such as kind: classification")
+        raise UserError(f"{path}: the file is empty; expected a task, such as kind: classification")
 
 
 def _check_node(where: str, event: yaml.NodeEvent) -> None:
     if isinstance(event, yaml.AliasEvent):
-        raise UserError(f"{where}: *{str(event.anchor)[:40]} stands for another part of the file\n{_DATA}")
-    tag = getattr(event, "tag", None)
-    if tag is not None:
-        raise UserError(f"{where}: the tag {tag[:60]!r} asks for a value of another kind\n{_DATA}")
+        raise _not_plain(where, f"the alias *{str(event.anchor)[:40]}")
+    if (tag := getattr(event, "tag", None)) is not None:
+        raise _not_plain(where, f"the tag {tag[:60]!r}")
     if isinstance(event, yaml.ScalarEvent):
-        if "${" in event.value:
-            raise UserError(f"{where}: ${{...}} stands for a value from elsewhere\n{_DATA}")
-        if event.value == "???":
-            raise UserError(f"{where}: ??? stands for a value that is still missing")
-        if not event.style and _TOO_LONG_A_NUMBER.fullmatch(event.value):
-            raise UserError(f"{where}: a number of {len(event.value)} digits; {_DATA}")
+        if "${" in event.value or event.value == "???":
+            raise _not_plain(where, "an interpolation ${...} or a missing value ???")
+        if not event.style and _LONG_NUMBER.fullmatch(event.value):
+            raise _not_plain(where, f"a number of {len(event.value)} digits")
 
 
-class _Mapping:
-    """The keys of one mapping as they come by, one after each value."""
+def _check_key(where: str, key: str, known: set[str], is_top: bool) -> None:
+    if key in known:
+        raise _not_plain(where, f"a duplicate of the key {key[:60]!r}")
+    if (is_top and key == "defaults") or _SPECIAL_KEY.fullmatch(key):
+        raise _not_plain(
+            where, f"the key {key[:60]!r}, which is not a name or has a meaning to Hydra or YAML"
+        )
+    known.add(key)
 
-    def __init__(self) -> None:
-        self.key_is_next = True
-        self.keys: set[str] = set()
 
-    def take(self, where: str, event: yaml.NodeEvent, top: bool) -> None:
-        """Raises UserError for a key that is no name, stands twice, or means something to Hydra or YAML."""
-        self.key_is_next = not self.key_is_next
-        if self.key_is_next:
-            return
-        if not isinstance(event, yaml.ScalarEvent) or not event.value:
-            raise UserError(f"{where}: a key that is no name; {_DATA}")
-        key = event.value
-        if key in self.keys:
-            raise UserError(f"{where}: the key {key[:60]!r} stands twice; expected each once")
-        self.keys.add(key)
-        if (top and key == "defaults") or key == "<<" or re.fullmatch(r"_\w+_", key):
-            raise UserError(f"{where}: the key {key[:60]} would bring in what is not in the file\n{_DATA}")
+def _not_plain(where: object, found: str) -> UserError:
+    return UserError(f"{where}: found {found}; expected a task file of plain names and values, each key once")

@@ -24,7 +24,7 @@ from fusion.config.model import BackboneConfig
 from fusion.data.cache import user_cache
 from fusion.data.encode import EncodedRows
 from fusion.data.loaders import evaluation_loader
-from fusion.data.states import kept_states
+from fusion.data.states import cached_states
 from fusion.errors import UserError
 from fusion.model.adapted import AdaptedModel
 
@@ -83,7 +83,7 @@ def cache_features(
     try:
         model.to(device)
         states = [
-            kept_states(
+            cached_states(
                 folder / _key(model, rows, fingerprint, dtype, device),
                 (rows.tokens, width),
                 dtype,

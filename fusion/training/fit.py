@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from fusion.config.training import TrainerConfig
 from fusion.data.batches import EpochBatches, TaskBatches
-from fusion.data.loaders import evaluation_loader, multitask_loader, training_loader
+from fusion.data.loaders import evaluation_loader, training_loader
 from fusion.errors import LossNotFinite, TrainingError, UserError
 from fusion.model.adapted import AdaptedModel
 from fusion.runs.memory import keep_freed_memory
@@ -182,12 +182,12 @@ def _loaders(spec: FitSpec, trainer: lightning.Trainer) -> tuple[DataLoader[Any]
     }
     evaluation = [evaluation_loader(rows, size, **options) for rows in spec.rows.validation.values()]
     training = spec.rows.training
-    if len(spec.tasks) == 1:
-        return training_loader(training[0], size, spec.seed, **options), evaluation
-    batches = multitask_loader(training, spec.objective.temperature, size, spec.seed, **options)
-    shares = cast(TaskBatches, batches.sampler).shares
-    shown = ", ".join(f"{task.name} {share:.1%}" for task, share in zip(spec.tasks, shares, strict=True))
-    log.info("%d batches an epoch, each of one task: %s", len(batches), shown)
+    temperature = spec.objective.temperature
+    batches = training_loader(training, size, spec.seed, temperature=temperature, **options)
+    if len(spec.tasks) > 1:
+        shares = cast(TaskBatches, batches.sampler).shares
+        shown = ", ".join(f"{task.name} {share:.1%}" for task, share in zip(spec.tasks, shares, strict=True))
+        log.info("%d batches an epoch, each of one task: %s", len(batches), shown)
     return batches, evaluation
 
 

@@ -11,7 +11,8 @@ from fusion.config.data import DataConfig
 from fusion.config.task import TaskConfig
 from fusion.config.training import LossConfig
 from fusion.data.encode import EncodedRows, encode
-from fusion.data.rows import evaluation_splits, load_splits
+from fusion.data.rows import load_splits
+from fusion.data.splits import evaluation_splits
 from fusion.training.class_weights import set_class_weights
 
 log = logging.getLogger(__name__)

@@ -114,7 +114,8 @@ def measure(config: TimingConfig) -> dict[str, Any]:
     from fusion.data.batches import Batch
     from fusion.data.encode import encode
     from fusion.data.loaders import evaluation_loader
-    from fusion.data.rows import evaluation_splits, load_rows
+    from fusion.data.rows import load_rows
+    from fusion.data.splits import evaluation_splits
     from fusion.model.build import backbone_of, stored_model
     from fusion.model.inference import device_of
     from fusion.runs.memory import keep_freed_memory

@@ -121,9 +121,9 @@ def test_a_logger_that_fails_fails_no_job(
 def test_a_job_that_is_refused_stops_all_before_they_start(
     sweep: Callable[[], tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fusion.data.rows  # noqa: F401
+    import fusion.data.splits  # noqa: F401
 
-    fails_once(monkeypatch, "fusion.data.rows.check_source", UserError("no such column"))
+    fails_once(monkeypatch, "fusion.data.splits.check_source", UserError("no such column"))
     code, _, err = sweep()
     assert code == 2
     assert err.startswith("job 0 (+task=films ") and err.endswith("): no such column\n")

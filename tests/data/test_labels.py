@@ -368,6 +368,6 @@ def test_shards_with_other_names_of_a_class_label_are_refused(task, tmp_path):
         with_classes(tmp_path / "pets" / f"train-0000{number}-of-00002.parquet", [0, 1], names)
     with pytest.raises(
         UserError,
-        match=r"00001-of-00002.parquet: the class names of column label are not those of train-00000",
+        match=r"00001-of-00002.parquet: column label differs from train-00000",
     ):
         load_rows(task(), DataConfig(dir=str(tmp_path)), "train")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from fusion.data.batches import LengthBatches
-from fusion.data.encode import encode
-from fusion.data.loaders import evaluation_loader, multitask_loader, training_loader
+from fusion.data.encode import EncodedRows, encode
+from fusion.data.loaders import evaluation_loader, sampled_batches, training_loader
 from fusion.data.rows import Rows
 
 
@@ -27,7 +28,7 @@ def ragged(tokenizer, tmp_path):
 
 
 def test_training(encoded):
-    loader = training_loader(encoded, 8, seed=1)
+    loader = training_loader([encoded], 8, seed=1)
     batches = list(loader)
     assert len(batches) == len(loader) == 7
     assert sorted(torch.cat([batch.rows for batch in batches]).tolist()) == list(range(53))
@@ -41,7 +42,7 @@ def test_training(encoded):
 
 
 def test_the_order_changes_with_the_epoch_alone(encoded):
-    loader = training_loader(encoded, 8, seed=1)
+    loader = training_loader([encoded], 8, seed=1)
 
     def order():
         return [batch.rows.tolist() for batch in loader]
@@ -54,7 +55,7 @@ def test_the_order_changes_with_the_epoch_alone(encoded):
 
 
 def test_workers_give_the_same_batches(encoded):
-    plain, worked = (list(training_loader(encoded, 8, seed=1, workers=workers)) for workers in (0, 2))
+    plain, worked = (list(training_loader([encoded], 8, seed=1, workers=workers)) for workers in (0, 2))
     assert [batch.rows.tolist() for batch in plain] == [batch.rows.tolist() for batch in worked]
     assert all(torch.equal(one.input_ids, other.input_ids) for one, other in zip(plain, worked, strict=True))
     assert [batch.global_rows for batch in plain] == [batch.global_rows for batch in worked]
@@ -64,7 +65,7 @@ def test_a_pass_leaves_the_random_numbers_alone(encoded):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    list(training_loader(encoded, 8, seed=1))
+    list(training_loader([encoded], 8, seed=1))
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -77,7 +78,7 @@ def test_evaluation_over_ranks(encoded):
 
 def test_ragged_choices(ragged):
     seen = []
-    for batch in training_loader(ragged, 4, seed=0):
+    for batch in training_loader([ragged], 4, seed=0):
         assert batch.choice_counts is not None
         assert batch.choice_counts.tolist() == [2 + row % 3 for row in batch.rows.tolist()]
         assert len(batch.input_ids) == batch.choice_counts.sum()
@@ -87,7 +88,7 @@ def test_ragged_choices(ragged):
 
 def test_ragged_choices_by_tokens(ragged):
     loaders = (
-        training_loader(ragged, 4, seed=0, tokens_per_batch=96),
+        training_loader([ragged], 4, seed=0, tokens_per_batch=96),
         evaluation_loader(ragged, 4, tokens_per_batch=96),
     )
     for loader in loaders:
@@ -119,7 +120,7 @@ def test_a_batch_of_several_tasks_is_of_one(encoded, ragged, workers, tokens):
     tasks = [encoded, ragged]
     for number, rows in enumerate(tasks):
         rows.task = number
-    loader = multitask_loader(tasks, 2.0, 4, seed=1, workers=workers, tokens_per_batch=tokens)
+    loader = training_loader(tasks, 4, seed=1, workers=workers, tokens_per_batch=tokens, temperature=2.0)
     batches = list(loader)
     assert len(batches) == len(loader)
     assert {batch.task for batch in batches} == {0, 1}
@@ -129,3 +130,34 @@ def test_a_batch_of_several_tasks_is_of_one(encoded, ragged, workers, tokens):
         assert (batch.choice_counts is not None) == (batch.task == 1)
         assert batch.to("meta").task == batch.task
     assert {batch.task for batch in evaluation_loader(ragged, 4)} == {1}
+
+
+# --- a sample of the rows -----------------------------------------------------------------------------
+
+
+def numbers(encoded: EncodedRows, at_most: int | None, size: int = 8, tokens: int | None = None) -> list[int]:
+    return [n for batch in sampled_batches(encoded, at_most, size, tokens) for n in batch.rows.tolist()]
+
+
+@pytest.mark.parametrize("at_most", [None, 53, 60])
+@pytest.mark.parametrize("tokens", [None, 96])
+def test_all_rows_once(encoded: EncodedRows, at_most: int | None, tokens: int | None) -> None:
+    assert sorted(numbers(encoded, at_most, tokens=tokens)) == list(range(53))
+
+
+def test_a_part_is_drawn_from_everywhere_and_does_not_depend_on_the_batches(encoded: EncodedRows) -> None:
+    part = numbers(encoded, 20)
+    assert len(set(part)) == 20 and min(part) < 10 and max(part) >= 40
+    assert part == numbers(encoded, 20)
+    assert sorted(part) == sorted(numbers(encoded, 20, size=3)) == sorted(numbers(encoded, 20, tokens=96))
+
+
+def test_the_rows_are_those_that_the_batch_says(encoded: EncodedRows) -> None:
+    lengths = []
+    for batch in sampled_batches(encoded, 20, 8):
+        assert batch.labels is not None and batch.labels.tolist() == [n % 2 for n in batch.rows.tolist()]
+        real = batch.attention_mask.sum(1).tolist()
+        assert real == encoded.lengths[batch.rows.numpy()].tolist()
+        assert batch.weights.tolist() == [1.0] * len(real)
+        lengths += real
+    assert lengths == sorted(lengths, reverse=True) and np.unique(lengths).size > 1

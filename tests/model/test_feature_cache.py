@@ -172,7 +172,7 @@ def test_fifty_steps_are_those_without_it(tiny_backbone: Path, tmp_path: Path, f
         optimizer = torch.optim.AdamW(model.trainable().values(), 1e-3)
         losses: list[float] = []
         for epoch in range(10):
-            batches = training_loader(rows, 16, seed=0)
+            batches = training_loader([rows], 16, seed=0)
             batches.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
             for batch in batches:
                 scores = model(

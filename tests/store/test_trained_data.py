@@ -125,13 +125,13 @@ def test_several_tasks(made: Bench) -> None:
     assert set(result["metrics"]) == {"films/validation", "books/validation"}
     scored = made.evaluate("both")
     assert scored["metrics"] == result["metrics"] and scored["rows"] == 16 + 16
-    with pytest.raises(UserError, match=r"books, plays have a validation split of their own"):
+    with pytest.raises(UserError, match=r"books, plays already has a validation split"):
         made.multitask("books", "plays", data=data)
 
 
 def test_refused_before_anything_is_loaded(bench: Bench) -> None:
     config = Stage1Config(**bench.settings("films", data=split(bench.data, validation=0.1)), name="films")
-    with pytest.raises(UserError, match="films has a validation split of its own; leave it out"):
+    with pytest.raises(UserError, match="films already has a validation split; leave it out"):
         stage1.check(config, bench.run("stage1", config))
 
 

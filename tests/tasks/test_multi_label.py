@@ -16,7 +16,8 @@ from fusion.config.data import DataConfig, SplitConfig
 from fusion.config.task import TaskConfig
 from fusion.config.training import LossConfig
 from fusion.data.encode import label_array
-from fusion.data.rows import check_made_splits, load_rows, load_splits
+from fusion.data.rows import load_rows, load_splits
+from fusion.data.splits import check_held_out_splits
 from fusion.errors import UserError
 from fusion.tasks.multi_label import MultiLabel, best_threshold
 from fusion.training.divergence import zero_score_loss
@@ -163,7 +164,7 @@ def test_settings_of_classes_are_refused(write: Any) -> None:
     data = write([["joy"]] * 8)
     data.split = SplitConfig(validation=0.5, stratify=True)
     with pytest.raises(UserError, match="of kind multi_label and has no classes to stratify by"):
-        check_made_splits([task()], data)
+        check_held_out_splits([task()], data)
 
 
 # --- loss ---------------------------------------------------------------------------------------------

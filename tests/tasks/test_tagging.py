@@ -248,7 +248,7 @@ def test_a_row_without_words_is_left_out(write: Write, caplog: pytest.LogCapture
         (rows([["a"]], [None]), r"line 1: ner_tags is null; expected a list"),
         (rows(["a"], [["O"]]), r"line 1: tokens is 'a' \(str\); expected a list of words"),
         (rows([["a", 1]], [["O", "O"]]), r"line 1: word 2 of tokens is 1 \(int\); expected text"),
-        (rows([["\ud800"]], [["O"]]), r"line 1: tokens holds half a surrogate pair"),
+        (rows([["\ud800"]], [["O"]]), r"line 1: word 1 of tokens has a lone surrogate"),
         (
             rows([["a"], ["b", "Rome"]], [["O"], ["O", "B-GPE"]]),
             r"line 2: ner_tags is 'B-GPE' \(str\); expected one of .*O.*I-LOC",

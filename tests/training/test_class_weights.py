@@ -36,7 +36,7 @@ def encoded(labels: list[int]) -> EncodedRows:
     """Rows of 1 to 4 tokens."""
     lengths = np.arange(len(labels)) % 4 + 1
     rows = Rows([("x",)] * len(labels), None, labels, 0, "f")
-    return EncodedRows(np.zeros(lengths.sum(), np.int32), np.cumsum(lengths), None, rows, 0)
+    return EncodedRows({"input_ids": np.zeros(lengths.sum(), np.int32), "ends": np.cumsum(lengths)}, rows, 0)
 
 
 def by_loops(scores: Tensor, labels: Tensor, weights: list[float], smoothing: float) -> list[float]:

@@ -19,7 +19,7 @@ from fusion.backbones.load import Backbone
 from fusion.config.commands import RankConfig
 from fusion.config.compositions import CompositionConfig
 from fusion.config.training import OptimConfig, TrainerConfig
-from fusion.data.samples import sampled_batches
+from fusion.data.loaders import sampled_batches
 from fusion.model.adapted import AdaptedModel
 from fusion.model.build import build_composition, new_head
 from fusion.model.inference import device_of

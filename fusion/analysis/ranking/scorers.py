@@ -19,7 +19,7 @@ from fusion.backbones.load import Backbone
 from fusion.config.commands import RankConfig
 from fusion.config.compositions import CompositionConfig
 from fusion.data.encode import EncodedRows
-from fusion.data.samples import sampled_batches
+from fusion.data.loaders import sampled_batches
 from fusion.errors import UserError, first_line
 from fusion.model.inference import device_of
 from fusion.runs.memory import free_cycles

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from fusion.backbones.load import Backbone
 from fusion.data.batches import Batch
-from fusion.data.cache import keep, user_cache
+from fusion.data.cache import user_cache, write_cache_file
 from fusion.data.encode import EncodedRows
-from fusion.data.samples import sampled_batches
+from fusion.data.loaders import sampled_batches
 from fusion.layers.heads import pool
 
 _FORMAT = 1
@@ -41,7 +41,7 @@ def kept_embedding(
     found = _read(path, backbone.hidden_size)
     if found is None:
         found = text_embedding(backbone, sampled_batches(rows, None, _BATCH_SIZE), device)
-        keep(path, json.dumps(found.tolist()).encode(), "give another folder with data.cache_dir=DIR")
+        write_cache_file(path, json.dumps(found.tolist()).encode())
     return found
 
 

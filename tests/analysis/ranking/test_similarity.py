@@ -17,8 +17,8 @@ from fusion.analysis.ranking.source_rows import source_rows
 from fusion.backbones.load import Backbone, load_backbone
 from fusion.config.data import DataConfig, LimitConfig
 from fusion.data.encode import EncodedRows, encode
+from fusion.data.loaders import sampled_batches
 from fusion.data.rows import load_rows
-from fusion.data.samples import sampled_batches
 from fusion.errors import UserError
 from fusion.hub.tokenizer import load_tokenizer
 from fusion.store.lookup import read_manifest

@@ -12,8 +12,9 @@ import pytest
 
 from fusion.config.data import DataConfig, LimitConfig, SplitConfig
 from fusion.config.task import TaskConfig
-from fusion.data.holdout import Holdout
-from fusion.data.rows import check_made_splits, check_source, evaluation_splits, load_rows
+from fusion.data.draws import Holdout
+from fusion.data.rows import load_rows
+from fusion.data.splits import check_held_out_splits, check_source, evaluation_splits
 from fusion.errors import UserError
 
 ROWS = [{"text": f"row {number}", "label": int(number % 5 == 0)} for number in range(60)]
@@ -90,16 +91,21 @@ def test_a_label_with_one_example_stays_in_train() -> None:
 @pytest.mark.parametrize(
     ("count", "labels", "fractions", "message"),
     [
-        (4, None, {"validation": 0.1}, r"here: data\.split\.validation=0\.1 of 4 training rows is no row"),
+        (
+            4,
+            None,
+            {"validation": 0.1},
+            r"here: data\.split\.validation=0\.1 of 4 training rows leave no row for validation",
+        ),
         (
             40,
             None,
             {"validation": 0.5, "test": 0.01},
-            r"data\.split\.test=0\.01 of 40 training rows is no row",
+            r"data\.split\.test=0\.01 of 40 training rows leave no row for test",
         ),
-        (2, [0, 1], {"validation": 0.5}, "is no row"),
-        (2, None, {"validation": 0.49, "test": 0.5}, "leave none to train on"),
-        (1, None, {"validation": 0.9}, "leave none to train on"),
+        (2, [0, 1], {"validation": 0.5}, "no row for validation"),
+        (2, None, {"validation": 0.49, "test": 0.5}, "no row for train"),
+        (1, None, {"validation": 0.9}, "no row for train"),
     ],
 )
 def test_an_empty_part(count: int, labels: Any, fractions: dict[str, float], message: str) -> None:
@@ -136,7 +142,7 @@ def test_a_folder_with_train_alone(task: Task, write: Write) -> None:
     pets = task()
     plain = write("train.jsonl", ROWS)
     data = split(plain, validation=0.1, test=0.2)
-    check_made_splits([pets], data)
+    check_held_out_splits([pets], data)
     check_source(pets, data, ["train", "validation", "test"])
     assert evaluation_splits(pets, "validation", data) == ["validation"]
     loaded = {name: load_rows(pets, data, name) for name in ("train", "validation", "test")}
@@ -189,10 +195,8 @@ def test_a_split_that_is_there_is_read(task: Task, write: Write) -> None:
     write("validation.jsonl", ROWS[:5])
     plain = write("train.jsonl", ROWS)
     data = split(plain, validation=0.1)
-    with pytest.raises(
-        UserError, match=r"data\.split\.validation=0\.1: pets has a validation split of its own"
-    ):
-        check_made_splits([task()], data)
+    with pytest.raises(UserError, match=r"data\.split\.validation=0\.1: pets already has a validation split"):
+        check_held_out_splits([task()], data)
     assert load_rows(task(), data, "validation").texts == load_rows(task(), plain, "validation").texts
     assert len(load_rows(task(), data, "train")) == 60
     only_test = split(plain, validation=0.1, test=0.1)
@@ -203,9 +207,9 @@ def test_of_several_tasks_those_without_the_split(task: Task, write: Write) -> N
     write("validation.jsonl", ROWS[:5], "whole")
     write("train.jsonl", ROWS, "whole")
     data = split(write("train.jsonl", ROWS), validation=0.1, stratify=True)
-    check_made_splits([task(name="whole"), task()], data)
-    with pytest.raises(UserError, match="whole, whole have a validation split of their own"):
-        check_made_splits([task(name="whole"), task(name="whole")], data)
+    check_held_out_splits([task(name="whole"), task()], data)
+    with pytest.raises(UserError, match="whole, whole already has a validation split"):
+        check_held_out_splits([task(name="whole"), task(name="whole")], data)
     assert [len(load_rows(task(name=name), data, "train")) for name in ("whole", "pets")] == [60, 54]
 
 
@@ -214,7 +218,7 @@ def test_nothing_to_stratify_by(task: Task, write: Write, kind: str) -> None:
     data = split(write("train.jsonl", ROWS), validation=0.1, stratify=True)
     other = task(kind=kind, **({"choices": "options"} if kind == "choice" else {}))
     with pytest.raises(UserError, match=f"pets is of kind {kind} and has no classes to stratify by"):
-        check_made_splits([other], data)
+        check_held_out_splits([other], data)
 
 
 def test_a_task_of_the_hub(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,21 +234,21 @@ def test_a_task_of_the_hub(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "hub_table", table)
     hub = task(hub={"path": "x/y", "splits": {"train": "training", "test": "test"}})
     with pytest.raises(
-        UserError, match=r"has no split validation: .*\nIn training, data\.split\.validation=0\.1"
+        UserError, match=r"has no split validation: .*\nfor training, data\.split\.validation=0\.1"
     ):
         evaluation_splits(hub, "validation", DataConfig())
     data = split(DataConfig(), validation=0.1)
-    check_made_splits([hub], data)
+    check_held_out_splits([hub], data)
     check_source(hub, data)
     assert [len(load_rows(hub, data, name)) for name in ("train", "training", "validation")] == [54, 54, 6]
     assert asked == ["training"] * 3
-    with pytest.raises(UserError, match="pets has a test split of its own"):
-        check_made_splits([hub], split(DataConfig(), test=0.1))
+    with pytest.raises(UserError, match="pets already has a test split"):
+        check_held_out_splits([hub], split(DataConfig(), test=0.1))
 
 
 def test_a_corpus_has_all_splits(task: Task) -> None:
-    with pytest.raises(UserError, match="pets has a validation split of its own"):
-        check_made_splits([task(corpus="movies")], split(DataConfig(), validation=0.1))
+    with pytest.raises(UserError, match="pets already has a validation split"):
+        check_held_out_splits([task(corpus="movies")], split(DataConfig(), validation=0.1))
 
 
 def test_parts_of_the_hub_are_split_further(task: Task, write: Write) -> None:

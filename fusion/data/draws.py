@@ -1,0 +1,101 @@
+"""Random draws of rows, each with a fixed seed of its own: limits, parts of a split, and held-out splits.
+
+A draw never changes: RandomState's stream is frozen (NEP 19), unlike Generator's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusion.errors import UserError
+
+_LIMIT_SEED = 20_200_501
+_PART_SEED = 20_210_419
+_HOLDOUT_SEED = 20_261_128
+
+
+def limited_rows(count: int, limit: int) -> list[int]:
+    """`limit` of `count` rows, ascending."""
+    return np.sort(np.random.RandomState(_LIMIT_SEED).permutation(count)[:limit]).tolist()
+
+
+def part_rows(count: int, start: int, stop: int) -> list[int]:
+    """The rows from `start` to `stop` percent of a fixed shuffle, ascending: some data sets are sorted by label."""
+    first, last = count * start // 100, count * stop // 100
+    return np.sort(np.random.RandomState(_PART_SEED).permutation(count)[first:last]).tolist()
+
+
+@dataclass(frozen=True)
+class Holdout:
+    """A division of the training rows into splits.
+
+    Attributes:
+        split: the part that is meant: train (the rows that are left), validation or test.
+        fractions: of each split, in the order in which their rows are drawn.
+        seed: of the draw.
+        stratify: whether each part has the labels in the proportions of the whole, up to rounding.
+    """
+
+    split: str
+    fractions: Mapping[str, float]
+    seed: int = 0
+    stratify: bool = False
+
+    def rows(self, count: int, labels: Sequence[Any] | None, where: str) -> list[int]:
+        """The rows of the part, ascending, out of `count` rows.
+
+        Args:
+            labels: of all rows, to stratify by.
+            where: for messages.
+
+        Raises:
+            UserError: a part is empty.
+        """
+        order = np.random.RandomState([_HOLDOUT_SEED, self.seed]).permutation(count)
+        groups = [order]
+        if self.stratify:
+            assert labels is not None
+            shuffled = np.asarray(labels)[order]
+            groups = [order[shuffled == label] for label in np.unique(shuffled)]
+        taken = np.zeros(len(groups), np.int64)
+        parts: dict[str, list[NDArray[np.intp]]] = {}
+        for split, fraction in self.fractions.items():
+            # With stratify, one row of each label stays in train.
+            sizes = _sizes(fraction, np.array([len(group) for group in groups]), taken, int(self.stratify))
+            parts[split] = [
+                group[start : start + size] for group, start, size in zip(groups, taken, sizes, strict=True)
+            ]
+            taken += sizes
+        parts["train"] = [group[start:] for group, start in zip(groups, taken, strict=True)]
+        if empty := [split for split, groups in parts.items() if not sum(map(len, groups))]:
+            fractions = ", ".join(f"data.split.{split}={share:g}" for split, share in self.fractions.items())
+            raise UserError(
+                f"{where}: {fractions} of {count} training rows leave no row for {', '.join(empty)}\n"
+                "Change the fraction, or add rows"
+            )
+        return np.sort(np.concatenate(parts[self.split])).tolist()
+
+
+def _sizes(
+    fraction: float, counts: NDArray[np.int64], taken: NDArray[np.int64], keep: int
+) -> NDArray[np.int64]:
+    """How many rows of each group a part takes: its share of the whole, by the largest remainder method.
+
+    Args:
+        counts: rows of each group; `taken` of them are in other parts, and at least `keep` stay.
+    """
+    wanted = math.floor(fraction * counts.sum() + 0.5)
+    exact = fraction * counts.astype(np.float64)
+    room = np.maximum(counts - taken - keep, 0)
+    sizes = np.minimum(np.floor(exact + 1e-9).astype(np.int64), room)
+    for group in np.argsort(-(exact - sizes), kind="stable"):
+        if sizes.sum() >= wanted:
+            break
+        sizes[group] += int(room[group] > sizes[group])
+    return sizes

@@ -1,0 +1,158 @@
+"""The columns of a table that a task reads: texts, words, choices and labels, checked value by value."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fusion.config.task import TaskConfig
+from fusion.errors import UserError
+from fusion.tasks.columns import Column, Table
+from fusion.text import listed, shown
+
+log = logging.getLogger(__name__)
+
+
+def text_names(task: TaskConfig) -> list[str]:
+    """All text columns under both of their names, for formats without column types."""
+    names = [*task.text_columns, *(task.choices if isinstance(task.choices, list) else [])]
+    return [*names, *(task.columns[name] for name in names if name in task.columns)]
+
+
+def label_names(task: TaskConfig) -> list[str]:
+    """The label column under both of its names: its values are text, too, whatever they look like."""
+    return [name for name in (task.label, task.columns.get(task.label)) if name is not None]
+
+
+def label_column(task: TaskConfig, table: Table, required: bool) -> Column | None:
+    """
+    Raises:
+        UserError: there is no such column, and it is required.
+    """
+    for path in label_names(task):
+        values = table.column(path)
+        if values is not None:
+            if not table.typed:
+                values = [None if value == "" else value for value in values]
+            return Column(values, table.class_names(path), table.typed)
+    if required:
+        raise _no_column(table, task.label)
+    return None
+
+
+def texts_of(task: TaskConfig, table: Table, rows: list[int]) -> list[tuple[str, ...]]:
+    """The texts of each row.
+
+    Raises:
+        UserError: a column is missing, or a value is not text.
+    """
+    columns = []
+    for name in task.text_columns:
+        values = _column(task, table, name)
+        columns.append([_text(values[row], table, row, name) for row in rows])
+    return list(zip(*columns, strict=True))
+
+
+def words_of(
+    task: TaskConfig, table: Table, rows: list[int], drop_empty: bool
+) -> tuple[list[int], list[list[str]]]:
+    """The rows to keep, and the words of each.
+
+    Args:
+        drop_empty: whether to leave out rows without words, which have nothing to train on or to score.
+
+    Raises:
+        UserError: the column is missing, a value is not a list of texts, or no row is left.
+    """
+    name = task.text_columns[0]
+    values = _column(task, table, name)
+    words = [_texts(values[row], table, row, name, "word", first=1) for row in rows]
+    pairs = [(row, sentence) for row, sentence in zip(rows, words, strict=True) if sentence]
+    if not drop_empty or len(pairs) == len(rows):
+        return rows, words
+    if not pairs:
+        raise UserError(f"{table.where}: none of its {len(rows)} rows has a word; expected at least one")
+    log.warning(
+        "%s: %d of %d rows have no words and are left out", table.where, len(rows) - len(pairs), len(rows)
+    )
+    return [row for row, _ in pairs], [sentence for _, sentence in pairs]
+
+
+def choices_of(task: TaskConfig, table: Table, rows: list[int]) -> list[list[str]]:
+    """The choices of each row, from a list column or from several columns.
+
+    Raises:
+        UserError: a column is missing, or a row has not two or more texts.
+    """
+    if isinstance(task.choices, list):
+        name = ", ".join(task.choices)
+        columns = [_column(task, table, column) for column in task.choices]
+        given: list[Any] = [_without_last_nulls([column[row] for column in columns]) for row in rows]
+    else:
+        name = task.choices
+        column = _column(task, table, name)
+        given = [column[row] for row in rows]
+    for row, choices in zip(rows, given, strict=True):
+        if len(_texts(choices, table, row, name, "choice", first=0)) < 2:
+            raise UserError(f"{table.at(row)}: {name} has {len(choices)} choices; expected at least 2")
+    return given
+
+
+def fill_blanks(
+    blank: str, table: Table, rows: list[int], texts: list[tuple[str, ...]], choices: list[list[str]]
+) -> tuple[list[tuple[str, ...]], list[list[str]]]:
+    """Split each last text at its blank, and append what follows the blank to each choice.
+
+    WinoGrande's own form (Sakaguchi et al., 2020): "[CLS] context [SEP] option rest [SEP]".
+    """
+    before, filled = [], []
+    for row, columns, options in zip(rows, texts, choices, strict=True):
+        start, mark, rest = columns[-1].partition(blank)
+        if not mark:
+            raise UserError(f"{table.at(row)}: expected a blank {blank} in the text; fix or remove the row")
+        before.append((*columns[:-1], start.rstrip()))
+        filled.append([option + rest for option in options])
+    return before, filled
+
+
+def _column(task: TaskConfig, table: Table, name: str) -> list[Any]:
+    """A column by the task's name, or by the other name in the task's `columns`."""
+    for path in (name, task.columns.get(name)):
+        values = table.column(path) if path is not None else None
+        if values is not None:
+            return values
+    raise _no_column(table, name)
+
+
+def _no_column(table: Table, name: str) -> UserError:
+    return UserError(
+        f"{table.where}: no column {name}; it has {listed(table.columns)}\n"
+        f"Rename it there, or for training set '++task.columns.{name}=COLUMN'"
+    )
+
+
+def _text(value: Any, table: Table, row: int, name: str) -> str:
+    if type(value) is not str:
+        raise UserError(f"{table.at(row)}: {name} is {shown(value)}; expected text (fix or remove the row)")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # a JSON escape can make a lone surrogate, which no tokenizer reads
+        raise UserError(
+            f"{table.at(row)}: {name} has a lone surrogate; expected Unicode text (fix or remove the row)"
+        ) from None
+    return value
+
+
+def _texts(values: Any, table: Table, row: int, name: str, item: str, first: int) -> list[str]:
+    if not isinstance(values, (list, tuple)):
+        raise UserError(f"{table.at(row)}: {name} is {shown(values)}; expected a list of {item}s")
+    return [
+        _text(value, table, row, f"{item} {number} of {name}") for number, value in enumerate(values, first)
+    ]
+
+
+def _without_last_nulls(values: list[Any]) -> list[Any]:
+    """A row may use fewer columns than there are: the last ones are then null."""
+    while values and values[-1] is None:
+        values.pop()
+    return values
