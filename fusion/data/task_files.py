@@ -79,7 +79,7 @@ def _check_events(path: Path, text: str) -> None:
                 if is_key[-1]:
                     _check_key(where, getattr(event, "value", ""), known, is_top=len(keys) == 1)
                 is_key[-1] = not is_key[-1]
-            if isinstance(event, yaml.CollectionStartEvent):
+            if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
                 keys.append(set() if isinstance(event, yaml.MappingStartEvent) else None)
                 is_key.append(True)
                 if len(keys) > _MAX_DEPTH:
