@@ -98,10 +98,10 @@ def _checksum(states: NDArray[Any], name: str) -> int:
 def _make_room(folder: Path, needed: int, limit: int) -> None:
     """Remove the least recently used files until the new one fits. A process that has one mapped keeps its data."""
     total, removable = needed, []
-    for file in folder.iterdir():
+    for file in folder.glob(f"*{_SUFFIX}*"):  # hidden ones, too
         with contextlib.suppress(OSError):  # removed by another process
             status = file.stat()
-            total += status.st_size
+            total += status.st_size if file.suffix in (_SUFFIX, PARTIAL) else 0
             if file.suffix == _SUFFIX or (file.suffix == PARTIAL and time.time() - status.st_mtime > _DAY):
                 removable.append((status.st_mtime, status.st_size, file))
     for _, size, file in sorted(removable):

@@ -208,7 +208,9 @@ def hub_table(hub: HubConfig, split: str, hint: str) -> Table:
                 cause: BaseException = error
                 while cause.__cause__ is not None and "error occurred" in str(cause):
                     cause = cause.__cause__  # `datasets` hides a file's error behind "An error occurred"
-                raise ValueError(first_line(cause)) from error
+                hint = "; hub.revision=refs/convert/parquet in the task file may have its rows"
+                is_script = "scripts are no longer supported" in str(cause)
+                raise ValueError(first_line(cause) + (hint if is_script else "")) from error
 
     return from_cache_or_hub(load, where, hint)
 

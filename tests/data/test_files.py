@@ -404,5 +404,5 @@ def test_an_open_quote_in_a_quoted_tsv(task: Task, write: Write) -> None:
 
 
 def test_an_unknown_quoting() -> None:
-    with pytest.raises(UserError, match=r"data\.quoting=all: expected csv"):
+    with pytest.raises(UserError, match=r"data\.quoting=all: expected one of csv, none"):
         DataConfig(quoting="all")

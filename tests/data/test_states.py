@@ -158,6 +158,10 @@ def test_states_that_may_not_be_read_are_made_anew(
     cached_states(tmp_path / "a", SHAPE, "float32", 10**6, Builder())
     build, original = Builder(), Path.open
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", lambda path, mode="r": refuse() if mode == "rb" else original(path, mode))
+        patch.setattr(
+            Path,
+            "open",
+            lambda path, mode="r", **options: refuse() if mode == "rb" else original(path, mode, **options),
+        )
         assert cached_states(tmp_path / "a", SHAPE, "float32", 10**6, build)[5, 3] == 23
     assert build.calls == 1 and caplog.text.count("rebuilt") == 1
