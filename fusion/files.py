@@ -69,21 +69,20 @@ def resolve_path(text: str, key: str) -> Path:
     given = f"{key}={shortened(text, 300)}"
     if not text.strip():
         raise UserError(f"{given} is empty: expected a path, such as {key}=DIR")
+    problem = f"a part of it is longer than {COMPONENT_BYTES} bytes" if _is_long(text) else ""
+    path = Path(text)
     try:
-        if _is_long(text):
-            raise ValueError(f"a part of it is longer than {COMPONENT_BYTES} bytes")
-        path = Path(text).expanduser()
+        path = path.expanduser()
         path.stat()
     except FileNotFoundError:
         if dangling := [step for step in (path, *path.parents) if step.is_symlink() and not step.exists()]:
-            raise UserError(
-                f"{given}: the target of the symbolic link {shortened(str(dangling[-1]), 300)} does not exist"
-            ) from None
-        return path
+            problem = f"the target of the symbolic link {shortened(str(dangling[-1]))} does not exist"
     except OSError as error:
-        raise UserError(f"{given}: {error.strerror}; {key}=DIR names another path") from None
+        problem = problem or str(error.strerror)
     except (RuntimeError, ValueError) as error:  # unknown user's home, NUL, text that no file name can hold
-        raise UserError(f"{given}: {printable(str(error))}; {key}=DIR names another path") from None
+        problem = printable(str(error))
+    if problem:
+        raise UserError(f"{given}: {problem}; {key}=DIR names another path")
     return path
 
 

@@ -91,15 +91,14 @@ def is_locked(path: Path) -> bool:
     """Whether another process holds a lock file; one that cannot be tested counts as free."""
     from filelock import FileLock, Timeout
 
-    if not path.is_file():
-        return False
     try:
-        with FileLock(path, timeout=0):
-            return False
+        if path.is_file():
+            FileLock(path).acquire(timeout=0).lock.release()
     except Timeout:
         return True
     except (OSError, NotImplementedError):
-        return False
+        pass
+    return False
 
 
 def holder(path: Path) -> str:

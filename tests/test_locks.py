@@ -1,4 +1,4 @@
-"""Two processes that are to make the same artifact: one after the other, and the second finds it done."""
+"""Two processes that train the same artifact: one after the other, and the second finds it done."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from fusion.locks import run_lock
 ROOT = Path(__file__).resolve().parents[1]
 TASK = "kind: classification\ntext: sentence\nlabels: [negative, positive]\nmetrics: [accuracy]\n"
 
-# A stand-in of stage 1: what it makes is a file STORE/NAME, and `trained` has a line for each time that it did.
-# The one that comes first to `films` goes on when `go` is there.
+# A command in place of stage 1: it makes a file STORE/NAME, and adds a line to `trained` each time. The first process
+# that makes `films` waits for the file `go`.
 PROGRAM = """
 import time
 from pathlib import Path
@@ -66,7 +66,7 @@ def place(tmp_path: Path) -> Path:
 
 
 def start(place: Path, number: int, *arguments: str) -> tuple[subprocess.Popen[bytes], Path]:
-    """The program and the file that has what it says."""
+    """The process and the file with its output."""
     log = place / f"said-{number}"
     with open(log, "wb") as output:
         process = subprocess.Popen(
@@ -90,7 +90,7 @@ def jobs(place: Path) -> list[dict[str, Any]]:
     found = []
     for file in sorted(place.glob("outputs/**/status.json")):
         result = json.loads((file.parent / "result.json").read_text())
-        assert result["directory"] == str(file.parent)  # nobody else's
+        assert result["directory"] == str(file.parent)  # its own
         found.append(json.loads(file.read_text()))
     return found
 
@@ -123,7 +123,7 @@ def test_the_same_command_twice_at_once(place: Path, arguments: list[str], train
         assert "2 jobs: 2 new\n" in said.read_text() and "2 jobs: 0 done already" in said.read_text()
 
 
-def test_who_waits_is_interrupted_at_once(place: Path) -> None:
+def test_a_waiting_process_is_interrupted_at_once(place: Path) -> None:
     first, _ = start(place, 1, "+task=films", "store=store", "trainer.devices=1")
     (place / "trained").touch()
     until(place / "trained", "films")
@@ -138,7 +138,7 @@ def test_who_waits_is_interrupted_at_once(place: Path) -> None:
     assert (place / "trained").read_text() == "films\n"
 
 
-def test_a_turn_ends_with_the_process_that_had_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lock_ends_with_its_process(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     store = tmp_path / "store"
     process = subprocess.Popen(
@@ -158,8 +158,8 @@ def test_a_turn_ends_with_the_process_that_had_it(tmp_path: Path, caplog: pytest
     process.stdout.close()
 
 
-def test_names_that_end_in_lock_words_do_not_meet_the_stores_own_locks(tmp_path: Path) -> None:
-    from fusion.store.artifacts import writing
+def test_run_locks_and_locks_of_artifacts_never_meet(tmp_path: Path) -> None:
+    from fusion.store.writing import writing
 
     (tmp_path / ".locks").mkdir()
     for name in ("rte", "rte.run", "rte.run-lock"):
@@ -167,9 +167,7 @@ def test_names_that_end_in_lock_words_do_not_meet_the_stores_own_locks(tmp_path:
             pass
 
 
-def test_a_store_without_locks_is_said_and_no_obstacle(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_store_without_locks_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / ".locks").write_text("a file")
     with run_lock(tmp_path, "rte") as waited:
         assert not waited

@@ -37,7 +37,7 @@ from fusion.store.manifest import Manifest
 from fusion.store.parts import File
 from fusion.store.trained_data import note_ambiguous_labels
 from fusion.store.writing import LOCK_SECONDS, check_free, retire, settle, sync_folder, writing
-from fusion.text import listed, printable
+from fusion.text import listed, printable, shortened
 
 log = logging.getLogger(__name__)
 
@@ -196,11 +196,7 @@ def check_numbers(values: Mapping[str, torch.Tensor], path: Path | str) -> None:
 def copy_stored(
     parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor], path: Path | str
 ) -> None:
-    """`copy_into` of values from a store.
-
-    Raises:
-        UserError: as `copy_into` and `check_numbers`.
-    """
+    """`copy_into` and `check_numbers` of values from a store."""
     check_numbers(values, path)
     copy_into(parameters, values, path)
 
@@ -258,4 +254,6 @@ def _read_tensors(path: Path, entry: File) -> dict[str, torch.Tensor]:
     try:
         return safetensors.torch.load(content)
     except Exception as error:  # its own, or of torch for an unknown type or size
-        raise UserError(f"{path}: is not a safetensors file ({first_line(error)}); {FIX}") from None
+        raise UserError(
+            f"{path}: is not a safetensors file ({shortened(first_line(error))}); {FIX}"
+        ) from None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fusion.errors import UserError
 from fusion.store.layout import HEAD, MANIFEST, REMOVED, STAGING, WEIGHTS, check_name
-from fusion.store.lookup import Found, names, scan, unknown_name
+from fusion.store.lookup import names, scan, unknown_name
 from fusion.store.overview import check_store, users_of
 from fusion.store.writing import LOCK_SECONDS, keep_replaced, settle, sync_folder, writing
 
@@ -34,15 +34,20 @@ def remove(name: str, store: Path, force: bool = False, wait: float = LOCK_SECON
         _check_artifact(folder)
         found = list(scan(store))
         manifest = next((one.manifest for one in found if one.place == name), None)
+        others = [one for one in found if one.place != name]
         users: list[str] = []
-        if manifest is not None and not _is_elsewhere(name, manifest.hash, found):
-            users = users_of(manifest.hash, [one for one in found if not one.replaced])
+        if manifest is not None and manifest.hash not in [
+            one.manifest.hash for one in others if one.manifest
+        ]:
+            current = [one for one in others if not one.replaced]
+            users = users_of(manifest.hash, current)
             need = f"is a source of {', '.join(users)}: remove them first"
-            # The sources of an unreadable manifest are not known; all sources are adapters.
-            if not users and manifest.kind == "adapter" and (users := _unreadable(found)):
+            if (
+                not users and manifest.kind == "adapter"
+            ):  # the sources of an unreadable manifest are not known
+                users = [f.place for f in current if f.manifest is None and (f.folder / MANIFEST).is_file()]
                 need = (
-                    f"may be a source of {', '.join(users)}, which cannot be read: fix or remove them first "
-                    "(python -m fusion.store verify)"
+                    f"may be a source of {', '.join(users)}, which cannot be read: fix or remove them first"
                 )
             if users and not force:
                 raise UserError(
@@ -75,16 +80,3 @@ def _check_artifact(folder: Path) -> None:
     elif folder.is_symlink() and not folder.exists():
         return
     raise UserError(f"{folder} is no artifact, it has no {MANIFEST}: remove it by hand if nobody needs it")
-
-
-def _is_elsewhere(name: str, hash: str, found: list[Found]) -> bool:
-    """Whether fusions find the same artifact under another name or in .replaced."""
-    return any(one.manifest.hash == hash for one in found if one.manifest is not None and one.place != name)
-
-
-def _unreadable(found: list[Found]) -> list[str]:
-    return [
-        one.place
-        for one in found
-        if one.manifest is None and not one.replaced and (one.folder / MANIFEST).is_file()
-    ]

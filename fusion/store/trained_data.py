@@ -48,10 +48,9 @@ def note_ambiguous_labels(manifest: Manifest) -> None:
 
 def _look_like_ids(names: list[str]) -> bool:
     """Whether a name, as an integer or truth value, is the id of another label."""
-    ids = [
-        {"false": 0, "true": 1}.get(name.lower(), int(name) if name.isdecimal() else None) for name in names
-    ]
-    return any(id is not None and id != number for number, id in enumerate(ids))
+    values = {"false": "0", "true": "1"}
+    ids = [values.get(name.lower(), name) for name in names]
+    return any(id.isdecimal() and int(id) != number for number, id in enumerate(ids))
 
 
 def split_of(manifest: Manifest) -> SplitConfig:
@@ -60,12 +59,14 @@ def split_of(manifest: Manifest) -> SplitConfig:
     Raises:
         UserError: the manifest has a wrong value.
     """
-    keys = [field.name for field in fields(SplitConfig)]
     config = manifest.run.config
+    values = {
+        field.name: config[f"data.split.{field.name}"]
+        for field in fields(SplitConfig)
+        if f"data.split.{field.name}" in config
+    }
     try:
-        return SplitConfig(
-            **{key: config[f"data.split.{key}"] for key in keys if f"data.split.{key}" in config}
-        )
+        return SplitConfig(**values)
     except (UserError, TypeError) as error:
         raise UserError(f"manifest of {manifest.name}: run.config: {error}") from None
 

@@ -14,7 +14,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import struct
 import sys
 from collections import Counter
@@ -70,61 +69,46 @@ class Place:
         torch.manual_seed(0)
         head = TaskHead(32, 2)
         task = {"name": "films", "kind": "classification", "text": "text", "labels": ["bad", "good"]}
+        made_for = {"name_or_path": str(backbone), "fingerprint": self.backbone.fingerprint}
         about: dict[str, Any] = {
-            "backbone": {
-                "name_or_path": str(backbone),
-                "fingerprint": self.backbone.fingerprint,
-                "hidden_size": 32,
-                "layers": 3,
-            },
+            "backbone": made_for | {"hidden_size": 32, "layers": 3},
             "task": {**task, "metrics": ["accuracy"]},
             "result": {"parameters": {"trainable": 1, "frozen": 2}},
         }
+        one_head = dict(head.named_parameters())
         adapters: list[dict[str, SlotModule]] = [{}, {}]
         for number, (name, more) in enumerate((("films", {}), ("books", {"scaling": "learned"}))):
             sizes = {f"{layer}.feedforward": 2 for layer in range(3)}
             for slot in sizes:
                 adapters[number][slot] = BottleneckAdapter(32, 2, **more)  # type: ignore[arg-type]
             manifest = make_manifest(name, adapter={"bottleneck_sizes": sizes, **more}, **about)
-            save(self.store, manifest, parameters_of(adapters[number]), dict(head.named_parameters()))
+            save(self.store, manifest, parameters_of(adapters[number]), one_head)
         sources = [{"name": n, "hash": read_manifest(n, self.store).hash} for n in ("films", "books")]
+        kept = {"kept": {f"{layer}.feedforward": [layer % 2] for layer in range(3)}}
         compositions: tuple[tuple[str, CompositionConfig, dict[str, Any]], ...] = (
             ("fusion", CompositionConfig("adapterfusion", rank=3), {}),
-            (
-                "pruned",
-                CompositionConfig("pruned", fusion="fusion", keep=1),
-                {"kept": {f"{layer}.feedforward": [layer % 2] for layer in range(3)}},
-            ),
+            ("pruned", CompositionConfig("pruned", fusion="fusion", keep=1), kept),
         )
         for name, config, chosen in compositions:
             loaded = load_sources(["films", "books"], self.store, self.backbone)
             slot_modules = build_composition(config, loaded, self.backbone, chosen)
             manifest = make_manifest(name, "fusion", sources=sources, **about)
             manifest = manifest.changed(composition=config.as_stored() | chosen)
-            save(self.store, manifest, parameters_of(slot_modules), dict(head.named_parameters()))
-        save(self.store, make_manifest("head", "head", **about), {}, dict(head.named_parameters()))
+            save(self.store, manifest, parameters_of(slot_modules), one_head)
+        save(self.store, make_manifest("head", "head", **about), {}, one_head)
         lora = {"name": "lora", "rank": 2, "alpha": 4, "dropout": 0.0, "targets": ["query"]}
         names = [f"encoder.layer.{layer}.attention.self.query" for layer in range(3)]
         parts = {f"{n}.lora_A.weight": torch.randn(2, 32) for n in names}
         parts |= {f"{n}.lora_B.weight": torch.randn(32, 2) for n in names}
-        save(
-            self.store,
-            make_manifest("lora", "lora", method=lora, **about),
-            parts,
-            dict(head.named_parameters()),
-        )
+        save(self.store, make_manifest("lora", "lora", method=lora, **about), parts, one_head)
         described = make_manifest("x").content["head"] | {"pooling": "mean", "layers": 2}
         several = {n: {"task": {**about["task"], "name": n}, "head": described} for n in ("films", "books")}
         two = TaskHead(32, 2, "mean", 2)
         heads = {f"{n}.{key}": value for n in several for key, value in two.named_parameters()}
         shared = {"shared": True, "bottleneck_sizes": {f"{layer}.feedforward": 2 for layer in range(3)}}
         one = {"0.feedforward": BottleneckAdapter(32, 2)}
-        save(
-            self.store,
-            make_manifest("both", adapter=shared, multitask=several, **about),
-            parameters_of(one),
-            heads,
-        )
+        both = make_manifest("both", adapter=shared, multitask=several, **about)
+        save(self.store, both, parameters_of(one), heads)
         self.names = ("films", "books", "fusion", "pruned", "head", "lora", "both")
         self.content = {(n, f): (self.store / n / f).read_bytes() for n in self.names for f in FILES}
         self.scores = {name: self.use(name) for name in self.names}
@@ -235,79 +219,24 @@ def raw_damage(draw: random.Random, content: bytes) -> bytes:
     )
 
 
-def header_of(content: bytes) -> tuple[dict[str, Any], bytes]:
-    (length,) = struct.unpack("<Q", content[:8])
-    return json.loads(content[8 : 8 + length]), content[8 + length :]
-
-
-def with_header(header: Any, body: bytes) -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + body
-
-
 def tensor_damage(draw: random.Random, content: bytes) -> bytes:
-    """A safetensors file of other content: names, shapes, types, offsets, values."""
-    header, body = header_of(content)
-    names = [name for name in header if name != "__metadata__"]
-    how = draw.randrange(16)
-    if not names or how == 0:
-        return with_header(b"[" * 100_000, body)
-    name, other = draw.choice(names), draw.choice(names)
-    entry = header[name]
-    shape, types = (
-        entry["shape"],
-        ("I32", "U8", "BOOL", "F64", "BF16", "F8_E4M3", "F8_E8M0", "F4", "C64", "X", 5),
-    )
-    ranges: tuple[Any, ...] = (
-        header[other]["data_offsets"],
-        [0, 2**62],
-        [2**63, 2**63],
-        [4, 0],
-        [],
-        None,
-        [0],
-        [-1, 3],
-        ["0", 4],
-    )
-    new_names = ("", "x", f"{name}.more", "../../etc/passwd", "a" * 5000, "\ud800", "\u202e", "0.feedforward")
-    if how == 1:  # swapped tensors
-        header[name], header[other] = header[other], header[name]
-    elif how == 2:
-        header[draw.choice(new_names)] = header.pop(name)
-    elif how == 3:
-        entry["shape"] = draw.choice(
-            (shape[::-1], [], [0], [2**40], [2**63], [-1], [1, *shape], ["2"], None, [2.0])
-        )
-    elif how == 4:
-        entry["dtype"] = draw.choice(types)
-    elif how == 5:
-        at = entry["data_offsets"][0] // 4 * 4
-        body = body[:at] + struct.pack("<f", draw.choice((float("nan"), float("inf")))) + body[at + 4 :]
-    elif how == 6:
-        entry["data_offsets"] = draw.choice(ranges)
-    elif how == 7:
-        del header[name]
-    elif how == 8:
-        header["__metadata__"] = draw.choice(({"a": "b"}, {"a": 1}, [], "x", {"a": {"b": "c"}}))
-    elif how == 9:
-        header[name] = draw.choice((None, 1, [], {}, "x", {**entry, "more": 1}))
-    elif how == 10:  # a duplicate name
-        text = json.dumps(header)
-        return with_header((text[:-1] + f', "{name}": {json.dumps(entry)}' + "}").encode(), body)
-    elif how == 11:
-        return with_header(json.dumps(header).encode() + b" " * draw.choice((1, 7, 100_000)), body)
-    elif how == 12:  # integers in place of floats, of the same size: only the type tells
+    """A safetensors file with another header or other values."""
+    (length,) = struct.unpack("<Q", content[:8])
+    header, body = json.loads(content[8 : 8 + length]), content[8 + length :]
+    how, nan, names = draw.randrange(8), float("nan"), list(header)
+    if how == 0:  # integers in place of floats, of the same size: only the type tells
         for entry in header.values():
-            entry["dtype"] = "I32"
-    elif how == 13:  # other finite floats, which nothing can detect
-        body = struct.pack(f"<{len(body) // 4}f", *(draw.uniform(-1, 1) for _ in range(len(body) // 4)))
-    elif how == 14:
-        return draw.choice(
-            (b"", b"\x80\x04.", with_header({}, b""), with_header({}, body), with_header([], b""))
-        )
-    else:
-        body = body + b"\0" * draw.choice((1, 4, 1000))
-    return with_header(header, body)
+            entry["dtype"] = draw.choice(("I32", "U32", "F8_E4M3"))
+    elif how == 1:  # finite floats cannot be detected, others must be
+        values = [draw.choice((1.0, 2.0, nan) if draw.random() < 0.1 else (1.0, 2.0)) for _ in body[::4]]
+        body = struct.pack(f"<{len(values)}f", *values)
+    elif how == 2:
+        draw.shuffle(names)
+        header = dict(zip(names, header.values(), strict=True))
+    elif how == 3 or not header:
+        body += b"\0" * draw.choice((1, 4, 1000))
+    text = json_damage(draw, header) if how > 3 and header else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
 
 
 JUNK: tuple[Any, ...] = (
@@ -315,6 +244,7 @@ JUNK: tuple[Any, ...] = (
     "\u202e", "\0", "a" * 10_000, [], {}, [[]], [None], {"x": 1}, [1, 2], ["x"], "learned", "last:3", "last:99999",
     "specialized:2", "specialized:99999999", "robust", "mean", "average", "continued", "scalearn_pp", "static",
     "lora", "head", "adapter", "fusion", "full", {"kept": 1}, 3, 2, 99, 0.5, -0.5, "1", "0.feedforward",
+    [2**40], [0, 2**62], [2**63, 2**63], [4, 0], [-1], "F64", "BF16", "F8_E4M3", "C64", "0.feedforward.down.bias",
 )  # fmt: skip
 
 
@@ -326,9 +256,8 @@ def places_of(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
         yield from places_of(entry, (*way, key))
 
 
-def manifest_damage(draw: random.Random, content: bytes) -> bytes:
-    """A manifest with another value or key; the text stays JSON most of the time."""
-    values = json.loads(content)
+def json_damage(draw: random.Random, values: dict[str, Any]) -> bytes:
+    """JSON with another value or key; most of the time it is still JSON."""
     *way, key = draw.choice(list(places_of(values)))
     parent: Any = values
     for step in way:
@@ -374,7 +303,7 @@ def damage(place: Place, draw: random.Random) -> tuple[str, str]:
     content = {file: place.content[name, file] for file in FILES}
     kind = draw.randrange(3)
     if kind < 2:
-        content[MANIFEST] = manifest_damage(draw, content[MANIFEST])
+        content[MANIFEST] = json_damage(draw, json.loads(content[MANIFEST]))
     if kind > 0:
         file = draw.choice((WEIGHTS, HEAD))
         content[file] = (raw_damage if draw.random() < 0.3 else tensor_damage)(draw, content[file])
@@ -431,65 +360,36 @@ def test_damaged_artifacts(place: Place, seed: int) -> None:
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize(
-    "what", ["pipe", "folder", "device", "empty", "loop", "dangling", "passwd", "huge", "socket"]
+    "what", ["pipe", "folder", "empty", "huge", "/dev/zero", "nowhere", "/etc/passwd", "loop"]
 )
-def test_no_regular_file(place: Place, file: str, what: str, tmp_path: Path) -> None:
+def test_no_regular_file(place: Place, file: str, what: str) -> None:
     path = place.store / "films" / file
     path.unlink()
-    with put_back_after(place, path):
+    try:
         if what == "pipe":
             os.mkfifo(path)
         elif what == "folder":
             path.mkdir()
-        elif what == "socket":
-            with socket.socket(socket.AF_UNIX) as server, working_in(path.parent):
-                server.bind(file)
         elif what == "empty":
             path.touch()
         elif what == "huge":  # a sparse file
             with path.open("wb") as hole:
-                try:
-                    hole.truncate(2**40)
-                except OSError:
-                    pytest.skip("no sparse files on this disk")
+                hole.truncate(2**40)
             values = json.loads(place.content["films", MANIFEST])
             if file != MANIFEST:
                 values["files"][file]["bytes"] = 2**40
                 values["checksum"] = checksum_of(values)
                 (path.parent / MANIFEST).write_text(json.dumps(values))
         else:
-            target = {
-                "device": "/dev/zero",
-                "loop": str(path),
-                "dangling": "nowhere",
-                "passwd": "/etc/passwd",
-            }
-            path.symlink_to(target[what])
+            path.symlink_to(path if what == "loop" else what)
         with little_memory():
             assert attempt(place, "films", "raw") == "refused"
             with limited(), pytest.raises(UserError, match="films"):
-                place.use("fusion")  # of which it is a source
-
-
-@contextmanager
-def put_back_after(place: Place, path: Path) -> Iterator[None]:
-    try:
-        yield
+                place.use("fusion")  # films is a source of it
     finally:
         shutil.rmtree(path.parent)
         path.parent.mkdir()
         place.restore("films")
-
-
-@contextmanager
-def working_in(folder: Path) -> Iterator[None]:
-    """A socket's path must be short."""
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
 
 
 def test_a_link_to_an_artifact_is_read(place: Place, tmp_path: Path) -> None:
