@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ from adapters.composition import Fuse
 from adapters.methods.modeling import BertFusion
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoTokenizer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, AutoModel, AutoTokenizer, TrainingArguments
 
-from pipelines.benchmark.cases import ADAPTER, FULL, FUSION, OUTPUTS, Case, Setup, Weights
+from pipelines.benchmark.cases import ADAPTER, FULL, FUSION, OUTPUTS, Case, Setup, fill
 from pipelines.benchmark.worker import Model, TokenBatch, Worker, serve, token_batch
 
 
@@ -34,9 +33,8 @@ class BaselineModel(Model):
         self.model = pretrained
         self.head = nn.Linear(self.model.config.hidden_size, OUTPUTS)
         if case.bottleneck:
-            stored = Weights(setup, case.bottleneck)
-            stored.load_into(self.head, "head")
-            add_adapters(self.model, case, stored)
+            fill(self.head, setup, "head")
+            add_adapters(self.model, setup, case)
         else:
             self.model.requires_grad_(case.method == FULL)
         if not case.dropout:
@@ -84,7 +82,7 @@ class BaselineModel(Model):
         return self.forward(batch)
 
 
-def add_adapters(model: Any, case: Case, stored: Weights) -> None:
+def add_adapters(model: Any, setup: Setup, case: Case) -> None:
     """Our weights in its modules, one adapter active or all of them fused; the rest is frozen."""
     names = [f"source{n}" for n in range(case.sources if case.method == FUSION else 1)]
     adapters.init(model)
@@ -95,8 +93,8 @@ def add_adapters(model: Any, case: Case, stored: Weights) -> None:
         model.add_adapter(name, config=settings)
         for layer, places in model.get_adapter(name).items():
             (adapter,) = places.values()
-            stored.load_into(adapter.adapter_down[0], f"adapters.{source}.{layer}.down")
-            stored.load_into(adapter.adapter_up, f"adapters.{source}.{layer}.up")
+            fill(adapter.adapter_down[0], setup, f"adapter {source}.{layer}.down")
+            fill(adapter.adapter_up, setup, f"adapter {source}.{layer}.up")
     if case.method == ADAPTER:
         model.train_adapter(names[0])
         return
@@ -106,7 +104,7 @@ def add_adapters(model: Any, case: Case, stored: Weights) -> None:
     assert len(fusions) == model.config.num_hidden_layers
     for layer, fusion in enumerate(fusions):
         for name in ("query", "key", "value"):
-            stored.load_into(fusion.get_submodule(name), f"fusion.{layer}.{name}")
+            fill(fusion.get_submodule(name), setup, f"fusion {layer}.{name}")
 
 
 class BaselineWorker(Worker):
@@ -152,7 +150,6 @@ class BaselineWorker(Worker):
         else:
             model.train_adapter("task")
         model.active_head = "task"
-        clock = Clock()
         trainer = adapters.AdapterTrainer(
             model=model,
             args=TrainingArguments(
@@ -168,20 +165,8 @@ class BaselineWorker(Worker):
             ),
             train_dataset=padded(splits["train"], tokenizer, max_length),
             eval_dataset=padded(splits["validation"], tokenizer, max_length),
-            callbacks=[clock],
         )
-        trainer.train()
-        return clock.ended - clock.started
-
-
-class Clock(TrainerCallback):
-    started = ended = 0.0
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.started = time.perf_counter()
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.ended = time.perf_counter()
+        return float(trainer.train().metrics["train_runtime"])
 
 
 def padded(split: dict[str, Any], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:

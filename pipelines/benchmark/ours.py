@@ -51,7 +51,7 @@ from pipelines.benchmark.cases import (
     TRAIN,
     Case,
     Setup,
-    Weights,
+    fill,
 )
 from pipelines.benchmark.products import products_of
 from pipelines.benchmark.worker import Model, TokenBatch, Worker, serve, synchronise, timed, token_batch
@@ -109,20 +109,19 @@ def adapted_model(setup: Setup, case: Case, backbone: Backbone) -> AdaptedModel:
     slot_modules: dict[str, SlotModule] = {}
     head = TaskHead(backbone.hidden_size, OUTPUTS, pooling="mean")
     if case.bottleneck:
-        stored = Weights(setup, case.bottleneck)
-        stored.load_into(head.output, "head")
+        fill(head.output, setup, "head")
         for layer in range(backbone.layers):
-            slot_modules[f"{layer}.feedforward"] = slot_module(case, stored, layer, backbone.hidden_size)
+            slot_modules[f"{layer}.feedforward"] = slot_module(setup, case, layer, backbone.hidden_size)
     return AdaptedModel(backbone, slot_modules, "normed", head)
 
 
-def slot_module(case: Case, stored: Weights, layer: int, hidden_size: int) -> SlotModule:
+def slot_module(setup: Setup, case: Case, layer: int, hidden_size: int) -> SlotModule:
     """One adapter, or a fusion of the first N."""
     adapters = []
     for source in range(case.sources if case.method == FUSION else 1):
         adapter = BottleneckAdapter(hidden_size, case.bottleneck)
         for name in ("down", "up"):
-            stored.load_into(adapter.get_submodule(name), f"adapters.{source}.{layer}.{name}")
+            fill(adapter.get_submodule(name), setup, f"adapter {source}.{layer}.{name}")
         adapters.append(adapter)
     if case.method == ADAPTER:
         return adapters[0]
@@ -134,7 +133,7 @@ def slot_module(case: Case, stored: Weights, layer: int, hidden_size: int) -> Sl
         dropout=settings.dropout,
     )
     for name in ("query", "key", "value"):
-        stored.load_into(fusion.get_submodule(name), f"fusion.{layer}.{name}")
+        fill(fusion.get_submodule(name), setup, f"fusion {layer}.{name}")
     return fusion
 
 
@@ -216,7 +215,7 @@ def in_lightning(model: OurModel, setup: Setup, warmup: int, steps: int) -> floa
     )
     # A progress bar is drawn on a terminal only.
     with (
-        tempfile.TemporaryDirectory(dir=setup.weights) as folder,
+        tempfile.TemporaryDirectory() as folder,
         mock.patch.object(sys.stdout, "isatty", return_value=True),
     ):
         loggers = build_loggers(

@@ -29,8 +29,6 @@ def scale(session: Session) -> Report:
     sizes = list(dict.fromkeys([*usual, *((config.fixed_sources, wide) for wide in config.bottlenecks)]))
     theirs = [(sources, r) for sources in config.rival_sources]
     every = [*((OURS, size) for size in sizes), *((BASELINE, size) for size in theirs)]
-    for bottleneck in {b for _, (_, b) in every}:
-        session.make_weights(max(n for _, (n, b) in every if b == bottleneck), bottleneck)
     measured: list[Measured] = [
         (who, Case(work, FUSION, *size)) for who, size in every for work in (TRAIN, INFER)
     ]

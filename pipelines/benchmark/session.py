@@ -14,7 +14,7 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
-from pipelines.benchmark.cases import Case, Setup, make_weights
+from pipelines.benchmark.cases import Case, Setup
 from pipelines.benchmark.config import BenchmarkConfig, BenchmarkError
 from pipelines.benchmark.formulas import Backbone
 from pipelines.benchmark.report import Measured, Timings
@@ -131,7 +131,7 @@ class Session:
         automatic = "bf16" if device == "cuda" else "float32"
         precision = automatic if config.precision == "auto" else config.precision
         shape = (config.batch_size, config.tokens, self.threads, config.seed)
-        self.setup = Setup(str(folder), str(self.work), *shape, device, precision)
+        self.setup = Setup(str(folder), *shape, device, precision)
         self.backbone = Backbone.read(str(folder))
         self.bottleneck = max(1, self.backbone.hidden_size // 16)  # R of the usual placement
         shutil.rmtree(self.work, ignore_errors=True)
@@ -157,10 +157,6 @@ class Session:
         if name == OURS:
             return [sys.executable, "-m", "pipelines.benchmark.ours"]
         return [baseline_python(self.config.rival.venv, self.output), "-m", "pipelines.benchmark.baseline"]
-
-    def make_weights(self, sources: int, bottleneck: int | None = None) -> None:
-        layers, hidden_size = self.backbone.layers, self.backbone.hidden_size
-        make_weights(self.setup, layers, hidden_size, bottleneck or self.bottleneck, sources)
 
     def agreement(self, cases: Sequence[Case]) -> list[dict[str, Any]]:
         """The largest differences between the two on the same padded batch, with dropout off.

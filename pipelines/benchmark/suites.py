@@ -51,7 +51,6 @@ def compared(timings: Timings, comparisons: list[Comparison]) -> list[Figure]:
 def train(session: Session) -> Report:
     """Training steps against the baseline, fewer and more sources, the matrix products, and the bare loop."""
     n, r = session.config.sources, session.bottleneck
-    session.make_weights(max(n, MANY), r)
     agreement = session.agreement([Case(TRAIN, ADAPTER, 0, r), Case(TRAIN, FUSION, n, r)])
 
     def both(case: Case) -> tuple[Measured, Measured]:
@@ -101,7 +100,6 @@ def train(session: Session) -> Report:
 def infer(session: Session) -> Report:
     """Inference against the bare backbone."""
     n, r = session.config.sources, session.bottleneck
-    session.make_weights(n, r)
     cases = Case(INFER, FUSION, n, r), Case(INFER, ADAPTER, 0, r), Case(INFER, BARE)
     agreement = session.agreement(cases[:2])
     (ours, ours_one, ours_bare), (theirs, theirs_one, theirs_bare) = (
@@ -124,7 +122,6 @@ def infer(session: Session) -> Report:
 def memory(session: Session) -> Report:
     """Most bytes of tensors in a training step above those after loading; a count, so once is enough."""
     n, r = session.config.sources, session.bottleneck
-    session.make_weights(n, r)
     fused, one = Case(TRAIN, FUSION, n, r), Case(TRAIN, ADAPTER, 0, r)
     agreement = session.agreement([one, fused])
     peaks = {(who, case): session.peak(who, case) for who in (OURS, BASELINE) for case in (fused, one)}
