@@ -10,15 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from fusion.text import (
-    hydra_value,
-    is_plain,
-    key_of,
-    only_in_quotes,
-    override,
-    quoted,
-    shell_line,
-)
+from fusion.text import hydra_value, is_plain, key_of, only_in_quotes, override, quoted, shell_line
 from pipelines.commands import typed as workflow_line
 
 TEXTS = [

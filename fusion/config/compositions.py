@@ -1,7 +1,7 @@
 """The table of compositions: every way to combine the frozen adapters of one slot, `composition=NAME`.
 
 It is readable without torch: a builder imports its layers when it is called. Nothing outside asks for a composition's
-name; what differs between compositions is said here.
+name; what differs between compositions is stated here.
 """
 
 from __future__ import annotations

@@ -60,11 +60,7 @@ def checked(default: Any, accepts: Callable[[Any], bool], expected: str) -> Any:
 
 
 def integer(
-    default: int | None,
-    at_least: int,
-    at_most: float = math.inf,
-    null: str = "",
-    hint: str = "",
+    default: int | None, at_least: int, at_most: float = math.inf, null: str = "", hint: str = ""
 ) -> Any:
     """A whole number.
 

@@ -39,7 +39,7 @@ def _check_lora(settings: MethodConfig, weights: Mapping[str, Tensor], file: Pat
     stored = {tuple(tensor.shape[:1]) for name, tensor in weights.items() if name.endswith("lora_A.weight")}
     if stored != {(settings.rank,)}:
         raise UserError(
-            f"{file}: holds LoRA of rank {sorted(stored)}, and manifest.json says method.rank={settings.rank}"
+            f"{file}: has LoRA of rank {sorted(stored)}, and manifest.json has method.rank={settings.rank}"
         )
 
 

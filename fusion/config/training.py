@@ -90,9 +90,7 @@ class TrainerConfig(Settings, group="trainer"):
         f"one of {', '.join(PRECISIONS)}; frozen weights stay float32",
     )
     fast_dev_run: Any = checked(
-        False,
-        lambda value: isinstance(value, int) and value >= 0,
-        "true, false, or a number of batches >= 0",
+        False, lambda value: isinstance(value, int) and value >= 0, "true, false, or a number of batches >= 0"
     )
     max_epochs: Optional[int] = integer(30, 1, hint=" (the learning rate decays to zero there)")
     min_epochs: Optional[int] = integer(None, 0, null="none")

@@ -74,10 +74,7 @@ class Classification(Kind):
         for row, every in enumerate(scores.float().softmax(-1).tolist()):
             values = every[: counts[row]] if counts else every
             names = class_names(task, len(values))
-            yield {
-                "label": names[values.index(max(values))],
-                "scores": dict(zip(names, values, strict=True)),
-            }
+            yield {"label": names[values.index(max(values))], "scores": dict(zip(names, values, strict=True))}
 
     def describe(
         self, task: Task, scores: Tensor, label: Any, count: int | None, decision: Decision

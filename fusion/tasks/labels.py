@@ -127,7 +127,7 @@ class Labels:
         return ("spelled", value) if isinstance(value, str) and value in self._spelled else label_key(value)
 
     def keys(self, column: Column) -> list[Key]:
-        """The keys of a column; an id of a ClassLabel column stands for its name there."""
+        """The keys of a column; an id of a ClassLabel column is replaced by its name."""
         classes: list[Key] = []
         if column.names is not None:
             hub_names = _HUB_NAMES.get(tuple(self.names))

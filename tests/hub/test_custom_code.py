@@ -99,8 +99,7 @@ def test_a_known_type_goes_without_its_code(
 
 def test_a_tokenizer_of_its_own(own_code: Make, caplog: pytest.LogCaptureFixture) -> None:
     folder, marker = own_code(
-        file="tokenizer_config.json",
-        AutoTokenizer=["own.OwnTokenizer", "own.OwnTokenizer"],
+        file="tokenizer_config.json", AutoTokenizer=["own.OwnTokenizer", "own.OwnTokenizer"]
     )
     with caplog.at_level(logging.WARNING, "fusion"):
         assert load_tokenizer(str(folder)).is_fast

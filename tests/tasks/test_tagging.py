@@ -241,10 +241,7 @@ def test_a_row_without_words_is_left_out(write: Write, caplog: pytest.LogCapture
     [
         (rows([["a", "b"]], [["O"]]), r"line 1: ner_tags has 1 labels for 2 words; expected one per word"),
         (rows([["a"], []], [["O"], ["O"]]), r""),
-        (
-            rows([["a"]], ["O"]),
-            r"line 1: ner_tags is 'O' \(str\); expected a list of labels",
-        ),
+        (rows([["a"]], ["O"]), r"line 1: ner_tags is 'O' \(str\); expected a list of labels"),
         (rows([["a"]], [None]), r"line 1: ner_tags is null; expected a list"),
         (rows(["a"], [["O"]]), r"line 1: tokens is 'a' \(str\); expected a list of words"),
         (rows([["a", 1]], [["O", "O"]]), r"line 1: word 2 of tokens is 1 \(int\); expected text"),
@@ -266,10 +263,7 @@ def test_rows_that_are_refused(content: Any, message: str, write: Write) -> None
 
 def test_an_unknown_tag_of_a_conll_file(write: Write) -> None:
     data = write("a\tO\n\nb\tO\nRome\tB-GPE\n", ending="conll")
-    with pytest.raises(
-        UserError,
-        match=r"train\.conll, sentence at line 3: ner_tags is 'B-GPE' .*; exp",
-    ):
+    with pytest.raises(UserError, match=r"train\.conll, sentence at line 3: ner_tags is 'B-GPE' .*; exp"):
         load_rows(make_task(), data, "train")
     with pytest.raises(UserError, match=r"no column 3; it has 0, 1|no column ner_tags; it has 0, 1"):
         load_rows(make_task(columns={"tokens": "0", "ner_tags": "3"}), data, "train")
@@ -328,10 +322,7 @@ def test_shipped_task_files_read_the_hubs_form_and_conlls(
         ({"labels": ["O", "B-"]}, r"labels has B-;"),
         ({"label_values": [1, 2]}, "label_values has 2 entries for 5 labels"),
         ({"ignore_labels": [-1]}, "ignore_labels=.*each word has a label; leave it out"),
-        (
-            {"metrics": ["accuracy"]},
-            "metrics=\\[accuracy\\]: expected some of entity_f1, entity_pre",
-        ),
+        ({"metrics": ["accuracy"]}, "metrics=\\[accuracy\\]: expected some of entity_f1, entity_pre"),
         ({"choices": "c"}, "choices is for kind=choice only, not tagging"),
     ],
 )
