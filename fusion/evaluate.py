@@ -71,16 +71,36 @@ def _say_once(line: str) -> None:
 def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     if config.logger.wandb is None and config.logger.csv is None:
         return evaluate(config, run)
-    from fusion.tracking.evaluation import tracked
+    from fusion.tracking.labels import LENGTH, flat
+    from fusion.tracking.logged import log_result, log_use
+    from fusion.tracking.loggers import SafeCsvLogger, build_loggers, finish
 
     manifest = read_manifest(config.artifact, Path(config.store))
     tasks = [str(answer.task.name) for answer in answers(manifest, config.task)]
     about = {key: getattr(manifest, key) for key in ("kind", "name", "hash")}
     about["run"] = manifest.run.wandb
     tags = [*tasks, manifest.backbone.name_or_path.rsplit("/", 1)[-1], manifest.made_by]
-    return tracked(
-        config, run.directory, run.group, run.config, about, tags, tasks, lambda: evaluate(config, run)
+    loggers = build_loggers(
+        config.logger,
+        directory=run.directory,
+        name=f"{manifest.name} on {'+'.join(tasks)} {config.split}"[:LENGTH],
+        group=run.group,
+        job_type="evaluate",
+        tags=tags,
+        config_values=run.config,
     )
+    exit_code = 1
+    try:
+        result = evaluate(config, run)
+        log_result(loggers, result)
+        log_use(loggers, about)
+        for logger in loggers:
+            if isinstance(logger, SafeCsvLogger):  # it has no summary: a row of scores
+                logger.log_metrics(dict(flat(result["metrics"])), 0)
+        exit_code = 0
+        return result
+    finally:
+        finish(loggers, exit_code)
 
 
 def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def main(config: ReportConfig, run: Run) -> dict[str, Any]:
     from fusion.reporting.exports import write_files
     from fusion.reporting.page import write_page
     from fusion.reporting.reading import read_runs
-    from fusion.reporting.results import targets_of
+    from fusion.reporting.targets import targets_of
 
     found = read_runs(config.folders, without=run.directory)
     targets = targets_of(found, config.split)

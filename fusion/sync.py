@@ -13,16 +13,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fusion.cli.console import say
 from fusion.cli.program import read_arguments, run_program
 from fusion.errors import UserError
 from fusion.files import resolve_path
 from fusion.runs.run import CONFIG, STATUS
-
-if TYPE_CHECKING:
-    from fusion.tracking.offline import OfflineRun
 
 USAGE = """\
 python -m fusion.sync [runs=DIR] [seconds=N]
@@ -56,53 +52,54 @@ def work(words: Sequence[str]) -> int:
 
 
 def sync(folder: Path, seconds: float) -> int:
-    """Upload and link all that is open below `folder`, with a line per run; returns the exit code.
+    """Upload and link all offline runs below `folder`, with one line per run; return the exit code.
 
     Raises:
-        UserError: there is something to do, and no key or no server to do it with.
+        UserError: there is something to upload, but no API key or no server.
     """
-    from fusion.tracking.offline import SyncError, find_offline, why_not
-    from fusion.tracking.tracking import no_answer
+    from fusion.tracking.offline import SyncError, check_connection, find_offline, is_uploaded, open_links
 
     runs = find_offline(folder)
-    failed = asked = False
+    failed = checked = False
     for number, run in enumerate(runs, 1):
-        where = _shown(run.pieces[-1])
+        where = _shown(run)
         try:
-            if any(_alive(piece) for piece in run.pieces):
-                say(f"{where}: is still being written, left for the next call")
+            if _alive(run):
+                say(f"{where}: still being written, skipped until the next call")
                 continue
-            if not run.not_uploaded and not run.links:
-                say(f"{where}: nothing left to do")
+            if is_uploaded(run) and open_links(run) is None:
+                say(f"{where}: already uploaded")
                 continue
-            if not asked and (reason := why_not()) is not None:
-                raise UserError(f"nothing can be uploaded: {reason}")
-            if (not asked or failed) and (reason := no_answer()) is not None:
-                say(f"nothing {'more ' if asked else ''}can be uploaded: {reason}", flush=True)
-                return 1
-            asked = True
-            if run.not_uploaded:
+            if failed or not checked:  # after a failure the server may be gone
+                check_connection()
+                checked = True
+            if not is_uploaded(run):
                 limit = f"run {number} of {len(runs)} (at most {seconds:g} s)"
                 say(f"{where}: uploading, {limit}", sys.stderr, flush=True)
             say(f"{where}: {'; '.join(_upload(run, seconds))}", flush=True)
         except SyncError as error:
             failed = True
             say(f"{where}: {error}", flush=True)
+        except UserError as error:
+            if not checked:
+                raise
+            say(str(error), flush=True)
+            return 1
     if not runs:
         say(f"{folder}: no offline runs")
     return int(failed)
 
 
-def _upload(run: OfflineRun, seconds: float) -> list[str]:
+def _upload(run: Path, seconds: float) -> list[str]:
     """Upload and link one run; returns what was done."""
-    from fusion.tracking.offline import draw, upload
+    from fusion.tracking.offline import is_uploaded, link_uploaded, upload
 
     done = []
-    if pieces := len(run.not_uploaded):
+    if not is_uploaded(run):
         upload(run, seconds)
-        done += ["uploaded" + (f", {pieces} of {len(run.pieces)} pieces" if len(run.pieces) > 1 else "")]
-    drawn, missing = draw(run)
-    done += [f"linked to {', '.join(drawn)}"] if drawn else []
+        done.append("uploaded")
+    linked, missing = link_uploaded(run)
+    done += [f"linked to {', '.join(linked)}"] if linked else []
     return done + ([f"not linked to {', '.join(missing)}, which W&B does not have"] if missing else [])
 
 

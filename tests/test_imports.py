@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 EVERYWHERE = ("errors", "text", "files", "locks")
 PACKAGES = (
     *("layers", "hub", "tasks", "backbones", "config", "data", "store", "runs"),
-    *("tracking", "reporting", "model", "training", "analysis", "cli"),
+    *("reporting", "tracking", "model", "training", "analysis", "cli"),
 )
 COMMANDS = ("stage1", "stage2", "rank", "evaluate", "predict", "inspect", "report", "compare", "sync")
 LIBRARIES = {

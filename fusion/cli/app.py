@@ -37,7 +37,7 @@ from fusion.runs.memory import free_cycles
 from fusion.runs.run import Run, RunState, describe, record
 from fusion.runs.sweep import JobFailed, objective
 from fusion.text import PROGRESS, printable, printable_logs
-from fusion.tracking.decision import shared_decision
+from fusion.tracking.offline_state import shared_decision
 from fusion.training.expected_warnings import ignore_expected_warnings
 
 log = logging.getLogger(__name__)

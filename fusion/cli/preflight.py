@@ -25,7 +25,7 @@ from fusion.errors import UserError
 from fusion.files import resolve_path
 from fusion.runs.run import RunState, check_folder, describe
 from fusion.runs.sweep import Sweep, command_again, summarize_states
-from fusion.tracking.decision import name_sweep
+from fusion.tracking.offline_state import name_sweep
 
 CONFIG_ERRORS = (UserError, HydraException, OmegaConfBaseException, YAMLError)
 COMPOSING_ERRORS = (ValueError, AssertionError)  # what Hydra raises besides, for overrides it cannot place

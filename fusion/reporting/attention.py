@@ -1,10 +1,11 @@
-"""Source attention: of each fusion the mean attention weights of its layers, over its seeds.
+"""Source attention: the mean attention weights of each fusion by layer, over its seeds.
 
 Shapes: L slots, N sources.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fusion.reporting.reading import Found
-from fusion.reporting.results import Target, Trained
+from fusion.reporting.reading import Found, read_lines
+from fusion.reporting.results import Target
+from fusion.reporting.trained import Trained
 from fusion.reporting.wording import chosen_setting
 from fusion.runs.run import ATTENTION
 
@@ -22,7 +24,7 @@ Floats = NDArray[np.floating]
 
 @dataclass(frozen=True)
 class Attention:
-    """mean: (L, N), of the seeds. entropy: (L,) in nats, or None where the weights are no shares. runs: how many.
+    """mean: (L, N), over the seeds. entropy: (L,) in nats, or None if the weights do not sum to one. runs: how many.
 
     setting: which of the method's settings it is, see `chosen_setting`.
     """
@@ -37,45 +39,48 @@ class Attention:
     setting: str = ""
 
     @property
+    def title(self) -> str:
+        return f"{self.target} ← {self.method}"
+
+    @property
     def overall(self) -> Floats:
         """(N,): the mean over the slots."""
         return np.asarray(self.mean.mean(0))
 
     @property
-    def most(self) -> float:
-        """The entropy of paying all sources the same attention."""
+    def max_entropy(self) -> float:
+        """The entropy of uniform attention."""
         return float(np.log(len(self.sources))) if len(self.sources) > 1 else 0.0
 
 
 def attention_of(targets: Sequence[Target], found: Found) -> list[Attention]:
-    """Of every fusion in the table, with its best setting on validation, what its trainings noted in their best epoch, or its inspection saw."""
+    """Of each fusion, with its best setting on validation, the record of the best epoch or of its inspection."""
     every = []
     for target in targets:
         for method, group in target.groups.items():
             seen = [one for trained in group.trained if (one := _of_run(trained, found)) is not None]
-            # Runs of one group have the same sources in the same order, whatever their names are.
-            like = [one for one in seen if (len(one[0]), one[1]) == (len(seen[0][0]), seen[0][1])]
-            if not like:
+            # Runs of one group have the same sources in the same order, whatever they are named.
+            alike = [one for one in seen if (len(one[0]), one[1]) == (len(seen[0][0]), seen[0][1])]
+            if not alike:
                 continue
-            slots = like[0][1]
-            entropies = [entropy for *_, entropy in like if entropy is not None]
+            entropies = [entropy for *_, entropy in alike if entropy is not None]
             every.append(
                 Attention(
-                    target.label,
-                    method,
-                    _source_names(group.trained, [one[0] for one in like]),
-                    tuple(slots),
-                    np.mean([mean for *_, mean, _ in like], axis=0),
-                    np.mean(entropies, axis=0) if len(entropies) == len(like) else None,
-                    len(like),
-                    chosen_setting(group),
+                    target=target.label,
+                    method=method,
+                    sources=_source_names(group.trained, [one[0] for one in alike]),
+                    slots=tuple(alike[0][1]),
+                    mean=np.mean([mean for *_, mean, _ in alike], axis=0),
+                    entropy=np.mean(entropies, axis=0) if len(entropies) == len(alike) else None,
+                    runs=len(alike),
+                    setting=chosen_setting(group),
                 )
             )
     return every
 
 
 def _source_names(runs: Sequence[Trained], names: Sequence[Sequence[str]]) -> tuple[str, ...]:
-    """What the sources are called over all runs: by their tasks, where each seed has its own seeds of them."""
+    """The names of the sources over all runs: their tasks, if each seed has its own seeds of them."""
     settings = runs[0].variant.get("sources") or ()
     tasks = tuple(str(source.get("task.name") or source.get("artifact")) for source in settings)
     same = all(list(one) == list(names[0]) for one in names)
@@ -83,51 +88,44 @@ def _source_names(runs: Sequence[Trained], names: Sequence[Sequence[str]]) -> tu
 
 
 def _of_run(trained: Trained, found: Found) -> tuple[list[str], list[str], Floats, Floats | None] | None:
+    """Sources, slots, mean (L, N) and entropy (L,); None if there is no valid record."""
     best = trained.run.result.get("best_epoch")
-    lines = trained.run.lines(ATTENTION)
-    chosen: dict[str, Any] | None = next(
-        (line for line in reversed(lines) if line.get("epoch") == best), None
+    lines = read_lines(trained.run.folder / ATTENTION)
+    record: dict[str, Any] | None = next(
+        (line for line in reversed(lines) if line.get("epoch") == best), lines[-1] if lines else None
     )
-    if chosen is None and lines:
-        chosen = lines[-1]
-    if chosen is None and (inspection := found.inspections.get(trained.hash or "")) is not None:
-        chosen = {"sources": inspection.get("sources"), "slots": inspection.get("attention")}
-    if chosen is None:
-        return None
-    try:
-        sources, slots = [str(name) for name in chosen["sources"]], chosen["slots"]
+    if record is None and (inspection := found.inspections.get(trained.hash or "")) is not None:
+        record = {"sources": inspection.get("sources"), "slots": inspection.get("attention")}
+    with contextlib.suppress(TypeError, KeyError, ValueError, AttributeError):
+        sources, slots = [str(name) for name in record["sources"]], record["slots"]  # type: ignore[index]
         mean = np.array([slot["mean"] for slot in slots.values()], float)
-        if not sources or mean.shape != (len(slots), len(sources)) or not np.isfinite(mean).all():
-            return None
         entropies = [slot.get("entropy") for slot in slots.values()]
-        entropy = None if None in entropies else np.array(entropies, float)
-        return sources, list(map(str, slots)), mean, entropy
-    except (TypeError, KeyError, ValueError, AttributeError):
-        return None
+        if sources and mean.shape == (len(slots), len(sources)) and np.isfinite(mean).all():
+            entropy = None if None in entropies else np.array(entropies, float)
+            return sources, list(map(str, slots)), mean, entropy
+    return None
 
 
 def by_target(every: Sequence[Attention], layer: int | None = None) -> tuple[list[str], list[str], Floats]:
-    """The paper's Figure 4: fusions by rows, sources by columns, NaN where a fusion has not the source.
+    """The paper's Figure 4: fusions by sources, NaN where a fusion does not have the source.
 
     Args:
-        layer: the number of a slot; None: the mean over all.
+        layer: the index of a slot; None: the mean over all.
 
     Returns:
         Names of the fusions and of the sources, and (fusions, sources).
     """
-    columns = list(dict.fromkeys(source for one in every for source in one.sources))
+    import pandas as pd
+
     several = len({one.method for one in every}) > 1
     rows = [f"{one.target} ({one.method})" if several else one.target for one in every]
-    matrix = np.full((len(every), len(columns)), np.nan)
-    for row, one in enumerate(every):
-        values = one.overall if layer is None else one.mean[min(layer, len(one.mean) - 1)]
-        for source, value in zip(one.sources, values, strict=True):
-            matrix[row, columns.index(source)] = value
-    return rows, columns, matrix
+    values = [one.overall if layer is None else one.mean[min(layer, len(one.mean) - 1)] for one in every]
+    frame = pd.DataFrame([dict(zip(a.sources, v, strict=True)) for a, v in zip(every, values, strict=True)])
+    return rows, list(frame.columns), frame.to_numpy(float)
 
 
 def layer_names(slots: Sequence[str]) -> list[str]:
-    """`0.feedforward` as `0`, as `adapter.layers` counts, with the site where a layer has several."""
+    """`0.feedforward` as `0`, the number in `adapter.layers`, with the site if a layer has several."""
     several = len({slot.partition(".")[2] for slot in slots}) > 1
     named = []
     for slot in slots:

@@ -1,29 +1,27 @@
-"""What the page and the files beside it are made of."""
+"""The contents of the page and of the files beside it."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from fusion.reporting.ablation import is_complete
 from fusion.reporting.attention import Attention, attention_of
-from fusion.reporting.curves import Curve, curves_of
+from fusion.reporting.curves import shown_curves
 from fusion.reporting.reading import Found
-from fusion.reporting.results import Target, Trained
-from fusion.reporting.statistics import Answers, Difference, Sample, compare
-from fusion.reporting.wording import chosen_setting, titled
+from fusion.reporting.results import Target, order_of
+from fusion.reporting.trained import Trained
+from fusion.reporting.wording import titled
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass
 class Contents:
-    """What the page and the files beside it are made of.
-
-    targets: those with several methods, or all if there are none. single: the others, such as the tasks that the
-    sources come from.
-    """
+    """targets: those with several methods, or all if there are none. single: the others, such as source tasks."""
 
     found: Found
     targets: list[Target]
@@ -36,20 +34,20 @@ class Contents:
         return [*self.targets, *self.single]
 
     @functools.cached_property
-    def curves(self) -> list[tuple[Target, dict[str, list[Curve]]]]:
-        """Of each target that has some, what is drawn; read from the histories once."""
+    def curves(self) -> list[tuple[Target, dict[str, dict[str, DataFrame]]]]:
+        """The curves of each target that has some; the histories are read once."""
         every = [(target, shown_curves(target, self.found)) for target in self.everything]
         return [(target, curves) for target, curves in every if curves]
 
-    @property
+    @functools.cached_property
     def inspected(self) -> list[tuple[Target, str, Trained, dict[str, Any]]]:
-        """Of each method of each target the first run that was looked into."""
+        """The first inspected run of each method of each target."""
         seen = []
         for target in self.everything:
             for method, group in target.groups.items():
                 for trained in group.trained:
                     inspection = self.found.inspections.get(trained.hash or "")
-                    if inspection is not None and _is_whole(inspection):
+                    if inspection is not None and is_complete(inspection):
                         seen.append((target, method, trained, inspection))
                         break
         return seen
@@ -61,91 +59,33 @@ def contents_of(found: Found, targets: list[Target], notes: Sequence[str] = ()) 
     return Contents(found, several, single, attention_of([*several, *single], found), list(notes))
 
 
-def shown_curves(target: Target, found: Found) -> dict[str, list[Curve]]:
-    """What is drawn: each term of the loss, and the metric that picks the best epoch."""
-    every = curves_of(target, found)
-    terms = [name for name in every if name.startswith("train/") and name.endswith("loss")]
-    if "train/loss" in terms and "train/task_loss" in terms and len(terms) == 2:
-        terms.remove("train/task_loss")  # the only term is the loss
-    scores = [name for name in every if not name.startswith("train/") and name.endswith(f"/{target.metric}")]
-    return {name: every[name] for name in [*sorted(terms), *scores[:1]]}
+def every_method(targets: Sequence[Target]) -> list[str]:
+    """All methods of all targets, in one order."""
+    return sorted({method for target in targets for method in target.groups}, key=order_of)
 
 
-def chosen_settings(target: Target, methods: Iterable[str]) -> list[str]:
-    """Of those methods that have several settings, which one a figure shows."""
-    groups = [target.groups[method] for method in dict.fromkeys(methods) if method in target.groups]
-    return [f"{group.method}: {setting}" for group in groups if (setting := chosen_setting(group))]
+_COSTS = {
+    "parameters": ("parameters", "trainable"),
+    "bytes": ("parameters", "stored_bytes"),
+    "seconds": ("speed", "seconds"),
+    "tokens": ("speed", "tokens_per_second"),
+    "memory": ("speed", "peak_memory_bytes"),
+    "energy": ("speed", "energy_joules"),
+}
 
 
 def costs(target: Target) -> list[dict[str, Any]]:
+    """The score and mean cost of each group that was trained on the target."""
     rows = []
     for group in target.every_group:
-        if group.method.endswith(" alone"):
-            continue  # it learnt nothing from the target
-        results = [trained.run.result for trained in group.trained]
-        rows.append(
-            {
-                "method": titled(group),
-                "score": group.mean,
-                "parameters": _mean_of(results, "parameters", "trainable"),
-                "bytes": _mean_of(results, "parameters", "stored_bytes"),
-                "seconds": _mean_of(results, "speed", "seconds"),
-                "tokens": _mean_of(results, "speed", "tokens_per_second"),
-                "memory": _mean_of(results, "speed", "peak_memory_bytes"),
-                "energy": _mean_of(results, "speed", "energy_joules"),
-            }
-        )
+        if not group.method.endswith(" alone"):
+            results = [trained.run.result for trained in group.trained]
+            means = {key: _mean(results, *path) for key, path in _COSTS.items()}
+            rows.append({"method": titled(group), "score": group.mean, **means})
     return rows
 
 
-def ablation(inspection: Mapping[str, Any], metric: str) -> dict[str, Difference]:
-    """By source, the score without it less the score with all: with an interval over the rows, where they were kept."""
-    full = inspection["metrics"][metric]
-    kept = _answers_of(inspection, inspection.get("predicted"))
-    made = {}
-    for source, one in inspection["masked"].items():
-        score, answers = one["metrics"][metric], _answers_of(inspection, one.get("predicted"))
-        if kept is None or answers is None:
-            made[source] = Difference(score - full, None, None, None, "", 0, 0, 0)
-        else:
-            made[source] = compare([Sample(0, score, answers)], [Sample(0, full, kept)], metric)
-    return made
-
-
-def _answers_of(inspection: Mapping[str, Any], predicted: Any) -> Answers | None:
-    try:
-        labels, values = np.asarray(inspection["labels"]), np.asarray(predicted)
-    except (KeyError, ValueError):  # an inspection of before they were kept
-        return None
-    numbers = {labels.dtype.kind, values.dtype.kind} <= set("if")
-    if labels.ndim != 1 or labels.shape != values.shape or not numbers:
-        return None
-    return Answers(str(inspection.get("fingerprint")), labels, values)
-
-
-def _mean_of(results: Sequence[Mapping[str, Any]], part: str, key: str) -> float | None:
+def _mean(results: Sequence[Mapping[str, Any]], part: str, key: str) -> float | None:
     values = [(result.get(part) or {}).get(key) for result in results]
     numbers = [float(value) for value in values if isinstance(value, (int, float))]
-    return float(np.mean(numbers)) if numbers else None
-
-
-def _is_whole(inspection: Mapping[str, Any]) -> bool:
-    """Whether all that the page takes from an inspection is there; a file may be of anybody's."""
-    try:
-        metric = next(iter(inspection["metrics"]))
-        numbers = [
-            inspection["metrics"][metric],
-            *(one["metrics"][metric] for one in inspection["masked"].values()),
-        ]
-        numbers += [step["metrics"][metric] for step in inspection["pruned"] or []]
-        rows = all(
-            {"row", "tokens", "special", "weights", "predicted", "truth", "right"} <= set(r)
-            for r in inspection["words"]
-        )
-        return (
-            rows
-            and all(isinstance(number, (int, float)) for number in numbers)
-            and {"sources", "slots", "split", "rows"} <= set(inspection)
-        )
-    except (KeyError, TypeError, AttributeError, StopIteration):
-        return False
+    return sum(numbers) / len(numbers) if numbers else None

@@ -1,66 +1,61 @@
-"""How the trainings went: what they noted at each step, put together where a run was interrupted, over its seeds."""
+"""Training curves: the recorded history of each run, joined over its interrupted parts, over the seeds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fusion.reporting.reading import Found
-from fusion.reporting.results import Target, Trained
+from fusion.reporting.results import Target
+from fusion.reporting.trained import Trained
 
-POINTS = 200  # of a line; a longer one is thinned
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
-Floats = NDArray[np.floating]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A method's metric over the steps: mean, lowest and highest of its seeds. All (points,)."""
-
-    method: str
-    steps: Floats
-    mean: Floats
-    low: Floats
-    high: Floats
-    seeds: int
+POINTS = 200  # of a curve; a longer one is thinned
 
 
-def curves_of(target: Target, found: Found) -> dict[str, list[Curve]]:
-    """By metric (`train/loss`, `validation/accuracy`, ...) the curves of the methods that noted it."""
-    found_curves: dict[str, list[Curve]] = {}
+def curves_of(target: Target, found: Found) -> dict[str, dict[str, DataFrame]]:
+    """By metric (`train/loss`, `validation/accuracy`, ...) and method, a curve over the steps.
+
+    A curve is a frame with the index `step` and the columns mean, min, max and count, over the seeds.
+    """
+    import pandas as pd
+
+    curves: dict[str, dict[str, DataFrame]] = {}
     for method, group in target.groups.items():
         if method.endswith(" alone"):
-            continue  # a training on another task
-        histories = [history for trained in group.trained if (history := history_of(trained, found))]
-        for metric in dict.fromkeys(name for history in histories for name in history):
-            series = [history[metric] for history in histories if metric in history]
-            if (curve := _curve(method, series)) is not None:
-                found_curves.setdefault(metric, []).append(curve)
-    return found_curves
+            continue  # trained on another task
+        histories = [history_of(trained, found) for trained in group.trained]
+        for metric in dict.fromkeys(name for history in histories for name in history.columns):
+            seeds = [history[metric].dropna() for history in histories if metric in history]
+            points = pd.concat(seeds, axis=1, join="inner").sort_index()
+            if len(points) > POINTS:
+                points = points.iloc[np.linspace(0, len(points) - 1, POINTS).round().astype(int)]
+            if len(points):
+                curves.setdefault(metric, {})[method] = points.agg(["mean", "min", "max", "count"], axis=1)
+    return curves
 
 
-def history_of(trained: Trained, found: Found) -> dict[str, dict[int, float]]:
-    """By metric its value at each step. A run that was taken up again has left a part in each of its folders."""
-    history: dict[str, dict[int, float]] = {}
+def shown_curves(target: Target, found: Found) -> dict[str, dict[str, DataFrame]]:
+    """What the page shows: each term of the loss, and the metric that selects the best epoch."""
+    every = curves_of(target, found)
+    terms = [name for name in every if name.startswith("train/") and name.endswith("loss")]
+    if "train/loss" in terms and "train/task_loss" in terms and len(terms) == 2:
+        terms.remove("train/task_loss")  # the only term is the loss
+    scores = [name for name in every if not name.startswith("train/") and name.endswith(f"/{target.metric}")]
+    return {name: every[name] for name in [*sorted(terms), *scores[:1]]}
+
+
+def history_of(trained: Trained, found: Found) -> DataFrame:
+    """The finite metrics of a training, by step; the last part of a resumed run counts where parts overlap."""
+    import pandas as pd
+
+    values: dict[str, dict[int, float]] = {}
     for line in found.history(trained.run.folder):
-        step = line.get("step")
-        if not isinstance(step, int) or isinstance(step, bool):
-            continue
-        for name, value in line.items():
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
-            if "/" in name and number:
-                history.setdefault(name, {})[step] = float(value)
-    return history
-
-
-def _curve(method: str, series: Sequence[Mapping[int, float]]) -> Curve | None:
-    steps = sorted(set.intersection(*(set(one) for one in series))) if series else []
-    if not steps:
-        return None
-    if len(steps) > POINTS:
-        steps = [steps[round(n * (len(steps) - 1) / (POINTS - 1))] for n in range(POINTS)]
-    values = np.array([[one[step] for step in steps] for one in series])
-    return Curve(method, np.array(steps, float), values.mean(0), values.min(0), values.max(0), len(series))
+        if type(step := line.get("step")) is int:
+            for name, value in line.items():
+                if "/" in name and type(value) in (int, float) and np.isfinite(value):
+                    values.setdefault(name, {})[step] = float(value)
+    return pd.DataFrame(values)

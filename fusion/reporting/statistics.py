@@ -1,4 +1,4 @@
-"""Is a difference real? Paired bootstrap over rows and seeds, and Holm's correction for many targets.
+"""Paired bootstrap over rows and seeds, permutation test, and Holm's correction for several targets.
 
 Shapes: S seeds, R rows, B resamples.
 """
@@ -18,50 +18,62 @@ from fusion.tasks.metrics import metric_of
 RESAMPLES = 2000
 LEVEL = 0.95
 _BATCH = 100  # resamples at a time
-_SEED = 20_210_419  # the same report from the same files
-_AGAINST_TIES = 1e-12
+_SEED = 20_210_419  # the same files give the same report
+_TOLERANCE = 1e-12  # differences below it are ties
 
 Floats = NDArray[np.floating]
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What one run said of the rows of a split; labels, predicted: (R,), class ids or values."""
+class Predictions:
+    """The predictions of one run for the rows of a split; labels, predicted: (R,), class ids or values."""
 
     fingerprint: str
     labels: NDArray[Any]
     predicted: NDArray[Any]
 
+    @classmethod
+    def of(cls, content: Any) -> Predictions | None:
+        """From `{"fingerprint", "labels", "predicted"}`; None if it is anything else."""
+        try:
+            labels, predicted = np.asarray(content["labels"]), np.asarray(content["predicted"])
+            numbers = {labels.dtype.kind, predicted.dtype.kind} <= set("if")
+            if labels.ndim != 1 or labels.shape != predicted.shape or not numbers:
+                return None
+            return cls(str(content["fingerprint"]), labels, predicted)
+        except (TypeError, KeyError, ValueError):
+            return None
+
 
 @dataclass(frozen=True)
 class Sample:
-    """One run of a method: its seed, its score, and what it said row by row, where that was kept."""
+    """One run of a method: its seed, its score, and its predictions where they were kept."""
 
     seed: int
     score: float
-    answers: Answers | None = None
+    predictions: Predictions | None = None
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A method's score less the baseline's, over the pairs of runs with the same seed.
+    """A method's score minus the baseline's, over the pairs of runs with the same seed.
 
-    mean: of the scores. low, high: 95 % interval; None: one run each, and nothing row by row.
-    p: two-sided. unit: what was resampled. wins, ties, losses: pairs.
+    mean: of the scores. low, high: 95 % interval; None: one run each, without predictions. p: two-sided. unit: what
+    was resampled. wins, ties, losses: pairs.
     """
 
     mean: float
-    low: float | None
-    high: float | None
-    p: float | None
-    unit: str
-    wins: int
-    ties: int
-    losses: int
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    unit: str = ""
+    wins: int = 0
+    ties: int = 0
+    losses: int = 0
 
     @property
     def pairs(self) -> int:
-        """How many pairs of runs with the same seed were compared; 0: all runs of both were, unpaired."""
+        """The number of pairs of runs with the same seed; 0: all runs of both were compared, unpaired."""
         return self.wins + self.ties + self.losses
 
     @property
@@ -75,98 +87,88 @@ def compare(
 ) -> Difference:
     """The difference of two methods' runs on one split.
 
-    Runs are paired by their seeds, unless `by_seed` says that a seed means nothing to both; where no seed is in both,
-    or means nothing, all are taken and only the rows are paired. Where the
-    answers of every run to the same rows are known, rows and pairs of seeds are drawn together, with replacement
-    (Efron & Tibshirani 1993, ch. 8 and 15; for rows alone: Koehn 2004); the interval is of percentiles and p is twice
-    the share of resamples on the other side of zero. Else the pairs' differences are drawn, and p is of the
-    permutation test that swaps the members of pairs.
+    Runs are paired by their seeds; if they share no seed, or with `by_seed=False`, all runs are taken and only the
+    rows are paired. If the predictions of every run for the same rows are known, rows and pairs of seeds are
+    resampled together, with replacement (Efron & Tibshirani 1993, ch. 8 and 15; for rows alone: Koehn 2004); the
+    interval is of percentiles, and p is twice the share of resamples on the other side of zero. Otherwise the pairs'
+    differences are resampled, and p is of the permutation test that swaps the members of pairs.
     """
-    from scipy import stats
-
     ones, others, paired = _pairs(method, baseline, by_seed)
-    mean = _mean(ones) - _mean(others)
-    differences = (
-        np.array([one.score - other.score for one, other in zip(ones, others, strict=True)])
-        if paired
-        else np.zeros(0)
-    )
-    wins, losses = int((differences > _AGAINST_TIES).sum()), int((differences < -_AGAINST_TIES).sum())
+    scores, baselines = (np.array([one.score for one in samples]) for samples in (ones, others))
+    differences = scores - baselines if paired else np.zeros(0)
+    wins, losses = int((differences > _TOLERANCE).sum()), int((differences < -_TOLERANCE).sum())
     counts = (wins, len(differences) - wins - losses, losses)
-    answers = _same_rows([*ones, *others])
-    if answers is not None:
-        mine, its = answers[: len(ones)], answers[len(ones) :]
-        draw = np.random.RandomState(_SEED)
-
-        def statistic(rows: NDArray[np.integer], axis: int = -1) -> Floats:
-            """rows: (B, R) -> (B,)."""
-            drawn = draw.randint(len(mine), size=(len(rows), len(mine)))
-            again = drawn if paired else draw.randint(len(its), size=(len(rows), len(its)))
-            return _drawn_mean(mine, rows, drawn, metric) - _drawn_mean(its, rows, again, metric)
-
-        found = stats.bootstrap(
-            (np.arange(len(mine[0].labels)),),
-            statistic,
-            n_resamples=RESAMPLES,
-            batch=_BATCH,
-            vectorized=True,
-            confidence_level=LEVEL,
-            method="percentile",
-            **_generator(stats.bootstrap),
-        )
-        distribution = found.bootstrap_distribution
-        tail = min((distribution <= _AGAINST_TIES).sum(), (distribution >= -_AGAINST_TIES).sum())
-        p = min(1.0, 2 * (float(tail) + 1) / (len(distribution) + 1))
-        several = len(ones) > 1 or len(others) > 1
-        unit = "rows and seeds" if several else "rows"
-        return Difference(
-            mean,
-            float(found.confidence_interval.low),
-            float(found.confidence_interval.high),
-            p,
-            unit,
-            *counts,
-        )
+    mean = float(scores.mean() - baselines.mean())
+    predictions = _same_rows([*ones, *others])
+    if predictions is not None:
+        found = _bootstrap_rows(predictions[: len(ones)], predictions[len(ones) :], metric, paired)
+        unit = "rows and seeds" if len(ones) > 1 or len(others) > 1 else "rows"
+        return Difference(mean, *found, unit, *counts)
     if len(differences) < 2:
         return Difference(mean, None, None, None, "", *counts)
-    if np.ptp(differences) < _AGAINST_TIES:  # scipy warns of what has no spread
-        low = high = float(differences[0])
-    else:
-        interval = stats.bootstrap(
-            (differences,),
-            np.mean,
-            n_resamples=RESAMPLES,
-            confidence_level=LEVEL,
-            method="percentile",
-            **_generator(stats.bootstrap),
-        ).confidence_interval
+    return Difference(mean, *_bootstrap_seeds(scores, baselines), "seeds", *counts)
+
+
+def _bootstrap_rows(
+    ones: Sequence[Predictions], others: Sequence[Predictions], metric: str, paired: bool
+) -> tuple[float, float, float]:
+    """Interval and p, resampled over rows and seeds."""
+    from scipy import stats
+
+    draw = np.random.RandomState(_SEED)
+
+    def statistic(rows: NDArray[np.integer], axis: int = -1) -> Floats:
+        """rows: (B, R) -> (B,)."""
+        seeds = draw.randint(len(ones), size=(len(rows), len(ones)))
+        again = seeds if paired else draw.randint(len(others), size=(len(rows), len(others)))
+        return _resampled_mean(ones, rows, seeds, metric) - _resampled_mean(others, rows, again, metric)
+
+    found = stats.bootstrap(
+        (np.arange(len(ones[0].labels)),),
+        statistic,
+        batch=_BATCH,
+        vectorized=True,
+        **_options(stats.bootstrap),
+    )
+    resampled = found.bootstrap_distribution
+    tail = min((resampled <= _TOLERANCE).sum(), (resampled >= -_TOLERANCE).sum())
+    p = min(1.0, 2 * (float(tail) + 1) / (len(resampled) + 1))
+    return float(found.confidence_interval.low), float(found.confidence_interval.high), p
+
+
+def _bootstrap_seeds(scores: Floats, baselines: Floats) -> tuple[float, float, float]:
+    """Interval and p, resampled over pairs of seeds."""
+    from scipy import stats
+
+    differences = scores - baselines
+    low = high = float(differences[0])
+    if np.ptp(differences) >= _TOLERANCE:  # scipy warns of values without spread
+        interval = stats.bootstrap((differences,), np.mean, **_options(stats.bootstrap)).confidence_interval
         low, high = float(interval.low), float(interval.high)
     test = stats.permutation_test(
-        (np.array([one.score for one in ones]), np.array([other.score for other in others])),
+        (scores, baselines),
         lambda x, y, axis: np.mean(x - y, axis=axis),
         permutation_type="samples",
         vectorized=True,
-        n_resamples=RESAMPLES,
-        **_generator(stats.permutation_test),
+        **_options(stats.permutation_test),
     )
-    return Difference(mean, low, high, float(test.pvalue), "seeds", *counts)
+    return low, high, float(test.pvalue)
 
 
 def holm(values: Sequence[float]) -> list[float]:
     """p-values of a family of tests, adjusted step by step from the smallest (Holm 1979)."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    adjusted, highest = [0.0] * len(values), 0.0
-    for rank, place in enumerate(order):
-        highest = max(highest, min(1.0, (len(values) - rank) * values[place]))
-        adjusted[place] = highest
-    return adjusted
+    order = np.argsort(values, kind="stable")
+    steps = np.minimum(1.0, np.arange(len(values), 0, -1) * np.asarray(values, float)[order])
+    adjusted = np.empty(len(values))
+    adjusted[order] = np.maximum.accumulate(steps)
+    return [float(value) for value in adjusted]
 
 
 def constant_scores(labels: NDArray[Any], metrics: Sequence[str]) -> tuple[str, dict[str, float]]:
-    """What one answer for every row scores, the lower bound of any method: what it is, and the scores by metric.
+    """The scores of one constant prediction, the lower bound of any method: its name, and the scores by metric.
 
-    The answer is the most frequent label, of values the mean; correlations with a constant are not defined, so left
-    out, and so is a metric that is not known here.
+    The prediction is the most frequent label, or the mean of values; correlations with a constant are undefined and
+    omitted, and so is an unknown metric.
     """
     if not len(labels):
         return "", {}
@@ -182,12 +184,12 @@ def constant_scores(labels: NDArray[Any], metrics: Sequence[str]) -> tuple[str, 
     return "majority class", scores
 
 
-def _drawn_mean(
-    runs: Sequence[Answers], rows: NDArray[np.integer], drawn: NDArray[np.integer], metric: str
+def _resampled_mean(
+    runs: Sequence[Predictions], rows: NDArray[np.integer], seeds: NDArray[np.integer], metric: str
 ) -> Floats:
-    """The mean score of the drawn runs on the drawn rows: rows (B, R), drawn (B, S) -> (B,)."""
+    """The mean score of the drawn runs on the drawn rows: rows (B, R), seeds (B, S) -> (B,)."""
     scores = np.stack([metric_of(metric, run.labels[rows], run.predicted[rows]) for run in runs], -1)
-    return np.asarray(np.take_along_axis(scores, drawn, axis=-1).mean(-1))
+    return np.asarray(np.take_along_axis(scores, seeds, axis=-1).mean(-1))
 
 
 def _pairs(
@@ -200,21 +202,18 @@ def _pairs(
     return list(method), list(baseline), False
 
 
-def _same_rows(samples: Sequence[Sample]) -> list[Answers] | None:
-    """The answers of all, if they are to the same rows."""
-    answers = [sample.answers for sample in samples if sample.answers is not None]
-    same = len(answers) == len(samples) and len({one.fingerprint for one in answers}) == 1
-    same = same and len({len(one.labels) for one in answers}) == 1 and len(answers[0].labels) > 1
-    return answers if same else None
+def _same_rows(samples: Sequence[Sample]) -> list[Predictions] | None:
+    """The predictions of all, if they are for the same rows."""
+    kept = [sample.predictions for sample in samples if sample.predictions is not None]
+    same = len(kept) == len(samples) and len({(one.fingerprint, len(one.labels)) for one in kept}) == 1
+    return kept if same and len(kept[0].labels) > 1 else None
 
 
-def _mean(samples: Sequence[Sample]) -> float:
-    return float(np.mean([sample.score for sample in samples]))
-
-
-def _generator(function: Any) -> dict[str, Any]:
-    """A fixed seed, by the name that this release of scipy has for it."""
+def _options(function: Any) -> dict[str, Any]:
+    """Common options; the fixed seed has the name that this release of scipy has for it."""
     import inspect
 
-    name = "rng" if "rng" in inspect.signature(function).parameters else "random_state"
-    return {name: np.random.default_rng(_SEED)}
+    known = inspect.signature(function).parameters
+    options: dict[str, Any] = {"n_resamples": RESAMPLES}
+    options |= {"confidence_level": LEVEL, "method": "percentile"} if "confidence_level" in known else {}
+    return options | {"rng" if "rng" in known else "random_state": np.random.default_rng(_SEED)}

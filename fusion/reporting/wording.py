@@ -1,17 +1,26 @@
-"""How numbers, scores and names are written."""
+"""How numbers, groups and names are written in the page and the tables."""
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable, Sequence
 
-from fusion.reporting.results import Group
+from fusion.reporting.results import BASELINE, Group, Target
 from fusion.reporting.statistics import Difference
 from fusion.store.listing import as_bytes
 
 
 def score(group: Group) -> str:
-    return f"{group.mean:.3f}" + ("" if group.deviation is None else f" ± {group.deviation:.3f}")
+    return mean_of(group.scores)
+
+
+def mean_of(values: Sequence[float]) -> str:
+    """Mean and, of several values, the standard deviation."""
+    import numpy as np
+
+    deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{deviation}"
 
 
 def signed(value: float, digits: int = 3) -> str:
@@ -22,23 +31,45 @@ def signed(value: float, digits: int = 3) -> str:
 
 
 def seeds(group: Group) -> str:
-    """How many runs a mean is over."""
+    """The number of runs that a mean is over."""
     runs, different = len(group.entries), group.seeds
     if runs == different:
         return f"{runs} seed{'s' * (runs != 1)}"
     return f"{runs} runs of {different} seed{'s' * (different != 1)}"
 
 
+def common_seeds(group: Group) -> str:
+    """The number of paired seeds of a difference, unless it is of all seeds: the means beside it are of more."""
+    if group.difference is None or group.against is None:
+        return ""
+    pairs = group.difference.pairs
+    if pairs in (0, max(len(group.entries), len(group.against.entries))):
+        return ""
+    return f"of the {pairs} common seeds" if pairs > 1 else "of the one common seed"
+
+
+def against(target: Target, group: Group) -> str:
+    """The baseline's setting that a group is compared with, unless it is the best one."""
+    other = group.against
+    return "" if other is None or other is target.groups[BASELINE] else other.differing
+
+
 def titled(group: Group) -> str:
-    """The method, with its settings where it has several."""
+    """The method, with its setting if it has several."""
     return f"{group.method} ({group.differing})" if group.differing else group.method
 
 
 def chosen_setting(group: Group) -> str:
-    """Which setting of a method is shown where only one is; empty where the method has only one."""
+    """The setting of a method that is shown where only one is; empty if the method has only one."""
     if not group.others:
         return ""
     return f"setting {group.differing}, best on {group.chosen_on} of {group.others + 1} settings"
+
+
+def chosen_settings(target: Target, methods: Iterable[str]) -> list[str]:
+    """Of the methods with several settings, which one a figure shows."""
+    groups = [target.groups[method] for method in dict.fromkeys(methods) if method in target.groups]
+    return [f"{group.method}: {setting}" for group in groups if (setting := chosen_setting(group))]
 
 
 def interval(difference: Difference | None, digits: int = 3) -> str | None:
@@ -47,8 +78,8 @@ def interval(difference: Difference | None, digits: int = 3) -> str | None:
     return f"{signed(difference.low, digits)} to {signed(difference.high, digits)}"
 
 
-def p_value(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+def p_value(value: float | None) -> str:
+    return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def number(value: float | None) -> str:
@@ -62,9 +93,14 @@ def size(value: float | None) -> str:
 
 
 def anchor(*parts: str) -> str:
-    """An id that any text may become, no two of them the same."""
+    """A unique HTML id for any text."""
     readable = re.sub(r"[^A-Za-z0-9]+", "-", "-".join(parts)).strip("-")[:40]
     return f"{readable}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:6]}"
+
+
+def group_anchor(target: Target, group: Group) -> str:
+    best = target.groups[group.method] is group
+    return anchor(target.label, group.method, *([] if best else [group.key]))
 
 
 def file_name(*parts: str) -> str:

@@ -1,7 +1,8 @@
-"""What a run is called where runs are looked at, and its config as columns to filter by."""
+"""Labels of a run: its display name, its config as flat columns, and the direction of its metrics."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,16 +11,16 @@ from fusion.config.methods import ADAPTER
 from fusion.config.stages import StageConfig
 from fusion.tasks.table import METRICS
 
-NAMES_SHOWN = 4  # of sources
-LENGTH = 128  # of a name, W&B's limit
+NAMES_SHOWN = 4  # sources in a name
+LENGTH = 128  # W&B's limit for a name
 SCORES = {*(metric for metrics in METRICS.values() for metric in metrics), "mean"}
 
 
 def stage_name(config: StageConfig, sources: Sequence[str] = ()) -> str:
     """`cb · adapter · seed 3`; of a fusion `cb ← snli+mrpc+rte · seed 3`.
 
-    What the artifact's own name says beyond its task and method (what a sweep changes, a name of the user's) stands
-    at the end, and so does the composition unless it is AdapterFusion.
+    A composition other than AdapterFusion is added, and at the end what the artifact's name has beyond task and
+    method: the swept values, or a name set by the user.
 
     Args:
         sources: of a fusion, in order.
@@ -48,9 +49,9 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`{"optim": {"lr": 1e-4}}` -> ("optim/lr", 1e-4): a column of its own for each value.
+    """`{"optim": {"lr": 1e-4}}` -> ("optim/lr", 1e-4): one column for each value. None is left out.
 
-    With a stroke and not a dot, which W&B advises against in keys. What is None or empty is left out.
+    The separator is a slash: W&B advises against dots in keys.
     """
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -62,10 +63,21 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def best_is(metric: str) -> str | None:
-    """Which of a curve's values is the best: "min" of a loss, "max" of a score; None of anything else.
+def plain(value: Any) -> Any:
+    """Plain containers and scalars for W&B; anything else, NaN and infinity included, becomes text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
-    All scores of the task files are the better the higher, a regression's too: they are correlations.
+
+def best_is(metric: str) -> str | None:
+    """The best value of a curve: "min" of a loss, "max" of a score, None of anything else.
+
+    Every score is better the higher it is; those of regressions are correlations.
     """
     last = metric.rsplit("/", 1)[-1]
     if last == "loss" or last.endswith("_loss"):

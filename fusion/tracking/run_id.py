@@ -1,10 +1,11 @@
-"""A W&B run's id: the same whenever the run is taken up again, another once it begins anew.
+"""The id of a W&B run: the same for every resume of the run, a new one once it starts over.
 
-It lies beside the run's checkpoints, which go when the run is done or begins anew (`resume=false`).
+It is kept with the run's checkpoints, which are removed when the run is done or starts over (`resume=false`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,35 +15,31 @@ from pathlib import Path
 from fusion.files import write_json
 
 FILE = "wandb.json"
-KEPT = r"[\w.-]{1,64}"
+VALID = r"[\w.-]{1,64}"
 
 
 def run_id(folder: Path | None, identity: str) -> str | None:
-    """The id of the run whose checkpoints lie in `folder`, kept there for the next time.
+    """The id of the run whose checkpoints are in `folder`, created on first use.
 
-    Where an agent of W&B's sweeps has given the run an id already, that one stays.
+    An agent of a W&B sweep assigns the id itself.
 
     Args:
-        identity: the hash of what the run is; the id begins with it.
+        identity: the hash of the run's settings, the prefix of a new id.
 
     Returns:
-        None: whatever W&B takes.
+        None without a folder: W&B chooses one.
     """
-    if os.environ.get("WANDB_SWEEP_ID") and (given := os.environ.get("WANDB_RUN_ID")):
-        return given
+    if os.environ.get("WANDB_SWEEP_ID") and (assigned := os.environ.get("WANDB_RUN_ID")):
+        return assigned
     if folder is None:
         return None
     file = folder / FILE
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # the first start, or a damaged file
         known = json.loads(file.read_text(encoding="utf-8"))["id"]
-        if isinstance(known, str) and re.fullmatch(KEPT, known):
-            return known
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # the first time, or not readable: a new one
-    fresh = f"{identity}-{secrets.token_hex(3)}"
-    try:
+        if re.fullmatch(VALID, known):
+            return str(known)
+    new = f"{identity}-{secrets.token_hex(3)}"
+    with contextlib.suppress(OSError):  # a full disk is reported by the checkpoints
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"id": fresh})
-    except OSError:
-        pass  # a full disk says so itself; this run has an id all the same
-    return fresh
+        write_json(file, {"id": new})
+    return new

@@ -19,14 +19,8 @@ from fusion.store.compatibility import DIVERGED
 from fusion.store.lookup import read_folder
 from fusion.store.manifest import Manifest
 from fusion.tracking.labels import stage_name
-from fusion.tracking.tracking import (
-    build_loggers,
-    finish,
-    log_attention,
-    log_lineage,
-    log_result,
-    run_reference,
-)
+from fusion.tracking.logged import log_attention, log_lineage, log_result, run_reference
+from fusion.tracking.loggers import build_loggers, finish
 from fusion.training.attention import AttentionRecorder
 from fusion.training.description import manifest_of_fit, result_of_fit
 from fusion.training.divergence import shown

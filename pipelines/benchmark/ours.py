@@ -35,7 +35,7 @@ from fusion.layers.heads import TaskHead
 from fusion.layers.slot_module import SlotModule
 from fusion.model.adapted import AdaptedModel
 from fusion.runs.memory import keep_freed_memory
-from fusion.tracking.tracking import build_loggers
+from fusion.tracking.loggers import build_loggers
 from fusion.training.fit import make_trainer
 from fusion.training.module import TaskModule, adamw
 from fusion.training.progress import ProgressBar

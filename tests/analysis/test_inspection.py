@@ -19,7 +19,7 @@ from fusion.cli.result_tables import inspected
 from fusion.config.commands import InspectConfig
 from fusion.errors import UserError
 from fusion.model.source_attention import AttentionSums
-from fusion.reporting.contents import ablation
+from fusion.reporting.ablation import ablation
 from fusion.reporting.packing import pack, unpack
 from tests.bench import Bench
 

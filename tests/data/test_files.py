@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pandas  # type: ignore[import-untyped]  # of `datasets`
+import pandas  # of `datasets`
 import pyarrow
 import pyarrow.parquet
 import pytest

@@ -16,13 +16,15 @@ import pytest
 
 from fusion.errors import UserError
 from fusion.reporting import page, sections, tables
+from fusion.reporting.ablation import is_complete
 from fusion.reporting.attention import Attention, by_target, layer_names
-from fusion.reporting.contents import Contents, _is_whole, contents_of
+from fusion.reporting.contents import Contents, contents_of
 from fusion.reporting.curves import POINTS, curves_of, history_of
 from fusion.reporting.exports import write_files
 from fusion.reporting.packing import pack
 from fusion.reporting.reading import read_runs
-from fusion.reporting.results import targets_of, trained_runs
+from fusion.reporting.targets import targets_of
+from fusion.reporting.trained import trained_runs
 from tests.reporting.conftest import Write
 
 ABOUT = {"runs": "runs", "made": "today", "command": "python -m fusion.report"}
@@ -81,17 +83,8 @@ def contents(tmp_path: Path, looked_into: dict[str, Any] | None = None) -> Conte
         target = targets[0]
         method = next(method for method in target.groups if method.startswith("fusion"))
         trained = target.groups[method].trained[0]
-        made = _WithInspection(**vars(made))
-        made.one = (target, method, trained, looked_into)
+        made.inspected = [(target, method, trained, looked_into)] if is_complete(looked_into) else []
     return made
-
-
-class _WithInspection(Contents):
-    one: Any = None
-
-    @property
-    def inspected(self) -> Any:
-        return [self.one] if _is_whole(self.one[3]) else []
 
 
 def written(made: Contents, tmp_path: Path, files: Path | None = None) -> str:
@@ -161,7 +154,7 @@ def test_a_difference_says_of_how_many_seeds_it_is(tmp_path: Path, write: Write)
     made = contents(tmp_path)
     text = written(made, tmp_path)
     write_files(made, tmp_path / "files")
-    assert text.count("<small>of the 2 seeds in both</small>") == 2 and "<small>3 seeds</small>" in text
+    assert text.count("<small>of the 2 common seeds</small>") == 2 and "<small>3 seeds</small>" in text
     with open(tmp_path / "files" / "differences.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["method"], row["seeds"], row["pairs"], row["difference"][:4]) for row in rows] == [
@@ -184,7 +177,7 @@ def test_a_figure_of_one_setting_names_it(tmp_path: Path, write: Write) -> None:
     made = contents(tmp_path, inspection())
     assert [one.setting for one in made.attention] == [named]
     assert [one["settings"] for one in sections.curves(made)] == [[f"fusion of 2: {named}"]]
-    assert sections.looked_into(*made.inspected[0])["setting"] == named
+    assert sections.inspected(*made.inspected[0])["setting"] == named
     text = written(made, tmp_path)
     for section, count in (("listened", 3), ("words", 1), ("needed", 1), ("curves", 1)):
         content = text[text.index(f'<section id="{section}">') :].partition("</section>")[0]
@@ -245,12 +238,12 @@ def test_ablation_is_coloured_only_where_it_is_conclusive(tmp_path: Path, write:
     looked = inspection(metrics={"accuracy": 1.0}, labels=labels, predicted=labels, masked=masked, rows=100)
     target = contents(tmp_path).targets[0]
     trained = target.groups["fusion of 2"].trained[0]
-    rows = sections.looked_into(target, "fusion of 2", trained, looked)["masked"]
-    assert [(row["source"], row["sign"]) for row in rows] == [
-        *(("much", "worse"), ("little", "same"), ("unknown", "same"))
-    ]
-    low, high = (float(part.replace("−", "-")) for part in rows[0]["interval"].split(" to "))
-    assert -0.55 < low < -0.4 < high < -0.25 and rows[2]["interval"] is None
+    changes = sections.inspected(target, "fusion of 2", trained, looked)["changes"]
+    assert {name: change.conclusive for name, change in changes.items()} == {
+        **{"much": True, "little": False, "unknown": False}
+    }
+    assert -0.55 < changes["much"].low < -0.4 < changes["much"].high < -0.25
+    assert changes["unknown"].low is None
     text = written(contents(tmp_path, looked), tmp_path)
     assert '<td class="worse">−0.4000</td>' in text and '<td class="same">−0.0100</td>' in text
 
@@ -332,7 +325,7 @@ def test_it_stays_below_five_megabytes(tmp_path: Path, write: Write) -> None:
     words = [inspection()["words"][0] | {"row": n, "tokens": tokens, "weights": packed} for n in range(rows)]
     text = written(contents(tmp_path, inspection(words=words)), tmp_path)
     assert len(text.encode()) <= page.LARGEST
-    assert "To stay below 5 MB, at most 4 rows" in text and text.count('<div class="row">') == 4
+    assert "limited to 4 rows of each fusion" in text and text.count('<div class="row">') == 4
 
 
 def test_a_page_that_cannot_be_small_enough(
@@ -400,22 +393,22 @@ def test_files_for_a_paper(tmp_path: Path, write: Write) -> None:
     assert float(fused["difference"]) == pytest.approx(0.25) and fused["wins"] == "2"
 
 
-def test_latex_compiles_in_the_mind() -> None:
+def test_latex_escapes_every_special_character() -> None:
     """Every special character is escaped, and each line has as many cells as the head."""
-    table = tables.Table(
-        "t", "a\nb", ("target", "fusion_of 2"), [["50% & #1 {x}~^\\", 0.123456], ["±", None]]
-    )
+    rows: list[list[Any]] = [["50% & #1 {x}~^\\", 0.123456], ["±", None]]
+    table = tables.table("t", "a\nb", ("target", "fusion_of 2"), rows)
     text = tables.latex(table)
     body = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert len(body) == 3 and all(len(re.split(r"(?<!\\)&", line)) == 2 for line in body)
-    assert r"50\% \& \#1 \{x\}\textasciitilde{}\textasciicircum{}\textbackslash{}" in text
+    assert r"50\% \& \#1 \{x\}" in text
+    assert all(rf"\text{name}" in text for name in ("asciitilde", "asciicircum", "backslash"))
     assert "0.1235" in text and "--" in text and r"$\pm$" in text and text.startswith("% a b\n")
     for rule in (r"\toprule", r"\midrule", r"\bottomrule"):
         assert rule in text
 
 
 def test_a_spreadsheet_takes_no_name_for_a_formula(tmp_path: Path) -> None:
-    tables.save(tables.Table("t", "", ("a", "b"), [["=1+1", -2.5]]), tmp_path)
+    tables.save(tables.table("t", "", ("a", "b"), [["=1+1", -2.5]]), tmp_path)
     assert list(csv.reader((tmp_path / "t.csv").open())) == [["a", "b"], ["'=1+1", "-2.5"]]
 
 
@@ -426,11 +419,9 @@ def test_a_training_in_two_turns_is_one_curve(tmp_path: Path, write: Write) -> N
     note_history(second, "tweets-1", range(40, 100, 10), loss=1.0, started="2")
     found = read_runs([tmp_path / "runs"])
     (trained,) = trained_runs(found.done)
-    history = history_of(trained, found)
-    assert sorted(history["train/loss"]) == list(range(0, 100, 10))
-    assert history["train/loss"][30] == 5.0 / 31 and history["train/loss"][40] == 1.0 / 41, (
-        "the later turn counts"
-    )
+    loss = history_of(trained, found)["train/loss"].dropna()
+    assert sorted(loss.index) == list(range(0, 100, 10))
+    assert loss[30] == 5.0 / 31 and loss[40] == 1.0 / 41, "the later part counts"
 
 
 def test_seeds_as_a_band(tmp_path: Path, write: Write) -> None:
@@ -438,12 +429,11 @@ def test_seeds_as_a_band(tmp_path: Path, write: Write) -> None:
         note_history(write(seed=seed), f"t-{seed}", range(0, 5000, 10), loss)
     found = read_runs([tmp_path / "runs"])
     (target,) = targets_of(found)
-    (curve,) = curves_of(target, found)["train/loss"]
-    assert curve.seeds == 2 and len(curve.steps) == POINTS
-    assert (curve.steps[0], curve.steps[-1]) == (0, 4990)
-    np.testing.assert_allclose(curve.mean, 2 / (curve.steps + 1))
-    np.testing.assert_allclose(curve.low, 1 / (curve.steps + 1))
-    np.testing.assert_allclose(curve.high, 3 / (curve.steps + 1))
+    (curve,) = curves_of(target, found)["train/loss"].values()
+    assert set(curve["count"]) == {2} and len(curve) == POINTS
+    assert (curve.index[0], curve.index[-1]) == (0, 4990)
+    for column, factor in (("mean", 2), ("min", 1), ("max", 3)):
+        np.testing.assert_allclose(curve[column], factor / (curve.index + 1))
 
 
 def test_a_cut_off_history(tmp_path: Path, write: Write) -> None:
@@ -452,7 +442,8 @@ def test_a_cut_off_history(tmp_path: Path, write: Write) -> None:
     with open(folder / "history.jsonl", "a") as file:
         file.write('{"step": 40, "train/loss": NaN}\n{"step": true, "train/loss": 9}\n[]\n{"step": 50, "tra')
     found = read_runs([tmp_path / "runs"])
-    assert set(history_of(trained_runs(found.done)[0], found)["train/loss"]) == {0, 10, 20}
+    history = history_of(trained_runs(found.done)[0], found)
+    assert set(history["train/loss"].dropna().index) == {0, 10, 20}
 
 
 def test_attention_over_seeds_and_targets() -> None:

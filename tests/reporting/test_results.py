@@ -9,7 +9,9 @@ import pytest
 
 from fusion.errors import UserError
 from fusion.reporting.reading import read_runs
-from fusion.reporting.results import Target, targets_of
+from fusion.reporting.results import Target
+from fusion.reporting.statistics import Difference
+from fusion.reporting.targets import targets_of
 from tests.reporting.conftest import Write
 
 
@@ -20,6 +22,15 @@ def targets(folder: Path, split: str | None = None) -> list[Target]:
 def only(folder: Path, split: str | None = None) -> Target:
     (target,) = targets(folder, split)
     return target
+
+
+def differences(target: Target) -> dict[str, Difference]:
+    """By method, of its best group to the baseline."""
+    return {method: group.difference for method, group in target.groups.items() if group.difference}
+
+
+def adjusted(target: Target, method: str) -> float | None:
+    return target.groups[method].adjusted
 
 
 def test_methods_and_seeds(tmp_path: Path, write: Write) -> None:
@@ -36,14 +47,12 @@ def test_methods_and_seeds(tmp_path: Path, write: Write) -> None:
     assert target.groups["head"].scores == [0.6, 0.65]
     assert target.groups["fusion of 2"].mean == pytest.approx(0.875)
     assert target.groups["fusion of 2"].deviation == pytest.approx(0.05 / 2**0.5)
-    assert set(target.differences) == {"head", "fusion of 2"}
-    fused_by = target.differences["fusion of 2"]
+    assert set(differences(target)) == {"head", "fusion of 2"}
+    fused_by = differences(target)["fusion of 2"]
     assert fused_by.mean == pytest.approx(0.125) and fused_by.unit == "rows and seeds"
     assert (fused_by.wins, fused_by.ties, fused_by.losses) == (2, 0, 0)
-    assert target.differences["head"].unit == "seeds", "its answers were not kept"
-    assert target.adjusted == {m: d.p for m, d in target.differences.items()}, (
-        "one target, nothing to correct"
-    )
+    assert differences(target)["head"].unit == "seeds", "its answers were not kept"
+    assert all(adjusted(target, method) == one.p for method, one in differences(target).items()), "one target"
 
 
 def test_holm_is_over_the_targets(tmp_path: Path, write: Write) -> None:
@@ -52,9 +61,9 @@ def test_holm_is_over_the_targets(tmp_path: Path, write: Write) -> None:
         write(task, score=0.95, wrong=1, sources=["a", "b"])
     found = targets(tmp_path)
     assert [target.label for target in found] == ["cb", "mrpc", "rte"]
-    raw = [target.differences["fusion of 2"].p for target in found]
+    raw = [differences(target)["fusion of 2"].p for target in found]
     assert len(set(raw)) == 1 and raw[0] is not None
-    assert all(t.adjusted["fusion of 2"] == pytest.approx(min(1, 3 * raw[0])) for t in found)
+    assert all(adjusted(t, "fusion of 2") == pytest.approx(min(1, 3 * raw[0])) for t in found)
 
 
 def test_seeds_are_told_by_settings_and_not_by_names(tmp_path: Path, write: Write) -> None:
@@ -68,7 +77,7 @@ def test_seeds_are_told_by_settings_and_not_by_names(tmp_path: Path, write: Writ
     target = next(target for target in targets(tmp_path) if target.task == "tweets")
     group = target.groups["fusion of 2"]
     assert group.scores == [0.75, 0.7, 0.6] and group.others == 0 and group.differing == ""
-    assert target.differences["fusion of 2"].mean == pytest.approx(-0.05 / 3)
+    assert differences(target)["fusion of 2"].mean == pytest.approx(-0.05 / 3)
 
 
 def test_another_setting_of_a_source_is_another_setting(tmp_path: Path, write: Write) -> None:
@@ -89,7 +98,7 @@ def test_runs_of_one_seed_with_other_seeds_of_the_sources_all_count(tmp_path: Pa
     target = next(target for target in targets(tmp_path) if target.task == "tweets")
     group = target.groups["fusion of 2"]
     assert group.scores == [0.6, 0.8] and group.seeds == 1
-    difference = target.differences["fusion of 2"]
+    difference = differences(target)["fusion of 2"]
     assert difference.mean == pytest.approx(0.2) and difference.wins == 0, "no pairs"
 
 
@@ -193,7 +202,7 @@ def test_settings_are_chosen_by_validation_and_shown_on_the_test_rows(tmp_path: 
     group = only(tmp_path).groups["single adapter"]
     assert only(tmp_path).split == "test"
     assert group.scores == [0.5] and group.differing == "optim.lr=0.0001"
-    assert group.chosen_on == "validation" and only(tmp_path).chosen_here == []
+    assert group.chosen_on == "validation" and only(tmp_path).selected_here == []
     assert only(tmp_path, "validation").groups["single adapter"].scores == [0.9]
 
 
@@ -206,7 +215,7 @@ def test_settings_without_a_validation_score_are_chosen_on_the_rows_that_are_sho
         write(command="evaluate", split="test", score=test, artifact=name, result=result)
     target = only(tmp_path, "test")
     group = target.groups["single adapter"]
-    assert (group.scores, group.chosen_on, target.chosen_here) == (
+    assert (group.scores, group.chosen_on, target.selected_here) == (
         *([0.7], "test"),
         ["the best setting of a method"],
     )
@@ -219,7 +228,7 @@ def test_a_source_alone(tmp_path: Path, write: Write) -> None:
         result = {"task": "tweets", "name": name, "hash": None}
         write(command="evaluate", artifact=name, split="test", score=score, result=result)
     by_task = {target.task: target for target in targets(tmp_path)}
-    alone = by_task["tweets"].differences["movies alone"]
+    alone = differences(by_task["tweets"])["movies alone"]
     assert alone.mean == pytest.approx(-0.12) and alone.wins + alone.ties + alone.losses == 0
     assert {m: g.scores for m, g in by_task["tweets"].groups.items()} == {
         "single adapter": [0.72],
@@ -302,7 +311,7 @@ def test_damaged_answers_cost_only_themselves(tmp_path: Path, write: Write, cont
     folder = write()
     (folder / "outcomes.json").write_text(json.dumps(content))
     (sample,) = only(tmp_path).groups["single adapter"].samples
-    assert sample.score == 0.8 and sample.answers is None
+    assert sample.score == 0.8 and sample.predictions is None
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path, write: Write) -> None:
@@ -333,7 +342,7 @@ def test_folders(tmp_path: Path, write: Write) -> None:
     with pytest.raises(UserError, match="no such folder"):
         read_runs([tmp_path / "nothing"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no run in it"):
+    with pytest.raises(UserError, match="contains no run"):
         read_runs([tmp_path / "empty"])
-    with pytest.raises(UserError, match="no run in it"):
+    with pytest.raises(UserError, match="contains no run"):
         read_runs([folder], without=folder)

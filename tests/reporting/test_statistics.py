@@ -10,8 +10,8 @@ from scipy import stats
 
 from fusion.reporting.statistics import (
     RESAMPLES,
-    Answers,
     Difference,
+    Predictions,
     Sample,
     compare,
     constant_scores,
@@ -21,24 +21,24 @@ from fusion.reporting.statistics import (
 DRAW = np.random.RandomState(0)
 
 
-def answers(accuracy: float, rows: int = 400, seed: int = 0) -> Answers:
+def predictions(accuracy: float, rows: int = 400, seed: int = 0) -> Predictions:
     labels = np.random.RandomState(1).randint(2, size=rows)
     wrong = np.random.RandomState(seed + 10).permutation(rows) >= round(accuracy * rows)
-    return Answers("rows", labels, np.where(wrong, 1 - labels, labels))
+    return Predictions("rows", labels, np.where(wrong, 1 - labels, labels))
 
 
 def sample(accuracy: float, seed: int, rows: int = 400) -> Sample:
-    return Sample(seed, accuracy, answers(accuracy, rows, seed))
+    return Sample(seed, accuracy, predictions(accuracy, rows, seed))
 
 
 def test_one_seed_is_the_paired_bootstrap_over_rows() -> None:
     """Against scipy's own bootstrap of the rows' differences."""
     one, other = sample(0.9, 0), sample(0.8, 1)
     other = dataclasses.replace(other, seed=0)
-    assert one.answers is not None and other.answers is not None
+    assert one.predictions is not None and other.predictions is not None
     found = compare([one], [other], "accuracy")
-    each = (one.answers.predicted == one.answers.labels).astype(float) - (
-        other.answers.predicted == other.answers.labels
+    each = (one.predictions.predicted == one.predictions.labels).astype(float) - (
+        other.predictions.predicted == other.predictions.labels
     )
     expected = stats.bootstrap((each,), np.mean, method="percentile", n_resamples=9999).confidence_interval
     assert found.mean == pytest.approx(0.1)
@@ -66,7 +66,7 @@ def test_the_interval_holds_what_it_says() -> None:
     for _ in range(200):
         labels = np.zeros(150, int)
         one, other = ((draw.rand(150) < 0.2).astype(int) for _ in range(2))
-        pair = [Sample(0, float((p == 0).mean()), Answers("rows", labels, p)) for p in (one, other)]
+        pair = [Sample(0, float((p == 0).mean()), Predictions("rows", labels, p)) for p in (one, other)]
         p = compare(pair[:1], pair[1:], "accuracy").p
         assert p is not None
         found += p <= 0.05
@@ -125,8 +125,10 @@ def test_a_seed_may_mean_nothing_to_both() -> None:
 
 def test_other_rows_are_not_compared_row_by_row() -> None:
     one, other = sample(0.9, 0), sample(0.8, 0)
-    assert other.answers is not None
-    moved = dataclasses.replace(other, answers=dataclasses.replace(other.answers, fingerprint="others"))
+    assert other.predictions is not None
+    moved = dataclasses.replace(
+        other, predictions=dataclasses.replace(other.predictions, fingerprint="others")
+    )
     assert compare([one], [moved], "accuracy").p is None
 
 

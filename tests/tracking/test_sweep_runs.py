@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.bench import LABELS, write_task
-from tests.tracking.test_tracking import records, summary
+from tests.tracking.conftest import records, summary
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -3,7 +3,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const tip = document.getElementById("tip");
 
-  // Where the tip stands: below what it is about, within the window.
+  // Position the tooltip below its element, within the window.
   const place = (element) => {
     const box = element.getBoundingClientRect();
     tip.hidden = false;
@@ -27,8 +27,8 @@
     }));
     let chosen = -1;
 
-    // The shares of a token: of one layer, or with layer 0 the mean over all.
-    const shares = (row, token) => {
+    // The weights of a token: of one layer, or with position 0 the mean over all.
+    const weightsOf = (row, token) => {
       const layer = Number(slider.value);
       const length = row.tokens.length;
       const at = (l, s) => row.weights[(l * length + token) * count + s] / 255;
@@ -44,7 +44,7 @@
       output.textContent = names[Number(slider.value)];
       for (const row of rows) {
         row.tokens.forEach((element, token) => {
-          const values = shares(row, token);
+          const values = weightsOf(row, token);
           const source = chosen >= 0 ? chosen : values.indexOf(Math.max(...values));
           element.style.setProperty("--c", one.colours[source]);
           element.style.setProperty("--w", `${Math.round(100 * values[source])}%`);
@@ -53,7 +53,7 @@
     };
 
     const show = (row, token, element) => {
-      const values = shares(row, token);
+      const values = weightsOf(row, token);
       const head = document.createElement("b");
       head.textContent = `${element.textContent} · ${names[Number(slider.value)]}`;
       const table = document.createElement("table");
@@ -105,7 +105,7 @@
     });
   }
 
-  // A cell of the table leads to runs that are folded away.
+  // A link of the table opens the folded runs.
   const unfold = () => {
     const target = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
     if (target instanceof HTMLDetailsElement) target.open = true;
