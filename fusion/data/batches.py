@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
 
-# Global batches sorted by length together: enough for little padding, few enough to mix rows anew in each epoch.
+# Global batches sorted by length together: enough for little padding, few enough to mix rows in each epoch.
 _CHUNK = 50
 # `TokenBatches` treats neighbouring lengths as equal, so that rows are mixed: as many as fill two global batches, and
 # at most 8, because the shorter ones are padded.

@@ -25,10 +25,7 @@ def label_names(task: TaskConfig) -> list[str]:
 
 
 def label_column(task: TaskConfig, table: Table, required: bool) -> Column | None:
-    """
-    Raises:
-        UserError: there is no such column, and it is required.
-    """
+    """Raises UserError if there is no such column and it is required."""
     for path in label_names(task):
         values = table.column(path)
         if values is not None:
@@ -41,11 +38,7 @@ def label_column(task: TaskConfig, table: Table, required: bool) -> Column | Non
 
 
 def texts_of(task: TaskConfig, table: Table, rows: list[int]) -> list[tuple[str, ...]]:
-    """The texts of each row.
-
-    Raises:
-        UserError: a column is missing, or a value is not text.
-    """
+    """The texts of each row. Raises UserError if a column is missing or a value is not text."""
     columns = []
     for name in task.text_columns:
         values = _column(task, table, name)

@@ -72,14 +72,7 @@ def record_table(records: Iterable[dict[str, Any]], lines: list[int] | None = No
 
 
 def read_split(files: SplitFiles, text_columns: Iterable[str] = (), quoting: str | None = None) -> Table:
-    """The table of a split in local files, shards concatenated in their order.
-
-    Args:
-        text_columns, quoting: as `read_table`.
-
-    Raises:
-        UserError: as `read_table`, or the shards differ in their columns.
-    """
+    """As `read_table`, for all files of a split; shards must have the same columns."""
     columns = list(text_columns)
     tables = [_read(path, files.format, columns, quoting) for path in files.paths]
     return tables[0] if len(tables) == 1 else _concatenated(tables, str(files))

@@ -305,7 +305,7 @@ def test_the_order_of_several_tasks_is_a_function_of_seed_and_epoch(tokens):
         assert [task for task, _ in order(1, 2)] != [task for task, _ in other]
 
 
-def test_within_an_epoch_a_task_begins_anew_once_its_rows_are_used_up():
+def test_within_an_epoch_a_task_starts_again_when_its_rows_are_exhausted():
     own: dict[int, list[list[int]]] = {task: [] for task in range(3)}
     for task, rows in steps(of_tasks(temperature=1000.0), 0):
         own[task].append(rows)

@@ -123,7 +123,7 @@ def test_a_tokenizer_that_is_not_there(monkeypatch, tmp_path):
 # --- truncation and labels ----------------------------------------------------------------------------
 
 
-def test_what_comes_out_is_what_the_tokenizer_says_cut_on_either_side(tokenizer, tmp_path):
+def test_truncation_on_either_side_is_that_of_the_tokenizer(tokenizer, tmp_path):
     for side in ("right", "left"):
         tokenizer.truncation_side = side
         pairs = [("abcdefgh", "xyzuvw"), ("a", "bcdefghijklmnop")]

@@ -106,7 +106,7 @@ def fuzz(tmp_path: Path) -> Iterator[Fuzz]:
 # --- examples whose outcome is known ------------------------------------------------------------------
 
 GOOD_LINE = b'{"text": "a", "label": 0}\n'
-JSONL: list[tuple[bytes, str | int]] = [  # after a good line: what is said, or how many rows are read
+JSONL: list[tuple[bytes, str | int]] = [  # after a good line: the message, or the number of rows
     (b'{"text": "b", "label": 1}', 2),
     (b'\xef\xbb\xbf{"text": "b", "label": 1}', "line 2: invalid JSON"),
     (b'{"text": "b", "label": 1}\r\n\r\n \t\n', 2),

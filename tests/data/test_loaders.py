@@ -152,7 +152,7 @@ def test_a_part_is_drawn_from_everywhere_and_does_not_depend_on_the_batches(enco
     assert sorted(part) == sorted(numbers(encoded, 20, size=3)) == sorted(numbers(encoded, 20, tokens=96))
 
 
-def test_the_rows_are_those_that_the_batch_says(encoded: EncodedRows) -> None:
+def test_batches_of_a_sample_name_their_rows(encoded: EncodedRows) -> None:
     lengths = []
     for batch in sampled_batches(encoded, 20, 8):
         assert batch.labels is not None and batch.labels.tolist() == [n % 2 for n in batch.rows.tolist()]

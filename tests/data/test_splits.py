@@ -59,7 +59,7 @@ def test_the_hub_name_of_a_split_names_its_file(task, write):
     assert len(load_rows(renamed, data, "validation")) == 50
 
 
-def test_what_is_missing_is_said_with_what_is_there(task, write, tmp_path):
+def test_a_missing_split_lists_the_files(task, write, tmp_path):
     data = write("train.jsonl", ROWS)
     write("notes.txt", "not data")
     with pytest.raises(
@@ -138,7 +138,7 @@ def test_a_part_of_too_few_rows(task, write):
         )
 
 
-@pytest.mark.parametrize("said", ["train[90%:80%]", "train[x]", "train[:100%]", "[:10%]"])
-def test_a_part_that_is_none(task, write, said):
+@pytest.mark.parametrize("name", ["train[90%:80%]", "train[x]", "train[:100%]", "[:10%]"])
+def test_an_invalid_part(task, write, name):
     with pytest.raises(UserError, match="expected a name, or a part such as"):
-        load_rows(task(hub={"path": "x/y", "splits": {"train": said}}), write("train.jsonl", ROWS), "train")
+        load_rows(task(hub={"path": "x/y", "splits": {"train": name}}), write("train.jsonl", ROWS), "train")

@@ -56,7 +56,7 @@ def test_a_changed_byte_is_seen(tmp_path: Path, place: int, caplog: pytest.LogCa
 
 
 @pytest.mark.parametrize("size", [0, 3, BYTES, BYTES + 5])
-def test_a_file_of_another_length_is_made_anew(tmp_path: Path, size: int) -> None:
+def test_a_file_of_another_length_is_rebuilt(tmp_path: Path, size: int) -> None:
     (tmp_path / "a.states").write_bytes(b"x" * size)
     build = Builder()
     assert cached_states(tmp_path / "a", SHAPE, "float32", 10**6, build)[0, 1] == 1
@@ -70,7 +70,7 @@ def test_nothing_is_left_of_a_build_that_failed(tmp_path: Path, fault: Exception
     assert files(tmp_path) == set()
 
 
-def test_the_longest_unused_make_room(tmp_path: Path) -> None:
+def test_the_least_recently_used_files_are_removed(tmp_path: Path) -> None:
     limit = 2 * (BYTES + 4) + 10
     mapped = cached_states(tmp_path / "a", SHAPE, "float32", limit, Builder())
     cached_states(tmp_path / "b", SHAPE, "float32", limit, Builder())
@@ -81,7 +81,7 @@ def test_the_longest_unused_make_room(tmp_path: Path) -> None:
     assert files(tmp_path) == {"a.states", "c.states"}
     cached_states(tmp_path / "d", SHAPE, "float32", limit, Builder())
     assert files(tmp_path) == {"c.states", "d.states"}
-    assert mapped[5, 3] == 23  # who has a file open keeps what it maps
+    assert mapped[5, 3] == 23  # a mapped file stays readable
 
 
 def test_of_several_who_want_it_one_builds(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_what_lies_in_the_place_of_the_states(tmp_path: Path, caplog: pytest.Log
     assert cached_states(tmp_path / "a", SHAPE, "float32", 10**6, Builder())[5, 3] == 23
 
 
-def test_states_that_may_not_be_read_are_made_anew(
+def test_states_that_may_not_be_read_are_rebuilt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
