@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -71,6 +72,22 @@ def write_manifest(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values | {"checksum": checksum_of(values)}))
 
 
+def trainer_config(**settings: Any) -> TrainerConfig:
+    return TrainerConfig(**{"accelerator": "cpu", "max_epochs": 2, "enable_progress_bar": False, **settings})
+
+
+def add_callback(patch: pytest.MonkeyPatch, callback: Any, first: bool = False) -> None:
+    """Add a Lightning callback to each training from now on, behind or before the others."""
+    from fusion.training import fit
+
+    make = fit.make_trainer
+
+    def changed(config: Any, callbacks: list[Any], *rest: Any) -> Any:
+        return make(config, [callback, *callbacks] if first else [*callbacks, callback], *rest)
+
+    patch.setattr(fit, "make_trainer", changed)
+
+
 class Bench:
     """A working folder with a backbone and tasks, and the commands as functions."""
 
@@ -89,7 +106,7 @@ class Bench:
             "data": self.data,
             "backbone": BackboneConfig(name_or_path=str(self.backbone), pooling="mean"),
             "optim": OptimConfig(lr=5e-3, patience=None),
-            "trainer": TrainerConfig(accelerator="cpu", max_epochs=2, enable_progress_bar=False),
+            "trainer": trainer_config(),
             "store": str(self.folder / "store"),
         } | changes
 

@@ -27,7 +27,7 @@ from fusion.model.from_manifests import tensor_shapes
 from fusion.store.artifacts import load
 from fusion.store.verifying import verify
 from fusion.training.module import TaskModule
-from tests.bench import Bench, same, write_manifest, write_rows
+from tests.bench import Bench, add_callback, same, trainer_config, write_manifest, write_rows
 
 NAMES = ["films", "books", "plays"]
 ATTENTION = ("query.weight", "query.bias", "key.weight", "key.bias", "value.weight")
@@ -152,7 +152,7 @@ def test_trains_with_a_target_adapter_and_predicts(
 
 
 def test_shapes_and_what_moved(ragged: Bench) -> None:
-    still = TrainerConfig(accelerator="cpu", max_epochs=2, enable_progress_bar=False)
+    still = trainer_config()
     for name, shapes in {
         "scalearn": [(3, 32), (3, 32), (2, 32)],
         "scalearn_uniform": [(3, 1), (3, 1), (2, 1)],
@@ -183,19 +183,15 @@ def test_a_shared_parameter_is_counted_once(ragged: Bench) -> None:
 def test_an_interrupted_run_of_a_shared_parameter_goes_on(
     ragged: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fusion.training import fit as fit_module
     from tests.test_stages import StopAfter
 
     def train(name: str) -> Any:
-        trainer = TrainerConfig(accelerator="cpu", max_epochs=3, enable_progress_bar=False)
+        trainer = trainer_config(max_epochs=3)
         return composed(ragged, "books", "scalearn_pp", name=name, trainer=trainer, target_adapter=True)
 
     expected = train("whole")
-    make_trainer = fit_module.make_trainer
     with monkeypatch.context() as patch:
-        patch.setattr(
-            fit_module, "make_trainer", lambda c, k, *more: make_trainer(c, [*k, StopAfter(2)], *more)
-        )
+        add_callback(patch, StopAfter(2))
         with pytest.raises(RuntimeError, match="power"):
             train("broken")
     assert train("broken")["metrics"] == expected["metrics"]

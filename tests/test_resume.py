@@ -1,4 +1,4 @@
-"""A run that is cut anywhere and started again stores the same bits as one in one piece."""
+"""A run that is interrupted anywhere and resumed stores the same bits as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from safetensors.torch import load_file
 from fusion.config.compositions import CompositionConfig
 from fusion.config.methods import MethodConfig
 from fusion.config.model import AdapterConfig, HeadConfig
-from fusion.config.training import OptimConfig, TrainerConfig
+from fusion.config.training import OptimConfig
 from fusion.runs.signals import Terminated
-from fusion.training import fit as fit_module
-from tests.bench import Bench
+from tests.bench import Bench, add_callback, trainer_config
 
 # An epoch has 8 batches, and 2 of validation.
 
 
 class Cut(lightning.Callback):
-    """Ends the run by an exception, or by a signal, at one place."""
+    """Interrupts the run by an exception or a signal at one hook."""
 
     def __init__(self, hook: str, epoch: int, batch: int, number: signal.Signals | None = None) -> None:
         self.hook, self.epoch, self.batch, self.number = hook, epoch, batch, number
@@ -71,14 +70,14 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def train(bench: Bench, kind: str, store: str, cut: Cut | None = None) -> dict[str, Any]:
     asked = dict(KINDS[kind])
-    trainer = {"accelerator": "cpu", "max_epochs": 2, "enable_progress_bar": False} | asked.pop("trainer", {})
+    trainer = trainer_config(**asked.pop("trainer", {}))
     optim = {"lr": 5e-3, "patience": None} | asked.pop("optim", {})
     workers = asked.pop("workers", 0)
     settings: dict[str, Any] = {
         "store": str(bench.folder / store),
         "name": "x",
         "head": HeadConfig(dropout=0.3),
-        "trainer": TrainerConfig(**trainer),
+        "trainer": trainer,
         "optim": OptimConfig(**optim),
         "data": dataclasses.replace(bench.data, workers=workers),
         "checkpoint_minutes": 0.0,
@@ -86,10 +85,9 @@ def train(bench: Bench, kind: str, store: str, cut: Cut | None = None) -> dict[s
     tasks, sources = asked.pop("tasks", None), asked.pop("sources", None)
     if sources is None and "adapter" not in asked:
         asked["adapter"] = AdapterConfig(dropout=0.2)
-    make_trainer = fit_module.make_trainer
     with pytest.MonkeyPatch.context() as patch:
         if cut is not None:
-            patch.setattr(fit_module, "make_trainer", lambda c, k, *more: make_trainer(c, [cut, *k], *more))
+            add_callback(patch, cut, first=True)
         if sources is not None:
             found = [str(bench.folder / "store" / name) for name in sources]
             return bench.stage2("films", found, **settings, **asked)
@@ -126,7 +124,7 @@ FEW = [(None, PLACES[8]), (signal.SIGTERM, PLACES[4])]
 
 
 @pytest.fixture
-def asked_to_end() -> Iterator[None]:
+def sigterm_raises() -> Iterator[None]:
     """SIGTERM raises, as in a command."""
 
     def end(number: int, frame: object) -> NoReturn:
@@ -138,14 +136,12 @@ def asked_to_end() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_that_was_cut_ends_with_the_same_bits(bench: Bench, kind: str, asked_to_end: None) -> None:
+def test_a_resumed_run_stores_the_same_bits(bench: Bench, kind: str, sigterm_raises: None) -> None:
     there = 1 if kind == "every other epoch" else 2  # the first epoch is not evaluated there
-    assert cuts_that_made_no_difference(bench, kind, FEW) == there
+    assert interruptions_without_difference(bench, kind, FEW) == there
 
 
-def test_the_time_of_a_resumed_run_is_that_of_all_its_processes(bench: Bench) -> None:
-    """As its rows are, which the speed is made of."""
-
+def test_the_speed_of_a_resumed_run_includes_the_time_before(bench: Bench) -> None:
     class SlowCut(Cut):
         def on_train_batch_start(self, trainer: lightning.Trainer, *rest: Any) -> None:
             if trainer.global_step == 0:
@@ -163,16 +159,18 @@ def test_the_time_of_a_resumed_run_is_that_of_all_its_processes(bench: Bench) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_wherever_a_run_is_cut_it_ends_with_the_same_bits(
-    bench: Bench, kind: str, asked_to_end: None
+def test_a_run_interrupted_anywhere_stores_the_same_bits(
+    bench: Bench, kind: str, sigterm_raises: None
 ) -> None:
-    assert cuts_that_made_no_difference(bench, kind, [(how, place) for how in HOW for place in PLACES]) >= 14
+    assert (
+        interruptions_without_difference(bench, kind, [(how, place) for how in HOW for place in PLACES]) >= 14
+    )
 
 
-def cuts_that_made_no_difference(
+def interruptions_without_difference(
     bench: Bench, kind: str, cuts: list[tuple[signal.Signals | None, Place]]
 ) -> int:
-    """Cuts a run at each of the places, starts it again, compares; some kinds of runs have not all places."""
+    """Interrupt a run at each place, resume it and compare; returns how many places the run has."""
     if "sources" in KINDS[kind]:
         bench.stage1("plays")
     expected = train(bench, kind, "whole")

@@ -36,7 +36,17 @@ from fusion.errors import TrainingError, UserError
 from fusion.runs.output import find_output
 from fusion.store.artifacts import load
 from fusion.tasks.task import HubConfig
-from tests.bench import LABELS, Bench, quiz_row, rating_row, same, write_manifest, write_task
+from tests.bench import (
+    LABELS,
+    Bench,
+    add_callback,
+    quiz_row,
+    rating_row,
+    same,
+    trainer_config,
+    write_manifest,
+    write_task,
+)
 
 
 @pytest.fixture(scope="module")
@@ -305,15 +315,13 @@ class StopAfter(lightning.Callback):
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bits(
     bench: Bench, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fusion.training import fit as fit_module
-
     bench.stage1("plays")
 
     def train(store: str) -> dict[str, Any]:
         settings = {
             "store": store,
             "head": HeadConfig(dropout=0.3),
-            "trainer": TrainerConfig(accelerator="cpu", max_epochs=3, enable_progress_bar=False),
+            "trainer": trainer_config(max_epochs=3),
         }
         if command == "stage1":
             return bench.stage1("films", **settings, adapter=AdapterConfig(dropout=0.2), name="x")
@@ -322,11 +330,8 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bits(
 
     whole, broken = str(bench.folder / "whole"), str(bench.folder / "broken")
     expected = train(whole)
-    make_trainer = fit_module.make_trainer
     with monkeypatch.context() as patch:
-        patch.setattr(
-            fit_module, "make_trainer", lambda c, k, *more: make_trainer(c, [*k, StopAfter(2)], *more)
-        )
+        add_callback(patch, StopAfter(2))
         with pytest.raises(RuntimeError, match="power"):
             train(broken)
     assert not (bench.folder / "broken" / "x").exists()
@@ -699,7 +704,7 @@ def test_the_mean_over_the_tasks_picks_the_best_epoch(bench: Bench, monkeypatch:
     remaining = {name: iter(values) for name, values in scores.items()}
     scripted = lambda task, *_: {"accuracy": next(remaining[task.name]), "macro_f1": 0.0}  # noqa: E731
     monkeypatch.setattr(module, "score_predictions", scripted)
-    trainer = TrainerConfig(accelerator="cpu", max_epochs=6, enable_progress_bar=False)
+    trainer = trainer_config(max_epochs=6)
     result = bench.multitask("films", "books", trainer=trainer, optim=OptimConfig(lr=5e-3, patience=2))
     assert (result["best_epoch"], result["epochs"]) == (2, 4)
     assert result["metrics"]["books/validation"]["accuracy"] == 0.9
@@ -720,8 +725,6 @@ def test_the_same_run_of_several_tasks_is_skipped_and_another_refused(
 def test_an_interrupted_run_of_several_tasks_ends_with_the_same_bits(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fusion.training import fit as fit_module
-
     bench.add_quiz()
 
     def train(store: str) -> dict[str, Any]:
@@ -731,16 +734,13 @@ def test_an_interrupted_run_of_several_tasks_ends_with_the_same_bits(
             store=str(bench.folder / store),
             head=HeadConfig(dropout=0.3),
             adapter=AdapterConfig(dropout=0.2),
-            trainer=TrainerConfig(accelerator="cpu", max_epochs=3, enable_progress_bar=False),
+            trainer=trainer_config(max_epochs=3),
             name="x",
         )
 
     expected = train("whole")
-    make_trainer = fit_module.make_trainer
     with monkeypatch.context() as patch:
-        patch.setattr(
-            fit_module, "make_trainer", lambda c, k, *more: make_trainer(c, [*k, StopAfter(2)], *more)
-        )
+        add_callback(patch, StopAfter(2))
         with pytest.raises(RuntimeError, match="power"):
             train("broken")
     assert not (bench.folder / "broken" / "x").exists()

@@ -1,6 +1,6 @@
-"""Everything that the training takes from private parts of Lightning and torch, each with its reason.
+"""Everything that the training takes from private parts of Lightning, each with its reason.
 
-An upgrade of Lightning or torch has to check this file; tests/test_resume.py covers most of it.
+An upgrade of Lightning has to check this file; tests/test_resume.py covers most of it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import pytorch_lightning as lightning
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from torch import Tensor
 
 
 def processes_to_start(trainer: lightning.Trainer) -> int:
@@ -89,8 +88,3 @@ def restart_validation(content: dict[str, Any]) -> None:
     progress["total"] = {"ready": done + 1, "started": done + 1, "processed": done, "completed": done}
     progress["current"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
     progress["is_last_batch"] = False
-
-
-def writes(tensor: Tensor) -> int:
-    """How often torch counted a write to the tensor; -1 for an inference tensor, which has no counter."""
-    return -1 if tensor.is_inference() else tensor._version

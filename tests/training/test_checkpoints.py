@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or not at all, the last good one found, nothing executed; what a run's standing says."""
+"""Checkpoint files: atomic, the last intact one is read, nothing in them is executed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import pytest
 import pytorch_lightning as lightning
 import torch
 
-from fusion.config.training import OptimConfig, TrainerConfig
+from fusion.config.training import OptimConfig
 from fusion.errors import TrainingError
 from fusion.training import checkpoints
 from fusion.training import fit as fit_module
 from fusion.training.checkpoints import BEFORE, LAST, POSITION, read_checkpoint, write_checkpoint
-from tests.bench import Bench, same
+from tests.bench import Bench, add_callback, same, trainer_config
 
 
 def content(number: int) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def content(number: int) -> dict[str, Any]:
     }
 
 
-def test_the_last_and_the_one_before_stay(tmp_path: Path) -> None:
+def test_the_last_two_are_kept(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path / "none") is None
     for number in range(4):
         write_checkpoint(tmp_path / "run", content(number))
@@ -53,8 +53,8 @@ def test_a_checkpoint_of_another_version_is_not_used(
     assert "written by another version" in caplog.text
 
 
-def test_damage_is_seen_and_the_one_before_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Anything that changes the content; what is no content (padding of the archive) may be changed."""
+def test_if_one_is_damaged_the_previous_one_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Any change of the content; padding of the archive may change."""
     draw = random.Random(5)
     write_checkpoint(tmp_path, content(1))
     write_checkpoint(tmp_path, content(2))
@@ -92,7 +92,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_write_that_fails_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path, content(1))
 
     def full(descriptor: int) -> None:
@@ -107,7 +107,7 @@ def test_a_write_that_fails_leaves_the_last_one(tmp_path: Path, monkeypatch: pyt
     assert read is not None and read["position"]["epoch"] == 1
 
 
-def test_a_disk_that_is_full_costs_a_warning_and_not_the_training(
+def test_a_full_disk_is_a_warning(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = bench.stage1("films")
@@ -125,9 +125,7 @@ def test_a_disk_that_is_full_costs_a_warning_and_not_the_training(
     )  # and not once an epoch
 
 
-def test_a_store_that_is_full_says_that_the_training_is_kept(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_store_keeps_the_training(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     from fusion.training import stage
 
     bench.stage1("films", name="other")
@@ -138,9 +136,7 @@ def test_a_store_that_is_full_says_that_the_training_is_kept(
 
     monkeypatch.setattr(stage, "save", full)
     why = r"films cannot be written \(No space left on device\)\.\nFree disk space or fix the folder, then run the same command again: "
-    without = TrainerConfig(
-        accelerator="cpu", max_epochs=2, enable_progress_bar=False, enable_checkpointing=False
-    )
+    without = trainer_config(enable_checkpointing=False)
     with pytest.raises(TrainingError, match=f"{why}it starts over, since there is no checkpoint$"):
         bench.stage1("films", trainer=without)
     with pytest.raises(TrainingError, match=f"{why}it resumes at epoch 3, batch 1 "):
@@ -160,7 +156,7 @@ class Poison(lightning.Callback):
 
     def __init__(self, epoch: int, batch: int, before: dict[str, torch.Tensor]) -> None:
         self.at = (epoch, batch)
-        self.before = before  # filled in: what the weights were when the epoch began
+        self.before = before  # filled in: the weights at the start of the epoch
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Any, batch_idx: int
@@ -176,24 +172,19 @@ class Poison(lightning.Callback):
 def poisoned(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, epoch: int, batch: int
 ) -> tuple[str, dict[str, torch.Tensor]]:
-    """What is said, and what the weights were when that epoch began."""
-    make_trainer = fit_module.make_trainer
+    """The message, and the weights at the start of that epoch."""
     before: dict[str, torch.Tensor] = {}
     with monkeypatch.context() as patch:
-        patch.setattr(
-            fit_module,
-            "make_trainer",
-            lambda c, k, *more: make_trainer(c, [Poison(epoch, batch, before), *k], *more),
-        )
+        add_callback(patch, Poison(epoch, batch, before), first=True)
         with pytest.raises(TrainingError) as caught:
             bench.stage1("films", optim=OptimConfig(lr=5e-3, patience=None))
     return str(caught.value), before
 
 
-def test_a_loss_that_is_not_finite_names_step_and_rows_and_the_best_epoch_is_kept(
+def test_a_loss_that_is_not_finite_names_step_and_rows_and_keeps_the_best_epoch(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The 4th batch of the second epoch, though losses are looked at every ten steps."""
+    """The 4th batch of the second epoch, though losses are checked every ten steps."""
     said, before = poisoned(bench, monkeypatch, 1, 3)
     assert (
         "the loss is nan at step 11 (rows " in said and "of train, counted from 0): training stopped." in said
@@ -209,7 +200,7 @@ def test_a_loss_that_is_not_finite_names_step_and_rows_and_the_best_epoch_is_kep
     assert (bench.folder / "store" / "films").exists()
 
 
-def test_a_loss_that_is_not_finite_from_the_first_epoch_leaves_nothing(
+def test_a_loss_that_is_not_finite_in_the_first_epoch_stores_nothing(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said, _ = poisoned(bench, monkeypatch, 0, 6)

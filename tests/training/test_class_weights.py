@@ -1,4 +1,4 @@
-"""Class weights and label smoothing: torch's loss, by loops, in one process as in many."""
+"""Class weights and label smoothing against torch's loss and against loops, for one and several processes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def encoded(labels: list[int]) -> EncodedRows:
 
 
 def by_loops(scores: Tensor, labels: Tensor, weights: list[float], smoothing: float) -> list[float]:
-    """The terms of torch's documentation, one at a time in Python's floats."""
+    """The formula of torch's documentation."""
     found = []
     for row, label in zip(scores.double().tolist(), labels.tolist(), strict=True):
         total = math.log(sum(math.exp(score) for score in row))
@@ -60,7 +60,7 @@ def test_terms(weights: list[float] | None, smoothing: float) -> None:
     assert losses.tolist() == pytest.approx(by_loops(scores, labels, weights or [1.0] * 3, smoothing))
 
 
-def test_choices_smooth_over_those_that_a_row_has() -> None:
+def test_label_smoothing_ignores_missing_choices() -> None:
     infinite = float("-inf")
     scores = torch.tensor([[1.0, 2.0, infinite], [0.5, -1.0, 3.0]], requires_grad=True)
     labels = torch.tensor([1, 0])
@@ -103,7 +103,7 @@ LABELS = [0] * 14 + [1] * 5 + [2] * 2
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("tokens", [None, 12])
 @pytest.mark.parametrize("given", ["balanced", [0.5, 1.0, 4.0]])
-def test_processes_together_have_the_weighted_mean_of_one(
+def test_the_mean_over_processes_is_the_weighted_mean(
     given: Any, tokens: int | None, smoothing: float
 ) -> None:
     """The mean of the processes' losses is torch's mean over the batch of all; some have a filler alone."""
@@ -145,7 +145,7 @@ def test_a_batch_of_several_tasks_is_divided_by_its_own_weights() -> None:
         assert batch.global_weight == pytest.approx(sum(weights[label] for label in batch.labels.tolist()))
 
 
-def test_without_class_weights_a_batch_is_what_it_was() -> None:
+def test_without_class_weights_a_batch_has_no_weight() -> None:
     assert encoded([0, 1, 2]).batch([0, 2]).global_weight is None
 
 
@@ -166,7 +166,7 @@ def test_balanced_with_a_label_that_no_example_has() -> None:
         set_class_weights(LossConfig(class_weights="balanced"), [THREE], [encoded([0, 0, 2])])
 
 
-def test_of_several_tasks_those_of_other_kinds_have_none() -> None:
+def test_tasks_without_classes_have_no_class_weights() -> None:
     rows = [encoded([0, 1, 2]), encoded([0, 1])]
     set_class_weights(LossConfig(class_weights="balanced"), [THREE, QUIZ], rows)
     assert rows[0].class_weights is not None and rows[1].class_weights is None

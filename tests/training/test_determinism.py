@@ -1,4 +1,4 @@
-"""The same command gives the same bits, whoever gathers the batches; what is asked of torch reaches it."""
+"""The same command trains the same bits, with any number of loader workers; trainer.deterministic reaches torch."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("asked", [True, "warn"])
-def test_what_is_asked_holds_for_both_stages_and_changes_nothing_on_a_cpu(
+def test_deterministic_is_set_in_both_stages_and_changes_nothing_on_a_cpu(
     bench: Bench, as_before: None, monkeypatch: pytest.MonkeyPatch, asked: bool | str
 ) -> None:
     from fusion.backbones import load
@@ -107,7 +107,7 @@ def test_what_is_asked_holds_for_both_stages_and_changes_nothing_on_a_cpu(
     assert same(bench.weights("plays-adapterfusion", "other"), bench.weights("plays-adapterfusion"))
 
 
-def test_several_kinds_of_tasks_train_under_it(bench: Bench, as_before: None) -> None:
+def test_several_kinds_of_tasks_train_deterministically(bench: Bench, as_before: None) -> None:
     """No operation of a choice task, a regression or a robust drop is one that torch calls not deterministic."""
     from fusion.config.model import AdapterConfig
 
@@ -117,9 +117,7 @@ def test_several_kinds_of_tasks_train_under_it(bench: Bench, as_before: None) ->
     bench.multitask("films", "quiz", "rating", trainer=trainer, adapter=AdapterConfig(drop="robust"))
 
 
-def test_the_users_own_setting_stays_and_nothing_leaks(
-    as_before: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_workspace_config_of_the_user_is_kept(as_before: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CUBLAS, ":16:8")
     use_deterministic_algorithms(True)
     assert os.environ[CUBLAS] == ":16:8" and torch.get_deterministic_debug_mode() == 2

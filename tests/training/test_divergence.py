@@ -1,4 +1,4 @@
-"""A training that diverged with a finite loss is marked wherever it is listed; others never are."""
+"""A training that diverged with a finite loss is marked wherever it is listed."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def test_the_loss_of_zero_scores() -> None:
     ("figures", "expected"),
     [
         (None, False),  # nothing trained
-        ((1.0, 1.5), False),  # worse than chance, as a large rate may leave it
+        ((1.0, 1.5), False),  # worse than chance, as after a large learning rate
         ((1.0, 1.5e8), True),
-        ((50.0, 100.0), False),  # began high: nothing exploded
+        ((50.0, 100.0), False),  # high from the start
         ((50.0, 151.0), True),
         ((0.5, 3 * math.log(3) + 0.01), True),
         ((0.5, 3 * math.log(3) - 0.01), False),

@@ -1,4 +1,4 @@
-"""The counters of a machine, as files in a folder."""
+"""Powercap counters as files in a folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def count(folder: Path, zone: str, microjoules: int, most: int = 10_000_000) -> 
     (folder / zone / "max_energy_range_uj").write_text(f"{most}\n")
 
 
-def test_two_processors_and_what_is_within_them(tmp_path: Path) -> None:
+def test_only_whole_processors_count(tmp_path: Path) -> None:
     for zone in ("intel-rapl:0", "intel-rapl:1", "intel-rapl:0:0"):
         count(tmp_path, zone, 1_000_000)
     meter = EnergyMeter(tmp_path)
@@ -36,7 +36,7 @@ def test_a_counter_that_overflows(tmp_path: Path) -> None:
     assert meter.joules() == pytest.approx(2.5)
 
 
-def test_what_is_not_known(tmp_path: Path) -> None:
+def test_unknown_energy(tmp_path: Path) -> None:
     assert EnergyMeter(tmp_path).joules() is None and EnergyMeter(tmp_path / "no").joules() is None
     count(tmp_path, "intel-rapl:0", 1)
     meter = EnergyMeter(tmp_path)

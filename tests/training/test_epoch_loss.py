@@ -18,7 +18,7 @@ def add(loss: EpochLoss, batches: list[tuple[float, float, int]]) -> None:
         loss.add(torch.tensor(total), torch.tensor(task), rows)
 
 
-def test_each_example_counts_the_same() -> None:
+def test_every_example_has_the_same_weight() -> None:
     loss = EpochLoss()
     assert loss.mean() is None and loss.figures() is None
     add(loss, BATCHES)
@@ -31,7 +31,7 @@ def test_each_example_counts_the_same() -> None:
 
 
 @pytest.mark.parametrize("done", [0, 1, 2, 3])
-def test_an_epoch_that_is_resumed_has_the_mean_of_the_whole(done: int) -> None:
+def test_a_resumed_epoch_has_the_mean_of_the_whole(done: int) -> None:
     whole, first, rest = EpochLoss(), EpochLoss(), EpochLoss()
     add(whole, BATCHES)
     add(first, BATCHES[:done])
@@ -41,7 +41,7 @@ def test_an_epoch_that_is_resumed_has_the_mean_of_the_whole(done: int) -> None:
 
 
 @pytest.mark.parametrize("processes", [(2, 2), (1, 2), (2, 1)])
-def test_of_several_processes_only_the_rest_is_known(processes: tuple[int, int]) -> None:
+def test_with_several_processes_the_mean_starts_at_the_resume(processes: tuple[int, int]) -> None:
     first, rest = EpochLoss(), EpochLoss()
     add(first, BATCHES[:2])
     rest.resume(first.state(processes[0]), processes[1], 2, CPU)

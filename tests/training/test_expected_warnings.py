@@ -1,4 +1,4 @@
-"""Warnings about what is meant to be so are kept off the terminal, and only those."""
+"""Expected warnings are ignored, and no others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""history.jsonl: what a run logs, whatever `logger=` says, line by line."""
+"""history.jsonl, line by line, for any setting of `logger`."""
 
 from __future__ import annotations
 
@@ -16,29 +16,22 @@ import pytorch_lightning as lightning
 import torch
 
 from fusion.config.logger import CsvConfig, LoggerConfig
-from fusion.config.training import TrainerConfig
-from fusion.training import fit as fit_module
 from fusion.training import record_file
 from fusion.training.record_file import RecordFile
-from tests.bench import Bench
+from tests.bench import Bench, add_callback, trainer_config
 
 CSV = LoggerConfig(csv=CsvConfig(flush_every_n_steps=1))
 
 
-def trainer(**changes: Any) -> TrainerConfig:
-    settings: dict[str, Any] = {"accelerator": "cpu", "max_epochs": 2, "enable_progress_bar": False}
-    return TrainerConfig(**(settings | changes))
-
-
 def read(bench: Bench, name: str = "history.jsonl") -> list[dict[str, Any]]:
-    """The lines that the last run of the bench has left."""
+    """The lines of the bench's last run."""
     text = (bench.folder / "runs" / str(bench.runs) / name).read_text()
     assert text.endswith("\n")
     return [json.loads(line) for line in text.splitlines()]
 
 
 class Watch(lightning.Callback):
-    """The gradient's norm and the rate of each step, computed apart."""
+    """Computes the gradient norm and learning rate of each step."""
 
     def __init__(self) -> None:
         self.norms: list[float] = []
@@ -58,14 +51,14 @@ class Watch(lightning.Callback):
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> tuple[Bench, Watch]:
     """Two epochs of 8 steps, each third step logged."""
     bench = Bench(tmp_path_factory.mktemp("history") / "a folder", tiny_backbone)
-    watch, make_trainer = Watch(), fit_module.make_trainer
+    watch = Watch()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit_module, "make_trainer", lambda c, k, *more: make_trainer(c, [*k, watch], *more))
-        bench.stage1("films", logger=CSV, trainer=trainer(log_every_n_steps=3, num_sanity_val_steps=2))
+        add_callback(patch, watch)
+        bench.stage1("films", logger=CSV, trainer=trainer_config(log_every_n_steps=3, num_sanity_val_steps=2))
     return bench, watch
 
 
-def test_which_lines_there_are(trained: tuple[Bench, Watch]) -> None:
+def test_steps_and_keys(trained: tuple[Bench, Watch]) -> None:
     bench, _ = trained
     header, *lines = read(bench)
     identity = (bench.folder / "store" / "films" / "manifest.json").read_text()
@@ -90,7 +83,7 @@ def test_which_lines_there_are(trained: tuple[Bench, Watch]) -> None:
     ]
 
 
-def test_its_numbers_are_those_of_the_training(trained: tuple[Bench, Watch]) -> None:
+def test_values_are_those_of_the_training(trained: tuple[Bench, Watch]) -> None:
     bench, watch = trained
     assert len(watch.norms) == 16
     for line in read(bench)[1:]:
@@ -110,10 +103,9 @@ def test_its_numbers_are_those_of_the_training(trained: tuple[Bench, Watch]) -> 
     assert best["metrics"]["validation"]["accuracy"] == scores[best["best_epoch"]] == max(scores.values())
 
 
-def test_a_training_that_logs_and_one_that_does_not_are_the_same(trained: tuple[Bench, Watch]) -> None:
-    """Nothing of the recording touches what is trained."""
+def test_logging_does_not_change_the_training(trained: tuple[Bench, Watch]) -> None:
     bench, _ = trained
-    bench.stage1("films", name="quiet", trainer=trainer(log_every_n_steps=1000))
+    bench.stage1("films", name="quiet", trainer=trainer_config(log_every_n_steps=1000))
     assert all(
         torch.equal(tensor, bench.weights("quiet")[name]) for name, tensor in bench.weights("films").items()
     )
@@ -122,7 +114,7 @@ def test_a_training_that_logs_and_one_that_does_not_are_the_same(trained: tuple[
 
 def test_barebones_has_no_loggers(trained: tuple[Bench, Watch]) -> None:
     bench, _ = trained
-    bare = trainer(
+    bare = trainer_config(
         barebones=True, max_epochs=1, enable_checkpointing=False, log_every_n_steps=0, num_sanity_val_steps=0
     )
     bench.stage1("films", name="bare", trainer=bare)
@@ -141,14 +133,14 @@ def test_whole_lines_without_nan(tmp_path: Path) -> None:
     )
     file.write({"step": 2})
     assert len(file.path.read_text().splitlines()) == 2
-    RecordFile(file.path).write({"step": 1})  # another run in a folder that was named for it
+    RecordFile(file.path).write({"step": 1})
     assert file.path.read_text() == '{"step": 1}\n'
 
 
-def test_a_full_disk_is_said_once(
+def test_a_full_disk_is_logged_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The disk takes a part of a line: what is there ends with a whole one, and the run goes on."""
+    """The partial line is removed."""
     file = RecordFile(tmp_path / "x.jsonl")
     file.write({"step": 1})
     write, room = os.write, [4]
@@ -165,7 +157,7 @@ def test_a_full_disk_is_said_once(
     assert file.path.read_text() == '{"step": 1}\n'
     (said,) = caplog.records
     assert "x.jsonl: cannot be written any more (No space left on device)" in said.message
-    file.write({"step": 4})  # room again, but a gap would be worse than an end
+    file.write({"step": 4})  # no gaps
     assert file.path.read_text() == '{"step": 1}\n'
 
 

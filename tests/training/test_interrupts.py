@@ -1,4 +1,4 @@
-"""Signals: put off until a checkpoint is written, then obeyed as whoever sent them expects."""
+"""Signals are deferred until a checkpoint has been written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def handlers() -> Iterator[list[int]]:
-    """Notes what reaches the handlers that were there before."""
+    """Records the signals that reach the previous handlers."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     seen: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
@@ -41,7 +41,7 @@ def send(number: signal.Signals) -> None:
 
 
 def test_a_rank_forwards_its_signals_at_once(handlers: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those above zero have nothing to save; the process that started them stops the job."""
+    """The launcher ends the job."""
     sent: list[int] = []
     forward = Forward(os.getppid())
     signal.signal(signal.SIGTERM, forward)
@@ -53,7 +53,7 @@ def test_a_rank_forwards_its_signals_at_once(handlers: list[int], monkeypatch: p
         assert (sent, interrupts.pending) == ([signal.SIGTERM], None)
 
 
-def test_a_signal_waits_and_then_does_what_it_would_have_done(handlers: list[int]) -> None:
+def test_a_deferred_signal_calls_the_previous_handler(handlers: list[int]) -> None:
     there = {number: signal.getsignal(number) for number in SIGNALS}
     with Interrupts() as interrupts:
         assert {number: signal.getsignal(number) for number in SIGNALS} == there  # not armed
@@ -62,7 +62,7 @@ def test_a_signal_waits_and_then_does_what_it_would_have_done(handlers: list[int
         send(signal.SIGTERM)
         assert (interrupts.pending, handlers) == (signal.SIGTERM, [])
         interrupts.obey()
-        assert (interrupts.pending, handlers) == (None, [signal.SIGTERM])  # a handler that lets it go on
+        assert (interrupts.pending, handlers) == (None, [signal.SIGTERM])  # the handler returns
         send(signal.SIGUSR2)  # ignored before, ignored now
         assert interrupts.pending is None
         send(signal.SIGUSR1)
@@ -74,11 +74,11 @@ def test_a_signal_waits_and_then_does_what_it_would_have_done(handlers: list[int
     assert {number: signal.getsignal(number) for number in SIGNALS} == there
 
 
-def test_a_second_signal_acts_at_once(handlers: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_signal_is_handled_at_once(handlers: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     with Interrupts() as interrupts:
         interrupts.arm()
         send(signal.SIGTERM)
-        send(signal.SIGTERM)  # the first one's echo
+        send(signal.SIGTERM)  # sent twice
         assert (interrupts.pending, handlers) == (signal.SIGTERM, [])
         monkeypatch.setattr("fusion.training.interrupts.ECHO", 0.0)
         with pytest.raises(KeyboardInterrupt):
@@ -88,7 +88,7 @@ def test_a_second_signal_acts_at_once(handlers: list[int], monkeypatch: pytest.M
     assert handlers == [signal.SIGTERM]  # never lost
 
 
-def test_what_is_pending_at_the_end_is_obeyed_unless_something_else_went_wrong(handlers: list[int]) -> None:
+def test_a_pending_signal_is_handled_at_the_end_unless_there_is_an_error(handlers: list[int]) -> None:
     with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts:
         interrupts.arm()
         send(signal.SIGINT)
@@ -192,8 +192,8 @@ def _only(folder: Path, pattern: str, process: subprocess.Popen[str]) -> list[Pa
     return found
 
 
-def test_a_job_that_slurm_takes_away_goes_on_in_its_next_turn(place: Path, tiny_backbone: Path) -> None:
-    """By submitit's own executor for this machine, which starts a job again as SLURM does."""
+def test_a_preempted_slurm_job_resumes_after_requeueing(place: Path, tiny_backbone: Path) -> None:
+    """With submitit's local executor, which requeues a job as SLURM does."""
     process = start(
         place, tiny_backbone, "name=preempted", "trainer.max_epochs=40", "hydra/launcher=submitit_local",
         "hydra.launcher.timeout_min=10", "hydra.sweep.dir=preempted", "-m",
@@ -218,7 +218,7 @@ def test_a_job_that_slurm_takes_away_goes_on_in_its_next_turn(place: Path, tiny_
 
 
 def _processes(word: str, folder: Path) -> list[int]:
-    """Those that have the word in their command and stand in the folder."""
+    """Process ids with the word in their command line and the folder as working directory."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:

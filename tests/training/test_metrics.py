@@ -1,4 +1,4 @@
-"""Metrics against their definitions, written out."""
+"""Metrics against their definitions."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_an_undefined_score_is_zero_and_not_nan(kind: str, metric: str) -> None:
     assert score(task(kind, metrics=(metric,)), scores, labels.numpy()) == {metric: 0.0}
 
 
-def test_choices_are_scored_by_the_best_one() -> None:
+def test_the_choice_with_the_highest_score_is_predicted() -> None:
     scores = torch.tensor([[0.1, 0.9, float("-inf")], [0.3, 0.2, 0.5], [2.0, 1.0, float("-inf")]])
     assert score(task("choice"), scores, torch.tensor([1, 0, 0]).numpy()) == {"accuracy": 2 / 3}
 

@@ -1,4 +1,4 @@
-"""The optimizer: fused or not, the same training. Several tasks: each by its own head, loss and metrics."""
+"""The optimizer; losses and metrics of several tasks and processes."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_each_task_has_its_own_loss_and_reaches_its_own_head(tiny_backbone: Path
             assert bool(parameter.grad.any()) != others_head, name
 
 
-def test_metrics_of_several_tasks_carry_their_names_and_the_mean_of_the_main_ones(
+def test_metrics_of_several_tasks_and_their_mean(
     tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = several_tasks(tiny_backbone).eval()
@@ -169,7 +169,7 @@ KINDS = {
 
 
 class Ranks:
-    """The validation of `world_size` processes in this one, on scores that are given."""
+    """The validation of `world_size` processes in this one, on given scores."""
 
     def __init__(self, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
         model = torch.nn.Linear(1, 1)
@@ -248,7 +248,7 @@ class Ranks:
 def test_any_number_of_rows_gives_the_scores_of_one_process(
     world_size: int, tokens: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every residue of rows by batch size and processes, fewer rows than processes among them."""
+    """All remainders of rows by batch size and processes, also fewer rows than processes."""
     ranks = Ranks(world_size, monkeypatch)
     for batch_size in (1, 2, 3) if tokens is None else (1,):
         for rows in range(1, 2 * batch_size * world_size + 2):

@@ -15,11 +15,10 @@ import pytest
 import torch
 
 from fusion.config.model import BackboneConfig
-from fusion.config.training import TrainerConfig
 from fusion.errors import TrainingError
 from fusion.model.adapted import AdaptedModel
 from fusion.training.out_of_memory import is_out_of_memory
-from tests.bench import Bench, same
+from tests.bench import Bench, same, trainer_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINTING = "or backbone.gradient_checkpointing=true"
@@ -54,10 +53,6 @@ def failing(bench: Bench, **changes: Any) -> tuple[str, str]:
     return first, second
 
 
-def trainer(**settings: Any) -> TrainerConfig:
-    return TrainerConfig(**{"accelerator": "cpu", "max_epochs": 1, "enable_progress_bar": False, **settings})
-
-
 @pytest.mark.parametrize(
     ("data", "advice"),
     [
@@ -69,7 +64,9 @@ def trainer(**settings: Any) -> TrainerConfig:
 def test_in_training(bench: Bench, fits: Any, data: dict[str, Any], advice: str) -> None:
     fits(lambda *_: False)
     settings = dataclasses.replace(bench.data, **data)
-    first, second = failing(bench, data=settings, trainer=trainer(accumulate_grad_batches=3))
+    first, second = failing(
+        bench, data=settings, trainer=trainer_config(max_epochs=1, accumulate_grad_batches=3)
+    )
     assert re.match(
         r"out of memory at step 0, in a batch of \d+ examples x \d+ tokens; nothing is stored", first
     )
@@ -80,7 +77,7 @@ def test_in_training(bench: Bench, fits: Any, data: dict[str, Any], advice: str)
 def test_in_a_validation(bench: Bench, fits: Any) -> None:
     """Without gradients there is nothing to recompute."""
     fits(lambda model, ids: model.training or len(ids) <= 4)
-    first, second = failing(bench, trainer=trainer())
+    first, second = failing(bench, trainer=trainer_config(max_epochs=1))
     assert first.startswith("out of memory in the validation after 8 steps, in a batch of 8 examples x ")
     assert second == "Try data.batch_size=4 trainer.accumulate_grad_batches=2"
 
@@ -89,7 +86,7 @@ def test_with_gradient_checkpointing_the_run_resumes(
     bench: Bench, fits: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    two = trainer(max_epochs=2)
+    two = trainer_config()
     bench.stage1("films", trainer=two, store=str(bench.folder / "whole"))
     with monkeypatch.context():  # a batch of the second epoch does not fit
 

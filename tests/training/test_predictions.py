@@ -1,4 +1,4 @@
-"""outcomes.json: labels and predictions of the rows that were evaluated, row by row."""
+"""outcomes.json: labels and predictions of the evaluated rows."""
 
 from __future__ import annotations
 
@@ -9,13 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fusion.config.training import TrainerConfig
 from fusion.training.predictions import RowPredictions
-from tests.bench import Bench
-
-
-def trainer(**settings: Any) -> TrainerConfig:
-    return TrainerConfig(accelerator="cpu", max_epochs=1, enable_progress_bar=False, **settings)
+from tests.bench import Bench, trainer_config
 
 
 def read(bench: Bench) -> dict[str, Any]:
@@ -37,7 +32,7 @@ def labels_of(path: Path) -> list[int]:
 def test_labels_and_predictions_are_of_the_same_rows(
     bench: Bench, settings: dict[str, Any], rows: int
 ) -> None:
-    result = bench.stage1("films", trainer=trainer(**settings))
+    result = bench.stage1("films", trainer=trainer_config(max_epochs=1, **settings))
     found = read(bench)["validation"]
     every = labels_of(bench.folder / "data/films/validation.jsonl")
     numbers = found.get("rows", list(range(len(every))))
@@ -48,16 +43,16 @@ def test_labels_and_predictions_are_of_the_same_rows(
     assert result["metrics"]["validation"]["accuracy"] == right  # in double precision
 
 
-def test_selections_of_one_split_have_fingerprints_of_their_own(bench: Bench) -> None:
+def test_selections_of_a_split_have_different_fingerprints(bench: Bench) -> None:
     prints = set()
     for batches in (1.0, 1):
-        bench.stage1("films", trainer=trainer(limit_val_batches=batches), overwrite=True)
+        bench.stage1("films", trainer=trainer_config(max_epochs=1, limit_val_batches=batches), overwrite=True)
         prints.add(read(bench)["validation"]["fingerprint"])
     assert len(prints) == 2
 
 
 def test_tasks_that_are_limited_together(bench: Bench) -> None:
-    bench.multitask("films", "books", trainer=trainer(limit_val_batches=1))
+    bench.multitask("films", "books", trainer=trainer_config(max_epochs=1, limit_val_batches=1))
     found = read(bench)
     assert set(found) == {"films/validation", "books/validation"}
     for name, split in found.items():
@@ -65,7 +60,7 @@ def test_tasks_that_are_limited_together(bench: Bench) -> None:
         assert split["labels"] == [every[row] for row in split["rows"]] and len(split["predicted"]) == 8
 
 
-def test_parts_come_back_in_the_order_of_the_rows() -> None:
+def test_parts_are_gathered_in_the_order_of_the_rows() -> None:
     parts = [
         RowPredictions([4, 1], [[4, 0], [1]], [0, 1]),
         RowPredictions([], [], []),
