@@ -1,4 +1,4 @@
-"""One page about many runs: what helped what, by how much, is it real, what did it cost.
+"""One page about many runs: results by target and method, source attention, training curves and cost.
 
 python -m fusion.report runs=outputs
 """
@@ -27,12 +27,10 @@ log = logging.getLogger(__name__)
 
 
 def check(config: ReportConfig, run: Run) -> None:
-    """What can be said before anything is read."""
+    """Check the folders before anything is read."""
     for folder in config.folders:
         if not folder.is_dir():
-            raise UserError(
-                f"runs={folder}: no such folder; expected one that runs were written to, such as runs=outputs"
-            )
+            raise UserError(f"runs={folder}: no such folder; expected a folder of runs, such as runs=outputs")
     if config.path.is_dir():
         raise UserError(
             f"output={config.path}: this is a folder; expected a file, such as output=report.html"
@@ -51,8 +49,10 @@ def main(config: ReportConfig, run: Run) -> dict[str, Any]:
     found = read_runs(config.folders, without=run.directory)
     targets = targets_of(found, config.split)
     if config.split is not None and not targets:
-        raise UserError(f"split={config.split}: no run has a score on it; leave split= out for what there is")
-    notes = look_into(config, run, found, targets) if config.inspect else []
+        raise UserError(
+            f"split={config.split}: no run has a score on it; omit split= to use the split with most scores"
+        )
+    notes = inspect_missing(config, run, found, targets) if config.inspect else []
     contents = contents_of(found, targets, notes)
     files = config.path.with_name(f"{config.path.stem}-files") if config.files else None
     written = [] if files is None else write_files(contents, files)
@@ -63,7 +63,7 @@ def main(config: ReportConfig, run: Run) -> dict[str, Any]:
     }
     size = write_page(contents, config.path, about, files)
     for line in found.unread:
-        log.warning("left out: %s", line)
+        log.warning("omitted: %s", line)
     say(
         f"{config.path}: {len(targets)} target{'s' * (len(targets) != 1)}, {len(found.done)} runs, {size:,} bytes"
     )
@@ -78,10 +78,10 @@ def main(config: ReportConfig, run: Run) -> dict[str, Any]:
     }
 
 
-def look_into(config: ReportConfig, run: Run, found: Found, targets: list[Target]) -> list[str]:
-    """Inspects of every fusion in the table the first run that nobody has looked into, and gives what went wrong.
+def inspect_missing(config: ReportConfig, run: Run, found: Found, targets: list[Target]) -> list[str]:
+    """Inspect the first run of each fusion without an inspection; return what failed.
 
-    What is found is kept below the first folder of runs, where the next report finds it.
+    Inspections are kept below the first folder of runs, where the next report finds them.
     """
     unseen = []
     for target in targets:
@@ -93,20 +93,20 @@ def look_into(config: ReportConfig, run: Run, found: Found, targets: list[Target
     for number, one in enumerate(unseen, start=1):
         from fusion.analysis.inspection import inspect
 
-        log.info("looking into %s, %d of %d (inspect=false does without)", one.name, number, len(unseen))
-        asked = InspectConfig(
+        log.info("inspecting %s, %d of %d (inspect=false skips it)", one.name, number, len(unseen))
+        settings = InspectConfig(
             artifact=one.artifact,
             data=config.data_with(LimitConfig(validation=config.inspect_rows, test=config.inspect_rows)),
             accelerator=config.accelerator,
             words=config.words,
         )
         try:
-            seen = inspect(asked)
-        except Exception as error:  # one that cannot be looked into must not cost the page
+            seen = inspect(settings)
+        except Exception as error:  # a failed inspection must not cost the page
             if not isinstance(error, UserError):
                 log.exception("%s", one.name)
             reason = " ".join(str(error).split()) or type(error).__name__
-            notes.append(f"{one.name} could not be looked into: {reason}")
+            notes.append(f"{one.name} could not be inspected: {reason}")
             continue
         found.inspections[seen["hash"]] = seen
         for above in (

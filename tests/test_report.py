@@ -126,8 +126,8 @@ def test_what_cannot_be_looked_into_costs_a_note(copy: Path, caplog: pytest.LogC
     (copy / "store" / "films" / "weights.safetensors").write_bytes(b"cut")
     result, text = make(copy)
     (note,) = result["notes"]
-    assert note.startswith("fused-1 could not be looked into: ") and "films" in note
-    assert note in caplog.text and "fused-1 could not be looked into" in text
+    assert note.startswith("fused-1 could not be inspected: ") and "films" in note
+    assert note in caplog.text and "fused-1 could not be inspected" in text
 
 
 def test_half_a_result_is_named_and_left_out(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -135,7 +135,7 @@ def test_half_a_result_is_named_and_left_out(copy: Path, caplog: pytest.LogCaptu
     broken.write_text(broken.read_text()[:40])
     result, text = make(copy, inspect=False)
     assert len(result["unread"]) == 1 and str(broken.parent.name) in result["unread"][0]
-    assert "left out" in caplog.text and "could not be read" in text
+    assert "omitted" in caplog.text and "could not be read" in text
 
 
 def test_another_split(copy: Path) -> None:

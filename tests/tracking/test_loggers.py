@@ -197,7 +197,7 @@ def test_a_server_that_cannot_be_used_is_asked_once(
             loggers[0].log_metrics({"loss": 1.0}, 0)
             finish(loggers)
             monkeypatch.setattr(wandb_run, "missing_key", lambda: pytest.fail("not asked again"))
-        assert time.monotonic() - started < 12
+        assert time.monotonic() - started < 15
     lines = notices(caplog)
     assert len(lines) == 2 and all("W&B is offline (" in line and reason in line for line in lines)
     for name in ("rte", "mrpc"):  # the online attempt is removed
