@@ -17,7 +17,7 @@ from fusion.cli.console import say
 from fusion.config.commands import EvaluateConfig
 from fusion.errors import UserError
 from fusion.model.head_selection import answers, own_tasks
-from fusion.model.usable import usable_manifest
+from fusion.runs.inputs import read_used
 from fusion.runs.run import Run
 from fusion.store.lookup import read_manifest, source_manifests
 from fusion.store.trained_data import as_trained, data_folder_of
@@ -30,7 +30,7 @@ def check(config: EvaluateConfig, run: Run) -> None:
     """What can be said before a model is loaded."""
     from fusion.data.splits import check_source
 
-    manifest = usable_manifest(config)
+    manifest = read_used(config)
     for answer in answers(manifest, config.task):
         check_source(answer.task, as_trained(manifest, config.data, answer.task.name), [config.split])
 

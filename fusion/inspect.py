@@ -11,14 +11,14 @@ from fusion.cli.app import command
 from fusion.cli.console import say
 from fusion.config.commands import InspectConfig
 from fusion.files import write_json
-from fusion.model.usable import usable_manifest
+from fusion.runs.inputs import read_used
 from fusion.runs.run import INSPECTION, Run
 from fusion.store.compatibility import check_attends
 
 
 def check(config: InspectConfig, run: Run) -> None:
     """What can be said before a model is loaded."""
-    manifest = usable_manifest(config)
+    manifest = read_used(config)
     check_attends(manifest, f"artifact={config.artifact}", "name a fusion")
 
 

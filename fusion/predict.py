@@ -17,7 +17,7 @@ from fusion.config.commands import PredictConfig
 from fusion.errors import UserError
 from fusion.files import atomic_path
 from fusion.model.head_selection import Answer, answers
-from fusion.model.usable import usable_manifest
+from fusion.runs.inputs import read_used
 from fusion.runs.run import Run
 from fusion.store.compatibility import check_attends
 from fusion.tasks.table import kind_of
@@ -42,7 +42,7 @@ def check(config: PredictConfig, run: Run) -> None:
     """What can be said before a model is loaded."""
     from fusion.data.files import READABLE, file_format
 
-    manifest = usable_manifest(config)
+    manifest = read_used(config)
     answer_of(config, manifest)
     if config.attention:
         check_attends(manifest, "attention=true", "leave attention= out")

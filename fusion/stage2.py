@@ -13,7 +13,6 @@ from fusion.analysis.ranking.choice import name_sources
 from fusion.backbones.files import check_files
 from fusion.cli.app import command
 from fusion.config.stages import Stage2Config
-from fusion.model.unchanged import check_unchanged
 from fusion.runs.inputs import Inputs, check_backbone_name, initial_inputs, initial_manifest, read_inputs
 from fusion.runs.output import RunOutput, find_output
 from fusion.runs.run import Run, RunState
@@ -23,10 +22,7 @@ def output_of(config: Stage2Config, inputs: Inputs, run: Run) -> RunOutput:
     check_backbone_name(inputs.sources[0], config.backbone.name_or_path)
     # A source that was trained again makes this another run, though the config says the same.
     initial = initial_inputs(initial_manifest(config, "fusion", inputs.sources))
-    output = find_output(config, run, kind="fusion", inputs=inputs.hashes | initial)
-    if output.stored is not None:
-        check_unchanged(output.stored, config.backbone)
-    return output
+    return find_output(config, run, kind="fusion", inputs=inputs.hashes | initial)
 
 
 def check(config: Stage2Config, run: Run) -> RunState:

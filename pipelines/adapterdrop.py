@@ -142,7 +142,7 @@ def timings(config: DropConfig) -> dict[str, Any]:
     from fusion.data.loaders import evaluation_loader
     from fusion.layers.heads import TaskHead
     from fusion.model.build import stored_adapters, stored_model
-    from fusion.model.multi_task import SeveralTasks
+    from fusion.model.multi_task import MultiTaskModel
     from fusion.runs.memory import keep_freed_memory
     from fusion.store.artifacts import load
 
@@ -160,7 +160,7 @@ def timings(config: DropConfig) -> dict[str, Any]:
             for artifact in chosen
         ]
         heads = [TaskHead(backbone.hidden_size, **artifact.manifest.head.shape) for artifact in chosen]
-        return SeveralTasks(_backbone(chosen[0]), own, chosen[0].manifest.placement["adapter.reads"], heads)
+        return MultiTaskModel(_backbone(chosen[0]), own, chosen[0].manifest.placement["adapter.reads"], heads)
 
     plain = backbone.model.eval()
     measured: dict[str, Callable[..., Any]] = {

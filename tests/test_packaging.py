@@ -129,7 +129,7 @@ def test_the_wheel_carries_the_package_and_conf_and_nothing_else(wheel: Path) ->
         for path in (ROOT / "conf").rglob("*.yaml")
     } | {
         path.relative_to(ROOT).as_posix(): path.read_bytes()
-        for pattern in ("*.py", "report/templates/*")
+        for pattern in ("*.py", "reporting/templates/*")
         for path in (ROOT / "fusion").rglob(pattern)
     }
     with zipfile.ZipFile(wheel) as archive:

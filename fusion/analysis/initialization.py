@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from fusion.analysis.probe import probe
-from fusion.analysis.pruning import mean_attention, most_attended
 from fusion.backbones.load import Backbone
 from fusion.config.compositions import CONTINUED, KEPT, CompositionConfig
 from fusion.config.stages import Stage2Config
@@ -23,6 +22,7 @@ from fusion.layers.heads import TaskHead
 from fusion.model.adapted import AdaptedModel
 from fusion.model.build import new_head, stored_model
 from fusion.model.inference import device_of
+from fusion.model.source_attention import measure_attention, most_attended
 from fusion.store.artifacts import Artifact, copy_stored, load
 from fusion.store.layout import HEAD, WEIGHTS
 from fusion.tasks.table import kind_of
@@ -115,7 +115,7 @@ def _most_attended(
     assert fusion is not None and config.composition.keep is not None
     batches = sampled_batches(training, _ROWS, config.data.batch_size, config.data.tokens_per_batch)
     model = stored_model(fusion, Path(config.store), backbone.copy())
-    attention = mean_attention(model, batches, device_of(config.trainer.accelerator))
+    attention = measure_attention(model, batches, device_of(config.trainer.accelerator))
     return most_attended(attention, [source.manifest for source in sources], config.composition.keep)
 
 

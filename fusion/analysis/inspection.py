@@ -30,7 +30,7 @@ from fusion.errors import UserError
 from fusion.model.build import backbone_of, stored_model
 from fusion.model.head_selection import decision_of, own_tasks
 from fusion.model.inference import device_of, predict
-from fusion.model.source_attention import listen
+from fusion.model.source_attention import measure_attention
 from fusion.store.artifacts import load
 from fusion.store.compatibility import check_attends
 from fusion.store.lookup import source_manifests
@@ -73,7 +73,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     """What inspection.json holds.
 
     name, hash, task, split, fingerprint, rows: what was looked at. sources: names, in order. slots: names, L of them.
-    metrics: with all sources. labels, predicted: row by row, with all sources. attention: by slot, each source's mean weight and the entropy, see `Listening`.
+    metrics: with all sources. labels, predicted: row by row, with all sources. attention: by slot, each source's mean weight and the entropy, see `SourceAttention`.
     masked: by source, the metrics without it and what is predicted then, row by row. pruned: `{"kept": [names], "metrics"}` from all sources down to one,
     or null; the one to go is looked for anew at each step, of more than GREEDY sources once. words: the chosen rows, see `words_of`.
 
@@ -116,7 +116,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     batches = evaluation_loader(encoded, data.batch_size, tokens_per_batch=data.tokens_per_batch)
     assert encoded.labels is not None
     labels = kind.plain_labels(encoded.labels)
-    heard = listen(model, batches, device)
+    attention = measure_attention(model, batches, device)
     scores = run()
     full = _scored(task, scores, encoded, decision)
     log.info("%s on %s %s (%d rows): %s", manifest.name, task.name, split, len(rows), full)
@@ -128,7 +128,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         prune = prune_greedily if len(sources) <= GREEDY else prune_in_order
         pruned = prune(len(sources), scored, full, masked)
     words = []
-    if all(slot.entropy is not None for slot in heard.values()):
+    if all(slot.entropy is not None for slot in attention.values()):
         assert full.predicted is not None
         wrong = kind.wrong(labels, full.predicted)
         asked = config.words if isinstance(config.words, list) else chosen_rows(wrong, config.words)
@@ -148,11 +148,11 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         "composition": manifest.content["composition"],
         "drop": config.drop,
         "sources": sources,
-        "slots": list(heard),
+        "slots": list(attention),
         "metrics": full.metrics,
         "labels": labels,
         "predicted": full.predicted,
-        "attention": {slot: {"mean": one.mean, "entropy": one.entropy} for slot, one in heard.items()},
+        "attention": {slot: {"mean": one.mean, "entropy": one.entropy} for slot, one in attention.items()},
         "masked": {
             source: {**one.plain(), "predicted": one.predicted}
             for source, one in zip(sources, masked, strict=False)

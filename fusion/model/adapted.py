@@ -1,4 +1,4 @@
-"""The backbone with its slots filled, and a head on top.
+"""A backbone with slot modules, and a head.
 
 Shapes: S texts, B rows, T tokens, D hidden size, K outputs of the head, N sources.
 """
@@ -23,22 +23,22 @@ from fusion.layers.slot_module import BatchContext, Recorder, SlotModule, parame
 
 
 class AdaptedModel(nn.Module):
-    """Runs the frozen backbone through its filled slots and scores the result.
+    """The frozen backbone with slot modules attached to it, and a head that scores its output.
 
-    The parameters of `slot_modules` and `head` train, and what `tuning` names; nothing else does. Freezing,
-    the optimizer, checkpoints and the store all read that from here.
+    The parameters of `slot_modules`, `head` and `tuning` train, and nothing else. Freezing, the optimizer, checkpoints
+    and the store all read `trainable`.
 
     Args:
         backbone: frozen; slots are attached to it in place.
-        slot_modules: by slot address, see `SlotAddress`. A slot that is not named stays empty.
+        slot_modules: by slot address, see `SlotAddress`.
         reads: what every slot module reads, see `fusion.backbones.wirings`.
-        head: gives K scores a text; of several tasks, each has its own.
-        backbone_dropout: whether the backbone's own dropout acts in training.
-        gradient_checkpointing: whether each layer is computed again in backward, to keep less in memory.
-        tuning: what of the backbone itself trains; None: nothing.
+        head: K scores per text; for multiple tasks, one head each.
+        backbone_dropout: whether the backbone's own dropout is active in training.
+        gradient_checkpointing: whether layers are recomputed in the backward pass to save memory.
+        tuning: the parameters of the backbone that train; None: none.
 
     Raises:
-        ValueError: a slot that the backbone does not have, or that has no such reading.
+        ValueError: the backbone has no such slot, or the slot has no such reading.
     """
 
     def __init__(
@@ -106,14 +106,14 @@ class AdaptedModel(nn.Module):
         return make_slot(address, stack.sites[address.site], module, reads, self._current)
 
     def recompute_layers(self) -> None:
-        """From now on, compute each layer again in backward, to keep less in memory."""
+        """Turn on gradient checkpointing."""
         if not self.gradient_checkpointing:
             for stack in self._family.stacks:
                 recompute_in_backward(self._layers_of(stack), self._current)
             self.gradient_checkpointing = True
 
     def train(self, mode: bool = True) -> AdaptedModel:
-        """As torch's, but the backbone's dropout acts only where `backbone_dropout` asks for it."""
+        """Set training mode; the backbone's own dropout is active only with `backbone_dropout`."""
         super().train(mode)
         if not self.backbone_dropout:
             self.backbone.eval()
@@ -138,19 +138,18 @@ class AdaptedModel(nn.Module):
 
         Args:
             input_ids, attention_mask, token_type_ids: (S, T).
-            choice_counts: (B,), the number of texts of each row: of a choice task, or of a sentence in windows.
-            sources_on: (N,) bool, which sources take part; None means all.
-            record: is called in each slot with its name and the sources' weights (S, T, N).
-            features: (S, T, D), what `frozen_features` gives for these rows: no layer below the lowest one
-                with a slot is computed then. Values at padding do not matter.
-            first_layer: the slots of the layers below it stay empty (AdapterDrop, Rücklé et al. 2021).
-            task: whose rows they are, where there are several heads.
-            words: (B, most words), tagging tasks: where each word's first sub-word is among the S * T tokens; -1 for
+            choice_counts: (B,), the number of texts per row: choices, or windows of a long sentence.
+            sources_on: (N,) bool, the sources that take part; None: all.
+            record: called in each slot with its name and the source weights (S, T, N).
+            features: (S, T, D), `frozen_features` of these rows: the layers below the lowest slot are not computed.
+                Values at padding do not matter.
+            first_layer: slots in lower layers are inactive (AdapterDrop, Rücklé et al. 2021).
+            task: the index of the head, for multiple tasks.
+            words: (B, most words), tagging: the index of each word's first sub-word among the S * T tokens; -1 for
                 padding.
 
         Returns:
-            (B, K); for a choice task (B, most choices of a row), and with words (B, most words, K), -inf where a row has
-            fewer.
+            (B, K); multiple choice: (B, most choices); tagging: (B, most words, K). -inf where a row has fewer.
         """
         hidden = self.hidden_states(
             input_ids,
@@ -161,15 +160,13 @@ class AdaptedModel(nn.Module):
             features=features,
             first_layer=first_layer,
         )
-        whose = (task,) if isinstance(self.head, TaskHeads) else ()
-        scores: Tensor = self.head(hidden, attention_mask, *whose, words=words)
+        index = (task,) if isinstance(self.head, TaskHeads) else ()
+        scores: Tensor = self.head(hidden, attention_mask, *index, words=words)
         if self.training and first_layer > 0:
-            scores = scores + self._idle(first_layer)
-        return (
-            scores
-            if choice_counts is None or words is not None
-            else _by_row(scores.squeeze(-1), choice_counts)
-        )
+            scores = scores + self._zero_of_inactive_slots(first_layer)
+        if choice_counts is None or words is not None:
+            return scores
+        return _by_row(scores.squeeze(-1), choice_counts)
 
     def hidden_states(
         self,
@@ -183,10 +180,10 @@ class AdaptedModel(nn.Module):
         features: Tensor | None = None,
         first_layer: int = 0,
     ) -> Tensor:
-        """What the head reads; arguments as of `forward`.
+        """The last hidden states; arguments as in `forward`.
 
         Args:
-            members: (S,), whose adapter each text is for, where the slots hold those of several tasks.
+            members: (S,), the index of the adapter for each text, for slots with the adapters of multiple tasks.
 
         Returns:
             (S, T, D).
@@ -200,13 +197,13 @@ class AdaptedModel(nn.Module):
             return features
         return self._run(input_ids, attention_mask, token_type_ids)
 
-    def _idle(self, first_layer: int) -> Tensor:
-        """0, with a gradient of 0 for all that trains in the layers below: DDP wants one of every parameter.
+    def _zero_of_inactive_slots(self, first_layer: int) -> Tensor:
+        """0, with zero gradients for the parameters of inactive slots: DDP expects a gradient for every parameter.
 
-        Added at the end and not in the layers, so that backward still stops where the first slot is filled.
+        Added to the scores and not in the layers, so that the backward pass stops at the lowest active slot.
         """
         below = [slot.module for slot in self._slot_list if slot.address.layer < first_layer]
-        parts = [parameter.sum() for slot_module in below for parameter in slot_module.parameters()]
+        parts = [parameter.sum() for module in below for parameter in module.parameters()]
         return 0.0 * torch.stack(parts).sum() if parts else torch.zeros(())
 
     def _run(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> Tensor:
@@ -220,9 +217,9 @@ class AdaptedModel(nn.Module):
     def frozen_features(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
-        """The input of the lowest layer with a slot, or without any slot the last hidden states.
+        """The input of the lowest layer with a slot; without slots, the last hidden states.
 
-        The same for a row whatever is trained, as long as the backbone's dropout is off.
+        It does not depend on anything that trains, as long as the backbone's dropout is off.
 
         Args:
             input_ids, attention_mask, token_type_ids: (S, T).
@@ -230,7 +227,7 @@ class AdaptedModel(nn.Module):
         Returns:
             (S, T, D).
         """
-        assert not self.backbone.training, "dropout would make it another one each time"
+        assert not self.backbone.training, "with dropout, features would differ each time"
         self._current.context = BatchContext(attention_mask)
         self._current.features, self._current.capture = None, True
         try:
@@ -241,13 +238,13 @@ class AdaptedModel(nn.Module):
             self._current.capture = False
 
     def take_features(self) -> None:
-        """Let batches bring their frozen features, in place of which no layer below the boundary is computed.
+        """Accept frozen features from batches: layers below the boundary are then not computed.
 
         Raises:
-            RuntimeError: of two stacks, only the decoder has slots.
+            RuntimeError: an encoder–decoder model with slots in the decoder only.
         """
         if self.boundary is None and len(self._family.stacks) > 1:
-            raise RuntimeError("no slot of the encoder: its output is no state of the whole model")
+            raise RuntimeError("the encoder has no slot: its output is not a state of the whole model")
         if not self._takes_features:
             layers, stack = self._family.layer_list(self.backbone), self._family.first_stack
             skip_with_features(layers, self.boundary or 0, stack, self._current)
@@ -255,13 +252,13 @@ class AdaptedModel(nn.Module):
 
     @property
     def adapted_layers(self) -> list[int]:
-        """The layers with a slot, rising."""
+        """The layers with a slot, in ascending order."""
         return sorted({slot.address.layer for slot in self._slot_list})
 
     def merged(self) -> AdaptedModel:
-        """This model, changed for inference: what its slot modules trained is merged where that saves work.
+        """Merge matrices for faster inference, in place. Scores stay the same up to rounding.
 
-        The scores stay the same up to rounding. It cannot be trained or stored any more.
+        The model cannot be trained or stored any more.
         """
         for slot in self._slot_list:
             *above, last = _key(slot.address)
@@ -272,53 +269,50 @@ class AdaptedModel(nn.Module):
         return self.eval()
 
     def losses(self) -> dict[str, Tensor]:
-        """The named terms that the slot modules add, each summed over the slots."""
+        """The named loss terms of the slot modules, each summed over the slots."""
         total: dict[str, Tensor] = {}
-        for slot_module in self.slot_modules():
-            for name, value in slot_module.losses().items():
+        for module in self.slot_modules().values():
+            for name, value in module.losses().items():
                 total[name] = total[name] + value if name in total else value
         return total
 
-    def slot_modules(self) -> list[SlotModule]:
-        """All slot modules, in the order in which they were given."""
-        return [slot.module for slot in self._slot_list]
+    def slot_modules(self) -> dict[str, SlotModule]:
+        """All slot modules by address, in the order of the constructor's argument."""
+        return {slot.name: slot.module for slot in self._slot_list}
 
     def slot_state(self) -> dict[str, nn.Parameter]:
-        """What the slot modules train: `0.feedforward.down.weight` and so on. What slots share stands there once."""
-        return parameters_of({slot.name: slot.module for slot in self._slot_list})
+        """The parameters of the slot modules: `0.feedforward.down.weight` and so on. Shared ones appear once."""
+        return parameters_of(self.slot_modules())
 
     def tuned(self) -> dict[str, nn.Parameter]:
-        """What of the backbone itself trains, by its name there."""
+        """The parameters of the backbone that train, by their names there."""
         return {} if self.tuning is None else dict(self.tuning.parameters)
 
     def weight_state(self) -> dict[str, nn.Parameter]:
-        """What is stored as the weights."""
+        """The parameters stored as the weights of an artifact."""
         return self.slot_state() | ({} if self.tuning is None else self.tuning.state())
 
     def head_state(self) -> dict[str, nn.Parameter]:
-        """What is stored as the head: `output.weight` and so on; of several, `TASK.output.weight`."""
+        """The parameters stored as the head: `output.weight` and so on; for multiple tasks, `TASK.output.weight`."""
         return self.head.state() if isinstance(self.head, TaskHeads) else dict(self.head.named_parameters())
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The one list of what trains, by its full name."""
+        """Every parameter that trains, by its full name."""
         if self._frozen:
             return {}
         modules = {".".join(_key(slot.address)): slot.module for slot in self._slot_list}
-        slot_modules = {f"slots.{name}": parameter for name, parameter in parameters_of(modules).items()}
+        in_slots = {f"slots.{name}": parameter for name, parameter in parameters_of(modules).items()}
         tuned = {f"backbone.{name}": parameter for name, parameter in self.tuned().items()}
-        return (
-            slot_modules
-            | tuned
-            | {f"head.{name}": parameter for name, parameter in self.head.named_parameters()}
-        )
+        head = {f"head.{name}": parameter for name, parameter in self.head.named_parameters()}
+        return in_slots | tuned | head
 
     def freeze(self) -> None:
-        """Let nothing train any more; what is stored stays the same."""
+        """Freeze everything; the stored state stays the same."""
         self.requires_grad_(False)
         self._frozen = True
 
     def undecayed(self) -> set[str]:
-        """Names of `trainable` that take no weight decay: vectors, and what a slot module exempts."""
+        """Names in `trainable` without weight decay: vectors, and what a slot module exempts."""
         vectors = {name for name, parameter in self.trainable().items() if parameter.ndim < 2}
         exempt = {
             ".".join(("slots", *_key(slot.address), name))
@@ -328,13 +322,13 @@ class AdaptedModel(nn.Module):
         return vectors | (exempt & set(self.trainable()))
 
     def frozen(self) -> dict[str, Tensor]:
-        """Every tensor that must not change in training. One that is shared may stand there twice."""
-        # By identity: what trains in several places at once has a name in each of them.
+        """Every tensor that must not change in training. A shared tensor may appear under several names."""
+        # By identity, since a shared parameter has several names.
         training = {id(parameter) for parameter in self.trainable().values()}
         return {name: tensor for name, tensor in self.every_tensor().items() if id(tensor) not in training}
 
     def every_tensor(self) -> dict[str, Tensor]:
-        """All parameters and buffers, those that no state_dict holds too, by each of their names."""
+        """All parameters and buffers, also non-persistent ones, by each of their names."""
         parameters = self.named_parameters(remove_duplicate=False)
         return {**dict(parameters), **dict(self.named_buffers(remove_duplicate=False))}
 
@@ -343,7 +337,7 @@ class AdaptedModel(nn.Module):
         return {name: hash_tensors([(name, tensor)]) for name, tensor in self.frozen().items()}
 
     def frozen_hash(self) -> str:
-        """One hash for all of `frozen`."""
+        """One hash of all of `frozen`."""
         return hash_of_hashes(self.frozen_hashes())
 
 
@@ -353,7 +347,7 @@ def hash_of_hashes(hashes: Mapping[str, str]) -> str:
 
 
 def _key(address: SlotAddress) -> tuple[str, ...]:
-    """Where a slot module is registered. torch's names have no dots: the site attention.query is attention_query."""
+    """The path under which a slot module is registered; dots of a site become underscores, as torch requires."""
     stack = (address.stack,) if address.stack else ()
     return (*stack, str(address.layer), address.site.replace(".", "_"))
 

@@ -10,6 +10,7 @@ from fusion.backbones.load import Backbone
 from fusion.backbones.slots import SlotAddress
 from fusion.backbones.tuning import Tuning
 from fusion.config.compositions import CompositionConfig
+from fusion.config.layer_selection import kept_layers
 from fusion.config.methods import MethodConfig
 from fusion.config.model import (
     SITES,
@@ -30,7 +31,6 @@ from fusion.model.from_manifests import (
     head_shapes,
     weight_shapes,
 )
-from fusion.model.layer_selection import kept_layers
 from fusion.store.artifacts import Artifact, copy_stored, load, load_by_hash, match_keys
 from fusion.store.compatibility import check_backbone, check_sources
 from fusion.store.layout import HEAD, MANIFEST, WEIGHTS

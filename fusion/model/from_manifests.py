@@ -17,12 +17,12 @@ from torch.overrides import TorchFunctionMode
 
 from fusion.backbones.slots import SlotAddress
 from fusion.config.compositions import CONTINUED, KEPT, CompositionConfig, SlotSources
+from fusion.config.layer_selection import kept_layers
 from fusion.errors import UserError, first_line
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.layers.slot_module import SlotModule, parameters_of
 from fusion.layers.target import WithTargetAdapter
-from fusion.model.layer_selection import kept_layers
 from fusion.store.compatibility import check_sources
 from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
 from fusion.store.manifest import Manifest

@@ -1,6 +1,6 @@
-"""The same rows for several tasks at once: what lies below the lowest adapter is run once for all of them.
+"""Multi-task inference: the layers below the lowest adapter are run once for all tasks.
 
-AdapterDrop (Rücklé et al. 2021, §3.2): the more of the first layers go without adapters, the more the tasks share.
+AdapterDrop (Rücklé et al. 2021, §3.2): the more of the first layers are without adapters, the more the tasks share.
 
 Shapes: B rows, T tokens, D hidden size, N tasks, K outputs of a task's head.
 """
@@ -21,12 +21,12 @@ from fusion.layers.switch import TaskSwitch
 from fusion.model.adapted import AdaptedModel
 
 
-class SeveralTasks(nn.Module):
-    """Scores of each row by each of N tasks' adapters and heads, in one pass.
+class MultiTaskModel(nn.Module):
+    """Scores of each row by the adapters and heads of N tasks, in one pass.
 
     Args:
-        adapters: of each task, by slot name.
-        reads: what all of them read, see `PostNormSlot`.
+        adapters: of each task, by slot address.
+        reads: what all of them read, see `fusion.backbones.wirings`.
         heads: of each task.
 
     Raises:
@@ -57,18 +57,16 @@ class SeveralTasks(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> list[Tensor]:
-        """input_ids, attention_mask, token_type_ids: (B, T) -> of each task (B, K)."""
+        """input_ids, attention_mask, token_type_ids: (B, T) -> for each task (B, K)."""
         tasks = len(self.heads)
         hidden = self.model.frozen_features(input_ids, attention_mask, token_type_ids)
-        if self.model.boundary is None:  # no adapter anywhere: all is shared
+        if self.model.boundary is None:  # no adapter anywhere
             return [head(hidden, attention_mask) for head in self.heads]
-        members = torch.arange(tasks, device=input_ids.device).repeat_interleave(len(input_ids))
-        several = self.model.hidden_states(
+        states = self.model.hidden_states(
             input_ids.repeat(tasks, 1),
             attention_mask.repeat(tasks, 1),
             None if token_type_ids is None else token_type_ids.repeat(tasks, 1),
-            members=members,
+            members=torch.arange(tasks, device=input_ids.device).repeat_interleave(len(input_ids)),
             features=hidden.repeat(tasks, 1, 1),
         )
-        parts = several.chunk(tasks)
-        return [head(part, attention_mask) for head, part in zip(self.heads, parts, strict=True)]
+        return [head(own, attention_mask) for head, own in zip(self.heads, states.chunk(tasks), strict=True)]

@@ -1,16 +1,17 @@
-"""Who a fusion listens to: the weights of its sources, averaged over tokens, and how spread they are.
+"""Source attention: the weights that a fusion gives to its sources, averaged over tokens, and their entropy.
 
 Shapes: S texts of a batch, T tokens, N sources.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusion.data.batches import Batch
 from fusion.layers.scalearn import ScaLearn
@@ -18,13 +19,19 @@ from fusion.layers.slot_module import SlotModule
 from fusion.layers.target import WithTargetAdapter
 from fusion.model.adapted import AdaptedModel
 
+if TYPE_CHECKING:
+    from fusion.store.manifest import Manifest
+
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
-class Listening:
+class SourceAttention:
     """Of one slot, over all real tokens.
 
-    mean: the mean weight of each source, N numbers.
-    entropy: the mean of the tokens' entropies −Σ p log p, in nats; None where the weights are no shares of a whole.
+    Attributes:
+        mean: the mean weight of each source, N numbers.
+        entropy: the mean of the tokens' entropies −Σ p log p, in nats; None for weights that do not sum to 1.
     """
 
     mean: list[float]
@@ -32,14 +39,14 @@ class Listening:
 
 
 class AttentionSums:
-    """Sums over the real tokens of the rows that count: of the weights and of their entropy, slot by slot."""
+    """Sums of the weights and of their entropy over the real tokens, slot by slot."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
 
-    def watcher(self, batch: Batch) -> Callable[[str, Tensor], None]:
-        """The recorder of one batch, which is called in each slot with its name and weights (S, T, N)."""
-        real = real_tokens(batch)  # once a batch, for all slots
+    def recorder(self, batch: Batch) -> Callable[[str, Tensor], None]:
+        """The recorder for one batch, called in each slot with its name and weights (S, T, N)."""
+        real = real_tokens(batch)  # once per batch, for all slots
 
         def record(slot: str, weights: Tensor) -> None:
             self.add(slot, weights, real)
@@ -57,15 +64,15 @@ class AttentionSums:
         entropy = torch.special.entr(w).sum(-1)  # -p log p, and 0 where p is 0: (S, T)
         by_source = torch.einsum("stn,st->n", w, real)
         sums = torch.cat([by_source, (entropy * real).sum().view(1), real.sum().view(1)]).double()
-        # Stays on the device, so that nothing waits for it: (N + 2,)
+        # (N + 2,), kept on the device, so that no synchronization is needed
         self._sums[slot] = self._sums[slot] + sums if slot in self._sums else sums
 
-    def heard(self, model: AdaptedModel, distributed: bool = False) -> dict[str, Listening]:
-        """By slot of the model that was watched, in the order of the layers; see `means`."""
+    def by_slot(self, model: AdaptedModel, distributed: bool = False) -> dict[str, SourceAttention]:
+        """By slot of the recorded model, in the order of the layers; see `means`."""
         compositions = compositions_of(model)
         return {
-            # ScaLearn's factors are no shares of anything.
-            slot: Listening(mean, None if isinstance(compositions[slot], ScaLearn) else entropy)
+            # ScaLearn's factors do not sum to 1.
+            slot: SourceAttention(mean, None if isinstance(compositions[slot], ScaLearn) else entropy)
             for slot, (mean, entropy) in self.means(distributed).items()
         }
 
@@ -85,7 +92,7 @@ class AttentionSums:
 
 
 def real_tokens(batch: Batch) -> Tensor:
-    """(S, T): 1 for each real token of a row that is not there to fill a batch up."""
+    """(S, T): 1 for each real token of a row, 0 for padding and for rows that fill up a batch."""
     counts = batch.weights > 0
     if batch.choice_counts is not None:
         counts = torch.repeat_interleave(counts, batch.choice_counts)
@@ -94,19 +101,17 @@ def real_tokens(batch: Batch) -> Tensor:
 
 def compositions_of(model: AdaptedModel) -> dict[str, SlotModule]:
     """By slot, without the target's own adapter beside a composition."""
-    found = {}
-    for layer, sites in model.slots.items():
-        for site, slot_module in cast(nn.ModuleDict, sites).items():
-            composition = (
-                slot_module.composition if isinstance(slot_module, WithTargetAdapter) else slot_module
-            )
-            found[f"{layer}.{site}"] = cast(SlotModule, composition)
-    return found
+    return {
+        slot: module.composition if isinstance(module, WithTargetAdapter) else module
+        for slot, module in model.slot_modules().items()
+    }
 
 
 @torch.inference_mode()
-def listen(model: AdaptedModel, batches: Iterable[Batch], device: torch.device) -> dict[str, Listening]:
-    """Run the model over batches and see what its fusion attends to, slot by slot."""
+def measure_attention(
+    model: AdaptedModel, batches: Iterable[Batch], device: torch.device
+) -> dict[str, SourceAttention]:
+    """Run the model over batches and average its source attention, slot by slot."""
     model = model.to(device).eval()
     sums = AttentionSums()
     for batch in batches:
@@ -116,8 +121,26 @@ def listen(model: AdaptedModel, batches: Iterable[Batch], device: torch.device) 
             batch.attention_mask,
             batch.token_type_ids,
             batch.choice_counts,
-            record=sums.watcher(batch),
+            record=sums.recorder(batch),
             task=batch.task,
             words=batch.words,
         )
-    return sums.heard(model)
+    return sums.by_slot(model)
+
+
+def most_attended(
+    attention: Mapping[str, SourceAttention], sources: Sequence[Manifest], keep: int
+) -> dict[str, list[int]]:
+    """By slot, the positions of the `keep` sources with the most attention, in the sources' order.
+
+    A slot where fewer sources have an adapter keeps all of them.
+    """
+    kept: dict[str, list[int]] = {}
+    for slot, measured in attention.items():
+        weights = measured.mean
+        present = [n for n, source in enumerate(sources) if slot in source.bottleneck_sizes]
+        best = sorted(present, key=lambda n: -weights[n])[:keep]
+        kept[slot] = sorted(best)
+        shown = ", ".join(f"{sources[n].name} {weights[n]:.3f}" for n in best)
+        log.info("%s keeps %.3f of the attention: %s", slot, sum(weights[n] for n in best), shown)
+    return kept

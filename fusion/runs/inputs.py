@@ -7,10 +7,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion.backbones.files import check_files
+from fusion.config.commands import UseConfig
 from fusion.config.compositions import COMPOSITIONS, TRAINING_ONLY
 from fusion.config.stages import Stage1Config, Stage2Config, StageConfig
 from fusion.errors import UserError
-from fusion.store.compatibility import check_sources
+from fusion.store.compatibility import check_drop, check_sources, check_trust
 from fusion.store.lookup import find_by_hash, read_folder, read_manifest
 from fusion.text import hydra_value, override
 
@@ -57,6 +59,21 @@ def read_inputs(config: Stage2Config) -> Inputs:
     if config.composition.definition.one_shape:
         check_one_shape(config.composition.name, sources)
     return Inputs(config.sources, sources)
+
+
+def read_used(config: UseConfig) -> Manifest:
+    """The manifest of the artifact that a command uses, `config.artifact`.
+
+    Raises:
+        UserError: there is no such artifact, it has fewer layers than `drop`, its backbone has code that is not
+            trusted, or files of its backbone are missing.
+    """
+    manifest = read_manifest(config.artifact, Path(config.store))
+    trusted = config.backbone.trust_remote_code
+    check_drop(manifest, config.drop)
+    check_trust(manifest, trusted)
+    check_files(config.backbone.name_or_path or manifest.backbone.name_or_path, trusted)
+    return manifest
 
 
 def check_backbone_name(source: Manifest, asked: str) -> None:

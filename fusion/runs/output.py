@@ -14,8 +14,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion.backbones.files import stamp
+from fusion.config.model import BackboneConfig
 from fusion.config.stages import StageConfig
-from fusion.errors import first_line
+from fusion.errors import UserError, first_line
 from fusion.files import write_json
 from fusion.runs.identity import identity, identity_config, is_done
 from fusion.runs.run import Run, RunState, caused_by_interrupt, describe
@@ -144,7 +146,8 @@ def find_output(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any]
         inputs: what the config refers to by name only and the result depends on: the hashes of the sources.
 
     Raises:
-        UserError: the name belongs to another run and `overwrite` is not set, or cannot be used.
+        UserError: the name belongs to another run and `overwrite` is not set, or cannot be used; or the stored
+            artifact was trained on weights that its backbone's folder no longer has.
     """
     assert config.name is not None
     store = Path(config.store)
@@ -157,6 +160,8 @@ def find_output(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any]
     done = is_done(config.name, known, asked, config.overwrite, epochs)
     if not done:
         check_free(config.name, kind, store, config.overwrite)
+    elif stored is not None:
+        _check_same_backbone(stored, config.backbone)
     return RunOutput(
         kind=kind,
         name=config.name,
@@ -167,6 +172,31 @@ def find_output(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any]
         stored=stored if done else None,
         resume=config.resume,
     )
+
+
+def _check_same_backbone(stored: Manifest, config: BackboneConfig) -> None:
+    """Refuse an artifact as the result of this run if its backbone's folder has changed since.
+
+    The configs are equal then, but the numbers would differ. The backbone is loaded only if its files were written;
+    manifests of version 0.1 have no stamp, nor does a folder that is gone.
+    """
+    before, now = stored.run.backbone_stamp, stamp(config.name_or_path)
+    if before is None or now is None or before == now:
+        return
+    from fusion.backbones.load import load_backbone
+
+    backbone = load_backbone(config.name_or_path, config.revision, config.trust_remote_code)
+    here = {"fingerprint": backbone.fingerprint, "tokenizer": backbone.tokenizer_hash}
+    differing = [
+        f"backbone {key} {str(there)[:8]} there, {value[:8]} here"
+        for key, value in here.items()
+        if (there := getattr(stored.backbone, key)) not in (None, value)
+    ]
+    if differing:
+        raise UserError(
+            f"the store has another {stored.name}, since {config.name_or_path} has changed: {'; '.join(differing)}\n"
+            "Keep both with name=ANOTHER, or replace it with overwrite=true"
+        )
 
 
 def result_of(manifest: Manifest, path: Path) -> dict[str, Any]:

@@ -52,15 +52,15 @@ class AttentionRecorder(lightning.Callback):
         assert isinstance(pl_module, TaskModule)
         self._sums = AttentionSums()
         recorded = bool(self._sources) and not trainer.sanity_checking
-        pl_module.recorder = self._sums.watcher if recorded else None
+        pl_module.recorder = self._sums.recorder if recorded else None
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, TaskModule)
         if pl_module.recorder is None:
             return
         pl_module.recorder = None
-        heard = self._sums.heard(pl_module.model, distributed=trainer.world_size > 1)
-        if not heard or not trainer.is_global_zero:
+        attention = self._sums.by_slot(pl_module.model, distributed=trainer.world_size > 1)
+        if not attention or not trainer.is_global_zero:
             return
         compositions = compositions_of(pl_module.model)
         record = {
@@ -69,11 +69,11 @@ class AttentionRecorder(lightning.Callback):
             "sources": self._sources,
             "slots": {
                 slot: {
-                    "mean": listening.mean,
-                    "entropy": listening.entropy,
+                    "mean": measured.mean,
+                    "entropy": measured.entropy,
                     "value_distance": value_distance(compositions[slot]),
                 }
-                for slot, listening in heard.items()
+                for slot, measured in attention.items()
             },
         }
         if self._file is not None:

@@ -17,8 +17,8 @@ from fusion.config.task import TaskConfig
 from fusion.layers.heads import TaskHead
 from fusion.model.adapted import AdaptedModel
 from fusion.model.build import load_sources, stored_adapters
-from tests.analysis.test_pruning import batch
 from tests.bench import Bench
+from tests.model.test_source_attention import batch
 
 WIDTH = 6
 LABELS = ["a", "b", "c"]

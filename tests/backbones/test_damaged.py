@@ -49,22 +49,6 @@ def as_folder(name: str) -> Damage:
     return damage
 
 
-def as_pipe(name: str) -> Damage:
-    def damage(folder: Path) -> None:
-        (folder / name).unlink()
-        os.mkfifo(folder / name)
-
-    return damage
-
-
-def as_broken_link(name: str) -> Damage:
-    def damage(folder: Path) -> None:
-        (folder / name).unlink()
-        (folder / name).symlink_to("nowhere")
-
-    return damage
-
-
 def edit(name: str, change: Callable[[dict[str, Any]], object]) -> Damage:
     def damage(folder: Path) -> None:
         values = json.loads((folder / name).read_text())
@@ -150,85 +134,50 @@ def no_unknown(values: dict[str, Any]) -> None:
 
 
 BIAS = "encoder.layer.1.output.dense.bias"
+NO_JSON = r"config\.json: cannot be read"
 FAULTS: dict[str, tuple[Damage, str]] = {
     # config.json
-    "config null": (put("config.json", "null"), r"config\.json: expected a JSON object, found null"),
-    "config list": (put("config.json", "[]"), r"config\.json: expected a JSON object, found a list"),
-    "config number": (put("config.json", "3"), r"config\.json: expected a JSON object, found a number"),
-    "config empty": (put("config.json", ""), r"config\.json: is not valid JSON \(the file is empty\)"),
-    "config deep": (put("config.json", DEEP), r"config\.json: is not valid JSON \(nested too deeply\)"),
-    "config NUL": (put("config.json", "\0{}"), r"config\.json: is not valid JSON"),
-    "config no text": (put("config.json", b'{"a": "\xff"}'), r"config\.json: is not valid JSON"),
-    "config cut": (cut("config.json", 50), r"config\.json: is not valid JSON"),
-    "config long number": (put("config.json", f'{{"a": {"9" * 5000}}}'), r"config\.json: is not valid JSON"),
-    "config folder": (as_folder("config.json"), r"config\.json: expected a regular file"),
-    "config pipe": (as_pipe("config.json"), r"config\.json: expected a regular file"),
-    "config link": (as_broken_link("config.json"), r"config\.json: cannot be read \(No such file"),
-    "no type": (put("config.json", "{}"), r"config\.json: model_type is null, expected a string"),
-    "type number": (config(model_type=3), r"config\.json: model_type is 3, expected a string"),
+    "config null": (put("config.json", "null"), rf"{NO_JSON} \(expected a JSON object"),
+    "config empty": (put("config.json", ""), NO_JSON),
+    "config deep": (put("config.json", DEEP), NO_JSON),
+    "config not UTF-8": (put("config.json", b'{"a": "\xff"}'), NO_JSON),
+    "config truncated": (cut("config.json", 50), NO_JSON),
+    "config folder": (as_folder("config.json"), r"the folder has no config\.json"),
+    "no type": (put("config.json", "{}"), r"config\.json: model_type is None, expected a string"),
     "type unknown": (config(model_type="nope"), r"of type 'nope', which is not supported; supported: bert"),
-    "type unsupported": (config(model_type="gpt2"), r"of type 'gpt2', which is not supported"),
-    "7 heads": (
-        config(num_attention_heads=7),
-        r"num_attention_heads is 7, expected a divisor of hidden_size=32",
+    "7 heads": (config(num_attention_heads=7), r"hidden size \(32\) is not a multiple of .* heads \(7\)"),
+    "size text": (config(hidden_size="abc"), r"'hidden_size' expected int, got str"),
+    "size huge": (config(hidden_size=10**12), r"cannot be loaded \(RuntimeError: "),
+    "size other": (config(hidden_size=64), r"has shape \[[\d, ]+\], and config\.json asks for \["),
+    "layers none": (config(num_hidden_layers=0), r"num_hidden_layers is 0, expected 1 to 1000"),
+    "layers fewer": (
+        config(num_hidden_layers=2),
+        r"hold encoder\.layer\.2\.\S+ and 15 more tensors, which the model",
     ),
-    "size text": (config(hidden_size="abc"), r'hidden_size is "abc", expected a whole number'),
-    "size float": (config(hidden_size=32.0), r"hidden_size is 32\.0, expected a whole number"),
-    "size huge": (
-        config(hidden_size=10**12),
-        r"hidden_size is 1000000000000, expected a whole number from 1",
+    "layers more": (
+        config(num_hidden_layers=4),
+        r"its weights lack encoder\.layer\.3\.\S+ and 15 more tensors",
     ),
-    "size other": (config(hidden_size=64), r"has shape \[32\], and config\.json asks for \[64\]"),
-    "size large": (
-        config(hidden_size=10**7),
-        r"has shape \[32\], and config\.json asks for \[10000000\]",
-    ),
-    "layers negative": (config(num_hidden_layers=-1), r"num_hidden_layers is -1, expected a whole number"),
-    "layers true": (config(num_hidden_layers=True), r"num_hidden_layers is true, expected a whole number"),
-    "layers none": (config(num_hidden_layers=0), r"num_hidden_layers is 0, expected a whole number from 1"),
-    "layers many": (config(num_hidden_layers=900), r"num_hidden_layers=900, and the weights have 3 layers"),
-    "layers huge": (config(num_hidden_layers=10**9), r"num_hidden_layers is 1000000000, expected"),
-    "layers fewer": (config(num_hidden_layers=2), r"num_hidden_layers=2, and the weights have 3 layers"),
     "vocabulary": (config(vocab_size=500), r"word_embeddings\.weight has shape \[29, 32\], .* \[500, 32\]"),
-    "positions": (
-        config(max_position_embeddings=10**7),
-        r"has shape \[80, 32\], .* asks for \[10000000, 32\]",
-    ),
-    "types": (config(type_vocab_size=0), r"type_vocab_size is 0, expected a whole number"),
-    "activation": (config(hidden_act="nope"), r"hidden_act is \"nope\", expected one of"),
-    "eps": (config(layer_norm_eps="x"), r'layer_norm_eps is "x", expected a number'),
-    "eps negative": (config(layer_norm_eps=-1.0), r"layer_norm_eps is -1\.0, expected a number"),
-    "pad beyond": (config(pad_token_id=500), r"pad_token_id is 500, expected a token id below vocab_size=29"),
+    "types": (config(type_vocab_size=0), r"gives token type 1, and the model has type_vocab_size=0"),
+    "activation": (config(hidden_act="nope"), r"cannot be loaded \(KeyError: 'nope'\)"),
+    "eps": (config(layer_norm_eps="x"), r"'layer_norm_eps' expected float"),
+    "eps negative": (config(layer_norm_eps=-1.0), r"does not run \(ValueError: its output is not finite\)"),
+    "pad beyond": (config(pad_token_id=500), r"cannot be loaded \(AssertionError: Padding_idx"),
     "decoder": (config(is_decoder=True), r"is_decoder is true, expected false"),
     "quantized": (config(quantization_config={"quant_method": "x"}), r"quantization_config is set"),
-    "labels": (config(id2label={"a": "b"}), r"config\.json: cannot be loaded \(invalid literal"),
+    "labels": (config(id2label={"a": "b"}), r"cannot be loaded \(ValueError: invalid literal"),
     # weights
     "no weights": (remove(WEIGHTS), r"has no weights: expected model\.safetensors or pytorch_model\.bin"),
     "weights empty": (put(WEIGHTS, b""), r"model\.safetensors: cannot be read"),
-    "weights cut": (cut(WEIGHTS, 20_000), r"model\.safetensors: cannot be read"),
-    "header cut": (cut(WEIGHTS, 100), r"model\.safetensors: cannot be read"),
-    "weights text": (
-        put(WEIGHTS, b"version https://git-lfs.github.com/spec/v1\n"),
-        r"model\.safetensors: cannot be",
-    ),
-    "weights folder": (as_folder(WEIGHTS), r"model\.safetensors: expected a regular file"),
-    "weights link": (as_broken_link(WEIGHTS), r"model\.safetensors: cannot be read \(No such file"),
+    "weights truncated": (cut(WEIGHTS, 20_000), r"model\.safetensors: cannot be read"),
     "a tensor missing": (without(BIAS), rf"its weights lack {BIAS}"),
-    "embeddings missing": (
-        without("embeddings.word_embeddings.weight"),
-        r"lack embeddings\.word_embeddings\.weight",
-    ),
-    "foreign prefix": (renamed("foo."), r"named foo\.embeddings\.\S+ where embeddings\.\S+ was expected"),
-    "more prefix": (
-        renamed("model.bert."),
-        r"named model\.bert\.embeddings\.\S+ where embeddings\.\S+ was expected",
+    "foreign prefix": (
+        renamed("foo."),
+        r"lack embeddings\.\S+ and 52 more tensors; they hold foo\.embeddings",
     ),
     "extra tensor": (
-        weights(
-            lambda tensors: (
-                tensors | {"encoder.layer.0.attention.self.distance_embedding.weight": torch.ones(2)}
-            )
-        ),
+        weights(lambda t: t | {"encoder.layer.0.attention.self.distance_embedding.weight": torch.ones(2)}),
         r"its weights hold encoder\.layer\.0\.attention\.self\.distance_embedding\.weight, which the model",
     ),
     "a shape": (
@@ -237,38 +186,22 @@ FAULTS: dict[str, tuple[Damage, str]] = {
     ),
     "NaN": (with_value(BIAS, float("nan")), rf"{BIAS} holds NaN or infinite values"),
     "infinite": (with_value(BIAS, float("-inf")), rf"{BIAS} holds NaN or infinite values"),
-    "float64 overflow": (
-        weights(lambda tensors: tensors | {BIAS: torch.full((32,), 1e300, dtype=torch.float64)}),
-        rf"{BIAS} holds NaN or infinite values",
-    ),
-    "whole numbers": (
+    "integers": (
         weights(lambda tensors: {name: value.to(torch.int8) for name, value in tensors.items()}),
         r"is of type I8, expected a float of 16 bits or more",
     ),
     "shard missing": (
         sharded(lambda where: where.update(more="model-00003-of-00003.safetensors")),
-        r"index\.json: names model-00003-of-00003\.safetensors, which is missing \(1 of 3 files",
+        r"cannot be loaded \(.*No such file or directory: .*model-00003-of-00003\.safetensors",
     ),
-    "index empty": (sharded(len, index={}), r"index\.json: weight_map is no object"),
-    "index list": (sharded(len, index=[]), r"index\.json: expected a JSON object, found a list"),
+    "index empty": (sharded(len, index={}), r"cannot be loaded \(KeyError: 'weight_map'"),
     "pickle misses a tensor": (pickled(lambda tensors: tensors.pop(BIAS)), rf"its weights lack {BIAS}"),
-    "pickle with a shape": (
-        pickled(lambda tensors: tensors.update({BIAS: torch.zeros(31)})),
-        r"cannot be read",
-    ),
     # the tokenizer
     "no tokenizer": (remove(TOKENIZER, TOKENIZER_CONFIG), r"has no tokenizer: expected tokenizer\.json"),
-    "no vocabulary": (remove(TOKENIZER), r"has no tokenizer: expected tokenizer\.json"),
-    "tokenizer null": (put(TOKENIZER, "null"), r"tokenizer\.json: expected a JSON object, found null"),
+    "tokenizer null": (put(TOKENIZER, "null"), r"tokenizer \S.* cannot be loaded"),
     "tokenizer {}": (put(TOKENIZER, "{}"), r"tokenizer \S.* cannot be loaded"),
-    "tokenizer empty": (put(TOKENIZER, ""), r"tokenizer\.json: is not valid JSON \(the file is empty\)"),
-    "tokenizer NUL": (put(TOKENIZER, "\0{}"), r"tokenizer\.json: is not valid JSON"),
-    "tokenizer deep": (put(TOKENIZER, DEEP), r"tokenizer\.json: is not valid JSON \(nested too deeply\)"),
-    "tokenizer cut": (cut(TOKENIZER, 300), r"tokenizer\.json: is not valid JSON"),
-    "tokenizer folder": (as_folder(TOKENIZER), r"tokenizer\.json: expected a regular file"),
-    "its config null": (put(TOKENIZER_CONFIG, "null"), r"tokenizer_config\.json: expected a JSON object"),
-    "its config cut": (cut(TOKENIZER_CONFIG, 30), r"tokenizer_config\.json: is not valid JSON"),
-    "its config deep": (put(TOKENIZER_CONFIG, DEEP), r"tokenizer_config\.json: is not valid JSON"),
+    "tokenizer truncated": (cut(TOKENIZER, 300), r"tokenizer \S.* cannot be loaded"),
+    "its config truncated": (cut(TOKENIZER_CONFIG, 30), r"tokenizer \S.* cannot be loaded"),
     "no unknown token": (edit(TOKENIZER, no_unknown), r"cannot tokenize text outside its vocabulary"),
     # both
     "added token": (add_token, r"tokenizer has 30 tokens, .* embeddings for 29: 'newword' has id 29"),
@@ -283,9 +216,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_damage_is_refused_by_its_own_name(whole: Path, tmp_path: Path, fault: str) -> None:
+def test_damage_is_refused_with_its_cause(whole: Path, tmp_path: Path, fault: str) -> None:
     damage, cause = FAULTS[fault]
-    folder = tmp_path / "a füll copy"  # names with blanks and letters beyond ASCII are fine
+    folder = tmp_path / "a füll copy"  # with a space and a letter beyond ASCII
     shutil.copytree(whole, folder)
     damage(folder)
     with pytest.raises(UserError, match=cause) as error:
@@ -321,7 +254,7 @@ ACCEPTED: dict[str, Damage] = {
 
 
 @pytest.mark.parametrize("change", ACCEPTED)
-def test_what_is_whole_is_loaded(whole: Path, tmp_path: Path, change: str) -> None:
+def test_sound_files_are_loaded(whole: Path, tmp_path: Path, change: str) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(whole, folder)
     ACCEPTED[change](folder)
@@ -341,5 +274,5 @@ def test_files_without_permission(whole: Path, tmp_path: Path, name: str) -> Non
     folder = tmp_path / "copy"
     shutil.copytree(whole, folder)
     (folder / name).chmod(0)
-    with pytest.raises(UserError, match=rf"{name}: cannot be read \(Permission denied\)"):
+    with pytest.raises(UserError, match=r"cannot be (read|loaded) .*Permission denied"):
         load_backbone(str(folder))

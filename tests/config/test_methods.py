@@ -70,7 +70,7 @@ def check_stored_once(bench: Bench, result: dict[str, Any]) -> None:
     assert result["parameters"]["trainable"] == 2 * 32 * 5 + 5 + 32 + (2 * 32 + 2)
     model = stored(bench, "films")
     assert (
-        len({id(slot_module) for slot_module in model.slot_modules()}) == 1 and len(model.slot_modules()) == 3
+        len({id(module) for module in model.slot_modules().values()}) == 1 and len(model.slot_modules()) == 3
     )
 
 

@@ -12,7 +12,7 @@ from fusion.backbones.load import load_backbone
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead
 from fusion.model.adapted import AdaptedModel
-from fusion.model.multi_task import SeveralTasks
+from fusion.model.multi_task import MultiTaskModel
 
 IDS = torch.tensor([[2, 7, 8, 9, 3], [2, 10, 3, 0, 0]])
 MASK = (IDS != 0).long()
@@ -40,7 +40,7 @@ def test_every_task_gets_its_own_scores(tiny_backbone: Path, site: str, reads: s
     tasks = [adapters(list(range(first, 3)), site, 4), adapters(list(range(max(first, 1), 3)), site, 2)]
     heads = [TaskHead(32, 2, pooling="mean"), TaskHead(32, 3)]
     backbone = load_backbone(str(tiny_backbone))
-    several = SeveralTasks(backbone, tasks, reads, heads)
+    several = MultiTaskModel(backbone, tasks, reads, heads)
     rows = dict.fromkeys(range(3), 0)  # that each layer's attention has seen
     for layer in rows:
         query = backbone.model.get_submodule(f"encoder.layer.{layer}.attention.self.query")
@@ -60,4 +60,4 @@ def test_every_task_gets_its_own_scores(tiny_backbone: Path, site: str, reads: s
 
 def test_as_many_heads_as_tasks(tiny_backbone: Path) -> None:
     with pytest.raises(ValueError, match="0 tasks and 1 heads"):
-        SeveralTasks(load_backbone(str(tiny_backbone)), [], "normed", [TaskHead(32, 2)])
+        MultiTaskModel(load_backbone(str(tiny_backbone)), [], "normed", [TaskHead(32, 2)])

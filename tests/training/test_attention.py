@@ -155,8 +155,8 @@ def test_fillers_and_padding_do_not_count() -> None:
     assert real_tokens(choices).tolist() == [[0, 0, 0], [0, 0, 0], [0, 0, 0], [1, 1, 0]]
     sums = AttentionSums()
     weights = torch.rand(4, 3, 2).softmax(-1)
-    sums.watcher(plain)("0.feedforward", weights)
-    sums.watcher(choices)("0.feedforward", weights)
+    sums.recorder(plain)("0.feedforward", weights)
+    sums.recorder(choices)("0.feedforward", weights)
     tokens = [
         weights[s, t] for s, t in [(0, 0), (0, 1), (2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (3, 0), (3, 1)]
     ]

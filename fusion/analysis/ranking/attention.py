@@ -12,9 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from fusion.analysis.pruning import mean_attention
 from fusion.backbones.load import Backbone
 from fusion.config.commands import RankConfig
 from fusion.config.compositions import CompositionConfig
@@ -23,6 +21,7 @@ from fusion.data.loaders import sampled_batches
 from fusion.model.adapted import AdaptedModel
 from fusion.model.build import build_composition, new_head
 from fusion.model.inference import device_of
+from fusion.model.source_attention import SourceAttention, measure_attention
 from fusion.store.artifacts import Artifact
 from fusion.store.manifest import Manifest
 from fusion.training.fit import fit
@@ -72,24 +71,24 @@ def attention_of_short_run(
     )
     fit(model, spec)
     batches = sampled_batches(rows.training[0], None, config.data.batch_size, config.data.tokens_per_batch)
-    attention = mean_attention(model, batches, device_of(config.accelerator))
+    attention = measure_attention(model, batches, device_of(config.accelerator))
     return shares(attention, [source.manifest for source in sources])
 
 
-def shares(attention: Mapping[str, Tensor], sources: Sequence[Manifest]) -> list[float]:
+def shares(attention: Mapping[str, SourceAttention], sources: Sequence[Manifest]) -> list[float]:
     """Of each source, the mean over its slots of its attention times the slot's number of sources.
 
     1 is an equal share. So a source with adapters in few layers is measured where it has them.
 
     Args:
-        attention: (N,) by slot, summing to 1.
+        attention: by slot; the weights sum to 1.
     """
     there = [set(source.bottleneck_sizes) for source in sources]
     found = []
     for position, own in enumerate(there):
         of_slots = [
-            float(weights[position]) * sum(slot in others for others in there)
-            for slot, weights in attention.items()
+            measured.mean[position] * sum(slot in others for others in there)
+            for slot, measured in attention.items()
             if slot in own
         ]
         found.append(sum(of_slots) / len(of_slots))

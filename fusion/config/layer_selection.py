@@ -1,4 +1,4 @@
-"""Which layers a setting means: `layers` and what AdapterDrop takes away from them."""
+"""The layers that `layers` and AdapterDrop's `drop` select."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fusion.errors import UserError
 
 
 def selected_layers(layers: Any, count: int, key: str) -> list[int]:
-    """`null`, `last:3` or a list, as the layers of a backbone that has `count` of them.
+    """The layers of `null`, `last:3` or a list, for a backbone of `count` layers.
 
     Raises:
         UserError: a layer that the backbone does not have; `key` names the setting.
@@ -31,10 +31,10 @@ def selected_layers(layers: Any, count: int, key: str) -> list[int]:
 
 
 def kept_layers(layers: Any, drop: str | None, count: int, group: str) -> list[int]:
-    """The layers that `layers` selects, without those that `specialized:N` drops.
+    """The layers of `layers` without those that `specialized:N` drops.
 
     Raises:
-        UserError: none is left; `group` is where the settings stand.
+        UserError: none is left; `group` is the config group of the settings.
     """
     selected = selected_layers(layers, count, f"{group}.layers")
     if drop is None or drop == "robust":

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusion.analysis.pruning import mean_attention, most_attended
 from fusion.backbones.load import load_backbone
 from fusion.data.batches import Batch
 from fusion.layers.attention import AdapterFusion
@@ -16,6 +15,7 @@ from fusion.layers.bank import AdapterBank
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead
 from fusion.model.adapted import AdaptedModel
+from fusion.model.source_attention import SourceAttention, measure_attention, most_attended
 from fusion.store.manifest import Manifest
 from tests.store.conftest import build
 
@@ -56,8 +56,9 @@ def test_the_mean_is_over_all_real_tokens(tiny_backbone: Path, choices: bool) ->
                 for token in range(real.numel()):
                     sums[slot] += seen[slot][0, token].double()
     batches = [batch(IDS[:2], [2] if choices else None), batch(IDS[2:], [1] if choices else None)]
-    found = mean_attention(model, batches, torch.device("cpu"))
-    assert found.keys() == sums.keys()
+    measured = measure_attention(model, batches, torch.device("cpu"))
+    assert measured.keys() == sums.keys()
+    found = {slot: torch.tensor(one.mean, dtype=torch.float64) for slot, one in measured.items()}
     for slot, total in sums.items():
         torch.testing.assert_close(found[slot], total / tokens, rtol=0, atol=1e-6)
         assert found[slot][1] == 0 and (found[slot] - 0.5).abs().min() > 1e-4
@@ -72,7 +73,7 @@ def sources(*slots: list[str]) -> list[Manifest]:
 
 def test_the_most_attended_stay_in_the_sources_order() -> None:
     every = sources(["0.feedforward"], ["0.feedforward"], ["0.feedforward"], ["0.feedforward"])
-    attention = {"0.feedforward": torch.tensor([0.3, 0.1, 0.2, 0.4])}
+    attention = {"0.feedforward": SourceAttention([0.3, 0.1, 0.2, 0.4], None)}
     assert most_attended(attention, every, 1) == {"0.feedforward": [3]}
     assert most_attended(attention, every, 2) == {"0.feedforward": [0, 3]}
     assert most_attended(attention, every, 3) == {"0.feedforward": [0, 2, 3]}
@@ -81,8 +82,8 @@ def test_the_most_attended_stay_in_the_sources_order() -> None:
 def test_only_sources_with_an_adapter_in_the_slot_can_stay() -> None:
     some = sources(["0.feedforward", "1.feedforward"], ["1.feedforward"], ["0.feedforward"])
     attention = {
-        "0.feedforward": torch.tensor([1.0, 0.0, 0.0]),
-        "1.feedforward": torch.tensor([0.2, 0.8, 0.0]),
+        "0.feedforward": SourceAttention([1.0, 0.0, 0.0], None),
+        "1.feedforward": SourceAttention([0.2, 0.8, 0.0], None),
     }
     assert most_attended(attention, some, 2) == {"0.feedforward": [0, 2], "1.feedforward": [0, 1]}
     assert most_attended(attention, some, 1) == {"0.feedforward": [0], "1.feedforward": [1]}
