@@ -92,7 +92,7 @@ def load_backbone(
             raise
         except Exception as error:  # errors of config values, safetensors, pickle and zip share no base
             text = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UserError(f"{folder or what}: cannot be loaded ({text[:200]})\n{FIX}") from error
+            raise UserError(f"{what}: cannot be loaded ({text[:200]})\n{FIX}") from error
 
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
 

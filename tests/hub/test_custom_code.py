@@ -169,7 +169,7 @@ def test_a_pickle_among_the_weights(tmp_path: Path, tiny_backbone: Path, trust: 
     shutil.copytree(tiny_backbone, folder)
     (folder / "model.safetensors").unlink()
     torch.save({"embeddings.word_embeddings.weight": Malicious(marker)}, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"backbone .*pickled.* cannot be (read|loaded)") as error:
+    with pytest.raises(UserError, match=r"backbone .*pickled: cannot be loaded") as error:
         load_backbone(str(folder), trust_remote_code=trust)
     assert "backbone.name_or_path=" in str(error.value)
     assert not marker.exists()
