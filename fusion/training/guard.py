@@ -210,7 +210,7 @@ def _memory(tensor: Tensor) -> Iterable[tuple[str, int, int]]:
 def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """The CRC-32 of each tensor's bytes."""
     return {
-        name: zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        name: zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         for name, tensor in tensors.items()
     }
 
