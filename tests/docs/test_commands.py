@@ -19,7 +19,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from fusion.cli.config_sources import conf_folder
 from fusion.cli.job_config import Command, prepare
@@ -85,10 +85,8 @@ def overrides_of(command: DocumentedCommand) -> list[str]:
     searched = any(word.startswith("hydra/sweeper=") for word in words)
     # Optuna's ranges are read by its sweeper, which is not installed.
     words = [word for word in words if not (searched and re.search(r"=tag\(", word))]
-    swept = [one for one in OverridesParser.create().parse_overrides(words) if one.is_sweep_override()]
-    assert ("-m" in flags) == (
-        bool(swept) or (any("experiment=" in word for word in words) and "-m" in flags)
-    )
+    parsed = OverridesParser.create().parse_overrides(words)
+    assert "-m" in flags or not any(one.is_sweep_override() for one in parsed), str(command)
     return [word for word in words if not re.match(r"hydra[./]", word)]
 
 
@@ -102,8 +100,20 @@ def command_of(name: str) -> Command:
 
 
 @cache
-def composed(name: str, *groups: str) -> DictConfig:
-    return compose(name, [*groups], return_hydra_config=True)
+def known_groups() -> tuple[list[str], list[str]]:
+    """The names of the config groups, and those of the tasks."""
+    loader = GlobalHydra.instance().config_loader()
+    return loader.list_groups(""), loader.get_group_options("task")
+
+
+@cache
+def composed(name: str, *groups: str) -> tuple[DictConfig, DictConfig]:
+    """The config of a command, and Hydra's part of it."""
+    config = compose(name, [*groups], return_hydra_config=True)
+    hydra = config.hydra
+    with open_dict(config):
+        del config["hydra"]
+    return config, hydra
 
 
 def compose_all(command: DocumentedCommand) -> None:
@@ -113,8 +123,7 @@ def compose_all(command: DocumentedCommand) -> None:
     a copy.
     """
     name = command.words[2].split(".")[1]
-    loader = GlobalHydra.instance().config_loader()
-    group_names, tasks = loader.list_groups(""), loader.get_group_options("task")
+    group_names, tasks = known_groups()
     for job in jobs(overrides_of(command)):
         parsed = OverridesParser.create().parse_overrides(job)
         groups = [one for one in parsed if one.key_or_group in group_names]
@@ -122,11 +131,12 @@ def compose_all(command: DocumentedCommand) -> None:
         for one in groups:
             assert one.key_or_group != "task" or one.value() in tasks, f"no task {one.value()}"
             words.append("+task=rte" if one.key_or_group == "task" else str(one.input_line))
-        config = copy.deepcopy(composed(name, *words))
+        base, hydra = composed(name, *words)
+        config = copy.deepcopy(base)
         for one in parsed:
             if one not in groups:
                 OmegaConf.update(config, one.key_or_group, one.value(), merge=True)
-        prepare(command_of(name), config, config.hydra)
+        prepare(command_of(name), config, hydra)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
