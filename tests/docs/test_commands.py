@@ -215,3 +215,10 @@ def test_relative_links_and_pictures_exist() -> None:
         for target in re.findall(r"\]\(([^)\s]+)\)", text):
             if not target.startswith(("https://", "http://", "#")):
                 assert (page.parent / target.partition("#")[0]).is_file(), (page, target)
+
+
+def test_files_of_the_project_that_pages_name_exist() -> None:
+    for page in PAGES:
+        for name in re.findall(r"`((?:fusion|conf|pipelines|tests)/[\w./]*)`", page.read_text("utf-8")):
+            if name not in ("conf/backbone/NAME.yaml", "conf/task/NAME.yaml", "conf/task/tickets.yaml"):
+                assert (ROOT / name).exists(), (page, name)
