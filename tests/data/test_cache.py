@@ -20,8 +20,8 @@ def test_the_folder_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     assert user_cache() == Path("/cache/adapter-fusion")
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    monkeypatch.setenv("HOME", "/home/ann")
-    assert user_cache() == Path("/home/ann/.cache/adapter-fusion")
+    monkeypatch.setenv("HOME", "/users/ann")
+    assert user_cache() == Path("/users/ann/.cache/adapter-fusion")
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
