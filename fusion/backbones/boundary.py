@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fusion.backbones.families import Stack
+from fusion.backbones.family import Stack
 from fusion.backbones.slots import CurrentBatch, hidden_states, with_hidden_states
 
 

@@ -1,92 +1,17 @@
-"""Per architecture: where its layers and sublayers are. A new family of a known wiring is one entry here."""
+"""The table of architectures. A new family of a known wiring is one entry here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
 
+from fusion.backbones.family import Family, Stack
 from fusion.backbones.wirings import BeforeAttention, LinearLayer, PostNorm, PreNorm, Wiring
 from fusion.errors import UserError
 
-if TYPE_CHECKING:  # a command's first checks read this table without torch
-    from torch import nn
 
-
-@dataclass(frozen=True)
-class Stack:
-    """One stack of layers.
-
-    Attributes:
-        layers: dotted path of the list of layers inside the model.
-        sites: where slots can be in a layer, by name.
-        outputs: how many values a layer returns as a tuple, the hidden states first; None: the hidden states alone.
-        position_bias: of layers that return (hidden states, position bias, …), the module in the first of them that
-            computes the bias for all (T5); None: there is no such thing.
-    """
-
-    layers: str
-    sites: Mapping[str, Wiring]
-    outputs: int | None = None
-    position_bias: str | None = None
-
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture.
-
-    Attributes:
-        name: its `model_type`.
-        stem: dotted paths of what runs before the first layer and after the last one; a path that a model does not
-            have is passed over.
-        stacks: by name; a single one has the empty name. The first is the one that reads the input.
-        architecture: the config keys that decide what the model computes; with the tensors they are the backbone's
-            fingerprint, so no key that a new version of a library may add is in it.
-        model_options: what the model's constructor is given beside the config.
-        positions_follow_padding: whether positions count the tokens that are not padding, from `pad_token_id` + 1;
-            otherwise they count all tokens from 0, padding included.
-        repeated: whether `layers` holds fewer modules than the model has layers, each used several times (ALBERT).
-        commands: whether the commands train it.
-    """
-
-    name: str
-    stem: tuple[str, ...]
-    stacks: Mapping[str, Stack]
-    architecture: tuple[str, ...]
-    model_options: Mapping[str, Any] = field(default_factory=dict)
-    positions_follow_padding: bool = False
-    repeated: bool = False
-    commands: bool = False
-
-    @property
-    def first_stack(self) -> Stack:
-        """The stack that reads the input."""
-        return next(iter(self.stacks.values()))
-
-    @property
-    def layers(self) -> str:
-        """The dotted path of the layers of the first stack."""
-        return self.first_stack.layers
-
-    @property
-    def sites(self) -> Mapping[str, Wiring]:
-        """The sites of the first stack."""
-        return self.first_stack.sites
-
-    def layer_list(self, model: nn.Module, stack: str | None = None) -> nn.ModuleList:
-        """The layers of a stack; None: of the first one."""
-        path = self.layers if stack is None else self.stacks[stack].layers
-        return cast("nn.ModuleList", model.get_submodule(path))
-
-    @property
-    def roots(self) -> set[str]:
-        """The first parts of the names of all tensors that a forward pass uses."""
-        paths = (*self.stem, *(stack.layers for stack in self.stacks.values()))
-        return {path.partition(".")[0] for path in paths}
-
-    def positions(self, table: int, pad_token_id: int | None) -> int:
-        """How many tokens a sequence may have, given the rows of the position table."""
-        return table - (pad_token_id or 0) - 1 if self.positions_follow_padding else table
+def _keys(names: str) -> tuple[str, ...]:
+    """Config keys, separated by spaces."""
+    return tuple(names.split())
 
 
 def _linear(sublayer: str, **paths: str) -> dict[str, Wiring]:
@@ -219,34 +144,15 @@ _T5_DECODER_SITES: dict[str, Wiring] = {
     **_projections("cross_attention", "layer.1.EncDecAttention", "q k v", output="layer.1.EncDecAttention.o"),
 }
 
-_BERT_ARCHITECTURE = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "max_position_embeddings",
-    "type_vocab_size",
-    "layer_norm_eps",
-    "pad_token_id",
+_BERT_ARCHITECTURE = _keys(
+    "model_type vocab_size hidden_size num_hidden_layers num_attention_heads "
+    "intermediate_size hidden_act max_position_embeddings type_vocab_size layer_norm_eps "
+    "pad_token_id"
 )
-_DECODER_ARCHITECTURE = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "hidden_act",
-    "hidden_activation",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_parameters",
-    "pad_token_id",
+_DECODER_ARCHITECTURE = _keys(
+    "model_type vocab_size hidden_size num_hidden_layers num_attention_heads "
+    "num_key_value_heads head_dim intermediate_size hidden_act hidden_activation "
+    "max_position_embeddings rms_norm_eps rope_parameters pad_token_id"
 )
 # A cache of keys and values is of use in generation alone.
 _NO_CACHE = {"use_cache": False}
@@ -285,7 +191,7 @@ _LIST = (
         name="mpnet",
         stem=("embeddings",),
         stacks={"": Stack("encoder.layer", _MPNET_SITES, outputs=1)},
-        architecture=(*_BERT_ARCHITECTURE, "relative_attention_num_buckets"),
+        architecture=_BERT_ARCHITECTURE + _keys("relative_attention_num_buckets"),
         model_options={"add_pooling_layer": False},
         positions_follow_padding=True,
     ),
@@ -293,41 +199,26 @@ _LIST = (
         name="deberta-v2",
         stem=("embeddings",),
         stacks={"": Stack("encoder.layer", _DEBERTA_SITES, outputs=2)},
-        architecture=(
-            *_BERT_ARCHITECTURE,
-            "relative_attention",
-            "max_relative_positions",
-            "position_buckets",
-            "pos_att_type",
-            "share_att_key",
-            "norm_rel_ebd",
-            "position_biased_input",
-            "conv_kernel_size",
-            "conv_act",
+        architecture=_BERT_ARCHITECTURE
+        + _keys(
+            "relative_attention max_relative_positions position_buckets pos_att_type "
+            "share_att_key norm_rel_ebd position_biased_input conv_kernel_size conv_act"
         ),
     ),
     Family(
         name="distilbert",
         stem=("embeddings",),
         stacks={"": Stack("transformer.layer", _DISTILBERT_SITES)},
-        architecture=(
-            "model_type",
-            "vocab_size",
-            "dim",
-            "n_layers",
-            "n_heads",
-            "hidden_dim",
-            "activation",
-            "max_position_embeddings",
-            "sinusoidal_pos_embds",
-            "pad_token_id",
+        architecture=_keys(
+            "model_type vocab_size dim n_layers n_heads hidden_dim activation "
+            "max_position_embeddings sinusoidal_pos_embds pad_token_id"
         ),
     ),
     Family(
         name="albert",
         stem=("embeddings", "encoder.embedding_hidden_mapping_in"),
         stacks={"": Stack("encoder.albert_layer_groups", _ALBERT_SITES)},
-        architecture=(*_BERT_ARCHITECTURE, "embedding_size", "num_hidden_groups", "inner_group_num"),
+        architecture=_BERT_ARCHITECTURE + _keys("embedding_size num_hidden_groups inner_group_num"),
         model_options={"add_pooling_layer": False},
         repeated=True,
     ),
@@ -335,38 +226,19 @@ _LIST = (
         name="modernbert",
         stem=("embeddings", "final_norm"),
         stacks={"": Stack("layers", _MODERNBERT_SITES)},
-        architecture=(
-            "model_type",
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "hidden_activation",
-            "max_position_embeddings",
-            "norm_eps",
-            "layer_types",
-            "rope_parameters",
-            "local_attention",
-            "pad_token_id",
+        architecture=_keys(
+            "model_type vocab_size hidden_size num_hidden_layers num_attention_heads "
+            "intermediate_size hidden_activation max_position_embeddings norm_eps layer_types "
+            "rope_parameters local_attention pad_token_id"
         ),
     ),
     Family(
         name="gpt2",
         stem=("wte", "wpe", "ln_f"),
         stacks={"": Stack("h", _GPT2_SITES)},
-        architecture=(
-            "model_type",
-            "vocab_size",
-            "n_embd",
-            "n_layer",
-            "n_head",
-            "n_inner",
-            "n_positions",
-            "activation_function",
-            "layer_norm_epsilon",
-            "scale_attn_weights",
-            "scale_attn_by_inverse_layer_idx",
+        architecture=_keys(
+            "model_type vocab_size n_embd n_layer n_head n_inner n_positions activation_function "
+            "layer_norm_epsilon scale_attn_weights scale_attn_by_inverse_layer_idx"
         ),
         model_options=_NO_CACHE,
     ),
@@ -381,7 +253,7 @@ _LIST = (
         name="phi",
         stem=("embed_tokens", "final_layernorm"),
         stacks={"": Stack("layers", _PHI_SITES)},
-        architecture=(*_DECODER_ARCHITECTURE, "layer_norm_eps", "partial_rotary_factor", "qk_layernorm"),
+        architecture=_DECODER_ARCHITECTURE + _keys("layer_norm_eps partial_rotary_factor qk_layernorm"),
         model_options=_NO_CACHE,
     ),
     Family(
@@ -391,20 +263,10 @@ _LIST = (
             "encoder": Stack("encoder.layers", _BART_SITES),
             "decoder": Stack("decoder.layers", _BART_DECODER_SITES),
         },
-        architecture=(
-            "model_type",
-            "vocab_size",
-            "d_model",
-            "encoder_layers",
-            "decoder_layers",
-            "encoder_attention_heads",
-            "decoder_attention_heads",
-            "encoder_ffn_dim",
-            "decoder_ffn_dim",
-            "activation_function",
-            "max_position_embeddings",
-            "scale_embedding",
-            "pad_token_id",
+        architecture=_keys(
+            "model_type vocab_size d_model encoder_layers decoder_layers encoder_attention_heads "
+            "decoder_attention_heads encoder_ffn_dim decoder_ffn_dim activation_function "
+            "max_position_embeddings scale_embedding pad_token_id"
         ),
         model_options=_NO_CACHE,
     ),
@@ -416,20 +278,10 @@ _LIST = (
                 stack: Stack(f"{stack}.block", sites, outputs=3, position_bias="layer.0.SelfAttention")
                 for stack, sites in (("encoder", _t5_sites("layer.1")), ("decoder", _T5_DECODER_SITES))
             },
-            architecture=(
-                "model_type",
-                "vocab_size",
-                "d_model",
-                "d_kv",
-                "d_ff",
-                "num_layers",
-                "num_decoder_layers",
-                "num_heads",
-                "feed_forward_proj",
-                "layer_norm_epsilon",
-                "relative_attention_num_buckets",
-                "relative_attention_max_distance",
-                "pad_token_id",
+            architecture=_keys(
+                "model_type vocab_size d_model d_kv d_ff num_layers num_decoder_layers num_heads "
+                "feed_forward_proj layer_norm_epsilon relative_attention_num_buckets "
+                "relative_attention_max_distance pad_token_id"
             ),
             model_options=_NO_CACHE,
         )

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from fusion.backbones.families import Family, family_of
+from fusion.backbones.families import family_of
+from fusion.backbones.family import Family
 from fusion.backbones.files import CONFIG, FIX, check_config, check_files, locate, stamp
 from fusion.backbones.pairing import adjust, check_max_length, check_pair
 from fusion.backbones.repeated_layers import separate_repeated_layers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from fusion.backbones.families import Family
+from fusion.backbones.family import Family
 from fusion.errors import UserError
 from fusion.hub.tokenizer import check_length
 

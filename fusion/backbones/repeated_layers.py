@@ -11,7 +11,7 @@ import copy
 from torch import nn
 from transformers import PreTrainedModel
 
-from fusion.backbones.families import Family
+from fusion.backbones.family import Family
 from fusion.errors import UserError
 
 

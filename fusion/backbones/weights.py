@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fusion.backbones.families import Family
+from fusion.backbones.family import Family
 from fusion.backbones.files import FIX
 from fusion.errors import UserError
 
