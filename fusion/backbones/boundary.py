@@ -1,7 +1,7 @@
-"""The boundary between what is frozen and what trains: the input of the lowest layer that has a slot.
+"""The boundary between frozen and trained layers: the input of the lowest layer with a slot.
 
-With the backbone's dropout off, the hidden states there are a fixed function of the row, so they need not be computed
-more than once: see `fusion.model.feature_cache`. They have one shape in all families, (B, T, D).
+Without dropout, the hidden states there are a fixed function of the row and can be computed once, see
+`fusion.model.feature_cache`. Their shape is (B, T, D) in all families.
 
 Shapes: B rows, T tokens, D hidden size.
 """
@@ -19,10 +19,10 @@ from fusion.backbones.slots import CurrentBatch, hidden_states, with_hidden_stat
 
 
 class BoundaryReached(Exception):
-    """Not an error: the pass got to the boundary, and that was all that was asked for.
+    """Ends a forward pass at the boundary; not an error.
 
     Args:
-        features: (B, T, D), the input of the lowest layer that has a slot.
+        features: (B, T, D), the input of the lowest layer with a slot.
     """
 
     def __init__(self, features: Tensor) -> None:
@@ -31,7 +31,7 @@ class BoundaryReached(Exception):
 
 
 def watch_boundary(layer: nn.Module, current: CurrentBatch) -> None:
-    """Let the lowest layer that has a slot end a pass that captures, and start from the batch's features if it has any."""
+    """Hook the lowest layer with a slot: it ends a capturing pass, and reads the batch's features if there are any."""
 
     def before(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         if current.capture:
@@ -44,10 +44,7 @@ def watch_boundary(layer: nn.Module, current: CurrentBatch) -> None:
 
 
 def skip_with_features(layers: nn.ModuleList, count: int, stack: Stack, current: CurrentBatch) -> None:
-    """Do not compute the first `count` layers where a batch has its features: nothing reads their hidden states.
-
-    The modules stay as they are, and so do the names of their tensors.
-    """
+    """Skip the first `count` layers if a batch has features. Modules and tensor names do not change."""
     for layer in list(layers)[:count]:
         layer.forward = partial(_unless_known, layer, layer.forward, stack, current)
 
@@ -74,7 +71,7 @@ def _unless_known(
 def _position_bias(
     attention: Any, states: Tensor, inputs: tuple[Any, ...], keywords: Mapping[str, Any]
 ) -> Tensor:
-    """What a block of T5 passes on to the next: the first computes it, (1, heads, T, T), for all."""
+    """The position bias (1, heads, T, T), which T5's first block computes for all."""
     bias: Tensor | None = inputs[2] if len(inputs) > 2 else keywords.get("position_bias")
     if bias is None:
         bias = attention.compute_bias(states.shape[1], states.shape[1], device=states.device)

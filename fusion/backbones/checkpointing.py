@@ -1,7 +1,6 @@
-"""Gradient checkpointing: keep each layer's input only, and compute the layer again for its gradient.
+"""Gradient checkpointing: keep only each layer's input, and recompute the layer in the backward pass.
 
-A backbone's own switch for it acts where a layer is in training mode, and ours is in evaluation mode
-while its dropout is off. So the layers are wrapped here, for all families alike.
+transformers' own switch requires layers in training mode; here they are in evaluation mode, since dropout is off.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from fusion.layers.slot_module import BatchContext
 
 
 def recompute_in_backward(layers: nn.ModuleList, current: CurrentBatch) -> None:
-    """Let every layer be computed once more in backward, with the same random numbers and the same batch.
+    """Recompute every layer in the backward pass, with the same random numbers and the same batch.
 
-    The modules stay as they are, and so do the names of their tensors. Without gradients nothing changes.
+    Modules and tensor names do not change. Without gradients there is no effect.
     """
     for layer in layers:
         layer.forward = partial(_checkpointed, layer.forward, current)
@@ -46,9 +45,9 @@ def _checkpointed(forward: Callable[..., Any], current: CurrentBatch, *inputs: A
 def _once_more(
     current: CurrentBatch, context: BatchContext | None, features: Tensor | None
 ) -> Iterator[None]:
-    """The slots see the batch of the first time, and whoever records has heard it all already."""
+    """Restore the batch of the forward pass for the recomputation, without recording weights twice."""
     now = current.context, current.features
-    # A recorder that hears nothing and not None: what is computed must be the same, operation by operation.
+    # Not None: the recomputation must run the same operations.
     recorded = context is not None and context.record is not None
     current.context = replace(context, record=_ignore) if context is not None and recorded else context
     current.features = features

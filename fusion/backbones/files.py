@@ -1,4 +1,4 @@
-"""The files of a backbone: where they are, and first checks that load nothing.
+"""The files of a backbone: their location, and first checks that load nothing.
 
 torch is not imported here: the commands check these before they load or write anything.
 """

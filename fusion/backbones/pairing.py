@@ -1,4 +1,4 @@
-"""Whether a tokenizer and a model belong together, found out before any text is tokenized."""
+"""Checks that a tokenizer and a model belong together."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ TYPES = "token_type_ids"
 
 
 def adjust(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, family: Family) -> None:
-    """Make a tokenizer give what the model reads: no token types where there is one type, padding where it is ignored.
+    """Adapt a tokenizer to its model: no token types if the model has a single one, and the right padding side.
 
-    A model whose positions count padding as well has to be padded on the right: on the left, a text's scores would
-    depend on the others in its batch.
+    A model whose positions count padding must be padded on the right: on the left, a text's scores would depend on the
+    other texts of its batch.
     """
     if config.type_vocab_size == 1:
         tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != TYPES]
@@ -27,10 +27,10 @@ def adjust(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, family:
 def check_pair(
     tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, family: Family, name_or_path: str
 ) -> None:
-    """Refuse a tokenizer whose output the model cannot read, or reads as something else.
+    """Refuse a tokenizer whose output the model cannot read or would misread.
 
     Raises:
-        UserError: has the tokenizer's number and the model's.
+        UserError: states both numbers.
     """
     what = f"backbone {name_or_path}"
     vocabulary = tokenizer.get_vocab()
@@ -69,10 +69,10 @@ def check_max_length(
     name_or_path: str,
     max_length: int,
 ) -> None:
-    """Refuse sequences that are longer than the model's positions, or than the tokenizer's own limit.
+    """Refuse sequences longer than the model's positions or the tokenizer's limit.
 
     Raises:
-        UserError: has both numbers.
+        UserError: states both numbers.
     """
     positions = family.positions(config.max_position_embeddings, config.pad_token_id)
     if max_length > positions:

@@ -1,7 +1,6 @@
-"""Layers that a backbone uses several times (ALBERT), as one module for each use.
+"""One module per layer for backbones that share layers (ALBERT).
 
-Slots, the feature cache and gradient checkpointing address a layer by its module, so each use needs its own. The
-parameters stay shared.
+Slots, the feature cache and gradient checkpointing address a layer by its module. The parameters stay shared.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ def separate_repeated_layers(model: PreTrainedModel, family: Family) -> None:
     """Give the model a layer group for each layer; groups of the same layer share their parameters.
 
     Raises:
-        UserError: a group holds several layers, which no released ALBERT has.
+        UserError: a group of more than one layer, which no released ALBERT has.
     """
     if not family.repeated:
         return
@@ -31,7 +30,7 @@ def separate_repeated_layers(model: PreTrainedModel, family: Family) -> None:
     uses = config.num_hidden_layers / len(groups)
     separate = [_sharing(groups[int(layer / uses)]) for layer in range(config.num_hidden_layers)]
     model.set_submodule(family.layers, nn.ModuleList(separate))
-    # The model's own loop takes the group of a layer from this number.
+    # The model derives the group of a layer from this number.
     config.num_hidden_groups = config.num_hidden_layers
 
 

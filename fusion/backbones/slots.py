@@ -1,6 +1,6 @@
 """Slots: places in the backbone where an update may be added.
 
-A slot is attached with hooks, so the backbone's modules and the names of its tensors stay what they are.
+Slots are attached with hooks, so the backbone's modules and tensor names do not change.
 
 Shapes: B rows, T tokens, D hidden size, D_in and D_out the widths of a linear layer.
 """
@@ -35,7 +35,7 @@ class SlotAddress:
         """Read an address.
 
         Raises:
-            ValueError: the text is none.
+            ValueError: not an address.
         """
         first, _, rest = text.partition(".")
         stack, number, site = ("", first, rest) if first.isdecimal() else (first, *_halves(rest))
@@ -53,15 +53,14 @@ def _halves(text: str) -> tuple[str, str]:
 
 
 class CurrentBatch:
-    """What the model gives to all its slots before the backbone runs.
+    """The batch that all slots of a model read, set before the backbone runs.
 
-    The backbone's own modules pass no keyword through to the place of a slot, hence this one shared reference. It
-    stays as it is until the next batch, so that a layer that is computed again for its gradient reads the same.
+    The backbone's modules do not pass keywords through to a slot, hence this shared reference. It does not change
+    until the next batch, so that a layer recomputed in the backward pass reads the same.
 
     Attributes:
-        context: what the slot modules may need.
-        features: (B, T, D), the input of the lowest adapted layer, where it is known already.
-        capture: end the pass at the lowest adapted layer, with its input, as a `BoundaryReached`.
+        features: (B, T, D), the input of the lowest layer with a slot, if it is known.
+        capture: end the pass at that layer by raising `BoundaryReached` with its input.
     """
 
     def __init__(self) -> None:
@@ -71,18 +70,18 @@ class CurrentBatch:
 
 
 class Slot:
-    """What all slots share: an address, a slot module, and the batch that the model announced.
+    """Base class of slots: an address, a slot module and the current batch.
 
-    Subclasses say which wiring they are for, and hook themselves into a layer of it. Slots of one layer are attached
-    in the order of `order`: a sublayer's output includes the updates beside its linear layers, and what a sublayer
-    reads as its input is not what `BeforeAttention` changed.
+    Subclasses implement a wiring and hook themselves into a layer. Slots of a layer are attached in the order of
+    `order`: a sublayer's output includes the updates at its linear layers, and the input that a sublayer's slot reads
+    excludes the update of `BeforeAttention`.
 
     Args:
         address: where the slot is.
         wiring: the modules around it.
-        module: gives the update. It is not registered here: the model owns it.
-        reads: what the module reads, one of the wiring's `reads`.
-        current: where the model puts each batch's context.
+        module: computes the update; it is registered in the model, not here.
+        reads: the module's input, one of the wiring's `reads`.
+        current: holds the context of each batch.
 
     Raises:
         ValueError: the wiring has no such reading.
@@ -104,13 +103,13 @@ class Slot:
         self._kept: Tensor | None = None  # between two hooks of one pass only
 
     def attach(self, layer: nn.Module) -> None:
-        """Hook the slot into its layer."""
+        """Register the hooks on a layer."""
         raise NotImplementedError
 
     @property
     def empty(self) -> bool:
-        """Whether this batch leaves the slot's layer out."""
-        # Not a number to compare with: compiled, that would be a version for each number.
+        """Whether the slot is inactive in this batch."""
+        # A tuple and not a number: compiled code would be specialized to each number.
         on = self._context.layers_on
         return bool(on) and not on[self.address.layer]
 
@@ -118,11 +117,11 @@ class Slot:
     def _context(self) -> BatchContext:
         context = self._current.context
         if context is None:
-            raise RuntimeError(f"slot {self.name} ran outside the model: no batch was announced")
+            raise RuntimeError(f"slot {self.name} ran outside the model: no batch is set")
         return context
 
     def update(self, x: Tensor) -> Tensor:
-        """x: (B, T, D_in) -> what the module adds: (B, T, D_out)."""
+        """x: (B, T, D_in) -> the update: (B, T, D_out)."""
         context = self._context
         placed = context if context.record is None else replace(context, place=self.name)
         update: Tensor = self.module(x, placed)
@@ -159,7 +158,7 @@ class PostNormSlot(Slot):
         if self.empty:
             return inputs
         if self.reads == "normed":
-            x = norm.forward(stream)  # not called: that would come back here
+            x = norm.forward(stream)  # a call would run this hook again
         return (stream + self.update(x),)
 
 
@@ -233,7 +232,7 @@ _SLOTS: Mapping[type, type[Slot]] = {
 def make_slot(
     address: SlotAddress, wiring: Wiring, module: SlotModule, reads: str, current: CurrentBatch
 ) -> Slot:
-    """The slot of a wiring; see `Slot`. It does nothing until it is attached."""
+    """The slot of a wiring, see `Slot`; attach it to a layer to use it."""
     return _SLOTS[type(wiring)](address, wiring, module, reads, current)
 
 
@@ -253,6 +252,6 @@ def with_hidden_states(
 
 
 def _first(output: Any) -> Tensor:
-    """Attention modules give their weights beside their output."""
+    """The output without the attention weights that attention modules return beside it."""
     found: Tensor = output[0] if isinstance(output, tuple) else output
     return found

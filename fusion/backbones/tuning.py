@@ -1,4 +1,4 @@
-"""Methods that train a part of the backbone itself in place of slot module its slots: the baselines of the field.
+"""Methods that train parameters of the backbone instead of slot modules: the usual baselines.
 
 full     every parameter
 bitfit   the bias terms (BitFit, Ben Zaken et al. 2022)
@@ -14,16 +14,17 @@ from torch import nn
 
 from fusion.errors import UserError
 
-_ADAPTER = "default"  # what peft calls the only LoRA that there is
+_ADAPTER = "default"  # peft's name for the adapter
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What of a backbone trains.
+    """The parameters of a backbone that train.
 
-    parameters: by their name in the backbone.
-    dropouts: modules inside the backbone that drop out in training, though the backbone's own do not.
-    merge: puts what trained into the backbone's matrices, for inference; it cannot be trained any more then.
+    Attributes:
+        parameters: by their names in the backbone.
+        dropouts: dropout modules that are active in training even if the backbone's own are not.
+        merge: merges trained updates into the backbone's matrices for inference; it cannot be trained any more then.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -31,7 +32,7 @@ class Tuning:
     merge: Callable[[], None] = lambda: None
 
     def state(self) -> dict[str, nn.Parameter]:
-        """What is stored: names as peft stores them, without the adapter's, `….query.lora_A.weight`."""
+        """The stored parameters, named as peft stores them: `….query.lora_A.weight`."""
         return {name.replace(f".{_ADAPTER}.", "."): p for name, p in self.parameters.items()}
 
 
@@ -41,20 +42,20 @@ def full(model: nn.Module) -> Tuning:
 
 
 def bitfit(model: nn.Module) -> Tuning:
-    """The bias terms, those of the layer norms included."""
+    """The bias terms, including those of layer norms."""
     return Tuning({n: p for n, p in model.named_parameters() if n.rpartition(".")[2] == "bias"})
 
 
 def lora(model: nn.Module, rank: int, alpha: int, dropout: float, targets: Sequence[str]) -> Tuning:
-    """Low-rank changes beside every linear layer whose name ends in one of `targets`, by peft.
+    """Low-rank updates of every linear layer whose name ends in one of `targets`, by peft.
 
-    The model is changed in place. A (rank, in) starts random and B (out, rank) at zero, so that the
-    model starts as it was.
+    The model is changed in place. A (rank, in) is initialized randomly and B (out, rank) to zero, so that the model is
+    initially unchanged.
 
     Raises:
-        UserError: a target that no linear layer has.
+        UserError: no linear layer has this name.
     """
-    # Heavy, and needed by this method alone.
+    # Slow to import, and needed by this method only.
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 

@@ -1,7 +1,7 @@
-"""Where a slot can be in a layer: how the sublayer's modules are wired, as data without torch.
+"""Where a slot can be in a layer: the wiring of the sublayer's modules, as data without torch.
 
-In all of them r is the residual stream before a sublayer, h the sublayer's output before it is added to r, LN a norm of
-the backbone. What a slot may read, and with which meaning:
+r is the residual stream before a sublayer, h the sublayer's output before it is added to r, LN a norm of the backbone.
+What a slot may read:
 
     output   h                        (Houlsby et al. 2019)
     normed   LN(h + r), post-norm     (Pfeiffer et al. 2021)
@@ -22,9 +22,8 @@ class PostNorm:
     """y = LN(h + r), as in BERT; with an update u, y = LN(h + u + r).
 
     Attributes:
-        norm: LN, which is called with h + r.
-        output: the last module whose output is h. Where the backbone applies dropout to it without a module of its
-            own (BART), h is what comes before that dropout.
+        norm: LN, called with h + r.
+        output: the last module whose output is h; before functional dropout where the backbone uses it (BART).
         reader: a module whose first argument is the sublayer's input.
     """
 
@@ -36,9 +35,9 @@ class PostNorm:
 
 @dataclass(frozen=True)
 class PreNorm:
-    """y = r + h with h = f(LN(r)), as in GPT-2 and Llama; with an update u, h + u takes the place of h.
+    """y = r + h with h = f(LN(r)), as in GPT-2 and Llama; with an update u, h + u replaces h.
 
-    The same data describe two more wirings, which differ in what the backbone does with h + u:
+    The same data describe two more wirings:
 
         sandwich norm (Gemma 2 and 3)    y = r + LN'(h + u)
         parallel block (GPT-J, Phi)      y = r + (h_attention + u_attention) + (h_feedforward + u_feedforward)
@@ -55,7 +54,7 @@ class PreNorm:
 
 @dataclass(frozen=True)
 class BeforeAttention:
-    """Self-attention reads i + u in place of its input i; the residual stream is not changed.
+    """Self-attention reads i + u instead of its input i; the residual stream is unchanged.
 
     Attributes:
         readers: the modules whose first argument is i, in the order in which they run.
@@ -67,7 +66,7 @@ class BeforeAttention:
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """y = W x + b + u(x): an update beside a linear layer, whose widths the slot has (LoRA, Hu et al. 2022).
+    """y = W x + b + u(x): an update at a linear layer, with its widths (LoRA, Hu et al. 2022).
 
     Attributes:
         linear: a `torch.nn.Linear`, or transformers' `Conv1D`.

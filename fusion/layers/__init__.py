@@ -1,1 +1,1 @@
-"""What can stand in a slot, and the heads: pure torch, plain numbers in, no config."""
+"""Slot modules and heads: pure torch, plain numbers in, no config."""

@@ -15,9 +15,9 @@ from fusion.layers.slot_module import BatchContext, SlotModule
 
 
 class AdapterFusion(SlotModule):
-    """Weighs the source adapters' updates for every token.
+    """Attention over the updates of the source adapters, for every token.
 
-    The paper's equation, with u_n the change that source n would make (before any residual):
+    The paper's equation, with u_n the update of source n (before any residual):
 
         q   = Wq x + bq
         k_n = Wk u_n + bk
@@ -25,13 +25,13 @@ class AdapterFusion(SlotModule):
         p   = softmax_n( dropout(q · k_n) / τ )
         o   = Σ_n p_n v_n
 
-    It is computed folded, with the same result up to rounding and without the 2·N products of
-    size D × D: from g = Wkᵀ q follow the scores q·k_n = g·u_n + bk·q, and o = Wv Σ_n p_n u_n.
-    `AdapterBank` says how both come from the bottlenecks alone. There is no 1/√D, as in the paper.
+    The computation is folded, with the same result up to rounding and without the 2·N products of size D × D: with
+    g = Wkᵀ q, the scores are q·k_n = g·u_n + bk·q, and o = Wv Σ_n p_n u_n. `AdapterBank` computes both from the
+    bottlenecks alone. There is no 1/√D, as in the paper.
 
-    Nothing but g and bk·q is needed of q, so where a batch has many tokens it is cheaper to multiply
-    the matrices first: g = M x + c with M = Wkᵀ Wq and c = Wkᵀ bq. That leaves one product of size
-    D × D a token in place of two, and in backward two in place of four.
+    Only g and bk·q depend on q, so for batches with many tokens it is cheaper to multiply the matrices first:
+    g = M x + c with M = Wkᵀ Wq and c = Wkᵀ bq. That is one product of size D × D per token instead of two, and two
+    instead of four in the backward pass.
 
     With a rank, Wq and Wk have K rows: scores of the same form from far fewer parameters.
 
@@ -39,14 +39,14 @@ class AdapterFusion(SlotModule):
         bank: the frozen sources of this slot: bottleneck adapters, or LoRAs, which have neither biases nor σ.
         value_matrix: whether there is a Wv (the paper's variant without one has v_n = u_n).
         temperature: τ.
-        dropout: on the scores, before the softmax; 0 unless asked for.
+        dropout: on the scores, before the softmax.
         rank: K, at least 1; None: D_in, as in the paper.
 
     Raises:
         ValueError: a rank below 1.
     """
 
-    undecayed = ("value.weight",)  # its pull is towards I, not towards 0
+    undecayed = ("value.weight",)  # the penalty pulls it to I, not to 0
 
     def __init__(
         self,
@@ -95,13 +95,13 @@ class AdapterFusion(SlotModule):
     def _scoring(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x: (B, T, D_in) -> g: (B, T, D_out) and in training bk·q: (B, T, 1): the scores are g·u_n + bk·q.
 
-        bk·q is the same for every n, so the softmax drops it, unless dropout acts on the scores. It
-        stays in training all the same: without it bk would get no gradient, and DDP raises.
+        bk·q is the same for every n, so the softmax cancels it unless dropout acts on the scores. In training it is
+        always computed: without it bk would get no gradient, and DDP would raise.
         """
         query, key = self.query, self.key
         tokens, (rank, width), output = x.shape[:-1].numel(), query.weight.shape, key.weight.shape[1]
-        # One after the other, K·(D_in + D_out) multiply-adds a token, or the matrices first, K·D_in·D_out once
-        # and D_in·D_out a token.
+        # K·(D_in + D_out) multiply-adds per token for one product after the other; K·D_in·D_out once and D_in·D_out
+        # per token for the product of the matrices.
         if tokens * rank * (width + output) <= (tokens + rank) * width * output:
             q = query(x)
             return q @ key.weight, (q @ key.bias).unsqueeze(-1) if self.training else None
@@ -111,11 +111,11 @@ class AdapterFusion(SlotModule):
         return g, (x @ (key.bias @ query.weight) + query.bias @ key.bias).unsqueeze(-1)
 
     def merged(self) -> MergedFusion:
-        """The same for inference, up to rounding, without a product of size D × D."""
+        """The same function for inference, up to rounding, without products of size D × D."""
         return MergedFusion(self)
 
     def losses(self) -> dict[str, Tensor]:
-        """‖Wv − I‖²_F, which keeps the values near what the sources say (§3.2)."""
+        """‖Wv − I‖²_F, which keeps the values near the sources' updates (§3.2)."""
         if self.value is None:
             return {}
         weight = self.value.weight
@@ -124,18 +124,18 @@ class AdapterFusion(SlotModule):
 
 
 class MergedFusion(SlotModule):
-    """A trained fusion whose D × D matrices are multiplied into the adapters' own: for inference.
+    """A trained fusion for inference, with its D × D matrices multiplied into those of the adapters.
 
-    With M = Wkᵀ Wq and c = Wkᵀ bq, all that the scores need is linear in x,
+    With M = Wkᵀ Wq and c = Wkᵀ bq, the scores need only terms that are linear in x,
 
         g · u_n = z_n · (Wu_nᵀ M x + Wu_nᵀ c) + (bu_n · M x + bu_n · c)
 
-    as is the down-projection before σ: one product gives all three. bk·q, the same for every n, is
-    left to the softmax to drop. The values become Σ_n p_n (Wv Wu_n z_n + Wv bu_n). Per token that
-    is 3·N·R·D + 2·N·D multiply-adds in place of 3·N·R·D + 3·D² + 2·N·D.
+    as is the down-projection before σ: one product gives all three. bk·q, the same for every n, cancels in the
+    softmax. The values become Σ_n p_n (Wv Wu_n z_n + Wv bu_n). Per token that is 3·N·R·D + 2·N·D multiply-adds
+    instead of 3·N·R·D + 3·D² + 2·N·D.
 
     Args:
-        fusion: what it is made of; it stays as it is.
+        fusion: the trained fusion, which is not changed.
     """
 
     into: Tensor
@@ -149,7 +149,7 @@ class MergedFusion(SlotModule):
         positions = bank.source_positions.tolist()
         self.sources = Sources(bank.nonlinearities, bank.size, positions, bank.total)
         dtype = bank.up_weight.dtype
-        with torch.no_grad():  # in float64: what is merged is rounded once
+        with torch.no_grad():  # in float64, so that merged matrices are rounded once
             query, query_bias = fusion.query.weight.double(), fusion.query.bias.double()
             key = fusion.key.weight.double() / fusion.temperature
             up, up_bias = bank.up_weight.double(), bank.up_bias.double()

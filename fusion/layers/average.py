@@ -1,4 +1,4 @@
-"""One adapter out of several of one shape: the mean of their weights.
+"""Weight averaging: one adapter whose weights are the means of those of adapters of one shape.
 
 Shapes: B rows, T tokens, D hidden size, R bottleneck size.
 """
@@ -16,13 +16,12 @@ from fusion.layers.slot_module import BatchContext, SlotModule
 
 
 def average(adapters: Sequence[BottleneckAdapter]) -> BottleneckAdapter:
-    """A new adapter whose weights and biases are the means of the given ones'.
+    """A new adapter whose weights and biases are the means of those given.
 
-    It is not the mean of their outputs: σ stands between the two projections. Of one adapter it is a
-    copy. Dropout, which has no part in what an adapter computes, is the first one's.
+    This is not the mean of the outputs, because of σ between the two projections. Dropout is that of the first.
 
     Raises:
-        ValueError: none, or they differ in sizes, biases, non-linearity or scaling.
+        ValueError: no adapter, or they differ in sizes, biases, non-linearity or scaling.
     """
     kinds = {
         (
@@ -49,10 +48,7 @@ def average(adapters: Sequence[BottleneckAdapter]) -> BottleneckAdapter:
 
 
 class FrozenAdapter(SlotModule):
-    """One adapter that is a fixed function: its weights are buffers, and nothing in here can train.
-
-    `sources_on` has no say: whatever it was made of, it is one adapter now.
-    """
+    """One frozen adapter: its weights are buffers. `sources_on` has no effect."""
 
     def __init__(self, adapter: BottleneckAdapter) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""N frozen adapters of one slot, stacked so that no loop runs over them.
+"""N frozen adapters of one slot, stacked to avoid a loop over them.
 
-Shapes: B rows, T tokens, D_in and D_out widths of what is read and of the update, N adapters,
+Shapes: B rows, T tokens, D_in and D_out widths of the input and of the update, N adapters,
 R the largest bottleneck size among them.
 """
 
@@ -17,13 +17,13 @@ from fusion.layers.bottleneck import NONLINEARITIES, BottleneckAdapter
 
 
 class Sources(nn.Module):
-    """Which of all sources have an adapter in a slot, and what stands between its two projections.
+    """The sources with an adapter in a slot, and the non-linearities between the two projections.
 
     Args:
-        nonlinearities: σ_n, one an adapter, in the sources' order.
+        nonlinearities: σ_n, one per adapter, in the sources' order.
         size: R.
         positions: for each adapter, the position of its source among all `total` sources.
-        total: how many sources there are, with or without an adapter here.
+        total: the number of sources, with or without an adapter in this slot.
     """
 
     source_positions: Tensor
@@ -52,35 +52,34 @@ class Sources(nn.Module):
         )
 
     def on(self, sources_on: Tensor | None) -> Tensor | None:
-        """sources_on: (total,) bool or None -> the same for the adapters of this slot: (N,)."""
+        """sources_on: (total,) bool or None -> its entries for the adapters of this slot: (N,)."""
         return None if sources_on is None else sources_on[self.source_positions]
 
     def spread(self, p: Tensor) -> Tensor:
-        """p: (B, T, N) -> (B, T, total), zero for the sources that have no adapter here."""
+        """p: (B, T, N) -> (B, T, total), zero for sources without an adapter in this slot."""
         return p.new_zeros(*p.shape[:-1], self.total).index_copy(-1, self.source_positions, p)
 
 
 class AdapterBank(Sources):
-    """Frozen adapters as stacked matrices: buffers, so nothing in here can ever train.
+    """Frozen adapters as stacked matrices, held as buffers so that they cannot train.
 
-    With z_n = σ_n(x Wd_nᵀ + bd_n), an adapter's output is u_n = Wu_n z_n + bu_n, its scaling
-    folded into Wu and bu. A composition needs two things of the u_n, their inner products with
-    some g and a weighted sum, and both can be had from z without ever forming u:
+    With z_n = σ_n(x Wd_nᵀ + bd_n), an adapter's output is u_n = Wu_n z_n + bu_n, its scaling folded into Wu and bu.
+    A composition needs inner products of the u_n with some g and a weighted sum of them; both follow from z without
+    computing u:
 
         g · u_n       = z_n · (Wu_nᵀ g) + bu_n · g
         Σ_n p_n u_n   = Σ_n Wu_n (p_n z_n) + Σ_n p_n bu_n
 
-    so per token N·R numbers are kept in place of N·D_out. Smaller bottlenecks are padded with zero
-    rows, which is exact because every σ maps 0 to 0, and a missing bias (LoRA) is one of zeros. The
-    adapters' own dropout is not part of it: the sources are fixed functions.
+    so N·R numbers per token are kept instead of N·D_out. Smaller bottlenecks are padded with zero rows, which is exact
+    because every σ maps 0 to 0, and a missing bias (LoRA) is zero. Frozen adapters have no dropout.
 
     Args:
-        adapters: those that the sources have in this slot, in the sources' order.
+        adapters: of this slot, in the sources' order.
         sources: for each adapter, the position of its source among all `total` sources.
-        total: how many sources there are, with or without an adapter here.
+        total: the number of sources, with or without an adapter in this slot.
 
     Raises:
-        ValueError: no adapter, positions that do not fit, or widths that differ.
+        ValueError: no adapter, wrong positions, or different widths.
     """
 
     down_weight: Tensor
@@ -119,7 +118,7 @@ class AdapterBank(Sources):
         self.register_buffer("up_bias", torch.stack(up_bias))  # (N, D_out)
 
     def bottlenecks(self, x: Tensor) -> Tensor:
-        """x: (B, T, D_in) -> z: (B, T, N, R), what every adapter makes of x before its up-projection."""
+        """x: (B, T, D_in) -> z: (B, T, N, R), the bottleneck activations of every adapter."""
         return self.activated(F.linear(x, self.down_weight, self.down_bias))
 
     def inner_products(self, g: Tensor, z: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The bottleneck adapter (Houlsby et al. 2019, §2.1; Pfeiffer et al. 2021, §3.1), and LoRA as a case of it.
 
-Shapes: B rows, T tokens, D_in and D_out widths of what is read and of the update, R bottleneck size.
+Shapes: B rows, T tokens, D_in and D_out widths of the input and of the update, R bottleneck size.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "identity": lambda z: z,
 }
-"""Each maps 0 to 0, which is what lets `AdapterBank` pad bottlenecks with zero rows."""
+"""Each maps 0 to 0, so that `AdapterBank` can pad bottlenecks with zero rows."""
 
 
 class BottleneckAdapter(SlotModule):
@@ -29,16 +29,16 @@ class BottleneckAdapter(SlotModule):
     Without biases and with the identity for σ it is LoRA (Hu et al. 2022, eq. 3): A = Wd, B = Wu, s = α / r.
 
     Args:
-        hidden_size: D_in, and D_out where no other is given.
+        hidden_size: D_in, and the default of D_out.
         bottleneck_size: R, at least 1.
         nonlinearity: σ, a name of `NONLINEARITIES`.
         scaling: s (λ of He et al. 2021): a number, or `learned`, which starts at 1.
-        dropout: on the change, in training.
+        dropout: on the update, in training.
         init: `bert` N(0, 0.02) and zero biases (the convention of BERT); `houlsby` N(0, 0.01)
             truncated at two deviations (Houlsby et al. 2019, §3.6); `zero_up` the identity at the
             start (He et al. 2021): Kaiming down, zero up.
         output_size: D_out; None: D_in.
-        bias: whether there are bd and bu.
+        bias: whether to use bd and bu.
 
     Raises:
         ValueError: a size below 1, an unknown non-linearity, scaling or initial value.

@@ -1,6 +1,6 @@
-"""The task head: one vector a text (or a word), then its scores. With several tasks, a head for each.
+"""Task heads: pool one vector per text (or per word) and score it.
 
-Shapes: S texts (a row of a choice task has several), T tokens, D hidden size, K outputs, B rows of at most W words.
+Shapes: B rows, S texts (one per choice in multiple choice), T tokens, W words at most, D hidden size, K outputs.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ def pool(hidden: Tensor, attention_mask: Tensor, how: str, words: Tensor | None 
     5.3); any state at padding.
 
     Args:
-        words: (B, W), where those sub-words are among the S * T tokens; -1 for padding.
+        words: (B, W), the indices of those sub-words among the S * T tokens; -1 for padding.
 
     Raises:
-        ValueError: `how` is none of cls, mean and words, or `words` are given for another, or are not for this one.
+        ValueError: an unknown `how`, or `words` given without `how="words"` or the reverse.
     """
     if (how == "words") != (words is not None):
         raise ValueError(f"pooling {how!r} {'with' if words is not None else 'without'} places of words")
@@ -37,17 +37,17 @@ def pool(hidden: Tensor, attention_mask: Tensor, how: str, words: Tensor | None 
 
 
 class TaskHead(nn.Module):
-    """Pools the last layer and scores it: linear, or dense, tanh, linear.
+    """Pool the last hidden states and score them: linear, or dense, tanh, linear.
 
     Args:
         hidden_size: D.
-        outputs: K; 1 for a regression and for each choice of a choice task.
-        pooling: cls, mean, or words for scores of each word.
+        outputs: K; 1 for regression and for each choice in multiple choice.
+        pooling: cls, mean, or words (scores per word).
         layers: 1 or 2.
         dropout: before each linear, in training.
 
     Raises:
-        ValueError: `layers` is neither 1 nor 2, or pooling is unknown.
+        ValueError: `layers` is not 1 or 2, or an unknown pooling.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class TaskHead(nn.Module):
     def forward(self, hidden: Tensor, attention_mask: Tensor, words: Tensor | None = None) -> Tensor:
         """hidden: (S, T, D), attention_mask: (S, T) -> scores: (S, K).
 
-        With words: (B, W), for each word: (B, W, K), -inf at padding.
+        With words (B, W): (B, W, K), -inf at padding.
         """
         pooled = pool(hidden, attention_mask, self.pooling, words)
         if self.dense is not None:
@@ -80,27 +80,27 @@ class TaskHead(nn.Module):
 
 
 class TaskHeads(nn.Module):
-    """One head a task. A batch is of one task, whose head scores it.
+    """One head per task. A batch holds rows of one task.
 
     Args:
-        heads: by task name, in the order in which batches number their tasks.
+        heads: by task name; `task` of a batch is the index.
     """
 
     def __init__(self, heads: Mapping[str, TaskHead]) -> None:
         super().__init__()
         self.tasks = list(heads)
-        # By number: torch takes neither "my.task" nor "type" for the name of a module.
+        # A list, since torch allows neither "my.task" nor "type" as the name of a module.
         self.heads = nn.ModuleList(heads.values())
 
     def forward(
         self, hidden: Tensor, attention_mask: Tensor, task: int, words: Tensor | None = None
     ) -> Tensor:
-        """As `TaskHead`, by the head of the task of this number."""
+        """As `TaskHead`, with the head of this task."""
         scores: Tensor = self.heads[task](hidden, attention_mask, words)
         if not self.training:
             return scores
-        # The other heads get a gradient of 0: DDP waits for one of every parameter, and the optimizer does the same
-        # in one process as in many.
+        # The other heads get a gradient of 0: DDP expects one for every parameter, and the optimizer then does the
+        # same in one process as in many.
         others = [
             p.sum() for number, head in enumerate(self.heads) if number != task for p in head.parameters()
         ]

@@ -14,7 +14,7 @@ from fusion.layers.slot_module import BatchContext, SlotModule
 
 
 class StaticMixture(SlotModule):
-    """o = Σ_n softmax(w)_n u_n, one learned weight a source and slot; uniform at the start."""
+    """o = Σ_n softmax(w)_n u_n, one learned weight per source and slot; initially uniform."""
 
     def __init__(self, bank: AdapterBank) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class StaticMixture(SlotModule):
 
 
 class MeanMixture(SlotModule):
-    """o = (1/N) Σ_n u_n over the sources that are on: nothing to train."""
+    """o = (1/N) Σ_n u_n over the sources that are on; no parameters."""
 
     def __init__(self, bank: AdapterBank) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""ScaLearn (Frohmann et al. 2023, arXiv 2310.01217): each source's output is scaled, and the sum is taken.
+"""ScaLearn (Frohmann et al. 2023, arXiv 2310.01217): a sum of scaled source outputs.
 
 Shapes: B rows, T tokens, D hidden size, N adapters, R bottleneck size, W width of a scale: D or 1.
 """
@@ -14,31 +14,31 @@ from fusion.layers.slot_module import BatchContext, SlotModule
 
 
 class ScaLearn(SlotModule):
-    """o = Σ_n ω_n ⊙ u_n: one learned factor a source and dimension (W = D), or a source (W = 1).
+    """o = Σ_n ω_n ⊙ u_n: one learned factor per source and dimension (W = D), or per source (W = 1).
 
-    The factors are unconstrained: they need not sum to 1 and may be negative. Since each u_n is linear
-    in its up-projection, that is what is scaled, once a batch, so a token costs what a mean costs.
+    The factors are unconstrained: they need not sum to 1 and may be negative. Since u_n is linear in its
+    up-projection, the up-projection is scaled, once per batch, at the cost of a mean per token.
 
-    What is recorded is the same for every token: ω_n itself where W = 1, else the mean of |ω_n| over
-    the dimensions. Neither is a share, and they do not sum to 1.
+    The recorded weights are equal for all tokens: ω_n for W = 1, else the mean of |ω_n| over the dimensions. They do
+    not sum to 1.
 
     Args:
         bank: the frozen sources of this slot.
-        scales: ω, see `initial_scales`: (N, W), or shared by several slots (total, W), a row for every source.
-        shared: whether ω has a row for every source, of which this slot takes those of its own adapters.
+        scales: ω, see `initial_scales`: (N, W), or (total, W) if shared between slots.
+        shared: whether ω has a row for every source, of which this slot uses those of its adapters.
 
     Raises:
         ValueError: ω has another shape.
     """
 
-    undecayed = ("scales",)  # 0 is no neutral value: it would switch the sources off
+    undecayed = ("scales",)  # 0 would switch the sources off
 
     def __init__(self, bank: AdapterBank, scales: nn.Parameter, shared: bool = False) -> None:
         super().__init__()
         rows, hidden_size = bank.total if shared else len(bank), bank.up_weight.shape[0]
         if scales.shape not in ((rows, hidden_size), (rows, 1)):
             raise ValueError(
-                f"scales {tuple(scales.shape)}: expected {(rows, hidden_size)}, or {(rows, 1)} for one a source"
+                f"scales {tuple(scales.shape)}: expected {(rows, hidden_size)}, or {(rows, 1)} for one per source"
             )
         self.bank = bank
         self.scales = scales
@@ -63,5 +63,5 @@ class ScaLearn(SlotModule):
 
 
 def initial_scales(count: int, width: int) -> nn.Parameter:
-    """ω at the start: (count, width), 1/count, the mean of the sources, with noise N(0, 0.001)."""
+    """The initial ω: (count, width), 1/count with noise N(0, 0.001), close to the mean of the sources."""
     return nn.Parameter(torch.empty(count, width).normal_(1.0 / count, 0.001))

@@ -1,4 +1,4 @@
-"""AdapterFusion with one decision a text: the same attention, asked once from the mean of its tokens.
+"""Sequence-level AdapterFusion: one attention distribution per text, from the mean of its tokens.
 
 Shapes: B rows, T tokens, D hidden size, N adapters, R bottleneck size.
 """
@@ -14,9 +14,9 @@ from fusion.layers.slot_module import BatchContext
 
 
 class SequenceFusion(AdapterFusion):
-    """Decides for every text how much to listen to each source adapter.
+    """Attention over the source adapters, equal for all tokens of a text.
 
-    With x̄ the mean of x over the text's real tokens, and else as in `AdapterFusion` (its parameters too):
+    With x̄ the mean of x over the text's real tokens, and the parameters of `AdapterFusion`:
 
         p    = softmax_n( dropout(q(x̄) · k_n(u_n(x̄))) / τ )
         o_t  = Σ_n p_n Wv u_n(x_t)
@@ -34,12 +34,12 @@ class SequenceFusion(AdapterFusion):
         return mixed if self.value is None else self.value(mixed)
 
     def merged(self) -> MergedSequenceFusion:
-        """The same for inference, up to rounding, without a product of size D × D."""
+        """The same function for inference, up to rounding, without products of size D × D."""
         return MergedSequenceFusion(self)
 
 
 class MergedSequenceFusion(MergedFusion):
-    """A trained `SequenceFusion` as `MergedFusion` has it: 2·N·R·D multiply-adds a token."""
+    """A trained `SequenceFusion` merged as in `MergedFusion`: 2·N·R·D multiply-adds per token."""
 
     def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
         """x: (B, T, D) -> o: (B, T, D)."""
@@ -52,5 +52,5 @@ class MergedSequenceFusion(MergedFusion):
 
 
 def mean_token(x: Tensor, batch: BatchContext) -> Tensor:
-    """x: (B, T, D) -> (B, 1, D), the mean over each text's real tokens; 0 where it has none."""
+    """x: (B, T, D) -> (B, 1, D), the mean over each text's real tokens; 0 without real tokens."""
     return pool(x, batch.attention_mask, "mean").unsqueeze(1)

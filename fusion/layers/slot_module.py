@@ -1,7 +1,7 @@
-"""The contract of whatever fills a slot: it maps what the slot reads to the update that the slot adds.
+"""The interface of slot modules, which map the slot's input to the update that the slot adds.
 
-Shapes: B rows, T tokens, N source adapters. The widths D_in and D_out are both the hidden size, but for a slot at a
-linear layer, which has that layer's.
+Shapes: B rows, T tokens, N source adapters. The widths D_in and D_out are the hidden size, except at a linear layer,
+whose widths they are.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ Recorder = Callable[[str, Tensor], None]
 
 @dataclass(frozen=True)
 class BatchContext:
-    """What a slot module may need beyond `x`. The model makes it before the backbone runs.
+    """Inputs of a slot module beside `x`. The model sets it before the backbone runs.
 
-    attention_mask: (B, T), 1 for a real token.
-    layers_on: for each layer whether its slots are filled in this batch (AdapterDrop, Rücklé et al. 2021);
-        empty: all are.
-    members: (B,), which of several adapters each row is meant for; None where a slot module has only one.
-    sources_on: (N,) bool, which sources take part; None means all.
-    record: takes the source weights out; None when nobody asked.
-    place: the slot that is being filled, for the recorder.
+    Attributes:
+        attention_mask: (B, T), 1 for a real token.
+        layers_on: for each layer whether its slots are active in this batch (AdapterDrop, Rücklé et al. 2021); empty:
+            all are.
+        members: (B,), the index of each row's adapter, for slot modules with the adapters of multiple tasks.
+        sources_on: (N,) bool, the sources that take part; None: all.
+        record: called with the source weights; None: not recorded.
+        place: the name of the slot, for `record`.
     """
 
     attention_mask: Tensor
@@ -38,26 +39,26 @@ class BatchContext:
 
 
 class SlotModule(nn.Module):
-    """Base of all that fills a slot. Keeps no state between calls."""
+    """Base class of slot modules. `forward` keeps no state between calls."""
 
     undecayed: tuple[str, ...] = ()
-    """Parameters that take no weight decay, beyond the biases, which never do."""
+    """Parameters without weight decay, beside the biases, which never have it."""
 
     def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
         """x: (B, T, D_in) -> the update to add: (B, T, D_out)."""
         raise NotImplementedError
 
     def losses(self) -> dict[str, Tensor]:
-        """Named scalars that this slot module adds to the loss, before their weight."""
+        """Named scalars to add to the loss, before weighting."""
         return {}
 
     def merged(self) -> SlotModule:
-        """What gives the same change at inference with less work; itself, where there is no such thing."""
+        """An equivalent module for faster inference; by default the module itself."""
         return self
 
 
 def parameters_of(slot_modules: Mapping[str, SlotModule]) -> dict[str, Parameter]:
-    """What slot modules train, by slot and own name: `0.feedforward.down.weight`. What slots share stands there once."""
+    """The parameters of slot modules, by slot and name: `0.feedforward.down.weight`. Shared ones appear once."""
     named = (
         (f"{slot}.{name}", p)
         for slot, slot_module in slot_modules.items()

@@ -1,4 +1,4 @@
-"""Adapters of several tasks in one slot, each row with its own: a batch of mixed tasks in one pass.
+"""Adapters of multiple tasks in one slot, selected per row: a mixed-task batch in one pass.
 
 Shapes: B rows, T tokens, D hidden size, N tasks, R the largest bottleneck size among their adapters.
 """
@@ -15,10 +15,10 @@ from fusion.layers.slot_module import BatchContext, SlotModule
 
 
 class TaskSwitch(SlotModule):
-    """u = u_m(x), with m the row's member of `batch.members`; 0 where that task has no adapter here.
+    """u = u_m(x), with m the row's entry of `batch.members`; 0 if that task has no adapter in this slot.
 
     Args:
-        bank: the adapters that the tasks have in this slot; the tasks are its sources.
+        bank: the tasks' adapters of this slot; the tasks are its sources.
     """
 
     place: Tensor
@@ -34,10 +34,10 @@ class TaskSwitch(SlotModule):
         """x: (B, T, D) -> u: (B, T, D).
 
         Raises:
-            RuntimeError: nobody said which row is whose.
+            RuntimeError: `batch.members` is not set.
         """
         if batch.members is None:
-            raise RuntimeError("a batch of mixed tasks needs members: whose adapter is each row for?")
+            raise RuntimeError("a mixed-task batch needs members, the index of each row's adapter")
         bank, place = self.bank, self.place[batch.members]
         there, own = place >= 0, place.clamp(min=0)
         down = bank.down_weight.unflatten(0, (len(bank), bank.size))[own]  # (B, R, D)

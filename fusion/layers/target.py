@@ -12,14 +12,14 @@ from fusion.layers.slot_module import BatchContext, SlotModule
 
 
 class WithTargetAdapter(SlotModule):
-    """o + u_target: what the sources give, and what only the target's own rows can teach.
+    """o + u_target: a composition of frozen sources, and an adapter that trains.
 
-    With an adapter that begins at zero (`zero_up`) it begins as the composition alone. What is
-    recorded is the composition's; the target's adapter is no source.
+    With an adapter initialized to zero (`zero_up`), it is initially the composition alone. Recorded weights are those
+    of the composition; the target's adapter is not a source.
 
     Args:
-        composition: gives o.
-        target: gives u_target, and trains.
+        composition: computes o.
+        target: computes u_target, and trains.
     """
 
     def __init__(self, composition: SlotModule, target: BottleneckAdapter) -> None:
@@ -37,9 +37,9 @@ class WithTargetAdapter(SlotModule):
         return out + self.target(x, batch)
 
     def losses(self) -> dict[str, Tensor]:
-        """The composition's: the target's adapter adds none."""
+        """The losses of the composition."""
         return self.composition.losses()
 
     def merged(self) -> WithTargetAdapter:
-        """The same with the composition merged, where there is such a thing."""
+        """The same with the composition merged."""
         return WithTargetAdapter(self.composition.merged(), self.target)

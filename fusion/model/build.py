@@ -1,4 +1,4 @@
-"""From settings and stored artifacts to a model: the only place that knows both."""
+"""Builds models from settings and from stored artifacts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from fusion.tasks.table import kind_of
 
 
 def new_adapters(config: AdapterConfig, backbone: Backbone) -> dict[str, SlotModule]:
-    """A fresh adapter for each slot of the placement, by slot name; `shared` puts one into all layers.
+    """A new adapter for each slot of the placement, by slot name; with `shared`, one for all layers.
 
     Raises:
         UserError: the backbone's family has no such site.
@@ -78,7 +78,7 @@ def new_adapters(config: AdapterConfig, backbone: Backbone) -> dict[str, SlotMod
 
 
 def tuning_of(config: MethodConfig, backbone: Backbone) -> Tuning | None:
-    """What of the backbone itself a method trains; None: nothing. LoRA changes the backbone in place."""
+    """The parameters of the backbone that a method trains; None: none. LoRA changes the backbone in place."""
     tune = config.definition.tune
     return None if tune is None else tune(config, backbone.model)
 
@@ -87,7 +87,7 @@ def stored_adapters(artifact: Artifact) -> dict[str, BottleneckAdapter]:
     """The adapters of a stored artifact by slot name, with their weights.
 
     Raises:
-        UserError: the weights are not what the manifest says.
+        UserError: the weights do not match the manifest.
     """
     _check_weights(artifact)
     adapters = described_adapters(artifact.manifest)
@@ -96,7 +96,7 @@ def stored_adapters(artifact: Artifact) -> dict[str, BottleneckAdapter]:
 
 
 def _check_weights(artifact: Artifact, sources: Sequence[Manifest] = ()) -> None:
-    """Refuse weights that the manifest does not describe, before anything of their size is built."""
+    """Refuse weights that do not match the manifest, before a model of that size is built."""
     expected = weight_shapes(artifact.manifest, sources, artifact.path)
     if expected is not None:
         match_keys(expected, artifact.weights, artifact.path / WEIGHTS)
@@ -138,10 +138,10 @@ def new_heads(
 
 
 def load_sources(references: Sequence[str], store: Path, backbone: Backbone) -> list[Artifact]:
-    """The source adapters, in order, all made for this very backbone and one placement.
+    """The source adapters, in order, all trained on this backbone in one placement.
 
     Raises:
-        UserError: a source that is missing, damaged, or differs; it says which and how.
+        UserError: a source is missing, damaged, or differs.
     """
     sources = [load(reference, store) for reference in references]
     check_sources([source.manifest for source in sources])
@@ -151,7 +151,7 @@ def load_sources(references: Sequence[str], store: Path, backbone: Backbone) -> 
 
 
 def check_made_for(artifact: Artifact, backbone: Backbone) -> None:
-    """Refuse an artifact that was made for another backbone's weights."""
+    """Refuse an artifact that was trained on another backbone."""
     check_backbone(
         artifact.manifest,
         name_or_path=backbone.name_or_path,
@@ -167,7 +167,7 @@ def check_made_for(artifact: Artifact, backbone: Backbone) -> None:
 
 
 def backbone_of(manifest: Manifest, other: SameBackboneConfig) -> tuple[str, str | None]:
-    """Name (or path) and revision of an artifact's backbone: the manifest's, or the other place of it."""
+    """Name (or path) and revision of an artifact's backbone: the manifest's, unless `other` is set."""
     if other.name_or_path is not None:
         return other.name_or_path, other.revision
     return manifest.backbone.name_or_path, other.revision or manifest.backbone.revision
@@ -181,13 +181,13 @@ def _sources_of(manifest: Manifest, store: Path) -> list[Artifact]:
 
 
 def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int = 0) -> AdaptedModel:
-    """The model that an artifact stands for, for inference; a fusion's sources come from the store.
+    """The model of an artifact for inference; a fusion's sources are read from the store.
 
     Args:
-        drop: how many of the first layers go without what their slots hold (AdapterDrop, Rücklé et al. 2021).
+        drop: the number of first layers without slot modules (AdapterDrop, Rücklé et al. 2021).
 
     Raises:
-        UserError: the backbone or a source is missing or not what the artifact was made with.
+        UserError: the backbone or a source is missing, or is not the one that the artifact was trained with.
     """
     manifest = artifact.manifest
     check_made_for(artifact, backbone)

@@ -1,9 +1,8 @@
-"""Frozen features of every row, computed once and kept on disk: epochs, seeds and runs start from there.
+"""The feature cache: frozen features of every row, computed once and kept on disk for all epochs, seeds and runs.
 
-The hidden states that enter the lowest layer with a slot depend on nothing that trains. With float32 the
-scores are those of the whole pass up to rounding, and the lower layers are not run at all, forward or
-backward. All states are there before the first of them is used, always made in batches of the same
-rows: a run that is taken up again sees the same bits.
+The hidden states that enter the lowest layer with a slot do not depend on anything that trains. With float32, scores
+equal those of the full forward pass up to rounding, and lower layers are not run at all. All features are computed
+before training, always in batches of the same rows, so that a resumed run reads the same bits.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from fusion.model.adapted import AdaptedModel
 log = logging.getLogger(__name__)
 
 _FORMAT = 3
-_TOKENS = 4096  # that are computed together: of no setting, so that a row's state is the same in every run
+_TOKENS = 4096  # per batch: a constant, so that a row's features are the same in every run
 
 
 def cache_features(
@@ -43,21 +42,21 @@ def cache_features(
     cache_dir: str | None = None,
     once: bool = False,
 ) -> str | None:
-    """Give every split its states and let the model start from them, where `config.cache` asks for it.
+    """Attach the frozen features to every split and let the model start from them, depending on `config.cache`.
 
     Args:
-        splits: all that the model will be trained and evaluated on.
-        fingerprint: the backbone's.
-        device: where the states are computed.
-        cache_dir: where they are kept; None: the user's cache.
-        once: whether the run sees each row only once, so that it gains nothing itself.
+        splits: everything that the model is trained and evaluated on.
+        fingerprint: of the backbone.
+        device: computes the features.
+        cache_dir: the cache folder; None: the user's cache.
+        once: whether the run reads each row only once, so that a cache would not pay.
 
     Returns:
-        float32 or float16, or None where the model runs whole: asked for, or under `auto` because no
-        layer lies below the lowest slot, there is too little room, or a folder that cannot be written.
+        float32 or float16; None if the whole model is run: with `off`, or with `auto` because no layer is below the
+        lowest slot, there is too little space, or the folder cannot be written.
 
     Raises:
-        UserError: a cache that was asked for by name does not fit, cannot be written, or loses too much.
+        UserError: a cache of a given type does not fit, cannot be written, or is too imprecise.
     """
     asked, splits = config.cache, list(splits)
     if asked == "off" or config.dropout or model.tuning is not None:
@@ -73,11 +72,11 @@ def cache_features(
             f"the frozen features of these rows take {needed / 1e9:.1f} GB as {dtype}, more than "
             f"backbone.cache_gb={config.cache_gb:g}"
         )
-        _go_without(asked, why, "Raise backbone.cache_gb, or say backbone.cache=off")
+        _go_without(asked, why, "Raise backbone.cache_gb, or set backbone.cache=off")
         return None
     if any(rows.pads_left for rows in splits):
         why = "the tokenizer pads on the left, so that a row's features depend on the rows beside it"
-        _go_without(asked, why, "Say backbone.cache=off")
+        _go_without(asked, why, "Set backbone.cache=off")
         return None
     folder = (user_cache() if cache_dir is None else Path(cache_dir).expanduser()) / "prefix"
     try:
@@ -93,8 +92,8 @@ def cache_features(
             for rows in splits
         ]
     except OSError as error:
-        cure = "Give another folder with data.cache_dir=DIR, or say backbone.cache=off"
-        _go_without(asked, f"{folder} cannot be written ({error})", cure, error)
+        fix = "Set another folder with data.cache_dir=DIR, or backbone.cache=off"
+        _go_without(asked, f"{folder} cannot be written ({error})", fix, error)
         return None
     finally:
         model.to("cpu")
@@ -104,13 +103,13 @@ def cache_features(
     return dtype
 
 
-def _go_without(asked: str, why: str, cure: str, error: OSError | None = None) -> None:
-    """What `auto` may do where there can be no cache, and one that was asked for by name may not."""
+def _go_without(asked: str, why: str, fix: str, error: OSError | None = None) -> None:
+    """Without a cache: `auto` logs why, a given type is refused."""
     if asked != "auto":
-        raise UserError(f"backbone.cache={asked}: {why}\n{cure}") from error
+        raise UserError(f"backbone.cache={asked}: {why}\n{fix}") from error
     log.log(
         logging.INFO if error is None else logging.WARNING,
-        "%s: the frozen features are computed again in each epoch",
+        "%s: frozen features are computed in each epoch",
         why,
     )
 
@@ -133,14 +132,14 @@ def _build(model: AdaptedModel, rows: EncodedRows, states: NDArray[Any], device:
         values = model.frozen_features(*_inputs(batch, device)).float().cpu().numpy()[real]
         if states.dtype == np.float16 and np.abs(values).max() > largest:
             raise UserError(
-                f"backbone.cache={states.dtype}: a frozen feature is beyond its range\n"
-                "Say backbone.cache=float32, or backbone.cache=off"
+                f"backbone.cache={states.dtype}: a frozen feature exceeds its range\n"
+                "Set backbone.cache=float32, or backbone.cache=off"
             )
         states[tokens] = values
 
 
 def _key(model: AdaptedModel, rows: EncodedRows, fingerprint: str, dtype: str, device: torch.device) -> str:
-    """40 hex digits that stand for all that decides the bits."""
+    """40 hex digits over everything that determines the bits."""
     parts = [
         _FORMAT,
         rows.key,

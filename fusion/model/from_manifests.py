@@ -1,8 +1,7 @@
-"""The slot modules and heads that manifests describe, without their weights.
+"""Slot modules and heads from manifests, without their weights.
 
-On torch's meta device they take no memory. So `weight_shapes` and `head_shapes` tell which tensors an artifact must
-hold: a size that a damaged manifest makes up is refused, and a store is verified without its backbone. The parameters
-that train inside a backbone (lora, bitfit, full) have names that only the backbone knows.
+Built on torch's meta device, they give the shapes of the tensors that an artifact must hold, so that wrong sizes are
+refused and a store is verified without a backbone. Parameters inside a backbone (lora, bitfit, full) are not covered.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ from fusion.tasks.table import KINDS
 from fusion.text import shortened
 
 Shapes = dict[str, tuple[int, ...]]
-"""Of tensors, by their names in a file."""
+"""Shapes of tensors by their names in a file."""
 
 
 def described_adapters(manifest: Manifest) -> dict[str, BottleneckAdapter]:
-    """The adapters of an artifact by slot; `shared` puts one into all layers of a site."""
+    """The adapters of an artifact by slot; with `shared`, one for all layers of a site."""
     assert manifest.adapter is not None
     settings = manifest.adapter.settings
     adapters: dict[str, BottleneckAdapter] = {}
@@ -56,7 +55,7 @@ def described_adapters(manifest: Manifest) -> dict[str, BottleneckAdapter]:
 
 
 def described_head(manifest: Manifest) -> TaskHead | TaskHeads:
-    """The head of an artifact; of several tasks, one for each."""
+    """The head of an artifact; for multiple tasks, one for each."""
     hidden_size = manifest.backbone.hidden_size
     if manifest.multitask is None:
         return _head(manifest.task, manifest.head, hidden_size)
@@ -81,13 +80,12 @@ def compose(
     """The composition of the sources for each slot where at least one of them has an adapter.
 
     Args:
-        adapters: gives a source's adapters by slot, from its position.
-        layers: of the backbone.
-        chosen: what the composition finds out first, see `Composition.finds`: `{"kept": {slot: positions}}`,
-            `{"continued": name}`, or nothing.
+        adapters: returns a source's adapters by slot, from its position.
+        layers: the number of layers of the backbone.
+        chosen: see `Composition.finds`: `{"kept": {slot: positions}}`, `{"continued": name}`, or empty.
 
     Raises:
-        UserError: `chosen` does not fit the composition or the sources, or no slot is left.
+        UserError: `chosen` does not fit the composition or the sources, or there is no slot.
     """
     definition = config.definition
     for key in (KEPT, CONTINUED):
@@ -97,7 +95,7 @@ def compose(
             )
     only = chosen.get(CONTINUED)
     if only is not None and only not in [source.name for source in sources]:
-        raise UserError("composition.continued is none of the sources")
+        raise UserError("composition.continued is not one of the sources")
     every = [adapters(n) if only in (None, source.name) else {} for n, source in enumerate(sources)]
     hidden_size, sites = sources[0].backbone.hidden_size, sources[0].placement["adapter.sites"]
     share = definition.share
@@ -134,7 +132,7 @@ def _kept(
 
 
 def _beside(module: SlotModule, adapters: Sequence[BottleneckAdapter]) -> WithTargetAdapter:
-    """With an adapter of the target's own, as large as the largest source of the slot."""
+    """With an adapter of the target beside it, as large as the largest source of the slot."""
     size = max(adapter.down.out_features for adapter in adapters)
     first = adapters[0]
     target = BottleneckAdapter(first.down.in_features, size, first.nonlinearity, init="zero_up")
@@ -145,19 +143,19 @@ def _beside(module: SlotModule, adapters: Sequence[BottleneckAdapter]) -> WithTa
 
 
 def tensor_shapes(manifest: Manifest, sources: Sequence[Manifest], path: Path) -> dict[str, Shapes | None]:
-    """Of each of an artifact's files, see `weight_shapes` and `head_shapes`."""
+    """The shapes in each file of an artifact, see `weight_shapes` and `head_shapes`."""
     return {WEIGHTS: weight_shapes(manifest, sources, path), HEAD: head_shapes(manifest, path)}
 
 
 def weight_shapes(manifest: Manifest, sources: Sequence[Manifest], path: Path) -> Shapes | None:
-    """Of the weights file; None where only the backbone can tell. What slots share is there once.
+    """The shapes in the weights file; None if they depend on the backbone. Shared parameters appear once.
 
     Args:
         sources: of a fusion, in order.
         path: the artifact's folder, for the message.
 
     Raises:
-        UserError: the manifest describes nothing that can be built, or does not go with the sources.
+        UserError: the manifest describes no valid model, or does not match the sources.
     """
 
     def fusion() -> dict[str, SlotModule]:
@@ -177,7 +175,7 @@ def weight_shapes(manifest: Manifest, sources: Sequence[Manifest], path: Path) -
 
 
 def head_shapes(manifest: Manifest, path: Path) -> Shapes:
-    """Of the head file, as `weight_shapes`: `output.weight` and so on; of several tasks `TASK.output.weight`."""
+    """The shapes in the head file: `output.weight` and so on; for multiple tasks, `TASK.output.weight`."""
 
     def head() -> Mapping[str, Parameter]:
         made = described_head(manifest)
@@ -187,7 +185,7 @@ def head_shapes(manifest: Manifest, path: Path) -> Shapes:
 
 
 class _WithoutValues(TorchFunctionMode):
-    """Skips `normal_`: on the meta device it fills nothing, and takes three quarters of the time."""
+    """Skips `normal_`, which has no effect on the meta device but takes most of the time."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -205,5 +203,5 @@ def _shapes(build: Callable[[], Mapping[str, Parameter]], path: Path) -> Shapes:
     except UserError as error:
         text = str(error)
         raise UserError(text if text.startswith(str(path)) else f"{path / MANIFEST}: {text}") from None
-    except (RuntimeError, ValueError) as error:  # sizes that no tensor can have
+    except (RuntimeError, ValueError) as error:  # impossible sizes
         raise UserError(f"{path / MANIFEST}: describes no model ({first_line(error)})") from None

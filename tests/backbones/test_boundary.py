@@ -80,7 +80,7 @@ def test_the_encoder_of_two_stacks_starts_from_its_features_too(name: str) -> No
     torch.testing.assert_close(run(model.backbone, name), expected, rtol=0, atol=1e-12)
     assert ran == {2} and decoded == {0, 1, 2} and model.boundary == 2
     alone = adapted(name, ["decoder.0.feedforward"], "output")
-    with pytest.raises(RuntimeError, match="no slot of the encoder"):
+    with pytest.raises(RuntimeError, match="the encoder has no slot"):
         alone.take_features()
 
 

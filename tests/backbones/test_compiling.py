@@ -140,7 +140,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(
-        UserError, match=r"^compile=true needs a C\+\+ compiler, and there is no \S+ here: [^\n]*$"
+        UserError, match=r"^compile=true needs a C\+\+ compiler, and \S+ was not found: [^\n]*$"
     ):
         check_compiler()
     program = tmp_path / "my-c++"

@@ -135,10 +135,10 @@ def test_the_second_run_computes_nothing(
 def test_a_cache_asked_for_by_name_is_kept_or_refused(tiny_backbone: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"backbone\.cache_gb=1e-09\nRaise backbone\.cache_gb"):
         kept(tiny_backbone, tmp_path, [2], cache="float32", cache_gb=1e-9)
-    with pytest.raises(UserError, match=r"pads on the left.*\nSay backbone\.cache=off"):
+    with pytest.raises(UserError, match=r"pads on the left.*\nSet backbone\.cache=off"):
         kept(tiny_backbone, tmp_path, [2], cache="float32", left=True)
     (tmp_path / "prefix").write_text("no folder")
-    with pytest.raises(UserError, match=r"cannot be written .*\nGive another folder with data\.cache_dir"):
+    with pytest.raises(UserError, match=r"cannot be written .*\nSet another folder with data\.cache_dir"):
         kept(tiny_backbone, tmp_path, [2], cache="float32")
 
 
@@ -147,7 +147,7 @@ def test_under_auto_a_folder_that_cannot_be_written_costs_time_alone(
 ) -> None:
     (tmp_path / "prefix").write_text("no folder")
     assert kept(tiny_backbone, tmp_path, [2])[0] is None
-    assert "computed again in each epoch" in caplog.text
+    assert "computed in each epoch" in caplog.text
 
 
 def test_values_beyond_float16_are_refused(tiny_backbone: Path, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_values_beyond_float16_are_refused(tiny_backbone: Path, tmp_path: Path) 
     with torch.no_grad():
         backbone.model.get_parameter("encoder.layer.1.output.LayerNorm.bias").add_(1e6)
     config = BackboneConfig(name_or_path="x", cache="float16")
-    with pytest.raises(UserError, match="beyond its range"):
+    with pytest.raises(UserError, match="exceeds its range"):
         cache_features(adapted(backbone, [2]), [rows], config, "f", CPU, str(tmp_path))
     assert not list((tmp_path / "prefix").glob("*.states"))
 

@@ -134,7 +134,7 @@ def test_of_other_kinds() -> None:
     ("composition", "says"),
     [
         ({"name": "continued"}, "composition.continued is missing"),
-        ({"name": "continued", "continued": "z"}, "continued is none of the sources"),
+        ({"name": "continued", "continued": "z"}, "continued is not one of the sources"),
         ({"name": "mean", "continued": "a"}, "composition.continued is not for mean"),
         ({"name": "pruned", "keep": 1}, "composition.kept is missing"),
         ({"name": "adapterfusion", "kept": {}}, "composition.kept is not for adapterfusion"),
