@@ -7,6 +7,7 @@ printed. Values, overrides and commands in messages are written in Hydra's overr
 from __future__ import annotations
 
 import difflib
+import io
 import logging
 import os
 import re
@@ -63,9 +64,11 @@ class _PrintableRecord(logging.LogRecord):
         return printable(super().getMessage())
 
 
-def printable_logs() -> None:
-    """Make every log message of this process `printable`, on the terminal and in run.log."""
+def printable_output() -> None:
+    """Make every log message of this process `printable`, and escape what stdout's encoding does not have."""
     logging.setLogRecordFactory(_PrintableRecord)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class ConsoleHandler(logging.StreamHandler[TextIO]):
@@ -106,8 +109,6 @@ OTHER_TYPE = re.compile(
     r"null|true|false|[-+]?(inf|nan|(0|[1-9](_?\d)*)|((0|[1-9](_?\d)*)\.?|(0|[1-9](_?\d)*)?\.\d(_?\d)*)(e[-+]?\d(_?\d)*)?)",
     re.IGNORECASE,
 )
-# ID, numbers, `:`, UNQUOTED_CHAR and white space of Hydra 1.3's OverrideLexer.g4.
-_UNQUOTED = re.compile(r"[A-Za-z0-9_ \t/\-\\+.$%*@?|:]")
 _STRUCTURE = re.compile(r"[\[\]{}()'\",=]")  # lists, dicts, calls, quotes, sweeps: not a plain text
 
 
@@ -149,17 +150,8 @@ def key_of(word: str) -> str:
     return word.lstrip("+~").partition("=")[0].partition("@")[0]
 
 
-def only_in_quotes(value: str) -> list[str]:
-    """The characters of a value that Hydra reads inside quotes only, such as `ü`, `&` and `~`."""
-    return [c for c in dict.fromkeys(value) if not _UNQUOTED.fullmatch(c) and not _STRUCTURE.fullmatch(c)]
-
-
-def is_plain(value: str) -> bool:
-    """Whether a value is a single text: no list, dict, call, sweep, nor in quotes already."""
-    return not _STRUCTURE.search(value)
-
-
 def quoted(word: str) -> str:
-    """An override as Hydra reads it: a plain value that it would refuse is put in quotes."""
-    key, equals, value = word.partition("=")
-    return f"{key}={hydra_value(value)}" if equals and is_plain(value) and only_in_quotes(value) else word
+    """An override with quotes around a value that is one text with other characters than letters and digits."""
+    key, _, value = word.partition("=")
+    plain = not value or _PLAIN.fullmatch(value) or _STRUCTURE.search(value)
+    return word if plain else f"{key}={hydra_value(value)}"

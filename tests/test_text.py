@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import ast
+import io
 import logging
+import sys
 from pathlib import Path
 
 import pytest
 
 from fusion.store.__main__ import main as store_program
 from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
-from fusion.text import listed, printable, printable_logs, shortened, shown
+from fusion.text import listed, printable, printable_output, shortened, shown
 from tests.store.conftest import build
 
 HOSTILE = [
@@ -46,11 +48,21 @@ def test_what_is_long_is_cut() -> None:
 def test_logs_are_printable(caplog: pytest.LogCaptureFixture) -> None:
     before = logging.getLogRecordFactory()
     try:
-        printable_logs()
+        printable_output()
         logging.getLogger("fusion.anything").warning("%s: cannot be read", "\x1b[31m.parquet")
     finally:
         logging.setLogRecordFactory(before)
     assert caplog.messages == ["\\x1b[31m.parquet: cannot be read"]
+
+
+def test_a_stdout_without_unicode_gets_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    factory = logging.getLogRecordFactory()
+    printable_output()
+    logging.setLogRecordFactory(factory)
+    print("Zürich", flush=True)
+    assert stdout.buffer.getvalue() == b"Z\\xfcrich\n"
 
 
 def test_only_a_few_modules_print_directly() -> None:

@@ -36,7 +36,7 @@ from fusion.runs import signals
 from fusion.runs.memory import free_cycles
 from fusion.runs.run import Run, RunState, describe, record
 from fusion.runs.sweep import JobFailed, objective
-from fusion.text import PROGRESS, printable, printable_logs
+from fusion.text import PROGRESS, printable, printable_output
 from fusion.tracking.offline_state import shared_decision
 from fusion.training.expected_warnings import ignore_expected_warnings
 
@@ -76,7 +76,7 @@ def _main(command: Command) -> int:
     from fusion.training import processes
 
     preflight.start(command)
-    printable_logs()
+    printable_output()
     ignore_expected_warnings()
     logging.raiseExceptions = False  # a full disk would fill the terminal with tracebacks
     if (rank := processes.job_of_this_rank()) is not None:

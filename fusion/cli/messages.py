@@ -15,26 +15,9 @@ from yaml import YAMLError
 from fusion.cli.config_sources import keys_of, types_of
 from fusion.config.stages import Stage1Config, Stage2Config
 from fusion.errors import UserError, first_line
-from fusion.text import did_you_mean, is_plain, only_in_quotes, quoted
+from fusion.text import did_you_mean, listed, quoted
 
 OWN_TASK = "a task of your own is conf/task/NAME.yaml in the working directory or in $FUSION_CONF"
-# Names of other programs, and the keys here; the first that the command has is suggested.
-SYNONYMS = {
-    "learning_rate": ("optim.lr", "lr"),
-    "num_train_epochs": ("trainer.max_epochs",),
-    "per_device_train_batch_size": ("data.batch_size",),
-    "gradient_accumulation_steps": ("trainer.accumulate_grad_batches",),
-    "warmup_ratio": ("optim.warmup",),
-    "early_stopping": ("optim.patience",),
-    "data_dir": ("data.dir",),
-    "gpus": ("trainer.devices", "accelerator"),
-    "device": ("trainer.accelerator", "accelerator"),
-    "fp16": ("trainer.precision",),
-    "bf16": ("trainer.precision",),
-    "model": ("artifact", "backbone.name_or_path"),
-    "checkpoint": ("artifact", "resume"),
-    "output_dir": ("output", "store"),
-}
 
 
 def explain(error: BaseException, schema: type, words: Sequence[str] = ()) -> str:
@@ -92,14 +75,12 @@ def explain(error: BaseException, schema: type, words: Sequence[str] = ()) -> st
 def _unreadable(word: str, words: Sequence[str]) -> str:
     """Why Hydra's grammar has no such override, and how it is written."""
     start = f"cannot read the override {word!r}: "
-    key, _, value = word.partition("=")
-    if not key or "=" not in word:
+    if "=" not in word or word.startswith("="):
         before = words[words.index(word) - 1] if word in words[1:] else ""
         hint = f"; a value with a space needs quotes: '{before} {word}'" if "=" in before else ""
         return f"{start}expected KEY=VALUE{hint}"
-    if is_plain(value) and only_in_quotes(value) and not only_in_quotes(key.lstrip("+~")):
-        return f"{start}expected quotes around {' '.join(only_in_quotes(value))}: {shlex.quote(quoted(word))}"
-    return f"""{start}a value with special characters needs quotes, as in 'KEY="a (b)"' or 'KEY=["ü"]'"""
+    example = 'KEY="a (b)"' if quoted(word) == word else quoted(word)
+    return f"{start}a value with special characters needs quotes, such as {shlex.quote(example)}"
 
 
 def _expected(kind: Any) -> str:
@@ -121,20 +102,16 @@ def _takes_list(kind: Any) -> bool:
 def unknown_key(key: str, schema: type) -> str:
     """Which keys may have been meant: those with the same last part, else similar ones."""
     keys = keys_of(schema)
-    if inner := [known for known in keys if key in keys and known.startswith(f"{key}.")]:
-        return f"{key} has no value of its own: expected one of {', '.join(inner[:6])}{', ...' * (len(inner) > 6)}"
+    if key in keys:
+        inner = [known for known in keys if known.startswith(f"{key}.")]
+        return f"{key} has no value of its own: expected one of {listed(inner)}"
     for stage, other in (("stage1", Stage1Config), ("stage2", Stage2Config)):
-        if schema is not other and key in keys_of(other):
-            of_artifact = ", whose artifact has its own" if "artifact" in keys else ""
-            return f"unknown key {key}: a setting of {stage}, not of this command{of_artifact}; leave it out"
+        if key in keys_of(other):
+            return f"unknown key {key}: a setting of {stage}, not of this command; leave it out"
     parent, _, last = key.rpartition(".")
-    if "artifact" in keys:  # the task of an artifact is its own, or another file: +task=NAME
-        keys = [known for known in keys if not known.startswith("task.")]
     beside = [known for known in keys if known.rpartition(".")[0] == parent]
-    meant = [known for known in SYNONYMS.get(key, ()) if known in keys][:1]
-    meant = meant or [known for known in keys if known.rpartition(".")[2] == last]
-    meant = meant or _similar(last, beside, 0.6) or _similar(last, keys, 0.7)
-    meant = [known for known in meant if known != key and not key.startswith(f"{known}.")][:4]
+    meant = [known for known in keys if known.rpartition(".")[2] == last]
+    meant = (meant or _similar(last, beside, 0.6) or _similar(last, keys, 0.7))[:4]
     if meant:
         return f"unknown key {key}: did you mean {' or '.join(meant)}?"
     if parent and beside:

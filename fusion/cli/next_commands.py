@@ -106,8 +106,10 @@ def _stage2(words: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[
         sources = all_adapters(store, target.backbone.name_or_path).sources
     except UserError:
         return []
-    tasks = {source.name: source.task.name for source in sources}
-    if target.name not in tasks or len({*tasks.values()}) < 2:
+    # One adapter per task: of several seeds the last, of the tasks trained now the new one.
+    by_task = {source.task.name: source.name for source in sources if source.multitask is None}
+    by_task |= {found.task.name: found.name for found in targets}
+    if len(by_task) < 2 or not {*by_task.values()} <= {source.name for source in sources}:
         return []
     kept = _kept(words, FOR_TRAINING)
     keys = {key_of(word) for word in words}
@@ -115,7 +117,7 @@ def _stage2(words: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[
         kept.append(override("backbone.name_or_path", target.backbone.name_or_path))
         if target.head.pooling != "words":  # which belongs to the task, not to the backbone
             kept.append(f"backbone.pooling={target.head.pooling}")
-    own = ["+" + override("task", target.task.name), "sources=all"]
+    own = ["+" + override("task", target.task.name), override("sources", list(by_task.values()))]
     return [shell_line("stage2", [*own, *_free_name(target.task.name, store), *kept])]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from fusion.errors import UserError
 from fusion.runs import signals
-from fusion.text import did_you_mean, printable
+from fusion.text import did_you_mean, printable, printable_output
 
 
 def run_program(words: Sequence[str] | None, usage: str, work: Callable[[Sequence[str]], int]) -> int:
@@ -21,6 +21,7 @@ def run_program(words: Sequence[str] | None, usage: str, work: Callable[[Sequenc
         work: returns 0 or 1; a UserError or OSError is printed and is 2.
     """
     words = sys.argv[1:] if words is None else words
+    printable_output()
     return signals.exit_code(lambda: _run(words, usage, work))
 
 

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -19,6 +20,8 @@ from fusion.errors import UserError, first_line
 Loaded = TypeVar("Loaded")
 
 _faults: list[str] = []  # of the current load
+_downloads: Counter[tuple[str, str | None]] = Counter()  # of the current load, by URL and first byte
+RESUMPTIONS = 1  # of a download that stopped, without new data in between; the client would try five times
 
 
 class HubFault(OSError):
@@ -61,6 +64,12 @@ def _fail_fast() -> None:
         def send_once(request: Any, **options: Any) -> Any:
             if _faults:  # some callers try the next file after a failure
                 raise HubFault(_faults[0])
+            if options.get("stream"):
+                download = str(request.url), request.headers.get("Range")
+                _downloads[download] += 1
+                if _downloads[download] > 1 + RESUMPTIONS:
+                    _faults.append("the download broke off and could not be resumed")
+                    raise HubFault(_faults[0])
             request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), timeout)
             try:
                 response = send(request, **options)
@@ -105,6 +114,7 @@ def from_cache_or_hub(load: Callable[[bool], Loaded], what: str, fix: str, cache
             raise UserError(f"{what} {where}, and the hub cannot be reached.\n{fix}") from missing
     _fail_fast()
     _faults.clear()
+    _downloads.clear()
     try:
         return load(False)
     except (OSError, ValueError) as error:

@@ -80,7 +80,7 @@ def test_after_stage_1(trained: Bench, capsys: pytest.CaptureFixture[str]) -> No
         [
             "fusion.stage2",
             "+task=books",
-            "sources=all",
+            "sources=[books,films]",
             *kept,
             "backbone=minilm",
             "data.limit.train=7",
@@ -138,7 +138,7 @@ def test_a_fusion_gets_a_name_that_is_free(trained: Bench, capsys: pytest.Captur
     end_of_run(run(trained, "stage1", "+task=books"), result)
     following = [typed(line) for line in lines_of(capsys)[2:]]
     name = "name=books-adapterfusion-2"
-    assert following[1] == ["fusion.stage2", "+task=books", "sources=all", name]
+    assert following[1] == ["fusion.stage2", "+task=books", "sources=[books,films]", name]
     ranked = {"task": {"name": "books"}, "sources": [{"name": "a"}]}
     end_of_run(run(trained, "rank", "+task=books", config={"store": str(store)}), ranked)
     (line,) = lines_of(capsys)
@@ -202,7 +202,7 @@ def test_after_a_sweep(trained: Bench, capsys: pytest.CaptureFixture[str]) -> No
         and rows[1].split() == ["plays", "failed", *"------"]
         and " done " in rows[2]
     )
-    assert typed(fuse) == ["fusion.stage2", "+task=books", "sources=all", "store=s"]
+    assert typed(fuse) == ["fusion.stage2", "+task=books", "sources=[books,films]", "store=s"]
     assert typed(report) == ["fusion.report", "runs=sweep"]
     end_of_sweep("stage1", Path("sweep"), jobs)
     assert "no status" in "\n".join(lines_of(capsys))
