@@ -6,10 +6,11 @@ import contextlib
 import functools
 import glob
 import json
+import math
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,15 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all, text as UTF-8."""
     with atomic_path(path) as part:
         part.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def finite(value: Any) -> Any:
+    """A copy of a JSON value with None for each NaN and infinity, which JSON lacks."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fusion.backbones.files import check_files
 from fusion.cli.app import command
 from fusion.config.stages import Stage1Config
 from fusion.runs.inputs import initial_inputs, initial_manifest
 from fusion.runs.output import RunOutput, find_output
 from fusion.runs.run import Run, RunState
+from fusion.training.preflight import check_stage
 
 
 def output_of(config: Stage1Config, run: Run) -> RunOutput:
@@ -22,20 +22,7 @@ def output_of(config: Stage1Config, run: Run) -> RunOutput:
 
 
 def check(config: Stage1Config, run: Run) -> RunState:
-    """What can be said before a model is loaded, and how the run stands."""
-    from fusion.data.splits import check_held_out_splits, check_source
-
-    check_held_out_splits(config.task_list, config.data)
-    for task in config.task_list:
-        check_source(task, config.data)
-    output = output_of(config, run)
-    if output.stored is None:
-        check_files(config.backbone.name_or_path, config.backbone.trust_remote_code)
-    if config.compile:
-        from fusion.backbones.compiling import check_compiler
-
-        check_compiler()
-    return output.run_state
+    return check_stage(config, lambda: output_of(config, run))
 
 
 @command("stage1", Stage1Config, check=check)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from fusion.analysis.ranking.choice import name_sources
-from fusion.backbones.files import check_files
 from fusion.cli.app import command
 from fusion.config.stages import Stage2Config
 from fusion.runs.inputs import Inputs, check_backbone_name, initial_inputs, initial_manifest, read_inputs
 from fusion.runs.output import RunOutput, find_output
 from fusion.runs.run import Run, RunState
+from fusion.training.preflight import check_stage
 
 
 def output_of(config: Stage2Config, inputs: Inputs, run: Run) -> RunOutput:
@@ -26,20 +26,7 @@ def output_of(config: Stage2Config, inputs: Inputs, run: Run) -> RunOutput:
 
 
 def check(config: Stage2Config, run: Run) -> RunState:
-    """What can be said before a model is loaded, and how the run stands."""
-    from fusion.data.splits import check_held_out_splits, check_source
-
-    assert config.task is not None
-    check_held_out_splits([config.task], config.data)
-    check_source(config.task, config.data)
-    output = output_of(config, read_inputs(config), run)
-    if output.stored is None:
-        check_files(config.backbone.name_or_path, config.backbone.trust_remote_code)
-    if config.compile:
-        from fusion.backbones.compiling import check_compiler
-
-        check_compiler()
-    return output.run_state
+    return check_stage(config, lambda: output_of(config, read_inputs(config), run))
 
 
 @command("stage2", Stage2Config, check=check, settle=lambda config, overrides: name_sources(config))

@@ -180,7 +180,7 @@ def test_a_shared_parameter_is_counted_once(ragged: Bench) -> None:
     assert len(frozen) == 1
 
 
-def test_an_interrupted_run_of_a_shared_parameter_goes_on(
+def test_an_interrupted_run_of_a_shared_parameter_resumes(
     ragged: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tests.test_stages import StopAfter
@@ -250,7 +250,7 @@ def test_weights_of_several_shapes_have_no_average(alike: Bench, ragged: Bench) 
     assert not (alike.folder / "store" / "none").exists()
 
 
-def test_one_source_goes_on_training(ragged: Bench) -> None:
+def test_one_source_continues_training(ragged: Bench) -> None:
     result = composed(ragged, "films", "continued", ["books"], name="one")
     assert result["sources"] == ["books"]
     assert load("one", ragged.folder / "store").manifest.content["composition"]["continued"] == "books"
@@ -263,7 +263,7 @@ def test_one_source_goes_on_training(ragged: Bench) -> None:
         ragged.predict("one", [{"text": "good"}], attention=True)
 
 
-def test_the_best_of_several_goes_on_and_it_is_said_why(
+def test_the_best_source_continues_training_and_the_choice_is_logged(
     ragged: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -429,7 +429,7 @@ def test_another_fusion_of_that_name_makes_another_pruned_one(ragged: Bench) -> 
         ({"head": HeadConfig(layers=2)}, r"head: composition=pruned takes"),
     ],
 )
-def test_what_cannot_be_pruned_is_said_in_one_line(
+def test_what_cannot_be_pruned_is_refused_in_one_line(
     ragged: Bench, changes: dict[str, Any], message: str
 ) -> None:
     if changes.get("fusion") == "by-mean":
@@ -464,7 +464,7 @@ def rating_row(draw: random.Random) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["choice", "regression"])
-def test_choices_and_regressions_go_on_and_are_pruned(ragged: Bench, kind: str) -> None:
+def test_choices_and_regressions_continue_training_and_are_pruned(ragged: Bench, kind: str) -> None:
     draw, row = random.Random(0), choice_row if kind == "choice" else rating_row
     splits = {"train": [row(draw) for _ in range(40)], "validation": [row(draw) for _ in range(12)]}
     write_rows(ragged.folder / "data" / kind, splits)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from fusion.config.compositions import TRAINING_ONLY
 from fusion.config.methods import METHODS, MethodConfig
 from fusion.config.model import SITES
 from fusion.errors import UserError, first_line
+from fusion.files import finite
 from fusion.store.layout import FIX, HEAD, WEIGHTS, check_name
 from fusion.store.parts import (
     Adapter,
@@ -87,7 +87,7 @@ class Manifest(Part):
             UserError: names the key that is missing, unknown or of another type.
         """
         check_name(str(values.get("name")))
-        content = _finite({"format_version": FORMAT_VERSION, "files": {}} | values)
+        content = finite({"format_version": FORMAT_VERSION, "files": {}} | values)
         return cls._read(json.dumps(content), content, f"manifest of {content.get('name')}")
 
     def changed(self, **values: Any) -> Manifest:
@@ -260,15 +260,6 @@ def _check_sources(manifest: Manifest) -> None:
         raise UserError(f"sources has {len(manifest.sources)} entries in an artifact of kind {manifest.kind}")
     if duplicates := repeated(source.name for source in manifest.sources):
         raise UserError(f"sources: duplicate {', '.join(duplicates)}")
-
-
-def _finite(value: Any) -> Any:
-    """A plain value as JSON can hold it: NaN and infinities become null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(inner) for key, inner in value.items()}
-    return [_finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _without(values: Mapping[str, Any] | None, keys: tuple[str, ...]) -> dict[str, Any] | None:

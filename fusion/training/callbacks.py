@@ -6,11 +6,10 @@ import logging
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import pytorch_lightning as lightning
 import torch
-from pytorch_lightning.callbacks import Timer
 
 from fusion.tasks.kind import Decision
 from fusion.training import lightning_internals as internals
@@ -43,8 +42,8 @@ class StepTimer(lightning.Callback):
 class Best(lightning.Callback):
     """Keeps the weights and predictions of the best epoch, and stops the training early.
 
-    All decisions are functions of the scores so far, so a resumed run decides alike. Lightning's EarlyStopping and
-    ModelCheckpoint keep counters and files of their own. Only the first process keeps the weights, on the CPU.
+    All decisions are functions of the scores so far, so a resumed run decides alike, unlike with Lightning's
+    EarlyStopping and ModelCheckpoint. Only the first process keeps the weights, on the CPU.
 
     Args:
         monitor: the score that picks the best epoch, higher is better; of equal ones the first.
@@ -75,10 +74,18 @@ class Best(lightning.Callback):
 
     def _stop_early(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, TaskModule)
-        history = pl_module.history
-        if self._patience is not None and history:
-            trainer.should_stop = (
-                trainer.should_stop or epochs_since_best(history, self._monitor) >= self._patience
+        history, patience = pl_module.history, self._patience
+        if patience is None or not history or epochs_since_best(history, self._monitor) < patience:
+            return
+        trainer.should_stop = True
+        if trainer.is_global_zero and trainer.current_epoch + 1 < (trainer.max_epochs or 0):
+            best = best_epoch(history, self._monitor)
+            log.info(
+                "stopped early: no better %s for optim.patience=%d evaluated epochs; best %.4f in epoch %d",
+                self._monitor,
+                patience,
+                best[self._monitor],
+                best["epoch"],
             )
 
     def on_save_checkpoint(
@@ -105,15 +112,14 @@ def epochs_since_best(history: Sequence[dict[str, float]], monitor: str) -> int:
 
 
 class EpochLine(lightning.Callback):
-    """Logs one line per epoch: number, mean loss, scores, seconds; and at the end, why a training stopped early.
+    """Logs one line per epoch: number, mean loss, scores and seconds.
 
     Args:
-        monitor, patience: as of `Best`.
+        monitor: as of `Best`.
     """
 
-    def __init__(self, monitor: str, patience: int | None = None) -> None:
+    def __init__(self, monitor: str) -> None:
         self._monitor = monitor
-        self._patience = patience
         self._started = 0.0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -130,43 +136,14 @@ class EpochLine(lightning.Callback):
         scores = pl_module.scores_of(trainer.current_epoch + 1) or {}
         shown = "".join(f"{name} {value:.4f}  " for name, value in scores.items() if name != "epoch")
         best = bool(scores) and best_epoch(pl_module.history, self._monitor) is scores
-        first = pl_module.epoch_loss.first_batch
         done, batches = internals.batches_done(trainer), trainer.num_training_batches
         log.info(
-            "epoch %d/%s%s  loss %.4f%s  %s%s%.1f s",
+            "epoch %d/%s%s  loss %.4f  %s%s%.1f s",
             trainer.current_epoch + 1,
             trainer.max_epochs,
             f" ({done} of {batches} batches)" if done < batches else "",
             float("nan") if loss is None else loss,
-            f" (from batch {first + 1} on)" if first else "",
             shown,
             "(best)  " if best else "",
             time.monotonic() - self._started,
-        )
-
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        assert isinstance(pl_module, TaskModule)
-        if trainer.is_global_zero and (reason := self._reason(trainer, pl_module.history)) is not None:
-            log.info("%s", reason)
-
-    def _reason(self, trainer: lightning.Trainer, history: Sequence[dict[str, float]]) -> str | None:
-        """Why a training ended before its last epoch did; None: it did not."""
-        ended = internals.batches_done(trainer) >= trainer.num_training_batches
-        if trainer.current_epoch >= (trainer.max_epochs or 0) and ended:
-            return None
-        if 0 < trainer.max_steps <= trainer.global_step:
-            return f"stopped by trainer.max_steps={trainer.max_steps}"
-        timers = [one for one in cast(Any, trainer).callbacks if isinstance(one, Timer)]
-        if any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers):
-            return "stopped by trainer.max_time"
-        if self._patience is None or not history:
-            return None
-        since = epochs_since_best(history, self._monitor)
-        if since < self._patience:
-            return None
-        best = best_epoch(history, self._monitor)
-        unit = "epoch" if self._patience == 1 else "evaluated epochs"
-        return (
-            f"stopped early: {self._monitor} did not improve for {since} {unit} (optim.patience={self._patience}); "
-            f"best {best[self._monitor]:.4f} in epoch {int(best['epoch'])}"
         )

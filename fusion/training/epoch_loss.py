@@ -13,17 +13,16 @@ from fusion.training.gathering import gathered
 class EpochLoss:
     """Running sums in double precision, of the whole loss and of the task's own, without synchronising a device.
 
-    A checkpoint stores them. With several processes only the first one writes, which has its own sums only: after a
-    resume, the mean starts at the first batch since then, `first_batch`.
+    A checkpoint stores them, unless there are several processes, since only the first one writes: the mean of the epoch
+    in which such a run resumes is over the batches since then.
     """
 
     def __init__(self) -> None:
         self._first: Tensor | float | None = None  # the task's loss of the training's first batch
         self.restart()
 
-    def restart(self, first_batch: int = 0) -> None:
-        """Start a new epoch, or the rest of one."""
-        self.first_batch = first_batch
+    def restart(self) -> None:
+        """Start a new epoch."""
         self._sums: Tensor | None = None
         self._weight = 0.0
 
@@ -62,24 +61,20 @@ class EpochLoss:
         firsts, lasts = zip(*found, strict=True)
         return sum(firsts) / len(firsts), sum(lasts) / len(lasts)
 
-    def state(self, processes: int = 1) -> dict[str, Any]:
+    def state(self, processes: int) -> dict[str, Any]:
         """For a checkpoint."""
         return {
             "first": None if self._first is None else float(self._first),
-            "sums": None if self._sums is None else self._sums.tolist(),
+            "sums": None if self._sums is None or processes > 1 else self._sums.tolist(),
             "weight": self._weight,
-            "first_batch": self.first_batch,
-            "processes": processes,
         }
 
-    def resume(self, state: dict[str, Any], processes: int, batch: int, device: torch.device) -> None:
-        """Continue from `state()` before `batch`, counted from 0."""
-        self.restart(batch)
+    def resume(self, state: dict[str, Any], processes: int, device: torch.device) -> None:
+        """Continue from `state()`."""
         self._first = state["first"]
-        if state["processes"] == processes == 1:
-            self.first_batch, self._weight = state["first_batch"], state["weight"]
-            if state["sums"] is not None:
-                self._sums = torch.tensor(state["sums"], dtype=_wide(device), device=device)
+        if state["sums"] is not None and processes == 1:
+            self._sums = torch.tensor(state["sums"], dtype=_wide(device), device=device)
+            self._weight = state["weight"]
 
 
 def _wide(device: torch.device) -> torch.dtype:

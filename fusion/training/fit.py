@@ -98,7 +98,7 @@ def fit(model: AdaptedModel, spec: FitSpec) -> Fit:
         Guard(model, spec.checkpoints),
         memory,
         best,
-        EpochLine(monitor, spec.optim.patience),
+        EpochLine(monitor),
         timer,
         *spec.callbacks,
         FirstOfEpoch(),

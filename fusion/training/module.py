@@ -290,8 +290,7 @@ class TaskModule(lightning.LightningModule):
         self.rows_seen, self.tokens_seen = checkpoint["seen"]
         seconds, joules = checkpoint["spent"]
         self.spent_before = seconds, joules
-        batch = checkpoint["position"]["batch"]
-        self.epoch_loss.resume(checkpoint["epoch_loss"], self.trainer.world_size, batch, self.device)
+        self.epoch_loss.resume(checkpoint["epoch_loss"], self.trainer.world_size, self.device)
 
 
 def adamw(model: AdaptedModel, optim: OptimConfig, fused: bool = True) -> torch.optim.AdamW:

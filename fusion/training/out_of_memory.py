@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,16 +15,10 @@ from fusion.config.training import TrainerConfig
 from fusion.data.batches import Batch
 from fusion.errors import TrainingError, first_line
 
-# Messages of allocators that raise a RuntimeError: torch on a CPU (Linux, Windows), CUDA's libraries, oneDNN.
-_MESSAGES = (
-    "can't allocate memory",
-    "not enough memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "std::bad_alloc",
-    "could not create a primitive",
-    "could not create a memory object",
+# Of allocators that raise a RuntimeError: torch's on a CPU (Linux, Windows), CUDA's libraries, oneDNN.
+_MESSAGE = re.compile(
+    "can't allocate memory|not enough memory|CUDA error: out of memory|STATUS_ALLOC_FAILED|std::bad_alloc"
+    "|could not create a (primitive|memory object)"
 )
 
 
@@ -33,9 +27,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             return True
-        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-            return True
-        if isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES):
+        if isinstance(error, RuntimeError) and _MESSAGE.search(str(error)):
             return True
         error = error.__cause__
     return False
@@ -51,20 +43,11 @@ class OutOfMemory(lightning.Callback):
         self._batch = "before the first batch"
         self._evaluating = False
 
-    def on_train_batch_start(
-        self, trainer: lightning.Trainer, pl_module: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        self._batch, self._evaluating = f"at step {trainer.global_step}, {_size(batch)}", False
+    def on_train_batch_start(self, trainer: lightning.Trainer, *rest: Any) -> None:
+        self._batch, self._evaluating = f"at step {trainer.global_step}, {_size(rest[1])}", False
 
-    def on_validation_batch_start(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._batch = f"in the validation after {trainer.global_step} steps, {_size(batch)}"
+    def on_validation_batch_start(self, trainer: lightning.Trainer, *rest: Any) -> None:
+        self._batch = f"in the validation after {trainer.global_step} steps, {_size(rest[1])}"
         self._evaluating = True
 
     @contextlib.contextmanager

@@ -11,9 +11,9 @@ other ranks still take part in its collectives; then all are killed. All times a
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -23,13 +23,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fusion.config.training import TrainerConfig
 from fusion.errors import TrainingError, UserError
-from fusion.files import write_json
+from fusion.files import write_atomic
 from fusion.runs import signals
 from fusion.runs.run import Run, RunLog, caused_by_interrupt, describe
 
@@ -60,9 +60,7 @@ def count(trainer: TrainerConfig) -> int:
 
     from fusion.training.lightning_internals import processes_to_start
 
-    rank_zero = logging.getLogger("pytorch_lightning.utilities.rank_zero")
-    level = rank_zero.level
-    rank_zero.setLevel(logging.WARNING)
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its tips
     keys = ("accelerator", "strategy", "devices", "num_nodes")
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     settings = {key: getattr(trainer, key) for key in keys} | dict.fromkeys(off, False)
@@ -71,8 +69,6 @@ def count(trainer: TrainerConfig) -> int:
     except Exception as error:
         given = " ".join(f"trainer.{key}={settings[key]}" for key in keys[:3])
         raise UserError(f"{given}: {error}") from error
-    finally:
-        rank_zero.setLevel(level)
 
 
 def program(function: Callable[..., Any]) -> list[str]:
@@ -93,7 +89,7 @@ def cores() -> int:
 def launch(program: list[str], config: dict[str, Any], run: Run, ranks: int) -> dict[str, Any]:
     """Run one job in `ranks` processes and return the result of rank zero.
 
-    Ranks above zero write to `run.rank1.log` and so on; the traceback of the rank that failed first is in run.log too.
+    Ranks above zero write to `run.rank1.log` and so on; the error's cause has the traceback of the rank that failed first.
     A second interrupt kills all ranks at once.
 
     Raises:
@@ -102,12 +98,11 @@ def launch(program: list[str], config: dict[str, Any], run: Run, ranks: int) -> 
         KeyboardInterrupt, Terminated: this process, or rank zero, was interrupted.
     """
     port = _port()
+    started: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory(prefix="fusion-ranks-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        started: list[subprocess.Popen[bytes]] = []
         try:
-            described = {**vars(run), "directory": str(run.directory)}
-            write_json(folder / "job.json", {"run": described, "config": config, "parent": os.getpid()})
+            (folder / "job").write_bytes(pickle.dumps((config, run, os.getpid())))
             for rank in range(ranks):
                 started.append(_start(program, folder, run.directory, rank, ranks, port))
             failed = _wait(started)
@@ -123,11 +118,29 @@ def launch(program: list[str], config: dict[str, Any], run: Run, ranks: int) -> 
             raise
         finally:
             _kill(started)
-        reports = [_read_report(folder, rank) for rank in range(ranks)]
-    if not failed and reports[0].get("kind") == "done":
-        result: dict[str, Any] = reports[0]["result"]
+        outcomes = {  # time, result or error, traceback
+            rank: pickle.loads(file.read_bytes())
+            for rank in range(ranks)
+            if (file := folder / f"outcome{rank}").exists()
+        }
+    if not failed:
+        if 0 not in outcomes:
+            raise RankError(f"rank 0 ended without a result: see {run.directory / 'run.log'}")
+        result: dict[str, Any] = outcomes[0][1]
         return result
-    raise _cause(run.directory, [process.returncode for process in started], failed, reports)
+    # The others mostly lost their connection to the first.
+    first = min(failed, key=lambda rank: outcomes[rank][0] if rank in outcomes else failed[rank])
+    if first in outcomes:
+        _, failure, trace = outcomes[first]
+        raise failure from (RuntimeError(trace) if trace else None)
+    code = started[first].returncode
+    if code == -signal.SIGKILL:
+        raise RankError(
+            f"rank {first} was killed (SIGKILL), possibly because the machine ran out of memory\n"
+            "Lower data.batch_size, or run the same command again to resume"
+        )
+    where = run.directory / (f"run.rank{first}.log" if first else "run.log")
+    raise RankError(f"rank {first} ended with exit code {code}: see {where}")
 
 
 def _start(
@@ -138,7 +151,7 @@ def _start(
         "NODE_RANK": "0",
         "OMP_NUM_THREADS": str(max(1, cores() // ranks)),
     }
-    own = {JOB: str(folder / "job.json"), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
+    own = {JOB: str(folder), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(open(directory / f"run.rank{rank}.log", "ab")) if rank else None
         return subprocess.Popen(
@@ -178,8 +191,8 @@ def _wait(started: Sequence[subprocess.Popen[bytes]]) -> dict[int, float]:
 def _interrupt_rank_zero(
     started: Sequence[subprocess.Popen[bytes]], folder: Path, number: int, seconds: float
 ) -> None:
-    # One that has not reported yet has nothing to save, and may be where a signal prints a traceback.
-    if not started or not _read_report(folder, 0):
+    # Before it has started its job it has nothing to save, and a signal would print a traceback.
+    if not started or not (folder / "started0").exists():
         return
     started[0].send_signal(number)
     deadline = time.monotonic() + seconds
@@ -194,37 +207,6 @@ def _kill(started: Sequence[subprocess.Popen[bytes]]) -> None:
     for process in started:
         with contextlib.suppress(subprocess.TimeoutExpired):  # it is in an uninterruptible system call
             process.wait(GRACE)
-
-
-def _read_report(folder: Path, rank: int) -> dict[str, Any]:
-    file = folder / f"rank{rank}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
-def _cause(
-    directory: Path, codes: Sequence[int], failed: dict[int, float], reports: Sequence[dict[str, Any]]
-) -> BaseException:
-    """The error of the rank that failed first; the others mostly lost their connection to it."""
-    if not failed:
-        return RankError(f"rank 0 ended without a result: see {directory / 'run.log'}")
-    rank = min(failed, key=lambda rank: reports[rank].get("time", failed[rank]))
-    report, code = reports[rank], codes[rank]
-    kind, error = report.get("kind"), report.get("error", "")
-    if kind == "user":
-        return UserError(error)
-    if kind == "interrupted":  # rank zero itself received the signal
-        return KeyboardInterrupt() if report["code"] == 130 else signals.Terminated(error.partition(": ")[2])
-    if kind in ("training", "failed"):
-        with contextlib.suppress(OSError), open(directory / "run.log", "a", encoding="utf-8") as file:
-            file.write(f"rank {rank}:\n{report['traceback']}")
-        return TrainingError(error) if kind == "training" else RankError(f"rank {rank}: {error}")
-    if code == -signal.SIGKILL:
-        return RankError(
-            f"rank {rank} was killed (SIGKILL), possibly because the machine ran out of memory\n"
-            "Lower data.batch_size, or run the same command again to resume"
-        )
-    where = directory / (f"run.rank{rank}.log" if rank else "run.log")
-    return RankError(f"rank {rank} ended with exit code {code}: see {where}")
 
 
 def _port() -> int:
@@ -255,12 +237,13 @@ class RankJob:
     Attributes:
         config: composed and checked.
         run: with this rank's `rank_zero`.
-        report: the file for its outcome.
+        folder: of the files that the ranks share with their launcher.
     """
 
+    rank: int
     config: dict[str, Any]
     run: Run
-    report: Path
+    folder: Path
 
 
 def job_of_this_rank() -> RankJob | None:
@@ -268,54 +251,48 @@ def job_of_this_rank() -> RankJob | None:
     variable = os.environ.pop(JOB, None)  # processes that a rank starts are no ranks
     if variable is None:
         return None
-    file = Path(variable)
-    job = json.loads(file.read_text(encoding="utf-8"))
-    rank, fields = int(os.environ["LOCAL_RANK"]), job["run"]
-    rank_zero = fields["rank_zero"] and rank == 0 and os.environ.get("NODE_RANK", "0") == "0"
-    converted = {"directory": Path(fields["directory"]), "overrides": tuple(fields["overrides"])}
-    run = Run(**{**fields, **converted, "rank_zero": rank_zero})
-    report = file.parent / f"rank{rank}.json"
+    folder, rank = Path(variable), int(os.environ["LOCAL_RANK"])
+    config, run, parent = pickle.loads((folder / "job").read_bytes())
+    first = rank == 0 and os.environ.get("NODE_RANK", "0") == "0"
+    run = replace(run, rank_zero=run.rank_zero and first)
     if rank == 0:
         signal.signal(signal.SIGINT, signals.raise_it)  # a shell's background job ignores it
     else:  # it takes part in rank zero's collectives until the launcher, which is told, ends it
         for number in signals.SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, signals.Forward(job["parent"]))
-    write_json(report, {"kind": "started"})
-    threading.Thread(target=_die_with, args=(job["parent"],), daemon=True, name="parent-watch").start()
+                signal.signal(number, signals.Forward(parent))
+    (folder / f"started{rank}").touch()
+    threading.Thread(target=_die_with, args=(parent,), daemon=True, name="parent-watch").start()
     _set_up_logging(run, rank)
-    return RankJob(job["config"], run, report)
+    return RankJob(rank, config, run, folder)
 
 
 def run_rank(job: RankJob, work: Callable[[], dict[str, Any]]) -> int:
-    """Do a rank's work, write its report and return the exit code."""
-    report: dict[str, Any] = {}
+    """Do a rank's work, write its outcome for the launcher and return the exit code."""
+    outcome: Any
+    code, trace = 0, ""
     try:
-        report = {"kind": "done", "result": work()}
-        return 0
+        outcome = work()
     except UserError as error:
-        report = {"kind": "user", "error": str(error)}
-        return 2
+        outcome, code = UserError(str(error)), 2
     except BaseException as error:
         interrupt = caused_by_interrupt(error)
-        if interrupt is not None:
-            code = 143 if isinstance(interrupt, signals.Terminated) else 130
-            report = {"kind": "interrupted", "error": describe(interrupt), "code": code}
-            return code
-        known = isinstance(error, TrainingError)
-        report = {
-            "kind": "training" if known else "failed",
-            "error": str(error) if known else describe(error),
-            "traceback": traceback.format_exc(),
-        }
-        if int(os.environ["LOCAL_RANK"]):
-            traceback.print_exc()  # to this rank's own log
-        return 1
-    finally:
-        try:
-            write_json(job.report, report | {"time": time.monotonic()})
-        except OSError as error:
-            log.warning("%s: cannot be written (%s)", job.report, error.strerror or error)
+        if isinstance(interrupt, signals.Terminated):
+            outcome, code = interrupt, 143
+        elif interrupt is not None:
+            outcome, code = KeyboardInterrupt(), 130
+        else:
+            known = isinstance(error, TrainingError)
+            outcome = TrainingError(str(error)) if known else RankError(f"rank {job.rank}: {describe(error)}")
+            code, trace = 1, traceback.format_exc()
+            if job.rank:
+                traceback.print_exc()  # to this rank's own log
+    content = pickle.dumps((time.monotonic(), outcome, trace))
+    try:
+        write_atomic(job.folder / f"outcome{job.rank}", content)
+    except OSError as error:
+        log.warning("%s: cannot be written (%s)", job.folder, error.strerror or error)
+    return code
 
 
 def _die_with(parent: int) -> None:

@@ -24,7 +24,6 @@ PROGRAM = '''
 import os, time
 from fusion.cli.app import command
 from fusion.config.stages import Stage1Config
-from fusion.errors import UserError
 
 def check(config, run):
     """Only the process that starts the ranks checks: by then rank zero may have begun."""
@@ -36,16 +35,12 @@ def main(config, run):
     other = not run.rank_zero
     if config.seed == 5 and other:
         raise RuntimeError("early boom")  # rank zero waits for it at the rendezvous
-    if config.seed == 6:
-        raise UserError("no such column")
 
     class Model(pl.LightningModule):
         def __init__(self):
             super().__init__()
             self.layer = torch.nn.Linear(2, 1)
         def training_step(self, batch, index):
-            if config.seed == 7 and other and index == 1:
-                raise RuntimeError("late boom")
             if config.seed == 9 and index == 1:
                 open("rank%s" % self.global_rank, "w").write(str(os.getpid()))
                 time.sleep(60)
@@ -119,20 +114,18 @@ def test_torchrun_starts_its_own_processes(monkeypatch: pytest.MonkeyPatch) -> N
     assert processes.count(TrainerConfig(accelerator="cpu", devices=2, strategy="ddp")) == 1
 
 
-def sweep(workdir: Path, seeds: str) -> tuple[subprocess.Popen[str], str, list[dict[str, Any]]]:
-    process = start(workdir, "-m", "+task=mine", f"seed={seeds}", *DDP)
-    _, err = process.communicate(timeout=180)
-    assert len(list((workdir / "outputs" / "stage1").iterdir())) == 1  # no rank started a sweep of its own
-    return process, err, jobs(workdir)
-
-
 @pytest.mark.usefixtures("warm")
 def test_a_failing_rank_does_not_stop_the_sweep(workdir: Path) -> None:
     """Rank one fails before the rendezvous, where rank zero would wait for 30 minutes."""
-    process, err, (failed, good) = sweep(workdir, "5,1")
+    process = start(workdir, "-m", "+task=mine", "seed=5,1", *DDP)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 1
+    assert len(list((workdir / "outputs" / "stage1").iterdir())) == 1  # no rank started a sweep of its own
+    failed, good = jobs(workdir)
     assert (failed["status"], failed["error"]) == ("failed", "RankError: rank 1: RuntimeError: early boom")
     assert "1 of 2 jobs failed" in err
+    assert "in main" in (failed["folder"] / "run.log").read_text()  # the traceback of the rank
+    assert (good["folder"] / "run.rank1.log").is_file()
     assert good["status"] == "done"
     assert good["result"] == {
         "name": "mine-seed-1",
@@ -144,45 +137,16 @@ def test_a_failing_rank_does_not_stop_the_sweep(workdir: Path) -> None:
     }
 
 
-@pytest.mark.slow
-def test_errors_of_ranks_are_raised_in_the_launcher(workdir: Path) -> None:
-    process, _, (late, users, good) = sweep(workdir, "7,6,1")
-    assert process.returncode == 1
-    assert late["error"] == "RankError: rank 1: RuntimeError: late boom"
-    assert "in training_step" in (late["folder"] / "run.log").read_text()
-    assert users["error"] == "no such column"
-    assert good["status"] == "done"
-
-
-@pytest.mark.slow
-def test_a_single_ddp_run(workdir: Path) -> None:
-    process = start(workdir, "+task=mine", *DDP)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    (job,) = jobs(workdir)
-    assert (job["name"], job["result"]["world"]) == ("mine", 2)
-    assert {file.name for file in job["folder"].iterdir() if file.suffix != ""} == {
-        "config.yaml",
-        "result.json",
-        "run.log",
-        "run.rank1.log",
-        "status.json",
-    }
-    assert out.count("`Trainer.fit` stopped") == 1
-
-
-@pytest.mark.parametrize("number", [pytest.param(2, marks=pytest.mark.slow), 9], ids=["SIGINT", "SIGKILL"])
-def test_no_rank_outlives_its_launcher(workdir: Path, number: int) -> None:
+def test_no_rank_outlives_a_launcher_that_is_killed(workdir: Path) -> None:
     process = start(workdir, "+task=mine", "seed=9", *DDP)
     pids = [workdir / f"rank{rank}" for rank in (0, 1)]
     deadline = time.time() + 60
     while not all(file.exists() and file.read_text() for file in pids) and time.time() < deadline:
         time.sleep(0.1)
-    process.send_signal(number)
+    process.kill()
     process.communicate(timeout=60)
-    assert process.returncode == (130 if number == 2 else -9)
     (job,) = jobs(workdir)
-    assert job["status"] == ("interrupted" if number == 2 else "running")
+    assert job["status"] == "running"
     deadline = time.time() + 10
     alive = {int(file.read_text()) for file in pids}
     while alive and time.time() < deadline:

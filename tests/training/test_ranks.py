@@ -19,6 +19,7 @@ from fusion.runs.run import Run
 from fusion.runs.signals import Terminated
 from fusion.training import processes
 from fusion.training.processes import RankError, launch
+from tests.training.test_processes import is_running
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,6 +50,8 @@ def work():
     (place / f"begun{rank}").touch()
     if does == "raise":
         raise RuntimeError("boom")
+    if does == "refuse":
+        raise UserError("no such column")
     if does == "lack":
         raise TrainingError("the loss is not finite")
     if does == "die":
@@ -95,19 +98,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
     assert not [file.name for file in tmp_path.glob("pid*") if is_running(int(file.read_text()))]
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-@pytest.fixture
-def seconds() -> Iterator[Callable[[], float]]:
-    started = time.monotonic()
-    yield lambda: time.monotonic() - started
-
-
 def interrupt_once(files: list[Path], *errors: BaseException) -> Callable[[float], None]:
     """A `time.sleep` that raises in the process that waits, the n-th error as soon as the n-th file is there."""
     left, sleep = list(zip(files, errors, strict=True)), time.sleep
@@ -152,14 +142,14 @@ def test_a_second_interrupt_kills_at_once(
     run: Callable[..., dict[str, Any]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    seconds: Callable[[], float],
 ) -> None:
+    started = time.monotonic()
     files = [tmp_path / "begun0", tmp_path / "ignore"]
     again = interrupt_once(files, KeyboardInterrupt(), Terminated("SIGTERM"))
     monkeypatch.setattr(processes.time, "sleep", again)
     with pytest.raises(Terminated):
         run("ignore", "wait")
-    assert seconds() < processes.PATIENCE
+    assert time.monotonic() - started < processes.PATIENCE
 
 
 def test_a_rank_zero_that_ignores_the_interrupt_is_killed(
@@ -172,25 +162,23 @@ def test_a_rank_zero_that_ignores_the_interrupt_is_killed(
     assert (tmp_path / "ignore").exists()
 
 
-def test_a_rank_that_raises_ends_the_others(
-    run: Callable[..., dict[str, Any]], seconds: Callable[[], float]
+@pytest.mark.parametrize(
+    ("does", "error", "message"),
+    [
+        ("wait raise", RankError, r"^rank 1: RuntimeError: boom$"),
+        ("wait die", RankError, r"rank 1 was killed \(SIGKILL\).* out of memory\nLower data\.batch_size"),
+        ("lack wait", TrainingError, r"^the loss is not finite$"),
+        ("wait refuse", UserError, r"^no such column$"),
+    ],
+)
+def test_a_rank_that_fails_ends_the_others(
+    run: Callable[..., dict[str, Any]], does: str, error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(RankError, match=r"^rank 1: RuntimeError: boom$"):
-        run("wait", "raise")
-    assert seconds() < 30
-
-
-def test_a_rank_that_is_killed(run: Callable[..., dict[str, Any]]) -> None:
-    with pytest.raises(
-        RankError, match=r"rank 1 was killed \(SIGKILL\).* out of memory\nLower data\.batch_size"
-    ):
-        run("wait", "die")
-
-
-def test_a_training_error_of_a_rank_is_raised(run: Callable[..., dict[str, Any]]) -> None:
-    with pytest.raises(TrainingError, match=r"^the loss is not finite$") as raised:
-        run("lack", "wait")
-    assert type(raised.value) is TrainingError
+    started = time.monotonic()
+    with pytest.raises(error, match=message) as raised:
+        run(*does.split())
+    assert type(raised.value) is error
+    assert time.monotonic() - started < 30
 
 
 def test_the_result_does_not_wait_for_a_rank_that_hangs(

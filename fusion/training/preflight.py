@@ -1,0 +1,34 @@
+"""Checks of a training command before a model is loaded. Light to import."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fusion.backbones.files import check_files
+from fusion.config.stages import StageConfig
+from fusion.runs.output import RunOutput
+from fusion.runs.run import RunState
+
+
+def check_stage(config: StageConfig, output_of: Callable[[], RunOutput]) -> RunState:
+    """Check data, backbone files and compiler; returns the state of the run.
+
+    Args:
+        output_of: looks up the run's output, after the data.
+
+    Raises:
+        UserError: one of them is missing or wrong.
+    """
+    from fusion.data.splits import check_held_out_splits, check_source
+
+    check_held_out_splits(config.task_list, config.data)
+    for task in config.task_list:
+        check_source(task, config.data)
+    output = output_of()
+    if output.stored is None:
+        check_files(config.backbone.name_or_path, config.backbone.trust_remote_code)
+    if config.compile:
+        from fusion.backbones.compiling import check_compiler
+
+        check_compiler()
+    return output.run_state
