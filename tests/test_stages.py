@@ -350,7 +350,7 @@ def test_sources_that_do_not_go_together_are_refused(
     with pytest.raises(UserError, match=r"books.*adapter\.sites \[attention\], expected \[feedforward\]"):
         bench.stage2("plays", ["films", "books"])
     bench.backbone = make_backbone("bert", seed=1)
-    with pytest.raises(UserError, match=r"films was trained on .* with fingerprint"):
+    with pytest.raises(UserError, match=r"films was trained on .* \(fingerprint"):
         bench.stage2("plays", ["films"])
     bench.stage1("plays")
     with pytest.raises(UserError, match="backbone"):
