@@ -291,7 +291,8 @@ def test_a_source_that_was_trained_again_makes_another_fusion(bench: Bench) -> N
     bench.stage1("films", seed=7, overwrite=True)
     assert bench.evaluate("books-adapterfusion")["metrics"] == before  # it keeps its own sources
     with pytest.raises(
-        UserError, match=r"sources: films is another artifact now \(\w{8} there, \w{8} here\)\n.*overwrite=true"
+        UserError,
+        match=r"sources: films is another artifact now \(\w{8} there, \w{8} here\)\n.*overwrite=true",
     ):
         bench.stage2("books", ["films"])
 
@@ -529,9 +530,7 @@ def test_what_lightning_refuses_is_a_user_error(bench: Bench) -> None:
             TrainerConfig(**nothing)
 
 
-def test_upper_layers_alone_use_the_feature_cache(
-    bench: Bench, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_upper_layers_alone_use_the_feature_cache(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     upper = {"adapter": AdapterConfig(layers=[1, 2])}
     off = BackboneConfig(name_or_path=str(bench.backbone), pooling="mean", cache="off")
