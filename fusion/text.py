@@ -127,7 +127,7 @@ def hydra_value(value: Any) -> str:
     text = str(value)
     if _PLAIN.fullmatch(text) and not OTHER_TYPE.fullmatch(text):
         return text
-    # OmegaConf would look up what stands in ${...}, in quotes too.
+    # OmegaConf resolves ${...} inside quotes as well.
     text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", text)
     escaped = re.sub(r'(\\*)"', lambda match: match[1] * 2 + '\\"', text)
     if match := re.search(r"\\+$", escaped):

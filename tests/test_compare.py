@@ -124,7 +124,7 @@ def test_a_run_that_failed_has_settings_and_no_scores(trained: Bench, tmp_path: 
     assert costs["status"] == ["-", "failed"]
 
 
-def test_two_seeds_of_one_setting_are_said_to_be_so(
+def test_two_seeds_of_one_setting_are_named_as_such(
     trained: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whatever they are named; another setting of a source is one that differs."""

@@ -15,7 +15,7 @@ from pipelines.commands import typed as workflow_line
 TEXTS = [
     *("a", "/a/b", "a b", "it's", 'a"b', "a\\", 'a\\"b', "a,b=[c]{d}", "~/x", "ü", "a:b", "(x)", "#1", "*"),
     *("", " ", "-", "-x", "$HOME", "${x}", "\\${x}", "a${x}b\\", "\\", "\\\\", "'", 'it\'s "q"', "x\ty"),
-    *(
+    *[
         "null",
         "Null",
         "true",
@@ -31,22 +31,11 @@ TEXTS = [
         "1.",
         "nan",
         "-inf",
-    ),
+    ],
 ]
 PLAIN = [
-    "/tmp/ü",
-    "/tmp/日本 x",
-    "a&b",
-    "~/x",
-    "a#b",
-    "a b",
-    "a:b",
-    "a\tb",
-    "x%y@z?|*",
-    "\u00a0",
-    "a;b<c>!^`",
-    "1.5",
-    "a+b",
+    *["/tmp/ü", "a&b", "~/x", "a#b", "a:b", "x%y@z?|*", "a;b<c>!^`", "1.5", "a+b"],
+    *("/tmp/日本 x", "a b", "a\tb", "\u00a0"),
 ]
 VALUES = [
     None,

@@ -58,7 +58,7 @@ def command(
     Args:
         check: cheap; raises UserError, and may return the state of the run. It is called for every job of a sweep
             before the first one starts, and for each job again when it starts.
-        settle: replaces values of the typed config that stand for others, such as sources=all, given the overrides.
+        settle: replaces placeholders of the typed config, such as sources=all, given the overrides.
     """
     register(name, schema)
 
@@ -184,9 +184,9 @@ def _job(command: Command, program: list[str], composed: DictConfig, codes: list
 
 def _log_state(name: str, state: RunState | None) -> None:
     """One line for a run that was started before and is not done."""
-    said = {"interrupted": "was interrupted: resuming", "failed": "failed the last time: running it again"}
-    if state is not None and state.state in said:
-        log.info("%s %s%s", name, said[state.state], f" ({state.detail})" if state.detail else "")
+    texts = {"interrupted": "was interrupted: resuming", "failed": "failed the last time: running it again"}
+    if state is not None and state.state in texts:
+        log.info("%s %s%s", name, texts[state.state], f" ({state.detail})" if state.detail else "")
     elif state is not None and state.state == "new" and state.detail:
         log.info("%s %s", name, state.detail)
 

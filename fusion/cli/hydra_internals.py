@@ -38,7 +38,7 @@ class ConfigFiles(FileConfigSource):
     def load_config(self, config_path: str) -> ConfigResult:
         path = Path(self.path) / self._normalize_file_name(config_path)
         if not path.is_file():
-            return super().load_config(config_path)  # raises what says so
+            return super().load_config(config_path)  # raises the error
         state = (status := path.stat()).st_mtime_ns, status.st_size
         known, result = self.read.get((self.provider, path), (None, None))
         if result is None or known != state:
@@ -59,7 +59,7 @@ class ConfigFiles(FileConfigSource):
         )
 
 
-# Hydra tells its readers apart by their name, and registers its own again in a launcher's process.
+# Hydra identifies its readers by name, and registers its own again in a launcher's process.
 ConfigFiles.__name__ = FileConfigSource.__name__
 SourcesRegistry.instance().types["file"] = ConfigFiles
 

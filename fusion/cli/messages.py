@@ -1,4 +1,4 @@
-"""What a wrong command line or config is answered with: one or two lines, with the key and what was meant."""
+"""Messages for a wrong command line or config: one or two lines, with the key and what was meant."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def explain(error: BaseException, schema: type, words: Sequence[str] = ()) -> st
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         known = sorted(error.options or [])
-        said = f"unknown {group} {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}"
-        return f"{said}\n{OWN_TASK}" if group == "task" else said
+        message = f"unknown {group} {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}"
+        return f"{message}\n{OWN_TASK}" if group == "task" else message
     if isinstance(error, OverrideParseException):
         return _unreadable(error.override, words)
     if match := re.search(r"Could not (?:override|delete)(?: from config\.)? '?([^'=\s]+)'?", text):
@@ -53,12 +53,12 @@ def explain(error: BaseException, schema: type, words: Sequence[str] = ()) -> st
         as_list = f"; a list is written '{key}=[{value}]'" if is_list else ""
         return f"{match[1]}: several values are a sweep, which needs -m{as_list}"
     if match := re.match(r"In '(.+)': .* raised while composing config:\n(.*)", text):
-        said = match[2]
-        if unknown := re.search(r"Key '(.+)' not in '", said):
-            said = unknown_key(unknown[1], schema)
+        message = match[2]
+        if unknown := re.search(r"Key '(.+)' not in '", message):
+            message = unknown_key(unknown[1], schema)
         elif key := re.search(r"full_key: (\S+)", text):
-            said = f"{key[1]}: {_expected(dict(types_of(schema)).get(key[1])) or said}"
-        return f"conf file {match[1]}.yaml: {said}"
+            message = f"{key[1]}: {_expected(dict(types_of(schema)).get(key[1])) or message}"
+        return f"conf file {match[1]}.yaml: {message}"
     if re.match(r"Unexpected type( for root: NoneType|: None)", text):
         inner = " ".join(word for word in words if re.match(r"\+*(task|logger)\.[\w.]+=", word))
         return f"{inner}: a key of what is not there: expected +task=NAME (a task in tasks= is set in its file) or logger=[wandb,csv]"

@@ -6,6 +6,7 @@ name; what differs between compositions is stated here.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -48,32 +49,24 @@ class SlotSources:
         return AdapterBank(list(self.adapters.values()), list(self.adapters), self.total)
 
 
-def _adapterfusion(settings: CompositionConfig, sources: SlotSources, shared: None) -> SlotModule:
-    from fusion.layers.attention import AdapterFusion
-
-    return AdapterFusion(sources.bank(), **_of_attention(settings))
-
-
-def _sequence(settings: CompositionConfig, sources: SlotSources, shared: None) -> SlotModule:
-    from fusion.layers.sequence import SequenceFusion
-
-    return SequenceFusion(sources.bank(), **_of_attention(settings))
-
-
-def _of_attention(settings: CompositionConfig) -> dict[str, Any]:
-    return {key: getattr(settings, key) for key in ("value_matrix", "temperature", "dropout", "rank")}
+def _of_bank(
+    module: str,
+    name: str,
+    keys: tuple[str, ...],
+    settings: CompositionConfig,
+    sources: SlotSources,
+    shared: None,
+) -> SlotModule:
+    """A layer of `fusion.layers` over a bank of the sources, with the settings of these keys."""
+    layer = getattr(importlib.import_module(f"fusion.layers.{module}"), name)
+    built: SlotModule = layer(sources.bank(), **{key: getattr(settings, key) for key in keys})
+    return built
 
 
-def _static(settings: CompositionConfig, sources: SlotSources, shared: None) -> SlotModule:
-    from fusion.layers.mixtures import StaticMixture
-
-    return StaticMixture(sources.bank())
-
-
-def _mean(settings: CompositionConfig, sources: SlotSources, shared: None) -> SlotModule:
-    from fusion.layers.mixtures import MeanMixture
-
-    return MeanMixture(sources.bank())
+_adapterfusion, _sequence = (
+    partial(_of_bank, module, name, ("value_matrix", "temperature", "dropout", "rank"))
+    for module, name in (("attention", "AdapterFusion"), ("sequence", "SequenceFusion"))
+)
 
 
 def _scalearn(
@@ -164,8 +157,8 @@ _PENALTY = ("value_penalty",)
 COMPOSITIONS: dict[str, Composition] = {
     "adapterfusion": Composition(_adapterfusion, _ATTENTION, _PENALTY, title="fusion", can_be_pruned=True),
     "sequence": Composition(_sequence, _ATTENTION, _PENALTY),
-    "static": Composition(_static),
-    MEAN: Composition(_mean),
+    "static": Composition(partial(_of_bank, "mixtures", "StaticMixture", ())),
+    MEAN: Composition(partial(_of_bank, "mixtures", "MeanMixture", ())),
     "scalearn": Composition(_scalearn),
     "scalearn_uniform": Composition(partial(_scalearn, uniform=True)),
     "scalearn_pp": Composition(_scalearn_pp, share=_scales),

@@ -16,12 +16,6 @@ _COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operato
 MAX_SEED = 2**32 - 1
 
 
-@dataclass(frozen=True)
-class _Rule:
-    accepts: Callable[[Any], bool]
-    expected: str
-
-
 @dataclass
 class Settings:
     """Base of settings classes. A subclass may add checks across its fields in `__post_init__`.
@@ -41,10 +35,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, rule = getattr(self, f.name), f.metadata.get("rule")
-            if rule is not None and not rule.accepts(value):
+            value = getattr(self, f.name)
+            if "accepts" in f.metadata and not f.metadata["accepts"](value):
                 key = f"{self.group}.{f.name}" if self.group else f.name
-                raise UserError(f"{override(key, value)}: expected {rule.expected}")
+                raise UserError(f"{override(key, value)}: expected {f.metadata['expected']}")
 
 
 def checked(default: Any, accepts: Callable[[Any], bool], expected: str) -> Any:
@@ -53,7 +47,7 @@ def checked(default: Any, accepts: Callable[[Any], bool], expected: str) -> Any:
     Args:
         expected: ends the message "KEY=VALUE: expected ...".
     """
-    metadata = {"rule": _Rule(accepts, expected)}
+    metadata = {"accepts": accepts, "expected": expected}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -78,7 +78,7 @@ class TaskConfig(Task):
         """A task of plain containers.
 
         Raises:
-            UserError: it is not a task of this version; begins with `where`.
+            UserError: it is not a task of this version; the message starts with `where`.
         """
         try:
             hub = values.get("hub")

@@ -1,6 +1,6 @@
 """Entities of tagged sentences, counted by nervaluate as CoNLL's `conlleval` does.
 
-An entity is correct if its words and its type are. `B-X` begins one, and so does `I-X` after `O` or another type, so
+An entity is correct if its words and its type are. `B-X` starts one, and so does `I-X` after `O` or another type, so
 IOB1 tags and invalid tag sequences are read as well.
 """
 

@@ -81,7 +81,7 @@ class Kind(ABC):
     # --- task file and data ---------------------------------------------------------------------------
 
     def check(self, task: Task, where: str) -> None:  # noqa: B027
-        """Refuse a task file that this kind cannot use, with a UserError that begins with `where`."""
+        """Refuse a task file that this kind cannot use, with a UserError that starts with `where`."""
 
     @abstractmethod
     def read_labels(self, task: Task, column: Column, table: Table, unlabelled: bool) -> RawLabels:

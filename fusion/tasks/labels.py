@@ -63,7 +63,7 @@ def parse_number(text: str) -> int | float | None:
 
 
 def label_key(value: Any) -> Key:
-    """What tells raw labels apart: 1, "1" and 1.0 are one label, so are true and "true", and null and ""."""
+    """The identity of a raw label: 1, "1" and 1.0 are one label, so are true and "true", and null and ""."""
     if isinstance(value, str):
         text = value.strip()
         if text in ("true", "True", "TRUE", "false", "False", "FALSE"):
@@ -105,7 +105,7 @@ class Labels:
         self._ignore = {self.key(entry) for entry in task.ignore_labels}
 
     def _by_key(self, labels: Sequence[tuple[Any, int]]) -> dict[Key, int]:
-        """Texts that differ and have one key, such as "01" and "1", are told apart by their spelling."""
+        """Texts that differ and have one key, such as "01" and "1", are distinguished by their spelling."""
         groups: dict[Key, dict[Any, int]] = {}
         for raw, number in labels:
             groups.setdefault(label_key(raw), {})[raw] = number

@@ -212,7 +212,7 @@ def best_threshold(metric: str, probabilities: NDArray[np.float64], true: NDArra
     size = np.bincount(groups, positive)  # the true pairs of each group
     by_group = np.argsort(groups, kind="stable")
     grouped = groups[by_group]
-    first = np.searchsorted(grouped, grouped)  # where the pair's group begins
+    first = np.searchsorted(grouped, grouped)  # where the pair's group starts
     total = np.cumsum(positive[by_group])
     hits = total - total[first] + positive[by_group][first]
     values = value(hits, size[grouped] + np.arange(1, len(grouped) + 1) - first)

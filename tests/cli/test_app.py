@@ -101,9 +101,14 @@ def in_a_program(workdir: Path, *arguments: str, until: str, number: int) -> tup
     log = workdir / "output.txt"
     with open(log, "w") as output:
         process = subprocess.Popen(
-            [sys.executable, "program.py", *arguments], stdout=output, stderr=output, env=environment
+            [sys.executable, "program.py", *arguments],
+            stdout=output,
+            stderr=output,
+            env=environment,
+            # A shell's background job ignores SIGINT, and so would every program that it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-        deadline = time.time() + 60
+        deadline = time.time() + 300  # the start alone takes half a minute on a busy machine
         while until not in log.read_text() and process.poll() is None and time.time() < deadline:
             time.sleep(0.1)
         process.send_signal(number)
@@ -114,7 +119,7 @@ def in_a_program(workdir: Path, *arguments: str, until: str, number: int) -> tup
 # --- a run --------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_its_traces(go: Callable[..., Outcome], workdir: Path) -> None:
+def test_a_run_writes_its_files(go: Callable[..., Outcome], workdir: Path) -> None:
     outcome = go("+task=mine", "trainer.devices=1")
     assert (outcome.code, outcome.err) == (0, "")
     (folder,) = outcome.folders
@@ -154,12 +159,12 @@ def test_a_users_error_found_late_has_no_traceback_on_the_screen(go: Callable[..
     assert "Traceback" in (outcome.folders[0] / "run.log").read_text()
 
 
-def test_a_run_that_begins_anew_says_so(go: Callable[..., Outcome]) -> None:
-    @command("stage1", Stage1Config, lambda config, run: RunState("new", "begins anew"))
+def test_a_run_that_restarts_is_logged(go: Callable[..., Outcome]) -> None:
+    @command("stage1", Stage1Config, lambda config, run: RunState("new", "restarts"))
     def main(config: Stage1Config, run: Run) -> dict[str, Any]:
         return {}
 
-    assert "mine begins anew\n" in go("+task=mine", "trainer.devices=1", main=main).out
+    assert "mine restarts\n" in go("+task=mine", "trainer.devices=1", main=main).out
 
 
 # --- wrong commands -----------------------------------------------------------------------------
@@ -286,7 +291,7 @@ def test_a_task_in_two_places_is_refused(go: Callable[..., Outcome]) -> None:
     assert outcome.err.startswith("task rte is in two places: ")
 
 
-def test_a_users_own_choice_stands_beside_those_of_the_tables(go: Callable[..., Outcome]) -> None:
+def test_a_users_own_choice_is_listed_with_those_of_the_tables(go: Callable[..., Outcome]) -> None:
     Path("conf/method").mkdir()
     Path("conf/method/small.yaml").write_text("name: lora\nrank: 2\n")
     assert go("+task=mine", "method=small").code == 0
@@ -464,7 +469,7 @@ def test_a_name_may_be_made_of_what_is_swept(go: Callable[..., Outcome]) -> None
     assert [status["name"] for status in outcome.statuses] == ["mine-1", "mine-2"]
 
 
-def test_given_names_stay(go: Callable[..., Outcome]) -> None:
+def test_given_names_are_kept(go: Callable[..., Outcome]) -> None:
     outcome = go("-m", "+task=mine", "name=true,1e3", "seed=3")
     assert [status["name"] for status in outcome.statuses] == ["true", "1e3"]
     # and can be typed again, by a report or by a reader of status.json
@@ -590,7 +595,7 @@ def test_help_is_quick(workdir: Path) -> None:
     before = spent()
     words = [sys.executable, "-m", "fusion.stage1", "--help"]
     subprocess.run(words, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, check=True)
-    assert spent() - before < 4
+    assert spent() - before < 4  # it takes 2, and waiting for a busy machine does not count
 
 
 def test_private_parts_of_hydra_are_used_in_one_file() -> None:

@@ -6,6 +6,7 @@ import csv
 import importlib
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -38,9 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path
     return folder
 
 
-def run(place: Path, backbone: Path, module: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
-    environment.pop("FUSION_DATA_DIR", None)
+def words_of(backbone: Path, module: str, overrides: tuple[str, ...]) -> list[str]:
     shared = ["data.dir=data", "data.cache_dir=cache"]
     if module in ("stage1", "stage2"):
         shared += [
@@ -51,14 +50,51 @@ def run(place: Path, backbone: Path, module: str, *overrides: str) -> subprocess
             "trainer.accelerator=cpu",
             "data.max_length=16",
         ]
+    return [*overrides[:1], *shared, *overrides[1:]]
+
+
+def run(place: Path, backbone: Path, module: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """A command as a program of its own, which starts several processes."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.pop("FUSION_DATA_DIR", None)
     return subprocess.run(
-        [sys.executable, "-m", f"fusion.{module}", *overrides[:1], *shared, *overrides[1:]],
+        [sys.executable, "-m", f"fusion.{module}", *words_of(backbone, module, overrides)],
         cwd=place,
         env=environment,
         capture_output=True,
         text=True,
         timeout=300,
     )
+
+
+@pytest.fixture
+def here(
+    place: Path,
+    tiny_backbone: Path,
+    in_process: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., tuple[int, str, str]]:
+    """A command in this process: exit code, stdout, stderr."""
+    monkeypatch.chdir(place)
+
+    def run_here(module: str, *overrides: str) -> tuple[int, str, str]:
+        main = importlib.import_module(f"fusion.{module}").main
+        return in_process(main, *words_of(tiny_backbone, module, overrides))
+
+    return run_here
+
+
+def trained(
+    place: Path, backbone: Path, here: Callable[..., tuple[int, str, str]], devices: int, *words: str
+) -> None:
+    """Train with 8 rows per step, in one process or in several."""
+    if devices == 1:
+        code, _, err = here(*words, "trainer.devices=1", "data.batch_size=8")
+    else:
+        how = (f"trainer.devices={devices}", "trainer.strategy=ddp", f"data.batch_size={8 // devices}")
+        done = run(place, backbone, *words, *how)
+        code, err = done.returncode, done.stderr
+    assert code == 0, err[-2000:]
 
 
 def losses(folder: Path) -> list[float]:
@@ -75,26 +111,26 @@ def outcomes(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "outcomes.json").read_text())["validation"]
 
 
-def test_two_processes_follow_one(place: Path, tiny_backbone: Path) -> None:
+def test_two_processes_follow_one(
+    place: Path, tiny_backbone: Path, here: Callable[..., tuple[int, str, str]]
+) -> None:
     """Two of 4 rows against one of 8: the same order, the same loss at each step, the same weights.
 
     The last of the 9 validation rows leaves the second process without one.
     """
     same = ["logger=csv", "trainer.log_every_n_steps=1", "head.dropout=0", "data.limit.validation=9"]
-    ddp = ["trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=4"]
     results = {}
     for stage, more in (("stage1", []), ("stage2", ["sources=[films]"])):
-        for name, how in (("one", ["trainer.devices=1", "data.batch_size=8"]), ("two", ddp)):
+        for name, devices in (("one", 1), ("two", 2)):
             directory = place / f"{stage}-{name}"
             task = "films" if stage == "stage1" else "books"
             # Stage 2 takes the source that one process made, both times.
             store = "store" if stage == "stage2" or name == "one" else "store-ddp"
-            done = run(
-                place, tiny_backbone, stage, f"+task={task}", *more, *same, *how,
+            trained(
+                place, tiny_backbone, here, devices, stage, f"+task={task}", *more, *same,
                 f"store={store}", f"hydra.run.dir={directory}",
                 *([] if stage == "stage1" else [f"name={name}"]),
             )  # fmt: skip
-            assert done.returncode == 0, done.stderr[-2000:]
             results[name] = losses(directory)
             status = json.loads((directory / "status.json").read_text())
             assert status["status"] == "done"
@@ -155,7 +191,9 @@ def test_fewer_rows_than_processes(place: Path, tiny_backbone: Path, more: str) 
         pytest.param("method=full", marks=pytest.mark.slow),
     ],
 )
-def test_other_ways_to_train_follow_one_process_too(place: Path, tiny_backbone: Path, how: str) -> None:
+def test_other_ways_to_train_follow_one_process_too(
+    place: Path, tiny_backbone: Path, here: Callable[..., tuple[int, str, str]], how: str
+) -> None:
     """A dropped layer, shared weights, what trains inside the backbone: DDP wants a gradient of each, every time."""
     words = [
         "logger=csv",
@@ -165,14 +203,12 @@ def test_other_ways_to_train_follow_one_process_too(place: Path, tiny_backbone: 
         *how.split(),
     ]
     found = []
-    for name, devices in (("one", ["trainer.devices=1", "data.batch_size=8"]),
-                          ("two", ["trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=4"])):  # fmt: skip
+    for name, devices in (("one", 1), ("two", 2)):
         directory = place / f"{how.split('=')[1]}-{name}"
-        done = run(
-            place, tiny_backbone, "stage1", "+task=films", *words, *devices, "name=trained", "trainer.max_epochs=1",
+        trained(
+            place, tiny_backbone, here, devices, "stage1", "+task=films", *words, "name=trained", "trainer.max_epochs=1",
             f"store={directory}/store", f"hydra.run.dir={directory}/run",
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
         found.append(
             (losses(directory / "run"), load_file(directory / "store" / "trained" / "weights.safetensors"))
         )
@@ -184,20 +220,18 @@ def test_other_ways_to_train_follow_one_process_too(place: Path, tiny_backbone: 
 
 
 @pytest.mark.slow
-def test_several_tasks_in_two_processes_follow_one(place: Path, tiny_backbone: Path) -> None:
+def test_several_tasks_in_two_processes_follow_one(
+    place: Path, tiny_backbone: Path, here: Callable[..., tuple[int, str, str]]
+) -> None:
     """Each head has a gradient in each step, or DDP would wait for ever; both processes take the same task."""
     same = ["method=multitask_adapter", "logger=csv", "trainer.log_every_n_steps=1", "head.dropout=0"]
     found = {}
-    for name, how in (
-        ("one", ["trainer.devices=1", "data.batch_size=8"]),
-        ("two", ["trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=4"]),
-    ):
+    for name, devices in (("one", 1), ("two", 2)):
         directory = place / f"several-{name}"
-        done = run(
-            place, tiny_backbone, "stage1", "tasks=[films,rating]", *same, *how,
+        trained(
+            place, tiny_backbone, here, devices, "stage1", "tasks=[films,rating]", *same,
             f"store=several-{name}-store", f"hydra.run.dir={directory}",
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
         found[name] = losses(directory)
         result = json.loads((directory / "result.json").read_text())
         assert set(result["metrics"]) == {"films/validation", "rating/validation"}
@@ -215,9 +249,7 @@ def test_several_tasks_in_two_processes_follow_one(place: Path, tiny_backbone: P
             torch.testing.assert_close(two[key], weights, rtol=0, atol=1e-4)
 
 
-def test_two_processes_say_alike_where_the_loss_was_no_longer_finite(
-    place: Path, tiny_backbone: Path
-) -> None:
+def test_two_processes_report_a_loss_that_is_not_finite_once(place: Path, tiny_backbone: Path) -> None:
     done = run(
         place, tiny_backbone, "stage1", "+task=films", "name=wild", "logger=none", "optim.warmup=0", "head.layers=2",
         "optim.lr=900", "adapter.scaling=1e30", "trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=4",
@@ -231,7 +263,7 @@ def test_two_processes_say_alike_where_the_loss_was_no_longer_finite(
 
 
 def test_a_sweep_gives_a_folder_and_an_artifact_a_task_and_survives_a_failed_job(
-    place: Path, tiny_backbone: Path
+    place: Path, here: Callable[..., tuple[int, str, str]]
 ) -> None:
     broken = place / "data" / "plays"
     write_task(place / "data", "plays")
@@ -241,12 +273,10 @@ def test_a_sweep_gives_a_folder_and_an_artifact_a_task_and_survives_a_failed_job
     (broken / "train.jsonl").write_text(
         "\n".join([*rows[:3], '{"text": "no label here", "label": 7}', *rows[4:]])
     )
-    done = run(
-        place, tiny_backbone, "stage1", "-m", "+task=films,plays,books", "logger=csv",
-        "store=sweep-store", "hydra.sweep.dir=sweep",
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "plays" in done.stderr and "train.jsonl" in done.stderr
+    words = ("-m", "+task=films,plays,books", "logger=csv", "store=sweep-store", "hydra.sweep.dir=sweep")
+    code, _, err = here("stage1", *words)
+    assert code == 1
+    assert "plays" in err and "train.jsonl" in err
     folders = {f.name.rsplit("-", 1)[-1]: f for f in (place / "sweep").iterdir() if f.is_dir()}
     assert set(folders) == {"films", "plays", "books"}
     states = {name: json.loads((f / "status.json").read_text()) for name, f in folders.items()}
@@ -296,50 +326,42 @@ def test_a_wrong_command_is_refused_in_two_lines_with_exit_code_2(
     assert not (place / "empty-store").exists()
 
 
-def limited(place: Path, backbone: Path, limit: int, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """Stage 1 where no file may grow beyond `limit` bytes: what a full disk says, at a size that a test can choose."""
-    code = (
-        "import resource, runpy, sys\n"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-        "sys.argv[0] = 'stage1'\n"
-        "runpy.run_module('fusion.stage1', run_name='__main__', alter_sys=True)\n"
-    )
-    words = [
-        "+task=films", "data.dir=data", "data.cache_dir=cache", f"backbone.name_or_path={backbone}", "backbone.pooling=mean",
-        "trainer.max_epochs=2", "trainer.accelerator=cpu", "data.max_length=16", "data.batch_size=8", "logger=none",
-    ]  # fmt: skip
-    return subprocess.run(
-        [sys.executable, "-c", code, *words, *overrides],
-        cwd=place,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+@pytest.fixture
+def limited(here: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
+    """Stage 1 where no file may grow beyond `limit` bytes: a full disk, at a size that a test can choose."""
+
+    def run_limited(limit: int, *overrides: str) -> tuple[int, str, str]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            return here("stage1", "+task=films", "data.batch_size=8", "logger=none", *overrides)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return run_limited
 
 
-def test_a_disk_that_takes_no_checkpoint_still_takes_the_artifact(place: Path, tiny_backbone: Path) -> None:
-    done = limited(place, tiny_backbone, 30_000, "name=roomy")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("no checkpoint could be written to") == 1 and "training continues" in done.stdout
+def test_without_room_for_a_checkpoint_the_artifact_is_still_stored(
+    place: Path, limited: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, out, err = limited(30_000, "name=roomy")
+    assert code == 0, err
+    assert out.count("no checkpoint could be written to") == 1 and "training continues" in out
     weights = place / "outputs" / "store" / "roomy" / "weights.safetensors"
     assert weights.is_file() and weights.stat().st_size < 30_000
 
 
-def test_a_disk_that_takes_no_artifact_says_so_and_the_same_command_stores_it_later(
-    place: Path, tiny_backbone: Path
+def test_a_full_disk_fails_the_run_and_the_same_command_stores_it_later(
+    place: Path, limited: Callable[..., tuple[int, str, str]]
 ) -> None:
     words = ["name=large", "adapter.bottleneck_size=256"]
-    done = limited(place, tiny_backbone, 60_000, *words)
-    assert done.returncode == 1, done.stderr
-    said = done.stderr.strip().splitlines()
-    assert "large cannot be written (File too large)." in said[0] and said[1].startswith("Free disk space"), (
-        said
-    )
-    assert len(said) == 2
+    code, _, err = limited(60_000, *words)
+    assert code == 1, err
+    first, second = err.strip().splitlines()
+    assert "large cannot be written (File too large)." in first and second.startswith("Free disk space")
     store = place / "outputs" / "store"
     assert not (store / "large").exists() and not list((store / ".staging").glob("*"))
-    again = limited(place, tiny_backbone, 10_000_000, *words)
-    assert again.returncode == 0, again.stderr
-    assert "large failed the last time: running it again" in again.stdout
+    code, out, err = limited(10_000_000, *words)
+    assert code == 0, err
+    assert "large failed the last time: running it again" in out
     assert (store / "large" / "manifest.json").is_file() and not list((store / ".runs").glob("large-*"))

@@ -89,7 +89,7 @@ def test_after_stage_1(trained: Bench, capsys: pytest.CaptureFixture[str]) -> No
     assert following[1].startswith("  or: ")
 
 
-def test_a_backbone_that_an_experiment_chose_is_said_outright(
+def test_a_backbone_that_an_experiment_chose_is_in_the_command(
     trained: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
     end_of_run(run(trained, "stage1", "+task=books", "experiment=quick"), trained.result["books"])
@@ -275,7 +275,7 @@ def with_seed(bench: Bench, store: Path, name: str, new: str, seed: int, **setti
 
 
 @pytest.mark.parametrize("command", ["stage1", "stage2", "evaluate", "rank", "benchmark"])
-def test_a_result_without_scores_says_nothing(
+def test_a_result_without_scores_prints_nothing(
     command: str, bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for result in ({}, {"name": "x", "seed": 1}, {"metrics": None} if command == "evaluate" else {}):

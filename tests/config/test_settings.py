@@ -180,7 +180,7 @@ def test_data_dir_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) ->
     assert typed("stage1", "data.dir=here").data.dir == "here"
 
 
-def test_the_trainer_schema_says_all_that_yaml_can_say() -> None:
+def test_the_trainer_schema_has_every_argument_that_yaml_can_express() -> None:
     import pytorch_lightning
 
     arguments = set(inspect.signature(pytorch_lightning.Trainer.__init__).parameters)
@@ -427,7 +427,7 @@ def test_a_key_of_the_other_stage_is_explained(override: str) -> None:
     assert "a setting of stage1, not of this command; leave it out" in explain(error.value, Stage2Config)
 
 
-def test_the_presets_say_what_their_names_say() -> None:
+def test_presets_set_what_their_names_state() -> None:
     assert typed("stage1", "experiment=shallow").adapter.layers == "last:3"
     deep = typed("stage1", "experiment=deep").adapter
     assert (deep.name, deep.sites, deep.layers) == ("houlsby", ["attention", "feedforward"], None)
@@ -440,7 +440,7 @@ def test_the_presets_say_what_their_names_say() -> None:
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (conf_folder() / "debug").glob("*.yaml")))
 @pytest.mark.parametrize("command", ["stage1", "stage2"])
-def test_a_debug_run_logs_nowhere_and_goes_on_with_nothing(command: str, name: str) -> None:
+def test_a_debug_run_has_no_logger_and_does_not_resume(command: str, name: str) -> None:
     config = typed(command, f"debug={name}", "experiment=quick")  # beside an experiment, and after it
     assert dataclasses.asdict(config.logger) == {"wandb": None, "csv": None}
     assert (config.overwrite, config.resume) == (True, False)

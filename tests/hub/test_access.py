@@ -58,7 +58,7 @@ def test_parts_of_a_converted_data_set(loaded):
         ("broken", "org/broken, train cannot be loaded: Parquet magic bytes not found"),
     ],
 )
-def test_the_cause_is_said(loaded, case, said):
+def test_the_message_has_the_cause(loaded, case, said):
     lines = loaded[case]["error"].splitlines()
     assert said in lines[0]
     assert len(lines) == 2 and "data.dir=DIR" in lines[1]

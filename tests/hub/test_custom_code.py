@@ -121,7 +121,7 @@ def test_a_tokenizer_of_an_unknown_type_is_refused(own_code: Make) -> None:
     assert marker.exists()
 
 
-def test_the_key_is_part_of_a_run_only_where_it_is_said(bench: Bench) -> None:
+def test_the_key_is_part_of_a_run_only_where_it_is_set(bench: Bench) -> None:
     settings: dict[str, Any] = {"backbone": {"name_or_path": "tiny"}, "seed": 1}
     without = identity(settings)
     settings["backbone"]["trust_remote_code"] = False
@@ -147,7 +147,7 @@ def test_from_training_to_evaluation(bench: Bench, own_code: Make) -> None:
     assert "trust_remote_code" not in read_manifest("books", bench.folder / "store").content["backbone"]
 
 
-def test_an_artifact_cannot_say_it_for_its_user() -> None:
+def test_an_artifact_cannot_set_it_for_its_user() -> None:
     manifest = make_manifest(backbone={"trust_remote_code": True})
     with pytest.raises(UserError, match="trust_remote_code=true"):
         check_trust(manifest, trusted=False)

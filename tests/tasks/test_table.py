@@ -33,7 +33,8 @@ def compared(source: str) -> Iterator[str]:
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
             values = list(node.args[:1])
         for value in values:
-            for one in ast.walk(value) if value is not None else ():
+            is_call = isinstance(value, ast.Call)  # whose arguments are not what is compared
+            for one in ast.walk(value) if value is not None and not is_call else ():
                 if isinstance(one, ast.Constant) and one.value in KINDS:
                     yield str(one.value)
 
