@@ -41,8 +41,7 @@ def check(config: ReportConfig, run: Run) -> None:
 @command("report", ReportConfig, check=check)
 def main(config: ReportConfig, run: Run) -> dict[str, Any]:
     from fusion.reporting.contents import contents_of
-    from fusion.reporting.exports import write_files
-    from fusion.reporting.page import write_page
+    from fusion.reporting.page import write_files, write_page
     from fusion.reporting.reading import read_runs
     from fusion.reporting.targets import targets_of
 
@@ -52,7 +51,7 @@ def main(config: ReportConfig, run: Run) -> dict[str, Any]:
         raise UserError(
             f"split={config.split}: no run has a score on it; omit split= to use the split with most scores"
         )
-    notes = inspect_missing(config, run, found, targets) if config.inspect else []
+    notes = inspect_missing(config, found, targets) if config.inspect else []
     contents = contents_of(found, targets, notes)
     files = config.path.with_name(f"{config.path.stem}-files") if config.files else None
     written = [] if files is None else write_files(contents, files)
@@ -78,17 +77,13 @@ def main(config: ReportConfig, run: Run) -> dict[str, Any]:
     }
 
 
-def inspect_missing(config: ReportConfig, run: Run, found: Found, targets: list[Target]) -> list[str]:
+def inspect_missing(config: ReportConfig, found: Found, targets: list[Target]) -> list[str]:
     """Inspect the first run of each fusion without an inspection; return what failed.
 
     Inspections are kept below the first folder of runs, where the next report finds them.
     """
-    unseen = []
-    for target in targets:
-        for group in target.groups.values():
-            there = [one for one in group.trained if one.attends]
-            if there and not any(one.hash in found.inspections for one in there):
-                unseen.append(there[0])
+    fusions = [[one for one in group.trained if one.attends] for t in targets for group in t.groups.values()]
+    unseen = [of[0] for of in fusions if of and not any(one.hash in found.inspections for one in of)]
     notes = []
     for number, one in enumerate(unseen, start=1):
         from fusion.analysis.inspection import inspect
@@ -109,15 +104,10 @@ def inspect_missing(config: ReportConfig, run: Run, found: Found, targets: list[
             notes.append(f"{one.name} could not be inspected: {reason}")
             continue
         found.inspections[seen["hash"]] = seen
-        for above in (
-            config.folders[0],
-            run.directory,
-        ):  # where the next report looks, if that can be written
-            folder = above / "inspections" / f"{one.name}-{seen['hash'][:8]}"
-            with contextlib.suppress(OSError):
-                folder.mkdir(parents=True, exist_ok=True)
-                write_json(folder / INSPECTION, seen)
-                break
+        folder = config.folders[0] / "inspections" / f"{one.name}-{seen['hash'][:8]}"
+        with contextlib.suppress(OSError):  # an archive may be read-only: the next report inspects again
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / INSPECTION, seen)
     for note in notes:
         log.warning("%s", note)
     return notes

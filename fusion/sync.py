@@ -54,15 +54,26 @@ def work(words: Sequence[str]) -> int:
 def sync(folder: Path, seconds: float) -> int:
     """Upload and link all offline runs below `folder`, with one line per run; return the exit code.
 
+    A server that does not respond is exit code 1, as a failed upload is.
+
     Raises:
-        UserError: there is something to upload, but no API key or no server.
+        UserError: there is something to upload, but no API key or no server to connect to.
     """
-    from fusion.tracking.offline import SyncError, check_connection, find_offline, is_uploaded, open_links
+    from fusion.tracking.offline import (
+        ServerError,
+        SyncError,
+        check_connection,
+        find_offline,
+        is_uploaded,
+        link_uploaded,
+        open_links,
+        upload,
+    )
 
     runs = find_offline(folder)
     failed = checked = False
     for number, run in enumerate(runs, 1):
-        where = _shown(run)
+        where, done = _shown(run), []
         try:
             if _alive(run):
                 say(f"{where}: still being written, skipped until the next call")
@@ -76,12 +87,17 @@ def sync(folder: Path, seconds: float) -> int:
             if not is_uploaded(run):
                 limit = f"run {number} of {len(runs)} (at most {seconds:g} s)"
                 say(f"{where}: uploading, {limit}", sys.stderr, flush=True)
-            say(f"{where}: {'; '.join(_upload(run, seconds))}", flush=True)
+                upload(run, seconds)
+                done.append("uploaded")
+            linked, missing = link_uploaded(run)
+            done += [f"linked to {', '.join(linked)}"] if linked else []
+            done += [f"not linked to {', '.join(missing)}, which W&B does not have"] if missing else []
+            say(f"{where}: {'; '.join(done)}", flush=True)
         except SyncError as error:
             failed = True
             say(f"{where}: {error}", flush=True)
-        except UserError as error:
-            if not checked:
+        except (ServerError, UserError) as error:
+            if isinstance(error, UserError) and not checked:
                 raise
             say(str(error), flush=True)
             return 1
@@ -90,22 +106,9 @@ def sync(folder: Path, seconds: float) -> int:
     return int(failed)
 
 
-def _upload(run: Path, seconds: float) -> list[str]:
-    """Upload and link one run; returns what was done."""
-    from fusion.tracking.offline import is_uploaded, link_uploaded, upload
-
-    done = []
-    if not is_uploaded(run):
-        upload(run, seconds)
-        done.append("uploaded")
-    linked, missing = link_uploaded(run)
-    done += [f"linked to {', '.join(linked)}"] if linked else []
-    return done + ([f"not linked to {', '.join(missing)}, which W&B does not have"] if missing else [])
-
-
 def _shown(path: Path) -> Path:
     here = Path.cwd()
-    return path.relative_to(here) if path.is_absolute() and path.is_relative_to(here) else path
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _alive(piece: Path) -> bool:

@@ -1,4 +1,4 @@
-"""The report of real runs on a tiny backbone: what it looks into by itself, and what it does when something is gone."""
+"""The report of real runs on a tiny backbone: its inspections, and missing or damaged files."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from tests.bench import Bench
 
 
 def done(bench: Bench, command: Any, name: str, config: Any) -> dict[str, Any]:
-    """As the program does it: with all that a run leaves in its folder."""
+    """Run a command with its run folder, as its program does."""
     run = bench.run(name, config)
     return record(run, lambda: command.main.__wrapped__(config, run))
 
 
 @pytest.fixture(scope="module")
-def night(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Bench:
-    """Two sources, a target with a single adapter and a fusion of two seeds each, and what a source scores alone."""
-    bench = Bench(tmp_path_factory.mktemp("night") / "a folder", tiny_backbone)
+def trained_bench(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Bench:
+    """Two sources; a target with two seeds of an adapter and of a fusion; an evaluation of a source on the target."""
+    bench = Bench(tmp_path_factory.mktemp("runs") / "a folder", tiny_backbone)
 
     def train(command: Any, kind: Any, stage: str, task: str, **changes: Any) -> None:
         config = kind(**bench.settings(task, **changes))
@@ -57,12 +57,12 @@ def night(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Benc
 
 
 @pytest.fixture
-def copy(night: Bench, tmp_path: Path) -> Path:
-    """Runs and store of that night, to be damaged."""
+def copy(trained_bench: Bench, tmp_path: Path) -> Path:
+    """A copy of runs and store, to be damaged."""
     folder = tmp_path / "copied"
-    shutil.copytree(night.folder, folder)
+    shutil.copytree(trained_bench.folder, folder)
     for path in (folder / "runs").rglob("result.json"):
-        path.write_text(path.read_text().replace(str(night.folder), str(folder)))
+        path.write_text(path.read_text().replace(str(trained_bench.folder), str(folder)))
     return folder
 
 
@@ -84,45 +84,44 @@ def make(folder: Path, **changes: Any) -> tuple[dict[str, Any], str]:
 
 
 class _Numbered:
-    """Stands for a bench whose runs lie beside those of a real one."""
+    """A bench that numbers its runs beyond those of the real one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.runs = folder, 1000 + len(list((folder / "runs").iterdir()))
 
 
-def test_a_night_in_one_page(copy: Path) -> None:
+def test_report_of_all_runs(copy: Path) -> None:
     result, text = make(copy, files=True)
     assert result["targets"] == ["books", "films", "plays"] and result["runs"] == 7
     assert result["notes"] == [] and result["unread"] == []
     assert Path(result["report"]) == copy / "runs" / "report.html" and result["bytes"] == len(text.encode())
-    for said in ("fusion of 2", "single adapter", "films alone", "row ", "without", "rows and seeds"):
-        assert said in text
+    for part in ("fusion of 2", "single adapter", "films alone", "row ", "without", "rows and seeds"):
+        assert part in text
     assert 'id="words"' in text and '<div class="row">' in text
     inspections = list((copy / "runs" / "inspections").rglob("inspection.json"))
     assert len(inspections) == 1, "one run of each fusion"
-    looked = json.loads(inspections[0].read_text())
-    assert looked["name"] == "fused-1" and looked["rows"] == 16 and len(looked["words"]) == 2
+    inspected = json.loads(inspections[0].read_text())
+    assert inspected["name"] == "fused-1" and inspected["rows"] == 16 and len(inspected["words"]) == 2
     assert result["files"] and all(Path(path).is_file() for path in result["files"])
     again, _ = make(copy)
-    assert list((copy / "runs").rglob("inspection.json")) == inspections, "looked into once"
+    assert list((copy / "runs").rglob("inspection.json")) == inspections, "inspected once"
     assert again["files"] == []
 
 
-def test_without_looking(copy: Path) -> None:
+def test_without_inspection(copy: Path) -> None:
     _, text = make(copy, inspect=False)
     assert not list((copy / "runs").rglob("inspection.json"))
     assert "No fusion of these runs was inspected" in text
 
 
-def test_a_store_that_is_gone(copy: Path) -> None:
-    """Scores, curves and costs are there all the same, and how it was started too."""
+def test_missing_store(copy: Path) -> None:
     shutil.rmtree(copy / "store")
     result, text = make(copy)
     assert result["targets"] == ["books", "films", "plays"] and "fusion of 2" in text
     assert "python -m fusion.stage2" in text
 
 
-def test_what_cannot_be_looked_into_costs_a_note(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_inspection_is_a_note(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     (copy / "store" / "films" / "weights.safetensors").write_bytes(b"cut")
     result, text = make(copy)
     (note,) = result["notes"]
@@ -130,7 +129,7 @@ def test_what_cannot_be_looked_into_costs_a_note(copy: Path, caplog: pytest.LogC
     assert note in caplog.text and "fused-1 could not be inspected" in text
 
 
-def test_half_a_result_is_named_and_left_out(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_truncated_result_is_named_and_omitted(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     broken = next(path for path in (copy / "runs").rglob("result.json") if '"films"' in path.read_text())
     broken.write_text(broken.read_text()[:40])
     result, text = make(copy, inspect=False)
@@ -138,13 +137,13 @@ def test_half_a_result_is_named_and_left_out(copy: Path, caplog: pytest.LogCaptu
     assert "omitted" in caplog.text and "could not be read" in text
 
 
-def test_another_split(copy: Path) -> None:
+def test_split_without_scores(copy: Path) -> None:
     with pytest.raises(UserError, match="split=test"):
         make(copy, split="test", inspect=False)
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"runs": "nowhere"}, "no such folder"),
         ({"runs": []}, "expected a folder"),
@@ -153,13 +152,13 @@ def test_another_split(copy: Path) -> None:
         ({"inspect_rows": 0}, "inspect_rows=0"),
     ],
 )
-def test_what_is_refused(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+def test_refused_settings(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     (tmp_path / "runs").mkdir()
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         make(tmp_path, **changes)
 
 
-def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
+def test_unwritable_output(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     with pytest.raises(UserError, match="this is a folder"):
         make(tmp_path, output=str(tmp_path))

@@ -37,7 +37,7 @@ from fusion.runs.memory import free_cycles
 from fusion.runs.run import Run, RunState, describe, record
 from fusion.runs.sweep import JobFailed, objective
 from fusion.text import PROGRESS, printable, printable_output
-from fusion.tracking.offline_state import shared_decision
+from fusion.tracking.wandb_run import command_state
 from fusion.training.expected_warnings import ignore_expected_warnings
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def _main(command: Command) -> int:
     try:
         texts = text_keys(command.schema) | groups()
         sys.argv[1:] = flags_first([as_text(word, texts) for word in words])
-        with shared_decision():
+        with command_state():
             hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=command.name)(job)()
     except Refused as error:
         return _error(str(error), error.code)

@@ -25,7 +25,7 @@ from fusion.errors import UserError
 from fusion.files import resolve_path
 from fusion.runs.run import RunState, check_folder, describe
 from fusion.runs.sweep import Sweep, command_again, summarize_states
-from fusion.tracking.offline_state import name_sweep
+from fusion.tracking.wandb_run import state as wandb_state
 
 CONFIG_ERRORS = (UserError, HydraException, OmegaConfBaseException, YAMLError)
 COMPOSING_ERRORS = (ValueError, AssertionError)  # what Hydra raises besides, for overrides it cannot place
@@ -75,7 +75,7 @@ class Preflight(Callback):
             else:  # another sweeper chooses its jobs as it goes: each is checked when it starts
                 check_folder(folder, "hydra.sweep.dir")
                 sweep = Sweep.begin(folder)
-            name_sweep(folder)
+            wandb_state.sweep = folder.absolute()
 
 
 def _checked_sweep(config: DictConfig, folder: Path, overrides: list[Override]) -> Sweep:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fusion.reporting.reading import Found, read_lines
 from fusion.reporting.results import Target
-from fusion.reporting.trained import Trained
+from fusion.reporting.scores import Trained
 from fusion.reporting.wording import chosen_setting
 from fusion.runs.run import ATTENTION
 

@@ -7,16 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fusion.reporting.ablation import is_complete
-from fusion.reporting.attention import Attention, attention_of
+from fusion.reporting import figures
+from fusion.reporting.ablation import ablation, is_complete
+from fusion.reporting.attention import Attention, attention_of, layer_names
 from fusion.reporting.curves import shown_curves
 from fusion.reporting.reading import Found
 from fusion.reporting.results import Target, order_of
-from fusion.reporting.trained import Trained
-from fusion.reporting.wording import titled
+from fusion.reporting.scores import Trained
+from fusion.reporting.wording import chosen_settings, titled
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -34,23 +35,65 @@ class Contents:
         return [*self.targets, *self.single]
 
     @functools.cached_property
-    def curves(self) -> list[tuple[Target, dict[str, dict[str, DataFrame]]]]:
-        """The curves of each target that has some; the histories are read once."""
-        every = [(target, shown_curves(target, self.found)) for target in self.everything]
-        return [(target, curves) for target, curves in every if curves]
-
-    @functools.cached_property
     def inspected(self) -> list[tuple[Target, str, Trained, dict[str, Any]]]:
         """The first inspected run of each method of each target."""
         seen = []
         for target in self.everything:
             for method, group in target.groups.items():
-                for trained in group.trained:
-                    inspection = self.found.inspections.get(trained.hash or "")
-                    if inspection is not None and is_complete(inspection):
-                        seen.append((target, method, trained, inspection))
-                        break
+                inspections = ((one, self.found.inspections.get(one.hash or "")) for one in group.trained)
+                complete = [(target, method, one, i) for one, i in inspections if i and is_complete(i)]
+                seen += complete[:1]
         return seen
+
+    @functools.cached_property
+    def figures(self) -> dict[tuple[str, ...], tuple[str, Figure]]:
+        """Every figure with its description; by its kind, target and method, which name its files."""
+        made: dict[tuple[str, ...], tuple[str, Figure]] = {}
+
+        def add(*name: str, title: str, figure: Figure, settings: Sequence[str]) -> None:
+            made[name] = (title, figures.noted(figure, settings))
+
+        if self.targets:
+            panels = {
+                f"{one.label}: {one.metric} ({one.split})": {
+                    titled(group): (group.method, group.scores) for group in one.every_group
+                }
+                for one in self.targets
+            }
+            add("scores", title="Scores", figure=figures.scores_figure(panels), settings=[])
+        for one in self.attention:
+            figure = figures.heatmap_figure(one.mean, layer_names(one.slots), one.sources, "layer", one.title)
+            settings = [one.setting] if one.setting else []
+            add("attention", one.target, one.method, title=one.title, figure=figure, settings=settings)
+        settings = [f"{one.title}: {one.setting}" for one in self.attention if one.setting]
+        if self.attention:
+            figure = figures.by_target_figure(self.attention)
+            add("attention-by-target", title="Sources by targets", figure=figure, settings=settings)
+        if any(one.entropy is not None for one in self.attention):
+            title = (
+                "Entropy of the attention in each layer, the mean over tokens, relative to uniform attention"
+            )
+            add("entropy", title=title, figure=figures.entropy_figure(self.attention), settings=settings)
+        for target, method, _, inspection in self.inspected:
+            metric = next(iter(inspection["metrics"]))
+            if changes := ablation(inspection, metric):
+                steps = [
+                    (len(step["kept"]), step["metrics"][metric]) for step in inspection.get("pruned") or []
+                ]
+                figure = figures.ablation_figure(metric, changes, steps)
+                title = f"Score without each source, and with fewer and fewer, {target.label}"
+                settings = chosen_settings(target, [method])
+                add("needed", target.label, method, title=title, figure=figure, settings=settings)
+        for target in self.everything:
+            if curves := shown_curves(target, self.found):
+                figure = figures.curves_figure(curves, list(target.groups))
+                settings = chosen_settings(target, [name for metric in curves.values() for name in metric])
+                title = f"{', '.join(curves)} over the steps, {target.label}"
+                add("curves", target.label, title=title, figure=figure, settings=settings)
+            figure = figures.cost_figure(costs(target), target.label, target.metric)
+            title = f"Score against parameters and seconds, {target.label}"
+            add("cost", target.label, title=title, figure=figure, settings=[])
+        return made
 
 
 def contents_of(found: Found, targets: list[Target], notes: Sequence[str] = ()) -> Contents:

@@ -8,7 +8,7 @@ import numpy as np
 
 from fusion.reporting.reading import Found
 from fusion.reporting.results import Target
-from fusion.reporting.trained import Trained
+from fusion.reporting.scores import Trained
 
 if TYPE_CHECKING:
     from pandas import DataFrame

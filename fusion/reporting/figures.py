@@ -7,12 +7,12 @@ import html
 import io
 import re
 import textwrap
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fusion.reporting.attention import Attention, Floats, by_target
 from fusion.reporting.statistics import Difference
@@ -22,27 +22,20 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 # Okabe & Ito's palette without its yellow, which is too light on white; safe for colour-blind readers.
+_WIDTH = 3.7  # inches: a column of a paper, or a phone
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#7f7f7f", "#8c564b")
 # Placeholders: nearly black in a file, replaced in the page by its own colours of text and lines.
 _INK, _FAINT = "#010203", "#7d7e80"
 _STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    "text.parse_math": False,  # names may contain dollars
     "font.size": 9,
     "svg.fonttype": "none",
-    "text.parse_math": False,  # names may contain dollars
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
     "axes.edgecolor": _FAINT,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "legend.frameon": False,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
 }
 
 
@@ -62,14 +55,20 @@ def colour(number: int) -> str:
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """NAME.png and NAME.svg, on white."""
+    paths = [folder / f"{name}.{ending}" for ending in ("png", "svg")]
+    for path in paths:
+        _render(figure, path, name, path.suffix[1:], facecolor="white")
+    return paths
+
+
+def _render(figure: Figure, to: Path | io.StringIO, name: str, format: str, **options: Any) -> None:
+    """The same figure gives the same bytes."""
     import matplotlib
 
-    paths = [folder / f"{name}.{ending}" for ending in ("png", "svg")]
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
-        for path in paths:
-            metadata = {"Date": None} if path.suffix == ".svg" else {}
-            figure.savefig(path, dpi=200, facecolor="white", metadata=metadata)
-    return paths
+    metadata = {"Date": None} if format == "svg" else {}
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # glyphs that the font does not have
+        figure.savefig(to, format=format, dpi=200, metadata=metadata, **options)
 
 
 def inline(figure: Figure, name: str, title: str) -> str:
@@ -79,11 +78,8 @@ def inline(figure: Figure, name: str, title: str) -> str:
         name: prefix of the element's ids.
         title: description for screen readers.
     """
-    import matplotlib
-
     buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    _render(figure, buffer, name, "svg")
     svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
     svg = re.sub(r'\b(id="|xlink:href="#|url\(#)', rf"\g<1>{name}-", svg[svg.index("<svg") :])
     svg = svg.replace(_INK, "currentColor").replace(_FAINT, "var(--faint)")
@@ -118,14 +114,14 @@ def scores_figure(panels: Mapping[str, Mapping[str, tuple[str, Sequence[float]]]
                 axes.errorbar(np.mean(scores), place, xerr=spread, fmt="o", markersize=6, capsize=3, **style)
                 if len(scores) > 1:
                     axes.plot(scores, [place] * len(scores), "|", markersize=8, alpha=0.6, **style)
-            axes.set_yticks(range(len(lines)), [_cut(label, 70) for label in lines])
+            axes.set_yticks(range(len(lines)), [_shorten(label, 70) for label in lines])
             axes.set_ylim(len(lines) - 0.5, -0.5)
             axes.set_title(title)
             axes.grid(axis="x", color=_FAINT, alpha=0.25)
         return figure
 
 
-def _cut(text: str, most: int) -> str:
+def _shorten(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
@@ -140,22 +136,13 @@ def heatmap_figure(
         return figure
 
 
-def attention_image(record: Mapping[str, Any]) -> NDArray[np.uint8]:
-    """A record of attention.jsonl, its mean weights by slot and source, as pixels: (height, width, 3).
-
-    Drawn without pyplot, which would need a display and affect a notebook's figures.
-    """
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
+def attention_figure(record: Mapping[str, Any]) -> Figure:
+    """A record of attention.jsonl: its mean weights by slot and source."""
     weights = np.array([slot["mean"] for slot in record["slots"].values()], dtype=float)
     title = f"epoch {record['epoch']}, step {record['step']}"
     figure = heatmap_figure(weights, list(record["slots"]), record["sources"], "slot", title)
     figure.set_facecolor("white")
-    with matplotlib.rc_context(_STYLE):
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return figure
 
 
 def by_target_figure(every: Sequence[Attention]) -> Figure:
@@ -201,89 +188,72 @@ def entropy_figure(every: Sequence[Attention]) -> Figure:
         return figure
 
 
-def pruning_figure(
-    metric: str,
-    changes: Mapping[str, Difference],
-    steps: Sequence[tuple[int, float]],
-    stacked: bool = False,
+def ablation_figure(
+    metric: str, changes: Mapping[str, Difference], steps: Sequence[tuple[int, float]]
 ) -> Figure:
-    """The change without each source, with its interval; the score against the number of kept sources.
+    """The change without each source, with its interval; below, the score against the number of kept sources.
 
     Args:
         steps: number of kept sources and score.
-        stacked: one panel below the other, as narrow as a phone; otherwise side by side.
     """
     height = 1.2 + 0.26 * max(len(changes), 3)
-    with _drawing(3.7 if stacked else 7.0, height + 2.2 if stacked else max(height, 2.5)) as figure:
-        shape: dict[str, Any] = {"nrows": 2, "height_ratios": (height, 2.2)} if stacked else {"ncols": 2}
-        left, right = figure.subplots(**shape)
+    with _drawing(_WIDTH, height + 2.2) as figure:
+        bars, curve = figure.subplots(2, height_ratios=(height, 2.2))
         for place, change in enumerate(changes.values()):
             sign = "#d55e00" if change.mean < 0 else "#009e73"
-            left.barh(place, change.mean, color=sign if change.conclusive else _FAINT, zorder=0)
+            bars.barh(place, change.mean, color=sign if change.conclusive else _FAINT, zorder=0)
             if change.low is not None and change.high is not None:
-                left.plot([change.low, change.high], [place, place], color=_INK, linewidth=1)
-        left.set_yticks(range(len(changes)), [_cut(name, 22) for name in changes])
-        left.axvline(0, color=_FAINT, linewidth=0.8)
-        left.invert_yaxis()
-        left.set_title(f"change of {metric} without it")
+                bars.plot([change.low, change.high], [place, place], color=_INK, linewidth=1)
+        bars.set_yticks(range(len(changes)), [_shorten(name, 22) for name in changes])
+        bars.axvline(0, color=_FAINT, linewidth=0.8)
+        bars.invert_yaxis()
+        bars.set_title(f"change of {metric} without it")
         if not any(change.mean or change.low or change.high for change in changes.values()):
-            left.set_xlim(-0.01, 0.01)
-        left.locator_params(axis="x", nbins=4)
-        left.grid(axis="x", color=_FAINT, alpha=0.25)
+            bars.set_xlim(-0.01, 0.01)
+        bars.locator_params(axis="x", nbins=4)
+        bars.grid(axis="x", color=_FAINT, alpha=0.25)
         if steps:
             counts, scores = zip(*steps, strict=True)
-            right.plot(counts, scores, "o-", color=PALETTE[0], markersize=4)
-            right.set_xticks(counts)
-            right.invert_xaxis()
-        right.set_xlabel("sources kept")
-        right.set_title(f"{metric}, least important removed first")
-        right.grid(axis="y", color=_FAINT, alpha=0.25)
+            curve.plot(counts, scores, "o-", color=PALETTE[0], markersize=4)
+            curve.set_xticks(counts)
+            curve.invert_xaxis()
+        curve.set_xlabel("sources kept")
+        curve.set_title(f"{metric}, least important removed first")
+        curve.grid(axis="y", color=_FAINT, alpha=0.25)
         return figure
 
 
-def curves_figure(
-    curves: Mapping[str, Mapping[str, DataFrame]], methods: Sequence[str], columns: int = 2
-) -> Figure:
+def curves_figure(curves: Mapping[str, Mapping[str, DataFrame]], methods: Sequence[str]) -> Figure:
     """A panel for each metric; a band from the lowest to the highest seed.
 
     Args:
         curves: by metric and method, frames as of `curves_of`.
         methods: all methods, in the order of their colours.
     """
-    columns = min(len(curves), columns)
-    lines = -(-len(curves) // columns)
-    with _drawing(3.5 * columns + 0.2, 2.4 * lines + 0.3) as figure:
-        panels = figure.subplots(lines, columns, squeeze=False).flatten()
-        for axes, (metric, of_metric) in zip(panels, curves.items(), strict=False):
+    with _drawing(_WIDTH, 2.4 * len(curves) + 0.3) as figure:
+        panels = figure.subplots(len(curves), squeeze=False)[:, 0]
+        for axes, (metric, of_metric) in zip(panels, curves.items(), strict=True):
             for method, curve in of_metric.items():
                 ink = colour(methods.index(method))
                 marker = "o" if len(curve) < 15 else None
                 axes.plot(curve["mean"], color=ink, label=method, marker=marker, markersize=3, linewidth=1.2)
                 if curve["count"].max() > 1:
-                    axes.fill_between(
-                        curve.index, curve["min"], curve["max"], color=ink, alpha=0.18, linewidth=0
-                    )
+                    axes.fill_between(curve.index, curve["min"], curve["max"], color=ink, alpha=0.18, lw=0)
             axes.set_title(metric)
             axes.set_xlabel("step")
             axes.grid(color=_FAINT, alpha=0.2)
-        for axes in panels[len(curves) :]:
-            axes.set_visible(False)
         panels[0].legend(fontsize=7)
         return figure
 
 
-def cost_figure(rows: Sequence[Mapping[str, Any]], title: str, metric: str, stacked: bool = False) -> Figure:
+def cost_figure(rows: Sequence[Mapping[str, Any]], title: str, metric: str) -> Figure:
     """The score against the trained parameters and against the time.
 
     Args:
         rows: method, score, parameters and seconds; a cost that is None or 0 is omitted.
-        stacked: as of `pruning_figure`.
     """
-    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
-
-    size = (3.7, 4.6 + 0.17 * len(rows)) if stacked else (7.4, max(2.8, 0.6 + 0.18 * len(rows)))
-    with _drawing(*size) as figure:
-        panels = figure.subplots(*((2, 1) if stacked else (1, 2)), sharey=True)
+    with _drawing(_WIDTH, 4.6 + 0.17 * len(rows)) as figure:
+        panels = figure.subplots(2, sharey=True)
         handles: dict[str, Any] = {}
         labels = {"parameters": "parameters that train", "seconds": "seconds of training"}
         for axes, (key, label) in zip(panels, labels.items(), strict=True):
@@ -291,20 +261,24 @@ def cost_figure(rows: Sequence[Mapping[str, Any]], title: str, metric: str, stac
                 if row.get(key):
                     marker = "os^D"[place // len(PALETTE) % 4]
                     (handle,) = axes.plot(row[key], row["score"], marker, color=colour(place), markersize=7)
-                    handles.setdefault(_cut(row["method"], 50), handle)
-            if values := [row[key] for row in rows if row.get(key)]:
-                wide = max(values) / min(values) > 100
-                axes.set_xscale("log")
-                axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 3.0), numticks=6))
-                axes.xaxis.set_major_formatter(EngFormatter())
-                axes.xaxis.set_minor_locator(NullLocator())
+                    handles.setdefault(_shorten(row["method"], 50), handle)
+            _log_axis(axes, [row[key] for row in rows if row.get(key)])
             axes.margins(x=0.15, y=0.2)
             axes.set_xlabel(label)
-            axes.grid(color=_FAINT, alpha=0.2)
-        for axes in panels if stacked else panels[:1]:
             axes.set_ylabel(metric)
+            axes.grid(color=_FAINT, alpha=0.2)
         figure.suptitle(title, x=0.02, ha="left", fontsize=10)
         if handles:
-            where: Any = "outside lower left" if stacked else "outside right center"
-            figure.legend(list(handles.values()), list(handles), loc=where, fontsize=7)
+            figure.legend(list(handles.values()), list(handles), loc="outside lower left", fontsize=7)
         return figure
+
+
+def _log_axis(axes: Any, values: Sequence[float]) -> None:
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+
+    if values:
+        wide = max(values) / min(values) > 100
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 3.0), numticks=6))
+        axes.xaxis.set_major_formatter(EngFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())

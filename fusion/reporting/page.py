@@ -1,9 +1,8 @@
-"""The report as one HTML file. No network, no external scripts, at most 5 MB."""
+"""The report as one HTML file (no network, no external scripts, at most 5 MB), and as files for a paper."""
 
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import fusion
 from fusion.errors import UserError
 from fusion.files import write_atomic
-from fusion.reporting import sections, wording
-from fusion.reporting.contents import Contents
+from fusion.reporting import figures, sections, tables, wording
+from fusion.reporting.contents import Contents, costs
 from fusion.reporting.results import BASELINE
 from fusion.reporting.statistics import LEVEL, RESAMPLES
 
@@ -22,6 +21,19 @@ FILTERS = (
     *(wording.signed, wording.interval, wording.p_value, wording.number, wording.size, wording.mean_of),
     *(wording.seeds, wording.common_seeds, wording.score, wording.chosen_setting),
 )
+
+
+def write_files(contents: Contents, folder: Path) -> list[Path]:
+    """Figures as PNG and SVG, tables as CSV and LaTeX.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [path for table in tables.tables_of(contents) for path in tables.save(table, folder)]
+    for name, (_, figure) in contents.figures.items():
+        written += figures.save(figure, folder, wording.file_name(*name))
+    return written
 
 
 def write_page(contents: Contents, output: Path, about: Mapping[str, Any], files: Path | None) -> int:
@@ -34,21 +46,16 @@ def write_page(contents: Contents, output: Path, about: Mapping[str, Any], files
     Raises:
         OSError: it cannot be written.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # glyphs that the font does not have
-        values = _values(contents, output)
-    template = _template()
+    values = _values(contents, output) | {"about": about}
+    values["files"] = None if files is None else os.path.relpath(files, output.parent)
+    template = _template(contents)
     for rows in WORD_ROWS:
-        notes = list(contents.notes)
-        if rows != WORD_ROWS[0]:
-            notes.append(
-                f"To stay below 5 MB, token-level attention is limited to {rows} rows of each fusion."
-            )
-        shown = [sections.at_most(one, rows) for one in values["inspected"]]
-        words = [one for one in shown if one["rows"]]
-        where = None if files is None else os.path.relpath(files, output.parent)
-        data = {one["id"]: one["data"] for one in words}
-        text = template.render(values, about=about, notes=notes, words=words, words_data=data, files=where)
+        note = f"To stay below 5 MB, token-level attention is limited to {rows} rows of each fusion."
+        notes = [*contents.notes, *([] if rows == WORD_ROWS[0] else [note])]
+        words = [one | {"rows": one["rows"][:rows]} for one in values["inspected"] if one["rows"][:rows]]
+        text = template.render(
+            values, notes=notes, words=words, data=_script_data(words, values["by_target"])
+        )
         if len(text.encode()) <= LARGEST:
             break
     else:
@@ -57,7 +64,7 @@ def write_page(contents: Contents, output: Path, about: Mapping[str, Any], files
     return len(text.encode())
 
 
-def _template() -> Any:
+def _template(contents: Contents) -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -67,13 +74,19 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    drawn = {
+        name: figures.inline(figure, wording.anchor(*name), title)
+        for name, (title, figure) in contents.figures.items()
+        if name[0] in ("entropy", "needed", "curves", "cost")
+    }
     environment.filters |= {one.__name__: one for one in FILTERS}
     environment.globals |= {"group_anchor": wording.group_anchor, "against": wording.against}
+    environment.globals |= {"costs": costs, "titled": wording.titled, "figure": lambda *name: drawn.get(name)}
     return environment.get_template("report.html")
 
 
 def _values(contents: Contents, output: Path) -> dict[str, Any]:
-    """What the template lays out, without the rows of token-level attention."""
+    """What the template lays out."""
     targets = contents.targets
     return {
         "version": fusion.__version__,
@@ -82,16 +95,23 @@ def _values(contents: Contents, output: Path) -> dict[str, Any]:
         "resamples": f"{RESAMPLES:,}",
         "baseline": BASELINE,
         "targets": targets,
+        "everything": contents.everything,
+        "with_curves": [one for one in contents.everything if ("curves", one.label) in contents.figures],
         "single": [(target, group) for target in contents.single for group in target.every_group],
         "optimistic": sections.optimistic(targets),
         "tallies": sections.tallies(targets),
         "some_chosen": any(group.others for target in targets for group in target.groups.values()),
         "heatmaps": [sections.heatmap(one) for one in contents.attention],
         "by_target": sections.sources_by_target(contents.attention),
-        "entropy": sections.entropy(contents.attention),
         "inspected": [sections.inspected(*one) for one in contents.inspected],
-        "curves": sections.curves(contents),
-        "cost": [sections.cost(target) for target in targets],
-        "groups": sections.runs(contents.everything, output),
+        "links": lambda entry: sections.links(entry, output),
         "rebuilds": sections.rebuilds(contents.everything),
     }
+
+
+def _script_data(words: list[dict[str, Any]], by_target: dict[str, Any] | None) -> dict[str, Any]:
+    """What the page's script reads."""
+    read = {one["id"]: {key: one[key] for key in ("sources", "layers")} for one in words}
+    for one in words:
+        read[one["id"]]["weights"] = [row["weights"] for row in one["rows"]]
+    return {"words": read, "byTarget": by_target and {k: by_target[k] for k in ("layers", "data", "largest")}}

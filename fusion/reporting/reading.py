@@ -30,12 +30,6 @@ class RunFolder:
     config: dict[str, Any]
     result: dict[str, Any]
 
-    def json(self, name: str) -> dict[str, Any] | None:
-        """The object of a JSON file; None if it is missing or damaged."""
-        with contextlib.suppress(OSError, ValueError):
-            return read_json(self.folder / name)
-        return None
-
 
 @dataclass
 class Found:
@@ -67,14 +61,12 @@ def read_runs(folders: Sequence[Path], without: Path | None = None) -> Found:
         without: the folder of a run to omit.
 
     Raises:
-        UserError: a folder does not exist, or there is no run below any of them.
+        UserError: there is no run below any of the folders.
     """
     found = Found()
     places: dict[Path, None] = {}
     inspections: dict[Path, None] = {}
     for folder in folders:
-        if not folder.is_dir():
-            raise UserError(f"runs={folder}: no such folder; expected a folder of runs, such as runs=outputs")
         for place, inner, files in os.walk(folder):
             inner[:] = sorted(name for name in inner if not name.startswith("."))
             if STATUS in files:

@@ -7,9 +7,8 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusion.reporting.scores import Score
-from fusion.reporting.statistics import LEVEL, Difference, Sample
-from fusion.reporting.trained import Trained
+from fusion.reporting.scores import Score, Trained
+from fusion.reporting.statistics import LEVEL, Difference
 from fusion.store.settings_groups import key_of
 
 BASELINE = "single adapter"
@@ -65,10 +64,6 @@ class Group:
 
     def scores_by(self, metric: str) -> list[float]:
         return [entry.metrics[metric] for entry in self.entries if metric in entry.metrics]
-
-    @property
-    def samples(self) -> list[Sample]:
-        return [Sample(one.seed, one.metrics[self.metric], one.predictions) for one in self.entries]
 
     @property
     def scores(self) -> list[float]:

@@ -1,17 +1,75 @@
-"""The scores of all runs: one for each run, task and split."""
+"""The scores of all runs, one for each run, task and split, with the training that each belongs to."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusion.reporting.reading import RunFolder
+from fusion.config.compositions import COMPOSITIONS
+from fusion.config.methods import METHODS
+from fusion.errors import UserError
+from fusion.reporting.reading import RunFolder, read_json
 from fusion.reporting.statistics import Predictions
-from fusion.reporting.trained import Trained, artifact_path, read_artifact
+from fusion.runs.identity import identity_config
 from fusion.runs.run import OUTCOMES
+from fusion.store.compatibility import check_attends
+from fusion.store.lookup import read_folder
+from fusion.store.settings_groups import Lookup, Settings
+
+if TYPE_CHECKING:
+    from fusion.store.manifest import Manifest
+
+# Settings that name the target or the method; the others are the variant of the method.
+_NOT_VARIANT = ("method.name", "composition.name", "task.name", "backbone.name_or_path", "data.limit.train")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training and its artifact.
+
+    metric_of: the first metric of each task. variant: the settings that distinguish it from others of its method,
+    those of its sources included. setting: the backbone and the limit of training rows. manifest: of the artifact;
+    None if it is gone.
+    """
+
+    run: RunFolder
+    metric_of: Mapping[str, str]
+    method: str
+    variant: Mapping[str, Any]
+    setting: tuple[str, int | None]
+    artifact: str
+    manifest: Manifest | None
+
+    @property
+    def name(self) -> str:
+        return str(self.run.result.get("name"))
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.metric_of)
+
+    @property
+    def seed(self) -> int:
+        return int(self.run.result.get("seed", 0))
+
+    @property
+    def hash(self) -> str | None:
+        return None if self.manifest is None else self.manifest.hash
+
+    @property
+    def attends(self) -> bool:
+        """Whether the artifact exists and has attention to inspect."""
+        with contextlib.suppress(UserError):
+            if self.manifest is not None:
+                check_attends(self.manifest, "", "")
+                return True
+        return False
 
 
 @dataclass(frozen=True)
@@ -42,26 +100,25 @@ class Score:
     @property
     def setting(self) -> tuple[str, int | None]:
         """Of the target: the backbone and the limit of training rows."""
-        if self.trained is None:
-            return "", None
-        return self.trained.backbone, None if self.anywhere else self.trained.limit
+        backbone, limit = ("", None) if self.trained is None else self.trained.setting
+        return backbone, None if self.anywhere else limit
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        return self.trained.sources if self.trained is not None else (str(self.run.result.get("name")),)
+        """Names of the sources."""
+        if self.trained is None:
+            return (str(self.run.result.get("name")),)
+        return tuple(map(str, self.trained.run.result.get("sources") or ()))
 
 
-def all_scores(runs: Sequence[RunFolder], trained: Sequence[Trained]) -> list[Score]:
-    """The validation scores of the trainings in their best epoch, and the scores of the evaluations."""
-    scores = []
-    for one in trained:
-        for task, split, metrics, predictions in _metrics_of(one.run, one.tasks[0]):
-            scores.append(Score(task, split, one.method, metrics, predictions, one.run, one))
-    return [*scores, *_evaluations(runs, trained)]
-
-
-def _evaluations(runs: Iterable[RunFolder], trained: Sequence[Trained]) -> list[Score]:
-    """The last evaluation of each artifact, task and split."""
+def all_scores(runs: Sequence[RunFolder]) -> list[Score]:
+    """The validation scores of the trainings in their best epoch, and the last evaluation of each artifact."""
+    trained = trained_runs(runs)
+    scores = [
+        Score(task, split, one.method, metrics, predictions, one.run, one)
+        for one in trained
+        for task, split, metrics, predictions in _metrics_of(one.run, one.tasks[0])
+    ]
     by_path = {one.artifact: one for one in trained}
     last: dict[tuple[Any, ...], Score] = {}
     for run in runs:
@@ -75,10 +132,9 @@ def _evaluations(runs: Iterable[RunFolder], trained: Sequence[Trained]) -> list[
             own = maker is not None and task in maker.tasks
             method = maker.method if own and maker is not None else f"{_tasks_of(run, path, maker)} alone"
             method += f", {drop} layers dropped" if drop else ""
-            last[path, task, split, drop] = Score(
-                task, split, method, metrics, predictions, run, maker, not own
-            )
-    return list(last.values())
+            score = Score(task, split, method, metrics, predictions, run, maker, not own)
+            last[path, task, split, drop] = score
+    return [*scores, *last.values()]
 
 
 def _tasks_of(run: RunFolder, path: str, maker: Trained | None) -> str:
@@ -93,7 +149,9 @@ def _metrics_of(
     run: RunFolder, default_task: str
 ) -> Iterable[tuple[str, str, dict[str, float], Predictions | None]]:
     """Task, split, finite metrics and predictions of each score in a result."""
-    outcomes = run.json(OUTCOMES) or {}
+    outcomes: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        outcomes = read_json(run.folder / OUTCOMES)
     for key, metrics in (run.result.get("metrics") or {}).items():
         task, _, split = key.rpartition("/")
         numbers = {
@@ -103,3 +161,70 @@ def _metrics_of(
         }
         if numbers:
             yield task or default_task, split, numbers, Predictions.of(outcomes.get(key))
+
+
+def trained_runs(runs: Iterable[RunFolder]) -> list[Trained]:
+    """The last training of each artifact. A skipped run (already done) stands for the one before it."""
+    made: dict[tuple[str, str], Trained] = {}
+    trainings = [run for run in runs if run.command in ("stage1", "stage2") and "artifact" in run.result]
+    lookup = Lookup({artifact_path(run): identity_config(run.config) for run in trainings})
+    for run in trainings:
+        key = (artifact_path(run), json.dumps(identity_config(run.config), sort_keys=True, default=str))
+        if not (run.skipped and key in made):
+            made[key] = _trained(run, lookup)
+    return list({artifact: one for (artifact, _), one in made.items()}.values())
+
+
+def _trained(run: RunFolder, lookup: Lookup) -> Trained:
+    config, artifact = run.config, artifact_path(run)
+    tasks = config.get("tasks") or [config.get("task") or {}]
+    manifest = read_artifact(artifact)
+    flat, store = identity_config(config), Path(artifact).parent
+    stored = {} if manifest is None else manifest.run.config
+    if manifest is not None and {k: v for k, v in stored.items() if not k.startswith("inputs.")} == flat:
+        settings = lookup.of_artifact(manifest, store)
+    else:  # another run has replaced the artifact, or it is gone
+        settings = lookup.of_run(flat, store, list(map(str, run.result.get("sources") or ())) or None)
+    limit = ((config.get("data") or {}).get("limit") or {}).get("train")
+    return Trained(
+        run=run,
+        metric_of={str(task.get("name")): str((task.get("metrics") or [""])[0]) for task in tasks},
+        method=_method(config, run.result, settings),
+        variant={key: value for key, value in settings.items() if key not in _NOT_VARIANT},
+        setting=(str((config.get("backbone") or {}).get("name_or_path")), limit),
+        artifact=artifact,
+        manifest=manifest,
+    )
+
+
+def read_artifact(path: str) -> Manifest | None:
+    """The manifest of an artifact; None if it is gone."""
+    with contextlib.suppress(OSError, UserError):
+        return read_folder(Path(path))
+    return None
+
+
+def _method(config: Mapping[str, Any], result: Mapping[str, Any], settings: Settings) -> str:
+    """The title of the method in tables. Runs of another version may have other names."""
+    composition = config.get("composition")
+    name = str((composition or config.get("method") or {}).get("name"))
+    known = METHODS.get(name) if composition is None else COMPOSITIONS.get(name)
+    title = (known.title if known is not None else "") or name
+    if composition is None:
+        return title
+    sources: list[Any] = list(settings.get("sources") or result.get("sources") or ())
+    of = str(len(sources))
+    if len(sources) == 1:
+        one = sources[0]
+        of = str((one.get("artifact") or one.get("task.name") or "one") if isinstance(one, Mapping) else one)
+    return f"{title} of {of}{' + own adapter' if composition.get('target_adapter') else ''}"
+
+
+def artifact_path(run: RunFolder) -> str:
+    """The absolute path of the run's artifact; a relative one is relative to where the run was started."""
+    place = Path(str(run.result["artifact"]))
+    if not place.is_absolute():
+        for above in (Path.cwd(), *run.folder.parents):  # one of them is where the run was started
+            if (above / place).exists():
+                return str((above / place).resolve())
+    return str(place)

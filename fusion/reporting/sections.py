@@ -17,12 +17,11 @@ from fusion.errors import UserError
 from fusion.reporting import figures
 from fusion.reporting.ablation import ablation
 from fusion.reporting.attention import Attention, Floats, by_target, layer_names
-from fusion.reporting.contents import Contents, costs, every_method
+from fusion.reporting.contents import every_method
 from fusion.reporting.packing import unpack
-from fusion.reporting.results import Group, Target
-from fusion.reporting.scores import Score
-from fusion.reporting.trained import Trained
-from fusion.reporting.wording import anchor, chosen_setting, chosen_settings, group_anchor, titled
+from fusion.reporting.results import Target
+from fusion.reporting.scores import Score, Trained
+from fusion.reporting.wording import anchor, chosen_setting
 from fusion.store.rebuilding import rebuild_lines
 
 
@@ -62,15 +61,12 @@ def heatmap(one: Attention) -> dict[str, Any]:
 
 def _cells(matrix: Floats, largest: float) -> list[list[dict[str, Any] | None]]:
     """Text and percentage of the largest weight; None where there is no source."""
-    return [
-        [
-            None
-            if math.isnan(value)
-            else {"text": f"{value:.2f}", "weight": max(0, min(100, round(100 * value / largest)))}
-            for value in row
-        ]
-        for row in matrix
-    ]
+
+    def cell(value: float) -> dict[str, Any] | None:
+        weight = 0 if math.isnan(value) else max(0, min(100, round(100 * value / largest)))
+        return None if math.isnan(value) else {"text": f"{value:.2f}", "weight": weight}
+
+    return [[cell(value) for value in row] for row in matrix.tolist()]
 
 
 def sources_by_target(every: Sequence[Attention]) -> dict[str, Any] | None:
@@ -99,13 +95,6 @@ def _layers(slots: Sequence[str]) -> list[str]:
     return ["all layers (mean)", *(f"layer {name}" for name in layer_names(slots))]
 
 
-def entropy(every: Sequence[Attention]) -> Any:
-    if not any(one.entropy is not None and one.max_entropy > 0 for one in every):
-        return None
-    title = "Entropy of the attention in each layer, the mean over tokens, relative to uniform attention"
-    return figures.inline(figures.entropy_figure(every), "entropy", title)
-
-
 def inspected(target: Target, method: str, trained: Trained, inspection: dict[str, Any]) -> dict[str, Any]:
     """Token-level attention and source ablation of a fusion."""
     metric, full = next(iter(inspection["metrics"].items()))
@@ -114,12 +103,6 @@ def inspected(target: Target, method: str, trained: Trained, inspection: dict[st
     colours = [figures.colour(n) for n in range(len(sources))]
     rows = [row for one in inspection["words"] if (row := _word_row(one, slots, sources, colours))]
     changes = ablation(inspection, metric)
-    picture = None
-    if changes:
-        title = f"Score without each source, and with fewer and fewer, {target.label}"
-        name = anchor("needed", target.label, method)
-        steps = [(len(step["kept"]), step["metrics"][metric]) for step in inspection.get("pruned") or []]
-        picture = figures.inline(figures.pruning_figure(metric, changes, steps, stacked=True), name, title)
     return {
         "id": anchor("into", target.label, method),
         "title": f"{target.label} ← {method}",
@@ -132,21 +115,10 @@ def inspected(target: Target, method: str, trained: Trained, inspection: dict[st
         "sources": list(zip(sources, colours, strict=True)),
         "layers": _layers(slots),
         "rows": rows,
-        "data": {
-            "sources": sources,
-            "colours": colours,
-            "layers": len(slots),
-            "rows": [{"weights": row["weights"], "tokens": len(row["tokens"])} for row in rows],
-        },
         "changes": changes,
-        "picture": picture,
+        "figure": ("needed", target.label, method),
         "pruned": inspection.get("pruned") or [],
     }
-
-
-def at_most(one: dict[str, Any], rows: int) -> dict[str, Any]:
-    """An inspected fusion with at most so many rows of token-level attention."""
-    return one | {"rows": one["rows"][:rows], "data": one["data"] | {"rows": one["data"]["rows"][:rows]}}
 
 
 def _word_row(
@@ -172,54 +144,18 @@ def _word_row(
     }
 
 
-def curves(contents: Contents) -> list[dict[str, Any]]:
-    made = []
-    for target, shown in contents.curves:
-        title = f"{', '.join(shown)} over the steps, {target.label}"
-        figure = figures.curves_figure(shown, list(target.groups), columns=1)
-        picture = figures.inline(figure, anchor("curves", target.label), title)
-        methods = [method for of_metric in shown.values() for method in of_metric]
-        made.append({"target": target, "settings": chosen_settings(target, methods), "picture": picture})
-    return made
-
-
-def cost(target: Target) -> dict[str, Any]:
-    rows, picture = costs(target), None
-    if any(row["parameters"] or row["seconds"] for row in rows):
-        title = f"Score against parameters and seconds, {target.label}"
-        figure = figures.cost_figure(rows, target.label, target.metric, stacked=True)
-        picture = figures.inline(figure, anchor("cost", target.label), title)
-    return {"target": target, "rows": rows, "picture": picture}
-
-
-def runs(targets: Sequence[Target], output: Path) -> list[dict[str, Any]]:
-    """The runs of each group, with links to their folders."""
-    return [
-        {
-            "anchor": group_anchor(target, group),
-            "title": f"{target.label} · {titled(group)}",
-            "runs": [_run(group, entry, output) for entry in group.entries],
-        }
-        for target in targets
-        for group in target.every_group
-    ]
-
-
-def _run(group: Group, entry: Score, output: Path) -> dict[str, Any]:
-    trained = entry.trained
+def links(entry: Score, output: Path) -> dict[str, str]:
+    """The addresses of a run's folders and of its W&B run, by text."""
+    trained, made = entry.trained, {}
+    if trained is not None:
+        made[f"trained in {trained.run.folder}"] = _link(trained.run.folder, output)
+    if trained is None or trained.run is not entry.run:
+        made[f"evaluated in {entry.run.folder}"] = _link(entry.run.folder, output)
     tracked = None if trained is None or trained.manifest is None else trained.manifest.run.wandb
     url = tracked.get("url") if isinstance(tracked, dict) else None
-    folders = [] if trained is None else [("trained", trained.run.folder)]
-    if trained is None or trained.run is not entry.run:
-        folders.append(("evaluated", entry.run.folder))
-    return {
-        "name": trained.name if trained is not None else entry.run.result.get("name"),
-        "diverged": trained is not None and bool(trained.run.result.get("diverged")),
-        "seed": entry.seed,
-        "score": entry.metrics[group.metric],
-        "folders": [(what, _link(folder, output), str(folder)) for what, folder in folders],
-        "url": url if isinstance(url, str) and url.startswith(("https://", "http://")) else None,
-    }
+    if isinstance(url, str) and url.startswith(("https://", "http://")):
+        made["W&B"] = url
+    return made
 
 
 def _link(folder: Path, output: Path) -> str:
@@ -234,17 +170,15 @@ def rebuilds(targets: Sequence[Target]) -> list[dict[str, Any]]:
 
 def _rebuild(trained: Trained) -> dict[str, Any]:
     lines = [shlex.join(["python", "-m", f"fusion.{trained.run.command}", *trained.run.overrides])]
-    facts: dict[str, Any] = {"seed": trained.seed}
+    facts: dict[str, Any] = {}
     if (manifest := trained.manifest) is not None:
-        folder, git = Path(trained.artifact), manifest.run.git
+        store, git = Path(trained.artifact).parent, manifest.run.git
         with contextlib.suppress(UserError, OSError):
-            lines = rebuild_lines(manifest, folder.parent, folder.parent)
+            lines = rebuild_lines(manifest, store, store)
+        facts["versions"] = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
         marks = manifest.data.fingerprints.items()
-        facts |= {
-            "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
-            "data": ", ".join(f"{split} {mark[:12]}" for split, mark in marks),
-            "hash": manifest.hash[:12],
-        }
+        facts["data"] = ", ".join(f"{split} {mark[:12]}" for split, mark in marks)
+        facts["hash"] = manifest.hash[:12]
         if git is not None:
             facts["commit"] = f"{git.commit[:12]}{' with changes' if git.dirty else ''}"
     return {"name": trained.name, "lines": lines, "facts": facts}

@@ -123,13 +123,8 @@ def _bootstrap_rows(
         again = seeds if paired else draw.randint(len(others), size=(len(rows), len(others)))
         return _resampled_mean(ones, rows, seeds, metric) - _resampled_mean(others, rows, again, metric)
 
-    found = stats.bootstrap(
-        (np.arange(len(ones[0].labels)),),
-        statistic,
-        batch=_BATCH,
-        vectorized=True,
-        **_options(stats.bootstrap),
-    )
+    rows = np.arange(len(ones[0].labels))
+    found = stats.bootstrap((rows,), statistic, batch=_BATCH, vectorized=True, **_bootstrap_options())
     resampled = found.bootstrap_distribution
     tail = min((resampled <= _TOLERANCE).sum(), (resampled >= -_TOLERANCE).sum())
     p = min(1.0, 2 * (float(tail) + 1) / (len(resampled) + 1))
@@ -143,14 +138,15 @@ def _bootstrap_seeds(scores: Floats, baselines: Floats) -> tuple[float, float, f
     differences = scores - baselines
     low = high = float(differences[0])
     if np.ptp(differences) >= _TOLERANCE:  # scipy warns of values without spread
-        interval = stats.bootstrap((differences,), np.mean, **_options(stats.bootstrap)).confidence_interval
+        interval = stats.bootstrap((differences,), np.mean, **_bootstrap_options()).confidence_interval
         low, high = float(interval.low), float(interval.high)
     test = stats.permutation_test(
         (scores, baselines),
         lambda x, y, axis: np.mean(x - y, axis=axis),
         permutation_type="samples",
         vectorized=True,
-        **_options(stats.permutation_test),
+        n_resamples=RESAMPLES,
+        rng=np.random.default_rng(_SEED),
     )
     return low, high, float(test.pvalue)
 
@@ -209,11 +205,6 @@ def _same_rows(samples: Sequence[Sample]) -> list[Predictions] | None:
     return kept if same and len(kept[0].labels) > 1 else None
 
 
-def _options(function: Any) -> dict[str, Any]:
-    """Common options; the fixed seed has the name that this release of scipy has for it."""
-    import inspect
-
-    known = inspect.signature(function).parameters
-    options: dict[str, Any] = {"n_resamples": RESAMPLES}
-    options |= {"confidence_level": LEVEL, "method": "percentile"} if "confidence_level" in known else {}
-    return options | {"rng" if "rng" in known else "random_state": np.random.default_rng(_SEED)}
+def _bootstrap_options() -> dict[str, Any]:
+    options = {"n_resamples": RESAMPLES, "confidence_level": LEVEL, "method": "percentile"}
+    return options | {"rng": np.random.default_rng(_SEED)}

@@ -9,20 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fusion.errors import first_line
-
-log = logging.getLogger(__name__)
-
 FILE = "links.json"
 ALIAS_DIGITS = 12  # of an artifact's hash
 # What W&B shows of a manifest; the whole config is with the run.
-SHOWN = (
+SHOWN = [
     "kind",
     "name",
     "adapter",
@@ -33,16 +28,8 @@ SHOWN = (
     "seed",
     "versions",
     "result",
-)
-SHOWN_OF_RUN = ("identity", "overrides", "git", "wandb")
-
-
-def links_file(run: Any) -> Path:
-    return Path(run.settings.sync_dir).parent / FILE
-
-
-def describe(run: Any) -> dict[str, Any]:
-    return {"id": run.id, "project": run.project, "entity": run.entity or None, "name": run.name}
+]
+SHOWN_OF_RUN = ["identity", "overrides", "git", "wandb"]
 
 
 def read_links(file: Path) -> dict[str, Any]:
@@ -80,11 +67,9 @@ def link(run: Any, links: Mapping[str, Any]) -> dict[str, Any]:
     linked, made = list(links["drawn"]), links["made"]
     for used in links["used"]:
         if mark(used) not in linked:
-            try:
+            with contextlib.suppress(Exception):  # the run's config names it anyway
                 run.use_artifact(reference(used))
                 linked.append(mark(used))
-            except Exception as error:  # the run's config names it anyway
-                log.debug("W&B has no artifact %s: %s", used["name"], first_line(error))
     if made and mark(made) not in linked and (folder := Path(made["folder"])).is_dir():
         artifact = wandb.Artifact(made["name"], type=made["kind"], metadata=metadata(folder, made["hash"]))
         for file in sorted(folder.iterdir()):
@@ -107,14 +92,10 @@ def metadata(folder: Path, hash: str) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     task, backbone, run = (manifest.get(key) or {} for key in ("task", "backbone", "run"))
-    return {
-        "hash": hash,
-        "folder": str(folder),
-        "task": task.get("name"),
-        "backbone": {key: backbone.get(key) for key in ("name_or_path", "fingerprint")},
-        **{key: manifest[key] for key in SHOWN if manifest.get(key)},
-        **{key: run[key] for key in SHOWN_OF_RUN if run.get(key)},
-    }
+    shown = {key: manifest[key] for key in SHOWN if manifest.get(key)}
+    shown |= {key: run[key] for key in SHOWN_OF_RUN if run.get(key)}
+    shown["backbone"] = {key: backbone.get(key) for key in ("name_or_path", "fingerprint")}
+    return {"hash": hash, "folder": str(folder), "task": task.get("name"), **shown}
 
 
 @contextlib.contextmanager

@@ -14,10 +14,9 @@ from pytorch_lightning.loggers import Logger
 
 from fusion.files import write_json
 from fusion.tracking.labels import flat, plain
-from fusion.tracking.lineage import describe, link, links_file, staged_in
+from fusion.tracking.lineage import FILE, link, staged_in
 from fusion.tracking.loggers import wandb_run
-from fusion.tracking.offline_state import state
-from fusion.tracking.wandb_run import LINK_SECONDS, STEP, reason_of
+from fusion.tracking.wandb_run import LINK_SECONDS, STEP, reason_of, state
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +25,7 @@ def log_result(loggers: Sequence[Logger], result: Mapping[str, Any]) -> None:
     """Add a run's result to the W&B summary.
 
     `best/validation/accuracy` and `best/epoch` of a training (its curves have their own `validation/accuracy.max`),
-    `validation/accuracy` of an evaluation; `epochs`, `speed/seconds`, `speed/tokens_per_second`,
-    `speed/peak_memory_bytes`, `parameters/trainable`, `parameters/stored_bytes`, ...
+    `validation/accuracy` of an evaluation; `epochs`, `speed/seconds`, `parameters/trainable`, ...
     """
 
     def update(run: Any) -> None:
@@ -47,20 +45,17 @@ def log_attention(loggers: Sequence[Logger], record: Mapping[str, Any]) -> None:
     def update(run: Any) -> None:
         import wandb
 
-        from fusion.reporting.figures import attention_image
+        from fusion.reporting.figures import attention_figure
 
         columns: list[str | int] = ["slot", "source", "mean", "entropy", "value_distance"]
-        rows = [
-            [slot, source, weight, values["entropy"], values["value_distance"]]
-            for slot, values in record["slots"].items()
-            for source, weight in zip(record["sources"], values["mean"], strict=True)
-        ]
-        logged: dict[str, Any] = {"epoch": record["epoch"], STEP: record["step"]}
-        for figure in ("entropy", "value_distance"):
-            for slot, values in record["slots"].items():
-                if values[figure] is not None:
-                    logged[f"attention/{figure}/{slot}"] = values[figure]
-        logged["attention/picture"] = wandb.Image(attention_image(record), file_type="png")
+        rows, logged = [], {"epoch": record["epoch"], STEP: record["step"]}
+        for slot, values in record["slots"].items():
+            numbers = {key: values[key] for key in ("entropy", "value_distance")}
+            rows += [
+                [slot, *one, *numbers.values()] for one in zip(record["sources"], values["mean"], strict=True)
+            ]
+            logged |= {f"attention/{key}/{slot}": one for key, one in numbers.items() if one is not None}
+        logged["attention/picture"] = wandb.Image(attention_figure(record), file_type="png")
         logged["attention/table"] = wandb.Table(columns=columns, data=rows)
         with staged_in(Path(run.settings.sync_dir)):  # offline, the file of a table stays where it is staged
             run.log(logged, step=record["step"])
@@ -98,8 +93,7 @@ def log_lineage(
     """
     made = {"name": name, "hash": hash, "kind": kind}
     artifact: dict[str, Any] = made | {"sources": [_source(source) for source in sources]}
-    if init_from is not None:
-        artifact["init_from"] = _source(init_from)
+    artifact |= {} if init_from is None else {"init_from": _source(init_from)}
     used = [*sources, *([] if init_from is None else [init_from])]
     _log_artifact(loggers, artifact, made | {"folder": str(folder.absolute())}, used)
 
@@ -121,9 +115,11 @@ def _log_artifact(
         run.config.update({"artifact": plain(artifact)}, allow_val_change=True)
 
     def link_now(run: Any) -> None:
-        read = [{key: one[key] for key in ("name", "hash")} | {"run": _run_of(one)} for one in used]
-        links = {"run": describe(run), "made": made, "used": read, "drawn": []}
-        write_json(links_file(run), links)
+        about = {"id": run.id, "project": run.project, "entity": run.entity or None, "name": run.name}
+        read = [{"name": one["name"], "hash": one["hash"], "run": _run_of(one)} for one in used]
+        links = {"run": about, "made": made, "used": read, "drawn": []}
+        file = Path(run.settings.sync_dir).parent / FILE
+        write_json(file, links)
         if run.offline:
             return
         future: Future[dict[str, Any]] = Future()
@@ -134,11 +130,9 @@ def _log_artifact(
             except Exception as error:
                 future.set_exception(error)
 
-        threading.Thread(
-            target=call, daemon=True, name="wandb-link"
-        ).start()  # W&B has no time limit of its own
+        threading.Thread(target=call, daemon=True).start()  # W&B has no time limit of its own
         try:
-            write_json(links_file(run), future.result(LINK_SECONDS))
+            write_json(file, future.result(LINK_SECONDS))
         except TimeoutError:
             state.reason = f"the server did not respond within {LINK_SECONDS:g} s"
             raise TimeoutError(state.reason) from None

@@ -13,9 +13,8 @@ from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 
 from fusion.config.logger import LoggerConfig
 from fusion.tracking.labels import best_is, flat, plain
-from fusion.tracking.offline_state import state
 from fusion.tracking.run_id import run_id
-from fusion.tracking.wandb_run import STEP, reason_of, relative, start_run
+from fusion.tracking.wandb_run import STEP, reason_of, relative, start_run, state
 
 log = logging.getLogger(__name__)
 L = TypeVar("L", bound=type[Logger])

@@ -22,19 +22,20 @@ from fusion.tracking.lineage import FILE, link, not_linked, read_links, staged_i
 from fusion.tracking.wandb_run import FINISH_SECONDS, disable_error_reports, missing_key
 
 CHECK_SECONDS = 5.0  # for the server to respond
-UPLOAD_SECONDS = 120.0  # for each run, unless seconds= is set; the next call uploads the rest
 
 
 class SyncError(Exception):
     """A run could not be uploaded or linked; the others may still be."""
 
 
+class ServerError(Exception):
+    """The server accepts connections, but does not respond or fails: no run can be uploaded."""
+
+
 def find_offline(folder: Path) -> list[Path]:
     """All offline runs in `folder` and below, `.../wandb/offline-run-TIME-ID`, in order of time: sources first."""
-    found = {
-        path for path in (folder, *folder.rglob("offline-run-*")) if path.name.startswith("offline-run-")
-    }
-    return sorted((path for path in found if list(path.glob("*.wandb"))), key=lambda path: path.name)
+    found = {path.parent for path in folder.rglob("*.wandb") if path.parent.name.startswith("offline-run-")}
+    return sorted(found, key=lambda path: path.name)
 
 
 def is_uploaded(run: Path) -> bool:
@@ -60,7 +61,8 @@ def open_links(run: Path) -> dict[str, Any] | None:
 def check_connection() -> None:
     """
     Raises:
-        UserError: no API key is set, or the server does not respond in time.
+        UserError: no API key is set, or no server can be connected to.
+        ServerError: the server does not respond in time, or responds with an error of its own.
     """
     import wandb
 
@@ -74,12 +76,14 @@ def check_connection() -> None:
         urllib.request.urlopen(url, timeout=CHECK_SECONDS).close()
     except urllib.error.HTTPError as error:
         if error.code >= 500:
-            raise UserError(f"nothing can be uploaded: {url} responds with error {error.code}") from error
+            raise ServerError(f"nothing can be uploaded: {url} responds with error {error.code}") from error
+    except urllib.error.URLError as error:
+        raise UserError(f"nothing can be uploaded: cannot connect to {url} ({error.reason})") from error
     except (OSError, HTTPException) as error:
-        raise UserError(f"nothing can be uploaded: {url} does not respond ({first_line(error)})") from error
+        raise ServerError(f"nothing can be uploaded: {url} does not respond ({first_line(error)})") from error
 
 
-def upload(run: Path, seconds: float = UPLOAD_SECONDS) -> None:
+def upload(run: Path, seconds: float) -> None:
     """
     Raises:
         SyncError: with W&B's message.
@@ -99,7 +103,7 @@ def upload(run: Path, seconds: float = UPLOAD_SECONDS) -> None:
 
 
 def link_uploaded(run: Path) -> tuple[list[str], list[str]]:
-    """Link what is open of an uploaded run.
+    """Link what is open of an uploaded run; nothing else is logged to it.
 
     Returns:
         What is linked now and what is still open, as `NAME:HASH`.
@@ -107,37 +111,28 @@ def link_uploaded(run: Path) -> tuple[list[str], list[str]]:
     Raises:
         SyncError: with W&B's message.
     """
-    if (links := open_links(run)) is None:
-        return [], []
-    try:
-        after = _link_online(links)
-        write_json(run.parent / FILE, after)
-    except Exception as error:
-        raise SyncError(f"could not be linked ({first_line(error)})") from error
-    return [one for one in after["drawn"] if one not in links["drawn"]], not_linked(after)
-
-
-def _link_online(links: dict[str, Any]) -> dict[str, Any]:
-    """Resume the run online; nothing is logged to it but its links."""
     import wandb
 
+    if (links := open_links(run)) is None:
+        return [], []
+    options = dict.fromkeys(("silent", "x_disable_stats", "x_disable_meta", "disable_git"), True)
     settings = wandb.Settings(
-        silent=True,
+        **dict[str, Any](options),
         console="off",
-        x_disable_stats=True,
-        x_disable_meta=True,
         x_save_requirements=False,
-        disable_git=True,
         init_timeout=WandbConfig().init_timeout,
         finish_timeout=FINISH_SECONDS,
         finish_timeout_raises=True,
     )
-    place = {key: links["run"].get(key) for key in ("project", "entity")}
-    with tempfile.TemporaryDirectory() as here, staged_in(here):
-        run = wandb.init(
-            **place, id=links["run"]["id"], resume="must", mode="online", dir=here, settings=settings
-        )
-        try:
-            return link(run, links)
-        finally:
-            run.finish()
+    known = {key: links["run"].get(key) for key in ("id", "project", "entity")}
+    try:
+        with tempfile.TemporaryDirectory() as here, staged_in(here):
+            resumed = wandb.init(**known, resume="must", mode="online", dir=here, settings=settings)
+            try:
+                after = link(resumed, links)
+            finally:
+                resumed.finish()
+        write_json(run.parent / FILE, after)
+    except Exception as error:
+        raise SyncError(f"could not be linked ({first_line(error)})") from error
+    return [one for one in after["drawn"] if one not in links["drawn"]], not_linked(after)

@@ -15,7 +15,6 @@ from pathlib import Path
 from fusion.files import write_json
 
 FILE = "wandb.json"
-VALID = r"[\w.-]{1,64}"
 
 
 def run_id(folder: Path | None, identity: str) -> str | None:
@@ -36,7 +35,7 @@ def run_id(folder: Path | None, identity: str) -> str | None:
     file = folder / FILE
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # the first start, or a damaged file
         known = json.loads(file.read_text(encoding="utf-8"))["id"]
-        if re.fullmatch(VALID, known):
+        if re.fullmatch(r"[\w.-]{1,64}", known):
             return str(known)
     new = f"{identity}-{secrets.token_hex(3)}"
     with contextlib.suppress(OSError):  # a full disk is reported by the checkpoints

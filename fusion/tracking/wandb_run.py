@@ -1,8 +1,8 @@
 """Start a W&B run: online if there is a key and a server, offline otherwise.
 
-W&B has four ways to spoil a training run: no key (an immediate error), an unreachable server (an error after a long
-wait), a call that raises in the middle of training, and a `finish` that waits for a lost server. Each of them ends
-in one line on the console: training continues, offline if possible, without W&B if not.
+W&B can fail in four ways: no key (an immediate error), an unreachable server (an error after a long wait), a call
+that raises during training, and a `finish` that waits for a lost server. Each becomes one line on the console:
+training continues, offline if possible, without W&B if not.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import logging
 import os
 import shlex
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from fusion.config.logger import WandbConfig
 from fusion.errors import first_line
 from fusion.text import shortened
-from fusion.tracking.offline_state import state
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,36 @@ LINK_SECONDS = 15.0  # for W&B's artifacts; the run's config names them anyway
 FINISH_SECONDS = 20.0  # for the rest of the upload when a job ends; `wandb sync` can upload it later
 SERVICE_SECONDS = 8.0  # for the start of W&B's service process once something has failed
 STEP = "trainer/global_step"  # Lightning's name
+
+
+@dataclass
+class State:
+    """What the jobs of one command share; parallel jobs in other processes decide for themselves.
+
+    reason: why later runs are offline. noticed: a notice was given. sweep: the folder that a single notice names.
+    """
+
+    reason: str | None = None
+    noticed: bool = False
+    sweep: Path | None = None
+
+    def first_notice(self) -> bool:
+        first, self.noticed = not self.noticed, self.sweep is not None
+        return first
+
+
+state = State()
+
+
+@contextlib.contextmanager
+def command_state() -> Iterator[None]:
+    """A new state for one command."""
+    before = vars(state).copy()
+    vars(state).update(vars(State()))
+    try:
+        yield
+    finally:
+        vars(state).update(before)
 
 
 def start_run(config: WandbConfig, /, **labels: Any) -> Any | None:
@@ -49,17 +80,17 @@ def start_run(config: WandbConfig, /, **labels: Any) -> Any | None:
             if state.first_notice():
                 log.info("W&B is disabled; nothing is tracked there")
             return None
-        reason: str | None = "as requested"
+        reason = "as requested"
         if mode not in ("offline", "dryrun"):  # dryrun: W&B's former name of offline
-            reason = state.reason or missing_key()
-            if reason is None:
+            state.reason = state.reason or missing_key()
+            if state.reason is None:
                 try:
                     run = _init(config, "online", labels)
                     log.info("W&B: %s", run.url)
                     return run
                 except Exception as error:
-                    reason = reason_of(error)
-            state.reason = reason
+                    state.reason = reason_of(error)
+            reason = state.reason
         try:
             run = _init(config, "offline", labels)
         except Exception:
@@ -67,7 +98,7 @@ def start_run(config: WandbConfig, /, **labels: Any) -> Any | None:
             with contextlib.suppress(Exception):
                 wandb.teardown()
             run = _init(config, "offline", labels)
-        report_offline(str(reason), Path(labels["dir"]))
+        report_offline(reason, Path(labels["dir"]))
         return run
     except Exception as error:
         state.reason = f"W&B could not start: {reason_of(error)}"
@@ -89,9 +120,8 @@ def _init(config: WandbConfig, mode: Literal["online", "offline"], labels: dict[
     )
     folder = Path(labels["dir"]) / "wandb"
     before = set(folder.glob("*run-*"))
-    labels = labels | {"project": config.project, "entity": config.entity}
     try:
-        run = wandb.init(mode=mode, settings=settings, **labels)
+        run = wandb.init(mode=mode, settings=settings, project=config.project, entity=config.entity, **labels)
     except Exception:
         for started in set(folder.glob("*run-*")) - before:
             shutil.rmtree(started, ignore_errors=True)
@@ -105,12 +135,9 @@ def _init(config: WandbConfig, mode: Literal["online", "offline"], labels: dict[
 def report_offline(reason: str, folder: Path) -> None:
     """One line for all jobs of a sweep, with the command that uploads their runs."""
     if state.first_notice():
-        log.info(
-            "W&B is offline (%s); upload the %s later with `python -m fusion.sync %s`",
-            reason,
-            "runs of this sweep" if state.sweep else "run",
-            shlex.quote(f"runs={relative(state.sweep or folder)}"),
-        )
+        what, folder = ("run", folder) if state.sweep is None else ("runs of this sweep", state.sweep)
+        command = f"python -m fusion.sync {shlex.quote(f'runs={relative(folder)}')}"
+        log.info("W&B is offline (%s); upload the %s later with `%s`", reason, what, command)
 
 
 def missing_key() -> str | None:
@@ -118,11 +145,10 @@ def missing_key() -> str | None:
     import wandb
 
     try:
-        return (
-            None if wandb.login(prompt=False, verify=False) else "no API key is set; `wandb login` sets one"
-        )
+        set_ = wandb.login(prompt=False, verify=False)
     except Exception as error:
         return reason_of(error)
+    return None if set_ else "no API key is set; `wandb login` sets one"
 
 
 def disable_error_reports() -> None:

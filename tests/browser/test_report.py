@@ -1,6 +1,6 @@
 """The report in a real browser: headless Chromium, driven by selenium. `make test-browser` runs these.
 
-They are not skipped where there is no Chromium: whoever asks for them wants to know.
+Without Chromium they fail instead of being skipped.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from fusion.reporting.packing import unpack
 from tests.reporting.conftest import Write, write  # noqa: F401
 from tests.reporting.test_page import (
     EVIL,
-    a_night,
     contents,
+    example_runs,
     inspection,
-    note_attention,
-    note_history,
+    write_attention,
+    write_history,
     written,
 )
 
@@ -59,10 +59,10 @@ def chromium() -> Iterator[Chrome]:
 
 @pytest.fixture
 def page(tmp_path: Path, write: Write) -> Path:  # noqa: F811
-    """A report of two targets, with a name that would do harm if it could."""
-    a_night(write)
-    a_night(write, "cb")
-    note_attention(write("rte", sources=[EVIL, "b"], wrong=1, score=0.95), EVIL)
+    """A report of four targets, with a name that contains markup and a script."""
+    example_runs(write)
+    example_runs(write, "cb")
+    write_attention(write("rte", sources=[EVIL, "b"], wrong=1, score=0.95), EVIL)
     write("rte", wrong=5, score=0.75)
     for rate, wrong in ((0.1, 2), (0.2, 4)):  # settings with a long name, in every caption
         changes = {
@@ -70,14 +70,14 @@ def page(tmp_path: Path, write: Write) -> Path:  # noqa: F811
             "adapter__another_name_of_a_setting": rate,
         }
         folder = write("wnli", score=1 - wrong / 20, wrong=wrong, sources=["a", "b"], **changes)
-        note_attention(folder)
-        note_history(folder, f"wnli-{rate}", range(0, 40, 10))
+        write_attention(folder)
+        write_history(folder, f"wnli-{rate}", range(0, 40, 10))
     written(contents(tmp_path, inspection()), tmp_path)
     return tmp_path / "report.html"
 
 
 def show(chromium: Chrome, page: Path, width: int = 1600, dark: bool = False) -> Chrome:
-    chromium.get_log("browser")  # forget what was
+    chromium.get_log("browser")  # clear the log
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
     chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     features = {"prefers-color-scheme": "dark" if dark else "light", "prefers-reduced-motion": "reduce"}
@@ -96,7 +96,7 @@ def every(chromium: Chrome, selector: str) -> list[WebElement]:
 
 
 def style_of(element: WebElement, name: str) -> str:
-    """A custom property as it stands on the element itself."""
+    """A custom property of the element's own style."""
     value = element.parent.execute_script(
         "return arguments[0].style.getPropertyValue(arguments[1])", element, name
     )
@@ -104,7 +104,7 @@ def style_of(element: WebElement, name: str) -> str:
 
 
 def style_of_source(token: WebElement) -> str:
-    """The share that the page was written with, without a script."""
+    """The weight in the markup, readable without scripts."""
     found = re.search(r"--w:\s*(\d+)%", token.get_attribute("style") or "")
     assert found is not None
     return found[1]
@@ -120,7 +120,7 @@ def weights() -> Any:
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dark", [False, True])
-def test_it_loads_cleanly_and_fits(chromium: Chrome, page: Path, width: int, dark: bool) -> None:
+def test_page_loads_without_errors_and_fits(chromium: Chrome, page: Path, width: int, dark: bool) -> None:
     show(chromium, page, width, dark)
     assert chromium.get_log("browser") == []
     inner, document = chromium.execute_script("return [innerWidth, document.documentElement.scrollWidth]")
@@ -140,7 +140,7 @@ def test_it_loads_cleanly_and_fits(chromium: Chrome, page: Path, width: int, dar
     assert texts and min(texts) > 6, "the text of the figures can be read"
 
 
-def test_every_score_and_figure_is_within_a_phone(chromium: Chrome, page: Path) -> None:
+def test_scores_and_figures_fit_a_phone(chromium: Chrome, page: Path) -> None:
     show(chromium, page, 400)
     outside = chromium.execute_script(
         "return [...document.querySelectorAll('.scores *, svg.figure, .stack td, .heat td')].filter(e => "
@@ -150,7 +150,7 @@ def test_every_score_and_figure_is_within_a_phone(chromium: Chrome, page: Path) 
     assert outside == 0
 
 
-def test_a_desktop_is_used(chromium: Chrome, page: Path) -> None:
+def test_wide_windows_are_used(chromium: Chrome, page: Path) -> None:
     show(chromium, page, 1600)
     right = chromium.execute_script(
         "return Math.max(...[...document.querySelectorAll('.scores, .card')].map(e => e.getBoundingClientRect().right))"
@@ -159,7 +159,7 @@ def test_a_desktop_is_used(chromium: Chrome, page: Path) -> None:
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_text_stands_out_from_its_ground(chromium: Chrome, page: Path, dark: bool) -> None:
+def test_contrast(chromium: Chrome, page: Path, dark: bool) -> None:
     """A contrast of 4.5 to 1 (WCAG AA), for the text, the verdicts and the darkest cell of a heatmap."""
     show(chromium, page, dark=dark)
 
@@ -193,7 +193,7 @@ def test_text_stands_out_from_its_ground(chromium: Chrome, page: Path, dark: boo
     assert (luminance(colours("p", "body")[1]) < 0.1) is dark
 
 
-def test_the_slider_shows_a_layer(chromium: Chrome, page: Path) -> None:
+def test_layer_slider(chromium: Chrome, page: Path) -> None:
     show(chromium, page)
     slider, tokens = first(chromium, ".words input"), every(chromium, ".words .token")
     assert len(tokens) == 4 and first(chromium, ".words output").text == "all layers (mean)"
@@ -210,7 +210,7 @@ def test_the_slider_shows_a_layer(chromium: Chrome, page: Path) -> None:
     assert chromium.get_log("browser") == []
 
 
-def test_one_source_alone(chromium: Chrome, page: Path) -> None:
+def test_selected_source(chromium: Chrome, page: Path) -> None:
     show(chromium, page)
     strongest, a, b = every(chromium, ".words .legend button")
     assert [one.get_attribute("aria-pressed") for one in (strongest, a, b)] == ["true", "false", "false"]
@@ -223,7 +223,7 @@ def test_one_source_alone(chromium: Chrome, page: Path) -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_pointing_at_a_token_shows_its_shares(chromium: Chrome, page: Path, width: int) -> None:
+def test_tooltip_of_a_token(chromium: Chrome, page: Path, width: int) -> None:
     show(chromium, page, width)
     tip, tokens = first(chromium, "#tip"), every(chromium, ".words .token")
     assert not tip.is_displayed()
@@ -241,7 +241,7 @@ def test_pointing_at_a_token_shows_its_shares(chromium: Chrome, page: Path, widt
     assert not tip.is_displayed()
 
 
-def test_the_keyboard_does_too(chromium: Chrome, page: Path) -> None:
+def test_tooltip_by_keyboard(chromium: Chrome, page: Path) -> None:
     show(chromium, page)
     every(chromium, ".words .legend button")[-1].send_keys(Keys.TAB)
     assert chromium.switch_to.active_element.text == "[CLS]"
@@ -250,7 +250,7 @@ def test_the_keyboard_does_too(chromium: Chrome, page: Path) -> None:
     assert first(chromium, "#tip b").text.startswith("a ·")
 
 
-def test_sources_by_targets_layer_by_layer(chromium: Chrome, page: Path) -> None:
+def test_sources_by_targets_by_layer(chromium: Chrome, page: Path) -> None:
     show(chromium, page)
     data = json.loads(first(chromium, "#data").get_attribute("textContent") or "")["byTarget"]
     rows = every(chromium, "#by-target tbody tr")
@@ -264,7 +264,7 @@ def test_sources_by_targets_layer_by_layer(chromium: Chrome, page: Path) -> None
     assert EVIL in [head.text for head in every(chromium, "#by-target thead th")]
 
 
-def test_a_cell_leads_to_its_runs(chromium: Chrome, page: Path) -> None:
+def test_method_links_to_its_runs(chromium: Chrome, page: Path) -> None:
     show(chromium, page)
     link = every(chromium, ".scores th a")[-1]
     anchor = (link.get_attribute("href") or "").partition("#")[2]
@@ -279,8 +279,8 @@ def test_a_cell_leads_to_its_runs(chromium: Chrome, page: Path) -> None:
         assert Path(path).is_dir()
 
 
-def test_it_prints_whole(chromium: Chrome, page: Path) -> None:
-    """What is folded away is unfolded on paper, dark colours are not printed, and the page is as it was afterwards."""
+def test_print(chromium: Chrome, page: Path) -> None:
+    """Details are open on paper, colours are light, and the page is unchanged afterwards."""
     show(chromium, page, dark=True)
     chromium.execute_script(
         "window.seen = []; addEventListener('beforeprint', () => { seen.push(document.querySelectorAll("
@@ -299,7 +299,7 @@ def test_it_prints_whole(chromium: Chrome, page: Path) -> None:
     chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
-def test_without_scripts_it_is_still_a_report(chromium: Chrome, page: Path) -> None:
+def test_without_scripts(chromium: Chrome, page: Path) -> None:
     chromium.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:
         show(chromium, page)

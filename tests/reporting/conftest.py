@@ -1,4 +1,4 @@
-"""Run folders as the commands leave them, written by hand: what the report makes of them can be counted on fingers."""
+"""Hand-written run folders, so small that the expected report can be computed by hand."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ LABELS = [0, 1] * 10
 Write = Callable[..., Path]
 
 
-def answers(wrong: int, fingerprint: str = "rows") -> dict[str, Any]:
-    """Twenty rows of which the first `wrong` are answered wrongly."""
+def outcomes(wrong: int, fingerprint: str = "rows") -> dict[str, Any]:
+    """Twenty rows with wrong predictions for the first `wrong`."""
     predicted = [1 - label if row < wrong else label for row, label in enumerate(LABELS)]
     return {"fingerprint": fingerprint, "labels": LABELS, "predicted": predicted}
 
 
 def config_of(task: str, seed: int, **changes: Any) -> dict[str, Any]:
-    """Of a stage 1 run; keys are given with dots as double underscores."""
+    """The config of a stage 1 run; double underscores in keys are dots."""
     config: dict[str, Any] = {
         "seed": seed,
         "task": {"name": task, "kind": "classification", "metrics": ["accuracy"]},
@@ -42,7 +42,7 @@ def config_of(task: str, seed: int, **changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """`write("tweets", seed=1, score=0.8, method__name="head")` leaves a run folder and gives its path."""
+    """`write("tweets", seed=1, score=0.8, method__name="head")` writes a run folder and returns its path."""
     count = 0
 
     def run(
@@ -98,7 +98,7 @@ def write(tmp_path: Path) -> Write:
             }
             (folder / "result.json").write_text(json.dumps(content | (result or {})))
         if wrong is not None:
-            (folder / "outcomes.json").write_text(json.dumps({split: answers(wrong)}))
+            (folder / "outcomes.json").write_text(json.dumps({split: outcomes(wrong)}))
         return folder
 
     return run

@@ -1,4 +1,4 @@
-"""The page itself: what stands in it, that nothing in it can run or reach out, and that it stays small."""
+"""The content, safety and size of the page, and the files beside it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fusion.reporting.ablation import is_complete
 from fusion.reporting.attention import Attention, by_target, layer_names
 from fusion.reporting.contents import Contents, contents_of
 from fusion.reporting.curves import POINTS, curves_of, history_of
-from fusion.reporting.exports import write_files
 from fusion.reporting.packing import pack
+from fusion.reporting.page import write_files
 from fusion.reporting.reading import read_runs
+from fusion.reporting.scores import trained_runs
 from fusion.reporting.targets import targets_of
-from fusion.reporting.trained import trained_runs
 from tests.reporting.conftest import Write
 
 ABOUT = {"runs": "runs", "made": "today", "command": "python -m fusion.report"}
@@ -75,15 +75,15 @@ def inspection(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def contents(tmp_path: Path, looked_into: dict[str, Any] | None = None) -> Contents:
+def contents(tmp_path: Path, inspected: dict[str, Any] | None = None) -> Contents:
     found = read_runs([tmp_path / "runs"])
     targets = targets_of(found)
     made = contents_of(found, targets)
-    if looked_into is not None:
+    if inspected is not None:
         target = targets[0]
         method = next(method for method in target.groups if method.startswith("fusion"))
         trained = target.groups[method].trained[0]
-        made.inspected = [(target, method, trained, looked_into)] if is_complete(looked_into) else []
+        made.inspected = [(target, method, trained, inspected)] if is_complete(inspected) else []
     return made
 
 
@@ -93,7 +93,7 @@ def written(made: Contents, tmp_path: Path, files: Path | None = None) -> str:
     return output.read_text(encoding="utf-8")
 
 
-def note_attention(folder: Path, name: str = "a") -> None:
+def write_attention(folder: Path, name: str = "a") -> None:
     slots = {
         f"{n}.feedforward": {"mean": [0.25, 0.75], "entropy": 0.56, "value_distance": 0.1} for n in range(3)
     }
@@ -101,7 +101,7 @@ def note_attention(folder: Path, name: str = "a") -> None:
     (folder / "attention.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def note_history(folder: Path, run: str, steps: range, loss: float = 1.0, started: str = "1") -> None:
+def write_history(folder: Path, run: str, steps: range, loss: float = 1.0, started: str = "1") -> None:
     lines: list[dict[str, Any]] = [{"run": run, "name": "n", "command": "stage2", "started": started}]
     lines += [
         {"step": step, "epoch": 0, "train/loss": loss / (step + 1), "train/task_loss": 1.0} for step in steps
@@ -110,19 +110,28 @@ def note_history(folder: Path, run: str, steps: range, loss: float = 1.0, starte
     (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def a_night(write: Write, task: str = "tweets") -> None:
+def example_runs(write: Write, task: str = "tweets") -> None:
     for seed, (adapter, fused) in enumerate([(6, 2), (7, 1)], start=1):
         write(task, seed=seed, score=1 - adapter / 20, wrong=adapter)
         folder = write(task, seed=seed, score=1 - fused / 20, wrong=fused, sources=["a", "b"])
-        note_attention(folder)
-        note_history(folder, f"{task}-{seed}", range(0, 40, 10))
+        write_attention(folder)
+        write_history(folder, f"{task}-{seed}", range(0, 40, 10))
 
 
-def test_what_stands_in_it(tmp_path: Path, write: Write) -> None:
-    a_night(write)
+def test_content_of_the_page(tmp_path: Path, write: Write) -> None:
+    example_runs(write)
     text = written(contents(tmp_path, inspection()), tmp_path)
-    for said in ("0.675", "± 0.035", "0.925", "+0.250 ▲", "2 seeds", "20 rows", "fusion of 2", "good (0.93)"):
-        assert said in text, said
+    for text_part in (
+        "0.675",
+        "± 0.035",
+        "0.925",
+        "+0.250 ▲",
+        "2 seeds",
+        "20 rows",
+        "fusion of 2",
+        "good (0.93)",
+    ):
+        assert text_part in text, text_part
     for section in ("helped", "listened", "words", "needed", "curves", "cost", "runs", "rebuild"):
         assert f'<section id="{section}">' in text
     assert 'class="nothing"' not in text
@@ -130,7 +139,7 @@ def test_what_stands_in_it(tmp_path: Path, write: Write) -> None:
     assert "python -m fusion.stage1 +task=tweets seed=1" in html.unescape(text)
 
 
-def test_a_sweep_is_rows_and_an_unequal_budget_no_verdict(tmp_path: Path, write: Write) -> None:
+def test_settings_have_rows_and_unequal_budgets_no_verdict(tmp_path: Path, write: Write) -> None:
     for layers, wrong in (([0], 9), ([1], 7), ([2], 5)):
         metrics = {"validation": {"accuracy": 1 - wrong / 20, "macro_f1": 0.123}}
         write(wrong=wrong, adapter__layers=layers, result={"metrics": metrics})
@@ -146,9 +155,9 @@ def test_a_sweep_is_rows_and_an_unequal_budget_no_verdict(tmp_path: Path, write:
     assert text.count("mean over tokens") >= 1 or "entropy" not in text
 
 
-def test_a_difference_says_of_how_many_seeds_it_is(tmp_path: Path, write: Write) -> None:
-    """The means beside it are of three seeds and of two; a target with one method is in the tables too."""
-    a_night(write)
+def test_differences_name_the_number_of_common_seeds(tmp_path: Path, write: Write) -> None:
+    """The means are of three seeds and of two; a target with one method is in the tables too."""
+    example_runs(write)
     write(seed=3, score=0.1, wrong=18, sources=["a", "b"])
     write("movies", seed=1, score=0.5)
     made = contents(tmp_path)
@@ -166,20 +175,19 @@ def test_a_difference_says_of_how_many_seeds_it_is(tmp_path: Path, write: Write)
             assert {row["target"] for row in csv.DictReader(file)} >= {"tweets", "movies"}, name
 
 
-def test_a_figure_of_one_setting_names_it(tmp_path: Path, write: Write) -> None:
+def test_figures_name_the_chosen_setting(tmp_path: Path, write: Write) -> None:
     for rate, wrong in ((0.1, 1), (0.2, 4), (0.3, 8)):
         for seed in (1, 2):
             folder = write(seed=seed, score=1 - wrong / 20, wrong=wrong, sources=["a", "b"], optim__lr=rate)
-            note_attention(folder)
-            note_history(folder, f"{rate}-{seed}", range(0, 40, 10))
+            write_attention(folder)
+            write_history(folder, f"{rate}-{seed}", range(0, 40, 10))
     write(score=0.5, wrong=10)
     named = "setting optim.lr=0.1, best on validation of 3 settings"
     made = contents(tmp_path, inspection())
     assert [one.setting for one in made.attention] == [named]
-    assert [one["settings"] for one in sections.curves(made)] == [[f"fusion of 2: {named}"]]
     assert sections.inspected(*made.inspected[0])["setting"] == named
     text = written(made, tmp_path)
-    for section, count in (("listened", 3), ("words", 1), ("needed", 1), ("curves", 1)):
+    for section, count in (("listened", 2), ("words", 1), ("needed", 1)):
         content = text[text.index(f'<section id="{section}">') :].partition("</section>")[0]
         assert content.count(named) == count, section
     write_files(made, tmp_path / "files")
@@ -193,8 +201,8 @@ def test_a_figure_of_one_setting_names_it(tmp_path: Path, write: Write) -> None:
         assert named in (tmp_path / "files" / f"{table}.tex").read_text(), table
 
 
-def test_a_method_of_one_setting_names_none(tmp_path: Path, write: Write) -> None:
-    a_night(write)
+def test_single_setting_is_not_named(tmp_path: Path, write: Write) -> None:
+    example_runs(write)
     made = contents(tmp_path, inspection())
     text = written(made, tmp_path)
     assert (
@@ -204,7 +212,7 @@ def test_a_method_of_one_setting_names_none(tmp_path: Path, write: Write) -> Non
     )
 
 
-def test_scores_of_rows_that_chose_are_called_optimistic_once(tmp_path: Path, write: Write) -> None:
+def test_optimistic_scores_have_one_note(tmp_path: Path, write: Write) -> None:
     folders = [write(score=0.8, wrong=4, artifact="a"), write("other", score=0.9, result={"epochs": 1})]
     text = written(contents(tmp_path), tmp_path)
     assert text.count("optimistic: the best epoch (tweets).") == 1 == text.count("optimistic:")
@@ -222,8 +230,8 @@ def test_scores_of_rows_that_chose_are_called_optimistic_once(tmp_path: Path, wr
     assert 'id="optimistic"' not in written(contents_of(found, targets_of(found, "test")), tmp_path)
 
 
-def test_ablation_is_coloured_only_where_it_is_conclusive(tmp_path: Path, write: Write) -> None:
-    a_night(write)
+def test_ablation_has_colour_only_if_conclusive(tmp_path: Path, write: Write) -> None:
+    example_runs(write)
     labels = [0, 1] * 50
     wrong = {"much": 40, "little": 1}
     masked = {
@@ -235,22 +243,24 @@ def test_ablation_is_coloured_only_where_it_is_conclusive(tmp_path: Path, write:
         for name, count in wrong.items()
     }
     masked["unknown"] = {"metrics": {"accuracy": 0.2}, "loss": 0.5}
-    looked = inspection(metrics={"accuracy": 1.0}, labels=labels, predicted=labels, masked=masked, rows=100)
+    inspected = inspection(
+        metrics={"accuracy": 1.0}, labels=labels, predicted=labels, masked=masked, rows=100
+    )
     target = contents(tmp_path).targets[0]
     trained = target.groups["fusion of 2"].trained[0]
-    changes = sections.inspected(target, "fusion of 2", trained, looked)["changes"]
+    changes = sections.inspected(target, "fusion of 2", trained, inspected)["changes"]
     assert {name: change.conclusive for name, change in changes.items()} == {
         **{"much": True, "little": False, "unknown": False}
     }
     assert -0.55 < changes["much"].low < -0.4 < changes["much"].high < -0.25
     assert changes["unknown"].low is None
-    text = written(contents(tmp_path, looked), tmp_path)
+    text = written(contents(tmp_path, inspected), tmp_path)
     assert '<td class="worse">−0.4000</td>' in text and '<td class="same">−0.0100</td>' in text
 
 
-def test_every_link_within_leads_somewhere_and_no_id_stands_twice(tmp_path: Path, write: Write) -> None:
-    a_night(write)
-    a_night(write, "cb")
+def test_links_resolve_and_ids_are_unique(tmp_path: Path, write: Write) -> None:
+    example_runs(write)
+    example_runs(write, "cb")
     seen = Tags(written(contents(tmp_path, inspection()), tmp_path))
     assert len(seen.ids) == len(set(seen.ids))
     links = [attrs["href"] for tag, attrs in seen.tags if tag == "a"]
@@ -263,14 +273,14 @@ def test_every_link_within_leads_somewhere_and_no_id_stands_twice(tmp_path: Path
     assert uses and set(uses) <= set(seen.ids)
 
 
-def test_nothing_in_it_runs_or_reaches_out(tmp_path: Path, write: Write) -> None:
-    """Names and texts are anybody's: they stand there as they are and do nothing."""
+def test_untrusted_text_is_inert(tmp_path: Path, write: Write) -> None:
+    """Names and texts may be anything: they are shown as they are."""
     task = EVIL
     for wrong in (2, 3):
         write(task, score=0.9, wrong=wrong, method__name=EVIL if wrong == 3 else "adapter", artifact="evil")
     folder = write(task, sources=[EVIL, "b"], wrong=1, score=0.95)
-    note_attention(folder, EVIL)
-    note_history(folder, EVIL, range(0, 20, 10))
+    write_attention(folder, EVIL)
+    write_history(folder, EVIL, range(0, 20, 10))
     words = inspection()["words"][0] | {
         "tokens": [f" {EVIL}", "a", "b", "c"],
         "predicted": EVIL,
@@ -282,7 +292,7 @@ def test_nothing_in_it_runs_or_reaches_out(tmp_path: Path, write: Write) -> None
     text = written(made, tmp_path)
     seen = Tags(text)
     assert "<img" not in text and text.count("<script") == 2 == text.count("</script>")
-    assert html.unescape(text).count("onerror") > 10, "it stands there, harmlessly"
+    assert html.unescape(text).count("onerror") > 10
     for tag, attrs in seen.tags:
         assert not [name for name in attrs if name.startswith("on")], (tag, attrs)
         assert tag not in ("img", "iframe", "object", "embed", "base", "form")
@@ -295,21 +305,17 @@ def test_nothing_in_it_runs_or_reaches_out(tmp_path: Path, write: Write) -> None
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
     assert data is not None
     (one,) = json.loads(data[1])["words"].values()
-    assert one["sources"] == [EVIL, "b"]
+    assert [name for name, _ in one["sources"]] == [EVIL, "b"]
 
 
-def test_an_address_that_is_no_web_address_is_no_link(tmp_path: Path, write: Write) -> None:
-    a_night(write)
-    made = contents(tmp_path)
-    for group in made.targets[0].groups.values():
-        for entry in group.entries:
-            trained = entry.trained
-            object.__setattr__(trained, "manifest", _Tracked("javascript:alert(1)"))
-    runs = sections.runs(made.targets, tmp_path / "report.html")
-    assert {run["url"] for group in runs for run in group["runs"]} == {None}
-    object.__setattr__(trained, "manifest", _Tracked("https://wandb.ai/x"))
-    runs = sections.runs(made.targets, tmp_path / "report.html")
-    assert "https://wandb.ai/x" in {run["url"] for group in runs for run in group["runs"]}
+def test_only_web_addresses_are_links(tmp_path: Path, write: Write) -> None:
+    example_runs(write)
+    target = contents(tmp_path).targets[0]
+    for url, expected in (("javascript:alert(1)", 0), ("https://wandb.ai/x", 1)):
+        for entry in (entry for group in target.every_group for entry in group.entries):
+            object.__setattr__(entry.trained, "manifest", _Tracked(url))
+            links = sections.links(entry, tmp_path / "report.html")
+            assert list(links.values()).count(url) == expected and len(links) == 1 + expected
 
 
 class _Tracked:
@@ -317,8 +323,8 @@ class _Tracked:
         self.run = SimpleNamespace(wandb={"url": url})
 
 
-def test_it_stays_below_five_megabytes(tmp_path: Path, write: Write) -> None:
-    a_night(write)
+def test_page_stays_below_five_megabytes(tmp_path: Path, write: Write) -> None:
+    example_runs(write)
     rows = 600
     tokens = [" word"] * 100
     packed = pack(np.full((3, 100, 2), 0.5))
@@ -328,17 +334,15 @@ def test_it_stays_below_five_megabytes(tmp_path: Path, write: Write) -> None:
     assert "limited to 4 rows of each fusion" in text and text.count('<div class="row">') == 4
 
 
-def test_a_page_that_cannot_be_small_enough(
-    tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    a_night(write)
+def test_page_that_is_too_large(tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    example_runs(write)
     monkeypatch.setattr(page, "LARGEST", 1000)
     with pytest.raises(UserError, match="fewer runs"):
         page.write_page(contents(tmp_path), tmp_path / "report.html", ABOUT, None)
     assert not (tmp_path / "report.html").exists()
 
 
-def test_without_anything(tmp_path: Path, write: Write) -> None:
+def test_without_finished_runs(tmp_path: Path, write: Write) -> None:
     write(status="failed")
     text = written(contents(tmp_path), tmp_path)
     assert text.count('class="nothing"') == 6
@@ -356,20 +360,20 @@ def test_without_anything(tmp_path: Path, write: Write) -> None:
         {"metrics": {"accuracy": "high"}},
     ],
 )
-def test_a_damaged_inspection_is_left_out(tmp_path: Path, write: Write, changes: dict[str, Any]) -> None:
-    a_night(write)
+def test_damaged_inspection_is_omitted(tmp_path: Path, write: Write, changes: dict[str, Any]) -> None:
+    example_runs(write)
     text = written(contents(tmp_path, inspection(**changes)), tmp_path)
     assert text.count('class="nothing"') == 2
 
 
-def test_weights_of_another_length_are_left_out(tmp_path: Path, write: Write) -> None:
-    a_night(write)
+def test_weights_of_another_length_are_omitted(tmp_path: Path, write: Write) -> None:
+    example_runs(write)
     words = inspection()["words"][0] | {"weights": "AAAA"}
     assert '<div class="row">' not in written(contents(tmp_path, inspection(words=[words])), tmp_path)
 
 
-def test_files_for_a_paper(tmp_path: Path, write: Write) -> None:
-    a_night(write)
+def test_figure_and_table_files(tmp_path: Path, write: Write) -> None:
+    example_runs(write)
     folder = tmp_path / "some files"
     names = {path.name for path in write_files(contents(tmp_path, inspection()), folder)}
     figures = {
@@ -380,9 +384,9 @@ def test_files_for_a_paper(tmp_path: Path, write: Write) -> None:
         "needed-tweets-fusion-of-2",
     }
     figures |= {"curves-tweets", "cost-tweets"}
-    held = {"scores", "differences", "metrics", "attention-tweets-fusion-of-2", "needed", "cost"}
+    table_names = {"scores", "differences", "metrics", "attention-tweets-fusion-of-2", "needed", "cost"}
     assert names == {f"{n}.{e}" for n in figures for e in ("png", "svg")} | {
-        f"{n}.{e}" for n in held for e in ("csv", "tex")
+        f"{n}.{e}" for n in table_names for e in ("csv", "tex")
     }
     assert {path.name for path in folder.iterdir()} == names
     for name in figures:
@@ -394,7 +398,6 @@ def test_files_for_a_paper(tmp_path: Path, write: Write) -> None:
 
 
 def test_latex_escapes_every_special_character() -> None:
-    """Every special character is escaped, and each line has as many cells as the head."""
     rows: list[list[Any]] = [["50% & #1 {x}~^\\", 0.123456], ["±", None]]
     table = tables.table("t", "a\nb", ("target", "fusion_of 2"), rows)
     text = tables.latex(table)
@@ -407,16 +410,16 @@ def test_latex_escapes_every_special_character() -> None:
         assert rule in text
 
 
-def test_a_spreadsheet_takes_no_name_for_a_formula(tmp_path: Path) -> None:
+def test_csv_escapes_formulas(tmp_path: Path) -> None:
     tables.save(tables.table("t", "", ("a", "b"), [["=1+1", -2.5]]), tmp_path)
     assert list(csv.reader((tmp_path / "t.csv").open())) == [["a", "b"], ["'=1+1", "-2.5"]]
 
 
-def test_a_training_in_two_turns_is_one_curve(tmp_path: Path, write: Write) -> None:
+def test_parts_of_a_resumed_training_are_one_curve(tmp_path: Path, write: Write) -> None:
     first = write(status="interrupted", sources=["a", "b"])
-    note_history(first, "tweets-1", range(0, 60, 10), loss=5.0, started="1")
+    write_history(first, "tweets-1", range(0, 60, 10), loss=5.0, started="1")
     second = write(sources=["a", "b"])
-    note_history(second, "tweets-1", range(40, 100, 10), loss=1.0, started="2")
+    write_history(second, "tweets-1", range(40, 100, 10), loss=1.0, started="2")
     found = read_runs([tmp_path / "runs"])
     (trained,) = trained_runs(found.done)
     loss = history_of(trained, found)["train/loss"].dropna()
@@ -424,9 +427,9 @@ def test_a_training_in_two_turns_is_one_curve(tmp_path: Path, write: Write) -> N
     assert loss[30] == 5.0 / 31 and loss[40] == 1.0 / 41, "the later part counts"
 
 
-def test_seeds_as_a_band(tmp_path: Path, write: Write) -> None:
+def test_curve_over_seeds(tmp_path: Path, write: Write) -> None:
     for seed, loss in ((1, 1.0), (2, 3.0)):
-        note_history(write(seed=seed), f"t-{seed}", range(0, 5000, 10), loss)
+        write_history(write(seed=seed), f"t-{seed}", range(0, 5000, 10), loss)
     found = read_runs([tmp_path / "runs"])
     (target,) = targets_of(found)
     (curve,) = curves_of(target, found)["train/loss"].values()
@@ -436,9 +439,9 @@ def test_seeds_as_a_band(tmp_path: Path, write: Write) -> None:
         np.testing.assert_allclose(curve[column], factor / (curve.index + 1))
 
 
-def test_a_cut_off_history(tmp_path: Path, write: Write) -> None:
+def test_truncated_history(tmp_path: Path, write: Write) -> None:
     folder = write()
-    note_history(folder, "t", range(0, 30, 10))
+    write_history(folder, "t", range(0, 30, 10))
     with open(folder / "history.jsonl", "a") as file:
         file.write('{"step": 40, "train/loss": NaN}\n{"step": true, "train/loss": 9}\n[]\n{"step": 50, "tra')
     found = read_runs([tmp_path / "runs"])
@@ -446,7 +449,7 @@ def test_a_cut_off_history(tmp_path: Path, write: Write) -> None:
     assert set(history["train/loss"].dropna().index) == {0, 10, 20}
 
 
-def test_attention_over_seeds_and_targets() -> None:
+def test_attention_by_target() -> None:
     mean = np.array([[0.2, 0.8], [0.6, 0.4]])
     one = Attention("cb", "fusion of 2", ("a", "b"), ("0.feedforward", "1.feedforward"), mean, None, 1)
     other = Attention("rte", "fusion of 2", ("b", "c"), ("0.feedforward",), mean[:1], None, 1)
@@ -460,7 +463,7 @@ def test_attention_over_seeds_and_targets() -> None:
     assert layer_names(["0.feedforward", "4.feedforward"]) == ["0", "4"]
 
 
-def test_attention_is_that_of_the_best_epoch(tmp_path: Path, write: Write) -> None:
+def test_attention_of_the_best_epoch(tmp_path: Path, write: Write) -> None:
     folder = write(sources=["a", "b"])
     lines = [
         {

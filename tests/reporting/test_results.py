@@ -1,4 +1,4 @@
-"""From run folders to targets, methods and seeds."""
+"""Targets, methods and seeds of run folders."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_methods_and_seeds(tmp_path: Path, write: Write) -> None:
     fused_by = differences(target)["fusion of 2"]
     assert fused_by.mean == pytest.approx(0.125) and fused_by.unit == "rows and seeds"
     assert (fused_by.wins, fused_by.ties, fused_by.losses) == (2, 0, 0)
-    assert differences(target)["head"].unit == "seeds", "its answers were not kept"
+    assert differences(target)["head"].unit == "seeds", "its predictions were not kept"
     assert all(adjusted(target, method) == one.p for method, one in differences(target).items()), "one target"
 
 
@@ -66,8 +66,8 @@ def test_holm_is_over_the_targets(tmp_path: Path, write: Write) -> None:
     assert all(adjusted(t, "fusion of 2") == pytest.approx(min(1, 3 * raw[0])) for t in found)
 
 
-def test_seeds_are_told_by_settings_and_not_by_names(tmp_path: Path, write: Write) -> None:
-    """Names of any kind, with sources that have a seed each: one group, and not the best of three."""
+def test_seeds_are_grouped_by_settings_not_names(tmp_path: Path, write: Write) -> None:
+    """Arbitrary names, sources with their own seeds: one group of three seeds."""
     for seed, score in ((1, 0.75), (2, 0.7), (3, 0.6)):
         for name in ("a", "b"):
             write(name, seed=seed, artifact=f"{name}-s{seed}", name=f"{name}-s{seed}")
@@ -80,7 +80,7 @@ def test_seeds_are_told_by_settings_and_not_by_names(tmp_path: Path, write: Writ
     assert differences(target)["fusion of 2"].mean == pytest.approx(-0.05 / 3)
 
 
-def test_another_setting_of_a_source_is_another_setting(tmp_path: Path, write: Write) -> None:
+def test_settings_of_sources_are_settings(tmp_path: Path, write: Write) -> None:
     write("a", artifact="a-s1")
     write("a", artifact="a-s2", optim__lr=0.5)
     for seed in (1, 2):
@@ -90,7 +90,7 @@ def test_another_setting_of_a_source_is_another_setting(tmp_path: Path, write: W
     assert sorted(one.differing for one in variants) == ["sources.0.optim.lr=0.001", "sources.0.optim.lr=0.5"]
 
 
-def test_runs_of_one_seed_with_other_seeds_of_the_sources_all_count(tmp_path: Path, write: Write) -> None:
+def test_runs_with_other_seeds_of_the_sources_all_count(tmp_path: Path, write: Write) -> None:
     write(score=0.5, wrong=10)
     for seed, score in ((1, 0.6), (2, 0.8)):
         write("a", seed=seed, artifact=f"a-s{seed}")
@@ -102,7 +102,7 @@ def test_runs_of_one_seed_with_other_seeds_of_the_sources_all_count(tmp_path: Pa
     assert difference.mean == pytest.approx(0.2) and difference.wins == 0, "no pairs"
 
 
-def test_tasks_that_were_trained_together_are_part_of_the_settings(tmp_path: Path, write: Write) -> None:
+def test_jointly_trained_tasks_are_settings(tmp_path: Path, write: Write) -> None:
     for other in ("rte", "mrpc"):
         tasks = [{"name": name, "metrics": ["accuracy"]} for name in ("cb", other)]
         result = {"metrics": {"cb/validation": {"accuracy": 0.6}}, "task": f"cb+{other}"}
@@ -111,7 +111,7 @@ def test_tasks_that_were_trained_together_are_part_of_the_settings(tmp_path: Pat
     assert {one.differing for one in target.variants["multi-task adapter"]} == {"tasks=rte", "tasks=mrpc"}
 
 
-def test_what_differs_in_budget_is_named(tmp_path: Path, write: Write) -> None:
+def test_budget_differences_are_named(tmp_path: Path, write: Write) -> None:
     for seed in (1, 2):
         write(seed=seed, score=0.5, wrong=10, optim__lr=1e-4, optim__patience=3)
         fusion = {"optim__patience": None, "trainer": {"max_epochs": 20}, "data__batch_size": 8}
@@ -126,7 +126,7 @@ def test_what_differs_in_budget_is_named(tmp_path: Path, write: Write) -> None:
     ]
 
 
-def test_scores_of_other_rows_are_not_compared_as_equals(tmp_path: Path, write: Write) -> None:
+def test_scores_of_other_rows_are_unequal(tmp_path: Path, write: Write) -> None:
     for seed in (1, 2):
         write(seed=seed, score=0.5, wrong=10)
         folder = write(seed=seed, score=0.9, wrong=2, sources=["a", "b"])
@@ -141,7 +141,7 @@ def test_scores_of_other_rows_are_not_compared_as_equals(tmp_path: Path, write: 
     assert only(tmp_path).groups["fusion of 2"].unequal == ()
 
 
-def test_equal_budgets_are_compared_where_there_are_some(tmp_path: Path, write: Write) -> None:
+def test_equal_budgets_are_preferred(tmp_path: Path, write: Write) -> None:
     for rate, alone in ((1e-4, 0.6), (1e-3, 0.85)):
         write(score=alone, wrong=round(20 * (1 - alone)), optim__lr=rate)
     write(score=0.8, wrong=4, sources=["a", "b"], optim__lr=1e-4)
@@ -159,7 +159,7 @@ def test_equal_budgets_are_compared_where_there_are_some(tmp_path: Path, write: 
     assert middle.unequal == ("learning rate: 3 tried against 2",)
 
 
-def test_every_setting_has_a_difference_of_its_own(tmp_path: Path, write: Write) -> None:
+def test_each_setting_has_a_difference(tmp_path: Path, write: Write) -> None:
     for layers, wrong in (([0, 1], 8), ([2, 3], 6), ([4, 5], 2)):
         for seed in (1, 2):
             write(seed=seed, score=1 - wrong / 20, wrong=wrong, adapter__layers=layers)
@@ -181,7 +181,7 @@ def test_majority_class(tmp_path: Path, write: Write) -> None:
     assert (target.majority, target.constant) == ("majority class", {"accuracy": pytest.approx(ones / 20)})
 
 
-def test_of_several_settings_the_best_stands_for_its_method(tmp_path: Path, write: Write) -> None:
+def test_best_setting_represents_its_method(tmp_path: Path, write: Write) -> None:
     for rate, score in ((1e-4, 0.6), (1e-3, 0.8), (1e-2, 0.7)):
         for seed in (1, 2):
             write(seed=seed, score=score, optim__lr=rate)
@@ -194,7 +194,7 @@ def test_of_several_settings_the_best_stands_for_its_method(tmp_path: Path, writ
     ]
 
 
-def test_settings_are_chosen_by_validation_and_shown_on_the_test_rows(tmp_path: Path, write: Write) -> None:
+def test_settings_are_selected_on_validation_and_shown_on_test(tmp_path: Path, write: Write) -> None:
     for name, rate, validation, test in (("a", 1e-4, 0.9, 0.5), ("b", 1e-3, 0.8, 0.7)):
         write(score=validation, optim__lr=rate, artifact=name)
         result = {"hash": None, "name": name}
@@ -206,7 +206,7 @@ def test_settings_are_chosen_by_validation_and_shown_on_the_test_rows(tmp_path: 
     assert only(tmp_path, "validation").groups["single adapter"].scores == [0.9]
 
 
-def test_settings_without_a_validation_score_are_chosen_on_the_rows_that_are_shown(
+def test_settings_without_validation_scores_are_selected_on_the_shown_split(
     tmp_path: Path, write: Write
 ) -> None:
     for name, rate, test in (("a", 1e-4, 0.5), ("b", 1e-3, 0.7)):
@@ -221,7 +221,7 @@ def test_settings_without_a_validation_score_are_chosen_on_the_rows_that_are_sho
     )
 
 
-def test_a_source_alone(tmp_path: Path, write: Write) -> None:
+def test_source_evaluated_on_the_target(tmp_path: Path, write: Write) -> None:
     write("movies", artifact="movies", score=0.9)
     write(score=0.7, artifact="own")
     for name, score in (("own", 0.72), ("movies", 0.6)):
@@ -247,7 +247,7 @@ def test_the_last_evaluation_and_the_last_training_count(tmp_path: Path, write: 
     assert only(tmp_path, "test").groups["single adapter"].scores == [0.2]
 
 
-def test_settings_of_a_target_are_told_apart(tmp_path: Path, write: Write) -> None:
+def test_backbones_and_limits_are_separate_targets(tmp_path: Path, write: Write) -> None:
     write(data__limit__train=100)
     write(data__limit__train=None)
     write(data__limit__train=100, backbone__name_or_path="org/large")
@@ -259,13 +259,13 @@ def test_settings_of_a_target_are_told_apart(tmp_path: Path, write: Write) -> No
     ]
 
 
-def test_sources_named_by_their_seed_are_one_method(tmp_path: Path, write: Write) -> None:
+def test_missing_sources_named_by_seed_are_one_setting(tmp_path: Path, write: Write) -> None:
     for seed in (1, 2):
         write(seed=seed, sources=[f"a-seed-{seed}", f"b-seed-{seed}"], score=0.8)
     assert only(tmp_path).groups["fusion of 2"].scores == [0.8, 0.8]
 
 
-def test_compositions_have_their_names(tmp_path: Path, write: Write) -> None:
+def test_names_of_methods(tmp_path: Path, write: Write) -> None:
     write(sources=["a"])
     write(sources=["a", "b"], composition={"name": "scalearn"})
     write(sources=["a", "b"], composition={"name": "adapterfusion", "target_adapter": True})
@@ -278,7 +278,7 @@ def test_compositions_have_their_names(tmp_path: Path, write: Write) -> None:
     ]
 
 
-def test_several_tasks_at_once(tmp_path: Path, write: Write) -> None:
+def test_multi_task_training(tmp_path: Path, write: Write) -> None:
     tasks = [{"name": name, "metrics": ["accuracy"]} for name in ("cb", "rte")]
     metrics = {"cb/validation": {"accuracy": 0.6}, "rte/validation": {"accuracy": 0.5}}
     result = {"metrics": metrics, "task": "cb+rte"}
@@ -289,7 +289,7 @@ def test_several_tasks_at_once(tmp_path: Path, write: Write) -> None:
     }
 
 
-def test_what_is_no_number_is_left_out(tmp_path: Path, write: Write) -> None:
+def test_non_numeric_scores_are_omitted(tmp_path: Path, write: Write) -> None:
     write(score=None)
     write(result={"metrics": {"validation": {"accuracy": None}}})
     write(result={"metrics": {"validation": "high"}})
@@ -307,14 +307,14 @@ def test_what_is_no_number_is_left_out(tmp_path: Path, write: Write) -> None:
         [],
     ],
 )
-def test_damaged_answers_cost_only_themselves(tmp_path: Path, write: Write, content: object) -> None:
+def test_damaged_predictions_are_ignored(tmp_path: Path, write: Write, content: object) -> None:
     folder = write()
     (folder / "outcomes.json").write_text(json.dumps(content))
-    (sample,) = only(tmp_path).groups["single adapter"].samples
-    assert sample.score == 0.8 and sample.predictions is None
+    (sample,) = only(tmp_path).groups["single adapter"].entries
+    assert sample.metrics == {"accuracy": 0.8} and sample.predictions is None
 
 
-def test_what_cannot_be_read_is_named(tmp_path: Path, write: Write) -> None:
+def test_unreadable_folders_are_named(tmp_path: Path, write: Write) -> None:
     write()
     for name, text in (
         ("result.json", "{"),
@@ -339,8 +339,6 @@ def test_folders(tmp_path: Path, write: Write) -> None:
     folder = write()
     assert len(read_runs([tmp_path / "runs", folder, tmp_path]).done) == 1
     assert read_runs([folder]).done[0].folder == folder.resolve()
-    with pytest.raises(UserError, match="no such folder"):
-        read_runs([tmp_path / "nothing"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="contains no run"):
         read_runs([tmp_path / "empty"])

@@ -48,8 +48,8 @@ def test_one_seed_is_the_paired_bootstrap_over_rows() -> None:
     assert (found.wins, found.ties, found.losses) == (1, 0, 0)
 
 
-def test_seeds_that_differ_widen_the_interval() -> None:
-    """The rows alone would not see that another seed gives another difference."""
+def test_variation_over_seeds_widens_the_interval() -> None:
+    """Resampling rows alone would miss it."""
     base = [sample(0.7, seed) for seed in range(4)]
     steady = compare([sample(0.8, seed) for seed in range(4)], base, "accuracy")
     shaky = compare([sample(0.8 + (0.1 if seed % 2 else -0.1), seed) for seed in range(4)], base, "accuracy")
@@ -60,8 +60,8 @@ def test_seeds_that_differ_widen_the_interval() -> None:
     assert (shaky.wins, shaky.ties, shaky.losses) == (2, 2, 0)
 
 
-def test_the_interval_holds_what_it_says() -> None:
-    """Of 200 pairs of methods that are equally good, about one in twenty is found to differ."""
+def test_false_positive_rate() -> None:
+    """Of 200 pairs of equally good methods, about one in twenty differs significantly."""
     draw, found = np.random.RandomState(5), 0
     for _ in range(200):
         labels = np.zeros(150, int)
@@ -73,13 +73,13 @@ def test_the_interval_holds_what_it_says() -> None:
     assert 2 <= found <= 20
 
 
-def test_the_same_answers_differ_by_nothing() -> None:
+def test_equal_predictions_have_no_difference() -> None:
     found = compare([sample(0.8, 3)], [sample(0.8, 3)], "accuracy")
     assert (found.mean, found.low, found.high, found.p) == (0.0, 0.0, 0.0, 1.0)
     assert (found.wins, found.ties, found.losses) == (0, 1, 0)
 
 
-def test_a_method_and_its_baseline_change_places() -> None:
+def test_difference_is_antisymmetric() -> None:
     ones, others = [sample(0.85, s) for s in range(3)], [sample(0.8, s + 5) for s in range(3)]
     others = [dataclasses.replace(other, seed=seed) for seed, other in enumerate(others)]
     there, back = compare(ones, others, "macro_f1"), compare(others, ones, "macro_f1")
@@ -87,8 +87,8 @@ def test_a_method_and_its_baseline_change_places() -> None:
     assert there.low == pytest.approx(-back.high) and there.wins == back.losses  # type: ignore[operator]
 
 
-def test_without_answers_the_seeds_are_drawn() -> None:
-    """p is that of every way to swap the members of the pairs."""
+def test_without_predictions_seeds_are_resampled() -> None:
+    """p is of the exact permutation test over all swaps."""
     ones = [Sample(seed, 0.8 + 0.01 * seed) for seed in range(5)]
     others = [Sample(seed, 0.7) for seed in range(5)]
     found = compare(ones, others, "accuracy")
@@ -108,14 +108,14 @@ def test_one_run_each_and_no_rows() -> None:
     assert found.mean == pytest.approx(0.1)
 
 
-def test_seeds_that_do_not_meet_are_not_paired() -> None:
+def test_runs_without_common_seeds_are_not_paired() -> None:
     found = compare([sample(0.9, 7)], [sample(0.8, 1), sample(0.8, 2)], "accuracy")
     assert found.unit == "rows and seeds" and (found.wins, found.ties, found.losses) == (0, 0, 0)
     assert found.mean == pytest.approx(0.1)
 
 
-def test_a_seed_may_mean_nothing_to_both() -> None:
-    """One run against three, of which one has its number by chance."""
+def test_by_seed_false_pairs_nothing() -> None:
+    """One run against three, one of which happens to have the same seed."""
     found = compare([sample(0.7, 1)], [sample(0.8, s) for s in (1, 2, 3)], "accuracy", by_seed=False)
     assert found.mean == pytest.approx(-0.1) and (found.wins, found.ties, found.losses) == (0, 0, 0)
     one, others = [Sample(1, 0.7)], [Sample(1, 0.6), Sample(2, 0.9)]
@@ -123,7 +123,7 @@ def test_a_seed_may_mean_nothing_to_both() -> None:
     assert compare(one, others, "accuracy").mean == pytest.approx(0.1)
 
 
-def test_other_rows_are_not_compared_row_by_row() -> None:
+def test_other_rows_are_not_resampled() -> None:
     one, other = sample(0.9, 0), sample(0.8, 0)
     assert other.predictions is not None
     moved = dataclasses.replace(
@@ -132,24 +132,24 @@ def test_other_rows_are_not_compared_row_by_row() -> None:
     assert compare([one], [moved], "accuracy").p is None
 
 
-def test_the_same_files_give_the_same_report() -> None:
+def test_intervals_are_deterministic() -> None:
     pair = [sample(0.9, 0), sample(0.85, 1)], [sample(0.8, 0), sample(0.8, 1)]
     assert compare(*pair, "accuracy") == compare(*pair, "accuracy")
 
 
 def test_holm_against_its_definition() -> None:
-    """The k-th smallest of m is refused at level a exactly if each p(j), j <= k, is at most a / (m - j + 1)."""
+    """The k-th smallest of m is rejected at level a exactly if each p(j), j <= k, is at most a / (m - j + 1)."""
     for _ in range(50):
         values = DRAW.rand(DRAW.randint(1, 8)) ** 3
         adjusted = holm(list(values))
         order = np.argsort(values)
         for level in (0.01, 0.05, 0.2):
-            refused = set()
+            rejected = set()
             for rank, place in enumerate(order):
                 if values[place] > level / (len(values) - rank):
                     break
-                refused.add(int(place))
-            assert {n for n, p in enumerate(adjusted) if p <= level} == refused
+                rejected.add(int(place))
+            assert {n for n, p in enumerate(adjusted) if p <= level} == rejected
     assert holm([]) == [] and holm([0.03]) == [0.03]
 
 
@@ -180,6 +180,6 @@ def test_majority_class_against_counting(classes: int, seed: int) -> None:
     assert name == "majority class" and scores == pytest.approx(expected)
 
 
-def test_the_mean_of_values_has_no_correlation() -> None:
+def test_constant_values_have_no_correlation() -> None:
     assert constant_scores(np.array([0.5, 2.0, 4.5]), ["pearson", "spearman"]) == ("mean", {})
     assert constant_scores(np.array([], int), ["accuracy"]) == ("", {})

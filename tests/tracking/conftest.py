@@ -17,7 +17,7 @@ import pytest
 import wandb
 
 from fusion.tracking.loggers import RANK_VARIABLES
-from fusion.tracking.offline_state import shared_decision
+from fusion.tracking.wandb_run import command_state
 from tests.tracking.wandb_server import WandbServer, wandb_server
 
 KEY = "0123456789abcdef" * 2 + "01234567"
@@ -26,7 +26,7 @@ KEY = "0123456789abcdef" * 2 + "01234567"
 @contextlib.contextmanager
 def clean_wandb(home: Path) -> Iterator[pytest.MonkeyPatch]:
     """No key, no settings, no network variables; a W&B session of its own."""
-    with pytest.MonkeyPatch.context() as patch, shared_decision():
+    with pytest.MonkeyPatch.context() as patch, command_state():
         for variable in list(os.environ):
             if variable.startswith("WANDB_") or variable.lower().endswith("_proxy"):
                 patch.delenv(variable)

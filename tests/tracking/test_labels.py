@@ -1,4 +1,4 @@
-"""What a run is called, and its config as columns."""
+"""Display names of runs, flat configs, and directions of metrics."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def test_names() -> None:
     assert stage2("cb-static", ["snli"], composition=static) == "cb ← snli · static · seed 3"
 
 
-def test_what_a_sweep_or_a_user_calls_it_stands_at_the_end() -> None:
+def test_swept_values_and_user_names_come_last() -> None:
     assert stage1("cb-seed-3") == "cb · adapter · seed 3"
     assert stage1("cb-optim.lr-0.001-seed-3") == "cb · adapter · seed 3 · optim.lr-0.001"
     assert stage1("cb-seed-31") == "cb · adapter · seed 3 · seed-31"
     assert stage1("mine") == "cb · adapter · seed 3 · mine"
 
 
-def test_many_sources_and_long_names_are_cut() -> None:
+def test_many_sources_and_long_names_are_shortened() -> None:
     many = [f"source-{number}" for number in range(14)]
     assert stage2("x", many) == "cb ← source-0+source-1+source-2+source-3+10 more · seed 3 · x"
     assert len(stage2("x", ["y" * 99, "z" * 99])) == LENGTH
@@ -79,7 +79,7 @@ def test_flat() -> None:
         ("attention/entropy/0.feedforward", None),
     ],
 )
-def test_losses_and_scores_are_told_apart(metric: str, best: str | None) -> None:
+def test_direction_of_metrics(metric: str, best: str | None) -> None:
     assert best_is(metric) == best
 
 

@@ -1,4 +1,4 @@
-"""W&B and CSV: each job has a run of its own, and no error of W&B stops or delays training."""
+"""W&B and CSV: one run per job, and no error of W&B stops or delays training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fusion.errors import UserError
 from fusion.tracking import logged, wandb_run
 from fusion.tracking.logged import log_lineage, log_result
 from fusion.tracking.loggers import RANK_VARIABLES, build_loggers, finish
-from fusion.tracking.offline_state import name_sweep, shared_decision
+from fusion.tracking.wandb_run import command_state, state
 from tests.bench import Bench
 from tests.tracking.conftest import KEY, clean_wandb, history, records, summary
 from tests.tracking.wandb_server import WandbServer, wandb_server
@@ -62,7 +62,7 @@ def fails(*args: Any, **kwargs: Any) -> Any:
     raise RuntimeError("the disk is full\nand more")
 
 
-def test_two_jobs_of_one_process_have_two_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_jobs_of_one_process_have_their_own_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for number, name in enumerate(("rte", "mrpc")):
         loggers = start(tmp_path / name, name)
         assert [type(logger).__name__ for logger in loggers] == ["SafeWandbLogger"]
@@ -129,7 +129,7 @@ def test_one_line_per_run_and_no_files_in_the_home_folder(tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize("room", [0, pytest.param(600, marks=pytest.mark.slow)])
-def test_a_full_disk(tmp_path: Path, room: int) -> None:
+def test_full_disk(tmp_path: Path, room: int) -> None:
     """If W&B's service cannot write the file with its port, W&B 0.31 itself waits forever."""
     lines = run_program(tmp_path / "runs", room, WANDB__SERVICE_WAIT="10")
     assert [line for line in lines if "trained" in line] == ["trained rte", "trained mrpc"]
@@ -138,11 +138,11 @@ def test_a_full_disk(tmp_path: Path, room: int) -> None:
         assert sum("W&B could not start (" in line for line in lines) == 2
 
 
-def test_an_unfinished_job_does_not_take_the_metrics_of_the_next(tmp_path: Path) -> None:
+def test_unfinished_job_does_not_log_metrics_of_the_next(tmp_path: Path) -> None:
     first = start(tmp_path / "one", "one")
     second = start(tmp_path / "two", "two")
     second[0].log_metrics({"loss": 2.0}, 0)
-    first[0].log_metrics({"loss": 1.0}, 0)  # too late, and no reason to stop
+    first[0].log_metrics({"loss": 1.0}, 0)  # finished by the second start
     finish(second, 0)
     finish(first, 1)
     assert [row["loss"] for row in history(tmp_path / "two")] == [2.0]
@@ -179,7 +179,7 @@ def test_modes(
         pytest.param(500, "HTTP 500", marks=pytest.mark.slow),
     ],
 )
-def test_a_server_that_cannot_be_used_is_asked_once(
+def test_unusable_server_is_tried_once(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -258,12 +258,12 @@ def test_malformed_settings_are_refused(key: str, value: str) -> None:
         WandbConfig(**dict[str, Any]({key: value}))
 
 
-def test_a_sweep_has_one_notice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with shared_decision():
-        name_sweep(tmp_path)
+def test_one_notice_per_sweep(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with command_state():
+        state.sweep = tmp_path
         for job in ("0-a", "1-b"):
             wandb_run.report_offline("a reason", tmp_path / job)
-    with shared_decision():  # the next command
+    with command_state():  # the next command
         wandb_run.report_offline("a reason", tmp_path / "c")
     assert notices(caplog) == [
         f"W&B is offline (a reason); upload the {what} later with `python -m fusion.sync runs={folder}`"
@@ -271,7 +271,7 @@ def test_a_sweep_has_one_notice(tmp_path: Path, caplog: pytest.LogCaptureFixture
     ]
 
 
-def test_a_key_in_netrc_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_in_netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with wandb_server() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         netrc = Path(os.environ["NETRC"])
@@ -386,7 +386,7 @@ def test_two_jobs_train_when_the_server_is_lost_in_the_first(
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the service in /proc")
-def test_a_service_that_died(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_killed_service(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """W&B's own process is killed: this job continues without it, and the next has a run again."""
     loggers = start(tmp_path / "rte")
     children = [

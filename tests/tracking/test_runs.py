@@ -1,4 +1,4 @@
-"""What W&B has of real runs, read from the files that they wrote offline; and how those are uploaded later."""
+"""Real runs tracked offline: the content of their W&B files, and the upload by `fusion.sync`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Iterator[Runs]:
-    """Two sources, a fusion that is interrupted after its first epoch and taken up again, and its evaluation."""
+    """Two sources, a fusion that is interrupted after its first epoch and resumed, and its evaluation."""
     from fusion.training import fit as fit_module
 
     folder = tmp_path_factory.mktemp("tracked")
@@ -85,7 +85,7 @@ def written(directory: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / name).read_text().splitlines()]
 
 
-def test_what_a_run_is_found_by(runs: Runs) -> None:
+def test_labels_of_runs(runs: Runs) -> None:
     backbone = runs.bench.backbone.name
     found = {
         directory: (run["display_name"], run["job_type"], run["run_group"], run["tags"])
@@ -109,7 +109,7 @@ def test_what_a_run_is_found_by(runs: Runs) -> None:
     }
 
 
-def test_the_config_is_flat_and_whole(runs: Runs) -> None:
+def test_config_is_flat_and_complete(runs: Runs) -> None:
     import dataclasses
 
     from fusion.config.stages import Stage2Config
@@ -117,7 +117,7 @@ def test_the_config_is_flat_and_whole(runs: Runs) -> None:
     config = the_run(runs.resumed)["config"]["update"]
     nested = {key for key, value in config.items() if isinstance(value, dict) and key != "_wandb"}
     assert nested == set()
-    asked = Stage2Config(
+    expected_config = Stage2Config(
         **runs.bench.settings("plays", logger=OFFLINE), sources=["films", "books"], name="plays-adapterfusion"
     )
 
@@ -126,12 +126,12 @@ def test_the_config_is_flat_and_whole(runs: Runs) -> None:
             return {k: v for name, inner in value.items() for k, v in leaves(inner, f"{key}/{name}").items()}
         return {} if value is None else {key[1:]: value}
 
-    expected = leaves(dataclasses.asdict(asked)) | {"trainer/log_every_n_steps": 3}
+    expected = leaves(dataclasses.asdict(expected_config)) | {"trainer/log_every_n_steps": 3}
     assert {key: value for key, value in config.items() if key != "_wandb"} == expected
 
 
-def test_the_history_is_the_one_of_the_file(runs: Runs) -> None:
-    """At each step one row; the numbers are those of history.jsonl, to the last bit."""
+def test_history_equals_the_history_file(runs: Runs) -> None:
+    """One row per step, bit-equal to history.jsonl."""
     for directory in (runs.films, runs.interrupted, runs.resumed):
         header, *lines = written(directory, "history.jsonl")
         assert set(header) == {"run", "name", "command", "started"}
@@ -149,7 +149,7 @@ def test_the_history_is_the_one_of_the_file(runs: Runs) -> None:
     assert all(set(line) == {"step", "epoch", *losses, "train/lr", "train/grad_norm"} for line in steps)
 
 
-def test_the_summary_has_what_was_best_and_what_it_cost(runs: Runs) -> None:
+def test_summary_has_best_scores_and_cost(runs: Runs) -> None:
     found = summary(runs.resumed)["summary"]
     result = runs.result
     metrics = result["metrics"]["validation"]
@@ -176,7 +176,7 @@ def test_the_summary_has_what_was_best_and_what_it_cost(runs: Runs) -> None:
     assert evaluated["validation/accuracy"] == metrics["accuracy"] and evaluated["rows"] == 16
 
 
-def test_attention_as_picture_table_and_curves(runs: Runs) -> None:
+def test_attention_image_table_and_curves(runs: Runs) -> None:
     for directory, epoch in ((runs.interrupted, 1), (runs.resumed, 2)):
         (line,) = written(directory, "attention.jsonl")
         assert line["epoch"] == epoch and line["sources"] == ["films", "books"]
@@ -204,12 +204,12 @@ def test_attention_as_picture_table_and_curves(runs: Runs) -> None:
                 assert place.is_file() and place.is_relative_to(folder)
 
 
-def test_nothing_is_left_at_home(runs: Runs) -> None:
-    left = [path.relative_to(runs.home) for path in runs.home.rglob("*") if path.is_file()]
-    assert all(path.parts[:2] == ("cache", "wandb") for path in left), left  # the log of W&B's own service
+def test_no_files_in_the_home_folder(runs: Runs) -> None:
+    found = [path.relative_to(runs.home) for path in runs.home.rglob("*") if path.is_file()]
+    assert all(path.parts[:2] == ("cache", "wandb") for path in found), found  # the log of W&B's own service
 
 
-def test_a_resumed_run_is_the_same_run(runs: Runs) -> None:
+def test_resumed_run_keeps_its_id(runs: Runs) -> None:
     first, second = the_run(runs.interrupted), the_run(runs.resumed)
     assert first["run_id"] == second["run_id"]
     assert len({the_run(d)["run_id"] for d in (runs.films, runs.books, runs.resumed, runs.evaluate)}) == 4
@@ -221,10 +221,10 @@ def test_a_resumed_run_is_the_same_run(runs: Runs) -> None:
     assert before == sorted(before) and after == sorted(after) and max(before) < min(after)
     identity = runs.manifest("plays-adapterfusion").run.identity
     assert second["run_id"].startswith(f"{identity}-")
-    assert not list((runs.bench.folder / "store" / ".runs").glob("*/wandb.json"))  # the next one is another
+    assert not list((runs.bench.folder / "store" / ".runs").glob("*/wandb.json"))  # the next run has a new id
 
 
-def test_lineage_stands_in_config_and_manifest(runs: Runs) -> None:
+def test_lineage_in_config_and_manifest(runs: Runs) -> None:
     films, books, plays = (runs.manifest(name) for name in ("films", "books", "plays-adapterfusion"))
     for manifest, directory in ((films, runs.films), (plays, runs.resumed)):
         expected = {"id": the_run(directory)["run_id"], "project": "adapter-fusion"}
@@ -264,8 +264,8 @@ def test_csv_of_an_evaluation(runs: Runs) -> None:
 
 @pytest.fixture
 def copy(runs: Runs, tmp_path: Path) -> Path:
-    """The runs' folders, to be marked as uploaded."""
-    wandb.teardown()  # what it knows of keys and servers is of the test before
+    """A copy of the run folders, which `fusion.sync` marks as uploaded."""
+    wandb.teardown()  # W&B caches the key and the server of the previous test
     return Path(shutil.copytree(runs.bench.folder / "runs", tmp_path / "runs", symlinks=True))
 
 
@@ -286,7 +286,7 @@ def test_runs_are_uploaded_and_linked_once(
         f"uploaded; linked to {', '.join(marks.values())}",
         f"uploaded; linked to {marks['plays-adapterfusion']}",
     ]
-    # The two pieces are one history: every step of both, in their order.
+    # The parts of the resumed run are one history: every step of both, in order.
     sent = server.history[ids["resumed"]]
     expected = [row["_step"] for d in (runs.interrupted, runs.resumed) for row in history(d)]
     assert [sent[place]["_step"] for place in sorted(sent)] == expected
@@ -312,20 +312,20 @@ def test_runs_are_uploaded_and_linked_once(
     assert metadata["sources"] == manifest.content["sources"] and metadata["metrics"] == manifest.metrics
     assert metadata["task"] == "plays" and metadata["identity"] == manifest.run.identity
 
-    said = len(server.operations)
+    operations = len(server.operations)
     assert sync.main([f"runs={copy}"]) == 0
-    assert len(server.operations) == said
+    assert len(server.operations) == operations
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and all(line.endswith(": already uploaded") for line in lines)
 
 
-def test_a_bad_run_does_not_stop_the_others(
+def test_damaged_run_does_not_stop_the_others(
     runs: Runs, copy: Path, server: WandbServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for job in ("3", "4", "6"):
         shutil.rmtree(copy / job)
     (damaged,) = (copy / "1").rglob("*.wandb")
-    damaged.write_bytes(b"no run at all")
+    damaged.write_bytes(b"damaged")
     assert sync.main([f"runs={copy}"]) == 1
     first, second = capsys.readouterr().out.splitlines()
     assert "runs/1/" in first and "uploaded" not in first.split(": ", 1)[1].split(";")[0]
@@ -334,7 +334,7 @@ def test_a_bad_run_does_not_stop_the_others(
 
 
 @pytest.mark.slow
-def test_a_source_that_w_and_b_does_not_have_yet(
+def test_source_missing_in_wandb_is_linked_later(
     runs: Runs, copy: Path, server: WandbServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     films = f"films:{runs.manifest('films').hash[:12]}"
@@ -352,34 +352,40 @@ def test_a_source_that_w_and_b_does_not_have_yet(
     assert len(server.artifacts) == made  # what is linked already is not linked again
 
 
-def test_without_a_key(
-    runs: Runs, copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_without_a_key_or_a_server(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_API_KEY")
     assert sync.main([f"runs={copy}"]) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and said.err == (
-        "nothing can be uploaded: no API key is set; `wandb login` sets one\n"
-    )
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("nothing can be uploaded: no API key is set")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    wandb.teardown()
+    assert sync.main([f"runs={copy}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("nothing can be uploaded: cannot connect to http://127.0.0.1:9")
 
 
-def test_a_silent_server_is_one_line(
-    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("status", ["silent", 500])
+def test_server_that_does_not_respond(
+    status: str | int, copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Exit code 1 and a single line, however many runs there are."""
     monkeypatch.setattr(offline, "CHECK_SECONDS", 1)
-    with wandb_server("silent") as server:
+    with wandb_server(status) as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         wandb.teardown()
         started = time.monotonic()
-        assert sync.main([f"runs={copy}"]) == 2
+        assert sync.main([f"runs={copy}"]) == 1
         assert time.monotonic() - started < 10
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("nothing can be uploaded: ")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"nothing can be uploaded: {server.url} ")
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "soon", "nan", ""])
-def test_seconds_that_are_none(seconds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_seconds(seconds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sync.main([f"runs={tmp_path}", f"seconds={seconds}"]) == 2
     assert "seconds=" in capsys.readouterr().err
 
@@ -387,7 +393,7 @@ def test_seconds_that_are_none(seconds: str, tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     "words", [["outputs"], ["runs="], ["run=x"], ["runs=nowhere"], ["runs=.", "runs=."], ["--force"]]
 )
-def test_wrong_words(
+def test_invalid_arguments(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -403,7 +409,7 @@ def test_nothing_to_upload(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out.startswith("python -m fusion.sync [runs=DIR]")
 
 
-def test_a_run_that_goes_on_is_left_alone(runs: Runs, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_active_run_is_skipped(runs: Runs, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from fusion.locks import run_lock
 
     for job in ("2", "3", "4", "6"):
@@ -414,4 +420,4 @@ def test_a_run_that_goes_on_is_left_alone(runs: Runs, copy: Path, capsys: pytest
     with run_lock(store, "films"):
         assert sync.main([f"runs={copy}"]) == 0
     assert capsys.readouterr().out.endswith(": still being written, skipped until the next call\n")
-    assert sync._alive(find_offline(copy)[0]) is False  # killed: its lock went with it
+    assert sync._alive(find_offline(copy)[0]) is False  # the lock was released

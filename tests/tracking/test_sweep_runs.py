@@ -1,4 +1,4 @@
-"""A sweep typed as a user types it: a W&B run for each job, and what each is found by."""
+"""A sweep on the command line: one W&B run per job, with its labels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-def test_a_sweep_of_two_is_two_runs_of_one_group(tmp_path: Path, tiny_backbone: Path) -> None:
+def test_jobs_of_a_sweep_are_runs_of_one_group(tmp_path: Path, tiny_backbone: Path) -> None:
     place = tmp_path / "my work"
     (place / "conf" / "task").mkdir(parents=True)
     write_task(place / "data", "films")

@@ -1,4 +1,4 @@
-"""A stand-in of the W&B server on 127.0.0.1: it takes runs and remembers what it was told."""
+"""A stub of the W&B server on 127.0.0.1 that records what it receives."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from typing import Any
 
 
 class WandbServer(ThreadingHTTPServer):
-    """`status`: None answers; a number refuses everything with it; "silent" never answers.
-
-    `runs` holds what was sent at each run's start, `operations` the name of each GraphQL request, `history` the
-    lines of each run's history by their place (a line that is sent for a place again takes it), `uses` which run has
-    said to use which artifact, `NAME:ALIAS`. It refuses what is sent for a run whose id is in `refused`.
+    """
+    status: None: it works; a number: every response has this status; "silent": it never responds. operations: the
+    GraphQL requests. runs: what was sent at the start of each run. history: by run, its lines by position. uses: runs
+    and the artifacts they used, as `NAME:ALIAS`. refused: ids of runs that are rejected.
     """
 
     daemon_threads = True
@@ -39,17 +38,17 @@ class WandbServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no matter here."""
+        """Ignore clients that disconnect."""
 
     def stop(self) -> None:
         self.closing.set()
         self.shutdown()
         self.server_close()
 
-    def answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
+    def respond(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
         self.operations.append(operation)
         if operation == "RunResumeStatus":
-            return self.standing(variables["name"])
+            return self.resume_status(variables["name"])
         if operation == "UpsertBucket":
             self.history.setdefault(variables["name"], {})
             if variables.get("displayName"):
@@ -83,8 +82,8 @@ class WandbServer(ThreadingHTTPServer):
             }
         return {}
 
-    def standing(self, run: str) -> dict[str, Any]:
-        """What somebody who goes on with a run is told of it."""
+    def resume_status(self, run: str) -> dict[str, Any]:
+        """The state of a run that a client resumes."""
         if run not in self.history:
             return {"model": None}
         lines = self.history[run]
@@ -102,7 +101,7 @@ class WandbServer(ThreadingHTTPServer):
         return {"model": project | {"bucket": told | counts | shown}}
 
     def membership(self, name: str) -> dict[str, Any]:
-        """An artifact that a run has logged, by NAME:ALIAS; its id here is just that."""
+        """A logged artifact by NAME:ALIAS, which is also its id here."""
         collection, _, alias = name.partition(":")
         if not any(
             made["artifactCollectionName"] == collection and alias in {a["alias"] for a in made["aliases"]}
@@ -157,7 +156,7 @@ class Handler(BaseHTTPRequestHandler):
         if (request.get("variables") or {}).get("name") in self.server.refused:
             self.reply(403, {"errors": [{"message": "permission denied"}]})
             return
-        self.reply(200, {"data": self.server.answer(operation, request.get("variables") or {})})
+        self.reply(200, {"data": self.server.respond(operation, request.get("variables") or {})})
 
     do_GET = do_PUT = do_POST
 

@@ -3,75 +3,54 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const tip = document.getElementById("tip");
 
-  // Position the tooltip below its element, within the window.
-  const place = (element) => {
-    const box = element.getBoundingClientRect();
-    tip.hidden = false;
-    const left = Math.min(box.left, document.documentElement.clientWidth - tip.offsetWidth - 8);
-    tip.style.left = `${Math.max(4, left) + window.scrollX}px`;
-    tip.style.top = `${box.bottom + window.scrollY + 4}px`;
-  };
-
-  const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-
   for (const [id, one] of Object.entries(data.words)) {
     const root = document.getElementById(id);
     const slider = root.querySelector("input");
-    const names = JSON.parse(slider.dataset.names);
-    const output = root.querySelector("output");
     const buttons = [...root.querySelectorAll(".legend button")];
-    const count = one.sources.length;
-    const rows = [...root.querySelectorAll(".row")].map((element, n) => ({
-      tokens: [...element.querySelectorAll(".token")],
-      weights: bytes(one.rows[n].weights),
-    }));
+    const [names, colours] = [one.sources.map(([name]) => name), one.sources.map(([, colour]) => colour)];
     let chosen = -1;
 
-    // The weights of a token: of one layer, or with position 0 the mean over all.
-    const weightsOf = (row, token) => {
-      const layer = Number(slider.value);
-      const length = row.tokens.length;
-      const at = (l, s) => row.weights[(l * length + token) * count + s] / 255;
-      return one.sources.map((_, s) => {
-        if (layer > 0) return at(layer - 1, s);
-        let sum = 0;
-        for (let l = 0; l < one.layers; l++) sum += at(l, s);
-        return sum / one.layers;
-      });
-    };
+    // The weights of a token by source: of one layer, or with position 0 the mean over all.
+    const weightsOf = (weights, length, token) => names.map((_, s) => {
+      const layers = one.layers.length - 1;
+      const at = (layer) => weights[(layer * length + token) * names.length + s] / 255;
+      if (slider.valueAsNumber > 0) return at(slider.valueAsNumber - 1);
+      return [...Array(layers).keys()].reduce((sum, layer) => sum + at(layer), 0) / layers;
+    });
+
+    const tokens = [...root.querySelectorAll(".row")].flatMap((row, r) => {
+      const weights = Uint8Array.from(atob(one.weights[r]), (c) => c.charCodeAt(0));
+      return [...row.querySelectorAll(".token")].map((element, token, all) => (
+        { element, values: () => weightsOf(weights, all.length, token) }
+      ));
+    });
 
     const draw = () => {
-      output.textContent = names[Number(slider.value)];
-      for (const row of rows) {
-        row.tokens.forEach((element, token) => {
-          const values = weightsOf(row, token);
-          const source = chosen >= 0 ? chosen : values.indexOf(Math.max(...values));
-          element.style.setProperty("--c", one.colours[source]);
-          element.style.setProperty("--w", `${Math.round(100 * values[source])}%`);
-        });
+      root.querySelector("output").textContent = one.layers[slider.valueAsNumber];
+      for (const { element, values } of tokens) {
+        const shown = values();
+        const source = chosen >= 0 ? chosen : shown.indexOf(Math.max(...shown));
+        element.style.setProperty("--c", colours[source]);
+        element.style.setProperty("--w", `${Math.round(100 * shown[source])}%`);
       }
     };
 
-    const show = (row, token, element) => {
-      const values = weightsOf(row, token);
+    // All weights of a token, the largest first, below it and within the window.
+    const show = (element, values) => {
       const head = document.createElement("b");
-      head.textContent = `${element.textContent} · ${names[Number(slider.value)]}`;
+      head.textContent = `${element.textContent} · ${one.layers[slider.valueAsNumber]}`;
       const table = document.createElement("table");
-      values
-        .map((value, s) => [value, s])
-        .sort((a, b) => b[0] - a[0])
-        .forEach(([value, s]) => {
-          const line = table.insertRow();
-          line.insertCell().textContent = one.sources[s];
-          line.insertCell().textContent = value.toFixed(2);
-          const bar = document.createElement("span");
-          bar.className = "bar";
-          bar.style.setProperty("--c", one.colours[s]);
-          bar.style.width = `${Math.round(80 * value)}px`;
-          line.insertCell().append(bar);
-        });
+      for (const [value, name] of values().map((value, s) => [value, names[s]]).sort((a, b) => b[0] - a[0])) {
+        const line = table.insertRow();
+        line.insertCell().textContent = name;
+        line.insertCell().textContent = value.toFixed(2);
+      }
       tip.replaceChildren(head, table);
-      place(element);
+      tip.hidden = false;
+      const box = element.getBoundingClientRect();
+      const left = Math.min(box.left, document.documentElement.clientWidth - tip.offsetWidth - 8);
+      tip.style.left = `${Math.max(4, left) + window.scrollX}px`;
+      tip.style.top = `${box.bottom + window.scrollY + 4}px`;
     };
 
     slider.addEventListener("input", draw);
@@ -82,21 +61,18 @@
         draw();
       });
     }
-    for (const row of rows) {
-      row.tokens.forEach((element, token) => {
-        for (const event of ["pointerenter", "focus"]) element.addEventListener(event, () => show(row, token, element));
-        for (const event of ["pointerleave", "blur"]) element.addEventListener(event, () => { tip.hidden = true; });
-      });
+    for (const { element, values } of tokens) {
+      for (const event of ["pointerenter", "focus"]) element.addEventListener(event, () => show(element, values));
+      for (const event of ["pointerleave", "blur"]) element.addEventListener(event, () => { tip.hidden = true; });
     }
   }
 
   if (data.byTarget) {
     const slider = document.getElementById("target-layer");
-    const output = slider.parentElement.querySelector("output");
     const lines = [...document.querySelectorAll("#by-target tbody tr")].map((line) => [...line.cells].slice(1));
     slider.addEventListener("input", () => {
-      const layer = Number(slider.value);
-      output.textContent = data.byTarget.layers[layer];
+      const layer = slider.valueAsNumber;
+      slider.parentElement.querySelector("output").textContent = data.byTarget.layers[layer];
       data.byTarget.data[layer].forEach((values, r) => values.forEach((value, c) => {
         if (value === null) return;
         lines[r][c].textContent = value.toFixed(2);
@@ -105,7 +81,7 @@
     });
   }
 
-  // A link of the table opens the folded runs.
+  // A link of a table opens the runs that it names.
   const unfold = () => {
     const target = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
     if (target instanceof HTMLDetailsElement) target.open = true;
