@@ -1,7 +1,8 @@
 """Samplers of batches by length, the same for one process as for many.
 
 Legend: n rows, `batch_size` rows (or `tokens` padded tokens) per device, world_size devices; a *global batch* is
-that of all devices in one step.
+that of all devices in one step. `lengths` (n,) are the tokens of each row's longest sequence, `counts` (n,) its
+sequences (None: one each).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ _CHUNK = 50
 # `TokenBatches` treats neighbouring lengths as equal, so that rows are mixed: as many as fill two global batches, and
 # at most 8, because the shorter ones are padded.
 _CLASS_BATCHES, _CLASS_LENGTHS = 2, 8
+
+Ints = NDArray[np.integer]
 
 
 @dataclass(frozen=True)
@@ -119,14 +122,11 @@ class EpochBatches(Sampler[Plan]):
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[Plan]:
-        first = 0
-        if self._resumed is not None:
-            epoch, batch = self._resumed
-            first = batch if epoch == self.epoch else 0
-            self._resumed = None
+        epoch, batch = self._resumed or (self.epoch, 0)
+        self._resumed = None
         # RandomState's stream is frozen (NEP 19), unlike Generator's, so another numpy can resume a run.
         random = np.random.RandomState([self.seed, self.epoch])
-        for task, rows in islice(self._steps(random), first, None):
+        for task, rows in islice(self._steps(random), batch if epoch == self.epoch else 0, None):
             yield replace(_share(rows, self.rank, self.world_size), task=task)
 
     def _steps(self, random: np.random.RandomState) -> Iterator[tuple[int, NDArray[np.intp]]]:
@@ -151,23 +151,21 @@ class LengthBatches(EpochBatches):
     batches as one of 32. The last batch may be smaller.
     """
 
-    def __init__(
-        self, lengths: NDArray[np.integer], batch_size: int, seed: int, rank: int = 0, world_size: int = 1
-    ) -> None:
+    def __init__(self, lengths: Ints, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(seed, rank, world_size)
-        self.lengths = np.asarray(lengths)
-        self.batch_size = batch_size
-        _check(self.lengths, batch_size, rank, world_size)
+        self.lengths = lengths
+        self._size = batch_size * world_size
 
     def __len__(self) -> int:
-        return -(-len(self.lengths) // (self.batch_size * self.world_size))
+        return -(-len(self.lengths) // self._size)
 
     def _global_batches(self, random: np.random.RandomState) -> list[NDArray[np.intp]]:
-        size = self.batch_size * self.world_size
         order = random.permutation(len(self.lengths))
-        chunks = [order[start : start + _CHUNK * size] for start in range(0, len(order), _CHUNK * size)]
+        chunks = [
+            order[start : start + _CHUNK * self._size] for start in range(0, len(order), _CHUNK * self._size)
+        ]
         ordered = np.concatenate([chunk[np.argsort(self.lengths[chunk], kind="stable")] for chunk in chunks])
-        return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        return [ordered[start : start + self._size] for start in range(0, len(ordered), self._size)]
 
 
 class TokenBatches(EpochBatches):
@@ -177,25 +175,13 @@ class TokenBatches(EpochBatches):
     once, so that every epoch has the same number of batches; it shuffles the rows within their classes, and the
     batches. Device r takes rows r, r + world_size, ... of a global batch. A row beyond the budget is alone on its
     device. A batch of short rows has more of them, and the loss is their mean, so a short row weighs less.
-
-    Args:
-        lengths: (n,) tokens of each row's longest sequence.
-        counts: (n,) sequences of each row; None: one each.
     """
 
     def __init__(
-        self,
-        lengths: NDArray[np.integer],
-        counts: NDArray[np.integer] | None,
-        tokens: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
+        self, lengths: Ints, counts: Ints | None, tokens: int, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
         super().__init__(seed, rank, world_size)
-        lengths = np.asarray(lengths)
-        _check(lengths, tokens, rank, world_size)
-        counts = np.ones_like(lengths) if counts is None else np.asarray(counts)
+        counts = np.ones_like(lengths) if counts is None else counts
         widths = _class_widths(lengths, counts, tokens * world_size)
         self._class = widths * (counts.max() + 1) + counts
         order = np.argsort(-self._class, kind="stable")
@@ -258,30 +244,26 @@ class SortedBatches(Sampler[Plan]):
     """Evaluation batches: each row once, longest first, so that running out of memory happens at once.
 
     Args:
-        lengths: (n,) tokens of each row's longest sequence.
         batch_size: rows per device, unless `tokens` is given.
         tokens: padded tokens per device; a row beyond that is alone on its device.
-        counts: (n,) sequences of each row; None: one each.
     """
 
     def __init__(
         self,
-        lengths: NDArray[np.integer],
+        lengths: Ints,
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
         tokens: int | None = None,
-        counts: NDArray[np.integer] | None = None,
+        counts: Ints | None = None,
     ) -> None:
-        lengths = np.asarray(lengths)
         self.rank = rank
         self.world_size = world_size
-        _check(lengths, batch_size if tokens is None else tokens, rank, world_size)
         self._order = np.argsort(-lengths, kind="stable")
         if tokens is None:
             self._cuts = [*range(0, len(lengths), batch_size * world_size), len(lengths)]
         else:
-            counts = np.ones_like(lengths) if counts is None else np.asarray(counts)
+            counts = np.ones_like(lengths) if counts is None else counts
             self._cuts = _cut_by_tokens(lengths[self._order], counts[self._order], tokens, world_size)
 
     def __len__(self) -> int:
@@ -292,9 +274,7 @@ class SortedBatches(Sampler[Plan]):
             yield _share(self._order[start:end], self.rank, self.world_size)
 
 
-def _class_widths(
-    lengths: NDArray[np.integer], counts: NDArray[np.integer], tokens: int
-) -> NDArray[np.integer]:
+def _class_widths(lengths: Ints, counts: Ints, tokens: int) -> Ints:
     """(n,) -> (n,) the largest length of each row's class; `tokens` are those of a global batch."""
     width_of = np.zeros(lengths.max() + 1, lengths.dtype)
     width, filled = 0, 0
@@ -307,14 +287,11 @@ def _class_widths(
     return width_of[lengths]
 
 
-def _cut_by_tokens(
-    widths: NDArray[np.integer], counts: NDArray[np.integer], tokens: int, world_size: int
-) -> list[int]:
+def _cut_by_tokens(widths: Ints, counts: Ints, tokens: int, world_size: int) -> list[int]:
     """The first row of each global batch, and the end: as many rows as keep all devices within the budget.
 
     Args:
         widths: (n,) descending, so that a batch is as wide as its first row.
-        counts: (n,) sequences of each row, at least 1.
     """
     cuts = [0]
     while cuts[-1] < len(widths):
@@ -333,13 +310,4 @@ def _cut_by_tokens(
 def _share(rows: NDArray[np.intp], rank: int, world_size: int) -> Plan:
     """Device `rank`'s rows of a global batch; a filler of weight 0 if there are none."""
     own = rows[rank::world_size].tolist()
-    if not own:
-        return Plan([int(rows[0])], [0.0], len(rows), global_indices=rows)
-    return Plan(own, [1.0] * len(own), len(rows), global_indices=rows)
-
-
-def _check(lengths: NDArray[np.integer], size: int, rank: int, world_size: int) -> None:
-    if len(lengths) == 0:
-        raise ValueError("no rows to make batches of")
-    if size < 1 or not 0 <= rank < world_size:
-        raise ValueError(f"size={size}, rank={rank}, world_size={world_size}")
+    return Plan(own or [int(rows[0])], [1.0] * len(own) or [0.0], len(rows), global_indices=rows)

@@ -38,7 +38,6 @@ class Holdout:
     Attributes:
         split: the part that is meant: train (the rows that are left), validation or test.
         fractions: of each split, in the order in which their rows are drawn.
-        seed: of the draw.
         stratify: whether each part has the labels in the proportions of the whole, up to rounding.
     """
 
@@ -48,51 +47,36 @@ class Holdout:
     stratify: bool = False
 
     def rows(self, count: int, labels: Sequence[Any] | None, where: str) -> list[int]:
-        """The rows of the part, ascending, out of `count` rows.
-
-        Args:
-            labels: of all rows, to stratify by.
-            where: for messages.
-
-        Raises:
-            UserError: a part is empty.
-        """
+        """The rows of the part, ascending, out of `count` rows with these labels. Raises UserError if a part is empty."""
         order = np.random.RandomState([_HOLDOUT_SEED, self.seed]).permutation(count)
         groups = [order]
         if self.stratify:
             assert labels is not None
             shuffled = np.asarray(labels)[order]
             groups = [order[shuffled == label] for label in np.unique(shuffled)]
+        counts = np.array([len(group) for group in groups])
         taken = np.zeros(len(groups), np.int64)
-        parts: dict[str, list[NDArray[np.intp]]] = {}
+        parts = {}
         for split, fraction in self.fractions.items():
             # With stratify, one row of each label stays in train.
-            sizes = _sizes(fraction, np.array([len(group) for group in groups]), taken, int(self.stratify))
-            parts[split] = [
-                group[start : start + size] for group, start, size in zip(groups, taken, sizes, strict=True)
-            ]
+            sizes = _sizes(fraction, counts, np.maximum(counts - taken - int(self.stratify), 0))
+            ranges = zip(groups, taken, taken + sizes, strict=True)
+            parts[split] = np.concatenate([group[start:end] for group, start, end in ranges])
             taken += sizes
-        parts["train"] = [group[start:] for group, start in zip(groups, taken, strict=True)]
-        if empty := [split for split, groups in parts.items() if not sum(map(len, groups))]:
+        parts["train"] = np.concatenate([group[start:] for group, start in zip(groups, taken, strict=True)])
+        if empty := [split for split, rows in parts.items() if not len(rows)]:
             fractions = ", ".join(f"data.split.{split}={share:g}" for split, share in self.fractions.items())
             raise UserError(
                 f"{where}: {fractions} of {count} training rows leave no row for {', '.join(empty)}\n"
                 "Change the fraction, or add rows"
             )
-        return np.sort(np.concatenate(parts[self.split])).tolist()
+        return np.sort(parts[self.split]).tolist()
 
 
-def _sizes(
-    fraction: float, counts: NDArray[np.int64], taken: NDArray[np.int64], keep: int
-) -> NDArray[np.int64]:
-    """How many rows of each group a part takes: its share of the whole, by the largest remainder method.
-
-    Args:
-        counts: rows of each group; `taken` of them are in other parts, and at least `keep` stay.
-    """
+def _sizes(fraction: float, counts: NDArray[np.int64], room: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many rows of each group a part takes: its share of `counts`, at most `room`, by the largest remainder method."""
     wanted = math.floor(fraction * counts.sum() + 0.5)
     exact = fraction * counts.astype(np.float64)
-    room = np.maximum(counts - taken - keep, 0)
     sizes = np.minimum(np.floor(exact + 1e-9).astype(np.int64), room)
     for group in np.argsort(-(exact - sizes), kind="stable"):
         if sizes.sum() >= wanted:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fusion.data.alignment import windows_of
 from fusion.data.batches import Batch
@@ -124,15 +125,13 @@ class EncodedRows:
             global_rows: rows without fillers on all devices; None: those of this batch.
             global_indices: the indices of those rows.
         """
-        counts = None if self.choice_counts is None else self.choice_counts[indices]
         tokens, real = self.places(indices)
         input_ids = np.full(real.shape, self._pad_token_id, np.int64)
         input_ids[real] = self._input_ids[tokens]
-        types = None
+        types = features = None
         if self._token_type_ids is not None:
             types = np.zeros(real.shape, np.int64)
             types[real] = self._token_type_ids[tokens]
-        features = None
         if self.states is not None:
             features = np.zeros((*real.shape, self.states.shape[1]), np.float32)
             features[real] = self.states[tokens]
@@ -148,16 +147,16 @@ class EncodedRows:
         return Batch(
             input_ids=torch.from_numpy(input_ids),
             attention_mask=torch.from_numpy(real.astype(np.int64)),
-            token_type_ids=None if types is None else torch.from_numpy(types),
-            labels=None if labels is None else torch.from_numpy(labels),
-            choice_counts=None if counts is None else torch.from_numpy(counts),
+            token_type_ids=_tensor(types),
+            labels=_tensor(labels),
+            choice_counts=_tensor(None if self.choice_counts is None else self.choice_counts[indices]),
             rows=torch.tensor(indices, dtype=torch.int64),
             weights=torch.from_numpy(weight),
             global_rows=int((weight > 0).sum()) if global_rows is None else global_rows,
-            features=None if features is None else torch.from_numpy(features),
+            features=_tensor(features),
             task=self.task,
             global_weight=global_weight,
-            words=None if words is None else torch.from_numpy(words),
+            words=_tensor(words),
         )
 
     def _word_positions(self, indices: list[int], width: int) -> NDArray[np.int64] | None:
@@ -196,6 +195,10 @@ class EncodedRows:
         positions = np.arange(width)[None, :] - shift
         real = (positions >= 0) & (positions < lengths[:, None])
         return (starts[:, None] + positions)[real], real
+
+
+def _tensor(array: NDArray[Any] | None) -> Tensor | None:
+    return None if array is None else torch.from_numpy(array)
 
 
 def _ranges(starts: NDArray[np.intp], counts: NDArray[np.int64]) -> NDArray[np.intp]:

@@ -8,19 +8,21 @@ import gzip
 import json
 import lzma
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fusion.errors import UserError, first_line
+from fusion.errors import UserError
+from fusion.text import listed
 
-FORMATS = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".conll")
 READABLE = ".parquet, .jsonl, .json, .csv, .tsv or .conll (all but .parquet also with .gz, .bz2, .xz or .zst)"
 
-_SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5,9})-of-(?P<total>\d{5,9})(?:-[0-9a-f]{8,64})?")
+_NAME = re.compile(
+    r"(?P<split>.+?)(-(?P<shard>\d{5,9})-of-(?P<shards>\d{5,9})(-[0-9a-f]{8,64})?)?"
+    r"(?P<format>\.parquet|\.(jsonl|json|csv|tsv|conll)(\.(gz|bz2|xz|zst))?)",
+    re.IGNORECASE,
+)
 _STATE = "state.json"  # marks a folder of `Dataset.save_to_disk`
 _METADATA = (_STATE, "dataset_dict.json", "dataset_info.json")
 
@@ -32,22 +34,11 @@ def _open_zstd(path: Path) -> Any:
 
 
 _OPEN: dict[str, Callable[[Path], Any]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-    ".zst": _open_zstd,
+    "gz": gzip.open,
+    "bz2": bz2.open,
+    "xz": lzma.open,
+    "zst": _open_zstd,
 }
-
-
-@dataclass(frozen=True)
-class FileFormat:
-    """Format and compression (or "") of a file, from its extension."""
-
-    format: str
-    compression: str = ""
-
-    def __str__(self) -> str:
-        return self.format + self.compression
 
 
 @dataclass(frozen=True)
@@ -55,45 +46,33 @@ class SplitFiles:
     """The files of a split.
 
     Attributes:
-        paths: one file, the shards in order, or a `save_to_disk` folder.
-        format: None for a folder.
-        total: the number of shards according to their names; None for a single file or a folder.
+        paths: one file, one `save_to_disk` folder, or the shards in order.
+        shards: how many shards there should be according to their names; None for a single file or a folder.
     """
 
     split: str
     paths: tuple[Path, ...]
-    format: FileFormat | None = None
-    total: int | None = None
+    shards: int | None = None
 
     def __str__(self) -> str:
-        """The path of the file or folder, or the pattern of the shards."""
+        """The path, or the pattern of the shards."""
         path = self.paths[0]
-        if self.total is not None:
-            path = path.with_name(f"{self.split}-*-of-{self.total:05d}{self.format}")
-        return str(path)
+        return str(path if self.shards is None else path.with_name(re.sub(r"-\d+-of-", "-*-of-", path.name)))
 
     def check_complete(self) -> None:
         """Raises UserError if a shard is missing or duplicated."""
-        if self.total is None:
-            return
-        times = Counter(_shard_number(path) for path in self.paths)
-        missing = list(islice((n for n in range(self.total) if n not in times), 5))
-        wrong = sorted(n for n in times if times[n] > 1 or n >= self.total)[:5]
-        if missing or wrong:
+        numbers = [_shard_number(path) for path in self.paths]
+        if self.shards is not None and (len(numbers) != self.shards or numbers != [*range(self.shards)]):
             raise UserError(
-                f"{self}: expected the shards 0 to {self.total - 1} once each; missing: {missing}, duplicate or out "
-                f"of range: {wrong}\nCopy all shards of the split, or write it as one file"
+                f"{self}: expected the shards 0 to {self.shards - 1} once each, got {listed(map(str, numbers))}\n"
+                "Copy all shards of the split, or write it as one file"
             )
 
 
-def file_format(path: Path) -> FileFormat | None:
-    """The format by the extension, in upper or lower case; None: not a readable one."""
-    last, inner = path.suffix.lower(), Path(path.stem).suffix.lower()
-    if last in FORMATS:
-        return FileFormat(last)
-    # Parquet compresses its pages itself.
-    is_compressed_text = last in _OPEN and inner in FORMATS and inner != ".parquet"
-    return FileFormat(inner, last) if is_compressed_text else None
+def file_format(path: Path) -> str | None:
+    """The extension that names a format and a compression, such as ".csv.gz", in lower case; None if unreadable."""
+    found = _NAME.fullmatch(path.name)
+    return found["format"].lower() if found else None
 
 
 def contents(folder: Path) -> list[str]:
@@ -106,7 +85,7 @@ def split_files(folder: Path) -> dict[str, SplitFiles]:
     """The files of a folder and of its subfolder `data`, by split.
 
     Raises:
-        UserError: a split is there in two forms.
+        UserError: there are two files of a split that are not its shards.
     """
     found: dict[str, SplitFiles] = {}
     for files in [*_saved_data_sets(folder), *_single_files_and_shards(folder)]:
@@ -117,20 +96,25 @@ def split_files(folder: Path) -> dict[str, SplitFiles]:
 
 
 def _single_files_and_shards(folder: Path) -> Iterator[SplitFiles]:
-    shards: dict[tuple[str, Path, FileFormat, int], list[Path]] = {}
+    shards: dict[tuple[str, Path, str, int], list[Path]] = {}
     inner = folder / "data"
     for place in [folder, inner] if inner.is_dir() and not (inner / _STATE).is_file() else [folder]:
         for path in sorted(place.iterdir()):
-            form = file_format(path)
-            if form is None or path.name in _METADATA or path.name.startswith(".") or not path.is_file():
+            name = _NAME.fullmatch(path.name)
+            if name is None or path.name in _METADATA or path.name.startswith(".") or not path.is_file():
                 continue
-            shard = _SHARD.fullmatch(_stem(path))
-            if shard is None:
-                yield SplitFiles(_stem(path), (path,), form)
+            if name["shard"] is None:
+                yield SplitFiles(name["split"], (path,))
             else:
-                shards.setdefault((shard["split"], place, form, int(shard["total"])), []).append(path)
-    for (split, _, form, total), paths in shards.items():
-        yield SplitFiles(split, tuple(sorted(paths, key=_shard_number)), form, total)
+                key = name["split"], place, name["format"].lower(), int(name["shards"])
+                shards.setdefault(key, []).append(path)
+    for (split, _, _, total), paths in shards.items():
+        yield SplitFiles(split, tuple(sorted(paths, key=_shard_number)), total)
+
+
+def _shard_number(path: Path) -> int:
+    found = _NAME.fullmatch(path.name)
+    return int(found["shard"] or 0) if found else 0
 
 
 def _saved_data_sets(folder: Path) -> Iterator[SplitFiles]:
@@ -150,34 +134,11 @@ def _saved_data_sets(folder: Path) -> Iterator[SplitFiles]:
     yield SplitFiles(split, (folder,))
 
 
-def _stem(path: Path) -> str:
-    return path.name[: len(path.name) - len(str(file_format(path) or ""))]
-
-
-def _shard_number(path: Path) -> int:
-    found = _SHARD.fullmatch(_stem(path))
-    assert found is not None
-    return int(found["number"])
-
-
-def read_content(path: Path, form: FileFormat) -> bytes:
-    """The bytes of a file, decompressed.
-
-    Raises:
-        UserError: the file is truncated, or is not what its extension says.
-        OSError: it cannot be read.
-    """
-    if not form.compression:
-        return path.read_bytes()
-    try:
-        with _OPEN[form.compression](path) as file:
-            content: bytes = file.read()
-            return content
-    except (EOFError, OSError, lzma.LZMAError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be decompressed ({first_line(error)[:120]}); copy it again, or rename it to the "
-            "extension of its content"
-        ) from error
+def read_content(path: Path, compression: str) -> bytes:
+    """The bytes of a file, decompressed; raises the errors of the system and of the decompressors."""
+    with _OPEN[compression](path) if compression else path.open("rb") as file:
+        content: bytes = file.read()
+        return content
 
 
 def read_text(path: object, content: bytes) -> str:

@@ -13,20 +13,18 @@ from fusion.text import listed, shown
 log = logging.getLogger(__name__)
 
 
-def text_names(task: TaskConfig) -> list[str]:
-    """All text columns under both of their names, for formats without column types."""
-    names = [*task.text_columns, *(task.choices if isinstance(task.choices, list) else [])]
-    return [*names, *(task.columns[name] for name in names if name in task.columns)]
+def names_of(task: TaskConfig, name: str) -> list[str]:
+    """A column's name, and its other name in the task's `columns`."""
+    return [name, *([task.columns[name]] if name in task.columns else [])]
 
 
-def label_names(task: TaskConfig) -> list[str]:
-    """The label column under both of its names: its values are text, too, whatever they look like."""
-    return [name for name in (task.label, task.columns.get(task.label)) if name is not None]
+def text_columns(task: TaskConfig) -> list[str]:
+    return [*task.text_columns, *(task.choices if isinstance(task.choices, list) else [])]
 
 
 def label_column(task: TaskConfig, table: Table, required: bool) -> Column | None:
     """Raises UserError if there is no such column and it is required."""
-    for path in label_names(task):
+    for path in names_of(task, task.label):
         values = table.column(path)
         if values is not None:
             if not table.typed:
@@ -59,36 +57,35 @@ def words_of(
     """
     name = task.text_columns[0]
     values = _column(task, table, name)
-    words = [_texts(values[row], table, row, name, "word", first=1) for row in rows]
-    pairs = [(row, sentence) for row, sentence in zip(rows, words, strict=True) if sentence]
-    if not drop_empty or len(pairs) == len(rows):
-        return rows, words
-    if not pairs:
+    words = {row: _texts(values[row], table, row, name, "word", first=1) for row in rows}
+    kept = [row for row in rows if words[row]] if drop_empty else rows
+    if not kept:
         raise UserError(f"{table.where}: none of its {len(rows)} rows has a word; expected at least one")
-    log.warning(
-        "%s: %d of %d rows have no words and are left out", table.where, len(rows) - len(pairs), len(rows)
-    )
-    return [row for row, _ in pairs], [sentence for _, sentence in pairs]
+    if left_out := len(rows) - len(kept):
+        log.warning("%s: %d of %d rows have no words and are left out", table.where, left_out, len(rows))
+    return kept, [words[row] for row in kept]
 
 
 def choices_of(task: TaskConfig, table: Table, rows: list[int]) -> list[list[str]]:
-    """The choices of each row, from a list column or from several columns.
+    """The choices of each row, from a list column or from several columns, of which the last may be null.
 
     Raises:
         UserError: a column is missing, or a row has not two or more texts.
     """
-    if isinstance(task.choices, list):
-        name = ", ".join(task.choices)
-        columns = [_column(task, table, column) for column in task.choices]
-        given: list[Any] = [_without_last_nulls([column[row] for column in columns]) for row in rows]
-    else:
-        name = task.choices
-        column = _column(task, table, name)
-        given = [column[row] for row in rows]
-    for row, choices in zip(rows, given, strict=True):
-        if len(_texts(choices, table, row, name, "choice", first=0)) < 2:
-            raise UserError(f"{table.at(row)}: {name} has {len(choices)} choices; expected at least 2")
-    return given
+    several = isinstance(task.choices, list)
+    names: list[str] = task.choices if isinstance(task.choices, list) else [str(task.choices)]
+    columns = [_column(task, table, name) for name in names]
+    found: list[Any] = []
+    for row in rows:
+        choices: Any = [column[row] for column in columns] if several else columns[0][row]
+        while several and choices and choices[-1] is None:
+            choices.pop()
+        if len(_texts(choices, table, row, ", ".join(names), "choice", first=0)) < 2:
+            raise UserError(
+                f"{table.at(row)}: {', '.join(names)} has {len(choices)} choices; expected at least 2"
+            )
+        found.append(choices)
+    return found
 
 
 def fill_blanks(
@@ -109,9 +106,8 @@ def fill_blanks(
 
 
 def _column(task: TaskConfig, table: Table, name: str) -> list[Any]:
-    """A column by the task's name, or by the other name in the task's `columns`."""
-    for path in (name, task.columns.get(name)):
-        values = table.column(path) if path is not None else None
+    for path in names_of(task, name):
+        values = table.column(path)
         if values is not None:
             return values
     raise _no_column(table, name)
@@ -142,10 +138,3 @@ def _texts(values: Any, table: Table, row: int, name: str, item: str, first: int
     return [
         _text(value, table, row, f"{item} {number} of {name}") for number, value in enumerate(values, first)
     ]
-
-
-def _without_last_nulls(values: list[Any]) -> list[Any]:
-    """A row may use fewer columns than there are: the last ones are then null."""
-    while values and values[-1] is None:
-        values.pop()
-    return values

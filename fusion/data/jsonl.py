@@ -7,6 +7,7 @@ from typing import Any
 
 from fusion.data.files import read_text
 from fusion.errors import UserError, first_line
+from fusion.text import listed, repeated
 
 _EXPECTED = 'expected one JSON object per line, or in .json an array of objects, such as {"text": ...}'
 
@@ -16,8 +17,7 @@ def read_json(path: object, content: bytes) -> tuple[list[dict[str, Any]], list[
     text = read_text(path, content)
     if not text.lstrip().startswith("["):
         return read_jsonl(path, content)
-    records = [_checked(row, f"{path}, row {n}") for n, row in enumerate(_parse(text, str(path)), start=1)]
-    return records, None
+    return [_checked(row, f"{path}, row {n}") for n, row in enumerate(_parse(text, str(path)), start=1)], None
 
 
 def read_jsonl(path: object, content: bytes) -> tuple[list[dict[str, Any]], list[int]]:
@@ -26,13 +26,13 @@ def read_jsonl(path: object, content: bytes) -> tuple[list[dict[str, Any]], list
     Raises:
         UserError: a line is not UTF-8, not JSON, not an object, or has a duplicate key; names the line.
     """
-    lines = [
-        (number, line)
-        for number, line in enumerate(read_text(path, content).split("\n"), start=1)
-        if line.strip(" \t\r\v\f")
-    ]
-    records = [_checked(_parse(line, where := f"{path}, line {n}"), where) for n, line in lines]
-    return records, [number for number, _ in lines]
+    records, lines = [], []
+    for number, line in enumerate(read_text(path, content).split("\n"), start=1):
+        if line.strip(" \t\r\v\f"):
+            where = f"{path}, line {number}"
+            records.append(_checked(_parse(line, where), where))
+            lines.append(number)
+    return records, lines
 
 
 def _checked(record: Any, where: str) -> dict[str, Any]:
@@ -52,6 +52,5 @@ def _parse(text: str, where: str) -> Any:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"duplicate key {json.dumps(next(n for n in names if names.count(n) > 1))[:60]}")
+        raise ValueError(f"duplicate key {listed(repeated(name for name, _ in pairs))}")
     return found

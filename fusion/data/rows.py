@@ -20,21 +20,12 @@ from fusion.data.inputs import (
     choices_of,
     fill_blanks,
     label_column,
-    label_names,
-    text_names,
+    names_of,
+    text_columns,
     texts_of,
     words_of,
 )
-from fusion.data.splits import (
-    Part,
-    evaluation_splits,
-    family,
-    holdout,
-    hub_part,
-    is_local,
-    local_part,
-    no_source,
-)
+from fusion.data.splits import Part, family, holdout, locate
 from fusion.data.tables import hub_table, read_split, read_table, record_table
 from fusion.errors import UserError
 from fusion.tasks.columns import Table
@@ -74,16 +65,16 @@ class Rows:
 def load_splits(
     task: TaskConfig, data: DataConfig, splits: Iterable[str], trained_as: str | None = None
 ) -> tuple[dict[str, Rows], str | None]:
-    """The rows of several splits, with labels read in the same way: "names", "label_values", "ids" or "booleans".
+    """The rows of several splits, and how all of their labels are read: "names", "label_values", "ids" or "booleans".
 
     Args:
         trained_as: how the training of an artifact read the labels of this task, if known.
 
     Returns:
-        The rows by split, and the way; None without labels, or if they are values.
+        The rows by split, and how the labels are read; None without labels, or if they are values.
 
     Raises:
-        UserError: as `load_rows`; the splits have no way in common, or it is ambiguous whether ids start at 0 or 1.
+        UserError: as `load_rows`; the splits have no format in common, or it is ambiguous whether ids start at 0 or 1.
     """
     rows = {split: load_rows(task, data, split) for split in splits}
     return rows, common_format(task, {split: one.label_format for split, one in rows.items()}, trained_as)
@@ -97,27 +88,30 @@ def load_rows(task: TaskConfig, data: DataConfig, split: str) -> Rows:
             and the row.
     """
     ours = family(task, split)
-    part = Part(split)
     held_out = holdout(task, data, split)
     if held_out is not None and held_out.split != "train":
         split = "train"  # of which it is a part
-    if is_local(task, data):
-        files, part = local_part(task, data, split)
-        table = read_split(files, [*text_names(task), *label_names(task)], data.quoting)
+    files, part = locate(task, data, split)
+    if files is not None:
+        # Labels are text, too, whatever they look like.
+        columns = [*text_columns(task), task.label]
+        table = read_split(files, [path for name in columns for path in names_of(task, name)], data.quoting)
     elif task.corpus is not None:
         from fusion.data.corpora import corpus_records
 
-        evaluation_splits(task, split)
         table = record_table(corpus_records(task.corpus, split), where=f"corpus {task.corpus}, {split}")
-    elif task.hub is not None:
-        part = hub_part(task, split)
-        local = f"{task.name}/{split}.parquet (jsonl, json, csv, tsv)"
-        table = hub_table(task.hub, part.name, f"To work without the hub, data.dir=DIR reads DIR/{local}")
     else:
-        raise no_source(task, split)
-    limit = getattr(data.limit, ours) if ours else None
-    may_lack_labels = ours == "test" and held_out is None
-    return _rows(task, table, may_lack_labels=may_lack_labels, part=part, held_out=held_out, limit=limit)
+        assert task.hub is not None
+        local = f"DIR/{task.name}/{split}.parquet (jsonl, json, csv, tsv)"
+        table = hub_table(task.hub, part.name, f"To work without the hub, data.dir=DIR reads {local}")
+    return _rows(
+        task,
+        table,
+        may_lack_labels=ours == "test" and held_out is None,
+        part=part,
+        held_out=held_out,
+        limit=getattr(data.limit, ours) if ours else None,
+    )
 
 
 def rows_of_records(task: TaskConfig, records: Iterable[dict[str, Any]], where: str) -> Rows:
@@ -131,7 +125,8 @@ def rows_of_records(task: TaskConfig, records: Iterable[dict[str, Any]], where: 
 
 def rows_of_file(task: TaskConfig, path: Path, quoting: str | None = None) -> Rows:
     """As `rows_of_records`, from a file; `quoting` as in `read_delimited`."""
-    return _rows(task, read_table(path, text_names(task), quoting), read_labels=False)
+    columns = [path for name in text_columns(task) for path in names_of(task, name)]
+    return _rows(task, read_table(path, columns, quoting), read_labels=False)
 
 
 def _rows(
@@ -182,21 +177,21 @@ def _rows(
         choices = choices_of(task, table, kept)
     elif empty := sum(not any(map(str.strip, row)) for row in texts):
         log.warning("%s: %d of %d rows have an empty text", table.where, empty, len(texts))
-    labels, label_format = (
-        (None, None) if raw is None else raw.read(kept, choices if words is None else words)
-    )
+    labels, label_format = None, None
+    if raw is not None:
+        labels, label_format = raw.read(kept, choices if words is None else words)
     if choices is not None and task.blank is not None:
         texts, choices = fill_blanks(task.blank, table, kept, texts, choices)
+    drawn = list(range(len(texts)))
     if held_out is not None:
         drawn = held_out.rows(len(texts), labels, table.where)
-        texts, choices, labels, words = (_select(values, drawn) for values in (texts, choices, labels, words))
         ignored = ignored if held_out.split == "train" else 0  # counted once
-    if limit is not None and limit < len(texts):
-        drawn = limited_rows(len(texts), limit)
-        texts, choices, labels, words = (_select(values, drawn) for values in (texts, choices, labels, words))
+    if limit is not None and limit < len(drawn):
+        drawn = [drawn[row] for row in limited_rows(len(drawn), limit)]
+    if len(drawn) < len(texts):
+        texts = [texts[row] for row in drawn]
+        choices, labels, words = (
+            None if values is None else [values[row] for row in drawn] for values in (choices, labels, words)
+        )
     content = json.dumps([texts, choices, labels, *([] if words is None else [words])]).encode()
     return Rows(texts, choices, labels, ignored, hashlib.sha256(content).hexdigest(), label_format, words)
-
-
-def _select(values: Any, rows: list[int]) -> Any:
-    return None if values is None else [values[row] for row in rows]

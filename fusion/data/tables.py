@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusion.data.conll import read_conll
 from fusion.data.delimited import read_delimited
-from fusion.data.files import READABLE, FileFormat, SplitFiles, file_format, read_content
+from fusion.data.files import READABLE, SplitFiles, file_format, read_content
 from fusion.data.jsonl import read_json, read_jsonl
 from fusion.errors import UserError, first_line
 from fusion.hub.access import from_cache_or_hub, hub_is_reachable, offline
@@ -27,36 +27,33 @@ if TYPE_CHECKING:
 
 
 def arrow_table(table: pyarrow.Table, where: str, typed: bool = True) -> Table:
-    names = table.column_names
-    if duplicates := repeated(names):
+    if duplicates := repeated(table.column_names):
         raise UserError(f"{where}: duplicate column {listed(duplicates)}; expected each name once")
-    return Table(
-        where=where,
-        columns=tuple(names),
-        rows=table.num_rows,
-        read=lambda name: _values(table.column(name), f"{where}: column {listed([name])}"),
-        row_name=counted,
-        features=_features(table),
-        typed=typed,
-    )
 
+    def read(name: str) -> list[Any]:
+        try:
+            return table.column(name).to_pylist()
+        except (
+            Exception
+        ) as error:  # a date beyond Python's range, text that is not UTF-8: each has its own type
+            raise UserError(
+                f"{where}: column {listed([name])} cannot be read as {table.column(name).type} "
+                f"({first_line(error)[:120]}); fix or remove the value"
+            ) from error
 
-def _features(table: pyarrow.Table) -> dict[str, Any]:
-    """The features that `datasets` stores in the schema; empty if there are none or they are damaged."""
-    try:
+    try:  # where `datasets` stores its features; a file of another program has none
         features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        return {}
-    return features if isinstance(features, dict) else {}
-
-
-def _values(column: pyarrow.ChunkedArray, where: str) -> list[Any]:
-    try:
-        return column.to_pylist()
-    except Exception as error:  # a date beyond Python's range, text that is not UTF-8: each has its own type
-        raise UserError(
-            f"{where} cannot be read as {column.type} ({first_line(error)[:120]}); fix or remove the value"
-        ) from error
+        features = None
+    return Table(
+        where=where,
+        columns=tuple(table.column_names),
+        rows=table.num_rows,
+        read=read,
+        row_name=counted,
+        features=features if isinstance(features, dict) else {},
+        typed=typed,
+    )
 
 
 def record_table(records: Iterable[dict[str, Any]], lines: list[int] | None = None, *, where: str) -> Table:
@@ -74,68 +71,53 @@ def record_table(records: Iterable[dict[str, Any]], lines: list[int] | None = No
 def read_split(files: SplitFiles, text_columns: Iterable[str] = (), quoting: str | None = None) -> Table:
     """As `read_table`, for all files of a split; shards must have the same columns."""
     columns = list(text_columns)
-    tables = [_read(path, files.format, columns, quoting) for path in files.paths]
+    tables = [read_table(path, columns, quoting) for path in files.paths]
     return tables[0] if len(tables) == 1 else _concatenated(tables, str(files))
 
 
 def read_table(path: Path, text_columns: Iterable[str] = (), quoting: str | None = None) -> Table:
-    """The table of a local file.
+    """The table of a local file, or of a `save_to_disk` folder.
 
     Args:
-        path: a file with one of the extensions `READABLE`.
         text_columns: columns of a CSV or TSV file that are read as text even if all of it is numeric.
         quoting: of a CSV or TSV file, see `read_delimited`.
 
     Raises:
         UserError: the content does not fit the extension, or the extension is unknown.
     """
-    form = file_format(path)
-    if form is None:
+    where, form = str(path), file_format(path)
+    if path.is_dir():
+        form = "save_to_disk"
+    elif form is None:
         raise UserError(f"{path}: expected a file with one of the extensions {READABLE}")
-    return _read(path, form, text_columns, quoting)
-
-
-def _read(path: Path, form: FileFormat | None, text_columns: Iterable[str], quoting: str | None) -> Table:
-    where = str(path)
     try:
-        if form is None:
-            return _read_saved_data_set(path)
-        if form.format == ".parquet":
-            return arrow_table(_read_parquet(path), where)
-        content = read_content(path, form)
-        if form.format in (".jsonl", ".json"):
+        if form == "save_to_disk":
+            data = _datasets().load_from_disk(str(path.resolve()))
+            return arrow_table(data.with_format("arrow")[:], where)
+        if form == ".parquet":
+            import pyarrow.parquet
+
+            parquet = pyarrow.parquet.read_table(path, partitioning=None, page_checksum_verification=True)
+            return arrow_table(parquet, where)
+        extension, _, compression = form[1:].partition(".")
+        content = read_content(path, compression)
+        if extension in ("json", "jsonl"):
             return record_table(
-                *(read_json if form.format == ".json" else read_jsonl)(path, content), where=where
+                *(read_json if extension == "json" else read_jsonl)(path, content), where=where
             )
-        if form.format == ".conll":
+        if extension == "conll":
             sentences, lines = read_conll(path, content)
             table = record_table(sentences, where=where)
             return replace(table, typed=False, row_name=lambda row: f"sentence at line {lines[row]}")
-        return arrow_table(
-            read_delimited(path, content, form.format == ".tsv", text_columns, quoting), where, typed=False
-        )
+        delimited = read_delimited(path, content, extension == "tsv", text_columns, quoting)
+        return arrow_table(delimited, where, typed=False)
     except UserError:
         raise
-    except Exception as error:  # of the system, pyarrow and datasets, whose errors share no base class
-        expected = "a data set of save_to_disk" if form is None else form.format[1:]
+    except Exception as error:  # of the system, a decompressor, pyarrow or datasets: they share no base class
         raise UserError(
-            f"{path}: cannot be read as {expected}: {first_line(error)[:200]}\n"
+            f"{path}: cannot be read as {form.removeprefix('.')}: {first_line(error)[:200]}\n"
             f"Write it again, or rename it to the extension of its content: {READABLE}"
         ) from error
-
-
-def _read_saved_data_set(folder: Path) -> Table:
-    import datasets
-
-    with _quiet():
-        data = datasets.load_from_disk(str(folder.resolve()))
-        return arrow_table(data.with_format("arrow")[:], str(folder))
-
-
-def _read_parquet(path: Path) -> pyarrow.Table:
-    import pyarrow.parquet
-
-    return pyarrow.parquet.read_table(path, partitioning=None, page_checksum_verification=True)
 
 
 def _concatenated(tables: list[Table], where: str) -> Table:
@@ -150,27 +132,19 @@ def _concatenated(tables: list[Table], where: str) -> Table:
                 f"{table.where}: column {listed(differing)} differs from {Path(first.where).name} in its name or its "
                 "class names; write all shards of a split with the same columns and features"
             )
-    ends = list(accumulate(table.rows for table in tables))
-
-    def find(row: int) -> tuple[Table, int]:
-        number = bisect_right(ends, row)
-        return tables[number], row - (ends[number] - tables[number].rows)
+    starts = list(accumulate((table.rows for table in tables), initial=0))
 
     def row_name(row: int) -> str:
-        table, own = find(row)
-        return table.row_name(own)
-
-    def place(row: int) -> str:
-        table, own = find(row)
-        return table.at(own)
+        number = bisect_right(starts, row) - 1
+        table = tables[number]
+        return f"{Path(table.where).name}, {table.row_name(row - starts[number])}"
 
     return replace(
         first,
         where=where,
-        rows=ends[-1],
+        rows=starts[-1],
         read=lambda name: [value for table in tables for value in table.read(name)],
         row_name=row_name,
-        place=place,
     )
 
 
@@ -184,14 +158,15 @@ def hub_table(hub: HubConfig, split: str, hint: str) -> Table:
     Raises:
         UserError: neither the cache nor the hub has it, or the configuration or split does not exist.
     """
-    import datasets  # before `offline` changes the hub client's settings, which it reads once on import
-
+    datasets = (
+        _datasets()
+    )  # before `offline` changes the hub client's settings, which it reads once on import
     where = hub.path + (f" ({hub.name})" if hub.name else "") + f", {split}"
 
     def load(cached_only: bool) -> Table:
         if cached_only and hub.revision is not None and hub_is_reachable():
             raise FileNotFoundError("the cache does not distinguish revisions")
-        with _quiet(), offline(datasets.config) if cached_only else contextlib.nullcontext():
+        with offline(datasets.config) if cached_only else contextlib.nullcontext():
             try:
                 data = datasets.load_dataset(hub.path, hub.name, split=split, revision=hub.revision)
                 return arrow_table(data.with_format("arrow")[:], where)
@@ -208,18 +183,11 @@ def hub_table(hub: HubConfig, split: str, hint: str) -> Table:
     return from_cache_or_hub(load, where, hint)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without progress bars and log messages of `datasets`; its errors are raised as well."""
+def _datasets() -> Any:
+    """`datasets` without progress bars and log messages; its errors are raised as well."""
     import datasets
 
-    level, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
     datasets.logging.set_verbosity(logging.CRITICAL)
-    if bars:
+    if datasets.is_progress_bar_enabled():
         datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(level)
-        if bars:
-            datasets.enable_progress_bars()
+    return datasets

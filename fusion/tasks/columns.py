@@ -32,7 +32,6 @@ class Table:
     rows: int
     read: Callable[[str], list[Any]]  # a column's values
     row_name: Callable[[int], str]
-    place: Callable[[int], str] | None = None  # of a row, where the table comes from several files
     features: dict[str, Any] = field(default_factory=dict)  # of a data set of the hub's library, by column
     typed: bool = True  # whether the columns that hold text in any case could have held something else
 
@@ -76,7 +75,7 @@ class Table:
         return tuple(str(name) for name in names) if isinstance(names, list) else None
 
     def at(self, row: int) -> str:
-        return f"{self.where}, {self.row_name(row)}" if self.place is None else self.place(row)
+        return f"{self.where}, {self.row_name(row)}"
 
 
 def _step(value: Any, key: str) -> Any:

@@ -253,11 +253,7 @@ def read_lists(
             )
         row_of += [row] * len(value)
     flat = replace(column, values=[value for row in kept for value in column.values[row]])
-    by_label = replace(
-        table,
-        row_name=lambda number: table.row_name(row_of[number]),
-        place=lambda number: table.at(row_of[number]),
-    )
+    by_label = replace(table, row_name=lambda number: table.row_name(row_of[number]))
     keys = labels.keys(flat)
     ignored = labels.ignored(flat, keys, unlabelled=False)
     used = [number for number, is_ignored in enumerate(ignored) if not is_ignored]

@@ -144,13 +144,6 @@ def test_a_resumed_epoch_starts_where_it_stopped():
     assert len(list(resumed)) == len(whole)
 
 
-def test_no_rows_and_no_rank():
-    with pytest.raises(ValueError, match="no rows"):
-        LengthBatches(LENGTHS[:0], 32, seed=0)
-    with pytest.raises(ValueError, match="rank=2"):
-        SortedBatches(LENGTHS, 32, rank=2, world_size=2)
-
-
 # --- by tokens ----------------------------------------------------------------------------------------
 
 CHOICES = np.random.RandomState(1).randint(2, 6, len(LENGTHS))

@@ -19,7 +19,7 @@ import pytest
 
 from fusion.config.data import DataConfig
 from fusion.config.task import TaskConfig
-from fusion.data.files import FileFormat, file_format, split_files
+from fusion.data.files import file_format, split_files
 from fusion.data.rows import load_rows, rows_of_file
 from fusion.data.splits import check_source
 from fusion.errors import UserError
@@ -75,10 +75,10 @@ Task = Callable[..., TaskConfig]
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        ("a.parquet", FileFormat(".parquet")),
-        ("a.b.JSONL", FileFormat(".jsonl")),
-        ("a.CSV.Gz", FileFormat(".csv", ".gz")),
-        ("a.json.zst", FileFormat(".json", ".zst")),
+        ("a.parquet", ".parquet"),
+        ("a.b.JSONL", ".jsonl"),
+        ("a.CSV.Gz", ".csv.gz"),
+        ("a.json.zst", ".json.zst"),
         ("a.parquet.gz", None),
         ("a.gz", None),
         ("a.arrow", None),
@@ -88,7 +88,7 @@ Task = Callable[..., TaskConfig]
         (".csv", None),
     ],
 )
-def test_form(name: str, form: FileFormat | None) -> None:
+def test_file_format(name: str, form: str | None) -> None:
     assert file_format(Path("folder.csv") / name) == form
 
 
@@ -125,7 +125,7 @@ def test_lines_in_a_json_file(task: Task, write: Write) -> None:
     [
         (array([*ROWS[:2], {"text": 3, "label": 0}]), r"train\.json, row 3: text is 3"),
         (b"[1, 2]", r"train\.json, row 1: got int; expected one JSON object"),
-        (b'[{"text": "a", "text": "b", "label": 0}]', r'train\.json: invalid JSON \(duplicate key "text"'),
+        (b'[{"text": "a", "text": "b", "label": 0}]', r"train\.json: invalid JSON \(duplicate key text"),
         (b'[{"text": "a"\n', r"train\.json: invalid JSON \(.*line 2 column 1.*expected .* an array"),
         (b'[{"text": "\xff"}]', r"train\.json, line 1: not UTF-8"),
         (b"[]", "holds no rows"),
@@ -200,12 +200,12 @@ def test_a_missing_shard(task: Task, write: Write) -> None:
     for call in (lambda: load_rows(task(), data, "train"), lambda: check_source(task(), data, ["train"])):
         with pytest.raises(
             UserError,
-            match=r"train-\*-of-00003\.parquet: expected the shards 0 to 2 once each; missing: \[1\]",
+            match=r"train-\*-of-00003\.parquet: expected the shards 0 to 2 once each, got 0, 2",
         ):
             call()
     write("train-00001-of-00003.parquet", parquet(ROWS))
     write("train-00003-of-00003.parquet", parquet(ROWS))
-    with pytest.raises(UserError, match=r"out of range: \[3\]"):
+    with pytest.raises(UserError, match=r"got 0, 1, 2, 3"):
         load_rows(task(), data, "train")
 
 
@@ -310,7 +310,7 @@ def test_a_saved_data_set_that_is_damaged(task: Task, tmp_path: Path, damage: st
     folder = tmp_path / "data" / "pets" / "train"
     datasets.Dataset.from_list(ROWS).save_to_disk(folder)
     (folder / damage).write_bytes(b'{"_data_files": 3}' if damage == "state.json" else b"\0nothing")
-    with pytest.raises(UserError, match="cannot be read as a data set of save_to_disk") as caught:
+    with pytest.raises(UserError, match="cannot be read as save_to_disk") as caught:
         load_rows(task(), DataConfig(dir=str(tmp_path / "data")), "train")
     assert len(str(caught.value).splitlines()) <= 2
 

@@ -69,7 +69,7 @@ def test_a_missing_split_lists_the_files(task, write, tmp_path):
         load_rows(task(), data, "validation")
     with pytest.raises(
         UserError,
-        match=r"has no vaidation \(did you mean validation\?\): it holds notes\.txt, train\.jsonl\n",
+        match=r"has no vaidation: it holds notes\.txt, train\.jsonl; did you mean validation\?\n",
     ):
         load_rows(task(), data, "vaidation")
     with pytest.raises(

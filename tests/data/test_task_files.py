@@ -16,7 +16,7 @@ import yaml
 from fusion.config.data import DataConfig
 from fusion.config.task import TaskConfig
 from fusion.data.rows import load_rows
-from fusion.data.splits import SPLITS, evaluation_splits, hub_part
+from fusion.data.splits import SPLITS, evaluation_splits, locate
 from fusion.tasks.task import HubConfig
 
 ROOT = Path(__file__).parents[2]
@@ -152,7 +152,7 @@ def test_a_task_file_is_data_that_the_schema_knows(name):
         assert set(task.hub.splits) <= set(SPLITS) and {"train", "validation"} <= set(task.hub.splits)
         for split in task.hub.splits:
             for published in evaluation_splits(task, split):
-                assert hub_part(task, published).name
+                assert locate(task, DataConfig(), published)[1].name
 
 
 def test_mnli_has_two_validation_sets():
