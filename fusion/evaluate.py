@@ -1,11 +1,10 @@
-"""Scores of a stored artifact on a split of its own tasks, or of another one with the same labels.
+"""Scores of a stored artifact on a split of its own tasks, or of another task with the same labels.
 
 python -m fusion.evaluate artifact=rte-adapterfusion split=validation
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import shlex
 from collections.abc import Sequence
@@ -16,55 +15,45 @@ from fusion.cli.app import command
 from fusion.cli.console import say
 from fusion.config.commands import EvaluateConfig
 from fusion.errors import UserError
-from fusion.model.head_selection import answers, own_tasks
+from fusion.model.head_selection import select_heads
 from fusion.runs.inputs import read_used
 from fusion.runs.run import Run
 from fusion.store.lookup import read_manifest, source_manifests
 from fusion.store.trained_data import as_trained, data_folder_of
-from fusion.text import key_of, override, shortened
+from fusion.text import key_of, log_once, override, shortened
 
 log = logging.getLogger(__name__)
 
 
 def check(config: EvaluateConfig, run: Run) -> None:
-    """What can be said before a model is loaded."""
     from fusion.data.splits import check_source
 
     manifest = read_used(config)
-    for answer in answers(manifest, config.task):
-        check_source(answer.task, as_trained(manifest, config.data, answer.task.name), [config.split])
+    for head in select_heads(manifest, config.task):
+        check_source(head.task, as_trained(manifest, config.data, head.task.name), [config.split])
 
 
 def use_trained_data(config: EvaluateConfig, overrides: Sequence[str]) -> None:
-    """Read the artifact's rows where its training read them, unless data.dir= is given; data.dir=null: the hub.
+    """Read the rows from the folder of the artifact's training, unless data.dir= is set; data.dir=null: from the hub.
 
     Raises:
-        UserError: that folder is gone.
+        UserError: that folder does not exist.
     """
     if config.data.dir is not None or "data.dir" in map(key_of, overrides):
         return
     manifest = read_manifest(config.artifact, Path(config.store))
     folder = data_folder_of(manifest)
-    if folder is None:
-        return
-    own = [task.name for task in own_tasks(manifest)]
-    other = config.task is not None and config.task.name not in own
-    if other and not (Path(folder) / str(config.task and config.task.name)).is_dir():
-        return  # another task than the artifact's may come from anywhere
+    task = None if config.task is None else str(config.task.name)
+    if folder is None or not (task in (None, *manifest.task_names) or (Path(folder) / str(task)).is_dir()):
+        return  # another task may have other data
     shown = shortened(shlex.quote(override("data.dir", folder)))
     if not Path(folder).is_dir():
         raise UserError(
-            f"{manifest.name} was trained on the rows in {shown}, and that folder is gone\n"
-            "data.dir=DIR names another one, data.dir=null takes the hub's rows"
+            f"{shown}: the data folder of {manifest.name}'s training does not exist\n"
+            "Set data.dir=DIR to another folder, or data.dir=null to read from the hub"
         )
     config.data.dir = folder
-    _say_once(f"{shown}, as {manifest.name} was trained")
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    """Once a process, which settles a job when it is planned and when its turn comes."""
-    log.info("%s", line)
+    log_once(log, f"{shown}, the data folder of {manifest.name}'s training")
 
 
 @command("evaluate", EvaluateConfig, check=check, settle=use_trained_data)
@@ -76,26 +65,24 @@ def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     from fusion.tracking.loggers import SafeCsvLogger, build_loggers, finish
 
     manifest = read_manifest(config.artifact, Path(config.store))
-    tasks = [str(answer.task.name) for answer in answers(manifest, config.task)]
-    about = {key: getattr(manifest, key) for key in ("kind", "name", "hash")}
-    about["run"] = manifest.run.wandb
-    tags = [*tasks, manifest.backbone.name_or_path.rsplit("/", 1)[-1], manifest.made_by]
+    tasks = [str(head.task.name) for head in select_heads(manifest, config.task)]
     loggers = build_loggers(
         config.logger,
         directory=run.directory,
         name=f"{manifest.name} on {'+'.join(tasks)} {config.split}"[:LENGTH],
         group=run.group,
         job_type="evaluate",
-        tags=tags,
+        tags=[*tasks, manifest.backbone.name_or_path.rsplit("/", 1)[-1], manifest.made_by],
         config_values=run.config,
     )
     exit_code = 1
     try:
         result = evaluate(config, run)
         log_result(loggers, result)
-        log_use(loggers, about)
+        used = {key: getattr(manifest, key) for key in ("kind", "name", "hash")}
+        log_use(loggers, used | {"run": manifest.run.wandb})
         for logger in loggers:
-            if isinstance(logger, SafeCsvLogger):  # it has no summary: a row of scores
+            if isinstance(logger, SafeCsvLogger):  # it has no summary: log a row of scores
                 logger.log_metrics(dict(flat(result["metrics"])), 0)
         exit_code = 0
         return result
@@ -104,83 +91,74 @@ def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
 
 
 def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
-    """Score the artifact on the split, and give what result.json holds."""
+    """Score the artifact, write the predictions, and return the content of result.json."""
     from fusion.analysis.unseen import check_unseen
-    from fusion.backbones.load import load_backbone
     from fusion.cli.console import rows_progress
     from fusion.data.encode import encode
     from fusion.data.rows import load_splits
     from fusion.data.splits import evaluation_splits
-    from fusion.model.build import backbone_of, stored_model
-    from fusion.model.inference import device_of, predict
-    from fusion.store.artifacts import load
+    from fusion.model.inference import load_model, predict
     from fusion.training.metrics import predicted, score_predictions
     from fusion.training.predictions import RowPredictions, write_predictions
 
-    device = device_of(config.accelerator)
-    artifact = load(config.artifact, Path(config.store))
-    manifest = artifact.manifest
-    scored = answers(manifest, config.task)
-    name, revision = backbone_of(manifest, config.backbone)
-    max_length = config.data.max_length or manifest.data.max_length
-    backbone = load_backbone(name, revision, config.backbone.trust_remote_code, max_length)
-    model = stored_model(artifact, artifact.path.parent, backbone, config.drop)
-    trained = [manifest, *source_manifests(manifest, artifact.path.parent)]
+    loaded = load_model(config)
+    manifest = loaded.artifact.manifest
+    heads = select_heads(manifest, config.task)
+    trained = [manifest, *source_manifests(manifest, loaded.artifact.path.parent)]
     metrics: dict[str, dict[str, float]] = {}
-    seen: dict[str, dict[str, Any]] = {}
-    rows_seen, seconds, tokens = 0, 0.0, 0
+    stored: dict[str, dict[str, Any]] = {}
+    count, seconds, tokens = 0, 0.0, 0
     splits = [
-        (answer, data, split)
-        for answer in scored
-        for data in [as_trained(manifest, config.data, answer.task.name)]
-        for split in evaluation_splits(answer.task, config.split, data)
+        (head, data, split)
+        for head in heads
+        for data in [as_trained(manifest, config.data, head.task.name)]
+        for split in evaluation_splits(head.task, config.split, data)
     ]
-    for answer, data, split in splits:
-        task = answer.task
+    for head, data, split in splits:
+        task = head.task
         check_unseen(trained, task, data, split)
         rows = load_splits(task, data, [split], manifest.labels_read_as(task.name))[0][split]
         if rows.labels is None:
             raise UserError(f"split={split}: its rows have no labels to score against; use fusion.predict")
-        encoded = encode(rows, backbone.tokenizer, max_length, config.data.cache_dir)
-        encoded.task = answer.head
+        encoded = encode(rows, loaded.backbone.tokenizer, loaded.max_length, config.data.cache_dir)
+        encoded.task = head.index
         with rows_progress(f"{manifest.name} on {task.name} {split}", len(rows)) as advance:
-            predictions = predict(
-                model,
+            found = predict(
+                loaded.model,
                 encoded,
                 config.data.batch_size,
-                device,
+                loaded.device,
                 tokens_per_batch=config.data.tokens_per_batch,
                 advance=advance,
             )
-        key = split if len(scored) == 1 else f"{task.name}/{split}"
-        said = RowPredictions.of_all(
-            encoded, task, predicted(task, predictions.scores, encoded.labels, answer.decision)
+        predictions = RowPredictions.of_all(
+            encoded, task, predicted(task, found.scores, encoded.labels, head.decision)
         )
-        metrics[key] = score_predictions(task, said.predictions, said.labels)
-        seen[key] = said.as_stored(encoded)
-        rows_seen, seconds, tokens = (
-            rows_seen + len(rows),
-            seconds + predictions.seconds,
-            tokens + predictions.tokens,
+        key = split if len(heads) == 1 else f"{task.name}/{split}"
+        metrics[key] = score_predictions(task, predictions.predictions, predictions.labels)
+        stored[key] = predictions.as_stored(encoded)
+        count, seconds, tokens = count + len(rows), seconds + found.seconds, tokens + found.tokens
+        by = (
+            f", by the head of {head.trained_on}"
+            if manifest.multitask and head.trained_on != task.name
+            else ""
         )
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics[key].items())
-        another = manifest.multitask is not None and answer.head_task != task.name
         dropped = f", {config.drop} layers dropped" if config.drop else ""
-        by = f", by the head of {answer.head_task}" if another else ""
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics[key].items())
         say(f"{manifest.name} on {task.name} {split} ({len(rows)} rows{by}{dropped}): {shown}")
-    write_predictions(run.directory, seen)
+    write_predictions(run.directory, stored)
     return {
-        "artifact": str(artifact.path),
+        "artifact": str(loaded.artifact.path),
         "name": manifest.name,
         "hash": manifest.hash,
         "kind": manifest.kind,
-        "task": "+".join(str(answer.task.name) for answer in scored),
+        "task": "+".join(str(head.task.name) for head in heads),
         "drop": config.drop,
         "metrics": metrics,
-        "rows": rows_seen,
+        "rows": count,
         "speed": {
             "seconds": seconds,
-            "examples_per_second": rows_seen / seconds,
+            "examples_per_second": count / seconds,
             "tokens_per_second": tokens / seconds,
         },
     }

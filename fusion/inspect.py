@@ -1,4 +1,4 @@
-"""Look into a stored fusion: whom it listens to, word by word, and what it loses without each source.
+"""Analyze a stored fusion: source attention, also per token, and source ablation.
 
 python -m fusion.inspect artifact=rte-adapterfusion
 """
@@ -17,9 +17,7 @@ from fusion.store.compatibility import check_attends
 
 
 def check(config: InspectConfig, run: Run) -> None:
-    """What can be said before a model is loaded."""
-    manifest = read_used(config)
-    check_attends(manifest, f"artifact={config.artifact}", "name a fusion")
+    check_attends(read_used(config), f"artifact={config.artifact}", "set artifact= to a fusion")
 
 
 @command("inspect", InspectConfig, check=check)
@@ -32,17 +30,16 @@ def main(config: InspectConfig, run: Run) -> dict[str, Any]:
     metric, full = next(iter(seen["metrics"].items()))
     say(f"{seen['name']} on {seen['task']} {seen['split']} ({seen['rows']} rows): {metric} {full:.4f}")
     slots = list(seen["attention"].values())
-    shares = zip(*(slot["mean"] for slot in slots), strict=True)
-    return {
-        **{
-            key: seen[key] for key in ("artifact", "name", "hash", "task", "split", "rows", "sources", "drop")
-        },
+    by_source = zip(*(slot["mean"] for slot in slots), strict=True)
+    keys = ("artifact", "name", "hash", "task", "split", "rows", "sources", "drop", "speed")
+    return {key: seen[key] for key in keys} | {
         "metrics": {seen["split"]: seen["metrics"]},
-        "attention": dict(zip(seen["sources"], (sum(share) / len(slots) for share in shares), strict=True)),
+        "attention": {
+            source: sum(means) / len(slots) for source, means in zip(seen["sources"], by_source, strict=True)
+        },
         "masked": {source: one["metrics"][metric] for source, one in seen["masked"].items()},
         "intervals": {source: [change.low, change.high] for source, change in ablation(seen, metric).items()},
         "inspection": str(run.directory / INSPECTION),
-        "speed": seen["speed"],
     }
 
 

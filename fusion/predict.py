@@ -1,4 +1,4 @@
-"""Predictions of a stored artifact for the rows of a file, one JSON line each.
+"""Predictions of a stored artifact for the rows of a file, one JSON line per row.
 
 python -m fusion.predict artifact=rte-adapterfusion input=rows.jsonl output=predictions.jsonl
 """
@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from fusion.cli.app import command
 from fusion.cli.console import say
 from fusion.config.commands import PredictConfig
+from fusion.config.task import TaskConfig
 from fusion.errors import UserError
 from fusion.files import atomic_path
-from fusion.model.head_selection import Answer, answers
+from fusion.model.head_selection import SelectedHead, select_heads
 from fusion.runs.inputs import read_used
 from fusion.runs.run import Run
 from fusion.store.compatibility import check_attends
@@ -27,83 +28,69 @@ if TYPE_CHECKING:
     from fusion.store.manifest import Manifest
 
 
-def answer_of(config: PredictConfig, manifest: Manifest) -> Answer:
-    """The task that the rows are of: the one that is asked for, or an artifact's only one."""
-    possible = answers(manifest, config.task)
-    if len(possible) > 1:
-        raise UserError(
-            f"{manifest.name} answers several tasks; say which one the rows are of: +task=NAME, one of "
-            f"{', '.join(answer.head_task for answer in possible)}"
-        )
-    return possible[0]
+def select_head(manifest: Manifest, task: TaskConfig | None) -> SelectedHead:
+    """The head for the rows: that of the task, or the artifact's only one."""
+    heads = select_heads(manifest, task)
+    if len(heads) > 1:
+        names = ", ".join(head.trained_on for head in heads)
+        raise UserError(f"{manifest.name} has several tasks; set +task= to that of the rows, one of {names}")
+    return heads[0]
 
 
 def check(config: PredictConfig, run: Run) -> None:
-    """What can be said before a model is loaded."""
     from fusion.data.files import READABLE, file_format
 
     manifest = read_used(config)
-    answer_of(config, manifest)
+    select_head(manifest, config.task)
     if config.attention:
         check_attends(manifest, "attention=true", "leave attention= out")
-    if not Path(config.input).is_file():
-        raise UserError(f"input={config.input}: no such file; expected one with an ending {READABLE}")
-    if file_format(Path(config.input)) is None:
-        raise UserError(f"input={config.input}: this ending is not read; expected {READABLE}")
-    output = Path(config.output)
-    if output.is_dir():
-        raise UserError(f"output={config.output}: expected a file, and this is a folder")
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"output={config.output}: expected a file in a folder that exists")
+    source, output = Path(config.input), Path(config.output)
+    if not source.is_file() or file_format(source) is None:
+        raise UserError(f"input={config.input}: expected an existing file that ends in {READABLE}")
+    if output.is_dir() or (output.exists() and output.samefile(source)):
+        raise UserError(f"output={config.output}: is the input or a folder; expected another file")
     try:
         tempfile.TemporaryFile(dir=output.absolute().parent).close()
     except OSError as error:
-        raise UserError(f"output={config.output}: its folder cannot be written ({error.strerror})") from None
-    if output.exists() and output.samefile(config.input):
-        raise UserError(f"output={config.output} is the input; name another file")
+        raise UserError(
+            f"output={config.output}: cannot write to its folder ({error.strerror}); expected a folder that exists"
+        ) from None
 
 
 @command("predict", PredictConfig, check=check)
 def main(config: PredictConfig, run: Run) -> dict[str, Any]:
-    from fusion.backbones.load import load_backbone
     from fusion.cli.console import rows_progress
     from fusion.data.encode import encode
     from fusion.data.rows import rows_of_file
-    from fusion.model.build import backbone_of, stored_model
-    from fusion.model.inference import device_of, predict
-    from fusion.store.artifacts import load
+    from fusion.model.inference import load_model, predict
 
-    device = device_of(config.accelerator)
-    artifact = load(config.artifact, Path(config.store))
-    manifest = artifact.manifest
-    answer = answer_of(config, manifest)
-    task = answer.task
-    name, revision = backbone_of(manifest, config.backbone)
-    max_length = config.data.max_length or manifest.data.max_length
-    backbone = load_backbone(name, revision, config.backbone.trust_remote_code, max_length)
-    model = stored_model(artifact, artifact.path.parent, backbone, config.drop)
-    rows = rows_of_file(task, Path(config.input), config.data.quoting)
-    encoded = encode(rows, backbone.tokenizer, max_length, config.data.cache_dir)
-    encoded.task = answer.head
+    loaded = load_model(config)
+    manifest = loaded.artifact.manifest
+    head = select_head(manifest, config.task)
+    rows = rows_of_file(head.task, Path(config.input), config.data.quoting)
+    encoded = encode(rows, loaded.backbone.tokenizer, loaded.max_length, config.data.cache_dir)
+    encoded.task = head.index
     with rows_progress(f"{manifest.name} on {Path(config.input).name}", len(rows)) as advance:
         predictions = predict(
-            model,
+            loaded.model,
             encoded,
             config.data.batch_size,
-            device,
+            loaded.device,
             config.attention,
             config.data.tokens_per_batch,
             advance=advance,
         )
     if config.attention and not predictions.attention:
         raise UserError(
-            f"attention=true: with drop={config.drop} no layer of {manifest.name} is left that attends"
+            f"attention=true: with drop={config.drop}, {manifest.name} has no layer with attention"
         )
     counts = None if rows.choices is None else [len(choices) for choices in rows.choices]
-    _write(Path(config.output), lines(predictions, answer, manifest, counts))
+    with atomic_path(Path(config.output)) as part, part.open("w", encoding="utf-8") as file:
+        for line in lines(predictions, head, [source.name for source in manifest.sources], counts):
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
     say(f"{len(rows)} predictions of {manifest.name} in {config.output}")
     return {
-        "artifact": str(artifact.path),
+        "artifact": str(loaded.artifact.path),
         "name": manifest.name,
         "drop": config.drop,
         "output": config.output,
@@ -113,31 +100,27 @@ def main(config: PredictConfig, run: Run) -> dict[str, Any]:
 
 
 def lines(
-    predictions: Predictions, answer: Answer, manifest: Manifest, counts: list[int] | None
+    predictions: Predictions, head: SelectedHead, sources: list[str], counts: list[int] | None
 ) -> Iterator[dict[str, Any]]:
-    """One prediction a row, as the task's kind words it.
+    """The line of each row, see `Kind.lines`, with the mean attention to each source per layer if it was recorded.
 
-    With attention: for each layer, the mean over the row's tokens of what each source got. Where a
-    placement has several sites, `layer.site` stands for the layer.
+    If the placement has more than one site, the attention is per `layer.site`.
+
+    Args:
+        counts: choices of each row; None: rows are plain texts.
     """
-    sources = [source.name for source in manifest.sources]
-    several_sites = len({slot.partition(".")[2] for slot in predictions.attention}) > 1
-    kind = kind_of(answer.task)
-    for row, line in enumerate(kind.lines(answer.task, predictions.scores, counts, answer.decision)):
+    one_site = len({slot.partition(".")[2] for slot in predictions.attention}) == 1
+    for row, line in enumerate(
+        kind_of(head.task).lines(head.task, predictions.scores, counts, head.decision)
+    ):
         if predictions.attention:
             line["attention"] = {
-                slot if several_sites else slot.partition(".")[0]: dict(
+                slot.partition(".")[0] if one_site else slot: dict(
                     zip(sources, means[row].tolist(), strict=True)
                 )
                 for slot, means in predictions.attention.items()
             }
         yield line
-
-
-def _write(path: Path, records: Iterator[dict[str, Any]]) -> None:
-    with atomic_path(path) as part, part.open("w", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

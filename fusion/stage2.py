@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fusion.analysis.ranking.choice import name_sources
+from fusion.analysis.ranking.selection import resolve_sources
 from fusion.cli.app import command
 from fusion.config.stages import Stage2Config
 from fusion.runs.inputs import Inputs, check_backbone_name, initial_inputs, initial_manifest, read_inputs
@@ -29,7 +29,7 @@ def check(config: Stage2Config, run: Run) -> RunState:
     return check_stage(config, lambda: output_of(config, read_inputs(config), run))
 
 
-@command("stage2", Stage2Config, check=check, settle=lambda config, overrides: name_sources(config))
+@command("stage2", Stage2Config, check=check, settle=lambda config, overrides: resolve_sources(config))
 def main(config: Stage2Config, run: Run) -> dict[str, Any]:
     inputs = read_inputs(config)
     output = output_of(config, inputs, run)
@@ -43,7 +43,7 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, output: RunOutput) -> 
     # Heavy imports come once a command really runs, so that --help and a wrong key answer at once.
     import torch
 
-    from fusion.analysis.initialization import find_start
+    from fusion.analysis.initialization import initialize
     from fusion.analysis.unseen import check_unseen
     from fusion.backbones.load import load_backbone
     from fusion.model.adapted import AdaptedModel
@@ -69,10 +69,11 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, output: RunOutput) -> 
     earlier = initial_manifest(config, "fusion", inputs.sources)
     check_unseen([*inputs.sources, inputs.fusion, earlier], config.task, config.data)
     rows = load_task_rows(config.task_list, config.data, config.loss, backbone)
-    start = find_start(config, sources, backbone, rows.training[0], rows.validation, output.checkpoints)
+    validation = next(iter(rows.validation.values()))
+    init = initialize(config, sources, backbone, rows.training[0], validation, output.checkpoints)
     torch.manual_seed(config.seed)
-    slot_modules = build_composition(start.composition, sources, backbone, start.chosen)
-    head = start.head(config, backbone)
+    slot_modules = build_composition(init.composition, sources, backbone, init.chosen)
+    head = init.new_head(config, backbone)
     model = AdaptedModel(
         backbone,
         slot_modules,
@@ -81,12 +82,12 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, output: RunOutput) -> 
         bool(config.backbone.dropout),
         config.backbone.gradient_checkpointing,
     )
-    start.fill(model)
+    init.copy_weights(model)
     initial = start_from(config, model, backbone)
     objective = Objective(
-        loss_weights=start.composition.loss_weights(),
+        loss_weights=init.composition.loss_weights(),
         label_smoothing=config.loss.label_smoothing,
-        robust_drop=start.composition.drop == "robust",
+        robust_drop=init.composition.drop == "robust",
     )
     return train_and_store(
         StageSpec(
@@ -97,7 +98,7 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, output: RunOutput) -> 
             backbone=backbone,
             rows=rows,
             tag=config.composition.name,
-            parts={"composition": start.stored},
+            parts={"composition": init.stored},
             objective=objective,
             sources=[source.manifest for source in sources],
             initial=initial,

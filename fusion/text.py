@@ -7,6 +7,7 @@ printed. Values, overrides and commands in messages are written in Hydra's overr
 from __future__ import annotations
 
 import difflib
+import functools
 import io
 import logging
 import os
@@ -69,6 +70,12 @@ def printable_output() -> None:
     logging.setLogRecordFactory(_PrintableRecord)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+@functools.cache
+def log_once(log: logging.Logger, line: str) -> None:
+    """Log a line once per process."""
+    log.info("%s", line)
 
 
 class ConsoleHandler(logging.StreamHandler[TextIO]):

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fusion.analysis.ranking.order import correlation, ranks
+from fusion.analysis.ranking.order import correlation, ranked
 from fusion.cli.console import columns
 from fusion.errors import UserError
 from fusion.runs.signals import exit_code
@@ -203,9 +203,10 @@ def cost(seconds: dict[str, float], method: str) -> float | None:
 
 def _source_rows(ranking: dict[str, Any], each: dict[str, list[float]]) -> list[list[str]]:
     by_name = {source["name"]: source for source in ranking["sources"]}
-    place = dict(zip(each, ranks([statistics.fmean(values) for values in each.values()]), strict=True))
+    gained = [statistics.fmean(values) for values in each.values()]
+    place = {row["name"]: float(row["mean_rank"]) for row in ranked(list(each), {"gain": gained})}
     rows = [["source", "gain", "rank", *ranking["methods"], MEAN]]
-    for source in sorted(each, key=lambda name: float(place[name] or 0)):
+    for source in sorted(each, key=place.__getitem__):
         own = by_name[source]
         shown = [own["ranks"][method] for method in ranking["methods"]] + [own["mean_rank"]]
         rows.append(

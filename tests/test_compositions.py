@@ -279,7 +279,7 @@ def test_the_best_source_continues_training_and_the_choice_is_logged(
     assert manifest.composition is not None
     chosen = manifest.composition.continued
     assert chosen == max(scores, key=scores.__getitem__)
-    assert lines[-1].startswith(f"{chosen} goes on training")
+    assert lines[-1].startswith(f"{chosen} trains further")
     assert result["sources"] == [source.name for source in manifest.sources] == NAMES
     layers = {key.split(".")[0] for key in ragged.weights("best")}
     assert layers == {key.split(".")[0] for key in ragged.weights(chosen)}
@@ -289,7 +289,7 @@ def test_the_best_source_continues_training_and_the_choice_is_logged(
 @pytest.mark.parametrize(
     ("scores", "best"), [([0.1, 0.7, 0.2], "books"), ([0.1, 0.7, 0.7], "books"), ([0.1, 0.2, 0.3], "plays")]
 )
-def test_the_highest_score_decides_and_of_equals_the_first(
+def test_continued_selects_the_first_of_equally_good_sources(
     ragged: Bench, monkeypatch: pytest.MonkeyPatch, scores: list[float], best: str
 ) -> None:
     monkeypatch.setattr("fusion.analysis.initialization.probe", lambda *_: scores)
@@ -299,7 +299,7 @@ def test_the_highest_score_decides_and_of_equals_the_first(
     begun, ended = ragged.weights(best), ragged.weights("decided")
     assert {key: value.shape for key, value in ended.items()} == {key: v.shape for key, v in begun.items()}
     moved = [(ended[key] - begun[key]).abs().max() for key in begun]
-    assert 0 < max(moved) < 0.1  # a short way from where the source's own training ended
+    assert 0 < max(moved) < 0.1  # close to the source's weights
 
 
 # --- pruned ----------------------------------------------------------------------------------------
@@ -555,10 +555,9 @@ def test_two_sites_and_mixed_precision(tiny_backbone: Path, tmp_path: Path, name
     assert 0 <= bench.evaluate(f"plays-{name}")["metrics"]["validation"]["accuracy"] <= 1
 
 
-def test_what_was_chosen_is_kept_while_the_run_is_not_done(
+def test_a_resumed_run_uses_the_stored_selection(
     alike: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A run that is taken up again goes on with its first choice, whatever would be chosen now."""
     best = [[0.9, 0.1], [0.1, 0.9]]
     monkeypatch.setattr("fusion.analysis.initialization.probe", lambda *_: best.pop(0))
     trained = TaskModule.training_step
@@ -573,7 +572,7 @@ def test_what_was_chosen_is_kept_while_the_run_is_not_done(
     composed(alike, "films", "continued", ["films", "books"], name="chosen")
     manifest = load("chosen", alike.folder / "store").manifest
     assert manifest.composition is not None and manifest.composition.continued == "films"
-    assert best == [[0.1, 0.9]]  # nobody asked again
+    assert best == [[0.1, 0.9]]  # the second one is not used
 
 
 def test_a_source_of_another_store_is_copied_beside_the_fusion(bench: Bench) -> None:

@@ -34,7 +34,7 @@ LIBRARIES = {
     "peft": {"backbones"},
     "nervaluate": {"tasks"},
     "safetensors": {"store", "data", "training", "backbones", "model"},
-    "pydantic": {"store"},
+    "pydantic": {"store", "analysis"},
     "filelock": {"locks"},
 }
 HEAVY = (

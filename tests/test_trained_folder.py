@@ -1,4 +1,4 @@
-"""evaluate reads an artifact's rows where its training read them."""
+"""evaluate reads rows from the folder of the artifact's training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def settled(bench: Bench, *overrides: str, **changes: object) -> str | None:
     return config.data.dir
 
 
-def test_the_folder_of_the_training_unless_another_one_is_given(bench: Bench) -> None:
+def test_the_folder_of_the_training_unless_data_dir_is_set(bench: Bench) -> None:
     bench.stage1("films")
     folder = str(bench.folder / "data")
     assert settled(bench) == folder
@@ -31,7 +31,5 @@ def test_the_folder_of_the_training_unless_another_one_is_given(bench: Bench) ->
     assert settled(bench, "data.dir=null") is None
     assert settled(bench, data=DataConfig(dir=str(bench.folder))) == str(bench.folder)
     shutil.move(folder, Path(folder).with_name("moved"))
-    with pytest.raises(
-        UserError, match=r"films was trained on the rows in .*gone\ndata\.dir=DIR names another one"
-    ):
+    with pytest.raises(UserError, match=r"data folder of films's training does not exist\nSet data\.dir=DIR"):
         settled(bench)

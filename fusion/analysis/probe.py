@@ -1,4 +1,4 @@
-"""Which source's adapter suits a target best, by a cheap look: a linear head on the pooled states it gives.
+"""Linear probe of source adapters: a linear head on the pooled states with each source's adapter.
 
 Shapes: S texts, B rows, D hidden size, K outputs of the head.
 """
@@ -6,9 +6,8 @@ Shapes: S texts, B rows, D hidden size, K outputs of the head.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,24 +26,22 @@ from fusion.training.metrics import score
 
 log = logging.getLogger(__name__)
 
-Batches = Callable[[], Iterable[Batch]]
-
 
 @dataclass(frozen=True)
 class States:
-    """Pooled states of some rows: (S, D) float64; labels: (B,); choice_counts: (B,) where S is not B."""
+    """
+    Attributes:
+        pooled: (S, D) float64.
+        labels: (B,) or (B, ...).
+        choice_counts: (B,), the number of texts per row; None: one each.
+    """
 
     pooled: Tensor
     labels: Tensor
     choice_counts: Tensor | None
 
 
-class PooledStates(TaskHead):
-    """A head that scores nothing: it hands the pooled states on."""
-
-    def forward(self, hidden: Tensor, attention_mask: Tensor, words: Tensor | None = None) -> Tensor:
-        """hidden: (S, T, D), attention_mask: (S, T) -> (S, D), of words (B, W, D)."""
-        return pool(hidden, attention_mask, self.pooling, words)
+Batches = Callable[[], Iterable[Batch]]
 
 
 def probe(
@@ -57,71 +54,68 @@ def probe(
     validation: Batches,
     device: torch.device,
 ) -> list[float]:
-    """The task's first metric on the validation rows, for each source alone.
-
-    The backbone is frozen and so is the adapter; only a linear head is fitted, to convergence, on the
-    training rows.
-
-    Args:
-        backbone: is changed in place; give a copy.
-        composition: says in which layers the adapters act.
-        training, validation: give the batches, once for each source.
-    """
-    scores = []
-    for source, look in zip(sources, looks(sources, backbone, composition, pooling, device), strict=True):
-        found = probe_score(look(training()), look(validation()), task)
+    """`probe_score` of each source; other arguments as of `pooled_states`."""
+    states = pooled_states(sources, backbone, composition, pooling, [training, validation], device)
+    scores = [probe_score(fitted, held_out, task) for fitted, held_out in states]
+    for source, found in zip(sources, scores, strict=True):
         log.info("probe of %s: %s %.4f", source.manifest.name, task.metrics[0], found)
-        scores.append(found)
     return scores
 
 
-def probe_score(training: States, validation: States, task: TaskConfig) -> float:
-    """The task's first metric on the validation rows, by the linear head that fits the training rows best."""
-    scores = linear_scores(training, validation, task)
-    return score(task, scores, validation.labels.numpy())[task.metrics[0]]
-
-
-def looks(
+@torch.no_grad()
+def pooled_states(
     sources: Sequence[Artifact],
     backbone: Backbone,
     composition: CompositionConfig,
     pooling: str,
+    splits: Sequence[Batches],
     device: torch.device,
-) -> Iterator[Callable[[Iterable[Batch]], States]]:
-    """For each source a function of batches: the pooled states with its adapter alone; arguments as of `probe`."""
+) -> list[list[States]]:
+    """For each source the states of each split, with the adapter of that source alone.
+
+    Args:
+        backbone: is changed in place; pass a copy.
+        composition: determines in which layers the adapters are active.
+        splits: each returns the batches of a split.
+    """
     settings = CompositionConfig(MEAN, layers=composition.layers, drop=composition.drop)
     model = AdaptedModel(
         backbone,
         build_composition(settings, sources, backbone),
         sources[0].manifest.placement["adapter.reads"],
-        PooledStates(backbone.hidden_size, 1, pooling),
+        TaskHead(backbone.hidden_size, 1, pooling),  # not used
     )
     model = model.to(device).eval()
-    for position in range(len(sources)):
-        on = torch.arange(len(sources), device=device) == position  # the mean of one source is that source
-        yield partial(pooled_states, model, on=on, device=device)
+
+    def states(batches: Iterable[Batch], on: Tensor) -> States:
+        pooled, labels, counts = [], [], []
+        for batch in batches:
+            assert batch.labels is not None
+            labels.append(batch.labels)
+            if batch.choice_counts is not None:
+                counts.append(batch.choice_counts)
+            batch = batch.to(device)
+            hidden = model.hidden_states(
+                batch.input_ids, batch.attention_mask, batch.token_type_ids, sources_on=on
+            )
+            pooled.append(pool(hidden, batch.attention_mask, pooling).cpu().double())
+        return States(torch.cat(pooled), torch.cat(labels), torch.cat(counts) if counts else None)
+
+    alone = torch.eye(len(sources), dtype=torch.bool, device=device)  # the mean of one source is that source
+    return [[states(batches(), on) for batches in splits] for on in alone]
 
 
-@torch.no_grad()
-def pooled_states(model: AdaptedModel, batches: Iterable[Batch], on: Tensor, device: torch.device) -> States:
-    """What the head would get of each text with the sources that are on; on: (N,) bool."""
-    pooled, labels, counts = [], [], []
-    for batch in batches:
-        assert batch.labels is not None
-        batch = batch.to(device)
-        states = model(batch.input_ids, batch.attention_mask, batch.token_type_ids, sources_on=on)
-        pooled.append(states.cpu().double())
-        labels.append(batch.labels.cpu())  # type: ignore[union-attr]
-        if batch.choice_counts is not None:
-            counts.append(batch.choice_counts.cpu())
-    return States(torch.cat(pooled), torch.cat(labels), torch.cat(counts) if counts else None)
+def probe_score(training: States, validation: States, task: TaskConfig) -> float:
+    """The task's first metric on the validation rows, with the linear head that is fitted on the training rows."""
+    scores = linear_scores(training, validation, task)
+    return score(task, scores, validation.labels.numpy())[task.metrics[0]]
 
 
 def linear_scores(training: States, other: States, task: TaskConfig) -> Tensor:
-    """Scores (B, K) of the other rows by the linear head that fits the training rows best.
+    """Scores (B, K) of the other rows with the linear head that is fitted on the training rows.
 
-    With n training rows it minimises, over standardised states, the mean loss and ‖W‖² / 2n:
-    cross-entropy, over the labels or over a row's choices, or the squared error of standardised values.
+    With n training rows it minimizes, over standardized states, the mean loss and ‖W‖² / 2n: cross-entropy, over the
+    labels or over a row's choices, or the squared error of standardized values.
     """
     mean, deviation = training.pooled.mean(0), training.pooled.std(0, correction=0).clamp(min=1e-6)
     kind = kind_of(task)
@@ -131,14 +125,17 @@ def linear_scores(training: States, other: States, task: TaskConfig) -> Tensor:
     labels = kind.probe_labels(training.labels)
 
     def scores(states: States) -> Tensor:
-        each = ((states.pooled - mean) / deviation) @ weight + bias
+        by_text = ((states.pooled - mean) / deviation) @ weight + bias
         if states.choice_counts is None:
-            return each
-        rows = each.squeeze(-1).split(states.choice_counts.tolist())
+            return by_text
+        rows = by_text.squeeze(-1).split(states.choice_counts.tolist())
         return pad_sequence(list(rows), batch_first=True, padding_value=float("-inf"))
 
-    def loss() -> Tensor:
-        return kind.mean_loss(scores(training), labels) + weight.pow(2).sum() / (2 * len(labels))
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = kind.mean_loss(scores(training), labels) + weight.pow(2).sum() / (2 * len(labels))
+        loss.backward()
+        return float(loss.detach())
 
     optimizer = torch.optim.LBFGS(
         [weight, bias],
@@ -147,13 +144,6 @@ def linear_scores(training: States, other: States, task: TaskConfig) -> Tensor:
         tolerance_change=1e-12,
         line_search_fn="strong_wolfe",
     )
-
-    def step() -> float:
-        optimizer.zero_grad()
-        value = loss()
-        value.backward()
-        return float(value.detach())
-
     optimizer.step(step)
     with torch.no_grad():
         return scores(other)

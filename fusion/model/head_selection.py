@@ -1,9 +1,9 @@
-"""Which task of an artifact answers: its own, or one that is asked for and that a head of it fits."""
+"""Head selection: which of an artifact's heads scores the rows of a task."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from fusion.config.task import TaskConfig
 from fusion.errors import UserError
@@ -15,69 +15,53 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A task, and which of the artifact's heads scores its rows: the number, and its own task's name.
+class SelectedHead:
+    """A task, and the head that scores its rows.
 
-    decision: what predictions with this head depend on, as its training chose it, see `Kind.decision`.
+    Attributes:
+        index: of the head.
+        trained_on: the name of the task that the head was trained on.
+        decision: what its predictions depend on besides the scores, see `Kind.decision`.
     """
 
     task: TaskConfig
-    head: int
-    head_task: str
+    index: int
+    trained_on: str
     decision: Decision
 
 
-def own_tasks(manifest: Manifest) -> list[TaskConfig]:
-    """What the artifact was trained on, in the order of its heads."""
-    where = f"manifest of {manifest.name}"
-    try:
-        return [task.as_config(where) for task in manifest.tasks]
-    except UserError as error:  # what it quotes from the file may hold anything
-        raise UserError(shortened(str(error), 600)) from None
-
-
-def decision_of(manifest: Manifest, head: int = 0) -> Decision:
-    """What the manifest keeps beside one of the artifact's heads."""
-    return dict(manifest.heads[head].decision)
-
-
-def answers(manifest: Manifest, asked: TaskConfig | None) -> list[Answer]:
-    """What to score: the artifact's own tasks, or the one that is asked for.
-
-    A task that the artifact has by name gets that head, any other one the head with its kind and labels.
+def select_heads(manifest: Manifest, task: TaskConfig | None) -> list[SelectedHead]:
+    """The head for a task: the one of its name, else the only one with its kind and labels. None: all heads.
 
     Raises:
-        UserError: no head fits the task, or several do.
+        UserError: no head fits the task, or several do, or this version cannot run a stored task.
     """
-    own = own_tasks(manifest)
-    if asked is None:
-        return [
-            Answer(task, number, str(task.name), decision_of(manifest, number))
-            for number, task in enumerate(own)
-        ]
-    named = [number for number, task in enumerate(own) if task.name == asked.name]
-    fitting = [number for number in named or range(len(own)) if _form(own[number]) == _form(asked)]
+    try:
+        tasks = [stored.as_config(f"manifest of {manifest.name}") for stored in manifest.tasks]
+    except UserError as error:  # it may quote a long text of the manifest
+        raise UserError(shortened(str(error), 600)) from None
+    heads = [
+        SelectedHead(own, index, str(own.name), dict(manifest.heads[index].decision))
+        for index, own in enumerate(tasks)
+    ]
+    if task is None:
+        return heads
+    candidates = [head for head in heads if head.trained_on == task.name] or heads
+    fitting = [head for head in candidates if (head.task.kind, head.task.labels) == (task.kind, task.labels)]
     if len(fitting) == 1:
-        return [Answer(asked, fitting[0], str(own[fitting[0]].name), decision_of(manifest, fitting[0]))]
-    names = [str(task.name) for task in own]
-    one_of = f"say +task= with one of {', '.join(names)}" if len(own) > 1 else "leave +task= out"
-    if fitting:
-        several = " and ".join(names[number] for number in fitting)
-        raise UserError(
-            f"{manifest.name}: the heads of {several} would all do for task {asked.name}, and which is meant "
-            f"cannot be told.\nTrain for it with stage 1 or 2, or {one_of}"
-        )
-    like = own[named[0]] if named else own[0] if len(own) == 1 else None
-    what = _shown(like) if like is not None else f"the tasks {', '.join(names)}"
+        return [replace(fitting[0], task=task)]
+    existing = "; ".join(f"{head.trained_on}: {_form(head.task)}" for head in fitting or candidates)
     raise UserError(
-        f"{manifest.name} answers {what}, and task {asked.name} asks for {_shown(asked)}.\n"
-        f"Train for it with stage 1 or 2, or {one_of}"
+        f"{manifest.name} has {'more than one head' if fitting else 'no head'} for task {task.name} ({_form(task)}), "
+        f"expected one of the same kind and labels; found {existing}\n"
+        "Train for it with stage 1 or 2, "
+        + (
+            "or leave +task= out"
+            if len(heads) == 1
+            else f"or set +task= to one of {', '.join(map(str, manifest.task_names))}"
+        )
     )
 
 
-def _form(task: TaskConfig) -> tuple[Any, ...]:
-    return task.kind, task.labels
-
-
-def _shown(task: TaskConfig) -> str:
+def _form(task: TaskConfig) -> str:
     return f"{task.kind} with labels {task.labels}"

@@ -1,4 +1,4 @@
-"""Run a model over rows without training: scores, and on demand what its fusion attends to.
+"""Run a model over encoded rows without training.
 
 Shapes: B rows of a batch, S texts of a batch, T tokens, K outputs, N sources.
 """
@@ -8,24 +8,44 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from fusion.backbones.load import Backbone, load_backbone
+from fusion.config.commands import UseConfig
+from fusion.data.batches import Batch
 from fusion.data.encode import EncodedRows
 from fusion.data.loaders import evaluation_loader
 from fusion.errors import UserError
 from fusion.model.adapted import AdaptedModel
+from fusion.model.build import backbone_of, stored_model
 from fusion.runs.memory import keep_freed_memory
+from fusion.store.artifacts import Artifact, load
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """The model of an artifact, with the backbone that it was built from (for the tokenizer)."""
+
+    artifact: Artifact
+    model: AdaptedModel
+    backbone: Backbone
+    max_length: int
+    device: torch.device
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """For all rows, in their order.
+    """Of all rows, in their order.
 
-    scores: (rows, K), or for choices (rows, most choices), or for words (rows, most words, K), -inf where a row has
-        fewer.
-    attention: slot name -> (rows, N), the mean over the row's real tokens; empty unless asked for.
+    Attributes:
+        scores: (rows, K); multiple choice: (rows, most choices); tagging: (rows, most words, K). -inf where a row has
+            fewer.
+        attention: by slot, (rows, N), the mean over the row's real tokens; empty unless requested.
     """
 
     scores: Tensor
@@ -34,8 +54,23 @@ class Predictions:
     tokens: int
 
 
+def load_model(config: UseConfig) -> LoadedModel:
+    """Load the artifact that a command uses.
+
+    Raises:
+        UserError: the device, the artifact, a source or the backbone is missing or does not fit.
+    """
+    device = device_of(config.accelerator)
+    artifact = load(config.artifact, Path(config.store))
+    name, revision = backbone_of(artifact.manifest, config.backbone)
+    max_length = config.data.max_length or artifact.manifest.data.max_length
+    backbone = load_backbone(name, revision, config.backbone.trust_remote_code, max_length)
+    model = stored_model(artifact, artifact.path.parent, backbone, config.drop)
+    return LoadedModel(artifact, model, backbone, max_length, device)
+
+
 def device_of(accelerator: str) -> torch.device:
-    """`auto` takes a GPU where there is one; anything else is a device of torch's.
+    """The device of a setting: `auto` is a GPU if there is one; anything else is a device of torch's.
 
     Raises:
         UserError: there is no such device.
@@ -46,10 +81,22 @@ def device_of(accelerator: str) -> torch.device:
         device = torch.device("cuda" if accelerator == "gpu" else accelerator)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"accelerator={accelerator}: there is none here; expected auto, cpu or gpu"
-        ) from error
+        raise UserError(f"accelerator={accelerator}: not available; expected auto, cpu or gpu") from error
     return device
+
+
+def forward(model: AdaptedModel, batch: Batch, **options: Any) -> Tensor:
+    """The scores of a batch; options are those of `AdaptedModel.forward`."""
+    scores: Tensor = model(
+        batch.input_ids,
+        batch.attention_mask,
+        batch.token_type_ids,
+        batch.choice_counts,
+        task=batch.task,
+        words=batch.words,
+        **options,
+    )
+    return scores
 
 
 @torch.inference_mode()
@@ -64,11 +111,11 @@ def predict(
     sources_on: Tensor | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Predictions:
-    """Scores of every row; batches are sorted by length and the results put back in order.
+    """Scores of all rows; batches are sorted by length, and the results are in the rows' order.
 
     Args:
-        first_layer: the slots of the layers below it stay empty (AdapterDrop).
-        sources_on: (N,) bool, which sources take part; None: all.
+        first_layer: slots in lower layers are inactive (AdapterDrop).
+        sources_on: (N,) bool, the sources that take part; None: all.
         advance: called after each batch with its number of rows.
     """
     keep_freed_memory()
@@ -81,44 +128,22 @@ def predict(
         tokens += batch.input_ids.numel()
         batch = batch.to(device)
         recorded: dict[str, Tensor] = {}
-        scores.append(
-            model(
-                batch.input_ids,
-                batch.attention_mask,
-                batch.token_type_ids,
-                batch.choice_counts,
-                sources_on=sources_on,
-                record=recorded.__setitem__ if attention else None,
-                first_layer=first_layer,
-                task=batch.task,
-                words=batch.words,
-            ).cpu()
-        )
+        record = recorded.__setitem__ if attention else None
+        found = forward(model, batch, sources_on=sources_on, record=record, first_layer=first_layer)
+        scores.extend(found.cpu())
         places.append(batch.rows.cpu())
         for slot, values in recorded.items():
-            weights.setdefault(slot, []).append(
-                _row_means(values, batch.attention_mask, batch.choice_counts).cpu()
-            )
+            means = _row_means(values, batch.attention_mask, batch.choice_counts)
+            weights.setdefault(slot, []).append(means.cpu())
         if advance is not None:
             advance(len(batch.rows))
     order = torch.argsort(torch.cat(places))
     return Predictions(
-        scores=_stacked(scores)[order],
+        scores=pad_sequence(scores, batch_first=True, padding_value=float("-inf"))[order],
         attention={slot: torch.cat(parts)[order] for slot, parts in weights.items()},
         seconds=time.monotonic() - started,
         tokens=tokens,
     )
-
-
-def _stacked(parts: list[Tensor]) -> Tensor:
-    widest = max(part.shape[1] for part in parts)
-    padded = [
-        torch.nn.functional.pad(
-            part, (0, 0) * (part.ndim - 2) + (0, widest - part.shape[1]), value=float("-inf")
-        )
-        for part in parts
-    ]
-    return torch.cat(padded)
 
 
 def _row_means(values: Tensor, mask: Tensor, choice_counts: Tensor | None) -> Tensor:

@@ -18,6 +18,7 @@ from fusion.layers.scalearn import ScaLearn
 from fusion.layers.slot_module import SlotModule
 from fusion.layers.target import WithTargetAdapter
 from fusion.model.adapted import AdaptedModel
+from fusion.model.inference import forward
 
 if TYPE_CHECKING:
     from fusion.store.manifest import Manifest
@@ -116,15 +117,7 @@ def measure_attention(
     sums = AttentionSums()
     for batch in batches:
         batch = batch.to(device)
-        model(
-            batch.input_ids,
-            batch.attention_mask,
-            batch.token_type_ids,
-            batch.choice_counts,
-            record=sums.recorder(batch),
-            task=batch.task,
-            words=batch.words,
-        )
+        forward(model, batch, record=sums.recorder(batch))
     return sums.by_slot(model)
 
 

@@ -1,11 +1,11 @@
-"""A fusion looked into: attention, words, and scores without sources, against slow and plain versions."""
+"""Inspection of a fusion: attention, tokens, ablation and pruning against slow versions."""
 
 from __future__ import annotations
 
 import base64
-import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from fusion.analysis.ablation import Scored, prune_greedily, prune_in_order, without_each
-from fusion.analysis.token_attention import chosen_rows
+from fusion.analysis.ablation import Evaluation, ablate_each, prune
+from fusion.analysis.token_attention import select_rows
 from fusion.cli.result_tables import inspected
 from fusion.config.commands import InspectConfig
+from fusion.config.compositions import CompositionConfig
 from fusion.errors import UserError
 from fusion.model.source_attention import AttentionSums
 from fusion.reporting.ablation import ablation
@@ -53,12 +54,12 @@ def inspect(bench: Bench, artifact: str = "fused", **changes: Any) -> tuple[dict
     return bench.inspect(artifact, **changes)
 
 
-def test_what_is_written(trained: Bench) -> None:
+def test_inspection_and_result(trained: Bench) -> None:
     result, seen = inspect(trained, words=4)
     assert set(seen) == KEYS
     assert seen["sources"] == ["films", "books"] and seen["rows"] == 16
     assert seen["slots"] == [f"{layer}.feedforward" for layer in range(3)]
-    assert seen["metrics"] == trained.result["metrics"]["validation"], "the data are those of the training"
+    assert seen["metrics"] == trained.result["metrics"]["validation"], "the data of the training"
     for slot in seen["slots"]:
         assert sum(seen["attention"][slot]["mean"]) == pytest.approx(1.0)
         assert 0 <= seen["attention"][slot]["entropy"] <= math.log(2) + 1e-6
@@ -105,15 +106,14 @@ def test_inconclusive_changes_are_marked(interval: list[float | None] | None, sh
     assert inspected(result | {"masked": {}, "intervals": {}})[1][2:] == ("-", "-", "-")
 
 
-def test_masking_one_source_is_the_fusion_of_the_others(trained: Bench) -> None:
-    """Of two sources: without one, the attention is all on the other, which a fusion of that one alone gives too."""
+def test_ablation_of_one_of_two_sources_is_the_fusion_of_the_other(trained: Bench) -> None:
     _, seen = inspect(trained, words=1)
     left = seen["pruned"][1]["kept"][0]
     (gone,) = set(seen["sources"]) - {left}
     assert seen["pruned"][1]["metrics"] == seen["masked"][gone]["metrics"]
 
 
-def test_attention_is_what_predict_says(trained: Bench) -> None:
+def test_attention_equals_that_of_predict(trained: Bench) -> None:
     _, seen = inspect(trained, words=16)
     lines = [
         json.loads(line) for line in (trained.folder / "data/plays/validation.jsonl").read_text().splitlines()
@@ -131,57 +131,51 @@ def test_attention_is_what_predict_says(trained: Bench) -> None:
     for word in seen["words"]:
         shape = (len(seen["slots"]), len(word["tokens"]), 2)
         weights = unpack(word["weights"], shape)
-        said = predictions[word["row"]]
+        line = predictions[word["row"]]
         for layer in range(3):
-            expected = [said["attention"][str(layer)][name] for name in seen["sources"]]
+            expected = [line["attention"][str(layer)][name] for name in seen["sources"]]
             np.testing.assert_allclose(weights[layer].mean(0), expected, atol=1 / 255)
-        assert word["predicted"].startswith(said["label"])
+        assert word["predicted"].startswith(line["label"])
         assert word["truth"] == ["bad", "good"][lines[word["row"]]["label"]]
-        assert word["right"] is (said["label"] == word["truth"])
+        assert word["right"] is (line["label"] == word["truth"])
         assert "".join(word["tokens"]).split()[1:-1] == lines[word["row"]]["text"].split()
         assert word["special"] == [0, len(word["tokens"]) - 1]
 
 
-def test_chosen_words_and_no_pruning(trained: Bench) -> None:
+def test_given_rows_and_no_pruning(trained: Bench) -> None:
     _, seen = inspect(trained, words=[3, 0], prune=False)
     assert [word["row"] for word in seen["words"]] == [3, 0]
     assert seen["pruned"] is None
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
-        ({"artifact": "films"}, "only a fusion has attention"),
+        ({"artifact": "films"}, "only a fusion has source attention"),
         ({"artifact": "nothing"}, "nothing"),
         ({"words": [99]}, "rows 0 to 15"),
         ({"split": "tset"}, "tset"),
-        ({"drop": 9}, "expected no more"),
+        ({"drop": 9}, "drop=9: fused has 3 layers"),
     ],
 )
-def test_what_cannot_be_looked_into(trained: Bench, changes: dict[str, Any], says: str) -> None:
-    with pytest.raises(UserError, match=says):
+def test_refused_inspections(trained: Bench, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         inspect(trained, **changes)
 
 
 @pytest.mark.parametrize("words", [-1, [], [-2], "many", True, 1.5])
-def test_words_that_are_none(words: Any) -> None:
+def test_wrong_values_of_words(words: Any) -> None:
     with pytest.raises(UserError, match="words="):
         InspectConfig(artifact="a", words=words)
 
 
-def test_a_composition_without_shares_has_means_and_no_words(trained: Bench) -> None:
-    composition = dataclasses.replace(inspect_composition("scalearn_uniform"))
+def test_weights_that_do_not_sum_to_one_have_no_entropy_and_no_words(trained: Bench) -> None:
+    composition = CompositionConfig("scalearn_uniform")
     trained.stage2("plays", ["films", "books"], name="scaled", composition=composition)
     _, seen = inspect(trained, "scaled")
     assert seen["words"] == []
     assert all(slot["entropy"] is None for slot in seen["attention"].values())
     assert set(seen["masked"]) == {"films", "books"}
-
-
-def inspect_composition(name: str) -> Any:
-    from fusion.config.compositions import CompositionConfig
-
-    return CompositionConfig(name=name)
 
 
 def test_other_kinds_of_tasks(trained: Bench) -> None:
@@ -217,50 +211,34 @@ def test_sums_against_a_loop() -> None:
     assert even.means()["0.feedforward"][1] == 0.0
 
 
-def worth(values: dict[int, float]) -> Any:
-    def score(kept: Any) -> Scored:
-        return Scored({"accuracy": sum(values[n] for n in kept)}, loss=float(len(kept)))
-
-    return score
+VALUES = {0: 0.1, 1: 0.4, 2: 0.0, 3: 0.2}
 
 
-def test_greedy_pruning_leaves_out_the_least_needed_first() -> None:
+@pytest.mark.parametrize(
+    ("greedy", "evaluated"), [(True, [(1, 3), (0, 3), (0, 1), (3,), (1,)]), (False, [(1, 3), (1,)])]
+)
+def test_pruning_removes_the_least_important_source_first(
+    greedy: bool, evaluated: list[tuple[int, ...]]
+) -> None:
     asked: list[tuple[int, ...]] = []
-    inner = worth({0: 0.1, 1: 0.4, 2: 0.0, 3: 0.2})
 
-    def score(kept: Any) -> Scored:
-        asked.append(tuple(kept))
-        return inner(kept)
+    def evaluate(sources: Sequence[int]) -> Evaluation:
+        asked.append(tuple(sources))
+        return Evaluation({"accuracy": sum(VALUES[n] for n in sources)}, loss=float(len(sources)))
 
-    full = inner(range(4))
-    first = without_each(4, score)
-    assert asked == [(1, 2, 3), (0, 2, 3), (0, 1, 3), (0, 1, 2)]
+    full, ablated = evaluate(range(4)), ablate_each(4, evaluate)
+    assert asked[1:] == [(1, 2, 3), (0, 2, 3), (0, 1, 3), (0, 1, 2)]
     asked.clear()
-    steps = prune_greedily(4, score, full, first)
-    assert [step.kept for step in steps] == [(0, 1, 2, 3), (0, 1, 3), (1, 3), (1,)]
-    assert len(asked) == 3 + 2
-    assert [step.scored for step in steps[1:]] == [inner(step.kept) for step in steps[1:]]
+    steps = prune(full, ablated, evaluate, greedy)
+    assert asked == evaluated
+    assert [sources for sources, _ in steps] == [(0, 1, 2, 3), (0, 1, 3), (1, 3), (1,)]
+    assert [found for _, found in steps] == [evaluate(sources) for sources, _ in steps]
 
 
-def test_many_sources_go_in_the_order_of_the_first_look() -> None:
-    asked: list[tuple[int, ...]] = []
-    inner = worth({0: 0.1, 1: 0.4, 2: 0.0, 3: 0.2})
-
-    def score(kept: Any) -> Scored:
-        asked.append(tuple(kept))
-        return inner(kept)
-
-    steps = prune_in_order(4, score, inner(range(4)), without_each(4, inner))
-    assert [step.kept for step in steps] == [(0, 1, 2, 3), (0, 1, 3), (1, 3), (1,)]
-    assert asked == [(1, 3), (1,)]
-    assert [step.scored for step in steps] == [inner(step.kept) for step in steps]
-
-
-def test_what_scores_alike_is_told_apart_by_the_loss() -> None:
-    losses = {(1,): 0.5, (0,): 0.2}
-    score = lambda kept: Scored({"f1": 1.0}, losses[tuple(kept)])  # noqa: E731
-    steps = prune_greedily(2, score, Scored({"f1": 1.0}, 0.1), without_each(2, score))
-    assert steps[1].kept == (0,)
+def test_equal_metrics_are_decided_by_the_loss() -> None:
+    ablated = [Evaluation({"f1": 1.0}, 0.5), Evaluation({"f1": 1.0}, 0.2)]
+    steps = prune(Evaluation({"f1": 1.0}, 0.1), ablated, lambda sources: ablated[0], greedy=True)
+    assert steps[1] == ((0,), ablated[1])
 
 
 @pytest.mark.parametrize(
@@ -275,8 +253,8 @@ def test_what_scores_alike_is_told_apart_by_the_loss() -> None:
         ([True, False], 0, []),
     ],
 )
-def test_rows_to_show(wrong: list[bool], count: int, expected: list[int]) -> None:
-    assert chosen_rows(wrong, count) == expected
+def test_selected_rows(wrong: list[bool], count: int, expected: list[int]) -> None:
+    assert select_rows(wrong, count) == expected
 
 
 def test_packed_weights() -> None:

@@ -1,4 +1,4 @@
-"""A split that is drawn from training rows is refused where an artifact may have been trained on its rows."""
+"""A split drawn from the training rows is refused if an artifact may have been trained on its rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def split(data: DataConfig, **values: Any) -> DataConfig:
 
 @pytest.fixture
 def made(bench: Bench) -> Bench:
-    """`films` has train alone, of which a quarter is the validation split."""
+    """`films` has only training rows, of which a quarter is the validation split."""
     for name in ("validation", "test"):
         (bench.folder / "data" / "films" / f"{name}.jsonl").unlink()
     bench.data = split(bench.data, validation=0.25)
@@ -52,7 +52,7 @@ def test_after_the_training_rows_have_changed(made: Bench) -> None:
     with pytest.raises(UserError, match=REFUSED.format("films")) as refusal:
         made.evaluate("films")
     assert "train films again with overwrite=true" in str(refusal.value)
-    assert made.evaluate("films", split="train")["rows"] == 54  # scored as what it is
+    assert made.evaluate("films", split="train")["rows"] == 54
     made.stage1("films", overwrite=True)
     assert made.evaluate("films")["rows"] == 18 != before["rows"]
 
@@ -77,7 +77,7 @@ def test_sources_of_a_fusion_and_initial_weights(made: Bench) -> None:
     other = split(made.data, validation=0.25, seed=1)
     with pytest.raises(UserError, match=REFUSED.format("films")) as refusal:
         made.stage2("films", ["plays", "films"], data=other, name="other")
-    assert "That training had data.split.validation=0.25: set the same here" in str(refusal.value)
+    assert "Set data.split.validation=0.25 as in that training" in str(refusal.value)
     with pytest.raises(UserError, match=REFUSED.format("films")):
         made.stage1("films", data=other, init_from="films", name="again")
     made.stage1("films", data=made.data, init_from="films", name="again")
@@ -99,7 +99,7 @@ def test_a_fusion_is_scored_on_the_task_of_a_source(made: Bench) -> None:
         made.evaluate("plays-adapterfusion", task=task)
 
 
-def test_several_tasks(made: Bench) -> None:
+def test_multi_task_adapter(made: Bench) -> None:
     made.multitask("films", "books", name="both")
     assert made.evaluate("both")["metrics"].keys() == {"films/validation", "books/validation"}
     append_rows(made)
@@ -107,7 +107,7 @@ def test_several_tasks(made: Bench) -> None:
         made.evaluate("both")
 
 
-def test_a_part_that_a_task_file_names(bench: Bench) -> None:
+def test_splits_of_a_task_file(bench: Bench) -> None:
     """`train[75%:]` is drawn from the same file; the record of 0.1 suffices to tell."""
     for name in ("validation", "test"):
         (bench.folder / "data" / "films" / f"{name}.jsonl").unlink()
@@ -121,7 +121,7 @@ def test_a_part_that_a_task_file_names(bench: Bench) -> None:
         bench.evaluate("films")
 
 
-def test_splits_of_their_own_may_change(bench: Bench) -> None:
+def test_separate_splits_may_change(bench: Bench) -> None:
     bench.stage1("films")
     append_rows(bench)
     path = bench.folder / "data" / "films" / "validation.jsonl"

@@ -1,4 +1,4 @@
-"""Whose head answers: the artifact's own tasks, one by name, one by its labels, or none."""
+"""The selected head: by the name of the task, by its kind and labels, or none."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from fusion.config.task import TaskConfig
 from fusion.errors import UserError
-from fusion.model.head_selection import answers, own_tasks
+from fusion.model.head_selection import select_heads
 from fusion.store.manifest import Manifest
 from tests.store.conftest import build
 
@@ -36,59 +36,64 @@ def stored(*tasks: TaskConfig) -> Manifest:
 
 
 def chosen(manifest: Manifest, asked: TaskConfig | None) -> list[tuple[str | None, int, str]]:
-    return [(answer.task.name, answer.head, answer.head_task) for answer in answers(manifest, asked)]
+    return [(head.task.name, head.index, head.trained_on) for head in select_heads(manifest, asked)]
 
 
-def test_without_a_task_all_its_own_are_answered() -> None:
+def test_without_a_task_all_heads_are_selected() -> None:
     assert chosen(stored(ANIMALS), None) == [("animals", 0, "animals")]
-    several = stored(MOODS, RATING, ANIMALS)
-    assert chosen(several, None) == [
+    multi_task = stored(MOODS, RATING, ANIMALS)
+    assert chosen(multi_task, None) == [
         ("moods", 0, "moods"),
         ("rating", 1, "rating"),
         ("animals", 2, "animals"),
     ]
-    assert own_tasks(several) == [MOODS, RATING, ANIMALS]
+    assert [head.task for head in select_heads(multi_task, None)] == [MOODS, RATING, ANIMALS]
 
 
-def test_a_task_is_answered_by_the_head_of_its_name_else_by_the_one_of_its_labels() -> None:
-    several = stored(ANIMALS, MOODS, MOODS_TOO, RATING)
-    assert chosen(several, MOODS_TOO) == [("moods_too", 2, "moods_too")]
-    assert chosen(several, task("pets", ["cat", "dog"])) == [("pets", 0, "animals")]
-    assert chosen(several, task("stars")) == [("stars", 3, "rating")]
+def test_the_head_of_the_tasks_name_or_of_its_labels() -> None:
+    multi_task = stored(ANIMALS, MOODS, MOODS_TOO, RATING)
+    assert chosen(multi_task, MOODS_TOO) == [("moods_too", 2, "moods_too")]
+    assert chosen(multi_task, task("pets", ["cat", "dog"])) == [("pets", 0, "animals")]
+    assert chosen(multi_task, task("stars")) == [("stars", 3, "rating")]
     assert chosen(stored(ANIMALS), task("pets", ["cat", "dog"])) == [("pets", 0, "animals")]
 
 
 @pytest.mark.parametrize(
-    ("manifest", "asked", "says"),
+    ("manifest", "asked", "messages"),
     [
         (
             stored(ANIMALS),
             MOODS,
-            ["mt answers classification with labels ['cat', 'dog']", "leave +task= out"],
+            [
+                "mt has no head for task moods",
+                "animals: classification with labels ['cat', 'dog']",
+                "leave +task= out",
+            ],
         ),
         (
             stored(ANIMALS, RATING),
             MOODS,
-            ["mt answers the tasks animals, rating, and task moods asks for", "one of animals, rating"],
+            ["mt has no head for task moods", "rating: regression", "one of animals, rating"],
         ),
         (
-            stored(ANIMALS, MOODS),  # its name, but no longer its labels
+            stored(ANIMALS, MOODS),  # its name, but other labels
             task("animals", ["bad", "good"]),
-            ["mt answers classification with labels ['cat', 'dog'], and task animals asks for"],
+            ["mt has no head for task animals", "found animals: classification with labels ['cat', 'dog']\n"],
         ),
         (
             stored(MOODS, ANIMALS, MOODS_TOO),
             task("tones", ["bad", "good"]),
             [
-                "the heads of moods and moods_too would all do for task tones",
+                "mt has more than one head for task tones",
+                "found moods: classification with labels ['bad', 'good']; moods_too: ",
                 "one of moods, animals, moods_too",
             ],
         ),
     ],
 )
-def test_no_head_or_several(manifest: Manifest, asked: TaskConfig, says: list[str]) -> None:
+def test_no_head_or_more_than_one(manifest: Manifest, asked: TaskConfig, messages: list[str]) -> None:
     with pytest.raises(UserError) as error:
-        answers(manifest, asked)
+        select_heads(manifest, asked)
     assert len(str(error.value).splitlines()) == 2
-    for said in says:
-        assert said in str(error.value)
+    for message in messages:
+        assert message in str(error.value)

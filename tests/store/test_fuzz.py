@@ -41,7 +41,7 @@ from fusion.model.build import (
     stored_model,
 )
 from fusion.model.from_manifests import tensor_shapes
-from fusion.model.head_selection import answers
+from fusion.model.head_selection import select_heads
 from fusion.runs.output import result_of
 from fusion.store.artifacts import load, save
 from fusion.store.describing import describe
@@ -120,7 +120,7 @@ class Place:
         """Do all that the commands do with an artifact; return the scores of two examples."""
         artifact = load(name, self.store)
         check_made_for(artifact, self.backbone)
-        answers(artifact.manifest, None)
+        select_heads(artifact.manifest, None)
         result_of(artifact.manifest, artifact.path)
         if artifact.manifest.kind == "adapter":
             (source, *_) = load_sources([name], self.store, self.backbone)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fusion import evaluate, stage1
-from fusion.analysis.inspection import data_of
+from fusion.analysis.inspection import inspected_data
 from fusion.config.commands import EvaluateConfig
 from fusion.config.data import DataConfig, SplitConfig
 from fusion.config.stages import Stage1Config
@@ -51,7 +51,7 @@ def test_evaluate_scores_the_rows_of_the_training(made: Bench) -> None:
     used = as_trained(manifest, made.data, "films")
     rows = load_rows(made.tasks["films"], used, "validation")
     assert manifest.data.fingerprints["validation"] == rows.fingerprint
-    assert data_of(manifest, made.data).split == used.split == SplitConfig(0.125, stratify=True)
+    assert inspected_data(manifest, made.data).split == used.split == SplitConfig(0.125, stratify=True)
 
 
 def test_other_splits_than_those_of_the_training_are_refused(made: Bench) -> None:

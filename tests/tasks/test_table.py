@@ -12,7 +12,6 @@ import pytest
 
 from fusion.config.commands import RankConfig
 from fusion.config.compositions import CompositionConfig
-from fusion.config.stages import Stage2Config
 from fusion.config.task import TaskConfig
 from fusion.errors import UserError
 from fusion.tasks.table import KINDS, METRICS
@@ -87,7 +86,7 @@ def test_a_key_of_another_kind_is_refused(kind: str) -> None:
 
 
 def test_a_linear_probe_is_refused_where_there_is_no_vector_per_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusion.analysis import initialization as start
+    from fusion.analysis.initialization import best_source
 
     asked = TaskConfig(name="n", text="t", labels=["a", "b"], metrics=["accuracy"])
     monkeypatch.setattr(KINDS["classification"], "is_pooled", False)
@@ -96,9 +95,9 @@ def test_a_linear_probe_is_refused_where_there_is_no_vector_per_text(monkeypatch
     ):
         RankConfig(task=asked)
     assert RankConfig(task=asked, methods=["similarity", "attention"]).methods == ["similarity", "attention"]
-    config = Stage2Config(task=asked, sources=["x", "y"], composition=CompositionConfig(name="continued"))
+    composition = CompositionConfig(name="continued")
     sources: Any = [SimpleNamespace(manifest=SimpleNamespace(name=name)) for name in ("x", "y")]
     nothing: Any = None
-    with pytest.raises(UserError, match=r"which of x, y suits n best .*\n.*'sources=\[x\]'"):
-        start._best_source(config, None, sources, nothing, nothing, nothing)
-    assert start._best_source(config, None, sources[:1], nothing, nothing, nothing) == "x"
+    with pytest.raises(UserError, match=r"n is a task of kind .*\n.*one of x, y: 'sources=\[x\]'"):
+        best_source(sources, nothing, composition, "mean", asked, nothing, nothing, nothing)
+    assert best_source(sources[:1], nothing, composition, "mean", asked, nothing, nothing, nothing) == "x"

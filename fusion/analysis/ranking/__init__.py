@@ -1,1 +1,1 @@
-"""How well stored adapters may suit a target, before a fusion of them is trained."""
+"""Transferability scores: rank stored adapters for a target before a fusion of them is trained."""

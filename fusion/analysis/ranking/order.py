@@ -1,4 +1,4 @@
-"""From scores to ranks, their mean, and how far the methods agree."""
+"""Ranks from scores, their mean, and the agreement between scorers."""
 
 from __future__ import annotations
 
@@ -10,69 +10,49 @@ from typing import Any
 Scores = Sequence[float | None]
 
 
-def ranks(scores: Scores) -> list[float | None]:
-    """1 for the highest score; equal scores share the mean of their places; None stays None."""
-    from scipy.stats import rankdata
+def ranked(names: Sequence[str], scores: Mapping[str, Scores]) -> list[dict[str, Any]]:
+    """By source, best first: `name`, `mean_rank`, and `ranks` and `scores` by method.
 
-    known = [n for n, score in enumerate(scores) if score is not None]
-    found: list[float | None] = [None] * len(scores)
-    if known:
-        for n, rank in zip(known, rankdata([-float(scores[n]) for n in known]), strict=True):  # type: ignore[arg-type]
-            found[n] = float(rank)
-    return found
-
-
-def mean_ranks(by_method: Mapping[str, Scores]) -> list[float | None]:
-    """Of each source, over the methods that have a score for it; None where none has."""
-    every = [ranks(scores) for scores in by_method.values()]
-    found: list[float | None] = []
-    for own in zip(*every, strict=True):
-        known = [rank for rank in own if rank is not None]
-        found.append(math.fsum(known) / len(known) if known else None)
-    return found
-
-
-def agreement(by_method: Mapping[str, Scores]) -> dict[str, dict[str, float | None]]:
-    """Of each pair of methods Kendall's τ-b and Spearman's ρ over the sources that both have a score for.
-
-    None where there are fewer than two such sources, or a method gives all of them the same score.
+    Rank 1 is the highest score, equal scores share their mean rank, and sources of equal mean rank are sorted by name.
+    A score that is None or not finite has no rank; a source without any rank comes last.
     """
+    import pandas as pd
+
+    table = pd.DataFrame(scores, index=list(names), dtype=float).replace([math.inf, -math.inf], math.nan)
+    ranks = table.rank(ascending=False)
+    order = pd.DataFrame({"mean": ranks.mean(axis=1), "name": list(names)}).sort_values(["mean", "name"])
+    return [
+        {
+            "name": name,
+            "mean_rank": _plain(mean),
+            "ranks": {method: _plain(rank) for method, rank in ranks.loc[name].items()},
+            "scores": {method: _plain(score) for method, score in table.loc[name].items()},
+        }
+        for name, mean in order["mean"].items()
+    ]
+
+
+def _plain(value: Any) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def agreement(scores: Mapping[str, Scores]) -> dict[str, dict[str, float | None]]:
+    """`correlation` of each pair of methods, by `one/other`."""
     return {
-        f"{one}/{other}": correlation(by_method[one], by_method[other])
-        for one, other in combinations(by_method, 2)
+        f"{one}/{other}": correlation(scores[one], scores[other]) for one, other in combinations(scores, 2)
     }
 
 
 def correlation(one: Scores, other: Scores) -> dict[str, float | None]:
-    """Kendall's τ-b and Spearman's ρ, as `agreement` has them."""
-    from scipy.stats import kendalltau, spearmanr
+    """Kendall's τ-b and Spearman's ρ over the sources with both scores.
 
-    pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
-    if any(len(set(column)) < 2 for column in zip(*pairs, strict=True)) or len(pairs) < 2:
+    None if there are fewer than two, or if all scores of one side are equal.
+    """
+    import pandas as pd
+
+    known = pd.DataFrame({"one": one, "other": other}, dtype=float).dropna()
+    if (known.nunique() < 2).any():
         return {"kendall": None, "spearman": None}
-    first, second = zip(*pairs, strict=True)
     return {
-        "kendall": float(kendalltau(first, second).statistic),
-        "spearman": float(spearmanr(first, second).statistic),
+        method: float(known["one"].corr(known["other"], method=method)) for method in ("kendall", "spearman")
     }
-
-
-def best_first(names: Sequence[str], mean: Sequence[float | None]) -> list[int]:
-    """Positions by mean rank, those without one last; ties by name."""
-    return sorted(
-        range(len(names)), key=lambda n: (math.inf if mean[n] is None else float(mean[n] or 0), names[n])
-    )
-
-
-def table_rows(ranking: Mapping[str, Any]) -> list[list[str]]:
-    """The ranking as cells: place, source, mean rank, and of each method the score with the rank."""
-    methods = ranking["methods"]
-    rows = [["", "source", "mean rank", *methods]]
-    for place, source in enumerate(ranking["sources"], 1):
-        cells = []
-        for method in methods:
-            score, rank = source["scores"][method], source["ranks"][method]
-            cells.append("-" if score is None else f"{score:.4f} ({rank:g})")
-        mean = "-" if source["mean_rank"] is None else f"{source['mean_rank']:.2f}"
-        rows.append([str(place), source["name"], mean, *cells])
-    return rows

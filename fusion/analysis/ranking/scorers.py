@@ -1,100 +1,172 @@
-"""The looks that are taken at the sources: of each a score a source, higher is better."""
+"""The scorers of a ranking: each gives a score per source, higher is better.
+
+Shapes: N sources.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from fusion.analysis.probe import States, looks, probe_score
-from fusion.analysis.ranking.attention import attention_of_short_run
-from fusion.analysis.ranking.logme import logme
-from fusion.analysis.ranking.similarity import cosine, kept_embedding
-from fusion.analysis.ranking.source_rows import source_rows
+from fusion.analysis.probe import States, pooled_states, probe_score
+from fusion.analysis.ranking.logme import logme_score
+from fusion.analysis.ranking.similarity import cosine, mean_embedding, source_rows
 from fusion.backbones.load import Backbone
 from fusion.config.commands import RankConfig
 from fusion.config.compositions import CompositionConfig
-from fusion.data.encode import EncodedRows
+from fusion.config.task import TaskConfig
+from fusion.config.training import OptimConfig, TrainerConfig
 from fusion.data.loaders import sampled_batches
 from fusion.errors import UserError, first_line
+from fusion.model.adapted import AdaptedModel
+from fusion.model.build import build_composition, new_head
 from fusion.model.inference import device_of
+from fusion.model.source_attention import SourceAttention, measure_attention
 from fusion.runs.memory import free_cycles
 from fusion.store.artifacts import Artifact
+from fusion.store.manifest import Manifest
+from fusion.training.fit import fit
+from fusion.training.spec import FitSpec, Objective
 from fusion.training.task_rows import TaskRows
 
 log = logging.getLogger(__name__)
 
 
-class Looks:
-    """A method for each of `fusion.config.stages.RANKINGS`.
-
-    Args:
-        sources: made for this backbone, in one placement.
-        backbone: stays as it is.
-        rows: of the target; all of them are looked at.
+@dataclass(frozen=True)
+class ScorerInputs:
+    """
+    Attributes:
+        sources: trained on this backbone, in one placement.
+        backbone: is not changed.
+        rows: of the target; all of them are used.
         folder: of the run.
     """
 
-    def __init__(
-        self,
-        config: RankConfig,
-        sources: Sequence[Artifact],
-        backbone: Backbone,
-        rows: TaskRows,
-        folder: Path,
-    ) -> None:
-        assert config.task is not None
-        self.config, self.sources, self.backbone = config, sources, backbone
-        self.rows, self.folder, self.task = rows, folder, config.task
-        self.device = device_of(config.accelerator)
+    config: RankConfig
+    task: TaskConfig
+    sources: Sequence[Artifact]
+    backbone: Backbone
+    rows: TaskRows
+    folder: Path
 
-    def similarity(self) -> list[float | None]:
-        """None for a source whose own rows cannot be read, which is said."""
-        config = self.config
-        plain, scores = self.backbone.copy(), list[float | None]()
-        target = self._embedding(plain, self.rows.training)
-        for source in self.sources:
-            try:
-                rows = source_rows(source.manifest, config.data, config.rows, self.backbone.tokenizer)
-            except UserError as error:
-                said = first_line(error)
-                log.info("similarity: none for %s, its rows cannot be read: %s", source.manifest.name, said)
-                scores.append(None)
-            else:
-                scores.append(cosine(target, self._embedding(plain, rows)))
-        return scores
-
-    def _embedding(self, plain: Backbone, several: Sequence[EncodedRows]) -> Tensor:
-        """(D,), the mean over the tasks."""
-        cache = self.config.data.cache_dir
-        return torch.stack([kept_embedding(plain, rows, self.device, cache) for rows in several]).mean(0)
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.config.accelerator)
 
     @cached_property
-    def states(self) -> list[tuple[States, States]]:
-        """Of each source, the pooled states of the target's training rows and of its first validation split."""
+    def states(self) -> list[list[States]]:
+        """For each source, the states of the target's training rows and of its first validation split."""
         config = self.config
         size, tokens = config.data.batch_size, config.data.tokens_per_batch
         splits = self.rows.training[0], next(iter(self.rows.validation.values()))
-        pooling = config.head.pooling or config.backbone.pooling
-        found = []
-        for look in looks(self.sources, self.backbone.copy(), CompositionConfig(), pooling, self.device):
-            training, validation = (look(sampled_batches(rows, None, size, tokens)) for rows in splits)
-            found.append((training, validation))
-        return found
-
-    def logme(self) -> list[float]:
-        return [logme(training, self.task) for training, _ in self.states]
-
-    def probe(self) -> list[float]:
-        return [probe_score(training, validation, self.task) for training, validation in self.states]
-
-    def attention(self) -> list[float]:
-        scores = attention_of_short_run(
-            self.config, self.sources, self.backbone.copy(), self.rows, self.folder
+        return pooled_states(
+            self.sources,
+            self.backbone.copy(),
+            CompositionConfig(),
+            config.head.pooling or config.backbone.pooling,
+            [partial(sampled_batches, rows, None, size, tokens) for rows in splits],
+            self.device,
         )
-        free_cycles()
-        return scores
+
+
+def similarity(inputs: ScorerInputs) -> list[float | None]:
+    """Cosine of the text embeddings of source and target; None for a source whose rows cannot be read."""
+    config, backbone = inputs.config, inputs.backbone.copy()
+    target = mean_embedding(backbone, inputs.rows.training, inputs.device)
+    scores: list[float | None] = []
+    for source in inputs.sources:
+        try:
+            rows = source_rows(source.manifest, config.data, config.rows, backbone.tokenizer)
+        except UserError as error:
+            reason = first_line(error)
+            log.info("similarity: no score for %s, its rows cannot be read: %s", source.manifest.name, reason)
+            scores.append(None)
+        else:
+            scores.append(cosine(target, mean_embedding(backbone, rows, inputs.device)))
+    return scores
+
+
+def logme(inputs: ScorerInputs) -> list[float]:
+    return [logme_score(training, inputs.task) for training, _ in inputs.states]
+
+
+def probe(inputs: ScorerInputs) -> list[float]:
+    return [probe_score(training, validation, inputs.task) for training, validation in inputs.states]
+
+
+def attention(inputs: ScorerInputs) -> list[float]:
+    """`relative_attention` of an AdapterFusion trained for `config.epochs`.
+
+    Pfeiffer et al. 2021, "AdapterFusion" (§5.2, figure 6), interpret the attention of a fully trained fusion as the
+    usefulness of its sources.
+
+    Raises:
+        TrainingError: the loss was no longer finite.
+    """
+    config, composition, backbone = inputs.config, CompositionConfig(), inputs.backbone.copy()
+    torch.manual_seed(config.seed)
+    model = AdaptedModel(
+        backbone,
+        build_composition(composition, inputs.sources, backbone),
+        inputs.sources[0].manifest.placement["adapter.reads"],
+        new_head(config.head, inputs.task, config.backbone.pooling, backbone),
+    )
+    trainer = TrainerConfig(
+        accelerator=config.accelerator,
+        devices=1,
+        max_epochs=config.epochs,
+        check_val_every_n_epoch=config.epochs,  # the scores are not used
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    spec = FitSpec(
+        tasks=[inputs.task],
+        rows=inputs.rows,
+        data=config.data,
+        optim=OptimConfig(lr=config.lr, patience=None),
+        trainer=trainer,
+        checkpoints=inputs.folder / "no checkpoints",
+        seed=config.seed,
+        objective=Objective(loss_weights=composition.loss_weights()),
+        resume=False,
+    )
+    fit(model, spec)
+    size, tokens = config.data.batch_size, config.data.tokens_per_batch
+    measured = measure_attention(
+        model, sampled_batches(inputs.rows.training[0], None, size, tokens), inputs.device
+    )
+    free_cycles()
+    return relative_attention(measured, [source.manifest for source in inputs.sources])
+
+
+def relative_attention(attention: Mapping[str, SourceAttention], sources: Sequence[Manifest]) -> list[float]:
+    """For each source, the mean over its slots of its attention times the number of sources in the slot.
+
+    1 is uniform attention. A source with adapters in few layers is measured in these layers.
+
+    Args:
+        attention: by slot; the weights sum to 1.
+    """
+    slots = [set(source.bottleneck_sizes) for source in sources]
+    scores = []
+    for position, own in enumerate(slots):
+        relative = [
+            measured.mean[position] * sum(slot in others for others in slots)
+            for slot, measured in attention.items()
+            if slot in own
+        ]
+        scores.append(sum(relative) / len(relative))
+    return scores
+
+
+SCORERS: dict[str, Callable[[ScorerInputs], Sequence[float | None]]] = {
+    "similarity": similarity,
+    "logme": logme,
+    "probe": probe,
+    "attention": attention,
+}

@@ -1,4 +1,4 @@
-"""A store with three sources, of which one is the target's twin and the others know nothing that helps."""
+"""A store with three sources, of which one has the same task as the target and the others have random labels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.tiny_backbone import WORDS
 
 
 def write_words(bench: Bench, name: str, meaning: bool, rows: int) -> None:
-    """Sentences whose label is whether they hold `good` or `bad`; without meaning, other words and tossed labels."""
+    """Sentences whose label is whether they hold `good` or `bad`; without meaning, other words and random labels."""
     draw = random.Random(name)
     folder = bench.folder / "data" / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -25,7 +25,7 @@ def write_words(bench: Bench, name: str, meaning: bool, rows: int) -> None:
             label = draw.randrange(2)
             words = draw.choices(
                 WORDS[:8] if meaning else WORDS[12:], k=draw.randrange(8, 13)
-            )  # so many that it takes an adapter to hear the one
+            )  # so many that the one word needs an adapter
             words += [LABELS[label]] * meaning
             draw.shuffle(words)
             lines.append(json.dumps({"text": " ".join(words), "label": label}))
@@ -35,7 +35,7 @@ def write_words(bench: Bench, name: str, meaning: bool, rows: int) -> None:
 
 @pytest.fixture(scope="session")
 def three(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Bench:
-    """The target is `plays`, its twin `films`; `coins` and `dice` are tossed. Tests must not change the store."""
+    """The target is `plays`; `films` has the same task, `coins` and `dice` have random labels. Tests must not change the store."""
     bench = Bench(tmp_path_factory.mktemp("ranking") / "a folder", tiny_backbone)
     for name, meaning, rows in (("films", True, 256), ("coins", False, 32), ("dice", False, 32)):
         write_words(bench, name, meaning, rows)

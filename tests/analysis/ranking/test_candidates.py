@@ -1,4 +1,4 @@
-"""What sources=all means, over manifests alone."""
+"""The adapters that sources=all selects, by manifests alone."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def store(three: Bench, tmp_path: Path) -> Path:
 
 
 def add(store: Path, name: str, of: str = "films", **changes: Any) -> None:
-    """Another artifact, whose manifest says something else; `backbone` and `adapter` are changed key by key."""
+    """Another artifact, with a changed manifest; `backbone` and `adapter` are changed by key."""
     shutil.copytree(store / of, store / name)
     values = json.loads((store / name / "manifest.json").read_text())
-    values.pop("checksum", None)  # of what it was
+    values.pop("checksum", None)
     for key, value in changes.items():
         values[key] = values[key] | value if key in ("backbone", "adapter") and value else value
     (store / name / "manifest.json").write_text(json.dumps(values | {"name": name}))
@@ -35,27 +35,27 @@ def names(store: Path, backbone: str, task: str | None = None) -> tuple[list[str
     return [manifest.name for manifest in found.sources], found.left_out
 
 
-def test_all_are_taken_by_name(store: Path, tiny_backbone: Path) -> None:
+def test_all_are_selected_in_order_of_their_names(store: Path, tiny_backbone: Path) -> None:
     assert names(store, str(tiny_backbone)) == (["coins", "dice", "films"], {})
     assert all_adapters(store, str(tiny_backbone)).left_out_line() == ""
 
 
-def test_the_targets_own_are_left_out_where_that_is_asked_for(store: Path, tiny_backbone: Path) -> None:
+def test_adapters_of_the_target_can_be_left_out(store: Path, tiny_backbone: Path) -> None:
     add(store, "films-seed-2")
     entry = json.loads((store / "films" / "manifest.json").read_text())
     both = {task: {"task": entry["task"] | {"name": task}, "head": entry["head"]} for task in ("x", "films")}
-    add(store, "several", multitask=both)
-    own = "trained on films itself, include_target=true takes it in"
+    add(store, "both", multitask=both)
+    own = "trained on films itself, use include_target=true to include it"
     assert names(store, str(tiny_backbone), "films") == (
         ["coins", "dice"],
-        {"films": own, "films-seed-2": own, "several": own},
+        {"both": own, "films": own, "films-seed-2": own},
     )
     line = all_adapters(store, str(tiny_backbone), "films").left_out_line()
-    assert line == f"left out: films, films-seed-2, several ({own})"
-    assert names(store, str(tiny_backbone))[0] == ["coins", "dice", "films", "films-seed-2", "several"]
+    assert line == f"left out: both, films, films-seed-2 ({own})"
+    assert names(store, str(tiny_backbone))[0] == ["both", "coins", "dice", "films", "films-seed-2"]
 
 
-def test_debug_runs_and_diverged_ones_are_left_out(store: Path, tiny_backbone: Path) -> None:
+def test_debug_and_diverged_runs_are_left_out(store: Path, tiny_backbone: Path) -> None:
     add(store, "films-debug")
     add(store, "films-diverged")
     add(store, "hot", result={"diverged": {"train_loss": 9.0, "limit": 2.0}})
@@ -67,21 +67,19 @@ def test_debug_runs_and_diverged_ones_are_left_out(store: Path, tiny_backbone: P
     }
 
 
-def test_what_cannot_be_fused_with_most_is_left_out_and_said(store: Path, tiny_backbone: Path) -> None:
+def test_adapters_that_cannot_be_fused_with_most_are_left_out(store: Path, tiny_backbone: Path) -> None:
     add(store, "before", adapter={"reads": "input"})
     add(store, "other", backbone={"name_or_path": "another", "fingerprint": "e" * 64})
-    add(store, "same", backbone={"name_or_path": "a copy of it"})  # by another name, the same weights
+    add(store, "same", backbone={"name_or_path": "a copy of it"})  # the same weights by another name
     found, left_out = names(store, str(tiny_backbone))
     assert found == ["coins", "dice", "films", "same"]
-    assert set(left_out) == {"before", "other"} and left_out["other"] == "backbone another"
+    assert set(left_out) == {"before", "other"} and left_out["other"] == "trained on backbone another"
     assert left_out["before"].startswith("feedforward/input on weights")
     assert "most have feedforward/normed on weights" in left_out["before"]
 
 
-def test_other_kinds_are_none_of_them_and_damaged_artifacts_are_named(
-    store: Path, tiny_backbone: Path
-) -> None:
-    reason = "cannot be read, python -m fusion.store verify says why"
+def test_other_kinds_are_ignored_and_damaged_artifacts_are_named(store: Path, tiny_backbone: Path) -> None:
+    reason = "cannot be read, see python -m fusion.store verify"
     add(store, "a-head", kind="head", adapter=None)
     path = store / "dice" / "manifest.json"
     path.write_text(path.read_text()[:100])
@@ -92,14 +90,14 @@ def test_other_kinds_are_none_of_them_and_damaged_artifacts_are_named(
         all_adapters(store, str(tiny_backbone))
 
 
-def test_a_store_without_any(store: Path, tiny_backbone: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="was trained on another, only on"):
+def test_a_store_without_candidates(store: Path, tiny_backbone: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"no adapters for another; left out: coins, dice, films .trained on backbone "
+    ):
         all_adapters(store, "another")
     for name in ("coins", "dice"):
         shutil.rmtree(store / name)
-    with pytest.raises(
-        UserError, match=r"no adapter is left to take; left out: films \(trained on films itself"
-    ):
+    with pytest.raises(UserError, match=r"left out: films \(trained on films itself"):
         all_adapters(store, str(tiny_backbone), "films")
     with pytest.raises(UserError, match="has no adapters"):
         all_adapters(tmp_path / "nothing", str(tiny_backbone))

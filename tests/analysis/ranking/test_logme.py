@@ -1,4 +1,4 @@
-"""LogME against the evidence written down as one normal density, maximised by a general optimizer."""
+"""LogME against the evidence as one normal density, maximized by a general optimizer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 from scipy.stats import multivariate_normal
 
 from fusion.analysis.probe import States
-from fusion.analysis.ranking.logme import logme
+from fusion.analysis.ranking.logme import logme_score
 from fusion.config.task import TaskConfig
 
 CLASSES = TaskConfig("t", text="text", labels=["a", "b", "c"], metrics=["accuracy"])
@@ -24,7 +24,7 @@ def features(rows: int, width: int, seed: int = 0) -> torch.Tensor:
 
 
 def slow_evidence(states: torch.Tensor, targets: torch.Tensor) -> float:
-    """max over α, β of log N(y; 0, I / β + F Fᵀ / α), a row, without w and without any eigenvalue."""
+    """max over α, β of log N(y; 0, I / β + F Fᵀ / α), per row, without w and eigenvalues."""
     f, y = states.numpy(), targets.double().numpy()
 
     def negative(logs: np.ndarray) -> float:
@@ -39,7 +39,7 @@ def slow_evidence(states: torch.Tensor, targets: torch.Tensor) -> float:
 def test_a_regression_has_the_evidence_of_the_density(width: int) -> None:
     states = features(20, width)
     values = (states[:, 0] - 0.5 * states[:, 1] + 0.3 * torch.sin(torch.arange(20.0))).float()
-    found = logme(States(states, values, None), VALUES)
+    found = logme_score(States(states, values, None), VALUES)
     assert found == pytest.approx(slow_evidence(states, values), abs=1e-4)
 
 
@@ -47,10 +47,10 @@ def test_classes_are_the_mean_over_their_columns() -> None:
     states = features(24, 5)
     labels = (states[:, 2] + 0.2 * states[:, 0]).argsort().argsort() * 3 // 24
     expected = [slow_evidence(states, labels == label) for label in range(3)]
-    assert logme(States(states, labels, None), CLASSES) == pytest.approx(sum(expected) / 3, abs=1e-4)
+    assert logme_score(States(states, labels, None), CLASSES) == pytest.approx(sum(expected) / 3, abs=1e-4)
 
 
-def test_of_choices_the_right_ones_are_told_from_the_others() -> None:
+def test_choices_are_labelled_as_right_or_wrong() -> None:
     counts = torch.tensor([2, 3, 2, 4] * 3)
     states = features(int(counts.sum()), 4)
     labels = torch.tensor([1, 2, 0, 3] * 3)
@@ -59,20 +59,23 @@ def test_of_choices_the_right_ones_are_told_from_the_others() -> None:
     for count, label in zip(counts.tolist(), labels.tolist(), strict=True):
         right[first + label] = 1
         first += count
-    found = logme(States(states, labels, counts), CHOICES)
+    found = logme_score(States(states, labels, counts), CHOICES)
     assert found == pytest.approx(slow_evidence(states, right), abs=1e-4)
 
 
-def test_states_that_tell_the_labels_score_higher() -> None:
+def test_informative_states_score_higher() -> None:
     states = features(60, 6)
     labels = states[:, 1].argsort().argsort() * 3 // 60
-    tossed = labels[torch.randperm(60, generator=torch.Generator().manual_seed(1))]
-    assert logme(States(states, labels, None), CLASSES) > logme(States(states, tossed, None), CLASSES) + 0.1
+    random = labels[torch.randperm(60, generator=torch.Generator().manual_seed(1))]
+    assert (
+        logme_score(States(states, labels, None), CLASSES)
+        > logme_score(States(states, random, None), CLASSES) + 0.1
+    )
 
 
-def test_a_label_that_no_row_has_is_left_out_and_states_that_are_all_alike_do_no_harm() -> None:
+def test_missing_labels_and_constant_states() -> None:
     states, labels = features(10, 3), torch.tensor([0, 1] * 5)
     expected = [slow_evidence(states, labels == label) for label in range(2)]
-    assert logme(States(states, labels, None), CLASSES) == pytest.approx(sum(expected) / 2, abs=1e-4)
-    assert math.isfinite(logme(States(torch.zeros_like(states), labels, None), CLASSES))
-    assert math.isnan(logme(States(states, torch.ones_like(labels), None), CLASSES))
+    assert logme_score(States(states, labels, None), CLASSES) == pytest.approx(sum(expected) / 2, abs=1e-4)
+    assert math.isfinite(logme_score(States(torch.zeros_like(states), labels, None), CLASSES))
+    assert math.isnan(logme_score(States(states, torch.ones_like(labels), None), CLASSES))

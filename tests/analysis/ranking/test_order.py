@@ -1,4 +1,4 @@
-"""Ranks, their mean and the methods' agreement against counting by hand."""
+"""Ranks, their mean and the agreement of methods against slow versions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from fusion.analysis.ranking.order import agreement, best_first, mean_ranks, ranks, table_rows
+from fusion.analysis.ranking.order import agreement, ranked
 
 ONE = [0.9, 0.1, 0.5, 0.5, None]
 OTHER = [2.0, 3.0, 1.0, -1.0, 5.0]
@@ -39,21 +39,24 @@ def pearson(one: list[float], other: list[float]) -> float:
     )
 
 
-def test_ranks_share_places_and_pass_over_what_has_no_score() -> None:
-    assert ranks(ONE) == slow_ranks(ONE) == [1.0, 4.0, 2.5, 2.5, None]
-    assert ranks(OTHER) == slow_ranks(list(OTHER))
-    assert ranks([None, None]) == [None, None]
+def test_ranks_and_their_mean() -> None:
+    """Equal scores share a rank, and a missing score has none."""
+    found = ranked(["e", "d", "c", "b", "a"], {"one": ONE, "other": OTHER})
+    assert [row["name"] for row in found] == ["a", "e", "d", "c", "b"]
+    by_name = {row["name"]: row for row in found}
+    for method, scores in (("one", ONE), ("other", OTHER)):
+        assert [by_name[name]["ranks"][method] for name in "edcba"] == slow_ranks(list(scores))
+        assert [by_name[name]["scores"][method] for name in "edcba"] == list(scores)
+    assert [by_name[name]["mean_rank"] for name in "edcba"] == [2.0, 3.0, 3.25, 3.75, 1.0]
 
 
-def test_the_mean_is_over_the_methods_that_have_a_score() -> None:
-    found = mean_ranks({"one": ONE, "other": OTHER})
-    assert found == [(1 + 3) / 2, (4 + 2) / 2, (2.5 + 4) / 2, (2.5 + 5) / 2, 1.0]
-    assert mean_ranks({"one": [None, 1.0]}) == [None, 1.0]
-    assert best_first(["e", "d", "c", "b", "a"], found) == [4, 0, 1, 2, 3]
-    assert best_first(["z", "y", "x"], [None, 1.0, 1.0]) == [2, 1, 0]
+def test_equal_mean_ranks_are_sorted_by_name_and_missing_ones_are_last() -> None:
+    found = ranked(["z", "y", "x"], {"one": [math.nan, 1.0, 1.0], "other": [math.inf, None, None]})
+    assert [(row["name"], row["mean_rank"]) for row in found] == [("x", 1.5), ("y", 1.5), ("z", None)]
+    assert found[2]["scores"] == found[2]["ranks"] == {"one": None, "other": None}
 
 
-def test_agreement_is_kendalls_and_spearmans() -> None:
+def test_agreement() -> None:
     found = agreement({"one": ONE, "other": OTHER, "flat": [1.0] * 5})
     assert set(found) == {"one/other", "one/flat", "other/flat"}
     a, b = [s for s in ONE if s is not None], OTHER[:4]
@@ -63,15 +66,3 @@ def test_agreement_is_kendalls_and_spearmans() -> None:
     assert found["one/flat"] == found["other/flat"] == {"kendall": None, "spearman": None}
     assert agreement({"one": [1.0, None], "other": [None, 1.0]})["one/other"]["kendall"] is None
     assert agreement({"one": ONE}) == {}
-
-
-def test_the_table_shows_what_there_is() -> None:
-    sources = [
-        {"name": "snli", "mean_rank": 1.5, "scores": {"probe": 0.75}, "ranks": {"probe": 1.5}},
-        {"name": "rte", "mean_rank": None, "scores": {"probe": None}, "ranks": {"probe": None}},
-    ]
-    assert table_rows({"methods": ["probe"], "sources": sources}) == [
-        ["", "source", "mean rank", "probe"],
-        ["1", "snli", "1.50", "0.7500 (1.5)"],
-        ["2", "rte", "-", "-"],
-    ]

@@ -1,4 +1,4 @@
-"""The ranking as a command, and what stage 2 makes of it."""
+"""The command fusion.rank, and sources=top:N of stage 2."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from fusion import rank
-from fusion.analysis.ranking.choice import _command, name_sources
-from fusion.analysis.ranking.kept import rankings_of, read
+from fusion.analysis.ranking.selection import _rank_command, resolve_sources
+from fusion.analysis.ranking.stored import rankings_of, read_ranking
 from fusion.config.commands import RankConfig
 from fusion.config.compositions import CompositionConfig
 from fusion.config.data import DataConfig, LimitConfig, SplitConfig
@@ -38,7 +38,7 @@ KEYS |= {"left_out", "ranking"}
 
 @pytest.fixture(scope="module")
 def ranked(three: Bench, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    """A copy of the store with `plays` ranked once; `result` is what the command gave."""
+    """A copy of the store with `plays` ranked once; `result` is that of the command."""
     bench = Bench.__new__(Bench)
     bench.__dict__.update(three.__dict__)
     bench.folder = tmp_path_factory.mktemp("ranked") / "a folder"
@@ -60,11 +60,11 @@ def copy(ranked: Bench, tmp_path: Path) -> Bench:
 
 def stage2_config(bench: Bench, sources: Any, **changes: Any) -> Stage2Config:
     config = Stage2Config(**bench.settings("plays", **changes), sources=sources)
-    name_sources(config)
+    resolve_sources(config)
     return config
 
 
-def test_every_method_puts_the_twin_first(ranked: Bench) -> None:
+def test_every_method_ranks_the_similar_task_first(ranked: Bench) -> None:
     result = ranked.result
     assert set(result) == KEYS
     assert result["sources"][0]["name"] == "films"
@@ -73,24 +73,24 @@ def test_every_method_puts_the_twin_first(ranked: Bench) -> None:
     assert best["ranks"] == dict.fromkeys(METHODS, 1.0) and best["mean_rank"] == 1.0
     assert set(best) == {"name", "reference", "hash", "task", "mean_rank", "ranks", "scores"}
     assert set(result["seconds"]) == {"loading", "states", *METHODS}
-    assert result["left_out"] == {"plays": "trained on plays itself, include_target=true takes it in"}
+    assert result["left_out"] == {"plays": "trained on plays itself, use include_target=true to include it"}
     assert len(result["agreement"]) == 6 and result["fusion"] is None
     shares = [source["scores"]["attention"] for source in result["sources"]]
     assert sum(shares) == pytest.approx(3, abs=1e-4)  # all have the same slots
 
 
-def test_the_store_keeps_the_whole_of_it(ranked: Bench) -> None:
+def test_the_ranking_is_stored(ranked: Bench) -> None:
     path = Path(ranked.result["ranking"])
     assert path.parent == ranked.folder / "store" / ".rankings" and path.name.startswith("plays-")
-    there = json.loads(path.read_text())
-    assert {key: there[key] for key in KEYS - {"ranking"}} == {
+    stored = json.loads(path.read_text())
+    assert {key: stored[key] for key in KEYS - {"ranking"}} == {
         key: ranked.result[key] for key in KEYS - {"ranking"}
     }
-    assert set(there) == KEYS - {"ranking"} | {"format_version", "question"}
+    assert set(stored) == KEYS - {"ranking"} | {"format_version", "question"}
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]  # nothing half-written
 
 
-def test_the_same_question_replaces_its_answer_whatever_the_seed(copy: Bench) -> None:
+def test_the_same_ranking_with_another_seed_overwrites_its_file(copy: Bench) -> None:
     folder = copy.folder / "store" / ".rankings"
     shutil.rmtree(folder)
     one = copy.rank("plays", methods=["probe"], seed=1)["ranking"]
@@ -103,14 +103,14 @@ def test_the_same_question_replaces_its_answer_whatever_the_seed(copy: Bench) ->
     assert len({one, *others}) == len(list(folder.iterdir())) == 4
 
 
-def test_a_list_ranks_what_it_names(copy: Bench) -> None:
+def test_a_list_of_sources(copy: Bench) -> None:
     result = copy.rank("plays", sources=["dice", "plays"], methods=["similarity"])
     assert [source["name"] for source in result["sources"]] == ["plays", "dice"]
     assert result["left_out"] == {} and result["agreement"] == {}
     assert result["sources"][0]["scores"]["similarity"] == pytest.approx(1.0)
 
 
-def test_a_source_whose_rows_are_gone_has_no_similarity(
+def test_a_source_whose_rows_are_missing_has_no_similarity(
     copy: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = copy.folder / "store" / "dice" / "manifest.json"
@@ -123,70 +123,70 @@ def test_a_source_whose_rows_are_gone_has_no_similarity(
     (dice,) = (source for source in result["sources"] if source["name"] == "dice")
     assert dice["scores"]["similarity"] is None and dice["ranks"]["similarity"] is None
     assert dice["mean_rank"] == dice["ranks"]["logme"]
-    (said,) = (r.getMessage() for r in caplog.records if "similarity" in r.getMessage())
-    assert said.startswith("similarity: none for dice, its rows cannot be read") and "\n" not in said
+    (line,) = (r.getMessage() for r in caplog.records if "similarity" in r.getMessage())
+    assert line.startswith("similarity: no score for dice, its rows cannot be read") and "\n" not in line
     with pytest.raises(UserError, match="has 2 sources with a score by similarity"):
         stage2_config(copy, "top:3", sources_by="similarity")
 
 
-def test_what_a_fusion_of_the_store_took_is_told(copy: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_cost_of_a_fusion_is_shown(copy: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     copy.stage2("plays", ["films", "dice"])
     capsys.readouterr()
     fusion = copy.rank("plays", methods=["probe"])["fusion"]
     assert fusion["name"] == "plays-adapterfusion" and fusion["sources"] == 2
-    said = capsys.readouterr().out
-    assert f"the fusion plays-adapterfusion of 2 took {fusion['seconds']:.1f} s" in said
-    assert "left out: plays (trained on plays itself" in said and "kept: " in said
+    out = capsys.readouterr().out
+    assert f"the fusion plays-adapterfusion of 2 took {fusion['seconds']:.1f} s" in out
+    assert "left out: plays (trained on plays itself" in out and "stored: " in out
 
 
 # --- stage 2 ------------------------------------------------------------------------------------------------
 
 
-def test_the_best_are_named_before_anything_depends_on_them(ranked: Bench) -> None:
+def test_top_is_replaced_by_names(ranked: Bench) -> None:
     names = [source["name"] for source in ranked.result["sources"]]
     config = stage2_config(ranked, "top:2")
     assert config.sources == names[:2] and config.sources_by is None
-    told = stage2_config(ranked, names[:2])
-    assert dataclasses.asdict(config) == dataclasses.asdict(told)
-    assert "sources_by" not in identity_config(dataclasses.asdict(config))  # as before there was this key
+    named = stage2_config(ranked, names[:2])
+    assert dataclasses.asdict(config) == dataclasses.asdict(named)
+    assert "sources_by" not in identity_config(dataclasses.asdict(config))
 
 
-def test_one_methods_ranks_can_count_alone(ranked: Bench) -> None:
+def test_sources_by_one_method(ranked: Bench) -> None:
     for method in METHODS:
         ranks = {source["name"]: source["ranks"][method] for source in ranked.result["sources"]}
         found = stage2_config(ranked, "top:3", sources_by=method).sources
         assert [ranks[name] for name in found] == sorted(ranks.values())
 
 
-def test_all_are_all_with_the_targets_own(ranked: Bench) -> None:
+def test_all_includes_adapters_of_the_target(ranked: Bench) -> None:
     assert stage2_config(ranked, "all").sources == ["coins", "dice", "films", "plays"]
 
 
-def test_the_newest_that_still_holds_is_taken(copy: Bench) -> None:
+def test_the_newest_current_ranking_is_used(copy: Bench) -> None:
     copy.rank("plays", sources=["coins", "dice"], methods=["similarity"])
     assert set(stage2_config(copy, "top:2").sources) == {"coins", "dice"}
-    # One by probe is older, and the newest that has it.
+    # The newest ranking with this method is an older one.
     assert stage2_config(copy, "top:1", sources_by="probe").sources == ["films"]
     copy.stage1("coins", overwrite=True, seed=5)
-    with pytest.raises(UserError, match="since plays was ranked, coins was replaced; rank again"):
+    with pytest.raises(UserError, match="coins changed, or is missing, since the last ranking for plays"):
         stage2_config(copy, "top:2")
     copy.rank("plays", sources=["films", "dice"], methods=["similarity"])
     assert stage2_config(copy, "top:1").sources == ["films"]
     shutil.rmtree(copy.folder / "store" / "films")
-    with pytest.raises(UserError, match="films is gone or damaged") as error:
+    with pytest.raises(UserError, match="films changed, or is missing") as error:
         stage2_config(copy, "top:1")
     assert "python -m fusion.rank +task=plays" in str(error.value)
 
 
-def test_the_command_that_ranks_reads_the_same_rows(ranked: Bench) -> None:
+def test_the_proposed_rank_command_has_the_data_settings(ranked: Bench) -> None:
     data = dataclasses.replace(
         ranked.settings("plays")["data"], quoting="csv", split=SplitConfig(validation=0.2, stratify=True)
     )
     config = Stage2Config(**ranked.settings("plays", data=data), sources="top:1")
-    assert " data.quoting=csv data.split.validation=0.2 data.split.stratify=true" in _command(config)
+    assert " data.quoting=csv data.split.validation=0.2 data.split.stratify=true" in _rank_command(config)
 
 
-def test_no_ranking_names_the_command_that_makes_one(ranked: Bench) -> None:
+def test_a_missing_ranking_proposes_the_rank_command(ranked: Bench) -> None:
     backbone = dataclasses.replace(ranked.settings("plays")["backbone"], name_or_path="another")
     other_labels = dataclasses.replace(ranked.tasks["plays"], labels=["x", "y"])
     for config, missing in (
@@ -194,14 +194,14 @@ def test_no_ranking_names_the_command_that_makes_one(ranked: Bench) -> None:
         (ranked.settings("plays", backbone=backbone), "plays on another"),
         (ranked.settings("plays") | {"task": other_labels}, "plays"),
     ):
-        with pytest.raises(UserError, match=f"no ranking of sources for {missing}") as error:
-            name_sources(Stage2Config(**config, sources="top:1"))
+        with pytest.raises(UserError, match=f"no ranking for {missing}") as error:
+            resolve_sources(Stage2Config(**config, sources="top:1"))
         words = shlex.split(str(error.value).splitlines()[1])  # as a shell reads it
         assert words[:4] == ["python", "-m", "fusion.rank", f"+task={missing.split()[0]}"]
         assert f'store="{ranked.folder / "store"}"' in words
 
 
-def test_a_damaged_ranking_is_named_and_hides_no_other(copy: Bench) -> None:
+def test_a_damaged_ranking_is_named_and_others_are_used(copy: Bench) -> None:
     folder = copy.folder / "store" / ".rankings"
     (file,) = folder.iterdir()
     task, backbone = json.loads(file.read_text())["task"], str(copy.backbone)
@@ -217,21 +217,21 @@ def test_a_damaged_ranking_is_named_and_hides_no_other(copy: Bench) -> None:
     }
     for name, text in broken.items():
         (folder / f"plays-{name}.json").write_text(text)
-        with pytest.raises(UserError, match=f"plays-{name}.json: is "):
-            read(folder / f"plays-{name}.json")
+        with pytest.raises(UserError, match=f"plays-{name}.json: is no ranking"):
+            read_ranking(folder / f"plays-{name}.json")
     found, damaged = rankings_of(copy.folder / "store", task, backbone)
-    assert [kept.path for kept in found] == [file] and len(damaged) == len(broken)
+    assert [ranking.path for ranking in found] == [file] and len(damaged) == len(broken)
     assert stage2_config(copy, "top:1").sources == ["films"]
     file.unlink()
     with pytest.raises(UserError, match=r"plays-a.json: is no ranking"):
         stage2_config(copy, "top:1")
 
 
-# --- what is refused ----------------------------------------------------------------------------------------
+# --- refused settings ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"sources": []}, "at least two"),
         ({"sources": ["films"]}, "at least two"),
@@ -248,13 +248,13 @@ def test_a_damaged_ranking_is_named_and_hides_no_other(copy: Bench) -> None:
         ({"seed": -1}, "seed=-1"),
     ],
 )
-def test_wrong_settings_of_a_ranking(changes: dict[str, Any], says: str) -> None:
-    with pytest.raises(UserError, match=says):
+def test_wrong_settings_of_a_ranking(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         RankConfig(**changes)
 
 
 @pytest.mark.parametrize(
-    ("sources", "changes", "says"),
+    ("sources", "changes", "message"),
     [
         ("top:0", {}, "sources=top:0: expected"),
         ("top:", {}, "expected"),
@@ -265,23 +265,23 @@ def test_wrong_settings_of_a_ranking(changes: dict[str, Any], says: str) -> None
         (["films"], {"sources_by": "probe"}, "ranks the sources for sources=top:N"),
         ("top:1", {"sources_by": "guess"}, "sources_by=guess"),
         ("all", {"composition": CompositionConfig("pruned", fusion="x", keep=1)}, "leave them out"),
-        ("top:9", {}, "has 3 sources .*; expected top:3 or fewer"),
+        ("top:9", {}, "expected top:3 or fewer; .*has 3 sources"),
     ],
 )
-def test_wrong_sources_of_stage_2(ranked: Bench, sources: Any, changes: dict[str, Any], says: str) -> None:
-    with pytest.raises(UserError, match=says):
+def test_wrong_sources_of_stage_2(ranked: Bench, sources: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         stage2_config(ranked, sources, **changes)
 
 
-def test_what_is_refused_before_a_model_is_loaded(ranked: Bench, tmp_path: Path) -> None:
+def test_checks_before_a_model_is_loaded(ranked: Bench, tmp_path: Path) -> None:
     settings = {key: ranked.settings("plays")[key] for key in ("task", "data", "backbone", "store")}
     run: Any = None
 
-    def refused(says: str, **changes: Any) -> None:
-        with pytest.raises(UserError, match=says):
+    def refused(message: str, **changes: Any) -> None:
+        with pytest.raises(UserError, match=message):
             rank.check(RankConfig(**settings | changes), run)
 
-    refused("no task: say", task=None)
+    refused("no task: set", task=None)
     refused("no artifact 'nobody'", sources=["films", "nobody"])
     refused("has no adapters", store=str(tmp_path / "empty"))
     empty = TaskConfig(name="empty", text="text", labels=["x", "y"], metrics=["accuracy"])
@@ -289,16 +289,16 @@ def test_what_is_refused_before_a_model_is_loaded(ranked: Bench, tmp_path: Path)
     (tmp_path / "data" / "empty" / "validation.jsonl").write_text('{"text": "a", "label": 0}\n')
     refused("has no train", task=empty, data=DataConfig(dir=str(tmp_path / "data")))
     other = dataclasses.replace(settings["backbone"], name_or_path="another")
-    refused("was trained on another", backbone=other)
+    refused("trained on backbone", backbone=other)
     refused(
         "was trained on", backbone=other, sources=["films", "dice"], store=str(_unnamed(ranked, tmp_path))
     )
     alone = tmp_path / "alone"
     for name in ("films", "plays"):
         shutil.copytree(ranked.folder / "store" / name, alone / name)
-    refused("films is alone, and a ranking needs at least two; left out: plays", store=str(alone))
+    refused("found only films in .*; left out: plays", store=str(alone))
     shutil.rmtree(alone / "plays")
-    refused("films is alone.*has no others", store=str(alone))
+    refused("at least two sources to rank, found only films in .*alone$", store=str(alone))
 
 
 def _unnamed(ranked: Bench, tmp_path: Path) -> Path:
@@ -322,7 +322,7 @@ def test_limits_bound_the_rows(copy: Bench) -> None:
 # --- the store and the programs -----------------------------------------------------------------------------
 
 
-def test_the_store_programs_pass_over_rankings(copy: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_store_commands_ignore_rankings(copy: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     store = f"store={copy.folder / 'store'}"
     assert store_program(["list", store]) == 0
     listed = capsys.readouterr().out
@@ -334,8 +334,8 @@ def test_the_store_programs_pass_over_rankings(copy: Bench, capsys: pytest.Captu
 
 
 @pytest.mark.usefixtures("warm")
-def test_as_programs(copy: Bench, tmp_path: Path) -> None:
-    """A ranking is asked for, and then the best two of it are fused: the names are what is kept."""
+def test_as_commands(copy: Bench, tmp_path: Path) -> None:
+    """Rank, then fuse the best two; the names are stored."""
     (tmp_path / "conf" / "task").mkdir(parents=True)
     task = {"kind": "classification", "text": "text", "labels": ["bad", "good"], "metrics": ["accuracy"]}
     (tmp_path / "conf" / "task" / "plays.yaml").write_text(yaml.safe_dump(task))

@@ -1,19 +1,15 @@
-"""Text embeddings against texts run one by one, and what is kept of them."""
+"""Text embeddings against a loop over texts, and the rows of a source."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fusion.analysis.ranking import similarity
-from fusion.analysis.ranking.similarity import cosine, kept_embedding, text_embedding
-from fusion.analysis.ranking.source_rows import source_rows
+from fusion.analysis.ranking.similarity import cosine, source_rows, text_embedding
 from fusion.backbones.load import Backbone, load_backbone
 from fusion.config.data import DataConfig, LimitConfig
 from fusion.data.encode import EncodedRows, encode
@@ -58,7 +54,7 @@ def test_an_embedding_is_the_mean_of_means(three: Bench, backbone: Backbone) -> 
     assert found.tolist() == pytest.approx(slow_embedding(backbone, three, texts), abs=1e-6)
 
 
-def test_choices_count_text_by_text(bench: Bench, tiny_backbone: Path) -> None:
+def test_each_choice_is_a_text(bench: Bench, tiny_backbone: Path) -> None:
     bench.add_quiz()
     backbone = load_backbone(str(tiny_backbone))
     rows = load_rows(bench.tasks["quiz"], bench.data, "validation")
@@ -85,33 +81,7 @@ def test_cosine() -> None:
     assert cosine(one, -2 * one) == pytest.approx(-1)
 
 
-def test_an_embedding_is_made_once_and_made_anew_if_damaged(
-    three: Bench, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows, cache = encoded(three, "coins"), str(tmp_path)
-    first = kept_embedding(backbone, rows, CPU, cache)
-    (file,) = (tmp_path / "embeddings").iterdir()
-    made: list[int] = []
-
-    def make(*arguments: Any) -> torch.Tensor:
-        made.append(1)
-        return text_embedding(*arguments)
-
-    monkeypatch.setattr(similarity, "text_embedding", make)
-    assert torch.equal(kept_embedding(backbone, rows, CPU, cache), first) and made == []
-    whole = file.read_text()
-    wrong = json.dumps([math.nan, *json.loads(whole)[1:]])
-    for damaged in ("", whole[:50], "[1.0]", "{}", '"text"', wrong, "[" * 5000):
-        file.write_text(damaged)
-        assert torch.equal(kept_embedding(backbone, rows, CPU, cache), first)
-        assert file.read_text() == whole
-    assert len(made) == 7
-    kept_embedding(dataclasses.replace(backbone, fingerprint="another"), rows, CPU, cache)
-    kept_embedding(backbone, encoded(three, "dice"), CPU, cache)
-    assert len(made) == 9
-
-
-def test_the_rows_of_a_source_are_those_it_was_trained_on(three: Bench, tmp_path: Path) -> None:
+def test_the_rows_of_a_source_are_those_of_its_training(three: Bench, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(three.backbone))
     manifest = read_manifest("films", three.folder / "store")
 
@@ -126,7 +96,7 @@ def test_the_rows_of_a_source_are_those_it_was_trained_on(three: Bench, tmp_path
     assert len(rows(elsewhere, config={"data.limit.train": 7})) == 7
     limited = dataclasses.replace(three.data, limit=LimitConfig(train=10))
     assert rows(elsewhere, 10).fingerprint == load_rows(three.tasks["films"], limited, "train").fingerprint
-    # Where the source's folder is gone, this command's own is looked into.
+    # If the source's folder is missing, that of this command is read.
     gone = {"data.dir": str(tmp_path / "another machine")}
     assert len(rows(three.data, config=gone)) == 256
     with pytest.raises(UserError, match="another machine"):
@@ -135,10 +105,12 @@ def test_the_rows_of_a_source_are_those_it_was_trained_on(three: Bench, tmp_path
     moved = manifest.changed(
         run={**manifest.content["run"], "folder": str(here), "config": {"data.dir": "data"}}
     )
-    assert len(source_rows(moved, elsewhere, 1000, tokenizer)[0]) == 256  # relative to where it was typed
+    assert (
+        len(source_rows(moved, elsewhere, 1000, tokenizer)[0]) == 256
+    )  # relative to the folder of its command
 
 
-def test_of_a_source_of_several_tasks_all_are_read(bench: Bench) -> None:
+def test_the_rows_of_a_multi_task_source(bench: Bench) -> None:
     bench.multitask("films", "books", trainer=bench.settings("films")["trainer"])
     manifest = read_manifest("films-books-multitask_adapter", bench.folder / "store")
     tokenizer = load_tokenizer(str(bench.backbone))
