@@ -112,7 +112,7 @@ def test_is_trained_stored_loaded_evaluated_and_inspected(sharing: Bench, name: 
     if definition.no_weights:
         with pytest.raises(UserError) as error:
             sharing.inspect(called)
-        expected = f"{called} (composition={name}) {definition.no_weights}; name a fusion"
+        expected = f"{called} (composition={name}) {definition.no_weights}; set artifact= to a fusion"
         assert str(error.value) == f"artifact={called}: {expected}"
         return
     inspected, seen = sharing.inspect(called, words=1, prune=False)
