@@ -20,7 +20,7 @@ import pytest
 from fusion.config.data import DataConfig
 from fusion.config.task import TaskConfig
 from fusion.data.files import file_format, split_files
-from fusion.data.rows import load_rows, rows_of_file
+from fusion.data.rows import load_rows
 from fusion.data.splits import check_source
 from fusion.errors import UserError
 
@@ -160,11 +160,6 @@ def test_lines_keep_their_numbers(task: Task, write: Write) -> None:
     broken = lines(ROWS[:3]) + b"\n" + lines([{"text": None, "label": 0}])
     with pytest.raises(UserError, match=r"train\.jsonl\.gz, line 5: text is null"):
         load_rows(task(), write("train.jsonl.gz", gzip.compress(broken)), "train")
-
-
-def test_a_file_to_predict_on(task: Task, tmp_path: Path) -> None:
-    (tmp_path / "rows.JSON.gz").write_bytes(gzip.compress(array([{"text": "a"}])))
-    assert rows_of_file(task(), tmp_path / "rows.JSON.gz").texts == [("a",)]
 
 
 # --- shards -------------------------------------------------------------------------------------------

@@ -41,15 +41,6 @@ def test_every_ending_gives_the_same_rows(task, write, ending):
     assert rows.labels == [1, 0]
 
 
-def test_csv_quotes_and_tsv_does_not(task, write):
-    quoted = load_rows(task(), write("train.csv", 'text,label\n"a, ""b""\nc",1\n'), "train")
-    assert quoted.texts == [('a, "b"\nc',)]
-    plain = load_rows(
-        task(name="plain"), write("train.tsv", 'text\tlabel\n"a\t1\nb"\t0\n', folder="plain"), "train"
-    )
-    assert plain.texts == [('"a',), ('b"',)]
-
-
 def test_a_byte_order_mark_is_no_part_of_a_name(task, write):
     csv = write("train.csv", "\ufefftext,label\nmeow,0\n")
     assert load_rows(task(), csv, "train").labels == [0]
@@ -97,73 +88,12 @@ def test_a_missing_column_lists_those_that_exist(task, write):
         load_rows(task(label="gold"), write("train.jsonl", PETS), "train")
 
 
-def test_a_duplicate_column(task, write):
-    with pytest.raises(UserError, match=r"train\.csv: duplicate column text"):
-        load_rows(task(), write("train.csv", "text,text,label\na,b,0\n"), "train")
-
-
 # --- texts ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (None, "text is null"),
-        (7, r"text is 7 \(int\)"),
-        (["a"], r"\['a'\] \(list\)"),
-        ("\ud800", "lone surrogate"),
-    ],
-)
-def test_a_value_that_is_not_text_names_its_row(task, write, value, message):
-    records = [*PETS, {"text": value, "label": 0}]
-    with pytest.raises(UserError, match=rf"train\.jsonl, line 4: .*{message}.*expected"):
-        load_rows(task(), write("train.jsonl", records), "train")
-
-
-def test_a_row_of_a_parquet_file_is_named(task, write):
-    with pytest.raises(UserError, match=r"train\.parquet, row 2: text is null"):
-        load_rows(task(), write("train.parquet", [PETS[0], {"text": None, "label": 1}]), "train")
 
 
 def test_an_empty_text_is_text(task, write):
     assert load_rows(task(), write("train.jsonl", [{"text": "", "label": 0}]), "train").texts == [("",)]
     assert load_rows(task(), write("validation.csv", "text,label\n,0\n"), "validation").texts == [("",)]
-
-
-@pytest.mark.parametrize(("name", "content"), [("train.jsonl", "\n"), ("train.csv", "text,label\n")])
-def test_an_empty_split(task, write, name, content):
-    with pytest.raises(UserError, match="holds no rows"):
-        load_rows(task(), write(name, content), "train")
-
-
-# --- files ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("train.parquet", b'{"text": "a"}', r"train\.parquet: cannot be read as parquet: .+"),
-        ("train.parquet", b"", r"cannot be read as parquet"),
-        (
-            "train.jsonl",
-            '{"text": "a", "label": 0}\n{"text": \n',
-            r"train\.jsonl, line 2: invalid JSON .*, column 10",
-        ),
-        ("train.jsonl", "[1, 2]\n", r"line 1: got list; expected one JSON object"),
-        ("train.jsonl", b'{"text": "\xff"}\n', r"line 1: not UTF-8"),
-        (
-            "train.csv",
-            "text,label\na,0\nb,1,2\n",
-            r"train\.csv: cannot be read as csv: .*row 2: Expected 2 columns, got 3",
-        ),
-        ("train.csv", b"text,label\n\xff,0\n", r"train\.csv, line 2: not UTF-8"),
-        ("train.csv", "", r"train\.csv: the file is empty"),
-    ],
-)
-def test_a_file_that_is_not_what_its_ending_says(task, write, name, content, message):
-    with pytest.raises(UserError, match=message) as caught:
-        load_rows(task(), write(name, content), "train")
-    assert len(str(caught.value).splitlines()) <= 2
 
 
 # --- choices ----------------------------------------------------------------------------------------

@@ -87,12 +87,6 @@ def test_a_missing_split_lists_the_files(task, write, tmp_path):
         load_rows(task(), DataConfig(), "train")
 
 
-def test_two_files_of_one_split_are_refused(task, write):
-    write("train.csv", "text,label\na,0\n")
-    with pytest.raises(UserError, match=r"both .*train\.csv and .*train\.jsonl exist"):
-        load_rows(task(), write("train.jsonl", ROWS), "train")
-
-
 def test_the_source_is_checked_without_reading(task, write):
     data = write("train.parquet", b"no parquet")
     write("validation.parquet", b"no parquet")
