@@ -16,7 +16,7 @@ class WandbServer(ThreadingHTTPServer):
     """
     status: None: it works; a number: every response has this status; "silent": it never responds. operations: the
     GraphQL requests. runs: what was sent at the start of each run. history: by run, its lines by position. uses: runs
-    and the artifacts they used, as `NAME:ALIAS`. refused: ids of runs that are rejected.
+    and the artifacts they used, as `NAME:ALIAS`.
     """
 
     daemon_threads = True
@@ -30,7 +30,6 @@ class WandbServer(ThreadingHTTPServer):
         self.asked_artifacts: list[str] = []
         self.history: dict[str, dict[int, dict[str, Any]]] = {}
         self.uses: list[tuple[str, str]] = []
-        self.refused: set[str] = set()
         self.closing = threading.Event()
 
     @property
@@ -153,9 +152,6 @@ class Handler(BaseHTTPRequestHandler):
         request = json.loads(body)
         found = re.match(r"\s*(?:query|mutation)\s+(\w+)", request["query"])
         operation = found.group(1) if found else ""
-        if (request.get("variables") or {}).get("name") in self.server.refused:
-            self.reply(403, {"errors": [{"message": "permission denied"}]})
-            return
         self.reply(200, {"data": self.server.respond(operation, request.get("variables") or {})})
 
     do_GET = do_PUT = do_POST
