@@ -60,6 +60,15 @@ def write_json(path: Path, content: Any) -> None:
     write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none, or it cannot be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def remove_partial(path: Path) -> None:
     """Remove what killed writers of `path` left. Only for the holder of its lock."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
@@ -76,10 +85,9 @@ def resolve_path(text: str, key: str) -> Path:
     Raises:
         UserError: the text is empty, cannot be a path, or goes through a dangling or looping link or through a file.
     """
-    given = f"{key}={shortened(text, 300)}"
-    if not text.strip():
-        raise UserError(f"{given} is empty: expected a path, such as {key}=DIR")
-    problem = f"a part of it is longer than {COMPONENT_BYTES} bytes" if _is_long(text) else ""
+    problem = "" if text.strip() else "is empty"
+    if _is_long(text):
+        problem = f"a part of it is longer than {COMPONENT_BYTES} bytes"
     path = Path(text)
     try:
         path = path.expanduser()
@@ -92,7 +100,7 @@ def resolve_path(text: str, key: str) -> Path:
     except (RuntimeError, ValueError) as error:  # unknown user's home, NUL, text that no file name can hold
         problem = printable(str(error))
     if problem:
-        raise UserError(f"{given}: {problem}; {key}=DIR names another path")
+        raise UserError(f"{key}={shortened(text, 300)}: {problem}; expected a path, such as {key}=DIR")
     return path
 
 
@@ -106,22 +114,12 @@ def expand_paths(config: Any) -> None:
         *groups, name = key.split(".")
         owner = functools.reduce(lambda owner, group: getattr(owner, group, None), groups, config)
         value = getattr(owner, name, None)
-        if isinstance(value, str):
-            expanded: str | list[str] = _expanded(value, key)
-        elif isinstance(value, list):
-            expanded = [_expanded(text, key) for text in value]
-        else:
-            continue
-        if expanded != value:
-            setattr(owner, name, expanded)
-
-
-def _expanded(text: str, key: str) -> str:
-    if key in REFERENCES:
-        check_reference(text, key)
-        return text
-    path = resolve_path(text, key)
-    return str(path) if key in EXPANDED and text.startswith("~") else text
+        texts = value if isinstance(value, list) else [value] if isinstance(value, str) else []
+        for text in texts:
+            (check_reference if key in REFERENCES else resolve_path)(text, key)
+        if key in EXPANDED and texts:
+            expanded = [os.path.expanduser(text) for text in texts]
+            setattr(owner, name, expanded if isinstance(value, list) else expanded[0])
 
 
 def check_reference(reference: str, key: str) -> None:

@@ -239,13 +239,18 @@ def test_the_average_of_one_source_is_that_source(alike: Bench) -> None:
 
 
 def test_weights_of_several_shapes_have_no_average(alike: Bench, ragged: Bench) -> None:
-    with pytest.raises(UserError, match=r"plays differs from films: bottleneck size 4 and not 3[\s\S]*=mean"):
+    with pytest.raises(
+        UserError,
+        match=r"plays differs from films: adapter\.bottleneck_sizes .*:4.*, expected .*:3.*[\s\S]*=mean",
+    ):
         composed(alike, "plays", "average", ["films", "books", "plays"], name="none")
-    with pytest.raises(UserError, match=r"books differs from films: adapter\.nonlinearity gelu and not relu"):
+    with pytest.raises(
+        UserError, match=r"books differs from films: adapter\.nonlinearity gelu, expected relu"
+    ):
         composed(ragged, "plays", "average", ["films", "books"], name="none")
-    with pytest.raises(UserError, match=r"adapters in \[0\.feedforward, 1\.feedforward\] and not in \[0\.f"):
+    with pytest.raises(UserError, match=r"adapter\.bottleneck_sizes {0\.feedforward:"):
         composed(ragged, "plays", "average", ["films", "books"], name="none")
-    with pytest.raises(UserError, match=r"plays differs from films: adapter\.scaling 2\.0 and not 1\.0"):
+    with pytest.raises(UserError, match=r"plays differs from films: adapter\.scaling 2\.0, expected 1\.0"):
         composed(ragged, "plays", "average", ["films", "plays"], name="none")
     assert not (alike.folder / "store" / "none").exists()
 
@@ -402,17 +407,17 @@ def test_another_fusion_of_that_name_makes_another_pruned_one(ragged: Bench) -> 
     [
         (
             {"fusion": "films"},
-            r"composition\.fusion=films: is a stored adapter, expected one of composition=adapter",
+            r"composition\.fusion=films: is a stored adapter .*expected a fusion of composition=adapter",
         ),
         (
             {"fusion": "by-mean"},
-            r"composition\.fusion=by-mean: is a stored fusion of composition mean, expected one",
+            r"composition\.fusion=by-mean: is a stored fusion \(mean\), expected a fusion",
         ),
         ({"fusion": "filns-adapterfusion"}, "did you mean films-adapterfusion"),
         ({"fusion": None}, r"composition=pruned: expected composition\.fusion=NAME"),
         ({"keep": 0}, r"composition\.keep=0: expected a whole number >= 1"),
         ({"keep": None}, r"composition=pruned: expected .* composition\.keep=K"),
-        ({"keep": 3}, r"composition\.keep=3: films-adapterfusion has 3 sources; expected 1 to 2"),
+        ({"keep": 3}, r"composition\.keep=3: films-adapterfusion has 3 sources, expected fewer"),
         (
             {"sources": ["films", "plays"]},
             r"films-adapterfusion has the sources films, books, plays; leave sources= out",

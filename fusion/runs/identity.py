@@ -94,28 +94,16 @@ def differing_keys(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
             value = [str(item)[:8] for item in value]
         return json.dumps(value, default=str) if key in known else "nothing"
 
-    def difference(key: str) -> str:
-        names, before, now = asked.get("sources"), stored.get(key), asked.get(key)
-        if key == "inputs.sources" and names and names == stored.get("sources"):
-            changed = [
-                f"{name} is another artifact now ({there[:8]} there, {here[:8]} here)"
-                for name, there, here in zip(names, before or [], now or [], strict=False)
-                if there != here
-            ]
-            return f"sources: {', '.join(changed)}"
-        return f"{key}: {shown(stored, key)} there, {shown(asked, key)} here"
-
     absent = object()
-    keys = sorted({*stored, *asked})
-    return [difference(key) for key in keys if stored.get(key, absent) != asked.get(key, absent)]
+    return [
+        f"{key}: {shown(stored, key)} there, {shown(asked, key)} here"
+        for key in sorted({*stored, *asked})
+        if stored.get(key, absent) != asked.get(key, absent)
+    ]
 
 
 def is_done(
-    name: str,
-    stored: tuple[str, dict[str, Any]] | None,
-    asked: tuple[str, dict[str, Any]],
-    overwrite: bool,
-    epochs: int | None = None,
+    name: str, stored: tuple[str, dict[str, Any]] | None, asked: tuple[str, dict[str, Any]], overwrite: bool
 ) -> bool:
     """Whether the store already has what a run would train.
 
@@ -123,7 +111,6 @@ def is_done(
         stored: identity and identity config of the artifact of this name; None: there is none.
         asked: identity and identity config of the run.
         overwrite: train in any case and replace what is stored.
-        epochs: for how many epochs the artifact was trained, if known.
 
     Raises:
         UserError: the name belongs to an artifact of other settings.
@@ -133,17 +120,11 @@ def is_done(
     if stored[0] == asked[0]:
         return True
     keys = differing_keys(stored[1], asked[1])
-    planned, more = (config.get("trainer.max_epochs") for config in (stored[1], asked[1]))
-    if len(keys) == 1 and type(planned) is int and type(more) is int and planned < more:
-        early = f" (it stopped early, after epoch {epochs})" if epochs and epochs < planned else ""
-        raise UserError(
-            f"the store has another {name}: {keys[0]}; its learning rate has decayed to zero over its {planned} epochs"
-            f"{early}, so that it cannot be continued exactly\n"
-            f"Train from its weights with a new schedule: name=ANOTHER init_from={name}; or train all {more} epochs: "
-            "overwrite=true"
+    fix = "Keep both with name=ANOTHER, or replace it with overwrite=true"
+    if [key.partition(":")[0] for key in keys] == ["trainer.max_epochs"]:
+        fix = (
+            "Its learning rate has decayed to zero, so that it cannot be continued exactly. Train from its weights with "
+            f"a new schedule: name=ANOTHER init_from={name}; or train all epochs: overwrite=true"
         )
     some = "; ".join(keys[:6]) + (f"; and {len(keys) - 6} more" if len(keys) > 6 else "")
-    raise UserError(
-        f"the store has another {name}: {some or 'made from other inputs'}\n"
-        "Keep both with name=ANOTHER, or replace it with overwrite=true"
-    )
+    raise UserError(f"the store has another {name}: {some or 'made from other inputs'}\n{fix}")

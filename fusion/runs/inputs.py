@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,8 @@ from fusion.config.commands import UseConfig
 from fusion.config.compositions import COMPOSITIONS, TRAINING_ONLY
 from fusion.config.stages import Stage1Config, Stage2Config, StageConfig
 from fusion.errors import UserError
-from fusion.store.compatibility import check_drop, check_sources, check_trust
+from fusion.store.compatibility import check_drop, check_sources, check_trust, differences
 from fusion.store.lookup import find_by_hash, read_folder, read_manifest
-from fusion.text import hydra_value, override
 
 if TYPE_CHECKING:
     from fusion.store.manifest import Manifest
@@ -88,32 +87,29 @@ def check_backbone_name(source: Manifest, asked: str) -> None:
 
 def _of_fusion(config: Stage2Config, store: Path) -> Inputs:
     """The inputs of composition=pruned."""
-    reference, keep = config.composition.fusion, config.composition.keep
-    assert reference is not None and keep is not None and config.task is not None
+    reference, keep, task = config.composition.fusion, config.composition.keep, config.task
+    assert reference is not None and keep is not None and task is not None
     fusion = read_manifest(reference, store)
+    where = f"composition.fusion={reference}"
     prunable = [name for name, one in COMPOSITIONS.items() if one.can_be_pruned]
     if fusion.made_by not in prunable:
-        what = f"fusion of composition {fusion.made_by}" if fusion.composition is not None else fusion.kind
         raise UserError(
-            f"composition.fusion={reference}: is a stored {what}, expected one of composition={' or '.join(prunable)}"
+            f"{where}: is a stored {fusion.kind} ({fusion.made_by}), expected a fusion of composition="
+            f"{' or '.join(prunable)}"
         )
     names = [source.name for source in fusion.sources]
     if keep >= len(names):
         raise UserError(
-            f"composition.keep={keep}: {fusion.name} has {len(names)} sources; expected 1 to {len(names) - 1}"
-            if len(names) > 1
-            else f"composition.keep={keep}: {fusion.name} has a single source, so there is nothing to prune"
+            f"composition.keep={keep}: {fusion.name} has {len(names)} sources, expected fewer than that"
         )
     if config.sources and config.sources != names:
         raise UserError(
             f"sources={config.sources}: {fusion.name} has the sources {', '.join(names)}; leave sources= out"
         )
-    head, task = fusion.task, config.task
-    if (head.kind, head.labels) != (task.kind, task.labels):
-        raise UserError(
-            f"composition.fusion={reference}: its head predicts {head.kind} with labels {head.labels}, and task "
-            f"{task.name} is {task.kind} with labels {task.labels}; set +task={head.name}"
-        )
+    stored = fusion.task
+    pairs = {"task.kind": (stored.kind, task.kind), "task.labels": (stored.labels, task.labels)}
+    if found := differences(pairs):
+        raise UserError(f"{where}: its head is of another task: {found}; set +task={stored.name}")
     folders = [find_by_hash(source.hash, source.name, store) for source in fusion.sources]
     return Inputs([str(folder) for folder in folders], [read_folder(folder) for folder in folders], fusion)
 
@@ -124,24 +120,16 @@ def check_one_shape(composition: str, sources: Sequence[Manifest]) -> None:
     Raises:
         UserError: which source, and how it differs from the first.
     """
-    first = sources[0]
-    for other in sources[1:]:
-        assert first.adapter is not None and other.adapter is not None
-        here, there = first.adapter.settings, other.adapter.settings
-        found = [
-            f"adapter.{key} {getattr(there, key)} and not {getattr(here, key)}"
-            for key in ("nonlinearity", "scaling")
-            if getattr(here, key) != getattr(there, key)
-        ]
-        sizes, other_sizes = first.bottleneck_sizes, other.bottleneck_sizes
-        if sizes.keys() != other_sizes.keys():
-            found.append(f"adapters in [{', '.join(other_sizes)}] and not in [{', '.join(sizes)}]")
-        elif sizes != other_sizes:
-            slot = next(slot for slot in sizes if sizes[slot] != other_sizes[slot])
-            found.append(f"bottleneck size {other_sizes[slot]} and not {sizes[slot]}")
-        if found:
+    about = []
+    for source in sources:
+        assert source.adapter is not None
+        settings = {key: getattr(source.adapter.settings, key) for key in ("nonlinearity", "scaling")}
+        about.append(settings | {"bottleneck_sizes": source.bottleneck_sizes})
+    for other, values in zip(sources, about, strict=True):
+        pairs = {f"adapter.{key}": (about[0][key], value) for key, value in values.items()}
+        if found := differences(pairs):
             raise UserError(
-                f"composition={composition}: {other.name} differs from {first.name}: {'; '.join(found)}.\n"
+                f"composition={composition}: {other.name} differs from {sources[0].name}: {found}.\n"
                 "Weights can be averaged only if all have one shape: leave it out of sources=, or set composition=mean"
             )
 
@@ -169,16 +157,10 @@ def initial_manifest(config: StageConfig, kind: str, sources: Sequence[Manifest]
         raise UserError(
             f"{where}: composition={config.composition.name} starts from its sources; leave init_from out"
         )
-    differing = [
-        f"{override(key, stored)} there, {hydra_value(asked)} here"
-        for key, (stored, asked) in _shape(config, manifest, sources).items()
-        if asked != stored
-    ]
-    if differing:
-        some = "; ".join(differing[:4]) + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")
+    if found := differences(_shape(config, manifest, sources)):
         raise UserError(
-            f"{where}: its weights are of another shape than this run's: {some}\n"
-            "Set the same values here, or leave init_from out"
+            f"{where}: its weights are of another shape than this run's: {found}\n"
+            "Set the expected values here, or leave init_from out"
         )
     return manifest
 
@@ -193,33 +175,31 @@ def _shape(
 ) -> dict[str, tuple[Any, Any]]:
     """What determines names, shapes and meaning of the weights: for each key the stored and the asked value."""
     found: dict[str, tuple[Any, Any]] = {}
+
+    def compare(part: str, stored: Any, asked: Any, keys: Iterable[str]) -> None:
+        for key in keys:
+            values = getattr(stored, key), getattr(asked, key)
+            # Robust AdapterDrop stores all layers, as no AdapterDrop does.
+            here, there = (None if (key, value) == ("drop", "robust") else value for value in values)
+            found[f"{part}.{key}"] = here, there
+
     if isinstance(config, Stage1Config) and manifest.adapter is not None:
         stored, asked = manifest.adapter.settings, config.adapter
-        for key in ("sites", "reads", "nonlinearity", "scaling", "shared", "layers"):
-            found[f"adapter.{key}"] = getattr(stored, key), getattr(asked, key)
+        compare(
+            "adapter",
+            stored,
+            asked,
+            ("sites", "reads", "nonlinearity", "scaling", "shared", "layers", "drop"),
+        )
         sizes = sorted(set(manifest.bottleneck_sizes.values()))
         size = asked.size_for(manifest.backbone.hidden_size)
         found["adapter.bottleneck_size"] = sizes[0] if len(sizes) == 1 else sizes, size
-        found["adapter.drop"] = _specialized(stored.drop), _specialized(asked.drop)
     elif isinstance(config, Stage1Config) and manifest.method is not None:
-        for key in config.method.definition.shaping:
-            found[f"method.{key}"] = getattr(manifest.method, key), getattr(config.method, key)
+        compare("method", manifest.method, config.method, config.method.definition.shaping)
     elif isinstance(config, Stage2Config) and manifest.composition is not None:
         fused, given = manifest.composition.settings, config.composition
-        for key in (f.name for f in fields(given) if f.name not in TRAINING_ONLY):
-            found[f"composition.{key}"] = getattr(fused, key), getattr(given, key)
-        found["composition.drop"] = _specialized(fused.drop), _specialized(given.drop)
-        stored_sources = [(source.name, source.hash[:8]) for source in manifest.sources]
-        asked_sources = [(source.name, source.hash[:8]) for source in sources]
-        # Of equal names, one may have been trained again since: then the hashes are shown too.
-        parts = 2 if [name for name, _ in stored_sources] == [name for name, _ in asked_sources] else 1
-        found["sources"] = (
-            [" ".join(one[:parts]) for one in stored_sources],
-            [" ".join(one[:parts]) for one in asked_sources],
-        )
+        keys = [field.name for field in fields(given) if field.name not in TRAINING_ONLY]
+        compare("composition", fused, given, [*keys, "drop"])
+        stored_sources = [f"{source.name} {source.hash}" for source in manifest.sources]
+        found["sources"] = stored_sources, [f"{source.name} {source.hash}" for source in sources]
     return found
-
-
-def _specialized(drop: Any) -> Any:
-    """`robust` AdapterDrop stores all layers, as no AdapterDrop does."""
-    return None if drop == "robust" else drop

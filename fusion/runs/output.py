@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -18,9 +17,10 @@ from fusion.backbones.files import stamp
 from fusion.config.model import BackboneConfig
 from fusion.config.stages import StageConfig
 from fusion.errors import UserError, first_line
-from fusion.files import write_json
+from fusion.files import read_json, write_json
 from fusion.runs.identity import identity, identity_config, is_done
 from fusion.runs.run import Run, RunState, caused_by_interrupt, describe
+from fusion.store.compatibility import differences
 from fusion.store.lookup import find, names, read_manifest
 from fusion.store.trained_data import note_ambiguous_labels
 from fusion.store.writing import check_free, check_writable
@@ -70,7 +70,7 @@ class RunOutput:
         """The state of this run before it starts."""
         if self.stored is not None:
             return RunState("done")
-        attempt, resumable = _read(self.checkpoints / ATTEMPT), self._has_checkpoint
+        attempt, resumable = read_json(self.checkpoints / ATTEMPT), self._has_checkpoint
         if not attempt and not resumable:
             return RunState("new")
         where = self._position() if resumable else "from the beginning"
@@ -92,10 +92,11 @@ class RunOutput:
         return any((self.checkpoints / name).is_file() for name in (LAST, BEFORE))
 
     def _position(self) -> str:
-        position = _read(self.checkpoints / POSITION)
-        if {type(position.get(key)) for key in ("epoch", "batch")} != {int}:
+        position = read_json(self.checkpoints / POSITION)
+        try:
+            return f"at epoch {position['epoch'] + 1}, batch {position['batch'] + 1}"
+        except (LookupError, TypeError):
             return "at its last checkpoint"
-        return f"at epoch {position['epoch'] + 1}, batch {position['batch'] + 1}"
 
     @contextlib.contextmanager
     def attempt(self, run: Run, resume: bool) -> Iterator[None]:
@@ -131,14 +132,6 @@ class RunOutput:
             write_json(self.checkpoints / ATTEMPT, status)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def find_output(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any] | None = None) -> RunOutput:
     """Look up a run's artifact in the store, without loading a model.
 
@@ -156,8 +149,7 @@ def find_output(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any]
     exists = config.name in names(store) and not config.overwrite
     stored = read_manifest(config.name, store) if exists else None
     known = None if stored is None else (stored.run.identity, stored.run.config)
-    epochs = None if stored is None else stored.result.epochs
-    done = is_done(config.name, known, asked, config.overwrite, epochs)
+    done = is_done(config.name, known, asked, config.overwrite)
     if not done:
         check_free(config.name, kind, store, config.overwrite)
     elif stored is not None:
@@ -186,15 +178,13 @@ def _check_same_backbone(stored: Manifest, config: BackboneConfig) -> None:
     from fusion.backbones.load import load_backbone
 
     backbone = load_backbone(config.name_or_path, config.revision, config.trust_remote_code)
-    here = {"fingerprint": backbone.fingerprint, "tokenizer": backbone.tokenizer_hash}
-    differing = [
-        f"backbone {key} {str(there)[:8]} there, {value[:8]} here"
-        for key, value in here.items()
-        if (there := getattr(stored.backbone, key)) not in (None, value)
-    ]
-    if differing:
+    pairs = {
+        "backbone fingerprint": (stored.backbone.fingerprint, backbone.fingerprint),
+        "backbone tokenizer": (stored.backbone.tokenizer or backbone.tokenizer_hash, backbone.tokenizer_hash),
+    }
+    if found := differences(pairs):
         raise UserError(
-            f"the store has another {stored.name}, since {config.name_or_path} has changed: {'; '.join(differing)}\n"
+            f"the store has another {stored.name}, since {config.name_or_path} has changed: {found}\n"
             "Keep both with name=ANOTHER, or replace it with overwrite=true"
         )
 

@@ -12,30 +12,31 @@ from typing import Any
 from fusion import __version__
 
 # The dependencies in pyproject.toml: any of them may change what a run computes or how it is read again.
-PACKAGES = (
-    *(
-        "torch",
-        "pytorch-lightning",
-        "transformers",
-        "tokenizers",
-        "datasets",
-        "hydra-core",
-        "omegaconf",
-        "wandb",
-    ),
-    *(
-        "peft",
-        "safetensors",
-        "huggingface-hub",
-        "filelock",
-        "pyarrow",
-        "numpy",
-        "scipy",
-        "PyYAML",
-        "pydantic",
-    ),
-    *("nervaluate", "jinja2", "matplotlib", "pillow", "rich"),
-)
+PACKAGES = [
+    "torch",
+    "pytorch-lightning",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "hydra-core",
+    "omegaconf",
+    "wandb",
+    "peft",
+    "safetensors",
+    "huggingface-hub",
+    "filelock",
+    "pyarrow",
+    "numpy",
+    "scipy",
+    "PyYAML",
+    "pydantic",
+    "nervaluate",
+    "jinja2",
+    "matplotlib",
+    "pillow",
+    "rich",
+    "pandas",
+]
 PROJECT = Path(__file__).resolve().parents[2]
 CODE = ("fusion", "conf")  # the parts of a checkout that determine a run's numbers
 GIT_SECONDS = 5.0
@@ -44,28 +45,29 @@ VARIABLES = ("FUSION_CONF",)  # environment variables that commands read
 
 def versions() -> dict[str, str | None]:
     """The versions of this project, of Python and of `PACKAGES`; None for one that is not installed."""
-    return {"adapter-fusion": __version__, "python": platform.python_version()} | {
-        package: _version(package) for package in PACKAGES
-    }
+    found: dict[str, str | None] = {"adapter-fusion": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def circumstances() -> dict[str, Any]:
     """What a manifest records of a run beside its config: git state, threads, folder and environment."""
     import torch
 
+    try:
+        folder = os.getcwd()
+    except OSError:  # it was deleted
+        folder = None
     return {
         "git": git_state(),
         "threads": torch.get_num_threads(),
-        "folder": _folder(),
+        "folder": folder,
         "environment": {name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
     }
-
-
-def _folder() -> str | None:
-    try:
-        return os.getcwd()
-    except OSError:  # it was deleted
-        return None
 
 
 def git_state(project: Path = PROJECT) -> dict[str, Any] | None:
@@ -86,24 +88,16 @@ def git_state(project: Path = PROJECT) -> dict[str, Any] | None:
 def _git(project: Path, *words: str) -> str | None:
     # Of this folder alone, whatever a git hook has set; without locks and without the user's monitor program.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    command = ["git", "-c", "core.fsmonitor=false", "-C", str(project), *words]
     try:
-        done = subprocess.run(
-            command,
+        return subprocess.run(
+            ["git", "-c", "core.fsmonitor=false", "-C", str(project), *words],
             env=environment | {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             errors="replace",
             timeout=GIT_SECONDS,
-        )
+            check=True,
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
         return None

@@ -8,7 +8,6 @@ decided by its inode and modification time, not by a clock.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from fusion.config.stages import StageConfig
+from fusion.errors import first_line
+from fusion.files import read_json
 from fusion.runs.run import RESULT, STATUS, RunState
+from fusion.text import shortened
 
 NAMES = 8  # the most names in one list
 DETAILS = 4  # the most lines with a detail
@@ -31,6 +33,10 @@ class Job:
     place: Path
     status: Mapping[str, Any]
     result: Mapping[str, Any]
+
+    @property
+    def state(self) -> str:
+        return str(self.status.get("status", "none"))
 
 
 @dataclass(frozen=True)
@@ -62,24 +68,23 @@ class Sweep:
             how: "interrupted" or "terminated".
         """
         jobs = self.jobs()
-        done = [str(job.status.get("name") or job.place.name) for job in jobs if _state(job) == "done"]
-        states = Counter(_state(job) for job in jobs)
-        stopped = len(jobs) - len(done) - states["failed"] - states["none"]
+        done = [str(job.status.get("name") or job.place.name) for job in jobs if job.state == "done"]
+        states = Counter(job.state for job in jobs)
+        stopped = len(jobs) - states["done"] - states["failed"] - states["none"]
         counts = [f"{len(done)} of {len(jobs)} jobs done" + (f" ({_some(done)})" if done else "")]
-        for count, text in ((states["failed"], "failed"), (stopped, how), (states["none"], "not started")):
-            counts += [f"{count} {text}"] if count else []
+        others = ((states["failed"], "failed"), (stopped, how), (states["none"], "not started"))
+        counts += [f"{count} {text}" for count, text in others if count]
         return f"{how}: {', '.join(counts)}\n{self.again}"
 
     def outcome(self) -> tuple[str, list[str]]:
         """One line of counts, and a line for each failed job."""
         jobs = self.jobs()
-        failed = {job.place: self._reason(job) for job in jobs if _state(job) != "done"}
-        before = [job.status.get("before") for job in jobs if _state(job) == "done"]
+        failed = {job.place: self._reason(job) for job in jobs if job.state != "done"}
+        before = Counter(job.status.get("before") for job in jobs if job.state == "done")
+        counts = f"{before.total()} done"
         if any(job.status.get("before") for job in jobs):
-            skipped, resumed = before.count("done"), before.count("interrupted")
-            counts = f"{skipped} done already, {resumed} continued, {len(before) - skipped - resumed} trained"
-        else:
-            counts = f"{len(before)} done"
+            trained = before.total() - before["done"] - before["interrupted"]
+            counts = f"{before['done']} done already, {before['interrupted']} continued, {trained} trained"
         lines = [f"{len(failed)} of {len(jobs)} jobs failed:"] if failed else []
         lines += [f"  {place}/run.log: {reason}" for place, reason in sorted(failed.items())]
         return f"{len(jobs)} job{'s' * (len(jobs) != 1)}: {counts}, {len(failed)} failed", lines
@@ -97,13 +102,12 @@ class Sweep:
         return [_job(place, place in written) for place in places]
 
     def _reason(self, job: Job) -> str:
-        if job.place.absolute() in self.errors:
-            return self.errors[job.place.absolute()]
-        if _state(job) == "none":
-            return "no status: it was killed before it started, or never started"
-        if _state(job) == "running":
-            return "status running: it was killed, or is still running in another process"
-        return str(job.status.get("error") or _state(job))
+        reasons = {
+            "none": "no status: it was killed before it started, or never started",
+            "running": "status running: it was killed, or is still running in another process",
+        }
+        error = self.errors.get(job.place.absolute()) or reasons.get(job.state) or job.status.get("error")
+        return str(error or job.state)
 
 
 def command_again(resume: bool, overwrite: bool) -> str:
@@ -116,11 +120,7 @@ def command_again(resume: bool, overwrite: bool) -> str:
 
 
 def summarize_states(jobs: Mapping[str, RunState]) -> list[str]:
-    """The states of a sweep's jobs before it starts, in a few lines.
-
-    Args:
-        jobs: by the run's name.
-    """
+    """The states of a sweep's jobs, by the run's name, before it starts, in a few lines."""
     titles = {
         "done": ("done already", "skipped"),
         "interrupted": ("interrupted, to be continued", "resumes"),
@@ -133,7 +133,9 @@ def summarize_states(jobs: Mapping[str, RunState]) -> list[str]:
     for state, (_, verb) in titles.items():
         found = {name: job.detail for name, job in jobs.items() if job.state == state and verb}
         detailed = [name for name in found if found[name] and state != "done"][:DETAILS]
-        lines += [f"  {verb}: {name} ({_line(found[name])})" for name in detailed]
+        lines += [
+            f"  {verb}: {name} ({shortened(first_line(Exception(found[name])), 120)})" for name in detailed
+        ]
         if rest := [name for name in found if name not in detailed]:
             lines.append(f"  {verb}: {_some(rest)}")
     return lines
@@ -162,11 +164,6 @@ def _some(names: Sequence[str]) -> str:
     return f"{', '.join(names[:NAMES])}{more}"
 
 
-def _line(text: str, longest: int = 120) -> str:
-    line = (text.strip().splitlines() or [""])[0]
-    return line if len(line) <= longest else line[: longest - 1] + "…"
-
-
 def _stamps(folder: Path, planned: Sequence[Path]) -> dict[Path, Stamp]:
     """The job folders with a status, each with a stamp that changes whenever the status is written."""
     found = {}
@@ -177,22 +174,10 @@ def _stamps(folder: Path, planned: Sequence[Path]) -> dict[Path, Stamp]:
     return found
 
 
-def _state(job: Job) -> str:
-    return str(job.status.get("status", "none"))
-
-
 def _job(place: Path, has_status: bool) -> Job:
     if not has_status:
         return Job(place, {}, {})
-    status = _read(place / STATUS)
+    status = read_json(place / STATUS)
     if not isinstance(status.get("status"), str):
         status = {"status": "broken", "error": f"{STATUS} cannot be read"}
-    return Job(place, status, _read(place / RESULT) if status["status"] == "done" else {})
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return Job(place, status, read_json(place / RESULT) if status["status"] == "done" else {})

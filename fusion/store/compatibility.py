@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fusion.config.compositions import COMPOSITIONS
 from fusion.errors import UserError
-from fusion.text import repeated
+from fusion.text import hydra_value, repeated, shortened
 
 if TYPE_CHECKING:
     from fusion.store.manifest import Manifest
 
 DEBUG = "-debug"  # ending of the name of what debug=NAME trains
 DIVERGED = "-diverged"  # ending of the name of the best state before the loss was no longer finite
+
+
+def differences(pairs: Mapping[str, tuple[Any, Any]], most: int = 4) -> str:
+    """`key VALUE, expected VALUE` for each pair (expected, found) that differs; of hashes the first 8 digits."""
+
+    def shown(value: Any) -> str:
+        return shortened(re.sub(r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1", hydra_value(value)), 200)
+
+    found = [
+        f"{key} {shown(there)}, expected {shown(here)}"
+        for key, (here, there) in pairs.items()
+        if here != there
+    ]
+    more = f"; and {len(found) - most} more" if len(found) > most else ""
+    return "; ".join(found[:most]) + more
 
 
 def why_unfit(manifest: Manifest) -> str | None:
@@ -27,8 +44,8 @@ def why_unfit(manifest: Manifest) -> str | None:
 def check_sources(manifests: list[Manifest]) -> None:
     """Refuse sources that cannot be fused together.
 
-    All are adapters of one backbone (fingerprint, hidden size) in one placement (sites, reads). Bottleneck sizes,
-    non-linearities, scalings and layers may differ.
+    All are adapters of one backbone (fingerprint, tokenizer, hidden size) in one placement (sites, reads). Bottleneck
+    sizes, non-linearities, scalings and layers may differ.
 
     Raises:
         UserError: which source, and how it differs from the first.
@@ -42,37 +59,24 @@ def check_sources(manifests: list[Manifest]) -> None:
     if duplicates := repeated(manifest.name for manifest in manifests):
         raise UserError(f"sources: duplicate names {', '.join(duplicates)}")
     for other in manifests[1:]:
-        if differences := _differences(manifests[0], other):
+        first = manifests[0]
+        one, two = first.backbone, other.backbone
+        pairs = {
+            "fingerprint": (one.fingerprint, two.fingerprint),
+            "tokenizer": _known(one.tokenizer, two.tokenizer),
+            "hidden size": (one.hidden_size, two.hidden_size),
+        }
+        pairs |= {key: (value, other.placement[key]) for key, value in first.placement.items()}
+        if found := differences(pairs):
             raise UserError(
-                f"sources: {other.name} cannot be fused with {manifests[0].name}: {'; '.join(differences)}. "
-                "Leave it out of sources=, or train it again on the same backbone and placement"
+                f"sources: {other.name} cannot be fused with {first.name}: {found} (backbone {two.name_or_path}, "
+                f"{one.name_or_path}). Leave it out of sources=, or train it again on the same backbone and placement"
             )
 
 
-def _differences(first: Manifest, other: Manifest) -> list[str]:
-    one, two = first.backbone, other.backbone
-    found = []
-    if one.fingerprint != two.fingerprint:
-        if one.name_or_path != two.name_or_path:
-            found.append(f"backbone {two.name_or_path}, expected {one.name_or_path}")
-        else:
-            found.append(
-                f"backbone {two.name_or_path} with fingerprint {two.fingerprint[:8]}, expected {one.fingerprint[:8]}"
-            )
-    if one.tokenizer and two.tokenizer and one.tokenizer != two.tokenizer:
-        found.append(
-            f"backbone {two.name_or_path} with tokenizer {two.tokenizer[:8]}, expected {one.tokenizer[:8]}"
-        )
-    here = {"hidden size": one.hidden_size} | first.placement
-    there = {"hidden size": two.hidden_size} | other.placement
-    found += [
-        f"{key} {_shown(there[key])}, expected {_shown(here[key])}" for key in here if here[key] != there[key]
-    ]
-    return found
-
-
-def _shown(value: Any) -> str:
-    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
+def _known(one: str | None, two: str | None) -> tuple[str | None, str | None]:
+    """A pair that is equal if one of the two is not known, as in manifests of version 0.1."""
+    return one or two, two or one
 
 
 def check_drop(manifest: Manifest, drop: int) -> None:
@@ -81,13 +85,11 @@ def check_drop(manifest: Manifest, drop: int) -> None:
     Raises:
         UserError: it is no adapter and no fusion, or has fewer layers.
     """
-    if drop and manifest.kind not in ("adapter", "fusion"):
+    layers = manifest.backbone.layers if manifest.kind in ("adapter", "fusion") else 0
+    if drop > layers:
         raise UserError(
-            f"drop={drop}: {manifest.name} is a stored {manifest.kind}, only adapters and fusions support drop="
-        )
-    if drop > manifest.backbone.layers:
-        raise UserError(
-            f"drop={drop}: {manifest.name} has {manifest.backbone.layers} layers, expected at most that"
+            f"drop={drop}: {manifest.name} is a stored {manifest.kind} with {layers} layers of adapters or fusions, "
+            "expected at most that"
         )
 
 
@@ -111,11 +113,7 @@ def check_attends(manifest: Manifest, given: str, fix: str) -> None:
 
 
 def check_trust(manifest: Manifest, trusted: bool) -> None:
-    """Refuse to run the custom code of an artifact's backbone unless the user allows it.
-
-    Raises:
-        UserError: names the setting that allows it.
-    """
+    """Refuse to run the custom code of an artifact's backbone unless the user allows it."""
     if manifest.backbone.trust_remote_code and not trusted:
         raise UserError(
             f"{manifest.name}: its backbone {manifest.backbone.name_or_path} runs custom code; set "
@@ -135,16 +133,14 @@ def check_backbone(
         UserError: which artifact, and how the backbone differs.
     """
     stored = manifest.backbone
-    if (stored.fingerprint, stored.hidden_size) != (fingerprint, hidden_size):
+    pairs: dict[str, tuple[Any, Any]] = {
+        "fingerprint": (stored.fingerprint, fingerprint),
+        "hidden size": (stored.hidden_size, hidden_size),
+        "tokenizer": _known(stored.tokenizer, tokenizer),
+    }
+    if found := differences(pairs):
         revision = f" revision {stored.revision}" if stored.revision else ""
         raise UserError(
-            f"{manifest.name} was trained on {stored.name_or_path}{revision} (fingerprint {stored.fingerprint[:8]}, "
-            f"hidden size {stored.hidden_size}), and {name_or_path} has fingerprint {fingerprint[:8]}, hidden size "
-            f"{hidden_size}: it needs the same backbone"
-        )
-    if stored.tokenizer and tokenizer and stored.tokenizer != tokenizer:
-        raise UserError(
-            f"{manifest.name} was trained with another tokenizer than that of {name_or_path} (hash "
-            f"{stored.tokenizer[:8]} in its manifest, {tokenizer[:8]} here)\n"
-            "Restore the tokenizer's files, or use another copy of the backbone: backbone.name_or_path=FOLDER"
+            f"{manifest.name} was trained on {stored.name_or_path}{revision}, and {name_or_path} is another backbone: "
+            f"{found}\nRestore its files, or use a copy of the right backbone: backbone.name_or_path=FOLDER"
         )

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fusion.errors import UserError
 from fusion.store.layout import MANIFEST
 from fusion.store.listing import as_bytes, number, what_it_is, when
-from fusion.store.lookup import find, find_by_hash, read_folder, read_settled, scan
-from fusion.store.overview import users_of
+from fusion.store.lookup import find, find_by_hash, read_folder, read_settled, scan, users_of
 from fusion.store.rebuilding import rebuild_lines
 from fusion.text import printable
 

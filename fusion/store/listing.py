@@ -9,8 +9,8 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from fusion.store.layout import MANIFEST
-from fusion.store.lookup import Found, scan
-from fusion.store.overview import check_store, leftovers, size_of, users_of
+from fusion.store.leftovers import leftovers, size_of
+from fusion.store.lookup import Found, check_store, scan, users_of
 from fusion.store.settings_groups import Lookup, group
 from fusion.text import printable
 
@@ -36,7 +36,7 @@ def list_store(store: Path) -> tuple[list[tuple[str, ...]], list[str]]:
     lines += _seeds(store, found)
     lines += [f"damaged: {f.place}: {f.problem}" for f in found if f.manifest is None]
     lines += [
-        f"left: {left.place} ({as_bytes(size_of(left.folder))}, {when(left.folder)}): {left.what}"
+        f"left: {left.place} ({as_bytes(left.size)}, {when(left.folder)}): {left.what}"
         for left in leftovers(store, found)
     ]
     return [TITLES, *rows] if rows else [], [printable(line) for line in lines]
@@ -60,21 +60,17 @@ def _row(found: Found, manifest: Manifest, every: list[Found]) -> tuple[str, ...
 
 
 def _seeds(store: Path, found: list[Found]) -> Iterator[str]:
-    lookup = Lookup(stores={store: [f.manifest for f in found if f.manifest is not None]})
+    """A line for each setting that was trained with several seeds."""
     every = [(f.place, f.manifest) for f in found if f.manifest is not None and not f.replaced]
+    lookup = Lookup(stores={store: [f.manifest for f in found if f.manifest is not None]})
     for positions in group(lookup.of_artifact(manifest, store) for _, manifest in every):
-        members = [every[position] for position in positions]
-        if len({manifest.seed for _, manifest in members}) < 2:
-            continue
-        scores = [_first(manifest) for _, manifest in members]
-        metrics, values = (
-            {metric for metric, _ in scores},
-            [value for _, value in scores if value is not None],
-        )
-        line = f"{len(members)} seeds of one setting: {', '.join(place for place, _ in members)}"
-        if len(metrics) == 1 and len(values) == len(members):
-            line += f": {metrics.pop()} mean {number(fmean(values))}, sd {number(stdev(values))}"
-        yield line
+        places, manifests = zip(*(every[position] for position in positions), strict=True)
+        if len({manifest.seed for manifest in manifests}) > 1:
+            metrics, scores = zip(*map(_first, manifests), strict=True)
+            line = f"{len(places)} seeds of one setting: {', '.join(places)}"
+            if len(set(metrics)) == 1 and None not in scores:
+                line += f": {metrics[0]} mean {number(fmean(scores))}, sd {number(stdev(scores))}"
+            yield line
 
 
 def _first(manifest: Manifest) -> tuple[str, float | None]:

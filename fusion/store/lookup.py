@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from fusion.errors import UserError
-from fusion.store.layout import FIX, HEAD, MANIFEST, OLD, REPLACED, STAGING, WEIGHTS, is_name, read_regular
-from fusion.text import listed, shortened
+from fusion.store.layout import FIX, MANIFEST, OLD, REPLACED, STAGING, is_name, read_regular
+from fusion.text import did_you_mean, listed, shortened
 
 if TYPE_CHECKING:
     from fusion.store.manifest import Manifest
 
 READS = 50  # attempts to read an artifact that is overwritten meanwhile
 MANIFEST_BYTES = 32 * 2**20
-# What a folder without a manifest is, by a file that only this format has. The first that is there decides.
-FORMATS = {
-    "adapter_fusion_config.json": "is a fusion of AdapterHub's adapters",
-    "head_config.json": "is a prediction head of AdapterHub's adapters",
-    "pytorch_adapter.bin": "is an adapter of AdapterHub's adapters",
-    "adapter_model.safetensors": "is a peft adapter",
-    "adapter_config.json": "is an adapter of peft or AdapterHub",
-    "modules.json": "is a sentence-transformers model",
-    "config.json": "is a transformers model, which backbone.name_or_path= takes",
-    "result.json": "is the output folder of a run, whose result.json names the artifact",
-    "last.ckpt": "has the checkpoints of an unfinished run, which its own command resumes",
-    WEIGHTS: f"has lost its {MANIFEST}: copy it again, or train it again",
-    HEAD: f"has lost its {MANIFEST}: copy it again, or train it again",
-}
 
 
 @dataclass(frozen=True)
@@ -52,6 +38,14 @@ class Found:
         return self.place.startswith(".")
 
 
+def check_store(store: Path) -> None:
+    """Refuse a store that does not exist."""
+    if not store.is_dir():
+        raise UserError(
+            f"store={store}: there is no such folder; store=DIR names another, training creates one"
+        )
+
+
 def names(store: Path) -> list[str]:
     """The artifacts of the store, sorted by name."""
     return sorted(folders(store))
@@ -59,17 +53,21 @@ def names(store: Path) -> list[str]:
 
 def folders(store: Path) -> dict[str, Path]:
     """The folder of each artifact of the store, by name."""
-    # An overwrite moves the old folder to STAGING, then the new one in: read in this order, none is missed. An old
-    # folder that a killed writer left in STAGING is still the artifact of that name.
-    current = _current(store)
-    old = [
-        folder for folder in entries(store / STAGING) if folder.name.endswith(OLD) and _is_artifact(folder)
-    ]
-    return {folder.name.removesuffix(OLD): folder for folder in old} | current | _current(store)
+    # An overwrite moves the old folder to STAGING, then the new one in: listed in this order, none is missed.
+    current = entries(store)
+    old = [folder.name.removesuffix(OLD) for folder in entries(store / STAGING) if folder.name.endswith(OLD)]
+    found = {
+        *old,
+        *(folder.name for folder in [*current, *entries(store)] if not folder.name.startswith(".")),
+    }
+    return {name: folder for name in found if (folder := _named(name, store)) is not None}
 
 
-def _current(store: Path) -> dict[str, Path]:
-    return {f.name: f for f in entries(store) if not f.name.startswith(".") and _is_artifact(f)}
+def _named(place: str, store: Path) -> Path | None:
+    """The folder of an artifact. While it is overwritten, or if the writer was killed then, the old one in STAGING."""
+    folder = store / place
+    every = (folder, store / STAGING / f"{place}{OLD}", folder)
+    return next((one for one in every if _is_artifact(one)), None)
 
 
 def _is_artifact(folder: Path) -> bool:
@@ -77,7 +75,7 @@ def _is_artifact(folder: Path) -> bool:
 
 
 def entries(folder: Path) -> list[Path]:
-    """What is in a folder, by name; nothing where it cannot be read."""
+    """The content of a folder, by name; empty if it cannot be read."""
     try:
         return sorted(folder.iterdir())
     except OSError:
@@ -88,57 +86,32 @@ def find(reference: str, store: Path) -> Path:
     """The folder of an artifact: a name in the store first, then a path.
 
     Raises:
-        UserError: the nearest names, and what the store has.
+        UserError: there is none; names similar ones.
     """
     if is_name(reference) and (folder := _named(reference, store)) is not None:
         return folder
-    try:
+    exists = False
+    with contextlib.suppress(OSError, RuntimeError, ValueError):  # text that cannot be a path
         path = Path(reference).expanduser()
-        if reference and _is_artifact(path):
+        exists = bool(reference) and path.exists()
+        if exists and _is_artifact(path):
             return path
-        is_there = reference and path.exists()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{shortened(reference, 300)}: cannot be read as a folder ({error})") from None
-    raise UserError(why_no_artifact(path) if is_there else unknown_name(reference, store))
-
-
-def _named(name: str, store: Path) -> Path | None:
-    """The folder of a name; while it is being replaced, wait for the new one.
-
-    Where the writer was killed between its two renames, the old artifact is whole, and is read from STAGING.
-    """
-    folder, old = store / name, store / STAGING / f"{name}{OLD}"
-    for _ in range(20):
-        if _is_artifact(folder):
-            return folder
-        if not _is_artifact(old):
-            return folder if _is_artifact(folder) else None
-        time.sleep(0.05)
-    return old
-
-
-def why_no_artifact(path: Path) -> str:
-    """What is at a path without a manifest, and what was expected."""
-    if path.is_file():
-        return f"{path}: is a file; expected the folder of an artifact, which has a {MANIFEST}"
-    if any(_is_artifact(folder) for folder in entries(path)):
-        return f"{path}: is a store, not an artifact; expected store={path} artifact=NAME"
-    there = {entry.name for entry in entries(path)}
-    what = next((what for file, what in FORMATS.items() if file in there), "is no artifact")
-    return f"{path}: this folder {what}; expected the folder of an artifact, which has a {MANIFEST}"
+    if exists:
+        raise UserError(
+            f"{path}: is no artifact, it has no {MANIFEST}; expected a name of the store, or the folder of an artifact"
+        )
+    raise UserError(unknown_name(reference, store))
 
 
 def unknown_name(reference: str, store: Path) -> str:
-    """The message about a name that the store does not have: near ones, and what there is."""
+    """The message about a name that the store does not have."""
     there = names(store)
-    near = difflib.get_close_matches(reference, there, n=3, cutoff=0.6)
-    text = f"no artifact {reference!r} in the store {store}"
-    text += f": did you mean {' or '.join(near)}? " if near else ". "
-    if there:
-        text += f"It has {listed(there)}"
-    else:
-        text += "It is empty" if store.is_dir() else "There is no such folder (store=DIR names another)"
-    return text + "; stage 1 makes an adapter: python -m fusion.stage1 +task=NAME"
+    near = did_you_mean(reference, there) or "."
+    has = f"It has {listed(there)}" if there else "It is empty or does not exist (store=DIR names another)"
+    return (
+        f"no artifact {shortened(reference)!r} in the store {store}{near} {has}; stage 1 makes an adapter: "
+        "python -m fusion.stage1 +task=NAME"
+    )
 
 
 def read_manifest(reference: str, store: Path) -> Manifest:
@@ -168,7 +141,7 @@ def read_settled(look: Callable[[], Path], read: Callable[[Path], Read]) -> Read
 
 
 def stamp(folder: Path) -> tuple[int, int] | None:
-    """What changes when the artifact in a folder is overwritten; None: there is none."""
+    """A value that changes when the artifact in a folder is overwritten; None: there is none."""
     try:
         state = (folder / MANIFEST).stat()
     except OSError:
@@ -190,66 +163,62 @@ def read_folder(folder: Path) -> Manifest:
 
 def scan(store: Path, only: str | None = None) -> Iterator[Found]:
     """All artifacts by name, then those that were replaced; damaged ones too. `only`: just that place."""
-    places = {f.name: f for f in entries(store) if f.is_dir() and not f.name.startswith(".")}
-    places = dict(sorted((places | folders(store)).items()))
-    places |= {f"{REPLACED}/{f.name}": f for f in entries(store / REPLACED)}
-    for place, folder in places.items():
+    places = {f.name for f in entries(store) if f.is_dir() and not f.name.startswith(".")} | {*folders(store)}
+    for place in [*sorted(places), *(f"{REPLACED}/{f.name}" for f in entries(store / REPLACED))]:
         if only in (None, place):
-            yield _read(place, folder, store)
+            yield _read(place, store)
 
 
-def _read(place: str, folder: Path, store: Path) -> Found:
+def _read(place: str, store: Path) -> Found:
+    expected = store / place
+
     def current() -> Path:
-        there = folder if _is_artifact(folder) else folders(store).get(place)
-        if there is None:
-            read_folder(folder)  # raises: it is missing, or no regular file
-        return there or folder
+        if (folder := _named(place, store)) is None:
+            raise UserError(f"{expected / MANIFEST}: is missing, or no regular file; {FIX}")
+        return folder
 
     try:
-        there, manifest = read_settled(current, lambda there: (there, read_folder(there)))
+        folder, manifest = read_settled(current, lambda folder: (folder, read_folder(folder)))
     except UserError as error:
-        return Found(place, folder, None, str(error))
-    if not is_name(folder.name.removesuffix(OLD)):
-        return Found(place, folder, None, f"{folder}: is no name for the store; rename the folder")
-    return Found(place, there, manifest)
+        return Found(place, expected, None, str(error))
+    if not is_name(expected.name):
+        return Found(place, expected, None, f"{expected}: is no name for the store; rename the folder")
+    return Found(place, folder, manifest)
 
 
 def artifacts(store: Path, replaced: bool = False) -> Iterator[tuple[Path, Manifest]]:
     """All artifacts of the store that can be read, by name; `replaced` adds those that were overwritten."""
-    # In this order: an overwritten artifact moves from STAGING to REPLACED.
-    old = [folder for folder in entries(store / STAGING) if folder.name.endswith(OLD)] if replaced else []
-    for folder in old:
-        try:
-            yield folder, read_folder(folder)
-        except UserError:
-            continue
+    # STAGING first: an overwritten artifact moves from there to REPLACED.
+    for folder in entries(store / STAGING) if replaced else ():
+        if folder.name.endswith(OLD):
+            with contextlib.suppress(UserError):
+                yield folder, read_folder(folder)
     for found in scan(store):
         if found.manifest is not None and (replaced or not found.replaced):
             yield found.folder, found.manifest
+
+
+def users_of(hash: str, found: Sequence[Found]) -> list[str]:
+    """The fusions that have the artifact with this hash as a source."""
+    return [f.place for f in found if f.manifest and hash in [source.hash for source in f.manifest.sources]]
 
 
 def find_by_hash(hash: str, name: str, store: Path) -> Path:
     """The folder of the artifact with this hash: `name` first, then any other of the store, also replaced ones.
 
     Raises:
-        UserError: names the source, and what has its name now.
+        UserError: names the source.
     """
-    problem = f"nothing in the store {store} has that name or that hash"
-    try:
+    with contextlib.suppress(UserError):
         folder = find(name, store)
-        found = read_folder(folder).hash
-        if found == hash:
+        if read_folder(folder).hash == hash:
             return folder
-        problem = f"{folder} is another artifact now ({found[:8]}), and no other in the store has that hash"
-    except UserError as error:
-        if name in names(store):
-            problem = str(error)
     for folder, manifest in artifacts(store, replaced=True):
         if manifest.hash == hash:
             return folder
     raise UserError(
-        f"source {name} ({hash[:8]}) is gone: {problem}. Copy its folder back into {store} (any name will do), or train "
-        "the fusion again with the sources there are"
+        f"source {name} ({hash[:8]}) is gone: it was removed from the store {store}, damaged, or replaced by another "
+        "artifact. Copy its folder back (any name will do), or train the fusion again with the sources there are"
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +17,6 @@ from pydantic import Field, PrivateAttr, ValidationError
 
 from fusion.config.compositions import TRAINING_ONLY
 from fusion.config.methods import METHODS, MethodConfig
-from fusion.config.model import SITES
 from fusion.errors import UserError, first_line
 from fusion.files import finite
 from fusion.store.layout import FIX, HEAD, WEIGHTS, check_name
@@ -38,7 +36,7 @@ from fusion.store.parts import (
     TaskAndHead,
     one_of,
 )
-from fusion.text import repeated, shortened, shown
+from fusion.text import listed, repeated, shortened, shown
 
 FORMAT_VERSION = 1
 FUSION = "fusion"
@@ -103,9 +101,8 @@ class Manifest(Part):
         """
         try:
             content = json.loads(text)
-            json.dumps(content, allow_nan=False, ensure_ascii=False).encode(
-                "utf-8"
-            )  # no infinities and no lone surrogates
+            # Refuses infinities and lone surrogates.
+            json.dumps(content, allow_nan=False, ensure_ascii=False).encode("utf-8")
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: is not JSON ({first_line(error)[:100]}); {FIX}") from None
         if not isinstance(content, dict):
@@ -131,7 +128,6 @@ class Manifest(Part):
         try:
             manifest = cls.model_validate_json(text)
             _check_kind(manifest)
-            _check_sources(manifest)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             key = ".".join(str(step) for step in first["loc"] if step != "settings")
@@ -212,9 +208,8 @@ class Manifest(Part):
     @property
     def made_by(self) -> str:
         """The name of the composition or method, else the kind."""
-        return str(
-            getattr((self.composition and self.composition.settings) or self.method, "name", self.kind)
-        )
+        settings = self.method if self.composition is None else self.composition.settings
+        return self.kind if settings is None else settings.name
 
 
 def checksum_of(content: Mapping[str, Any]) -> str:
@@ -227,39 +222,34 @@ def checksum_of(content: Mapping[str, Any]) -> str:
 
 
 def _check_kind(manifest: Manifest) -> None:
-    """Each kind has its own part, and no other's."""
+    """Each kind has its own part, and no other's; only a fusion has sources."""
     kind, adapter, method = manifest.kind, manifest.adapter, manifest.method
     part = "method" if kind in TUNING_KINDS else {"adapter": "adapter", FUSION: "composition"}.get(kind)
     for key in ("adapter", "composition", "method"):
         if (getattr(manifest, key) is None) == (key == part):
             raise UserError(f"{key} is {'null' if key == part else 'set'} in an artifact of kind {kind}")
-    if adapter is not None:
-        _check_slots(adapter, manifest.backbone.layers)
-    if method is not None and method.definition.kind != kind:
-        raise UserError(f"method.name is {method.name}, and kind is {kind}")
-
-
-def _check_slots(adapter: Adapter, layers: int) -> None:
-    if not adapter.bottleneck_sizes:
-        raise UserError("adapter.bottleneck_sizes is empty, expected at least one slot")
-    sites = adapter.settings.sites
-    seen: dict[str, int] = {}
-    for slot, size in adapter.bottleneck_sizes.items():
-        key = f"adapter.bottleneck_sizes.{slot}"
-        place = re.fullmatch(rf"(0|[1-9][0-9]{{0,5}})\.({'|'.join(SITES)})", slot)
-        if place is None or place[2] not in sites or int(place[1]) >= layers:
-            raise UserError(
-                f"{key} is no slot of {layers} layers with {', '.join(sites)}, such as 0.{sites[0]}"
-            )
-        if adapter.settings.shared and seen.setdefault(place[2], size) != size:
-            raise UserError(f"{key} is {size}, expected one size for all layers of a shared adapter")
-
-
-def _check_sources(manifest: Manifest) -> None:
-    if (manifest.kind == FUSION) != bool(manifest.sources):
-        raise UserError(f"sources has {len(manifest.sources)} entries in an artifact of kind {manifest.kind}")
+    if (kind == FUSION) != bool(manifest.sources):
+        raise UserError(f"sources has {len(manifest.sources)} entries in an artifact of kind {kind}")
     if duplicates := repeated(source.name for source in manifest.sources):
         raise UserError(f"sources: duplicate {', '.join(duplicates)}")
+    if method is not None and method.definition.kind != kind:
+        raise UserError(f"method.name is {method.name}, and kind is {kind}")
+    if adapter is None:
+        return
+    slots = {
+        f"{layer}.{site}" for layer in range(manifest.backbone.layers) for site in adapter.settings.sites
+    }
+    sizes = adapter.bottleneck_sizes
+    if not sizes or not slots >= sizes.keys():
+        wrong = listed(sizes.keys() - slots)
+        raise UserError(
+            f"adapter.bottleneck_sizes has {wrong}, expected slots of {manifest.backbone.layers} layers with "
+            f"{', '.join(adapter.settings.sites)}, such as 0.{adapter.settings.sites[0]}"
+        )
+    if adapter.settings.shared:
+        for site in adapter.settings.sites:
+            if len({size for slot, size in sizes.items() if slot.endswith(f".{site}")}) > 1:
+                raise UserError(f"adapter.bottleneck_sizes: expected one size of {site} in a shared adapter")
 
 
 def _without(values: Mapping[str, Any] | None, keys: tuple[str, ...]) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
 from fusion.store.lookup import find, find_by_hash, read_folder
@@ -47,25 +47,16 @@ def _in_order(manifest: Manifest, store: Path, seen: set[str]) -> Iterator[Manif
     if manifest.hash in seen:
         return
     seen.add(manifest.hash)
-    parts = [(source, "") for source in manifest.sources]
-    if (origin := manifest.run.init_from) is not None:
-        parts.append(
-            (
-                origin,
-                f"init_from={origin.name} ({origin.hash[:8]}), whose weights {manifest.name} started from",
-            )
-        )
-    for source, what in parts:
+    origin = manifest.run.init_from
+    parts = [(source.hash, source.name) for source in (*manifest.sources, *([origin] if origin else []))]
+    if manifest.composition is not None and (pruned := manifest.composition.settings.fusion) is not None:
+        parts.append(("", pruned))
+    for hash, name in parts:
         try:
-            yield from _in_order(read_folder(find_by_hash(source.hash, source.name, store)), store, seen)
+            folder = find_by_hash(hash, name, store) if hash else find(name, store)
+            yield from _in_order(read_folder(folder), store, seen)
         except UserError as error:
-            yield f"{what}, is gone" if what else " ".join(str(error).split())
-    pruned = None if manifest.composition is None else manifest.composition.settings.fusion
-    if isinstance(pruned, str):
-        try:
-            yield from _in_order(read_folder(find(pruned, store)), store, seen)
-        except UserError:
-            yield f"composition.fusion={pruned}, which {manifest.name} was pruned from, is gone"
+            yield " ".join(str(error).split())
     yield manifest
 
 
@@ -78,15 +69,12 @@ def _command(manifest: Manifest, into: Path) -> str:
     if isinstance(data, str) and "data.dir" not in map(key_of, words):  # it came from FUSION_DATA_DIR
         words.append(override("data.dir", data))
     # By name: a source that was given by its path has its name in the store that is written to.
-    named = {"sources": [source.name for source in manifest.sources]}
-    initial = {"init_from": run.init_from.name} if run.init_from is not None else {}
-    by_name = {key: override(key, value) for key, value in (named | initial).items()}
-    words = [by_name.get(key_of(word), word) for word in words]
-    words += [
-        override("name", manifest.name),
-        override("store", str(into.absolute())),
-        f"seed={manifest.seed}",
-    ]
+    names: dict[str, Any] = {"sources": [source.name for source in manifest.sources]}
+    if run.init_from is not None:
+        names["init_from"] = run.init_from.name
+    words = [override(key, names[key]) if (key := key_of(word)) in names else word for word in words]
+    own = {"name": manifest.name, "store": str(into.absolute()), "seed": manifest.seed}
+    words += [override(key, value) for key, value in own.items()]
     variables = [f"{key}={shlex.quote(value)}" for key, value in run.environment.items()]
     stage = "stage2" if manifest.kind == "fusion" else "stage1"
     return " ".join([*variables, "python", "-m", f"fusion.{stage}", *map(shlex.quote, words)])

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from fusion.errors import UserError
 from fusion.store.layout import HEAD, MANIFEST, REMOVED, STAGING, WEIGHTS, check_name
-from fusion.store.lookup import names, scan, unknown_name
-from fusion.store.overview import check_store, users_of
+from fusion.store.lookup import check_store, entries, names, scan, unknown_name, users_of
 from fusion.store.writing import LOCK_SECONDS, keep_replaced, settle, sync_folder, writing
 
 
@@ -31,32 +30,32 @@ def remove(name: str, store: Path, force: bool = False, wait: float = LOCK_SECON
         settle(store, name)
         if not os.path.lexists(folder):
             raise UserError(unknown_name(name, store))
-        _check_artifact(folder)
+        content = {entry.name for entry in entries(folder)}
+        dangling = folder.is_symlink() and not folder.exists()
+        if not dangling and (not folder.is_dir() or not (MANIFEST in content or content <= {WEIGHTS, HEAD})):
+            raise UserError(
+                f"{folder} is no artifact, it has no {MANIFEST}: remove it by hand if nobody needs it"
+            )
         found = list(scan(store))
         manifest = next((one.manifest for one in found if one.place == name), None)
         others = [one for one in found if one.place != name]
-        users: list[str] = []
-        if manifest is not None and manifest.hash not in [
-            one.manifest.hash for one in others if one.manifest
-        ]:
+        copies = [one for one in others if one.manifest and manifest and one.manifest.hash == manifest.hash]
+        if manifest is not None and not copies:
             current = [one for one in others if not one.replaced]
-            users = users_of(manifest.hash, current)
-            need = f"is a source of {', '.join(users)}: remove them first"
-            if (
-                not users and manifest.kind == "adapter"
-            ):  # the sources of an unreadable manifest are not known
+            users, need = users_of(manifest.hash, current), "is a source of"
+            if not users and manifest.kind == "adapter":
+                # The sources of a manifest that cannot be read are not known.
                 users = [f.place for f in current if f.manifest is None and (f.folder / MANIFEST).is_file()]
-                need = (
-                    f"may be a source of {', '.join(users)}, which cannot be read: fix or remove them first"
-                )
+                need = "may be a source of the unreadable"
             if users and not force:
                 raise UserError(
-                    f"{name} {need}\nforce=true frees the name and keeps the files in .replaced, where fusions find them"
+                    f"{name} {need} {', '.join(users)}: remove or fix them first\n"
+                    "force=true frees the name and keeps the files in .replaced, where fusions find them"
                 )
-        if users and manifest is not None:
-            kept = keep_replaced(store, folder, manifest)
-            sync_folder(store)
-            return f"removed {name}; {', '.join(users)} finds it in {kept}"
+            if users:
+                kept = keep_replaced(store, folder, manifest)
+                sync_folder(store)
+                return f"removed {name}; {', '.join(users)} finds it in {kept}"
         aside = store / STAGING / f"{name}{REMOVED}"
         os.replace(folder, aside)
         sync_folder(store)
@@ -65,18 +64,3 @@ def remove(name: str, store: Path, force: bool = False, wait: float = LOCK_SECON
         else:
             shutil.rmtree(aside, ignore_errors=True)
     return f"removed {name}"
-
-
-def _check_artifact(folder: Path) -> None:
-    """Refuse what is neither an artifact, nor part of one, nor a dangling link.
-
-    Raises:
-        UserError: a file, or a folder of other things.
-    """
-    if folder.is_dir():
-        there = {entry.name for entry in folder.iterdir()}
-        if MANIFEST in there or there <= {WEIGHTS, HEAD}:
-            return
-    elif folder.is_symlink() and not folder.exists():
-        return
-    raise UserError(f"{folder} is no artifact, it has no {MANIFEST}: remove it by hand if nobody needs it")

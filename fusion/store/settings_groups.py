@@ -23,7 +23,6 @@ from fusion.store.lookup import artifacts, find, read_folder
 
 if TYPE_CHECKING:
     from fusion.store.manifest import Manifest
-    from fusion.store.parts import Source
 
 Settings = dict[str, Any]
 
@@ -53,20 +52,24 @@ class Lookup:
     ) -> None:
         self._known = known or {}
         self._stores = {store: _by_hash(manifests) for store, manifests in (stores or {}).items()}
+        self._depth = 0
 
-    def of_artifact(self, manifest: Manifest, store: Path, depth: int = 0) -> Settings:
+    def of_artifact(self, manifest: Manifest, store: Path) -> Settings:
         """The settings of a stored artifact, whose sources are found by their hashes."""
-        if depth >= _DEEPEST:
-            return {"artifact": manifest.name}
-        sources = [self._source(source, manifest.seed, store, depth + 1) for source in manifest.sources]
-        return self._settings(manifest.run.config, sources, manifest.seed, store, depth)
+        if store not in self._stores:
+            self._stores[store] = _by_hash(manifest for _, manifest in artifacts(store, replaced=True))
+        sources = []
+        for source in manifest.sources:
+            found = self._stores[store].get(source.hash)
+            sources.append(
+                self._named(source.name, manifest.seed, store, False)
+                if found is None
+                else self.of_artifact(found, store)
+            )
+        return self._settings(manifest.run.config, sources, manifest.seed, store)
 
     def of_run(
-        self,
-        config: Mapping[str, Any],
-        store: Path | None,
-        sources: Sequence[str] | None = None,
-        depth: int = 0,
+        self, config: Mapping[str, Any], store: Path | None, sources: Sequence[str] | None = None
     ) -> Settings:
         """The settings of a run without its artifact: its sources are found by name.
 
@@ -75,37 +78,31 @@ class Lookup:
             store: where the sources are; None: not known.
             sources: their names, if the config holds something else, such as `top:3`.
         """
-        seed = config.get("seed")
-        named = config.get(SOURCES) if sources is None else sources
+        seed, named = config.get("seed"), config.get(SOURCES) if sources is None else sources
         names = named if isinstance(named, (list, tuple)) else ()
-        found = [self._named(str(name), seed, store, depth + 1) for name in names]
-        return self._settings(config, found, seed, store, depth)
+        return self._settings(config, [self._named(str(name), seed, store) for name in names], seed, store)
 
     def _settings(
-        self, config: Mapping[str, Any], sources: list[Settings], seed: Any, store: Path | None, depth: int
+        self, config: Mapping[str, Any], sources: list[Settings], seed: Any, store: Path | None
     ) -> Settings:
         settings = _plain(config) | ({SOURCES: sources} if sources else {})
         if isinstance(reference := config.get(FUSION), str):
-            settings[FUSION] = self._named(reference, seed, store, depth + 1)
+            settings[FUSION] = self._named(reference, seed, store)
         return settings
 
-    def _source(self, source: Source, seed: Any, store: Path, depth: int) -> Settings:
-        if store not in self._stores:
-            self._stores[store] = _by_hash(manifest for _, manifest in artifacts(store, replaced=True))
-        if (found := self._stores[store].get(source.hash)) is not None:
-            return self.of_artifact(found, store, depth)
-        return self._named(source.name, seed, store, depth, stored=False)
-
-    def _named(
-        self, reference: str, seed: Any, store: Path | None, depth: int, stored: bool = True
-    ) -> Settings:
-        if store is not None and depth < _DEEPEST:
-            if stored:
-                with contextlib.suppress(UserError, OSError):
-                    folder = find(reference, store)
-                    return self.of_artifact(read_folder(folder), folder.parent, depth)
-            if (config := self._known.get(str(store / reference))) is not None:
-                return self.of_run(config, store, None, depth)
+    def _named(self, reference: str, seed: Any, store: Path | None, stored: bool = True) -> Settings:
+        """The settings of an artifact by its name; `stored`: it may be in the store."""
+        if store is not None and self._depth < _DEEPEST:  # a pruned fusion may have overwritten what it names
+            self._depth += 1
+            try:
+                if stored:
+                    with contextlib.suppress(UserError, OSError):
+                        folder = find(reference, store)
+                        return self.of_artifact(read_folder(folder), folder.parent)
+                if (config := self._known.get(str(store / reference))) is not None:
+                    return self.of_run(config, store)
+            finally:
+                self._depth -= 1
         # Only the name is left. In a sweep over seeds it ends with the seed.
         return {"artifact": re.sub(rf"-seed-{re.escape(str(seed))}$", "", reference)}
 
@@ -165,8 +162,9 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Settings:
 
 
 def _tasks(settings: Mapping[str, Any]) -> list[str]:
-    named = []
+    """The tasks of each source."""
+    tasks = []
     for source in settings.get(SOURCES) or ():
-        several = [str(v) for k, v in source.items() if re.fullmatch(r"tasks\.\d+\.name", k)]
-        named.append(str(source.get("artifact") or source.get("task.name") or "+".join(several)))
-    return named
+        names = [str(v) for k, v in source.items() if re.fullmatch(r"task\.name|tasks\.\d+\.name", k)]
+        tasks.append(str(source.get("artifact") or "+".join(names)))
+    return tasks

@@ -35,8 +35,11 @@ def note_ambiguous_labels(manifest: Manifest) -> None:
     order, such as `["true", "false"]` or `[1, 2, 3]`, and did not record which of the two it did.
     """
     for task in manifest.tasks:
+        if manifest.labels_read_as(task.name) is not None or task.label_values:
+            continue
         names = [str(name) for name in task.labels or ()]
-        if manifest.labels_read_as(task.name) is None and not task.label_values and _look_like_ids(names):
+        ids = [{"false": "0", "true": "1"}.get(name.lower(), name) for name in names]
+        if any(id.isdecimal() and int(id) != number for number, id in enumerate(ids)):
             log.warning(
                 "%s: version 0.1 may have read the labels %s of %s as ids, which mean others; if its scores are wrong, "
                 "train it again with overwrite=true",
@@ -46,13 +49,6 @@ def note_ambiguous_labels(manifest: Manifest) -> None:
             )
 
 
-def _look_like_ids(names: list[str]) -> bool:
-    """Whether a name, as an integer or truth value, is the id of another label."""
-    values = {"false": "0", "true": "1"}
-    ids = [values.get(name.lower(), name) for name in names]
-    return any(id.isdecimal() and int(id) != number for number, id in enumerate(ids))
-
-
 def split_of(manifest: Manifest) -> SplitConfig:
     """The `data.split` of the training.
 
@@ -60,13 +56,9 @@ def split_of(manifest: Manifest) -> SplitConfig:
         UserError: the manifest has a wrong value.
     """
     config = manifest.run.config
-    values = {
-        field.name: config[f"data.split.{field.name}"]
-        for field in fields(SplitConfig)
-        if f"data.split.{field.name}" in config
-    }
+    keys = [(field.name, f"data.split.{field.name}") for field in fields(SplitConfig)]
     try:
-        return SplitConfig(**values)
+        return SplitConfig(**{name: config[key] for name, key in keys if key in config})
     except (UserError, TypeError) as error:
         raise UserError(f"manifest of {manifest.name}: run.config: {error}") from None
 

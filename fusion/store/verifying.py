@@ -11,10 +11,10 @@ from fusion.errors import UserError
 from fusion.locks import is_locked
 from fusion.store.artifacts import check_numbers, match_keys, read
 from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
+from fusion.store.leftovers import leftovers
 from fusion.store.listing import as_bytes
-from fusion.store.lookup import READS, Found, scan, source_manifests, stamp, unknown_name
+from fusion.store.lookup import READS, Found, check_store, scan, source_manifests, stamp, unknown_name
 from fusion.store.manifest import Manifest
-from fusion.store.overview import check_store, leftovers, size_of
 from fusion.store.writing import artifact_lock
 from fusion.text import printable
 
@@ -63,10 +63,10 @@ def verify(store: Path, shapes: Shapes, name: str | None = None) -> Iterator[Ver
 
 
 def left_over(store: Path) -> list[str]:
-    """A line for each thing in the store that is no artifact, with the command that removes it."""
+    """A line for each folder in the store that is no artifact, with the command that removes it."""
     return [
         printable(
-            f"left     {left.place} ({as_bytes(size_of(left.folder))}): {left.what}"
+            f"left     {left.place} ({as_bytes(left.size)}): {left.what}"
             + (f"; rm -r '{left.folder}' frees it" if left.done else "")
         )
         for left in leftovers(store, list(scan(store)))
@@ -74,23 +74,18 @@ def left_over(store: Path) -> list[str]:
 
 
 def _settled_problem(found: Found, store: Path, shapes: Shapes) -> str:
-    """What is wrong with an artifact that no other process wrote during the check; else it is checked again.
-
-    `verify` takes no lock, so an overwrite may replace the folder between two reads. A problem counts if the manifests
-    of the artifact and of its sources are the same before and after.
-    """
-    problem = ""
+    """The problem of an artifact. If it or a source was overwritten during the check, it is checked again."""
     for _ in range(READS):
         before = _stamps(store, found)
-        if not (problem := _problem(found, store, shapes)):
-            return ""
-        if before == _stamps(store, found) and not is_locked(artifact_lock(store, found.place)):
+        problem = _problem(found, store, shapes)
+        overwritten = before != _stamps(store, found) or is_locked(artifact_lock(store, found.place))
+        if not problem or not overwritten:
             return problem
         time.sleep(0.02)
-        again = list(scan(store, only=found.place))
-        if not again:
+        again = next(scan(store, only=found.place), None)
+        if again is None:
             return "" if found.replaced else f"{found.folder}: was removed during the check"
-        found = again[0]
+        found = again
     return problem
 
 

@@ -66,8 +66,8 @@ def test_the_store_shows_what_it_started_from_and_how_to_make_both(bench: Bench)
     assert f"{line}found: {store / 'films'}" in describe("again", store)
     shutil.rmtree(store / "films")
     assert f"{line}NOT FOUND" in describe("again", store)
-    gone = f"# init_from=films ({origin.hash[:8]}), whose weights again started from, is gone"
-    assert rebuild_lines(typed, store, store)[0] == gone
+    gone = f"# source films ({origin.hash[:8]}) is gone"
+    assert rebuild_lines(typed, store, store)[0].startswith(gone)
 
 
 @pytest.mark.parametrize("method", ["head", "lora", "bitfit", "full"])
@@ -111,10 +111,10 @@ def test_a_fusion_starts_from_another(bench: Bench) -> None:
 
     check(["films", "books"])
     with pytest.raises(
-        UserError, match=r"shape than this run's: sources=\[films,books\] there, \[books,films\] here"
+        UserError, match=r"shape than this run's: sources .*books \w{8}.*, expected .*films \w{8}"
     ):
         check(["books", "films"])
-    with pytest.raises(UserError, match=r"composition\.value_matrix=true there, false here"):
+    with pytest.raises(UserError, match=r"composition\.value_matrix false, expected true"):
         check(["films", "books"], composition=CompositionConfig(value_matrix=False))
     with pytest.raises(UserError, match="starts from its sources; leave init_from out"):
         check(["films", "books"], composition=CompositionConfig(name="average"))
@@ -131,10 +131,10 @@ def test_what_does_not_fit_is_refused(bench: Bench) -> None:
         stage1.check(config, bench.run("stage1", config))
 
     check()
-    with pytest.raises(UserError, match=r"adapter\.bottleneck_size=2 there, 4 here"):
+    with pytest.raises(UserError, match=r"adapter\.bottleneck_size 4, expected 2"):
         check(adapter=AdapterConfig(reduction_factor=8))
     with pytest.raises(
-        UserError, match=r"adapter\.nonlinearity=relu there, gelu here\nSet the same values here"
+        UserError, match=r"adapter\.nonlinearity gelu, expected relu\nSet the expected values"
     ):
         check(adapter=AdapterConfig(nonlinearity="gelu"))
     with pytest.raises(UserError, match="is a stored head; this run trains a adapter"):
@@ -158,16 +158,12 @@ def test_more_epochs_are_refused_with_the_reason(bench: Bench) -> None:
     with pytest.raises(UserError) as caught:
         bench.stage1("films", trainer=more)
     message = str(caught.value)
-    assert "trainer.max_epochs: 2 there, 4 here" in message and "decayed to zero over its 2 epochs" in message
+    assert "trainer.max_epochs: 2 there, 4 here" in message and "decayed to zero" in message
     assert "name=ANOTHER init_from=films" in message and len(message.splitlines()) == 2
     bench.stage1("films", trainer=more, name="more", init_from="films")
 
 
-def test_more_epochs_after_early_stopping() -> None:
-    before, now = {"trainer.max_epochs": 10}, {"trainer.max_epochs": 20}
-    with pytest.raises(UserError, match="it stopped early, after epoch 4"):
-        is_done("rte", ("a", before), ("b", now), False, epochs=4)
+def test_more_epochs_and_another_seed_are_other_settings() -> None:
+    before, now = {"trainer.max_epochs": 10, "seed": 2}, {"trainer.max_epochs": 20, "seed": 1}
     with pytest.raises(UserError, match=r"Keep both with name=ANOTHER"):
-        is_done("rte", ("b", now), ("a", before), False, epochs=20)
-    with pytest.raises(UserError, match=r"Keep both with name=ANOTHER"):
-        is_done("rte", ("a", before), ("b", now | {"seed": 1}), False, epochs=4)
+        is_done("rte", ("a", before), ("b", now), False)

@@ -24,21 +24,17 @@ def test_sources_may_differ_in_shape(make_manifest: Make) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"backbone": {"name_or_path": "other", "fingerprint": "e" * 64}}, "backbone other, expected tiny"),
-        (
-            {"backbone": {"fingerprint": "e" * 64}},
-            "backbone tiny with fingerprint eeeeeeee, expected ffffffff",
-        ),
+        ({"backbone": {"fingerprint": "e" * 64}}, "fingerprint eeeeeeee, expected ffffffff"),
         ({"backbone": {"hidden_size": 16}}, "hidden size 16, expected 8"),
         (
             {"adapter": {"sites": ["attention", "feedforward"]}},
-            r"adapter.sites \[attention, feedforward\], expected \[feedforward\]",
+            r"adapter.sites \[attention,feedforward\], expected \[feedforward\]",
         ),
         ({"adapter": {"reads": "output"}}, "adapter.reads output, expected normed"),
     ],
 )
 def test_sources_that_cannot_be_fused(make_manifest: Make, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=rf"rte cannot be fused with mnli: {message}\. "):
+    with pytest.raises(UserError, match=rf"rte cannot be fused with mnli: {message} \(backbone"):
         check_sources([make_manifest("mnli"), make_manifest("sst2"), make_manifest("rte", **changes)])
 
 
@@ -53,7 +49,7 @@ def test_sources_are_adapters_of_different_names(make_manifest: Make) -> None:
 def test_check_backbone(make_manifest: Make) -> None:
     manifest = make_manifest("mnli", backbone={"revision": "abc"})
     check_backbone(manifest, name_or_path="/elsewhere", fingerprint="f" * 64, hidden_size=8)
-    with pytest.raises(UserError, match=r"mnli was trained on tiny revision abc .*ffffffff.*big.*eeeeeeee"):
+    with pytest.raises(UserError, match=r"mnli was trained on tiny revision abc.*big.*eeeeeeee.*ffffffff"):
         check_backbone(manifest, name_or_path="big", fingerprint="e" * 64, hidden_size=8)
-    with pytest.raises(UserError, match=r"hidden size 8.*hidden size 16"):
+    with pytest.raises(UserError, match=r"hidden size 16, expected 8"):
         check_backbone(manifest, name_or_path="big", fingerprint="e" * 64, hidden_size=16)

@@ -344,7 +344,7 @@ def test_replaced_artifacts_and_leftovers_are_verified(
 def test_remove(say: Say, full: Path) -> None:
     code, out, err = say("remove", "films")
     assert (code, out) == (2, "")
-    assert err.startswith("films is a source of both: remove them first\nforce=true frees the name")
+    assert err.startswith("films is a source of both: remove or fix them first\nforce=true frees the name")
     assert names(full) == ["books", "both", "films", "head"]
     assert say("remove", "head") == (0, "removed head\n", "")
     assert say("remove", "both") == (0, "removed both\n", "")
@@ -369,7 +369,7 @@ def test_a_source_stays_where_a_damaged_fusion_may_need_it(say: Say, full: Path)
     manifest = full / "both" / MANIFEST
     manifest.write_text(manifest.read_text()[:-20])
     code, _, err = say("remove", "films")
-    assert code == 2 and err.startswith("films may be a source of both, which cannot be read")
+    assert code == 2 and err.startswith("films may be a source of the unreadable both: ")
     assert say("remove", "films", "force=true")[0] == 0
     assert [path.name.partition("-")[0] for path in (full / ".replaced").iterdir()] == ["films"]
     assert say("remove", "head")[0] == 0  # no fusion has a head for a source
