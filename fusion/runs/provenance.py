@@ -58,16 +58,19 @@ def circumstances() -> dict[str, Any]:
     """What a manifest records of a run beside its config: git state, threads, folder and environment."""
     import torch
 
-    try:
-        folder = os.getcwd()
-    except OSError:  # it was deleted
-        folder = None
     return {
         "git": git_state(),
         "threads": torch.get_num_threads(),
-        "folder": folder,
+        "folder": _folder(),
         "environment": {name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
     }
+
+
+def _folder() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # it was deleted
+        return None
 
 
 def git_state(project: Path = PROJECT) -> dict[str, Any] | None:
