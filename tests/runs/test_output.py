@@ -1,4 +1,4 @@
-"""How a run stands: new, done, interrupted or failed, and what stays of an attempt."""
+"""State of a run: new, done, interrupted or failed, and the files of an attempt."""
 
 from __future__ import annotations
 
@@ -24,107 +24,109 @@ def output_of(bench: Bench, **changes: Any) -> tuple[RunOutput, Run]:
 
 
 def test_a_run_from_new_to_done(bench: Bench) -> None:
-    entry, run = output_of(bench)
-    assert entry.run_state == RunState("new")
-    with entry.attempt(run, resume=True):
-        said = json.loads((entry.checkpoints / ATTEMPT).read_text())
-        assert set(said) == {"status", "error", "directory", "host", "pid", "started"}
-        assert (said["status"], said["directory"]) == ("running", str(run.directory))
-        assert entry.run_state == RunState(
+    output, run = output_of(bench)
+    assert output.run_state == RunState("new")
+    with output.attempt(run, resume=True):
+        attempt = json.loads((output.checkpoints / ATTEMPT).read_text())
+        assert set(attempt) == {"status", "error", "directory", "host", "pid", "started"}
+        assert (attempt["status"], attempt["directory"]) == ("running", str(run.directory))
+        assert output.run_state == RunState(
             "interrupted", "from the beginning"
-        )  # for whoever comes after a kill
-    assert not entry.checkpoints.exists()
+        )  # what a later process sees after a kill
+    assert not output.checkpoints.exists()
     bench.stage1("films")
     assert output_of(bench)[0].run_state == RunState("done")
 
 
 @pytest.mark.parametrize(
-    ("error", "standing"),
+    ("error", "state"),
     [
         (RuntimeError("the power went\nand more"), RunState("failed", "RuntimeError: the power went; resumes at epoch 3, batch 8")),
         (KeyboardInterrupt(), RunState("interrupted", "at epoch 3, batch 8")),
         (Terminated("SIGTERM"), RunState("interrupted", "at epoch 3, batch 8")),
         (SystemExit(144), RunState("interrupted", "at epoch 3, batch 8")),
     ],
-    ids=["failed", "Ctrl-C", "SIGTERM", "taken away"],
+    ids=["failed", "Ctrl-C", "SIGTERM", "preempted"],
 )  # fmt: skip
 def test_an_attempt_that_ends_badly_leaves_its_checkpoints(
-    bench: Bench, error: BaseException, standing: RunState
+    bench: Bench, error: BaseException, state: RunState
 ) -> None:
-    entry, run = output_of(bench)
-    with pytest.raises(type(error)), entry.attempt(run, resume=True):
-        (entry.checkpoints / "last.ckpt").write_bytes(b"whole")
-        (entry.checkpoints / "position.json").write_text('{"epoch": 2, "batch": 7, "steps": 23}')
+    output, run = output_of(bench)
+    with pytest.raises(type(error)), output.attempt(run, resume=True):
+        (output.checkpoints / "last.ckpt").write_bytes(b"whole")
+        (output.checkpoints / "position.json").write_text('{"epoch": 2, "batch": 7, "steps": 23}')
         raise error
-    assert entry.run_state == standing
-    with entry.attempt(run, resume=True):
-        assert (entry.checkpoints / "last.ckpt").exists()
-        (entry.checkpoints / ATTEMPT).write_text("not json")
-        assert entry.run_state == RunState("interrupted", "at epoch 3, batch 8")
+    assert output.run_state == state
+    with output.attempt(run, resume=True):
+        assert (output.checkpoints / "last.ckpt").exists()
+        (output.checkpoints / ATTEMPT).write_text("not json")
+        assert output.run_state == RunState("interrupted", "at epoch 3, batch 8")
 
 
-def test_resume_false_begins_anew(bench: Bench) -> None:
-    entry, run = output_of(bench)
-    entry.checkpoints.mkdir(parents=True)
-    (entry.checkpoints / "last.ckpt").write_bytes(b"whole")
-    with entry.attempt(run, resume=False):
-        assert [file.name for file in entry.checkpoints.iterdir()] == [ATTEMPT]
+def test_resume_false_starts_over(bench: Bench) -> None:
+    output, run = output_of(bench)
+    output.checkpoints.mkdir(parents=True)
+    (output.checkpoints / "last.ckpt").write_bytes(b"whole")
+    with output.attempt(run, resume=False):
+        assert [file.name for file in output.checkpoints.iterdir()] == [ATTEMPT]
 
 
 @pytest.mark.parametrize(
-    ("status", "standing"),
+    ("status", "state"),
     [
         ("failed", RunState("failed", "RuntimeError: boom; starts over")),
         ("interrupted", RunState("new", "starts over")),
     ],
 )
-def test_what_begins_anew_is_not_said_to_go_on(bench: Bench, status: str, standing: RunState) -> None:
-    entry, _ = output_of(bench, resume=False)
-    assert entry.run_state == RunState("new")
-    entry.checkpoints.mkdir(parents=True)
-    said = {"status": status, "error": "RuntimeError: boom"}
-    (entry.checkpoints / ATTEMPT).write_text(json.dumps(said))
-    (entry.checkpoints / "last.ckpt").write_bytes(b"whole")
-    (entry.checkpoints / "position.json").write_text('{"epoch": 2, "batch": 7, "steps": 23}')
-    assert entry.run_state == standing
+def test_a_run_that_starts_over_is_not_reported_as_resumed(
+    bench: Bench, status: str, state: RunState
+) -> None:
+    output, _ = output_of(bench, resume=False)
+    assert output.run_state == RunState("new")
+    output.checkpoints.mkdir(parents=True)
+    attempt = {"status": status, "error": "RuntimeError: boom"}
+    (output.checkpoints / ATTEMPT).write_text(json.dumps(attempt))
+    (output.checkpoints / "last.ckpt").write_bytes(b"whole")
+    (output.checkpoints / "position.json").write_text('{"epoch": 2, "batch": 7, "steps": 23}')
+    assert output.run_state == state
     assert "resumes at epoch 3, batch 8" in f"resumes {output_of(bench)[0].run_state.detail}"
 
 
-def test_nothing_resumes_without_a_checkpoint(bench: Bench) -> None:
+def test_no_resume_without_a_checkpoint(bench: Bench) -> None:
     """What a full disk leaves: a position of which there is no checkpoint, or a checkpoint without one."""
-    entry, _ = output_of(bench)
-    assert entry.outlook == "it starts over, since there is no checkpoint"
-    entry.checkpoints.mkdir(parents=True)
-    (entry.checkpoints / ATTEMPT).write_text(json.dumps({"status": "interrupted"}))
-    (entry.checkpoints / "position.json").write_text('{"epoch": 2, "batch": 7, "steps": 23}')
-    assert entry.run_state == RunState("interrupted", "from the beginning")
-    assert entry.outlook == "it starts over, since there is no checkpoint"
-    (entry.checkpoints / "before.ckpt").write_bytes(b"whole")
-    assert entry.run_state == RunState("interrupted", "at epoch 3, batch 8")
-    assert entry.outlook == f"it resumes at epoch 3, batch 8 ({entry.checkpoints})"
-    (entry.checkpoints / "position.json").write_text('{"epoch": null}')
-    assert entry.outlook == f"it resumes at its last checkpoint ({entry.checkpoints})"
+    output, _ = output_of(bench)
+    assert output.outlook == "it starts over, since there is no checkpoint"
+    output.checkpoints.mkdir(parents=True)
+    (output.checkpoints / ATTEMPT).write_text(json.dumps({"status": "interrupted"}))
+    (output.checkpoints / "position.json").write_text('{"epoch": 2, "batch": 7, "steps": 23}')
+    assert output.run_state == RunState("interrupted", "from the beginning")
+    assert output.outlook == "it starts over, since there is no checkpoint"
+    (output.checkpoints / "before.ckpt").write_bytes(b"whole")
+    assert output.run_state == RunState("interrupted", "at epoch 3, batch 8")
+    assert output.outlook == f"it resumes at epoch 3, batch 8 ({output.checkpoints})"
+    (output.checkpoints / "position.json").write_text('{"epoch": null}')
+    assert output.outlook == f"it resumes at its last checkpoint ({output.checkpoints})"
 
 
-def test_other_processes_of_a_run_keep_nothing(bench: Bench) -> None:
-    entry, run = output_of(bench)
-    with entry.attempt(Run(run.command, run.directory, (), {}, "", rank_zero=False), resume=False):
-        assert not entry.checkpoints.exists()
+def test_other_processes_of_a_run_write_nothing(bench: Bench) -> None:
+    output, run = output_of(bench)
+    with output.attempt(Run(run.command, run.directory, (), {}, "", rank_zero=False), resume=False):
+        assert not output.checkpoints.exists()
 
 
-def test_what_a_killed_run_left_beside_a_stored_artifact_goes(bench: Bench) -> None:
-    """It was killed after it had stored and before it had cleared up."""
+def test_checkpoints_of_a_killed_run_are_removed_if_its_artifact_is_stored(bench: Bench) -> None:
+    """It was killed after it had stored and before it removed its checkpoints."""
     bench.stage1("films")
-    entry, _ = output_of(bench)
-    entry.checkpoints.mkdir(parents=True)
-    (entry.checkpoints / "last.ckpt").write_bytes(b"whole")
+    output, _ = output_of(bench)
+    output.checkpoints.mkdir(parents=True)
+    (output.checkpoints / "last.ckpt").write_bytes(b"whole")
     bench.stage1("films")
-    assert not entry.checkpoints.exists()
+    assert not output.checkpoints.exists()
 
 
-def test_an_attempt_that_cannot_be_noted_goes_on(bench: Bench, tmp_path: Path) -> None:
-    entry, run = output_of(bench, store=str(tmp_path / "store"))
+def test_a_run_continues_if_its_attempt_cannot_be_written(bench: Bench, tmp_path: Path) -> None:
+    output, run = output_of(bench, store=str(tmp_path / "store"))
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / ".runs").write_text("a file in the way")
-    with entry.attempt(run, resume=True):
+    with output.attempt(run, resume=True):
         pass
