@@ -41,6 +41,8 @@ def main(config, run):
             super().__init__()
             self.layer = torch.nn.Linear(2, 1)
         def training_step(self, batch, index):
+            if config.seed == 7 and other and index == 1:
+                raise RuntimeError("late boom")  # rank zero waits for its gradients
             if config.seed == 9 and index == 1:
                 open("rank%s" % self.global_rank, "w").write(str(os.getpid()))
                 time.sleep(60)
@@ -117,13 +119,15 @@ def test_torchrun_starts_its_own_processes(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.usefixtures("warm")
 def test_a_failing_rank_does_not_stop_the_sweep(workdir: Path) -> None:
     """Rank one fails before the rendezvous, where rank zero would wait for 30 minutes."""
-    process = start(workdir, "-m", "+task=mine", "seed=5,1", *DDP)
+    process = start(workdir, "-m", "+task=mine", "seed=5,7,1", *DDP)
     _, err = process.communicate(timeout=180)
     assert process.returncode == 1
     assert len(list((workdir / "outputs" / "stage1").iterdir())) == 1  # no rank started a sweep of its own
-    failed, good = jobs(workdir)
+    failed, late, good = jobs(workdir)
     assert (failed["status"], failed["error"]) == ("failed", "RankError: rank 1: RuntimeError: early boom")
-    assert "1 of 2 jobs failed" in err
+    assert late["error"] == "RankError: rank 1: RuntimeError: late boom"
+    assert "in training_step" in (late["folder"] / "run.log").read_text()
+    assert "2 of 3 jobs failed" in err
     assert "in main" in (failed["folder"] / "run.log").read_text()  # the traceback of the rank
     assert (good["folder"] / "run.rank1.log").is_file()
     assert good["status"] == "done"
