@@ -1,3 +1,3 @@
-"""Whole journeys, made of the commands alone: each is a program of its own, run from a checkout."""
+"""Whole workflows of this project's commands: each is a program, run from a checkout."""
 
 import fusion  # noqa: F401  # sets handlers for signals before the larger imports

@@ -1,60 +1,49 @@
-"""AdapterDrop (Rücklé et al. 2021): what is lost and what is gained where the first layers go without adapters.
+"""AdapterDrop (Rücklé et al. 2021): score and speed where the first layers have no adapters.
 
     python -m pipelines.adapterdrop tasks=[sst2,mr,subj] seeds=[1,2,3] backbone=minilm data_dir=../shared/data
 
-For each task and seed two adapters learn from the same rows in the same order and number of steps: a plain one,
-and one with `adapter.drop=robust`, where each batch leaves out a random number of the first layers. Both are
-then scored with 0, 1, 2 … layers dropped. Then inference is timed, the first half of the layers dropped against
-none, for one task and for several at once (`fusion.model.multi_task`). What is stored already is not trained again.
+For each task and seed, two adapters are trained on the same examples in the same order for the same number of steps: a
+plain one, and one with `adapter.drop=robust`, where each batch skips a random number of the first layers. Both are
+then scored with 0, 1, 2 … layers dropped. Inference is timed with the first half of the layers dropped and with none,
+for one task and for several at once (`fusion.model.multi_task`). What is stored already is not trained again.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import statistics
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any
 
-from fusion.errors import UserError
-from fusion.runs.signals import exit_code
-from pipelines.commands import call, read_config, say
+from fusion.cli.console import show_table
+from fusion.config.fields import Settings, integer, number
+from fusion.files import write_json
+from pipelines.commands import call, distinct, run_workflow, say
+from pipelines.timing import rounds, validation_rows
 
 if TYPE_CHECKING:
     from fusion.backbones.load import Backbone
-    from fusion.config.task import TaskConfig
-    from fusion.data.encode import EncodedRows
     from fusion.store.artifacts import Artifact
 
-KINDS = {"plain": None, "robust": "robust"}
+KINDS = {"plain": "null", "robust": "robust"}  # adapter.drop of each
 
 
 @dataclass
-class DropConfig:
-    tasks: list[str] = field(default_factory=lambda: ["sst2", "mr", "subj"])
-    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
+class DropConfig(Settings):
+    tasks: list[str] = distinct(["sst2", "mr", "subj"])
+    seeds: list[int] = distinct([1, 2, 3])
     backbone: str = "minilm"
     data_dir: str | None = None
-    rows: int = 2000  # of each task's training rows
-    epochs: int = 3
-    rate: float = 5e-4
-    at_once: int = 8  # tasks whose adapters are run in one pass
-    rounds: int = 7  # how often each is timed, in turn
-    batch_size: int = 32
+    rows: int = integer(2000, 1)  # training examples of each task
+    epochs: int = integer(3, 1)
+    rate: float = number(5e-4, above=0)
+    at_once: int = integer(8, 1)  # tasks in one multi-task pass
+    rounds: int = integer(7, 1)  # timings of each model
+    batch_size: int = integer(32, 1)
     output: str = "outputs/adapterdrop"
-
-    def __post_init__(self) -> None:
-        for key in ("tasks", "seeds"):
-            values = getattr(self, key)
-            if not values or len(set(values)) != len(values):
-                raise UserError(f"{key}={values}: expected one or more, each once")
-        for key in ("rows", "epochs", "at_once", "rounds", "batch_size"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{key}={getattr(self, key)}: expected at least 1")
 
     @property
     def store(self) -> Path:
@@ -66,16 +55,15 @@ def name_of(task: str, kind: str, seed: int) -> str:
 
 
 def train(config: DropConfig) -> None:
-    """All trainings, as the project's own command; what is stored already is skipped."""
-    seeds = ",".join(map(str, config.seeds))
+    """All trainings, with the project's command, which skips what is stored already."""
     for kind, drop in KINDS.items():
-        say(f"\n{kind} adapters of {', '.join(config.tasks)}, seeds {seeds}")
+        say(f"\n{kind} adapters of {', '.join(config.tasks)}, seeds {', '.join(map(str, config.seeds))}")
         for task in config.tasks:
             overrides = [
                 "-m",
                 f"+task={task}",
-                f"seed={seeds}",
-                f"adapter.drop={drop or 'null'}",
+                f"seed={','.join(map(str, config.seeds))}",
+                f"adapter.drop={drop}",
                 f"backbone={config.backbone}",
                 f"data.limit.train={config.rows}",
                 f"optim.lr={config.rate}",
@@ -85,22 +73,23 @@ def train(config: DropConfig) -> None:
                 "logger=csv",
                 f"name={task}-{kind}-seed-${{seed}}",
                 f"hydra.sweep.dir={config.output}/runs/{task}-{kind}",
+                *([f"data.dir={config.data_dir}"] if config.data_dir else []),
             ]
-            if config.data_dir:
-                overrides.append(f"data.dir={config.data_dir}")
             call("fusion.stage1", overrides)
 
 
 def scores_by_drop(config: DropConfig, name: str) -> list[float]:
-    """The task's first metric on its validation rows, with 0, 1, … all layers dropped."""
+    """The task's main metric on its validation split, with 0, 1, … all layers dropped."""
+    from fusion.config.data import DataConfig
     from fusion.model.build import stored_model
     from fusion.model.inference import device_of, predict
     from fusion.store.artifacts import load
     from fusion.training.metrics import score
 
     artifact = load(name, config.store)
-    task, rows = _validation(config, artifact)
-    backbone = _backbone(artifact)
+    backbone, manifest = _backbone(artifact), artifact.manifest
+    data = DataConfig(dir=config.data_dir)
+    task, _, rows = validation_rows(manifest, str(manifest.task.name), data, backbone.tokenizer)
     model = stored_model(artifact, config.store, backbone)
     found = []
     for first_layer in range(backbone.layers + 1):
@@ -110,35 +99,18 @@ def scores_by_drop(config: DropConfig, name: str) -> list[float]:
 
 
 def _backbone(artifact: Artifact) -> Backbone:
-    """One of its own, without slots: a model changes it in place."""
+    """A new one: a model changes its backbone in place."""
     from fusion.backbones.load import load_backbone
 
     return load_backbone(artifact.manifest.backbone.name_or_path)
 
 
-def _validation(config: DropConfig, artifact: Artifact) -> tuple[TaskConfig, EncodedRows]:
-    """The artifact's task, and the rows of its first validation split."""
-    from fusion.backbones.files import locate
-    from fusion.config.data import DataConfig
-    from fusion.data.encode import encode
-    from fusion.data.rows import load_rows
-    from fusion.data.splits import evaluation_splits
-    from fusion.hub.tokenizer import load_tokenizer
-    from fusion.store.trained_data import as_trained
-
-    manifest = artifact.manifest
-    task = manifest.task.as_config(manifest.name)
-    data = as_trained(manifest, DataConfig(dir=config.data_dir), task.name)
-    rows = load_rows(task, data, evaluation_splits(task, "validation", data)[0])
-    tokenizer = load_tokenizer(locate(manifest.backbone.name_or_path))
-    return task, encode(rows, tokenizer, manifest.data.max_length, None)
-
-
 def timings(config: DropConfig) -> dict[str, Any]:
-    """Seconds of a batch in turn, round by round: the first half dropped and none dropped, one task and several."""
+    """Seconds per batch in each round, for one task and for several, with half of the layers dropped and with none."""
     import torch
 
     from fusion.backbones.slots import SlotAddress
+    from fusion.config.data import DataConfig
     from fusion.data.loaders import evaluation_loader
     from fusion.layers.heads import TaskHead
     from fusion.model.build import stored_adapters, stored_model
@@ -148,37 +120,39 @@ def timings(config: DropConfig) -> dict[str, Any]:
 
     keep_freed_memory()
     names = [name_of(task, "plain", seed) for seed in config.seeds for task in config.tasks]
-    chosen = [load(names[number % len(names)], config.store) for number in range(config.at_once)]
-    _, rows = _validation(config, chosen[0])
-    backbone = _backbone(chosen[0])
-    half = backbone.layers // 2
+    artifacts = [load(names[number % len(names)], config.store) for number in range(config.at_once)]
+    one = artifacts[0]
+    backbone, data = _backbone(one), DataConfig(dir=config.data_dir)
+    rows = validation_rows(one.manifest, str(one.manifest.task.name), data, backbone.tokenizer)[2]
     batches = list(evaluation_loader(rows, config.batch_size))[:8]
+    half, plain = backbone.layers // 2, backbone.model.eval()
 
-    def several(first_layer: int) -> Callable[..., Any]:
-        own = [
+    def multi_task(first_layer: int) -> Callable[..., Any]:
+        adapters = [
             {s: a for s, a in stored_adapters(artifact).items() if SlotAddress.parse(s).layer >= first_layer}
-            for artifact in chosen
+            for artifact in artifacts
         ]
-        heads = [TaskHead(backbone.hidden_size, **artifact.manifest.head.shape) for artifact in chosen]
-        return MultiTaskModel(_backbone(chosen[0]), own, chosen[0].manifest.placement["adapter.reads"], heads)
+        heads = [TaskHead(backbone.hidden_size, **artifact.manifest.head.shape) for artifact in artifacts]
+        return MultiTaskModel(_backbone(one), adapters, one.manifest.placement["adapter.reads"], heads)
 
-    plain = backbone.model.eval()
-    measured: dict[str, Callable[..., Any]] = {
+    def on_batches(model: Callable[..., Any]) -> Callable[[Any], None]:
+        def run(batches: Any) -> None:
+            for batch in batches:
+                model(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+
+        return run
+
+    models: dict[str, Callable[..., Any]] = {
         "backbone": lambda ids, mask, types: plain(ids, attention_mask=mask, token_type_ids=types),
-        "one, none dropped": stored_model(chosen[0], config.store, _backbone(chosen[0])),
-        "one, half dropped": stored_model(chosen[0], config.store, _backbone(chosen[0]), half),
-        "several, none dropped": several(0),
-        "several, half dropped": several(half),
+        "one, none dropped": stored_model(one, config.store, _backbone(one)),
+        "one, half dropped": stored_model(one, config.store, _backbone(one), half),
+        "several, none dropped": multi_task(0),
+        "several, half dropped": multi_task(half),
     }
-    seconds: dict[str, list[float]] = {what: [] for what in measured}
+    runs = {name: on_batches(model) for name, model in models.items()}
     with torch.inference_mode():
-        for number in range(config.rounds + 1):  # the first warms up
-            for what, run in measured.items():
-                started = time.perf_counter()
-                for batch in batches:
-                    run(batch.input_ids, batch.attention_mask, batch.token_type_ids)
-                if number:
-                    seconds[what].append((time.perf_counter() - started) / len(batches))
+        timed = rounds(runs, [batches], config.rounds)
+    seconds = {name: [value / len(batches) for value in values] for name, values in timed.items()}
     gain = {
         count: [
             n / h
@@ -196,63 +170,52 @@ def timings(config: DropConfig) -> dict[str, Any]:
 
 
 def summary(scores: dict[str, dict[str, list[float]]], config: DropConfig) -> dict[str, Any]:
-    """For each kind and number of dropped layers: mean score over tasks and seeds, and what is kept of it.
+    """Means over tasks and seeds, by number of dropped layers.
 
     Args:
         scores: by kind and artifact, a score for each number of dropped layers.
 
     Returns:
-        `score`: kind -> means; `kept`: kind -> mean share of the artifact's own score without dropping;
-        `difference`: of the kept shares, robust - plain, by number of dropped layers, with its standard error.
+        `score`: by kind, the means; `kept`: by kind, the mean share of an artifact's score without dropping;
+        `difference` and `standard_error`: of the kept shares, robust - plain.
     """
-    kept = {
-        kind: {
-            name: [value / own[0] if own[0] else math.nan for value in own] for name, own in artifacts.items()
-        }
-        for kind, artifacts in scores.items()
-    }
-    pairs = [(name_of(t, "plain", s), name_of(t, "robust", s)) for t in config.tasks for s in config.seeds]
-    levels = range(len(next(iter(scores["plain"].values()))))
-    differences = [[kept["robust"][r][n] - kept["plain"][p][n] for p, r in pairs] for n in levels]
+
+    def share(own: list[float]) -> list[float]:
+        return [value / own[0] if own[0] else math.nan for value in own]
+
+    ordered = [(task, seed) for task in config.tasks for seed in config.seeds]
+    each = {kind: [scores[kind][name_of(t, kind, s)] for t, s in ordered] for kind in KINDS}
+    kept = {kind: list(map(share, values)) for kind, values in each.items()}
+    pairs = zip(kept["plain"], kept["robust"], strict=True)
+    differences = [[r - p for p, r in zip(plain, robust, strict=True)] for plain, robust in pairs]
+    levels = list(zip(*differences, strict=True))
     return {
-        "score": {
-            k: [statistics.fmean(column) for column in zip(*v.values(), strict=True)]
-            for k, v in scores.items()
-        },
-        "kept": {
-            k: [statistics.fmean(column) for column in zip(*v.values(), strict=True)] for k, v in kept.items()
-        },
-        "difference": [statistics.fmean(values) for values in differences],
-        "standard_error": [
-            statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-            for values in differences
-        ],
+        "score": {kind: [fmean(level) for level in zip(*v, strict=True)] for kind, v in each.items()},
+        "kept": {kind: [fmean(level) for level in zip(*v, strict=True)] for kind, v in kept.items()},
+        "difference": [fmean(level) for level in levels],
+        "standard_error": [stdev(v) / len(v) ** 0.5 if len(v) > 1 else None for v in levels],
     }
 
 
 def report(found: dict[str, Any], timed: dict[str, Any]) -> None:
-    say("\nlayers dropped     plain: score   kept     robust: score   kept     kept, robust - plain")
+    say("")
+    rows = [["layers dropped", "plain", "kept", "robust", "kept", "kept, robust - plain"]]
     for level, difference in enumerate(found["difference"]):
+        cells = []
+        for kind in KINDS:
+            cells += [f"{found['score'][kind][level]:.3f}", f"{found['kept'][kind][level]:.1%}"]
         error = found["standard_error"][level]
-        say(
-            f"{level:>14}            {found['score']['plain'][level]:.3f}  {found['kept']['plain'][level]:6.1%}"
-            f"             {found['score']['robust'][level]:.3f}  {found['kept']['robust'][level]:6.1%}"
-            f"     {difference:+.3f}{'' if error is None else f' ± {error:.3f}'}"
-        )
+        rows.append([str(level), *cells, f"{difference:+.3f}{'' if error is None else f' ± {error:.3f}'}"])
+    show_table(rows)
     for count, title in (("one", "one task"), ("several", f"{timed['tasks']} tasks at once")):
         gains = timed["gain"][count]
         say(
             f"inference, {title}, the first {timed['half']} of {timed['layers']} layers dropped: "
-            f"{statistics.median(gains):.2f} times as fast ({min(gains):.2f} to {max(gains):.2f})"
+            f"{median(gains):.2f} times as fast ({min(gains):.2f} to {max(gains):.2f})"
         )
 
 
-def main(arguments: list[str]) -> int:
-    try:
-        config = read_config(DropConfig, arguments)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+def work(config: DropConfig) -> None:
     train(config)
     scores = {
         kind: {
@@ -265,14 +228,13 @@ def main(arguments: list[str]) -> int:
     found, timed = summary(scores, config), timings(config)
     report(found, timed)
     path = Path(config.output) / "results.json"
-    path.write_text(
-        json.dumps({"config": asdict(config), "scores": scores, "summary": found, "timings": timed}, indent=2)
-        + "\n",
-        encoding="utf-8",
-    )
+    write_json(path, {"config": asdict(config), "scores": scores, "summary": found, "timings": timed})
     say(f"Results: {path}")
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run_workflow(DropConfig, arguments, work)
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: main(sys.argv[1:])))
+    sys.exit(main())

@@ -1,10 +1,10 @@
-"""From nothing to a fused model that answers, on two cores and without a model hub.
+"""From nothing to a fused model and its test scores, on two cores and without a model hub.
 
     python -m pipelines.demo labels=100 seed=0
 
-Three source adapters (movie reviews, product reviews, editorials) are trained and then fused for tweets, of
-which only `labels` have a label. A head alone and a single adapter learn from the very same tweets in the very
-same number of steps. Every step is one of the project's commands, printed as you would type it.
+Three source adapters (movie reviews, product reviews, editorials) are trained and then fused for tweets, of which only
+`labels` are labelled. A head alone and a single adapter are trained on the same tweets for the same number of steps.
+Every step is one of the project's commands, printed as you would type it.
 """
 
 from __future__ import annotations
@@ -18,301 +18,221 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from fusion.cli.config_sources import conf_folder
+from fusion.cli.console import show_table
+from fusion.config.fields import MAX_SEED, Settings, integer
 from fusion.errors import UserError
-from fusion.runs.signals import exit_code
-from pipelines.commands import call, read_config, say
+from fusion.files import write_json
+from pipelines.commands import call, run_workflow, say, stored
 
 SOURCES = ("movies", "products", "editorials")
 TARGET = "tweets"
-STEPS = 5
-# The demo brings its own text: a data folder of the user's is for other commands.
+# By method: the title, in the table, the command and its own overrides.
+METHODS = {
+    "head": ("head alone", "fusion.stage1", ("method=head", "optim.lr=1e-2")),
+    "adapter": ("single adapter", "fusion.stage1", ("optim.lr=5e-4",)),
+    "fusion": (
+        f"fusion of the {len(SOURCES)} sources",
+        "fusion.stage2",
+        (f"sources=[{','.join(SOURCES)}]", "optim.lr=2e-4"),
+    ),
+}
+# The demo has its own text: the user's data folder is for other commands.
 HIDDEN = ("FUSION_DATA_DIR",)
 
 
 @dataclass
-class DemoConfig:
-    labels: int = 100  # target rows to learn from; as many again choose the best epoch
-    seed: int = 0  # of every initial value and of the order of the rows
-    rows: int = 3000  # training rows of each source, where it has so many
-    source_epochs: int = 3
-    target_epochs: int = 20
+class DemoConfig(Settings):
+    labels: int = integer(100, 1)  # target examples to train on; as many others select the best epoch
+    seed: int = integer(0, 0, MAX_SEED)  # of all initial values and of the order of the examples
+    rows: int = integer(3000, 1)  # at most so many training examples of each source
+    source_epochs: int = integer(3, 1)
+    target_epochs: int = integer(20, 1)
     output: str = "outputs/demo"
 
     @property
     def folder(self) -> Path:
-        """Of its own for each seed (and rows and epochs, where they are not the usual ones)."""
-        usual = {field.name: field.default for field in fields(self)}
-        others = ("rows", "source_epochs", "target_epochs")
-        more = [f"-{key}-{getattr(self, key)}" for key in others if getattr(self, key) != usual[key]]
-        return Path(self.output) / f"seed-{self.seed}{''.join(more)}"
+        """A store per seed, and per other settings of the sources; these serve any number of labels."""
+        parts = [f"seed-{self.seed}"]
+        for f in fields(self):
+            if f.name in ("rows", "source_epochs", "target_epochs") and getattr(self, f.name) != f.default:
+                parts.append(f"{f.name}-{getattr(self, f.name)}")
+        return Path(self.output) / "-".join(parts)
 
-    def __post_init__(self) -> None:
-        for key in ("labels", "rows", "source_epochs", "target_epochs"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{key}={getattr(self, key)}: expected at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed={self.seed}: expected 0 to 4294967295")
+    @property
+    def store(self) -> Path:
+        return self.folder / "store"
+
+    def name(self, method: str) -> str:
+        return f"{TARGET}-{self.labels}-{method}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """One line of the table. trainable, seconds: of the training on the target."""
 
     method: str
     score: float
-    trainable: int | None = None  # parameters that learnt from the target's labels
-    seconds: float | None = None  # of that training
+    trainable: int | None = None
+    seconds: float | None = None
     artifact: str | None = None
 
 
-class Demo:
-    """The steps, in order, each leaving its results in a folder that the next one knows."""
-
-    def __init__(self, config: DemoConfig) -> None:
-        self.config = config
-        # A store per seed: the names in it stay the plain ones, and the sources serve any number of labels.
-        self.folder = config.folder
-        self.store = self.folder / "store"
-        self.shared = ["backbone=minilm", f"seed={config.seed}", f"store={self.store}", "logger=csv"]
-        self.target_names = {m: f"{TARGET}-{config.labels}-{m}" for m in ("head", "adapter", "fusion")}
-
-    def run(self) -> list[Row]:
-        self.train_sources()
-        self.train_target("head", 2, "A head alone", "fusion.stage1", ["method=head", "optim.lr=1e-2"])
-        self.train_target("adapter", 3, "A single adapter", "fusion.stage1", ["optim.lr=5e-4"])
-        sources = f"sources=[{','.join(SOURCES)}]"
-        self.train_target("fusion", 4, "Fusion of the three", "fusion.stage2", [sources, "optim.lr=2e-4"])
-        return self.evaluate()
-
-    def train_sources(self) -> None:
-        announce(1, f"Three source adapters: {', '.join(SOURCES)}, up to {self.config.rows} rows each")
-        overrides = [
-            "-m",
-            f"+task={','.join(SOURCES)}",
-            *self.shared,
-            f"data.limit.train={self.config.rows}",
-            "optim.lr=5e-4",
-            "optim.patience=null",
-            f"trainer.max_epochs={self.config.source_epochs}",
-            f"hydra.sweep.dir={self.folder / 'runs' / 'sources'}",
-        ]
-        self.train(1, "fusion.stage1", overrides, SOURCES)
-
-    def train_target(self, method: str, step: int, title: str, module: str, overrides: list[str]) -> None:
-        """A training on the target: what differs between the methods is in `overrides` alone."""
-        labels, name = self.config.labels, self.target_names[method]
-        announce(step, f"{title}, on {labels} labelled {TARGET}")
+def run(config: DemoConfig) -> list[Row]:
+    """All steps; each artifact and score that is stored already is reused by the command itself."""
+    shared = ["backbone=minilm", f"seed={config.seed}", f"store={config.store}", "logger=csv"]
+    shared.append("optim.patience=null")
+    announce(1, f"Three source adapters: {', '.join(SOURCES)}, up to {config.rows} examples each")
+    overrides = [
+        "-m",
+        f"+task={','.join(SOURCES)}",
+        *shared,
+        f"data.limit.train={config.rows}",
+        "optim.lr=5e-4",
+        f"trainer.max_epochs={config.source_epochs}",
+        f"hydra.sweep.dir={config.folder / 'runs' / 'sources'}",
+    ]
+    done(1, call("fusion.stage1", overrides, without=HIDDEN))
+    for step, (method, (title, module, own)) in enumerate(METHODS.items(), 2):
+        announce(step, f"{title}, on {config.labels} labelled {TARGET}")
         overrides = [
             f"+task={TARGET}",
-            *overrides,
-            *self.shared,
-            f"name={name}",
-            f"data.limit.train={labels}",
-            f"data.limit.validation={labels}",
+            *own,
+            *shared,
+            f"name={config.name(method)}",
+            f"data.limit.train={config.labels}",
+            f"data.limit.validation={config.labels}",
             "data.batch_size=16",
-            "optim.patience=null",
-            f"trainer.max_epochs={self.config.target_epochs}",
-            f"hydra.run.dir={self.folder / 'runs' / name}",
+            f"trainer.max_epochs={config.target_epochs}",
+            f"hydra.run.dir={config.folder / 'runs' / config.name(method)}",
         ]
-        self.train(step, module, overrides, (name,))
-
-    def train(self, step: int, module: str, overrides: list[str], names: tuple[str, ...]) -> None:
-        before = [self.stamp(name) for name in names]
-        seconds = call(module, overrides, without=HIDDEN)
-        if None not in before and before == [self.stamp(name) for name in names]:
-            say(
-                f"[{step}/{STEPS}] nothing to train: what an earlier run made is taken as it is ({', '.join(names)})"
-            )
-        else:
-            say(f"[{step}/{STEPS}] done in {seconds:.0f} s")
-
-    def stamp(self, name: str) -> int | None:
-        """Changes with every new artifact of that name; None where there is none."""
-        manifest = self.store / name / "manifest.json"
-        return manifest.stat().st_mtime_ns if manifest.is_file() else None
-
-    def evaluate(self) -> list[Row]:
-        config = self.config
-        announce(5, f"Scores on the test rows of {TARGET}")
-        runs = self.folder / "runs" / f"test-{config.labels}"
-        artifacts = [*SOURCES, *self.target_names.values()]
-        new = [name for name in artifacts if not self.is_scored(runs, name)]
-        if new:
-            overrides = [
-                "-m",
-                f"artifact={','.join(new)}",
-                f"+task={TARGET}",
-                "split=test",
-                f"store={self.store}",
-                f"hydra.sweep.dir={runs}",
-                "hydra.sweep.subdir=${artifact}",
-            ]
-            call("fusion.evaluate", overrides, without=HIDDEN)
-        else:
-            say(f"[5/{STEPS}] nothing to score: the scores of an earlier run are taken as they are")
-        scores = {name: self.test_score(runs, name) for name in artifacts}
-        rows = [
-            Row(f"{name}, no {TARGET} label", scores[name], artifact=str(self.store / name))
-            for name in SOURCES
-        ]
-        titles = {
-            "head": "head alone",
-            "adapter": "single adapter",
-            "fusion": f"fusion of the {len(SOURCES)} sources",
-        }
-        for method, name in self.target_names.items():
-            result = self.manifest(name)["result"]
-            rows.append(
-                Row(
-                    titles[method],
-                    scores[name],
-                    result["parameters"]["trainable"],
-                    result["speed"]["seconds"],
-                    str(self.store / name),
-                )
-            )
-        return rows
-
-    def is_scored(self, runs: Path, name: str) -> bool:
-        """Whether the artifact as it stands was scored already."""
-        result, stored = runs / name / "result.json", self.stamp(name)
-        return stored is not None and result.is_file() and result.stat().st_mtime_ns > stored
-
-    def manifest(self, name: str) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads((self.store / name / "manifest.json").read_text())
-        return content
-
-    def test_score(self, runs: Path, name: str) -> float:
-        result = json.loads((runs / name / "result.json").read_text())
-        return float(result["metrics"]["test"]["accuracy"])
+        done(step, call(module, overrides, without=HIDDEN))
+    return evaluate(config)
 
 
 def announce(step: int, what: str) -> None:
-    say(f"\n[{step}/{STEPS}] {what}")
+    say(f"\n[{step}/5] {what}")
+
+
+def done(step: int, seconds: float) -> None:
+    say(f"[{step}/5] done in {seconds:.0f} s")
+
+
+def evaluate(config: DemoConfig) -> list[Row]:
+    """The test scores of the sources, without a label of the target, and of the methods."""
+    announce(5, f"Scores on the test split of {TARGET}")
+    runs = config.folder / "runs" / f"test-{config.labels}"
+    artifacts = [*SOURCES, *map(config.name, METHODS)]
+    overrides = [
+        "-m",
+        f"artifact={','.join(artifacts)}",
+        f"+task={TARGET}",
+        "split=test",
+        f"store={config.store}",
+        f"hydra.sweep.dir={runs}",
+        "hydra.sweep.subdir=${artifact}",
+    ]
+    call("fusion.evaluate", overrides, without=HIDDEN)
+
+    def score(name: str) -> float:
+        result = json.loads((runs / name / "result.json").read_text(encoding="utf-8"))
+        return float(result["metrics"]["test"]["accuracy"])
+
+    rows = [
+        Row(f"{name}, no {TARGET} label", score(name), artifact=str(config.store / name)) for name in SOURCES
+    ]
+    for method, (title, *_) in METHODS.items():
+        name = config.name(method)
+        result = stored(config.store, name)["result"]
+        trained = result["parameters"]["trainable"], result["speed"]["seconds"]
+        rows.append(Row(title, score(name), *trained, str(config.store / name)))
+    return rows
 
 
 def labels_of(split: str, limit: int | None = None) -> list[Any]:
-    """The target's labels of a split, as the commands see them under `data.limit.SPLIT=limit`.
+    """The target's labels of a split, as the commands read them with `data.limit.SPLIT=limit`.
 
     Raises:
-        UserError: the text is not cached and cannot be fetched, or has fewer rows than `limit`.
+        UserError: the text is not cached and cannot be fetched, or has fewer examples than `limit`.
     """
+    from omegaconf import OmegaConf
+
     from fusion.config.data import DataConfig, LimitConfig
     from fusion.config.task import TaskConfig
     from fusion.data.rows import load_rows
 
     file = OmegaConf.load(conf_folder() / "task" / f"{TARGET}.yaml")
-    task = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TaskConfig), file))
-    assert isinstance(task, TaskConfig)
-    task.name = TARGET
-    labels = load_rows(task, DataConfig(limit=LimitConfig(**{split: limit})), split).labels
+    task = OmegaConf.merge(OmegaConf.structured(TaskConfig), file, {"name": TARGET})
+    data = DataConfig(limit=LimitConfig(**{split: limit}))
+    labels = load_rows(OmegaConf.to_object(task), data, split).labels  # type: ignore[arg-type]
     assert labels is not None
     if limit is not None and len(labels) < limit:
-        raise UserError(
-            f"labels={limit}: {TARGET} has {len(labels)} rows of {split}; expected no more than that"
-        )
+        raise UserError(f"labels={limit}: {TARGET} has only {len(labels)} examples in {split}")
     return list(labels)
 
 
-def majority_score(seen: list[Any], asked: list[Any]) -> float:
-    """Accuracy of always saying what most of the rows to learn from are."""
-    majority = max(sorted(set(seen)), key=seen.count)
-    return asked.count(majority) / len(asked)
+def majority_score(train: list[Any], test: list[Any]) -> float:
+    """Test accuracy of the most frequent label of the training examples."""
+    majority = max(sorted(set(train)), key=train.count)
+    return test.count(majority) / len(test)
 
 
-def table(rows: list[Row]) -> str:
-    """The rows in aligned columns, for a terminal."""
-    cells = [("", "accuracy", "trainable", "seconds", "artifact")]
+def table(rows: list[Row]) -> list[list[str]]:
+    cells = [["method", "accuracy", "trainable", "seconds", "artifact"]]
     for row in rows:
         trainable = "" if row.trainable is None else f"{row.trainable:,}"
         seconds = "" if row.seconds is None else f"{row.seconds:.0f}"
-        cells.append((row.method, f"{row.score:.3f}", trainable, seconds, row.artifact or ""))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for method, *numbers, artifact in cells:
-        aligned = "  ".join(text.rjust(width) for text, width in zip(numbers, widths[1:], strict=False))
-        lines.append(f"{method.ljust(widths[0])}  {aligned}  {artifact}".rstrip())
-    return "\n".join(lines)
+        cells.append([row.method, f"{row.score:.3f}", trainable, seconds, row.artifact or ""])
+    return cells
 
 
 def verdict(rows: list[Row], test_rows: int) -> str:
-    """What won, by how much, and how much of that chance alone could make."""
-    ranked = sorted(rows, key=lambda row: row.score, reverse=True)
-    best, second = ranked[0], ranked[1]
-    by = best.score - second.score
-    noise = math.sqrt(sum(row.score * (1 - row.score) / test_rows for row in (best, second)))
-    if by == 0:
-        first = f"{best.method} and {second.method} come out level at {best.score:.3f}."
-    else:
-        first = (
-            f"{best.method} won: {best.score:.3f}, {by:.3f} ({round(by * test_rows)} of {test_rows} rows) "
-            f"ahead of {second.method}."
-        )
-    chance = "within" if by < 2 * noise else "beyond"
+    """The best method, its lead, and the standard error of the lead."""
+    best, second = sorted(rows, key=lambda row: row.score, reverse=True)[:2]
+    lead = best.score - second.score
+    noise = 2 * math.sqrt(sum(row.score * (1 - row.score) / test_rows for row in (best, second)))
     return (
-        f"{first[0].upper()}{first[1:]}\n"
-        f"That lead is {chance} two standard errors of a difference on so many rows ({2 * noise:.3f}), and one seed is "
-        "one seed."
+        f"Best: {best.method} with {best.score:.3f}, {lead:.3f} ({round(lead * test_rows)} of {test_rows} examples) "
+        f"above {second.method}.\nThis is {'within' if lead < noise else 'beyond'} two standard errors of the "
+        f"difference ({noise:.3f}), with a single seed."
     )
 
 
-def draw(rows: list[Row], title: str, path: Path) -> bool:
-    """The table's scores as bars; false where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(7.5, 3.4), layout="constrained")
-    axes = figure.add_subplot()
-    colours = ["#b8c4ce" if row.trainable is None else "#5b8db8" for row in rows[:-1]] + ["#d9772b"]
-    bars = axes.barh([row.method for row in rows], [row.score for row in rows], color=colours)
-    axes.bar_label(bars, fmt="%.3f", padding=3)
-    axes.invert_yaxis()
-    axes.set_xlim(0.5 if min(row.score for row in rows) > 0.55 else 0.0, 1.0)
-    axes.set_xlabel("accuracy on the test rows" + ("; the axis starts at 0.5" if axes.get_xlim()[0] else ""))
-    axes.set_title(title, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    return True
+def draw(rows: list[Row], title: str, path: Path) -> None:
+    """The scores of the table as PATH.png and PATH.svg."""
+    from fusion.reporting.figures import save, scores_figure
+
+    save(
+        scores_figure({title: {row.method: (row.method, [row.score]) for row in rows}}),
+        path.parent,
+        path.name,
+    )
 
 
-def main(arguments: list[str]) -> int:
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__, "Keys and what they are unless said: ", DemoConfig(), sep="\n")
-        return 0
+def work(config: DemoConfig) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        config = read_config(DemoConfig, arguments)
-        seen, asked = labels_of("train", config.labels), labels_of("test")
-        choosing = len(labels_of("validation")[: config.labels])
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    demo = Demo(config)
-    rows = [Row("majority class", majority_score(seen, asked)), *demo.run()]
-    results = demo.folder / f"labels-{config.labels}.json"
-    test_rows = len(asked)
-    content = {"config": asdict(config), "test_rows": test_rows, "rows": [asdict(row) for row in rows]}
-    (results).write_text(json.dumps(content, indent=2) + "\n")
-    title = f"{TARGET} with {config.labels} labels, seed {config.seed}"
-    picture = results.with_suffix(".png")
-    drawn = draw(rows, title, picture)
-
-    say(f"\n{title[0].upper()}{title[1:]}; {test_rows} test rows\n\n{table(rows)}\n")
-    say(verdict(rows, test_rows))
-    sources = sum(demo.manifest(name)["result"]["speed"]["seconds"] for name in SOURCES)
+    train, test = labels_of("train", config.labels), labels_of("test")
+    selecting = len(labels_of("validation")[: config.labels])
+    rows = [Row("majority class", majority_score(train, test)), *run(config)]
+    path = config.folder / f"labels-{config.labels}"
+    content = {"config": asdict(config), "test_rows": len(test), "rows": [asdict(row) for row in rows]}
+    write_json(path.with_suffix(".json"), content)
+    title = f"{TARGET} with {config.labels} labels, seed {config.seed}; {len(test)} test examples"
+    draw(rows, title, path)
+    say(f"\n{title}\n")
+    show_table(table(rows))
+    sources = sum(stored(config.store, name)["result"]["speed"]["seconds"] for name in SOURCES)
     say(
-        f"The sources took {sources:.0f} s of training, once for all targets. {choosing} further {TARGET} chose the "
-        "best epoch of each method.\n"
-        f"Results: {results}"
-        + (f", picture: {picture}" if drawn else " (no picture: matplotlib is not installed)")
-        + f"\nWhom the fusion listened to, word by word: python -m fusion.report runs={shlex.quote(str(demo.folder))}"
+        f"\n{verdict(rows, len(test))}\n"
+        f"The sources were trained in {sources:.0f} s, once for all targets. {selecting} other {TARGET} selected the best "
+        f"epoch of each method.\nResults: {path}.json, figure: {path}.png\n"
+        f"Source attention, token-level: python -m fusion.report runs={shlex.quote(str(config.folder))}"
     )
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run_workflow(DemoConfig, arguments, work)
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: main(sys.argv[1:])))
+    sys.exit(main())

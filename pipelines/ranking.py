@@ -1,128 +1,109 @@
-"""Does a ranking of sources foretell what training from each of them gives?
+"""How well a ranking of sources predicts the gain of training from each of them.
 
     python -m pipelines.ranking targets=[cb,mr] data_dir=../shared/data
 
-Trains an adapter a source; ranks all of them for each target (python -m fusion.rank); then finds out what each gives:
-for every seed, an adapter of the target alone, and one that goes on from the source's (stage 2 with that source and
-composition=continued), in the same number of steps. A source's gain is the mean over the seeds of the difference.
-The report holds each method's scores against the gains: Kendall's tau and Spearman's rho over the sources, and what
-its best three would have gained beside the mean and the best of all. What is stored already is not trained again.
+Trains one adapter per source and ranks them for each target (python -m fusion.rank). Then it measures the gain of
+each source: for every seed, an adapter of the target alone, and one that is initialized from the source's (stage 2
+with that source and composition=continued), for the same number of steps. The gain is the mean difference over the
+seeds. The report compares each method's scores with the gains: Kendall's tau and Spearman's rho over the sources, and
+the mean gain of the method's best three sources. What is stored already is not trained again.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from fusion.analysis.ranking.order import correlation, ranked
-from fusion.cli.console import columns
+from fusion.cli.console import show_table
+from fusion.config.fields import Settings
 from fusion.errors import UserError
-from fusion.runs.signals import exit_code
-from pipelines.commands import call, read_config, say
+from fusion.files import write_json
+from pipelines.commands import call, distinct, run_workflow, say, validation_scores
 
 MEAN = "mean rank"
+ROWS = ["data.limit.train=250", "data.limit.validation=500"]  # of the target
 
 
 @dataclass
-class RankingConfig:
-    sources: list[str] = field(
-        default_factory=lambda: ["sst2", "subj", "snli", "mrpc", "qqp", "cola", "rte", "qnli"]
-    )
-    targets: list[str] = field(default_factory=lambda: ["mr", "cb"])
-    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
+class RankingConfig(Settings):
+    sources: list[str] = distinct(["sst2", "subj", "snli", "mrpc", "qqp", "cola", "rte", "qnli"], at_least=2)
+    targets: list[str] = distinct(["mr", "cb"])
+    seeds: list[int] = distinct([1, 2, 3])
     backbone: str = "minilm"
     data_dir: str | None = None
     output: str = "outputs/ranking"
     source_overrides: list[str] = field(
+        default_factory=lambda: (
+            ["data.limit.train=1500", "data.limit.validation=500", "optim.lr=5e-4", "trainer.max_epochs=2"]
+        )
+    )
+    target_overrides: list[str] = field(  # alone, and initialized from a source
         default_factory=lambda: [
-            "data.limit.train=1500",
-            "data.limit.validation=500",
-            "optim.lr=5e-4",
-            "trainer.max_epochs=2",
+            *ROWS,
+            *("optim.lr=5e-4", "optim.patience=null"),
+            *("trainer.max_epochs=4", "trainer.check_val_every_n_epoch=2"),
         ]
     )
-    target_overrides: list[str] = field(  # of both: alone, and after a source
-        default_factory=lambda: [
-            "data.limit.train=250",
-            "data.limit.validation=500",
-            "optim.lr=5e-4",
-            "optim.patience=null",
-            "trainer.max_epochs=4",
-            "trainer.check_val_every_n_epoch=2",
-        ]
-    )
-    rank_overrides: list[str] = field(  # the target's rows as above
-        default_factory=lambda: ["data.limit.train=250", "data.limit.validation=500"]
-    )
+    rank_overrides: list[str] = field(default_factory=ROWS.copy)
 
     def __post_init__(self) -> None:
-        for key, least in (("sources", 2), ("targets", 1), ("seeds", 1)):
-            values = getattr(self, key)
-            if len(values) < least or len(set(values)) != len(values):
-                raise UserError(f"{key}={values}: expected at least {least}, each once")
+        super().__post_init__()
         if both := sorted(set(self.sources) & set(self.targets)):
-            raise UserError(
-                f"{', '.join(both)}: a target is ranked for, and no source of its own; leave it out of one"
-            )
+            raise UserError(f"{', '.join(both)}: is in sources and in targets; expected it in one of them")
 
 
 def train(config: RankingConfig) -> None:
-    """All that is trained and ranked, as the project's own commands; each skips what is there already."""
+    """All trainings and rankings, with the project's commands; what is there already is skipped."""
     runs = f"{config.output}/runs"
     place = [f"backbone={config.backbone}", f"store={config.output}/store"]
     if config.data_dir:
         place.append(f"data.dir={config.data_dir}")
-    shared = [*place, "logger=csv"]
-    names = ",".join(config.sources)
+    shared, names = [*place, "logger=csv"], ",".join(config.sources)
     say(f"\n[1] sources: {names}")
-    call(
-        "fusion.stage1",
-        ["-m", f"+task={names}", *shared, *config.source_overrides, f"hydra.sweep.dir={runs}/sources"],
-    )
+    folder = f"hydra.sweep.dir={runs}/sources"
+    call("fusion.stage1", ["-m", f"+task={names}", *shared, *config.source_overrides, folder])
     for target in config.targets:
-        say(f"\n[2] the ranking for {target}")
-        folder = ranking_folder(config, target)
-        if (folder / "result.json").is_file():
-            say(f"{folder} is there already")
+        say(f"\n[2] ranking for {target}")
+        ranked = ranking_folder(config, target)
+        if (ranked / "result.json").is_file():
+            say(f"already in {ranked}")
         else:
-            where = [f"sources=[{names}]", *config.rank_overrides, f"hydra.run.dir={folder}"]
-            call("fusion.rank", [f"+task={target}", *place, *where])
+            words = [f"sources=[{names}]", *config.rank_overrides, f"hydra.run.dir={ranked}"]
+            call("fusion.rank", [f"+task={target}", *place, *words])
         seeds = ",".join(map(str, config.seeds))
-        several = ["-m", f"+task={target}", f"seed={seeds}", *shared, *config.target_overrides]
-        say(f"\n[3] {target} alone, and after each source: seeds {seeds}")
-        alone = [f"name={target}-alone-seed-${{seed}}", f"hydra.sweep.dir={runs}/{target}-alone"]
-        call("fusion.stage1", [*several, *alone])
+        sweep = ["-m", f"+task={target}", f"seed={seeds}", *shared, *config.target_overrides]
+        say(f"\n[3] {target} alone, and initialized from each source: seeds {seeds}")
+        words = [f"name={target}-alone-seed-${{seed}}", f"hydra.sweep.dir={runs}/{target}-alone"]
+        call("fusion.stage1", [*sweep, *words])
         each = ",".join(f"[{source}]" for source in config.sources)
-        after = [
+        words = [
             f"name={target}-after-${{sources.0}}-seed-${{seed}}",
             f"hydra.sweep.dir={runs}/{target}-after",
         ]
-        call("fusion.stage2", [*several, "composition=continued", f"sources={each}", *after])
+        call("fusion.stage2", [*sweep, "composition=continued", f"sources={each}", *words])
 
 
 def ranking_folder(config: RankingConfig, target: str) -> Path:
     return Path(config.output) / "runs" / f"{target}-ranking"
 
 
-def score(config: RankingConfig, name: str) -> float:
-    """The first metric of the first validation split of a stored artifact."""
-    path = Path(config.output) / "store" / name / "manifest.json"
-    split = next(iter(json.loads(path.read_text(encoding="utf-8"))["metrics"].values()))
-    return float(next(iter(split.values())))
+def scores(config: RankingConfig, name: str) -> list[float]:
+    """The main metric of an artifact of each seed."""
+    store = Path(config.output) / "store"
+    each = [validation_scores(store, f"{name}-seed-{seed}") for seed in config.seeds]
+    return [next(iter(metrics.values())) for metrics in each]
 
 
 def gains(config: RankingConfig, target: str) -> dict[str, list[float]]:
-    """Of each source, a difference a seed: after it less alone."""
-    alone = [score(config, f"{target}-alone-seed-{seed}") for seed in config.seeds]
+    """By source, for each seed the score after it minus the score alone."""
+    alone = scores(config, f"{target}-alone")
     return {
-        source: [
-            score(config, f"{target}-after-{source}-seed-{seed}") - before
-            for seed, before in zip(config.seeds, alone, strict=True)
-        ]
+        source: [b - a for a, b in zip(alone, scores(config, f"{target}-after-{source}"), strict=True)]
         for source in config.sources
     }
 
@@ -130,38 +111,36 @@ def gains(config: RankingConfig, target: str) -> dict[str, list[float]]:
 def judge(
     ranking: dict[str, Any], gained: dict[str, float], top: int = 3
 ) -> dict[str, dict[str, float | None]]:
-    """Each method against the gains, and the mean rank.
+    """The agreement of each method, and of the mean rank, with the gains.
 
     Returns:
-        By method: kendall and spearman (None where one of the two does not differ), and top_gain, the mean gain of
-        its best `top` sources.
+        By method: kendall and spearman (None where the scores or the gains are all equal), and top_gain, the mean
+        gain of its best `top` sources.
     """
-    scores: dict[str, dict[str, float | None]] = {
-        method: {source["name"]: source["scores"][method] for source in ranking["sources"]}
-        for method in ranking["methods"]
-    }
-    # Higher is better, as of the methods.
-    scores[MEAN] = {
-        source["name"]: None if source["mean_rank"] is None else -source["mean_rank"]
-        for source in ranking["sources"]
-    }
+    scored = {m: {s["name"]: s["scores"][m] for s in ranking["sources"]} for m in ranking["methods"]}
+    scored[MEAN] = {
+        s["name"]: s["mean_rank"] and -s["mean_rank"] for s in ranking["sources"]
+    }  # higher is better
     found: dict[str, dict[str, float | None]] = {}
-    for method, of in scores.items():
+    for method, of in scored.items():
         names = [source for source in gained if of.get(source) is not None]
-        both = correlation([of[name] for name in names], [gained[name] for name in names])
-        best = sorted(names, key=lambda name: -float(of[name] or 0))[:top]
-        found[method] = both | {"top_gain": statistics.fmean(gained[name] for name in best) if best else None}
+        best = sorted(names, key=lambda name: -of[name])[:top]
+        found[method] = {
+            **correlation([of[name] for name in names], [gained[name] for name in names]),
+            "top_gain": fmean(gained[name] for name in best) if best else None,
+        }
     return found
 
 
 def report(config: RankingConfig) -> dict[str, Any]:
-    """A table of the sources and one of the methods for each target, printed and given back."""
+    """For each target the gains and the agreement of the methods with them, which are also printed."""
+    from fusion.reporting.wording import mean_of
+
     found: dict[str, Any] = {}
     for target in config.targets:
         ranking = json.loads((ranking_folder(config, target) / "result.json").read_text(encoding="utf-8"))
-        each = gains(config, target)
-        gained = {source: statistics.fmean(values) for source, values in each.items()}
-        alone = [score(config, f"{target}-alone-seed-{seed}") for seed in config.seeds]
+        each, alone = gains(config, target), scores(config, f"{target}-alone")
+        gained = {source: fmean(values) for source, values in each.items()}
         judged = judge(ranking, gained)
         found[target] = {
             "alone": alone,
@@ -171,79 +150,57 @@ def report(config: RankingConfig) -> dict[str, Any]:
             "agreement": ranking["agreement"],
             "ranking": ranking["sources"],
         }
-        say(
-            f"\n{target} alone: {_mean(alone)}; gain by seed of going on from a source, and its rank by each method"
-        )
-        say("\n".join(columns(_source_rows(ranking, each))))
-        say("")
-        rows = [["against the gain", "Kendall τ", "Spearman ρ", "gain of its best three", "seconds"]]
+        say(f"\n{target} alone: {mean_of(alone)}; gain from each source, and its rank by each method\n")
+        show_table(_source_rows(ranking, each))
+        rows = [["agreement with the gain", "Kendall τ", "Spearman ρ", "gain of its best three", "seconds"]]
         for method, values in judged.items():
-            took = cost(ranking["seconds"], method)
-            rows.append(
-                [
-                    method,
-                    _signed(values["kendall"], 2),
-                    _signed(values["spearman"], 2),
-                    _signed(values["top_gain"], 3),
-                    "-" if took is None else f"{took:.1f}",
-                ]
-            )
-        rows.append(["all sources", "", "", _signed(statistics.fmean(gained.values()), 3), ""])
-        rows.append(["the best source", "", "", _signed(max(gained.values()), 3), ""])
-        say("\n".join(columns(rows)))
+            correlations = [_cell(values[key], "+.2f") for key in ("kendall", "spearman")]
+            seconds = _cell(cost(ranking["seconds"], method), ".1f")
+            rows.append([method, *correlations, _cell(values["top_gain"], "+.3f"), seconds])
+        rows.append(["all sources", "", "", f"{fmean(gained.values()):+.3f}", ""])
+        rows.append(["the best source", "", "", f"{max(gained.values()):+.3f}", ""])
+        say("")
+        show_table(rows)
     return found
 
 
 def cost(seconds: dict[str, float], method: str) -> float | None:
-    """Seconds of a method alone, with the states that two methods share; None for the mean rank."""
+    """Seconds of one method alone, with the hidden states that it shares with others; None for the mean rank."""
     if method not in seconds:
         return None
     return seconds[method] + (seconds["states"] if method in ("logme", "probe") else 0.0)
 
 
 def _source_rows(ranking: dict[str, Any], each: dict[str, list[float]]) -> list[list[str]]:
+    from fusion.reporting.wording import mean_of
+
     by_name = {source["name"]: source for source in ranking["sources"]}
-    gained = [statistics.fmean(values) for values in each.values()]
+    gained = [fmean(values) for values in each.values()]
     place = {row["name"]: float(row["mean_rank"]) for row in ranked(list(each), {"gain": gained})}
     rows = [["source", "gain", "rank", *ranking["methods"], MEAN]]
     for source in sorted(each, key=place.__getitem__):
         own = by_name[source]
-        shown = [own["ranks"][method] for method in ranking["methods"]] + [own["mean_rank"]]
+        shown = [*(own["ranks"][method] for method in ranking["methods"]), own["mean_rank"]]
         rows.append(
-            [
-                source,
-                _mean(each[source], signed=True),
-                f"{place[source]:g}",
-                *("-" if rank is None else f"{rank:.3g}" for rank in shown),
-            ]
+            [source, mean_of(each[source]), f"{place[source]:g}", *(_cell(rank, ".3g") for rank in shown)]
         )
     return rows
 
 
-def _mean(values: list[float], signed: bool = False) -> str:
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{'+' if signed else ''}.3f}{deviation}"
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
 
 
-def _signed(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:+.{digits}f}"
-
-
-def main(arguments: list[str]) -> int:
-    try:
-        config = read_config(RankingConfig, arguments)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+def work(config: RankingConfig) -> None:
     train(config)
-    found = report(config)
     path = Path(config.output) / f"{'-'.join(config.targets)}.json"
-    path.write_text(
-        json.dumps({"config": asdict(config), "targets": found}, indent=2) + "\n", encoding="utf-8"
-    )
+    write_json(path, {"config": asdict(config), "targets": report(config)})
     say(f"Results: {path}")
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run_workflow(RankingConfig, arguments, work)
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: main(sys.argv[1:])))
+    sys.exit(main())

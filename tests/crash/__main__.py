@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fusion.errors import UserError
-from fusion.runs.signals import Terminated, exit_code
-from pipelines.commands import read_config, say
+from fusion.runs.signals import Terminated
+from pipelines.commands import run_workflow, say
 from tests.crash.trial import EQUAL, Outcome, Trial, summary, write_results
 from tests.crash.workload import KINDS
 from tests.fork_server import warm_python
@@ -46,12 +46,7 @@ class CrashConfig:
             raise UserError(f"kinds=[{','.join(unknown)}]: expected some of {', '.join(KINDS)}")
 
 
-def main(arguments: list[str]) -> int:
-    try:
-        config = read_config(CrashConfig, arguments)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+def work(config: CrashConfig) -> int:
     output = Path(config.output).absolute()
     outcomes: list[Outcome] = []
     code = 0
@@ -74,4 +69,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: main(sys.argv[1:])))
+    sys.exit(run_workflow(CrashConfig, None, work))

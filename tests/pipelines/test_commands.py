@@ -1,4 +1,4 @@
-"""Running the project's commands from a journey."""
+"""Running the project's commands from a workflow, and reading its settings."""
 
 from __future__ import annotations
 
@@ -6,30 +6,35 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from fusion.errors import UserError
+from pipelines import adapterdrop, demo, ranking, two_stage
 from pipelines.commands import ROOT, attempt, call, read_config
 
 
-def test_a_failed_command_ends_the_journey_with_its_exit_code(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        call("fusion.stage1", ["+task=nothing_like_it"])
-    assert ended.value.code == 2
-    out, err = capfd.readouterr()
-    assert out.startswith("$ python -m fusion.stage1 +task=nothing_like_it")
-    assert "exit code 2" in out and "nothing_like_it" in err
+@pytest.fixture
+def probe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A module that the commands below run."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return tmp_path / "probe.py"
 
 
-def test_a_failed_attempt_says_how_it_ended(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_refused_command(capfd: pytest.CaptureFixture[str]) -> None:
     outcome = attempt("fusion.stage1", ["+task=nothing_like_it"])
     assert outcome.code == 2 and outcome.seconds > 0
-    assert any("nothing_like_it" in line for line in outcome.errors)
     out, err = capfd.readouterr()
     assert out.startswith("$ python -m fusion.stage1 +task=nothing_like_it")
-    assert err.splitlines() == list(outcome.errors), "what it says is shown as well"
+    assert "nothing_like_it" in err and err.splitlines() == list(outcome.errors)
+
+
+def test_a_failed_command_exits_with_its_code(probe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    probe.write_text("import sys; sys.exit(3)")
+    with pytest.raises(SystemExit) as ended:
+        call("probe", [])
+    assert ended.value.code == 3 and "exit code 3" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -41,72 +46,105 @@ def test_a_failed_attempt_says_how_it_ended(capfd: pytest.CaptureFixture[str]) -
         ("signal.signal(signal.SIGINT, signal.SIG_DFL), os.kill(os.getpid(), signal.SIGINT)", 130),
     ],
 )
-def test_an_interrupted_attempt_ends_the_journey(
-    ends: str, code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "probe.py").write_text(f"import os, signal, sys, time; {ends}; time.sleep(60)")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+def test_an_interrupted_command_ends_the_workflow(ends: str, code: int, probe: Path) -> None:
+    probe.write_text(f"import os, signal, sys, time; {ends}; time.sleep(60)")
     with pytest.raises(SystemExit) as ended:
         attempt("probe", [])
     assert ended.value.code == code
 
 
-def test_an_attempt_succeeds_or_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "probe.py").write_text(
-        "import os, sys\nfor line in range(50): print(line, file=sys.stderr)\n"
+def test_the_last_errors_are_kept_also_of_a_killed_command(probe: Path) -> None:
+    probe.write_text(
+        "import os, sys\nfor line in range(50): print(line, file=sys.stderr, flush=True)\n"
         "if sys.argv[1:]: os.kill(os.getpid(), 9)\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    outcome = attempt("probe", [])
-    assert outcome.code == 0 and outcome.errors == tuple(str(line) for line in range(30, 50))
-    assert attempt("probe", ["now"]).code == -9, "no interrupt: the next command may do better"
+    last = tuple(str(line) for line in range(30, 50))
+    assert [(o.code, o.errors) for o in (attempt("probe", []), attempt("probe", ["x"]))] == [
+        (0, last),
+        (-9, last),
+    ]
 
 
-def test_a_variable_can_be_hidden_and_the_seconds_are_those_of_the_command(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_the_environment_and_the_seconds_of_a_command(
+    probe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "probe.py").write_text(
-        "import os, sys, time; time.sleep(0.3); sys.exit('HIDE' in os.environ)"
+    probe.write_text(
+        "import os, time; time.sleep(0.3); print(os.environ['FUSION_NEXT'], 'HIDDEN' in os.environ)"
     )
-    monkeypatch.setenv("HIDE", "1")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(SystemExit):
-        call("probe", [])
-    assert 0.3 <= call("probe", [], without=("HIDE",)) < 30
+    monkeypatch.setenv("HIDDEN", "1")
+    assert 0.3 <= call("probe", [], without=["HIDDEN"]) < 30
+    assert "0 False" in capfd.readouterr().out
 
 
-def test_a_terminated_journey_terminates_its_command(tmp_path: Path) -> None:
+@pytest.mark.parametrize("function", ["call", "attempt"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_workflow_and_its_command(
+    function: str, number: signal.Signals, code: int, tmp_path: Path
+) -> None:
     (tmp_path / "probe.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
-    code = "from pipelines.commands import call; call('probe', [])"
+    script = (
+        "import sys; from fusion.runs.signals import exit_code; from pipelines import commands; "
+        f"sys.exit(exit_code(lambda: commands.{function}('probe', [])))"
+    )
     path = os.pathsep.join([str(ROOT), str(tmp_path)])
     process = subprocess.Popen(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline().startswith("$ python -m probe")
     child = int(process.stdout.readline())
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143
-    for _ in range(50):
-        if not Path(f"/proc/{child}").exists():
-            return
-        time.sleep(0.1)
-    pytest.fail("the command outlived the journey")
+    process.send_signal(number)
+    assert process.wait(30) == code
+    assert not Path(f"/proc/{child}").exists()
 
 
-def test_help_says_what_a_journey_does_and_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
-    from pipelines.two_stage import TwoStageConfig
-
-    with pytest.raises(SystemExit) as ended:
-        read_config(TwoStageConfig, ["--help"])
-    said = capsys.readouterr().out
-    assert ended.value.code == 0 and "single adapter, over seeds" in said and "backbone: minilm" in said
-
-
-def test_a_command_of_a_journey_does_not_say_what_comes_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (demo, ["lables=3"]),
+        (demo, ["labels=0"]),
+        (demo, ["labels=many"]),
+        (demo, ["labels=3", "labels=4"]),
+        (demo, ["seed=-1"]),
+        (demo, ["labels"]),
+        (adapterdrop, ["rows=0"]),
+        (adapterdrop, ["tasks=[cb,cb]"]),
+        (two_stage, ["seeds=[]"]),
+        (two_stage, ["targets=[cb,cb]"]),
+        (two_stage, ["sedes=[1]"]),
+        (ranking, ["seeds=[]"]),
+        (ranking, ["sources=[snli]"]),
+        (ranking, ["targets=[cb,cb]"]),
+        (ranking, ["targets=[snli]"]),
+        (ranking, ["target=[cb]"]),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_refused(
+    module: object, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "probe.py").write_text("import os; print('next', os.environ['FUSION_NEXT'])")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    call("probe", [])
-    assert "next 0" in capfd.readouterr().out
+    assert module.main(words) == 2  # type: ignore[attr-defined]
+    word = words[0] if words[0] != "targets=[snli]" else "snli"
+    assert word.partition("=")[0] in capsys.readouterr().err
+
+
+def test_settings_are_read() -> None:
+    assert read_config(demo.DemoConfig, ["labels=300", "seed=1"]) == demo.DemoConfig(labels=300, seed=1)
+    config = read_config(two_stage.TwoStageConfig, ["targets=[cb,rte]", "data_dir=null"])
+    assert (config.targets, config.data_dir, config.seeds) == (["cb", "rte"], None, [1, 2, 3, 4, 5])
+    with pytest.raises(UserError, match="seeds"):
+        read_config(two_stage.TwoStageConfig, ["seeds=[a]"])
+
+
+@pytest.mark.parametrize(
+    "module", [demo, adapterdrop, two_stage, ranking], ids=lambda module: module.__name__
+)
+def test_help_has_the_description_and_the_defaults(
+    module: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert module.main(["--help"]) == 0  # type: ignore[attr-defined]
+    shown = capsys.readouterr().out
+    assert str(module.__doc__) in shown and "\noutput: outputs/" in shown

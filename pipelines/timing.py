@@ -1,0 +1,70 @@
+"""Time models by turns on the same batches, so that other work on the machine affects all of them alike."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fusion.errors import UserError
+
+if TYPE_CHECKING:
+    from fusion.config.data import DataConfig
+    from fusion.config.task import TaskConfig
+    from fusion.data.encode import EncodedRows
+    from fusion.store.manifest import Manifest
+
+MIN_ROUNDS = 3
+
+
+def rounds(
+    runs: Mapping[str, Callable[[Any], object]],
+    batches: Sequence[Any],
+    most: int,
+    budget: float = math.inf,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each run in each round, after a warm-up. A round takes the next batch; the first run alternates.
+
+    Args:
+        most: number of rounds.
+        budget: seconds after which no round starts, once there are MIN_ROUNDS.
+    """
+    names = list(runs)
+    for run in runs.values():
+        run(batches[0])
+    start = clock()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(most):
+        if number >= MIN_ROUNDS and clock() - start >= budget:
+            break
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            started = clock()
+            runs[name](batches[number % len(batches)])
+            seconds[name].append(clock() - started)
+    return seconds
+
+
+def validation_rows(
+    manifest: Manifest, target: str, data: DataConfig, tokenizer: Any
+) -> tuple[TaskConfig, str, EncodedRows]:
+    """A task of an artifact, the name of its first validation split, and the encoded rows of it.
+
+    Raises:
+        UserError: the artifact was not trained on the target, or the rows cannot be read.
+    """
+    from fusion.data.encode import encode
+    from fusion.data.rows import load_rows
+    from fusion.data.splits import evaluation_splits
+    from fusion.store.trained_data import as_trained
+
+    tasks = {task.name: task for task in manifest.tasks}
+    if target not in tasks:
+        raise UserError(f"{manifest.name} was not trained on {target}, but on {', '.join(map(str, tasks))}")
+    task = tasks[target].as_config(manifest.name)
+    data = as_trained(manifest, data, target)
+    split = evaluation_splits(task, "validation", data)[0]
+    rows = load_rows(task, data, split)
+    return task, split, encode(rows, tokenizer, manifest.data.max_length, data.cache_dir)
