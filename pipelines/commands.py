@@ -64,7 +64,8 @@ def read_config(schema: type[Config], words: Sequence[str]) -> Config:
         UserError: an unknown key, or a value of the wrong type or out of range.
     """
     keys = {f.name: hydra_value(default_of(f)) for f in fields(schema)}  # type: ignore[arg-type]
-    _, values = read_arguments(words, keys, (0, 0), "KEY=VALUE")
+    last = {word.partition("=")[0]: word for word in words}  # of a repeated key the last one counts
+    _, values = read_arguments(list(last.values()), keys, (0, 0), "KEY=VALUE")
     given = OmegaConf.from_dotlist([f"{key}={value}" for key, value in values.items()])
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))

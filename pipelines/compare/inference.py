@@ -7,7 +7,6 @@ of one round, so that what the machine does besides falls on both. The frozen te
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
 import statistics
@@ -19,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
+from fusion.files import write_json
 from fusion.runs.run import describe
-from fusion.runs.signals import exit_code
-from pipelines.commands import read_config, say
+from pipelines.commands import run_workflow, say
 from pipelines.compare.config import tasks
 
 WARMUPS = 1
@@ -224,23 +223,21 @@ def task_of(name: str) -> Any:
     return task
 
 
-def main(arguments: list[str]) -> int:
+def work(config: TimingConfig) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        config = read_config(TimingConfig, arguments)
-        measured = measure(config)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    Path(config.result).write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+    measured = measure(config)
+    write_json(Path(config.result), measured)
     timed = [entry["ratio"] for entry in measured["artifacts"].values() if "ratio" in entry]
     say(
         f"timed {len(timed)} of {len(measured['artifacts'])}, {measured['rounds']} rounds; the bare backbone takes "
-        f"{measured['bare_seconds'] * 1000:.0f} ms a batch"
+        f"{measured['bare_seconds'] * 1000:.0f} ms per batch"
     )
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run_workflow(TimingConfig, arguments, work)
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: main(sys.argv[1:])))
+    sys.exit(main())

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.compare.rows import ALONE, COMBINED, MULTITASK
+from pipelines.compare.rows import COMPOSITIONS, MULTITASK, SINGLE
 from pipelines.compare.scores import RowResult
 
-COLOURS = {ALONE: "#5b8db8", MULTITASK: "#6a9955", COMBINED: "#d9772b"}
+COLOURS = {SINGLE: "#5b8db8", MULTITASK: "#6a9955", COMPOSITIONS: "#d9772b"}
 # Where a label may stand, in points from its point: near places first.
 PLACES = [
     (dx * side, dy)

@@ -68,5 +68,9 @@ def work(config: CrashConfig) -> int:
     return code or int(any(outcome.outcome != EQUAL for outcome in outcomes))
 
 
+def main(arguments: list[str] | None = None) -> int:
+    return run_workflow(CrashConfig, arguments, work)
+
+
 if __name__ == "__main__":
-    sys.exit(run_workflow(CrashConfig, None, work))
+    sys.exit(main())

@@ -30,7 +30,7 @@ from pipelines.compare.inference import TimingConfig, ratios, rounds, share_tens
 from pipelines.compare.journey import Journey, last_words, one_line
 from pipelines.compare.picture import draw, label_box, plot
 from pipelines.compare.plan import row_training, source_trainings
-from pipelines.compare.rows import ALONE, COMBINED, GROUPS, IDS, MULTITASK, ROWS, Row, chosen
+from pipelines.compare.rows import COMPOSITIONS, GROUPS, IDS, MULTITASK, ROWS, SINGLE, Row, chosen
 from pipelines.compare.scores import RowResult, row_result, target_scores
 from pipelines.compare.table import bytes_text, notes, score_text, terminal_table
 from tests.bench import LABELS, write_task
@@ -722,12 +722,14 @@ def result(id: str, group: str, *scores: float, **changes: Any) -> RowResult:
 
 def test_the_table_is_grouped_and_aligned() -> None:
     rows = [
-        result("head", ALONE, 0.61, 0.65, trainable=1155, stored_bytes=4772),
-        result("pruned", COMBINED, 0.7, 0.7, rate=None, trainable=0, seconds_per_step=None, inference=None),
+        result("head", SINGLE, 0.61, 0.65, trainable=1155, stored_bytes=4772),
+        result(
+            "pruned", COMPOSITIONS, 0.7, 0.7, rate=None, trainable=0, seconds_per_step=None, inference=None
+        ),
     ]
     lines = terminal_table(rows).splitlines()
     assert lines[0].split() == ["accuracy", "macro_f1", "rate", "trained", "stored", "s/step", "inference"]
-    assert [lines[1], lines[3]] == [ALONE, COMBINED], "a group without rows has no heading"
+    assert [lines[1], lines[3]] == [SINGLE, COMPOSITIONS], "a group without rows has no heading"
     assert re.split(r" {2,}", lines[2].strip()) == [
         "head", "0.630 ± 0.028", "0.500 ± 0.000", "0.0005", "1,155", "4.8 kB", "0.500", "1.10×",
     ]  # fmt: skip
@@ -747,8 +749,8 @@ def test_numbers_for_a_reader() -> None:
 def test_the_notes_say_what_the_scores_are_worth() -> None:
     grid = {"5e-05": {"accuracy": 0.5}, "0.005": {"accuracy": 0.6}}
     rows = [
-        result("head", ALONE, 0.6, rate=0.005, grid=grid),
-        result("lora", ALONE, 0.6, rate=5e-4, grid=grid),
+        result("head", SINGLE, 0.6, rate=0.005, grid=grid),
+        result("lora", SINGLE, 0.6, rate=5e-4, grid=grid),
     ]
     compared = journey.Compared(rows=rows, notes=["Mind the gap."])
     said = " ".join(notes(settings_of(), compared))
@@ -796,7 +798,7 @@ def test_the_picture_is_drawn_and_its_labels_keep_apart(tmp_path: Path) -> None:
     assert {text.get_text() for text in axes.texts} == {row.id for row in rows}
     boxes = [label_box(text) for text in axes.texts]
     assert not any(one.overlaps(two) for one, two in itertools.combinations(boxes, 2))
-    nothing = [result("pruned", COMBINED, 0.5, trainable=0)]
+    nothing = [result("pruned", COMPOSITIONS, 0.5, trainable=0)]
     assert not draw(nothing, "cb", tmp_path / "none.png") and not (tmp_path / "none.png").exists()
 
 
@@ -895,7 +897,7 @@ def test_a_small_comparison_for_real(
         return Outcome(ended.value.code, 0.1, tuple(said.err.splitlines()))
 
     monkeypatch.setattr(journey, "attempt", attempt)
-    broken = Row("broken", "a method that there is not", ALONE, "method=nothing_like_it")
+    broken = Row("broken", "a method that there is not", SINGLE, "method=nothing_like_it")
     monkeypatch.setattr(settings_module, "chosen", lambda ids: [broken, *chosen(ids)])
     words = [
         "+task=films", "sources=[books,films]", "methods=[head,pfeiffer,adapterfusion,static]",
