@@ -69,11 +69,11 @@ def train(config: RankingConfig) -> None:
     call("fusion.stage1", ["-m", f"+task={names}", *shared, *config.source_overrides, folder])
     for target in config.targets:
         say(f"\n[2] ranking for {target}")
-        ranked = ranking_folder(config, target)
-        if (ranked / "result.json").is_file():
-            say(f"already in {ranked}")
+        ranking = ranking_folder(config, target)
+        if (ranking / "result.json").is_file():
+            say(f"already in {ranking}")
         else:
-            words = [f"sources=[{names}]", *config.rank_overrides, f"hydra.run.dir={ranked}"]
+            words = [f"sources=[{names}]", *config.rank_overrides, f"hydra.run.dir={ranking}"]
             call("fusion.rank", [f"+task={target}", *place, *words])
         seeds = ",".join(map(str, config.seeds))
         sweep = ["-m", f"+task={target}", f"seed={seeds}", *shared, *config.target_overrides]
