@@ -95,10 +95,10 @@ def load_backbone(
             text = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"{what}: cannot be loaded ({text[:200]})\n{FIX}") from error
 
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
-
     def read_config(local: bool) -> PretrainedConfig:
-        return AutoConfig.from_pretrained(source, local_files_only=local, **options)
+        return AutoConfig.from_pretrained(
+            source, revision=revision, local_files_only=local, trust_remote_code=trust_remote_code
+        )
 
     def read_model(local: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
         loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModel.from_pretrained(
@@ -107,7 +107,8 @@ def load_backbone(
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # `check_complete` refuses them by name
-            **options,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
             **family.model_options,
         )
         return loaded

@@ -112,7 +112,7 @@ def _read(folder: Path, found: Found) -> None:
             return
         result = read_json(folder / RESULT)
         text = (folder / CONFIG).read_text(encoding="utf-8")
-        config = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        config = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text).get_single_data()
         if not isinstance(config, dict):
             raise ValueError(f"{CONFIG} is not a mapping")
         if str(result.get("name")).endswith(DEBUG):

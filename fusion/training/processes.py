@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import pickle
 import signal
 import socket
 import subprocess
@@ -23,13 +22,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fusion.config.training import TrainerConfig
 from fusion.errors import TrainingError, UserError
-from fusion.files import write_atomic
+from fusion.files import read_json, write_json
 from fusion.runs import signals
 from fusion.runs.run import Run, RunLog, caused_by_interrupt, describe
 
@@ -43,6 +42,12 @@ PATIENCE = 30.0  # seconds for rank zero to end after an interrupt, and for the 
 
 class RankError(TrainingError):
     """A rank of a DDP job failed; the others were stopped."""
+
+
+_ERRORS: dict[str, type[BaseException]] = {
+    error.__name__: error
+    for error in (UserError, TrainingError, RankError, KeyboardInterrupt, signals.Terminated)
+}
 
 
 # --- in the process that starts the ranks ---------------------------------------------------------
@@ -102,7 +107,7 @@ def launch(program: list[str], config: dict[str, Any], run: Run, ranks: int) -> 
     with tempfile.TemporaryDirectory(prefix="fusion-ranks-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         try:
-            (folder / "job").write_bytes(pickle.dumps((config, run, os.getpid())))
+            write_json(folder / "job", {"config": config, "run": asdict(run), "parent": os.getpid()})
             for rank in range(ranks):
                 started.append(_start(program, folder, run.directory, rank, ranks, port))
             failed = _wait(started)
@@ -118,21 +123,20 @@ def launch(program: list[str], config: dict[str, Any], run: Run, ranks: int) -> 
             raise
         finally:
             _kill(started)
-        outcomes = {  # time, result or error, traceback
-            rank: pickle.loads(file.read_bytes())
-            for rank in range(ranks)
-            if (file := folder / f"outcome{rank}").exists()
+        outcomes = {
+            rank: outcome for rank in range(ranks) if (outcome := read_json(folder / f"outcome{rank}"))
         }
     if not failed:
         if 0 not in outcomes:
             raise RankError(f"rank 0 ended without a result: see {run.directory / 'run.log'}")
-        result: dict[str, Any] = outcomes[0][1]
+        result: dict[str, Any] = outcomes[0]["result"]
         return result
     # The others mostly lost their connection to the first.
-    first = min(failed, key=lambda rank: outcomes[rank][0] if rank in outcomes else failed[rank])
+    first = min(failed, key=lambda rank: outcomes[rank]["time"] if rank in outcomes else failed[rank])
     if first in outcomes:
-        _, failure, trace = outcomes[first]
-        raise failure from (RuntimeError(trace) if trace else None)
+        outcome = outcomes[first]
+        cause = RuntimeError(outcome["trace"]) if outcome["trace"] else None
+        raise _ERRORS[outcome["error"]](*outcome["args"]) from cause
     code = started[first].returncode
     if code == -signal.SIGKILL:
         raise RankError(
@@ -252,7 +256,9 @@ def job_of_this_rank() -> RankJob | None:
     if variable is None:
         return None
     folder, rank = Path(variable), int(os.environ["LOCAL_RANK"])
-    config, run, parent = pickle.loads((folder / "job").read_bytes())
+    job = read_json(folder / "job")
+    values, parent = job["run"], job["parent"]
+    run = Run(**(values | {"directory": Path(values["directory"]), "overrides": tuple(values["overrides"])}))
     first = rank == 0 and os.environ.get("NODE_RANK", "0") == "0"
     run = replace(run, rank_zero=run.rank_zero and first)
     if rank == 0:
@@ -264,15 +270,16 @@ def job_of_this_rank() -> RankJob | None:
     (folder / f"started{rank}").touch()
     threading.Thread(target=_die_with, args=(parent,), daemon=True, name="parent-watch").start()
     _set_up_logging(run, rank)
-    return RankJob(rank, config, run, folder)
+    return RankJob(rank, job["config"], run, folder)
 
 
 def run_rank(job: RankJob, work: Callable[[], dict[str, Any]]) -> int:
     """Do a rank's work, write its outcome for the launcher and return the exit code."""
-    outcome: Any
+    result: dict[str, Any] = {}
+    outcome: BaseException | None = None
     code, trace = 0, ""
     try:
-        outcome = work()
+        result = work()
     except UserError as error:
         outcome, code = UserError(str(error)), 2
     except BaseException as error:
@@ -287,9 +294,15 @@ def run_rank(job: RankJob, work: Callable[[], dict[str, Any]]) -> int:
             code, trace = 1, traceback.format_exc()
             if job.rank:
                 traceback.print_exc()  # to this rank's own log
-    content = pickle.dumps((time.monotonic(), outcome, trace))
+    content = {
+        "time": time.monotonic(),
+        "result": result,
+        "error": None if outcome is None else type(outcome).__name__,
+        "args": [] if outcome is None else list(outcome.args),
+        "trace": trace,
+    }
     try:
-        write_atomic(job.folder / f"outcome{job.rank}", content)
+        write_json(job.folder / f"outcome{job.rank}", content)
     except OSError as error:
         log.warning("%s: cannot be written (%s)", job.folder, error.strerror or error)
     return code
