@@ -92,7 +92,7 @@ def test_kinds_and_sources_differ(say: Say) -> None:
     assert {"data train", "data validation", "composition.name"} <= settings.keys()
 
 
-def test_a_run_is_what_it_stored(trained: Bench, say: Say) -> None:
+def test_a_run_is_compared_by_its_artifact(trained: Bench, say: Say) -> None:
     run = str(trained.folder / "run of slow")
     code, out, err = say(run, "slow")
     assert (code, err) == (0, "") and out.startswith("no setting differs\n")
@@ -100,7 +100,7 @@ def test_a_run_is_what_it_stored(trained: Bench, say: Say) -> None:
     assert tables(say("films", run)[1])[0].keys() == {"optim.lr", "weights"}
 
 
-def test_a_run_whose_artifact_is_gone_is_compared_by_its_settings(
+def test_a_run_without_its_artifact_is_compared_by_its_settings(
     trained: Bench, tmp_path: Path, say: Say
 ) -> None:
     run = tmp_path / "run"
@@ -124,7 +124,7 @@ def test_a_run_that_failed_has_settings_and_no_scores(trained: Bench, tmp_path: 
     assert costs["status"] == ["-", "failed"]
 
 
-def test_two_seeds_of_one_setting_are_named_as_such(
+def test_two_seeds_of_one_setting_are_identified(
     trained: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whatever they are named; another setting of a source is one that differs."""
@@ -159,7 +159,7 @@ def test_two_seeds_of_one_setting_are_named_as_such(
     }
 
 
-def test_what_older_stores_did_not_know_is_no_difference(trained: Bench) -> None:
+def test_settings_unknown_to_older_stores_are_no_difference(trained: Bench) -> None:
     side = read_side("films", trained.folder / "store")
     older = dataclasses.replace(
         side, settings={**side.settings, "adapter.drop": None, "adapter.shared": False}
@@ -236,7 +236,7 @@ def test_a_damaged_artifact(trained: Bench, tmp_path: Path, say: Say) -> None:
     assert (code, out) == (2, "") and "is not JSON" in err and len(err.splitlines()) == 1
 
 
-def test_control_characters_stay_in_the_file(trained: Bench, tmp_path: Path, say: Say) -> None:
+def test_control_characters_are_not_printed(trained: Bench, tmp_path: Path, say: Say) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained.folder / "run of slow", run)
     (run / "status.json").write_text('{"status": "do\\u001b[31mne", "name": "sl\\u001bow"}')
@@ -248,7 +248,7 @@ def test_differences() -> None:
     assert (difference(0.5, 0.25), difference(None, 0.5), difference(True, 1)) == ("-0.2500", "-", "-")
 
 
-def test_help_is_light() -> None:
+def test_help_imports_no_heavy_modules() -> None:
     code = (
         "import sys; from fusion.compare import main; main(['--help'])\n"
         "print([m for m in ('torch', 'hydra', 'numpy', 'wandb', 'transformers', 'rich') if m in sys.modules])"

@@ -151,7 +151,7 @@ def test_trains_with_a_target_adapter_and_predicts(
             assert sum(seen.values()) == pytest.approx(1, abs=1e-5)
 
 
-def test_shapes_and_what_moved(ragged: Bench) -> None:
+def test_shapes_and_trained_parameters(ragged: Bench) -> None:
     still = trainer_config()
     for name, shapes in {
         "scalearn": [(3, 32), (3, 32), (2, 32)],
@@ -217,7 +217,7 @@ def test_an_average_is_the_mean_of_the_weights_and_only_the_head_trains(alike: B
     assert set(alike.predict("plays-average", [{"text": "good"}])[0]) == {"label", "scores"}
 
 
-def test_an_average_trains_further_where_that_is_asked_for(alike: Bench) -> None:
+def test_an_average_can_be_fine_tuned(alike: Bench) -> None:
     result = composed(alike, "plays", "average", ["films", "books"], train=True, name="on")
     assert set(alike.weights("on")) == in_slots(*ADAPTER)
     means = [(alike.weights("films")[key] + alike.weights("books")[key]) / 2 for key in alike.weights("on")]
@@ -238,7 +238,7 @@ def test_the_average_of_one_source_is_that_source(alike: Bench) -> None:
         torch.testing.assert_close(alone(IDS, MASK), single(IDS, MASK), rtol=0, atol=1e-5)
 
 
-def test_weights_of_several_shapes_have_no_average(alike: Bench, ragged: Bench) -> None:
+def test_weights_of_different_shapes_cannot_be_averaged(alike: Bench, ragged: Bench) -> None:
     with pytest.raises(
         UserError,
         match=r"plays differs from films: adapter\.bottleneck_sizes .*:4.*, expected .*:3.*[\s\S]*=mean",
@@ -345,7 +345,7 @@ def test_a_pruned_fusion_is_the_stored_one_with_its_most_attended_sources(ragged
         assert [n for n, name in enumerate(NAMES) if seen[name] > 0] == kept[f"{layer}.feedforward"]
 
 
-def test_without_one_source_is_that_source_masked(ragged: Bench) -> None:
+def test_removing_one_source_equals_masking_it(ragged: Bench) -> None:
     """Where the same source is dropped in all slots, masking it does the same."""
     store = ragged.folder / "store"
     whole = stored_model(load("films-adapterfusion", store), store, load_backbone(str(ragged.backbone)))
@@ -368,7 +368,7 @@ def test_without_one_source_is_that_source_masked(ragged: Bench) -> None:
     torch.testing.assert_close(found, masked, rtol=0, atol=1e-5)
 
 
-def test_a_pruned_fusion_trains_further_where_that_is_asked_for(ragged: Bench) -> None:
+def test_a_pruned_fusion_can_be_fine_tuned(ragged: Bench) -> None:
     result = prune(ragged, "further", 1, train=True, task="plays")
     assert result["epochs"] == 2 and result["parameters"]["trainable"] > 0
     assert ragged.weights("further").keys() == ragged.weights("films-adapterfusion").keys()
@@ -393,7 +393,7 @@ def test_a_pruned_fusion_keeps_the_settings_of_its_fusion(ragged: Bench) -> None
     check_reproduced(ragged, "special-two", result)
 
 
-def test_another_fusion_of_that_name_makes_another_pruned_one(ragged: Bench) -> None:
+def test_a_replaced_fusion_changes_the_identity_of_its_pruned_one(ragged: Bench) -> None:
     composed(ragged, "films", "adapterfusion", name="moving")
     first = prune(ragged, "of-moving", 1, fusion="moving")
     assert prune(ragged, "of-moving", 1, fusion="moving") == first  # done already
@@ -434,9 +434,7 @@ def test_another_fusion_of_that_name_makes_another_pruned_one(ragged: Bench) -> 
         ({"head": HeadConfig(layers=2)}, r"head: composition=pruned takes"),
     ],
 )
-def test_what_cannot_be_pruned_is_refused_in_one_line(
-    ragged: Bench, changes: dict[str, Any], message: str
-) -> None:
+def test_invalid_pruning_is_refused_in_one_line(ragged: Bench, changes: dict[str, Any], message: str) -> None:
     if changes.get("fusion") == "by-mean":
         composed(ragged, "films", "mean", name="by-mean")
     with pytest.raises(UserError, match=message) as error:
@@ -496,19 +494,19 @@ def test_choices_and_regressions_continue_training_and_are_pruned(ragged: Bench,
         ({"name": "scalern"}, "expected one of adapterfusion, sequence"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused_in_one_line(settings: dict[str, Any], message: str) -> None:
+def test_settings_without_effect_are_refused_in_one_line(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         CompositionConfig(**settings)
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_sources_are_left_out_for_a_pruned_fusion_only(ragged: Bench) -> None:
+def test_sources_are_excluded_for_a_pruned_fusion_only(ragged: Bench) -> None:
     with pytest.raises(UserError, match="sources is empty"):
         Stage2Config(task=ragged.tasks["films"])
     Stage2Config(task=ragged.tasks["films"], composition=CompositionConfig("pruned", fusion="x", keep=1))
 
 
-def test_what_came_later_is_in_a_manifest_only_where_it_says_something() -> None:
+def test_newer_settings_are_in_a_manifest_only_if_they_are_set() -> None:
     first = {"name", "value_matrix", "temperature", "dropout", "value_penalty", "layers"}
     assert set(CompositionConfig().as_stored()) == first
     assert set(CompositionConfig(rank=4, target_adapter=True).as_stored()) == first | {
@@ -520,7 +518,7 @@ def test_what_came_later_is_in_a_manifest_only_where_it_says_something() -> None
     assert {"fusion", "keep"} < set(TRAINING_ONLY) and "kept" not in TRAINING_ONLY
 
 
-def test_a_manifest_of_an_earlier_version_is_read_and_its_hash_stays(ragged: Bench) -> None:
+def test_a_manifest_of_an_earlier_version_is_read_and_keeps_its_hash(ragged: Bench) -> None:
     manifest = load("films-adapterfusion", ragged.folder / "store").manifest
     assert manifest.content["composition"] == {
         "name": "adapterfusion",
@@ -580,7 +578,7 @@ def test_a_resumed_run_uses_the_stored_selection(
     assert best == [[0.1, 0.9]]  # the second one is not used
 
 
-def test_a_source_of_another_store_is_copied_beside_the_fusion(bench: Bench) -> None:
+def test_a_source_of_another_store_is_copied_to_the_store_of_the_fusion(bench: Bench) -> None:
     bench.stage1("films")
     path = str(bench.folder / "store" / "films")
     another = bench.folder / "another"

@@ -72,7 +72,7 @@ def test_stage_1(go: Go, place: Path, name: str) -> None:
         assert "run_training_batch" in table.read_text()
 
 
-def test_again_it_runs_again_and_beside_the_real_one(go: Go, place: Path) -> None:
+def test_a_debug_run_is_repeated_and_separate_from_the_real_run(go: Go, place: Path) -> None:
     real = ["+task=films", "trainer.max_epochs=1", "logger=none"]
     assert go("stage1", *real)["code"] == 0
     before = read_manifest("films", place / "outputs" / "store")
@@ -86,7 +86,7 @@ def test_again_it_runs_again_and_beside_the_real_one(go: Go, place: Path) -> Non
     assert set(debugged.bottleneck_sizes.values()) == {6}
 
 
-def test_a_name_that_was_said_is_marked_too(go: Go, place: Path) -> None:
+def test_an_explicit_name_is_marked_as_debug(go: Go, place: Path) -> None:
     assert go("stage1", "+task=films", "debug=limit", "name=mine", "store=named")["code"] == 0
     assert go("stage1", "+task=films", "debug=limit", "name=mine-debug", "store=named")["code"] == 0
     assert set(names(place / "named")) == {"mine-debug"}
@@ -117,6 +117,6 @@ def test_a_model_that_learns_overfits(go: Go, place: Path) -> None:
     assert len(losses) == 400 and losses[-1] < 0.05 < losses[0]
 
 
-def test_an_unknown_one_is_named(go: Go) -> None:
+def test_an_unknown_preset_is_named(go: Go) -> None:
     left = go("stage1", "+task=films", "debug=overfitt")
     assert left["code"] == 2 and "unknown debug 'overfitt': did you mean overfit?" in left["err"]

@@ -47,7 +47,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("text", BAD)
-def test_what_cannot_be_a_path(home: Path, text: str) -> None:
+def test_invalid_paths(home: Path, text: str) -> None:
     with pytest.raises(UserError) as error:
         resolve_path(text, "store")
     message = str(error.value)
@@ -55,7 +55,7 @@ def test_what_cannot_be_a_path(home: Path, text: str) -> None:
     assert message.isprintable()
 
 
-def test_what_can_be_a_path(home: Path) -> None:
+def test_valid_paths(home: Path) -> None:
     assert resolve_path("~/store", "store") == home / "store"
     assert resolve_path("outputs/store", "store") == Path("outputs/store")
     assert resolve_path("x" * 255, "store") == Path("x" * 255)
@@ -101,7 +101,7 @@ def test_a_backbone_folder_is_checked(home: Path, path: str) -> None:
         expand_paths(config)
 
 
-def test_the_home_folder_is_one_place_for_all(home: Path) -> None:
+def test_all_paths_expand_the_home_folder(home: Path) -> None:
     stage1 = Stage1Config(store="~/store")
     predict = PredictConfig(artifact="mnli", store="~/store", input="~/in.csv", output="~/out.jsonl")
     report = ReportConfig(runs=["~/runs", "outputs"], output="~/report.html")
@@ -112,7 +112,7 @@ def test_the_home_folder_is_one_place_for_all(home: Path) -> None:
     assert report.folders == [home / "runs", Path("outputs")] and report.path == home / "report.html"
 
 
-def test_what_is_part_of_the_identity_is_kept_as_typed(home: Path) -> None:
+def test_paths_in_the_identity_are_kept_as_typed(home: Path) -> None:
     config = Stage1Config()
     config.data.dir, config.backbone.name_or_path = "~/data", "prajjwal1/bert-tiny"
     expand_paths(config)
@@ -161,5 +161,5 @@ def test_a_name_that_leaves_its_folder(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["mnli", "glue/mnli", "a..b", "größe", "x" * 255])
-def test_a_name_that_stays(name: str) -> None:
+def test_a_name_inside_its_folder(name: str) -> None:
     assert check_relative(name) is None

@@ -86,7 +86,7 @@ def test_a_full_disk_is_refused_at_the_start(place: Path, words: list[str]) -> N
     assert not (place / "store").exists()
 
 
-def test_a_disk_that_fills_does_not_hide_what_went_wrong(place: Path) -> None:
+def test_a_full_disk_does_not_hide_the_original_error(place: Path) -> None:
     done = start(place, "seed=2")
     assert done.returncode == 1
     assert "RuntimeError: boom" in done.stderr.splitlines()[-1]
@@ -94,7 +94,7 @@ def test_a_disk_that_fills_does_not_hide_what_went_wrong(place: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", [pytest.param(3, marks=pytest.mark.slow), 4])
-def test_a_disk_that_fills_at_the_end_leaves_the_artifact(place: Path, seed: int) -> None:
+def test_a_disk_that_fills_at_the_end_keeps_the_artifact(place: Path, seed: int) -> None:
     """The same command again has a result, and trains nothing."""
     words = [f"seed={seed}", "hydra.run.dir=run"]
     done = start(place, *words)
@@ -129,7 +129,7 @@ def test_a_disk_that_fills_in_a_sweep(place: Path) -> None:
 # --- the parts ----------------------------------------------------------------------------------
 
 
-def test_check_folder_makes_it_and_leaves_nothing(tmp_path: Path) -> None:
+def test_check_folder_creates_the_folder_and_no_files(tmp_path: Path) -> None:
     check_folder(tmp_path / "a" / "b", "hydra.run.dir")
     assert list((tmp_path / "a" / "b").iterdir()) == []
     (tmp_path / "file").touch()
@@ -137,7 +137,7 @@ def test_check_folder_makes_it_and_leaves_nothing(tmp_path: Path) -> None:
         check_folder(tmp_path / "file", "hydra.run.dir")
 
 
-def test_a_json_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+def test_a_failed_json_write_keeps_the_old_file(tmp_path: Path) -> None:
     write_json(tmp_path / "status.json", {"a": 1})
     with pytest.raises(ValueError, match="Circular"):
         content: dict[str, Any] = {}
@@ -150,7 +150,7 @@ def test_a_json_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> Non
     assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "status.json"]
 
 
-def test_a_result_that_cannot_be_written_is_said_with_where_the_work_lies(tmp_path: Path) -> None:
+def test_an_unwritable_result_names_the_stored_artifact(tmp_path: Path) -> None:
     run = Run("evaluate", tmp_path / "run", (), {}, "evaluate")
 
     def work() -> dict[str, Any]:

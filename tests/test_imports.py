@@ -121,7 +121,7 @@ def test_no_module_imports_itself_through_others() -> None:
         ("fusion.training.fit", "from fusion.errors import UserError", None),
     ],
 )
-def test_a_wrong_import_is_found(module: str, source: str, wrong: str | None) -> None:
+def test_a_wrong_import_is_detected(module: str, source: str, wrong: str | None) -> None:
     found = wrong_imports({**MODULES, module: imports_of(source)})
     assert (f"{module} imports {wrong}" in found) if wrong else not found
 
@@ -133,7 +133,7 @@ def test_wandb_is_imported_inside_functions() -> None:
         assert "wandb" not in imports_of("\n".join(lines)), path.name
 
 
-def test_commands_are_light_until_they_run() -> None:
+def test_commands_import_no_heavy_modules_before_they_run() -> None:
     modules = [module for module in MODULES if "fusion.cli.app" in MODULES[module]]
     assert len(modules) >= 7
     code = f"import sys, {', '.join(modules)}; print(sorted(m for m in sys.modules if m in {HEAVY!r}))"

@@ -158,7 +158,7 @@ def test_a_lock_ends_with_its_process(tmp_path: Path, caplog: pytest.LogCaptureF
     process.stdout.close()
 
 
-def test_run_locks_and_locks_of_artifacts_never_meet(tmp_path: Path) -> None:
+def test_run_locks_and_artifact_locks_are_distinct(tmp_path: Path) -> None:
     from fusion.store.writing import writing
 
     (tmp_path / ".locks").mkdir()

@@ -67,7 +67,7 @@ def test_a_value_means_itself(value: Any) -> None:
     assert found == value and type(found) is type(value)
 
 
-def test_what_is_plain_stays_plain() -> None:
+def test_plain_text_is_not_quoted() -> None:
     assert override("sources", ["mnli", "sst2"]) == "sources=[mnli,sst2]"
     assert [hydra_value(value) for value in (None, False, 1e-4, "last:3", "bert-base")] == [
         "null",
@@ -106,7 +106,7 @@ def test_quotes_are_added_where_hydra_needs_them(value: str) -> None:
         "name=",
     ],
 )
-def test_what_has_a_structure_is_kept(override: str) -> None:
+def test_structured_values_are_kept(override: str) -> None:
     assert quoted(override) == override
 
 

@@ -107,7 +107,7 @@ def test_constraints_pin_every_requirement_within_its_range(python: str) -> None
     assert pinned["hydra-core"] < Version("1.4.dev0")
 
 
-def test_the_pythons_that_are_claimed_are_those_that_are_pinned() -> None:
+def test_declared_and_pinned_python_versions_agree() -> None:
     claimed = [c.rsplit(" ", 1)[1] for c in project()["classifiers"] if re.search(r":: 3\.\d+$", c)]
     assert tuple(claimed) == PYTHONS
     assert project()["requires-python"] == f">={PYTHONS[0]}"
@@ -122,7 +122,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_the_wheel_carries_the_package_and_conf_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_contains_only_the_package_and_conf(wheel: Path) -> None:
     assert wheel.name == f"adapter_fusion-{fusion.__version__}-py3-none-any.whl"
     expected = {
         f"fusion/{path.relative_to(ROOT).as_posix()}": path.read_bytes()
@@ -190,7 +190,7 @@ def test_no_file_names_a_machine_or_a_package_index() -> None:
     assert found == []
 
 
-def test_the_licence_stands_whole() -> None:
+def test_the_license_is_complete() -> None:
     text = (ROOT / "LICENSE").read_text()
     assert (
         "Apache License" in text

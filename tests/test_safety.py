@@ -132,7 +132,7 @@ def test_nothing_unsafe_is_read() -> None:
         "__import__(name)",
     ],
 )
-def test_what_is_unsafe_is_seen(source: str) -> None:
+def test_unsafe_calls_are_detected(source: str) -> None:
     assert list(faults(source, "x.py"))
 
 
@@ -146,5 +146,5 @@ def test_what_is_unsafe_is_seen(source: str) -> None:
         "import re\nre.compile('x')\nself.compile()",
     ],
 )
-def test_what_is_safe_is_not(source: str) -> None:
+def test_safe_calls_are_accepted(source: str) -> None:
     assert list(faults(source, "x.py")) == []

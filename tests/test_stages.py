@@ -94,7 +94,7 @@ def test_a_fusion_is_stored_with_exactly_these_keys_and_its_sources_by_hash(fuse
     assert not list((store / ".runs").glob("*"))
 
 
-def test_the_result_has_what_scripts_read(bench: Bench) -> None:
+def test_the_result_has_the_documented_fields(bench: Bench) -> None:
     result = bench.stage1("films")
     assert set(result) == {
         "stage", "task", "name", "seed", "backbone", "metrics", "best_epoch", "epochs",
@@ -113,17 +113,17 @@ def test_the_result_has_what_scripts_read(bench: Bench) -> None:
     assert bench.stage2("books", ["films"])["sources"] == ["films"]
 
 
-def test_evaluation_finds_the_scores_of_the_training(fused: Bench) -> None:
+def test_evaluation_reproduces_the_scores_of_the_training(fused: Bench) -> None:
     for name in ("films", "films-adapterfusion"):
         stored = load(name, fused.folder / "store").manifest.metrics["validation"]
         assert fused.evaluate(name)["metrics"]["validation"] == pytest.approx(stored, abs=1e-6)
 
 
-def test_the_task_is_learnt(fused: Bench) -> None:
+def test_the_task_is_learned(fused: Bench) -> None:
     assert fused.evaluate("films", split="test")["metrics"]["test"]["accuracy"] >= 0.75
 
 
-def test_an_adapter_answers_another_task_of_the_same_labels_only(fused: Bench) -> None:
+def test_an_adapter_is_evaluated_on_tasks_with_the_same_labels_only(fused: Bench) -> None:
     result = fused.evaluate("films", task=fused.tasks["plays"], split="test")
     assert result["task"] == "plays" and 0 <= result["metrics"]["test"]["accuracy"] <= 1
     other = dataclasses.replace(fused.tasks["plays"], labels=["no", "yes"])
@@ -192,7 +192,7 @@ with torch.no_grad():
 
 
 @pytest.mark.parametrize("composition", ["static", "mean"])
-def test_a_slot_takes_other_compositions(fused: Bench, composition: str) -> None:
+def test_a_slot_accepts_other_compositions(fused: Bench, composition: str) -> None:
     result = fused.stage2("plays", ["films", "plays"], composition=CompositionConfig(name=composition))
     expected = {f"{n}.feedforward.weight" for n in range(3)} if composition == "static" else set()
     assert set(fused.weights(f"plays-{composition}")) == expected
@@ -268,7 +268,7 @@ def test_gradient_checkpointing_stores_the_same_bits(bench: Bench) -> None:
         assert same(bench.weights(name, "plain"), bench.weights(name, "again"))
 
 
-def test_a_second_time_nothing_is_trained(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_is_skipped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     first = bench.stage1("films")
     monkeypatch.setattr(lightning.Trainer, "fit", lambda *_, **__: pytest.fail("trained again"))
     assert bench.stage1("films") == first
@@ -284,7 +284,7 @@ def test_another_run_of_the_same_name_is_refused_with_the_keys(bench: Bench) -> 
     assert not same(bench.weights("films"), before)
 
 
-def test_a_source_that_was_trained_again_makes_another_fusion(bench: Bench) -> None:
+def test_a_retrained_source_changes_the_identity_of_a_fusion(bench: Bench) -> None:
     bench.stage1("films")
     bench.stage2("books", ["films"])
     before = bench.evaluate("books-adapterfusion")["metrics"]
@@ -294,7 +294,7 @@ def test_a_source_that_was_trained_again_makes_another_fusion(bench: Bench) -> N
         bench.stage2("books", ["films"])
 
 
-def test_fusion_never_takes_an_adapters_name(bench: Bench) -> None:
+def test_a_fusion_cannot_have_the_name_of_an_adapter(bench: Bench) -> None:
     bench.stage1("films")
     with pytest.raises(UserError, match="adapter"):
         bench.stage2("books", ["films"], name="films", overwrite=True)
@@ -310,9 +310,7 @@ class StopAfter(lightning.Callback):
 
 
 @pytest.mark.parametrize("command", ["stage1", "stage2"])
-def test_an_interrupted_run_resumes_and_ends_with_the_same_bits(
-    bench: Bench, command: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_is_bit_equal(bench: Bench, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.stage1("plays")
 
     def train(store: str) -> dict[str, Any]:
@@ -340,9 +338,7 @@ def test_an_interrupted_run_resumes_and_ends_with_the_same_bits(
     assert resumed["metrics"] == expected["metrics"] and resumed["best_epoch"] == expected["best_epoch"]
 
 
-def test_sources_that_do_not_go_together_are_refused(
-    bench: Bench, make_backbone: Callable[..., Path]
-) -> None:
+def test_incompatible_sources_are_refused(bench: Bench, make_backbone: Callable[..., Path]) -> None:
     bench.stage1("films")
     bench.stage1("books", adapter=AdapterConfig(name="houlsby", sites=["attention"], reads="output"))
     with pytest.raises(UserError, match=r"adapter\.sites \[attention\], expected \[feedforward\]"):
@@ -370,7 +366,7 @@ def test_another_backbone_than_the_sources_is_refused_before_it_is_loaded(bench:
         bench.stage2("plays", ["films"], backbone=other)
 
 
-def test_evaluation_takes_another_place_of_the_same_backbone(
+def test_evaluation_accepts_another_path_of_the_same_backbone(
     bench: Bench, make_backbone: Callable[..., Path]
 ) -> None:
     bench.stage1("films")
@@ -404,7 +400,7 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_run(bench: Bench) -> None:
     )
 
 
-def test_an_entry_depends_on_what_the_config_only_names(bench: Bench) -> None:
+def test_an_identity_depends_on_the_content_of_named_files(bench: Bench) -> None:
     config = Stage1Config(**bench.settings("films"), name="films")
     run = bench.run("stage1", config)
     entries = [find_output(config, run, "adapter", {"sources": [hash_]}) for hash_ in ("a", "b")]
@@ -433,7 +429,7 @@ def test_a_regression_from_training_to_prediction(bench: Bench) -> None:
     assert set(line) == {"score"} and isinstance(line["score"], float)
 
 
-def test_two_validation_sets_are_both_scored_and_the_first_picks_the_epoch(bench: Bench) -> None:
+def test_two_validation_splits_are_scored_and_the_first_selects_the_epoch(bench: Bench) -> None:
     write_task(bench.folder / "data", "nli")
     folder = bench.folder / "data" / "nli"
     (folder / "validation_matched.jsonl").write_text((folder / "validation.jsonl").read_text())
@@ -588,7 +584,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Benc
     return bench
 
 
-def test_several_tasks_store_one_adapter_and_a_head_each(mixed: Bench) -> None:
+def test_multiple_tasks_store_one_adapter_and_one_head_per_task(mixed: Bench) -> None:
     assert set(mixed.weights(MT)) == set(mixed.weights("books"))
     head = load_file(mixed.folder / "store" / MT / "head.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in head.items()} == {
@@ -611,7 +607,7 @@ def test_several_tasks_store_one_adapter_and_a_head_each(mixed: Bench) -> None:
     assert load("books", mixed.folder / "store").manifest.multitask is None
 
 
-def test_the_result_of_several_tasks(mixed: Bench) -> None:
+def test_the_result_of_multiple_tasks(mixed: Bench) -> None:
     result = mixed.result
     assert set(result) == {
         "stage", "task", "name", "seed", "backbone", "metrics", "best_epoch", "epochs",
@@ -636,14 +632,14 @@ def test_the_result_of_several_tasks(mixed: Bench) -> None:
     }  # fmt: skip
 
 
-def test_several_tasks_are_learnt_at_once(mixed: Bench) -> None:
+def test_multiple_tasks_are_learned_together(mixed: Bench) -> None:
     metrics = mixed.evaluate(MT, split="test")["metrics"]
     assert metrics["films/test"]["accuracy"] >= 0.75
     assert metrics["rating/test"]["pearson"] >= 0.5
     assert metrics["quiz/test"]["accuracy"] >= 0.5
 
 
-def test_evaluation_of_several_tasks_finds_the_scores_of_the_training(mixed: Bench) -> None:
+def test_multi_task_evaluation_reproduces_the_scores_of_the_training(mixed: Bench) -> None:
     stored = load(MT, mixed.folder / "store").manifest.metrics
     result = mixed.evaluate(MT)
     assert result["task"] == "films+quiz+rating" and result["rows"] == 16 + 12 + 12
@@ -654,7 +650,9 @@ def test_evaluation_of_several_tasks_finds_the_scores_of_the_training(mixed: Ben
         assert one["metrics"] == {"validation": pytest.approx(stored[f"{name}/validation"], abs=1e-6)}
 
 
-def test_a_task_of_the_same_labels_gets_their_head(mixed: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_task_with_the_same_labels_uses_their_head(
+    mixed: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert 0 <= mixed.evaluate(MT, task=mixed.tasks["books"])["metrics"]["validation"]["accuracy"] <= 1
     assert "by the head of films" in capsys.readouterr().out
     other = dataclasses.replace(mixed.tasks["books"], labels=["no", "yes"])
@@ -662,7 +660,7 @@ def test_a_task_of_the_same_labels_gets_their_head(mixed: Bench, capsys: pytest.
         mixed.evaluate(MT, task=other)
 
 
-def test_prediction_asks_which_of_several_tasks_is_meant(mixed: Bench) -> None:
+def test_multi_task_prediction_needs_a_task(mixed: Bench) -> None:
     with pytest.raises(UserError, match=r"say which .*\+task=NAME, one of films, quiz, rating"):
         mixed.predict(MT, [{"text": "good"}])
     (line,) = mixed.predict(MT, [{"text": "good"}], task=mixed.tasks["films"])
@@ -678,7 +676,7 @@ def test_prediction_asks_which_of_several_tasks_is_meant(mixed: Bench) -> None:
     assert moved == mixed.predict("books", [{"text": "good"}])[0]
 
 
-def test_an_adapter_of_several_tasks_is_a_source_like_any_other(mixed: Bench) -> None:
+def test_a_multi_task_adapter_can_be_a_source(mixed: Bench) -> None:
     before = mixed.weights(MT)
     result = mixed.stage2("films", ["books", MT])
     assert result["sources"] == ["books", MT]
@@ -692,7 +690,9 @@ def test_an_adapter_of_several_tasks_is_a_source_like_any_other(mixed: Bench) ->
     assert set(head) == {"output.weight", "output.bias"}
 
 
-def test_the_mean_over_the_tasks_picks_the_best_epoch(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mean_over_the_tasks_selects_the_best_epoch(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from fusion.training import module
 
     # The first task alone would choose epoch 3, the mean chooses 2; patience ends the run after 4.
@@ -706,7 +706,7 @@ def test_the_mean_over_the_tasks_picks_the_best_epoch(bench: Bench, monkeypatch:
     assert result["metrics"]["books/validation"]["accuracy"] == 0.9
 
 
-def test_the_same_run_of_several_tasks_is_skipped_and_another_refused(
+def test_a_finished_multi_task_run_is_skipped_and_a_different_one_refused(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = bench.multitask("films", "books")
@@ -718,9 +718,7 @@ def test_the_same_run_of_several_tasks_is_skipped_and_another_refused(
     assert bench.multitask("films", "books") == first
 
 
-def test_an_interrupted_run_of_several_tasks_ends_with_the_same_bits(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_multi_task_run_is_bit_equal(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.add_quiz()
 
     def train(store: str) -> dict[str, Any]:
@@ -764,7 +762,7 @@ def test_multi_task_training_uses_the_feature_cache(bench: Bench, caplog: pytest
         assert kept["metrics"][split] == pytest.approx(metrics, abs=1e-4)
 
 
-def test_several_tasks_by_tokens(bench: Bench) -> None:
+def test_multiple_tasks_by_tokens(bench: Bench) -> None:
     bench.add_quiz()
     bench.data = dataclasses.replace(bench.data, tokens_per_batch=64)
     result = bench.multitask("films", "quiz")
@@ -783,7 +781,7 @@ def test_limits_are_per_task(bench: Bench, caplog: pytest.LogCaptureFixture) -> 
     assert "4 batches an epoch, each of one task: films 50.0%, rating 50.0%" in caplog.text
 
 
-def test_the_whole_model_learns_several_tasks(bench: Bench) -> None:
+def test_the_whole_model_is_trained_on_multiple_tasks(bench: Bench) -> None:
     result = bench.multitask("films", "books", method=MethodConfig("multitask_full"))
     name = "films-books-multitask_full"
     assert set(result["metrics"]) == {"films/validation", "books/validation"}

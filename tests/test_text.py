@@ -28,7 +28,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_nothing_hostile_is_printed(text: str) -> None:
+def test_untrusted_text_is_escaped(text: str) -> None:
     for safe in (printable(text), shortened(text), shown(text), listed([text, text])):
         assert safe.isprintable(), ascii(safe)
 
@@ -39,7 +39,7 @@ def test_plain_text_is_kept() -> None:
     assert listed(["a", "b"]) == "a, b" and listed([]) == "nothing"
 
 
-def test_what_is_long_is_cut() -> None:
+def test_long_text_is_truncated() -> None:
     assert len(shortened("x" * 10_000)) == 300
     assert len(shown("x" * 10_000)) < 80
     assert listed(map(str, range(25))).endswith("19, and 5 more")

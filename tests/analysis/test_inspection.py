@@ -142,7 +142,7 @@ def test_attention_equals_that_of_predict(trained: Bench) -> None:
         assert word["special"] == [0, len(word["tokens"]) - 1]
 
 
-def test_given_rows_and_no_pruning(trained: Bench) -> None:
+def test_given_examples_and_no_pruning(trained: Bench) -> None:
     _, seen = inspect(trained, words=[3, 0], prune=False)
     assert [word["row"] for word in seen["words"]] == [3, 0]
     assert seen["pruned"] is None
@@ -164,12 +164,12 @@ def test_refused_inspections(trained: Bench, changes: dict[str, Any], message: s
 
 
 @pytest.mark.parametrize("words", [-1, [], [-2], "many", True, 1.5])
-def test_wrong_values_of_words(words: Any) -> None:
+def test_wrong_values_of_the_words_setting(words: Any) -> None:
     with pytest.raises(UserError, match="words="):
         InspectConfig(artifact="a", words=words)
 
 
-def test_weights_that_do_not_sum_to_one_have_no_entropy_and_no_words(trained: Bench) -> None:
+def test_weights_that_do_not_sum_to_one_have_no_entropy_and_no_token_attention(trained: Bench) -> None:
     composition = CompositionConfig("scalearn_uniform")
     trained.stage2("plays", ["films", "books"], name="scaled", composition=composition)
     _, seen = inspect(trained, "scaled")
@@ -253,7 +253,7 @@ def test_equal_metrics_are_decided_by_the_loss() -> None:
         ([True, False], 0, []),
     ],
 )
-def test_selected_rows(wrong: list[bool], count: int, expected: list[int]) -> None:
+def test_selected_examples(wrong: list[bool], count: int, expected: list[int]) -> None:
     assert select_rows(wrong, count) == expected
 
 

@@ -76,7 +76,7 @@ def test_choices_are_scored_by_one_output_each() -> None:
     assert (found.argmax(1) == labels).double().mean() > 0.9
 
 
-def test_a_label_that_never_occurs_and_a_constant_state_do_no_harm() -> None:
+def test_an_absent_label_and_a_constant_state_are_handled() -> None:
     one = states(10, 0)
     one[:, 3] = 2.0
     labels = torch.tensor([0, 1] * 5)
@@ -86,7 +86,7 @@ def test_a_label_that_never_occurs_and_a_constant_state_do_no_harm() -> None:
 
 
 @pytest.mark.parametrize("layers", [None, [1]])
-def test_each_source_is_looked_at_alone(
+def test_each_source_is_scored_independently(
     tmp_path: Path, tiny_backbone: Path, layers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fusion.analysis import probe as module

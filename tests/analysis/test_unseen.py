@@ -46,7 +46,7 @@ def check(bench: Bench, name: str, data: DataConfig, task: str = "films") -> Non
     check_unseen([None, read_manifest(name, bench.folder / "store")], bench.tasks[task], data)
 
 
-def test_after_the_training_rows_have_changed(made: Bench) -> None:
+def test_after_the_training_data_has_changed(made: Bench) -> None:
     before = made.evaluate("films")
     append_rows(made)
     with pytest.raises(UserError, match=REFUSED.format("films")) as refusal:
@@ -57,7 +57,7 @@ def test_after_the_training_rows_have_changed(made: Bench) -> None:
     assert made.evaluate("films")["rows"] == 18 != before["rows"]
 
 
-def test_the_number_of_rows_may_be_limited_in_either(made: Bench) -> None:
+def test_the_number_of_examples_may_be_limited_in_either(made: Bench) -> None:
     """The limit of the training counts: its rows are those that are compared."""
     some = dataclasses.replace(made.data, limit=LimitConfig(train=12, validation=4))
     made.stage1("films", data=some, name="few")

@@ -49,7 +49,7 @@ def layers_that_run(model: AdaptedModel, stack: str = "") -> set[int]:
     "name",
     [name for name in SETTINGS if len(FAMILIES[name.partition("/")[0]].stacks) == 1],
 )
-def test_scores_and_gradients_are_those_of_the_whole_pass(name: str, slots: list[str]) -> None:
+def test_scores_and_gradients_equal_those_of_the_full_forward(name: str, slots: list[str]) -> None:
     model = adapted(name, slots, "output").train()
     model.head.eval()
     expected = gradients(model)
@@ -69,7 +69,7 @@ def test_scores_and_gradients_are_those_of_the_whole_pass(name: str, slots: list
 @pytest.mark.parametrize(
     "name", [name for name in SETTINGS if len(FAMILIES[name.partition("/")[0]].stacks) > 1]
 )
-def test_the_encoder_of_two_stacks_starts_from_its_features_too(name: str) -> None:
+def test_the_encoder_of_an_encoder_decoder_starts_from_its_features(name: str) -> None:
     model = adapted(name, ["encoder.2.feedforward", "decoder.0.feedforward"], "output").eval()
     model._current.context = BatchContext(MASK)
     expected = run(model.backbone, name)
@@ -84,7 +84,7 @@ def test_the_encoder_of_two_stacks_starts_from_its_features_too(name: str) -> No
         alone.take_features()
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_impossible_boundaries_are_refused() -> None:
     model = adapted("bert", ["1.feedforward"], "normed", backbone_dropout=True)
     with pytest.raises(RuntimeError, match="take_features"):
         model(IDS, MASK, features=torch.zeros(*IDS.shape, HIDDEN))
@@ -93,7 +93,7 @@ def test_what_cannot_be_is_refused() -> None:
 
 
 @pytest.mark.parametrize("how", ["checkpointed", pytest.param("compiled", marks=pytest.mark.slow)])
-def test_with_layers_that_are_computed_in_another_way(how: str) -> None:
+def test_with_layers_that_are_computed_differently(how: str) -> None:
     slots = ["1.feedforward", "2.feedforward"]
     plain = adapted("bert", slots, "normed").train()
     other = adapted("bert", slots, "normed", gradient_checkpointing=how == "checkpointed").train()

@@ -61,7 +61,7 @@ def kept_bytes(model: AdaptedModel) -> int:
 @pytest.mark.parametrize("dropout", [False, True], ids=["backbone eval", "backbone dropout"])
 @pytest.mark.parametrize("slot_module", ["adapter", "fusion"])
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "electra"])
-def test_gradients_are_the_same_to_the_bit_and_less_is_kept(
+def test_gradients_are_bit_equal_and_less_memory_is_used(
     make_backbone: Callable[..., Path], model_type: str, slot_module: str, dropout: bool
 ) -> None:
     folder = make_backbone(model_type)
@@ -101,7 +101,7 @@ def test_the_recorder_is_called_once(tiny_backbone: Path) -> None:
     assert heard == ["1.feedforward", "2.feedforward"]
 
 
-def test_a_copy_has_layers_of_its_own(tiny_backbone: Path) -> None:
+def test_a_copy_has_its_own_layers(tiny_backbone: Path) -> None:
     model = build(tiny_backbone, "adapter", checkpointing=True).train()
     expected = gradients(model)
     other = copy.deepcopy(model)

@@ -55,7 +55,7 @@ def compare(plain: AdaptedModel, compiled: AdaptedModel, ids: Tensor) -> None:
 
 @pytest.mark.parametrize("slot_module", ["adapter", "fusion"])
 @pytest.mark.parametrize("model_type", ["bert", pytest.param("roberta", marks=pytest.mark.slow)])
-def test_other_shapes_compile_nothing_anew(
+def test_other_shapes_do_not_recompile(
     make_backbone: Callable[..., Path], model_type: str, slot_module: str
 ) -> None:
     folder, backend = make_backbone(model_type), Counting()
@@ -77,7 +77,7 @@ def test_other_shapes_compile_nothing_anew(
 @pytest.mark.parametrize(
     "lower", ["0.feedforward", pytest.param("0.before_attention", marks=pytest.mark.slow)]
 )
-def test_slots_that_read_the_input_and_a_layer_that_is_left_out(tiny_backbone: Path, lower: str) -> None:
+def test_slots_that_read_the_input_and_a_skipped_layer(tiny_backbone: Path, lower: str) -> None:
     def made() -> AdaptedModel:
         torch.manual_seed(0)
         adapters = {name: BottleneckAdapter(32, 4) for name in (lower, "1.before_attention", "1.feedforward")}
@@ -101,7 +101,7 @@ def test_slots_that_read_the_input_and_a_layer_that_is_left_out(tiny_backbone: P
 
 
 @pytest.mark.slow
-def test_layers_that_all_differ_are_all_compiled(tiny_backbone: Path) -> None:
+def test_layers_that_differ_are_all_compiled(tiny_backbone: Path) -> None:
     """One model after another in a process, as in a sweep: none is left uncompiled."""
     for _ in range(4):
         backend = Counting()

@@ -26,7 +26,7 @@ def test_is_frozen_in_float32_and_evaluation(tiny_backbone: Path) -> None:
     assert not any("pooler" in name for name, _ in backbone.model.named_parameters())
 
 
-def test_fingerprint_follows_weights_and_architecture_only(
+def test_fingerprint_depends_on_weights_and_architecture_only(
     make_backbone: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = make_backbone("bert")
@@ -66,7 +66,7 @@ def test_missing_and_broken_folders(make_backbone: Callable[..., Path], tmp_path
         load_backbone(str(folder))
 
 
-def test_no_network_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_network_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fusion.hub.access.hub_is_reachable", lambda: False)
     with pytest.raises(UserError, match=r"hub cannot be reached[\s\S]*backbone\.name_or_path"):
         load_backbone("nobody/no-such-backbone")

@@ -79,7 +79,7 @@ def test_roberta_counts_positions_from_the_padding_token(roberta: Path, tmp_path
         load_backbone(str(roberta))
 
 
-def test_one_token_type_takes_a_tokenizer_with_two(tmp_path: Path) -> None:
+def test_one_token_type_accepts_a_tokenizer_with_two(tmp_path: Path) -> None:
     """BERT's tokenizer with RoBERTa's weights: its second segment has no embedding."""
     folder = save_backbone(tmp_path / "roberta", "roberta", type_vocab_size=1)
     backbone = load_backbone(str(folder))

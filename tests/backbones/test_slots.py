@@ -80,7 +80,7 @@ def test_every_family_has_a_tiny_model() -> None:
 
 
 @pytest.mark.parametrize(("name", "reads"), CASES)
-def test_slots_equal_the_layers_recomputed_by_hand(name: str, reads: str) -> None:
+def test_slots_equal_a_manual_computation_of_the_layers(name: str, reads: str) -> None:
     backbone = tiny_models.tiny_backbone(name)
     without = run(backbone.model, name)
     addresses = sites_that_read(backbone, reads)
@@ -159,7 +159,7 @@ def test_backbone_keeps_its_tensor_names_and_its_fingerprint(tiny_backbone: Path
     assert fingerprint(backbone.model, backbone.family) == backbone.fingerprint
 
 
-def test_uses_of_a_repeated_layer_are_modules_of_their_own_with_the_same_parameters() -> None:
+def test_uses_of_a_shared_layer_are_separate_modules_with_the_same_parameters() -> None:
     for name, groups in (("albert", [0, 0, 0]), ("albert/groups", [0, 1, 2])):
         layers = FAMILIES["albert"].layer_list(tiny_models.tiny_backbone(name).model)
         assert len({id(layer) for layer in layers}) == 3

@@ -152,7 +152,7 @@ def test_a_failed_run(go: Callable[..., Outcome]) -> None:
     assert "stage1 failed: RuntimeError: boom" in outcome.err and "run.log" in outcome.err
 
 
-def test_a_users_error_found_late_has_no_traceback_on_the_screen(go: Callable[..., Outcome]) -> None:
+def test_a_late_user_error_prints_no_traceback(go: Callable[..., Outcome]) -> None:
     outcome = go("+task=mine", "seed=8")
     assert (outcome.code, outcome.err) == (2, "row 3 has no label: say data.dir=\n")
     assert outcome.statuses[0]["status"] == "failed"
@@ -272,7 +272,7 @@ def test_a_wrong_command(go: Callable[..., Outcome], arguments: list[str], messa
         (["hydra.run.dir=logged"], r"logged/run\.log: cannot be written \(Is a directory\)"),
     ],
 )
-def test_a_folder_that_cannot_be_is_refused(go: Callable[..., Outcome], words: list[str], said: str) -> None:
+def test_an_invalid_folder_is_refused(go: Callable[..., Outcome], words: list[str], said: str) -> None:
     Path("file").touch()
     Path("taken").mkdir()
     Path("taken/1-mine-seed-2").touch()
@@ -291,7 +291,7 @@ def test_a_task_in_two_places_is_refused(go: Callable[..., Outcome]) -> None:
     assert outcome.err.startswith("task rte is in two places: ")
 
 
-def test_a_users_own_choice_is_listed_with_those_of_the_tables(go: Callable[..., Outcome]) -> None:
+def test_a_user_defined_choice_is_listed_with_the_built_in_ones(go: Callable[..., Outcome]) -> None:
     Path("conf/method").mkdir()
     Path("conf/method/small.yaml").write_text("name: lora\nrank: 2\n")
     assert go("+task=mine", "method=small").code == 0
@@ -307,14 +307,14 @@ def test_a_users_own_choice_is_listed_with_those_of_the_tables(go: Callable[...,
     assert outcome.err.startswith("method lora is in two places: ") and len(outcome.err.splitlines()) == 2
 
 
-def test_one_of_several_tasks_in_two_places_is_refused(go: Callable[..., Outcome]) -> None:
+def test_one_of_multiple_tasks_in_two_places_is_refused(go: Callable[..., Outcome]) -> None:
     Path("conf/task/rte.yaml").write_text(TASK)
     outcome = go("tasks=[mine,rte]", MT)
     assert outcome.code == 2
     assert outcome.err.startswith("task rte is in two places: ")
 
 
-def test_several_tasks_reach_the_command_typed_and_in_order(go: Callable[..., Outcome]) -> None:
+def test_multiple_tasks_reach_the_command_typed_and_in_order(go: Callable[..., Outcome]) -> None:
     seen: list[Any] = []
 
     def check(config: Stage1Config, run: Run) -> None:
@@ -355,7 +355,7 @@ def test_a_sweep_over_lists_of_tasks(go: Callable[..., Outcome]) -> None:
     assert outcome.folders[1].name == "1-yours-rte"
 
 
-def test_fusion_conf_is_a_place_for_tasks_too(
+def test_fusion_conf_may_contain_tasks(
     go: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "more" / "task").mkdir(parents=True)
@@ -429,7 +429,7 @@ def test_text_is_what_was_typed(word: str, meant: str) -> None:
     assert as_text(word, text_keys(Stage2Config) | {"task"}) == meant
 
 
-def test_names_that_read_as_other_types(go: Callable[..., Outcome]) -> None:
+def test_names_that_parse_as_other_types(go: Callable[..., Outcome]) -> None:
     for name in ("1e3", "null"):
         Path(f"conf/task/{name}.yaml").write_text(TASK)
     outcome = go("-m", "+task=1e3,null", "hydra.sweep.dir=outputs/s")
@@ -463,7 +463,7 @@ def test_swept_keys_are_in_names_and_folders(go: Callable[..., Outcome]) -> None
     ]
 
 
-def test_a_name_may_be_made_of_what_is_swept(go: Callable[..., Outcome]) -> None:
+def test_a_name_may_interpolate_swept_keys(go: Callable[..., Outcome]) -> None:
     outcome = go("-m", "+task=mine", "seed=1,2", "name=mine-${seed}")
     assert outcome.code == 0, outcome.err
     assert [status["name"] for status in outcome.statuses] == ["mine-1", "mine-2"]
@@ -487,7 +487,7 @@ def test_a_failed_job_does_not_stop_the_others(go: Callable[..., Outcome]) -> No
     assert second.endswith("1-mine-seed-8/run.log: row 3 has no label: say data.dir=")
 
 
-def test_check_sees_all_jobs_first_and_each_again(go: Callable[..., Outcome]) -> None:
+def test_check_runs_for_all_jobs_first_and_for_each_again(go: Callable[..., Outcome]) -> None:
     seen: list[str] = []
 
     def check(config: Stage1Config, run: Run) -> None:
@@ -525,7 +525,7 @@ def test_the_state_of_a_run_is_printed_before_it_starts(go: Callable[..., Outcom
     assert go("seed=4", *words, main=main).out == ""
 
 
-def test_a_sweep_knows_its_jobs_whatever_the_clock_shows(
+def test_a_sweep_identifies_its_jobs_without_the_clock(
     go: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each call is an hour earlier, and the folder holds a failed job of an earlier sweep."""
@@ -547,7 +547,7 @@ def test_a_sweep_knows_its_jobs_whatever_the_clock_shows(
 # --- at a terminal ------------------------------------------------------------------------------
 
 
-def test_jobs_that_run_at_once_draw_no_bars(
+def test_concurrent_jobs_draw_no_progress_bars(
     go: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a launcher's processes, which know of no sweep and share a terminal."""
@@ -581,14 +581,14 @@ def test_an_interrupt_ends_a_sweep(workdir: Path, number: int, code: int) -> Non
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2", "rank", "evaluate", "predict"])
-def test_help_lists_what_there_is(go: Callable[..., Outcome], name: str) -> None:
+def test_help_lists_the_choices(go: Callable[..., Outcome], name: str) -> None:
     outcome = go("--help", main=importlib.import_module(f"fusion.{name}").main)
     assert (outcome.code, outcome.err) == (0, "")
     for word in (f"python -m fusion.{name} ", "mine", "130 interrupted", "--cfg job"):
         assert word in outcome.out
 
 
-def test_help_is_quick(workdir: Path) -> None:
+def test_help_is_fast(workdir: Path) -> None:
     def spent() -> float:
         return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])  # seconds of computing
 
@@ -605,7 +605,7 @@ def test_private_parts_of_hydra_are_used_in_one_file() -> None:
 
 
 @pytest.mark.parametrize("arguments", [("+task=mine",), ("-m", "+task=mine,yours")])
-def test_a_fault_in_a_check_is_no_users_error(go: Callable[..., Outcome], arguments: tuple[str, ...]) -> None:
+def test_a_bug_in_a_check_is_not_a_user_error(go: Callable[..., Outcome], arguments: tuple[str, ...]) -> None:
     def check(config: Stage1Config, run: Run) -> None:
         raise ValueError("a fault of ours")
 
@@ -714,7 +714,7 @@ def test_a_failed_job_is_an_exception_to_the_sweeper(
     assert "Traceback" not in outcome.err
 
 
-def test_the_objective_of_several_tasks_is_their_mean() -> None:
+def test_the_objective_of_multiple_tasks_is_their_mean() -> None:
     tasks = [
         TaskConfig(name=name, text="t", labels=["x", "y"], metrics=["accuracy", "f1"]) for name in ("a", "ab")
     ]

@@ -111,7 +111,7 @@ def outcomes(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "outcomes.json").read_text())["validation"]
 
 
-def test_two_processes_follow_one(
+def test_two_processes_match_one(
     place: Path, tiny_backbone: Path, here: Callable[..., tuple[int, str, str]]
 ) -> None:
     """Two of 4 rows against one of 8: the same order, the same loss at each step, the same weights.
@@ -158,7 +158,7 @@ def test_two_processes_follow_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", ["", "data.tokens_per_batch=16"])
-def test_fewer_rows_than_processes(place: Path, tiny_backbone: Path, more: str) -> None:
+def test_fewer_examples_than_processes(place: Path, tiny_backbone: Path, more: str) -> None:
     """Two rows to train on and one to validate on, for three processes."""
     words = ["logger=none", "head.dropout=0", "backbone.cache=float32", "data.limit.train=2", "data.limit.validation=1", *more.split()]  # fmt: skip
     found = []
@@ -191,7 +191,7 @@ def test_fewer_rows_than_processes(place: Path, tiny_backbone: Path, more: str) 
         pytest.param("method=full", marks=pytest.mark.slow),
     ],
 )
-def test_other_ways_to_train_follow_one_process_too(
+def test_other_ways_to_train_match_one_process(
     place: Path, tiny_backbone: Path, here: Callable[..., tuple[int, str, str]], how: str
 ) -> None:
     """A dropped layer, shared weights, what trains inside the backbone: DDP wants a gradient of each, every time."""
@@ -220,7 +220,7 @@ def test_other_ways_to_train_follow_one_process_too(
 
 
 @pytest.mark.slow
-def test_several_tasks_in_two_processes_follow_one(
+def test_multiple_tasks_in_two_processes_match_one(
     place: Path, tiny_backbone: Path, here: Callable[..., tuple[int, str, str]]
 ) -> None:
     """Each head has a gradient in each step, or DDP would wait for ever; both processes take the same task."""
@@ -249,7 +249,7 @@ def test_several_tasks_in_two_processes_follow_one(
             torch.testing.assert_close(two[key], weights, rtol=0, atol=1e-4)
 
 
-def test_two_processes_report_a_loss_that_is_not_finite_once(place: Path, tiny_backbone: Path) -> None:
+def test_two_processes_report_a_non_finite_loss_once(place: Path, tiny_backbone: Path) -> None:
     done = run(
         place, tiny_backbone, "stage1", "+task=films", "name=wild", "logger=none", "optim.warmup=0", "head.layers=2",
         "optim.lr=900", "adapter.scaling=1e30", "trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=4",
@@ -262,7 +262,7 @@ def test_two_processes_report_a_loss_that_is_not_finite_once(place: Path, tiny_b
     assert not (place / "outputs" / "store" / "wild").exists()
 
 
-def test_a_sweep_gives_a_folder_and_an_artifact_a_task_and_survives_a_failed_job(
+def test_a_sweep_stores_one_artifact_per_task_and_survives_a_failed_job(
     place: Path, here: Callable[..., tuple[int, str, str]]
 ) -> None:
     broken = place / "data" / "plays"
@@ -341,7 +341,7 @@ def limited(here: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[in
     return run_limited
 
 
-def test_without_room_for_a_checkpoint_the_artifact_is_still_stored(
+def test_without_space_for_a_checkpoint_the_artifact_is_still_stored(
     place: Path, limited: Callable[..., tuple[int, str, str]]
 ) -> None:
     code, out, err = limited(30_000, "name=roomy")

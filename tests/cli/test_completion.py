@@ -54,14 +54,14 @@ def offered(path: Path, line: str, cwd: Path) -> list[str]:
     return done.stdout.split()
 
 
-def test_every_program_is_there() -> None:
+def test_every_program_is_installed() -> None:
     assert {"fusion-stage1", "fusion-stage2", "fusion-evaluate", "fusion-predict"} <= SCRIPTS.keys()
     for entry in SCRIPTS.values():
         module, _, function = entry.partition(":")
         assert callable(getattr(importlib.import_module(module), function))
 
 
-def test_tasks_are_offered_and_a_users_own_too(path: Path, tmp_path: Path) -> None:
+def test_built_in_and_user_defined_tasks_are_completed(path: Path, tmp_path: Path) -> None:
     (tmp_path / "conf" / "task").mkdir(parents=True)
     (tmp_path / "conf" / "task" / "mine.yaml").write_text("kind: classification\n")
     found = offered(path, "fusion-stage1 +task=m", tmp_path)
@@ -69,7 +69,7 @@ def test_tasks_are_offered_and_a_users_own_too(path: Path, tmp_path: Path) -> No
     assert all(word.startswith("+task=m") for word in found)
 
 
-def test_groups_and_keys_are_offered(path: Path, tmp_path: Path) -> None:
+def test_groups_and_keys_are_completed(path: Path, tmp_path: Path) -> None:
     assert offered(path, "fusion-stage2 debug=o", tmp_path) == ["debug=one_batch", "debug=overfit"]
     assert offered(path, "fusion-stage1 optim.l", tmp_path) == ["optim.lr="]
     assert offered(path, "fusion-stage2 composition=st", tmp_path) == ["composition=static"]

@@ -43,14 +43,14 @@ def test_a_terminal_gets_a_table_with_nothing_cut(monkeypatch: pytest.MonkeyPatc
     assert shown == sorted("".join("".join(row) for row in ROWS).replace(" ", "").replace("\x1b", "\\x1b"))
 
 
-def test_say_prints_outside_text_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+def test_say_escapes_untrusted_text(capsys: pytest.CaptureFixture[str]) -> None:
     say("\x1b[2Jfilms")
     say("tab\tand\nline", sys.stderr)
     said = capsys.readouterr()
     assert (said.out, said.err) == ("\\x1b[2Jfilms\n", "tab\tand\nline\n")
 
 
-def test_rows_are_counted_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_counted_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = at_terminal(monkeypatch)
     log = logging.getLogger("tests.console")
     log.propagate = False
@@ -69,7 +69,7 @@ def test_rows_are_counted_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("how", ["pipe", "file for stderr", "dumb", "switched off"])
-def test_no_bar_is_drawn_elsewhere(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+def test_no_progress_bar_without_a_terminal(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     real, terminal = sys.stderr, at_terminal(monkeypatch)
     if how == "pipe":
         monkeypatch.setattr(terminal, "isatty", lambda: False)

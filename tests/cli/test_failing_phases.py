@@ -72,7 +72,7 @@ def statuses(place: Path) -> dict[str, dict[str, Any]]:
         pytest.param("showing the result", "fusion.training.stage.log_lineage", marks=pytest.mark.slow),
     ],
 )
-def test_a_job_that_fails_stops_no_other(
+def test_a_failed_job_does_not_stop_the_others(
     sweep: Callable[[], tuple[int, str, str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -104,7 +104,7 @@ def test_a_job_that_fails_stops_no_other(
         assert "0 failed" in out
 
 
-def test_a_logger_that_fails_fails_no_job(
+def test_a_failing_logger_does_not_fail_a_job(
     sweep: Callable[[], tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pytorch_lightning.loggers.csv_logs import ExperimentWriter
@@ -118,7 +118,7 @@ def test_a_logger_that_fails_fails_no_job(
     assert out.count("the CSV logger failed (") == 2
 
 
-def test_a_job_that_is_refused_stops_all_before_they_start(
+def test_a_refused_job_stops_the_sweep_before_it_starts(
     sweep: Callable[[], tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import fusion.data.splits  # noqa: F401

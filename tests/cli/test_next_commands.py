@@ -89,7 +89,7 @@ def test_after_stage_1(trained: Bench, capsys: pytest.CaptureFixture[str]) -> No
     assert following[1].startswith("  or: ")
 
 
-def test_a_backbone_that_an_experiment_chose_is_in_the_command(
+def test_the_backbone_of_an_experiment_is_in_the_command(
     trained: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
     end_of_run(run(trained, "stage1", "+task=books", "experiment=quick"), trained.result["books"])
@@ -129,7 +129,7 @@ def test_after_stage_2(trained: Bench, capsys: pytest.CaptureFixture[str]) -> No
     ]
 
 
-def test_a_fusion_gets_a_name_that_is_free(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fusion_gets_an_unused_name(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     """Where the default one is taken."""
     store = trained.folder / "taken"
     shutil.copytree(trained.folder / "store", store)
@@ -249,7 +249,7 @@ def test_a_sweep_ends_with_its_settings(
     assert ["1e-3", "2", "of", "3", "0.8500", "0.0707", "best"] in shown
 
 
-def test_sources_that_differ_by_their_seed_are_one_setting(trained: Bench, tmp_path: Path) -> None:
+def test_sources_that_differ_only_in_seed_are_one_setting(trained: Bench, tmp_path: Path) -> None:
     """Whatever is typed: each seed of the fusion names the seed of its sources."""
     store = tmp_path / "store"
     shutil.copytree(trained.folder / "store", store)

@@ -114,7 +114,7 @@ def test_each_method_trains_exactly_its_parameters_and_is_evaluated_alike(bench:
         bench.evaluate(f"films-{name}", drop=1)
 
 
-def test_lora_starts_as_the_backbone_and_merges_into_it(tiny_backbone: Path) -> None:
+def test_lora_is_initialized_as_the_identity_and_merges(tiny_backbone: Path) -> None:
     plain = AdaptedModel(load_backbone(str(tiny_backbone)), {}, "normed", TaskHead(32, 2)).eval()
     backbone = load_backbone(str(tiny_backbone))
     names = list(dict(backbone.model.named_parameters()))
@@ -143,7 +143,7 @@ def test_lora_starts_as_the_backbone_and_merges_into_it(tiny_backbone: Path) -> 
     assert [n for n, _ in merged.backbone.named_parameters()] == names  # nothing of LoRA is run any more
 
 
-def test_only_its_own_dropout_acts_in_lora(tiny_backbone: Path) -> None:
+def test_only_its_own_dropout_is_active_in_lora(tiny_backbone: Path) -> None:
     for dropout, equal in ((0.0, True), (0.5, False)):
         backbone = load_backbone(str(tiny_backbone))
         torch.manual_seed(0)
@@ -155,12 +155,12 @@ def test_only_its_own_dropout_acts_in_lora(tiny_backbone: Path) -> None:
         assert torch.equal(model(IDS, MASK), model(IDS, MASK)) == equal
 
 
-def test_a_lora_target_that_is_not_there_is_refused(bench: Bench) -> None:
+def test_an_unknown_lora_target_is_refused(bench: Bench) -> None:
     with pytest.raises(UserError, match=r"no linear layer called q_proj; it has dense, key, query, value"):
         bench.stage1("films", method=MethodConfig("lora", targets=["q_proj"]))
 
 
-def test_a_whole_backbone_trains_with_its_dropout_unless_told_otherwise(bench: Bench) -> None:
+def test_full_fine_tuning_uses_the_backbone_dropout_by_default(bench: Bench) -> None:
     for store, dropout in (("default", None), ("with", True), ("without", False)):
         backbone = BackboneConfig(name_or_path=str(bench.backbone), pooling="mean", dropout=dropout)
         bench.stage1("films", method=TUNED["full"], backbone=backbone, store=str(bench.folder / store))
@@ -168,7 +168,7 @@ def test_a_whole_backbone_trains_with_its_dropout_unless_told_otherwise(bench: B
     assert same(weights[0], weights[1]) and not same(weights[0], weights[2])
 
 
-def test_what_does_not_train_does_not_change(bench: Bench) -> None:
+def test_frozen_parameters_do_not_change(bench: Bench) -> None:
     plain = dict(load_backbone(str(bench.backbone)).model.named_parameters())
     bench.stage1("films", method=TUNED["bitfit"])
     model = stored(bench, "films-bitfit")
@@ -179,14 +179,14 @@ def test_what_does_not_train_does_not_change(bench: Bench) -> None:
 # --- AdapterDrop ------------------------------------------------------------------------------------
 
 
-def test_specialised_adapters_stand_above_the_dropped_layers(bench: Bench) -> None:
+def test_specialised_adapters_are_above_the_dropped_layers(bench: Bench) -> None:
     bench.stage1("films", adapter=AdapterConfig(drop="specialized:2"))
     assert {name.split(".")[0] for name in bench.weights("films")} == {"2"}
     with pytest.raises(UserError, match=r"adapter.drop=specialized:3: no layer is left .* to specialized:2"):
         bench.stage1("books", adapter=AdapterConfig(drop="specialized:3"))
 
 
-def test_dropped_layers_are_as_if_they_had_never_been_filled(bench: Bench) -> None:
+def test_dropped_layers_equal_layers_without_adapters(bench: Bench) -> None:
     bench.stage1("films")
     bench.stage1("books")
     bench.stage2("plays", ["films", "books"])
@@ -212,7 +212,7 @@ def stored_without(bench: Bench, artifact: Artifact) -> torch.Tensor:
     return AdaptedModel(load_backbone(str(bench.backbone)), {}, "normed", head).eval()(IDS, MASK)
 
 
-def test_robust_training_drops_as_often_at_every_layer_and_alike_in_every_process(bench: Bench) -> None:
+def test_robust_training_drops_layers_uniformly_and_equally_on_every_rank(bench: Bench) -> None:
     backbone = load_backbone(str(bench.backbone))
     model = AdaptedModel(backbone, new_adapters(AdapterConfig(), backbone), "normed", TaskHead(32, 2))
     task = bench.tasks["films"]
@@ -282,7 +282,7 @@ def test_an_interrupted_run_resumes_bit_equal(
     assert same(bench.weights("it", "broken"), bench.weights("it", "whole"))
 
 
-def test_what_a_batch_leaves_out_gets_a_gradient_of_zero(tiny_backbone: Path) -> None:
+def test_dropped_layers_get_a_gradient_of_zero(tiny_backbone: Path) -> None:
     backbone = load_backbone(str(tiny_backbone))
     config = AdapterConfig(nonlinearity="tanh")  # no unit is dead, whatever is drawn
     model = AdaptedModel(backbone, new_adapters(config, backbone), "normed", TaskHead(32, 2))
@@ -294,7 +294,7 @@ def test_what_a_batch_leaves_out_gets_a_gradient_of_zero(tiny_backbone: Path) ->
         assert (parameter.grad.abs().max() == 0) == dropped, name
 
 
-def test_robust_training_is_stored_like_any_and_differs(bench: Bench) -> None:
+def test_robust_training_is_a_setting_of_the_stored_run(bench: Bench) -> None:
     for store, drop in (("one", "robust"), ("two", "robust"), ("plain", None)):
         bench.stage1("films", adapter=AdapterConfig(drop=drop), store=str(bench.folder / store))
     assert same(bench.weights("films", "one"), bench.weights("films", "two"))
@@ -312,7 +312,7 @@ def test_a_fusion_can_be_trained_with_dropped_layers(bench: Bench) -> None:
     assert again == pytest.approx(result["metrics"]["validation"], abs=1e-6)
 
 
-def test_a_fusion_that_was_trained_robustly_is_pruned_and_trained_on_robustly(bench: Bench) -> None:
+def test_a_robustly_trained_fusion_is_pruned_and_fine_tuned_robustly(bench: Bench) -> None:
     for task in ("films", "books"):
         bench.stage1(task)
     for name, drop in (("plain", None), ("robust", "robust"), ("robust-again", "robust")):
@@ -343,7 +343,7 @@ def test_sources_without_adapters_in_a_layer_have_no_fusion_there(bench: Bench) 
 # --- what cannot be ---------------------------------------------------------------------------------
 
 
-def test_sources_of_other_sites_are_refused_with_what_is_possible(bench: Bench) -> None:
+def test_sources_of_other_sites_are_refused_with_the_valid_ones(bench: Bench) -> None:
     bench.stage1("films")
     bench.stage1("books", adapter=PLACEMENTS["before_attention"])
     with pytest.raises(

@@ -127,7 +127,7 @@ def test_defaults_are_typed(command: str) -> None:
     assert isinstance(typed(command), SCHEMAS[command])
 
 
-def test_what_the_defaults_are() -> None:
+def test_default_values() -> None:
     one, two = typed("stage1"), typed("stage2")
     assert (one.optim.lr, one.trainer.max_epochs) == (1e-4, 30)
     assert (two.optim.lr, two.trainer.max_epochs) == (5e-5, 10)
@@ -301,7 +301,7 @@ ALL_NUMBERS = {
 
 
 @pytest.mark.parametrize("key", sorted(ALL_NUMBERS))
-def test_every_number_has_a_range_that_is_enforced_and_stated(key: str) -> None:
+def test_every_number_has_an_enforced_and_documented_range(key: str) -> None:
     """Every value that is refused is outside the bounds of its message, every other one inside."""
     _, schema, field, kind = ALL_NUMBERS[key]
     base: dict[str, Any] = {"sources": ["a"]} if schema is Stage2Config else {}
@@ -356,7 +356,7 @@ def test_a_fusion_is_dropped_like_an_adapter(drop: str) -> None:
         typed("stage2", f"composition.drop={drop}")
 
 
-def test_several_tasks_are_typed_and_name_the_run() -> None:
+def test_multiple_tasks_are_typed_and_name_the_run() -> None:
     config = typed("stage1", TWO_TASKS, "method=multitask_adapter")
     assert [(type(task), task.name, task.labels) for task in config.task_list] == [
         (TaskConfig, "a", ["x", "y"]),
@@ -372,7 +372,7 @@ def test_several_tasks_are_typed_and_name_the_run() -> None:
     assert any(name.startswith("task_number_0-and-15-more-") for name in names)
 
 
-def test_compiling_and_checkpointing_do_not_go_together() -> None:
+def test_compiling_and_checkpointing_are_incompatible() -> None:
     for command in ("stage1", "stage2"):
         with pytest.raises(UserError, match="do not go together"):
             typed(command, "compile=true", "backbone.gradient_checkpointing=true")
@@ -407,13 +407,13 @@ def test_a_wrong_override_is_explained(override: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("override", ["seed=1,2", "init_from=a,b", "task.name=a,b"])
-def test_several_values_are_no_list_where_none_is_taken(override: str) -> None:
+def test_multiple_values_are_refused_where_one_is_expected(override: str) -> None:
     with pytest.raises(Exception) as error:
         typed("stage1", override)
     assert explain(error.value, Stage1Config) == f"{override}: several values are a sweep, which needs -m"
 
 
-def test_a_value_that_the_shell_has_split() -> None:
+def test_a_value_split_by_the_shell() -> None:
     with pytest.raises(Exception) as error:
         typed("stage1", "data")
     message = explain(error.value, Stage1Config, ["+task=cb", "data.dir=/my", "data"])
@@ -448,7 +448,7 @@ def test_a_debug_run_has_no_logger_and_does_not_resume(command: str, name: str) 
     assert typed(command, "debug=limit", "experiment=quick").trainer.max_epochs == 2
 
 
-def test_every_key_has_a_place_in_the_list_of_keys() -> None:
+def test_every_key_is_in_the_list_of_keys() -> None:
     keys = keys_of(Stage1Config)
     assert {"seed", "optim.lr", "data.limit.train", "task.hub.path", "logger.wandb.project"} <= set(keys)
 

@@ -122,7 +122,7 @@ def test_files_after_a_kill(stand_in: Any, place: str, count: int, path: str, si
     assert size is None or Path(path).stat().st_size == size
 
 
-def test_visits_are_counted_and_who_is_not_killed_writes_on(stand_in: Any) -> None:
+def test_visits_are_counted_and_other_processes_continue(stand_in: Any) -> None:
     visits = stand_in("half the weights", target="1").visits
     assert visits["half a checkpoint"] == 3 and visits["between a checkpoint's renames"] == 2
     assert visits["between an overwrite's renames"] == 1 and visits["half the weights"] == 2
@@ -202,7 +202,7 @@ PROFILES = {name: Profile(dict.fromkeys(PHASE, 16), 9.0) for name in KINDS}
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_every_place_comes_up_in_a_hundred_kills(seed: int) -> None:
+def test_every_fault_point_occurs_in_a_hundred_kills(seed: int) -> None:
     plan, again = Plan(PROFILES, seed), Plan(PROFILES, seed)
     drawn: Counter[str] = Counter()
     for kind in [*KINDS.values()] * 4:
@@ -275,7 +275,7 @@ def test_differences(reader: StoreReader) -> None:
         ((-9,), True, ["half an artifact"], "attempt 1: half an artifact"),
     ],
 )
-def test_a_run_with_deaths_is_judged_by_its_end(
+def test_a_run_with_kills_is_judged_by_its_final_state(
     reader: StoreReader,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -318,7 +318,7 @@ def test_wrong_settings_and_a_folder_of_another_program(
     assert "output=" in capsys.readouterr().err and (tmp_path / "runs").is_dir()
 
 
-def test_a_place_that_is_never_reached_is_an_error(tmp_path: Path) -> None:
+def test_a_fault_point_that_is_never_reached_is_an_error(tmp_path: Path) -> None:
     crash = Trial(tmp_path, "python", ["adapter"], profiles={"adapter": PROFILES["adapter"]})
     crash._check_places()
     crash.profiles["adapter"] = dataclasses.replace(PROFILES["adapter"], visits={BATCH: 16})

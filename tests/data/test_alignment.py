@@ -83,7 +83,7 @@ def scored_tokens(encoded: EncodedRows, indices: list[int]) -> list[list[int]]:
     return [batch.input_ids.flatten()[row[row >= 0]].tolist() for row in batch.words]
 
 
-def test_as_transformers_aligns_words(tmp_path: Path) -> None:
+def test_alignment_equals_that_of_transformers(tmp_path: Path) -> None:
     tokenizer = bert()
     encoded = encode(tagged(SENTENCES), tokenizer, 64, tmp_path)
     batch = encoded.batch([0, 1, 2, 3])
@@ -102,7 +102,7 @@ def test_as_transformers_aligns_words(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", [bert, bytes_of_gpt2, metaspace])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_every_word_has_a_token_of_its_own_text(
+def test_every_word_has_a_token_of_its_text(
     make: Callable[[], PreTrainedTokenizerBase], side: str, tmp_path: Path
 ) -> None:
     """Whatever the tokenizer, the padding, the windows and the rows of the batch."""
@@ -140,7 +140,7 @@ def test_windows_hold_all_words_in_order() -> None:
         start = end
 
 
-def test_a_word_longer_than_a_sequence_loses_its_end(tmp_path: Path) -> None:
+def test_a_word_longer_than_a_sequence_is_truncated(tmp_path: Path) -> None:
     tokenizer = bert()
     encoded = encode(tagged([["saw", "u" + "." * 30, "new"]]), tokenizer, 8, tmp_path)
     assert encoded.choice_counts is not None and encoded.choice_counts.tolist() == [3]
@@ -165,14 +165,14 @@ def test_a_sentence_without_words(tmp_path: Path) -> None:
     assert only.words is not None and only.words.shape == (1, 0) and only.input_ids.tolist() == [[2, 3]]
 
 
-def test_no_token_at_all_is_refused() -> None:
+def test_a_sentence_without_tokens_is_refused() -> None:
     tokenizer = bert()
     tokenizer.unk_token = None
     with pytest.raises(UserError, match=r"has no token for the word '\\u200b' .*; remove the word"):
         windows_of([["saw", "\u200b"]], tokenizer, 16)
 
 
-def test_the_cache_tells_words_from_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_distinguishes_words_from_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = bert()
     rows = tagged([["new york", "saw"], ["u"]])
     plain = encode(replace(rows, words=None), tokenizer, 64, tmp_path)

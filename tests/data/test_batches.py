@@ -33,7 +33,7 @@ def padded_size(lengths: np.ndarray, batches: list[list[int]]) -> int:
 
 @pytest.mark.parametrize("epoch", [0, 1, 7])
 @pytest.mark.parametrize(("rows", "size"), [(1000, 32), (1000, 1), (31, 32), (1, 8), (64, 32)])
-def test_an_epoch_has_each_row_once(rows, size, epoch):
+def test_an_epoch_has_each_example_once(rows, size, epoch):
     sampler = LengthBatches(LENGTHS[:rows], size, seed=3)
     sampler.set_epoch(epoch)
     plans = list(sampler)
@@ -67,7 +67,7 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 
 @pytest.mark.parametrize("rows", [1000, 997, 33, 32, 31, 3])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_together_see_the_batches_of_one_process(rows, world_size):
+def test_ranks_together_get_the_batches_of_one_process(rows, world_size):
     one = LengthBatches(LENGTHS[:rows], 32, seed=5)
     several = [
         LengthBatches(LENGTHS[:rows], 32 // world_size, 5, rank, world_size) for rank in range(world_size)
@@ -82,7 +82,7 @@ def test_ranks_together_see_the_batches_of_one_process(rows, world_size):
             assert {share.global_rows for share in shares} == {len(whole.rows)}
 
 
-def test_a_rank_without_rows_gets_a_filler():
+def test_a_rank_without_examples_gets_a_filler():
     samplers = [LengthBatches(LENGTHS[:34], 8, seed=0, rank=rank, world_size=4) for rank in range(4)]
     small = [shares for shares in zip(*samplers, strict=True) if shares[0].global_rows == 2]
     assert len(small) == 1
@@ -92,7 +92,7 @@ def test_a_rank_without_rows_gets_a_filler():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("rows", [1000, 7, 1])
-def test_evaluation_has_each_row_once(rows, world_size):
+def test_evaluation_has_each_example_once(rows, world_size):
     samplers = [SortedBatches(LENGTHS[:rows], 16, rank, world_size) for rank in range(world_size)]
     plans = [list(sampler) for sampler in samplers]
     assert sorted(chain.from_iterable(counting(share) for share in plans)) == list(range(rows))
@@ -106,7 +106,7 @@ def test_evaluation_starts_with_the_longest():
     assert firsts[0] == LENGTHS.max()
 
 
-def test_batches_of_like_length_need_little_padding():
+def test_batches_of_similar_length_need_little_padding():
     random = np.random.RandomState(1).permutation(len(LENGTHS))
     shuffled = [random[start : start + 32].tolist() for start in range(0, len(random), 32)]
     real = LENGTHS.sum()
@@ -119,7 +119,7 @@ def test_the_batches_are_not_sorted_themselves():
     assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
 
 
-def test_rows_meet_others_in_another_epoch():
+def test_batches_are_composed_differently_in_each_epoch():
     lengths = np.full(6400, 20)
     sampler = LengthBatches(lengths, 32, seed=0)
     met: Counter[tuple[int, int]] = Counter()
@@ -157,7 +157,7 @@ def within_budget(plan: Plan, lengths: np.ndarray, counts: np.ndarray | None, to
 @pytest.mark.parametrize("tokens", [40, 256, 4096, 10**6])
 @pytest.mark.parametrize("counts", [None, CHOICES], ids=["rows", "choices"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_batches_by_tokens_hold_their_budget_and_have_each_row_once(tokens, counts, world_size):
+def test_batches_by_tokens_respect_the_budget_and_have_each_example_once(tokens, counts, world_size):
     samplers = [TokenBatches(LENGTHS, counts, tokens, 3, rank, world_size) for rank in range(world_size)]
     lengths_of_epochs = set()
     for epoch in range(3):
@@ -181,7 +181,7 @@ def test_batches_by_tokens_hold_their_budget_and_have_each_row_once(tokens, coun
     world_size=st.integers(1, 4),
     choices=st.booleans(),
 )
-def test_any_rows_by_tokens(rows, tokens, seed, epochs, world_size, choices):
+def test_random_lengths_by_tokens(rows, tokens, seed, epochs, world_size, choices):
     lengths, counts = np.array([length for length, _ in rows]), np.array([count for _, count in rows])
     kept = counts if choices else None
     for ranks in (
@@ -224,7 +224,7 @@ def test_a_resumed_epoch_by_tokens_starts_where_it_stopped():
     assert [plan.rows for plan in resumed] == [plan.rows for plan in whole], "only the next pass is cut"
 
 
-def test_two_devices_of_half_the_budget_are_about_as_one():
+def test_two_devices_with_half_the_budget_match_one():
     one, half = TokenBatches(LENGTHS, None, 4096, 0), TokenBatches(LENGTHS, None, 2048, 0, 0, 2)
     assert len(one) <= len(half) <= 1.1 * len(one)
 
@@ -235,7 +235,7 @@ def test_batches_by_tokens_are_full_and_need_little_padding():
     assert padded_size(LENGTHS, plans) > 0.75 * 1024 * len(plans)
 
 
-def test_a_row_beyond_the_budget_is_alone():
+def test_an_example_above_the_budget_is_a_batch_of_one():
     lengths = np.array([100, 10, 10, 90])
     plans = [sorted(plan.rows) for plan in TokenBatches(lengths, None, 50, seed=0)]
     assert sorted(plans) == [[0], [1, 2], [3]]
@@ -265,7 +265,7 @@ def steps(sampler: TaskBatches, epoch: int) -> list[tuple[int, list[int]]]:
     return [(plan.task, plan.rows) for plan in sampler]
 
 
-def test_an_epoch_of_several_tasks_is_as_long_as_theirs_together():
+def test_a_multi_task_epoch_has_the_total_length_of_its_tasks():
     sampler = of_tasks()
     assert len(sampler) == 125 + 32 + 5
     assert [len(steps(sampler, epoch)) for epoch in range(3)] == [162, 162, 162]
@@ -286,7 +286,7 @@ def test_tasks_are_drawn_by_temperature(temperature):
 
 
 @pytest.mark.parametrize("tokens", [None, 300])
-def test_the_order_of_several_tasks_is_a_function_of_seed_and_epoch(tokens):
+def test_the_multi_task_order_is_a_function_of_seed_and_epoch(tokens):
     def order(seed: int, epoch: int) -> list[tuple[int, list[int]]]:
         sampler = of_tasks(seed, tokens=tokens)
         steps(sampler, 5)  # what was before does not matter
@@ -298,7 +298,7 @@ def test_the_order_of_several_tasks_is_a_function_of_seed_and_epoch(tokens):
         assert [task for task, _ in order(1, 2)] != [task for task, _ in other]
 
 
-def test_within_an_epoch_a_task_starts_again_when_its_rows_are_exhausted():
+def test_an_exhausted_task_restarts_within_an_epoch():
     own: dict[int, list[list[int]]] = {task: [] for task in range(3)}
     for task, rows in steps(of_tasks(temperature=1000.0), 0):
         own[task].append(rows)
@@ -314,7 +314,7 @@ def test_within_an_epoch_a_task_starts_again_when_its_rows_are_exhausted():
     assert len(own[2]) > 5 * 5 and len(own[0]) < 125
 
 
-def test_two_tasks_of_the_same_rows_are_shuffled_apart():
+def test_two_tasks_with_the_same_examples_are_shuffled_independently():
     samplers = [LengthBatches(LENGTHS[:80], 8, seed=0) for _ in range(2)]
     first: dict[int, list[int]] = {}
     for task, rows in steps(TaskBatches(samplers, [80, 80], 1.0, seed=0), 0):
@@ -323,7 +323,7 @@ def test_two_tasks_of_the_same_rows_are_shuffled_apart():
 
 
 @pytest.mark.parametrize("tokens", [None, 300])
-def test_a_resumed_epoch_of_several_tasks_starts_where_it_stopped(tokens):
+def test_a_resumed_multi_task_epoch_starts_where_it_stopped(tokens):
     whole, resumed = (of_tasks(tokens=tokens) for _ in range(2))
     expected = steps(whole, 4)
     resumed.resume(epoch=4, batch=50)
@@ -332,7 +332,7 @@ def test_a_resumed_epoch_of_several_tasks_starts_where_it_stopped(tokens):
     assert steps(resumed, 4) == expected, "only the next pass is cut"
 
 
-def test_all_ranks_draw_the_same_task_and_see_together_the_batches_of_one_process():
+def test_all_ranks_draw_the_same_task_and_together_get_the_batches_of_one_process():
     one = of_tasks()
     ranks = [of_tasks(rank=rank, world_size=2) for rank in range(2)]
     for epoch in range(3):
@@ -346,7 +346,7 @@ def test_all_ranks_draw_the_same_task_and_see_together_the_batches_of_one_proces
             assert {plan.global_rows for plan in step} == {len(whole.rows)}
 
 
-def test_several_tasks_by_tokens_hold_the_budget_on_every_rank():
+def test_multi_task_batches_by_tokens_respect_the_budget_on_every_rank():
     ranks = [of_tasks(rank=rank, world_size=2, tokens=300) for rank in range(2)]
     seen = set()
     for step in zip(*ranks, strict=True):

@@ -71,7 +71,7 @@ def test_one_process_builds_and_the_others_wait(tmp_path: Path, caplog: pytest.L
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_waiting_ends_with_the_other_process_or_after_a_while(
+def test_waiting_ends_with_the_other_process_or_a_timeout(
     tmp_path: Path, killed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = (

@@ -60,7 +60,7 @@ def test_the_same_sentences_however_they_are_written(content: bytes) -> None:
     assert read(content) == read(CONLL)
 
 
-def test_characters_that_only_look_like_the_end_of_a_line() -> None:
+def test_unusual_line_separators_do_not_end_a_line() -> None:
     (sentence,) = read("a\u2028b O\nc\x85d\x0be O\nf\u00a0g O\n".encode())
     assert sentence == {"0": ["a\u2028b", "c\x85d\x0be", "f\u00a0g"], "1": ["O", "O", "O"]}
 
@@ -69,7 +69,7 @@ def test_docstart_without_empty_lines_ends_a_sentence() -> None:
     assert [sentence["0"] for sentence in read(b"a O\n-DOCSTART- O\nb O\n")] == [["a"], ["b"]]
 
 
-def test_comments_are_of_files_with_tabs_alone() -> None:
+def test_comments_exist_only_in_files_with_tabs() -> None:
     commented = b"# text = a b\na\tO\n# in between\nb\tO\n\n# newdoc id = 1\n\nc\tO\n"
     assert [sentence["0"] for sentence in read(commented)] == [["a", "b"], ["c"]]
     assert [sentence["0"] for sentence in read(b"# O\na O\n")] == [["#", "a"]]
@@ -90,7 +90,7 @@ def test_comments_are_of_files_with_tabs_alone() -> None:
         (b"a O\nb\xff O\n", r"line 2: not UTF-8 text \(.*\); save the file as UTF-8"),
     ],
 )
-def test_what_is_refused(content: bytes, message: str) -> None:
+def test_malformed_files_are_refused(content: bytes, message: str) -> None:
     with pytest.raises(UserError, match=rf"{re.escape(str(PATH))}.*{message}"):
         read(content)
 

@@ -79,7 +79,7 @@ def test_the_archive_is_downloaded_once_and_again_if_damaged(
     assert everything("tweets") == rows and len(downloads) == 2 and "damaged" in caplog.text
 
 
-def test_each_row_is_in_one_split(downloads: list[bytes]) -> None:
+def test_each_example_is_in_one_split(downloads: list[bytes]) -> None:
     assert len({row["id"] for row in everything("tweets")}) == 400
     sizes = {split: len(corpus_records("tweets", split)) for split in SPLITS}
     assert 240 < sizes["train"] < 300 and 20 < sizes["validation"] < 60 and 60 < sizes["test"] < 120

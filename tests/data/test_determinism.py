@@ -94,7 +94,7 @@ def test_batches_are_the_same_everywhere(tmp_path: Path, cases: list[tuple[int, 
 
 
 @pytest.mark.parametrize("workers", [2])
-def test_weights_do_not_know_of_the_workers(bench: Bench, workers: int) -> None:
+def test_weights_do_not_depend_on_the_workers(bench: Bench, workers: int) -> None:
     """With dropout, so that a draw that a worker's start would take from the global generator shows."""
     settings = {"adapter": AdapterConfig(dropout=0.2), "head": HeadConfig(dropout=0.3)}
     bench.stage1("films", name="alone", **settings)

@@ -37,7 +37,7 @@ def parts(
 
 
 @pytest.mark.parametrize("stratify", [False, True])
-def test_every_row_is_in_one_part(stratify: bool) -> None:
+def test_every_example_is_in_one_part(stratify: bool) -> None:
     draw = random.Random(0)
     for _ in range(200):
         count = draw.randrange(12, 80)
@@ -126,7 +126,7 @@ def test_an_empty_part(count: int, labels: Any, fractions: dict[str, float], mes
         ({"seed": 3}, r"data\.split\.seed=3: no split is made"),
     ],
 )
-def test_settings_that_are_refused(values: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         SplitConfig(**values)
 
@@ -138,7 +138,7 @@ def split(data: DataConfig, **values: Any) -> DataConfig:
     return replace(data, split=SplitConfig(**values))
 
 
-def test_a_folder_with_train_alone(task: Task, write: Write) -> None:
+def test_a_folder_with_only_train(task: Task, write: Write) -> None:
     pets = task()
     plain = write("train.jsonl", ROWS)
     data = split(plain, validation=0.1, test=0.2)
@@ -160,7 +160,7 @@ def test_stratified(task: Task, write: Write) -> None:
     assert Counter(load_rows(task(), data, "validation").labels) == {0: 12, 1: 3}
 
 
-def test_a_limit_comes_afterwards(task: Task, write: Write) -> None:
+def test_a_limit_is_applied_after_the_draw(task: Task, write: Write) -> None:
     data = split(write("train.jsonl", ROWS), validation=0.5)
     limited = replace(data, limit=LimitConfig(train=7, validation=3))
     for name, count in (("train", 7), ("validation", 3)):
@@ -168,7 +168,7 @@ def test_a_limit_comes_afterwards(task: Task, write: Write) -> None:
         assert len(few) == count and set(few) < set(every)
 
 
-def test_rows_without_a_label_are_left_out_before(task: Task, write: Write) -> None:
+def test_rows_without_a_label_are_dropped_first(task: Task, write: Write) -> None:
     rows = [row | {"label": -1} if number % 3 == 0 else row for number, row in enumerate(ROWS)]
     data = split(write("train.jsonl", rows), validation=0.1, test=0.1)
     loaded = [load_rows(task(ignore_labels=[-1]), data, name) for name in ("train", "validation", "test")]
@@ -191,7 +191,7 @@ def test_choices_and_values(task: Task, write: Write) -> None:
     assert loaded.labels == [int(text) / 2 for (text,) in loaded.texts]
 
 
-def test_a_split_that_is_there_is_read(task: Task, write: Write) -> None:
+def test_an_existing_split_is_read(task: Task, write: Write) -> None:
     write("validation.jsonl", ROWS[:5])
     plain = write("train.jsonl", ROWS)
     data = split(plain, validation=0.1)
@@ -203,7 +203,7 @@ def test_a_split_that_is_there_is_read(task: Task, write: Write) -> None:
     assert len(load_rows(task(), only_test, "train")) == 54
 
 
-def test_of_several_tasks_those_without_the_split(task: Task, write: Write) -> None:
+def test_only_tasks_without_the_split_draw_it(task: Task, write: Write) -> None:
     write("validation.jsonl", ROWS[:5], "whole")
     write("train.jsonl", ROWS, "whole")
     data = split(write("train.jsonl", ROWS), validation=0.1, stratify=True)

@@ -51,14 +51,14 @@ def test_types_of_a_batch(tokenizer, tokenizer_without_types, tmp_path):
     assert bare.labels is None and bare.token_type_ids is None
 
 
-def test_a_pair_too_long_loses_of_its_longer_part(tokenizer, tmp_path):
+def test_a_pair_is_truncated_at_its_longer_part(tokenizer, tmp_path):
     encoded = encode(make_rows([("abcdefgh", "xy")], [0]), tokenizer, 9, tmp_path)
     batch = encoded.batch([0])
     assert batch.input_ids.tolist() == [[CLS, *ids("abcd"), SEP, *ids("xy"), SEP]]
     assert batch.token_type_ids is not None and batch.token_type_ids.tolist() == [[0, 0, 0, 0, 0, 0, 1, 1, 1]]
 
 
-def test_choices_stand_one_after_another(tokenizer, tmp_path):
+def test_choices_are_consecutive(tokenizer, tmp_path):
     rows = make_rows([("q",), ("a", "b")], [1, 2], choices=[["xx", "y"], ["1", "2", "333"]])
     encoded = encode(rows, tokenizer, 16, tmp_path)
     assert len(encoded) == 2
@@ -82,7 +82,7 @@ def test_left_padding_where_the_tokenizer_pads_left(tokenizer, tmp_path):
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
 
 
-def test_many_rows_are_those_that_the_tokenizer_gives(tokenizer, tmp_path, monkeypatch):
+def test_encoding_equals_that_of_the_tokenizer(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(encode_module, "_CHUNK", 7)
     random = np.random.RandomState(0)
     pairs = [("a" * random.randint(0, 40), "b" * random.randint(0, 40)) for _ in range(50)]
@@ -101,7 +101,7 @@ def test_many_rows_are_those_that_the_tokenizer_gives(tokenizer, tmp_path, monke
     assert batch.token_type_ids is not None and torch.equal(batch.token_type_ids, plain["token_type_ids"])
 
 
-def test_a_length_beyond_the_tokenizer_is_refused(tokenizer, tmp_path):
+def test_a_length_above_the_limit_of_the_tokenizer_is_refused(tokenizer, tmp_path):
     with pytest.raises(
         UserError, match=r"data\.max_length=65: .* at most 64 tokens\nExpected data\.max_length=64"
     ):
@@ -111,7 +111,7 @@ def test_a_length_beyond_the_tokenizer_is_refused(tokenizer, tmp_path):
 # --- the tokenizer ------------------------------------------------------------------------------------
 
 
-def test_a_tokenizer_that_is_not_there(monkeypatch, tmp_path):
+def test_a_missing_tokenizer(monkeypatch, tmp_path):
     monkeypatch.setattr("fusion.hub.access.hub_is_reachable", lambda: False)
     with pytest.raises(UserError, match=r"hub cannot be reached.*\nGive a folder.*backbone\.name_or_path"):
         load_tokenizer("nobody/nothing")

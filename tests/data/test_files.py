@@ -134,7 +134,7 @@ def test_lines_in_a_json_file(task: Task, write: Write) -> None:
         (b'{"data": [{"text": "a", "label": 0}]}', "no column label; it has data"),
     ],
 )
-def test_json_that_is_no_list_of_objects(task: Task, write: Write, content: bytes, message: str) -> None:
+def test_json_that_is_not_a_list_of_objects(task: Task, write: Write, content: bytes, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_rows(task(), write("train.json", content), "train")
 
@@ -225,7 +225,7 @@ def test_a_split_in_two_forms(task: Task, write: Write, one: str, other: str) ->
         check_source(task(), data, ["train"])
 
 
-def test_what_is_wrong_in_a_shard_is_named_with_shard_and_row(task: Task, write: Write) -> None:
+def test_an_error_in_a_shard_names_shard_and_row(task: Task, write: Write) -> None:
     write("train-00000-of-00002.jsonl", lines(ROWS[:4]))
     data = write("train-00001-of-00002.jsonl", b"\n" + lines([ROWS[4], {"text": "x", "label": 7}]))
     with pytest.raises(UserError, match=r"train-00001-of-00002\.jsonl, line 3: label is 7"):
@@ -243,7 +243,7 @@ def test_shards_with_other_columns(task: Task, write: Write) -> None:
         load_rows(task(), data, "train")
 
 
-def test_shards_whose_ids_stand_for_other_classes(task: Task, write: Write, tmp_path: Path) -> None:
+def test_shards_with_ids_of_other_classes(task: Task, write: Write, tmp_path: Path) -> None:
     for number, names in enumerate((["cat", "dog"], ["dog", "cat"])):
         features = datasets.Features(
             {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
@@ -331,7 +331,7 @@ def test_other_endings_are_named(task: Task, write: Write, name: str) -> None:
     assert ".parquet, .jsonl, .json, .csv, .tsv or .conll" in message and len(message.splitlines()) == 2
 
 
-def test_what_is_there_is_always_named(task: Task, write: Write) -> None:
+def test_existing_files_are_always_named(task: Task, write: Write) -> None:
     write("mnli/train-00000-of-00001.parquet", parquet(ROWS))
     write("._train.csv", b"junk of another system")
     data = write("arrow/data-00000-of-00001.arrow", b"x")
@@ -358,7 +358,7 @@ def test_a_quoted_tsv(task: Task, write: Write, caplog: pytest.LogCaptureFixture
     assert not caplog.records
 
 
-def test_quotes_in_a_tsv_are_text_and_warned_of(
+def test_quotes_in_a_tsv_are_text_with_a_warning(
     task: Task, write: Write, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = write("train.tsv", QUOTED[::2].to_csv(index=False, sep="\t"))
@@ -372,7 +372,7 @@ def test_quotes_in_a_tsv_are_text_and_warned_of(
 
 
 @pytest.mark.parametrize("text", ['"open', '"a" b', '"a"b"', 'he said "x"'])
-def test_quotes_that_csv_would_not_write_are_not_warned_of(
+def test_quotes_that_csv_would_not_write_cause_no_warning(
     task: Task, write: Write, caplog: pytest.LogCaptureFixture, text: str
 ) -> None:
     data = write(

@@ -162,7 +162,7 @@ def test_a_line_of_json(fuzz: Fuzz, line: bytes, expected: str | int) -> None:
         assert isinstance(came, UserError) and expected in str(came)
 
 
-def test_names_that_are_many_or_would_break_the_line(fuzz: Fuzz) -> None:
+def test_many_names_and_names_with_line_breaks(fuzz: Fuzz) -> None:
     many = {f"column {n}": n for n in range(5000)}
     odd = {"a\nb": 1, "\ud800": 2, "x" * 100_000: 3, "": 4}
     for record in (many, odd):
@@ -264,7 +264,7 @@ def test_a_parquet_file_of_odd_columns(fuzz: Fuzz, name: str) -> None:
     )
 
 
-def test_bytes_that_say_they_are_text(fuzz: Fuzz) -> None:
+def test_bytes_declared_as_text(fuzz: Fuzz) -> None:
     text = pyarrow.Array.from_buffers(
         pyarrow.string(),
         2,
@@ -308,7 +308,7 @@ def test_a_label(fuzz: Fuzz, name: str, label: Any, good: bool) -> None:
 @pytest.mark.parametrize(
     "options", [[], ["a"], "ab", None, {"a": "b"}, ["a", 1], ["a", None], [["a"], ["b"]], ["a", "\ud800"]]
 )
-def test_choices_that_are_none(fuzz: Fuzz, options: Any) -> None:
+def test_invalid_choices(fuzz: Fuzz, options: Any) -> None:
     record = {"text": "t", "options": options, "label": 0}
     came = fuzz(
         TASKS["choice"], "jsonl", (json.dumps(GOOD["choice"][0]) + "\n" + json.dumps(record)).encode()
@@ -426,7 +426,7 @@ def test_every_cut_of_a_parquet_file(fuzz: Fuzz) -> None:
     assert fuzz.read > 300
 
 
-def test_no_flipped_byte_of_a_parquet_page_goes_unseen(fuzz: Fuzz) -> None:
+def test_every_flipped_byte_of_a_parquet_page_is_detected(fuzz: Fuzz) -> None:
     """Pages carry checksums where their writer made them; the footer has none."""
     whole = fuzz(TASKS["choice"], "parquet", content := parquet(pyarrow.Table.from_pylist(GOOD["choice"])))
     assert isinstance(whole, Rows)

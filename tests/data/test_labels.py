@@ -65,12 +65,12 @@ def test_a_label_outside_names_its_row(task, write, label, changes, said):
         read(task, write, [first, label], **changes)
 
 
-def test_one_form_serves_a_whole_column(task, write):
+def test_one_form_applies_to_a_whole_column(task, write):
     with pytest.raises(UserError, match=r"line 2: label is 0"):
         read(task, write, ["cat", 0, "dog"])
 
 
-def test_choices_count_from_zero_unless_the_task_says_otherwise(task, write):
+def test_choices_count_from_zero_by_default(task, write):
     records = [{"text": "t", "a": "x", "b": "y", "label": label} for label in ("1", "2")]
     pairs = task(kind="choice", choices=["a", "b"], label_values=["1", "2"])
     assert load_rows(pairs, write("train.jsonl", records), "train").labels == [0, 1]
@@ -86,7 +86,7 @@ def test_values(task, write):
     ("label", "said"),
     [(float("nan"), "nan"), (float("inf"), "inf"), (None, "null"), ("2.5", "'2.5'"), (True, "True")],
 )
-def test_a_value_that_is_no_finite_number_names_its_row(task, write, label, said):
+def test_a_non_finite_value_names_its_row(task, write, label, said):
     with pytest.raises(UserError, match=rf"line 2: label is {said}.*expected a finite number"):
         read(task, write, [1.5, label], kind="regression")
 
@@ -158,7 +158,7 @@ def test_a_name_means_its_label_in_every_format(task, write, ending, raw, names,
         ([True, False], ["cat", "dog", "pig"], r"label is '?[Tt]rue'? .*expected one of 0 \(cat\)"),
     ],
 )
-def test_a_number_or_boolean_that_the_names_could_mean_is_no_id(task, write, ending, raw, names, said):
+def test_an_ambiguous_number_or_boolean_is_not_an_id(task, write, ending, raw, names, said):
     with pytest.raises(UserError, match=said):
         load_rows(task(labels=names), write(f"train.{ending}", written(raw, ending)), "train")
 
@@ -198,7 +198,7 @@ def test_an_ignored_label_changes_no_other(task, write, ending):
     assert [one.labels for one in rows.values()] == [[0, 1], [0, 1]] and way == "names"
 
 
-def test_splits_are_read_in_one_way(task, write):
+def test_all_splits_are_read_alike(task, write):
     write("train.jsonl", written(["cat", "dog"], "jsonl"))
     data = write("validation.jsonl", written([0, 1], "jsonl"))
     with pytest.raises(
@@ -238,7 +238,7 @@ def test_numbers_that_may_count_from_one_are_refused(task, write, kind):
     assert "ignore_labels" not in str(refusal.value)
 
 
-def test_no_name_is_ever_proposed_to_be_ignored(task, write):
+def test_no_name_is_proposed_as_an_ignored_label(task, write):
     for labels, changes in [
         (["cat", 0], {}),
         ([1, "x", 2], {"labels": FIVE}),
@@ -305,7 +305,7 @@ def read_classes_of(task, write, tmp_path, raw, names, **changes):
         (["0", "1"], {"kind": "choice", "choices": ["a", "b"]}, [0, 1, 1]),
     ],
 )
-def test_ids_of_a_class_label_stand_for_its_names(task, write, tmp_path, names, changes, ids):
+def test_ids_of_a_class_label_map_to_its_names(task, write, tmp_path, names, changes, ids):
     assert read_classes_of(task, write, tmp_path, [0, 1, 1], names, **changes) == ids
 
 
@@ -341,7 +341,7 @@ def test_a_hub_column_has_its_names_too(task, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
-def test_a_label_may_have_several_raw_values(task, write, ending):
+def test_a_label_may_have_multiple_raw_values(task, write, ending):
     own = task(label_values=[["A", 1, "one"], "B"])
     data = write(f"train.{ending}", written(["A", 1, "one", "B", "1"], ending))
     assert load_rows(own, data, "train").labels == [0, 0, 0, 1, 0]
@@ -352,13 +352,13 @@ def test_a_label_may_have_several_raw_values(task, write, ending):
         load_rows(own, data, "train")
 
 
-def test_one_raw_value_stands_for_one_label(task, write):
+def test_one_raw_value_maps_to_one_label(task, write):
     with pytest.raises(UserError, match=r"label_values: 1 \(int\) and '1' \(str\) are the same raw label"):
         read(task, write, [1], label_values=[["A", 1], ["B", "1"]])
     assert read(task, write, ["01", "1"], label_values=["1", "01"]) == [1, 0]
 
 
-def test_label_values_win_over_names(task, write):
+def test_label_values_take_precedence_over_names(task, write):
     assert read(task, write, ["dog", "cat"], label_values=["dog", "cat"]) == [0, 1]
     assert read(task, write, [1, 0], labels=["1", "2"], label_values=[0, 1]) == [1, 0]
 

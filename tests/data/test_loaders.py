@@ -41,7 +41,7 @@ def test_training(encoded):
         assert batch.labels is not None and batch.labels.tolist() == [row % 2 for row in batch.rows.tolist()]
 
 
-def test_the_order_changes_with_the_epoch_alone(encoded):
+def test_the_order_depends_only_on_the_epoch(encoded):
     loader = training_loader([encoded], 8, seed=1)
 
     def order():
@@ -61,7 +61,7 @@ def test_workers_give_the_same_batches(encoded):
     assert [batch.global_rows for batch in plain] == [batch.global_rows for batch in worked]
 
 
-def test_a_pass_leaves_the_random_numbers_alone(encoded):
+def test_a_pass_does_not_change_the_random_state(encoded):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -98,7 +98,7 @@ def test_ragged_choices_by_tokens(ragged):
         assert sorted(torch.cat([batch.rows for batch in batches]).tolist()) == list(range(11))
 
 
-def test_a_batch_moves_whole(ragged):
+def test_a_batch_moves_all_its_tensors(ragged):
     batch = next(iter(evaluation_loader(ragged, 4)))
     moved = batch.to("meta")
     assert moved.input_ids.device.type == moved.weights.device.type == "meta"
@@ -116,7 +116,7 @@ def test_lightning_moves_a_batch(ragged):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("tokens", [None, 96])
-def test_a_batch_of_several_tasks_is_of_one(encoded, ragged, workers, tokens):
+def test_a_multi_task_batch_has_one_task(encoded, ragged, workers, tokens):
     tasks = [encoded, ragged]
     for number, rows in enumerate(tasks):
         rows.task = number
@@ -141,18 +141,18 @@ def numbers(encoded: EncodedRows, at_most: int | None, size: int = 8, tokens: in
 
 @pytest.mark.parametrize("at_most", [None, 53, 60])
 @pytest.mark.parametrize("tokens", [None, 96])
-def test_all_rows_once(encoded: EncodedRows, at_most: int | None, tokens: int | None) -> None:
+def test_all_examples_once(encoded: EncodedRows, at_most: int | None, tokens: int | None) -> None:
     assert sorted(numbers(encoded, at_most, tokens=tokens)) == list(range(53))
 
 
-def test_a_part_is_drawn_from_everywhere_and_does_not_depend_on_the_batches(encoded: EncodedRows) -> None:
+def test_a_sample_is_uniform_and_does_not_depend_on_the_batches(encoded: EncodedRows) -> None:
     part = numbers(encoded, 20)
     assert len(set(part)) == 20 and min(part) < 10 and max(part) >= 40
     assert part == numbers(encoded, 20)
     assert sorted(part) == sorted(numbers(encoded, 20, size=3)) == sorted(numbers(encoded, 20, tokens=96))
 
 
-def test_batches_of_a_sample_name_their_rows(encoded: EncodedRows) -> None:
+def test_batches_of_a_sample_have_their_row_numbers(encoded: EncodedRows) -> None:
     lengths = []
     for batch in sampled_batches(encoded, 20, 8):
         assert batch.labels is not None and batch.labels.tolist() == [n % 2 for n in batch.rows.tolist()]

@@ -41,7 +41,7 @@ def test_every_ending_gives_the_same_rows(task, write, ending):
     assert rows.labels == [1, 0]
 
 
-def test_a_byte_order_mark_is_no_part_of_a_name(task, write):
+def test_a_byte_order_mark_is_not_part_of_a_name(task, write):
     csv = write("train.csv", "\ufefftext,label\nmeow,0\n")
     assert load_rows(task(), csv, "train").labels == [0]
     jsonl = write("validation.jsonl", '\ufeff{"text": "meow", "label": 0}\r\n\r\n')
@@ -61,7 +61,7 @@ def test_the_fingerprint_is_of_the_content(task, write):
 # --- columns ----------------------------------------------------------------------------------------
 
 
-def test_columns_name_a_local_copy(task, write):
+def test_columns_apply_to_a_local_copy(task, write):
     pets = task(columns={"text": "sentence"})
     assert load_rows(pets, write("train.jsonl", [{"sentence": "meow", "label": 0}]), "train").texts == [
         ("meow",)
@@ -91,7 +91,7 @@ def test_a_missing_column_lists_those_that_exist(task, write):
 # --- texts ------------------------------------------------------------------------------------------
 
 
-def test_an_empty_text_is_text(task, write):
+def test_an_empty_text_is_accepted(task, write):
     assert load_rows(task(), write("train.jsonl", [{"text": "", "label": 0}]), "train").texts == [("",)]
     assert load_rows(task(), write("validation.csv", "text,label\n,0\n"), "validation").texts == [("",)]
 
@@ -164,7 +164,7 @@ def test_a_choice_fills_the_blank(task, write):
 # --- rows without a label -----------------------------------------------------------------------------
 
 
-def test_ignored_rows_are_counted_and_left_out(task, write):
+def test_ignored_rows_are_counted_and_dropped(task, write):
     records = [*PETS, {"text": "?", "label": -1}, {"text": None, "label": -1}]
     rows = load_rows(task(ignore_labels=[-1]), write("train.parquet", records), "train")
     assert (len(rows), rows.ignored) == (3, 2)
@@ -221,7 +221,7 @@ def test_a_limit_draws_labelled_rows_always_the_same(task, write):
     assert [int(text) for (text,) in five] == [59, 130, 137, 223, 283]
 
 
-def test_the_validation_limit_holds_for_each_validation_split(task, write):
+def test_the_validation_limit_applies_to_each_validation_split(task, write):
     two = task(hub={"path": "x/y", "splits": {"train": "train", "validation": ["dev_near", "dev_far"]}})
     records = [{"text": f"{number}", "label": 0} for number in range(9)]
     write("dev_near.jsonl", records)

@@ -102,7 +102,7 @@ def test_the_source_is_checked_without_reading(task, write):
 # --- a part of a split --------------------------------------------------------------------------------
 
 
-def test_parts_share_out_the_rows_of_one_file(task, write):
+def test_parts_divide_the_rows_of_one_file(task, write):
     pets = task(hub=PARTS)
     data = write("train.jsonl", ROWS)
     train, validation = (load_rows(pets, data, split).texts for split in ("train", "validation"))
@@ -115,7 +115,7 @@ def test_parts_share_out_the_rows_of_one_file(task, write):
     assert evaluation_splits(pets, "validation", data) == ["validation"]
 
 
-def test_a_folder_with_a_file_for_each_is_taken_whole(task, write):
+def test_a_folder_with_a_file_per_split_is_used_whole(task, write):
     write("train.jsonl", ROWS)
     data = write("validation.jsonl", ROWS[:7])
     pets = task(hub=PARTS)

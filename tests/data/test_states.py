@@ -64,7 +64,7 @@ def test_a_file_of_another_length_is_rebuilt(tmp_path: Path, size: int) -> None:
 
 
 @pytest.mark.parametrize("fault", [OSError("no space"), KeyboardInterrupt()])
-def test_nothing_is_left_of_a_build_that_failed(tmp_path: Path, fault: Exception) -> None:
+def test_a_failed_build_leaves_no_files(tmp_path: Path, fault: Exception) -> None:
     with pytest.raises(type(fault)):
         cached_states(tmp_path / "a", SHAPE, "float32", 10**6, Builder(fault))
     assert files(tmp_path) == set()
@@ -84,7 +84,7 @@ def test_the_least_recently_used_files_are_removed(tmp_path: Path) -> None:
     assert mapped[5, 3] == 23  # a mapped file stays readable
 
 
-def test_of_several_who_want_it_one_builds(tmp_path: Path) -> None:
+def test_one_of_multiple_processes_builds(tmp_path: Path) -> None:
     build = Builder()
     with ThreadPoolExecutor(4) as pool:
         jobs = [pool.submit(cached_states, tmp_path / "a", SHAPE, "float32", 10**6, build) for _ in range(4)]
@@ -92,19 +92,19 @@ def test_of_several_who_want_it_one_builds(tmp_path: Path) -> None:
     assert build.calls == 1
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         cached_states(tmp_path / "file" / "a", SHAPE, "float32", 10**6, Builder())
 
 
-def test_what_a_killed_build_left_is_gone(tmp_path: Path) -> None:
+def test_files_of_a_killed_build_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".a.states.0.partial").write_bytes(b"half")
     assert cached_states(tmp_path / "a", SHAPE, "float32", 10**6, Builder())[5, 3] == 23
     assert files(tmp_path) == {"a.states"}
 
 
-def test_what_others_are_making_counts_and_what_is_old_goes(tmp_path: Path) -> None:
+def test_unfinished_builds_count_towards_the_limit_and_old_ones_are_removed(tmp_path: Path) -> None:
     limit = 3 * (BYTES + 4) + 10
     cached_states(tmp_path / "a", SHAPE, "float32", limit, Builder())
     for name in (".b.states.1.partial", ".c.states.2.partial"):
@@ -116,7 +116,7 @@ def test_what_others_are_making_counts_and_what_is_old_goes(tmp_path: Path) -> N
     assert files(tmp_path) == {"d.states", "e.states", ".c.states.2.partial"}
 
 
-def test_somebody_elses_file_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_another_user_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError
 
@@ -127,7 +127,7 @@ def test_somebody_elses_file_can_be_read(tmp_path: Path, monkeypatch: pytest.Mon
     assert build.calls == 1
 
 
-def test_the_states_of_another_key_are_not_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_states_of_another_key_are_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     build, other = Builder(), Builder()
     cached_states(tmp_path / "a", SHAPE, "float32", 10**6, other)
     (tmp_path / "b.states").write_bytes((tmp_path / "a.states").read_bytes())
@@ -144,12 +144,12 @@ def test_the_states_of_another_key_are_not_taken(tmp_path: Path, caplog: pytest.
     assert turned.calls == 1
 
 
-def test_what_lies_in_the_place_of_the_states(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_file_at_the_path_of_the_states(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     os.mkfifo(tmp_path / "a.states")
     assert cached_states(tmp_path / "a", SHAPE, "float32", 10**6, Builder())[5, 3] == 23
 
 
-def test_states_that_may_not_be_read_are_rebuilt(
+def test_states_without_read_permission_are_rebuilt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: object, **__: object) -> None:

@@ -152,7 +152,7 @@ ACCEPTED = [
 
 
 @pytest.mark.parametrize(("content", "expected"), NOT_PLAIN, ids=range(len(NOT_PLAIN)))
-def test_a_file_that_is_not_plain_data(tmp_path: Path, content: bytes, expected: str) -> None:
+def test_a_task_file_that_is_not_plain_data(tmp_path: Path, content: bytes, expected: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_bytes(content)
     started = time.process_time()
@@ -165,7 +165,7 @@ def test_a_file_that_is_not_plain_data(tmp_path: Path, content: bytes, expected:
 @pytest.mark.parametrize(
     "content", [BOMB, GOOD + b"x: ${seed}\n", *(content for content, _ in NOT_PLAIN[-3:])]
 )
-def test_a_command_refuses_it(ask: Ask, content: bytes) -> None:
+def test_a_command_refuses_the_file(ask: Ask, content: bytes) -> None:
     assert "mine.yaml" in ask(content)[0]
 
 

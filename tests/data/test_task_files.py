@@ -134,14 +134,14 @@ COPIES = [
 ]
 
 
-def test_the_task_files_are_these():
+def test_shipped_task_files():
     assert len(PAPER.split()) == 16
     assert len(KNOWN) == 35 and set(KNOWN) <= set(NAMES)
     assert set(KNOWN) <= set(HUB_ROWS)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_task_file_is_data_that_the_schema_knows(name):
+def test_a_task_file_matches_the_schema(name):
     text = (TASKS / f"{name}.yaml").read_text()
     fields = yaml.safe_load(text)
     assert set(fields) <= {field.name for field in dataclasses.fields(TaskConfig)} - {"name"}
@@ -155,7 +155,7 @@ def test_a_task_file_is_data_that_the_schema_knows(name):
                 assert locate(task, DataConfig(), published)[1].name
 
 
-def test_mnli_has_two_validation_sets():
+def test_mnli_has_two_validation_splits():
     assert evaluation_splits(read_task("mnli"), "validation") == [
         "validation_matched",
         "validation_mismatched",
@@ -170,7 +170,7 @@ def load(name: str, records: list[dict[str, Any]], folder: Path, split: str = "t
 
 
 @pytest.mark.parametrize("name", HUB_ROWS)
-def test_rows_as_the_hub_has_them(name, tmp_path):
+def test_rows_in_the_form_of_the_hub(name, tmp_path):
     row, raw, labels, texts, choices = HUB_ROWS[name]
     rows = load(name, [{**row, read_task(name).label: label} for label in raw], tmp_path)
     assert rows.labels == labels

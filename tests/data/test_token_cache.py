@@ -52,7 +52,7 @@ def cache(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytes
     return made
 
 
-def test_rows_are_tokenised_once(cache: Cache) -> None:
+def test_examples_are_tokenized_once(cache: Cache) -> None:
     cache.tokenizer(
         "x" * 40, truncation=True, max_length=8, padding="max_length"
     )  # changes the tokenizer's state
@@ -118,7 +118,7 @@ def test_a_damaged_file_is_rebuilt(
 
 
 @pytest.mark.parametrize("place", [os.mkfifo, lambda path: path.symlink_to("nowhere")])
-def test_what_is_not_a_file_is_replaced(cache: Cache, place: Callable[[Path], None]) -> None:
+def test_a_path_that_is_not_a_file_is_replaced(cache: Cache, place: Callable[[Path], None]) -> None:
     cache.path.unlink()
     place(cache.path)
     assert cache.is_right() and cache.is_right() and cache.built == 1

@@ -174,7 +174,7 @@ def test_other_programs_of_the_project_read_their_arguments(
         read_settings(list(command.words[3:]))
 
 
-def test_no_command_is_left_out() -> None:
+def test_all_commands_are_checked() -> None:
     """Every fenced command is of a program that a test here reads, or of another project."""
     makefile = (ROOT / "Makefile").read_text()
     targets = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)

@@ -70,7 +70,7 @@ def own_code(tmp_path: Path, tiny_backbone: Path) -> Make:
     return make
 
 
-def test_a_type_of_its_own_is_refused(own_code: Make) -> None:
+def test_a_custom_model_type_is_refused(own_code: Make) -> None:
     folder, marker = own_code("own", AutoConfig="own.OwnConfig", AutoModel="own.OwnModel")
     with pytest.raises(UserError) as error:
         load_backbone(str(folder))
@@ -81,7 +81,7 @@ def test_a_type_of_its_own_is_refused(own_code: Make) -> None:
     assert not marker.exists()
 
 
-def test_a_known_type_goes_without_its_code(
+def test_a_known_type_is_loaded_without_its_code(
     own_code: Make, caplog: pytest.LogCaptureFixture, tiny_backbone: Path
 ) -> None:
     folder, marker = own_code(AutoConfig="own.OwnConfig", AutoModel="own.OwnModel")
@@ -97,7 +97,7 @@ def test_a_known_type_goes_without_its_code(
     assert trusted.fingerprint != plain  # the same weights in other hands are another backbone
 
 
-def test_a_tokenizer_of_its_own(own_code: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_custom_tokenizer(own_code: Make, caplog: pytest.LogCaptureFixture) -> None:
     folder, marker = own_code(
         file="tokenizer_config.json", AutoTokenizer=["own.OwnTokenizer", "own.OwnTokenizer"]
     )
@@ -147,7 +147,7 @@ def test_from_training_to_evaluation(bench: Bench, own_code: Make) -> None:
     assert "trust_remote_code" not in read_manifest("books", bench.folder / "store").content["backbone"]
 
 
-def test_an_artifact_cannot_set_it_for_its_user() -> None:
+def test_an_artifact_cannot_enable_custom_code() -> None:
     manifest = make_manifest(backbone={"trust_remote_code": True})
     with pytest.raises(UserError, match="trust_remote_code=true"):
         check_trust(manifest, trusted=False)

@@ -63,5 +63,5 @@ def test_the_message_has_the_fault(tmp_path: Path, fault: str, kind: str, said: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("fault", "kind", "said"), SLOW)
-def test_the_message_has_a_slow_fault(tmp_path: Path, fault: str, kind: str, said: str) -> None:
+def test_the_message_has_the_cause_of_a_slow_fault(tmp_path: Path, fault: str, kind: str, said: str) -> None:
     assert said in load(tmp_path, fault, kind)["said"]

@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("change", DECISIVE)
-def test_another_way_to_token_ids_is_another_hash(folder: Path, change: str) -> None:
+def test_a_different_tokenization_changes_the_hash(folder: Path, change: str) -> None:
     tokenizer = load_tokenizer(str(folder))
     before = tokenizer_hash(tokenizer)
     DECISIVE[change](tokenizer)
@@ -57,14 +57,14 @@ def test_another_way_to_token_ids_is_another_hash(folder: Path, change: str) -> 
 
 
 @pytest.mark.parametrize("change", IRRELEVANT)
-def test_the_rest_changes_nothing(folder: Path, change: str) -> None:
+def test_other_settings_do_not_change_the_hash(folder: Path, change: str) -> None:
     tokenizer = load_tokenizer(str(folder))
     before = tokenizer_hash(tokenizer)
     IRRELEVANT[change](tokenizer)
     assert tokenizer_hash(tokenizer) == before
 
 
-def test_the_same_words_with_other_ids_are_another_hash(folder: Path) -> None:
+def test_other_ids_of_the_same_vocabulary_change_the_hash(folder: Path) -> None:
     before = tokenizer_hash(load_tokenizer(str(folder)))
     values = json.loads((folder / "tokenizer.json").read_text())
     words = values["model"]["vocab"]

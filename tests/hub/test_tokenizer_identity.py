@@ -55,7 +55,7 @@ def other(trained: Bench, tmp_path: Path) -> Path:
 REFUSED = r"was trained on .*cased is another backbone: tokenizer [0-9a-f]{8}, expected [0-9a-f]{8}"
 
 
-def test_the_manifest_has_it(trained: Bench) -> None:
+def test_the_manifest_has_the_tokenizer_hash(trained: Bench) -> None:
     stored = [read_manifest(name, trained.folder / "store") for name in ("films", "plays-adapterfusion")]
     assert len(stored[0].backbone.tokenizer or "") == 64
     assert stored[0].backbone.tokenizer == stored[1].backbone.tokenizer
@@ -196,7 +196,7 @@ def test_a_checkpoint_is_resumed_with_its_own_tokenizer() -> None:
 # --- before the rows are read -----------------------------------------------------------------------
 
 
-def test_the_backbone_is_checked_before_the_rows(
+def test_the_backbone_is_checked_before_the_data(
     trained: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read(*values: Any, **options: Any) -> None:
@@ -240,7 +240,7 @@ def test_the_first_check_needs_no_torch_and_writes_nothing(trained: Bench, tmp_p
     assert not (tmp_path / "store").exists()
 
 
-def test_nothing_that_was_right_has_changed(trained: Bench) -> None:
+def test_valid_hashes_are_unchanged(trained: Bench) -> None:
     """The tokenizer's hash is in no artifact's hash: a fusion of 0.1 still finds its sources."""
     manifest = read_manifest("films", trained.folder / "store")
     without = {key: value for key, value in manifest.content["backbone"].items() if key != "tokenizer"}

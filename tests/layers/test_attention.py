@@ -123,7 +123,7 @@ def sources_of(kinds: list[str], width: int, output: int) -> list[BottleneckAdap
 @pytest.mark.parametrize(("width", "output"), [(12, 12), (12, 7), (5, 16)])
 @pytest.mark.parametrize(("rank", "value_matrix"), [(None, True), (3, False)])
 @pytest.mark.parametrize("tokens", [3, 15])
-def test_loras_and_linear_layers_take_the_same_path(
+def test_lora_and_linear_outputs_use_the_same_path(
     kinds: list[str], width: int, output: int, rank: int | None, value_matrix: bool, tokens: int
 ) -> None:
     sources = sources_of(kinds, width, output)
@@ -149,7 +149,7 @@ def test_loras_and_linear_layers_take_the_same_path(
 @pytest.mark.parametrize("rank", [1, 3, 6, 11, 12, 20])
 @pytest.mark.parametrize("tokens", [1, 8, 11, 12, 13, 14, 40])
 @pytest.mark.parametrize("training", [True, False])
-def test_the_cheaper_order_of_products_is_taken(rank: int, tokens: int, training: bool) -> None:
+def test_the_cheaper_order_of_products_is_used(rank: int, tokens: int, training: bool) -> None:
     layer, x = fusion(rank=rank).train(training), torch.randn(1, tokens, HIDDEN, dtype=torch.float64)
     with FlopCounterMode(display=False) as counter:
         layer._scoring(x)
@@ -162,7 +162,7 @@ def test_the_cheaper_order_of_products_is_taken(rank: int, tokens: int, training
         assert counter.get_total_flops() == 2 * (matrices_first + biases)
 
 
-def test_a_rank_makes_query_and_key_smaller_and_nothing_else() -> None:
+def test_a_rank_only_reduces_query_and_key() -> None:
     layer = fusion(rank=3)
     assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == {
         "query.weight": (3, HIDDEN),
@@ -190,7 +190,7 @@ def test_every_parameter_gets_a_gradient_in_training(tokens: int) -> None:
     }
 
 
-def test_trains_only_what_the_paper_names() -> None:
+def test_trains_exactly_the_parameters_of_the_paper() -> None:
     names = {name for name, _ in fusion(value_matrix=False).named_parameters()}
     assert names == {"query.weight", "query.bias", "key.weight", "key.bias"}
 
@@ -225,7 +225,7 @@ def test_one_source_passes_through_unchanged() -> None:
     torch.testing.assert_close(layer(x, context(x)), adapter(x, context(x)), rtol=0, atol=1e-12)
 
 
-def test_a_masked_source_takes_no_part() -> None:
+def test_a_masked_source_has_no_effect() -> None:
     layer, x = fusion().eval(), torch.randn(1, 3, HIDDEN, dtype=torch.float64)
     on = torch.tensor([True, False, True, True, False])
     kept = [a for a, keep in zip(adapters(), on.tolist(), strict=True) if keep]

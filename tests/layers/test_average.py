@@ -44,7 +44,7 @@ def test_every_weight_is_the_mean_of_the_sources() -> None:
     assert not torch.allclose(mean.eval()(X, CONTEXT), sum(outputs) / 3)  # not the mean of what they say
 
 
-def test_of_one_source_is_that_source() -> None:
+def test_average_of_one_source_is_that_source() -> None:
     (source,) = several(1)
     mean = average([source])
     assert torch.equal(mean(X, CONTEXT), source(X, CONTEXT))
@@ -61,14 +61,14 @@ def test_of_one_source_is_that_source() -> None:
         BottleneckAdapter(6, 3, "tanh"),
     ],
 )
-def test_other_kinds_have_no_mean(other: BottleneckAdapter) -> None:
+def test_other_kinds_cannot_be_averaged(other: BottleneckAdapter) -> None:
     with pytest.raises(ValueError, match="one kind"):
         average([*several(1), other.double()])
     with pytest.raises(ValueError, match="one kind"):
         average([])
 
 
-def test_a_frozen_adapter_says_what_it_said_and_cannot_train() -> None:
+def test_a_frozen_adapter_keeps_its_output_and_cannot_train() -> None:
     (source,) = several(1, dropout=0.9)
     frozen = FrozenAdapter(source).train()  # its dropout belonged to its own training
     expected = torch.stack([torch.stack([plain_output(source, token) for token in row]) for row in X])

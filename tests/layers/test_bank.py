@@ -78,7 +78,7 @@ def test_every_composition_of_a_linear_layer_equals_its_sum() -> None:
         torch.testing.assert_close(layer(x, batch), expected, msg=type(layer).__name__)
 
 
-def test_nothing_in_a_bank_can_train_and_the_sources_are_copied() -> None:
+def test_a_bank_is_frozen_and_copies_its_sources() -> None:
     made = adapters()
     bank = AdapterBank(made, [0, 1, 2], 3)
     assert list(bank.parameters()) == []

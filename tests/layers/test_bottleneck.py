@@ -33,7 +33,7 @@ def test_parameter_count_is_2dr_plus_r_plus_d() -> None:
     assert sum(p.numel() for p in BottleneckAdapter(768, 48).parameters()) == 2 * 768 * 48 + 48 + 768
 
 
-def test_zero_up_is_the_identity_at_the_start() -> None:
+def test_zero_up_is_initialized_as_the_identity() -> None:
     adapter = BottleneckAdapter(6, 2, init="zero_up")
     assert not adapter(torch.randn(2, 3, 6), CONTEXT).any()
     assert adapter.down.weight.any()
@@ -49,7 +49,7 @@ def test_initial_values(init: str, std: float, limit: float) -> None:
         assert not linear.bias.any()
 
 
-def test_dropout_acts_in_training_only() -> None:
+def test_dropout_is_active_in_training_only() -> None:
     torch.manual_seed(0)
     adapter, x = BottleneckAdapter(64, 8, dropout=0.5), torch.randn(2, 3, 64)
     assert (adapter.train()(x, CONTEXT) == 0).float().mean().item() == pytest.approx(0.5, abs=0.1)

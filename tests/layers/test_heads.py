@@ -39,7 +39,7 @@ def test_a_word_is_its_first_sub_word() -> None:
             pool(HIDDEN, MASK, how, given)
 
 
-def test_padding_does_not_reach_the_mean() -> None:
+def test_padding_does_not_affect_the_mean() -> None:
     changed = HIDDEN.clone()
     changed[0, 2] = 1e6
     assert torch.equal(pool(HIDDEN, MASK, "mean"), pool(changed, MASK, "mean"))
@@ -118,7 +118,7 @@ def test_in_training_the_other_heads_get_a_gradient_of_zero() -> None:
     assert heads.state()["c.output.weight"].grad is None
 
 
-def test_one_head_among_several_is_like_one_alone() -> None:
+def test_one_head_of_many_equals_a_single_head() -> None:
     alone = TaskHead(4, 2)
     scores = TaskHeads({"only": alone}).train()(HIDDEN, MASK, 0)
     assert torch.equal(scores, alone(HIDDEN, MASK))

@@ -39,7 +39,7 @@ def test_static_starts_as_the_mean_and_follows_its_weights() -> None:
     torch.testing.assert_close(layer(X, CONTEXT), 0.8 * outputs()[0] + 0.2 * outputs()[1])
 
 
-def test_a_masked_source_leaves_the_mean_of_the_others() -> None:
+def test_masking_a_source_gives_the_mean_of_the_others() -> None:
     layer = MeanMixture(AdapterBank(sources(), [0, 1], 2))
     on = BatchContext(torch.ones(2, 3), sources_on=torch.tensor([False, True]))
     torch.testing.assert_close(layer(X, on), outputs()[1])

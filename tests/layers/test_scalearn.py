@@ -64,7 +64,7 @@ def test_equals_the_sum_of_scaled_outputs(width: int) -> None:
 
 
 @pytest.mark.parametrize("width", [1, HIDDEN])
-def test_a_masked_source_takes_no_part(width: int) -> None:
+def test_a_masked_source_has_no_effect(width: int) -> None:
     layer, x = layer_of(width), texts()
     on = torch.tensor([True, False, True, True, False])
     kept = [a for a, keep in zip(adapters(), on.tolist(), strict=True) if keep]
@@ -77,7 +77,7 @@ def test_a_masked_source_takes_no_part(width: int) -> None:
 
 
 @pytest.mark.parametrize("width", [1, HIDDEN])
-def test_one_factor_for_several_slots(width: int) -> None:
+def test_one_factor_for_multiple_slots(width: int) -> None:
     torch.manual_seed(3)
     shared = nn.Parameter(torch.randn(COUNT, width, dtype=torch.float64))
     here, there = [0, 3, 4], [1, 3]
@@ -130,7 +130,7 @@ def test_what_is_recorded() -> None:
     assert seen[1][1, 2].tolist() == pytest.approx([0, sizes[0], 0, sizes[1], 0])
 
 
-def test_costs_no_more_a_token_than_the_mean() -> None:
+def test_costs_no_more_per_token_than_the_mean() -> None:
     x = texts()
     flops = []
     for layer in (MeanMixture(bank()), layer_of(HIDDEN)):
@@ -148,5 +148,5 @@ def test_factors_of_another_shape_are_refused(shape: tuple[int, ...], shared: bo
         ScaLearn(bank(), nn.Parameter(torch.zeros(shape)), shared)
 
 
-def test_takes_no_decay() -> None:
+def test_has_no_weight_decay() -> None:
     assert layer_of(1).undecayed == ("scales",)

@@ -83,7 +83,7 @@ def test_folded_equals_plain(value_matrix: bool, rank: int | None, mode: str) ->
 
 
 @pytest.mark.parametrize("merge", [False, True])
-def test_masked_sources_take_no_part(merge: bool) -> None:
+def test_masked_sources_have_no_effect(merge: bool) -> None:
     layer, x = fusion().eval(), texts().detach()
     slot_module = layer.merged() if merge else layer
     on = torch.tensor([True, False, True, True, False])
@@ -107,7 +107,7 @@ def test_merged_equals_folded_without_a_square_matrix(value_matrix: bool, rank: 
 
 
 @pytest.mark.parametrize("merge", [False, True])
-def test_records_one_distribution_a_text_for_all_its_tokens(merge: bool) -> None:
+def test_records_one_distribution_per_text(merge: bool) -> None:
     torch.manual_seed(0)
     layer = SequenceFusion(AdapterBank(adapters()[:2], [1, 3], 5)).double().eval()
     for parameter in layer.parameters():
@@ -122,7 +122,7 @@ def test_records_one_distribution_a_text_for_all_its_tokens(merge: bool) -> None
         torch.testing.assert_close(weights[:, token][:, [1, 3]], expected)
 
 
-def test_padding_has_no_say() -> None:
+def test_padding_has_no_effect() -> None:
     layer, x = fusion().eval(), texts().detach()
     expected = layer(x, BatchContext(MASK))
     changed = x.clone()
@@ -134,7 +134,7 @@ def test_padding_has_no_say() -> None:
 
 
 @pytest.mark.parametrize("merge", [False, True])
-def test_a_text_without_a_real_token_gives_numbers(merge: bool) -> None:
+def test_a_text_without_tokens_has_finite_output(merge: bool) -> None:
     layer, x = fusion().eval(), texts()
     slot_module = layer.merged() if merge else layer
     out = slot_module(x, BatchContext(torch.zeros_like(MASK)))

@@ -12,7 +12,7 @@ from fusion.layers.switch import TaskSwitch
 
 
 @pytest.mark.parametrize("nonlinearities", [("relu", "relu"), ("tanh", "silu")])
-def test_each_row_goes_through_its_own_adapter(nonlinearities: tuple[str, str]) -> None:
+def test_each_example_uses_the_adapter_of_its_task(nonlinearities: tuple[str, str]) -> None:
     torch.manual_seed(0)
     adapters = [BottleneckAdapter(8, 2 + n, name, scaling=n + 1.0) for n, name in enumerate(nonlinearities)]
     for adapter in adapters:
@@ -30,7 +30,7 @@ def test_each_row_goes_through_its_own_adapter(nonlinearities: tuple[str, str]) 
     assert list(switch.parameters()) == []
 
 
-def test_without_members_it_says_so() -> None:
+def test_without_adapters_an_error_is_raised() -> None:
     switch = TaskSwitch(AdapterBank([BottleneckAdapter(8, 2)], [0], 1))
     with pytest.raises(RuntimeError, match="members"):
         switch(torch.zeros(1, 2, 8), BatchContext(torch.ones(1, 2)))

@@ -37,7 +37,7 @@ def test_the_sum_of_both_and_of_their_gradients() -> None:
         torch.testing.assert_close(here, there, rtol=0, atol=1e-12)
 
 
-def test_starts_as_the_composition_alone() -> None:
+def test_is_initialized_as_the_composition() -> None:
     both = with_target("zero_up")
     assert torch.equal(both(X, context(X)), both.composition(X, context(X)))
 
@@ -59,14 +59,14 @@ def test_names_losses_and_decay_pass_through() -> None:
     assert WithTargetAdapter(scaled, BottleneckAdapter(HIDDEN, 2)).undecayed == ("composition.scales",)
 
 
-def test_merges_what_can_be_merged() -> None:
+def test_merges_mergeable_modules() -> None:
     both = with_target().eval()
     merged = both.merged()
     assert isinstance(merged.composition, MergedFusion) and isinstance(both.composition, AdapterFusion)
     torch.testing.assert_close(merged(X, context(X)), both(X, context(X)), rtol=0, atol=1e-10)
 
 
-def test_masking_the_sources_leaves_the_target_and_only_sources_are_recorded() -> None:
+def test_masking_the_sources_keeps_the_target_and_only_sources_are_recorded() -> None:
     both, seen = with_target().eval(), dict[str, Tensor]()
     off = torch.zeros(5, dtype=torch.bool)
     torch.testing.assert_close(both(X, context(X, sources_on=off)), both.target(X, context(X)))

@@ -79,7 +79,7 @@ def test_penalty_is_summed_over_the_layers(tiny_backbone: Path) -> None:
     assert model.losses()["value_penalty"].item() == pytest.approx(3 * each, rel=1e-3)
 
 
-def test_the_frozen_hash_sees_the_backbone_and_the_sources_but_not_what_trains(tiny_backbone: Path) -> None:
+def test_the_frozen_hash_covers_backbone_and_sources_but_no_trained_parameters(tiny_backbone: Path) -> None:
     model = fused(tiny_backbone)
     before = model.frozen_hash()
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_the_frozen_hash_sees_the_backbone_and_the_sources_but_not_what_trains(t
     assert model.frozen_hash() != changed
 
 
-def test_a_parameter_that_slots_share_is_one(tiny_backbone: Path) -> None:
+def test_a_parameter_shared_by_slots_is_counted_once(tiny_backbone: Path) -> None:
     torch.manual_seed(0)
     shared = initial_scales(2, 32)
     banks = [AdapterBank([BottleneckAdapter(32, 4), BottleneckAdapter(32, 2)], [0, 1], 2) for _ in range(3)]
@@ -138,7 +138,7 @@ def test_a_frozen_model_trains_nothing_and_is_stored_as_before(tiny_backbone: Pa
 
 
 @pytest.mark.parametrize("dropout", [True, False])
-def test_backbone_dropout_acts_only_where_asked_for(tiny_backbone: Path, dropout: bool) -> None:
+def test_backbone_dropout_is_active_only_if_enabled(tiny_backbone: Path, dropout: bool) -> None:
     model = adapted(tiny_backbone, backbone_dropout=dropout).train()
     assert torch.equal(model(IDS, MASK), model(IDS, MASK)) != dropout
     model.eval()
@@ -151,7 +151,7 @@ def test_padding_changes_nothing(tiny_backbone: Path) -> None:
     torch.testing.assert_close(model(IDS, MASK), model(wide, (wide != 0).long()), rtol=0, atol=1e-5)
 
 
-def test_choices_are_gathered_row_by_row(tiny_backbone: Path) -> None:
+def test_choices_are_gathered_per_example(tiny_backbone: Path) -> None:
     torch.manual_seed(0)
     backbone = load_backbone(str(tiny_backbone))
     model = AdaptedModel(backbone, {}, "normed", TaskHead(32, 1)).eval()
@@ -169,7 +169,7 @@ def test_recording_gives_each_slot_its_weights(tiny_backbone: Path) -> None:
     assert all(weights.shape == (3, 5, 2) for weights in seen.values())
 
 
-def test_masking_a_source_changes_the_scores_and_leaves_no_trace(tiny_backbone: Path) -> None:
+def test_masking_a_source_changes_the_scores_and_is_undone(tiny_backbone: Path) -> None:
     model = fused(tiny_backbone).eval()
     with torch.no_grad():
         for parameter in model.slot_state().values():
@@ -184,7 +184,7 @@ def test_masking_a_source_changes_the_scores_and_leaves_no_trace(tiny_backbone: 
 
 
 @pytest.mark.parametrize("slot", ["3.feedforward", "0.pooler", "x.feedforward", "feedforward"])
-def test_a_slot_that_is_not_there_is_refused(tiny_backbone: Path, slot: str) -> None:
+def test_an_unknown_slot_is_refused(tiny_backbone: Path, slot: str) -> None:
     with pytest.raises(ValueError, match=r"no slot|expected LAYER"):
         AdaptedModel(
             load_backbone(str(tiny_backbone)), {slot: BottleneckAdapter(32, 4)}, "normed", TaskHead(32, 2)

@@ -149,7 +149,7 @@ def test_every_composition_computes_its_equation(name: str, off: int | None) -> 
 
 
 @pytest.mark.parametrize("name", COMPOSITIONS)
-def test_weights_of_the_sources_are_reported_where_the_table_says_so(name: str) -> None:
+def test_weights_of_the_sources_are_reported_as_declared(name: str) -> None:
     module, sources = built(name, share_of(name))
     seen: dict[str, Tensor] = {}
     module(test_sequence.texts(), BatchContext(MASK, record=seen.__setitem__, place="0.feedforward"))
@@ -162,7 +162,7 @@ def test_weights_of_the_sources_are_reported_where_the_table_says_so(name: str) 
     assert not weighed[elsewhere].any() and weighed[list(sources)].all()
 
 
-def test_what_layers_share_is_one_parameter() -> None:
+def test_layers_share_one_parameter() -> None:
     sharing = []
     for name in COMPOSITIONS:
         shared = share_of(name)
@@ -176,7 +176,7 @@ def test_what_layers_share_is_one_parameter() -> None:
     assert {"scalearn_pp", "scalearn_uniform_pp"} <= set(sharing)
 
 
-def test_only_a_name_of_the_table_is_a_composition() -> None:
+def test_an_unknown_composition_is_refused() -> None:
     with pytest.raises(UserError, match=r"composition=scalern: expected one of adapterfusion, sequence, "):
         CompositionConfig("scalern")
     with pytest.raises(UserError, match=r"method=adaptor: expected one of adapter, head, lora, "):
@@ -204,7 +204,7 @@ def test_the_flat_groups_have_the_keys_of_version_0_1_in_their_order() -> None:
     ]
 
 
-def test_settings_that_version_0_1_did_not_have_leave_a_run_its_identity() -> None:
+def test_new_settings_at_their_defaults_keep_the_identity_of_version_0_1() -> None:
     later = {key: value for key, value in ADDED_LATER.items() if key.startswith(("composition.", "method."))}
     assert (
         later.items()
@@ -286,7 +286,7 @@ def comparisons(source: str) -> Iterator[str]:
             yield ast.unparse(node)
 
 
-def test_nobody_asks_for_the_name_of_a_composition_or_method() -> None:
+def test_no_module_compares_the_name_of_a_composition_or_method() -> None:
     found = {
         str(path.relative_to(ROOT)): list(comparisons(path.read_text(encoding="utf-8")))
         for folder in ("fusion", "pipelines")
@@ -306,6 +306,6 @@ def test_nobody_asks_for_the_name_of_a_composition_or_method() -> None:
         'match composition:\n    case "static":\n        pass',
     ],
 )
-def test_a_question_for_a_name_is_seen(source: str) -> None:
+def test_a_comparison_of_a_name_is_detected(source: str) -> None:
     assert list(comparisons(source))
     assert not list(comparisons('manifest.kind == "adapter" or pooling == "mean"'))

@@ -77,7 +77,7 @@ def kept(
         ({"once": True, "cache": "float32"}, [2], "float32"),
     ],
 )
-def test_when_it_is_kept(
+def test_when_features_are_cached(
     tiny_backbone: Path, tmp_path: Path, settings: dict[str, object], layers: list[int], expected: str | None
 ) -> None:
     given, rows = kept(tiny_backbone, tmp_path, layers, **settings)  # type: ignore[arg-type]
@@ -88,7 +88,7 @@ def test_when_it_is_kept(
 
 
 @pytest.mark.parametrize("choices", [False, True])
-def test_a_batch_brings_the_states_of_its_tokens(tiny_backbone: Path, tmp_path: Path, choices: bool) -> None:
+def test_a_batch_has_the_states_of_its_tokens(tiny_backbone: Path, tmp_path: Path, choices: bool) -> None:
     backbone, rows = load_backbone(str(tiny_backbone)), some_rows(tiny_backbone, tmp_path, choices=choices)
     model = adapted(backbone, [1, 2]).eval()
     cache_features(model, [rows], BackboneConfig(name_or_path="x"), backbone.fingerprint, CPU, str(tmp_path))
@@ -100,7 +100,7 @@ def test_a_batch_brings_the_states_of_its_tokens(tiny_backbone: Path, tmp_path: 
     assert not batch.features[~real].any()
 
 
-def test_a_loaders_worker_maps_the_states_again(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_a_loader_worker_reopens_the_memory_map(tiny_backbone: Path, tmp_path: Path) -> None:
     rows = kept(tiny_backbone, tmp_path, [2])[1]
     content = pickle.dumps(rows)
     assert rows.states is not None and len(content) < rows.states.nbytes
@@ -110,7 +110,7 @@ def test_a_loaders_worker_maps_the_states_again(tiny_backbone: Path, tmp_path: P
     assert first is not None and torch.equal(first, second)
 
 
-def test_a_states_width_is_known_beforehand(tiny_backbone: Path) -> None:
+def test_the_width_of_the_states_is_known_in_advance(tiny_backbone: Path) -> None:
     ids = torch.tensor([[2, 7, 3]])
     for reads in ("normed", "output"):
         for slots in ([], ["1.feedforward"], ["1.attention"]):
@@ -132,7 +132,7 @@ def test_the_second_run_computes_nothing(
     assert caplog.text.count("computing the frozen features") == 3
 
 
-def test_a_cache_asked_for_by_name_is_kept_or_refused(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_an_explicit_cache_is_kept_or_refused(tiny_backbone: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"backbone\.cache_gb=1e-09\nRaise backbone\.cache_gb"):
         kept(tiny_backbone, tmp_path, [2], cache="float32", cache_gb=1e-9)
     with pytest.raises(UserError, match=r"pads on the left.*\nSet backbone\.cache=off"):
@@ -142,7 +142,7 @@ def test_a_cache_asked_for_by_name_is_kept_or_refused(tiny_backbone: Path, tmp_p
         kept(tiny_backbone, tmp_path, [2], cache="float32")
 
 
-def test_under_auto_a_folder_that_cannot_be_written_costs_time_alone(
+def test_under_auto_an_unwritable_folder_only_disables_the_cache(
     tiny_backbone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "prefix").write_text("no folder")
@@ -161,7 +161,7 @@ def test_values_beyond_float16_are_refused(tiny_backbone: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("fusion", [False, True])
-def test_fifty_steps_are_those_without_it(tiny_backbone: Path, tmp_path: Path, fusion: bool) -> None:
+def test_fifty_steps_equal_those_without_the_cache(tiny_backbone: Path, tmp_path: Path, fusion: bool) -> None:
     curves, cached = [], []
     for cache in ("off", "float32"):
         backbone, rows = load_backbone(str(tiny_backbone)), some_rows(tiny_backbone, tmp_path)

@@ -147,7 +147,7 @@ def test_of_other_kinds() -> None:
         ({"name": "mean", "drop": "specialized:9"}, "composition.drop=specialized:9"),
     ],
 )
-def test_a_fusion_that_does_not_go_with_its_sources(composition: dict[str, Any], says: str) -> None:
+def test_a_fusion_incompatible_with_its_sources(composition: dict[str, Any], says: str) -> None:
     sources: list[Manifest] = [source.manifest for source in SOURCES["alike"]]
     manifest = fusion(composition)
     with pytest.raises(UserError) as error:
@@ -155,7 +155,7 @@ def test_a_fusion_that_does_not_go_with_its_sources(composition: dict[str, Any],
     assert str(error.value).startswith("store/f/manifest.json: ") and says in str(error.value)
 
 
-def test_sources_without_a_mean() -> None:
+def test_sources_that_cannot_be_averaged() -> None:
     ragged = [source.manifest for source in SOURCES["ragged"]]
     manifest = fusion({"name": "average"})
     with pytest.raises(UserError, match="not of one shape"):

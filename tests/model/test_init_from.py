@@ -52,7 +52,7 @@ def test_an_adapter_starts_from_another(bench: Bench) -> None:
     assert same(bench.weights("fresh-head"), bench.weights("films"))
 
 
-def test_the_store_shows_what_it_started_from_and_how_to_make_both(bench: Bench) -> None:
+def test_the_store_shows_the_initialization_and_the_commands_of_both(bench: Bench) -> None:
     bench.stage1("films")
     bench.stage1("films", name="again", init_from="films")
     store = bench.folder / "store"
@@ -82,7 +82,7 @@ def test_every_method_starts_from_its_own(bench: Bench, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["multitask_adapter", "multitask_full"])
-def test_several_tasks_start_from_the_same_tasks(bench: Bench, method: str) -> None:
+def test_multiple_tasks_start_from_the_same_tasks(bench: Bench, method: str) -> None:
     first = bench.multitask("films", "books", method=MethodConfig(method), name="first")
     again = bench.multitask(
         "films", "books", method=MethodConfig(method), name="again", init_from="first", optim=STILL
@@ -120,7 +120,7 @@ def test_a_fusion_starts_from_another(bench: Bench) -> None:
         check(["films", "books"], composition=CompositionConfig(name="average"))
 
 
-def test_what_does_not_fit_is_refused(bench: Bench) -> None:
+def test_an_incompatible_initialization_is_refused(bench: Bench) -> None:
     bench.stage1("films")
     bench.stage1("films", method=MethodConfig("head"))
 

@@ -77,7 +77,7 @@ def config(tiny_backbone: Path, tmp_path: Path) -> BenchmarkConfig:
 
 
 @pytest.mark.parametrize("suite", ["train", "infer", "memory", "scale"])
-def test_a_suite_compares_the_answers_of_the_workers(
+def test_a_suite_compares_the_results_of_the_workers(
     suite: str, config: BenchmarkConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(suites, "Session", FakeSession)
@@ -106,7 +106,7 @@ def test_a_suite_compares_the_answers_of_the_workers(
     assert left <= {f"{suite}.json", f"{suite}-ours.log", f"{suite}-rival.log", "scale.png"}
 
 
-def test_workers_take_turns_and_every_second_round_is_reversed(config: BenchmarkConfig) -> None:
+def test_workers_alternate_and_every_second_round_is_reversed(config: BenchmarkConfig) -> None:
     one, fused = Case(TRAIN, ADAPTER, 0, 2), Case(TRAIN, FUSION, 4, 2)
     config.rounds = 2
     with contextlib.closing(FakeSession(config)) as session:
@@ -146,7 +146,7 @@ def test_a_worker_that_fails_ends_the_suite_with_its_log(program: str, problem: 
     assert "\n" not in str(raised.value)
 
 
-def test_output_of_a_worker_is_in_its_log_and_an_error_is_an_answer(tmp_path: Path) -> None:
+def test_output_of_a_worker_is_logged_and_an_error_is_returned(tmp_path: Path) -> None:
     program = (
         "from pipelines.benchmark.worker import Worker, serve\n"
         "Worker.talk = lambda self, word: print('hello from a library') or word\n"
@@ -199,7 +199,7 @@ def test_wrong_settings_are_refused(settings: dict[str, object], message: str) -
         ScaleConfig(sources=[4, 2])
 
 
-def test_every_suite_is_there_and_make_names_them_all() -> None:
+def test_every_suite_has_a_make_target() -> None:
     assert set(suites.SUITES) == set(SUITES)
     (line,) = [line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("SUITES ?= ")]
     assert set(line.removeprefix("SUITES ?= ").split(",")) == set(SUITES)

@@ -133,7 +133,7 @@ def test_training_changes_what_is_declared_and_inference_nothing(worker: OurWork
     assert changed(used, used.infer) == set()
 
 
-def test_the_check_notices_a_missing_weight(worker: OurWorker) -> None:
+def test_the_check_detects_a_missing_weight(worker: OurWorker) -> None:
     case = Case(INFER, FUSION, N, R)
     found = worker.check(case)
     assert len(found["logits"]) == ROWS and found["penalty"] > 0

@@ -43,7 +43,7 @@ def test_verdicts(values: tuple[float, ...], target: Target, said: str) -> None:
     assert Figure("step", values, target).verdict(0.1) == said
 
 
-def test_a_small_margin_wants_quiet_rounds() -> None:
+def test_a_small_margin_needs_a_small_spread() -> None:
     rounds = (1.00, 1.02, 1.08)  # they spread by 4 %
     assert Figure("loop", rounds, Target(1.03)).verdict(0.1) == TOO_NOISY
     assert Figure("loop", rounds, Target(1.25)).verdict(0.1) == REACHED

@@ -50,7 +50,7 @@ def agents_command(sweep: Sweep, values: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def test_which_there_are() -> None:
+def test_available_sweeps() -> None:
     assert [path.stem for path in FILES] == ["bottleneck_size", "learning_rate", "sources"]
 
 
@@ -83,7 +83,7 @@ def test_the_agents_command_is_accepted(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_its_runs_have_names_of_their_own(path: Path) -> None:
+def test_its_runs_have_unique_names(path: Path) -> None:
     sweep = read(path)
     (name,) = [word for word in sweep["command"] if word.startswith("name=")]
     every = [f"${{{key}}}" in name for key in sweep["parameters"]]
@@ -91,7 +91,7 @@ def test_its_runs_have_names_of_their_own(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_the_multirun_beside_it_asks_the_same(path: Path) -> None:
+def test_the_equivalent_multirun_has_the_same_search_space(path: Path) -> None:
     sweep = read(path)
     lines = [
         line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if "python -m" in line

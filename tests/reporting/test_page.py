@@ -230,7 +230,7 @@ def test_optimistic_scores_have_one_note(tmp_path: Path, write: Write) -> None:
     assert 'id="optimistic"' not in written(contents_of(found, targets_of(found, "test")), tmp_path)
 
 
-def test_ablation_has_colour_only_if_conclusive(tmp_path: Path, write: Write) -> None:
+def test_ablation_has_color_only_if_conclusive(tmp_path: Path, write: Write) -> None:
     example_runs(write)
     labels = [0, 1] * 50
     wrong = {"much": 40, "little": 1}

@@ -126,7 +126,7 @@ def test_budget_differences_are_named(tmp_path: Path, write: Write) -> None:
     ]
 
 
-def test_scores_of_other_rows_are_unequal(tmp_path: Path, write: Write) -> None:
+def test_scores_of_other_examples_are_unequal(tmp_path: Path, write: Write) -> None:
     for seed in (1, 2):
         write(seed=seed, score=0.5, wrong=10)
         folder = write(seed=seed, score=0.9, wrong=2, sources=["a", "b"])

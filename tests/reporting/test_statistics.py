@@ -31,7 +31,7 @@ def sample(accuracy: float, seed: int, rows: int = 400) -> Sample:
     return Sample(seed, accuracy, predictions(accuracy, rows, seed))
 
 
-def test_one_seed_is_the_paired_bootstrap_over_rows() -> None:
+def test_one_seed_uses_the_paired_bootstrap_over_examples() -> None:
     """Against scipy's own bootstrap of the rows' differences."""
     one, other = sample(0.9, 0), sample(0.8, 1)
     other = dataclasses.replace(other, seed=0)
@@ -102,7 +102,7 @@ def test_pairs_without_spread() -> None:
     assert (found.low, found.high) == (0.25, 0.25) and found.p == pytest.approx(0.25)
 
 
-def test_one_run_each_and_no_rows() -> None:
+def test_one_run_each_without_predictions() -> None:
     found = compare([Sample(1, 0.8)], [Sample(1, 0.7)], "accuracy")
     assert found == Difference(found.mean, None, None, None, "", 1, 0, 0)
     assert found.mean == pytest.approx(0.1)
@@ -123,7 +123,7 @@ def test_by_seed_false_pairs_nothing() -> None:
     assert compare(one, others, "accuracy").mean == pytest.approx(0.1)
 
 
-def test_other_rows_are_not_resampled() -> None:
+def test_unmatched_examples_are_not_resampled() -> None:
     one, other = sample(0.9, 0), sample(0.8, 0)
     assert other.predictions is not None
     moved = dataclasses.replace(

@@ -48,9 +48,7 @@ def test_a_run_from_new_to_done(bench: Bench) -> None:
     ],
     ids=["failed", "Ctrl-C", "SIGTERM", "preempted"],
 )  # fmt: skip
-def test_an_attempt_that_ends_badly_leaves_its_checkpoints(
-    bench: Bench, error: BaseException, state: RunState
-) -> None:
+def test_a_failed_attempt_keeps_its_checkpoints(bench: Bench, error: BaseException, state: RunState) -> None:
     output, run = output_of(bench)
     with pytest.raises(type(error)), output.attempt(run, resume=True):
         (output.checkpoints / "last.ckpt").write_bytes(b"whole")
@@ -108,7 +106,7 @@ def test_no_resume_without_a_checkpoint(bench: Bench) -> None:
     assert output.outlook == f"it resumes at its last checkpoint ({output.checkpoints})"
 
 
-def test_other_processes_of_a_run_write_nothing(bench: Bench) -> None:
+def test_only_rank_zero_writes(bench: Bench) -> None:
     output, run = output_of(bench)
     with output.attempt(Run(run.command, run.directory, (), {}, "", rank_zero=False), resume=False):
         assert not output.checkpoints.exists()

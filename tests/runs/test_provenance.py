@@ -57,7 +57,7 @@ def test_commit_and_changes(checkout: Path) -> None:
     assert git_state(checkout) == {"commit": commit, "dirty": True}
 
 
-def test_no_checkout_of_the_project(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outside_a_git_checkout(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed = checkout / "lib" / "site-packages"
     installed.mkdir(parents=True)
     assert git_state(installed) is None  # inside another project's checkout

@@ -35,7 +35,7 @@ def run_in(folder: Path, **changes: object) -> Run:
     return Run("stage1", folder / "run", ("+task=rte",), {**CONFIG, **changes}, "stage1")
 
 
-def test_identity_config_is_flat_and_holds_only_what_decides_the_numbers() -> None:
+def test_identity_config_is_flat_and_has_only_what_affects_results() -> None:
     assert identity_config(CONFIG) == {
         "task.name": "rte",
         "task.labels": ["a", "b"],
@@ -50,7 +50,7 @@ def test_identity_config_is_flat_and_holds_only_what_decides_the_numbers() -> No
     }
 
 
-def test_a_run_of_one_task_is_what_it_was_before_there_were_several() -> None:
+def test_the_identity_of_a_single_task_run_is_that_of_version_0_1() -> None:
     assert identity(changed(tasks=None, method={"temperature": 2.0})) == identity(CONFIG)
     other = changed(method={"temperature": 3.0})
     assert identity(other) != identity(CONFIG)
@@ -58,7 +58,7 @@ def test_a_run_of_one_task_is_what_it_was_before_there_were_several() -> None:
     assert differing == ["method.temperature: 2.0 there, 3.0 here"]
 
 
-def test_several_tasks_are_told_apart_key_by_key() -> None:
+def test_multiple_tasks_are_compared_key_by_key() -> None:
     one, two = ([{"name": name, "hub": None}, {"name": "cb", "hub": None}] for name in ("rte", "wnli"))
     stored, asked = (identity_config(changed(task=None, tasks=tasks)) for tasks in (one, two))
     assert differing_keys(stored, asked) == ['tasks.0.name: "rte" there, "wnli" here']
@@ -78,7 +78,7 @@ def test_several_tasks_are_told_apart_key_by_key() -> None:
         {"data": {"dir": "rows", "cache_dir": None, "workers": 0, "limit": {"train": None}}},
     ],
 )
-def test_identity_ignores_where_and_how_a_run_is_done(changes: dict[str, object]) -> None:
+def test_identity_ignores_paths_and_hardware(changes: dict[str, object]) -> None:
     assert identity(changed(**changes)) == identity(CONFIG)
 
 
@@ -92,11 +92,11 @@ def test_identity_ignores_where_and_how_a_run_is_done(changes: dict[str, object]
         {"compile": True},
     ],
 )
-def test_identity_changes_with_what_decides_the_numbers(changes: dict[str, object]) -> None:
+def test_identity_changes_with_settings_that_affect_results(changes: dict[str, object]) -> None:
     assert identity(changed(**changes)) != identity(CONFIG)
 
 
-def test_identity_is_stable_and_counts_the_inputs() -> None:
+def test_identity_is_stable_and_includes_the_inputs() -> None:
     assert identity(CONFIG) == identity(json.loads(json.dumps(CONFIG)))
     assert len(identity(CONFIG)) == 12
     int(identity(CONFIG), 16)
@@ -109,7 +109,7 @@ def test_every_ignored_trainer_key_exists() -> None:
     assert set(NOT_IDENTITY_TRAINER) <= set(vars(Stage1Config().trainer))
 
 
-def test_differing_keys_say_both_values() -> None:
+def test_differing_keys_have_both_values() -> None:
     stored, asked = identity_config(CONFIG), identity_config(changed(seed=1, optim={"lr": 5e-4}, more="x"))
     assert differing_keys(stored, asked) == [
         'more: nothing there, "x" here',
@@ -129,7 +129,7 @@ def test_is_done() -> None:
         is_done("rte", other, here, overwrite=False)
 
 
-def test_record_of_a_job_that_ends_well(tmp_path: Path) -> None:
+def test_record_of_a_successful_job(tmp_path: Path) -> None:
     run = run_in(tmp_path)
 
     def work() -> dict[str, object]:
@@ -167,9 +167,7 @@ def test_record_of_a_job_that_ends_well(tmp_path: Path) -> None:
         (Terminated("SIGTERM"), "interrupted", "Terminated: SIGTERM"),
     ],
 )
-def test_record_of_a_job_that_ends_badly(
-    tmp_path: Path, error: BaseException, status: str, said: str
-) -> None:
+def test_record_of_a_failed_job(tmp_path: Path, error: BaseException, status: str, said: str) -> None:
     run = run_in(tmp_path)
 
     def work() -> dict[str, object]:
@@ -197,13 +195,13 @@ def test_record_finds_the_interrupt_behind_a_system_exit(tmp_path: Path) -> None
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "interrupted"
 
 
-def test_other_processes_of_a_ddp_job_leave_nothing(tmp_path: Path) -> None:
+def test_other_ranks_of_a_ddp_job_write_nothing(tmp_path: Path) -> None:
     run = Run("stage1", tmp_path / "run", (), {}, "stage1", rank_zero=False)
     assert record(run, lambda: {"stage": 1}) == {"stage": 1}
     assert not run.directory.exists()
 
 
-def test_the_status_of_several_tasks_names_them_all(tmp_path: Path) -> None:
+def test_the_status_names_all_tasks(tmp_path: Path) -> None:
     run = run_in(tmp_path, task=None, tasks=[{"name": "rte"}, {"name": "cb"}])
     record(run, lambda: {})
     assert json.loads((run.directory / "status.json").read_text())["task"] == "rte+cb"

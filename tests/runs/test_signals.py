@@ -74,7 +74,7 @@ def test_each_signal_is_an_exception_and_an_exit_code(
     assert exit_code(lambda: 2) == 2
 
 
-def test_ignored_signals_and_other_handlers_stay() -> None:
+def test_ignored_signals_and_other_handlers_are_kept() -> None:
     """As under nohup, and as in a job of submitit's."""
     seen: list[int] = []
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -85,7 +85,7 @@ def test_ignored_signals_and_other_handlers_stay() -> None:
     assert seen == [signal.SIGUSR2]
 
 
-def test_an_echo_is_one_signal_and_a_second_one_raises_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repeated_signal_counts_once_and_a_second_one_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     with raised():
         with pytest.raises(Terminated, match="SIGUSR1"):
             send(signal.SIGUSR1)
@@ -235,7 +235,7 @@ def test_every_command_ends_without_a_traceback_while_it_starts(tmp_path: Path, 
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc tells when the handlers are there")
-def test_under_nohup_the_terminal_may_close(tmp_path: Path) -> None:
+def test_under_nohup_a_hangup_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(SLOW_IMPORT.replace("30", "0.5"))
     process = begin(tmp_path, "fusion.store", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     until(process, lambda: catches(process.pid, signal.SIGUSR1))

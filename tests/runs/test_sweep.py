@@ -54,7 +54,7 @@ def test_jobs_with_status_and_result(tmp_path: Path) -> None:
     assert [job.status.get("status") for job in jobs] == ["done", "failed", "done", "done", None]
 
 
-def test_a_command_without_states_only_counts(tmp_path: Path) -> None:
+def test_a_command_without_run_states_only_counts(tmp_path: Path) -> None:
     planned = [tmp_path / "0", tmp_path / "1"]
     sweep = Sweep.begin(tmp_path, planned)
     for place in planned:
@@ -63,7 +63,7 @@ def test_a_command_without_states_only_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("age", [-1e6, 0, 1e6])
-def test_no_clock_decides_which_status_belongs_to_the_sweep(tmp_path: Path, age: float) -> None:
+def test_the_status_files_of_a_sweep_do_not_depend_on_the_clock(tmp_path: Path, age: float) -> None:
     """Jobs of an earlier sweep in the same folder, and this sweep's under a clock that was set."""
     old = leave(tmp_path / "0", "failed", error="of old")
     leave(tmp_path / "7-of-old", "failed", error="of old")

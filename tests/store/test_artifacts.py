@@ -71,7 +71,7 @@ def test_same_tensors_make_the_same_files(
     assert read_manifest("one", store).hash == read_manifest("two", store).hash
 
 
-def test_an_artifact_without_weights(make_manifest: Make, head: Tensors, store: Path) -> None:
+def test_an_artifact_without_tensors(make_manifest: Make, head: Tensors, store: Path) -> None:
     save(store, make_manifest("rte-head", "head"), {}, head)
     artifact = load("rte-head", store)
     assert artifact.weights == {} and same_bits(artifact.head, head)
@@ -92,7 +92,7 @@ def test_bytes_and_modes(make_manifest: Make, weights: Tensors, head: Tensors, s
         assert (path / WEIGHTS).stat().st_mode & 0o777 == 0o644
 
 
-def test_a_taken_name(make_manifest: Make, weights: Tensors, head: Tensors, store: Path) -> None:
+def test_an_existing_name(make_manifest: Make, weights: Tensors, head: Tensors, store: Path) -> None:
     save(store, make_manifest(), weights, head)
     with pytest.raises(UserError, match="overwrite=true"):
         save(store, make_manifest(seed=4), OTHER, head)
@@ -106,7 +106,7 @@ def test_a_taken_name(make_manifest: Make, weights: Tensors, head: Tensors, stor
     assert names(store) == ["mnli"]
 
 
-def test_overwrite_removes_what_nobody_needs(
+def test_overwrite_removes_unreferenced_artifacts(
     make_manifest: Make, weights: Tensors, head: Tensors, store: Path
 ) -> None:
     save(store, make_manifest(), weights, head)
@@ -117,7 +117,7 @@ def test_overwrite_removes_what_nobody_needs(
     assert contents(store / ".staging") == set()
 
 
-def test_overwrite_keeps_what_a_fusion_needs(
+def test_overwrite_keeps_sources_of_a_fusion(
     make_manifest: Make, weights: Tensors, head: Tensors, store: Path
 ) -> None:
     save(store, make_manifest(), weights, head)
@@ -139,7 +139,7 @@ def test_overwrite_keeps_what_a_fusion_needs(
     assert contents(store / ".replaced") == {kept.name} and contents(store / ".staging") == set()
 
 
-def test_a_source_that_is_gone(make_manifest: Make, weights: Tensors, head: Tensors, store: Path) -> None:
+def test_a_missing_source(make_manifest: Make, weights: Tensors, head: Tensors, store: Path) -> None:
     save(store, make_manifest(), weights, head)
     hash = read_manifest("mnli", store).hash
     os.rename(store / "mnli", store / "renamed")
@@ -242,7 +242,9 @@ def test_a_failed_save_leaves_nothing(
     assert load("mnli", store).manifest.seed == 5
 
 
-def test_what_cannot_be_read_again_is_not_stored(make_manifest: Make, head: Tensors, store: Path) -> None:
+def test_an_artifact_that_cannot_be_reloaded_is_not_stored(
+    make_manifest: Make, head: Tensors, store: Path
+) -> None:
     with pytest.raises(UserError, match="seed: "):
         save(store, make_manifest(seed="three"), OTHER, head)
     with pytest.raises(TypeError, match="not JSON serializable"):
@@ -360,7 +362,7 @@ def test_two_new_artifacts_of_one_name(make_manifest: Make, head: Tensors, store
     assert artifact.weights["value"][0] == artifact.manifest.seed
 
 
-def test_reading_writes_nothing_so_a_store_may_be_read_only(
+def test_a_read_only_store_can_be_read(
     make_manifest: Make, weights: Tensors, head: Tensors, store: Path
 ) -> None:
     save(store, make_manifest(), weights, head)
@@ -403,7 +405,7 @@ def test_a_store_on_a_path_that_needs_quoting(
     assert same_bits(load("mnli", store).weights, OTHER)
 
 
-def test_a_lock_that_cannot_be_made(
+def test_a_lock_that_cannot_be_created(
     make_manifest: Make, weights: Tensors, head: Tensors, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(self: Any, *_: Any, **__: Any) -> None:
@@ -421,7 +423,7 @@ def test_a_lock_that_cannot_be_made(
     assert names(store) == []
 
 
-def test_a_note_that_cannot_be_written_stops_nobody(
+def test_an_unwritable_note_does_not_stop_a_command(
     make_manifest: Make, weights: Tensors, head: Tensors, store: Path
 ) -> None:
     (store / ".locks" / "mnli.lock.json").mkdir(parents=True)  # where the note would go
@@ -431,7 +433,7 @@ def test_a_note_that_cannot_be_written_stops_nobody(
     assert same_bits(load("mnli", store).weights, weights)
 
 
-def test_a_name_that_ends_like_an_artifact_that_is_being_replaced(
+def test_a_name_with_the_suffix_of_a_replaced_artifact(
     make_manifest: Make, weights: Tensors, head: Tensors, store: Path
 ) -> None:
     """`mnli.old` is a name like any other: while it is written it is no part of `mnli`."""
@@ -478,7 +480,7 @@ def test_a_source_that_changes_while_it_is_copied(
     assert contents(other / ".staging") == set() and not (other / ".replaced").exists()
 
 
-def test_a_copy_that_was_killed_half_way_leaves_nothing_once_it_is_made(
+def test_a_killed_copy_is_cleaned_up_by_the_next_one(
     make_manifest: Make, weights: Tensors, head: Tensors, store: Path
 ) -> None:
     elsewhere = store.parent / "elsewhere"

@@ -362,7 +362,7 @@ def test_damaged_artifacts(place: Place, seed: int) -> None:
 @pytest.mark.parametrize(
     "what", ["pipe", "folder", "empty", "huge", "/dev/zero", "nowhere", "/etc/passwd", "loop"]
 )
-def test_no_regular_file(place: Place, file: str, what: str) -> None:
+def test_a_path_that_is_not_a_regular_file(place: Place, file: str, what: str) -> None:
     path = place.store / "films" / file
     path.unlink()
     try:
@@ -426,7 +426,7 @@ def test_another_backbone_is_refused(place: Place, make_backbone: Callable[..., 
         ("films", "backbone/layers"),
     ],
 )
-def test_wrong_sizes_take_no_memory(place: Place, name: str, way: str, count: int) -> None:
+def test_wrong_sizes_allocate_no_memory(place: Place, name: str, way: str, count: int) -> None:
     values = json.loads(place.content[name, MANIFEST])
     *path, key = way.split("/")
     parent = values

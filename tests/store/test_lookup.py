@@ -29,7 +29,7 @@ def test_find_by_name_then_by_path(make_manifest: Make, store: Path, monkeypatch
     assert find("mnli", store.parent / "empty") == Path("mnli")
 
 
-def test_unknown_name_says_what_there_is(make_manifest: Make, store: Path) -> None:
+def test_an_unknown_name_lists_the_available_ones(make_manifest: Make, store: Path) -> None:
     with pytest.raises(
         UserError, match=r"It is empty or does not exist .*python -m fusion.stage1 \+task=NAME"
     ):
@@ -74,9 +74,7 @@ def test_find_by_hash(make_manifest: Make, store: Path) -> None:
     assert find_by_hash(third.hash, "mnli", store) == store / "copy"  # the damaged one hides nothing
 
 
-def test_a_folder_without_a_manifest_a_file_and_a_store_are_no_artifacts(
-    make_manifest: Make, store: Path
-) -> None:
+def test_invalid_artifact_paths(make_manifest: Make, store: Path) -> None:
     folder = put(store / "mnli", make_manifest())
     (store / "peft").mkdir()
     (store / "peft" / "adapter_config.json").touch()

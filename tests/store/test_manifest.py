@@ -32,7 +32,7 @@ def test_round_trip(make_manifest: Make) -> None:
         assert Manifest.from_json(manifest.to_json(), Path("m")) == manifest
 
 
-def test_numbers_that_json_lacks_become_null(make_manifest: Make) -> None:
+def test_non_finite_numbers_become_null(make_manifest: Make) -> None:
     manifest = make_manifest(
         files=FILES, metrics={"validation": {"pearson": float("nan"), "spearman": float("inf"), "other": 1}}
     )
@@ -158,13 +158,13 @@ SEVERAL = {
 }
 
 
-def test_several_tasks_keep_their_order(make_manifest: Make) -> None:
+def test_multiple_tasks_keep_their_order(make_manifest: Make) -> None:
     manifest = make_manifest(files=FILES, multitask=SEVERAL)
     again = Manifest.from_json(manifest.to_json(), Path("m"))
     assert again == manifest and list(again.multitask or {}) == ["ztask", "a.task"]
 
 
-def test_a_manifest_of_one_task_reads_and_hashes_as_before_there_were_several(make_manifest: Make) -> None:
+def test_a_single_task_manifest_reads_and_hashes_as_in_version_0_1(make_manifest: Make) -> None:
     manifest = make_manifest(files=FILES)
     values = values_of(manifest)
     assert "multitask" not in values
@@ -186,7 +186,7 @@ def test_missing_inner_key_is_named(make_manifest: Make, key: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format_version": 1'])
-def test_what_is_no_manifest(text: str) -> None:
+def test_invalid_manifests(text: str) -> None:
     with pytest.raises(UserError, match=r"^m: "):
         Manifest.from_json(text, Path("m"))
 
@@ -200,7 +200,7 @@ def test_a_fusion_has_sources_and_a_composition(make_manifest: Make) -> None:
         Manifest.from_json(json.dumps(values), Path("m"))
 
 
-def test_hash_follows_what_the_weights_compute(make_manifest: Make) -> None:
+def test_hash_depends_on_what_the_weights_compute(make_manifest: Make) -> None:
     def hash_of(kind: str = "adapter", files: dict[str, Any] = FILES, **changes: Any) -> str:
         return make_manifest("any", kind, files=files, **changes).hash
 
@@ -279,7 +279,7 @@ def test_manifests_of_earlier_versions_are_read(make_manifest: Make) -> None:
         ('"tiny"', '"\\ud800"'),
     ],
 )
-def test_what_is_no_json(make_manifest: Make, old: str, new: str) -> None:
+def test_invalid_json(make_manifest: Make, old: str, new: str) -> None:
     text = json.dumps(values_of(make_manifest()))
     assert text.count(old) == 1
     with pytest.raises(UserError, match=r"^m: is not JSON") as error:

@@ -97,7 +97,9 @@ def test_list(say: Say, full: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [60, 100, 160])
-def test_list_at_a_terminal_cuts_no_name(full: Path, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+def test_list_at_a_terminal_truncates_no_name(
+    full: Path, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
     terminal = at_terminal(monkeypatch, width)
     assert main(["list", f"store={full}"]) == 0
     assert all(len(line) <= width for line in terminal.text.splitlines()) and "─" in terminal.text
@@ -105,7 +107,7 @@ def test_list_at_a_terminal_cuts_no_name(full: Path, monkeypatch: pytest.MonkeyP
         assert {"books", "both", "films", "head", "feedforward/normed", "tiny"} <= set(terminal.text.split())
 
 
-def test_list_names_what_is_damaged_and_what_is_left(say: Say, full: Path) -> None:
+def test_list_names_damaged_and_leftover_folders(say: Say, full: Path) -> None:
     (full / "books" / MANIFEST).write_text("{")
     (full / "stray").mkdir()
     (full / "odd\u202ename").mkdir()
@@ -133,7 +135,7 @@ def test_list_names_what_is_damaged_and_what_is_left(say: Say, full: Path) -> No
     assert "\u202e" not in out
 
 
-def test_a_run_that_is_being_trained_is_no_leftover(say: Say, full: Path) -> None:
+def test_an_active_run_is_not_a_leftover(say: Say, full: Path) -> None:
     for run in ("films-0123456789ab", "plays-999999999999"):
         (full / ".runs" / run).mkdir(parents=True)
     (full / ".staging" / "plays~new").mkdir()
@@ -169,7 +171,7 @@ def test_no_false_alarm_while_an_artifact_is_overwritten(
         os.waitpid(writer, 0)
 
 
-def test_a_store_that_is_empty_or_not_there(say: Say, store: Path) -> None:
+def test_an_empty_or_missing_store(say: Say, store: Path) -> None:
     for words in (["list"], ["verify"]):
         code, out, err = say(*words)
         assert (code, out) == (2, "") and "store=DIR" in err
@@ -211,7 +213,7 @@ def commands(out: str) -> list[str]:
     return out.split("to make it again:\n")[1].splitlines()
 
 
-def test_the_commands_that_make_it_again(
+def test_the_commands_that_reproduce_it(
     say: Say, store: Path, make_manifest: Callable[..., Manifest], tmp_path: Path
 ) -> None:
     config = {"data.dir": "/my data/it's"}
@@ -354,7 +356,7 @@ def test_remove(say: Say, full: Path) -> None:
     assert code == 2 and "no artifact 'films'" in err and "It has books" in err
 
 
-def test_remove_by_force_leaves_fusions_what_they_need(say: Say, full: Path) -> None:
+def test_forced_removal_keeps_what_fusions_need(say: Say, full: Path) -> None:
     hash = read_manifest("films", full).hash
     code, out, _ = say("remove", "films", "force=true")
     kept = full / ".replaced" / f"films-{hash[:8]}"
@@ -365,7 +367,7 @@ def test_remove_by_force_leaves_fusions_what_they_need(say: Say, full: Path) -> 
     put(full, read_manifest("books", full).changed(name="films", files={}))  # the name is free
 
 
-def test_a_source_stays_where_a_damaged_fusion_may_need_it(say: Say, full: Path) -> None:
+def test_a_source_is_kept_if_a_damaged_fusion_may_need_it(say: Say, full: Path) -> None:
     manifest = full / "both" / MANIFEST
     manifest.write_text(manifest.read_text()[:-20])
     code, _, err = say("remove", "films")
@@ -377,14 +379,16 @@ def test_a_source_stays_where_a_damaged_fusion_may_need_it(say: Say, full: Path)
     assert say("remove", "books") == (0, "removed books\n", "")
 
 
-def test_a_copy_under_another_name_frees_the_first(say: Say, full: Path) -> None:
+def test_a_copy_under_another_name_allows_removal(say: Say, full: Path) -> None:
     shutil.copytree(full / "films", full / "copy")
     assert say("remove", "films") == (0, "removed films\n", "")
     assert say("verify")[0] == 0
     assert say("remove", "copy")[0] == 2  # now it is the last one
 
 
-def test_damaged_remains_can_be_removed_and_other_things_cannot(say: Say, full: Path, tmp_path: Path) -> None:
+def test_damaged_artifacts_can_be_removed_and_other_paths_cannot(
+    say: Say, full: Path, tmp_path: Path
+) -> None:
     (full / "books" / MANIFEST).write_text("{")
     assert say("remove", "books") == (0, "removed books\n", "")
     (full / "remains").mkdir()
@@ -475,7 +479,7 @@ def test_a_wrong_command_line(words: list[str], says: str, capsys: pytest.Captur
     assert output.out == "" and says in output.err and output.err.count("\n") == 1
 
 
-def test_help_says_every_command_and_key(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_command_and_key(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["--help"], ["list", "-h"]):
         assert main(words) == 0
         out = capsys.readouterr().out
@@ -484,7 +488,7 @@ def test_help_says_every_command_and_key(capsys: pytest.CaptureFixture[str]) -> 
             assert all(f"    {key}=" in out for key in keys)
 
 
-def test_as_a_program_without_torch(full: Path) -> None:
+def test_the_program_does_not_import_torch(full: Path) -> None:
     code = (
         "import runpy, sys\n"
         f"sys.argv[1:] = ['list', 'store={full}']\n"

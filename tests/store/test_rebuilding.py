@@ -30,7 +30,7 @@ def shell(line: str, folder: Path, **variables: str) -> str:
 
 
 @pytest.mark.slow
-def test_what_is_rebuilt_is_the_same(tmp_path: Path, tiny_backbone: Path) -> None:
+def test_a_rebuilt_artifact_is_identical(tmp_path: Path, tiny_backbone: Path) -> None:
     """A sweep, data from the environment, a task of the user's own, a source that was replaced since, a pruned fusion."""
     place, data, conf = tmp_path / "my work", tmp_path / "the user's data", tmp_path / "own conf"
     (conf / "task").mkdir(parents=True)

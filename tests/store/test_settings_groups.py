@@ -56,13 +56,13 @@ def settings_of(store: Path, *names: str) -> list[dict[str, Any]]:
     return [lookup.of_artifact(read_manifest(name, store), store) for name in names]
 
 
-def test_seed_name_and_paths_do_not_count(filled: Path) -> None:
+def test_seed_name_and_paths_are_not_settings(filled: Path) -> None:
     every = settings_of(filled, "films-s1", "books.one", "films-s2", "second-books", "third", "b3")
     assert group(every) == [[0, 2, 4], [1, 3], [5]]
     assert differing([every[1], every[5]]) == [{"optim.lr": 1e-4}, {"optim.lr": 1e-2}]
 
 
-def test_a_source_counts_by_its_own_settings(filled: Path) -> None:
+def test_a_source_is_identified_by_its_settings(filled: Path) -> None:
     every = settings_of(filled, "f1", "f2", "f3")
     assert group(every) == [[0, 1], [2]]
     assert differing(every) == [
@@ -72,12 +72,12 @@ def test_a_source_counts_by_its_own_settings(filled: Path) -> None:
     ]
 
 
-def test_a_source_that_was_replaced_counts_as_what_it_was(filled: Path, make_manifest: Make) -> None:
+def test_a_replaced_source_keeps_its_old_settings(filled: Path, make_manifest: Make) -> None:
     put(filled, made(make_manifest, "films-s2", "films", 2, rate=5.0), 9.0, overwrite=True)
     assert group(settings_of(filled, "f1", "f2")) == [[0, 1]]
 
 
-def test_other_sources_are_told_by_their_tasks(filled: Path, make_manifest: Make) -> None:
+def test_other_sources_are_identified_by_their_tasks(filled: Path, make_manifest: Make) -> None:
     films = [read_manifest(name, filled) for name in ("films-s1", "films-s2")]
     inputs: dict[str, Any] = {
         "sources": ["films-s1", "films-s2"],
@@ -103,7 +103,7 @@ def test_runs_without_artifacts(tmp_path: Path) -> None:
     assert len(group(Lookup().of_run(run, None) for run in runs)) == 3
 
 
-def test_a_feature_cache_is_no_setting_unless_it_rounds() -> None:
+def test_a_feature_cache_is_a_setting_only_if_it_rounds() -> None:
     caches: list[dict[str, Any]] = [
         {"backbone.cache": cache} for cache in ("auto", "off", "float32", "float16")
     ]

@@ -41,7 +41,7 @@ def outcomes_of(bench: Bench) -> dict[str, Any]:
     return json.loads((bench.folder / "runs" / str(bench.runs) / "outcomes.json").read_text())
 
 
-def test_evaluate_scores_the_rows_of_the_training(made: Bench) -> None:
+def test_evaluate_scores_the_examples_of_the_training(made: Bench) -> None:
     trained = outcomes_of(made)
     result = made.evaluate("films")
     assert result["metrics"] == made.result["metrics"] and result["rows"] == 8
@@ -118,7 +118,7 @@ def test_identity(made: Bench) -> None:
     }
 
 
-def test_several_tasks(made: Bench) -> None:
+def test_multiple_tasks(made: Bench) -> None:
     """One with a validation split of its own beside one without."""
     data = split(made.data, validation=0.25)
     result = made.multitask("films", "books", data=data, name="both")

@@ -56,7 +56,9 @@ def values(draw: st.DrawFn) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
 @example((2, np.ones(5, int), np.array([0, 1, 1, 0, 1])))  # one class in the truth
 @example((2, np.array([1]), np.array([1])))
 @example((2, np.array([0, 0]), np.array([0, 0])))
-def test_classification_is_scikit_learns(case: tuple[int, NDArray[np.int64], NDArray[np.int64]]) -> None:
+def test_classification_metrics_equal_scikit_learn(
+    case: tuple[int, NDArray[np.int64], NDArray[np.int64]],
+) -> None:
     count, labels, predicted = case
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what is not defined, which it takes as 0
@@ -78,7 +80,7 @@ def test_classification_is_scikit_learns(case: tuple[int, NDArray[np.int64], NDA
 @example((floats(1, 2), floats(7, 5)))
 @example((floats(3e38, -3e38, 0), floats(1e-38, 2e-38, 3e-38)))
 @example((floats(1, 2, 3), floats(16777216, 16777216, 16777218)))  # neighbours in float32
-def test_correlations_are_scipys(case: tuple[NDArray[np.float32], NDArray[np.float32]]) -> None:
+def test_correlations_equal_scipy(case: tuple[NDArray[np.float32], NDArray[np.float32]]) -> None:
     labels, predicted = (column.astype(np.float64) for column in case)
     functions = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}
     for name, function in functions.items():
@@ -92,7 +94,7 @@ def test_correlations_are_scipys(case: tuple[NDArray[np.float32], NDArray[np.flo
         assert value == pytest.approx(expected, abs=1e-9), name
 
 
-def test_a_collapsed_prediction_has_no_correlation() -> None:
+def test_a_constant_prediction_has_no_correlation() -> None:
     """CoLA's shares: a library that perturbs the binary case gave a constant prediction 0.84."""
     labels = np.array([1] * 721 + [0] * 322)
     assert one("matthews", labels, np.ones_like(labels)) == 0.0
@@ -119,7 +121,7 @@ def test_scores_are_in_double_precision() -> None:
     assert one("f1", [1, 1, 0], [1, 0, 1]) == 0.5
 
 
-def test_each_resample_by_itself() -> None:
+def test_each_resample_independently() -> None:
     """Also next to one with more classes, or with other constants."""
     draw = np.random.RandomState(0)
     labels, predicted = draw.randint(4, size=(6, 20)), draw.randint(4, size=(6, 20))

@@ -81,7 +81,7 @@ def test_each_form_gives_indicators(write: Any, ending: str, moods: list[Any], c
     assert KIND.plain_labels(label_array(rows.labels)) == [[0, 2], [], [1]]
 
 
-def test_ids_of_a_list_of_class_labels_stand_for_their_names(tmp_path: Path) -> None:
+def test_ids_of_a_list_of_class_labels_map_to_their_names(tmp_path: Path) -> None:
     import datasets
 
     (tmp_path / "moods").mkdir()
@@ -221,7 +221,7 @@ def by_loops(labels: list[list[int]], predicted: list[list[int]], count: int) ->
         ([[], []], [[0], [1]], [0.0, 0.0, 0.0]),
     ],
 )
-def test_metrics_by_hand(labels: Any, predicted: Any, expected: list[float]) -> None:
+def test_metrics_of_a_worked_example(labels: Any, predicted: Any, expected: list[float]) -> None:
     assert list(KIND.metrics(task(), labels, predicted).values()) == pytest.approx(expected)
     assert by_loops(labels, predicted, 3) == pytest.approx(KIND.metrics(task(), labels, predicted))
 

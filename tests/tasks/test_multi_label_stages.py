@@ -87,7 +87,7 @@ def test_the_threshold_is_stored_and_used(trained: Bench) -> None:
         path.write_text(text)
 
 
-def test_outcomes_are_ids_of_each_row(trained: Bench) -> None:
+def test_predictions_are_ids_per_example(trained: Bench) -> None:
     seen = json.loads((trained.result["directory"] / OUTCOMES).read_text())["validation"]
     rows = (trained.folder / "data" / "moods" / "validation.jsonl").read_text().splitlines()
     assert seen["labels"] == [[NAMES.index(name) for name in json.loads(row)["moods"]] for row in rows]
@@ -118,7 +118,7 @@ def test_it_is_inspected_ranked_and_reported(trained: Bench) -> None:
     assert "micro_f1" in page
 
 
-def test_beside_another_kind_each_head_has_its_own_decision(trained: Bench) -> None:
+def test_with_another_kind_each_head_has_its_own_threshold(trained: Bench) -> None:
     result = trained.multitask("films", "moods")
     assert result["metrics"]["moods/validation"].keys() == {"micro_f1", "macro_f1", "subset_accuracy"}
     manifest = read_manifest(result["name"], trained.folder / "store")
@@ -129,7 +129,7 @@ def test_beside_another_kind_each_head_has_its_own_decision(trained: Bench) -> N
     assert found["metrics"]["validation"] == pytest.approx(result["metrics"]["moods/validation"])
 
 
-def test_a_checkpoint_keeps_the_decision_of_the_best_epoch(tmp_path: Path) -> None:
+def test_a_checkpoint_keeps_the_threshold_of_the_best_epoch(tmp_path: Path) -> None:
     import torch
 
     from fusion.training.callbacks import Best

@@ -38,7 +38,7 @@ def compared(source: str) -> Iterator[str]:
                     yield str(one.value)
 
 
-def test_no_other_module_asks_for_a_kind_by_name() -> None:
+def test_no_other_module_compares_the_name_of_a_kind() -> None:
     found = {
         str(path.relative_to(ROOT)): kinds
         for path in sorted([*(ROOT / "fusion").rglob("*.py"), *(ROOT / "pipelines").rglob("*.py")])
@@ -58,7 +58,7 @@ def test_no_other_module_asks_for_a_kind_by_name() -> None:
         'f = handlers.get("choice")',
     ],
 )
-def test_a_comparison_is_seen(source: str) -> None:
+def test_a_comparison_is_detected(source: str) -> None:
     assert len(set(compared(source))) == 1
 
 

@@ -92,7 +92,7 @@ def spans(tags: Sequence[str]) -> set[tuple[int, int, str]]:
     return found
 
 
-def test_entities_are_those_of_a_slow_count() -> None:
+def test_entities_equal_those_of_a_reference_count() -> None:
     draw = random.Random(0)
     labels = ["O", "O", "B-a", "I-a", "B-b-c", "I-b-c"]
     sizes = [draw.randrange(12) for _ in range(300)]
@@ -125,11 +125,11 @@ def test_entities_are_those_of_a_slow_count() -> None:
         ([], 0),
     ],
 )
-def test_how_tags_make_entities(tags: list[str], expected: int) -> None:
+def test_entities_from_tags(tags: list[str], expected: int) -> None:
     assert entity_counts([tags], [tags]).tolist() == [[expected] * 3]
 
 
-def test_nothing_found_and_nothing_there() -> None:
+def test_no_predicted_and_no_true_entities() -> None:
     nothing = {"entity_f1": 0.0, "entity_precision": 0.0, "entity_recall": 0.0}
     assert entity_scores(entity_counts([["O"]], [["O"]])) == nothing
     assert entity_scores(entity_counts([["B-a"]], [["O"]])) == nothing
@@ -152,7 +152,7 @@ def test_metrics_of_ids() -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_the_loss_is_torchs_mean_over_words(smoothing: float) -> None:
+def test_the_loss_is_the_mean_of_torch_over_words(smoothing: float) -> None:
     torch.manual_seed(0)
     scores = torch.randn(3, 4, 5)
     labels = torch.tensor([[1, 0, 3, 4], [0, 2, -100, -100], [-100] * 4])
@@ -173,7 +173,7 @@ def test_the_loss_is_torchs_mean_over_words(smoothing: float) -> None:
         torch.testing.assert_close(TAGGING.mean_loss(scores, labels), expected)
 
 
-def test_predictions_leave_padding_out() -> None:
+def test_predictions_exclude_padding() -> None:
     scores = torch.full((2, 3, 2), float("-inf"))
     scores[0] = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 3.0]])
     scores[1, 0] = torch.tensor([float("nan"), 0.0])  # of a training that diverged: still a word
@@ -210,7 +210,7 @@ def test_files_with_words_and_tags(write: Write, tmp_path: Path) -> None:
         load_splits(make_task(), data, ["train", "test"])
 
 
-def test_predict_reads_words_alone(tmp_path: Path) -> None:
+def test_predict_needs_only_words(tmp_path: Path) -> None:
     path = tmp_path / "sentences.conll"
     path.write_text("Anna\nsaw\n\nit\n")
     read = rows_of_file(make_task(), path)
@@ -220,14 +220,14 @@ def test_predict_reads_words_alone(tmp_path: Path) -> None:
     assert rows_of_file(make_task(), path).words == [[], ["a"]]  # a prediction for each row
 
 
-def test_words_that_differ_only_in_their_borders_are_other_rows(write: Write) -> None:
+def test_different_word_boundaries_are_different_rows(write: Write) -> None:
     def fingerprint(words: list[str]) -> str:
         return load_rows(make_task(), write(rows([words], [["O"] * len(words)])), "train").fingerprint
 
     assert fingerprint(["New York", "it"]) != fingerprint(["New", "York it"])
 
 
-def test_a_row_without_words_is_left_out(write: Write, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_row_without_words_is_dropped(write: Write, caplog: pytest.LogCaptureFixture) -> None:
     data = write(rows([*WORDS, []], [*NAMED, []]))
     read = load_rows(make_task(), data, "train")
     assert (read.words, read.labels) == (WORDS, IDS)
@@ -253,7 +253,7 @@ def test_a_row_without_words_is_left_out(write: Write, caplog: pytest.LogCapture
         ([{"tokens": ["a"]}], r"no column ner_tags; it has tokens"),
     ],
 )
-def test_rows_that_are_refused(content: Any, message: str, write: Write) -> None:
+def test_invalid_rows_are_refused(content: Any, message: str, write: Write) -> None:
     if not message:
         assert load_rows(make_task(), write(content), "train").labels == [[0]]
         return
@@ -326,7 +326,7 @@ def test_shipped_task_files_read_the_hubs_form_and_conlls(
         ({"choices": "c"}, "choices is for kind=choice only, not tagging"),
     ],
 )
-def test_task_files_that_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_invalid_task_files_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_task(**changes)
 

@@ -87,7 +87,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Be
     return bench
 
 
-def test_what_is_learnt_is_stored_and_scored_again(trained: Bench) -> None:
+def test_a_trained_tagger_is_stored_and_evaluated(trained: Bench) -> None:
     manifest = read_manifest(FUSED, trained.folder / "store")
     assert manifest.head.pooling == "words" and manifest.head.outputs == 4
     assert set(manifest.metrics["validation"]) == set(METRICS)
@@ -98,7 +98,7 @@ def test_what_is_learnt_is_stored_and_scored_again(trained: Bench) -> None:
     assert set(trained.evaluate(FUSED, split="test")["metrics"]["test"]) == set(METRICS)
 
 
-def test_outcomes_are_of_whole_sentences(trained: Bench) -> None:
+def test_predictions_are_per_sentence(trained: Bench) -> None:
     seen = json.loads((trained.result["directory"] / OUTCOMES).read_text())["validation"]
     lines = (trained.folder / "data" / "nouns" / "validation.conll").read_text().split("\n\n")
     expected = [[TAGS.index(line.split()[1]) for line in one.splitlines()] for one in lines]
@@ -143,7 +143,7 @@ def test_it_is_inspected_ranked_and_reported(trained: Bench) -> None:
     assert "entity_f1" in page
 
 
-def test_beside_another_kind(trained: Bench) -> None:
+def test_with_another_kind_of_task(trained: Bench) -> None:
     result = trained.multitask("films", "nouns")
     assert result["metrics"]["nouns/validation"].keys() == set(METRICS)
     assert result["metrics"]["nouns/validation"]["token_accuracy"] > 0.5

@@ -84,7 +84,7 @@ def slowly(bench: Bench, name: str, task: str) -> dict[str, dict[str, Any]]:
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
-def test_it_is_what_all_real_tokens_get(bench: Bench, task: str, composition: CompositionConfig) -> None:
+def test_it_is_the_mean_over_all_real_tokens(bench: Bench, task: str, composition: CompositionConfig) -> None:
     name = f"{task}-{composition.name}"
     bench.stage2(task, ["films", "books"], composition=composition, trainer=ONCE, name=name)
     (line,) = lines(bench) or []  # nothing of the sanity check
@@ -147,7 +147,7 @@ def test_compositions_without_weights_have_no_file(bench: Bench) -> None:
     assert lines(bench) is None
 
 
-def test_fillers_and_padding_do_not_count() -> None:
+def test_fillers_and_padding_are_excluded() -> None:
     mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0]])
     plain = batch_of(mask, weights=[1.0, 0.0, 1.0, 1.0])
     assert real_tokens(plain).tolist() == [[1, 1, 0], [0, 0, 0], [1, 1, 1], [1, 1, 0]]

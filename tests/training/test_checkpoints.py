@@ -84,7 +84,7 @@ class Opened:
         return (os.system, ("touch executed",))
 
 
-def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_code_in_a_checkpoint_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(content(1) | {"more": Opened()}, tmp_path / LAST)
     (tmp_path / BEFORE).write_bytes(pickle.dumps(Opened()))
@@ -181,7 +181,7 @@ def poisoned(
     return str(caught.value), before
 
 
-def test_a_loss_that_is_not_finite_names_step_and_rows_and_keeps_the_best_epoch(
+def test_a_non_finite_loss_names_step_and_examples_and_keeps_the_best_epoch(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The 4th batch of the second epoch, though losses are checked every ten steps."""
@@ -200,7 +200,7 @@ def test_a_loss_that_is_not_finite_names_step_and_rows_and_keeps_the_best_epoch(
     assert (bench.folder / "store" / "films").exists()
 
 
-def test_a_loss_that_is_not_finite_in_the_first_epoch_stores_nothing(
+def test_a_non_finite_loss_in_the_first_epoch_stores_nothing(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said, _ = poisoned(bench, monkeypatch, 0, 6)

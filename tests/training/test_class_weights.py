@@ -133,7 +133,7 @@ def test_the_mean_over_processes_is_the_weighted_mean(
     assert sorted(seen) == list(range(len(LABELS)))
 
 
-def test_a_batch_of_several_tasks_is_divided_by_its_own_weights() -> None:
+def test_a_multi_task_batch_is_normalized_by_its_own_weights() -> None:
     one, two = encoded([0, 1, 1, 1]), encoded([0, 0, 1, 2, 2, 2])
     both = [TaskConfig(name="one", text="t", labels=["a", "b"], metrics=["accuracy"]), THREE]
     set_class_weights(LossConfig(class_weights="balanced"), both, [one, two])
@@ -199,7 +199,7 @@ def test_refused(task: TaskConfig, values: dict[str, Any], message: str) -> None
             config(task=task, loss=LossConfig(**values), **cast(Any, sources))
 
 
-def test_a_list_is_refused_for_several_tasks() -> None:
+def test_a_list_is_refused_for_multiple_tasks() -> None:
     from fusion.config.methods import MethodConfig
 
     method = MethodConfig("multitask_adapter")
@@ -240,7 +240,7 @@ def test_trained_and_stored(bench: Bench) -> None:
     assert plain["metrics"].keys() == {"validation"}
 
 
-def test_several_kinds_at_once(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+def test_multiple_kinds_of_tasks(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     bench.add_rating()
     bench.add_quiz()
     with caplog.at_level("INFO"):

@@ -107,7 +107,7 @@ def test_deterministic_is_set_in_both_stages_and_changes_nothing_on_a_cpu(
     assert same(bench.weights("plays-adapterfusion", "other"), bench.weights("plays-adapterfusion"))
 
 
-def test_several_kinds_of_tasks_train_deterministically(bench: Bench, as_before: None) -> None:
+def test_multiple_kinds_of_tasks_train_deterministically(bench: Bench, as_before: None) -> None:
     """No operation of a choice task, a regression or a robust drop is one that torch calls not deterministic."""
     from fusion.config.model import AdapterConfig
 
@@ -117,7 +117,7 @@ def test_several_kinds_of_tasks_train_deterministically(bench: Bench, as_before:
     bench.multitask("films", "quiz", "rating", trainer=trainer, adapter=AdapterConfig(drop="robust"))
 
 
-def test_a_workspace_config_of_the_user_is_kept(as_before: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_defined_cublas_workspace_is_kept(as_before: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CUBLAS, ":16:8")
     use_deterministic_algorithms(True)
     assert os.environ[CUBLAS] == ":16:8" and torch.get_deterministic_debug_mode() == 2

@@ -61,11 +61,11 @@ def test_the_definition(figures: tuple[float, float] | None, expected: bool) -> 
         assert found["train_loss"] == figures[1] > found["limit"]
 
 
-def test_labels_that_are_almost_zero_mark_nothing() -> None:
+def test_near_zero_labels_do_not_mark_a_divergence() -> None:
     assert divergence((0.2, 0.1), [rows([0.0, 0.001])], [RATING]) is None
 
 
-def test_of_several_tasks_the_largest_limit_counts() -> None:
+def test_the_largest_limit_of_multiple_tasks_applies() -> None:
     both = [rows([0, 1]), rows([10.0, 10.0], task=1)]
     assert divergence((1.0, 200.0), both, [THREE, RATING]) is None
     assert divergence((1.0, 301.0), both, [THREE, RATING]) == {"train_loss": 301.0, "limit": 300.0}

@@ -12,7 +12,7 @@ from fusion.training.expected_warnings import ignore_expected_warnings
 from fusion.training.metrics import score
 
 
-def test_metrics_of_a_regression_are_silent() -> None:
+def test_metrics_of_a_regression_emit_no_warnings() -> None:
     task = TaskConfig(kind="regression", text="text", metrics=["pearson", "spearman"])
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

@@ -322,7 +322,7 @@ def test_swapped_values_are_found(bench: Bench, callback: Callable[[lightning.Ca
     refused(bench, f"in epoch 2: {WORDS};")
 
 
-def test_a_change_found_at_the_end_only_removes_the_checkpoints(
+def test_a_change_found_only_at_the_end_removes_the_checkpoints(
     bench: Bench, callback: Callable[[lightning.Callback], None]
 ) -> None:
     """It is not known since when: no run may resume from there."""
@@ -478,7 +478,7 @@ for how in ("same", "weights", "sizes"):
 
 
 @pytest.mark.usefixtures("warm")
-def test_processes_that_differ_fail_alike(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_ranks_that_differ_all_fail(tiny_backbone: Path, tmp_path: Path) -> None:
     """DDP would copy the weights of the first process to all of them."""
     ranks = [
         subprocess.Popen(

@@ -142,7 +142,7 @@ def test_a_full_disk_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     assert "/dev/full: cannot be written (No space left on device)" in warning.message
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_that_cannot_be_created(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
     RecordFile(tmp_path / "file" / "x.jsonl").write({"step": 1})
     assert len(caplog.records) == 1

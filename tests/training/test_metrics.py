@@ -65,12 +65,12 @@ def test_the_choice_with_the_highest_score_is_predicted() -> None:
     assert score(task("choice"), scores, torch.tensor([1, 0, 0]).numpy()) == {"accuracy": 2 / 3}
 
 
-def test_the_first_metric_of_the_first_split_picks_the_epoch() -> None:
+def test_the_first_metric_of_the_first_split_selects_the_epoch() -> None:
     nli = task(metrics=("f1", "accuracy"))
     assert main_metric({"validation_matched": nli, "validation_mismatched": nli}) == "validation_matched/f1"
 
 
-def test_of_several_tasks_the_mean_of_their_main_metrics_picks_the_epoch() -> None:
+def test_the_mean_of_the_main_metrics_of_multiple_tasks_selects_the_epoch() -> None:
     nli = replace(task(metrics=("f1", "accuracy")), name="nli")
     rating = replace(task("regression", metrics=("spearman",)), name="rating")
     splits = {"nli/matched": nli, "nli/mismatched": nli, "rating/validation": rating}

@@ -47,7 +47,7 @@ def train(folder: Path, fused: bool, steps: int = 50) -> tuple[AdaptedModel, lis
     return model, losses
 
 
-def test_the_fused_optimizer_trains_as_the_plain_one(tiny_backbone: Path) -> None:
+def test_the_fused_optimizer_matches_the_default_one(tiny_backbone: Path) -> None:
     (plain, plain_losses), (fused, fused_losses) = (train(tiny_backbone, how) for how in (False, True))
     torch.testing.assert_close(torch.tensor(fused_losses), torch.tensor(plain_losses), rtol=1e-5, atol=0)
     for name, weights in plain.trainable().items():
@@ -105,7 +105,7 @@ def a_batch(task: int, rows: int = 4) -> Batch:
     return Batch(ids, torch.ones_like(ids), None, labels, counts, torch.arange(rows), ones, rows, task=task)
 
 
-def test_each_task_has_its_own_loss_and_reaches_its_own_head(tiny_backbone: Path) -> None:
+def test_each_task_has_its_own_loss_and_trains_its_own_head(tiny_backbone: Path) -> None:
     module = several_tasks(tiny_backbone).train()
     for number, task in enumerate(TASKS):
         batch = a_batch(number)
@@ -133,7 +133,7 @@ def test_each_task_has_its_own_loss_and_reaches_its_own_head(tiny_backbone: Path
             assert bool(parameter.grad.any()) != others_head, name
 
 
-def test_metrics_of_several_tasks_and_their_mean(
+def test_metrics_of_multiple_tasks_and_their_mean(
     tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = several_tasks(tiny_backbone).eval()
@@ -245,7 +245,7 @@ class Ranks:
 
 @pytest.mark.parametrize("tokens", [None, 1, 20], ids=["by rows", "a row a device", "by tokens"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_any_number_of_rows_gives_the_scores_of_one_process(
+def test_any_number_of_examples_gives_the_scores_of_one_process(
     world_size: int, tokens: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All remainders of rows by batch size and processes, also fewer rows than processes."""

@@ -29,7 +29,7 @@ def labels_of(path: Path) -> list[int]:
         ({"limit_val_batches": 0.5}, 8),
     ],
 )
-def test_labels_and_predictions_are_of_the_same_rows(
+def test_labels_and_predictions_are_of_the_same_examples(
     bench: Bench, settings: dict[str, Any], rows: int
 ) -> None:
     result = bench.stage1("films", trainer=trainer_config(max_epochs=1, **settings))
@@ -60,7 +60,7 @@ def test_tasks_that_are_limited_together(bench: Bench) -> None:
         assert split["labels"] == [every[row] for row in split["rows"]] and len(split["predicted"]) == 8
 
 
-def test_parts_are_gathered_in_the_order_of_the_rows() -> None:
+def test_parts_are_gathered_in_the_order_of_the_examples() -> None:
     parts = [
         RowPredictions([4, 1], [[4, 0], [1]], [0, 1]),
         RowPredictions([], [], []),

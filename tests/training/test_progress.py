@@ -39,7 +39,7 @@ def test_nothing_is_drawn(
     assert "\x1b" not in drawn and "Epoch 0" not in drawn
 
 
-def test_rows_are_counted_when_they_are_scored_and_predicted(
+def test_evaluation_and_prediction_show_progress(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     bench.stage1("films")

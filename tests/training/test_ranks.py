@@ -110,7 +110,7 @@ def interrupt_once(files: list[Path], *errors: BaseException) -> Callable[[float
     return wait
 
 
-def test_the_result_is_of_rank_zero(run: Callable[..., dict[str, Any]]) -> None:
+def test_the_result_is_that_of_rank_zero(run: Callable[..., dict[str, Any]]) -> None:
     result = run("well", "well")
     assert result["rank_zero"] is True and int(result["port"]) > 0
 

@@ -40,7 +40,7 @@ def test_all_are_selected_in_order_of_their_names(store: Path, tiny_backbone: Pa
     assert all_adapters(store, str(tiny_backbone)).left_out_line() == ""
 
 
-def test_adapters_of_the_target_can_be_left_out(store: Path, tiny_backbone: Path) -> None:
+def test_adapters_of_the_target_can_be_excluded(store: Path, tiny_backbone: Path) -> None:
     add(store, "films-seed-2")
     entry = json.loads((store / "films" / "manifest.json").read_text())
     both = {task: {"task": entry["task"] | {"name": task}, "head": entry["head"]} for task in ("x", "films")}
@@ -55,7 +55,7 @@ def test_adapters_of_the_target_can_be_left_out(store: Path, tiny_backbone: Path
     assert names(store, str(tiny_backbone))[0] == ["both", "coins", "dice", "films", "films-seed-2"]
 
 
-def test_debug_and_diverged_runs_are_left_out(store: Path, tiny_backbone: Path) -> None:
+def test_debug_and_diverged_runs_are_excluded(store: Path, tiny_backbone: Path) -> None:
     add(store, "films-debug")
     add(store, "films-diverged")
     add(store, "hot", result={"diverged": {"train_loss": 9.0, "limit": 2.0}})
@@ -67,7 +67,7 @@ def test_debug_and_diverged_runs_are_left_out(store: Path, tiny_backbone: Path) 
     }
 
 
-def test_adapters_that_cannot_be_fused_with_most_are_left_out(store: Path, tiny_backbone: Path) -> None:
+def test_adapters_incompatible_with_most_are_excluded(store: Path, tiny_backbone: Path) -> None:
     add(store, "before", adapter={"reads": "input"})
     add(store, "other", backbone={"name_or_path": "another", "fingerprint": "e" * 64})
     add(store, "same", backbone={"name_or_path": "a copy of it"})  # the same weights by another name

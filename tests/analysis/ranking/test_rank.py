@@ -110,9 +110,7 @@ def test_a_list_of_sources(copy: Bench) -> None:
     assert result["sources"][0]["scores"]["similarity"] == pytest.approx(1.0)
 
 
-def test_a_source_whose_rows_are_missing_has_no_similarity(
-    copy: Bench, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_source_without_examples_has_no_similarity(copy: Bench, caplog: pytest.LogCaptureFixture) -> None:
     path = copy.folder / "store" / "dice" / "manifest.json"
     values = json.loads(path.read_text())
     values["run"]["config"]["data.dir"] = "nowhere"
@@ -312,7 +310,7 @@ def _unnamed(ranked: Bench, tmp_path: Path) -> Path:
     return store
 
 
-def test_limits_bound_the_rows(copy: Bench) -> None:
+def test_limits_bound_the_number_of_examples(copy: Bench) -> None:
     data = dataclasses.replace(copy.data, limit=LimitConfig(train=10, validation=12))
     result = copy.rank("plays", data=data, methods=["logme"], rows=20)
     question = json.loads(Path(result["ranking"]).read_text())["question"]

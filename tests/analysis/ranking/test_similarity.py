@@ -81,7 +81,7 @@ def test_cosine() -> None:
     assert cosine(one, -2 * one) == pytest.approx(-1)
 
 
-def test_the_rows_of_a_source_are_those_of_its_training(three: Bench, tmp_path: Path) -> None:
+def test_the_examples_of_a_source_are_those_of_its_training(three: Bench, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(three.backbone))
     manifest = read_manifest("films", three.folder / "store")
 
@@ -110,7 +110,7 @@ def test_the_rows_of_a_source_are_those_of_its_training(three: Bench, tmp_path: 
     )  # relative to the folder of its command
 
 
-def test_the_rows_of_a_multi_task_source(bench: Bench) -> None:
+def test_the_examples_of_a_multi_task_source(bench: Bench) -> None:
     bench.multitask("films", "books", trainer=bench.settings("films")["trainer"])
     manifest = read_manifest("films-books-multitask_adapter", bench.folder / "store")
     tokenizer = load_tokenizer(str(bench.backbone))
