@@ -259,7 +259,7 @@ def cost_figure(rows: Sequence[Mapping[str, Any]], title: str, metric: str) -> F
         for axes, (key, label) in zip(panels, labels.items(), strict=True):
             for place, row in enumerate(rows):
                 if row.get(key):
-                    marker = "os^D"[place // len(PALETTE) % 4]
+                    marker = "os^Dv"[place // len(PALETTE) % 5]
                     (handle,) = axes.plot(row[key], row["score"], marker, color=colour(place), markersize=7)
                     handles.setdefault(_shorten(row["method"], 50), handle)
             _log_axis(axes, [row[key] for row in rows if row.get(key)])

@@ -1,4 +1,4 @@
-"""From a row to the command that trains it, and to the artifacts that the command leaves."""
+"""The command that trains a row, and the artifacts that it stores."""
 
 from __future__ import annotations
 
@@ -6,154 +6,112 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusion.runs.identity import NOT_IDENTITY, NOT_IDENTITY_TRAINER
+from fusion.text import key_of
 from pipelines.commands import typed
-from pipelines.compare.config import Settings, key_of
+from pipelines.compare.config import Comparison
 from pipelines.compare.rows import MULTITASK, Row
 
 SOURCE_RATE = 5e-4
-NOT_COMPARED = {*NOT_IDENTITY, *(f"trainer.{key}" for key in NOT_IDENTITY_TRAINER)}
-
-
-@dataclass(frozen=True)
-class Member:
-    """One job of a sweep. `words`: what is typed for it and decides its numbers."""
-
-    name: str
-    rate: float | None
-    seed: int | None
-    words: frozenset[str]
 
 
 @dataclass(frozen=True)
 class Training:
-    """A command: a sweep over `members`, whose runs lie in `folder`."""
+    """A sweep: its command, the names of its artifacts by learning rate (None: no grid), and the folder of its runs."""
 
     module: str
     overrides: tuple[str, ...]
-    members: tuple[Member, ...]
+    artifacts: dict[float | None, list[str]]
     folder: Path
 
     def __str__(self) -> str:
-        return typed(self.module, list(self.overrides))
+        return typed(self.module, self.overrides)
+
+    @property
+    def names(self) -> list[str]:
+        return [name for names in self.artifacts.values() for name in names]
 
 
-def row_training(settings: Settings, row: Row, filled: Mapping[str, str]) -> Training:
-    """The command of a row: a sweep over the grid's rates and the seeds.
+def row_training(comparison: Comparison, row: Row, values: Mapping[str, str]) -> Training:
+    """The command of a row: a sweep over the learning rates and the seeds.
 
     Args:
-        filled: for each of the row's words in braces what stands there.
+        values: replacements of the row's names in braces.
     """
-    config = settings.config
-    own = row.words.format_map(filled).split()
-    task = [] if row.group == MULTITASK else [f"+task={settings.target}"]
-    budget: list[str] = []
-    rates: Sequence[float] = ()
+    config = comparison.config
+    own = row.words.format_map(values).split()
+    grid = config.equal_budget and row.trains
+    budget = []
     if row.group == MULTITASK:
-        budget += [f"data.limit.train={config.source_rows}", f"trainer.max_epochs={config.source_epochs}"]
-    elif config.equal_budget and row.trains and not any(key_of(w) == "trainer.max_epochs" for w in own):
-        budget.append(f"trainer.max_epochs={config.epochs}")
-    if config.equal_budget and row.trains:
-        if row.group != MULTITASK:
+        budget = [f"data.limit.train={config.source_rows}", f"trainer.max_epochs={config.source_epochs}"]
+    else:
+        own.insert(0, f"+task={comparison.target}")
+        if grid and "trainer.max_epochs" not in map(key_of, own):
+            budget.append(f"trainer.max_epochs={config.epochs}")
+        if grid:
             budget.append(f"data.batch_size={config.batch_size}")
+    swept = [f"seed={','.join(map(str, config.seeds))}"]
+    if grid:
         budget.append(f"optim.patience={'null' if config.patience is None else config.patience}")
-        rates = config.rates
-    swept = [f"optim.lr={','.join(map(str, rates))}"] if rates else []
-    swept.append(f"seed={','.join(map(str, config.seeds))}")
-    stem = f"{settings.target}-{row.id}"
-    typed_name = stem + ("-lr-${optim.lr}" if rates else "") + seed_suffix(settings)
-    words = _merged(task + own, settings.words, budget)
-    members = tuple(
-        Member(
-            name=typed_name.replace("${optim.lr}", str(rate)).replace("${seed}", str(seed)),
-            rate=rate,
-            seed=seed,
-            words=_compared([*words, f"seed={seed}", *([f"optim.lr={rate}"] if rate is not None else [])]),
-        )
-        for rate in (rates or (None,))
-        for seed in config.seeds
-    )
-    return _training(settings, row.module, row.id, [*words, *swept, f"name={typed_name}"], members)
+        swept.insert(0, f"optim.lr={','.join(map(str, config.rates))}")
+    name = artifact_name(comparison, row.id, "${optim.lr}" if grid else None)
+    artifacts = {
+        rate: [name.replace("${optim.lr}", str(rate)).replace("${seed}", str(seed)) for seed in config.seeds]
+        for rate in (config.rates if grid else [None])
+    }
+    words = [*_merged(own, comparison.words, budget), *swept, f"name={name}"]
+    return _training(comparison, row.module, row.id, words, artifacts)
 
 
-def seed_suffix(settings: Settings) -> str:
-    """What a row's artifacts are called beside the method and the rate."""
-    return "" if settings.config.seeds == [0] else "-seed-${seed}"
+def artifact_name(comparison: Comparison, id: str, rate: float | str | None) -> str:
+    """The name of a row's artifacts, with `${seed}` unless the only seed is 0."""
+    seed = "" if comparison.config.seeds == [0] else "-seed-${seed}"
+    return f"{comparison.target}-{id}{'' if rate is None else f'-lr-{rate}'}{seed}"
 
 
-def source_trainings(settings: Settings, tasks: Sequence[str], drop: int | None = None) -> list[Training]:
-    """The commands that train source adapters: one, or two where the target's own may see fewer rows.
+def source_trainings(comparison: Comparison, tasks: Sequence[str], drop: int | None = None) -> list[Training]:
+    """The commands that train source adapters: one, and another for the target if it has fewer examples.
 
     Args:
-        drop: train them without adapters in so many of the lower layers, called TASK-dropped.
+        drop: number of first layers without adapters; the artifacts are then named TASK-dropped.
     """
-    by_rows: dict[str, list[str]] = {}
+    config, limit = comparison.config, comparison.word("data.limit.train")
+    groups: dict[int, list[str]] = {}
     for task in tasks:
-        by_rows.setdefault(_source_rows(settings, task), []).append(task)
-    dropped = "dropped" if drop is not None else ""
-    own = [f"adapter.drop=specialized:{drop}"] if dropped else []
+        # As a source, the target has no more examples than as the target.
+        fewer = task == comparison.target and limit is not None and limit.isdigit()
+        rows = min(config.source_rows, int(limit or 0)) if fewer else config.source_rows
+        groups.setdefault(rows, []).append(task)
+    suffix, own = ("", []) if drop is None else ("-dropped", [f"adapter.drop=specialized:{drop}"])
     trainings = []
-    for rows, group in by_rows.items():
+    for rows, group in groups.items():
         budget = [
             f"data.limit.train={rows}",
-            f"trainer.max_epochs={settings.config.source_epochs}",
+            f"trainer.max_epochs={config.source_epochs}",
             f"optim.lr={SOURCE_RATE}",
         ]
-        words = _merged(own, settings.words, budget)
-        members = tuple(
-            Member(source_name(task, drop), SOURCE_RATE, None, _compared([f"+task={task}", *words]))
-            for task in group
-        )
-        name = ["name=${task.name}-dropped"] if dropped else []
-        folder = "-".join(
-            filter(
-                None,
-                ["sources", dropped, "target" if len(by_rows) > 1 and group == [settings.target] else ""],
-            )
-        )
-        typed_words = [f"+task={','.join(group)}", *words, *name]
-        trainings.append(_training(settings, "fusion.stage1", folder, typed_words, members))
+        words = [f"+task={','.join(group)}", *_merged(own, comparison.words, budget)]
+        if suffix:
+            words.append(f"name=${{task.name}}{suffix}")
+        target = "-target" if len(groups) > 1 and group == [comparison.target] else ""
+        artifacts: dict[float | None, list[str]] = {None: [f"{task}{suffix}" for task in group]}
+        trainings.append(_training(comparison, "fusion.stage1", f"sources{suffix}{target}", words, artifacts))
     return trainings
 
 
-def source_name(task: str, drop: int | None = None) -> str:
-    return task if drop is None else f"{task}-dropped"
-
-
-def _source_rows(settings: Settings, task: str) -> str:
-    """The target has no more rows as a source than as the target: its other labels are not there to be used."""
-    rows, limit = settings.config.source_rows, settings.word("data.limit.train")
-    if task == settings.target and limit is not None and limit.isdigit():
-        rows = min(rows, int(limit))
-    return str(rows)
-
-
 def _training(
-    settings: Settings, module: str, folder: str, words: list[str], members: tuple[Member, ...]
+    comparison: Comparison,
+    module: str,
+    folder: str,
+    words: Sequence[str],
+    artifacts: dict[float | None, list[str]],
 ) -> Training:
-    runs = settings.output / "runs" / folder
-    logger = [] if settings.word("logger") is not None else ["logger=csv"]
-    place = [f"store={settings.store}", f"hydra.sweep.dir={runs}"]
-    return Training(module, ("-m", *words, *logger, *place), members, runs)
+    runs = comparison.output / "runs" / folder
+    logger = [] if comparison.word("logger") is not None else ["logger=csv"]
+    place = [f"store={comparison.store}", f"hydra.sweep.dir={runs}"]
+    return Training(module, ("-m", *words, *logger, *place), artifacts, runs)
 
 
-def _merged(own: Sequence[str], handed_on: Sequence[str], budget: Sequence[str]) -> list[str]:
-    """All words; of a key that is said twice the comparison's own stands."""
-    said = {key_of(word) for word in (*own, *budget)}
-    return [*own, *(word for word in handed_on if key_of(word) not in said), *budget]
-
-
-def _compared(words: Sequence[str]) -> frozenset[str]:
-    """What decides the numbers: not where the run writes and how it is watched."""
-    kept = []
-    for word in words:
-        key = key_of(word)
-        ignored = key in NOT_COMPARED or key.split(".")[0] in NOT_COMPARED
-        if not ignored:
-            kept.append(word.replace("\\", ""))  # Hydra writes ${…} down as $\{…\}
-    return frozenset(kept)
-
-
-def recorded_words(overrides: Sequence[str]) -> frozenset[str]:
-    """The words that a stored artifact was made with, to be compared with a member's."""
-    return _compared(overrides)
+def _merged(own: Sequence[str], given: Sequence[str], budget: Sequence[str]) -> list[str]:
+    """All overrides, except given ones whose key the comparison sets."""
+    keys = {key_of(word) for word in (*own, *budget)}
+    return [*own, *(word for word in given if key_of(word) not in keys), *budget]

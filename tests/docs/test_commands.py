@@ -26,7 +26,7 @@ from fusion.cli.job_config import Command, prepare
 from fusion.cli.program import read_arguments
 from pipelines import adapterdrop, demo, ranking, two_stage
 from pipelines.commands import read_config
-from pipelines.compare.config import read_settings
+from pipelines.compare.config import read_comparison
 from tests.docs.commands import COMMANDS, PAGES, ROOT, DocumentedCommand, blocks
 
 HYDRA = ("stage1", "stage2", "evaluate", "predict", "rank", "inspect", "report")
@@ -171,7 +171,7 @@ def test_other_programs_of_the_project_read_their_arguments(
         if "--help" not in command.words:
             read_config(PIPELINES[command.words[2].removeprefix("pipelines.")], list(command.words[3:]))
     for command in commands("pipelines", "compare"):
-        read_settings(list(command.words[3:]))
+        read_comparison(list(command.words[3:]))
 
 
 def test_all_commands_are_checked() -> None:

@@ -1,0 +1,292 @@
+"""The comparison: train the sources, then each row, then time inference. A failure is listed and the rest continues."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fusion.errors import UserError
+from fusion.files import read_json
+from fusion.runs.run import describe
+from fusion.store.lookup import names, read_manifest
+from fusion.store.manifest import Manifest
+from pipelines.commands import Outcome, attempt, say, typed
+from pipelines.compare.config import Comparison
+from pipelines.compare.plan import SOURCE_RATE, Training, artifact_name, row_training, source_trainings
+from pipelines.compare.rows import GROUPS, IDS, Row
+from pipelines.compare.scores import RowResult, row_result
+
+TIMING = "pipelines.compare.inference"
+REFUSED = 2  # exit code
+JOB = re.compile(r"^job \d+ \(.*?\): ")  # the job at which a sweep was refused
+
+
+@dataclass(frozen=True)
+class Failure:
+    """id: of a row or a source. what: "row", "source", or the part that failed. reason: one line."""
+
+    id: str
+    what: str
+    reason: str
+
+
+@dataclass
+class Compared:
+    """The results of a comparison.
+
+    inference: the bare backbone's times and how they were measured; empty: not timed.
+    notes: what else the reader of the table has to know.
+    source_commands: the command that trained each source, from its manifest.
+    """
+
+    rows: list[RowResult] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    inference: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    source_commands: list[str] = field(default_factory=list)
+
+
+class Workflow:
+    """One comparison, step by step."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison = comparison
+        self.sources = comparison.config.sources
+        self.store = comparison.store
+        self.compared = Compared()
+        self.dropped: list[str] | None = None  # the sources with AdapterDrop, once they were trained
+
+    def run(self) -> Compared:
+        """Run the commands, which skip what is stored, and collect the results.
+
+        Raises:
+            SystemExit: interrupted (130, 143), or the first command was refused (2), as all others would be.
+        """
+        rows, selected = self.comparison.rows, self.comparison.config.methods
+        extra = [row.id for row in rows if selected and row.id not in selected]
+        if extra:
+            say(f"methods: also {', '.join(extra)}, which others are made from")
+        if self.comparison.need_sources:
+            say(f"\nsources: {', '.join(self.sources)}")
+            stored = self.stored(self.sources)
+            if stored:
+                say(f"stored already: {', '.join(stored)}")
+            self.note_other_settings(stored)
+            missing = [source for source in self.sources if source not in stored]
+            self.train_sources(source_trainings(self.comparison, missing))
+        for number, row in enumerate(rows, 1):
+            say(f"\n[{number}/{len(rows)}] {row.id}: {row.title}")
+            try:
+                self.run_row(row)
+            except (UserError, KeyError) as error:  # a damaged or incomplete manifest
+                self.fail(row.id, "row", describe(error))
+        self.compared.rows.sort(key=lambda result: GROUPS.index(result.group))
+        sources = [*(self.sources if self.comparison.need_sources else []), *(self.dropped or [])]
+        self.compared.source_commands = [
+            typed("fusion.stage1", [word.replace("\\", "") for word in self.manifest(source).run.overrides])
+            for source in self.stored(sources)
+        ]
+        if self.compared.rows:
+            say("\ninference")
+            self.time_inference()
+        return self.compared
+
+    def fail(self, id: str, what: str, reason: str) -> None:
+        failure = Failure(id, what, one_line(reason))
+        self.compared.failures.append(failure)
+        say(f"FAILED {failure.id}, {failure.what}: {failure.reason}")
+
+    def stored(self, artifacts: Sequence[str]) -> list[str]:
+        """Those of the artifacts that are stored."""
+        there = names(self.store)
+        return [name for name in artifacts if name in there]
+
+    def manifest(self, name: str) -> Manifest:
+        return read_manifest(name, self.store)
+
+    # --- sources --------------------------------------------------------------------------------------
+
+    def train_sources(self, trainings: Sequence[Training]) -> None:
+        for training in trainings:
+            reasons, code = self.train(training)
+            for name, reason in reasons.items():
+                self.fail(name, "source", reason)
+            if code == REFUSED and not names(self.store):
+                raise SystemExit(REFUSED)
+
+    def dropped_sources(self) -> list[str]:
+        """The names of the sources with AdapterDrop; missing ones are trained the first time."""
+        tasks, half = self.source_tasks(), self.half()
+        dropped = [f"{task}-dropped" for task in tasks]
+        if self.dropped is None:
+            self.dropped = dropped
+            missing = [task for task in tasks if not self.stored([f"{task}-dropped"])]
+            self.train_sources(source_trainings(self.comparison, missing, drop=half))
+        return self.available(dropped)
+
+    def available(self, sources: list[str]) -> list[str]:
+        if missing := set(sources) - set(self.stored(sources)):
+            raise UserError(f"made from {', '.join(sorted(missing))}, which could not be trained")
+        return sources
+
+    def source_tasks(self) -> list[str]:
+        """The tasks of the sources; a source that is not stored has the name of its task."""
+        stored = self.stored(self.sources)
+        found = [str(self.manifest(name).task.name) if name in stored else name for name in self.sources]
+        return list(dict.fromkeys(found))
+
+    def half(self) -> int:
+        """Half of the backbone's layers."""
+        stored = self.stored(self.sources) or self.available(self.sources)
+        return self.manifest(stored[0]).backbone.layers // 2
+
+    def note_other_settings(self, stored: Sequence[str]) -> None:
+        """Add a note for each stored source that was trained with other settings."""
+        config = self.comparison.config
+        for source in stored:
+            manifest = self.manifest(source)
+            expected = {"trainer.max_epochs": config.source_epochs, "optim.lr": SOURCE_RATE}
+            limited = self.comparison.word("data.limit.train") is not None
+            if manifest.task.name != self.comparison.target or not limited:
+                expected["data.limit.train"] = config.source_rows
+            trained = manifest.run.config
+            others = [f"{key}={trained.get(key)}" for key in expected if trained.get(key) != expected[key]]
+            if others:
+                self.compared.notes.append(
+                    f"Source {source} was stored before, with other settings: {', '.join(others)}."
+                )
+
+    # --- rows -----------------------------------------------------------------------------------------
+
+    def run_row(self, row: Row) -> None:
+        """Run the command of a row and read its results.
+
+        Raises:
+            UserError: an artifact that it is made from is missing.
+        """
+        values = self.values(row)
+        training = row_training(self.comparison, row, values)
+        again = ("overwrite=true",) if self.is_stale(training, [values[id] for id in row.needs]) else ()
+        reasons, _ = self.train(replace(training, overrides=(*training.overrides, *again)))
+        result = row_result(row, training, self.store, self.comparison.target, without=reasons.keys())
+        if result is None:
+            self.fail(row.id, "row", next(iter(reasons.values()), "its command stored nothing"))
+            return
+        self.compared.rows.append(result)
+        for rate, artifacts in training.artifacts.items():
+            for seed, name in zip(self.comparison.config.seeds, artifacts, strict=True):
+                if name in reasons:
+                    self.fail(row.id, f"rate {rate:g}, seed {seed}", reasons[name])
+
+    def values(self, row: Row) -> dict[str, str]:
+        """Replacements of the row's names in braces.
+
+        Raises:
+            UserError: an artifact is missing.
+        """
+        available = {
+            "half": lambda: str(self.half()),
+            "keep": lambda: str(max(1, min(2, len(self.sources) - 1))),
+            "sources": lambda: ",".join(self.available(self.sources)),
+            "dropped": lambda: ",".join(self.dropped_sources()),
+            "tasks": lambda: ",".join(dict.fromkeys([*self.source_tasks(), self.comparison.target])),
+        }
+        return {name: self.best_of(name) if name in IDS else available[name]() for name in row.blanks}
+
+    def best_of(self, id: str) -> str:
+        """The name of a row's artifacts with its best rate, for every seed."""
+        for result in self.compared.rows:
+            if result.id == id:
+                return artifact_name(self.comparison, id, result.rate)
+        raise UserError(f"made from {id}, which failed")
+
+    def is_stale(self, training: Training, needed: Sequence[str]) -> bool:
+        """Whether an artifact is stored that was made from other artifacts than the current ones.
+
+        Args:
+            needed: the artifacts of other rows that it has to be made from.
+        """
+        for manifest in map(self.manifest, self.stored(training.names)):
+            used = re.split(r"[][,=]", " ".join(manifest.run.overrides).replace("\\", "").replace(" ", ","))
+            changed = [
+                source.name
+                for source in manifest.sources
+                if self.stored([source.name]) and self.manifest(source.name).hash != source.hash
+            ]
+            if changed or not set(needed) <= set(used):
+                return True
+        return False
+
+    def train(self, training: Training) -> tuple[dict[str, str], int]:
+        """Run a sweep; returns the reason for each of its artifacts that failed, and the exit code."""
+        before = _stamps(training.folder)
+        outcome = attempt(training.module, list(training.overrides))
+        new = [file for file, stamp in _stamps(training.folder).items() if before.get(file) != stamp]
+        statuses = {status.get("name"): status for status in map(read_json, new)}
+        reasons = {}
+        for name in training.names:
+            status = statuses.get(name)
+            if status is None and outcome.code != 0:
+                reasons[name] = reason_of(outcome)
+            elif status is not None and status["status"] != "done":
+                reasons[name] = str(status["error"] or status["status"])
+        if not reasons:
+            say(f"done in {outcome.seconds:.0f} s")
+        return reasons, outcome.code
+
+    # --- inference ------------------------------------------------------------------------------------
+
+    def time_inference(self) -> None:
+        """Time the best artifact of every row in one process, unless the stored times are of the same artifacts."""
+        file = self.comparison.output / "inference.json"
+        by_artifact = {result.artifacts[0]: result for result in self.compared.rows}
+        hashes = {name: self.manifest(name).hash for name in by_artifact}
+        timed = read_json(file)
+        if {name: entry.get("hash") for name, entry in timed.get("artifacts", {}).items()} == hashes:
+            say("timed already")
+        else:
+            file.unlink(missing_ok=True)
+            words = [
+                f"target={self.comparison.target}",
+                f"artifacts=[{','.join(by_artifact)}]",
+                f"store={self.store}",
+                f"result={file}",
+            ]
+            for own, key in (("accelerator", "trainer.accelerator"), ("cache_dir", "data.cache_dir")):
+                if (value := self.comparison.word(key)) is not None:
+                    words.append(f"{own}={value}")
+            outcome = attempt(TIMING, words)
+            timed = read_json(file)
+            if outcome.code != 0 or not timed:
+                self.fail("inference", "all rows", reason_of(outcome))
+                return
+        self.compared.inference = {key: value for key, value in timed.items() if key != "artifacts"}
+        for name, result in by_artifact.items():
+            if "error" in timed["artifacts"][name]:
+                self.fail(result.id, "inference", timed["artifacts"][name]["error"])
+            else:
+                result.inference = timed["artifacts"][name]
+
+
+def _stamps(folder: Path) -> dict[Path, int]:
+    """The status files of a sweep's jobs, with the time when they were written."""
+    return {file: file.stat().st_mtime_ns for file in sorted(folder.glob("*/status.json"))}
+
+
+def reason_of(outcome: Outcome) -> str:
+    """Why a command failed that wrote no status file: its last line on stderr, or the lines of a refusal."""
+    lines = [line for line in outcome.errors if line.strip()]
+    if not lines:
+        return f"exit code {outcome.code} without a message"
+    if outcome.code != REFUSED:
+        return lines[-1]
+    jobs = [number for number, line in enumerate(lines) if JOB.match(line)]
+    return " ".join(lines[jobs[-1] :] if jobs else lines[-2:])
+
+
+def one_line(text: str, longest: int = 400) -> str:
+    text = JOB.sub("", " ".join(text.split()))
+    return text if len(text) <= longest else text[: longest - 1] + "…"
