@@ -127,7 +127,7 @@ def test_an_adapter_is_evaluated_on_tasks_with_the_same_labels_only(fused: Bench
     result = fused.evaluate("films", task=fused.tasks["plays"], split="test")
     assert result["task"] == "plays" and 0 <= result["metrics"]["test"]["accuracy"] <= 1
     other = dataclasses.replace(fused.tasks["plays"], labels=["no", "yes"])
-    with pytest.raises(UserError, match=r"\['bad', 'good'\].*\['no', 'yes'\]"):
+    with pytest.raises(UserError, match=r"\['no', 'yes'\].*\['bad', 'good'\]"):
         fused.evaluate("films", task=other)
 
 
@@ -656,12 +656,12 @@ def test_a_task_with_the_same_labels_uses_their_head(
     assert 0 <= mixed.evaluate(MT, task=mixed.tasks["books"])["metrics"]["validation"]["accuracy"] <= 1
     assert "by the head of films" in capsys.readouterr().out
     other = dataclasses.replace(mixed.tasks["books"], labels=["no", "yes"])
-    with pytest.raises(UserError, match=r"the tasks films, quiz, rating, and task books"):
+    with pytest.raises(UserError, match=r"no head for task books .* found films: .*; quiz: .*; rating: "):
         mixed.evaluate(MT, task=other)
 
 
 def test_multi_task_prediction_needs_a_task(mixed: Bench) -> None:
-    with pytest.raises(UserError, match=r"say which .*\+task=NAME, one of films, quiz, rating"):
+    with pytest.raises(UserError, match=r"set \+task= .*one of films, quiz, rating"):
         mixed.predict(MT, [{"text": "good"}])
     (line,) = mixed.predict(MT, [{"text": "good"}], task=mixed.tasks["films"])
     assert set(line["scores"]) == set(LABELS)

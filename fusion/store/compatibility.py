@@ -85,11 +85,13 @@ def check_drop(manifest: Manifest, drop: int) -> None:
     Raises:
         UserError: it is no adapter and no fusion, or has fewer layers.
     """
-    layers = manifest.backbone.layers if manifest.kind in ("adapter", "fusion") else 0
-    if drop > layers:
+    if drop and manifest.kind not in ("adapter", "fusion"):
         raise UserError(
-            f"drop={drop}: {manifest.name} is a stored {manifest.kind} with {layers} layers of adapters or fusions, "
-            "expected at most that"
+            f"drop={drop}: {manifest.name} is a stored {manifest.kind}; layers can be dropped of adapters and fusions only"
+        )
+    if drop > manifest.backbone.layers:
+        raise UserError(
+            f"drop={drop}: the backbone of {manifest.name} has {manifest.backbone.layers} layers; expected fewer"
         )
 
 

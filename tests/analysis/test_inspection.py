@@ -155,7 +155,7 @@ def test_given_examples_and_no_pruning(trained: Bench) -> None:
         ({"artifact": "nothing"}, "nothing"),
         ({"words": [99]}, "rows 0 to 15"),
         ({"split": "tset"}, "tset"),
-        ({"drop": 9}, "drop=9: fused has 3 layers"),
+        ({"drop": 9}, "drop=9: the backbone of fused has 3 layers"),
     ],
 )
 def test_refused_inspections(trained: Bench, changes: dict[str, Any], message: str) -> None:
