@@ -54,7 +54,7 @@ class CompareConfig(Settings):
         f"some of {', '.join(IDS)}, each once",
     )
     equal_budget: bool = True
-    rates: list[float] = _each([5e-5, 5e-4, 5e-3], 1e-12, 1e3, "numbers above 0, each once, such as [5e-4]")
+    rates: list[float] = _each([5e-5, 5e-4, 5e-3], 5e-324, 1e3, "numbers above 0 and at most 1000, each once")
     epochs: int = integer(5, 1)
     batch_size: int = integer(16, 1)
     patience: int | None = integer(3, 1, null="no early stopping")

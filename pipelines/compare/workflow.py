@@ -249,16 +249,12 @@ class Workflow:
             say("timed already")
         else:
             file.unlink(missing_ok=True)
-            words = [
-                f"target={self.comparison.target}",
-                f"artifacts=[{','.join(by_artifact)}]",
-                f"store={self.store}",
-                f"result={file}",
-            ]
+            words = {"target": self.comparison.target, "artifacts": f"[{','.join(by_artifact)}]"}
+            words |= {"store": str(self.store), "result": str(file)}
             for own, key in (("accelerator", "trainer.accelerator"), ("cache_dir", "data.cache_dir")):
                 if (value := self.comparison.word(key)) is not None:
-                    words.append(f"{own}={value}")
-            outcome = attempt(TIMING, words)
+                    words[own] = value
+            outcome = attempt(TIMING, [f"{key}={value}" for key, value in words.items()])
             timed = read_json(file)
             if outcome.code != 0 or not timed:
                 self.fail("inference", "all rows", reason_of(outcome))

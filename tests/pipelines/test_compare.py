@@ -33,6 +33,7 @@ from pipelines.compare.table import notes, terminal_table, write
 from pipelines.compare.workflow import Workflow, one_line, reason_of
 from pipelines.timing import MIN_ROUNDS, rounds
 from tests.bench import LABELS, write_task
+from tests.store.conftest import build
 
 VALUES = {
     "half": "3",
@@ -245,31 +246,22 @@ def test_help_names_every_key_and_row(capsys: pytest.CaptureFixture[str]) -> Non
 def save_manifest(store: Path, name: str, **changes: Any) -> Manifest:
     """A stored artifact as far as the comparison reads it: a manifest, and no weights."""
     values: dict[str, Any] = {
-        "kind": "adapter",
         "name": name,
         "task": {"name": "cb"},
-        "backbone": {"name_or_path": "tiny", "revision": None, "fingerprint": "f", "family": "bert"}
-        | {"hidden_size": 32, "layers": 7},
-        "adapter": {"sites": ["feedforward"], "reads": "normed", "nonlinearity": "relu", "scaling": 1.0}
-        | {"dropout": 0.0, "bottleneck_sizes": {"0.feedforward": 2}},
-        "composition": None,
-        "head": {"pooling": "mean", "layers": 1, "outputs": 3, "dropout": 0.1},
-        "sources": [],
-        "data": {"max_length": 16, "fingerprints": {}},
         "metrics": {"validation": {"accuracy": 0.5, "macro_f1": 0.25}},
-        "seed": 0,
         "run": {"identity": "i", "config": {}, "overrides": [], "directory": "runs"},
-        "versions": {},
         "result": {"parameters": {"trainable": 1000}, "speed": {"seconds_per_step": 0.25}, "best_epoch": 2},
-        "files": {
-            "weights.safetensors": {"bytes": 4000, "sha256": name},
-            "head.safetensors": {"bytes": 800, "sha256": "h"},
-        },
+        "files": files(4000, name),
     }
-    manifest = Manifest.of(**(values | changes))
+    manifest = build(backbone={"layers": 7}, **(values | changes))
     (store / name).mkdir(parents=True, exist_ok=True)
     (store / name / "manifest.json").write_text(manifest.to_json())
     return manifest
+
+
+def files(size: int, sha256: str) -> dict[str, Any]:
+    weights = {"bytes": size, "sha256": sha256}
+    return {"weights.safetensors": weights, "head.safetensors": {"bytes": 800, "sha256": "h"}}
 
 
 def save_scores(store: Path, name: str, accuracy: float | None, macro_f1: float = 0.1) -> None:
@@ -339,7 +331,8 @@ def test_a_pruned_fusion_keeps_two_sources_or_one_less_than_all(sources: str, ke
 class Commands:
     """A mock of the project's commands: writes what they would, as far as the comparison reads it."""
 
-    def __init__(self) -> None:
+    def __init__(self, output: Path) -> None:
+        self.output = output
         self.calls: list[list[str]] = []
         self.new: list[str] = []  # folders of the sweeps that stored an artifact
         self.errors: dict[str, str] = {}  # by artifact, why its job fails
@@ -360,8 +353,9 @@ class Commands:
 
     def job(self, values: dict[str, str], overrides: list[str], swept: tuple[str, ...]) -> int:
         task, rate, seed = swept
+        values = {key: value.replace("${seed}", seed) for key, value in values.items()}
         name = values.get("name", task)
-        for key, value in (("task.name", task), ("optim.lr", rate), ("seed", seed)):
+        for key, value in (("task.name", task), ("optim.lr", rate)):
             name = name.replace(f"${{{key}}}", value)
         folder = Path(values["hydra.sweep.dir"]) / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -386,11 +380,10 @@ class Commands:
             fused = [source.name for source in read_manifest(values["composition.fusion"], store).sources]
         config = {"trainer.max_epochs": 2, "optim.lr": 5e-4, "data.limit.train": 1000}
         splits = ["mrpc/validation", "cb/validation"] if "tasks" in values else ["validation"]
-        made: dict[str, Any] = {"kind": "fusion", "adapter": None, "composition": {"name": "adapterfusion"}}
         save_manifest(
             store,
             name,
-            **(made if fused else {}),
+            kind="fusion" if fused else "adapter",
             task={"name": task or "mrpc"},  # of several tasks, the first one's
             run={"identity": "i", "config": config, "directory": str(folder)}
             | {"overrides": [word.replace("${", "$\\{").replace("}", "\\}") for word in words]},
@@ -400,20 +393,21 @@ class Commands:
         return 0
 
     def time(self, values: dict[str, str]) -> Outcome:
-        artifacts: dict[str, Any] = {}
-        for name in values["artifacts"][1:-1].split(","):
-            artifacts[name] = {
-                "ratio": 1.25,
-                "low": 1.2,
-                "high": 1.3,
-                "hash": read_manifest(name, Path(values["store"])).hash,
-            }
-            if "inference" in self.errors:
-                artifacts[name] = {"error": self.errors["inference"]}
+        times = {"ratio": 1.25, "low": 1.2, "high": 1.3}
+        artifacts: dict[str, Any] = {
+            name: times | {"hash": read_manifest(name, Path(values["store"])).hash}
+            for name in values["artifacts"][1:-1].split(",")
+        }
+        if "inference" in self.errors:
+            artifacts = {name: {"error": self.errors["inference"]} for name in artifacts}
         bare = {"rows": [8, 8], "tokens": [16, 12], "rounds": 7, "threads": 2, "device": "cpu"}
         content = {"bare_seconds": 0.1, **bare, "artifacts": artifacts}
         Path(values["result"]).write_text(json.dumps(content))
         return Outcome(self.refused.get("timing") is not None, 1.0, ())
+
+    def compare(self, *words: str) -> int:
+        own = ["+task=cb", "sources=[mrpc,cb]", f"output={self.output}", "rates=[1e-4,1e-3]"]
+        return main([*own, *words])
 
     def trained(self) -> list[str]:
         """The folders of the sweeps that stored an artifact since the last call."""
@@ -422,17 +416,10 @@ class Commands:
 
 
 @pytest.fixture
-def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
-    mock = Commands()
+def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Commands:
+    mock = Commands(tmp_path)
     monkeypatch.setattr(workflow, "attempt", mock)
     return mock
-
-
-@pytest.fixture
-def compare(commands: Commands, tmp_path: Path) -> Callable[..., int]:
-    return lambda *words: main(
-        ["+task=cb", "sources=[mrpc,cb]", f"output={tmp_path}", "rates=[1e-4,1e-3]", *words]
-    )
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -440,10 +427,8 @@ def results(folder: Path) -> dict[str, Any]:
     return content
 
 
-def test_all_rows_run_once_and_a_second_run_trains_nothing(
-    commands: Commands, compare: Callable[..., int], tmp_path: Path
-) -> None:
-    assert compare() == 0
+def test_all_rows_run_once_and_a_second_run_trains_nothing(commands: Commands, tmp_path: Path) -> None:
+    assert commands.compare() == 0
     position = IDS.index("fusion_of_dropped")
     assert commands.trained() == ["sources", *IDS[:position], "sources-dropped", *IDS[position:]]
     assert commands.calls[-1][0] == workflow.TIMING
@@ -456,16 +441,14 @@ def test_all_rows_run_once_and_a_second_run_trains_nothing(
     first = (tmp_path / "table.md").read_text()
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     commands.calls.clear()
-    assert compare() == 0
+    assert commands.compare() == 0
     assert commands.trained() == []
     assert len(commands.calls) == 35, "neither sources nor timings"
     assert not any("overwrite=true" in call for call in commands.calls)
     assert (tmp_path / "table.md").read_text() == first and results(tmp_path) == content
 
 
-def test_an_interrupted_comparison_continues(
-    commands: Commands, compare: Callable[..., int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_comparison_continues(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(module: str, overrides: list[str]) -> Outcome:
         if "composition=static" in overrides:
             raise SystemExit(130)
@@ -473,24 +456,24 @@ def test_an_interrupted_comparison_continues(
 
     monkeypatch.setattr(workflow, "attempt", interrupted)
     with pytest.raises(SystemExit) as ended:
-        compare("methods=[head,static,mean]")
+        commands.compare("methods=[head,static,mean]")
     assert ended.value.code == 130
     assert commands.trained() == ["sources", "head"], "nothing else starts after an interrupt"
     monkeypatch.setattr(workflow, "attempt", commands)
-    assert compare("methods=[head,static,mean]") == 0
+    assert commands.compare("methods=[head,static,mean]") == 0
     assert commands.trained() == ["static", "mean"]
-    assert compare("methods=[head,mean]", "rates=[1e-4]") == 0 and commands.trained() == []
-    assert compare("methods=[head]", "epochs=4") == 0
+    assert commands.compare("methods=[head,mean]", "rates=[1e-4]") == 0 and commands.trained() == []
+    assert commands.compare("methods=[head]", "epochs=4") == 0
     assert "overwrite=true" not in commands.calls[-1], "the command decides about other settings"
 
 
 def test_a_failed_row_is_listed_and_the_others_run(
-    commands: Commands, compare: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    commands: Commands, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commands.refused["lora"] = "unknown method 'lora'; known: adapter, head"
     for rate in ("0.0001", "0.001"):
         commands.errors[f"cb-adapterfusion-lr-{rate}"] = "TrainingError: the loss is\nnot finite"
-    assert compare("methods=[head,lora,adapterfusion,mean,pruned]") == 1
+    assert commands.compare("methods=[head,lora,adapterfusion,mean,pruned]") == 1
     assert commands.trained() == ["sources", "head", "mean"]
     content = results(tmp_path)
     assert [row["id"] for row in content["rows"]] == ["head", "mean"]
@@ -505,63 +488,64 @@ def test_a_failed_row_is_listed_and_the_others_run(
     commands.errors.clear()
     commands.refused.clear()
     commands.calls.clear()
-    assert compare("methods=[head,lora,adapterfusion,mean,pruned]") == 0
+    assert commands.compare("methods=[head,lora,adapterfusion,mean,pruned]") == 0
     assert commands.trained() == ["lora", "adapterfusion", "pruned"]
     assert results(tmp_path)["failures"] == []
 
 
-def test_a_row_reports_its_other_rates_if_one_fails(
-    commands: Commands, compare: Callable[..., int], tmp_path: Path
+@pytest.mark.parametrize(
+    ("failing", "rows", "failures"),
+    [
+        (
+            "cb-head-lr-0.001",
+            ["head", "drop_specialized", "mean"],
+            [("head", "rate 0.001, seed 0", "OSError: disk full")],
+        ),
+        (
+            "mrpc",
+            ["head", "drop_specialized"],
+            [
+                ("mrpc", "source", "OSError: disk full"),
+                ("mean", "row", "made from mrpc, which could not be trained"),
+            ],
+        ),
+    ],
+)
+def test_a_failed_rate_or_source(
+    commands: Commands, tmp_path: Path, failing: str, rows: list[str], failures: list[tuple[str, ...]]
 ) -> None:
-    commands.errors["cb-head-lr-0.001"] = "TrainingError: the loss is not finite"
-    assert compare("methods=[head]") == 1
+    commands.errors[failing] = "OSError: disk full"
+    assert commands.compare("methods=[head,mean,drop_specialized]") == 1
     content = results(tmp_path)
-    assert [(row["id"], row["rate"]) for row in content["rows"]] == [("head", 1e-4)]
-    assert content["failures"] == [
-        {"id": "head", "what": "rate 0.001, seed 0", "reason": "TrainingError: the loss is not finite"}
-    ]
+    assert [row["id"] for row in content["rows"]] == rows
+    assert content["rows"][0]["rate"] == 1e-4
+    assert [tuple(failure.values()) for failure in content["failures"]] == failures
 
 
-def test_rows_of_a_failed_source_fail(
-    commands: Commands, compare: Callable[..., int], tmp_path: Path
-) -> None:
-    commands.errors["mrpc"] = "OSError: disk full"
-    assert compare("methods=[head,mean,drop_specialized]") == 1
-    content = results(tmp_path)
-    assert [row["id"] for row in content["rows"]] == ["head", "drop_specialized"]
-    assert content["failures"] == [
-        {"id": "mrpc", "what": "source", "reason": "OSError: disk full"},
-        {"id": "mean", "what": "row", "reason": "made from mrpc, which could not be trained"},
-    ]
-
-
-def test_a_refused_first_command_ends_the_comparison(
-    commands: Commands, compare: Callable[..., int], tmp_path: Path
-) -> None:
-    """What is wrong with it is wrong with all the others: the words that all of them get."""
+def test_a_refused_first_command_ends_the_comparison(commands: Commands, tmp_path: Path) -> None:
     commands.refused["sources"] = "data.dir=x: there is no such folder"
     with pytest.raises(SystemExit) as ended:
-        compare()
+        commands.compare()
     assert ended.value.code == 2 and len(commands.calls) == 1
     assert not (tmp_path / "results.json").exists()
 
 
 def test_a_run_without_results_keeps_earlier_ones(
-    commands: Commands, compare: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    commands: Commands, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert compare("methods=[head]") == 0
+    assert commands.compare("methods=[head]") == 0
     before = (tmp_path / "results.json").read_text()
     commands.refused["head"] = "the store has another cb-head: optim.patience: 3 there, 2 here"
-    assert compare("methods=[head]", "patience=2") == 1
+    assert commands.compare("methods=[head]", "patience=2") == 1
     assert (tmp_path / "results.json").read_text() == before
     assert "output=ANOTHER keeps both" in capsys.readouterr().out
 
 
-def test_stored_sources_are_used(commands: Commands, compare: Callable[..., int], tmp_path: Path) -> None:
+def test_stored_sources_are_used(commands: Commands, tmp_path: Path) -> None:
     config = {"trainer.max_epochs": 30, "optim.lr": 5e-4, "data.limit.train": None}
     run = {"identity": "i", "config": config, "overrides": ["+task=mrpc"], "directory": "d"}
     save_manifest(tmp_path / "store", "mrpc", task={"name": "mrpc"}, run=run)
-    assert compare("methods=[mean,multitask_adapter]") == 0
+    assert commands.compare("methods=[mean,multitask_adapter]") == 0
     assert "+task=cb" in commands.calls[0] and commands.trained()[0] == "sources"
     content = results(tmp_path)
     assert (
@@ -570,64 +554,51 @@ def test_stored_sources_are_used(commands: Commands, compare: Callable[..., int]
     )
     assert content["source_commands"][0] == "python -m fusion.stage1 +task=mrpc"
     assert "tasks=[mrpc,cb]" in commands.calls[1], "the target is one of the tasks anyway"
-    assert main(["+task=cb", "sources=[nothing]", f"output={tmp_path}"]) == 2
+    commands.calls.clear()
+    assert commands.compare("methods=[multitask_full]", "sources=[mrpc]") == 0
+    assert "tasks=[mrpc,cb]" in commands.calls[0], "the target is a task even if it is not a source"
 
 
-def test_multi_task_rows_include_the_target(commands: Commands, tmp_path: Path) -> None:
-    assert main(["+task=cb", "sources=[mrpc]", "methods=[multitask_full]", f"output={tmp_path}"]) == 0
-    assert commands.trained() == ["multitask_full"], "and no source adapter is needed"
-    assert "tasks=[mrpc,cb]" in commands.calls[0]
-
-
-def test_rows_made_from_other_artifacts_are_trained_again(
-    commands: Commands, compare: Callable[..., int], tmp_path: Path
-) -> None:
+def test_rows_made_from_other_artifacts_are_trained_again(commands: Commands, tmp_path: Path) -> None:
     commands.accuracy["cb-adapterfusion-lr-0.0001"] = 0.9
-    assert compare("methods=[head,mean,pruned]") == 0
+    assert commands.compare("methods=[head,mean,pruned]") == 0
     assert "composition.fusion=cb-adapterfusion-lr-0.0001" in commands.calls[-2]
     commands.trained()
     commands.calls.clear()
     commands.accuracy["cb-adapterfusion-lr-0.01"] = 0.95
-    assert compare("methods=[head,mean,pruned]", "rates=[1e-4,1e-3,1e-2]") == 0
+    assert commands.compare("methods=[head,mean,pruned]", "rates=[1e-4,1e-3,1e-2]") == 0
     assert commands.trained() == ["head", "adapterfusion", "mean", "pruned"]
     assert {"composition.fusion=cb-adapterfusion-lr-0.01", "overwrite=true"} <= set(commands.calls[-2])
     assert all("overwrite=true" not in call for call in commands.calls[:-2])
-    files = {
-        "weights.safetensors": {"bytes": 1, "sha256": "another"},
-        "head.safetensors": {"bytes": 1, "sha256": "h"},
-    }
-    save_manifest(tmp_path / "store", "mrpc", task={"name": "mrpc"}, files=files)
-    assert compare("methods=[head,mean,pruned]", "rates=[1e-4,1e-3,1e-2]") == 0
+    save_manifest(tmp_path / "store", "mrpc", task={"name": "mrpc"}, files=files(1, "another"))
+    assert commands.compare("methods=[head,mean,pruned]", "rates=[1e-4,1e-3,1e-2]") == 0
     assert commands.trained() == ["adapterfusion", "mean", "pruned"], "the head is not made from it"
 
 
-def test_rows_of_several_seeds_use_the_artifact_of_each_seed(
-    commands: Commands, compare: Callable[..., int], tmp_path: Path
-) -> None:
-    commands.refused["pruned"] = "not asked here"
-    assert compare("methods=[pruned,fusion_with_multitask]", "seeds=[1,2]") == 1
+def test_rows_of_several_seeds_use_the_artifact_of_each_seed(commands: Commands) -> None:
+    arguments = ("methods=[pruned,fusion_with_multitask]", "seeds=[1,2]")
+    assert commands.compare(*arguments) == 0
     words = [word for call in commands.calls for word in call]
     assert "composition.fusion=cb-adapterfusion-lr-0.0001-seed-${seed}" in words
-    commands.refused["fusion_with_multitask"] = ""
     assert "sources=[mrpc,cb,cb-multitask_adapter-lr-0.0001-seed-${seed}]" in words
+    commands.trained()
+    assert commands.compare(*arguments) == 0 and commands.trained() == []
 
 
-def test_rows_are_reported_if_timing_fails(
-    commands: Commands, compare: Callable[..., int], tmp_path: Path
-) -> None:
+def test_rows_are_reported_if_timing_fails(commands: Commands, tmp_path: Path) -> None:
     commands.errors["inference"] = "RuntimeError: boom"
-    assert compare("methods=[head]") == 1
+    assert commands.compare("methods=[head]") == 1
     content = results(tmp_path)
     assert content["rows"][0]["inference"] is None
     assert content["failures"] == [{"id": "head", "what": "inference", "reason": "RuntimeError: boom"}]
     commands.errors.clear()
     commands.refused["timing"] = "crash"
-    assert compare("methods=[head]") == 1
+    assert commands.compare("methods=[head]") == 1
     reason = "exit code True without a message"
     assert results(tmp_path)["failures"] == [{"id": "inference", "what": "all rows", "reason": reason}]
     commands.refused.clear()
     (tmp_path / "inference.json").unlink()
-    assert compare("methods=[head]") == 0
+    assert commands.compare("methods=[head]") == 0
     assert results(tmp_path)["rows"][0]["inference"]["ratio"] == 1.25
 
 
@@ -646,20 +617,10 @@ def test_reasons_are_one_line() -> None:
 
 def result(id: str, group: str, *scores: float, **changes: Any) -> RowResult:
     values: dict[str, Any] = {
-        "id": id,
-        "title": id.title(),
-        "group": group,
-        "rate": 5e-4,
-        "artifacts": [f"cb-{id}"],
-        "scores": {"accuracy": list(scores), "macro_f1": [0.5] * len(scores)},
-        "grid": {},
-        "trainable": 2_659_971,
-        "stored_bytes": 10_639_884,
-        "sources": [],
-        "seconds_per_step": 0.5,
-        "best_epochs": [3],
-        "command": f"python -m {id}",
-        "inference": {"ratio": 1.105},
+        **{"id": id, "title": id.title(), "group": group, "rate": 5e-4, "artifacts": [f"cb-{id}"]},
+        **{"scores": {"accuracy": list(scores), "macro_f1": [0.5] * len(scores)}, "grid": {}},
+        **{"trainable": 2_659_971, "stored_bytes": 10_639_884, "sources": [], "seconds_per_step": 0.5},
+        **{"best_epochs": [3], "command": f"python -m {id}", "inference": {"ratio": 1.105}},
     }
     return RowResult(**(values | changes))
 
@@ -708,8 +669,8 @@ def test_notes() -> None:
 
 def test_the_figure_is_omitted_if_nothing_was_trained(tmp_path: Path) -> None:
     compared = workflow.Compared(rows=[result("pruned", COMPOSITIONS, 0.5, trainable=0, inference=None)])
-    files = write(compare_of(f"output={tmp_path}"), compared)
-    assert [file.name for file in files] == ["table.md", "results.json"]
+    written = write(compare_of(f"output={tmp_path}"), compared)
+    assert [file.name for file in written] == ["table.md", "results.json"]
 
 
 # --- inference ------------------------------------------------------------------------------------
@@ -758,12 +719,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (folder / "conf" / "task").mkdir(parents=True)
     for name in ("films", "books"):
         write_task(folder / "data", name)
-        task = {
-            "kind": "classification",
-            "text": "text",
-            "labels": LABELS,
-            "metrics": ["accuracy", "macro_f1"],
-        }
+        task = {"kind": "classification", "text": "text", "labels": LABELS}
+        task["metrics"] = ["accuracy", "macro_f1"]
         (folder / "conf" / "task" / f"{name}.yaml").write_text(yaml.safe_dump(task))
     monkeypatch.chdir(folder)
     for variable in ("FUSION_CONF", "FUSION_DATA_DIR"):
