@@ -86,7 +86,7 @@ def read_side(reference: str, store: Path) -> Side:
     """An artifact of the store or a folder, or a run's folder.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: not found, or it cannot be read.
     """
     check_reference(reference, "artifact")
     folder = Path(reference).expanduser()

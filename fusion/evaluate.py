@@ -1,4 +1,4 @@
-"""Scores of a stored artifact on a split of its own tasks, or of another task with the same labels.
+"""Scores of a stored artifact on a split of its tasks, or of another task with the same labels.
 
 python -m fusion.evaluate artifact=rte-adapterfusion split=validation
 """

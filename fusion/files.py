@@ -29,7 +29,7 @@ KEPT, REFERENCES = ("data.dir",), ("backbone.name_or_path", "artifact")
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`. At the end of the block it replaces `path`; on an error it is removed.
 
-    Readers see the old file or the new one, never a part of either. Several processes may write the same file.
+    Readers see the old file or the new one, never a part of either. Multiple processes may write the same file.
     """
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
@@ -61,7 +61,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is none, or it cannot be read."""
+    """The object in a JSON file; empty if the file is missing or cannot be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -83,7 +83,7 @@ def run_lock(store: Path, name: str) -> Iterator[bool]:
 
 
 def run_lock_file(store: Path, name: str) -> Path:
-    """The lock file of `run_lock`. An artifact's own lock ends in `.lock`, so the two never meet."""
+    """The lock file of `run_lock`. The lock of an artifact ends in `.lock`, so the two are distinct."""
     return store / LOCKS / f"{name}.run-lock"
 
 

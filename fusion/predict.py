@@ -33,7 +33,7 @@ def select_head(manifest: Manifest, task: TaskConfig | None) -> SelectedHead:
     heads = select_heads(manifest, task)
     if len(heads) > 1:
         names = ", ".join(head.trained_on for head in heads)
-        raise UserError(f"{manifest.name} has several tasks; set +task= to that of the rows, one of {names}")
+        raise UserError(f"{manifest.name} has multiple tasks; set +task= to that of the file, one of {names}")
     return heads[0]
 
 

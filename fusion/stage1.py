@@ -1,4 +1,4 @@
-"""Stage 1: train one adapter on a source task, or on several at once, inside a frozen backbone.
+"""Stage 1: train one adapter on one or more source tasks, inside a frozen backbone.
 
 python -m fusion.stage1 +task=mnli
 python -m fusion.stage1 'tasks=[snli,rte,cb]' method=multitask_adapter

@@ -20,7 +20,7 @@ from fusion.training.preflight import check_stage
 
 def output_of(config: Stage2Config, inputs: Inputs, run: Run) -> RunOutput:
     check_backbone_name(inputs.sources[0], config.backbone.name_or_path)
-    # A source that was trained again makes this another run, though the config says the same.
+    # A retrained source changes the identity of this run, although the config is unchanged.
     initial = initial_inputs(initial_manifest(config, "fusion", inputs.sources))
     return find_output(config, run, kind="fusion", inputs=inputs.hashes | initial)
 

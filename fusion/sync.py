@@ -23,7 +23,7 @@ from fusion.runs.run import CONFIG, STATUS
 USAGE = """\
 python -m fusion.sync [runs=DIR] [seconds=N]
 
-    runs=DIR      where to look for offline runs, also in the folders below (default: outputs)
+    runs=DIR      folder to search recursively for offline runs (default: outputs)
     seconds=N     how long to wait for the upload of each run (default: 120)
 
 Uploads each run that is not uploaded yet with W&B's own `wandb sync`; the pieces of a run that was interrupted and

@@ -5,7 +5,7 @@
 For each task and seed, two adapters are trained on the same examples in the same order for the same number of steps: a
 plain one, and one with `adapter.drop=robust`, where each batch skips a random number of the first layers. Both are
 then scored with 0, 1, 2 … layers dropped. Inference is timed with the first half of the layers dropped and with none,
-for one task and for several at once (`fusion.model.multi_task`). What is stored already is not trained again.
+for one task and for multi-task inference (`fusion.model.multi_task`). What is stored already is not trained again.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _backbone(artifact: Artifact) -> Backbone:
 
 
 def timings(config: DropConfig) -> dict[str, Any]:
-    """Seconds per batch in each round, for one task and for several, with half of the layers dropped and with none."""
+    """Seconds per batch in each round, for single- and multi-task inference, with half of the layers dropped and with none."""
     import torch
 
     from fusion.backbones.slots import SlotAddress

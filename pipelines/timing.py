@@ -1,4 +1,4 @@
-"""Time models by turns on the same batches, so that other work on the machine affects all of them alike."""
+"""Time models in alternation on the same batches, so that other work on the machine affects all of them alike."""
 
 from __future__ import annotations
 

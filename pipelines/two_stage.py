@@ -1,4 +1,4 @@
-"""Fusion against the single adapter over several seeds: the sources are trained once, each target once per seed.
+"""Fusion against the single adapter over multiple seeds: the sources are trained once, each target once per seed.
 
     python -m pipelines.two_stage targets=[cb] seeds=[1,2,3,4,5] backbone=minilm data_dir=../shared/data
 

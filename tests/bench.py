@@ -29,7 +29,7 @@ LABELS = ["bad", "good"]
 
 
 def write_task(folder: Path, name: str, rows: int = 64) -> TaskConfig:
-    """Sentences whose label is whether they hold `good` or `bad`, so that there is something to learn."""
+    """Sentences whose label is whether they hold `good` or `bad`, so that the task can be learned."""
     draw = random.Random(name)
     (folder / name).mkdir(parents=True)
     for split, count in (("train", rows), ("validation", 16), ("test", 8)):

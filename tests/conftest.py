@@ -1,4 +1,4 @@
-"""Fixtures: a small stand-in of a real backbone, made in a temporary folder, and the commands on it.
+"""Fixtures: a small version of a real backbone, created in a temporary folder, and the commands on it.
 
 What takes seconds to import is imported by what needs it: pytest-xdist's controller reads this file as well.
 """
@@ -40,7 +40,7 @@ def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A program to start in place of `sys.executable`, whose heavy imports are done: see tests/fork_server.py."""
+    """A program to start in place of `sys.executable`, with heavy imports preloaded: see tests/fork_server.py."""
     from tests.fork_server import warm_python
 
     with warm_python() as program:

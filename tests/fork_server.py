@@ -1,4 +1,4 @@
-"""A Python whose heavy imports are done: a server forks the programs that a client, in place of Python, asks for.
+"""A Python with heavy imports preloaded: a server forks the programs that a client requests in place of Python.
 
 Most of a short command's time goes into importing torch, transformers and Lightning. `warm_python` starts a server and
 gives a command that takes Python's `-m MODULE`, `-c CODE` or a script, and its arguments. What runs has its own process,
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-POLL = 0.01  # seconds between two looks at the programs
+POLL = 0.01  # seconds between polls of the programs
 NUMBER = 8  # bytes of a number on the socket
 
 
@@ -34,7 +34,7 @@ def main(role: str, path: str, *words: str) -> None:
     import_all()
     gc.freeze()  # or each program would copy and traverse all of it at its end
     request = serve(path)
-    if request is not None:  # in a process of its own
+    if request is not None:  # in a separate process
         end(lambda: run(request))
 
 
@@ -69,7 +69,7 @@ def warm_python() -> Iterator[str]:
 
 
 def client(path: str, words: list[str]) -> None:
-    """Ask for a program, wait for its end and end in the same way."""
+    """Request a program, wait for its end and exit with its status."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path)
         asked = {
@@ -109,7 +109,7 @@ def import_all() -> None:
 
 
 def serve(path: str) -> dict[str, Any] | None:
-    """Fork for each request; returns it in the new process, and None once nobody holds standard input open."""
+    """Fork for each request; returns it in the new process, and None once standard input is closed."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen(64)
@@ -138,7 +138,7 @@ def serve(path: str) -> dict[str, Any] | None:
                 for pid in programs:
                     os.kill(pid, signal.SIGKILL)
                 return None
-            else:  # the client has died, and says so by the end of its file
+            else:  # end of file: the client has ended
                 looks.unregister(key.fileobj)
                 os.kill(key.data, signal.SIGKILL)
         for pid in list(programs):

@@ -53,7 +53,7 @@ def say(trained: Bench, capsys: pytest.CaptureFixture[str]) -> Say:
 
 
 def tables(out: str) -> list[dict[str, list[str]]]:
-    """Each table by the first cell of its rows; titles are left out."""
+    """Each table by the first cell of its rows; titles are omitted."""
     found = []
     for block in out.strip().split("\n\n"):
         rows = [re.split(r"  +", line) for line in block.splitlines()[1:]]
@@ -109,7 +109,7 @@ def test_a_run_without_its_artifact_is_compared_by_its_settings(
     (run / "result.json").write_text(json.dumps(result | {"artifact": str(tmp_path / "gone")}))
     settings, scores, _ = tables(say("films", str(run))[1])
     assert settings.keys() == {"optim.lr"} and len(scores) == 2
-    # what only a manifest knows cannot differ from what is not known
+    # values that only a manifest has cannot differ from unknown ones
     assert not any(key.startswith("inputs.") for key in tables(say("both", str(run))[1])[0])
 
 

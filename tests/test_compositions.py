@@ -198,7 +198,7 @@ def test_an_interrupted_run_of_a_shared_parameter_resumes(
     assert same(ragged.weights("whole"), ragged.weights("broken"))
 
 
-# --- one adapter out of several --------------------------------------------------------------------
+# --- one of the source adapters --------------------------------------------------------------------
 
 
 def test_an_average_is_the_mean_of_the_weights_and_only_the_head_trains(alike: Bench) -> None:

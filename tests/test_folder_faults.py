@@ -1,4 +1,4 @@
-"""An output folder that cannot be made or written, at the start or later: what is said, and what is kept."""
+"""An output folder that cannot be created or written, at the start or later: the message, and what is kept."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_disk_that_fills_at_the_end_keeps_the_artifact(place: Path, seed: int)
 
 
 def test_a_disk_that_fills_in_a_sweep(place: Path) -> None:
-    """The job that was at it is done and cannot say so; the next one cannot begin."""
+    """The current job is done but cannot write its status; the next one cannot start."""
     done = start(place, "-m", "seed=3,1", "hydra.sweep.dir=sweep")
     assert done.returncode == 1
     told = lines(done)

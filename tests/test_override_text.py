@@ -1,4 +1,4 @@
-"""What is printed in order to be typed means what it says, to a shell and to Hydra."""
+"""Printed overrides are parsed to the same values by a shell and by Hydra."""
 
 from __future__ import annotations
 

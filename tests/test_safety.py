@@ -24,7 +24,7 @@ UNSAFE_MODULES = {
     "joblib",
     "jsonpickle",
 }
-# Beside the safe calls: errors, and a look at a text's events, of which nothing is made.
+# Besides the safe calls: errors, and parsing events, which construct no objects.
 YAML_ALLOWED = {"safe_load", "safe_dump", "YAMLError", "MarkedYAMLError", "parse", "SafeLoader"} | {
     f"{kind}Event"
     for kind in (
@@ -99,7 +99,7 @@ def test_nothing_unsafe_is_read() -> None:
         for path in SOURCES
         for fault in faults(path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix())
     ]
-    # The benchmark's baseline runs in a process of its own, on the backbone that the user has named.
+    # The benchmark's baseline runs in a separate process, on the backbone that the user specified.
     allowed = "from_pretrained without trust_remote_code"
     assert [
         fault

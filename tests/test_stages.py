@@ -51,7 +51,7 @@ from tests.bench import (
 
 @pytest.fixture(scope="module")
 def fused(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Bench:
-    """Three sources and a fusion of them, for tests that only look."""
+    """Three sources and a fusion of them, for tests that do not change them."""
     bench = Bench(tmp_path_factory.mktemp("fused") / "a folder", tiny_backbone)
     longer = TrainerConfig(accelerator="cpu", max_epochs=15, enable_progress_bar=False)
     bench.stage1("films", trainer=longer, optim=OptimConfig(lr=1e-2, patience=None))
@@ -572,7 +572,7 @@ MT = "films-quiz-rating-multitask_adapter"
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Bench:
-    """One adapter for a classification, a choice and a regression, for tests that only look."""
+    """One adapter for a classification, a choice and a regression, for tests that do not change it."""
     bench = Bench(tmp_path_factory.mktemp("mixed") / "a folder", tiny_backbone)
     bench.add_rating()
     bench.add_quiz()
@@ -670,7 +670,7 @@ def test_multi_task_prediction_needs_a_task(mixed: Bench) -> None:
     assert set(line["scores"]) == {"0", "1", "2"}
     (line,) = mixed.predict(MT, [{"one": "good good", "two": "film"}], task=mixed.tasks["rating"])
     assert set(line) == {"score"}
-    # Of an artifact with one task, another with the same labels may say where the text stands.
+    # For an artifact with one task, another task with the same labels may specify the text columns.
     elsewhere = dataclasses.replace(mixed.tasks["books"], name="reviews", text="review")
     (moved,) = mixed.predict("books", [{"review": "good"}], task=elsewhere)
     assert moved == mixed.predict("books", [{"text": "good"}])[0]

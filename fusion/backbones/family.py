@@ -21,7 +21,7 @@ class Stack:
         sites: where slots can be in a layer, by name.
         outputs: the length of the tuple that a layer returns, hidden states first; None: it returns them alone.
         position_bias: the module of the first layer that computes the position bias of all layers (T5), which layers
-            return after the hidden states; None: there is none.
+            return after the hidden states; None if absent.
     """
 
     layers: str
@@ -39,7 +39,7 @@ class Family:
         stem: dotted paths of the modules before the first layer and after the last one; missing ones are ignored.
         stacks: by name, first the one that reads the input; a single stack has the empty name.
         architecture: the config keys that determine what the model computes; together with the tensors they are the
-            backbone's fingerprint, so keys that a later version of a library may add are left out.
+            backbone's fingerprint, so keys that a later version of a library may add are ignored.
         model_options: arguments of the model's constructor beside the config.
         positions_follow_padding: whether positions count the tokens that are not padding, from `pad_token_id` + 1;
             otherwise they count all tokens from 0, padding included.

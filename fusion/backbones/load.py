@@ -52,7 +52,7 @@ class Backbone:
     stamp: str | None = None
 
     def copy(self) -> Backbone:
-        """A copy with weights of its own: slots and tuning change a model in place."""
+        """A copy with its own weights: slots and tuning change a model in place."""
         return replace(self, model=copy.deepcopy(self.model))
 
 

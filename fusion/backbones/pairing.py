@@ -8,7 +8,7 @@ from fusion.backbones.family import Family
 from fusion.errors import UserError
 from fusion.hub.tokenizer import check_length
 
-_FIX = "Use the tokenizer that belongs to the model, or another copy of both: backbone.name_or_path=FOLDER"
+_FIX = "Use the tokenizer of the model, or another copy of both: backbone.name_or_path=FOLDER"
 TYPES = "token_type_ids"
 
 

@@ -84,7 +84,7 @@ class Slot:
         current: holds the context of each batch.
 
     Raises:
-        ValueError: the wiring has no such reading.
+        ValueError: the wiring does not have this reading.
     """
 
     order: ClassVar[int] = 1

@@ -63,7 +63,7 @@ def check_complete(loading: Mapping[str, Any], family: Family, prefix: str, what
         )
     for name, stored, expected in loading["mismatched_keys"]:
         raise UserError(
-            f"{what}: {name} has shape {list(stored)}, and config.json asks for {list(expected)}\n{FIX}"
+            f"{what}: {name} has shape {list(stored)}, and config.json expects {list(expected)}\n{FIX}"
         )
 
 

@@ -90,7 +90,7 @@ def _main(command: Command) -> int:
 
     def job(composed: DictConfig) -> Any:
         try:
-            with signals.raised():  # a launcher may run the job in a process of its own
+            with signals.raised():  # a launcher may run the job in its own process
                 return _job(command, program, composed, codes)
         finally:  # once the job's own frames are gone, and the traceback of one that failed
             free_cycles()
@@ -135,7 +135,7 @@ def _job(command: Command, program: list[str], composed: DictConfig, codes: list
     A job of a training command returns its objective, see `objective`, for sweepers that search by it.
 
     Raises:
-        JobFailed: it failed, and another sweeper than Hydra's own has to know.
+        JobFailed: it failed under another sweeper than Hydra's default.
     """
     from fusion.training import processes
 
@@ -156,7 +156,7 @@ def _job(command: Command, program: list[str], composed: DictConfig, codes: list
             return processes.launch(program, run.config, run, ranks)
         return command.function(typed, run)
 
-    if preflight.sweep is None and is_sweep(launch):  # a launcher's process, one of several at one terminal
+    if preflight.sweep is None and is_sweep(launch):  # one of a launcher's processes, which share a terminal
         os.environ[PROGRESS] = "0"
     try:
         with contextlib.ExitStack() as lock:

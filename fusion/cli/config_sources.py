@@ -109,7 +109,7 @@ def check_choices(launch: DictConfig) -> None:
 
 
 def check_place(group: str, name: str, places: Collection[Any]) -> None:
-    """Raises UserError where a choice has several places."""
+    """Raises UserError if a choice is in more than one folder."""
     if len(places) > 1:
         raise UserError(
             f"{group} {name} is in two places: {' and '.join(map(str, places))}\ngive your own another name"

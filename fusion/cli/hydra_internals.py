@@ -30,7 +30,7 @@ KEPT_JOBS = 64  # composed configs that wait for their job: each takes about a m
 class ConfigFiles(FileConfigSource):
     """Hydra's reader of files, which checks task files and reads no file twice.
 
-    Hydra asks for each file several times per composition, and has no hook that sees a file before it is merged.
+    Hydra reads each file repeatedly per composition, and has no hook that sees a file before it is merged.
     """
 
     read: ClassVar[dict[tuple[str, Path], tuple[tuple[int, int], ConfigResult]]] = {}

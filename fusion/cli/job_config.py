@@ -115,9 +115,7 @@ def _set_tasks(command: Command, config: DictConfig, task: str | None) -> None:
     elif task is not None:
         config.task.name = task
     elif OmegaConf.select(config, "task") is not None:
-        raise UserError(
-            "a task is one file: expected +task=NAME; a sweep over several is -m +task=NAME,ANOTHER"
-        )
+        raise UserError("a task is one file: expected +task=NAME; a sweep is -m +task=NAME,ANOTHER")
     elif issubclass(command.schema, StageConfig):
         method = METHODS.get(OmegaConf.select(config, "method.name"))
         if method is None or not method.multitask:

@@ -51,7 +51,7 @@ def explain(error: BaseException, schema: type, words: Sequence[str] = ()) -> st
         key, _, value = match[1].partition("=")
         is_list = _takes_list(dict(types_of(schema)).get(key.lstrip("+")))
         as_list = f"; a list is written '{key}=[{value}]'" if is_list else ""
-        return f"{match[1]}: several values are a sweep, which needs -m{as_list}"
+        return f"{match[1]}: multiple values are a sweep, which needs -m{as_list}"
     if match := re.match(r"In '(.+)': .* raised while composing config:\n(.*)", text):
         message = match[2]
         if unknown := re.search(r"Key '(.+)' not in '", message):
@@ -73,7 +73,7 @@ def explain(error: BaseException, schema: type, words: Sequence[str] = ()) -> st
 
 
 def _unreadable(word: str, words: Sequence[str]) -> str:
-    """Why Hydra's grammar has no such override, and how it is written."""
+    """Why Hydra cannot parse an override, and the correct form."""
     start = f"cannot read the override {word!r}: "
     if "=" not in word or word.startswith("="):
         before = words[words.index(word) - 1] if word in words[1:] else ""
@@ -84,7 +84,7 @@ def _unreadable(word: str, words: Sequence[str]) -> str:
 
 
 def _expected(kind: Any) -> str:
-    """What a key of this type takes; empty where several types fit."""
+    """What a key of this type takes; empty if more than one type fits."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list"}
     names |= {dict: "keys with values"}
     given = [get_origin(one) or one for one in get_args(kind) or (kind,) if one is not type(None)]
@@ -104,7 +104,7 @@ def unknown_key(key: str, schema: type) -> str:
     keys = keys_of(schema)
     if key in keys:
         inner = [known for known in keys if known.startswith(f"{key}.")]
-        return f"{key} has no value of its own: expected one of {listed(inner)}"
+        return f"{key} is a group of keys: expected one of {listed(inner)}"
     for stage, other in (("stage1", Stage1Config), ("stage2", Stage2Config)):
         if key in keys_of(other):
             return f"unknown key {key}: a setting of {stage}, not of this command; leave it out"

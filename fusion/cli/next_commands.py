@@ -62,7 +62,7 @@ def end_of_sweep(command: str, folder: Path, jobs: Sequence[Job]) -> None:
 
 
 def _show(tables: Sequence[Sequence[Row]], following: Sequence[str]) -> None:
-    with contextlib.suppress(OSError):  # a pipe that nobody reads any more
+    with contextlib.suppress(OSError):  # the reader closed the pipe
         for place, table in enumerate(filter(None, tables)):
             if place:
                 say()
@@ -106,7 +106,7 @@ def _stage2(words: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[
         sources = all_adapters(store, target.backbone.name_or_path).sources
     except UserError:
         return []
-    # One adapter per task: of several seeds the last, of the tasks trained now the new one.
+    # One adapter per task: the last seed, or the one that was just trained.
     by_task = {source.task.name: source.name for source in sources if source.multitask is None}
     by_task |= {found.task.name: found.name for found in targets}
     if len(by_task) < 2 or not {*by_task.values()} <= {source.name for source in sources}:
@@ -115,7 +115,7 @@ def _stage2(words: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[
     keys = {key_of(word) for word in words}
     if "experiment" in keys and not {"backbone", "backbone.name_or_path"} & keys:  # it chose the backbone
         kept.append(override("backbone.name_or_path", target.backbone.name_or_path))
-        if target.head.pooling != "words":  # which belongs to the task, not to the backbone
+        if target.head.pooling != "words":  # a property of the task, not of the backbone
             kept.append(f"backbone.pooling={target.head.pooling}")
     own = ["+" + override("task", target.task.name), override("sources", list(by_task.values()))]
     return [shell_line("stage2", [*own, *_free_name(target.task.name, store), *kept])]

@@ -43,7 +43,7 @@ def start(started: Command) -> None:
 class Refused(BaseException):
     """Ends the program before its first job: exit code 2 for a wrong command line, 1 for an error in a check.
 
-    No Exception, since Hydra turns those of a callback into warnings.
+    Not an Exception, since Hydra turns those of a callback into warnings.
     """
 
     def __init__(self, message: str, code: int) -> None:
@@ -65,7 +65,7 @@ class Preflight(Callback):
             # As they were typed: `name=rte-${seed}` is another name in each job.
             words += cast(list[str], OmegaConf.to_container(config.hydra.overrides.task, resolve=False))
             overrides = parse(words)
-            # By this every job of the sweep, wherever it runs, knows what is the same in all of them.
+            # Every job of the sweep, in any process, reads from this what all jobs have in common.
             constant = ",".join(f"'{one.key_or_group}'" for one in overrides if not one.is_sweep_override())
             config.hydra.overrides.hydra.append(
                 f"hydra.job.config.override_dirname.exclude_keys=[{constant}]"

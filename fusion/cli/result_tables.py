@@ -111,7 +111,7 @@ def evaluated(entries: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Row]:
 def inspected(result: Mapping[str, Any]) -> list[Row]:
     """Of each source its mean attention weight, and the first metric without it, with the interval of the change.
 
-    A change is inconclusive where its 95 % bootstrap interval over the rows contains zero, or there is none.
+    A change is inconclusive where its 95 % bootstrap interval over the examples contains zero or is undefined.
     """
     metric, full = next(iter(next(iter(result["metrics"].values())).items()))
     table: list[Row] = [("source", "attention", f"{metric} without it", "change", "95% interval")]

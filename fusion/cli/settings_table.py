@@ -27,7 +27,7 @@ DEFAULT = "(default)"  # a job without a key that others set
 def settings_table(jobs: Sequence[Job]) -> list[tuple[str, ...]]:
     """Rows, titles first; none where there are no two jobs to compare.
 
-    The score is the main metric: of the first validation split; of several tasks, the mean. The best is marked within
+    The score is the main metric: of the first validation split; of a multi-task run, the mean. The best is marked within
     each task. `sd` is the standard deviation of the sample (n - 1). The column `seeds` is called `runs` where a seed
     was trained twice.
     """
@@ -95,7 +95,7 @@ def _groups(jobs: Sequence[Job], overrides: Sequence[tuple[str, ...]]) -> list[l
 
 
 def _main_score(result: Mapping[str, Any]) -> tuple[str, float] | None:
-    """Name and value of what chooses the best epoch; of several tasks the mean of their main metrics."""
+    """The metric that selects the best epoch and its value; for multiple tasks the mean of their main metrics."""
     first: dict[str, tuple[str, Any]] = {}
     for split, metrics in (result.get("metrics") or {}).items():
         if metrics:

@@ -59,7 +59,7 @@ class ReportConfig(Settings):
     runs: Any = checked(
         "outputs",
         lambda value: value != [] and all(isinstance(name, str) and name for name in _as_list(value)),
-        "a folder, or several: 'runs=[outputs/stage1,outputs/stage2]'",
+        "a folder or a list of them: 'runs=[outputs/stage1,outputs/stage2]'",
     )
     output: Optional[str] = None  # null: report.html in the first of `runs`
     split: Optional[str] = None  # null: of each target the split that most methods have a score on

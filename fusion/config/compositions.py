@@ -125,13 +125,13 @@ class Composition:
         title: its name in reports; empty: as in the table.
         no_weights: why its modules report no weight for each source, so that `inspect` and attention=true have nothing to
             show: the predicate of a sentence about a stored fusion; empty: they report weights.
-        share: makes what all layers of a site share, from the number of sources and the hidden size; None: nothing.
+        share: makes what all layers of a site share, from the number of sources and the hidden size; None: no training.
         starts_from_sources: whether it starts from weights of its sources, so that it takes no init_from.
         one_shape: whether the sources' adapters must have one shape.
         can_be_pruned: whether a stored fusion of it can be pruned.
         finds: what is found out about the sources on the target's examples before the model is built. A manifest keeps
             it under this key. `kept`: which sources each slot of a stored fusion keeps, from
-            `composition.fusion`; `continued`: the one source whose adapter trains further; None: nothing.
+            `composition.fusion`; `continued`: the one source whose adapter trains further; None: no training.
     """
 
     build: Callable[[Any, SlotSources, Any], SlotModule]

@@ -12,7 +12,7 @@ from fusion.text import override
 
 @dataclass
 class LimitConfig(Settings, group="data.limit"):
-    """How many rows of each split to keep, drawn with a seed of its own."""
+    """How many rows of each split to keep, drawn with a separate seed."""
 
     train: Optional[int] = integer(None, 1, null="all rows")
     validation: Optional[int] = integer(None, 1, null="all rows")

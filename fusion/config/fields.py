@@ -105,13 +105,13 @@ def _number(
 
 
 def choice(default: str | None, allowed: Collection[str], null: str = "") -> Any:
-    """One of several texts, or null where `null` states what it means."""
+    """One of the given texts, or null where `null` states what it means."""
     expected = f"one of {', '.join(allowed)}{f', or null for {null}' if null else ''}"
     return checked(default, lambda value: value in allowed or (value is None and bool(null)), expected)
 
 
 def subset(default: list[str], allowed: Collection[str]) -> Any:
-    """At least one of several texts, each once."""
+    """At least one of the given texts, each once."""
     return checked(
         default,
         lambda value: 0 < len(value) == len(set(value)) and set(value) <= set(allowed),

@@ -62,7 +62,7 @@ class Method:
             nothing does.
         check_stored: refuses stored weights that do not fit the settings, before anything of their size is made; None:
             no setting decides a size.
-        multitask: whether it trains several tasks at once, `tasks=[A,B]`, and not one.
+        multitask: whether it trains multiple tasks jointly, `tasks=[A,B]`.
         whole: whether all of the backbone trains, so that its own dropout acts unless `backbone.dropout` is given.
     """
 

@@ -29,7 +29,7 @@ def source_names(value: Any, expected: str) -> Any:
         expected: for the message; `top:N` is accepted where it is named there.
 
     Raises:
-        UserError: it is none of them, or a name is duplicate.
+        UserError: another value, or a duplicate name.
     """
     if isinstance(value, list) and all(type(name) in (str, int, float) for name in value):
         names = [str(name) for name in value]
@@ -115,12 +115,12 @@ class Stage1Config(StageConfig):
         if self.tasks is None:
             require(
                 not definition.multitask,
-                f"method={method} trains several tasks at once: expected 'tasks=[TASK,ANOTHER]' in place of +task=",
+                f"method={method} trains multiple tasks jointly: expected 'tasks=[TASK,ANOTHER]' in place of +task=",
             )
             return
         require(
             definition.multitask,
-            f"tasks= with method={method}: several tasks at once need "
+            f"tasks= with method={method}: multiple tasks need "
             f"{' or '.join(f'method={name}' for name, one in METHODS.items() if one.multitask)}\n"
             "One run for each task is a sweep: -m +task=TASK,ANOTHER",
         )

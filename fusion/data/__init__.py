@@ -1,1 +1,1 @@
-"""Task files -> rows -> token ids -> batches. Knows no model, no Hydra and no Lightning."""
+"""Task files -> rows -> token ids -> batches. Independent of models, Hydra and Lightning."""

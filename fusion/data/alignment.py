@@ -1,7 +1,7 @@
 """Alignment of words and tokens: the first token of each word, and long sentences split into windows.
 
 A word is predicted from its first sub-word (Devlin et al. 2019, section 5.3); its other sub-words and the special
-tokens have no label. A sentence that is too long becomes several sequences, split between words. A word that the
+tokens have no label. A sentence that is too long is split into windows between words. A word that the
 tokenizer removes, such as a zero-width space, becomes the unknown token.
 """
 
@@ -82,7 +82,7 @@ def windows_of(
 
 
 def first_tokens(words: Sequence[str], encoding: Encoding) -> NDArray[np.int64]:
-    """(words,) the first token that overlaps each word; -1 if there is none.
+    """(words,) the first token that overlaps each word; -1 if none does.
 
     Args:
         encoding: of the words, joined by a space.

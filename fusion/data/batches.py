@@ -35,7 +35,7 @@ class Plan:
         rows: indices into the split.
         weights: 0.0 for a filler row, which only keeps this device in step; 1.0 otherwise.
         global_rows: rows of all devices in this step, without fillers.
-        task: index of the task, if several are trained at once.
+        task: index of the task in multi-task training.
         global_indices: those rows' indices; None: this device's alone.
     """
 
@@ -50,7 +50,7 @@ class Plan:
 class Batch:
     """Encoded rows, padded to the longest sequence.
 
-    `sequences` equals rows, or the sum of `choice_counts` if rows have several: their choices, or the windows of long
+    `sequences` equals examples, or the sum of `choice_counts` if examples have more than one: their choices, or the windows of long
     sentences, one after another.
 
     Attributes:
@@ -63,7 +63,7 @@ class Batch:
         weights: (rows,) float32, 0.0 for a filler row and 1.0 otherwise
         global_rows: rows of this step on all devices, without fillers
         features: (sequences, tokens, hidden size) float32, cached frozen features, zero for padding; None without
-        task: index of the task, if several are trained at once
+        task: index of the task in multi-task training
         global_weight: sum of the rows' loss weights on all devices; None: all are equal
         words: (rows, most words) int64, the index of each word's first sub-word in the flattened `input_ids`, -1 for
             padding; None for rows of plain text
@@ -197,9 +197,9 @@ class TokenBatches(EpochBatches):
 
 
 class TaskBatches(EpochBatches):
-    """Training batches of several tasks, one task per batch, drawn with p_i proportional to n_i^(1/T).
+    """Multi-task training batches, one task per batch, drawn with p_i proportional to n_i^(1/T).
 
-    n_i is the task's number of rows (Stickland & Murray 2019, whose alpha is 1/T): T = 1 draws in proportion to it, a
+    n_i is the task's number of examples (Stickland & Murray 2019, whose alpha is 1/T): T = 1 draws in proportion to it, a
     higher T draws small tasks more often. An epoch has as many batches as the tasks' own epochs together. A task's
     batches come from its own sampler, shuffled again in each epoch and whenever its rows are exhausted. All devices
     draw the same task in the same step.

@@ -27,7 +27,7 @@ def user_cache() -> Path:
 def read_or_build(path: Path, read: Callable[[], Content | None], build: Callable[[], Content]) -> Content:
     """The content of a cache file, which is built first if it is missing or damaged.
 
-    Of several processes that need the same file, one builds it and the others wait. The lock only saves work: where
+    If multiple processes need the same file, one builds it and the others wait. The lock only saves work: where
     the file system has none, or its holder takes longer than an hour, each process builds the file for itself.
 
     Args:

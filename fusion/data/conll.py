@@ -17,7 +17,7 @@ def read_conll(path: Path, content: bytes) -> tuple[list[dict[str, list[str]]], 
     """The sentences: for each column, named by its position ("0", "1", ...), the fields of all tokens.
 
     Fields are separated by tabs if the first token's line has one, else by spaces. `-DOCSTART-` lines are skipped and
-    end a sentence. In a file with tabs, a line that begins with "# " and has no tab is a comment, as in CoNLL-U; it
+    end a sentence. In a file with tabs, a line that starts with "# " and has no tab is a comment, as in CoNLL-U; it
     does not end a sentence. A file with spaces has no comments, since "#" is a token there.
 
     Returns:

@@ -99,7 +99,7 @@ def _archive() -> bytes:
 # --- download ---------------------------------------------------------------------------------------
 
 # To download a source archive, pip runs its setup.py for the metadata (and installs setuptools for that). This module
-# replaces setuptools and copies the metadata in the archive, so that nothing of the archive is run.
+# replaces setuptools and copies the metadata in the archive, so that no code of the archive is run.
 _SETUPTOOLS = """
 import email
 import pathlib

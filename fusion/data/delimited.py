@@ -70,14 +70,14 @@ def read_delimited(
     except pyarrow.ArrowInvalid as error:
         # pyarrow counts the line of column names.
         reason = re.sub(r"Row #(\d+): ", lambda row: f"row {int(row[1]) - 1}: ", first_line(error))[:150]
-        hint = "; the file looks quoted: data.quoting=csv reads it so" if looks_quoted else ""
+        hint = "; the file looks quoted: to read it as such, set data.quoting=csv" if looks_quoted else ""
         raise UserError(
             f"{path}: cannot be read as {'tsv' if tabs else 'csv'}: {reason}\n"
             f"Fields are separated by {'tabs' if tabs else 'commas'}, quotes are {'read' if quoted else 'text'}{hint}"
         ) from error
     if looks_quoted and quoting is None:
         log.warning(
-            "%s: %d fields begin and end with a quotation mark, which is read as part of the text; set "
+            "%s: %d fields start and end with a quotation mark, which is read as part of the text; set "
             "data.quoting=csv to read them as quoted fields, or data.quoting=none to silence this warning",
             path,
             fields,

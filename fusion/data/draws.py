@@ -1,4 +1,4 @@
-"""Random draws of rows, each with a fixed seed of its own: limits, parts of a split, and held-out splits.
+"""Random draws of rows, each with its own fixed seed: limits, parts of a split, and held-out splits.
 
 A draw never changes: RandomState's stream is frozen (NEP 19), unlike Generator's.
 """

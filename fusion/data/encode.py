@@ -34,7 +34,7 @@ class EncodedRows:
     """A split as token ids, in flat arrays.
 
     Attributes:
-        lengths: (rows,) tokens of each row; of its longest sequence if it has several.
+        lengths: (rows,) tokens of each example; of its longest sequence if it has more than one.
         labels: (rows,) int64 or float32, or (rows, longest) int64 for labels that are lists, padded with `PADDING`;
             None without labels.
         choice_counts: (rows,) sequences of each row, its choices or windows; None: one each.
@@ -42,7 +42,7 @@ class EncodedRows:
         fingerprint: of the rows.
         key: hex digits that identify the token ids.
         states: (all tokens, width) cached frozen features, see `fusion.model.feature_cache`; None: there are none.
-        task: index of the task, if one model is trained or evaluated on several.
+        task: index of the task in a multi-task model.
         class_weights: (labels,) float64, the weight of each label in the training loss; None: all are equal.
         loss_weights: (rows,) float64, the weight of each row in the mean of the training loss; None: all are equal.
     """
@@ -222,7 +222,7 @@ def encode(
     """Token ids of all rows; a pair that is too long loses tokens of its longer part.
 
     A row with choices becomes one pair per choice: its text columns, joined by a space, and the choice. A row of words
-    that is too long becomes several sequences, see `data.alignment`.
+    that is too long is split into windows, see `data.alignment`.
 
     Args:
         max_length: tokens of a sequence, special tokens included.

@@ -23,7 +23,7 @@ def text_columns(task: TaskConfig) -> list[str]:
 
 
 def label_column(task: TaskConfig, table: Table, required: bool) -> Column | None:
-    """Raises UserError if there is no such column and it is required."""
+    """Raises UserError if a required column is missing."""
     for path in names_of(task, task.label):
         values = table.column(path)
         if values is not None:
@@ -62,12 +62,12 @@ def words_of(
     if not kept:
         raise UserError(f"{table.where}: none of its {len(rows)} rows has a word; expected at least one")
     if left_out := len(rows) - len(kept):
-        log.warning("%s: %d of %d rows have no words and are left out", table.where, left_out, len(rows))
+        log.warning("%s: %d of %d rows have no words and are dropped", table.where, left_out, len(rows))
     return kept, [words[row] for row in kept]
 
 
 def choices_of(task: TaskConfig, table: Table, rows: list[int]) -> list[list[str]]:
-    """The choices of each row, from a list column or from several columns, of which the last may be null.
+    """The choices of each row, from a list column or multiple columns, of which the last may be null.
 
     Raises:
         UserError: a column is missing, or a row has not two or more texts.

@@ -24,7 +24,7 @@ _SAMPLE_SEED = 0  # independent of the run's seed: runs with different seeds mea
 
 
 class PlannedBatches(Dataset[Batch]):
-    """Encoded rows of one or several tasks, indexed by the batch."""
+    """Encoded examples of one or more tasks, indexed by the batch."""
 
     def __init__(self, encoded: Sequence[EncodedRows]) -> None:
         self.encoded = encoded
@@ -48,10 +48,10 @@ def training_loader(
 ) -> DataLoader[Any]:
     """Batches of similar length, in a new order in each epoch (`loader.sampler.set_epoch`).
 
-    Under DDP the Trainer needs `use_distributed_sampler=False`: the sampler knows its rank itself.
+    Under DDP the Trainer needs `use_distributed_sampler=False`: the sampler splits the batches by rank itself.
 
     Args:
-        tasks: one, or several, each batch from one of them, see `TaskBatches`.
+        tasks: one or more, each batch from one of them, see `TaskBatches`.
         batch_size: rows per device, unless `tokens_per_batch` limits its padded tokens instead.
     """
     samplers: list[EpochBatches] = [

@@ -44,7 +44,7 @@ class Rows:
         choices: choice tasks: two or more texts per row.
         labels: as the kind of task defines them: class id, value, index of the right choice, or a list of ints; None
             for a split without labels.
-        ignored: rows without a label that were left out.
+        ignored: rows without a label that were dropped.
         fingerprint: sha256 of texts, choices, labels and words.
         label_format: how the labels are written; None for values and without labels.
         words: of each row, whose text has them joined by a space; None: rows are plain texts.
@@ -65,7 +65,7 @@ class Rows:
 def load_splits(
     task: TaskConfig, data: DataConfig, splits: Iterable[str], trained_as: str | None = None
 ) -> tuple[dict[str, Rows], str | None]:
-    """The rows of several splits, and how all of their labels are read: "names", "label_values", "ids" or "booleans".
+    """The rows of multiple splits, and how all of their labels are read: "names", "label_values", "ids" or "booleans".
 
     Args:
         trained_as: how the training of an artifact read the labels of this task, if known.
@@ -93,7 +93,7 @@ def load_rows(task: TaskConfig, data: DataConfig, split: str) -> Rows:
         split = "train"  # of which it is a part
     files, part = locate(task, data, split)
     if files is not None:
-        # Labels are text, too, whatever they look like.
+        # Labels are text too, even if they are numbers.
         columns = [*text_columns(task), task.label]
         table = read_split(files, [path for name in columns for path in names_of(task, name)], data.quoting)
     elif task.corpus is not None:

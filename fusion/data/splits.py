@@ -45,7 +45,7 @@ def evaluation_splits(task: TaskConfig, split: str, data: DataConfig | None = No
         split: train, validation, test, or the hub's own name of a split.
 
     Raises:
-        UserError: the task has no such split.
+        UserError: the task does not have the split.
     """
     data = DataConfig() if data is None else data
     published = _published(task, split)
@@ -126,7 +126,7 @@ def drawn_from_train(task: TaskConfig, data: DataConfig, split: str) -> bool:
     """Whether a split is a share of the rows from which the training rows are drawn, too.
 
     Raises:
-        UserError: the task has no such split.
+        UserError: the task does not have the split.
     """
     held_out = holdout(task, data, split)
     if held_out is not None or (family(task, split) or "train") == "train":

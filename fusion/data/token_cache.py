@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 Arrays = dict[str, NDArray[Any]]
 
 _FORMAT = 2
-_METADATA = "key and crc32"  # one entry: several are written in any order, which makes a file of other bytes each time
+_METADATA = (
+    "key and crc32"  # one entry: the order of multiple entries, and so the bytes of the file, would vary
+)
 
 
 def cache_key(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:

@@ -28,7 +28,7 @@ def refused(what: str) -> Iterator[None]:
 
 
 def warn_if_ignored(auto_map: Any, what: str) -> None:
-    """Warn where transformers knows the type itself and ignores the code."""
+    """Warn where transformers supports the type and ignores the code."""
     if auto_map:
         log.warning("%s comes with its own code, which is not run; %s=true would run it", what, KEY)
 

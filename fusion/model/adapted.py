@@ -38,7 +38,7 @@ class AdaptedModel(nn.Module):
         tuning: the parameters of the backbone that train; None: none.
 
     Raises:
-        ValueError: the backbone has no such slot, or the slot has no such reading.
+        ValueError: the backbone does not have the slot, or the slot not the reading.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class AdaptedModel(nn.Module):
         return make_slot(address, stack.sites[address.site], module, reads, self._current)
 
     def recompute_layers(self) -> None:
-        """Turn on gradient checkpointing."""
+        """Enable gradient checkpointing."""
         if not self.gradient_checkpointing:
             for stack in self._family.stacks:
                 recompute_in_backward(self._layers_of(stack), self._current)
@@ -189,7 +189,7 @@ class AdaptedModel(nn.Module):
             (S, T, D).
         """
         if features is not None and not self._takes_features:
-            raise RuntimeError("call take_features() before a batch brings its features")
+            raise RuntimeError("call take_features() before a batch with cached features")
         on = tuple(layer >= first_layer for layer in range(self._layers))
         self._current.context = BatchContext(attention_mask, on, members, sources_on, record)
         self._current.features = features
@@ -322,8 +322,8 @@ class AdaptedModel(nn.Module):
         return vectors | (exempt & set(self.trainable()))
 
     def frozen(self) -> dict[str, Tensor]:
-        """Every tensor that must not change in training. A shared tensor may appear under several names."""
-        # By identity, since a shared parameter has several names.
+        """Every tensor that must not change in training. A shared tensor may appear under multiple names."""
+        # By identity, since a shared parameter has more than one name.
         training = {id(parameter) for parameter in self.trainable().values()}
         return {name: tensor for name, tensor in self.every_tensor().items() if id(tensor) not in training}
 
@@ -353,7 +353,7 @@ def _key(address: SlotAddress) -> tuple[str, ...]:
 
 
 def _by_row(scores: Tensor, choice_counts: Tensor) -> Tensor:
-    """scores: (S,) in row order, choice_counts: (B,) -> (B, most choices), -inf where there is none."""
+    """scores: (S,) in row order, choice_counts: (B,) -> (B, most choices), -inf for missing choices."""
     most = int(choice_counts.max())
     there = torch.arange(most, device=scores.device) < choice_counts.unsqueeze(-1)
     return scores.new_full(there.shape, float("-inf")).masked_scatter(there, scores)

@@ -42,7 +42,7 @@ def new_adapters(config: AdapterConfig, backbone: Backbone) -> dict[str, SlotMod
     """A new adapter for each slot of the placement, by slot name; with `shared`, one for all layers.
 
     Raises:
-        UserError: the backbone's family has no such site.
+        UserError: the backbone's family does not have the site.
     """
     there = backbone.family.sites
     missing = [site for site in config.sites if site not in there]

@@ -34,7 +34,7 @@ def select_heads(manifest: Manifest, task: TaskConfig | None) -> list[SelectedHe
     """The head for a task: the one of its name, else the only one with its kind and labels. None: all heads.
 
     Raises:
-        UserError: no head fits the task, or several do, or this version cannot run a stored task.
+        UserError: no head or more than one head fits the task, or this version cannot run a stored task.
     """
     try:
         tasks = [stored.as_config(f"manifest of {manifest.name}") for stored in manifest.tasks]

@@ -73,7 +73,7 @@ def device_of(accelerator: str) -> torch.device:
     """The device of a setting: `auto` is a GPU if there is one; anything else is a device of torch's.
 
     Raises:
-        UserError: there is no such device.
+        UserError: the device is not available.
     """
     if accelerator == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

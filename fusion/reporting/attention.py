@@ -125,7 +125,7 @@ def by_target(every: Sequence[Attention], layer: int | None = None) -> tuple[lis
 
 
 def layer_names(slots: Sequence[str]) -> list[str]:
-    """`0.feedforward` as `0`, the number in `adapter.layers`, with the site if a layer has several."""
+    """`0.feedforward` as `0`, the number in `adapter.layers`, with the site if a layer has more than one."""
     several = len({slot.partition(".")[2] for slot in slots}) > 1
     named = []
     for slot in slots:

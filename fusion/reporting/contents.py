@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Contents:
-    """targets: those with several methods, or all if there are none. single: the others, such as source tasks."""
+    """targets: those with more than one method, or all if there are none. single: the others, such as source tasks."""
 
     found: Found
     targets: list[Target]

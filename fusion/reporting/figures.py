@@ -72,7 +72,7 @@ def _render(figure: Figure, to: Path | io.StringIO, name: str, format: str, **op
 
 
 def inline(figure: Figure, name: str, title: str) -> str:
-    """The figure as an SVG element whose text and lines have the page's colours.
+    """The figure as an SVG element whose text and lines have the page's colors.
 
     Args:
         name: prefix of the element's ids.

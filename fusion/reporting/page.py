@@ -16,7 +16,7 @@ from fusion.reporting.results import BASELINE
 from fusion.reporting.statistics import LEVEL, RESAMPLES
 
 LARGEST = 5_000_000  # bytes of the page
-WORD_ROWS = (1000, 4, 1, 0)  # rows of each fusion, tried in turn until the page is small enough
+WORD_ROWS = (1000, 4, 1, 0)  # examples of each fusion, tried in order until the page is small enough
 FILTERS = (
     *(wording.signed, wording.interval, wording.p_value, wording.number, wording.size, wording.mean_of),
     *(wording.seeds, wording.common_seeds, wording.score, wording.chosen_setting),

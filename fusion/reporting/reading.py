@@ -1,6 +1,6 @@
 """Read run folders: what each run was, its result, and its records.
 
-A folder that is damaged or incomplete is left out and named, so that it does not cost the others.
+A folder that is damaged or incomplete is skipped and named; the others are read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The scores of all runs, one for each run, task and split, with the training that each belongs to."""
+"""The scores of all runs, one for each run, task and split, with the training that produced it."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def _metrics_of(
 
 
 def trained_runs(runs: Iterable[RunFolder]) -> list[Trained]:
-    """The last training of each artifact. A skipped run (already done) stands for the one before it."""
+    """The last training of each artifact. A skipped run (already done) is represented by the one before it."""
     made: dict[tuple[str, str], Trained] = {}
     trainings = [run for run in runs if run.command in ("stage1", "stage2") and "artifact" in run.result]
     lookup = Lookup({artifact_path(run): identity_config(run.config) for run in trainings})
@@ -183,7 +183,7 @@ def _trained(run: RunFolder, lookup: Lookup) -> Trained:
     stored = {} if manifest is None else manifest.run.config
     if manifest is not None and {k: v for k, v in stored.items() if not k.startswith("inputs.")} == flat:
         settings = lookup.of_artifact(manifest, store)
-    else:  # another run has replaced the artifact, or it is gone
+    else:  # another run has replaced the artifact, or it was removed
         settings = lookup.of_run(flat, store, list(map(str, run.result.get("sources") or ())) or None)
     limit = ((config.get("data") or {}).get("limit") or {}).get("train")
     return Trained(
@@ -198,7 +198,7 @@ def _trained(run: RunFolder, lookup: Lookup) -> Trained:
 
 
 def read_artifact(path: str) -> Manifest | None:
-    """The manifest of an artifact; None if it is gone."""
+    """The manifest of an artifact; None if it was removed."""
     with contextlib.suppress(OSError, UserError):
         return read_folder(Path(path))
     return None

@@ -1,4 +1,4 @@
-"""Paired bootstrap over rows and seeds, permutation test, and Holm's correction for several targets.
+"""Paired bootstrap over examples and seeds, permutation test, and Holm's correction for multiple targets.
 
 Shapes: S seeds, R rows, B resamples.
 """

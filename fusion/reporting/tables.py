@@ -111,7 +111,7 @@ def tables_of(contents: Contents) -> list[Table]:
         *(_attention(one) for one in contents.attention),
         table(
             "needed",
-            "Each source masked in turn, without further training",
+            "Each source masked separately, without further training",
             ABLATION,
             (row for one in contents.inspected for row in _ablation(*one)),
         ),

@@ -126,7 +126,7 @@ def _validation_score(group: Group, scores: Sequence[Score]) -> float | None:
 
 
 def _brief(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Only the names of several tasks, without the settings that follow from them."""
+    """Only the names of multiple tasks, without the settings that follow from them."""
     names = [value for key, value in settings.items() if key.startswith("tasks.") and key.endswith(".name")]
     rest = {key: value for key, value in settings.items() if not key.startswith("tasks.")}
     return {"tasks": names} | rest if names else dict(settings)
@@ -153,7 +153,7 @@ def _compare(group: Group, base: Group, variants: Mapping[str, Sequence[Group]])
         if group.method != BASELINE and selected:
             unequal += _values_tried(group, own, group.against, others)
     group.unequal = (*unequal, *_other_rows(group, group.against))
-    # The seed of a source's training is unrelated to that of the target's; several runs of a seed are no pairs.
+    # The seed of a source's training is unrelated to that of the target's; multiple runs of a seed are not pairs.
     by_seed = not group.anywhere and all(one.seeds == len(one.entries) for one in (group, group.against))
     ones, base_ones = (
         [Sample(one.seed, one.metrics[group.metric], one.predictions) for one in each.entries]

@@ -16,7 +16,7 @@ def score(group: Group) -> str:
 
 
 def mean_of(values: Sequence[float]) -> str:
-    """Mean and, of several values, the standard deviation."""
+    """Mean and, for more than one value, the standard deviation."""
     import numpy as np
 
     deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
@@ -55,7 +55,7 @@ def against(target: Target, group: Group) -> str:
 
 
 def titled(group: Group) -> str:
-    """The method, with its setting if it has several."""
+    """The method, with its setting if it has more than one."""
     return f"{group.method} ({group.differing})" if group.differing else group.method
 
 
@@ -67,7 +67,7 @@ def chosen_setting(group: Group) -> str:
 
 
 def chosen_settings(target: Target, methods: Iterable[str]) -> list[str]:
-    """Of the methods with several settings, which one a figure shows."""
+    """For methods with more than one setting, which one a figure shows."""
     groups = [target.groups[method] for method in dict.fromkeys(methods) if method in target.groups]
     return [f"{group.method}: {setting}" for group in groups if (setting := chosen_setting(group))]
 

@@ -30,7 +30,7 @@ def _defaults(group: Any, without: Sequence[str]) -> dict[str, Any]:
     return {f"{group.group}.{f.name}": default_of(f) for f in fields(group) if f.name not in without}
 
 
-# Keys that the first stores do not have, with their defaults. A default is left out of the identity, so that a run
+# Keys that the first stores do not have, with their defaults. A default is omitted from the identity, so that a run
 # made before the key existed keeps its identity.
 ADDED_LATER: dict[str, Any] = {
     "tasks": None,
@@ -108,12 +108,12 @@ def is_done(
     """Whether the store already has what a run would train.
 
     Args:
-        stored: identity and identity config of the artifact of this name; None: there is none.
+        stored: identity and identity config of the artifact of this name; None if absent.
         asked: identity and identity config of the run.
         overwrite: train in any case and replace what is stored.
 
     Raises:
-        UserError: the name belongs to an artifact of other settings.
+        UserError: an artifact with other settings has the name.
     """
     if stored is None or overwrite:
         return False

@@ -64,7 +64,7 @@ def read_used(config: UseConfig) -> Manifest:
     """The manifest of the artifact that a command uses, `config.artifact`.
 
     Raises:
-        UserError: there is no such artifact, it has fewer layers than `drop`, its backbone has code that is not
+        UserError: the artifact does not exist, it has fewer layers than `drop`, its backbone has code that is not
             trusted, or files of its backbone are missing.
     """
     manifest = read_manifest(config.artifact, Path(config.store))
@@ -142,7 +142,7 @@ def initial_manifest(config: StageConfig, kind: str, sources: Sequence[Manifest]
         sources: of a fusion, in order.
 
     Raises:
-        UserError: there is no such artifact, or its weights do not have the shape that the run trains.
+        UserError: the artifact does not exist, or its weights do not have the shape that the run trains.
     """
     if config.init_from is None:
         return None

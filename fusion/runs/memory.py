@@ -31,6 +31,6 @@ def free_cycles() -> None:
     """Free the model of a finished training before the next one is loaded.
 
     A Lightning Trainer is a reference cycle and holds the model, its gradients and the optimizer's state. Python
-    collects cycles by the number of new objects, and a job creates few: a sweep would hold several models at once.
+    collects cycles by the number of new objects, and a job creates few: a sweep would hold multiple models at once.
     """
     gc.collect()

@@ -43,7 +43,7 @@ class RunOutput:
         kind: what is stored, one of the manifest's KINDS.
         config: the part of the config (and of the artifacts that it names) that `identity` is a hash of.
         checkpoints: the folder of its checkpoints, `STORE/.runs/NAME-IDENTITY`.
-        stored: the manifest of the artifact that an equal run has stored; None: there is none.
+        stored: the manifest of the artifact that an equal run has stored; None if absent.
         resume: whether the run resumes from its checkpoints; else it starts over.
     """
 
@@ -139,7 +139,7 @@ def find_output(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any]
         inputs: what the config refers to by name only and the result depends on: the hashes of the sources.
 
     Raises:
-        UserError: the name belongs to another run and `overwrite` is not set, or cannot be used; or the stored
+        UserError: another run has the name and `overwrite` is not set, or cannot be used; or the stored
             artifact was trained on weights that its backbone's folder no longer has.
     """
     assert config.name is not None
@@ -170,7 +170,7 @@ def _check_same_backbone(stored: Manifest, config: BackboneConfig) -> None:
     """Refuse an artifact as the result of this run if its backbone's folder has changed since.
 
     The configs are equal then, but the numbers would differ. The backbone is loaded only if its files were written;
-    manifests of version 0.1 have no stamp, nor does a folder that is gone.
+    manifests of version 0.1 have no stamp, nor does a missing folder.
     """
     before, now = stored.run.backbone_stamp, stamp(config.name_or_path)
     if before is None or now is None or before == now:

@@ -76,7 +76,7 @@ def _folder() -> str | None:
 def git_state(project: Path = PROJECT) -> dict[str, Any] | None:
     """The commit of the project's checkout, and whether its code was changed; None where there is no checkout.
 
-    A package installed somewhere inside another project's checkout does not belong to that checkout.
+    A package installed somewhere inside another project's checkout is not part of that checkout.
     """
     output = _git(project, "rev-parse", "--show-toplevel", "HEAD")
     if output is None or len(output.splitlines()) != 2:

@@ -92,7 +92,7 @@ def _unwritable(place: Path, error: OSError, key: str, other: str = "DIR names a
 def caused_by_interrupt(error: BaseException) -> BaseException | None:
     """The KeyboardInterrupt or Terminated in an error's chain of causes, or a SystemExit; else None.
 
-    Lightning turns Ctrl-C into SystemExit(1), and the cleanup that follows may raise errors of its own; submitit ends
+    Lightning turns Ctrl-C into SystemExit(1), and the cleanup that follows may raise further errors; submitit ends
     a preempted job with SystemExit.
     """
     cause: BaseException | None = error

@@ -95,7 +95,7 @@ def load(reference: str, store: Path) -> Artifact:
     """Read an artifact by name or path, and check its files against the manifest.
 
     Raises:
-        UserError: there is no such artifact, or one of its files is missing, truncated or changed.
+        UserError: the artifact does not exist, or one of its files is missing, truncated or changed.
     """
     return read_settled(lambda: find(reference, store), read)
 
@@ -104,7 +104,7 @@ def load_by_hash(hash: str, name: str, store: Path) -> Artifact:
     """Read the artifact with this hash, a source of a fusion.
 
     Raises:
-        UserError: it is gone, or one of its files is missing, truncated or changed.
+        UserError: it was removed, or one of its files is missing, truncated or changed.
     """
     artifact = read_settled(lambda: find_by_hash(hash, name, store), read)
     # It may have been overwritten between the two; then it is kept, and found, elsewhere.

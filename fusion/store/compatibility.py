@@ -99,7 +99,7 @@ def check_attends(manifest: Manifest, given: str, fix: str) -> None:
     """Refuse to show source attention weights of an artifact without them.
 
     Args:
-        given: the override that asks for them.
+        given: the override that selects them.
         fix: what to do instead.
 
     Raises:

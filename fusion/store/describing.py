@@ -26,7 +26,7 @@ def describe(reference: str, store: Path, into: Path | None = None) -> list[str]
         into: the store that the commands write to; None: the same.
 
     Raises:
-        UserError: there is no such artifact, or its manifest is damaged.
+        UserError: the artifact does not exist, or its manifest is damaged.
     """
     folder, manifest = read_settled(
         lambda: find(reference, store), lambda folder: (folder, read_folder(folder))

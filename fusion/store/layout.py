@@ -1,7 +1,7 @@
 """Files, folders and names of a store.
 
 An artifact is a folder STORE/NAME with `manifest.json`, `weights.safetensors` and `head.safetensors`. Folders whose
-names start with a dot belong to the store itself: `.runs` (checkpoints), `.replaced` (overwritten artifacts that a
+names start with a dot are internal to the store: `.runs` (checkpoints), `.replaced` (overwritten artifacts that a
 fusion still needs), `.staging` (artifacts that are being written), `.locks`.
 """
 
@@ -35,7 +35,7 @@ def check_name(name: str) -> None:
     """Refuse what `is_name` does not allow.
 
     Raises:
-        UserError: says what a name may be.
+        UserError: states which names are valid.
     """
     if not is_name(name):
         raise UserError(

@@ -16,7 +16,7 @@ from fusion.store.writing import artifact_lock
 
 
 class Leftover(NamedTuple):
-    """A folder of the store that is no artifact; `done`: nothing needs it any more."""
+    """A folder of the store that is not an artifact; `done`: nothing needs it any more."""
 
     folder: Path
     what: str

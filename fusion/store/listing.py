@@ -21,13 +21,13 @@ TITLES = ("name", "kind", "task", "backbone", "what", "seed", "score", "size", "
 
 
 def list_store(store: Path) -> tuple[list[tuple[str, ...]], list[str]]:
-    """The rows of the table, titles first (none if there is no artifact), and lines to print below it.
+    """The rows of the table, titles first (none if there is not an artifact), and lines to print below it.
 
     The lines: artifacts that differ only by their seed, with mean and standard deviation of their score; what is
     damaged; what runs have left.
 
     Raises:
-        UserError: there is no such store.
+        UserError: the store does not exist.
     """
     check_store(store)
     found = list(scan(store))
@@ -60,7 +60,7 @@ def _row(found: Found, manifest: Manifest, every: list[Found]) -> tuple[str, ...
 
 
 def _seeds(store: Path, found: list[Found]) -> Iterator[str]:
-    """A line for each setting that was trained with several seeds."""
+    """A line for each setting that was trained with more than one seed."""
     every = [(f.place, f.manifest) for f in found if f.manifest is not None and not f.replaced]
     lookup = Lookup(stores={store: [f.manifest for f in found if f.manifest is not None]})
     for positions in group(lookup.of_artifact(manifest, store) for _, manifest in every):

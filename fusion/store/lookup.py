@@ -86,7 +86,7 @@ def find(reference: str, store: Path) -> Path:
     """The folder of an artifact: a name in the store first, then a path.
 
     Raises:
-        UserError: there is none; names similar ones.
+        UserError: not found; names similar ones.
     """
     if is_name(reference) and (folder := _named(reference, store)) is not None:
         return folder
@@ -98,7 +98,7 @@ def find(reference: str, store: Path) -> Path:
             return path
     if exists:
         raise UserError(
-            f"{path}: is no artifact, it has no {MANIFEST}; expected a name of the store, or the folder of an artifact"
+            f"{path}: is not an artifact, it has no {MANIFEST}; expected a name of the store, or the folder of an artifact"
         )
     raise UserError(unknown_name(reference, store))
 
@@ -118,7 +118,7 @@ def read_manifest(reference: str, store: Path) -> Manifest:
     """The manifest of an artifact, by name or path.
 
     Raises:
-        UserError: there is no such artifact, or its manifest is damaged.
+        UserError: the artifact does not exist, or its manifest is damaged.
     """
     return read_settled(lambda: find(reference, store), read_folder)
 
@@ -141,7 +141,7 @@ def read_settled(look: Callable[[], Path], read: Callable[[Path], Read]) -> Read
 
 
 def stamp(folder: Path) -> tuple[int, int] | None:
-    """A value that changes when the artifact in a folder is overwritten; None: there is none."""
+    """A value that changes when the artifact in a folder is overwritten; None if absent."""
     try:
         state = (folder / MANIFEST).stat()
     except OSError:

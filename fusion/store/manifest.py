@@ -43,7 +43,7 @@ FUSION = "fusion"
 # What stage 1 stores, and what stage 2 stores.
 KINDS = tuple(dict.fromkeys(("adapter", FUSION, *(method.kind for method in METHODS.values()))))
 
-# Settings that do not change what the stored weights compute; `bottleneck_sizes` says in which slots an adapter is.
+# Settings that do not change what the stored weights compute; `bottleneck_sizes` has the slots with an adapter.
 ADAPTER_TRAINING_KEYS = ("name", "init", "dropout", "reduction_factor", "bottleneck_size", "layers", "drop")
 TUNING_KINDS = {method.kind for method in METHODS.values() if method.tune is not None}
 OPTIONAL = ("method", "multitask", "checksum")  # keys that manifests of version 0.1 may lack

@@ -139,7 +139,7 @@ class StoredTask(Task):
         """The task, as this version runs it.
 
         Raises:
-            UserError: starts with `where`; this version has no such task.
+            UserError: starts with `where`; this version does not support the task.
         """
         try:
             return TaskConfig(**{field.name: getattr(self, field.name) for field in fields(self)})

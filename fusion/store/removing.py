@@ -19,7 +19,7 @@ def remove(name: str, store: Path, force: bool = False, wait: float = LOCK_SECON
     work, and the name is free. A damaged artifact can be removed; no fusion can be using it.
 
     Raises:
-        UserError: there is no such artifact, fusions need it or may need it, or it is being written.
+        UserError: the artifact does not exist, fusions need it or may need it, or it is being written.
     """
     check_name(name)  # never a path: nothing outside of a store is deleted
     check_store(store)
@@ -34,7 +34,7 @@ def remove(name: str, store: Path, force: bool = False, wait: float = LOCK_SECON
         dangling = folder.is_symlink() and not folder.exists()
         if not dangling and (not folder.is_dir() or not (MANIFEST in content or content <= {WEIGHTS, HEAD})):
             raise UserError(
-                f"{folder} is no artifact, it has no {MANIFEST}: remove it by hand if nobody needs it"
+                f"{folder} is not an artifact, it has no {MANIFEST}: remove it manually if it is not needed"
             )
         found = list(scan(store))
         manifest = next((one.manifest for one in found if one.place == name), None)

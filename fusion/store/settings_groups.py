@@ -1,4 +1,4 @@
-"""Which artifacts are one setting trained with several seeds, by their resolved settings, never by their names.
+"""Which artifacts are one setting trained with different seeds, by their resolved settings, never by their names.
 
 Two runs have the same setting if everything that determines their numbers is equal, apart from the seed. A source
 counts by its own settings in the same way: `rte-s1` and `rte-s2` are the same source if only their seeds differ.

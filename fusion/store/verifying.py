@@ -50,7 +50,7 @@ def verify(store: Path, shapes: Shapes, name: str | None = None) -> Iterator[Ver
     """One verdict per artifact, replaced ones too; with `name`, of that one alone.
 
     Raises:
-        UserError: there is no such store, or no artifact of that name.
+        UserError: the store or the artifact does not exist.
     """
     check_store(store)
     found = list(scan(store, only=name))
@@ -63,7 +63,7 @@ def verify(store: Path, shapes: Shapes, name: str | None = None) -> Iterator[Ver
 
 
 def left_over(store: Path) -> list[str]:
-    """A line for each folder in the store that is no artifact, with the command that removes it."""
+    """A line for each folder in the store that is not an artifact, with the command that removes it."""
     return [
         printable(
             f"left     {left.place} ({as_bytes(left.size)}): {left.what}"

@@ -103,7 +103,7 @@ def check_free(name: str, kind: str, store: Path, overwrite: bool) -> None:
     """Refuse to write `name` where that would replace something that must stay.
 
     Raises:
-        UserError: the name is taken by something that is no artifact, by an artifact of another kind (a fusion never
+        UserError: the name is taken by something that is not an artifact, by an artifact of another kind (a fusion never
             replaces an adapter), or by an artifact without `overwrite`.
     """
     check_name(name)
@@ -111,7 +111,7 @@ def check_free(name: str, kind: str, store: Path, overwrite: bool) -> None:
     if not folder.exists():
         return
     if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder} exists and is no artifact: choose another name=, or move it away")
+        raise UserError(f"{folder} exists and is not an artifact: choose another name=, or move it away")
     stored = kind
     with contextlib.suppress(UserError):  # a damaged one is fixed by training it again with overwrite=true
         stored = read_folder(folder).kind

@@ -1,1 +1,1 @@
-"""Kinds of task: one object per kind reads labels, makes the head, and knows loss, predictions and metrics."""
+"""Kinds of task: one object per kind reads labels, builds the head, and defines loss, predictions and metrics."""

@@ -1,4 +1,4 @@
-"""`kind: choice`: one of several texts per row, each scored by itself beside the row's texts."""
+"""`kind: choice`: one of multiple texts per example, each scored independently with the example's texts."""
 
 from __future__ import annotations
 

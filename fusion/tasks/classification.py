@@ -1,4 +1,4 @@
-"""`kind: classification`: one of several labels per text or pair of texts."""
+"""`kind: classification`: one of multiple labels per text or pair of texts."""
 
 from __future__ import annotations
 

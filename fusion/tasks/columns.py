@@ -36,7 +36,7 @@ class Table:
     typed: bool = True  # whether the columns that hold text in any case could have held something else
 
     def column(self, path: str) -> list[Any] | None:
-        """The values at `path`, None where the table has no such column.
+        """The values at `path`, None if the column is missing.
 
         A path may lead into nested values: `choices.text` is the field `text` of the struct (or of each struct of the
         list) in `choices`, `choices.0` its first element.

@@ -43,7 +43,7 @@ class LabelFormat:
 
     Attributes:
         names: the formats that all of them have, in order of precedence: label_values, names, ids or booleans. Where a
-            label has several of them, they agree on what it means.
+            label has more than one, they agree on what it means.
         ids: the distinct class ids or indices.
         count: how many classes or choices there are.
         where: the file or data set, for messages.
@@ -56,7 +56,7 @@ class LabelFormat:
 
 
 def parse_number(text: str) -> int | float | None:
-    """The number that a text is, which may be infinite; None: it is none."""
+    """The number in a text, which may be infinite; None if it is not a number."""
     if len(text) > _MAX_DIGITS or not _NUMBER.fullmatch(text):
         return None
     return int(text) if text.lstrip("+-").isdecimal() else float(text)
@@ -171,7 +171,7 @@ class Labels:
         """Which rows have no label, by `ignore_labels`.
 
         Args:
-            unlabelled: whether a missing value is none as well.
+            unlabelled: whether a missing value is ignored as well.
         """
         ignore = self._ignore | ({_MISSING} if unlabelled else set())
         # An id of a ClassLabel can be ignored as well as its name.
@@ -239,7 +239,7 @@ def read_ids(
 def read_lists(
     labels: Labels, table: Table, column: Column, kept: Sequence[int]
 ) -> tuple[list[list[int]], LabelFormat]:
-    """As `read_ids`, of a column with a list of labels in each row; ignored labels are left out of the lists.
+    """As `read_ids`, of a column with a list of labels in each row; ignored labels are removed from the lists.
 
     Raises:
         UserError: as `read_ids`, or a row has no list.
@@ -273,7 +273,7 @@ def common_format(
         trained_as: the format of the labels that an artifact was trained on, where that is known.
 
     Raises:
-        UserError: there is no such format, or the labels are numbers that could count from 0 or from 1.
+        UserError: unknown format, or the labels are numbers that could count from 0 or from 1.
     """
     known = {split: labels for split, labels in splits.items() if labels is not None}
     if not known:
@@ -289,7 +289,7 @@ def common_format(
             )
         common = both
     ids = frozenset().union(*(labels.ids for labels in known.values()))
-    # In a classification one class alone does not tell: a file may well hold the rows of one label.
+    # In a classification one class is not enough: a file may have only the rows of one label.
     enough = 0 if task.choices is not None else 1
     if common[0] == "ids" and trained_as != "ids" and 0 not in ids and len(ids) > enough:
         where = " and ".join(labels.where for labels in known.values())
@@ -356,7 +356,7 @@ def _count_from(first: int, count: int) -> str:
 
 
 def ignore_hint(task: Task, value: Any) -> str:
-    """The override for one more raw label that means that there is none."""
+    """The override for one more ignored raw label."""
     if not isinstance(value, (str, int, float, type(None))) or len(hydra_value(value)) > 60:
         value = "VALUE"  # too long to be typed, or none of a config
     ignored = override("task.ignore_labels", [*task.ignore_labels, value])

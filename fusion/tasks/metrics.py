@@ -28,7 +28,7 @@ def metric_of(name: str, labels: NDArray[Any], predicted: NDArray[Any]) -> Float
         (B,).
 
     Raises:
-        KeyError: no such metric.
+        KeyError: unknown metric.
     """
     return _METRICS[name](np.asarray(labels), np.asarray(predicted))
 

@@ -103,7 +103,7 @@ class MultiLabel(Kind):
         return {"threshold": best_threshold(task.metrics[0], probabilities, true)}
 
     def predict(self, outputs: Sequence[Any], decision: Decision) -> list[Any]:
-        """The ids of the labels whose probability is at least the threshold; 0.5 where none was chosen."""
+        """The ids of the labels whose probability is at least the threshold; 0.5 if none was selected."""
         threshold = decision.get("threshold", 0.5)
         return [[number for number, value in enumerate(row) if value >= threshold] for row in outputs]
 
@@ -189,7 +189,7 @@ def _all_right(both: Any, sizes: Any) -> Any:
 def best_threshold(metric: str, probabilities: NDArray[np.float64], true: NDArray[np.bool_]) -> float:
     """The threshold at which the metric is highest, of equally good ones the one closest to 0.5.
 
-    It lies halfway between two neighbouring probabilities, so that rounding does not move an example across it.
+    It is halfway between two neighbouring probabilities, so that rounding does not move an example across it.
 
     Args:
         metric: micro_f1, macro_f1 or subset_accuracy.

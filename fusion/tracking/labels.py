@@ -49,7 +49,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`{"optim": {"lr": 1e-4}}` -> ("optim/lr", 1e-4): one column for each value. None is left out.
+    """`{"optim": {"lr": 1e-4}}` -> ("optim/lr", 1e-4): one column for each value. None is omitted.
 
     The separator is a slash: W&B advises against dots in keys.
     """

@@ -60,7 +60,7 @@ def link(run: Any, links: Mapping[str, Any]) -> dict[str, Any]:
     """Link what is open of an online run, and return the links with what is linked now.
 
     An artifact that W&B does not have (made offline and not uploaded yet, or elsewhere) stays open, and so does one
-    whose folder is gone.
+    whose folder was removed.
     """
     import wandb
 

@@ -130,7 +130,7 @@ def _log_artifact(
             except Exception as error:
                 future.set_exception(error)
 
-        threading.Thread(target=call, daemon=True).start()  # W&B has no time limit of its own
+        threading.Thread(target=call, daemon=True).start()  # W&B itself has no time limit
         try:
             write_json(file, future.result(LINK_SECONDS))
         except TimeoutError:

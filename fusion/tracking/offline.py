@@ -1,6 +1,6 @@
 """Upload offline W&B runs with `wandb sync`, and link them to the artifacts that they made and used.
 
-An interrupted and resumed run has several folders with one id, one per job: W&B appends each to the same run.
+An interrupted and resumed run has multiple folders with one id, one per job: W&B appends each to the same run.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def check_connection() -> None:
     """
     Raises:
         UserError: no API key is set, or no server can be connected to.
-        ServerError: the server does not respond in time, or responds with an error of its own.
+        ServerError: the server does not respond in time, or responds with an error.
     """
     import wandb
 

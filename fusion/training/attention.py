@@ -26,10 +26,10 @@ from fusion.training.record_file import RecordFile
 
 
 class AttentionRecorder(lightning.Callback):
-    """Records the source weights of each slot during the validation, without a pass of its own.
+    """Records the source weights of each slot during the validation, without an additional pass.
 
     Under DDP the sums of all processes are added, so that every real token of every row counts once, and the first
-    process writes. Lightning's sanity check is left out.
+    process writes. Lightning's sanity check is excluded.
 
     Args:
         sources: their names, in the order of the weights; empty: nothing is recorded.

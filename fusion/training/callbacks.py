@@ -102,7 +102,7 @@ class Best(lightning.Callback):
 
 
 def best_epoch(history: Sequence[dict[str, float]], monitor: str) -> dict[str, float]:
-    """The first epoch with the highest score; empty if there is none."""
+    """The first epoch with the highest score; empty if no epoch has one."""
     return max(history, key=lambda epoch: epoch[monitor], default={})
 
 

@@ -142,7 +142,7 @@ def write_checkpoint(folder: Path, content: dict[str, Any]) -> None:
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The last checkpoint of a run that is intact; None if there is none."""
+    """The last checkpoint of a run that is intact; None if none is."""
     for path in (folder / LAST, folder / BEFORE):
         if not path.is_file():
             continue

@@ -19,7 +19,7 @@ def result_of_fit(spec: StageSpec, fitted: Fit) -> dict[str, Any]:
     """The content of result.json, except what is known once the artifact is stored."""
     config, model = spec.config, spec.model
     trainable = sum(parameter.numel() for parameter in model.trainable().values())
-    state = model.state_dict(keep_vars=True).keys()  # buffers outside it are computed, not learnt
+    state = model.state_dict(keep_vars=True).keys()  # buffers outside it are computed, not learned
     frozen = sum(tensor.numel() for name, tensor in model.frozen().items() if name in state)
     result = {
         "stage": 2 if spec.output.kind == "fusion" else 1,

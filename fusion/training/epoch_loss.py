@@ -13,7 +13,7 @@ from fusion.training.gathering import gathered
 class EpochLoss:
     """Running sums in double precision, of the whole loss and of the task's own, without synchronising a device.
 
-    A checkpoint stores them, unless there are several processes, since only the first one writes: the mean of the epoch
+    A checkpoint stores them, unless there is more than one process, since only the first one writes: the mean of the epoch
     in which such a run resumes is over the batches since then.
     """
 

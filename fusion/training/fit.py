@@ -78,7 +78,7 @@ class Fit:
 def fit(model: AdaptedModel, spec: FitSpec) -> Fit:
     """Train until the last epoch or early stopping, and load the best epoch's weights into the model.
 
-    The first metric of the first validation split picks the best epoch, with several tasks their mean. A model without
+    The first metric of the first validation split selects the best epoch, with multiple tasks their mean. A model without
     trainable parameters is validated once.
 
     Raises:
@@ -226,7 +226,7 @@ def make_trainer(
     loggers: list[Logger],
     last: dict[str, Any] | None = None,
 ) -> lightning.Trainer:
-    """Lightning's Trainer, without its samplers for several processes and its checkpoints, which are ours.
+    """Lightning's Trainer, without its distributed samplers and checkpoints, which this package replaces.
 
     Args:
         last: the checkpoint that the training resumes from.

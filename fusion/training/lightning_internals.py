@@ -15,7 +15,7 @@ def processes_to_start(trainer: lightning.Trainer) -> int:
     """How many processes Lightning would start by itself on this machine; 1 if it starts none.
 
     Its launcher reruns the command line, which under Hydra would start a whole sweep in each process. No public
-    attribute tells this launcher from SLURM's or torchrun's processes, or from strategies that fork.
+    attribute distinguishes this launcher from SLURM's or torchrun's processes, or from strategies that fork.
     """
     launcher = trainer.strategy.launcher
     if not isinstance(launcher, _SubprocessScriptLauncher):

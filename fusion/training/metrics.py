@@ -53,7 +53,7 @@ def score_predictions(
 
 
 def main_metric(splits: Mapping[str, TaskConfig]) -> str:
-    """The metric that picks the best epoch: the task's first one on its first split; of several tasks, the mean.
+    """The metric that selects the best epoch: the first one on the first split; for multiple tasks, the mean.
 
     Args:
         splits: the task of each validation split.

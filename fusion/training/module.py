@@ -33,9 +33,9 @@ from fusion.training.predictions import RowPredictions
 
 
 class TaskModule(lightning.LightningModule):
-    """Trains the parameters of `model.trainable()`, on one task or several.
+    """Trains the parameters of `model.trainable()`, on one or more tasks.
 
-    With several tasks, the names of a task's metrics start with the task's name, and `mean` picks the best epoch.
+    With multiple tasks, metric names start with the task's name, and `mean` selects the best epoch.
 
     Args:
         model: the adapted model.

@@ -14,7 +14,7 @@ def check_stage(config: StageConfig, output_of: Callable[[], RunOutput]) -> RunS
     """Check data, backbone files and compiler; returns the state of the run.
 
     Args:
-        output_of: looks up the run's output, after the data.
+        output_of: returns the run's output, called after the data.
 
     Raises:
         UserError: one of them is missing or wrong.

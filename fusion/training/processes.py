@@ -263,7 +263,7 @@ def job_of_this_rank() -> RankJob | None:
     run = replace(run, rank_zero=run.rank_zero and first)
     if rank == 0:
         signal.signal(signal.SIGINT, signals.raise_it)  # a shell's background job ignores it
-    else:  # it takes part in rank zero's collectives until the launcher, which is told, ends it
+    else:  # it takes part in rank zero's collectives until the launcher, which is notified, ends it
         for number in signals.SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, signals.Forward(parent))
@@ -309,7 +309,7 @@ def run_rank(job: RankJob, work: Callable[[], dict[str, Any]]) -> int:
 
 
 def _die_with(parent: int) -> None:
-    """Kill this rank once its launcher is gone, even if that was killed."""
+    """Kill this rank once its launcher has ended, even if that was killed."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -30,7 +30,7 @@ class Objective:
         loss_weights: of the named terms that the model adds to the loss.
         label_smoothing: as in `torch.nn.CrossEntropyLoss`.
         robust_drop: whether each batch skips a random number of the first layers' slots.
-        temperature: of the sampling of several tasks, see `TaskBatches`.
+        temperature: of multi-task sampling, see `TaskBatches`.
     """
 
     loss_weights: dict[str, float] = field(default_factory=dict)

@@ -23,7 +23,7 @@ class TaskRows:
     """
     Attributes:
         training: one split per task.
-        validation: by split; of several tasks, the names start with the task's: `cb/validation`.
+        validation: by split; with multiple tasks, the names start with the task's: `cb/validation`.
         labels: how the labels of each task are read, by the task's name, see `load_splits`.
     """
 
@@ -55,12 +55,12 @@ def load_task_rows(
                 loaded.training.append(encoded)
             else:
                 loaded.validation[split_name(tasks, number, split)] = encoded
-            ignored = f", {rows.ignored} without a label left out" if rows.ignored else ""
+            ignored = f", {rows.ignored} without a label dropped" if rows.ignored else ""
             log.info("%s %s: %d rows%s", task.name, split, len(rows), ignored)
     set_class_weights(loss, tasks, loaded.training)
     return loaded
 
 
 def split_name(tasks: Sequence[TaskConfig], number: int, split: str) -> str:
-    """The name of a split in metrics: of several tasks, with the task's name."""
+    """The name of a split in metrics, with the task's name in multi-task training."""
     return split if len(tasks) == 1 else f"{tasks[number].name}/{split}"

@@ -1,6 +1,6 @@
 """The benchmark: python -m pipelines.benchmark suite=train.
 
-This project and the baseline run in turn, in processes of their own, on the same weights and batches. Results are
+This project and the baseline alternate, in separate processes, on the same weights and batches. Results are
 printed and written to outputs/benchmark/SUITE.json. A figure that misses its target is a result and no error.
 """
 

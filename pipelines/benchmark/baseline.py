@@ -1,6 +1,6 @@
 """The worker that runs AdapterHub's `adapters` on the same weights: python -m pipelines.benchmark.baseline.
 
-It runs in an environment of its own and imports nothing of this project but the plain modules of this package.
+It runs in its own environment and imports from this project only the plain modules of this package.
 
 Shapes: B rows, T tokens, D hidden size, K outputs, N sources, R bottleneck size.
 """

@@ -22,7 +22,7 @@ class Case:
     work: train (a step), infer (a batch), floor (the matrix products of the training step alone),
         loop (a training step inside Lightning) or clipped (the same step without Lightning).
     method: fusion, adapter (one), bare (no slot modules), full (the whole backbone trains).
-    sources: N of a fusion. bottleneck: R; 0 where there is none.
+    sources: N of a fusion. bottleneck: R; 0 if there is none.
     dropout: whether the baseline keeps its default dropout.
     """
 

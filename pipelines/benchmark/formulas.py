@@ -71,7 +71,7 @@ def inference(backbone: Backbone, setup: Setup, n: int, r: int) -> int:
 
 
 def training(backbone: Backbone, setup: Setup, n: int | None, r: int) -> int:
-    """Multiply-adds that a whole training step needs at least, of one adapter (N is None) or of a fusion.
+    """Multiply-adds that a training step needs at least, of one adapter (N is None) or of a fusion.
 
     Frozen weights get no gradient, and below the lowest slot nothing runs backward. A fusion of few tokens multiplies
     x with Wq and Wk; one of many computes Wkᵀ Wq first.

@@ -1,4 +1,4 @@
-"""The workers of one suite and the rounds in which they take turns."""
+"""The workers of one suite and the rounds in which they alternate."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PACKAGES = ("adapters==1.3.0", "torch==2.13.0", "accelerate>=1.1,<2")
 
 
 def environment(threads: int) -> dict[str, str]:
-    """This process's environment, with the number of threads for every library that has one of its own."""
+    """This process's environment, with the number of threads for every library that has its own setting."""
     more = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     return os.environ | more | quiet | {"PYTHONPATH": python_path()}
@@ -197,7 +197,7 @@ class Session:
             forget: drop each model after its measurement, where all together do not fit in memory.
         """
         for name in dict.fromkeys(who for who, _ in measured):
-            self.worker(name)  # its start belongs to no round
+            self.worker(name)  # its start is not part of a round
         timings: Timings = {}
         steps, warmup = self.config.steps, self.config.warmup
         for who, case in self.rounds(measured):

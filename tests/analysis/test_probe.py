@@ -57,7 +57,7 @@ def test_a_classification_is_fitted_to_convergence() -> None:
     labels = (one[:, 0] + one[:, 1] * 0.5).argsort().argsort() * 3 // 60
     scores = linear_scores(States(one, labels, None), States(one, labels, None), CLASSES)
     assert scores.shape == (60, 3) and (scores.argmax(1) == labels).double().mean() > 0.9
-    # Read W and b back from the scores, and look whether the gradient of the objective is zero there.
+    # Read W and b back from the scores, and check that the gradient of the objective is zero there.
     x = torch.cat([standardised(one, one), torch.ones(60, 1).double()], dim=1)
     solution = torch.linalg.lstsq(x, scores).solution.requires_grad_()
     loss = torch.nn.functional.cross_entropy(x @ solution, labels) + solution[:-1].pow(2).sum() / 120

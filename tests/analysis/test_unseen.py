@@ -108,7 +108,7 @@ def test_multi_task_adapter(made: Bench) -> None:
 
 
 def test_splits_of_a_task_file(bench: Bench) -> None:
-    """`train[75%:]` is drawn from the same file; the record of 0.1 suffices to tell."""
+    """`train[75%:]` is drawn from the same file; the record of 0.1 suffices to detect it."""
     for name in ("validation", "test"):
         (bench.folder / "data" / "films" / f"{name}.jsonl").unlink()
     splits: dict[str, Any] = {"train": "train[:75%]", "validation": "train[75%:]", "test": "test"}

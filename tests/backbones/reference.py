@@ -1,6 +1,6 @@
 """The layers of every family, written out by hand from the model's own tensors, with the updates of slots in them.
 
-Nothing of `fusion` and no module of transformers computes here, but for the embeddings and the tables of positions,
+Independent of `fusion` and of the modules of transformers, except for the embeddings and the tables of positions,
 which slots do not touch. Where transformers rounds to float32 inside a float64 model (RMS norms, some softmaxes), so
 does this: the inputs agree to the last bits, and so do the roundings.
 

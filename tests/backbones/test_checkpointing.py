@@ -44,7 +44,7 @@ def gradients(model: AdaptedModel, ids: Tensor = IDS) -> dict[str, Tensor]:
 
 
 def kept_bytes(model: AdaptedModel) -> int:
-    """Bytes that stay for backward, the model's own tensors left out."""
+    """Bytes kept for backward, without the model's own tensors."""
     own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     kept: dict[int, Tensor] = {}
 

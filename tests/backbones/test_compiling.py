@@ -112,7 +112,7 @@ def test_layers_that_differ_are_all_compiled(tiny_backbone: Path) -> None:
 
 
 def compiling_is_refused() -> bool:
-    """Whether torch lies in a path with a space, where torch.compile cannot link: then `check_compiler` refuses it."""
+    """Whether torch is in a path with a space, where torch.compile cannot link: then `check_compiler` refuses it."""
     if " " not in torch.__file__:
         check_compiler()
         return False

@@ -148,7 +148,7 @@ FAULTS: dict[str, tuple[Damage, str]] = {
     "7 heads": (config(num_attention_heads=7), r"hidden size \(32\) is not a multiple of .* heads \(7\)"),
     "size text": (config(hidden_size="abc"), r"'hidden_size' expected int, got str"),
     "size huge": (config(hidden_size=10**12), r"cannot be loaded \(RuntimeError: "),
-    "size other": (config(hidden_size=64), r"has shape \[[\d, ]+\], and config\.json asks for \["),
+    "size other": (config(hidden_size=64), r"has shape \[[\d, ]+\], and config\.json expects \["),
     "layers none": (config(num_hidden_layers=0), r"num_hidden_layers is 0, expected 1 to 1000"),
     "layers fewer": (
         config(num_hidden_layers=2),
@@ -182,7 +182,7 @@ FAULTS: dict[str, tuple[Damage, str]] = {
     ),
     "a shape": (
         weights(lambda tensors: tensors | {BIAS: torch.zeros(31)}),
-        rf"{BIAS} has shape \[31\], and config\.json asks for \[32\]",
+        rf"{BIAS} has shape \[31\], and config\.json expects \[32\]",
     ),
     "NaN": (with_value(BIAS, float("nan")), rf"{BIAS} holds NaN or infinite values"),
     "infinite": (with_value(BIAS, float("-inf")), rf"{BIAS} holds NaN or infinite values"),

@@ -24,7 +24,7 @@ ADAPTED = (0, 2)  # the layer between them keeps its own output
 
 
 def sites_that_read(backbone: Backbone, reads: str) -> list[str]:
-    """The addresses of all slots with this reading, linear layers that the model has not left out."""
+    """The addresses of all slots with this reading, linear layers without those that the model does not have."""
     found = []
     for stack, described in backbone.family.stacks.items():
         layers = backbone.family.layer_list(backbone.model, stack)

@@ -1,4 +1,4 @@
-"""What a command line gets: its exit code, its message, its folder. The command itself is a stand-in."""
+"""Exit code, message and folder of a command line. The command itself is a stub."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from fusion.text import PROGRESS
 ROOT = Path(__file__).resolve().parents[2]
 TASK = "kind: classification\ntext: sentence\nlabels: [negative, positive]\nmetrics: [accuracy]\n"
 
-# seed=13 is refused by check, 7 fails, 8 is a user's error found late, 99 waits. The same stand-in in this process (fast) and as a program of its own (for signals).
+# seed=13 is refused by check, 7 fails, 8 is a late user error, 99 waits. The stub runs in this process (fast) and as a separate program (for signals).
 PROGRAM = """
 import logging, time
 from fusion.cli.app import command
@@ -68,7 +68,7 @@ MT = "method=multitask_adapter"
 
 
 class Outcome:
-    """How a command line ended, and what lies under outputs/ now."""
+    """The result of a command line, and the files under outputs/."""
 
     def __init__(self, folder: Path, code: int, out: str, err: str) -> None:
         self.code, self.out, self.err = code, out, err
@@ -78,7 +78,7 @@ class Outcome:
 
 @pytest.fixture
 def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a blank in its name and two tasks of its own in ./conf/task."""
+    """A working directory with a blank in its name and two tasks in ./conf/task."""
     folder = tmp_path / "work dir"
     (folder / "conf" / "task").mkdir(parents=True)
     for name in ("mine", "yours"):
@@ -95,7 +95,7 @@ def go(workdir: Path, in_process: Callable[..., tuple[int, str, str]]) -> Callab
 
 
 def in_a_program(workdir: Path, *arguments: str, until: str, number: int) -> tuple[int, Outcome]:
-    """Starts the stand-in as a program, sends the signal once it has printed `until`."""
+    """Starts the stub as a program, sends the signal once it has printed `until`."""
     (workdir / "program.py").write_text(PROGRAM)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     log = workdir / "output.txt"
@@ -183,7 +183,7 @@ def test_a_run_that_restarts_is_logged(go: Callable[..., Outcome]) -> None:
             ["+task=mine", "logger.csv.flush_every_n_steps=3"],
             "or logger=[wandb,csv]",
         ),
-        (["+task=mine,yours"], "several values are a sweep, which needs -m"),
+        (["+task=mine,yours"], "multiple values are a sweep, which needs -m"),
         (["+task=mine", "optim.lrr=1"], "unknown key optim.lrr: did you mean optim.lr"),
         (["+task=mine", "+optim.extra=1"], "unknown key optim.extra"),
         (["+task=mine", "+extra=1"], "unknown key extra"),
@@ -218,7 +218,7 @@ def test_a_run_that_restarts_is_logged(go: Callable[..., Outcome]) -> None:
         (["-m", "seed=1,2"], "no task: expected +task=NAME"),
         (
             ["tasks=[mine,yours]"],
-            "tasks= with method=adapter: several tasks at once need method=multitask_adapter",
+            "tasks= with method=adapter: multiple tasks need method=multitask_adapter",
         ),
         ([MT, "+task=mine", "tasks=[mine,yours]"], "+task=mine and tasks= do not go together"),
         ([MT], "expected 'tasks=[TASK,ANOTHER]'"),
@@ -256,7 +256,7 @@ def test_a_wrong_command(go: Callable[..., Outcome], arguments: list[str], messa
     assert message in outcome.err
     assert "Traceback" not in outcome.err
     assert 1 <= len(outcome.err.strip().splitlines()) <= 2
-    if "none_such" not in message:  # that one only Lightning knows, when the job has begun
+    if "none_such" not in message:  # only Lightning detects that one, when the job has started
         assert not Path("outputs").exists()
 
 
@@ -550,7 +550,7 @@ def test_a_sweep_identifies_its_jobs_without_the_clock(
 def test_concurrent_jobs_draw_no_progress_bars(
     go: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a launcher's processes, which know of no sweep and share a terminal."""
+    """As in a launcher's processes, which are not aware of the sweep and share a terminal."""
     monkeypatch.setenv(PROGRESS, "1")
     monkeypatch.setattr(Sweep, "begin", lambda *_: None)
     wanted = []

@@ -54,7 +54,7 @@ def words_of(backbone: Path, module: str, overrides: tuple[str, ...]) -> list[st
 
 
 def run(place: Path, backbone: Path, module: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """A command as a program of its own, which starts several processes."""
+    """A command as a separate program that starts multiple processes."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment.pop("FUSION_DATA_DIR", None)
     return subprocess.run(
@@ -87,7 +87,7 @@ def here(
 def trained(
     place: Path, backbone: Path, here: Callable[..., tuple[int, str, str]], devices: int, *words: str
 ) -> None:
-    """Train with 8 rows per step, in one process or in several."""
+    """Train with 8 rows per step, in one or more processes."""
     if devices == 1:
         code, _, err = here(*words, "trainer.devices=1", "data.batch_size=8")
     else:
@@ -194,7 +194,7 @@ def test_fewer_examples_than_processes(place: Path, tiny_backbone: Path, more: s
 def test_other_ways_to_train_match_one_process(
     place: Path, tiny_backbone: Path, here: Callable[..., tuple[int, str, str]], how: str
 ) -> None:
-    """A dropped layer, shared weights, what trains inside the backbone: DDP wants a gradient of each, every time."""
+    """A dropped layer, shared weights, what trains inside the backbone: DDP needs a gradient of each in every step."""
     words = [
         "logger=csv",
         "trainer.log_every_n_steps=1",

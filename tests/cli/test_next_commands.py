@@ -42,7 +42,7 @@ def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 def typed(line: str) -> list[str]:
-    """The words that a shell makes of a line that says what to try."""
+    """A proposed command line, split into words as by a shell."""
     mark, _, command = line.partition(": ")
     assert mark in ("next", "  or")
     words = shlex.split(command)

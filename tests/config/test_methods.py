@@ -140,7 +140,7 @@ def test_lora_is_initialized_as_the_identity_and_merges(tiny_backbone: Path) -> 
     assert (scores - before).abs().max() > 1e-2
     merged = model.merged()
     torch.testing.assert_close(merged(IDS, MASK), scores, rtol=0, atol=1e-5)
-    assert [n for n, _ in merged.backbone.named_parameters()] == names  # nothing of LoRA is run any more
+    assert [n for n, _ in merged.backbone.named_parameters()] == names  # LoRA's forward is no longer called
 
 
 def test_only_its_own_dropout_is_active_in_lora(tiny_backbone: Path) -> None:

@@ -159,7 +159,7 @@ def test_placements_and_backbones() -> None:
     )
     minilm = typed("stage1", "backbone=minilm").backbone
     assert minilm.pooling == "mean"
-    # a backbone that is chosen after another leaves nothing of it behind
+    # a backbone that replaces another keeps no settings of it
 
 
 def test_loggers_combine() -> None:
@@ -256,8 +256,8 @@ def test_every_trainer_key_is_an_override_without_plus() -> None:
         ("method.targets=[]", "names of linear layers"),
         ("method.temperature=0", "a finite number > 0"),
         ("method.temperature=inf", "a finite number > 0"),
-        (TWO_TASKS, "method=adapter: several tasks at once need method=multitask_adapter"),
-        ("method=multitask_full", "method=multitask_full trains several tasks at once: expected 'tasks=["),
+        (TWO_TASKS, "method=adapter: multiple tasks need method=multitask_adapter"),
+        ("method=multitask_full", "method=multitask_full trains multiple tasks jointly: expected 'tasks=["),
     ],
 )
 def test_a_value_out_of_range_is_refused(override: str, message: str) -> None:
@@ -339,7 +339,7 @@ def test_every_number_has_an_enforced_and_documented_range(key: str) -> None:
         for value in values:
             inside = all(BOUNDS[sign](value, float(bound)) for sign, bound in bounds)
             inside |= value == -1 and ", or -1 for" in message
-            if key != "data.tokens_per_batch":  # whose bound is either its own or data.max_length
+            if key != "data.tokens_per_batch":  # its bound is explicit or data.max_length
                 assert (value not in refused) == inside, f"{key}={value}: {message}"
     allows_infinity = key in ("backbone.cache_gb", "checkpoint_minutes")
     for value in (float("inf"), float("nan")) if kind is float else ():
@@ -410,7 +410,7 @@ def test_a_wrong_override_is_explained(override: str, message: str) -> None:
 def test_multiple_values_are_refused_where_one_is_expected(override: str) -> None:
     with pytest.raises(Exception) as error:
         typed("stage1", override)
-    assert explain(error.value, Stage1Config) == f"{override}: several values are a sweep, which needs -m"
+    assert explain(error.value, Stage1Config) == f"{override}: multiple values are a sweep, which needs -m"
 
 
 def test_a_value_split_by_the_shell() -> None:

@@ -34,7 +34,7 @@ class Stopped(Exception):
 class Attempt:
     """How one ended.
 
-    code: exit code of the command, below 0 of a signal. killed: the role of who was killed, or "all"; None: nobody.
+    code: exit code of the command, below 0 of a signal. killed: the role of the killed process, or "all"; None: none.
     resumed: where it began. problems: what must not happen, such as processes that outlive the command.
     folder: what it wrote: run/, output.txt, visits-ROLE.json and a file for each process.
     """
@@ -153,7 +153,7 @@ def alive(own: Path) -> list[int]:
 
 
 def _state(pid: int) -> str:
-    """R, S, Z (dead, and nobody has waited for it) and so on; empty: there is no such process."""
+    """R, S, Z (zombie) and so on; empty if the process does not exist."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
     except (OSError, IndexError):

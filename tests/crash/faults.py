@@ -124,7 +124,7 @@ def kill_processes(folder: Path, target: str) -> None:
 
 
 def install() -> None:
-    """Watch this process if the environment asks for it."""
+    """Watch this process if the environment enables it."""
     if VARIABLE not in os.environ:
         return
     plan = json.loads(os.environ[VARIABLE])

@@ -72,7 +72,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs the stand-in for a run in this process; a kill is an exception."""
+    """Runs a stub of a run in this process; a kill is an exception."""
 
     def run(place: str = "", count: int = 1, target: str = MAIN, share: float = 0.3) -> Faults:
         kill = {"place": place, "count": count, "target": target, "share": share}

@@ -87,7 +87,7 @@ class Trial:
                 if len(kinds) == len(KINDS):
                     self._check_places()
                 yield from self._disturbed(pool, kinds)
-            except BaseException:  # a signal, or the caller wants no more of them
+            except BaseException:  # a signal, or the caller stopped iterating
                 self.stop.set()
                 raise
 

@@ -41,7 +41,7 @@ CACHE = ("backbone.cache=float32",)
 class Kind:
     """One kind of run.
 
-    overrides: the module and its overrides. copies: the preparations whose artifacts are in its store from the start.
+    overrides: the module and its overrides. copies: the preparations whose artifacts are initially in its store.
     reads: the preparations whose artifacts it reads in their own stores.
     """
 

@@ -58,7 +58,7 @@ def bytes_of_gpt2() -> PreTrainedTokenizerBase:
 
 
 def metaspace() -> PreTrainedTokenizerBase:
-    """Spaces are part of the tokens, as in T5 and Gemma; "▁" may be a token of its own."""
+    """Spaces are part of the tokens, as in T5 and Gemma; "▁" may be a separate token."""
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "▁", "▁saw", "▁New", "▁Yor", "k", "A", "n", "a"]
     backend = Tokenizer(models.Unigram([(piece, -1.0 * (len(piece) < 3)) for piece in pieces], unk_id=1))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()

@@ -1,4 +1,4 @@
-"""Which rows go together, in one process and in several."""
+"""Composition of batches, in one and in multiple processes."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def test_an_example_above_the_budget_is_a_batch_of_one():
     assert sorted(plans) == [[0], [1, 2], [3]]
 
 
-# --- several tasks ------------------------------------------------------------------------------------
+# --- multiple tasks -----------------------------------------------------------------------------------
 
 SIZES = (1000, 250, 40)
 

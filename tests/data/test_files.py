@@ -353,7 +353,9 @@ def test_a_quoted_tsv(task: Task, write: Write, caplog: pytest.LogCaptureFixture
     data.quoting = "csv"
     assert [text for (text,) in load_rows(task(), data, "train").texts] == QUOTED["text"].tolist()
     data.quoting = None
-    with pytest.raises(UserError, match=r"quotes are text; the file looks quoted: data\.quoting=csv"):
+    with pytest.raises(
+        UserError, match=r"quotes are text; the file looks quoted: to read it as such, set data\.quoting=csv"
+    ):
         load_rows(task(), data, "train")
     assert not caplog.records
 
@@ -363,7 +365,7 @@ def test_quotes_in_a_tsv_are_text_with_a_warning(
 ) -> None:
     data = write("train.tsv", QUOTED[::2].to_csv(index=False, sep="\t"))
     assert load_rows(task(), data, "train").texts == [('"say ""hi"""',), ("plain",)]
-    assert "train.tsv: 1 fields begin and end with a quotation mark" in caplog.text
+    assert "train.tsv: 1 fields start and end with a quotation mark" in caplog.text
     assert "data.quoting=csv" in caplog.text
     caplog.clear()
     data.quoting = "none"

@@ -1,7 +1,7 @@
 """Damaged and hostile files: each is read rightly, or refused with its name in a line or two, quickly and in little room.
 
 Seeds are kept, so that what fails fails again. What each form of damage must come to is in the examples; the rest are
-mutations of good files, whose reading is compared with a plain reader's wherever there is one.
+mutations of good files, compared with a plain reader where there is one.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Fuzz:
         return self.ended["rows"] + self.ended["refused"]
 
     def __call__(self, task: TaskConfig, ending: str, content: bytes) -> Rows | UserError:
-        """What came of a file; everything but rows and a good refusal raises here."""
+        """The result of reading a file: rows or a valid refusal; anything else raises."""
         path = self.folder / str(task.name) / f"train.{ending}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
@@ -103,7 +103,7 @@ def fuzz(tmp_path: Path) -> Iterator[Fuzz]:
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < MEGABYTES
 
 
-# --- examples whose outcome is known ------------------------------------------------------------------
+# --- examples with a known result ---------------------------------------------------------------------
 
 GOOD_LINE = b'{"text": "a", "label": 0}\n'
 JSONL: list[tuple[bytes, str | int]] = [  # after a good line: the message, or the number of rows

@@ -92,7 +92,7 @@ def test_a_non_finite_value_names_its_row(task, write, label, said):
 
 
 def test_the_override_for_one_more_ignored_label_keeps_the_others(task, write):
-    """Each row's own override alone would bring back the rows of the other, in turns."""
+    """The override for one row keeps the label that is ignored already."""
     with pytest.raises(UserError, match=r"'task\.ignore_labels=\[unknown,null,4\]'"):
         read(task, write, ["cat", "unknown", None, 4], labels=["cat", "dog"], ignore_labels=["unknown", None])
 
@@ -228,7 +228,7 @@ def test_numbers_that_may_count_from_one_are_refused(task, write, kind):
     assert load_splits(counted, data, ["train"])[0]["train"].labels == [0, 1, 2]
     from_zero = task(**changes, label_values=[0, 1, 2, 3])
     assert load_splits(from_zero, data, ["train"])[0]["train"].labels == [1, 2, 3]
-    # One 0 in any split tells that they count from 0, and so does what training found.
+    # A 0 in any split shows that they count from 0, and so does the stored training.
     assert load_splits(task(**changes), data, ["train"], "ids")[0]["train"].labels == [1, 2, 3]
     rows, way = load_splits(task(**changes), write("validation.jsonl", records(0)), ["train", "validation"])
     assert rows["train"].labels == [1, 2, 3] and way == "ids"
@@ -337,7 +337,7 @@ def test_a_hub_column_has_its_names_too(task, tmp_path, monkeypatch):
     assert load_rows(own, DataConfig(), "train").labels == [1, 0, 0]
 
 
-# --- several raw values for one label ----------------------------------------------------------------
+# --- multiple raw values for one label ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])

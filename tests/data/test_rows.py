@@ -1,4 +1,4 @@
-"""What is read of a table, and what a user is told of a bad one."""
+"""Rows read from tables, and the messages for invalid ones."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ PIPELINES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The working folder of the documentation, with a task of its own; Hydra composes from there."""
+    """The working folder of the documentation, with a task; Hydra composes from there."""
     for name in (*(f"fusion.{name}" for name in HYDRA), "pipelines.benchmark.__main__"):
         importlib.import_module(name)  # registers the schema of its config
     place = tmp_path_factory.mktemp("documentation")

@@ -38,7 +38,7 @@ class QuietServer(ThreadingHTTPServer):
 
 
 class Silent(Hub):
-    """Takes the request and says nothing; once `answers` are used up, where it says something first."""
+    """Accepts the request and sends no response; after `answers`, if there are any."""
 
     answers = 0
 

@@ -1,6 +1,6 @@
-"""A small stand-in for the hub, and what is loaded from it; run as a program, it prints what came of each load as JSON.
+"""A stub of the hub and loads from it; as a program, it prints the result of each load as JSON.
 
-A program of its own, since the hub's clients read their address once, when they are imported. It answers the few
+A separate program, since the hub's clients read their address on import. It answers the few
 requests that `datasets` makes for a repository of data files: resolve, tree, paths-info and the repository's state.
 """
 

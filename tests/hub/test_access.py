@@ -1,4 +1,4 @@
-"""Loading from the hub, against a stand-in for it on this machine."""
+"""Loading from the hub, against a local stub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What came of each load, by its name in `hub_stand_in`."""
+    """The result of each load, by its name in `hub_stand_in`."""
     program = Path(__file__).with_name("hub_stand_in.py")
     finished = subprocess.run(
         [sys.executable, str(program), str(tmp_path_factory.mktemp("home"))],

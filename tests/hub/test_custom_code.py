@@ -1,4 +1,4 @@
-"""Nothing that a backbone brings along is run unasked: neither its Python files nor a pickle among its weights."""
+"""No code of a backbone runs by default: neither its Python files nor a pickle among its weights."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ Make = Callable[..., tuple[Path, Path]]
 
 @pytest.fixture
 def own_code(tmp_path: Path, tiny_backbone: Path) -> Make:
-    """A copy of the tiny backbone with code of its own, and the file that this code leaves when it is run."""
+    """A copy of the tiny backbone with custom code, and the file that this code writes when it runs."""
 
     def make(model_type: str = "bert", file: str = "config.json", **auto_map: Any) -> tuple[Path, Path]:
         folder, marker = tmp_path / f"own_{model_type}", tmp_path / "ran"
@@ -143,7 +143,7 @@ def test_from_training_to_evaluation(bench: Bench, own_code: Make) -> None:
         bench.evaluate("films")
     assert not marker.exists()
     bench.evaluate("films", backbone=SameBackboneConfig(trust_remote_code=True))
-    bench.stage1("books")  # without it the manifest is as it was
+    bench.stage1("books")  # without it the manifest is unchanged
     assert "trust_remote_code" not in read_manifest("books", bench.folder / "store").content["backbone"]
 
 

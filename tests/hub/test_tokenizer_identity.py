@@ -1,4 +1,4 @@
-"""The tokenizer is part of what an artifact was trained with: another one is refused wherever the two meet."""
+"""The tokenizer is part of what an artifact was trained with: another one is refused wherever both are used."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def strip(store: Path, name: str, *keys: tuple[str, str]) -> None:
 
 
 def test_an_artifact_of_0_1_is_used_with_any_tokenizer(trained: Bench, other: Path, tmp_path: Path) -> None:
-    """It does not tell which one it was trained with."""
+    """Its manifest does not have the tokenizer hash."""
     store = tmp_path / "store"
     shutil.copytree(trained.folder / "store" / "films", store / "films")
     before = read_manifest("films", store).hash
@@ -184,7 +184,7 @@ def test_a_finished_run_is_refused_where_its_backbone_has_changed(
     with pytest.raises(UserError, match=r"backbone fingerprint \w{8}, expected \w{8}\nKeep both with name="):
         again()
     strip(tmp_path / "again" / "store", "films", ("backbone", "tokenizer"), ("run", "backbone_stamp"))
-    again()  # one of 0.1 is done, as it was
+    again()  # a run of 0.1 is still done
 
 
 def test_a_checkpoint_is_resumed_with_its_own_tokenizer() -> None:

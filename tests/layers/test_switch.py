@@ -1,4 +1,4 @@
-"""A slot with the adapters of several tasks against each task's own adapter, row by row."""
+"""A slot with the adapters of multiple tasks against each task's adapter, example by example."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of compositions: each entry against its equation, in loops and float64, and nobody outside asks for names."""
+"""The table of compositions: each entry against its equation, in loops and float64, and no other module compares names."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def test_each_name_has_settings_that_are_fields_and_refuses_the_others(table: An
     assert config().is_default and not config(next(reversed(table))).is_default
 
 
-# --- nobody outside asks for a name -----------------------------------------------------------------
+# --- no other module compares a name ----------------------------------------------------------------
 
 ROOT = Path(__file__).parents[2]
 TABLES = ("fusion/config/compositions.py", "fusion/config/methods.py")

@@ -186,4 +186,4 @@ def test_fifty_steps_equal_those_without_the_cache(tiny_backbone: Path, tmp_path
         curves.append(losses)
     assert cached == [None, "float32"] and len(curves[0]) == 50
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
-    assert curves[0][-1] != pytest.approx(curves[0][0], rel=1e-2)  # something was learnt
+    assert curves[0][-1] != pytest.approx(curves[0][0], rel=1e-2)  # the parameters were trained

@@ -1,4 +1,4 @@
-"""Several tasks in one pass give what each gives alone, and share what lies below their adapters."""
+"""Multiple tasks in one forward equal each task alone, and share the layers below their adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark's coordinator, with workers that answer what they are told; and the command around it."""
+"""The benchmark's coordinator, with stub workers, and its command."""
 
 from __future__ import annotations
 

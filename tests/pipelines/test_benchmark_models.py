@@ -79,7 +79,7 @@ def test_formulas_of_a_base_model() -> None:
 
 
 def test_the_peak_is_what_the_formula_gives(worker: OurWorker, backbone: formulas.Backbone) -> None:
-    """In the limit of many tokens: small tensors that one layer needs for a moment are then all that is left out."""
+    """In the limit of many tokens: only small temporary tensors of one layer are then not counted."""
     worker.setup = dataclasses.replace(worker.setup, batch_size=64, tokens=32)
     found = worker.peak(Case(TRAIN, FUSION, N, R))
     assert found == pytest.approx(formulas.training_bytes(backbone, N, R, 64 * 32), rel=0.12)

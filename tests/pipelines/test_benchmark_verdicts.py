@@ -1,4 +1,4 @@
-"""What may be said of a benchmark's rounds."""
+"""Verdicts on a benchmark's rounds."""
 
 from __future__ import annotations
 

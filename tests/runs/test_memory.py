@@ -41,7 +41,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be set")
 def test_steps_of_the_same_size_cause_no_page_faults() -> None:
-    # Set by hand, the threshold no longer grows with use: without the call every large block is mapped anew.
+    # Set by hand, the threshold no longer grows with use: without the call every large block is mapped again.
     mapped = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 17), "MALLOC_TRIM_THRESHOLD_": str(1 << 17)}
 
     def faults(how: str) -> int:

@@ -1,4 +1,4 @@
-"""A signal ends every command in order, wherever it is: exit code 130 or 143, one line, status.json interrupted."""
+"""A signal ends every command cleanly at any time: exit code 130 or 143, one line, status.json interrupted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of a sweep before and after, from status files alone."""
+"""The report on a sweep before and after it, from status files only."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_every_outcome_of_a_job(tmp_path: Path) -> None:
 
 
 def test_jobs_with_status_and_result(tmp_path: Path) -> None:
-    """In the order in which they were planned; a result counts only beside a status that says done."""
+    """In the order in which they were planned; a result counts only with the status done."""
     planned = [tmp_path / name for name in ("10", "9", "1", "2", "3")]
     sweep = Sweep.begin(tmp_path, planned)
     for place, status in zip(planned[:4], ("done", "failed", "done", "done"), strict=True):
@@ -74,7 +74,7 @@ def test_the_status_files_of_a_sweep_do_not_depend_on_the_clock(tmp_path: Path, 
         os.utime(tmp_path / name / "status.json", (now + age, now + age))
     assert sweep.outcome() == ("2 jobs: 0 done already, 0 continued, 2 trained, 0 failed", [])
     again = Sweep.begin(tmp_path, [tmp_path / "0", tmp_path / "1"])
-    line, failed = again.outcome()  # none of them began: what lies there is the last sweep's
+    line, failed = again.outcome()  # none of them started: the files are those of the last sweep
     assert line.endswith("2 failed") and len(failed) == 3
 
 

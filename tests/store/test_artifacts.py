@@ -56,9 +56,7 @@ def test_round_trip_is_bit_equal(make_manifest: Make, weights: Tensors, head: Te
     assert same_bits(artifact.weights, weights)
     assert same_bits(artifact.head, head)
     assert not any(tensor.requires_grad for tensor in artifact.weights.values())
-    artifact.weights[
-        "0.feedforward.down.weight"
-    ].zero_()  # what is loaded may be written to, and is nobody else's
+    artifact.weights["0.feedforward.down.weight"].zero_()  # loaded tensors are writable and not shared
     assert same_bits(load("mnli", store).weights, weights)
 
 
@@ -342,7 +340,7 @@ def test_writers_and_readers_at_once(make_manifest: Make, head: Tensors, store: 
 
 
 def test_two_new_artifacts_of_one_name(make_manifest: Make, head: Tensors, store: Path) -> None:
-    """Two jobs that end at once with one name: one is stored, the other is told."""
+    """Two jobs that end at once with one name: one is stored, the other refused."""
     outcomes: list[str] = []
 
     def write(seed: int) -> None:
@@ -371,7 +369,7 @@ def test_a_read_only_store_can_be_read(
         return {path: path.stat().st_mtime_ns for path in [store, *store.rglob("*")]}
 
     before = everything()
-    store.chmod(0o500)  # root writes all the same, hence the look at what is there
+    store.chmod(0o500)  # root can write anyway, hence the comparison of the files
     try:
         assert same_bits(load("mnli", store).weights, weights)
         assert everything() == before

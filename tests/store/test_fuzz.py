@@ -188,7 +188,7 @@ def attempt(place: Place, name: str, family: str, shown: bool = True) -> str:
 
 
 def check_reading(place: Place, name: str, scores: torch.Tensor, family: str) -> None:
-    """What was read is what was stored, as far as hashes can tell."""
+    """The loaded artifact equals the stored one, as far as hashes can detect."""
     artifact = load(name, place.store)
     stored = Manifest.from_json(place.content[name, MANIFEST].decode(), Path())
     if family == "raw":  # their hashes are in the manifest, whose checksum is right
@@ -224,7 +224,7 @@ def tensor_damage(draw: random.Random, content: bytes) -> bytes:
     (length,) = struct.unpack("<Q", content[:8])
     header, body = json.loads(content[8 : 8 + length]), content[8 + length :]
     how, nan, names = draw.randrange(8), float("nan"), list(header)
-    if how == 0:  # integers in place of floats, of the same size: only the type tells
+    if how == 0:  # integers in place of floats, of the same size: only the type differs
         for entry in header.values():
             entry["dtype"] = draw.choice(("I32", "U32", "F8_E4M3"))
     elif how == 1:  # finite floats cannot be detected, others must be

@@ -44,7 +44,7 @@ def test_an_unknown_name_lists_the_available_ones(make_manifest: Make, store: Pa
     assert "It has mnli, rte, snli; stage 1 makes an adapter" in str(error.value)
     with pytest.raises(UserError, match=r"\+task=NAME"):
         find("../mnli", store)
-    with pytest.raises(UserError, match="is no artifact"):
+    with pytest.raises(UserError, match="is not an artifact"):
         find(str(store / "notes"), store)
     with pytest.raises(UserError, match="no artifact 'xxx"):
         find("x" * 5000, store)
@@ -79,6 +79,6 @@ def test_invalid_artifact_paths(make_manifest: Make, store: Path) -> None:
     (store / "peft").mkdir()
     (store / "peft" / "adapter_config.json").touch()
     for path in (folder / MANIFEST, store, store / "peft"):
-        with pytest.raises(UserError, match="is no artifact, it has no manifest") as error:
+        with pytest.raises(UserError, match="is not an artifact, it has no manifest") as error:
             find(str(path), store)
         assert len(str(error.value).splitlines()) == 1

@@ -50,7 +50,7 @@ def say(capsys: pytest.CaptureFixture[str], store: Path) -> Say:
 def put(
     store: Path, manifest: Manifest, value: float = 1.0, sources: list[Manifest] | None = None, **how: Any
 ) -> Path:
-    """Stores an artifact that holds what its manifest says, filled with one value."""
+    """Stores an artifact with the tensors of its manifest, filled with one value."""
     shapes = weight_shapes(manifest, sources or [], Path()) or {}
     weights = {name: torch.full(shape, value) for name, shape in shapes.items()}
     head = {name: torch.full(shape, value) for name, shape in head_shapes(manifest, Path()).items()}
@@ -397,7 +397,7 @@ def test_damaged_artifacts_can_be_removed_and_other_paths_cannot(
     (full / "thesis").mkdir()
     (full / "thesis" / "thesis.tex").touch()
     code, _, err = say("remove", "thesis")
-    assert code == 2 and "is no artifact" in err and (full / "thesis" / "thesis.tex").exists()
+    assert code == 2 and "is not an artifact" in err and (full / "thesis" / "thesis.tex").exists()
     (full / "file").touch()
     assert say("remove", "file")[0] == 2 and (full / "file").exists()
     shutil.move(full / "head", tmp_path / "head elsewhere")

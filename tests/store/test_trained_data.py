@@ -1,4 +1,4 @@
-"""Runs whose validation split is a part of train: the same rows wherever the artifact is used."""
+"""Runs whose validation split is a part of train: the same examples wherever the artifact is used."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_identity(made: Bench) -> None:
 
 
 def test_multiple_tasks(made: Bench) -> None:
-    """One with a validation split of its own beside one without."""
+    """A task with a validation split and one without."""
     data = split(made.data, validation=0.25)
     result = made.multitask("films", "books", data=data, name="both")
     assert set(result["metrics"]) == {"films/validation", "books/validation"}
@@ -147,7 +147,7 @@ def test_a_fusion_and_a_ranking(made: Bench) -> None:
 def test_labels_that_version_0_1_may_have_misread(
     make_manifest: Callable[..., Manifest], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Those where a name looks like the id of another label, and nothing records how the labels were read."""
+    """Tasks where a name could be the id of another label, with no record of how the labels were read."""
     ambiguous = (["true", "false"], ["True", "False"], ["1", "2", "3"], ["0", "2"])
     clear = (["false", "true"], ["0", "1", "2"], ["bad", "good"])
     task = {"name": "films", "kind": "classification"}

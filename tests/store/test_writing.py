@@ -26,7 +26,7 @@ def test_check_free(make_manifest: Make, store: Path) -> None:
         with pytest.raises(UserError, match="is a stored adapter: choose another name= for this fusion"):
             check_free("mnli", "fusion", store, overwrite)
     (store / "notes").mkdir()
-    with pytest.raises(UserError, match="is no artifact"):
+    with pytest.raises(UserError, match="is not an artifact"):
         check_free("notes", "adapter", store, overwrite=True)
     (store / "mnli" / MANIFEST).write_text("{")
     check_free("mnli", "adapter", store, overwrite=True)  # damaged: training it again fixes it

@@ -215,7 +215,11 @@ def by_loops(labels: list[list[int]], predicted: list[list[int]], count: int) ->
     ("labels", "predicted", "expected"),
     [
         ([[0, 1], [2], []], [[0], [1, 2], []], [2 * 2 / 6, (1 + 0 + 1) / 3, 1 / 3]),
-        ([[0], [0]], [[0], [0]], [1.0, 1 / 3, 1.0]),  # two labels that nobody has, nor is predicted to have
+        (
+            [[0], [0]],
+            [[0], [0]],
+            [1.0, 1 / 3, 1.0],
+        ),  # two labels that no example has, nor is predicted to have
         ([[], []], [[], []], [0.0, 0.0, 1.0]),
         ([[0], [1]], [[], []], [0.0, 0.0, 0.0]),
         ([[], []], [[0], [1]], [0.0, 0.0, 0.0]),

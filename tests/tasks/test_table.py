@@ -1,4 +1,4 @@
-"""The table of kinds: what each one provides, and that nothing outside `fusion/tasks/` asks for one by name."""
+"""The table of kinds: what each one provides, and that no module outside `fusion/tasks/` compares their names."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def compared(source: str) -> Iterator[str]:
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
             values = list(node.args[:1])
         for value in values:
-            is_call = isinstance(value, ast.Call)  # whose arguments are not what is compared
+            is_call = isinstance(value, ast.Call)  # its arguments are not compared
             for one in ast.walk(value) if value is not None and not is_call else ():
                 if isinstance(one, ast.Constant) and one.value in KINDS:
                     yield str(one.value)

@@ -118,7 +118,7 @@ def test_entities_equal_those_of_a_reference_count() -> None:
 @pytest.mark.parametrize(
     ("tags", "expected"),
     [
-        (["O", "I-PER"], 1),  # breaks BIO: an entity begins all the same
+        (["O", "I-PER"], 1),  # invalid BIO: an entity starts anyway
         (["B-PER", "I-LOC"], 2),
         (["I-PER", "B-PER", "I-PER"], 2),  # IOB1
         (["B-PER", "B-PER"], 2),
@@ -231,7 +231,7 @@ def test_a_row_without_words_is_dropped(write: Write, caplog: pytest.LogCaptureF
     data = write(rows([*WORDS, []], [*NAMED, []]))
     read = load_rows(make_task(), data, "train")
     assert (read.words, read.labels) == (WORDS, IDS)
-    assert "1 of 3 rows have no words and are left out" in caplog.text
+    assert "1 of 3 rows have no words and are dropped" in caplog.text
     with pytest.raises(UserError, match="none of its 1 rows has a word"):
         load_rows(make_task(), write(rows([[]], [[]])), "train")
 
@@ -278,7 +278,7 @@ def test_shipped_task_files_read_the_hubs_form_and_conlls(
     names = task.labels
     tags = [[names[1], names[2], "O"], [names[-2]]]
     words = [["New", "York", "is"], ["it"]]
-    # The hub's ids count in another order here: what counts is what they stand for.
+    # The hub's ids count in another order here: only the names matter.
     order = list(reversed(names))
     features = datasets.Features(
         {

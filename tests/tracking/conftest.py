@@ -25,7 +25,7 @@ KEY = "0123456789abcdef" * 2 + "01234567"
 
 @contextlib.contextmanager
 def clean_wandb(home: Path) -> Iterator[pytest.MonkeyPatch]:
-    """No key, no settings, no network variables; a W&B session of its own."""
+    """No key, no settings, no network variables; a separate W&B session."""
     with pytest.MonkeyPatch.context() as patch, command_state():
         for variable in list(os.environ):
             if variable.startswith("WANDB_") or variable.lower().endswith("_proxy"):

@@ -37,7 +37,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Benc
 
 
 def lines(bench: Bench) -> list[dict[str, Any]] | None:
-    """The lines of the last run; None: it has no such file."""
+    """The lines of the last run; None if it has no file."""
     file = bench.folder / "runs" / str(bench.runs) / "attention.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else None
 
@@ -87,7 +87,7 @@ def slowly(bench: Bench, name: str, task: str) -> dict[str, dict[str, Any]]:
 def test_it_is_the_mean_over_all_real_tokens(bench: Bench, task: str, composition: CompositionConfig) -> None:
     name = f"{task}-{composition.name}"
     bench.stage2(task, ["films", "books"], composition=composition, trainer=ONCE, name=name)
-    (line,) = lines(bench) or []  # nothing of the sanity check
+    (line,) = lines(bench) or []  # no lines of the sanity check
     assert set(line) == {"step", "epoch", "sources", "slots"}
     assert line["epoch"] == 1 and line["sources"] == ["films", "books"]
     history = (bench.folder / "runs" / str(bench.runs) / "history.jsonl").read_text().splitlines()

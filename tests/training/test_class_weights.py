@@ -1,4 +1,4 @@
-"""Class weights and label smoothing against torch's loss and against loops, for one and several processes."""
+"""Class weights and label smoothing against torch's loss and against loops, for one and multiple processes."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def trained(folder: Path, backbone: Path, workers: int) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_fresh_processes_give_the_same_bits(tmp_path: Path, tiny_backbone: Path) -> None:
-    """Dropout, dropped layers and a fusion, each in a process of its own, with and without workers."""
+    """Dropout, dropped layers and a fusion, each in a separate process, with and without workers."""
     one = trained(tmp_path / "one", tiny_backbone, workers=0)
     assert set(one) == {
         f"{name}/{part}.safetensors"

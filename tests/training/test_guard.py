@@ -312,7 +312,7 @@ def test_without_checkpoints(bench: Bench, callback: Callable[[lightning.Callbac
 
 
 def swap(model: AdaptedModel) -> None:
-    """Swap two rows, which leaves every sum as it was."""
+    """Swap two rows, which keeps every sum."""
     pairs = model.every_tensor()[WORDS].data.view(-1, 2)
     pairs[[0, 1]] = pairs[[1, 0]]
 

@@ -66,7 +66,7 @@ def test_steps_and_keys(trained: tuple[Bench, Watch]) -> None:
     }
     step = {"step", "epoch", "train/loss", "train/task_loss", "train/lr", "train/grad_norm"}
     score = {"step", "epoch", "validation/accuracy", "validation/macro_f1"}
-    # Each third step, the first of each epoch, the end of each epoch; nothing of the sanity check.
+    # Each third step, the first of each epoch, the end of each epoch; no steps of the sanity check.
     assert [(line["step"], line["epoch"], set(line)) for line in lines] == [
         (0, 1, step),
         (2, 1, step),

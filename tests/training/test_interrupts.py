@@ -155,7 +155,7 @@ def test_a_command_writes_a_checkpoint_before_it_ends(
     code: int,
     more: tuple[str, ...],
 ) -> None:
-    if number != signal.SIGTERM:  # which is sent to a Python of its own
+    if number != signal.SIGTERM:  # which is sent to a separate Python process
         request.getfixturevalue("warm")
     name = f"{number.name}-{len(more)}"
     directory = f"hydra.run.dir=runs/{name}"

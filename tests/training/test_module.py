@@ -1,4 +1,4 @@
-"""The optimizer; losses and metrics of several tasks and processes."""
+"""The optimizer; losses and metrics of multiple tasks and processes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_rates_and_decay_by_group(tiny_backbone: Path) -> None:
     assert set(seen) == set(model.trainable())
 
 
-# --- several tasks ------------------------------------------------------------------------------------
+# --- multiple tasks -----------------------------------------------------------------------------------
 
 CLASSES = TaskConfig(name="classes", text="t", labels=["a", "b", "c"], metrics=["accuracy", "macro_f1"])
 VALUES = TaskConfig(name="values", kind="regression", text="t", metrics=["pearson"])
@@ -152,7 +152,7 @@ def test_metrics_of_multiple_tasks_and_their_mean(
     assert module.history == [{"epoch": 1, **logged}]
 
 
-# --- several processes --------------------------------------------------------------------------------
+# --- multiple processes -------------------------------------------------------------------------------
 
 TWO = TaskConfig(name="two", text="t", labels=["a", "b"], metrics=["f1", "accuracy", "matthews"])
 RATING = TaskConfig(name="rating", kind="regression", text="t", metrics=["pearson", "spearman"])

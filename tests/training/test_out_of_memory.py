@@ -152,7 +152,7 @@ except TrainingError as error:
 
 
 def train_within(folder: Path, megabytes: int, rows: int, times: int) -> str:
-    """512 rows of a backbone of width 256, with so much memory beyond what is taken when the training begins."""
+    """512 rows of a backbone of width 256, with this much memory beyond what is allocated when training starts."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(folder), *map(str, (megabytes, rows, times))],
         cwd=ROOT,

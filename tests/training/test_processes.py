@@ -122,7 +122,7 @@ def test_a_failing_rank_does_not_stop_the_sweep(workdir: Path) -> None:
     process = start(workdir, "-m", "+task=mine", "seed=5,7,1", *DDP)
     _, err = process.communicate(timeout=180)
     assert process.returncode == 1
-    assert len(list((workdir / "outputs" / "stage1").iterdir())) == 1  # no rank started a sweep of its own
+    assert len(list((workdir / "outputs" / "stage1").iterdir())) == 1  # no rank started another sweep
     failed, late, good = jobs(workdir)
     assert (failed["status"], failed["error"]) == ("failed", "RankError: rank 1: RuntimeError: early boom")
     assert late["error"] == "RankError: rank 1: RuntimeError: late boom"
@@ -160,7 +160,7 @@ def test_no_rank_survives_a_killed_launcher(workdir: Path) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """A process that nobody has waited for yet is dead all the same."""
+    """A zombie process counts as dead."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

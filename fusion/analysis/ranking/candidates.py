@@ -1,4 +1,4 @@
-"""The adapters of a store that `sources=all` selects, and why others are left out. Reads manifests only."""
+"""The adapters of a store that `sources=all` selects, and why others are excluded. Reads manifests only."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Adapters that can be fused with each other, sorted by name; the reason for each adapter that is left out."""
+    """Adapters that can be fused with each other, sorted by name; the reason for each excluded adapter."""
 
     sources: list[Manifest]
     left_out: dict[str, str]
 
     def left_out_line(self) -> str:
-        """One line; empty if nothing is left out."""
+        """One line; empty if none is excluded."""
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.left_out.items():
             by_reason.setdefault(reason, []).append(name)
         parts = [f"{', '.join(names)} ({reason})" for reason, names in by_reason.items()]
-        return f"left out: {'; '.join(parts)}" if parts else ""
+        return f"excluded: {'; '.join(parts)}" if parts else ""
 
 
 def all_adapters(store: Path, backbone: str, without_task: str | None = None) -> Candidates:
@@ -41,7 +41,7 @@ def all_adapters(store: Path, backbone: str, without_task: str | None = None) ->
         without_task: leave out adapters that were trained on this task.
 
     Raises:
-        UserError: there is none.
+        UserError: no adapter can be fused.
     """
     readable = {folder.name.removesuffix(OLD): manifest for folder, manifest in artifacts(store)}
     left_out = {

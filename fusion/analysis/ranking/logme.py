@@ -25,7 +25,7 @@ _SMALLEST = 1e-12  # of a denominator, for constant states or states without err
 def logme_score(states: States, task: TaskConfig) -> float:
     """The log evidence per row, higher is better. NaN if all labels are equal."""
     targets = kind_of(task).columns(task, states.labels, states.choice_counts)
-    columns = [y for y in targets.T if y.unique().numel() > 1]  # a label may not occur
+    columns = [y for y in targets.T if y.unique().numel() > 1]  # a label may be absent
     features = states.pooled.double()
     u, s, _ = torch.linalg.svd(features, full_matrices=False)
     if not columns:

@@ -75,7 +75,7 @@ class ScorerInputs:
 
 
 def similarity(inputs: ScorerInputs) -> list[float | None]:
-    """Cosine of the text embeddings of source and target; None for a source whose rows cannot be read."""
+    """Cosine of the text embeddings of source and target; None for a source whose examples cannot be read."""
     config, backbone = inputs.config, inputs.backbone.copy()
     target = mean_embedding(backbone, inputs.rows.training, inputs.device)
     scores: list[float | None] = []

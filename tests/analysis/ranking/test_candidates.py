@@ -51,7 +51,7 @@ def test_adapters_of_the_target_can_be_excluded(store: Path, tiny_backbone: Path
         {"both": own, "films": own, "films-seed-2": own},
     )
     line = all_adapters(store, str(tiny_backbone), "films").left_out_line()
-    assert line == f"left out: both, films, films-seed-2 ({own})"
+    assert line == f"excluded: both, films, films-seed-2 ({own})"
     assert names(store, str(tiny_backbone))[0] == ["both", "coins", "dice", "films", "films-seed-2"]
 
 
@@ -86,18 +86,18 @@ def test_other_kinds_are_ignored_and_damaged_artifacts_are_named(store: Path, ti
     assert names(store, str(tiny_backbone)) == (["coins", "films"], {"dice": reason})
     for name in ("coins", "films"):
         (store / name / "manifest.json").write_text("{}")
-    with pytest.raises(UserError, match=rf"has no adapters.*left out: coins, dice, films \({reason}\)"):
+    with pytest.raises(UserError, match=rf"has no adapters.*excluded: coins, dice, films \({reason}\)"):
         all_adapters(store, str(tiny_backbone))
 
 
 def test_a_store_without_candidates(store: Path, tiny_backbone: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"no adapters for another; left out: coins, dice, films .trained on backbone "
+        UserError, match=r"no adapters for another; excluded: coins, dice, films .trained on backbone "
     ):
         all_adapters(store, "another")
     for name in ("coins", "dice"):
         shutil.rmtree(store / name)
-    with pytest.raises(UserError, match=r"left out: films \(trained on films itself"):
+    with pytest.raises(UserError, match=r"excluded: films \(trained on films itself"):
         all_adapters(store, str(tiny_backbone), "films")
     with pytest.raises(UserError, match="has no adapters"):
         all_adapters(tmp_path / "nothing", str(tiny_backbone))

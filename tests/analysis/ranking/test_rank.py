@@ -134,7 +134,7 @@ def test_the_cost_of_a_fusion_is_shown(copy: Bench, capsys: pytest.CaptureFixtur
     assert fusion["name"] == "plays-adapterfusion" and fusion["sources"] == 2
     out = capsys.readouterr().out
     assert f"the fusion plays-adapterfusion of 2 took {fusion['seconds']:.1f} s" in out
-    assert "left out: plays (trained on plays itself" in out and "stored: " in out
+    assert "excluded: plays (trained on plays itself" in out and "stored: " in out
 
 
 # --- stage 2 ------------------------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ def test_checks_before_a_model_is_loaded(ranked: Bench, tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     for name in ("films", "plays"):
         shutil.copytree(ranked.folder / "store" / name, alone / name)
-    refused("found only films in .*; left out: plays", store=str(alone))
+    refused("found only films in .*; excluded: plays", store=str(alone))
     shutil.rmtree(alone / "plays")
     refused("at least two sources to rank, found only films in .*alone$", store=str(alone))
 

@@ -1,4 +1,4 @@
-"""Python imports this at its start wherever this folder is in PYTHONPATH, in every rank as well."""
+"""Python imports this at startup if the folder is in PYTHONPATH, also in every rank."""
 
 from tests.crash.faults import install
 
