@@ -209,14 +209,13 @@ class Workflow:
         Args:
             needed: the artifacts of other rows that it has to be made from.
         """
-        for manifest in map(self.manifest, self.stored(training.names)):
-            used = re.split(r"[][,=]", " ".join(manifest.run.overrides).replace("\\", "").replace(" ", ","))
-            changed = [
-                source.name
-                for source in manifest.sources
-                if self.stored([source.name]) and self.manifest(source.name).hash != source.hash
-            ]
-            if changed or not set(needed) <= set(used):
+        stored = names(self.store)
+        for manifest in (self.manifest(name) for name in training.names if name in stored):
+            used = re.split(r"[][,= ]", " ".join(manifest.run.overrides).replace("\\", ""))
+            sources = [source for source in manifest.sources if source.name in stored]
+            if any(self.manifest(source.name).hash != source.hash for source in sources):
+                return True
+            if not set(needed) <= set(used):
                 return True
         return False
 
