@@ -69,9 +69,9 @@ def in_process(
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             main()
-        said = capsys.readouterr()
+        captured = capsys.readouterr()
         assert isinstance(ended.value.code, int)
-        return ended.value.code, said.out, said.err
+        return ended.value.code, captured.out, captured.err
 
     yield run
     root.handlers[:], root.level = before, level

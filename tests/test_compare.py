@@ -46,8 +46,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Be
 def say(trained: Bench, capsys: pytest.CaptureFixture[str]) -> Say:
     def run(*words: str, store: bool = True) -> tuple[int, str, str]:
         code = main([*words, *([f"store={trained.folder / 'store'}"] if store else [])])
-        said = capsys.readouterr()
-        return code, said.out, said.err
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
 
     return run
 
@@ -144,14 +144,14 @@ def test_two_seeds_of_one_setting_are_identified(
                 full = next(m.hash for _, m in artifacts(store) if m.hash.startswith(films))
                 manifest["sources"][0] = {"name": f"films-{seed}", "hash": full}
             write_manifest(path, manifest | {"name": f"{name}-{seed}"})
-    said = {}
+    shown = {}
     for words in (("films", "films-8"), ("films", "films-9"), ("both", "both-8"), ("both", "both-9")):
         assert main([*words, f"store={store}"]) == 0
-        said[words] = [
+        shown[words] = [
             line for line in capsys.readouterr().out.splitlines() if "seeds:" in line or ".lr: " in line
         ]
     seeds = ["one setting with two seeds: the difference of the scores is that of the seeds"]
-    assert said == {
+    assert shown == {
         ("films", "films-8"): seeds,
         ("films", "films-9"): [],
         ("both", "both-8"): seeds,
@@ -170,7 +170,7 @@ def test_settings_unknown_to_older_stores_are_no_difference(trained: Bench) -> N
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([], "expected two artifacts or runs, not nothing"),
         (["films"], "not 'films'"),
@@ -183,9 +183,9 @@ def test_settings_unknown_to_older_stores_are_no_difference(trained: Bench) -> N
         (["films", "nobody", "store=nowhere"], "nowhere"),
     ],
 )
-def test_a_wrong_command(say: Say, words: list[str], said: str) -> None:
+def test_a_wrong_command(say: Say, words: list[str], message: str) -> None:
     code, out, err = say(*words, store=False)
-    assert (code, out) == (2, "") and said in err and len(err.splitlines()) <= 2
+    assert (code, out) == (2, "") and message in err and len(err.splitlines()) <= 2
 
 
 def test_a_path_may_have_an_equals_sign() -> None:
@@ -194,7 +194,7 @@ def test_a_path_may_have_an_equals_sign() -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "said"),
+    ("file", "content", "message"),
     [
         ("status.json", "{", "status.json: cannot be read"),
         ("status.json", "[]", "status.json: expected keys with values"),
@@ -207,7 +207,7 @@ def test_a_path_may_have_an_equals_sign() -> None:
     ],
 )
 def test_a_damaged_run(
-    trained: Bench, tmp_path: Path, say: Say, file: str, content: str | None, said: str
+    trained: Bench, tmp_path: Path, say: Say, file: str, content: str | None, message: str
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained.folder / "run of slow", run)
@@ -215,7 +215,7 @@ def test_a_damaged_run(
     if content is not None:
         (run / file).write_text(content)
     code, out, err = say("films", str(run))
-    assert (code, out) == (2, "") and said in err and len(err.splitlines()) == 1
+    assert (code, out) == (2, "") and message in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("result", [{"metrics": [1], "parameters": 3, "speed": "x"}, {"metrics": {"v": 1}}])

@@ -67,7 +67,7 @@ def place(tmp_path: Path) -> Path:
 
 def start(place: Path, number: int, *arguments: str) -> tuple[subprocess.Popen[bytes], Path]:
     """The process and the file with its output."""
-    log = place / f"said-{number}"
+    log = place / f"output-{number}"
     with open(log, "wb") as output:
         process = subprocess.Popen(
             [sys.executable, "program.py", *arguments],
@@ -105,22 +105,22 @@ def jobs(place: Path) -> list[dict[str, Any]]:
 )
 def test_the_same_command_twice_at_once(place: Path, arguments: list[str], trained: list[str]) -> None:
     words = [*arguments, "store=store", "trainer.devices=1"]
-    first, said = start(place, 1, *words)
+    first, output = start(place, 1, *words)
     (place / "trained").touch()
     until(place / "trained", "films")
     second, waiting = start(place, 2, *words)
     until(waiting, f"films is being trained by process {first.pid} on {socket.gethostname()} (since 20")
     (place / "go").touch()
-    assert (first.wait(90), second.wait(90)) == (0, 0), said.read_text() + waiting.read_text()
+    assert (first.wait(90), second.wait(90)) == (0, 0), output.read_text() + waiting.read_text()
     assert (place / "trained").read_text().split() == trained
     found = jobs(place)
     assert [job["status"] for job in found] == ["done"] * 2 * len(trained)
     assert sorted(job["before"] for job in found).count("done") >= 1
     assert waiting.read_text().count("is being trained by") == 1
-    assert "Traceback" not in said.read_text() + waiting.read_text()
+    assert "Traceback" not in output.read_text() + waiting.read_text()
     if len(trained) == 2:
         assert len(list((place / "outputs" / "stage1").iterdir())) == 2
-        assert "2 jobs: 2 new\n" in said.read_text() and "2 jobs: 0 done already" in said.read_text()
+        assert "2 jobs: 2 new\n" in output.read_text() and "2 jobs: 0 done already" in output.read_text()
 
 
 def test_a_waiting_process_is_interrupted_at_once(place: Path) -> None:

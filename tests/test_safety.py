@@ -65,21 +65,21 @@ def faults(source: str, where: str) -> Iterator[str]:
 
 def _of_call(call: ast.Call) -> Iterator[str]:
     name = ast.unparse(call.func)
-    said = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-    if name == "torch.load" and said.get("weights_only") != "True":
+    given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+    if name == "torch.load" and given.get("weights_only") != "True":
         yield "torch.load without weights_only=True"
-    if said.get("allow_pickle", "False") != "False":
+    if given.get("allow_pickle", "False") != "False":
         yield f"{name} with allow_pickle"
-    if None in said and name.rpartition(".")[0] in ("torch", "np", "numpy"):
+    if None in given and name.rpartition(".")[0] in ("torch", "np", "numpy"):
         yield f"{name} with arguments that are not seen"
     if name in ("eval", "exec", "__import__") or (name == "compile" and call.args):
         yield f"{name}()"
-    if said.get("trust_remote_code", "False") not in ("False", "trust_remote_code"):
-        yield f"{name} with trust_remote_code={said['trust_remote_code']}"
+    if given.get("trust_remote_code", "False") not in ("False", "trust_remote_code"):
+        yield f"{name} with trust_remote_code={given['trust_remote_code']}"
     if (
         name.endswith((".from_pretrained", ".from_config"))
         and "Auto" in name
-        and "trust_remote_code" not in said
+        and "trust_remote_code" not in given
     ):
         yield f"{name} without trust_remote_code"
     if name in ("read_pickle", "pd.read_pickle", "pandas.read_pickle"):

@@ -262,7 +262,7 @@ def test_a_wrong_command(go: Callable[..., Outcome], arguments: list[str], messa
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder where nothing can be made")
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["hydra.run.dir=/proc/nowhere/run"], r"^/proc/nowhere/run: cannot be written \(No such file"),
         (["hydra.run.dir=file"], r"^file: cannot be written \(File exists\)"),
@@ -272,14 +272,14 @@ def test_a_wrong_command(go: Callable[..., Outcome], arguments: list[str], messa
         (["hydra.run.dir=logged"], r"logged/run\.log: cannot be written \(Is a directory\)"),
     ],
 )
-def test_an_invalid_folder_is_refused(go: Callable[..., Outcome], words: list[str], said: str) -> None:
+def test_an_invalid_folder_is_refused(go: Callable[..., Outcome], words: list[str], message: str) -> None:
     Path("file").touch()
     Path("taken").mkdir()
     Path("taken/1-mine-seed-2").touch()
     Path("logged/run.log").mkdir(parents=True)
     outcome = go(*words, "+task=mine", "trainer.devices=1")
     assert outcome.code == 2, outcome.err
-    assert re.search(said, outcome.err) and re.search(r"hydra\.(run|sweep)\.dir=DIR", outcome.err)
+    assert re.search(message, outcome.err) and re.search(r"hydra\.(run|sweep)\.dir=DIR", outcome.err)
     assert "Traceback" not in outcome.err and len(outcome.err.strip().splitlines()) <= 2
     assert outcome.folders == []
 

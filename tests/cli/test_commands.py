@@ -255,10 +255,10 @@ def test_two_processes_report_a_non_finite_loss_once(place: Path, tiny_backbone:
         "optim.lr=900", "adapter.scaling=1e30", "trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=4",
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
-    said = done.stderr.strip().splitlines()
+    errors = done.stderr.strip().splitlines()
     assert "the loss is nan at step " in done.stderr or "the loss is inf at step " in done.stderr
     assert "of train, counted from 0): training stopped." in done.stderr and "Lower optim.lr" in done.stderr
-    assert len(said) <= 3 and "Traceback" not in done.stderr
+    assert len(errors) <= 3 and "Traceback" not in done.stderr
     assert not (place / "outputs" / "store" / "wild").exists()
 
 

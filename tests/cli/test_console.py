@@ -46,8 +46,8 @@ def test_a_terminal_gets_a_table_with_nothing_cut(monkeypatch: pytest.MonkeyPatc
 def test_say_escapes_untrusted_text(capsys: pytest.CaptureFixture[str]) -> None:
     say("\x1b[2Jfilms")
     say("tab\tand\nline", sys.stderr)
-    said = capsys.readouterr()
-    assert (said.out, said.err) == ("\\x1b[2Jfilms\n", "tab\tand\nline\n")
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("\\x1b[2Jfilms\n", "tab\tand\nline\n")
 
 
 def test_progress_is_counted_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

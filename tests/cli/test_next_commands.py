@@ -36,9 +36,9 @@ def run(bench: Bench, command: str, *words: str, config: dict[str, Any] | None =
 
 
 def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    said = capsys.readouterr()
-    assert said.err == "" and "\x1b" not in said.out and said.out.isascii()
-    return said.out.splitlines()
+    captured = capsys.readouterr()
+    assert captured.err == "" and "\x1b" not in captured.out and captured.out.isascii()
+    return captured.out.splitlines()
 
 
 def typed(line: str) -> list[str]:
@@ -94,8 +94,8 @@ def test_the_backbone_of_an_experiment_is_in_the_command(
 ) -> None:
     end_of_run(run(trained, "stage1", "+task=books", "experiment=quick"), trained.result["books"])
     fuse = typed(lines_of(capsys)[-1])
-    said = f'"{trained.backbone}"' if " " in str(trained.backbone) else str(trained.backbone)
-    assert fuse[-2:] == [f"backbone.name_or_path={said}", "backbone.pooling=mean"]
+    quoted = f'"{trained.backbone}"' if " " in str(trained.backbone) else str(trained.backbone)
+    assert fuse[-2:] == [f"backbone.name_or_path={quoted}", "backbone.pooling=mean"]
 
 
 def test_stage_2_is_not_proposed_without_adapters_of_other_tasks(
@@ -237,8 +237,8 @@ def test_a_sweep_ends_with_its_settings(
     ]
     overrides = [["+task=films", f"optim.lr={rate}", f"seed={seed}"] for rate in scores for seed in (0, 1)]
     jobs = [
-        dataclasses.replace(one, status={**one.status, "overrides": said})
-        for one, said in zip(jobs, overrides, strict=True)
+        dataclasses.replace(one, status={**one.status, "overrides": typed})
+        for one, typed in zip(jobs, overrides, strict=True)
     ]
     jobs.append(dataclasses.replace(jobs[-1], status={**jobs[-1].status, "status": "failed"}, result={}))
     titles, *rows = settings_table(jobs)

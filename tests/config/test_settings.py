@@ -401,9 +401,9 @@ def test_compiling_and_checkpointing_are_incompatible() -> None:
 def test_a_wrong_override_is_explained(override: str, message: str) -> None:
     with pytest.raises(Exception) as error:
         typed("stage1", override)
-    said = explain(error.value, Stage1Config)
-    assert message in said
-    assert len(said.splitlines()) <= 2
+    explanation = explain(error.value, Stage1Config)
+    assert message in explanation
+    assert len(explanation.splitlines()) <= 2
 
 
 @pytest.mark.parametrize("override", ["seed=1,2", "init_from=a,b", "task.name=a,b"])

@@ -45,7 +45,7 @@ def test_each_form_gives_class_ids(task, write, labels, changes):
 
 
 @pytest.mark.parametrize(
-    ("label", "changes", "said"),
+    ("label", "changes", "message"),
     [
         (2, {}, r"2 \(int\); expected one of 0 \(cat\), 1 \(dog\)"),
         (-1, {}, r"-1 \(int\); .*\n.*ignore_labels=\[-1\]"),
@@ -59,9 +59,9 @@ def test_each_form_gives_class_ids(task, write, labels, changes):
         (0, {"label_values": ["1", "2"]}, r"0 \(int\); expected one of \"1\" \(cat\), \"2\" \(dog\)"),
     ],
 )
-def test_a_label_outside_names_its_row(task, write, label, changes, said):
+def test_a_label_outside_names_its_row(task, write, label, changes, message):
     first = (changes.get("label_values") or ["cat" if isinstance(label, str) else 0])[0]
-    with pytest.raises(UserError, match=rf"train\.jsonl, line 2: label is {said}"):
+    with pytest.raises(UserError, match=rf"train\.jsonl, line 2: label is {message}"):
         read(task, write, [first, label], **changes)
 
 
@@ -83,11 +83,11 @@ def test_values(task, write):
 
 
 @pytest.mark.parametrize(
-    ("label", "said"),
+    ("label", "message"),
     [(float("nan"), "nan"), (float("inf"), "inf"), (None, "null"), ("2.5", "'2.5'"), (True, "True")],
 )
-def test_a_non_finite_value_names_its_row(task, write, label, said):
-    with pytest.raises(UserError, match=rf"line 2: label is {said}.*expected a finite number"):
+def test_a_non_finite_value_names_its_row(task, write, label, message):
+    with pytest.raises(UserError, match=rf"line 2: label is {message}.*expected a finite number"):
         read(task, write, [1.5, label], kind="regression")
 
 
@@ -150,7 +150,7 @@ def test_a_name_means_its_label_in_every_format(task, write, ending, raw, names,
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
 @pytest.mark.parametrize(
-    ("raw", "names", "said"),
+    ("raw", "names", "message"),
     [
         ([0, 1], FIVE, r"label is '?0'? .*expected one of \"1\", \"2\""),
         ([0, 1], ["true", "false"], r"label is '?0'? .*expected one of \"true\", \"false\""),
@@ -158,8 +158,8 @@ def test_a_name_means_its_label_in_every_format(task, write, ending, raw, names,
         ([True, False], ["cat", "dog", "pig"], r"label is '?[Tt]rue'? .*expected one of 0 \(cat\)"),
     ],
 )
-def test_an_ambiguous_number_or_boolean_is_not_an_id(task, write, ending, raw, names, said):
-    with pytest.raises(UserError, match=said):
+def test_an_ambiguous_number_or_boolean_is_not_an_id(task, write, ending, raw, names, message):
+    with pytest.raises(UserError, match=message):
         load_rows(task(labels=names), write(f"train.{ending}", written(raw, ending)), "train")
 
 
@@ -221,8 +221,8 @@ def test_numbers_that_may_count_from_one_are_refused(task, write, kind):
 
     write("train.jsonl", records(1, 2, 3))
     data = write("validation.jsonl", records(2, 1))
-    said = "label is 1 to 3 and never 0, .*from 0 or from 1\n.*1: 'task.label_values=\\[1,2,3,4\\]'.*'task.label_values="
-    with pytest.raises(UserError, match=said):
+    message = "label is 1 to 3 and never 0, .*from 0 or from 1\n.*1: 'task.label_values=\\[1,2,3,4\\]'.*'task.label_values="
+    with pytest.raises(UserError, match=message):
         load_splits(task(**changes), data, ["train", "validation"])
     counted = task(**changes, label_values=[1, 2, 3, 4])
     assert load_splits(counted, data, ["train"])[0]["train"].labels == [0, 1, 2]

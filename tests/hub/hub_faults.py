@@ -160,7 +160,7 @@ def main(home: str, fault: str, kind: str) -> None:
     from fusion.hub.tokenizer import load_tokenizer
     from fusion.tasks.task import HubConfig
 
-    started, said = time.monotonic(), "nothing: it was loaded"
+    started, message = time.monotonic(), "nothing: it was loaded"
     try:
         if kind == "data":
             hub = HubConfig("org/plain", "small", None, {"train": "train"})
@@ -171,8 +171,8 @@ def main(home: str, fault: str, kind: str) -> None:
         else:
             load_tokenizer("org/model")
     except UserError as error:
-        said = str(error)
-    print(json.dumps({"said": said, "seconds": time.monotonic() - started}), flush=True)
+        message = str(error)
+    print(json.dumps({"message": message, "seconds": time.monotonic() - started}), flush=True)
     os._exit(0)  # the server's threads may sleep on
 
 

@@ -50,7 +50,7 @@ def test_parts_of_a_converted_data_set(loaded):
 
 
 @pytest.mark.parametrize(
-    ("case", "said"),
+    ("case", "expected"),
     [
         ("no configuration", "org/plain (large), train cannot be loaded: BuilderConfig 'large' not found"),
         ("no repository", "org/nothing, train cannot be loaded: Dataset 'org/nothing' doesn't exist"),
@@ -58,9 +58,9 @@ def test_parts_of_a_converted_data_set(loaded):
         ("broken", "org/broken, train cannot be loaded: Parquet magic bytes not found"),
     ],
 )
-def test_the_message_has_the_cause(loaded, case, said):
+def test_the_message_has_the_cause(loaded, case, expected):
     lines = loaded[case]["error"].splitlines()
-    assert said in lines[0]
+    assert expected in lines[0]
     assert len(lines) == 2 and "data.dir=DIR" in lines[1]
 
 

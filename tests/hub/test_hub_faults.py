@@ -28,7 +28,7 @@ def load(folder: Path, fault: str, kind: str) -> dict[str, Any]:
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr == "", "quiet"
     came: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
-    lines = came["said"].splitlines()
+    lines = came["message"].splitlines()
     assert len(lines) == 2 and CURES[kind] in lines[1], came
     assert came["seconds"] < SECONDS
     return came
@@ -56,12 +56,14 @@ SLOW = [
 ]
 
 
-@pytest.mark.parametrize(("fault", "kind", "said"), QUICK)
-def test_the_message_has_the_fault(tmp_path: Path, fault: str, kind: str, said: str) -> None:
-    assert said in load(tmp_path, fault, kind)["said"]
+@pytest.mark.parametrize(("fault", "kind", "expected"), QUICK)
+def test_the_message_has_the_fault(tmp_path: Path, fault: str, kind: str, expected: str) -> None:
+    assert expected in load(tmp_path, fault, kind)["message"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fault", "kind", "said"), SLOW)
-def test_the_message_has_the_cause_of_a_slow_fault(tmp_path: Path, fault: str, kind: str, said: str) -> None:
-    assert said in load(tmp_path, fault, kind)["said"]
+@pytest.mark.parametrize(("fault", "kind", "expected"), SLOW)
+def test_the_message_has_the_cause_of_a_slow_fault(
+    tmp_path: Path, fault: str, kind: str, expected: str
+) -> None:
+    assert expected in load(tmp_path, fault, kind)["message"]

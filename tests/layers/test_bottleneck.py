@@ -57,13 +57,13 @@ def test_dropout_is_active_in_training_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"bottleneck_size": 0}, "at least 1"),
         ({"bottleneck_size": 2, "nonlinearity": "swishy"}, "swishy"),
         ({"bottleneck_size": 2, "init": "ones"}, "ones"),
     ],
 )
-def test_wrong_values_are_named(options: dict[str, object], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_wrong_values_are_named(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         BottleneckAdapter(6, **options)  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ def test_a_slow_round_drops_out_of_the_ratio() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "target", "said"),
+    ("values", "target", "expected"),
     [
         ((4.6, 4.7, 4.5), Target(4.5, at_least=True), REACHED),
         ((4.4, 4.3, 4.4), Target(4.5, at_least=True), NOT_REACHED),
@@ -39,8 +39,8 @@ def test_a_slow_round_drops_out_of_the_ratio() -> None:
         ((4.6,), Target(4.5, at_least=True), TOO_FEW),
     ],
 )
-def test_verdicts(values: tuple[float, ...], target: Target, said: str) -> None:
-    assert Figure("step", values, target).verdict(0.1) == said
+def test_verdicts(values: tuple[float, ...], target: Target, expected: str) -> None:
+    assert Figure("step", values, target).verdict(0.1) == expected
 
 
 def test_a_small_margin_needs_a_small_spread() -> None:

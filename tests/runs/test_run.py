@@ -159,7 +159,7 @@ def test_record_of_a_successful_job(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "said"),
+    ("error", "status", "expected"),
     [
         (RuntimeError("boom"), "failed", "RuntimeError: boom"),
         (UserError("row 3: no label"), "failed", "row 3: no label"),
@@ -167,7 +167,7 @@ def test_record_of_a_successful_job(tmp_path: Path) -> None:
         (Terminated("SIGTERM"), "interrupted", "Terminated: SIGTERM"),
     ],
 )
-def test_record_of_a_failed_job(tmp_path: Path, error: BaseException, status: str, said: str) -> None:
+def test_record_of_a_failed_job(tmp_path: Path, error: BaseException, status: str, expected: str) -> None:
     run = run_in(tmp_path)
 
     def work() -> dict[str, object]:
@@ -176,7 +176,7 @@ def test_record_of_a_failed_job(tmp_path: Path, error: BaseException, status: st
     with pytest.raises(type(error)):
         record(run, work)
     written = json.loads((run.directory / "status.json").read_text())
-    assert (written["status"], written["error"]) == (status, said)
+    assert (written["status"], written["error"]) == (status, expected)
     assert written["ended"] is not None
     log = (run.directory / "run.log").read_text()
     assert ("Traceback" in log) == (status == "failed") and type(error).__name__ in log

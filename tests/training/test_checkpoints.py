@@ -119,9 +119,9 @@ def test_a_full_disk_is_a_warning(
     monkeypatch.setattr(checkpoints, "write_checkpoint", full)
     found = bench.stage1("films", overwrite=True)
     assert found["metrics"] == expected["metrics"] and same(bench.weights("films"), weights)
-    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert (
-        len([line for line in said if "no checkpoint could be written" in line]) == 1
+        len([line for line in warnings if "no checkpoint could be written" in line]) == 1
     )  # and not once an epoch
 
 
@@ -185,24 +185,25 @@ def test_a_non_finite_loss_names_step_and_examples_and_keeps_the_best_epoch(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The 4th batch of the second epoch, though losses are checked every ten steps."""
-    said, before = poisoned(bench, monkeypatch, 1, 3)
+    message, before = poisoned(bench, monkeypatch, 1, 3)
     assert (
-        "the loss is nan at step 11 (rows " in said and "of train, counted from 0): training stopped." in said
+        "the loss is nan at step 11 (rows " in message
+        and "of train, counted from 0): training stopped." in message
     )
-    assert "Lower optim.lr" in said and "The best epoch before it (1: validation " in said
+    assert "Lower optim.lr" in message and "The best epoch before it (1: validation " in message
     assert not (bench.folder / "store" / "films").exists()
     kept = bench.evaluate("films-diverged")
     assert set(kept["metrics"]["validation"]) == {"accuracy", "macro_f1"}
     assert same(bench.weights("films-diverged"), before)
-    # The same command again fails alike, from the last checkpoint on, and replaces what it had kept.
-    assert poisoned(bench, monkeypatch, 1, 3)[0] == said
-    bench.stage1("films")  # and where the fault has gone, it ends
+    # The same command fails again from the last checkpoint, and replaces the artifact it kept.
+    assert poisoned(bench, monkeypatch, 1, 3)[0] == message
+    bench.stage1("films")  # without the fault, it finishes
     assert (bench.folder / "store" / "films").exists()
 
 
 def test_a_non_finite_loss_in_the_first_epoch_stores_nothing(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said, _ = poisoned(bench, monkeypatch, 0, 6)
-    assert "at step 6 " in said and "kept" not in said
+    message, _ = poisoned(bench, monkeypatch, 0, 6)
+    assert "at step 6 " in message and "kept" not in message
     assert not (bench.folder / "store").exists() or not list((bench.folder / "store").glob("films*"))

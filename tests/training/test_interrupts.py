@@ -130,8 +130,8 @@ def wait_for(file: Path, process: subprocess.Popen[str], seconds: float = 90) ->
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    said: dict[str, Any] = json.loads(file.read_text())
-    return said
+    content: dict[str, Any] = json.loads(file.read_text())
+    return content
 
 
 @pytest.mark.parametrize(
@@ -209,9 +209,9 @@ def test_a_preempted_slurm_job_resumes_after_requeueing(place: Path, tiny_backbo
         for left in _processes("submitit", place):
             os.kill(left, signal.SIGKILL)
     assert process.returncode == 0, err
-    said = next((place / "preempted").glob("*/run.log")).read_text()
-    assert "SIGUSR2" in said and "resuming at epoch" in said
-    assert "Traceback" not in said
+    log = next((place / "preempted").glob("*/run.log")).read_text()
+    assert "SIGUSR2" in log and "resuming at epoch" in log
+    assert "Traceback" not in log
     status = json.loads(next((place / "preempted").glob("*/status.json")).read_text())
     assert status["status"] == "done"
     assert (place / "outputs" / "store" / "preempted" / "manifest.json").is_file()

@@ -34,8 +34,8 @@ def test_nothing_is_drawn(
     if how == "dumb":
         monkeypatch.setenv("TERM", "dumb")
     bench.stage1("films", trainer=settings(1, how != "enable_progress_bar=false"))
-    said = capsys.readouterr()
-    drawn = said.out + said.err + ("" if how == "a pipe" else terminal.getvalue())
+    captured = capsys.readouterr()
+    drawn = captured.out + captured.err + ("" if how == "a pipe" else terminal.getvalue())
     assert "\x1b" not in drawn and "Epoch 0" not in drawn
 
 
