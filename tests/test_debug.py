@@ -108,7 +108,13 @@ def test_stage_2(go: Go, place: Path, name: str) -> None:
 
 @pytest.mark.slow
 def test_a_model_that_learns_overfits(go: Go, place: Path) -> None:
-    words = ["debug=overfit", "store=by heart", "optim.lr=2e-2", "trainer.log_every_n_steps=1", "logger=csv"]
+    words = [
+        "debug=overfit",
+        "store=small store",
+        "optim.lr=2e-2",
+        "trainer.log_every_n_steps=1",
+        "logger=csv",
+    ]
     left = go("stage1", "+task=films", *words)
     (file,) = left["folder"].glob("csv/metrics.csv")
     lines = file.read_text().splitlines()

@@ -74,7 +74,7 @@ class Preflight(Callback):
                 sweep = _checked_sweep(config, folder, overrides)
             else:  # another sweeper chooses its jobs as it goes: each is checked when it starts
                 check_folder(folder, "hydra.sweep.dir")
-                sweep = Sweep.begin(folder)
+                sweep = Sweep.start(folder)
             wandb_state.sweep = folder.absolute()
 
 
@@ -107,7 +107,7 @@ def _checked_sweep(config: DictConfig, folder: Path, overrides: list[Override]) 
             raise UserError(f"{place}: this is a file, expected a folder; hydra.sweep.dir=DIR names another")
     if states:
         say("\n".join(summarize_states(states)), flush=True)
-    return Sweep.begin(folder, planned, again)
+    return Sweep.start(folder, planned, again)
 
 
 def _output_folder(config: DictConfig, mode: str) -> Path:

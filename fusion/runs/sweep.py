@@ -58,7 +58,7 @@ class Sweep:
     again: str = RUN_AGAIN
 
     @classmethod
-    def begin(cls, folder: Path, planned: Sequence[Path] = (), again: str | None = None) -> Sweep:
+    def start(cls, folder: Path, planned: Sequence[Path] = (), again: str | None = None) -> Sweep:
         return cls(folder, tuple(planned), _stamps(folder, planned), again=again or RUN_AGAIN)
 
     def stopped(self, how: str) -> str:

@@ -214,7 +214,7 @@ def read_ids(
 
     Raises:
         UserError: a label of the rows `kept` is none of the task's or beyond its row's choices, or the labels are
-            written in several formats; names the row.
+            written in more than one format; names the row.
     """
     task, count = labels.task, len(labels.names)
     if choices is not None:

@@ -552,7 +552,7 @@ def test_concurrent_jobs_draw_no_progress_bars(
 ) -> None:
     """As in a launcher's processes, which are not aware of the sweep and share a terminal."""
     monkeypatch.setenv(PROGRESS, "1")
-    monkeypatch.setattr(Sweep, "begin", lambda *_: None)
+    monkeypatch.setattr(Sweep, "start", lambda *_: None)
     wanted = []
 
     @command("stage1", Stage1Config, lambda config, run: None)

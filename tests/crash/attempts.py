@@ -35,7 +35,7 @@ class Attempt:
     """How one ended.
 
     code: exit code of the command, below 0 of a signal. killed: the role of the killed process, or "all"; None: none.
-    resumed: where it began. problems: what must not happen, such as processes that outlive the command.
+    resumed: where it started. problems: what must not happen, such as processes that outlive the command.
     folder: what it wrote: run/, output.txt, visits-ROLE.json and a file for each process.
     """
 
@@ -139,7 +139,7 @@ def _start(python: str, own: Path, command: list[str], kill: Kill | None) -> sub
 
 
 def resumed_at(own: Path) -> str:
-    """Where an attempt began, from its log and whether there was a training batch."""
+    """Where an attempt started, from its log and whether there was a training batch."""
     log = own / "run" / "run.log"
     found = re.search(r"epoch (\d+), batch (\d+)", log.read_text(encoding="utf-8")) if log.exists() else None
     if found is not None:

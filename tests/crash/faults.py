@@ -27,7 +27,7 @@ VARIABLE = (
     "FUSION_CRASH"  # environment: {"folder": where the processes write, "kill": a Kill or null}, as JSON
 )
 MAIN = "main"  # role of the process that the command started; the others have their rank as role
-KILLED, BEGUN = "killed", "begun"  # files in the folder: who was killed; there was a training batch
+KILLED, BEGUN = "killed", "begun"  # files in the folder: the killed process; a training batch was reached
 NEW = "~new"  # ending of an artifact that is being written, in STORE/.staging
 
 READS = "a checkpoint is read"

@@ -28,7 +28,7 @@ _MARK = ".crash-trial"  # in a folder that an earlier trial has made
 
 @dataclass
 class Death:
-    """A kill that was planned, whether it happened, and where the next attempt began."""
+    """A kill that was planned, whether it happened, and where the next attempt started."""
 
     kill: Kill
     happened: bool

@@ -13,7 +13,7 @@ from tests.layers.test_attention import plain_output
 HIDDEN = 6
 
 
-def several(count: int, **options: float) -> list[BottleneckAdapter]:
+def adapters(count: int, **options: float) -> list[BottleneckAdapter]:
     torch.manual_seed(0)
     made = [BottleneckAdapter(HIDDEN, 3, "tanh", 2.0, **options).double() for _ in range(count)]  # type: ignore[arg-type]
     for adapter in made:
@@ -27,7 +27,7 @@ CONTEXT = BatchContext(torch.ones(2, 3))
 
 
 def test_every_weight_is_the_mean_of_the_sources() -> None:
-    sources = several(3, dropout=0.2)
+    sources = adapters(3, dropout=0.2)
     mean = average(sources)
     assert (mean.nonlinearity, mean.scaling, mean.dropout.p) == ("tanh", 2.0, 0.2)
     assert [name for name, _ in mean.named_parameters()] == [
@@ -45,7 +45,7 @@ def test_every_weight_is_the_mean_of_the_sources() -> None:
 
 
 def test_average_of_one_source_is_that_source() -> None:
-    (source,) = several(1)
+    (source,) = adapters(1)
     mean = average([source])
     assert torch.equal(mean(X, CONTEXT), source(X, CONTEXT))
     with torch.no_grad():
@@ -63,13 +63,13 @@ def test_average_of_one_source_is_that_source() -> None:
 )
 def test_other_kinds_cannot_be_averaged(other: BottleneckAdapter) -> None:
     with pytest.raises(ValueError, match="one kind"):
-        average([*several(1), other.double()])
+        average([*adapters(1), other.double()])
     with pytest.raises(ValueError, match="one kind"):
         average([])
 
 
 def test_a_frozen_adapter_keeps_its_output_and_cannot_train() -> None:
-    (source,) = several(1, dropout=0.9)
+    (source,) = adapters(1, dropout=0.9)
     frozen = FrozenAdapter(source).train()  # its dropout belonged to its own training
     expected = torch.stack([torch.stack([plain_output(source, token) for token in row]) for row in X])
     torch.testing.assert_close(frozen(X, CONTEXT), expected, rtol=0, atol=1e-12)

@@ -119,9 +119,9 @@ def test_of_heads(layers: int) -> None:
     head = {"pooling": "mean", "layers": layers, "outputs": 3, "dropout": 0.0}
     made = TaskHead(8, 3, "mean", layers)
     assert head_shapes(build(head=head), Path("h")) == shapes_of(dict(made.named_parameters()))
-    several = {name: {"task": {"name": name}, "head": head} for name in ("a", "b.c")}
-    assert head_shapes(build(multitask=several), Path("h")) == shapes_of(
-        TaskHeads(dict.fromkeys(several, made)).state()
+    multi_task = {name: {"task": {"name": name}, "head": head} for name in ("a", "b.c")}
+    assert head_shapes(build(multitask=multi_task), Path("h")) == shapes_of(
+        TaskHeads(dict.fromkeys(multi_task, made)).state()
     )
 
 

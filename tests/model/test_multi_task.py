@@ -40,7 +40,7 @@ def test_every_task_gets_its_own_scores(tiny_backbone: Path, site: str, reads: s
     tasks = [adapters(list(range(first, 3)), site, 4), adapters(list(range(max(first, 1), 3)), site, 2)]
     heads = [TaskHead(32, 2, pooling="mean"), TaskHead(32, 3)]
     backbone = load_backbone(str(tiny_backbone))
-    several = MultiTaskModel(backbone, tasks, reads, heads)
+    multi_task = MultiTaskModel(backbone, tasks, reads, heads)
     rows = dict.fromkeys(range(3), 0)  # that each layer's attention has seen
     for layer in rows:
         query = backbone.model.get_submodule(f"encoder.layer.{layer}.attention.self.query")
@@ -51,7 +51,7 @@ def test_every_task_gets_its_own_scores(tiny_backbone: Path, site: str, reads: s
             rows[layer] += len(output)
 
         query.register_forward_hook(count)
-    found = several(IDS, MASK)
+    found = multi_task(IDS, MASK)
     for own, head, scores in zip(tasks, heads, found, strict=True):
         alone = AdaptedModel(load_backbone(str(tiny_backbone)), dict(own), reads, head).eval()
         torch.testing.assert_close(scores, alone(IDS, MASK), rtol=0, atol=1e-5)

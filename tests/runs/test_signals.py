@@ -173,7 +173,7 @@ sys.meta_path.insert(0, Slow())
 """
 
 
-def begin(place: Path, module: str, *words: str, **more: Any) -> subprocess.Popen[str]:
+def launch(place: Path, module: str, *words: str, **more: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-u", "-m", module, *words],
         cwd=place,
@@ -228,7 +228,7 @@ def without_traceback(process: subprocess.Popen[str], number: signal.Signals) ->
 def test_every_command_ends_without_a_traceback_while_it_starts(tmp_path: Path, module: str) -> None:
     number = SIGNALS[COMMANDS.index(module) % len(SIGNALS)]
     (tmp_path / "sitecustomize.py").write_text(SLOW_IMPORT)
-    process = begin(tmp_path, module)
+    process = launch(tmp_path, module)
     until(process, lambda: catches(process.pid, signal.SIGUSR1))
     process.send_signal(number)
     ends(process, number)
@@ -237,7 +237,9 @@ def test_every_command_ends_without_a_traceback_while_it_starts(tmp_path: Path, 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc tells when the handlers are there")
 def test_under_nohup_a_hangup_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(SLOW_IMPORT.replace("30", "0.5"))
-    process = begin(tmp_path, "fusion.store", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process = launch(
+        tmp_path, "fusion.store", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    )
     until(process, lambda: catches(process.pid, signal.SIGUSR1))
     process.send_signal(signal.SIGHUP)
     process.communicate(timeout=90)
@@ -293,7 +295,7 @@ def test_a_job_ends_interrupted(
 ) -> None:
     name = f"{number.name}-{moment.split()[0]}"
     folder = place / name
-    process = begin(place, "fusion.stage1", *words(tiny_backbone, f"hydra.run.dir={name}", f"name={name}"))
+    process = launch(place, "fusion.stage1", *words(tiny_backbone, f"hydra.run.dir={name}", f"name={name}"))
     until(process, lambda: MOMENTS[moment](folder))
     process.send_signal(number)
     ends(process, number)
@@ -307,7 +309,7 @@ def test_no_moment_of_the_start_leaves_a_traceback_or_a_running_status(
     place: Path, tiny_backbone: Path, number: signal.Signals, delay: float
 ) -> None:
     folder = place / f"{number.name}-{delay}"
-    process = begin(
+    process = launch(
         place, "fusion.stage1", *words(tiny_backbone, f"hydra.run.dir={folder.name}", f"name={folder.name}")
     )
     until(process, lambda: catches(process.pid, signal.SIGUSR1))
@@ -327,7 +329,7 @@ def test_between_two_jobs_a_sweep_ends(place: Path, tiny_backbone: Path, number:
         f"name={number.name}-${{seed}}",
         "trainer.max_epochs=1",
     ]
-    process = begin(place, "fusion.stage1", "-m", *words(tiny_backbone, *more))
+    process = launch(place, "fusion.stage1", "-m", *words(tiny_backbone, *more))
     until(process, lambda: any(status_of(job) == "done" for job in folder.glob("0-*")))
     process.send_signal(number)
     *_, first, last = without_traceback(process, number)
@@ -339,17 +341,17 @@ def test_between_two_jobs_a_sweep_ends(place: Path, tiny_backbone: Path, number:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-@pytest.mark.parametrize("whom", ["parent", "all", "rank 0", "rank 1", "parent, while the ranks start"])
+@pytest.mark.parametrize("receivers", ["parent", "all", "rank 0", "rank 1", "parent, while the ranks start"])
 def test_two_processes_end_interrupted(
-    place: Path, tiny_backbone: Path, number: signal.Signals, whom: str
+    place: Path, tiny_backbone: Path, number: signal.Signals, receivers: str
 ) -> None:
-    name = f"{number.name}-{whom.replace(' ', '').replace(',', '-')}"
-    process = begin(
+    name = f"{number.name}-{receivers.replace(' ', '').replace(',', '-')}"
+    process = launch(
         place, "fusion.stage1",
         *words(tiny_backbone, f"hydra.run.dir={name}", f"name={name}", "trainer.devices=2", "trainer.strategy=ddp"),
     )  # fmt: skip
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    checkpoint = not whom.startswith("parent,")
+    checkpoint = not receivers.startswith("parent,")
     if checkpoint:
         until(process, lambda: list(place.glob(f"outputs/store/.runs/{name}-*/position.json")))
         (saved,) = place.glob(f"outputs/store/.runs/{name}-*/position.json")
@@ -358,7 +360,7 @@ def test_two_processes_end_interrupted(
     ranks = [int(word) for word in children.read_text().split()]
     sent = time.time_ns()
     targets = {"rank 0": ranks[:1], "rank 1": ranks[1:], "all": [process.pid, *ranks]}
-    for pid in targets.get(whom, [process.pid]):
+    for pid in targets.get(receivers, [process.pid]):
         os.kill(pid, number)
     ends(process, number)
     assert status_of(place / name) == "interrupted"

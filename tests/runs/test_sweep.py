@@ -20,7 +20,7 @@ def leave(folder: Path, status: str, before: str | None = None, error: str | Non
 
 def test_every_outcome_of_a_job(tmp_path: Path) -> None:
     planned = [tmp_path / str(number) for number in range(8)]
-    sweep = Sweep.begin(tmp_path, planned)
+    sweep = Sweep.start(tmp_path, planned)
     leave(planned[0], "done", "done")
     leave(planned[1], "done", "interrupted")
     leave(planned[2], "done", "new")
@@ -42,7 +42,7 @@ def test_every_outcome_of_a_job(tmp_path: Path) -> None:
 def test_jobs_with_status_and_result(tmp_path: Path) -> None:
     """In the order in which they were planned; a result counts only with the status done."""
     planned = [tmp_path / name for name in ("10", "9", "1", "2", "3")]
-    sweep = Sweep.begin(tmp_path, planned)
+    sweep = Sweep.start(tmp_path, planned)
     for place, status in zip(planned[:4], ("done", "failed", "done", "done"), strict=True):
         leave(place, status, "new")
         write_json(place / "result.json", {"name": place.name})
@@ -56,7 +56,7 @@ def test_jobs_with_status_and_result(tmp_path: Path) -> None:
 
 def test_a_command_without_run_states_only_counts(tmp_path: Path) -> None:
     planned = [tmp_path / "0", tmp_path / "1"]
-    sweep = Sweep.begin(tmp_path, planned)
+    sweep = Sweep.start(tmp_path, planned)
     for place in planned:
         leave(place, "done")
     assert sweep.outcome() == ("2 jobs: 2 done, 0 failed", [])
@@ -68,18 +68,18 @@ def test_the_status_files_of_a_sweep_do_not_depend_on_the_clock(tmp_path: Path, 
     old = leave(tmp_path / "0", "failed", error="of old")
     leave(tmp_path / "7-of-old", "failed", error="of old")
     now = old.joinpath("status.json").stat().st_mtime
-    sweep = Sweep.begin(tmp_path, [tmp_path / "0", tmp_path / "1"])
+    sweep = Sweep.start(tmp_path, [tmp_path / "0", tmp_path / "1"])
     for name in ("0", "1"):
         leave(tmp_path / name, "done", "new")
         os.utime(tmp_path / name / "status.json", (now + age, now + age))
     assert sweep.outcome() == ("2 jobs: 0 done already, 0 continued, 2 trained, 0 failed", [])
-    again = Sweep.begin(tmp_path, [tmp_path / "0", tmp_path / "1"])
+    again = Sweep.start(tmp_path, [tmp_path / "0", tmp_path / "1"])
     line, failed = again.outcome()  # none of them started: the files are those of the last sweep
     assert line.endswith("2 failed") and len(failed) == 3
 
 
 def test_folders_named_by_the_launcher(tmp_path: Path) -> None:
-    sweep = Sweep.begin(tmp_path, [tmp_path / "0", tmp_path / "1", tmp_path / "2"])
+    sweep = Sweep.start(tmp_path, [tmp_path / "0", tmp_path / "1", tmp_path / "2"])
     leave(tmp_path / "job-4711", "done", "new")
     leave(tmp_path / "job-4712", "failed", "new", "boom")
     line, failed = sweep.outcome()
@@ -88,7 +88,7 @@ def test_folders_named_by_the_launcher(tmp_path: Path) -> None:
 
 
 def test_jobs_of_another_sweep_in_the_same_folder_are_not_counted(tmp_path: Path) -> None:
-    sweep = Sweep.begin(tmp_path, [tmp_path / "0"])
+    sweep = Sweep.start(tmp_path, [tmp_path / "0"])
     leave(tmp_path / "0", "done", "new")
     leave(tmp_path / "5-other", "failed", "new", "boom")
     assert sweep.outcome()[1] == []
@@ -97,7 +97,7 @@ def test_jobs_of_another_sweep_in_the_same_folder_are_not_counted(tmp_path: Path
 def test_unplanned_jobs(tmp_path: Path) -> None:
     """Another sweeper than Hydra's own finds them as it goes."""
     leave(tmp_path / "0", "failed", "new", "of old")
-    sweep = Sweep.begin(tmp_path)
+    sweep = Sweep.start(tmp_path)
     leave(tmp_path / "1", "done", "new")
     assert sweep.outcome()[0] == "1 job: 0 done already, 0 continued, 1 trained, 0 failed"
 
@@ -125,7 +125,7 @@ def test_the_states_before_a_sweep_are_a_few_lines() -> None:
 
 def test_a_stopped_sweep_reports_what_is_done(tmp_path: Path) -> None:
     planned = [tmp_path / str(n) for n in range(5)]
-    sweep = Sweep.begin(tmp_path, planned, command_again(resume=True, overwrite=False))
+    sweep = Sweep.start(tmp_path, planned, command_again(resume=True, overwrite=False))
     for place, status in zip(planned, ("done", "done", "failed", "interrupted"), strict=False):
         leave(place, status)
     first, second = sweep.stopped("interrupted").splitlines()

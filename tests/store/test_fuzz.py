@@ -102,12 +102,14 @@ class Place:
         parts |= {f"{n}.lora_B.weight": torch.randn(32, 2) for n in names}
         save(self.store, make_manifest("lora", "lora", method=lora, **about), parts, one_head)
         described = make_manifest("x").content["head"] | {"pooling": "mean", "layers": 2}
-        several = {n: {"task": {**about["task"], "name": n}, "head": described} for n in ("films", "books")}
+        multi_task = {
+            n: {"task": {**about["task"], "name": n}, "head": described} for n in ("films", "books")
+        }
         two = TaskHead(32, 2, "mean", 2)
-        heads = {f"{n}.{key}": value for n in several for key, value in two.named_parameters()}
+        heads = {f"{n}.{key}": value for n in multi_task for key, value in two.named_parameters()}
         shared = {"shared": True, "bottleneck_sizes": {f"{layer}.feedforward": 2 for layer in range(3)}}
         one = {"0.feedforward": BottleneckAdapter(32, 2)}
-        both = make_manifest("both", adapter=shared, multitask=several, **about)
+        both = make_manifest("both", adapter=shared, multitask=multi_task, **about)
         save(self.store, both, parameters_of(one), heads)
         self.names = ("films", "books", "fusion", "pruned", "head", "lora", "both")
         self.content = {(n, f): (self.store / n / f).read_bytes() for n in self.names for f in FILES}

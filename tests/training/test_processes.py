@@ -26,7 +26,7 @@ from fusion.cli.app import command
 from fusion.config.stages import Stage1Config
 
 def check(config, run):
-    """Only the process that starts the ranks checks: by then rank zero may have begun."""
+    """Only the process that starts the ranks checks: rank zero may have started by then."""
     assert "LOCAL_RANK" not in os.environ
 
 @command("stage1", Stage1Config, check)
