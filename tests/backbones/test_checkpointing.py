@@ -96,9 +96,9 @@ def test_two_batches_before_one_backward(tiny_backbone: Path) -> None:
 
 def test_the_recorder_is_called_once(tiny_backbone: Path) -> None:
     model = build(tiny_backbone, "fusion", checkpointing=True).train()
-    heard: list[str] = []
-    model(IDS, MASK, record=lambda place, weights: heard.append(place)).sum().backward()
-    assert heard == ["1.feedforward", "2.feedforward"]
+    recorded: list[str] = []
+    model(IDS, MASK, record=lambda place, weights: recorded.append(place)).sum().backward()
+    assert recorded == ["1.feedforward", "2.feedforward"]
 
 
 def test_a_copy_has_its_own_layers(tiny_backbone: Path) -> None:
