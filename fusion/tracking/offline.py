@@ -35,7 +35,7 @@ class ServerError(Exception):
 def find_offline(folder: Path) -> list[Path]:
     """All offline runs in `folder` and below, `.../wandb/offline-run-TIME-ID`, in order of time: sources first."""
     found = {path.parent for path in folder.rglob("*.wandb") if path.parent.name.startswith("offline-run-")}
-    return sorted(found, key=lambda path: (path.name.rpartition("-")[0], path))  # of one second: by folder
+    return sorted(found, key=lambda path: (path.name.split("-")[2], path))  # of one second: by folder
 
 
 def is_uploaded(run: Path) -> bool:
