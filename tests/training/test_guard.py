@@ -23,7 +23,7 @@ from fusion.layers.heads import TaskHead
 from fusion.layers.slot_module import BatchContext
 from fusion.model.adapted import AdaptedModel
 from fusion.training import fit as fit_module
-from fusion.training.guard import Guard
+from fusion.training.guard import _CHUNK, Guard, _checksums
 from fusion.training.module import TaskModule
 from tests.backbones.test_compiling import compiling_is_refused
 from tests.bench import Bench, add_callback, same, trainer_config
@@ -309,6 +309,23 @@ def test_without_checkpoints(bench: Bench, callback: Callable[[lightning.Callbac
     trainer = trainer_config(enable_checkpointing=False)
     callback(AtStep(write(WORDS, in_place=False), epoch=0))
     refused(bench, f"in epoch 1: {WORDS};", trainer=trainer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.int8])
+def test_checksums_find_single_changes_and_swaps(dtype: torch.dtype) -> None:
+    size = 2 * _CHUNK + 5
+    tensor = (torch.arange(size) % 100).to(dtype)
+    (whole,) = _checksums({"a": tensor}).values()
+    assert _checksums({"a": tensor.clone()}) == {"a": whole}
+    for place in (0, size // 2, size - 1):
+        changed = tensor.clone()
+        changed[place] += 1
+        swapped = tensor.clone()
+        swapped[[place, place - 1]] = swapped[[place - 1, place]]
+        across = tensor.clone()
+        across[[place, (place + size // 2 + 1) % size]] = across[[(place + size // 2 + 1) % size, place]]
+        for other in (changed, swapped, across):
+            assert _checksums({"a": other}) != {"a": whole}
 
 
 def swap(model: AdaptedModel) -> None:
