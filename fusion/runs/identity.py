@@ -94,12 +94,20 @@ def differing_keys(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
             value = [str(item)[:8] for item in value]
         return json.dumps(value, default=str) if key in known else "nothing"
 
+    def difference(key: str) -> str:
+        names = asked.get("sources")
+        if key == "inputs.sources" and names and names == stored.get("sources"):  # retrained since
+            hashes = zip(names, stored.get(key, ()), asked.get(key, ()), strict=False)
+            changed = [(name, there[:8], here[:8]) for name, there, here in hashes if there != here]
+            return "sources: " + ", ".join(
+                f"{name} is another artifact now ({there} there, {here} here)"
+                for name, there, here in changed
+            )
+        return f"{key}: {shown(stored, key)} there, {shown(asked, key)} here"
+
     absent = object()
-    return [
-        f"{key}: {shown(stored, key)} there, {shown(asked, key)} here"
-        for key in sorted({*stored, *asked})
-        if stored.get(key, absent) != asked.get(key, absent)
-    ]
+    keys = sorted({*stored, *asked})
+    return [difference(key) for key in keys if stored.get(key, absent) != asked.get(key, absent)]
 
 
 def is_done(
@@ -121,7 +129,8 @@ def is_done(
         return True
     keys = differing_keys(stored[1], asked[1])
     fix = "Keep both with name=ANOTHER, or replace it with overwrite=true"
-    if [key.partition(":")[0] for key in keys] == ["trainer.max_epochs"]:
+    planned, more = (config.get("trainer.max_epochs") for config in (stored[1], asked[1]))
+    if len(keys) == 1 and type(planned) is int and type(more) is int and planned < more:
         fix = (
             "Its learning rate has decayed to zero, so that it cannot be continued exactly. Train from its weights with "
             f"a new schedule: name=ANOTHER init_from={name}; or train all epochs: overwrite=true"

@@ -198,8 +198,7 @@ def _shape(
         compare("method", manifest.method, config.method, config.method.definition.shaping)
     elif isinstance(config, Stage2Config) and manifest.composition is not None:
         fused, given = manifest.composition.settings, config.composition
-        keys = [field.name for field in fields(given) if field.name not in TRAINING_ONLY]
-        compare("composition", fused, given, [*keys, "drop"])
+        compare("composition", fused, given, [f.name for f in fields(given) if f.name not in TRAINING_ONLY])
         stored_sources = [f"{source.name} {source.hash}" for source in manifest.sources]
         found["sources"] = stored_sources, [f"{source.name} {source.hash}" for source in sources]
     return found
