@@ -199,14 +199,11 @@ def verdict(rows: list[Row], test_rows: int) -> str:
 
 
 def draw(rows: list[Row], title: str, path: Path) -> None:
-    """The scores of the table as PATH.png and PATH.svg."""
+    """The scores of the table as PATH.png and PATH.svg; one colour for what is not trained on the target."""
     from fusion.reporting.figures import save, scores_figure
 
-    save(
-        scores_figure({title: {row.method: (row.method, [row.score]) for row in rows}}),
-        path.parent,
-        path.name,
-    )
+    lines = {row.method: (row.method if row.trainable else "", [row.score]) for row in rows}
+    save(scores_figure({f"accuracy, {title}": lines}), path.parent, path.name)
 
 
 def work(config: DemoConfig) -> None:

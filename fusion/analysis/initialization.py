@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fusion.analysis.probe import Batches, probe
+from fusion.analysis.probe import probe
 from fusion.backbones.load import Backbone
 from fusion.config.compositions import CompositionConfig
 from fusion.config.stages import Stage2Config
@@ -105,7 +103,8 @@ def initialize(
         else:
             held_out = partial(sampled_batches, validation, None, size, tokens)
             pooling = config.head.pooling or config.backbone.pooling
-            found = best_source(sources, backbone, composition, pooling, config.task, few, held_out, device)
+            probed = (sources, backbone.copy(), composition, pooling, config.task, few, held_out, device)
+            found = best_source([s.manifest.name for s in sources], config.task, partial(probe, *probed))
         chosen = {finds: found}
         checkpoints.mkdir(parents=True, exist_ok=True)
         write_json(file, chosen)
@@ -115,22 +114,12 @@ def initialize(
     return Initialization(composition.pruning_of(fusion.manifest.composition.settings), chosen, fusion)
 
 
-def best_source(
-    sources: Sequence[Artifact],
-    backbone: Backbone,
-    composition: CompositionConfig,
-    pooling: str,
-    task: TaskConfig,
-    training: Batches,
-    validation: Batches,
-    device: torch.device,
-) -> str:
-    """The name of the source with the best linear probe, the first of equal ones; arguments as of `pooled_states`.
+def best_source(names: Sequence[str], task: TaskConfig, probe_scores: Callable[[], list[float]]) -> str:
+    """The source with the best linear probe, the first of equal ones. A single source is not probed.
 
     Raises:
         UserError: the task has no vector per text to probe.
     """
-    names = [source.manifest.name for source in sources]
     if len(names) == 1:
         return names[0]
     kind = kind_of(task)
@@ -139,7 +128,7 @@ def best_source(
             f"composition=continued: a linear probe of one vector per text selects the best source, and {task.name} is "
             f"{kind.noun}\nSet a single source, one of {', '.join(names)}: 'sources=[{names[0]}]'"
         )
-    scores = probe(sources, backbone.copy(), composition, pooling, task, training, validation, device)
+    scores = probe_scores()
     best = names[scores.index(max(scores))]
     log.info("%s trains further: best %s of the linear probes (%.4f)", best, task.metrics[0], max(scores))
     return best

@@ -98,7 +98,7 @@ def noted(figure: Figure, lines: Sequence[str]) -> Figure:
 
 
 def scores_figure(panels: Mapping[str, Mapping[str, tuple[str, Sequence[float]]]]) -> Figure:
-    """Mean and one standard deviation of each line, with the single scores as ticks.
+    """Mean and one standard deviation of each line, with the single scores as ticks; a number beside a single score.
 
     Args:
         panels: by the panel's title, by the line's label, its method (one colour each) and its scores.
@@ -114,9 +114,13 @@ def scores_figure(panels: Mapping[str, Mapping[str, tuple[str, Sequence[float]]]
                 axes.errorbar(np.mean(scores), place, xerr=spread, fmt="o", markersize=6, capsize=3, **style)
                 if len(scores) > 1:
                     axes.plot(scores, [place] * len(scores), "|", markersize=8, alpha=0.6, **style)
+                else:
+                    offset = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
+                    axes.annotate(f"{scores[0]:.3f}", (scores[0], place), **offset)
             axes.set_yticks(range(len(lines)), [_shorten(label, 70) for label in lines])
             axes.set_ylim(len(lines) - 0.5, -0.5)
             axes.set_title(title)
+            axes.margins(x=0.12)  # room for the numbers
             axes.grid(axis="x", color=_FAINT, alpha=0.25)
         return figure
 

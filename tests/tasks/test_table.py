@@ -5,13 +5,11 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fusion.config.commands import RankConfig
-from fusion.config.compositions import CompositionConfig
 from fusion.config.task import TaskConfig
 from fusion.errors import UserError
 from fusion.tasks.table import KINDS, METRICS
@@ -95,9 +93,7 @@ def test_a_linear_probe_is_refused_where_there_is_no_vector_per_text(monkeypatch
     ):
         RankConfig(task=asked)
     assert RankConfig(task=asked, methods=["similarity", "attention"]).methods == ["similarity", "attention"]
-    composition = CompositionConfig(name="continued")
-    sources: Any = [SimpleNamespace(manifest=SimpleNamespace(name=name)) for name in ("x", "y")]
     nothing: Any = None
     with pytest.raises(UserError, match=r"n is a task of kind .*\n.*one of x, y: 'sources=\[x\]'"):
-        best_source(sources, nothing, composition, "mean", asked, nothing, nothing, nothing)
-    assert best_source(sources[:1], nothing, composition, "mean", asked, nothing, nothing, nothing) == "x"
+        best_source(["x", "y"], asked, nothing)
+    assert best_source(["x"], asked, nothing) == "x"
