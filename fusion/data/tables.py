@@ -33,9 +33,7 @@ def arrow_table(table: pyarrow.Table, where: str, typed: bool = True) -> Table:
     def read(name: str) -> list[Any]:
         try:
             return table.column(name).to_pylist()
-        except (
-            Exception
-        ) as error:  # a date beyond Python's range, text that is not UTF-8: each has its own type
+        except Exception as error:  # dates beyond Python's range, text that is not UTF-8: many types
             raise UserError(
                 f"{where}: column {listed([name])} cannot be read as {table.column(name).type} "
                 f"({first_line(error)[:120]}); fix or remove the value"
@@ -158,9 +156,7 @@ def hub_table(hub: HubConfig, split: str, hint: str) -> Table:
     Raises:
         UserError: neither the cache nor the hub has it, or the configuration or split does not exist.
     """
-    datasets = (
-        _datasets()
-    )  # before `offline` changes the hub client's settings, which it reads once on import
+    datasets = _datasets()  # before `offline` changes settings that the hub client reads on import
     where = hub.path + (f" ({hub.name})" if hub.name else "") + f", {split}"
 
     def load(cached_only: bool) -> Table:

