@@ -168,11 +168,7 @@ def _costs(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flat(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        f"{split}/{metric}": value
-        for split, values in metrics.items()
-        for metric, value in _dict(values).items()
-    }
+    return {f"{split}/{metric}": value for split, values in metrics.items() for metric, value in _dict(values).items()}
 
 
 def _without_inputs(settings: Any) -> dict[str, Any]:
@@ -217,9 +213,7 @@ def show(one: Side, two: Side) -> None:
     _show(("score", *titles, "difference"), rows, "no scores")
     say()
     costs = [(key, one.costs.get(key), two.costs.get(key)) for key in {**one.costs, **two.costs}]
-    _show(
-        ("cost", *titles), [(key, number(first), number(second)) for key, first, second in costs], "no costs"
-    )
+    _show(("cost", *titles), [(key, number(first), number(second)) for key, first, second in costs], "no costs")
 
 
 def _show(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]], otherwise: str) -> None:

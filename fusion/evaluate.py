@@ -131,18 +131,12 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
                 tokens_per_batch=config.data.tokens_per_batch,
                 advance=advance,
             )
-        predictions = RowPredictions.of_all(
-            encoded, task, predicted(task, found.scores, encoded.labels, head.decision)
-        )
+        predictions = RowPredictions.of_all(encoded, task, predicted(task, found.scores, encoded.labels, head.decision))
         key = split if len(heads) == 1 else f"{task.name}/{split}"
         metrics[key] = score_predictions(task, predictions.predictions, predictions.labels)
         stored[key] = predictions.as_stored(encoded)
         count, seconds, tokens = count + len(rows), seconds + found.seconds, tokens + found.tokens
-        by = (
-            f", by the head of {head.trained_on}"
-            if manifest.multitask and head.trained_on != task.name
-            else ""
-        )
+        by = f", by the head of {head.trained_on}" if manifest.multitask and head.trained_on != task.name else ""
         dropped = f", {config.drop} layers dropped" if config.drop else ""
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics[key].items())
         say(f"{manifest.name} on {task.name} {split} ({len(rows)} rows{by}{dropped}): {shown}")
@@ -156,11 +150,7 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
         "drop": config.drop,
         "metrics": metrics,
         "rows": count,
-        "speed": {
-            "seconds": seconds,
-            "examples_per_second": count / seconds,
-            "tokens_per_second": tokens / seconds,
-        },
+        "speed": {"seconds": seconds, "examples_per_second": count / seconds, "tokens_per_second": tokens / seconds},
     }
 
 

@@ -17,9 +17,7 @@ LOCKS = ".locks"  # folder of a store
 
 
 @contextlib.contextmanager
-def lock(
-    path: Path, what: str, wait: float = -1.0, progress: Callable[[], object] | None = None
-) -> Iterator[bool]:
+def lock(path: Path, what: str, wait: float = -1.0, progress: Callable[[], object] | None = None) -> Iterator[bool]:
     """Hold the lock file `path` inside the block. A note beside it names the process that holds it.
 
     Args:
@@ -76,9 +74,7 @@ def run_lock(store: Path, name: str) -> Iterator[bool]:
         try:
             waited = stack.enter_context(lock(path, f"{name} is being trained"))
         except OSError as error:
-            log.warning(
-                "%s: no lock (%s), a second run of %s is possible", path, error.strerror or error, name
-            )
+            log.warning("%s: no lock (%s), a second run of %s is possible", path, error.strerror or error, name)
         yield waited
 
 

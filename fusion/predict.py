@@ -81,9 +81,7 @@ def main(config: PredictConfig, run: Run) -> dict[str, Any]:
             advance=advance,
         )
     if config.attention and not predictions.attention:
-        raise UserError(
-            f"attention=true: with drop={config.drop}, {manifest.name} has no layer with attention"
-        )
+        raise UserError(f"attention=true: with drop={config.drop}, {manifest.name} has no layer with attention")
     counts = None if rows.choices is None else [len(choices) for choices in rows.choices]
     with atomic_path(Path(config.output)) as part, part.open("w", encoding="utf-8") as file:
         for line in lines(predictions, head, [source.name for source in manifest.sources], counts):
@@ -110,14 +108,10 @@ def lines(
         counts: choices of each row; None: rows are plain texts.
     """
     one_site = len({slot.partition(".")[2] for slot in predictions.attention}) == 1
-    for row, line in enumerate(
-        kind_of(head.task).lines(head.task, predictions.scores, counts, head.decision)
-    ):
+    for row, line in enumerate(kind_of(head.task).lines(head.task, predictions.scores, counts, head.decision)):
         if predictions.attention:
             line["attention"] = {
-                slot.partition(".")[0] if one_site else slot: dict(
-                    zip(sources, means[row].tolist(), strict=True)
-                )
+                slot.partition(".")[0] if one_site else slot: dict(zip(sources, means[row].tolist(), strict=True))
                 for slot, means in predictions.attention.items()
             }
         yield line

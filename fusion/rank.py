@@ -150,11 +150,7 @@ def main(config: RankConfig, run: Run) -> dict[str, Any]:
 def _largest_fusion(store: Path, task: str | None) -> dict[str, Any] | None:
     """The AdapterFusion for this target with the most sources, to compare the cost with; None: the store has none."""
     fusions: list[dict[str, Any]] = [
-        {
-            "name": manifest.name,
-            "sources": len(manifest.sources),
-            "seconds": manifest.result.speed["seconds"],
-        }
+        {"name": manifest.name, "sources": len(manifest.sources), "seconds": manifest.result.speed["seconds"]}
         for _, manifest in artifacts(store)
         if manifest.made_by == CompositionConfig().name
         and manifest.task.name == task
@@ -180,11 +176,7 @@ def _print(ranking: dict[str, Any], left_out: str, rows: int) -> None:
         show_table(
             [titles]
             + [
-                [
-                    pair.replace("/", " and "),
-                    _shown(both["kendall"], "+.2f"),
-                    _shown(both["spearman"], "+.2f"),
-                ]
+                [pair.replace("/", " and "), _shown(both["kendall"], "+.2f"), _shown(both["spearman"], "+.2f")]
                 for pair, both in ranking["agreement"].items()
             ]
         )

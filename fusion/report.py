@@ -32,9 +32,7 @@ def check(config: ReportConfig, run: Run) -> None:
         if not folder.is_dir():
             raise UserError(f"runs={folder}: no such folder; expected a folder of runs, such as runs=outputs")
     if config.path.is_dir():
-        raise UserError(
-            f"output={config.path}: this is a folder; expected a file, such as output=report.html"
-        )
+        raise UserError(f"output={config.path}: this is a folder; expected a file, such as output=report.html")
     check_folder(config.path.parent, "output", "FILE names another place")
 
 
@@ -63,9 +61,7 @@ def main(config: ReportConfig, run: Run) -> dict[str, Any]:
     size = write_page(contents, config.path, about, files)
     for line in found.unread:
         log.warning("omitted: %s", line)
-    say(
-        f"{config.path}: {len(targets)} target{'s' * (len(targets) != 1)}, {len(found.done)} runs, {size:,} bytes"
-    )
+    say(f"{config.path}: {len(targets)} target{'s' * (len(targets) != 1)}, {len(found.done)} runs, {size:,} bytes")
     return {
         "report": str(config.path),
         "bytes": size,

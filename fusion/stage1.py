@@ -82,9 +82,7 @@ def train(config: Stage1Config, run: Run, output: RunOutput) -> dict[str, Any]:
     )
     parts = {"adapter": adapter, "method": config.method.as_stored() if tuning is not None else None}
     return train_and_store(
-        StageSpec(
-            config, run, output, model, backbone, rows, config.method.name, parts, objective, initial=initial
-        )
+        StageSpec(config, run, output, model, backbone, rows, config.method.name, parts, objective, initial=initial)
     )
 
 

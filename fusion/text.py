@@ -31,8 +31,7 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(
-        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape", "surrogatepass").decode()
-        for c in text
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape", "surrogatepass").decode() for c in text
     )
 
 
@@ -52,9 +51,7 @@ def shown(value: Any) -> str:
 def listed(names: Iterable[str]) -> str:
     """Names for a message, on one line: a bounded number, each of a bounded length."""
     every = list(names)
-    words = [
-        name if name.isprintable() and len(name) <= SHOWN else _short.repr(name) for name in every[:NAMES]
-    ]
+    words = [name if name.isprintable() and len(name) <= SHOWN else _short.repr(name) for name in every[:NAMES]]
     if len(every) > NAMES:
         words.append(f"and {len(every) - NAMES} more")
     return ", ".join(words) or "nothing"

@@ -155,18 +155,11 @@ def timings(config: DropConfig) -> dict[str, Any]:
     seconds = {name: [value / len(batches) for value in values] for name, values in timed.items()}
     gain = {
         count: [
-            n / h
-            for n, h in zip(seconds[f"{count}, none dropped"], seconds[f"{count}, half dropped"], strict=True)
+            n / h for n, h in zip(seconds[f"{count}, none dropped"], seconds[f"{count}, half dropped"], strict=True)
         ]
         for count in ("one", "several")
     }
-    return {
-        "half": half,
-        "layers": backbone.layers,
-        "tasks": config.at_once,
-        "seconds": seconds,
-        "gain": gain,
-    }
+    return {"half": half, "layers": backbone.layers, "tasks": config.at_once, "seconds": seconds, "gain": gain}
 
 
 def summary(scores: dict[str, dict[str, list[float]]], config: DropConfig) -> dict[str, Any]:

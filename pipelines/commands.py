@@ -44,9 +44,7 @@ def distinct(default: list[Any], at_least: int = 1) -> Any:
     )
 
 
-def run_workflow(
-    schema: type[Config], words: Sequence[str] | None, work: Callable[[Config], int | None]
-) -> int:
+def run_workflow(schema: type[Config], words: Sequence[str] | None, work: Callable[[Config], int | None]) -> int:
     """Run a workflow with the settings of the command line; returns the exit code.
 
     Args:
@@ -99,9 +97,7 @@ def call(module: str, overrides: Sequence[str], without: Sequence[str] = ()) -> 
     return outcome.seconds
 
 
-def attempt(
-    module: str, overrides: Sequence[str], without: Sequence[str] = (), keep_errors: bool = True
-) -> Outcome:
+def attempt(module: str, overrides: Sequence[str], without: Sequence[str] = (), keep_errors: bool = True) -> Outcome:
     """Run a command with its output shown, and return how it ended, also if it failed.
 
     Args:

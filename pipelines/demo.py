@@ -138,9 +138,7 @@ def evaluate(config: DemoConfig) -> list[Row]:
         result = json.loads((runs / name / "result.json").read_text(encoding="utf-8"))
         return float(result["metrics"]["test"]["accuracy"])
 
-    rows = [
-        Row(f"{name}, no {TARGET} label", score(name), artifact=str(config.store / name)) for name in SOURCES
-    ]
+    rows = [Row(f"{name}, no {TARGET} label", score(name), artifact=str(config.store / name)) for name in SOURCES]
     for method, (title, *_) in METHODS.items():
         name = config.name(method)
         result = stored(config.store, name)["result"]

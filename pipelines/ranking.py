@@ -81,10 +81,7 @@ def train(config: RankingConfig) -> None:
         words = [f"name={target}-alone-seed-${{seed}}", f"hydra.sweep.dir={runs}/{target}-alone"]
         call("fusion.stage1", [*sweep, *words])
         each = ",".join(f"[{source}]" for source in config.sources)
-        words = [
-            f"name={target}-after-${{sources.0}}-seed-${{seed}}",
-            f"hydra.sweep.dir={runs}/{target}-after",
-        ]
+        words = [f"name={target}-after-${{sources.0}}-seed-${{seed}}", f"hydra.sweep.dir={runs}/{target}-after"]
         call("fusion.stage2", [*sweep, "composition=continued", f"sources={each}", *words])
 
 
@@ -108,9 +105,7 @@ def gains(config: RankingConfig, target: str) -> dict[str, list[float]]:
     }
 
 
-def judge(
-    ranking: dict[str, Any], gained: dict[str, float], top: int = 3
-) -> dict[str, dict[str, float | None]]:
+def judge(ranking: dict[str, Any], gained: dict[str, float], top: int = 3) -> dict[str, dict[str, float | None]]:
     """The agreement of each method, and of the mean rank, with the gains.
 
     Returns:
@@ -118,9 +113,7 @@ def judge(
         gain of its best `top` sources.
     """
     scored = {m: {s["name"]: s["scores"][m] for s in ranking["sources"]} for m in ranking["methods"]}
-    scored[MEAN] = {
-        s["name"]: s["mean_rank"] and -s["mean_rank"] for s in ranking["sources"]
-    }  # higher is better
+    scored[MEAN] = {s["name"]: s["mean_rank"] and -s["mean_rank"] for s in ranking["sources"]}  # higher is better
     found: dict[str, dict[str, float | None]] = {}
     for method, of in scored.items():
         names = [source for source in gained if of.get(source) is not None]
@@ -181,9 +174,7 @@ def _source_rows(ranking: dict[str, Any], each: dict[str, list[float]]) -> list[
     for source in sorted(each, key=place.__getitem__):
         own = by_name[source]
         shown = [*(own["ranks"][method] for method in ranking["methods"]), own["mean_rank"]]
-        rows.append(
-            [source, mean_of(each[source]), f"{place[source]:g}", *(_cell(rank, ".3g") for rank in shown)]
-        )
+        rows.append([source, mean_of(each[source]), f"{place[source]:g}", *(_cell(rank, ".3g") for rank in shown)])
     return rows
 
 

@@ -94,9 +94,7 @@ class Bench:
     def __init__(self, folder: Path, backbone: Path) -> None:
         self.folder, self.backbone = folder, backbone
         self.tasks = {name: write_task(folder / "data", name) for name in ("films", "books", "plays")}
-        self.data = DataConfig(
-            dir=str(folder / "data"), batch_size=8, max_length=16, cache_dir=str(folder / "cache")
-        )
+        self.data = DataConfig(dir=str(folder / "data"), batch_size=8, max_length=16, cache_dir=str(folder / "cache"))
         self.runs = 0
         self.result: dict[str, Any] = {}  # of what a fixture trained
 
@@ -134,11 +132,7 @@ class Bench:
         """A regression, `rating`: how many of three words are good."""
         write_rows(self.folder / "data" / "rating", rows_of(rating_row))
         self.tasks["rating"] = TaskConfig(
-            name="rating",
-            kind="regression",
-            text=["one", "two"],
-            label="score",
-            metrics=["pearson", "spearman"],
+            name="rating", kind="regression", text=["one", "two"], label="score", metrics=["pearson", "spearman"]
         )
 
     def add_quiz(self) -> None:

@@ -83,9 +83,7 @@ def make_backbone(tmp_path: Path) -> Callable[..., Path]:
     """`make_backbone("roberta", hidden_size=48, seed=1)` gives the folder of another one."""
     from tests.tiny_backbone import save_backbone
 
-    return lambda model_type="bert", **options: save_backbone(
-        tmp_path / f"{model_type}", model_type, **options
-    )
+    return lambda model_type="bert", **options: save_backbone(tmp_path / f"{model_type}", model_type, **options)
 
 
 @pytest.fixture

@@ -68,9 +68,7 @@ def test_two_artifacts(trained: Bench, say: Say) -> None:
     assert settings.keys() == {"optim.lr", "weights"}
     assert settings["optim.lr"] == ["0.005", "0.0001"]
     assert scores.keys() == {"validation/accuracy", "validation/macro_f1"}
-    one, two = (
-        json.loads((trained.folder / "store" / name / MANIFEST).read_text()) for name in ("films", "slow")
-    )
+    one, two = (json.loads((trained.folder / "store" / name / MANIFEST).read_text()) for name in ("films", "slow"))
     first, second = (m["metrics"]["validation"]["accuracy"] for m in (one, two))
     assert scores["validation/accuracy"] == [f"{first:.4f}", f"{second:.4f}", f"{second - first:+.4f}"]
     assert costs["trained parameters"] == [f"{one['result']['parameters']['trainable']:,}"] * 2
@@ -100,9 +98,7 @@ def test_a_run_is_compared_by_its_artifact(trained: Bench, say: Say) -> None:
     assert tables(say("films", run)[1])[0].keys() == {"optim.lr", "weights"}
 
 
-def test_a_run_without_its_artifact_is_compared_by_its_settings(
-    trained: Bench, tmp_path: Path, say: Say
-) -> None:
+def test_a_run_without_its_artifact_is_compared_by_its_settings(trained: Bench, tmp_path: Path, say: Say) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained.folder / "run of slow", run)
     result = json.loads((run / "result.json").read_text())
@@ -147,9 +143,7 @@ def test_two_seeds_of_one_setting_are_identified(
     shown = {}
     for words in (("films", "films-8"), ("films", "films-9"), ("both", "both-8"), ("both", "both-9")):
         assert main([*words, f"store={store}"]) == 0
-        shown[words] = [
-            line for line in capsys.readouterr().out.splitlines() if "seeds:" in line or ".lr: " in line
-        ]
+        shown[words] = [line for line in capsys.readouterr().out.splitlines() if "seeds:" in line or ".lr: " in line]
     seeds = ["one setting with two seeds: the difference of the scores is that of the seeds"]
     assert shown == {
         ("films", "films-8"): seeds,
@@ -161,9 +155,7 @@ def test_two_seeds_of_one_setting_are_identified(
 
 def test_settings_unknown_to_older_stores_are_no_difference(trained: Bench) -> None:
     side = read_side("films", trained.folder / "store")
-    older = dataclasses.replace(
-        side, settings={**side.settings, "adapter.drop": None, "adapter.shared": False}
-    )
+    older = dataclasses.replace(side, settings={**side.settings, "adapter.drop": None, "adapter.shared": False})
     assert list(differing(side, older)) == []
     newer = dataclasses.replace(side, settings={**side.settings, "adapter.drop": "robust"})
     assert list(differing(side, newer)) == [("adapter.drop", "null", "robust")]
@@ -206,9 +198,7 @@ def test_a_path_may_have_an_equals_sign() -> None:
         ("config.yaml", None, "config.yaml: cannot be read"),
     ],
 )
-def test_a_damaged_run(
-    trained: Bench, tmp_path: Path, say: Say, file: str, content: str | None, message: str
-) -> None:
+def test_a_damaged_run(trained: Bench, tmp_path: Path, say: Say, file: str, content: str | None, message: str) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained.folder / "run of slow", run)
     (run / file).unlink()

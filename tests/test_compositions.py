@@ -59,9 +59,7 @@ def alike(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Benc
 
 def composed(bench: Bench, task: str, how: str, sources: list[str] | None = None, **changes: Any) -> Any:
     """Stage 2 with the composition `how`; `changes` are its settings, or the run's."""
-    more = {
-        key: changes.pop(key) for key in ("trainer", "name", "seed", "head", "overwrite") if key in changes
-    }
+    more = {key: changes.pop(key) for key in ("trainer", "name", "seed", "head", "overwrite") if key in changes}
     composition = CompositionConfig(name=how, **changes)
     return bench.stage2(task, NAMES if sources is None else sources, composition=composition, **more)
 
@@ -77,10 +75,7 @@ def check_reproduced(bench: Bench, name: str, result: dict[str, Any]) -> None:
 
 # --- every entry of the table -----------------------------------------------------------------------
 
-NEEDED: dict[str, dict[str, Any]] = {
-    "average": {"train": True},
-    "pruned": {"fusion": "plays-adapterfusion", "keep": 1},
-}
+NEEDED: dict[str, dict[str, Any]] = {"average": {"train": True}, "pruned": {"fusion": "plays-adapterfusion", "keep": 1}}
 """Settings with which a composition can be trained on the sources of `sharing`; the others take their defaults."""
 
 
@@ -162,13 +157,9 @@ def test_shapes_and_trained_parameters(ragged: Bench) -> None:
         composed(ragged, "books", name, name=f"shapes-{name}", trainer=still)
         tensors = list(ragged.weights(f"shapes-{name}").values())
         assert [tuple(tensor.shape) for tensor in tensors] == shapes
-        assert all(
-            (tensor - 1 / tensor.shape[0]).abs().max() > 0.004 for tensor in tensors
-        )  # beyond the noise
+        assert all((tensor - 1 / tensor.shape[0]).abs().max() > 0.004 for tensor in tensors)  # beyond the noise
     target = composed(ragged, "books", "mean", name="shapes-target", target_adapter=True)
-    sizes = [
-        ragged.weights("shapes-target")[f"{n}.feedforward.target.down.weight"].shape[0] for n in range(3)
-    ]
+    sizes = [ragged.weights("shapes-target")[f"{n}.feedforward.target.down.weight"].shape[0] for n in range(3)]
     assert sizes == [5, 5, 3]  # of the largest source in the slot
     assert target["parameters"]["trainable"] > 2 * 32 + 2
 
@@ -180,9 +171,7 @@ def test_a_shared_parameter_is_counted_once(ragged: Bench) -> None:
     assert len(frozen) == 1
 
 
-def test_an_interrupted_run_of_a_shared_parameter_resumes(
-    ragged: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_of_a_shared_parameter_resumes(ragged: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.test_stages import StopAfter
 
     def train(name: str) -> Any:
@@ -240,13 +229,10 @@ def test_the_average_of_one_source_is_that_source(alike: Bench) -> None:
 
 def test_weights_of_different_shapes_cannot_be_averaged(alike: Bench, ragged: Bench) -> None:
     with pytest.raises(
-        UserError,
-        match=r"plays differs from films: adapter\.bottleneck_sizes .*:4.*, expected .*:3.*[\s\S]*=mean",
+        UserError, match=r"plays differs from films: adapter\.bottleneck_sizes .*:4.*, expected .*:3.*[\s\S]*=mean"
     ):
         composed(alike, "plays", "average", ["films", "books", "plays"], name="none")
-    with pytest.raises(
-        UserError, match=r"books differs from films: adapter\.nonlinearity gelu, expected relu"
-    ):
+    with pytest.raises(UserError, match=r"books differs from films: adapter\.nonlinearity gelu, expected relu"):
         composed(ragged, "plays", "average", ["films", "books"], name="none")
     with pytest.raises(UserError, match=r"adapter\.bottleneck_sizes {0\.feedforward:"):
         composed(ragged, "plays", "average", ["films", "books"], name="none")
@@ -333,8 +319,7 @@ def test_a_pruned_fusion_is_the_stored_one_with_its_most_attended_sources(ragged
     lengths = [len(row["text"].split()) + 2 for row in rows]
     for layer in ("0", "1"):
         means = [
-            sum(line["attention"][layer][name] * n for line, n in zip(lines, lengths, strict=True))
-            for name in NAMES
+            sum(line["attention"][layer][name] * n for line, n in zip(lines, lengths, strict=True)) for name in NAMES
         ]
         least = means.index(min(means))
         assert kept[f"{layer}.feedforward"] == [n for n in range(3) if n != least]
@@ -352,16 +337,10 @@ def test_removing_one_source_equals_masking_it(ragged: Bench) -> None:
     shutil.copytree(store / "films-adapterfusion", ragged.folder / "edited")
     file = ragged.folder / "edited" / "manifest.json"
     content = json.loads(file.read_text())
-    content["composition"] |= {
-        "name": "pruned",
-        "keep": 1,
-        "kept": {f"{n}.feedforward": [0, 1] for n in (0, 1)},
-    }
+    content["composition"] |= {"name": "pruned", "keep": 1, "kept": {f"{n}.feedforward": [0, 1] for n in (0, 1)}}
     content["composition"]["kept"]["2.feedforward"] = [0]
     write_manifest(file, content)
-    pruned = stored_model(
-        load(str(ragged.folder / "edited"), store), store, load_backbone(str(ragged.backbone))
-    )
+    pruned = stored_model(load(str(ragged.folder / "edited"), store), store, load_backbone(str(ragged.backbone)))
     with torch.no_grad():
         found, masked = pruned(IDS, MASK), whole(IDS, MASK, sources_on=torch.tensor([True, True, False]))
         assert not torch.allclose(found, whole(IDS, MASK), atol=1e-5)
@@ -409,10 +388,7 @@ def test_a_replaced_fusion_changes_the_identity_of_its_pruned_one(ragged: Bench)
             {"fusion": "films"},
             r"composition\.fusion=films: is a stored adapter .*expected a fusion of composition=adapter",
         ),
-        (
-            {"fusion": "by-mean"},
-            r"composition\.fusion=by-mean: is a stored fusion \(mean\), expected a fusion",
-        ),
+        ({"fusion": "by-mean"}, r"composition\.fusion=by-mean: is a stored fusion \(mean\), expected a fusion"),
         ({"fusion": "filns-adapterfusion"}, "did you mean films-adapterfusion"),
         ({"fusion": None}, r"composition=pruned: expected composition\.fusion=NAME"),
         ({"keep": 0}, r"composition\.keep=0: expected a whole number >= 1"),
@@ -422,15 +398,9 @@ def test_a_replaced_fusion_changes_the_identity_of_its_pruned_one(ragged: Bench)
             {"sources": ["films", "plays"]},
             r"films-adapterfusion has the sources films, books, plays; leave sources= out",
         ),
-        (
-            {"rank": 3},
-            r"composition\.rank: composition=pruned takes them from composition\.fusion=films-adapterfusion",
-        ),
+        ({"rank": 3}, r"composition\.rank: composition=pruned takes them from composition\.fusion=films-adapterfusion"),
         ({"target_adapter": True}, r"composition\.target_adapter: composition=pruned"),
-        (
-            {"temperature": 2.0, "layers": [1]},
-            r"composition\.temperature, composition\.layers: composition=pruned",
-        ),
+        ({"temperature": 2.0, "layers": [1]}, r"composition\.temperature, composition\.layers: composition=pruned"),
         ({"head": HeadConfig(layers=2)}, r"head: composition=pruned takes"),
     ],
 )
@@ -509,10 +479,7 @@ def test_sources_are_excluded_for_a_pruned_fusion_only(ragged: Bench) -> None:
 def test_newer_settings_are_in_a_manifest_only_if_they_are_set() -> None:
     first = {"name", "value_matrix", "temperature", "dropout", "value_penalty", "layers"}
     assert set(CompositionConfig().as_stored()) == first
-    assert set(CompositionConfig(rank=4, target_adapter=True).as_stored()) == first | {
-        "rank",
-        "target_adapter",
-    }
+    assert set(CompositionConfig(rank=4, target_adapter=True).as_stored()) == first | {"rank", "target_adapter"}
     for settings in (CompositionConfig(), CompositionConfig("average", train=True, layers=[1])):
         assert CompositionConfig(**settings.as_stored()) == settings
     assert {"fusion", "keep"} < set(TRAINING_ONLY) and "kept" not in TRAINING_ONLY
@@ -542,9 +509,7 @@ def test_attention_of_one_adapter_is_refused_before_anything_is_read(ragged: Ben
 @pytest.mark.parametrize("name", ["sequence", "scalearn_pp", "average", "continued"])
 def test_two_sites_and_mixed_precision(tiny_backbone: Path, tmp_path: Path, name: str) -> None:
     bench = Bench(tmp_path / "a folder", tiny_backbone)
-    placement = AdapterConfig(
-        name="houlsby", sites=["attention", "feedforward"], reads="output", layers="last:2"
-    )
+    placement = AdapterConfig(name="houlsby", sites=["attention", "feedforward"], reads="output", layers="last:2")
     for task in ("films", "books"):
         bench.stage1(task, adapter=placement)
     mixed = TrainerConfig(accelerator="cpu", max_epochs=1, precision="bf16-mixed", enable_progress_bar=False)
@@ -558,9 +523,7 @@ def test_two_sites_and_mixed_precision(tiny_backbone: Path, tmp_path: Path, name
     assert 0 <= bench.evaluate(f"plays-{name}")["metrics"]["validation"]["accuracy"] <= 1
 
 
-def test_a_resumed_run_uses_the_stored_selection(
-    alike: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_resumed_run_uses_the_stored_selection(alike: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     best = [[0.9, 0.1], [0.1, 0.9]]
     monkeypatch.setattr("fusion.analysis.initialization.probe", lambda *_: best.pop(0))
     trained = TaskModule.training_step

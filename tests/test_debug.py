@@ -32,10 +32,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def go(
-    place: Path,
-    tiny_backbone: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    in_process: Callable[..., tuple[int, str, str]],
+    place: Path, tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch, in_process: Callable[..., tuple[int, str, str]]
 ) -> Go:
     """Run a command; gives what it printed and its result."""
     monkeypatch.chdir(place)
@@ -108,13 +105,7 @@ def test_stage_2(go: Go, place: Path, name: str) -> None:
 
 @pytest.mark.slow
 def test_a_model_that_learns_overfits(go: Go, place: Path) -> None:
-    words = [
-        "debug=overfit",
-        "store=small store",
-        "optim.lr=2e-2",
-        "trainer.log_every_n_steps=1",
-        "logger=csv",
-    ]
+    words = ["debug=overfit", "store=small store", "optim.lr=2e-2", "trainer.log_every_n_steps=1", "logger=csv"]
     left = go("stage1", "+task=films", *words)
     (file,) = left["folder"].glob("csv/metrics.csv")
     lines = file.read_text().splitlines()

@@ -136,20 +136,7 @@ def test_the_programs_without_hydra(home: Path, path: str, capsys: pytest.Captur
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "../../x",
-        "/etc",
-        "a/../../b",
-        "..",
-        ".",
-        "",
-        "a//b",
-        "a\\..\\b",
-        "C:x",
-        "x\0",
-        "x" * 256,
-        "ok/" + "y" * 256,
-    ],
+    ["../../x", "/etc", "a/../../b", "..", ".", "", "a//b", "a\\..\\b", "C:x", "x\0", "x" * 256, "ok/" + "y" * 256],
 )
 def test_a_name_that_leaves_its_folder(name: str, tmp_path: Path) -> None:
     assert check_relative(name) is not None

@@ -147,9 +147,7 @@ def test_a_waiting_process_is_interrupted_at_once(place: Path) -> None:
 def test_a_lock_ends_with_its_process(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     store = tmp_path / "store"
-    process = subprocess.Popen(
-        [sys.executable, "-c", ENDLESS, str(store)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", ENDLESS, str(store)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "mine\n"
     process.kill()
     process.wait(10)

@@ -15,40 +15,13 @@ from pipelines.commands import typed as workflow_line
 TEXTS = [
     *("a", "/a/b", "a b", "it's", 'a"b', "a\\", 'a\\"b', "a,b=[c]{d}", "~/x", "ü", "a:b", "(x)", "#1", "*"),
     *("", " ", "-", "-x", "$HOME", "${x}", "\\${x}", "a${x}b\\", "\\", "\\\\", "'", 'it\'s "q"', "x\ty"),
-    *[
-        "null",
-        "Null",
-        "true",
-        "FALSE",
-        "007",
-        "7",
-        "-5",
-        "+5",
-        "1_000",
-        "1e3",
-        "12e4567",
-        ".5",
-        "1.",
-        "nan",
-        "-inf",
-    ],
+    *["null", "Null", "true", "FALSE", "007", "7", "-5", "+5", "1_000", "1e3", "12e4567", ".5", "1.", "nan", "-inf"],
 ]
 PLAIN = [
     *["/tmp/ü", "a&b", "~/x", "a#b", "a:b", "x%y@z?|*", "a;b<c>!^`", "1.5", "a+b"],
     *("/tmp/日本 x", "a b", "a\tb", "\u00a0"),
 ]
-VALUES = [
-    None,
-    True,
-    False,
-    0,
-    -3,
-    1e-4,
-    1e30,
-    [],
-    ["a", "b c", None, True, "1"],
-    {"a": 1, "b": [None, "x:y"]},
-]
+VALUES = [None, True, False, 0, -3, 1e-4, 1e30, [], ["a", "b c", None, True, "1"], {"a": 1, "b": [None, "x:y"]}]
 
 
 def through(word: str) -> Any:

@@ -94,10 +94,7 @@ def pins(python: str) -> dict[str, Version]:
 @pytest.mark.parametrize("python", PYTHONS)
 def test_constraints_pin_every_requirement_within_its_range(python: str) -> None:
     pinned = pins(python)
-    texts = [
-        *project()["dependencies"],
-        *(t for extra in project()["optional-dependencies"].values() for t in extra),
-    ]
+    texts = [*project()["dependencies"], *(t for extra in project()["optional-dependencies"].values() for t in extra)]
     for requirement in map(Requirement, texts):
         if requirement.marker and not requirement.marker.evaluate({"python_version": python}):
             continue
@@ -125,8 +122,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_contains_only_the_package_and_conf(wheel: Path) -> None:
     assert wheel.name == f"adapter_fusion-{fusion.__version__}-py3-none-any.whl"
     expected = {
-        f"fusion/{path.relative_to(ROOT).as_posix()}": path.read_bytes()
-        for path in (ROOT / "conf").rglob("*.yaml")
+        f"fusion/{path.relative_to(ROOT).as_posix()}": path.read_bytes() for path in (ROOT / "conf").rglob("*.yaml")
     } | {
         path.relative_to(ROOT).as_posix(): path.read_bytes()
         for pattern in ("*.py", "reporting/templates/*")
@@ -149,12 +145,7 @@ def test_the_wheel_works_from_any_folder(wheel: Path, tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         environment = {"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
         return subprocess.run(
-            [sys.executable, *arguments],
-            cwd=elsewhere,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
+            [sys.executable, *arguments], cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=120
         )
 
     where = run("-c", "import fusion; print(fusion.__file__)").stdout.strip()
@@ -192,11 +183,7 @@ def test_no_file_names_a_machine_or_a_package_index() -> None:
 
 def test_the_license_is_complete() -> None:
     text = (ROOT / "LICENSE").read_text()
-    assert (
-        "Apache License" in text
-        and "Version 2.0, January 2004" in text
-        and "END OF TERMS AND CONDITIONS" in text
-    )
+    assert "Apache License" in text and "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
 
 
 def test_make_lists_its_targets() -> None:

@@ -39,15 +39,7 @@ def trained_bench(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path)
         train(stage1, Stage1Config, "stage1", task)
     for seed in (1, 2):
         train(stage1, Stage1Config, "stage1", "plays", seed=seed, name=f"plays-{seed}")
-        train(
-            stage2,
-            Stage2Config,
-            "stage2",
-            "plays",
-            seed=seed,
-            name=f"fused-{seed}",
-            sources=["films", "books"],
-        )
+        train(stage2, Stage2Config, "stage2", "plays", seed=seed, name=f"fused-{seed}", sources=["films", "books"])
     store = str(bench.folder / "store")
     config = EvaluateConfig(
         artifact="films", task=bench.tasks["plays"], store=store, data=bench.data, accelerator="cpu"
@@ -67,12 +59,7 @@ def copy(trained_bench: Bench, tmp_path: Path) -> Path:
 
 
 def make(folder: Path, **changes: Any) -> tuple[dict[str, Any], str]:
-    settings: dict[str, Any] = {
-        "runs": str(folder / "runs"),
-        "files": False,
-        "accelerator": "cpu",
-        "words": 2,
-    }
+    settings: dict[str, Any] = {"runs": str(folder / "runs"), "files": False, "accelerator": "cpu", "words": 2}
     settings |= {"data": DataConfig(max_length=None)}
     config = ReportConfig(**settings | changes)
     directory = folder / "runs" / f"report-{len(list((folder / 'runs').iterdir()))}"

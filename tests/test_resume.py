@@ -98,9 +98,7 @@ def train(bench: Bench, kind: str, store: str, cut: Cut | None = None) -> dict[s
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
     return {
-        f"{part}.{k}": v
-        for part in ("weights", "head")
-        for k, v in load_file(folder / f"{part}.safetensors").items()
+        f"{part}.{k}": v for part in ("weights", "head") for k, v in load_file(folder / f"{part}.safetensors").items()
     }
 
 
@@ -159,17 +157,11 @@ def test_the_speed_of_a_resumed_run_includes_the_time_before(bench: Bench) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_interrupted_anywhere_stores_the_same_bits(
-    bench: Bench, kind: str, sigterm_raises: None
-) -> None:
-    assert (
-        interruptions_without_difference(bench, kind, [(how, place) for how in HOW for place in PLACES]) >= 14
-    )
+def test_a_run_interrupted_anywhere_stores_the_same_bits(bench: Bench, kind: str, sigterm_raises: None) -> None:
+    assert interruptions_without_difference(bench, kind, [(how, place) for how in HOW for place in PLACES]) >= 14
 
 
-def interruptions_without_difference(
-    bench: Bench, kind: str, cuts: list[tuple[signal.Signals | None, Place]]
-) -> int:
+def interruptions_without_difference(bench: Bench, kind: str, cuts: list[tuple[signal.Signals | None, Place]]) -> int:
     """Interrupt a run at each place, resume it and compare; returns how many places the run has."""
     if "sources" in KINDS[kind]:
         bench.stage1("plays")

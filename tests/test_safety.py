@@ -13,24 +13,11 @@ from fusion.data.task_files import TaskLoader
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for part in ("fusion", "pipelines") for path in (ROOT / part).rglob("*.py"))
-UNSAFE_MODULES = {
-    "pickle",
-    "cPickle",
-    "_pickle",
-    "marshal",
-    "shelve",
-    "dill",
-    "cloudpickle",
-    "joblib",
-    "jsonpickle",
-}
+UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "jsonpickle"}
 # Besides the safe calls: errors, and parsing events, which construct no objects.
 YAML_ALLOWED = {"safe_load", "safe_dump", "YAMLError", "MarkedYAMLError", "parse", "SafeLoader"} | {
     f"{kind}Event"
-    for kind in (
-        *("DocumentStart", "CollectionEnd", "Node", "Alias", "Scalar"),
-        *("MappingStart", "SequenceStart"),
-    )
+    for kind in (*("DocumentStart", "CollectionEnd", "Node", "Alias", "Scalar"), *("MappingStart", "SequenceStart"))
 }
 FROM_PRETRAINED_FILES = {"fusion/backbones/load.py", "fusion/hub/tokenizer.py"}
 
@@ -53,11 +40,7 @@ def faults(source: str, where: str) -> Iterator[str]:
                 yield f"{at}: imports {name}"
             if name in ("torch.load", "numpy.load", "numpy.lib.format.read_array"):
                 yield f"{at}: imports {name} by itself, where its arguments are not seen"
-        if (
-            isinstance(node, ast.Attribute)
-            and ast.unparse(node.value) == "yaml"
-            and node.attr not in YAML_ALLOWED
-        ):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "yaml" and node.attr not in YAML_ALLOWED:
             yield f"{at}: yaml.{node.attr}"
         if isinstance(node, ast.Call):
             yield from (f"{at}: {fault}" for fault in _of_call(node))
@@ -76,11 +59,7 @@ def _of_call(call: ast.Call) -> Iterator[str]:
         yield f"{name}()"
     if given.get("trust_remote_code", "False") not in ("False", "trust_remote_code"):
         yield f"{name} with trust_remote_code={given['trust_remote_code']}"
-    if (
-        name.endswith((".from_pretrained", ".from_config"))
-        and "Auto" in name
-        and "trust_remote_code" not in given
-    ):
+    if name.endswith((".from_pretrained", ".from_config")) and "Auto" in name and "trust_remote_code" not in given:
         yield f"{name} without trust_remote_code"
     if name in ("read_pickle", "pd.read_pickle", "pandas.read_pickle"):
         yield name
@@ -102,9 +81,7 @@ def test_nothing_unsafe_is_read() -> None:
     # The benchmark's baseline runs in a separate process, on the backbone that the user specified.
     allowed = "from_pretrained without trust_remote_code"
     assert [
-        fault
-        for fault in found
-        if not (fault.startswith("pipelines/benchmark/baseline") and allowed in fault)
+        fault for fault in found if not (fault.startswith("pipelines/benchmark/baseline") and allowed in fault)
     ] == []
 
 

@@ -24,12 +24,7 @@ from fusion.config.compositions import CompositionConfig
 from fusion.config.data import LimitConfig
 from fusion.config.logger import CsvConfig, LoggerConfig
 from fusion.config.methods import MethodConfig
-from fusion.config.model import (
-    AdapterConfig,
-    BackboneConfig,
-    HeadConfig,
-    SameBackboneConfig,
-)
+from fusion.config.model import AdapterConfig, BackboneConfig, HeadConfig, SameBackboneConfig
 from fusion.config.stages import Stage1Config
 from fusion.config.training import OptimConfig, TrainerConfig
 from fusion.errors import TrainingError, UserError
@@ -68,10 +63,7 @@ def test_an_adapter_is_stored_with_exactly_these_keys(fused: Bench) -> None:
         for part in ("down", "up")
         for kind in ("weight", "bias")
     }
-    assert set(load_file(fused.folder / "store" / "films" / "head.safetensors")) == {
-        "output.weight",
-        "output.bias",
-    }
+    assert set(load_file(fused.folder / "store" / "films" / "head.safetensors")) == {"output.weight", "output.bias"}
     assert {name.split(".")[0] for name in fused.weights("books")} == {"0", "1"}
     assert sorted(p.name for p in (fused.folder / "store" / "films").iterdir()) == [
         "head.safetensors",
@@ -165,9 +157,7 @@ def test_the_penalty_is_logged_by_its_name(fused: Bench) -> None:
     assert {"train/task_loss", "train/value_penalty_loss", "train/loss", "validation/accuracy"} <= header
 
 
-def test_a_new_process_gives_bit_equal_logits(
-    fused: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_new_process_gives_bit_equal_logits(fused: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = """
 import sys, torch
 from pathlib import Path
@@ -181,9 +171,7 @@ with torch.no_grad():
     backbone = load_backbone(artifact.manifest.backbone.name_or_path)
     torch.save(stored_model(artifact, store, backbone)(ids, (ids != 0).long()), sys.argv[2])
 """
-    store, here, there = (
-        str(path) for path in (fused.folder / "store", tmp_path / "here", tmp_path / "there")
-    )
+    store, here, there = (str(path) for path in (fused.folder / "store", tmp_path / "here", tmp_path / "there"))
     monkeypatch.setattr(sys, "argv", ["-c", store, here])
     exec(code, {})
     subprocess.run([sys.executable, "-c", code, store, there], check=True, cwd=Path(__file__).parents[1])
@@ -204,9 +192,7 @@ def test_a_slot_accepts_other_compositions(fused: Bench, composition: str) -> No
 
 
 def test_houlsby_and_a_head_of_two_layers(bench: Bench) -> None:
-    placement = AdapterConfig(
-        name="houlsby", sites=["attention", "feedforward"], reads="output", layers="last:2"
-    )
+    placement = AdapterConfig(name="houlsby", sites=["attention", "feedforward"], reads="output", layers="last:2")
     bench.stage1("films", adapter=placement, head=HeadConfig(layers=2, pooling="cls"))
     bench.stage2("books", ["films"], composition=CompositionConfig(layers=[2], value_matrix=False))
     slots = {name.rsplit(".", 2)[0] for name in bench.weights("books-adapterfusion")}
@@ -236,9 +222,7 @@ def test_the_same_run_gives_the_same_bits(bench: Bench) -> None:
 
 
 def test_mixed_precision_trains(bench: Bench) -> None:
-    trainer = TrainerConfig(
-        accelerator="cpu", max_epochs=1, enable_progress_bar=False, precision="bf16-mixed"
-    )
+    trainer = TrainerConfig(accelerator="cpu", max_epochs=1, enable_progress_bar=False, precision="bf16-mixed")
     assert bench.stage1("films", trainer=trainer)["epochs"] == 1
 
 
@@ -246,9 +230,7 @@ def test_batches_by_tokens_train_evaluate_and_predict(bench: Bench) -> None:
     bench.data = dataclasses.replace(bench.data, tokens_per_batch=64)
     result = bench.stage1("films")
     assert result["epochs"] == 2
-    assert bench.evaluate("films")["metrics"]["validation"] == pytest.approx(
-        result["metrics"]["validation"], abs=1e-6
-    )
+    assert bench.evaluate("films")["metrics"]["validation"] == pytest.approx(result["metrics"]["validation"], abs=1e-6)
     rows = [{"text": " ".join(["good"] * count)} for count in range(1, 12)]
     by_tokens = [line["scores"]["good"] for line in bench.predict("films", rows)]
     bench.data = dataclasses.replace(bench.data, tokens_per_batch=None)
@@ -315,11 +297,7 @@ def test_an_interrupted_run_is_bit_equal(bench: Bench, command: str, monkeypatch
     bench.stage1("plays")
 
     def train(store: str) -> dict[str, Any]:
-        settings = {
-            "store": store,
-            "head": HeadConfig(dropout=0.3),
-            "trainer": trainer_config(max_epochs=3),
-        }
+        settings = {"store": store, "head": HeadConfig(dropout=0.3), "trainer": trainer_config(max_epochs=3)}
         if command == "stage1":
             return bench.stage1("films", **settings, adapter=AdapterConfig(dropout=0.2), name="x")
         source = str(bench.folder / "store" / "plays")
@@ -367,9 +345,7 @@ def test_another_backbone_than_the_sources_is_refused_before_it_is_loaded(bench:
         bench.stage2("plays", ["films"], backbone=other)
 
 
-def test_evaluation_accepts_another_path_of_the_same_backbone(
-    bench: Bench, make_backbone: Callable[..., Path]
-) -> None:
+def test_evaluation_accepts_another_path_of_the_same_backbone(bench: Bench, make_backbone: Callable[..., Path]) -> None:
     bench.stage1("films")
     copy = shutil.copytree(bench.backbone, bench.folder / "copy of it")
     expected = bench.evaluate("films")["metrics"]
@@ -396,9 +372,7 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_run(bench: Bench) -> None:
         trainer=TrainerConfig(accelerator="cpu", max_epochs=30, enable_progress_bar=False),
     )
     assert result["epochs"] <= result["best_epoch"] + 1 < 30
-    assert bench.evaluate("films")["metrics"]["validation"] == pytest.approx(
-        result["metrics"]["validation"], abs=1e-6
-    )
+    assert bench.evaluate("films")["metrics"]["validation"] == pytest.approx(result["metrics"]["validation"], abs=1e-6)
 
 
 def test_an_identity_depends_on_the_content_of_named_files(bench: Bench) -> None:
@@ -435,9 +409,7 @@ def test_two_validation_splits_are_scored_and_the_first_selects_the_epoch(bench:
     folder = bench.folder / "data" / "nli"
     (folder / "validation_matched.jsonl").write_text((folder / "validation.jsonl").read_text())
     (folder / "validation.jsonl").rename(folder / "validation_mismatched.jsonl")
-    hub = HubConfig(
-        "x", splits={"train": "train", "validation": ["validation_matched", "validation_mismatched"]}
-    )
+    hub = HubConfig("x", splits={"train": "train", "validation": ["validation_matched", "validation_mismatched"]})
     bench.tasks["nli"] = dataclasses.replace(bench.tasks["films"], name="nli", hub=hub)
     result = bench.stage1("nli")
     assert list(result["metrics"]) == ["validation_matched", "validation_mismatched"]
@@ -498,13 +470,9 @@ def test_a_development_run_stores_nothing(bench: Bench) -> None:
 
 def test_weights_that_are_not_finite_are_never_stored(bench: Bench) -> None:
     with pytest.raises(TrainingError, match=r"[\s\S]*Lower optim\.lr"):
+        bench.stage1("films", optim=OptimConfig(lr=999.0, warmup=0.0, patience=None), head=HeadConfig(layers=2))
         bench.stage1(
-            "films", optim=OptimConfig(lr=999.0, warmup=0.0, patience=None), head=HeadConfig(layers=2)
-        )
-        bench.stage1(
-            "books",
-            optim=OptimConfig(lr=999.0, warmup=0.0, patience=None),
-            adapter=AdapterConfig(scaling=1e30),
+            "books", optim=OptimConfig(lr=999.0, warmup=0.0, patience=None), adapter=AdapterConfig(scaling=1e30)
         )
     assert not (bench.folder / "store" / "books").exists()
 
@@ -514,12 +482,7 @@ def test_what_lightning_refuses_is_a_user_error(bench: Bench) -> None:
         bench.stage1("films", trainer=TrainerConfig(accelerator="cpu", gradient_clip_algorithm="half-way"))
     with pytest.raises(UserError, match=r"an epoch has 8 batches"):
         bench.stage1("films", trainer=TrainerConfig(accelerator="cpu", val_check_interval=50))
-    for nothing in (
-        {"overfit_batches": 2},
-        {"max_steps": 0},
-        {"limit_val_batches": 0},
-        {"fast_dev_run": "foo"},
-    ):
+    for nothing in ({"overfit_batches": 2}, {"max_steps": 0}, {"limit_val_batches": 0}, {"fast_dev_run": "foo"}):
         with pytest.raises(UserError, match="trainer"):
             TrainerConfig(**nothing)
 
@@ -540,9 +503,7 @@ def test_upper_layers_alone_use_the_feature_cache(bench: Bench, caplog: pytest.L
     assert scores["validation"] == pytest.approx(kept["metrics"]["validation"])
 
 
-def test_a_run_resumes_with_the_same_feature_cache_only(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_resumes_with_the_same_feature_cache_only(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     upper = {"adapter": AdapterConfig(layers=[2])}
     bench.stage1("films", name="whole", **upper)
 
@@ -556,9 +517,7 @@ def test_a_run_resumes_with_the_same_feature_cache_only(
             bench.stage1("films", name="cut", **upper)
     with monkeypatch.context() as patched:
         patched.setattr("fusion.training.stage.cache_features", lambda *_: None)
-        with pytest.raises(
-            UserError, match=r"started with backbone\.cache=float32 and would resume with off"
-        ):
+        with pytest.raises(UserError, match=r"started with backbone\.cache=float32 and would resume with off"):
             bench.stage1("films", name="cut", **upper)
     shutil.rmtree(bench.folder / "cache" / "prefix")  # computed again, with the same bits
     bench.stage1("films", name="cut", **upper)
@@ -651,9 +610,7 @@ def test_multi_task_evaluation_reproduces_the_scores_of_the_training(mixed: Benc
         assert one["metrics"] == {"validation": pytest.approx(stored[f"{name}/validation"], abs=1e-6)}
 
 
-def test_a_task_with_the_same_labels_uses_their_head(
-    mixed: Bench, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_task_with_the_same_labels_uses_their_head(mixed: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     assert 0 <= mixed.evaluate(MT, task=mixed.tasks["books"])["metrics"]["validation"]["accuracy"] <= 1
     assert "by the head of films" in capsys.readouterr().out
     other = dataclasses.replace(mixed.tasks["books"], labels=["no", "yes"])
@@ -691,9 +648,7 @@ def test_a_multi_task_adapter_can_be_a_source(mixed: Bench) -> None:
     assert set(head) == {"output.weight", "output.bias"}
 
 
-def test_the_mean_over_the_tasks_selects_the_best_epoch(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_mean_over_the_tasks_selects_the_best_epoch(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     from fusion.training import module
 
     # The first task alone would choose epoch 3, the mean chooses 2; patience ends the run after 4.
@@ -753,9 +708,7 @@ def test_multi_task_training_uses_the_feature_cache(bench: Bench, caplog: pytest
     upper = {"adapter": AdapterConfig(layers="last:1")}
     off = BackboneConfig(name_or_path=str(bench.backbone), pooling="mean", cache="off")
     kept = bench.multitask("films", "quiz", "rating", name="kept", **upper)
-    assert (
-        caplog.text.count("computing the frozen features") == 6
-    )  # training and validation rows of three tasks
+    assert caplog.text.count("computing the frozen features") == 6  # training and validation rows of three tasks
     whole = bench.multitask("films", "quiz", "rating", name="whole", backbone=off, **upper)
     assert caplog.text.count("computing the frozen features") == 6
     torch.testing.assert_close(bench.weights("kept"), bench.weights("whole"), rtol=1e-4, atol=1e-6)

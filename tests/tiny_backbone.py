@@ -64,9 +64,7 @@ def save_tokenizer(folder: Path, more: Sequence[str] = ()) -> int:
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -82,9 +80,7 @@ def save_tokenizer(folder: Path, more: Sequence[str] = ()) -> int:
     return len(vocabulary)
 
 
-def save_backbone(
-    folder: Path, model_type: str = "bert", hidden_size: int = 32, seed: int = 0, **changes: Any
-) -> Path:
+def save_backbone(folder: Path, model_type: str = "bert", hidden_size: int = 32, seed: int = 0, **changes: Any) -> Path:
     """A random transformer of the family with its tokenizer: 3 layers, 2 heads; `changes` to its config."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = save_tokenizer(folder)

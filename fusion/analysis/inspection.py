@@ -126,8 +126,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         "predicted": full.predictions,
         "attention": {slot: {"mean": one.mean, "entropy": one.entropy} for slot, one in attention.items()},
         "masked": {source: one.as_json() | {"predicted": one.predictions} for source, one in masked.items()},
-        "pruned": pruned
-        and [{"kept": [names[n] for n in sources]} | one.as_json() for sources, one in pruned],
+        "pruned": pruned and [{"kept": [names[n] for n in sources]} | one.as_json() for sources, one in pruned],
         "words": words,
         "speed": {"seconds": time.monotonic() - started},
     }

@@ -95,9 +95,7 @@ def pooled_states(
             if batch.choice_counts is not None:
                 counts.append(batch.choice_counts)
             batch = batch.to(device)
-            hidden = model.hidden_states(
-                batch.input_ids, batch.attention_mask, batch.token_type_ids, sources_on=on
-            )
+            hidden = model.hidden_states(batch.input_ids, batch.attention_mask, batch.token_type_ids, sources_on=on)
             pooled.append(pool(hidden, batch.attention_mask, pooling).cpu().double())
         return States(torch.cat(pooled), torch.cat(labels), torch.cat(counts) if counts else None)
 
@@ -138,11 +136,7 @@ def linear_scores(training: States, other: States, task: TaskConfig) -> Tensor:
         return float(loss.detach())
 
     optimizer = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=1000,
-        tolerance_grad=1e-8,
-        tolerance_change=1e-12,
-        line_search_fn="strong_wolfe",
+        [weight, bias], max_iter=1000, tolerance_grad=1e-8, tolerance_change=1e-12, line_search_fn="strong_wolfe"
     )
     optimizer.step(step)
     with torch.no_grad():

@@ -58,7 +58,5 @@ def token_attention(model: AdaptedModel, batch: Batch, text: int, tokenizer: Any
 def _with_spaces(tokens: Sequence[str]) -> list[str]:
     """Mark the start of words by a space, for WordPiece (`##ing`), byte-level BPE (`Ġfilm`) and SentencePiece (`▁film`)."""
     if any(token.startswith(("Ġ", "▁")) for token in tokens):
-        return [
-            " " + token[1:] if token.startswith(("Ġ", "▁")) else token.removeprefix("##") for token in tokens
-        ]
+        return [" " + token[1:] if token.startswith(("Ġ", "▁")) else token.removeprefix("##") for token in tokens]
     return [token[2:] if token.startswith("##") else " " + token for token in tokens]

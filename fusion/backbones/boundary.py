@@ -50,12 +50,7 @@ def skip_with_features(layers: nn.ModuleList, count: int, stack: Stack, current:
 
 
 def _unless_known(
-    layer: nn.Module,
-    forward: Callable[..., Any],
-    stack: Stack,
-    current: CurrentBatch,
-    *inputs: Any,
-    **keywords: Any,
+    layer: nn.Module, forward: Callable[..., Any], stack: Stack, current: CurrentBatch, *inputs: Any, **keywords: Any
 ) -> Any:
     if current.features is None:
         return forward(*inputs, **keywords)
@@ -68,9 +63,7 @@ def _unless_known(
     return states, *others
 
 
-def _position_bias(
-    attention: Any, states: Tensor, inputs: tuple[Any, ...], keywords: Mapping[str, Any]
-) -> Tensor:
+def _position_bias(attention: Any, states: Tensor, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:
     """The position bias (1, heads, T, T), which T5's first block computes for all."""
     bias: Tensor | None = inputs[2] if len(inputs) > 2 else keywords.get("position_bias")
     if bias is None:

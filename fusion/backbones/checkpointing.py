@@ -42,9 +42,7 @@ def _checkpointed(forward: Callable[..., Any], current: CurrentBatch, *inputs: A
 
 
 @contextlib.contextmanager
-def _once_more(
-    current: CurrentBatch, context: BatchContext | None, features: Tensor | None
-) -> Iterator[None]:
+def _once_more(current: CurrentBatch, context: BatchContext | None, features: Tensor | None) -> Iterator[None]:
     """Restore the batch of the forward pass for the recomputation, without recording weights twice."""
     now = current.context, current.features
     # Not None: the recomputation must run the same operations.

@@ -84,9 +84,9 @@ _GPT2_SITES: dict[str, Wiring] = {
     **_linear("attention", query_key_value="attn.c_attn", output="attn.c_proj"),
     **_linear("feedforward", up="mlp.c_fc", down="mlp.c_proj"),
 }
-_GATED_LINEAR = _projections(
-    "attention", "self_attn", "q_proj k_proj v_proj", output="self_attn.o_proj"
-) | _linear("feedforward", gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj")
+_GATED_LINEAR = _projections("attention", "self_attn", "q_proj k_proj v_proj", output="self_attn.o_proj") | _linear(
+    "feedforward", gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj"
+)
 _LLAMA_SITES: dict[str, Wiring] = {
     "before_attention": BeforeAttention(("self_attn",)),
     "attention": PreNorm("input_layernorm", "self_attn.o_proj"),
@@ -94,10 +94,7 @@ _LLAMA_SITES: dict[str, Wiring] = {
     "feedforward": PreNorm("post_attention_layernorm", "mlp.down_proj"),
     **_GATED_LINEAR,
 }
-_GEMMA_SITES: dict[str, Wiring] = {
-    **_LLAMA_SITES,
-    "feedforward": PreNorm("pre_feedforward_layernorm", "mlp.down_proj"),
-}
+_GEMMA_SITES: dict[str, Wiring] = {**_LLAMA_SITES, "feedforward": PreNorm("pre_feedforward_layernorm", "mlp.down_proj")}
 _PHI_SITES: dict[str, Wiring] = {
     "before_attention": BeforeAttention(("self_attn",)),
     "attention": PreNorm("input_layernorm", "self_attn.dense"),

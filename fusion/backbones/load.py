@@ -57,10 +57,7 @@ class Backbone:
 
 
 def load_backbone(
-    name_or_path: str,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    max_length: int | None = None,
+    name_or_path: str, revision: str | None = None, trust_remote_code: bool = False, max_length: int | None = None
 ) -> Backbone:
     """Load from a folder, the local cache, or the hub, in this order; freeze; fingerprint.
 

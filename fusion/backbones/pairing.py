@@ -24,9 +24,7 @@ def adjust(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, family:
         tokenizer.padding_side = "right"
 
 
-def check_pair(
-    tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, family: Family, name_or_path: str
-) -> None:
+def check_pair(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, family: Family, name_or_path: str) -> None:
     """Refuse a tokenizer whose output the model cannot read or would misread.
 
     Raises:
@@ -63,11 +61,7 @@ def check_pair(
 
 
 def check_max_length(
-    tokenizer: PreTrainedTokenizerBase,
-    config: PretrainedConfig,
-    family: Family,
-    name_or_path: str,
-    max_length: int,
+    tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, family: Family, name_or_path: str, max_length: int
 ) -> None:
     """Refuse sequences longer than the model's positions or the tokenizer's limit.
 

@@ -229,9 +229,7 @@ _SLOTS: Mapping[type, type[Slot]] = {
 }
 
 
-def make_slot(
-    address: SlotAddress, wiring: Wiring, module: SlotModule, reads: str, current: CurrentBatch
-) -> Slot:
+def make_slot(address: SlotAddress, wiring: Wiring, module: SlotModule, reads: str, current: CurrentBatch) -> Slot:
     """The slot of a wiring, see `Slot`; attach it to a layer to use it."""
     return _SLOTS[type(wiring)](address, wiring, module, reads, current)
 

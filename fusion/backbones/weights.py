@@ -58,13 +58,9 @@ def check_complete(loading: Mapping[str, Any], family: Family, prefix: str, what
         found = f"; they hold {_listed(unexpected)}" if unexpected else ""
         raise UserError(f"{what}: its weights lack {_listed(missing)}{found}\n{FIX}")
     if extra:
-        raise UserError(
-            f"{what}: its weights hold {_listed(extra)}, which the model of config.json lacks\n{FIX}"
-        )
+        raise UserError(f"{what}: its weights hold {_listed(extra)}, which the model of config.json lacks\n{FIX}")
     for name, stored, expected in loading["mismatched_keys"]:
-        raise UserError(
-            f"{what}: {name} has shape {list(stored)}, and config.json expects {list(expected)}\n{FIX}"
-        )
+        raise UserError(f"{what}: {name} has shape {list(stored)}, and config.json expects {list(expected)}\n{FIX}")
 
 
 def check_finite(model: PreTrainedModel, what: str) -> None:

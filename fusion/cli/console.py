@@ -42,9 +42,7 @@ def show_table(rows: Sequence[Row]) -> None:
 def columns(rows: Sequence[Row]) -> list[str]:
     """The lines of a table in plain text: aligned columns, two spaces between them."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def score(value: Any) -> str:

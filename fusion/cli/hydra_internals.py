@@ -76,9 +76,7 @@ _composed: dict[tuple[str, ...], DictConfig] = {}
 _load_sweep_config = ConfigLoaderImpl.load_sweep_config
 
 
-def _kept_or_composed(
-    self: ConfigLoaderImpl, master_config: DictConfig, sweep_overrides: list[str]
-) -> DictConfig:
+def _kept_or_composed(self: ConfigLoaderImpl, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
     kept = _composed.pop(tuple(sweep_overrides), None)
     return _load_sweep_config(self, master_config, sweep_overrides) if kept is None else kept
 

@@ -63,9 +63,7 @@ def prepare(command: Command, composed: DictConfig, launch: DictConfig) -> tuple
         typed: Any = OmegaConf.to_object(config)
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or "a key"
-        where = (
-            f" in the file of {choices.get('task')}" if key.startswith("task") else f": expected {key}=..."
-        )
+        where = f" in the file of {choices.get('task')}" if key.startswith("task") else f": expected {key}=..."
         raise UserError(f"{key} is required{where}") from None
     expand_paths(typed)
     command.settle(typed, tuple(launch.overrides.task))
@@ -107,9 +105,7 @@ def _set_tasks(command: Command, config: DictConfig, task: str | None) -> None:
     """Give the task its name, or replace the names in `tasks` by the tasks."""
     if (names := OmegaConf.select(config, "tasks")) is not None:
         if task is not None:
-            raise UserError(
-                f"+task={task} and tasks= do not go together: tasks=[TASK,ANOTHER] names them all"
-            )
+            raise UserError(f"+task={task} and tasks= do not go together: tasks=[TASK,ANOTHER] names them all")
         names = OmegaConf.to_container(names) if OmegaConf.is_list(names) else names
         config.tasks = [_task_of(command, name) for name in _checked_names(names)]
     elif task is not None:

@@ -63,9 +63,7 @@ def explain(error: BaseException, schema: type, words: Sequence[str] = ()) -> st
         inner = " ".join(word for word in words if re.match(r"\+*(task|logger)\.[\w.]+=", word))
         return f"{inner}: a key of what is not there: expected +task=NAME (a task in tasks= is set in its file) or logger=[wandb,csv]"
     if isinstance(cause, OSError) and text.startswith("Unable to configure handler"):
-        return (
-            f"{cause.filename}: cannot be written ({cause.strerror})\nhydra.run.dir=DIR names another folder"
-        )
+        return f"{cause.filename}: cannot be written ({cause.strerror})\nhydra.run.dir=DIR names another folder"
     if isinstance(error, YAMLError):
         return " ".join(text.split())
     lines = [line.strip() for line in f"{text}\n{cause if cause is not error else ''}".splitlines()]

@@ -67,9 +67,7 @@ class Preflight(Callback):
             overrides = parse(words)
             # Every job of the sweep, in any process, reads from this what all jobs have in common.
             constant = ",".join(f"'{one.key_or_group}'" for one in overrides if not one.is_sweep_override())
-            config.hydra.overrides.hydra.append(
-                f"hydra.job.config.override_dirname.exclude_keys=[{constant}]"
-            )
+            config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{constant}]")
             if is_hydras_own(config.hydra.sweeper):
                 sweep = _checked_sweep(config, folder, overrides)
             else:  # another sweeper chooses its jobs as it goes: each is checked when it starts
@@ -131,9 +129,7 @@ def _same_name(name: str, first: Sequence[str], second: Sequence[str], overrides
     keys = [one.key_or_group for one in overrides if one.is_sweep_override() and one.key_or_group != "name"]
     keys = [f"{key}.name" if key in ("task", "adapter", "composition", "method") else key for key in keys]
     made = shlex.quote("-".join(["name=NAME", *(f"${{{key}}}" for key in keys or ["seed"])]))
-    return (
-        f"two jobs of this sweep would both be stored as {name}: {jobs}\ngive each its own name with {made}"
-    )
+    return f"two jobs of this sweep would both be stored as {name}: {jobs}\ngive each its own name with {made}"
 
 
 @contextlib.contextmanager

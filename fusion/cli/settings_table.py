@@ -41,14 +41,10 @@ def settings_table(jobs: Sequence[Job]) -> list[tuple[str, ...]]:
     if len(groups) == len(jobs) and set(swept) <= {"task"}:  # the table of jobs has the same rows
         return []
     # What differs within a setting, such as the seed in the names of sources, is not part of it.
-    swept = [
-        key for key in swept if all(len({words[n].get(key) for n in members}) == 1 for members in groups)
-    ]
+    swept = [key for key in swept if all(len({words[n].get(key) for n in members}) == 1 for members in groups)]
     metrics = {score[0] for score in scores if score is not None}
     found = [[score[1] for n in members if (score := scores[n]) is not None] for members in groups]
-    tasks = [
-        next((jobs[n].result["task"] for n in members if "task" in jobs[n].result), "") for members in groups
-    ]
+    tasks = [next((jobs[n].result["task"] for n in members if "task" in jobs[n].result), "") for members in groups]
     means: dict[str, list[float]] = {}
     for task, values in zip(tasks, found, strict=True):
         means.setdefault(task, []).extend([statistics.fmean(values)] if values else [])

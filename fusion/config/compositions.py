@@ -50,12 +50,7 @@ class SlotSources:
 
 
 def _of_bank(
-    module: str,
-    name: str,
-    keys: tuple[str, ...],
-    settings: CompositionConfig,
-    sources: SlotSources,
-    shared: None,
+    module: str, name: str, keys: tuple[str, ...], settings: CompositionConfig, sources: SlotSources, shared: None
 ) -> SlotModule:
     """A layer of `fusion.layers` over a bank of the sources, with the settings of these keys."""
     layer = getattr(importlib.import_module(f"fusion.layers.{module}"), name)
@@ -69,9 +64,7 @@ _adapterfusion, _sequence = (
 )
 
 
-def _scalearn(
-    settings: CompositionConfig, sources: SlotSources, shared: None, uniform: bool = False
-) -> SlotModule:
+def _scalearn(settings: CompositionConfig, sources: SlotSources, shared: None, uniform: bool = False) -> SlotModule:
     from fusion.layers.scalearn import ScaLearn, initial_scales
 
     bank = sources.bank()
@@ -98,9 +91,7 @@ def _average(settings: CompositionConfig, sources: SlotSources, shared: dict[Any
         try:
             shared[adapters] = average(adapters)
         except ValueError:
-            raise UserError(
-                "composition.name is average, and the sources' adapters are not of one shape"
-            ) from None
+            raise UserError("composition.name is average, and the sources' adapters are not of one shape") from None
     mean: BottleneckAdapter = shared[adapters]
     return mean if settings.train else FrozenAdapter(mean)
 
@@ -172,11 +163,7 @@ COMPOSITIONS: dict[str, Composition] = {
         one_shape=True,
     ),
     "pruned": Composition(
-        _adapterfusion,
-        (*_ATTENTION, "train", "fusion", "keep"),
-        _PENALTY,
-        starts_from_sources=True,
-        finds=KEPT,
+        _adapterfusion, (*_ATTENTION, "train", "fusion", "keep"), _PENALTY, starts_from_sources=True, finds=KEPT
     ),
     "continued": Composition(_continued, no_weights=ONE_ADAPTER, starts_from_sources=True, finds=CONTINUED),
 }

@@ -71,6 +71,4 @@ class DataConfig(Settings, group="data"):
 
 def require_max_length(data: DataConfig) -> None:
     """Refuse null, which only an artifact gives a meaning."""
-    require(
-        data.max_length is not None, "data.max_length=null: expected a number of tokens >= 4, such as 128"
-    )
+    require(data.max_length is not None, "data.max_length=null: expected a number of tokens >= 4, such as 128")

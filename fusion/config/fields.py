@@ -53,9 +53,7 @@ def checked(default: Any, accepts: Callable[[Any], bool], expected: str) -> Any:
     return field(default=default, metadata=metadata)
 
 
-def integer(
-    default: int | None, at_least: int, at_most: float = math.inf, null: str = "", hint: str = ""
-) -> Any:
+def integer(default: int | None, at_least: int, at_most: float = math.inf, null: str = "", hint: str = "") -> Any:
     """A whole number.
 
     Args:
@@ -88,12 +86,7 @@ def number(
 
 
 def _number(
-    default: float | None,
-    kind: str,
-    accepts: Callable[[Any], bool],
-    bounds: dict[str, float],
-    null: str,
-    hint: str,
+    default: float | None, kind: str, accepts: Callable[[Any], bool], bounds: dict[str, float], null: str, hint: str
 ) -> Any:
     def inside(value: Any) -> bool:
         if value is None:
@@ -128,9 +121,7 @@ def layers() -> Any:
         return value is None or (isinstance(value, str) and re.fullmatch(r"last:[1-9]\d*", value) is not None)
 
     return checked(
-        None,
-        accepts,
-        "null (all layers), last:N such as last:3, or a list of different layers such as [0,2,4]",
+        None, accepts, "null (all layers), last:N such as last:3, or a list of different layers such as [0,2,4]"
     )
 
 

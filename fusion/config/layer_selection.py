@@ -21,8 +21,7 @@ def kept_layers(layers: Any, drop: str | None, count: int, group: str) -> list[i
     if isinstance(layers, str):
         last = int(layers.removeprefix("last:"))
         require(
-            last <= count,
-            f"{group}.layers={layers}: the backbone has {count} layers; expected last:1 to last:{count}",
+            last <= count, f"{group}.layers={layers}: the backbone has {count} layers; expected last:1 to last:{count}"
         )
         selected = range(count - last, count)
     require(

@@ -38,9 +38,7 @@ def _check_lora(settings: MethodConfig, weights: Mapping[str, Tensor], file: Pat
     """Refuse a rank that the stored weights do not have, before anything of that size is made."""
     stored = {tuple(tensor.shape[:1]) for name, tensor in weights.items() if name.endswith("lora_A.weight")}
     if stored != {(settings.rank,)}:
-        raise UserError(
-            f"{file}: has LoRA of rank {sorted(stored)}, and manifest.json has method.rank={settings.rank}"
-        )
+        raise UserError(f"{file}: has LoRA of rank {sorted(stored)}, and manifest.json has method.rank={settings.rank}")
 
 
 def _lora(settings: MethodConfig, model: nn.Module) -> Tuning:
@@ -105,9 +103,7 @@ class MethodConfig(NamedSettings, group="method"):
     alpha: int = integer(8, 1)  # the update is scaled by alpha / rank
     dropout: float = number(0.0, at_least=0, below=1)  # on the input of the update
     # Tasks are drawn with p_i ~ n_i^(1/temperature) (Stickland & Murray 2019).
-    temperature: float = number(
-        2.0, above=0, hint="; 1 draws tasks by their size, higher values favour small tasks"
-    )
+    temperature: float = number(2.0, above=0, hint="; 1 draws tasks by their size, higher values favour small tasks")
     targets: list[str] = checked(  # the linear layers with an update, by the last part of their names
         ["query", "value"],
         lambda value: 0 < len(value) == len(set(value)),

@@ -32,9 +32,7 @@ class BackboneConfig(Settings, group="backbone"):
     name_or_path: str = checked("???", bool, "a hub id or a folder")
     revision: Optional[str] = None
     pooling: str = choice("cls", POOLINGS)  # default of head.pooling
-    dropout: Optional[bool] = (
-        None  # the backbone's own dropout in training; null: only where all of it trains
-    )
+    dropout: Optional[bool] = None  # the backbone's own dropout in training; null: only where all of it trains
     cache: str = choice("auto", CACHES)  # of the features below the lowest slot; auto: where it pays off
     cache_gb: float = number(20.0, above=0, infinite=True)  # disk space for all cached features
     gradient_checkpointing: bool = False  # less memory: each layer is computed again in backward

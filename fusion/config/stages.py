@@ -34,10 +34,7 @@ def source_names(value: Any, expected: str) -> Any:
     if isinstance(value, list) and all(type(name) in (str, int, float) for name in value):
         names = [str(name) for name in value]
         twice = repeated(names)
-        require(
-            not twice,
-            f"{override('sources', names)}: duplicate {', '.join(twice)}; expected each source once",
-        )
+        require(not twice, f"{override('sources', names)}: duplicate {', '.join(twice)}; expected each source once")
         return names
     known = value == "all" or ("top:N" in expected and re.fullmatch(r"top:[1-9]\d*", str(value)) is not None)
     require(known, f"{override('sources', value)}: expected {expected}")
@@ -98,9 +95,7 @@ class Stage1Config(StageConfig):
 
     def __post_init__(self) -> None:
         method, definition = self.method.name, self.method.definition
-        if (
-            self.backbone.dropout is None
-        ):  # a backbone that trains as a whole uses its dropout, as in pre-training
+        if self.backbone.dropout is None:  # a backbone that trains as a whole uses its dropout, as in pre-training
             self.backbone.dropout = definition.whole
         super().__post_init__()
         require(
@@ -126,8 +121,7 @@ class Stage1Config(StageConfig):
         )
         # Plain containers in the processes of a DDP job.
         self.tasks = [
-            TaskConfig.from_dict(task, where="tasks") if isinstance(task, dict) else task
-            for task in self.tasks
+            TaskConfig.from_dict(task, where="tasks") if isinstance(task, dict) else task for task in self.tasks
         ]
         self.loss.check(self.task_list)
 

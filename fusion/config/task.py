@@ -57,8 +57,7 @@ class TaskConfig(Task):
         entries = self.raw_label_values
         values = [(type(value), repr(value)) for entry in entries for value in entry]
         check(
-            all(entry and all(map(_is_raw_label, entry)) for entry in entries)
-            and len(set(values)) == len(values),
+            all(entry and all(map(_is_raw_label, entry)) for entry in entries) and len(set(values)) == len(values),
             "label_values",
             self.label_values,
             "for each label a value, or a list of values, each once",

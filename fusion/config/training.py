@@ -110,14 +110,10 @@ class TrainerConfig(Settings, group="trainer"):
     limit_test_batches: Any = batches()
     limit_predict_batches: Any = batches()
     overfit_batches: Any = checked(
-        0.0,
-        lambda value: not value,
-        "0, since batches are planned by length; data.limit.train=N overfits on N rows",
+        0.0, lambda value: not value, "0, since batches are planned by length; data.limit.train=N overfits on N rows"
     )
     val_check_interval: Any = batches(times=True)
-    check_val_every_n_epoch: Optional[int] = integer(
-        1, 1, null="trainer.val_check_interval in batches across epochs"
-    )
+    check_val_every_n_epoch: Optional[int] = integer(1, 1, null="trainer.val_check_interval in batches across epochs")
     num_sanity_val_steps: Optional[int] = integer(0, -1, null="none")
     log_every_n_steps: Optional[int] = integer(10, 0, null="50")
     enable_checkpointing: Optional[bool] = True
@@ -126,9 +122,7 @@ class TrainerConfig(Settings, group="trainer"):
     accumulate_grad_batches: int = integer(1, 1)
     gradient_clip_val: Any = number(1.0, at_least=0, hint=" (0: no clipping)", null="no clipping")
     gradient_clip_algorithm: Optional[str] = None
-    deterministic: Any = checked(
-        None, lambda value: value in (None, True, False, "warn"), "true, false or warn"
-    )
+    deterministic: Any = checked(None, lambda value: value in (None, True, False, "warn"), "true, false or warn")
     benchmark: Optional[bool] = None
     inference_mode: bool = True
     profiler: Optional[str] = None

@@ -91,9 +91,7 @@ class Batch:
 
     def _mapped(self, change: Any) -> Batch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(
-            self, **{name: change(value) for name, value in values.items() if torch.is_tensor(value)}
-        )
+        return replace(self, **{name: change(value) for name, value in values.items() if torch.is_tensor(value)})
 
 
 class EpochBatches(Sampler[Plan]):
@@ -161,9 +159,7 @@ class LengthBatches(EpochBatches):
 
     def _global_batches(self, random: np.random.RandomState) -> list[NDArray[np.intp]]:
         order = random.permutation(len(self.lengths))
-        chunks = [
-            order[start : start + _CHUNK * self._size] for start in range(0, len(order), _CHUNK * self._size)
-        ]
+        chunks = [order[start : start + _CHUNK * self._size] for start in range(0, len(order), _CHUNK * self._size)]
         ordered = np.concatenate([chunk[np.argsort(self.lengths[chunk], kind="stable")] for chunk in chunks])
         return [ordered[start : start + self._size] for start in range(0, len(ordered), self._size)]
 

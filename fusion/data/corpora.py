@@ -127,9 +127,7 @@ def download_with_pip(folder: Path) -> bytes:
     (folder / "setuptools").mkdir()
     (folder / "setuptools" / "__init__.py").write_text("")
     (folder / "setuptools" / "build_meta.py").write_text(_SETUPTOOLS)
-    options = (
-        "--quiet --disable-pip-version-check --retries 1 --no-deps --no-binary :all: --no-build-isolation"
-    )
+    options = "--quiet --disable-pip-version-check --retries 1 --no-deps --no-binary :all: --no-build-isolation"
     paths = ["--requirement", str(folder / "requirements.txt"), "--dest", str(folder / "downloads")]
     finished = subprocess.run(
         [sys.executable, "-m", "pip", "download", *options.split(), "--require-hashes", *paths],

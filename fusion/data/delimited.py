@@ -45,9 +45,7 @@ def read_delimited(
     if quoted and unclosed is not None:
         line = content.count(b"\n", 0, unclosed) + 1
         # pyarrow would read the rest of the file as one value, and rows would be lost silently.
-        raise UserError(
-            f"{path}, line {line}: a quote is not closed; close it, or double the quotes in a field"
-        )
+        raise UserError(f"{path}, line {line}: a quote is not closed; close it, or double the quotes in a field")
     if not content.endswith((b"\n", b"\r")):
         content += b"\n"  # without it, pyarrow ignores a file of column names only
     try:
@@ -57,9 +55,7 @@ def read_delimited(
             # than a block, and an error names its row.
             pyarrow.csv.ReadOptions(use_threads=False, block_size=min(len(content) + 1, _MAX_BLOCK)),
             pyarrow.csv.ParseOptions(
-                delimiter="\t" if tabs else ",",
-                quote_char='"' if quoted else False,
-                newlines_in_values=quoted,
+                delimiter="\t" if tabs else ",", quote_char='"' if quoted else False, newlines_in_values=quoted
             ),
             pyarrow.csv.ConvertOptions(
                 column_types={name: pyarrow.string() for name in text_columns},

@@ -47,9 +47,7 @@ class EncodedRows:
         loss_weights: (rows,) float64, the weight of each row in the mean of the training loss; None: all are equal.
     """
 
-    def __init__(
-        self, arrays: Arrays, rows: Rows, pad_token_id: int, pad_left: bool = False, key: str = ""
-    ) -> None:
+    def __init__(self, arrays: Arrays, rows: Rows, pad_token_id: int, pad_left: bool = False, key: str = "") -> None:
         """
         Args:
             arrays: `input_ids` (all tokens,), the sequences one after another; `ends` (sequences,), where each ends;
@@ -75,9 +73,7 @@ class EncodedRows:
             self._word_ends = np.cumsum(self.word_counts)
         self._first = np.arange(len(rows)) if counts is None else np.cumsum(counts) - counts
         lengths = self._ends - self._starts
-        self.lengths: NDArray[np.int64] = (
-            lengths if counts is None else np.maximum.reduceat(lengths, self._first)
-        )
+        self.lengths: NDArray[np.int64] = lengths if counts is None else np.maximum.reduceat(lengths, self._first)
         self.labels = None if rows.labels is None else label_array(rows.labels)
         self.fingerprint = rows.fingerprint
         self.key = key
@@ -174,9 +170,7 @@ class EncodedRows:
         # Offset from a sequence's index in the split to that in the batch, for each row.
         shift = np.cumsum(windows) - windows - self._first[rows]
         places = np.full((len(rows), int(counts.max())), -1, np.int64)
-        places[np.arange(places.shape[1]) < counts[:, None]] = (
-            sequences + np.repeat(shift, counts)
-        ) * width + column
+        places[np.arange(places.shape[1]) < counts[:, None]] = (sequences + np.repeat(shift, counts)) * width + column
         return places
 
     def places(self, indices: list[int]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -253,11 +247,7 @@ def encode(
         )
     pad = tokenizer.pad_token_id
     return EncodedRows(
-        arrays,
-        rows,
-        pad_token_id=0 if pad is None else pad,
-        pad_left=tokenizer.padding_side == "left",
-        key=key,
+        arrays, rows, pad_token_id=0 if pad is None else pad, pad_left=tokenizer.padding_side == "left", key=key
     )
 
 

@@ -33,12 +33,7 @@ def _open_zstd(path: Path) -> Any:
     return pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
 
 
-_OPEN: dict[str, Callable[[Path], Any]] = {
-    "gz": gzip.open,
-    "bz2": bz2.open,
-    "xz": lzma.open,
-    "zst": _open_zstd,
-}
+_OPEN: dict[str, Callable[[Path], Any]] = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open, "zst": _open_zstd}
 
 
 @dataclass(frozen=True)
@@ -121,9 +116,7 @@ def _saved_data_sets(folder: Path) -> Iterator[SplitFiles]:
     """Folders of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`."""
     state = folder / _STATE
     if not state.is_file():
-        yield from (
-            SplitFiles(path.name, (path,)) for path in sorted(folder.iterdir()) if (path / _STATE).is_file()
-        )
+        yield from (SplitFiles(path.name, (path,)) for path in sorted(folder.iterdir()) if (path / _STATE).is_file())
         return
     try:
         split = json.loads(state.read_bytes())["_split"]
@@ -148,6 +141,4 @@ def read_text(path: object, content: bytes) -> str:
         return content.decode()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}, line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8"
-        ) from error
+        raise UserError(f"{path}, line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error

@@ -44,9 +44,7 @@ def texts_of(task: TaskConfig, table: Table, rows: list[int]) -> list[tuple[str,
     return list(zip(*columns, strict=True))
 
 
-def words_of(
-    task: TaskConfig, table: Table, rows: list[int], drop_empty: bool
-) -> tuple[list[int], list[list[str]]]:
+def words_of(task: TaskConfig, table: Table, rows: list[int], drop_empty: bool) -> tuple[list[int], list[list[str]]]:
     """The rows to keep, and the words of each.
 
     Args:
@@ -81,9 +79,7 @@ def choices_of(task: TaskConfig, table: Table, rows: list[int]) -> list[list[str
         while several and choices and choices[-1] is None:
             choices.pop()
         if len(_texts(choices, table, row, ", ".join(names), "choice", first=0)) < 2:
-            raise UserError(
-                f"{table.at(row)}: {', '.join(names)} has {len(choices)} choices; expected at least 2"
-            )
+            raise UserError(f"{table.at(row)}: {', '.join(names)} has {len(choices)} choices; expected at least 2")
         found.append(choices)
     return found
 
@@ -135,6 +131,4 @@ def _text(value: Any, table: Table, row: int, name: str) -> str:
 def _texts(values: Any, table: Table, row: int, name: str, item: str, first: int) -> list[str]:
     if not isinstance(values, (list, tuple)):
         raise UserError(f"{table.at(row)}: {name} is {shown(values)}; expected a list of {item}s")
-    return [
-        _text(value, table, row, f"{item} {number} of {name}") for number, value in enumerate(values, first)
-    ]
+    return [_text(value, table, row, f"{item} {number} of {name}") for number, value in enumerate(values, first)]

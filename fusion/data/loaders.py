@@ -9,15 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fusion.data.batches import (
-    Batch,
-    EpochBatches,
-    LengthBatches,
-    Plan,
-    SortedBatches,
-    TaskBatches,
-    TokenBatches,
-)
+from fusion.data.batches import Batch, EpochBatches, LengthBatches, Plan, SortedBatches, TaskBatches, TokenBatches
 from fusion.data.encode import EncodedRows
 
 _SAMPLE_SEED = 0  # independent of the run's seed: runs with different seeds measure the same rows
@@ -92,9 +84,7 @@ def sampled_batches(
         yield rows.batch(chosen[plan.rows].tolist())
 
 
-def _loader(
-    encoded: Sequence[EncodedRows], sampler: EpochBatches | SortedBatches, workers: int
-) -> DataLoader[Any]:
+def _loader(encoded: Sequence[EncodedRows], sampler: EpochBatches | SortedBatches, workers: int) -> DataLoader[Any]:
     return DataLoader(
         PlannedBatches(encoded),
         sampler=sampler,

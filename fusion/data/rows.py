@@ -16,15 +16,7 @@ from typing import Any
 from fusion.config.data import DataConfig
 from fusion.config.task import TaskConfig
 from fusion.data.draws import Holdout, limited_rows, part_rows
-from fusion.data.inputs import (
-    choices_of,
-    fill_blanks,
-    label_column,
-    names_of,
-    text_columns,
-    texts_of,
-    words_of,
-)
+from fusion.data.inputs import choices_of, fill_blanks, label_column, names_of, text_columns, texts_of, words_of
 from fusion.data.splits import Part, family, holdout, locate
 from fusion.data.tables import hub_table, read_split, read_table, record_table
 from fusion.errors import UserError

@@ -63,9 +63,7 @@ def evaluation_splits(task: TaskConfig, split: str, data: DataConfig | None = No
         known = [*task.hub.splits, *(name for ours in task.hub.splits for name in _published(task, ours))]
     if not published:
         names = ", ".join(dict.fromkeys(known))
-        raise UserError(
-            f"task {task.name} has no split {split}: expected one of {names}\n{_hint(split)}".strip()
-        )
+        raise UserError(f"task {task.name} has no split {split}: expected one of {names}\n{_hint(split)}".strip())
     return published
 
 
@@ -85,9 +83,7 @@ def locate(task: TaskConfig, data: DataConfig, split: str) -> tuple[SplitFiles |
                 f"data.dir=DIR reads DIR/{task.name}/{split}.parquet (jsonl, json, csv, tsv)"
             )
         if len(names) > 1:
-            raise UserError(
-                f"task {task.name}: {split} is {' and '.join(names)} on the hub; select one of them"
-            )
+            raise UserError(f"task {task.name}: {split} is {' and '.join(names)} on the hub; select one of them")
         name = task.hub.splits.get(split, split)
         return None, _part(task, name[0] if isinstance(name, list) else name)
     files = _files(task, data)
@@ -113,9 +109,7 @@ def holdout(task: TaskConfig, data: DataConfig, split: str) -> Holdout | None:
     fractions = {
         name: fraction
         for name in HELD_OUT
-        if (fraction := getattr(data.split, name)) is not None
-        and ours is not None
-        and not _has_split(task, data, name)
+        if (fraction := getattr(data.split, name)) is not None and ours is not None and not _has_split(task, data, name)
     }
     if ours is None or not fractions or (ours != "train" and ours not in fractions):
         return None
@@ -147,9 +141,7 @@ def check_held_out_splits(tasks: Iterable[TaskConfig], data: DataConfig) -> None
         without = [task for task in every if not _has_split(task, data, split)]
         if not without:
             names = ", ".join(str(task.name) for task in every)
-            raise UserError(
-                f"data.split.{split}={fraction:g}: {names} already has a {split} split; leave it out"
-            )
+            raise UserError(f"data.split.{split}={fraction:g}: {names} already has a {split} split; leave it out")
         if data.split.stratify and (wrong := [task for task in without if not kind_of(task).has_classes]):
             raise UserError(
                 f"data.split.stratify=true: {wrong[0].name} is of kind {wrong[0].kind} and has no classes to stratify "
@@ -183,9 +175,7 @@ def _is_local(task: TaskConfig, data: DataConfig) -> bool:
     if data.dir is None:
         return False
     if not resolve_path(data.dir, "data.dir").is_dir():
-        raise UserError(
-            f"data.dir={data.dir}: no such folder; data.dir=null reads the hub, or the task's corpus"
-        )
+        raise UserError(f"data.dir={data.dir}: no such folder; data.dir=null reads the hub, or the task's corpus")
     return task.corpus is None or _folder(task, data).is_dir()
 
 
@@ -240,9 +230,7 @@ def _part(task: TaskConfig, name: str) -> Part:
     found = _PART.fullmatch(name)
     part = Part(found["name"], int(found["start"] or 0), int(found["stop"] or 100)) if found else None
     if part is None or part.start >= part.stop:
-        raise UserError(
-            f"task {task.name}: hub.splits has {name}; expected a name, or a part such as train[:90%]"
-        )
+        raise UserError(f"task {task.name}: hub.splits has {name}; expected a name, or a part such as train[:90%]")
     return part
 
 
@@ -260,8 +248,6 @@ def _files(task: TaskConfig, data: DataConfig) -> dict[str, SplitFiles]:
         folders = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
         raise UserError(
             f"data.dir={data.dir} has no folder {task.name}: it holds {listed(folders)}\n"
-            f"Expected {folder}/<split>.parquet (jsonl, json, csv, tsv); {_without_local(task)}".removesuffix(
-                "; "
-            )
+            f"Expected {folder}/<split>.parquet (jsonl, json, csv, tsv); {_without_local(task)}".removesuffix("; ")
         )
     return split_files(folder)

@@ -100,9 +100,7 @@ def read_table(path: Path, text_columns: Iterable[str] = (), quoting: str | None
         extension, _, compression = form[1:].partition(".")
         content = read_content(path, compression)
         if extension in ("json", "jsonl"):
-            return record_table(
-                *(read_json if extension == "json" else read_jsonl)(path, content), where=where
-            )
+            return record_table(*(read_json if extension == "json" else read_jsonl)(path, content), where=where)
         if extension == "conll":
             sentences, lines = read_conll(path, content)
             table = record_table(sentences, where=where)
@@ -123,9 +121,7 @@ def _concatenated(tables: list[Table], where: str) -> Table:
     for table in tables[1:]:
         # Class names are part of it: the same ids must mean the same classes.
         if set(table.columns) != set(first.columns) or table.classes != first.classes:
-            differing = sorted(set(table.columns) ^ set(first.columns)) or sorted(
-                {**first.classes, **table.classes}
-            )
+            differing = sorted(set(table.columns) ^ set(first.columns)) or sorted({**first.classes, **table.classes})
             raise UserError(
                 f"{table.where}: column {listed(differing)} differs from {Path(first.where).name} in its name or its "
                 "class names; write all shards of a split with the same columns and features"

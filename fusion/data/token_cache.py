@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 Arrays = dict[str, NDArray[Any]]
 
 _FORMAT = 2
-_METADATA = (
-    "key and crc32"  # one entry: the order of multiple entries, and so the bytes of the file, would vary
-)
+_METADATA = "key and crc32"  # one entry: the order of multiple entries, and so the bytes of the file, would vary
 
 
 def cache_key(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:

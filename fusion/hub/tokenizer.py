@@ -122,15 +122,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
         digest.update(state)
     rest: list[Any] = [
         [
-            [
-                number,
-                token.content,
-                token.single_word,
-                token.lstrip,
-                token.rstrip,
-                token.normalized,
-                token.special,
-            ]
+            [number, token.content, token.single_word, token.lstrip, token.rstrip, token.normalized, token.special]
             for number, token in sorted(backend.get_added_tokens_decoder().items())
         ],
         tokenizer.truncation_side,

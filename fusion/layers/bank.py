@@ -28,9 +28,7 @@ class Sources(nn.Module):
 
     source_positions: Tensor
 
-    def __init__(
-        self, nonlinearities: Sequence[str], size: int, positions: Sequence[int], total: int
-    ) -> None:
+    def __init__(self, nonlinearities: Sequence[str], size: int, positions: Sequence[int], total: int) -> None:
         super().__init__()
         self.nonlinearities = list(nonlinearities)
         self.size = size
@@ -47,9 +45,7 @@ class Sources(nn.Module):
         if len(runs) == 1:
             return NONLINEARITIES[runs[0][0]](down)
         parts = down.split([length for _, length in runs], dim=-2)
-        return torch.cat(
-            [NONLINEARITIES[name](part) for (name, _), part in zip(runs, parts, strict=True)], dim=-2
-        )
+        return torch.cat([NONLINEARITIES[name](part) for (name, _), part in zip(runs, parts, strict=True)], dim=-2)
 
     def on(self, sources_on: Tensor | None) -> Tensor | None:
         """sources_on: (total,) bool or None -> its entries for the adapters of this slot: (N,)."""
@@ -91,9 +87,7 @@ class AdapterBank(Sources):
         if not adapters:
             raise ValueError("a bank needs at least one adapter")
         if len(sources) != len(adapters) or sorted(set(sources)) != list(sources) or sources[-1] >= total:
-            raise ValueError(
-                f"source positions {list(sources)} do not fit {len(adapters)} adapters of {total} sources"
-            )
+            raise ValueError(f"source positions {list(sources)} do not fit {len(adapters)} adapters of {total} sources")
         widths = {(adapter.down.in_features, adapter.up.out_features) for adapter in adapters}
         if len(widths) != 1:
             raise ValueError(f"adapters of different widths (input, output): {sorted(widths)}")

@@ -92,18 +92,14 @@ class TaskHeads(nn.Module):
         # A list, since torch allows neither "my.task" nor "type" as the name of a module.
         self.heads = nn.ModuleList(heads.values())
 
-    def forward(
-        self, hidden: Tensor, attention_mask: Tensor, task: int, words: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, attention_mask: Tensor, task: int, words: Tensor | None = None) -> Tensor:
         """As `TaskHead`, with the head of this task."""
         scores: Tensor = self.heads[task](hidden, attention_mask, words)
         if not self.training:
             return scores
         # The other heads get a gradient of 0: DDP expects one for every parameter, and the optimizer then does the
         # same in one process as in many.
-        others = [
-            p.sum() for number, head in enumerate(self.heads) if number != task for p in head.parameters()
-        ]
+        others = [p.sum() for number, head in enumerate(self.heads) if number != task for p in head.parameters()]
         return scores + 0.0 * torch.stack(others).sum() if others else scores
 
     def by_task(self) -> dict[str, TaskHead]:

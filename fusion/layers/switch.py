@@ -52,8 +52,6 @@ class TaskSwitch(SlotModule):
         if len(set(names)) == 1:
             return NONLINEARITIES[names[0]](z)
         kinds = sorted(set(names))
-        kind = F.one_hot(torch.tensor([kinds.index(name) for name in names], device=z.device), len(kinds))[
-            own
-        ]
+        kind = F.one_hot(torch.tensor([kinds.index(name) for name in names], device=z.device), len(kinds))[own]
         parts = [NONLINEARITIES[name](z) * kind[:, n].view(-1, 1, 1) for n, name in enumerate(kinds)]
         return torch.stack(parts).sum(0)

@@ -27,9 +27,7 @@ class WithTargetAdapter(SlotModule):
         self.composition = composition
         self.target = target
         parts = (("composition", composition), ("target", target))
-        self.undecayed = tuple(
-            f"{part}.{name}" for part, slot_module in parts for name in slot_module.undecayed
-        )
+        self.undecayed = tuple(f"{part}.{name}" for part, slot_module in parts for name in slot_module.undecayed)
 
     def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
         """x: (B, T, D) -> o + u_target: (B, T, D)."""

@@ -97,9 +97,7 @@ class AdaptedModel(nn.Module):
     def _make_slot(self, address: SlotAddress, module: SlotModule, reads: str) -> Slot:
         stack = self._family.stacks.get(address.stack)
         if stack is None:
-            raise ValueError(
-                f"no slot {address}: expected one of the stacks {', '.join(self._family.stacks)}"
-            )
+            raise ValueError(f"no slot {address}: expected one of the stacks {', '.join(self._family.stacks)}")
         layers = self._layers_of(address.stack)
         if address.site not in stack.sites or address.layer >= len(layers):
             raise ValueError(f"no slot {address}: {len(layers)} layers, sites {', '.join(stack.sites)}")
@@ -315,9 +313,7 @@ class AdaptedModel(nn.Module):
         """Names in `trainable` without weight decay: vectors, and what a slot module exempts."""
         vectors = {name for name, parameter in self.trainable().items() if parameter.ndim < 2}
         exempt = {
-            ".".join(("slots", *_key(slot.address), name))
-            for slot in self._slot_list
-            for name in slot.module.undecayed
+            ".".join(("slots", *_key(slot.address), name)) for slot in self._slot_list for name in slot.module.undecayed
         }
         return vectors | (exempt & set(self.trainable()))
 

@@ -12,25 +12,14 @@ from fusion.backbones.tuning import Tuning
 from fusion.config.compositions import CompositionConfig
 from fusion.config.layer_selection import kept_layers
 from fusion.config.methods import MethodConfig
-from fusion.config.model import (
-    SITES,
-    AdapterConfig,
-    HeadConfig,
-    SameBackboneConfig,
-)
+from fusion.config.model import SITES, AdapterConfig, HeadConfig, SameBackboneConfig
 from fusion.config.task import TaskConfig
 from fusion.errors import UserError
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.layers.slot_module import SlotModule, parameters_of
 from fusion.model.adapted import AdaptedModel
-from fusion.model.from_manifests import (
-    compose,
-    described_adapters,
-    described_head,
-    head_shapes,
-    weight_shapes,
-)
+from fusion.model.from_manifests import compose, described_adapters, described_head, head_shapes, weight_shapes
 from fusion.store.artifacts import Artifact, copy_stored, load, load_by_hash, match_keys
 from fusion.store.compatibility import check_backbone, check_sources
 from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
@@ -103,10 +92,7 @@ def _check_weights(artifact: Artifact, sources: Sequence[Manifest] = ()) -> None
 
 
 def build_composition(
-    config: CompositionConfig,
-    sources: Sequence[Artifact],
-    backbone: Backbone,
-    chosen: Mapping[str, Any] | None = None,
+    config: CompositionConfig, sources: Sequence[Artifact], backbone: Backbone, chosen: Mapping[str, Any] | None = None
 ) -> dict[str, SlotModule]:
     """The composition of stored sources for each slot where at least one of them has an adapter.
 
@@ -213,11 +199,7 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int 
         tuning = tuning_of(method, backbone)
         assert tuning is not None
         copy_stored(tuning.state(), artifact.weights, artifact.path / WEIGHTS)
-    kept = {
-        slot: slot_module
-        for slot, slot_module in slot_modules.items()
-        if SlotAddress.parse(slot).layer >= drop
-    }
+    kept = {slot: slot_module for slot, slot_module in slot_modules.items() if SlotAddress.parse(slot).layer >= drop}
     placement = sources[0].manifest.placement if sources else manifest.placement
     reads = placement["adapter.reads"] or "normed"
     model = AdaptedModel(backbone, kept, reads, described_head(manifest), tuning=tuning)

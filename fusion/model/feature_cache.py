@@ -107,11 +107,7 @@ def _go_without(asked: str, why: str, fix: str, error: OSError | None = None) ->
     """Without a cache: `auto` logs why, a given type is refused."""
     if asked != "auto":
         raise UserError(f"backbone.cache={asked}: {why}\n{fix}") from error
-    log.log(
-        logging.INFO if error is None else logging.WARNING,
-        "%s: frozen features are computed in each epoch",
-        why,
-    )
+    log.log(logging.INFO if error is None else logging.WARNING, "%s: frozen features are computed in each epoch", why)
 
 
 def _inputs(batch: Any, device: torch.device) -> tuple[Any, ...]:

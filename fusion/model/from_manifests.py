@@ -90,9 +90,7 @@ def compose(
     definition = config.definition
     for key in (KEPT, CONTINUED):
         if (key in chosen) != (definition.finds == key):
-            raise UserError(
-                f"composition.{key} is {'not for' if key in chosen else 'missing for'} {config.name}"
-            )
+            raise UserError(f"composition.{key} is {'not for' if key in chosen else 'missing for'} {config.name}")
     only = chosen.get(CONTINUED)
     if only is not None and only not in [source.name for source in sources]:
         raise UserError("composition.continued is not one of the sources")
@@ -117,9 +115,7 @@ def compose(
     return modules
 
 
-def _kept(
-    kept: Mapping[str, Any], slot: str, present: Mapping[int, BottleneckAdapter]
-) -> dict[int, BottleneckAdapter]:
+def _kept(kept: Mapping[str, Any], slot: str, present: Mapping[int, BottleneckAdapter]) -> dict[int, BottleneckAdapter]:
     positions = kept.get(slot)
     if (
         not isinstance(positions, list)
@@ -163,9 +159,7 @@ def weight_shapes(manifest: Manifest, sources: Sequence[Manifest], path: Path) -
         assert fused is not None
         check_sources(list(sources))
         layers = manifest.backbone.layers
-        return compose(
-            fused.settings, sources, lambda n: described_adapters(sources[n]), layers, fused.chosen
-        )
+        return compose(fused.settings, sources, lambda n: described_adapters(sources[n]), layers, fused.chosen)
 
     if manifest.adapter is not None:
         return _shapes(lambda: parameters_of(described_adapters(manifest)), path)

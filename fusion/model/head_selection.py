@@ -41,8 +41,7 @@ def select_heads(manifest: Manifest, task: TaskConfig | None) -> list[SelectedHe
     except UserError as error:  # it may quote a long text of the manifest
         raise UserError(shortened(str(error), 600)) from None
     heads = [
-        SelectedHead(own, index, str(own.name), dict(manifest.heads[index].decision))
-        for index, own in enumerate(tasks)
+        SelectedHead(own, index, str(own.name), dict(manifest.heads[index].decision)) for index, own in enumerate(tasks)
     ]
     if task is None:
         return heads

@@ -38,9 +38,7 @@ def start_from(config: StageConfig, model: AdaptedModel, backbone: Backbone) -> 
         copy_stored(model.head_state(), artifact.head, artifact.path / HEAD)
         log.info("starting from the weights and the head of %s", manifest.name)
     else:
-        log.info(
-            "starting from the weights of %s; the head is new, since its task or shape differs", manifest.name
-        )
+        log.info("starting from the weights of %s; the head is new, since its task or shape differs", manifest.name)
     return manifest
 
 

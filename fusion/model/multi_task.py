@@ -54,9 +54,7 @@ class MultiTaskModel(nn.Module):
         self.eval()
 
     @torch.inference_mode()
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
-    ) -> list[Tensor]:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> list[Tensor]:
         """input_ids, attention_mask, token_type_ids: (B, T) -> for each task (B, K)."""
         tasks = len(self.heads)
         hidden = self.model.frozen_features(input_ids, attention_mask, token_type_ids)

@@ -11,10 +11,7 @@ from fusion.reporting.statistics import Difference, Predictions, Sample, compare
 def ablation(inspection: Mapping[str, Any], metric: str) -> dict[str, Difference]:
     """By source, the score without it minus the score with all; with an interval over the rows if they were kept."""
     rows = {key: inspection.get(key) for key in ("fingerprint", "labels")}
-    full, kept = (
-        inspection["metrics"][metric],
-        Predictions.of(rows | {"predicted": inspection.get("predicted")}),
-    )
+    full, kept = (inspection["metrics"][metric], Predictions.of(rows | {"predicted": inspection.get("predicted")}))
     made = {}
     for source, one in inspection["masked"].items():
         score, without = one["metrics"][metric], Predictions.of(rows | {"predicted": one.get("predicted")})

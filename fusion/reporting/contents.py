@@ -70,16 +70,12 @@ class Contents:
             figure = figures.by_target_figure(self.attention)
             add("attention-by-target", title="Sources by targets", figure=figure, settings=settings)
         if any(one.entropy is not None for one in self.attention):
-            title = (
-                "Entropy of the attention in each layer, the mean over tokens, relative to uniform attention"
-            )
+            title = "Entropy of the attention in each layer, the mean over tokens, relative to uniform attention"
             add("entropy", title=title, figure=figures.entropy_figure(self.attention), settings=settings)
         for target, method, _, inspection in self.inspected:
             metric = next(iter(inspection["metrics"]))
             if changes := ablation(inspection, metric):
-                steps = [
-                    (len(step["kept"]), step["metrics"][metric]) for step in inspection.get("pruned") or []
-                ]
+                steps = [(len(step["kept"]), step["metrics"][metric]) for step in inspection.get("pruned") or []]
                 figure = figures.ablation_figure(metric, changes, steps)
                 title = f"Score without each source, and with fewer and fewer, {target.label}"
                 settings = chosen_settings(target, [method])

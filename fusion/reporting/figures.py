@@ -129,9 +129,7 @@ def _shorten(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def heatmap_figure(
-    values: Floats, rows: Sequence[str], columns: Sequence[str], ylabel: str, title: str
-) -> Figure:
+def heatmap_figure(values: Floats, rows: Sequence[str], columns: Sequence[str], ylabel: str, title: str) -> Figure:
     """values: (rows, columns), NaN where a cell is empty."""
     with _drawing(1.6 + 0.55 * len(columns), 1.2 + 0.27 * len(rows)) as figure:
         axes = figure.subplots()
@@ -192,9 +190,7 @@ def entropy_figure(every: Sequence[Attention]) -> Figure:
         return figure
 
 
-def ablation_figure(
-    metric: str, changes: Mapping[str, Difference], steps: Sequence[tuple[int, float]]
-) -> Figure:
+def ablation_figure(metric: str, changes: Mapping[str, Difference], steps: Sequence[tuple[int, float]]) -> Figure:
     """The change without each source, with its interval; below, the score against the number of kept sources.
 
     Args:

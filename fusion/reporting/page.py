@@ -53,9 +53,7 @@ def write_page(contents: Contents, output: Path, about: Mapping[str, Any], files
         note = f"To stay below 5 MB, token-level attention is limited to {rows} rows of each fusion."
         notes = [*contents.notes, *([] if rows == WORD_ROWS[0] else [note])]
         words = [one | {"rows": one["rows"][:rows]} for one in values["inspected"] if one["rows"][:rows]]
-        text = template.render(
-            values, notes=notes, words=words, data=_script_data(words, values["by_target"])
-        )
+        text = template.render(values, notes=notes, words=words, data=_script_data(words, values["by_target"]))
         if len(text.encode()) <= LARGEST:
             break
     else:

@@ -145,9 +145,7 @@ def _tasks_of(run: RunFolder, path: str, maker: Trained | None) -> str:
     return str(run.result.get("name")) if manifest is None else "+".join(manifest.task_names)
 
 
-def _metrics_of(
-    run: RunFolder, default_task: str
-) -> Iterable[tuple[str, str, dict[str, float], Predictions | None]]:
+def _metrics_of(run: RunFolder, default_task: str) -> Iterable[tuple[str, str, dict[str, float], Predictions | None]]:
     """Task, split, finite metrics and predictions of each score in a result."""
     outcomes: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):

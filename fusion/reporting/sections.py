@@ -83,8 +83,7 @@ def sources_by_target(every: Sequence[Attention]) -> dict[str, Any] | None:
         "rows": list(zip(rows, [one.setting for one in every], _cells(mean, largest), strict=True)),
         "layers": _layers(longest.slots),
         "data": [
-            [[None if math.isnan(v) else round(float(v), 3) for v in row] for row in matrix]
-            for matrix in matrices
+            [[None if math.isnan(v) else round(float(v), 3) for v in row] for row in matrix] for matrix in matrices
         ],
         "largest": largest,
     }

@@ -82,9 +82,7 @@ class Difference:
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 
-def compare(
-    method: Sequence[Sample], baseline: Sequence[Sample], metric: str, by_seed: bool = True
-) -> Difference:
+def compare(method: Sequence[Sample], baseline: Sequence[Sample], metric: str, by_seed: bool = True) -> Difference:
     """The difference of two methods' runs on one split.
 
     Runs are paired by their seeds; if they share no seed, or with `by_seed=False`, all runs are taken and only the

@@ -134,12 +134,7 @@ def _chosen(targets: Sequence[Target]) -> list[str]:
 
 def _scores(target: Target, methods: Sequence[str], value: Any) -> list[Any]:
     groups = [target.groups.get(method) for method in methods]
-    return [
-        target.label,
-        target.metric,
-        target.split,
-        *(None if one is None else value(one) for one in groups),
-    ]
+    return [target.label, target.metric, target.split, *(None if one is None else value(one) for one in groups)]
 
 
 def _difference(target: Target, group: Group) -> list[Any]:

@@ -66,9 +66,7 @@ def _target(task: str, label: str, scores: Sequence[Score], split: str | None) -
     if not here:
         return None
     methods = sorted({score.method for score in here}, key=order_of)
-    variants = {
-        name: _variants(name, [one for one in here if one.method == name], metric) for name in methods
-    }
+    variants = {name: _variants(name, [one for one in here if one.method == name], metric) for name in methods}
     for found in variants.values():
         _best_first(found, scores, split)
     rows = {len(one.predictions.labels) for one in here if one.predictions is not None}
@@ -78,9 +76,7 @@ def _target(task: str, label: str, scores: Sequence[Score], split: str | None) -
         for group in target.every_group:
             if group is not base:
                 _compare(group, base, variants)
-    labels = {
-        one.predictions.fingerprint: one.predictions.labels for one in here if one.predictions is not None
-    }
+    labels = {one.predictions.fingerprint: one.predictions.labels for one in here if one.predictions is not None}
     if len(labels) == 1:  # all scores are of the same rows
         target.majority, target.constant = constant_scores(next(iter(labels.values())), target.metrics)
     return target
@@ -195,8 +191,6 @@ def _correct(targets: Sequence[Target]) -> None:
     """Holm's correction: each method is a family of tests, with a test for each of its settings on each target."""
     for method in {method for target in targets for method in target.variants}:
         groups = [group for target in targets for group in target.variants.get(method, ())]
-        tested = [
-            (one, one.difference.p) for one in groups if one.difference and one.difference.p is not None
-        ]
+        tested = [(one, one.difference.p) for one in groups if one.difference and one.difference.p is not None]
         for (group, _), adjusted in zip(tested, holm([p for _, p in tested]), strict=True):
             group.adjusted = adjusted

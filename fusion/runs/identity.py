@@ -100,8 +100,7 @@ def differing_keys(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
             hashes = zip(names, stored.get(key, ()), asked.get(key, ()), strict=False)
             changed = [(name, there[:8], here[:8]) for name, there, here in hashes if there != here]
             return "sources: " + ", ".join(
-                f"{name} is another artifact now ({there} there, {here} here)"
-                for name, there, here in changed
+                f"{name} is another artifact now ({there} there, {here} here)" for name, there, here in changed
             )
         return f"{key}: {shown(stored, key)} there, {shown(asked, key)} here"
 

@@ -99,9 +99,7 @@ def _of_fusion(config: Stage2Config, store: Path) -> Inputs:
         )
     names = [source.name for source in fusion.sources]
     if keep >= len(names):
-        raise UserError(
-            f"composition.keep={keep}: {fusion.name} has {len(names)} sources, expected fewer than that"
-        )
+        raise UserError(f"composition.keep={keep}: {fusion.name} has {len(names)} sources, expected fewer than that")
     if config.sources and config.sources != names:
         raise UserError(
             f"sources={config.sources}: {fusion.name} has the sources {', '.join(names)}; leave sources= out"
@@ -150,13 +148,9 @@ def initial_manifest(config: StageConfig, kind: str, sources: Sequence[Manifest]
     check_backbone_name(manifest, config.backbone.name_or_path)
     where = f"init_from={config.init_from}"
     if manifest.kind != kind:
-        raise UserError(
-            f"{where}: is a stored {manifest.kind}; this run trains a {kind}, expected a stored {kind}"
-        )
+        raise UserError(f"{where}: is a stored {manifest.kind}; this run trains a {kind}, expected a stored {kind}")
     if isinstance(config, Stage2Config) and config.composition.definition.starts_from_sources:
-        raise UserError(
-            f"{where}: composition={config.composition.name} starts from its sources; leave init_from out"
-        )
+        raise UserError(f"{where}: composition={config.composition.name} starts from its sources; leave init_from out")
     if found := differences(_shape(config, manifest, sources)):
         raise UserError(
             f"{where}: its weights are of another shape than this run's: {found}\n"
@@ -170,9 +164,7 @@ def initial_inputs(manifest: Manifest | None) -> dict[str, Any]:
     return {} if manifest is None else {"init_from": _hashes(manifest)}
 
 
-def _shape(
-    config: StageConfig, manifest: Manifest, sources: Sequence[Manifest]
-) -> dict[str, tuple[Any, Any]]:
+def _shape(config: StageConfig, manifest: Manifest, sources: Sequence[Manifest]) -> dict[str, tuple[Any, Any]]:
     """What determines names, shapes and meaning of the weights: for each key the stored and the asked value."""
     found: dict[str, tuple[Any, Any]] = {}
 
@@ -185,12 +177,7 @@ def _shape(
 
     if isinstance(config, Stage1Config) and manifest.adapter is not None:
         stored, asked = manifest.adapter.settings, config.adapter
-        compare(
-            "adapter",
-            stored,
-            asked,
-            ("sites", "reads", "nonlinearity", "scaling", "shared", "layers", "drop"),
-        )
+        compare("adapter", stored, asked, ("sites", "reads", "nonlinearity", "scaling", "shared", "layers", "drop"))
         sizes = sorted(set(manifest.bottleneck_sizes.values()))
         size = asked.size_for(manifest.backbone.hidden_size)
         found["adapter.bottleneck_size"] = sizes[0] if len(sizes) == 1 else sizes, size

@@ -137,9 +137,7 @@ def record(
         try:
             with open(run.directory / "run.log", "a", encoding="utf-8") as file:
                 failed = state == "failed"
-                file.writelines(
-                    traceback.format_exception(error) if failed else [f"{state}: {describe(reason)}\n"]
-                )
+                file.writelines(traceback.format_exception(error) if failed else [f"{state}: {describe(reason)}\n"])
             write_status(state, describe(reason))
         except OSError as fault:  # must not hide the error itself
             if not isinstance(error, RecordError):

@@ -133,9 +133,7 @@ def summarize_states(jobs: Mapping[str, RunState]) -> list[str]:
     for state, (_, verb) in titles.items():
         found = {name: job.detail for name, job in jobs.items() if job.state == state and verb}
         detailed = [name for name in found if found[name] and state != "done"][:DETAILS]
-        lines += [
-            f"  {verb}: {name} ({shortened(first_line(Exception(found[name])), 120)})" for name in detailed
-        ]
+        lines += [f"  {verb}: {name} ({shortened(first_line(Exception(found[name])), 120)})" for name in detailed]
         if rest := [name for name in found if name not in detailed]:
             lines.append(f"  {verb}: {_some(rest)}")
     return lines

@@ -147,9 +147,7 @@ def adopt(artifact: Artifact, store: Path) -> None:
                 _write(staged / file, read_regular(artifact.path / file, manifest.files[file].bytes))
             _write(staged / MANIFEST, manifest.to_json().encode("utf-8"))
             if read(staged).manifest.hash != manifest.hash:
-                raise UserError(
-                    f"{artifact.path}: was changed while it was copied to {store}; run this again"
-                )
+                raise UserError(f"{artifact.path}: was changed while it was copied to {store}; run this again")
             kept.parent.mkdir(exist_ok=True)
             with contextlib.suppress(OSError):  # another process has just copied the same there
                 os.replace(staged, kept)
@@ -158,9 +156,7 @@ def adopt(artifact: Artifact, store: Path) -> None:
             shutil.rmtree(staged, ignore_errors=True)
 
 
-def match_keys(
-    expected: Mapping[str, Sequence[int]], found: Mapping[str, torch.Tensor], path: Path | str
-) -> None:
+def match_keys(expected: Mapping[str, Sequence[int]], found: Mapping[str, torch.Tensor], path: Path | str) -> None:
     """Refuse tensors that are not exactly the expected ones, by name and shape.
 
     Raises:
@@ -193,17 +189,13 @@ def check_numbers(values: Mapping[str, torch.Tensor], path: Path | str) -> None:
             raise UserError(f"{path}: {listed([name])} has values that are not finite; {FIX}")
 
 
-def copy_stored(
-    parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor], path: Path | str
-) -> None:
+def copy_stored(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor], path: Path | str) -> None:
     """`copy_into` and `check_numbers` of values from a store."""
     check_numbers(values, path)
     copy_into(parameters, values, path)
 
 
-def copy_into(
-    parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor], path: Path | str
-) -> None:
+def copy_into(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor], path: Path | str) -> None:
     """Copy values into a model's parameters of exactly the same names and shapes.
 
     Raises:
@@ -254,6 +246,4 @@ def _read_tensors(path: Path, entry: File) -> dict[str, torch.Tensor]:
     try:
         return safetensors.torch.load(content)
     except Exception as error:  # its own, or of torch for an unknown type or size
-        raise UserError(
-            f"{path}: is not a safetensors file ({shortened(first_line(error))}); {FIX}"
-        ) from None
+        raise UserError(f"{path}: is not a safetensors file ({shortened(first_line(error))}); {FIX}") from None

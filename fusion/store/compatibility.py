@@ -23,11 +23,7 @@ def differences(pairs: Mapping[str, tuple[Any, Any]], most: int = 4) -> str:
     def shown(value: Any) -> str:
         return shortened(re.sub(r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1", hydra_value(value)), 200)
 
-    found = [
-        f"{key} {shown(there)}, expected {shown(here)}"
-        for key, (here, there) in pairs.items()
-        if here != there
-    ]
+    found = [f"{key} {shown(there)}, expected {shown(here)}" for key, (here, there) in pairs.items() if here != there]
     more = f"; and {len(found) - most} more" if len(found) > most else ""
     return "; ".join(found[:most]) + more
 
@@ -106,9 +102,7 @@ def check_attends(manifest: Manifest, given: str, fix: str) -> None:
         UserError: it is no fusion, or its composition has no attention weights.
     """
     if manifest.kind != "fusion":
-        raise UserError(
-            f"{given}: {manifest.name} is a stored {manifest.kind}, only a fusion has source attention"
-        )
+        raise UserError(f"{given}: {manifest.name} is a stored {manifest.kind}, only a fusion has source attention")
     name = manifest.made_by
     if why := COMPOSITIONS[name].no_weights:
         raise UserError(f"{given}: {manifest.name} (composition={name}) {why}; {fix}")

@@ -28,9 +28,7 @@ def describe(reference: str, store: Path, into: Path | None = None) -> list[str]
     Raises:
         UserError: the artifact does not exist, or its manifest is damaged.
     """
-    folder, manifest = read_settled(
-        lambda: find(reference, store), lambda folder: (folder, read_folder(folder))
-    )
+    folder, manifest = read_settled(lambda: find(reference, store), lambda folder: (folder, read_folder(folder)))
     lines = [f"{title:<14}{value}" for title, value in _facts(folder, manifest, store)]
     lines += ["", "to make it again:", *rebuild_lines(manifest, folder.parent, into or folder.parent)]
     return [printable(line) for line in lines]

@@ -60,11 +60,7 @@ def _staged(store: Path, folder: Path) -> tuple[str, bool]:
     name = re.sub(r"(~\w+|\.old)$", "", folder.name)
     if is_locked(artifact_lock(store, name)):
         return "running: it is being written now", False
-    if (
-        folder.name.endswith(OLD)
-        and (folder / MANIFEST).is_file()
-        and not (store / name / MANIFEST).is_file()
-    ):
+    if folder.name.endswith(OLD) and (folder / MANIFEST).is_file() and not (store / name / MANIFEST).is_file():
         return f"the only copy of {name}; the next writer restores it", False
     return "half-written by a process that ended", True
 

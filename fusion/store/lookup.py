@@ -41,9 +41,7 @@ class Found:
 def check_store(store: Path) -> None:
     """Refuse a store that does not exist."""
     if not store.is_dir():
-        raise UserError(
-            f"store={store}: there is no such folder; store=DIR names another, training creates one"
-        )
+        raise UserError(f"store={store}: there is no such folder; store=DIR names another, training creates one")
 
 
 def names(store: Path) -> list[str]:
@@ -56,10 +54,7 @@ def folders(store: Path) -> dict[str, Path]:
     # An overwrite moves the old folder to STAGING, then the new one in: listed in this order, none is missed.
     current = entries(store)
     old = [folder.name.removesuffix(OLD) for folder in entries(store / STAGING) if folder.name.endswith(OLD)]
-    found = {
-        *old,
-        *(folder.name for folder in [*current, *entries(store)] if not folder.name.startswith(".")),
-    }
+    found = {*old, *(folder.name for folder in [*current, *entries(store)] if not folder.name.startswith("."))}
     return {name: folder for name in found if (folder := _named(name, store)) is not None}
 
 

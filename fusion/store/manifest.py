@@ -236,9 +236,7 @@ def _check_kind(manifest: Manifest) -> None:
         raise UserError(f"method.name is {method.name}, and kind is {kind}")
     if adapter is None:
         return
-    slots = {
-        f"{layer}.{site}" for layer in range(manifest.backbone.layers) for site in adapter.settings.sites
-    }
+    slots = {f"{layer}.{site}" for layer in range(manifest.backbone.layers) for site in adapter.settings.sites}
     sizes = adapter.bottleneck_sizes
     if not sizes or not slots >= sizes.keys():
         wrong = listed(sizes.keys() - slots)

@@ -68,9 +68,7 @@ class Lookup:
             )
         return self._settings(manifest.run.config, sources, manifest.seed, store)
 
-    def of_run(
-        self, config: Mapping[str, Any], store: Path | None, sources: Sequence[str] | None = None
-    ) -> Settings:
+    def of_run(self, config: Mapping[str, Any], store: Path | None, sources: Sequence[str] | None = None) -> Settings:
         """The settings of a run without its artifact: its sources are found by name.
 
         Args:
@@ -82,9 +80,7 @@ class Lookup:
         names = named if isinstance(named, (list, tuple)) else ()
         return self._settings(config, [self._named(str(name), seed, store) for name in names], seed, store)
 
-    def _settings(
-        self, config: Mapping[str, Any], sources: list[Settings], seed: Any, store: Path | None
-    ) -> Settings:
+    def _settings(self, config: Mapping[str, Any], sources: list[Settings], seed: Any, store: Path | None) -> Settings:
         settings = _plain(config) | ({SOURCES: sources} if sources else {})
         if isinstance(reference := config.get(FUSION), str):
             settings[FUSION] = self._named(reference, seed, store)
@@ -143,8 +139,7 @@ def _plain(config: Mapping[str, Any]) -> Settings:
     return {
         key: value
         for key, value in config.items()
-        if not any(key == one or key.startswith(f"{one}.") for one in left_out)
-        and (key, value) not in NOT_SETTINGS_AT
+        if not any(key == one or key.startswith(f"{one}.") for one in left_out) and (key, value) not in NOT_SETTINGS_AT
     }
 
 

@@ -33,9 +33,7 @@ class Verdict:
     note: str = ""
 
     def __str__(self) -> str:
-        text = (
-            f"problem  {self.place}: {self.problem}" if self.problem else f"ok       {self.place}{self.note}"
-        )
+        text = f"problem  {self.place}: {self.problem}" if self.problem else f"ok       {self.place}{self.note}"
         return printable(text.replace("\n", " "))
 
 

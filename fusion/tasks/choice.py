@@ -29,9 +29,7 @@ class Choice(Classification):
             raise UserError(f"{where}: kind=choice needs choices (a list column or a list of columns)")
         columns = [task.choices] if isinstance(task.choices, str) else task.choices
         if not (isinstance(columns, list) and len(columns) > 0 and all(isinstance(c, str) for c in columns)):
-            raise UserError(
-                f"{where}: choices={shortened(task.choices)}: expected a list column or a list of columns"
-            )
+            raise UserError(f"{where}: choices={shortened(task.choices)}: expected a list column or a list of columns")
         if task.blank == "":
             raise UserError(f"{where}: blank is empty: expected the mark that a choice fills, or null")
 
@@ -50,9 +48,7 @@ class Choice(Classification):
         right = losses.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         return (1 - label_smoothing) * right + label_smoothing * uniform
 
-    def zero_score_loss(
-        self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None
-    ) -> float:
+    def zero_score_loss(self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None) -> float:
         import numpy as np
 
         assert choice_counts is not None

@@ -59,9 +59,7 @@ class Classification(Kind):
         """The terms of `torch.nn.CrossEntropyLoss` before its mean."""
         from torch.nn import functional as F
 
-        return F.cross_entropy(
-            scores, labels, weight=weight, reduction="none", label_smoothing=label_smoothing
-        )
+        return F.cross_entropy(scores, labels, weight=weight, reduction="none", label_smoothing=label_smoothing)
 
     def outputs(self, scores: Tensor) -> list[Any]:
         """The index of the best score."""
@@ -76,9 +74,7 @@ class Classification(Kind):
             names = class_names(task, len(values))
             yield {"label": names[values.index(max(values))], "scores": dict(zip(names, values, strict=True))}
 
-    def describe(
-        self, task: Task, scores: Tensor, label: Any, count: int | None, decision: Decision
-    ) -> dict[str, Any]:
+    def describe(self, task: Task, scores: Tensor, label: Any, count: int | None, decision: Decision) -> dict[str, Any]:
         (line,) = self.lines(task, scores[None], None if count is None else [count], decision)
         truth = list(line["scores"])[int(label)]
         return {

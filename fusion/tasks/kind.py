@@ -134,9 +134,7 @@ class Kind(ABC):
         """The mean loss of all examples; for analysis and the linear probe."""
         return self.loss(scores, labels).mean()
 
-    def zero_score_loss(
-        self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None
-    ) -> float:
+    def zero_score_loss(self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None) -> float:
         """The mean loss of scores that are all zero, without class weights and label smoothing."""
         return math.log(max(1, self.head_outputs(task)))
 
@@ -184,9 +182,7 @@ class Kind(ABC):
         """
 
     @abstractmethod
-    def describe(
-        self, task: Task, scores: Tensor, label: Any, count: int | None, decision: Decision
-    ) -> dict[str, Any]:
+    def describe(self, task: Task, scores: Tensor, label: Any, count: int | None, decision: Decision) -> dict[str, Any]:
         """`predicted` and `truth` of one example in words, and whether it is `right` (or None).
 
         Args:

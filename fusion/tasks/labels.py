@@ -133,8 +133,7 @@ class Labels:
             hub_names = _HUB_NAMES.get(tuple(self.names))
             names = self.names if column.names == hub_names else column.names
             classes = [
-                ("column", self._columns.index(name)) if name in self._columns else self.key(name)
-                for name in names
+                ("column", self._columns.index(name)) if name in self._columns else self.key(name) for name in names
             ]
 
         listed_keys = self._named | self._ignore
@@ -248,9 +247,7 @@ def read_lists(
     for row in kept:
         value = column.values[row]
         if not isinstance(value, (list, tuple)):
-            raise UserError(
-                f"{table.at(row)}: {labels.task.label} is {shown(value)}; expected a list of labels"
-            )
+            raise UserError(f"{table.at(row)}: {labels.task.label} is {shown(value)}; expected a list of labels")
         row_of += [row] * len(value)
     flat = replace(column, values=[value for row in kept for value in column.values[row]])
     by_label = replace(table, row_name=lambda number: table.row_name(row_of[number]))
@@ -264,9 +261,7 @@ def read_lists(
     return list(found.values()), written
 
 
-def common_format(
-    task: Task, splits: Mapping[str, LabelFormat | None], trained_as: str | None = None
-) -> str | None:
+def common_format(task: Task, splits: Mapping[str, LabelFormat | None], trained_as: str | None = None) -> str | None:
     """The format of the labels of all splits; None where there are none to read.
 
     Args:

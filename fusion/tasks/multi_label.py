@@ -82,9 +82,7 @@ class MultiLabel(Kind):
         losses = F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype), reduction="none")
         return losses.mean(-1)
 
-    def zero_score_loss(
-        self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None
-    ) -> float:
+    def zero_score_loss(self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None) -> float:
         return math.log(2)
 
     # --- predictions and metrics ----------------------------------------------------------------------
@@ -133,14 +131,9 @@ class MultiLabel(Kind):
         """`labels`, those that are predicted, and the probability of each one as `scores`, by label name."""
         names, outputs = list(task.labels or []), self.outputs(scores)
         for ids, values in zip(self.predict(outputs, decision), outputs, strict=True):
-            yield {
-                "labels": [names[number] for number in ids],
-                "scores": dict(zip(names, values, strict=True)),
-            }
+            yield {"labels": [names[number] for number in ids], "scores": dict(zip(names, values, strict=True))}
 
-    def describe(
-        self, task: Task, scores: Tensor, label: Any, count: int | None, decision: Decision
-    ) -> dict[str, Any]:
+    def describe(self, task: Task, scores: Tensor, label: Any, count: int | None, decision: Decision) -> dict[str, Any]:
         (line,) = self.lines(task, scores[None], None, decision)
         truth = [name for name, is_set in zip(line["scores"], label, strict=True) if is_set]
         predicted = [f"{name} ({line['scores'][name]:.2f})" for name in line["labels"]]

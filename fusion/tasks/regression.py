@@ -37,8 +37,7 @@ class Regression(Kind):
         numbers = replace(column, values=values)
         keys = [label_key(value) for value in values]
         return RawLabels(
-            Labels(task).ignored(numbers, keys, unlabelled),
-            lambda kept, _: (_read(task, table, values, kept), None),
+            Labels(task).ignored(numbers, keys, unlabelled), lambda kept, _: (_read(task, table, values, kept), None)
         )
 
     def head_outputs(self, task: Task) -> int:
@@ -52,9 +51,7 @@ class Regression(Kind):
 
         return F.mse_loss(scores.squeeze(-1), labels.to(scores.dtype), reduction="none")
 
-    def zero_score_loss(
-        self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None
-    ) -> float:
+    def zero_score_loss(self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None) -> float:
         import numpy as np
 
         return float(np.mean(labels.astype(np.float64) ** 2))
@@ -69,9 +66,7 @@ class Regression(Kind):
         """The value as `score`."""
         yield from ({"score": values[0]} for values in scores.float().tolist())
 
-    def describe(
-        self, task: Task, scores: Tensor, label: Any, count: int | None, decision: Decision
-    ) -> dict[str, Any]:
+    def describe(self, task: Task, scores: Tensor, label: Any, count: int | None, decision: Decision) -> dict[str, Any]:
         return {"predicted": f"{float(scores[0]):.3g}", "truth": f"{label:.3g}", "right": None}
 
     def wrong(self, labels: Sequence[Any], predictions: Sequence[Any]) -> list[bool]:

@@ -36,9 +36,7 @@ class Tagging(Kind):
 
     def check(self, task: Task, where: str) -> None:
         if not isinstance(task.text, str) and len(task.text) != 1:
-            raise UserError(
-                f"{where}: text={shortened(task.text)}: expected one column, with a list of words"
-            )
+            raise UserError(f"{where}: text={shortened(task.text)}: expected one column, with a list of words")
         check_labels(task, where)
         if task.ignore_labels:
             raise UserError(
@@ -99,14 +97,10 @@ class Tagging(Kind):
         from torch.nn import functional as F
 
         there = labels >= 0
-        losses = F.cross_entropy(
-            scores[there], labels[there], reduction="none", label_smoothing=label_smoothing
-        )
+        losses = F.cross_entropy(scores[there], labels[there], reduction="none", label_smoothing=label_smoothing)
         return losses.new_zeros(labels.shape).masked_scatter(there, losses).sum(-1)
 
-    def loss_weights(
-        self, labels: NDArray[Any], class_weights: NDArray[np.float64] | None
-    ) -> NDArray[np.float64]:
+    def loss_weights(self, labels: NDArray[Any], class_weights: NDArray[np.float64] | None) -> NDArray[np.float64]:
         """The words of each sentence."""
         return (labels >= 0).sum(-1).astype(float)
 
@@ -150,17 +144,11 @@ class Tagging(Kind):
         for row, values in zip(ids, best, strict=True):
             yield {"labels": [names[number] for number in row], "scores": values[: len(row)]}
 
-    def describe(
-        self, task: Task, scores: Tensor, label: Any, count: int | None, decision: Decision
-    ) -> dict[str, Any]:
+    def describe(self, task: Task, scores: Tensor, label: Any, count: int | None, decision: Decision) -> dict[str, Any]:
         """All tags of the sentence."""
         (line,) = self.lines(task, scores[None], None, decision)
         truth = [task.labels[number] for number in label]
-        return {
-            "predicted": " ".join(line["labels"]),
-            "truth": " ".join(truth),
-            "right": line["labels"] == truth,
-        }
+        return {"predicted": " ".join(line["labels"]), "truth": " ".join(truth), "right": line["labels"] == truth}
 
 
 def _words_of(scores: Tensor) -> Tensor:

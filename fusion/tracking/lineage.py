@@ -17,18 +17,7 @@ from typing import Any
 FILE = "links.json"
 ALIAS_DIGITS = 12  # of an artifact's hash
 # What W&B shows of a manifest; the whole config is with the run.
-SHOWN = [
-    "kind",
-    "name",
-    "adapter",
-    "composition",
-    "method",
-    "sources",
-    "metrics",
-    "seed",
-    "versions",
-    "result",
-]
+SHOWN = ["kind", "name", "adapter", "composition", "method", "sources", "metrics", "seed", "versions", "result"]
 SHOWN_OF_RUN = ["identity", "overrides", "git", "wandb"]
 
 

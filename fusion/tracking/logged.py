@@ -51,9 +51,7 @@ def log_attention(loggers: Sequence[Logger], record: Mapping[str, Any]) -> None:
         rows, logged = [], {"epoch": record["epoch"], STEP: record["step"]}
         for slot, values in record["slots"].items():
             numbers = {key: values[key] for key in ("entropy", "value_distance")}
-            rows += [
-                [slot, *one, *numbers.values()] for one in zip(record["sources"], values["mean"], strict=True)
-            ]
+            rows += [[slot, *one, *numbers.values()] for one in zip(record["sources"], values["mean"], strict=True)]
             logged |= {f"attention/{key}/{slot}": one for key, one in numbers.items() if one is not None}
         logged["attention/picture"] = wandb.Image(attention_figure(record), file_type="png")
         logged["attention/table"] = wandb.Table(columns=columns, data=rows)
@@ -104,10 +102,7 @@ def log_use(loggers: Sequence[Logger], artifact: Mapping[str, Any]) -> None:
 
 
 def _log_artifact(
-    loggers: Sequence[Logger],
-    artifact: dict[str, Any],
-    made: dict[str, Any] | None,
-    used: Sequence[Mapping[str, Any]],
+    loggers: Sequence[Logger], artifact: dict[str, Any], made: dict[str, Any] | None, used: Sequence[Mapping[str, Any]]
 ) -> None:
     """Name the artifacts in the config; link them now if the run is online, or record them for later."""
 

@@ -66,8 +66,7 @@ class Best(lightning.Callback):
             return
         if trainer.is_global_zero and best_epoch(pl_module.history, self._monitor) is scores:
             self.weights = {
-                name: parameter.detach().to("cpu", copy=True)
-                for name, parameter in pl_module.model.trainable().items()
+                name: parameter.detach().to("cpu", copy=True) for name, parameter in pl_module.model.trainable().items()
             }
             self.predicted, self.decisions = pl_module.predicted, pl_module.decisions
         self._stop_early(trainer, pl_module)

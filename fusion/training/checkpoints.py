@@ -58,19 +58,10 @@ class Checkpoints(lightning.Callback):
         self._written = time.monotonic()
 
     def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         due = time.monotonic() - self._written >= self._seconds or self._interrupts.pending is not None
-        if (
-            trainer.is_global_zero
-            and due
-            and (self._folder is None or internals.can_resume_after(trainer, batch_idx))
-        ):
+        if trainer.is_global_zero and due and (self._folder is None or internals.can_resume_after(trainer, batch_idx)):
             self._save(trainer, pl_module)
 
     def on_validation_batch_start(
@@ -89,18 +80,12 @@ class Checkpoints(lightning.Callback):
         if trainer.is_global_zero:
             self._save(trainer, pl_module)
 
-    def _save(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, validating: bool = False
-    ) -> None:
+    def _save(self, trainer: lightning.Trainer, module: lightning.LightningModule, validating: bool = False) -> None:
         """Write a checkpoint of finite weights, then handle a pending signal."""
         assert isinstance(module, TaskModule)
         if self._folder is not None and module.is_finite():
             content = internals.checkpoint_content(trainer)
-            content |= {
-                "format": FORMAT,
-                "position": internals.position_of(content),
-                TOKENIZER: self._tokenizer,
-            }
+            content |= {"format": FORMAT, "position": internals.position_of(content), TOKENIZER: self._tokenizer}
             if validating:
                 internals.restart_validation(content)
             try:

@@ -45,12 +45,8 @@ def manifest_of_fit(spec: StageSpec, fitted: Fit, result: dict[str, Any], origin
     config, run, output, backbone = spec.config, spec.run, spec.output, spec.backbone
     tasks = config.task_list
     described = [dataclasses.asdict(task) for task in tasks]
-    modules = (
-        spec.model.head.by_task().values() if isinstance(spec.model.head, TaskHeads) else [spec.model.head]
-    )
-    heads = [
-        _head(head, fitted.decisions.get(str(task.name))) for head, task in zip(modules, tasks, strict=True)
-    ]
+    modules = spec.model.head.by_task().values() if isinstance(spec.model.head, TaskHeads) else [spec.model.head]
+    heads = [_head(head, fitted.decisions.get(str(task.name))) for head, task in zip(modules, tasks, strict=True)]
     multitask = {
         str(task.name): {"task": values, "head": head}
         for task, values, head in zip(tasks, described, heads, strict=True)

@@ -44,10 +44,7 @@ from fusion.training.spec import FitSpec
 
 log = logging.getLogger(__name__)
 
-PROFILERS: dict[str, type[AdvancedProfiler | SimpleProfiler]] = {
-    "simple": SimpleProfiler,
-    "advanced": AdvancedProfiler,
-}
+PROFILERS: dict[str, type[AdvancedProfiler | SimpleProfiler]] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
 
 
 @dataclass(frozen=True)
@@ -103,9 +100,7 @@ def fit(model: AdaptedModel, spec: FitSpec) -> Fit:
         *spec.callbacks,
         FirstOfEpoch(),
         *([ProgressBar(monitor)] if spec.trainer.enable_progress_bar and shows_progress() else []),
-        Checkpoints(
-            spec.checkpoints if writes else None, spec.checkpoint_minutes, interrupts, spec.tokenizer
-        ),
+        Checkpoints(spec.checkpoints if writes else None, spec.checkpoint_minutes, interrupts, spec.tokenizer),
     ]
     last = read_checkpoint(spec.checkpoints) if spec.resume and model.trainable() else None
     if last is not None:
@@ -156,11 +151,7 @@ def fit(model: AdaptedModel, spec: FitSpec) -> Fit:
         _check_finite(model)
     source = module if best.weights is None else best
     return Fit(
-        metrics={
-            split: {m: scores[f"{split}/{m}"] for m in task.metrics}
-            for split, task in splits.items()
-            if scores
-        },
+        metrics={split: {m: scores[f"{split}/{m}"] for m in task.metrics} for split, task in splits.items() if scores},
         best_epoch=int(scores.get("epoch", 0)) if model.trainable() else 0,
         epochs=internals.epochs_done(trainer),
         speed=speed,
@@ -221,10 +212,7 @@ def _speed(module: TaskModule, world_size: int, timer: StepTimer) -> dict[str, f
 
 
 def make_trainer(
-    config: TrainerConfig,
-    callbacks: list[Callback],
-    loggers: list[Logger],
-    last: dict[str, Any] | None = None,
+    config: TrainerConfig, callbacks: list[Callback], loggers: list[Logger], last: dict[str, Any] | None = None
 ) -> lightning.Trainer:
     """Lightning's Trainer, without its distributed samplers and checkpoints, which this package replaces.
 

@@ -240,9 +240,7 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 def _refuse(changed: list[str], when: str) -> None:
     if changed:
-        raise GuardError(
-            f"a frozen tensor changed in training, {when}: {_listed(changed)}; nothing is stored"
-        )
+        raise GuardError(f"a frozen tensor changed in training, {when}: {_listed(changed)}; nothing is stored")
 
 
 def _in_epoch(trainer: lightning.Trainer) -> str:

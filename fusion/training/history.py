@@ -66,12 +66,7 @@ class FirstOfEpoch(lightning.Callback):
     """
 
     def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, TaskModule)
         every, step = int(cast(Any, trainer).log_every_n_steps), pl_module.logged_step

@@ -44,11 +44,7 @@ def can_resume_after(trainer: lightning.Trainer, batch_idx: int) -> bool:
     """
     loop = cast(Any, trainer.fit_loop.epoch_loop)
     stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-    return (
-        stepped
-        and not loop._is_training_done
-        and not loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
-    )
+    return stepped and not loop._is_training_done and not loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
 
 
 def logged_step(trainer: lightning.Trainer) -> int:

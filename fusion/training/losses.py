@@ -48,6 +48,4 @@ class Losses:
         if found:
             step, loss, rows, split = min(found, key=lambda entry: entry[0])
             shown = ", ".join(map(str, rows[:_SHOWN])) + (" …" if len(rows) > _SHOWN else "")
-            raise LossNotFinite(
-                f"the loss is {loss} at step {step} (rows {shown} of {split}, counted from 0)"
-            )
+            raise LossNotFinite(f"the loss is {loss} at step {step} (rows {shown} of {split}, counted from 0)")

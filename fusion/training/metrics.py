@@ -45,9 +45,7 @@ def score(
     return score_predictions(task, predictions, kind_of(task).plain_labels(labels))
 
 
-def score_predictions(
-    task: TaskConfig, predictions: Sequence[Any], labels: Sequence[Any]
-) -> dict[str, float]:
+def score_predictions(task: TaskConfig, predictions: Sequence[Any], labels: Sequence[Any]) -> dict[str, float]:
     """All metrics of the task over all rows, in double precision."""
     return kind_of(task).metrics(task, labels, predictions)
 

@@ -214,9 +214,7 @@ class TaskModule(lightning.LightningModule):
         kind = kind_of(task)
         outputs = kind.outputs(self.scores(batch, record=record).detach()[counts])
         labels = kind.plain_labels(batch.labels[counts])
-        self._outputs.setdefault(split, []).append(
-            RowPredictions(batch.rows[counts].tolist(), outputs, labels)
-        )
+        self._outputs.setdefault(split, []).append(RowPredictions(batch.rows[counts].tolist(), outputs, labels))
 
     def on_validation_epoch_end(self) -> None:
         # All processes gather all splits, also those of which a process had no batch.

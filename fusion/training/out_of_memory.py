@@ -72,7 +72,9 @@ class OutOfMemory(lightning.Callback):
             smaller = f"a data.max_length below {self._data.max_length}"
         if self._evaluating or self._gradient_checkpointing:
             return f"Try {smaller}"
-        return f"Try {smaller}, or backbone.gradient_checkpointing=true (slower; resumes this run; not with compile=true)"
+        return (
+            f"Try {smaller}, or backbone.gradient_checkpointing=true (slower; resumes this run; not with compile=true)"
+        )
 
 
 def _size(batch: Batch) -> str:

@@ -45,8 +45,7 @@ class RankError(TrainingError):
 
 
 _ERRORS: dict[str, type[BaseException]] = {
-    error.__name__: error
-    for error in (UserError, TrainingError, RankError, KeyboardInterrupt, signals.Terminated)
+    error.__name__: error for error in (UserError, TrainingError, RankError, KeyboardInterrupt, signals.Terminated)
 }
 
 
@@ -123,9 +122,7 @@ def launch(program: list[str], config: dict[str, Any], run: Run, ranks: int) -> 
             raise
         finally:
             _kill(started)
-        outcomes = {
-            rank: outcome for rank in range(ranks) if (outcome := read_json(folder / f"outcome{rank}"))
-        }
+        outcomes = {rank: outcome for rank in range(ranks) if (outcome := read_json(folder / f"outcome{rank}"))}
     if not failed:
         if 0 not in outcomes:
             raise RankError(f"rank 0 ended without a result: see {run.directory / 'run.log'}")
@@ -150,11 +147,7 @@ def launch(program: list[str], config: dict[str, Any], run: Run, ranks: int) -> 
 def _start(
     program: list[str], folder: Path, directory: Path, rank: int, ranks: int, port: int
 ) -> subprocess.Popen[bytes]:
-    defaults = {
-        "MASTER_ADDR": "127.0.0.1",
-        "NODE_RANK": "0",
-        "OMP_NUM_THREADS": str(max(1, cores() // ranks)),
-    }
+    defaults = {"MASTER_ADDR": "127.0.0.1", "NODE_RANK": "0", "OMP_NUM_THREADS": str(max(1, cores() // ranks))}
     own = {JOB: str(folder), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(open(directory / f"run.rank{rank}.log", "ab")) if rank else None
@@ -192,9 +185,7 @@ def _wait(started: Sequence[subprocess.Popen[bytes]]) -> dict[int, float]:
         time.sleep(POLL)
 
 
-def _interrupt_rank_zero(
-    started: Sequence[subprocess.Popen[bytes]], folder: Path, number: int, seconds: float
-) -> None:
+def _interrupt_rank_zero(started: Sequence[subprocess.Popen[bytes]], folder: Path, number: int, seconds: float) -> None:
     # Before it has started its job it has nothing to save, and a signal would print a traceback.
     if not started or not (folder / "started0").exists():
         return

@@ -77,9 +77,7 @@ def _train_and_store(spec: StageSpec, loggers: list[Logger]) -> dict[str, Any]:
     stored = read_folder(path)
     result = result_of(stored, path)
     rows = spec.rows.validation
-    write_predictions(
-        run.directory, {split: found.as_stored(rows[split]) for split, found in fitted.predicted.items()}
-    )
+    write_predictions(run.directory, {split: found.as_stored(rows[split]) for split, found in fitted.predicted.items()})
     log_result(loggers, result)
     log_lineage(
         loggers,
@@ -116,9 +114,7 @@ def _loggers(spec: StageSpec) -> list[Logger]:
 def _fit_spec(spec: StageSpec, loggers: list[Logger]) -> FitSpec:
     config, model, backbone = spec.config, spec.model, spec.backbone
     recorder = AttentionRecorder(
-        [source.name for source in spec.sources],
-        spec.run.directory,
-        lambda record: log_attention(loggers, record),
+        [source.name for source in spec.sources], spec.run.directory, lambda record: log_attention(loggers, record)
     )
 
     def prepare(device: torch.device) -> str | None:

@@ -32,9 +32,7 @@ class TaskRows:
     labels: dict[str, str] = field(default_factory=dict)
 
 
-def load_task_rows(
-    tasks: Sequence[TaskConfig], data: DataConfig, loss: LossConfig, backbone: Backbone
-) -> TaskRows:
+def load_task_rows(tasks: Sequence[TaskConfig], data: DataConfig, loss: LossConfig, backbone: Backbone) -> TaskRows:
     """Read, check and tokenise the training and validation rows of all tasks.
 
     Raises:

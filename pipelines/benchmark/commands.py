@@ -50,9 +50,7 @@ class Commands:
         self.log.unlink(missing_ok=True)
         self._number = 0
 
-    def train(
-        self, stage: str, task: str, *more: str, threads: int | None = None, watch: str | None = None
-    ) -> Outcome:
+    def train(self, stage: str, task: str, *more: str, threads: int | None = None, watch: str | None = None) -> Outcome:
         """One run of a stage on a task; `watch` names a file of its run folder."""
         config, setup, work = self.session.config, self.session.setup, self.session.work
         self._number += 1
@@ -79,9 +77,7 @@ class Commands:
         watched = directory / watch if watch else None
         return Outcome(self.run(f"fusion.{stage}", arguments, threads, watched), directory)
 
-    def run(
-        self, module: str, arguments: list[str], threads: int | None = None, watch: Path | None = None
-    ) -> float:
+    def run(self, module: str, arguments: list[str], threads: int | None = None, watch: Path | None = None) -> float:
         """Seconds of `python -m MODULE`, or until the file `watch` exists.
 
         Raises:

@@ -160,9 +160,7 @@ class OurWorker(Worker):
         return answer
 
     def build(self, case: Case) -> OurModel:
-        return OurModel(
-            self.setup, case, copy.deepcopy(self.backbone)
-        )  # a model changes its backbone in place
+        return OurModel(self.setup, case, copy.deepcopy(self.backbone))  # a model changes its backbone in place
 
     def time(self, case: Case, warmup: int, steps: int) -> list[float]:
         setup = self.setup
@@ -214,10 +212,7 @@ def in_lightning(model: OurModel, setup: Setup, warmup: int, steps: int) -> floa
         enable_checkpointing=False,
     )
     # A progress bar is drawn on a terminal only.
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(sys.stdout, "isatty", return_value=True),
-    ):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(sys.stdout, "isatty", return_value=True):
         loggers = build_loggers(
             LoggerConfig(csv=CsvConfig()),
             directory=Path(folder),

@@ -36,9 +36,7 @@ class Products(TorchDispatchMode):
     def _like(self, operand: Tensor) -> Tensor:
         layout = (operand.shape, operand.stride(), operand.dtype)
         if layout not in self._made:
-            self._made[layout] = torch.empty_strided(
-                *layout[:2], dtype=operand.dtype, device=operand.device
-            ).normal_()
+            self._made[layout] = torch.empty_strided(*layout[:2], dtype=operand.dtype, device=operand.device).normal_()
         return self._made[layout]
 
     @torch.inference_mode()

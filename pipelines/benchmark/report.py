@@ -73,9 +73,7 @@ class Figure:
         if self.target is None:
             return ""
         margin = abs(self.target.limit - 1.0)
-        if (
-            self.unit != "s" and margin > 0
-        ):  # rounds that differ by a tenth cannot judge a ratio of at most 1.03
+        if self.unit != "s" and margin > 0:  # rounds that differ by a tenth cannot judge a ratio of at most 1.03
             noise_limit = min(noise_limit, margin)
         if not self.exact and len(self.values) < 2:
             return TOO_FEW
@@ -89,9 +87,7 @@ class Figure:
         return f"{value:.2f}{' s' if self.unit == 's' else 'x'}"
 
     def row(self, noise_limit: float) -> list[str]:
-        median, low, high = map(
-            self.shown, (statistics.median(self.values), min(self.values), max(self.values))
-        )
+        median, low, high = map(self.shown, (statistics.median(self.values), min(self.values), max(self.values)))
         rounds = [low, high, f"{100 * spread(self.values):.0f} %"] if len(self.values) > 1 else ["", "", ""]
         target = f"{self.target.sign} {self.shown(self.target.limit)}" if self.target else ""
         return [self.what, median, *rounds, target, self.verdict(noise_limit)]
@@ -147,9 +143,7 @@ def describe_machine(threads: int) -> dict[str, Any]:
     }
 
 
-def finish(
-    config: BenchmarkConfig, report: Report, machine: dict[str, Any], versions: dict[str, Any]
-) -> Path:
+def finish(config: BenchmarkConfig, report: Report, machine: dict[str, Any], versions: dict[str, Any]) -> Path:
     """Print the report and write OUTPUT/SUITE.json."""
     titles = ["", "median", "low", "high", "spread", "to reach", ""]
     say("")
@@ -162,9 +156,7 @@ def finish(
         summary = {"median": statistics.median(values), "spread": spread(values), "rounds": rounds}
         timings.append({"who": who, "case": asdict(case), "what": f"{who}: {case}"} | summary)
     if behind:
-        cells = [
-            [what, f"{statistics.median(v):.4f}", f"{100 * spread(v):.0f} %"] for what, v in behind.items()
-        ]
+        cells = [[what, f"{statistics.median(v):.4f}", f"{100 * spread(v):.0f} %"] for what, v in behind.items()]
         say("")
         show_table([["seconds", "median of the rounds", "spread"], *cells])
     for line in report.lines:

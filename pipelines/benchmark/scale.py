@@ -29,9 +29,7 @@ def scale(session: Session) -> Report:
     sizes = list(dict.fromkeys([*usual, *((config.fixed_sources, wide) for wide in config.bottlenecks)]))
     theirs = [(sources, r) for sources in config.rival_sources]
     every = [*((OURS, size) for size in sizes), *((BASELINE, size) for size in theirs)]
-    measured: list[Measured] = [
-        (who, Case(work, FUSION, *size)) for who, size in every for work in (TRAIN, INFER)
-    ]
+    measured: list[Measured] = [(who, Case(work, FUSION, *size)) for who, size in every for work in (TRAIN, INFER)]
     # Both of one size are measured side by side, so that a drift within a round hardly changes their ratio.
     measured.sort(key=lambda pair: (pair[1].bottleneck, pair[1].sources, pair[1].work, pair[0]))
     timings = session.time(measured, forget=True)
@@ -68,11 +66,7 @@ def scale(session: Session) -> Report:
         for size in others
     ]
     figures += [
-        ratio(
-            f"  fusion of {size[0]}, step: the baseline over ours",
-            seconds(BASELINE, size),
-            seconds(OURS, size),
-        )
+        ratio(f"  fusion of {size[0]}, step: the baseline over ours", seconds(BASELINE, size), seconds(OURS, size))
         for size in theirs
         if size in sizes
     ]

@@ -46,11 +46,7 @@ class WorkerProcess:
         self._pipe, other = Pipe()
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                command,
-                stdin=other.fileno(),
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment(threads),
+                command, stdin=other.fileno(), stdout=output, stderr=subprocess.STDOUT, env=environment(threads)
             )
         other.close()
 
@@ -177,9 +173,7 @@ class Session:
             shown = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
             say(f"same weights, same batch, {case}: largest difference of {shown}")
             if not all(value <= LOGITS_LIMIT for value in differences.values()):  # nor where one is NaN
-                raise BenchmarkError(
-                    f"{case}: ours and the baseline differ by more than {LOGITS_LIMIT:g} ({shown})"
-                )
+                raise BenchmarkError(f"{case}: ours and the baseline differ by more than {LOGITS_LIMIT:g} ({shown})")
             found.append({"case": asdict(case), **differences})
         return found
 

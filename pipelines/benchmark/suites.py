@@ -7,18 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.benchmark import commands
-from pipelines.benchmark.cases import (
-    ADAPTER,
-    BARE,
-    CLIPPED,
-    FULL,
-    FUSION,
-    INFER,
-    LOOP,
-    LOWER_BOUND,
-    TRAIN,
-    Case,
-)
+from pipelines.benchmark.cases import ADAPTER, BARE, CLIPPED, FULL, FUSION, INFER, LOOP, LOWER_BOUND, TRAIN, Case
 from pipelines.benchmark.config import BenchmarkConfig
 from pipelines.benchmark.report import (
     Figure,
@@ -127,12 +116,8 @@ def memory(session: Session) -> Report:
     peaks = {(who, case): session.peak(who, case) for who in (OURS, BASELINE) for case in (fused, one)}
     ours, ours_one, theirs, theirs_one = ([peak] for peak in peaks.values())
     figures = [
-        ratio(
-            f"our fusion of {n} over our one adapter, peak of a step", ours, ours_one, Target(1.6), exact=True
-        ),
-        ratio(
-            f"our fusion of {n} over the baseline's, peak of a step", ours, theirs, Target(0.5), exact=True
-        ),
+        ratio(f"our fusion of {n} over our one adapter, peak of a step", ours, ours_one, Target(1.6), exact=True),
+        ratio(f"our fusion of {n} over the baseline's, peak of a step", ours, theirs, Target(0.5), exact=True),
         ratio("  our one adapter over the baseline's", ours_one, theirs_one, exact=True),
     ]
     found = {f"{who}: {case}": peak for (who, case), peak in peaks.items()}

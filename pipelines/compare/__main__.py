@@ -62,9 +62,7 @@ def work(words: Sequence[str]) -> int:
         for failure in compared.failures:
             say(f"  {failure.id}, {failure.what}: {failure.reason}")
         if any("the store has another" in failure.reason for failure in compared.failures):
-            say(
-                "The stored artifacts were trained with other settings: output=ANOTHER keeps both comparisons."
-            )
+            say("The stored artifacts were trained with other settings: output=ANOTHER keeps both comparisons.")
     if files:
         say(f"\nResults: {', '.join(map(str, files))}")
     return 1 if compared.failures else 0

@@ -37,9 +37,7 @@ UNFIT_IN_A_PATH = set(",=[]{}()'\"$\\")
 def _each(default: list[float], least: float, most: float, expected: str) -> list[float]:
     values: list[float] = checked(
         default,
-        lambda values: (
-            0 < len(values) == len(set(values)) and all(least <= value <= most for value in values)
-        ),
+        lambda values: 0 < len(values) == len(set(values)) and all(least <= value <= most for value in values),
         expected,
     )
     return values
@@ -49,9 +47,7 @@ def _each(default: list[float], least: float, most: float, expected: str) -> lis
 class CompareConfig(Settings):
     sources: list[str] = distinct([], at_least=0)
     methods: list[str] = checked(
-        [],
-        lambda ids: len(ids) == len(set(ids)) and set(ids) <= set(IDS),
-        f"some of {', '.join(IDS)}, each once",
+        [], lambda ids: len(ids) == len(set(ids)) and set(ids) <= set(IDS), f"some of {', '.join(IDS)}, each once"
     )
     equal_budget: bool = True
     rates: list[float] = _each([5e-5, 5e-4, 5e-3], 5e-324, 1e3, "numbers above 0 and at most 1000, each once")
@@ -62,9 +58,7 @@ class CompareConfig(Settings):
     source_rows: int = integer(1000, 1)  # of each source, and of each task of a multi-task row
     source_epochs: int = integer(2, 1)
     output: str | None = checked(
-        None,
-        lambda path: not UNFIT_IN_A_PATH & set(path or ""),
-        f"a path without {' '.join(sorted(UNFIT_IN_A_PATH))}",
+        None, lambda path: not UNFIT_IN_A_PATH & set(path or ""), f"a path without {' '.join(sorted(UNFIT_IN_A_PATH))}"
     )
 
 
@@ -118,9 +112,7 @@ def read_comparison(arguments: Sequence[str]) -> Comparison:
     if len(targets) != 1 or targets[0] not in known:
         near = "".join(did_you_mean(target, known) for target in targets[:1])
         given = " ".join(targets) or "no task"
-        raise UserError(
-            f"{given}: expected one target, +task=NAME, one of {', '.join(dict.fromkeys(known))}{near}"
-        )
+        raise UserError(f"{given}: expected one target, +task=NAME, one of {', '.join(dict.fromkeys(known))}{near}")
     words = tuple(word for word in others if key_of(word) != "task")
     for word in words:
         _check_word(word, config)

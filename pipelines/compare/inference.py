@@ -73,9 +73,7 @@ def measure(config: TimingConfig) -> dict[str, Any]:
     limit = LimitConfig(validation=run.get("data.limit.validation"))
     data = DataConfig(dir=run.get("data.dir"), limit=limit, cache_dir=config.cache_dir)
     _, split, rows = validation_rows(first, config.target, data, backbone.tokenizer)
-    loader = evaluation_loader(
-        rows, run["data.batch_size"], tokens_per_batch=run.get("data.tokens_per_batch")
-    )
+    loader = evaluation_loader(rows, run["data.batch_size"], tokens_per_batch=run.get("data.tokens_per_batch"))
     every = [batch.to(device) for batch in loader]
     count = min(config.batches, len(every))
     batches = [every[number * len(every) // count] for number in range(count)]

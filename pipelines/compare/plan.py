@@ -84,11 +84,7 @@ def source_trainings(comparison: Comparison, tasks: Sequence[str], drop: int | N
     suffix, own = ("", []) if drop is None else ("-dropped", [f"adapter.drop=specialized:{drop}"])
     trainings = []
     for rows, group in groups.items():
-        budget = [
-            f"data.limit.train={rows}",
-            f"trainer.max_epochs={config.source_epochs}",
-            f"optim.lr={SOURCE_RATE}",
-        ]
+        budget = [f"data.limit.train={rows}", f"trainer.max_epochs={config.source_epochs}", f"optim.lr={SOURCE_RATE}"]
         words = [f"+task={','.join(group)}", *_merged(own, comparison.words, budget)]
         if suffix:
             words.append(f"name=${{task.name}}{suffix}")
@@ -99,11 +95,7 @@ def source_trainings(comparison: Comparison, tasks: Sequence[str], drop: int | N
 
 
 def _training(
-    comparison: Comparison,
-    module: str,
-    folder: str,
-    words: Sequence[str],
-    artifacts: dict[float | None, list[str]],
+    comparison: Comparison, module: str, folder: str, words: Sequence[str], artifacts: dict[float | None, list[str]]
 ) -> Training:
     runs = comparison.output / "runs" / folder
     logger = [] if comparison.word("logger") is not None else ["logger=csv"]

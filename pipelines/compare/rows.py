@@ -43,11 +43,7 @@ _TABLE: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     COMPOSITIONS: (
         ("adapterfusion", "AdapterFusion", _FUSION),
-        (
-            "fusion_no_value",
-            "AdapterFusion without value matrix",
-            f"{_FUSION} composition.value_matrix=false",
-        ),
+        ("fusion_no_value", "AdapterFusion without value matrix", f"{_FUSION} composition.value_matrix=false"),
         ("fusion_rank_32", "AdapterFusion, query and key of rank 32", f"{_FUSION} composition.rank=32"),
         ("static", "static weights", f"{_COMPOSE}static"),
         ("mean", "mean of the outputs", f"{_COMPOSE}mean"),
@@ -57,16 +53,8 @@ _TABLE: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("scalearn_uniform_pp", "ScaLearn uniform++", f"{_COMPOSE}scalearn_uniform_pp"),
         ("sequence", "sequence-level fusion", f"{_COMPOSE}sequence"),
         ("average", "average of the weights", f"{_COMPOSE}average composition.train=false"),
-        (
-            "average_trained",
-            "average of the weights, trained further",
-            f"{_COMPOSE}average composition.train=true",
-        ),
-        (
-            "fusion_target_adapter",
-            "AdapterFusion with a new adapter",
-            f"{_FUSION} composition.target_adapter=true",
-        ),
+        ("average_trained", "average of the weights, trained further", f"{_COMPOSE}average composition.train=true"),
+        ("fusion_target_adapter", "AdapterFusion with a new adapter", f"{_FUSION} composition.target_adapter=true"),
         ("continued", "best source, trained further", f"{_COMPOSE}continued"),
         (
             "fusion_drop_specialized",
@@ -74,11 +62,7 @@ _TABLE: dict[str, tuple[tuple[str, str, str], ...]] = {
             f"{_FUSION} composition.drop=specialized:{{half}}",
         ),
         ("fusion_drop_robust", "AdapterFusion, robust to drops", f"{_FUSION} composition.drop=robust"),
-        (
-            "fusion_of_dropped",
-            "AdapterFusion of dropped adapters",
-            "sources=[{dropped}] composition=adapterfusion",
-        ),
+        ("fusion_of_dropped", "AdapterFusion of dropped adapters", "sources=[{dropped}] composition=adapterfusion"),
         (
             "fusion_with_multitask",
             "AdapterFusion, with a multi-task adapter",

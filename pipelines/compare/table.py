@@ -89,9 +89,7 @@ def notes(comparison: Comparison, compared: Compared) -> list[str]:
     if any(row.group == MULTITASK for row in compared.rows):
         found.append(f"Multi-task rows: {budget}; one artifact for all tasks.")
     found += compared.notes
-    found.append(
-        "Trained: parameters. Stored: the artifact's own files; a composition reads its sources as well."
-    )
+    found.append("Trained: parameters. Stored: the artifact's own files; a composition reads its sources as well.")
     if timing := compared.inference:
         shapes = ", ".join(f"{r} × {t}" for r, t in zip(timing["rows"], timing["tokens"], strict=True))
         found.append(

@@ -26,18 +26,7 @@ from tests.bench import Bench
 
 KEYS = {
     *("name", "artifact", "hash", "task", "split", "fingerprint", "rows", "backbone", "composition", "drop"),
-    *(
-        "sources",
-        "slots",
-        "metrics",
-        "labels",
-        "predicted",
-        "attention",
-        "masked",
-        "pruned",
-        "words",
-        "speed",
-    ),
+    *("sources", "slots", "metrics", "labels", "predicted", "attention", "masked", "pruned", "words", "speed"),
 }
 
 
@@ -65,9 +54,7 @@ def test_inspection_and_result(trained: Bench) -> None:
         assert 0 <= seen["attention"][slot]["entropy"] <= math.log(2) + 1e-6
     assert set(seen["masked"]) == {"films", "books"}
     for one in (seen, *seen["masked"].values()):
-        assert np.mean(np.array(one["predicted"]) == seen["labels"]) == pytest.approx(
-            one["metrics"]["accuracy"]
-        )
+        assert np.mean(np.array(one["predicted"]) == seen["labels"]) == pytest.approx(one["metrics"]["accuracy"])
     assert seen["pruned"][0]["kept"] == ["films", "books"]
     assert [len(step["kept"]) for step in seen["pruned"]] == [2, 1]
     assert result["metrics"] == {"validation": seen["metrics"]}
@@ -115,16 +102,12 @@ def test_ablation_of_one_of_two_sources_is_the_fusion_of_the_other(trained: Benc
 
 def test_attention_equals_that_of_predict(trained: Bench) -> None:
     _, seen = inspect(trained, words=16)
-    lines = [
-        json.loads(line) for line in (trained.folder / "data/plays/validation.jsonl").read_text().splitlines()
-    ]
+    lines = [json.loads(line) for line in (trained.folder / "data/plays/validation.jsonl").read_text().splitlines()]
     predictions = trained.predict("fused", lines, attention=True)
     # Row means weighted by the rows' tokens are the mean over all tokens.
     counts = np.array([len(line["text"].split()) + 2 for line in lines])
     for layer, slot in enumerate(seen["slots"]):
-        each = np.array(
-            [[line["attention"][str(layer)][name] for name in seen["sources"]] for line in predictions]
-        )
+        each = np.array([[line["attention"][str(layer)][name] for name in seen["sources"]] for line in predictions])
         np.testing.assert_allclose(
             (each * counts[:, None]).sum(0) / counts.sum(), seen["attention"][slot]["mean"], atol=1e-5
         )
@@ -217,9 +200,7 @@ VALUES = {0: 0.1, 1: 0.4, 2: 0.0, 3: 0.2}
 @pytest.mark.parametrize(
     ("greedy", "evaluated"), [(True, [(1, 3), (0, 3), (0, 1), (3,), (1,)]), (False, [(1, 3), (1,)])]
 )
-def test_pruning_removes_the_least_important_source_first(
-    greedy: bool, evaluated: list[tuple[int, ...]]
-) -> None:
+def test_pruning_removes_the_least_important_source_first(greedy: bool, evaluated: list[tuple[int, ...]]) -> None:
     asked: list[tuple[int, ...]] = []
 
     def evaluate(sources: Sequence[int]) -> Evaluation:

@@ -28,9 +28,7 @@ CHOICES = TaskConfig("t", kind="choice", text="text", choices="choices", metrics
 
 
 def states(rows: int, seed: int) -> Tensor:
-    return (
-        torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3 + 1
-    )
+    return torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3 + 1
 
 
 def standardised(training: Tensor, other: Tensor) -> Tensor:
@@ -39,14 +37,9 @@ def standardised(training: Tensor, other: Tensor) -> Tensor:
 
 def test_a_regression_is_the_ridge_of_the_closed_form() -> None:
     one, other = states(40, 0), states(9, 1)
-    values = (
-        one @ torch.linspace(-1, 1, WIDTH).double() + 0.5 * torch.sin(torch.arange(40.0)).double()
-    ).float()
+    values = (one @ torch.linspace(-1, 1, WIDTH).double() + 0.5 * torch.sin(torch.arange(40.0)).double()).float()
     found = linear_scores(States(one, values, None), States(other, values[:9], None), VALUES)
-    x, y = (
-        standardised(one, one),
-        (values.double() - values.double().mean()) / values.double().std(correction=0),
-    )
+    x, y = (standardised(one, one), (values.double() - values.double().mean()) / values.double().std(correction=0))
     # (1/n)·|Xw − y|² + |w|²/2n: (XᵀX + I/2) w = Xᵀ y, and no offset, since both are centred
     weight = torch.linalg.solve(x.T @ x + torch.eye(WIDTH).double() / 2, x.T @ y)
     torch.testing.assert_close(found.squeeze(-1), standardised(one, other) @ weight, rtol=0, atol=1e-5)
@@ -109,26 +102,15 @@ def test_each_source_is_scored_independently(
     monkeypatch.setattr(module, "linear_scores", scores)
     device = torch.device("cpu")
     found = probe(
-        sources,
-        backbone,
-        CompositionConfig(layers=layers),
-        "mean",
-        CLASSES,
-        lambda: [rows],
-        lambda: [rows],
-        device,
+        sources, backbone, CompositionConfig(layers=layers), "mean", CLASSES, lambda: [rows], lambda: [rows], device
     )
     assert found == pytest.approx([2 / 3, 1.0])
     for source, pooled in zip(sources, seen, strict=True):
         own = stored_adapters(source)
         slot_modules = {slot: a for slot, a in own.items() if layers is None or slot == "1.feedforward"}
-        model = AdaptedModel(
-            load_backbone(str(tiny_backbone)), slot_modules, "normed", TaskHead(32, 2)
-        ).eval()
+        model = AdaptedModel(load_backbone(str(tiny_backbone)), slot_modules, "normed", TaskHead(32, 2)).eval()
         hidden: list[Tensor] = []
-        model.backbone.register_forward_hook(
-            lambda *given, into=hidden: into.append(given[2].last_hidden_state)
-        )
+        model.backbone.register_forward_hook(lambda *given, into=hidden: into.append(given[2].last_hidden_state))
         with torch.no_grad():
             model(ids, rows.attention_mask)
         expected = torch.stack(

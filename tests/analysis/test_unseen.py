@@ -130,9 +130,7 @@ def test_separate_splits_may_change(bench: Bench) -> None:
 
 
 def test_drawn_from_train(bench: Bench) -> None:
-    hub = HubConfig(
-        path="org/films", splits={"train": "train[:90%]", "validation": "train[90%:]", "test": "t"}
-    )
+    hub = HubConfig(path="org/films", splits={"train": "train[:90%]", "validation": "train[90%:]", "test": "t"})
     far = TaskConfig(name="far", text="text", labels=["a", "b"], metrics=["accuracy"], hub=hub)
     nowhere = dataclasses.replace(bench.data, dir=None)
     names = ("train", "validation", "test")

@@ -128,9 +128,7 @@ class Layers:
             for column in range(length):
                 bucket = span + log_bucket(row - column, span, config.max_position_embeddings)
                 bucket = min(max(bucket, 0), 2 * span - 1)
-                extra = (qs[:, :, row] * pk[:, :, bucket]).sum(-1) + (
-                    ks[:, :, column] * pq[:, :, bucket]
-                ).sum(-1)
+                extra = (qs[:, :, row] * pk[:, :, bucket]).sum(-1) + (ks[:, :, column] * pq[:, :, bucket]).sum(-1)
                 one = torch.zeros(length, length, dtype=q.dtype)
                 one[row, column] = 1.0
                 scores = scores + extra[:, :, None, None] * one
@@ -160,9 +158,7 @@ class Layers:
         x = x + self.updated("attention", h, x, n)
         n = self.norm("ln_2", x, eps)
         up = F.gelu(self.dense("mlp.c_fc", n, "feedforward.up", rows_first=True), approximate="tanh")
-        return x + self.updated(
-            "feedforward", self.dense("mlp.c_proj", up, "feedforward.down", rows_first=True), x, n
-        )
+        return x + self.updated("feedforward", self.dense("mlp.c_proj", up, "feedforward.down", rows_first=True), x, n)
 
     def llama(self, x: Tensor, mask: Tensor, tables: Any) -> Tensor:
         """Llama, Mistral, Qwen 2 and 3, Gemma; with sandwich norms Gemma 2 and 3."""
@@ -238,9 +234,7 @@ class Layers:
     def t5(self, x: Tensor, mask: Tensor, bias: Tensor, encoded: Tensor | None = None) -> Tensor:
         heads = self.config.num_heads
 
-        def attention(
-            number: int, module: str, site: str, r: Tensor, states: Tensor | None, where: Tensor
-        ) -> Tensor:
+        def attention(number: int, module: str, site: str, r: Tensor, states: Tensor | None, where: Tensor) -> Tensor:
             n = self.t5_norm(f"layer.{number}.layer_norm", r)
             read = self.before(n) if states is None else n
             other = read if states is None else states
@@ -324,9 +318,7 @@ def log_bucket(distance: int, buckets: int, most: int) -> int:
     middle = buckets // 2
     if abs(distance) <= middle:
         return distance
-    steps = (
-        torch.tensor(abs(distance) / middle).log() / torch.tensor((most - 1) / middle).log() * (middle - 1)
-    )
+    steps = torch.tensor(abs(distance) / middle).log() / torch.tensor((most - 1) / middle).log() * (middle - 1)
     return int(math.copysign(math.ceil(float(steps)) + middle, distance))
 
 
@@ -459,10 +451,7 @@ def _single_stack(layers: Layers, family: str) -> Tensor:
 def _encoder_decoder(layers: Layers, family: str) -> Tensor:
     model: Any = layers.model
     states: dict[str, Tensor] = {}
-    for stack, ids, mask in (
-        ("encoder", IDS, PADDING),
-        ("decoder", DECODER_IDS, _causal(DECODER_IDS.shape[1])),
-    ):
+    for stack, ids, mask in (("encoder", IDS, PADDING), ("decoder", DECODER_IDS, _causal(DECODER_IDS.shape[1]))):
         module: nn.Module = model.get_submodule(stack)
         x = module.embed_tokens(ids)  # type: ignore[operator]
         encoded = (states["encoder"],) if stack == "decoder" else ()

@@ -45,10 +45,7 @@ def layers_that_run(model: AdaptedModel, stack: str = "") -> set[int]:
 
 
 @pytest.mark.parametrize("slots", SLOTS, ids=lambda slots: "-".join(slots) or "none")
-@pytest.mark.parametrize(
-    "name",
-    [name for name in SETTINGS if len(FAMILIES[name.partition("/")[0]].stacks) == 1],
-)
+@pytest.mark.parametrize("name", [name for name in SETTINGS if len(FAMILIES[name.partition("/")[0]].stacks) == 1])
 def test_scores_and_gradients_equal_those_of_the_full_forward(name: str, slots: list[str]) -> None:
     model = adapted(name, slots, "output").train()
     model.head.eval()
@@ -66,9 +63,7 @@ def test_scores_and_gradients_equal_those_of_the_full_forward(name: str, slots: 
     assert ran == set(range(lowest, 3)) and model.boundary == (lowest if slots else None)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in SETTINGS if len(FAMILIES[name.partition("/")[0]].stacks) > 1]
-)
+@pytest.mark.parametrize("name", [name for name in SETTINGS if len(FAMILIES[name.partition("/")[0]].stacks) > 1])
 def test_the_encoder_of_an_encoder_decoder_starts_from_its_features(name: str) -> None:
     model = adapted(name, ["encoder.2.feedforward", "decoder.0.feedforward"], "output").eval()
     model._current.context = BatchContext(MASK)

@@ -31,9 +31,7 @@ def build(folder: Path, slot_module: str, checkpointing: bool, dropout: bool = F
         else:
             bank = AdapterBank([BottleneckAdapter(32, 4), BottleneckAdapter(32, 2)], [0, 1], 2)
             slot_modules[f"{layer}.feedforward"] = AdapterFusion(bank, dropout=0.3)
-    return AdaptedModel(
-        load_backbone(str(folder)), slot_modules, "normed", TaskHead(32, 2), dropout, checkpointing
-    )
+    return AdaptedModel(load_backbone(str(folder)), slot_modules, "normed", TaskHead(32, 2), dropout, checkpointing)
 
 
 def gradients(model: AdaptedModel, ids: Tensor = IDS) -> dict[str, Tensor]:
@@ -65,9 +63,7 @@ def test_gradients_are_bit_equal_and_less_memory_is_used(
     make_backbone: Callable[..., Path], model_type: str, slot_module: str, dropout: bool
 ) -> None:
     folder = make_backbone(model_type)
-    plain, checkpointed = (
-        build(folder, slot_module, checkpointing, dropout) for checkpointing in (False, True)
-    )
+    plain, checkpointed = (build(folder, slot_module, checkpointing, dropout) for checkpointing in (False, True))
     for _ in range(2):
         expected, found = gradients(plain.train()), gradients(checkpointed.train())
         assert set(found) == set(expected) == set(plain.trainable())

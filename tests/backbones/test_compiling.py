@@ -55,9 +55,7 @@ def compare(plain: AdaptedModel, compiled: AdaptedModel, ids: Tensor) -> None:
 
 @pytest.mark.parametrize("slot_module", ["adapter", "fusion"])
 @pytest.mark.parametrize("model_type", ["bert", pytest.param("roberta", marks=pytest.mark.slow)])
-def test_other_shapes_do_not_recompile(
-    make_backbone: Callable[..., Path], model_type: str, slot_module: str
-) -> None:
+def test_other_shapes_do_not_recompile(make_backbone: Callable[..., Path], model_type: str, slot_module: str) -> None:
     folder, backend = make_backbone(model_type), Counting()
     plain, compiled = (build(folder, slot_module, checkpointing=False) for _ in range(2))
     names, hashed = list(compiled.state_dict()), compiled.frozen_hash()
@@ -74,18 +72,14 @@ def test_other_shapes_do_not_recompile(
     assert list(compiled.state_dict()) == names and compiled.frozen_hash() == hashed
 
 
-@pytest.mark.parametrize(
-    "lower", ["0.feedforward", pytest.param("0.before_attention", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("lower", ["0.feedforward", pytest.param("0.before_attention", marks=pytest.mark.slow)])
 def test_slots_that_read_the_input_and_a_skipped_layer(tiny_backbone: Path, lower: str) -> None:
     def made() -> AdaptedModel:
         torch.manual_seed(0)
         adapters = {name: BottleneckAdapter(32, 4) for name in (lower, "1.before_attention", "1.feedforward")}
         for adapter in adapters.values():
             torch.nn.init.normal_(adapter.up.weight)
-        return AdaptedModel(
-            load_backbone(str(tiny_backbone)), dict(adapters), "input", TaskHead(32, 2)
-        ).eval()
+        return AdaptedModel(load_backbone(str(tiny_backbone)), dict(adapters), "input", TaskHead(32, 2)).eval()
 
     plain, compiled = made(), made()
     compile_layers(layers_of(compiled), Counting())
@@ -139,9 +133,7 @@ def test_really_compiled(tiny_backbone: Path, slot_module: str) -> None:
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(
-        UserError, match=r"^compile=true needs a C\+\+ compiler, and \S+ was not found: [^\n]*$"
-    ):
+    with pytest.raises(UserError, match=r"^compile=true needs a C\+\+ compiler, and \S+ was not found: [^\n]*$"):
         check_compiler()
     program = tmp_path / "my-c++"
     program.write_text("#!/bin/sh\n")

@@ -150,14 +150,8 @@ FAULTS: dict[str, tuple[Damage, str]] = {
     "size huge": (config(hidden_size=10**12), r"cannot be loaded \(RuntimeError: "),
     "size other": (config(hidden_size=64), r"has shape \[[\d, ]+\], and config\.json expects \["),
     "layers none": (config(num_hidden_layers=0), r"num_hidden_layers is 0, expected 1 to 1000"),
-    "layers fewer": (
-        config(num_hidden_layers=2),
-        r"hold encoder\.layer\.2\.\S+ and 15 more tensors, which the model",
-    ),
-    "layers more": (
-        config(num_hidden_layers=4),
-        r"its weights lack encoder\.layer\.3\.\S+ and 15 more tensors",
-    ),
+    "layers fewer": (config(num_hidden_layers=2), r"hold encoder\.layer\.2\.\S+ and 15 more tensors, which the model"),
+    "layers more": (config(num_hidden_layers=4), r"its weights lack encoder\.layer\.3\.\S+ and 15 more tensors"),
     "vocabulary": (config(vocab_size=500), r"word_embeddings\.weight has shape \[29, 32\], .* \[500, 32\]"),
     "types": (config(type_vocab_size=0), r"gives token type 1, and the model has type_vocab_size=0"),
     "activation": (config(hidden_act="nope"), r"cannot be loaded \(KeyError: 'nope'\)"),
@@ -172,10 +166,7 @@ FAULTS: dict[str, tuple[Damage, str]] = {
     "weights empty": (put(WEIGHTS, b""), r"model\.safetensors: cannot be read"),
     "weights truncated": (cut(WEIGHTS, 20_000), r"model\.safetensors: cannot be read"),
     "a tensor missing": (without(BIAS), rf"its weights lack {BIAS}"),
-    "foreign prefix": (
-        renamed("foo."),
-        r"lack embeddings\.\S+ and 52 more tensors; they hold foo\.embeddings",
-    ),
+    "foreign prefix": (renamed("foo."), r"lack embeddings\.\S+ and 52 more tensors; they hold foo\.embeddings"),
     "extra tensor": (
         weights(lambda t: t | {"encoder.layer.0.attention.self.distance_embedding.weight": torch.ones(2)}),
         r"its weights hold encoder\.layer\.0\.attention\.self\.distance_embedding\.weight, which the model",
@@ -241,9 +232,7 @@ ACCEPTED: dict[str, Damage] = {
     "position ids": weights(lambda tensors: tensors | {"embeddings.position_ids": torch.arange(80)[None]}),
     "old names": weights(
         lambda tensors: {
-            name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
-                "LayerNorm.bias", "LayerNorm.beta"
-            ): value
+            name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
             for name, value in tensors.items()
         }
     ),

@@ -50,9 +50,7 @@ def test_the_longest_sequence_runs_and_one_more_token_is_refused(
         edit(folder / "tokenizer_config.json", model_max_length=10**30)
     backbone = load_backbone(str(folder), max_length=most)
     assert hidden(backbone, "cat " * 200, most, tmp_path / "cache").shape == (1, most, 32)
-    with pytest.raises(
-        UserError, match=rf"data\.max_length={most + 1}: [\s\S]*Expected data\.max_length={most}"
-    ):
+    with pytest.raises(UserError, match=rf"data\.max_length={most + 1}: [\s\S]*Expected data\.max_length={most}"):
         load_backbone(str(folder), max_length=most + 1)
 
 
@@ -97,15 +95,11 @@ def test_a_smaller_vocabulary_is_fine(tmp_path: Path) -> None:
 
 def test_a_larger_vocabulary_is_refused_with_the_numbers(tmp_path: Path) -> None:
     folder = save_backbone(tmp_path / "bert", vocab_size=20)
-    with pytest.raises(
-        UserError, match=r"has 29 tokens, .* embeddings for 20: 'no' has id 28, and 8 more are too"
-    ):
+    with pytest.raises(UserError, match=r"has 29 tokens, .* embeddings for 20: 'no' has id 28, and 8 more are too"):
         load_backbone(str(folder))
 
 
-def test_padding_is_on_the_side_where_it_changes_nothing(
-    tiny_backbone: Path, roberta: Path, tmp_path: Path
-) -> None:
+def test_padding_is_on_the_side_where_it_changes_nothing(tiny_backbone: Path, roberta: Path, tmp_path: Path) -> None:
     """On BERT's left, padding would move the positions of the text, and so its scores, with each batch."""
     folder = tmp_path / "bert"
     shutil.copytree(tiny_backbone, folder)
@@ -120,9 +114,7 @@ def test_padding_is_on_the_side_where_it_changes_nothing(
         for indices in ([0], [0, 1]):
             batch = encoded.batch(indices)
             states = backbone.model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                token_type_ids=batch.token_type_ids,
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, token_type_ids=batch.token_type_ids
             ).last_hidden_state
             outputs.append(states[0][batch.attention_mask[0].bool()])
         alone, together = outputs

@@ -38,9 +38,7 @@ def sites_that_read(backbone: Backbone, reads: str) -> list[str]:
     return found
 
 
-def adapters_for(
-    backbone: Backbone, addresses: list[str], init: str = "bert"
-) -> dict[str, BottleneckAdapter]:
+def adapters_for(backbone: Backbone, addresses: list[str], init: str = "bert") -> dict[str, BottleneckAdapter]:
     torch.manual_seed(3)
     made = {}
     for text in addresses:
@@ -93,8 +91,7 @@ def test_slots_equal_a_manual_computation_of_the_layers(name: str, reads: str) -
     direction = torch.randn_like(real(found))
     parameters = {f"{at}.{n}": p for at in names for n, p in adapters[at].named_parameters()}
     gradients = [
-        torch.autograd.grad((real(states) * direction).sum(), list(parameters.values()))
-        for states in (found, expected)
+        torch.autograd.grad((real(states) * direction).sum(), list(parameters.values())) for states in (found, expected)
     ]
     for parameter, one, two in zip(parameters, *gradients, strict=True):
         assert (one - two).abs().max() <= 1e-10 * max(1.0, float(two.abs().max())), parameter

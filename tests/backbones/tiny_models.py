@@ -18,12 +18,7 @@ IDS = torch.tensor([[2, 7, 8, 9, 3], [2, 10, 3, 0, 0], [2, 11, 12, 3, 0]])
 MASK = (IDS != 0).long()
 DECODER_IDS = torch.tensor([[2, 5, 6, 4], [2, 14, 15, 9], [2, 11, 6, 5]])
 
-_BERT = {
-    "hidden_size": HIDDEN,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-}
+_BERT = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "intermediate_size": 48}
 _LLAMA = _BERT | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
 _SEQ2SEQ = {"d_model": HIDDEN, "encoder_layers": LAYERS, "decoder_layers": LAYERS, "encoder_ffn_dim": 48}
 _SEQ2SEQ |= {"decoder_ffn_dim": 48, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
@@ -37,18 +32,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "electra": _BERT | {"embedding_size": 16},
     "mpnet": _BERT | {"pad_token_id": 0},
     "deberta-v2": _BERT
-    | {
-        "relative_attention": True,
-        "pos_att_type": ["c2p", "p2c"],
-        "position_buckets": 4,
-        "share_att_key": True,
-    }
-    | {
-        "conv_kernel_size": 3,
-        "conv_act": "gelu",
-        "position_biased_input": False,
-        "norm_rel_ebd": "layer_norm",
-    },
+    | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4, "share_att_key": True}
+    | {"conv_kernel_size": 3, "conv_act": "gelu", "position_biased_input": False, "norm_rel_ebd": "layer_norm"},
     "distilbert": {"dim": HIDDEN, "n_layers": LAYERS, "n_heads": 4, "hidden_dim": 48},
     "albert": _BERT | {"embedding_size": 16},
     "albert/groups": _BERT | {"embedding_size": 16, "num_hidden_groups": 3},

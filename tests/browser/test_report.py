@@ -24,15 +24,7 @@ from selenium.webdriver.remote.webelement import WebElement
 
 from fusion.reporting.packing import unpack
 from tests.reporting.conftest import Write, write  # noqa: F401
-from tests.reporting.test_page import (
-    EVIL,
-    contents,
-    example_runs,
-    inspection,
-    write_attention,
-    write_history,
-    written,
-)
+from tests.reporting.test_page import EVIL, contents, example_runs, inspection, write_attention, write_history, written
 
 pytestmark = pytest.mark.browser
 WIDTHS = (400, 1600)
@@ -65,10 +57,7 @@ def page(tmp_path: Path, write: Write) -> Path:  # noqa: F811
     write_attention(write("rte", sources=[EVIL, "b"], wrong=1, score=0.95), EVIL)
     write("rte", wrong=5, score=0.75)
     for rate, wrong in ((0.1, 2), (0.2, 4)):  # settings with a long name, in every caption
-        changes = {
-            "adapter__a_rather_long_name_of_a_setting": rate,
-            "adapter__another_name_of_a_setting": rate,
-        }
+        changes = {"adapter__a_rather_long_name_of_a_setting": rate, "adapter__another_name_of_a_setting": rate}
         folder = write("wnli", score=1 - wrong / 20, wrong=wrong, sources=["a", "b"], **changes)
         write_attention(folder)
         write_history(folder, f"wnli-{rate}", range(0, 40, 10))
@@ -97,9 +86,7 @@ def every(chromium: Chrome, selector: str) -> list[WebElement]:
 
 def style_of(element: WebElement, name: str) -> str:
     """A custom property of the element's own style."""
-    value = element.parent.execute_script(
-        "return arguments[0].style.getPropertyValue(arguments[1])", element, name
-    )
+    value = element.parent.execute_script("return arguments[0].style.getPropertyValue(arguments[1])", element, name)
     return str(value).strip()
 
 
@@ -179,13 +166,7 @@ def test_contrast(chromium: Chrome, page: Path, dark: bool) -> None:
         linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
         return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
 
-    pairs = [
-        ("p", "body"),
-        ("small", "body"),
-        ("td.better small", "body"),
-        ("nav a", "body"),
-        ("thead th", "body"),
-    ]
+    pairs = [("p", "body"), ("small", "body"), ("td.better small", "body"), ("nav a", "body"), ("thead th", "body")]
     pairs.append(("#by-target td[style*='100%']", "#by-target td[style*='100%']"))
     for one, ground in pairs:
         light, deep = sorted((luminance(colour) for colour in colours(one, ground)), reverse=True)
@@ -291,10 +272,7 @@ def test_print(chromium: Chrome, page: Path) -> None:
     assert chromium.execute_script("return seen[0]") == 0
     assert every(chromium, "details[open]") == []
     chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
-    assert (
-        chromium.execute_script("return getComputedStyle(document.body).backgroundColor")
-        == "rgb(255, 255, 255)"
-    )
+    assert chromium.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert not first(chromium, "nav").is_displayed()
     chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 

@@ -179,10 +179,7 @@ def test_a_run_that_restarts_is_logged(go: Callable[..., Outcome]) -> None:
         (["task=mine"], "expected +task=NAME"),
         (["+task=[mine,yours]"], "a task is one file"),
         (["+task.kind=regression"], "+task.kind=regression: a key of what is not there"),
-        (
-            ["+task=mine", "logger.csv.flush_every_n_steps=3"],
-            "or logger=[wandb,csv]",
-        ),
+        (["+task=mine", "logger.csv.flush_every_n_steps=3"], "or logger=[wandb,csv]"),
         (["+task=mine,yours"], "multiple values are a sweep, which needs -m"),
         (["+task=mine", "optim.lrr=1"], "unknown key optim.lrr: did you mean optim.lr"),
         (["+task=mine", "+optim.extra=1"], "unknown key optim.extra"),
@@ -199,14 +196,8 @@ def test_a_run_that_restarts_is_logged(go: Callable[..., Outcome]) -> None:
             ["-m", "+task=mine", "seed=1,2", "name=one"],
             "would both be stored as one: seed=1 and seed=2\ngive each its own name with 'name=NAME-${seed}'",
         ),
-        (
-            ["-m", "+task=mine,yours", "seed=1,2", "name=one"],
-            "'name=NAME-${task.name}-${seed}'",
-        ),
-        (
-            ["+task=mine", "+task=yours"],
-            "task is given more than once: expected one +task=NAME; a sweep is -m",
-        ),
+        (["-m", "+task=mine,yours", "seed=1,2", "name=one"], "'name=NAME-${task.name}-${seed}'"),
+        (["+task=mine", "+task=yours"], "task is given more than once: expected one +task=NAME; a sweep is -m"),
         (["+task=mine", "data.dir=/my", "data"], "needs quotes: 'data.dir=/my data'"),
         (["-m", "+task=mine", "seed=1,1"], "are the same: +task=mine seed=1\nexpected each value"),
         (["-m", "+task=mine,yours,mine"], "are the same: +task=mine"),
@@ -216,10 +207,7 @@ def test_a_run_that_restarts_is_logged(go: Callable[..., Outcome]) -> None:
             "backbone.revision=a/b and backbone.revision=a-b\ngive each its own name with 'name=NAME-${backbone.revision}'",
         ),
         (["-m", "seed=1,2"], "no task: expected +task=NAME"),
-        (
-            ["tasks=[mine,yours]"],
-            "tasks= with method=adapter: multiple tasks need method=multitask_adapter",
-        ),
+        (["tasks=[mine,yours]"], "tasks= with method=adapter: multiple tasks need method=multitask_adapter"),
         ([MT, "+task=mine", "tasks=[mine,yours]"], "+task=mine and tasks= do not go together"),
         ([MT], "expected 'tasks=[TASK,ANOTHER]'"),
         ([MT, "+task=mine"], "expected 'tasks=[TASK,ANOTHER]'"),
@@ -235,19 +223,10 @@ def test_a_run_that_restarts_is_logged(go: Callable[..., Outcome]) -> None:
         ([MT, "tasks=mine,yours"], "a list is written 'tasks=[mine,yours]'"),
         ([MT, "tasks=[mine,yours,mine]"], "tasks=[mine,yours,mine]: duplicate mine; expected each task once"),
         ([MT, "tasks=[mine,yuors]"], "unknown task 'yuors': did you mean yours?"),
-        (
-            [MT, "tasks=[mine,yours]", "method.temperature=0"],
-            "method.temperature=0.0: expected a finite number > 0",
-        ),
+        ([MT, "tasks=[mine,yours]", "method.temperature=0"], "method.temperature=0.0: expected a finite number > 0"),
         (["-m", MT, "tasks=[mine,yours],[mine]"], "job 1 ("),
-        (
-            [MT, "tasks=[mine,yours]", "task.label=x"],
-            "a task in tasks= is set in its file",
-        ),
-        (
-            [MT, "tasks=[mine,yours]", "++task.columns.sentence=text"],
-            "a task in tasks= is set in its file",
-        ),
+        ([MT, "tasks=[mine,yours]", "task.label=x"], "a task in tasks= is set in its file"),
+        ([MT, "tasks=[mine,yours]", "++task.columns.sentence=text"], "a task in tasks= is set in its file"),
     ],
 )
 def test_a_wrong_command(go: Callable[..., Outcome], arguments: list[str], message: str) -> None:
@@ -375,10 +354,7 @@ def test_fusion_conf_may_contain_tasks(
         ("kind: [", "broken.yaml"),
         (TASK + "labelz: [a]\n", "conf file task/broken.yaml: unknown key labelz: did you mean task.label"),
         (TASK.replace("accuracy", "pearson"), "task broken: metrics=[pearson]: expected some of accuracy"),
-        (
-            TASK.replace("[negative, positive]", "[positive]"),
-            "task broken: labels=[positive]: expected at least 2",
-        ),
+        (TASK.replace("[negative, positive]", "[positive]"), "task broken: labels=[positive]: expected at least 2"),
     ],
 )
 def test_a_broken_task_file_is_named(go: Callable[..., Outcome], content: str, message: str) -> None:
@@ -446,9 +422,7 @@ def test_a_flag_may_be_anywhere(go: Callable[..., Outcome]) -> None:
 
 
 def test_swept_keys_are_in_names_and_folders(go: Callable[..., Outcome]) -> None:
-    outcome = go(
-        "-m", "+task=mine", "seed=3", "optim.lr=1e-4,5e-4", "adapter.layers=[0,1]", "method=head,adapter"
-    )
+    outcome = go("-m", "+task=mine", "seed=3", "optim.lr=1e-4,5e-4", "adapter.layers=[0,1]", "method=head,adapter")
     assert [status["name"] for status in outcome.statuses] == [
         "mine-head-optim.lr-0.0001",
         "mine-optim.lr-0.0001",
@@ -457,10 +431,7 @@ def test_swept_keys_are_in_names_and_folders(go: Callable[..., Outcome]) -> None
     ]
     assert outcome.folders[1].name == "1-mine-method-adapter-optim.lr-0.0001"
     outcome = go("-m", "+task=mine", "adapter.layers=[0,1],[2]")
-    assert [status["name"] for status in outcome.statuses[-2:]] == [
-        "mine-adapter.layers-0-1",
-        "mine-adapter.layers-2",
-    ]
+    assert [status["name"] for status in outcome.statuses[-2:]] == ["mine-adapter.layers-0-1", "mine-adapter.layers-2"]
 
 
 def test_a_name_may_interpolate_swept_keys(go: Callable[..., Outcome]) -> None:
@@ -547,9 +518,7 @@ def test_a_sweep_identifies_its_jobs_without_the_clock(
 # --- at a terminal ------------------------------------------------------------------------------
 
 
-def test_concurrent_jobs_draw_no_progress_bars(
-    go: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_concurrent_jobs_draw_no_progress_bars(go: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a launcher's processes, which are not aware of the sweep and share a terminal."""
     monkeypatch.setenv(PROGRESS, "1")
     monkeypatch.setattr(Sweep, "start", lambda *_: None)
@@ -701,9 +670,7 @@ def test_a_job_returns_its_objective_to_the_sweeper(search: Callable[..., tuple[
     assert [status["name"] for status in outcome.statuses] == ["mine-seed-1", "mine-seed-2", "mine-seed-7"]
 
 
-def test_a_failed_job_is_an_exception_to_the_sweeper(
-    search: Callable[..., tuple[Outcome, list[Any]]],
-) -> None:
+def test_a_failed_job_is_an_exception_to_the_sweeper(search: Callable[..., tuple[Outcome, list[Any]]]) -> None:
     outcome, seen = search("1,3,4,5,2", True)
     failures = ["JobFailed: no such column", "JobFailed: the loss is nan", "JobFailed: RuntimeError: boom"]
     assert seen == [0.1, *failures, 0.2]
@@ -715,9 +682,7 @@ def test_a_failed_job_is_an_exception_to_the_sweeper(
 
 
 def test_the_objective_of_multiple_tasks_is_their_mean() -> None:
-    tasks = [
-        TaskConfig(name=name, text="t", labels=["x", "y"], metrics=["accuracy", "f1"]) for name in ("a", "ab")
-    ]
+    tasks = [TaskConfig(name=name, text="t", labels=["x", "y"], metrics=["accuracy", "f1"]) for name in ("a", "ab")]
     config = Stage1Config(tasks=tasks, method=MethodConfig("multitask_adapter"))
     metrics = {f"{name}/{split}": {"f1": 0.0, "accuracy": score} for name, split, score in (
         ("ab", "near", 0.5), ("a", "validation", 0.7), ("ab", "far", 0.1))}  # fmt: skip

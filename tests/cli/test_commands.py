@@ -69,10 +69,7 @@ def run(place: Path, backbone: Path, module: str, *overrides: str) -> subprocess
 
 @pytest.fixture
 def here(
-    place: Path,
-    tiny_backbone: Path,
-    in_process: Callable[..., tuple[int, str, str]],
-    monkeypatch: pytest.MonkeyPatch,
+    place: Path, tiny_backbone: Path, in_process: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[int, str, str]]:
     """A command in this process: exit code, stdout, stderr."""
     monkeypatch.chdir(place)
@@ -84,9 +81,7 @@ def here(
     return run_here
 
 
-def trained(
-    place: Path, backbone: Path, here: Callable[..., tuple[int, str, str]], devices: int, *words: str
-) -> None:
+def trained(place: Path, backbone: Path, here: Callable[..., tuple[int, str, str]], devices: int, *words: str) -> None:
     """Train with 8 rows per step, in one or more processes."""
     if devices == 1:
         code, _, err = here(*words, "trainer.devices=1", "data.batch_size=8")
@@ -111,9 +106,7 @@ def outcomes(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "outcomes.json").read_text())["validation"]
 
 
-def test_two_processes_match_one(
-    place: Path, tiny_backbone: Path, here: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_two_processes_match_one(place: Path, tiny_backbone: Path, here: Callable[..., tuple[int, str, str]]) -> None:
     """Two of 4 rows against one of 8: the same order, the same loss at each step, the same weights.
 
     The last of the 9 validation rows leaves the second process without one.
@@ -149,9 +142,7 @@ def test_two_processes_match_one(
         assert line["slots"].keys() == other["slots"].keys() and len(line["slots"]) == 3
         for slot, values in line["slots"].items():
             assert other["slots"][slot] == {key: pytest.approx(v, abs=1e-5) for key, v in values.items()}
-    one, two = (
-        load_file(place / store / "films" / "weights.safetensors") for store in ("store", "store-ddp")
-    )
+    one, two = (load_file(place / store / "films" / "weights.safetensors") for store in ("store", "store-ddp"))
     for name, weights in one.items():
         torch.testing.assert_close(two[name], weights, rtol=0, atol=1e-4)
 
@@ -162,10 +153,7 @@ def test_fewer_examples_than_processes(place: Path, tiny_backbone: Path, more: s
     """Two rows to train on and one to validate on, for three processes."""
     words = ["logger=none", "head.dropout=0", "backbone.cache=float32", "data.limit.train=2", "data.limit.validation=1", *more.split()]  # fmt: skip
     found = []
-    for name, devices in (
-        ("one", ["trainer.devices=1"]),
-        ("three", ["trainer.devices=3", "trainer.strategy=ddp"]),
-    ):
+    for name, devices in (("one", ["trainer.devices=1"]), ("three", ["trainer.devices=3", "trainer.strategy=ddp"])):
         directory = place / f"few-{name}-{bool(more)}"
         done = run(
             place, tiny_backbone, "stage1", "+task=films", *words, *devices, "trainer.max_epochs=2", "name=few",
@@ -173,9 +161,7 @@ def test_fewer_examples_than_processes(place: Path, tiny_backbone: Path, more: s
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         weights = load_file(directory / "store" / "few" / "weights.safetensors")
-        found.append(
-            (outcomes(directory), json.loads((directory / "result.json").read_text())["metrics"], weights)
-        )
+        found.append((outcomes(directory), json.loads((directory / "result.json").read_text())["metrics"], weights))
     (one, one_metrics, weights), (three, three_metrics, others) = found
     assert one == three and len(one["predicted"]) == 1
     assert one_metrics == three_metrics
@@ -195,13 +181,7 @@ def test_other_ways_to_train_match_one_process(
     place: Path, tiny_backbone: Path, here: Callable[..., tuple[int, str, str]], how: str
 ) -> None:
     """A dropped layer, shared weights, what trains inside the backbone: DDP needs a gradient of each in every step."""
-    words = [
-        "logger=csv",
-        "trainer.log_every_n_steps=1",
-        "head.dropout=0",
-        "backbone.dropout=false",
-        *how.split(),
-    ]
+    words = ["logger=csv", "trainer.log_every_n_steps=1", "head.dropout=0", "backbone.dropout=false", *how.split()]
     found = []
     for name, devices in (("one", 1), ("two", 2)):
         directory = place / f"{how.split('=')[1]}-{name}"
@@ -209,9 +189,7 @@ def test_other_ways_to_train_match_one_process(
             place, tiny_backbone, here, devices, "stage1", "+task=films", *words, "name=trained", "trainer.max_epochs=1",
             f"store={directory}/store", f"hydra.run.dir={directory}/run",
         )  # fmt: skip
-        found.append(
-            (losses(directory / "run"), load_file(directory / "store" / "trained" / "weights.safetensors"))
-        )
+        found.append((losses(directory / "run"), load_file(directory / "store" / "trained" / "weights.safetensors")))
     (one, weights), (two, others) = found
     assert len(one) == 8 and two == pytest.approx(one, abs=1e-5)
     assert weights.keys() == others.keys()
@@ -239,9 +217,7 @@ def test_multiple_tasks_in_two_processes_match_one(
     assert found["two"] == pytest.approx(found["one"], abs=1e-5)
     for part in ("weights", "head"):
         one, two = (
-            load_file(
-                place / f"several-{name}-store" / "films-rating-multitask_adapter" / f"{part}.safetensors"
-            )
+            load_file(place / f"several-{name}-store" / "films-rating-multitask_adapter" / f"{part}.safetensors")
             for name in ("one", "two")
         )
         assert one.keys() == two.keys()
@@ -270,9 +246,7 @@ def test_a_sweep_stores_one_artifact_per_task_and_survives_a_failed_job(
     task = {"kind": "classification", "text": "text", "labels": ["bad", "fine"], "metrics": ["accuracy"]}
     (place / "conf" / "task" / "plays.yaml").write_text(yaml.safe_dump(task))
     rows = (broken / "train.jsonl").read_text().splitlines()
-    (broken / "train.jsonl").write_text(
-        "\n".join([*rows[:3], '{"text": "no label here", "label": 7}', *rows[4:]])
-    )
+    (broken / "train.jsonl").write_text("\n".join([*rows[:3], '{"text": "no label here", "label": 7}', *rows[4:]]))
     words = ("-m", "+task=films,plays,books", "logger=csv", "store=sweep-store", "hydra.sweep.dir=sweep")
     code, _, err = here("stage1", *words)
     assert code == 1
@@ -280,11 +254,7 @@ def test_a_sweep_stores_one_artifact_per_task_and_survives_a_failed_job(
     folders = {f.name.rsplit("-", 1)[-1]: f for f in (place / "sweep").iterdir() if f.is_dir()}
     assert set(folders) == {"films", "plays", "books"}
     states = {name: json.loads((f / "status.json").read_text()) for name, f in folders.items()}
-    assert {name: s["status"] for name, s in states.items()} == {
-        "films": "done",
-        "plays": "failed",
-        "books": "done",
-    }
+    assert {name: s["status"] for name, s in states.items()} == {"films": "done", "plays": "failed", "books": "done"}
     assert "label" in states["plays"]["error"]
     assert "Traceback" in (folders["plays"] / "run.log").read_text()
     stored = {f.name for f in (place / "sweep-store").iterdir() if not f.name.startswith(".")}
@@ -298,11 +268,7 @@ def test_a_sweep_stores_one_artifact_per_task_and_survives_a_failed_job(
         ("stage1", ["+task=films", "adapter.bottleneck_size=0"], "adapter.bottleneck_size=0"),
         ("stage1", ["+task=films", "data.dir=nowhere"], "nowhere"),
         ("stage1", ["tasks=[films,rte]", "method=multitask_adapter"], "no folder rte"),
-        (
-            "stage1",
-            ["tasks=[films,books]", "method=lora"],
-            "need method=multitask_adapter or method=multitask_full",
-        ),
+        ("stage1", ["tasks=[films,books]", "method=lora"], "need method=multitask_adapter or method=multitask_full"),
         ("stage2", ["+task=films", "sources=[nobody]"], "nobody"),
         ("stage2", ["+task=films"], "sources"),
         ("stage2", ["tasks=[films,books]", "sources=[films]"], "unknown key tasks"),

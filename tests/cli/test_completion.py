@@ -88,12 +88,7 @@ def test_a_shell_completes(path: Path, tmp_path: Path) -> None:
         'printf "%s\\n" "${COMPREPLY[@]}"\n'
     )
     done = subprocess.run(
-        [bash, "--norc", "-c", script],
-        env=environment(path),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
+        [bash, "--norc", "-c", script], env=environment(path), cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout) == (0, "+task=mnli\n"), done.stderr
 

@@ -52,9 +52,7 @@ def fails_once(monkeypatch: pytest.MonkeyPatch, target: str, error: Exception) -
 
 
 def statuses(place: Path) -> dict[str, dict[str, Any]]:
-    return {
-        file.parent.name: json.loads(file.read_text()) for file in sorted(place.glob("sweep/*/status.json"))
-    }
+    return {file.parent.name: json.loads(file.read_text()) for file in sorted(place.glob("sweep/*/status.json"))}
 
 
 @pytest.mark.parametrize(
@@ -65,19 +63,13 @@ def statuses(place: Path) -> dict[str, dict[str, Any]]:
         pytest.param("loading the backbone", "fusion.backbones.load.load_backbone", marks=pytest.mark.slow),
         pytest.param("starting the loggers", "fusion.training.stage.build_loggers", marks=pytest.mark.slow),
         ("training", "fusion.training.module.TaskModule.training_step"),
-        pytest.param(
-            "validation", "fusion.training.module.TaskModule.on_validation_epoch_end", marks=pytest.mark.slow
-        ),
+        pytest.param("validation", "fusion.training.module.TaskModule.on_validation_epoch_end", marks=pytest.mark.slow),
         ("storing", "fusion.training.stage.save"),
         pytest.param("showing the result", "fusion.training.stage.log_lineage", marks=pytest.mark.slow),
     ],
 )
 def test_a_failed_job_does_not_stop_the_others(
-    sweep: Callable[[], tuple[int, str, str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    phase: str,
-    target: str,
+    sweep: Callable[[], tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, target: str
 ) -> None:
     import fusion.backbones.load
     import fusion.training.stage  # noqa: F401 - what is patched there

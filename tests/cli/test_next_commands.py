@@ -52,14 +52,7 @@ def typed(line: str) -> list[str]:
 
 def test_after_stage_1(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     store = trained.folder / "store"
-    words = (
-        "+task=books",
-        f"store={store}",
-        "data.dir=d",
-        "optim.lr=1",
-        "backbone=minilm",
-        "data.limit.train=7",
-    )
+    words = ("+task=books", f"store={store}", "data.dir=d", "optim.lr=1", "backbone=minilm", "data.limit.train=7")
     end_of_run(run(trained, "stage1", *words), trained.result["books"])
     titles, row, *following = lines_of(capsys)
     result = trained.result["books"]
@@ -77,21 +70,12 @@ def test_after_stage_1(trained: Bench, capsys: pytest.CaptureFixture[str]) -> No
     kept = [f"store={store}", "data.dir=d"]  # with its blank
     assert [typed(line) for line in following] == [
         ["fusion.evaluate", "artifact=books", *kept],
-        [
-            "fusion.stage2",
-            "+task=books",
-            "sources=[books,films]",
-            *kept,
-            "backbone=minilm",
-            "data.limit.train=7",
-        ],
+        ["fusion.stage2", "+task=books", "sources=[books,films]", *kept, "backbone=minilm", "data.limit.train=7"],
     ]
     assert following[1].startswith("  or: ")
 
 
-def test_the_backbone_of_an_experiment_is_in_the_command(
-    trained: Bench, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_backbone_of_an_experiment_is_in_the_command(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     end_of_run(run(trained, "stage1", "+task=books", "experiment=quick"), trained.result["books"])
     fuse = typed(lines_of(capsys)[-1])
     quoted = f'"{trained.backbone}"' if " " in str(trained.backbone) else str(trained.backbone)
@@ -181,9 +165,7 @@ def test_after_evaluate_and_predict(
 
 
 def job(name: str, status: str, result: dict[str, Any], *words: str, before: str | None = "new") -> Job:
-    return Job(
-        Path("sweep") / name, {"status": status, "before": before, "name": name, "overrides": words}, result
-    )
+    return Job(Path("sweep") / name, {"status": status, "before": before, "name": name, "overrides": words}, result)
 
 
 def test_after_a_sweep(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,11 +179,7 @@ def test_after_a_sweep(trained: Bench, capsys: pytest.CaptureFixture[str]) -> No
     titles, *rows, fuse, report = lines_of(capsys)
     assert titles.startswith("name   state         best epoch")
     assert [row.split("  ")[0] for row in rows] == ["films", "plays", "books"]
-    assert (
-        "done already" in rows[0]
-        and rows[1].split() == ["plays", "failed", *"------"]
-        and " done " in rows[2]
-    )
+    assert "done already" in rows[0] and rows[1].split() == ["plays", "failed", *"------"] and " done " in rows[2]
     assert typed(fuse) == ["fusion.stage2", "+task=books", "sources=[books,films]", "store=s"]
     assert typed(report) == ["fusion.report", "runs=sweep"]
     end_of_sweep("stage1", Path("sweep"), jobs)
@@ -209,9 +187,7 @@ def test_after_a_sweep(trained: Bench, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_seeds_of_one_task(trained: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    jobs = [
-        job(f"films-seed-{n}", "done", trained.result["films"] | {"seed": n}, f"seed={n}") for n in (1, 2)
-    ]
+    jobs = [job(f"films-seed-{n}", "done", trained.result["films"] | {"seed": n}, f"seed={n}") for n in (1, 2)]
     end_of_sweep("stage1", Path("sweep"), jobs)
     shown = [line.split() for line in lines_of(capsys)]
     assert ["seeds", "accuracy", "mean", "sd"] in shown and ["2", ANY, "0.0000"] in shown
@@ -219,9 +195,7 @@ def test_seeds_of_one_task(trained: Bench, capsys: pytest.CaptureFixture[str]) -
     assert settings_table(again)[0] == ("runs", "accuracy mean", "sd", "")
 
 
-def test_a_sweep_ends_with_its_settings(
-    trained: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_sweep_ends_with_its_settings(trained: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Mean and standard deviation over the seeds of each, with the best one marked; jobs without a score are counted."""
     store = tmp_path / "store"
     scores = {"1e-4": (0.5, 0.7), "1e-3": (0.9, 0.8)}
@@ -259,10 +233,7 @@ def test_sources_that_differ_only_in_seed_are_one_setting(trained: Bench, tmp_pa
         overrides = ["+task=films", f"seed={seed}", f"sources=[films-s{seed},books-s{seed}]"]
         one = job(f"both-{seed}", "done", result | {"metrics": {"validation": {"accuracy": 0.5 + seed / 10}}})
         jobs.append(dataclasses.replace(one, status={**one.status, "overrides": overrides}))
-    assert settings_table(jobs) == [
-        ("seeds", "accuracy mean", "sd", ""),
-        ("2", "0.6500", "0.0707", ""),
-    ]
+    assert settings_table(jobs) == [("seeds", "accuracy mean", "sd", ""), ("2", "0.6500", "0.0707", "")]
 
 
 def with_seed(bench: Bench, store: Path, name: str, new: str, seed: int, **settings: Any) -> dict[str, Any]:
@@ -275,9 +246,7 @@ def with_seed(bench: Bench, store: Path, name: str, new: str, seed: int, **setti
 
 
 @pytest.mark.parametrize("command", ["stage1", "stage2", "evaluate", "rank", "benchmark"])
-def test_a_result_without_scores_prints_nothing(
-    command: str, bench: Bench, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_result_without_scores_prints_nothing(command: str, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     for result in ({}, {"name": "x", "seed": 1}, {"metrics": None} if command == "evaluate" else {}):
         end_of_run(run(bench, command), result)
     end_of_sweep(command, Path("sweep"), [job("x", "failed", {})])

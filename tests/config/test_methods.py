@@ -69,9 +69,7 @@ def check_stored_once(bench: Bench, result: dict[str, Any]) -> None:
     }
     assert result["parameters"]["trainable"] == 2 * 32 * 5 + 5 + 32 + (2 * 32 + 2)
     model = stored(bench, "films")
-    assert (
-        len({id(module) for module in model.slot_modules().values()}) == 1 and len(model.slot_modules()) == 3
-    )
+    assert len({id(module) for module in model.slot_modules().values()}) == 1 and len(model.slot_modules()) == 3
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -125,11 +123,7 @@ def test_lora_is_initialized_as_the_identity_and_merges(tiny_backbone: Path) -> 
     assert (
         training
         == set(model.trainable())
-        == {
-            "head.output.weight",
-            "head.output.bias",
-            *(n for n, _ in model.named_parameters() if ".lora_" in n),
-        }
+        == {"head.output.weight", "head.output.bias", *(n for n, _ in model.named_parameters() if ".lora_" in n)}
     )
     before = model.eval()(IDS, MASK)
     torch.testing.assert_close(before, plain(IDS, MASK), rtol=0, atol=1e-6)
@@ -259,9 +253,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_an_interrupted_run_resumes_bit_equal(
-    bench: Bench, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_resumes_bit_equal(bench: Bench, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def train(store: str) -> Any:
         return bench.stage1("films", name="it", store=str(bench.folder / store), **RESUMED[name])
 
@@ -304,9 +296,7 @@ def test_robust_training_is_a_setting_of_the_stored_run(bench: Bench) -> None:
 
 def test_a_fusion_can_be_trained_with_dropped_layers(bench: Bench) -> None:
     bench.stage1("films")
-    result = bench.stage2(
-        "plays", ["films"], composition=CompositionConfig(drop="specialized:1"), name="less"
-    )
+    result = bench.stage2("plays", ["films"], composition=CompositionConfig(drop="specialized:1"), name="less")
     assert {name.split(".")[0] for name in bench.weights("less")} == {"1", "2"}
     again = bench.evaluate("less")["metrics"]["validation"]
     assert again == pytest.approx(result["metrics"]["validation"], abs=1e-6)
@@ -346,9 +336,7 @@ def test_sources_without_adapters_in_a_layer_have_no_fusion_there(bench: Bench) 
 def test_sources_of_other_sites_are_refused_with_the_valid_ones(bench: Bench) -> None:
     bench.stage1("films")
     bench.stage1("books", adapter=PLACEMENTS["before_attention"])
-    with pytest.raises(
-        UserError, match=r"books cannot be fused with films: adapter.sites \[before_attention\]"
-    ):
+    with pytest.raises(UserError, match=r"books cannot be fused with films: adapter.sites \[before_attention\]"):
         bench.stage2("plays", ["films", "books"])
 
 
@@ -360,9 +348,7 @@ def test_a_placement_that_a_family_does_not_have_is_refused(tiny_backbone: Path)
     with pytest.raises(UserError, match=r"has no place before_attention; expected .* attention, feedforward"):
         new_adapters(PLACEMENTS["before_attention"], dataclasses.replace(backbone, family=family))
     pre_norm = dataclasses.replace(backbone, family=FAMILIES["gpt2"])
-    with pytest.raises(
-        UserError, match=r"reads=normed: .*gpt2.* at feedforward; expected output, stream or input"
-    ):
+    with pytest.raises(UserError, match=r"reads=normed: .*gpt2.* at feedforward; expected output, stream or input"):
         new_adapters(AdapterConfig(), pre_norm)
 
 
@@ -390,9 +376,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_adapters_of_bert_base_have_the_published_number_of_parameters(
-    name: str, bert_base: Backbone
-) -> None:
+def test_adapters_of_bert_base_have_the_published_number_of_parameters(name: str, bert_base: Backbone) -> None:
     config, expected = PUBLISHED[name]
     with torch.device("meta"):
         model = AdaptedModel(

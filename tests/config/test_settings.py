@@ -134,29 +134,16 @@ def test_default_values() -> None:
     for config in (one, two):
         assert config.backbone.name_or_path == "google-bert/bert-base-uncased"
         assert config.logger.wandb is not None and config.logger.csv is None
-        assert (config.store, config.seed, config.overwrite, config.resume) == (
-            "outputs/store",
-            42,
-            False,
-            True,
-        )
+        assert (config.store, config.seed, config.overwrite, config.resume) == ("outputs/store", 42, False, True)
         assert (config.data.max_length, config.data.batch_size) == (128, 32)
-    assert (one.adapter.sites, one.adapter.reads, one.adapter.nonlinearity) == (
-        ["feedforward"],
-        "normed",
-        "relu",
-    )
+    assert (one.adapter.sites, one.adapter.reads, one.adapter.nonlinearity) == (["feedforward"], "normed", "relu")
     assert one.adapter.size_for(384) == 24
     assert two.composition.name == "adapterfusion"
 
 
 def test_placements_and_backbones() -> None:
     houlsby = typed("stage1", "adapter=houlsby").adapter
-    assert (houlsby.sites, houlsby.reads, houlsby.nonlinearity) == (
-        ["attention", "feedforward"],
-        "output",
-        "silu",
-    )
+    assert (houlsby.sites, houlsby.reads, houlsby.nonlinearity) == (["attention", "feedforward"], "output", "silu")
     minilm = typed("stage1", "backbone=minilm").backbone
     assert minilm.pooling == "mean"
     # a backbone that replaces another keeps no settings of it
@@ -293,10 +280,7 @@ def numbers_of(schema: type, prefix: str = "") -> Iterator[tuple[str, type, data
 
 
 ALL_NUMBERS = {
-    found[0]: found
-    for schema in SCHEMAS.values()
-    if schema is not BenchmarkConfig
-    for found in numbers_of(schema)
+    found[0]: found for schema in SCHEMAS.values() if schema is not BenchmarkConfig for found in numbers_of(schema)
 }
 
 
@@ -314,19 +298,7 @@ def test_every_number_has_an_enforced_and_documented_range(key: str) -> None:
             return str(error)
         return None
 
-    probes = [
-        *(sign * 10.0**n for n in range(-12, 12) for sign in (1, -1)),
-        0.0,
-        -2,
-        2,
-        3,
-        4,
-        5,
-        127,
-        128,
-        999,
-        1001,
-    ]
+    probes = [*(sign * 10.0**n for n in range(-12, 12) for sign in (1, -1)), 0.0, -2, 2, 3, 4, 5, 127, 128, 999, 1001]
     probes += [2**32 - 1, 2**32, 0.5, 0.999, 1.001]
     values = sorted({kind(value) for value in probes if value == kind(value)})
     refused = {value: message for value in values if (message := refusal(value)) is not None}
@@ -365,9 +337,7 @@ def test_multiple_tasks_are_typed_and_name_the_run() -> None:
     assert config.method.temperature == 2.0
     assert config.default_name() == "a-b-multitask_adapter"
     many = [dataclasses.replace(config.tasks[0], name=f"task_number_{n}") for n in range(16)]
-    names = {
-        dataclasses.replace(config, tasks=tasks).default_name() for tasks in (many, many[:-1], many[::-1])
-    }
+    names = {dataclasses.replace(config, tasks=tasks).default_name() for tasks in (many, many[:-1], many[::-1])}
     assert len(names) == 3 and all(len(name) < 70 for name in names)
     assert any(name.startswith("task_number_0-and-15-more-") for name in names)
 

@@ -34,9 +34,7 @@ class CrashConfig:
     output: str = "outputs/crash"
     jobs: int = 2  # runs at a time
     kinds: list[str] = field(default_factory=list)  # of runs; empty: all
-    fork: bool = (
-        False  # fork the commands from a process that has imported all: faster, but no death in an import
-    )
+    fork: bool = False  # fork the commands from a process that has imported all: faster, but no death in an import
 
     def __post_init__(self) -> None:
         for key in ("kills", "jobs"):

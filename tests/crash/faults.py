@@ -23,9 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-VARIABLE = (
-    "FUSION_CRASH"  # environment: {"folder": where the processes write, "kill": a Kill or null}, as JSON
-)
+VARIABLE = "FUSION_CRASH"  # environment: {"folder": where the processes write, "kill": a Kill or null}, as JSON
 MAIN = "main"  # role of the process that the command started; the others have their rank as role
 KILLED, BEGUN = "killed", "begun"  # files in the folder: the killed process; a training batch was reached
 NEW = "~new"  # ending of an artifact that is being written, in STORE/.staging

@@ -307,9 +307,7 @@ def test_a_run_with_kills_is_judged_by_its_final_state(
     assert (tmp_path / "runs" / "001").exists() == (outcome != EQUAL), "a faulty run is kept"
 
 
-def test_wrong_settings_and_a_folder_of_another_program(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_settings_and_a_folder_of_another_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["kills=0"], ["kinds=[adaptor]"], ["kill=1"]):
         assert main(words) == 2
         assert words[0].partition("=")[0] in capsys.readouterr().err

@@ -96,9 +96,7 @@ class Trial:
             raise UserError("the crash trial reads from /proc which file is written: it needs Linux")
         mark = self.output / _MARK
         if self.output.exists() and not mark.exists() and any(self.output.iterdir()):
-            raise UserError(
-                f"output={self.output}: expected a new or empty folder, or one of an earlier crash trial"
-            )
+            raise UserError(f"output={self.output}: expected a new or empty folder, or one of an earlier crash trial")
         for part in ("work", "preparations", "undisturbed", "runs"):
             shutil.rmtree(self.output / part, ignore_errors=True)
         self.output.mkdir(parents=True, exist_ok=True)
@@ -233,8 +231,7 @@ def summary(outcomes: list[Outcome]) -> str:
     equal = sum(outcome.outcome == EQUAL for outcome in outcomes)
     lines = [f"{count:>5}  {place}" for place, count in places.most_common()]
     lines.append(
-        f"{len(deaths)} kills in {len(outcomes)} runs; "
-        f"{equal} of the runs ended with the weights of an undisturbed one"
+        f"{len(deaths)} kills in {len(outcomes)} runs; {equal} of the runs ended with the weights of an undisturbed one"
     )
     return "\n".join(lines)
 

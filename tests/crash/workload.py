@@ -25,10 +25,7 @@ SHARED = (
     "logger=none",
     "store=store",
 )
-PROCESSES = {
-    1: ("data.batch_size=8",),
-    2: ("data.batch_size=4", "trainer.devices=2", "trainer.strategy=ddp"),
-}
+PROCESSES = {1: ("data.batch_size=8",), 2: ("data.batch_size=4", "trainer.devices=2", "trainer.strategy=ddp")}
 EVERY_BATCH = ("checkpoint_minutes=0",)
 ADAPTER = ("fusion.stage1", "+task=films", "adapter.dropout=0.2")
 FUSION = ("fusion.stage2", "+task=films", "composition.dropout=0.1")

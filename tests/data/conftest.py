@@ -79,14 +79,10 @@ def make_tokenizer(folder: Path, types: bool, model_max_length: int = 64) -> Pre
     from fusion.hub.tokenizer import load_tokenizer
 
     characters = {character: number for number, character in enumerate(map(chr, range(32, 127)), start=10)}
-    backend = Tokenizer(
-        models.WordLevel({"[CLS]": 5, "[SEP]": 6, "[PAD]": 7, "[UNK]": 8, **characters}, "[UNK]")
-    )
+    backend = Tokenizer(models.WordLevel({"[CLS]": 5, "[SEP]": 6, "[PAD]": 7, "[UNK]": 8, **characters}, "[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 5), ("[SEP]", 6)],
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 5), ("[SEP]", 6)]
     )
     names = ["input_ids", "token_type_ids", "attention_mask"] if types else ["input_ids", "attention_mask"]
     PreTrainedTokenizerFast(

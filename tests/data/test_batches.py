@@ -10,14 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusion.data.batches import (
-    EpochBatches,
-    LengthBatches,
-    Plan,
-    SortedBatches,
-    TaskBatches,
-    TokenBatches,
-)
+from fusion.data.batches import EpochBatches, LengthBatches, Plan, SortedBatches, TaskBatches, TokenBatches
 
 LENGTHS = np.random.RandomState(0).geometric(0.05, 1000) + 3
 
@@ -40,9 +33,7 @@ def test_an_epoch_has_each_example_once(rows, size, epoch):
     assert sorted(chain.from_iterable(plan.rows for plan in plans)) == list(range(rows))
     assert len(plans) == len(sampler) == -(-rows // size)
     assert sorted(len(plan.rows) for plan in plans)[1:] == [size] * (len(plans) - 1)
-    assert all(
-        plan.weights == [1.0] * len(plan.rows) and plan.global_rows == len(plan.rows) for plan in plans
-    )
+    assert all(plan.weights == [1.0] * len(plan.rows) and plan.global_rows == len(plan.rows) for plan in plans)
 
 
 def order_of(sampler: EpochBatches, epoch: int) -> list[list[int]]:
@@ -60,18 +51,14 @@ def test_the_order_is_a_function_of_seed_and_epoch():
     assert order(1, 2) != order(1, 3)
     assert order(1, 2) != order(2, 2)
     assert order(0, 1) != order(1, 0)
-    assert {frozenset(rows) for rows in order(1, 2)} != {frozenset(rows) for rows in order(1, 3)}, (
-        "new company"
-    )
+    assert {frozenset(rows) for rows in order(1, 2)} != {frozenset(rows) for rows in order(1, 3)}, "new company"
 
 
 @pytest.mark.parametrize("rows", [1000, 997, 33, 32, 31, 3])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_together_get_the_batches_of_one_process(rows, world_size):
     one = LengthBatches(LENGTHS[:rows], 32, seed=5)
-    several = [
-        LengthBatches(LENGTHS[:rows], 32 // world_size, 5, rank, world_size) for rank in range(world_size)
-    ]
+    several = [LengthBatches(LENGTHS[:rows], 32 // world_size, 5, rank, world_size) for rank in range(world_size)]
     for epoch in range(3):
         for sampler in [one, *several]:
             sampler.set_epoch(epoch)

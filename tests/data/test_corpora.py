@@ -103,9 +103,7 @@ def read_task(name: str) -> TaskConfig:
 
 def test_sentiment_and_rating_of_one_domain(downloads: list[bytes]) -> None:
     for split in SPLITS:
-        clear, rated = (
-            load_rows(read_task(name), DataConfig(), split) for name in ("tweets", "tweets_rating")
-        )
+        clear, rated = (load_rows(read_task(name), DataConfig(), split) for name in ("tweets", "tweets_rating"))
         assert rated.labels is not None and clear.labels is not None
         ratings = dict(zip(rated.texts, rated.labels, strict=True))
         assert [int(ratings[text] > 0) for text in clear.texts] == clear.labels

@@ -62,9 +62,7 @@ CASES: list[tuple[int, dict[str, str]]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    "cases", [CASES[::2], pytest.param(CASES, marks=pytest.mark.slow)], ids=["two", "all"]
-)
+@pytest.mark.parametrize("cases", [CASES[::2], pytest.param(CASES, marks=pytest.mark.slow)], ids=["two", "all"])
 def test_batches_are_the_same_everywhere(tmp_path: Path, cases: list[tuple[int, dict[str, str]]]) -> None:
     for name in ("films", "books"):
         write_task(tmp_path / "data", name)

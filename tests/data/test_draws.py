@@ -23,9 +23,7 @@ Task = Callable[..., TaskConfig]
 Write = Callable[..., DataConfig]
 
 
-def parts(
-    count: int, labels: list[int] | None = None, seed: int = 0, **fractions: float
-) -> dict[str, list[int]]:
+def parts(count: int, labels: list[int] | None = None, seed: int = 0, **fractions: float) -> dict[str, list[int]]:
     """Each part by its name, and train."""
     return {
         split: Holdout(split, fractions, seed, labels is not None).rows(count, labels, "here")
@@ -48,9 +46,7 @@ def test_every_example_is_in_one_part(stratify: bool) -> None:
         assert all(part == sorted(part) and part for part in found.values())
 
 
-@pytest.mark.parametrize(
-    ("count", "fraction", "size"), [(10, 0.1, 1), (60, 0.1, 6), (25, 0.1, 3), (3, 0.4, 1)]
-)
+@pytest.mark.parametrize(("count", "fraction", "size"), [(10, 0.1, 1), (60, 0.1, 6), (25, 0.1, 3), (3, 0.4, 1)])
 def test_sizes(count: int, fraction: float, size: int) -> None:
     assert len(parts(count, validation=fraction)["validation"]) == size
 
@@ -184,9 +180,7 @@ def test_choices_and_values(task: Task, write: Write) -> None:
     assert loaded.choices == [["a", "b"]] * 4
     assert loaded.labels == [int(text) % 2 for (text,) in loaded.texts]
     rating = task(name="rating", kind="regression")
-    data = split(
-        write("train.jsonl", [{"text": f"{n}", "label": n / 2} for n in range(20)], "rating"), validation=0.2
-    )
+    data = split(write("train.jsonl", [{"text": f"{n}", "label": n / 2} for n in range(20)], "rating"), validation=0.2)
     loaded = load_rows(rating, data, "validation")
     assert loaded.labels == [int(text) / 2 for (text,) in loaded.texts]
 
@@ -233,9 +227,7 @@ def test_a_task_of_the_hub(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(rows, "hub_table", table)
     hub = task(hub={"path": "x/y", "splits": {"train": "training", "test": "test"}})
-    with pytest.raises(
-        UserError, match=r"has no split validation: .*\nfor training, data\.split\.validation=0\.1"
-    ):
+    with pytest.raises(UserError, match=r"has no split validation: .*\nfor training, data\.split\.validation=0\.1"):
         evaluation_splits(hub, "validation", DataConfig())
     data = split(DataConfig(), validation=0.1)
     check_held_out_splits([hub], data)

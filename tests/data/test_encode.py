@@ -16,9 +16,7 @@ PAD, CLS, SEP = 7, 5, 6
 
 
 def make_rows(texts, labels=None, choices=None, fingerprint="f"):
-    return Rows(
-        [(text,) if isinstance(text, str) else text for text in texts], choices, labels, 0, fingerprint
-    )
+    return Rows([(text,) if isinstance(text, str) else text for text in texts], choices, labels, 0, fingerprint)
 
 
 def ids(text: str) -> list[int]:
@@ -66,9 +64,7 @@ def test_choices_are_consecutive(tokenizer, tmp_path):
     batch = encoded.batch([1, 0])
     assert batch.choice_counts is not None and batch.choice_counts.tolist() == [3, 2]
     assert batch.labels is not None and batch.labels.tolist() == [2, 1]
-    real = [
-        row[mask.bool()].tolist() for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
-    ]
+    real = [row[mask.bool()].tolist() for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
     assert real == [
         [CLS, *ids(context), SEP, *ids(choice), SEP]
         for context, choice in [("a b", "1"), ("a b", "2"), ("a b", "333"), ("q", "xx"), ("q", "y")]
@@ -89,12 +85,7 @@ def test_encoding_equals_that_of_the_tokenizer(tokenizer, tmp_path, monkeypatch)
     encoded = encode(make_rows(pairs, [0] * 50), tokenizer, 32, tmp_path)
     batch = encoded.batch(list(range(50)))
     plain = tokenizer(
-        [a for a, _ in pairs],
-        [b for _, b in pairs],
-        truncation=True,
-        max_length=32,
-        padding=True,
-        return_tensors="pt",
+        [a for a, _ in pairs], [b for _, b in pairs], truncation=True, max_length=32, padding=True, return_tensors="pt"
     )
     assert torch.equal(batch.input_ids, plain["input_ids"])
     assert torch.equal(batch.attention_mask, plain["attention_mask"])
@@ -102,9 +93,7 @@ def test_encoding_equals_that_of_the_tokenizer(tokenizer, tmp_path, monkeypatch)
 
 
 def test_a_length_above_the_limit_of_the_tokenizer_is_refused(tokenizer, tmp_path):
-    with pytest.raises(
-        UserError, match=r"data\.max_length=65: .* at most 64 tokens\nExpected data\.max_length=64"
-    ):
+    with pytest.raises(UserError, match=r"data\.max_length=65: .* at most 64 tokens\nExpected data\.max_length=64"):
         encode(make_rows(["a"]), tokenizer, 65, tmp_path)
 
 

@@ -97,9 +97,7 @@ def test_file_format(name: str, form: str | None) -> None:
 
 @pytest.mark.parametrize("compression", ["", *COMPRESS])
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "tsv"])
-def test_every_form_of_a_file_has_the_same_rows(
-    task: Task, write: Write, ending: str, compression: str
-) -> None:
+def test_every_form_of_a_file_has_the_same_rows(task: Task, write: Write, ending: str, compression: str) -> None:
     content = WRITERS[ending](ROWS)
     if compression:
         content, ending = COMPRESS[compression](content), f"{ending}.{compression}"
@@ -172,8 +170,7 @@ def test_shards(task: Task, write: Write, ending: str, folder: str) -> None:
     for number, part in enumerate((ROWS[:3], ROWS[3:4], ROWS[4:])):
         content = WRITERS[kind](part)
         data = write(
-            f"{folder}train-{number:05d}-of-00003.{ending}",
-            COMPRESS[compression](content) if compression else content,
+            f"{folder}train-{number:05d}-of-00003.{ending}", COMPRESS[compression](content) if compression else content
         )
     check_source(task(), data, ["train"])
     rows = load_rows(task(), data, "train")
@@ -194,8 +191,7 @@ def test_a_missing_shard(task: Task, write: Write) -> None:
     data = write("train-00002-of-00003.parquet", parquet(ROWS))
     for call in (lambda: load_rows(task(), data, "train"), lambda: check_source(task(), data, ["train"])):
         with pytest.raises(
-            UserError,
-            match=r"train-\*-of-00003\.parquet: expected the shards 0 to 2 once each, got 0, 2",
+            UserError, match=r"train-\*-of-00003\.parquet: expected the shards 0 to 2 once each, got 0, 2"
         ):
             call()
     write("train-00001-of-00003.parquet", parquet(ROWS))
@@ -245,9 +241,7 @@ def test_shards_with_other_columns(task: Task, write: Write) -> None:
 
 def test_shards_with_ids_of_other_classes(task: Task, write: Write, tmp_path: Path) -> None:
     for number, names in enumerate((["cat", "dog"], ["dog", "cat"])):
-        features = datasets.Features(
-            {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
-        )
+        features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
         path = tmp_path / "data" / "pets" / f"train-{number:05d}-of-00002.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         datasets.Dataset.from_list(ROWS, features=features).to_parquet(path)
@@ -261,17 +255,10 @@ def test_shards_with_ids_of_other_classes(task: Task, write: Write, tmp_path: Pa
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """A `DatasetDict` in the folder of `pets`."""
-    features = datasets.Features(
-        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["cat", "dog"])}
-    )
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["cat", "dog"])})
     train = datasets.Dataset.from_list(ROWS, features=features)
-    both = {
-        "train": train.select(range(9, -1, -1)).select(range(9, -1, -1)),
-        "validation": train.select([1, 3]),
-    }
-    datasets.DatasetDict(both).save_to_disk(
-        tmp_path / "data" / "pets", num_shards={"train": 3, "validation": 1}
-    )
+    both = {"train": train.select(range(9, -1, -1)).select(range(9, -1, -1)), "validation": train.select([1, 3])}
+    datasets.DatasetDict(both).save_to_disk(tmp_path / "data" / "pets", num_shards={"train": 3, "validation": 1})
     return tmp_path / "data"
 
 
@@ -319,9 +306,7 @@ def test_a_saved_split_beside_a_file_of_it(task: Task, saved: Path) -> None:
 # --- what is not read ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["train.arrow", "train.xlsx", "train.txt", "train.pkl", "data/train.parquet.gz"]
-)
+@pytest.mark.parametrize("name", ["train.arrow", "train.xlsx", "train.txt", "train.pkl", "data/train.parquet.gz"])
 def test_other_endings_are_named(task: Task, write: Write, name: str) -> None:
     data = write(name, b"x")
     with pytest.raises(UserError) as caught:
@@ -360,9 +345,7 @@ def test_a_quoted_tsv(task: Task, write: Write, caplog: pytest.LogCaptureFixture
     assert not caplog.records
 
 
-def test_quotes_in_a_tsv_are_text_with_a_warning(
-    task: Task, write: Write, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_quotes_in_a_tsv_are_text_with_a_warning(task: Task, write: Write, caplog: pytest.LogCaptureFixture) -> None:
     data = write("train.tsv", QUOTED[::2].to_csv(index=False, sep="\t"))
     assert load_rows(task(), data, "train").texts == [('"say ""hi"""',), ("plain",)]
     assert "train.tsv: 1 fields start and end with a quotation mark" in caplog.text
@@ -378,8 +361,7 @@ def test_quotes_that_csv_would_not_write_cause_no_warning(
     task: Task, write: Write, caplog: pytest.LogCaptureFixture, text: str
 ) -> None:
     data = write(
-        "train.tsv",
-        f'text\tlabel\n"quoted"\t0\n{text}\t1\n' if text[0] == '"' else f"text\tlabel\n{text}\t1\n",
+        "train.tsv", f'text\tlabel\n"quoted"\t0\n{text}\t1\n' if text[0] == '"' else f"text\tlabel\n{text}\t1\n"
     )
     assert load_rows(task(), data, "train").texts[-1] == (text,)
     assert not caplog.records

@@ -151,9 +151,7 @@ JSONL: list[tuple[bytes, str | int]] = [  # after a good line: the message, or t
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("line", "expected"), JSONL, ids=[f"{n}-{line[:24]!r}" for n, (line, _) in enumerate(JSONL)]
-)
+@pytest.mark.parametrize(("line", "expected"), JSONL, ids=[f"{n}-{line[:24]!r}" for n, (line, _) in enumerate(JSONL)])
 def test_a_line_of_json(fuzz: Fuzz, line: bytes, expected: str | int) -> None:
     came = fuzz(make_task(), "jsonl", GOOD_LINE + line)
     if isinstance(expected, int):
@@ -207,9 +205,7 @@ CSV: list[tuple[bytes, str | int]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("content", "expected"), CSV, ids=[f"{n}-{c[:24]!r}" for n, (c, _) in enumerate(CSV)]
-)
+@pytest.mark.parametrize(("content", "expected"), CSV, ids=[f"{n}-{c[:24]!r}" for n, (c, _) in enumerate(CSV)])
 def test_a_csv_file(fuzz: Fuzz, content: bytes, expected: str | int) -> None:
     came = fuzz(make_task(), "csv", content)
     if isinstance(expected, int):
@@ -259,16 +255,12 @@ def test_a_parquet_file_of_odd_columns(fuzz: Fuzz, name: str) -> None:
     columns, expected = PARQUET[name]
     table = pyarrow.table({"text": column(["a", "b"]), "label": column([0, 1])} | columns)
     came = fuzz(make_task(), "parquet", parquet(table))
-    assert (
-        isinstance(came, Rows) if expected is None else isinstance(came, UserError) and expected in str(came)
-    )
+    assert isinstance(came, Rows) if expected is None else isinstance(came, UserError) and expected in str(came)
 
 
 def test_bytes_declared_as_text(fuzz: Fuzz) -> None:
     text = pyarrow.Array.from_buffers(
-        pyarrow.string(),
-        2,
-        [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"a\xff")],
+        pyarrow.string(), 2, [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"a\xff")]
     )
     came = fuzz(make_task(), "parquet", parquet(pyarrow.table({"text": text, "label": column([0, 1])})))
     assert isinstance(came, UserError) and "column text cannot be read as string" in str(came)
@@ -310,9 +302,7 @@ def test_a_label(fuzz: Fuzz, name: str, label: Any, good: bool) -> None:
 )
 def test_invalid_choices(fuzz: Fuzz, options: Any) -> None:
     record = {"text": "t", "options": options, "label": 0}
-    came = fuzz(
-        TASKS["choice"], "jsonl", (json.dumps(GOOD["choice"][0]) + "\n" + json.dumps(record)).encode()
-    )
+    came = fuzz(TASKS["choice"], "jsonl", (json.dumps(GOOD["choice"][0]) + "\n" + json.dumps(record)).encode())
     assert isinstance(came, UserError) and "line 2: " in str(came)
 
 

@@ -109,9 +109,7 @@ def written(labels, ending):
     if ending in ("csv", "tsv"):
         mark = {"csv": ",", "tsv": "\t"}[ending]
         as_text = [label if isinstance(label, str) else json.dumps(label) for label in labels]
-        return "".join(
-            f"{text}{mark}{label}\n" for text, label in [("text", "label"), *(("t", x) for x in as_text)]
-        )
+        return "".join(f"{text}{mark}{label}\n" for text, label in [("text", "label"), *(("t", x) for x in as_text)])
     return [{"text": "t", "label": label} for label in labels]
 
 
@@ -201,9 +199,7 @@ def test_an_ignored_label_changes_no_other(task, write, ending):
 def test_all_splits_are_read_alike(task, write):
     write("train.jsonl", written(["cat", "dog"], "jsonl"))
     data = write("validation.jsonl", written([0, 1], "jsonl"))
-    with pytest.raises(
-        UserError, match=r"validation.jsonl: its labels are ids, and those of train are names"
-    ):
+    with pytest.raises(UserError, match=r"validation.jsonl: its labels are ids, and those of train are names"):
         load_splits(task(), data, ["train", "validation"])
     values = [["cat", 0], ["dog", 1]]
     rows, way = load_splits(task(label_values=values), data, ["train", "validation"])
@@ -212,16 +208,16 @@ def test_all_splits_are_read_alike(task, write):
 
 @pytest.mark.parametrize("kind", ["classification", "choice"])
 def test_numbers_that_may_count_from_one_are_refused(task, write, kind):
-    changes = (
-        {"kind": kind, "choices": ["a", "b", "c", "d"]} if kind == "choice" else {"labels": list("abcd")}
-    )
+    changes = {"kind": kind, "choices": ["a", "b", "c", "d"]} if kind == "choice" else {"labels": list("abcd")}
 
     def records(*labels):
         return [{"text": "t", "label": label, **{name: name for name in "abcd"}} for label in labels]
 
     write("train.jsonl", records(1, 2, 3))
     data = write("validation.jsonl", records(2, 1))
-    message = "label is 1 to 3 and never 0, .*from 0 or from 1\n.*1: 'task.label_values=\\[1,2,3,4\\]'.*'task.label_values="
+    message = (
+        "label is 1 to 3 and never 0, .*from 0 or from 1\n.*1: 'task.label_values=\\[1,2,3,4\\]'.*'task.label_values="
+    )
     with pytest.raises(UserError, match=message):
         load_splits(task(**changes), data, ["train", "validation"])
     counted = task(**changes, label_values=[1, 2, 3, 4])
@@ -324,9 +320,7 @@ def test_other_names_of_a_class_label_are_refused(task, write, tmp_path, names, 
 
 def test_a_class_can_be_ignored_by_name_or_id(task, write, tmp_path):
     for ignored in (["pig", -1], [0, -1]):
-        labels = read_classes_of(
-            task, write, tmp_path, [0, 1, -1, 2], ["pig", "dog", "cat"], ignore_labels=ignored
-        )
+        labels = read_classes_of(task, write, tmp_path, [0, 1, -1, 2], ["pig", "dog", "cat"], ignore_labels=ignored)
         assert labels == [1, 0]
 
 
@@ -346,9 +340,7 @@ def test_a_label_may_have_multiple_raw_values(task, write, ending):
     data = write(f"train.{ending}", written(["A", 1, "one", "B", "1"], ending))
     assert load_rows(own, data, "train").labels == [0, 0, 0, 1, 0]
     data = write(f"train.{ending}", written(["A", "two"], ending))
-    with pytest.raises(
-        UserError, match=r"'two' \(str\); expected one of \"A\" or 1 or \"one\" \(cat\), \"B\" \(dog"
-    ):
+    with pytest.raises(UserError, match=r"'two' \(str\); expected one of \"A\" or 1 or \"one\" \(cat\), \"B\" \(dog"):
         load_rows(own, data, "train")
 
 
@@ -366,8 +358,5 @@ def test_label_values_take_precedence_over_names(task, write):
 def test_shards_with_other_names_of_a_class_label_are_refused(task, tmp_path):
     for number, names in enumerate((["cat", "dog"], ["dog", "cat"])):
         with_classes(tmp_path / "pets" / f"train-0000{number}-of-00002.parquet", [0, 1], names)
-    with pytest.raises(
-        UserError,
-        match=r"00001-of-00002.parquet: column label differs from train-00000",
-    ):
+    with pytest.raises(UserError, match=r"00001-of-00002.parquet: column label differs from train-00000"):
         load_rows(task(), DataConfig(dir=str(tmp_path)), "train")

@@ -15,9 +15,7 @@ from fusion.data.rows import Rows
 @pytest.fixture
 def encoded(tokenizer, tmp_path):
     texts: list[tuple[str, ...]] = [("a" * (1 + 7 * number % 30),) for number in range(53)]
-    return encode(
-        Rows(texts, None, [number % 2 for number in range(53)], 0, "f"), tokenizer, 40, tmp_path / "cache"
-    )
+    return encode(Rows(texts, None, [number % 2 for number in range(53)], 0, "f"), tokenizer, 40, tmp_path / "cache")
 
 
 @pytest.fixture
@@ -34,9 +32,7 @@ def test_training(encoded):
     assert sorted(torch.cat([batch.rows for batch in batches]).tolist()) == list(range(53))
     for batch in batches:
         assert (
-            batch.input_ids.shape
-            == batch.attention_mask.shape
-            == (len(batch.rows), encoded.lengths[batch.rows].max())
+            batch.input_ids.shape == batch.attention_mask.shape == (len(batch.rows), encoded.lengths[batch.rows].max())
         )
         assert batch.labels is not None and batch.labels.tolist() == [row % 2 for row in batch.rows.tolist()]
 

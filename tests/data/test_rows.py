@@ -31,9 +31,7 @@ def test_two_text_columns_keep_their_order(task, write):
 @pytest.mark.parametrize("ending", ["parquet", "jsonl", "csv", "tsv"])
 def test_every_ending_gives_the_same_rows(task, write, ending):
     separator = "\t" if ending == "tsv" else ","
-    flat = "".join(
-        f"{text}{separator}{label}\n" for text, label in [("text", "label"), ("007", 1), ("null", 0)]
-    )
+    flat = "".join(f"{text}{separator}{label}\n" for text, label in [("text", "label"), ("007", 1), ("null", 0)])
     records = [{"text": "007", "label": 1}, {"text": "null", "label": 0}]
     data = write(f"train.{ending}", flat if ending in ("csv", "tsv") else records)
     rows = load_rows(task(), data, "train")
@@ -52,9 +50,7 @@ def test_the_fingerprint_is_of_the_content(task, write):
     data = write("train.jsonl", PETS)
     write("validation.parquet", PETS)
     write("test.jsonl", [*PETS[:2], {"text": "purr", "label": 1}])
-    train, same, other = (
-        load_rows(task(), data, split).fingerprint for split in ("train", "validation", "test")
-    )
+    train, same, other = (load_rows(task(), data, split).fingerprint for split in ("train", "validation", "test"))
     assert train == same != other
 
 
@@ -63,9 +59,7 @@ def test_the_fingerprint_is_of_the_content(task, write):
 
 def test_columns_apply_to_a_local_copy(task, write):
     pets = task(columns={"text": "sentence"})
-    assert load_rows(pets, write("train.jsonl", [{"sentence": "meow", "label": 0}]), "train").texts == [
-        ("meow",)
-    ]
+    assert load_rows(pets, write("train.jsonl", [{"sentence": "meow", "label": 0}]), "train").texts == [("meow",)]
     both = write("validation.jsonl", [{"sentence": "other", "text": "meow", "label": 0}])
     assert load_rows(pets, both, "validation").texts == [("meow",)]
 
@@ -80,9 +74,7 @@ def test_nested_columns(task, write):
 
 
 def test_a_missing_column_lists_those_that_exist(task, write):
-    with pytest.raises(
-        UserError, match=r"train\.jsonl: no column sentence; it has text, label\n.*columns\.sentence="
-    ):
+    with pytest.raises(UserError, match=r"train\.jsonl: no column sentence; it has text, label\n.*columns\.sentence="):
         load_rows(task(text="sentence"), write("train.jsonl", PETS), "train")
     with pytest.raises(UserError, match="no column gold"):
         load_rows(task(label="gold"), write("train.jsonl", PETS), "train")
@@ -106,9 +98,7 @@ def test_choices_in_a_list(task, write):
     ]
     for ending in ("jsonl", "parquet"):
         rows = load_rows(
-            task(kind="choice", choices="options", name=ending),
-            write(f"train.{ending}", records, ending),
-            "train",
+            task(kind="choice", choices="options", name=ending), write(f"train.{ending}", records, ending), "train"
         )
         assert rows.choices == [["cat", "dog"], ["cat", "dog", "pig"]]
         assert rows.labels == [0, 2]
@@ -211,8 +201,7 @@ def test_a_limit_draws_labelled_rows_always_the_same(task, write):
     assert drawn.texts != load_rows(pets, data, "train").texts[:50]
     assert set(drawn.texts) < set(load_rows(pets, limited(data, train=60), "train").texts)
     assert all(
-        int(text) % 3 and int(text) % 2 == label
-        for (text,), label in zip(drawn.texts, drawn.labels, strict=True)
+        int(text) % 3 and int(text) % 2 == label for (text,), label in zip(drawn.texts, drawn.labels, strict=True)
     )
     assert len(load_rows(pets, limited(data, train=50), "validation")) == 200
     assert len(load_rows(pets, limited(data, train=5000), "train")) == 200

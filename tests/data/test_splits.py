@@ -34,8 +34,7 @@ def test_a_split_that_a_task_does_not_have(task):
 
 
 @pytest.mark.parametrize(
-    ("files", "names"),
-    [(["near", "far"], ["near", "far"]), (["far"], ["far"]), (["validation"], ["validation"])],
+    ("files", "names"), [(["near", "far"], ["near", "far"]), (["far"], ["far"]), (["validation"], ["validation"])]
 )
 def test_a_local_folder_has_the_sets_that_it_has(task, write, files, names):
     for name in files:
@@ -68,13 +67,11 @@ def test_a_missing_split_lists_the_files(task, write, tmp_path):
     ):
         load_rows(task(), data, "validation")
     with pytest.raises(
-        UserError,
-        match=r"has no vaidation: it holds notes\.txt, train\.jsonl; did you mean validation\?\n",
+        UserError, match=r"has no vaidation: it holds notes\.txt, train\.jsonl; did you mean validation\?\n"
     ):
         load_rows(task(), data, "vaidation")
     with pytest.raises(
-        UserError,
-        match=r"or a folder of save_to_disk; for training, data\.split\.validation=0\.1 takes [a-z ]*$",
+        UserError, match=r"or a folder of save_to_disk; for training, data\.split\.validation=0\.1 takes [a-z ]*$"
     ):
         load_rows(task(), data, "validation")
     with pytest.raises(UserError, match=r"; without data\.dir, the hub is read$"):
@@ -108,9 +105,7 @@ def test_parts_divide_the_rows_of_one_file(task, write):
     train, validation = (load_rows(pets, data, split).texts for split in ("train", "validation"))
     assert (len(train), len(validation)) == (40, 10)
     assert sorted(train + validation) == sorted((row["text"],) for row in ROWS)
-    assert [int(text) for (text,) in validation] != list(range(40, 50)), (
-        "shuffled: a file may be sorted by label"
-    )
+    assert [int(text) for (text,) in validation] != list(range(40, 50)), "shuffled: a file may be sorted by label"
     assert load_rows(pets, data, "validation").texts == validation
     assert evaluation_splits(pets, "validation", data) == ["validation"]
 

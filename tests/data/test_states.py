@@ -136,9 +136,7 @@ def test_the_states_of_another_key_are_not_used(tmp_path: Path, caplog: pytest.L
     assert build.calls == 1 and caplog.text.count("rebuilt") == 1
     # Nor those of another form, where the bytes are as many.
     assert (
-        cached_states(
-            tmp_path / "b", (SHAPE[1], SHAPE[0]), "float32", 10**6, turned := Builder(shape=(4, 6))
-        )[3, 5]
+        cached_states(tmp_path / "b", (SHAPE[1], SHAPE[0]), "float32", 10**6, turned := Builder(shape=(4, 6)))[3, 5]
         == 23
     )
     assert turned.calls == 1

@@ -162,9 +162,7 @@ def test_a_task_file_that_is_not_plain_data(tmp_path: Path, content: bytes, expe
     assert len(str(caught.value).splitlines()) <= 2 and time.process_time() - started < SECONDS
 
 
-@pytest.mark.parametrize(
-    "content", [BOMB, GOOD + b"x: ${seed}\n", *(content for content, _ in NOT_PLAIN[-3:])]
-)
+@pytest.mark.parametrize("content", [BOMB, GOOD + b"x: ${seed}\n", *(content for content, _ in NOT_PLAIN[-3:])])
 def test_a_command_refuses_the_file(ask: Ask, content: bytes) -> None:
     assert "mine.yaml" in ask(content)[0]
 

@@ -156,10 +156,7 @@ def test_a_task_file_matches_the_schema(name):
 
 
 def test_mnli_has_two_validation_splits():
-    assert evaluation_splits(read_task("mnli"), "validation") == [
-        "validation_matched",
-        "validation_mismatched",
-    ]
+    assert evaluation_splits(read_task("mnli"), "validation") == ["validation_matched", "validation_mismatched"]
 
 
 def load(name: str, records: list[dict[str, Any]], folder: Path, split: str = "train"):

@@ -53,9 +53,7 @@ def cache(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytes
 
 
 def test_examples_are_tokenized_once(cache: Cache) -> None:
-    cache.tokenizer(
-        "x" * 40, truncation=True, max_length=8, padding="max_length"
-    )  # changes the tokenizer's state
+    cache.tokenizer("x" * 40, truncation=True, max_length=8, padding="max_length")  # changes the tokenizer's state
     assert cache.is_right() and cache.built == 0
 
 

@@ -35,12 +35,8 @@ def reachable(edges: set[tuple[str, str]], start: str) -> set[str]:
 def test_the_diagram_shows_the_packages_and_what_they_import() -> None:
     real, drawn = real_imports(), diagram()
     assert {package for edge in drawn for package in edge} == {"commands", *PACKAGES}
-    needed = {
-        (a, b) for a, b in real if not any(b in reachable(real, c) for x, c in real if x == a and c != b)
-    }
-    hint = "docs/architecture.md: the arrows may be\n" + "\n".join(
-        f"    {a} --> {b}" for a, b in sorted(needed)
-    )
+    needed = {(a, b) for a, b in real if not any(b in reachable(real, c) for x, c in real if x == a and c != b)}
+    hint = "docs/architecture.md: the arrows may be\n" + "\n".join(f"    {a} --> {b}" for a, b in sorted(needed))
     assert drawn <= real, hint
     assert {(a, b) for a, b in real if b not in reachable(drawn, a)} == set(), hint
 

@@ -70,9 +70,7 @@ def jobs(overrides: Sequence[str]) -> Iterator[list[str]]:
     for one in parsed:
         key = f"{'+' if one.is_add() else ''}{one.key_or_group}"
         values = list(one.sweep_string_iterator()) if one.is_discrete_sweep() else []
-        choices.append(
-            [f"{key}={value}" for value in dict.fromkeys(values[:1] + values[-1:])] or [str(one.input_line)]
-        )
+        choices.append([f"{key}={value}" for value in dict.fromkeys(values[:1] + values[-1:])] or [str(one.input_line)])
     for combined in zip_longest(*choices):
         yield [value or options[-1] for value, options in zip(combined, choices, strict=True)]
 
@@ -94,9 +92,7 @@ def command_of(name: str) -> Command:
     """A command with the settings of the real one, which trains nothing."""
     schema = OmegaConf.get_type(ConfigStore.instance().load(f"{name}_schema.yaml").node)
     assert schema is not None
-    return Command(
-        name, schema, lambda config, run: None, lambda config, run: {}, lambda config, overrides: None
-    )
+    return Command(name, schema, lambda config, run: None, lambda config, run: {}, lambda config, overrides: None)
 
 
 @cache
@@ -154,9 +150,7 @@ class Accepted(BaseException):
     """The arguments were read, and the command would start now."""
 
 
-def test_other_programs_of_the_project_read_their_arguments(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_programs_of_the_project_read_their_arguments(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def accept(*arguments: Any) -> None:
         read_arguments(*arguments)
         raise Accepted

@@ -102,9 +102,7 @@ class Truncated(Hub):
     """Half of a file, as if it were all of it."""
 
     def give(self, code: int, body: bytes = b"", **more: Any) -> None:  # type: ignore[override]
-        super().give(
-            code, body if len(body) < 10_000 or self.command == "HEAD" else body[: len(body) // 2], **more
-        )
+        super().give(code, body if len(body) < 10_000 or self.command == "HEAD" else body[: len(body) // 2], **more)
 
 
 def add_model(hub: type[Hub]) -> type[Hub]:
@@ -120,9 +118,7 @@ def add_model(hub: type[Hub]) -> type[Hub]:
 
                 if name not in MODEL:
                     return self.give(404, error="EntryNotFound", commit="c" * 40)
-                return self.give(
-                    200, MODEL[name], commit="c" * 40, etag=hashlib.sha1(MODEL[name]).hexdigest()
-                )
+                return self.give(200, MODEL[name], commit="c" * 40, etag=hashlib.sha1(MODEL[name]).hexdigest())
             if "/api/models/" in self.path and type(self).__mro__[1] in (Dropping, Stalling, Truncated):
                 if "/tree/" in self.path:  # of a folder with chat templates, which it does not have
                     return self.give(404, error="EntryNotFound")
@@ -146,9 +142,7 @@ def main(home: str, fault: str, kind: str) -> None:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     for name in [name for name in os.environ if name.startswith("HF_") or name.lower().endswith("_proxy")]:
         del os.environ[name]
-    os.environ.update(
-        HF_HOME=home, HF_ENDPOINT=f"http://localhost:{server.server_port}", HF_HUB_DISABLE_XET="1"
-    )
+    os.environ.update(HF_HOME=home, HF_ENDPOINT=f"http://localhost:{server.server_port}", HF_HUB_DISABLE_XET="1")
     if fault == "dns":
         socket.getaddrinfo = lambda *_, **__: time.sleep(60)  # type: ignore[assignment]
 

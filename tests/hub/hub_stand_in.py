@@ -52,10 +52,7 @@ REPOSITORIES: dict[str, dict[str, Files]] = {
     },
     "org/scripted": {
         "main": {"README.md": b"---\nlicense: mit\n---\n", "scripted.py": b"raise SystemExit"},
-        "refs/convert/parquet": {
-            "default/train/0000.parquet": parquet(20),
-            "default/test/0000.parquet": parquet(3),
-        },
+        "refs/convert/parquet": {"default/train/0000.parquet": parquet(20), "default/test/0000.parquet": parquet(3)},
     },
     "org/broken": {"main": {"README.md": b"---\nlicense: mit\n---\n", "train.parquet": b"no parquet"}},
 }
@@ -84,9 +81,7 @@ class Hub(BaseHTTPRequestHandler):
         if not files:
             return self.give(404, error="RepoNotFound")
         siblings = [{"rfilename": name} for name in files]
-        return self.give_json(
-            {"id": found and found[1], "sha": commit, "private": False, "siblings": siblings}
-        )
+        return self.give_json({"id": found and found[1], "sha": commit, "private": False, "siblings": siblings})
 
     do_HEAD = do_POST = do_GET
 
@@ -112,9 +107,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def listing(self, files: Files, folder: str, wanted: list[str] | None) -> list[dict[str, Any]]:
         folders = {name.rsplit("/", depth)[0] for name in files for depth in range(1, name.count("/") + 1)}
-        entries = [
-            {"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)
-        ]
+        entries = [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)]
         for path, content in files.items():
             oid = hashlib.sha1(content).hexdigest()
             entries.append({"type": "file", "path": path, "oid": oid, "size": len(content)})
@@ -129,13 +122,7 @@ class Hub(BaseHTTPRequestHandler):
         self.give(200, json.dumps(content).encode(), kind="application/json")
 
     def give(
-        self,
-        code: int,
-        body: bytes = b"",
-        error: str = "",
-        commit: str = "",
-        etag: str = "",
-        kind: str = "text/plain",
+        self, code: int, body: bytes = b"", error: str = "", commit: str = "", etag: str = "", kind: str = "text/plain"
     ) -> None:
         self.send_response(code)
         headers = {"X-Error-Code": error, "X-Repo-Commit": commit, "ETag": f'"{etag}"' if etag else ""}

@@ -98,9 +98,7 @@ def test_a_known_type_is_loaded_without_its_code(
 
 
 def test_a_custom_tokenizer(own_code: Make, caplog: pytest.LogCaptureFixture) -> None:
-    folder, marker = own_code(
-        file="tokenizer_config.json", AutoTokenizer=["own.OwnTokenizer", "own.OwnTokenizer"]
-    )
+    folder, marker = own_code(file="tokenizer_config.json", AutoTokenizer=["own.OwnTokenizer", "own.OwnTokenizer"])
     with caplog.at_level(logging.WARNING, "fusion"):
         assert load_tokenizer(str(folder)).is_fast
     assert not marker.exists() and "backbone.trust_remote_code=true would run it" in caplog.text

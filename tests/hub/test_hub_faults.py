@@ -63,7 +63,5 @@ def test_the_message_has_the_fault(tmp_path: Path, fault: str, kind: str, expect
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("fault", "kind", "expected"), SLOW)
-def test_the_message_has_the_cause_of_a_slow_fault(
-    tmp_path: Path, fault: str, kind: str, expected: str
-) -> None:
+def test_the_message_has_the_cause_of_a_slow_fault(tmp_path: Path, fault: str, kind: str, expected: str) -> None:
     assert expected in load(tmp_path, fault, kind)["message"]

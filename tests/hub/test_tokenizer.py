@@ -18,9 +18,7 @@ from tests.tiny_backbone import save_tokenizer
 Change = Callable[[Any], object]
 DECISIVE: dict[str, Change] = {
     "normalizer": lambda t: setattr(t.backend_tokenizer, "normalizer", normalizers.NFC()),
-    "pre-tokenizer": lambda t: setattr(
-        t.backend_tokenizer, "pre_tokenizer", pre_tokenizers.WhitespaceSplit()
-    ),
+    "pre-tokenizer": lambda t: setattr(t.backend_tokenizer, "pre_tokenizer", pre_tokenizers.WhitespaceSplit()),
     "post-processor": lambda t: setattr(
         t.backend_tokenizer,
         "post_processor",

@@ -126,9 +126,7 @@ def test_sources_with_different_tokenizers_are_not_fused(trained: Bench, other: 
     for name in ("films", "books"):
         shutil.copytree(trained.folder / "store" / name, store / name)
     trained.stage1("plays", backbone=BackboneConfig(str(other), pooling="mean"), store=str(store))
-    with pytest.raises(
-        UserError, match=r"plays cannot be fused with films: tokenizer \w{8}, expected \w{8} "
-    ):
+    with pytest.raises(UserError, match=r"plays cannot be fused with films: tokenizer \w{8}, expected \w{8} "):
         trained.rank("films", sources=["films", "plays"], store=str(store))
     from fusion.analysis.ranking.candidates import all_adapters
 
@@ -174,9 +172,7 @@ def test_a_finished_run_is_refused_where_its_backbone_has_changed(
     folder = tmp_path / "own backbone"
     whole = (folder / "tokenizer.json").read_bytes()
     cased(folder)
-    with pytest.raises(
-        UserError, match=r"another films, since .* has changed: backbone tokenizer \w{8}, expected"
-    ):
+    with pytest.raises(UserError, match=r"another films, since .* has changed: backbone tokenizer \w{8}, expected"):
         again()
     (folder / "tokenizer.json").write_bytes(whole)
     again()

@@ -66,9 +66,7 @@ def plain_fusion(layer: AdapterFusion, x: Tensor, sources: list[BottleneckAdapte
                 k = torch.einsum("ed,d->e", layer.key.weight, u) + layer.key.bias
                 scores.append(torch.dot(q, k) * noise[b, t, n] / layer.temperature)
             weights = [torch.exp(s) / sum(torch.exp(o) for o in scores) for s in scores]
-            values = [
-                u if layer.value is None else torch.einsum("ed,d->e", layer.value.weight, u) for u in outputs
-            ]
+            values = [u if layer.value is None else torch.einsum("ed,d->e", layer.value.weight, u) for u in outputs]
             tokens.append(torch.stack([w * v for w, v in zip(weights, values, strict=True)]).sum(0))
         rows.append(torch.stack(tokens))
     return torch.stack(rows)
@@ -79,9 +77,7 @@ def plain_fusion(layer: AdapterFusion, x: Tensor, sources: list[BottleneckAdapte
 @pytest.mark.parametrize("mode", ["evaluation", "training", "training with dropout"])
 @pytest.mark.parametrize("tokens", [4, 9])  # of 2 rows: fewer in all than the hidden size, and more
 @pytest.mark.parametrize("rank", [None, 1, 5, 11, 20])
-def test_folded_equals_plain(
-    value_matrix: bool, temperature: float, mode: str, tokens: int, rank: int | None
-) -> None:
+def test_folded_equals_plain(value_matrix: bool, temperature: float, mode: str, tokens: int, rank: int | None) -> None:
     dropout = 0.4 if mode == "training with dropout" else 0.0
     layer = fusion(value_matrix=value_matrix, temperature=temperature, dropout=dropout, rank=rank)
     layer.train(mode != "evaluation")
@@ -210,9 +206,7 @@ def test_initial_values() -> None:
 def test_penalty_is_the_squared_distance_from_the_identity() -> None:
     layer = fusion()
     assert layer.value is not None
-    expected = sum(
-        (layer.value.weight[i, j].item() - (i == j)) ** 2 for i in range(HIDDEN) for j in range(HIDDEN)
-    )
+    expected = sum((layer.value.weight[i, j].item() - (i == j)) ** 2 for i in range(HIDDEN) for j in range(HIDDEN))
     assert set(layer.losses()) == {"value_penalty"}
     assert layer.losses()["value_penalty"].item() == pytest.approx(expected, rel=1e-12)
     assert fusion(value_matrix=False).losses() == {}
@@ -249,18 +243,14 @@ def test_records_a_distribution_over_all_sources() -> None:
 
 def test_masked_softmax_without_a_mask_is_a_softmax() -> None:
     scores = torch.randn(3, 4)
-    torch.testing.assert_close(
-        masked_softmax(scores, None), scores.exp() / scores.exp().sum(-1, keepdim=True)
-    )
+    torch.testing.assert_close(masked_softmax(scores, None), scores.exp() / scores.exp().sum(-1, keepdim=True))
 
 
 @pytest.mark.parametrize("value_matrix", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("on", [None, [True, False, True, True, False], [False] * 5])
 @pytest.mark.parametrize("rank", [None, 3])
-def test_merged_equals_folded(
-    value_matrix: bool, temperature: float, on: list[bool] | None, rank: int | None
-) -> None:
+def test_merged_equals_folded(value_matrix: bool, temperature: float, on: list[bool] | None, rank: int | None) -> None:
     layer = fusion(value_matrix=value_matrix, temperature=temperature, rank=rank).eval()
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     merged = layer.merged()

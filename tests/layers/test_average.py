@@ -30,12 +30,7 @@ def test_every_weight_is_the_mean_of_the_sources() -> None:
     sources = adapters(3, dropout=0.2)
     mean = average(sources)
     assert (mean.nonlinearity, mean.scaling, mean.dropout.p) == ("tanh", 2.0, 0.2)
-    assert [name for name, _ in mean.named_parameters()] == [
-        "down.weight",
-        "down.bias",
-        "up.weight",
-        "up.bias",
-    ]
+    assert [name for name, _ in mean.named_parameters()] == ["down.weight", "down.bias", "up.weight", "up.bias"]
     for name, parameter in mean.named_parameters():
         expected = sum(source.get_parameter(name) for source in sources) / 3
         torch.testing.assert_close(parameter, expected, rtol=0, atol=1e-15)
@@ -55,11 +50,7 @@ def test_average_of_one_source_is_that_source() -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [
-        BottleneckAdapter(6, 4, "tanh", 2.0),
-        BottleneckAdapter(6, 3, "relu", 2.0),
-        BottleneckAdapter(6, 3, "tanh"),
-    ],
+    [BottleneckAdapter(6, 4, "tanh", 2.0), BottleneckAdapter(6, 3, "relu", 2.0), BottleneckAdapter(6, 3, "tanh")],
 )
 def test_other_kinds_cannot_be_averaged(other: BottleneckAdapter) -> None:
     with pytest.raises(ValueError, match="one kind"):

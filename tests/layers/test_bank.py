@@ -28,11 +28,7 @@ def adapters() -> list[BottleneckAdapter]:
 
 
 def test_products_and_sums_equal_those_of_the_single_outputs() -> None:
-    bank, x, g = (
-        AdapterBank(adapters(), [0, 1, 2], 3),
-        torch.randn(2, 3, 8).double(),
-        torch.randn(2, 3, 8).double(),
-    )
+    bank, x, g = (AdapterBank(adapters(), [0, 1, 2], 3), torch.randn(2, 3, 8).double(), torch.randn(2, 3, 8).double())
     p = torch.randn(2, 3, 3).double()
     outputs = torch.stack([a(x, BatchContext(torch.ones(2, 3))) for a in adapters()], dim=-2)
     z = bank.bottlenecks(x)
@@ -62,9 +58,7 @@ def test_every_composition_of_a_linear_layer_equals_its_sum() -> None:
     outputs = [source(x, batch) for source in sources]
     bank = AdapterBank(sources, [0, 1, 2], 3)
     assert (bank.input_size, bank.output_size) == (6, 10)
-    torch.testing.assert_close(
-        outputs[0][0, 0], 4.0 * sources[0].up.weight @ sources[0].down.weight @ x[0, 0]
-    )
+    torch.testing.assert_close(outputs[0][0, 0], 4.0 * sources[0].up.weight @ sources[0].down.weight @ x[0, 0])
     scales = torch.nn.Parameter(torch.randn(3, 10).double())
     scaled = sum(scale * output for scale, output in zip(scales, outputs, strict=True))
     for layer, expected in (
@@ -93,9 +87,7 @@ def test_every_nonlinearity_maps_zero_to_zero() -> None:
         assert function(torch.zeros(1)).item() == 0
 
 
-@pytest.mark.parametrize(
-    ("positions", "total"), [([0, 1], 3), ([0, 0, 1], 3), ([2, 1, 0], 3), ([0, 1, 3], 3)]
-)
+@pytest.mark.parametrize(("positions", "total"), [([0, 1], 3), ([0, 0, 1], 3), ([2, 1, 0], 3), ([0, 1, 3], 3)])
 def test_positions_that_do_not_fit_are_refused(positions: list[int], total: int) -> None:
     with pytest.raises(ValueError, match="do not fit"):
         AdapterBank(adapters(), positions, total)

@@ -20,9 +20,7 @@ def test_pooling() -> None:
 
 
 def test_a_word_is_its_first_sub_word() -> None:
-    words = torch.tensor(
-        [[1, -1], [3, 5]]
-    )  # the second token of the first text; the first and last of the other
+    words = torch.tensor([[1, -1], [3, 5]])  # the second token of the first text; the first and last of the other
     expected = torch.stack([HIDDEN[0, 1], HIDDEN[1, 0], HIDDEN[1, 2]])
     there = words >= 0
     assert torch.equal(pool(HIDDEN, MASK, "words", words)[there], expected)
@@ -47,10 +45,7 @@ def test_padding_does_not_affect_the_mean() -> None:
 
 @pytest.mark.parametrize(
     ("layers", "names"),
-    [
-        (1, {"output.weight", "output.bias"}),
-        (2, {"dense.weight", "dense.bias", "output.weight", "output.bias"}),
-    ],
+    [(1, {"output.weight", "output.bias"}), (2, {"dense.weight", "dense.bias", "output.weight", "output.bias"})],
 )
 def test_parameters_and_shape(layers: int, names: set[str]) -> None:
     head = TaskHead(4, 3, pooling="mean", layers=layers)
@@ -81,11 +76,7 @@ def test_a_batch_is_scored_by_the_head_of_its_task() -> None:
     heads = three_heads().double().eval()
     hidden = HIDDEN.double()
     for number, (name, outputs) in enumerate([("my.task", 3), ("type", 1), ("c", 2)]):
-        state = {
-            key.removeprefix(f"{name}."): value
-            for key, value in heads.state().items()
-            if key.startswith(name)
-        }
+        state = {key.removeprefix(f"{name}."): value for key, value in heads.state().items() if key.startswith(name)}
         x = hidden[:, 0]
         if "dense.weight" in state:
             x = torch.tanh(torch.einsum("bi,oi->bo", x, state["dense.weight"]) + state["dense.bias"])

@@ -140,9 +140,7 @@ def test_costs_no_more_per_token_than_the_mean() -> None:
     assert 0 < flops[1] <= flops[0]
 
 
-@pytest.mark.parametrize(
-    ("shape", "shared"), [((4, 1), False), ((5, 2), False), ((2, 1), True), ((5,), False)]
-)
+@pytest.mark.parametrize(("shape", "shared"), [((4, 1), False), ((5, 2), False), ((2, 1), True), ((5,), False)])
 def test_factors_of_another_shape_are_refused(shape: tuple[int, ...], shared: bool) -> None:
     with pytest.raises(ValueError, match="scales"):
         ScaLearn(bank(), nn.Parameter(torch.zeros(shape)), shared)

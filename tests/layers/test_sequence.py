@@ -30,9 +30,7 @@ def texts() -> Tensor:
     return torch.randn(*MASK.shape, HIDDEN, dtype=torch.float64, requires_grad=True)
 
 
-def plain(
-    layer: SequenceFusion, x: Tensor, kept: list[int], noise: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def plain(layer: SequenceFusion, x: Tensor, kept: list[int], noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """o: (B, T, D) and p: (B, kept); `noise` (B, kept) multiplies the scores, as dropout does."""
     sources = [adapters()[n] for n in kept]
     rows, weights = [], []
@@ -99,9 +97,7 @@ def test_masked_sources_have_no_effect(merge: bool) -> None:
 def test_merged_equals_folded_without_a_square_matrix(value_matrix: bool, rank: int | None) -> None:
     layer, x = fusion(value_matrix=value_matrix, rank=rank, temperature=2.5).eval(), texts().detach()
     merged = layer.merged()
-    torch.testing.assert_close(
-        merged(x, BatchContext(MASK)), layer(x, BatchContext(MASK)), rtol=0, atol=1e-10
-    )
+    torch.testing.assert_close(merged(x, BatchContext(MASK)), layer(x, BatchContext(MASK)), rtol=0, atol=1e-10)
     assert not list(merged.parameters())
     assert (HIDDEN, HIDDEN) not in {tuple(tensor.shape) for tensor in merged.state_dict().values()}
 

@@ -31,9 +31,7 @@ def test_the_sum_of_both_and_of_their_gradients() -> None:
     found = both(x, context(x))
     torch.testing.assert_close(found, one + two, rtol=0, atol=1e-12)
     expected = torch.autograd.grad((one + two).pow(2).sum(), [x, *both.parameters()])
-    for here, there in zip(
-        torch.autograd.grad(found.pow(2).sum(), [x, *both.parameters()]), expected, strict=True
-    ):
+    for here, there in zip(torch.autograd.grad(found.pow(2).sum(), [x, *both.parameters()]), expected, strict=True):
         torch.testing.assert_close(here, there, rtol=0, atol=1e-12)
 
 
@@ -45,10 +43,7 @@ def test_is_initialized_as_the_composition() -> None:
 def test_names_losses_and_decay_pass_through() -> None:
     both = with_target()
     assert {name for name, _ in both.named_parameters()} == {
-        *(
-            f"composition.{n}"
-            for n in ("query.weight", "query.bias", "key.weight", "key.bias", "value.weight")
-        ),
+        *(f"composition.{n}" for n in ("query.weight", "query.bias", "key.weight", "key.bias", "value.weight")),
         *(f"target.{n}" for n in ("down.weight", "down.bias", "up.weight", "up.bias")),
     }
     assert both.undecayed == ("composition.value.weight",)

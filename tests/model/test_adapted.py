@@ -116,9 +116,7 @@ def test_a_target_adapter_leaves_the_decay_of_the_composition_as_it_is(tiny_back
     torch.manual_seed(0)
     bank = AdapterBank([BottleneckAdapter(32, 4)], [0], 1)
     slot_module = WithTargetAdapter(AdapterFusion(bank), BottleneckAdapter(32, 4))
-    model = AdaptedModel(
-        load_backbone(str(tiny_backbone)), {"1.feedforward": slot_module}, "normed", TaskHead(32, 2)
-    )
+    model = AdaptedModel(load_backbone(str(tiny_backbone)), {"1.feedforward": slot_module}, "normed", TaskHead(32, 2))
     decayed = set(model.trainable()) - model.undecayed()
     parts = ("composition.query", "composition.key", "target.down", "target.up")
     assert decayed == {*(f"slots.1.feedforward.{part}.weight" for part in parts), "head.output.weight"}
@@ -186,9 +184,7 @@ def test_masking_a_source_changes_the_scores_and_is_undone(tiny_backbone: Path) 
 @pytest.mark.parametrize("slot", ["3.feedforward", "0.pooler", "x.feedforward", "feedforward"])
 def test_an_unknown_slot_is_refused(tiny_backbone: Path, slot: str) -> None:
     with pytest.raises(ValueError, match=r"no slot|expected LAYER"):
-        AdaptedModel(
-            load_backbone(str(tiny_backbone)), {slot: BottleneckAdapter(32, 4)}, "normed", TaskHead(32, 2)
-        )
+        AdaptedModel(load_backbone(str(tiny_backbone)), {slot: BottleneckAdapter(32, 4)}, "normed", TaskHead(32, 2))
 
 
 def test_merged_scores_are_the_same_and_nothing_trains_any_more(tiny_backbone: Path) -> None:

@@ -50,18 +50,13 @@ def plain_static(module: Any, x: Tensor, sources: Sources, on: Collection[int]) 
     powers = {n: torch.exp(w) for n, w in zip(sources, module.weight, strict=True) if n in on}
     total = sum(powers.values())
     return plain_tokens(
-        x,
-        lambda token: torch.stack(
-            [p / total * plain_output(sources[n], token) for n, p in powers.items()]
-        ).sum(0),
+        x, lambda token: torch.stack([p / total * plain_output(sources[n], token) for n, p in powers.items()]).sum(0)
     )
 
 
 def plain_mean(module: Any, x: Tensor, sources: Sources, on: Collection[int]) -> Tensor:
     kept = [adapter for n, adapter in sources.items() if n in on]
-    return plain_tokens(
-        x, lambda token: torch.stack([plain_output(a, token) for a in kept]).sum(0) / len(kept)
-    )
+    return plain_tokens(x, lambda token: torch.stack([plain_output(a, token) for a in kept]).sum(0) / len(kept))
 
 
 def plain_scales(module: Any, x: Tensor, sources: Sources, on: Collection[int]) -> Tensor:
@@ -220,9 +215,7 @@ def test_new_settings_at_their_defaults_keep_the_identity_of_version_0_1() -> No
 def test_keys_are_the_fields_and_nothing_else() -> None:
     for group, config in (("composition", CompositionConfig), ("method", MethodConfig)):
         keys = {key for schema in (Stage1Config, Stage2Config) for key in keys_of(schema)}
-        assert {key for key in keys if key.startswith(f"{group}.")} == {
-            f"{group}.{f.name}" for f in fields(config)
-        }
+        assert {key for key in keys if key.startswith(f"{group}.")} == {f"{group}.{f.name}" for f in fields(config)}
 
 
 def other_than(default: Any) -> Any:
@@ -271,10 +264,7 @@ def comparisons(source: str) -> Iterator[str]:
                 continue
             sides = [node.func.value, *node.args]
         elif isinstance(node, ast.Match):
-            sides = [
-                node.subject,
-                *(c.pattern.value for c in node.cases if isinstance(c.pattern, ast.MatchValue)),
-            ]
+            sides = [node.subject, *(c.pattern.value for c in node.cases if isinstance(c.pattern, ast.MatchValue))]
         else:
             continue
         listed = [entry for side in sides for entry in getattr(side, "elts", [side])]

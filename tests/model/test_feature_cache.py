@@ -119,9 +119,7 @@ def test_the_width_of_the_states_is_known_in_advance(tiny_backbone: Path) -> Non
             assert model.frozen_features(ids, ids).shape[-1] == model.hidden_size
 
 
-def test_the_second_run_computes_nothing(
-    tiny_backbone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_second_run_computes_nothing(tiny_backbone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     first = kept(tiny_backbone, tmp_path, [2])[1].states
     again = kept(tiny_backbone, tmp_path, [2])[1].states
@@ -175,9 +173,7 @@ def test_fifty_steps_equal_those_without_the_cache(tiny_backbone: Path, tmp_path
             batches = training_loader([rows], 16, seed=0)
             batches.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
             for batch in batches:
-                scores = model(
-                    batch.input_ids, batch.attention_mask, batch.token_type_ids, features=batch.features
-                )
+                scores = model(batch.input_ids, batch.attention_mask, batch.token_type_ids, features=batch.features)
                 loss = F.cross_entropy(scores, batch.labels)
                 optimizer.zero_grad()
                 loss.backward()

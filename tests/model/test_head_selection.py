@@ -42,11 +42,7 @@ def chosen(manifest: Manifest, asked: TaskConfig | None) -> list[tuple[str | Non
 def test_without_a_task_all_heads_are_selected() -> None:
     assert chosen(stored(ANIMALS), None) == [("animals", 0, "animals")]
     multi_task = stored(MOODS, RATING, ANIMALS)
-    assert chosen(multi_task, None) == [
-        ("moods", 0, "moods"),
-        ("rating", 1, "rating"),
-        ("animals", 2, "animals"),
-    ]
+    assert chosen(multi_task, None) == [("moods", 0, "moods"), ("rating", 1, "rating"), ("animals", 2, "animals")]
     assert [head.task for head in select_heads(multi_task, None)] == [MOODS, RATING, ANIMALS]
 
 
@@ -64,11 +60,7 @@ def test_the_head_of_the_tasks_name_or_of_its_labels() -> None:
         (
             stored(ANIMALS),
             MOODS,
-            [
-                "mt has no head for task moods",
-                "animals: classification with labels ['cat', 'dog']",
-                "leave +task= out",
-            ],
+            ["mt has no head for task moods", "animals: classification with labels ['cat', 'dog']", "leave +task= out"],
         ),
         (
             stored(ANIMALS, RATING),

@@ -45,9 +45,7 @@ def test_an_adapter_starts_from_another(bench: Bench) -> None:
     assert stored["init_from"] == {"name": "films", "hash": origin.hash}
     assert stored["config"]["init_from"] == "films"
     assert stored["config"]["inputs.init_from"][0] == origin.hash
-    other = bench.stage1(
-        "books", name="fresh-head", init_from="films", optim=STILL, head=HeadConfig(layers=2)
-    )
+    other = bench.stage1("books", name="fresh-head", init_from="films", optim=STILL, head=HeadConfig(layers=2))
     assert other["metrics"].keys() == {"validation"}
     assert same(bench.weights("fresh-head"), bench.weights("films"))
 
@@ -73,9 +71,7 @@ def test_the_store_shows_the_initialization_and_the_commands_of_both(bench: Benc
 @pytest.mark.parametrize("method", ["head", "lora", "bitfit", "full"])
 def test_every_method_starts_from_its_own(bench: Bench, method: str) -> None:
     first = bench.stage1("films", method=MethodConfig(method))
-    again = bench.stage1(
-        "films", method=MethodConfig(method), name="again", init_from=f"films-{method}", optim=STILL
-    )
+    again = bench.stage1("films", method=MethodConfig(method), name="again", init_from=f"films-{method}", optim=STILL)
     assert same(bench.weights("again"), bench.weights(f"films-{method}"))
     assert same(head_of(bench, "again"), head_of(bench, f"films-{method}"))
     assert again["metrics"] == first["metrics"]
@@ -84,9 +80,7 @@ def test_every_method_starts_from_its_own(bench: Bench, method: str) -> None:
 @pytest.mark.parametrize("method", ["multitask_adapter", "multitask_full"])
 def test_multiple_tasks_start_from_the_same_tasks(bench: Bench, method: str) -> None:
     first = bench.multitask("films", "books", method=MethodConfig(method), name="first")
-    again = bench.multitask(
-        "films", "books", method=MethodConfig(method), name="again", init_from="first", optim=STILL
-    )
+    again = bench.multitask("films", "books", method=MethodConfig(method), name="again", init_from="first", optim=STILL)
     assert same(bench.weights("again"), bench.weights("first"))
     assert same(head_of(bench, "again"), head_of(bench, "first"))
     assert again["metrics"] == first["metrics"]
@@ -102,17 +96,12 @@ def test_a_fusion_starts_from_another(bench: Bench) -> None:
 
     def check(sources: list[str], **changes: Any) -> None:
         config = Stage2Config(
-            **bench.settings("plays", **changes),
-            sources=sources,
-            init_from="plays-adapterfusion",
-            name="other",
+            **bench.settings("plays", **changes), sources=sources, init_from="plays-adapterfusion", name="other"
         )
         stage2.check(config, bench.run("stage2", config))
 
     check(["films", "books"])
-    with pytest.raises(
-        UserError, match=r"shape than this run's: sources .*books \w{8}.*, expected .*films \w{8}"
-    ):
+    with pytest.raises(UserError, match=r"shape than this run's: sources .*books \w{8}.*, expected .*films \w{8}"):
         check(["books", "films"])
     with pytest.raises(UserError, match=r"composition\.value_matrix false, expected true"):
         check(["films", "books"], composition=CompositionConfig(value_matrix=False))
@@ -125,17 +114,13 @@ def test_an_incompatible_initialization_is_refused(bench: Bench) -> None:
     bench.stage1("films", method=MethodConfig("head"))
 
     def check(**changes: Any) -> None:
-        config = Stage1Config(
-            **bench.settings("films", **({"name": "other", "init_from": "films"} | changes))
-        )
+        config = Stage1Config(**bench.settings("films", **({"name": "other", "init_from": "films"} | changes)))
         stage1.check(config, bench.run("stage1", config))
 
     check()
     with pytest.raises(UserError, match=r"adapter\.bottleneck_size 4, expected 2"):
         check(adapter=AdapterConfig(reduction_factor=8))
-    with pytest.raises(
-        UserError, match=r"adapter\.nonlinearity gelu, expected relu\nSet the expected values"
-    ):
+    with pytest.raises(UserError, match=r"adapter\.nonlinearity gelu, expected relu\nSet the expected values"):
         check(adapter=AdapterConfig(nonlinearity="gelu"))
     with pytest.raises(UserError, match="is a stored head; this run trains a adapter"):
         check(init_from="films-head")

@@ -27,12 +27,7 @@ def adapters(layers: list[int], site: str, size: int) -> dict[str, BottleneckAda
 
 @pytest.mark.parametrize(
     ("site", "reads"),
-    [
-        ("feedforward", "normed"),
-        ("attention", "output"),
-        ("feedforward", "input"),
-        ("before_attention", "input"),
-    ],
+    [("feedforward", "normed"), ("attention", "output"), ("feedforward", "input"), ("before_attention", "input")],
 )
 @pytest.mark.parametrize("first", [0, 1, 3])
 def test_every_task_gets_its_own_scores(tiny_backbone: Path, site: str, reads: str, first: int) -> None:
@@ -45,9 +40,7 @@ def test_every_task_gets_its_own_scores(tiny_backbone: Path, site: str, reads: s
     for layer in rows:
         query = backbone.model.get_submodule(f"encoder.layer.{layer}.attention.self.query")
 
-        def count(
-            _: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor, layer: int = layer
-        ) -> None:
+        def count(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor, layer: int = layer) -> None:
             rows[layer] += len(output)
 
         query.register_forward_hook(count)

@@ -16,14 +16,7 @@ from pipelines.benchmark import session as sessions
 from pipelines.benchmark import suites
 from pipelines.benchmark.cases import ADAPTER, FUSION, TRAIN, Case
 from pipelines.benchmark.commands import EPOCH
-from pipelines.benchmark.config import (
-    SUITES,
-    BenchmarkConfig,
-    BenchmarkError,
-    EpochConfig,
-    RivalConfig,
-    ScaleConfig,
-)
+from pipelines.benchmark.config import SUITES, BenchmarkConfig, BenchmarkError, EpochConfig, RivalConfig, ScaleConfig
 from pipelines.benchmark.report import REACHED, Report, Target, finish, medians, ratio
 from pipelines.benchmark.session import BASELINE, OURS, Session, WorkerProcess, baseline_python
 from pipelines.commands import ROOT
@@ -92,9 +85,7 @@ def test_a_suite_compares_the_results_of_the_workers(
     assert all(figure["median"] == pytest.approx(2.0) for figure in rival)
     if suite == "train":
         like_for_like = by_what["fusion of 14, step: the baseline over ours, dropout off in both"]
-        assert (
-            like_for_like["rounds"] == pytest.approx([2.0] * 3) and like_for_like["verdict"] == "not reached"
-        )
+        assert like_for_like["rounds"] == pytest.approx([2.0] * 3) and like_for_like["verdict"] == "not reached"
     if suite == "memory":
         assert by_what["our fusion of 14 over the baseline's, peak of a step"]["verdict"] == REACHED
     if suite == "scale":
@@ -131,10 +122,7 @@ def test_different_scores_are_not_compared(config: BenchmarkConfig) -> None:
 
 @pytest.mark.parametrize(
     ("program", "problem"),
-    [
-        ("import sys; sys.exit(3)", "ended with exit code 3"),
-        ("import time; time.sleep(60)", "took more than 0.5 s"),
-    ],
+    [("import sys; sys.exit(3)", "ended with exit code 3"), ("import time; time.sleep(60)", "took more than 0.5 s")],
 )
 def test_a_worker_that_fails_ends_the_suite_with_its_log(program: str, problem: str, tmp_path: Path) -> None:
     timeout = 0.5 if "sleep" in program else 30.0
@@ -275,9 +263,7 @@ def slow_config(tiny: Path, tmp_path: Path, suite: str) -> BenchmarkConfig:
 @pytest.mark.parametrize("suite", ["train", "infer", "memory"])
 def test_the_baseline_agrees_and_is_measured(suite: str, tiny_backbone: Path, tmp_path: Path) -> None:
     content = json.loads(suites.measure(slow_config(tiny_backbone, tmp_path, suite)).read_text())
-    assert all(
-        max(entry[key] for key in ("logits", "loss", "penalty")) < 1e-5 for entry in content["agreement"]
-    )
+    assert all(max(entry[key] for key in ("logits", "loss", "penalty")) < 1e-5 for entry in content["agreement"])
     assert content["machine"]["workers"][BASELINE]["adapters"] == "1.3.0"
 
 

@@ -11,19 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.benchmark import formulas
-from pipelines.benchmark.cases import (
-    ADAPTER,
-    BARE,
-    CLIPPED,
-    FULL,
-    FUSION,
-    INFER,
-    LOOP,
-    LOWER_BOUND,
-    TRAIN,
-    Case,
-    Setup,
-)
+from pipelines.benchmark.cases import ADAPTER, BARE, CLIPPED, FULL, FUSION, INFER, LOOP, LOWER_BOUND, TRAIN, Case, Setup
 from pipelines.benchmark.ours import OurModel, OurWorker
 from pipelines.benchmark.products import products_of
 from pipelines.benchmark.session import LOGITS_LIMIT
@@ -50,9 +38,7 @@ def worker(setup: Setup) -> OurWorker:
 
 
 @pytest.mark.parametrize(("method", "sources"), [(ADAPTER, None), (FUSION, N)])
-@pytest.mark.parametrize(
-    "tokens", [4, TOKENS]
-)  # fewer tokens in a batch than the hidden size has numbers, and more
+@pytest.mark.parametrize("tokens", [4, TOKENS])  # fewer tokens in a batch than the hidden size has numbers, and more
 def test_a_step_multiplies_what_the_formula_gives(
     worker: OurWorker, backbone: formulas.Backbone, method: str, sources: int | None, tokens: int
 ) -> None:

@@ -4,16 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.benchmark.report import (
-    NOT_REACHED,
-    REACHED,
-    TOO_FEW,
-    TOO_NOISY,
-    Figure,
-    Target,
-    ratio,
-    spread,
-)
+from pipelines.benchmark.report import NOT_REACHED, REACHED, TOO_FEW, TOO_NOISY, Figure, Target, ratio, spread
 
 
 def test_a_spread_is_the_distance_of_the_quartiles_in_medians() -> None:

@@ -59,18 +59,13 @@ def test_the_last_errors_are_kept_also_of_a_killed_command(probe: Path) -> None:
         "if sys.argv[1:]: os.kill(os.getpid(), 9)\n"
     )
     last = tuple(str(line) for line in range(30, 50))
-    assert [(o.code, o.errors) for o in (attempt("probe", []), attempt("probe", ["x"]))] == [
-        (0, last),
-        (-9, last),
-    ]
+    assert [(o.code, o.errors) for o in (attempt("probe", []), attempt("probe", ["x"]))] == [(0, last), (-9, last)]
 
 
 def test_the_environment_and_the_seconds_of_a_command(
     probe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    probe.write_text(
-        "import os, time; time.sleep(0.3); print(os.environ['FUSION_NEXT'], 'HIDDEN' in os.environ)"
-    )
+    probe.write_text("import os, time; time.sleep(0.3); print(os.environ['FUSION_NEXT'], 'HIDDEN' in os.environ)")
     monkeypatch.setenv("HIDDEN", "1")
     assert 0.3 <= call("probe", [], without=["HIDDEN"]) < 30
     assert "0 False" in capfd.readouterr().out
@@ -88,10 +83,7 @@ def test_a_signal_ends_the_workflow_and_its_command(
     )
     path = os.pathsep.join([str(ROOT), str(tmp_path)])
     process = subprocess.Popen(
-        [sys.executable, "-c", script],
-        env=os.environ | {"PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     assert process.stdout.readline().startswith("$ python -m probe")
@@ -122,30 +114,22 @@ def test_a_signal_ends_the_workflow_and_its_command(
     ],
     ids=str,
 )
-def test_wrong_settings_are_refused(
-    module: object, words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_settings_are_refused(module: object, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert module.main(words) == 2  # type: ignore[attr-defined]
     word = words[0] if words[0] != "targets=[snli]" else "snli"
     assert word.partition("=")[0] in capsys.readouterr().err
 
 
 def test_settings_are_read() -> None:
-    assert read_config(demo.DemoConfig, ["labels=3", "seed=1", "labels=300"]) == demo.DemoConfig(
-        labels=300, seed=1
-    )
+    assert read_config(demo.DemoConfig, ["labels=3", "seed=1", "labels=300"]) == demo.DemoConfig(labels=300, seed=1)
     config = read_config(two_stage.TwoStageConfig, ["targets=[cb,rte]", "data_dir=null"])
     assert (config.targets, config.data_dir, config.seeds) == (["cb", "rte"], None, [1, 2, 3, 4, 5])
     with pytest.raises(UserError, match="seeds"):
         read_config(two_stage.TwoStageConfig, ["seeds=[a]"])
 
 
-@pytest.mark.parametrize(
-    "module", [demo, adapterdrop, two_stage, ranking], ids=lambda module: module.__name__
-)
-def test_help_has_the_description_and_the_defaults(
-    module: object, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("module", [demo, adapterdrop, two_stage, ranking], ids=lambda module: module.__name__)
+def test_help_has_the_description_and_the_defaults(module: object, capsys: pytest.CaptureFixture[str]) -> None:
     assert module.main(["--help"]) == 0  # type: ignore[attr-defined]
     shown = capsys.readouterr().out
     assert str(module.__doc__) in shown and "\noutput: outputs/" in shown

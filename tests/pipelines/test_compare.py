@@ -179,9 +179,7 @@ def test_the_target_has_no_more_examples_as_a_source() -> None:
 
 def test_own_keys_and_overrides_of_both_stages() -> None:
     settings = compare_of("backbone=minilm", "methods=[head]", "patience=null", "data.max_length=64")
-    assert settings.config == CompareConfig(
-        sources=["mrpc", "cb"], methods=["head"], patience=None, output="out"
-    )
+    assert settings.config == CompareConfig(sources=["mrpc", "cb"], methods=["head"], patience=None, output="out")
     assert (settings.target, settings.words) == ("cb", ("backbone=minilm", "data.max_length=64"))
     assert settings.word("data.max_length") == "64" and settings.word("data.dir") is None
     assert read_comparison(["+task=rte", "methods=[head]"]).store == Path("outputs/compare/rte/store")
@@ -224,9 +222,7 @@ def test_own_keys_and_overrides_of_both_stages() -> None:
         ("+task=cb sources=[cb] -m", "-m: expected KEY=VALUE"),
     ],
 )  # fmt: skip
-def test_wrong_settings_are_refused(
-    arguments: str, expected: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_settings_are_refused(arguments: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments.split()) == 2
     assert expected in capsys.readouterr().err
 
@@ -281,9 +277,7 @@ def test_the_best_rate_has_the_best_mean_over_the_seeds(tmp_path: Path) -> None:
     assert result.artifacts == ["cb-head-lr-0.001-seed-1", "cb-head-lr-0.001-seed-2"]
     assert result.scores == {"accuracy": [0.6, 0.7], "macro_f1": [0.1, 0.2]}
     assert result.main_metric == "accuracy" and result.score == pytest.approx(0.65)
-    assert set(result.grid) == {"0.0001", "0.001"} and result.grid["0.0001"]["accuracy"] == pytest.approx(
-        0.55
-    )
+    assert set(result.grid) == {"0.0001", "0.001"} and result.grid["0.0001"]["accuracy"] == pytest.approx(0.55)
     assert (result.trainable, result.stored_bytes, result.seconds_per_step) == (1000, 4800, 0.25)
     assert result.best_epochs == [2, 2] and result.command == str(training)
     again = row_result(row, training, tmp_path, "cb", without=["cb-head-lr-0.001-seed-2"])
@@ -504,10 +498,7 @@ def test_a_failed_row_is_listed_and_the_others_run(
         (
             "mrpc",
             ["head", "drop_specialized"],
-            [
-                ("mrpc", "source", "OSError: disk full"),
-                ("mean", "row", "made from mrpc, which could not be trained"),
-            ],
+            [("mrpc", "source", "OSError: disk full"), ("mean", "row", "made from mrpc, which could not be trained")],
         ),
     ],
 )
@@ -642,10 +633,7 @@ def test_the_table_is_grouped() -> None:
 
 def test_notes() -> None:
     grid = {"5e-05": {"accuracy": 0.5}, "0.005": {"accuracy": 0.6}}
-    rows = [
-        result("head", SINGLE, 0.6, rate=0.005, grid=grid),
-        result("lora", SINGLE, 0.6, rate=5e-4, grid=grid),
-    ]
+    rows = [result("head", SINGLE, 0.6, rate=0.005, grid=grid), result("lora", SINGLE, 0.6, rate=5e-4, grid=grid)]
     compared = workflow.Compared(rows=rows, notes=["Mind the gap."])
     text = " ".join(notes(compare_of(), compared))
     for part in (
@@ -700,9 +688,7 @@ def test_a_ratio_is_that_of_the_same_round() -> None:
     assert timed == {"ratio": 2.0, "low": 2.0, "high": 2.5, "seconds": 3.0}
 
 
-@pytest.mark.parametrize(
-    "argument", ["batches=0", "seconds=0", "artifacts=[]", "artefacts=[a]", "target=nothing"]
-)
+@pytest.mark.parametrize("argument", ["batches=0", "seconds=0", "artifacts=[]", "artefacts=[a]", "target=nothing"])
 def test_wrong_timings_are_refused(argument: str, tmp_path: Path) -> None:
     file = tmp_path / "inference.json"
     words = ["target=cb", "artifacts=[a]", f"store={tmp_path}", f"result={file}", argument]

@@ -42,9 +42,7 @@ def test_the_verdict_has_the_lead_and_its_standard_error() -> None:
     assert "beyond two standard errors" in verdict(ROWS, 8000)
 
 
-def test_the_methods_differ_in_nothing_but_the_method(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_methods_differ_in_nothing_but_the_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls: list[list[str]] = []
 
     def call(module: str, overrides: list[str], without: tuple[str, ...] = ()) -> float:

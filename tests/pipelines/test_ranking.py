@@ -29,12 +29,7 @@ for _source in RANKED["sources"]:
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
     """A finished evaluation with two seeds, and gains of +0.1, -0.05 and 0 on average."""
-    scores = {
-        "alone": [0.5, 0.6],
-        "after-rte": [0.65, 0.65],
-        "after-snli": [0.4, 0.6],
-        "after-sst2": [0.4, 0.7],
-    }
+    scores = {"alone": [0.5, 0.6], "after-rte": [0.65, 0.65], "after-snli": [0.4, 0.6], "after-sst2": [0.4, 0.7]}
     for name, values in scores.items():
         for seed, value in enumerate(values, 1):
             folder = tmp_path / "store" / f"cb-{name}-seed-{seed}"
@@ -86,13 +81,7 @@ def test_the_commands_and_the_report(
         return 0.0
 
     monkeypatch.setattr(ranking, "call", call)
-    arguments = [
-        "sources=[snli,rte,sst2]",
-        "targets=[cb]",
-        "seeds=[1,2]",
-        "data_dir=data",
-        f"output={output}",
-    ]
+    arguments = ["sources=[snli,rte,sst2]", "targets=[cb]", "seeds=[1,2]", "data_dir=data", f"output={output}"]
     assert main(arguments) == 0
     sources, ranked, alone, after = calls
     assert sources[:3] == ["fusion.stage1", "-m", "+task=snli,rte,sst2"]

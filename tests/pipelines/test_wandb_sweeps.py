@@ -93,9 +93,7 @@ def test_its_runs_have_unique_names(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_equivalent_multirun_has_the_same_search_space(path: Path) -> None:
     sweep = read(path)
-    lines = [
-        line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if "python -m" in line
-    ]
+    lines = [line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if "python -m" in line]
     (words,) = [shlex.split(line) for line in lines]
     assert words[:4] == ["python", "-m", sweep["command"][3], "-m"]
     fixed = {word for word in sweep["command"][4:] if not word.startswith(("name=", "${"))}

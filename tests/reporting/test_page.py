@@ -94,18 +94,14 @@ def written(made: Contents, tmp_path: Path, files: Path | None = None) -> str:
 
 
 def write_attention(folder: Path, name: str = "a") -> None:
-    slots = {
-        f"{n}.feedforward": {"mean": [0.25, 0.75], "entropy": 0.56, "value_distance": 0.1} for n in range(3)
-    }
+    slots = {f"{n}.feedforward": {"mean": [0.25, 0.75], "entropy": 0.56, "value_distance": 0.1} for n in range(3)}
     lines = [{"step": 5 * e, "epoch": e, "sources": [name, "b"], "slots": slots} for e in (1, 2)]
     (folder / "attention.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def write_history(folder: Path, run: str, steps: range, loss: float = 1.0, started: str = "1") -> None:
     lines: list[dict[str, Any]] = [{"run": run, "name": "n", "command": "stage2", "started": started}]
-    lines += [
-        {"step": step, "epoch": 0, "train/loss": loss / (step + 1), "train/task_loss": 1.0} for step in steps
-    ]
+    lines += [{"step": step, "epoch": 0, "train/loss": loss / (step + 1), "train/task_loss": 1.0} for step in steps]
     lines += [{"step": steps[-1], "epoch": 0, "validation/accuracy": 0.5 + steps[-1] / 100}]
     (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -121,16 +117,7 @@ def example_runs(write: Write, task: str = "tweets") -> None:
 def test_content_of_the_page(tmp_path: Path, write: Write) -> None:
     example_runs(write)
     text = written(contents(tmp_path, inspection()), tmp_path)
-    for text_part in (
-        "0.675",
-        "± 0.035",
-        "0.925",
-        "+0.250 ▲",
-        "2 seeds",
-        "20 rows",
-        "fusion of 2",
-        "good (0.93)",
-    ):
+    for text_part in ("0.675", "± 0.035", "0.925", "+0.250 ▲", "2 seeds", "20 rows", "fusion of 2", "good (0.93)"):
         assert text_part in text, text_part
     for section in ("helped", "listened", "words", "needed", "curves", "cost", "runs", "rebuild"):
         assert f'<section id="{section}">' in text
@@ -221,9 +208,7 @@ def test_optimistic_scores_have_one_note(tmp_path: Path, write: Write) -> None:
     text = written(contents(tmp_path), tmp_path)
     assert "optimistic: the best epoch and the best setting of a method." in text, "other is not compared"
     for folder in folders[:1]:
-        (folder / "status.json").write_text(
-            (folder / "status.json").read_text().replace('"done"', '"failed"')
-        )
+        (folder / "status.json").write_text((folder / "status.json").read_text().replace('"done"', '"failed"'))
     result = {"hash": None, "name": "a"}
     write(command="evaluate", split="test", score=0.7, artifact="a", result=result)
     found = read_runs([tmp_path / "runs"])
@@ -243,9 +228,7 @@ def test_ablation_has_color_only_if_conclusive(tmp_path: Path, write: Write) -> 
         for name, count in wrong.items()
     }
     masked["unknown"] = {"metrics": {"accuracy": 0.2}, "loss": 0.5}
-    inspected = inspection(
-        metrics={"accuracy": 1.0}, labels=labels, predicted=labels, masked=masked, rows=100
-    )
+    inspected = inspection(metrics={"accuracy": 1.0}, labels=labels, predicted=labels, masked=masked, rows=100)
     target = contents(tmp_path).targets[0]
     trained = target.groups["fusion of 2"].trained[0]
     changes = sections.inspected(target, "fusion of 2", trained, inspected)["changes"]
@@ -281,11 +264,7 @@ def test_untrusted_text_is_inert(tmp_path: Path, write: Write) -> None:
     folder = write(task, sources=[EVIL, "b"], wrong=1, score=0.95)
     write_attention(folder, EVIL)
     write_history(folder, EVIL, range(0, 20, 10))
-    words = inspection()["words"][0] | {
-        "tokens": [f" {EVIL}", "a", "b", "c"],
-        "predicted": EVIL,
-        "truth": EVIL,
-    }
+    words = inspection()["words"][0] | {"tokens": [f" {EVIL}", "a", "b", "c"], "predicted": EVIL, "truth": EVIL}
     masked = {EVIL: inspection()["masked"]["a"]}
     made = contents(tmp_path, inspection(words=[words], sources=[EVIL, "b"], masked=masked))
     made.notes.append(EVIL)
@@ -376,13 +355,7 @@ def test_figure_and_table_files(tmp_path: Path, write: Write) -> None:
     example_runs(write)
     folder = tmp_path / "some files"
     names = {path.name for path in write_files(contents(tmp_path, inspection()), folder)}
-    figures = {
-        "scores",
-        "attention-tweets-fusion-of-2",
-        "attention-by-target",
-        "entropy",
-        "needed-tweets-fusion-of-2",
-    }
+    figures = {"scores", "attention-tweets-fusion-of-2", "attention-by-target", "entropy", "needed-tweets-fusion-of-2"}
     figures |= {"curves-tweets", "cost-tweets"}
     table_names = {"scores", "differences", "metrics", "attention-tweets-fusion-of-2", "needed", "cost"}
     assert names == {f"{n}.{e}" for n in figures for e in ("png", "svg")} | {
@@ -466,18 +439,11 @@ def test_attention_by_target() -> None:
 def test_attention_of_the_best_epoch(tmp_path: Path, write: Write) -> None:
     folder = write(sources=["a", "b"])
     lines = [
-        {
-            "step": e,
-            "epoch": e,
-            "sources": ["a", "b"],
-            "slots": {"0.x": {"mean": [e / 10, 1 - e / 10], "entropy": 0.5}},
-        }
+        {"step": e, "epoch": e, "sources": ["a", "b"], "slots": {"0.x": {"mean": [e / 10, 1 - e / 10], "entropy": 0.5}}}
         for e in (1, 2, 3)
     ]
     (folder / "attention.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (one,) = contents(tmp_path).attention
     np.testing.assert_allclose(one.mean, [[0.2, 0.8]])
-    (folder / "attention.jsonl").write_text(
-        '{"epoch": 2, "sources": ["a"], "slots": {"0.x": {"mean": [1, 2]}}}\n'
-    )
+    (folder / "attention.jsonl").write_text('{"epoch": 2, "sources": ["a"], "slots": {"0.x": {"mean": [1, 2]}}}\n')
     assert contents(tmp_path).attention == []

@@ -206,19 +206,14 @@ def test_settings_are_selected_on_validation_and_shown_on_test(tmp_path: Path, w
     assert only(tmp_path, "validation").groups["single adapter"].scores == [0.9]
 
 
-def test_settings_without_validation_scores_are_selected_on_the_shown_split(
-    tmp_path: Path, write: Write
-) -> None:
+def test_settings_without_validation_scores_are_selected_on_the_shown_split(tmp_path: Path, write: Write) -> None:
     for name, rate, test in (("a", 1e-4, 0.5), ("b", 1e-3, 0.7)):
         write(score=0.9 if name == "a" else None, optim__lr=rate, artifact=name)
         result = {"hash": None, "name": name}
         write(command="evaluate", split="test", score=test, artifact=name, result=result)
     target = only(tmp_path, "test")
     group = target.groups["single adapter"]
-    assert (group.scores, group.chosen_on, target.selected_here) == (
-        *([0.7], "test"),
-        ["the best setting of a method"],
-    )
+    assert (group.scores, group.chosen_on, target.selected_here) == (*([0.7], "test"), ["the best setting of a method"])
 
 
 def test_source_evaluated_on_the_target(tmp_path: Path, write: Write) -> None:
@@ -252,11 +247,7 @@ def test_backbones_and_limits_are_separate_targets(tmp_path: Path, write: Write)
     write(data__limit__train=None)
     write(data__limit__train=100, backbone__name_or_path="org/large")
     labels = [target.label for target in targets(tmp_path)]
-    assert sorted(labels) == [
-        "tweets · 100 rows · large",
-        "tweets · 100 rows · tiny",
-        "tweets · all rows · tiny",
-    ]
+    assert sorted(labels) == ["tweets · 100 rows · large", "tweets · 100 rows · tiny", "tweets · all rows · tiny"]
 
 
 def test_missing_sources_named_by_seed_are_one_setting(tmp_path: Path, write: Write) -> None:
@@ -270,12 +261,7 @@ def test_names_of_methods(tmp_path: Path, write: Write) -> None:
     write(sources=["a", "b"], composition={"name": "scalearn"})
     write(sources=["a", "b"], composition={"name": "adapterfusion", "target_adapter": True})
     write(method__name="lora")
-    assert list(only(tmp_path).groups) == [
-        "LoRA",
-        "fusion of 2 + own adapter",
-        "fusion of a",
-        "scalearn of 2",
-    ]
+    assert list(only(tmp_path).groups) == ["LoRA", "fusion of 2 + own adapter", "fusion of a", "scalearn of 2"]
 
 
 def test_multi_task_training(tmp_path: Path, write: Write) -> None:
@@ -283,10 +269,7 @@ def test_multi_task_training(tmp_path: Path, write: Write) -> None:
     metrics = {"cb/validation": {"accuracy": 0.6}, "rte/validation": {"accuracy": 0.5}}
     result = {"metrics": metrics, "task": "cb+rte"}
     write(task=None, tasks=tasks, method__name="multitask_adapter", result=result)
-    assert {t.task: t.groups["multi-task adapter"].scores for t in targets(tmp_path)} == {
-        "cb": [0.6],
-        "rte": [0.5],
-    }
+    assert {t.task: t.groups["multi-task adapter"].scores for t in targets(tmp_path)} == {"cb": [0.6], "rte": [0.5]}
 
 
 def test_non_numeric_scores_are_omitted(tmp_path: Path, write: Write) -> None:
@@ -316,12 +299,7 @@ def test_damaged_predictions_are_ignored(tmp_path: Path, write: Write, content: 
 
 def test_unreadable_folders_are_named(tmp_path: Path, write: Write) -> None:
     write()
-    for name, text in (
-        ("result.json", "{"),
-        ("config.yaml", "a: [b"),
-        ("config.yaml", "- 1"),
-        ("status.json", "[]"),
-    ):
+    for name, text in (("result.json", "{"), ("config.yaml", "a: [b"), ("config.yaml", "- 1"), ("status.json", "[]")):
         (write() / name).write_text(text)
     (write() / "result.json").unlink()
     write(status="failed")

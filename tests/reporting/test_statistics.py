@@ -8,15 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fusion.reporting.statistics import (
-    RESAMPLES,
-    Difference,
-    Predictions,
-    Sample,
-    compare,
-    constant_scores,
-    holm,
-)
+from fusion.reporting.statistics import RESAMPLES, Difference, Predictions, Sample, compare, constant_scores, holm
 
 DRAW = np.random.RandomState(0)
 
@@ -126,9 +118,7 @@ def test_by_seed_false_pairs_nothing() -> None:
 def test_unmatched_examples_are_not_resampled() -> None:
     one, other = sample(0.9, 0), sample(0.8, 0)
     assert other.predictions is not None
-    moved = dataclasses.replace(
-        other, predictions=dataclasses.replace(other.predictions, fingerprint="others")
-    )
+    moved = dataclasses.replace(other, predictions=dataclasses.replace(other.predictions, fingerprint="others"))
     assert compare([one], [moved], "accuracy").p is None
 
 
@@ -156,9 +146,7 @@ def test_holm_against_its_definition() -> None:
 @pytest.mark.parametrize("classes", [2, 3, 5])
 @pytest.mark.parametrize("seed", range(4))
 def test_majority_class_against_counting(classes: int, seed: int) -> None:
-    labels = np.random.RandomState(seed).choice(
-        classes, 37, p=np.random.RandomState(9).dirichlet([1] * classes)
-    )
+    labels = np.random.RandomState(seed).choice(classes, 37, p=np.random.RandomState(9).dirichlet([1] * classes))
     occurring = sorted(set(labels.tolist()))
     majority = max(occurring, key=lambda label: (sum(one == label for one in labels), -label))
 

@@ -124,9 +124,7 @@ def test_a_sweep_holds_one_model_at_a_time(
     with pytest.raises(SystemExit) as ended:
         stage1.main()
     assert ended.value.code == 1
-    statuses = [
-        json.loads(file.read_text())["status"] for file in sorted(bench.folder.glob("**/status.json"))
-    ]
+    statuses = [json.loads(file.read_text())["status"] for file in sorted(bench.folder.glob("**/status.json"))]
     assert statuses == ["done", "failed", "done"]
     assert (alive.counts, alive.now()) == ([0, 0, 0], 0)
 

@@ -76,9 +76,7 @@ def test_resume_false_starts_over(bench: Bench) -> None:
         ("interrupted", RunState("new", "starts over")),
     ],
 )
-def test_a_run_that_starts_over_is_not_reported_as_resumed(
-    bench: Bench, status: str, state: RunState
-) -> None:
+def test_a_run_that_starts_over_is_not_reported_as_resumed(bench: Bench, status: str, state: RunState) -> None:
     output, _ = output_of(bench, resume=False)
     assert output.run_state == RunState("new")
     output.checkpoints.mkdir(parents=True)

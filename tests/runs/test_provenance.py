@@ -25,9 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 def git(folder: Path, *words: str) -> str:
     identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
-    done = subprocess.run(
-        ["git", *identity, "-C", str(folder), *words], capture_output=True, text=True, timeout=30
-    )
+    done = subprocess.run(["git", *identity, "-C", str(folder), *words], capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -151,11 +151,7 @@ def test_record_of_a_successful_job(tmp_path: Path) -> None:
     }
     assert json.loads((run.directory / "result.json").read_text()) == {"stage": 1}
     assert yaml.safe_load((run.directory / "config.yaml").read_text()) == CONFIG
-    assert sorted(path.name for path in run.directory.iterdir()) == [
-        "config.yaml",
-        "result.json",
-        "status.json",
-    ]
+    assert sorted(path.name for path in run.directory.iterdir()) == ["config.yaml", "result.json", "status.json"]
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,7 @@ from tests.bench import LABELS, write_task
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = [
-    *(
-        f"fusion.{n}"
-        for n in ("stage1", "stage2", "evaluate", "predict", "rank", "inspect", "report", "compare")
-    ),
+    *(f"fusion.{n}" for n in ("stage1", "stage2", "evaluate", "predict", "rank", "inspect", "report", "compare")),
     *("fusion.sync", "fusion.store"),
     *(f"pipelines.{n}" for n in ("demo", "two_stage", "ranking", "adapterdrop", "compare", "benchmark")),
 ]
@@ -107,9 +104,7 @@ def test_a_signal_waits_while_it_is_held() -> None:
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_a_signal_inside_a_destructor_is_not_lost(
-    number: signal.Signals, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_signal_inside_a_destructor_is_not_lost(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
     """Where Python swallows exceptions; between two jobs of a sweep, most of the time goes by in such places."""
 
     class Cycle:
@@ -177,8 +172,7 @@ def launch(place: Path, module: str, *words: str, **more: Any) -> subprocess.Pop
     return subprocess.Popen(
         [sys.executable, "-u", "-m", module, *words],
         cwd=place,
-        env=os.environ
-        | {"PYTHONPATH": f"{place}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"},
+        env=os.environ | {"PYTHONPATH": f"{place}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -237,9 +231,7 @@ def test_every_command_ends_without_a_traceback_while_it_starts(tmp_path: Path, 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc tells when the handlers are there")
 def test_under_nohup_a_hangup_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(SLOW_IMPORT.replace("30", "0.5"))
-    process = launch(
-        tmp_path, "fusion.store", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    )
+    process = launch(tmp_path, "fusion.store", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     until(process, lambda: catches(process.pid, signal.SIGUSR1))
     process.send_signal(signal.SIGHUP)
     process.communicate(timeout=90)
@@ -290,9 +282,7 @@ QUICK = [(signal.SIGUSR2, "imports of the job")]
         for number in SIGNALS
     ],
 )  # fmt: skip
-def test_a_job_ends_interrupted(
-    place: Path, tiny_backbone: Path, number: signal.Signals, moment: str
-) -> None:
+def test_a_job_ends_interrupted(place: Path, tiny_backbone: Path, number: signal.Signals, moment: str) -> None:
     name = f"{number.name}-{moment.split()[0]}"
     folder = place / name
     process = launch(place, "fusion.stage1", *words(tiny_backbone, f"hydra.run.dir={name}", f"name={name}"))
@@ -323,12 +313,7 @@ def test_no_moment_of_the_start_leaves_a_traceback_or_a_running_status(
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_between_two_jobs_a_sweep_ends(place: Path, tiny_backbone: Path, number: signal.Signals) -> None:
     folder = place / f"{number.name}-sweep"
-    more = [
-        "seed=1,2,3",
-        f"hydra.sweep.dir={folder.name}",
-        f"name={number.name}-${{seed}}",
-        "trainer.max_epochs=1",
-    ]
+    more = ["seed=1,2,3", f"hydra.sweep.dir={folder.name}", f"name={number.name}-${{seed}}", "trainer.max_epochs=1"]
     process = launch(place, "fusion.stage1", "-m", *words(tiny_backbone, *more))
     until(process, lambda: any(status_of(job) == "done" for job in folder.glob("0-*")))
     process.send_signal(number)

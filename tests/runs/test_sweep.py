@@ -130,7 +130,4 @@ def test_a_stopped_sweep_reports_what_is_done(tmp_path: Path) -> None:
         leave(place, status)
     first, second = sweep.stopped("interrupted").splitlines()
     assert first == "interrupted: 2 of 5 jobs done (0, 1), 1 failed, 1 interrupted, 1 not started"
-    assert (
-        second
-        == "The same command continues: it skips the jobs that are done and resumes from the last checkpoint"
-    )
+    assert second == "The same command continues: it skips the jobs that are done and resumes from the last checkpoint"

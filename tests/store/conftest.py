@@ -52,12 +52,7 @@ def build(name: str = "mnli", kind: str = "adapter", **changes: Any) -> Manifest
         "data": {"max_length": 16, "fingerprints": {"train": "0" * 64}},
         "metrics": {"validation": {"accuracy": 0.5}},
         "seed": 3,
-        "run": {
-            "identity": "0123456789ab",
-            "config": {"optim.lr": 1e-4},
-            "overrides": [],
-            "directory": "out",
-        },
+        "run": {"identity": "0123456789ab", "config": {"optim.lr": 1e-4}, "overrides": [], "directory": "out"},
         "versions": {"torch": torch.__version__},
         "result": {"best_epoch": 1},
     }

@@ -34,11 +34,7 @@ OTHER = {"other": torch.ones(3)}
 def same_bits(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> bool:
     def bits(tensor: torch.Tensor) -> tuple[Any, ...]:
         flat = tensor.detach().contiguous().reshape(-1)
-        return (
-            tensor.dtype,
-            tuple(tensor.shape),
-            bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b"",
-        )
+        return (tensor.dtype, tuple(tensor.shape), bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
 
     return one.keys() == two.keys() and all(bits(one[key]) == bits(two[key]) for key in one)
 
@@ -60,9 +56,7 @@ def test_round_trip_is_bit_equal(make_manifest: Make, weights: Tensors, head: Te
     assert same_bits(load("mnli", store).weights, weights)
 
 
-def test_same_tensors_make_the_same_files(
-    make_manifest: Make, weights: Tensors, head: Tensors, store: Path
-) -> None:
+def test_same_tensors_make_the_same_files(make_manifest: Make, weights: Tensors, head: Tensors, store: Path) -> None:
     one = save(store, make_manifest("one"), weights, head)
     two = save(store, make_manifest("two"), dict(reversed(weights.items())), head)
     assert (one / WEIGHTS).read_bytes() == (two / WEIGHTS).read_bytes()
@@ -115,9 +109,7 @@ def test_overwrite_removes_unreferenced_artifacts(
     assert contents(store / ".staging") == set()
 
 
-def test_overwrite_keeps_sources_of_a_fusion(
-    make_manifest: Make, weights: Tensors, head: Tensors, store: Path
-) -> None:
+def test_overwrite_keeps_sources_of_a_fusion(make_manifest: Make, weights: Tensors, head: Tensors, store: Path) -> None:
     save(store, make_manifest(), weights, head)
     hash = read_manifest("mnli", store).hash
     save(store, make_manifest("f", "fusion", sources=[{"name": "mnli", "hash": hash}]), OTHER, head)
@@ -163,10 +155,7 @@ def damaged(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        (
-            "cut",
-            r"has [\d,]+ bytes, expected [\d,]+; copy the artifact again, or train it again with overwrite=true",
-        ),
+        ("cut", r"has [\d,]+ bytes, expected [\d,]+; copy the artifact again, or train it again with overwrite=true"),
         ("changed", "was changed, its sha256 is"),
         ("pickle", "bytes, expected"),
         ("gone", "is missing"),
@@ -213,12 +202,7 @@ def test_a_damaged_manifest(make_manifest: Make, weights: Tensors, head: Tensors
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_failed_save_leaves_nothing(
-    make_manifest: Make,
-    weights: Tensors,
-    head: Tensors,
-    store: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    overwrite: bool,
+    make_manifest: Make, weights: Tensors, head: Tensors, store: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
 ) -> None:
     if overwrite:
         save(store, make_manifest(), weights, head)
@@ -240,9 +224,7 @@ def test_a_failed_save_leaves_nothing(
     assert load("mnli", store).manifest.seed == 5
 
 
-def test_an_artifact_that_cannot_be_reloaded_is_not_stored(
-    make_manifest: Make, head: Tensors, store: Path
-) -> None:
+def test_an_artifact_that_cannot_be_reloaded_is_not_stored(make_manifest: Make, head: Tensors, store: Path) -> None:
     with pytest.raises(UserError, match="seed: "):
         save(store, make_manifest(seed="three"), OTHER, head)
     with pytest.raises(TypeError, match="not JSON serializable"):
@@ -360,9 +342,7 @@ def test_two_new_artifacts_of_one_name(make_manifest: Make, head: Tensors, store
     assert artifact.weights["value"][0] == artifact.manifest.seed
 
 
-def test_a_read_only_store_can_be_read(
-    make_manifest: Make, weights: Tensors, head: Tensors, store: Path
-) -> None:
+def test_a_read_only_store_can_be_read(make_manifest: Make, weights: Tensors, head: Tensors, store: Path) -> None:
     save(store, make_manifest(), weights, head)
 
     def everything() -> dict[Path, int]:
@@ -394,10 +374,7 @@ def test_a_store_on_a_path_that_needs_quoting(
 ) -> None:
     store = tmp_path / "my work" / "a 'store' = [1], ü"
     save(store, make_manifest(), weights, head)
-    with (
-        writing(store, "mnli", 1.0),
-        pytest.raises(UserError, match=f"process {os.getpid()} on .*: waited 0.1 s"),
-    ):
+    with writing(store, "mnli", 1.0), pytest.raises(UserError, match=f"process {os.getpid()} on .*: waited 0.1 s"):
         save(store, make_manifest(), weights, head, overwrite=True, wait=0.1)
     save(store, make_manifest(seed=4), OTHER, head, overwrite=True, wait=0.1)
     assert same_bits(load("mnli", store).weights, OTHER)

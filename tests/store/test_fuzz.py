@@ -33,13 +33,7 @@ from fusion.errors import UserError
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead
 from fusion.layers.slot_module import SlotModule, parameters_of
-from fusion.model.build import (
-    build_composition,
-    check_made_for,
-    load_sources,
-    stored_adapters,
-    stored_model,
-)
+from fusion.model.build import build_composition, check_made_for, load_sources, stored_adapters, stored_model
 from fusion.model.from_manifests import tensor_shapes
 from fusion.model.head_selection import select_heads
 from fusion.runs.output import result_of
@@ -102,9 +96,7 @@ class Place:
         parts |= {f"{n}.lora_B.weight": torch.randn(32, 2) for n in names}
         save(self.store, make_manifest("lora", "lora", method=lora, **about), parts, one_head)
         described = make_manifest("x").content["head"] | {"pooling": "mean", "layers": 2}
-        multi_task = {
-            n: {"task": {**about["task"], "name": n}, "head": described} for n in ("films", "books")
-        }
+        multi_task = {n: {"task": {**about["task"], "name": n}, "head": described} for n in ("films", "books")}
         two = TaskHead(32, 2, "mean", 2)
         heads = {f"{n}.{key}": value for n in multi_task for key, value in two.named_parameters()}
         shared = {"shared": True, "bottleneck_sizes": {f"{layer}.feedforward": 2 for layer in range(3)}}
@@ -270,9 +262,9 @@ def json_damage(draw: random.Random, values: dict[str, Any]) -> bytes:
     elif how == 5:
         del parent[key]
     elif how == 6 and isinstance(parent, dict):
-        parent[
-            draw.choice(("x", "", "..", "\u202e", "0.feedforward", "99.feedforward", "shared", "kept"))
-        ] = draw.choice(JUNK)
+        parent[draw.choice(("x", "", "..", "\u202e", "0.feedforward", "99.feedforward", "shared", "kept"))] = (
+            draw.choice(JUNK)
+        )
     elif how == 7 and isinstance(parent[key], (int, float)):
         parent[key] = parent[key] * draw.choice((-1, 2, 10**6, 10**12))
     elif how == 8 and isinstance(parent[key], str) and parent[key]:
@@ -361,9 +353,7 @@ def test_damaged_artifacts(place: Place, seed: int) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize(
-    "what", ["pipe", "folder", "empty", "huge", "/dev/zero", "nowhere", "/etc/passwd", "loop"]
-)
+@pytest.mark.parametrize("what", ["pipe", "folder", "empty", "huge", "/dev/zero", "nowhere", "/etc/passwd", "loop"])
 def test_a_path_that_is_not_a_regular_file(place: Place, file: str, what: str) -> None:
     path = place.store / "films" / file
     path.unlink()

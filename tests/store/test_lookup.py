@@ -30,9 +30,7 @@ def test_find_by_name_then_by_path(make_manifest: Make, store: Path, monkeypatch
 
 
 def test_an_unknown_name_lists_the_available_ones(make_manifest: Make, store: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"It is empty or does not exist .*python -m fusion.stage1 \+task=NAME"
-    ):
+    with pytest.raises(UserError, match=r"It is empty or does not exist .*python -m fusion.stage1 \+task=NAME"):
         find("mnli", store)
     for name in ("mnli", "snli", "rte"):
         put(store / name, make_manifest(name))

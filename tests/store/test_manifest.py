@@ -98,18 +98,10 @@ WRONG: tuple[tuple[str, Any, str], ...] = (
     ("composition", {"name": "mean"}, "composition is set in an artifact of kind adapter"),
     ("task/more", 1, "task.more: "),
     ("task/name", None, "task.name: "),
-    *(
-        ("task/name", name, "no path out of its folder")
-        for name in ("../../x", "/etc", "a/../../x", "..", "")
-    ),
+    *(("task/name", name, "no path out of its folder") for name in ("../../x", "/etc", "a/../../x", "..", "")),
     (
         "multitask",
-        {
-            "a": {
-                "task": {"name": "../../x"},
-                "head": {"pooling": "cls", "layers": 1, "outputs": 1, "dropout": 0.1},
-            }
-        },
+        {"a": {"task": {"name": "../../x"}, "head": {"pooling": "cls", "layers": 1, "outputs": 1, "dropout": 0.1}}},
         "multitask.a.task.name: Value error, expected a name",
     ),
     ("task/labels", "no", "task.labels: "),
@@ -237,17 +229,13 @@ def test_hash_depends_on_what_the_weights_compute(make_manifest: Make) -> None:
     assert len({first, *different}) == len(different) + 1
     assert hash_of("fusion") == hash_of("fusion", composition={"value_penalty": 0.5, "dropout": 0.5})
     pruned = {"name": "pruned", "keep": 1, "kept": {"0.feedforward": [0]}}
-    assert hash_of("fusion", composition=pruned) == hash_of(
-        "fusion", composition=pruned | {"fusion": "x", "keep": 2}
-    )
+    assert hash_of("fusion", composition=pruned) == hash_of("fusion", composition=pruned | {"fusion": "x", "keep": 2})
     with pytest.raises(ValueError, match="saved"):
         _ = make_manifest().hash
 
 
 def test_the_checks_need_no_torch() -> None:
-    code = (
-        "import sys, fusion.store.manifest; print([m for m in ('torch', 'safetensors') if m in sys.modules])"
-    )
+    code = "import sys, fusion.store.manifest; print([m for m in ('torch', 'safetensors') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 
@@ -258,10 +246,7 @@ ROOT = Path(__file__).parents[2]
 def test_manifests_of_earlier_versions_are_read(make_manifest: Make) -> None:
     """As the first stores have them: without method, multitask, git and threads, and with a package."""
     values = values_of(make_manifest(backbone={"package": None}))
-    assert (
-        not {"method", "multitask"} & values.keys()
-        and not {"git", "threads", "folder"} & values["run"].keys()
-    )
+    assert not {"method", "multitask"} & values.keys() and not {"git", "threads", "folder"} & values["run"].keys()
     manifest = Manifest.from_json(json.dumps(values), Path("m"))
     assert manifest.method is None and manifest.backbone.package is None
     later = values | {"run": values["run"] | {"git": None, "threads": 2, "folder": "x"}}

@@ -47,9 +47,7 @@ def say(capsys: pytest.CaptureFixture[str], store: Path) -> Say:
     return run
 
 
-def put(
-    store: Path, manifest: Manifest, value: float = 1.0, sources: list[Manifest] | None = None, **how: Any
-) -> Path:
+def put(store: Path, manifest: Manifest, value: float = 1.0, sources: list[Manifest] | None = None, **how: Any) -> Path:
     """Stores an artifact with the tensors of its manifest, filled with one value."""
     shapes = weight_shapes(manifest, sources or [], Path()) or {}
     weights = {name: torch.full(shape, value) for name, shape in shapes.items()}
@@ -73,18 +71,7 @@ def test_list(say: Say, full: Path) -> None:
     code, out, err = say("list")
     assert (code, err) == (0, "")
     lines = [re.split(r"  +", line) for line in out.splitlines()]
-    assert lines[0] == [
-        "name",
-        "kind",
-        "task",
-        "backbone",
-        "what",
-        "seed",
-        "score",
-        "size",
-        "when",
-        "used by",
-    ]
+    assert lines[0] == ["name", "kind", "task", "backbone", "what", "seed", "score", "size", "when", "used by"]
     assert [line[0] for line in lines[1:]] == ["books", "both", "films", "head"]
     assert lines[2][1:7] == ["fusion", "both", "tiny", "adapterfusion of 2", "3", "accuracy 0.5"]
     assert lines[3][1:7] == ["adapter", "films", "tiny", "feedforward/normed", "3", "accuracy 0.5"]
@@ -97,9 +84,7 @@ def test_list(say: Say, full: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [60, 100, 160])
-def test_list_at_a_terminal_truncates_no_name(
-    full: Path, monkeypatch: pytest.MonkeyPatch, width: int
-) -> None:
+def test_list_at_a_terminal_truncates_no_name(full: Path, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     terminal = at_terminal(monkeypatch, width)
     assert main(["list", f"store={full}"]) == 0
     assert all(len(line) <= width for line in terminal.text.splitlines()) and "─" in terminal.text
@@ -152,9 +137,7 @@ def test_an_active_run_is_not_a_leftover(say: Say, full: Path) -> None:
     assert out.count("rm -r") == 2 and "an interrupted run" in out and "running" not in out
 
 
-def test_no_false_alarm_while_an_artifact_is_overwritten(
-    store: Path, make_manifest: Callable[..., Manifest]
-) -> None:
+def test_no_false_alarm_while_an_artifact_is_overwritten(store: Path, make_manifest: Callable[..., Manifest]) -> None:
     put(store, make_manifest("films"))
 
     def overwrite() -> None:
@@ -311,11 +294,7 @@ def test_problems_are_named(say: Say, full: Path, how: str, says: str) -> None:
     elif how == "name":
         rewrite(folder, WEIGHTS, {("x" if name == bias else name): value for name, value in tensors.items()})
     else:
-        other = {
-            "shape": torch.ones(3),
-            "nan": torch.tensor([1.0, float("nan")]),
-            "type": torch.ones(2).long(),
-        }
+        other = {"shape": torch.ones(3), "nan": torch.tensor([1.0, float("nan")]), "type": torch.ones(2).long()}
         rewrite(folder, WEIGHTS, tensors | {bias: other[how]})
     code, out, _ = say("verify")
     lines = {line.split()[1].rstrip(":"): line for line in out.splitlines()[:-1]}
@@ -386,9 +365,7 @@ def test_a_copy_under_another_name_allows_removal(say: Say, full: Path) -> None:
     assert say("remove", "copy")[0] == 2  # now it is the last one
 
 
-def test_damaged_artifacts_can_be_removed_and_other_paths_cannot(
-    say: Say, full: Path, tmp_path: Path
-) -> None:
+def test_damaged_artifacts_can_be_removed_and_other_paths_cannot(say: Say, full: Path, tmp_path: Path) -> None:
     (full / "books" / MANIFEST).write_text("{")
     assert say("remove", "books") == (0, "removed books\n", "")
     (full / "remains").mkdir()
@@ -440,9 +417,7 @@ BAD_NAMES = [
 ]  # fmt: skip
 
 
-def test_names_that_would_leave_the_store(
-    full: Path, make_manifest: Callable[..., Manifest], tmp_path: Path
-) -> None:
+def test_names_that_would_leave_the_store(full: Path, make_manifest: Callable[..., Manifest], tmp_path: Path) -> None:
     before = sorted(path for path in tmp_path.rglob("*") if ".locks" not in path.parts)
     valid = make_manifest("films").to_json()
     for name in BAD_NAMES:

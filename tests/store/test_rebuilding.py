@@ -57,11 +57,7 @@ def test_a_rebuilt_artifact_is_identical(tmp_path: Path, tiny_backbone: Path) ->
         place,
         **own,
     )
-    shell(
-        f"python -m fusion.stage1 +task=films name=again init_from=films-seed-1 {shared} {store}",
-        place,
-        **own,
-    )
+    shell(f"python -m fusion.stage1 +task=films name=again init_from=films-seed-1 {shared} {store}", place, **own)
     first = read_manifest("films-seed-1", place / "a store").hash
     shell(
         f"python -m fusion.stage1 +task=films name=films-seed-1 overwrite=true optim.weight_decay=0.1 {shared} {store}",
@@ -83,10 +79,7 @@ def test_a_rebuilt_artifact_is_identical(tmp_path: Path, tiny_backbone: Path) ->
     assert f"films-seed-1 {first}, found: " in shown
     shell(shown.split("to make it again:\n")[1], elsewhere)
     third = place / "a third store"
-    assert {entry.name for entry in third.iterdir() if not entry.name.startswith(".")} == {
-        "films-seed-1",
-        "again",
-    }
+    assert {entry.name for entry in third.iterdir() if not entry.name.startswith(".")} == {"films-seed-1", "again"}
     original = place / "a store" / "again" / FILES[0]
     assert (third / "again" / FILES[0]).read_bytes() == original.read_bytes()
     for name, original in originals.items():

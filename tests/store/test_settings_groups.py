@@ -39,11 +39,7 @@ def filled(store: Path, make_manifest: Make) -> Path:
     for seed, (films, books) in names.items():
         put(store, made(make_manifest, films, "films", seed), seed)
         # the third was trained with another rate
-        put(
-            store,
-            made(make_manifest, books, "books", seed, rate=1e-2 if seed == 3 else 1e-4),
-            -seed,
-        )
+        put(store, made(make_manifest, books, "books", seed, rate=1e-2 if seed == 3 else 1e-4), -seed)
     for seed, sources in names.items():
         manifests = [read_manifest(name, store) for name in sources]
         inputs: dict[str, Any] = {"sources": list(sources), "inputs.sources": [one.hash for one in manifests]}
@@ -79,10 +75,7 @@ def test_a_replaced_source_keeps_its_old_settings(filled: Path, make_manifest: M
 
 def test_other_sources_are_identified_by_their_tasks(filled: Path, make_manifest: Make) -> None:
     films = [read_manifest(name, filled) for name in ("films-s1", "films-s2")]
-    inputs: dict[str, Any] = {
-        "sources": ["films-s1", "films-s2"],
-        "inputs.sources": [one.hash for one in films],
-    }
+    inputs: dict[str, Any] = {"sources": ["films-s1", "films-s2"], "inputs.sources": [one.hash for one in films]}
     put(filled, made(make_manifest, "g", "films", 1, "fusion", **inputs), 1.0, films)
     every = settings_of(filled, "f1", "g")
     assert group(every) == [[0], [1]]
@@ -92,9 +85,7 @@ def test_other_sources_are_identified_by_their_tasks(filled: Path, make_manifest
 def test_runs_without_artifacts(tmp_path: Path) -> None:
     """Sources that are gone are known by the runs that made them; else by their names, less the run's own seed."""
     gone = tmp_path / "store"
-    known = {
-        str(gone / f"a-s{seed}"): {"seed": seed, "name": f"a-s{seed}", "optim.lr": 1.0} for seed in (1, 2)
-    }
+    known = {str(gone / f"a-s{seed}"): {"seed": seed, "name": f"a-s{seed}", "optim.lr": 1.0} for seed in (1, 2)}
     lookup = Lookup(known)
     runs = [{"seed": s, "name": f"f-s{s}", "sources": [f"a-s{s}", f"b-seed-{s}"]} for s in (1, 2)]
     runs.append({"seed": 2, "name": "f", "sources": ["a-s2", "b-seed-1"]})
@@ -104,9 +95,7 @@ def test_runs_without_artifacts(tmp_path: Path) -> None:
 
 
 def test_a_feature_cache_is_a_setting_only_if_it_rounds() -> None:
-    caches: list[dict[str, Any]] = [
-        {"backbone.cache": cache} for cache in ("auto", "off", "float32", "float16")
-    ]
+    caches: list[dict[str, Any]] = [{"backbone.cache": cache} for cache in ("auto", "off", "float32", "float16")]
     runs = [{"optim.lr": 1.0}, {"backbone.cache_gb": 5.0}, *caches]
     settings = [Lookup().of_run(run | {"optim.lr": 1.0}, None) for run in runs]
     assert group(settings) == [[0, 1, 2, 3, 4], [5]]

@@ -56,16 +56,9 @@ def test_evaluate_scores_the_examples_of_the_training(made: Bench) -> None:
 
 def test_other_splits_than_those_of_the_training_are_refused(made: Bench) -> None:
     manifest = read_manifest("films", made.folder / "store")
-    for asked in (
-        {"validation": 0.25},
-        {"validation": 0.125},
-        {"validation": 0.125, "stratify": True, "seed": 1},
-    ):
+    for asked in ({"validation": 0.25}, {"validation": 0.125}, {"validation": 0.125, "stratify": True, "seed": 1}):
         config = EvaluateConfig(
-            artifact="films",
-            store=str(made.folder / "store"),
-            data=split(made.data, **asked),
-            accelerator="cpu",
+            artifact="films", store=str(made.folder / "store"), data=split(made.data, **asked), accelerator="cpu"
         )
         with pytest.raises(
             UserError,
@@ -83,9 +76,7 @@ def test_no_split_is_made_for_an_artifact_that_was_trained_without(bench: Bench)
     with pytest.raises(UserError, match="has no validation"):
         bench.evaluate("books")
     manifest = read_manifest("books", bench.folder / "store")
-    with pytest.raises(
-        UserError, match=r"data\.split\.validation=0\.1: books was trained with another \(none\)"
-    ):
+    with pytest.raises(UserError, match=r"data\.split\.validation=0\.1: books was trained with another \(none\)"):
         as_trained(manifest, split(bench.data, validation=0.1), "books")
 
 
@@ -154,9 +145,7 @@ def test_labels_that_version_0_1_may_have_misread(
     recorded = {"max_length": 16, "fingerprints": {}, "labels": {"films": "names"}}
     for labels in (*ambiguous, *clear):
         note_ambiguous_labels(make_manifest("films", task=task | {"labels": labels}, data=recorded))
-    note_ambiguous_labels(
-        make_manifest("films", task=task | {"labels": ["1", "2"], "label_values": ["1", "2"]})
-    )
+    note_ambiguous_labels(make_manifest("films", task=task | {"labels": ["1", "2"], "label_values": ["1", "2"]}))
     assert caplog.records == []
     for labels in (*ambiguous, *clear):
         note_ambiguous_labels(make_manifest("films", task=task | {"labels": labels}))
@@ -164,9 +153,7 @@ def test_labels_that_version_0_1_may_have_misread(
     assert "films: version 0.1 may have read the labels true, false of films as ids" in caplog.text
 
 
-def test_the_warning_comes_before_a_result_of_0_1_is_used(
-    bench: Bench, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_warning_comes_before_a_result_of_0_1_is_used(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     """In `predict`, and where stage 1 finds the run done already."""
     path = bench.folder / "store" / "films" / "manifest.json"
     bench.stage1("films")

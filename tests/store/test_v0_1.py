@@ -61,19 +61,13 @@ def test_what_is_covered() -> None:
         *("scalearn", "scalearn_uniform", "scalearn_pp", "scalearn_uniform_pp"),
     }
     keys = {
-        key
-        for m in manifests.values()
-        for key in (*(m.content["composition"] or {}), *(m.content["adapter"] or {}))
+        key for m in manifests.values() for key in (*(m.content["composition"] or {}), *(m.content["adapter"] or {}))
     }
     assert {"rank", "target_adapter", "train", "fusion", "keep", "kept", "continued", "drop", "shared"} < keys
     adapters = [m.adapter.settings for m in manifests.values() if m.adapter is not None]
     assert {site for a in adapters for site in a.sites} == {"before_attention", "attention", "feedforward"}
     assert {a.reads for a in adapters} == {"output", "normed", "input"}
-    assert {t.kind for m in manifests.values() for t in m.tasks} == {
-        "classification",
-        "regression",
-        "choice",
-    }
+    assert {t.kind for m in manifests.values() for t in m.tasks} == {"classification", "regression", "choice"}
     assert {len(m.tasks) for m in manifests.values()} == {1, 2, 3}
     for one in EVALUATED.values():  # a constant prediction would hide a wrong weight
         assert all(len(set(p)) > 1 for p in one["predicted"].values())
@@ -124,8 +118,6 @@ def test_their_adapters_can_be_fused(place: Path) -> None:
     )
     result = stage2.main.__wrapped__(config, run("stage2", config))  # type: ignore[attr-defined]
     manifest = read_manifest("new", place / "store")
-    assert [source.hash for source in manifest.sources] == [
-        EVALUATED[name]["hash"] for name in ("films", "books")
-    ]
+    assert [source.hash for source in manifest.sources] == [EVALUATED[name]["hash"] for name in ("films", "books")]
     assert manifest.checksum is not None
     assert evaluated("new")[0]["metrics"] == result["metrics"]

@@ -20,8 +20,7 @@ QUICK = settings(max_examples=150, deadline=None, derandomize=True)
 
 # What float32 can hold, since predictions come as float32; small and few values, so that ties and constants occur.
 VALUES = st.one_of(
-    st.sampled_from([0.0, 0.1, 0.3, 1.0, -2.5]),
-    st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False),
+    st.sampled_from([0.0, 0.1, 0.3, 1.0, -2.5]), st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
 )
 
 
@@ -56,9 +55,7 @@ def values(draw: st.DrawFn) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
 @example((2, np.ones(5, int), np.array([0, 1, 1, 0, 1])))  # one class in the truth
 @example((2, np.array([1]), np.array([1])))
 @example((2, np.array([0, 0]), np.array([0, 0])))
-def test_classification_metrics_equal_scikit_learn(
-    case: tuple[int, NDArray[np.int64], NDArray[np.int64]],
-) -> None:
+def test_classification_metrics_equal_scikit_learn(case: tuple[int, NDArray[np.int64], NDArray[np.int64]]) -> None:
     count, labels, predicted = case
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what is not defined, which it takes as 0

@@ -104,10 +104,7 @@ def test_a_test_split_may_be_without_labels(write: Any) -> None:
         (Path(str(write([empty], ending, "test").dir)) / "moods" / f"test.{ending}").unlink()
     rows = load_rows(task(), write([["joy"], None], "jsonl", "test"), "test")
     assert (rows.labels, rows.ignored) == ([[1, 0, 0]], 1)
-    assert load_rows(task(), write(["joy", ""], "csv", "validation"), "validation").labels == [
-        [1, 0, 0],
-        [0, 0, 0],
-    ]
+    assert load_rows(task(), write(["joy", ""], "csv", "validation"), "validation").labels == [[1, 0, 0], [0, 0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -139,10 +136,7 @@ def test_a_wrong_label_is_refused_with_its_row(write: Any, moods: list[Any], mes
         ({"labels": []}, r"labels=\[\]: expected at least 1 label name"),
         ({"labels": ["joy", "joy"]}, "duplicate joy"),
         ({"label_values": [1, 2]}, "label_values has 2 entries for 3 labels"),
-        (
-            {"metrics": ["accuracy"]},
-            "metrics=\\[accuracy\\]: expected some of micro_f1, macro_f1, subset_acc",
-        ),
+        ({"metrics": ["accuracy"]}, "metrics=\\[accuracy\\]: expected some of micro_f1, macro_f1, subset_acc"),
         ({"choices": "c"}, "choices is for kind=choice only, not multi_label"),
     ],
 )
@@ -154,10 +148,7 @@ def test_a_wrong_task_file_is_refused(changes: Any, message: str) -> None:
 def test_settings_of_classes_are_refused(write: Any) -> None:
     for loss, message in (
         (LossConfig(class_weights="balanced"), r"moods has no classes \(multi_label\); leave it out"),
-        (
-            LossConfig(label_smoothing=0.1),
-            "moods is a task of kind multi_label, which has no classes; leave it",
-        ),
+        (LossConfig(label_smoothing=0.1), "moods is a task of kind multi_label, which has no classes; leave it"),
     ):
         with pytest.raises(UserError, match=message):
             loss.check([task()])
@@ -215,11 +206,7 @@ def by_loops(labels: list[list[int]], predicted: list[list[int]], count: int) ->
     ("labels", "predicted", "expected"),
     [
         ([[0, 1], [2], []], [[0], [1, 2], []], [2 * 2 / 6, (1 + 0 + 1) / 3, 1 / 3]),
-        (
-            [[0], [0]],
-            [[0], [0]],
-            [1.0, 1 / 3, 1.0],
-        ),  # two labels that no example has, nor is predicted to have
+        ([[0], [0]], [[0], [0]], [1.0, 1 / 3, 1.0]),  # two labels that no example has, nor is predicted to have
         ([[], []], [[], []], [0.0, 0.0, 1.0]),
         ([[0], [1]], [[], []], [0.0, 0.0, 0.0]),
         ([[], []], [[0], [1]], [0.0, 0.0, 0.0]),
@@ -235,9 +222,7 @@ def test_metrics_are_those_of_scikit_learn() -> None:
     draw = np.random.RandomState(0)
     for _ in range(40):
         true, guess = (draw.rand(2, draw.randint(1, 6), 4) < draw.rand()).astype(int)
-        found = KIND.metrics(
-            task(labels=["a", "b", "c", "d"]), KIND.plain_labels(true), KIND.plain_labels(guess)
-        )
+        found = KIND.metrics(task(labels=["a", "b", "c", "d"]), KIND.plain_labels(true), KIND.plain_labels(guess))
         assert found == pytest.approx(
             {
                 "micro_f1": sklearn.f1_score(true, guess, average="micro", zero_division=0),
@@ -261,9 +246,7 @@ def test_no_other_threshold_is_better(metric: str) -> None:
             names = [str(number) for number in range(count)]
             asked, labels = task(labels=names, metrics=[metric]), KIND.plain_labels(true)
 
-            def score(
-                threshold: float, asked: Any = asked, labels: Any = labels, p: Any = probabilities
-            ) -> float:
+            def score(threshold: float, asked: Any = asked, labels: Any = labels, p: Any = probabilities) -> float:
                 guess = KIND.predict(p.tolist(), {"threshold": threshold})
                 return KIND.metrics(asked, labels, guess)[metric]
 
@@ -295,9 +278,7 @@ def test_wording() -> None:
     scores = torch.tensor([[2.0, -2.0, 0.5], [-3.0, -3.0, -3.0]])
     lines = list(KIND.lines(task(), scores, None, {"threshold": 0.6}))
     assert [line["labels"] for line in lines] == [["joy", "fear"], []]
-    assert lines[0]["scores"] == pytest.approx(
-        {"joy": 0.880797, "anger": 0.119203, "fear": 0.622459}, abs=1e-6
-    )
+    assert lines[0]["scores"] == pytest.approx({"joy": 0.880797, "anger": 0.119203, "fear": 0.622459}, abs=1e-6)
     assert KIND.describe(task(), scores[0], [1, 0, 1], None, {"threshold": 0.6}) == {
         "predicted": "joy (0.88), fear (0.62)",
         "truth": "joy, fear",

@@ -44,10 +44,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Be
         metrics=["micro_f1", "macro_f1", "subset_accuracy"],
     )
     bench.stage1("films")
-    for command, kind, changes in (
-        (stage1, Stage1Config, {}),
-        (stage2, Stage2Config, {"sources": ["moods", "films"]}),
-    ):
+    for command, kind, changes in ((stage1, Stage1Config, {}), (stage2, Stage2Config, {"sources": ["moods", "films"]})):
         config: Any = kind(**bench.settings("moods", **changes))
         config.name = config.default_name()
         run = bench.run(str(command.__name__).rpartition(".")[2], config)
@@ -109,9 +106,7 @@ def test_it_is_inspected_ranked_and_reported(trained: Bench) -> None:
     assert all(isinstance(word["right"], bool) for word in seen["words"])
 
     ranked = trained.rank("moods", sources=["moods", "films"], methods=["logme", "probe"])
-    assert all(
-        isinstance(one["scores"][method], float) for one in ranked["sources"] for method in ("logme", "probe")
-    )
+    assert all(isinstance(one["scores"][method], float) for one in ranked["sources"] for method in ("logme", "probe"))
 
     made, page = trained.report(files=True)
     assert made["targets"] == ["moods"] and made["notes"] == []

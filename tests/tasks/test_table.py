@@ -88,9 +88,7 @@ def test_a_linear_probe_is_refused_where_there_is_no_vector_per_text(monkeypatch
 
     asked = TaskConfig(name="n", text="t", labels=["a", "b"], metrics=["accuracy"])
     monkeypatch.setattr(KINDS["classification"], "is_pooled", False)
-    with pytest.raises(
-        UserError, match=r"n is a task of kind classification, and logme and probe score .*attention\]"
-    ):
+    with pytest.raises(UserError, match=r"n is a task of kind classification, and logme and probe score .*attention\]"):
         RankConfig(task=asked)
     assert RankConfig(task=asked, methods=["similarity", "attention"]).methods == ["similarity", "attention"]
     nothing: Any = None

@@ -51,8 +51,7 @@ def make_task(**changes: Any) -> TaskConfig:
 
 def conll(words: Sequence[Sequence[str]], tags: Sequence[Sequence[str]]) -> str:
     return "\n".join(
-        "".join(f"{word}\t{tag}\n" for word, tag in zip(*pair, strict=True))
-        for pair in zip(words, tags, strict=True)
+        "".join(f"{word}\t{tag}\n" for word, tag in zip(*pair, strict=True)) for pair in zip(words, tags, strict=True)
     )
 
 
@@ -297,8 +296,7 @@ def test_shipped_task_files_read_the_hubs_form_and_conlls(
     folder.mkdir()
     between = "x\t" * columns
     sentences = [
-        "".join(f"{w}\t{between}{t}\n" for w, t in zip(*pair, strict=True))
-        for pair in zip(words, tags, strict=True)
+        "".join(f"{w}\t{between}{t}\n" for w, t in zip(*pair, strict=True)) for pair in zip(words, tags, strict=True)
     ]
     (folder / "train.conll").write_text("-DOCSTART- -X- O O\n\n" + "\n".join(sentences))
     local: Rows = load_rows(task, DataConfig(dir=str(tmp_path)), "train")
@@ -315,10 +313,7 @@ def test_shipped_task_files_read_the_hubs_form_and_conlls(
         ({"text": ["a", "b"]}, r"text=\[a,b\]: expected one column, with a list of words"),
         ({"labels": ["O"]}, "expected at least 2 label names"),
         ({"labels": ["O", "O"]}, "duplicate O"),
-        (
-            {"labels": ["O", "B-a", "E-a"]},
-            r"entity_f1 needs BIO labels \(O, B-TYPE, I-TYPE\), and labels has E-a",
-        ),
+        ({"labels": ["O", "B-a", "E-a"]}, r"entity_f1 needs BIO labels \(O, B-TYPE, I-TYPE\), and labels has E-a"),
         ({"labels": ["O", "B-"]}, r"labels has B-;"),
         ({"label_values": [1, 2]}, "label_values has 2 entries for 5 labels"),
         ({"ignore_labels": [-1]}, "ignore_labels=.*each word has a label; leave it out"),

@@ -52,10 +52,7 @@ def write(folder: Path) -> TaskConfig:
     folder.mkdir(parents=True)
     draw = random.Random(0)
     for split, count in {"train": 100, "validation": 24, "test": 8}.items():
-        lines = [
-            "".join(f"{word} {tag}\n" for word, tag in zip(*sentence(draw), strict=True))
-            for _ in range(count)
-        ]
+        lines = ["".join(f"{word} {tag}\n" for word, tag in zip(*sentence(draw), strict=True)) for _ in range(count)]
         (folder / f"{split}.conll").write_text("\n".join(lines))
     return TaskConfig(
         name=folder.name,
@@ -73,10 +70,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Be
     bench = Bench(tmp_path_factory.mktemp("nouns") / "a folder", tiny_backbone)
     bench.tasks["nouns"] = write(bench.folder / "data" / "nouns")
     bench.stage1("films")
-    for command, kind, changes in (
-        (stage1, Stage1Config, {}),
-        (stage2, Stage2Config, {"sources": ["nouns", "films"]}),
-    ):
+    for command, kind, changes in ((stage1, Stage1Config, {}), (stage2, Stage2Config, {"sources": ["nouns", "films"]})):
         trainer = TrainerConfig(accelerator="cpu", max_epochs=5, enable_progress_bar=False)
         optim = OptimConfig(lr=2e-2, patience=None)
         config: Any = kind(**bench.settings("nouns", trainer=trainer, optim=optim, **changes))
@@ -108,13 +102,7 @@ def test_predictions_are_per_sentence(trained: Bench) -> None:
 
 
 def test_a_prediction_for_each_word(trained: Bench) -> None:
-    sentences = [
-        ["The", "cat"],
-        [],
-        ["film", "\u200b", "\U0001f600", "dog"],
-        ["is", "dog"] * 300,
-        ["New York"],
-    ]
+    sentences = [["The", "cat"], [], ["film", "\u200b", "\U0001f600", "dog"], ["is", "dog"] * 300, ["New York"]]
     rows = [{"tokens": words} for words in sentences]
     lines = trained.predict(FUSED, rows, attention=True)
     for line, words in zip(lines, sentences, strict=True):
@@ -149,10 +137,7 @@ def test_with_another_kind_of_task(trained: Bench) -> None:
     assert result["metrics"]["nouns/validation"]["token_accuracy"] > 0.5
     manifest = read_manifest(result["name"], trained.folder / "store")
     assert manifest.multitask is not None
-    assert {n: one.head.pooling for n, one in manifest.multitask.items()} == {
-        "films": "mean",
-        "nouns": "words",
-    }
+    assert {n: one.head.pooling for n, one in manifest.multitask.items()} == {"films": "mean", "nouns": "words"}
     found = trained.evaluate(result["name"], task=trained.tasks["nouns"], split="validation")
     assert found["metrics"]["validation"] == pytest.approx(result["metrics"]["nouns/validation"])
 
@@ -189,9 +174,7 @@ def test_the_loss_of_two_processes_is_that_of_one(trained: Bench) -> None:
     """Words count alike over all processes, however many of them each one has."""
     task = trained.tasks["nouns"]
     kind, data = kind_of(task), trained.data
-    encoded = encode(
-        load_rows(task, data, "train"), load_tokenizer(str(trained.backbone)), 16, trained.data.cache_dir
-    )
+    encoded = encode(load_rows(task, data, "train"), load_tokenizer(str(trained.backbone)), 16, trained.data.cache_dir)
     assert encoded.labels is not None
     encoded.loss_weights = kind.loss_weights(encoded.labels, None)
     rows = torch.arange(7).numpy()

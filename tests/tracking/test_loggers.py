@@ -180,11 +180,7 @@ def test_modes(
     ],
 )
 def test_unusable_server_is_tried_once(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    status: int | str,
-    reason: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, status: int | str, reason: str
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     with wandb_server(None if status == "closed" else status) as server:
@@ -244,14 +240,7 @@ def test_a_malformed_key_means_offline(
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [
-        ("project", ""),
-        ("project", "a/b"),
-        ("project", "x" * 129),
-        ("entity", " "),
-        ("entity", "a\x1b"),
-        ("mode", "on"),
-    ],
+    [("project", ""), ("project", "a/b"), ("project", "x" * 129), ("entity", " "), ("entity", "a\x1b"), ("mode", "on")],
 )
 def test_malformed_settings_are_refused(key: str, value: str) -> None:
     with pytest.raises(UserError, match=rf"^logger\.wandb\.{key}="):
@@ -327,11 +316,7 @@ def shorten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("how", ["silent", "closed"])
 def test_a_server_lost_during_the_run(
-    server: WandbServer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    how: str,
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
     assert wandb_run.FINISH_SECONDS + logged.LINK_SECONDS <= 40
     shorten(monkeypatch)
@@ -389,9 +374,7 @@ def test_two_jobs_train_when_the_server_is_lost_in_the_first(
 def test_killed_service(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """W&B's own process is killed: this job continues without it, and the next has a run again."""
     loggers = start(tmp_path / "rte")
-    children = [
-        int(pid) for t in Path("/proc/self/task").iterdir() for pid in (t / "children").read_text().split()
-    ]
+    children = [int(pid) for t in Path("/proc/self/task").iterdir() for pid in (t / "children").read_text().split()]
     services = {pid for pid in children if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes()}
     assert len(services) == 1
     os.kill(services.pop(), signal.SIGKILL)

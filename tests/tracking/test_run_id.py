@@ -39,9 +39,7 @@ def test_unwritable_folder(tmp_path: Path) -> None:
 
 
 def test_id_of_a_sweep_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(
-        "WANDB_RUN_ID", "abc"
-    )  # without a sweep it would merge all jobs of a multirun into one run
+    monkeypatch.setenv("WANDB_RUN_ID", "abc")  # without a sweep it would merge all jobs of a multirun into one run
     assert run_id(tmp_path, "12ab") != "abc"
     monkeypatch.setenv("WANDB_SWEEP_ID", "xyz")
     assert run_id(tmp_path, "12ab") == "abc"

@@ -56,16 +56,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Itera
     folder = tmp_path_factory.mktemp("tracked")
     bench = Bench(folder / "a folder", tiny_backbone)
     with clean_wandb(folder / "home") as patch:
-        trainer = TrainerConfig(
-            accelerator="cpu", max_epochs=2, enable_progress_bar=False, log_every_n_steps=3
-        )
+        trainer = TrainerConfig(accelerator="cpu", max_epochs=2, enable_progress_bar=False, log_every_n_steps=3)
         bench.stage1("films", logger=OFFLINE, trainer=trainer)
         bench.stage1("books", logger=OFFLINE, init_from="films")
         make_trainer = fit_module.make_trainer
         with pytest.MonkeyPatch.context() as cut:
-            cut.setattr(
-                fit_module, "make_trainer", lambda c, k, *more: make_trainer(c, [*k, StopAfter(1)], *more)
-            )
+            cut.setattr(fit_module, "make_trainer", lambda c, k, *more: make_trainer(c, [*k, StopAfter(1)], *more))
             with pytest.raises(RuntimeError, match="power"):
                 bench.stage2("plays", ["films", "books"], logger=OFFLINE, trainer=trainer)
         result = bench.stage2("plays", ["films", "books"], logger=OFFLINE, trainer=trainer)
@@ -94,12 +90,7 @@ def test_labels_of_runs(runs: Runs) -> None:
     }
     assert found == {
         runs.films: ("films · adapter · seed 42", "stage1", "stage1", ["films", backbone, "adapter"]),
-        runs.resumed: (
-            "plays ← films+books · seed 42",
-            "stage2",
-            "stage2",
-            ["plays", backbone, "adapterfusion"],
-        ),
+        runs.resumed: ("plays ← films+books · seed 42", "stage2", "stage2", ["plays", backbone, "adapterfusion"]),
         runs.evaluate: (
             "plays-adapterfusion on plays validation",
             "evaluate",
@@ -213,10 +204,7 @@ def test_resumed_run_keeps_its_id(runs: Runs) -> None:
     first, second = the_run(runs.interrupted), the_run(runs.resumed)
     assert first["run_id"] == second["run_id"]
     assert len({the_run(d)["run_id"] for d in (runs.films, runs.books, runs.resumed, runs.evaluate)}) == 4
-    assert (
-        written(runs.interrupted, "history.jsonl")[0]["run"]
-        == (written(runs.resumed, "history.jsonl")[0]["run"])
-    )
+    assert written(runs.interrupted, "history.jsonl")[0]["run"] == (written(runs.resumed, "history.jsonl")[0]["run"])
     before, after = ([row["_step"] for row in history(d)] for d in (runs.interrupted, runs.resumed))
     assert before == sorted(before) and after == sorted(after) and max(before) < min(after)
     identity = runs.manifest("plays-adapterfusion").run.identity
@@ -230,8 +218,7 @@ def test_lineage_in_config_and_manifest(runs: Runs) -> None:
         expected = {"id": the_run(directory)["run_id"], "project": "adapter-fusion"}
         assert manifest.run.wandb == expected | {"entity": None, "url": None}
     sources = [
-        {"name": source.name, "hash": source.hash, "run": (source.run.wandb or {})["id"]}
-        for source in (films, books)
+        {"name": source.name, "hash": source.hash, "run": (source.run.wandb or {})["id"]} for source in (films, books)
     ]
     assert summary(runs.resumed)["config"]["artifact"] == {
         "name": plays.name,
@@ -273,9 +260,7 @@ def test_runs_are_uploaded_and_linked_once(
     runs: Runs, copy: Path, server: WandbServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ids = {name: the_run(getattr(runs, name))["run_id"] for name in ("films", "books", "resumed", "evaluate")}
-    marks = {
-        name: f"{name}:{runs.manifest(name).hash[:12]}" for name in ("films", "books", "plays-adapterfusion")
-    }
+    marks = {name: f"{name}:{runs.manifest(name).hash[:12]}" for name in ("films", "books", "plays-adapterfusion")}
     assert list(dict.fromkeys(run.name[28:] for run in find_offline(copy))) == list(ids.values())
     assert sync.main([f"runs={copy}"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -299,9 +284,7 @@ def test_runs_are_uploaded_and_linked_once(
         (ids["evaluate"], marks["plays-adapterfusion"]),
     ]
     models = [made for made in server.artifacts if made["artifactTypeName"] != "run_table"]
-    assert [
-        (made["artifactCollectionName"], made["artifactTypeName"], made["runName"]) for made in models
-    ] == [
+    assert [(made["artifactCollectionName"], made["artifactTypeName"], made["runName"]) for made in models] == [
         ("films", "adapter", ids["films"]),
         ("books", "adapter", ids["books"]),
         ("plays-adapterfusion", "fusion", fusion),

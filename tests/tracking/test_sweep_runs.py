@@ -50,10 +50,7 @@ def test_jobs_of_a_sweep_are_runs_of_one_group(tmp_path: Path, tiny_backbone: Pa
     for folder, run, seed in zip(folders, runs, (1, 2), strict=True):
         assert run["config"]["update"]["seed"] == seed and run["config"]["update"]["optim/lr"] == 5e-3
         result = json.loads((folder / "result.json").read_text())
-        assert (
-            summary(folder)["summary"]["best/validation/accuracy"]
-            == (result["metrics"]["validation"]["accuracy"])
-        )
+        assert summary(folder)["summary"]["best/validation/accuracy"] == (result["metrics"]["validation"]["accuracy"])
         manifest = json.loads((place / result["artifact"] / "manifest.json").read_text())
         assert manifest["run"]["wandb"]["id"] == run["run_id"]
     assert not (tmp_path / "DATA").exists()

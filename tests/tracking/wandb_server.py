@@ -74,11 +74,7 @@ class WandbServer(ThreadingHTTPServer):
         if operation == "CreateArtifact":
             self.artifacts.append(variables["input"])
             sequence = {"id": "s", "latestArtifact": None}
-            return {
-                "createArtifact": {
-                    "artifact": {"id": "a", "state": "COMMITTED", "artifactSequence": sequence}
-                }
-            }
+            return {"createArtifact": {"artifact": {"id": "a", "state": "COMMITTED", "artifactSequence": sequence}}}
         return {}
 
     def resume_status(self, run: str) -> dict[str, Any]:
@@ -111,13 +107,7 @@ class WandbServer(ThreadingHTTPServer):
         sequence = {"__typename": "ArtifactSequence", "name": collection, "project": project}
         nothing = dict.fromkeys(("description", "metadata", "historyStep", "commitHash", "updatedAt"))
         counts = {"ttlDurationSeconds": -2, "size": 1, "fileCount": 1, "versionIndex": 0}
-        artifact = {
-            "__typename": "Artifact",
-            "id": name,
-            "artifactSequence": sequence,
-            "tags": [],
-            "digest": "d",
-        }
+        artifact = {"__typename": "Artifact", "id": name, "artifactSequence": sequence, "tags": [], "digest": "d"}
         kind = {"artifactType": {"name": "adapter"}, "ttlIsInherited": True, "state": "COMMITTED"}
         more = {"digestAlgorithm": "MANIFEST_MD5", "createdAt": "2026-01-01T00:00:00"}
         place = {"__typename": "ArtifactCollectionMembership", "id": "m", "versionIndex": 0, "aliases": []}

@@ -58,13 +58,7 @@ def slowly(bench: Bench, name: str, task: str) -> dict[str, dict[str, Any]]:
                 )
 
         with torch.no_grad():
-            model(
-                batch.input_ids,
-                batch.attention_mask,
-                batch.token_type_ids,
-                batch.choice_counts,
-                record=record,
-            )
+            model(batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.choice_counts, record=record)
     return {
         slot: {
             "mean": [math.fsum(token[n] for token in tokens) / len(tokens) for n in range(len(tokens[0]))],
@@ -107,30 +101,17 @@ def test_it_is_the_mean_over_all_real_tokens(bench: Bench, task: str, compositio
         if not value:
             assert found["value_distance"] is None
             continue
-        squares = sum(
-            (v - (i == j)) ** 2 for i, row in enumerate(value[0].tolist()) for j, v in enumerate(row)
-        )
+        squares = sum((v - (i == j)) ** 2 for i, row in enumerate(value[0].tolist()) for j, v in enumerate(row))
         assert found["value_distance"] == pytest.approx(math.sqrt(squares / 32), rel=1e-5)
-    assert (composition.name == "adapterfusion") == (
-        line["slots"]["0.feedforward"]["value_distance"] is not None
-    )
+    assert (composition.name == "adapterfusion") == (line["slots"]["0.feedforward"]["value_distance"] is not None)
 
 
 def test_one_line_per_validation_also_if_nothing_trains(bench: Bench) -> None:
     often = TrainerConfig(
-        accelerator="cpu",
-        max_epochs=2,
-        enable_progress_bar=False,
-        val_check_interval=0.5,
-        log_every_n_steps=1,
+        accelerator="cpu", max_epochs=2, enable_progress_bar=False, val_check_interval=0.5, log_every_n_steps=1
     )
     bench.stage2("plays", ["films", "books"], trainer=often, name="often")
-    assert [(line["step"], line["epoch"]) for line in lines(bench) or []] == [
-        (3, 1),
-        (7, 1),
-        (11, 2),
-        (15, 2),
-    ]
+    assert [(line["step"], line["epoch"]) for line in lines(bench) or []] == [(3, 1), (7, 1), (11, 2), (15, 2)]
     pruned = CompositionConfig(name="pruned", fusion="often", keep=1)
     bench.stage2("plays", [], composition=pruned, name="pruned")
     (line,) = lines(bench) or []  # evaluated, once
@@ -157,9 +138,7 @@ def test_fillers_and_padding_are_excluded() -> None:
     weights = torch.rand(4, 3, 2).softmax(-1)
     sums.recorder(plain)("0.feedforward", weights)
     sums.recorder(choices)("0.feedforward", weights)
-    tokens = [
-        weights[s, t] for s, t in [(0, 0), (0, 1), (2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (3, 0), (3, 1)]
-    ]
+    tokens = [weights[s, t] for s, t in [(0, 0), (0, 1), (2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (3, 0), (3, 1)]]
     mean, _ = sums.means(distributed=False)["0.feedforward"]
     assert mean == pytest.approx(torch.stack(tokens).mean(0).tolist(), abs=1e-6)
 

@@ -43,9 +43,7 @@ def test_the_last_two_are_kept(tmp_path: Path) -> None:
     assert read is not None and read["position"]["epoch"] == 2
 
 
-def test_a_checkpoint_of_another_version_is_not_used(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_checkpoint_of_another_version_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     old = content(1)
     del old["format"]  # as of version 0.1
     write_checkpoint(tmp_path, old)
@@ -120,9 +118,7 @@ def test_a_full_disk_is_a_warning(
     found = bench.stage1("films", overwrite=True)
     assert found["metrics"] == expected["metrics"] and same(bench.weights("films"), weights)
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert (
-        len([line for line in warnings if "no checkpoint could be written" in line]) == 1
-    )  # and not once an epoch
+    assert len([line for line in warnings if "no checkpoint could be written" in line]) == 1  # and not once an epoch
 
 
 def test_a_full_store_keeps_the_training(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,10 +182,7 @@ def test_a_non_finite_loss_names_step_and_examples_and_keeps_the_best_epoch(
 ) -> None:
     """The 4th batch of the second epoch, though losses are checked every ten steps."""
     message, before = poisoned(bench, monkeypatch, 1, 3)
-    assert (
-        "the loss is nan at step 11 (rows " in message
-        and "of train, counted from 0): training stopped." in message
-    )
+    assert "the loss is nan at step 11 (rows " in message and "of train, counted from 0): training stopped." in message
     assert "Lower optim.lr" in message and "The best epoch before it (1: validation " in message
     assert not (bench.folder / "store" / "films").exists()
     kept = bench.evaluate("films-diverged")
@@ -201,9 +194,7 @@ def test_a_non_finite_loss_names_step_and_examples_and_keeps_the_best_epoch(
     assert (bench.folder / "store" / "films").exists()
 
 
-def test_a_non_finite_loss_in_the_first_epoch_stores_nothing(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_non_finite_loss_in_the_first_epoch_stores_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     message, _ = poisoned(bench, monkeypatch, 0, 6)
     assert "at step 6 " in message and "kept" not in message
     assert not (bench.folder / "store").exists() or not list((bench.folder / "store").glob("films*"))

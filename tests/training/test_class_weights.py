@@ -83,9 +83,7 @@ class Scores(TaskModule):
     def __init__(self, task: TaskConfig, weights: Any, smoothing: float, world_size: int) -> None:
         lightning.LightningModule.__init__(self)
         self.tasks, self.label_smoothing, self.loss_weights = [task], smoothing, {}
-        self.register_buffer(
-            "class_weights_0", None if weights is None else torch.from_numpy(weights).float()
-        )
+        self.register_buffer("class_weights_0", None if weights is None else torch.from_numpy(weights).float())
         self.model = cast(Any, SimpleNamespace(losses=dict))
         self.trainer = cast(lightning.Trainer, SimpleNamespace(world_size=world_size))
 
@@ -103,9 +101,7 @@ LABELS = [0] * 14 + [1] * 5 + [2] * 2
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("tokens", [None, 12])
 @pytest.mark.parametrize("given", ["balanced", [0.5, 1.0, 4.0]])
-def test_the_mean_over_processes_is_the_weighted_mean(
-    given: Any, tokens: int | None, smoothing: float
-) -> None:
+def test_the_mean_over_processes_is_the_weighted_mean(given: Any, tokens: int | None, smoothing: float) -> None:
     """The mean of the processes' losses is torch's mean over the batch of all; some have a filler alone."""
     rows = encoded(LABELS)
     set_class_weights(LossConfig(class_weights=given), [THREE], [rows])
@@ -160,9 +156,7 @@ def test_balanced_is_as_in_scikit_learn() -> None:
 
 
 def test_balanced_with_a_label_that_no_example_has() -> None:
-    with pytest.raises(
-        UserError, match=r"no training example of three has the label b, .*\n.*\[1.0,1.0,1.0\]"
-    ):
+    with pytest.raises(UserError, match=r"no training example of three has the label b, .*\n.*\[1.0,1.0,1.0\]"):
         set_class_weights(LossConfig(class_weights="balanced"), [THREE], [encoded([0, 0, 2])])
 
 
@@ -221,10 +215,7 @@ def test_identity(bench: Bench) -> None:
     before = {key: value for key, value in run().items() if key != "loss"}  # as a run of 0.1
     assert identity(run()) == identity(before)
     assert identity_config(run(class_weights=[1, 2.5]))["loss.class_weights"] == [1, 2.5]
-    assert (
-        len({identity(run(**loss)) for loss in ({}, {"class_weights": "balanced"}, {"label_smoothing": 0.1})})
-        == 3
-    )
+    assert len({identity(run(**loss)) for loss in ({}, {"class_weights": "balanced"}, {"label_smoothing": 0.1})}) == 3
 
 
 def test_trained_and_stored(bench: Bench) -> None:
@@ -232,9 +223,7 @@ def test_trained_and_stored(bench: Bench) -> None:
     bench.stage1("films", name="same", loss=LossConfig())
     bench.stage1("films", name="weighted", loss=LossConfig([0.2, 3.0], 0.1))
     assert torch.equal(*(bench.weights(name)["0.feedforward.down.weight"] for name in ("plain", "same")))
-    assert not torch.equal(
-        *(bench.weights(name)["0.feedforward.down.weight"] for name in ("plain", "weighted"))
-    )
+    assert not torch.equal(*(bench.weights(name)["0.feedforward.down.weight"] for name in ("plain", "weighted")))
     stored = read_manifest("weighted", bench.folder / "store").run.config
     assert stored["loss.class_weights"] == [0.2, 3.0] and stored["loss.label_smoothing"] == 0.1
     assert plain["metrics"].keys() == {"validation"}

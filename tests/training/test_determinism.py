@@ -46,9 +46,7 @@ def trained(folder: Path, backbone: Path, workers: int) -> dict[str, str]:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     files = sorted((folder / "store").glob("*/*.safetensors"))
-    return {
-        f"{file.parent.name}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest() for file in files
-    }
+    return {f"{file.parent.name}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 @pytest.mark.slow

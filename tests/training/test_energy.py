@@ -20,11 +20,7 @@ def test_only_whole_processors_count(tmp_path: Path) -> None:
         count(tmp_path, zone, 1_000_000)
     meter = EnergyMeter(tmp_path)
     assert meter.joules() == 0
-    for zone, now in (
-        ("intel-rapl:0", 3_500_000),
-        ("intel-rapl:1", 2_000_000),
-        ("intel-rapl:0:0", 9_000_000),
-    ):
+    for zone, now in (("intel-rapl:0", 3_500_000), ("intel-rapl:1", 2_000_000), ("intel-rapl:0:0", 9_000_000)):
         count(tmp_path, zone, now)
     assert meter.joules() == pytest.approx(3.5), "the part is in the whole"
 

@@ -163,9 +163,7 @@ def test_an_optimizer_with_a_tensor_outside_the_model(
 # --- what shares memory ----------------------------------------------------------------------------
 
 
-def small_model(
-    folder: Path, change: Callable[[nn.Module, BottleneckAdapter, TaskHead], None]
-) -> AdaptedModel:
+def small_model(folder: Path, change: Callable[[nn.Module, BottleneckAdapter, TaskHead], None]) -> AdaptedModel:
     torch.manual_seed(0)
     backbone, adapter, head = load_backbone(str(folder)), BottleneckAdapter(32, 4), TaskHead(32, 2)
     change(backbone.model, adapter, head)
@@ -200,10 +198,7 @@ def a_parameter_as_a_buffer(backbone: nn.Module, adapter: BottleneckAdapter, hea
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            tie_the_head,
-            r"head\.output\.weight trains and is the frozen backbone\.embeddings\.token_type_embedd",
-        ),
+        (tie_the_head, r"head\.output\.weight trains and is the frozen backbone\.embeddings\.token_type_embedd"),
         (tie_the_slot_module, rf"slots\.1\.feedforward\.up\.bias trains and is the frozen {NORM}"),
         (view_the_words, rf"feedforward\.down\.weight trains and shares memory with the frozen {WORDS}"),
         (view_a_buffer, r"feedforward\.up\.bias trains and shares memory with the frozen backbone\.scale"),
@@ -362,17 +357,13 @@ def test_a_norm_that_keeps_statistics(bench: Bench, built: Callable[[Change], No
 
     built(change)
     dropout = bench_backbone(bench, dropout=True, cache="off")  # puts the backbone into training mode
-    names = [
-        f"backbone.embeddings.statistics.{n}" for n in ("num_batches_tracked", "running_mean", "running_var")
-    ]
+    names = [f"backbone.embeddings.statistics.{n}" for n in ("num_batches_tracked", "running_mean", "running_var")]
     with pytest.raises(GuardError) as caught:
         bench.stage1("films", backbone=dropout)
     assert all(name in str(caught.value) for name in names) and "in epoch 1" in str(caught.value)
 
 
-def test_an_optimizer_step_that_writes_to_a_frozen_tensor(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_optimizer_step_that_writes_to_a_frozen_tensor(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     step = TaskModule.optimizer_step
 
     def decays(self: TaskModule, *values: Any, **named: Any) -> None:
@@ -430,10 +421,7 @@ def test_the_hash_is_that_of_the_frozen_weights(tiny_backbone: Path, tmp_path: P
         pass
 
     one = prepared(small_model(tiny_backbone, nothing))
-    again, other = (
-        small_model(tiny_backbone, nothing),
-        small_model(save_backbone(tmp_path / "b", seed=1), nothing),
-    )
+    again, other = (small_model(tiny_backbone, nothing), small_model(save_backbone(tmp_path / "b", seed=1), nothing))
     with torch.no_grad():
         again.trainable()["head.output.bias"].add_(1)
     assert one.frozen_hash == prepared(again).frozen_hash == again.frozen_hash() != ""
@@ -514,8 +502,7 @@ def test_ranks_that_differ_all_fail(tiny_backbone: Path, tmp_path: Path) -> None
             assert out.splitlines() == [
                 "they are the same",
                 f"process 1 has other frozen tensors than process 0: {NORM}; nothing is stored",
-                "process 1 would train other parameters than process 0: "
-                f"{', '.join(sizes)}; nothing is stored",
+                f"process 1 would train other parameters than process 0: {', '.join(sizes)}; nothing is stored",
             ], err[-2000:]
     finally:
         for process in ranks:

@@ -93,18 +93,14 @@ def test_values_are_those_of_the_training(trained: tuple[Bench, Watch]) -> None:
         (row,) = [row for row in rows if row["step"] == line["step"]]
         assert row == {**line, "epoch": line["epoch"] - 1}  # which Lightning counts from 0
     best = json.loads((bench.folder / "store" / "films" / "manifest.json").read_text())["result"]
-    scores = {
-        line["epoch"]: line["validation/accuracy"] for line in read(bench) if "validation/accuracy" in line
-    }
+    scores = {line["epoch"]: line["validation/accuracy"] for line in read(bench) if "validation/accuracy" in line}
     assert best["metrics"]["validation"]["accuracy"] == scores[best["best_epoch"]] == max(scores.values())
 
 
 def test_logging_does_not_change_the_training(trained: tuple[Bench, Watch]) -> None:
     bench, _ = trained
     bench.stage1("films", name="quiet", trainer=trainer_config(log_every_n_steps=1000))
-    assert all(
-        torch.equal(tensor, bench.weights("quiet")[name]) for name, tensor in bench.weights("films").items()
-    )
+    assert all(torch.equal(tensor, bench.weights("quiet")[name]) for name, tensor in bench.weights("films").items())
     assert [line["step"] for line in read(bench)[1:]] == [0, 7, 8, 15]
 
 

@@ -141,9 +141,7 @@ def wait_for(file: Path, process: subprocess.Popen[str], seconds: float = 90) ->
         (signal.SIGINT, 130, ()),
         (signal.SIGUSR1, 143, ()),
         (signal.SIGUSR2, 143, ("trainer.devices=2", "trainer.strategy=ddp")),
-        pytest.param(
-            signal.SIGINT, 130, ("trainer.devices=2", "trainer.strategy=ddp"), marks=pytest.mark.slow
-        ),
+        pytest.param(signal.SIGINT, 130, ("trainer.devices=2", "trainer.strategy=ddp"), marks=pytest.mark.slow),
     ],
     ids=["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2, two processes", "SIGINT, two processes"],
 )
@@ -160,13 +158,7 @@ def test_a_command_writes_a_checkpoint_before_it_ends(
     name = f"{number.name}-{len(more)}"
     directory = f"hydra.run.dir=runs/{name}"
     process = start(
-        place,
-        tiny_backbone,
-        f"name={name}",
-        directory,
-        "trainer.max_epochs=2000",
-        "checkpoint_minutes=null",
-        *more,
+        place, tiny_backbone, f"name={name}", directory, "trainer.max_epochs=2000", "checkpoint_minutes=null", *more
     )
     runs = place / "outputs" / "store" / ".runs"
     try:

@@ -16,9 +16,7 @@ GUESSES = torch.tensor([0, 1, 1, 0, 1, 0, 1, 1])
 SCORES = torch.nn.functional.one_hot(GUESSES, 2).float()
 
 
-def task(
-    kind: str = "classification", labels: int = 2, metrics: tuple[str, ...] = ("accuracy",)
-) -> TaskConfig:
+def task(kind: str = "classification", labels: int = 2, metrics: tuple[str, ...] = ("accuracy",)) -> TaskConfig:
     names = [f"label {n}" for n in range(labels)] if kind == "classification" else None
     choices = "choices" if kind == "choice" else None
     return TaskConfig(name="t", kind=kind, text="text", choices=choices, labels=names, metrics=list(metrics))

@@ -133,9 +133,7 @@ def test_each_task_has_its_own_loss_and_trains_its_own_head(tiny_backbone: Path)
             assert bool(parameter.grad.any()) != others_head, name
 
 
-def test_metrics_of_multiple_tasks_and_their_mean(
-    tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_metrics_of_multiple_tasks_and_their_mean(tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = several_tasks(tiny_backbone).eval()
     logged: dict[str, Any] = {}
     monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
@@ -156,9 +154,7 @@ def test_metrics_of_multiple_tasks_and_their_mean(
 
 TWO = TaskConfig(name="two", text="t", labels=["a", "b"], metrics=["f1", "accuracy", "matthews"])
 RATING = TaskConfig(name="rating", kind="regression", text="t", metrics=["pearson", "spearman"])
-MOODS = TaskConfig(
-    name="moods", kind="multi_label", text="t", labels=["a", "b", "c"], metrics=["macro_f1", "micro_f1"]
-)
+MOODS = TaskConfig(name="moods", kind="multi_label", text="t", labels=["a", "b", "c"], metrics=["macro_f1", "micro_f1"])
 KINDS = {
     "two/validation": TWO,
     "classes/validation": CLASSES,
@@ -215,14 +211,7 @@ class Ranks:
                     if counts is not None:  # as wide as the batch's most choices
                         given = given[:, : counts[plan.rows].max()]
                     batch = Batch(
-                        given,
-                        given,
-                        None,
-                        labels[own],
-                        None,
-                        own,
-                        torch.tensor(plan.weights),
-                        plan.global_rows,
+                        given, given, None, labels[own], None, own, torch.tensor(plan.weights), plan.global_rows
                     )
                     module.validation_step(batch, number, loader)
 
@@ -253,9 +242,7 @@ def test_any_number_of_examples_gives_the_scores_of_one_process(
     for batch_size in (1, 2, 3) if tokens is None else (1,):
         for rows in range(1, 2 * batch_size * world_size + 2):
             for module in ranks.validate(rows, batch_size, tokens, monkeypatch):
-                values = {
-                    name: value for name, value in module.history[-1].items() if name not in ("epoch", "mean")
-                }
+                values = {name: value for name, value in module.history[-1].items() if name not in ("epoch", "mean")}
                 assert values == pytest.approx(ranks.expected, rel=1e-12, nan_ok=True), (batch_size, rows)
                 for split, expected in ranks.predicted.items():
                     assert module.predicted[split].predictions == expected, (batch_size, rows, split)

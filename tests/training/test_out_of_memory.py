@@ -64,12 +64,8 @@ def failing(bench: Bench, **changes: Any) -> tuple[str, str]:
 def test_in_training(bench: Bench, fits: Any, data: dict[str, Any], advice: str) -> None:
     fits(lambda *_: False)
     settings = dataclasses.replace(bench.data, **data)
-    first, second = failing(
-        bench, data=settings, trainer=trainer_config(max_epochs=1, accumulate_grad_batches=3)
-    )
-    assert re.match(
-        r"out of memory at step 0, in a batch of \d+ examples x \d+ tokens; nothing is stored", first
-    )
+    first, second = failing(bench, data=settings, trainer=trainer_config(max_epochs=1, accumulate_grad_batches=3))
+    assert re.match(r"out of memory at step 0, in a batch of \d+ examples x \d+ tokens; nothing is stored", first)
     assert "Tried to allocate 2 GiB" in first
     assert second.startswith(f"Try {advice}, {CHECKPOINTING}")
 
@@ -82,9 +78,7 @@ def test_in_a_validation(bench: Bench, fits: Any) -> None:
     assert second == "Try data.batch_size=4 trainer.accumulate_grad_batches=2"
 
 
-def test_with_gradient_checkpointing_the_run_resumes(
-    bench: Bench, fits: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_with_gradient_checkpointing_the_run_resumes(bench: Bench, fits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     two = trainer_config()
     bench.stage1("films", trainer=two, store=str(bench.folder / "whole"))

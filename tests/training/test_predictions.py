@@ -22,16 +22,9 @@ def labels_of(path: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("settings", "rows"),
-    [
-        ({}, 16),
-        ({"limit_val_batches": 1}, 8),
-        ({"limit_val_batches": 0.5}, 8),
-    ],
+    ("settings", "rows"), [({}, 16), ({"limit_val_batches": 1}, 8), ({"limit_val_batches": 0.5}, 8)]
 )
-def test_labels_and_predictions_are_of_the_same_examples(
-    bench: Bench, settings: dict[str, Any], rows: int
-) -> None:
+def test_labels_and_predictions_are_of_the_same_examples(bench: Bench, settings: dict[str, Any], rows: int) -> None:
     result = bench.stage1("films", trainer=trainer_config(max_epochs=1, **settings))
     found = read(bench)["validation"]
     every = labels_of(bench.folder / "data/films/validation.jsonl")
@@ -61,10 +54,6 @@ def test_tasks_that_are_limited_together(bench: Bench) -> None:
 
 
 def test_parts_are_gathered_in_the_order_of_the_examples() -> None:
-    parts = [
-        RowPredictions([4, 1], [[4, 0], [1]], [0, 1]),
-        RowPredictions([], [], []),
-        RowPredictions([0], [[]], [1]),
-    ]
+    parts = [RowPredictions([4, 1], [[4, 0], [1]], [0, 1]), RowPredictions([], [], []), RowPredictions([0], [[]], [1])]
     scored = RowPredictions.gathered(parts)
     assert scored == RowPredictions([0, 1, 4], [[], [1], [4, 0]], [1, 1, 0])

@@ -39,9 +39,7 @@ def test_nothing_is_drawn(
     assert "\x1b" not in drawn and "Epoch 0" not in drawn
 
 
-def test_evaluation_and_prediction_show_progress(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_evaluation_and_prediction_show_progress(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     bench.stage1("films")
     terminal = at_terminal(monkeypatch)
     bench.evaluate("films", split="test")

@@ -117,11 +117,7 @@ def test_the_result_is_that_of_rank_zero(run: Callable[..., dict[str, Any]]) -> 
 
 @pytest.mark.parametrize(
     ("error", "number"),
-    [
-        (KeyboardInterrupt(), signal.SIGINT),
-        (Terminated("SIGTERM"), signal.SIGTERM),
-        (SystemExit(-1), signal.SIGTERM),
-    ],
+    [(KeyboardInterrupt(), signal.SIGINT), (Terminated("SIGTERM"), signal.SIGTERM), (SystemExit(-1), signal.SIGTERM)],
 )
 def test_only_rank_zero_is_interrupted(
     run: Callable[..., dict[str, Any]],
@@ -139,9 +135,7 @@ def test_only_rank_zero_is_interrupted(
 
 
 def test_a_second_interrupt_kills_at_once(
-    run: Callable[..., dict[str, Any]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = time.monotonic()
     files = [tmp_path / "begun0", tmp_path / "ignore"]
@@ -194,9 +188,7 @@ def test_a_port_that_cannot_be_used(
     with socket.create_server(("", 0)) as other:
         for port in (str(other.getsockname()[1]), "many", "70000", "-1"):
             monkeypatch.setenv("MASTER_PORT", port)
-            with pytest.raises(
-                UserError, match=rf"^MASTER_PORT={port}: expected a free port.*\nunset MASTER_PORT"
-            ):
+            with pytest.raises(UserError, match=rf"^MASTER_PORT={port}: expected a free port.*\nunset MASTER_PORT"):
                 run("well", "well")
     assert not list(tmp_path.glob("pid*"))
 

@@ -45,9 +45,7 @@ def all_adapters(store: Path, backbone: str, without_task: str | None = None) ->
     """
     readable = {folder.name.removesuffix(OLD): manifest for folder, manifest in artifacts(store)}
     left_out = {
-        name: "cannot be read, see python -m fusion.store verify"
-        for name in names(store)
-        if name not in readable
+        name: "cannot be read, see python -m fusion.store verify" for name in names(store) if name not in readable
     }
 
     def keep(manifests: Iterable[Manifest], problem: Callable[[Manifest], str | None]) -> list[Manifest]:
@@ -60,9 +58,7 @@ def all_adapters(store: Path, backbone: str, without_task: str | None = None) ->
     prints = {m.backbone.fingerprint for m in adapters if _is_same(m.backbone.name_or_path, backbone)}
     sources = keep(
         adapters,
-        lambda m: (
-            None if m.backbone.fingerprint in prints else f"trained on backbone {m.backbone.name_or_path}"
-        ),
+        lambda m: None if m.backbone.fingerprint in prints else f"trained on backbone {m.backbone.name_or_path}",
     )
     sources = keep(sources, why_unfit)
     tokenizer = _most_common(m.backbone.tokenizer for m in sources if m.backbone.tokenizer)
@@ -77,9 +73,7 @@ def all_adapters(store: Path, backbone: str, without_task: str | None = None) ->
     own = f"trained on {without_task} itself, use include_target=true to include it"
     sources = keep(sources, lambda m: own if without_task in m.task_names else None)
     placement = _most_common(map(_placement, sources))
-    sources = keep(
-        sources, lambda m: None if _placement(m) == placement else f"{_placement(m)}, most have {placement}"
-    )
+    sources = keep(sources, lambda m: None if _placement(m) == placement else f"{_placement(m)}, most have {placement}")
     found = Candidates(sources, left_out)
     if not sources:
         line = found.left_out_line()

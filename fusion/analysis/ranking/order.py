@@ -38,9 +38,7 @@ def _plain(value: Any) -> float | None:
 
 def agreement(scores: Mapping[str, Scores]) -> dict[str, dict[str, float | None]]:
     """`correlation` of each pair of methods, by `one/other`."""
-    return {
-        f"{one}/{other}": correlation(scores[one], scores[other]) for one, other in combinations(scores, 2)
-    }
+    return {f"{one}/{other}": correlation(scores[one], scores[other]) for one, other in combinations(scores, 2)}
 
 
 def correlation(one: Scores, other: Scores) -> dict[str, float | None]:
@@ -53,6 +51,4 @@ def correlation(one: Scores, other: Scores) -> dict[str, float | None]:
     known = pd.DataFrame({"one": one, "other": other}, dtype=float).dropna()
     if (known.nunique() < 2).any():
         return {"kendall": None, "spearman": None}
-    return {
-        method: float(known["one"].corr(known["other"], method=method)) for method in ("kendall", "spearman")
-    }
+    return {method: float(known["one"].corr(known["other"], method=method)) for method in ("kendall", "spearman")}

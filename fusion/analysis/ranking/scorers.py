@@ -137,9 +137,7 @@ def attention(inputs: ScorerInputs) -> list[float]:
     )
     fit(model, spec)
     size, tokens = config.data.batch_size, config.data.tokens_per_batch
-    measured = measure_attention(
-        model, sampled_batches(inputs.rows.training[0], None, size, tokens), inputs.device
-    )
+    measured = measure_attention(model, sampled_batches(inputs.rows.training[0], None, size, tokens), inputs.device)
     free_cycles()
     return relative_attention(measured, [source.manifest for source in inputs.sources])
 

@@ -54,9 +54,7 @@ def resolve_sources(config: Stage2Config) -> None:
 
 def _current_ranking(config: Stage2Config) -> StoredRanking:
     """The newest ranking for the target whose sources are unchanged in the store."""
-    from fusion.analysis.ranking.stored import (
-        rankings_of,  # imports pydantic, which most commands do not need
-    )
+    from fusion.analysis.ranking.stored import rankings_of  # imports pydantic, which most commands do not need
 
     assert config.task is not None
     store, by = Path(config.store), config.sources_by
@@ -69,9 +67,7 @@ def _current_ranking(config: Stage2Config) -> StoredRanking:
         changed = ", ".join(source.name for source in rankings[0].sources if _is_changed(source, store))
         problem = f"{changed} changed, or is missing, since the last ranking for {config.task.name}"
     else:
-        problem = (
-            f"no ranking for {config.task.name} on {config.backbone.name_or_path}{f' by {by}' if by else ''}"
-        )
+        problem = f"no ranking for {config.task.name} on {config.backbone.name_or_path}{f' by {by}' if by else ''}"
         problem += f" in {store}" + (f" ({damaged[0]})" if damaged else "")
     raise UserError(f"sources={config.sources}: {problem}; rank the sources:\n{_rank_command(config)}")
 

@@ -36,6 +36,4 @@ def test_attention_is_measured_in_the_layers_of_the_source(manifest: Manifest) -
 
 def test_uniform_attention_is_one(manifest: Manifest) -> None:
     sources = [with_slots(manifest, "0.feedforward")] * 4
-    assert relative_attention({"0.feedforward": SourceAttention([0.25] * 4, None)}, sources) == pytest.approx(
-        [1.0] * 4
-    )
+    assert relative_attention({"0.feedforward": SourceAttention([0.25] * 4, None)}, sources) == pytest.approx([1.0] * 4)

@@ -91,9 +91,7 @@ def test_other_kinds_are_ignored_and_damaged_artifacts_are_named(store: Path, ti
 
 
 def test_a_store_without_candidates(store: Path, tiny_backbone: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"no adapters for another; excluded: coins, dice, films .trained on backbone "
-    ):
+    with pytest.raises(UserError, match=r"no adapters for another; excluded: coins, dice, films .trained on backbone "):
         all_adapters(store, "another")
     for name in ("coins", "dice"):
         shutil.rmtree(store / name)

@@ -67,10 +67,7 @@ def test_informative_states_score_higher() -> None:
     states = features(60, 6)
     labels = states[:, 1].argsort().argsort() * 3 // 60
     random = labels[torch.randperm(60, generator=torch.Generator().manual_seed(1))]
-    assert (
-        logme_score(States(states, labels, None), CLASSES)
-        > logme_score(States(states, random, None), CLASSES) + 0.1
-    )
+    assert logme_score(States(states, labels, None), CLASSES) > logme_score(States(states, random, None), CLASSES) + 0.1
 
 
 def test_missing_labels_and_constant_states() -> None:

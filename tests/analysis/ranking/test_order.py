@@ -15,28 +15,20 @@ OTHER = [2.0, 3.0, 1.0, -1.0, 5.0]
 def slow_ranks(scores: list[float | None]) -> list[float | None]:
     """1 + how many are higher + half of how many others are equal."""
     known = [s for s in scores if s is not None]
-    return [
-        None if s is None else 1 + sum(o > s for o in known) + (sum(o == s for o in known) - 1) / 2
-        for s in scores
-    ]
+    return [None if s is None else 1 + sum(o > s for o in known) + (sum(o == s for o in known) - 1) / 2 for s in scores]
 
 
 def slow_kendall(one: list[float], other: list[float]) -> float:
     """τ-b: concordant less discordant pairs, over the geometric mean of the pairs that each does not tie."""
     pairs = [(a, b) for a in range(len(one)) for b in range(a)]
-    signs = [
-        ((one[a] > one[b]) - (one[a] < one[b]), (other[a] > other[b]) - (other[a] < other[b]))
-        for a, b in pairs
-    ]
+    signs = [((one[a] > one[b]) - (one[a] < one[b]), (other[a] > other[b]) - (other[a] < other[b])) for a, b in pairs]
     untied = [sum(sign[side] != 0 for sign in signs) for side in (0, 1)]
     return sum(x * y for x, y in signs) / math.sqrt(untied[0] * untied[1])
 
 
 def pearson(one: list[float], other: list[float]) -> float:
     a, b = ([value - sum(v) / len(v) for value in v] for v in (one, other))
-    return sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(
-        sum(x * x for x in a) * sum(y * y for y in b)
-    )
+    return sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
 
 
 def test_ranks_and_their_mean() -> None:

@@ -83,9 +83,7 @@ def test_the_ranking_is_stored(ranked: Bench) -> None:
     path = Path(ranked.result["ranking"])
     assert path.parent == ranked.folder / "store" / ".rankings" and path.name.startswith("plays-")
     stored = json.loads(path.read_text())
-    assert {key: stored[key] for key in KEYS - {"ranking"}} == {
-        key: ranked.result[key] for key in KEYS - {"ranking"}
-    }
+    assert {key: stored[key] for key in KEYS - {"ranking"}} == {key: ranked.result[key] for key in KEYS - {"ranking"}}
     assert set(stored) == KEYS - {"ranking"} | {"format_version", "question"}
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]  # nothing half-written
 
@@ -288,9 +286,7 @@ def test_checks_before_a_model_is_loaded(ranked: Bench, tmp_path: Path) -> None:
     refused("has no train", task=empty, data=DataConfig(dir=str(tmp_path / "data")))
     other = dataclasses.replace(settings["backbone"], name_or_path="another")
     refused("trained on backbone", backbone=other)
-    refused(
-        "was trained on", backbone=other, sources=["films", "dice"], store=str(_unnamed(ranked, tmp_path))
-    )
+    refused("was trained on", backbone=other, sources=["films", "dice"], store=str(_unnamed(ranked, tmp_path)))
     alone = tmp_path / "alone"
     for name in ("films", "plays"):
         shutil.copytree(ranked.folder / "store" / name, alone / name)
@@ -344,9 +340,7 @@ def test_as_commands(copy: Bench, tmp_path: Path) -> None:
     def run(module: str, *more: str) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", f"fusion.{module}", *shared, *more]
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-        )
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
 
     fuse = (
         "stage2",
@@ -361,10 +355,7 @@ def test_as_commands(copy: Bench, tmp_path: Path) -> None:
     assert ranking.returncode == 0, ranking.stderr
     assert "3 sources for plays" in ranking.stdout
     result = json.loads((tmp_path / "ranking" / "result.json").read_text())
-    assert (
-        set(result) == KEYS
-        and json.loads((tmp_path / "ranking" / "status.json").read_text())["status"] == "done"
-    )
+    assert set(result) == KEYS and json.loads((tmp_path / "ranking" / "status.json").read_text())["status"] == "done"
     fused = run(*fuse, "hydra.run.dir=fused")
     assert fused.returncode == 0, fused.stderr
     names = [source["name"] for source in result["sources"]][:2]

@@ -102,12 +102,8 @@ def test_the_examples_of_a_source_are_those_of_its_training(three: Bench, tmp_pa
     with pytest.raises(UserError, match="another machine"):
         rows(elsewhere, config=gone)
     here = Path(three.data.dir or "").parent
-    moved = manifest.changed(
-        run={**manifest.content["run"], "folder": str(here), "config": {"data.dir": "data"}}
-    )
-    assert (
-        len(source_rows(moved, elsewhere, 1000, tokenizer)[0]) == 256
-    )  # relative to the folder of its command
+    moved = manifest.changed(run={**manifest.content["run"], "folder": str(here), "config": {"data.dir": "data"}})
+    assert len(source_rows(moved, elsewhere, 1000, tokenizer)[0]) == 256  # relative to the folder of its command
 
 
 def test_the_examples_of_a_multi_task_source(bench: Bench) -> None:

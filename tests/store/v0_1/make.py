@@ -37,16 +37,10 @@ from tests.tiny_backbone import WORDS, save_tokenizer
 
 LABELS = ["bad", "good"]
 METRICS = ["matthews", "accuracy", "f1", "macro_f1"]
-TASKS = {
-    name: TaskConfig(name=name, text="text", labels=LABELS, metrics=METRICS) for name in ("films", "books")
-}
+TASKS = {name: TaskConfig(name=name, text="text", labels=LABELS, metrics=METRICS) for name in ("films", "books")}
 PAIRS = {  # tasks of the other kinds
     "similar": TaskConfig(
-        name="similar",
-        kind="regression",
-        text=["first", "second"],
-        label="score",
-        metrics=["pearson", "spearman"],
+        name="similar", kind="regression", text=["first", "second"], label="score", metrics=["pearson", "spearman"]
     ),
     "ending": TaskConfig(
         name="ending",
@@ -131,9 +125,7 @@ def train(command: Any, kind: type[Any], name: str, task: str | None = "films", 
         data=DATA,
         backbone=BackboneConfig(name_or_path="backbone", pooling="mean", cache="off"),
         optim=settings.pop("optim", OptimConfig(lr=5e-2, patience=None)),
-        trainer=TrainerConfig(
-            accelerator="cpu", max_epochs=settings.pop("epochs", 12), enable_progress_bar=False
-        ),
+        trainer=TrainerConfig(accelerator="cpu", max_epochs=settings.pop("epochs", 12), enable_progress_bar=False),
         store="store",
         **settings,
     )
@@ -159,19 +151,14 @@ def train_placements() -> None:
     )
     parallel = dataclasses.replace(parallel, drop="specialized:1")
     train(stage1, Stage1Config, "parallel", adapter=parallel, head=HeadConfig(pooling="cls", dropout=0.0))
-    before = AdapterConfig(
-        name="before_attention", sites=["before_attention"], reads="input", bottleneck_size=3
-    )
+    before = AdapterConfig(name="before_attention", sites=["before_attention"], reads="input", bottleneck_size=3)
     train(stage1, Stage1Config, "before-attention", "books", adapter=before, seed=7)
     last = AdapterConfig(bottleneck_size=2, nonlinearity="tanh", layers="last:1")
     train(stage1, Stage1Config, "last-layer", "books", adapter=last)
     train(stage1, Stage1Config, "shared", "books", adapter=AdapterConfig(bottleneck_size=2, shared=True))
     lora = MethodConfig("lora", rank=3, alpha=6, dropout=0.1, targets=["query", "key", "value"])
     train(stage1, Stage1Config, "lora-wide", "similar", method=lora)
-    every = {
-        "tasks": [TASKS["books"], *PAIRS.values()],
-        "method": MethodConfig("multitask_full", temperature=1.0),
-    }
+    every = {"tasks": [TASKS["books"], *PAIRS.values()], "method": MethodConfig("multitask_full", temperature=1.0)}
     train(stage1, Stage1Config, "multitask-full", None, **every, optim=OptimConfig(lr=1e-2, patience=None))
 
 
@@ -192,9 +179,7 @@ def train_compositions() -> None:
     fuse("scalearn", ["films", "last-layer"], CompositionConfig("scalearn"))
     fuse("scalearn-uniform", ["houlsby", "houlsby-shared"], CompositionConfig("scalearn_uniform"), "books")
     fuse("scalearn-pp", ["films", "last-layer", "shared"], CompositionConfig("scalearn_pp"))
-    fuse(
-        "scalearn-uniform-pp", ["before-attention"], CompositionConfig("scalearn_uniform_pp", layers="last:1")
-    )
+    fuse("scalearn-uniform-pp", ["before-attention"], CompositionConfig("scalearn_uniform_pp", layers="last:1"))
     fuse("average", ["films", "shared"], CompositionConfig("average", train=True))
     fuse("average-frozen", ["shared"], CompositionConfig("average"), "books")
     fuse("pruned", [], CompositionConfig("pruned", fusion="fusion", keep=1))
@@ -227,9 +212,7 @@ def main() -> None:
     train(stage1, Stage1Config, "head", method=MethodConfig("head"), head=HeadConfig(layers=2))
     train(stage1, Stage1Config, "lora", method=MethodConfig("lora", rank=2))
     train(stage1, Stage1Config, "bitfit", method=MethodConfig("bitfit"))
-    train(
-        stage1, Stage1Config, "full", method=MethodConfig("full"), optim=OptimConfig(lr=1e-2, patience=None)
-    )
+    train(stage1, Stage1Config, "full", method=MethodConfig("full"), optim=OptimConfig(lr=1e-2, patience=None))
     several = {"tasks": list(TASKS.values()), "method": MethodConfig("multitask_adapter"), "adapter": small}
     train(stage1, Stage1Config, "multitask", None, **several)
     train_placements()
