@@ -21,7 +21,7 @@ from fusion.runs.run import INSPECTION, Run, check_folder
 
 if TYPE_CHECKING:
     from fusion.reporting.reading import Found
-    from fusion.reporting.results import Target
+    from fusion.reporting.targets import Target
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def check(config: ReportConfig, run: Run) -> None:
 
 @command("report", ReportConfig, check=check)
 def main(config: ReportConfig, run: Run) -> dict[str, Any]:
-    from fusion.reporting.contents import contents_of
+    from fusion.reporting.contents import Contents
     from fusion.reporting.page import write_files, write_page
     from fusion.reporting.reading import read_runs
     from fusion.reporting.targets import targets_of
@@ -50,7 +50,7 @@ def main(config: ReportConfig, run: Run) -> dict[str, Any]:
             f"split={config.split}: no run has a score on it; omit split= to use the split with most scores"
         )
     notes = inspect_missing(config, found, targets) if config.inspect else []
-    contents = contents_of(found, targets, notes)
+    contents = Contents(found, targets, notes)
     files = config.path.with_name(f"{config.path.stem}-files") if config.files else None
     written = [] if files is None else write_files(contents, files)
     about = {

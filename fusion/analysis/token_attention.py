@@ -14,7 +14,7 @@ from torch import Tensor
 from fusion.data.batches import Batch
 from fusion.model.adapted import AdaptedModel
 from fusion.model.inference import forward
-from fusion.reporting.packing import pack
+from fusion.reporting.inspections import pack
 
 
 def select_rows(wrong: Sequence[bool], count: int) -> list[int]:

@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusion.reporting.reading import Found, read_lines
-from fusion.reporting.results import Target
 from fusion.reporting.scores import Trained
-from fusion.reporting.wording import chosen_setting
+from fusion.reporting.targets import Target
 from fusion.runs.run import ATTENTION
 
 Floats = NDArray[np.floating]
@@ -26,7 +25,7 @@ Floats = NDArray[np.floating]
 class Attention:
     """mean: (L, N), over the seeds. entropy: (L,) in nats, or None if the weights do not sum to one. runs: how many.
 
-    setting: which of the method's settings it is, see `chosen_setting`.
+    setting: which of the method's settings it is, see `Group.setting`.
     """
 
     target: str
@@ -48,6 +47,11 @@ class Attention:
         return np.asarray(self.mean.mean(0))
 
     @property
+    def largest(self) -> float:
+        """The largest mean weight, for the colors of a heatmap."""
+        return float(max(self.mean.max(), 1e-9))
+
+    @property
     def max_entropy(self) -> float:
         """The entropy of uniform attention."""
         return float(np.log(len(self.sources))) if len(self.sources) > 1 else 0.0
@@ -61,21 +65,14 @@ def attention_of(targets: Sequence[Target], found: Found) -> list[Attention]:
             seen = [one for trained in group.trained if (one := _of_run(trained, found)) is not None]
             # Runs of one group have the same sources in the same order, whatever they are named.
             alike = [one for one in seen if (len(one[0]), one[1]) == (len(seen[0][0]), seen[0][1])]
-            if not alike:
-                continue
-            entropies = [entropy for *_, entropy in alike if entropy is not None]
-            every.append(
-                Attention(
-                    target=target.label,
-                    method=method,
-                    sources=_source_names(group.trained, [one[0] for one in alike]),
-                    slots=tuple(alike[0][1]),
-                    mean=np.mean([mean for *_, mean, _ in alike], axis=0),
-                    entropy=np.mean(entropies, axis=0) if len(entropies) == len(alike) else None,
-                    runs=len(alike),
-                    setting=chosen_setting(group),
+            if alike:
+                names, slots, means, entropies = zip(*alike, strict=True)
+                sources = _source_names(group.trained, names)
+                entropy = None if any(one is None for one in entropies) else np.mean(entropies, axis=0)
+                mean = np.mean(means, axis=0)
+                every.append(
+                    Attention(target.label, method, sources, slots[0], mean, entropy, len(alike), group.setting)
                 )
-            )
     return every
 
 
@@ -83,17 +80,15 @@ def _source_names(runs: Sequence[Trained], names: Sequence[Sequence[str]]) -> tu
     """The names of the sources over all runs: their tasks, if each seed has its own seeds of them."""
     settings = runs[0].variant.get("sources") or ()
     tasks = tuple(str(source.get("task.name") or source.get("artifact")) for source in settings)
-    same = all(list(one) == list(names[0]) for one in names)
+    same = all(one == names[0] for one in names)
     return tuple(names[0]) if same or len(set(tasks)) != len(names[0]) else tasks
 
 
-def _of_run(trained: Trained, found: Found) -> tuple[list[str], list[str], Floats, Floats | None] | None:
+def _of_run(trained: Trained, found: Found) -> tuple[list[str], tuple[str, ...], Floats, Floats | None] | None:
     """Sources, slots, mean (L, N) and entropy (L,); None if there is no valid record."""
-    best = trained.run.result.get("best_epoch")
     lines = read_lines(trained.run.folder / ATTENTION)
-    record: dict[str, Any] | None = next(
-        (line for line in reversed(lines) if line.get("epoch") == best), lines[-1] if lines else None
-    )
+    best = [line for line in lines if line.get("epoch") == trained.run.result.get("best_epoch")]
+    record: dict[str, Any] | None = next(reversed(best or lines), None)
     if record is None and (inspection := found.inspections.get(trained.hash or "")) is not None:
         record = {"sources": inspection.get("sources"), "slots": inspection.get("attention")}
     with contextlib.suppress(TypeError, KeyError, ValueError, AttributeError):
@@ -102,7 +97,7 @@ def _of_run(trained: Trained, found: Found) -> tuple[list[str], list[str], Float
         entropies = [slot.get("entropy") for slot in slots.values()]
         if sources and mean.shape == (len(slots), len(sources)) and np.isfinite(mean).all():
             entropy = None if None in entropies else np.array(entropies, float)
-            return sources, list(map(str, slots)), mean, entropy
+            return sources, tuple(map(str, slots)), mean, entropy
     return None
 
 
@@ -126,9 +121,6 @@ def by_target(every: Sequence[Attention], layer: int | None = None) -> tuple[lis
 
 def layer_names(slots: Sequence[str]) -> list[str]:
     """`0.feedforward` as `0`, the number in `adapter.layers`, with the site if a layer has more than one."""
-    several = len({slot.partition(".")[2] for slot in slots}) > 1
-    named = []
-    for slot in slots:
-        layer, _, site = slot.partition(".")
-        named.append(f"{layer} {site.replace('_', ' ')}" if several else layer)
-    return named
+    parts = [slot.partition(".") for slot in slots]
+    several = len({site for _, _, site in parts}) > 1
+    return [f"{layer} {site.replace('_', ' ')}" if several else layer for layer, _, site in parts]

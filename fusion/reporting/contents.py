@@ -4,35 +4,34 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fusion.reporting import figures
-from fusion.reporting.ablation import ablation, is_complete
-from fusion.reporting.attention import Attention, attention_of, layer_names
+from fusion.reporting.attention import attention_of, layer_names
 from fusion.reporting.curves import shown_curves
+from fusion.reporting.inspections import ablation, is_complete
 from fusion.reporting.reading import Found
-from fusion.reporting.results import Target, order_of
 from fusion.reporting.scores import Trained
-from fusion.reporting.wording import chosen_settings, titled
+from fusion.reporting.targets import Target
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@dataclass
 class Contents:
-    """targets: those with more than one method, or all if there are none. single: the others, such as source tasks."""
+    """
+    Attributes:
+        targets: those with more than one method, or all if there are none.
+        single: the others, such as source tasks.
+    """
 
-    found: Found
-    targets: list[Target]
-    single: list[Target]
-    attention: list[Attention]
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def everything(self) -> list[Target]:
-        return [*self.targets, *self.single]
+    def __init__(self, found: Found, targets: Sequence[Target], notes: Sequence[str] = ()) -> None:
+        self.found, self.notes = found, list(notes)
+        several = [target for target in targets if len(target.every_group) > 1]
+        self.targets = several or list(targets)
+        self.single = [target for target in targets if several and len(target.every_group) == 1]
+        self.everything = [*self.targets, *self.single]
+        self.attention = attention_of(self.everything, found)
 
     @functools.cached_property
     def inspected(self) -> list[tuple[Target, str, Trained, dict[str, Any]]]:
@@ -50,17 +49,17 @@ class Contents:
         """Every figure with its description; by its kind, target and method, which name its files."""
         made: dict[tuple[str, ...], tuple[str, Figure]] = {}
 
-        def add(*name: str, title: str, figure: Figure, settings: Sequence[str]) -> None:
+        def add(*name: str, title: str, figure: Figure, settings: Sequence[str] = ()) -> None:
             made[name] = (title, figures.noted(figure, settings))
 
         if self.targets:
             panels = {
                 f"{one.label}: {one.metric} ({one.split})": {
-                    titled(group): (group.method, group.scores) for group in one.every_group
+                    group.title: (group.method, group.scores) for group in one.every_group
                 }
                 for one in self.targets
             }
-            add("scores", title="Scores", figure=figures.scores_figure(panels), settings=[])
+            add("scores", title="Scores", figure=figures.scores_figure(panels))
         for one in self.attention:
             figure = figures.heatmap_figure(one.mean, layer_names(one.slots), one.sources, "layer", one.title)
             settings = [one.setting] if one.setting else []
@@ -75,32 +74,19 @@ class Contents:
         for target, method, _, inspection in self.inspected:
             metric = next(iter(inspection["metrics"]))
             if changes := ablation(inspection, metric):
-                steps = [(len(step["kept"]), step["metrics"][metric]) for step in inspection.get("pruned") or []]
+                steps = [(len(step["kept"]), step["metrics"][metric]) for step in inspection["pruned"] or []]
                 figure = figures.ablation_figure(metric, changes, steps)
                 title = f"Score without each source, and with fewer and fewer, {target.label}"
-                settings = chosen_settings(target, [method])
-                add("needed", target.label, method, title=title, figure=figure, settings=settings)
+                add("needed", target.label, method, title=title, figure=figure, settings=target.settings([method]))
         for target in self.everything:
             if curves := shown_curves(target, self.found):
                 figure = figures.curves_figure(curves, list(target.groups))
-                settings = chosen_settings(target, [name for metric in curves.values() for name in metric])
+                settings = target.settings([name for metric in curves.values() for name in metric])
                 title = f"{', '.join(curves)} over the steps, {target.label}"
                 add("curves", target.label, title=title, figure=figure, settings=settings)
             figure = figures.cost_figure(costs(target), target.label, target.metric)
-            title = f"Score against parameters and seconds, {target.label}"
-            add("cost", target.label, title=title, figure=figure, settings=[])
+            add("cost", target.label, title=f"Score against parameters and seconds, {target.label}", figure=figure)
         return made
-
-
-def contents_of(found: Found, targets: list[Target], notes: Sequence[str] = ()) -> Contents:
-    several = [target for target in targets if len(target.every_group) > 1] or targets
-    single = [target for target in targets if target not in several]
-    return Contents(found, several, single, attention_of([*several, *single], found), list(notes))
-
-
-def every_method(targets: Sequence[Target]) -> list[str]:
-    """All methods of all targets, in one order."""
-    return sorted({method for target in targets for method in target.groups}, key=order_of)
 
 
 _COSTS = {
@@ -120,7 +106,7 @@ def costs(target: Target) -> list[dict[str, Any]]:
         if not group.method.endswith(" alone"):
             results = [trained.run.result for trained in group.trained]
             means = {key: _mean(results, *path) for key, path in _COSTS.items()}
-            rows.append({"method": titled(group), "score": group.mean, **means})
+            rows.append({"method": group.title, "score": group.mean, **means})
     return rows
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fusion.reporting.reading import Found
-from fusion.reporting.results import Target
 from fusion.reporting.scores import Trained
+from fusion.reporting.targets import Target
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
+
+import numpy as np
 
 import fusion
 from fusion.errors import UserError
 from fusion.files import write_atomic
-from fusion.reporting import figures, sections, tables, wording
+from fusion.reporting import figures, tables, wording
+from fusion.reporting.attention import Attention, by_target, layer_names
 from fusion.reporting.contents import Contents, costs
-from fusion.reporting.results import BASELINE
+from fusion.reporting.inspections import ablation, unpack
+from fusion.reporting.scores import Score, Trained
 from fusion.reporting.statistics import LEVEL, RESAMPLES
+from fusion.reporting.targets import BASELINE, Target, every_method
+from fusion.store.rebuilding import rebuild_lines
 
 LARGEST = 5_000_000  # bytes of the page
 WORD_ROWS = (1000, 4, 1, 0)  # examples of each fusion, tried in order until the page is small enough
 FILTERS = (
     *(wording.signed, wording.interval, wording.p_value, wording.number, wording.size, wording.mean_of),
-    *(wording.seeds, wording.common_seeds, wording.score, wording.chosen_setting),
+    *(wording.seeds, wording.common_seeds),
 )
 
 
@@ -46,14 +55,16 @@ def write_page(contents: Contents, output: Path, about: Mapping[str, Any], files
     Raises:
         OSError: it cannot be written.
     """
-    values = _values(contents, output) | {"about": about}
-    values["files"] = None if files is None else os.path.relpath(files, output.parent)
-    template = _template(contents)
+    template = _template(contents, output)
+    fusions = [inspected(*one) for one in contents.inspected]
+    matrix = sources_by_target(contents.attention)
+    values: dict[str, Any] = {"about": about, "files": files and os.path.relpath(files, output.parent)}
+    values |= {"inspected": fusions, "by_target": matrix}
     for rows in WORD_ROWS:
         note = f"To stay below 5 MB, token-level attention is limited to {rows} rows of each fusion."
         notes = [*contents.notes, *([] if rows == WORD_ROWS[0] else [note])]
-        words = [one | {"rows": one["rows"][:rows]} for one in values["inspected"] if one["rows"][:rows]]
-        text = template.render(values, notes=notes, words=words, data=_script_data(words, values["by_target"]))
+        words = [one | {"rows": one["rows"][:rows]} for one in fusions if one["rows"][:rows]]
+        text = template.render(values, notes=notes, words=words, data=_script_data(words, matrix))
         if len(text.encode()) <= LARGEST:
             break
     else:
@@ -62,7 +73,7 @@ def write_page(contents: Contents, output: Path, about: Mapping[str, Any], files
     return len(text.encode())
 
 
-def _template(contents: Contents) -> Any:
+def _template(contents: Contents, output: Path) -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -78,38 +89,163 @@ def _template(contents: Contents) -> Any:
         if name[0] in ("entropy", "needed", "curves", "cost")
     }
     environment.filters |= {one.__name__: one for one in FILTERS}
-    environment.globals |= {"group_anchor": wording.group_anchor, "against": wording.against}
-    environment.globals |= {"costs": costs, "titled": wording.titled, "figure": lambda *name: drawn.get(name)}
-    return environment.get_template("report.html")
-
-
-def _values(contents: Contents, output: Path) -> dict[str, Any]:
-    """What the template lays out."""
-    targets = contents.targets
-    return {
+    environment.globals |= {
         "version": fusion.__version__,
-        "found": contents.found,
+        "contents": contents,
         "level": f"{LEVEL:.0%}",
         "resamples": f"{RESAMPLES:,}",
         "baseline": BASELINE,
-        "targets": targets,
-        "everything": contents.everything,
-        "with_curves": [one for one in contents.everything if ("curves", one.label) in contents.figures],
-        "single": [(target, group) for target in contents.single for group in target.every_group],
-        "optimistic": sections.optimistic(targets),
-        "tallies": sections.tallies(targets),
-        "some_chosen": any(group.others for target in targets for group in target.groups.values()),
-        "heatmaps": [sections.heatmap(one) for one in contents.attention],
-        "by_target": sections.sources_by_target(contents.attention),
-        "inspected": [sections.inspected(*one) for one in contents.inspected],
-        "links": lambda entry: sections.links(entry, output),
-        "rebuilds": sections.rebuilds(contents.everything),
+        "with_curves": [one for one in contents.everything if ("curves", one.label) in drawn],
+        "some_chosen": any(group.others for target in contents.targets for group in target.groups.values()),
+        "optimistic": optimistic(contents.targets),
+        "tallies": tallies(contents.targets),
+        "rebuilds": rebuilds(contents.everything),
+        "costs": costs,
+        "figure": drawn.get,
+        "group_anchor": wording.group_anchor,
+        "layer_names": layer_names,
+        "links": lambda entry: links(entry, output),
     }
+    return environment.get_template("report.html")
 
 
 def _script_data(words: list[dict[str, Any]], by_target: dict[str, Any] | None) -> dict[str, Any]:
     """What the page's script reads."""
-    read = {one["id"]: {key: one[key] for key in ("sources", "layers")} for one in words}
-    for one in words:
-        read[one["id"]]["weights"] = [row["weights"] for row in one["rows"]]
+    read = {
+        one["id"]: {"sources": one["sources"], "layers": one["layers"], "weights": [r["weights"] for r in one["rows"]]}
+        for one in words
+    }
     return {"words": read, "byTarget": by_target and {k: by_target[k] for k in ("layers", "data", "largest")}}
+
+
+def tallies(targets: Sequence[Target]) -> list[dict[str, Any]]:
+    """For each method, the number of targets by verdict, and the mean difference."""
+    rows = []
+    for method in every_method(targets):
+        groups = [group for target in targets if (group := target.groups.get(method)) and group.difference]
+        if groups:
+            verdicts = [group.verdict for group in groups]
+            counts = [verdicts.count(name) for name in ("better", "same", "worse", "unequal", "")]
+            mean = float(np.mean([group.difference.mean for group in groups if group.difference]))
+            rows.append({"method": method, "counts": counts, "mean": mean})
+    return rows
+
+
+def optimistic(targets: Sequence[Target]) -> list[str]:
+    """What was selected by scores on the shown rows, with the targets unless it is all."""
+    by_choice: dict[str, list[str]] = {}
+    for target in targets:
+        if selected := target.selected_here:
+            by_choice.setdefault(" and ".join(selected), []).append(target.label)
+    return [
+        selected + ("" if len(labels) == len(targets) else f" ({', '.join(labels)})")
+        for selected, labels in by_choice.items()
+    ]
+
+
+def sources_by_target(every: Sequence[Attention]) -> dict[str, Any] | None:
+    """Figure 4: one matrix for the mean over the layers, and one for each layer, which a slider selects."""
+    if not every:
+        return None
+    longest = max(every, key=lambda one: len(one.slots))
+    rows, columns, mean = by_target(every)
+    matrices = np.stack([mean, *(by_target(every, layer)[2] for layer in range(len(longest.slots)))])
+    data = [[[None if np.isnan(v) else round(v, 3) for v in row] for row in matrix] for matrix in matrices.tolist()]
+    return {
+        "columns": columns,
+        "rows": list(zip(rows, [one.setting for one in every], mean.tolist(), strict=True)),
+        "layers": _layers(longest.slots),
+        "data": data,
+        "largest": max(1e-9, float(np.nanmax(matrices))),
+    }
+
+
+def _layers(slots: Sequence[str]) -> list[str]:
+    """The positions of a layer slider."""
+    return ["all layers (mean)", *(f"layer {name}" for name in layer_names(slots))]
+
+
+def inspected(target: Target, method: str, trained: Trained, inspection: dict[str, Any]) -> dict[str, Any]:
+    """Token-level attention and source ablation of a fusion."""
+    metric, full = next(iter(inspection["metrics"].items()))
+    sources, slots = (list(map(str, inspection[key])) for key in ("sources", "slots"))
+    colours = [figures.colour(n) for n in range(len(sources))]
+    return {
+        "id": wording.anchor("into", target.label, method),
+        "title": f"{target.label} ← {method}",
+        "name": trained.name,
+        "setting": target.groups[method].setting,
+        "split": inspection["split"],
+        "count": inspection["rows"],
+        "metric": metric,
+        "full": full,
+        "sources": list(zip(sources, colours, strict=True)),
+        "layers": _layers(slots),
+        "rows": [row for one in inspection["words"] if (row := _word_row(one, slots, sources, colours))],
+        "changes": ablation(inspection, metric),
+        "figure": ("needed", target.label, method),
+        "pruned": inspection["pruned"] or [],
+    }
+
+
+def _word_row(
+    row: dict[str, Any], slots: Sequence[str], sources: Sequence[str], colours: Sequence[str]
+) -> dict[str, Any] | None:
+    """A row with each token's strongest source over all layers, the first position of the slider."""
+    tokens = list(map(str, row["tokens"]))
+    try:
+        mean = unpack(row["weights"], (len(slots), len(tokens), len(sources))).mean(0)
+    except ValueError:
+        return None
+    return row | {
+        "tokens": [
+            {
+                "text": token.strip() or token,
+                "starts_word": token.startswith(" "),
+                "special": place in row["special"],
+                "colour": colours[weights.argmax()],
+                "weight": round(100 * float(weights.max())),
+            }
+            for place, (token, weights) in enumerate(zip(tokens, mean, strict=True))
+        ]
+    }
+
+
+def links(entry: Score, output: Path) -> dict[str, str]:
+    """The addresses of a run's folders and of its W&B run, by text."""
+    trained, folders = entry.trained, {}
+    if trained is not None:
+        folders["trained"] = trained.run.folder
+    if trained is None or trained.run is not entry.run:
+        folders["evaluated"] = entry.run.folder
+    made = {
+        f"{done} in {folder}": quote(os.path.relpath(folder, output.resolve().parent)) + "/"
+        for done, folder in folders.items()
+    }
+    tracked = None if trained is None or trained.manifest is None else trained.manifest.run.wandb
+    url = tracked.get("url") if isinstance(tracked, dict) else None
+    if isinstance(url, str) and url.startswith(("https://", "http://")):
+        made["W&B"] = url
+    return made
+
+
+def rebuilds(targets: Sequence[Target]) -> list[dict[str, Any]]:
+    """The commands that rebuild each artifact, with its versions, data and commit."""
+    every = (one for target in targets for group in target.every_group for one in group.trained)
+    return [_rebuild(one) for one in {one.artifact: one for one in every}.values()]
+
+
+def _rebuild(trained: Trained) -> dict[str, Any]:
+    lines = [shlex.join(["python", "-m", f"fusion.{trained.run.command}", *trained.run.overrides])]
+    facts: dict[str, Any] = {}
+    if (manifest := trained.manifest) is not None:
+        store, git = Path(trained.artifact).parent, manifest.run.git
+        with contextlib.suppress(UserError, OSError):
+            lines = rebuild_lines(manifest, store, store)
+        facts["versions"] = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+        marks = manifest.data.fingerprints.items()
+        facts["data"] = ", ".join(f"{split} {mark[:12]}" for split, mark in marks)
+        facts["hash"] = manifest.hash[:12]
+        if git is not None:
+            facts["commit"] = f"{git.commit[:12]}{' with changes' if git.dirty else ''}"
+    return {"name": trained.name, "lines": lines, "facts": facts}

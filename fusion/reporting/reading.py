@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +42,7 @@ class Found:
     """
 
     done: list[RunFolder] = field(default_factory=list)
-    others: dict[str, int] = field(default_factory=dict)
+    others: Counter[str] = field(default_factory=Counter)
     failed: list[str] = field(default_factory=list)
     debug: int = 0
     unread: list[str] = field(default_factory=list)
@@ -64,26 +65,26 @@ def read_runs(folders: Sequence[Path], without: Path | None = None) -> Found:
         UserError: there is no run below any of the folders.
     """
     found = Found()
-    places: dict[Path, None] = {}
-    inspections: dict[Path, None] = {}
+    places: dict[str, dict[Path, None]] = {STATUS: {}, INSPECTION: {}}  # by file name, the folders that have it
     for folder in folders:
         for place, inner, files in os.walk(folder):
             inner[:] = sorted(name for name in inner if not name.startswith("."))
-            if STATUS in files:
-                places[Path(place).resolve()] = None
-            if INSPECTION in files:
-                inspections[(Path(place) / INSPECTION).resolve()] = None
+            for name in places.keys() & set(files):
+                places[name][Path(place).resolve()] = None
     if without is not None:
-        places.pop(without.resolve(), None)
-    for path in places:
-        _read(path, found)
-    found.histories = _histories(places)
-    for path in sorted(inspections, key=lambda path: path.stat().st_mtime):
+        places[STATUS].pop(without.resolve(), None)
+    for path in places[STATUS]:
         try:
-            inspection = read_json(path)
+            _read_run(path, found)
+        except UserError as error:
+            found.unread.append(str(error))
+    found.histories = _histories(places[STATUS])
+    for path in sorted((path / INSPECTION for path in places[INSPECTION]), key=lambda path: path.stat().st_mtime):
+        try:
+            inspection = read_mapping(path)
             found.inspections[str(inspection["hash"])] = inspection
-        except (OSError, ValueError, KeyError) as error:
-            found.unread.append(f"{path}: {first_line(error)}")
+        except (UserError, KeyError) as error:
+            found.unread.append(f"{path}: has no hash" if isinstance(error, KeyError) else str(error))
     if not found.done and not found.others and not found.unread:
         raise UserError(f"runs={','.join(map(str, folders))}: contains no run (a folder with a {STATUS})")
     found.done.sort(key=lambda run: (run.ended, str(run.folder)))
@@ -91,39 +92,29 @@ def read_runs(folders: Sequence[Path], without: Path | None = None) -> Found:
 
 
 def _histories(places: Iterable[Path]) -> dict[str, list[Path]]:
-    started: dict[str, list[tuple[str, Path]]] = {}
+    started: defaultdict[str, list[tuple[str, Path]]] = defaultdict(list)
     for place in places:
         header = next(iter(read_lines(place / HISTORY, at_most=1)), {})
         if isinstance(name := header.get("run"), str):
-            started.setdefault(name, []).append((str(header.get("started")), place))
+            started[name].append((str(header.get("started")), place))
     return {name: [place for _, place in sorted(parts)] for name, parts in started.items()}
 
 
-def _read(folder: Path, found: Found) -> None:
-    import yaml
-
-    try:
-        status = read_json(folder / STATUS)
-        state = str(status.get("status"))
-        if state != "done":
-            found.others[state] = found.others.get(state, 0) + 1
-            if state == "failed":
-                found.failed.append(f"{folder}: {first_line(Exception(str(status.get('error'))))}")
-            return
-        result = read_json(folder / RESULT)
-        text = (folder / CONFIG).read_text(encoding="utf-8")
-        config = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text).get_single_data()
-        if not isinstance(config, dict):
-            raise ValueError(f"{CONFIG} is not a mapping")
-        if str(result.get("name")).endswith(DEBUG):
-            found.debug += 1
-            return
-        overrides = status.get("overrides")
-        words = tuple(map(str, overrides if isinstance(overrides, list) else []))
-        command, ended, skipped = str(status.get("command")), str(status.get("ended")), status.get("before")
-        found.done.append(RunFolder(folder, command, words, ended, skipped == "done", config, result))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        found.unread.append(f"{folder}: {first_line(error)}")
+def _read_run(folder: Path, found: Found) -> None:
+    status = read_mapping(folder / STATUS)
+    if (state := str(status.get("status"))) != "done":
+        found.others[state] += 1
+        if state == "failed":
+            found.failed.append(f"{folder}: {first_line(Exception(str(status.get('error'))))}")
+        return
+    result, config = read_mapping(folder / RESULT), read_mapping(folder / CONFIG)
+    if str(result.get("name")).endswith(DEBUG):
+        found.debug += 1
+        return
+    words = status.get("overrides")
+    overrides = tuple(map(str, words if isinstance(words, list) else ()))
+    command, ended, skipped = str(status.get("command")), str(status.get("ended")), status.get("before") == "done"
+    found.done.append(RunFolder(folder, command, overrides, ended, skipped, config, result))
 
 
 def read_lines(path: Path, at_most: int | None = None) -> list[dict[str, Any]]:
@@ -139,12 +130,20 @@ def read_lines(path: Path, at_most: int | None = None) -> list[dict[str, Any]]:
     return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The content of a JSON or YAML file.
+
     Raises:
-        OSError, ValueError: it cannot be read, or is not a JSON object.
+        UserError: it cannot be read, or is no mapping.
     """
-    content = json.loads(path.read_text(encoding="utf-8"))
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        content = yaml.load(text, loader) if path.suffix == ".yaml" else json.loads(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path.name} is not a JSON object")
+        raise UserError(f"{path}: expected keys with values")
     return content

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,14 @@ import numpy as np
 from fusion.config.compositions import COMPOSITIONS
 from fusion.config.methods import METHODS
 from fusion.errors import UserError
-from fusion.reporting.reading import RunFolder, read_json
+from fusion.files import read_json
+from fusion.reporting.reading import RunFolder
 from fusion.reporting.statistics import Predictions
 from fusion.runs.identity import identity_config
 from fusion.runs.run import OUTCOMES
 from fusion.store.compatibility import check_attends
 from fusion.store.lookup import read_folder
-from fusion.store.settings_groups import Lookup, Settings
+from fusion.store.settings_groups import Lookup, Settings, key_of
 
 if TYPE_CHECKING:
     from fusion.store.manifest import Manifest
@@ -49,10 +49,6 @@ class Trained:
     @property
     def name(self) -> str:
         return str(self.run.result.get("name"))
-
-    @property
-    def tasks(self) -> list[str]:
-        return list(self.metric_of)
 
     @property
     def seed(self) -> int:
@@ -117,19 +113,17 @@ def all_scores(runs: Sequence[RunFolder]) -> list[Score]:
     scores = [
         Score(task, split, one.method, metrics, predictions, one.run, one)
         for one in trained
-        for task, split, metrics, predictions in _metrics_of(one.run, one.tasks[0])
+        for task, split, metrics, predictions in _metrics_of(one.run, next(iter(one.metric_of)))
     ]
     by_path = {one.artifact: one for one in trained}
     last: dict[tuple[Any, ...], Score] = {}
-    for run in runs:
-        if run.command != "evaluate" or "artifact" not in run.result:
-            continue
+    for run in _with_artifact(runs, "evaluate"):
         path, drop = artifact_path(run), run.result.get("drop")
         maker = by_path.get(path)
         if maker is not None and maker.hash is not None and run.result.get("hash") not in (None, maker.hash):
             continue  # the evaluated artifact was replaced since
         for task, split, metrics, predictions in _metrics_of(run, str(run.result.get("task")).split("+")[0]):
-            own = maker is not None and task in maker.tasks
+            own = maker is not None and task in maker.metric_of
             method = maker.method if own and maker is not None else f"{_tasks_of(run, path, maker)} alone"
             method += f", {drop} layers dropped" if drop else ""
             score = Score(task, split, method, metrics, predictions, run, maker, not own)
@@ -137,19 +131,21 @@ def all_scores(runs: Sequence[RunFolder]) -> list[Score]:
     return [*scores, *last.values()]
 
 
+def _with_artifact(runs: Iterable[RunFolder], *commands: str) -> list[RunFolder]:
+    return [run for run in runs if run.command in commands and "artifact" in run.result]
+
+
 def _tasks_of(run: RunFolder, path: str, maker: Trained | None) -> str:
     """An artifact's name in tables: its tasks, so that seeds of one source are one method."""
     if maker is not None:
-        return "+".join(maker.tasks)
+        return "+".join(maker.metric_of)
     manifest = read_artifact(path)
     return str(run.result.get("name")) if manifest is None else "+".join(manifest.task_names)
 
 
 def _metrics_of(run: RunFolder, default_task: str) -> Iterable[tuple[str, str, dict[str, float], Predictions | None]]:
     """Task, split, finite metrics and predictions of each score in a result."""
-    outcomes: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        outcomes = read_json(run.folder / OUTCOMES)
+    outcomes = read_json(run.folder / OUTCOMES)
     for key, metrics in (run.result.get("metrics") or {}).items():
         task, _, split = key.rpartition("/")
         numbers = {
@@ -163,26 +159,26 @@ def _metrics_of(run: RunFolder, default_task: str) -> Iterable[tuple[str, str, d
 
 def trained_runs(runs: Iterable[RunFolder]) -> list[Trained]:
     """The last training of each artifact. A skipped run (already done) is represented by the one before it."""
+    trainings = [
+        (artifact_path(run), identity_config(run.config), run) for run in _with_artifact(runs, "stage1", "stage2")
+    ]
+    lookup = Lookup({artifact: flat for artifact, flat, _ in trainings})
     made: dict[tuple[str, str], Trained] = {}
-    trainings = [run for run in runs if run.command in ("stage1", "stage2") and "artifact" in run.result]
-    lookup = Lookup({artifact_path(run): identity_config(run.config) for run in trainings})
-    for run in trainings:
-        key = (artifact_path(run), json.dumps(identity_config(run.config), sort_keys=True, default=str))
+    for artifact, flat, run in trainings:
+        key = (artifact, key_of(flat))
         if not (run.skipped and key in made):
-            made[key] = _trained(run, lookup)
-    return list({artifact: one for (artifact, _), one in made.items()}.values())
+            made[key] = _trained(run, artifact, flat, lookup)
+    return list({one.artifact: one for one in made.values()}.values())
 
 
-def _trained(run: RunFolder, lookup: Lookup) -> Trained:
-    config, artifact = run.config, artifact_path(run)
-    tasks = config.get("tasks") or [config.get("task") or {}]
-    manifest = read_artifact(artifact)
-    flat, store = identity_config(config), Path(artifact).parent
+def _trained(run: RunFolder, artifact: str, flat: dict[str, Any], lookup: Lookup) -> Trained:
+    config, store, manifest = run.config, Path(artifact).parent, read_artifact(artifact)
     stored = {} if manifest is None else manifest.run.config
     if manifest is not None and {k: v for k, v in stored.items() if not k.startswith("inputs.")} == flat:
         settings = lookup.of_artifact(manifest, store)
     else:  # another run has replaced the artifact, or it was removed
         settings = lookup.of_run(flat, store, list(map(str, run.result.get("sources") or ())) or None)
+    tasks = config.get("tasks") or [config.get("task") or {}]
     limit = ((config.get("data") or {}).get("limit") or {}).get("train")
     return Trained(
         run=run,

@@ -8,27 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion.reporting.ablation import ablation
 from fusion.reporting.attention import Attention, layer_names
-from fusion.reporting.contents import Contents, costs, every_method
-from fusion.reporting.results import BASELINE, Group, Target
-from fusion.reporting.statistics import Difference
-from fusion.reporting.wording import chosen_setting, chosen_settings, file_name, score
+from fusion.reporting.contents import Contents, costs
+from fusion.reporting.inspections import ablation
+from fusion.reporting.scores import Trained
+from fusion.reporting.targets import BASELINE, Group, Target, every_method
+from fusion.reporting.wording import file_name, mean_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 _LATEX = {"±": r"$\pm$", "−": r"$-$", "←": r"$\leftarrow$", "·": r"$\cdot$", "<": r"$<$", ">": r"$>$"}
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would evaluate a text with such a prefix
-_COST = {
-    "parameters that train": "parameters",
-    "stored bytes": "bytes",
-    "seconds": "seconds",
-    "tokens per second": "tokens",
-    "peak memory bytes": "memory",
-    "energy (J)": "energy",
-}
 # Column names of the files.
+COST = ("parameters that train", "stored bytes", "seconds", "tokens per second", "peak memory bytes", "energy (J)")
 DIFFERENCES = (
     *("target", "method", "settings", "seeds", "mean", "sd", "difference", "low", "high", "p", "p (Holm)"),
     *("wins", "ties", "losses", "over", "not at equal budget", "pairs"),
@@ -37,7 +30,6 @@ ABLATION = (
     *("target", "method", "artifact", "source", "metric", "with it", "without it", "change", "low", "high"),
     "setting",
 )
-_DIFFERENCE = ("mean", "low", "high", "p", "adjusted", "wins", "ties", "losses", "unit")
 
 
 @dataclass(frozen=True)
@@ -87,20 +79,22 @@ def _escape_formula(value: Any) -> Any:
 
 def tables_of(contents: Contents) -> list[Table]:
     """Every table of the page."""
-    targets = contents.everything
-    settings = f"; {'; '.join(lines)}" if (lines := _chosen(targets)) else ""
-    caption = f"Mean and standard deviation over the seeds{settings}"
-    header = ("target", "metric", "split", *every_method(targets))
-    scores = table("scores", caption, header, (_scores(one, header[3:], lambda g: g.mean) for one in targets))
-    shown = table("scores", caption, header, (_scores(one, header[3:], score) for one in targets)).frame
-    groups = [(target, group) for target in contents.targets for group in target.every_group]
+    targets, methods = contents.everything, every_method(contents.everything)
+    chosen = [f"{one.label}, {line}" for one in targets for line in one.settings(methods)]
+    caption = "; ".join(["Mean and standard deviation over the seeds", *chosen])
+    header = ("target", "metric", "split", *methods)
+    means, shown = ([], [])
+    for one in targets:
+        of = [one.groups[method].scores if method in one.groups else None for method in methods]
+        means.append([one.label, one.metric, one.split, *(scores and statistics.fmean(scores) for scores in of)])
+        shown.append([one.label, one.metric, one.split, *(scores and mean_of(scores) for scores in of)])
     return [
-        Table("scores", caption, scores.frame, shown),
+        Table("scores", caption, table("", "", header, means).frame, table("", "", header, shown).frame),
         table(
             "differences",
             f"Differences to the {BASELINE}",
             DIFFERENCES,
-            (_difference(target, group) for target, group in groups),
+            (_difference(target, group) for target in contents.targets for group in target.every_group),
         ),
         table(
             "metrics",
@@ -108,7 +102,7 @@ def tables_of(contents: Contents) -> list[Table]:
             ("target", "split", "method", "settings", "seeds", "metric", "mean", "sd"),
             (row for target in targets for row in _metrics(target)),
         ),
-        *(_attention(one) for one in contents.attention),
+        *map(_attention, contents.attention),
         table(
             "needed",
             "Each source masked separately, without further training",
@@ -118,32 +112,18 @@ def tables_of(contents: Contents) -> list[Table]:
         table(
             "cost",
             "Cost, means over the seeds",
-            ("target", "method", "score", *_COST),
-            (
-                [one.label, row["method"], row["score"], *(row[key] for key in _COST.values())]
-                for one in targets
-                for row in costs(one)
-            ),
+            ("target", "method", "score", *COST),
+            ([one.label, *row.values()] for one in targets for row in costs(one)),
         ),
     ]
-
-
-def _chosen(targets: Sequence[Target]) -> list[str]:
-    return [f"{one.label}, {line}" for one in targets for line in chosen_settings(one, every_method(targets))]
-
-
-def _scores(target: Target, methods: Sequence[str], value: Any) -> list[Any]:
-    groups = [target.groups.get(method) for method in methods]
-    return [target.label, target.metric, target.split, *(None if one is None else value(one) for one in groups)]
 
 
 def _difference(target: Target, group: Group) -> list[Any]:
     start = [target.label, group.method, group.differing, len(group.scores), group.mean, group.deviation]
     unequal, d = "; ".join(group.unequal), group.difference
     if d is None:
-        return [*start, *[None] * len(_DIFFERENCE), unequal, None]
-    values = vars(d) | {"adjusted": group.adjusted}
-    return [*start, *(values[key] for key in _DIFFERENCE), unequal, d.pairs]
+        return [*start, *[None] * 9, unequal, None]
+    return [*start, d.mean, d.low, d.high, d.p, group.adjusted, d.wins, d.ties, d.losses, d.unit, unequal, d.pairs]
 
 
 def _metrics(target: Target) -> Iterable[list[Any]]:
@@ -160,17 +140,16 @@ def _metrics(target: Target) -> Iterable[list[Any]]:
 def _attention(one: Attention) -> Table:
     setting = f", {one.setting}" if one.setting else ""
     caption = f"Mean attention, {one.target} <- {one.method}, {one.runs} runs{setting}"
-    entropies = [None] * len(one.mean) if one.entropy is None else map(float, one.entropy)
-    rows = zip(layer_names(one.slots), one.mean, entropies, strict=True)
-    values = ([layer, *map(float, weights), entropy] for layer, weights, entropy in rows)
+    entropies = [None] * len(one.mean) if one.entropy is None else one.entropy.tolist()
+    rows = zip(layer_names(one.slots), one.mean.tolist(), entropies, strict=True)
+    values = ([layer, *weights, entropy] for layer, weights, entropy in rows)
     name = file_name("attention", one.target, one.method)
     return table(name, caption, ("layer", *one.sources, "entropy"), values)
 
 
-def _ablation(target: Target, method: str, trained: Any, inspection: dict[str, Any]) -> Iterable[list[Any]]:
+def _ablation(target: Target, method: str, trained: Trained, inspection: dict[str, Any]) -> Iterable[list[Any]]:
     metric, full = next(iter(inspection["metrics"].items()))
-    changes: dict[str, Difference] = ablation(inspection, metric)
-    for source, change in changes.items():
+    for source, change in ablation(inspection, metric).items():
         without = inspection["masked"][source]["metrics"][metric]
         names = [target.label, method, trained.name, source, metric, full, without, without - full]
-        yield [*names, change.low, change.high, chosen_setting(target.groups[method])]
+        yield [*names, change.low, change.high, target.groups[method].setting]

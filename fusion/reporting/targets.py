@@ -1,17 +1,23 @@
-"""The targets of all runs, the groups of seeds of each method on them, and their differences to the baseline."""
+"""Results by target and method: the groups of seeds of each method, and their differences to the baseline."""
 
 from __future__ import annotations
 
+import functools
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from fusion.reporting.reading import Found
-from fusion.reporting.results import BASELINE, Group, Target, order_of, text
-from fusion.reporting.scores import Score, all_scores
-from fusion.reporting.statistics import Sample, compare, constant_scores, holm
+from fusion.reporting.scores import Score, Trained, all_scores
+from fusion.reporting.statistics import LEVEL, Difference, Sample, compare, constant_scores, holm
 from fusion.store.settings_groups import differing, key_of
+from fusion.store.settings_groups import group as positions_of_equal
 
+BASELINE = "single adapter"
+_ORDER = ("head", "full fine-tuning", "LoRA", "BitFit", BASELINE, "alone", "fusion")
+_BUDGET = ("optim.", "trainer.", "data.", "loss.")  # prefixes of the settings that a training may spend
 _BUDGET_NAMES = {
     "optim.lr": "learning rate",
     "optim.head_lr": "head learning rate",
@@ -26,6 +32,162 @@ _BUDGET_NAMES = {
     "data.tokens_per_batch": "tokens per batch",
     "data.max_length": "maximum length",
 }
+
+
+@dataclass
+class Group:
+    """The runs of one method with one setting on one target: they differ in their seeds.
+
+    differing: the settings in which the method's groups differ. others: the number of other groups of the method.
+    chosen_on: the split whose scores select one of them. against: the baseline's group it is compared with.
+    difference: to that one. adjusted: its p-value after Holm. unequal: the differences in budget; if there are some,
+    the difference does not compare the methods alone.
+    """
+
+    method: str
+    entries: list[Score]
+    metric: str
+    differing: str
+    others: int
+    chosen_on: str = "validation"
+    against: Group | None = None
+    difference: Difference | None = None
+    adjusted: float | None = None
+    unequal: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return key_of(self.entries[0].variant)
+
+    @property
+    def anywhere(self) -> bool:
+        return any(entry.anywhere for entry in self.entries)
+
+    @functools.cached_property
+    def budget(self) -> dict[str, Any]:
+        """The budget of the training, by setting; empty if nothing was trained on the target."""
+        variant = {} if self.anywhere else self.entries[0].variant
+        return {key: value for key, value in variant.items() if key.startswith(_BUDGET)}
+
+    @property
+    def seeds(self) -> int:
+        return len({entry.seed for entry in self.entries})
+
+    @property
+    def fingerprints(self) -> dict[str, int]:
+        """The number of rows by the fingerprint of the rows that were scored, where it is known."""
+        kept = [entry.predictions for entry in self.entries if entry.predictions is not None]
+        return {one.fingerprint: len(one.labels) for one in kept}
+
+    def scores_by(self, metric: str) -> list[float]:
+        return [entry.metrics[metric] for entry in self.entries if metric in entry.metrics]
+
+    @property
+    def scores(self) -> list[float]:
+        return self.scores_by(self.metric)
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.scores)
+
+    @property
+    def deviation(self) -> float | None:
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
+
+    @property
+    def trained(self) -> list[Trained]:
+        return [entry.trained for entry in self.entries if entry.trained is not None]
+
+    @property
+    def title(self) -> str:
+        """The method, with its setting if it has more than one."""
+        return f"{self.method} ({self.differing})" if self.differing else self.method
+
+    @property
+    def setting(self) -> str:
+        """The setting that is shown where only one of the method's is; empty if the method has only one."""
+        if not self.others:
+            return ""
+        return f"setting {self.differing}, best on {self.chosen_on} of {self.others + 1} settings"
+
+    @property
+    def verdict(self) -> str:
+        """better, worse or same (no difference shown) after Holm's correction; unequal: budgets differ; "": not tested."""
+        if self.difference is None:
+            return ""
+        if self.unequal or self.adjusted is None:
+            return "unequal" if self.unequal else ""
+        if self.adjusted > 1 - LEVEL:
+            return "same"
+        return "better" if self.difference.mean > 0 else "worse"
+
+
+@dataclass
+class Target:
+    """A target task in one setting.
+
+    groups: the best group of each method on validation; variants: all groups of each method. constant: by metric, the
+    score of predicting the split's majority class (or mean) for every row; empty if unknown.
+    """
+
+    label: str
+    task: str
+    split: str
+    metric: str
+    rows: int | None
+    groups: dict[str, Group]
+    variants: dict[str, list[Group]]
+    constant: dict[str, float] = field(default_factory=dict)
+    majority: str = ""
+
+    @property
+    def every_group(self) -> list[Group]:
+        return [group for groups in self.variants.values() for group in groups]
+
+    @property
+    def selected_here(self) -> list[str]:
+        """What was selected by scores on the shown rows, which makes these scores optimistic."""
+        results = [
+            {} if entry.trained is None else entry.trained.run.result
+            for group in self.every_group
+            for entry in group.entries
+            if not entry.anywhere
+        ]
+        selected = []
+        if any(
+            self.split in {key.rpartition("/")[2] for key in result.get("metrics") or {}}
+            and result.get("best_epoch") is not None
+            and result.get("epochs") != 1
+            for result in results
+        ):
+            selected.append("the best epoch")
+        if any(group.others and self.split.startswith(group.chosen_on) for group in self.groups.values()):
+            selected.append("the best setting of a method")
+        return selected
+
+    @property
+    def metrics(self) -> list[str]:
+        """Every metric of its results, the main one first."""
+        names = (name for group in self.every_group for entry in group.entries for name in entry.metrics)
+        return list(dict.fromkeys([self.metric, *names]))
+
+    def settings(self, methods: Sequence[str]) -> list[str]:
+        """For those of the methods with more than one setting, which one is shown."""
+        groups = [self.groups[method] for method in dict.fromkeys(methods) if method in self.groups]
+        return [f"{group.method}: {group.setting}" for group in groups if group.setting]
+
+
+def order_of(method: str) -> tuple[int, str]:
+    """The order of methods in tables."""
+    if method.endswith(" alone"):
+        return _ORDER.index("alone"), method
+    matches = (n for n, name in enumerate(_ORDER) if method == name or method.startswith(f"{name} "))
+    return next(matches, len(_ORDER)), method
+
+
+def every_method(targets: Sequence[Target]) -> list[str]:
+    """All methods of all targets, in one order."""
+    return sorted({method for target in targets for method in target.groups}, key=order_of)
 
 
 def targets_of(found: Found, split: str | None = None) -> list[Target]:
@@ -66,17 +228,17 @@ def _target(task: str, label: str, scores: Sequence[Score], split: str | None) -
     if not here:
         return None
     methods = sorted({score.method for score in here}, key=order_of)
-    variants = {name: _variants(name, [one for one in here if one.method == name], metric) for name in methods}
+    variants = {name: _variants([one for one in here if one.method == name], metric) for name in methods}
     for found in variants.values():
         _best_first(found, scores, split)
-    rows = {len(one.predictions.labels) for one in here if one.predictions is not None}
     groups = {method: found[0] for method, found in variants.items()}
+    labels = {one.predictions.fingerprint: one.predictions.labels for one in here if one.predictions is not None}
+    rows = set(map(len, labels.values()))
     target = Target(label, task, split, metric, rows.pop() if len(rows) == 1 else None, groups, variants)
     if (base := groups.get(BASELINE)) is not None:
-        for group in target.every_group:
-            if group is not base:
-                _compare(group, base, variants)
-    labels = {one.predictions.fingerprint: one.predictions.labels for one in here if one.predictions is not None}
+        for one in target.every_group:
+            if one is not base:
+                _compare(one, base, variants)
     if len(labels) == 1:  # all scores are of the same rows
         target.majority, target.constant = constant_scores(next(iter(labels.values())), target.metrics)
     return target
@@ -84,32 +246,44 @@ def _target(task: str, label: str, scores: Sequence[Score], split: str | None) -
 
 def _common_split(scores: Sequence[Score]) -> str:
     """The split on which most methods have a score; of equals, one that did not select the best epoch."""
-    methods: dict[str, set[str]] = {}
+    methods = defaultdict(set)
     for score in scores:
-        methods.setdefault(score.split, set()).add(score.method)
+        methods[score.split].add(score.method)
     return max(methods, key=lambda split: (len(methods[split]), split.startswith("test"), split))
 
 
-def _variants(method: str, scores: Sequence[Score], metric: str) -> list[Group]:
-    """A group for each setting of the method; the last run of a seed with the same sources counts."""
-    by_setting: dict[str, dict[Any, Score]] = {}
-    for score in scores:
-        by_setting.setdefault(key_of(score.variant), {})[score.seed, score.inputs] = score
-    groups = [Group(method, [of[key] for key in sorted(of)], metric) for of in by_setting.values()]
-    for group, settings in zip(groups, differing([one.entries[0].variant for one in groups]), strict=True):
-        group.differing = ", ".join(f"{key}={text(value)}" for key, value in _brief(settings).items())
-    return groups
+def _variants(scores: Sequence[Score], metric: str) -> list[Group]:
+    """A group for each setting of a method; the last run of a seed with the same sources counts."""
+    by_setting = [[scores[n] for n in places] for places in positions_of_equal(score.variant for score in scores)]
+    variants = []
+    for of, settings in zip(by_setting, differing([of[0].variant for of in by_setting]), strict=True):
+        last = {(score.seed, score.inputs): score for score in of}
+        names = ", ".join(f"{key}={_text(value)}" for key, value in _brief(settings).items())
+        variants.append(Group(of[0].method, [last[key] for key in sorted(last)], metric, names, len(by_setting) - 1))
+    return variants
+
+
+def _text(value: Any) -> str:
+    """A setting's value."""
+    return "null" if value is None else "+".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _brief(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Only the names of multiple tasks, without the settings that follow from them."""
+    names = [value for key, value in settings.items() if key.startswith("tasks.") and key.endswith(".name")]
+    rest = {key: value for key, value in settings.items() if not key.startswith("tasks.")}
+    return {"tasks": names} | rest if names else dict(settings)
 
 
 def _best_first(groups: list[Group], scores: Sequence[Score], split: str) -> None:
     """Put the group with the best validation score first; if one is unknown, the best on the shown split."""
     choosing = [_validation_score(group, scores) for group in groups]
     known = [score for score in choosing if score is not None]
-    used = known if len(known) == len(groups) else [group.mean for group in groups]
-    for group in groups:
-        group.others = len(groups) - 1
-        group.chosen_on = "validation" if used is known else split
-    best = groups[used.index(max(used))]
+    if len(known) < len(groups):
+        known = [group.mean for group in groups]
+        for group in groups:
+            group.chosen_on = split
+    best = groups[known.index(max(known))]
     groups.sort(key=lambda group: group is not best)
 
 
@@ -119,13 +293,6 @@ def _validation_score(group: Group, scores: Sequence[Score]) -> float | None:
     validation = [one for one in scores if id(one.run) in runs and one.split.startswith("validation")]
     own = [one.metrics[group.metric] for one in validation if group.metric in one.metrics]
     return statistics.fmean(own) if own else None
-
-
-def _brief(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Only the names of multiple tasks, without the settings that follow from them."""
-    names = [value for key, value in settings.items() if key.startswith("tasks.") and key.endswith(".name")]
-    rest = {key: value for key, value in settings.items() if not key.startswith("tasks.")}
-    return {"tasks": names} | rest if names else dict(settings)
 
 
 def _compare(group: Group, base: Group, variants: Mapping[str, Sequence[Group]]) -> None:
@@ -158,20 +325,18 @@ def _compare(group: Group, base: Group, variants: Mapping[str, Sequence[Group]])
     group.difference = compare(ones, base_ones, group.metric, by_seed)
 
 
-def _other_rows(group: Group, against: Group) -> tuple[str, ...]:
+def _other_rows(group: Group, against: Group) -> list[str]:
     """How the scored rows of two groups differ; empty if they share some, or if it is unknown."""
     ones, others = group.fingerprints, against.fingerprints
     if not ones or not others or ones.keys() & others.keys():
-        return ()
-    counts = [" or ".join(map(str, sorted(set(rows.values())))) for rows in (ones, others)]
-    if counts[0] == counts[1]:
-        return (f"scored on other {counts[0]} rows",)
-    return (f"scored on {counts[0]} rows against {counts[1]}",)
+        return []
+    count, other = (" or ".join(map(str, sorted(set(rows.values())))) for rows in (ones, others))
+    return [f"scored on other {count} rows" if count == other else f"scored on {count} rows against {other}"]
 
 
 def _budget_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return [
-        f"{_BUDGET_NAMES.get(key, key)} {text(one.get(key))} against {text(other.get(key))}"
+        f"{_BUDGET_NAMES.get(key, key)} {_text(one.get(key))} against {_text(other.get(key))}"
         for key in sorted({*one, *other}, key=lambda key: (key not in _BUDGET_NAMES, key))
         if one.get(key) != other.get(key)
     ]

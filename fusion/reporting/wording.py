@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from fusion.reporting.results import BASELINE, Group, Target
+import numpy as np
+
 from fusion.reporting.statistics import Difference
+from fusion.reporting.targets import Group, Target
 from fusion.store.listing import as_bytes
-
-
-def score(group: Group) -> str:
-    return mean_of(group.scores)
 
 
 def mean_of(values: Sequence[float]) -> str:
     """Mean and, for more than one value, the standard deviation."""
-    import numpy as np
-
     deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
     return f"{np.mean(values):.3f}{deviation}"
 
@@ -33,9 +29,8 @@ def signed(value: float, digits: int = 3) -> str:
 def seeds(group: Group) -> str:
     """The number of runs that a mean is over."""
     runs, different = len(group.entries), group.seeds
-    if runs == different:
-        return f"{runs} seed{'s' * (runs != 1)}"
-    return f"{runs} runs of {different} seed{'s' * (different != 1)}"
+    counted = f"{different} seed{'s' * (different != 1)}"
+    return counted if runs == different else f"{runs} runs of {counted}"
 
 
 def common_seeds(group: Group) -> str:
@@ -46,30 +41,6 @@ def common_seeds(group: Group) -> str:
     if pairs in (0, max(len(group.entries), len(group.against.entries))):
         return ""
     return f"of the {pairs} common seeds" if pairs > 1 else "of the one common seed"
-
-
-def against(target: Target, group: Group) -> str:
-    """The baseline's setting that a group is compared with, unless it is the best one."""
-    other = group.against
-    return "" if other is None or other is target.groups[BASELINE] else other.differing
-
-
-def titled(group: Group) -> str:
-    """The method, with its setting if it has more than one."""
-    return f"{group.method} ({group.differing})" if group.differing else group.method
-
-
-def chosen_setting(group: Group) -> str:
-    """The setting of a method that is shown where only one is; empty if the method has only one."""
-    if not group.others:
-        return ""
-    return f"setting {group.differing}, best on {group.chosen_on} of {group.others + 1} settings"
-
-
-def chosen_settings(target: Target, methods: Iterable[str]) -> list[str]:
-    """For methods with more than one setting, which one a figure shows."""
-    groups = [target.groups[method] for method in dict.fromkeys(methods) if method in target.groups]
-    return [f"{group.method}: {setting}" for group in groups if (setting := chosen_setting(group))]
 
 
 def interval(difference: Difference | None, digits: int = 3) -> str | None:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from fusion.cli.console import show_table
 from fusion.cli.program import run_program
@@ -48,20 +47,19 @@ def work(words: Sequence[str]) -> int:
     from pipelines.compare.table import notes, terminal_table, write
     from pipelines.compare.workflow import Workflow
 
-    compared = Workflow(comparison).run()
-    files: list[Path] = []
+    compared = Workflow(comparison)
+    compared.run()
+    files = []
     if compared.rows:  # otherwise the results of an earlier run are kept
-        files = write(comparison, compared)
+        files = write(compared)
         say(f"\n{comparison.target}: {len(compared.rows)} methods\n")
         show_table(terminal_table(compared.rows))
-        say("")
-        for note in notes(comparison, compared):
-            say(note)
+        say("\n".join(["", *notes(compared)]))
     if compared.failures:
         say(f"\nFailed ({len(compared.failures)}):")
         for failure in compared.failures:
-            say(f"  {failure.id}, {failure.what}: {failure.reason}")
-        if any("the store has another" in failure.reason for failure in compared.failures):
+            say("  {id}, {what}: {reason}".format_map(failure))
+        if any("the store has another" in failure["reason"] for failure in compared.failures):
             say("The stored artifacts were trained with other settings: output=ANOTHER keeps both comparisons.")
     if files:
         say(f"\nResults: {', '.join(map(str, files))}")

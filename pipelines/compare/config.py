@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from fusion.cli.config_sources import conf_folder, keys_of, user_conf_folders
 from fusion.config.fields import MAX_SEED, Settings, checked, integer
@@ -34,13 +35,11 @@ BUDGET = {
 UNFIT_IN_A_PATH = set(",=[]{}()'\"$\\")
 
 
-def _each(default: list[float], least: float, most: float, expected: str) -> list[float]:
-    values: list[float] = checked(
-        default,
-        lambda values: 0 < len(values) == len(set(values)) and all(least <= value <= most for value in values),
-        expected,
-    )
-    return values
+def _each(default: list[Any], least: float, most: float, expected: str) -> Any:
+    def fits(values: list[Any]) -> bool:
+        return 0 < len(values) == len(set(values)) and all(least <= value <= most for value in values)
+
+    return checked(default, fits, f"{expected}, each once")
 
 
 @dataclass
@@ -50,11 +49,11 @@ class CompareConfig(Settings):
         [], lambda ids: len(ids) == len(set(ids)) and set(ids) <= set(IDS), f"some of {', '.join(IDS)}, each once"
     )
     equal_budget: bool = True
-    rates: list[float] = _each([5e-5, 5e-4, 5e-3], 5e-324, 1e3, "numbers above 0 and at most 1000, each once")
+    rates: list[float] = _each([5e-5, 5e-4, 5e-3], 5e-324, 1e3, "numbers above 0 and at most 1000")
     epochs: int = integer(5, 1)
     batch_size: int = integer(16, 1)
     patience: int | None = integer(3, 1, null="no early stopping")
-    seeds: list[int] = _each([0], 0, MAX_SEED, f"whole numbers from 0 to {MAX_SEED}, each once")  # type: ignore[assignment]
+    seeds: list[int] = _each([0], 0, MAX_SEED, f"whole numbers from 0 to {MAX_SEED}")
     source_rows: int = integer(1000, 1)  # of each source, and of each task of a multi-task row
     source_epochs: int = integer(2, 1)
     output: str | None = checked(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -12,10 +12,9 @@ from typing import Any
 
 from fusion.files import write_atomic, write_json
 from fusion.store.listing import as_bytes
-from pipelines.compare.config import Comparison
 from pipelines.compare.rows import GROUPS, MULTITASK
 from pipelines.compare.scores import RowResult
-from pipelines.compare.workflow import Compared
+from pipelines.compare.workflow import Workflow
 
 NONE = "–"
 
@@ -38,19 +37,25 @@ def cells(row: RowResult) -> list[str]:
     ]
 
 
+def by_group(rows: Sequence[RowResult]) -> Iterator[tuple[str, list[RowResult]]]:
+    """The rows of each group that has some."""
+    for group in GROUPS:
+        if own := [row for row in rows if row.group == group]:
+            yield group, own
+
+
 def terminal_table(rows: Sequence[RowResult]) -> list[list[str]]:
     """The table with a heading for each group."""
     columns = header(rows)
     lines = [["", *columns]]
-    for group in GROUPS:
-        own = [[f"  {row.id}", *cells(row)] for row in rows if row.group == group]
-        lines += [[group, *[""] * len(columns)], *own] if own else []
+    for group, own in by_group(rows):
+        lines += [[group, *[""] * len(columns)], *([f"  {row.id}", *cells(row)] for row in own)]
     return lines
 
 
-def notes(comparison: Comparison, compared: Compared) -> list[str]:
+def notes(compared: Workflow) -> list[str]:
     """How the scores and costs were measured, and what they do not show."""
-    config, metric = comparison.config, compared.rows[0].main_metric
+    config, metric = compared.comparison.config, compared.rows[0].main_metric
     rates = ", ".join(f"{rate:g}" for rate in config.rates)
     patience = "without early stopping" if config.patience is None else f"patience {config.patience}"
     if config.equal_budget:
@@ -75,14 +80,12 @@ def notes(comparison: Comparison, compared: Compared) -> list[str]:
             "the validation examples that are scored, so the scores are optimistic."
         ]
     seeds = ", ".join(map(str, config.seeds))
-    several = len(config.seeds) > 1
-    found.append(
-        f"Seeds {seeds}: mean ± standard deviation."
-        if several
-        else f"One seed, {seeds}: small differences may be chance."
-    )
+    if len(config.seeds) > 1:
+        found.append(f"Seeds {seeds}: mean ± standard deviation.")
+    else:
+        found.append(f"One seed, {seeds}: small differences may be chance.")
     budget = f"up to {config.source_rows} examples of each task, epochs {config.source_epochs}"
-    if comparison.need_sources:
+    if compared.comparison.need_sources:
         found.append(
             f"Sources {', '.join(config.sources)}: {budget}, learning rate 0.0005, trained once for all rows and seeds."
         )
@@ -100,20 +103,17 @@ def notes(comparison: Comparison, compared: Compared) -> list[str]:
     return found
 
 
-def markdown(comparison: Comparison, compared: Compared) -> str:
+def markdown(compared: Workflow) -> str:
     """The table with its notes, the failures, and the commands of every row."""
-    lines = [f"# {comparison.target}: {len(compared.rows)} methods", ""]
-    if compared.rows:
-        columns = header(compared.rows)
-        lines += [f"| | | {' | '.join(columns)} |", f"|---|---|{'---:|' * len(columns)}"]
-        for group in GROUPS:
-            own = [row for row in compared.rows if row.group == group]
-            lines += [f"| **{group}** | | {' | '.join('' for _ in columns)} |"] if own else []
-            lines += [f"| `{row.id}` | {row.title} | {' | '.join(cells(row))} |" for row in own]
-        lines += ["", *(f"- {note}" for note in notes(comparison, compared)), ""]
+    columns = header(compared.rows)
+    lines = [f"# {compared.comparison.target}: {len(compared.rows)} methods", ""]
+    lines += [f"| | | {' | '.join(columns)} |", f"|---|---|{'---:|' * len(columns)}"]
+    for group, own in by_group(compared.rows):
+        lines.append(f"| **{group}** | | {' | '.join('' for _ in columns)} |")
+        lines += [f"| `{row.id}` | {row.title} | {' | '.join(cells(row))} |" for row in own]
+    lines += ["", *(f"- {note}" for note in notes(compared)), ""]
     if compared.failures:
-        lines += ["## Failed", ""]
-        lines += [f"- `{f.id}`, {f.what}: {f.reason}" for f in compared.failures] + [""]
+        lines += ["## Failed", "", *map("- `{id}`, {what}: {reason}".format_map, compared.failures), ""]
     lines += ["## Commands", ""]
     if compared.source_commands:
         lines += ["Sources:", "", "```", *compared.source_commands, "```", ""]
@@ -122,41 +122,41 @@ def markdown(comparison: Comparison, compared: Compared) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def as_json(comparison: Comparison, compared: Compared) -> dict[str, Any]:
+def as_json(compared: Workflow) -> dict[str, Any]:
     rows = []
     for row in compared.rows:
         spread = {m: stdev(values) if len(values) > 1 else None for m, values in row.scores.items()}
         mean = {metric: fmean(values) for metric, values in row.scores.items()}
         rows.append(asdict(row) | {"mean": mean, "deviation": spread})
     return {
-        "target": comparison.target,
-        "config": asdict(comparison.config),
-        "words": list(comparison.words),
+        "target": compared.comparison.target,
+        "config": asdict(compared.comparison.config),
+        "words": list(compared.comparison.words),
         "rows": rows,
-        "failures": [asdict(failure) for failure in compared.failures],
+        "failures": compared.failures,
         "inference": compared.inference,
         "source_commands": compared.source_commands,
-        "notes": notes(comparison, compared),
+        "notes": notes(compared),
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in ("torch", "transformers")},
     }
 
 
-def write(comparison: Comparison, compared: Compared) -> list[Path]:
+def write(compared: Workflow) -> list[Path]:
     """Write table.md, results.json, picture.png and picture.svg; returns the first three of these that exist."""
     from fusion.reporting.figures import cost_figure, save
 
-    folder = comparison.output
+    folder = compared.comparison.output
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "table.md", markdown(comparison, compared))
-    write_json(folder / "results.json", as_json(comparison, compared))
     files = [folder / "table.md", folder / "results.json"]
+    write_atomic(files[0], markdown(compared))
+    write_json(files[1], as_json(compared))
     points = [
         {"method": row.id, "score": row.score, "parameters": row.trainable, "seconds": row.seconds}
         for row in compared.rows
         if row.trainable
     ]
     if points:
-        figure = cost_figure(points, comparison.target, compared.rows[0].main_metric)
+        figure = cost_figure(points, compared.comparison.target, compared.rows[0].main_metric)
         files.append(save(figure, folder, "picture")[0])
     return files

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,42 +24,27 @@ REFUSED = 2  # exit code
 JOB = re.compile(r"^job \d+ \(.*?\): ")  # the job at which a sweep was refused
 
 
-@dataclass(frozen=True)
-class Failure:
-    """id: of a row or a source. what: "row", "source", or the part that failed. reason: one line."""
+class Workflow:
+    """One comparison, step by step, and its results.
 
-    id: str
-    what: str
-    reason: str
-
-
-@dataclass
-class Compared:
-    """The results of a comparison.
-
-    inference: the bare backbone's times and how they were measured; empty: not timed.
-    notes: what else the reader of the table has to know.
-    source_commands: the command that trained each source, from its manifest.
+    Attributes:
+        failures: of each, `id` (a row or a source), `what` ("row", "source" or the part that failed) and `reason`.
+        inference: the bare backbone's times and how they were measured; empty: not timed.
+        notes: what else the reader of the table has to know.
+        source_commands: the command that trained each source, from its manifest.
     """
 
-    rows: list[RowResult] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
-    inference: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    source_commands: list[str] = field(default_factory=list)
-
-
-class Workflow:
-    """One comparison, step by step."""
-
     def __init__(self, comparison: Comparison) -> None:
-        self.comparison = comparison
+        self.comparison, self.store = comparison, comparison.store
         self.sources = comparison.config.sources
-        self.store = comparison.store
-        self.compared = Compared()
-        self.dropped: list[str] | None = None  # the sources with AdapterDrop, once they were trained
+        self.dropped: list[str] = []  # the sources with AdapterDrop, if a row needs them
+        self.rows: list[RowResult] = []
+        self.failures: list[dict[str, str]] = []
+        self.inference: dict[str, Any] = {}
+        self.notes: list[str] = []
+        self.source_commands: list[str] = []
 
-    def run(self) -> Compared:
+    def run(self) -> None:
         """Run the commands, which skip what is stored, and collect the results.
 
         Raises:
@@ -83,21 +68,19 @@ class Workflow:
                 self.run_row(row)
             except (UserError, KeyError) as error:  # a damaged or incomplete manifest
                 self.fail(row.id, "row", describe(error))
-        self.compared.rows.sort(key=lambda result: GROUPS.index(result.group))
-        sources = [*(self.sources if self.comparison.need_sources else []), *(self.dropped or [])]
-        self.compared.source_commands = [
+        self.rows.sort(key=lambda result: GROUPS.index(result.group))
+        sources = [*(self.sources if self.comparison.need_sources else []), *self.dropped]
+        self.source_commands = [
             typed("fusion.stage1", [word.replace("\\", "") for word in self.manifest(source).run.overrides])
             for source in self.stored(sources)
         ]
-        if self.compared.rows:
+        if self.rows:
             say("\ninference")
             self.time_inference()
-        return self.compared
 
     def fail(self, id: str, what: str, reason: str) -> None:
-        failure = Failure(id, what, one_line(reason))
-        self.compared.failures.append(failure)
-        say(f"FAILED {failure.id}, {failure.what}: {failure.reason}")
+        self.failures.append({"id": id, "what": what, "reason": one_line(reason)})
+        say("FAILED {id}, {what}: {reason}".format_map(self.failures[-1]))
 
     def stored(self, artifacts: Sequence[str]) -> list[str]:
         """Those of the artifacts that are stored."""
@@ -118,14 +101,12 @@ class Workflow:
                 raise SystemExit(REFUSED)
 
     def dropped_sources(self) -> list[str]:
-        """The names of the sources with AdapterDrop; missing ones are trained the first time."""
+        """The names of the sources with AdapterDrop; missing ones are trained."""
         tasks, half = self.source_tasks(), self.half()
-        dropped = [f"{task}-dropped" for task in tasks]
-        if self.dropped is None:
-            self.dropped = dropped
-            missing = [task for task in tasks if not self.stored([f"{task}-dropped"])]
-            self.train_sources(source_trainings(self.comparison, missing, drop=half))
-        return self.available(dropped)
+        self.dropped = [f"{task}-dropped" for task in tasks]
+        missing = [task for task in tasks if not self.stored([f"{task}-dropped"])]
+        self.train_sources(source_trainings(self.comparison, missing, drop=half))
+        return self.available(self.dropped)
 
     def available(self, sources: list[str]) -> list[str]:
         if missing := set(sources) - set(self.stored(sources)):
@@ -155,9 +136,7 @@ class Workflow:
             trained = manifest.run.config
             others = [f"{key}={trained.get(key)}" for key in expected if trained.get(key) != expected[key]]
             if others:
-                self.compared.notes.append(
-                    f"Source {source} was stored before, with other settings: {', '.join(others)}."
-                )
+                self.notes.append(f"Source {source} was stored before, with other settings: {', '.join(others)}.")
 
     # --- rows -----------------------------------------------------------------------------------------
 
@@ -175,7 +154,7 @@ class Workflow:
         if result is None:
             self.fail(row.id, "row", next(iter(reasons.values()), "its command stored nothing"))
             return
-        self.compared.rows.append(result)
+        self.rows.append(result)
         for rate, artifacts in training.artifacts.items():
             for seed, name in zip(self.comparison.config.seeds, artifacts, strict=True):
                 if name in reasons:
@@ -198,7 +177,7 @@ class Workflow:
 
     def best_of(self, id: str) -> str:
         """The name of a row's artifacts with its best rate, for every seed."""
-        for result in self.compared.rows:
+        for result in self.rows:
             if result.id == id:
                 return artifact_name(self.comparison, id, result.rate)
         raise UserError(f"made from {id}, which failed")
@@ -241,7 +220,7 @@ class Workflow:
     def time_inference(self) -> None:
         """Time the best artifact of every row in one process, unless the stored times are of the same artifacts."""
         file = self.comparison.output / "inference.json"
-        by_artifact = {result.artifacts[0]: result for result in self.compared.rows}
+        by_artifact = {result.artifacts[0]: result for result in self.rows}
         hashes = {name: self.manifest(name).hash for name in by_artifact}
         timed = read_json(file)
         if {name: entry.get("hash") for name, entry in timed.get("artifacts", {}).items()} == hashes:
@@ -258,7 +237,7 @@ class Workflow:
             if outcome.code != 0 or not timed:
                 self.fail("inference", "all rows", reason_of(outcome))
                 return
-        self.compared.inference = {key: value for key, value in timed.items() if key != "artifacts"}
+        self.inference = {key: value for key, value in timed.items() if key != "artifacts"}
         for name, result in by_artifact.items():
             if "error" in timed["artifacts"][name]:
                 self.fail(result.id, "inference", timed["artifacts"][name]["error"])

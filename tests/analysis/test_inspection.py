@@ -20,8 +20,7 @@ from fusion.config.commands import InspectConfig
 from fusion.config.compositions import CompositionConfig
 from fusion.errors import UserError
 from fusion.model.source_attention import AttentionSums
-from fusion.reporting.ablation import ablation
-from fusion.reporting.packing import pack, unpack
+from fusion.reporting.inspections import ablation, pack, unpack
 from tests.bench import Bench
 
 KEYS = {

@@ -616,6 +616,12 @@ def result(id: str, group: str, *scores: float, **changes: Any) -> RowResult:
     return RowResult(**(values | changes))
 
 
+def compared_of(rows: list[RowResult], *arguments: str) -> Workflow:
+    compared = Workflow(compare_of(*arguments))
+    compared.rows = rows
+    return compared
+
+
 def test_the_table_is_grouped() -> None:
     none = {"rate": None, "trainable": 0, "seconds_per_step": None, "inference": None}
     rows = [
@@ -634,8 +640,9 @@ def test_the_table_is_grouped() -> None:
 def test_notes() -> None:
     grid = {"5e-05": {"accuracy": 0.5}, "0.005": {"accuracy": 0.6}}
     rows = [result("head", SINGLE, 0.6, rate=0.005, grid=grid), result("lora", SINGLE, 0.6, rate=5e-4, grid=grid)]
-    compared = workflow.Compared(rows=rows, notes=["Mind the gap."])
-    text = " ".join(notes(compare_of(), compared))
+    compared = compared_of(rows)
+    compared.notes = ["Mind the gap."]
+    text = " ".join(notes(compared))
     for part in (
         "epochs 5, batch size 16, patience 3, the best of the learning rates 5e-05, 0.0005, 0.005 by accuracy",
         "all scores are optimistic",
@@ -648,17 +655,16 @@ def test_notes() -> None:
     assert "Inference" not in text and "Multi-task" not in text
     bare: dict[str, Any] = {"rows": [32, 8], "tokens": [64, 20], "rounds": 7, "threads": 2, "device": "cpu"}
     compared.inference = bare | {"bare_seconds": 0.1}
-    last = notes(compare_of(), compared)[-1]
+    last = notes(compared)[-1]
     assert "(100 ms, cpu, threads: 2), the median of 7" in last
     assert "32 × 64, 8 × 20 examples × tokens" in last
-    own = " ".join(notes(compare_of("equal_budget=false", "seeds=[1,2]"), compared))
+    own = " ".join(notes(compared_of(rows, "equal_budget=false", "seeds=[1,2]")))
     assert "own defaults" in own and "Seeds 1, 2: mean ± standard deviation." in own
 
 
 def test_the_figure_is_omitted_if_nothing_was_trained(tmp_path: Path) -> None:
-    compared = workflow.Compared(rows=[result("pruned", COMPOSITIONS, 0.5, trainable=0, inference=None)])
-    written = write(compare_of(f"output={tmp_path}"), compared)
-    assert [file.name for file in written] == ["table.md", "results.json"]
+    rows = [result("pruned", COMPOSITIONS, 0.5, trainable=0, inference=None)]
+    assert [file.name for file in write(compared_of(rows, f"output={tmp_path}"))] == ["table.md", "results.json"]
 
 
 # --- inference ------------------------------------------------------------------------------------

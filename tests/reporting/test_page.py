@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 
 from fusion.errors import UserError
-from fusion.reporting import page, sections, tables
-from fusion.reporting.ablation import is_complete
+from fusion.reporting import page, tables
 from fusion.reporting.attention import Attention, by_target, layer_names
-from fusion.reporting.contents import Contents, contents_of
+from fusion.reporting.contents import Contents
 from fusion.reporting.curves import POINTS, curves_of, history_of
-from fusion.reporting.packing import pack
+from fusion.reporting.inspections import is_complete, pack
 from fusion.reporting.page import write_files
 from fusion.reporting.reading import read_runs
 from fusion.reporting.scores import trained_runs
@@ -78,7 +77,7 @@ def inspection(**changes: Any) -> dict[str, Any]:
 def contents(tmp_path: Path, inspected: dict[str, Any] | None = None) -> Contents:
     found = read_runs([tmp_path / "runs"])
     targets = targets_of(found)
-    made = contents_of(found, targets)
+    made = Contents(found, targets)
     if inspected is not None:
         target = targets[0]
         method = next(method for method in target.groups if method.startswith("fusion"))
@@ -172,7 +171,7 @@ def test_figures_name_the_chosen_setting(tmp_path: Path, write: Write) -> None:
     named = "setting optim.lr=0.1, best on validation of 3 settings"
     made = contents(tmp_path, inspection())
     assert [one.setting for one in made.attention] == [named]
-    assert sections.inspected(*made.inspected[0])["setting"] == named
+    assert page.inspected(*made.inspected[0])["setting"] == named
     text = written(made, tmp_path)
     for section, count in (("listened", 2), ("words", 1), ("needed", 1)):
         content = text[text.index(f'<section id="{section}">') :].partition("</section>")[0]
@@ -212,7 +211,7 @@ def test_optimistic_scores_have_one_note(tmp_path: Path, write: Write) -> None:
     result = {"hash": None, "name": "a"}
     write(command="evaluate", split="test", score=0.7, artifact="a", result=result)
     found = read_runs([tmp_path / "runs"])
-    assert 'id="optimistic"' not in written(contents_of(found, targets_of(found, "test")), tmp_path)
+    assert 'id="optimistic"' not in written(Contents(found, targets_of(found, "test")), tmp_path)
 
 
 def test_ablation_has_color_only_if_conclusive(tmp_path: Path, write: Write) -> None:
@@ -231,7 +230,7 @@ def test_ablation_has_color_only_if_conclusive(tmp_path: Path, write: Write) -> 
     inspected = inspection(metrics={"accuracy": 1.0}, labels=labels, predicted=labels, masked=masked, rows=100)
     target = contents(tmp_path).targets[0]
     trained = target.groups["fusion of 2"].trained[0]
-    changes = sections.inspected(target, "fusion of 2", trained, inspected)["changes"]
+    changes = page.inspected(target, "fusion of 2", trained, inspected)["changes"]
     assert {name: change.conclusive for name, change in changes.items()} == {
         **{"much": True, "little": False, "unknown": False}
     }
@@ -293,7 +292,7 @@ def test_only_web_addresses_are_links(tmp_path: Path, write: Write) -> None:
     for url, expected in (("javascript:alert(1)", 0), ("https://wandb.ai/x", 1)):
         for entry in (entry for group in target.every_group for entry in group.entries):
             object.__setattr__(entry.trained, "manifest", _Tracked(url))
-            links = sections.links(entry, tmp_path / "report.html")
+            links = page.links(entry, tmp_path / "report.html")
             assert list(links.values()).count(url) == expected and len(links) == 1 + expected
 
 

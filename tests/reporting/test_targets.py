@@ -9,9 +9,8 @@ import pytest
 
 from fusion.errors import UserError
 from fusion.reporting.reading import read_runs
-from fusion.reporting.results import Target
 from fusion.reporting.statistics import Difference
-from fusion.reporting.targets import targets_of
+from fusion.reporting.targets import Target, targets_of
 from tests.reporting.conftest import Write
 
 
