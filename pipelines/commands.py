@@ -1,4 +1,4 @@
-"""What the workflows share: their settings, running the project's commands, and reading what these have stored."""
+"""Shared by the workflows: parsing their settings, running the project's commands and reading stored manifests."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ from fusion.text import hydra_value, quoted
 
 Config = TypeVar("Config")
 ROOT = Path(__file__).resolve().parent.parent
-# Exit codes of a command that was interrupted or terminated; below 0 where the signal killed it.
+# Exit codes of a command that was interrupted or terminated; negative if the signal killed it.
 INTERRUPTED = {130: 130, 143: 143} | {-n: 130 if n == signal.SIGINT else 143 for n in SIGNALS}
 
 
 def say(text: str) -> None:
-    """Print at once: the commands write to the same terminal."""
+    """Print and flush, since the commands write to the same terminal."""
     print(text, flush=True)
 
 
 def distinct(default: list[Any], at_least: int = 1) -> Any:
-    """A setting that is a list of different values."""
+    """A setting that is a list of distinct values."""
     return checked(
         default,
         lambda values: at_least <= len(values) == len(set(values)),
-        f"at least {at_least} value{'s' * (at_least != 1)}, each once",
+        f"at least {at_least} distinct value{'s' * (at_least != 1)}",
     )
 
 
 def run_workflow(schema: type[Config], words: Sequence[str] | None, work: Callable[[Config], int | None]) -> int:
-    """Run a workflow with the settings of the command line; returns the exit code.
+    """Run a workflow with the settings of the command line and return the exit code.
 
     Args:
-        words: None: those that this process was started with.
+        words: the arguments; if `None`, those of this process.
     """
     defaults = OmegaConf.to_yaml(OmegaConf.structured(schema))
     usage = f"{sys.modules[schema.__module__].__doc__}\nKEY=VALUE, with these defaults:\n\n{defaults}"
@@ -56,13 +56,13 @@ def run_workflow(schema: type[Config], words: Sequence[str] | None, work: Callab
 
 
 def read_config(schema: type[Config], words: Sequence[str]) -> Config:
-    """`labels=300 seed=1` as an object of a dataclass.
+    """Parse arguments such as `labels=300 seed=1` into an instance of `schema`.
 
     Raises:
-        UserError: an unknown key, or a value of the wrong type or out of range.
+        UserError: if a key is unknown, or a value has the wrong type or is out of range.
     """
     keys = {f.name: hydra_value(default_of(f)) for f in fields(schema)}  # type: ignore[arg-type]
-    last = {word.partition("=")[0]: word for word in words}  # of a repeated key the last one counts
+    last = {word.partition("=")[0]: word for word in words}  # the last value of a repeated key is used
     _, values = read_arguments(list(last.values()), keys, (0, 0), "KEY=VALUE")
     given = OmegaConf.from_dotlist([f"{key}={value}" for key, value in values.items()])
     try:
@@ -75,7 +75,7 @@ def read_config(schema: type[Config], words: Sequence[str]) -> Config:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended. `errors`: its last lines on stderr, where they were kept."""
+    """Exit code and seconds of a command, and the last lines of its stderr if they were captured."""
 
     code: int
     seconds: float
@@ -83,13 +83,13 @@ class Outcome:
 
 
 def call(module: str, overrides: Sequence[str], without: Sequence[str] = ()) -> float:
-    """Run a command with its output shown; returns its seconds.
+    """Run a command, show its output and return its seconds.
 
     Args:
-        without: environment variables that are hidden from it.
+        without: environment variables to remove.
 
     Raises:
-        SystemExit: it failed, with its exit code.
+        SystemExit: if the command fails, with its exit code.
     """
     outcome = attempt(module, overrides, without, keep_errors=False)
     if outcome.code != 0:
@@ -98,17 +98,17 @@ def call(module: str, overrides: Sequence[str], without: Sequence[str] = ()) -> 
 
 
 def attempt(module: str, overrides: Sequence[str], without: Sequence[str] = (), keep_errors: bool = True) -> Outcome:
-    """Run a command with its output shown, and return how it ended, also if it failed.
+    """Run a command, show its output and return its outcome, whether or not it succeeded.
 
     Args:
-        keep_errors: read its stderr; otherwise the command writes to the terminal itself, with progress bars.
+        keep_errors: capture stderr; otherwise the command writes to the terminal itself, with progress bars.
 
     Raises:
-        SystemExit, KeyboardInterrupt, Terminated: the command or the workflow was interrupted or terminated.
+        SystemExit, KeyboardInterrupt, Terminated: if the command or the workflow is interrupted or terminated.
     """
     say("$ " + typed(module, overrides))
     environment = {key: value for key, value in os.environ.items() if key not in without}
-    environment |= {"PYTHONPATH": python_path(), "FUSION_NEXT": "0"}  # no proposals of next commands
+    environment |= {"PYTHONPATH": python_path(), "FUSION_NEXT": "0"}  # do not suggest next commands
     start, errors = time.monotonic(), deque[str](maxlen=20)
     with (
         raised(),
@@ -130,7 +130,7 @@ def attempt(module: str, overrides: Sequence[str], without: Sequence[str] = (), 
         try:
             code = finish()
         except (KeyboardInterrupt, Terminated) as stop:
-            # A command takes two signals within a second as one: Ctrl-C has reached it already.
+            # Ctrl-C has already reached the command, which treats two signals within a second as one.
             process.send_signal(signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
             finish()
             raise
@@ -142,27 +142,27 @@ def attempt(module: str, overrides: Sequence[str], without: Sequence[str] = (), 
 
 
 def _exit(code: int) -> SystemExit:
-    say(f"the command above ended with exit code {code}; start the workflow again to continue from there")
+    say(f"the command above exited with code {code}; run the workflow again to continue from there")
     return SystemExit(code)
 
 
 def python_path() -> str:
-    """PYTHONPATH with the project first, for a program that is started anywhere."""
+    """Return PYTHONPATH with the project first, for a program started in any folder."""
     return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def typed(module: str, overrides: Sequence[str]) -> str:
-    """A command as it is typed in a shell."""
+    """Return a command as it is typed in a shell."""
     return shlex.join(["python", "-m", module, *map(quoted, overrides)])
 
 
 def stored(store: Path, name: str) -> dict[str, Any]:
-    """The manifest of a stored artifact."""
+    """Read the manifest of a stored artifact."""
     content: dict[str, Any] = json.loads((store / name / "manifest.json").read_text(encoding="utf-8"))
     return content
 
 
 def validation_scores(store: Path, name: str) -> dict[str, float]:
-    """The metrics of a stored artifact on its first validation split, its main metric first."""
+    """Return the metrics of a stored artifact on its first validation split, the main metric first."""
     scores: dict[str, float] = next(iter(stored(store, name)["metrics"].values()))
     return scores

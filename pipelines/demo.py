@@ -1,10 +1,10 @@
-"""From nothing to a fused model and its test scores, on two cores and without a model hub.
+"""Train source adapters, fuse them for a new task and compare test scores, on two cores and without a model hub.
 
     python -m pipelines.demo labels=100 seed=0
 
-Three source adapters (movie reviews, product reviews, editorials) are trained and then fused for tweets, of which only
-`labels` are labelled. A head alone and a single adapter are trained on the same tweets for the same number of steps.
-Every step is one of the project's commands, printed as you would type it.
+Three source adapters (movie reviews, product reviews, editorials) are trained and then fused for tweets, with only
+`labels` labelled examples. A head alone and a single adapter are trained on the same tweets for the same number of
+steps. Every step is one of the project's commands and is printed as you would type it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipelines.commands import call, run_workflow, say, stored
 
 SOURCES = ("movies", "products", "editorials")
 TARGET = "tweets"
-# By method: the title, in the table, the command and its own overrides.
+# For each method: the title in the table, the command and its overrides.
 METHODS = {
     "head": ("head alone", "fusion.stage1", ("method=head", "optim.lr=1e-2")),
     "adapter": ("single adapter", "fusion.stage1", ("optim.lr=5e-4",)),
@@ -37,22 +37,22 @@ METHODS = {
         (f"sources=[{','.join(SOURCES)}]", "optim.lr=2e-4"),
     ),
 }
-# The demo has its own text: the user's data folder is for other commands.
+# The demo uses its own data, not the user's folder.
 HIDDEN = ("FUSION_DATA_DIR",)
 
 
 @dataclass
 class DemoConfig(Settings):
-    labels: int = integer(100, 1)  # target examples to train on; as many others select the best epoch
-    seed: int = integer(0, 0, MAX_SEED)  # of all initial values and of the order of the examples
-    rows: int = integer(3000, 1)  # at most so many training examples of each source
+    labels: int = integer(100, 1)  # training examples of the target; as many others select the best epoch
+    seed: int = integer(0, 0, MAX_SEED)  # of the initialization and the order of the examples
+    rows: int = integer(3000, 1)  # maximum number of training examples per source
     source_epochs: int = integer(3, 1)
     target_epochs: int = integer(20, 1)
     output: str = "outputs/demo"
 
     @property
     def folder(self) -> Path:
-        """A store per seed, and per other settings of the sources; these serve any number of labels."""
+        """One folder per seed and per setting of the sources, which are shared by all values of `labels`."""
         parts = [f"seed-{self.seed}"]
         for f in fields(self):
             if f.name in ("rows", "source_epochs", "target_epochs") and getattr(self, f.name) != f.default:
@@ -69,7 +69,7 @@ class DemoConfig(Settings):
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. trainable, seconds: of the training on the target."""
+    """A line of the table; `trainable` and `seconds` are those of the training run on the target."""
 
     method: str
     score: float
@@ -79,7 +79,7 @@ class Row:
 
 
 def run(config: DemoConfig) -> list[Row]:
-    """All steps; each artifact and score that is stored already is reused by the command itself."""
+    """Run all steps; the commands reuse artifacts and scores that already exist."""
     shared = ["backbone=minilm", f"seed={config.seed}", f"store={config.store}", "logger=csv"]
     shared.append("optim.patience=null")
     announce(1, f"Three source adapters: {', '.join(SOURCES)}, up to {config.rows} examples each")
@@ -119,7 +119,7 @@ def done(step: int, seconds: float) -> None:
 
 
 def evaluate(config: DemoConfig) -> list[Row]:
-    """The test scores of the sources, without a label of the target, and of the methods."""
+    """Return the test scores of the sources, which saw no label of the target, and of the methods."""
     announce(5, f"Scores on the test split of {TARGET}")
     runs = config.folder / "runs" / f"test-{config.labels}"
     artifacts = [*SOURCES, *map(config.name, METHODS)]
@@ -148,10 +148,10 @@ def evaluate(config: DemoConfig) -> list[Row]:
 
 
 def labels_of(split: str, limit: int | None = None) -> list[Any]:
-    """The target's labels of a split, as the commands read them with `data.limit.SPLIT=limit`.
+    """Return the target's labels of a split, as the commands read them with `data.limit.SPLIT=limit`.
 
     Raises:
-        UserError: the text is not cached and cannot be fetched, or has fewer examples than `limit`.
+        UserError: if the text is not cached and cannot be downloaded, or has fewer examples than `limit`.
     """
     from omegaconf import OmegaConf
 
@@ -170,7 +170,7 @@ def labels_of(split: str, limit: int | None = None) -> list[Any]:
 
 
 def majority_score(train: list[Any], test: list[Any]) -> float:
-    """Test accuracy of the most frequent label of the training examples."""
+    """Return the test accuracy of always predicting the most frequent training label."""
     majority = max(sorted(set(train)), key=train.count)
     return test.count(majority) / len(test)
 
@@ -185,7 +185,7 @@ def table(rows: list[Row]) -> list[list[str]]:
 
 
 def verdict(rows: list[Row], test_rows: int) -> str:
-    """The best method, its lead, and the standard error of the lead."""
+    """Return a sentence about the best method, its lead over the second, and the standard error of the lead."""
     best, second = sorted(rows, key=lambda row: row.score, reverse=True)[:2]
     lead = best.score - second.score
     noise = 2 * math.sqrt(sum(row.score * (1 - row.score) / test_rows for row in (best, second)))
@@ -197,7 +197,7 @@ def verdict(rows: list[Row], test_rows: int) -> str:
 
 
 def draw(rows: list[Row], title: str, path: Path) -> None:
-    """The scores of the table as PATH.png and PATH.svg; one colour for what is not trained on the target."""
+    """Draw the scores as PATH.png and PATH.svg, with one color for all methods not trained on the target."""
     from fusion.reporting.figures import save, scores_figure
 
     lines = {row.method: (row.method if row.trainable else "", [row.score]) for row in rows}

@@ -1,4 +1,4 @@
-"""Time models in alternation on the same batches, so that other work on the machine affects all of them alike."""
+"""Time models alternately on the same batches, so that other load on the machine affects all of them equally."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ def rounds(
     budget: float = math.inf,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each run in each round, after a warm-up. A round takes the next batch; the first run alternates.
+    """Time each function once per round, after a warm-up, and return the seconds by name.
+
+    Every round uses the next batch and starts with the next function.
 
     Args:
-        most: number of rounds.
-        budget: seconds after which no round starts, once there are MIN_ROUNDS.
+        most: maximum number of rounds.
+        budget: seconds after which no further round starts, but at least `MIN_ROUNDS` are run.
     """
     names = list(runs)
     for run in runs.values():
@@ -50,10 +52,10 @@ def rounds(
 def validation_rows(
     manifest: Manifest, target: str, data: DataConfig, tokenizer: Any
 ) -> tuple[TaskConfig, str, EncodedRows]:
-    """A task of an artifact, the name of its first validation split, and the encoded rows of it.
+    """Return a task of an artifact, the name of its first validation split and the split's encoded examples.
 
     Raises:
-        UserError: the artifact was not trained on the target, or the rows cannot be read.
+        UserError: if the artifact was not trained on the target, or the examples cannot be read.
     """
     from fusion.data.encode import encode
     from fusion.data.rows import load_rows

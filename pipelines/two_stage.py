@@ -1,12 +1,12 @@
-"""Fusion against the single adapter over multiple seeds: the sources are trained once, each target once per seed.
+"""Compare fusion with a single adapter over several seeds; sources are trained once, targets once per seed.
 
     python -m pipelines.two_stage targets=[cb] seeds=[1,2,3,4,5] backbone=minilm data_dir=../shared/data
 
 For each target and seed, a single adapter is trained on the target, then a fusion of it with the source adapters of
 all other tasks, as in the AdapterFusion paper. Both select their best epoch on the validation examples that they are
-scored on. The report has the mean and standard deviation of both, and the mean paired difference with its 95 %
-confidence interval (Student's t over the seeds). What is stored already is not trained again: an interrupted run
-continues, and more seeds or targets train only what is new.
+evaluated on. The report contains the mean and standard deviation of both, and the mean paired difference with its 95 %
+confidence interval (Student's t over the seeds). Existing artifacts are reused: an interrupted run continues, and
+additional seeds or targets only train the new ones.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class TwoStageConfig(Settings):
 
 
 def train(config: TwoStageConfig) -> None:
-    """All trainings, with the project's commands, which skip what is stored already."""
+    """Run all training commands; each skips artifacts that already exist."""
     runs = f"{config.output}/runs"
     shared = [f"backbone={config.backbone}", f"store={config.output}/store", "logger=csv"]
     if config.data_dir:
@@ -62,10 +62,10 @@ def train(config: TwoStageConfig) -> None:
 
 
 def compare(single: list[float], fusion: list[float]) -> dict[str, float]:
-    """Means, standard deviations and the mean paired difference with its 95 % confidence interval.
+    """Return means, standard deviations and the mean paired difference with its 95 % confidence interval.
 
     Args:
-        single, fusion: one score per seed, in the order of the seeds.
+        single, fusion: one score per seed, in the same order.
     """
     differences = [two - one for one, two in zip(single, fusion, strict=True)]
     n, mean = len(differences), statistics.fmean(differences)
@@ -83,14 +83,14 @@ def compare(single: list[float], fusion: list[float]) -> dict[str, float]:
 
 
 def verdict(compared: dict[str, float]) -> str:
-    """Whether the interval excludes zero."""
+    """Return which method is better, or that the interval includes zero."""
     if compared["low"] > 0:
         return "fusion is better"
     return "fusion is worse" if compared["high"] < 0 else "no significant difference"
 
 
 def report(config: TwoStageConfig) -> dict[str, Any]:
-    """The comparison for each target and metric, which is also printed."""
+    """Print the comparison and return it by target and metric."""
     found: dict[str, dict[str, Any]] = {}
     table = [["target", "metric", "single", "fusion", "difference", "95% interval", ""]]
     for target in config.targets:

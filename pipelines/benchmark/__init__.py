@@ -1,4 +1,4 @@
-"""Speed and memory: this project against AdapterHub's `adapters`, and against the matrix products alone.
+"""Speed and memory of this project compared with AdapterHub's `adapters` and with its matrix products alone.
 
-Nothing is imported here, since the interpreter of the baseline, which has other versions, loads this package too.
+Nothing is imported here: the baseline's interpreter, which has different package versions, imports this package too.
 """

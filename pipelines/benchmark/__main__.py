@@ -1,7 +1,7 @@
-"""The benchmark: python -m pipelines.benchmark suite=train.
+"""Benchmark this project against AdapterHub's `adapters`: python -m pipelines.benchmark suite=train.
 
-This project and the baseline alternate, in separate processes, on the same weights and batches. Results are
-printed and written to outputs/benchmark/SUITE.json. A figure that misses its target is a result and no error.
+Both run alternately, in separate processes, on the same weights and batches. Results are printed and written to
+outputs/benchmark/SUITE.json. Missing a target is a result, not an error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pipelines.benchmark.config import BenchmarkConfig
 
 def check(config: BenchmarkConfig, run: Run) -> None:
     if config.suite in ("epoch", "startup", "ddp") and not Path(config.data_dir).is_dir():
-        raise UserError(f"data_dir={config.data_dir}: expected a folder with mrpc/train.parquet and so on")
+        raise UserError(f"data_dir={config.data_dir}: expected a folder that contains TASK/train.parquet, such as mrpc")
 
 
 @command("benchmark", BenchmarkConfig, check=check)

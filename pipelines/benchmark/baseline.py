@@ -1,8 +1,6 @@
 """The worker that runs AdapterHub's `adapters` on the same weights: python -m pipelines.benchmark.baseline.
 
-It runs in its own environment and imports from this project only the plain modules of this package.
-
-Shapes: B rows, T tokens, D hidden size, K outputs, N sources, R bottleneck size.
+It runs in its own environment and imports only `cases` and `worker` from this project.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from pipelines.benchmark.worker import Model, TokenBatch, Worker, serve, token_b
 
 
 class BaselineModel(Model):
-    """The baseline's model of a case and the training step of its AdapterTrainer."""
+    """The baseline's model of a case, with the training step of its `AdapterTrainer`."""
 
     def __init__(self, setup: Setup, case: Case, pretrained: Any) -> None:
         self.case = case
@@ -38,7 +36,7 @@ class BaselineModel(Model):
         else:
             self.model.requires_grad_(case.method == FULL)
         if not case.dropout:
-            # A setting of 0.0 becomes 0.1 in its fusion layers, so the modules themselves are set.
+            # The fusion layers replace a configured dropout of 0.0 by 0.1, so the modules are changed instead.
             for module in self.model.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
@@ -51,13 +49,13 @@ class BaselineModel(Model):
         self.optimizer = torch.optim.AdamW(training, lr=1e-4, weight_decay=0.0, fused=True)
 
     def forward(self, batch: TokenBatch) -> Tensor:
-        """(B, K): the mean of the real tokens, then a linear layer, as our head."""
+        """Return the logits, (B, K): mean over non-padding tokens and a linear layer, as in this project's head."""
         hidden = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
         mask = batch.attention_mask.unsqueeze(-1).to(hidden.dtype)
         return self.head((hidden * mask).sum(1) / mask.sum(1).clamp(min=1))
 
     def task_loss(self, batch: TokenBatch) -> Tensor:
-        if not self.model.training:  # iterating over all modules is not part of a step
+        if not self.model.training:  # not called in every step, since it iterates over all modules
             self.model.train()
         return F.cross_entropy(self.forward(batch).float(), batch.labels)
 
@@ -66,8 +64,8 @@ class BaselineModel(Model):
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.case.method == FUSION:
-            # A callback of its trainer does this after a step, so that the gradient of the penalty is in the value
-            # matrices for the next step.
+            # A callback of `AdapterTrainer` does this after a step, so that the value matrices have the gradient of
+            # the penalty in the next one.
             self.model.get_fusion_regularization_loss().backward()
 
     def losses(self, batch: TokenBatch) -> dict[str, Tensor]:
@@ -83,10 +81,10 @@ class BaselineModel(Model):
 
 
 def add_adapters(model: Any, setup: Setup, case: Case) -> None:
-    """Our weights in its modules, one adapter active or all of them fused; the rest is frozen."""
+    """Add adapters with this project's weights, activate one or fuse all, and freeze everything else."""
     names = [f"source{n}" for n in range(case.sources if case.method == FUSION else 1)]
     adapters.init(model)
-    # Pfeiffer's placement: reads LN(h + a), and the residual is h.
+    # Pfeiffer adapters: the input is LN(h + a), the residual is h.
     factor = model.config.hidden_size / case.bottleneck
     settings = adapters.SeqBnConfig(reduction_factor=factor, non_linearity="relu")
     for source, name in enumerate(names):
@@ -120,20 +118,20 @@ class BaselineWorker(Worker):
         if case.dropout not in self._pretrained:
             off = {} if case.dropout else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
             config = AutoConfig.from_pretrained(self.setup.backbone, **off)
-            # Its default attention, which is torch's fused one; the pooler would be needless work.
+            # With its default attention (SDPA). The pooler is not used.
             self._pretrained[case.dropout] = AutoModel.from_pretrained(
                 self.setup.backbone, config=config, dtype=torch.float32, add_pooling_layer=False
             )
         return BaselineModel(self.setup, case, copy.deepcopy(self._pretrained[case.dropout]))
 
     def epoch(self, rows: str, sources: int, rate: float, max_length: int, output: str) -> float:
-        """Seconds of an epoch and the evaluation after it as the baseline's own example trains it.
+        """Train an epoch and evaluate, as the baseline's example script does, and return the seconds.
 
-        That is with padding to the full length, its AdapterTrainer and its defaults.
+        The script pads to `max_length` and uses `AdapterTrainer` with its defaults.
 
         Args:
-            rows: a JSON file with texts and labels of `train` and `validation`.
-            sources: how many adapters are fused; 0: one adapter is trained.
+            rows: a JSON file with the texts and labels of `train` and `validation`.
+            sources: number of adapters to fuse; 0 trains a single adapter.
         """
         setup = self.setup
         splits = json.loads(Path(rows).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What both workers share: what is measured, the settings, and the weights. For both interpreters."""
+"""Cases, settings and weights shared by both workers; imported by both interpreters."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ import torch
 TRAIN, INFER, LOWER_BOUND, LOOP, CLIPPED = "train", "infer", "floor", "loop", "clipped"
 FUSION, ADAPTER, BARE, FULL = "fusion", "adapter", "bare", "full"
 OUTPUTS = 3  # K of the head
-# Standard deviations of the weights, times the root of what they sum over. Far larger than initial values are: only
-# then does a wrong weight change the scores by more than their rounding.
+# Standard deviations of the weights, before division by the square root of the fan-in. They are much larger than
+# initial values, so that a wrong weight changes the logits by more than rounding errors.
 SCALES = {"down": 1.0, "up": 0.25, "query": 0.6, "key": 0.6, "value": 0.6, "head": 6.0}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One measured thing.
+    """One measurement.
 
-    work: train (a step), infer (a batch), floor (the matrix products of the training step alone),
-        loop (a training step inside Lightning) or clipped (the same step without Lightning).
-    method: fusion, adapter (one), bare (no slot modules), full (the whole backbone trains).
-    sources: N of a fusion. bottleneck: R; 0 if there is none.
-    dropout: whether the baseline keeps its default dropout.
+    Attributes:
+        work: train (a step), infer (a batch), floor (only the matrix products of a training step), loop (a training
+            step in Lightning's loop) or clipped (the same step without Lightning).
+        method: fusion, adapter (a single one), bare (no slot modules) or full (full fine-tuning).
+        sources: number of source adapters of a fusion.
+        bottleneck: bottleneck size; 0 without adapters.
+        dropout: whether the baseline's default dropout is on.
     """
 
     work: str
@@ -40,7 +42,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Setup:
-    """What both workers get before anything else; `backbone` is a folder that both can load."""
+    """Settings sent to both workers before the first request; `backbone` is a folder that both can load."""
 
     backbone: str
     batch_size: int
@@ -51,17 +53,17 @@ class Setup:
     precision: str = "float32"
 
 
-def fill(module: torch.nn.Module, setup: Setup, place: str) -> None:
-    """Give a linear layer random weights, the same ones in both workers where the place is the same.
+def fill(module: torch.nn.Module, setup: Setup, path: str) -> None:
+    """Set a linear layer's weights to random values that depend only on the seed and the path.
 
-    Biases are not zero, so that a comparison covers them, and a value matrix is near the identity.
+    Biases are nonzero, so that the comparison covers them; a value matrix is close to the identity.
 
     Args:
-        place: such as "adapter 3.0.down"; what follows the last dot is a key of `SCALES`.
+        path: identifies the layer, such as "adapter 3.0.down"; its last component is a key of `SCALES`.
     """
-    kind = place.rpartition(".")[2]
+    kind = path.rpartition(".")[2]
     for name, tensor in module.state_dict().items():
-        random = torch.Generator().manual_seed(zlib.crc32(f"{setup.seed} {place}.{name}".encode()))
+        random = torch.Generator().manual_seed(zlib.crc32(f"{setup.seed} {path}.{name}".encode()))
         inputs = module.state_dict()["weight"].shape[1]
         tensor.copy_(torch.randn(tensor.shape, generator=random) * SCALES[kind] / inputs**0.5)
         if kind == "value":

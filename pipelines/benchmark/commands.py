@@ -1,4 +1,4 @@
-"""The suites that time whole commands: epoch, startup, ddp."""
+"""Suites that time whole commands: epoch, startup, ddp."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from pipelines.benchmark.session import BASELINE, Session, environment
 POLL_SECONDS = 0.01
 EPOCH = re.compile(r"epoch \d+/\d+ .*?([\d.]+) s$", re.MULTILINE)
 ONE_STEP = ("trainer.max_epochs=1", "trainer.limit_train_batches=1", "trainer.limit_val_batches=1")
-# Every step is logged and every line written at once, so that the file shows when the first step was done.
+# Log and flush every step, so that the file appears right after the first one.
 LOG_EVERY_STEP = ("trainer.log_every_n_steps=1", "logger.csv.flush_every_n_steps=1")
-RATES = {"stage1": 1e-4, "stage2": 5e-5}  # learning rates of both: the defaults of our commands
+RATES = {"stage1": 1e-4, "stage2": 5e-5}  # default learning rates of the commands, used for the baseline too
 TARGETS = {"stage1": Target(2.0, at_least=True), "stage2": Target(4.0, at_least=True)}
 
 
 class Outcome(NamedTuple):
-    """seconds: until the command ended, or until the watched file existed. directory: of the run."""
+    """Seconds until the command exited or the watched file existed, and the run's directory."""
 
     seconds: float
     directory: Path
 
     @property
     def speed(self) -> dict[str, float]:
-        """`seconds` of the fit (evaluation and checkpoints included), `examples_per_second` and others."""
+        """`seconds` of the fit (including evaluation and checkpoints), `examples_per_second` and more."""
         return json.loads((self.directory / "result.json").read_text(encoding="utf-8"))["speed"]
 
 
 class Commands:
-    """Runs stage 1 and stage 2 with the settings that all runs of a suite share."""
+    """Runs stage 1 and stage 2 with the settings shared by all runs of a suite."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -51,7 +51,7 @@ class Commands:
         self._number = 0
 
     def train(self, stage: str, task: str, *more: str, threads: int | None = None, watch: str | None = None) -> Outcome:
-        """One run of a stage on a task; `watch` names a file of its run folder."""
+        """Run a stage on a task; `watch` is the path of a file relative to the run's directory."""
         config, setup, work = self.session.config, self.session.setup, self.session.work
         self._number += 1
         directory = work / "runs" / f"{self._number:03d}-{task}"
@@ -78,10 +78,10 @@ class Commands:
         return Outcome(self.run(f"fusion.{stage}", arguments, threads, watched), directory)
 
     def run(self, module: str, arguments: list[str], threads: int | None = None, watch: Path | None = None) -> float:
-        """Seconds of `python -m MODULE`, or until the file `watch` exists.
+        """Run `python -m MODULE` and return its seconds, or the seconds until the file `watch` exists.
 
         Raises:
-            BenchmarkError: it failed or took too long; the log has its output.
+            BenchmarkError: if the command fails, times out, or does not write `watch`.
         """
         timeout, seconds = self.session.config.timeout, None
         with self.log.open("a", encoding="utf-8") as log:
@@ -102,22 +102,22 @@ class Commands:
                     time.sleep(POLL_SECONDS)
                 ended = time.perf_counter() - started
             finally:
-                with contextlib.suppress(ProcessLookupError):  # the ranks of a DDP run end with it
+                with contextlib.suppress(ProcessLookupError):  # including the other ranks of a DDP run
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         if code != 0:
-            problem = f"took more than {timeout:g} s" if code is None else f"ended with exit code {code}"
+            problem = f"did not finish within {timeout:g} s" if code is None else f"exited with code {code}"
             raise BenchmarkError(f"python -m {module} {problem} (log: {self.log})")
         if watch is not None and seconds is None:
-            raise BenchmarkError(f"python -m {module} wrote no {watch.name} (log: {self.log})")
+            raise BenchmarkError(f"python -m {module} did not write {watch.name} (log: {self.log})")
         return ended if seconds is None else seconds
 
 
 def epoch(session: Session) -> Report:
-    """One epoch of each task by our commands and by the baseline's example; later epochs without the lower half.
+    """An epoch of each task with this project's commands and with the baseline's example script.
 
-    Seconds are those of training, from the first batch to the last, and of the evaluation after it, in both, without
-    loading, tokenising and starting. Both write a checkpoint.
+    Both times cover training and the evaluation after it, without startup, loading and tokenization; both write a
+    checkpoint. Also compares later epochs with adapters in the upper half of the layers and in all layers.
     """
     settings = session.config.epoch
     commands = Commands(session)
@@ -125,8 +125,8 @@ def epoch(session: Session) -> Report:
     for number, name in enumerate(sources):
         commands.train("stage1", settings.tasks[0], *ONE_STEP, f"name={name}", f"seed={number}")
     for task in settings.tasks:
-        commands.train("stage1", task, *ONE_STEP)  # the tokens are cached from here on
-        write_rows(session, task)
+        commands.train("stage1", task, *ONE_STEP)  # fills the token cache
+        write_examples(session, task)
 
     def ours(stage: str, task: str) -> float:
         more = [f"sources=[{','.join(sources)}]"] if stage == "stage2" else []
@@ -147,7 +147,7 @@ def epoch(session: Session) -> Report:
     halves = {"all layers": (), "upper half": (f"adapter.layers=last:{layers - layers // 2}",)}
 
     def later(half: str, task: str) -> float:
-        """Mean seconds of the epochs after the first, their evaluation included."""
+        """Return the mean seconds of the epochs after the first, including their evaluation."""
         epochs = f"trainer.max_epochs={1 + settings.later_epochs}"
         run = commands.train("stage1", task, epochs, *halves[half])
         log = (run.directory / "run.log").read_text(encoding="utf-8")
@@ -180,8 +180,8 @@ def epoch(session: Session) -> Report:
     return Report([*figures, ratio(what, upper, whole, Target(0.5))], seconds=seconds)
 
 
-def write_rows(session: Session, task: str) -> None:
-    """The examples that our command reads, as JSON for the baseline."""
+def write_examples(session: Session, task: str) -> None:
+    """Write the examples that this project's command reads as JSON for the baseline."""
     import yaml
 
     from fusion.cli.config_sources import conf_folder
@@ -201,7 +201,7 @@ def write_rows(session: Session, task: str) -> None:
 
 
 def startup(session: Session) -> Report:
-    """From the start of a command to its first finished step, its tokens cached; and to the end of --help."""
+    """Seconds from starting a command to its first finished step, with cached tokens; seconds of `--help`."""
     commands = Commands(session)
     task = session.config.epoch.tasks[-1]
     commands.train("stage1", task, *ONE_STEP)
@@ -221,7 +221,7 @@ def startup(session: Session) -> Report:
 
 
 def ddp(session: Session) -> Report:
-    """Examples per second of two processes of one thread over one process of two threads, on the same batches."""
+    """Examples per second of two processes with one thread each over one process with two, on the same batches."""
     commands = Commands(session)
     task, rows = session.config.epoch.tasks[-1], session.config.batch_size
     two = ("trainer.devices=2", "trainer.strategy=ddp", f"data.batch_size={max(1, rows // 2)}")

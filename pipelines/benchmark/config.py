@@ -16,25 +16,25 @@ USUAL_ROUNDS = 5
 
 
 class BenchmarkError(TrainingError):
-    """A suite cannot continue; one line that names the log with more: exit code 1."""
+    """A suite failed. The message is one line that gives the log file; exit code 1."""
 
 
 def _ascending(default: list[int], empty: bool = False) -> Any:
     return checked(
         default,
         lambda value: (empty or value) and value == sorted({n for n in value if n >= 1}),
-        "whole numbers >= 1, ascending, each once",
+        "distinct integers >= 1 in ascending order",
     )
 
 
 @dataclass
 class RivalConfig:
-    venv: str | None = None  # an environment that has the baseline; null: one is made in OUTPUT/rival-venv
+    venv: str | None = None  # a virtual environment with the baseline; null creates OUTPUT/rival-venv
 
 
 @dataclass
 class ScaleConfig(Settings, group="scale"):
-    """What the scale suite varies: sources N at the usual bottleneck, and bottlenecks R at `fixed_sources`."""
+    """Sizes of the scale suite: numbers of sources at the default bottleneck, bottlenecks at `fixed_sources`."""
 
     sources: list[int] = _ascending([2, 4, 8, 16, 32, 64, 128, 256])
     bottlenecks: list[int] = _ascending([8, 16, 32, 64], empty=True)
@@ -45,30 +45,30 @@ class ScaleConfig(Settings, group="scale"):
 @dataclass
 class EpochConfig(Settings, group="epoch"):
     tasks: list[str] = checked(["mrpc", "rte"], bool, "tasks of data_dir, such as [rte]")
-    sources: int = integer(8, 1)  # that are fused
+    sources: int = integer(8, 1)  # of the fusion
     limit: int | None = integer(None, 1, null="all examples")
-    max_length: int = integer(128, 1)  # tokens; the baseline's example pads every text to this
-    later_epochs: int = integer(2, 1)  # after the first: compared with and without adapters in the lower half
+    max_length: int = integer(128, 1)  # tokens; the baseline's example script pads every text to this length
+    later_epochs: int = integer(2, 1)  # epochs after the first, timed with and without adapters in the lower half
 
 
 @dataclass
 class BenchmarkConfig(Settings):
     suite: str = choice("???", SUITES)
-    rounds: int | None = integer(None, 1, null="as many as the suite needs")
-    steps: int = integer(5, 1)  # timed ones, in each round
-    warmup: int = integer(2, 0)  # steps before them, in each round
-    noise_limit: float = number(0.10, above=0)  # spread of the rounds' ratios above which there is no verdict
-    threads: int | None = integer(None, 1, null="all cores")  # of each worker
+    rounds: int | None = integer(None, 1, null="the suite's default")
+    steps: int = integer(5, 1)  # timed steps per round
+    warmup: int = integer(2, 0)  # untimed steps before them
+    noise_limit: float = number(0.10, above=0)  # no verdict if the ratios of the rounds spread more
+    threads: int | None = integer(None, 1, null="all cores")  # per worker process
     device: str = choice("auto", ("auto", "cpu", "cuda"))
     precision: str = choice("auto", ("auto", "float32", "bf16"))  # auto: bf16 on a GPU, else float32
     batch_size: int = integer(32, 1)
-    tokens: int = integer(64, 1)  # of every text; none is padding
+    tokens: int = integer(64, 1)  # per text, without padding
     sources: int = integer(14, 2)
     seed: int = 0
     backbone: str = "sentence-transformers/all-MiniLM-L6-v2"
     data_dir: str = "../shared/data"
     output: str = "outputs/benchmark"
-    timeout: float = number(3600.0, above=0)  # seconds for one answer of a worker, or one command
+    timeout: float = number(3600.0, above=0)  # seconds for one request to a worker, or for one command
     rival: RivalConfig = field(default_factory=RivalConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     epoch: EpochConfig = field(default_factory=EpochConfig)

@@ -1,7 +1,7 @@
-"""What steps and fusions cost on paper: matrix products, bytes and parameters.
+"""Computed costs of training steps and fusions: multiply-adds, bytes and parameters.
 
-Shapes: B rows, T tokens, M = B·T, L layers, D hidden size, I width of the feed-forward, H heads, R bottleneck size,
-N sources, K outputs. Counts are per token and layer unless stated otherwise; a float is 4 bytes.
+Shapes: B examples, T tokens, M = B·T, L layers, D hidden size, I intermediate size, H heads, R bottleneck size,
+N sources, K outputs. Counts are per token and layer unless stated otherwise; a float has 4 bytes.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 from pipelines.benchmark.cases import OUTPUTS, Setup
 
 FLOAT = 4  # bytes
-STATE = 2  # floats that AdamW keeps beside each parameter
+STATE = 2  # floats of AdamW's state per parameter
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """gated: the feed-forward has three matrices and not two, as in Llama."""
+    """Sizes of a backbone. `gated`: its feed-forward has three matrices instead of two, as in Llama."""
 
     name: str
     layers: int
@@ -29,7 +29,7 @@ class Backbone:
 
     @classmethod
     def read(cls, folder: str) -> Backbone:
-        """The sizes of a folder that `transformers` loads."""
+        """Read the sizes from a folder that `transformers` can load."""
         config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
         keys = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
         return cls(folder, *(config[key] for key in keys))
@@ -40,41 +40,42 @@ DECODER_7B = Backbone("a decoder of 7 billion parameters", 32, 4096, 11008, 32, 
 
 
 def folded(n: int, r: int, d: int, tokens: int) -> float:
-    """Multiply-adds of our fusion, forward in training: no loop over sources.
+    """Multiply-adds of the folded fusion, forward pass in training, without a loop over the sources.
 
-    A batch of more tokens than D multiplies query and key first: D³ per batch for D² per token.
+    If a batch has more tokens than D, the query and key matrices are multiplied first: D³ per batch replaces D² per
+    token.
     """
     return 3 * n * r * d + (2 + d / tokens if tokens > d else 3) * d**2
 
 
 def plain(n: int, r: int, d: int) -> int:
-    """Multiply-adds of the equations as they are written: a key and a value of size D for every source."""
+    """Multiply-adds of a direct evaluation of the equations: a key and a value of size D for every source."""
     return 2 * n * r * d + (2 * n + 1) * d**2
 
 
 def merged(n: int, r: int, d: int) -> int:
-    """Multiply-adds of our inference, with the D × D products folded into the adapters."""
+    """Multiply-adds of inference, with the D × D matrices merged into the adapters."""
     return 3 * n * r * d + 2 * n * d
 
 
 def frozen(backbone: Backbone) -> int:
-    """Multiply-adds of a frozen layer, forward, without attention's products between tokens."""
+    """Multiply-adds of a frozen layer, forward pass, without the attention products between tokens."""
     d, matrices = backbone.hidden_size, 3 if backbone.gated else 2
     return 4 * d**2 + matrices * d * backbone.intermediate_size
 
 
 def inference(backbone: Backbone, setup: Setup, n: int, r: int) -> int:
-    """Multiply-adds of a whole batch through all layers, with merged fusions, and the head."""
+    """Multiply-adds of inference on a whole batch: all layers with merged fusions, and the head."""
     m, d = setup.batch_size * setup.tokens, backbone.hidden_size
     layer = frozen(backbone) + 2 * setup.tokens * d + merged(n, r, d)
     return m * backbone.layers * layer + setup.batch_size * d * OUTPUTS
 
 
 def training(backbone: Backbone, setup: Setup, n: int | None, r: int) -> int:
-    """Multiply-adds that a training step needs at least, of one adapter (N is None) or of a fusion.
+    """Minimum multiply-adds of a training step of a fusion, or of one adapter (`n` is `None`).
 
-    Frozen weights get no gradient, and below the lowest slot nothing runs backward. A fusion of few tokens multiplies
-    x with Wq and Wk; one of many computes Wkᵀ Wq first.
+    Frozen weights need no gradient, and there is no backward pass below the lowest slot. With few tokens, a fusion
+    multiplies x by Wq and Wk; with many, it computes Wkᵀ Wq first.
     """
     m, d, t = setup.batch_size * setup.tokens, backbone.hidden_size, setup.tokens
     forward, backward = backbone.layers, backbone.layers - 1
@@ -89,35 +90,35 @@ def training(backbone: Backbone, setup: Setup, n: int | None, r: int) -> int:
 
 
 def kept_frozen(backbone: Backbone) -> int:
-    """Floats that a frozen layer keeps for backward.
+    """Floats that a frozen layer saves for the backward pass.
 
-    Attention keeps q, k, v, its output and a sum for each head; each layer norm its input and two numbers (one
-    here, two of the slot's); the activation of the feed-forward its input, and a gated one both factors.
-    A product with frozen weights keeps nothing.
+    Attention saves q, k, v, its output and a sum per head; each layer norm its input and two numbers (one layer norm
+    is counted here, the other with the slot); the activation of the feed-forward its input, or both factors if it is
+    gated. A product with frozen weights saves nothing.
     """
     d, wide = backbone.hidden_size, backbone.intermediate_size
     return 4 * d + backbone.heads + (3 if backbone.gated else 1) * wide + 2 * (d + 2)
 
 
 def kept_folded(n: int, r: int, d: int, tokens: int, lowest: bool = False) -> int:
-    """Floats that a slot with our fusion keeps: the second norm's input, x, the mean, z, p, and Wuᵀg.
+    """Floats that a slot with a folded fusion saves: the second norm's input, x, the mean, z, p, and Wuᵀg.
 
-    A batch of at most D tokens keeps q as well. In the lowest slot z needs no gradient, so Wuᵀg is not kept.
+    A batch of at most D tokens also saves q. In the lowest slot z needs no gradient, so Wuᵀg is not saved.
     """
     return (3 if tokens > d else 4) * d + 2 + (1 if lowest else 2) * n * r + n
 
 
 def parameters(layers: int, d: int) -> int:
-    """Trainable parameters of a fusion of any number of sources: Wq, bq, Wk, bk, Wv of all layers."""
+    """Trainable parameters of a fusion (any number of sources): Wq, bq, Wk, bk and Wv of all layers."""
     return layers * (3 * d**2 + 2 * d)
 
 
 def training_bytes(backbone: Backbone, n: int, r: int, tokens: int) -> int:
-    """Bytes between forward and backward of a later step, above those after loading.
+    """Bytes between the forward and the backward pass of any step but the first, above those after loading.
 
-    That is what is kept for backward, the optimizer's state, the gradients of the step before (Lightning drops
-    them between forward and backward), Wv − I of the penalty, and the two gradients as wide as the feed-forward
-    that the uppermost layer holds at once. The lowest layer runs without a gradient up to its slot.
+    They are the tensors saved for the backward pass, the optimizer state, the gradients of the previous step (which
+    Lightning sets to `None` between forward and backward), Wv − I of the penalty, and two gradients of the
+    feed-forward's size in the top layer. The lowest layer computes no gradient below its slot.
     """
     d, layers = backbone.hidden_size, backbone.layers
     kept = (layers - 1) * (kept_frozen(backbone) + kept_folded(n, r, d, tokens))
@@ -126,7 +127,7 @@ def training_bytes(backbone: Backbone, n: int, r: int, tokens: int) -> int:
 
 
 def on_paper(backbone: Backbone, n: int, r: int, tokens: int) -> dict[str, float]:
-    """All figures of a backbone, computed and not measured."""
+    """Return all computed costs of a backbone."""
     d, layers = backbone.hidden_size, backbone.layers
     return {
         "multiply_adds_a_token_backbone": layers * frozen(backbone),
@@ -134,7 +135,7 @@ def on_paper(backbone: Backbone, n: int, r: int, tokens: int) -> dict[str, float
         "multiply_adds_a_token_plain": layers * plain(n, r, d),
         "multiply_adds_a_token_merged": layers * merged(n, r, d),
         "bytes_kept_folded": FLOAT * tokens * layers * kept_folded(n, r, d, tokens),
-        # The equations as they are written keep u, k and v of every source, x and q.
+        # Direct evaluation saves u, k and v of every source, x and q.
         "bytes_kept_plain": FLOAT * tokens * layers * ((3 * n + 2) * d + n),
         "bytes_kept_backbone": FLOAT * tokens * layers * kept_frozen(backbone),
         "parameters_trained": parameters(layers, d),

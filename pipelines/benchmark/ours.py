@@ -1,7 +1,4 @@
-"""The worker that runs this project's model: python -m pipelines.benchmark.ours.
-
-Shapes: B rows, T tokens, D hidden size, K outputs, N sources, R bottleneck size.
-"""
+"""The worker that runs this project's model: python -m pipelines.benchmark.ours."""
 
 from __future__ import annotations
 
@@ -62,7 +59,7 @@ OPTIM = OptimConfig()
 
 
 class OurModel(Model):
-    """An adapted model, the project's own training step without its loop, and its inference."""
+    """An adapted model with this project's training step, outside Lightning's loop, and its inference."""
 
     def __init__(self, setup: Setup, case: Case, backbone: Backbone) -> None:
         self.case = case
@@ -72,7 +69,7 @@ class OurModel(Model):
         self.padded = batch_of(token_batch(setup, vocabulary, padded=True))
         penalty = {"value_penalty": CompositionConfig().value_penalty}
         self.module = TaskModule(self.adapted, [TASK], OPTIM, penalty, splits={})
-        # The only thing that a step reads of Lightning's trainer.
+        # A step reads nothing else of Lightning's trainer.
         self.module.trainer = cast(lightning.Trainer, SimpleNamespace(world_size=1))
         if case.method == FULL:
             self.adapted.requires_grad_(True)
@@ -82,7 +79,7 @@ class OurModel(Model):
             self.optimizer = adamw(self.adapted, OPTIM)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        if not self.adapted.training:  # iterating over all modules is not part of a step
+        if not self.adapted.training:  # not called in every step, since it iterates over all modules
             self.adapted.train()
         return self.module.losses(batch)
 
@@ -100,12 +97,12 @@ class OurModel(Model):
 
     @functools.cached_property
     def merged(self) -> nn.Module:
-        """With merged weights, which is done once when a model is loaded, and not for every batch."""
+        """The model with merged weights, computed once as when a model is loaded."""
         return self.adapted.merged()
 
 
 def adapted_model(setup: Setup, case: Case, backbone: Backbone) -> AdaptedModel:
-    """The model of a case, with the weights that the baseline gets too."""
+    """Build the model of a case, with the same weights as the baseline's."""
     slot_modules: dict[str, SlotModule] = {}
     head = TaskHead(backbone.hidden_size, OUTPUTS, pooling="mean")
     if case.bottleneck:
@@ -116,7 +113,7 @@ def adapted_model(setup: Setup, case: Case, backbone: Backbone) -> AdaptedModel:
 
 
 def slot_module(setup: Setup, case: Case, layer: int, hidden_size: int) -> SlotModule:
-    """One adapter, or a fusion of the first N."""
+    """Build a single adapter, or a fusion of the case's sources."""
     adapters = []
     for source in range(case.sources if case.method == FUSION else 1):
         adapter = BottleneckAdapter(hidden_size, case.bottleneck)
@@ -169,8 +166,8 @@ class OurWorker(Worker):
             return timed(products.run, warmup, steps, setup.device)
         if case.work not in (LOOP, CLIPPED):
             return super().time(case, warmup, steps)
-        # Both clip gradients, as the project's trainer does. It is the mean over at least as many steps as there are
-        # between two lines of the log: the steps that are logged take longer, and a median would leave them out.
+        # Both clip gradients, as the project's trainer does. The mean is taken over at least one logging interval:
+        # steps that are logged take longer, and a median would ignore them.
         trainer = TrainerConfig()
         steps = max(steps, trainer.log_every_n_steps or 1)
         model = cast(OurModel, self.model(replace(case, work=LOOP)))
@@ -180,14 +177,14 @@ class OurWorker(Worker):
         return [statistics.fmean(timed(step, warmup, steps, setup.device))]
 
     def unfused(self, case: Case) -> OurModel:
-        """A model whose attention is made of single products, which the fused kernel is not."""
+        """Build a model with eager attention, whose matrix products are separate operations."""
         backbone = copy.deepcopy(self.backbone)
         backbone.model.set_attn_implementation("eager")
         return OurModel(self.setup, replace(case, work=TRAIN), backbone)
 
 
 class Stopwatch(lightning.Callback):
-    """The start of each batch: the time between two of them covers all that the loop does."""
+    """Records the start of each batch; the time between two starts covers everything that the loop does."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -199,8 +196,8 @@ class Stopwatch(lightning.Callback):
 
 
 def in_lightning(model: OurModel, setup: Setup, warmup: int, steps: int) -> float:
-    """Mean seconds per step in the project's own Trainer, with the CSV logger and the progress bar."""
-    batches = [model.batch] * (warmup + steps + 1)  # the start of the last one ends the last timed one
+    """Return the mean seconds per step in the project's Trainer, with the CSV logger and the progress bar."""
+    batches = [model.batch] * (warmup + steps + 1)  # the start of the last batch ends the last timed step
     loader: DataLoader[Any] = DataLoader(cast(Any, batches), batch_size=None)
     watch = Stopwatch(setup.device)
     module = TaskModule(model.adapted, [TASK], OPTIM, model.module.loss_weights, splits={})
@@ -211,7 +208,7 @@ def in_lightning(model: OurModel, setup: Setup, warmup: int, steps: int) -> floa
         max_epochs=1,
         enable_checkpointing=False,
     )
-    # A progress bar is drawn on a terminal only.
+    # The progress bar is only drawn on a terminal.
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(sys.stdout, "isatty", return_value=True):
         loggers = build_loggers(
             LoggerConfig(csv=CsvConfig()),
@@ -227,5 +224,5 @@ def in_lightning(model: OurModel, setup: Setup, warmup: int, steps: int) -> floa
 
 
 if __name__ == "__main__":
-    keep_freed_memory()  # as a training does
+    keep_freed_memory()  # as the training commands do
     serve(OurWorker())

@@ -1,4 +1,4 @@
-"""The matrix products of a step alone: recorded once, then run without all else."""
+"""Record the matrix products of a step and run them without anything else, as a lower bound of its time."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ FIRST = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten.ba
 
 
 class Products(TorchDispatchMode):
-    """Inside, records shapes and strides of the operands of each product; attention must not be a fused kernel.
+    """Records the operands' shapes and strides of each matrix product; attention must not be a fused kernel.
 
-    Operands of the same layout share their memory when they are run.
+    Operands of the same layout share memory in `run`.
     """
 
     def __init__(self) -> None:

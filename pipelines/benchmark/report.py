@@ -1,4 +1,4 @@
-"""What a suite found: figures with verdicts over the rounds, printed as tables and written as JSON."""
+"""Results of a suite: ratios and times over the rounds with verdicts, printed as tables and written as JSON."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from pipelines.commands import say
 REACHED, NOT_REACHED = "reached", "not reached"
 TOO_NOISY, TOO_FEW = "too noisy: no verdict", "one round: no verdict"
 PACKAGES = ("torch", "transformers", "pytorch-lightning", "numpy")
-Measured = tuple[str, Case]  # who does what
-Timings = dict[Measured, list[list[float]]]  # seconds of every step, by round
+Measured = tuple[str, Case]  # a worker and its case
+Timings = dict[Measured, list[list[float]]]  # seconds of every step of every round
 
 
 def spread(values: Sequence[float]) -> float:
-    """Interquartile range, as a fraction of the median."""
+    """Return the interquartile range as a fraction of the median."""
     low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
     return float((high - low) / median)
 
 
 def medians(timings: Timings, who: str, case: Case) -> list[float]:
-    """One number per round."""
+    """Return the median seconds per step of every round."""
     return [statistics.median(seconds) for seconds in timings[who, case]]
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a figure should come to."""
+    """The limit that the median of a figure should reach."""
 
     limit: float
     at_least: bool = False
@@ -57,9 +57,12 @@ class Target:
 class Figure:
     """A row of the table.
 
-    what: describes it. values: of each round. target: None where it is for information.
-    exact: a count (bytes), for which a single measurement is enough.
-    unit: "x" for a ratio, "%" for one that is shown as what it adds, "s" for seconds.
+    Attributes:
+        what: the description.
+        values: one value per round.
+        target: `None` if the figure is for information only.
+        exact: whether the value is a count (bytes), so that a single measurement is enough.
+        unit: "x" for a ratio, "%" for a ratio shown as an increase, "s" for seconds.
     """
 
     what: str
@@ -69,7 +72,7 @@ class Figure:
     unit: str = "x"
 
     def verdict(self, noise_limit: float) -> str:
-        """Empty for information; neither reached nor not reached where the rounds differ too much."""
+        """Return the verdict, empty without a target. There is none if the rounds differ by more than the limit."""
         if self.target is None:
             return ""
         margin = abs(self.target.limit - 1.0)
@@ -109,15 +112,20 @@ class Figure:
 def ratio(
     what: str, above: Iterable[float], below: Iterable[float], target: Target | None = None, **more: Any
 ) -> Figure:
-    """A figure that compares two things round by round, so that what slows down a whole round cancels out."""
+    """Compare two measurements round by round, so that a slow round affects both alike."""
     return Figure(what, tuple(one / other for one, other in zip(above, below, strict=True)), target, **more)
 
 
 @dataclass
 class Report:
-    """figures: the table. timings, seconds: what they come from, of steps and of whole commands, by round.
+    """Results of a suite.
 
-    more: further fields of the JSON. lines: printed below the table.
+    Attributes:
+        figures: rows of the printed table.
+        timings: seconds of the steps of each case, by round.
+        seconds: seconds of whole commands, by round.
+        more: additional fields of the JSON file.
+        lines: text printed below the tables.
     """
 
     figures: list[Figure]
@@ -144,7 +152,7 @@ def describe_machine(threads: int) -> dict[str, Any]:
 
 
 def finish(config: BenchmarkConfig, report: Report, machine: dict[str, Any], versions: dict[str, Any]) -> Path:
-    """Print the report and write OUTPUT/SUITE.json."""
+    """Print the report, write OUTPUT/SUITE.json and return its path."""
     titles = ["", "median", "low", "high", "spread", "to reach", ""]
     say("")
     show_table([titles, *(figure.row(config.noise_limit) for figure in report.figures)])

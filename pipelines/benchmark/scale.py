@@ -1,4 +1,4 @@
-"""The scale suite: time and memory against the number of sources and their size, beside the formulas."""
+"""The scale suite: time and memory by number and size of the sources, compared with the formulas."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Points = list[dict[str, Any]]
 
 
 def scale(session: Session) -> Report:
-    """Measured for each size, then computed for backbones that do not fit here."""
+    """Measure each size, and compute the costs for backbones that are too large to measure."""
     config, setup, r = session.config.scale, session.setup, session.bottleneck
     usual = [(sources, r) for sources in config.sources]
     sizes = list(dict.fromkeys([*usual, *((config.fixed_sources, wide) for wide in config.bottlenecks)]))
     theirs = [(sources, r) for sources in config.rival_sources]
     every = [*((OURS, size) for size in sizes), *((BASELINE, size) for size in theirs)]
     measured: list[Measured] = [(who, Case(work, FUSION, *size)) for who, size in every for work in (TRAIN, INFER)]
-    # Both of one size are measured side by side, so that a drift within a round hardly changes their ratio.
+    # Both workers measure a size one after the other, so that a drift within a round hardly changes the ratio.
     measured.sort(key=lambda pair: (pair[1].bottleneck, pair[1].sources, pair[1].work, pair[0]))
     timings = session.time(measured, forget=True)
 
@@ -78,7 +78,7 @@ def scale(session: Session) -> Report:
 
 
 def _predict(session: Session, points: Points) -> list[str]:
-    """Add what the formulas give: bytes outright, seconds from the first point by the count of products."""
+    """Add predicted costs: memory from the formula, time in proportion to the multiply-adds of the first point."""
     backbone, setup, first = session.backbone, session.setup, points[0]
     rows = [["N", "R", "step s", "predicted", "infer s", "predicted", "peak MiB", "predicted"]]
     for p in points:
@@ -92,12 +92,12 @@ def _predict(session: Session, points: Points) -> list[str]:
         seconds = [p[f"{key}_seconds"] for key in ("train", "predicted_train", "infer", "predicted_infer")]
         peaks = [p["peak_bytes"] / MIB, p["predicted_peak_bytes"] / MIB]
         rows.append([str(n), str(r), *(f"{s:.4f}" for s in seconds), *(f"{b:.1f}" for b in peaks)])
-    title = f"\nmeasured and predicted: seconds grow with the products from those at N = {first['sources']}; "
-    return [f"{title}bytes come from the formula alone", *columns(rows)]
+    title = f"\nmeasured and predicted: time in proportion to the multiply-adds, from N = {first['sources']}; "
+    return [f"{title}memory from the formula", *columns(rows)]
 
 
 def plot(points: Points, path: Path, title: str) -> None:
-    """Time and memory against N, one line for each of the two."""
+    """Plot time and memory against N, with one line per implementation."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")

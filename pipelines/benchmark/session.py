@@ -1,4 +1,4 @@
-"""The workers of one suite and the rounds in which they alternate."""
+"""Worker processes of a suite, and the rounds in which they are measured alternately."""
 
 from __future__ import annotations
 
@@ -21,25 +21,21 @@ from pipelines.benchmark.report import Measured, Timings
 from pipelines.commands import python_path, say
 
 OURS, BASELINE = "ours", "rival"
-LOGITS_LIMIT = 1e-4  # above this the two do not compute the same, and a comparison would mean nothing
+LOGITS_LIMIT = 1e-4  # larger differences mean that the two models are not equal and cannot be compared
 CLOSING_SECONDS = 10.0
-# `accelerate` is what the baseline's trainer needs beyond its own requirements.
+# The baseline's trainer needs `accelerate`, which it does not list as a requirement.
 PACKAGES = ("adapters==1.3.0", "torch==2.13.0", "accelerate>=1.1,<2")
 
 
 def environment(threads: int) -> dict[str, str]:
-    """This process's environment, with the number of threads for every library that has its own setting."""
+    """Return this process's environment with the number of threads set for every library."""
     more = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     return os.environ | more | quiet | {"PYTHONPATH": python_path()}
 
 
 class WorkerProcess:
-    """A program that answers requests on its stdin, one end of a pipe; what it prints goes to `log`.
-
-    Raises (from `ask`):
-        BenchmarkError: it died, answered an error, or took longer than `timeout` seconds.
-    """
+    """A process that answers requests on its stdin, one end of a pipe; its output is written to `log`."""
 
     def __init__(self, name: str, command: list[str], log: Path, threads: int, timeout: float) -> None:
         self.name, self.log, self.timeout = name, log, timeout
@@ -51,23 +47,27 @@ class WorkerProcess:
         other.close()
 
     def ask(self, do: str, **arguments: Any) -> Any:
-        """Call a method of the worker and wait for its result."""
+        """Call a method of the worker and wait for its result.
+
+        Raises:
+            BenchmarkError: if the process exits, returns an error, or takes longer than `timeout` seconds.
+        """
         try:
             self._pipe.send_bytes(json.dumps({"do": do, **arguments}, default=asdict).encode())
             if self._pipe.poll(self.timeout):
                 answer = json.loads(self._pipe.recv_bytes())
             else:
                 self._process.kill()
-                answer = {"error": f"took more than {self.timeout:g} s"}
+                answer = {"error": f"did not answer within {self.timeout:g} s"}
         except (EOFError, OSError):
-            answer = {"error": f"ended with exit code {self._process.wait()}"}
+            answer = {"error": f"exited with code {self._process.wait()}"}
         if "error" in answer:
             problem = answer["error"].partition("\n")[0]
-            raise BenchmarkError(f"the worker {self.name}, asked for {do}: {problem} (log: {self.log})")
+            raise BenchmarkError(f"worker {self.name}, {do}: {problem} (log: {self.log})")
         return answer["result"]
 
     def close(self) -> None:
-        """Let it end by itself, or kill it."""
+        """Close the pipe, which ends the worker; kill it if it does not exit in time."""
         self._pipe.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(CLOSING_SECONDS)
@@ -76,38 +76,40 @@ class WorkerProcess:
 
 
 def baseline_python(venv: str | None, output: Path) -> str:
-    """The interpreter of the baseline, whose versions do not fit beside ours: of `venv`, or of one that is made once.
+    """Return the Python interpreter of the baseline, which needs other package versions than this project.
+
+    It is the one of `venv`, or of OUTPUT/rival-venv, which is created on first use.
 
     Raises:
-        BenchmarkError: the folder has no python, or pip failed.
+        BenchmarkError: if the folder has no interpreter, or pip failed.
     """
     folder = Path(venv).expanduser() if venv else output / "rival-venv"
-    # Not resolved: the interpreter finds its packages by the place of the link.
+    # Not resolved: the interpreter finds its packages by the location of the link.
     python = (folder / "bin" / "python").absolute()
     stamp = folder / ".installed"
     if venv and not python.is_file():
         raise BenchmarkError(f"rival.venv={venv}: expected a virtual environment with {python}")
     if venv or (stamp.is_file() and stamp.read_text(encoding="utf-8").split("\n") == list(PACKAGES)):
         return str(python)
-    say(f"Installing the baseline ({', '.join(PACKAGES)}) into {folder}: a few minutes, once")
+    say(f"Installing the baseline ({', '.join(PACKAGES)}) into {folder}: this takes a few minutes, once")
     log = output / "rival-venv.log"
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", *PACKAGES]
     with log.open("wb") as file:
         for command in ([sys.executable, "-m", "venv", "--clear", str(folder)], pip):
             if code := subprocess.call(command, stdout=file, stderr=subprocess.STDOUT):
                 raise BenchmarkError(
-                    f"the baseline could not be installed: exit code {code} of pip (log: {log}); "
-                    "rival.venv=FOLDER uses an environment that has it"
+                    f"the baseline could not be installed: pip exited with code {code} (log: {log}); "
+                    "rival.venv=FOLDER uses an existing environment"
                 )
     stamp.write_text("\n".join(PACKAGES), encoding="utf-8")
     return str(python)
 
 
 class Session:
-    """Starts a worker when it is first needed; `close` ends all of them and removes the work folder.
+    """Starts each worker on first use; `close` stops all of them and removes the temporary folder.
 
     Raises:
-        BenchmarkError: the backbone is not a folder.
+        BenchmarkError: if the backbone is not a local folder.
     """
 
     def __init__(self, config: BenchmarkConfig) -> None:
@@ -122,14 +124,14 @@ class Session:
         self._workers: dict[str, WorkerProcess] = {}
         folder = Path(locate(config.backbone)).absolute()
         if not folder.is_dir():
-            raise BenchmarkError(f"backbone={config.backbone}: expected a folder or the packaged MiniLM")
+            raise BenchmarkError(f"backbone={config.backbone}: expected a local folder, or the packaged MiniLM")
         device = device_of(config.device).type
         automatic = "bf16" if device == "cuda" else "float32"
         precision = automatic if config.precision == "auto" else config.precision
         shape = (config.batch_size, config.tokens, self.threads, config.seed)
         self.setup = Setup(str(folder), *shape, device, precision)
         self.backbone = Backbone.read(str(folder))
-        self.bottleneck = max(1, self.backbone.hidden_size // 16)  # R of the usual placement
+        self.bottleneck = max(1, self.backbone.hidden_size // 16)  # R at the default reduction factor
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
 
@@ -149,16 +151,16 @@ class Session:
         return self._workers[name]
 
     def command(self, name: str) -> list[str]:
-        """What starts a worker."""
+        """Return the command that starts a worker."""
         if name == OURS:
             return [sys.executable, "-m", "pipelines.benchmark.ours"]
         return [baseline_python(self.config.rival.venv, self.output), "-m", "pipelines.benchmark.baseline"]
 
     def agreement(self, cases: Sequence[Case]) -> list[dict[str, Any]]:
-        """The largest differences between the two on the same padded batch, with dropout off.
+        """Return the largest differences between both implementations on one padded batch, with dropout off.
 
         Raises:
-            BenchmarkError: they are so large that the two do not compute the same.
+            BenchmarkError: if a difference exceeds `LOGITS_LIMIT`.
         """
         import numpy as np
 
@@ -171,27 +173,27 @@ class Session:
                 "penalty": abs(ours["penalty"] - theirs["penalty"]) / max(1.0, abs(ours["penalty"])),
             }
             shown = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
-            say(f"same weights, same batch, {case}: largest difference of {shown}")
-            if not all(value <= LOGITS_LIMIT for value in differences.values()):  # nor where one is NaN
+            say(f"{case}, same weights and batch: largest differences: {shown}")
+            if not all(value <= LOGITS_LIMIT for value in differences.values()):  # also raises for NaN
                 raise BenchmarkError(f"{case}: ours and the baseline differ by more than {LOGITS_LIMIT:g} ({shown})")
             found.append({"case": asdict(case), **differences})
         return found
 
-    def rounds(self, things: Sequence[Any]) -> Iterator[Any]:
-        """Each thing once per round, in reverse order in every second round."""
+    def rounds(self, items: Sequence[Any]) -> Iterator[Any]:
+        """Yield every item once per round, in reverse order in every second round."""
         rounds = self.config.rounds_of_suite()
         for number in range(rounds):
-            yield from things if number % 2 == 0 else reversed(things)
+            yield from items if number % 2 == 0 else reversed(items)
             say(f"round {number + 1} of {rounds} done")
 
     def time(self, measured: Sequence[Measured], forget: bool = False) -> Timings:
-        """Measure one case after the other, in rounds; never two at a time.
+        """Time the cases one after the other, in rounds.
 
         Args:
-            forget: drop each model after its measurement, where all together do not fit in memory.
+            forget: delete each model after its measurement, since all models together may not fit in memory.
         """
         for name in dict.fromkeys(who for who, _ in measured):
-            self.worker(name)  # its start is not part of a round
+            self.worker(name)  # start it before the first round
         timings: Timings = {}
         steps, warmup = self.config.steps, self.config.warmup
         for who, case in self.rounds(measured):
@@ -202,5 +204,5 @@ class Session:
         return timings
 
     def peak(self, who: str, case: Case) -> int:
-        """Most bytes of tensors in a step, above those after loading."""
+        """Return the peak bytes of tensors in a step, above those after loading."""
         return int(self.worker(who).ask("peak", case=case))

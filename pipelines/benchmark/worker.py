@@ -1,6 +1,6 @@
-"""A worker: builds the model of each case and measures it, one JSON request at a time.
+"""A worker process: builds the model of each case and measures it, one JSON request at a time.
 
-Shapes: B rows, T tokens, K outputs.
+Shapes: B examples, T tokens, K outputs.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class TokenBatch(NamedTuple):
 
 
 def token_batch(setup: Setup, vocabulary: int, padded: bool = False) -> TokenBatch:
-    """Random words, no special tokens; `padded` shortens every second row, by up to half."""
+    """Return random tokens without special tokens; `padded` shortens every second example by up to half."""
     rows, tokens = setup.batch_size, setup.tokens
     random = torch.Generator().manual_seed(setup.seed)
-    # BERT's first thousand ids are special or unused; the vocabulary of a tiny test model has no such room.
+    # BERT's first thousand ids are special or unused, except in the small vocabulary of a test model.
     ids = torch.randint(1000 if vocabulary > 2000 else 5, vocabulary, (rows, tokens), generator=random)
     lengths = torch.full((rows,), tokens)
     if padded:
@@ -46,13 +46,13 @@ def token_batch(setup: Setup, vocabulary: int, padded: bool = False) -> TokenBat
 
 
 def synchronise(device: str) -> None:
-    """Wait until the device is done: without it only the launch would be timed."""
+    """Wait for queued CUDA kernels; otherwise only their launch would be timed."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def timed(step: Step, warmup: int, steps: int, device: str) -> list[float]:
-    """Seconds of each of `steps` calls, after `warmup` others."""
+    """Return the seconds of each of `steps` calls, after `warmup` untimed ones."""
     seconds = []
     for _ in range(warmup + steps):
         synchronise(device)
@@ -64,9 +64,9 @@ def timed(step: Step, warmup: int, steps: int, device: str) -> list[float]:
 
 
 def peak_bytes(step: Step, device: str) -> int:
-    """The most bytes of tensors during two calls, above what was allocated before them.
+    """Return the peak bytes of tensors during two calls, above those allocated before.
 
-    The second call is like all later ones: gradients and the optimizer's state exist by then.
+    The second call is representative of later ones: gradients and the optimizer state then exist.
     """
     if device == "cuda":
         synchronise(device)
@@ -89,21 +89,21 @@ def peak_bytes(step: Step, device: str) -> int:
 
 
 class Model:
-    """A model with a batch to measure and a padded one to compare. Subclasses define what it computes."""
+    """Base class of both implementations, with a full batch to time and a padded one to compare."""
 
     batch: Any
     padded: Any
 
     def train(self) -> None:
-        """One training step."""
+        """Run a training step."""
         raise NotImplementedError
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
-        """Of a model in training mode: `task`, and `value_penalty` of a fusion."""
+        """Return the losses in training mode: `task`, and `value_penalty` for a fusion."""
         raise NotImplementedError
 
     def scores(self, batch: Any) -> Tensor:
-        """(B, K) of a model in evaluation mode."""
+        """Return the logits in evaluation mode, (B, K)."""
         raise NotImplementedError
 
     @torch.inference_mode()
@@ -118,7 +118,7 @@ class Model:
 
 
 class Worker:
-    """Builds each case's model once. What a request names in `do` is a method of this class."""
+    """Builds the model of each case once. The `do` of a request is the name of one of its methods."""
 
     setup: Setup
 
@@ -138,7 +138,7 @@ class Worker:
         return timed(self._step(self.model(case), case), warmup, steps, self.setup.device)
 
     def peak(self, case: Case) -> int:
-        """Of a new model: it has no gradients and no optimizer state yet."""
+        """Measure a new model, which has no gradients and no optimizer state yet."""
         return peak_bytes(self._step(self.build(case), case), self.setup.device)
 
     def check(self, case: Case) -> dict[str, Any]:
@@ -156,13 +156,13 @@ class Worker:
         return self.in_precision({TRAIN: model.train, INFER: model.infer}[case.work])
 
     def in_precision(self, step: Step) -> Step:
-        """The step, under autocast where the setup has bf16."""
+        """Wrap the step in autocast if the precision is bf16."""
         half = self.setup.precision == "bf16"
         return torch.autocast(self.setup.device, torch.bfloat16)(step) if half else step
 
 
 def serve(worker: Worker) -> None:
-    """Answer on stdin until the other end of the pipe is closed."""
+    """Answer requests on stdin until the other end of the pipe is closed."""
     pipe = Connection(os.dup(0))
     with contextlib.suppress(EOFError, OSError):
         while True:

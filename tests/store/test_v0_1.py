@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.stats import pearsonr, spearmanr
 
 from fusion import evaluate, stage2
 from fusion.config.commands import EvaluateConfig
@@ -82,10 +83,18 @@ def test_it_evaluates_as_in_0_1(place: Path, name: str) -> None:
     for split, predicted in expected["predicted"].items():
         if isinstance(predicted[0], int):
             assert outcomes[split]["predicted"] == predicted
-        else:  # the last digits of a regression are the machine's
-            assert outcomes[split]["predicted"] == pytest.approx(predicted, rel=1e-5)
-    for split, metrics in expected["metrics"].items():  # 0.1 stored single precision
-        assert result["metrics"][split] == pytest.approx(metrics, rel=1e-6)
+            # 0.1 stored single precision.
+            assert result["metrics"][split] == pytest.approx(expected["metrics"][split], rel=1e-6)
+        else:
+            # The last digits of a regression depend on the processor. A correlation of predictions that hardly differ
+            # amplifies them, so the metrics are compared with those of the predictions at hand.
+            ours = outcomes[split]["predicted"]
+            assert ours == pytest.approx(predicted, rel=1e-5)
+            labels = [
+                json.loads(line)["score"] for line in Path("data/similar/validation.jsonl").read_text().splitlines()
+            ]
+            metrics = {"pearson": pearsonr(ours, labels)[0], "spearman": spearmanr(ours, labels)[0]}
+            assert result["metrics"][split] == pytest.approx(metrics, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", EVALUATED)
