@@ -1,4 +1,4 @@
-# Paths are relative and programs run as `python -m`, so that the project works in a folder with spaces in its name.
+# Paths are relative and programs run as `python -m`, so that the project works in a folder whose name contains spaces.
 
 PYTHON ?= python3
 LABELS ?= 100
@@ -7,7 +7,7 @@ ARGS   ?=
 SUITES ?= train,infer,memory,scale,epoch,startup,ddp
 # An additional package index for torch, such as PyTorch's index of CPU wheels: make demo TORCH_INDEX=URL
 TORCH_INDEX ?=
-# Tests run in two processes of one thread each.
+# Tests run in two processes with one thread each.
 WORKERS ?= 2
 
 RUN := .venv/bin/python -m
@@ -21,18 +21,18 @@ help: ## list the targets
 	@echo
 	@echo "  PYTHON=python3.12 selects the interpreter; TORCH_INDEX=URL is an additional index for torch (CPU wheels)."
 
-venv: .venv/.installed ## create .venv and install the pinned packages (the other targets do this when needed)
+venv: .venv/.installed ## create .venv and install the pinned packages (the other targets do this if needed)
 
-demo: .venv/.installed ## train three adapters, fuse them for tweets and compare; LABELS=100 SEED=0 ARGS="rows=500"
+demo: .venv/.installed ## train three adapters, fuse them on tweets and compare; LABELS=100 SEED=0 ARGS="rows=500"
 	@$(RUN) pipelines.demo labels=$(LABELS) seed=$(SEED) $(ARGS)
 
-bench: .venv/.installed ## measure speed and memory against the baseline, an hour or more; ARGS="rounds=3"
+bench: .venv/.installed ## measure speed and memory compared to AdapterHub; takes an hour or more; ARGS="rounds=3"
 	@$(RUN) pipelines.benchmark -m suite=$(SUITES) $(ARGS)
 
-# Write bytecode even if the environment disables it: otherwise each of the tests' subprocesses compiles it again.
+# Write bytecode even if the environment disables it; otherwise every subprocess of the tests recompiles the modules.
 TEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(RUN) pytest
 
-test: .venv/.installed ## run the tests except the slow ones; ARGS="-k store" selects some
+test: .venv/.installed ## run all tests except the slow ones; ARGS="-k store" selects a subset
 	@$(TEST) -n $(WORKERS) $(ARGS)
 
 test-full: .venv/.installed ## run all tests, including those that take minutes
@@ -49,7 +49,7 @@ test-browser: .venv/.installed ## test the report in a headless Chromium; instal
 	    chromium chromium-driver fonts-dejavu-core >/dev/null; fi
 	@$(TEST) -m browser tests/browser $(ARGS)
 
-crash-test: .venv/.installed ## kill training runs at random places and compare what they resume to; ARGS="kills=100 fork=true"
+crash-test: .venv/.installed ## kill training runs at random points and compare the resumed results; ARGS="kills=100 fork=true"
 	@$(RUN) tests.crash $(ARGS)
 
 check: .venv/.installed ## check linting, formatting and types
@@ -61,7 +61,7 @@ format: .venv/.installed ## fix what ruff can fix
 	@$(RUN) ruff check --fix
 	@$(RUN) ruff format
 
-docs: .venv/.docs ## build the documentation in site/ (needs Python 3.11); ARGS=serve shows it at localhost:8000
+docs: .venv/.docs ## build the documentation in site/ (requires Python 3.11); ARGS=serve serves it at localhost:8000
 	@NO_MKDOCS_2_WARNING=true $(RUN) mkdocs $(if $(ARGS),$(ARGS),build --strict)
 
 wheel: .venv/.installed ## build dist/adapter_fusion-*.whl
@@ -71,7 +71,7 @@ clean: ## remove .venv, caches and builds, but not outputs/
 	rm -rf .venv build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find fusion pipelines tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamp is written last, so that an interrupted installation is repeated and a finished one is skipped.
+# The marker file is written last, so that an interrupted installation is repeated and a finished one is skipped.
 .venv/.installed: pyproject.toml constraints.txt
 	@command -v "$(PYTHON)" >/dev/null || { \
 	  echo "$(PYTHON) not found: Python 3.10 or newer is required (Debian: apt install python3 python3-venv)." >&2; \
