@@ -39,7 +39,7 @@ class DropConfig(Settings):
     data_dir: str | None = None
     rows: int = integer(2000, 1)  # training examples of each task
     epochs: int = integer(3, 1)
-    rate: float = number(5e-4, above=0)
+    rate: float = number(5e-4, "> 0")
     at_once: int = integer(8, 1)  # tasks in one multi-task pass
     rounds: int = integer(7, 1)  # timings of each model
     batch_size: int = integer(32, 1)

@@ -22,11 +22,10 @@ from fusion import evaluate
 from fusion.config.commands import EvaluateConfig
 from fusion.config.compositions import CompositionConfig
 from fusion.config.data import LimitConfig
-from fusion.config.logger import CsvConfig, LoggerConfig
 from fusion.config.methods import MethodConfig
 from fusion.config.model import AdapterConfig, BackboneConfig, HeadConfig, SameBackboneConfig
 from fusion.config.stages import Stage1Config
-from fusion.config.training import OptimConfig, TrainerConfig
+from fusion.config.training import CsvConfig, LoggerConfig, OptimConfig, TrainerConfig
 from fusion.errors import TrainingError, UserError
 from fusion.runs.output import find_output
 from fusion.store.artifacts import load

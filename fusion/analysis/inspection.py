@@ -102,10 +102,11 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
             text = kind.text_of(full.predictions[row])
             choices = None if rows.choices is None else rows.choices[row]
             texts = [*rows.texts[row], *([] if choices is None else [choices[text]])]
-            count = None if choices is None else len(choices)
+            counts = None if choices is None else [len(choices)]
+            (line,) = kind.lines(task, scores[None, row], counts, head.decision)
             words.append(
                 {"row": row, "texts": [part[:TEXT] for part in texts]}
-                | kind.describe(task, scores[row], rows.labels[row], count, head.decision)
+                | kind.describe(task, line, rows.labels[row])
                 | token_attention(model, encoded.batch([row]).to(device), text, loaded.backbone.tokenizer)
             )
     return {

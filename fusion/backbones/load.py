@@ -23,8 +23,7 @@ from fusion.backbones.pairing import adjust, check_max_length, check_pair
 from fusion.backbones.repeated_layers import separate_repeated_layers
 from fusion.backbones.weights import check_complete, check_finite, check_runs, check_types
 from fusion.errors import UserError
-from fusion.hub import custom_code
-from fusion.hub.access import from_cache_or_hub
+from fusion.hub.access import from_cache_or_hub, own_code_refused, warn_of_own_code
 from fusion.hub.tokenizer import load_tokenizer, tokenizer_hash
 
 Loaded = TypeVar("Loaded")
@@ -81,7 +80,7 @@ def load_backbone(
 
     def load(read: Callable[[bool], Loaded]) -> Loaded:
         try:
-            with quiet_transformers(), custom_code.refused(what):
+            with quiet_transformers(), own_code_refused(what):
                 if is_folder:
                     return read(True)
                 cure = "backbone.name_or_path=FOLDER takes a local copy"
@@ -123,7 +122,7 @@ def load_backbone(
     model, loading = load(read_model)
     check_complete(loading, family, model.base_model_prefix, what)
     if not trust_remote_code:
-        custom_code.warn_if_ignored(getattr(config, "auto_map", None), what)
+        warn_of_own_code(getattr(config, "auto_map", None), what)
     model.requires_grad_(False)
     model.eval()
     check_finite(model, what)
@@ -157,7 +156,7 @@ def _cached_folder(hub_id: str, revision: str | None) -> Path | None:
 def fingerprint(model: PreTrainedModel, family: Family) -> str:
     """sha256 over what determines the backbone's output: architecture and tensors, by name."""
     architecture = {key: getattr(model.config, key, None) for key in family.architecture}
-    if custom_code.is_own(model):
+    if type(model).__module__.startswith("transformers_modules."):  # its own class
         architecture["class"] = type(model).__name__
     digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
     digest.update(hash_tensors(model.named_parameters()).encode())

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf._utils import get_yaml_loader
 
 from fusion.cli.config_sources import TABLES, check_place
-from fusion.data.task_files import read_task_file
+from fusion.config.task import read_task_file
 
 KEPT_JOBS = 64  # composed configs that wait for their job: each takes about a megabyte
 
@@ -52,10 +52,10 @@ class ConfigFiles(FileConfigSource):
         if group != "task":
             return super().load_config(config_path)
         return ConfigResult(
-            config=DictConfig(read_task_file(path, get_yaml_loader().yaml_implicit_resolvers)),
+            config=DictConfig(read_task_file(path, get_yaml_loader())),
             path=f"{self.scheme()}://{self.path}",
             provider=self.provider,
-            header=self._get_header_dict(""),  # `read_task_file` refuses a header
+            header=self._get_header_dict(""),  # `# @package` has no effect in a task file
         )
 
 

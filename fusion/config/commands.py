@@ -8,10 +8,10 @@ from typing import Any, Optional
 
 from fusion.config.data import DataConfig, LimitConfig, require_max_length
 from fusion.config.fields import MAX_SEED, Settings, checked, integer, number, require, subset
-from fusion.config.logger import LoggerConfig
 from fusion.config.model import BackboneConfig, HeadConfig, SameBackboneConfig
 from fusion.config.stages import POOLED_RANKINGS, RANKINGS, source_names
 from fusion.config.task import TaskConfig
+from fusion.config.training import LoggerConfig
 from fusion.tasks.table import kind_of
 from fusion.text import override
 
@@ -100,7 +100,7 @@ class RankConfig(Settings):
     methods: list[str] = subset(list(RANKINGS), RANKINGS)
     rows: int = integer(1000, 2)  # of the target and of each source's task, at most
     epochs: int = integer(2, 1)  # of the short fusion run of the method `attention`, as `lr` and `seed`
-    lr: float = number(5e-4, above=0, below=1e3, hint=", such as 5e-4")
+    lr: float = number(5e-4, "> 0 and < 1000", hint=", such as 5e-4")
     data: DataConfig = field(default_factory=DataConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     head: HeadConfig = field(default_factory=HeadConfig)

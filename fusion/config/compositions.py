@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Optional
 
-from fusion.config.fields import integer, layer_drop, layers, number
-from fusion.config.named_settings import NamedSettings
+from fusion.config.fields import NamedSettings, integer, layer_drop, layers, number
 from fusion.errors import UserError
 
 if TYPE_CHECKING:
@@ -178,9 +177,9 @@ class CompositionConfig(NamedSettings, group="composition"):
 
     name: str = "adapterfusion"
     value_matrix: bool = True  # whether there is a Wv
-    temperature: float = number(1.0, above=0)  # of the softmax
-    dropout: float = number(0.0, at_least=0, below=1)  # on the scores, before the softmax
-    value_penalty: float = number(0.01, at_least=0)  # weight of the sum over layers of ||Wv - I||^2
+    temperature: float = number(1.0, "> 0")  # of the softmax
+    dropout: float = number(0.0, ">= 0 and < 1")  # on the scores, before the softmax
+    value_penalty: float = number(0.01, ">= 0")  # weight of the sum over layers of ||Wv - I||^2
     layers: Any = layers()  # those of the backbone that have a composition
     drop: Optional[str] = layer_drop()
     rank: Optional[int] = integer(None, 1, null="the hidden size")  # of query and key

@@ -23,8 +23,8 @@ class LimitConfig(Settings, group="data.limit"):
 class SplitConfig(Settings, group="data.split"):
     """Fractions of the training rows that become the splits which a task does not have."""
 
-    validation: Optional[float] = number(None, above=0, below=1, hint=", such as 0.1", null="no such split")
-    test: Optional[float] = number(None, above=0, below=1, hint=", such as 0.1", null="no such split")
+    validation: Optional[float] = number(None, "> 0 and < 1", hint=", such as 0.1", null="no such split")
+    test: Optional[float] = number(None, "> 0 and < 1", hint=", such as 0.1", null="no such split")
     seed: int = integer(0, 0, MAX_SEED)  # of the draw, independent of the run's seed
     stratify: bool = False  # classification: each part has the labels in the same proportions
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,11 +20,8 @@ MAX_SEED = 2**32 - 1
 class Settings:
     """Base of settings classes. A subclass may add checks across its fields in `__post_init__`.
 
-    Class arguments:
-        group: its key in a command's config, such as `optim`; none for the config itself.
-
-    Raises:
-        UserError: a field does not accept its value; states the override and what was expected.
+    The class argument `group` is its key in a command's config, such as `optim`; none for the config itself. Raises
+    UserError, with the override and what was expected, if a field does not accept its value.
     """
 
     if TYPE_CHECKING:  # Hydra would take an annotation for a setting
@@ -42,42 +39,24 @@ class Settings:
 
 
 def checked(default: Any, accepts: Callable[[Any], bool], expected: str) -> Any:
-    """A field that accepts values by a function.
-
-    Args:
-        expected: ends the message "KEY=VALUE: expected ...".
-    """
+    """A field that accepts values by a function; `expected` ends the message "KEY=VALUE: expected ..."."""
     metadata = {"accepts": accepts, "expected": expected}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def integer(default: int | None, at_least: int, at_most: float = math.inf, null: str = "", hint: str = "") -> Any:
+def integer(default: int | None, at_least: int, at_most: int | None = None, null: str = "", hint: str = "") -> Any:
     """A whole number.
 
-    Args:
-        null: what null means; empty: null is refused.
-        hint: ends the sentence: an example, a unit, or what else would do.
+    `null` is what null means (empty: it is refused); `hint` ends the message: an example, a unit, or what else would do.
     """
-    bounds = {">=": at_least} | ({"<=": at_most} if at_most < math.inf else {})
+    bounds = f">= {at_least}" if at_most is None else f">= {at_least} and <= {at_most}"
     return _number(default, "a whole number", lambda value: type(value) is int, bounds, null, hint)
 
 
-def number(
-    default: float | None,
-    *,
-    above: float | None = None,
-    at_least: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-    infinite: bool = False,
-    null: str = "",
-    hint: str = "",
-) -> Any:
-    """A finite number, or any with `infinite`. `null` and `hint` are as for `integer`."""
-    given = {">=": at_least, ">": above, "<=": at_most, "<": below}
-    bounds = {sign: bound for sign, bound in given.items() if bound is not None}
+def number(default: float | None, bounds: str, infinite: bool = False, null: str = "", hint: str = "") -> Any:
+    """A finite number, or any with `infinite`, within bounds such as ">= 0 and < 1". The rest is as for `integer`."""
 
     def accepts(value: Any) -> bool:
         return type(value) is int or (type(value) is float and (infinite or math.isfinite(value)))
@@ -85,16 +64,15 @@ def number(
     return _number(default, "a number" if infinite else "a finite number", accepts, bounds, null, hint)
 
 
-def _number(
-    default: float | None, kind: str, accepts: Callable[[Any], bool], bounds: dict[str, float], null: str, hint: str
-) -> Any:
+def _number(default: float | None, kind: str, accepts: Callable[[Any], bool], bounds: str, null: str, hint: str) -> Any:
+    limits = [(_COMPARE[sign], float(bound)) for sign, bound in map(str.split, bounds.split(" and "))]
+
     def inside(value: Any) -> bool:
         if value is None:
             return bool(null)
-        return accepts(value) and all(_COMPARE[sign](value, bound) for sign, bound in bounds.items())
+        return accepts(value) and all(holds(value, bound) for holds, bound in limits)
 
-    text = " and ".join(f"{sign} {bound:.10g}" for sign, bound in bounds.items())
-    return checked(default, inside, f"{kind} {text}{hint}{f', or null for {null}' if null else ''}")
+    return checked(default, inside, f"{kind} {bounds}{hint}{f', or null for {null}' if null else ''}")
 
 
 def choice(default: str | None, allowed: Collection[str], null: str = "") -> Any:
@@ -138,8 +116,7 @@ def layer_drop() -> Any:
 def batches(times: bool = False) -> Any:
     """A part of an epoch, as Lightning takes it: null (all), a fraction (float) or a number of batches (int).
 
-    Args:
-        times: accept texts and mappings too, which Lightning reads as a duration.
+    With `times`, texts and mappings too, which Lightning reads as a duration.
     """
 
     def accepts(value: Any) -> bool:
@@ -167,3 +144,46 @@ def as_stored(settings: Any, first: Collection[str]) -> dict[str, Any]:
     """
     values = {f.name: (getattr(settings, f.name), default_of(f)) for f in fields(settings)}
     return {key: value for key, (value, default) in values.items() if key in first or value != default}
+
+
+@dataclass
+class NamedSettings(Settings):
+    """A group in which a name selects an entry of a table: `composition=NAME`, `method=NAME`.
+
+    The settings of all names are fields of one class, so a key has one type and one default whatever the name is. Those
+    that do not apply to the name must keep their defaults.
+
+    Class attributes:
+        table: the entry of each name, with the `settings` that apply to it; the first name is the default.
+        common: settings that apply to every name.
+        first: settings that every manifest has, see `as_stored`.
+    """
+
+    if TYPE_CHECKING:  # annotations at run time would make settings of them
+        table: ClassVar[Mapping[str, Any]]
+        common: ClassVar[tuple[str, ...]]
+        first: ClassVar[tuple[str, ...]]
+        name: str
+
+    def __post_init__(self) -> None:
+        if self.name not in self.table:
+            names = ", ".join(self.table)
+            raise UserError(f"{override(self.group, self.name)}: expected one of {names}")
+        super().__post_init__()
+        applicable = (*self.common, *self.table[self.name].settings)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name not in applicable and value != default_of(f):
+                names = " or ".join(name for name, entry in self.table.items() if f.name in entry.settings)
+                raise UserError(
+                    f"{override(f'{self.group}.{f.name}', value)}: {self.group}={self.name} has no such setting; "
+                    f"leave it out, or use {self.group}={names}"
+                )
+
+    @property
+    def is_default(self) -> bool:
+        """Whether the name is the one that counts where none is given."""
+        return self.name == next(iter(self.table))
+
+    def as_stored(self) -> dict[str, Any]:
+        return as_stored(self, self.first)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion.config.fields import checked, integer, number
-from fusion.config.named_settings import NamedSettings
+from fusion.config.fields import NamedSettings, checked, integer, number
 from fusion.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,16 +22,12 @@ if TYPE_CHECKING:
 ADAPTER = "adapter"  # the kind of artifact that holds adapters
 
 
-def _full(settings: MethodConfig, model: nn.Module) -> Tuning:
-    from fusion.backbones.tuning import full
+def _tune(name: str, settings: MethodConfig, model: nn.Module, keys: tuple[str, ...] = ()) -> Tuning:
+    """A function of `fusion.backbones.tuning`, with the settings of these keys."""
+    from fusion.backbones import tuning
 
-    return full(model)
-
-
-def _bitfit(settings: MethodConfig, model: nn.Module) -> Tuning:
-    from fusion.backbones.tuning import bitfit
-
-    return bitfit(model)
+    tuned: Tuning = getattr(tuning, name)(model, **{key: getattr(settings, key) for key in keys})
+    return tuned
 
 
 def _check_lora(settings: MethodConfig, weights: Mapping[str, Tensor], file: Path) -> None:
@@ -39,12 +35,6 @@ def _check_lora(settings: MethodConfig, weights: Mapping[str, Tensor], file: Pat
     stored = {tuple(tensor.shape[:1]) for name, tensor in weights.items() if name.endswith("lora_A.weight")}
     if stored != {(settings.rank,)}:
         raise UserError(f"{file}: has LoRA of rank {sorted(stored)}, and manifest.json has method.rank={settings.rank}")
-
-
-def _lora(settings: MethodConfig, model: nn.Module) -> Tuning:
-    from fusion.backbones.tuning import lora
-
-    return lora(model, settings.rank, settings.alpha, settings.dropout, settings.targets)
 
 
 @dataclass(frozen=True)
@@ -74,22 +64,24 @@ class Method:
     whole: bool = False
 
 
+_LORA = ("rank", "alpha", "dropout", "targets")
+
 METHODS: dict[str, Method] = {
     "adapter": Method(ADAPTER, "single adapter"),
     "head": Method("head", "head"),
     "lora": Method(
         "lora",
         "LoRA",
-        settings=("rank", "alpha", "dropout", "targets"),
+        settings=_LORA,
         shaping=("rank", "alpha", "targets"),
-        tune=_lora,
+        tune=partial(_tune, "lora", keys=_LORA),
         check_stored=_check_lora,
     ),
-    "bitfit": Method("bitfit", "BitFit", tune=_bitfit),
-    "full": Method("full", "full fine-tuning", tune=_full, whole=True),
+    "bitfit": Method("bitfit", "BitFit", tune=partial(_tune, "bitfit")),
+    "full": Method("full", "full fine-tuning", tune=partial(_tune, "full"), whole=True),
     "multitask_adapter": Method(ADAPTER, "multi-task adapter", ("temperature",), multitask=True),
     "multitask_full": Method(
-        "full", "multi-task fine-tuning", ("temperature",), tune=_full, multitask=True, whole=True
+        "full", "multi-task fine-tuning", ("temperature",), tune=partial(_tune, "full"), multitask=True, whole=True
     ),
 }
 
@@ -101,9 +93,9 @@ class MethodConfig(NamedSettings, group="method"):
     name: str = "adapter"
     rank: int = integer(8, 1)  # of LoRA's update
     alpha: int = integer(8, 1)  # the update is scaled by alpha / rank
-    dropout: float = number(0.0, at_least=0, below=1)  # on the input of the update
+    dropout: float = number(0.0, ">= 0 and < 1")  # on the input of the update
     # Tasks are drawn with p_i ~ n_i^(1/temperature) (Stickland & Murray 2019).
-    temperature: float = number(2.0, above=0, hint="; 1 draws tasks by their size, higher values favour small tasks")
+    temperature: float = number(2.0, "> 0", hint="; 1 draws tasks by their size, higher values favour small tasks")
     targets: list[str] = checked(  # the linear layers with an update, by the last part of their names
         ["query", "value"],
         lambda value: 0 < len(value) == len(set(value)),

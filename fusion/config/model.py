@@ -34,7 +34,7 @@ class BackboneConfig(Settings, group="backbone"):
     pooling: str = choice("cls", POOLINGS)  # default of head.pooling
     dropout: Optional[bool] = None  # the backbone's own dropout in training; null: only where all of it trains
     cache: str = choice("auto", CACHES)  # of the features below the lowest slot; auto: where it pays off
-    cache_gb: float = number(20.0, above=0, infinite=True)  # disk space for all cached features
+    cache_gb: float = number(20.0, "> 0", infinite=True)  # disk space for all cached features
     gradient_checkpointing: bool = False  # less memory: each layer is computed again in backward
     trust_remote_code: bool = False  # run the Python code that comes with the backbone
 
@@ -54,7 +54,7 @@ class AdapterConfig(Settings, group="adapter"):
     name: str = "pfeiffer"
     sites: list[str] = subset(["feedforward"], SITES)
     reads: str = choice("normed", READS)
-    reduction_factor: Optional[float] = number(16.0, above=0, null="adapter.bottleneck_size")
+    reduction_factor: Optional[float] = number(16.0, "> 0", null="adapter.bottleneck_size")
     bottleneck_size: Optional[int] = integer(None, 1, null="adapter.reduction_factor")  # takes precedence
     nonlinearity: str = choice("relu", NONLINEARITIES)
     scaling: Any = checked(
@@ -63,7 +63,7 @@ class AdapterConfig(Settings, group="adapter"):
         "a finite number, or learned (starts at 1)",
     )
     init: str = choice("bert", INITIAL_VALUES)
-    dropout: float = number(0.0, at_least=0, below=1)
+    dropout: float = number(0.0, ">= 0 and < 1")
     layers: Any = layers()
     drop: Optional[str] = layer_drop()
     shared: bool = False  # one adapter's weights for all layers
@@ -96,7 +96,7 @@ class AdapterConfig(Settings, group="adapter"):
 class HeadConfig(Settings, group="head"):
     pooling: Optional[str] = choice(None, POOLINGS, null="backbone.pooling")
     layers: int = integer(1, 1, 2)  # 1: linear; 2: dense, tanh, linear
-    dropout: float = number(0.1, at_least=0, below=1)
+    dropout: float = number(0.1, ">= 0 and < 1")
 
 
 @dataclass
@@ -106,3 +106,29 @@ class SameBackboneConfig:
     name_or_path: Optional[str] = None
     revision: Optional[str] = None
     trust_remote_code: bool = False  # given each time: an artifact cannot allow it for its user
+
+
+def kept_layers(layers: Any, drop: str | None, count: int, group: str) -> list[int]:
+    """The layers of `layers` (null, `last:3` or a list) without those that `specialized:N` drops.
+
+    Raises UserError if the backbone, which has `count` layers, lacks one, or none is left; `group` is for the message.
+    """
+    selected = range(count) if layers is None else layers
+    if isinstance(layers, str):
+        last = int(layers.removeprefix("last:"))
+        require(
+            last <= count, f"{group}.layers={layers}: the backbone has {count} layers; expected last:1 to last:{count}"
+        )
+        selected = range(count - last, count)
+    require(
+        max(selected) < count,
+        f"{group}.layers={layers}: layer {max(selected)} does not exist; the backbone has layers 0 to {count - 1}",
+    )
+    first = int(drop.removeprefix("specialized:")) if drop not in (None, "robust") else 0
+    kept = sorted(layer for layer in selected if layer >= first)
+    require(
+        len(kept) > 0,
+        f"{group}.drop={drop}: no layer is left of {sorted(selected)}; expected specialized:1 to "
+        f"specialized:{max(selected)}",
+    )
+    return kept

@@ -10,11 +10,10 @@ from typing import Any, Optional
 from fusion.config.compositions import CompositionConfig
 from fusion.config.data import DataConfig, require_max_length
 from fusion.config.fields import MAX_SEED, Settings, choice, integer, number, require
-from fusion.config.logger import LoggerConfig
 from fusion.config.methods import ADAPTER, METHODS, MethodConfig
 from fusion.config.model import AdapterConfig, BackboneConfig, HeadConfig
 from fusion.config.task import TaskConfig
-from fusion.config.training import LossConfig, OptimConfig, TrainerConfig
+from fusion.config.training import LoggerConfig, LossConfig, OptimConfig, TrainerConfig
 from fusion.tasks.table import kind_of
 from fusion.text import override, repeated
 
@@ -23,13 +22,9 @@ POOLED_RANKINGS = ("logme", "probe")  # those that need one vector per text
 
 
 def source_names(value: Any, expected: str) -> Any:
-    """`all`, `top:3`, or a list of names.
+    """`all`, `top:3` (if `expected`, of the message, names it), or a list of names.
 
-    Args:
-        expected: for the message; `top:N` is accepted where it is named there.
-
-    Raises:
-        UserError: another value, or a duplicate name.
+    Raises UserError for another value, or a duplicate name.
     """
     if isinstance(value, list) and all(type(name) in (str, int, float) for name in value):
         names = [str(name) for name in value]
@@ -59,7 +54,7 @@ class StageConfig(Settings):
     overwrite: bool = False
     resume: bool = True
     checkpoint_minutes: Optional[float] = number(  # between two checkpoints within an epoch
-        10.0, at_least=0, infinite=True, hint=" (0: after each batch)", null="after each epoch only"
+        10.0, ">= 0", infinite=True, hint=" (0: after each batch)", null="after each epoch only"
     )
     compile: bool = False  # torch.compile for the backbone's layers; needs a C++ compiler
     seed: int = integer(42, 0, MAX_SEED)

@@ -1,15 +1,25 @@
-"""The task file: the values that its keys accept."""
+"""The task file: plain YAML, checked before Hydra composes it, and the values that its keys accept.
+
+Hydra would follow a `defaults` list, OmegaConf an interpolation (which can read the environment), and aliases can expand
+a few lines to gigabytes. A task needs none of these.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fusion.config.fields import require
-from fusion.errors import UserError
+from fusion.errors import UserError, first_line
+from fusion.files import read_text
 from fusion.tasks.table import KINDS, check_task
 from fusion.tasks.task import HubConfig, Task
 from fusion.text import shortened
+
+_EXPECTED = "expected a task file of plain names and values, each key once, such as kind: classification"
 
 
 def _all_texts(values: Any) -> bool:
@@ -74,13 +84,45 @@ class TaskConfig(Task):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str) -> TaskConfig:
-        """A task of plain containers.
-
-        Raises:
-            UserError: it is not a task of this version; the message starts with `where`.
-        """
+        """A task of plain containers. Raises UserError, which starts with `where`, if it is not one of this version."""
         try:
             hub = values.get("hub")
             return cls(**{**values, "hub": None if hub is None else HubConfig(**hub)})
         except (TypeError, UserError) as error:
             raise UserError(f"{where}: not a task of this version ({error})") from error
+
+
+def read_task_file(path: Path, loader: Any) -> Any:
+    """The content of a task file, by OmegaConf's YAML loader, a SafeLoader that refuses duplicate keys.
+
+    Raises UserError if the file is not a YAML mapping of plain values; names the file and, if known, the line.
+    """
+    try:
+        text = read_text(path, path.read_bytes())
+        for event in yaml.parse(text, Loader=loader):
+            _check_event(event)
+        task = loader(text).get_single_data()
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # a long number, a list as a key, ...
+        mark = getattr(error, "problem_mark", None)
+        where = str(path) if mark is None else f"{path}, line {mark.line + 1}"
+        reason = getattr(error, "problem", None) or first_line(error)
+        raise UserError(f"{where}: not plain YAML: {reason}; {_EXPECTED}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if not isinstance(task, dict) or "defaults" in task:
+        found = "the key 'defaults'" if isinstance(task, dict) else "no keys"
+        raise UserError(f"{path}: found {found}; {_EXPECTED}")
+    return task
+
+
+def _check_event(event: Any) -> None:
+    """Refuse an event of the parser, before any value is built."""
+    value, tag, found = getattr(event, "value", ""), getattr(event, "tag", None), None
+    if isinstance(event, yaml.AliasEvent):
+        found = f"the alias *{str(event.anchor)[:40]}"
+    elif tag is not None:
+        found = f"the tag {tag[:60]!r}"
+    elif "${" in value or value == "???":
+        found = "an interpolation ${...} or a missing value ???"
+    if found is not None:
+        raise yaml.MarkedYAMLError(problem=f"found {found}", problem_mark=event.start_mark)

@@ -1,4 +1,4 @@
-"""The optimizer, the loss and the trainer."""
+"""The optimizer, the loss, the trainer and the loggers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from fusion.config.fields import Settings, batches, checked, integer, number, require
+from fusion.config.fields import Settings, batches, checked, choice, integer, number, require
 from fusion.config.task import TaskConfig
 from fusion.tasks.table import kind_of
 from fusion.text import listed, override
@@ -17,10 +17,10 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "32", "bf16", "16")
 
 @dataclass
 class OptimConfig(Settings, group="optim"):
-    lr: float = number(1e-4, above=0, below=1e3, hint=", such as 1e-4")
-    head_lr: Optional[float] = number(None, above=0, below=1e3, hint=", such as 1e-3", null="optim.lr")
-    weight_decay: float = number(0.01, at_least=0)
-    warmup: float = number(0.06, at_least=0, at_most=1, hint=", a fraction of all optimizer steps")
+    lr: float = number(1e-4, "> 0 and < 1000", hint=", such as 1e-4")
+    head_lr: Optional[float] = number(None, "> 0 and < 1000", hint=", such as 1e-3", null="optim.lr")
+    weight_decay: float = number(0.01, ">= 0")
+    warmup: float = number(0.06, ">= 0 and <= 1", hint=", a fraction of all optimizer steps")
     patience: Optional[int] = integer(3, 1, hint=" epoch", null="no early stopping")
 
 
@@ -37,16 +37,13 @@ class LossConfig(Settings, group="loss"):
     class_weights: Any = checked(
         None, _are_class_weights, "balanced, or a list with a number > 0 for each label, such as [1.0,2.5]"
     )
-    label_smoothing: float = number(0.0, at_least=0, below=1)
+    label_smoothing: float = number(0.0, ">= 0 and < 1")
 
     def check(self, tasks: list[TaskConfig]) -> None:
-        """Refuse settings that apply to none of the tasks.
+        """Raises UserError for a setting that applies to none of the tasks.
 
         In multi-task training, `balanced` applies to the tasks that have classes, and smoothing to those whose loss
         has it.
-
-        Raises:
-            UserError: names the setting and the task.
         """
         kinds = {task.kind: kind_of(task) for task in tasks}
         names = ", ".join(str(task.name) for task in tasks)
@@ -120,7 +117,7 @@ class TrainerConfig(Settings, group="trainer"):
     enable_progress_bar: Optional[bool] = True
     enable_model_summary: Optional[bool] = False
     accumulate_grad_batches: int = integer(1, 1)
-    gradient_clip_val: Any = number(1.0, at_least=0, hint=" (0: no clipping)", null="no clipping")
+    gradient_clip_val: Any = number(1.0, ">= 0", hint=" (0: no clipping)", null="no clipping")
     gradient_clip_algorithm: Optional[str] = None
     deterministic: Any = checked(None, lambda value: value in (None, True, False, "warn"), "true, false or warn")
     benchmark: Optional[bool] = None
@@ -144,3 +141,32 @@ class TrainerConfig(Settings, group="trainer"):
                 getattr(self, f"limit_{key}_batches") != 0,
                 f"trainer.limit_{key}_batches=0: expected a fraction above 0, or at least 1 batch: {why}",
             )
+
+
+def _wandb_name(default: str | None) -> Any:
+    def accepts(value: str | None) -> bool:
+        if value is None:
+            return default is None
+        allowed = all(c.isprintable() and c not in "/\\#?%:" for c in value)
+        return bool(value.strip()) and len(value) <= 128 and allowed
+
+    return checked(default, accepts, "a name of 1 to 128 characters without / \\ # ? % :")
+
+
+@dataclass
+class WandbConfig(Settings, group="logger.wandb"):
+    project: str = _wandb_name("adapter-fusion")
+    entity: Optional[str] = _wandb_name(None)
+    mode: Optional[str] = choice(None, ("online", "offline", "disabled", "dryrun"), null="online where a key is set")
+    init_timeout: int = integer(10, 1, hint=" second")  # for the server's answer; then offline
+
+
+@dataclass
+class CsvConfig(Settings, group="logger.csv"):
+    flush_every_n_steps: int = integer(50, 1)
+
+
+@dataclass
+class LoggerConfig:
+    wandb: Optional[WandbConfig] = None
+    csv: Optional[CsvConfig] = None

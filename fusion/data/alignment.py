@@ -46,11 +46,8 @@ def windows_of(
     The words are joined by a space, so that any tokenizer reads a text as in pre-training, and are found by the
     tokens' offsets (`word_ids()` follows the tokenizer's own words, and tokenising given words changes the ids).
 
-    Args:
-        max_length: tokens of a sequence, special tokens included. A longer word loses its last sub-words.
-
-    Raises:
-        UserError: the tokenizer has no token for a word, nor for the unknown token.
+    `max_length` includes special tokens; a longer word loses its last sub-words. Raises UserError if the tokenizer has
+    no token for a word, nor for the unknown token.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
@@ -82,11 +79,7 @@ def windows_of(
 
 
 def first_tokens(words: Sequence[str], encoding: Encoding) -> NDArray[np.int64]:
-    """(words,) the first token that overlaps each word; -1 if none does.
-
-    Args:
-        encoding: of the words, joined by a space.
-    """
+    """(words,) the first token that overlaps each of the words, which `encoding` has joined by a space; -1 if none."""
     ends = np.fromiter(accumulate(len(word) + 1 for word in words), np.int64) - 1
     starts = ends - np.fromiter(map(len, words), np.int64)
     offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
@@ -103,9 +96,7 @@ def first_tokens(words: Sequence[str], encoding: Encoding) -> NDArray[np.int64]:
 def _cuts(first: NDArray[np.int64], tokens: int, room: int) -> list[int]:
     """The first word of each window of at most `room` tokens, and the end; each has as many words as fit, at least one.
 
-    Args:
-        first: (words,), two or more.
-        tokens: of the whole sequence.
+    `first` (words,) has two or more, `tokens` is the length of the whole sequence.
     """
     ends = np.append(first[1:], tokens)
     cuts = [0]

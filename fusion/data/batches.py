@@ -34,24 +34,22 @@ class Plan:
     Attributes:
         rows: indices into the split.
         weights: 0.0 for a filler row, which only keeps this device in step; 1.0 otherwise.
-        global_rows: rows of all devices in this step, without fillers.
+        global_indices: the rows of all devices in this step, without fillers.
         task: index of the task in multi-task training.
-        global_indices: those rows' indices; None: this device's alone.
     """
 
     rows: list[int]
     weights: list[float]
-    global_rows: int
+    global_indices: NDArray[np.intp]
     task: int = 0
-    global_indices: NDArray[np.intp] | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
     """Encoded rows, padded to the longest sequence.
 
-    `sequences` equals examples, or the sum of `choice_counts` if examples have more than one: their choices, or the windows of long
-    sentences, one after another.
+    `sequences` equals rows, or the sum of `choice_counts` if rows have more than one: their choices, or the windows of
+    long sentences, one after another.
 
     Attributes:
         input_ids: (sequences, tokens) int64
@@ -306,4 +304,4 @@ def _cut_by_tokens(widths: Ints, counts: Ints, tokens: int, world_size: int) -> 
 def _share(rows: NDArray[np.intp], rank: int, world_size: int) -> Plan:
     """Device `rank`'s rows of a global batch; a filler of weight 0 if there are none."""
     own = rows[rank::world_size].tolist()
-    return Plan(own or [int(rows[0])], [1.0] * len(own) or [0.0], len(rows), global_indices=rows)
+    return Plan(own or [int(rows[0])], [1.0] * len(own) or [0.0], rows)

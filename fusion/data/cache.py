@@ -1,21 +1,30 @@
-"""The user's cache: files that can be rebuilt, each written completely or not at all."""
+"""The user's cache: files that can be rebuilt, each written completely or not at all; and token ids in such files."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from fusion.errors import first_line
 from fusion.files import remove_partial, write_atomic
 from fusion.locks import lock
+
+Arrays = dict[str, NDArray[Any]]
 
 _WAIT = 3600.0  # seconds for another process to build a file
 
 log = logging.getLogger(__name__)
 Content = TypeVar("Content")
+
+_METADATA = "key and crc32"  # one entry: the order of multiple entries, and so the bytes of the file, would vary
 
 
 def user_cache() -> Path:
@@ -30,8 +39,7 @@ def read_or_build(path: Path, read: Callable[[], Content | None], build: Callabl
     If multiple processes need the same file, one builds it and the others wait. The lock only saves work: where
     the file system has none, or its holder takes longer than an hour, each process builds the file for itself.
 
-    Args:
-        read: returns None if the file is missing; `discard`s a damaged one.
+    `read` returns None if the file is missing, and `discard`s a damaged one.
     """
     content = read()
     if content is not None:
@@ -66,3 +74,38 @@ def write_cache_file(path: Path, content: bytes) -> None:
             path,
             error.strerror or error,
         )
+
+
+# --- token ids: a safetensors file of flat arrays, named by its key -------
+
+
+def read_arrays(path: Path) -> Arrays | None:
+    """The arrays of a cache file; None if it is missing, damaged, or the file of another key."""
+    from safetensors import safe_open
+
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if (file.metadata() or {}).get(_METADATA) == _signature(arrays, path.stem):
+                return arrays
+        reason = "its key or checksum is wrong"
+    except Exception as error:  # an unknown type, an invalid header: each has its own type
+        reason = first_line(error)
+    discard(path, reason)
+    return None
+
+
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    from safetensors.numpy import save
+
+    write_cache_file(path, save(arrays, metadata={_METADATA: _signature(arrays, path.stem)}))
+
+
+def _signature(arrays: Arrays, key: str) -> str:
+    value = zlib.crc32(key.encode())
+    for name in sorted(arrays):
+        value = zlib.crc32(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode(), value)
+        value = zlib.crc32(np.ascontiguousarray(arrays[name]).view(np.uint8).data, value)
+    return f"{key} {value:08x}"

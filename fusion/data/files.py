@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import bz2
-import codecs
 import gzip
-import json
 import lzma
 import re
 from collections.abc import Callable, Iterator
@@ -79,11 +77,11 @@ def contents(folder: Path) -> list[str]:
 def split_files(folder: Path) -> dict[str, SplitFiles]:
     """The files of a folder and of its subfolder `data`, by split.
 
-    Raises:
-        UserError: there are two files of a split that are not its shards.
+    Raises UserError if there are two files of a split that are not its shards.
     """
+    saved = [SplitFiles(path.name, (path,)) for path in sorted(folder.iterdir()) if (path / _STATE).is_file()]
     found: dict[str, SplitFiles] = {}
-    for files in [*_saved_data_sets(folder), *_single_files_and_shards(folder)]:
+    for files in [*saved, *_single_files_and_shards(folder)]:
         if files.split in found:
             raise UserError(f"both {found[files.split]} and {files} exist: keep one of them")
         found[files.split] = files
@@ -112,33 +110,8 @@ def _shard_number(path: Path) -> int:
     return int(found["shard"] or 0) if found else 0
 
 
-def _saved_data_sets(folder: Path) -> Iterator[SplitFiles]:
-    """Folders of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`."""
-    state = folder / _STATE
-    if not state.is_file():
-        yield from (SplitFiles(path.name, (path,)) for path in sorted(folder.iterdir()) if (path / _STATE).is_file())
-        return
-    try:
-        split = json.loads(state.read_bytes())["_split"]
-    except (ValueError, RecursionError, OSError, KeyError, TypeError):
-        split = None
-    if not isinstance(split, str) or not re.fullmatch(r"\w+", split):
-        raise UserError(f"{state} names no split; move the data set to {folder}/train, or save it again")
-    yield SplitFiles(split, (folder,))
-
-
 def read_content(path: Path, compression: str) -> bytes:
     """The bytes of a file, decompressed; raises the errors of the system and of the decompressors."""
     with _OPEN[compression](path) if compression else path.open("rb") as file:
         content: bytes = file.read()
         return content
-
-
-def read_text(path: object, content: bytes) -> str:
-    """UTF-8 text without its byte order mark; raises UserError with the line if it is not UTF-8."""
-    content = content.removeprefix(codecs.BOM_UTF8)
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error

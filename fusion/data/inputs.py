@@ -13,48 +13,32 @@ from fusion.text import listed, shown
 log = logging.getLogger(__name__)
 
 
-def names_of(task: TaskConfig, name: str) -> list[str]:
-    """A column's name, and its other name in the task's `columns`."""
-    return [name, *([task.columns[name]] if name in task.columns else [])]
-
-
-def text_columns(task: TaskConfig) -> list[str]:
-    return [*task.text_columns, *(task.choices if isinstance(task.choices, list) else [])]
-
-
 def label_column(task: TaskConfig, table: Table, required: bool) -> Column | None:
     """Raises UserError if a required column is missing."""
-    for path in names_of(task, task.label):
-        values = table.column(path)
-        if values is not None:
-            if not table.typed:
-                values = [None if value == "" else value for value in values]
-            return Column(values, table.class_names(path), table.typed)
-    if required:
-        raise _no_column(table, task.label)
-    return None
+    path, values = _column(task, table, task.label, required)
+    if values is None:
+        return None
+    if not table.typed:
+        values = [None if value == "" else value for value in values]
+    return Column(values, table.class_names(path), table.typed)
 
 
 def texts_of(task: TaskConfig, table: Table, rows: list[int]) -> list[tuple[str, ...]]:
     """The texts of each row. Raises UserError if a column is missing or a value is not text."""
     columns = []
     for name in task.text_columns:
-        values = _column(task, table, name)
+        _, values = _column(task, table, name)
         columns.append([_text(values[row], table, row, name) for row in rows])
     return list(zip(*columns, strict=True))
 
 
 def words_of(task: TaskConfig, table: Table, rows: list[int], drop_empty: bool) -> tuple[list[int], list[list[str]]]:
-    """The rows to keep, and the words of each.
+    """The rows to keep, and the words of each; `drop_empty` leaves out rows without words, which have nothing to score.
 
-    Args:
-        drop_empty: whether to leave out rows without words, which have nothing to train on or to score.
-
-    Raises:
-        UserError: the column is missing, a value is not a list of texts, or no row is left.
+    Raises UserError if the column is missing, a value is not a list of texts, or no row is left.
     """
     name = task.text_columns[0]
-    values = _column(task, table, name)
+    _, values = _column(task, table, name)
     words = {row: _texts(values[row], table, row, name, "word", first=1) for row in rows}
     kept = [row for row in rows if words[row]] if drop_empty else rows
     if not kept:
@@ -67,17 +51,17 @@ def words_of(task: TaskConfig, table: Table, rows: list[int], drop_empty: bool) 
 def choices_of(task: TaskConfig, table: Table, rows: list[int]) -> list[list[str]]:
     """The choices of each row, from a list column or multiple columns, of which the last may be null.
 
-    Raises:
-        UserError: a column is missing, or a row has not two or more texts.
+    Raises UserError if a column is missing, or a row has not two or more texts.
     """
-    several = isinstance(task.choices, list)
-    names: list[str] = task.choices if isinstance(task.choices, list) else [str(task.choices)]
-    columns = [_column(task, table, name) for name in names]
+    names = task.choices if isinstance(task.choices, list) else [str(task.choices)]
+    columns = [_column(task, table, name)[1] for name in names]
     found: list[Any] = []
     for row in rows:
-        choices: Any = [column[row] for column in columns] if several else columns[0][row]
-        while several and choices and choices[-1] is None:
-            choices.pop()
+        choices: Any = columns[0][row]
+        if isinstance(task.choices, list):
+            choices = [column[row] for column in columns]
+            while choices and choices[-1] is None:
+                choices.pop()
         if len(_texts(choices, table, row, ", ".join(names), "choice", first=0)) < 2:
             raise UserError(f"{table.at(row)}: {', '.join(names)} has {len(choices)} choices; expected at least 2")
         found.append(choices)
@@ -101,19 +85,17 @@ def fill_blanks(
     return before, filled
 
 
-def _column(task: TaskConfig, table: Table, name: str) -> list[Any]:
-    for path in names_of(task, name):
-        values = table.column(path)
-        if values is not None:
-            return values
-    raise _no_column(table, name)
-
-
-def _no_column(table: Table, name: str) -> UserError:
-    return UserError(
-        f"{table.where}: no column {name}; it has {listed(table.columns)}\n"
-        f"Rename it there, or for training set '++task.columns.{name}=COLUMN'"
-    )
+def _column(task: TaskConfig, table: Table, name: str, required: bool = True) -> tuple[str, Any]:
+    """The path and the values of a column, which may have its other name in the task's `columns`; None if missing."""
+    for path in (name, task.columns.get(name)):
+        if path is not None and (values := table.column(path)) is not None:
+            return path, values
+    if required:
+        raise UserError(
+            f"{table.where}: no column {name}; it has {listed(table.columns)}\n"
+            f"Rename it there, or for training set '++task.columns.{name}=COLUMN'"
+        )
+    return name, None
 
 
 def _text(value: Any, table: Table, row: int, name: str) -> str:

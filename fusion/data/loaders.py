@@ -25,7 +25,7 @@ class PlannedBatches(Dataset[Batch]):
         return sum(len(rows) for rows in self.encoded)
 
     def __getitem__(self, plan: Plan) -> Batch:
-        return self.encoded[plan.task].batch(plan.rows, plan.weights, plan.global_rows, plan.global_indices)
+        return self.encoded[plan.task].batch(plan.rows, plan.weights, plan.global_indices)
 
 
 def training_loader(
@@ -40,11 +40,8 @@ def training_loader(
 ) -> DataLoader[Any]:
     """Batches of similar length, in a new order in each epoch (`loader.sampler.set_epoch`).
 
-    Under DDP the Trainer needs `use_distributed_sampler=False`: the sampler splits the batches by rank itself.
-
-    Args:
-        tasks: one or more, each batch from one of them, see `TaskBatches`.
-        batch_size: rows per device, unless `tokens_per_batch` limits its padded tokens instead.
+    Each batch is from one of the tasks, see `TaskBatches`; `tokens_per_batch` limits the padded tokens of a device in
+    place of `batch_size`, its rows. Under DDP the Trainer needs `use_distributed_sampler=False`.
     """
     samplers: list[EpochBatches] = [
         LengthBatches(rows.lengths, batch_size, seed, rank, world_size)

@@ -15,10 +15,11 @@ from typing import Any
 
 from fusion.config.data import DataConfig
 from fusion.config.task import TaskConfig
-from fusion.data.draws import Holdout, limited_rows, part_rows
-from fusion.data.inputs import choices_of, fill_blanks, label_column, names_of, text_columns, texts_of, words_of
-from fusion.data.splits import Part, family, holdout, locate
-from fusion.data.tables import hub_table, read_split, read_table, record_table
+from fusion.data.draws import limited_rows, part_rows
+from fusion.data.formats import record_table
+from fusion.data.inputs import choices_of, fill_blanks, label_column, texts_of, words_of
+from fusion.data.splits import Place, family, locate
+from fusion.data.tables import hub_table, read_split, read_table
 from fusion.errors import UserError
 from fusion.tasks.columns import Table
 from fusion.tasks.labels import LabelFormat, common_format
@@ -59,11 +60,10 @@ def load_splits(
 ) -> tuple[dict[str, Rows], str | None]:
     """The rows of multiple splits, and how all of their labels are read: "names", "label_values", "ids" or "booleans".
 
+    The latter is None without labels, or if they are values.
+
     Args:
         trained_as: how the training of an artifact read the labels of this task, if known.
-
-    Returns:
-        The rows by split, and how the labels are read; None without labels, or if they are values.
 
     Raises:
         UserError: as `load_rows`; the splits have no format in common, or it is ambiguous whether ids start at 0 or 1.
@@ -79,15 +79,9 @@ def load_rows(task: TaskConfig, data: DataConfig, split: str) -> Rows:
         UserError: the split or a column is missing, a text or a label is invalid, or no row is left; names the file
             and the row.
     """
-    ours = family(task, split)
-    held_out = holdout(task, data, split)
-    if held_out is not None and held_out.split != "train":
-        split = "train"  # of which it is a part
-    files, part = locate(task, data, split)
-    if files is not None:
-        # Labels are text too, even if they are numbers.
-        columns = [*text_columns(task), task.label]
-        table = read_split(files, [path for name in columns for path in names_of(task, name)], data.quoting)
+    place = locate(task, data, split)
+    if place.files is not None:
+        table = read_split(place.files, data.quoting)
     elif task.corpus is not None:
         from fusion.data.corpora import corpus_records
 
@@ -95,57 +89,34 @@ def load_rows(task: TaskConfig, data: DataConfig, split: str) -> Rows:
     else:
         assert task.hub is not None
         local = f"DIR/{task.name}/{split}.parquet (jsonl, json, csv, tsv)"
-        table = hub_table(task.hub, part.name, f"To work without the hub, data.dir=DIR reads {local}")
-    return _rows(
-        task,
-        table,
-        may_lack_labels=ours == "test" and held_out is None,
-        part=part,
-        held_out=held_out,
-        limit=getattr(data.limit, ours) if ours else None,
-    )
-
-
-def rows_of_records(task: TaskConfig, records: Iterable[dict[str, Any]], where: str) -> Rows:
-    """Rows to predict on: the task's texts and choices, without labels.
-
-    Raises:
-        UserError: a column is missing, a text is invalid, or there is no row.
-    """
-    return _rows(task, record_table(records, where=where), read_labels=False)
+        table = hub_table(task.hub, place.part.name, f"To work without the hub, data.dir=DIR reads {local}")
+    ours = family(task, split)
+    may_lack_labels = ours == "test" and place.held_out is None
+    return _rows(task, table, place, may_lack_labels, limit=getattr(data.limit, ours) if ours else None)
 
 
 def rows_of_file(task: TaskConfig, path: Path, quoting: str | None = None) -> Rows:
-    """As `rows_of_records`, from a file; `quoting` as in `read_delimited`."""
-    columns = [path for name in text_columns(task) for path in names_of(task, name)]
-    return _rows(task, read_table(path, columns, quoting), read_labels=False)
+    """Rows to predict on, without labels; as `load_rows`. `quoting` is as in `read_delimited`."""
+    return _rows(task, read_table(path, quoting))
 
 
 def _rows(
-    task: TaskConfig,
-    table: Table,
-    *,
-    read_labels: bool = True,
-    may_lack_labels: bool = True,
-    part: Part | None = None,
-    held_out: Holdout | None = None,
-    limit: int | None = None,
+    task: TaskConfig, table: Table, place: Place | None = None, may_lack_labels: bool = False, limit: int | None = None
 ) -> Rows:
     """Read and check what the task needs from a table.
 
     Args:
-        part: the percents of the table's rows to read.
-        held_out: how the labelled rows are divided into splits; None: all of them are the split.
+        place: of the table, for its part and its `held_out`; None: rows without labels, to predict on.
         limit: number of labelled rows to keep.
     """
     kind = kind_of(task)
     kept = list(range(table.rows))
-    if part is not None and not part.is_whole:
-        kept = part_rows(table.rows, part.start, part.stop)
+    if place is not None and not place.part.is_whole:
+        kept = part_rows(table.rows, place.part.start, place.part.stop)
     if not kept:
         raise UserError(f"{table.where}: holds no rows; expected at least one")
     ignored, raw = 0, None
-    column = label_column(task, table, required=not may_lack_labels) if read_labels else None
+    column = None if place is None else label_column(task, table, required=not may_lack_labels)
     if column is not None:
         raw = kind.read_labels(task, column, table, may_lack_labels)
         labelled = [row for row in kept if not raw.missing[row]]
@@ -175,7 +146,7 @@ def _rows(
     if choices is not None and task.blank is not None:
         texts, choices = fill_blanks(task.blank, table, kept, texts, choices)
     drawn = list(range(len(texts)))
-    if held_out is not None:
+    if place is not None and (held_out := place.held_out) is not None:
         drawn = held_out.rows(len(texts), labels, table.where)
         ignored = ignored if held_out.split == "train" else 0  # counted once
     if limit is not None and limit < len(drawn):

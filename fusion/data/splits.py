@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fusion.config.data import DataConfig
 from fusion.config.task import TaskConfig
@@ -38,102 +38,88 @@ class Part(NamedTuple):
         return (self.start, self.stop) == (0, 100)
 
 
-def evaluation_splits(task: TaskConfig, split: str, data: DataConfig | None = None) -> list[str]:
+class Place(NamedTuple):
+    """Where the rows of a split are.
+
+    Attributes:
+        files: local ones; None: on the hub, or in the corpus.
+        part: the split there, and which of its rows.
+        held_out: how these rows are divided into splits; None: all of them are the split.
+    """
+
+    files: SplitFiles | None
+    part: Part
+    held_out: Holdout | None = None
+
+
+def evaluation_splits(task: TaskConfig, split: str, data: DataConfig) -> list[str]:
     """The hub's names of `split`, of which a local folder may lack some; MNLI has two validation splits.
 
-    Args:
-        split: train, validation, test, or the hub's own name of a split.
-
-    Raises:
-        UserError: the task does not have the split.
+    `split` is train, validation, test, or the hub's own name of a split. Raises UserError if the task does not have it.
     """
-    data = DataConfig() if data is None else data
-    published = _published(task, split)
-    if holdout(task, data, split) is not None:
+    if _holdout(task, data, split) is not None:
         return [split]
+    names = _published(task, split)
     if _is_local(task, data):
         files = _files(task, data)
-        named = [split] if split in files else [name for name in published if name in files]
-        if not named:
-            locate(task, data, split)
-        return named or [split]
-    if task.hub is None or task.corpus is not None:
-        known, published = list(SPLITS), [split] if split in SPLITS else []
-    else:
-        known = [*task.hub.splits, *(name for ours in task.hub.splits for name in _published(task, ours))]
-    if not published:
-        names = ", ".join(dict.fromkeys(known))
-        raise UserError(f"task {task.name} has no split {split}: expected one of {names}\n{_hint(split)}".strip())
-    return published
+        return [split] if split in files else [name for name in names if name in files] or [split]
+    if not names:
+        known = [*_splits_of(task), *(name for ours in _splits_of(task) for name in _published(task, ours))]
+        raise UserError(
+            f"task {task.name} has no split {split}: expected one of {', '.join(dict.fromkeys(known))}\n{_hint(split)}"
+        )
+    return names
 
 
-def locate(task: TaskConfig, data: DataConfig, split: str) -> tuple[SplitFiles | None, Part]:
-    """The local files of a split (None: on the hub, or of the corpus), and the part of its rows.
+def locate(task: TaskConfig, data: DataConfig, split: str) -> Place:
+    """Where the rows of one of the `evaluation_splits` are.
 
-    Raises:
-        UserError: the folder, the split or a shard is missing; lists what exists.
+    Raises UserError if the folder, the split or a shard is missing; lists what exists.
     """
-    if not _is_local(task, data):
-        names = evaluation_splits(task, split)
-        if task.corpus is not None:
-            return None, Part(split)
-        if task.hub is None:
+    held_out = _holdout(task, data, split)
+    if held_out is not None and held_out.split != "train":
+        split = "train"  # of which it is a part
+    if _is_local(task, data):
+        files = _files(task, data)
+        found = _find(task, files, split)
+        if found is None:
+            similar = "" if split in SPLITS else did_you_mean(split, [*SPLITS, *files]).replace(":", ";")
             raise UserError(
-                f"task {task.name} has neither hub nor corpus, so its rows must be local\n"
-                f"data.dir=DIR reads DIR/{task.name}/{split}.parquet (jsonl, json, csv, tsv)"
+                f"{_folder(task, data)} has no {split}: it holds {listed(contents(_folder(task, data)))}{similar}\n"
+                f"Expected {split} with an extension {READABLE}, shards {split}-00000-of-00002.parquet, or a folder of "
+                f"save_to_disk; {_hint(split)}".removesuffix("; ")
             )
-        if len(names) > 1:
-            raise UserError(f"task {task.name}: {split} is {' and '.join(names)} on the hub; select one of them")
-        name = task.hub.splits.get(split, split)
-        return None, _part(task, name[0] if isinstance(name, list) else name)
-    files = _files(task, data)
-    found = _find(task, files, split)
-    if found is not None:
-        found[0].check_complete()
-        return found
-    folder = _folder(task, data)
-    similar = "" if split in SPLITS else did_you_mean(split, [*SPLITS, *files])
-    hints = "".join(f"; {hint}" for hint in (_hint(split), _without_local(task)) if hint)
-    raise UserError(
-        f"{folder} has no {split}: it holds {listed(contents(folder))}{similar.replace(':', ';')}\nExpected {split} "
-        f"with an extension {READABLE}, shards {split}-00000-of-00002.parquet, or a folder of save_to_disk{hints}"
-    )
+        files[found.name].check_complete()
+        return Place(files[found.name], found, held_out)
+    names = evaluation_splits(task, split, data)
+    if len(names) > 1:
+        raise UserError(f"task {task.name}: {split} is {' and '.join(names)} on the hub; select one of them")
+    name = _splits_of(task).get(split, split)
+    return Place(None, _part(task, name[0] if isinstance(name, list) else name), held_out)
 
 
-def holdout(task: TaskConfig, data: DataConfig, split: str) -> Holdout | None:
-    """How `data.split` takes a split from the training rows; None: the split is read as it is.
-
-    `data.split` does not apply to a split that the task has.
-    """
+def _holdout(task: TaskConfig, data: DataConfig, split: str) -> Holdout | None:
+    """How `data.split` takes a split that the task does not have from the training rows; None: it is read as it is."""
     ours = family(task, split)
     fractions = {
         name: fraction
         for name in HELD_OUT
         if (fraction := getattr(data.split, name)) is not None and ours is not None and not _has_split(task, data, name)
     }
-    if ours is None or not fractions or (ours != "train" and ours not in fractions):
+    if ours is None or not fractions or ours not in ("train", *fractions):
         return None
     return Holdout(ours, fractions, data.split.seed, data.split.stratify)
 
 
 def drawn_from_train(task: TaskConfig, data: DataConfig, split: str) -> bool:
-    """Whether a split is a share of the rows from which the training rows are drawn, too.
-
-    Raises:
-        UserError: the task does not have the split.
-    """
-    held_out = holdout(task, data, split)
-    if held_out is not None or (family(task, split) or "train") == "train":
-        return held_out is not None and held_out.split != "train"
-    return not locate(task, data, split)[1].is_whole
+    """Whether a split is a share of the rows from which the training rows are drawn, too."""
+    place = locate(task, data, split)
+    is_share = place.held_out is not None or not place.part.is_whole
+    return is_share and family(task, split) not in ("train", None)
 
 
 def check_held_out_splits(tasks: Iterable[TaskConfig], data: DataConfig) -> None:
-    """Check that `data.split` applies to a task of a run.
-
-    Raises:
-        UserError: all tasks have the split themselves, or one without it has no classes to stratify by.
-    """
+    """Raises UserError if all tasks of a run have the split of `data.split`, or one has no classes to stratify by."""
     every = list(tasks)
     for split in HELD_OUT:
         if (fraction := getattr(data.split, split)) is None:
@@ -150,15 +136,8 @@ def check_held_out_splits(tasks: Iterable[TaskConfig], data: DataConfig) -> None
 
 
 def check_source(task: TaskConfig, data: DataConfig, splits: Iterable[str] = ("train", "validation")) -> None:
-    """Check, without reading any row, that the task or its local folder has the splits.
-
-    Raises:
-        UserError: a split is missing; lists those that exist.
-    """
+    """Raises UserError, without reading any row, if a split is missing; lists those that exist."""
     for split in splits:
-        held_out = holdout(task, data, split)
-        if held_out is not None and held_out.split != "train":
-            split = "train"
         for name in evaluation_splits(task, split, data):
             locate(task, data, name)
 
@@ -172,6 +151,11 @@ def family(task: TaskConfig, split: str) -> str | None:
 
 def _is_local(task: TaskConfig, data: DataConfig) -> bool:
     """Whether the task is read from `data.dir`, which must have any task but a corpus."""
+    if data.dir is None and task.hub is None and task.corpus is None:
+        raise UserError(
+            f"task {task.name} has neither hub nor corpus, so its rows must be local\n"
+            f"data.dir=DIR reads DIR/{task.name}/SPLIT.parquet (jsonl, json, csv, tsv)"
+        )
     if data.dir is None:
         return False
     if not resolve_path(data.dir, "data.dir").is_dir():
@@ -180,44 +164,46 @@ def _is_local(task: TaskConfig, data: DataConfig) -> bool:
 
 
 def _hint(split: str) -> str:
-    take = f"data.split.{split}=0.1 takes a tenth of the training rows for it"
-    return f"for training, {take}" if split in HELD_OUT else ""
-
-
-def _without_local(task: TaskConfig) -> str:
-    return "" if task.hub is None else "without data.dir, the hub is read"
+    if split not in HELD_OUT:
+        return ""
+    return f"for training, data.split.{split}=0.1 takes a tenth of the training rows for it"
 
 
 def _has_split(task: TaskConfig, data: DataConfig, split: str) -> bool:
     """Whether a task has a split without `data.split`."""
-    if _is_local(task, data):
-        files = _files(task, data)
-        return any(name in files for name in _published(task, split)) or bool(_find(task, files, split))
-    return split in SPLITS if task.corpus is not None else bool(_published(task, split))
+    if not _is_local(task, data):
+        return bool(_published(task, split))
+    files = _files(task, data)
+    return any(name in files for name in _published(task, split)) or _find(task, files, split) is not None
 
 
-def _find(task: TaskConfig, files: dict[str, SplitFiles], split: str) -> tuple[SplitFiles, Part] | None:
-    splits = task.hub.splits if task.hub is not None else {}
-    named = {ours: _part(task, name) for ours, name in splits.items() if isinstance(name, str)}
+def _find(task: TaskConfig, files: dict[str, SplitFiles], split: str) -> Part | None:
+    """Which of the local files a split is, and which part of it."""
+    named = {ours: _part(task, name) for ours, name in _splits_of(task).items() if isinstance(name, str)}
     parts = {ours: part for ours, part in named.items() if not part.is_whole}
     part = parts.get(split, Part(split))
     if split in files:
         # If train.parquet holds train and validation, as on the hub, each is its part; separate files are whole.
         is_shared = any(ours not in files and other.name == split for ours, other in parts.items())
-        return files[split], part if part.name == split and is_shared else Part(split)
+        return part if part.name == split and is_shared else Part(split)
     published, ours = _published(task, split), family(task, split)
     if len(published) == 1 and published[0] in files:
-        return files[published[0]], Part(published[0])
+        return Part(published[0])
     if ours in files and _published(task, ours)[0] == split:
-        return files[ours], Part(ours)
-    return (files[part.name], part) if part.name in files else None
+        return Part(ours)
+    return part if part.name in files else None
+
+
+def _splits_of(task: TaskConfig) -> dict[str, Any]:
+    """The hub's names by our own; a corpus has ours."""
+    if task.corpus is not None:
+        return {split: split for split in SPLITS}
+    return {} if task.hub is None else task.hub.splits
 
 
 def _published(task: TaskConfig, split: str) -> list[str]:
     """The hub's names of a split; our own if the hub's is a part, or one of ours with another meaning."""
-    if task.hub is None:
-        return []
-    splits = task.hub.splits
+    splits = _splits_of(task)
     if split not in splits:
         return [split] if any(split in _published(task, ours) for ours in splits) else []
     names = splits[split] if isinstance(splits[split], list) else [splits[split]]
@@ -248,6 +234,6 @@ def _files(task: TaskConfig, data: DataConfig) -> dict[str, SplitFiles]:
         folders = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
         raise UserError(
             f"data.dir={data.dir} has no folder {task.name}: it holds {listed(folders)}\n"
-            f"Expected {folder}/<split>.parquet (jsonl, json, csv, tsv); {_without_local(task)}".removesuffix("; ")
+            f"Expected {folder}/SPLIT.parquet (jsonl, json, csv, tsv)"
         )
     return split_files(folder)

@@ -30,12 +30,9 @@ def cached_states(
 
     Args:
         path: without its suffix.
-        shape: (tokens, width).
+        shape: (tokens, width), of the result too.
         limit: bytes of all such files in the folder; the least recently used ones are removed.
         build: fills an array of this shape.
-
-    Returns:
-        (tokens, width), read-only.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.

@@ -6,16 +6,13 @@ import contextlib
 import json
 import logging
 from bisect import bisect_right
-from collections.abc import Iterable
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion.data.conll import read_conll
-from fusion.data.delimited import read_delimited
 from fusion.data.files import READABLE, SplitFiles, file_format, read_content
-from fusion.data.jsonl import read_json, read_jsonl
+from fusion.data.formats import read_conll, read_delimited, read_json, read_jsonl
 from fusion.errors import UserError, first_line
 from fusion.hub.access import from_cache_or_hub, hub_is_reachable, offline
 from fusion.tasks.columns import Table, counted
@@ -26,7 +23,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 
-def arrow_table(table: pyarrow.Table, where: str, typed: bool = True) -> Table:
+def arrow_table(table: pyarrow.Table, where: str) -> Table:
     if duplicates := repeated(table.column_names):
         raise UserError(f"{where}: duplicate column {listed(duplicates)}; expected each name once")
 
@@ -50,63 +47,37 @@ def arrow_table(table: pyarrow.Table, where: str, typed: bool = True) -> Table:
         read=read,
         row_name=counted,
         features=features if isinstance(features, dict) else {},
-        typed=typed,
     )
 
 
-def record_table(records: Iterable[dict[str, Any]], lines: list[int] | None = None, *, where: str) -> Table:
-    """A table of dicts; `lines` are the line numbers they were read from, if any."""
-    rows = list(records)
-    return Table(
-        where=where,
-        columns=tuple(dict.fromkeys(key for row in rows for key in row)),
-        rows=len(rows),
-        read=lambda name: [row.get(name) for row in rows],
-        row_name=counted if lines is None else lambda row: f"line {lines[row]}",
-    )
-
-
-def read_split(files: SplitFiles, text_columns: Iterable[str] = (), quoting: str | None = None) -> Table:
+def read_split(files: SplitFiles, quoting: str | None = None) -> Table:
     """As `read_table`, for all files of a split; shards must have the same columns."""
-    columns = list(text_columns)
-    tables = [read_table(path, columns, quoting) for path in files.paths]
+    tables = [read_table(path, quoting) for path in files.paths]
     return tables[0] if len(tables) == 1 else _concatenated(tables, str(files))
 
 
-def read_table(path: Path, text_columns: Iterable[str] = (), quoting: str | None = None) -> Table:
-    """The table of a local file, or of a `save_to_disk` folder.
+def read_table(path: Path, quoting: str | None = None) -> Table:
+    """The table of a local file, or of a `save_to_disk` folder. `quoting` is as in `read_delimited`.
 
-    Args:
-        text_columns: columns of a CSV or TSV file that are read as text even if all of it is numeric.
-        quoting: of a CSV or TSV file, see `read_delimited`.
-
-    Raises:
-        UserError: the content does not fit the extension, or the extension is unknown.
+    Raises UserError if the content does not fit the extension, or the extension is unknown.
     """
-    where, form = str(path), file_format(path)
-    if path.is_dir():
-        form = "save_to_disk"
-    elif form is None:
+    form = "save_to_disk" if path.is_dir() else file_format(path)
+    if form is None:
         raise UserError(f"{path}: expected a file with one of the extensions {READABLE}")
     try:
         if form == "save_to_disk":
             data = _datasets().load_from_disk(str(path.resolve()))
-            return arrow_table(data.with_format("arrow")[:], where)
+            return arrow_table(data.with_format("arrow")[:], str(path))
         if form == ".parquet":
             import pyarrow.parquet
 
             parquet = pyarrow.parquet.read_table(path, partitioning=None, page_checksum_verification=True)
-            return arrow_table(parquet, where)
+            return arrow_table(parquet, str(path))
         extension, _, compression = form[1:].partition(".")
         content = read_content(path, compression)
-        if extension in ("json", "jsonl"):
-            return record_table(*(read_json if extension == "json" else read_jsonl)(path, content), where=where)
-        if extension == "conll":
-            sentences, lines = read_conll(path, content)
-            table = record_table(sentences, where=where)
-            return replace(table, typed=False, row_name=lambda row: f"sentence at line {lines[row]}")
-        delimited = read_delimited(path, content, extension == "tsv", text_columns, quoting)
-        return arrow_table(delimited, where, typed=False)
+        if extension in ("csv", "tsv"):
+            return read_delimited(path, content, extension == "tsv", quoting)
+        return {"json": read_json, "jsonl": read_jsonl, "conll": read_conll}[extension](path, content)
     except UserError:
         raise
     except Exception as error:  # of the system, a decompressor, pyarrow or datasets: they share no base class
@@ -143,14 +114,9 @@ def _concatenated(tables: list[Table], where: str) -> Table:
 
 
 def hub_table(hub: HubConfig, split: str, hint: str) -> Table:
-    """A split of a hub data set, from the local cache if possible.
+    """A split of a hub data set by the hub's name, from the local cache if possible.
 
-    Args:
-        split: the hub's name of it.
-        hint: for the message, how to work without the hub.
-
-    Raises:
-        UserError: neither the cache nor the hub has it, or the configuration or split does not exist.
+    Raises UserError, with `hint`, if neither the cache nor the hub has it, or it does not exist.
     """
     datasets = _datasets()  # before `offline` changes settings that the hub client reads on import
     where = hub.path + (f" ({hub.name})" if hub.name else "") + f", {split}"
@@ -168,9 +134,9 @@ def hub_table(hub: HubConfig, split: str, hint: str) -> Table:
                 cause: BaseException = error
                 while cause.__cause__ is not None and "error occurred" in str(cause):
                     cause = cause.__cause__  # `datasets` hides a file's error behind "An error occurred"
-                hint = "; hub.revision=refs/convert/parquet in the task file may have its rows"
+                fix = "; hub.revision=refs/convert/parquet in the task file may have its rows"
                 is_script = "scripts are no longer supported" in str(cause)
-                raise ValueError(first_line(cause) + (hint if is_script else "")) from error
+                raise ValueError(first_line(cause) + (fix if is_script else "")) from error
 
     return from_cache_or_hub(load, where, hint)
 

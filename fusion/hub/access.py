@@ -19,6 +19,10 @@ from fusion.errors import UserError, first_line
 
 Loaded = TypeVar("Loaded")
 
+log = logging.getLogger(__name__)
+
+TRUST = "backbone.trust_remote_code"
+
 _faults: list[str] = []  # of the current load
 _downloads: Counter[tuple[str, str | None]] = Counter()  # of the current load, by URL and first byte
 RESUMPTIONS = 1  # of a download that stopped, without new data in between; the client would try five times
@@ -137,14 +141,29 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def offline(settings: Any) -> Iterator[None]:
-    """Keep a hub client from sending any request, even statistics.
-
-    Args:
-        settings: the client's module of constants.
-    """
+    """Keep a hub client, by its module of constants, from sending any request, even statistics."""
     before = settings.HF_HUB_OFFLINE
     settings.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
         settings.HF_HUB_OFFLINE = before
+
+
+@contextlib.contextmanager
+def own_code_refused(what: str) -> Iterator[None]:
+    """Turn transformers' refusal to run the code that comes with a backbone into a UserError that names the key."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise UserError(
+            f"{what} comes with its own code, which is not run: set {TRUST}=true if you have read it and trust it"
+        ) from None
+
+
+def warn_of_own_code(auto_map: Any, what: str) -> None:
+    """Warn where transformers supports the type and ignores the code."""
+    if auto_map:
+        log.warning("%s comes with its own code, which is not run; %s=true would run it", what, TRUST)

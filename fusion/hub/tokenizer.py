@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError, first_line
-from fusion.hub import custom_code
-from fusion.hub.access import from_cache_or_hub
+from fusion.hub.access import from_cache_or_hub, own_code_refused, warn_of_own_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _FIX = "Give a folder or a cached model instead: backbone.name_or_path=FOLDER, or backbone=minilm, which needs no hub"
+
 _UNUSUAL = "\N{SNOWMAN}\N{BEAMED SIXTEENTH NOTES}\N{CJK UNIFIED IDEOGRAPH-4E00}"  # hardly in any vocabulary
 
 
@@ -24,11 +24,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a backbone, from the local cache first.
 
-    Args:
-        trust_remote_code: whether Python code that comes with it is run.
-
-    Raises:
-        UserError: it is missing, damaged, slow, without vocabulary, or needs its own code, which is not trusted.
+    Raises UserError if it is missing, damaged, slow, without vocabulary, or needs its own code, which is not trusted.
     """
     # Set explicitly, so that tokenizers does not warn about forks when a loader starts its workers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -37,7 +33,7 @@ def load_tokenizer(
     what, is_folder = f"tokenizer {name_or_path}", Path(name_or_path).is_dir()
 
     def load(cached_only: bool) -> PreTrainedTokenizerBase:
-        with custom_code.refused(what):
+        with own_code_refused(what):
             loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 name_or_path,
                 revision=revision or "main",
@@ -51,6 +47,8 @@ def load_tokenizer(
 
     try:
         tokenizer = load(True) if is_folder else from_cache_or_hub(load, what, _FIX)
+        if tokenizer.is_fast:
+            tokenizer.backend_tokenizer.encode(_UNUSUAL)  # fails without an unknown token
     except UserError:
         raise
     except BaseException as error:  # a panic of the Rust library is no Exception; others share no base either
@@ -61,30 +59,18 @@ def load_tokenizer(
             "Copy its files again, or use another copy of the backbone: backbone.name_or_path=FOLDER"
         ) from error
     if not trust_remote_code:
-        custom_code.warn_if_ignored(tokenizer.init_kwargs.get("auto_map"), what)
+        warn_of_own_code(tokenizer.init_kwargs.get("auto_map"), what)
     if not tokenizer.is_fast:
         raise UserError(
             f"{what} has no fast version ({type(tokenizer).__name__}): expected a tokenizer.json\n"
             "Take another backbone: backbone.name_or_path=FOLDER"
         )
-    _check_vocabulary(tokenizer, what)
-    return tokenizer
-
-
-def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, what: str) -> None:
-    """Refuse a tokenizer without vocabulary, and one that cannot tokenize any text."""
     if _has_no_words(tokenizer):
         raise UserError(
             f"{what} has {len(tokenizer)} tokens, all of them special: its vocabulary is missing\n"
             "Save tokenizer.json or vocab.txt beside the weights, or use another copy: backbone.name_or_path=FOLDER"
         )
-    try:
-        tokenizer.backend_tokenizer.encode(_UNUSUAL)
-    except Exception as error:  # tokenizers raises Exception itself
-        raise UserError(
-            f"{what} cannot tokenize text outside its vocabulary ({first_line(error)})\n"
-            "Save a tokenizer with an unknown token, or use another copy: backbone.name_or_path=FOLDER"
-        ) from error
+    return tokenizer
 
 
 def _has_no_words(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -95,11 +81,7 @@ def _has_no_words(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def check_length(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    """Refuse sequences that are longer than the tokenizer's own limit.
-
-    Raises:
-        UserError: has both numbers.
-    """
+    """Raises UserError if sequences are longer than the tokenizer's own limit."""
     limit = tokenizer.model_max_length
     if max_length > limit:
         raise UserError(

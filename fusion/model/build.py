@@ -10,9 +10,8 @@ from fusion.backbones.load import Backbone
 from fusion.backbones.slots import SlotAddress
 from fusion.backbones.tuning import Tuning
 from fusion.config.compositions import CompositionConfig
-from fusion.config.layer_selection import kept_layers
 from fusion.config.methods import MethodConfig
-from fusion.config.model import SITES, AdapterConfig, HeadConfig, SameBackboneConfig
+from fusion.config.model import SITES, AdapterConfig, HeadConfig, SameBackboneConfig, kept_layers
 from fusion.config.task import TaskConfig
 from fusion.errors import UserError
 from fusion.layers.bottleneck import BottleneckAdapter

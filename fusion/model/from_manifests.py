@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from fusion.backbones.slots import SlotAddress
 from fusion.config.compositions import CONTINUED, KEPT, CompositionConfig, SlotSources
-from fusion.config.layer_selection import kept_layers
+from fusion.config.model import kept_layers
 from fusion.errors import UserError, first_line
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead, TaskHeads

@@ -36,17 +36,15 @@ class Choice(Classification):
     def head_outputs(self, task: Task) -> int:
         return 1
 
-    def loss(
-        self, scores: Tensor, labels: Tensor, weight: Tensor | None = None, label_smoothing: float = 0.0
-    ) -> Tensor:
+    def loss(self, scores: Tensor, labels: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
         """As in classification. A row smooths over the choices that it has: its other scores are -inf."""
-        if label_smoothing == 0:
+        if smoothing == 0:
             return super().loss(scores, labels)
         there = scores > float("-inf")
         losses = -scores.log_softmax(-1)
         uniform = losses.masked_fill(~there, 0.0).sum(-1) / there.sum(-1)
         right = losses.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-        return (1 - label_smoothing) * right + label_smoothing * uniform
+        return (1 - smoothing) * right + smoothing * uniform
 
     def zero_score_loss(self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None) -> float:
         import numpy as np

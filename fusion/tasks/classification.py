@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
 from fusion.tasks.columns import Column, Table
-from fusion.tasks.kind import Decision, Kind, RawLabels
-from fusion.tasks.labels import Labels, read_ids
+from fusion.tasks.kind import Decision, Kind, Lines, RawLabels
+from fusion.tasks.labels import Labels
 from fusion.tasks.task import Task
 from fusion.text import listed, repeated, shortened
 
@@ -17,11 +17,7 @@ if TYPE_CHECKING:
 
 
 def check_labels(task: Task, where: str, least: int = 2) -> None:
-    """At least so many different label names, and as many `label_values` if there are any.
-
-    Raises:
-        UserError: what was expected.
-    """
+    """Raises UserError unless there are `least` different label names, and as many `label_values` if there are any."""
     names = task.labels or []
     what = f"{where}: labels={shortened(task.labels)}"
     if len(names) < least:
@@ -50,38 +46,30 @@ class Classification(Kind):
         keys = names.keys(column)
         return RawLabels(
             names.ignored(column, keys, unlabelled),
-            lambda kept, choices: read_ids(names, table, column, keys, kept, choices),
+            lambda kept, choices: names.read(table, column, keys, kept, choices),
         )
 
-    def loss(
-        self, scores: Tensor, labels: Tensor, weight: Tensor | None = None, label_smoothing: float = 0.0
-    ) -> Tensor:
+    def loss(self, scores: Tensor, labels: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
         """The terms of `torch.nn.CrossEntropyLoss` before its mean."""
         from torch.nn import functional as F
 
-        return F.cross_entropy(scores, labels, weight=weight, reduction="none", label_smoothing=label_smoothing)
+        return F.cross_entropy(scores, labels, weight=weight, reduction="none", label_smoothing=smoothing)
 
     def outputs(self, scores: Tensor) -> list[Any]:
         """The index of the best score."""
         return scores.argmax(-1).tolist()
 
-    def lines(
-        self, task: Task, scores: Tensor, counts: Sequence[int] | None, decision: Decision
-    ) -> Iterator[dict[str, Any]]:
+    def lines(self, task: Task, scores: Tensor, counts: Sequence[int] | None, decision: Decision) -> Lines:
         """`label` and the probabilities as `scores`, by label name."""
         for row, every in enumerate(scores.float().softmax(-1).tolist()):
             values = every[: counts[row]] if counts else every
             names = class_names(task, len(values))
             yield {"label": names[values.index(max(values))], "scores": dict(zip(names, values, strict=True))}
 
-    def describe(self, task: Task, scores: Tensor, label: Any, count: int | None, decision: Decision) -> dict[str, Any]:
-        (line,) = self.lines(task, scores[None], None if count is None else [count], decision)
-        truth = list(line["scores"])[int(label)]
-        return {
-            "predicted": f"{line['label']} ({line['scores'][line['label']]:.2f})",
-            "truth": truth,
-            "right": line["label"] == truth,
-        }
+    def describe(self, task: Task, line: dict[str, Any], label: Any) -> dict[str, Any]:
+        predicted, truth = line["label"], list(line["scores"])[int(label)]
+        shown = f"{predicted} ({line['scores'][predicted]:.2f})"
+        return {"predicted": shown, "truth": truth, "right": predicted == truth}
 
     def columns(self, task: Task, labels: Tensor, choice_counts: Tensor | None) -> Tensor:
         """One-hot classes."""

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from fusion.layers.heads import TaskHead
 
 Decision = dict[str, float]
+Lines = Iterator[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -106,16 +107,14 @@ class Kind(ABC):
         return TaskHead(hidden_size, outputs, pooling, layers, dropout)
 
     @abstractmethod
-    def loss(
-        self, scores: Tensor, labels: Tensor, weight: Tensor | None = None, label_smoothing: float = 0.0
-    ) -> Tensor:
+    def loss(self, scores: Tensor, labels: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
         """The loss of each example, in the precision of the scores, before the mean over the batch.
 
         Args:
             scores: (B, K).
             labels: (B,) or (B, ...).
             weight: of each class, (K,); None unless `has_classes`.
-            label_smoothing: 0.0 unless `smooths_labels`.
+            smoothing: `loss.label_smoothing`; 0.0 unless `smooths_labels`.
 
         Returns:
             (B,).
@@ -171,9 +170,7 @@ class Kind(ABC):
     # --- wording --------------------------------------------------------------------------------------
 
     @abstractmethod
-    def lines(
-        self, task: Task, scores: Tensor, counts: Sequence[int] | None, decision: Decision
-    ) -> Iterator[dict[str, Any]]:
+    def lines(self, task: Task, scores: Tensor, counts: Sequence[int] | None, decision: Decision) -> Lines:
         """What `fusion.predict` writes for each example.
 
         Args:
@@ -182,13 +179,12 @@ class Kind(ABC):
         """
 
     @abstractmethod
-    def describe(self, task: Task, scores: Tensor, label: Any, count: int | None, decision: Decision) -> dict[str, Any]:
+    def describe(self, task: Task, line: dict[str, Any], label: Any) -> dict[str, Any]:
         """`predicted` and `truth` of one example in words, and whether it is `right` (or None).
 
         Args:
-            scores: (K,).
+            line: of `lines`.
             label: as `RawLabels.read` gives it.
-            count: its choices or words; None: it is a plain text.
         """
 
     def wrong(self, labels: Sequence[Any], predictions: Sequence[Any]) -> list[bool]:

@@ -35,6 +35,8 @@ _HUB_NAMES = {
 
 Key = tuple[str, Any]
 _MISSING: Key = ("missing", None)
+Formats = dict[str, dict[Key, int]]
+Choices = Sequence[Sequence[str]] | None
 
 
 @dataclass(frozen=True)
@@ -149,12 +151,8 @@ class Labels:
 
         return [key_of(value) for value in column.values]
 
-    def formats(self, choices: int | None = None) -> dict[str, dict[Key, int]]:
-        """The id of each key, by format in order of precedence.
-
-        Args:
-            choices: choice tasks: the most choices that a row has.
-        """
+    def _formats(self, choices: int | None) -> Formats:
+        """The id of each key, by format in order of precedence; `choices`: in choice tasks the most that a row has."""
         columns: dict[Key, int] = {("column", number): number for number in range(len(self._columns))}
         formats = {"label_values": self._by_value, "names": self._by_name | columns}
         numbers = [(key[1], number) for key, number in self._known if key[0] == "number"]
@@ -167,11 +165,7 @@ class Labels:
         return formats
 
     def ignored(self, column: Column, keys: Sequence[Key], unlabelled: bool) -> list[bool]:
-        """Which rows have no label, by `ignore_labels`.
-
-        Args:
-            unlabelled: whether a missing value is ignored as well.
-        """
+        """Which rows have no label, by `ignore_labels`; if `unlabelled`, a missing value is ignored as well."""
         ignore = self._ignore | ({_MISSING} if unlabelled else set())
         # An id of a ClassLabel can be ignored as well as its name.
         by_id = column.names is not None and all(self.key(name)[0] != "number" for name in column.names)
@@ -180,7 +174,83 @@ class Labels:
             for key, value in zip(keys, column.values, strict=True)
         ]
 
-    def expected(self, formats: Mapping[str, Mapping[Key, int]]) -> str:
+    def read(
+        self, table: Table, column: Column, keys: Sequence[Key], kept: Sequence[int], choices: Choices = None
+    ) -> tuple[list[int], LabelFormat]:
+        """Class ids, or indices of the right choices, and how they are written.
+
+        Args:
+            keys: of all rows of the column.
+            choices: choice tasks: of the rows `kept`.
+
+        Raises:
+            UserError: a label of the rows `kept` is none of the task's or beyond its row's choices, or the labels are
+                written in more than one format; names the row.
+        """
+        count = len(self.names) if choices is None else max(map(len, choices))
+        formats = self._formats(None if choices is None else count)
+        distinct = {keys[row] for row in kept}
+        fitting = [name for name, ids in formats.items() if distinct <= ids.keys()]
+        if not fitting:
+            raise self._unreadable(formats, table, column, keys, kept)
+        ids = [formats[fitting[0]][keys[row]] for row in kept]
+        for row, index, options in zip(kept, ids, choices or [], strict=choices is not None):
+            if index >= len(options):
+                value = column.values[row]
+                raise UserError(
+                    f"{table.at(row)}: {self.task.label} is {shown(value)}, the choice at {index}; expected one of the "
+                    f"{len(options)} choices, which count from 0\n"
+                    + (ignore_hint(self.task, value) if 0 in ids else _count_from(1, count))
+                )
+        return ids, LabelFormat(tuple(fitting), frozenset(ids), count, table.where)
+
+    def read_lists(self, table: Table, column: Column, kept: Sequence[int]) -> tuple[list[list[int]], LabelFormat]:
+        """As `read`, of a column with a list of labels in each row; ignored labels are removed from the lists."""
+        row_of: list[int] = []  # of each raw label
+        for row in kept:
+            value = column.values[row]
+            if not isinstance(value, (list, tuple)):
+                raise UserError(f"{table.at(row)}: {self.task.label} is {shown(value)}; expected a list of labels")
+            row_of += [row] * len(value)
+        flat = replace(column, values=[value for row in kept for value in column.values[row]])
+        by_label = replace(table, row_name=lambda number: table.row_name(row_of[number]))
+        keys = self.keys(flat)
+        used = [number for number, is_ignored in enumerate(self.ignored(flat, keys, False)) if not is_ignored]
+        ids, written = self.read(by_label, flat, keys, used)
+        found: dict[int, list[int]] = {row: [] for row in kept}
+        for number, label in zip(used, ids, strict=True):
+            found[row_of[number]].append(label)
+        return list(found.values()), written
+
+    def _unreadable(
+        self, formats: Formats, table: Table, column: Column, keys: Sequence[Key], kept: Sequence[int]
+    ) -> UserError:
+        distinct = {keys[row] for row in kept}
+        nearest = max(formats, key=lambda name: len(distinct & formats[name].keys()))
+        known = set().union(*(ids.keys() for ids in formats.values()))
+        unknown = [row for row in kept if keys[row] not in known]
+        row = unknown[0] if unknown else next(row for row in kept if keys[row] not in formats[nearest])
+        value = column.values[row]
+        what = f"{table.at(row)}: {self.task.label} is {shown(value)}"
+        if not unknown:
+            other = next(row for row in kept if keys[row] in formats[nearest])
+            return UserError(
+                f"{what}, and {shown(column.values[other])} in {table.row_name(other)} is one of {nearest}; expected "
+                f"one format in all rows\n{_one_format(self.task)}"
+            )
+        if column.names is not None and type(value) is int and 0 <= value < len(column.names):
+            value = column.names[value]
+            what += f", whose ClassLabel is {shown(value)}"
+        what += f"; expected {self._expected(formats)}\n"
+        numbers = {keys[row][1] for row in kept if keys[row][0] == "number"}
+        count = len(formats.get("ids") or self.names or self.task.raw_label_values)
+        if keys[row][0] == "number" and min(numbers) in (0, 1) and max(numbers) == min(numbers) + count - 1:
+            return UserError(what + _count_from(min(numbers), count))
+        if keys[row] in self._named:  # by `labels` and `label_values`, which disagree about it
+            return UserError(what + _one_format(self.task))
+        return UserError(what + ignore_hint(self.task, value))
+
+    def _expected(self, formats: Formats) -> str:
         """The raw labels of the task, for messages."""
         values = [" or ".join(json.dumps(raw, default=str) for raw in e) for e in self.task.raw_label_values]
         if self.task.choices is None:
@@ -192,83 +262,12 @@ class Labels:
         index = f"the index of the right choice, 0 to {len(formats['ids']) - 1}" if "ids" in formats else ""
         return ", or ".join(part for part in (f"one of {listed(known)}" if known else "", index) if part)
 
-    def is_named(self, key: Key) -> bool:
-        """Whether a raw label is one of `labels` or `label_values`."""
-        return key in self._named
-
-
-def read_ids(
-    labels: Labels,
-    table: Table,
-    column: Column,
-    keys: Sequence[Key],
-    kept: Sequence[int],
-    choices: Sequence[Sequence[str]] | None = None,
-) -> tuple[list[int], LabelFormat]:
-    """Class ids, or indices of the right choices, and how they are written.
-
-    Args:
-        keys: of all rows of the column.
-        choices: choice tasks: of the rows `kept`.
-
-    Raises:
-        UserError: a label of the rows `kept` is none of the task's or beyond its row's choices, or the labels are
-            written in more than one format; names the row.
-    """
-    task, count = labels.task, len(labels.names)
-    if choices is not None:
-        count = max(map(len, choices))
-    formats = labels.formats(None if choices is None else count)
-    distinct = {keys[row] for row in kept}
-    fitting = [name for name, ids in formats.items() if distinct <= ids.keys()]
-    if not fitting:
-        raise _unreadable(labels, formats, table, column, keys, kept)
-    ids = [formats[fitting[0]][keys[row]] for row in kept]
-    for row, index, options in zip(kept, ids, choices or [], strict=choices is not None):
-        if index >= len(options):
-            value = column.values[row]
-            raise UserError(
-                f"{table.at(row)}: {task.label} is {shown(value)}, the choice at {index}; expected one of the "
-                f"{len(options)} choices, which count from 0\n"
-                + (ignore_hint(task, value) if 0 in ids else _count_from(1, count))
-            )
-    return ids, LabelFormat(tuple(fitting), frozenset(ids), count, table.where)
-
-
-def read_lists(
-    labels: Labels, table: Table, column: Column, kept: Sequence[int]
-) -> tuple[list[list[int]], LabelFormat]:
-    """As `read_ids`, of a column with a list of labels in each row; ignored labels are removed from the lists.
-
-    Raises:
-        UserError: as `read_ids`, or a row has no list.
-    """
-    row_of: list[int] = []  # of each raw label
-    for row in kept:
-        value = column.values[row]
-        if not isinstance(value, (list, tuple)):
-            raise UserError(f"{table.at(row)}: {labels.task.label} is {shown(value)}; expected a list of labels")
-        row_of += [row] * len(value)
-    flat = replace(column, values=[value for row in kept for value in column.values[row]])
-    by_label = replace(table, row_name=lambda number: table.row_name(row_of[number]))
-    keys = labels.keys(flat)
-    ignored = labels.ignored(flat, keys, unlabelled=False)
-    used = [number for number, is_ignored in enumerate(ignored) if not is_ignored]
-    ids, written = read_ids(labels, by_label, flat, keys, used)
-    found: dict[int, list[int]] = {row: [] for row in kept}
-    for number, label in zip(used, ids, strict=True):
-        found[row_of[number]].append(label)
-    return list(found.values()), written
-
 
 def common_format(task: Task, splits: Mapping[str, LabelFormat | None], trained_as: str | None = None) -> str | None:
     """The format of the labels of all splits; None where there are none to read.
 
-    Args:
-        trained_as: the format of the labels that an artifact was trained on, where that is known.
-
-    Raises:
-        UserError: unknown format, or the labels are numbers that could count from 0 or from 1.
+    `trained_as` is the format of the labels that an artifact was trained on, where that is known. Raises UserError if
+    there is no common format, or the labels are numbers that could count from 0 or from 1.
     """
     known = {split: labels for split, labels in splits.items() if labels is not None}
     if not known:
@@ -294,44 +293,6 @@ def common_format(task: Task, splits: Mapping[str, LabelFormat | None], trained_
             f"{_count_from(1, count)}; {_count_from(0, count)}"
         )
     return common[0]
-
-
-# --- messages ---------------------------------------------------------------------------------------
-
-
-def _unreadable(
-    labels: Labels,
-    formats: Mapping[str, Mapping[Key, int]],
-    table: Table,
-    column: Column,
-    keys: Sequence[Key],
-    kept: Sequence[int],
-) -> UserError:
-    task = labels.task
-    distinct = {keys[row] for row in kept}
-    nearest = max(formats, key=lambda name: len(distinct & formats[name].keys()))
-    known = set().union(*(ids.keys() for ids in formats.values()))
-    unknown = [row for row in kept if keys[row] not in known]
-    row = unknown[0] if unknown else next(row for row in kept if keys[row] not in formats[nearest])
-    value = column.values[row]
-    what = f"{table.at(row)}: {task.label} is {shown(value)}"
-    if not unknown:
-        other = next(row for row in kept if keys[row] in formats[nearest])
-        return UserError(
-            f"{what}, and {shown(column.values[other])} in {table.row_name(other)} is one of {nearest}; expected one "
-            f"format in all rows\n{_one_format(task)}"
-        )
-    if column.names is not None and type(value) is int and 0 <= value < len(column.names):
-        value = column.names[value]
-        what += f", whose ClassLabel is {shown(value)}"
-    what += f"; expected {labels.expected(formats)}\n"
-    numbers = {keys[row][1] for row in kept if keys[row][0] == "number"}
-    count = len(formats.get("ids") or labels.names or task.raw_label_values)
-    if keys[row][0] == "number" and min(numbers) in (0, 1) and max(numbers) == min(numbers) + count - 1:
-        return UserError(what + _count_from(min(numbers), count))
-    if labels.is_named(keys[row]):  # by `labels` and `label_values`, which disagree about it
-        return UserError(what + _one_format(task))
-    return UserError(what + ignore_hint(task, value))
 
 
 def _one_format(task: Task) -> str:

@@ -16,19 +16,10 @@ Floats = NDArray[np.float64]
 
 
 def metric_of(name: str, labels: NDArray[Any], predicted: NDArray[Any]) -> Floats:
-    """One metric of each resample.
+    """One metric of each resample; labels, predicted: (B, R), class ids or values -> (B,).
 
     accuracy; f1 (of the second of two labels, as GLUE has it); macro_f1 (mean over the labels that occur or are
-    predicted); matthews; pearson; spearman.
-
-    Args:
-        labels, predicted: (B, R), class ids or values.
-
-    Returns:
-        (B,).
-
-    Raises:
-        KeyError: unknown metric.
+    predicted); matthews; pearson; spearman. KeyError for another.
     """
     return _METRICS[name](np.asarray(labels), np.asarray(predicted))
 

@@ -11,15 +11,15 @@ Shapes: B examples, K labels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
 from fusion.tasks.classification import check_labels
 from fusion.tasks.columns import Column, Table
-from fusion.tasks.kind import Decision, Kind, RawLabels
-from fusion.tasks.labels import LabelFormat, Labels, read_lists
+from fusion.tasks.kind import Decision, Kind, Lines, RawLabels
+from fusion.tasks.labels import LabelFormat, Labels
 from fusion.tasks.task import Task
 from fusion.text import listed, repeated, shown
 
@@ -53,7 +53,7 @@ class MultiLabel(Kind):
 
         def read(kept: list[int], _: Any) -> tuple[list[Any], LabelFormat]:
             """Whether a row has each of the labels (0 or 1)."""
-            ids, written = read_lists(names, table, replace(column, values=values), kept)
+            ids, written = names.read_lists(table, replace(column, values=values), kept)
             for row, own in zip(kept, ids, strict=True):
                 if twice := repeated(names.names[label] for label in own):
                     raise UserError(
@@ -70,9 +70,7 @@ class MultiLabel(Kind):
 
     # --- head and loss --------------------------------------------------------------------------------
 
-    def loss(
-        self, scores: Tensor, labels: Tensor, weight: Tensor | None = None, label_smoothing: float = 0.0
-    ) -> Tensor:
+    def loss(self, scores: Tensor, labels: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
         """Binary cross entropy, the mean over the labels, as `torch.nn.BCEWithLogitsLoss` has it.
 
         scores, labels: (B, K).
@@ -125,16 +123,13 @@ class MultiLabel(Kind):
 
     # --- wording --------------------------------------------------------------------------------------
 
-    def lines(
-        self, task: Task, scores: Tensor, counts: Sequence[int] | None, decision: Decision
-    ) -> Iterator[dict[str, Any]]:
+    def lines(self, task: Task, scores: Tensor, counts: Sequence[int] | None, decision: Decision) -> Lines:
         """`labels`, those that are predicted, and the probability of each one as `scores`, by label name."""
         names, outputs = list(task.labels or []), self.outputs(scores)
         for ids, values in zip(self.predict(outputs, decision), outputs, strict=True):
             yield {"labels": [names[number] for number in ids], "scores": dict(zip(names, values, strict=True))}
 
-    def describe(self, task: Task, scores: Tensor, label: Any, count: int | None, decision: Decision) -> dict[str, Any]:
-        (line,) = self.lines(task, scores[None], None, decision)
+    def describe(self, task: Task, line: dict[str, Any], label: Any) -> dict[str, Any]:
         truth = [name for name, is_set in zip(line["scores"], label, strict=True) if is_set]
         predicted = [f"{name} ({line['scores'][name]:.2f})" for name in line["labels"]]
         return {
@@ -183,10 +178,7 @@ def best_threshold(metric: str, probabilities: NDArray[np.float64], true: NDArra
     """The threshold at which the metric is highest, of equally good ones the one closest to 0.5.
 
     It is halfway between two neighbouring probabilities, so that rounding does not move an example across it.
-
-    Args:
-        metric: micro_f1, macro_f1 or subset_accuracy.
-        probabilities, true: (B, K).
+    probabilities, true: (B, K).
     """
     import numpy as np
 

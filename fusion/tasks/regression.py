@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
 from fusion.tasks.columns import Column, Table
-from fusion.tasks.kind import Decision, Kind, RawLabels
+from fusion.tasks.kind import Decision, Kind, Lines, RawLabels
 from fusion.tasks.labels import Labels, ignore_hint, label_key, parse_number
 from fusion.tasks.task import Task
 from fusion.text import shown
@@ -43,9 +43,7 @@ class Regression(Kind):
     def head_outputs(self, task: Task) -> int:
         return 1
 
-    def loss(
-        self, scores: Tensor, labels: Tensor, weight: Tensor | None = None, label_smoothing: float = 0.0
-    ) -> Tensor:
+    def loss(self, scores: Tensor, labels: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
         """Squared error."""
         from torch.nn import functional as F
 
@@ -60,14 +58,12 @@ class Regression(Kind):
         """The value."""
         return scores.float().squeeze(-1).tolist()
 
-    def lines(
-        self, task: Task, scores: Tensor, counts: Sequence[int] | None, decision: Decision
-    ) -> Iterator[dict[str, Any]]:
+    def lines(self, task: Task, scores: Tensor, counts: Sequence[int] | None, decision: Decision) -> Lines:
         """The value as `score`."""
         yield from ({"score": values[0]} for values in scores.float().tolist())
 
-    def describe(self, task: Task, scores: Tensor, label: Any, count: int | None, decision: Decision) -> dict[str, Any]:
-        return {"predicted": f"{float(scores[0]):.3g}", "truth": f"{label:.3g}", "right": None}
+    def describe(self, task: Task, line: dict[str, Any], label: Any) -> dict[str, Any]:
+        return {"predicted": f"{line['score']:.3g}", "truth": f"{label:.3g}", "right": None}
 
     def wrong(self, labels: Sequence[Any], predictions: Sequence[Any]) -> list[bool]:
         """Those whose error is above the median."""

@@ -21,11 +21,7 @@ def kind_of(task: Task) -> Kind:
 
 
 def check_task(task: Task, where: str) -> None:
-    """Refuse what the task's kind cannot use, keys of another kind among it.
-
-    Raises:
-        UserError: what was expected.
-    """
+    """Raises UserError, which starts with `where`, for what the task's kind cannot use, as keys of another kind."""
     kind_of(task).check(task, where)
     for owner in _EVERY:
         for key in owner.keys:

@@ -7,15 +7,16 @@ Shapes: B examples of at most W words, K labels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import importlib.util
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
-from fusion.tasks import entities
 from fusion.tasks.classification import check_labels
 from fusion.tasks.columns import Column, Table
-from fusion.tasks.kind import Decision, Kind, RawLabels
-from fusion.tasks.labels import LabelFormat, Labels, read_lists
+from fusion.tasks.kind import Decision, Kind, Lines, RawLabels
+from fusion.tasks.labels import LabelFormat, Labels
 from fusion.tasks.task import Task
 from fusion.text import listed, shortened
 
@@ -26,10 +27,12 @@ if TYPE_CHECKING:
 
     from fusion.layers.heads import TaskHead
 
+ENTITY_METRICS = ("entity_f1", "entity_precision", "entity_recall")
+
 
 class Tagging(Kind):
     name = "tagging"
-    metric_names = (*entities.METRICS, "token_accuracy")
+    metric_names = (*ENTITY_METRICS, "token_accuracy")
     items = "words"
     smooths_labels = True
     is_pooled = False
@@ -42,14 +45,14 @@ class Tagging(Kind):
             raise UserError(
                 f"{where}: ignore_labels={shortened(task.ignore_labels)}: each word has a label; leave it out"
             )
-        asked = [metric for metric in task.metrics if metric in entities.METRICS]
-        other = [tag for tag in task.labels or [] if not entities.is_bio(tag)]
+        asked = [metric for metric in task.metrics if metric in ENTITY_METRICS]
+        other = [tag for tag in task.labels or [] if not re.fullmatch("O|[BI]-.+", tag)]
         if asked and other:
             raise UserError(
                 f"{where}: {asked[0]} needs BIO labels (O, B-TYPE, I-TYPE), and labels has {listed(other)}; "
                 "expected such labels, or metrics: [token_accuracy]"
             )
-        if asked and not entities.can_count():
+        if asked and not can_count_entities():
             raise UserError(
                 f"{where}: {asked[0]} needs the package nervaluate, for Python 3.11 or newer: pip install nervaluate; "
                 "metrics: [token_accuracy] does without"
@@ -69,7 +72,7 @@ class Tagging(Kind):
                         f"{table.at(row)}: {task.label} has {len(value)} labels for {len(sentence)} words; expected one "
                         "per word (fix or remove the row)"
                     )
-            return read_lists(Labels(task), table, column, kept)
+            return Labels(task).read_lists(table, column, kept)
 
         return RawLabels([value is None and unlabelled for value in column.values], read)
 
@@ -85,9 +88,7 @@ class Tagging(Kind):
         """A new head: (texts, tokens, hidden) -> (B, W, K), whatever the pooling of other tasks is."""
         return super().make_head(hidden_size, outputs, "words", layers, dropout)
 
-    def loss(
-        self, scores: Tensor, labels: Tensor, weight: Tensor | None = None, label_smoothing: float = 0.0
-    ) -> Tensor:
+    def loss(self, scores: Tensor, labels: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
         """The sum of the words' cross entropies, whose mean over all words of a batch is taken by `loss_weights`.
 
         Args:
@@ -97,7 +98,7 @@ class Tagging(Kind):
         from torch.nn import functional as F
 
         there = labels >= 0
-        losses = F.cross_entropy(scores[there], labels[there], reduction="none", label_smoothing=label_smoothing)
+        losses = F.cross_entropy(scores[there], labels[there], reduction="none", label_smoothing=smoothing)
         return losses.new_zeros(labels.shape).masked_scatter(there, losses).sum(-1)
 
     def loss_weights(self, labels: NDArray[Any], class_weights: NDArray[np.float64] | None) -> NDArray[np.float64]:
@@ -118,12 +119,12 @@ class Tagging(Kind):
         ]
 
     def metrics(self, task: Task, labels: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
-        """See `fusion.tasks.entities`; token_accuracy is the share of the words that are right."""
+        """Entities as below; token_accuracy is the share of the words that are right."""
         values: dict[str, float] = {}
-        if any(metric in entities.METRICS for metric in task.metrics):
+        if any(metric in ENTITY_METRICS for metric in task.metrics):
             names = list(task.labels or [])
             tags = ([[names[number] for number in row] for row in rows] for rows in (labels, predictions))
-            values = entities.entity_scores(entities.entity_counts(*tags))
+            values = entity_scores(entity_counts(*tags))
         words = sum(map(len, labels))
         right = sum(
             one == other
@@ -135,18 +136,15 @@ class Tagging(Kind):
 
     # --- wording --------------------------------------------------------------------------------------
 
-    def lines(
-        self, task: Task, scores: Tensor, counts: Sequence[int] | None, decision: Decision
-    ) -> Iterator[dict[str, Any]]:
+    def lines(self, task: Task, scores: Tensor, counts: Sequence[int] | None, decision: Decision) -> Lines:
         """`labels`, one per word in order, and the probability of each of these as `scores`."""
         names = list(task.labels or [])
         best, ids = scores.float().softmax(-1).amax(-1).tolist(), self.outputs(scores)
         for row, values in zip(ids, best, strict=True):
             yield {"labels": [names[number] for number in row], "scores": values[: len(row)]}
 
-    def describe(self, task: Task, scores: Tensor, label: Any, count: int | None, decision: Decision) -> dict[str, Any]:
+    def describe(self, task: Task, line: dict[str, Any], label: Any) -> dict[str, Any]:
         """All tags of the sentence."""
-        (line,) = self.lines(task, scores[None], None, decision)
         truth = [task.labels[number] for number in label]
         return {"predicted": " ".join(line["labels"]), "truth": " ".join(truth), "right": line["labels"] == truth}
 
@@ -154,3 +152,41 @@ class Tagging(Kind):
 def _words_of(scores: Tensor) -> Tensor:
     """scores: (B, W, K) -> (B, W) bool, false at padding."""
     return ~scores.isneginf().all(-1)
+
+
+# --- entities -----------------------------------------------------------------------------------------
+
+
+def can_count_entities() -> bool:
+    """Whether nervaluate is installed; it needs Python 3.11."""
+    return importlib.util.find_spec("nervaluate") is not None
+
+
+def entity_counts(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> NDArray[np.int64]:
+    """(sentences, 3): the numbers of correct, predicted and true entities, from BIO tags, one per word.
+
+    As CoNLL's `conlleval` counts: an entity is correct if its words and its type are. `B-X` starts one, and so does
+    `I-X` after `O` or another type, so IOB1 tags and invalid tag sequences are read as well.
+    """
+    import numpy as np
+    from nervaluate.loaders import ListLoader
+    from nervaluate.strategies import StrictEvaluation
+
+    load, strict = ListLoader().load, StrictEvaluation()
+    counts = np.zeros((len(true), 3), np.int64)
+    pairs = zip(load(list(map(list, true))), load(list(map(list, predicted))), strict=True)
+    for number, (gold, found) in enumerate(pairs):
+        if gold or found:
+            result, _ = strict.evaluate(gold, found, [])
+            counts[number] = result.correct, result.actual, result.possible
+    return counts
+
+
+def entity_scores(counts: NDArray[np.int64]) -> dict[str, float]:
+    """Micro averages over all sentences, from `entity_counts`; 0 where they are not defined."""
+    right, found, there = map(int, counts.sum(0))
+    return {
+        "entity_f1": 2 * right / (found + there) if found + there else 0.0,
+        "entity_precision": right / found if found else 0.0,
+        "entity_recall": right / there if there else 0.0,
+    }

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 
-from fusion.config.logger import LoggerConfig
+from fusion.config.training import LoggerConfig
 from fusion.tracking.labels import best_is, flat, plain
 from fusion.tracking.run_id import run_id
 from fusion.tracking.wandb_run import STEP, reason_of, relative, start_run, state

@@ -15,7 +15,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from fusion.config.logger import WandbConfig
+from fusion.config.training import WandbConfig
 from fusion.errors import UserError, first_line
 from fusion.files import write_json
 from fusion.tracking.lineage import FILE, link, not_linked, read_links, staged_in

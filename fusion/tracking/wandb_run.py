@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fusion.config.logger import WandbConfig
+from fusion.config.training import WandbConfig
 from fusion.errors import first_line
 from fusion.text import shortened
 

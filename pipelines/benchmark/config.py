@@ -57,7 +57,7 @@ class BenchmarkConfig(Settings):
     rounds: int | None = integer(None, 1, null="the suite's default")
     steps: int = integer(5, 1)  # timed steps per round
     warmup: int = integer(2, 0)  # untimed steps before them
-    noise_limit: float = number(0.10, above=0)  # no verdict if the ratios of the rounds spread more
+    noise_limit: float = number(0.10, "> 0")  # no verdict if the ratios of the rounds spread more
     threads: int | None = integer(None, 1, null="all cores")  # per worker process
     device: str = choice("auto", ("auto", "cpu", "cuda"))
     precision: str = choice("auto", ("auto", "float32", "bf16"))  # auto: bf16 on a GPU, else float32
@@ -68,7 +68,7 @@ class BenchmarkConfig(Settings):
     backbone: str = "sentence-transformers/all-MiniLM-L6-v2"
     data_dir: str = "../shared/data"
     output: str = "outputs/benchmark"
-    timeout: float = number(3600.0, above=0)  # seconds for one request to a worker, or for one command
+    timeout: float = number(3600.0, "> 0")  # seconds for one request to a worker, or for one command
     rival: RivalConfig = field(default_factory=RivalConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     epoch: EpochConfig = field(default_factory=EpochConfig)

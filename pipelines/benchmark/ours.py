@@ -21,9 +21,8 @@ from torch.utils.data import DataLoader
 
 from fusion.backbones.load import Backbone, load_backbone
 from fusion.config.compositions import CompositionConfig
-from fusion.config.logger import CsvConfig, LoggerConfig
 from fusion.config.task import TaskConfig
-from fusion.config.training import OptimConfig, TrainerConfig
+from fusion.config.training import CsvConfig, LoggerConfig, OptimConfig, TrainerConfig
 from fusion.data.batches import Batch
 from fusion.layers.attention import AdapterFusion
 from fusion.layers.bank import AdapterBank

@@ -32,7 +32,7 @@ class TimingConfig(Settings):
     store: str = "outputs/store"
     result: str = "inference.json"
     batches: int = integer(4, 1)  # from the longest to the shortest examples
-    seconds: float = number(60.0, above=0)  # of all artifacts; each has at least three rounds
+    seconds: float = number(60.0, "> 0")  # of all artifacts; each has at least three rounds
     accelerator: str = "auto"
     cache_dir: str | None = None
 

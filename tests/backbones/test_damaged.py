@@ -193,7 +193,10 @@ FAULTS: dict[str, tuple[Damage, str]] = {
     "tokenizer {}": (put(TOKENIZER, "{}"), r"tokenizer \S.* cannot be loaded"),
     "tokenizer truncated": (cut(TOKENIZER, 300), r"tokenizer \S.* cannot be loaded"),
     "its config truncated": (cut(TOKENIZER_CONFIG, 30), r"tokenizer \S.* cannot be loaded"),
-    "no unknown token": (edit(TOKENIZER, no_unknown), r"cannot tokenize text outside its vocabulary"),
+    "no unknown token": (
+        edit(TOKENIZER, no_unknown),
+        r"tokenizer .* cannot be loaded \(WordLevel error: Missing \[UNK\] token",
+    ),
     # both
     "added token": (add_token, r"tokenizer has 30 tokens, .* embeddings for 29: 'newword' has id 29"),
     "special id": (edit(TOKENIZER, special_id), r"adds a special token with id 77, .* embeddings for 29"),

@@ -33,7 +33,7 @@ def test_an_epoch_has_each_example_once(rows, size, epoch):
     assert sorted(chain.from_iterable(plan.rows for plan in plans)) == list(range(rows))
     assert len(plans) == len(sampler) == -(-rows // size)
     assert sorted(len(plan.rows) for plan in plans)[1:] == [size] * (len(plans) - 1)
-    assert all(plan.weights == [1.0] * len(plan.rows) and plan.global_rows == len(plan.rows) for plan in plans)
+    assert all(plan.weights == [1.0] * len(plan.rows) and len(plan.global_indices) == len(plan.rows) for plan in plans)
 
 
 def order_of(sampler: EpochBatches, epoch: int) -> list[list[int]]:
@@ -66,12 +66,12 @@ def test_ranks_together_get_the_batches_of_one_process(rows, world_size):
         assert len(steps) == len(one)
         for whole, shares in zip(one, steps, strict=True):
             assert sorted(whole.rows) == sorted(counting(list(shares)))
-            assert {share.global_rows for share in shares} == {len(whole.rows)}
+            assert {len(share.global_indices) for share in shares} == {len(whole.rows)}
 
 
 def test_a_rank_without_examples_gets_a_filler():
     samplers = [LengthBatches(LENGTHS[:34], 8, seed=0, rank=rank, world_size=4) for rank in range(4)]
-    small = [shares for shares in zip(*samplers, strict=True) if shares[0].global_rows == 2]
+    small = [shares for shares in zip(*samplers, strict=True) if len(shares[0].global_indices) == 2]
     assert len(small) == 1
     assert [share.weights for share in small[0]] == [[1.0], [1.0], [0.0], [0.0]]
     assert all(len(share.rows) == 1 for share in small[0])
@@ -84,7 +84,7 @@ def test_evaluation_has_each_example_once(rows, world_size):
     plans = [list(sampler) for sampler in samplers]
     assert sorted(chain.from_iterable(counting(share) for share in plans)) == list(range(rows))
     assert {len(share) for share in plans} == {len(samplers[0])}
-    assert sum(share.global_rows for share in plans[0]) == rows
+    assert sum(len(share.global_indices) for share in plans[0]) == rows
 
 
 def test_evaluation_starts_with_the_longest():
@@ -154,7 +154,7 @@ def test_batches_by_tokens_respect_the_budget_and_have_each_example_once(tokens,
         assert sorted(chain.from_iterable(counting(plans) for plans in shares)) == list(range(len(LENGTHS)))
         assert all(within_budget(plan, LENGTHS, counts, tokens) for plan in chain.from_iterable(shares))
         for step in zip(*shares, strict=True):
-            assert {plan.global_rows for plan in step} == {len(counting(list(step)))}
+            assert {len(plan.global_indices) for plan in step} == {len(counting(list(step)))}
         lengths_of_epochs |= {len(plans) for plans in shares} | {len(sampler) for sampler in samplers}
     assert len(lengths_of_epochs) == 1
 
@@ -330,7 +330,7 @@ def test_all_ranks_draw_the_same_task_and_together_get_the_batches_of_one_proces
         for whole, step in zip(one, shares, strict=True):
             assert {plan.task for plan in step} == {whole.task}
             assert sorted(whole.rows) == sorted(counting(list(step)))
-            assert {plan.global_rows for plan in step} == {len(whole.rows)}
+            assert {len(plan.global_indices) for plan in step} == {len(whole.rows)}
 
 
 def test_multi_task_batches_by_tokens_respect_the_budget_on_every_rank():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion.data.conll import read_conll
+from fusion.data.formats import read_conll
 from fusion.data.tables import read_table
 from fusion.errors import UserError
 
@@ -25,12 +25,14 @@ WNUT = b"@paulwalk\tO\n#Hashtag\tO\n\n\xe2\x80\x8b\tO\nNew York\tB-location\n"
 
 
 def read(content: bytes) -> list[dict[str, list[str]]]:
-    return read_conll(PATH, content)[0]
+    table = read_conll(PATH, content)
+    columns = {name: table.read(name) for name in table.columns}
+    return [{name: values[row] for name, values in columns.items()} for row in range(table.rows)]
 
 
 def test_fields_by_position_and_lines() -> None:
-    sentences, lines = read_conll(PATH, CONLL)
-    assert lines == [3, 7]
+    sentences, table = read(CONLL), read_conll(PATH, CONLL)
+    assert [table.row_name(row) for row in range(2)] == ["sentence at line 3", "sentence at line 7"]
     assert [sentence["0"] for sentence in sentences] == [["EU", "rejects", "#"], ["Peter"]]
     assert [sentence["3"] for sentence in sentences] == [["B-ORG", "O", "O"], ["B-PER"]]
     assert {*sentences[0]} == {*sentences[1]} == {"0", "1", "2", "3"}

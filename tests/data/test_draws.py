@@ -217,7 +217,7 @@ def test_nothing_to_stratify_by(task: Task, write: Write, kind: str) -> None:
 
 def test_a_task_of_the_hub(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     from fusion.data import rows
-    from fusion.data.tables import record_table
+    from fusion.data.formats import record_table
 
     asked: list[str] = []
 

@@ -8,7 +8,7 @@ import torch
 
 from fusion.data import encode as encode_module
 from fusion.data.encode import encode
-from fusion.data.rows import Rows, rows_of_records
+from fusion.data.rows import Rows
 from fusion.errors import UserError
 from fusion.hub.tokenizer import load_tokenizer
 
@@ -35,7 +35,7 @@ def test_a_batch_is_padded_to_its_longest(tokenizer, tmp_path):
     assert batch.weights.tolist() == [1.0, 0.0]
     assert batch.global_rows == 1
     assert batch.choice_counts is None
-    assert encoded.batch([0], global_rows=9).global_rows == 9
+    assert encoded.batch([0], global_indices=np.arange(3)).global_rows == 3
 
 
 def test_types_of_a_batch(tokenizer, tokenizer_without_types, tmp_path):
@@ -123,6 +123,6 @@ def test_truncation_on_either_side_is_that_of_the_tokenizer(tokenizer, tmp_path)
         assert torch.equal(batch.input_ids, plain["input_ids"])
 
 
-def test_records_are_encoded_without_labels(task, tokenizer, tmp_path):
-    encoded = encode(rows_of_records(task(), [{"text": "ab"}], "input"), tokenizer, 16, tmp_path)
+def test_examples_without_labels_are_encoded(tokenizer, tmp_path):
+    encoded = encode(Rows([("ab",)], None, None, 0, "these"), tokenizer, 16, tmp_path)
     assert encoded.labels is None and encoded.batch([0]).labels is None

@@ -10,11 +10,11 @@ import pyarrow.parquet
 import pytest
 
 from fusion.config.data import DataConfig
+from fusion.data.formats import record_table
 from fusion.data.rows import load_rows, load_splits
-from fusion.data.tables import record_table
 from fusion.errors import UserError
 from fusion.tasks.columns import Column
-from fusion.tasks.labels import Labels, read_ids
+from fusion.tasks.labels import Labels
 from fusion.text import hydra_value
 
 
@@ -172,7 +172,7 @@ def test_a_label_means_the_same_whatever_else_is_in_the_column(task, names, valu
         table = record_table([{"label": raw} for raw in column], where="here")
         raw = Column(list(column), typed=True)
         try:
-            return read_ids(labels, table, raw, labels.keys(raw), list(range(len(column))))[0]
+            return labels.read(table, raw, labels.keys(raw), list(range(len(column))))[0]
         except UserError:
             return None
 

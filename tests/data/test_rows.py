@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fusion.config.data import DataConfig, LimitConfig
-from fusion.data.rows import load_rows, rows_of_file, rows_of_records
+from fusion.data.rows import load_rows, rows_of_file
 from fusion.errors import UserError
 
 PETS = [{"text": "meow", "label": 0}, {"text": "woof", "label": 1}, {"text": "purr", "label": 0}]
@@ -221,18 +221,19 @@ def test_the_validation_limit_applies_to_each_validation_split(task, write):
 # --- rows to predict on -------------------------------------------------------------------------------
 
 
-def test_records_need_no_label(task):
-    rows = rows_of_records(task(), [{"text": "meow"}, {"text": "woof", "label": "nonsense"}], "input")
+def test_a_file_to_predict_on(task, write, tmp_path):
+    folder = tmp_path / "data" / "pets"
+    write("train.csv", "text\n12\n")
+    assert rows_of_file(task(), folder / "train.csv").texts == [("12",)]
+    write("rows.jsonl", [{"text": "meow"}, {"text": "woof", "label": "nonsense"}])
+    rows = rows_of_file(task(), folder / "rows.jsonl")
     assert rows.texts == [("meow",), ("woof",)]
     assert rows.labels is None
-    with pytest.raises(UserError, match="input, row 1: text is null"):
-        rows_of_records(task(), [{"text": None}], "input")
-    with pytest.raises(UserError, match="input: holds no rows"):
-        rows_of_records(task(), [], "input")
-
-
-def test_a_file_to_predict_on(task, write, tmp_path):
-    write("train.csv", "text\n12\n")
-    assert rows_of_file(task(), tmp_path / "data" / "pets" / "train.csv").texts == [("12",)]
+    write("null.jsonl", [{"text": None}])
+    with pytest.raises(UserError, match=r"null\.jsonl, line 1: text is null"):
+        rows_of_file(task(), folder / "null.jsonl")
+    write("empty.jsonl", "")
+    with pytest.raises(UserError, match=r"empty\.jsonl: holds no rows"):
+        rows_of_file(task(), folder / "empty.jsonl")
     with pytest.raises(UserError, match=r"rows\.txt: expected a file with one of the extensions \.parquet"):
         rows_of_file(task(), tmp_path / "rows.txt")

@@ -16,21 +16,21 @@ ROWS = [{"text": f"{number}", "label": 0} for number in range(50)]
 
 def test_two_validation_sets(task):
     mnli = task(hub=MNLI)
-    assert evaluation_splits(mnli, "validation") == ["near", "far"]
-    assert evaluation_splits(mnli, "far") == ["far"]
-    assert evaluation_splits(mnli, "train") == ["train"]
-    assert evaluation_splits(mnli, "test") == ["test"]
+    assert evaluation_splits(mnli, "validation", DataConfig()) == ["near", "far"]
+    assert evaluation_splits(mnli, "far", DataConfig()) == ["far"]
+    assert evaluation_splits(mnli, "train", DataConfig()) == ["train"]
+    assert evaluation_splits(mnli, "test", DataConfig()) == ["test"]
 
 
 def test_a_split_that_a_task_does_not_have(task):
     with pytest.raises(
         UserError, match="task pets has no split dev: expected one of train, validation, test, near, far"
     ):
-        evaluation_splits(task(hub=MNLI), "dev")
+        evaluation_splits(task(hub=MNLI), "dev", DataConfig())
     with pytest.raises(UserError, match="has no split test: expected one of train"):
-        evaluation_splits(task(hub={"path": "x/y", "splits": {"train": "train"}}), "test")
+        evaluation_splits(task(hub={"path": "x/y", "splits": {"train": "train"}}), "test", DataConfig())
     with pytest.raises(UserError, match="has no split dev"):
-        evaluation_splits(task(corpus="movies"), "dev")
+        evaluation_splits(task(corpus="movies"), "dev", DataConfig())
 
 
 @pytest.mark.parametrize(
@@ -74,8 +74,6 @@ def test_a_missing_split_lists_the_files(task, write, tmp_path):
         UserError, match=r"or a folder of save_to_disk; for training, data\.split\.validation=0\.1 takes [a-z ]*$"
     ):
         load_rows(task(), data, "validation")
-    with pytest.raises(UserError, match=r"; without data\.dir, the hub is read$"):
-        load_rows(task(hub={"path": "x/y"}), data, "validation")
     with pytest.raises(UserError, match="has no folder birds: it holds pets"):
         load_rows(task(name="birds"), data, "train")
     with pytest.raises(UserError, match="no such folder"):

@@ -151,12 +151,15 @@ def test_a_task_file_matches_the_schema(name):
     if task.hub is not None:
         assert set(task.hub.splits) <= set(SPLITS) and {"train", "validation"} <= set(task.hub.splits)
         for split in task.hub.splits:
-            for published in evaluation_splits(task, split):
-                assert locate(task, DataConfig(), published)[1].name
+            for published in evaluation_splits(task, split, DataConfig()):
+                assert locate(task, DataConfig(), published).part.name
 
 
 def test_mnli_has_two_validation_splits():
-    assert evaluation_splits(read_task("mnli"), "validation") == ["validation_matched", "validation_mismatched"]
+    assert evaluation_splits(read_task("mnli"), "validation", DataConfig()) == [
+        "validation_matched",
+        "validation_mismatched",
+    ]
 
 
 def load(name: str, records: list[dict[str, Any]], folder: Path, split: str = "train"):

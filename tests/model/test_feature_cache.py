@@ -54,7 +54,7 @@ def kept(
     folder: Path, place: Path, layers: list[int], once: bool = False, left: bool = False, **settings: object
 ) -> tuple[str | None, EncodedRows]:
     rows = some_rows(folder, place)
-    rows._pad_left = left
+    rows.pads_left = left
     config = BackboneConfig(name_or_path="x", **settings)  # type: ignore[arg-type]
     backbone = load_backbone(str(folder))
     model = adapted(backbone, layers)

@@ -279,14 +279,10 @@ def test_wording() -> None:
     lines = list(KIND.lines(task(), scores, None, {"threshold": 0.6}))
     assert [line["labels"] for line in lines] == [["joy", "fear"], []]
     assert lines[0]["scores"] == pytest.approx({"joy": 0.880797, "anger": 0.119203, "fear": 0.622459}, abs=1e-6)
-    assert KIND.describe(task(), scores[0], [1, 0, 1], None, {"threshold": 0.6}) == {
+    assert KIND.describe(task(), lines[0], [1, 0, 1]) == {
         "predicted": "joy (0.88), fear (0.62)",
         "truth": "joy, fear",
         "right": True,
     }
-    assert KIND.describe(task(), scores[1], [0, 1, 0], None, {}) == {
-        "predicted": "no label",
-        "truth": "anger",
-        "right": False,
-    }
+    assert KIND.describe(task(), lines[1], [0, 1, 0]) == {"predicted": "no label", "truth": "anger", "right": False}
     assert KIND.wrong([[0], []], [[0], [1]]) == [False, True]

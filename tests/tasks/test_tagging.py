@@ -23,9 +23,8 @@ from fusion.config.training import LossConfig
 from fusion.data.rows import Rows, load_rows, load_splits, rows_of_file
 from fusion.errors import UserError
 from fusion.layers.heads import TaskHead
-from fusion.tasks import entities
-from fusion.tasks.entities import entity_counts, entity_scores
-from fusion.tasks.tagging import Tagging
+from fusion.tasks import tagging
+from fusion.tasks.tagging import Tagging, entity_counts, entity_scores
 from fusion.tasks.task import HubConfig
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
@@ -159,7 +158,7 @@ def test_the_loss_is_the_mean_of_torch_over_words(smoothing: float) -> None:
     scores.requires_grad_(True)
     weights = TAGGING.loss_weights(labels.numpy(), None)
     assert weights.tolist() == [4.0, 2.0, 0.0]
-    per_row = TAGGING.loss(scores, labels, label_smoothing=smoothing)
+    per_row = TAGGING.loss(scores, labels, smoothing=smoothing)
     mean = per_row.sum() / weights.sum()
     given = scores.detach().clone().requires_grad_(True)
     expected = F.cross_entropy(given[labels >= 0], labels[labels >= 0], label_smoothing=smoothing)
@@ -183,7 +182,7 @@ def test_predictions_exclude_padding() -> None:
     assert first["scores"][2] == pytest.approx(float(torch.tensor([0.0, 3.0]).softmax(0)[1]))
     assert second["labels"] == ["O"] and len(second["scores"]) == 1
     assert TAGGING.plain_labels(torch.tensor([[1, 0, 1], [0, -100, -100]])) == [[1, 0, 1], [0]]
-    described = TAGGING.describe(task, scores[0], [1, 0, 0], None, {})
+    described = TAGGING.describe(task, first, [1, 0, 0])
     assert described == {"predicted": "B-a O B-a", "truth": "B-a O O", "right": False}
 
 
@@ -327,7 +326,7 @@ def test_invalid_task_files_are_refused(changes: dict[str, Any], message: str) -
 
 
 def test_entities_need_nervaluate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(entities, "can_count", lambda: False)
+    monkeypatch.setattr(tagging, "can_count_entities", lambda: False)
     with pytest.raises(UserError, match=r"entity_f1 needs the package nervaluate, for Python 3\.11"):
         make_task()
     assert make_task(metrics=["token_accuracy"]).metrics == ["token_accuracy"]

@@ -181,7 +181,7 @@ def test_the_loss_of_two_processes_is_that_of_one(trained: Bench) -> None:
     torch.manual_seed(0)
     scores = torch.randn(7, encoded.labels.shape[1], len(TAGS))
     whole = encoded.batch(rows.tolist())
-    parts = [encoded.batch(rows[rank::2].tolist(), global_indices=rows, global_rows=7) for rank in range(2)]
+    parts = [encoded.batch(rows[rank::2].tolist(), global_indices=rows) for rank in range(2)]
     assert {part.global_weight for part in parts} == {whole.global_weight}
     assert whole.labels is not None and whole.global_weight == float((whole.labels >= 0).sum())
 

@@ -20,7 +20,7 @@ import torch
 import wandb
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 
-from fusion.config.logger import CsvConfig, LoggerConfig, WandbConfig
+from fusion.config.training import CsvConfig, LoggerConfig, WandbConfig
 from fusion.errors import UserError
 from fusion.tracking import logged, wandb_run
 from fusion.tracking.logged import log_lineage, log_result
@@ -92,7 +92,6 @@ def test_jobs_of_one_process_have_their_own_runs(tmp_path: Path, caplog: pytest.
 PROGRAM = """
 import logging, resource, sys
 from pathlib import Path
-from fusion.config.logger import LoggerConfig, WandbConfig
 from fusion.tracking.logged import log_result
 from fusion.tracking.loggers import build_loggers, finish
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)

@@ -16,8 +16,7 @@ import wandb
 from PIL import Image
 
 from fusion import sync
-from fusion.config.logger import LoggerConfig, WandbConfig
-from fusion.config.training import TrainerConfig
+from fusion.config.training import LoggerConfig, TrainerConfig, WandbConfig
 from fusion.store.lookup import read_manifest
 from fusion.store.manifest import Manifest
 from fusion.tracking import offline
@@ -238,7 +237,7 @@ def test_lineage_in_config_and_manifest(runs: Runs) -> None:
 
 
 def test_csv_of_an_evaluation(runs: Runs) -> None:
-    from fusion.config.logger import CsvConfig
+    from fusion.config.training import CsvConfig
 
     result = runs.bench.evaluate("plays-adapterfusion", logger=LoggerConfig(csv=CsvConfig()))
     with open(runs.bench.folder / "runs" / str(runs.bench.runs) / "csv" / "metrics.csv", newline="") as file:

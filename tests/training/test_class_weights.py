@@ -64,7 +64,7 @@ def test_label_smoothing_ignores_missing_choices() -> None:
     infinite = float("-inf")
     scores = torch.tensor([[1.0, 2.0, infinite], [0.5, -1.0, 3.0]], requires_grad=True)
     labels = torch.tensor([1, 0])
-    losses = KINDS["choice"].loss(scores, labels, label_smoothing=0.3)
+    losses = KINDS["choice"].loss(scores, labels, smoothing=0.3)
     expected = [
         by_loops(scores[:1, :2], labels[:1], [1.0] * 2, 0.3)[0],
         by_loops(scores[1:], labels[1:], [1.0] * 3, 0.3)[0],

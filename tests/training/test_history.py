@@ -12,7 +12,7 @@ import pytest
 import pytorch_lightning as lightning
 import torch
 
-from fusion.config.logger import CsvConfig, LoggerConfig
+from fusion.config.training import CsvConfig, LoggerConfig
 from fusion.training.record_file import RecordFile
 from tests.bench import Bench, add_callback, trainer_config
 

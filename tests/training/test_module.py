@@ -211,7 +211,7 @@ class Ranks:
                     if counts is not None:  # as wide as the batch's most choices
                         given = given[:, : counts[plan.rows].max()]
                     batch = Batch(
-                        given, given, None, labels[own], None, own, torch.tensor(plan.weights), plan.global_rows
+                        given, given, None, labels[own], None, own, torch.tensor(plan.weights), len(plan.global_indices)
                     )
                     module.validation_step(batch, number, loader)
 
