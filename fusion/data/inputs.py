@@ -20,7 +20,7 @@ def label_column(task: TaskConfig, table: Table, required: bool) -> Column | Non
         return None
     if not table.typed:
         values = [None if value == "" else value for value in values]
-    return Column(values, table.class_names(path), table.typed)
+    return Column(values, table, table.class_names(path))
 
 
 def texts_of(task: TaskConfig, table: Table, rows: list[int]) -> list[tuple[str, ...]]:

@@ -15,10 +15,9 @@ from typing import Any
 
 from fusion.config.data import DataConfig
 from fusion.config.task import TaskConfig
-from fusion.data.draws import limited_rows, part_rows
 from fusion.data.formats import record_table
 from fusion.data.inputs import choices_of, fill_blanks, label_column, texts_of, words_of
-from fusion.data.splits import Place, family, locate
+from fusion.data.splits import Place, family, limited_rows, locate, part_rows
 from fusion.data.tables import hub_table, read_split, read_table
 from fusion.errors import UserError
 from fusion.tasks.columns import Table
@@ -118,7 +117,7 @@ def _rows(
     ignored, raw = 0, None
     column = None if place is None else label_column(task, table, required=not may_lack_labels)
     if column is not None:
-        raw = kind.read_labels(task, column, table, may_lack_labels)
+        raw = kind.read_labels(task, column, may_lack_labels)
         labelled = [row for row in kept if not raw.missing[row]]
         ignored = len(kept) - len(labelled)
         if labelled:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
-from fusion.tasks.columns import Column, Table
+from fusion.tasks.columns import Column
 from fusion.tasks.kind import Decision, Kind, Lines, RawLabels
 from fusion.tasks.labels import Labels
 from fusion.tasks.task import Task
@@ -41,12 +41,11 @@ class Classification(Kind):
                 f"{where}: f1 is the F1 of the second of two labels; with {len(task.labels or [])} use macro_f1"
             )
 
-    def read_labels(self, task: Task, column: Column, table: Table, unlabelled: bool) -> RawLabels:
+    def read_labels(self, task: Task, column: Column, unlabelled: bool) -> RawLabels:
         names = Labels(task)
         keys = names.keys(column)
         return RawLabels(
-            names.ignored(column, keys, unlabelled),
-            lambda kept, choices: names.read(table, column, keys, kept, choices),
+            names.ignored(column, keys, unlabelled), lambda kept, choices: names.read(column, keys, kept, choices)
         )
 
     def loss(self, scores: Tensor, labels: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> Tensor:

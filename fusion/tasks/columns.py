@@ -10,20 +10,6 @@ _ABSENT: Any = object()  # a value that a row does not have, which is not null
 
 
 @dataclass(frozen=True)
-class Column:
-    """Raw values.
-
-    Attributes:
-        names: the names of the ids of a ClassLabel column.
-        typed: whether the values have types; all values of a CSV column of labels are text.
-    """
-
-    values: list[Any]
-    names: tuple[str, ...] | None = None
-    typed: bool = True
-
-
-@dataclass(frozen=True)
 class Table:
     """Raw columns by name, and how to name a row of them to the user."""
 
@@ -33,7 +19,7 @@ class Table:
     read: Callable[[str], list[Any]]  # a column's values
     row_name: Callable[[int], str]
     features: dict[str, Any] = field(default_factory=dict)  # of a data set of the hub's library, by column
-    typed: bool = True  # whether the columns that hold text in any case could have held something else
+    typed: bool = True  # whether the values have types; all values of a CSV file are text
 
     def column(self, path: str) -> list[Any] | None:
         """The values at `path`, None if the column is missing.
@@ -76,6 +62,15 @@ class Table:
 
     def at(self, row: int) -> str:
         return f"{self.where}, {self.row_name(row)}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """The raw values of a column of a table, and the names of its ids if it holds ClassLabels."""
+
+    values: list[Any]
+    table: Table
+    names: tuple[str, ...] | None = None
 
 
 def _step(value: Any, key: str) -> Any:

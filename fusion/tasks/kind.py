@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fusion.tasks.columns import Column, Table
+from fusion.tasks.columns import Column
 from fusion.tasks.labels import LabelFormat
 from fusion.tasks.task import Task
 
@@ -85,7 +85,7 @@ class Kind(ABC):
         """Refuse a task file that this kind cannot use, with a UserError that starts with `where`."""
 
     @abstractmethod
-    def read_labels(self, task: Task, column: Column, table: Table, unlabelled: bool) -> RawLabels:
+    def read_labels(self, task: Task, column: Column, unlabelled: bool) -> RawLabels:
         """Prepare the column of labels of a table; `unlabelled`: rows may be without labels."""
 
     def plain_labels(self, labels: Tensor | NDArray[Any]) -> list[Any]:

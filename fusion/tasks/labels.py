@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fusion.errors import UserError
-from fusion.tasks.columns import Column, Table
+from fusion.tasks.columns import Column
 from fusion.tasks.task import Task
 from fusion.text import hydra_value, listed, override, shown
 
@@ -145,7 +145,7 @@ class Labels:
                 return classes[value]
             key = self.key(value)
             # Text is no id in a file that could have held a number, such as JSON.
-            if column.typed and isinstance(value, str) and key not in listed_keys:
+            if column.table.typed and isinstance(value, str) and key not in listed_keys:
                 return "text", value
             return key
 
@@ -175,7 +175,7 @@ class Labels:
         ]
 
     def read(
-        self, table: Table, column: Column, keys: Sequence[Key], kept: Sequence[int], choices: Choices = None
+        self, column: Column, keys: Sequence[Key], kept: Sequence[int], choices: Choices = None
     ) -> tuple[list[int], LabelFormat]:
         """Class ids, or indices of the right choices, and how they are written.
 
@@ -192,50 +192,50 @@ class Labels:
         distinct = {keys[row] for row in kept}
         fitting = [name for name, ids in formats.items() if distinct <= ids.keys()]
         if not fitting:
-            raise self._unreadable(formats, table, column, keys, kept)
+            raise self._unreadable(formats, column, keys, kept)
         ids = [formats[fitting[0]][keys[row]] for row in kept]
         for row, index, options in zip(kept, ids, choices or [], strict=choices is not None):
             if index >= len(options):
                 value = column.values[row]
                 raise UserError(
-                    f"{table.at(row)}: {self.task.label} is {shown(value)}, the choice at {index}; expected one of the "
+                    f"{column.table.at(row)}: {self.task.label} is {shown(value)}, the choice at {index}; expected one of the "
                     f"{len(options)} choices, which count from 0\n"
                     + (ignore_hint(self.task, value) if 0 in ids else _count_from(1, count))
                 )
-        return ids, LabelFormat(tuple(fitting), frozenset(ids), count, table.where)
+        return ids, LabelFormat(tuple(fitting), frozenset(ids), count, column.table.where)
 
-    def read_lists(self, table: Table, column: Column, kept: Sequence[int]) -> tuple[list[list[int]], LabelFormat]:
+    def read_lists(self, column: Column, kept: Sequence[int]) -> tuple[list[list[int]], LabelFormat]:
         """As `read`, of a column with a list of labels in each row; ignored labels are removed from the lists."""
         row_of: list[int] = []  # of each raw label
         for row in kept:
             value = column.values[row]
             if not isinstance(value, (list, tuple)):
-                raise UserError(f"{table.at(row)}: {self.task.label} is {shown(value)}; expected a list of labels")
+                raise UserError(
+                    f"{column.table.at(row)}: {self.task.label} is {shown(value)}; expected a list of labels"
+                )
             row_of += [row] * len(value)
-        flat = replace(column, values=[value for row in kept for value in column.values[row]])
-        by_label = replace(table, row_name=lambda number: table.row_name(row_of[number]))
+        by_label = replace(column.table, row_name=lambda number: column.table.row_name(row_of[number]))
+        flat = replace(column, values=[value for row in kept for value in column.values[row]], table=by_label)
         keys = self.keys(flat)
         used = [number for number, is_ignored in enumerate(self.ignored(flat, keys, False)) if not is_ignored]
-        ids, written = self.read(by_label, flat, keys, used)
+        ids, written = self.read(flat, keys, used)
         found: dict[int, list[int]] = {row: [] for row in kept}
         for number, label in zip(used, ids, strict=True):
             found[row_of[number]].append(label)
         return list(found.values()), written
 
-    def _unreadable(
-        self, formats: Formats, table: Table, column: Column, keys: Sequence[Key], kept: Sequence[int]
-    ) -> UserError:
+    def _unreadable(self, formats: Formats, column: Column, keys: Sequence[Key], kept: Sequence[int]) -> UserError:
         distinct = {keys[row] for row in kept}
         nearest = max(formats, key=lambda name: len(distinct & formats[name].keys()))
         known = set().union(*(ids.keys() for ids in formats.values()))
         unknown = [row for row in kept if keys[row] not in known]
         row = unknown[0] if unknown else next(row for row in kept if keys[row] not in formats[nearest])
         value = column.values[row]
-        what = f"{table.at(row)}: {self.task.label} is {shown(value)}"
+        what = f"{column.table.at(row)}: {self.task.label} is {shown(value)}"
         if not unknown:
             other = next(row for row in kept if keys[row] in formats[nearest])
             return UserError(
-                f"{what}, and {shown(column.values[other])} in {table.row_name(other)} is one of {nearest}; expected "
+                f"{what}, and {shown(column.values[other])} in {column.table.row_name(other)} is one of {nearest}; expected "
                 f"one format in all rows\n{_one_format(self.task)}"
             )
         if column.names is not None and type(value) is int and 0 <= value < len(column.names):

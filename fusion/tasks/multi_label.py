@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
 from fusion.tasks.classification import check_labels
-from fusion.tasks.columns import Column, Table
+from fusion.tasks.columns import Column
 from fusion.tasks.kind import Decision, Kind, Lines, RawLabels
 from fusion.tasks.labels import LabelFormat, Labels
 from fusion.tasks.task import Task
@@ -41,23 +41,23 @@ class MultiLabel(Kind):
 
     # --- labels ---------------------------------------------------------------------------------------
 
-    def read_labels(self, task: Task, column: Column, table: Table, unlabelled: bool) -> RawLabels:
+    def read_labels(self, task: Task, column: Column, unlabelled: bool) -> RawLabels:
         """A row has a list of raw labels, or in a CSV or TSV file text with `SEPARATOR` between them.
 
         An entry of `ignore_labels` is a row without labels where it is the row's value (null), and is left out of a
         list that has it.
         """
         names = Labels(task)
-        values = column.values if column.typed else _from_text(column.values, unlabelled)
-        missing = names.ignored(Column(values), [names.key(value) for value in values], unlabelled)
+        values = column.values if column.table.typed else _from_text(column.values, unlabelled)
+        missing = names.ignored(Column(values, column.table), [names.key(value) for value in values], unlabelled)
 
         def read(kept: list[int], _: Any) -> tuple[list[Any], LabelFormat]:
             """Whether a row has each of the labels (0 or 1)."""
-            ids, written = names.read_lists(table, replace(column, values=values), kept)
+            ids, written = names.read_lists(replace(column, values=values), kept)
             for row, own in zip(kept, ids, strict=True):
                 if twice := repeated(names.names[label] for label in own):
                     raise UserError(
-                        f"{table.at(row)}: {task.label} is {shown(values[row])}: duplicate {listed(twice)}; expected "
+                        f"{column.table.at(row)}: {task.label} is {shown(values[row])}: duplicate {listed(twice)}; expected "
                         "each label once"
                     )
             return _indicators(ids, len(names.names)).astype(int).tolist(), written

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
-from fusion.tasks.columns import Column, Table
+from fusion.tasks.columns import Column
 from fusion.tasks.kind import Decision, Kind, Lines, RawLabels
 from fusion.tasks.labels import Labels, ignore_hint, label_key, parse_number
 from fusion.tasks.task import Task
@@ -31,14 +31,13 @@ class Regression(Kind):
     def noun(self) -> str:
         return "a regression"
 
-    def read_labels(self, task: Task, column: Column, table: Table, unlabelled: bool) -> RawLabels:
+    def read_labels(self, task: Task, column: Column, unlabelled: bool) -> RawLabels:
         # A file without types has its numbers as text.
-        values = column.values if column.typed else [_from_text(value) for value in column.values]
+        values = column.values if column.table.typed else [_from_text(value) for value in column.values]
         numbers = replace(column, values=values)
         keys = [label_key(value) for value in values]
-        return RawLabels(
-            Labels(task).ignored(numbers, keys, unlabelled), lambda kept, _: (_read(task, table, values, kept), None)
-        )
+        missing = Labels(task).ignored(numbers, keys, unlabelled)
+        return RawLabels(missing, lambda kept, _: (_read(task, numbers, kept), None))
 
     def head_outputs(self, task: Task) -> int:
         return 1
@@ -92,12 +91,12 @@ def _from_text(value: Any) -> Any:
     return value if number is None else number
 
 
-def _read(task: Task, table: Table, values: Sequence[Any], kept: Sequence[int]) -> list[float]:
+def _read(task: Task, column: Column, kept: Sequence[int]) -> list[float]:
     for row in kept:
-        value = values[row]
+        value = column.values[row]
         # Compared and not converted: an integer can be too large for a float. NaN fails too.
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
             raise UserError(
-                f"{table.at(row)}: {task.label} is {shown(value)}; expected a finite number\n{ignore_hint(task, value)}"
+                f"{column.table.at(row)}: {task.label} is {shown(value)}; expected a finite number\n{ignore_hint(task, value)}"
             )
-    return [float(values[row]) for row in kept]
+    return [float(column.values[row]) for row in kept]

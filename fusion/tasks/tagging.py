@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
 from fusion.tasks.classification import check_labels
-from fusion.tasks.columns import Column, Table
+from fusion.tasks.columns import Column
 from fusion.tasks.kind import Decision, Kind, Lines, RawLabels
 from fusion.tasks.labels import LabelFormat, Labels
 from fusion.tasks.task import Task
@@ -60,7 +60,7 @@ class Tagging(Kind):
 
     # --- labels ---------------------------------------------------------------------------------------
 
-    def read_labels(self, task: Task, column: Column, table: Table, unlabelled: bool) -> RawLabels:
+    def read_labels(self, task: Task, column: Column, unlabelled: bool) -> RawLabels:
         """A row has a list with a raw label for each word."""
 
         def read(kept: list[int], words: list[list[str]] | None) -> tuple[list[Any], LabelFormat]:
@@ -69,10 +69,10 @@ class Tagging(Kind):
                 value = column.values[row]
                 if isinstance(value, (list, tuple)) and len(value) != len(sentence):
                     raise UserError(
-                        f"{table.at(row)}: {task.label} has {len(value)} labels for {len(sentence)} words; expected one "
+                        f"{column.table.at(row)}: {task.label} has {len(value)} labels for {len(sentence)} words; expected one "
                         "per word (fix or remove the row)"
                     )
-            return Labels(task).read_lists(table, column, kept)
+            return Labels(task).read_lists(column, kept)
 
         return RawLabels([value is None and unlabelled for value in column.values], read)
 

@@ -12,9 +12,8 @@ import pytest
 
 from fusion.config.data import DataConfig, LimitConfig, SplitConfig
 from fusion.config.task import TaskConfig
-from fusion.data.draws import Holdout
 from fusion.data.rows import load_rows
-from fusion.data.splits import check_held_out_splits, check_source, evaluation_splits
+from fusion.data.splits import Holdout, check_held_out_splits, check_source, evaluation_splits
 from fusion.errors import UserError
 
 ROWS = [{"text": f"row {number}", "label": int(number % 5 == 0)} for number in range(60)]

@@ -170,9 +170,9 @@ def test_a_label_means_the_same_whatever_else_is_in_the_column(task, names, valu
 
     def ids(column):
         table = record_table([{"label": raw} for raw in column], where="here")
-        raw = Column(list(column), typed=True)
+        raw = Column(list(column), table)
         try:
-            return labels.read(table, raw, labels.keys(raw), list(range(len(column))))[0]
+            return labels.read(raw, labels.keys(raw), list(range(len(column))))[0]
         except UserError:
             return None
 
