@@ -6,17 +6,19 @@ python -m fusion.compare rte outputs/stage1/rte/2026-01-01_12-00-00-abc123
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.cli.console import number, say, score, show_table
 from fusion.cli.program import read_arguments, run_program
-from fusion.errors import UserError, first_line
+from fusion.errors import UserError
 from fusion.files import check_reference, resolve_path
+from fusion.reporting.reading import read_mapping
 from fusion.runs.identity import ADDED_LATER, identity_config
 from fusion.runs.run import CONFIG, RESULT, STATUS
 from fusion.store.layout import MANIFEST
@@ -67,7 +69,6 @@ class Side:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """The program; returns the exit code."""
     return run_program(words, USAGE, compare)
 
 
@@ -77,9 +78,6 @@ def compare(words: Sequence[str]) -> int:
     show(read_side(one, store), read_side(two, store))
     sys.stdout.flush()
     return 0
-
-
-# --- reading --------------------------------------------------------------------------------------
 
 
 def read_side(reference: str, store: Path) -> Side:
@@ -92,7 +90,10 @@ def read_side(reference: str, store: Path) -> Side:
     folder = Path(reference).expanduser()
     if (folder / STATUS).is_file() and not (folder / MANIFEST).is_file():
         return _of_run(folder)
-    place, manifest = read_settled(lambda: find(reference, store), lambda there: (there, read_folder(there)))
+    return _of_artifact(*read_settled(lambda: find(reference, store), lambda there: (there, read_folder(there))))
+
+
+def _of_artifact(place: Path, manifest: Manifest) -> Side:
     result = dict(manifest.content["result"])
     stored = sum(file.bytes for file in manifest.files.values())
     result["parameters"] = _dict(result.get("parameters")) | {"stored_bytes": stored}
@@ -110,30 +111,25 @@ def read_side(reference: str, store: Path) -> Side:
 
 def _of_run(folder: Path) -> Side:
     """A run, with the manifest of what it stored where that has not been replaced since."""
-    status, config = _read(folder / STATUS), _read(folder / CONFIG)
-    result = _read(folder / RESULT) if (folder / RESULT).exists() else {}
-    settings = identity_config(config)
-    facts: Mapping[str, Any] = {}
-    store = config.get("store")
-    shared = Lookup().of_run(settings, Path(store) if isinstance(store, str) else None)
-    if isinstance(artifact := result.get("artifact"), str) and "stage" in result:
-        try:
-            manifest = read_folder(Path(artifact))
-        except UserError:
-            manifest = None
-        if manifest is not None and _without_inputs(manifest.run.config) == settings:
-            settings, facts = manifest.run.config, _facts(manifest)
-            shared = Lookup().of_artifact(manifest, Path(artifact).parent)
-    return Side(
+    status, config = read_mapping(folder / STATUS), read_mapping(folder / CONFIG)
+    result = read_mapping(folder / RESULT) if (folder / RESULT).exists() else {}
+    settings, store = identity_config(config), config.get("store")
+    side = Side(
         name=str(status.get("name") or folder.name),
         place=folder,
         settings=settings,
-        facts=facts,
+        facts={},
         scores=_flat(_dict(result.get("metrics"))),
         costs={"status": status.get("status"), **_costs(result)},
         seed=config.get("seed"),
-        shared=shared,
+        shared=Lookup().of_run(settings, Path(store) if isinstance(store, str) else None),
     )
+    if isinstance(artifact := result.get("artifact"), str) and "stage" in result:
+        with contextlib.suppress(UserError):
+            made = _of_artifact(Path(artifact), read_folder(Path(artifact)))
+            if _without_inputs(made.settings) == settings:
+                return replace(side, settings=made.settings, facts=made.facts, shared=made.shared)
+    return side
 
 
 def _facts(manifest: Manifest) -> dict[str, Any]:
@@ -180,27 +176,6 @@ def _dict(value: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else {}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The content of a JSON or YAML file.
-
-    Raises:
-        UserError: it cannot be read, or is no mapping.
-    """
-    import yaml
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read ({printable(first_line(error))})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected keys with values")
-    return content
-
-
-# --- showing --------------------------------------------------------------------------------------
-
-
 def show(one: Side, two: Side) -> None:
     """Print three tables; a line in place of one without rows."""
     titles = (one.name, two.name) if one.name != two.name else (str(one.place), str(two.place))
@@ -208,12 +183,11 @@ def show(one: Side, two: Side) -> None:
     for line in seed_lines(one, two):
         say(line)
     say()
-    scores = [(key, one.scores.get(key), two.scores.get(key)) for key in {**one.scores, **two.scores}]
-    rows = [(key, score(first), score(second), difference(first, second)) for key, first, second in scores]
-    _show(("score", *titles, "difference"), rows, "no scores")
+    scores = [(key, score(a), score(b), difference(a, b)) for key, a, b in _both(one.scores, two.scores)]
+    _show(("score", *titles, "difference"), scores, "no scores")
     say()
-    costs = [(key, one.costs.get(key), two.costs.get(key)) for key in {**one.costs, **two.costs}]
-    _show(("cost", *titles), [(key, number(first), number(second)) for key, first, second in costs], "no costs")
+    costs = [(key, number(a), number(b)) for key, a, b in _both(one.costs, two.costs)]
+    _show(("cost", *titles), costs, "no costs")
 
 
 def _show(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]], otherwise: str) -> None:
@@ -221,6 +195,11 @@ def _show(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]], otherwise: s
         say(otherwise)
         return
     show_table([tuple(printable(" ".join(cell.split())) for cell in row) for row in (titles, *rows)])
+
+
+def _both(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Every key with both values; None where there is none."""
+    return [(key, one.get(key), two.get(key)) for key in {**one, **two}]
 
 
 def differing(one: Side, two: Side) -> Iterator[tuple[str, str, str]]:
@@ -234,9 +213,9 @@ def differing(one: Side, two: Side) -> Iterator[tuple[str, str, str]]:
         if (key in first, first.get(key)) != (key in second, second.get(key)):
             yield key, _value(first, key), _value(second, key)
     if one.facts and two.facts:
-        for key in {**one.facts, **two.facts}:
-            if one.facts.get(key) != two.facts.get(key):
-                yield key, number(one.facts.get(key)), number(two.facts.get(key))
+        for key, fact, other in _both(one.facts, two.facts):
+            if fact != other:
+                yield key, number(fact), number(other)
 
 
 def seed_lines(one: Side, two: Side) -> Iterator[str]:

@@ -14,7 +14,7 @@ from typing import Any
 from fusion.analysis.ranking.candidates import Candidates, all_adapters
 from fusion.backbones.files import check_files
 from fusion.cli.app import command
-from fusion.cli.console import say
+from fusion.cli.console import formatted, say, show_table
 from fusion.config.commands import RankConfig
 from fusion.config.compositions import CompositionConfig
 from fusion.config.stages import POOLED_RANKINGS
@@ -65,9 +65,8 @@ def check(config: RankConfig, run: Run) -> None:
 def main(config: RankConfig, run: Run) -> dict[str, Any]:
     if not run.rank_zero:
         return {}
-    from fusion.analysis.ranking.order import agreement, ranked
+    from fusion.analysis.ranking.rankings import agreement, ranked, write_ranking
     from fusion.analysis.ranking.scorers import SCORERS, ScorerInputs
-    from fusion.analysis.ranking.stored import write_ranking
     from fusion.backbones.load import load_backbone
     from fusion.config.data import LimitConfig
     from fusion.config.training import LossConfig
@@ -78,13 +77,8 @@ def main(config: RankConfig, run: Run) -> dict[str, Any]:
     assert task is not None
     candidates = select_candidates(config)
     seconds: dict[str, float] = {}
-    started = time.monotonic()
-    backbone = load_backbone(
-        config.backbone.name_or_path,
-        config.backbone.revision,
-        config.backbone.trust_remote_code,
-        config.data.max_length,
-    )
+    started, options = time.monotonic(), config.backbone
+    backbone = load_backbone(options.name_or_path, options.revision, options.trust_remote_code, config.data.max_length)
     store, names = Path(config.store), [manifest.name for manifest in candidates.sources]
     references = dict(zip(names, names if config.sources == "all" else config.sources, strict=True))
     sources = load_sources(list(references.values()), store, backbone)
@@ -103,24 +97,17 @@ def main(config: RankConfig, run: Run) -> dict[str, Any]:
         started = time.monotonic()
         scores[method] = SCORERS[method](inputs)
         seconds[method] = time.monotonic() - started
-    manifests = {source.manifest.name: source.manifest for source in sources}
-    table = ranked(names, scores)
+    manifests, table = {source.manifest.name: source.manifest for source in sources}, []
+    for row in ranked(names, scores):
+        name, own = row["name"], manifests[row["name"]]
+        table.append({"name": name, "reference": references[name], "hash": own.hash, "task": own.task.name, **row})
     ranking: dict[str, Any] = {
         "task": asdict(task),
-        "backbone": {"name": config.backbone.name_or_path, "fingerprint": backbone.fingerprint},
+        "backbone": {"name": options.name_or_path, "fingerprint": backbone.fingerprint},
         "methods": config.methods,
         "made": datetime.now(timezone.utc).isoformat(),
         "overrides": list(run.overrides),
-        "sources": [
-            {
-                "name": row["name"],
-                "reference": references[row["name"]],
-                "hash": manifests[row["name"]].hash,
-                "task": manifests[row["name"]].task.name,
-                **row,
-            }
-            for row in table
-        ],
+        "sources": table,
         "agreement": agreement({m: [row["scores"][m] for row in table] for m in config.methods}),
         "seconds": seconds,
         "fusion": _largest_fusion(store, task.name),
@@ -139,10 +126,7 @@ def main(config: RankConfig, run: Run) -> dict[str, Any]:
     try:
         ranking["ranking"] = str(write_ranking(store, ranking, question))
     except OSError as error:
-        raise TrainingError(
-            f"{store}: the ranking cannot be written ({error.strerror or error}); free space or make the folder "
-            "writable, and rank again"
-        ) from error
+        raise TrainingError(f"{store}: the ranking cannot be written ({error.strerror or error})") from error
     _print(ranking, candidates.left_out_line(), len(rows.training[0]))
     return ranking
 
@@ -160,26 +144,21 @@ def _largest_fusion(store: Path, task: str | None) -> dict[str, Any] | None:
 
 
 def _print(ranking: dict[str, Any], left_out: str, rows: int) -> None:
-    from fusion.cli.console import show_table
-
     methods, sources = ranking["methods"], ranking["sources"]
     say(f"{len(sources)} sources for {ranking['task']['name']}, {rows} rows: score (rank), higher is better")
     table = [["", "source", "mean rank", *methods]]
     for place, source in enumerate(sources, 1):
         cells = [_cell(source["scores"][method], source["ranks"][method]) for method in methods]
-        table.append([str(place), source["name"], _shown(source["mean_rank"], ".2f"), *cells])
+        table.append([str(place), source["name"], formatted(source["mean_rank"], ".2f"), *cells])
     show_table(table)
     if left_out:
         say(left_out)
     if ranking["agreement"]:
-        titles = ["agreement", "Kendall τ", "Spearman ρ"]
-        show_table(
-            [titles]
-            + [
-                [pair.replace("/", " and "), _shown(both["kendall"], "+.2f"), _shown(both["spearman"], "+.2f")]
-                for pair, both in ranking["agreement"].items()
-            ]
-        )
+        table = [["agreement", "Kendall τ", "Spearman ρ"]]
+        for pair, both in ranking["agreement"].items():
+            cells = [formatted(both[key], "+.2f") for key in ("kendall", "spearman")]
+            table.append([pair.replace("/", " and "), *cells])
+        show_table(table)
     cost = ", ".join(f"{name} {took:.1f} s" for name, took in ranking["seconds"].items())
     if fusion := ranking["fusion"]:
         cost += f"; the fusion {fusion['name']} of {fusion['sources']} took {fusion['seconds']:.1f} s"
@@ -189,10 +168,6 @@ def _print(ranking: dict[str, Any], left_out: str, rows: int) -> None:
 
 def _cell(score: float | None, rank: float | None) -> str:
     return "-" if score is None else f"{score:.4f} ({rank:g})"
-
-
-def _shown(value: float | None, form: str) -> str:
-    return "-" if value is None else f"{value:{form}}"
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any
@@ -56,26 +57,17 @@ def name_of(task: str, kind: str, seed: int) -> str:
 
 def train(config: DropConfig) -> None:
     """All trainings, with the project's command, which skips what is stored already."""
+    seeds = ",".join(map(str, config.seeds))
+    shared = [
+        *(f"seed={seeds}", f"backbone={config.backbone}", f"data.limit.train={config.rows}", f"optim.lr={config.rate}"),
+        *("optim.patience=null", f"trainer.max_epochs={config.epochs}", f"store={config.store}", "logger=csv"),
+        *([f"data.dir={config.data_dir}"] if config.data_dir else []),
+    ]
     for kind, drop in KINDS.items():
-        say(f"\n{kind} adapters of {', '.join(config.tasks)}, seeds {', '.join(map(str, config.seeds))}")
+        say(f"\n{kind} adapters of {', '.join(config.tasks)}, seeds {seeds}")
         for task in config.tasks:
-            overrides = [
-                "-m",
-                f"+task={task}",
-                f"seed={','.join(map(str, config.seeds))}",
-                f"adapter.drop={drop}",
-                f"backbone={config.backbone}",
-                f"data.limit.train={config.rows}",
-                f"optim.lr={config.rate}",
-                "optim.patience=null",
-                f"trainer.max_epochs={config.epochs}",
-                f"store={config.store}",
-                "logger=csv",
-                f"name={task}-{kind}-seed-${{seed}}",
-                f"hydra.sweep.dir={config.output}/runs/{task}-{kind}",
-                *([f"data.dir={config.data_dir}"] if config.data_dir else []),
-            ]
-            call("fusion.stage1", overrides)
+            place = [f"name={task}-{kind}-seed-${{seed}}", f"hydra.sweep.dir={config.output}/runs/{task}-{kind}"]
+            call("fusion.stage1", ["-m", f"+task={task}", f"adapter.drop={drop}", *shared, *place])
 
 
 def scores_by_drop(config: DropConfig, name: str) -> list[float]:
@@ -87,13 +79,12 @@ def scores_by_drop(config: DropConfig, name: str) -> list[float]:
     from fusion.training.metrics import score
 
     artifact = load(name, config.store)
-    backbone, manifest = _backbone(artifact), artifact.manifest
-    data = DataConfig(dir=config.data_dir)
-    task, _, rows = validation_rows(manifest, str(manifest.task.name), data, backbone.tokenizer)
-    model = stored_model(artifact, config.store, backbone)
+    backbone, data = _backbone(artifact), DataConfig(dir=config.data_dir)
+    task, _, rows = validation_rows(artifact.manifest, str(artifact.manifest.task.name), data, backbone.tokenizer)
+    model, device = stored_model(artifact, config.store, backbone), device_of("auto")
     found = []
     for first_layer in range(backbone.layers + 1):
-        predictions = predict(model, rows, config.batch_size, device_of("auto"), first_layer=first_layer)
+        predictions = predict(model, rows, config.batch_size, device, first_layer=first_layer)
         found.append(score(task, predictions.scores, rows.labels)[task.metrics[0]])
     return found
 
@@ -135,12 +126,9 @@ def timings(config: DropConfig) -> dict[str, Any]:
         heads = [TaskHead(backbone.hidden_size, **artifact.manifest.head.shape) for artifact in artifacts]
         return MultiTaskModel(_backbone(one), adapters, one.manifest.placement["adapter.reads"], heads)
 
-    def on_batches(model: Callable[..., Any]) -> Callable[[Any], None]:
-        def run(batches: Any) -> None:
-            for batch in batches:
-                model(batch.input_ids, batch.attention_mask, batch.token_type_ids)
-
-        return run
+    def run(model: Callable[..., Any], batches: Any) -> None:
+        for batch in batches:
+            model(batch.input_ids, batch.attention_mask, batch.token_type_ids)
 
     models: dict[str, Callable[..., Any]] = {
         "backbone": lambda ids, mask, types: plain(ids, attention_mask=mask, token_type_ids=types),
@@ -149,44 +137,44 @@ def timings(config: DropConfig) -> dict[str, Any]:
         "several, none dropped": multi_task(0),
         "several, half dropped": multi_task(half),
     }
-    runs = {name: on_batches(model) for name, model in models.items()}
+    runs = {name: partial(run, model) for name, model in models.items()}
     with torch.inference_mode():
         timed = rounds(runs, [batches], config.rounds)
     seconds = {name: [value / len(batches) for value in values] for name, values in timed.items()}
-    gain = {
-        count: [
-            n / h for n, h in zip(seconds[f"{count}, none dropped"], seconds[f"{count}, half dropped"], strict=True)
-        ]
-        for count in ("one", "several")
-    }
+    gain = {}
+    for count in ("one", "several"):
+        whole, dropped = seconds[f"{count}, none dropped"], seconds[f"{count}, half dropped"]
+        gain[count] = [n / h for n, h in zip(whole, dropped, strict=True)]
     return {"half": half, "layers": backbone.layers, "tasks": config.at_once, "seconds": seconds, "gain": gain}
 
 
-def summary(scores: dict[str, dict[str, list[float]]], config: DropConfig) -> dict[str, Any]:
+def summary(scores: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
     """Means over tasks and seeds, by number of dropped layers.
 
     Args:
-        scores: by kind and artifact, a score for each number of dropped layers.
+        scores: by kind and artifact, a score for each number of dropped layers; both kinds in the same order.
 
     Returns:
         `score`: by kind, the means; `kept`: by kind, the mean share of an artifact's score without dropping;
         `difference` and `standard_error`: of the kept shares, robust - plain.
     """
 
-    def share(own: list[float]) -> list[float]:
-        return [value / own[0] if own[0] else math.nan for value in own]
+    def means(artifacts: Iterable[list[float]]) -> list[float]:
+        return [fmean(level) for level in zip(*artifacts, strict=True)]
 
-    ordered = [(task, seed) for task in config.tasks for seed in config.seeds]
-    each = {kind: [scores[kind][name_of(t, kind, s)] for t, s in ordered] for kind in KINDS}
-    kept = {kind: list(map(share, values)) for kind, values in each.items()}
+    kept = {
+        kind: [[value / own[0] if own[0] else math.nan for value in own] for own in of.values()]
+        for kind, of in scores.items()
+    }
     pairs = zip(kept["plain"], kept["robust"], strict=True)
     differences = [[r - p for p, r in zip(plain, robust, strict=True)] for plain, robust in pairs]
-    levels = list(zip(*differences, strict=True))
     return {
-        "score": {kind: [fmean(level) for level in zip(*v, strict=True)] for kind, v in each.items()},
-        "kept": {kind: [fmean(level) for level in zip(*v, strict=True)] for kind, v in kept.items()},
-        "difference": [fmean(level) for level in levels],
-        "standard_error": [stdev(v) / len(v) ** 0.5 if len(v) > 1 else None for v in levels],
+        "score": {kind: means(of.values()) for kind, of in scores.items()},
+        "kept": {kind: means(shares) for kind, shares in kept.items()},
+        "difference": means(differences),
+        "standard_error": [
+            stdev(level) / len(level) ** 0.5 if len(level) > 1 else None for level in zip(*differences, strict=True)
+        ],
     }
 
 
@@ -194,11 +182,11 @@ def report(found: dict[str, Any], timed: dict[str, Any]) -> None:
     say("")
     rows = [["layers dropped", "plain", "kept", "robust", "kept", "kept, robust - plain"]]
     for level, difference in enumerate(found["difference"]):
-        cells = []
+        row = [str(level)]
         for kind in KINDS:
-            cells += [f"{found['score'][kind][level]:.3f}", f"{found['kept'][kind][level]:.1%}"]
+            row += [f"{found['score'][kind][level]:.3f}", f"{found['kept'][kind][level]:.1%}"]
         error = found["standard_error"][level]
-        rows.append([str(level), *cells, f"{difference:+.3f}{'' if error is None else f' ± {error:.3f}'}"])
+        rows.append([*row, f"{difference:+.3f}{'' if error is None else f' ± {error:.3f}'}"])
     show_table(rows)
     for count, title in (("one", "one task"), ("several", f"{timed['tasks']} tasks at once")):
         gains = timed["gain"][count]
@@ -210,15 +198,11 @@ def report(found: dict[str, Any], timed: dict[str, Any]) -> None:
 
 def work(config: DropConfig) -> None:
     train(config)
-    scores = {
-        kind: {
-            (name := name_of(task, kind, seed)): scores_by_drop(config, name)
-            for task in config.tasks
-            for seed in config.seeds
-        }
-        for kind in KINDS
-    }
-    found, timed = summary(scores, config), timings(config)
+    scores: dict[str, dict[str, list[float]]] = {}
+    for kind in KINDS:
+        names = [name_of(task, kind, seed) for task in config.tasks for seed in config.seeds]
+        scores[kind] = {name: scores_by_drop(config, name) for name in names}
+    found, timed = summary(scores), timings(config)
     report(found, timed)
     path = Path(config.output) / "results.json"
     write_json(path, {"config": asdict(config), "scores": scores, "summary": found, "timings": timed})

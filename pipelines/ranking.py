@@ -18,15 +18,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fusion.analysis.ranking.order import correlation, ranked
-from fusion.cli.console import show_table
+from fusion.analysis.ranking.rankings import correlation, ranked
+from fusion.cli.console import formatted, show_table
 from fusion.config.fields import Settings
 from fusion.errors import UserError
 from fusion.files import write_json
 from pipelines.commands import call, distinct, run_workflow, say, validation_scores
 
 MEAN = "mean rank"
+# Default overrides.
+SOURCE = ["data.limit.train=1500", "data.limit.validation=500", "optim.lr=5e-4", "trainer.max_epochs=2"]
 ROWS = ["data.limit.train=250", "data.limit.validation=500"]  # of the target
+TARGET = [*ROWS, "optim.lr=5e-4", "optim.patience=null", "trainer.max_epochs=4", "trainer.check_val_every_n_epoch=2"]
 
 
 @dataclass
@@ -37,18 +40,8 @@ class RankingConfig(Settings):
     backbone: str = "minilm"
     data_dir: str | None = None
     output: str = "outputs/ranking"
-    source_overrides: list[str] = field(
-        default_factory=lambda: (
-            ["data.limit.train=1500", "data.limit.validation=500", "optim.lr=5e-4", "trainer.max_epochs=2"]
-        )
-    )
-    target_overrides: list[str] = field(  # alone, and initialized from a source
-        default_factory=lambda: [
-            *ROWS,
-            *("optim.lr=5e-4", "optim.patience=null"),
-            *("trainer.max_epochs=4", "trainer.check_val_every_n_epoch=2"),
-        ]
-    )
+    source_overrides: list[str] = field(default_factory=SOURCE.copy)
+    target_overrides: list[str] = field(default_factory=TARGET.copy)  # alone, and initialized from a source
     rank_overrides: list[str] = field(default_factory=ROWS.copy)
 
     def __post_init__(self) -> None:
@@ -92,17 +85,14 @@ def ranking_folder(config: RankingConfig, target: str) -> Path:
 def scores(config: RankingConfig, name: str) -> list[float]:
     """The main metric of an artifact of each seed."""
     store = Path(config.output) / "store"
-    each = [validation_scores(store, f"{name}-seed-{seed}") for seed in config.seeds]
-    return [next(iter(metrics.values())) for metrics in each]
+    return [next(iter(validation_scores(store, f"{name}-seed-{seed}").values())) for seed in config.seeds]
 
 
 def gains(config: RankingConfig, target: str) -> dict[str, list[float]]:
     """By source, for each seed the score after it minus the score alone."""
     alone = scores(config, f"{target}-alone")
-    return {
-        source: [b - a for a, b in zip(alone, scores(config, f"{target}-after-{source}"), strict=True)]
-        for source in config.sources
-    }
+    after = {source: scores(config, f"{target}-after-{source}") for source in config.sources}
+    return {source: [b - a for a, b in zip(alone, of, strict=True)] for source, of in after.items()}
 
 
 def judge(ranking: dict[str, Any], gained: dict[str, float], top: int = 3) -> dict[str, dict[str, float | None]]:
@@ -144,16 +134,23 @@ def report(config: RankingConfig) -> dict[str, Any]:
             "ranking": ranking["sources"],
         }
         say(f"\n{target} alone: {mean_of(alone)}; gain from each source, and its rank by each method\n")
-        show_table(_source_rows(ranking, each))
-        rows = [["agreement with the gain", "Kendall τ", "Spearman ρ", "gain of its best three", "seconds"]]
+        by_name = {source["name"]: source for source in ranking["sources"]}
+        table = [["source", "gain", "rank", *ranking["methods"], MEAN]]
+        for row in ranked(list(each), {"gain": list(gained.values())}):
+            own = by_name[row["name"]]
+            ranks = [*(own["ranks"][method] for method in ranking["methods"]), own["mean_rank"]]
+            shown = [formatted(rank, ".3g") for rank in ranks]
+            table.append([row["name"], mean_of(each[row["name"]]), f"{row['mean_rank']:g}", *shown])
+        show_table(table)
+        table = [["agreement with the gain", "Kendall τ", "Spearman ρ", "gain of its best three", "seconds"]]
         for method, values in judged.items():
-            correlations = [_cell(values[key], "+.2f") for key in ("kendall", "spearman")]
-            seconds = _cell(cost(ranking["seconds"], method), ".1f")
-            rows.append([method, *correlations, _cell(values["top_gain"], "+.3f"), seconds])
-        rows.append(["all sources", "", "", f"{fmean(gained.values()):+.3f}", ""])
-        rows.append(["the best source", "", "", f"{max(gained.values()):+.3f}", ""])
+            correlations = [formatted(values[key], "+.2f") for key in ("kendall", "spearman")]
+            seconds = formatted(cost(ranking["seconds"], method), ".1f")
+            table.append([method, *correlations, formatted(values["top_gain"], "+.3f"), seconds])
+        table.append(["all sources", "", "", f"{fmean(gained.values()):+.3f}", ""])
+        table.append(["the best source", "", "", f"{max(gained.values()):+.3f}", ""])
         say("")
-        show_table(rows)
+        show_table(table)
     return found
 
 
@@ -162,24 +159,6 @@ def cost(seconds: dict[str, float], method: str) -> float | None:
     if method not in seconds:
         return None
     return seconds[method] + (seconds["states"] if method in ("logme", "probe") else 0.0)
-
-
-def _source_rows(ranking: dict[str, Any], each: dict[str, list[float]]) -> list[list[str]]:
-    from fusion.reporting.wording import mean_of
-
-    by_name = {source["name"]: source for source in ranking["sources"]}
-    gained = [fmean(values) for values in each.values()]
-    place = {row["name"]: float(row["mean_rank"]) for row in ranked(list(each), {"gain": gained})}
-    rows = [["source", "gain", "rank", *ranking["methods"], MEAN]]
-    for source in sorted(each, key=place.__getitem__):
-        own = by_name[source]
-        shown = [*(own["ranks"][method] for method in ranking["methods"]), own["mean_rank"]]
-        rows.append([source, mean_of(each[source]), f"{place[source]:g}", *(_cell(rank, ".3g") for rank in shown)])
-    return rows
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None else f"{value:{form}}"
 
 
 def work(config: RankingConfig) -> None:

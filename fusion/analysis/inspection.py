@@ -1,28 +1,33 @@
-"""Inspection of a stored fusion on a split of its task: source attention, ablation and pruning, without training."""
+"""Inspection of a stored fusion on a split of its task: source attention, ablation and pruning, without training.
+
+Shapes: L slots, T tokens of a text, N sources.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fusion.analysis.ablation import Evaluation, ablate_each, prune
-from fusion.analysis.token_attention import select_rows, token_attention
 from fusion.analysis.unseen import check_unseen
 from fusion.config.commands import InspectConfig
 from fusion.config.data import DataConfig, LimitConfig
+from fusion.data.batches import Batch
 from fusion.data.encode import encode
 from fusion.data.loaders import evaluation_loader
 from fusion.data.rows import load_splits
 from fusion.data.splits import evaluation_splits
 from fusion.errors import UserError
+from fusion.model.adapted import AdaptedModel
 from fusion.model.head_selection import select_heads
-from fusion.model.inference import load_model, predict
+from fusion.model.inference import forward, load_model, predict
 from fusion.model.source_attention import measure_attention
+from fusion.reporting.inspections import pack
 from fusion.store.lookup import source_manifests
 from fusion.store.manifest import Manifest
 from fusion.store.trained_data import as_trained, data_folder_of
@@ -33,6 +38,34 @@ TEXT = 2000  # characters of a row's text that are stored
 GREEDY = 8  # sources up to which each step of the pruning evaluates all removals
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of a fusion with some of its sources.
+
+    Attributes:
+        metrics: by name; the first one decides.
+        loss: the mean over the rows; decides between equal metrics.
+    """
+
+    metrics: dict[str, float]
+    loss: float
+    predictions: Sequence[Any] = ()
+
+    @property
+    def key(self) -> tuple[float, float]:
+        """Sorts evaluations from worst to best."""
+        return next(iter(self.metrics.values())), -self.loss
+
+    def as_json(self) -> dict[str, Any]:
+        return {"metrics": self.metrics, "loss": self.loss}
+
+    def __str__(self) -> str:
+        return "  ".join(f"{name} {value:.4f}" for name, value in self.metrics.items())
+
+
+Evaluate = Callable[[Sequence[int]], Evaluation]  # the fusion with only the sources at these positions
 
 
 def inspected_data(manifest: Manifest, data: DataConfig) -> DataConfig:
@@ -77,7 +110,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     names = [source.name for source in manifest.sources]
     size, tokens = data.batch_size, data.tokens_per_batch
 
-    def evaluate(sources: Sequence[int]) -> tuple[torch.Tensor, Evaluation]:
+    def evaluate(sources: Sequence[int]) -> tuple[Tensor, Evaluation]:
         all_on = len(sources) == len(names)
         on = None if all_on else torch.tensor([n in sources for n in range(len(names))], device=device)
         scores = predict(model, encoded, size, device, tokens_per_batch=tokens, sources_on=on).scores
@@ -131,3 +164,81 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         "words": words,
         "speed": {"seconds": time.monotonic() - started},
     }
+
+
+def ablate_each(count: int, evaluate: Evaluate) -> list[Evaluation]:
+    """The evaluations without source 0, without source 1, ... of N."""
+    return [evaluate([n for n in range(count) if n != removed]) for removed in range(count)]
+
+
+def prune(
+    full: Evaluation, ablated: Sequence[Evaluation], evaluate: Evaluate, greedy: bool
+) -> list[tuple[tuple[int, ...], Evaluation]]:
+    """Remove the least important source until one is left; of equally important ones, the last.
+
+    Args:
+        full: with all sources.
+        ablated: from `ablate_each`.
+        greedy: evaluate the removal of each remaining source at every step, N(N - 1)/2 - 1 more evaluations. Otherwise
+            the order is that of `ablated`, with N - 2 more.
+
+    Returns:
+        N steps: the positions of the remaining sources, and their evaluation.
+    """
+    remaining = tuple(range(len(ablated)))
+    steps = [(remaining, full)]
+    without = dict(enumerate(ablated))
+    while len(remaining) > 1:
+        if greedy and len(steps) > 1:
+            without = {n: evaluate([other for other in remaining if other != n]) for n in remaining}
+        removed = max(remaining, key=lambda n: (without[n].key, n))
+        remaining = tuple(n for n in remaining if n != removed)
+        known = greedy or len(steps) == 1
+        steps.append((remaining, without[removed] if known else evaluate(remaining)))
+        log.info("%d of %d sources: %s", len(remaining), len(ablated), steps[-1][1])
+    return steps
+
+
+def select_rows(wrong: Sequence[bool], count: int) -> list[int]:
+    """Rows to show: half of them wrongly predicted if there are enough, evenly spread over the split."""
+    groups = [[row for row, is_wrong in enumerate(wrong) if is_wrong is kind] for kind in (True, False)]
+    first = min(len(groups[0]), max(count // 2, count - len(groups[1])))
+    return sorted([*_spread(groups[0], first), *_spread(groups[1], count - first)])
+
+
+def _spread(rows: Sequence[int], count: int) -> list[int]:
+    count = min(count, len(rows))
+    return [rows[n * len(rows) // count] for n in range(count)]
+
+
+@torch.inference_mode()
+def token_attention(model: AdaptedModel, batch: Batch, text: int, tokenizer: Any) -> dict[str, Any]:
+    """The tokens of a text of a batch, and their source attention in each slot.
+
+    Args:
+        model, batch: on the same device.
+        text: the index of the text in the batch.
+
+    Returns:
+        tokens: T texts; a leading space starts a word (`" film"`), no space continues it (`"ing"`).
+        special: the positions of special tokens such as [CLS].
+        weights: base64 of uint8 (L, T, N): 255 is a weight of 1.
+    """
+    recorded: dict[str, Tensor] = {}
+    forward(model.eval(), batch, record=recorded.__setitem__)
+    real = batch.attention_mask[text].bool()
+    ids = batch.input_ids[text][real].tolist()
+    weights = torch.stack([slot[text][real] for slot in recorded.values()])
+    special = set(tokenizer.all_special_ids)
+    return {
+        "tokens": _with_spaces(tokenizer.convert_ids_to_tokens(ids)),
+        "special": [position for position, id in enumerate(ids) if id in special],
+        "weights": pack(weights.float().cpu().numpy()),
+    }
+
+
+def _with_spaces(tokens: Sequence[str]) -> list[str]:
+    """Mark the start of words by a space, for WordPiece (`##ing`), byte-level BPE (`Ġfilm`) and SentencePiece (`▁film`)."""
+    if any(token.startswith(("Ġ", "▁")) for token in tokens):
+        return [" " + token[1:] if token.startswith(("Ġ", "▁")) else token.removeprefix("##") for token in tokens]
+    return [token[2:] if token.startswith("##") else " " + token for token in tokens]

@@ -55,6 +55,10 @@ def number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else "-" if value is None else str(value)
 
 
+def formatted(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
 @contextlib.contextmanager
 def rows_progress(description: str, rows: int) -> Iterator[Callable[[int], None] | None]:
     """Draw a progress bar over rows inside the block. Yields what advances it, None where no bar is drawn."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusion.reporting.attention import Attention, Floats, by_target
+from fusion.reporting.records import Attention, Floats, by_target
 from fusion.reporting.statistics import Difference
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ import numpy as np
 import fusion
 from fusion.errors import UserError
 from fusion.files import write_atomic
-from fusion.reporting import figures, tables, wording
-from fusion.reporting.attention import Attention, by_target, layer_names
-from fusion.reporting.contents import Contents, costs
+from fusion.reporting import figures, wording
+from fusion.reporting.contents import Contents, costs, save_table, tables_of
 from fusion.reporting.inspections import ablation, unpack
+from fusion.reporting.records import Attention, by_target, layer_names
 from fusion.reporting.scores import Score, Trained
 from fusion.reporting.statistics import LEVEL, RESAMPLES
 from fusion.reporting.targets import BASELINE, Target, every_method
@@ -39,7 +39,7 @@ def write_files(contents: Contents, folder: Path) -> list[Path]:
         OSError: they cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    written = [path for table in tables.tables_of(contents) for path in tables.save(table, folder)]
+    written = [path for table in tables_of(contents) for path in save_table(table, folder)]
     for name, (_, figure) in contents.figures.items():
         written += figures.save(figure, folder, wording.file_name(*name))
     return written

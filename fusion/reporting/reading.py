@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,9 +92,9 @@ def read_runs(folders: Sequence[Path], without: Path | None = None) -> Found:
 
 
 def _histories(places: Iterable[Path]) -> dict[str, list[Path]]:
-    started: defaultdict[str, list[tuple[str, Path]]] = defaultdict(list)
+    started = defaultdict(list)
     for place in places:
-        header = next(iter(read_lines(place / HISTORY, at_most=1)), {})
+        header = next(read_lines(place / HISTORY), {})
         if isinstance(name := header.get("run"), str):
             started[name].append((str(header.get("started")), place))
     return {name: [place for _, place in sorted(parts)] for name, parts in started.items()}
@@ -117,17 +117,13 @@ def _read_run(folder: Path, found: Found) -> None:
     found.done.append(RunFolder(folder, command, overrides, ended, skipped, config, result))
 
 
-def read_lines(path: Path, at_most: int | None = None) -> list[dict[str, Any]]:
-    """The objects of a JSON lines file, without truncated lines; empty if it cannot be read."""
-    found: list[dict[str, Any]] = []
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON lines file, without truncated lines; none if it cannot be read."""
     with contextlib.suppress(OSError, UnicodeDecodeError), open(path, encoding="utf-8") as file:
         for line in file:
             with contextlib.suppress(ValueError):
-                content = json.loads(line)
-                found += [content] if isinstance(content, dict) else []
-            if at_most is not None and len(found) >= at_most:
-                break
-    return found
+                if isinstance(content := json.loads(line), dict):
+                    yield content
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -91,15 +91,19 @@ def compare(method: Sequence[Sample], baseline: Sequence[Sample], metric: str, b
     interval is of percentiles, and p is twice the share of resamples on the other side of zero. Otherwise the pairs'
     differences are resampled, and p is of the permutation test that swaps the members of pairs.
     """
-    ones, others, paired = _pairs(method, baseline, by_seed)
+    of_method, of_baseline = ({sample.seed: sample for sample in samples} for samples in (method, baseline))
+    paired = sorted(of_method.keys() & of_baseline.keys()) if by_seed else []
+    ones = [of_method[seed] for seed in paired] or list(method)
+    others = [of_baseline[seed] for seed in paired] or list(baseline)
     scores, baselines = (np.array([one.score for one in samples]) for samples in (ones, others))
     differences = scores - baselines if paired else np.zeros(0)
     wins, losses = int((differences > _TOLERANCE).sum()), int((differences < -_TOLERANCE).sum())
     counts = (wins, len(differences) - wins - losses, losses)
     mean = float(scores.mean() - baselines.mean())
-    predictions = _same_rows([*ones, *others])
-    if predictions is not None:
-        found = _bootstrap_rows(predictions[: len(ones)], predictions[len(ones) :], metric, paired)
+    kept = [one.predictions for one in (*ones, *others) if one.predictions is not None]
+    rows = {(one.fingerprint, len(one.labels)) for one in kept}
+    if len(kept) == len(ones) + len(others) and len(rows) == 1 and len(kept[0].labels) > 1:
+        found = _bootstrap_rows(kept[: len(ones)], kept[len(ones) :], metric, bool(paired))
         unit = "rows and seeds" if len(ones) > 1 or len(others) > 1 else "rows"
         return Difference(mean, *found, unit, *counts)
     if len(differences) < 2:
@@ -184,23 +188,6 @@ def _resampled_mean(
     """The mean score of the drawn runs on the drawn rows: rows (B, R), seeds (B, S) -> (B,)."""
     scores = np.stack([metric_of(metric, run.labels[rows], run.predicted[rows]) for run in runs], -1)
     return np.asarray(np.take_along_axis(scores, seeds, axis=-1).mean(-1))
-
-
-def _pairs(
-    method: Sequence[Sample], baseline: Sequence[Sample], by_seed: bool
-) -> tuple[list[Sample], list[Sample], bool]:
-    """The runs of both, in pairs where they share seeds."""
-    ones, others = ({sample.seed: sample for sample in samples} for samples in (method, baseline))
-    if by_seed and (common := sorted(ones.keys() & others.keys())):
-        return [ones[seed] for seed in common], [others[seed] for seed in common], True
-    return list(method), list(baseline), False
-
-
-def _same_rows(samples: Sequence[Sample]) -> list[Predictions] | None:
-    """The predictions of all, if they are for the same rows."""
-    kept = [sample.predictions for sample in samples if sample.predictions is not None]
-    same = len(kept) == len(samples) and len({(one.fingerprint, len(one.labels)) for one in kept}) == 1
-    return kept if same and len(kept[0].labels) > 1 else None
 
 
 def _bootstrap_options() -> dict[str, Any]:

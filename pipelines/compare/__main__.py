@@ -51,6 +51,8 @@ def work(words: Sequence[str]) -> int:
     compared.run()
     files = []
     if compared.rows:  # otherwise the results of an earlier run are kept
+        write(compared)
+        compared.time_inference()
         files = write(compared)
         say(f"\n{comparison.target}: {len(compared.rows)} methods\n")
         show_table(terminal_table(compared.rows))

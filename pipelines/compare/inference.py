@@ -1,4 +1,4 @@
-"""Time artifacts relative to their bare backbone: `python -m pipelines.compare.inference target=cb artifacts=[a,b]`.
+"""Time artifacts relative to their bare backbone.
 
 Each artifact's model and the bare backbone alternate on the same batches of the target's validation split.
 """
@@ -7,34 +7,19 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from fusion.config.fields import Settings, checked, integer, number
 from fusion.errors import UserError
-from fusion.files import write_json
 from fusion.runs.run import describe
-from pipelines.commands import run_workflow, say
 from pipelines.timing import rounds, validation_rows
 
+BATCHES = 4  # from the longest to the shortest examples
 MAX_ROUNDS = 40
-
-
-@dataclass
-class TimingConfig(Settings):
-    target: str = "???"
-    artifacts: list[str] = checked([], bool, "names of artifacts in the store, such as [cb-head]")
-    store: str = "outputs/store"
-    result: str = "inference.json"
-    batches: int = integer(4, 1)  # from the longest to the shortest examples
-    seconds: float = number(60.0, "> 0")  # of all artifacts; each has at least three rounds
-    accelerator: str = "auto"
-    cache_dir: str | None = None
+SECONDS = 60.0  # of all artifacts; each has at least three rounds
 
 
 def ratios(seconds: Sequence[float], bare: Sequence[float]) -> dict[str, float]:
@@ -44,8 +29,10 @@ def ratios(seconds: Sequence[float], bare: Sequence[float]) -> dict[str, float]:
     return {"ratio": middle, "low": low, "high": high, "seconds": median(seconds)}
 
 
-def measure(config: TimingConfig) -> dict[str, Any]:
-    """The content of the result file: the backbone's seconds per batch, and each artifact's ratio or error.
+def measure(
+    target: str, artifacts: Sequence[str], store: Path, accelerator: str = "auto", cache_dir: str | None = None
+) -> dict[str, Any]:
+    """The backbone's seconds per batch, and each artifact's ratio or error: the content of inference.json.
 
     Raises:
         UserError: the first artifact or the examples of the target cannot be read.
@@ -64,18 +51,18 @@ def measure(config: TimingConfig) -> dict[str, Any]:
     from fusion.store.lookup import read_manifest
 
     keep_freed_memory()
-    store, device = Path(config.store), device_of(config.accelerator)
-    first = read_manifest(config.artifacts[0], store)
+    device = device_of(accelerator)
+    first = read_manifest(artifacts[0], store)
     name, revision = backbone_of(first, SameBackboneConfig())
     backbone = load_backbone(name, revision)
     bare: torch.nn.Module = copy.deepcopy(backbone.model).eval().to(device)
     run = first.run.config
     limit = LimitConfig(validation=run.get("data.limit.validation"))
-    data = DataConfig(dir=run.get("data.dir"), limit=limit, cache_dir=config.cache_dir)
-    _, split, rows = validation_rows(first, config.target, data, backbone.tokenizer)
+    data = DataConfig(dir=run.get("data.dir"), limit=limit, cache_dir=cache_dir)
+    _, split, rows = validation_rows(first, target, data, backbone.tokenizer)
     loader = evaluation_loader(rows, run["data.batch_size"], tokens_per_batch=run.get("data.tokens_per_batch"))
     every = [batch.to(device) for batch in loader]
-    count = min(config.batches, len(every))
+    count = min(BATCHES, len(every))
     batches = [every[number * len(every) // count] for number in range(count)]
 
     def run_bare(batch: Batch) -> object:
@@ -86,20 +73,20 @@ def measure(config: TimingConfig) -> dict[str, Any]:
     def runner(model: Any) -> Callable[[Batch], object]:
         # With one head per task, the target's own.
         heads = list(getattr(model.head, "tasks", ()))
-        more = {"task": heads.index(config.target)} if config.target in heads else {}
+        more = {"task": heads.index(target)} if target in heads else {}
         return lambda batch: model(
             batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.choice_counts, **more
         ).cpu()
 
     entries: dict[str, dict[str, Any]] = {}
     seconds: list[list[float]] = []
-    for artifact in config.artifacts:
+    for artifact in artifacts:
         try:
             stored = load(artifact, store)
             model = stored_model(stored, store, replace(backbone, model=copy.deepcopy(backbone.model)))
             runs = {"bare": run_bare, "model": runner(model.to(device).eval())}
             with torch.inference_mode():
-                timed = rounds(runs, batches, MAX_ROUNDS, config.seconds / len(config.artifacts))
+                timed = rounds(runs, batches, MAX_ROUNDS, SECONDS / len(artifacts))
         except Exception as error:  # the other artifacts are timed all the same
             if not isinstance(error, UserError):
                 logging.exception("%s", artifact)
@@ -118,23 +105,3 @@ def measure(config: TimingConfig) -> dict[str, Any]:
         "bare_seconds": median([one for own in seconds for one in own] or [0.0]),
         "artifacts": entries,
     }
-
-
-def work(config: TimingConfig) -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    measured = measure(config)
-    write_json(Path(config.result), measured)
-    timed = [entry for entry in measured["artifacts"].values() if "ratio" in entry]
-    say(
-        f"timed {len(timed)} of {len(measured['artifacts'])} artifacts, at least {measured['rounds']} rounds each; "
-        f"the bare backbone takes {measured['bare_seconds'] * 1000:.0f} ms per batch"
-    )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return run_workflow(TimingConfig, arguments, work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

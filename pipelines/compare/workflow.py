@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
-from fusion.files import read_json
+from fusion.files import read_json, write_json
 from fusion.runs.run import describe
 from fusion.store.lookup import names, read_manifest
 from fusion.store.manifest import Manifest
 from pipelines.commands import Outcome, attempt, say, typed
+from pipelines.compare import inference
 from pipelines.compare.config import Comparison
 from pipelines.compare.plan import SOURCE_RATE, Training, artifact_name, row_training, source_trainings
 from pipelines.compare.rows import GROUPS, IDS, Row
 from pipelines.compare.scores import RowResult, row_result
 
-TIMING = "pipelines.compare.inference"
 REFUSED = 2  # exit code
 JOB = re.compile(r"^job \d+ \(.*?\): ")  # the job at which a sweep was refused
 
@@ -45,7 +45,7 @@ class Workflow:
         self.source_commands: list[str] = []
 
     def run(self) -> None:
-        """Run the commands, which skip what is stored, and collect the results.
+        """Run the commands, which skip what is stored, and collect the scores.
 
         Raises:
             SystemExit: interrupted (130, 143), or the first command was refused (2), as all others would be.
@@ -74,9 +74,6 @@ class Workflow:
             typed("fusion.stage1", [word.replace("\\", "") for word in self.manifest(source).run.overrides])
             for source in self.stored(sources)
         ]
-        if self.rows:
-            say("\ninference")
-            self.time_inference()
 
     def fail(self, id: str, what: str, reason: str) -> None:
         self.failures.append({"id": id, "what": what, "reason": one_line(reason)})
@@ -218,7 +215,8 @@ class Workflow:
     # --- inference ------------------------------------------------------------------------------------
 
     def time_inference(self) -> None:
-        """Time the best artifact of every row in one process, unless the stored times are of the same artifacts."""
+        """Time the best artifact of every row, unless the stored times are of the same artifacts."""
+        say("\ninference")
         file = self.comparison.output / "inference.json"
         by_artifact = {result.artifacts[0]: result for result in self.rows}
         hashes = {name: self.manifest(name).hash for name in by_artifact}
@@ -227,16 +225,19 @@ class Workflow:
             say("timed already")
         else:
             file.unlink(missing_ok=True)
-            words = {"target": self.comparison.target, "artifacts": f"[{','.join(by_artifact)}]"}
-            words |= {"store": str(self.store), "result": str(file)}
-            for own, key in (("accelerator", "trainer.accelerator"), ("cache_dir", "data.cache_dir")):
-                if (value := self.comparison.word(key)) is not None:
-                    words[own] = value
-            outcome = attempt(TIMING, [f"{key}={value}" for key, value in words.items()])
-            timed = read_json(file)
-            if outcome.code != 0 or not timed:
-                self.fail("inference", "all rows", reason_of(outcome))
+            accelerator, cache = map(self.comparison.word, ("trainer.accelerator", "data.cache_dir"))
+            try:
+                timed = inference.measure(
+                    self.comparison.target, list(by_artifact), self.store, accelerator or "auto", cache
+                )
+            except Exception as error:  # the scores are reported all the same
+                self.fail("inference", "all rows", describe(error))
                 return
+            write_json(file, timed)
+            say(
+                f"at least {timed['rounds']} rounds each; the bare backbone takes {timed['bare_seconds'] * 1000:.0f} ms "
+                "per batch"
+            )
         self.inference = {key: value for key, value in timed.items() if key != "artifacts"}
         for name, result in by_artifact.items():
             if "error" in timed["artifacts"][name]:

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fusion.analysis.ablation import Evaluation, ablate_each, prune
-from fusion.analysis.token_attention import select_rows
+from fusion.analysis.inspection import Evaluation, ablate_each, prune, select_rows
 from fusion.cli.result_tables import inspected
 from fusion.config.commands import InspectConfig
 from fusion.config.compositions import CompositionConfig

@@ -24,12 +24,11 @@ def test_both_kinds_are_trained_alike(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_kept_is_the_share_of_the_score_without_dropping() -> None:
-    config = DropConfig(tasks=["a"], seeds=[1, 2])
     scores = {
         "plain": {"a-plain-seed-1": [0.8, 0.4], "a-plain-seed-2": [1.0, 0.5]},
         "robust": {"a-robust-seed-1": [0.5, 0.4], "a-robust-seed-2": [1.0, 1.0]},
     }
-    found = summary(scores, config)
+    found = summary(scores)
     assert found["score"] == {"plain": [0.9, pytest.approx(0.45)], "robust": [0.75, pytest.approx(0.7)]}
     assert found["kept"]["plain"] == pytest.approx([1.0, 0.5])
     assert found["kept"]["robust"] == pytest.approx([1.0, 0.9])

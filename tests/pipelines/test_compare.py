@@ -25,7 +25,7 @@ from pipelines.compare import config as config_module
 from pipelines.compare import inference, workflow
 from pipelines.compare.__main__ import main
 from pipelines.compare.config import CompareConfig, Comparison, read_comparison
-from pipelines.compare.inference import TimingConfig, ratios
+from pipelines.compare.inference import ratios
 from pipelines.compare.plan import row_training, source_trainings
 from pipelines.compare.rows import COMPOSITIONS, IDS, MULTITASK, ROWS, SINGLE, Row, chosen
 from pipelines.compare.scores import RowResult, row_result, target_scores
@@ -35,6 +35,7 @@ from pipelines.timing import MIN_ROUNDS, rounds
 from tests.bench import LABELS, write_task
 from tests.store.conftest import build
 
+TIMING = "timing"
 VALUES = {
     "half": "3",
     "keep": "2",
@@ -336,8 +337,6 @@ class Commands:
     def __call__(self, module: str, overrides: list[str]) -> Outcome:
         self.calls.append([module, *overrides])
         values = dict(word.lstrip("+").split("=", 1) for word in overrides if word != "-m")
-        if module == workflow.TIMING:
-            return self.time(values)
         folder = Path(values["hydra.sweep.dir"])
         if folder.name in self.refused:
             return Outcome(2, 0.1, ("a warning", f"job 0 (+task=cb): {self.refused[folder.name]}"))
@@ -386,18 +385,16 @@ class Commands:
         )
         return 0
 
-    def time(self, values: dict[str, str]) -> Outcome:
+    def measure(self, target: str, artifacts: list[str], store: Path, accelerator: str, cache: None) -> dict[str, Any]:
+        self.calls.append([TIMING])
+        if "timing" in self.refused:
+            raise RuntimeError(self.refused["timing"])
         times = {"ratio": 1.25, "low": 1.2, "high": 1.3}
-        artifacts: dict[str, Any] = {
-            name: times | {"hash": read_manifest(name, Path(values["store"])).hash}
-            for name in values["artifacts"][1:-1].split(",")
-        }
+        timed: dict[str, Any] = {name: times | {"hash": read_manifest(name, store).hash} for name in artifacts}
         if "inference" in self.errors:
-            artifacts = {name: {"error": self.errors["inference"]} for name in artifacts}
+            timed = {name: {"error": self.errors["inference"]} for name in artifacts}
         bare = {"rows": [8, 8], "tokens": [16, 12], "rounds": 7, "threads": 2, "device": "cpu"}
-        content = {"bare_seconds": 0.1, **bare, "artifacts": artifacts}
-        Path(values["result"]).write_text(json.dumps(content))
-        return Outcome(self.refused.get("timing") is not None, 1.0, ())
+        return {"bare_seconds": 0.1, **bare, "artifacts": timed}
 
     def compare(self, *words: str) -> int:
         own = ["+task=cb", "sources=[mrpc,cb]", f"output={self.output}", "rates=[1e-4,1e-3]"]
@@ -413,6 +410,7 @@ class Commands:
 def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Commands:
     mock = Commands(tmp_path)
     monkeypatch.setattr(workflow, "attempt", mock)
+    monkeypatch.setattr(inference, "measure", mock.measure)
     return mock
 
 
@@ -425,7 +423,7 @@ def test_all_rows_run_once_and_a_second_run_trains_nothing(commands: Commands, t
     assert commands.compare() == 0
     position = IDS.index("fusion_of_dropped")
     assert commands.trained() == ["sources", *IDS[:position], "sources-dropped", *IDS[position:]]
-    assert commands.calls[-1][0] == workflow.TIMING
+    assert commands.calls[-1][0] == TIMING
     content = results(tmp_path)
     assert [row["id"] for row in content["rows"]] == list(IDS) and content["failures"] == []
     assert {row["group"] for row in content["rows"]} == {"one task alone", "multi-task", "combinations"}
@@ -585,7 +583,7 @@ def test_rows_are_reported_if_timing_fails(commands: Commands, tmp_path: Path) -
     commands.errors.clear()
     commands.refused["timing"] = "crash"
     assert commands.compare("methods=[head]") == 1
-    reason = "exit code True without a message"
+    reason = "RuntimeError: crash"
     assert results(tmp_path)["failures"] == [{"id": "inference", "what": "all rows", "reason": reason}]
     commands.refused.clear()
     (tmp_path / "inference.json").unlink()
@@ -694,13 +692,6 @@ def test_a_ratio_is_that_of_the_same_round() -> None:
     assert timed == {"ratio": 2.0, "low": 2.0, "high": 2.5, "seconds": 3.0}
 
 
-@pytest.mark.parametrize("argument", ["batches=0", "seconds=0", "artifacts=[]", "artefacts=[a]", "target=nothing"])
-def test_wrong_timings_are_refused(argument: str, tmp_path: Path) -> None:
-    file = tmp_path / "inference.json"
-    words = ["target=cb", "artifacts=[a]", f"store={tmp_path}", f"result={file}", argument]
-    assert inference.main(words) == 2 and not file.exists()
-
-
 # --- for real, in small ---------------------------------------------------------------------------
 
 
@@ -732,8 +723,6 @@ def test_a_small_comparison_for_real(
 
     def attempt(module: str, overrides: list[str]) -> Outcome:
         calls.append(module)
-        if module == workflow.TIMING:
-            return Outcome(inference.main(overrides), 0.1)
         monkeypatch.setattr(sys, "argv", [module, *overrides])
         with pytest.raises(SystemExit) as ended:
             {"fusion.stage1": stage1, "fusion.stage2": stage2}[module].main()
@@ -751,7 +740,7 @@ def test_a_small_comparison_for_real(
         "batch_size=8", "data.max_length=16", "trainer.accelerator=cpu",
     ]  # fmt: skip
     assert main(words) == 1, "for the broken row"
-    assert calls == ["fusion.stage1"] * 4 + ["fusion.stage2"] * 2 + [workflow.TIMING]
+    assert calls == ["fusion.stage1"] * 4 + ["fusion.stage2"] * 2
     content = results(place / "compared")
     (failure,) = content["failures"]
     assert (failure["id"], failure["what"]) == ("broken", "row")
@@ -798,9 +787,9 @@ def test_artifacts_are_timed_although_others_cannot_be_loaded(
         stage1.main()
     assert ended.value.code == 0
     (place / "store" / "head" / "head.safetensors").write_bytes(b"damaged")
-    config = TimingConfig("films", ["adapter", "head", "gone"], "store", seconds=0.01, cache_dir="cache")
-    config.accelerator, config.batches = "cpu", 9
-    measured = inference.measure(config)
+    monkeypatch.setattr(inference, "SECONDS", 0.01)
+    monkeypatch.setattr(inference, "BATCHES", 9)
+    measured = inference.measure("films", ["adapter", "head", "gone"], place / "store", "cpu", "cache")
     assert set(measured["artifacts"]["adapter"]) == {"hash", "ratio", "low", "high", "seconds"}
     assert "head.safetensors" in measured["artifacts"]["head"]["error"]
     assert "no artifact 'gone'" in measured["artifacts"]["gone"]["error"]

@@ -15,13 +15,12 @@ import numpy as np
 import pytest
 
 from fusion.errors import UserError
-from fusion.reporting import page, tables
-from fusion.reporting.attention import Attention, by_target, layer_names
-from fusion.reporting.contents import Contents
-from fusion.reporting.curves import POINTS, curves_of, history_of
+from fusion.reporting import page
+from fusion.reporting.contents import Contents, latex, save_table, table
 from fusion.reporting.inspections import is_complete, pack
 from fusion.reporting.page import write_files
 from fusion.reporting.reading import read_runs
+from fusion.reporting.records import POINTS, Attention, by_target, curves_of, history_of, layer_names
 from fusion.reporting.scores import trained_runs
 from fusion.reporting.targets import targets_of
 from tests.reporting.conftest import Write
@@ -183,8 +182,8 @@ def test_figures_name_the_chosen_setting(tmp_path: Path, write: Write) -> None:
         assert named in " ".join(lines), name
     with open(tmp_path / "files/needed.csv", newline="") as file:
         assert {row["setting"] for row in csv.DictReader(file)} == {named}
-    for table in ("scores", "attention-tweets-fusion-of-2"):
-        assert named in (tmp_path / "files" / f"{table}.tex").read_text(), table
+    for one in ("scores", "attention-tweets-fusion-of-2"):
+        assert named in (tmp_path / "files" / f"{one}.tex").read_text(), one
 
 
 def test_single_setting_is_not_named(tmp_path: Path, write: Write) -> None:
@@ -371,8 +370,7 @@ def test_figure_and_table_files(tmp_path: Path, write: Write) -> None:
 
 def test_latex_escapes_every_special_character() -> None:
     rows: list[list[Any]] = [["50% & #1 {x}~^\\", 0.123456], ["±", None]]
-    table = tables.table("t", "a\nb", ("target", "fusion_of 2"), rows)
-    text = tables.latex(table)
+    text = latex(table("t", "a\nb", ("target", "fusion_of 2"), rows))
     body = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert len(body) == 3 and all(len(re.split(r"(?<!\\)&", line)) == 2 for line in body)
     assert r"50\% \& \#1 \{x\}" in text
@@ -383,7 +381,7 @@ def test_latex_escapes_every_special_character() -> None:
 
 
 def test_csv_escapes_formulas(tmp_path: Path) -> None:
-    tables.save(tables.table("t", "", ("a", "b"), [["=1+1", -2.5]]), tmp_path)
+    save_table(table("t", "", ("a", "b"), [["=1+1", -2.5]]), tmp_path)
     assert list(csv.reader((tmp_path / "t.csv").open())) == [["a", "b"], ["'=1+1", "-2.5"]]
 
 

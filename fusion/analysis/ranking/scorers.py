@@ -15,7 +15,7 @@ import torch
 
 from fusion.analysis.probe import States, pooled_states, probe_score
 from fusion.analysis.ranking.logme import logme_score
-from fusion.analysis.ranking.similarity import cosine, mean_embedding, source_rows
+from fusion.analysis.ranking.similarity import mean_embedding, source_rows
 from fusion.backbones.load import Backbone
 from fusion.config.commands import RankConfig
 from fusion.config.compositions import CompositionConfig
@@ -87,7 +87,8 @@ def similarity(inputs: ScorerInputs) -> list[float | None]:
             log.info("similarity: no score for %s, its rows cannot be read: %s", source.manifest.name, reason)
             scores.append(None)
         else:
-            scores.append(cosine(target, mean_embedding(backbone, rows, inputs.device)))
+            own = mean_embedding(backbone, rows, inputs.device)
+            scores.append(float(torch.nn.functional.cosine_similarity(target, own, dim=0)))
     return scores
 
 

@@ -14,7 +14,7 @@ from fusion.store.lookup import read_manifest
 from fusion.text import log_once, override, shell_line
 
 if TYPE_CHECKING:
-    from fusion.analysis.ranking.stored import RankedSource, StoredRanking
+    from fusion.analysis.ranking.rankings import RankedSource, StoredRanking
 
 log = logging.getLogger(__name__)
 
@@ -54,18 +54,19 @@ def resolve_sources(config: Stage2Config) -> None:
 
 def _current_ranking(config: Stage2Config) -> StoredRanking:
     """The newest ranking for the target whose sources are unchanged in the store."""
-    from fusion.analysis.ranking.stored import rankings_of  # imports pydantic, which most commands do not need
+    from fusion.analysis.ranking.rankings import rankings_of  # imports pydantic, which most commands do not need
 
     assert config.task is not None
     store, by = Path(config.store), config.sources_by
     rankings, damaged = rankings_of(store, dataclasses.asdict(config.task), config.backbone.name_or_path)
-    rankings = [ranking for ranking in rankings if by is None or by in ranking.methods]
+    changed = []  # of each ranking, the names of its changed sources
     for ranking in rankings:
-        if not any(_is_changed(source, store) for source in ranking.sources):
-            return ranking
-    if rankings:
-        changed = ", ".join(source.name for source in rankings[0].sources if _is_changed(source, store))
-        problem = f"{changed} changed, or is missing, since the last ranking for {config.task.name}"
+        if by is None or by in ranking.methods:
+            changed.append([source.name for source in ranking.sources if _is_changed(source, store)])
+            if not changed[-1]:
+                return ranking
+    if changed:
+        problem = f"{', '.join(changed[0])} changed, or is missing, since the last ranking for {config.task.name}"
     else:
         problem = f"no ranking for {config.task.name} on {config.backbone.name_or_path}{f' by {by}' if by else ''}"
         problem += f" in {store}" + (f" ({damaged[0]})" if damaged else "")

@@ -55,11 +55,6 @@ def text_embedding(backbone: Backbone, batches: Iterable[Batch], device: torch.d
     return total / texts
 
 
-def cosine(one: Tensor, other: Tensor) -> float:
-    """one, other: (D,) -> their cosine."""
-    return float(torch.nn.functional.cosine_similarity(one, other, dim=0))
-
-
 def source_rows(source: Manifest, data: DataConfig, at_most: int, tokenizer: Any) -> list[EncodedRows]:
     """The training rows of each task of a source, at most so many in all.
 

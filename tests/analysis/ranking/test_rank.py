@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from fusion import rank
+from fusion.analysis.ranking.rankings import rankings_of, read_ranking
 from fusion.analysis.ranking.selection import _rank_command, resolve_sources
-from fusion.analysis.ranking.stored import rankings_of, read_ranking
 from fusion.config.commands import RankConfig
 from fusion.config.compositions import CompositionConfig
 from fusion.config.data import DataConfig, LimitConfig, SplitConfig

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusion.analysis.ranking.similarity import cosine, source_rows, text_embedding
+from fusion.analysis.ranking.similarity import source_rows, text_embedding
 from fusion.backbones.load import Backbone, load_backbone
 from fusion.config.data import DataConfig, LimitConfig
 from fusion.data.encode import EncodedRows, encode
@@ -73,12 +73,6 @@ def test_each_choice_is_a_text(bench: Bench, tiny_backbone: Path) -> None:
             texts += 1
     assert texts == sum(map(len, rows.choices))
     torch.testing.assert_close(found, total / texts, rtol=0, atol=1e-6)
-
-
-def test_cosine() -> None:
-    one, other = torch.tensor([3.0, 4.0, 0.0]), torch.tensor([4.0, 0.0, 3.0])
-    assert cosine(one, other) == pytest.approx(12 / 25)
-    assert cosine(one, -2 * one) == pytest.approx(-1)
 
 
 def test_the_examples_of_a_source_are_those_of_its_training(three: Bench, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from fusion.analysis.ranking.order import agreement, ranked
+from fusion.analysis.ranking.rankings import agreement, ranked
 
 ONE = [0.9, 0.1, 0.5, 0.5, None]
 OTHER = [2.0, 3.0, 1.0, -1.0, 5.0]

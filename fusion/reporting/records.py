@@ -1,4 +1,4 @@
-"""Source attention: the mean attention weights of each fusion by layer, over its seeds.
+"""What runs have recorded, over the seeds: source attention by layer, and training curves.
 
 Shapes: L slots, N sources.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,10 @@ from fusion.reporting.scores import Trained
 from fusion.reporting.targets import Target
 from fusion.runs.run import ATTENTION
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+POINTS = 200  # of a curve; a longer one is thinned
 Floats = NDArray[np.floating]
 
 
@@ -86,7 +90,7 @@ def _source_names(runs: Sequence[Trained], names: Sequence[Sequence[str]]) -> tu
 
 def _of_run(trained: Trained, found: Found) -> tuple[list[str], tuple[str, ...], Floats, Floats | None] | None:
     """Sources, slots, mean (L, N) and entropy (L,); None if there is no valid record."""
-    lines = read_lines(trained.run.folder / ATTENTION)
+    lines = list(read_lines(trained.run.folder / ATTENTION))
     best = [line for line in lines if line.get("epoch") == trained.run.result.get("best_epoch")]
     record: dict[str, Any] | None = next(reversed(best or lines), None)
     if record is None and (inspection := found.inspections.get(trained.hash or "")) is not None:
@@ -124,3 +128,48 @@ def layer_names(slots: Sequence[str]) -> list[str]:
     parts = [slot.partition(".") for slot in slots]
     several = len({site for _, _, site in parts}) > 1
     return [f"{layer} {site.replace('_', ' ')}" if several else layer for layer, _, site in parts]
+
+
+def curves_of(target: Target, found: Found) -> dict[str, dict[str, DataFrame]]:
+    """By metric (`train/loss`, `validation/accuracy`, ...) and method, a curve over the steps.
+
+    A curve is a frame with the index `step` and the columns mean, min, max and count, over the seeds.
+    """
+    import pandas as pd
+
+    curves: dict[str, dict[str, DataFrame]] = {}
+    for method, group in target.groups.items():
+        if method.endswith(" alone"):
+            continue  # trained on another task
+        histories = [history_of(trained, found) for trained in group.trained]
+        for metric in dict.fromkeys(name for history in histories for name in history.columns):
+            seeds = [history[metric].dropna() for history in histories if metric in history]
+            points = pd.concat(seeds, axis=1, join="inner").sort_index()
+            if len(points) > POINTS:
+                points = points.iloc[np.linspace(0, len(points) - 1, POINTS).round().astype(int)]
+            if len(points):
+                curves.setdefault(metric, {})[method] = points.agg(["mean", "min", "max", "count"], axis=1)
+    return curves
+
+
+def shown_curves(target: Target, found: Found) -> dict[str, dict[str, DataFrame]]:
+    """What the page shows: each term of the loss, and the metric that selects the best epoch."""
+    every = curves_of(target, found)
+    terms = [name for name in every if name.startswith("train/") and name.endswith("loss")]
+    if "train/loss" in terms and "train/task_loss" in terms and len(terms) == 2:
+        terms.remove("train/task_loss")  # the only term is the loss
+    scores = [name for name in every if not name.startswith("train/") and name.endswith(f"/{target.metric}")]
+    return {name: every[name] for name in [*sorted(terms), *scores[:1]]}
+
+
+def history_of(trained: Trained, found: Found) -> DataFrame:
+    """The finite metrics of a training, by step; the last part of a resumed run counts where parts overlap."""
+    import pandas as pd
+
+    values: dict[str, dict[int, float]] = {}
+    for line in found.history(trained.run.folder):
+        if type(step := line.get("step")) is int:
+            for name, value in line.items():
+                if "/" in name and type(value) in (int, float) and np.isfinite(value):
+                    values.setdefault(name, {})[step] = float(value)
+    return pd.DataFrame(values)
