@@ -23,7 +23,7 @@ def check(config: InspectConfig, run: Run) -> None:
 @command("inspect", InspectConfig, check=check)
 def main(config: InspectConfig, run: Run) -> dict[str, Any]:
     from fusion.analysis.inspection import inspect
-    from fusion.reporting.inspections import ablation
+    from fusion.reporting.records import ablation
 
     seen = inspect(config)
     write_json(run.directory / INSPECTION, seen)

@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from fusion.analysis.ranking.candidates import Candidates, all_adapters
+from fusion.analysis.ranking.selection import Candidates, all_adapters
 from fusion.backbones.files import check_files
 from fusion.cli.app import command
 from fusion.cli.console import formatted, say, show_table

@@ -80,7 +80,7 @@ def inspect_missing(config: ReportConfig, found: Found, targets: list[Target]) -
     """
     fusions = [[one for one in group.trained if one.attends] for t in targets for group in t.groups.values()]
     unseen = [of[0] for of in fusions if of and not any(one.hash in found.inspections for one in of)]
-    notes = []
+    notes: list[str] = []
     for number, one in enumerate(unseen, start=1):
         from fusion.analysis.inspection import inspect
 
@@ -98,14 +98,13 @@ def inspect_missing(config: ReportConfig, found: Found, targets: list[Target]) -
                 log.exception("%s", one.name)
             reason = " ".join(str(error).split()) or type(error).__name__
             notes.append(f"{one.name} could not be inspected: {reason}")
+            log.warning("%s", notes[-1])
             continue
         found.inspections[seen["hash"]] = seen
         folder = config.folders[0] / "inspections" / f"{one.name}-{seen['hash'][:8]}"
         with contextlib.suppress(OSError):  # an archive may be read-only: the next report inspects again
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / INSPECTION, seen)
-    for note in notes:
-        log.warning("%s", note)
     return notes
 
 

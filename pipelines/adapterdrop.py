@@ -17,17 +17,13 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fusion.cli.console import show_table
 from fusion.config.fields import Settings, integer, number
 from fusion.files import write_json
 from pipelines.commands import call, distinct, run_workflow, say
 from pipelines.timing import rounds, validation_rows
-
-if TYPE_CHECKING:
-    from fusion.backbones.load import Backbone
-    from fusion.store.artifacts import Artifact
 
 KINDS = {"plain": "null", "robust": "robust"}  # adapter.drop of each
 
@@ -72,6 +68,7 @@ def train(config: DropConfig) -> None:
 
 def scores_by_drop(config: DropConfig, name: str) -> list[float]:
     """The task's main metric on its validation split, with 0, 1, … all layers dropped."""
+    from fusion.backbones.load import load_backbone
     from fusion.config.data import DataConfig
     from fusion.model.build import stored_model
     from fusion.model.inference import device_of, predict
@@ -79,7 +76,7 @@ def scores_by_drop(config: DropConfig, name: str) -> list[float]:
     from fusion.training.metrics import score
 
     artifact = load(name, config.store)
-    backbone, data = _backbone(artifact), DataConfig(dir=config.data_dir)
+    backbone, data = load_backbone(artifact.manifest.backbone.name_or_path), DataConfig(dir=config.data_dir)
     task, _, rows = validation_rows(artifact.manifest, str(artifact.manifest.task.name), data, backbone.tokenizer)
     model, device = stored_model(artifact, config.store, backbone), device_of("auto")
     found = []
@@ -89,17 +86,11 @@ def scores_by_drop(config: DropConfig, name: str) -> list[float]:
     return found
 
 
-def _backbone(artifact: Artifact) -> Backbone:
-    """A new one: a model changes its backbone in place."""
-    from fusion.backbones.load import load_backbone
-
-    return load_backbone(artifact.manifest.backbone.name_or_path)
-
-
 def timings(config: DropConfig) -> dict[str, Any]:
     """Seconds per batch in each round, for single- and multi-task inference, with half of the layers dropped and with none."""
     import torch
 
+    from fusion.backbones.load import load_backbone
     from fusion.backbones.slots import SlotAddress
     from fusion.config.data import DataConfig
     from fusion.data.loaders import evaluation_loader
@@ -113,7 +104,7 @@ def timings(config: DropConfig) -> dict[str, Any]:
     names = [name_of(task, "plain", seed) for seed in config.seeds for task in config.tasks]
     artifacts = [load(names[number % len(names)], config.store) for number in range(config.at_once)]
     one = artifacts[0]
-    backbone, data = _backbone(one), DataConfig(dir=config.data_dir)
+    backbone, data = load_backbone(one.manifest.backbone.name_or_path), DataConfig(dir=config.data_dir)
     rows = validation_rows(one.manifest, str(one.manifest.task.name), data, backbone.tokenizer)[2]
     batches = list(evaluation_loader(rows, config.batch_size))[:8]
     half, plain = backbone.layers // 2, backbone.model.eval()
@@ -124,7 +115,7 @@ def timings(config: DropConfig) -> dict[str, Any]:
             for artifact in artifacts
         ]
         heads = [TaskHead(backbone.hidden_size, **artifact.manifest.head.shape) for artifact in artifacts]
-        return MultiTaskModel(_backbone(one), adapters, one.manifest.placement["adapter.reads"], heads)
+        return MultiTaskModel(backbone.copy(), adapters, one.manifest.placement["adapter.reads"], heads)
 
     def run(model: Callable[..., Any], batches: Any) -> None:
         for batch in batches:
@@ -132,8 +123,8 @@ def timings(config: DropConfig) -> dict[str, Any]:
 
     models: dict[str, Callable[..., Any]] = {
         "backbone": lambda ids, mask, types: plain(ids, attention_mask=mask, token_type_ids=types),
-        "one, none dropped": stored_model(one, config.store, _backbone(one)),
-        "one, half dropped": stored_model(one, config.store, _backbone(one), half),
+        "one, none dropped": stored_model(one, config.store, backbone.copy()),
+        "one, half dropped": stored_model(one, config.store, backbone.copy(), half),
         "several, none dropped": multi_task(0),
         "several, half dropped": multi_task(half),
     }

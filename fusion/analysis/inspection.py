@@ -27,7 +27,7 @@ from fusion.model.adapted import AdaptedModel
 from fusion.model.head_selection import select_heads
 from fusion.model.inference import forward, load_model, predict
 from fusion.model.source_attention import measure_attention
-from fusion.reporting.inspections import pack
+from fusion.reporting.records import pack
 from fusion.store.lookup import source_manifests
 from fusion.store.manifest import Manifest
 from fusion.store.trained_data import as_trained, data_folder_of

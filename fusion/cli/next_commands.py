@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion.analysis.ranking.candidates import all_adapters
+from fusion.analysis.ranking.selection import all_adapters
 from fusion.cli.console import say, show_table
 from fusion.cli.result_tables import Row, run_table, sweep_table
 from fusion.cli.settings_table import settings_table

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.reporting import figures
-from fusion.reporting.inspections import ablation, is_complete
 from fusion.reporting.reading import Found
-from fusion.reporting.records import Attention, attention_of, layer_names, shown_curves
+from fusion.reporting.records import Attention, ablation, attention_of, is_complete, layer_names, shown_curves
 from fusion.reporting.scores import Trained
 from fusion.reporting.targets import BASELINE, Group, Target, every_method
 from fusion.reporting.wording import file_name, mean_of

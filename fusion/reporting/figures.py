@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusion.reporting.records import Attention, Floats, by_target
-from fusion.reporting.statistics import Difference
+from fusion.reporting.records import Attention, by_target
+from fusion.reporting.statistics import Difference, Floats
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

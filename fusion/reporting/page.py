@@ -17,8 +17,7 @@ from fusion.errors import UserError
 from fusion.files import write_atomic
 from fusion.reporting import figures, wording
 from fusion.reporting.contents import Contents, costs, save_table, tables_of
-from fusion.reporting.inspections import ablation, unpack
-from fusion.reporting.records import Attention, by_target, layer_names
+from fusion.reporting.records import Attention, ablation, by_target, layer_names, unpack
 from fusion.reporting.scores import Score, Trained
 from fusion.reporting.statistics import LEVEL, RESAMPLES
 from fusion.reporting.targets import BASELINE, Target, every_method

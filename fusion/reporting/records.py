@@ -1,12 +1,13 @@
-"""What runs have recorded, over the seeds: source attention by layer, and training curves.
+"""What runs have recorded: source attention by layer and training curves, over the seeds, and inspections.
 
 Shapes: L slots, N sources.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from fusion.reporting.reading import Found, read_lines
 from fusion.reporting.scores import Trained
+from fusion.reporting.statistics import Difference, Floats, Predictions, Sample, compare
 from fusion.reporting.targets import Target
 from fusion.runs.run import ATTENTION
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 POINTS = 200  # of a curve; a longer one is thinned
-Floats = NDArray[np.floating]
+_STEPS = 255  # a weight of 1 in a byte
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,6 @@ class Attention:
     @property
     def title(self) -> str:
         return f"{self.target} ← {self.method}"
-
-    @property
-    def overall(self) -> Floats:
-        """(N,): the mean over the slots."""
-        return np.asarray(self.mean.mean(0))
-
-    @property
-    def largest(self) -> float:
-        """The largest mean weight, for the colors of a heatmap."""
-        return float(max(self.mean.max(), 1e-9))
 
     @property
     def max_entropy(self) -> float:
@@ -118,7 +110,7 @@ def by_target(every: Sequence[Attention], layer: int | None = None) -> tuple[lis
 
     several = len({one.method for one in every}) > 1
     rows = [f"{one.target} ({one.method})" if several else one.target for one in every]
-    values = [one.overall if layer is None else one.mean[min(layer, len(one.mean) - 1)] for one in every]
+    values = [one.mean.mean(0) if layer is None else one.mean[min(layer, len(one.mean) - 1)] for one in every]
     frame = pd.DataFrame([dict(zip(a.sources, v, strict=True)) for a, v in zip(every, values, strict=True)])
     return rows, list(frame.columns), frame.to_numpy(float)
 
@@ -173,3 +165,48 @@ def history_of(trained: Trained, found: Found) -> DataFrame:
                 if "/" in name and type(value) in (int, float) and np.isfinite(value):
                     values.setdefault(name, {})[step] = float(value)
     return pd.DataFrame(values)
+
+
+def ablation(inspection: Mapping[str, Any], metric: str) -> dict[str, Difference]:
+    """By source, the score without it minus the score with all; with an interval over the rows if they were kept."""
+    rows = {key: inspection.get(key) for key in ("fingerprint", "labels")}
+    full, kept = inspection["metrics"][metric], Predictions.of(rows | {"predicted": inspection.get("predicted")})
+    made = {}
+    for source, one in inspection["masked"].items():
+        score, without = one["metrics"][metric], Predictions.of(rows | {"predicted": one.get("predicted")})
+        if kept is None or without is None:
+            made[source] = Difference(score - full)
+        else:
+            made[source] = compare([Sample(0, score, without)], [Sample(0, full, kept)], metric)
+    return made
+
+
+def is_complete(inspection: Mapping[str, Any]) -> bool:
+    """Whether an inspection file has everything that the page shows."""
+    try:
+        metric = next(iter(inspection["metrics"]))
+        scored = [inspection, *inspection["masked"].values(), *(inspection["pruned"] or [])]
+        words = {"row", "tokens", "special", "weights", "predicted", "truth", "right"}
+        return (
+            all(isinstance(one["metrics"][metric], (int, float)) for one in scored)
+            and all("kept" in step for step in inspection["pruned"] or [])
+            and all(words <= set(row) for row in inspection["words"])
+            and {"sources", "slots", "split", "rows"} <= set(inspection)
+        )
+    except (KeyError, TypeError, AttributeError, StopIteration):
+        return False
+
+
+def pack(weights: NDArray[np.floating]) -> str:
+    """Weights in 0 to 1, of any shape, row after row: one byte each, in base64."""
+    return base64.b64encode((weights.clip(0, 1) * _STEPS).round().astype(np.uint8).tobytes()).decode()
+
+
+def unpack(packed: str, shape: tuple[int, ...]) -> NDArray[np.floating]:
+    """What `pack` was given, to within half a step.
+
+    Raises:
+        ValueError: it is no base64, or of another shape.
+    """
+    values: NDArray[np.floating] = np.frombuffer(base64.b64decode(packed), np.uint8).reshape(shape) / _STEPS
+    return values

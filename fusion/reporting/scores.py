@@ -179,13 +179,12 @@ def _trained(run: RunFolder, artifact: str, flat: dict[str, Any], lookup: Lookup
     else:  # another run has replaced the artifact, or it was removed
         settings = lookup.of_run(flat, store, list(map(str, run.result.get("sources") or ())) or None)
     tasks = config.get("tasks") or [config.get("task") or {}]
-    limit = ((config.get("data") or {}).get("limit") or {}).get("train")
     return Trained(
         run=run,
         metric_of={str(task.get("name")): str((task.get("metrics") or [""])[0]) for task in tasks},
         method=_method(config, run.result, settings),
         variant={key: value for key, value in settings.items() if key not in _NOT_VARIANT},
-        setting=(str((config.get("backbone") or {}).get("name_or_path")), limit),
+        setting=(str(flat.get("backbone.name_or_path")), flat.get("data.limit.train")),
         artifact=artifact,
         manifest=manifest,
     )

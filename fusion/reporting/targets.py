@@ -56,10 +56,6 @@ class Group:
     unequal: tuple[str, ...] = ()
 
     @property
-    def key(self) -> str:
-        return key_of(self.entries[0].variant)
-
-    @property
     def anywhere(self) -> bool:
         return any(entry.anywhere for entry in self.entries)
 
@@ -72,12 +68,6 @@ class Group:
     @property
     def seeds(self) -> int:
         return len({entry.seed for entry in self.entries})
-
-    @property
-    def fingerprints(self) -> dict[str, int]:
-        """The number of rows by the fingerprint of the rows that were scored, where it is known."""
-        kept = [entry.predictions for entry in self.entries if entry.predictions is not None]
-        return {one.fingerprint: len(one.labels) for one in kept}
 
     def scores_by(self, metric: str) -> list[float]:
         return [entry.metrics[metric] for entry in self.entries if metric in entry.metrics]
@@ -327,7 +317,10 @@ def _compare(group: Group, base: Group, variants: Mapping[str, Sequence[Group]])
 
 def _other_rows(group: Group, against: Group) -> list[str]:
     """How the scored rows of two groups differ; empty if they share some, or if it is unknown."""
-    ones, others = group.fingerprints, against.fingerprints
+    ones, others = (
+        {kept.fingerprint: len(kept.labels) for entry in one.entries if (kept := entry.predictions) is not None}
+        for one in (group, against)
+    )
     if not ones or not others or ones.keys() & others.keys():
         return []
     count, other = (" or ".join(map(str, sorted(set(rows.values())))) for rows in (ones, others))

@@ -11,6 +11,7 @@ import numpy as np
 from fusion.reporting.statistics import Difference
 from fusion.reporting.targets import Group, Target
 from fusion.store.listing import as_bytes
+from fusion.store.settings_groups import key_of
 
 
 def mean_of(values: Sequence[float]) -> str:
@@ -71,7 +72,7 @@ def anchor(*parts: str) -> str:
 
 def group_anchor(target: Target, group: Group) -> str:
     best = target.groups[group.method] is group
-    return anchor(target.label, group.method, *([] if best else [group.key]))
+    return anchor(target.label, group.method, *([] if best else [key_of(group.entries[0].variant)]))
 
 
 def file_name(*parts: str) -> str:

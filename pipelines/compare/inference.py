@@ -5,10 +5,8 @@ Each artifact's model and the bare backbone alternate on the same batches of the
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -55,7 +53,7 @@ def measure(
     first = read_manifest(artifacts[0], store)
     name, revision = backbone_of(first, SameBackboneConfig())
     backbone = load_backbone(name, revision)
-    bare: torch.nn.Module = copy.deepcopy(backbone.model).eval().to(device)
+    bare = backbone.copy().model.eval().to(device)
     run = first.run.config
     limit = LimitConfig(validation=run.get("data.limit.validation"))
     data = DataConfig(dir=run.get("data.dir"), limit=limit, cache_dir=cache_dir)
@@ -83,7 +81,7 @@ def measure(
     for artifact in artifacts:
         try:
             stored = load(artifact, store)
-            model = stored_model(stored, store, replace(backbone, model=copy.deepcopy(backbone.model)))
+            model = stored_model(stored, store, backbone.copy())
             runs = {"bare": run_bare, "model": runner(model.to(device).eval())}
             with torch.inference_mode():
                 timed = rounds(runs, batches, MAX_ROUNDS, SECONDS / len(artifacts))

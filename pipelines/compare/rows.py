@@ -19,7 +19,9 @@ GROUPS = (SINGLE, MULTITASK, COMPOSITIONS)
 NEED_SOURCES = {"half", "sources", "dropped"}  # {half} too: a stored source has the number of layers
 _FUSION = "sources=[{sources}] composition=adapterfusion"
 _COMPOSE = "sources=[{sources}] composition="
-_PRUNED = "composition=pruned composition.fusion={adapterfusion} composition.keep={keep}"
+_WITH_MULTITASK = "sources=[{sources},{multitask_adapter}] composition=adapterfusion"
+_DROP = f"{_FUSION} composition.drop="
+_PRUNED = "composition=pruned composition.fusion={adapterfusion} composition.keep={keep} composition.train="
 # id, title, overrides
 _TABLE: dict[str, tuple[tuple[str, str, str], ...]] = {
     SINGLE: (
@@ -56,24 +58,12 @@ _TABLE: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("average_trained", "average of the weights, trained further", f"{_COMPOSE}average composition.train=true"),
         ("fusion_target_adapter", "AdapterFusion with a new adapter", f"{_FUSION} composition.target_adapter=true"),
         ("continued", "best source, trained further", f"{_COMPOSE}continued"),
-        (
-            "fusion_drop_specialized",
-            "AdapterFusion, dropped layers",
-            f"{_FUSION} composition.drop=specialized:{{half}}",
-        ),
-        ("fusion_drop_robust", "AdapterFusion, robust to drops", f"{_FUSION} composition.drop=robust"),
+        ("fusion_drop_specialized", "AdapterFusion, dropped layers", f"{_DROP}specialized:{{half}}"),
+        ("fusion_drop_robust", "AdapterFusion, robust to drops", f"{_DROP}robust"),
         ("fusion_of_dropped", "AdapterFusion of dropped adapters", "sources=[{dropped}] composition=adapterfusion"),
-        (
-            "fusion_with_multitask",
-            "AdapterFusion, with a multi-task adapter",
-            "sources=[{sources},{multitask_adapter}] composition=adapterfusion",
-        ),
-        ("pruned", "AdapterFusion, pruned", f"{_PRUNED} composition.train=false"),
-        (
-            "pruned_trained",
-            "the same, trained for two more epochs",
-            f"{_PRUNED} composition.train=true trainer.max_epochs=2",
-        ),
+        ("fusion_with_multitask", "AdapterFusion, with a multi-task adapter", _WITH_MULTITASK),
+        ("pruned", "AdapterFusion, pruned", f"{_PRUNED}false"),
+        ("pruned_trained", "the same, trained for two more epochs", f"{_PRUNED}true trainer.max_epochs=2"),
     ),
 }
 

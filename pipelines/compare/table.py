@@ -13,7 +13,7 @@ from typing import Any
 from fusion.files import write_atomic, write_json
 from fusion.store.listing import as_bytes
 from pipelines.compare.rows import GROUPS, MULTITASK
-from pipelines.compare.scores import RowResult
+from pipelines.compare.trainings import RowResult
 from pipelines.compare.workflow import Workflow
 
 NONE = "–"

@@ -14,11 +14,10 @@ from fusion.runs.run import describe
 from fusion.store.lookup import names, read_manifest
 from fusion.store.manifest import Manifest
 from pipelines.commands import Outcome, attempt, say, typed
-from pipelines.compare import inference
+from pipelines.compare import inference, trainings
 from pipelines.compare.config import Comparison
-from pipelines.compare.plan import SOURCE_RATE, Training, artifact_name, row_training, source_trainings
 from pipelines.compare.rows import GROUPS, IDS, Row
-from pipelines.compare.scores import RowResult, row_result
+from pipelines.compare.trainings import SOURCE_RATE, RowResult, Training
 
 REFUSED = 2  # exit code
 JOB = re.compile(r"^job \d+ \(.*?\): ")  # the job at which a sweep was refused
@@ -61,7 +60,7 @@ class Workflow:
                 say(f"stored already: {', '.join(stored)}")
             self.note_other_settings(stored)
             missing = [source for source in self.sources if source not in stored]
-            self.train_sources(source_trainings(self.comparison, missing))
+            self.train_sources(trainings.source_trainings(self.comparison, missing))
         for number, row in enumerate(rows, 1):
             say(f"\n[{number}/{len(rows)}] {row.id}: {row.title}")
             try:
@@ -89,8 +88,8 @@ class Workflow:
 
     # --- sources --------------------------------------------------------------------------------------
 
-    def train_sources(self, trainings: Sequence[Training]) -> None:
-        for training in trainings:
+    def train_sources(self, commands: Sequence[Training]) -> None:
+        for training in commands:
             reasons, code = self.train(training)
             for name, reason in reasons.items():
                 self.fail(name, "source", reason)
@@ -102,7 +101,7 @@ class Workflow:
         tasks, half = self.source_tasks(), self.half()
         self.dropped = [f"{task}-dropped" for task in tasks]
         missing = [task for task in tasks if not self.stored([f"{task}-dropped"])]
-        self.train_sources(source_trainings(self.comparison, missing, drop=half))
+        self.train_sources(trainings.source_trainings(self.comparison, missing, drop=half))
         return self.available(self.dropped)
 
     def available(self, sources: list[str]) -> list[str]:
@@ -144,10 +143,10 @@ class Workflow:
             UserError: an artifact that it is made from is missing.
         """
         values = self.values(row)
-        training = row_training(self.comparison, row, values)
+        training = trainings.row_training(self.comparison, row, values)
         again = ("overwrite=true",) if self.is_stale(training, [values[id] for id in row.needs]) else ()
         reasons, _ = self.train(replace(training, overrides=(*training.overrides, *again)))
-        result = row_result(row, training, self.store, self.comparison.target, without=reasons.keys())
+        result = trainings.row_result(row, training, self.store, self.comparison.target, without=reasons.keys())
         if result is None:
             self.fail(row.id, "row", next(iter(reasons.values()), "its command stored nothing"))
             return
@@ -176,7 +175,7 @@ class Workflow:
         """The name of a row's artifacts with its best rate, for every seed."""
         for result in self.rows:
             if result.id == id:
-                return artifact_name(self.comparison, id, result.rate)
+                return trainings.artifact_name(self.comparison, id, result.rate)
         raise UserError(f"made from {id}, which failed")
 
     def is_stale(self, training: Training, needed: Sequence[str]) -> bool:

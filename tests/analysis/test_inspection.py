@@ -19,7 +19,7 @@ from fusion.config.commands import InspectConfig
 from fusion.config.compositions import CompositionConfig
 from fusion.errors import UserError
 from fusion.model.source_attention import AttentionSums
-from fusion.reporting.inspections import ablation, pack, unpack
+from fusion.reporting.records import ablation, pack, unpack
 from tests.bench import Bench
 
 KEYS = {

@@ -22,7 +22,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
-from fusion.reporting.inspections import unpack
+from fusion.reporting.records import unpack
 from tests.reporting.conftest import Write, write  # noqa: F401
 from tests.reporting.test_page import EVIL, contents, example_runs, inspection, write_attention, write_history, written
 

@@ -128,7 +128,7 @@ def test_sources_with_different_tokenizers_are_not_fused(trained: Bench, other: 
     trained.stage1("plays", backbone=BackboneConfig(str(other), pooling="mean"), store=str(store))
     with pytest.raises(UserError, match=r"plays cannot be fused with films: tokenizer \w{8}, expected \w{8} "):
         trained.rank("films", sources=["films", "plays"], store=str(store))
-    from fusion.analysis.ranking.candidates import all_adapters
+    from fusion.analysis.ranking.selection import all_adapters
 
     found = all_adapters(store, str(trained.backbone))
     assert [manifest.name for manifest in found.sources] == ["books", "films"]

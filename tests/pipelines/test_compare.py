@@ -26,10 +26,9 @@ from pipelines.compare import inference, workflow
 from pipelines.compare.__main__ import main
 from pipelines.compare.config import CompareConfig, Comparison, read_comparison
 from pipelines.compare.inference import ratios
-from pipelines.compare.plan import row_training, source_trainings
 from pipelines.compare.rows import COMPOSITIONS, IDS, MULTITASK, ROWS, SINGLE, Row, chosen
-from pipelines.compare.scores import RowResult, row_result, target_scores
 from pipelines.compare.table import notes, terminal_table, write
+from pipelines.compare.trainings import RowResult, row_result, row_training, source_trainings, target_scores
 from pipelines.compare.workflow import Workflow, one_line, reason_of
 from pipelines.timing import MIN_ROUNDS, rounds
 from tests.bench import LABELS, write_task

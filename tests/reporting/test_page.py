@@ -17,10 +17,9 @@ import pytest
 from fusion.errors import UserError
 from fusion.reporting import page
 from fusion.reporting.contents import Contents, latex, save_table, table
-from fusion.reporting.inspections import is_complete, pack
 from fusion.reporting.page import write_files
 from fusion.reporting.reading import read_runs
-from fusion.reporting.records import POINTS, Attention, by_target, curves_of, history_of, layer_names
+from fusion.reporting.records import POINTS, Attention, by_target, curves_of, history_of, is_complete, layer_names, pack
 from fusion.reporting.scores import trained_runs
 from fusion.reporting.targets import targets_of
 from tests.reporting.conftest import Write

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fusion.analysis.ranking.candidates import all_adapters
+from fusion.analysis.ranking.selection import all_adapters
 from fusion.errors import UserError
 from tests.bench import Bench
 

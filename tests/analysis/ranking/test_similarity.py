@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusion.analysis.ranking.similarity import source_rows, text_embedding
+from fusion.analysis.ranking.scorers import source_rows, text_embedding
 from fusion.backbones.load import Backbone, load_backbone
 from fusion.config.data import DataConfig, LimitConfig
 from fusion.data.encode import EncodedRows, encode
