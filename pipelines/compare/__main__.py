@@ -44,7 +44,7 @@ def usage() -> str:
 
 def work(words: Sequence[str]) -> int:
     comparison = read_comparison(words)
-    from pipelines.compare.table import notes, terminal_table, write
+    from pipelines.compare.table import draw, notes, terminal_table, write
     from pipelines.compare.workflow import Workflow
 
     compared = Workflow(comparison)
@@ -53,7 +53,7 @@ def work(words: Sequence[str]) -> int:
     if compared.rows:  # otherwise the results of an earlier run are kept
         write(compared)
         compared.time_inference()
-        files = write(compared)
+        files = [*write(compared), *draw(compared)]
         say(f"\n{comparison.target}: {len(compared.rows)} methods\n")
         show_table(terminal_table(compared.rows))
         say("\n".join(["", *notes(compared)]))

@@ -143,20 +143,24 @@ def as_json(compared: Workflow) -> dict[str, Any]:
 
 
 def write(compared: Workflow) -> list[Path]:
-    """Write table.md, results.json, picture.png and picture.svg; returns the first three of these that exist."""
-    from fusion.reporting.figures import cost_figure, save
-
+    """Write table.md and results.json."""
     folder = compared.comparison.output
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / "table.md", folder / "results.json"]
-    write_atomic(files[0], markdown(compared))
-    write_json(files[1], as_json(compared))
+    write_atomic(folder / "table.md", markdown(compared))
+    write_json(folder / "results.json", as_json(compared))
+    return [folder / "table.md", folder / "results.json"]
+
+
+def draw(compared: Workflow) -> list[Path]:
+    """Draw picture.png and picture.svg, if anything was trained; returns the first."""
+    from fusion.reporting.figures import cost_figure, save
+
     points = [
         {"method": row.id, "score": row.score, "parameters": row.trainable, "seconds": row.seconds}
         for row in compared.rows
         if row.trainable
     ]
-    if points:
-        figure = cost_figure(points, compared.comparison.target, compared.rows[0].main_metric)
-        files.append(save(figure, folder, "picture")[0])
-    return files
+    if not points:
+        return []
+    figure = cost_figure(points, compared.comparison.target, compared.rows[0].main_metric)
+    return save(figure, compared.comparison.output, "picture")[:1]

@@ -27,7 +27,7 @@ from pipelines.compare.__main__ import main
 from pipelines.compare.config import CompareConfig, Comparison, read_comparison
 from pipelines.compare.inference import ratios
 from pipelines.compare.rows import COMPOSITIONS, IDS, MULTITASK, ROWS, SINGLE, Row, chosen
-from pipelines.compare.table import notes, terminal_table, write
+from pipelines.compare.table import draw, notes, terminal_table
 from pipelines.compare.trainings import RowResult, row_result, row_training, source_trainings, target_scores
 from pipelines.compare.workflow import Workflow, one_line, reason_of
 from pipelines.timing import MIN_ROUNDS, rounds
@@ -585,7 +585,6 @@ def test_rows_are_reported_if_timing_fails(commands: Commands, tmp_path: Path) -
     reason = "RuntimeError: crash"
     assert results(tmp_path)["failures"] == [{"id": "inference", "what": "all rows", "reason": reason}]
     commands.refused.clear()
-    (tmp_path / "inference.json").unlink()
     assert commands.compare("methods=[head]") == 0
     assert results(tmp_path)["rows"][0]["inference"]["ratio"] == 1.25
 
@@ -661,7 +660,7 @@ def test_notes() -> None:
 
 def test_the_figure_is_omitted_if_nothing_was_trained(tmp_path: Path) -> None:
     rows = [result("pruned", COMPOSITIONS, 0.5, trainable=0, inference=None)]
-    assert [file.name for file in write(compared_of(rows, f"output={tmp_path}"))] == ["table.md", "results.json"]
+    assert draw(compared_of(rows, f"output={tmp_path}")) == []
 
 
 # --- inference ------------------------------------------------------------------------------------
