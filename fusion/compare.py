@@ -49,13 +49,9 @@ ABSENT = "-"
 class Side:
     """One of the two.
 
-    Attributes:
-        settings: what affects the results, by key.
-        facts: what only a manifest has, empty without one.
-        scores: by split and metric.
-        costs: by title.
-        shared: the settings that the runs of one setting share, whatever their seeds and names, with those of the
-            sources.
+    settings: what affects the results, by key. facts: what only a manifest has, empty without one. scores: by split and
+    metric. costs: by title. shared: the settings that the runs of one setting share, whatever their seeds and names,
+    with those of the sources.
     """
 
     name: str
@@ -167,8 +163,8 @@ def _flat(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{split}/{metric}": value for split, values in metrics.items() for metric, value in _dict(values).items()}
 
 
-def _without_inputs(settings: Any) -> dict[str, Any]:
-    return {key: value for key, value in _dict(settings).items() if not key.startswith(INPUTS)}
+def _without_inputs(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if not key.startswith(INPUTS)}
 
 
 def _dict(value: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Linear probe of source adapters: a linear head on the pooled states with each source's adapter.
+"""Scores of source adapters from the pooled states with each source's adapter: linear probe and LogME.
 
 Shapes: S texts, B rows, D hidden size, K outputs of the head.
 """
@@ -6,6 +6,7 @@ Shapes: S texts, B rows, D hidden size, K outputs of the head.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,9 @@ from fusion.model.build import build_composition
 from fusion.store.artifacts import Artifact
 from fusion.tasks.table import kind_of
 from fusion.training.metrics import score
+
+_STEPS = 100  # of LogME, at most
+_SMALLEST = 1e-12  # of a denominator, for constant states or states without error
 
 log = logging.getLogger(__name__)
 
@@ -141,3 +145,57 @@ def linear_scores(training: States, other: States, task: TaskConfig) -> Tensor:
     optimizer.step(step)
     with torch.no_grad():
         return scores(other)
+
+
+def logme_score(states: States, task: TaskConfig) -> float:
+    """LogME, higher is better: how well a linear model of the states could explain the labels. NaN if all are equal.
+
+    You et al. 2021, "LogME: Practical Assessment of Pre-trained Models for Transfer Learning": the log evidence per
+    row, p(y | F) = ∫ p(w) p(y | F, w) dw, of a Bayesian linear regression with w ~ N(0, I / α) and y ~ N(F w, I / β),
+    at the α and β that maximize it. For classes, the mean over their one-hot columns.
+    """
+    targets = kind_of(task).columns(task, states.labels, states.choice_counts)
+    columns = [y for y in targets.T if y.unique().numel() > 1]  # a label may be absent
+    features = states.pooled.double()
+    u, s, _ = torch.linalg.svd(features, full_matrices=False)
+    if not columns:
+        return math.nan
+    return math.fsum(_evidence(features, u, s, y) for y in columns) / len(columns)
+
+
+def _evidence(features: Tensor, u: Tensor, s: Tensor, y: Tensor) -> float:
+    """The log evidence per row at the best α and β, by the fixed-point iteration of the paper (algorithm 1).
+
+    features: (B, D) = u · diag(s) · vᵀ; u: (B, min(B, D)), s: (min(B, D),), y: (B,).
+    """
+    rows, width = features.shape
+    sigma = s.square()
+    z = u.T @ y
+    residual = float((y - u @ z).square().sum())  # that no w explains
+
+    def norms(scale: float) -> tuple[float, float]:
+        """|m|² and |F m - y|² for α / β."""
+        weight = float((sigma * z.square() / (sigma + scale).square()).sum())
+        error = float((z.square() * (scale / (sigma + scale)).square()).sum()) + residual
+        return weight, error
+
+    alpha = beta = 1.0
+    for _ in range(_STEPS):
+        scale = alpha / beta
+        gamma = float((sigma / (sigma + scale)).sum())
+        weight, error = norms(scale)
+        alpha = max(gamma / max(weight, _SMALLEST), _SMALLEST)
+        beta = max((rows - gamma) / max(error, _SMALLEST), _SMALLEST)
+        if abs(alpha / beta - scale) <= 1e-6 * scale:
+            break
+    weight, error = norms(alpha / beta)
+    determinant = float((alpha + beta * sigma).log().sum()) + (width - len(s)) * math.log(alpha)
+    evidence = (
+        width * math.log(alpha)
+        + rows * math.log(beta)
+        - beta * error
+        - alpha * weight
+        - determinant
+        - rows * math.log(2 * math.pi)
+    )
+    return evidence / (2 * rows)

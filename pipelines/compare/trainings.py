@@ -118,14 +118,10 @@ def _merged(own: Sequence[str], given: Sequence[str], budget: Sequence[str]) -> 
 class RowResult:
     """A row of the table.
 
-    Attributes:
-        rate: learning rate with the best mean over the seeds; None: no grid.
-        artifacts: with that rate, one per seed.
-        scores: by metric, one per seed.
-        grid: means over the seeds by rate and metric.
-        seconds_per_step, seconds: of training, the median over the seeds; None if nothing was trained.
-        inference: of the first artifact, relative to the bare backbone.
-        command: the command that trained it.
+    rate: learning rate with the best mean over the seeds; None: no grid. artifacts: with that rate, one per seed.
+    scores: by metric, one per seed. grid: means over the seeds by rate and metric. seconds_per_step, seconds: of
+    training, the median over the seeds; None if nothing was trained. inference: of the first artifact, relative to the
+    bare backbone. command: the command that trained it.
     """
 
     id: str

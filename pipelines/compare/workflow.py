@@ -26,11 +26,9 @@ JOB = re.compile(r"^job \d+ \(.*?\): ")  # the job at which a sweep was refused
 class Workflow:
     """One comparison, step by step, and its results.
 
-    Attributes:
-        failures: of each, `id` (a row or a source), `what` ("row", "source" or the part that failed) and `reason`.
-        inference: the bare backbone's times and how they were measured; empty: not timed.
-        notes: what else the reader of the table has to know.
-        source_commands: the command that trained each source, from its manifest.
+    failures: of each, `id` (a row or a source), `what` ("row", "source" or the part that failed) and `reason`.
+    inference: the bare backbone's times and how they were measured; empty: not timed. notes: what else the reader of
+    the table has to know. source_commands: the command that trained each source, from its manifest.
     """
 
     def __init__(self, comparison: Comparison) -> None:

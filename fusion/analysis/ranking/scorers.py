@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion.analysis.probe import States, pooled_states, probe_score
-from fusion.analysis.ranking.logme import logme_score
+from fusion.analysis.probe import States, logme_score, pooled_states, probe_score
 from fusion.backbones.load import Backbone
 from fusion.config.commands import RankConfig
 from fusion.config.compositions import CompositionConfig

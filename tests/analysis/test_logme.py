@@ -10,8 +10,7 @@ import torch
 from scipy.optimize import minimize
 from scipy.stats import multivariate_normal
 
-from fusion.analysis.probe import States
-from fusion.analysis.ranking.logme import logme_score
+from fusion.analysis.probe import States, logme_score
 from fusion.config.task import TaskConfig
 
 CLASSES = TaskConfig("t", text="text", labels=["a", "b", "c"], metrics=["accuracy"])
