@@ -22,7 +22,7 @@ from fusion.store.lookup import read_manifest
 from fusion.store.manifest import Manifest
 from pipelines.commands import Outcome
 from pipelines.compare import config as config_module
-from pipelines.compare import inference, workflow
+from pipelines.compare import inference, table, workflow
 from pipelines.compare.__main__ import main
 from pipelines.compare.config import CompareConfig, Comparison, read_comparison
 from pipelines.compare.inference import ratios
@@ -410,6 +410,7 @@ def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Commands:
     mock = Commands(tmp_path)
     monkeypatch.setattr(workflow, "attempt", mock)
     monkeypatch.setattr(inference, "measure", mock.measure)
+    monkeypatch.setattr(table, "draw", lambda compared: [])
     return mock
 
 
@@ -430,7 +431,6 @@ def test_all_rows_run_once_and_a_second_run_trains_nothing(commands: Commands, t
     dropped = next(call for call in commands.calls if "hydra.sweep.dir" in call[-1] and "dropped" in call[-1])
     assert "adapter.drop=specialized:3" in dropped, "half of the manifest's 7 layers"
     first = (tmp_path / "table.md").read_text()
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     commands.calls.clear()
     assert commands.compare() == 0
     assert commands.trained() == []
@@ -661,6 +661,8 @@ def test_notes() -> None:
 def test_the_figure_is_omitted_if_nothing_was_trained(tmp_path: Path) -> None:
     rows = [result("pruned", COMPOSITIONS, 0.5, trainable=0, inference=None)]
     assert draw(compared_of(rows, f"output={tmp_path}")) == []
+    (picture,) = draw(compared_of([result("head", SINGLE, 0.5)], f"output={tmp_path}"))
+    assert picture == tmp_path / "picture.png" and picture.read_bytes().startswith(b"\x89PNG")
 
 
 # --- inference ------------------------------------------------------------------------------------
