@@ -63,17 +63,13 @@ _adapterfusion, _sequence = (
 )
 
 
-def _scalearn(settings: CompositionConfig, sources: SlotSources, shared: None, uniform: bool = False) -> SlotModule:
+def _scalearn(settings: CompositionConfig, sources: SlotSources, shared: Any, uniform: bool = False) -> SlotModule:
     from fusion.layers.scalearn import ScaLearn, initial_scales
 
     bank = sources.bank()
+    if shared is not None:
+        return ScaLearn(bank, shared, shared=True)
     return ScaLearn(bank, initial_scales(len(bank), 1 if uniform else bank.output_size))
-
-
-def _scalearn_pp(settings: CompositionConfig, sources: SlotSources, shared: Any) -> SlotModule:
-    from fusion.layers.scalearn import ScaLearn
-
-    return ScaLearn(sources.bank(), shared, shared=True)
 
 
 def _scales(total: int, width: int) -> Any:
@@ -151,8 +147,8 @@ COMPOSITIONS: dict[str, Composition] = {
     MEAN: Composition(partial(_of_bank, "mixtures", "MeanMixture", ())),
     "scalearn": Composition(_scalearn),
     "scalearn_uniform": Composition(partial(_scalearn, uniform=True)),
-    "scalearn_pp": Composition(_scalearn_pp, share=_scales),
-    "scalearn_uniform_pp": Composition(_scalearn_pp, share=lambda total, width: _scales(total, 1)),
+    "scalearn_pp": Composition(_scalearn, share=_scales),
+    "scalearn_uniform_pp": Composition(_scalearn, share=lambda total, width: _scales(total, 1)),
     "average": Composition(
         _average,
         ("train",),

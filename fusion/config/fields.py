@@ -26,6 +26,7 @@ class Settings:
 
     if TYPE_CHECKING:  # Hydra would take an annotation for a setting
         group: ClassVar[str]
+        first: ClassVar[tuple[str, ...]]
 
     def __init_subclass__(cls, group: str = "") -> None:
         cls.group = group
@@ -36,6 +37,14 @@ class Settings:
             if "accepts" in f.metadata and not f.metadata["accepts"](value):
                 key = f"{self.group}.{f.name}" if self.group else f.name
                 raise UserError(f"{override(key, value)}: expected {f.metadata['expected']}")
+
+    def as_stored(self) -> dict[str, Any]:
+        """The settings as a manifest has them: those in `first` always, later ones only where they are not the default.
+
+        So an artifact that uses no later setting has the same hash in every version.
+        """
+        values = {f.name: (getattr(self, f.name), default_of(f)) for f in fields(self)}
+        return {key: value for key, (value, default) in values.items() if key in self.first or value != default}
 
 
 def checked(default: Any, accepts: Callable[[Any], bool], expected: str) -> Any:
@@ -137,15 +146,6 @@ def default_of(setting: Field[Any]) -> Any:
     return setting.default if setting.default_factory is MISSING else setting.default_factory()
 
 
-def as_stored(settings: Any, first: Collection[str]) -> dict[str, Any]:
-    """The settings as a manifest has them: the `first` ones always, later ones only where they are not the default.
-
-    So an artifact that uses no later setting has the same hash in every version.
-    """
-    values = {f.name: (getattr(settings, f.name), default_of(f)) for f in fields(settings)}
-    return {key: value for key, (value, default) in values.items() if key in first or value != default}
-
-
 @dataclass
 class NamedSettings(Settings):
     """A group in which a name selects an entry of a table: `composition=NAME`, `method=NAME`.
@@ -156,13 +156,11 @@ class NamedSettings(Settings):
     Class attributes:
         table: the entry of each name, with the `settings` that apply to it; the first name is the default.
         common: settings that apply to every name.
-        first: settings that every manifest has, see `as_stored`.
     """
 
     if TYPE_CHECKING:  # annotations at run time would make settings of them
         table: ClassVar[Mapping[str, Any]]
         common: ClassVar[tuple[str, ...]]
-        first: ClassVar[tuple[str, ...]]
         name: str
 
     def __post_init__(self) -> None:
@@ -184,6 +182,3 @@ class NamedSettings(Settings):
     def is_default(self) -> bool:
         """Whether the name is the one that counts where none is given."""
         return self.name == next(iter(self.table))
-
-    def as_stored(self) -> dict[str, Any]:
-        return as_stored(self, self.first)

@@ -3,21 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Optional
 
-from fusion.config.fields import (
-    Settings,
-    as_stored,
-    checked,
-    choice,
-    integer,
-    layer_drop,
-    layers,
-    number,
-    require,
-    subset,
-)
+from fusion.config.fields import Settings, checked, choice, integer, layer_drop, layers, number, require, subset
 
 NONLINEARITIES = ("relu", "gelu", "silu", "tanh")
 INITIAL_VALUES = ("bert", "houlsby", "zero_up")
@@ -68,6 +57,11 @@ class AdapterConfig(Settings, group="adapter"):
     drop: Optional[str] = layer_drop()
     shared: bool = False  # one adapter's weights for all layers
 
+    first = (
+        *("name", "sites", "reads", "reduction_factor", "bottleneck_size"),
+        *("nonlinearity", "scaling", "init", "dropout", "layers"),
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
@@ -79,10 +73,6 @@ class AdapterConfig(Settings, group="adapter"):
             self.bottleneck_size is not None or self.reduction_factor is not None,
             "adapter.reduction_factor=null: expected a number > 0, or adapter.bottleneck_size=N",
         )
-
-    def as_stored(self) -> dict[str, Any]:
-        first = {f.name for f in fields(self)} - {"drop", "shared"}
-        return as_stored(self, first)
 
     def size_for(self, hidden_size: int) -> int:
         """The bottleneck size R for a hidden size D: D // reduction_factor, at least 1."""
