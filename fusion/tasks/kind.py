@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
     from fusion.layers.heads import TaskHead
 
+    Floats = NDArray[np.float64]
+
 Decision = dict[str, float]
 Lines = Iterator[dict[str, Any]]
 
@@ -120,9 +122,7 @@ class Kind(ABC):
             (B,).
         """
 
-    def loss_weights(
-        self, labels: NDArray[Any], class_weights: NDArray[np.float64] | None
-    ) -> NDArray[np.float64] | None:
+    def loss_weights(self, labels: NDArray[Any], class_weights: Floats | None) -> Floats | None:
         """The weight of each example of a split in the mean loss; None: all are equal.
 
         The mean divides the sum of `loss` over the batch, all processes together, by the sum of these.
