@@ -8,9 +8,8 @@ tokenizer removes, such as a zero-width space, becomes the unknown token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,14 +24,8 @@ if TYPE_CHECKING:
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # where the tokenizer has no unknown token
 
 
-@dataclass(frozen=True)
-class Window:
-    """Words of a sentence in one sequence.
-
-    Attributes:
-        encoding: the sequence, special tokens included.
-        first: (words,) the index of each word's first token.
-    """
+class Window(NamedTuple):
+    """Words of a sentence in one sequence, special tokens included; `first` (words,) has each word's first token."""
 
     encoding: Encoding
     first: NDArray[np.int64]
