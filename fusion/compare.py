@@ -14,15 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion.cli.console import number, say, score, show_table
-from fusion.cli.program import read_arguments, run_program
+from fusion.cli.console import number, read_arguments, run_program, say, score, show_table
 from fusion.errors import UserError
 from fusion.files import check_reference, resolve_path
 from fusion.reporting.reading import read_mapping
 from fusion.runs.identity import ADDED_LATER, identity_config
 from fusion.runs.run import CONFIG, RESULT, STATUS
 from fusion.store.layout import MANIFEST
-from fusion.store.lookup import find, read_folder, read_settled
+from fusion.store.lookup import find_manifest, read_folder
 from fusion.store.settings_groups import Lookup, Settings, group
 from fusion.store.settings_groups import differing as differing_settings
 from fusion.text import printable
@@ -86,7 +85,7 @@ def read_side(reference: str, store: Path) -> Side:
     folder = Path(reference).expanduser()
     if (folder / STATUS).is_file() and not (folder / MANIFEST).is_file():
         return _of_run(folder)
-    return _of_artifact(*read_settled(lambda: find(reference, store), lambda there: (there, read_folder(there))))
+    return _of_artifact(*find_manifest(reference, store))
 
 
 def _of_artifact(place: Path, manifest: Manifest) -> Side:

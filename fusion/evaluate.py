@@ -18,8 +18,8 @@ from fusion.errors import UserError
 from fusion.model.head_selection import select_heads
 from fusion.runs.inputs import read_used
 from fusion.runs.run import Run
+from fusion.store.compatibility import as_trained, data_folder_of
 from fusion.store.lookup import read_manifest, source_manifests
-from fusion.store.trained_data import as_trained, data_folder_of
 from fusion.text import key_of, log_once, override, shortened
 
 log = logging.getLogger(__name__)
@@ -58,32 +58,26 @@ def use_trained_data(config: EvaluateConfig, overrides: Sequence[str]) -> None:
 
 @command("evaluate", EvaluateConfig, check=check, settle=use_trained_data)
 def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
-    if config.logger.wandb is None and config.logger.csv is None:
+    if not run.rank_zero or (config.logger.wandb is None and config.logger.csv is None):
         return evaluate(config, run)
-    from fusion.tracking.labels import LENGTH, flat
-    from fusion.tracking.logged import log_result, log_use
-    from fusion.tracking.loggers import SafeCsvLogger, build_loggers, finish
+    from fusion.tracking.loggers import LENGTH, SafeCsvLogger, build_loggers, columns, finish, log_result, log_used
 
     manifest = read_manifest(config.artifact, Path(config.store))
     tasks = [str(head.task.name) for head in select_heads(manifest, config.task)]
     loggers = build_loggers(
         config.logger,
-        directory=run.directory,
+        run,
         name=f"{manifest.name} on {'+'.join(tasks)} {config.split}"[:LENGTH],
-        group=run.group,
-        job_type="evaluate",
         tags=[*tasks, manifest.backbone.name_or_path.rsplit("/", 1)[-1], manifest.made_by],
-        config_values=run.config,
     )
     exit_code = 1
     try:
         result = evaluate(config, run)
         log_result(loggers, result)
-        used = {key: getattr(manifest, key) for key in ("kind", "name", "hash")}
-        log_use(loggers, used | {"run": manifest.run.wandb})
+        log_used(loggers, manifest)
         for logger in loggers:
             if isinstance(logger, SafeCsvLogger):  # it has no summary: log a row of scores
-                logger.log_metrics(dict(flat(result["metrics"])), 0)
+                logger.log_metrics(columns(result["metrics"]), 0)
         exit_code = 0
         return result
     finally:
@@ -117,7 +111,7 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     for head, data, split in splits:
         task = head.task
         check_unseen(trained, task, data, split)
-        rows = load_splits(task, data, [split], manifest.labels_read_as(task.name))[0][split]
+        rows = load_splits(task, data, [split], manifest.data.labels.get(str(task.name)))[0][split]
         if rows.labels is None:
             raise UserError(f"split={split}: its rows have no labels to score against; use fusion.predict")
         encoded = encode(rows, loaded.backbone.tokenizer, loaded.max_length, config.data.cache_dir)

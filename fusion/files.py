@@ -10,15 +10,16 @@ import json
 import math
 import os
 import re
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
 from fusion.text import printable, shortened
 
-COMPONENT_BYTES = 255  # the limit of every common file system
 PARTIAL = ".partial"  # ending of a file that is being written
 # Settings that are paths. `~` is replaced in the config itself for those in EXPANDED; the others are part of a run's
 # identity as they were typed, and are expanded where they are read. REFERENCES are names or paths.
@@ -28,10 +29,7 @@ KEPT, REFERENCES = ("data.dir",), ("backbone.name_or_path", "artifact")
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`. At the end of the block it replaces `path`; on an error it is removed.
-
-    Readers see the old file or the new one, never a part of either. Multiple processes may write the same file.
-    """
+    """Yield a temporary path that replaces `path` at the end, so that readers see the old file or the new one."""
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
         yield part
@@ -61,6 +59,11 @@ def write_json(path: Path, content: Any) -> None:
     write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
+def now() -> str:
+    """The time as files have it: ISO 8601, UTC, seconds."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if the file is missing or cannot be read."""
     try:
@@ -88,24 +91,14 @@ def remove_partial(path: Path) -> None:
 
 
 def resolve_path(text: str, key: str) -> Path:
-    """The path that a setting names, with `~` expanded. It need not exist, but it must be possible.
-
-    Args:
-        key: the setting, for the message: `store`, `data.dir`.
-
-    Raises:
-        UserError: the text is empty, cannot be a path, or goes through a dangling or looping link or through a file.
-    """
+    """The path that the setting `key` names, with `~` expanded; UserError if there can be no such path."""
     problem = "" if text.strip() else "is empty"
-    if _is_long(text):
-        problem = f"a part of it is longer than {COMPONENT_BYTES} bytes"
     path = Path(text)
     try:
         path = path.expanduser()
         path.stat()
     except FileNotFoundError:
-        if dangling := [step for step in (path, *path.parents) if step.is_symlink() and not step.exists()]:
-            problem = f"the target of the symbolic link {shortened(str(dangling[-1]))} does not exist"
+        pass
     except OSError as error:
         problem = problem or str(error.strerror)
     except (RuntimeError, ValueError) as error:  # unknown user's home, NUL, text that no file name can hold
@@ -116,11 +109,7 @@ def resolve_path(text: str, key: str) -> Path:
 
 
 def expand_paths(config: Any) -> None:
-    """Check every path of a typed config, and expand `~` in those that name where to read and write.
-
-    Raises:
-        UserError: names the setting.
-    """
+    """Check every path of a typed config, and expand `~` in those that name where to read and write."""
     for key in (*EXPANDED, *KEPT, *REFERENCES):
         *groups, name = key.split(".")
         owner = functools.reduce(lambda owner, group: getattr(owner, group, None), groups, config)
@@ -133,13 +122,28 @@ def expand_paths(config: Any) -> None:
             setattr(owner, name, expanded if isinstance(value, list) else expanded[0])
 
 
-def check_reference(reference: str, key: str) -> None:
-    """Check a name or path, where it is a path.
+def check_writable(text: str, key: str) -> Path:
+    """The output folder that the setting `key` names; UserError if it cannot be written. It is not created."""
+    folder = resolve_path(text, key)
+    nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+    try:
+        # Permissions do not show a read-only disk, nor an empty file a full one.
+        with tempfile.NamedTemporaryFile(dir=nearest, prefix=".") as probe:
+            probe.write(b"\0" * 4096)
+            probe.flush()
+    except OSError as error:
+        raise unwritable(key, folder, error) from error
+    return folder
 
-    Raises:
-        UserError: as `resolve_path`.
-    """
-    if not reference.strip() or "\0" in reference or reference[0] in "./~" or _is_long(reference):
+
+def unwritable(key: str, place: Path | str, error: OSError) -> UserError:
+    """The error about an output folder that the setting `key` names."""
+    return UserError(f"{key}={place}: cannot be written ({error.strerror or error}); {key}=DIR names another place")
+
+
+def check_reference(reference: str, key: str) -> None:
+    """`resolve_path` of a name or path, where it is a path."""
+    if not reference.strip() or "\0" in reference or reference[0] in "./~":
         resolve_path(reference, key)
 
 
@@ -148,10 +152,4 @@ def check_relative(name: str) -> str | None:
     parts = re.split(r"[/\\]", name)
     if not name or "\0" in name or "" in parts or {".", ".."} & set(parts) or re.match(r"[A-Za-z]:", name):
         return "expected a name, or names joined by /, and no path out of its folder"
-    if _is_long(name):
-        return f"a part of it is longer than {COMPONENT_BYTES} bytes"
     return None
-
-
-def _is_long(name: str) -> bool:
-    return any(len(part.encode("utf-8", "surrogatepass")) > COMPONENT_BYTES for part in name.split("/"))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
 from pathlib import Path
+
+from fusion.files import now, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -18,15 +18,11 @@ LOCKS = ".locks"  # folder of a store
 
 @contextlib.contextmanager
 def lock(path: Path, what: str, wait: float = -1.0, progress: Callable[[], object] | None = None) -> Iterator[bool]:
-    """Hold the lock file `path` inside the block. A note beside it names the process that holds it.
+    """Hold the lock file `path`, with a note beside it that names this process; yields whether another held it first.
 
     Args:
-        what: what the lock is for, in log messages: "films is being trained".
-        wait: seconds to wait for another process; -1: as long as it takes.
-        progress: `wait` starts again for as long as this value changes.
-
-    Yields:
-        Whether another process held the lock first.
+        what: for messages: "films is being trained".
+        wait: seconds to wait for another process while `progress` stays the same; -1: as long as it takes.
 
     Raises:
         TimeoutError: another process has held it for `wait` seconds.
@@ -53,9 +49,7 @@ def lock(path: Path, what: str, wait: float = -1.0, progress: Callable[[], objec
         raise OSError(str(error)) from None
     try:
         with contextlib.suppress(OSError):  # the note is for people
-            since = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            content = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
-            note.write_text(json.dumps(content), encoding="utf-8")
+            write_json(note, {"host": socket.gethostname(), "pid": os.getpid(), "since": now()})
         yield waited
     finally:
         with contextlib.suppress(OSError):
@@ -65,10 +59,7 @@ def lock(path: Path, what: str, wait: float = -1.0, progress: Callable[[], objec
 
 @contextlib.contextmanager
 def run_lock(store: Path, name: str) -> Iterator[bool]:
-    """Hold the run called `name` in `store`, so that one process at a time trains it. Yields as `lock`.
-
-    Where there can be no lock (a network folder without locks), log a warning and continue without one.
-    """
+    """`lock` of the run called `name`: one process at a time trains it. Where there can be no lock, warn."""
     path, waited = run_lock_file(store, name), False
     with contextlib.ExitStack() as stack:
         try:
@@ -99,11 +90,10 @@ def is_locked(path: Path) -> bool:
 
 def holder(path: Path) -> str:
     """The process that holds a lock file, for a message."""
-    try:
-        note = json.loads(_note(path).read_text(encoding="utf-8"))
-        return f"process {note['pid']} on {note['host']} (since {note['since']})"
-    except (OSError, ValueError, KeyError, TypeError):
+    note = read_json(_note(path))
+    if not {"pid", "host", "since"} <= note.keys():
         return "another process"
+    return f"process {note['pid']} on {note['host']} (since {note['since']})"
 
 
 def _note(path: Path) -> Path:

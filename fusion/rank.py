@@ -19,11 +19,11 @@ from fusion.config.commands import RankConfig
 from fusion.config.compositions import CompositionConfig
 from fusion.config.stages import POOLED_RANKINGS
 from fusion.errors import TrainingError, UserError
+from fusion.files import check_writable
 from fusion.runs.inputs import check_backbone_name
 from fusion.runs.run import Run
 from fusion.store.compatibility import check_sources
 from fusion.store.lookup import artifacts, read_manifest
-from fusion.store.writing import check_writable
 
 
 def select_candidates(config: RankConfig) -> Candidates:
@@ -56,7 +56,7 @@ def check(config: RankConfig, run: Run) -> None:
         raise UserError("no task: set +task=NAME to the target that the sources are ranked for")
     check_held_out_splits([config.task], config.data)
     check_source(config.task, config.data)
-    check_writable(Path(config.store))
+    check_writable(config.store, "store")
     select_candidates(config)
     check_files(config.backbone.name_or_path, config.backbone.trust_remote_code)
 

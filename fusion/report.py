@@ -16,8 +16,8 @@ from fusion.cli.console import say
 from fusion.config.commands import InspectConfig, ReportConfig
 from fusion.config.data import LimitConfig
 from fusion.errors import UserError
-from fusion.files import write_json
-from fusion.runs.run import INSPECTION, Run, check_folder
+from fusion.files import check_writable, write_json
+from fusion.runs.run import INSPECTION, Run
 
 if TYPE_CHECKING:
     from fusion.reporting.reading import Found
@@ -33,7 +33,7 @@ def check(config: ReportConfig, run: Run) -> None:
             raise UserError(f"runs={folder}: no such folder; expected a folder of runs, such as runs=outputs")
     if config.path.is_dir():
         raise UserError(f"output={config.path}: this is a folder; expected a file, such as output=report.html")
-    check_folder(config.path.parent, "output", "FILE names another place")
+    check_writable(str(config.path.parent), "output")
 
 
 @command("report", ReportConfig, check=check)
@@ -51,6 +51,7 @@ def main(config: ReportConfig, run: Run) -> dict[str, Any]:
         )
     notes = inspect_missing(config, found, targets) if config.inspect else []
     contents = Contents(found, targets, notes)
+    config.path.parent.mkdir(parents=True, exist_ok=True)
     files = config.path.with_name(f"{config.path.stem}-files") if config.files else None
     written = [] if files is None else write_files(contents, files)
     about = {

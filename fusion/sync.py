@@ -7,18 +7,19 @@ python -m fusion.sync runs=outputs/stage2
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusion.cli.console import say
-from fusion.cli.program import read_arguments, run_program
+from fusion.cli.console import read_arguments, run_program, say
 from fusion.errors import UserError
-from fusion.files import resolve_path
+from fusion.files import read_json, resolve_path
+from fusion.locks import is_locked, run_lock_file
 from fusion.runs.run import CONFIG, STATUS
+from fusion.tracking import offline
+from fusion.tracking.wandb_run import relative
 
 USAGE = """\
 python -m fusion.sync [runs=DIR] [seconds=N]
@@ -52,51 +53,34 @@ def work(words: Sequence[str]) -> int:
 
 
 def sync(folder: Path, seconds: float) -> int:
-    """Upload and link all offline runs below `folder`, with one line per run; return the exit code.
-
-    A server that does not respond is exit code 1, as a failed upload is.
-
-    Raises:
-        UserError: there is something to upload, but no API key or no server to connect to.
-    """
-    from fusion.tracking.offline import (
-        ServerError,
-        SyncError,
-        check_connection,
-        find_offline,
-        is_uploaded,
-        link_uploaded,
-        open_links,
-        upload,
-    )
-
-    runs = find_offline(folder)
+    """Upload and link all offline runs below `folder`, with a line for each; returns the exit code, 1 if one failed."""
+    runs = offline.find_offline(folder)
     failed = checked = False
     for number, run in enumerate(runs, 1):
-        where, done = _shown(run), []
+        where, done = relative(run), []
         try:
             if _alive(run):
                 say(f"{where}: still being written, skipped until the next call")
                 continue
-            if is_uploaded(run) and open_links(run) is None:
+            if offline.is_uploaded(run) and offline.open_links(run) is None:
                 say(f"{where}: already uploaded")
                 continue
             if failed or not checked:  # after a failure the server may be gone
-                check_connection()
+                offline.check_connection()
                 checked = True
-            if not is_uploaded(run):
+            if not offline.is_uploaded(run):
                 limit = f"run {number} of {len(runs)} (at most {seconds:g} s)"
                 say(f"{where}: uploading, {limit}", sys.stderr, flush=True)
-                upload(run, seconds)
+                offline.upload(run, seconds)
                 done.append("uploaded")
-            linked, missing = link_uploaded(run)
+            linked, missing = offline.link_uploaded(run)
             done += [f"linked to {', '.join(linked)}"] if linked else []
             done += [f"not linked to {', '.join(missing)}, which W&B does not have"] if missing else []
             say(f"{where}: {'; '.join(done)}", flush=True)
-        except SyncError as error:
+        except offline.SyncError as error:
             failed = True
             say(f"{where}: {error}", flush=True)
-        except (ServerError, UserError) as error:
+        except (offline.ServerError, UserError) as error:
             if isinstance(error, UserError) and not checked:
                 raise
             say(str(error), flush=True)
@@ -106,25 +90,14 @@ def sync(folder: Path, seconds: float) -> int:
     return int(failed)
 
 
-def _shown(path: Path) -> Path:
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
-
-
 def _alive(piece: Path) -> bool:
     """Whether a job still writes to its run: what is uploaded of such a run would count as all of it."""
     import yaml
 
-    from fusion.locks import is_locked, run_lock_file
-
     job = piece.parent.parent
-    unreadable = contextlib.suppress(OSError, ValueError, KeyError, TypeError, yaml.YAMLError)
-    status = None
-    with unreadable:
-        status = json.loads((job / STATUS).read_text(encoding="utf-8"))["status"]
-    if status != "running":
+    if read_json(job / STATUS).get("status") != "running":
         return False
-    with unreadable:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         config = yaml.safe_load((job / CONFIG).read_text(encoding="utf-8"))
         store = Path(config["store"])  # relative to where the job was started, which may be another folder
         if "resume" in config and store.is_dir():

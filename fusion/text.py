@@ -16,7 +16,7 @@ import reprlib
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 PROGRESS = "FUSION_PROGRESS"  # environment: 0 draws no progress bar
@@ -147,6 +147,22 @@ def override(key: str, value: Any) -> str:
 def shell_line(module: str, words: Sequence[str]) -> str:
     """`python -m fusion.MODULE ...` for a shell, of overrides as Hydra reads them."""
     return shlex.join(["python", "-m", f"fusion.{module}", *words])
+
+
+def flat(values: Mapping[Any, Any], separator: str = ".", prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"optim": {"lr": 1e-4}}` -> ("optim.lr", 1e-4), in the order of the keys. Mappings in a list have numbers."""
+    for key, value in sorted(values.items(), key=lambda item: str(item[0])):
+        if isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
+            value = dict(enumerate(value))
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, separator, f"{prefix}{key}{separator}")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def is_within(key: str, groups: Iterable[str]) -> bool:
+    """Whether a dotted key is one of `groups` or below one."""
+    return any(f"{key}.".startswith(f"{group}.") for group in groups)
 
 
 def key_of(word: str) -> str:

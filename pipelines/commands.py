@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fusion.cli.program import read_arguments, run_program
+from fusion.cli.console import read_arguments, run_program
 from fusion.config.fields import checked, default_of
 from fusion.errors import UserError
 from fusion.runs.signals import SIGNALS, Terminated, raised

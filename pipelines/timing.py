@@ -60,7 +60,7 @@ def validation_rows(
     from fusion.data.encode import encode
     from fusion.data.rows import load_rows
     from fusion.data.splits import evaluation_splits
-    from fusion.store.trained_data import as_trained
+    from fusion.store.compatibility import as_trained
 
     tasks = {task.name: task for task in manifest.tasks}
     if target not in tasks:

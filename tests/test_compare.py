@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion.cli.program import read_arguments
+from fusion.cli.console import read_arguments
 from fusion.compare import difference, differing, main, read_side
 from fusion.config.training import OptimConfig
 from fusion.runs.run import Run, record

@@ -24,8 +24,7 @@ from fusion.config.training import TrainerConfig
 from fusion.errors import UserError
 from fusion.model.build import build_composition, load_sources, stored_model
 from fusion.model.from_manifests import tensor_shapes
-from fusion.store.artifacts import load
-from fusion.store.verifying import verify
+from fusion.store.artifacts import load, verify
 from fusion.training.module import TaskModule
 from tests.bench import Bench, add_callback, same, trainer_config, write_manifest, write_rows
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from fusion.errors import UserError
-from fusion.files import write_json
-from fusion.runs.run import RecordError, Run, check_folder, record
+from fusion.errors import TrainingError, UserError
+from fusion.files import check_writable, write_json
+from fusion.runs.run import Run, record
 
 ROOT = Path(__file__).resolve().parents[1]
 TASK = "kind: classification\ntext: sentence\nlabels: [negative, positive]\nmetrics: [accuracy]\n"
@@ -82,7 +82,7 @@ def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
 def test_a_full_disk_is_refused_at_the_start(place: Path, words: list[str]) -> None:
     done = start(place, *words, full=True)
     assert done.returncode == 2, done.stderr
-    assert "cannot be written (File too large)" in done.stderr and len(lines(done)) == 2
+    assert "cannot be written (File too large)" in done.stderr and len(lines(done)) == 1
     assert not (place / "store").exists()
 
 
@@ -129,12 +129,14 @@ def test_a_disk_that_fills_in_a_sweep(place: Path) -> None:
 # --- the parts ----------------------------------------------------------------------------------
 
 
-def test_check_folder_creates_the_folder_and_no_files(tmp_path: Path) -> None:
-    check_folder(tmp_path / "a" / "b", "hydra.run.dir")
-    assert list((tmp_path / "a" / "b").iterdir()) == []
+def test_check_writable_creates_nothing(tmp_path: Path) -> None:
+    assert check_writable(str(tmp_path / "a" / "b"), "hydra.run.dir") == tmp_path / "a" / "b"
+    assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file: cannot be written \(.*\)\nhydra\.run\.dir=DIR names another"):
-        check_folder(tmp_path / "file", "hydra.run.dir")
+    with pytest.raises(
+        UserError, match=r"^hydra\.run\.dir=.*file: cannot be written \(.*\); hydra\.run\.dir=DIR names"
+    ):
+        check_writable(str(tmp_path / "file"), "hydra.run.dir")
 
 
 def test_a_failed_json_write_keeps_the_old_file(tmp_path: Path) -> None:
@@ -157,7 +159,7 @@ def test_an_unwritable_result_names_the_stored_artifact(tmp_path: Path) -> None:
         (run.directory / "result.json").mkdir()
         return {"artifact": "store/rte"}  # what was looked at, and not what was made
 
-    with pytest.raises(RecordError, match=r"^the job is done, but .*/run cannot be written any more"):
+    with pytest.raises(TrainingError, match=r"^the job is done, but .*/run cannot be written any more"):
         record(run, work)
     status = json.loads((run.directory / "status.json").read_text())
     assert status["status"] == "failed" and "the job is done" in status["error"]

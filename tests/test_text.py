@@ -74,8 +74,8 @@ def test_only_a_few_modules_print_directly() -> None:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     }
-    # program, app: usage and messages, through `printable`; run: the name of a log that cannot be written
-    assert found == {"cli/console.py", "cli/program.py", "cli/app.py", "runs/run.py"}
+    # app: messages, through `printable`
+    assert found == {"cli/console.py", "cli/app.py"}
 
 
 def test_names_in_a_ranking_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,9 +28,9 @@ from fusion.model.head_selection import select_heads
 from fusion.model.inference import forward, load_model, predict
 from fusion.model.source_attention import measure_attention
 from fusion.reporting.records import pack
+from fusion.store.compatibility import as_trained, data_folder_of
 from fusion.store.lookup import source_manifests
 from fusion.store.manifest import Manifest
-from fusion.store.trained_data import as_trained, data_folder_of
 from fusion.tasks.table import kind_of
 from fusion.training.metrics import predicted, score_predictions
 
@@ -99,7 +99,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     task, kind = head.task, kind_of(head.task)
     split = evaluation_splits(task, config.split, data)[0]
     check_unseen([manifest, *source_manifests(manifest, loaded.artifact.path.parent)], task, data, split)
-    rows = load_splits(task, data, [split], manifest.labels_read_as(task.name))[0][split]
+    rows = load_splits(task, data, [split], manifest.data.labels.get(str(task.name)))[0][split]
     if rows.labels is None:
         raise UserError(f"split={split}: its rows have no labels to score against; expected a labelled split")
     if isinstance(config.words, list) and max(config.words) >= len(rows):

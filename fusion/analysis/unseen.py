@@ -11,7 +11,7 @@ from fusion.config.task import TaskConfig
 from fusion.data.rows import load_rows
 from fusion.data.splits import drawn_from_train
 from fusion.errors import UserError
-from fusion.store.trained_data import split_of
+from fusion.store.compatibility import split_of
 
 if TYPE_CHECKING:
     from fusion.store.manifest import Manifest

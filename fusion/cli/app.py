@@ -1,46 +1,56 @@
 """The Hydra application: makes a command line program of a function of (config, run).
 
-`command` finds `conf/`, composes and types the config, has every job checked before the first one starts, records
-what each job makes, and ends with the exit code that scripts rely on: 0 done, 2 a wrong command or config, 1 a failed
-job, 130 interrupted, 143 terminated.
+Exit codes: 0 done, 2 a wrong command or config, 1 a failed job, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import logging
 import os
 import re
+import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from fusion.cli import preflight
-from fusion.cli.config_sources import conf_folder, groups, register
-from fusion.cli.hydra_internals import forget_jobs, is_hydras_own
+from fusion.cli.config_sources import as_text, conf_folder, groups, text_keys
+from fusion.cli.console import say
+from fusion.cli.hydra_internals import compose_job, is_hydras_own, parse, split_into_jobs
 from fusion.cli.job_config import Command, is_sweep, prepare
 from fusion.cli.messages import OWN_TASK, explain
-from fusion.cli.overrides import as_text, flags_first, text_keys
-from fusion.cli.preflight import COMPOSING_ERRORS, CONFIG_ERRORS, Refused
 from fusion.config.stages import StageConfig
-from fusion.errors import TrainingError, UserError, first_line
+from fusion.errors import TrainingError, UserError
+from fusion.files import check_writable
 from fusion.locks import run_lock
 from fusion.runs import signals
-from fusion.runs.memory import free_cycles
 from fusion.runs.run import Run, RunState, describe, record
-from fusion.runs.sweep import JobFailed, objective
+from fusion.runs.sweep import JobFailed, Sweep, objective, summarize_states
 from fusion.text import PROGRESS, printable, printable_output
-from fusion.tracking.wandb_run import command_state
+from fusion.tracking.wandb_run import state as wandb_state
 from fusion.training.expected_warnings import ignore_expected_warnings
 
 log = logging.getLogger(__name__)
+
+CONFIG_ERRORS = (UserError, HydraException, OmegaConfBaseException, YAMLError)
+COMPOSING_ERRORS = (ValueError, AssertionError)  # what Hydra raises besides, for overrides it cannot place
+# Of this process: Hydra itself creates the callback.
+_command: Command
+_sweep: Sweep | None = None
 
 Function = Callable[[Any, Run], dict[str, Any]]
 
@@ -60,7 +70,7 @@ def command(
             before the first one starts, and for each job again when it starts.
         settle: replaces placeholders of the typed config, such as sources=all, given the overrides.
     """
-    register(name, schema)
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)  # in the defaults of conf/NAME.yaml
 
     def decorate(function: Function) -> Callable[[], None]:
         @functools.wraps(function)
@@ -75,7 +85,9 @@ def command(
 def _main(command: Command) -> int:
     from fusion.training import processes
 
-    preflight.start(command)
+    global _command, _sweep
+    _command, _sweep = command, None
+    wandb_state.reset()
     printable_output()
     ignore_expected_warnings()
     logging.raiseExceptions = False  # a full disk would fill the terminal with tracebacks
@@ -92,51 +104,43 @@ def _main(command: Command) -> int:
         try:
             with signals.raised():  # a launcher may run the job in its own process
                 return _job(command, program, composed, codes)
-        finally:  # once the job's own frames are gone, and the traceback of one that failed
-            free_cycles()
+        finally:
+            # A Trainer is a reference cycle that holds the model: a sweep would hold more than one at once. Only here
+            # the job's own frames are gone, and the traceback of one that failed.
+            gc.collect()
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and does not print and end with 1
     try:
         texts = text_keys(command.schema) | groups()
-        sys.argv[1:] = flags_first([as_text(word, texts) for word in words])
-        with command_state():
-            hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=command.name)(job)()
+        typed_words = [as_text(word, texts) for word in words]
+        sys.argv[1:] = sorted(typed_words, key=lambda word: word not in ("-m", "--multirun"))  # overrides side by side
+        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=command.name)(job)()
     except Refused as error:
-        return _error(str(error), error.code)
+        return _error(*error.args)
     except (*CONFIG_ERRORS, *COMPOSING_ERRORS) as error:  # a job's own errors do not get here
         return _error(explain(error, command.schema, words), 2)
     except (KeyboardInterrupt, signals.Terminated) as error:
-        if preflight.sweep is None:
+        if _sweep is None:
             raise  # `signals.exit_code` prints the line
         how, code = ("interrupted", 130) if isinstance(error, KeyboardInterrupt) else ("terminated", 143)
-        return _error(preflight.sweep.stopped(how), code)
+        return _error(_sweep.stopped(how), code)
     except BrokenPipeError:  # `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except Exception as error:
+        hint = ""
         if isinstance(error, OSError):  # of Hydra's own files
             hint = "\nAn output folder cannot be written: hydra.run.dir= or hydra.sweep.dir= names another"
-            _end_of_sweep()
-            return _error(f"{command.name} failed: {describe(error)}{hint}", 1)
-        if _end_of_sweep():  # a launcher misses a job that died: it is in the list
-            return _error(f"{command.name} failed: {type(error).__name__}: {first_line(error)}", 1)
-        traceback.print_exc()
-        return _error(f"{command.name} failed: {describe(error)}", 1)
-    finally:
-        forget_jobs()
-    return max(codes, default=0) if preflight.sweep is None else _end_of_sweep()
+        if not _end_of_sweep() and not hint:  # a launcher misses a job that died: it is in the list
+            traceback.print_exc()
+        return _error(f"{command.name} failed: {describe(error)}{hint}", 1)
+    return max(codes, default=0) if _sweep is None else _end_of_sweep()
 
 
 def _job(command: Command, program: list[str], composed: DictConfig, codes: list[int]) -> Any:
-    """Run one job. A failure is recorded and not raised, so that a sweep continues with the next job.
-
-    A job of a training command returns its objective, see `objective`, for sweepers that search by it.
-
-    Raises:
-        JobFailed: it failed under another sweeper than Hydra's default.
-    """
+    """Run one job; a training returns its `objective`. A failure is recorded: a sweep continues with the next job."""
     from fusion.training import processes
 
     launch: Any = HydraConfig.get()
@@ -147,7 +151,11 @@ def _job(command: Command, program: list[str], composed: DictConfig, codes: list
         if isinstance(typed, StageConfig) and run.rank_zero:
             if lock.enter_context(run_lock(Path(typed.store), str(typed.name))):
                 state = command.check(typed, run)  # the process that held the lock may have done it
-            _log_state(str(typed.name), state)
+            texts = {"interrupted": "was interrupted: resuming", "failed": "failed the last time: running it again"}
+            if state is not None and (text := texts.get(state.state)) is not None:
+                log.info("%s %s%s", typed.name, text, f" ({state.detail})" if state.detail else "")
+            elif state is not None and state.state == "new" and state.detail:
+                log.info("%s %s", typed.name, state.detail)
         return state
 
     def work() -> dict[str, Any]:
@@ -156,15 +164,15 @@ def _job(command: Command, program: list[str], composed: DictConfig, codes: list
             return processes.launch(program, run.config, run, ranks)
         return command.function(typed, run)
 
-    if preflight.sweep is None and is_sweep(launch):  # one of a launcher's processes, which share a terminal
+    if _sweep is None and is_sweep(launch):  # one of a launcher's processes, which share a terminal
         os.environ[PROGRESS] = "0"
     try:
         with contextlib.ExitStack() as lock:
             result = record(run, work, check)
     except Exception as error:
         message = str(error) if isinstance(error, UserError | TrainingError) else describe(error)
-        if preflight.sweep is not None:
-            preflight.sweep.errors[run.directory.absolute()] = describe(error)
+        if _sweep is not None:
+            _sweep.errors[run.directory.absolute()] = describe(error)
         if isinstance(error, UserError):
             codes.append(_error(message, 2))
         else:
@@ -182,24 +190,14 @@ def _job(command: Command, program: list[str], composed: DictConfig, codes: list
     return objective(typed, result) if isinstance(typed, StageConfig) and result.get("metrics") else result
 
 
-def _log_state(name: str, state: RunState | None) -> None:
-    """One line for a run that was started before and is not done."""
-    texts = {"interrupted": "was interrupted: resuming", "failed": "failed the last time: running it again"}
-    if state is not None and state.state in texts:
-        log.info("%s %s%s", name, texts[state.state], f" ({state.detail})" if state.detail else "")
-    elif state is not None and state.state == "new" and state.detail:
-        log.info("%s %s", name, state.detail)
-
-
 def _end_of_sweep() -> int:
     """Print how a sweep went: a table, one line of counts, and which jobs failed; returns 1 where one did."""
-    if (sweep := preflight.sweep) is None:
+    if _sweep is None:
         return 0
-    from fusion.cli.console import say
     from fusion.cli.next_commands import end_of_sweep
 
-    end_of_sweep(preflight.command.name, sweep.folder, sweep.jobs())
-    line, failed = sweep.outcome()
+    end_of_sweep(_command.name, _sweep.folder, _sweep.jobs())
+    line, failed = _sweep.outcome()
     say(line, flush=True)
     return _error("\n".join(failed), 1) if failed else 0
 
@@ -211,3 +209,98 @@ def _error(message: str, code: int) -> int:
     with contextlib.suppress(OSError):  # the terminal may be a file on the disk that is full
         print(printable(message), file=sys.stderr, flush=True)
     return code
+
+
+# --- checks before the first job -------------------------------------------------------------------
+
+
+class Refused(BaseException):
+    """Ends the program before its first job, with a message and an exit code.
+
+    Not an Exception, since Hydra turns those of a callback into warnings.
+    """
+
+
+class Preflight(Callback):
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        with _refusing():
+            _command.check(*prepare(_command, config, config.hydra))
+            _output_folder(config, "run")
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        global _sweep
+        with _refusing():
+            folder = _output_folder(config, "sweep")
+            words = [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
+            # As they were typed: `name=rte-${seed}` is another name in each job.
+            words += cast(list[str], OmegaConf.to_container(config.hydra.overrides.task, resolve=False))
+            overrides = parse(words)
+            # Every job of the sweep, in any process, reads from this what all jobs have in common.
+            constant = ",".join(f"'{one.key_or_group}'" for one in overrides if not one.is_sweep_override())
+            config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{constant}]")
+            if is_hydras_own(config.hydra.sweeper):
+                _sweep = _checked_sweep(config, folder, overrides)
+            else:  # another sweeper chooses its jobs as it goes: each is checked when it starts
+                _sweep = Sweep.start(folder)
+            wandb_state.sweep = folder.absolute()
+
+
+def _checked_sweep(config: DictConfig, folder: Path, overrides: list[Override]) -> Sweep:
+    planned: list[Path] = []
+    states: list[str] = []
+    names: dict[tuple[str, str], Sequence[str]] = {}
+    for number, job in enumerate(split_into_jobs(overrides)):
+        try:
+            composed, subfolder = compose_job(config, job, number)
+        except COMPOSING_ERRORS as error:
+            raise HydraException(str(error)) from error
+        try:
+            typed, run = prepare(_command, composed, composed.hydra)
+            state = _command.check(typed, run)
+        except UserError as error:
+            raise UserError(f"job {number} ({' '.join(job)}): {error}") from error
+        if state is not None:
+            states.append(state.state)
+        planned.append(folder / subfolder)
+        if isinstance(typed, StageConfig):
+            first = names.setdefault((typed.store, str(typed.name)), job)
+            if first is not job:
+                raise UserError(_same_name(str(typed.name), first, job, overrides))
+    for place in planned:
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{place}: this is a file, expected a folder; hydra.sweep.dir=DIR names another")
+    if states:
+        say(summarize_states(states), flush=True)
+    return Sweep.start(folder, planned)
+
+
+def _output_folder(config: DictConfig, mode: str) -> Path:
+    """hydra.run.dir or hydra.sweep.dir, where Hydra itself will make it: it does not expand `~`."""
+    text, key = str(config.hydra[mode].dir), f"hydra.{mode}.dir"
+    if text.startswith("~"):
+        raise UserError(f"{key}={text}: ~ is not expanded here; expected the whole path")
+    return check_writable(text, key)
+
+
+def _same_name(name: str, first: Sequence[str], second: Sequence[str], overrides: Sequence[Override]) -> str:
+    """The message for two jobs of a sweep that would be stored under one name."""
+    if list(first) == list(second):
+        return f"two jobs of this sweep are the same: {' '.join(first)}\nexpected each value of a sweep once"
+    pairs = [pair for pair in zip(first, second, strict=True) if pair[0] != pair[1]]
+    jobs = " and ".join(" ".join(words) for words in zip(*pairs, strict=True))
+    keys = [one.key_or_group for one in overrides if one.is_sweep_override() and one.key_or_group != "name"]
+    keys = [f"{key}.name" if key in ("task", "adapter", "composition", "method") else key for key in keys]
+    made = shlex.quote("-".join(["name=NAME", *(f"${{{key}}}" for key in keys or ["seed"])]))
+    return f"two jobs of this sweep would both be stored as {name}: {jobs}\ngive each its own name with {made}"
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Let no error in a callback pass as a warning."""
+    try:
+        yield
+    except CONFIG_ERRORS as error:
+        raise Refused(explain(error, _command.schema), 2) from error
+    except Exception as error:
+        traceback.print_exception(error)
+        raise Refused(f"{_command.name} failed: {describe(error)}", 1) from error

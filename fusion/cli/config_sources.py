@@ -1,8 +1,9 @@
-"""Where configs come from: the shipped conf/, the user's own folders, the schemas and the tables of the code."""
+"""Where configs come from: the shipped conf/, the user's folders, the schemas, the tables of the code, typed words."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -12,24 +13,18 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig
 
 from fusion.config.compositions import COMPOSITIONS
 from fusion.config.methods import METHODS
 from fusion.errors import UserError
 from fusion.files import resolve_path
+from fusion.text import OTHER_TYPE
 
-USER_CONF = "user"  # the provider of a user's folders in Hydra's search path
 # Groups without files in conf/: each name of a table is a choice.
 TABLES: dict[str, Collection[str]] = {"composition": COMPOSITIONS, "method": METHODS}
 for _group, _names in TABLES.items():
     for _name in _names:
         ConfigStore.instance().store(group=_group, name=_name, node={"name": _name}, provider="fusion")
-
-
-def register(name: str, schema: type) -> None:
-    """Make `NAME_schema`, which `conf/NAME.yaml` has in its defaults, known to Hydra: the types of its keys."""
-    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
 
 
 def types_of(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -46,21 +41,17 @@ def keys_of(schema: type) -> list[str]:
     return [key for key, _ in types_of(schema)]
 
 
+# --- folders --------------------------------------------------------------------------------------
+
+
 def conf_folder() -> Path:
     """The shipped `conf/`: inside the package once it is installed, beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
-    for folder in (package / "conf", package.parent / "conf"):
-        if folder.is_dir():
-            return folder
-    raise UserError(f"no conf folder in {package} or {package.parent}: install the project again")
+    return next(folder for folder in (package / "conf", package.parent / "conf") if folder.is_dir())
 
 
 def user_conf_folders() -> list[Path]:
-    """The folders of a user's own tasks and experiments: `./conf` and `$FUSION_CONF`.
-
-    Raises:
-        UserError: FUSION_CONF is no folder.
-    """
+    """The folders of a user's own tasks and experiments: `./conf` and `$FUSION_CONF`, which must be a folder."""
     folders = [Path.cwd() / "conf"]
     if named := os.environ.get("FUSION_CONF"):
         folders.append(resolve_path(named, "FUSION_CONF"))
@@ -74,7 +65,7 @@ def user_conf_folders() -> list[Path]:
 class UserConf(SearchPathPlugin):
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         for folder in user_conf_folders():
-            search_path.append(provider=USER_CONF, path=f"file://{folder}")
+            search_path.append(provider="user", path=f"file://{folder}")
 
 
 Plugins.instance().register(UserConf)
@@ -86,31 +77,45 @@ def groups() -> set[str]:
     return {*TABLES} | {path.name for path in folders if path.is_dir()}
 
 
-def check_choices(launch: DictConfig) -> None:
-    """Check that each chosen file is in one place only: the shipped conf/ or one of the user's.
-
-    Args:
-        launch: Hydra's part of a composed config.
-
-    Raises:
-        UserError: names the places.
-    """
-    folders = [
-        Path(source.path)
-        for source in launch.runtime.config_sources
-        if source.schema == "file" and source.provider in ("main", USER_CONF)
-    ]
-    for group, choice in launch.runtime.choices.items():
-        if group.startswith("hydra/") or choice is None:
-            continue
-        for name in [choice] if isinstance(choice, str) else choice:
-            places = [file for folder in folders if (file := folder / group / f"{name}.yaml").is_file()]
-            check_place(group, name, places)
-
-
-def check_place(group: str, name: str, places: Collection[Any]) -> None:
-    """Raises UserError if a choice is in more than one folder."""
+def check_place(choice: str) -> None:
+    """Refuse a choice, GROUP/NAME, that more than one folder or table has."""
+    group, _, name = choice.rpartition("/")
+    if not group:  # of a command
+        return
+    files = (folder / f"{choice}.yaml" for folder in (conf_folder(), *user_conf_folders()))
+    places = [str(file) for file in files if file.is_file()]
+    places += ["the built-in ones"] if name in TABLES.get(group, ()) else []
     if len(places) > 1:
-        raise UserError(
-            f"{group} {name} is in two places: {' and '.join(map(str, places))}\ngive your own another name"
-        )
+        raise UserError(f"{group} {name} is in two places: {' and '.join(places)}\ngive your own another name")
+
+
+# --- words of the command line --------------------------------------------------------------------
+
+LISTS_OF_NAMES = ("sources", "tasks", "runs")  # of type Any, since a word such as `all` may be their value
+_ENTRY = re.compile(rf"(?<![^\[,])(\s*)({OTHER_TYPE.pattern})(?=\s*($|[,\]]))", re.IGNORECASE)
+
+
+def text_keys(schema: type) -> set[str]:
+    """The keys whose values are text, or lists of text."""
+    types = dict(types_of(schema))
+    kinds = {key: {kind, *get_args(kind)} for key, kind in types.items()}
+    return {
+        key for key, kind in kinds.items() if (kind & {str, list[str]} and Any not in kind) or key in LISTS_OF_NAMES
+    }
+
+
+def as_text(word: str, keys: Collection[str]) -> str:
+    """An override of one of `keys` in which what Hydra would read as a number or a boolean is quoted.
+
+    `name=true` and `+task=1e3` mean the names that were typed, not True and 1000.0. Null stays null, except where
+    it can only be a name: `+task=null`, `sources=[null]`.
+    """
+    match = re.fullmatch(r"(\+{0,2}([\w./-]+)=)(.*)", word)
+    if match is None or match[2] not in keys or re.search("[({'\"]", match[3]):
+        return word
+    is_name = match[2] == "task" or (match[2] in LISTS_OF_NAMES and "[" in match[3])
+
+    def quote(entry: re.Match[str]) -> str:
+        return entry[0] if entry[2].lower() == "null" and not is_name else f"{entry[1]}'{entry[2]}'"
+
+    return match[1] + _ENTRY.sub(quote, match[3])

@@ -1,17 +1,17 @@
-"""What commands print: lines, tables and a progress bar over rows.
-
-On a terminal tables and bars are drawn by rich; a pipe or a file gets plain columns and no bar.
-"""
+"""What commands print (plain columns and no bar where there is no terminal), and programs without Hydra."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
-from fusion.text import at_terminal, printable, shows_progress
+from fusion.errors import UserError
+from fusion.runs import signals
+from fusion.text import at_terminal, did_you_mean, printable, printable_output, shows_progress
 
 Row = Sequence[str]
 
@@ -71,3 +71,58 @@ def rows_progress(description: str, rows: int) -> Iterator[Callable[[int], None]
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), transient=True) as progress:
         task = progress.add_task(escape(printable(" ".join(description.split()))), total=rows)
         yield lambda done: progress.advance(task, done)
+
+
+# --- programs of plain words ----------------------------------------------------------------------
+
+
+def run_program(words: Sequence[str] | None, usage: str, work: Callable[[Sequence[str]], int]) -> int:
+    """Do the work with the command line (None: of this process); returns its exit code, 2 for a UserError."""
+    given = sys.argv[1:] if words is None else words
+
+    def run() -> int:
+        if any(word in ("--help", "-h", "help") for word in given):
+            print(usage, end="")
+            return 0
+        try:
+            return work(given)
+        except BrokenPipeError:  # `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except UserError as error:
+            message = str(error)
+        except OSError as error:
+            message = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+        print(printable(message), file=sys.stderr)
+        return 2
+
+    printable_output()
+    return signals.exit_code(run)
+
+
+def read_arguments(
+    words: Sequence[str], keys: Mapping[str, str], count: tuple[int, int], expected: str
+) -> tuple[list[str], dict[str, str]]:
+    """The names and the KEY=VALUE words of a command line, or UserError.
+
+    Args:
+        keys: each key with an example of its value, such as DIR.
+        count, expected: the least and the most names, and what they are, for the message.
+    """
+    names: list[str] = []
+    values: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not re.fullmatch(r"\w+", key):  # a path may have a = in it
+            names.append(word)
+        elif key not in keys:
+            known = ", ".join(f"{key}={example}" for key, example in keys.items())
+            raise UserError(f"unknown key {key}{did_you_mean(key, keys, 0.7)}; expected {known}")
+        elif key in values or not value:
+            raise UserError(f"{word}: expected {key}={keys[key]}, once")
+        else:
+            values[key] = value
+    if not count[0] <= len(names) <= count[1] or "" in names:
+        given = " ".join(map(repr, names)) or "nothing"
+        raise UserError(f"expected {expected}, not {given} (--help lists all arguments)")
+    return names, values

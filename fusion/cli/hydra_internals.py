@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.hydra import Hydra
@@ -21,17 +20,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf._utils import get_yaml_loader
 
-from fusion.cli.config_sources import TABLES, check_place
+from fusion.cli.config_sources import check_place
 from fusion.config.task import read_task_file
-
-KEPT_JOBS = 64  # composed configs that wait for their job: each takes about a megabyte
 
 
 class ConfigFiles(FileConfigSource):
-    """Hydra's reader of files, which checks task files and reads no file twice.
-
-    Hydra reads each file repeatedly per composition, and has no hook that sees a file before it is merged.
-    """
+    """Hydra's reader of files, which checks task files, and reads no file twice: Hydra reads each repeatedly."""
 
     read: ClassVar[dict[tuple[str, Path], tuple[tuple[int, int], ConfigResult]]] = {}
 
@@ -39,6 +33,7 @@ class ConfigFiles(FileConfigSource):
         path = Path(self.path) / self._normalize_file_name(config_path)
         if not path.is_file():
             return super().load_config(config_path)  # raises the error
+        check_place(config_path.removesuffix(".yaml"))
         state = (status := path.stat()).st_mtime_ns, status.st_size
         known, result = self.read.get((self.provider, path), (None, None))
         if result is None or known != state:
@@ -47,9 +42,7 @@ class ConfigFiles(FileConfigSource):
         return copy.deepcopy(result)  # Hydra takes the defaults out of it
 
     def _load(self, path: Path, config_path: str) -> ConfigResult:
-        group, _, name = config_path.removesuffix(".yaml").rpartition("/")
-        check_place(group, name, [path, "the built-in ones"] if name in TABLES.get(group, ()) else [])
-        if group != "task":
+        if not config_path.startswith("task/"):
             return super().load_config(config_path)
         return ConfigResult(
             config=DictConfig(read_task_file(path, get_yaml_loader())),
@@ -72,40 +65,19 @@ def _mode(self: Hydra, config_name: str | None, overrides: list[str]) -> RunMode
 # Hydra composes the whole config one more time to read hydra.mode, which only an override sets.
 Hydra.get_mode = _mode  # type: ignore[method-assign]
 
-_composed: dict[tuple[str, ...], DictConfig] = {}
-_load_sweep_config = ConfigLoaderImpl.load_sweep_config
-
-
-def _kept_or_composed(self: ConfigLoaderImpl, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-    kept = _composed.pop(tuple(sweep_overrides), None)
-    return _load_sweep_config(self, master_config, sweep_overrides) if kept is None else kept
-
-
-# The launcher gets the config of a job that was composed to be checked, and does not compose it again.
-ConfigLoaderImpl.load_sweep_config = _kept_or_composed  # type: ignore[method-assign]
-
 
 def compose_job(master: DictConfig, overrides: list[str], number: int) -> tuple[DictConfig, str]:
     """The config of a job of a sweep, and its folder below hydra.sweep.dir as far as it is known by now."""
-    loader = cast(ConfigLoaderImpl, GlobalHydra.instance().config_loader())
-    composed = _load_sweep_config(loader, master, overrides)
+    composed = GlobalHydra.instance().config_loader().load_sweep_config(master, overrides)
     with open_dict(composed):
         composed.hydra.job.num = composed.hydra.job.id = number
     before = HydraConfig.instance().cfg
-    HydraConfig.instance().set_config(composed)  # ${hydra:...} is resolved there; makes it read-only
+    HydraConfig.instance().set_config(composed)  # ${hydra:...} is resolved there
     try:
-        folder = str(composed.hydra.sweep.subdir)
+        return composed, str(composed.hydra.sweep.subdir)
     finally:
         HydraConfig.instance().cfg = before
         OmegaConf.set_readonly(composed.hydra, False)
-    if len(_composed) < KEPT_JOBS:
-        _composed[tuple(overrides)] = composed
-    return composed, folder
-
-
-def forget_jobs() -> None:
-    """Drop the composed configs that no job has taken."""
-    _composed.clear()
 
 
 def parse(words: Sequence[str]) -> list[Override]:

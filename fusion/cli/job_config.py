@@ -10,14 +10,13 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue
 
-from fusion.cli.config_sources import check_choices
 from fusion.cli.messages import OWN_TASK, unknown_key
 from fusion.config.methods import METHODS
 from fusion.config.stages import StageConfig
@@ -43,16 +42,8 @@ class Command:
 
 
 def prepare(command: Command, composed: DictConfig, launch: DictConfig) -> tuple[Any, Run]:
-    """The typed config and the Run of one job.
-
-    Args:
-        launch: Hydra's part of the config.
-
-    Raises:
-        UserError: no task, tasks that do not go together, an unknown key, a value out of its range.
-    """
+    """The typed config and the Run of one job, or UserError; `launch` is Hydra's part of the config."""
     choices = launch.runtime.choices
-    check_choices(launch)
     config = copy.deepcopy(composed)
     with open_dict(config):
         config.pop("hydra", None)
@@ -121,27 +112,23 @@ def _set_tasks(command: Command, config: DictConfig, task: str | None) -> None:
 
 def _checked_names(names: Any) -> list[str]:
     """Raises UserError where `tasks=` is no list of two names or more, each once."""
-    is_list = isinstance(names, list) and all(
-        isinstance(name, str) and re.fullmatch(r"[\w.+/-]+", name) for name in names
-    )
-    if not is_list or len(names) < 2:
-        one = f"; a single one is +task={names[0]}" if is_list and names else ""
+    words = names if isinstance(names, list) else []
+    if len(words) < 2 or not all(isinstance(name, str) and re.fullmatch(r"[\w.+/-]+", name) for name in words):
+        one = f"; a single one is +task={words[0]}" if len(words) == 1 else ""
         raise UserError(
             f"{override('tasks', names)}: expected names of at least two tasks, such as 'tasks=[snli,rte,cb]'{one}"
         )
-    if twice := repeated(names):
+    if twice := repeated(words):
         raise UserError(f"{override('tasks', names)}: duplicate {', '.join(twice)}; expected each task once")
-    return list(names)
+    return words
 
 
 def _task_of(command: Command, name: str) -> DictConfig:
     """The task that `+task=NAME` would give: the same search path, types and messages."""
     loader = GlobalHydra.instance().config_loader()
     composed = loader.load_configuration(command.name, [f"+{override('task', name)}"], run_mode=RunMode.RUN)
-    check_choices(composed.hydra)
     composed.task.name = name
-    task: DictConfig = composed.task
-    return task
+    return cast(DictConfig, composed.task)
 
 
 def is_sweep(launch: DictConfig) -> bool:

@@ -15,20 +15,17 @@ from yaml import YAMLError
 from fusion.cli.config_sources import keys_of, types_of
 from fusion.config.stages import Stage1Config, Stage2Config
 from fusion.errors import UserError, first_line
+from fusion.files import unwritable
 from fusion.text import did_you_mean, listed, quoted
 
 OWN_TASK = "a task of your own is conf/task/NAME.yaml in the working directory or in $FUSION_CONF"
 
 
 def explain(error: BaseException, schema: type, words: Sequence[str] = ()) -> str:
-    """One or two lines for what Hydra, OmegaConf or a check refused.
-
-    Args:
-        words: the command line as it was typed.
-    """
+    """One or two lines for what Hydra, OmegaConf or a check refused; `words`: the command line as it was typed."""
     if isinstance(error, UserError):
         return str(error)
-    text, cause = str(error), error.__cause__ or error
+    text, cause, types = str(error), error.__cause__ or error, dict(types_of(schema))
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         known = sorted(error.options or [])
@@ -40,30 +37,30 @@ def explain(error: BaseException, schema: type, words: Sequence[str] = ()) -> st
         return "task is added: expected +task=NAME" if match[1] == "task" else unknown_key(match[1], schema)
     if match := re.search(r"Error merging override (\S+)", text):
         key = match[1].lstrip("+").split("=")[0]
-        if "not in" in str(cause) and key not in keys_of(schema):
+        if "not in" in str(cause) and key not in types:
             return unknown_key(key, schema)
-        expected = _expected(dict(types_of(schema)).get(key)) if isinstance(cause, ValidationError) else ""
+        expected = _expected(types.get(key)) if isinstance(cause, ValidationError) else ""
         return f"{match[1]}: {expected or first_line(cause)}"
     if match := re.match(r"Multiple values for (\w+)\.", text):
         key = match[1]
         return f"{key} is given more than once: expected one +{key}=NAME; a sweep is -m +{key}=NAME,ANOTHER"
     if match := re.search(r"Ambiguous value for argument '(.+)'", text):
         key, _, value = match[1].partition("=")
-        is_list = _takes_list(dict(types_of(schema)).get(key.lstrip("+")))
-        as_list = f"; a list is written '{key}=[{value}]'" if is_list else ""
+        kind = types.get(key.lstrip("+"))
+        as_list = f"; a list is written '{key}=[{value}]'" if kind is Any or "list" in str(kind) else ""
         return f"{match[1]}: multiple values are a sweep, which needs -m{as_list}"
     if match := re.match(r"In '(.+)': .* raised while composing config:\n(.*)", text):
         message = match[2]
         if unknown := re.search(r"Key '(.+)' not in '", message):
             message = unknown_key(unknown[1], schema)
         elif key := re.search(r"full_key: (\S+)", text):
-            message = f"{key[1]}: {_expected(dict(types_of(schema)).get(key[1])) or message}"
+            message = f"{key[1]}: {_expected(types.get(key[1])) or message}"
         return f"conf file {match[1]}.yaml: {message}"
     if re.match(r"Unexpected type( for root: NoneType|: None)", text):
         inner = " ".join(word for word in words if re.match(r"\+*(task|logger)\.[\w.]+=", word))
         return f"{inner}: a key of what is not there: expected +task=NAME (a task in tasks= is set in its file) or logger=[wandb,csv]"
     if isinstance(cause, OSError) and text.startswith("Unable to configure handler"):
-        return f"{cause.filename}: cannot be written ({cause.strerror})\nhydra.run.dir=DIR names another folder"
+        return str(unwritable("hydra.run.dir", cause.filename, cause))
     if isinstance(error, YAMLError):
         return " ".join(text.split())
     lines = [line.strip() for line in f"{text}\n{cause if cause is not error else ''}".splitlines()]
@@ -85,16 +82,11 @@ def _expected(kind: Any) -> str:
     """What a key of this type takes; empty if more than one type fits."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list"}
     names |= {dict: "keys with values"}
-    given = [get_origin(one) or one for one in get_args(kind) or (kind,) if one is not type(None)]
-    if get_origin(kind) in (list, dict):
-        given = [get_origin(kind)]
-    if len(given) != 1 or given[0] not in names:
+    is_container = get_origin(kind) in (list, dict)
+    given = [get_origin(one) or one for one in ((kind,) if is_container else get_args(kind) or (kind,))]
+    if len(found := [names[one] for one in given if one in names]) != 1 or {*given} - {*names, type(None)}:
         return ""
-    return f"expected {names[given[0]]}{', or null' if type(None) in get_args(kind) else ''}"
-
-
-def _takes_list(kind: Any) -> bool:
-    return kind is Any or list in (kind, get_origin(kind)) or any(map(_takes_list, get_args(kind)))
+    return f"expected {found[0]}{', or null' if type(None) in given else ''}"
 
 
 def unknown_key(key: str, schema: type) -> str:
@@ -108,16 +100,10 @@ def unknown_key(key: str, schema: type) -> str:
             return f"unknown key {key}: a setting of {stage}, not of this command; leave it out"
     parent, _, last = key.rpartition(".")
     beside = [known for known in keys if known.rpartition(".")[0] == parent]
-    meant = [known for known in keys if known.rpartition(".")[2] == last]
-    meant = (meant or _similar(last, beside, 0.6) or _similar(last, keys, 0.7))[:4]
-    if meant:
-        return f"unknown key {key}: did you mean {' or '.join(meant)}?"
+    for among, cutoff in ((keys, 1.0), (beside, 0.6), (keys, 0.7)):
+        near = difflib.get_close_matches(last, [known.rpartition(".")[2] for known in among], 3, cutoff)
+        if meant := [known for known in among if known.rpartition(".")[2] in near]:
+            return f"unknown key {key}: did you mean {' or '.join(meant[:4])}?"
     if parent and beside:
         return f"unknown key {key}; {parent} has {', '.join(known.rpartition('.')[2] for known in beside)}"
     return f"unknown key {key}; --cfg job shows all keys"
-
-
-def _similar(name: str, keys: Sequence[str], cutoff: float) -> list[str]:
-    """The keys whose last part is similar to `name`."""
-    near = difflib.get_close_matches(name, [key.rpartition(".")[2] for key in keys], 3, cutoff)
-    return [key for key in keys if key.rpartition(".")[2] in near]

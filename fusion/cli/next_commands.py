@@ -1,8 +1,4 @@
-"""What is printed when a command has ended: a table of its results, and the commands that may be typed next.
-
-Everything is read from results and status files, so that it is the same for a run that was done already, for a job of
-another process and for a sweep.
-"""
+"""What is printed when a command has ended, from results and status files: tables, and commands that may come next."""
 
 from __future__ import annotations
 
@@ -15,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from fusion.analysis.ranking.selection import all_adapters
 from fusion.cli.console import say, show_table
-from fusion.cli.result_tables import Row, run_table, sweep_table
-from fusion.cli.settings_table import settings_table
+from fusion.cli.result_tables import Row, run_table, settings_table, sweep_table
 from fusion.errors import UserError
 from fusion.runs.run import Run
 from fusion.runs.sweep import Job
 from fusion.store.lookup import names, read_folder
-from fusion.text import key_of, override, shell_line
+from fusion.text import is_within, key_of, override, shell_line
 
 if TYPE_CHECKING:
     from fusion.store.manifest import Manifest
@@ -30,15 +25,8 @@ NEXT = "FUSION_NEXT"  # environment: 0 prints no next commands
 # Keys whose overrides the next command needs too, with all keys below them.
 FOR_TRAINING = ("store", "data", "backbone", "logger", "trainer.accelerator")
 FOR_USING = (
-    "store",
-    "data.dir",
-    "data.cache_dir",
-    "data.limit.validation",
-    "data.batch_size",
-    "data.tokens_per_batch",
-    "backbone.name_or_path",
-    "backbone.revision",
-    "backbone.trust_remote_code",
+    *("store", "data.dir", "data.cache_dir", "data.limit.validation", "data.batch_size", "data.tokens_per_batch"),
+    *("backbone.name_or_path", "backbone.revision", "backbone.trust_remote_code"),
 )
 
 
@@ -141,7 +129,7 @@ def _free_name(task: str, store: Path) -> list[str]:
 
 def _kept(words: Sequence[str], keys: Sequence[str]) -> list[str]:
     """The overrides of these keys, as they were typed."""
-    return [word for word in words if any(f"{key_of(word)}.".startswith(f"{key}.") for key in keys)]
+    return [word for word in words if is_within(key_of(word), keys)]
 
 
 def _report(folder: Path) -> str:

@@ -21,7 +21,7 @@ from fusion.reporting.records import Attention, ablation, by_target, layer_names
 from fusion.reporting.scores import Score, Trained
 from fusion.reporting.statistics import LEVEL, RESAMPLES
 from fusion.reporting.targets import BASELINE, Target, every_method
-from fusion.store.rebuilding import rebuild_lines
+from fusion.store.listing import rebuild_lines
 
 LARGEST = 5_000_000  # bytes of the page
 WORD_ROWS = (1000, 4, 1, 0)  # examples of each fusion, tried in order until the page is small enough

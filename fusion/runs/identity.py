@@ -12,6 +12,7 @@ from fusion.config.compositions import CompositionConfig
 from fusion.config.fields import default_of
 from fusion.config.methods import MethodConfig
 from fusion.errors import UserError
+from fusion.text import flat, is_within
 
 # Names, places, logging and hardware do not change the numbers.
 NOT_IDENTITY = (
@@ -52,30 +53,15 @@ ADDED_LATER: dict[str, Any] = {
 
 
 def identity_config(config: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The part of a resolved config that determines the numbers, flat: `{"optim.lr": 1e-4, ...}`.
-
-    Args:
-        inputs: what the config refers to by name only, such as the sources' hashes; the keys become "inputs.KEY".
-    """
-    left_out = {*NOT_IDENTITY, *(f"trainer.{key}" for key in NOT_IDENTITY_TRAINER)}
-    flat: dict[str, Any] = {}
-
-    def walk(path: str, value: Any) -> None:
-        if path in left_out:
-            return
-        if isinstance(value, dict) and value:
-            for key in sorted(value, key=str):
-                walk(f"{path}.{key}" if path else str(key), value[key])
-        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-            for number, item in enumerate(value):
-                walk(f"{path}.{number}", item)
-        elif path and not (path in ADDED_LATER and value == ADDED_LATER[path]):
-            flat[path] = json.loads(json.dumps(value, default=str))  # as it will be read back
-
-    walk("", config)
-    walk("inputs", inputs or {})
-    flat.pop("inputs", None)
-    return flat
+    """The part of a resolved config that determines the numbers, flat: `{"optim.lr": 1e-4, ...}`, and "inputs.KEY"."""
+    left_out = (*NOT_IDENTITY, *(f"trainer.{key}" for key in NOT_IDENTITY_TRAINER))
+    absent = object()
+    found = {
+        key: json.loads(json.dumps(value, default=str))  # as it will be read back
+        for key, value in flat(config)
+        if not is_within(key, left_out) and value != ADDED_LATER.get(key, absent)
+    }
+    return found | dict(flat({"inputs": inputs} if inputs else {}))
 
 
 def identity(config: dict[str, Any], inputs: dict[str, Any] | None = None) -> str:
@@ -115,12 +101,10 @@ def is_done(
     """Whether the store already has what a run would train.
 
     Args:
-        stored: identity and identity config of the artifact of this name; None if absent.
-        asked: identity and identity config of the run.
-        overwrite: train in any case and replace what is stored.
+        stored, asked: identity and identity config of the artifact of this name (None if absent), and of the run.
 
     Raises:
-        UserError: an artifact with other settings has the name.
+        UserError: an artifact with other settings has the name, and `overwrite` is not set.
     """
     if stored is None or overwrite:
         return False

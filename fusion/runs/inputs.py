@@ -12,7 +12,7 @@ from fusion.config.commands import UseConfig
 from fusion.config.compositions import COMPOSITIONS, TRAINING_ONLY
 from fusion.config.stages import Stage1Config, Stage2Config, StageConfig
 from fusion.errors import UserError
-from fusion.store.compatibility import check_drop, check_sources, check_trust, differences
+from fusion.store.compatibility import check_sources, differences
 from fusion.store.lookup import find_by_hash, read_folder, read_manifest
 
 if TYPE_CHECKING:
@@ -21,16 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The artifacts that a stage-2 run reads.
+    """The artifacts that a stage-2 run reads."""
 
-    Attributes:
-        references: the sources by name or path, in order.
-        fusion: the stored fusion that a pruned one is derived from.
-    """
-
-    references: list[str]
+    references: list[str]  # the sources by name or path, in order
     sources: list[Manifest]
-    fusion: Manifest | None = None
+    fusion: Manifest | None = None  # that a pruned one is derived from
 
     @property
     def hashes(self) -> dict[str, Any]:
@@ -45,11 +40,7 @@ def _hashes(manifest: Manifest) -> list[str]:
 
 
 def read_inputs(config: Stage2Config) -> Inputs:
-    """Look up the artifacts that the config names.
-
-    Raises:
-        UserError: one is missing, damaged or of another kind, or they cannot be combined as configured.
-    """
+    """Look up the artifacts that the config names; UserError if one is missing, or they cannot be combined."""
     store = Path(config.store)
     if config.composition.definition.is_pruned:
         return _of_fusion(config, store)
@@ -61,17 +52,23 @@ def read_inputs(config: Stage2Config) -> Inputs:
 
 
 def read_used(config: UseConfig) -> Manifest:
-    """The manifest of the artifact that a command uses, `config.artifact`.
-
-    Raises:
-        UserError: the artifact does not exist, it has fewer layers than `drop`, its backbone has code that is not
-            trusted, or files of its backbone are missing.
-    """
+    """The manifest of `config.artifact`; UserError if it is missing, or cannot be used with these settings."""
     manifest = read_manifest(config.artifact, Path(config.store))
-    trusted = config.backbone.trust_remote_code
-    check_drop(manifest, config.drop)
-    check_trust(manifest, trusted)
-    check_files(config.backbone.name_or_path or manifest.backbone.name_or_path, trusted)
+    stored, trusted = manifest.backbone, config.backbone.trust_remote_code
+    if config.drop and manifest.kind not in ("adapter", "fusion"):
+        raise UserError(
+            f"drop={config.drop}: {manifest.name} is a stored {manifest.kind}, expected an adapter or a fusion"
+        )
+    if config.drop > stored.layers:
+        raise UserError(
+            f"drop={config.drop}: the backbone of {manifest.name} has {stored.layers} layers; expected fewer"
+        )
+    if stored.trust_remote_code and not trusted:
+        raise UserError(
+            f"{manifest.name}: its backbone {stored.name_or_path} runs custom code; set "
+            "backbone.trust_remote_code=true if you have read it and trust it"
+        )
+    check_files(config.backbone.name_or_path or stored.name_or_path, trusted)
     return manifest
 
 
@@ -113,11 +110,7 @@ def _of_fusion(config: Stage2Config, store: Path) -> Inputs:
 
 
 def check_one_shape(composition: str, sources: Sequence[Manifest]) -> None:
-    """Refuse sources whose weights cannot be averaged because their shapes or activations differ.
-
-    Raises:
-        UserError: which source, and how it differs from the first.
-    """
+    """Refuse sources whose weights cannot be averaged because their shapes or activations differ."""
     about = []
     for source in sources:
         assert source.adapter is not None
@@ -135,12 +128,8 @@ def check_one_shape(composition: str, sources: Sequence[Manifest]) -> None:
 def initial_manifest(config: StageConfig, kind: str, sources: Sequence[Manifest] = ()) -> Manifest | None:
     """The artifact that `init_from` names; None: it is not set. No model is loaded.
 
-    Args:
-        kind: what the run stores.
-        sources: of a fusion, in order.
-
     Raises:
-        UserError: the artifact does not exist, or its weights do not have the shape that the run trains.
+        UserError: it does not exist, or its weights do not have the shape that the run trains.
     """
     if config.init_from is None:
         return None

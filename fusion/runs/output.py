@@ -9,7 +9,6 @@ import shutil
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +16,12 @@ from fusion.backbones.files import stamp
 from fusion.config.model import BackboneConfig
 from fusion.config.stages import StageConfig
 from fusion.errors import UserError, first_line
-from fusion.files import read_json, write_json
+from fusion.files import check_writable, now, read_json, write_json
 from fusion.runs.identity import identity, identity_config, is_done
 from fusion.runs.run import Run, RunState, caused_by_interrupt, describe
-from fusion.store.compatibility import differences
+from fusion.store.compatibility import differences, note_ambiguous_labels
 from fusion.store.lookup import find, names, read_manifest
-from fusion.store.trained_data import note_ambiguous_labels
-from fusion.store.writing import check_free, check_writable
+from fusion.store.writing import check_free
 
 if TYPE_CHECKING:
     from fusion.store.manifest import Manifest
@@ -37,24 +35,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunOutput:
-    """The artifact of a training run.
+    """The artifact of a training run."""
 
-    Attributes:
-        kind: what is stored, one of the manifest's KINDS.
-        config: the part of the config (and of the artifacts that it names) that `identity` is a hash of.
-        checkpoints: the folder of its checkpoints, `STORE/.runs/NAME-IDENTITY`.
-        stored: the manifest of the artifact that an equal run has stored; None if absent.
-        resume: whether the run resumes from its checkpoints; else it starts over.
-    """
-
-    kind: str
+    kind: str  # one of the manifest's KINDS
     name: str
     store: Path
     identity: str
-    config: dict[str, Any]
-    checkpoints: Path
-    stored: Manifest | None
-    resume: bool = True
+    config: dict[str, Any]  # the part (also of the artifacts that it names) that `identity` is a hash of
+    checkpoints: Path  # STORE/.runs/NAME-IDENTITY
+    stored: Manifest | None  # of an equal run
+    resume: bool = True  # else the run starts over
 
     def result(self) -> dict[str, Any]:
         """The result of the stored artifact, as result.json has it."""
@@ -112,7 +102,7 @@ class RunOutput:
             "directory": str(run.directory),
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "started": now(),
         }
         self._write_attempt(status)
         try:
@@ -133,19 +123,16 @@ class RunOutput:
 
 
 def find_output(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any] | None = None) -> RunOutput:
-    """Look up a run's artifact in the store, without loading a model.
-
-    Args:
-        inputs: what the config refers to by name only and the result depends on: the hashes of the sources.
+    """Look up a run's artifact in the store, without loading a model; `inputs`: the hashes of the sources.
 
     Raises:
-        UserError: another run has the name and `overwrite` is not set, or cannot be used; or the stored
-            artifact was trained on weights that its backbone's folder no longer has.
+        UserError: another run has the name and `overwrite` is not set, it cannot be used, or the stored artifact was
+            trained on weights that its backbone's folder no longer has.
     """
     assert config.name is not None
     store = Path(config.store)
     asked = identity(run.config, inputs), identity_config(run.config, inputs)
-    check_writable(store)
+    check_writable(config.store, "store")
     exists = config.name in names(store) and not config.overwrite
     stored = read_manifest(config.name, store) if exists else None
     known = None if stored is None else (stored.run.identity, stored.run.config)
@@ -169,8 +156,7 @@ def find_output(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any]
 def _check_same_backbone(stored: Manifest, config: BackboneConfig) -> None:
     """Refuse an artifact as the result of this run if its backbone's folder has changed since.
 
-    The configs are equal then, but the numbers would differ. The backbone is loaded only if its files were written;
-    manifests of version 0.1 have no stamp, nor does a missing folder.
+    The backbone is loaded only if its files were written; manifests of version 0.1 have no stamp, nor a missing folder.
     """
     before, now = stored.run.backbone_stamp, stamp(config.name_or_path)
     if before is None or now is None or before == now:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -12,31 +13,21 @@ from typing import Any
 from fusion import __version__
 
 # The dependencies in pyproject.toml: any of them may change what a run computes or how it is read again.
-PACKAGES = [
-    "torch",
-    "pytorch-lightning",
-    "transformers",
-    "tokenizers",
-    "datasets",
-    "hydra-core",
-    "omegaconf",
-    "wandb",
-    "peft",
-    "safetensors",
-    "huggingface-hub",
-    "filelock",
-    "pyarrow",
-    "numpy",
-    "scipy",
-    "PyYAML",
-    "pydantic",
-    "nervaluate",
-    "jinja2",
-    "matplotlib",
-    "pillow",
-    "rich",
-    "pandas",
-]
+PACKAGES = (
+    *(
+        "torch",
+        "pytorch-lightning",
+        "transformers",
+        "tokenizers",
+        "datasets",
+        "hydra-core",
+        "omegaconf",
+        "wandb",
+        "peft",
+    ),
+    *("safetensors", "huggingface-hub", "filelock", "pyarrow", "numpy", "scipy", "PyYAML", "pydantic", "nervaluate"),
+    *("jinja2", "matplotlib", "pillow", "rich", "pandas"),
+)
 PROJECT = Path(__file__).resolve().parents[2]
 CODE = ("fusion", "conf")  # the parts of a checkout that determine a run's numbers
 GIT_SECONDS = 5.0
@@ -58,26 +49,15 @@ def circumstances() -> dict[str, Any]:
     """What a manifest records of a run beside its config: git state, threads, folder and environment."""
     import torch
 
-    return {
-        "git": git_state(),
-        "threads": torch.get_num_threads(),
-        "folder": _folder(),
-        "environment": {name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
-    }
-
-
-def _folder() -> str | None:
-    try:
-        return os.getcwd()
-    except OSError:  # it was deleted
-        return None
+    folder = None
+    with contextlib.suppress(OSError):  # it was deleted
+        folder = os.getcwd()
+    environment = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
+    return {"git": git_state(), "threads": torch.get_num_threads(), "folder": folder, "environment": environment}
 
 
 def git_state(project: Path = PROJECT) -> dict[str, Any] | None:
-    """The commit of the project's checkout, and whether its code was changed; None where there is no checkout.
-
-    A package installed somewhere inside another project's checkout is not part of that checkout.
-    """
+    """The commit of the project's own checkout, and whether its code was changed; None where there is no checkout."""
     output = _git(project, "rev-parse", "--show-toplevel", "HEAD")
     if output is None or len(output.splitlines()) != 2:
         return None
@@ -89,12 +69,12 @@ def git_state(project: Path = PROJECT) -> dict[str, Any] | None:
 
 
 def _git(project: Path, *words: str) -> str | None:
-    # Of this folder alone, whatever a git hook has set; without locks and without the user's monitor program.
+    # Of this folder alone, whatever a git hook has set; without locks.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         return subprocess.run(
-            ["git", "-c", "core.fsmonitor=false", "-C", str(project), *words],
-            env=environment | {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"},
+            ["git", "-C", str(project), *words],
+            env=environment | {"GIT_OPTIONAL_LOCKS": "0"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

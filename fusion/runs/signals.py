@@ -42,10 +42,7 @@ class Forward:
 
 
 def exit_during_startup() -> None:
-    """Called by the package's `__init__`: let a command that is still importing exit at once on a signal.
-
-    There is nothing to clean up yet, and an exception would print a traceback from the middle of an import.
-    """
+    """Let a command that is still importing exit at once on a signal, without a traceback."""
     if _is_starting():
         _install(_exit)
 

@@ -1,8 +1,6 @@
-"""The state of a sweep's jobs before and after it, read from their status files.
+"""The state of a sweep's jobs, which may run anywhere and be killed at any time, read from their status files.
 
-Jobs may run in this process, in others or on other machines, and may be killed at any time; what counts are the
-folders that the sweep planned. Whether a status file belongs to this sweep or to an earlier one in the same folder is
-decided by its inode and modification time, not by a clock.
+Whether a status file belongs to this sweep is decided by its inode and modification time, not by a clock.
 """
 
 from __future__ import annotations
@@ -15,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from fusion.config.stages import StageConfig
-from fusion.errors import first_line
 from fusion.files import read_json
-from fusion.runs.run import RESULT, STATUS, RunState
-from fusion.text import shortened
+from fusion.runs.run import RESULT, STATUS
 
-NAMES = 8  # the most names in one list
-DETAILS = 4  # the most lines with a detail
-RUN_AGAIN = "The same command runs all jobs again"
+RUN_AGAIN = (
+    "The same command runs all jobs again: finished trainings are skipped and interrupted ones resume, unless "
+    "overwrite=true or resume=false is set"
+)
 Stamp = tuple[int, int]
 
 
@@ -41,40 +38,26 @@ class Job:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep in progress.
-
-    Attributes:
-        folder: hydra.sweep.dir.
-        planned: the jobs' folders, as far as they are known.
-        seen: the status files that were there before.
-        errors: by absolute folder, why jobs of this process failed, for those that could not write their status.
-        again: what the same command does with jobs that are done and with interrupted ones.
-    """
+    """A sweep in progress."""
 
     folder: Path
-    planned: tuple[Path, ...]
-    seen: Mapping[Path, Stamp]
+    planned: tuple[Path, ...]  # the jobs' folders; empty if another sweeper than Hydra's own chooses jobs as it goes
+    seen: Mapping[Path, Stamp]  # the status files that were there before
+    # Why jobs of this process failed, by absolute folder: for those that could not write their status.
     errors: dict[Path, str] = field(default_factory=dict)
-    again: str = RUN_AGAIN
 
     @classmethod
-    def start(cls, folder: Path, planned: Sequence[Path] = (), again: str | None = None) -> Sweep:
-        return cls(folder, tuple(planned), _stamps(folder, planned), again=again or RUN_AGAIN)
+    def start(cls, folder: Path, planned: Sequence[Path] = ()) -> Sweep:
+        return cls(folder, tuple(planned), _stamps(folder, planned))
 
     def stopped(self, how: str) -> str:
-        """Two lines for a sweep that was stopped: what is done, and what the same command does.
-
-        Args:
-            how: "interrupted" or "terminated".
-        """
-        jobs = self.jobs()
-        done = [str(job.status.get("name") or job.place.name) for job in jobs if job.state == "done"]
-        states = Counter(job.state for job in jobs)
-        stopped = len(jobs) - states["done"] - states["failed"] - states["none"]
-        counts = [f"{len(done)} of {len(jobs)} jobs done" + (f" ({_some(done)})" if done else "")]
-        others = ((states["failed"], "failed"), (stopped, how), (states["none"], "not started"))
-        counts += [f"{count} {text}" for count, text in others if count]
-        return f"{how}: {', '.join(counts)}\n{self.again}"
+        """Two lines for a sweep that was "interrupted" or "terminated"."""
+        states = [
+            {"done": "done", "failed": "failed", "none": "not started"}.get(job.state, how) for job in self.jobs()
+        ]
+        counts = [f"{states.count('done')} of {len(states)} jobs done"]
+        counts += [f"{states.count(state)} {state}" for state in ("failed", how, "not started") if state in states]
+        return "\n".join([f"{how}: {', '.join(counts)}", RUN_AGAIN])
 
     def outcome(self) -> tuple[str, list[str]]:
         """One line of counts, and a line for each failed job."""
@@ -87,19 +70,13 @@ class Sweep:
             counts = f"{before['done']} done already, {before['interrupted']} continued, {trained} trained"
         lines = [f"{len(failed)} of {len(jobs)} jobs failed:"] if failed else []
         lines += [f"  {place}/run.log: {reason}" for place, reason in sorted(failed.items())]
-        return f"{len(jobs)} job{'s' * (len(jobs) != 1)}: {counts}, {len(failed)} failed", lines
+        return f"{_jobs(len(jobs))}: {counts}, {len(failed)} failed", lines
 
     def jobs(self) -> list[Job]:
         """The jobs of this sweep with what they wrote, in the planned order."""
         stamps = _stamps(self.folder, self.planned)
         written = [place for place, stamp in stamps.items() if self.seen.get(place) != stamp]
-        places = list(self.planned) or sorted(written)
-        if self.planned:
-            # A folder's name may depend on the launcher, such as a cluster's job number: unplanned folders then take
-            # the places of planned ones that were never created.
-            others = iter(place for place in written if place not in self.planned)
-            places = [place if place in written else next(others, place) for place in places]
-        return [_job(place, place in written) for place in places]
+        return [_job(place, place in written) for place in self.planned or sorted(written)]
 
     def _reason(self, job: Job) -> str:
         reasons = {
@@ -110,33 +87,20 @@ class Sweep:
         return str(error or job.state)
 
 
-def command_again(resume: bool, overwrite: bool) -> str:
-    """What the same command does with the jobs of a stopped sweep of trainings."""
-    if overwrite:
-        return "With overwrite=true, the same command trains all jobs again; without it, it skips those that are done"
-    if not resume:
-        return "The same command skips the jobs that are done and, with resume=false, restarts the others"
-    return "The same command continues: it skips the jobs that are done and resumes from the last checkpoint"
-
-
-def summarize_states(jobs: Mapping[str, RunState]) -> list[str]:
-    """The states of a sweep's jobs, by the run's name, before it starts, in a few lines."""
+def summarize_states(states: Sequence[str]) -> str:
+    """One line about a sweep's jobs before it starts."""
     titles = {
-        "done": ("done already", "skipped"),
-        "interrupted": ("interrupted, to be continued", "resumes"),
-        "failed": ("failed the last time, to run again", "runs again"),
-        "new": ("new", ""),
+        "done": "done already",
+        "interrupted": "interrupted, to be continued",
+        "failed": "failed the last time, to run again",
+        "new": "new",
     }
-    counts = Counter(job.state for job in jobs.values())
-    summary = ", ".join(f"{counts[state]} {title}" for state, (title, _) in titles.items() if counts[state])
-    lines = [f"{len(jobs)} job{'s' * (len(jobs) != 1)}: {summary}"]
-    for state, (_, verb) in titles.items():
-        found = {name: job.detail for name, job in jobs.items() if job.state == state and verb}
-        detailed = [name for name in found if found[name] and state != "done"][:DETAILS]
-        lines += [f"  {verb}: {name} ({shortened(first_line(Exception(found[name])), 120)})" for name in detailed]
-        if rest := [name for name in found if name not in detailed]:
-            lines.append(f"  {verb}: {_some(rest)}")
-    return lines
+    counts = [f"{states.count(state)} {title}" for state, title in titles.items() if state in states]
+    return f"{_jobs(len(states))}: {', '.join(counts)}"
+
+
+def _jobs(count: int) -> str:
+    return f"{count} job{'s' * (count != 1)}"
 
 
 class JobFailed(RuntimeError):
@@ -144,10 +108,7 @@ class JobFailed(RuntimeError):
 
 
 def objective(config: StageConfig, result: Mapping[str, Any]) -> float:
-    """What a training job returns to Hydra: the score that selects the best epoch, higher is better.
-
-    The best epoch's value of the task's first metric on its first validation split; the mean over multiple tasks.
-    """
+    """What a training returns to Hydra, higher is better: the best value of its first metric; of tasks, the mean."""
     tasks, metrics = config.task_list, result["metrics"]
     scores = []
     for task in tasks:
@@ -155,11 +116,6 @@ def objective(config: StageConfig, result: Mapping[str, Any]) -> float:
         score = metrics[own[0]][task.metrics[0]]
         scores.append(float("nan") if score is None else float(score))
     return sum(scores) / len(scores)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMES} more" if len(names) > NAMES else ""
-    return f"{', '.join(names[:NAMES])}{more}"
 
 
 def _stamps(folder: Path, planned: Sequence[Path]) -> dict[Path, Stamp]:

@@ -12,10 +12,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusion.cli.console import say, show_table
-from fusion.cli.program import read_arguments, run_program
+from fusion.cli.console import read_arguments, run_program, say, show_table
 from fusion.errors import UserError
 from fusion.files import resolve_path
+from fusion.store.listing import describe, leftovers, list_store
+from fusion.store.lookup import scan
+from fusion.store.writing import remove
 from fusion.text import did_you_mean
 
 USAGE = """\
@@ -40,7 +42,6 @@ NAMES = {
     "verify": ((0, 1), "one NAME, or none for all"),
     "remove": ((1, 1), "the NAME of an artifact"),
 }
-BOOLEANS = {"true": True, "false": False}
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -55,45 +56,35 @@ def work(words: Sequence[str]) -> int:
         raise UserError(f"unknown command {command!r}{meant}; expected one of {', '.join(KEYS)} (--help)")
     names, values = read_arguments(words[1:], KEYS[command], *NAMES[command])
     store = resolve_path(values.get("store", "outputs/store"), "store")
-    if command == "list":
-        _list(store)
-    elif command == "show":
-        from fusion.store.describing import describe
-
-        into = resolve_path(values["into"], "into") if "into" in values else None
-        say("\n".join(describe(names[0], store, into)))
-    elif command == "remove":
-        from fusion.store.removing import remove
-
-        force = values.get("force", "false")
-        if force not in BOOLEANS:
-            raise UserError(f"force={force}: expected true or false")
-        say(remove(names[0], store, BOOLEANS[force]))
-    else:
+    if command == "verify":
         return _verify(store, names)
-    return 0
-
-
-def _list(store: Path) -> None:
-    from fusion.store.listing import list_store
-
-    rows, lines = list_store(store)
-    if rows:
-        show_table(rows)
+    if command == "list":
+        rows, lines = list_store(store)
+        if rows:
+            show_table(rows)
+    elif command == "show":
+        lines = describe(names[0], store, resolve_path(values["into"], "into") if "into" in values else None)
+    else:
+        force = values.get("force", "false")
+        if force not in ("true", "false"):
+            raise UserError(f"force={force}: expected true or false")
+        lines = [remove(names[0], store, force == "true")]
     for line in lines:
         say(line)
+    return 0
 
 
 def _verify(store: Path, names: list[str]) -> int:
     from fusion.model.from_manifests import tensor_shapes
-    from fusion.store.verifying import left_over, verify
+    from fusion.store.artifacts import verify
 
     problems = count = 0
     for verdict in verify(store, tensor_shapes, names[0] if names else None):
         say(str(verdict), flush=True)
         problems, count = problems + bool(verdict.problem), count + 1
-    for line in left_over(store) if not names else ():
-        say(line)
+    for folder, text, unused in leftovers(store, list(scan(store))) if not names else ():
+        advice = f"; rm -r '{folder}' frees it" if unused else ""
+        say(f"left     {text}{advice}")
     say(f"{count - problems} of {count} artifacts are sound")
     return 1 if problems else 0
 

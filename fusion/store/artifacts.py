@@ -1,4 +1,4 @@
-"""Writing and reading the weights of an artifact: safetensors only, hashes checked.
+"""Writing, reading and verifying the weights of an artifact: safetensors only, hashes checked.
 
 Writers of one name wait for each other. Readers take no lock (a store may be read-only): a folder gets its name by a
 rename, and a reader that met an overwrite reads again.
@@ -11,14 +11,17 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors.torch
 import torch
 
 from fusion.errors import UserError, first_line
+from fusion.store import lookup
+from fusion.store.compatibility import note_ambiguous_labels
 from fusion.store.layout import (
     COPY,
     FIX,
@@ -32,10 +35,8 @@ from fusion.store.layout import (
     check_name,
     read_regular,
 )
-from fusion.store.lookup import find, find_by_hash, read_folder, read_settled
 from fusion.store.manifest import Manifest
 from fusion.store.parts import File
-from fusion.store.trained_data import note_ambiguous_labels
 from fusion.store.writing import LOCK_SECONDS, check_free, retire, settle, sync_folder, writing
 from fusion.text import listed, printable, shortened
 
@@ -63,12 +64,10 @@ def save(
     overwrite: bool = False,
     wait: float = LOCK_SECONDS,
 ) -> Path:
-    """Store an artifact as STORE/NAME and return that folder. `manifest.files` is set here.
+    """Store an artifact as STORE/NAME and return that folder; `manifest.files` is set here.
 
-    An artifact that is overwritten is kept in STORE/.replaced if a fusion of the store needs it.
-
-    Raises:
-        UserError: the name is not allowed or taken, or another process has been writing it for `wait` seconds.
+    An artifact that is overwritten is kept in STORE/.replaced if a fusion of the store needs it. UserError: the name is
+    not allowed or taken, or another process has been writing it for `wait` seconds.
     """
     check_name(manifest.name)
     store.mkdir(parents=True, exist_ok=True)
@@ -92,28 +91,20 @@ def save(
 
 
 def load(reference: str, store: Path) -> Artifact:
-    """Read an artifact by name or path, and check its files against the manifest.
-
-    Raises:
-        UserError: the artifact does not exist, or one of its files is missing, truncated or changed.
-    """
-    return read_settled(lambda: find(reference, store), read)
+    """Read an artifact by name or path; UserError if it does not exist, or a file does not fit the manifest."""
+    return lookup.read_settled(lambda: lookup.find(reference, store), read)
 
 
 def load_by_hash(hash: str, name: str, store: Path) -> Artifact:
-    """Read the artifact with this hash, a source of a fusion.
-
-    Raises:
-        UserError: it was removed, or one of its files is missing, truncated or changed.
-    """
-    artifact = read_settled(lambda: find_by_hash(hash, name, store), read)
+    """Read the artifact with this hash, a source of a fusion; UserError as `load`."""
+    artifact = lookup.read_settled(lambda: lookup.find_by_hash(hash, name, store), read)
     # It may have been overwritten between the two; then it is kept, and found, elsewhere.
-    return artifact if artifact.manifest.hash == hash else read(find_by_hash(hash, name, store))
+    return artifact if artifact.manifest.hash == hash else read(lookup.find_by_hash(hash, name, store))
 
 
 def read(folder: Path) -> Artifact:
     """The artifact in `folder`, its files checked against its manifest."""
-    manifest = read_folder(folder)
+    manifest = lookup.read_folder(folder)
     if manifest.checksum is None and manifest.hash not in _NOTED:
         _NOTED.add(manifest.hash)
         log.info(
@@ -127,14 +118,10 @@ def read(folder: Path) -> Artifact:
 
 
 def adopt(artifact: Artifact, store: Path) -> None:
-    """Copy a source of another store to STORE/.replaced, unless this store has it, under whatever name.
-
-    Raises:
-        UserError: it was changed meanwhile.
-    """
+    """Copy a source of another store to STORE/.replaced, unless this store has it, under whatever name."""
     manifest = artifact.manifest
     with contextlib.suppress(UserError):
-        find_by_hash(manifest.hash, manifest.name, store)
+        lookup.find_by_hash(manifest.hash, manifest.name, store)
         return
     kept = store / REPLACED / f"{manifest.name}-{manifest.hash[:8]}"
     staged = store / STAGING / f"{kept.name}{COPY}"
@@ -157,11 +144,7 @@ def adopt(artifact: Artifact, store: Path) -> None:
 
 
 def match_keys(expected: Mapping[str, Sequence[int]], found: Mapping[str, torch.Tensor], path: Path | str) -> None:
-    """Refuse tensors that are not exactly the expected ones, by name and shape.
-
-    Raises:
-        UserError: names `path` and lists what is missing, unexpected, or of another shape.
-    """
+    """Refuse tensors that are not exactly the expected ones, by name and shape."""
     missing = [key for key in expected if key not in found]
     unexpected = [key for key in found if key not in expected]
     shapes = [
@@ -169,19 +152,14 @@ def match_keys(expected: Mapping[str, Sequence[int]], found: Mapping[str, torch.
         for key, shape in expected.items()
         if key in found and tuple(found[key].shape) != tuple(shape)
     ]
-    kinds = (("missing", missing), ("unexpected", unexpected))
-    problems = [f"{title}: {listed(keys)}" for title, keys in kinds if keys]
-    problems += [f"of another shape: {', '.join(shapes[:5])}"] if shapes else []
-    if problems:
+    kinds = {"missing": listed(missing), "unexpected": listed(unexpected), "of another shape": ", ".join(shapes[:5])}
+    if missing or unexpected or shapes:
+        problems = [f"{title}: {text}" for title, text in kinds.items() if text not in ("", "nothing")]
         raise UserError(f"{path}: does not fit the model; {'; '.join(problems)}")
 
 
 def check_numbers(values: Mapping[str, torch.Tensor], path: Path | str) -> None:
-    """Refuse stored tensors that are no floats or not finite.
-
-    Raises:
-        UserError: names `path` and the tensor.
-    """
+    """Refuse stored tensors that are no floats or not finite."""
     for name, tensor in values.items():
         if tensor.dtype not in FLOATS:
             raise UserError(f"{path}: {listed([name])} is {tensor.dtype}, expected a float; {FIX}")
@@ -190,20 +168,74 @@ def check_numbers(values: Mapping[str, torch.Tensor], path: Path | str) -> None:
 
 
 def copy_stored(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor], path: Path | str) -> None:
-    """`copy_into` and `check_numbers` of values from a store."""
+    """`check_numbers` of values from a store, then `copy_into`."""
     check_numbers(values, path)
     copy_into(parameters, values, path)
 
 
 def copy_into(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor], path: Path | str) -> None:
-    """Copy values into a model's parameters of exactly the same names and shapes.
-
-    Raises:
-        UserError: names `path`, where the values come from, and what differs.
-    """
+    """Copy values, which come from `path`, into a model's parameters of exactly the same names and shapes."""
     match_keys({name: tuple(parameter.shape) for name, parameter in parameters.items()}, values, path)
     for name, parameter in parameters.items():
         parameter.data.copy_(values[name])
+
+
+# --- verify -----------------------------------------------------------------------------------------
+
+
+class Verdict(NamedTuple):
+    """One line of `verify`. problem: empty for a sound artifact. note: what could not be checked."""
+
+    place: str
+    problem: str
+    note: str
+
+    def __str__(self) -> str:
+        text = f"problem  {self.place}: {self.problem}" if self.problem else f"ok       {self.place}{self.note}"
+        return printable(text.replace("\n", " "))
+
+
+Shapes = Callable[[Manifest, Sequence[Manifest], Path], Mapping[str, Mapping[str, tuple[int, ...]] | None]]
+"""From a manifest, those of its sources and the artifact's folder to the tensors that each of its files must have.
+
+None for a file that the manifest does not determine. It raises UserError for a manifest that describes no model.
+"""
+
+
+def verify(store: Path, shapes: Shapes, name: str | None = None) -> Iterator[Verdict]:
+    """One verdict per artifact, replaced ones too; with `name`, of that one alone. UserError if there is none."""
+    lookup.check_store(store)
+    found = list(lookup.scan(store, only=name))
+    if name is not None and not found:
+        raise UserError(lookup.unknown_name(name, store))
+    for one in found:
+        no_checksum = one.manifest is not None and one.manifest.checksum is None
+        note = " (its manifest has no checksum)" if no_checksum else ""
+        problem = _problem(one, store, shapes)
+        if problem:  # again: it or a source may have been overwritten during the check
+            problem = "".join(_problem(again, store, shapes) for again in lookup.scan(store, only=one.place))
+        yield Verdict(one.place, problem, note)
+
+
+def _problem(found: lookup.Found, store: Path, shapes: Shapes) -> str:
+    if found.manifest is None:
+        return found.problem
+    try:
+        artifact = read(found.folder)
+        files = {entry.name for entry in found.folder.iterdir()}
+        if extra := sorted(files - {MANIFEST, WEIGHTS, HEAD}):
+            return f"{found.folder}: {', '.join(extra)} is no part of an artifact; move it elsewhere"
+        expected = shapes(artifact.manifest, lookup.source_manifests(artifact.manifest, store), artifact.path)
+        for file, tensors in ((WEIGHTS, artifact.weights), (HEAD, artifact.head)):
+            if (tensors_of := expected[file]) is not None:
+                match_keys(tensors_of, tensors, artifact.path / file)
+            check_numbers(tensors, artifact.path / file)
+    except (UserError, FileNotFoundError) as error:  # the folder may be replaced between two reads
+        return str(error)
+    return ""
+
+
+# --- files ------------------------------------------------------------------------------------------
 
 
 def _stage(
@@ -213,7 +245,9 @@ def _stage(
     folder.mkdir(parents=True)
     files = {}
     for file, tensors in ((WEIGHTS, weights), (HEAD, head)):
-        content = safetensors.torch.save({key: _plain(tensor) for key, tensor in tensors.items()})
+        # Copies: safetensors refuses tensors that share memory and tensors that are not contiguous.
+        plain = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+        content = safetensors.torch.save(plain)
         files[file] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
         _write(folder / file, content)
     manifest = manifest.changed(files=files)
@@ -222,11 +256,6 @@ def _stage(
     _write(folder / MANIFEST, text.encode("utf-8"))
     sync_folder(folder)
     return manifest
-
-
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    # A copy: safetensors refuses tensors that share memory and tensors that are not contiguous.
-    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _write(path: Path, content: bytes) -> None:

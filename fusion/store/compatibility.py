@@ -1,17 +1,23 @@
-"""Which artifacts, backbones and commands go together."""
+"""Which artifacts, backbones, data and commands go together."""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.config.compositions import COMPOSITIONS
+from fusion.config.data import DataConfig, SplitConfig
 from fusion.errors import UserError
 from fusion.text import hydra_value, repeated, shortened
 
 if TYPE_CHECKING:
     from fusion.store.manifest import Manifest
+
+log = logging.getLogger(__name__)
 
 DEBUG = "-debug"  # ending of the name of what debug=NAME trains
 DIVERGED = "-diverged"  # ending of the name of the best state before the loss was no longer finite
@@ -42,9 +48,6 @@ def check_sources(manifests: list[Manifest]) -> None:
 
     All are adapters of one backbone (fingerprint, tokenizer, hidden size) in one placement (sites, reads). Bottleneck
     sizes, non-linearities, scalings and layers may differ.
-
-    Raises:
-        UserError: which source, and how it differs from the first.
     """
     for manifest in manifests:
         if manifest.kind != "adapter":
@@ -75,32 +78,8 @@ def _known(one: str | None, two: str | None) -> tuple[str | None, str | None]:
     return one or two, two or one
 
 
-def check_drop(manifest: Manifest, drop: int) -> None:
-    """Refuse to drop layers that an artifact does not have.
-
-    Raises:
-        UserError: it is no adapter and no fusion, or has fewer layers.
-    """
-    if drop and manifest.kind not in ("adapter", "fusion"):
-        raise UserError(
-            f"drop={drop}: {manifest.name} is a stored {manifest.kind}; layers can be dropped of adapters and fusions only"
-        )
-    if drop > manifest.backbone.layers:
-        raise UserError(
-            f"drop={drop}: the backbone of {manifest.name} has {manifest.backbone.layers} layers; expected fewer"
-        )
-
-
 def check_attends(manifest: Manifest, given: str, fix: str) -> None:
-    """Refuse to show source attention weights of an artifact without them.
-
-    Args:
-        given: the override that selects them.
-        fix: what to do instead.
-
-    Raises:
-        UserError: it is no fusion, or its composition has no attention weights.
-    """
+    """Refuse to show attention weights, with the override `given`, of an artifact without them; `fix`: what to do."""
     if manifest.kind != "fusion":
         raise UserError(f"{given}: {manifest.name} is a stored {manifest.kind}, only a fusion has source attention")
     name = manifest.made_by
@@ -108,26 +87,10 @@ def check_attends(manifest: Manifest, given: str, fix: str) -> None:
         raise UserError(f"{given}: {manifest.name} (composition={name}) {why}; {fix}")
 
 
-def check_trust(manifest: Manifest, trusted: bool) -> None:
-    """Refuse to run the custom code of an artifact's backbone unless the user allows it."""
-    if manifest.backbone.trust_remote_code and not trusted:
-        raise UserError(
-            f"{manifest.name}: its backbone {manifest.backbone.name_or_path} runs custom code; set "
-            "backbone.trust_remote_code=true if you have read it and trust it"
-        )
-
-
 def check_backbone(
     manifest: Manifest, *, name_or_path: str, fingerprint: str, hidden_size: int, tokenizer: str | None = None
 ) -> None:
-    """Refuse a backbone that an artifact was not trained on.
-
-    Args:
-        tokenizer: its hash; manifests of version 0.1 have none to compare with.
-
-    Raises:
-        UserError: which artifact, and how the backbone differs.
-    """
+    """Refuse a backbone that an artifact was not trained on; `tokenizer` is its hash."""
     stored = manifest.backbone
     pairs: dict[str, tuple[Any, Any]] = {
         "fingerprint": (stored.fingerprint, fingerprint),
@@ -140,3 +103,64 @@ def check_backbone(
             f"{manifest.name} was trained on {stored.name_or_path}{revision}, and {name_or_path} is another backbone: "
             f"{found}\nRestore its files, or use a copy of the right backbone: backbone.name_or_path=FOLDER"
         )
+
+
+# --- data of the training -------------------------------------------------------------------------
+
+
+def data_folder_of(manifest: Manifest) -> str | None:
+    """What data.dir was, relative to here or to where the training started; None: data of the hub or PyPI."""
+    trained = manifest.run.config.get("data.dir")
+    if not isinstance(trained, str):
+        return None
+    there = Path(str(manifest.run.folder or ".")) / trained
+    return str(there) if not Path(trained).is_dir() and there.is_dir() else trained
+
+
+def note_ambiguous_labels(manifest: Manifest) -> None:
+    """Warn of an artifact of version 0.1 whose labels may have been read wrongly.
+
+    It read booleans and integers as ids, even where labels are such values in another order: `["true", "false"]`.
+    """
+    for task in manifest.tasks:
+        if manifest.data.labels.get(task.name) is not None or task.label_values:
+            continue
+        names = [str(name) for name in task.labels or ()]
+        ids = [{"false": "0", "true": "1"}.get(name.lower(), name) for name in names]
+        if any(id.isdecimal() and int(id) != number for number, id in enumerate(ids)):
+            log.warning(
+                "%s: version 0.1 may have read the labels %s of %s as ids, which mean others; if its scores are wrong, "
+                "train it again with overwrite=true",
+                manifest.name,
+                ", ".join(names),
+                task.name,
+            )
+
+
+def split_of(manifest: Manifest) -> SplitConfig:
+    """The `data.split` of the training."""
+    config = manifest.run.config
+    keys = [(field.name, f"data.split.{field.name}") for field in fields(SplitConfig)]
+    try:
+        return SplitConfig(**{name: config[key] for name, key in keys if key in config})
+    except (UserError, TypeError) as error:
+        raise UserError(f"manifest of {manifest.name}: run.config: {error}") from None
+
+
+def as_trained(manifest: Manifest, data: DataConfig, task: str | None) -> DataConfig:
+    """`data` with the split and quoting of the training; unchanged for a task that the artifact was not trained on.
+
+    Raises:
+        UserError: `data.split` is set to something else, so that training examples would be scored.
+    """
+    if task not in manifest.task_names:
+        return data
+    split = split_of(manifest)
+    if data.split not in (SplitConfig(), split):
+        asked, trained = (" ".join(one.overrides()) or "none" for one in (data.split, split))
+        raise UserError(
+            f"{asked}: {manifest.name} was trained with another ({trained}), whose training examples would be scored; "
+            "leave data.split out"
+        )
+    quoting = data.quoting or manifest.run.config.get("data.quoting")
+    return replace(data, split=split, quoting=quoting if quoting in ("csv", "none") else None)

@@ -32,11 +32,7 @@ def is_name(text: str) -> bool:
 
 
 def check_name(name: str) -> None:
-    """Refuse what `is_name` does not allow.
-
-    Raises:
-        UserError: states which names are valid.
-    """
+    """Refuse what `is_name` does not allow."""
     if not is_name(name):
         raise UserError(
             f"name={name[:NAME_LENGTH]!r}: not a name for the store. Letters, digits, '.', '_' and '-' are allowed, a "
@@ -44,26 +40,13 @@ def check_name(name: str) -> None:
         )
 
 
-def read_regular(path: Path, expected: int | None = None, most: int | None = None) -> bytes:
-    """The content of a file that must be a regular file: opening a pipe could block, and a device may have no end.
-
-    Args:
-        expected: its size in bytes, exactly.
-        most: the most bytes that it may have.
-
-    Raises:
-        UserError: it is missing, not readable, no regular file, or of another size.
-    """
+def read_regular(path: Path, expected: int | None = None) -> bytes:
+    """The content of a file; UserError if it is missing, of another size, or a pipe or device, which could block."""
     try:
         if not path.is_file():
             raise UserError(f"{path}: is missing, or no regular file; {FIX}")
-        size = path.stat().st_size
-        if expected is not None and size != expected:
+        if expected not in (None, size := path.stat().st_size):
             raise UserError(f"{path}: has {size:,} bytes, expected {expected:,}; {FIX}")
-        if most is not None and size > most:
-            raise UserError(f"{path}: has {size:,} bytes, expected at most {most:,}; {FIX}")
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); {FIX}") from None
-    except MemoryError:
-        raise UserError(f"{path}: does not fit into memory; {FIX}") from None

@@ -1,44 +1,49 @@
-"""`list`: a table of a store, one line per artifact."""
+"""`list` and `show`: a table of a store, all facts of an artifact, and the commands that make it again.
+
+Each command is one line for a shell. Store, name, seed and what came from the environment are explicit, so that
+another shell runs the same. No torch here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import re
+import shlex
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from fusion.store.layout import MANIFEST
-from fusion.store.leftovers import leftovers, size_of
-from fusion.store.lookup import Found, check_store, scan, users_of
+from fusion.errors import UserError
+from fusion.files import read_json
+from fusion.locks import holder, is_locked, run_lock_file
+from fusion.store import lookup
+from fusion.store.layout import MANIFEST, OLD, RUNS, STAGING
+from fusion.store.lookup import Found, entries, find_by_hash, read_folder, scan, users_of
 from fusion.store.settings_groups import Lookup, group
-from fusion.text import printable
+from fusion.store.writing import artifact_lock
+from fusion.text import key_of, override, printable
 
 if TYPE_CHECKING:
     from fusion.store.manifest import Manifest
+    from fusion.store.parts import Source
 
 TITLES = ("name", "kind", "task", "backbone", "what", "seed", "score", "size", "when", "used by")
 
 
 def list_store(store: Path) -> tuple[list[tuple[str, ...]], list[str]]:
-    """The rows of the table, titles first (none if there is not an artifact), and lines to print below it.
+    """The rows of the table, titles first (none if there is no artifact), and lines to print below it.
 
-    The lines: artifacts that differ only by their seed, with mean and standard deviation of their score; what is
-    damaged; what runs have left.
-
-    Raises:
-        UserError: the store does not exist.
+    The lines: seeds of one setting with mean and deviation of their score; what is damaged; what runs have left.
     """
-    check_store(store)
+    lookup.check_store(store)
     found = list(scan(store))
     rows = [_row(f, f.manifest, found) for f in found if f.manifest is not None]
     lines = [] if rows else [f"{store} has no artifacts"]
     lines += _seeds(store, found)
     lines += [f"damaged: {f.place}: {f.problem}" for f in found if f.manifest is None]
-    lines += [
-        f"left: {left.place} ({as_bytes(left.size)}, {when(left.folder)}): {left.what}"
-        for left in leftovers(store, found)
-    ]
+    lines += [f"left: {text}" for _, text, _ in leftovers(store, found)]
     return [TITLES, *rows] if rows else [], [printable(line) for line in lines]
 
 
@@ -62,8 +67,8 @@ def _row(found: Found, manifest: Manifest, every: list[Found]) -> tuple[str, ...
 def _seeds(store: Path, found: list[Found]) -> Iterator[str]:
     """A line for each setting that was trained with more than one seed."""
     every = [(f.place, f.manifest) for f in found if f.manifest is not None and not f.replaced]
-    lookup = Lookup(stores={store: [f.manifest for f in found if f.manifest is not None]})
-    for positions in group(lookup.of_artifact(manifest, store) for _, manifest in every):
+    settings = Lookup()
+    for positions in group(settings.of_artifact(manifest, store) for _, manifest in every):
         places, manifests = zip(*(every[position] for position in positions), strict=True)
         if len({manifest.seed for manifest in manifests}) > 1:
             metrics, scores = zip(*map(_first, manifests), strict=True)
@@ -71,6 +76,47 @@ def _seeds(store: Path, found: list[Found]) -> Iterator[str]:
             if len(set(metrics)) == 1 and None not in scores:
                 line += f": {metrics[0]} mean {number(fmean(scores))}, sd {number(stdev(scores))}"
             yield line
+
+
+# --- folders that are no artifacts ----------------------------------------------------------------
+
+
+def leftovers(store: Path, found: Sequence[Found]) -> Iterator[tuple[Path, str, bool]]:
+    """Folders that are no artifacts, each with a line about it and whether nothing needs it; `found`: the artifacts."""
+    done = {f"{f.place}-{f.manifest.run.identity}" for f in found if f.manifest and not f.replaced}
+    every = [(folder, _run(store, folder, folder.name in done)) for folder in entries(store / RUNS)]
+    every += [(folder, _staged(store, folder)) for folder in entries(store / STAGING)]
+    for folder, (what, unused) in every:
+        about = f"{folder.parent.name}/{folder.name} ({as_bytes(size_of(folder))}, {when(folder)})"
+        yield folder, f"{about}: {what}", unused
+
+
+def _run(store: Path, folder: Path, stored: bool) -> tuple[str, bool]:
+    # The lock first: a run that overwrites an artifact may have the identity of the stored one.
+    name = folder.name.rpartition("-")[0]
+    path = run_lock_file(store, name)
+    running = f"is being trained now by {holder(path)}" if name and is_locked(path) else ""
+    status = read_json(folder / "attempt.json").get("status")
+    if running and status not in ("failed", "interrupted"):
+        return f"running: it {running}", False
+    if stored and not running:
+        return "checkpoints of a run that is done", True
+    text = "a run that failed" if status == "failed" else "an interrupted run"
+    text += "; the same command resumes it"
+    # The lock is of the name: it may be held for a run of another identity.
+    return f"{text}; {name} {running}" if running else text, False
+
+
+def _staged(store: Path, folder: Path) -> tuple[str, bool]:
+    name = re.sub(r"(~\w+|\.old)$", "", folder.name)
+    if is_locked(artifact_lock(store, name)):
+        return "running: it is being written now", False
+    if folder.name.endswith(OLD) and (folder / MANIFEST).is_file() and not (store / name / MANIFEST).is_file():
+        return f"the only copy of {name}; the next writer restores it", False
+    return "half-written by a process that ended", True
+
+
+# --- values for a person --------------------------------------------------------------------------
 
 
 def _first(manifest: Manifest) -> tuple[str, float | None]:
@@ -94,8 +140,16 @@ def first_score(manifest: Manifest) -> str:
 
 
 def number(value: Any) -> str:
-    """A value of a manifest for a person."""
     return "null" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += 0 if path.is_dir() else path.lstat().st_size
+    return total
 
 
 def as_bytes(size: int) -> str:
@@ -114,3 +168,131 @@ def when(path: Path) -> str:
         return datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
     except (OSError, OverflowError, ValueError):
         return "-"
+
+
+# --- show -----------------------------------------------------------------------------------------
+
+
+# Overrides that are replaced: sources=top:3 by the names that it selected, without further settings of the selection.
+REPLACED = ("store", "name", "seed", "overwrite", "resume", "sources_by")
+
+
+def describe(reference: str, store: Path, into: Path | None = None) -> list[str]:
+    """The lines of `show`; `into`: the store that the commands write to, None: the same."""
+    folder, manifest = lookup.find_manifest(reference, store)
+    lines = [f"{title:<14}{value}" for title, value in _facts(folder, manifest, store)]
+    lines += ["", "to make it again:", *rebuild_lines(manifest, folder.parent, into or folder.parent)]
+    return [printable(line) for line in lines]
+
+
+def _facts(folder: Path, manifest: Manifest, store: Path) -> Iterator[tuple[str, Any]]:
+    backbone, run, result = manifest.backbone, manifest.run, manifest.result
+    yield "name", manifest.name
+    yield "kind", f"{manifest.kind} ({what_it_is(manifest)})"
+    yield "folder", folder
+    yield "stored", when(folder / MANIFEST)
+    yield "hash", manifest.hash
+    yield "used by", ", ".join(users_of(manifest.hash, list(scan(store)))) or "nothing"
+    for task in manifest.tasks:
+        yield "task", f"{task.name} ({task.kind}), labels: {', '.join(map(str, task.labels or [])) or 'none'}"
+    revision = f", revision {backbone.revision}" if backbone.revision else ""
+    custom_code = ", with custom code" if backbone.trust_remote_code else ""
+    yield (
+        "backbone",
+        f"{backbone.name_or_path} ({backbone.family}, {backbone.layers} layers, hidden size "
+        f"{backbone.hidden_size}{revision}{custom_code})",
+    )
+    yield "fingerprint", backbone.fingerprint
+    yield "tokenizer", backbone.tokenizer or "not known"
+    for part in ("head", "adapter", "composition", "method"):
+        if (settings := manifest.content.get(part)) is not None:
+            yield part, _settings(settings)
+    for source in manifest.sources:
+        yield "source", f"{source.name} {source.hash}, {_where(source, folder.parent)}"
+    if (origin := run.init_from) is not None:
+        yield "init_from", f"{origin.name} {origin.hash}, {_where(origin, folder.parent)}"
+    for split, metrics in manifest.metrics.items():
+        yield "score", f"{split}: {_settings(metrics)}"
+    if result.diverged:
+        yield "diverged", _settings(result.diverged)
+    yield "epochs", f"best {result.best_epoch} of {result.epochs}"
+    yield "parameters", _settings(result.parameters)
+    yield "seed", manifest.seed
+    yield "max_length", manifest.data.max_length
+    for split, fingerprint in manifest.data.fingerprints.items():
+        yield "data", f"{split} {fingerprint}"
+    yield "versions", _settings(manifest.versions)
+    changed = {True: ", with uncommitted changes", None: ", changes not known", False: ""}
+    yield "git", f"{run.git.commit}{changed[run.git.dirty]}" if run.git else "not known"
+    yield "threads", "not known" if run.threads is None else run.threads
+    yield "run", f"{run.identity}, its folder {run.directory}"
+    yield "started in", run.folder or "not known"
+    for file, entry in manifest.files.items():
+        yield "file", f"{file}, {entry.bytes:,} bytes ({as_bytes(entry.bytes)}), sha256 {entry.sha256}"
+
+
+def _settings(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {number(value)}" for key, value in values.items()) or "none"
+
+
+def _where(source: Source, store: Path) -> str:
+    try:
+        return f"found: {find_by_hash(source.hash, source.name, store)}"
+    except UserError:
+        return "NOT FOUND"
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+
+def rebuild_lines(manifest: Manifest, store: Path, into: Path) -> list[str]:
+    """Shell lines: a command for each artifact in order, from `store` to `into`; comments for what is missing."""
+    lines: list[str] = []
+    folder = None
+    for needed in _in_order(manifest, store, set()):
+        if isinstance(needed, str):
+            lines.append(f"# {needed}")
+            continue
+        if needed.run.folder not in (None, folder):
+            folder = needed.run.folder
+            lines.append(f"cd {shlex.quote(str(folder))}")
+        lines.append(_command(needed, into))
+    return lines
+
+
+def _in_order(manifest: Manifest, store: Path, seen: set[str]) -> Iterator[Manifest | str]:
+    """What an artifact is made from, then itself, each once. Text: what is missing."""
+    if manifest.hash in seen:
+        return
+    seen.add(manifest.hash)
+    origin = manifest.run.init_from
+    parts = [(source.hash, source.name) for source in (*manifest.sources, *([origin] if origin else []))]
+    if manifest.composition is not None and (pruned := manifest.composition.settings.fusion) is not None:
+        parts.append(("", pruned))
+    for hash, name in parts:
+        try:
+            folder = find_by_hash(hash, name, store) if hash else lookup.find(name, store)
+            yield from _in_order(read_folder(folder), store, seen)
+        except UserError as error:
+            yield " ".join(str(error).split())
+    yield manifest
+
+
+def _command(manifest: Manifest, into: Path) -> str:
+    run = manifest.run
+    if not run.overrides:
+        return f"# {manifest.name} was not made by a command"
+    words = [word for word in run.overrides if key_of(word) not in REPLACED]
+    data = run.config.get("data.dir")
+    if isinstance(data, str) and "data.dir" not in map(key_of, words):  # it came from FUSION_DATA_DIR
+        words.append(override("data.dir", data))
+    # By name: a source that was given by its path has its name in the store that is written to.
+    names: dict[str, Any] = {"sources": [source.name for source in manifest.sources]}
+    if run.init_from is not None:
+        names["init_from"] = run.init_from.name
+    words = [override(key, names[key]) if (key := key_of(word)) in names else word for word in words]
+    own = {"name": manifest.name, "store": str(into.absolute()), "seed": manifest.seed}
+    words += [override(key, value) for key, value in own.items()]
+    variables = [f"{key}={shlex.quote(value)}" for key, value in run.environment.items()]
+    stage = "stage2" if manifest.kind == "fusion" else "stage1"
+    return " ".join([*variables, "python", "-m", f"fusion.{stage}", *map(shlex.quote, words)])

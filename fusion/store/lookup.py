@@ -17,18 +17,13 @@ if TYPE_CHECKING:
     from fusion.store.manifest import Manifest
 
 READS = 50  # attempts to read an artifact that is overwritten meanwhile
-MANIFEST_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
 class Found:
-    """A folder that is or should be an artifact, with its manifest or what is wrong with it.
+    """A folder that is or should be an artifact, with its manifest or what is wrong with it."""
 
-    Attributes:
-        place: below the store, `mnli` or `.replaced/mnli-0123abcd`.
-    """
-
-    place: str
+    place: str  # below the store, `mnli` or `.replaced/mnli-0123abcd`
     folder: Path
     manifest: Manifest | None
     problem: str = ""
@@ -78,23 +73,17 @@ def entries(folder: Path) -> list[Path]:
 
 
 def find(reference: str, store: Path) -> Path:
-    """The folder of an artifact: a name in the store first, then a path.
-
-    Raises:
-        UserError: not found; names similar ones.
-    """
+    """The folder of an artifact: a name in the store first, then a path. UserError names similar ones."""
     if is_name(reference) and (folder := _named(reference, store)) is not None:
         return folder
-    exists = False
     with contextlib.suppress(OSError, RuntimeError, ValueError):  # text that cannot be a path
         path = Path(reference).expanduser()
-        exists = bool(reference) and path.exists()
-        if exists and _is_artifact(path):
+        if reference and _is_artifact(path):
             return path
-    if exists:
-        raise UserError(
-            f"{path}: is not an artifact, it has no {MANIFEST}; expected a name of the store, or the folder of an artifact"
-        )
+        if reference and path.exists():
+            raise UserError(
+                f"{path}: is not an artifact, it has no {MANIFEST}; expected a name of the store, or a folder"
+            )
     raise UserError(unknown_name(reference, store))
 
 
@@ -110,12 +99,13 @@ def unknown_name(reference: str, store: Path) -> str:
 
 
 def read_manifest(reference: str, store: Path) -> Manifest:
-    """The manifest of an artifact, by name or path.
+    """The manifest of an artifact, by name or path; errors as `find_manifest`."""
+    return find_manifest(reference, store)[1]
 
-    Raises:
-        UserError: the artifact does not exist, or its manifest is damaged.
-    """
-    return read_settled(lambda: find(reference, store), read_folder)
+
+def find_manifest(reference: str, store: Path) -> tuple[Path, Manifest]:
+    """The folder and the manifest of an artifact, by name or path; UserError if missing or damaged."""
+    return read_settled(lambda: find(reference, store), lambda folder: (folder, read_folder(folder)))
 
 
 Read = TypeVar("Read")
@@ -150,7 +140,7 @@ def read_folder(folder: Path) -> Manifest:
 
     path = folder / MANIFEST
     try:
-        text = read_regular(path, most=MANIFEST_BYTES).decode("utf-8")
+        text = read_regular(path).decode("utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not text in UTF-8; {FIX}") from None
     return Manifest.from_json(text, path)
@@ -199,11 +189,7 @@ def users_of(hash: str, found: Sequence[Found]) -> list[str]:
 
 
 def find_by_hash(hash: str, name: str, store: Path) -> Path:
-    """The folder of the artifact with this hash: `name` first, then any other of the store, also replaced ones.
-
-    Raises:
-        UserError: names the source.
-    """
+    """The folder of the artifact with this hash: `name` first, then any, also replaced ones; UserError if none."""
     with contextlib.suppress(UserError):
         folder = find(name, store)
         if read_folder(folder).hash == hash:
@@ -218,9 +204,5 @@ def find_by_hash(hash: str, name: str, store: Path) -> Path:
 
 
 def source_manifests(manifest: Manifest, store: Path) -> list[Manifest]:
-    """The manifests of a fusion's sources, in order; empty for anything else.
-
-    Raises:
-        UserError: a source is missing or damaged.
-    """
+    """The manifests of a fusion's sources, in order; empty for anything else. Errors as `find_by_hash`."""
     return [read_folder(find_by_hash(source.hash, source.name, store)) for source in manifest.sources]

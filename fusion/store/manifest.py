@@ -19,23 +19,8 @@ from fusion.config.compositions import TRAINING_ONLY
 from fusion.config.methods import METHODS, MethodConfig
 from fusion.errors import UserError, first_line
 from fusion.files import finite
+from fusion.store import parts
 from fusion.store.layout import FIX, HEAD, WEIGHTS, check_name
-from fusion.store.parts import (
-    Adapter,
-    Backbone,
-    Composition,
-    Data,
-    File,
-    Head,
-    Name,
-    Part,
-    Result,
-    RunRecord,
-    Source,
-    StoredTask,
-    TaskAndHead,
-    one_of,
-)
 from fusion.text import listed, repeated, shortened, shown
 
 FORMAT_VERSION = 1
@@ -49,41 +34,37 @@ TUNING_KINDS = {method.kind for method in METHODS.values() if method.tune is not
 OPTIONAL = ("method", "multitask", "checksum")  # keys that manifests of version 0.1 may lack
 
 
-class Manifest(Part):
+class Manifest(parts.Part):
     """Everything that is needed to rebuild the artifact's model, and where it came from.
 
     `task` and `head` of a multi-task artifact are those of its first task. `files` is empty until it is saved.
     """
 
     format_version: Literal[1]
-    kind: Annotated[str, one_of(KINDS)]
-    name: Name
-    task: StoredTask
-    backbone: Backbone
-    adapter: Adapter | None
-    composition: Composition | None
-    head: Head
-    sources: list[Source]
-    data: Data
+    kind: Annotated[str, parts.one_of(KINDS)]
+    name: parts.Name
+    task: parts.StoredTask
+    backbone: parts.Backbone
+    adapter: parts.Adapter | None
+    composition: parts.Composition | None
+    head: parts.Head
+    sources: list[parts.Source]
+    data: parts.Data
     metrics: dict[str, dict[str, float | None]]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
-    run: RunRecord
+    run: parts.RunRecord
     versions: dict[str, str | None]
-    result: Result
-    files: dict[Annotated[str, one_of((WEIGHTS, HEAD))], File]  # never a file outside of the artifact
+    result: parts.Result
+    files: dict[Annotated[str, parts.one_of((WEIGHTS, HEAD))], parts.File]  # never a file outside of the artifact
     method: MethodConfig | None = None
-    multitask: Annotated[dict[str, TaskAndHead], Field(min_length=1)] | None = None
+    multitask: Annotated[dict[str, parts.TaskAndHead], Field(min_length=1)] | None = None
     checksum: str | None = None  # version 0.1 wrote none
 
     _content: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @classmethod
     def of(cls, **values: Any) -> Manifest:
-        """A manifest of plain values, as `manifest.json` has them. NaN and infinities become null.
-
-        Raises:
-            UserError: names the key that is missing, unknown or of another type.
-        """
+        """A manifest of plain values; UserError names a wrong key. NaN and infinities become null."""
         check_name(str(values.get("name")))
         content = finite({"format_version": FORMAT_VERSION, "files": {}} | values)
         return cls._read(json.dumps(content), content, f"manifest of {content.get('name')}")
@@ -94,11 +75,7 @@ class Manifest(Part):
 
     @classmethod
     def from_json(cls, text: str, path: Path) -> Manifest:
-        """Reads and checks the text of `path`.
-
-        Raises:
-            UserError: names `path` and the key that is unknown, missing or of another type.
-        """
+        """Reads and checks the text of `path`; errors as `of`."""
         try:
             content = json.loads(text)
             # Refuses infinities and lone surrogates.
@@ -122,8 +99,7 @@ class Manifest(Part):
         version = content.get("format_version")
         if type(version) is not int or version != FORMAT_VERSION:
             raise UserError(
-                f"{where}: format_version is {shown(version)} and this version of fusion reads {FORMAT_VERSION}; "
-                "use the version that wrote it, or train the artifact again"
+                f"{where}: format_version is {shown(version)}, expected {FORMAT_VERSION}: use the version that wrote it, or train it again"
             )
         try:
             manifest = cls.model_validate_json(text)
@@ -161,7 +137,7 @@ class Manifest(Part):
         """
         if not self.files:
             raise ValueError("a manifest has a hash once its artifact is saved")
-        parts: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "kind": self.kind,
             "backbone": self.backbone.fingerprint,
             "weights": self.files[WEIGHTS].sha256,
@@ -170,10 +146,10 @@ class Manifest(Part):
             "sources": [source.hash for source in self.sources],
         }
         if self.method is not None:
-            parts["method"] = _without(self._content["method"], ("dropout",))
+            settings["method"] = _without(self._content["method"], ("dropout",))
         if self.kind == "head":
-            parts["head"] = self.files[HEAD].sha256
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+            settings["head"] = self.files[HEAD].sha256
+        return hashlib.sha256(json.dumps(settings, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @property
     def placement(self) -> dict[str, Any]:
@@ -187,23 +163,16 @@ class Manifest(Part):
         return {} if self.adapter is None else self.adapter.bottleneck_sizes
 
     @property
-    def tasks(self) -> list[StoredTask]:
-        """The tasks that the artifact was trained on."""
+    def tasks(self) -> list[parts.StoredTask]:
         return [self.task] if self.multitask is None else [one.task for one in self.multitask.values()]
 
     @property
-    def heads(self) -> list[Head]:
-        """The head of each of `tasks`."""
+    def heads(self) -> list[parts.Head]:
         return [self.head] if self.multitask is None else [one.head for one in self.multitask.values()]
 
     @property
     def task_names(self) -> list[str]:
-        """The name of each of `tasks`."""
         return [task.name for task in self.tasks]
-
-    def labels_read_as(self, task: str | None) -> str | None:
-        """How training read the labels of a task; None: not known."""
-        return None if task is None else self.data.labels.get(task)
 
     @property
     def made_by(self) -> str:
@@ -213,10 +182,7 @@ class Manifest(Part):
 
 
 def checksum_of(content: Mapping[str, Any]) -> str:
-    """sha256 (64 hex digits) of a manifest without its checksum, whatever the white space of the file.
-
-    The order of keys counts: `multitask` is in the order of the tasks.
-    """
+    """sha256 (64 hex digits) of a manifest without its checksum, in the order of its keys, whatever the white space."""
     others = {key: value for key, value in content.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(others, separators=(",", ":")).encode()).hexdigest()
 
@@ -236,18 +202,16 @@ def _check_kind(manifest: Manifest) -> None:
         raise UserError(f"method.name is {method.name}, and kind is {kind}")
     if adapter is None:
         return
-    slots = {f"{layer}.{site}" for layer in range(manifest.backbone.layers) for site in adapter.settings.sites}
-    sizes = adapter.bottleneck_sizes
+    sites, sizes, layers = adapter.settings.sites, adapter.bottleneck_sizes, manifest.backbone.layers
+    slots = {f"{layer}.{site}" for layer in range(layers) for site in sites}
     if not sizes or not slots >= sizes.keys():
-        wrong = listed(sizes.keys() - slots)
         raise UserError(
-            f"adapter.bottleneck_sizes has {wrong}, expected slots of {manifest.backbone.layers} layers with "
-            f"{', '.join(adapter.settings.sites)}, such as 0.{adapter.settings.sites[0]}"
+            f"adapter.bottleneck_sizes has {listed(sizes.keys() - slots)}, expected slots of {layers} layers with "
+            f"{', '.join(sites)}, such as 0.{sites[0]}"
         )
-    if adapter.settings.shared:
-        for site in adapter.settings.sites:
-            if len({size for slot, size in sizes.items() if slot.endswith(f".{site}")}) > 1:
-                raise UserError(f"adapter.bottleneck_sizes: expected one size of {site} in a shared adapter")
+    for site in sites if adapter.settings.shared else ():
+        if len({size for slot, size in sizes.items() if slot.endswith(f".{site}")}) > 1:
+            raise UserError(f"adapter.bottleneck_sizes: expected one size of {site} in a shared adapter")
 
 
 def _without(values: Mapping[str, Any] | None, keys: tuple[str, ...]) -> dict[str, Any] | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from fusion.config.compositions import CONTINUED, KEPT, CompositionConfig
+from fusion.config.compositions import CompositionConfig
 from fusion.config.model import POOLINGS, AdapterConfig
 from fusion.config.task import TaskConfig
 from fusion.errors import UserError
@@ -19,29 +19,23 @@ from fusion.tasks.task import Task
 MOST_LAYERS = 10_000  # of a backbone; some checks count through them
 
 
-def _check_name(text: str) -> str:
-    if not is_name(text):
-        raise ValueError(f"expected a name of the store; {FIX}")
-    return text
+def checked(problem: Callable[[str], str | None]) -> AfterValidator:
+    """Refuse a text of which `problem` names one."""
 
-
-def _check_task_name(text: str) -> str:
-    if (why := check_relative(text)) is not None:  # it is a folder of data.dir
-        raise ValueError(why)
-    return text
-
-
-def one_of(allowed: Sequence[str]) -> AfterValidator:
     def check(text: str) -> str:
-        if text not in allowed:
-            raise ValueError(f"expected one of {', '.join(allowed)}")
+        if (why := problem(text)) is not None:
+            raise ValueError(why)
         return text
 
     return AfterValidator(check)
 
 
+def one_of(allowed: Sequence[str]) -> AfterValidator:
+    return checked(lambda text: None if text in allowed else f"expected one of {', '.join(allowed)}")
+
+
 Count = Annotated[int, Field(ge=1, lt=2**63)]
-Name = Annotated[str, AfterValidator(_check_name)]
+Name = Annotated[str, checked(lambda text: None if is_name(text) else f"expected a name of the store; {FIX}")]
 
 
 class Part(BaseModel):
@@ -79,68 +73,56 @@ class Head(Part):
         return self.model_dump(exclude={"decision"})
 
 
-class Adapter(Part):
+class WithSettings(Part):
+    """A part whose settings and own keys are in one object in the file."""
+
+    required: ClassVar[Sequence[str]]  # settings
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apart(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        for key in cls.required:
+            if key not in values:
+                raise UserError(f"key {cls.__name__.lower()}.{key} is missing")
+        own = {key: values[key] for key in cls.model_fields if key in values and key != "settings"}
+        return {"settings": {key: value for key, value in values.items() if key not in own}} | own
+
+
+class Adapter(WithSettings):
     """Settings, and the bottleneck size of each slot, `{"0.feedforward": 48, ...}`."""
+
+    required = ("sites", "reads", "nonlinearity", "scaling", "dropout")
 
     settings: AdapterConfig
     bottleneck_sizes: dict[str, Count]
 
-    @model_validator(mode="before")
-    @classmethod
-    def _apart(cls, values: Any) -> Any:
-        return _settings_apart(
-            values, "adapter", ("sites", "reads", "nonlinearity", "scaling", "dropout"), ("bottleneck_sizes",)
-        )
 
+class Composition(WithSettings):
+    """Settings of a fusion, and what was chosen on its data."""
 
-class Composition(Part):
-    """Settings of a fusion, and what was chosen on its data.
-
-    Attributes:
-        kept: the positions of the sources that each slot of a pruned fusion keeps.
-        continued: the name of the one source that was trained further.
-    """
+    required = ("name",)
 
     settings: CompositionConfig
-    kept: dict[str, list[int]] | None = None
-    continued: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _apart(cls, values: Any) -> Any:
-        return _settings_apart(values, "composition", ("name",), (KEPT, CONTINUED))
+    kept: dict[str, list[int]] | None = None  # the positions of the sources that each slot of a pruned fusion keeps
+    continued: str | None = None  # the name of the one source that was trained further
 
     @property
     def chosen(self) -> dict[str, Any]:
         """`kept` or `continued`, where there is one."""
-        values = {KEPT: self.kept, CONTINUED: self.continued}
-        return {key: value for key, value in values.items() if value is not None}
-
-
-def _settings_apart(values: Any, part: str, required: Sequence[str], own: Sequence[str]) -> Any:
-    """Separate the settings from the part's `own` keys, which are in one object in the file."""
-    if not isinstance(values, dict):
-        return values
-    for key in required:
-        if key not in values:
-            raise UserError(f"key {part}.{key} is missing")
-    settings = {key: value for key, value in values.items() if key not in own}
-    return {"settings": settings} | {key: values[key] for key in own if key in values}
+        return self.model_dump(exclude={"settings"}, exclude_none=True)
 
 
 @dataclass
 class StoredTask(Task):
     """A task as it was when the artifact was stored. Only types are checked: a task that is listed need not run."""
 
-    name: Annotated[str, AfterValidator(_check_task_name)] = Field()
+    name: Annotated[str, checked(check_relative)] = Field()  # a folder of data.dir
     labels: list[Any] | None = None
 
     def as_config(self, where: str) -> TaskConfig:
-        """The task, as this version runs it.
-
-        Raises:
-            UserError: starts with `where`; this version does not support the task.
-        """
+        """The task, as this version runs it. `where` is for the message if it does not support the task."""
         try:
             return TaskConfig(**{field.name: getattr(self, field.name) for field in fields(self)})
         except (TypeError, UserError) as error:
@@ -162,7 +144,7 @@ class Source(Part):
 
 
 class Data(Part):
-    """A fingerprint of the examples of each split, and how the labels of each task were read."""
+    """A fingerprint of the examples of each split, and how the labels of each task were read (None: not known)."""
 
     max_length: Count
     fingerprints: dict[str, str]

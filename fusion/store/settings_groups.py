@@ -1,12 +1,6 @@
 """Which artifacts are one setting trained with different seeds, by their resolved settings, never by their names.
 
-Two runs have the same setting if everything that determines their numbers is equal, apart from the seed. A source
-counts by its own settings in the same way: `rte-s1` and `rte-s2` are the same source if only their seeds differ.
-
-    lookup = Lookup()
-    settings = [lookup.of_artifact(manifest, store) for manifest in manifests]
-    groups = group(settings)            # [[0, 2], [1]]: positions of equal settings
-    differing(settings)                 # of each, the settings that not all share
+A source counts by its own settings: `rte-s1` and `rte-s2` are the same source if only their seeds differ.
 """
 
 from __future__ import annotations
@@ -20,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
 from fusion.store.lookup import artifacts, find, read_folder
+from fusion.text import flat, is_within
 
 if TYPE_CHECKING:
     from fusion.store.manifest import Manifest
@@ -38,43 +33,29 @@ _DEEPEST = 8  # artifacts made of artifacts
 
 
 class Lookup:
-    """The settings of artifacts and runs, including those of their sources; each store is read once.
+    """The settings of artifacts and runs with their sources'; `known`: configs by path of those that are gone."""
 
-    Args:
-        known: flat configs by the absolute path of the artifact that they made, for artifacts that are gone.
-        stores: the manifests of stores that have been read already, replaced artifacts included.
-    """
-
-    def __init__(
-        self,
-        known: Mapping[str, Mapping[str, Any]] | None = None,
-        stores: Mapping[Path, Iterable[Manifest]] | None = None,
-    ) -> None:
+    def __init__(self, known: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         self._known = known or {}
-        self._stores = {store: _by_hash(manifests) for store, manifests in (stores or {}).items()}
+        self._stores: dict[Path, dict[str, Manifest]] = {}  # by hash
         self._depth = 0
 
     def of_artifact(self, manifest: Manifest, store: Path) -> Settings:
         """The settings of a stored artifact, whose sources are found by their hashes."""
         if store not in self._stores:
-            self._stores[store] = _by_hash(manifest for _, manifest in artifacts(store, replaced=True))
-        sources = []
-        for source in manifest.sources:
-            found = self._stores[store].get(source.hash)
-            sources.append(
-                self._named(source.name, manifest.seed, store, False)
-                if found is None
-                else self.of_artifact(found, store)
-            )
+            self._stores[store] = {one.hash: one for _, one in artifacts(store, replaced=True)}
+        found = [(source.name, self._stores[store].get(source.hash)) for source in manifest.sources]
+        sources = [
+            self._named(name, manifest.seed, store, False) if one is None else self.of_artifact(one, store)
+            for name, one in found
+        ]
         return self._settings(manifest.run.config, sources, manifest.seed, store)
 
     def of_run(self, config: Mapping[str, Any], store: Path | None, sources: Sequence[str] | None = None) -> Settings:
-        """The settings of a run without its artifact: its sources are found by name.
+        """The settings of a run without its artifact: its sources are found by name in `store`, if that is known.
 
         Args:
-            config: flat, as `fusion.runs.identity.identity_config` gives it.
-            store: where the sources are; None: not known.
-            sources: their names, if the config holds something else, such as `top:3`.
+            sources: their names, if the config (flat, see `identity_config`) holds something else, such as `top:3`.
         """
         seed, named = config.get("seed"), config.get(SOURCES) if sources is None else sources
         names = named if isinstance(named, (list, tuple)) else ()
@@ -103,10 +84,6 @@ class Lookup:
         return {"artifact": re.sub(rf"-seed-{re.escape(str(seed))}$", "", reference)}
 
 
-def _by_hash(manifests: Iterable[Manifest]) -> dict[str, Manifest]:
-    return {manifest.hash: manifest for manifest in manifests}
-
-
 def key_of(settings: Mapping[str, Any]) -> str:
     """Equal texts for equal settings."""
     return json.dumps(settings, sort_keys=True, default=str)
@@ -122,38 +99,21 @@ def group(settings: Iterable[Mapping[str, Any]]) -> list[list[int]]:
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The settings of each that not all of them share. Sources are named by their tasks if those differ."""
-    flat = [_flat(one) for one in settings]
+    every = [dict(flat(one)) for one in settings]
     tasks = [_tasks(one) for one in settings]
     if len(set(map(tuple, tasks))) > 1:  # other sources: their settings would be noise
-        flat = [
-            {k: v for k, v in one.items() if not k.startswith(f"{SOURCES}.")} | {SOURCES: "+".join(names)}
-            for one, names in zip(flat, tasks, strict=True)
+        every = [
+            {k: v for k, v in one.items() if not is_within(k, [SOURCES])} | {SOURCES: "+".join(names)}
+            for one, names in zip(every, tasks, strict=True)
         ]
-    keys = sorted({key for one in flat for key in one})
-    keys = [key for key in keys if len({json.dumps(one.get(key), default=str) for one in flat}) > 1]
-    return [{key: one.get(key) for key in keys} for one in flat]
+    keys = sorted({key for one in every for key in one})
+    keys = [key for key in keys if len({json.dumps(one.get(key), default=str) for one in every}) > 1]
+    return [{key: one.get(key) for key in keys} for one in every]
 
 
 def _plain(config: Mapping[str, Any]) -> Settings:
     left_out = (*NOT_SETTINGS, SOURCES, FUSION)
-    return {
-        key: value
-        for key, value in config.items()
-        if not any(key == one or key.startswith(f"{one}.") for one in left_out) and (key, value) not in NOT_SETTINGS_AT
-    }
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Settings:
-    flat: Settings = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        elif key == SOURCES and isinstance(value, list):
-            for number, source in enumerate(value):
-                flat |= _flat(source, f"{prefix}{key}.{number}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+    return {k: v for k, v in config.items() if not is_within(k, left_out) and (k, v) not in NOT_SETTINGS_AT}
 
 
 def _tasks(settings: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Changing a store: one writer per name at a time, and cleaning up after a writer that was killed. No torch here.
+"""Changing a store: one writer per name at a time, removal, and cleaning up after killed writers. No torch here.
 
 STORE/.staging holds, of an artifact NAME, `NAME~new` while it is written, `NAME.old` while it is replaced and
 `NAME~removed` while it is deleted. A folder gets its final name by a rename, so readers never see half an artifact.
@@ -9,16 +9,15 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusion.errors import UserError
-from fusion.files import resolve_path
+from fusion.files import unwritable
 from fusion.locks import LOCKS, lock
-from fusion.store.layout import MANIFEST, NEW, OLD, REMOVED, REPLACED, STAGING, check_name
-from fusion.store.lookup import artifacts, folders, read_folder
+from fusion.store.layout import HEAD, MANIFEST, NEW, OLD, REMOVED, REPLACED, STAGING, WEIGHTS, check_name
+from fusion.store.lookup import artifacts, check_store, entries, folders, read_folder, scan, unknown_name, users_of
 
 if TYPE_CHECKING:
     from fusion.store.manifest import Manifest
@@ -33,21 +32,14 @@ def artifact_lock(store: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def writing(store: Path, name: str, wait: float = LOCK_SECONDS) -> Iterator[None]:
-    """Hold the lock for writing an artifact.
-
-    Raises:
-        UserError: another process has held it for `wait` seconds, or there can be no lock.
-    """
+    """Hold the lock for writing an artifact; UserError if another process has held it for `wait` seconds."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(lock(artifact_lock(store, name), f"{store / name} is being written", wait))
         except TimeoutError as error:
             raise UserError(f"{error}. Run this again when that is done, or choose another name=") from None
         except OSError as error:
-            raise UserError(
-                f"{store / LOCKS}: cannot be written ({error.strerror or error}), and nothing is stored without a lock; "
-                "store=DIR names another store"
-            ) from None
+            raise unwritable("store", store / LOCKS, error) from None
         yield
 
 
@@ -100,12 +92,7 @@ def keep_replaced(store: Path, folder: Path, manifest: Manifest) -> Path:
 
 
 def check_free(name: str, kind: str, store: Path, overwrite: bool) -> None:
-    """Refuse to write `name` where that would replace something that must stay.
-
-    Raises:
-        UserError: the name is taken by something that is not an artifact, by an artifact of another kind (a fusion never
-            replaces an adapter), or by an artifact without `overwrite`.
-    """
+    """Refuse to write `name` over what is no artifact, one of another kind, or, without `overwrite`, any artifact."""
     check_name(name)
     folder = folders(store).get(name, store / name)
     if not folder.exists():
@@ -121,19 +108,47 @@ def check_free(name: str, kind: str, store: Path, overwrite: bool) -> None:
         raise UserError(f"{store / name} exists: overwrite=true replaces it, name=NAME keeps both")
 
 
-def check_writable(store: Path) -> None:
-    """Refuse a store that cannot be written, before hours are spent on training.
+def remove(name: str, store: Path, force: bool = False, wait: float = LOCK_SECONDS) -> str:
+    """Remove an artifact from the store, also a damaged one, and return the line to print.
 
-    Raises:
-        UserError: the store is a file, or it or the folder to create it in is not writable.
+    With `force`, an artifact that fusions need or may need moves to STORE/.replaced, as by an overwrite. UserError: it
+    does not exist, fusions need it or may need it, or it is being written.
     """
-    resolve_path(str(store), "store")
-    if store.exists() and not store.is_dir():
-        raise UserError(f"store={store}: is a file, expected a folder")
-    nearest = next(folder for folder in (store.absolute(), *store.absolute().parents) if folder.exists())
-    try:
-        os.rmdir(tempfile.mkdtemp(dir=nearest))  # permissions do not show a read-only disk
-    except OSError as error:
-        raise UserError(
-            f"store={store}: {nearest} cannot be written ({error.strerror}); store=DIR names another folder"
-        ) from None
+    check_name(name)  # never a path: nothing outside of a store is deleted
+    check_store(store)
+    folder, aside = store / name, store / STAGING / f"{name}{REMOVED}"
+    with writing(store, name, wait):
+        settle(store, name)
+        if not os.path.lexists(folder):
+            raise UserError(unknown_name(name, store))
+        content = {entry.name for entry in entries(folder)}
+        if not folder.is_dir() or not (MANIFEST in content or content <= {WEIGHTS, HEAD}):
+            raise UserError(
+                f"{folder} is not an artifact, it has no {MANIFEST}: remove it manually if it is not needed"
+            )
+        found = list(scan(store))
+        manifest = next((one.manifest for one in found if one.place == name), None)
+        others = [one for one in found if one.place != name]
+        if manifest is not None and manifest.hash not in [one.manifest.hash for one in others if one.manifest]:
+            current = [one for one in others if not one.replaced]
+            users, need = users_of(manifest.hash, current), "is a source of"
+            if not users and manifest.kind == "adapter":
+                # The sources of a manifest that cannot be read are not known.
+                users = [f.place for f in current if f.manifest is None and (f.folder / MANIFEST).is_file()]
+                need = "may be a source of the unreadable"
+            if users and not force:
+                raise UserError(
+                    f"{name} {need} {', '.join(users)}: remove or fix them first\n"
+                    "force=true frees the name and keeps the files in .replaced, where fusions find them"
+                )
+            if users:
+                kept = keep_replaced(store, folder, manifest)
+                sync_folder(store)
+                return f"removed {name}; {', '.join(users)} finds it in {kept}"
+        os.replace(folder, aside)
+        sync_folder(store)
+        if aside.is_symlink():
+            aside.unlink()
+        else:
+            shutil.rmtree(aside, ignore_errors=True)
+    return f"removed {name}"

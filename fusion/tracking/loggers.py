@@ -1,27 +1,39 @@
-"""The loggers of a run, W&B and CSV. An error of a logger is reported once and never stops training."""
+"""The loggers of a run, W&B and CSV, and what is logged. An error is reported once and never stops training."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-import os
+import math
+import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 
+from fusion.config.methods import ADAPTER
+from fusion.config.stages import StageConfig
 from fusion.config.training import LoggerConfig
-from fusion.tracking.labels import best_is, flat, plain
-from fusion.tracking.run_id import run_id
-from fusion.tracking.wandb_run import STEP, reason_of, relative, start_run, state
+from fusion.files import write_json
+from fusion.runs.run import Run
+from fusion.store.manifest import Manifest
+from fusion.tasks.table import METRICS
+from fusion.text import flat
+from fusion.tracking.offline import FILE, link, staged_in
+from fusion.tracking.wandb_run import LINK_SECONDS, STEP, reason_of, relative, run_id, start_run, state
 
 log = logging.getLogger(__name__)
 L = TypeVar("L", bound=type[Logger])
 
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 GUARDED = ("log_metrics", "log_hyperparams", "log_graph", "after_save_checkpoint", "save", "finalize")
 MAX_TAG_LENGTH = 64  # W&B rejects a run with a longer or an empty tag
+NAMES_SHOWN = 4  # sources in a name
+LENGTH = 128  # W&B's limit for a name
+SCORES = {*(metric for metrics in METRICS.values() for metric in metrics), "mean"}
 
 
 def never_raises(logger: L) -> L:
@@ -72,47 +84,33 @@ class SafeCsvLogger(CSVLogger):
 
 
 def build_loggers(
-    config: LoggerConfig,
-    *,
-    directory: Path,
-    name: str,
-    group: str,
-    job_type: str,
-    tags: list[str],
-    config_values: dict[str, Any],
-    checkpoints: Path | None = None,
-    identity: str = "",
+    config: LoggerConfig, run: Run, *, name: str, tags: list[str], checkpoints: Path | None = None, identity: str = ""
 ) -> list[Logger]:
-    """The loggers that `logger=` selects; none in any process but the first of a DDP run.
+    """The loggers that `logger=` selects, with their labels; none in any process but the first of a DDP run.
 
-    Args:
-        directory: the job's output directory; W&B writes to DIRECTORY/wandb, CSV to DIRECTORY/csv/metrics.csv.
-        name, group, job_type, tags: labels of the W&B run.
-        config_values: the resolved config, logged as `optim/lr`, `task/name` and so on.
-        checkpoints: where the id of a resumable W&B run is kept; None: every start has a new id.
-        identity: prefix of that id.
+    W&B writes to DIRECTORY/wandb, CSV to DIRECTORY/csv/metrics.csv. For `checkpoints` and `identity`, see `run_id`.
     """
-    if any(os.environ.get(variable, "0") not in ("", "0") for variable in RANK_VARIABLES):
-        return []
     loggers: list[Logger] = []
+    if not run.rank_zero:
+        return loggers
+    directory = str(run.directory)
     if config.wandb is not None:
-        run = start_run(
+        tracked = start_run(
             config.wandb,
-            dir=str(directory),
+            dir=directory,
             name=name,
-            group=group,
-            job_type=job_type,
+            group=run.group,
+            job_type=run.command,
             tags=list(dict.fromkeys(tag[:MAX_TAG_LENGTH] for tag in tags if tag)),
-            config=dict(flat(plain(config_values))),
+            config=columns(plain(run.config)),
             id=run_id(checkpoints, identity),
             resume="allow",
         )
-        if run is not None:
-            project = config.wandb.project
-            loggers.append(SafeWandbLogger(experiment=run, project=project, save_dir=str(directory)))
+        if tracked is not None:
+            loggers.append(SafeWandbLogger(experiment=tracked, project=config.wandb.project, save_dir=directory))
     if config.csv is not None:
         every = config.csv.flush_every_n_steps
-        loggers.append(SafeCsvLogger(str(directory), name="csv", version="", flush_logs_every_n_steps=every))
+        loggers.append(SafeCsvLogger(directory, name="csv", version="", flush_logs_every_n_steps=every))
     return loggers
 
 
@@ -132,3 +130,188 @@ def finish(loggers: Sequence[Logger], exit_code: int = 0) -> None:
             state.reason = f"the connection was lost: {reason_of(error)}"
             text = "W&B could not upload all of the run (%s); upload it later with `wandb sync %s`"
             log.warning(text, reason_of(error), relative(run.settings.sync_dir))
+
+
+# --- labels ---------------------------------------------------------------------------------------
+
+
+def stage_name(config: StageConfig, sources: Sequence[str] = ()) -> str:
+    """`cb · adapter · seed 3`; of a fusion `cb ← snli+mrpc+rte · seed 3`, with the sources in order.
+
+    Another composition than AdapterFusion is added, and at the end swept values or a name set by the user.
+    """
+    tasks = "+".join(str(task.name) for task in config.task_list)
+    composition = getattr(config, "composition", None)
+    if composition is not None:
+        parts = [f"{tasks} ← {_listed(sources)}"]
+        parts += [] if composition.is_default else [composition.name]
+    else:
+        adapter = config.adapter.name  # type: ignore[attr-defined]
+        method = config.method  # type: ignore[attr-defined]
+        shown = f" {adapter}" if method.definition.kind == ADAPTER and adapter != "pfeiffer" else ""
+        parts = [tasks, f"{method.name}{shown}"]
+    parts.append(f"seed {config.seed}")
+    usual = config.default_name()  # type: ignore[attr-defined]
+    own = str(config.name)
+    own = "" if own == usual else own.removeprefix(f"{usual}-")
+    own = re.sub(rf"(^|-)seed-{config.seed}(?=-|$)", "", own).strip("-")
+    return " · ".join([*parts, *([own] if own else [])])[:LENGTH]
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = "+".join(names[:NAMES_SHOWN])
+    return shown if len(names) <= NAMES_SHOWN else f"{shown}+{len(names) - NAMES_SHOWN} more"
+
+
+def columns(values: Mapping[str, Any]) -> dict[str, Any]:
+    """One column for each value, `optim/lr`; None is omitted. W&B advises against dots in keys."""
+    return {key: value for key, value in flat(values, "/") if value not in (None, {})}
+
+
+def plain(value: Any) -> Any:
+    """Plain containers and scalars for W&B; anything else, NaN and infinity included, becomes text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def best_is(metric: str) -> str | None:
+    """The best value of a curve: min of a loss, max of a score (also correlations), None of anything else."""
+    last = metric.rsplit("/", 1)[-1]
+    if last == "loss" or last.endswith("_loss"):
+        return "min"
+    return "max" if last in SCORES else None
+
+
+# --- result, attention, artifacts -----------------------------------------------------------------
+
+
+def log_result(loggers: Sequence[Logger], result: Mapping[str, Any]) -> None:
+    """Add a run's result to the W&B summary: `best/validation/accuracy` and `best/epoch` of a training,
+    `validation/accuracy` of an evaluation; `epochs`, `speed/seconds`, `parameters/trainable`, ...
+    """
+
+    def update(run: Any) -> None:
+        values = plain(result)
+        scores = columns(values.pop("metrics", None) or {})
+        if "best_epoch" in values:  # of a training: each score has a curve already
+            scores = {f"best/{name}": score for name, score in scores.items()}
+            scores["best/epoch"] = values["best_epoch"]
+        run.summary.update(columns(values) | scores)
+
+    _attempt("log the result", loggers, update)
+
+
+def log_attention(loggers: Sequence[Logger], record: Mapping[str, Any]) -> None:
+    """Log a line of attention.jsonl in W&B: an image, a table, and curves of each slot's numbers."""
+
+    def update(run: Any) -> None:
+        import wandb
+
+        from fusion.reporting.figures import attention_figure
+
+        columns: list[str | int] = ["slot", "source", "mean", "entropy", "value_distance"]
+        rows, logged = [], {"epoch": record["epoch"], STEP: record["step"]}
+        for slot, values in record["slots"].items():
+            numbers = {key: values[key] for key in ("entropy", "value_distance")}
+            rows += [[slot, *one, *numbers.values()] for one in zip(record["sources"], values["mean"], strict=True)]
+            logged |= {f"attention/{key}/{slot}": one for key, one in numbers.items() if one is not None}
+        logged["attention/picture"] = wandb.Image(attention_figure(record), file_type="png")
+        logged["attention/table"] = wandb.Table(columns=columns, data=rows)
+        with staged_in(Path(run.settings.sync_dir)):  # offline, the file of a table stays where it is staged
+            run.log(logged, step=record["step"])
+
+    _attempt("log the attention", loggers, update)
+
+
+def run_reference(loggers: Sequence[Logger]) -> dict[str, Any] | None:
+    """The job's W&B run, `{"id", "project", "entity", "url"}`; None if it has none."""
+    with contextlib.suppress(Exception):
+        if (run := wandb_run(loggers)) is not None:
+            place = {"id": run.id, "project": run.project, "entity": run.entity or None}
+            return place | {"url": None if run.offline else run.url}
+    return None
+
+
+def log_made(
+    loggers: Sequence[Logger],
+    folder: Path,
+    made: Manifest,
+    sources: Sequence[Manifest],
+    initial: Manifest | None = None,
+) -> None:
+    """Log which artifact a run made and stored in `folder`, from which sources and initial weights.
+
+    The run's config always names them. An online run also gets W&B artifacts, with the first twelve digits of the
+    hash as their alias; those of an offline run are linked by `python -m fusion.sync`.
+    """
+    about = {"name": made.name, "hash": made.hash, "kind": made.kind}
+    named: dict[str, Any] = about | {"sources": [_named(source) for source in sources]}
+    named |= {} if initial is None else {"init_from": _named(initial)}
+    used = [*sources, *([] if initial is None else [initial])]
+    _log_artifacts(loggers, named, about | {"folder": str(folder.absolute())}, used)
+
+
+def log_used(loggers: Sequence[Logger], used: Manifest) -> None:
+    """Log which artifact a run evaluates."""
+    _log_artifacts(loggers, _named(used) | {"kind": used.kind}, None, [used])
+
+
+def _log_artifacts(
+    loggers: Sequence[Logger], named: dict[str, Any], made: dict[str, Any] | None, used: Sequence[Manifest]
+) -> None:
+    """Name the artifacts in the config; link them now if the run is online, or record them for later."""
+
+    def update(run: Any) -> None:
+        run.config.update({"artifact": named}, allow_val_change=True)
+
+    def link_now(run: Any) -> None:
+        about = {"id": run.id, "project": run.project, "entity": run.entity or None, "name": run.name}
+        read = [{"name": one.name, "hash": one.hash, "run": _run_of(one)} for one in used]
+        links = {"run": about, "made": made, "used": read, "drawn": []}
+        file = Path(run.settings.sync_dir).parent / FILE
+        write_json(file, links)
+        if run.offline:
+            return
+        future: Future[dict[str, Any]] = Future()
+
+        def call() -> None:
+            try:
+                future.set_result(link(run, links))
+            except Exception as error:
+                future.set_exception(error)
+
+        threading.Thread(target=call, daemon=True).start()  # W&B itself has no time limit
+        try:
+            write_json(file, future.result(LINK_SECONDS))
+        except TimeoutError:
+            state.reason = f"the server did not respond within {LINK_SECONDS:g} s"
+            raise TimeoutError(state.reason) from None
+
+    _attempt("log the artifact", loggers, update)
+    _attempt("link the artifacts", loggers, link_now)
+
+
+def _run_of(artifact: Manifest) -> dict[str, Any] | None:
+    """The `run_reference` in a manifest, where anything may be."""
+    run = artifact.run.wandb or {}
+    return run if isinstance(run.get("id"), str) else None
+
+
+def _named(artifact: Manifest) -> dict[str, Any]:
+    """As the run's config names an artifact: by hash, and by run id where that is known."""
+    run = _run_of(artifact)
+    return {"name": artifact.name, "hash": artifact.hash, **({"run": run["id"]} if run else {})}
+
+
+def _attempt(what: str, loggers: Sequence[Logger], call: Callable[[Any], None]) -> None:
+    """Call it with the W&B run, if there is one; an error is a warning."""
+    try:
+        if (run := wandb_run(loggers)) is not None:
+            call(run)
+    except Exception as error:
+        log.warning("W&B could not %s (%s); the run continues", what, reason_of(error))

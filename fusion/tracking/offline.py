@@ -1,25 +1,102 @@
-"""Upload offline W&B runs with `wandb sync`, and link them to the artifacts that they made and used.
+"""Which artifact a W&B run made, and from which ones: W&B's own artifacts, linked now or after an offline upload.
 
-An interrupted and resumed run has multiple folders with one id, one per job: W&B appends each to the same run.
+What is to be linked is in DIRECTORY/wandb/links.json:
+{"run": {"id", "project", "entity", "name"}, "made": {"name", "kind", "hash", "folder"} or null,
+ "used": [{"name", "hash", "run"}], "drawn": ["NAME:HASH", ...]}; "drawn" names what is linked already.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import urllib.error
 import urllib.request
+from collections.abc import Iterator, Mapping
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 from fusion.config.training import WandbConfig
 from fusion.errors import UserError, first_line
-from fusion.files import write_json
-from fusion.tracking.lineage import FILE, link, not_linked, read_links, staged_in
+from fusion.files import read_json, write_json
 from fusion.tracking.wandb_run import FINISH_SECONDS, disable_error_reports, missing_key
+
+FILE = "links.json"
+ALIAS_DIGITS = 12  # of an artifact's hash
+# What W&B shows of a manifest; the whole config is with the run.
+SHOWN = ["kind", "name", "adapter", "composition", "method", "sources", "metrics", "seed", "versions", "result"]
+SHOWN_OF_RUN = ["identity", "overrides", "git", "wandb"]
+
+
+def not_linked(links: Mapping[str, Any]) -> list[str]:
+    """The artifacts that are not linked yet, as `NAME:HASH`."""
+    every = [mark(one) for one in [*links["used"], *([links["made"]] if links["made"] else [])]]
+    return [one for one in every if one not in links["drawn"]]
+
+
+def mark(artifact: Mapping[str, Any]) -> str:
+    """`NAME:HASH`, W&B's name of an artifact."""
+    return f"{artifact['name']}:{artifact['hash'][:ALIAS_DIGITS]}"
+
+
+def link(run: Any, links: Mapping[str, Any]) -> dict[str, Any]:
+    """Link what is open of an online run, and return the links with what is linked now.
+
+    An artifact that W&B does not have (made offline and not uploaded yet, or elsewhere) stays open, and so does one
+    whose folder was removed.
+    """
+    import wandb
+
+    linked, made = list(links["drawn"]), links["made"]
+    for used in links["used"]:
+        if mark(used) not in linked:
+            with contextlib.suppress(Exception):  # the run's config names it anyway
+                run.use_artifact(reference(used))
+                linked.append(mark(used))
+    if made and mark(made) not in linked and (folder := Path(made["folder"])).is_dir():
+        artifact = wandb.Artifact(made["name"], type=made["kind"], metadata=metadata(folder, made["hash"]))
+        for file in sorted(folder.iterdir()):
+            artifact.add_file(str(file), policy="immutable")  # no copy in W&B's staging folder
+        run.log_artifact(artifact, aliases=["latest", made["hash"][:ALIAS_DIGITS]])
+        linked.append(mark(made))
+    return {**links, "drawn": linked}
+
+
+def reference(used: Mapping[str, Any]) -> str:
+    """`entity/project/name:hash`, as far as the run that made it is known; otherwise in this project."""
+    run = used.get("run") or {}
+    place = [str(run[key]) for key in ("entity", "project") if run.get(key)] if run.get("project") else []
+    return "/".join([*place, mark(used)])
+
+
+def metadata(folder: Path, hash: str) -> dict[str, Any]:
+    """The part of the artifact's manifest that W&B shows."""
+    manifest = read_json(folder / "manifest.json")
+    task, backbone, run = (manifest.get(key) or {} for key in ("task", "backbone", "run"))
+    shown = {key: manifest[key] for key in SHOWN if manifest.get(key)}
+    shown |= {key: run[key] for key in SHOWN_OF_RUN if run.get(key)}
+    shown["backbone"] = {key: backbone.get(key) for key in ("name_or_path", "fingerprint")}
+    return {"hash": hash, "folder": str(folder), "task": task.get("name"), **shown}
+
+
+@contextlib.contextmanager
+def staged_in(folder: Path | str) -> Iterator[None]:
+    """W&B stages the files of artifacts in this folder, in place of the user's home."""
+    before = os.environ.get("WANDB_DATA_DIR")
+    os.environ["WANDB_DATA_DIR"] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop("WANDB_DATA_DIR")
+        os.environ.update({} if before is None else {"WANDB_DATA_DIR": before})
+
+
+# --- offline runs ---------------------------------------------------------------------------------
+
 
 CHECK_SECONDS = 5.0  # for the server to respond
 
@@ -43,27 +120,20 @@ def is_uploaded(run: Path) -> bool:
 
 
 def open_links(run: Path) -> dict[str, Any] | None:
-    """The links of a run that has something left to link.
-
-    Raises:
-        SyncError: they cannot be read.
-    """
+    """The links of a run that has something left to link."""
     file = run.parent / FILE
     if not file.is_file():
         return None
     try:
-        links = read_links(file)
-    except (OSError, ValueError) as error:
+        links: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        is_open = run.name.endswith(f"-{links['run']['id']}") and not_linked(links)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SyncError(f"cannot read {file} ({first_line(error)})") from error
-    return links if run.name.endswith(f"-{links['run']['id']}") and not_linked(links) else None
+    return links if is_open else None
 
 
 def check_connection() -> None:
-    """
-    Raises:
-        UserError: no API key is set, or no server can be connected to.
-        ServerError: the server does not respond in time, or responds with an error.
-    """
+    """UserError without an API key or a server; ServerError if the server fails or does not respond in time."""
     import wandb
 
     os.environ.pop("WANDB_MODE", None)  # may be offline for the trainings
@@ -84,10 +154,6 @@ def check_connection() -> None:
 
 
 def upload(run: Path, seconds: float) -> None:
-    """
-    Raises:
-        SyncError: with W&B's message.
-    """
     command = [sys.executable, "-m", "wandb", "sync", str(run.absolute())]
     environment = {k: v for k, v in os.environ.items() if k not in ("WANDB_SERVICE", "WANDB_SILENT")}
     options: dict[str, Any] = {"env": environment, "stdin": subprocess.DEVNULL, "timeout": seconds}
@@ -103,21 +169,16 @@ def upload(run: Path, seconds: float) -> None:
 
 
 def link_uploaded(run: Path) -> tuple[list[str], list[str]]:
-    """Link what is open of an uploaded run; nothing else is logged to it.
-
-    Returns:
-        What is linked now and what is still open, as `NAME:HASH`.
-
-    Raises:
-        SyncError: with W&B's message.
-    """
+    """Link what is open of an uploaded run. Returns what is linked now and what is still open, as `NAME:HASH`."""
     import wandb
 
     if (links := open_links(run)) is None:
         return [], []
-    options = dict.fromkeys(("silent", "x_disable_stats", "x_disable_meta", "disable_git"), True)
     settings = wandb.Settings(
-        **dict[str, Any](options),
+        silent=True,
+        x_disable_stats=True,
+        x_disable_meta=True,
+        disable_git=True,
         console="off",
         x_save_requirements=False,
         init_timeout=WandbConfig().init_timeout,

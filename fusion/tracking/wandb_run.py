@@ -10,15 +10,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
+import secrets
 import shlex
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from fusion.config.training import WandbConfig
 from fusion.errors import first_line
+from fusion.files import read_json, write_json
 from fusion.text import shortened
 
 log = logging.getLogger(__name__)
@@ -28,18 +30,20 @@ LINK_SECONDS = 15.0  # for W&B's artifacts; the run's config names them anyway
 FINISH_SECONDS = 20.0  # for the rest of the upload when a job ends; `wandb sync` can upload it later
 SERVICE_SECONDS = 8.0  # for the start of W&B's service process once something has failed
 STEP = "trainer/global_step"  # Lightning's name
+ID_FILE = "wandb.json"
 
 
 @dataclass
 class State:
-    """What the jobs of one command share; parallel jobs in other processes decide for themselves.
+    """What the jobs of one command share; parallel jobs in other processes decide for themselves."""
 
-    reason: why later runs are offline. noticed: a notice was given. sweep: the folder that a single notice names.
-    """
-
-    reason: str | None = None
+    reason: str | None = None  # why later runs are offline
     noticed: bool = False
-    sweep: Path | None = None
+    sweep: Path | None = None  # the folder that a single notice names
+
+    def reset(self) -> None:
+        """For a new command."""
+        self.reason, self.noticed, self.sweep = None, False, None
 
     def first_notice(self) -> bool:
         first, self.noticed = not self.noticed, self.sweep is not None
@@ -49,23 +53,28 @@ class State:
 state = State()
 
 
-@contextlib.contextmanager
-def command_state() -> Iterator[None]:
-    """A new state for one command."""
-    before = vars(state).copy()
-    vars(state).update(vars(State()))
-    try:
-        yield
-    finally:
-        vars(state).update(before)
+def run_id(folder: Path | None, identity: str) -> str | None:
+    """The id of a run: the same for every resume, a new one, with `identity` as prefix, once the run starts over.
+
+    It is kept in `folder`, with the run's checkpoints, which are removed when the run is done or starts over. None,
+    without a folder: W&B chooses one. An agent of a W&B sweep assigns the id itself.
+    """
+    if os.environ.get("WANDB_SWEEP_ID") and (assigned := os.environ.get("WANDB_RUN_ID")):
+        return assigned
+    if folder is None:
+        return None
+    known = read_json(folder / ID_FILE).get("id")
+    if isinstance(known, str) and re.fullmatch(r"[\w.-]{1,64}", known):
+        return known
+    new = f"{identity}-{secrets.token_hex(3)}"
+    with contextlib.suppress(OSError):  # a full disk is reported by the checkpoints
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / ID_FILE, {"id": new})
+    return new
 
 
 def start_run(config: WandbConfig, /, **labels: Any) -> Any | None:
-    """A running W&B run; None, with a notice, if W&B is disabled or cannot start.
-
-    Args:
-        labels: arguments of `wandb.init`, `dir` among them.
-    """
+    """A running W&B run; None, with a notice, if W&B is disabled or cannot start. `labels`: of `wandb.init`."""
     try:
         import wandb
 

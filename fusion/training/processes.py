@@ -30,7 +30,7 @@ from fusion.config.training import TrainerConfig
 from fusion.errors import TrainingError, UserError
 from fusion.files import read_json, write_json
 from fusion.runs import signals
-from fusion.runs.run import Run, RunLog, caused_by_interrupt, describe
+from fusion.runs.run import Run, caused_by_interrupt, describe
 
 log = logging.getLogger(__name__)
 
@@ -313,6 +313,6 @@ def _set_up_logging(run: Run, rank: int) -> None:
     if rank:
         logging.basicConfig(level=logging.WARNING, handlers=[console], format=full, force=True)
         return
-    file = RunLog(run.directory / "run.log", encoding="utf-8")
+    file = logging.FileHandler(run.directory / "run.log", encoding="utf-8")
     file.setFormatter(logging.Formatter(full))
     logging.basicConfig(level=logging.INFO, handlers=[console, file], format="%(message)s", force=True)

@@ -18,9 +18,15 @@ from fusion.store.artifacts import save
 from fusion.store.compatibility import DIVERGED
 from fusion.store.lookup import read_folder
 from fusion.store.manifest import Manifest
-from fusion.tracking.labels import stage_name
-from fusion.tracking.logged import log_attention, log_lineage, log_result, run_reference
-from fusion.tracking.loggers import build_loggers, finish
+from fusion.tracking.loggers import (
+    build_loggers,
+    finish,
+    log_attention,
+    log_made,
+    log_result,
+    run_reference,
+    stage_name,
+)
 from fusion.training.attention import AttentionRecorder
 from fusion.training.description import manifest_of_fit, result_of_fit
 from fusion.training.divergence import shown
@@ -79,15 +85,7 @@ def _train_and_store(spec: StageSpec, loggers: list[Logger]) -> dict[str, Any]:
     rows = spec.rows.validation
     write_predictions(run.directory, {split: found.as_stored(rows[split]) for split, found in fitted.predicted.items()})
     log_result(loggers, result)
-    log_lineage(
-        loggers,
-        folder=path,
-        kind=stored.kind,
-        name=stored.name,
-        hash=stored.hash,
-        sources=[_reference(source) for source in spec.sources],
-        init_from=None if spec.initial is None else _reference(spec.initial),
-    )
+    log_made(loggers, path, stored, spec.sources, spec.initial)
     return result
 
 
@@ -96,12 +94,9 @@ def _loggers(spec: StageSpec) -> list[Logger]:
     tasks = [str(task.name) for task in config.task_list]
     loggers = build_loggers(
         config.logger,
-        directory=run.directory,
+        run,
         name=stage_name(config, [source.name for source in spec.sources]),
-        group=run.group,
-        job_type=run.command,
         tags=[*tasks, config.backbone.name_or_path.rsplit("/", 1)[-1], spec.tag],
-        config_values=run.config,
         checkpoints=output.checkpoints,
         identity=output.identity,
     )
@@ -166,7 +161,3 @@ def _log_findings(fitted: Fit) -> None:
     for name, decision in fitted.decisions.items():
         for key, value in decision.items():
             log.info("%s: %s %.4f, chosen on the validation split and stored", name, key, value)
-
-
-def _reference(manifest: Manifest) -> dict[str, Any]:
-    return {"name": manifest.name, "hash": manifest.hash, "run": manifest.run.wandb}

@@ -31,6 +31,7 @@ from fusion.layers.heads import TaskHead
 from fusion.layers.slot_module import SlotModule
 from fusion.model.adapted import AdaptedModel
 from fusion.runs.memory import keep_freed_memory
+from fusion.runs.run import Run
 from fusion.tracking.loggers import build_loggers
 from fusion.training.fit import make_trainer
 from fusion.training.module import TaskModule, adamw
@@ -209,15 +210,8 @@ def in_lightning(model: OurModel, setup: Setup, warmup: int, steps: int) -> floa
     )
     # The progress bar is only drawn on a terminal.
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(sys.stdout, "isatty", return_value=True):
-        loggers = build_loggers(
-            LoggerConfig(csv=CsvConfig()),
-            directory=Path(folder),
-            name="loop",
-            group="benchmark",
-            job_type="benchmark",
-            tags=[],
-            config_values={},
-        )
+        run = Run("benchmark", Path(folder), (), {}, "benchmark")
+        loggers = build_loggers(LoggerConfig(csv=CsvConfig()), run, name="loop", tags=[])
         make_trainer(settings, [watch, ProgressBar("validation/accuracy")], loggers).fit(module, loader)
     return (watch.started[-1] - watch.started[warmup]) / steps
 

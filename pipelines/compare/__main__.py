@@ -25,8 +25,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from fusion.cli.console import show_table
-from fusion.cli.program import run_program
+from fusion.cli.console import run_program, show_table
 from pipelines.commands import say
 from pipelines.compare.config import read_comparison
 from pipelines.compare.rows import GROUPS, ROWS

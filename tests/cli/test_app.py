@@ -24,7 +24,7 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 
 from fusion.cli.app import command
-from fusion.cli.overrides import as_text, text_keys
+from fusion.cli.config_sources import as_text, text_keys
 from fusion.config.methods import MethodConfig
 from fusion.config.stages import Stage1Config, Stage2Config
 from fusion.config.task import TaskConfig
@@ -243,10 +243,10 @@ def test_a_wrong_command(go: Callable[..., Outcome], arguments: list[str], messa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["hydra.run.dir=/proc/nowhere/run"], r"^/proc/nowhere/run: cannot be written \(No such file"),
-        (["hydra.run.dir=file"], r"^file: cannot be written \(File exists\)"),
+        (["hydra.run.dir=/proc/nowhere/run"], r"^hydra.run.dir=/proc/nowhere/run: cannot be written \(No such file"),
+        (["hydra.run.dir=file"], r"^hydra.run.dir=file: cannot be written \(Not a directory\)"),
         (["hydra.run.dir=file/run"], r"^hydra.run.dir=file/run: Not a directory"),
-        (["-m", "seed=1,2", "hydra.sweep.dir=/proc/nowhere"], r"^/proc/nowhere: cannot be written"),
+        (["-m", "seed=1,2", "hydra.sweep.dir=/proc/nowhere"], r"^hydra.sweep.dir=/proc/nowhere: cannot be written"),
         (["-m", "seed=1,2", "hydra.sweep.dir=taken"], r"^taken/1-mine-seed-2: this is a file"),
         (["hydra.run.dir=logged"], r"logged/run\.log: cannot be written \(Is a directory\)"),
     ],

@@ -65,7 +65,7 @@ def statuses(place: Path) -> dict[str, dict[str, Any]]:
         ("training", "fusion.training.module.TaskModule.training_step"),
         pytest.param("validation", "fusion.training.module.TaskModule.on_validation_epoch_end", marks=pytest.mark.slow),
         ("storing", "fusion.training.stage.save"),
-        pytest.param("showing the result", "fusion.training.stage.log_lineage", marks=pytest.mark.slow),
+        pytest.param("showing the result", "fusion.training.stage.log_made", marks=pytest.mark.slow),
     ],
 )
 def test_a_failed_job_does_not_stop_the_others(

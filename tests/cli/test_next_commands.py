@@ -14,7 +14,7 @@ import pytest
 
 from fusion.cli.console import number, score
 from fusion.cli.next_commands import end_of_run, end_of_sweep
-from fusion.cli.settings_table import settings_table
+from fusion.cli.result_tables import settings_table
 from fusion.runs.run import Run
 from fusion.runs.sweep import Job
 from fusion.store.listing import as_bytes

@@ -13,9 +13,10 @@ from typing import Any, cast, get_args, get_type_hints
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from fusion.cli.config_sources import TABLES, conf_folder, keys_of, register
+from fusion.cli.config_sources import TABLES, conf_folder, keys_of
 from fusion.cli.messages import explain
 from fusion.config.commands import EvaluateConfig, InspectConfig, PredictConfig, RankConfig, ReportConfig
 from fusion.config.stages import Stage1Config, Stage2Config
@@ -56,7 +57,7 @@ OWNED_BY_CODE = {"self", "logger", "callbacks", "plugins", "use_distributed_samp
 @pytest.fixture(scope="module", autouse=True)
 def hydra() -> Iterator[None]:
     for name, schema in SCHEMAS.items():
-        register(name, schema)
+        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         yield
 

@@ -22,8 +22,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from fusion.cli.config_sources import conf_folder
+from fusion.cli.console import read_arguments
 from fusion.cli.job_config import Command, prepare
-from fusion.cli.program import read_arguments
 from pipelines import adapterdrop, demo, ranking, two_stage
 from pipelines.commands import read_config
 from pipelines.compare.config import read_comparison

@@ -21,10 +21,11 @@ from fusion.config.model import BackboneConfig, SameBackboneConfig
 from fusion.errors import UserError
 from fusion.hub.tokenizer import load_tokenizer
 from fusion.runs.identity import identity
-from fusion.store.compatibility import check_trust
+from fusion.runs.inputs import read_used
 from fusion.store.lookup import read_manifest
 from tests.bench import Bench
 from tests.store.conftest import build as make_manifest
+from tests.store.conftest import put
 
 CODE = """
 from pathlib import Path
@@ -145,12 +146,16 @@ def test_from_training_to_evaluation(bench: Bench, own_code: Make) -> None:
     assert "trust_remote_code" not in read_manifest("books", bench.folder / "store").content["backbone"]
 
 
-def test_an_artifact_cannot_enable_custom_code() -> None:
-    manifest = make_manifest(backbone={"trust_remote_code": True})
+def test_an_artifact_cannot_enable_custom_code(tmp_path: Path, tiny_backbone: Path) -> None:
+    for trusted in (True, False):
+        about = {"trust_remote_code": trusted, "name_or_path": str(tiny_backbone)}
+        put(tmp_path / f"films-{trusted}", make_manifest("films", backbone=about))
+    config = EvaluateConfig(artifact="films-True", store=str(tmp_path))
     with pytest.raises(UserError, match="trust_remote_code=true"):
-        check_trust(manifest, trusted=False)
-    check_trust(manifest, trusted=True)
-    check_trust(make_manifest(), trusted=False)
+        read_used(config)
+    config.backbone.trust_remote_code = True
+    read_used(config)
+    read_used(EvaluateConfig(artifact="films-False", store=str(tmp_path)))
 
 
 class Malicious:

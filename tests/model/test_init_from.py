@@ -18,9 +18,8 @@ from fusion.config.stages import Stage1Config, Stage2Config
 from fusion.config.training import OptimConfig
 from fusion.errors import UserError
 from fusion.runs.identity import identity, is_done
-from fusion.store.describing import describe
+from fusion.store.listing import describe, rebuild_lines
 from fusion.store.lookup import read_manifest
-from fusion.store.rebuilding import rebuild_lines
 from tests.bench import Bench
 
 STILL = OptimConfig(lr=1e-30, weight_decay=0.0, patience=None)  # trains, and moves nothing

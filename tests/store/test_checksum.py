@@ -14,11 +14,10 @@ import torch
 
 from fusion.errors import UserError
 from fusion.model.from_manifests import head_shapes, tensor_shapes, weight_shapes
-from fusion.store.artifacts import load, save
+from fusion.store.artifacts import load, save, verify
 from fusion.store.layout import MANIFEST
 from fusion.store.lookup import read_manifest
 from fusion.store.manifest import Manifest, checksum_of
-from fusion.store.verifying import verify
 
 Make = Callable[..., Manifest]
 

@@ -18,16 +18,14 @@ import torch
 
 from fusion.errors import UserError
 from fusion.locks import run_lock
-from fusion.model.from_manifests import head_shapes, tensor_shapes, weight_shapes
+from fusion.model.from_manifests import head_shapes, weight_shapes
 from fusion.store.__main__ import KEYS, main
 from fusion.store.artifacts import load_by_hash, save
 from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
 from fusion.store.listing import as_bytes
 from fusion.store.lookup import names, read_manifest
 from fusion.store.manifest import Manifest, checksum_of
-from fusion.store.removing import remove
-from fusion.store.verifying import verify
-from fusion.store.writing import writing
+from fusion.store.writing import remove, writing
 from tests.cli.fake_terminal import at_terminal
 from tests.store.conftest import exit_code, fork
 
@@ -135,23 +133,6 @@ def test_an_active_run_is_not_a_leftover(say: Say, full: Path) -> None:
     (full / ".staging" / "plays~new").mkdir(exist_ok=True)
     code, out, _ = say("verify")
     assert out.count("rm -r") == 2 and "an interrupted run" in out and "running" not in out
-
-
-def test_no_false_alarm_while_an_artifact_is_overwritten(store: Path, make_manifest: Callable[..., Manifest]) -> None:
-    put(store, make_manifest("films"))
-
-    def overwrite() -> None:
-        for number in range(1000):
-            put(store, make_manifest("films", seed=number), float(number), overwrite=True)
-
-    writer = fork(overwrite)
-    try:
-        for _ in range(30):
-            assert [str(verdict) for verdict in verify(store, tensor_shapes)] == ["ok       films"]
-        assert os.waitpid(writer, os.WNOHANG) == (0, 0)  # it has been overwriting until now
-    finally:
-        os.kill(writer, signal.SIGKILL)
-        os.waitpid(writer, 0)
 
 
 def test_an_empty_or_missing_store(say: Say, store: Path) -> None:

@@ -17,9 +17,9 @@ from fusion.config.stages import Stage1Config
 from fusion.data.rows import load_rows
 from fusion.errors import UserError
 from fusion.runs.identity import identity
+from fusion.store.compatibility import as_trained, note_ambiguous_labels
 from fusion.store.lookup import read_manifest
 from fusion.store.manifest import Manifest
-from fusion.store.trained_data import as_trained, note_ambiguous_labels
 from tests.bench import Bench
 
 

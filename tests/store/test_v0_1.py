@@ -20,8 +20,8 @@ from fusion.config.task import TaskConfig
 from fusion.config.training import OptimConfig, TrainerConfig
 from fusion.model.from_manifests import tensor_shapes
 from fusion.runs.run import Run
+from fusion.store.artifacts import verify
 from fusion.store.lookup import read_manifest
-from fusion.store.verifying import verify
 
 STORED = Path(__file__).parent / "v0_1"
 EVALUATED: dict[str, dict[str, Any]] = json.loads((STORED / "evaluated.json").read_text())

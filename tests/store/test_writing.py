@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fusion.errors import UserError
+from fusion.files import check_writable
 from fusion.store.layout import MANIFEST
 from fusion.store.manifest import Manifest
-from fusion.store.writing import check_free, check_writable
+from fusion.store.writing import check_free
 from tests.store.conftest import put
 
 Make = Callable[..., Manifest]
@@ -35,22 +37,22 @@ def test_check_free(make_manifest: Make, store: Path) -> None:
 
 
 def test_check_writable(store: Path) -> None:
-    check_writable(store)  # not there yet: its parents will be made
+    check_writable(str(store), "store")  # not there yet: its parents will be made
     assert not store.exists()
     store.parent.mkdir()
     store.write_text("")
-    with pytest.raises(UserError, match="is a file"):
-        check_writable(store)
     with pytest.raises(UserError, match="Not a directory"):
-        check_writable(store / "below")
+        check_writable(str(store), "store")
+    with pytest.raises(UserError, match="Not a directory"):
+        check_writable(str(store / "below"), "store")
 
 
 def test_check_writable_without_permission(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store.mkdir(parents=True)
 
-    def refuse(dir: Path) -> str:
+    def refuse(**_: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("tempfile.mkdtemp", refuse)  # root may write everywhere
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", refuse)  # root may write everywhere
     with pytest.raises(UserError, match="cannot be written"):
-        check_writable(store)
+        check_writable(str(store), "store")

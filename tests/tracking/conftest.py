@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 import wandb
 
-from fusion.tracking.loggers import RANK_VARIABLES
-from fusion.tracking.wandb_run import command_state
+from fusion.tracking.wandb_run import state
 from tests.tracking.wandb_server import WandbServer, wandb_server
 
 KEY = "0123456789abcdef" * 2 + "01234567"
@@ -26,12 +25,11 @@ KEY = "0123456789abcdef" * 2 + "01234567"
 @contextlib.contextmanager
 def clean_wandb(home: Path) -> Iterator[pytest.MonkeyPatch]:
     """No key, no settings, no network variables; a separate W&B session."""
-    with pytest.MonkeyPatch.context() as patch, command_state():
+    with pytest.MonkeyPatch.context() as patch:
+        state.reset()
         for variable in list(os.environ):
             if variable.startswith("WANDB_") or variable.lower().endswith("_proxy"):
                 patch.delenv(variable)
-        for variable in RANK_VARIABLES:
-            patch.delenv(variable, raising=False)
         home.mkdir(parents=True, exist_ok=True)
         patch.setenv("NETRC", str(home / "netrc"))
         for kind in ("CONFIG", "CACHE", "DATA"):

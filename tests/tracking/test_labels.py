@@ -12,7 +12,7 @@ from fusion.config.model import AdapterConfig
 from fusion.config.stages import Stage1Config, Stage2Config
 from fusion.config.task import TaskConfig
 from fusion.tasks.table import METRICS
-from fusion.tracking.labels import LENGTH, best_is, flat, stage_name
+from fusion.tracking.loggers import LENGTH, best_is, columns, stage_name
 
 CB = TaskConfig(name="cb", text="text", labels=["a", "b"], metrics=["accuracy"])
 RTE = TaskConfig(name="rte", text="text", labels=["a", "b"], metrics=["accuracy"])
@@ -51,10 +51,10 @@ def test_many_sources_and_long_names_are_shortened() -> None:
     assert len(stage2("x", ["y" * 99, "z" * 99])) == LENGTH
 
 
-def test_flat() -> None:
+def test_columns() -> None:
     values = {"optim": {"lr": 1e-4, "head_lr": None}, "tasks": [{"name": "a"}, {"name": "b"}], "seed": 0}
     values |= {"sources": ["a", "b"], "empty": [], "hub": {}}
-    assert dict(flat(values)) == {
+    assert columns(values) == {
         "optim/lr": 1e-4,
         "tasks/0/name": "a",
         "tasks/1/name": "b",

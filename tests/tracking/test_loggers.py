@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,10 +23,11 @@ from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 
 from fusion.config.training import CsvConfig, LoggerConfig, WandbConfig
 from fusion.errors import UserError
-from fusion.tracking import logged, wandb_run
-from fusion.tracking.logged import log_lineage, log_result
-from fusion.tracking.loggers import RANK_VARIABLES, build_loggers, finish
-from fusion.tracking.wandb_run import command_state, state
+from fusion.runs.run import Run
+from fusion.tracking import loggers as loggers_module
+from fusion.tracking import wandb_run
+from fusion.tracking.loggers import build_loggers, finish, log_made, log_result
+from fusion.tracking.wandb_run import state
 from tests.bench import Bench
 from tests.tracking.conftest import KEY, clean_wandb, history, records, summary
 from tests.tracking.wandb_server import WandbServer, wandb_server
@@ -40,18 +42,19 @@ def clean(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
         yield
 
 
-def start(directory: Path, name: str = "rte", csv: bool = False, **options: Any) -> list[Logger]:
+def start(
+    directory: Path, name: str = "rte", csv: bool = False, rank_zero: bool = True, **options: Any
+) -> list[Logger]:
     config = LoggerConfig(wandb=WandbConfig(**({"init_timeout": 20} | options)))
     config.csv = CsvConfig(flush_every_n_steps=2) if csv else None
-    return build_loggers(
-        config,
-        directory=directory,
-        name=name,
-        group="sweep",
-        job_type="stage1",
-        tags=["rte", "minilm", "adapter", "", "x" * 80],
-        config_values={"optim": {"lr": 1e-4}, "store": Path("outputs/store"), "sources": ("a", "b")},
-    )
+    values = {"optim": {"lr": 1e-4}, "store": Path("outputs/store"), "sources": ("a", "b")}
+    run = Run("stage1", directory, (), values, "sweep", rank_zero)
+    return build_loggers(config, run, name=name, tags=["rte", "minilm", "adapter", "", "x" * 80])
+
+
+def manifest(name: str, digit: str, kind: str = "adapter", run: Any = None) -> Any:
+    """The part of a manifest that is logged."""
+    return SimpleNamespace(name=name, hash=digit * 64, kind=kind, run=SimpleNamespace(wandb=run))
 
 
 def notices(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -92,14 +95,16 @@ def test_jobs_of_one_process_have_their_own_runs(tmp_path: Path, caplog: pytest.
 PROGRAM = """
 import logging, resource, sys
 from pathlib import Path
-from fusion.tracking.logged import log_result
+from fusion.config.training import LoggerConfig, WandbConfig
+from fusion.runs.run import Run
+from fusion.tracking.loggers import log_result
 from fusion.tracking.loggers import build_loggers, finish
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 if int(sys.argv[2]) >= 0:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
 for name in ("rte", "mrpc"):
-    loggers = build_loggers(LoggerConfig(wandb=WandbConfig()), directory=Path(sys.argv[1]) / name, name=name,
-                            group="g", job_type="stage1", tags=[], config_values={})
+    run = Run("stage1", Path(sys.argv[1]) / name, (), {}, "g")
+    loggers = build_loggers(LoggerConfig(wandb=WandbConfig()), run, name=name, tags=[])
     for step in range(100):
         for logger in loggers:
             logger.log_metrics({"loss": step / 3}, step)
@@ -247,12 +252,11 @@ def test_malformed_settings_are_refused(key: str, value: str) -> None:
 
 
 def test_one_notice_per_sweep(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with command_state():
-        state.sweep = tmp_path
-        for job in ("0-a", "1-b"):
-            wandb_run.report_offline("a reason", tmp_path / job)
-    with command_state():  # the next command
-        wandb_run.report_offline("a reason", tmp_path / "c")
+    state.sweep = tmp_path
+    for job in ("0-a", "1-b"):
+        wandb_run.report_offline("a reason", tmp_path / job)
+    state.reset()  # the next command
+    wandb_run.report_offline("a reason", tmp_path / "c")
     assert notices(caplog) == [
         f"W&B is offline (a reason); upload the {what} later with `python -m fusion.sync runs={folder}`"
         for what, folder in (("runs of this sweep", tmp_path), ("run", tmp_path / "c"))
@@ -276,8 +280,7 @@ def test_online(server: WandbServer, tmp_path: Path, caplog: pytest.LogCaptureFi
         folder = tmp_path / "store" / name
         folder.mkdir(parents=True)
         (folder / "weights.safetensors").write_bytes(b"weights")
-        sources = [{"name": "mnli", "hash": "a" * 64}]
-        log_lineage(loggers, folder=folder, kind="fusion", name=name, hash="b" * 64, sources=sources)
+        log_made(loggers, folder, manifest(name, "b", "fusion"), [manifest("mnli", "a")])
         finish(loggers)
     assert [(run["displayName"], run["groupName"], run["jobType"]) for run in server.runs] == [
         ("rte", "sweep", "stage1"),
@@ -291,33 +294,31 @@ def test_online(server: WandbServer, tmp_path: Path, caplog: pytest.LogCaptureFi
     lines = notices(caplog)
     assert len(lines) == 2
     assert all(line.startswith(f"W&B: {server.url}/entity/project/runs/") for line in lines)
-    assert summary(tmp_path / "rte")["config"]["artifact"]["sources"] == sources
+    assert summary(tmp_path / "rte")["config"]["artifact"]["sources"] == [{"name": "mnli", "hash": "a" * 64}]
     staged = Path(os.environ["WANDB_DATA_DIR"])
     assert not staged.exists() or not [path for path in staged.rglob("*") if path.is_file()]
 
 
 def test_a_manifest_without_a_valid_run(tmp_path: Path) -> None:
     loggers = start(tmp_path)
-    anything: list[Any] = [None, "abc", [], {"id": 3}, {"project": "p"}]
-    for run in anything:
-        sources = [{"name": "mnli", "hash": "a" * 64, "run": run}]
-        log_lineage(loggers, folder=tmp_path, kind="fusion", name="rte", hash="b" * 64, sources=sources)
+    for run in (None, {"id": 3}, {"project": "p"}):
+        log_made(loggers, tmp_path, manifest("rte", "b", "fusion"), [manifest("mnli", "a", run=run)])
         (file,) = tmp_path.glob("wandb/links.json")
-        assert json.loads(file.read_text())["used"] == [sources[0] | {"run": None}]
+        assert json.loads(file.read_text())["used"] == [{"name": "mnli", "hash": "a" * 64, "run": None}]
         file.unlink()
     finish(loggers)
 
 
 def shorten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wandb_run, "FINISH_SECONDS", 2.0)
-    monkeypatch.setattr(logged, "LINK_SECONDS", 1.0)
+    monkeypatch.setattr(loggers_module, "LINK_SECONDS", 1.0)
 
 
 @pytest.mark.parametrize("how", ["silent", "closed"])
 def test_a_server_lost_during_the_run(
     server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
-    assert wandb_run.FINISH_SECONDS + logged.LINK_SECONDS <= 40
+    assert wandb_run.FINISH_SECONDS + loggers_module.LINK_SECONDS <= 40
     shorten(monkeypatch)
     folder = tmp_path / "store"
     folder.mkdir()
@@ -329,8 +330,7 @@ def test_a_server_lost_during_the_run(
     started = time.monotonic()
     loggers[0].log_metrics({"loss": 1.0}, 0)
     log_result(loggers, {"metrics": {}})
-    sources = [{"name": name, "hash": "a" * 64} for name in ("mnli", "snli")]
-    log_lineage(loggers, folder=folder, kind="fusion", name="rte", hash="b" * 64, sources=sources)
+    log_made(loggers, folder, manifest("rte", "b", "fusion"), [manifest(name, "a") for name in ("mnli", "snli")])
     finish(loggers)
     assert time.monotonic() - started < 10
     lines = notices(caplog)
@@ -465,13 +465,9 @@ def test_loggers_that_raise_do_not_stop_training(
         assert sum(f"the {name} logger failed (the disk is full)" in line for line in lines) == 1
 
 
-def test_only_the_first_rank_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in RANK_VARIABLES:
-        with monkeypatch.context() as patch:
-            patch.setenv(variable, "1")
-            assert start(tmp_path / "job", csv=True) == []
+def test_only_the_first_rank_logs(tmp_path: Path) -> None:
+    assert start(tmp_path / "job", csv=True, rank_zero=False) == []
     assert not (tmp_path / "job").exists()
-    monkeypatch.setenv("LOCAL_RANK", "0")
     assert len(start(tmp_path / "job", csv=True, mode="disabled")) == 1
     finish([], 0)
     log_result([], {})

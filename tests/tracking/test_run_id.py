@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fusion.tracking.run_id import FILE, run_id
+from fusion.tracking.wandb_run import ID_FILE as FILE
+from fusion.tracking.wandb_run import run_id
 
 
 @pytest.fixture(autouse=True)

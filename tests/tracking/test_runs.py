@@ -20,7 +20,7 @@ from fusion.config.training import LoggerConfig, TrainerConfig, WandbConfig
 from fusion.store.lookup import read_manifest
 from fusion.store.manifest import Manifest
 from fusion.tracking import offline
-from fusion.tracking.lineage import FILE as LINKS
+from fusion.tracking.offline import FILE as LINKS
 from fusion.tracking.offline import find_offline
 from tests.bench import Bench
 from tests.test_stages import StopAfter

@@ -16,8 +16,7 @@ from fusion.cli.result_tables import trained
 from fusion.config.task import TaskConfig
 from fusion.config.training import OptimConfig, TrainerConfig
 from fusion.data.encode import EncodedRows
-from fusion.store.describing import describe
-from fusion.store.listing import first_score
+from fusion.store.listing import describe, first_score
 from fusion.store.lookup import read_manifest
 from fusion.training.divergence import divergence, zero_score_loss
 from tests.bench import Bench

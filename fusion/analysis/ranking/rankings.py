@@ -23,7 +23,6 @@ from fusion.store.lookup import entries
 
 RANKINGS = ".rankings"
 FORMAT_VERSION = 1
-MOST_BYTES = 32 * 2**20
 Scores = Sequence[float | None]
 
 
@@ -142,7 +141,7 @@ def read_ranking(path: Path) -> StoredRanking:
         UserError: the file is damaged or of another version.
     """
     try:
-        return StoredRanking(**json.loads(read_regular(path, most=MOST_BYTES)) | {"path": path})
+        return StoredRanking(**json.loads(read_regular(path)) | {"path": path})
     except ValidationError as error:
         first = error.errors()[0]
         problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -5,6 +5,7 @@ Shapes: N sources, D hidden size.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,10 +33,9 @@ from fusion.model.adapted import AdaptedModel
 from fusion.model.build import build_composition, new_head
 from fusion.model.inference import device_of
 from fusion.model.source_attention import SourceAttention, measure_attention
-from fusion.runs.memory import free_cycles
 from fusion.store.artifacts import Artifact
+from fusion.store.compatibility import as_trained
 from fusion.store.manifest import Manifest
-from fusion.store.trained_data import as_trained
 from fusion.training.fit import fit
 from fusion.training.spec import FitSpec, Objective
 from fusion.training.task_rows import TaskRows
@@ -148,7 +148,7 @@ def source_rows(source: Manifest, data: DataConfig, at_most: int, tokenizer: Any
         for folder in _folders(source, data):
             place = as_trained(source, DataConfig(dir=folder, limit=LimitConfig(train=limit)), task.name)
             try:
-                rows, _ = load_splits(task, place, ["train"], source.labels_read_as(task.name))
+                rows, _ = load_splits(task, place, ["train"], source.data.labels.get(str(task.name)))
             except UserError as error:
                 errors.append(error)
                 continue
@@ -221,7 +221,7 @@ def attention(inputs: ScorerInputs) -> list[float]:
     fit(model, spec)
     size, tokens = config.data.batch_size, config.data.tokens_per_batch
     measured = measure_attention(model, sampled_batches(inputs.rows.training[0], None, size, tokens), inputs.device)
-    free_cycles()
+    gc.collect()  # the Trainer is a reference cycle that holds the model
     return relative_attention(measured, [source.manifest for source in inputs.sources])
 
 

@@ -26,8 +26,8 @@ from fusion.config.task import TaskConfig
 from fusion.errors import UserError
 from fusion.runs.identity import identity_config
 from fusion.store.__main__ import main as store_program
+from fusion.store.listing import rebuild_lines
 from fusion.store.lookup import read_manifest
-from fusion.store.rebuilding import rebuild_lines
 from tests.bench import Bench, write_manifest
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -31,8 +31,8 @@ from fusion.config.model import AdapterConfig, BackboneConfig, HeadConfig
 from fusion.config.stages import Stage1Config, Stage2Config
 from fusion.config.task import TaskConfig
 from fusion.config.training import OptimConfig, TrainerConfig
-from fusion.runs import provenance
 from fusion.runs.run import Run
+from fusion.training import stage
 from tests.tiny_backbone import WORDS, save_tokenizer
 
 LABELS = ["bad", "good"]
@@ -197,7 +197,8 @@ def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
-    provenance._folder = lambda: None  # no path of the machine that made them
+    circumstances = stage.circumstances
+    stage.circumstances = lambda: circumstances() | {"folder": None}  # no path of the machine that made them
     if not Path("backbone").exists():
         write_backbone(Path("backbone"))
         for task in TASKS:
