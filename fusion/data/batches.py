@@ -106,10 +106,7 @@ class EpochBatches(Sampler[Plan]):
         self.epoch = epoch
 
     def resume(self, epoch: int, batch: int) -> None:
-        """Start the next pass, over `epoch`, at `batch`; later passes are complete.
-
-        A loader with workers starts its pass before `set_epoch` is called.
-        """
+        """Start the next pass, over `epoch`, at `batch`. A loader with workers starts it before `set_epoch` is called."""
         self.set_epoch(epoch)
         self._resumed = (epoch, batch)
 
@@ -198,10 +195,7 @@ class TaskBatches(EpochBatches):
     batches come from its own sampler, shuffled again in each epoch and whenever its rows are exhausted. All devices
     draw the same task in the same step.
 
-    Args:
-        samplers: one per task, of this rank and world size.
-        rows: (tasks,) n_i.
-        temperature: T.
+    There is a sampler per task, of this rank and world size; rows: (tasks,) n_i.
     """
 
     def __init__(
@@ -237,9 +231,7 @@ class TaskBatches(EpochBatches):
 class SortedBatches(Sampler[Plan]):
     """Evaluation batches: each row once, longest first, so that running out of memory happens at once.
 
-    Args:
-        batch_size: rows per device, unless `tokens` is given.
-        tokens: padded tokens per device; a row beyond that is alone on its device.
+    `tokens`, padded ones per device, takes the place of `batch_size`; a row beyond that is alone on its device.
     """
 
     def __init__(
@@ -284,8 +276,7 @@ def _class_widths(lengths: Ints, counts: Ints, tokens: int) -> Ints:
 def _cut_by_tokens(widths: Ints, counts: Ints, tokens: int, world_size: int) -> list[int]:
     """The first row of each global batch, and the end: as many rows as keep all devices within the budget.
 
-    Args:
-        widths: (n,) descending, so that a batch is as wide as its first row.
+    widths: (n,) descending, so that a batch is as wide as its first row.
     """
     cuts = [0]
     while cuts[-1] < len(widths):

@@ -108,12 +108,7 @@ class EncodedRows:
     def batch(
         self, indices: list[int], weights: list[float] | None = None, global_indices: NDArray[np.intp] | None = None
     ) -> Batch:
-        """Rows padded to their longest sequence.
-
-        Args:
-            weights: 0.0 for a filler row, 1.0 (the default) otherwise.
-            global_indices: rows of all devices, without fillers; None: those of this batch.
-        """
+        """Rows padded to their longest sequence; `weights` and `global_indices` are as in `Plan`, by default of one device."""
         tokens, real = self.places(indices)
         input_ids = np.full(real.shape, self._pad_token_id, np.int64)
         input_ids[real] = self._input_ids[tokens]
@@ -165,10 +160,8 @@ class EncodedRows:
         return places
 
     def places(self, indices: list[int]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """The positions of these rows' tokens.
-
-        Returns:
-            In the flat arrays: (tokens,) indices. In their batch: (sequences, width) bool, false for padding.
+        """The positions of these rows' tokens: (tokens,) indices in the flat arrays, and in their batch (sequences, width)
+        bool, false for padding.
         """
         if self.choice_counts is None:
             sequences = self._first[indices]

@@ -265,10 +265,8 @@ def part_rows(count: int, start: int, stop: int) -> list[int]:
 class Holdout:
     """A division of the training rows into splits.
 
-    Attributes:
-        split: the part that is meant: train (the rows that are left), validation or test.
-        fractions: of each split, in the order in which their rows are drawn.
-        stratify: whether each part has the labels in the proportions of the whole, up to rounding.
+    `split` is the part that is meant: train (the rows that are left), validation or test. `fractions` are of each split,
+    in the order of their draws. With `stratify`, each part has the labels in the proportions of the whole.
     """
 
     split: str

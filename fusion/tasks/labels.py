@@ -177,15 +177,10 @@ class Labels:
     def read(
         self, column: Column, keys: Sequence[Key], kept: Sequence[int], choices: Choices = None
     ) -> tuple[list[int], LabelFormat]:
-        """Class ids, or indices of the right choices, and how they are written.
+        """Class ids, or indices of the right `choices` (of the rows `kept`), and how they are written.
 
-        Args:
-            keys: of all rows of the column.
-            choices: choice tasks: of the rows `kept`.
-
-        Raises:
-            UserError: a label of the rows `kept` is none of the task's or beyond its row's choices, or the labels are
-                written in more than one format; names the row.
+        `keys` are of all rows of the column. Raises UserError, which names the row, if a label is none of the task's or
+        beyond its row's choices, or the labels are written in more than one format.
         """
         count = len(self.names) if choices is None else max(map(len, choices))
         formats = self._formats(None if choices is None else count)
