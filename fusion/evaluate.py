@@ -5,6 +5,7 @@ python -m fusion.evaluate artifact=rte-adapterfusion split=validation
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shlex
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from fusion.runs.inputs import read_used
 from fusion.runs.run import Run
 from fusion.store.compatibility import as_trained, data_folder_of
 from fusion.store.lookup import read_manifest, source_manifests
+from fusion.tasks.table import kind_of
 from fusion.text import key_of, log_once, override, shortened
 
 log = logging.getLogger(__name__)
@@ -70,18 +72,15 @@ def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
         name=f"{manifest.name} on {'+'.join(tasks)} {config.split}"[:LENGTH],
         tags=[*tasks, manifest.backbone.name_or_path.rsplit("/", 1)[-1], manifest.made_by],
     )
-    exit_code = 1
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.push(lambda kind, *_: finish(loggers, 0 if kind is None else 1))
         result = evaluate(config, run)
         log_result(loggers, result)
         log_used(loggers, manifest)
         for logger in loggers:
             if isinstance(logger, SafeCsvLogger):  # it has no summary: log a row of scores
                 logger.log_metrics(columns(result["metrics"]), 0)
-        exit_code = 0
         return result
-    finally:
-        finish(loggers, exit_code)
 
 
 def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
@@ -92,7 +91,6 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     from fusion.data.rows import load_splits
     from fusion.data.splits import evaluation_splits
     from fusion.model.inference import load_model, predict
-    from fusion.training.metrics import predicted, score_predictions
     from fusion.training.predictions import RowPredictions, write_predictions
 
     loaded = load_model(config)
@@ -109,7 +107,7 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
         for split in evaluation_splits(head.task, config.split, data)
     ]
     for head, data, split in splits:
-        task = head.task
+        task, kind = head.task, kind_of(head.task)
         check_unseen(trained, task, data, split)
         rows = load_splits(task, data, [split], manifest.data.labels.get(str(task.name)))[0][split]
         if rows.labels is None:
@@ -125,10 +123,11 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
                 tokens_per_batch=config.data.tokens_per_batch,
                 advance=advance,
             )
-        predictions = RowPredictions.of_all(encoded, task, predicted(task, found.scores, encoded.labels, head.decision))
+        assert encoded.labels is not None
+        predictions, labels = kind.predict(kind.outputs(found.scores), head.decision), kind.plain_labels(encoded.labels)
         key = split if len(heads) == 1 else f"{task.name}/{split}"
-        metrics[key] = score_predictions(task, predictions.predictions, predictions.labels)
-        stored[key] = predictions.as_stored(encoded)
+        metrics[key] = kind.metrics(task, labels, predictions)
+        stored[key] = RowPredictions(list(range(len(rows))), predictions, labels).as_stored(encoded)
         count, seconds, tokens = count + len(rows), seconds + found.seconds, tokens + found.tokens
         by = f", by the head of {head.trained_on}" if manifest.multitask and head.trained_on != task.name else ""
         dropped = f", {config.drop} layers dropped" if config.drop else ""

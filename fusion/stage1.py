@@ -41,11 +41,10 @@ def train(config: Stage1Config, run: Run, output: RunOutput) -> dict[str, Any]:
     from fusion.analysis.unseen import check_unseen
     from fusion.backbones.load import load_backbone
     from fusion.model.adapted import AdaptedModel
-    from fusion.model.build import new_adapters, new_heads, tuning_of
-    from fusion.model.init_from import start_from
-    from fusion.training.determinism import use_deterministic_algorithms
-    from fusion.training.spec import Objective, StageSpec
-    from fusion.training.stage import train_and_store
+    from fusion.model.build import new_adapters, new_heads, start_from, tuning_of
+    from fusion.training.fit import use_deterministic_algorithms
+    from fusion.training.module import Objective
+    from fusion.training.stage import StageSpec, train_and_store
     from fusion.training.task_rows import load_task_rows
 
     use_deterministic_algorithms(config.trainer.deterministic)

@@ -47,12 +47,11 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, output: RunOutput) -> 
     from fusion.analysis.unseen import check_unseen
     from fusion.backbones.load import load_backbone
     from fusion.model.adapted import AdaptedModel
-    from fusion.model.build import build_composition, load_sources
-    from fusion.model.init_from import start_from
+    from fusion.model.build import build_composition, load_sources, start_from
     from fusion.store.artifacts import adopt
-    from fusion.training.determinism import use_deterministic_algorithms
-    from fusion.training.spec import Objective, StageSpec
-    from fusion.training.stage import train_and_store
+    from fusion.training.fit import use_deterministic_algorithms
+    from fusion.training.module import Objective
+    from fusion.training.stage import StageSpec, train_and_store
     from fusion.training.task_rows import load_task_rows
 
     assert config.task is not None

@@ -5,7 +5,7 @@
 For each task and seed, two adapters are trained on the same examples in the same order for the same number of steps: a
 plain one, and one with `adapter.drop=robust`, where each batch skips a random number of the first layers. Both are
 then scored with 0, 1, 2 … layers dropped. Inference is timed with the first half of the layers dropped and with none,
-for one task and for multi-task inference (`fusion.model.multi_task`). What is stored already is not trained again.
+for one task and for multi-task inference (`fusion.model.inference`). What is stored already is not trained again.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def scores_by_drop(config: DropConfig, name: str) -> list[float]:
     from fusion.model.build import stored_model
     from fusion.model.inference import device_of, predict
     from fusion.store.artifacts import load
-    from fusion.training.metrics import score
+    from fusion.training.predictions import score
 
     artifact = load(name, config.store)
     backbone, data = load_backbone(artifact.manifest.backbone.name_or_path), DataConfig(dir=config.data_dir)
@@ -96,7 +96,7 @@ def timings(config: DropConfig) -> dict[str, Any]:
     from fusion.data.loaders import evaluation_loader
     from fusion.layers.heads import TaskHead
     from fusion.model.build import stored_adapters, stored_model
-    from fusion.model.multi_task import MultiTaskModel
+    from fusion.model.inference import MultiTaskModel
     from fusion.runs.memory import keep_freed_memory
     from fusion.store.artifacts import load
 

@@ -62,7 +62,7 @@ class Initialization:
     def copy_weights(self, model: AdaptedModel) -> None:
         """Copy the weights of the fusion, and freeze them unless `composition.train`."""
         if self.fusion is not None:
-            copy_stored(model.slot_state(), self.fusion.weights, self.fusion.path / WEIGHTS)
+            copy_stored(model.weight_state(), self.fusion.weights, self.fusion.path / WEIGHTS)
             copy_stored(model.head_state(), self.fusion.head, self.fusion.path / HEAD)
             if not self.composition.train:
                 model.freeze()

@@ -32,7 +32,6 @@ from fusion.store.compatibility import as_trained, data_folder_of
 from fusion.store.lookup import source_manifests
 from fusion.store.manifest import Manifest
 from fusion.tasks.table import kind_of
-from fusion.training.metrics import predicted, score_predictions
 
 TEXT = 2000  # characters of a row's text that are stored
 GREEDY = 8  # sources up to which each step of the pruning evaluates all removals
@@ -114,9 +113,9 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         all_on = len(sources) == len(names)
         on = None if all_on else torch.tensor([n in sources for n in range(len(names))], device=device)
         scores = predict(model, encoded, size, device, tokens_per_batch=tokens, sources_on=on).scores
-        predictions = predicted(task, scores, encoded.labels, head.decision)
+        predictions = kind.predict(kind.outputs(scores), head.decision)
         loss = float(kind.mean_loss(scores.float(), label_tensor))
-        return scores, Evaluation(score_predictions(task, predictions, labels), loss, predictions)
+        return scores, Evaluation(kind.metrics(task, labels, predictions), loss, predictions)
 
     attention = measure_attention(model, evaluation_loader(encoded, size, tokens_per_batch=tokens), device)
     scores, full = evaluate(range(len(names)))

@@ -23,7 +23,7 @@ from fusion.model.adapted import AdaptedModel
 from fusion.model.build import build_composition
 from fusion.store.artifacts import Artifact
 from fusion.tasks.table import kind_of
-from fusion.training.metrics import score
+from fusion.training.predictions import score
 
 _STEPS = 100  # of LogME, at most
 _SMALLEST = 1e-12  # of a denominator, for constant states or states without error

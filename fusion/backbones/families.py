@@ -3,15 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
 
-from fusion.backbones.family import Family, Stack
 from fusion.backbones.wirings import BeforeAttention, LinearLayer, PostNorm, PreNorm, Wiring
 from fusion.errors import UserError
 
+if TYPE_CHECKING:  # a command's first checks read the table of families without torch
+    from torch import nn
 
-def _keys(names: str) -> tuple[str, ...]:
-    """Config keys, separated by spaces."""
-    return tuple(names.split())
+
+@dataclass(frozen=True)
+class Stack:
+    """One stack of layers.
+
+    Attributes:
+        layers: dotted path of the list of layers inside the model.
+        sites: where slots can be in a layer, by name.
+        outputs: the length of the tuple that a layer returns, hidden states first; None: it returns them alone.
+        position_bias: the module of the first layer that computes the position bias of all layers (T5), which layers
+            return after the hidden states; None if absent.
+    """
+
+    layers: str
+    sites: Mapping[str, Wiring]
+    outputs: int | None = None
+    position_bias: str | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    Attributes:
+        name: its `model_type`.
+        stacks: by name, first the one that reads the input; a single stack has the empty name.
+        model_options: arguments of the model's constructor beside the config.
+        positions_follow_padding: whether positions count the tokens that are not padding, from `pad_token_id` + 1;
+            otherwise they count all tokens from 0, padding included.
+        repeated: whether the model uses each module of `layers` for multiple layers (ALBERT).
+        architecture: the config keys that determine what the model computes; together with the tensors they are the
+            backbone's fingerprint, so keys that a later version of a library may add are ignored. Empty: the commands do
+            not train it.
+        stem: the same: dotted paths of the modules before the first layer and after the last one; missing ones are
+            ignored.
+    """
+
+    name: str
+    stacks: Mapping[str, Stack]
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    positions_follow_padding: bool = False
+    repeated: bool = False
+    architecture: tuple[str, ...] = ()
+    stem: tuple[str, ...] = ()
+
+    @property
+    def first_stack(self) -> Stack:
+        """The stack that reads the input."""
+        return next(iter(self.stacks.values()))
+
+    @property
+    def sites(self) -> Mapping[str, Wiring]:
+        """The sites of the first stack."""
+        return self.first_stack.sites
+
+    def layer_list(self, model: nn.Module, stack: str | None = None) -> nn.ModuleList:
+        """The layers of a stack; None: of the first one."""
+        path = (self.first_stack if stack is None else self.stacks[stack]).layers
+        return cast("nn.ModuleList", model.get_submodule(path))
+
+    @property
+    def roots(self) -> set[str]:
+        """The first parts of the names of all tensors that a forward pass uses."""
+        paths = (*self.stem, *(stack.layers for stack in self.stacks.values()))
+        return {path.partition(".")[0] for path in paths}
+
+    def positions(self, table: int, pad_token_id: int | None) -> int:
+        """The longest sequence, given the number of rows of the position table."""
+        return table - (pad_token_id or 0) - 1 if self.positions_follow_padding else table
 
 
 def _linear(sublayer: str, **paths: str) -> dict[str, Wiring]:
@@ -49,26 +118,15 @@ _DISTILBERT_SITES: dict[str, Wiring] = {
     **_linear("feedforward", up="ffn.lin1", down="ffn.lin2"),
 }
 # ALBERT's attention adds its own residual, so what reads the input of self-attention alone is the three projections.
-_ALBERT_LAYER = "albert_layers.0"
-_ALBERT_PROJECTIONS = tuple(f"{_ALBERT_LAYER}.attention.{name}" for name in ("query", "key", "value"))
+_ALBERT_ATTENTION = "albert_layers.0.attention"
 _ALBERT_SITES: dict[str, Wiring] = {
-    "before_attention": BeforeAttention(_ALBERT_PROJECTIONS),
-    "attention": PostNorm(
-        f"{_ALBERT_LAYER}.attention.LayerNorm",
-        f"{_ALBERT_LAYER}.attention.output_dropout",
-        f"{_ALBERT_LAYER}.attention",
-    ),
+    "before_attention": BeforeAttention(tuple(f"{_ALBERT_ATTENTION}.{name}" for name in ("query", "key", "value"))),
+    "attention": PostNorm(f"{_ALBERT_ATTENTION}.LayerNorm", f"{_ALBERT_ATTENTION}.output_dropout", _ALBERT_ATTENTION),
     "feedforward": PostNorm(
-        f"{_ALBERT_LAYER}.full_layer_layer_norm", f"{_ALBERT_LAYER}.ffn_output", f"{_ALBERT_LAYER}.ffn"
+        "albert_layers.0.full_layer_layer_norm", "albert_layers.0.ffn_output", "albert_layers.0.ffn"
     ),
-    **_linear(
-        "attention",
-        query=_ALBERT_PROJECTIONS[0],
-        key=_ALBERT_PROJECTIONS[1],
-        value=_ALBERT_PROJECTIONS[2],
-        output=f"{_ALBERT_LAYER}.attention.dense",
-    ),
-    **_linear("feedforward", up=f"{_ALBERT_LAYER}.ffn", down=f"{_ALBERT_LAYER}.ffn_output"),
+    **_projections("attention", _ALBERT_ATTENTION, "query key value", output=f"{_ALBERT_ATTENTION}.dense"),
+    **_linear("feedforward", up="albert_layers.0.ffn", down="albert_layers.0.ffn_output"),
 }
 _MODERNBERT_SITES: dict[str, Wiring] = {
     "before_attention": BeforeAttention(("attn",)),
@@ -141,148 +199,59 @@ _T5_DECODER_SITES: dict[str, Wiring] = {
     **_projections("cross_attention", "layer.1.EncDecAttention", "q k v", output="layer.1.EncDecAttention.o"),
 }
 
-_BERT_ARCHITECTURE = _keys(
-    "model_type vocab_size hidden_size num_hidden_layers num_attention_heads "
-    "intermediate_size hidden_act max_position_embeddings type_vocab_size layer_norm_eps "
-    "pad_token_id"
+_BERT_ARCHITECTURE = (
+    *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("hidden_act", "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "pad_token_id"),
 )
-_DECODER_ARCHITECTURE = _keys(
-    "model_type vocab_size hidden_size num_hidden_layers num_attention_heads "
-    "num_key_value_heads head_dim intermediate_size hidden_act hidden_activation "
-    "max_position_embeddings rms_norm_eps rope_parameters pad_token_id"
-)
-# A cache of keys and values is of use in generation alone.
-_NO_CACHE = {"use_cache": False}
-
-
-def _llama_like(name: str, sites: Mapping[str, Wiring], *architecture: str) -> Family:
-    return Family(
-        name=name,
-        stem=("embed_tokens", "norm"),
-        stacks={"": Stack("layers", sites)},
-        architecture=_DECODER_ARCHITECTURE + architecture,
-        model_options=_NO_CACHE,
-    )
-
+_NO_POOLER = {"add_pooling_layer": False}  # it is pre-trained for another purpose; heads pool for themselves
+_NO_CACHE = {"use_cache": False}  # of keys and values, which is of use in generation alone
 
 _LIST = (
     *(
         Family(
-            name=model_type,
+            name,
+            {"": Stack("encoder.layer", _BERT_SITES)},
+            model_options={} if name == "electra" else _NO_POOLER,
+            positions_follow_padding=name in ("roberta", "xlm-roberta"),
+            architecture=(*_BERT_ARCHITECTURE, "embedding_size") if name == "electra" else _BERT_ARCHITECTURE,
             stem=("embeddings", "embeddings_project"),  # Electra projects where its embeddings are narrower
-            stacks={"": Stack("encoder.layer", _BERT_SITES)},
-            architecture=_BERT_ARCHITECTURE + extra,
-            # The pooler is pre-trained for another purpose; heads pool for themselves.
-            model_options=options,
-            positions_follow_padding=model_type in ("roberta", "xlm-roberta"),
-            commands=True,
         )
-        for model_type, extra, options in (
-            ("bert", (), {"add_pooling_layer": False}),
-            ("roberta", (), {"add_pooling_layer": False}),
-            ("xlm-roberta", (), {"add_pooling_layer": False}),
-            ("electra", ("embedding_size",), {}),
-        )
+        for name in ("bert", "roberta", "xlm-roberta", "electra")
     ),
     Family(
-        name="mpnet",
-        stem=("embeddings",),
-        stacks={"": Stack("encoder.layer", _MPNET_SITES, outputs=1)},
-        architecture=_BERT_ARCHITECTURE + _keys("relative_attention_num_buckets"),
-        model_options={"add_pooling_layer": False},
+        "mpnet",
+        {"": Stack("encoder.layer", _MPNET_SITES, outputs=1)},
+        model_options=_NO_POOLER,
         positions_follow_padding=True,
     ),
+    Family("deberta-v2", {"": Stack("encoder.layer", _DEBERTA_SITES, outputs=2)}),
+    Family("distilbert", {"": Stack("transformer.layer", _DISTILBERT_SITES)}),
     Family(
-        name="deberta-v2",
-        stem=("embeddings",),
-        stacks={"": Stack("encoder.layer", _DEBERTA_SITES, outputs=2)},
-        architecture=_BERT_ARCHITECTURE
-        + _keys(
-            "relative_attention max_relative_positions position_buckets pos_att_type "
-            "share_att_key norm_rel_ebd position_biased_input conv_kernel_size conv_act"
-        ),
+        "albert", {"": Stack("encoder.albert_layer_groups", _ALBERT_SITES)}, model_options=_NO_POOLER, repeated=True
     ),
-    Family(
-        name="distilbert",
-        stem=("embeddings",),
-        stacks={"": Stack("transformer.layer", _DISTILBERT_SITES)},
-        architecture=_keys(
-            "model_type vocab_size dim n_layers n_heads hidden_dim activation "
-            "max_position_embeddings sinusoidal_pos_embds pad_token_id"
-        ),
+    Family("modernbert", {"": Stack("layers", _MODERNBERT_SITES)}),
+    Family("gpt2", {"": Stack("h", _GPT2_SITES)}, _NO_CACHE),
+    *(
+        Family(name, {"": Stack("layers", _LLAMA_SITES)}, _NO_CACHE)
+        for name in ("llama", "mistral", "qwen2", "qwen3", "gemma")
     ),
+    *(Family(name, {"": Stack("layers", _GEMMA_SITES)}, _NO_CACHE) for name in ("gemma2", "gemma3_text")),
+    Family("phi", {"": Stack("layers", _PHI_SITES)}, _NO_CACHE),
     Family(
-        name="albert",
-        stem=("embeddings", "encoder.embedding_hidden_mapping_in"),
-        stacks={"": Stack("encoder.albert_layer_groups", _ALBERT_SITES)},
-        architecture=_BERT_ARCHITECTURE + _keys("embedding_size num_hidden_groups inner_group_num"),
-        model_options={"add_pooling_layer": False},
-        repeated=True,
-    ),
-    Family(
-        name="modernbert",
-        stem=("embeddings", "final_norm"),
-        stacks={"": Stack("layers", _MODERNBERT_SITES)},
-        architecture=_keys(
-            "model_type vocab_size hidden_size num_hidden_layers num_attention_heads "
-            "intermediate_size hidden_activation max_position_embeddings norm_eps layer_types "
-            "rope_parameters local_attention pad_token_id"
-        ),
-    ),
-    Family(
-        name="gpt2",
-        stem=("wte", "wpe", "ln_f"),
-        stacks={"": Stack("h", _GPT2_SITES)},
-        architecture=_keys(
-            "model_type vocab_size n_embd n_layer n_head n_inner n_positions activation_function "
-            "layer_norm_epsilon scale_attn_weights scale_attn_by_inverse_layer_idx"
-        ),
-        model_options=_NO_CACHE,
-    ),
-    _llama_like("llama", _LLAMA_SITES),
-    _llama_like("mistral", _LLAMA_SITES, "sliding_window"),
-    _llama_like("qwen2", _LLAMA_SITES, "layer_types", "sliding_window"),
-    _llama_like("qwen3", _LLAMA_SITES, "layer_types", "sliding_window"),
-    _llama_like("gemma", _LLAMA_SITES),
-    _llama_like("gemma2", _GEMMA_SITES, "layer_types", "sliding_window", "query_pre_attn_scalar"),
-    _llama_like("gemma3_text", _GEMMA_SITES, "layer_types", "sliding_window", "query_pre_attn_scalar"),
-    Family(
-        name="phi",
-        stem=("embed_tokens", "final_layernorm"),
-        stacks={"": Stack("layers", _PHI_SITES)},
-        architecture=_DECODER_ARCHITECTURE + _keys("layer_norm_eps partial_rotary_factor qk_layernorm"),
-        model_options=_NO_CACHE,
-    ),
-    Family(
-        name="bart",
-        stem=("shared",),
-        stacks={
-            "encoder": Stack("encoder.layers", _BART_SITES),
-            "decoder": Stack("decoder.layers", _BART_DECODER_SITES),
-        },
-        architecture=_keys(
-            "model_type vocab_size d_model encoder_layers decoder_layers encoder_attention_heads "
-            "decoder_attention_heads encoder_ffn_dim decoder_ffn_dim activation_function "
-            "max_position_embeddings scale_embedding pad_token_id"
-        ),
-        model_options=_NO_CACHE,
+        "bart",
+        {"encoder": Stack("encoder.layers", _BART_SITES), "decoder": Stack("decoder.layers", _BART_DECODER_SITES)},
+        _NO_CACHE,
     ),
     *(
         Family(
-            name=model_type,
-            stem=("shared",),
-            stacks={
+            name,
+            {
                 stack: Stack(f"{stack}.block", sites, outputs=3, position_bias="layer.0.SelfAttention")
                 for stack, sites in (("encoder", _t5_sites("layer.1")), ("decoder", _T5_DECODER_SITES))
             },
-            architecture=_keys(
-                "model_type vocab_size d_model d_kv d_ff num_layers num_decoder_layers num_heads "
-                "feed_forward_proj layer_norm_epsilon relative_attention_num_buckets "
-                "relative_attention_max_distance pad_token_id"
-            ),
-            model_options=_NO_CACHE,
+            _NO_CACHE,
         )
-        for model_type in ("t5", "mt5")
+        for name in ("t5", "mt5")
     ),
 )
 
@@ -295,7 +264,7 @@ def family_of(model_type: str, where: str) -> Family:
     Raises:
         UserError: the commands do not train this type; lists those that they do.
     """
-    supported = [name for name, family in FAMILIES.items() if family.commands]
+    supported = [name for name, family in FAMILIES.items() if family.architecture]
     if model_type not in supported:
         raise UserError(
             f"backbone {where} is of type {model_type!r}, which is not supported; supported: {', '.join(supported)}.\n"

@@ -6,27 +6,22 @@ import contextlib
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from fusion.backbones.families import family_of
-from fusion.backbones.family import Family
+from fusion.backbones.checks import check_complete, check_runs, check_types, fit_tokenizer
+from fusion.backbones.families import Family, family_of
 from fusion.backbones.files import CONFIG, FIX, check_config, check_files, locate, stamp
-from fusion.backbones.pairing import adjust, check_max_length, check_pair
-from fusion.backbones.repeated_layers import separate_repeated_layers
-from fusion.backbones.weights import check_complete, check_finite, check_runs, check_types
 from fusion.errors import UserError
 from fusion.hub.access import from_cache_or_hub, own_code_refused, warn_of_own_code
 from fusion.hub.tokenizer import load_tokenizer, tokenizer_hash
-
-Loaded = TypeVar("Loaded")
 
 
 @dataclass(frozen=True)
@@ -78,54 +73,39 @@ def load_backbone(
     if is_folder:
         check_files(name_or_path, trust_remote_code)
 
-    def load(read: Callable[[bool], Loaded]) -> Loaded:
+    def load(auto: Any, **options: Any) -> Any:
+        def read(local: bool) -> Any:
+            return auto.from_pretrained(
+                source, revision=revision, local_files_only=local, trust_remote_code=trust_remote_code, **options
+            )
+
         try:
             with quiet_transformers(), own_code_refused(what):
                 if is_folder:
                     return read(True)
-                cure = "backbone.name_or_path=FOLDER takes a local copy"
-                return from_cache_or_hub(read, what=what, fix=cure, cached=folder is not None)
+                fix = "backbone.name_or_path=FOLDER takes a local copy"
+                return from_cache_or_hub(read, what=what, fix=fix, cached=folder is not None)
         except UserError:
             raise
         except Exception as error:  # errors of config values, safetensors, pickle and zip share no base
             text = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"{what}: cannot be loaded ({text[:200]})\n{FIX}") from error
 
-    def read_config(local: bool) -> PretrainedConfig:
-        return AutoConfig.from_pretrained(
-            source, revision=revision, local_files_only=local, trust_remote_code=trust_remote_code
-        )
-
-    def read_model(local: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
-        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModel.from_pretrained(
-            source,
-            local_files_only=local,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # `check_complete` refuses them by name
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            **family.model_options,
-        )
-        return loaded
-
-    config = load(read_config)
+    config = load(AutoConfig)
     family = family_of(config.model_type, name_or_path)
     check_config(config.to_dict(), name_or_path, what if folder is None else folder / CONFIG)
     tokenizer = load_tokenizer(source, revision, trust_remote_code)
-    adjust(tokenizer, config, family)
-    check_pair(tokenizer, config, family, name_or_path)
-    if max_length is not None:
-        check_max_length(tokenizer, config, family, name_or_path, max_length)
+    fit_tokenizer(tokenizer, config, family, name_or_path, max_length)
     if folder is not None:
         check_types(folder)
-    model, loading = load(read_model)
+    # `check_complete` refuses mismatched sizes by name.
+    options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, loading = load(AutoModel, **options, **family.model_options)
     check_complete(loading, family, model.base_model_prefix, what)
     if not trust_remote_code:
         warn_of_own_code(getattr(config, "auto_map", None), what)
     model.requires_grad_(False)
     model.eval()
-    check_finite(model, what)
     check_runs(model, tokenizer, what)
     identity = fingerprint(model, family)
     separate_repeated_layers(model, family)
@@ -161,6 +141,29 @@ def fingerprint(model: PreTrainedModel, family: Family) -> str:
     digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
     digest.update(hash_tensors(model.named_parameters()).encode())
     return digest.hexdigest()
+
+
+def separate_repeated_layers(model: PreTrainedModel, family: Family) -> None:
+    """Give a model that uses a layer more than once (ALBERT) a module per layer, with shared parameters.
+
+    Slots, the feature cache and gradient checkpointing address a layer by its module.
+
+    Raises:
+        UserError: a group of more than one layer, which no released ALBERT has.
+    """
+    if not family.repeated:
+        return
+    config, groups = model.config, family.layer_list(model)
+    if config.inner_group_num != 1:
+        raise UserError(
+            f"the backbone's config.json has inner_group_num={config.inner_group_num}; expected 1, a layer for each group"
+        )
+    uses = config.num_hidden_layers / len(groups)
+    shared = {id(parameter): parameter for parameter in groups.parameters()}
+    separate = [copy.deepcopy(groups[int(layer / uses)], dict(shared)) for layer in range(config.num_hidden_layers)]
+    model.set_submodule(family.first_stack.layers, nn.ModuleList(separate))
+    # The model derives the group of a layer from this number.
+    config.num_hidden_groups = config.num_hidden_layers
 
 
 def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -7,6 +7,7 @@ Shapes: B rows, T tokens, D hidden size, D_in and D_out the widths of a linear l
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -37,21 +38,21 @@ class SlotAddress:
         Raises:
             ValueError: not an address.
         """
-        first, _, rest = text.partition(".")
-        stack, number, site = ("", first, rest) if first.isdecimal() else (first, *_halves(rest))
-        if not number.isdecimal() or not site:
+        match = re.fullmatch(r"(?:([^.\d][^.]*)\.)?(\d+)\.(.+)", text)
+        if match is None:
             raise ValueError(f"slot {text!r}: expected LAYER.SITE or STACK.LAYER.SITE, such as 4.feedforward")
-        return cls(stack, int(number), site)
+        return cls(match[1] or "", int(match[2]), match[3])
 
     def __str__(self) -> str:
-        return ".".join([*([self.stack] if self.stack else []), str(self.layer), self.site])
+        return f"{f'{self.stack}.' if self.stack else ''}{self.layer}.{self.site}"
+
+    @property
+    def path(self) -> str:
+        """The path of a slot module in the model: dots of a site become underscores, as torch requires."""
+        return str(SlotAddress(self.stack, self.layer, self.site.replace(".", "_")))
 
 
-def _halves(text: str) -> tuple[str, str]:
-    first, _, rest = text.partition(".")
-    return first, rest
-
-
+@dataclass
 class CurrentBatch:
     """The batch that all slots of a model read, set before the backbone runs.
 
@@ -63,10 +64,9 @@ class CurrentBatch:
         capture: end the pass at that layer by raising `BoundaryReached` with its input.
     """
 
-    def __init__(self) -> None:
-        self.context: BatchContext | None = None
-        self.features: Tensor | None = None
-        self.capture = False
+    context: BatchContext | None = None
+    features: Tensor | None = None
+    capture: bool = False
 
 
 class Slot:
@@ -77,8 +77,6 @@ class Slot:
     excludes the update of `BeforeAttention`.
 
     Args:
-        address: where the slot is.
-        wiring: the modules around it.
         module: computes the update; it is registered in the model, not here.
         reads: the module's input, one of the wiring's `reads`.
         current: holds the context of each batch.

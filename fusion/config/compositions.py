@@ -58,13 +58,13 @@ def _of_bank(
 
 
 _adapterfusion, _sequence = (
-    partial(_of_bank, module, name, ("value_matrix", "temperature", "dropout", "rank"))
-    for module, name in (("attention", "AdapterFusion"), ("sequence", "SequenceFusion"))
+    partial(_of_bank, "attention", name, ("value_matrix", "temperature", "dropout", "rank"))
+    for name in ("AdapterFusion", "SequenceFusion")
 )
 
 
 def _scalearn(settings: CompositionConfig, sources: SlotSources, shared: Any, uniform: bool = False) -> SlotModule:
-    from fusion.layers.scalearn import ScaLearn, initial_scales
+    from fusion.layers.mixtures import ScaLearn, initial_scales
 
     bank = sources.bank()
     if shared is not None:
@@ -73,13 +73,13 @@ def _scalearn(settings: CompositionConfig, sources: SlotSources, shared: Any, un
 
 
 def _scales(total: int, width: int) -> Any:
-    from fusion.layers.scalearn import initial_scales
+    from fusion.layers.mixtures import initial_scales
 
     return initial_scales(total, width)
 
 
 def _average(settings: CompositionConfig, sources: SlotSources, shared: dict[Any, Any]) -> SlotModule:
-    from fusion.layers.average import FrozenAdapter, average
+    from fusion.layers.mixtures import FrozenAdapter, average
 
     adapters = tuple(sources.adapters.values())
     if adapters not in shared:

@@ -1,4 +1,4 @@
-"""AdapterFusion (Pfeiffer et al. 2021, §3.2): attention over source adapters, per token and layer.
+"""AdapterFusion (Pfeiffer et al. 2021, §3.2): attention over source adapters, per token or per text, and layer.
 
 Shapes: B rows, T tokens, N adapters, R bottleneck size, K rank of query and key. D_in and D_out are the widths of what
 is read and of the update: both D, the hidden size, but for a slot at a linear layer.
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusion.layers.bank import AdapterBank, Sources
+from fusion.layers.heads import pool
 from fusion.layers.slot_module import BatchContext, SlotModule
 
 
@@ -80,12 +81,12 @@ class AdapterFusion(SlotModule):
         z = self.bank.bottlenecks(x)
         p = self._weights(x, z, batch)
         if batch.record is not None:
-            batch.record(batch.place, self.bank.spread(p))
+            batch.record(batch.place, self.bank.spread(p).expand(*x.shape[:-1], -1))
         mixed = self.bank.weighted_sum(p, z)
         return mixed if self.value is None else self.value(mixed)
 
     def _weights(self, x: Tensor, z: Tensor, batch: BatchContext) -> Tensor:
-        """x: (B, T, D_in), z: (B, T, N, R), its bottlenecks -> p: (B, T, N)."""
+        """x: (B, T, D_in), z: (B, T, N, R), its bottlenecks -> p: (B, T, N), or (B, 1, N), equal for all tokens."""
         g, same = self._scoring(x)
         scores = self.bank.inner_products(g, z)
         if same is not None:
@@ -132,10 +133,7 @@ class MergedFusion(SlotModule):
 
     as is the down-projection before σ: one product gives all three. bk·q, the same for every n, cancels in the
     softmax. The values become Σ_n p_n (Wv Wu_n z_n + Wv bu_n). Per token that is 3·N·R·D + 2·N·D multiply-adds
-    instead of 3·N·R·D + 3·D² + 2·N·D.
-
-    Args:
-        fusion: the trained fusion, which is not changed.
+    instead of 3·N·R·D + 3·D² + 2·N·D. The trained fusion is not changed.
     """
 
     into: Tensor
@@ -181,6 +179,44 @@ class MergedFusion(SlotModule):
         z = self.sources.activated(down)
         scores = (z * through.unflatten(-1, (count, -1))).sum(-1) + bias
         return masked_softmax(scores, self.sources.on(batch.sources_on)), z
+
+
+class SequenceFusion(AdapterFusion):
+    """Attention over the source adapters, equal for all tokens of a text.
+
+    With x̄ the mean of x over the text's real tokens, and the parameters of `AdapterFusion`:
+
+        p    = softmax_n( dropout(q(x̄) · k_n(u_n(x̄))) / τ )
+        o_t  = Σ_n p_n Wv u_n(x_t)
+
+    A text without any real token has x̄ = 0.
+    """
+
+    def _weights(self, x: Tensor, z: Tensor, batch: BatchContext) -> Tensor:
+        text = mean_token(x, batch)
+        return super()._weights(text, self.bank.bottlenecks(text), batch)
+
+    def merged(self) -> MergedSequenceFusion:
+        """The same function for inference, up to rounding, without products of size D × D."""
+        return MergedSequenceFusion(self)
+
+
+class MergedSequenceFusion(MergedFusion):
+    """A trained `SequenceFusion` merged as in `MergedFusion`: 2·N·R·D multiply-adds per token."""
+
+    def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
+        """x: (B, T, D) -> o: (B, T, D)."""
+        width = len(self.sources) * self.sources.size
+        p, _ = self._weights(mean_token(x, batch), batch)
+        if batch.record is not None:
+            batch.record(batch.place, self.sources.spread(p).expand(-1, x.shape[1], -1))
+        z = self.sources.activated(F.linear(x, self.into[:width], self.into_bias[:width]))
+        return (p.unsqueeze(-1) * z).flatten(-2) @ self.out + p @ self.out_bias
+
+
+def mean_token(x: Tensor, batch: BatchContext) -> Tensor:
+    """x: (B, T, D) -> (B, 1, D), the mean over each text's real tokens; 0 without real tokens."""
+    return pool(x, batch.attention_mask, "mean").unsqueeze(1)
 
 
 def masked_softmax(scores: Tensor, on: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ Shapes: B rows, S texts (one per choice in multiple choice), T tokens, W words a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,16 @@ class TaskHead(nn.Module):
             pooled = torch.tanh(self.dense(self.dropout(pooled)))
         scores: Tensor = self.output(self.dropout(pooled))
         return scores if words is None else scores.masked_fill((words < 0).unsqueeze(-1), float("-inf"))
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The constructor's arguments, without the hidden size."""
+        layers, outputs = 1 if self.dense is None else 2, self.output.out_features
+        return {"pooling": self.pooling, "layers": layers, "outputs": outputs, "dropout": self.dropout.p}
+
+    def state(self) -> dict[str, nn.Parameter]:
+        """The stored parameters: `output.weight` and so on."""
+        return dict(self.named_parameters())
 
 
 class TaskHeads(nn.Module):

@@ -1,29 +1,20 @@
-"""Mixtures of source adapters whose weights do not depend on the token.
+"""Combinations of source adapters whose weights do not depend on the token: mixtures, ScaLearn, averages.
 
-Shapes: B rows, T tokens, D hidden size, N adapters.
+Shapes: B rows, T tokens, D hidden size, N adapters, R bottleneck size, W width of a scale: D or 1.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fusion.layers.attention import masked_softmax
 from fusion.layers.bank import AdapterBank
+from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.slot_module import BatchContext, SlotModule
-
-
-class StaticMixture(SlotModule):
-    """o = Σ_n softmax(w)_n u_n, one learned weight per source and slot; initially uniform."""
-
-    def __init__(self, bank: AdapterBank) -> None:
-        super().__init__()
-        self.bank = bank
-        self.weight = nn.Parameter(torch.zeros(len(bank)))
-
-    def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
-        """x: (B, T, D) -> o: (B, T, D)."""
-        return _mix(self.bank, self.weight, x, batch)
 
 
 class MeanMixture(SlotModule):
@@ -33,13 +24,125 @@ class MeanMixture(SlotModule):
         super().__init__()
         self.bank = bank
 
+    def _scores(self, x: Tensor) -> Tensor:
+        """(N,), before the softmax."""
+        return x.new_zeros(len(self.bank))
+
     def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
         """x: (B, T, D) -> o: (B, T, D)."""
-        return _mix(self.bank, x.new_zeros(len(self.bank)), x, batch)
+        bank = self.bank
+        p = masked_softmax(self._scores(x), bank.on(batch.sources_on))
+        if batch.record is not None:
+            batch.record(batch.place, bank.spread(p.expand(*x.shape[:-1], len(bank))))
+        return bank.weighted_sum(p, bank.bottlenecks(x))
 
 
-def _mix(bank: AdapterBank, scores: Tensor, x: Tensor, batch: BatchContext) -> Tensor:
-    p = masked_softmax(scores, bank.on(batch.sources_on))
-    if batch.record is not None:
-        batch.record(batch.place, bank.spread(p.expand(*x.shape[:-1], len(bank))))
-    return bank.weighted_sum(p, bank.bottlenecks(x))
+class StaticMixture(MeanMixture):
+    """o = Σ_n softmax(w)_n u_n, one learned weight per source and slot; initially uniform."""
+
+    def __init__(self, bank: AdapterBank) -> None:
+        super().__init__(bank)
+        self.weight = nn.Parameter(torch.zeros(len(bank)))
+
+    def _scores(self, x: Tensor) -> Tensor:
+        return self.weight
+
+
+class ScaLearn(SlotModule):
+    """o = Σ_n ω_n ⊙ u_n (Frohmann et al. 2023, arXiv 2310.01217), with learned factors.
+
+    They are per source and dimension (W = D), or per source (W = 1).
+
+    The factors are unconstrained: they need not sum to 1 and may be negative. Since u_n is linear in its
+    up-projection, the up-projection is scaled, once per batch, at the cost of a mean per token.
+
+    The recorded weights are equal for all tokens: ω_n for W = 1, else the mean of |ω_n| over the dimensions. They do
+    not sum to 1.
+
+    Args:
+        bank: the frozen sources of this slot.
+        scales: ω, see `initial_scales`: (N, W), or (total, W) if shared between slots.
+        shared: whether ω has a row for every source, of which this slot uses those of its adapters.
+
+    Raises:
+        ValueError: ω has another shape.
+    """
+
+    undecayed = ("scales",)  # 0 would switch the sources off
+
+    def __init__(self, bank: AdapterBank, scales: nn.Parameter, shared: bool = False) -> None:
+        super().__init__()
+        rows, hidden_size = bank.total if shared else len(bank), bank.up_weight.shape[0]
+        if scales.shape not in ((rows, hidden_size), (rows, 1)):
+            raise ValueError(
+                f"scales {tuple(scales.shape)}: expected {(rows, hidden_size)}, or {(rows, 1)} for one per source"
+            )
+        self.bank = bank
+        self.scales = scales
+        self.shared = shared
+
+    def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
+        """x: (B, T, D) -> o: (B, T, D)."""
+        bank, scales = self.bank, self._own_scales(batch)
+        if batch.record is not None:
+            uniform = scales.shape[1] == 1
+            seen = scales.squeeze(1) if uniform else scales.abs().mean(1)
+            batch.record(batch.place, bank.spread(seen.expand(*x.shape[:-1], len(bank))))
+        up = (bank.up_weight.unflatten(1, (len(bank), -1)) * scales.T.unsqueeze(-1)).flatten(1)  # (D, N·R)
+        up_bias = (scales * bank.up_bias).sum(0)  # (D,)
+        return F.linear(bank.bottlenecks(x).flatten(-2), up, up_bias)
+
+    def _own_scales(self, batch: BatchContext) -> Tensor:
+        """ω of this slot's adapters: (N, W), zero for those that are off."""
+        scales = self.scales[self.bank.source_positions] if self.shared else self.scales
+        on = self.bank.on(batch.sources_on)
+        return scales if on is None else scales.masked_fill(~on.unsqueeze(1), 0.0)
+
+
+def initial_scales(count: int, width: int) -> nn.Parameter:
+    """The initial ω: (count, width), 1/count with noise N(0, 0.001), close to the mean of the sources."""
+    return nn.Parameter(torch.empty(count, width).normal_(1.0 / count, 0.001))
+
+
+def average(adapters: Sequence[BottleneckAdapter]) -> BottleneckAdapter:
+    """A new adapter whose weights and biases are the means of those given: weight averaging.
+
+    This is not the mean of the outputs, because of σ between the two projections. Dropout is that of the first.
+
+    Raises:
+        ValueError: no adapter, or they differ in sizes, biases, non-linearity or scaling.
+    """
+    kinds = {
+        (
+            a.down.in_features,
+            *a.up.weight.shape,
+            a.up.bias is not None,
+            a.nonlinearity,
+            "learned" if isinstance(a.scaling, Tensor) else a.scaling,
+        )
+        for a in adapters
+    }
+    if len(kinds) != 1:
+        raise ValueError(f"expected adapters of one kind, not {sorted(kinds, key=str)}")
+    ((input_size, output_size, bottleneck_size, bias, nonlinearity, scaling),) = kinds
+    dropout = adapters[0].dropout.p
+    mean = BottleneckAdapter(
+        input_size, bottleneck_size, nonlinearity, scaling, dropout, output_size=output_size, bias=bias
+    )
+    mean.to(adapters[0].up.weight)
+    with torch.no_grad():
+        for name, parameter in mean.named_parameters():
+            parameter.copy_(torch.stack([a.get_parameter(name) for a in adapters]).mean(0))
+    return mean
+
+
+class FrozenAdapter(SlotModule):
+    """One frozen adapter: its weights are buffers. `sources_on` has no effect."""
+
+    def __init__(self, adapter: BottleneckAdapter) -> None:
+        super().__init__()
+        self.bank = AdapterBank([adapter], [0], 1)
+
+    def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
+        """x: (B, T, D) -> u: (B, T, D)."""
+        return self.bank.weighted_sum(x.new_ones(1), self.bank.bottlenecks(x))

@@ -13,8 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fusion.backbones.boundary import BoundaryReached, skip_with_features, watch_boundary
-from fusion.backbones.checkpointing import recompute_in_backward
+from fusion.backbones.layer_calls import BoundaryReached, recompute_in_backward, skip_with_features, watch_boundary
 from fusion.backbones.load import Backbone, hash_tensors
 from fusion.backbones.slots import CurrentBatch, Slot, SlotAddress, make_slot
 from fusion.backbones.tuning import Tuning
@@ -63,15 +62,13 @@ class AdaptedModel(nn.Module):
         self.hidden_size = backbone.hidden_size
         self._takes_features = False
         self._frozen = False
-        self._slot_list = [
-            self._make_slot(SlotAddress.parse(name), module, reads) for name, module in slot_modules.items()
-        ]
+        self._slot_list = [self._make_slot(SlotAddress.parse(name), module) for name, module in slot_modules.items()]
         for slot in sorted(self._slot_list, key=lambda slot: slot.order):
             slot.attach(self._layers_of(slot.address.stack)[slot.address.layer])
         # Nested by address, so that names read `slots.0.feedforward.down.weight`.
         self.slots = nn.ModuleDict()
         for slot in self._slot_list:
-            *above, last = _key(slot.address)
+            *above, last = slot.address.path.split(".")
             place = self.slots
             for key in above:
                 if key not in place:
@@ -82,10 +79,10 @@ class AdaptedModel(nn.Module):
         layers = [slot.address.layer for slot in self._slot_list if slot.address.stack == first]
         self.boundary = min(layers, default=None)
         if self.boundary is not None:
-            watch_boundary(self._family.layer_list(self.backbone)[self.boundary], self._current)
-        self.gradient_checkpointing = False
-        if gradient_checkpointing:
-            self.recompute_layers()
+            watch_boundary(self._layers_of(first)[self.boundary], self._current)
+        self.gradient_checkpointing = gradient_checkpointing
+        for stack in self._family.stacks if gradient_checkpointing else ():
+            recompute_in_backward(self._layers_of(stack), self._current)
         self.backbone.requires_grad_(False)
         for parameter in self.tuned().values():
             parameter.requires_grad_(True)
@@ -94,21 +91,14 @@ class AdaptedModel(nn.Module):
     def _layers_of(self, stack: str) -> nn.ModuleList:
         return self._family.layer_list(self.backbone, stack)
 
-    def _make_slot(self, address: SlotAddress, module: SlotModule, reads: str) -> Slot:
+    def _make_slot(self, address: SlotAddress, module: SlotModule) -> Slot:
         stack = self._family.stacks.get(address.stack)
         if stack is None:
             raise ValueError(f"no slot {address}: expected one of the stacks {', '.join(self._family.stacks)}")
-        layers = self._layers_of(address.stack)
-        if address.site not in stack.sites or address.layer >= len(layers):
-            raise ValueError(f"no slot {address}: {len(layers)} layers, sites {', '.join(stack.sites)}")
-        return make_slot(address, stack.sites[address.site], module, reads, self._current)
-
-    def recompute_layers(self) -> None:
-        """Enable gradient checkpointing."""
-        if not self.gradient_checkpointing:
-            for stack in self._family.stacks:
-                recompute_in_backward(self._layers_of(stack), self._current)
-            self.gradient_checkpointing = True
+        layers = len(self._layers_of(address.stack))
+        if address.site not in stack.sites or address.layer >= layers:
+            raise ValueError(f"no slot {address}: {layers} layers, sites {', '.join(stack.sites)}")
+        return make_slot(address, stack.sites[address.site], module, self.reads, self._current)
 
     def train(self, mode: bool = True) -> AdaptedModel:
         """Set training mode; the backbone's own dropout is active only with `backbone_dropout`."""
@@ -136,7 +126,7 @@ class AdaptedModel(nn.Module):
 
         Args:
             input_ids, attention_mask, token_type_ids: (S, T).
-            choice_counts: (B,), the number of texts per row: choices, or windows of a long sentence.
+            choice_counts: (B,) texts per row: choices, or windows of a long sentence.
             sources_on: (N,) bool, the sources that take part; None: all.
             record: called in each slot with its name and the source weights (S, T, N).
             features: (S, T, D), `frozen_features` of these rows: the layers below the lowest slot are not computed.
@@ -231,7 +221,8 @@ class AdaptedModel(nn.Module):
         try:
             return self._run(input_ids, attention_mask, token_type_ids)
         except BoundaryReached as reached:
-            return reached.features
+            features: Tensor = reached.args[0]
+            return features
         finally:
             self._current.capture = False
 
@@ -259,9 +250,8 @@ class AdaptedModel(nn.Module):
         The model cannot be trained or stored any more.
         """
         for slot in self._slot_list:
-            *above, last = _key(slot.address)
             slot.module = slot.module.merged()
-            self.slots.get_submodule(".".join(above)).register_module(last, slot.module)
+            self.slots.set_submodule(slot.address.path, slot.module)
         if self.tuning is not None:
             self.tuning.merge()
         return self.eval()
@@ -269,36 +259,37 @@ class AdaptedModel(nn.Module):
     def losses(self) -> dict[str, Tensor]:
         """The named loss terms of the slot modules, each summed over the slots."""
         total: dict[str, Tensor] = {}
-        for module in self.slot_modules().values():
-            for name, value in module.losses().items():
+        for slot in self._slot_list:
+            for name, value in slot.module.losses().items():
                 total[name] = total[name] + value if name in total else value
         return total
 
     def slot_modules(self) -> dict[str, SlotModule]:
         """All slot modules by address, in the order of the constructor's argument."""
-        return {slot.name: slot.module for slot in self._slot_list}
-
-    def slot_state(self) -> dict[str, nn.Parameter]:
-        """The parameters of the slot modules: `0.feedforward.down.weight` and so on. Shared ones appear once."""
-        return parameters_of(self.slot_modules())
+        return {str(slot.address): slot.module for slot in self._slot_list}
 
     def tuned(self) -> dict[str, nn.Parameter]:
         """The parameters of the backbone that train, by their names there."""
         return {} if self.tuning is None else dict(self.tuning.parameters)
 
     def weight_state(self) -> dict[str, nn.Parameter]:
-        """The parameters stored as the weights of an artifact."""
-        return self.slot_state() | ({} if self.tuning is None else self.tuning.state())
+        """The parameters stored as the weights of an artifact: `0.feedforward.down.weight`. Shared ones appear once."""
+        return parameters_of(self.slot_modules()) | ({} if self.tuning is None else self.tuning.state())
 
     def head_state(self) -> dict[str, nn.Parameter]:
         """The parameters stored as the head: `output.weight` and so on; for multiple tasks, `TASK.output.weight`."""
-        return self.head.state() if isinstance(self.head, TaskHeads) else dict(self.head.named_parameters())
+        return self.head.state()
+
+    @property
+    def heads(self) -> list[TaskHead]:
+        """The head of each task."""
+        return list(self.head.by_task().values()) if isinstance(self.head, TaskHeads) else [self.head]
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every parameter that trains, by its full name."""
         if self._frozen:
             return {}
-        modules = {".".join(_key(slot.address)): slot.module for slot in self._slot_list}
+        modules = {slot.address.path: slot.module for slot in self._slot_list}
         in_slots = {f"slots.{name}": parameter for name, parameter in parameters_of(modules).items()}
         tuned = {f"backbone.{name}": parameter for name, parameter in self.tuned().items()}
         head = {f"head.{name}": parameter for name, parameter in self.head.named_parameters()}
@@ -312,9 +303,7 @@ class AdaptedModel(nn.Module):
     def undecayed(self) -> set[str]:
         """Names in `trainable` without weight decay: vectors, and what a slot module exempts."""
         vectors = {name for name, parameter in self.trainable().items() if parameter.ndim < 2}
-        exempt = {
-            ".".join(("slots", *_key(slot.address), name)) for slot in self._slot_list for name in slot.module.undecayed
-        }
+        exempt = {f"slots.{slot.address.path}.{name}" for slot in self._slot_list for name in slot.module.undecayed}
         return vectors | (exempt & set(self.trainable()))
 
     def frozen(self) -> dict[str, Tensor]:
@@ -332,20 +321,10 @@ class AdaptedModel(nn.Module):
         """sha256 of each tensor of `frozen`."""
         return {name: hash_tensors([(name, tensor)]) for name, tensor in self.frozen().items()}
 
-    def frozen_hash(self) -> str:
-        """One hash of all of `frozen`."""
-        return hash_of_hashes(self.frozen_hashes())
-
 
 def hash_of_hashes(hashes: Mapping[str, str]) -> str:
     """sha256 over names and their hashes, in the order of the names."""
     return hashlib.sha256(json.dumps(dict(hashes), sort_keys=True).encode()).hexdigest()
-
-
-def _key(address: SlotAddress) -> tuple[str, ...]:
-    """The path under which a slot module is registered; dots of a site become underscores, as torch requires."""
-    stack = (address.stack,) if address.stack else ()
-    return (*stack, str(address.layer), address.site.replace(".", "_"))
 
 
 def _by_row(scores: Tensor, choice_counts: Tensor) -> Tensor:

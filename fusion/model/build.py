@@ -1,7 +1,8 @@
-"""Builds models from settings and from stored artifacts."""
+"""Build models from settings and from stored artifacts."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,31 @@ from fusion.backbones.tuning import Tuning
 from fusion.config.compositions import CompositionConfig
 from fusion.config.methods import MethodConfig
 from fusion.config.model import SITES, AdapterConfig, HeadConfig, SameBackboneConfig, kept_layers
+from fusion.config.stages import StageConfig
 from fusion.config.task import TaskConfig
 from fusion.errors import UserError
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.layers.slot_module import SlotModule, parameters_of
 from fusion.model.adapted import AdaptedModel
-from fusion.model.from_manifests import compose, described_adapters, described_head, head_shapes, weight_shapes
+from fusion.model.from_manifests import (
+    compose,
+    described_adapters,
+    described_head,
+    head_shapes,
+    make_adapters,
+    weight_shapes,
+)
 from fusion.store.artifacts import Artifact, copy_stored, load, load_by_hash, match_keys
 from fusion.store.compatibility import check_backbone, check_sources
 from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
 from fusion.store.manifest import Manifest
 from fusion.tasks.table import kind_of
 
+log = logging.getLogger(__name__)
 
-def new_adapters(config: AdapterConfig, backbone: Backbone) -> dict[str, SlotModule]:
+
+def new_adapters(config: AdapterConfig, backbone: Backbone) -> dict[str, BottleneckAdapter]:
     """A new adapter for each slot of the placement, by slot name; with `shared`, one for all layers.
 
     Raises:
@@ -47,26 +58,14 @@ def new_adapters(config: AdapterConfig, backbone: Backbone) -> dict[str, SlotMod
                 f"reading at {site}; expected {', '.join(others)} or {last}"
             )
 
-    def fresh() -> BottleneckAdapter:
-        return BottleneckAdapter(
-            hidden_size=backbone.hidden_size,
-            bottleneck_size=config.size_for(backbone.hidden_size),
-            nonlinearity=config.nonlinearity,
-            scaling=config.scaling,
-            dropout=config.dropout,
-            init=config.init,
-        )
-
-    slot_modules: dict[str, SlotModule] = {}
-    shared = {site: fresh() for site in config.sites} if config.shared else {}
-    for layer in kept_layers(config.layers, config.drop, backbone.layers, "adapter"):
-        for site in config.sites:
-            slot_modules[f"{layer}.{site}"] = shared.get(site) or fresh()
-    return slot_modules
+    layers = kept_layers(config.layers, config.drop, backbone.layers, "adapter")
+    size = config.size_for(backbone.hidden_size)
+    sizes = {f"{layer}.{site}": size for layer in layers for site in config.sites}
+    return make_adapters(config, sizes, backbone.hidden_size, config.init)
 
 
 def tuning_of(config: MethodConfig, backbone: Backbone) -> Tuning | None:
-    """The parameters of the backbone that a method trains; None: none. LoRA changes the backbone in place."""
+    """The parameters of the backbone that a method trains; LoRA changes the backbone in place."""
     tune = config.definition.tune
     return None if tune is None else tune(config, backbone.model)
 
@@ -93,11 +92,7 @@ def _check_weights(artifact: Artifact, sources: Sequence[Manifest] = ()) -> None
 def build_composition(
     config: CompositionConfig, sources: Sequence[Artifact], backbone: Backbone, chosen: Mapping[str, Any] | None = None
 ) -> dict[str, SlotModule]:
-    """The composition of stored sources for each slot where at least one of them has an adapter.
-
-    Args:
-        chosen: see `compose`.
-    """
+    """`compose` of stored sources."""
     manifests = [source.manifest for source in sources]
     return compose(config, manifests, lambda n: stored_adapters(sources[n]), backbone.layers, chosen or {})
 
@@ -204,3 +199,37 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int 
     model = AdaptedModel(backbone, kept, reads, described_head(manifest), tuning=tuning)
     copy_stored(model.head_state(), artifact.head, artifact.path / HEAD)
     return model.merged()
+
+
+def start_from(config: StageConfig, model: AdaptedModel, backbone: Backbone) -> Manifest | None:
+    """Copy the weights of the artifact that `init_from` names into the model, and its head if it fits.
+
+    Returns its manifest, or None.
+
+    Raises:
+        UserError: it is damaged, or was trained on another backbone.
+    """
+    if config.init_from is None:
+        return None
+    artifact = load(config.init_from, Path(config.store))
+    manifest = artifact.manifest
+    check_made_for(artifact, backbone)
+    copy_stored(model.weight_state(), artifact.weights, artifact.path / WEIGHTS)
+    if _head_fits(config.task_list, manifest, model):
+        copy_stored(model.head_state(), artifact.head, artifact.path / HEAD)
+        log.info("starting from the weights and the head of %s", manifest.name)
+    else:
+        log.info("starting from the weights of %s; the head is new, since its task or shape differs", manifest.name)
+    return manifest
+
+
+def _head_fits(tasks: Sequence[TaskConfig], manifest: Manifest, model: AdaptedModel) -> bool:
+    """Whether the stored heads have the model's shapes, and tasks of the same kinds and labels."""
+    multitask = len(tasks) > 1 or manifest.multitask is not None
+    if multitask and [task.name for task in manifest.tasks] != [task.name for task in tasks]:
+        return False
+    return len(manifest.heads) == len(tasks) and all(
+        (before.kind, before.labels) == (task.kind, task.labels)
+        and stored.shape | {"dropout": head.dropout.p} == head.shape
+        for before, stored, task, head in zip(manifest.tasks, manifest.heads, tasks, model.heads, strict=True)
+    )

@@ -110,11 +110,6 @@ def _go_without(asked: str, why: str, fix: str, error: OSError | None = None) ->
     log.log(logging.INFO if error is None else logging.WARNING, "%s: frozen features are computed in each epoch", why)
 
 
-def _inputs(batch: Any, device: torch.device) -> tuple[Any, ...]:
-    batch = batch.to(device)
-    return batch.input_ids, batch.attention_mask, batch.token_type_ids
-
-
 def _build(model: AdaptedModel, rows: EncodedRows, states: NDArray[Any], device: torch.device) -> None:
     log.info(
         "computing the frozen features of %d rows, once (%.0f MB, below %s)",
@@ -125,7 +120,9 @@ def _build(model: AdaptedModel, rows: EncodedRows, states: NDArray[Any], device:
     largest = np.finfo(states.dtype).max
     for batch in evaluation_loader(rows, batch_size=1, tokens_per_batch=_TOKENS):
         tokens, real = rows.places(batch.rows.tolist())
-        values = model.frozen_features(*_inputs(batch, device)).float().cpu().numpy()[real]
+        batch = batch.to(device)
+        features = model.frozen_features(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+        values = features.float().cpu().numpy()[real]
         if states.dtype == np.float16 and np.abs(values).max() > largest:
             raise UserError(
                 f"backbone.cache={states.dtype}: a frozen feature exceeds its range\n"

@@ -16,12 +16,11 @@ from torch.overrides import TorchFunctionMode
 
 from fusion.backbones.slots import SlotAddress
 from fusion.config.compositions import CONTINUED, KEPT, CompositionConfig, SlotSources
-from fusion.config.model import kept_layers
+from fusion.config.model import AdapterConfig, kept_layers
 from fusion.errors import UserError, first_line
-from fusion.layers.bottleneck import BottleneckAdapter
+from fusion.layers.bottleneck import BottleneckAdapter, WithTargetAdapter
 from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.layers.slot_module import SlotModule, parameters_of
-from fusion.layers.target import WithTargetAdapter
 from fusion.store.compatibility import check_sources
 from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
 from fusion.store.manifest import Manifest
@@ -34,20 +33,28 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def described_adapters(manifest: Manifest) -> dict[str, BottleneckAdapter]:
-    """The adapters of an artifact by slot; with `shared`, one for all layers of a site."""
+    """The adapters of an artifact by slot."""
     assert manifest.adapter is not None
-    settings = manifest.adapter.settings
+    sizes, hidden_size = manifest.bottleneck_sizes, manifest.backbone.hidden_size
+    return make_adapters(manifest.adapter.settings, sizes, hidden_size, "bert")
+
+
+def make_adapters(
+    settings: AdapterConfig, sizes: Mapping[str, int], hidden_size: int, init: str
+) -> dict[str, BottleneckAdapter]:
+    """New adapters by slot; with `shared`, one for all layers of a site.
+
+    Args:
+        sizes: the bottleneck size of each slot.
+        init: see `BottleneckAdapter`.
+    """
     adapters: dict[str, BottleneckAdapter] = {}
     shared: dict[tuple[str, str], BottleneckAdapter] = {}
-    for slot, bottleneck_size in manifest.bottleneck_sizes.items():
+    for slot, size in sizes.items():
         address = SlotAddress.parse(slot)
         site = address.stack, address.site
         adapters[slot] = shared.get(site) or BottleneckAdapter(
-            hidden_size=manifest.backbone.hidden_size,
-            bottleneck_size=bottleneck_size,
-            nonlinearity=settings.nonlinearity,
-            scaling=settings.scaling,
-            dropout=settings.dropout,
+            hidden_size, size, settings.nonlinearity, settings.scaling, settings.dropout, init
         )
         if settings.shared:
             shared[site] = adapters[slot]
@@ -107,7 +114,12 @@ def compose(
                 continue
             combined = _kept(chosen[KEPT], slot, present) if KEPT in chosen else present
             module = definition.build(config, SlotSources(combined, len(sources)), shared[site])
-            modules[slot] = _beside(module, list(present.values())) if config.target_adapter else module
+            if config.target_adapter:  # as large as the largest source of the slot
+                first, *others = present.values()
+                size = max(adapter.down.out_features for adapter in (first, *others))
+                target = BottleneckAdapter(first.down.in_features, size, first.nonlinearity, init="zero_up")
+                module = WithTargetAdapter(module, target)
+            modules[slot] = module
     if not modules:
         raise UserError(
             f"composition.layers={config.layers}: no source has an adapter in these layers, so nothing is combined"
@@ -125,14 +137,6 @@ def _kept(kept: Mapping[str, Any], slot: str, present: Mapping[int, BottleneckAd
     ):
         raise UserError(f"composition.kept.{slot}: expected some of the sources {list(present)}, each once")
     return {n: present[n] for n in positions}
-
-
-def _beside(module: SlotModule, adapters: Sequence[BottleneckAdapter]) -> WithTargetAdapter:
-    """With an adapter of the target beside it, as large as the largest source of the slot."""
-    size = max(adapter.down.out_features for adapter in adapters)
-    first = adapters[0]
-    target = BottleneckAdapter(first.down.in_features, size, first.nonlinearity, init="zero_up")
-    return WithTargetAdapter(module, target)
 
 
 # --- shapes -----------------------------------------------------------------------------------------
@@ -170,12 +174,7 @@ def weight_shapes(manifest: Manifest, sources: Sequence[Manifest], path: Path) -
 
 def head_shapes(manifest: Manifest, path: Path) -> Shapes:
     """The shapes in the head file: `output.weight` and so on; for multiple tasks, `TASK.output.weight`."""
-
-    def head() -> Mapping[str, Parameter]:
-        made = described_head(manifest)
-        return made.state() if isinstance(made, TaskHeads) else dict(made.named_parameters())
-
-    return _shapes(head, path)
+    return _shapes(lambda: described_head(manifest).state(), path)
 
 
 class _WithoutValues(TorchFunctionMode):

@@ -1,18 +1,18 @@
 """Run a model over encoded rows without training.
 
-Shapes: B rows of a batch, S texts of a batch, T tokens, K outputs, N sources.
+Shapes: B rows of a batch, S texts of a batch, T tokens, K outputs, N sources or tasks.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from fusion.backbones.load import Backbone, load_backbone
@@ -21,6 +21,10 @@ from fusion.data.batches import Batch
 from fusion.data.encode import EncodedRows
 from fusion.data.loaders import evaluation_loader
 from fusion.errors import UserError
+from fusion.layers.bank import AdapterBank, TaskSwitch
+from fusion.layers.bottleneck import BottleneckAdapter
+from fusion.layers.heads import TaskHead
+from fusion.layers.slot_module import SlotModule
 from fusion.model.adapted import AdaptedModel
 from fusion.model.build import backbone_of, stored_model
 from fusion.runs.memory import keep_freed_memory
@@ -155,3 +159,54 @@ def _row_means(values: Tensor, mask: Tensor, choice_counts: Tensor | None) -> Te
         sums = sums.new_zeros(len(choice_counts), sums.shape[1]).index_add(0, row, sums)
         counts = counts.new_zeros(len(choice_counts), 1).index_add(0, row, counts)
     return sums / counts
+
+
+class MultiTaskModel(nn.Module):
+    """Scores of each row by the adapters and heads of N tasks: the layers below the lowest adapter are run once for all.
+
+    AdapterDrop (Rücklé et al. 2021, §3.2): the more of the first layers are without adapters, the more the tasks share.
+
+    Args:
+        adapters: of each task, by slot address.
+        reads: what all of them read, see `fusion.backbones.wirings`.
+        heads: of each task.
+
+    Raises:
+        ValueError: no task, or not as many heads as tasks.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        adapters: Sequence[Mapping[str, BottleneckAdapter]],
+        reads: str,
+        heads: Sequence[TaskHead],
+    ) -> None:
+        super().__init__()
+        if not adapters or len(adapters) != len(heads):
+            raise ValueError(f"{len(adapters)} tasks and {len(heads)} heads")
+        slot_modules: dict[str, SlotModule] = {}
+        for slot in sorted({slot for own in adapters for slot in own}):
+            present = [task for task, own in enumerate(adapters) if slot in own]
+            bank = AdapterBank([adapters[task][slot] for task in present], present, len(adapters))
+            slot_modules[slot] = TaskSwitch(bank)
+        self.model = AdaptedModel(backbone, slot_modules, reads, heads[0])
+        self.model.take_features()
+        self.heads = nn.ModuleList(heads)
+        self.eval()
+
+    @torch.inference_mode()
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> list[Tensor]:
+        """input_ids, attention_mask, token_type_ids: (S, T) -> for each task (S, K)."""
+        tasks = len(self.heads)
+        hidden = self.model.frozen_features(input_ids, attention_mask, token_type_ids)
+        if self.model.boundary is None:  # no adapter anywhere
+            return [head(hidden, attention_mask) for head in self.heads]
+        states = self.model.hidden_states(
+            input_ids.repeat(tasks, 1),
+            attention_mask.repeat(tasks, 1),
+            None if token_type_ids is None else token_type_ids.repeat(tasks, 1),
+            members=torch.arange(tasks, device=input_ids.device).repeat_interleave(len(input_ids)),
+            features=hidden.repeat(tasks, 1, 1),
+        )
+        return [head(own, attention_mask) for head, own in zip(self.heads, states.chunk(tasks), strict=True)]

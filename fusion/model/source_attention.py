@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fusion.data.batches import Batch
-from fusion.layers.scalearn import ScaLearn
+from fusion.layers.bottleneck import WithTargetAdapter
+from fusion.layers.mixtures import ScaLearn
 from fusion.layers.slot_module import SlotModule
-from fusion.layers.target import WithTargetAdapter
 from fusion.model.adapted import AdaptedModel
 from fusion.model.inference import forward
 
@@ -56,11 +56,7 @@ class AttentionSums:
 
     @torch.compiler.disable
     def add(self, slot: str, weights: Tensor, real: Tensor) -> None:
-        """
-        Args:
-            weights: (S, T, N).
-            real: (S, T), 1 for a token that counts, else 0.
-        """
+        """weights: (S, T, N), real: (S, T), 1 for a token that counts, else 0."""
         w, real = weights.detach().float(), real.float()
         entropy = torch.special.entr(w).sum(-1)  # -p log p, and 0 where p is 0: (S, T)
         by_source = torch.einsum("stn,st->n", w, real)

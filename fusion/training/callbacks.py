@@ -1,45 +1,36 @@
-"""Callbacks: seconds per step, the best epoch with early stopping, one line per epoch."""
+"""Callbacks: the best epoch with early stopping, one line per epoch, the progress bar, out-of-memory errors."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import statistics
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import pytorch_lightning as lightning
 import torch
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.callbacks import RichProgressBar
 
+from fusion.config.data import DataConfig
+from fusion.config.training import TrainerConfig
+from fusion.data.batches import Batch
+from fusion.errors import TrainingError, first_line
 from fusion.tasks.kind import Decision
 from fusion.training import lightning_internals as internals
-from fusion.training.module import TaskModule
 from fusion.training.predictions import RowPredictions
 
 log = logging.getLogger(__name__)
 
-
-class StepTimer(lightning.Callback):
-    """Measures each training batch: forward, backward and the optimizer, without the time between two batches."""
-
-    def __init__(self) -> None:
-        self._started = 0.0
-        self._seconds: list[float] = []
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self._started = time.monotonic()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        if torch.cuda.is_available():  # kernels run on after their call returns
-            torch.cuda.synchronize()
-        self._seconds.append(time.monotonic() - self._started)
-
-    def median(self) -> float | None:
-        """Seconds; None: there was no step."""
-        return statistics.median(self._seconds) if self._seconds else None
+# Of allocators that raise a RuntimeError: torch's on a CPU (Linux, Windows), CUDA's libraries, oneDNN.
+_MESSAGE = re.compile(
+    "can't allocate memory|not enough memory|CUDA error: out of memory|STATUS_ALLOC_FAILED|std::bad_alloc"
+    "|could not create a (primitive|memory object)"
+)
 
 
-class Best(lightning.Callback):
+class Best(Callback):
     """Keeps the weights and predictions of the best epoch, and stops the training early.
 
     All decisions are functions of the scores so far, so a resumed run decides alike, unlike with Lightning's
@@ -57,11 +48,10 @@ class Best(lightning.Callback):
         self.predicted: dict[str, RowPredictions] = {}  # by split
         self.decisions: dict[str, Decision] = {}  # by task
 
-    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._stop_early(trainer, pl_module)  # the run was interrupted after its last epoch
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        assert isinstance(pl_module, TaskModule)
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         if (scores := pl_module.scores_of(trainer.current_epoch + 1)) is None:
             return
         if trainer.is_global_zero and best_epoch(pl_module.history, self._monitor) is scores:
@@ -71,8 +61,7 @@ class Best(lightning.Callback):
             self.predicted, self.decisions = pl_module.predicted, pl_module.decisions
         self._stop_early(trainer, pl_module)
 
-    def _stop_early(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        assert isinstance(pl_module, TaskModule)
+    def _stop_early(self, trainer: Trainer, pl_module: Any) -> None:
         history, patience = pl_module.history, self._patience
         if patience is None or not history or epochs_since_best(history, self._monitor) < patience:
             return
@@ -87,15 +76,11 @@ class Best(lightning.Callback):
                 best["epoch"],
             )
 
-    def on_save_checkpoint(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         predicted = {split: [p.rows, p.predictions, p.labels] for split, p in self.predicted.items()}
         checkpoint |= {"best": self.weights, "predicted": predicted, "decisions": self.decisions}
 
-    def on_load_checkpoint(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self.weights, self.decisions = checkpoint["best"], checkpoint["decisions"]
         self.predicted = {split: RowPredictions(*parts) for split, parts in checkpoint["predicted"].items()}
 
@@ -110,25 +95,20 @@ def epochs_since_best(history: Sequence[dict[str, float]], monitor: str) -> int:
     return len(history) - 1 - list(history).index(best_epoch(history, monitor))
 
 
-class EpochLine(lightning.Callback):
-    """Logs one line per epoch: number, mean loss, scores and seconds.
-
-    Args:
-        monitor: as of `Best`.
-    """
+class EpochLine(Callback):
+    """Logs one line per epoch: number, mean loss, scores and seconds; `monitor` as of `Best`."""
 
     def __init__(self, monitor: str) -> None:
         self._monitor = monitor
         self._started = 0.0
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._started = time.monotonic()  # a run that resumes within an epoch has no on_train_epoch_start
 
-    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._started = time.monotonic()
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        assert isinstance(pl_module, TaskModule)
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         loss = pl_module.epoch_loss.mean(trainer.world_size)  # collective
         if not trainer.is_global_zero:
             return
@@ -146,3 +126,71 @@ class EpochLine(lightning.Callback):
             "(best)  " if best else "",
             time.monotonic() - self._started,
         )
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's, with the score of the last and of the best epoch; `monitor` as of `Best`."""
+
+    def __init__(self, monitor: str) -> None:
+        super().__init__(refresh_rate=10)
+        self._monitor = monitor
+
+    def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
+        scores = [epoch[self._monitor] for epoch in pl_module.history]
+        if not scores:
+            return {}
+        metric = self._monitor.rpartition("/")[2]
+        return {metric: f"{scores[-1]:.4f}", "best": f"{max(scores):.4f}"}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error, or one that caused it, is an allocator's."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if known or (isinstance(error, RuntimeError) and _MESSAGE.search(str(error))):
+        return True
+    return error.__cause__ is not None and is_out_of_memory(error.__cause__)
+
+
+class OutOfMemory(Callback):
+    """Keeps track of the batch, so that an error can name the step, the batch and the settings that take less memory."""
+
+    def __init__(self, data: DataConfig, trainer: TrainerConfig, gradient_checkpointing: bool) -> None:
+        self._data = data
+        self._accumulate = trainer.accumulate_grad_batches
+        self._gradient_checkpointing = gradient_checkpointing
+        self._batch = "before the first batch"
+        self._evaluating = False
+
+    def on_train_batch_start(self, trainer: Trainer, *rest: Any) -> None:
+        self._batch, self._evaluating = f"at step {trainer.global_step}, {_size(rest[1])}", False
+
+    def on_validation_batch_start(self, trainer: Trainer, *rest: Any) -> None:
+        self._batch = f"in the validation after {trainer.global_step} steps, {_size(rest[1])}"
+        self._evaluating = True
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turn an out-of-memory error of the work inside into a TrainingError with advice."""
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = f"out of memory {self._batch}; nothing is stored ({first_line(error)})"
+            raise TrainingError(f"{reason}\n{self._advice()}") from error
+
+    def _advice(self) -> str:
+        key = "batch_size" if self._data.tokens_per_batch is None else "tokens_per_batch"
+        size = getattr(self._data, key)
+        smaller = f"data.{key}={size // 2} trainer.accumulate_grad_batches={2 * self._accumulate}"
+        if size < 2:
+            smaller = f"a data.max_length below {self._data.max_length}"
+        if self._evaluating or self._gradient_checkpointing:
+            return f"Try {smaller}"
+        return (
+            f"Try {smaller}, or backbone.gradient_checkpointing=true (slower; resumes this run; not with compile=true)"
+        )
+
+
+def _size(batch: Batch) -> str:
+    return f"in a batch of {batch.rows.numel()} examples x {batch.input_ids.shape[1]} tokens"

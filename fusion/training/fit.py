@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import resource
-import sys
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +18,7 @@ from pytorch_lightning.profilers import AdvancedProfiler, SimpleProfiler
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
+from fusion.config.stages import StageConfig
 from fusion.config.training import TrainerConfig
 from fusion.data.batches import EpochBatches, TaskBatches
 from fusion.data.loaders import evaluation_loader, training_loader
@@ -28,22 +29,20 @@ from fusion.store.artifacts import copy_into
 from fusion.tasks.kind import Decision
 from fusion.text import shows_progress
 from fusion.training import lightning_internals as internals
-from fusion.training.callbacks import Best, EpochLine, StepTimer, best_epoch
-from fusion.training.checkpoints import LAST, Checkpoints, Loaded, check_tokenizer, read_checkpoint
-from fusion.training.divergence import divergence
+from fusion.training.callbacks import Best, EpochLine, OutOfMemory, ProgressBar, best_epoch
+from fusion.training.checkpoints import LAST, Checkpoints, Interrupts, Loaded, check_tokenizer, read_checkpoint
 from fusion.training.expected_warnings import ignore_expected_warnings
 from fusion.training.guard import Guard
-from fusion.training.history import FirstOfEpoch
-from fusion.training.interrupts import Interrupts
-from fusion.training.metrics import main_metric
-from fusion.training.module import TaskModule
-from fusion.training.out_of_memory import OutOfMemory
-from fusion.training.predictions import RowPredictions
-from fusion.training.progress import ProgressBar
-from fusion.training.spec import FitSpec
+from fusion.training.losses import divergence
+from fusion.training.module import Objective, TaskModule
+from fusion.training.predictions import RowPredictions, main_metric
+from fusion.training.records import FirstOfEpoch
+from fusion.training.speed import Speed
+from fusion.training.task_rows import TaskRows
 
 log = logging.getLogger(__name__)
 
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 PROFILERS: dict[str, type[AdvancedProfiler | SimpleProfiler]] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
 
 
@@ -59,7 +58,7 @@ class Fit:
         predicted: by split, with the best epoch's weights.
         decisions: of the predictions, by task, see `Kind.decision`.
         broken: why the training stopped with a loss that is not finite; None: it did not.
-        diverged: see `fusion.training.divergence`.
+        diverged: see `divergence`.
     """
 
     metrics: dict[str, dict[str, float]]
@@ -72,11 +71,28 @@ class Fit:
     diverged: dict[str, float] | None = None
 
 
-def fit(model: AdaptedModel, spec: FitSpec) -> Fit:
+def fit(
+    model: AdaptedModel,
+    config: StageConfig,
+    rows: TaskRows,
+    objective: Objective,
+    checkpoints: Path,
+    tokenizer: str | None = None,
+    loggers: Sequence[Logger] = (),
+    callbacks: Sequence[Callback] = (),
+    prepare: Callable[[torch.device], str | None] = lambda device: None,
+) -> Fit:
     """Train until the last epoch or early stopping, and load the best epoch's weights into the model.
 
     The first metric of the first validation split selects the best epoch, with multiple tasks their mean. A model without
     trainable parameters is validated once.
+
+    Args:
+        checkpoints: the folder from which an interrupted training resumes.
+        tokenizer: its hash; a run resumes with the same one only.
+        callbacks: observe only.
+        prepare: called with the device before anything runs there; returns the type of the cached frozen features in
+            the batches from then on, see `fusion.model.feature_cache`, or None.
 
     Raises:
         GuardError: something else than the declared parameters would train, or changed.
@@ -84,51 +100,42 @@ def fit(model: AdaptedModel, spec: FitSpec) -> Fit:
         UserError: the trainer's settings do not fit the data, or the checkpoint does not fit the run.
     """
     keep_freed_memory()
-    splits = {name: spec.tasks[rows.task] for name, rows in spec.rows.validation.items()}
+    tasks, settings = config.task_list, config.trainer
+    splits = {name: tasks[split.task] for name, split in rows.validation.items()}
     monitor = main_metric(splits)
-    interrupts, timer = Interrupts(), StepTimer()
-    best = Best(monitor, spec.optim.patience)
-    memory = OutOfMemory(spec.data, spec.trainer, model.gradient_checkpointing)
-    writes = spec.trainer.enable_checkpointing and not spec.trainer.fast_dev_run
+    interrupts, speed = Interrupts(), Speed()
+    best = Best(monitor, config.optim.patience)
+    memory = OutOfMemory(config.data, settings, model.gradient_checkpointing)
+    folder = checkpoints if settings.enable_checkpointing and not settings.fast_dev_run else None
+    last = read_checkpoint(checkpoints) if config.resume and model.trainable() else None
+    if last is not None:
+        check_tokenizer(last, tokenizer)
     # The guard is first, so that nothing stores what it refuses; checkpoints are last.
-    callbacks: list[Callback] = [
-        Guard(model, spec.checkpoints),
+    every_callback: list[Callback] = [
+        Guard(model, checkpoints),
         memory,
         best,
         EpochLine(monitor),
-        timer,
-        *spec.callbacks,
+        speed,
+        *callbacks,
         FirstOfEpoch(),
-        *([ProgressBar(monitor)] if spec.trainer.enable_progress_bar and shows_progress() else []),
-        Checkpoints(spec.checkpoints if writes else None, spec.checkpoint_minutes, interrupts, spec.tokenizer),
+        *([ProgressBar(monitor)] if settings.enable_progress_bar and shows_progress() else []),
+        Checkpoints(folder, config.checkpoint_minutes, interrupts, tokenizer),
     ]
-    last = read_checkpoint(spec.checkpoints) if spec.resume and model.trainable() else None
+    trainer = make_trainer(settings, every_callback, list(loggers), last)
+    features = prepare(trainer.strategy.root_device)
+    weights = [split.class_weights for split in rows.training]
+    module = TaskModule(model, tasks, config.optim, objective, splits, features, config.seed, weights)
+    batches, evaluation = _loaders(config, rows, objective.temperature, trainer)
     if last is not None:
-        check_tokenizer(last, spec.tokenizer)
-    trainer = make_trainer(spec.trainer, callbacks, list(spec.loggers), last)
-    module = TaskModule(
-        model,
-        spec.tasks,
-        spec.optim,
-        spec.objective.loss_weights,
-        splits,
-        spec.prepare(trainer.strategy.root_device),
-        spec.seed,
-        spec.objective.robust_drop,
-        [rows.class_weights for rows in spec.rows.training],
-        spec.objective.label_smoothing,
-    )
-    batches, evaluation = _loaders(spec, trainer)
-    _check_interval(spec.trainer, len(batches))
-    if last is not None:
-        _resume(batches, last["position"], spec.trainer.max_epochs or 1)
-    module.count_time()
+        _resume(batches, last["position"], settings.max_epochs or 1)
+    speed.start()
     broken = None
     with memory.explained():
         if model.trainable():
             try:
                 with interrupts:
-                    path = None if last is None else str(spec.checkpoints / LAST)
+                    path = None if last is None else str(checkpoints / LAST)
                     trainer.fit(module, batches, evaluation, ckpt_path=path, weights_only=True)
             except LossNotFinite as error:
                 broken = f"{error}: training stopped.\nLower optim.lr, or raise optim.warmup"
@@ -136,25 +143,25 @@ def fit(model: AdaptedModel, spec: FitSpec) -> Fit:
                     raise TrainingError(broken) from error
         if not module.history:  # nothing trains, or max_steps or max_time ended it within the first epoch
             trainer.validate(module, evaluation, verbose=False)
-    speed = _speed(module, trainer.world_size, timer)
-    diverged = divergence(module.epoch_loss.figures(), spec.rows.training, spec.tasks)
+    measured = speed.result(trainer.world_size)
+    diverged = divergence(module.epoch_loss.figures(), rows.training, tasks)
     scores = best_epoch(module.history, monitor)
     if trainer.is_global_zero:  # the others store nothing
-        if spec.trainer.profiler in PROFILERS:
-            for table in sorted(Path(spec.trainer.default_root_dir or ".").glob("fit-profile*.txt"))[:1]:
+        if settings.profiler in PROFILERS:
+            for table in sorted(Path(settings.default_root_dir or ".").glob("fit-profile*.txt"))[:1]:
                 log.info("profile of the training: %s", table)
         if not model.trainable():
             shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "epoch")
-            log.info("nothing trains  %s  %.1f s", shown, speed["seconds"])
+            log.info("nothing trains  %s  %.1f s", shown, measured["seconds"])
         if best.weights is not None:
-            copy_into(model.trainable(), best.weights, spec.checkpoints)
+            copy_into(model.trainable(), best.weights, checkpoints)
         _check_finite(model)
     source = module if best.weights is None else best
     return Fit(
         metrics={split: {m: scores[f"{split}/{m}"] for m in task.metrics} for split, task in splits.items() if scores},
         best_epoch=int(scores.get("epoch", 0)) if model.trainable() else 0,
         epochs=internals.epochs_done(trainer),
-        speed=speed,
+        speed=measured,
         predicted=source.predicted,
         decisions=source.decisions,
         broken=broken,
@@ -162,53 +169,37 @@ def fit(model: AdaptedModel, spec: FitSpec) -> Fit:
     )
 
 
-def _loaders(spec: FitSpec, trainer: lightning.Trainer) -> tuple[DataLoader[Any], list[DataLoader[Any]]]:
+def _loaders(
+    config: StageConfig, rows: TaskRows, temperature: float, trainer: lightning.Trainer
+) -> tuple[DataLoader[Any], list[DataLoader[Any]]]:
     """Of the training and of each validation split."""
-    size = spec.data.batch_size
+    data, tasks = config.data, config.task_list
     options: dict[str, Any] = {
         "rank": trainer.global_rank,
         "world_size": trainer.world_size,
-        "workers": spec.data.workers,
-        "tokens_per_batch": spec.data.tokens_per_batch,
+        "workers": data.workers,
+        "tokens_per_batch": data.tokens_per_batch,
     }
-    evaluation = [evaluation_loader(rows, size, **options) for rows in spec.rows.validation.values()]
-    training = spec.rows.training
-    temperature = spec.objective.temperature
-    batches = training_loader(training, size, spec.seed, temperature=temperature, **options)
-    if len(spec.tasks) > 1:
+    evaluation = [evaluation_loader(split, data.batch_size, **options) for split in rows.validation.values()]
+    batches = training_loader(rows.training, data.batch_size, config.seed, temperature=temperature, **options)
+    if len(tasks) > 1:
         shares = cast(TaskBatches, batches.sampler).shares
-        shown = ", ".join(f"{task.name} {share:.1%}" for task, share in zip(spec.tasks, shares, strict=True))
+        shown = ", ".join(f"{task.name} {share:.1%}" for task, share in zip(tasks, shares, strict=True))
         log.info("%d batches an epoch, each of one task: %s", len(batches), shown)
-    return batches, evaluation
-
-
-def _check_interval(trainer: TrainerConfig, batches: int) -> None:
-    interval = trainer.val_check_interval
-    if type(interval) is int and interval > batches and trainer.check_val_every_n_epoch is not None:
+    interval = config.trainer.val_check_interval
+    if type(interval) is int and interval > len(batches) and config.trainer.check_val_every_n_epoch is not None:
         raise UserError(
-            f"trainer.val_check_interval={interval}: an epoch has {batches} batches; expected at most that, "
+            f"trainer.val_check_interval={interval}: an epoch has {len(batches)} batches; expected at most that, "
             "a fraction of it, or trainer.check_val_every_n_epoch=null"
         )
+    return batches, evaluation
 
 
 def _resume(batches: DataLoader[Any], position: dict[str, int], max_epochs: int) -> None:
     epoch, batch = position["epoch"], position["batch"]
     cast(EpochBatches, batches.sampler).resume(epoch, batch)
-    over = epoch >= max_epochs
-    where = "after the last epoch" if over else f"at epoch {epoch + 1}, batch {batch + 1}"
+    where = "after the last epoch" if epoch >= max_epochs else f"at epoch {epoch + 1}, batch {batch + 1}"
     log.info("resuming %s", where)
-
-
-def _speed(module: TaskModule, world_size: int, timer: StepTimer) -> dict[str, float | None]:
-    seconds, joules = module.spent()
-    return {
-        "seconds": seconds,
-        "seconds_per_step": timer.median(),
-        "examples_per_second": module.rows_seen * world_size / seconds,
-        "tokens_per_second": module.tokens_seen * world_size / seconds,
-        "peak_memory_bytes": _peak_memory(),
-        **({} if joules is None else {"energy_joules": joules}),
-    }
 
 
 def make_trainer(
@@ -254,8 +245,14 @@ def _check_finite(model: AdaptedModel) -> None:
         )
 
 
-def _peak_memory() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def use_deterministic_algorithms(deterministic: bool | str | None) -> None:
+    """Apply `trainer.deterministic` before anything runs on a device; Lightning does only when a Trainer is made.
+
+    A probe and the feature cache run earlier, and cuBLAS reads its setting once. On a CPU it changes nothing.
+
+    Args:
+        deterministic: true: raise for a nondeterministic operation; "warn": warn.
+    """
+    if deterministic:
+        os.environ.setdefault(CUBLAS, ":4096:8")
+    torch.use_deterministic_algorithms(bool(deterministic), warn_only=deterministic == "warn")

@@ -8,29 +8,28 @@ resumes, after a change.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as lightning
 import torch
+from pytorch_lightning import Callback, Trainer
 from torch import Tensor
 
 from fusion.errors import GuardError, UserError
 from fusion.model.adapted import AdaptedModel, hash_of_hashes
-from fusion.training.gathering import gathered
+from fusion.training.processes import gathered
 
 _SHOWN = 4  # names in a message
 _CHUNK = 2**16  # integers that are weighted together in a checksum
 
 
-class Guard(lightning.Callback):
+class Guard(Callback):
     """Raises if other tensors than the declared ones would be trained, or have changed, in any process.
 
     It has to be the first callback, so that no other one stores what it refuses.
 
     Args:
-        model: the one that is trained.
         checkpoints: of the run; they are removed if a change is found at the end of a training only.
 
     Attributes:
@@ -49,21 +48,20 @@ class Guard(lightning.Callback):
         self._types: dict[str, torch.dtype] = {}
         self._checksums: dict[str, int] = {}
 
-    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Before a checkpoint is loaded, and before DDP copies the weights of the first process to the others."""
         if stage != "fit":
             return
         self._check_declared()
         _check_shared_memory(self._model)
-        frozen = self._model.frozen()
-        self._hashes = self._model.frozen_hashes()
+        frozen, self._hashes = self._model.frozen(), self._model.frozen_hashes()
         self.frozen_hash = hash_of_hashes(self._hashes)
         self._types = {name: tensor.dtype for name, tensor in frozen.items()}
         self._checksums = _checksums(frozen)
         if trainer.world_size > 1 and torch.distributed.is_initialized():
             self._compare_processes()
 
-    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """After the model was moved to its device."""
         frozen = self._model.frozen()
         converted = [name for name, tensor in frozen.items() if tensor.dtype != self._types.get(name)]
@@ -74,39 +72,32 @@ class Guard(lightning.Callback):
             )
         _refuse(_differing(self._checksums, _checksums(frozen)), "before the first step")
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._check_optimizers(trainer)
 
-    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.state.fn == "fit":
             self._check(trainer)
 
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx + 1 < trainer.num_training_batches:
             return
         self._check_declared()
         # Not at the epoch's end: Lightning clears all gradients before it validates.
         frozen = self._model.frozen().items()
-        reached = [name for name, tensor in frozen if tensor.is_leaf and tensor.grad is not None]
-        if reached:
+        if reached := [name for name, tensor in frozen if tensor.is_leaf and tensor.grad is not None]:
             raise GuardError(
                 f"a gradient reached frozen tensors, {_in_epoch(trainer)}: {_listed(reached)}; nothing is stored"
             )
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._check(trainer)
 
-    def on_save_checkpoint(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self._check(trainer)
         checkpoint["frozen_hash"] = self.frozen_hash
 
-    def on_load_checkpoint(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         stored = checkpoint["frozen_hash"]
         if stored != self.frozen_hash:
             raise UserError(
@@ -115,7 +106,7 @@ class Guard(lightning.Callback):
                 "Restore them, or start over with resume=false"
             )
 
-    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         changed = _differing(self._hashes, self._model.frozen_hashes())
         if changed and self._checkpoints is not None and trainer.is_global_zero:
             shutil.rmtree(self._checkpoints, ignore_errors=True)  # it is not known since when
@@ -123,7 +114,7 @@ class Guard(lightning.Callback):
 
     # --- checks -------------------------------------------------------------------------------------
 
-    def _check(self, trainer: lightning.Trainer) -> None:
+    def _check(self, trainer: Trainer) -> None:
         self._check_declared()
         self._check_optimizers(trainer)
         _refuse(_differing(self._checksums, _checksums(self._model.frozen())), _in_epoch(trainer))
@@ -140,16 +131,12 @@ class Guard(lightning.Callback):
                 "nothing is stored"
             )
 
-    def _check_optimizers(self, trainer: lightning.Trainer) -> None:
+    def _check_optimizers(self, trainer: Trainer) -> None:
         declared = {id(parameter): name for name, parameter in self._model.trainable().items()}
         names = {id(tensor): name for name, tensor in self._model.every_tensor().items()}
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         held = {id(parameter): parameter for group in groups for parameter in group["params"]}
-        extra = [
-            names.get(key, f"a tensor of shape {tuple(parameter.shape)}")
-            for key, parameter in held.items()
-            if key not in declared
-        ]
+        extra = [names.get(key, f"a tensor of shape {tuple(held[key].shape)}") for key in held if key not in declared]
         missing = [name for key, name in declared.items() if key not in held]
         if extra or missing:
             raise GuardError(
@@ -174,10 +161,7 @@ class Guard(lightning.Callback):
 
 
 def _check_shared_memory(model: AdaptedModel) -> None:
-    """
-    Raises:
-        GuardError: a trained parameter is a frozen tensor as well, or shares memory with one.
-    """
+    """Refuse a trained parameter that is a frozen tensor as well, or shares memory with one."""
     training = {id(parameter): name for name, parameter in model.trainable().items()}
     tuned = {id(parameter) for parameter in model.tuned().values()}
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
@@ -185,26 +169,18 @@ def _check_shared_memory(model: AdaptedModel) -> None:
         of_the_backbone = name.startswith("backbone.") and id(tensor) not in tuned
         if id(tensor) in training and (of_the_backbone or name in buffers):
             raise GuardError(f"{training[id(tensor)]} trains and is the frozen {name}; nothing is stored")
-    spans = sorted(
-        (*span, trains, name)
-        for tensors, trains in ((model.trainable(), True), (model.frozen(), False))
-        for name, tensor in tensors.items()
-        for span in _memory(tensor)
-    )
-    furthest: dict[tuple[str, bool], tuple[int, str]] = {}  # by device and whether it trains: end, name
-    for device, start, end, trains, name in spans:
-        other_end, other = furthest.get((device, not trains), (0, ""))
-        if other_end > start:
-            first, second = (name, other) if trains else (other, name)
-            raise GuardError(f"{first} trains and shares memory with the frozen {second}; nothing is stored")
-        furthest[device, trains] = max(furthest.get((device, trains), (0, "")), (end, name))
+    frozen = [(name, _memory(tensor)) for name, tensor in model.frozen().items() if tensor.numel()]
+    for name, parameter in model.trainable().items():
+        device, start, end = _memory(parameter)
+        for other, (where, first, last) in frozen:
+            if device == where and start < last and first < end:
+                raise GuardError(f"{name} trains and shares memory with the frozen {other}; nothing is stored")
 
 
-def _memory(tensor: Tensor) -> Iterable[tuple[str, int, int]]:
-    """Device, first byte and the byte after the last one of a tensor's elements; nothing for an empty tensor."""
-    if tensor.numel():
-        elements = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-        yield str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()
+def _memory(tensor: Tensor) -> tuple[torch.device, int, int]:
+    """Device, first byte and the byte after the last one of a tensor's elements."""
+    elements = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    return tensor.device, tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()
 
 
 def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -243,7 +219,7 @@ def _refuse(changed: list[str], when: str) -> None:
         raise GuardError(f"a frozen tensor changed in training, {when}: {_listed(changed)}; nothing is stored")
 
 
-def _in_epoch(trainer: lightning.Trainer) -> str:
+def _in_epoch(trainer: Trainer) -> str:
     return f"in epoch {trainer.current_epoch + 1}"
 
 

@@ -5,9 +5,8 @@ Shapes: B rows, K outputs of the head.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,13 +22,28 @@ from fusion.data.batches import Batch
 from fusion.errors import LossNotFinite, UserError
 from fusion.layers.slot_module import Recorder
 from fusion.model.adapted import AdaptedModel
+from fusion.model.inference import forward
 from fusion.tasks.kind import Decision
 from fusion.tasks.table import kind_of
-from fusion.training.energy import EnergyMeter
-from fusion.training.epoch_loss import EpochLoss
-from fusion.training.losses import Losses
-from fusion.training.metrics import MEAN, main_metrics, score_predictions
-from fusion.training.predictions import RowPredictions
+from fusion.training.losses import EpochLoss, Losses
+from fusion.training.predictions import MEAN, RowPredictions, main_metrics
+
+
+@dataclass(frozen=True)
+class Objective:
+    """
+    Attributes:
+        loss_weights: of the named terms that the model adds to the loss.
+        label_smoothing: as in `torch.nn.CrossEntropyLoss`.
+        robust_drop: whether each training batch skips a random number of the first layers' slots (AdapterDrop,
+            Rücklé et al. 2021, §3).
+        temperature: of multi-task sampling, see `TaskBatches`.
+    """
+
+    loss_weights: dict[str, float] = field(default_factory=dict)
+    label_smoothing: float = 0.0
+    robust_drop: bool = False
+    temperature: float = 1.0
 
 
 class TaskModule(lightning.LightningModule):
@@ -38,16 +52,11 @@ class TaskModule(lightning.LightningModule):
     With multiple tasks, metric names start with the task's name, and `mean` selects the best epoch.
 
     Args:
-        model: the adapted model.
         tasks: in the order of the batches' task numbers.
-        loss_weights: of the named terms of `model.losses()`.
         splits: the task of each validation split, in the order of the validation loaders.
         features: the type of the cached frozen features in the batches; None: there are none.
         seed: of dropout and of robust AdapterDrop.
-        robust_drop: whether each training batch skips a random number of the first layers' slots (AdapterDrop,
-            Rücklé et al. 2021, §3).
         class_weights: for each task, the weight of each label in the training loss; None: all are equal.
-        label_smoothing: as in `torch.nn.CrossEntropyLoss`.
     """
 
     def __init__(
@@ -55,24 +64,20 @@ class TaskModule(lightning.LightningModule):
         model: AdaptedModel,
         tasks: Sequence[TaskConfig],
         optim: OptimConfig,
-        loss_weights: dict[str, float],
+        objective: Objective,
         splits: Mapping[str, TaskConfig],
         features: str | None = None,
         seed: int = 0,
-        robust_drop: bool = False,
         class_weights: Sequence[NDArray[np.float64] | None] = (),
-        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         self.model = model
         self.tasks = list(tasks)
         self.optim = optim
-        self.loss_weights = loss_weights
         self.splits = dict(splits)
+        self.objective = objective
         self.features = features
         self.seed = seed
-        self.robust_drop = robust_drop
-        self.label_smoothing = label_smoothing
         for number, weights in enumerate(class_weights):
             values = None if weights is None else torch.from_numpy(weights).float()
             self.register_buffer(f"class_weights_{number}", values, persistent=False)
@@ -85,49 +90,25 @@ class TaskModule(lightning.LightningModule):
         # Of the running validation: outputs in place of predictions.
         self._outputs: dict[str, list[RowPredictions]] = {}
         self.epoch_loss = EpochLoss()
-        self.rows_seen = 0
-        self.tokens_seen = 0
-        self.spent_before: tuple[float, float | None] = (0.0, 0.0)
-        self.count_time()
         # Makes the recorder of the source weights in a validation batch.
         self.recorder: Callable[[Batch], Recorder] | None = None
         self.logged_step = -1  # the last one
         # Checkpoints have the trained parameters only; `on_load_checkpoint` compares the key sets.
         self.strict_loading = False
 
-    def count_time(self) -> None:
-        """Measure seconds and energy from now on."""
-        self._started, self._energy = time.monotonic(), EnergyMeter()
-
-    def spent(self) -> tuple[float, float | None]:
-        """Seconds and joules since `count_time`, and up to the checkpoint of a resumed run; None: unknown."""
-        joules, before = self._energy.joules(), self.spent_before[1]
-        seconds = self.spent_before[0] + time.monotonic() - self._started
-        return seconds, None if joules is None or before is None else before + joules
-
     def first_layer(self, batch_index: int) -> int:
         """The first layer with active slots in a training batch: 0, or drawn uniformly from those with slots.
 
         A pure function of (seed, epoch, batch): equal in all processes and in a resumed run.
         """
-        if not self.robust_drop:
+        if not self.objective.robust_drop:
             return 0
         draw = np.random.RandomState([self.seed, self.current_epoch, batch_index])
         return int(draw.choice(self.model.adapted_layers))
 
     def scores(self, batch: Batch, first_layer: int = 0, record: Recorder | None = None) -> Tensor:
         """(B, K)."""
-        return self.model(
-            batch.input_ids,
-            batch.attention_mask,
-            batch.token_type_ids,
-            batch.choice_counts,
-            record=record,
-            features=batch.features,
-            first_layer=first_layer,
-            task=batch.task,
-            words=batch.words,
-        )
+        return forward(self.model, batch, record=record, features=batch.features, first_layer=first_layer)
 
     def losses(self, batch: Batch, first_layer: int = 0) -> dict[str, Tensor]:
         """The named terms of a batch's loss: `task`, and the weighted terms of the slot modules."""
@@ -136,12 +117,12 @@ class TaskModule(lightning.LightningModule):
             self.scores(batch, first_layer).float(),
             batch.labels,
             getattr(self, f"class_weights_{batch.task}", None),
-            self.label_smoothing,
+            self.objective.label_smoothing,
         )
         # DDP averages the gradients of all processes, so each divides by the rows, or their weights, of all processes.
         total = batch.global_rows if batch.global_weight is None else batch.global_weight
         task = (per_row * batch.weights).sum() * self.trainer.world_size / total
-        extra = {name: self.loss_weights[name] * value for name, value in self.model.losses().items()}
+        extra = {name: self.objective.loss_weights[name] * value for name, value in self.model.losses().items()}
         return {"task": task, **extra}
 
     def dropout_seed(self, batch_index: int) -> int:
@@ -160,8 +141,6 @@ class TaskModule(lightning.LightningModule):
         self.losses_seen.add(total.detach(), self.trainer.global_step, batch.rows, f"{prefix}train")
         weight = batch.global_rows if batch.global_weight is None else batch.global_weight
         self.epoch_loss.add(total, losses["task"], weight)
-        self.rows_seen += batch.rows.numel()
-        self.tokens_seen += batch.input_ids.numel()
         # A call of log takes as long as a small layer, hence only at the steps that Lightning passes to loggers.
         every = max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if batch_index == 0 or (self.trainer.global_step + 1) % every == 0:
@@ -228,8 +207,8 @@ class TaskModule(lightning.LightningModule):
                 self.decisions[name] = kind.decision(task, scored.predictions, scored.labels)
             predictions = kind.predict(scored.predictions, self.decisions[name])
             self.predicted[split] = replace(scored, predictions=predictions)
-            found = score_predictions(task, predictions, scored.labels)
-            values |= {f"{split}/{name}": value for name, value in found.items()}
+            found = kind.metrics(task, scored.labels, predictions)
+            values |= {f"{split}/{metric}": value for metric, value in found.items()}
         if len(self.tasks) > 1:
             chosen = main_metrics(self.splits)
             values[MEAN] = sum(values[name] for name in chosen) / len(chosen)
@@ -266,13 +245,8 @@ class TaskModule(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trainable = {f"model.{name}" for name in self.model.trainable()}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
-        checkpoint |= {
-            "prefix": self.features,
-            "history": self.history,
-            "seen": [self.rows_seen, self.tokens_seen],
-            "spent": list(self.spent()),
-            "epoch_loss": self.epoch_loss.state(self.trainer.world_size),
-        }
+        epoch_loss = self.epoch_loss.state(self.trainer.world_size)
+        checkpoint |= {"prefix": self.features, "history": self.history, "epoch_loss": epoch_loss}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trainable = {f"model.{name}" for name in self.model.trainable()}
@@ -285,9 +259,6 @@ class TaskModule(lightning.LightningModule):
                 "Restore it, or start over with resume=false"
             )
         self.history = list(checkpoint["history"])
-        self.rows_seen, self.tokens_seen = checkpoint["seen"]
-        seconds, joules = checkpoint["spent"]
-        self.spent_before = seconds, joules
         self.epoch_loss.resume(checkpoint["epoch_loss"], self.trainer.world_size, self.device)
 
 

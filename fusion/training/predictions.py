@@ -1,4 +1,7 @@
-"""Predictions per row: what was predicted for each row of a split, in outcomes.json, so that runs can be compared."""
+"""Predictions and metrics of a split: per row in outcomes.json, so that runs can be compared, and over all rows at once.
+
+Shapes: B rows, K outputs.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,19 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+from torch import Tensor
+
 from fusion.config.task import TaskConfig
 from fusion.data.encode import EncodedRows
 from fusion.files import write_json
 from fusion.runs.run import OUTCOMES
 from fusion.tasks.table import kind_of
-from fusion.training.gathering import gathered
+from fusion.training.processes import gathered
 
 log = logging.getLogger(__name__)
+
+MEAN = "mean"  # of the main metrics of all tasks
 
 
 @dataclass(frozen=True)
@@ -32,12 +40,6 @@ class RowPredictions:
     rows: list[int]
     predictions: list[Any]
     labels: list[Any]
-
-    @classmethod
-    def of_all(cls, rows: EncodedRows, task: TaskConfig, predictions: list[Any]) -> RowPredictions:
-        """Of a whole split."""
-        assert rows.labels is not None
-        return cls(list(range(len(rows))), predictions, kind_of(task).plain_labels(rows.labels))
 
     @classmethod
     def gathered(cls, parts: Sequence[RowPredictions]) -> RowPredictions:
@@ -66,3 +68,30 @@ def write_predictions(directory: Path, splits: Mapping[str, dict[str, Any]]) -> 
         write_json(directory / OUTCOMES, splits)
     except OSError as error:
         log.warning("%s: cannot be written (%s)", directory / OUTCOMES, error.strerror or error)
+
+
+def score(task: TaskConfig, scores: Tensor, labels: NDArray[Any] | None) -> dict[str, float]:
+    """All metrics of the task, with the decision that these rows give, see `Kind.decision`.
+
+    Args:
+        scores: (B, K), of the head.
+        labels: (B,) or (B, ...).
+    """
+    assert labels is not None
+    kind = kind_of(task)
+    outputs, plain = kind.outputs(scores), kind.plain_labels(labels)
+    return kind.metrics(task, plain, kind.predict(outputs, kind.decision(task, outputs, plain)))
+
+
+def main_metric(splits: Mapping[str, TaskConfig]) -> str:
+    """The metric that selects the best epoch: the first one on the first split; for multiple tasks, the mean."""
+    names = main_metrics(splits)
+    return names[0] if len(names) == 1 else MEAN
+
+
+def main_metrics(splits: Mapping[str, TaskConfig]) -> list[str]:
+    """Each task's first metric on its first validation split, given the task of each split."""
+    first: dict[str | None, str] = {}
+    for split, task in splits.items():
+        first.setdefault(task.name, f"{split}/{task.metrics[0]}")
+    return list(first.values())

@@ -28,7 +28,7 @@ def check_stage(config: StageConfig, output_of: Callable[[], RunOutput]) -> RunS
     if output.stored is None:
         check_files(config.backbone.name_or_path, config.backbone.trust_remote_code)
     if config.compile:
-        from fusion.backbones.compiling import check_compiler
+        from fusion.backbones.layer_calls import check_compiler
 
         check_compiler()
     return output.run_state

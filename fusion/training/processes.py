@@ -24,7 +24,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fusion.config.training import TrainerConfig
 from fusion.errors import TrainingError, UserError
@@ -33,6 +33,7 @@ from fusion.runs import signals
 from fusion.runs.run import Run, caused_by_interrupt, describe
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 JOB = "FUSION_RANK_JOB"  # environment variable: the file with a rank's job
 POLL = 0.1  # seconds between two polls of the ranks
@@ -123,17 +124,14 @@ def launch(program: list[str], config: dict[str, Any], run: Run, ranks: int) -> 
         finally:
             _kill(started)
         outcomes = {rank: outcome for rank in range(ranks) if (outcome := read_json(folder / f"outcome{rank}"))}
-    if not failed:
-        if 0 not in outcomes:
-            raise RankError(f"rank 0 ended without a result: see {run.directory / 'run.log'}")
+    if not failed and 0 in outcomes:
         result: dict[str, Any] = outcomes[0]["result"]
         return result
     # The others mostly lost their connection to the first.
-    first = min(failed, key=lambda rank: outcomes[rank]["time"] if rank in outcomes else failed[rank])
-    if first in outcomes:
-        outcome = outcomes[first]
-        cause = RuntimeError(outcome["trace"]) if outcome["trace"] else None
-        raise _ERRORS[outcome["error"]](*outcome["args"]) from cause
+    first = min(failed, key=lambda rank: outcomes[rank]["time"] if rank in outcomes else failed[rank], default=0)
+    if (found := outcomes.get(first)) is not None:
+        cause = RuntimeError(found["trace"]) if found["trace"] else None
+        raise _ERRORS[found["error"]](*found["args"]) from cause
     code = started[first].returncode
     if code == -signal.SIGKILL:
         raise RankError(
@@ -227,13 +225,7 @@ def _port() -> int:
 
 @dataclass(frozen=True)
 class RankJob:
-    """The job of a rank.
-
-    Attributes:
-        config: composed and checked.
-        run: with this rank's `rank_zero`.
-        folder: of the files that the ranks share with their launcher.
-    """
+    """The job of a rank; `folder` has the files that the ranks share with their launcher."""
 
     rank: int
     config: dict[str, Any]
@@ -297,6 +289,17 @@ def run_rank(job: RankJob, work: Callable[[], dict[str, Any]]) -> int:
     except OSError as error:
         log.warning("%s: cannot be written (%s)", job.folder, error.strerror or error)
     return code
+
+
+def gathered(own: T) -> list[T]:
+    """The objects of all processes, by rank; `[own]` outside DDP. All processes have to call it."""
+    import torch
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [own]
+    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, own)
+    return everywhere
 
 
 def _die_with(parent: int) -> None:

@@ -1,19 +1,28 @@
-"""The end of both stages: fit the model, store it, log and return the result."""
+"""The end of both stages: fit the model, describe and store it, log and return the result."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning.loggers import Logger
 
-from fusion.backbones.compiling import compile_layers
+from fusion.backbones.files import STAMP
+from fusion.backbones.layer_calls import compile_layers
+from fusion.backbones.load import Backbone
+from fusion.config.stages import StageConfig
 from fusion.errors import TrainingError
+from fusion.model.adapted import AdaptedModel
 from fusion.model.feature_cache import cache_features
-from fusion.runs.output import result_of
-from fusion.runs.provenance import circumstances
+from fusion.runs.output import RunOutput, result_of
+from fusion.runs.provenance import circumstances, versions
+from fusion.runs.run import Run
 from fusion.store.artifacts import save
 from fusion.store.compatibility import DIVERGED
 from fusion.store.lookup import read_folder
@@ -27,15 +36,36 @@ from fusion.tracking.loggers import (
     run_reference,
     stage_name,
 )
-from fusion.training.attention import AttentionRecorder
-from fusion.training.description import manifest_of_fit, result_of_fit
-from fusion.training.divergence import shown
 from fusion.training.fit import Fit, fit
-from fusion.training.history import History
+from fusion.training.module import Objective
 from fusion.training.predictions import write_predictions
-from fusion.training.spec import FitSpec, StageSpec
+from fusion.training.records import AttentionRecorder, History
+from fusion.training.task_rows import TaskRows, split_name
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """
+    Attributes:
+        tag: of the run in W&B: the method of stage 1, the composition of stage 2.
+        parts: `method`, `adapter` or `composition` of the manifest.
+        sources: of a fusion, in order.
+        initial: the artifact whose weights the model starts from.
+    """
+
+    config: StageConfig
+    run: Run
+    output: RunOutput
+    model: AdaptedModel
+    backbone: Backbone
+    rows: TaskRows
+    tag: str
+    parts: Mapping[str, dict[str, Any] | None]
+    objective: Objective
+    sources: Sequence[Manifest] = ()
+    initial: Manifest | None = None
 
 
 def train_and_store(spec: StageSpec) -> dict[str, Any]:
@@ -47,13 +77,9 @@ def train_and_store(spec: StageSpec) -> dict[str, Any]:
             store could not be written (the checkpoint is kept).
     """
     loggers = _loggers(spec)
-    exit_code = 1
-    try:
-        result = _train_and_store(spec, loggers)
-        exit_code = 0
-        return result
-    finally:
-        finish(loggers, exit_code)
+    with contextlib.ExitStack() as stack:
+        stack.push(lambda kind, *_: finish(loggers, 0 if kind is None else 1))
+        return _train_and_store(spec, loggers)
 
 
 def _train_and_store(spec: StageSpec, loggers: list[Logger]) -> dict[str, Any]:
@@ -63,11 +89,11 @@ def _train_and_store(spec: StageSpec, loggers: list[Logger]) -> dict[str, Any]:
         origin["init_from"] = {"name": spec.initial.name, "hash": spec.initial.hash}
     if (tracked := run_reference(loggers)) is not None:
         origin["wandb"] = tracked
-    fitted = fit(spec.model, _fit_spec(spec, loggers))
+    fitted = _fit(spec, loggers)
     if not run.rank_zero:
         return {}
-    result = result_of_fit(spec, fitted)
-    manifest = manifest_of_fit(spec, fitted, result, origin)
+    result = _result_of(spec, fitted)
+    manifest = _manifest_of(spec, fitted, result, origin)
     if config.trainer.fast_dev_run:
         log.info("trainer.fast_dev_run: the run works; nothing is stored")
         return result
@@ -106,7 +132,7 @@ def _loggers(spec: StageSpec) -> list[Logger]:
     return loggers
 
 
-def _fit_spec(spec: StageSpec, loggers: list[Logger]) -> FitSpec:
+def _fit(spec: StageSpec, loggers: list[Logger]) -> Fit:
     config, model, backbone = spec.config, spec.model, spec.backbone
     recorder = AttentionRecorder(
         [source.name for source in spec.sources], spec.run.directory, lambda record: log_attention(loggers, record)
@@ -122,17 +148,12 @@ def _fit_spec(spec: StageSpec, loggers: list[Logger]) -> FitSpec:
             compile_layers(backbone.family.layer_list(backbone.model))
         return features
 
-    return FitSpec(
-        tasks=config.task_list,
-        rows=spec.rows,
-        data=config.data,
-        optim=config.optim,
-        trainer=config.trainer,
-        checkpoints=spec.output.checkpoints,
-        seed=config.seed,
-        objective=spec.objective,
-        resume=config.resume,
-        checkpoint_minutes=config.checkpoint_minutes,
+    return fit(
+        model,
+        config,
+        spec.rows,
+        spec.objective,
+        spec.output.checkpoints,
         tokenizer=backbone.tokenizer_hash,
         loggers=loggers,
         callbacks=[recorder],
@@ -154,10 +175,90 @@ def _store(spec: StageSpec, manifest: Manifest, overwrite: bool) -> Path:
 def _log_findings(fitted: Fit) -> None:
     if fitted.diverged is not None:
         log.warning(
-            "the training diverged: %s. The best epoch, %d, is stored; lower optim.lr, or raise optim.warmup",
-            shown(fitted.diverged),
+            "the training diverged: training loss %.4g in the last epoch, above %.4g. The best epoch, %d, is stored; "
+            "lower optim.lr, or raise optim.warmup",
+            fitted.diverged["train_loss"],
+            fitted.diverged["limit"],
             fitted.best_epoch,
         )
     for name, decision in fitted.decisions.items():
         for key, value in decision.items():
             log.info("%s: %s %.4f, chosen on the validation split and stored", name, key, value)
+
+
+# --- the manifest and the result --------------------------------------------------------------------
+
+
+def _result_of(spec: StageSpec, fitted: Fit) -> dict[str, Any]:
+    """The content of result.json, except what is known once the artifact is stored."""
+    config, model = spec.config, spec.model
+    trainable = sum(parameter.numel() for parameter in model.trainable().values())
+    state = model.state_dict(keep_vars=True).keys()  # buffers outside it are computed, not learned
+    frozen = sum(tensor.numel() for name, tensor in model.frozen().items() if name in state)
+    result = {
+        "stage": 2 if spec.output.kind == "fusion" else 1,
+        "task": "+".join(str(task.name) for task in config.task_list),
+        "name": config.name,
+        "seed": config.seed,
+        "backbone": {"name": config.backbone.name_or_path, "fingerprint": spec.backbone.fingerprint},
+        "metrics": fitted.metrics,
+        "best_epoch": fitted.best_epoch,
+        "epochs": fitted.epochs,
+        "parameters": {"trainable": trainable, "frozen": frozen},
+        "speed": fitted.speed,
+        "sources": [source.name for source in spec.sources],
+    }
+    return result if fitted.diverged is None else result | {"diverged": fitted.diverged}
+
+
+def _manifest_of(spec: StageSpec, fitted: Fit, result: dict[str, Any], origin: dict[str, Any]) -> Manifest:
+    """origin: when and where the run started, its W&B run and initial artifact."""
+    config, run, output, backbone = spec.config, spec.run, spec.output, spec.backbone
+    tasks = config.task_list
+    described = [dataclasses.asdict(task) for task in tasks]
+    heads = []
+    for head, task in zip(spec.model.heads, tasks, strict=True):
+        decision = fitted.decisions.get(str(task.name))
+        heads.append(head.shape | ({"decision": decision} if decision else {}))
+    multitask = {
+        str(task.name): {"task": values, "head": head}
+        for task, values, head in zip(tasks, described, heads, strict=True)
+    }
+    train = {split_name(tasks, encoded.task, "train"): encoded for encoded in spec.rows.training}
+    splits = {**train, **spec.rows.validation}
+    return Manifest.of(
+        kind=output.kind,
+        name=output.name,
+        task=described[0],
+        **{"method": None, "adapter": None, "composition": None, **spec.parts},
+        sources=[{"name": source.name, "hash": source.hash} for source in spec.sources],
+        metrics=fitted.metrics,
+        seed=config.seed,
+        versions=versions(),
+        result=result,
+        backbone={
+            "name_or_path": config.backbone.name_or_path,
+            "revision": config.backbone.revision,
+            "fingerprint": backbone.fingerprint,
+            "family": backbone.family.name,
+            "hidden_size": backbone.hidden_size,
+            "layers": backbone.layers,
+            "tokenizer": backbone.tokenizer_hash,
+            **({"trust_remote_code": True} if config.backbone.trust_remote_code else {}),
+        },
+        head=heads[0],
+        multitask=multitask if len(tasks) > 1 else None,
+        data={
+            "max_length": config.data.max_length,
+            "fingerprints": {split: encoded.fingerprint for split, encoded in splits.items()},
+            "labels": spec.rows.labels,
+        },
+        run={
+            "identity": output.identity,
+            "config": output.config,
+            "overrides": list(run.overrides),
+            "directory": str(run.directory),
+            **({} if backbone.stamp is None else {STAMP: backbone.stamp}),
+            **origin,
+        },
+    )

@@ -1,10 +1,13 @@
-"""The tokenised rows of a run's tasks."""
+"""The tokenized rows of a run's tasks, with the weights of their labels in the training loss."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fusion.backbones.load import Backbone
 from fusion.config.data import DataConfig
@@ -13,7 +16,8 @@ from fusion.config.training import LossConfig
 from fusion.data.encode import EncodedRows, encode
 from fusion.data.rows import load_splits
 from fusion.data.splits import evaluation_splits
-from fusion.training.class_weights import set_class_weights
+from fusion.errors import UserError
+from fusion.tasks.table import kind_of
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +37,7 @@ class TaskRows:
 
 
 def load_task_rows(tasks: Sequence[TaskConfig], data: DataConfig, loss: LossConfig, backbone: Backbone) -> TaskRows:
-    """Read, check and tokenise the training and validation rows of all tasks.
+    """Read, check and tokenize the training and validation rows of all tasks.
 
     Raises:
         UserError: the data are wrong; names the file and row.
@@ -62,3 +66,44 @@ def load_task_rows(tasks: Sequence[TaskConfig], data: DataConfig, loss: LossConf
 def split_name(tasks: Sequence[TaskConfig], number: int, split: str) -> str:
     """The name of a split in metrics, with the task's name in multi-task training."""
     return split if len(tasks) == 1 else f"{tasks[number].name}/{split}"
+
+
+def set_class_weights(loss: LossConfig, tasks: Sequence[TaskConfig], training: Sequence[EncodedRows]) -> None:
+    """Set `class_weights` and `loss_weights` of each task's training examples.
+
+    `balanced` is n / (k * count), as scikit-learn's `compute_class_weight`: n examples, k labels, and the number of
+    examples that have the label.
+
+    Raises:
+        UserError: `balanced`, and a label has no training example.
+    """
+    for task, rows in zip(tasks, training, strict=True):
+        kind = kind_of(task)
+        rows.class_weights = _class_weights(loss, task, rows)
+        assert rows.labels is not None
+        rows.loss_weights = kind.loss_weights(rows.labels, rows.class_weights)
+        if rows.class_weights is not None:
+            labels = zip(task.labels or [], rows.class_weights, strict=True)
+            shown = ", ".join(f"{name} {weight:.4g}" for name, weight in labels)
+            log.info("%s: class weights %s", task.name, shown)
+        elif loss.class_weights is not None:
+            log.info("%s: no class weights, which a task of kind %s does not have", task.name, task.kind)
+        if loss.label_smoothing > 0 and not kind.smooths_labels:
+            log.info("%s: no label smoothing, which %s does not have", task.name, kind.noun)
+
+
+def _class_weights(loss: LossConfig, task: TaskConfig, rows: EncodedRows) -> NDArray[np.float64] | None:
+    if loss.class_weights is None or not kind_of(task).has_classes:
+        return None
+    if loss.class_weights != "balanced":
+        return np.array(loss.class_weights, np.float64)
+    names = task.labels or []
+    assert rows.labels is not None
+    counts = np.bincount(rows.labels, minlength=len(names))
+    if missing := [name for name, count in zip(names, counts, strict=True) if count == 0]:
+        ones = ",".join(["1.0"] * len(names)) if len(names) <= 20 else "..."
+        raise UserError(
+            f"loss.class_weights=balanced: no training example of {task.name} has the label {', '.join(missing[:20])}\n"
+            f"Set a weight for each label, in their order: 'loss.class_weights=[{ones}]'"
+        )
+    return len(rows) / (len(names) * counts.astype(np.float64))

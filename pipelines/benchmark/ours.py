@@ -33,9 +33,9 @@ from fusion.model.adapted import AdaptedModel
 from fusion.runs.memory import keep_freed_memory
 from fusion.runs.run import Run
 from fusion.tracking.loggers import build_loggers
+from fusion.training.callbacks import ProgressBar
 from fusion.training.fit import make_trainer
-from fusion.training.module import TaskModule, adamw
-from fusion.training.progress import ProgressBar
+from fusion.training.module import Objective, TaskModule, adamw
 from pipelines.benchmark.cases import (
     ADAPTER,
     CLIPPED,
@@ -67,8 +67,8 @@ class OurModel(Model):
         vocabulary = backbone.model.config.vocab_size
         self.batch = batch_of(token_batch(setup, vocabulary))
         self.padded = batch_of(token_batch(setup, vocabulary, padded=True))
-        penalty = {"value_penalty": CompositionConfig().value_penalty}
-        self.module = TaskModule(self.adapted, [TASK], OPTIM, penalty, splits={})
+        objective = Objective({"value_penalty": CompositionConfig().value_penalty})
+        self.module = TaskModule(self.adapted, [TASK], OPTIM, objective, splits={})
         # A step reads nothing else of Lightning's trainer.
         self.module.trainer = cast(lightning.Trainer, SimpleNamespace(world_size=1))
         if case.method == FULL:
@@ -200,7 +200,7 @@ def in_lightning(model: OurModel, setup: Setup, warmup: int, steps: int) -> floa
     batches = [model.batch] * (warmup + steps + 1)  # the start of the last batch ends the last timed step
     loader: DataLoader[Any] = DataLoader(cast(Any, batches), batch_size=None)
     watch = Stopwatch(setup.device)
-    module = TaskModule(model.adapted, [TASK], OPTIM, model.module.loss_weights, splits={})
+    module = TaskModule(model.adapted, [TASK], OPTIM, model.module.objective, splits={})
     settings = TrainerConfig(
         accelerator="gpu" if setup.device == "cuda" else "cpu",
         devices=1,

@@ -388,7 +388,7 @@ def last_states(backbone: Backbone, adapters: Mapping[str, BottleneckAdapter], r
     """What `run` of a model with these adapters must give: (B, T, D)."""
     layers, family = Layers(backbone, adapters, reads), backbone.family.name
     if family in POST_NORM:
-        return _encoder(layers, family, backbone.family.layers)
+        return _encoder(layers, family, backbone.family.first_stack.layers)
     if family in ("bart", "t5", "mt5"):
         return _encoder_decoder(layers, family)
     return _single_stack(layers, family)

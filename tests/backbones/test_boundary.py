@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fusion.backbones.compiling import compile_layers
 from fusion.backbones.families import FAMILIES
+from fusion.backbones.layer_calls import compile_layers
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead
 from fusion.layers.slot_module import BatchContext

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusion.backbones.compiling import check_compiler, compile_layers
+from fusion.backbones.layer_calls import check_compiler, compile_layers
 from fusion.backbones.load import load_backbone
 from fusion.errors import UserError
 from fusion.layers.bottleneck import BottleneckAdapter
@@ -58,7 +58,7 @@ def compare(plain: AdaptedModel, compiled: AdaptedModel, ids: Tensor) -> None:
 def test_other_shapes_do_not_recompile(make_backbone: Callable[..., Path], model_type: str, slot_module: str) -> None:
     folder, backend = make_backbone(model_type), Counting()
     plain, compiled = (build(folder, slot_module, checkpointing=False) for _ in range(2))
-    names, hashed = list(compiled.state_dict()), compiled.frozen_hash()
+    names, hashed = list(compiled.state_dict()), compiled.frozen_hashes()
     compile_layers(layers_of(compiled), backend)
     for rows, tokens in ((4, 12), (3, 9)):
         compare(plain, compiled, some_ids(rows, tokens))
@@ -69,7 +69,7 @@ def test_other_shapes_do_not_recompile(make_backbone: Callable[..., Path], model
     for rows, tokens in ((8, 30), (2, 7), (5, 64), (16, 16), (3, 12)):
         compare(plain, compiled, some_ids(rows, tokens))
     assert backend.graphs == graphs
-    assert list(compiled.state_dict()) == names and compiled.frozen_hash() == hashed
+    assert list(compiled.state_dict()) == names and compiled.frozen_hashes() == hashed
 
 
 @pytest.mark.parametrize("lower", ["0.feedforward", pytest.param("0.before_attention", marks=pytest.mark.slow)])

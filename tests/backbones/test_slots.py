@@ -118,7 +118,7 @@ def test_gradients_reach_exactly_the_declared_parameters(name: str, reads: str) 
     declared = {name for name in model.trainable() if not name.startswith("head.")}
     assert reached == declared
     parts = ("down.weight", "down.bias", "up.weight", "up.bias")
-    assert set(model.slot_state()) == {f"{address}.{part}" for address in addresses for part in parts}
+    assert set(model.weight_state()) == {f"{address}.{part}" for address in addresses for part in parts}
 
 
 def test_the_sites_of_a_family_exist_in_its_models() -> None:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from fusion.backbones.families import FAMILIES
-from fusion.backbones.load import Backbone
-from fusion.backbones.repeated_layers import separate_repeated_layers
+from fusion.backbones.load import Backbone, separate_repeated_layers
 
 HIDDEN, LAYERS, VOCABULARY = 32, 3, 40
 IDS = torch.tensor([[2, 7, 8, 9, 3], [2, 10, 3, 0, 0], [2, 11, 12, 3, 0]])

@@ -21,7 +21,7 @@ from fusion.layers.heads import TaskHead
 from fusion.model.adapted import AdaptedModel
 from fusion.model.build import new_adapters, stored_model, tuning_of
 from fusion.store.artifacts import Artifact, load
-from fusion.training.module import TaskModule
+from fusion.training.module import Objective, TaskModule
 from tests.bench import Bench, same
 
 IDS = torch.tensor([[2, 7, 8, 9, 3], [2, 10, 3, 0, 0]])
@@ -211,20 +211,19 @@ def test_robust_training_drops_layers_uniformly_and_equally_on_every_rank(bench:
     model = AdaptedModel(backbone, new_adapters(AdapterConfig(), backbone), "normed", TaskHead(32, 2))
     task = bench.tasks["films"]
     optim = bench.settings("films")["optim"]
-    module = TaskModule(model, [task], optim, {}, {}, seed=7, robust_drop=True)
+    module = TaskModule(model, [task], optim, Objective(robust_drop=True), {}, seed=7)
     drawn = [module.first_layer(batch) for batch in range(600)]
     assert drawn == [module.first_layer(batch) for batch in range(600)]
     assert all(150 < drawn.count(layer) < 250 for layer in range(3)) and set(drawn) == {0, 1, 2}
-    assert {TaskModule(model, [task], optim, {}, {}).first_layer(batch) for batch in range(9)} == {0}
+    assert {TaskModule(model, [task], optim, Objective(), {}).first_layer(batch) for batch in range(9)} == {0}
 
 
 def test_only_layers_with_slots_are_drawn(tiny_backbone: Path, bench: Bench) -> None:
     backbone = load_backbone(str(tiny_backbone))
     config = AdapterConfig(layers=[0, 2])
     model = AdaptedModel(backbone, new_adapters(config, backbone), "normed", TaskHead(32, 2))
-    module = TaskModule(
-        model, [bench.tasks["films"]], bench.settings("films")["optim"], {}, {}, seed=7, robust_drop=True
-    )
+    optim = bench.settings("films")["optim"]
+    module = TaskModule(model, [bench.tasks["films"]], optim, Objective(robust_drop=True), {}, seed=7)
     drawn = [module.first_layer(batch) for batch in range(200)]
     assert set(drawn) == {0, 2} and 70 < drawn.count(0) < 130
 
@@ -385,7 +384,7 @@ def test_adapters_of_bert_base_have_the_published_number_of_parameters(name: str
             config.reads,
             TaskHead(768, 2),
         )
-    assert count(model.slot_state().values()) == expected
+    assert count(model.weight_state().values()) == expected
     assert count(model.trainable().values()) == expected + 2 * 768 + 2
 
 

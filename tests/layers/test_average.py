@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusion.layers.average import FrozenAdapter, average
 from fusion.layers.bottleneck import BottleneckAdapter
+from fusion.layers.mixtures import FrozenAdapter, average
 from fusion.layers.slot_module import BatchContext
 from tests.layers.test_attention import plain_output
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusion.layers.average import FrozenAdapter, average
-from fusion.layers.bank import AdapterBank
+from fusion.layers.bank import AdapterBank, TaskSwitch
 from fusion.layers.bottleneck import NONLINEARITIES, BottleneckAdapter
-from fusion.layers.mixtures import MeanMixture, StaticMixture
-from fusion.layers.scalearn import ScaLearn
+from fusion.layers.mixtures import FrozenAdapter, MeanMixture, ScaLearn, StaticMixture, average
 from fusion.layers.slot_module import BatchContext
-from fusion.layers.switch import TaskSwitch
 
 
 def adapters() -> list[BottleneckAdapter]:

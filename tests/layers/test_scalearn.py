@@ -9,8 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fusion.layers.bank import AdapterBank
 from fusion.layers.bottleneck import BottleneckAdapter
-from fusion.layers.mixtures import MeanMixture
-from fusion.layers.scalearn import ScaLearn, initial_scales
+from fusion.layers.mixtures import MeanMixture, ScaLearn, initial_scales
 from fusion.layers.slot_module import BatchContext
 from tests.layers.test_attention import HIDDEN, adapters, plain_output
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusion.layers.attention import AdapterFusion
+from fusion.layers.attention import AdapterFusion, SequenceFusion
 from fusion.layers.bank import AdapterBank
-from fusion.layers.sequence import SequenceFusion
 from fusion.layers.slot_module import BatchContext
 from tests.layers.test_attention import HIDDEN, adapters, plain_output
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusion.layers.bank import AdapterBank
+from fusion.layers.bank import AdapterBank, TaskSwitch
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.slot_module import BatchContext
-from fusion.layers.switch import TaskSwitch
 
 
 @pytest.mark.parametrize("nonlinearities", [("relu", "relu"), ("tanh", "silu")])

@@ -7,10 +7,9 @@ from torch import Tensor, nn
 
 from fusion.layers.attention import AdapterFusion, MergedFusion
 from fusion.layers.bank import AdapterBank
-from fusion.layers.bottleneck import BottleneckAdapter
-from fusion.layers.scalearn import ScaLearn, initial_scales
+from fusion.layers.bottleneck import BottleneckAdapter, WithTargetAdapter
+from fusion.layers.mixtures import ScaLearn, initial_scales
 from fusion.layers.slot_module import BatchContext
-from fusion.layers.target import WithTargetAdapter
 from tests.layers.test_attention import HIDDEN, adapters, context, fusion
 
 X = torch.randn(2, 3, HIDDEN, generator=torch.Generator().manual_seed(1)).double()

@@ -12,10 +12,9 @@ from torch import Tensor
 from fusion.backbones.load import load_backbone
 from fusion.layers.attention import AdapterFusion
 from fusion.layers.bank import AdapterBank
-from fusion.layers.bottleneck import BottleneckAdapter
+from fusion.layers.bottleneck import BottleneckAdapter, WithTargetAdapter
 from fusion.layers.heads import TaskHead
-from fusion.layers.scalearn import ScaLearn, initial_scales
-from fusion.layers.target import WithTargetAdapter
+from fusion.layers.mixtures import ScaLearn, initial_scales
 from fusion.model.adapted import AdaptedModel
 
 IDS = torch.tensor([[2, 7, 8, 9, 3], [2, 10, 3, 0, 0], [2, 11, 12, 3, 0]])
@@ -50,7 +49,7 @@ def test_exactly_the_adapters_and_the_head_train(tiny_backbone: Path) -> None:
     } | {"head.output.weight", "head.output.bias"}
     assert set(model.trainable()) == names
     assert {name for name, p in model.named_parameters() if p.requires_grad} == names
-    assert set(model.slot_state()) == {n.removeprefix("slots.") for n in names if n.startswith("slots")}
+    assert set(model.weight_state()) == {n.removeprefix("slots.") for n in names if n.startswith("slots")}
 
 
 def test_of_a_fusion_query_key_value_and_the_head_train(tiny_backbone: Path) -> None:
@@ -81,18 +80,18 @@ def test_penalty_is_summed_over_the_layers(tiny_backbone: Path) -> None:
 
 def test_the_frozen_hash_covers_backbone_and_sources_but_no_trained_parameters(tiny_backbone: Path) -> None:
     model = fused(tiny_backbone)
-    before = model.frozen_hash()
+    before = model.frozen_hashes()
     with torch.no_grad():
-        next(iter(model.slot_state().values())).add_(1)
+        next(iter(model.weight_state().values())).add_(1)
         model.head_state()["output.bias"].add_(1)
-    assert model.frozen_hash() == before
+    assert model.frozen_hashes() == before
     bank = model.get_submodule("slots.1.feedforward.bank")
     bank.up_bias.add_(1)  # type: ignore[operator]
-    changed = model.frozen_hash()
+    changed = model.frozen_hashes()
     assert changed != before
     with torch.no_grad():
         model.backbone.get_parameter("embeddings.word_embeddings.weight")[0, 0] += 1e-6
-    assert model.frozen_hash() != changed
+    assert model.frozen_hashes() != changed
 
 
 def test_a_parameter_shared_by_slots_is_counted_once(tiny_backbone: Path) -> None:
@@ -101,15 +100,15 @@ def test_a_parameter_shared_by_slots_is_counted_once(tiny_backbone: Path) -> Non
     banks = [AdapterBank([BottleneckAdapter(32, 4), BottleneckAdapter(32, 2)], [0, 1], 2) for _ in range(3)]
     slot_modules = {f"{n}.feedforward": ScaLearn(bank, shared, shared=True) for n, bank in enumerate(banks)}
     model = AdaptedModel(load_backbone(str(tiny_backbone)), slot_modules, "normed", TaskHead(32, 2))
-    assert set(model.slot_state()) == {"0.feedforward.scales"}
+    assert set(model.weight_state()) == {"0.feedforward.scales"}
     assert "slots.0.feedforward.scales" in model.undecayed()
-    before = model.frozen_hash()
+    before = model.frozen_hashes()
     with torch.no_grad():
         shared.add_(1)
-    assert model.frozen_hash() == before
+    assert model.frozen_hashes() == before
     bank = model.get_submodule("slots.2.feedforward.bank")
     bank.up_bias.add_(1)  # type: ignore[operator]
-    assert model.frozen_hash() != before
+    assert model.frozen_hashes() != before
 
 
 def test_a_target_adapter_leaves_the_decay_of_the_composition_as_it_is(tiny_backbone: Path) -> None:
@@ -124,15 +123,15 @@ def test_a_target_adapter_leaves_the_decay_of_the_composition_as_it_is(tiny_back
 
 def test_a_frozen_model_trains_nothing_and_is_stored_as_before(tiny_backbone: Path) -> None:
     model = fused(tiny_backbone)
-    stored, before = set(model.slot_state()) | set(model.head_state()), model.frozen_hash()
+    stored, before = set(model.weight_state()) | set(model.head_state()), model.frozen_hashes()
     model.freeze()
     assert model.trainable() == {} and not any(p.requires_grad for p in model.parameters())
-    assert set(model.slot_state()) | set(model.head_state()) == stored
-    now = model.frozen_hash()
+    assert set(model.weight_state()) | set(model.head_state()) == stored
+    now = model.frozen_hashes()
     assert now != before
     with torch.no_grad():
         next(iter(model.head_state().values())).add_(1)
-    assert model.frozen_hash() != now
+    assert model.frozen_hashes() != now
 
 
 @pytest.mark.parametrize("dropout", [True, False])
@@ -170,7 +169,7 @@ def test_recording_gives_each_slot_its_weights(tiny_backbone: Path) -> None:
 def test_masking_a_source_changes_the_scores_and_is_undone(tiny_backbone: Path) -> None:
     model = fused(tiny_backbone).eval()
     with torch.no_grad():
-        for parameter in model.slot_state().values():
+        for parameter in model.weight_state().values():
             parameter.add_(torch.randn_like(parameter) * 0.1)
         for module in model.modules():
             if isinstance(module, AdapterBank):

@@ -12,7 +12,7 @@ from fusion.backbones.load import load_backbone
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead
 from fusion.model.adapted import AdaptedModel
-from fusion.model.multi_task import MultiTaskModel
+from fusion.model.inference import MultiTaskModel
 
 IDS = torch.tensor([[2, 7, 8, 9, 3], [2, 10, 3, 0, 0]])
 MASK = (IDS != 0).long()

@@ -159,7 +159,7 @@ class Poison(lightning.Callback):
     ) -> None:
         assert isinstance(module, fit_module.TaskModule)
         if (trainer.current_epoch, batch_idx) == (self.at[0], 0):
-            state = module.model.slot_state().items()
+            state = module.model.weight_state().items()
             self.before.update({name: tensor.detach().clone() for name, tensor in state})
         if (trainer.current_epoch, batch_idx) == self.at:
             next(iter(module.model.trainable().values())).data.fill_(float("inf"))

@@ -23,8 +23,8 @@ from fusion.errors import UserError
 from fusion.runs.identity import identity, identity_config
 from fusion.store.lookup import read_manifest
 from fusion.tasks.table import KINDS
-from fusion.training.class_weights import set_class_weights
-from fusion.training.module import TaskModule
+from fusion.training.module import Objective, TaskModule
+from fusion.training.task_rows import set_class_weights
 from tests.bench import Bench
 
 THREE = TaskConfig(name="three", text="t", labels=["a", "b", "c"], metrics=["accuracy"])
@@ -82,7 +82,7 @@ class Scores(TaskModule):
 
     def __init__(self, task: TaskConfig, weights: Any, smoothing: float, world_size: int) -> None:
         lightning.LightningModule.__init__(self)
-        self.tasks, self.label_smoothing, self.loss_weights = [task], smoothing, {}
+        self.tasks, self.objective = [task], Objective(label_smoothing=smoothing)
         self.register_buffer("class_weights_0", None if weights is None else torch.from_numpy(weights).float())
         self.model = cast(Any, SimpleNamespace(losses=dict))
         self.trainer = cast(lightning.Trainer, SimpleNamespace(world_size=world_size))
@@ -156,7 +156,7 @@ def test_balanced_is_as_in_scikit_learn() -> None:
 
 
 def test_balanced_with_a_label_that_no_example_has() -> None:
-    with pytest.raises(UserError, match=r"no training example of three has the label b, .*\n.*\[1.0,1.0,1.0\]"):
+    with pytest.raises(UserError, match=r"no training example of three has the label b\n.*\[1.0,1.0,1.0\]"):
         set_class_weights(LossConfig(class_weights="balanced"), [THREE], [encoded([0, 0, 2])])
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fusion.config.training import TrainerConfig
-from fusion.training.determinism import CUBLAS, use_deterministic_algorithms
+from fusion.training.fit import CUBLAS, use_deterministic_algorithms
 from tests.bench import Bench, same
 
 ROOT = Path(__file__).resolve().parents[2]

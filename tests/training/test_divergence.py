@@ -18,7 +18,8 @@ from fusion.config.training import OptimConfig, TrainerConfig
 from fusion.data.encode import EncodedRows
 from fusion.store.listing import describe, first_score
 from fusion.store.lookup import read_manifest
-from fusion.training.divergence import divergence, zero_score_loss
+from fusion.tasks.table import kind_of
+from fusion.training.losses import divergence
 from tests.bench import Bench
 
 THREE = TaskConfig(name="a", text="x", labels=["p", "q", "r"], metrics=["accuracy"])
@@ -31,14 +32,18 @@ def rows(labels: Any, choice_counts: Any = None, task: int = 0) -> EncodedRows:
     return cast(EncodedRows, content)
 
 
+def zero_score_loss(task: TaskConfig, labels: list[Any], choice_counts: Any = None) -> float:
+    return kind_of(task).zero_score_loss(task, np.array(labels), choice_counts)
+
+
 def test_the_loss_of_zero_scores() -> None:
     labels = [0, 1, 2, 2]
     expected = F.cross_entropy(torch.zeros(4, 3), torch.tensor(labels)).item()
-    assert zero_score_loss(rows(labels), THREE) == pytest.approx(expected)
-    assert zero_score_loss(rows([1.0, -3.0]), RATING) == F.mse_loss(torch.zeros(2), torch.tensor([1.0, -3.0]))
+    assert zero_score_loss(THREE, labels) == pytest.approx(expected)
+    assert zero_score_loss(RATING, [1.0, -3.0]) == F.mse_loss(torch.zeros(2), torch.tensor([1.0, -3.0]))
     counts = np.array([2, 4])
     expected = (math.log(2) + math.log(4)) / 2
-    assert zero_score_loss(rows([0, 3], counts), CHOICE) == pytest.approx(expected)
+    assert zero_score_loss(CHOICE, [0, 3], counts) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

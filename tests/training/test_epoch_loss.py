@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from fusion.training.epoch_loss import EpochLoss
+from fusion.training.losses import EpochLoss
 
 CPU = torch.device("cpu")
 BATCHES = [(4.0, 3.5, 8), (2.0, 1.5, 8), (1.0, 0.5, 3)]  # of the whole loss, of the task, examples

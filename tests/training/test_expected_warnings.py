@@ -9,7 +9,7 @@ import torch
 
 from fusion.config.task import TaskConfig
 from fusion.training.expected_warnings import ignore_expected_warnings
-from fusion.training.metrics import score
+from fusion.training.predictions import score
 
 
 def test_metrics_of_a_regression_emit_no_warnings() -> None:

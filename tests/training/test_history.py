@@ -13,7 +13,7 @@ import pytorch_lightning as lightning
 import torch
 
 from fusion.config.training import CsvConfig, LoggerConfig
-from fusion.training.record_file import RecordFile
+from fusion.training.records import RecordFile
 from tests.bench import Bench, add_callback, trainer_config
 
 CSV = LoggerConfig(csv=CsvConfig(flush_every_n_steps=1))

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from fusion.runs.signals import Forward, Terminated
-from fusion.training.interrupts import SIGNALS, Interrupts
+from fusion.training.checkpoints import SIGNALS, Interrupts
 from tests.bench import LABELS, write_task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,7 +80,7 @@ def test_a_second_signal_is_handled_at_once(handlers: list[int], monkeypatch: py
         send(signal.SIGTERM)
         send(signal.SIGTERM)  # sent twice
         assert (interrupts.pending, handlers) == (signal.SIGTERM, [])
-        monkeypatch.setattr("fusion.training.interrupts.ECHO", 0.0)
+        monkeypatch.setattr("fusion.training.checkpoints.ECHO", 0.0)
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
             time.sleep(1)

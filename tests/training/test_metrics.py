@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fusion.config.task import TaskConfig
-from fusion.training.metrics import main_metric, main_metrics, score
+from fusion.training.predictions import main_metric, main_metrics, score
 
 LABELS = torch.tensor([0, 0, 1, 1, 1, 0, 1, 0])
 GUESSES = torch.tensor([0, 1, 1, 0, 1, 0, 1, 1])

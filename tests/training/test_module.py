@@ -18,8 +18,9 @@ from fusion.data.batches import Batch, SortedBatches
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.model.adapted import AdaptedModel
-from fusion.training.metrics import predicted, score
-from fusion.training.module import TaskModule, adamw
+from fusion.tasks.table import kind_of
+from fusion.training.module import Objective, TaskModule, adamw
+from fusion.training.predictions import score
 
 OPTIM = OptimConfig(lr=1e-3, head_lr=5e-3, weight_decay=0.1)
 
@@ -88,7 +89,7 @@ def several_tasks(folder: Path) -> TaskModule:
         "values/validation": VALUES,
         "choice/validation": CHOICE,
     }
-    module = TaskModule(model, TASKS, OPTIM, {}, splits)
+    module = TaskModule(model, TASKS, OPTIM, Objective(), splits)
     state = SimpleNamespace(fn="fit")
     trainer = SimpleNamespace(world_size=1, sanity_checking=False, current_epoch=0, state=state)
     module.trainer = cast(lightning.Trainer, trainer)
@@ -173,7 +174,7 @@ class Ranks:
         trainer = SimpleNamespace(
             world_size=world_size, sanity_checking=False, current_epoch=0, state=SimpleNamespace(fn="fit")
         )
-        self.modules = [TaskModule(cast(Any, model), tasks, OPTIM, {}, KINDS) for _ in range(world_size)]
+        self.modules = [TaskModule(cast(Any, model), tasks, OPTIM, Objective(), KINDS) for _ in range(world_size)]
         for module in self.modules:
             module.trainer = cast(lightning.Trainer, trainer)
             monkeypatch.setattr(module, "log_dict", lambda values, **_: None)
@@ -202,7 +203,9 @@ class Ranks:
             best = scores.squeeze(-1) if task.kind == "regression" else scores.argmax(-1)
             self.predicted[split] = best.tolist()
             if task.kind == "multi_label":
-                self.predicted[split] = predicted(task, scores, labels.numpy())
+                kind, found = kind_of(task), kind_of(task).outputs(scores)
+                decision = kind.decision(task, found, kind.plain_labels(labels.numpy()))
+                self.predicted[split] = kind.predict(found, decision)
             for rank, module in enumerate(self.modules):
                 plans = SortedBatches(lengths, batch_size, rank, len(self.modules), tokens, counts)
                 for number, plan in enumerate(plans):

@@ -17,7 +17,7 @@ import torch
 from fusion.config.model import BackboneConfig
 from fusion.errors import TrainingError
 from fusion.model.adapted import AdaptedModel
-from fusion.training.out_of_memory import is_out_of_memory
+from fusion.training.callbacks import is_out_of_memory
 from tests.bench import Bench, same, trainer_config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,6 +21,7 @@ from fusion.backbones.load import Backbone
 from fusion.config.commands import RankConfig
 from fusion.config.compositions import CompositionConfig
 from fusion.config.data import DataConfig, LimitConfig
+from fusion.config.stages import StageConfig
 from fusion.config.task import TaskConfig
 from fusion.config.training import OptimConfig, TrainerConfig
 from fusion.data.batches import Batch
@@ -37,7 +38,7 @@ from fusion.store.artifacts import Artifact
 from fusion.store.compatibility import as_trained
 from fusion.store.manifest import Manifest
 from fusion.training.fit import fit
-from fusion.training.spec import FitSpec, Objective
+from fusion.training.module import Objective
 from fusion.training.task_rows import TaskRows
 
 _TEXTS = 32  # in a batch
@@ -207,18 +208,15 @@ def attention(inputs: ScorerInputs) -> list[float]:
         enable_checkpointing=False,
         enable_progress_bar=False,
     )
-    spec = FitSpec(
-        tasks=[inputs.task],
-        rows=inputs.rows,
+    settings = StageConfig(
+        task=inputs.task,
         data=config.data,
         optim=OptimConfig(lr=config.lr, patience=None),
         trainer=trainer,
-        checkpoints=inputs.folder / "no checkpoints",
-        seed=config.seed,
-        objective=Objective(loss_weights=composition.loss_weights()),
         resume=False,
+        seed=config.seed,
     )
-    fit(model, spec)
+    fit(model, settings, inputs.rows, Objective(composition.loss_weights()), inputs.folder / "no checkpoints")
     size, tokens = config.data.batch_size, config.data.tokens_per_batch
     measured = measure_attention(model, sampled_batches(inputs.rows.training[0], None, size, tokens), inputs.device)
     gc.collect()  # the Trainer is a reference cycle that holds the model

@@ -1,0 +1,158 @@
+"""How the layers of a backbone are called: from cached features on, recomputed in the backward pass, or compiled.
+
+Modules and tensor names do not change.
+
+The boundary between frozen and trained layers is the input of the lowest layer with a slot. Without dropout, the hidden
+states there are a fixed function of the row and can be computed once, see `fusion.model.feature_cache`. Their shape is
+(B, T, D) in all families.
+
+Shapes: B rows, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fusion.backbones.families import Stack
+from fusion.backbones.slots import CurrentBatch, hidden_states, with_hidden_states
+from fusion.errors import UserError
+from fusion.layers.slot_module import BatchContext
+
+
+class BoundaryReached(Exception):
+    """Ends a forward pass at the boundary; its argument is the input (B, T, D) of the lowest layer with a slot."""
+
+
+def watch_boundary(layer: nn.Module, current: CurrentBatch) -> None:
+    """Hook the lowest layer with a slot: it ends a capturing pass, and reads the batch's features if there are any."""
+
+    def before(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        if current.capture:
+            raise BoundaryReached(hidden_states(inputs, keywords))
+        if current.features is None:
+            return inputs, keywords
+        return with_hidden_states(inputs, keywords, current.features)
+
+    layer.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def skip_with_features(layers: nn.ModuleList, count: int, stack: Stack, current: CurrentBatch) -> None:
+    """Skip the first `count` layers if a batch has features."""
+    for layer in list(layers)[:count]:
+        layer.forward = partial(_unless_known, layer, layer.forward, stack, current)
+
+
+def _unless_known(
+    layer: nn.Module, forward: Callable[..., Any], stack: Stack, current: CurrentBatch, *inputs: Any, **keywords: Any
+) -> Any:
+    if current.features is None:
+        return forward(*inputs, **keywords)
+    states = hidden_states(inputs, keywords)
+    if stack.outputs is None:
+        return states
+    others: list[Any] = [None] * (stack.outputs - 1)
+    if stack.position_bias is not None:
+        others[0] = _position_bias(layer.get_submodule(stack.position_bias), states, inputs, keywords)
+    return states, *others
+
+
+def _position_bias(attention: Any, states: Tensor, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:
+    """The position bias (1, heads, T, T), which T5's first block computes for all."""
+    bias: Tensor | None = inputs[2] if len(inputs) > 2 else keywords.get("position_bias")
+    if bias is None:
+        bias = attention.compute_bias(states.shape[1], states.shape[1], device=states.device)
+    return bias
+
+
+def recompute_in_backward(layers: nn.ModuleList, current: CurrentBatch) -> None:
+    """Gradient checkpointing: keep only each layer's input, and recompute the layer in the backward pass.
+
+    The random numbers and the batch are the same. Without gradients there is no effect. transformers' own switch requires
+    layers in training mode; here they are in evaluation mode, since dropout is off.
+    """
+    for layer in layers:
+        layer.forward = partial(_checkpointed, layer.forward, current)
+
+
+def _checkpointed(forward: Callable[..., Any], current: CurrentBatch, *inputs: Any, **keywords: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **keywords)
+    context, features = current.context, current.features
+    return checkpoint(
+        forward,
+        *inputs,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), _once_more(current, context, features)),
+        **keywords,
+    )
+
+
+@contextlib.contextmanager
+def _once_more(current: CurrentBatch, context: BatchContext | None, features: Tensor | None) -> Iterator[None]:
+    """Restore the batch of the forward pass for the recomputation, without recording weights twice."""
+    now = current.context, current.features
+    # Not None: the recomputation must run the same operations.
+    recorded = context is not None and context.record is not None
+    current.context = (
+        replace(context, record=lambda place, weights: None) if context is not None and recorded else context
+    )
+    current.features = features
+    try:
+        yield
+    finally:
+        current.context, current.features = now
+
+
+def check_compiler() -> None:
+    """Check for the compiler that torch.compile calls.
+
+    Raises:
+        UserError: no C++ compiler, no Python headers, or a path with a space.
+    """
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        raise UserError(
+            f"compile=true needs a C++ compiler, and {compiler} was not found: install it, set CXX to another one, "
+            "or leave compile=false"
+        )
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.is_file():
+        raise UserError(
+            f"compile=true needs Python's headers, and {header} was not found: install them (python3-dev), "
+            "or leave compile=false"
+        )
+    # Inductor does not quote these paths.
+    for path in (Path(torch.__file__).parent, header.parent):
+        if " " in str(path):
+            raise UserError(
+                f"compile=true: torch.compile cannot use the path {path}, which has a space: create the environment in a "
+                "folder without one, or leave compile=false"
+            )
+
+
+def compile_layers(layers: nn.ModuleList, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compile each layer on its next call, for any number of rows and tokens.
+
+    Compiling layers takes a fraction of the time of compiling the model and runs as fast.
+    """
+    # Versions compiled for an earlier model of this process count against the cache limit.
+    torch.compiler.reset()
+    # All layers may differ in their sources, and each is compiled for training, evaluation and a single row.
+    torch._dynamo.config.cache_size_limit = max(8, 4 * len(layers))
+    # A layer with hooks must not use the code compiled for one without.
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    for layer in layers:
+        layer.compile(dynamic=True, backend=backend)

@@ -1,0 +1,104 @@
+"""The speed of a training: seconds, examples, tokens, memory and energy."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, Trainer
+
+POWERCAP = Path("/sys/class/powercap")
+
+
+class EnergyMeter:
+    """The processors' energy since its construction, from Linux's powercap counters (RAPL).
+
+    It includes all that runs on the machine. A counter may overflow once between two readings. Many machines have no
+    counters, or let only root read them.
+    """
+
+    def __init__(self, folder: Path = POWERCAP) -> None:
+        # `intel-rapl:0` is a processor (also of AMD); `intel-rapl:0:1` is a part of it.
+        self._zones = [zone for zone in sorted(folder.glob("intel-rapl:*")) if zone.name.count(":") == 1]
+        self._before = [_read(zone / "energy_uj") for zone in self._zones]
+
+    def joules(self) -> float | None:
+        """None if a counter cannot be read."""
+        total = 0
+        for zone, before in zip(self._zones, self._before, strict=True):
+            now, maximum = _read(zone / "energy_uj"), _read(zone / "max_energy_range_uj")
+            if before is None or now is None or (now < before and maximum is None):
+                return None
+            total += now - before + (maximum or 0) * (now < before)
+        return total * 1e-6 if self._zones else None
+
+
+def _read(path: Path) -> int | None:
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+class Speed(Callback):
+    """Measures a training from `start` on; a resumed one includes the time before its checkpoint.
+
+    A step is timed with forward, backward and the optimizer, without the time between two batches.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[float] = []  # seconds
+        self._examples = self._tokens = 0
+        self._before: tuple[float, float | None] = (0.0, 0.0)  # seconds and joules up to the checkpoint
+        self.start()
+
+    def start(self) -> None:
+        self._started, self._energy = time.monotonic(), EnergyMeter()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._step_started = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if torch.cuda.is_available():  # kernels run on after their call returns
+            torch.cuda.synchronize()
+        self._steps.append(time.monotonic() - self._step_started)
+        self._examples += batch.rows.numel()
+        self._tokens += batch.input_ids.numel()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint |= {"seen": [self._examples, self._tokens], "spent": list(self._spent())}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self._examples, self._tokens = checkpoint["seen"]
+        seconds, joules = checkpoint["spent"]
+        self._before = seconds, joules
+
+    def _spent(self) -> tuple[float, float | None]:
+        """Seconds and joules; None: unknown."""
+        joules, before = self._energy.joules(), self._before[1]
+        seconds = self._before[0] + time.monotonic() - self._started
+        return seconds, None if joules is None or before is None else before + joules
+
+    def result(self, world_size: int) -> dict[str, float | None]:
+        """`Fit.speed`."""
+        seconds, joules = self._spent()
+        return {
+            "seconds": seconds,
+            "seconds_per_step": statistics.median(self._steps) if self._steps else None,
+            "examples_per_second": self._examples * world_size / seconds,
+            "tokens_per_second": self._tokens * world_size / seconds,
+            "peak_memory_bytes": _peak_memory(),
+            **({} if joules is None else {"energy_joules": joules}),
+        }
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
