@@ -29,6 +29,7 @@ from fusion.config.training import CsvConfig, LoggerConfig, OptimConfig, Trainer
 from fusion.errors import TrainingError, UserError
 from fusion.runs.output import find_output
 from fusion.store.artifacts import load
+from fusion.tasks.table import kind_of
 from fusion.tasks.task import HubConfig
 from tests.bench import (
     LABELS,
@@ -648,13 +649,11 @@ def test_a_multi_task_adapter_can_be_a_source(mixed: Bench) -> None:
 
 
 def test_the_mean_over_the_tasks_selects_the_best_epoch(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusion.training import module
-
     # The first task alone would choose epoch 3, the mean chooses 2; patience ends the run after 4.
     scores = {"films": [0.1, 0.2, 0.5, 0.1, 0.1, 0.1], "books": [0.2, 0.9, 0.3, 0.3, 0.3, 0.3]}
     remaining = {name: iter(values) for name, values in scores.items()}
-    scripted = lambda task, *_: {"accuracy": next(remaining[task.name]), "macro_f1": 0.0}  # noqa: E731
-    monkeypatch.setattr(module, "score_predictions", scripted)
+    scripted = lambda kind, task, *_: {"accuracy": next(remaining[task.name]), "macro_f1": 0.0}  # noqa: E731
+    monkeypatch.setattr(type(kind_of(bench.tasks["films"])), "metrics", scripted)
     trainer = trainer_config(max_epochs=6)
     result = bench.multitask("films", "books", trainer=trainer, optim=OptimConfig(lr=5e-3, patience=2))
     assert (result["best_epoch"], result["epochs"]) == (2, 4)
