@@ -135,7 +135,7 @@ def test_a_name_that_leaves_its_folder(name: str, tmp_path: Path) -> None:
     config = Stage1Config()
     config.data.dir = str(tmp_path)
     task = TaskConfig(name=name, text=["text"], labels=["a", "b"], metrics=["accuracy"])
-    with pytest.raises(UserError, match=r"no folder of data\.dir"):
+    with pytest.raises(UserError, match=r"not a subfolder of data\.dir"):
         check_source(task, config.data)
 
 

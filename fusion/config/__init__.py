@@ -1,1 +1,1 @@
-"""Typed settings, one file per topic, with the checks of their values."""
+"""Typed settings with validation, one file per topic."""

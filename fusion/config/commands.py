@@ -1,4 +1,4 @@
-"""The settings of the commands that use stored artifacts."""
+"""Settings of the commands that use stored artifacts."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def _split() -> Any:
 
 @dataclass
 class UseConfig(Settings):
-    """What commands share that use an artifact, by name in the store or by path."""
+    """Settings shared by the commands that use a stored artifact, given by name or path."""
 
     artifact: str = "???"
     store: str = "outputs/store"
     data: DataConfig = field(default_factory=DataConfig)
     backbone: SameBackboneConfig = field(default_factory=SameBackboneConfig)
     accelerator: str = "auto"
-    drop: int = integer(0, 0, hint=" layers")  # AdapterDrop: without the adapters of the first layers
+    drop: int = integer(0, 0, hint=" layers")  # AdapterDrop: number of first layers without adapters
 
 
 @dataclass
 class EvaluateConfig(UseConfig):
-    task: Optional[TaskConfig] = None  # null: the artifact's own
+    task: Optional[TaskConfig] = None  # null: the task of the artifact
     split: str = _split()
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
@@ -46,12 +46,12 @@ def _as_list(value: Any) -> list[Any]:
 @dataclass
 class InspectConfig(UseConfig):
     split: str = _split()
-    words: Any = checked(  # examples to show token by token: how many, or which
+    words: Any = checked(  # number of examples to show token by token, or their indices
         10,
         lambda value: value != [] and all(type(row) is int and row >= 0 for row in _as_list(value)),
-        "how many rows to show, >= 0, or which: words=[0,5,17]",
+        "the number of examples to show, >= 0, or their indices: words=[0,5,17]",
     )
-    prune: bool = True  # also the score with fewer and fewer sources
+    prune: bool = True  # also evaluate with progressively fewer sources
 
 
 @dataclass
@@ -59,14 +59,14 @@ class ReportConfig(Settings):
     runs: Any = checked(
         "outputs",
         lambda value: value != [] and all(isinstance(name, str) and name for name in _as_list(value)),
-        "a folder or a list of them: 'runs=[outputs/stage1,outputs/stage2]'",
+        "a folder or a list of folders: 'runs=[outputs/stage1,outputs/stage2]'",
     )
     output: Optional[str] = None  # null: report.html in the first of `runs`
-    split: Optional[str] = None  # null: of each target the split that most methods have a score on
-    inspect: bool = True  # inspect fusions without an inspection
+    split: Optional[str] = None  # null: for each target, the split on which most methods were evaluated
+    inspect: bool = True  # inspect fusions that have not been inspected
     inspect_rows: int = integer(500, 1)
-    words: int = integer(10, 0)  # examples of each fusion to show token by token
-    files: bool = True  # figures and tables as files too
+    words: int = integer(10, 0)  # number of examples per fusion to show token by token
+    files: bool = True  # also write figures and tables to separate files
     data: DataConfig = field(default_factory=DataConfig)
     accelerator: str = "auto"
 
@@ -84,7 +84,7 @@ class ReportConfig(Settings):
 
 @dataclass
 class PredictConfig(UseConfig):
-    task: Optional[TaskConfig] = None  # null: the artifact's own, where it has one
+    task: Optional[TaskConfig] = None  # null: the task of the artifact, if it has one
     input: str = "???"
     output: str = "???"
     attention: bool = False
@@ -92,14 +92,14 @@ class PredictConfig(UseConfig):
 
 @dataclass
 class RankConfig(Settings):
-    """Ranking stored adapters for a target before a fusion of them is trained."""
+    """Settings for ranking stored adapters as sources for a target task."""
 
     task: Optional[TaskConfig] = None  # the target
-    sources: Any = "all"  # names, or all: every adapter of the store on this backbone
-    include_target: bool = False  # with sources=all, also adapters that were trained on the target
+    sources: Any = "all"  # names, or all: every stored adapter trained on this backbone
+    include_target: bool = False  # with sources=all, also rank adapters trained on the target
     methods: list[str] = subset(list(RANKINGS), RANKINGS)
-    rows: int = integer(1000, 2)  # of the target and of each source's task, at most
-    epochs: int = integer(2, 1)  # of the short fusion run of the method `attention`, as `lr` and `seed`
+    rows: int = integer(1000, 2)  # maximum number of examples of the target and of each source task
+    epochs: int = integer(2, 1)  # like `lr` and `seed`, of the short fusion run of the method `attention`
     lr: float = number(5e-4, "> 0 and < 1000", hint=", such as 5e-4")
     data: DataConfig = field(default_factory=DataConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -114,17 +114,17 @@ class RankConfig(Settings):
         self.sources = source_names(self.sources, "a list of names such as [mnli,sst2], or all")
         require(
             self.sources == "all" or len(self.sources) >= 2,
-            f"{override('sources', self.sources)}: a ranking needs at least two; expected all, or a list such as [mnli,sst2]",
+            f"{override('sources', self.sources)}: expected all, or a list of at least two names such as [mnli,sst2]",
         )
         require(
             not self.include_target or self.sources == "all",
-            "include_target=true: applies to sources=all; a list names the target's own adapters itself",
+            "include_target=true: only applies to sources=all; add the target's own adapters to the list instead",
         )
         self.methods = [name for name in RANKINGS if name in self.methods]  # always in this order
         if self.task is not None and not kind_of(self.task).is_pooled:
             others = [name for name in RANKINGS if name not in POOLED_RANKINGS]
             require(
                 set(self.methods) <= set(others),
-                f"{override('methods', self.methods)}: {self.task.name} is {kind_of(self.task).noun}, and "
-                f"{' and '.join(POOLED_RANKINGS)} score one vector per text; expected {override('methods', others)}",
+                f"{override('methods', self.methods)}: {self.task.name} is {kind_of(self.task).noun}, but "
+                f"{' and '.join(POOLED_RANKINGS)} need one vector per text; expected {override('methods', others)}",
             )

@@ -1,7 +1,7 @@
-"""The table of compositions: every way to combine the frozen adapters of one slot, `composition=NAME`.
+"""The table of compositions, `composition=NAME`: ways to combine the frozen adapters of one slot.
 
-It is readable without torch: a builder imports its layers when it is called. Nothing outside asks for a composition's
-name; what differs between compositions is stated here.
+This module does not import torch: a builder imports its layers when it is called. Other modules do not compare
+composition names; all differences between compositions are declared here.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from fusion.layers.bottleneck import BottleneckAdapter
     from fusion.layers.slot_module import SlotModule
 
-# What a composition may have to find out first, see `Composition.finds`.
+# Values of `Composition.finds`.
 KEPT, CONTINUED = "kept", "continued"
-MEAN = "mean"  # with one source on it is that source, which the probe uses
-ONE_ADAPTER = "is one adapter, which attends to nothing"
+MEAN = "mean"  # with one active source, it equals that source; used by the probe
+ONE_ADAPTER = "is a single adapter without attention weights"
 
 
 # --- builders ---------------------------------------------------------------------------------------
@@ -34,15 +34,15 @@ class SlotSources:
     """The frozen adapters of one slot.
 
     Attributes:
-        adapters: by the position of their source, in order.
-        total: how many sources there are, with or without an adapter here.
+        adapters: adapters of the slot by the index of their source, in ascending order.
+        total: number of sources, including those without an adapter in this slot.
     """
 
     adapters: Mapping[int, BottleneckAdapter]
     total: int
 
     def bank(self) -> AdapterBank:
-        """All of them, stacked."""
+        """Stack the adapters."""
         from fusion.layers.bank import AdapterBank
 
         return AdapterBank(list(self.adapters.values()), list(self.adapters), self.total)
@@ -51,7 +51,7 @@ class SlotSources:
 def _of_bank(
     module: str, name: str, keys: tuple[str, ...], settings: CompositionConfig, sources: SlotSources, shared: None
 ) -> SlotModule:
-    """A layer of `fusion.layers` over a bank of the sources, with the settings of these keys."""
+    """Build a layer of `fusion.layers` over the bank of sources, with the settings listed in `keys`."""
     layer = getattr(importlib.import_module(f"fusion.layers.{module}"), name)
     built: SlotModule = layer(sources.bank(), **{key: getattr(settings, key) for key in keys})
     return built
@@ -86,7 +86,7 @@ def _average(settings: CompositionConfig, sources: SlotSources, shared: dict[Any
         try:
             shared[adapters] = average(adapters)
         except ValueError:
-            raise UserError("composition.name is average, and the sources' adapters are not of one shape") from None
+            raise UserError("composition.name=average: all source adapters must have the same shape") from None
     mean: BottleneckAdapter = shared[adapters]
     return mean if settings.train else FrozenAdapter(mean)
 
@@ -104,20 +104,20 @@ class Composition:
     """One way to combine frozen adapters.
 
     Attributes:
-        build: from the settings, the sources of one slot, and what `share` gave, to the slot's module. It may draw
-            random numbers; slots are built layer by layer.
-        settings: fields of `CompositionConfig` that apply to it, beside those that apply to all.
-        loss_terms: the named terms that its modules add to the loss; the setting of that name is the weight.
-        title: its name in reports; empty: as in the table.
-        no_weights: why its modules report no weight for each source, so that `inspect` and attention=true have nothing to
-            show: the predicate of a sentence about a stored fusion; empty: they report weights.
-        share: makes what all layers of a site share, from the number of sources and the hidden size; None: no training.
-        starts_from_sources: whether it starts from weights of its sources, so that it takes no init_from.
-        one_shape: whether the sources' adapters must have one shape.
-        can_be_pruned: whether a stored fusion of it can be pruned.
-        finds: what is found out about the sources on the target's examples before the model is built. A manifest keeps
-            it under this key. `kept`: which sources each slot of a stored fusion keeps, from
-            `composition.fusion`; `continued`: the one source whose adapter trains further; None: no training.
+        build: callable `(settings, sources of a slot, result of share) -> SlotModule`. It may draw random numbers;
+            slots are built layer by layer.
+        settings: fields of `CompositionConfig` that apply, in addition to those that apply to all compositions.
+        loss_terms: names of the terms that its modules add to the loss; the setting of the same name is the weight.
+        title: the name in reports. If empty, the key in the table.
+        no_weights: why its modules report no weight per source, so `inspect` and attention=true cannot show any; the
+            predicate of a sentence about a stored fusion. Empty if they report weights.
+        share: callable `(number of sources, hidden size)` whose result all layers of a site share, or `None`.
+        starts_from_sources: whether it is initialized from its sources, so `init_from` is not allowed.
+        one_shape: whether all source adapters must have the same shape.
+        can_be_pruned: whether a stored fusion of this composition can be pruned.
+        finds: what is computed about the sources on the target's examples before the model is built, and stored in
+            the manifest under this key. `kept`: the sources that each slot of the stored fusion `composition.fusion`
+            keeps; `continued`: the source adapter whose training is continued. `None` if nothing is computed.
     """
 
     build: Callable[[Any, SlotSources, Any], SlotModule]
@@ -133,7 +133,7 @@ class Composition:
 
     @property
     def is_pruned(self) -> bool:
-        """Whether it is a stored fusion, `composition.fusion`, with fewer sources."""
+        """`True` for a stored fusion, `composition.fusion`, with fewer sources."""
         return self.finds == KEPT
 
 
@@ -153,7 +153,7 @@ COMPOSITIONS: dict[str, Composition] = {
         _average,
         ("train",),
         no_weights=ONE_ADAPTER,
-        share=lambda total, width: {},  # averages so far: layers that share adapters share their average
+        share=lambda total, width: {},  # cached averages: layers that share adapters share their average
         starts_from_sources=True,
         one_shape=True,
     ),
@@ -163,26 +163,26 @@ COMPOSITIONS: dict[str, Composition] = {
     "continued": Composition(_continued, no_weights=ONE_ADAPTER, starts_from_sources=True, finds=CONTINUED),
 }
 
-# Settings that do not change what the stored weights compute.
+# Settings that do not affect the output computed with stored weights.
 TRAINING_ONLY = ("dropout", "value_penalty", "fusion", "keep")
 
 
 @dataclass
 class CompositionConfig(NamedSettings, group="composition"):
-    """How stage 2 combines its sources: a name of `COMPOSITIONS`, and the settings of all of them."""
+    """How stage 2 combines its sources: a key of `COMPOSITIONS`, and the settings of all compositions."""
 
     name: str = "adapterfusion"
-    value_matrix: bool = True  # whether there is a Wv
+    value_matrix: bool = True  # use a value matrix Wv
     temperature: float = number(1.0, "> 0")  # of the softmax
-    dropout: float = number(0.0, ">= 0 and < 1")  # on the scores, before the softmax
+    dropout: float = number(0.0, ">= 0 and < 1")  # on the attention scores, before the softmax
     value_penalty: float = number(0.01, ">= 0")  # weight of the sum over layers of ||Wv - I||^2
-    layers: Any = layers()  # those of the backbone that have a composition
+    layers: Any = layers()  # layers of the backbone with a composition
     drop: Optional[str] = layer_drop()
-    rank: Optional[int] = integer(None, 1, null="the hidden size")  # of query and key
-    target_adapter: bool = False  # train a new adapter beside the combined sources
-    train: bool = False  # train the weights that are made of stored ones further
-    fusion: Optional[str] = None  # the stored fusion that is pruned
-    keep: Optional[int] = integer(None, 1, null="none")  # sources of each slot that a pruned fusion keeps
+    rank: Optional[int] = integer(None, 1, null="the hidden size")  # rank of the query and key matrices
+    target_adapter: bool = False  # train a new adapter alongside the composition
+    train: bool = False  # continue training weights that are initialized from stored ones
+    fusion: Optional[str] = None  # the stored fusion to prune
+    keep: Optional[int] = integer(None, 1, null="none")  # number of sources per slot of a pruned fusion
 
     table = COMPOSITIONS
     common = ("name", "layers", "drop", "target_adapter")
@@ -193,9 +193,9 @@ class CompositionConfig(NamedSettings, group="composition"):
         return COMPOSITIONS[self.name]
 
     def loss_weights(self) -> dict[str, float]:
-        """The weight of each named term that the slot modules add to the loss."""
+        """Return the weight of each term that the slot modules add to the loss, by name."""
         return {term: getattr(self, term) for term in self.definition.loss_terms}
 
     def pruning_of(self, trained: CompositionConfig) -> CompositionConfig:
-        """The settings of a pruned fusion: those that the fusion was trained with, except what pruning may set."""
+        """Return the settings of a pruned fusion: those of the trained fusion, except the ones that pruning may change."""
         return replace(trained, **{key: getattr(self, key) for key in (*TRAINING_ONLY, "name", "train")})

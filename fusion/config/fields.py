@@ -1,4 +1,4 @@
-"""Fields of settings classes: the values that each accepts is data beside it, checked when an object is made."""
+"""Fields of settings classes; the accepted values are declared next to each field and checked on construction."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ MAX_SEED = 2**32 - 1
 class Settings:
     """Base of settings classes. A subclass may add checks across its fields in `__post_init__`.
 
-    The class argument `group` is its key in a command's config, such as `optim`; none for the config itself. Raises
-    UserError, with the override and what was expected, if a field does not accept its value.
+    The class argument `group` is the key in a command's config, such as `optim`; empty for the config itself. Raises
+    UserError, with the override and the expected values, if a field does not accept its value.
     """
 
-    if TYPE_CHECKING:  # Hydra would take an annotation for a setting
+    if TYPE_CHECKING:  # Hydra would treat an annotation as a setting
         group: ClassVar[str]
         first: ClassVar[tuple[str, ...]]
 
@@ -39,16 +39,16 @@ class Settings:
                 raise UserError(f"{override(key, value)}: expected {f.metadata['expected']}")
 
     def as_stored(self) -> dict[str, Any]:
-        """The settings as a manifest has them: those in `first` always, later ones only where they are not the default.
+        """Return the settings as stored in a manifest: those in `first`, and others only if they are not the default.
 
-        So an artifact that uses no later setting has the same hash in every version.
+        Settings added later therefore do not change the hash of an artifact that does not use them.
         """
         values = {f.name: (getattr(self, f.name), default_of(f)) for f in fields(self)}
         return {key: value for key, (value, default) in values.items() if key in self.first or value != default}
 
 
 def checked(default: Any, accepts: Callable[[Any], bool], expected: str) -> Any:
-    """A field that accepts values by a function; `expected` ends the message "KEY=VALUE: expected ..."."""
+    """Return a field whose values must satisfy `accepts`; `expected` completes "KEY=VALUE: expected ..."."""
     metadata = {"accepts": accepts, "expected": expected}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
@@ -56,16 +56,16 @@ def checked(default: Any, accepts: Callable[[Any], bool], expected: str) -> Any:
 
 
 def integer(default: int | None, at_least: int, at_most: int | None = None, null: str = "", hint: str = "") -> Any:
-    """A whole number.
+    """Return a field for an integer.
 
-    `null` is what null means (empty: it is refused); `hint` ends the message: an example, a unit, or what else would do.
+    `null` is the meaning of null (if empty, null is not allowed); `hint` is appended to the message, such as a unit.
     """
     bounds = f">= {at_least}" if at_most is None else f">= {at_least} and <= {at_most}"
     return _number(default, "a whole number", lambda value: type(value) is int, bounds, null, hint)
 
 
 def number(default: float | None, bounds: str, infinite: bool = False, null: str = "", hint: str = "") -> Any:
-    """A finite number, or any with `infinite`, within bounds such as ">= 0 and < 1". The rest is as for `integer`."""
+    """Return a field for a number (finite unless `infinite`) within bounds such as ">= 0 and < 1"; see `integer`."""
 
     def accepts(value: Any) -> bool:
         return type(value) is int or (type(value) is float and (infinite or math.isfinite(value)))
@@ -85,13 +85,13 @@ def _number(default: float | None, kind: str, accepts: Callable[[Any], bool], bo
 
 
 def choice(default: str | None, allowed: Collection[str], null: str = "") -> Any:
-    """One of the given texts, or null where `null` states what it means."""
+    """Return a field for one of the allowed strings, or null if `null` gives its meaning."""
     expected = f"one of {', '.join(allowed)}{f', or null for {null}' if null else ''}"
     return checked(default, lambda value: value in allowed or (value is None and bool(null)), expected)
 
 
 def subset(default: list[str], allowed: Collection[str]) -> Any:
-    """At least one of the given texts, each once."""
+    """Return a field for a non-empty list of distinct allowed strings."""
     return checked(
         default,
         lambda value: 0 < len(value) == len(set(value)) and set(value) <= set(allowed),
@@ -100,7 +100,7 @@ def subset(default: list[str], allowed: Collection[str]) -> Any:
 
 
 def layers() -> Any:
-    """Layers of the backbone: null (all), `last:N`, or a list of numbers from 0."""
+    """Return a field for layers of the backbone: null (all), `last:N`, or a list of zero-based indices."""
 
     def accepts(value: Any) -> bool:
         if isinstance(value, list):
@@ -113,19 +113,19 @@ def layers() -> Any:
 
 
 def layer_drop() -> Any:
-    """AdapterDrop: null, `specialized:N` or `robust`."""
+    """Return a field for AdapterDrop: null, `specialized:N` or `robust`."""
     return checked(
         None,
         lambda value: value in (None, "robust") or re.fullmatch(r"specialized:[1-9]\d*", value) is not None,
-        "null, specialized:N (nothing in the first N layers) or robust (in training, nothing in a random number of "
-        "the first layers)",
+        "null, specialized:N (no adapters in the first N layers) or robust (in training, no adapters in a random "
+        "number of first layers)",
     )
 
 
 def batches(times: bool = False) -> Any:
-    """A part of an epoch, as Lightning takes it: null (all), a fraction (float) or a number of batches (int).
+    """Return a field for a part of an epoch, as in Lightning: null (all), a fraction (float) or a batch count (int).
 
-    With `times`, texts and mappings too, which Lightning reads as a duration.
+    With `times`, strings and mappings are also accepted, which Lightning parses as a duration.
     """
 
     def accepts(value: Any) -> bool:
@@ -142,23 +142,23 @@ def require(condition: bool, message: str) -> None:
 
 
 def default_of(setting: Field[Any]) -> Any:
-    """The default value of a field of a dataclass."""
+    """Return the default value of a dataclass field."""
     return setting.default if setting.default_factory is MISSING else setting.default_factory()
 
 
 @dataclass
 class NamedSettings(Settings):
-    """A group in which a name selects an entry of a table: `composition=NAME`, `method=NAME`.
+    """A group whose name selects an entry of a table: `composition=NAME`, `method=NAME`.
 
-    The settings of all names are fields of one class, so a key has one type and one default whatever the name is. Those
-    that do not apply to the name must keep their defaults.
+    The settings of all names are fields of one class, so a key has the same type and default for every name. Settings
+    that do not apply to the selected name must keep their defaults.
 
     Class attributes:
-        table: the entry of each name, with the `settings` that apply to it; the first name is the default.
+        table: entries by name, each with the `settings` that apply to it; the first name is the default.
         common: settings that apply to every name.
     """
 
-    if TYPE_CHECKING:  # annotations at run time would make settings of them
+    if TYPE_CHECKING:  # at run time, annotations would make them settings
         table: ClassVar[Mapping[str, Any]]
         common: ClassVar[tuple[str, ...]]
         name: str
@@ -180,5 +180,5 @@ class NamedSettings(Settings):
 
     @property
     def is_default(self) -> bool:
-        """Whether the name is the one that counts where none is given."""
+        """`True` if the name is the default."""
         return self.name == next(iter(self.table))

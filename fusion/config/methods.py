@@ -1,6 +1,6 @@
-"""The table of methods: what stage 1 trains beside the head, `method=NAME`.
+"""The table of methods, `method=NAME`: what stage 1 trains in addition to the head.
 
-It is readable without torch: a method imports what it needs when it is called.
+This module does not import torch: a method imports what it needs when it is called.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
     from fusion.backbones.tuning import Tuning
 
-ADAPTER = "adapter"  # the kind of artifact that holds adapters
+ADAPTER = "adapter"  # the kind of artifact that contains adapters
 
 
 def _tune(name: str, settings: MethodConfig, model: nn.Module, keys: tuple[str, ...] = ()) -> Tuning:
-    """A function of `fusion.backbones.tuning`, with the settings of these keys."""
+    """Call a function of `fusion.backbones.tuning` with the settings listed in `keys`."""
     from fusion.backbones import tuning
 
     tuned: Tuning = getattr(tuning, name)(model, **{key: getattr(settings, key) for key in keys})
@@ -31,27 +31,29 @@ def _tune(name: str, settings: MethodConfig, model: nn.Module, keys: tuple[str, 
 
 
 def _check_lora(settings: MethodConfig, weights: Mapping[str, Tensor], file: Path) -> None:
-    """Refuse a rank that the stored weights do not have, before anything of that size is made."""
+    """Raise if the stored weights have a different rank, before any tensor of that size is allocated."""
     stored = {tuple(tensor.shape[:1]) for name, tensor in weights.items() if name.endswith("lora_A.weight")}
     if stored != {(settings.rank,)}:
-        raise UserError(f"{file}: has LoRA of rank {sorted(stored)}, and manifest.json has method.rank={settings.rank}")
+        raise UserError(
+            f"{file}: the LoRA weights have rank {sorted(stored)}, but manifest.json has method.rank={settings.rank}"
+        )
 
 
 @dataclass(frozen=True)
 class Method:
-    """What stage 1 trains beside the head.
+    """A training method of stage 1.
 
     Attributes:
-        kind: of the artifact that it stores.
-        title: its name in reports.
+        kind: kind of the stored artifact.
+        title: name in reports.
         settings: fields of `MethodConfig` that apply to it.
-        shaping: those that decide names, shapes or meaning of the stored weights.
-        tune: from the settings and the backbone, which it may change in place, to what of the backbone trains; None:
-            nothing does.
-        check_stored: refuses stored weights that do not fit the settings, before anything of their size is made; None:
-            no setting decides a size.
-        multitask: whether it trains multiple tasks jointly, `tasks=[A,B]`.
-        whole: whether all of the backbone trains, so that its own dropout acts unless `backbone.dropout` is given.
+        shaping: settings that determine names, shapes or meaning of the stored weights.
+        tune: callable `(settings, backbone) -> Tuning`; may modify the backbone in place. `None` if no backbone
+            parameter is trained.
+        check_stored: callable that raises if stored weights do not match the settings, before tensors of their size
+            are allocated. `None` if no setting determines a shape.
+        multitask: whether multiple tasks are trained jointly, `tasks=[A,B]`.
+        whole: whether the whole backbone is trained; its own dropout is then active unless `backbone.dropout` is set.
     """
 
     kind: str
@@ -88,15 +90,15 @@ METHODS: dict[str, Method] = {
 
 @dataclass
 class MethodConfig(NamedSettings, group="method"):
-    """What stage 1 trains beside the head: a name of `METHODS`, and the settings of all of them."""
+    """The training method of stage 1: a key of `METHODS`, and the settings of all methods."""
 
     name: str = "adapter"
-    rank: int = integer(8, 1)  # of LoRA's update
+    rank: int = integer(8, 1)  # rank of LoRA's update
     alpha: int = integer(8, 1)  # the update is scaled by alpha / rank
-    dropout: float = number(0.0, ">= 0 and < 1")  # on the input of the update
-    # Tasks are drawn with p_i ~ n_i^(1/temperature) (Stickland & Murray 2019).
-    temperature: float = number(2.0, "> 0", hint="; 1 draws tasks by their size, higher values favour small tasks")
-    targets: list[str] = checked(  # the linear layers with an update, by the last part of their names
+    dropout: float = number(0.0, ">= 0 and < 1")  # on the input of LoRA's update
+    # Tasks are sampled with p_i ~ n_i^(1/temperature) (Stickland & Murray 2019).
+    temperature: float = number(2.0, "> 0", hint="; 1 samples tasks by their size, higher values favor small tasks")
+    targets: list[str] = checked(  # linear layers with an update, by the last part of their names
         ["query", "value"],
         lambda value: 0 < len(value) == len(set(value)),
         "names of linear layers such as [query,value], each once",

@@ -1,4 +1,4 @@
-"""The backbone, the adapter and the head."""
+"""Settings of the backbone, the adapter and the head."""
 
 from __future__ import annotations
 
@@ -18,27 +18,29 @@ CACHES = ("auto", "off", "float32", "float16")
 
 @dataclass
 class BackboneConfig(Settings, group="backbone"):
-    name_or_path: str = checked("???", bool, "a hub id or a folder")
+    name_or_path: str = checked("???", bool, "a Hub id or a folder")
     revision: Optional[str] = None
     pooling: str = choice("cls", POOLINGS)  # default of head.pooling
-    dropout: Optional[bool] = None  # the backbone's own dropout in training; null: only where all of it trains
-    cache: str = choice("auto", CACHES)  # of the features below the lowest slot; auto: where it pays off
+    dropout: Optional[bool] = (
+        None  # the backbone's own dropout in training; null: only if the whole backbone is trained
+    )
+    cache: str = choice("auto", CACHES)  # features below the lowest slot; auto: if it saves time
     cache_gb: float = number(20.0, "> 0", infinite=True)  # disk space for all cached features
-    gradient_checkpointing: bool = False  # less memory: each layer is computed again in backward
+    gradient_checkpointing: bool = False  # saves memory: layers are recomputed in the backward pass
     trust_remote_code: bool = False  # run the Python code that comes with the backbone
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
             not self.dropout or self.cache in ("auto", "off"),
-            f"backbone.cache={self.cache}: with backbone.dropout=true the features of a row differ each time; "
+            f"backbone.cache={self.cache}: with backbone.dropout=true the features are random and cannot be cached; "
             "expected backbone.cache=off, or backbone.dropout=false",
         )
 
 
 @dataclass
 class AdapterConfig(Settings, group="adapter"):
-    """A placement (sites and what the adapter reads there) and the adapter's own shape."""
+    """Placement (sites and adapter input) and architecture of the adapter."""
 
     name: str = "pfeiffer"
     sites: list[str] = subset(["feedforward"], SITES)
@@ -55,7 +57,7 @@ class AdapterConfig(Settings, group="adapter"):
     dropout: float = number(0.0, ">= 0 and < 1")
     layers: Any = layers()
     drop: Optional[str] = layer_drop()
-    shared: bool = False  # one adapter's weights for all layers
+    shared: bool = False  # share one adapter between all layers
 
     first = (
         *("name", "sites", "reads", "reduction_factor", "bottleneck_size"),
@@ -66,8 +68,8 @@ class AdapterConfig(Settings, group="adapter"):
         super().__post_init__()
         require(
             "before_attention" not in self.sites or self.reads == "input",
-            f"adapter.reads={self.reads}: only the layer's input can be read at before_attention; "
-            "expected adapter.reads=input, or other adapter.sites",
+            f"adapter.reads={self.reads}: adapters at before_attention can only read the layer's input; "
+            "expected adapter.reads=input, or different adapter.sites",
         )
         require(
             self.bottleneck_size is not None or self.reduction_factor is not None,
@@ -75,7 +77,7 @@ class AdapterConfig(Settings, group="adapter"):
         )
 
     def size_for(self, hidden_size: int) -> int:
-        """The bottleneck size R for a hidden size D: D // reduction_factor, at least 1."""
+        """Return the bottleneck size R for a hidden size D: D // reduction_factor, at least 1."""
         if self.bottleneck_size is not None:
             return self.bottleneck_size
         assert self.reduction_factor is not None
@@ -91,17 +93,17 @@ class HeadConfig(Settings, group="head"):
 
 @dataclass
 class SameBackboneConfig:
-    """Another copy of the weights that an artifact was trained on; null: what its manifest states."""
+    """A copy of the backbone that an artifact was trained on. If null, the value in its manifest is used."""
 
     name_or_path: Optional[str] = None
     revision: Optional[str] = None
-    trust_remote_code: bool = False  # given each time: an artifact cannot allow it for its user
+    trust_remote_code: bool = False  # never read from an artifact: the user has to set it each time
 
 
 def kept_layers(layers: Any, drop: str | None, count: int, group: str) -> list[int]:
-    """The layers of `layers` (null, `last:3` or a list) without those that `specialized:N` drops.
+    """Return the layers selected by `layers` (null, `last:3` or a list) except those that `specialized:N` drops.
 
-    Raises UserError if the backbone, which has `count` layers, lacks one, or none is left; `group` is for the message.
+    Raises UserError if a layer is not one of the backbone's `count`, or none is left; `group` is for the message.
     """
     selected = range(count) if layers is None else layers
     if isinstance(layers, str):

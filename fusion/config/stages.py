@@ -1,4 +1,4 @@
-"""The settings of the two training commands."""
+"""Settings of the two training commands."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fusion.tasks.table import kind_of
 from fusion.text import override, repeated
 
 RANKINGS = ("similarity", "logme", "probe", "attention")  # the scorers of fusion.rank
-POOLED_RANKINGS = ("logme", "probe")  # those that need one vector per text
+POOLED_RANKINGS = ("logme", "probe")  # scorers that need one vector per text
 
 
 def source_names(value: Any, expected: str) -> Any:
-    """`all`, `top:3` (if `expected`, of the message, names it), or a list of names.
+    """Return the sources: `all`, `top:3` (if `expected` contains top:N), or a list of names.
 
-    Raises UserError for another value, or a duplicate name.
+    Raises UserError for any other value, or a duplicate name.
     """
     if isinstance(value, list) and all(type(name) in (str, int, float) for name in value):
         names = [str(name) for name in value]
@@ -38,7 +38,7 @@ def source_names(value: Any, expected: str) -> Any:
 
 @dataclass
 class StageConfig(Settings):
-    """What the two training commands share."""
+    """Settings shared by the two training commands."""
 
     task: Optional[TaskConfig] = None
     data: DataConfig = field(default_factory=DataConfig)
@@ -50,10 +50,10 @@ class StageConfig(Settings):
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     store: str = "outputs/store"
     name: Optional[str] = None
-    init_from: Optional[str] = None  # an artifact of the store to initialize the weights from
+    init_from: Optional[str] = None  # stored artifact to initialize the weights from
     overwrite: bool = False
     resume: bool = True
-    checkpoint_minutes: Optional[float] = number(  # between two checkpoints within an epoch
+    checkpoint_minutes: Optional[float] = number(  # interval of checkpoints within an epoch
         10.0, ">= 0", infinite=True, hint=" (0: after each batch)", null="after each epoch only"
     )
     compile: bool = False  # torch.compile for the backbone's layers; needs a C++ compiler
@@ -64,20 +64,20 @@ class StageConfig(Settings):
         self.backbone.dropout = bool(self.backbone.dropout)
         require(
             not (self.compile and self.backbone.gradient_checkpointing),
-            "compile=true and backbone.gradient_checkpointing=true do not go together: choose one of them",
+            "compile=true and backbone.gradient_checkpointing=true are incompatible: set one of them to false",
         )
         require_max_length(self.data)
         if self.task is not None:
             self.loss.check([self.task])
             require(
                 self.head.pooling is None or kind_of(self.task).items != "words",
-                f"head.pooling={self.head.pooling}: {self.task.name} is {kind_of(self.task).noun}, whose head scores each "
+                f"head.pooling={self.head.pooling}: {self.task.name} is {kind_of(self.task).noun}, whose head classifies each "
                 "word without pooling; leave it out",
             )
 
     @property
     def task_list(self) -> list[TaskConfig]:
-        """The tasks to train on, in order."""
+        """Tasks to train on, in order."""
         assert self.task is not None
         return [self.task]
 
@@ -86,17 +86,17 @@ class StageConfig(Settings):
 class Stage1Config(StageConfig):
     method: MethodConfig = field(default_factory=MethodConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    tasks: Any = None  # multi-task training, in place of +task: names, which app.py turns into TaskConfigs
+    tasks: Any = None  # multi-task training, instead of +task: names, which app.py resolves to TaskConfigs
 
     def __post_init__(self) -> None:
         method, definition = self.method.name, self.method.definition
-        if self.backbone.dropout is None:  # a backbone that trains as a whole uses its dropout, as in pre-training
+        if self.backbone.dropout is None:  # a fully trained backbone uses its dropout, as in pre-training
             self.backbone.dropout = definition.whole
         super().__post_init__()
         require(
             definition.tune is None or self.backbone.cache in ("auto", "off"),
-            f"backbone.cache={self.backbone.cache}: method={method} trains the backbone, so no features "
-            "stay the same; expected backbone.cache=off",
+            f"backbone.cache={self.backbone.cache}: method={method} trains the backbone, so features "
+            "cannot be cached; expected backbone.cache=off",
         )
         require(
             definition.kind == ADAPTER or self.adapter.drop is None,
@@ -105,16 +105,16 @@ class Stage1Config(StageConfig):
         if self.tasks is None:
             require(
                 not definition.multitask,
-                f"method={method} trains multiple tasks jointly: expected 'tasks=[TASK,ANOTHER]' in place of +task=",
+                f"method={method} trains multiple tasks jointly: expected 'tasks=[TASK,ANOTHER]' instead of +task=",
             )
             return
         require(
             definition.multitask,
             f"tasks= with method={method}: multiple tasks need "
             f"{' or '.join(f'method={name}' for name, one in METHODS.items() if one.multitask)}\n"
-            "One run for each task is a sweep: -m +task=TASK,ANOTHER",
+            "For one run per task, start a sweep: -m +task=TASK,ANOTHER",
         )
-        # Plain containers in the processes of a DDP job.
+        # In the processes of a DDP job, tasks are plain containers.
         self.tasks = [
             TaskConfig.from_dict(task, where="tasks") if isinstance(task, dict) else task for task in self.tasks
         ]
@@ -126,13 +126,13 @@ class Stage1Config(StageConfig):
 
     @property
     def kind(self) -> str:
-        """The kind of artifact that is stored."""
+        """Kind of the stored artifact."""
         return self.method.definition.kind
 
     def default_name(self) -> str:
         names = [str(task.name) for task in self.task_list]
         name = "-".join(names)
-        if len(name) > 60:  # the store takes 100, and a sweep adds to it
+        if len(name) > 60:  # the store allows 100 characters, and a sweep appends to the name
             name = f"{names[0]}-and-{len(names) - 1}-more-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
         return name if self.method.is_default else f"{name}-{self.method.name}"
 
@@ -140,7 +140,7 @@ class Stage1Config(StageConfig):
 @dataclass
 class Stage2Config(StageConfig):
     composition: CompositionConfig = field(default_factory=CompositionConfig)
-    sources: Any = field(default_factory=list)  # names; all and top:N become names before anything is run
+    sources: Any = field(default_factory=list)  # names; all and top:N are resolved to names before the run starts
     sources_by: Optional[str] = choice(None, RANKINGS, null="the mean of their ranks")  # for top:N
 
     def __post_init__(self) -> None:
@@ -150,15 +150,15 @@ class Stage2Config(StageConfig):
             self._check_pruned()
         require(
             len(self.sources) > 0 or self.composition.definition.is_pruned,
-            "sources is empty: name adapters of the store, such as 'sources=[mnli,sst2]'",
+            "sources is empty: expected adapters of the store, such as 'sources=[mnli,sst2]'",
         )
         require(
             self.sources_by is None or str(self.sources).startswith("top:"),
-            f"sources_by={self.sources_by}: ranks the sources for sources=top:N; leave it out",
+            f"sources_by={self.sources_by}: only applies to sources=top:N; leave it out",
         )
 
     def _check_pruned(self) -> None:
-        """A pruned fusion has the sources, the head and the settings of the fusion that it is made of."""
+        """Raise if sources, head or settings are given, which a pruned fusion takes from the stored fusion."""
         asked = self.composition
         require(
             asked.fusion is not None and asked.keep is not None,

@@ -1,7 +1,7 @@
-"""The task file: plain YAML, checked before Hydra composes it, and the values that its keys accept.
+"""Task files: plain YAML, validated before Hydra composes it, and the accepted values of each key.
 
-Hydra would follow a `defaults` list, OmegaConf an interpolation (which can read the environment), and aliases can expand
-a few lines to gigabytes. A task needs none of these.
+Hydra would follow a `defaults` list, OmegaConf would resolve interpolations (which can read the environment), and
+aliases can expand a few lines to gigabytes. Task files do not need any of these.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from fusion.tasks.table import KINDS, check_task
 from fusion.tasks.task import HubConfig, Task
 from fusion.text import shortened
 
-_EXPECTED = "expected a task file of plain names and values, each key once, such as kind: classification"
+_EXPECTED = "expected plain `key: value` lines without duplicate keys, such as kind: classification"
 
 
-def _all_texts(values: Any) -> bool:
+def _all_strings(values: Any) -> bool:
     return all(isinstance(value, str) and value for value in values)
 
 
 @dataclass
 class TaskConfig(Task):
-    """A task file, checked."""
+    """A validated task file."""
 
     def __post_init__(self) -> None:
         where = f"task {self.name}" if self.name else "task file"
@@ -38,44 +38,44 @@ class TaskConfig(Task):
 
         check(self.kind in KINDS, "kind", f"one of {', '.join(KINDS)}")
         text = [self.text] if isinstance(self.text, str) else self.text
-        is_text = isinstance(text, list) and 1 <= len(text) <= 2 and _all_texts(text)
+        is_text = isinstance(text, list) and 1 <= len(text) <= 2 and _all_strings(text)
         check(is_text, "text", "one column name or a list of two")
         check(bool(self.label), "label", "the name of a column")
         allowed = KINDS[self.kind].metric_names
         known = len(self.metrics) > 0 and set(self.metrics) <= set(allowed)
-        check(known, "metrics", f"some of {', '.join(allowed)}, which fit kind {self.kind}")
+        check(known, "metrics", f"one or more of {', '.join(allowed)} (kind {self.kind})")
         if self.labels is not None:
             check(
                 isinstance(self.labels, list) and all(type(name) in (str, int, float) for name in self.labels),
                 "labels",
-                'a list of names; yes, no, true, false and null are no texts in YAML unless in quotes, as "yes"',
+                'a list of names; quote yes, no, true, false and null ("yes"), which YAML does not parse as strings',
             )
             self.labels = [str(name) for name in self.labels]
         entries = self.raw_label_values
         values = [(type(value), repr(value)) for entry in entries for value in entry]
         are_raw = all(entries) and {kind for kind, _ in values} <= {str, int, float, bool, type(None)}
         are_raw = are_raw and len(set(values)) == len(values)
-        check(are_raw, "label_values", "for each label a value, or a list of values, each once")
+        check(are_raw, "label_values", "one value or list of values per label, without duplicates")
         check_task(self, where)
-        check(_all_texts(self.columns.values()), "columns", "the name of a column for each")
+        check(_all_strings(self.columns.values()), "columns", "a column name for each key")
         for split, names in self.hub.splits.items() if self.hub is not None else ():
-            are_names = _all_texts(names if isinstance(names, list) and names else [names])
-            check(are_names, f"hub.splits.{split}", "the hub's name of a split, or a list of names", names)
+            are_names = _all_strings(names if isinstance(names, list) and names else [names])
+            check(are_names, f"hub.splits.{split}", "the name of a split on the Hub, or a list of names", names)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str) -> TaskConfig:
-        """A task of plain containers. Raises UserError, which starts with `where`, if it is not one of this version."""
+        """Create a task from plain containers. Raises UserError, which starts with `where`, if it is not valid."""
         try:
             hub = values.get("hub")
             return cls(**{**values, "hub": None if hub is None else HubConfig(**hub)})
         except (TypeError, UserError) as error:
-            raise UserError(f"{where}: not a task of this version ({error})") from error
+            raise UserError(f"{where}: not a valid task in this version ({error})") from error
 
 
 def read_task_file(path: Path, loader: Any) -> Any:
-    """The content of a task file, by OmegaConf's YAML loader, a SafeLoader that refuses duplicate keys.
+    """Read a task file with OmegaConf's YAML loader, a SafeLoader that rejects duplicate keys.
 
-    Raises UserError if the file is not a YAML mapping of plain values; names the file and, if known, the line.
+    Raises UserError if the file is not a YAML mapping of plain values.
     """
     try:
         text = read_text(path, path.read_bytes())
@@ -96,7 +96,7 @@ def read_task_file(path: Path, loader: Any) -> Any:
 
 
 def _check_event(event: Any) -> None:
-    """Refuse an event of the parser, before any value is built."""
+    """Raise for an event of the YAML parser that is not allowed, before any object is constructed."""
     value, tag, found = getattr(event, "value", ""), getattr(event, "tag", None), None
     if isinstance(event, yaml.AliasEvent):
         found = f"the alias *{str(event.anchor)[:40]}"

@@ -1,4 +1,4 @@
-"""The optimizer, the loss, the trainer and the loggers."""
+"""Settings of the optimizer, the loss, the trainer and the loggers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fusion.config.task import TaskConfig
 from fusion.tasks.table import kind_of
 from fusion.text import listed, override
 
-# Lightning's that keep weights in float32; the others convert the frozen weights as well.
+# Lightning's precisions that keep weights in float32; the others would also convert the frozen weights.
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "32", "bf16", "16")
 
 
@@ -32,7 +32,7 @@ def _are_class_weights(value: Any) -> bool:
 
 @dataclass
 class LossConfig(Settings, group="loss"):
-    """The training loss of classification and choice tasks, with the semantics of torch's cross entropy."""
+    """Training loss of classification and choice tasks, with the semantics of torch's cross entropy."""
 
     class_weights: Any = checked(
         None, _are_class_weights, "balanced, or a list with a number > 0 for each label, such as [1.0,2.5]"
@@ -40,10 +40,10 @@ class LossConfig(Settings, group="loss"):
     label_smoothing: float = number(0.0, ">= 0 and < 1")
 
     def check(self, tasks: list[TaskConfig]) -> None:
-        """Raises UserError for a setting that applies to none of the tasks.
+        """Raise UserError if a setting applies to none of the tasks.
 
         In multi-task training, `balanced` applies to the tasks that have classes, and smoothing to those whose loss
-        has it.
+        supports it.
         """
         kinds = {task.kind: kind_of(task) for task in tasks}
         names = ", ".join(str(task.name) for task in tasks)
@@ -62,8 +62,8 @@ class LossConfig(Settings, group="loss"):
             return
         require(
             len(tasks) == 1,
-            f"{what}: a list holds the weights of one task's labels, and this run trains {names}; "
-            "expected loss.class_weights=balanced, which counts each task's own labels",
+            f"{what}: a list has the weights of one task's labels, but this run trains {names}; "
+            "expected loss.class_weights=balanced, which uses the label counts of each task",
         )
         labels = tasks[0].labels or []
         require(
@@ -75,7 +75,7 @@ class LossConfig(Settings, group="loss"):
 
 @dataclass
 class TrainerConfig(Settings, group="trainer"):
-    """Lightning's Trainer, argument by argument, except those that YAML cannot express."""
+    """Arguments of Lightning's Trainer, except those that YAML cannot express."""
 
     accelerator: str = "auto"
     strategy: str = "auto"
@@ -89,12 +89,12 @@ class TrainerConfig(Settings, group="trainer"):
     fast_dev_run: Any = checked(
         False, lambda value: isinstance(value, int) and value >= 0, "true, false, or a number of batches >= 0"
     )
-    max_epochs: Optional[int] = integer(30, 1, hint=" (the learning rate decays to zero there)")
+    max_epochs: Optional[int] = integer(30, 1, hint=" (the learning rate reaches zero at this epoch)")
     min_epochs: Optional[int] = integer(None, 0, null="none")
     max_steps: int = checked(
         -1,
         lambda value: type(value) is int and (value == -1 or value >= 1),
-        "a whole number >= 1, or -1 for as many as trainer.max_epochs has",
+        "a whole number >= 1, or -1 for trainer.max_epochs",
     )
     min_steps: Optional[int] = integer(None, 0, null="none")
     max_time: Any = checked(
@@ -107,7 +107,9 @@ class TrainerConfig(Settings, group="trainer"):
     limit_test_batches: Any = batches()
     limit_predict_batches: Any = batches()
     overfit_batches: Any = checked(
-        0.0, lambda value: not value, "0, since batches are planned by length; data.limit.train=N overfits on N rows"
+        0.0,
+        lambda value: not value,
+        "0, since batches are planned by length; use data.limit.train=N to overfit on N examples",
     )
     val_check_interval: Any = batches(times=True)
     check_val_every_n_epoch: Optional[int] = integer(1, 1, null="trainer.val_check_interval in batches across epochs")
@@ -135,7 +137,7 @@ class TrainerConfig(Settings, group="trainer"):
         super().__post_init__()
         for key, why in (
             ("train", "nothing would be trained"),
-            ("val", "the validation rows choose the best epoch; data.limit.validation=N takes fewer"),
+            ("val", "the best epoch is selected on the validation examples; limit them with data.limit.validation=N"),
         ):
             require(
                 getattr(self, f"limit_{key}_batches") != 0,
@@ -157,8 +159,8 @@ def _wandb_name(default: str | None) -> Any:
 class WandbConfig(Settings, group="logger.wandb"):
     project: str = _wandb_name("adapter-fusion")
     entity: Optional[str] = _wandb_name(None)
-    mode: Optional[str] = choice(None, ("online", "offline", "disabled", "dryrun"), null="online where a key is set")
-    init_timeout: int = integer(10, 1, hint=" second")  # for the server's answer; then offline
+    mode: Optional[str] = choice(None, ("online", "offline", "disabled", "dryrun"), null="online if an API key is set")
+    init_timeout: int = integer(10, 1, hint=" second")  # offline if the server does not respond in time
 
 
 @dataclass

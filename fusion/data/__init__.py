@@ -1,1 +1,1 @@
-"""Task files -> rows -> token ids -> batches. Independent of models, Hydra and Lightning."""
+"""Task files -> examples -> token ids -> batches. Independent of models, Hydra and Lightning."""

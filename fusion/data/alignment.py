@@ -1,8 +1,8 @@
-"""Alignment of words and tokens: the first token of each word, and long sentences split into windows.
+"""Alignment of words and tokens: the first token of each word, and windows of long sentences.
 
 A word is predicted from its first sub-word (Devlin et al. 2019, section 5.3); its other sub-words and the special
 tokens have no label. A sentence that is too long is split into windows between words. A word that the
-tokenizer removes, such as a zero-width space, becomes the unknown token.
+tokenizer removes, such as a zero-width space, is replaced by the unknown token.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # where the tokenizer has no unknown token
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # if the tokenizer has no unknown token
 
 
 class Window(NamedTuple):
-    """Words of a sentence in one sequence, special tokens included; `first` (words,) has each word's first token."""
+    """Words of a sentence as one sequence with special tokens; `first` (words,): index of each word's first token."""
 
     encoding: Encoding
     first: NDArray[np.int64]
@@ -34,19 +34,19 @@ class Window(NamedTuple):
 def windows_of(
     sentences: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[list[Window]]:
-    """The windows of each sentence, in order; usually one.
+    """Split each sentence into windows, usually one.
 
-    The words are joined by a space, so that any tokenizer reads a text as in pre-training, and are found by the
-    tokens' offsets (`word_ids()` follows the tokenizer's own words, and tokenising given words changes the ids).
+    The words are joined by a space, so that any tokenizer sees the text as in pre-training, and are located
+    by token offsets (`word_ids()` follows the tokenizer's own words, and tokenizing given words changes the ids).
 
-    `max_length` includes special tokens; a longer word loses its last sub-words. Raises UserError if the tokenizer has
-    no token for a word, nor for the unknown token.
+    `max_length` includes special tokens; a longer word is truncated. Raises UserError if the tokenizer has neither a
+    token for a word nor an unknown token.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()
-    found: list[dict[int, Window]] = [{} for _ in sentences]  # by the index of their first word
-    # To be encoded: the sentence, the first word, the words. A piece that is too long is split, and encoded again.
+    found: list[dict[int, Window]] = [{} for _ in sentences]  # windows by the index of their first word
+    # Pieces to encode: index of the sentence, index of the first word, words. Long pieces are split and encoded again.
     pieces = [(number, 0, list(words)) for number, words in enumerate(sentences)]
     while pieces:
         texts = [" ".join(words) for *_, words in pieces]
@@ -72,7 +72,7 @@ def windows_of(
 
 
 def first_tokens(words: Sequence[str], encoding: Encoding) -> NDArray[np.int64]:
-    """(words,) the first token that overlaps each of the words, which `encoding` has joined by a space; -1 if none."""
+    """Return the first token (words,) of each word in the encoding of the joined words, or -1 if it has none."""
     ends = np.fromiter(accumulate(len(word) + 1 for word in words), np.int64) - 1
     starts = ends - np.fromiter(map(len, words), np.int64)
     offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
@@ -87,23 +87,23 @@ def first_tokens(words: Sequence[str], encoding: Encoding) -> NDArray[np.int64]:
 
 
 def _cuts(first: NDArray[np.int64], tokens: int, room: int) -> list[int]:
-    """The first word of each window of at most `room` tokens, and the end; each has as many words as fit, at least one.
+    """Return the first word of each window of at most `room` tokens, and the end. No window is empty.
 
-    `first` (words,) has two or more, `tokens` is the length of the whole sequence.
+    `first` (words,) has two or more entries, `tokens` is the length of the whole sequence.
     """
     ends = np.append(first[1:], tokens)
     cuts = [0]
     while cuts[-1] < len(first):
         fitting = int(np.searchsorted(ends, first[cuts[-1]] + room, side="right"))
         cuts.append(max(fitting, cuts[-1] + 1))
-    # Each window is shorter than the whole, so splitting terminates whatever its tokens are without the other words.
+    # Each window has fewer words than the sentence, so splitting terminates regardless of how windows are tokenized.
     return cuts if len(cuts) > 2 else [0, len(first) // 2, len(first)]
 
 
 def _with_unknown(
     tokenizer: PreTrainedTokenizerBase, words: Sequence[str], missing: NDArray[np.intp]
 ) -> tuple[list[str], Encoding]:
-    """The words, with those `missing` a token replaced by the unknown token, and their encoding."""
+    """Replace the words at the indices `missing` by the unknown token. Returns the words and their encoding."""
     unknown = str(tokenizer.unk_token or _REPLACEMENT)
     replaced = list(words)
     for number in missing:
@@ -112,6 +112,6 @@ def _with_unknown(
     if (first_tokens(replaced, encoding) < 0).any():
         raise UserError(
             f"tokenizer {tokenizer.name_or_path} has no token for the word {shown(words[int(missing[0])])}, nor for "
-            f"{shown(unknown)} in its place; remove the word, or use a tokenizer with an unknown token"
+            f"{shown(unknown)} as a replacement; remove the word, or use a tokenizer with an unknown token"
         )
     return replaced, encoding

@@ -1,8 +1,8 @@
-"""Samplers of batches by length, the same for one process as for many.
+"""Samplers of batches by length; the batches do not depend on the number of processes.
 
-Legend: n rows, `batch_size` rows (or `tokens` padded tokens) per device, world_size devices; a *global batch* is
-that of all devices in one step. `lengths` (n,) are the tokens of each row's longest sequence, `counts` (n,) its
-sequences (None: one each).
+Legend: n examples, `batch_size` examples (or `tokens` padded tokens) per device, world_size devices; a *global batch*
+contains the batches of all devices in one step. `lengths` (n,): number of tokens of each example's longest sequence;
+`counts` (n,): number of sequences of each example (if `None`, one each).
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
 
-# Global batches sorted by length together: enough for little padding, few enough to mix rows in each epoch.
+# Global batches sorted by length together: enough for little padding, few enough to shuffle examples in each epoch.
 _CHUNK = 50
-# `TokenBatches` treats neighbouring lengths as equal, so that rows are mixed: as many as fill two global batches, and
-# at most 8, because the shorter ones are padded.
-_CLASS_BATCHES, _CLASS_LENGTHS = 2, 8
+# A length bucket of `TokenBatches` has as many neighboring lengths as fill two global batches, to shuffle examples, and
+# at most 8, to limit padding.
+_BUCKET_BATCHES, _BUCKET_LENGTHS = 2, 8
 
 Ints = NDArray[np.integer]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The rows of one batch on one device.
+    """The examples of one batch on one device.
 
     Attributes:
         rows: indices into the split.
-        weights: 0.0 for a filler row, which only keeps this device in step; 1.0 otherwise.
-        global_indices: the rows of all devices in this step, without fillers.
+        weights: 0.0 for a filler example, which only keeps the devices in sync; 1.0 otherwise.
+        global_indices: indices of the examples on all devices in this step, without fillers.
         task: index of the task in multi-task training.
     """
 
@@ -46,25 +46,25 @@ class Plan:
 
 @dataclass(frozen=True)
 class Batch:
-    """Encoded rows, padded to the longest sequence.
+    """Encoded examples, padded to the longest sequence.
 
-    `sequences` equals rows, or the sum of `choice_counts` if rows have more than one: their choices, or the windows of
-    long sentences, one after another.
+    B is the number of examples. `sequences` equals B, or the sum of `choice_counts` if examples have multiple
+    sequences: their choices, or the windows of long sentences, in order.
 
     Attributes:
         input_ids: (sequences, tokens) int64
         attention_mask: (sequences, tokens) int64, 0 for padding
-        token_type_ids: (sequences, tokens) int64; None if the tokenizer has none
-        labels: (rows,) int64 or float32, or (rows, longest) int64 for labels that are lists; None without labels
-        choice_counts: (rows,) int64, sequences of each row; None: one each
-        rows: (rows,) int64, indices in the split
-        weights: (rows,) float32, 0.0 for a filler row and 1.0 otherwise
-        global_rows: rows of this step on all devices, without fillers
-        features: (sequences, tokens, hidden size) float32, cached frozen features, zero for padding; None without
+        token_type_ids: (sequences, tokens) int64; `None` if the tokenizer has none
+        labels: (B,) int64 or float32, or (B, longest) int64 for labels that are lists; `None` without labels
+        choice_counts: (B,) int64, number of sequences of each example; `None` if one each
+        rows: (B,) int64, indices of the examples in the split
+        weights: (B,) float32, 0.0 for a filler example and 1.0 otherwise
+        global_rows: number of examples in this step on all devices, without fillers
+        features: (sequences, tokens, hidden size) float32, cached frozen features, zero for padding, or `None`
         task: index of the task in multi-task training
-        global_weight: sum of the rows' loss weights on all devices; None: all are equal
-        words: (rows, most words) int64, the index of each word's first sub-word in the flattened `input_ids`, -1 for
-            padding; None for rows of plain text
+        global_weight: sum of the examples' loss weights on all devices; `None` if all are equal
+        words: (B, most words) int64, the index of each word's first sub-word in the flattened `input_ids`, -1 for
+            padding; `None` for plain text
     """
 
     input_ids: Tensor
@@ -81,7 +81,7 @@ class Batch:
     words: Tensor | None = None
 
     def to(self, device: Any, **options: Any) -> Batch:
-        """The batch on another device (Lightning moves any object with a `to`)."""
+        """Move the batch to a device (Lightning calls `to` of any object that has it)."""
         return self._mapped(lambda tensor: tensor.to(device, **options))
 
     def pin_memory(self) -> Batch:
@@ -111,37 +111,37 @@ class EpochBatches(Sampler[Plan]):
         self._resumed = (epoch, batch)
 
     def __len__(self) -> int:
-        """Batches of a complete epoch, also while a resumed one yields fewer."""
+        """Return the number of batches of a complete epoch, even if a resumed epoch yields fewer."""
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[Plan]:
         epoch, batch = self._resumed or (self.epoch, 0)
         self._resumed = None
-        # RandomState's stream is frozen (NEP 19), unlike Generator's, so another numpy can resume a run.
+        # RandomState's stream is frozen (NEP 19), unlike Generator's, so other NumPy versions can resume a run.
         random = np.random.RandomState([self.seed, self.epoch])
         for task, rows in islice(self._steps(random), batch if epoch == self.epoch else 0, None):
             yield replace(_share(rows, self.rank, self.world_size), task=task)
 
     def _steps(self, random: np.random.RandomState) -> Iterator[tuple[int, NDArray[np.intp]]]:
-        """For each step of an epoch, a task and the rows of its global batch."""
+        """Yield, for each step of an epoch, the task and the examples of the global batch."""
         return ((0, rows) for rows in self.shuffled(random))
 
     def shuffled(self, random: np.random.RandomState) -> list[NDArray[np.intp]]:
-        """An epoch's global batches, shuffled."""
+        """Return an epoch's global batches, shuffled."""
         batches = self._global_batches(random)
         return [batches[number] for number in random.permutation(len(batches))]
 
     def _global_batches(self, random: np.random.RandomState) -> list[NDArray[np.intp]]:
-        """An epoch's global batches, before they are shuffled."""
+        """Return an epoch's global batches before shuffling."""
         raise NotImplementedError
 
 
 class LengthBatches(EpochBatches):
-    """Training batches of `batch_size` rows per device and similar length.
+    """Training batches of `batch_size` examples of similar length per device.
 
-    Each epoch shuffles all rows, sorts chunks of 50 global batches by length, splits them into global batches and
-    shuffles these. Device r takes rows r, r + world_size, ..., so that two devices of 16 rows see the same global
-    batches as one of 32. The last batch may be smaller.
+    Each epoch shuffles all examples, sorts chunks of 50 global batches by length, splits them into global batches and
+    shuffles these. Device r gets examples r, r + world_size, ..., so two devices with batch size 16 use the same
+    global batches as one with batch size 32. The last batch may be smaller.
     """
 
     def __init__(self, lengths: Ints, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
@@ -162,10 +162,10 @@ class LengthBatches(EpochBatches):
 class TokenBatches(EpochBatches):
     """Training batches of at most `tokens` padded tokens (sequences times width) per device.
 
-    Rows of neighbouring lengths and the same number of sequences form a class. Sorted by class, the rows are split
-    once, so that every epoch has the same number of batches; it shuffles the rows within their classes, and the
-    batches. Device r takes rows r, r + world_size, ... of a global batch. A row beyond the budget is alone on its
-    device. A batch of short rows has more of them, and the loss is their mean, so a short row weighs less.
+    Examples of neighboring lengths with the same number of sequences form a bucket. The sizes of the batches are
+    computed once, so every epoch has the same number of batches; an epoch shuffles the examples within their buckets,
+    then the batches. Device r gets examples r, r + world_size, ... of a global batch. An example beyond the budget is a
+    batch by itself. The loss is the mean over a batch, so examples in large batches of short texts have less weight.
     """
 
     def __init__(
@@ -173,29 +173,29 @@ class TokenBatches(EpochBatches):
     ) -> None:
         super().__init__(seed, rank, world_size)
         counts = np.ones_like(lengths) if counts is None else counts
-        widths = _class_widths(lengths, counts, tokens * world_size)
-        self._class = widths * (counts.max() + 1) + counts
-        order = np.argsort(-self._class, kind="stable")
+        widths = _bucket_widths(lengths, counts, tokens * world_size)
+        self._bucket = widths * (counts.max() + 1) + counts
+        order = np.argsort(-self._bucket, kind="stable")
         self._cuts = _cut_by_tokens(widths[order], counts[order], tokens, world_size)
 
     def __len__(self) -> int:
         return len(self._cuts) - 1
 
     def _global_batches(self, random: np.random.RandomState) -> list[NDArray[np.intp]]:
-        order = random.permutation(len(self._class))
-        ordered = order[np.argsort(-self._class[order], kind="stable")]
+        order = random.permutation(len(self._bucket))
+        ordered = order[np.argsort(-self._bucket[order], kind="stable")]
         return [ordered[start:end] for start, end in pairwise(self._cuts)]
 
 
 class TaskBatches(EpochBatches):
-    """Multi-task training batches, one task per batch, drawn with p_i proportional to n_i^(1/T).
+    """Multi-task training batches, one task per batch, sampled with p_i proportional to n_i^(1/T).
 
-    n_i is the task's number of examples (Stickland & Murray 2019, whose alpha is 1/T): T = 1 draws in proportion to it, a
-    higher T draws small tasks more often. An epoch has as many batches as the tasks' own epochs together. A task's
-    batches come from its own sampler, shuffled again in each epoch and whenever its rows are exhausted. All devices
-    draw the same task in the same step.
+    n_i is the task's number of examples (Stickland & Murray 2019, whose alpha is 1/T); a higher T samples small tasks
+    more often. An epoch has as many batches as the tasks' own epochs together. A task's batches come from its own
+    sampler, reshuffled in each epoch and whenever its examples are exhausted. All devices sample the same task in the
+    same step.
 
-    There is a sampler per task, of this rank and world size; rows: (tasks,) n_i.
+    `samplers`: one sampler per task, for this rank and world size; `rows`: (tasks,) n_i.
     """
 
     def __init__(
@@ -222,16 +222,16 @@ class TaskBatches(EpochBatches):
             yield task, next(streams[task])
 
     def _stream(self, task: int) -> Iterator[NDArray[np.intp]]:
-        """A task's global batches in this epoch, in endless passes over its rows."""
+        """Yield a task's global batches in this epoch, in endless passes over its examples."""
         for number in count():
             random = np.random.RandomState([self.seed, self.epoch, task, number])
             yield from self.samplers[task].shuffled(random)
 
 
 class SortedBatches(Sampler[Plan]):
-    """Evaluation batches: each row once, longest first, so that running out of memory happens at once.
+    """Evaluation batches: each example once, longest first, so that out-of-memory errors occur immediately.
 
-    `tokens`, padded ones per device, takes the place of `batch_size`; a row beyond that is alone on its device.
+    `tokens`, the padded tokens per device, replaces `batch_size`; an example beyond it is a batch by itself.
     """
 
     def __init__(
@@ -260,13 +260,13 @@ class SortedBatches(Sampler[Plan]):
             yield _share(self._order[start:end], self.rank, self.world_size)
 
 
-def _class_widths(lengths: Ints, counts: Ints, tokens: int) -> Ints:
-    """(n,) -> (n,) the largest length of each row's class; `tokens` are those of a global batch."""
+def _bucket_widths(lengths: Ints, counts: Ints, tokens: int) -> Ints:
+    """Return the padded length (n,) of each example's bucket; `tokens` is the token budget of a global batch."""
     width_of = np.zeros(lengths.max() + 1, lengths.dtype)
     width, filled = 0, 0
     sequences = np.bincount(lengths, weights=counts)
     for length in np.flatnonzero(sequences)[::-1]:
-        if width - length >= _CLASS_LENGTHS or filled >= _CLASS_BATCHES * tokens or width == 0:
+        if width - length >= _BUCKET_LENGTHS or filled >= _BUCKET_BATCHES * tokens or width == 0:
             width, filled = length, 0
         width_of[length] = width
         filled += sequences[length] * width
@@ -274,9 +274,9 @@ def _class_widths(lengths: Ints, counts: Ints, tokens: int) -> Ints:
 
 
 def _cut_by_tokens(widths: Ints, counts: Ints, tokens: int, world_size: int) -> list[int]:
-    """The first row of each global batch, and the end: as many rows as keep all devices within the budget.
+    """Return the first example of each global batch, and the end; each device stays within its token budget.
 
-    widths: (n,) descending, so that a batch is as wide as its first row.
+    widths: (n,) descending, so that a batch is as wide as its first example.
     """
     cuts = [0]
     while cuts[-1] < len(widths):
@@ -286,13 +286,13 @@ def _cut_by_tokens(widths: Ints, counts: Ints, tokens: int, world_size: int) -> 
         padded = np.zeros(-(-len(taken) // world_size) * world_size, np.int64)
         padded[: len(taken)] = taken
         beyond = np.cumsum(padded.reshape(-1, world_size), axis=0) > room
-        beyond[0] = False  # each device takes at least one row
+        beyond[0] = False  # each device gets at least one example
         first_beyond = np.flatnonzero(beyond.ravel()[: len(taken)])
         cuts.append(start + (int(first_beyond[0]) if len(first_beyond) else len(taken)))
     return cuts
 
 
 def _share(rows: NDArray[np.intp], rank: int, world_size: int) -> Plan:
-    """Device `rank`'s rows of a global batch; a filler of weight 0 if there are none."""
+    """Return the examples of a global batch on device `rank`, or a filler of weight 0 if there are none."""
     own = rows[rank::world_size].tolist()
     return Plan(own or [int(rows[0])], [1.0] * len(own) or [0.0], rows)

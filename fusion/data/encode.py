@@ -1,4 +1,4 @@
-"""Rows of text as token ids, and batches of them."""
+"""Tokenized examples, and batches of them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from fusion.hub.tokenizer import check_length
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PADDING = -100  # of labels that are lists; what `torch.nn.functional.cross_entropy` ignores
+PADDING = -100  # of labels that are lists; ignored by `torch.nn.functional.cross_entropy`
 
-_FORMAT = 2  # of cached token ids
-_CHUNK = 8192  # sequences tokenised at a time: their Python lists are many times the size of the arrays
+_FORMAT = 2  # version of cached token ids
+_CHUNK = 8192  # sequences tokenized at a time: their Python lists are many times larger than the arrays
 
 log = logging.getLogger(__name__)
 
@@ -36,25 +36,25 @@ class EncodedRows:
     """A split as token ids, in flat arrays.
 
     Attributes:
-        lengths: (rows,) tokens of each example; of its longest sequence if it has more than one.
-        labels: (rows,) int64 or float32, or (rows, longest) int64 for labels that are lists, padded with `PADDING`;
-            None without labels.
-        choice_counts: (rows,) sequences of each row, its choices or windows; None: one each.
-        word_counts: (rows,) words of each row; None: the rows are plain texts.
-        fingerprint: of the rows.
+        lengths: (n,) number of tokens of each example's longest sequence.
+        labels: (n,) int64 or float32, or (n, longest) int64 for labels that are lists, padded with `PADDING`; `None`
+            without labels.
+        choice_counts: (n,) number of sequences of each example (choices or windows), or `None` if one each.
+        word_counts: (n,) number of words of each example, or `None` for plain texts.
+        fingerprint: fingerprint of the `Rows`.
         key: hex digits that identify the token ids.
-        states: (all tokens, width) cached frozen features, see `fusion.model.feature_cache`; None: there are none.
+        states: (all tokens, width) cached frozen features, see `fusion.model.feature_cache`, or `None`.
         task: index of the task in a multi-task model.
-        class_weights: (labels,) float64, the weight of each label in the training loss; None: all are equal.
-        loss_weights: (rows,) float64, the weight of each row in the mean of the training loss; None: all are equal.
+        class_weights: (labels,) float64, weight of each label in the training loss, or `None` if all are equal.
+        loss_weights: (n,) float64, weight of each example in the mean training loss, or `None` if all are equal.
     """
 
     def __init__(self, arrays: Arrays, rows: Rows, pad_token_id: int, pad_left: bool = False, key: str = "") -> None:
         """
         Args:
-            arrays: `input_ids` (all tokens,), the sequences one after another; `ends` (sequences,), where each ends;
-                `token_type_ids` (all tokens,) if the tokenizer has them; for rows of words `word_tokens` (all words,),
-                each word's first token, and `windows` (rows,), the sequences of each row.
+            arrays: `input_ids` (all tokens,), the concatenated sequences; `ends` (sequences,), the end of each sequence;
+                `token_type_ids` (all tokens,) if the tokenizer has them; for examples of words `word_tokens`
+                (all words,), each word's first token, and `windows` (n,), the number of sequences of each example.
         """
         self._input_ids = arrays["input_ids"]
         self._ends = arrays["ends"]
@@ -85,7 +85,7 @@ class EncodedRows:
         self.loss_weights: NDArray[np.float64] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a loader's worker process, which maps the cached features itself."""
+        """Pickle the path of memory-mapped features, so that each DataLoader worker maps the file itself."""
         state = dict(self.__dict__)
         if isinstance(self.states, np.memmap):
             state["states"] = (str(self.states.filename), self.states.dtype.str, self.states.shape)
@@ -99,7 +99,7 @@ class EncodedRows:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all rows, without padding."""
+        """Number of tokens of all examples, without padding."""
         return len(self._input_ids)
 
     def __len__(self) -> int:
@@ -108,7 +108,7 @@ class EncodedRows:
     def batch(
         self, indices: list[int], weights: list[float] | None = None, global_indices: NDArray[np.intp] | None = None
     ) -> Batch:
-        """Rows padded to their longest sequence; `weights` and `global_indices` are as in `Plan`, by default of one device."""
+        """Return a batch, padded to its longest sequence. See `Plan` for `weights` and `global_indices`."""
         tokens, real = self.places(indices)
         input_ids = np.full(real.shape, self._pad_token_id, np.int64)
         input_ids[real] = self._input_ids[tokens]
@@ -125,7 +125,7 @@ class EncodedRows:
         words = self._word_positions(indices, real.shape[1])
         labels = None if self.labels is None else self.labels[indices]
         if labels is not None and words is not None:
-            labels = labels[:, : words.shape[1]]  # padded to the longest row of the batch, not of the split
+            labels = labels[:, : words.shape[1]]  # padded to the longest example of the batch, not of the split
         return Batch(
             input_ids=torch.from_numpy(input_ids),
             attention_mask=torch.from_numpy(real.astype(np.int64)),
@@ -142,26 +142,26 @@ class EncodedRows:
         )
 
     def _word_positions(self, indices: list[int], width: int) -> NDArray[np.int64] | None:
-        """`Batch.words` of these rows, with sequences padded to `width`."""
+        """Return `Batch.words`, with sequences padded to `width`."""
         if self.word_counts is None or self._word_tokens is None:
             return None
         rows = np.asarray(indices, np.intp)
         counts = self.word_counts[rows]
         tokens = self._word_tokens[_ranges(self._word_ends[rows] - counts, counts)]
-        sequences = np.searchsorted(self._ends, tokens, side="right")  # of the split
+        sequences = np.searchsorted(self._ends, tokens, side="right")  # indices in the split
         column = tokens - self._starts[sequences]
         if self.pads_left:
             column += width - (self._ends[sequences] - self._starts[sequences])
         windows = np.ones_like(counts) if self.choice_counts is None else self.choice_counts[rows]
-        # Offset from a sequence's index in the split to that in the batch, for each row.
+        # For each example, the offset between a sequence's index in the split and in the batch.
         shift = np.cumsum(windows) - windows - self._first[rows]
         places = np.full((len(rows), int(counts.max())), -1, np.int64)
         places[np.arange(places.shape[1]) < counts[:, None]] = (sequences + np.repeat(shift, counts)) * width + column
         return places
 
     def places(self, indices: list[int]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """The positions of these rows' tokens: (tokens,) indices in the flat arrays, and in their batch (sequences, width)
-        bool, false for padding.
+        """Return the tokens of the examples as (tokens,) indices in the flat arrays, and as (sequences, width) bool in
+        their batch, false for padding.
         """
         if self.choice_counts is None:
             sequences = self._first[indices]
@@ -180,13 +180,13 @@ def _tensor(array: NDArray[Any] | None) -> Tensor | None:
 
 
 def _ranges(starts: NDArray[np.intp], counts: NDArray[np.int64]) -> NDArray[np.intp]:
-    """The ranges [start, start + count), concatenated."""
+    """Concatenate the ranges [start, start + count)."""
     shift = np.repeat(starts - (np.cumsum(counts) - counts), counts)
     return shift + np.arange(len(shift))
 
 
 def label_array(labels: Sequence[Any]) -> NDArray[Any]:
-    """(rows,) float32 for values, (rows,) int64 for ids, (rows, longest) int64 for lists of ids."""
+    """Convert labels to (n,) float32 for values, (n,) int64 for ids, (n, longest) int64 for lists of ids."""
     if any(isinstance(label, list) for label in labels):
         longest = max(map(len, labels))
         return np.array([[*label, *[PADDING] * (longest - len(label))] for label in labels], np.int64)
@@ -197,14 +197,14 @@ def label_array(labels: Sequence[Any]) -> NDArray[Any]:
 def encode(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int, cache_dir: Path | str | None = None
 ) -> EncodedRows:
-    """Token ids of all rows; a pair that is too long loses tokens of its longer part.
+    """Tokenize all examples; pairs are truncated with the strategy `longest_first`.
 
-    A row with choices becomes one pair per choice: its text columns, joined by a space, and the choice. A row of words
-    that is too long is split into windows, see `data.alignment`.
+    An example with choices becomes one pair per choice: its text columns, joined by a space, and the choice. A long
+    example of words is split into windows, see `data.alignment`.
 
     Args:
-        max_length: tokens of a sequence, special tokens included; UserError if it is more than the tokenizer's own.
-        cache_dir: folder of cached token ids; None: the user's cache.
+        max_length: maximum number of tokens per sequence, including special tokens.
+        cache_dir: folder of cached token ids. If `None`, the user's cache.
     """
     check_length(tokenizer, max_length)
     folder = user_cache() / "tokens" if cache_dir is None else Path(cache_dir).expanduser()
@@ -212,7 +212,7 @@ def encode(
     path = folder / f"{key}.safetensors"
 
     def build() -> Arrays:
-        log.info("tokenising %d rows, once", len(rows))
+        log.info("tokenizing %d examples", len(rows))
         arrays = _tokenize(rows, tokenizer, max_length)
         write_arrays(path, arrays)
         return arrays
@@ -221,7 +221,7 @@ def encode(
     windows = arrays.get("windows")
     if windows is not None and (longer := int((windows > 1).sum())):
         log.info(
-            "%d of %d sentences have more than data.max_length=%d tokens: split into windows, every word is tagged",
+            "%d of %d sentences have more than data.max_length=%d tokens: these are split into windows",
             longer,
             len(windows),
             max_length,
@@ -233,7 +233,7 @@ def encode(
 
 
 def _cache_key(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
-    """40 hex digits that identify the texts, the tokenizer and the length."""
+    """Return 40 hex digits that identify the texts, the tokenizer and the maximum length."""
     import tokenizers
 
     # The serialized tokenizer includes truncation and padding, which an earlier call may have set.
@@ -254,7 +254,7 @@ def _cache_key(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) 
 
 
 def _tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Arrays:
-    """The arrays of `EncodedRows`. Uses all cores unless TOKENIZERS_PARALLELISM=false."""
+    """Return the arrays of `EncodedRows`. Uses all cores unless TOKENIZERS_PARALLELISM=false."""
     texts: Sequence[str | tuple[str, ...]] = rows.texts
     if rows.choices is not None:
         texts = [
@@ -264,7 +264,7 @@ def _tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -
         ]
     elif len(rows.texts[0]) == 1:
         texts = [text for (text,) in rows.texts]
-    # With the fast tokenizer itself: transformers would build lists of all its outputs, offsets included.
+    # Calls the fast tokenizer directly: transformers would build lists of all its outputs, including offsets.
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)

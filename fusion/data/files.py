@@ -1,4 +1,4 @@
-"""Files of a split in a task's folder: one file, shards named as on the hub, or a `save_to_disk` folder."""
+"""Files of a split in a task's folder: one file, shards named as on the Hub, or a `save_to_disk` folder."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SplitFiles:
 
     Attributes:
         paths: one file, one `save_to_disk` folder, or the shards in order.
-        shards: how many shards there should be according to their names; None for a single file or a folder.
+        shards: expected number of shards according to their names; `None` for a single file or a folder.
     """
 
     split: str
@@ -48,12 +48,12 @@ class SplitFiles:
     shards: int | None = None
 
     def __str__(self) -> str:
-        """The path, or the pattern of the shards."""
+        """Return the path, or the pattern of the shards."""
         path = self.paths[0]
         return str(path if self.shards is None else path.with_name(re.sub(r"-\d+-of-", "-*-of-", path.name)))
 
     def check_complete(self) -> None:
-        """Raises UserError if a shard is missing or duplicated."""
+        """Raise UserError if a shard is missing or duplicated."""
         numbers = [_shard_number(path) for path in self.paths]
         if self.shards is not None and (len(numbers) != self.shards or numbers != [*range(self.shards)]):
             raise UserError(
@@ -63,21 +63,21 @@ class SplitFiles:
 
 
 def file_format(path: Path) -> str | None:
-    """The extension that names a format and a compression, such as ".csv.gz", in lower case; None if unreadable."""
+    """Return the lower-case extension for format and compression, such as ".csv.gz", or `None` if not supported."""
     found = _NAME.fullmatch(path.name)
     return found["format"].lower() if found else None
 
 
 def contents(folder: Path) -> list[str]:
-    """The names in a folder and in its `data` folder, without hidden ones, for messages."""
+    """Return the names of non-hidden files in a folder and its subfolder `data`, for messages."""
     paths = [path for path in [*folder.iterdir(), *(folder / "data").glob("*")] if path.name[0] != "."]
     return sorted(f"{path.relative_to(folder)}{'/' if path.is_dir() else ''}" for path in paths)
 
 
 def split_files(folder: Path) -> dict[str, SplitFiles]:
-    """The files of a folder and of its subfolder `data`, by split.
+    """Return the files of a folder and of its subfolder `data`, by split.
 
-    Raises UserError if there are two files of a split that are not its shards.
+    Raises UserError if a split has multiple files that are not its shards.
     """
     saved = [SplitFiles(path.name, (path,)) for path in sorted(folder.iterdir()) if (path / _STATE).is_file()]
     found: dict[str, SplitFiles] = {}
@@ -111,7 +111,7 @@ def _shard_number(path: Path) -> int:
 
 
 def read_content(path: Path, compression: str) -> bytes:
-    """The bytes of a file, decompressed; raises the errors of the system and of the decompressors."""
+    """Read and decompress a file; raises the errors of the system and of the decompressors."""
     with _OPEN[compression](path) if compression else path.open("rb") as file:
         content: bytes = file.read()
         return content

@@ -1,4 +1,4 @@
-"""Text formats of local files as tables: CSV and TSV, JSON and JSON Lines, CoNLL. All are read strictly."""
+"""Strict readers of local text files as tables: CSV and TSV, JSON and JSON Lines, CoNLL."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ csv.field_size_limit(sys.maxsize)
 
 
 def record_table(records: Iterable[dict[str, Any]], where: str, lines: list[int] | None = None) -> Table:
-    """A table of dicts; `lines` are the line numbers they were read from, if any."""
+    """Build a table from dicts; `lines` are the line numbers they were read from, if any."""
     rows = list(records)
     return Table(
         where=where,
@@ -40,14 +40,13 @@ def record_table(records: Iterable[dict[str, Any]], where: str, lines: list[int]
 
 
 def read_delimited(path: Path, content: bytes, tabs: bool, quoting: str | None) -> Table:
-    """CSV with RFC 4180 quotes; TSV without quotes, as GLUE's files are (theirs do not close). All values are text.
+    """Read CSV with RFC 4180 quotes, or TSV without quotes, since GLUE's are unbalanced. All values are strings.
 
     Args:
-        quoting: `csv` reads quotes, `none` keeps them as text; None: as above.
+        quoting: `csv` parses quotes, `none` treats them as literal characters. If `None`, as above.
 
     Raises:
-        UserError: the text is not UTF-8, a quote is not closed, or a row has too few or too many fields; names the
-            line or row.
+        UserError: if the text is not UTF-8, a quote is not closed, or a row has too few or too many fields.
     """
     quoted = not tabs if quoting is None else quoting == "csv"
     text, delimiter = read_text(path, content), "\t" if tabs else ","
@@ -56,7 +55,7 @@ def read_delimited(path: Path, content: bytes, tabs: bool, quoting: str | None) 
     if quoted and unclosed is not None:
         # The rest of the file would be read as one value, and rows would be lost silently.
         line = text.count("\n", 0, unclosed) + 1
-        raise UserError(f"{path}, line {line}: a quote is not closed; close it, or double the quotes in a field")
+        raise UserError(f"{path}, line {line}: a quote is not closed; close it, or double all quotes inside a field")
     file = io.StringIO(text, newline="")
     lines = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
     names, *rows = [line for line in lines if line] or [[]]
@@ -64,15 +63,15 @@ def read_delimited(path: Path, content: bytes, tabs: bool, quoting: str | None) 
         raise UserError(f"{path}: the file is empty; expected a line of column names, then rows")
     for number, row in enumerate(rows):
         if len(row) != len(names):
-            hint = "; the file looks quoted: to read it as such, set data.quoting=csv" if looks_quoted else ""
+            hint = "; the file seems to use quotes: set data.quoting=csv to parse them" if looks_quoted else ""
             raise UserError(
                 f"{path}, {counted(number)}: expected {len(names)} columns, got {len(row)}\n"
-                f"Fields are separated by {'tabs' if tabs else 'commas'}, quotes are {'read' if quoted else 'text'}{hint}"
+                f"Fields are separated by {'tabs' if tabs else 'commas'}, quotes are {'parsed' if quoted else 'literal characters'}{hint}"
             )
     if looks_quoted and quoting is None:
         log.warning(
-            "%s: %d fields start and end with a quotation mark, which is read as text; data.quoting=csv reads it as a "
-            "quote, data.quoting=none silences this warning",
+            "%s: %d fields start and end with a quotation mark, which is read literally; set data.quoting=csv to "
+            "parse quotes, or data.quoting=none to silence this warning",
             path,
             fields,
         )
@@ -90,7 +89,7 @@ def read_delimited(path: Path, content: bytes, tabs: bool, quoting: str | None) 
 
 
 def _quoted_fields(text: str, delimiter: str, strict: bool) -> tuple[int, int | None]:
-    """The number of fields in CSV quotes, and the offset of the first that is not closed.
+    """Return the number of fields in CSV quotes, and the offset of the first unclosed quote.
 
     With `strict`, the closing quote must end the field.
     """
@@ -104,7 +103,7 @@ def _quoted_fields(text: str, delimiter: str, strict: bool) -> tuple[int, int | 
 
 
 def read_json(path: Path, content: bytes) -> Table:
-    """The objects of an array, or as `read_jsonl`."""
+    """Read the objects of an array, else fall back to `read_jsonl`."""
     text = read_text(path, content)
     if not text.lstrip().startswith("["):
         return read_jsonl(path, content)
@@ -113,10 +112,10 @@ def read_json(path: Path, content: bytes) -> Table:
 
 
 def read_jsonl(path: Path, content: bytes) -> Table:
-    """One object per line; empty lines are skipped.
+    """Read one object per line; empty lines are skipped.
 
     Raises:
-        UserError: a line is not UTF-8, not JSON, not an object, or has a duplicate key; names the line.
+        UserError: if a line is not UTF-8, not valid JSON, not an object, or has a duplicate key.
     """
     records = {}
     for number, line in enumerate(read_text(path, content).split("\n"), start=1):
@@ -135,7 +134,7 @@ def _checked(record: Any, where: str) -> dict[str, Any]:
 def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:  # also a duplicate key, a number of thousands of digits
+    except (ValueError, RecursionError) as error:  # including duplicate keys, and numbers with thousands of digits
         reason = first_line(error)[:120].replace(": line 1 column", ", column")  # in .jsonl always line 1
         raise UserError(f"{where}: invalid JSON ({reason}); {_EXPECTED_OBJECTS}") from error
 
@@ -148,24 +147,24 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_conll(path: Path, content: bytes) -> Table:
-    """One token per line with its fields, an empty line between sentences.
+    """Read one token per line with its fields, and an empty line between sentences.
 
-    A row is a sentence; a column is named by its position ("0", "1", ...) and has the fields of all tokens. Fields are
+    A row is a sentence; a column is named by its index ("0", "1", ...) and has the fields of all tokens. Fields are
     separated by tabs if the first token's line has one, else by spaces. `-DOCSTART-` lines are skipped and end a
     sentence. In a file with tabs, a line that starts with "# " and has no tab is a comment, as in CoNLL-U; it does not
     end a sentence. A file with spaces has no comments, since "#" is a token there.
 
     Raises:
-        UserError: the text is not UTF-8, there is no token, or a line has an empty field or another number of fields
-            than the first one; names the line.
+        UserError: if the text is not UTF-8, there is no token, or a line has an empty field or a different number of
+            fields than the first line.
     """
-    # Not `splitlines`: other characters that end a line there may be part of a token.
+    # Not `splitlines`, which also splits at characters that may be part of a token.
     text = read_text(path, content).replace("\r\n", "\n").replace("\r", "\n")
     lines = [line.rstrip(" \t") for line in text.split("\n")]
     tokens = (line for line in lines if line and not line.startswith(_DOCUMENT) and not _is_comment(line))
     tabs = "\t" in next(tokens, "")
     width = 0
-    sentences: dict[int, list[list[str]]] = {}  # by the line of the first token
+    sentences: dict[int, list[list[str]]] = {}  # by the line number of the first token
     current: list[list[str]] | None = None
     for number, line in enumerate(lines, start=1):
         if not line or line.startswith(_DOCUMENT):
@@ -182,7 +181,7 @@ def read_conll(path: Path, content: bytes) -> Table:
             current = sentences.setdefault(number, [])
         current.append(fields)
     if not sentences:
-        raise UserError(f"{path}: holds no tokens\n{_EXPECTED_TOKENS}")
+        raise UserError(f"{path}: contains no tokens\n{_EXPECTED_TOKENS}")
     columns = [zip(*sentence, strict=True) for sentence in sentences.values()]
     records = [{str(n): list(values) for n, values in enumerate(column)} for column in columns]
     first_lines = list(sentences)

@@ -1,4 +1,4 @@
-"""The columns of a table that a task reads: texts, words, choices and labels, checked value by value."""
+"""Read and validate the columns of a task: texts, words, choices and labels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def label_column(task: TaskConfig, table: Table, required: bool) -> Column | None:
-    """Raises UserError if a required column is missing."""
+    """Return the label column, or `None` if it is missing. Raises UserError if it is required."""
     path, values = _column(task, table, task.label, required)
     if values is None:
         return None
@@ -24,7 +24,7 @@ def label_column(task: TaskConfig, table: Table, required: bool) -> Column | Non
 
 
 def texts_of(task: TaskConfig, table: Table, rows: list[int]) -> list[tuple[str, ...]]:
-    """The texts of each row. Raises UserError if a column is missing or a value is not text."""
+    """Return the texts of each row. Raises UserError if a column is missing or a value is not a string."""
     columns = []
     for name in task.text_columns:
         _, values = _column(task, table, name)
@@ -33,25 +33,25 @@ def texts_of(task: TaskConfig, table: Table, rows: list[int]) -> list[tuple[str,
 
 
 def words_of(task: TaskConfig, table: Table, rows: list[int], drop_empty: bool) -> tuple[list[int], list[list[str]]]:
-    """The rows to keep, and the words of each; `drop_empty` leaves out rows without words, which have nothing to score.
+    """Return the rows to keep and their words; with `drop_empty`, rows without words are dropped.
 
-    Raises UserError if the column is missing, a value is not a list of texts, or no row is left.
+    Raises UserError if the column is missing, a value is not a list of strings, or no row is left.
     """
     name = task.text_columns[0]
     _, values = _column(task, table, name)
     words = {row: _texts(values[row], table, row, name, "word", first=1) for row in rows}
     kept = [row for row in rows if words[row]] if drop_empty else rows
     if not kept:
-        raise UserError(f"{table.where}: none of its {len(rows)} rows has a word; expected at least one")
+        raise UserError(f"{table.where}: all {len(rows)} rows have no words; expected at least one word")
     if left_out := len(rows) - len(kept):
         log.warning("%s: %d of %d rows have no words and are dropped", table.where, left_out, len(rows))
     return kept, [words[row] for row in kept]
 
 
 def choices_of(task: TaskConfig, table: Table, rows: list[int]) -> list[list[str]]:
-    """The choices of each row, from a list column or multiple columns, of which the last may be null.
+    """Return the choices of each row, from a list column or multiple columns, the last of which may be null.
 
-    Raises UserError if a column is missing, or a row has not two or more texts.
+    Raises UserError if a column is missing, or a row has fewer than two texts.
     """
     names = task.choices if isinstance(task.choices, list) else [str(task.choices)]
     columns = [_column(task, table, name)[1] for name in names]
@@ -73,7 +73,7 @@ def fill_blanks(
 ) -> tuple[list[tuple[str, ...]], list[list[str]]]:
     """Split each last text at its blank, and append what follows the blank to each choice.
 
-    WinoGrande's own form (Sakaguchi et al., 2020): "[CLS] context [SEP] option rest [SEP]".
+    The input format of WinoGrande (Sakaguchi et al., 2020): "[CLS] context [SEP] option rest [SEP]".
     """
     before, filled = [], []
     for row, columns, options in zip(rows, texts, choices, strict=True):
@@ -86,14 +86,14 @@ def fill_blanks(
 
 
 def _column(task: TaskConfig, table: Table, name: str, required: bool = True) -> tuple[str, Any]:
-    """The path and the values of a column, which may have its other name in the task's `columns`; None if missing."""
+    """Return the path and values of a column or of its alias in the task's `columns`; `None` if missing."""
     for path in (name, task.columns.get(name)):
         if path is not None and (values := table.column(path)) is not None:
             return path, values
     if required:
         raise UserError(
-            f"{table.where}: no column {name}; it has {listed(table.columns)}\n"
-            f"Rename it there, or for training set '++task.columns.{name}=COLUMN'"
+            f"{table.where}: no column {name}; found {listed(table.columns)}\n"
+            f"Rename the column in the file, or for training set '++task.columns.{name}=COLUMN'"
         )
     return name, None
 
@@ -103,7 +103,7 @@ def _text(value: Any, table: Table, row: int, name: str) -> str:
         raise UserError(f"{table.at(row)}: {name} is {shown(value)}; expected text (fix or remove the row)")
     try:
         value.encode()
-    except UnicodeEncodeError:  # a JSON escape can make a lone surrogate, which no tokenizer reads
+    except UnicodeEncodeError:  # JSON escapes can contain lone surrogates, which tokenizers reject
         raise UserError(
             f"{table.at(row)}: {name} has a lone surrogate; expected Unicode text (fix or remove the row)"
         ) from None

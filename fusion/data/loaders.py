@@ -1,4 +1,4 @@
-"""Data loaders of encoded rows."""
+"""Data loaders of encoded examples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from fusion.data.batches import Batch, EpochBatches, LengthBatches, Plan, SortedBatches, TaskBatches, TokenBatches
 from fusion.data.encode import EncodedRows
 
-_SAMPLE_SEED = 0  # independent of the run's seed: runs with different seeds measure the same rows
+_SAMPLE_SEED = 0  # independent of the run's seed, so that all runs use the same sample
 
 
 class PlannedBatches(Dataset[Batch]):
@@ -38,10 +38,10 @@ def training_loader(
     tokens_per_batch: int | None = None,
     temperature: float = 1.0,
 ) -> DataLoader[Any]:
-    """Batches of similar length, in a new order in each epoch (`loader.sampler.set_epoch`).
+    """Load batches of similar length, in a new order in each epoch (`loader.sampler.set_epoch`).
 
-    Each batch is from one of the tasks, see `TaskBatches`; `tokens_per_batch` limits the padded tokens of a device in
-    place of `batch_size`, its rows. Under DDP the Trainer needs `use_distributed_sampler=False`.
+    A batch contains examples of one task, see `TaskBatches`. `tokens_per_batch`, a limit on the padded tokens per
+    device, replaces `batch_size`. Under DDP the Trainer needs `use_distributed_sampler=False`.
     """
     samplers: list[EpochBatches] = [
         LengthBatches(rows.lengths, batch_size, seed, rank, world_size)
@@ -63,7 +63,7 @@ def evaluation_loader(
     workers: int = 0,
     tokens_per_batch: int | None = None,
 ) -> DataLoader[Any]:
-    """Each row once, longest first; rows of weight 0 only keep devices in step."""
+    """Load each example once, longest first; examples of weight 0 only keep the devices in sync."""
     counts = encoded.choice_counts
     sampler = SortedBatches(encoded.lengths, batch_size, rank, world_size, tokens_per_batch, counts)
     return _loader([encoded], sampler, workers)
@@ -72,7 +72,7 @@ def evaluation_loader(
 def sampled_batches(
     rows: EncodedRows, at_most: int | None, batch_size: int, tokens_per_batch: int | None = None
 ) -> Iterator[Batch]:
-    """Batches of a fixed random sample of at most `at_most` rows (None: all), longest first."""
+    """Yield batches of a fixed random sample of at most `at_most` examples (`None`: all), longest first."""
     chosen = np.arange(len(rows))
     if at_most is not None and at_most < len(rows):
         chosen = np.random.RandomState(_SAMPLE_SEED).permutation(len(rows))[:at_most]
@@ -89,7 +89,7 @@ def _loader(encoded: Sequence[EncodedRows], sampler: EpochBatches | SortedBatche
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
-        # A loader draws a seed for its workers in each epoch. Drawn from the global generator it would change the
-        # dropout that follows, and a run resumed within an epoch would not be bit-equal.
+        # A loader draws a seed for its workers in each epoch. With the global generator, this would change the dropout
+        # masks, and a run resumed within an epoch would not be bit-equal.
         generator=torch.Generator().manual_seed(0),
     )

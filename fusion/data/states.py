@@ -1,6 +1,6 @@
-"""Cached frozen features: one array on disk with the hidden states of all tokens of a split, memory-mapped.
+"""Cached frozen features: a memory-mapped array of the hidden states of all tokens of a split.
 
-A file is the array's bytes and a checksum of them, their shape and type, and the file's name.
+A file contains the array's bytes, followed by a checksum of the bytes, their shape and dtype, and the file's name.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _DAY = 86_400.0  # seconds after which the temporary file of a killed process ma
 def cached_states(
     path: Path, shape: tuple[int, int], dtype: str, limit: int, build: Callable[[NDArray[Any]], None]
 ) -> NDArray[Any]:
-    """The states in a file, which is built first if it is missing or damaged.
+    """Memory-map the states in a file, which is built first if it is missing or damaged.
 
     Args:
-        path: without its suffix.
-        shape: (tokens, width), of the result too.
-        limit: bytes of all such files in the folder; the least recently used ones are removed.
-        build: fills an array of this shape.
+        path: the file without its suffix.
+        shape: (tokens, width), the shape of the result.
+        limit: maximum total size in bytes of these files in the folder; the least recently used ones are removed.
+        build: callable that fills an array of this shape.
 
     Raises:
-        OSError: the folder cannot be written, or the disk is full.
+        OSError: if the folder is not writable, or the disk is full.
     """
     path = path.with_name(path.name + _SUFFIX)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def cached_states(
         return np.memmap(path, dtype, mode="r", shape=shape)
 
     states = read_or_build(path, lambda: _read(path, shape, dtype), write)
-    with contextlib.suppress(OSError):  # another user's file can be read all the same
+    with contextlib.suppress(OSError):  # files of other users can be read but not touched
         os.utime(path)
     return states
 
@@ -58,7 +58,7 @@ def _size(shape: tuple[int, int], dtype: str) -> int:
 def _read(path: Path, shape: tuple[int, int], dtype: str) -> NDArray[Any] | None:
     if not path.is_file():
         return None
-    reason = "its size or checksum is wrong"
+    reason = "size or checksum mismatch"
     try:
         if path.stat().st_size == _size(shape, dtype) + 4:
             states = np.memmap(path, dtype, mode="r", shape=shape)
@@ -75,7 +75,7 @@ def _read(path: Path, shape: tuple[int, int], dtype: str) -> NDArray[Any] | None
 def _write(path: Path, shape: tuple[int, int], dtype: str, build: Callable[[NDArray[Any]], None]) -> None:
     with atomic_path(path) as partial:
         with partial.open("wb") as file:
-            if hasattr(os, "posix_fallocate"):  # a full disk is then an error here, not a crash while writing
+            if hasattr(os, "posix_fallocate"):  # raises now if the disk is full, instead of crashing while writing
                 os.posix_fallocate(file.fileno(), 0, _size(shape, dtype))
             file.truncate(_size(shape, dtype))
         states = np.memmap(partial, dtype, mode="r+", shape=shape)
@@ -93,9 +93,9 @@ def _checksum(states: NDArray[Any], name: str) -> int:
 
 
 def _make_room(folder: Path, needed: int, limit: int) -> None:
-    """Remove the least recently used files until the new one fits. A process that has one mapped keeps its data."""
+    """Remove the least recently used files until the new one fits. Processes that mapped a file can still read it."""
     total, removable = needed, []
-    for file in folder.glob(f"*{_SUFFIX}*"):  # hidden ones, too
+    for file in folder.glob(f"*{_SUFFIX}*"):  # including hidden files
         with contextlib.suppress(OSError):  # removed by another process
             status = file.stat()
             total += status.st_size if file.suffix in (_SUFFIX, PARTIAL) else 0

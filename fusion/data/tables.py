@@ -1,4 +1,4 @@
-"""Local files and hub data sets as tables of raw columns."""
+"""Local files and Hub datasets as tables of raw columns."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def arrow_table(table: pyarrow.Table, where: str) -> Table:
                 f"({first_line(error)[:120]}); fix or remove the value"
             ) from error
 
-    try:  # where `datasets` stores its features; a file of another program has none
+    try:  # `datasets` stores its features here; files of other programs have none
         features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
     except (ValueError, KeyError, TypeError, RecursionError):
         features = None
@@ -51,15 +51,15 @@ def arrow_table(table: pyarrow.Table, where: str) -> Table:
 
 
 def read_split(files: SplitFiles, quoting: str | None = None) -> Table:
-    """As `read_table`, for all files of a split; shards must have the same columns."""
+    """Read all files of a split with `read_table`; shards must have the same columns."""
     tables = [read_table(path, quoting) for path in files.paths]
     return tables[0] if len(tables) == 1 else _concatenated(tables, str(files))
 
 
 def read_table(path: Path, quoting: str | None = None) -> Table:
-    """The table of a local file, or of a `save_to_disk` folder. `quoting` is as in `read_delimited`.
+    """Read a local file or a `save_to_disk` folder. For `quoting`, see `read_delimited`.
 
-    Raises UserError if the content does not fit the extension, or the extension is unknown.
+    Raises UserError if the content does not match the extension, or the extension is unknown.
     """
     form = "save_to_disk" if path.is_dir() else file_format(path)
     if form is None:
@@ -80,22 +80,22 @@ def read_table(path: Path, quoting: str | None = None) -> Table:
         return {"json": read_json, "jsonl": read_jsonl, "conll": read_conll}[extension](path, content)
     except UserError:
         raise
-    except Exception as error:  # of the system, a decompressor, pyarrow or datasets: they share no base class
+    except Exception as error:  # errors of the system, decompressors, pyarrow and datasets have no common type
         raise UserError(
             f"{path}: cannot be read as {form.removeprefix('.')}: {first_line(error)[:200]}\n"
-            f"Write it again, or rename it to the extension of its content: {READABLE}"
+            f"Check the file, or give it the extension of its format: {READABLE}"
         ) from error
 
 
 def _concatenated(tables: list[Table], where: str) -> Table:
     first = tables[0]
     for table in tables[1:]:
-        # Class names are part of it: the same ids must mean the same classes.
+        # Also compares class names, since the same ids must mean the same classes.
         if set(table.columns) != set(first.columns) or table.classes != first.classes:
             differing = sorted(set(table.columns) ^ set(first.columns)) or sorted({**first.classes, **table.classes})
             raise UserError(
-                f"{table.where}: column {listed(differing)} differs from {Path(first.where).name} in its name or its "
-                "class names; write all shards of a split with the same columns and features"
+                f"{table.where}: column {listed(differing)} differs from {Path(first.where).name} in its name or "
+                "class names; all shards must have the same columns and features"
             )
     starts = list(accumulate((table.rows for table in tables), initial=0))
 
@@ -114,11 +114,11 @@ def _concatenated(tables: list[Table], where: str) -> Table:
 
 
 def hub_table(hub: HubConfig, split: str, hint: str) -> Table:
-    """A split of a hub data set by the hub's name, from the local cache if possible.
+    """Load a split of a Hub dataset by its name on the Hub, from the local cache if possible.
 
-    Raises UserError, with `hint`, if neither the cache nor the hub has it, or it does not exist.
+    Raises UserError, with `hint`, if it is neither in the cache nor on the Hub.
     """
-    datasets = _datasets()  # before `offline` changes settings that the hub client reads on import
+    datasets = _datasets()  # before `offline` changes settings that the Hub client reads on import
     where = hub.path + (f" ({hub.name})" if hub.name else "") + f", {split}"
 
     def load(cached_only: bool) -> Table:
@@ -130,11 +130,11 @@ def hub_table(hub: HubConfig, split: str, hint: str) -> Table:
                 return arrow_table(data.with_format("arrow")[:], where)
             except (OSError, ValueError, UserError):
                 raise
-            except Exception as error:  # of any library below: a bad file, an old script, a lost connection
+            except Exception as error:  # from any library: a bad file, an old script, a lost connection
                 cause: BaseException = error
                 while cause.__cause__ is not None and "error occurred" in str(cause):
                     cause = cause.__cause__  # `datasets` hides a file's error behind "An error occurred"
-                fix = "; hub.revision=refs/convert/parquet in the task file may have its rows"
+                fix = "; try hub.revision=refs/convert/parquet in the task file"
                 is_script = "scripts are no longer supported" in str(cause)
                 raise ValueError(first_line(cause) + (fix if is_script else "")) from error
 
@@ -142,7 +142,7 @@ def hub_table(hub: HubConfig, split: str, hint: str) -> Table:
 
 
 def _datasets() -> Any:
-    """`datasets` without progress bars and log messages; its errors are raised as well."""
+    """Import `datasets` without progress bars and log messages; its errors are still raised."""
     import datasets
 
     datasets.logging.set_verbosity(logging.CRITICAL)

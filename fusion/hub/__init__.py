@@ -1,1 +1,1 @@
-"""The Hugging Face hub: reachability, tokenizers, custom code."""
+"""The Hugging Face Hub: reachability, tokenizers, custom code."""

@@ -1,8 +1,8 @@
-"""Loading from the Hugging Face hub: from the local cache first, and without long waits.
+"""Loading from the Hugging Face Hub, with the local cache first and without long waits.
 
-The hub's client repeats a failed request five times, and some of its requests have no time-out. Here the hub is probed
-once; after that, the first request that fails ends the load. HF_HUB_DOWNLOAD_TIMEOUT and HF_HUB_ETAG_TIMEOUT (seconds,
-by default 10) are the time-outs of a request, and HF_HUB_OFFLINE=1 uses the cache only.
+The Hub client retries a failed request five times, and some of its requests have no timeout. Here the Hub is probed
+once; after that, the first failed request aborts loading. HF_HUB_DOWNLOAD_TIMEOUT and HF_HUB_ETAG_TIMEOUT (seconds,
+by default 10) set the timeout of a request, and HF_HUB_OFFLINE=1 uses the cache only.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ log = logging.getLogger(__name__)
 
 TRUST = "backbone.trust_remote_code"
 
-_faults: list[str] = []  # of the current load
-_downloads: Counter[tuple[str, str | None]] = Counter()  # of the current load, by URL and first byte
-RESUMPTIONS = 1  # of a download that stopped, without new data in between; the client would try five times
+_faults: list[str] = []  # failed requests of the current load
+_downloads: Counter[tuple[str, str | None]] = Counter()  # requests of the current load, by URL and first byte
+RESUMPTIONS = 1  # attempts to resume a download without receiving new data; the client would make five
 
 
 class HubFault(OSError):
-    """A request failed; the client does not repeat it after this error."""
+    """Error for a failed request; the client does not retry after it."""
 
 
 @functools.cache
 def hub_is_reachable(timeout: float = 5.0) -> bool:
-    """Whether the hub, or the proxy in front of it, answers a request within `timeout` seconds, whatever the answer."""
+    """Return whether the Hub, or a proxy in front of it, responds within `timeout` seconds, with any status."""
     import huggingface_hub
     from huggingface_hub import constants
 
@@ -47,14 +47,14 @@ def hub_is_reachable(timeout: float = 5.0) -> bool:
             huggingface_hub.get_session().head(constants.ENDPOINT, timeout=timeout)
             answered.set()
 
-    # In a thread, because looking up a name can take longer than any time-out of the connection.
+    # In a thread, because a DNS lookup can take longer than the timeout of the connection.
     threading.Thread(target=ask, daemon=True).start()
     return answered.wait(timeout)
 
 
 @functools.cache
 def _fail_fast() -> None:
-    """Give every request of the hub's client, which `datasets` and `transformers` use as well, a time-out and one try."""
+    """Give every request of the Hub client, which `datasets` and `transformers` also use, a timeout and no retries."""
     import huggingface_hub
     from huggingface_hub import constants
     from huggingface_hub.utils import _http
@@ -72,17 +72,17 @@ def _fail_fast() -> None:
                 download = str(request.url), request.headers.get("Range")
                 _downloads[download] += 1
                 if _downloads[download] > 1 + RESUMPTIONS:
-                    _faults.append("the download broke off and could not be resumed")
+                    _faults.append("the download was interrupted and could not be resumed")
                     raise HubFault(_faults[0])
             request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), timeout)
             try:
                 response = send(request, **options)
                 if response.status_code < 500 and response.status_code != 429:
                     return response
-                fault = f"the hub answers {response.status_code}"
+                fault = f"the Hub returned status {response.status_code}"
             except Exception as error:
-                fault = f"the hub does not answer ({first_line(error)})"
-            if str(request.url).startswith(constants.ENDPOINT):  # `datasets` does without other hosts
+                fault = f"the Hub does not respond ({first_line(error)})"
+            if str(request.url).startswith(constants.ENDPOINT):  # `datasets` handles failures of other hosts
                 _faults.append(fault)
             raise HubFault(fault)
 
@@ -94,16 +94,16 @@ def _fail_fast() -> None:
 
 
 def from_cache_or_hub(load: Callable[[bool], Loaded], what: str, fix: str, cached: bool = False) -> Loaded:
-    """`load(True)` from the local cache, else `load(False)` from the hub.
+    """Return `load(True)`, from the local cache, else `load(False)`, from the Hub.
 
     Args:
-        load: takes `local_files_only`; raises OSError or ValueError where the files are not there.
-        what: what is loaded, for the message.
-        fix: the override that works without the hub.
-        cached: whether the cache is known to have it, so that a failure there means damaged files.
+        load: callable that takes `local_files_only` and raises OSError or ValueError if files are missing.
+        what: a description of what is loaded, for the message.
+        fix: an override that works without the Hub, for the message.
+        cached: whether the files are known to be cached, so that a failure means they are damaged.
 
     Raises:
-        UserError: neither has it.
+        UserError: if loading fails from both.
     """
     from huggingface_hub import constants
 
@@ -115,7 +115,7 @@ def from_cache_or_hub(load: Callable[[bool], Loaded], what: str, fix: str, cache
             where = "is not in the local cache"
             if cached:
                 where = f"cannot be loaded from the local cache ({first_line(missing)})"
-            raise UserError(f"{what} {where}, and the hub cannot be reached.\n{fix}") from missing
+            raise UserError(f"{what} {where}, and the Hub cannot be reached.\n{fix}") from missing
     _fail_fast()
     _faults.clear()
     _downloads.clear()
@@ -126,7 +126,7 @@ def from_cache_or_hub(load: Callable[[bool], Loaded], what: str, fix: str, cache
 
 
 def _reason(error: BaseException) -> str:
-    """The failed request behind an error, which the callers of the client often hide; else the error itself."""
+    """Return the failed request behind an error, which callers of the client often hide, else the error itself."""
     from huggingface_hub.utils import _http
 
     if _faults:
@@ -134,14 +134,14 @@ def _reason(error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, _http._DEFAULT_RETRY_ON_EXCEPTIONS):
-            return f"the download broke off ({first_line(cause)})"
+            return f"the download was interrupted ({first_line(cause)})"
         cause = cause.__cause__ or cause.__context__
     return first_line(error)
 
 
 @contextlib.contextmanager
 def offline(settings: Any) -> Iterator[None]:
-    """Keep a hub client, by its module of constants, from sending any request, even statistics."""
+    """Keep the Hub client with this module of constants from sending any request, including telemetry."""
     before = settings.HF_HUB_OFFLINE
     settings.HF_HUB_OFFLINE = True
     try:
@@ -152,7 +152,7 @@ def offline(settings: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_code_refused(what: str) -> Iterator[None]:
-    """Turn transformers' refusal to run the code that comes with a backbone into a UserError that names the key."""
+    """Convert transformers' error about a backbone's custom code into a UserError that names the key to set."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -164,6 +164,6 @@ def own_code_refused(what: str) -> Iterator[None]:
 
 
 def warn_of_own_code(auto_map: Any, what: str) -> None:
-    """Warn where transformers supports the type and ignores the code."""
+    """Warn if transformers supports the model type and therefore ignores the custom code."""
     if auto_map:
         log.warning("%s comes with its own code, which is not run; %s=true would run it", what, TRUST)

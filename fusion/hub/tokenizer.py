@@ -1,4 +1,4 @@
-"""Load a backbone's tokenizer, and hash what decides its token ids."""
+"""Load a backbone's tokenizer, and hash everything that determines its token ids."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fusion.hub.access import from_cache_or_hub, own_code_refused, warn_of_own_c
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FIX = "Give a folder or a cached model instead: backbone.name_or_path=FOLDER, or backbone=minilm, which needs no hub"
+_FIX = "Use a folder or a cached model: backbone.name_or_path=FOLDER, or backbone=minilm, which does not need the Hub"
 
 _UNUSUAL = "\N{SNOWMAN}\N{BEAMED SIXTEENTH NOTES}\N{CJK UNIFIED IDEOGRAPH-4E00}"  # hardly in any vocabulary
 
@@ -22,9 +22,9 @@ _UNUSUAL = "\N{SNOWMAN}\N{BEAMED SIXTEENTH NOTES}\N{CJK UNIFIED IDEOGRAPH-4E00}"
 def load_tokenizer(
     name_or_path: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a backbone, from the local cache first.
+    """Load the fast tokenizer of a backbone, from the local cache first.
 
-    Raises UserError if it is missing, damaged, slow, without vocabulary, or needs its own code, which is not trusted.
+    Raises UserError if it is missing, damaged, slow, without vocabulary, or needs custom code that is not trusted.
     """
     # Set explicitly, so that tokenizers does not warn about forks when a loader starts its workers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -40,7 +40,7 @@ def load_tokenizer(
                 local_files_only=cached_only,
                 trust_remote_code=trust_remote_code,
             )
-        # With only config.json in the cache, transformers makes up a tokenizer without vocabulary.
+        # With only config.json in the cache, transformers creates a tokenizer without vocabulary.
         if cached_only and not is_folder and _has_no_words(loaded):
             raise OSError("its vocabulary is not in the local cache")
         return loaded
@@ -51,47 +51,46 @@ def load_tokenizer(
             tokenizer.backend_tokenizer.encode(_UNUSUAL)  # fails without an unknown token
     except UserError:
         raise
-    except BaseException as error:  # a panic of the Rust library is no Exception; others share no base either
+    except BaseException as error:  # a panic of the Rust library is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(
             f"{what} cannot be loaded ({first_line(error)})\n"
-            "Copy its files again, or use another copy of the backbone: backbone.name_or_path=FOLDER"
+            "Copy its files again, or use a different copy of the backbone: backbone.name_or_path=FOLDER"
         ) from error
     if not trust_remote_code:
         warn_of_own_code(tokenizer.init_kwargs.get("auto_map"), what)
     if not tokenizer.is_fast:
         raise UserError(
             f"{what} has no fast version ({type(tokenizer).__name__}): expected a tokenizer.json\n"
-            "Take another backbone: backbone.name_or_path=FOLDER"
+            "Use a different backbone: backbone.name_or_path=FOLDER"
         )
     if _has_no_words(tokenizer):
         raise UserError(
             f"{what} has {len(tokenizer)} tokens, all of them special: its vocabulary is missing\n"
-            "Save tokenizer.json or vocab.txt beside the weights, or use another copy: backbone.name_or_path=FOLDER"
+            "Save tokenizer.json or vocab.txt next to the weights, or use a different copy: backbone.name_or_path=FOLDER"
         )
     return tokenizer
 
 
 def _has_no_words(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether all tokens are special ones."""
     special = set(tokenizer.all_special_tokens)
     special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return len(tokenizer) <= len(special) and set(tokenizer.get_vocab()) <= special
 
 
 def check_length(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    """Raises UserError if sequences are longer than the tokenizer's own limit."""
+    """Raise UserError if `max_length` exceeds the tokenizer's limit."""
     limit = tokenizer.model_max_length
     if max_length > limit:
         raise UserError(
-            f"data.max_length={max_length}: the tokenizer {tokenizer.name_or_path} takes at most {limit} tokens\n"
+            f"data.max_length={max_length}: the tokenizer {tokenizer.name_or_path} supports at most {limit} tokens\n"
             f"Expected data.max_length={limit} or less"
         )
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of what decides token ids and token types: two tokenizers with one hash give the same ids for any text.
+    """Return the sha256 of everything that determines token ids and types: equal hashes mean equal ids for any text.
 
     Included: normalizer, pre-tokenizer, model with its vocabulary, post-processor, added tokens, truncation side, token
     types. Not included: decoding, padding, the maximum length, and the versions and layout of the files.

@@ -1,1 +1,1 @@
-"""Kinds of task: one object per kind reads labels, builds the head, and defines loss, predictions and metrics."""
+"""Kinds of task: each kind reads labels, builds the head, and defines loss, predictions and metrics."""

@@ -1,4 +1,4 @@
-"""`kind: choice`: one of multiple texts per example, each scored independently with the example's texts."""
+"""`kind: choice`: one of multiple texts per example, each encoded in its own pair with the example's texts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Choice(Classification):
-    """A classification whose labels are the choices of the row: (B, most choices), -inf where a row has fewer."""
+    """A classification over the choices of each example: logits (B, most choices), -inf for missing choices."""
 
     name = "choice"
     metric_names = ("accuracy",)
@@ -31,20 +31,20 @@ class Choice(Classification):
         if not (isinstance(columns, list) and len(columns) > 0 and all(isinstance(c, str) for c in columns)):
             raise UserError(f"{where}: choices={shortened(task.choices)}: expected a list column or a list of columns")
         if task.blank == "":
-            raise UserError(f"{where}: blank is empty: expected the mark that a choice fills, or null")
+            raise UserError(f"{where}: blank is empty: expected the mark to be replaced by a choice, or null")
 
     def head_outputs(self, task: Task) -> int:
         return 1
 
-    def loss(self, scores: Tensor, labels: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
-        """As in classification. A row smooths over the choices that it has: its other scores are -inf."""
+    def loss(self, logits: Tensor, labels: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
+        """Return the loss as in classification; label smoothing ignores missing choices, whose logits are -inf."""
         if smoothing == 0:
-            return super().loss(scores, labels)
-        there = scores > float("-inf")
-        losses = -scores.log_softmax(-1)
-        uniform = losses.masked_fill(~there, 0.0).sum(-1) / there.sum(-1)
-        right = losses.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-        return (1 - smoothing) * right + smoothing * uniform
+            return super().loss(logits, labels)
+        present = logits > float("-inf")
+        losses = -logits.log_softmax(-1)
+        uniform = losses.masked_fill(~present, 0.0).sum(-1) / present.sum(-1)
+        correct = losses.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        return (1 - smoothing) * correct + smoothing * uniform
 
     def zero_score_loss(self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None) -> float:
         import numpy as np
@@ -56,10 +56,10 @@ class Choice(Classification):
         return int(prediction)
 
     def columns(self, task: Task, labels: Tensor, choice_counts: Tensor | None) -> Tensor:
-        """Whether a text is the right choice."""
+        """Return one column, 1 if a text is the correct choice."""
         import torch
 
         assert choice_counts is not None
-        right = torch.zeros(int(choice_counts.sum()), dtype=torch.float64)
-        right[choice_counts.cumsum(0) - choice_counts + labels] = 1.0
-        return right.unsqueeze(1)
+        correct = torch.zeros(int(choice_counts.sum()), dtype=torch.float64)
+        correct[choice_counts.cumsum(0) - choice_counts + labels] = 1.0
+        return correct.unsqueeze(1)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def check_labels(task: Task, where: str, least: int = 2) -> None:
-    """Raises UserError unless there are `least` different label names, and as many `label_values` if there are any."""
+    """Raise UserError if there are fewer than `least` distinct label names, or `label_values` has a different length."""
     names = task.labels or []
     what = f"{where}: labels={shortened(task.labels)}"
     if len(names) < least:
@@ -37,9 +37,7 @@ class Classification(Kind):
     def check(self, task: Task, where: str) -> None:
         check_labels(task, where)
         if "f1" in task.metrics and len(task.labels or []) != 2:
-            raise UserError(
-                f"{where}: f1 is the F1 of the second of two labels; with {len(task.labels or [])} use macro_f1"
-            )
+            raise UserError(f"{where}: f1 needs exactly two labels; use macro_f1 for {len(task.labels or [])} labels")
 
     def read_labels(self, task: Task, column: Column, unlabelled: bool) -> RawLabels:
         names = Labels(task)
@@ -48,19 +46,18 @@ class Classification(Kind):
             names.ignored(column, keys, unlabelled), lambda kept, choices: names.read(column, keys, kept, choices)
         )
 
-    def loss(self, scores: Tensor, labels: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
-        """The terms of `torch.nn.CrossEntropyLoss` before its mean."""
+    def loss(self, logits: Tensor, labels: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
+        """Return the cross entropy of each example, as `torch.nn.CrossEntropyLoss` computes it."""
         from torch.nn import functional as F
 
-        return F.cross_entropy(scores, labels, weight=weight, reduction="none", label_smoothing=smoothing)
+        return F.cross_entropy(logits, labels, weight=weight, reduction="none", label_smoothing=smoothing)
 
-    def outputs(self, scores: Tensor) -> list[Any]:
-        """The index of the best score."""
-        return scores.argmax(-1).tolist()
+    def outputs(self, logits: Tensor) -> list[Any]:
+        return logits.argmax(-1).tolist()
 
-    def lines(self, task: Task, scores: Tensor, counts: Sequence[int] | None, decision: Decision) -> Lines:
-        """`label` and the probabilities as `scores`, by label name."""
-        for row, every in enumerate(scores.float().softmax(-1).tolist()):
+    def lines(self, task: Task, logits: Tensor, counts: Sequence[int] | None, decision: Decision) -> Lines:
+        """Yield the `label` and, as `scores`, the probabilities by label name."""
+        for row, every in enumerate(logits.float().softmax(-1).tolist()):
             values = every[: counts[row]] if counts else every
             names = class_names(task, len(values))
             yield {"label": names[values.index(max(values))], "scores": dict(zip(names, values, strict=True))}
@@ -71,14 +68,14 @@ class Classification(Kind):
         return {"predicted": shown, "truth": truth, "right": predicted == truth}
 
     def columns(self, task: Task, labels: Tensor, choice_counts: Tensor | None) -> Tensor:
-        """One-hot classes."""
+        """Return one-hot classes."""
         from torch.nn import functional as F
 
         return F.one_hot(labels, len(task.labels or [])).double()
 
 
 def class_names(task: Task, count: int) -> list[str]:
-    """The names of the K scores of a row: the labels, or for choices without names their numbers."""
+    """Return the names of the K logits of an example: the labels, or the indices of choices without names."""
     if task.labels and len(task.labels) >= count:
         return list(task.labels[:count])
-    return [str(number) for number in range(count)]
+    return [str(index) for index in range(count)]

@@ -1,4 +1,4 @@
-"""Raw columns by name, from any file or data set."""
+"""Raw columns by name, from any file or dataset."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-_ABSENT: Any = object()  # a value that a row does not have, which is not null
+_ABSENT: Any = object()  # marks a missing value, as opposed to null
 
 
 @dataclass(frozen=True)
 class Table:
-    """Raw columns by name, and how to name a row of them to the user."""
+    """Raw columns by name, and how messages refer to a row."""
 
     where: str
     columns: tuple[str, ...]
     rows: int
-    read: Callable[[str], list[Any]]  # a column's values
+    read: Callable[[str], list[Any]]  # returns the values of a column
     row_name: Callable[[int], str]
-    features: dict[str, Any] = field(default_factory=dict)  # of a data set of the hub's library, by column
-    typed: bool = True  # whether the values have types; all values of a CSV file are text
+    features: dict[str, Any] = field(default_factory=dict)  # of `datasets`, by column
+    typed: bool = True  # False if all values are strings, as in a CSV file
 
     def column(self, path: str) -> list[Any] | None:
-        """The values at `path`, None if the column is missing.
+        """Return the values at `path`, or `None` if the column is missing.
 
         A path may lead into nested values: `choices.text` is the field `text` of the struct (or of each struct of the
         list) in `choices`, `choices.0` its first element.
@@ -41,7 +41,7 @@ class Table:
 
     @property
     def classes(self) -> dict[str, Any]:
-        """The features that may hold names of classes."""
+        """Features that may contain class names."""
         return {
             name: one
             for name, one in self.features.items()
@@ -49,7 +49,7 @@ class Table:
         }
 
     def class_names(self, path: str) -> tuple[str, ...] | None:
-        """The names of the ids at `path`; None unless it is a column of ClassLabels or of lists of them."""
+        """Return the class names of a column of ClassLabels or of lists of them, else `None`."""
         feature: Any = self.features
         for key in [path] if path in self.features else path.split("."):
             feature = feature.get(key) if isinstance(feature, dict) else None
@@ -66,7 +66,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Column:
-    """The raw values of a column of a table, and the names of its ids if it holds ClassLabels."""
+    """The raw values of a column of a table, and its class names if it contains ClassLabels."""
 
     values: list[Any]
     table: Table
@@ -74,7 +74,7 @@ class Column:
 
 
 def _step(value: Any, key: str) -> Any:
-    """One step into a nested value."""
+    """Return an entry of a nested value."""
     if isinstance(value, dict):
         return value.get(key, _ABSENT)
     if isinstance(value, (list, tuple)):

@@ -1,14 +1,14 @@
 """The interface of a kind of task.
 
-An instance has no state. Heavy imports (torch, numpy) happen inside the methods, since task files are checked before
-any of that is loaded.
+An instance has no state. Heavy imports (torch, numpy) are inside the methods, since task files are validated before
+these packages are loaded.
 
 The order of calls for a batch and for a split:
 
-    scores = head(...)                        (B, ...), of the model
-    loss(scores, labels)                      (B,), in training
-    outputs(scores)                           a JSON-able value per example; gathered over batches and processes
-    decision(outputs, labels of all examples) numbers that the predictions depend on, chosen on the validation split
+    logits = head(...)                        (B, ...), of the model
+    loss(logits, labels)                      (B,), in training
+    outputs(logits)                           a JSON-able value per example; gathered over batches and processes
+    decision(outputs, labels of all examples) values that predictions depend on, selected on the validation split
     predict(outputs, decision)                a JSON-able prediction per example
     metrics(labels, predictions)              of all examples
 
@@ -46,9 +46,9 @@ class RawLabels:
 
     Attributes:
         missing: for each row of the table, whether it has no label.
-        read: from the rows to keep, and the choices or words of each (None: rows are plain texts), to their labels and
-            the format of these. A label is an int, a float, or a list of ints; lists of different lengths are padded
-            in a batch. Raises UserError, which names the row.
+        read: callable `(rows to keep, choices or words of each, or None) -> (labels, format)`. A label is an int, a
+            float, or a list of ints; lists of different lengths are padded in a batch. Raises UserError if a label is
+            invalid.
     """
 
     missing: list[bool]
@@ -60,13 +60,13 @@ class Kind(ABC):
 
     Attributes:
         name: `kind:` of a task file.
-        noun: the kind in a sentence.
+        noun: how messages refer to the kind, such as "a regression".
         metric_names: the `metrics:` that a task file may list.
         keys: keys of a task file that only this kind has.
-        items: what a row consists of besides its texts: `choices` (a sequence of tokens each), `words`, or None.
-        has_classes: whether an example has one class: `loss.class_weights` and stratified splits apply.
+        items: what an example contains in addition to its texts: `choices` (one sequence each), `words`, or `None`.
+        has_classes: whether each example has one class, so that `loss.class_weights` and stratified splits apply.
         smooths_labels: whether `loss.label_smoothing` applies.
-        is_pooled: whether the head scores one vector per text, so that a linear probe is meaningful.
+        is_pooled: whether the input of the head is one vector per text, so that a linear probe applies.
     """
 
     name: str
@@ -84,82 +84,82 @@ class Kind(ABC):
     # --- task file and data ---------------------------------------------------------------------------
 
     def check(self, task: Task, where: str) -> None:  # noqa: B027
-        """Refuse a task file that this kind cannot use, with a UserError that starts with `where`."""
+        """Raise UserError, which starts with `where`, if a task file is not valid for this kind."""
 
     @abstractmethod
     def read_labels(self, task: Task, column: Column, unlabelled: bool) -> RawLabels:
-        """Prepare the column of labels of a table; `unlabelled`: rows may be without labels."""
+        """Prepare the label column of a table. If `unlabelled`, labels may be missing."""
 
     def plain_labels(self, labels: Tensor | NDArray[Any]) -> list[Any]:
-        """The labels of a batch or a split, (B,) or (B, ...), as `metrics` takes them and outcomes.json has them."""
+        """Convert labels, (B,) or (B, ...), to the format of `metrics` and outcomes.json."""
         return labels.tolist()
 
     # --- head and loss --------------------------------------------------------------------------------
 
     def head_outputs(self, task: Task) -> int:
-        """K: an output per label."""
+        """Return K, by default one output per label."""
         return len(task.labels or [])
 
     def make_head(
         self, hidden_size: int, outputs: int, pooling: str = "cls", layers: int = 1, dropout: float = 0.0
     ) -> TaskHead:
-        """A new head: (texts, tokens, hidden) -> (texts, K)."""
+        """Create a head: (texts, tokens, hidden) -> (texts, K)."""
         from fusion.layers.heads import TaskHead
 
         return TaskHead(hidden_size, outputs, pooling, layers, dropout)
 
     @abstractmethod
-    def loss(self, scores: Tensor, labels: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
-        """The loss of each example, in the precision of the scores, before the mean over the batch.
+    def loss(self, logits: Tensor, labels: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
+        """Return the loss of each example, in the precision of the logits, before the mean over the batch.
 
         Args:
-            scores: (B, K).
+            logits: (B, K).
             labels: (B,) or (B, ...).
-            weight: of each class, (K,); None unless `has_classes`.
-            smoothing: `loss.label_smoothing`; 0.0 unless `smooths_labels`.
+            weight: (K,), weight of each class; `None` unless `has_classes`.
+            smoothing: value of `loss.label_smoothing`; 0.0 unless `smooths_labels`.
 
         Returns:
             (B,).
         """
 
     def loss_weights(self, labels: NDArray[Any], class_weights: Floats | None) -> Floats | None:
-        """The weight of each example of a split in the mean loss; None: all are equal.
+        """Return the weight of each example of a split in the mean loss, or `None` if all are equal.
 
-        The mean divides the sum of `loss` over the batch, all processes together, by the sum of these.
+        The mean divides the sum of `loss` over the batches of all processes by the sum of these weights.
         """
         return None if class_weights is None else class_weights[labels]
 
-    def mean_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss of all examples; for analysis and the linear probe."""
-        return self.loss(scores, labels).mean()
+    def mean_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean loss of all examples, for analysis and the linear probe."""
+        return self.loss(logits, labels).mean()
 
     def zero_score_loss(self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None) -> float:
-        """The mean loss of scores that are all zero, without class weights and label smoothing."""
+        """Return the mean loss of all-zero logits, without class weights or label smoothing."""
         return math.log(max(1, self.head_outputs(task)))
 
     # --- predictions and metrics ----------------------------------------------------------------------
 
     @abstractmethod
-    def outputs(self, scores: Tensor) -> list[Any]:
-        """A JSON-able value of each example's scores, from which `predict` makes the prediction.
+    def outputs(self, logits: Tensor) -> list[Any]:
+        """Convert the logits of each example to a JSON-able value, from which `predict` computes the prediction.
 
         Args:
-            scores: (B, K); -inf where a row has fewer choices or words than another.
+            logits: (B, K); -inf for missing choices or words.
         """
 
     def decision(self, task: Task, outputs: Sequence[Any], labels: Sequence[Any]) -> Decision:
-        """Numbers that predictions depend on besides the outputs, chosen on the validation split.
+        """Return values that predictions depend on in addition to the outputs, selected on the validation split.
 
         They are stored in the manifest for `evaluate`, `predict` and `inspect`.
         """
         return {}
 
     def predict(self, outputs: Sequence[Any], decision: Decision) -> list[Any]:
-        """The prediction for each example, as `metrics` takes it and outcomes.json has it."""
+        """Return the prediction for each example, in the format of `metrics` and outcomes.json."""
         return list(outputs)
 
     def metrics(self, task: Task, labels: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
-        """All metrics of the task over all examples at once, in double precision."""
+        """Compute all metrics of the task over all examples, in double precision."""
         import numpy as np
 
         from fusion.tasks.metrics import metric_of
@@ -170,37 +170,37 @@ class Kind(ABC):
     # --- wording --------------------------------------------------------------------------------------
 
     @abstractmethod
-    def lines(self, task: Task, scores: Tensor, counts: Sequence[int] | None, decision: Decision) -> Lines:
-        """What `fusion.predict` writes for each example.
+    def lines(self, task: Task, logits: Tensor, counts: Sequence[int] | None, decision: Decision) -> Lines:
+        """Yield the output of `fusion.predict` for each example.
 
         Args:
-            scores: (B, K).
-            counts: choices or words of each example; None: rows are plain texts.
+            logits: (B, K).
+            counts: number of choices or words of each example, or `None` for plain texts.
         """
 
     @abstractmethod
     def describe(self, task: Task, line: dict[str, Any], label: Any) -> dict[str, Any]:
-        """`predicted` and `truth` of one example in words, and whether it is `right` (or None).
+        """Describe one example: `predicted` and `truth` as strings, and whether the prediction is `right` (or `None`).
 
         Args:
-            line: of `lines`.
-            label: as `RawLabels.read` gives it.
+            line: an item of `lines`.
+            label: a label returned by `RawLabels.read`.
         """
 
     def wrong(self, labels: Sequence[Any], predictions: Sequence[Any]) -> list[bool]:
-        """Which examples were predicted wrong."""
+        """Return which examples were misclassified."""
         return [label != prediction for label, prediction in zip(labels, predictions, strict=True)]
 
     def text_of(self, prediction: Any) -> int:
-        """The index of the text of an example that was predicted; 0 except for choices."""
+        """Return the index of the predicted text of an example; 0 except for choices."""
         return 0
 
     # --- linear probe and LogME -----------------------------------------------------------------------
 
     def probe_labels(self, labels: Tensor) -> Tensor:
-        """Labels as the linear probe fits them: (B,) or (B, ...)."""
+        """Convert labels to the targets of the linear probe: (B,) or (B, ...)."""
         return labels
 
     def columns(self, task: Task, labels: Tensor, choice_counts: Tensor | None) -> Tensor:
-        """(texts, columns) float64: the targets of a linear model of the pooled states, for LogME."""
+        """Return the targets of LogME, a linear model of the pooled states: (texts, columns) float64."""
         raise NotImplementedError

@@ -1,9 +1,9 @@
-"""Raw labels as class ids, or indices of the right choice.
+"""Mapping of raw labels to class ids, or to indices of the correct choice.
 
-What a raw label means is a function of the task file and of that label alone. It depends neither on the other labels
-of the column nor on the format of the file, so it is the same in every split: a raw label means the label whose
-`label_values` it equals, else the label whose name it equals. Numbers are ids (and booleans the ids 0 and 1) only
-where neither names nor `label_values` are numbers (booleans). The other labels of a column can only lead to a refusal.
+The mapping depends only on the task file and the raw label, neither on other labels of the column nor on the file
+format, so it is the same in every split: a raw label is mapped to the label whose `label_values` contain it, else to
+the label with that name. Numbers are ids (and booleans the ids 0 and 1) only if neither names nor `label_values` are
+numbers (booleans). Other labels in the column can only cause an error.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from fusion.tasks.task import Task
 from fusion.text import hydra_value, listed, override, shown
 
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
-_MAX_DIGITS = 400  # no float64 needs more
+_MAX_DIGITS = 400  # enough for every float64
 
-# ClassLabel names of hub data sets whose labels have other names in the shipped task file, by the names in `labels`.
-# Not as `label_values` in these files: the tasks in manifests of version 0.1 have none.
+# ClassLabel names of Hub datasets whose labels have different names in the shipped task file, by the names in `labels`.
+# They are not `label_values` of these files, since the tasks in manifests of version 0.1 have none.
 _HUB_NAMES = {
     ("negative", "positive"): ("neg", "pos"),
     ("world", "sports", "business", "sci_tech"): ("World", "Sports", "Business", "Sci/Tech"),
@@ -41,14 +41,14 @@ Choices = Sequence[Sequence[str]] | None
 
 @dataclass(frozen=True)
 class LabelFormat:
-    """How the labels of one split are written.
+    """Format of the labels of one split.
 
     Attributes:
-        names: the formats that all of them have, in order of precedence: label_values, names, ids or booleans. Where a
-            label has more than one, they agree on what it means.
-        ids: the distinct class ids or indices.
-        count: how many classes or choices there are.
-        where: the file or data set, for messages.
+        names: formats that can decode every label, in order of precedence: label_values, names, ids or booleans. If
+            several can decode a label, they agree on its class.
+        ids: distinct class ids or indices.
+        count: number of classes or choices.
+        where: the file or dataset, for messages.
     """
 
     names: tuple[str, ...]
@@ -58,14 +58,14 @@ class LabelFormat:
 
 
 def parse_number(text: str) -> int | float | None:
-    """The number in a text, which may be infinite; None if it is not a number."""
+    """Parse a number, which may be infinite. Returns `None` if the string is not a number."""
     if len(text) > _MAX_DIGITS or not _NUMBER.fullmatch(text):
         return None
     return int(text) if text.lstrip("+-").isdecimal() else float(text)
 
 
 def label_key(value: Any) -> Key:
-    """The identity of a raw label: 1, "1" and 1.0 are one label, so are true and "true", and null and ""."""
+    """Return a key that is equal for equivalent raw labels: 1, "1" and 1.0; true and "true"; null and ""."""
     if isinstance(value, str):
         text = value.strip()
         if text in ("true", "True", "TRUE", "false", "False", "FALSE"):
@@ -86,10 +86,10 @@ def label_key(value: Any) -> Key:
 
 
 class Labels:
-    """The labels of a task, and every format in which they may be written.
+    """The labels of a task, and all formats in which they may be written.
 
     Raises:
-        UserError: two labels have the same raw label, such as 1 and "1".
+        UserError: if two labels have the same raw label, such as 1 and "1".
     """
 
     def __init__(self, task: Task) -> None:
@@ -100,14 +100,14 @@ class Labels:
         names = [(name, n) for n, name in enumerate(self.names)]
         self._spelled: set[str] = set()
         self._by_value, by_name = self._by_key(values), self._by_key(names)
-        # A name that is also the raw value of another label can only mean the latter.
+        # A name that is also the raw value of a different label is mapped to the latter.
         self._by_name = {key: n for key, n in by_name.items() if self._by_value.get(key, n) == n}
         self._known = [(label_key(raw), n) for raw, n in [*values, *names]]
         self._named = {*self._by_value, *by_name, *(key for key, _ in self._known)}
         self._ignore = {self.key(entry) for entry in task.ignore_labels}
 
     def _by_key(self, labels: Sequence[tuple[Any, int]]) -> dict[Key, int]:
-        """Texts that differ and have one key, such as "01" and "1", are distinguished by their spelling."""
+        """Map keys to ids; different strings with the same key, such as "01" and "1", get keys by spelling."""
         groups: dict[Key, dict[Any, int]] = {}
         for raw, number in labels:
             groups.setdefault(label_key(raw), {})[raw] = number
@@ -120,16 +120,16 @@ class Labels:
                 found |= {("spelled", raw): number for raw, number in group.items()}
             else:
                 raise UserError(
-                    f"label_values: {' and '.join(map(shown, group))} are the same raw label; expected each once"
+                    f"label_values: {' and '.join(map(shown, group))} are the same raw label; remove one of them"
                 )
         return found
 
     def key(self, value: Any) -> Key:
-        """As `label_key`, but by its spelling where two of the task's labels differ by that alone."""
+        """Return `label_key`, or a key by spelling if labels of the task differ only in spelling."""
         return ("spelled", value) if isinstance(value, str) and value in self._spelled else label_key(value)
 
     def keys(self, column: Column) -> list[Key]:
-        """The keys of a column; an id of a ClassLabel column is replaced by its name."""
+        """Return the keys of a column; the ids of a ClassLabel column are replaced by their names."""
         classes: list[Key] = []
         if column.names is not None:
             hub_names = _HUB_NAMES.get(tuple(self.names))
@@ -144,7 +144,7 @@ class Labels:
             if type(value) is int and 0 <= value < len(classes):
                 return classes[value]
             key = self.key(value)
-            # Text is no id in a file that could have held a number, such as JSON.
+            # In a typed file such as JSON, a string is never an id.
             if column.table.typed and isinstance(value, str) and key not in listed_keys:
                 return "text", value
             return key
@@ -152,7 +152,7 @@ class Labels:
         return [key_of(value) for value in column.values]
 
     def _formats(self, choices: int | None) -> Formats:
-        """The id of each key, by format in order of precedence; `choices`: in choice tasks the most that a row has."""
+        """Return the ids by key, by format in order of precedence; `choices` is the maximum number of choices, if any."""
         columns: dict[Key, int] = {("column", number): number for number in range(len(self._columns))}
         formats = {"label_values": self._by_value, "names": self._by_name | columns}
         numbers = [(key[1], number) for key, number in self._known if key[0] == "number"]
@@ -165,9 +165,9 @@ class Labels:
         return formats
 
     def ignored(self, column: Column, keys: Sequence[Key], unlabelled: bool) -> list[bool]:
-        """Which rows have no label, by `ignore_labels`; if `unlabelled`, a missing value is ignored as well."""
+        """Return which rows have no label by `ignore_labels`; if `unlabelled`, missing values are ignored, too."""
         ignore = self._ignore | ({_MISSING} if unlabelled else set())
-        # An id of a ClassLabel can be ignored as well as its name.
+        # `ignore_labels` may contain the id of a ClassLabel or its name.
         by_id = column.names is not None and all(self.key(name)[0] != "number" for name in column.names)
         return [
             key in ignore or (by_id and self.key(value) in ignore)
@@ -177,10 +177,10 @@ class Labels:
     def read(
         self, column: Column, keys: Sequence[Key], kept: Sequence[int], choices: Choices = None
     ) -> tuple[list[int], LabelFormat]:
-        """Class ids, or indices of the right `choices` (of the rows `kept`), and how they are written.
+        """Return class ids, or indices of the correct choice, of the rows `kept`, and their format.
 
-        `keys` are of all rows of the column. Raises UserError, which names the row, if a label is none of the task's or
-        beyond its row's choices, or the labels are written in more than one format.
+        `keys` has all rows of the column, `choices` only those `kept`. Raises UserError if a label is unknown or not the
+        index of a choice, or the labels have no common format.
         """
         count = len(self.names) if choices is None else max(map(len, choices))
         formats = self._formats(None if choices is None else count)
@@ -193,15 +193,15 @@ class Labels:
             if index >= len(options):
                 value = column.values[row]
                 raise UserError(
-                    f"{column.table.at(row)}: {self.task.label} is {shown(value)}, the choice at {index}; expected one of the "
-                    f"{len(options)} choices, which count from 0\n"
+                    f"{column.table.at(row)}: {self.task.label} is {shown(value)}, the choice at {index}; expected an "
+                    f"index from 0 to {len(options) - 1}\n"
                     + (ignore_hint(self.task, value) if 0 in ids else _count_from(1, count))
                 )
         return ids, LabelFormat(tuple(fitting), frozenset(ids), count, column.table.where)
 
     def read_lists(self, column: Column, kept: Sequence[int]) -> tuple[list[list[int]], LabelFormat]:
-        """As `read`, of a column with a list of labels in each row; ignored labels are removed from the lists."""
-        row_of: list[int] = []  # of each raw label
+        """Read a column of lists of labels, see `read`; ignored labels are removed from the lists."""
+        row_of: list[int] = []  # the row of each raw label
         for row in kept:
             value = column.values[row]
             if not isinstance(value, (list, tuple)):
@@ -241,12 +241,12 @@ class Labels:
         count = len(formats.get("ids") or self.names or self.task.raw_label_values)
         if keys[row][0] == "number" and min(numbers) in (0, 1) and max(numbers) == min(numbers) + count - 1:
             return UserError(what + _count_from(min(numbers), count))
-        if keys[row] in self._named:  # by `labels` and `label_values`, which disagree about it
+        if keys[row] in self._named:  # `labels` and `label_values` disagree about it
             return UserError(what + _one_format(self.task))
         return UserError(what + ignore_hint(self.task, value))
 
     def _expected(self, formats: Formats) -> str:
-        """The raw labels of the task, for messages."""
+        """Return the raw labels of the task, for messages."""
         values = [" or ".join(json.dumps(raw, default=str) for raw in e) for e in self.task.raw_label_values]
         if self.task.choices is None:
             written = values or (range(len(self.names)) if "ids" in formats else ())
@@ -254,15 +254,15 @@ class Labels:
                 named = zip(written, self.names, strict=True)
                 return "one of " + listed(f"{raw} ({name})" for raw, name in named)
         known = values or [json.dumps(name) for name in self.names]
-        index = f"the index of the right choice, 0 to {len(formats['ids']) - 1}" if "ids" in formats else ""
+        index = f"the index of the correct choice, 0 to {len(formats['ids']) - 1}" if "ids" in formats else ""
         return ", or ".join(part for part in (f"one of {listed(known)}" if known else "", index) if part)
 
 
 def common_format(task: Task, splits: Mapping[str, LabelFormat | None], trained_as: str | None = None) -> str | None:
-    """The format of the labels of all splits; None where there are none to read.
+    """Return the common label format of all splits, or `None` if no split has labels to decode.
 
-    `trained_as` is the format of the labels that an artifact was trained on, where that is known. Raises UserError if
-    there is no common format, or the labels are numbers that could count from 0 or from 1.
+    `trained_as` is the format of the labels that an artifact was trained on, if known. Raises UserError if there is no
+    common format, or the labels are numbers that could be zero-based or one-based.
     """
     known = {split: labels for split, labels in splits.items() if labels is not None}
     if not known:
@@ -273,18 +273,18 @@ def common_format(task: Task, splits: Mapping[str, LabelFormat | None], trained_
         both = [name for name in common if name in known[split].names]
         if not both:
             raise UserError(
-                f"{known[split].where}: its labels are {known[split].names[0]}, and those of {first} are {common[0]}; "
+                f"{known[split].where}: its labels are {known[split].names[0]}, but those of {first} are {common[0]}; "
                 f"expected one format in all splits\n{_one_format(task)}"
             )
         common = both
     ids = frozenset().union(*(labels.ids for labels in known.values()))
-    # In a classification one class is not enough: a file may have only the rows of one label.
+    # In a classification, a single id is ambiguous only by chance: a file may contain only examples of one label.
     enough = 0 if task.choices is not None else 1
     if common[0] == "ids" and trained_as != "ids" and 0 not in ids and len(ids) > enough:
         where = " and ".join(labels.where for labels in known.values())
         count = max(labels.count for labels in known.values())
         raise UserError(
-            f"{where}: {task.label} is {min(ids)} to {max(ids)} and never 0, so it may count from 0 or from 1\n"
+            f"{where}: {task.label} is {min(ids)} to {max(ids)} and never 0, so it could be zero-based or one-based\n"
             f"{_count_from(1, count)}; {_count_from(0, count)}"
         )
     return common[0]
@@ -293,22 +293,22 @@ def common_format(task: Task, splits: Mapping[str, LabelFormat | None], trained_
 def _one_format(task: Task) -> str:
     name = (task.labels or ["A"])[0]
     return (
-        "Write them in one format, or give all raw values of each label: label_values in the task file, "
+        "Use one format for all labels, or list all raw values of each label as label_values in the task file, "
         f"such as [[{name[:20]}, 0], …]"
     )
 
 
 def _count_from(first: int, count: int) -> str:
-    """The override for labels that are numbers in their order."""
+    """Return the override for labels that are consecutive numbers."""
     numbers = ",".join(map(str, range(first, first + count)))
     if count > 10:
         numbers = f"{first},{first + 1},…,{first + count - 1}"
-    return f"If they count from {first}: 'task.label_values=[{numbers}]'"
+    return f"If they start at {first}: 'task.label_values=[{numbers}]'"
 
 
 def ignore_hint(task: Task, value: Any) -> str:
-    """The override for one more ignored raw label."""
+    """Return the override that also ignores a raw label."""
     if not isinstance(value, (str, int, float, type(None))) or len(hydra_value(value)) > 60:
-        value = "VALUE"  # too long to be typed, or none of a config
+        value = "VALUE"  # too long, or not a value of a config
     ignored = override("task.ignore_labels", [*task.ignore_labels, value])
-    return f"If it means that there is no label: '{ignored}'; other raw labels: label_values in the task file"
+    return f"If it means that there is no label: '{ignored}'; otherwise, add it to label_values in the task file"

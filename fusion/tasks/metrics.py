@@ -1,7 +1,7 @@
-"""Metrics in double precision, one implementation for training, evaluation and the report.
+"""Metrics in double precision, used by training, evaluation and the report.
 
-Shapes: B resamples (or one), R rows, C classes. A metric that is not defined, such as a correlation with a constant,
-is 0, so that a collapsed model is never the best one.
+Shapes: B resamples (or one), R examples, C classes. Undefined metrics, such as a correlation with a constant, are 0, so
+that a collapsed model is never selected as the best one.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ Floats = NDArray[np.float64]
 
 
 def metric_of(name: str, labels: NDArray[Any], predicted: NDArray[Any]) -> Floats:
-    """One metric of each resample; labels, predicted: (B, R), class ids or values -> (B,).
+    """Compute a metric of each resample; labels, predicted: (B, R), class ids or values -> (B,).
 
-    accuracy; f1 (of the second of two labels, as GLUE has it); macro_f1 (mean over the labels that occur or are
-    predicted); matthews; pearson; spearman. KeyError for another.
+    Names: accuracy; f1 (of the second of two labels, as in GLUE); macro_f1 (mean over the labels that occur or are
+    predicted); matthews; pearson; spearman. Raises KeyError for any other name.
     """
     return _METRICS[name](np.asarray(labels), np.asarray(predicted))
 
@@ -39,12 +39,12 @@ def _macro_f1(labels: NDArray[Any], predicted: NDArray[Any]) -> Floats:
 
 
 def _matthews(labels: NDArray[Any], predicted: NDArray[Any]) -> Floats:
-    """The multi-class form (Gorodkin 2004, equation 8)."""
+    """Multi-class Matthews correlation (Gorodkin 2004, equation 8)."""
     confusion = _confusion(labels, predicted)
-    total, right = confusion.sum((1, 2)), np.einsum("bcc->b", confusion)
+    total, correct = confusion.sum((1, 2)), np.einsum("bcc->b", confusion)
     by_prediction, by_label = confusion.sum(1), confusion.sum(2)
-    covariance = right * total - (by_prediction * by_label).sum(1)
-    # Not the root of the product: of many rows the product exceeds what float64 holds exactly.
+    covariance = correct * total - (by_prediction * by_label).sum(1)
+    # Not the root of the product, which is not exact in float64 for many examples.
     scale = np.sqrt(total**2 - (by_prediction**2).sum(1)) * np.sqrt(total**2 - (by_label**2).sum(1))
     return _ratio(covariance, scale)
 
@@ -70,7 +70,7 @@ _METRICS: dict[str, Callable[[NDArray[Any], NDArray[Any]], Floats]] = {
 
 
 def _confusion(labels: NDArray[Any], predicted: NDArray[Any]) -> Floats:
-    """(B, R) twice -> (B, C, C), labels by predictions."""
+    """Return the confusion matrices, (B, C, C), labels by predictions."""
     classes = int(max(labels.max(initial=0), predicted.max(initial=0), 1)) + 1
     cells = labels.astype(np.int64) * classes + predicted.astype(np.int64)
     counts = [np.bincount(row, minlength=classes * classes) for row in cells]
@@ -78,14 +78,14 @@ def _confusion(labels: NDArray[Any], predicted: NDArray[Any]) -> Floats:
 
 
 def _f1_by_class(confusion: Floats) -> Floats:
-    right = np.einsum("bcc->bc", confusion)
-    return _ratio(2 * right, confusion.sum(1) + confusion.sum(2))
+    correct = np.einsum("bcc->bc", confusion)
+    return _ratio(2 * correct, confusion.sum(1) + confusion.sum(2))
 
 
 def _correlation(one: Floats, other: Floats) -> Floats:
-    """Pearson's; 0 where either side is constant or not finite."""
+    """Pearson's correlation; 0 if either argument is constant or not finite."""
     with np.errstate(invalid="ignore"):
-        # By their range and not by their variance, which rounding keeps from being exactly 0.
+        # Compares the range, since rounding errors can make the variance of constants nonzero.
         varies = (np.ptp(one, axis=-1) > 0) & (np.ptp(other, axis=-1) > 0)
         one, other = (values - values.mean(-1, keepdims=True) for values in (one, other))
         norms = (np.sqrt((values**2).sum(-1, keepdims=True)) for values in (one, other))
@@ -95,7 +95,7 @@ def _correlation(one: Floats, other: Floats) -> Floats:
 
 
 def _ratio(above: Floats, below: Floats) -> Floats:
-    """0 where the divisor is 0."""
+    """Divide elementwise; 0 where the denominator is 0."""
     return np.asarray(
         np.divide(above, below, out=np.zeros(np.broadcast_shapes(above.shape, below.shape)), where=below > 0)
     )

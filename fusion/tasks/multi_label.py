@@ -1,9 +1,8 @@
-"""`kind: multi_label`: any number of labels per text or pair of texts, none included.
+"""`kind: multi_label`: zero or more labels per text or pair of texts.
 
-An output of the head per label, its sigmoid the probability of that label, and one threshold for all labels. The
-threshold is chosen at each evaluation on the validation split: the one at which the task's first metric is highest. So
-validation scores in training are optimistic, as those of the best epoch are in any case; the artifact stores the
-threshold of its epoch, and a test split is scored with that.
+The head has one output per label, whose sigmoid is the probability of the label; all labels share one threshold. Each
+evaluation on the validation split selects the threshold that maximizes the task's first metric, so validation metrics
+are optimistic (as is the best epoch's metric). The artifact stores the threshold of its epoch for the test split.
 
 Shapes: B examples, K labels.
 """
@@ -28,8 +27,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-SEPARATOR = "|"  # of the names in a cell of a CSV or TSV file
-_TIE = 1e-12  # scores that differ by less are equal
+SEPARATOR = "|"  # of the labels in a cell of a CSV or TSV file
+_TIE = 1e-12  # metrics that differ by less are equal
 
 
 class MultiLabel(Kind):
@@ -42,17 +41,17 @@ class MultiLabel(Kind):
     # --- labels ---------------------------------------------------------------------------------------
 
     def read_labels(self, task: Task, column: Column, unlabelled: bool) -> RawLabels:
-        """A row has a list of raw labels, or in a CSV or TSV file text with `SEPARATOR` between them.
+        """Prepare a column of lists of raw labels, in CSV and TSV files joined by `SEPARATOR`.
 
-        An entry of `ignore_labels` is a row without labels where it is the row's value (null), and is left out of a
-        list that has it.
+        A value of `ignore_labels` marks an example without labels if it is the whole value of a row (such as null),
+        and is removed from lists that contain it.
         """
         names = Labels(task)
         values = column.values if column.table.typed else _from_text(column.values, unlabelled)
         missing = names.ignored(Column(values, column.table), [names.key(value) for value in values], unlabelled)
 
         def read(kept: list[int], _: Any) -> tuple[list[Any], LabelFormat]:
-            """Whether a row has each of the labels (0 or 1)."""
+            """Return a list of 0 or 1 per label for each row."""
             ids, written = names.read_lists(replace(column, values=values), kept)
             for row, own in zip(kept, ids, strict=True):
                 if twice := repeated(names.names[label] for label in own):
@@ -65,19 +64,19 @@ class MultiLabel(Kind):
         return RawLabels(missing, read)
 
     def plain_labels(self, labels: Tensor | NDArray[Any]) -> list[Any]:
-        """The ids of the labels of each example, in their order."""
+        """Return the label ids of each example, in ascending order."""
         return [[number for number, is_set in enumerate(row) if is_set] for row in labels.tolist()]
 
     # --- head and loss --------------------------------------------------------------------------------
 
-    def loss(self, scores: Tensor, labels: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
-        """Binary cross entropy, the mean over the labels, as `torch.nn.BCEWithLogitsLoss` has it.
+    def loss(self, logits: Tensor, labels: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
+        """Return the binary cross entropy averaged over labels, as in `torch.nn.BCEWithLogitsLoss`.
 
-        scores, labels: (B, K).
+        logits, labels: (B, K).
         """
         from torch.nn import functional as F
 
-        losses = F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype), reduction="none")
+        losses = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
         return losses.mean(-1)
 
     def zero_score_loss(self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None) -> float:
@@ -85,9 +84,9 @@ class MultiLabel(Kind):
 
     # --- predictions and metrics ----------------------------------------------------------------------
 
-    def outputs(self, scores: Tensor) -> list[Any]:
-        """The probability of each label."""
-        return scores.float().sigmoid().tolist()
+    def outputs(self, logits: Tensor) -> list[Any]:
+        """Return the probability of each label."""
+        return logits.float().sigmoid().tolist()
 
     def decision(self, task: Task, outputs: Sequence[Any], labels: Sequence[Any]) -> Decision:
         if not outputs:
@@ -99,16 +98,15 @@ class MultiLabel(Kind):
         return {"threshold": best_threshold(task.metrics[0], probabilities, true)}
 
     def predict(self, outputs: Sequence[Any], decision: Decision) -> list[Any]:
-        """The ids of the labels whose probability is at least the threshold; 0.5 if none was selected."""
+        """Return the ids of the labels whose probability is at least the threshold (0.5 if `decision` is empty)."""
         threshold = decision.get("threshold", 0.5)
         return [[number for number, value in enumerate(row) if value >= threshold] for row in outputs]
 
     def metrics(self, task: Task, labels: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
-        """As scikit-learn computes them of label indicators with `zero_division=0`.
+        """Compute the metrics as scikit-learn does for label indicators with `zero_division=0`.
 
-        micro_f1: of all (example, label) pairs together. macro_f1: the mean over all labels of the task; 0 for a label
-        that no example has and none is predicted to have. subset_accuracy: the share of examples whose labels are all
-        right.
+        micro_f1: F1 over all (example, label) pairs. macro_f1: mean F1 over all labels of the task; 0 for a label that
+        neither occurs nor is predicted. subset_accuracy: fraction of examples whose labels are all correct.
         """
         count = len(task.labels or [])
         true, predicted = _indicators(labels, count), _indicators(predictions, count)
@@ -123,9 +121,9 @@ class MultiLabel(Kind):
 
     # --- wording --------------------------------------------------------------------------------------
 
-    def lines(self, task: Task, scores: Tensor, counts: Sequence[int] | None, decision: Decision) -> Lines:
-        """`labels`, those that are predicted, and the probability of each one as `scores`, by label name."""
-        names, outputs = list(task.labels or []), self.outputs(scores)
+    def lines(self, task: Task, logits: Tensor, counts: Sequence[int] | None, decision: Decision) -> Lines:
+        """Yield the predicted `labels` and, as `scores`, the probabilities by label name."""
+        names, outputs = list(task.labels or []), self.outputs(logits)
         for ids, values in zip(self.predict(outputs, decision), outputs, strict=True):
             yield {"labels": [names[number] for number in ids], "scores": dict(zip(names, values, strict=True))}
 
@@ -139,12 +137,12 @@ class MultiLabel(Kind):
         }
 
     def columns(self, task: Task, labels: Tensor, choice_counts: Tensor | None) -> Tensor:
-        """Whether a text has the label."""
+        """Return one indicator column per label."""
         return labels.double()
 
 
 def _from_text(values: Sequence[Any], unlabelled: bool) -> list[Any]:
-    """The cells of a file without types as lists; unchanged if all are empty in a split that may be without labels."""
+    """Split the cells of an untyped file into lists. An `unlabelled` column without any value is returned unchanged."""
     if unlabelled and not any(values):
         return list(values)
     return [[part.strip() for part in str(value).split(SEPARATOR)] if value else [] for value in values]
@@ -154,7 +152,7 @@ def _from_text(values: Sequence[Any], unlabelled: bool) -> list[Any]:
 
 
 def _indicators(ids: Sequence[Sequence[int]], count: int) -> NDArray[np.bool_]:
-    """(B, K), whether an example has a label."""
+    """Return label indicators, (B, K)."""
     import numpy as np
 
     found = np.zeros((len(ids), count), bool)
@@ -164,40 +162,40 @@ def _indicators(ids: Sequence[Sequence[int]], count: int) -> NDArray[np.bool_]:
 
 
 def _f1(both: Any, sizes: Any) -> Any:
-    """2 · |both| / (|true| + |predicted|); 0 where neither has any."""
+    """2 · |both| / (|true| + |predicted|); 0 if both are empty."""
     import numpy as np
 
     return np.divide(2.0 * both, sizes, out=np.zeros(np.shape(both)), where=np.asarray(sizes) > 0)
 
 
-def _all_right(both: Any, sizes: Any) -> Any:
+def _all_correct(both: Any, sizes: Any) -> Any:
     return (2 * both == sizes) * 1.0
 
 
 def best_threshold(metric: str, probabilities: NDArray[np.float64], true: NDArray[np.bool_]) -> float:
-    """The threshold at which the metric is highest, of equally good ones the one closest to 0.5.
+    """Return the threshold that maximizes the metric; of ties, the one closest to 0.5.
 
-    It is halfway between two neighbouring probabilities, so that rounding does not move an example across it.
+    It is the midpoint of two neighboring probabilities, so that rounding does not change predictions.
     probabilities, true: (B, K).
     """
     import numpy as np
 
-    # Lower the threshold step by step: each (example, label) pair turns positive in the order of its probability. A
+    # Lower the threshold step by step: (example, label) pairs become positive in descending order of probability. The
     # metric is the mean over groups of pairs (all, those of a label, those of an example) of a function of the group's
-    # positives, so that a pair changes the value of its own group alone.
+    # positives, so a pair only changes the value of its own group.
     rows, labels = np.indices(true.shape).reshape(2, -1)
     group_of: dict[str, tuple[NDArray[np.intp], Callable[[Any, Any], Any]]] = {
         "micro_f1": (np.zeros_like(rows), _f1),
         "macro_f1": (labels, _f1),
-        "subset_accuracy": (rows, _all_right),
+        "subset_accuracy": (rows, _all_correct),
     }
     groups, value = group_of[metric]
     order = np.argsort(-probabilities.ravel(), kind="stable")
     groups, positive, falling = groups[order], true.ravel()[order], probabilities.ravel()[order]
-    size = np.bincount(groups, positive)  # the true pairs of each group
+    size = np.bincount(groups, positive)  # number of true pairs of each group
     by_group = np.argsort(groups, kind="stable")
     grouped = groups[by_group]
-    first = np.searchsorted(grouped, grouped)  # where the pair's group starts
+    first = np.searchsorted(grouped, grouped)  # start of the pair's group
     total = np.cumsum(positive[by_group])
     hits = total - total[first] + positive[by_group][first]
     values = value(hits, size[grouped] + np.arange(1, len(grouped) + 1) - first)

@@ -1,4 +1,4 @@
-"""`kind: regression`: a number per text or pair of texts."""
+"""`kind: regression`: one number per text or pair of texts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-_LARGEST = 3.4028234e38  # of float32, in which a regression is computed
+_LARGEST = 3.4028234e38  # largest float32; the loss is computed in float32
 _NOT_FINITE = re.compile(r"[-+]?(nan|inf|infinity)", re.IGNORECASE)
 
 
@@ -32,7 +32,7 @@ class Regression(Kind):
         return "a regression"
 
     def read_labels(self, task: Task, column: Column, unlabelled: bool) -> RawLabels:
-        # A file without types has its numbers as text.
+        # In an untyped file, numbers are strings.
         values = column.values if column.table.typed else [_from_text(value) for value in column.values]
         numbers = replace(column, values=values)
         keys = [label_key(value) for value in values]
@@ -42,42 +42,41 @@ class Regression(Kind):
     def head_outputs(self, task: Task) -> int:
         return 1
 
-    def loss(self, scores: Tensor, labels: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
-        """Squared error."""
+    def loss(self, logits: Tensor, labels: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
+        """Return the squared error of each example."""
         from torch.nn import functional as F
 
-        return F.mse_loss(scores.squeeze(-1), labels.to(scores.dtype), reduction="none")
+        return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype), reduction="none")
 
     def zero_score_loss(self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None) -> float:
         import numpy as np
 
         return float(np.mean(labels.astype(np.float64) ** 2))
 
-    def outputs(self, scores: Tensor) -> list[Any]:
-        """The value."""
-        return scores.float().squeeze(-1).tolist()
+    def outputs(self, logits: Tensor) -> list[Any]:
+        return logits.float().squeeze(-1).tolist()
 
-    def lines(self, task: Task, scores: Tensor, counts: Sequence[int] | None, decision: Decision) -> Lines:
-        """The value as `score`."""
-        yield from ({"score": values[0]} for values in scores.float().tolist())
+    def lines(self, task: Task, logits: Tensor, counts: Sequence[int] | None, decision: Decision) -> Lines:
+        """Yield the predicted value as `score`."""
+        yield from ({"score": values[0]} for values in logits.float().tolist())
 
     def describe(self, task: Task, line: dict[str, Any], label: Any) -> dict[str, Any]:
         return {"predicted": f"{line['score']:.3g}", "truth": f"{label:.3g}", "right": None}
 
     def wrong(self, labels: Sequence[Any], predictions: Sequence[Any]) -> list[bool]:
-        """Those whose error is above the median."""
+        """Return which examples have an error above the median."""
         import torch
 
-        error = (torch.tensor(predictions) - torch.tensor(labels)).abs()  # float32, as they were computed
+        error = (torch.tensor(predictions) - torch.tensor(labels)).abs()  # float32, the precision of the predictions
         return (error > error.median()).tolist()
 
     def probe_labels(self, labels: Tensor) -> Tensor:
-        """Standardised."""
+        """Return standardized labels."""
         labels = labels.double()
         return (labels - labels.mean()) / labels.std(correction=0).clamp(min=1e-6)
 
     def columns(self, task: Task, labels: Tensor, choice_counts: Tensor | None) -> Tensor:
-        """The values."""
+        """Return the values as one column."""
         return labels.double().unsqueeze(1)
 
 
@@ -94,7 +93,7 @@ def _from_text(value: Any) -> Any:
 def _read(task: Task, column: Column, kept: Sequence[int]) -> list[float]:
     for row in kept:
         value = column.values[row]
-        # Compared and not converted: an integer can be too large for a float. NaN fails too.
+        # A comparison, since integers can be too large to convert to float. It is false for NaN.
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
             raise UserError(
                 f"{column.table.at(row)}: {task.label} is {shown(value)}; expected a finite number\n{ignore_hint(task, value)}"

@@ -1,4 +1,4 @@
-"""The table of kinds. A new kind is one object here."""
+"""The table of kinds. To add a kind, add an object here."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def kind_of(task: Task) -> Kind:
 
 
 def check_task(task: Task, where: str) -> None:
-    """Raises UserError, which starts with `where`, for what the task's kind cannot use, as keys of another kind."""
+    """Raise UserError, which starts with `where`, if the task is invalid for its kind or has keys of another kind."""
     kind_of(task).check(task, where)
     for owner in _EVERY:
         for key in owner.keys:
             if key not in kind_of(task).keys and getattr(task, key) is not None:
-                raise UserError(f"{where}: {key} is for kind={owner.name} only, not {task.kind}")
+                raise UserError(f"{where}: {key} is only allowed for kind={owner.name}, not {task.kind}")

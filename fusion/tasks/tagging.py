@@ -1,6 +1,7 @@
 """`kind: tagging`: one label for each word of a sentence, such as the BIO tags of named entities.
 
-The words are given; each is scored by its first sub-word. The loss is the mean cross entropy over all words of a batch.
+The input is split into words; the label of each is predicted from its first sub-word. The loss is the mean cross
+entropy over all words of a batch.
 
 Shapes: B examples of at most W words, K labels.
 """
@@ -43,25 +44,25 @@ class Tagging(Kind):
         check_labels(task, where)
         if task.ignore_labels:
             raise UserError(
-                f"{where}: ignore_labels={shortened(task.ignore_labels)}: each word has a label; leave it out"
+                f"{where}: ignore_labels={shortened(task.ignore_labels)}: not supported for tagging, since every word has a label; leave it out"
             )
         asked = [metric for metric in task.metrics if metric in ENTITY_METRICS]
         other = [tag for tag in task.labels or [] if not re.fullmatch("O|[BI]-.+", tag)]
         if asked and other:
             raise UserError(
-                f"{where}: {asked[0]} needs BIO labels (O, B-TYPE, I-TYPE), and labels has {listed(other)}; "
-                "expected such labels, or metrics: [token_accuracy]"
+                f"{where}: {asked[0]} needs BIO labels (O, B-TYPE, I-TYPE), but labels contains {listed(other)}; "
+                "rename them, or set metrics: [token_accuracy]"
             )
         if asked and not can_count_entities():
             raise UserError(
-                f"{where}: {asked[0]} needs the package nervaluate, for Python 3.11 or newer: pip install nervaluate; "
-                "metrics: [token_accuracy] does without"
+                f"{where}: {asked[0]} needs the package nervaluate (Python 3.11 or newer): pip install nervaluate, "
+                "or set metrics: [token_accuracy]"
             )
 
     # --- labels ---------------------------------------------------------------------------------------
 
     def read_labels(self, task: Task, column: Column, unlabelled: bool) -> RawLabels:
-        """A row has a list with a raw label for each word."""
+        """Prepare a column of lists with one raw label per word."""
 
         def read(kept: list[int], words: list[list[str]] | None) -> tuple[list[Any], LabelFormat]:
             assert words is not None
@@ -77,7 +78,7 @@ class Tagging(Kind):
         return RawLabels([value is None and unlabelled for value in column.values], read)
 
     def plain_labels(self, labels: Tensor | NDArray[Any]) -> list[Any]:
-        """The ids of each example's words, without padding."""
+        """Return the label ids of each example's words, without padding."""
         return [[number for number in row if number >= 0] for row in labels.tolist()]
 
     # --- head and loss --------------------------------------------------------------------------------
@@ -85,41 +86,41 @@ class Tagging(Kind):
     def make_head(
         self, hidden_size: int, outputs: int, pooling: str = "words", layers: int = 1, dropout: float = 0.0
     ) -> TaskHead:
-        """A new head: (texts, tokens, hidden) -> (B, W, K), whatever the pooling of other tasks is."""
+        """Create a head: (texts, tokens, hidden) -> (B, W, K), regardless of `pooling`."""
         return super().make_head(hidden_size, outputs, "words", layers, dropout)
 
-    def loss(self, scores: Tensor, labels: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
-        """The sum of the words' cross entropies, whose mean over all words of a batch is taken by `loss_weights`.
+    def loss(self, logits: Tensor, labels: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
+        """Return the cross entropy summed over words; `loss_weights` makes it a mean over all words of a batch.
 
         Args:
-            scores: (B, W, K).
-            labels: (B, W), below 0 at padding.
+            logits: (B, W, K).
+            labels: (B, W), negative for padding.
         """
         from torch.nn import functional as F
 
-        there = labels >= 0
-        losses = F.cross_entropy(scores[there], labels[there], reduction="none", label_smoothing=smoothing)
-        return losses.new_zeros(labels.shape).masked_scatter(there, losses).sum(-1)
+        real = labels >= 0
+        losses = F.cross_entropy(logits[real], labels[real], reduction="none", label_smoothing=smoothing)
+        return losses.new_zeros(labels.shape).masked_scatter(real, losses).sum(-1)
 
     def loss_weights(self, labels: NDArray[Any], class_weights: NDArray[np.float64] | None) -> NDArray[np.float64]:
-        """The words of each sentence."""
+        """Return the number of words of each sentence."""
         return (labels >= 0).sum(-1).astype(float)
 
-    def mean_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        return self.loss(scores, labels).sum() / (labels >= 0).sum()
+    def mean_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.loss(logits, labels).sum() / (labels >= 0).sum()
 
     # --- predictions and metrics ----------------------------------------------------------------------
 
-    def outputs(self, scores: Tensor) -> list[Any]:
-        """The index of the best score of each word."""
-        best, there = scores.argmax(-1).tolist(), _words_of(scores).tolist()
+    def outputs(self, logits: Tensor) -> list[Any]:
+        """Return the predicted label id of each word."""
+        best, there = logits.argmax(-1).tolist(), _words_of(logits).tolist()
         return [
             [number for number, is_word in zip(row, words, strict=True) if is_word]
             for row, words in zip(best, there, strict=True)
         ]
 
     def metrics(self, task: Task, labels: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
-        """Entities as below; token_accuracy is the share of the words that are right."""
+        """Compute entity metrics, and token_accuracy, the fraction of correctly tagged words."""
         values: dict[str, float] = {}
         if any(metric in ENTITY_METRICS for metric in task.metrics):
             names = list(task.labels or [])
@@ -136,37 +137,37 @@ class Tagging(Kind):
 
     # --- wording --------------------------------------------------------------------------------------
 
-    def lines(self, task: Task, scores: Tensor, counts: Sequence[int] | None, decision: Decision) -> Lines:
-        """`labels`, one per word in order, and the probability of each of these as `scores`."""
+    def lines(self, task: Task, logits: Tensor, counts: Sequence[int] | None, decision: Decision) -> Lines:
+        """Yield the `labels` of the words in order and, as `scores`, their probabilities."""
         names = list(task.labels or [])
-        best, ids = scores.float().softmax(-1).amax(-1).tolist(), self.outputs(scores)
+        best, ids = logits.float().softmax(-1).amax(-1).tolist(), self.outputs(logits)
         for row, values in zip(ids, best, strict=True):
             yield {"labels": [names[number] for number in row], "scores": values[: len(row)]}
 
     def describe(self, task: Task, line: dict[str, Any], label: Any) -> dict[str, Any]:
-        """All tags of the sentence."""
+        """Describe all tags of the sentence."""
         truth = [task.labels[number] for number in label]
         return {"predicted": " ".join(line["labels"]), "truth": " ".join(truth), "right": line["labels"] == truth}
 
 
-def _words_of(scores: Tensor) -> Tensor:
-    """scores: (B, W, K) -> (B, W) bool, false at padding."""
-    return ~scores.isneginf().all(-1)
+def _words_of(logits: Tensor) -> Tensor:
+    """logits: (B, W, K) -> (B, W) bool, false for padding."""
+    return ~logits.isneginf().all(-1)
 
 
 # --- entities -----------------------------------------------------------------------------------------
 
 
 def can_count_entities() -> bool:
-    """Whether nervaluate is installed; it needs Python 3.11."""
+    """Return whether nervaluate is installed, which needs Python 3.11."""
     return importlib.util.find_spec("nervaluate") is not None
 
 
 def entity_counts(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> NDArray[np.int64]:
-    """(sentences, 3): the numbers of correct, predicted and true entities, from BIO tags, one per word.
+    """Count correct, predicted and true entities per sentence, (sentences, 3), from BIO tags, one per word.
 
-    As CoNLL's `conlleval` counts: an entity is correct if its words and its type are. `B-X` starts one, and so does
-    `I-X` after `O` or another type, so IOB1 tags and invalid tag sequences are read as well.
+    As in CoNLL's `conlleval`, an entity is correct if its words and its type are. An entity starts at `B-X`, and at
+    `I-X` after `O` or a different type, so IOB1 tags and invalid tag sequences are also supported.
     """
     import numpy as np
     from nervaluate.loaders import ListLoader
@@ -183,7 +184,7 @@ def entity_counts(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[st
 
 
 def entity_scores(counts: NDArray[np.int64]) -> dict[str, float]:
-    """Micro averages over all sentences, from `entity_counts`; 0 where they are not defined."""
+    """Return micro averages over all sentences, from `entity_counts`; 0 if undefined."""
     right, found, there = map(int, counts.sum(0))
     return {
         "entity_f1": 2 * right / (found + there) if found + there else 0.0,

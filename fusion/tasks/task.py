@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 @dataclass
 class HubConfig:
-    """A data set of the Hugging Face hub. `splits` maps train, validation and test to its splits (one, or a list)."""
+    """A dataset on the Hugging Face Hub. `splits` maps train, validation and test to its splits (one, or a list)."""
 
     path: str
     name: Optional[str] = None
@@ -18,16 +18,16 @@ class HubConfig:
 
 @dataclass
 class Task:
-    """The content of a task file: data, of which nothing is ever executed."""
+    """The content of a task file: plain data, never executed."""
 
-    name: Optional[str] = None  # the file's name
+    name: Optional[str] = None  # name of the task file
     kind: str = "classification"
     text: Any = None  # one column, or a list of one or two
     choices: Any = None  # choice: a list column, a nested field (choices.text), or a list of columns
-    blank: Optional[str] = None  # choice: the mark in the last text that the choice fills (WinoGrande's _)
+    blank: Optional[str] = None  # choice: the mark in the last text that the choice replaces (WinoGrande's _)
     label: str = "label"
     labels: Any = None  # a list of names
-    label_values: Optional[list[Any]] = None  # for each label its raw value, or a list of raw values
+    label_values: Optional[list[Any]] = None  # raw value of each label, or a list of raw values
     ignore_labels: list[Any] = field(default_factory=list)
     metrics: list[str] = field(default_factory=list)
     hub: Optional[HubConfig] = None
@@ -36,7 +36,7 @@ class Task:
 
     @property
     def raw_label_values(self) -> list[list[Any]]:
-        """`label_values`, each entry as a list."""
+        """`label_values`, with each entry as a list."""
         return [entry if isinstance(entry, list) else [entry] for entry in self.label_values or []]
 
     @property

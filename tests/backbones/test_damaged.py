@@ -219,7 +219,7 @@ def test_damage_is_refused_with_its_cause(whole: Path, tmp_path: Path, fault: st
         load_backbone(str(folder), max_length=16)
     message = str(error.value)
     assert 1 <= len(message.splitlines()) <= 2 and len(message) < 700
-    assert "hub cannot be reached" not in message and "optim.lr" not in message
+    assert "Hub cannot be reached" not in message and "optim.lr" not in message
     assert "backbone" in message and (str(folder) in message)
 
 

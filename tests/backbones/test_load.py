@@ -68,7 +68,7 @@ def test_missing_and_broken_folders(make_backbone: Callable[..., Path], tmp_path
 
 def test_no_network_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fusion.hub.access.hub_is_reachable", lambda: False)
-    with pytest.raises(UserError, match=r"hub cannot be reached[\s\S]*backbone\.name_or_path"):
+    with pytest.raises(UserError, match=r"Hub cannot be reached[\s\S]*backbone\.name_or_path"):
         load_backbone("nobody/no-such-backbone")
 
 

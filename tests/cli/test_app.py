@@ -353,7 +353,7 @@ def test_fusion_conf_may_contain_tasks(
     [
         ("kind: [", "broken.yaml"),
         (TASK + "labelz: [a]\n", "conf file task/broken.yaml: unknown key labelz: did you mean task.label"),
-        (TASK.replace("accuracy", "pearson"), "task broken: metrics=[pearson]: expected some of accuracy"),
+        (TASK.replace("accuracy", "pearson"), "task broken: metrics=[pearson]: expected one or more of accuracy"),
         (TASK.replace("[negative, positive]", "[positive]"), "task broken: labels=[positive]: expected at least 2"),
     ],
 )

@@ -207,7 +207,7 @@ def test_every_trainer_key_is_an_override_without_plus() -> None:
         ("adapter.drop=specialized:0", "null, specialized:N"),
         ("adapter.drop=5", "null, specialized:N"),
         ("adapter.drop=robust method=head", "method=head has no adapters to drop"),
-        ("backbone.name_or_path=''", "a hub id or a folder"),
+        ("backbone.name_or_path=''", "a Hub id or a folder"),
         ("head.layers=3", "a whole number >= 1 and <= 2"),
         ("head.pooling=max", "one of cls, mean, or null for backbone.pooling"),
         ("optim.lr=0", "a finite number > 0 and < 1000, such as 1e-4"),
@@ -227,11 +227,11 @@ def test_every_trainer_key_is_an_override_without_plus() -> None:
         ("trainer.limit_train_batches=0", "at least 1 batch"),
         ("trainer.limit_val_batches=0", "data.limit.validation=N"),
         ("trainer.overfit_batches=1", "data.limit.train=N"),
-        ("data.batch_size=0", "a whole number >= 1 row"),
+        ("data.batch_size=0", "a whole number >= 1 example"),
         ("data.tokens_per_batch=100", "expected >= 128"),
         ("data.quoting=tsv", "one of csv, none, or null"),
         ("data.max_length=null", "a number of tokens >= 4"),
-        ("data.limit.train=0", "a whole number >= 1, or null for all rows"),
+        ("data.limit.train=0", "a whole number >= 1, or null for all examples"),
         ("seed=-1", "a whole number >= 0 and <= 4294967295"),
         ("logger.wandb.project=a/b", "a name of 1 to 128 characters"),
         ("logger.wandb.mode=on", "one of online, offline, disabled"),
@@ -345,7 +345,7 @@ def test_multiple_tasks_are_typed_and_name_the_run() -> None:
 
 def test_compiling_and_checkpointing_are_incompatible() -> None:
     for command in ("stage1", "stage2"):
-        with pytest.raises(UserError, match="do not go together"):
+        with pytest.raises(UserError, match="are incompatible"):
             typed(command, "compile=true", "backbone.gradient_checkpointing=true")
 
 

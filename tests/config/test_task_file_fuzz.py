@@ -113,7 +113,7 @@ WRONG: list[tuple[bytes, str]] = [  # plain data, but not a task
     (GOOD.replace(b"kind: classification", b"kind: [a]"), "task.kind: expected text"),
     (GOOD.replace(b"[accuracy, macro_f1]", b"accuracy"), "task.metrics: expected a list"),
     (GOOD.replace(b"[0, 1, 2]", b"3"), "task.label_values: expected a list"),
-    (GOOD.replace(b"[0, 1, 2]", b"[0, 0, 2]"), "each once"),
+    (GOOD.replace(b"[0, 1, 2]", b"[0, 0, 2]"), "without duplicates"),
     (GOOD.replace(b"[0, 1, 2]", b"[[0, a], [1, a], 2]"), "label_values="),
     (GOOD.replace(b"[0, 1, 2]", b"[[], 1, 2]"), "label_values="),
     (GOOD.replace(b"[0, 1, 2]", b"[{a: b}, 1, 2]"), "label_values="),

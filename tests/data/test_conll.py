@@ -82,9 +82,9 @@ def test_comments_exist_only_in_files_with_tabs() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "holds no tokens\nExpected a token per line"),
-        (b"\n \n\r\n", "holds no tokens\n"),
-        (b"-DOCSTART- -X- O O\n\n-DOCSTART- -X- O O\n", "holds no tokens"),
+        (b"", "contains no tokens\nExpected a token per line"),
+        (b"\n \n\r\n", "contains no tokens\n"),
+        (b"-DOCSTART- -X- O O\n\n-DOCSTART- -X- O O\n", "contains no tokens"),
         (b"a O\nb O\nc\n", r"line 3: 1 of 2 fields in 'c'"),
         (b"\n\na O\nb NN O\n", r"line 4: 3 of 2 fields in 'b NN O'"),
         (b"a\tO\nb\t\n", r"line 2: 1 of 2 fields in 'b'"),

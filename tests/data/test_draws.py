@@ -90,17 +90,17 @@ def test_a_label_with_one_example_stays_in_train() -> None:
             4,
             None,
             {"validation": 0.1},
-            r"here: data\.split\.validation=0\.1 of 4 training rows leave no row for validation",
+            r"here: data\.split\.validation=0\.1 of 4 training examples leave no example for validation",
         ),
         (
             40,
             None,
             {"validation": 0.5, "test": 0.01},
-            r"data\.split\.test=0\.01 of 40 training rows leave no row for test",
+            r"data\.split\.test=0\.01 of 40 training examples leave no example for test",
         ),
-        (2, [0, 1], {"validation": 0.5}, "no row for validation"),
-        (2, None, {"validation": 0.49, "test": 0.5}, "no row for train"),
-        (1, None, {"validation": 0.9}, "no row for train"),
+        (2, [0, 1], {"validation": 0.5}, "no example for validation"),
+        (2, None, {"validation": 0.49, "test": 0.5}, "no example for train"),
+        (1, None, {"validation": 0.9}, "no example for train"),
     ],
 )
 def test_an_empty_part(count: int, labels: Any, fractions: dict[str, float], message: str) -> None:
@@ -115,10 +115,10 @@ def test_an_empty_part(count: int, labels: Any, fractions: dict[str, float], mes
         ({"test": 1.0}, r"data\.split\.test=1\.0: expected a finite number > 0 and < 1"),
         ({"validation": 10.0}, "expected a finite number > 0 and < 1"),
         ({"validation": float("nan")}, "expected a finite number > 0 and < 1"),
-        ({"validation": 0.5, "test": 0.5}, "leave nothing to train on"),
+        ({"validation": 0.5, "test": 0.5}, "leave no training examples"),
         ({"validation": 0.1, "seed": -1}, r"data\.split\.seed=-1"),
-        ({"stratify": True}, r"data\.split\.stratify=true: no split is made"),
-        ({"seed": 3}, r"data\.split\.seed=3: no split is made"),
+        ({"stratify": True}, r"data\.split\.stratify=true: only applies to held-out splits"),
+        ({"seed": 3}, r"data\.split\.seed=3: only applies to held-out splits"),
     ],
 )
 def test_invalid_settings_are_refused(values: dict[str, Any], message: str) -> None:
@@ -146,7 +146,7 @@ def test_a_folder_with_only_train(task: Task, write: Write) -> None:
     assert sorted(texts) == sorted((row["text"],) for row in ROWS)
     labels = dict(zip((row["text"] for row in ROWS), (row["label"] for row in ROWS), strict=True))
     assert all([labels[text] for (text,) in rows.texts] == rows.labels for rows in loaded.values())
-    with pytest.raises(UserError, match=r"data\.split\.test=0\.1 takes a tenth"):
+    with pytest.raises(UserError, match=r"data\.split\.test=0\.1 to hold out a tenth"):
         load_rows(pets, split(plain, validation=0.1), "test")
 
 
@@ -210,7 +210,7 @@ def test_only_tasks_without_the_split_draw_it(task: Task, write: Write) -> None:
 def test_nothing_to_stratify_by(task: Task, write: Write, kind: str) -> None:
     data = split(write("train.jsonl", ROWS), validation=0.1, stratify=True)
     other = task(kind=kind, **({"choices": "options"} if kind == "choice" else {}))
-    with pytest.raises(UserError, match=f"pets is of kind {kind} and has no classes to stratify by"):
+    with pytest.raises(UserError, match=f"pets is of kind {kind}, which has no classes"):
         check_held_out_splits([other], data)
 
 
@@ -226,7 +226,7 @@ def test_a_task_of_the_hub(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(rows, "hub_table", table)
     hub = task(hub={"path": "x/y", "splits": {"train": "training", "test": "test"}})
-    with pytest.raises(UserError, match=r"has no split validation: .*\nfor training, data\.split\.validation=0\.1"):
+    with pytest.raises(UserError, match=r"has no split validation: .*\nfor training, set data\.split\.validation=0\.1"):
         evaluation_splits(hub, "validation", DataConfig())
     data = split(DataConfig(), validation=0.1)
     check_held_out_splits([hub], data)

@@ -102,7 +102,7 @@ def test_a_length_above_the_limit_of_the_tokenizer_is_refused(tokenizer, tmp_pat
 
 def test_a_missing_tokenizer(monkeypatch, tmp_path):
     monkeypatch.setattr("fusion.hub.access.hub_is_reachable", lambda: False)
-    with pytest.raises(UserError, match=r"hub cannot be reached.*\nGive a folder.*backbone\.name_or_path"):
+    with pytest.raises(UserError, match=r"Hub cannot be reached.*\nUse a folder.*backbone\.name_or_path"):
         load_tokenizer("nobody/nothing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"tokenizer .*empty"):

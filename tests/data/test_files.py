@@ -125,10 +125,10 @@ def test_lines_in_a_json_file(task: Task, write: Write) -> None:
         (b'[{"text": "a", "text": "b", "label": 0}]', r"train\.json: invalid JSON \(duplicate key text"),
         (b'[{"text": "a"\n', r"train\.json: invalid JSON \(.*line 2 column 1.*expected .* an array"),
         (b'[{"text": "\xff"}]', r"train\.json, line 1: not UTF-8"),
-        (b"[]", "holds no rows"),
-        (b"", "holds no rows"),
+        (b"[]", "contains no rows"),
+        (b"", "contains no rows"),
         (pandas.DataFrame(ROWS).to_json().encode(), r"line 1: text is \{.*expected text"),
-        (b'{"data": [{"text": "a", "label": 0}]}', "no column label; it has data"),
+        (b'{"data": [{"text": "a", "label": 0}]}', "no column label; found data"),
     ],
 )
 def test_json_that_is_not_a_list_of_objects(task: Task, write: Write, content: bytes, message: str) -> None:
@@ -267,7 +267,7 @@ def test_a_saved_data_set_dict(task: Task, saved: Path) -> None:
     rows = load_rows(task(), data, "train")
     assert rows.texts == TEXTS and rows.labels == [row["label"] for row in ROWS]
     assert load_rows(task(), data, "validation").texts == [TEXTS[1], TEXTS[3]]
-    with pytest.raises(UserError, match=r"has no test: it holds dataset_dict\.json, train/, validation/"):
+    with pytest.raises(UserError, match=r"has no test: it contains dataset_dict\.json, train/, validation/"):
         load_rows(task(), data, "test")
 
 
@@ -302,7 +302,7 @@ def test_other_endings_are_named(task: Task, write: Write, name: str) -> None:
     with pytest.raises(UserError) as caught:
         check_source(task(), data, ["train"])
     message = str(caught.value)
-    assert "has no train: it holds " in message and name in message
+    assert "has no train: it contains " in message and name in message
     assert ".parquet, .jsonl, .json, .csv, .tsv or .conll" in message and len(message.splitlines()) == 2
 
 
@@ -310,7 +310,7 @@ def test_existing_files_are_always_named(task: Task, write: Write) -> None:
     write("mnli/train-00000-of-00001.parquet", parquet(ROWS))
     write("._train.csv", b"junk of another system")
     data = write("arrow/data-00000-of-00001.arrow", b"x")
-    with pytest.raises(UserError, match="has no train: it holds arrow/, mnli/\n"):
+    with pytest.raises(UserError, match="has no train: it contains arrow/, mnli/\n"):
         load_rows(task(), data, "train")
 
 
@@ -329,7 +329,7 @@ def test_a_quoted_tsv(task: Task, write: Write, caplog: pytest.LogCaptureFixture
     assert [text for (text,) in load_rows(task(), data, "train").texts] == QUOTED["text"].tolist()
     data.quoting = None
     with pytest.raises(
-        UserError, match=r"quotes are text; the file looks quoted: to read it as such, set data\.quoting=csv"
+        UserError, match=r"quotes are literal characters; the file seems to use quotes: set data\.quoting=csv"
     ):
         load_rows(task(), data, "train")
     assert not caplog.records

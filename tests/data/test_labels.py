@@ -199,7 +199,7 @@ def test_an_ignored_label_changes_no_other(task, write, ending):
 def test_all_splits_are_read_alike(task, write):
     write("train.jsonl", written(["cat", "dog"], "jsonl"))
     data = write("validation.jsonl", written([0, 1], "jsonl"))
-    with pytest.raises(UserError, match=r"validation.jsonl: its labels are ids, and those of train are names"):
+    with pytest.raises(UserError, match=r"validation.jsonl: its labels are ids, but those of train are names"):
         load_splits(task(), data, ["train", "validation"])
     values = [["cat", 0], ["dog", 1]]
     rows, way = load_splits(task(label_values=values), data, ["train", "validation"])
@@ -215,9 +215,7 @@ def test_numbers_that_may_count_from_one_are_refused(task, write, kind):
 
     write("train.jsonl", records(1, 2, 3))
     data = write("validation.jsonl", records(2, 1))
-    message = (
-        "label is 1 to 3 and never 0, .*from 0 or from 1\n.*1: 'task.label_values=\\[1,2,3,4\\]'.*'task.label_values="
-    )
+    message = "label is 1 to 3 and never 0, .*zero-based or one-based\n.*1: 'task.label_values=\\[1,2,3,4\\]'.*'task.label_values="
     with pytest.raises(UserError, match=message):
         load_splits(task(**changes), data, ["train", "validation"])
     counted = task(**changes, label_values=[1, 2, 3, 4])
@@ -229,7 +227,7 @@ def test_numbers_that_may_count_from_one_are_refused(task, write, kind):
     rows, way = load_splits(task(**changes), write("validation.jsonl", records(0)), ["train", "validation"])
     assert rows["train"].labels == [1, 2, 3] and way == "ids"
     data = write("train.jsonl", records(1, 2, 3, 4))
-    with pytest.raises(UserError, match=r"count from 1: 'task.label_values=\[1,2,3,4\]'") as refusal:
+    with pytest.raises(UserError, match=r"start at 1: 'task.label_values=\[1,2,3,4\]'") as refusal:
         load_rows(task(**changes), data, "train")
     assert "ignore_labels" not in str(refusal.value)
 

@@ -74,7 +74,7 @@ def test_nested_columns(task, write):
 
 
 def test_a_missing_column_lists_those_that_exist(task, write):
-    with pytest.raises(UserError, match=r"train\.jsonl: no column sentence; it has text, label\n.*columns\.sentence="):
+    with pytest.raises(UserError, match=r"train\.jsonl: no column sentence; found text, label\n.*columns\.sentence="):
         load_rows(task(text="sentence"), write("train.jsonl", PETS), "train")
     with pytest.raises(UserError, match="no column gold"):
         load_rows(task(label="gold"), write("train.jsonl", PETS), "train")
@@ -129,8 +129,8 @@ def test_choices_in_structs(task, write):
         ("cat dog", 0, r"options is 'cat dog' \(str\); expected a list"),
         (None, 0, "options is null; expected a list"),
         (["cat", None], 0, "choice 1 of options is null; expected text"),
-        (["cat", "dog"], 2, r"label is 2 \(int\), the choice at 2; expected one of the 2 choices"),
-        (["cat", "dog"], -1, r"label is -1 \(int\); expected the index of the right choice, 0 to 2"),
+        (["cat", "dog"], 2, r"label is 2 \(int\), the choice at 2; expected an index from 0 to 1"),
+        (["cat", "dog"], -1, r"label is -1 \(int\); expected the index of the correct choice, 0 to 2"),
         (["cat", "dog"], "A", r"label is 'A' \(str\); expected the index"),
     ],
 )
@@ -179,7 +179,7 @@ def test_a_test_split_may_be_without_labels(task, write, label):
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_other_splits_may_not(task, write, split):
     data = write(f"{split}.jsonl", [{"text": "a", "label": -1}, {"text": "b", "label": -1}])
-    with pytest.raises(UserError, match=r"none of its 2 rows has a label"):
+    with pytest.raises(UserError, match=r"none of the 2 rows has a label"):
         load_rows(task(ignore_labels=[-1]), data, split)
 
 
@@ -233,7 +233,7 @@ def test_a_file_to_predict_on(task, write, tmp_path):
     with pytest.raises(UserError, match=r"null\.jsonl, line 1: text is null"):
         rows_of_file(task(), folder / "null.jsonl")
     write("empty.jsonl", "")
-    with pytest.raises(UserError, match=r"empty\.jsonl: holds no rows"):
+    with pytest.raises(UserError, match=r"empty\.jsonl: contains no rows"):
         rows_of_file(task(), folder / "empty.jsonl")
     with pytest.raises(UserError, match=r"rows\.txt: expected a file with one of the extensions \.parquet"):
         rows_of_file(task(), tmp_path / "rows.txt")

@@ -47,7 +47,7 @@ def test_a_local_folder_has_the_sets_that_it_has(task, write, files, names):
 def test_the_first_validation_set_may_be_called_validation(task, write):
     data = write("validation.jsonl", ROWS)
     assert len(load_rows(task(hub=MNLI), data, "near")) == 50
-    with pytest.raises(UserError, match=r"has no far: it holds validation\.jsonl"):
+    with pytest.raises(UserError, match=r"has no far: it contains validation\.jsonl"):
         load_rows(task(hub=MNLI), data, "far")
 
 
@@ -63,22 +63,22 @@ def test_a_missing_split_lists_the_files(task, write, tmp_path):
     write("notes.txt", "not data")
     with pytest.raises(
         UserError,
-        match=r"has no validation: it holds notes\.txt, train\.jsonl\nExpected validation with an extension \.parquet",
+        match=r"has no validation: it contains notes\.txt, train\.jsonl\nExpected validation with an extension \.parquet",
     ):
         load_rows(task(), data, "validation")
     with pytest.raises(
-        UserError, match=r"has no vaidation: it holds notes\.txt, train\.jsonl; did you mean validation\?\n"
+        UserError, match=r"has no vaidation: it contains notes\.txt, train\.jsonl; did you mean validation\?\n"
     ):
         load_rows(task(), data, "vaidation")
     with pytest.raises(
-        UserError, match=r"or a folder of save_to_disk; for training, data\.split\.validation=0\.1 takes [a-z ]*$"
+        UserError, match=r"or a save_to_disk folder; for training, set data\.split\.validation=0\.1 to [a-z ]*$"
     ):
         load_rows(task(), data, "validation")
-    with pytest.raises(UserError, match="has no folder birds: it holds pets"):
+    with pytest.raises(UserError, match="has no folder birds: it contains pets"):
         load_rows(task(name="birds"), data, "train")
     with pytest.raises(UserError, match="no such folder"):
         load_rows(task(), DataConfig(dir=str(tmp_path / "nowhere")), "train")
-    with pytest.raises(UserError, match=r"has neither hub nor corpus.*\ndata\.dir=DIR"):
+    with pytest.raises(UserError, match=r"has neither hub nor corpus.*\nSet data\.dir=DIR"):
         load_rows(task(), DataConfig(), "train")
 
 
@@ -117,7 +117,7 @@ def test_a_folder_with_a_file_per_split_is_used_whole(task, write):
 
 
 def test_a_part_of_too_few_rows(task, write):
-    with pytest.raises(UserError, match="holds no rows"):
+    with pytest.raises(UserError, match="contains no rows"):
         load_rows(
             task(hub={"path": "x/y", "splits": {"train": "train[:10%]", "validation": "train[10%:]"}}),
             write("train.jsonl", ROWS[:2]),

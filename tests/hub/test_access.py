@@ -72,6 +72,6 @@ def test_without_the_hub_the_cache_serves(loaded):
 @pytest.mark.parametrize("case", ["offline, not cached", "offline, other configuration"])
 def test_without_hub_and_cache_the_error_is_immediate(loaded, case):
     lines = loaded[case]["error"].splitlines()
-    assert "not in the local cache, and the hub cannot be reached" in lines[0]
-    assert "data.dir=DIR reads DIR/pets/train.parquet" in lines[1]
+    assert "not in the local cache, and the Hub cannot be reached" in lines[0]
+    assert "set data.dir=DIR to read DIR/pets/train.parquet" in lines[1]
     assert loaded[case]["seconds"] < 3

@@ -35,24 +35,24 @@ def load(folder: Path, fault: str, kind: str) -> dict[str, Any]:
 
 
 QUICK = [
-    ("500", "data", "cannot be loaded: the hub answers 500"),
+    ("500", "data", "cannot be loaded: the Hub returned status 500"),
     ("truncated", "backbone", "file should be of size 200000 but has size 100000"),
 ]
 SLOW = [
     ("404", "backbone", "cannot be loaded"),
-    ("500", "backbone", "the hub answers 500"),
-    ("500", "tokenizer", "the hub answers 500"),
+    ("500", "backbone", "the Hub returned status 500"),
+    ("500", "tokenizer", "the Hub returned status 500"),
     ("404", "data", "cannot be loaded"),
     ("404", "tokenizer", "cannot be loaded"),
     ("truncated", "data", "Consistency check failed"),
-    ("dropping", "data", "the download broke off"),
-    ("dropping", "backbone", "the download broke off"),
-    ("stalling", "data", "the download broke off"),
-    ("stalling", "backbone", "the download broke off"),
-    ("silent later", "data", "the hub does not answer"),
-    *[("silent", kind, "the hub cannot be reached") for kind in CURES],
-    *[("dns", kind, "the hub cannot be reached") for kind in CURES],
-    *[("slow", kind, "the hub does not answer") for kind in CURES],
+    ("dropping", "data", "the download was interrupted"),
+    ("dropping", "backbone", "the download was interrupted"),
+    ("stalling", "data", "the download was interrupted"),
+    ("stalling", "backbone", "the download was interrupted"),
+    ("silent later", "data", "the Hub does not respond"),
+    *[("silent", kind, "the Hub cannot be reached") for kind in CURES],
+    *[("dns", kind, "the Hub cannot be reached") for kind in CURES],
+    *[("slow", kind, "the Hub does not respond") for kind in CURES],
 ]
 
 

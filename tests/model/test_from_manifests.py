@@ -100,7 +100,7 @@ def test_of_every_composition(sources: str, config: CompositionConfig, chosen: d
             lambda: build_composition(config, loaded, backbone, chosen),
             lambda: weight_shapes(manifest, [s.manifest for s in loaded], Path("store/f")),
         ):
-            with pytest.raises(UserError, match="adapters are not of one shape"):
+            with pytest.raises(UserError, match="all source adapters must have the same shape"):
                 build_it()
         return
     built = parameters_of(build_composition(config, loaded, backbone, chosen))
@@ -158,5 +158,5 @@ def test_a_fusion_incompatible_with_its_sources(composition: dict[str, Any], say
 def test_sources_that_cannot_be_averaged() -> None:
     ragged = [source.manifest for source in SOURCES["ragged"]]
     manifest = fusion({"name": "average"})
-    with pytest.raises(UserError, match="not of one shape"):
+    with pytest.raises(UserError, match="must have the same shape"):
         weight_shapes(manifest, ragged, Path("f"))

@@ -135,8 +135,8 @@ def test_a_wrong_label_is_refused_with_its_row(write: Any, moods: list[Any], mes
         ({"labels": []}, r"labels=\[\]: expected at least 1 label name"),
         ({"labels": ["joy", "joy"]}, "duplicate joy"),
         ({"label_values": [1, 2]}, "label_values has 2 entries for 3 labels"),
-        ({"metrics": ["accuracy"]}, "metrics=\\[accuracy\\]: expected some of micro_f1, macro_f1, subset_acc"),
-        ({"choices": "c"}, "choices is for kind=choice only, not multi_label"),
+        ({"metrics": ["accuracy"]}, "metrics=\\[accuracy\\]: expected one or more of micro_f1, macro_f1, subset_acc"),
+        ({"choices": "c"}, "choices is only allowed for kind=choice, not multi_label"),
     ],
 )
 def test_a_wrong_task_file_is_refused(changes: Any, message: str) -> None:
@@ -153,7 +153,7 @@ def test_settings_of_classes_are_refused(write: Any) -> None:
             loss.check([task()])
     data = write([["joy"]] * 8)
     data.split = SplitConfig(validation=0.5, stratify=True)
-    with pytest.raises(UserError, match="of kind multi_label and has no classes to stratify by"):
+    with pytest.raises(UserError, match="of kind multi_label, which has no classes"):
         check_held_out_splits([task()], data)
 
 

@@ -79,7 +79,7 @@ def test_a_key_of_another_kind_is_refused(kind: str) -> None:
     for owner in KINDS.values():
         for key in set(owner.keys) - set(KINDS[kind].keys):
             own: dict[str, Any] = {"labels": ["a", "b"]} | dict.fromkeys(KINDS[kind].keys, "column")
-            with pytest.raises(UserError, match=f"{key} is for kind={owner.name} only, not {kind}"):
+            with pytest.raises(UserError, match=f"{key} is only allowed for kind={owner.name}, not {kind}"):
                 TaskConfig(kind=kind, text="t", metrics=[METRICS[kind][0]], **own | {key: "x"})
 
 
@@ -88,7 +88,7 @@ def test_a_linear_probe_is_refused_where_there_is_no_vector_per_text(monkeypatch
 
     asked = TaskConfig(name="n", text="t", labels=["a", "b"], metrics=["accuracy"])
     monkeypatch.setattr(KINDS["classification"], "is_pooled", False)
-    with pytest.raises(UserError, match=r"n is a task of kind classification, and logme and probe score .*attention\]"):
+    with pytest.raises(UserError, match=r"n is a task of kind classification, but logme and probe need .*attention\]"):
         RankConfig(task=asked)
     assert RankConfig(task=asked, methods=["similarity", "attention"]).methods == ["similarity", "attention"]
     nothing: Any = None

@@ -258,7 +258,7 @@ def test_wrong_settings_of_a_ranking(changes: dict[str, Any], message: str) -> N
         (5, {}, "expected a list"),
         ([None], {}, "expected a list"),
         ([], {}, "sources is empty"),
-        (["films"], {"sources_by": "probe"}, "ranks the sources for sources=top:N"),
+        (["films"], {"sources_by": "probe"}, "only applies to sources=top:N"),
         ("top:1", {"sources_by": "guess"}, "sources_by=guess"),
         ("all", {"composition": CompositionConfig("pruned", fusion="x", keep=1)}, "leave them out"),
         ("top:9", {}, "expected top:3 or fewer; .*has 3 sources"),
