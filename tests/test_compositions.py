@@ -212,7 +212,7 @@ def test_an_average_can_be_fine_tuned(alike: Bench) -> None:
     moved = [(a - b).abs().max() for a, b in zip(alike.weights("on").values(), means, strict=True)]
     assert 0 < max(moved) < 0.1
     check_reproduced(alike, "on", result)
-    with pytest.raises(UserError, match=r"on \(composition=average\) is one adapter"):
+    with pytest.raises(UserError, match=r"on \(composition=average\) is a single adapter"):
         alike.predict("on", [{"text": "good"}], attention=True)
 
 

@@ -80,10 +80,10 @@ def first_tokens(words: Sequence[str], encoding: Encoding) -> NDArray[np.int64]:
     if not len(real):
         return np.full(len(words), -1, np.int64)
     token = np.searchsorted(offsets[real, 1], starts, side="right")
-    there = token < len(real)
+    overlaps = token < len(real)
     token = np.minimum(token, len(real) - 1)
-    there &= offsets[real[token], 0] < ends
-    return np.where(there, real[token], -1)
+    overlaps &= offsets[real[token], 0] < ends
+    return np.where(overlaps, real[token], -1)
 
 
 def _cuts(first: NDArray[np.int64], tokens: int, room: int) -> list[int]:

@@ -99,7 +99,7 @@ class EncodedRows:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens of all examples, without padding."""
+        """Total number of tokens, without padding."""
         return len(self._input_ids)
 
     def __len__(self) -> int:

@@ -127,12 +127,12 @@ class Tagging(Kind):
             tags = ([[names[number] for number in row] for row in rows] for rows in (labels, predictions))
             values = entity_scores(entity_counts(*tags))
         words = sum(map(len, labels))
-        right = sum(
+        correct = sum(
             one == other
             for row, found in zip(labels, predictions, strict=True)
             for one, other in zip(row, found, strict=True)
         )
-        values["token_accuracy"] = right / words if words else 0.0
+        values["token_accuracy"] = correct / words if words else 0.0
         return {name: values[name] for name in task.metrics}
 
     # --- wording --------------------------------------------------------------------------------------
@@ -185,9 +185,9 @@ def entity_counts(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[st
 
 def entity_scores(counts: NDArray[np.int64]) -> dict[str, float]:
     """Return micro averages over all sentences, from `entity_counts`; 0 if undefined."""
-    right, found, there = map(int, counts.sum(0))
+    correct, predicted, true = map(int, counts.sum(0))
     return {
-        "entity_f1": 2 * right / (found + there) if found + there else 0.0,
-        "entity_precision": right / found if found else 0.0,
-        "entity_recall": right / there if there else 0.0,
+        "entity_f1": 2 * correct / (predicted + true) if predicted + true else 0.0,
+        "entity_precision": correct / predicted if predicted else 0.0,
+        "entity_recall": correct / true if true else 0.0,
     }
