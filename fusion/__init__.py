@@ -1,7 +1,7 @@
-"""AdapterFusion pipelines: train adapters on many tasks, then learn what to listen to."""
+"""AdapterFusion pipelines: train adapters on many tasks, then learn to combine them with AdapterFusion."""
 
 from fusion.runs import signals
 
-signals.exit_during_startup()  # first of all: imports take a second
+signals.exit_during_startup()  # before the other imports, which take a second
 
 __version__ = "0.2.0.dev0"

@@ -1,4 +1,4 @@
-"""Scores of a stored artifact on a split of its tasks, or of another task with the same labels.
+"""Evaluate a stored artifact on a split of its tasks, or of a different task with the same labels.
 
 python -m fusion.evaluate artifact=rte-adapterfusion split=validation
 """
@@ -36,10 +36,10 @@ def check(config: EvaluateConfig, run: Run) -> None:
 
 
 def use_trained_data(config: EvaluateConfig, overrides: Sequence[str]) -> None:
-    """Read the rows from the folder of the artifact's training, unless data.dir= is set; data.dir=null: from the hub.
+    """Set data.dir to the data folder that the artifact was trained with, unless it is set (null reads from the Hub).
 
     Raises:
-        UserError: that folder does not exist.
+        UserError: if that folder does not exist.
     """
     if config.data.dir is not None or "data.dir" in map(key_of, overrides):
         return
@@ -47,15 +47,15 @@ def use_trained_data(config: EvaluateConfig, overrides: Sequence[str]) -> None:
     folder = data_folder_of(manifest)
     task = None if config.task is None else str(config.task.name)
     if folder is None or not (task in (None, *manifest.task_names) or (Path(folder) / str(task)).is_dir()):
-        return  # another task may have other data
+        return  # a different task may have different data
     shown = shortened(shlex.quote(override("data.dir", folder)))
     if not Path(folder).is_dir():
         raise UserError(
-            f"{shown}: the data folder of {manifest.name}'s training does not exist\n"
-            "Set data.dir=DIR to another folder, or data.dir=null to read from the hub"
+            f"{shown}: the data folder that {manifest.name} was trained with does not exist\n"
+            "Set data.dir=DIR to a different folder, or data.dir=null to read from the Hub"
         )
     config.data.dir = folder
-    log_once(log, f"{shown}, the data folder of {manifest.name}'s training")
+    log_once(log, f"{shown}, the data folder that {manifest.name} was trained with")
 
 
 @command("evaluate", EvaluateConfig, check=check, settle=use_trained_data)
@@ -78,13 +78,13 @@ def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
         log_result(loggers, result)
         log_used(loggers, manifest)
         for logger in loggers:
-            if isinstance(logger, SafeCsvLogger):  # it has no summary: log a row of scores
+            if isinstance(logger, SafeCsvLogger):  # it has no summary, so log a row of metrics
                 logger.log_metrics(columns(result["metrics"]), 0)
         return result
 
 
 def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
-    """Score the artifact, write the predictions, and return the content of result.json."""
+    """Evaluate the artifact, write the predictions, and return the content of result.json."""
     from fusion.analysis.unseen import check_unseen
     from fusion.cli.console import rows_progress
     from fusion.data.encode import encode
@@ -111,7 +111,7 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
         check_unseen(trained, task, data, split)
         rows = load_splits(task, data, [split], manifest.data.labels.get(str(task.name)))[0][split]
         if rows.labels is None:
-            raise UserError(f"split={split}: its rows have no labels to score against; use fusion.predict")
+            raise UserError(f"split={split} has no labels, so metrics cannot be computed; use fusion.predict")
         encoded = encode(rows, loaded.backbone.tokenizer, loaded.max_length, config.data.cache_dir)
         encoded.task = head.index
         with rows_progress(f"{manifest.name} on {task.name} {split}", len(rows)) as advance:
@@ -129,10 +129,10 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
         metrics[key] = kind.metrics(task, labels, predictions)
         stored[key] = RowPredictions(list(range(len(rows))), predictions, labels).as_stored(encoded)
         count, seconds, tokens = count + len(rows), seconds + found.seconds, tokens + found.tokens
-        by = f", by the head of {head.trained_on}" if manifest.multitask and head.trained_on != task.name else ""
+        by = f", head of {head.trained_on}" if manifest.multitask and head.trained_on != task.name else ""
         dropped = f", {config.drop} layers dropped" if config.drop else ""
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics[key].items())
-        say(f"{manifest.name} on {task.name} {split} ({len(rows)} rows{by}{dropped}): {shown}")
+        say(f"{manifest.name} on {task.name} {split} ({len(rows)} examples{by}{dropped}): {shown}")
     write_predictions(run.directory, stored)
     return {
         "artifact": str(loaded.artifact.path),

@@ -1,4 +1,4 @@
-"""Predictions of a stored artifact for the rows of a file, one JSON line per row.
+"""Predict with a stored artifact for the examples of a file; writes one JSON line per example.
 
 python -m fusion.predict artifact=rte-adapterfusion input=rows.jsonl output=predictions.jsonl
 """
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 
 def select_head(manifest: Manifest, task: TaskConfig | None) -> SelectedHead:
-    """The head for the rows: that of the task, or the artifact's only one."""
+    """Return the head for the task, or the artifact's only head."""
     heads = select_heads(manifest, task)
     if len(heads) > 1:
         names = ", ".join(head.trained_on for head in heads)
-        raise UserError(f"{manifest.name} has multiple tasks; set +task= to that of the file, one of {names}")
+        raise UserError(f"{manifest.name} has multiple tasks; set +task= to the task of the file, one of {names}")
     return heads[0]
 
 
@@ -46,14 +46,15 @@ def check(config: PredictConfig, run: Run) -> None:
         check_attends(manifest, "attention=true", "leave attention= out")
     source, output = Path(config.input), Path(config.output)
     if not source.is_file() or file_format(source) is None:
-        raise UserError(f"input={config.input}: expected an existing file that ends in {READABLE}")
+        raise UserError(f"input={config.input}: expected an existing file with the extension {READABLE}")
     if output.is_dir() or (output.exists() and output.samefile(source)):
-        raise UserError(f"output={config.output}: is the input or a folder; expected another file")
+        problem = "is a folder" if output.is_dir() else "is the input file"
+        raise UserError(f"output={config.output} {problem}; set a different output file")
     try:
         tempfile.TemporaryFile(dir=output.absolute().parent).close()
     except OSError as error:
         raise UserError(
-            f"output={config.output}: cannot write to its folder ({error.strerror}); expected a folder that exists"
+            f"output={config.output}: cannot write to its folder ({error.strerror}); use an existing, writable folder"
         ) from None
 
 
@@ -100,12 +101,12 @@ def main(config: PredictConfig, run: Run) -> dict[str, Any]:
 def lines(
     predictions: Predictions, head: SelectedHead, sources: list[str], counts: list[int] | None
 ) -> Iterator[dict[str, Any]]:
-    """The line of each row, see `Kind.lines`, with the mean attention to each source per layer if it was recorded.
+    """Yield the line of each example, see `Kind.lines`, with the mean source attention per layer if recorded.
 
-    If the placement has more than one site, the attention is per `layer.site`.
+    If adapters are placed at more than one site, the attention is per `layer.site`.
 
     Args:
-        counts: choices of each row; None: rows are plain texts.
+        counts: number of choices of each example, or `None` for plain text.
     """
     one_site = len({slot.partition(".")[2] for slot in predictions.attention}) == 1
     for row, line in enumerate(kind_of(head.task).lines(head.task, predictions.scores, counts, head.decision)):

@@ -35,13 +35,13 @@ def main(config: Stage1Config, run: Run) -> dict[str, Any]:
 
 
 def train(config: Stage1Config, run: Run, output: RunOutput) -> dict[str, Any]:
-    # Heavy imports come once a command really runs, so that --help and a wrong key answer at once.
+    # Heavy imports are deferred, so that --help and errors in the overrides are fast.
     import torch
 
     from fusion.analysis.unseen import check_unseen
     from fusion.backbones.load import load_backbone
     from fusion.model.adapted import AdaptedModel
-    from fusion.model.build import new_adapters, new_heads, start_from, tuning_of
+    from fusion.model.build import initialize_from, new_adapters, new_heads, tuning_of
     from fusion.training.fit import use_deterministic_algorithms
     from fusion.training.module import Objective
     from fusion.training.stage import StageSpec, train_and_store
@@ -71,7 +71,7 @@ def train(config: Stage1Config, run: Run, output: RunOutput) -> dict[str, Any]:
         config.backbone.gradient_checkpointing,
         tuning,
     )
-    initial = start_from(config, model, backbone)
+    initial = initialize_from(config, model, backbone)
     sizes = {slot: config.adapter.size_for(backbone.hidden_size) for slot in slot_modules}
     adapter = config.adapter.as_stored() | {"bottleneck_sizes": sizes} if slot_modules else None
     objective = Objective(

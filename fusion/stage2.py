@@ -1,7 +1,7 @@
-"""Stage 2: load adapters of the store, keep them frozen, and train how to combine them on a target task.
+"""Stage 2: load frozen adapters from the store and train their composition on a target task.
 
 python -m fusion.stage2 +task=rte 'sources=[mnli,sst2,rte]'
-python -m fusion.stage2 +task=rte sources=top:3    # of those that python -m fusion.rank +task=rte has ranked
+python -m fusion.stage2 +task=rte sources=top:3    # the top 3 of python -m fusion.rank +task=rte
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fusion.training.preflight import check_stage
 
 def output_of(config: Stage2Config, inputs: Inputs, run: Run) -> RunOutput:
     check_backbone_name(inputs.sources[0], config.backbone.name_or_path)
-    # A retrained source changes the identity of this run, although the config is unchanged.
+    # A retrained source changes the identity of this run even if the config is unchanged.
     initial = initial_inputs(initial_manifest(config, "fusion", inputs.sources))
     return find_output(config, run, kind="fusion", inputs=inputs.hashes | initial)
 
@@ -40,14 +40,14 @@ def main(config: Stage2Config, run: Run) -> dict[str, Any]:
 
 
 def train(config: Stage2Config, run: Run, inputs: Inputs, output: RunOutput) -> dict[str, Any]:
-    # Heavy imports come once a command really runs, so that --help and a wrong key answer at once.
+    # Heavy imports are deferred, so that --help and errors in the overrides are fast.
     import torch
 
     from fusion.analysis.initialization import initialize
     from fusion.analysis.unseen import check_unseen
     from fusion.backbones.load import load_backbone
     from fusion.model.adapted import AdaptedModel
-    from fusion.model.build import build_composition, load_sources, start_from
+    from fusion.model.build import build_composition, initialize_from, load_sources
     from fusion.store.artifacts import adopt
     from fusion.training.fit import use_deterministic_algorithms
     from fusion.training.module import Objective
@@ -82,7 +82,7 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, output: RunOutput) -> 
         config.backbone.gradient_checkpointing,
     )
     init.copy_weights(model)
-    initial = start_from(config, model, backbone)
+    initial = initialize_from(config, model, backbone)
     objective = Objective(
         loss_weights=init.composition.loss_weights(),
         label_smoothing=config.loss.label_smoothing,

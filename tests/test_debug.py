@@ -65,7 +65,7 @@ def test_stage_1(go: Go, place: Path, name: str) -> None:
     )  # the table's row, or what is next
     if name == "profile":
         (table,) = left["folder"].glob("*.txt")
-        assert f"profile of the training: {table}" in left["out"]
+        assert f"profiler output: {table}" in left["out"]
         assert "run_training_batch" in table.read_text()
 
 

@@ -31,5 +31,5 @@ def test_the_folder_of_the_training_unless_data_dir_is_set(bench: Bench) -> None
     assert settled(bench, "data.dir=null") is None
     assert settled(bench, data=DataConfig(dir=str(bench.folder))) == str(bench.folder)
     shutil.move(folder, Path(folder).with_name("moved"))
-    with pytest.raises(UserError, match=r"data folder of films's training does not exist\nSet data\.dir=DIR"):
+    with pytest.raises(UserError, match=r"data folder that films was trained with does not exist\nSet data\.dir=DIR"):
         settled(bench)

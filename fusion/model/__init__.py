@@ -1,1 +1,1 @@
-"""Builds the adapted model: a frozen backbone, what its slots hold, and a head."""
+"""The adapted model: a frozen backbone, the modules in its slots, and a head."""

@@ -1,6 +1,6 @@
 """A backbone with slot modules, and a head.
 
-Shapes: S texts, B rows, T tokens, D hidden size, K outputs of the head, N sources.
+Shapes: S texts, B examples, T tokens, D hidden size, K outputs of the head, N sources.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from fusion.layers.slot_module import BatchContext, Recorder, SlotModule, parame
 
 
 class AdaptedModel(nn.Module):
-    """The frozen backbone with slot modules attached to it, and a head that scores its output.
+    """Frozen backbone with slot modules attached to it, and a head that computes logits from its output.
 
-    The parameters of `slot_modules`, `head` and `tuning` train, and nothing else. Freezing, the optimizer, checkpoints
-    and the store all read `trainable`.
+    Only the parameters of `slot_modules`, `head` and `tuning` are trainable. Freezing, the optimizer, checkpoints and
+    the store all read `trainable`.
 
     Args:
-        backbone: frozen; slots are attached to it in place.
-        slot_modules: by slot address, see `SlotAddress`.
-        reads: what every slot module reads, see `fusion.backbones.wirings`.
-        head: K scores per text; for multiple tasks, one head each.
+        backbone: frozen backbone, to which slots are attached in place.
+        slot_modules: slot modules by slot address, see `SlotAddress`.
+        reads: input of every slot module, see `fusion.backbones.wirings`.
+        head: maps each text to K logits; one head per task in multi-task models.
         backbone_dropout: whether the backbone's own dropout is active in training.
         gradient_checkpointing: whether layers are recomputed in the backward pass to save memory.
-        tuning: the parameters of the backbone that train; None: none.
+        tuning: trainable parameters of the backbone, if any.
 
     Raises:
-        ValueError: the backbone does not have the slot, or the slot not the reading.
+        ValueError: if the backbone has no such slot, or the slot does not support `reads`.
     """
 
     def __init__(
@@ -65,16 +65,16 @@ class AdaptedModel(nn.Module):
         self._slot_list = [self._make_slot(SlotAddress.parse(name), module) for name, module in slot_modules.items()]
         for slot in sorted(self._slot_list, key=lambda slot: slot.order):
             slot.attach(self._layers_of(slot.address.stack)[slot.address.layer])
-        # Nested by address, so that names read `slots.0.feedforward.down.weight`.
+        # Nested by address, so that names are `slots.0.feedforward.down.weight`.
         self.slots = nn.ModuleDict()
         for slot in self._slot_list:
             *above, last = slot.address.path.split(".")
-            place = self.slots
+            parent = self.slots
             for key in above:
-                if key not in place:
-                    place[key] = nn.ModuleDict()
-                place = cast(nn.ModuleDict, place[key])
-            place[last] = slot.module
+                if key not in parent:
+                    parent[key] = nn.ModuleDict()
+                parent = cast(nn.ModuleDict, parent[key])
+            parent[last] = slot.module
         first = next(iter(self._family.stacks))
         layers = [slot.address.layer for slot in self._slot_list if slot.address.stack == first]
         self.boundary = min(layers, default=None)
@@ -94,10 +94,10 @@ class AdaptedModel(nn.Module):
     def _make_slot(self, address: SlotAddress, module: SlotModule) -> Slot:
         stack = self._family.stacks.get(address.stack)
         if stack is None:
-            raise ValueError(f"no slot {address}: expected one of the stacks {', '.join(self._family.stacks)}")
+            raise ValueError(f"no slot {address}: the stack must be one of {', '.join(self._family.stacks)}")
         layers = len(self._layers_of(address.stack))
         if address.site not in stack.sites or address.layer >= layers:
-            raise ValueError(f"no slot {address}: {layers} layers, sites {', '.join(stack.sites)}")
+            raise ValueError(f"no slot {address}: the backbone has {layers} layers, sites {', '.join(stack.sites)}")
         return make_slot(address, stack.sites[address.site], module, self.reads, self._current)
 
     def train(self, mode: bool = True) -> AdaptedModel:
@@ -122,22 +122,22 @@ class AdaptedModel(nn.Module):
         task: int = 0,
         words: Tensor | None = None,
     ) -> Tensor:
-        """Scores of the rows.
+        """Compute the logits.
 
         Args:
             input_ids, attention_mask, token_type_ids: (S, T).
-            choice_counts: (B,) texts per row: choices, or windows of a long sentence.
-            sources_on: (N,) bool, the sources that take part; None: all.
+            choice_counts: (B,) number of texts per example: choices, or windows of a long sentence.
+            sources_on: (N,) bool mask of active sources. If `None`, all sources are active.
             record: called in each slot with its name and the source weights (S, T, N).
-            features: (S, T, D), `frozen_features` of these rows: the layers below the lowest slot are not computed.
-                Values at padding do not matter.
+            features: (S, T, D), `frozen_features` of these examples, which replace the layers below the lowest slot.
+                Values at padding are ignored.
             first_layer: slots in lower layers are inactive (AdapterDrop, Rücklé et al. 2021).
-            task: the index of the head, for multiple tasks.
-            words: (B, most words), tagging: the index of each word's first sub-word among the S * T tokens; -1 for
+            task: index of the head in multi-task models.
+            words: (B, max words), for tagging: index of each word's first subword among the S * T tokens, -1 at
                 padding.
 
         Returns:
-            (B, K); multiple choice: (B, most choices); tagging: (B, most words, K). -inf where a row has fewer.
+            Logits (B, K); multiple choice: (B, max choices); tagging: (B, max words, K). Padded with -inf.
         """
         hidden = self.hidden_states(
             input_ids,
@@ -149,12 +149,12 @@ class AdaptedModel(nn.Module):
             first_layer=first_layer,
         )
         index = (task,) if isinstance(self.head, TaskHeads) else ()
-        scores: Tensor = self.head(hidden, attention_mask, *index, words=words)
+        logits: Tensor = self.head(hidden, attention_mask, *index, words=words)
         if self.training and first_layer > 0:
-            scores = scores + self._zero_of_inactive_slots(first_layer)
+            logits = logits + self._zero_of_inactive_slots(first_layer)
         if choice_counts is None or words is not None:
-            return scores
-        return _by_row(scores.squeeze(-1), choice_counts)
+            return logits
+        return _by_example(logits.squeeze(-1), choice_counts)
 
     def hidden_states(
         self,
@@ -168,13 +168,10 @@ class AdaptedModel(nn.Module):
         features: Tensor | None = None,
         first_layer: int = 0,
     ) -> Tensor:
-        """The last hidden states; arguments as in `forward`.
+        """Compute the last hidden states (S, T, D). See `forward` for the other arguments.
 
         Args:
-            members: (S,), the index of the adapter for each text, for slots with the adapters of multiple tasks.
-
-        Returns:
-            (S, T, D).
+            members: (S,), adapter index of each text, for slots with the adapters of multiple tasks.
         """
         if features is not None and not self._takes_features:
             raise RuntimeError("call take_features() before a batch with cached features")
@@ -186,16 +183,16 @@ class AdaptedModel(nn.Module):
         return self._run(input_ids, attention_mask, token_type_ids)
 
     def _zero_of_inactive_slots(self, first_layer: int) -> Tensor:
-        """0, with zero gradients for the parameters of inactive slots: DDP expects a gradient for every parameter.
+        """Return 0 with zero gradients for the parameters of inactive slots, since DDP expects all gradients.
 
-        Added to the scores and not in the layers, so that the backward pass stops at the lowest active slot.
+        It is added to the logits instead of in the layers, so that the backward pass stops at the lowest active slot.
         """
         below = [slot.module for slot in self._slot_list if slot.address.layer < first_layer]
         parts = [parameter.sum() for module in below for parameter in module.parameters()]
         return 0.0 * torch.stack(parts).sum() if parts else torch.zeros(())
 
     def _run(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> Tensor:
-        """(S, T) -> the last layer's output: (S, T, D)."""
+        """Run the backbone: (S, T) -> last hidden states (S, T, D)."""
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **types)
         hidden: Tensor = output.last_hidden_state
@@ -205,9 +202,9 @@ class AdaptedModel(nn.Module):
     def frozen_features(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
-        """The input of the lowest layer with a slot; without slots, the last hidden states.
+        """Compute the input of the lowest layer with a slot or, without slots, the last hidden states.
 
-        It does not depend on anything that trains, as long as the backbone's dropout is off.
+        It does not depend on any trainable parameter, provided that the backbone's dropout is off.
 
         Args:
             input_ids, attention_mask, token_type_ids: (S, T).
@@ -215,7 +212,7 @@ class AdaptedModel(nn.Module):
         Returns:
             (S, T, D).
         """
-        assert not self.backbone.training, "with dropout, features would differ each time"
+        assert not self.backbone.training, "with dropout, features would not be deterministic"
         self._current.context = BatchContext(attention_mask)
         self._current.features, self._current.capture = None, True
         try:
@@ -227,13 +224,13 @@ class AdaptedModel(nn.Module):
             self._current.capture = False
 
     def take_features(self) -> None:
-        """Accept frozen features from batches: layers below the boundary are then not computed.
+        """Accept frozen features in batches, with which layers below the boundary are not computed.
 
         Raises:
-            RuntimeError: an encoder–decoder model with slots in the decoder only.
+            RuntimeError: if slots are only in the decoder of an encoder–decoder model.
         """
         if self.boundary is None and len(self._family.stacks) > 1:
-            raise RuntimeError("the encoder has no slot: its output is not a state of the whole model")
+            raise RuntimeError("the encoder has no slot, so its features cannot replace the whole model")
         if not self._takes_features:
             layers, stack = self._family.layer_list(self.backbone), self._family.first_stack
             skip_with_features(layers, self.boundary or 0, stack, self._current)
@@ -241,13 +238,13 @@ class AdaptedModel(nn.Module):
 
     @property
     def adapted_layers(self) -> list[int]:
-        """The layers with a slot, in ascending order."""
+        """Indices of the layers with a slot, in ascending order."""
         return sorted({slot.address.layer for slot in self._slot_list})
 
     def merged(self) -> AdaptedModel:
-        """Merge matrices for faster inference, in place. Scores stay the same up to rounding.
+        """Merge matrices in place for faster inference. Logits stay the same up to rounding.
 
-        The model cannot be trained or stored any more.
+        Afterwards the model can no longer be trained or stored.
         """
         for slot in self._slot_list:
             slot.module = slot.module.merged()
@@ -257,7 +254,7 @@ class AdaptedModel(nn.Module):
         return self.eval()
 
     def losses(self) -> dict[str, Tensor]:
-        """The named loss terms of the slot modules, each summed over the slots."""
+        """Return the named loss terms of the slot modules, each summed over the slots."""
         total: dict[str, Tensor] = {}
         for slot in self._slot_list:
             for name, value in slot.module.losses().items():
@@ -265,28 +262,28 @@ class AdaptedModel(nn.Module):
         return total
 
     def slot_modules(self) -> dict[str, SlotModule]:
-        """All slot modules by address, in the order of the constructor's argument."""
+        """Return all slot modules by address, in the order of the constructor's argument."""
         return {str(slot.address): slot.module for slot in self._slot_list}
 
     def tuned(self) -> dict[str, nn.Parameter]:
-        """The parameters of the backbone that train, by their names there."""
+        """Return the trainable backbone parameters, keyed by their names in the backbone."""
         return {} if self.tuning is None else dict(self.tuning.parameters)
 
     def weight_state(self) -> dict[str, nn.Parameter]:
-        """The parameters stored as the weights of an artifact: `0.feedforward.down.weight`. Shared ones appear once."""
+        """Return the parameters stored as weights: `0.feedforward.down.weight`. Shared parameters appear once."""
         return parameters_of(self.slot_modules()) | ({} if self.tuning is None else self.tuning.state())
 
     def head_state(self) -> dict[str, nn.Parameter]:
-        """The parameters stored as the head: `output.weight` and so on; for multiple tasks, `TASK.output.weight`."""
+        """Return the parameters stored as the head: `output.weight`, or `TASK.output.weight` in multi-task models."""
         return self.head.state()
 
     @property
     def heads(self) -> list[TaskHead]:
-        """The head of each task."""
+        """List of the heads, one per task."""
         return list(self.head.by_task().values()) if isinstance(self.head, TaskHeads) else [self.head]
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Every parameter that trains, by its full name."""
+        """Return all trainable parameters by full name."""
         if self._frozen:
             return {}
         modules = {slot.address.path: slot.module for slot in self._slot_list}
@@ -296,39 +293,39 @@ class AdaptedModel(nn.Module):
         return in_slots | tuned | head
 
     def freeze(self) -> None:
-        """Freeze everything; the stored state stays the same."""
+        """Freeze all parameters. `weight_state` and `head_state` are unchanged."""
         self.requires_grad_(False)
         self._frozen = True
 
     def undecayed(self) -> set[str]:
-        """Names in `trainable` without weight decay: vectors, and what a slot module exempts."""
+        """Return the names in `trainable` without weight decay: vectors, and `SlotModule.undecayed`."""
         vectors = {name for name, parameter in self.trainable().items() if parameter.ndim < 2}
         exempt = {f"slots.{slot.address.path}.{name}" for slot in self._slot_list for name in slot.module.undecayed}
         return vectors | (exempt & set(self.trainable()))
 
     def frozen(self) -> dict[str, Tensor]:
-        """Every tensor that must not change in training. A shared tensor may appear under multiple names."""
-        # By identity, since a shared parameter has more than one name.
+        """Return all tensors that must not change in training. A shared tensor may appear under multiple names."""
+        # Compared by identity, since a shared parameter has more than one name.
         training = {id(parameter) for parameter in self.trainable().values()}
         return {name: tensor for name, tensor in self.every_tensor().items() if id(tensor) not in training}
 
     def every_tensor(self) -> dict[str, Tensor]:
-        """All parameters and buffers, also non-persistent ones, by each of their names."""
+        """Return all parameters and buffers, including non-persistent buffers, by each of their names."""
         parameters = self.named_parameters(remove_duplicate=False)
         return {**dict(parameters), **dict(self.named_buffers(remove_duplicate=False))}
 
     def frozen_hashes(self) -> dict[str, str]:
-        """sha256 of each tensor of `frozen`."""
+        """Return the sha256 of each tensor of `frozen`."""
         return {name: hash_tensors([(name, tensor)]) for name, tensor in self.frozen().items()}
 
 
 def hash_of_hashes(hashes: Mapping[str, str]) -> str:
-    """sha256 over names and their hashes, in the order of the names."""
+    """Return the sha256 over names and hashes, in the order of the names."""
     return hashlib.sha256(json.dumps(dict(hashes), sort_keys=True).encode()).hexdigest()
 
 
-def _by_row(scores: Tensor, choice_counts: Tensor) -> Tensor:
-    """scores: (S,) in row order, choice_counts: (B,) -> (B, most choices), -inf for missing choices."""
+def _by_example(logits: Tensor, choice_counts: Tensor) -> Tensor:
+    """Group logits by example: (S,), choice_counts (B,) -> (B, max choices), padded with -inf."""
     most = int(choice_counts.max())
-    there = torch.arange(most, device=scores.device) < choice_counts.unsqueeze(-1)
-    return scores.new_full(there.shape, float("-inf")).masked_scatter(there, scores)
+    exists = torch.arange(most, device=logits.device) < choice_counts.unsqueeze(-1)
+    return logits.new_full(exists.shape, float("-inf")).masked_scatter(exists, logits)

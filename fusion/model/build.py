@@ -38,24 +38,24 @@ log = logging.getLogger(__name__)
 
 
 def new_adapters(config: AdapterConfig, backbone: Backbone) -> dict[str, BottleneckAdapter]:
-    """A new adapter for each slot of the placement, by slot name; with `shared`, one for all layers.
+    """Return a new adapter for each slot of the placement, by slot name; with `shared`, one for all layers.
 
     Raises:
-        UserError: the backbone's family does not have the site.
+        UserError: if the backbone's family does not have the site, or the site does not support `adapter.reads`.
     """
-    there = backbone.family.sites
-    missing = [site for site in config.sites if site not in there]
+    sites = backbone.family.sites
+    missing = [site for site in config.sites if site not in sites]
     if missing:
         raise UserError(
-            f"adapter={config.name}: backbone {backbone.name_or_path} ({backbone.family.name}) has no place "
-            f"{missing[0]}; expected adapter.sites among {', '.join(site for site in SITES if site in there)}"
+            f"adapter={config.name}: backbone {backbone.name_or_path} ({backbone.family.name}) has no site "
+            f"{missing[0]}; expected adapter.sites among {', '.join(site for site in SITES if site in sites)}"
         )
     for site in config.sites:
-        if config.reads not in there[site].reads:
-            *others, last = there[site].reads
+        if config.reads not in sites[site].reads:
+            *others, last = sites[site].reads
             raise UserError(
-                f"adapter.reads={config.reads}: backbone {backbone.name_or_path} ({backbone.family.name}) has no such "
-                f"reading at {site}; expected {', '.join(others)} or {last}"
+                f"backbone {backbone.name_or_path} ({backbone.family.name}) does not support "
+                f"adapter.reads={config.reads} at {site}; expected {', '.join(others)} or {last}"
             )
 
     layers = kept_layers(config.layers, config.drop, backbone.layers, "adapter")
@@ -65,16 +65,16 @@ def new_adapters(config: AdapterConfig, backbone: Backbone) -> dict[str, Bottlen
 
 
 def tuning_of(config: MethodConfig, backbone: Backbone) -> Tuning | None:
-    """The parameters of the backbone that a method trains; LoRA changes the backbone in place."""
+    """Return the backbone parameters that a method trains, if any. LoRA changes the backbone in place."""
     tune = config.definition.tune
     return None if tune is None else tune(config, backbone.model)
 
 
 def stored_adapters(artifact: Artifact) -> dict[str, BottleneckAdapter]:
-    """The adapters of a stored artifact by slot name, with their weights.
+    """Return the adapters of a stored artifact with their weights, by slot name.
 
     Raises:
-        UserError: the weights do not match the manifest.
+        UserError: if the weights do not match the manifest.
     """
     _check_weights(artifact)
     adapters = described_adapters(artifact.manifest)
@@ -83,7 +83,7 @@ def stored_adapters(artifact: Artifact) -> dict[str, BottleneckAdapter]:
 
 
 def _check_weights(artifact: Artifact, sources: Sequence[Manifest] = ()) -> None:
-    """Refuse weights that do not match the manifest, before a model of that size is built."""
+    """Raise if the weights do not match the manifest, before a model of that size is built."""
     expected = weight_shapes(artifact.manifest, sources, artifact.path)
     if expected is not None:
         match_keys(expected, artifact.weights, artifact.path / WEIGHTS)
@@ -92,13 +92,13 @@ def _check_weights(artifact: Artifact, sources: Sequence[Manifest] = ()) -> None
 def build_composition(
     config: CompositionConfig, sources: Sequence[Artifact], backbone: Backbone, chosen: Mapping[str, Any] | None = None
 ) -> dict[str, SlotModule]:
-    """`compose` of stored sources."""
+    """Call `compose` with stored sources."""
     manifests = [source.manifest for source in sources]
     return compose(config, manifests, lambda n: stored_adapters(sources[n]), backbone.layers, chosen or {})
 
 
 def new_head(config: HeadConfig, task: TaskConfig, default_pooling: str, backbone: Backbone) -> TaskHead:
-    """A new head for the task."""
+    """Return a new head for the task."""
     kind = kind_of(task)
     return kind.make_head(
         hidden_size=backbone.hidden_size,
@@ -112,26 +112,26 @@ def new_head(config: HeadConfig, task: TaskConfig, default_pooling: str, backbon
 def new_heads(
     config: HeadConfig, tasks: Sequence[TaskConfig], default_pooling: str, backbone: Backbone
 ) -> TaskHead | TaskHeads:
-    """A new head for each task; of a single task, that head itself."""
+    """Return a new head for a single task, or a `TaskHeads` for multiple tasks."""
     heads = {str(task.name): new_head(config, task, default_pooling, backbone) for task in tasks}
     return TaskHeads(heads) if len(heads) > 1 else next(iter(heads.values()))
 
 
 def load_sources(references: Sequence[str], store: Path, backbone: Backbone) -> list[Artifact]:
-    """The source adapters, in order, all trained on this backbone in one placement.
+    """Load the source adapters, in order, and check that they have the same backbone and placement.
 
     Raises:
-        UserError: a source is missing, damaged, or differs.
+        UserError: if a source is missing, damaged or incompatible.
     """
     sources = [load(reference, store) for reference in references]
     check_sources([source.manifest for source in sources])
     for source in sources:
-        check_made_for(source, backbone)
+        check_trained_on(source, backbone)
     return sources
 
 
-def check_made_for(artifact: Artifact, backbone: Backbone) -> None:
-    """Refuse an artifact that was trained on another backbone."""
+def check_trained_on(artifact: Artifact, backbone: Backbone) -> None:
+    """Raise if an artifact was trained on a different backbone."""
     check_backbone(
         artifact.manifest,
         name_or_path=backbone.name_or_path,
@@ -141,13 +141,13 @@ def check_made_for(artifact: Artifact, backbone: Backbone) -> None:
     )
     if artifact.manifest.backbone.layers != backbone.layers:
         raise UserError(
-            f"{artifact.path / MANIFEST}: backbone.layers is {artifact.manifest.backbone.layers}, and that "
-            f"backbone has {backbone.layers}; copy the artifact again, or train it again with overwrite=true"
+            f"{artifact.path / MANIFEST}: backbone.layers is {artifact.manifest.backbone.layers}, but the "
+            f"backbone has {backbone.layers}; copy the artifact again, or retrain it with overwrite=true"
         )
 
 
 def backbone_of(manifest: Manifest, other: SameBackboneConfig) -> tuple[str, str | None]:
-    """Name (or path) and revision of an artifact's backbone: the manifest's, unless `other` is set."""
+    """Return name (or path) and revision of an artifact's backbone. Settings in `other` override the manifest."""
     if other.name_or_path is not None:
         return other.name_or_path, other.revision
     return manifest.backbone.name_or_path, other.revision or manifest.backbone.revision
@@ -161,20 +161,20 @@ def _sources_of(manifest: Manifest, store: Path) -> list[Artifact]:
 
 
 def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int = 0) -> AdaptedModel:
-    """The model of an artifact for inference; a fusion's sources are read from the store.
+    """Return the model of an artifact for inference; the sources of a fusion are read from the store.
 
     Args:
-        drop: the number of first layers without slot modules (AdapterDrop, Rücklé et al. 2021).
+        drop: number of first layers without slot modules (AdapterDrop, Rücklé et al. 2021).
 
     Raises:
-        UserError: the backbone or a source is missing, or is not the one that the artifact was trained with.
+        UserError: if a source is missing, or the artifact was trained with a different backbone or source.
     """
     manifest = artifact.manifest
-    check_made_for(artifact, backbone)
+    check_trained_on(artifact, backbone)
     match_keys(head_shapes(manifest, artifact.path), artifact.head, artifact.path / HEAD)
     sources = _sources_of(manifest, store)
     for source in sources:
-        check_made_for(source, backbone)
+        check_trained_on(source, backbone)
     slot_modules: Mapping[str, SlotModule] = {}
     tuning = None
     if manifest.adapter is not None:
@@ -201,30 +201,30 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int 
     return model.merged()
 
 
-def start_from(config: StageConfig, model: AdaptedModel, backbone: Backbone) -> Manifest | None:
-    """Copy the weights of the artifact that `init_from` names into the model, and its head if it fits.
+def initialize_from(config: StageConfig, model: AdaptedModel, backbone: Backbone) -> Manifest | None:
+    """Initialize the model from the artifact `init_from`, including the head if shape and labels match.
 
-    Returns its manifest, or None.
+    Returns the artifact's manifest, or `None` if `init_from` is not set.
 
     Raises:
-        UserError: it is damaged, or was trained on another backbone.
+        UserError: if the artifact is damaged or was trained on a different backbone.
     """
     if config.init_from is None:
         return None
     artifact = load(config.init_from, Path(config.store))
     manifest = artifact.manifest
-    check_made_for(artifact, backbone)
+    check_trained_on(artifact, backbone)
     copy_stored(model.weight_state(), artifact.weights, artifact.path / WEIGHTS)
-    if _head_fits(config.task_list, manifest, model):
+    if _heads_match(config.task_list, manifest, model):
         copy_stored(model.head_state(), artifact.head, artifact.path / HEAD)
-        log.info("starting from the weights and the head of %s", manifest.name)
+        log.info("initialized weights and head from %s", manifest.name)
     else:
-        log.info("starting from the weights of %s; the head is new, since its task or shape differs", manifest.name)
+        log.info("initialized weights from %s; the head is new, since its task or shape differs", manifest.name)
     return manifest
 
 
-def _head_fits(tasks: Sequence[TaskConfig], manifest: Manifest, model: AdaptedModel) -> bool:
-    """Whether the stored heads have the model's shapes, and tasks of the same kinds and labels."""
+def _heads_match(tasks: Sequence[TaskConfig], manifest: Manifest, model: AdaptedModel) -> bool:
+    """Return whether the stored heads have the shapes of the model's heads and tasks of the same kinds and labels."""
     multitask = len(tasks) > 1 or manifest.multitask is not None
     if multitask and [task.name for task in manifest.tasks] != [task.name for task in tasks]:
         return False

@@ -1,8 +1,8 @@
-"""The feature cache: frozen features of every row, computed once and kept on disk for all epochs, seeds and runs.
+"""The feature cache: frozen features of every example, computed once and stored on disk for all epochs and runs.
 
-The hidden states that enter the lowest layer with a slot do not depend on anything that trains. With float32, scores
-equal those of the full forward pass up to rounding, and lower layers are not run at all. All features are computed
-before training, always in batches of the same rows, so that a resumed run reads the same bits.
+The hidden states that enter the lowest layer with a slot do not depend on any trainable parameter. With float32, logits
+equal those of the full forward pass up to rounding, without running the lower layers. All features are computed before
+training, always in batches of the same examples, so that a resumed run reads bit-identical features.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fusion.model.adapted import AdaptedModel
 log = logging.getLogger(__name__)
 
 _FORMAT = 3
-_TOKENS = 4096  # per batch: a constant, so that a row's features are the same in every run
+_TOKENS = 4096  # tokens per batch: a constant, so that features are the same in every run
 
 
 def cache_features(
@@ -42,21 +42,21 @@ def cache_features(
     cache_dir: str | None = None,
     once: bool = False,
 ) -> str | None:
-    """Attach the frozen features to every split and let the model start from them, depending on `config.cache`.
+    """Attach frozen features to every split and let the model read them, depending on `config.cache`.
 
     Args:
-        splits: everything that the model is trained and evaluated on.
-        fingerprint: of the backbone.
-        device: computes the features.
-        cache_dir: the cache folder; None: the user's cache.
-        once: whether the run reads each row only once, so that a cache would not pay.
+        splits: all splits that the model is trained and evaluated on.
+        fingerprint: fingerprint of the backbone.
+        device: device that computes the features.
+        cache_dir: cache directory. If `None`, the user's cache directory.
+        once: whether the run reads each example only once, so that a cache would not save time.
 
     Returns:
-        float32 or float16; None if the whole model is run: with `off`, or with `auto` because no layer is below the
-        lowest slot, there is too little space, or the folder cannot be written.
+        The dtype of the features, float32 or float16, or `None` without a cache: with `off`, or with `auto` if no layer
+        is below the lowest slot, the features exceed `backbone.cache_gb`, or the directory cannot be written.
 
     Raises:
-        UserError: a cache of a given type does not fit, cannot be written, or is too imprecise.
+        UserError: if a dtype is set and the cache is too large or not writable, or a feature exceeds its range.
     """
     asked, splits = config.cache, list(splits)
     if asked == "off" or config.dropout or model.tuning is not None:
@@ -69,14 +69,14 @@ def cache_features(
     limit = int(config.cache_gb * 1e9)
     if needed > limit:
         why = (
-            f"the frozen features of these rows take {needed / 1e9:.1f} GB as {dtype}, more than "
+            f"the frozen features of these examples take {needed / 1e9:.1f} GB as {dtype}, more than "
             f"backbone.cache_gb={config.cache_gb:g}"
         )
-        _go_without(asked, why, "Raise backbone.cache_gb, or set backbone.cache=off")
+        _log_or_raise(asked, why, "Increase backbone.cache_gb, or set backbone.cache=off")
         return None
     if any(rows.pads_left for rows in splits):
-        why = "the tokenizer pads on the left, so that a row's features depend on the rows beside it"
-        _go_without(asked, why, "Set backbone.cache=off")
+        why = "the tokenizer pads on the left, so features depend on the other examples in the batch"
+        _log_or_raise(asked, why, "Set backbone.cache=off")
         return None
     folder = (user_cache() if cache_dir is None else Path(cache_dir).expanduser()) / "prefix"
     try:
@@ -92,8 +92,8 @@ def cache_features(
             for rows in splits
         ]
     except OSError as error:
-        fix = "Set another folder with data.cache_dir=DIR, or backbone.cache=off"
-        _go_without(asked, f"{folder} cannot be written ({error})", fix, error)
+        fix = "Set a different folder with data.cache_dir=DIR, or backbone.cache=off"
+        _log_or_raise(asked, f"{folder} cannot be written ({error})", fix, error)
         return None
     finally:
         model.to("cpu")
@@ -103,8 +103,8 @@ def cache_features(
     return dtype
 
 
-def _go_without(asked: str, why: str, fix: str, error: OSError | None = None) -> None:
-    """Without a cache: `auto` logs why, a given type is refused."""
+def _log_or_raise(asked: str, why: str, fix: str, error: OSError | None = None) -> None:
+    """Log why there is no cache (`auto`), or raise (if a dtype is set)."""
     if asked != "auto":
         raise UserError(f"backbone.cache={asked}: {why}\n{fix}") from error
     log.log(logging.INFO if error is None else logging.WARNING, "%s: frozen features are computed in each epoch", why)
@@ -112,7 +112,7 @@ def _go_without(asked: str, why: str, fix: str, error: OSError | None = None) ->
 
 def _build(model: AdaptedModel, rows: EncodedRows, states: NDArray[Any], device: torch.device) -> None:
     log.info(
-        "computing the frozen features of %d rows, once (%.0f MB, below %s)",
+        "computing the frozen features of %d examples (%.0f MB, below %s)",
         len(rows),
         states.nbytes / 1e6,
         "the head" if model.boundary is None else f"layer {model.boundary}",
@@ -125,14 +125,14 @@ def _build(model: AdaptedModel, rows: EncodedRows, states: NDArray[Any], device:
         values = features.float().cpu().numpy()[real]
         if states.dtype == np.float16 and np.abs(values).max() > largest:
             raise UserError(
-                f"backbone.cache={states.dtype}: a frozen feature exceeds its range\n"
+                f"backbone.cache={states.dtype}: a frozen feature exceeds the range of this dtype\n"
                 "Set backbone.cache=float32, or backbone.cache=off"
             )
         states[tokens] = values
 
 
 def _key(model: AdaptedModel, rows: EncodedRows, fingerprint: str, dtype: str, device: torch.device) -> str:
-    """40 hex digits over everything that determines the bits."""
+    """Return a hash (40 hex digits) of everything that the features depend on."""
     parts = [
         _FORMAT,
         rows.key,

@@ -1,7 +1,7 @@
-"""Slot modules and heads from manifests, without their weights.
+"""Slot modules and heads built from manifests, without their weights.
 
-Built on torch's meta device, they give the shapes of the tensors that an artifact must hold, so that wrong sizes are
-refused and a store is verified without a backbone. Parameters inside a backbone (lora, bitfit, full) are not covered.
+On torch's meta device, they provide the expected shapes of an artifact's tensors, so that a store can be verified
+without a backbone. Parameters inside a backbone (lora, bitfit, full) are not covered.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from fusion.tasks.table import KINDS
 from fusion.text import shortened
 
 Shapes = dict[str, tuple[int, ...]]
-"""Shapes of tensors by their names in a file."""
+"""Tensor shapes, by name in the file."""
 
 
 def described_adapters(manifest: Manifest) -> dict[str, BottleneckAdapter]:
-    """The adapters of an artifact by slot."""
+    """Return new adapters with the sizes given in a manifest, by slot."""
     assert manifest.adapter is not None
     sizes, hidden_size = manifest.bottleneck_sizes, manifest.backbone.hidden_size
     return make_adapters(manifest.adapter.settings, sizes, hidden_size, "bert")
@@ -42,10 +42,10 @@ def described_adapters(manifest: Manifest) -> dict[str, BottleneckAdapter]:
 def make_adapters(
     settings: AdapterConfig, sizes: Mapping[str, int], hidden_size: int, init: str
 ) -> dict[str, BottleneckAdapter]:
-    """New adapters by slot; with `shared`, one for all layers of a site.
+    """Return new adapters by slot; with `shared`, one for all layers of a site.
 
     Args:
-        sizes: the bottleneck size of each slot.
+        sizes: bottleneck size of each slot.
         init: see `BottleneckAdapter`.
     """
     adapters: dict[str, BottleneckAdapter] = {}
@@ -62,18 +62,18 @@ def make_adapters(
 
 
 def described_head(manifest: Manifest) -> TaskHead | TaskHeads:
-    """The head of an artifact; for multiple tasks, one for each."""
+    """Return a new head with the shape given in a manifest; for multiple tasks, one head per task."""
     hidden_size = manifest.backbone.hidden_size
     if manifest.multitask is None:
         return _head(manifest.task, manifest.head, hidden_size)
-    each = manifest.multitask.items()
-    return TaskHeads({name: _head(one.task, one.head, hidden_size) for name, one in each})
+    entries = manifest.multitask.items()
+    return TaskHeads({name: _head(entry.task, entry.head, hidden_size) for name, entry in entries})
 
 
 def _head(task: StoredTask, head: Head, hidden_size: int) -> TaskHead:
     kind = KINDS.get(task.kind)
     if kind is None:
-        raise UserError(f"its task is of kind {shortened(task.kind)}, expected one of {', '.join(KINDS)}")
+        raise UserError(f"task.kind is {shortened(task.kind)}, expected one of {', '.join(KINDS)}")
     return kind.make_head(hidden_size, **head.shape)
 
 
@@ -84,20 +84,20 @@ def compose(
     layers: int,
     chosen: Mapping[str, Any],
 ) -> dict[str, SlotModule]:
-    """The composition of the sources for each slot where at least one of them has an adapter.
+    """Return the composition of the sources for each slot in which at least one source has an adapter.
 
     Args:
-        adapters: returns a source's adapters by slot, from its position.
-        layers: the number of layers of the backbone.
-        chosen: see `Composition.finds`: `{"kept": {slot: positions}}`, `{"continued": name}`, or empty.
+        adapters: returns a source's adapters by slot, given the index of the source.
+        layers: number of layers of the backbone.
+        chosen: see `Composition.finds`: `{"kept": {slot: indices}}`, `{"continued": name}`, or empty.
 
     Raises:
-        UserError: `chosen` does not fit the composition or the sources, or there is no slot.
+        UserError: if `chosen` does not match the composition or the sources, or there is no slot.
     """
     definition = config.definition
     for key in (KEPT, CONTINUED):
         if (key in chosen) != (definition.finds == key):
-            raise UserError(f"composition.{key} is {'not for' if key in chosen else 'missing for'} {config.name}")
+            raise UserError(f"composition.{key} is {'not allowed' if key in chosen else 'missing'} for {config.name}")
     only = chosen.get(CONTINUED)
     if only is not None and only not in [source.name for source in sources]:
         raise UserError("composition.continued is not one of the sources")
@@ -114,7 +114,7 @@ def compose(
                 continue
             combined = _kept(chosen[KEPT], slot, present) if KEPT in chosen else present
             module = definition.build(config, SlotSources(combined, len(sources)), shared[site])
-            if config.target_adapter:  # as large as the largest source of the slot
+            if config.target_adapter:  # with the bottleneck size of the largest source in the slot
                 first, *others = present.values()
                 size = max(adapter.down.out_features for adapter in (first, *others))
                 target = BottleneckAdapter(first.down.in_features, size, first.nonlinearity, init="zero_up")
@@ -122,40 +122,40 @@ def compose(
             modules[slot] = module
     if not modules:
         raise UserError(
-            f"composition.layers={config.layers}: no source has an adapter in these layers, so nothing is combined"
+            f"composition.layers={config.layers}: no source has an adapter in these layers; select layers with adapters"
         )
     return modules
 
 
 def _kept(kept: Mapping[str, Any], slot: str, present: Mapping[int, BottleneckAdapter]) -> dict[int, BottleneckAdapter]:
-    positions = kept.get(slot)
+    indices = kept.get(slot)
     if (
-        not isinstance(positions, list)
-        or not positions
-        or any(type(n) is not int or n not in present for n in positions)
-        or len(set(positions)) < len(positions)
+        not isinstance(indices, list)
+        or not indices
+        or any(type(n) is not int or n not in present for n in indices)
+        or len(set(indices)) < len(indices)
     ):
-        raise UserError(f"composition.kept.{slot}: expected some of the sources {list(present)}, each once")
-    return {n: present[n] for n in positions}
+        raise UserError(f"composition.kept.{slot}: expected distinct source indices among {list(present)}")
+    return {n: present[n] for n in indices}
 
 
 # --- shapes -----------------------------------------------------------------------------------------
 
 
 def tensor_shapes(manifest: Manifest, sources: Sequence[Manifest], path: Path) -> dict[str, Shapes | None]:
-    """The shapes in each file of an artifact, see `weight_shapes` and `head_shapes`."""
+    """Return the tensor shapes in each file of an artifact, see `weight_shapes` and `head_shapes`."""
     return {WEIGHTS: weight_shapes(manifest, sources, path), HEAD: head_shapes(manifest, path)}
 
 
 def weight_shapes(manifest: Manifest, sources: Sequence[Manifest], path: Path) -> Shapes | None:
-    """The shapes in the weights file; None if they depend on the backbone. Shared parameters appear once.
+    """Return the shapes in the weights file, or `None` if they depend on the backbone.
 
     Args:
-        sources: of a fusion, in order.
-        path: the artifact's folder, for the message.
+        sources: sources of a fusion, in order.
+        path: directory of the artifact, for error messages.
 
     Raises:
-        UserError: the manifest describes no valid model, or does not match the sources.
+        UserError: if the manifest does not describe a valid model or does not match the sources.
     """
 
     def fusion() -> dict[str, SlotModule]:
@@ -173,12 +173,12 @@ def weight_shapes(manifest: Manifest, sources: Sequence[Manifest], path: Path) -
 
 
 def head_shapes(manifest: Manifest, path: Path) -> Shapes:
-    """The shapes in the head file: `output.weight` and so on; for multiple tasks, `TASK.output.weight`."""
+    """Return the shapes in the head file: `output.weight`, or `TASK.output.weight` for multiple tasks."""
     return _shapes(lambda: described_head(manifest).state(), path)
 
 
 class _WithoutValues(TorchFunctionMode):
-    """Skips `normal_`, which has no effect on the meta device but takes most of the time."""
+    """Mode that skips `normal_`, which has no effect on the meta device but takes most of the time."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -197,4 +197,4 @@ def _shapes(build: Callable[[], Mapping[str, Parameter]], path: Path) -> Shapes:
         text = str(error)
         raise UserError(text if text.startswith(str(path)) else f"{path / MANIFEST}: {text}") from None
     except (RuntimeError, ValueError) as error:  # impossible sizes
-        raise UserError(f"{path / MANIFEST}: describes no model ({first_line(error)})") from None
+        raise UserError(f"{path / MANIFEST}: does not describe a valid model ({first_line(error)})") from None

@@ -1,4 +1,4 @@
-"""Head selection: which of an artifact's heads scores the rows of a task."""
+"""Head selection: choose the head of an artifact for a task."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SelectedHead:
-    """A task, and the head that scores its rows.
+    """A task and the head that predicts its examples.
 
     Attributes:
-        index: of the head.
-        trained_on: the name of the task that the head was trained on.
-        decision: what its predictions depend on besides the scores, see `Kind.decision`.
+        index: index of the head.
+        trained_on: name of the task that the head was trained on.
+        decision: decision parameters of the predictions, see `Kind.decision`.
     """
 
     task: TaskConfig
@@ -31,14 +31,16 @@ class SelectedHead:
 
 
 def select_heads(manifest: Manifest, task: TaskConfig | None) -> list[SelectedHead]:
-    """The head for a task: the one of its name, else the only one with its kind and labels. None: all heads.
+    """Return the head for a task: the head with its name, else the only head with its kind and labels.
+
+    If `task` is `None`, return all heads.
 
     Raises:
-        UserError: no head or more than one head fits the task, or this version cannot run a stored task.
+        UserError: if not exactly one head matches the task, or this version cannot run a stored task.
     """
     try:
         tasks = [stored.as_config(f"manifest of {manifest.name}") for stored in manifest.tasks]
-    except UserError as error:  # it may quote a long text of the manifest
+    except UserError as error:  # the message may quote a long string of the manifest
         raise UserError(shortened(str(error), 600)) from None
     heads = [
         SelectedHead(own, index, str(own.name), dict(manifest.heads[index].decision)) for index, own in enumerate(tasks)
@@ -46,16 +48,16 @@ def select_heads(manifest: Manifest, task: TaskConfig | None) -> list[SelectedHe
     if task is None:
         return heads
     candidates = [head for head in heads if head.trained_on == task.name] or heads
-    fitting = [head for head in candidates if (head.task.kind, head.task.labels) == (task.kind, task.labels)]
-    if len(fitting) == 1:
-        return [replace(fitting[0], task=task)]
-    existing = "; ".join(f"{head.trained_on}: {_form(head.task)}" for head in fitting or candidates)
+    matching = [head for head in candidates if (head.task.kind, head.task.labels) == (task.kind, task.labels)]
+    if len(matching) == 1:
+        return [replace(matching[0], task=task)]
+    existing = "; ".join(f"{head.trained_on}: {_form(head.task)}" for head in matching or candidates)
     raise UserError(
-        f"{manifest.name} has {'more than one head' if fitting else 'no head'} for task {task.name} ({_form(task)}), "
-        f"expected one of the same kind and labels; found {existing}\n"
-        "Train for it with stage 1 or 2, "
+        f"{manifest.name} has {'more than one head' if matching else 'no head'} for task {task.name} ({_form(task)}), "
+        f"expected one head with the same kind and labels; found {existing}\n"
+        "Train on this task with stage 1 or 2, "
         + (
-            "or leave +task= out"
+            "or omit +task="
             if len(heads) == 1
             else f"or set +task= to one of {', '.join(map(str, manifest.task_names))}"
         )

@@ -1,6 +1,6 @@
-"""Run a model over encoded rows without training.
+"""Inference on encoded examples, with one or multiple tasks.
 
-Shapes: B rows of a batch, S texts of a batch, T tokens, K outputs, N sources or tasks.
+Shapes: B examples of a batch, S texts of a batch, T tokens, K outputs, N sources or tasks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fusion.store.artifacts import Artifact, load
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The model of an artifact, with the backbone that it was built from (for the tokenizer)."""
+    """Model of an artifact, with its backbone, which has the tokenizer."""
 
     artifact: Artifact
     model: AdaptedModel
@@ -44,12 +44,12 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of all rows, in their order.
+    """Logits of all examples, in input order.
 
     Attributes:
-        scores: (rows, K); multiple choice: (rows, most choices); tagging: (rows, most words, K). -inf where a row has
-            fewer.
-        attention: by slot, (rows, N), the mean over the row's real tokens; empty unless requested.
+        scores: logits (examples, K); multiple choice: (examples, max choices); tagging: (examples, max words, K).
+            Padded with -inf.
+        attention: source weights by slot, (examples, N), averaged over non-padding tokens; empty unless requested.
     """
 
     scores: Tensor
@@ -62,7 +62,7 @@ def load_model(config: UseConfig) -> LoadedModel:
     """Load the artifact that a command uses.
 
     Raises:
-        UserError: the device, the artifact, a source or the backbone is missing or does not fit.
+        UserError: if the device, the artifact, a source or the backbone is missing or incompatible.
     """
     device = device_of(config.accelerator)
     artifact = load(config.artifact, Path(config.store))
@@ -74,10 +74,10 @@ def load_model(config: UseConfig) -> LoadedModel:
 
 
 def device_of(accelerator: str) -> torch.device:
-    """The device of a setting: `auto` is a GPU if there is one; anything else is a device of torch's.
+    """Return the device for `accelerator`: `auto` (a GPU if available), `gpu`, or the name of a torch device.
 
     Raises:
-        UserError: the device is not available.
+        UserError: if the device is not available.
     """
     if accelerator == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -90,8 +90,8 @@ def device_of(accelerator: str) -> torch.device:
 
 
 def forward(model: AdaptedModel, batch: Batch, **options: Any) -> Tensor:
-    """The scores of a batch; options are those of `AdaptedModel.forward`."""
-    scores: Tensor = model(
+    """Return the logits of a batch; `options` are passed to `AdaptedModel.forward`."""
+    logits: Tensor = model(
         batch.input_ids,
         batch.attention_mask,
         batch.token_type_ids,
@@ -100,7 +100,7 @@ def forward(model: AdaptedModel, batch: Batch, **options: Any) -> Tensor:
         words=batch.words,
         **options,
     )
-    return scores
+    return logits
 
 
 @torch.inference_mode()
@@ -115,17 +115,17 @@ def predict(
     sources_on: Tensor | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Predictions:
-    """Scores of all rows; batches are sorted by length, and the results are in the rows' order.
+    """Compute the logits of all examples, in input order. Batches are sorted by length.
 
     Args:
         first_layer: slots in lower layers are inactive (AdapterDrop).
-        sources_on: (N,) bool, the sources that take part; None: all.
-        advance: called after each batch with its number of rows.
+        sources_on: (N,) bool mask of active sources. If `None`, all sources are active.
+        advance: called after each batch with its number of examples.
     """
     keep_freed_memory()
     model = model.to(device).eval()
     started, tokens = time.monotonic(), 0
-    places: list[Tensor] = []
+    indices: list[Tensor] = []
     scores: list[Tensor] = []
     weights: dict[str, list[Tensor]] = {}
     for batch in evaluation_loader(rows, batch_size, tokens_per_batch=tokens_per_batch):
@@ -135,13 +135,13 @@ def predict(
         record = recorded.__setitem__ if attention else None
         found = forward(model, batch, sources_on=sources_on, record=record, first_layer=first_layer)
         scores.extend(found.cpu())
-        places.append(batch.rows.cpu())
+        indices.append(batch.rows.cpu())
         for slot, values in recorded.items():
-            means = _row_means(values, batch.attention_mask, batch.choice_counts)
+            means = _example_means(values, batch.attention_mask, batch.choice_counts)
             weights.setdefault(slot, []).append(means.cpu())
         if advance is not None:
             advance(len(batch.rows))
-    order = torch.argsort(torch.cat(places))
+    order = torch.argsort(torch.cat(indices))
     return Predictions(
         scores=pad_sequence(scores, batch_first=True, padding_value=float("-inf"))[order],
         attention={slot: torch.cat(parts)[order] for slot, parts in weights.items()},
@@ -150,29 +150,29 @@ def predict(
     )
 
 
-def _row_means(values: Tensor, mask: Tensor, choice_counts: Tensor | None) -> Tensor:
-    """values: (S, T, N), mask: (S, T) -> (B, N): the mean over all real tokens of a row's texts."""
+def _example_means(values: Tensor, mask: Tensor, choice_counts: Tensor | None) -> Tensor:
+    """Average values (S, T, N) over the non-padding tokens, mask (S, T), of each example's texts: (B, N)."""
     real = mask.unsqueeze(-1).to(values.dtype)
     sums, counts = (values * real).sum(1), real.sum(1)
     if choice_counts is not None:
-        row = torch.repeat_interleave(torch.arange(len(choice_counts), device=values.device), choice_counts)
-        sums = sums.new_zeros(len(choice_counts), sums.shape[1]).index_add(0, row, sums)
-        counts = counts.new_zeros(len(choice_counts), 1).index_add(0, row, counts)
+        example = torch.repeat_interleave(torch.arange(len(choice_counts), device=values.device), choice_counts)
+        sums = sums.new_zeros(len(choice_counts), sums.shape[1]).index_add(0, example, sums)
+        counts = counts.new_zeros(len(choice_counts), 1).index_add(0, example, counts)
     return sums / counts
 
 
 class MultiTaskModel(nn.Module):
-    """Scores of each row by the adapters and heads of N tasks: the layers below the lowest adapter are run once for all.
+    """Model that computes the logits of N tasks with their adapters and heads, sharing the layers below all adapters.
 
-    AdapterDrop (Rücklé et al. 2021, §3.2): the more of the first layers are without adapters, the more the tasks share.
+    AdapterDrop (Rücklé et al. 2021, §3.2): the more first layers have no adapters, the more computation is shared.
 
     Args:
-        adapters: of each task, by slot address.
-        reads: what all of them read, see `fusion.backbones.wirings`.
-        heads: of each task.
+        adapters: adapters of each task, by slot address.
+        reads: input of all adapters, see `fusion.backbones.wirings`.
+        heads: head of each task.
 
     Raises:
-        ValueError: no task, or not as many heads as tasks.
+        ValueError: if there is no task, or the numbers of tasks and heads differ.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class MultiTaskModel(nn.Module):
     ) -> None:
         super().__init__()
         if not adapters or len(adapters) != len(heads):
-            raise ValueError(f"{len(adapters)} tasks and {len(heads)} heads")
+            raise ValueError(f"expected one head per task, not {len(adapters)} tasks and {len(heads)} heads")
         slot_modules: dict[str, SlotModule] = {}
         for slot in sorted({slot for own in adapters for slot in own}):
             present = [task for task, own in enumerate(adapters) if slot in own]
@@ -197,7 +197,7 @@ class MultiTaskModel(nn.Module):
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> list[Tensor]:
-        """input_ids, attention_mask, token_type_ids: (S, T) -> for each task (S, K)."""
+        """Return the logits (S, K) of each task; input_ids, attention_mask, token_type_ids: (S, T)."""
         tasks = len(self.heads)
         hidden = self.model.frozen_features(input_ids, attention_mask, token_type_ids)
         if self.model.boundary is None:  # no adapter anywhere

@@ -1,4 +1,4 @@
-"""Source attention: the weights that a fusion gives to its sources, averaged over tokens, and their entropy.
+"""Source attention: the weights of the sources in a fusion, averaged over tokens, and their entropy.
 
 Shapes: S texts of a batch, T tokens, N sources.
 """
@@ -28,11 +28,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SourceAttention:
-    """Of one slot, over all real tokens.
+    """Source attention of one slot, averaged over all non-padding tokens.
 
     Attributes:
-        mean: the mean weight of each source, N numbers.
-        entropy: the mean of the tokens' entropies −Σ p log p, in nats; None for weights that do not sum to 1.
+        mean: mean weight of each source, N values.
+        entropy: mean entropy −Σ p log p of a token's weights in nats, or `None` if the weights do not sum to 1.
     """
 
     mean: list[float]
@@ -40,14 +40,14 @@ class SourceAttention:
 
 
 class AttentionSums:
-    """Sums of the weights and of their entropy over the real tokens, slot by slot."""
+    """Sums of the weights and of their entropy over non-padding tokens, per slot."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
 
     def recorder(self, batch: Batch) -> Callable[[str, Tensor], None]:
-        """The recorder for one batch, called in each slot with its name and weights (S, T, N)."""
-        real = real_tokens(batch)  # once per batch, for all slots
+        """Return a recorder for one batch, called in each slot with its name and weights (S, T, N)."""
+        real = real_tokens(batch)  # shared by all slots
 
         def record(slot: str, weights: Tensor) -> None:
             self.add(slot, weights, real)
@@ -56,16 +56,16 @@ class AttentionSums:
 
     @torch.compiler.disable
     def add(self, slot: str, weights: Tensor, real: Tensor) -> None:
-        """weights: (S, T, N), real: (S, T), 1 for a token that counts, else 0."""
+        """Add the weights (S, T, N) of a slot; real: (S, T), 1 for tokens to include, else 0."""
         w, real = weights.detach().float(), real.float()
-        entropy = torch.special.entr(w).sum(-1)  # -p log p, and 0 where p is 0: (S, T)
+        entropy = torch.special.entr(w).sum(-1)  # -p log p, and 0 for p = 0: (S, T)
         by_source = torch.einsum("stn,st->n", w, real)
         sums = torch.cat([by_source, (entropy * real).sum().view(1), real.sum().view(1)]).double()
         # (N + 2,), kept on the device, so that no synchronization is needed
         self._sums[slot] = self._sums[slot] + sums if slot in self._sums else sums
 
     def by_slot(self, model: AdaptedModel, distributed: bool = False) -> dict[str, SourceAttention]:
-        """By slot of the recorded model, in the order of the layers; see `means`."""
+        """Return the source attention by slot, in the order of the model's slots."""
         compositions = compositions_of(model)
         return {
             # ScaLearn's factors do not sum to 1.
@@ -74,10 +74,10 @@ class AttentionSums:
         }
 
     def means(self, distributed: bool = False) -> dict[str, tuple[list[float], float]]:
-        """By slot: the mean weight of each source, N numbers, and the mean entropy in nats.
+        """Return by slot the mean weight of each source (N values) and the mean entropy in nats.
 
         Args:
-            distributed: whether all processes call it, each with its own rows.
+            distributed: whether to reduce over all processes; all ranks must then call this method.
         """
         means = {}
         for slot, sums in self._sums.items():
@@ -89,7 +89,7 @@ class AttentionSums:
 
 
 def real_tokens(batch: Batch) -> Tensor:
-    """(S, T): 1 for each real token of a row, 0 for padding and for rows that fill up a batch."""
+    """Return (S, T): 1 for tokens, 0 for padding and for examples that only fill up a batch."""
     counts = batch.weights > 0
     if batch.choice_counts is not None:
         counts = torch.repeat_interleave(counts, batch.choice_counts)
@@ -97,7 +97,7 @@ def real_tokens(batch: Batch) -> Tensor:
 
 
 def compositions_of(model: AdaptedModel) -> dict[str, SlotModule]:
-    """By slot, without the target's own adapter beside a composition."""
+    """Return the composition of each slot, without the target's own adapter."""
     return {
         slot: module.composition if isinstance(module, WithTargetAdapter) else module
         for slot, module in model.slot_modules().items()
@@ -108,7 +108,7 @@ def compositions_of(model: AdaptedModel) -> dict[str, SlotModule]:
 def measure_attention(
     model: AdaptedModel, batches: Iterable[Batch], device: torch.device
 ) -> dict[str, SourceAttention]:
-    """Run the model over batches and average its source attention, slot by slot."""
+    """Run the model on all batches and return the mean source attention by slot."""
     model = model.to(device).eval()
     sums = AttentionSums()
     for batch in batches:
@@ -120,9 +120,9 @@ def measure_attention(
 def most_attended(
     attention: Mapping[str, SourceAttention], sources: Sequence[Manifest], keep: int
 ) -> dict[str, list[int]]:
-    """By slot, the positions of the `keep` sources with the most attention, in the sources' order.
+    """Return by slot the indices of the `keep` sources with the most attention, in ascending order.
 
-    A slot where fewer sources have an adapter keeps all of them.
+    If fewer sources have an adapter in a slot, all of them are selected.
     """
     kept: dict[str, list[int]] = {}
     for slot, measured in attention.items():
@@ -131,5 +131,5 @@ def most_attended(
         best = sorted(present, key=lambda n: -weights[n])[:keep]
         kept[slot] = sorted(best)
         shown = ", ".join(f"{sources[n].name} {weights[n]:.3f}" for n in best)
-        log.info("%s keeps %.3f of the attention: %s", slot, sum(weights[n] for n in best), shown)
+        log.info("%s: selected sources have %.3f of the attention: %s", slot, sum(weights[n] for n in best), shown)
     return kept

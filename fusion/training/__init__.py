@@ -1,1 +1,1 @@
-"""Lightning: the module, the metrics, the callbacks, and one call that fits."""
+"""Training with Lightning: the module, metrics, callbacks, and the `fit` function."""

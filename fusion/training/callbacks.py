@@ -1,4 +1,4 @@
-"""Callbacks: the best epoch with early stopping, one line per epoch, the progress bar, out-of-memory errors."""
+"""Callbacks: best-epoch selection with early stopping, epoch log lines, the progress bar, out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fusion.training.predictions import RowPredictions
 
 log = logging.getLogger(__name__)
 
-# Of allocators that raise a RuntimeError: torch's on a CPU (Linux, Windows), CUDA's libraries, oneDNN.
+# Messages of allocators that raise a plain RuntimeError: torch on a CPU (Linux, Windows), CUDA libraries, oneDNN.
 _MESSAGE = re.compile(
     "can't allocate memory|not enough memory|CUDA error: out of memory|STATUS_ALLOC_FAILED|std::bad_alloc"
     "|could not create a (primitive|memory object)"
@@ -31,14 +31,14 @@ _MESSAGE = re.compile(
 
 
 class Best(Callback):
-    """Keeps the weights and predictions of the best epoch, and stops the training early.
+    """Callback that keeps the weights and predictions of the best epoch and stops training early.
 
-    All decisions are functions of the scores so far, so a resumed run decides alike, unlike with Lightning's
-    EarlyStopping and ModelCheckpoint. Only the first process keeps the weights, on the CPU.
+    Its decisions depend only on the metrics so far, so a resumed run makes the same decisions, unlike with Lightning's
+    EarlyStopping and ModelCheckpoint. Only rank 0 keeps the weights, on the CPU.
 
     Args:
-        monitor: the score that picks the best epoch, higher is better; of equal ones the first.
-        patience: evaluated epochs without improvement before the training stops; None: it does not stop early.
+        monitor: metric that selects the best epoch; higher is better, and the earliest epoch wins ties.
+        patience: evaluated epochs without improvement before training stops. If `None`, early stopping is disabled.
     """
 
     def __init__(self, monitor: str, patience: int | None) -> None:
@@ -49,7 +49,7 @@ class Best(Callback):
         self.decisions: dict[str, Decision] = {}  # by task
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._stop_early(trainer, pl_module)  # the run was interrupted after its last epoch
+        self._stop_early(trainer, pl_module)  # a run that was interrupted after its last epoch
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         if (scores := pl_module.scores_of(trainer.current_epoch + 1)) is None:
@@ -69,7 +69,7 @@ class Best(Callback):
         if trainer.is_global_zero and trainer.current_epoch + 1 < (trainer.max_epochs or 0):
             best = best_epoch(history, self._monitor)
             log.info(
-                "stopped early: no better %s for optim.patience=%d evaluated epochs; best %.4f in epoch %d",
+                "stopped early: %s did not improve for optim.patience=%d evaluated epochs; best %.4f in epoch %d",
                 self._monitor,
                 patience,
                 best[self._monitor],
@@ -86,17 +86,17 @@ class Best(Callback):
 
 
 def best_epoch(history: Sequence[dict[str, float]], monitor: str) -> dict[str, float]:
-    """The first epoch with the highest score; empty if no epoch has one."""
+    """Return the earliest epoch with the highest metric value, or an empty dict if no epoch was evaluated."""
     return max(history, key=lambda epoch: epoch[monitor], default={})
 
 
 def epochs_since_best(history: Sequence[dict[str, float]], monitor: str) -> int:
-    """Evaluated epochs after the best one."""
+    """Return the number of evaluated epochs after the best epoch."""
     return len(history) - 1 - list(history).index(best_epoch(history, monitor))
 
 
 class EpochLine(Callback):
-    """Logs one line per epoch: number, mean loss, scores and seconds; `monitor` as of `Best`."""
+    """Callback that logs number, mean loss, metrics and seconds of each epoch. See `Best` for `monitor`."""
 
     def __init__(self, monitor: str) -> None:
         self._monitor = monitor
@@ -129,7 +129,7 @@ class EpochLine(Callback):
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's, with the score of the last and of the best epoch; `monitor` as of `Best`."""
+    """Progress bar that also shows the metric of the last and of the best epoch. See `Best` for `monitor`."""
 
     def __init__(self, monitor: str) -> None:
         super().__init__(refresh_rate=10)
@@ -144,7 +144,7 @@ class ProgressBar(RichProgressBar):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error, or one that caused it, is an allocator's."""
+    """Return whether the error or one of its causes is an out-of-memory error."""
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     if known or (isinstance(error, RuntimeError) and _MESSAGE.search(str(error))):
         return True
@@ -152,7 +152,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class OutOfMemory(Callback):
-    """Keeps track of the batch, so that an error can name the step, the batch and the settings that take less memory."""
+    """Callback that tracks the current batch, so that out-of-memory errors report it and suggest settings."""
 
     def __init__(self, data: DataConfig, trainer: TrainerConfig, gradient_checkpointing: bool) -> None:
         self._data = data
@@ -170,13 +170,13 @@ class OutOfMemory(Callback):
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Turn an out-of-memory error of the work inside into a TrainingError with advice."""
+        """Convert an out-of-memory error raised in the context into a TrainingError with advice."""
         try:
             yield
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            reason = f"out of memory {self._batch}; nothing is stored ({first_line(error)})"
+            reason = f"out of memory {self._batch}; no artifact was saved ({first_line(error)})"
             raise TrainingError(f"{reason}\n{self._advice()}") from error
 
     def _advice(self) -> str:
@@ -187,9 +187,7 @@ class OutOfMemory(Callback):
             smaller = f"a data.max_length below {self._data.max_length}"
         if self._evaluating or self._gradient_checkpointing:
             return f"Try {smaller}"
-        return (
-            f"Try {smaller}, or backbone.gradient_checkpointing=true (slower; resumes this run; not with compile=true)"
-        )
+        return f"Try {smaller}, or backbone.gradient_checkpointing=true (slower, can resume this run, not with compile=true)"
 
 
 def _size(batch: Batch) -> str:

@@ -1,7 +1,7 @@
-"""Checkpoints: the trained parameters, the optimizer and the position in the data, written atomically.
+"""Checkpoints: trainable parameters, optimizer state and the position in the data, written atomically.
 
-No state of a random generator is stored: the order of the examples and the dropout of a batch are pure functions of the
-seed, the epoch and the batch. Signals (SIGINT, SIGTERM and those of schedulers) are deferred until one is written.
+RNG states are not saved: example order and dropout masks are pure functions of seed, epoch and batch. Signals (SIGINT,
+SIGTERM and those of schedulers) are deferred until a checkpoint is written.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from fusion.training.module import TaskModule
 
 log = logging.getLogger(__name__)
 
-TOKENIZER = "tokenizer"  # the hash of the tokenizer of the token ids
-FORMAT = 2  # of the content; version 0.1 stored none
+TOKENIZER = "tokenizer"  # key of the tokenizer's hash
+FORMAT = 2  # format version; checkpoints of release 0.1 have none
 
 
 class Interrupts:
-    """Once armed, the first signal only sets `pending`; a second one, later than `ECHO` seconds, is handled at once.
+    """Context manager that defers signals after `arm`: the first signal only sets `pending`.
 
-    `obey` calls the previous handler: Ctrl-C raises KeyboardInterrupt, SIGTERM raises Terminated, submitit's handler
-    requeues the job. A scheduler's signal without a handler ends the run like SIGTERM. The previous handlers are
-    restored at the end.
+    `handle_pending` calls the previous handler: Ctrl-C raises KeyboardInterrupt, SIGTERM raises Terminated, submitit's
+    handler requeues the job; a scheduler's signal without a handler raises Terminated. A second signal more than `ECHO`
+    seconds later is handled immediately. The previous handlers are restored on exit.
     """
 
     def __init__(self) -> None:
@@ -48,20 +48,20 @@ class Interrupts:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():  # others may not set handlers
+        if threading.current_thread() is threading.main_thread():  # only the main thread may set handlers
             handlers = {number: signal.getsignal(number) for number in SIGNALS}
-            # None: set outside Python. SIG_IGN: the user wants it ignored, as with nohup.
+            # None: the handler was not installed from Python. SIG_IGN: ignored by the user, e.g. with nohup.
             self._before = {n: h for n, h in handlers.items() if h not in (None, signal.SIG_IGN)}
         return self
 
     def arm(self) -> None:
-        """Defer signals from now on, except those that a rank forwards to the process that started it."""
+        """Start deferring signals, except those that a rank forwards to its launcher."""
         for number, handler in self._before.items():
             if not isinstance(handler, Forward):
                 signal.signal(number, self._defer)
 
-    def obey(self) -> None:
-        """Call the handler of the pending signal, if there is one."""
+    def handle_pending(self) -> None:
+        """Call the previous handler of the pending signal, if any."""
         if self.pending is None:
             return
         number, self.pending = self.pending, None
@@ -73,7 +73,7 @@ class Interrupts:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if error is None:
-            self.obey()
+            self.handle_pending()
 
     def _defer(self, number: int, frame: FrameType | None) -> None:
         if self.pending is None:
@@ -90,15 +90,16 @@ class Interrupts:
 
 
 class Checkpoints(Callback):
-    """Writes a checkpoint after each epoch, at a time interval, and before a signal is handled.
+    """Callback that writes a checkpoint after each epoch, at a time interval, and before a signal is handled.
 
-    Only the first process writes, since all have the same weights. If a checkpoint cannot be written, a warning is
-    logged and the previous one is kept.
+    Only rank 0 writes, since all ranks have the same weights. If a checkpoint cannot be written, a warning is logged
+    and the previous checkpoint is kept.
 
     Args:
-        folder: of the run; None: no checkpoint is written, and signals are handled between two batches.
-        minutes: the interval within an epoch; None: no checkpoint there.
-        tokenizer: the hash of the tokenizer.
+        folder: the run's checkpoint directory. If `None`, no checkpoints are written, and signals are handled between
+            batches.
+        minutes: interval between checkpoints within an epoch. If `None`, no checkpoint is written within an epoch.
+        tokenizer: hash of the tokenizer.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class Checkpoints(Callback):
             self._save(trainer, pl_module)
 
     def _save(self, trainer: Trainer, module: TaskModule, validating: bool = False) -> None:
-        """Write a checkpoint of finite weights, then handle a pending signal."""
+        """Write a checkpoint if all weights are finite, then handle a pending signal."""
         if self._folder is not None and module.is_finite():
             content = internals.checkpoint_content(trainer)
             content |= {"format": FORMAT, "position": internals.position_of(content), TOKENIZER: self._tokenizer}
@@ -144,25 +145,25 @@ class Checkpoints(Callback):
             except OSError as error:
                 log.log(
                     logging.DEBUG if self._failed else logging.WARNING,
-                    "no checkpoint could be written to %s (%s): training continues, and an interruption would lose "
-                    "the progress since the last one",
+                    "the checkpoint could not be written to %s (%s): training continues, but an interruption would lose "
+                    "the progress since the last checkpoint",
                     self._folder,
                     error.strerror or error,
                 )
                 self._failed = True
             self._written = time.monotonic()
-        self._interrupts.obey()
+        self._interrupts.handle_pending()
 
 
 def write_checkpoint(folder: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint atomically, and keep the previous one beside it.
+    """Write a checkpoint atomically, and keep the previous one in the same directory.
 
     Raises:
-        OSError: it could not be written; the existing files are unchanged.
+        OSError: if the checkpoint cannot be written; existing files are unchanged.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    remove_partial(folder / LAST)  # of a writer that was killed
-    # torch.save aborts the process, without an OSError, if it writes to a disk that is full.
+    remove_partial(folder / LAST)  # from a process that was killed
+    # When the disk is full, torch.save to a file aborts the process without an OSError.
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with atomic_path(folder / LAST) as part:
@@ -177,35 +178,35 @@ def write_checkpoint(folder: Path, content: dict[str, Any]) -> None:
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The last checkpoint of a run that is intact; None if none is."""
+    """Return the last intact checkpoint of a run, or `None`."""
     for path in (folder / LAST, folder / BEFORE):
         if not path.is_file():
             continue
         try:
             with zipfile.ZipFile(path) as archive:
                 if (broken := archive.testzip()) is not None:
-                    raise OSError(f"wrong checksum of {broken}")
+                    raise OSError(f"checksum mismatch in {broken}")
             content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             if content.get("format") == FORMAT:
                 return content
-            log.warning("checkpoint %s was written by another version: not used", path)
+            log.warning("checkpoint %s ignored: it was written by a different version", path)
         except Exception as error:  # errors of zipfile, zlib, pickle and torch share no base class
-            log.warning("checkpoint %s is damaged (%s): not used", path, first_line(error))
+            log.warning("checkpoint %s ignored: it is damaged (%s)", path, first_line(error))
     return None
 
 
 def check_tokenizer(checkpoint: dict[str, Any], tokenizer: str | None) -> None:
-    """Refuse a checkpoint that was trained on the token ids of another tokenizer."""
+    """Raise if a checkpoint was trained with a different tokenizer."""
     stored = checkpoint[TOKENIZER]
     if None not in (stored, tokenizer) and stored != tokenizer:
         raise UserError(
-            f"the checkpoint was trained with another tokenizer (hash {str(stored)[:8]}, now {str(tokenizer)[:8]})\n"
+            f"the checkpoint was trained with a different tokenizer (hash {str(stored)[:8]}, now {str(tokenizer)[:8]})\n"
             "Restore the backbone's tokenizer files, or start over with resume=false"
         )
 
 
 class Loaded(TorchCheckpointIO):
-    """Gives Lightning a checkpoint that has been read and checked already."""
+    """Checkpoint plugin that passes an already loaded checkpoint to Lightning."""
 
     def __init__(self, content: dict[str, Any]) -> None:
         super().__init__()

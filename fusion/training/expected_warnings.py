@@ -1,4 +1,4 @@
-"""Warnings of libraries about what this project does on purpose; no command shows them."""
+"""Library warnings about intended behavior, which all commands suppress."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import warnings
 EXPECTED = (
     ".*module\\(s\\) in eval mode at the start of training",  # the frozen backbone
     ".*is smaller than the logging interval",
-    ".*does not have many workers",  # loaders only gather tokenised rows
+    ".*does not have many workers",  # loaders only collate tokenized examples
     ".*resuming from a checkpoint that ended before the epoch ended",  # the samplers resume within the epoch
     ".*treespec, LeafSpec",
     ".*will save all targets and predictions in the buffer",
-    ".*variance of predictions or target is close to zero",  # such a correlation counts as 0
-    ".*[Pp]ickl",  # of fingerprints and files: the caches have keys of their own, and no file is unpickled
+    ".*variance of predictions or target is close to zero",  # the correlation is then reported as 0
+    ".*[Pp]ickl",  # fingerprints and files: the caches use their own keys, and no file is unpickled
 )
 
 

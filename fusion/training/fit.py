@@ -1,4 +1,4 @@
-"""Train a model: what both stages share."""
+"""The `fit` function: train a model with the settings of a stage."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ PROFILERS: dict[str, type[AdvancedProfiler | SimpleProfiler]] = {"simple": Simpl
 
 @dataclass(frozen=True)
 class Fit:
-    """The outcome of a training; the model has the best epoch's weights by then.
+    """Result of a training run. On return, the model has the weights of the best epoch.
 
     Attributes:
-        metrics: of the best epoch, by split.
-        best_epoch: counted from 1; 0 if nothing was trained.
-        speed: seconds of the whole fit (with validation) and of a step (the median), examples and tokens (with padding)
-            trained per second, peak memory in bytes, and joules if the machine counts them.
-        predicted: by split, with the best epoch's weights.
-        decisions: of the predictions, by task, see `Kind.decision`.
-        broken: why the training stopped with a loss that is not finite; None: it did not.
-        diverged: see `divergence`.
+        metrics: metrics of the best epoch, by split.
+        best_epoch: one-based number of the best epoch, or 0 if nothing was trained.
+        speed: seconds in total (with validation) and per step (median), examples and tokens (with padding) trained per
+            second, peak memory in bytes, and the energy in joules if the machine measures it.
+        predicted: predictions of the best epoch, by split.
+        decisions: decision parameters of the predictions, by task, see `Kind.decision`.
+        broken: error message if training stopped because the loss was not finite, else `None`.
+        diverged: result of `divergence`.
     """
 
     metrics: dict[str, dict[str, float]]
@@ -84,20 +84,20 @@ def fit(
 ) -> Fit:
     """Train until the last epoch or early stopping, and load the best epoch's weights into the model.
 
-    The first metric of the first validation split selects the best epoch, with multiple tasks their mean. A model without
-    trainable parameters is validated once.
+    The best epoch is selected by the first metric on the first validation split, averaged over tasks. A model without
+    trainable parameters is only validated.
 
     Args:
-        checkpoints: the folder from which an interrupted training resumes.
-        tokenizer: its hash; a run resumes with the same one only.
-        callbacks: observe only.
-        prepare: called with the device before anything runs there; returns the type of the cached frozen features in
-            the batches from then on, see `fusion.model.feature_cache`, or None.
+        checkpoints: directory from which an interrupted run resumes.
+        tokenizer: hash of the tokenizer; a run can only resume with the same tokenizer.
+        callbacks: additional callbacks, which must not change the model.
+        prepare: called with the device before anything runs on it; returns the type of the cached frozen features that
+            batches then contain, see `fusion.model.feature_cache`, or `None`.
 
     Raises:
-        GuardError: something else than the declared parameters would train, or changed.
-        TrainingError: the loss or a weight is no longer finite, or memory ran out.
-        UserError: the trainer's settings do not fit the data, or the checkpoint does not fit the run.
+        GuardError: if a parameter that is not declared trainable would be trained or has changed.
+        TrainingError: if the loss or a weight is no longer finite, or memory runs out.
+        UserError: if the trainer settings are incompatible with the data, or the checkpoint with the run.
     """
     keep_freed_memory()
     tasks, settings = config.task_list, config.trainer
@@ -110,7 +110,7 @@ def fit(
     last = read_checkpoint(checkpoints) if config.resume and model.trainable() else None
     if last is not None:
         check_tokenizer(last, tokenizer)
-    # The guard is first, so that nothing stores what it refuses; checkpoints are last.
+    # The guard comes first, so that no callback saves weights that fail its checks; checkpoints come last.
     every_callback: list[Callback] = [
         Guard(model, checkpoints),
         memory,
@@ -138,21 +138,21 @@ def fit(
                     path = None if last is None else str(checkpoints / LAST)
                     trainer.fit(module, batches, evaluation, ckpt_path=path, weights_only=True)
             except LossNotFinite as error:
-                broken = f"{error}: training stopped.\nLower optim.lr, or raise optim.warmup"
+                broken = f"{error}: training stopped.\nLower optim.lr or increase optim.warmup"
                 if not module.history:
                     raise TrainingError(broken) from error
-        if not module.history:  # nothing trains, or max_steps or max_time ended it within the first epoch
+        if not module.history:  # nothing is trainable, or max_steps or max_time was reached in the first epoch
             trainer.validate(module, evaluation, verbose=False)
     measured = speed.result(trainer.world_size)
     diverged = divergence(module.epoch_loss.figures(), rows.training, tasks)
     scores = best_epoch(module.history, monitor)
-    if trainer.is_global_zero:  # the others store nothing
+    if trainer.is_global_zero:
         if settings.profiler in PROFILERS:
             for table in sorted(Path(settings.default_root_dir or ".").glob("fit-profile*.txt"))[:1]:
-                log.info("profile of the training: %s", table)
+                log.info("profiler output: %s", table)
         if not model.trainable():
             shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "epoch")
-            log.info("nothing trains  %s  %.1f s", shown, measured["seconds"])
+            log.info("no trainable parameters  %s  %.1f s", shown, measured["seconds"])
         if best.weights is not None:
             copy_into(model.trainable(), best.weights, checkpoints)
         _check_finite(model)
@@ -172,7 +172,7 @@ def fit(
 def _loaders(
     config: StageConfig, rows: TaskRows, temperature: float, trainer: lightning.Trainer
 ) -> tuple[DataLoader[Any], list[DataLoader[Any]]]:
-    """Of the training and of each validation split."""
+    """Return the training loader and one loader per validation split."""
     data, tasks = config.data, config.task_list
     options: dict[str, Any] = {
         "rank": trainer.global_rank,
@@ -185,39 +185,39 @@ def _loaders(
     if len(tasks) > 1:
         shares = cast(TaskBatches, batches.sampler).shares
         shown = ", ".join(f"{task.name} {share:.1%}" for task, share in zip(tasks, shares, strict=True))
-        log.info("%d batches an epoch, each of one task: %s", len(batches), shown)
+        log.info("%d batches per epoch, each from one task: %s", len(batches), shown)
     interval = config.trainer.val_check_interval
     if type(interval) is int and interval > len(batches) and config.trainer.check_val_every_n_epoch is not None:
         raise UserError(
-            f"trainer.val_check_interval={interval}: an epoch has {len(batches)} batches; expected at most that, "
-            "a fraction of it, or trainer.check_val_every_n_epoch=null"
+            f"trainer.val_check_interval={interval}: an epoch has only {len(batches)} batches; set a smaller number, "
+            "a fraction of an epoch, or trainer.check_val_every_n_epoch=null"
         )
     return batches, evaluation
 
 
-def _resume(batches: DataLoader[Any], position: dict[str, int], max_epochs: int) -> None:
-    epoch, batch = position["epoch"], position["batch"]
+def _resume(batches: DataLoader[Any], start: dict[str, int], max_epochs: int) -> None:
+    epoch, batch = start["epoch"], start["batch"]
     cast(EpochBatches, batches.sampler).resume(epoch, batch)
-    where = "after the last epoch" if epoch >= max_epochs else f"at epoch {epoch + 1}, batch {batch + 1}"
-    log.info("resuming %s", where)
+    position = "after the last epoch" if epoch >= max_epochs else f"at epoch {epoch + 1}, batch {batch + 1}"
+    log.info("resuming %s", position)
 
 
 def make_trainer(
     config: TrainerConfig, callbacks: list[Callback], loggers: list[Logger], last: dict[str, Any] | None = None
 ) -> lightning.Trainer:
-    """Lightning's Trainer, without its distributed samplers and checkpoints, which this package replaces.
+    """Create a Lightning Trainer without distributed samplers and checkpoints, which this package replaces.
 
     Args:
-        last: the checkpoint that the training resumes from.
+        last: checkpoint to resume from.
 
     Raises:
-        UserError: Lightning refuses a value.
+        UserError: if Lightning rejects a value.
     """
     arguments: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     arguments["enable_checkpointing"] = False
     plugins: list[Any] = [] if last is None else [Loaded(last)]
     arguments["enable_progress_bar"] = any(isinstance(callback, ProgressBar) for callback in callbacks)
-    if config.profiler in PROFILERS:  # given by name, Lightning logs its table at a level that is not shown
+    if config.profiler in PROFILERS:  # if set by name, Lightning logs the table at a level that is not shown
         folder = config.default_root_dir or "."
         arguments["profiler"] = PROFILERS[config.profiler](dirpath=folder, filename="profile")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its tips
@@ -240,18 +240,19 @@ def _check_finite(model: AdaptedModel) -> None:
     broken = [name for name, parameter in model.trainable().items() if not parameter.isfinite().all()]
     if broken:
         raise TrainingError(
-            f"{broken[0]} and {len(broken) - 1} more have values that are not finite; nothing is stored.\n"
-            "Lower optim.lr, or raise optim.warmup"
+            f"{broken[0]} and {len(broken) - 1} more parameters are not finite; no artifact was saved.\n"
+            "Lower optim.lr or increase optim.warmup"
         )
 
 
 def use_deterministic_algorithms(deterministic: bool | str | None) -> None:
-    """Apply `trainer.deterministic` before anything runs on a device; Lightning does only when a Trainer is made.
+    """Apply `trainer.deterministic` before anything runs on a device.
 
-    A probe and the feature cache run earlier, and cuBLAS reads its setting once. On a CPU it changes nothing.
+    Lightning applies it when the Trainer is created, which is too late: a probe and the feature cache run earlier, and
+    cuBLAS reads its environment variable only once. On a CPU this has no effect.
 
     Args:
-        deterministic: true: raise for a nondeterministic operation; "warn": warn.
+        deterministic: if true, nondeterministic operations raise an error; if "warn", they log a warning.
     """
     if deterministic:
         os.environ.setdefault(CUBLAS, ":4096:8")

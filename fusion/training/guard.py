@@ -1,8 +1,8 @@
-"""The guard over frozen tensors: only what the model declares is trained, and nothing else changes.
+"""The guard callback: only parameters that the model declares trainable are trained, and no other tensor changes.
 
-All frozen tensors are hashed before and after a training. In between, at each epoch's end, before each validation and
-whenever a checkpoint is written, their checksums are compared, at a fraction of the cost: no epoch is scored, and no run
-resumes, after a change.
+All frozen tensors are hashed before and after training. In between, cheaper checksums are compared at the end of each
+epoch, before each validation and whenever a checkpoint is written: a run with changed tensors is neither evaluated nor
+resumed.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from fusion.model.adapted import AdaptedModel, hash_of_hashes
 from fusion.training.processes import gathered
 
 _SHOWN = 4  # names in a message
-_CHUNK = 2**16  # integers that are weighted together in a checksum
+_CHUNK = 2**16  # integers per chunk of a checksum
 
 
 class Guard(Callback):
-    """Raises if other tensors than the declared ones would be trained, or have changed, in any process.
+    """Callback that raises if undeclared tensors would be trained or have changed in any process.
 
-    It has to be the first callback, so that no other one stores what it refuses.
+    It must be the first callback, so that no other callback saves weights that fail its checks.
 
     Args:
-        checkpoints: of the run; they are removed if a change is found at the end of a training only.
+        checkpoints: checkpoint directory of the run, removed if a change is found only at the end of training.
 
     Attributes:
-        frozen_hash: of all frozen tensors before the training.
+        frozen_hash: hash of all frozen tensors before training.
 
     Raises:
-        GuardError: see above, or the processes have different tensors.
-        UserError: a checkpoint was trained with other frozen weights.
+        GuardError: if an undeclared tensor would be trained or has changed, or if processes have different tensors.
+        UserError: if a checkpoint was trained with different frozen weights.
     """
 
     def __init__(self, model: AdaptedModel, checkpoints: Path | None = None) -> None:
@@ -49,7 +49,7 @@ class Guard(Callback):
         self._checksums: dict[str, int] = {}
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Before a checkpoint is loaded, and before DDP copies the weights of the first process to the others."""
+        """Hash the frozen tensors, before a checkpoint is loaded and before DDP broadcasts the weights of rank 0."""
         if stage != "fit":
             return
         self._check_declared()
@@ -62,15 +62,15 @@ class Guard(Callback):
             self._compare_processes()
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """After the model was moved to its device."""
+        """Check the frozen tensors after the model was moved to its device."""
         frozen = self._model.frozen()
         converted = [name for name, tensor in frozen.items() if tensor.dtype != self._types.get(name)]
         if converted:
             raise GuardError(
-                f"trainer.precision={trainer.precision} made {frozen[converted[0]].dtype} of frozen tensors: "
-                f"{_listed(converted)}; nothing is stored"
+                f"trainer.precision={trainer.precision} converted frozen tensors to {frozen[converted[0]].dtype}: "
+                f"{_listed(converted)}; no artifact was saved"
             )
-        _refuse(_differing(self._checksums, _checksums(frozen)), "before the first step")
+        _raise_if(_differing(self._checksums, _checksums(frozen)), "before the first step")
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._check_optimizers(trainer)
@@ -83,11 +83,11 @@ class Guard(Callback):
         if batch_idx + 1 < trainer.num_training_batches:
             return
         self._check_declared()
-        # Not at the epoch's end: Lightning clears all gradients before it validates.
+        # Not at the end of the epoch: Lightning clears all gradients before validation.
         frozen = self._model.frozen().items()
         if reached := [name for name, tensor in frozen if tensor.is_leaf and tensor.grad is not None]:
             raise GuardError(
-                f"a gradient reached frozen tensors, {_in_epoch(trainer)}: {_listed(reached)}; nothing is stored"
+                f"frozen tensors received a gradient {_in_epoch(trainer)}: {_listed(reached)}; no artifact was saved"
             )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -101,7 +101,7 @@ class Guard(Callback):
         stored = checkpoint["frozen_hash"]
         if stored != self.frozen_hash:
             raise UserError(
-                "the run started with other frozen weights: the backbone or a source has changed "
+                "the run started with different frozen weights: the backbone or a source has changed "
                 f"({stored[:8]} in the checkpoint, {self.frozen_hash[:8]} now)\n"
                 "Restore them, or start over with resume=false"
             )
@@ -109,15 +109,15 @@ class Guard(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         changed = _differing(self._hashes, self._model.frozen_hashes())
         if changed and self._checkpoints is not None and trainer.is_global_zero:
-            shutil.rmtree(self._checkpoints, ignore_errors=True)  # it is not known since when
-        _refuse(changed, "seen at the end")
+            shutil.rmtree(self._checkpoints, ignore_errors=True)  # any of them may contain the change
+        _raise_if(changed, "found at the end")
 
     # --- checks -------------------------------------------------------------------------------------
 
     def _check(self, trainer: Trainer) -> None:
         self._check_declared()
         self._check_optimizers(trainer)
-        _refuse(_differing(self._checksums, _checksums(self._model.frozen())), _in_epoch(trainer))
+        _raise_if(_differing(self._checksums, _checksums(self._model.frozen())), _in_epoch(trainer))
 
     def _check_declared(self) -> None:
         declared = self._model.trainable()
@@ -127,68 +127,68 @@ class Guard(Callback):
         frozen = [name for name, parameter in declared.items() if not parameter.requires_grad]
         if undeclared or frozen:
             raise GuardError(
-                f"trainable but not declared: {_listed(undeclared)}; declared but frozen: {_listed(frozen)}; "
-                "nothing is stored"
+                f"parameters that require a gradient but are not declared trainable: {_listed(undeclared)}; "
+                f"declared trainable but frozen: {_listed(frozen)}; no artifact was saved"
             )
 
     def _check_optimizers(self, trainer: Trainer) -> None:
         declared = {id(parameter): name for name, parameter in self._model.trainable().items()}
         names = {id(tensor): name for name, tensor in self._model.every_tensor().items()}
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        held = {id(parameter): parameter for group in groups for parameter in group["params"]}
-        extra = [names.get(key, f"a tensor of shape {tuple(held[key].shape)}") for key in held if key not in declared]
-        missing = [name for key, name in declared.items() if key not in held]
+        found = {id(parameter): parameter for group in groups for parameter in group["params"]}
+        extra = [names.get(key, f"a tensor of shape {tuple(found[key].shape)}") for key in found if key not in declared]
+        missing = [name for key, name in declared.items() if key not in found]
         if extra or missing:
             raise GuardError(
-                f"the optimizer holds what is not declared: {_listed(extra)}; "
-                f"it lacks what is declared: {_listed(missing)}; nothing is stored"
+                f"the optimizer has undeclared parameters: {_listed(extra)}; "
+                f"missing parameters: {_listed(missing)}; no artifact was saved"
             )
 
     def _compare_processes(self) -> None:
-        """Each process compares all with the first, so that all of them fail alike."""
+        """Compare every process with process 0, in all processes, so that all of them raise the same error."""
         shapes = {name: str(tuple(parameter.shape)) for name, parameter in self._model.trainable().items()}
         every = gathered((self._hashes, shapes))
         for rank, (hashes, trained) in enumerate(every):
             for what, own, first in (
-                ("has other frozen tensors", hashes, every[0][0]),
-                ("would train other parameters", trained, every[0][1]),
+                ("has different frozen tensors", hashes, every[0][0]),
+                ("would train different parameters", trained, every[0][1]),
             ):
                 if names := _differing(first, own):
                     raise GuardError(
-                        f"process {rank} {what} than process 0: {_listed(names)}; nothing is stored\n"
-                        "The backbone and the store must be the same files for all processes"
+                        f"process {rank} {what} than process 0: {_listed(names)}; no artifact was saved\n"
+                        "All processes must read the same backbone and store"
                     )
 
 
 def _check_shared_memory(model: AdaptedModel) -> None:
-    """Refuse a trained parameter that is a frozen tensor as well, or shares memory with one."""
+    """Raise if a trainable parameter is also a frozen tensor or shares memory with one."""
     training = {id(parameter): name for name, parameter in model.trainable().items()}
     tuned = {id(parameter) for parameter in model.tuned().values()}
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     for name, tensor in model.every_tensor().items():
         of_the_backbone = name.startswith("backbone.") and id(tensor) not in tuned
         if id(tensor) in training and (of_the_backbone or name in buffers):
-            raise GuardError(f"{training[id(tensor)]} trains and is the frozen {name}; nothing is stored")
+            raise GuardError(f"the trainable {training[id(tensor)]} is also the frozen {name}; no artifact was saved")
     frozen = [(name, _memory(tensor)) for name, tensor in model.frozen().items() if tensor.numel()]
     for name, parameter in model.trainable().items():
         device, start, end = _memory(parameter)
-        for other, (where, first, last) in frozen:
-            if device == where and start < last and first < end:
-                raise GuardError(f"{name} trains and shares memory with the frozen {other}; nothing is stored")
+        for other, (other_device, first, last) in frozen:
+            if device == other_device and start < last and first < end:
+                raise GuardError(f"the trainable {name} shares memory with the frozen {other}; no artifact was saved")
 
 
 def _memory(tensor: Tensor) -> tuple[torch.device, int, int]:
-    """Device, first byte and the byte after the last one of a tensor's elements."""
+    """Return the device of a tensor and the addresses of its first byte and of the byte after its last."""
     elements = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     return tensor.device, tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()
 
 
 def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """A checksum of each tensor's bytes, computed where the tensor is: equal on all devices.
+    """Return a checksum of each tensor's bytes, computed on the tensor's device but equal on all devices.
 
-    The bytes are read as integers x of up to 64 bits. Within chunks, and then over chunks, it is the sum of (2i + 1) x_i
-    modulo 2^64. Odd factors are invertible, so that any change of a single integer changes it, and so does a swap
-    within a chunk.
+    The bytes are viewed as integers x of up to 64 bits. The checksum is the sum of (2i + 1) x_i modulo 2^64, within
+    chunks and then over chunks. Odd factors are invertible, so any change of a single integer and any swap within a
+    chunk changes the checksum.
     """
     sums: dict[torch.device, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -210,13 +210,13 @@ def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The names that one side lacks or that have another value there."""
+    """Return the names that are missing in one mapping or whose values differ."""
     return sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
 
 
-def _refuse(changed: list[str], when: str) -> None:
+def _raise_if(changed: list[str], when: str) -> None:
     if changed:
-        raise GuardError(f"a frozen tensor changed in training, {when}: {_listed(changed)}; nothing is stored")
+        raise GuardError(f"frozen tensors changed during training, {when}: {_listed(changed)}; no artifact was saved")
 
 
 def _in_epoch(trainer: Trainer) -> str:

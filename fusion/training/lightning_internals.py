@@ -1,6 +1,6 @@
-"""Everything that the training takes from private parts of Lightning, each with its reason.
+"""All uses of Lightning's private API in training, each with its reason.
 
-An upgrade of Lightning has to check this file; tests/test_resume.py covers most of it.
+Check this file when upgrading Lightning; tests/test_resume.py covers most of it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pytorch_lightning.strategies.launchers.subprocess_script import _Subprocess
 
 
 def processes_to_start(trainer: lightning.Trainer) -> int:
-    """How many processes Lightning would start by itself on this machine; 1 if it starts none.
+    """Return the number of processes that Lightning would use on this machine, or 1 if it launches none.
 
-    Its launcher reruns the command line, which under Hydra would start a whole sweep in each process. No public
+    Lightning's launcher reruns the command line, which under Hydra would start a whole sweep in each process. No public
     attribute distinguishes this launcher from SLURM's or torchrun's processes, or from strategies that fork.
     """
     launcher = trainer.strategy.launcher
@@ -24,23 +24,23 @@ def processes_to_start(trainer: lightning.Trainer) -> int:
 
 
 def leave_signals_alone(trainer: lightning.Trainer) -> None:
-    """Keep Lightning from installing signal handlers, for which it has no option.
+    """Prevent Lightning from installing signal handlers, which no option disables.
 
-    They requeue a SLURM job, as submitit does too, and broadcast SIGTERM, which hangs if only one rank received it.
+    The handlers requeue a SLURM job, as submitit does too, and broadcast SIGTERM, which hangs if only one rank got it.
     """
     cast(Any, trainer)._signal_connector.register_signal_handlers = lambda: None
 
 
 def checkpoint_content(trainer: lightning.Trainer) -> dict[str, Any]:
-    """A checkpoint as a dict. `Trainer.save_checkpoint` ends in a barrier, and only the first process writes."""
+    """Return a checkpoint as a dict. `Trainer.save_checkpoint` has a barrier, but only rank 0 writes checkpoints."""
     return cast(Any, trainer)._checkpoint_connector.dump_checkpoint(weights_only=False)
 
 
 def can_resume_after(trainer: lightning.Trainer, batch_idx: int) -> bool:
-    """Whether a run that resumes after this training batch does what an uninterrupted one does.
+    """Return whether a run that resumes after this training batch is equivalent to an uninterrupted run.
 
-    It does not between batches whose gradients are accumulated, nor right before a validation or the end of an epoch:
-    Lightning decides on these after `on_train_batch_end`, and would leave them out.
+    It is not between batches whose gradients are accumulated, nor right before a validation or the end of an epoch,
+    which Lightning would skip, since it checks for them after `on_train_batch_end`.
     """
     loop = cast(Any, trainer.fit_loop.epoch_loop)
     stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
@@ -48,22 +48,22 @@ def can_resume_after(trainer: lightning.Trainer, batch_idx: int) -> bool:
 
 
 def logged_step(trainer: lightning.Trainer) -> int:
-    """The step under which Lightning logs validation metrics, which is not `global_step`."""
+    """Return the step under which Lightning logs validation metrics, which is not `global_step`."""
     return int(cast(Any, trainer.fit_loop.epoch_loop)._batches_that_stepped)
 
 
 def epochs_done(trainer: lightning.Trainer) -> int:
-    """Epochs trained. `current_epoch` is one less where a resumed run had nothing left to train."""
+    """Return the number of trained epochs. `current_epoch` is one less if a resumed run had nothing left to train."""
     return int(cast(Any, trainer.fit_loop.epoch_progress.current).processed)
 
 
 def batches_done(trainer: lightning.Trainer) -> int:
-    """Training batches of the current epoch so far."""
+    """Return the number of training batches processed in the current epoch."""
     return int(cast(Any, trainer.fit_loop.epoch_loop.batch_progress.current).processed)
 
 
 def position_of(content: dict[str, Any]) -> dict[str, int]:
-    """Where a checkpoint resumes: `{"epoch", "batch", "steps"}`, counted from 0."""
+    """Return the position from which a checkpoint resumes: `{"epoch", "batch", "steps"}`, zero-based."""
     loops = content["loops"]["fit_loop"]
     epochs, batches = loops["epoch_progress"]["current"], loops["epoch_loop.batch_progress"]["current"]
     between_epochs = epochs["processed"] == epochs["started"]
@@ -77,7 +77,7 @@ def position_of(content: dict[str, Any]) -> dict[str, int]:
 def restart_validation(content: dict[str, Any]) -> None:
     """Change a checkpoint written during a validation so that the validation restarts from its first batch.
 
-    Lightning would resume it behind the batches that are done, whose predictions are lost.
+    Lightning would resume it after the completed batches, whose predictions are lost.
     """
     progress = content["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
     done = progress["total"]["completed"] - progress["current"]["completed"]

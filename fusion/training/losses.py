@@ -1,6 +1,6 @@
-"""The training loss: values that are not finite, the mean over an epoch, and divergence with a finite loss.
+"""The training loss: detection of non-finite values, the mean over an epoch, and divergence with a finite loss.
 
-Nothing here synchronizes the device at every step.
+No function of this module synchronizes the device at every step.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from fusion.errors import LossNotFinite
 from fusion.tasks.table import kind_of
 from fusion.training.processes import gathered
 
-_SHOWN = 8  # rows in a message
-_DIVERGED = 3.0  # the factor of `divergence`
+_SHOWN = 8  # examples in a message
+_DIVERGED = 3.0  # factor in `divergence`
 
 
 class Losses:
-    """The losses since the last check: of each training batch a scalar, its step, rows and split."""
+    """Losses since the last check: the scalar loss, step, example indices and split of each training batch."""
 
     def __init__(self) -> None:
         self._seen: list[tuple[Tensor, int, Tensor, str]] = []
@@ -31,40 +31,40 @@ class Losses:
         self._seen.append((loss, step, rows, split))
 
     def broken(self) -> bool:
-        """Whether one of this process is not finite."""
+        """Return whether a loss of this process is not finite."""
         return bool(self._seen) and not bool(torch.stack([loss for loss, *_ in self._seen]).isfinite().all())
 
     def check(self, distributed: bool) -> None:
-        """Check all losses since the last call. Under DDP, all processes have to call it.
+        """Check all losses since the last call. Collective: must be called on all ranks.
 
         Raises:
-            LossNotFinite: names the first such step and its rows.
+            LossNotFinite: if a loss is NaN or infinite.
         """
         seen, self._seen = self._seen, []
         values = torch.stack([loss for loss, *_ in seen]) if seen else torch.zeros(0)
         bad = [seen[n] for n in (~values.isfinite()).nonzero().flatten().tolist()]
         if distributed:
-            there = torch.tensor(float(bool(bad)), device=values.device)
-            torch.distributed.all_reduce(there)
-            if not there.item():
+            found_any = torch.tensor(float(bool(bad)), device=values.device)
+            torch.distributed.all_reduce(found_any)
+            if not found_any.item():
                 return
         own = [(step, loss.item(), rows.tolist(), split) for loss, step, rows, split in bad]
         found = [entry for of_process in gathered(own) for entry in of_process]
         if found:
             step, loss, rows, split = min(found, key=lambda entry: entry[0])
             shown = ", ".join(map(str, rows[:_SHOWN])) + (" …" if len(rows) > _SHOWN else "")
-            raise LossNotFinite(f"the loss is {loss} at step {step} (rows {shown} of {split}, counted from 0)")
+            raise LossNotFinite(f"the loss is {loss} at step {step} (examples {shown} of {split}, zero-based)")
 
 
 class EpochLoss:
-    """The mean training loss of an epoch, of the whole loss and of the task's own: sums in double precision.
+    """Mean of the total loss and of the task loss over an epoch, summed in double precision.
 
-    A checkpoint stores them, unless there is more than one process, since only the first one writes: the mean of the epoch
-    in which such a run resumes is over the batches since then.
+    Checkpoints contain the sums of single-process runs only. A DDP run that resumes within an epoch averages over the
+    batches since it resumed.
     """
 
     def __init__(self) -> None:
-        self._first: Tensor | float | None = None  # the task's loss of the training's first batch
+        self._first: Tensor | float | None = None  # task loss of the run's first batch
         self.restart()
 
     def restart(self) -> None:
@@ -75,8 +75,8 @@ class EpochLoss:
     def add(self, total: Tensor, task: Tensor, weight: float) -> None:
         """
         Args:
-            total, task: scalar losses of a batch: this process's part of the mean over all processes.
-            weight: the examples of the batch in all processes; with class weights, the sum of their weights.
+            total, task: scalar losses of a batch: this process's contribution to the mean over all processes.
+            weight: number of examples of the batch in all processes, or the sum of their class weights.
         """
         parts = torch.stack([total, task]).detach().to(_wide(total.device))
         if self._first is None:
@@ -85,7 +85,7 @@ class EpochLoss:
         self._weight += weight
 
     def mean(self, processes: int = 1) -> float | None:
-        """The mean of the whole loss so far, equal in all processes; None: no batch. All processes have to call it."""
+        """Return the mean total loss, or `None` if no batch was seen. Collective: must be called on all ranks."""
         if self._sums is None:
             return None
         total = self._sums[0].clone()
@@ -94,9 +94,9 @@ class EpochLoss:
         return float(total) / processes / self._weight
 
     def figures(self) -> tuple[float, float] | None:
-        """The task's loss of the training's first batch, and its mean over the last epoch; None: no batch.
+        """Return the task loss of the run's first batch and its mean over the last epoch, or `None` without batches.
 
-        All processes have to call it.
+        Collective: must be called on all ranks.
         """
         own = None
         if self._sums is not None and self._first is not None:
@@ -108,7 +108,7 @@ class EpochLoss:
         return sum(firsts) / len(firsts), sum(lasts) / len(lasts)
 
     def state(self, processes: int) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return the state to store in a checkpoint."""
         return {
             "first": None if self._first is None else float(self._first),
             "sums": None if self._sums is None or processes > 1 else self._sums.tolist(),
@@ -130,13 +130,13 @@ def _wide(device: torch.device) -> torch.dtype:
 def divergence(
     figures: tuple[float, float] | None, training: Sequence[EncodedRows], tasks: Sequence[TaskConfig]
 ) -> dict[str, float] | None:
-    """`{"train_loss", "limit"}` of a training that diverged with a finite loss, as result.json has it; else None.
+    """Return `{"train_loss", "limit"}` for result.json if training diverged with a finite loss, else `None`.
 
-    The task's mean loss of the last epoch is then more than three times the larger of two: its loss of the first batch,
-    before any update, and the loss of scores that are all zero, without class weights and label smoothing.
+    A run counts as diverged if the mean task loss of the last epoch exceeds three times the larger of the loss of the
+    first batch, before any update, and the loss of all-zero logits, without class weights and label smoothing.
 
     Args:
-        figures: of `EpochLoss`.
+        figures: result of `EpochLoss.figures`.
         training: one split per task.
     """
     if figures is None:

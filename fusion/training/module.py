@@ -1,6 +1,6 @@
-"""The LightningModule: losses, metrics, the optimizer, and the content of a checkpoint.
+"""The LightningModule: losses, metrics, the optimizer, and the content of checkpoints.
 
-Shapes: B rows, K outputs of the head.
+Shapes: B examples, K outputs of the head.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from fusion.training.predictions import MEAN, RowPredictions, main_metrics
 class Objective:
     """
     Attributes:
-        loss_weights: of the named terms that the model adds to the loss.
+        loss_weights: weights of the named loss terms that the model adds.
         label_smoothing: as in `torch.nn.CrossEntropyLoss`.
-        robust_drop: whether each training batch skips a random number of the first layers' slots (AdapterDrop,
+        robust_drop: whether each training batch skips the slots of a random number of first layers (AdapterDrop,
             Rücklé et al. 2021, §3).
-        temperature: of multi-task sampling, see `TaskBatches`.
+        temperature: temperature of multi-task sampling, see `TaskBatches`.
     """
 
     loss_weights: dict[str, float] = field(default_factory=dict)
@@ -47,16 +47,16 @@ class Objective:
 
 
 class TaskModule(lightning.LightningModule):
-    """Trains the parameters of `model.trainable()`, on one or more tasks.
+    """LightningModule that trains the parameters of `model.trainable()` on one or more tasks.
 
     With multiple tasks, metric names start with the task's name, and `mean` selects the best epoch.
 
     Args:
-        tasks: in the order of the batches' task numbers.
+        tasks: the tasks, in the order of `Batch.task`.
         splits: the task of each validation split, in the order of the validation loaders.
-        features: the type of the cached frozen features in the batches; None: there are none.
-        seed: of dropout and of robust AdapterDrop.
-        class_weights: for each task, the weight of each label in the training loss; None: all are equal.
+        features: dtype of the cached frozen features in the batches, or `None` without a feature cache.
+        seed: seed of dropout and of robust AdapterDrop.
+        class_weights: label weights in the training loss of each task, or `None` for uniform weights.
     """
 
     def __init__(
@@ -82,24 +82,24 @@ class TaskModule(lightning.LightningModule):
             values = None if weights is None else torch.from_numpy(weights).float()
             self.register_buffer(f"class_weights_{number}", values, persistent=False)
         self.losses_seen = Losses()
-        # Of each evaluated epoch: its number (from 1) and all metrics.
+        # One-based number and all metrics of each evaluated epoch.
         self.history: list[dict[str, float]] = []
-        # Of the last validation, by split and by task.
+        # Results of the last validation, by split and by task.
         self.predicted: dict[str, RowPredictions] = {}
         self.decisions: dict[str, Decision] = {}
-        # Of the running validation: outputs in place of predictions.
+        # Outputs of the current validation, in place of predictions.
         self._outputs: dict[str, list[RowPredictions]] = {}
         self.epoch_loss = EpochLoss()
-        # Makes the recorder of the source weights in a validation batch.
+        # Creates the recorder of the source weights for a validation batch.
         self.recorder: Callable[[Batch], Recorder] | None = None
-        self.logged_step = -1  # the last one
-        # Checkpoints have the trained parameters only; `on_load_checkpoint` compares the key sets.
+        self.logged_step = -1  # the last logged step
+        # Checkpoints contain the trainable parameters only; `on_load_checkpoint` compares the keys.
         self.strict_loading = False
 
     def first_layer(self, batch_index: int) -> int:
-        """The first layer with active slots in a training batch: 0, or drawn uniformly from those with slots.
+        """Return the first layer with active slots in a training batch: 0, or a uniform draw from `adapted_layers`.
 
-        A pure function of (seed, epoch, batch): equal in all processes and in a resumed run.
+        The draw is a pure function of (seed, epoch, batch): equal in all processes and in a resumed run.
         """
         if not self.objective.robust_drop:
             return 0
@@ -107,11 +107,11 @@ class TaskModule(lightning.LightningModule):
         return int(draw.choice(self.model.adapted_layers))
 
     def scores(self, batch: Batch, first_layer: int = 0, record: Recorder | None = None) -> Tensor:
-        """(B, K)."""
+        """Return the logits: (B, K)."""
         return forward(self.model, batch, record=record, features=batch.features, first_layer=first_layer)
 
     def losses(self, batch: Batch, first_layer: int = 0) -> dict[str, Tensor]:
-        """The named terms of a batch's loss: `task`, and the weighted terms of the slot modules."""
+        """Return the named loss terms of a batch: `task`, and the weighted terms of the slot modules."""
         assert batch.labels is not None
         per_row = kind_of(self.tasks[batch.task]).loss(
             self.scores(batch, first_layer).float(),
@@ -119,19 +119,19 @@ class TaskModule(lightning.LightningModule):
             getattr(self, f"class_weights_{batch.task}", None),
             self.objective.label_smoothing,
         )
-        # DDP averages the gradients of all processes, so each divides by the rows, or their weights, of all processes.
+        # DDP averages gradients over processes, so each divides by the number (or weight) of examples in all processes.
         total = batch.global_rows if batch.global_weight is None else batch.global_weight
         task = (per_row * batch.weights).sum() * self.trainer.world_size / total
         extra = {name: self.objective.loss_weights[name] * value for name, value in self.model.losses().items()}
         return {"task": task, **extra}
 
     def dropout_seed(self, batch_index: int) -> int:
-        """The dropout seed of a training batch: a pure function of (seed, epoch, batch, process), also after a resume."""
+        """Return the dropout seed of a training batch, a pure function of (seed, epoch, batch, process)."""
         parts = [self.seed, self.current_epoch, batch_index, self.global_rank]
         return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
 
     def on_train_epoch_start(self) -> None:
-        self.epoch_loss.restart()  # not called if a run resumes within an epoch
+        self.epoch_loss.restart()  # this hook is not called if a run resumes within an epoch
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         torch.manual_seed(self.dropout_seed(batch_index))
@@ -141,15 +141,15 @@ class TaskModule(lightning.LightningModule):
         self.losses_seen.add(total.detach(), self.trainer.global_step, batch.rows, f"{prefix}train")
         weight = batch.global_rows if batch.global_weight is None else batch.global_weight
         self.epoch_loss.add(total, losses["task"], weight)
-        # A call of log takes as long as a small layer, hence only at the steps that Lightning passes to loggers.
+        # A call of `log` takes as long as a small layer, so log only at the steps that Lightning passes to loggers.
         every = max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if batch_index == 0 or (self.trainer.global_step + 1) % every == 0:
             self.logged_step = self.trainer.global_step
-            # The mean over the processes is the mean over the rows of all of them, see `losses`.
+            # The mean over processes is the mean over all their examples, see `losses`.
             distributed = self.trainer.world_size > 1
             named = {f"train/{name}_loss": value.detach() for name, value in losses.items()}
             self.log_dict(named, sync_dist=distributed)
-            if prefix:  # per epoch: per step, Lightning would repeat the other tasks' last values
+            if prefix:  # per epoch, since Lightning would repeat the other tasks' last values at each step
                 self.log(
                     f"{prefix}train/loss",
                     losses["task"].detach(),
@@ -174,20 +174,20 @@ class TaskModule(lightning.LightningModule):
         self.log_dict({"train/lr": rates[0], **own, "train/grad_norm": norm})
 
     def on_validation_start(self) -> None:
-        """Refuse to score weights that are not finite: their scores would be numbers like any other."""
+        """Raise if a weight is not finite, since its metrics would look valid."""
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self.losses_seen.check(self.trainer.world_size > 1)
             if not self.is_finite():  # equal in all processes
                 raise LossNotFinite(f"weights are no longer finite after step {self.trainer.global_step - 1}")
 
     def is_finite(self) -> bool:
-        """Whether all trained parameters are, and this process's losses since they were last checked."""
+        """Return whether all trainable parameters and this process's losses since the last check are finite."""
         finite = [parameter.isfinite().all() for parameter in self.model.trainable().values()]
         return not self.losses_seen.broken() and bool(torch.stack(finite).all()) if finite else True
 
     def validation_step(self, batch: Batch, batch_index: int, dataloader_idx: int = 0) -> None:
         assert batch.labels is not None
-        counts = batch.weights > 0  # the others are fillers
+        counts = batch.weights > 0  # excludes examples that only fill up a batch
         split, task = list(self.splits.items())[dataloader_idx]
         record = None if self.recorder is None else self.recorder(batch)
         kind = kind_of(task)
@@ -196,7 +196,7 @@ class TaskModule(lightning.LightningModule):
         self._outputs.setdefault(split, []).append(RowPredictions(batch.rows[counts].tolist(), outputs, labels))
 
     def on_validation_epoch_end(self) -> None:
-        # All processes gather all splits, also those of which a process had no batch.
+        # All processes gather all splits, including splits without a batch in this process.
         every = {split: RowPredictions.gathered(self._outputs.get(split, [])) for split in self.splits}
         self._outputs = {}
         self.predicted, self.decisions = {}, {}
@@ -212,23 +212,23 @@ class TaskModule(lightning.LightningModule):
         if len(self.tasks) > 1:
             chosen = main_metrics(self.splits)
             values[MEAN] = sum(values[name] for name in chosen) / len(chosen)
-        # Equal in all processes, so the mean over them changes nothing.
+        # The values are equal in all processes, so averaging does not change them.
         self.log_dict(values, sync_dist=self.trainer.world_size > 1)
         if self.trainer.sanity_checking:
             return
-        fitting = self.trainer.state.fn == "fit"  # else validated after it, and the epoch is counted already
+        fitting = self.trainer.state.fn == "fit"  # otherwise `current_epoch` is already incremented
         epoch = self.trainer.current_epoch + 1 if fitting else max(1, self.trainer.current_epoch)
         if self.scores_of(epoch) is not None:
-            self.history.pop()  # of a validation within the epoch
+            self.history.pop()  # from a validation within the epoch
         self.history.append({"epoch": epoch, **values})
 
     def scores_of(self, epoch: int) -> dict[str, float] | None:
-        """The last line of `history` if it is of this epoch (from 1), else None."""
+        """Return the last entry of `history` if it belongs to this epoch (one-based), else `None`."""
         return self.history[-1] if self.history and self.history[-1]["epoch"] == epoch else None
 
     def configure_optimizers(self) -> Any:
-        """AdamW with linear warm-up and linear decay to zero."""
-        # Lightning refuses to clip the gradients of a fused optimizer under mixed precision.
+        """Return AdamW with linear warmup and linear decay to zero."""
+        # Lightning cannot clip gradients with a fused optimizer and mixed precision.
         mixed = isinstance(self.trainer.precision_plugin, MixedPrecision)
         optimizer = adamw(self.model, self.optim, fused=not mixed)
         steps = max(1, int(self.trainer.estimated_stepping_batches))
@@ -251,22 +251,23 @@ class TaskModule(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trainable = {f"model.{name}" for name in self.model.trainable()}
         if set(checkpoint["state_dict"]) != trainable:
-            raise RuntimeError("the checkpoint has other parameters than the model trains")
-        if checkpoint["prefix"] != self.features:  # equal up to rounding, which is not the same run
+            raise RuntimeError("the checkpoint's parameters are not the trainable parameters of the model")
+        if checkpoint["prefix"] != self.features:  # equal only up to rounding, so the run would differ
             raise UserError(
                 f"the run started with backbone.cache={checkpoint['prefix'] or 'off'} and would resume with "
-                f"{self.features or 'off'}: free disk space, data.cache_dir or backbone.cache_gb has changed\n"
-                "Restore it, or start over with resume=false"
+                f"{self.features or 'off'}, since free disk space, data.cache_dir or backbone.cache_gb has changed\n"
+                "Undo the change, or start over with resume=false"
             )
         self.history = list(checkpoint["history"])
         self.epoch_loss.resume(checkpoint["epoch_loss"], self.trainer.world_size, self.device)
 
 
 def adamw(model: AdaptedModel, optim: OptimConfig, fused: bool = True) -> torch.optim.AdamW:
-    """AdamW over the trained parameters; the head may have its own learning rate, and some have no weight decay.
+    """Return AdamW over the trainable parameters, with the head's learning rate and weight decay exemptions.
 
     Args:
-        fused: one kernel for all parameters if their device has it: a third of the time, equal up to rounding.
+        fused: whether to use the fused implementation if the device supports it: three times as fast, equal up to
+            rounding.
     """
     undecayed = model.undecayed()
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}

@@ -1,6 +1,6 @@
-"""Predictions and metrics of a split: per row in outcomes.json, so that runs can be compared, and over all rows at once.
+"""Predictions per example, stored in outcomes.json so that runs can be compared, and the metrics of a split.
 
-Shapes: B rows, K outputs.
+Shapes: B examples, K outputs.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from fusion.training.processes import gathered
 
 log = logging.getLogger(__name__)
 
-MEAN = "mean"  # of the main metrics of all tasks
+MEAN = "mean"  # name of the mean of all tasks' main metrics
 
 
 @dataclass(frozen=True)
 class RowPredictions:
-    """The predictions for the evaluated rows of a split, in their order, on the CPU.
+    """Predictions for the evaluated examples of a split, in the order of the split.
 
     Attributes:
-        rows: the rows' indices in the split; not all of them with `trainer.limit_val_batches`.
-        predictions, labels: a JSON value for each row, see `fusion.tasks.kind`.
+        rows: indices of the examples in the split; a subset with `trainer.limit_val_batches`.
+        predictions, labels: a JSON value per example, see `fusion.tasks.kind`.
     """
 
     rows: list[int]
@@ -43,17 +43,17 @@ class RowPredictions:
 
     @classmethod
     def gathered(cls, parts: Sequence[RowPredictions]) -> RowPredictions:
-        """The rows of all parts and all processes, in the order of the split. All processes have to call it."""
+        """Gather the examples of all parts and processes. Collective: must be called on all ranks."""
         own = [(part.rows, part.predictions, part.labels) for part in parts]
         columns = zip(*chain.from_iterable(gathered(own)), strict=True)
         rows, predictions, labels = (list(chain.from_iterable(column)) for column in columns)
         order = sorted(range(len(rows)), key=rows.__getitem__)
-        return cls(*([column[place] for place in order] for column in (rows, predictions, labels)))
+        return cls(*([column[index] for index in order] for column in (rows, predictions, labels)))
 
     def as_stored(self, split: EncodedRows) -> dict[str, Any]:
-        """The split's part of outcomes.json: a fingerprint of the evaluated rows, their labels and predictions.
+        """Return the split's entry in outcomes.json: fingerprint, labels and predictions of the evaluated examples.
 
-        If not all rows were evaluated, `rows` has their indices, and the fingerprint is of that selection.
+        If only a subset was evaluated, the entry also contains its indices as `rows`, and the fingerprint covers them.
         """
         content = {"fingerprint": split.fingerprint, "labels": self.labels, "predicted": self.predictions}
         if len(self.rows) == len(split):
@@ -71,10 +71,10 @@ def write_predictions(directory: Path, splits: Mapping[str, dict[str, Any]]) -> 
 
 
 def score(task: TaskConfig, scores: Tensor, labels: NDArray[Any] | None) -> dict[str, float]:
-    """All metrics of the task, with the decision that these rows give, see `Kind.decision`.
+    """Return all metrics of the task, with the decision parameters selected on these examples (`Kind.decision`).
 
     Args:
-        scores: (B, K), of the head.
+        scores: logits (B, K).
         labels: (B,) or (B, ...).
     """
     assert labels is not None
@@ -84,13 +84,13 @@ def score(task: TaskConfig, scores: Tensor, labels: NDArray[Any] | None) -> dict
 
 
 def main_metric(splits: Mapping[str, TaskConfig]) -> str:
-    """The metric that selects the best epoch: the first one on the first split; for multiple tasks, the mean."""
+    """Return the name of the metric that selects the best epoch: the main metric, or the mean for multiple tasks."""
     names = main_metrics(splits)
     return names[0] if len(names) == 1 else MEAN
 
 
 def main_metrics(splits: Mapping[str, TaskConfig]) -> list[str]:
-    """Each task's first metric on its first validation split, given the task of each split."""
+    """Return each task's first metric on its first validation split, given the task of each split."""
     first: dict[str | None, str] = {}
     for split, task in splits.items():
         first.setdefault(task.name, f"{split}/{task.metrics[0]}")

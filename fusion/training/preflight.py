@@ -1,4 +1,4 @@
-"""Checks of a training command before a model is loaded. Light to import."""
+"""Checks of a training command that run before a model is loaded, without heavy imports."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from fusion.runs.run import RunState
 
 
 def check_stage(config: StageConfig, output_of: Callable[[], RunOutput]) -> RunState:
-    """Check data, backbone files and compiler; returns the state of the run.
+    """Check data, backbone files and compiler, and return the state of the run.
 
     Args:
-        output_of: returns the run's output, called after the data.
+        output_of: returns the run's output; called after the data was checked.
 
     Raises:
-        UserError: one of them is missing or wrong.
+        UserError: if data, backbone files or compiler are missing or invalid.
     """
     from fusion.data.splits import check_held_out_splits, check_source
 

@@ -1,11 +1,11 @@
 """The processes of a DDP job under Hydra.
 
-Lightning starts the other ranks by rerunning the command line: with `-m`, each of them would start the whole sweep, and
-if a rank fails, the others wait forever. So the app starts *all* ranks of a job itself, as torchrun does, with the
-composed config; Lightning finds LOCAL_RANK set and starts none. This process does not train.
+Lightning launches the other ranks by rerunning the command line: with `-m`, each rank would start the whole sweep, and
+if a rank fails, the others wait forever. Therefore the app launches *all* ranks of a job itself, as torchrun does, with
+the composed config; Lightning sees LOCAL_RANK and launches no further processes. The launcher does not train.
 
-An interrupt of this process is forwarded to rank zero only, which finishes its step and writes a checkpoint while the
-other ranks still take part in its collectives; then all are killed. All times are of the monotonic clock.
+A signal to the launcher is forwarded to rank 0 only, which finishes its step and writes a checkpoint while the other
+ranks still run its collectives; then all are killed. All times are measured with `time.monotonic`.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from fusion.runs.run import Run, caused_by_interrupt, describe
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-JOB = "FUSION_RANK_JOB"  # environment variable: the file with a rank's job
-POLL = 0.1  # seconds between two polls of the ranks
-GRACE = 5.0  # seconds for the other ranks to end after one has failed
-PATIENCE = 30.0  # seconds for rank zero to end after an interrupt, and for the others after rank zero
+JOB = "FUSION_RANK_JOB"  # environment variable with the directory of a rank's job
+POLL = 0.1  # seconds between polls of the ranks
+GRACE = 5.0  # seconds until the other ranks are killed after one failed
+PATIENCE = 30.0  # seconds until rank 0 is killed after an interrupt, and the others after rank 0 exited
 
 
 class RankError(TrainingError):
-    """A rank of a DDP job failed; the others were stopped."""
+    """Raised if a rank of a DDP job failed; the other ranks are stopped."""
 
 
 _ERRORS: dict[str, type[BaseException]] = {
@@ -50,17 +50,17 @@ _ERRORS: dict[str, type[BaseException]] = {
 }
 
 
-# --- in the process that starts the ranks ---------------------------------------------------------
+# --- launcher -------------------------------------------------------------------------------------
 
 
 def count(trainer: TrainerConfig) -> int:
-    """How many processes the job needs on this machine; 1: only this one.
+    """Return the number of processes that the job needs on this machine.
 
     Raises:
-        UserError: Lightning refuses the accelerator, strategy or devices.
+        UserError: if Lightning rejects the accelerator, strategy or devices.
     """
     if trainer.devices in (1, "1") and trainer.num_nodes == 1:
-        return 1  # the common case needs no Lightning
+        return 1  # the common case, without importing Lightning
     import pytorch_lightning as pl
 
     from fusion.training.lightning_internals import processes_to_start
@@ -77,7 +77,7 @@ def count(trainer: TrainerConfig) -> int:
 
 
 def program(function: Callable[..., Any]) -> list[str]:
-    """The command that starts this program, without its arguments."""
+    """Return the command that starts this program, without its arguments."""
     module = function.__module__
     if module == "__main__" and (spec := sys.modules["__main__"].__spec__) is not None:
         module = spec.name  # python -m fusion.stage1
@@ -87,20 +87,20 @@ def program(function: Callable[..., Any]) -> list[str]:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def launch(program: list[str], config: dict[str, Any], run: Run, ranks: int) -> dict[str, Any]:
-    """Run one job in `ranks` processes and return the result of rank zero.
+    """Run one job in `ranks` processes and return the result of rank 0.
 
-    Ranks above zero write to `run.rank1.log` and so on; the error's cause has the traceback of the rank that failed first.
-    A second interrupt kills all ranks at once.
+    Other ranks write to `run.rank1.log` and so on. The raised error's cause has the traceback of the rank that failed
+    first. A second interrupt kills all ranks immediately.
 
     Raises:
-        UserError, TrainingError: raised by a rank, or MASTER_PORT cannot be used.
-        RankError: a rank failed otherwise, was killed or could not be started.
-        KeyboardInterrupt, Terminated: this process, or rank zero, was interrupted.
+        UserError, TrainingError: if a rank raised it, or MASTER_PORT cannot be used.
+        RankError: if a rank failed with a different error, was killed or could not be started.
+        KeyboardInterrupt, Terminated: if this process or rank 0 was interrupted.
     """
     port = _port()
     started: list[subprocess.Popen[bytes]] = []
@@ -115,7 +115,7 @@ def launch(program: list[str], config: dict[str, Any], run: Run, ranks: int) -> 
                 _interrupt_rank_zero(started, folder, signal.SIGINT, GRACE)
         except OSError as error:
             raise RankError(
-                f"the processes of this job could not be started: {error}; is the disk full ({folder.parent})?"
+                f"the processes of this job could not be started: {error}; check the free disk space of {folder.parent}"
             ) from error
         except BaseException as error:
             number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
@@ -127,7 +127,7 @@ def launch(program: list[str], config: dict[str, Any], run: Run, ranks: int) -> 
     if not failed and 0 in outcomes:
         result: dict[str, Any] = outcomes[0]["result"]
         return result
-    # The others mostly lost their connection to the first.
+    # The other ranks mostly fail because they lost the connection to the first failed rank.
     first = min(failed, key=lambda rank: outcomes[rank]["time"] if rank in outcomes else failed[rank], default=0)
     if (found := outcomes.get(first)) is not None:
         cause = RuntimeError(found["trace"]) if found["trace"] else None
@@ -136,10 +136,10 @@ def launch(program: list[str], config: dict[str, Any], run: Run, ranks: int) -> 
     if code == -signal.SIGKILL:
         raise RankError(
             f"rank {first} was killed (SIGKILL), possibly because the machine ran out of memory\n"
-            "Lower data.batch_size, or run the same command again to resume"
+            "Lower data.batch_size, or rerun the same command to resume"
         )
-    where = run.directory / (f"run.rank{first}.log" if first else "run.log")
-    raise RankError(f"rank {first} ended with exit code {code}: see {where}")
+    log_file = run.directory / (f"run.rank{first}.log" if first else "run.log")
+    raise RankError(f"rank {first} exited with code {code}: see {log_file}")
 
 
 def _start(
@@ -155,15 +155,15 @@ def _start(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            start_new_session=True,  # Ctrl-C reaches this process only
+            start_new_session=True,  # so that Ctrl-C reaches the launcher only
         )
 
 
 def _wait(started: Sequence[subprocess.Popen[bytes]]) -> dict[int, float]:
-    """Wait until all ranks have ended, or for a limited time after one has failed or rank zero has ended.
+    """Wait until all ranks have exited, or for a limited time after one has failed or rank 0 has exited.
 
     Returns:
-        The ranks that failed, each with the time when that was seen.
+        The failed ranks, each with the time at which the failure was detected.
     """
     failed: dict[int, float] = {}
     deadline = float("inf")
@@ -184,48 +184,49 @@ def _wait(started: Sequence[subprocess.Popen[bytes]]) -> dict[int, float]:
 
 
 def _interrupt_rank_zero(started: Sequence[subprocess.Popen[bytes]], folder: Path, number: int, seconds: float) -> None:
-    # Before it has started its job it has nothing to save, and a signal would print a traceback.
+    # Before rank 0 starts its job, there is nothing to save, and a signal would print a traceback.
     if not started or not (folder / "started0").exists():
         return
     started[0].send_signal(number)
     deadline = time.monotonic() + seconds
-    # Popen.wait would take a Ctrl-C as one that reached the child as well.
+    # Popen.wait would assume that Ctrl-C reached the child as well.
     while started[0].poll() is None and time.monotonic() < deadline:
         time.sleep(POLL)
 
 
 def _kill(started: Sequence[subprocess.Popen[bytes]]) -> None:
     for process in started:
-        process.kill()  # does nothing to one that has been waited for
+        process.kill()  # no effect on a process that has exited
     for process in started:
-        with contextlib.suppress(subprocess.TimeoutExpired):  # it is in an uninterruptible system call
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the process is in an uninterruptible system call
             process.wait(GRACE)
 
 
 def _port() -> int:
-    """The port of the rendezvous: MASTER_PORT, or a free one.
+    """Return the rendezvous port: MASTER_PORT, or a free port.
 
     Raises:
-        UserError: MASTER_PORT is no port, or another program listens there.
+        UserError: if MASTER_PORT is not a valid port or is already in use.
     """
     given = os.environ.get("MASTER_PORT", "0")
     try:
-        if os.environ.get("NODE_RANK", "0") != "0":  # rank zero listens on another machine
+        if os.environ.get("NODE_RANK", "0") != "0":  # rank 0 listens on a different machine
             return int(given)
         with socket.create_server(("", int(given))) as probe:
             return int(probe.getsockname()[1])
     except (OSError, ValueError, OverflowError) as error:
         raise UserError(
-            f"MASTER_PORT={given}: expected a free port, 1 to 65535 ({error})\nunset MASTER_PORT to have one chosen"
+            f"MASTER_PORT={given}: expected a free port, 1 to 65535 ({error})\n"
+            "Unset MASTER_PORT to select a free port automatically"
         ) from None
 
 
-# --- in a rank ------------------------------------------------------------------------------------
+# --- rank -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class RankJob:
-    """The job of a rank; `folder` has the files that the ranks share with their launcher."""
+    """Job of a rank; `folder` contains the files that the ranks share with their launcher."""
 
     rank: int
     config: dict[str, Any]
@@ -234,8 +235,8 @@ class RankJob:
 
 
 def job_of_this_rank() -> RankJob | None:
-    """The job that `launch` started this process for; None: it is an ordinary process."""
-    variable = os.environ.pop(JOB, None)  # processes that a rank starts are no ranks
+    """Return the job that `launch` started this process for, or `None` if this process is not a rank."""
+    variable = os.environ.pop(JOB, None)  # child processes of a rank are not ranks
     if variable is None:
         return None
     folder, rank = Path(variable), int(os.environ["LOCAL_RANK"])
@@ -245,8 +246,8 @@ def job_of_this_rank() -> RankJob | None:
     first = rank == 0 and os.environ.get("NODE_RANK", "0") == "0"
     run = replace(run, rank_zero=run.rank_zero and first)
     if rank == 0:
-        signal.signal(signal.SIGINT, signals.raise_it)  # a shell's background job ignores it
-    else:  # it takes part in rank zero's collectives until the launcher, which is notified, ends it
+        signal.signal(signal.SIGINT, signals.raise_it)  # background jobs of a shell ignore SIGINT
+    else:  # the rank forwards signals to the launcher and runs rank 0's collectives until the launcher kills it
         for number in signals.SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, signals.Forward(parent))
@@ -257,7 +258,7 @@ def job_of_this_rank() -> RankJob | None:
 
 
 def run_rank(job: RankJob, work: Callable[[], dict[str, Any]]) -> int:
-    """Do a rank's work, write its outcome for the launcher and return the exit code."""
+    """Run a rank's job, write its result or error for the launcher and return the exit code."""
     result: dict[str, Any] = {}
     outcome: BaseException | None = None
     code, trace = 0, ""
@@ -276,7 +277,7 @@ def run_rank(job: RankJob, work: Callable[[], dict[str, Any]]) -> int:
             outcome = TrainingError(str(error)) if known else RankError(f"rank {job.rank}: {describe(error)}")
             code, trace = 1, traceback.format_exc()
             if job.rank:
-                traceback.print_exc()  # to this rank's own log
+                traceback.print_exc()  # to this rank's log file
     content = {
         "time": time.monotonic(),
         "result": result,
@@ -292,7 +293,7 @@ def run_rank(job: RankJob, work: Callable[[], dict[str, Any]]) -> int:
 
 
 def gathered(own: T) -> list[T]:
-    """The objects of all processes, by rank; `[own]` outside DDP. All processes have to call it."""
+    """Return the objects of all processes, by rank; `[own]` without DDP. Collective: must be called on all ranks."""
     import torch
 
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -303,14 +304,14 @@ def gathered(own: T) -> list[T]:
 
 
 def _die_with(parent: int) -> None:
-    """Kill this rank once its launcher has ended, even if that was killed."""
+    """Kill this rank when its launcher exits, even if the launcher is killed."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _set_up_logging(run: Run, rank: int) -> None:
-    """Rank zero logs as a job of one process does; the others log warnings to their own file."""
+    """Set up logging: rank 0 as in a single-process job, other ranks only warnings, to their own file."""
     console = logging.StreamHandler(sys.stdout)
     full = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     if rank:

@@ -1,12 +1,11 @@
-"""Files of a run with one JSON object per line, whatever the setting of `logger`.
+"""JSON Lines files that every run writes, independent of `logger`.
 
-history.jsonl has all figures that a run logs. Its first line is {"run", "name", "command", "started"}, then one object
-for each logged step or epoch: {"step": 9, "epoch": 1, "train/loss": 0.69, ...}. Steps count from 0, epochs from 1. A
-resumed run writes another file, in its new folder, with the same "run": together they are its history, joined by the
-step.
+history.jsonl contains all values that a run logs. The first line is {"run", "name", "command", "started"}, followed by
+one object per logged step or epoch: {"step": 9, "epoch": 1, "train/loss": 0.69, ...}. Steps are zero-based, epochs
+one-based. A resumed run writes a new file in its new folder with the same "run"; the files are joined by step.
 
-attention.jsonl has the source attention of a fusion, summed over each validation: {"step", "epoch", "sources": [names],
-"slots": {"0.feedforward": {"mean", "entropy", "value_distance"}}}. Only compositions that weight their sources have it.
+attention.jsonl contains the source attention of a fusion for each validation: {"step", "epoch", "sources": [names],
+"slots": {"0.feedforward": {"mean", "entropy", "value_distance"}}}. Only compositions with source weights write it.
 
 Shapes: D hidden size.
 """
@@ -36,9 +35,9 @@ log = logging.getLogger(__name__)
 
 
 class RecordFile:
-    """A file with one JSON object per line, created with the first line; an existing file is overwritten.
+    """JSON Lines file, created with the first line; an existing file is overwritten.
 
-    If a line cannot be written, a warning is logged and nothing more is written; readers ignore a partial line.
+    If a line cannot be written, a warning is logged and no further lines are written. Readers ignore a partial line.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,13 +45,13 @@ class RecordFile:
         self._mode = "w"
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one line; NaN and infinities become null."""
+        """Append one line; NaN and infinite values become null."""
         if not self._mode:
             return
         line = json.dumps(finite(record), ensure_ascii=False, allow_nan=False, default=str)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Opened for each line, which takes microseconds: nothing to close when the run is killed.
+            # Reopening the file for each line takes microseconds, and a killed run leaves no open file.
             with open(self.path, self._mode, encoding="utf-8") as file:
                 file.write(f"{line}\n")
             self._mode = "a"
@@ -63,11 +62,11 @@ class RecordFile:
 
 
 class History(Logger):
-    """A Lightning logger that writes history.jsonl, for the first process of a DDP run.
+    """Lightning logger that writes history.jsonl, on rank 0 only.
 
     Args:
-        directory: the job's output folder.
-        run: NAME-IDENTITY, the same whenever the run resumes.
+        directory: output directory of the job.
+        run: NAME-IDENTITY, which stays the same when the run resumes.
     """
 
     name = "history"
@@ -90,18 +89,18 @@ class History(Logger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         values = dict(metrics)
-        if "epoch" in values:  # added by Lightning, counted from 0
+        if "epoch" in values:  # added by Lightning, zero-based
             self._epoch = int(values.pop("epoch")) + 1
         self._file.write({"step": step, "epoch": self._epoch, **values})
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """They are in config.yaml."""
+        """Do nothing, since config.yaml contains the hyperparameters."""
 
 
 class FirstOfEpoch(Callback):
-    """Logs the first step of each epoch too, so that a training of few batches has a curve.
+    """Callback that also logs the first step of each epoch, so that runs with few batches have a loss curve.
 
-    Lightning logs the steps of `log_every_n_steps` only.
+    Lightning itself logs every `log_every_n_steps` steps only.
     """
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -114,14 +113,14 @@ class FirstOfEpoch(Callback):
 
 
 class AttentionRecorder(Callback):
-    """Writes attention.jsonl: the source weights of each slot during the validation, without an additional pass.
+    """Callback that writes attention.jsonl: source weights per slot in validation, without an additional forward pass.
 
-    Under DDP the sums of all processes are added, so that every real token of every row counts once, and the first
-    process writes. Lightning's sanity check is excluded.
+    Under DDP, sums are reduced over all processes, so that every non-padding token counts once, and rank 0 writes.
+    Lightning's sanity check is excluded.
 
     Args:
-        sources: their names, in the order of the weights; empty: nothing is recorded.
-        directory: the job's output folder.
+        sources: source names, in the order of the weights. If empty, nothing is recorded.
+        directory: output directory of the job.
         show: called with each line.
     """
 
@@ -159,7 +158,7 @@ class AttentionRecorder(Callback):
 
 
 def _value_distance(module: SlotModule) -> float | None:
-    """‖Wv − I‖_F / √D of a fusion, which starts near 0; None if there is no Wv."""
+    """Return ‖Wv − I‖_F / √D of a fusion, initially near 0, or `None` if the module has no Wv."""
     if not isinstance(module, AdapterFusion) or module.value is None:
         return None
     weight = module.value.weight.detach()

@@ -1,4 +1,4 @@
-"""The speed of a training: seconds, examples, tokens, memory and energy."""
+"""Measurement of training time, throughput, memory and energy."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ POWERCAP = Path("/sys/class/powercap")
 
 
 class EnergyMeter:
-    """The processors' energy since its construction, from Linux's powercap counters (RAPL).
+    """Energy consumed by the CPUs since construction, read from Linux's powercap counters (RAPL).
 
-    It includes all that runs on the machine. A counter may overflow once between two readings. Many machines have no
-    counters, or let only root read them.
+    It includes all programs running on the machine. A counter may overflow at most once between two readings. On many
+    machines the counters do not exist or only root can read them.
     """
 
     def __init__(self, folder: Path = POWERCAP) -> None:
-        # `intel-rapl:0` is a processor (also of AMD); `intel-rapl:0:1` is a part of it.
+        # `intel-rapl:0` is a CPU package (also on AMD); `intel-rapl:0:1` is a subzone of it.
         self._zones = [zone for zone in sorted(folder.glob("intel-rapl:*")) if zone.name.count(":") == 1]
         self._before = [_read(zone / "energy_uj") for zone in self._zones]
 
     def joules(self) -> float | None:
-        """None if a counter cannot be read."""
+        """Return the energy in joules, or `None` if a counter cannot be read."""
         total = 0
         for zone, before in zip(self._zones, self._before, strict=True):
             now, maximum = _read(zone / "energy_uj"), _read(zone / "max_energy_range_uj")
@@ -46,9 +46,9 @@ def _read(path: Path) -> int | None:
 
 
 class Speed(Callback):
-    """Measures a training from `start` on; a resumed one includes the time before its checkpoint.
+    """Callback that measures a training run from `start` on, in resumed runs plus the time before the checkpoint.
 
-    A step is timed with forward, backward and the optimizer, without the time between two batches.
+    The time per step includes forward, backward and optimizer step, but not data loading.
     """
 
     def __init__(self) -> None:
@@ -64,29 +64,29 @@ class Speed(Callback):
         self._step_started = time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if torch.cuda.is_available():  # kernels run on after their call returns
+        if torch.cuda.is_available():  # kernels run asynchronously
             torch.cuda.synchronize()
         self._steps.append(time.monotonic() - self._step_started)
         self._examples += batch.rows.numel()
         self._tokens += batch.input_ids.numel()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        checkpoint |= {"seen": [self._examples, self._tokens], "spent": list(self._spent())}
+        checkpoint |= {"seen": [self._examples, self._tokens], "spent": list(self._elapsed())}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self._examples, self._tokens = checkpoint["seen"]
         seconds, joules = checkpoint["spent"]
         self._before = seconds, joules
 
-    def _spent(self) -> tuple[float, float | None]:
-        """Seconds and joules; None: unknown."""
+    def _elapsed(self) -> tuple[float, float | None]:
+        """Return the elapsed seconds and the energy in joules (`None` if unknown)."""
         joules, before = self._energy.joules(), self._before[1]
         seconds = self._before[0] + time.monotonic() - self._started
         return seconds, None if joules is None or before is None else before + joules
 
     def result(self, world_size: int) -> dict[str, float | None]:
-        """`Fit.speed`."""
-        seconds, joules = self._spent()
+        """Return the content of `Fit.speed`."""
+        seconds, joules = self._elapsed()
         return {
             "seconds": seconds,
             "seconds_per_step": statistics.median(self._steps) if self._steps else None,

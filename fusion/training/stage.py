@@ -1,4 +1,4 @@
-"""The end of both stages: fit the model, describe and store it, log and return the result."""
+"""The common part of both stages: fit the model, store it with a manifest, log and return the result."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ log = logging.getLogger(__name__)
 class StageSpec:
     """
     Attributes:
-        tag: of the run in W&B: the method of stage 1, the composition of stage 2.
-        parts: `method`, `adapter` or `composition` of the manifest.
-        sources: of a fusion, in order.
-        initial: the artifact whose weights the model starts from.
+        tag: W&B tag of the run: the method of stage 1 or the composition of stage 2.
+        parts: the entries `method`, `adapter` and `composition` of the manifest.
+        sources: sources of a fusion, in order.
+        initial: artifact that the model is initialized from, if any.
     """
 
     config: StageConfig
@@ -69,12 +69,12 @@ class StageSpec:
 
 
 def train_and_store(spec: StageSpec) -> dict[str, Any]:
-    """Fit, store under the output's name, and return the content of result.json.
+    """Fit the model, store it under the output's name, and return the content of result.json.
 
     Raises:
-        GuardError: something else than the declared parameters changed; nothing is stored.
-        TrainingError: the loss was no longer finite (the best epoch before is stored under another name), or the
-            store could not be written (the checkpoint is kept).
+        GuardError: if a tensor that is not declared trainable has changed. No artifact is saved.
+        TrainingError: if the loss is no longer finite (the best epoch so far is stored as NAME-diverged), or the store
+            cannot be written (the checkpoint is kept).
     """
     loggers = _loggers(spec)
     with contextlib.ExitStack() as stack:
@@ -84,7 +84,7 @@ def train_and_store(spec: StageSpec) -> dict[str, Any]:
 
 def _train_and_store(spec: StageSpec, loggers: list[Logger]) -> dict[str, Any]:
     config, run = spec.config, spec.run
-    origin = circumstances() if run.rank_zero else {}  # now: the checkout may change during the training
+    origin = circumstances() if run.rank_zero else {}  # read now, since the checkout may change during training
     if spec.initial is not None:
         origin["init_from"] = {"name": spec.initial.name, "hash": spec.initial.hash}
     if (tracked := run_reference(loggers)) is not None:
@@ -95,13 +95,13 @@ def _train_and_store(spec: StageSpec, loggers: list[Logger]) -> dict[str, Any]:
     result = _result_of(spec, fitted)
     manifest = _manifest_of(spec, fitted, result, origin)
     if config.trainer.fast_dev_run:
-        log.info("trainer.fast_dev_run: the run works; nothing is stored")
+        log.info("trainer.fast_dev_run: the run succeeded; no artifact was saved")
         return result
     if fitted.broken is not None:
         kept = _store(spec, manifest.changed(name=f"{spec.output.name}{DIVERGED}"), overwrite=True)
         scores = "  ".join(f"{split} {values}" for split, values in fitted.metrics.items())
         raise TrainingError(
-            f"{fitted.broken}\nThe best epoch before it ({fitted.best_epoch}: {scores}) is stored as {kept.name}"
+            f"{fitted.broken}\nThe best epoch so far ({fitted.best_epoch}: {scores}) was saved as {kept.name}"
         )
     path = _store(spec, manifest, config.overwrite)
     log.info("stored %s", path)
@@ -126,7 +126,7 @@ def _loggers(spec: StageSpec) -> list[Logger]:
         checkpoints=output.checkpoints,
         identity=output.identity,
     )
-    if run.rank_zero and not config.trainer.barebones:  # which allows no logger
+    if run.rank_zero and not config.trainer.barebones:  # barebones does not allow loggers
         run_name = output.checkpoints.name
         loggers.append(History(run.directory, run=run_name, name=output.name, command=run.command))
     return loggers
@@ -144,7 +144,7 @@ def _fit(spec: StageSpec, loggers: list[Logger]) -> Fit:
         features = cache_features(
             model, splits, config.backbone, backbone.fingerprint, device, config.data.cache_dir, once
         )
-        if config.compile:  # after the features, which are computed only once
+        if config.compile:  # after the features, whose computation does not need compiled layers
             compile_layers(backbone.family.layer_list(backbone.model))
         return features
 
@@ -168,32 +168,32 @@ def _store(spec: StageSpec, manifest: Manifest, overwrite: bool) -> Path:
     except OSError as error:
         raise TrainingError(
             f"{output.store / manifest.name} cannot be written ({error.strerror or error}).\n"
-            f"Free disk space or fix the folder, then run the same command again: {output.outlook}"
+            f"Free disk space or fix the folder, then rerun the same command: {output.outlook}"
         ) from error
 
 
 def _log_findings(fitted: Fit) -> None:
     if fitted.diverged is not None:
         log.warning(
-            "the training diverged: training loss %.4g in the last epoch, above %.4g. The best epoch, %d, is stored; "
-            "lower optim.lr, or raise optim.warmup",
+            "training diverged: the training loss of the last epoch is %.4g, above the limit of %.4g. The best epoch, "
+            "%d, was saved; lower optim.lr or increase optim.warmup",
             fitted.diverged["train_loss"],
             fitted.diverged["limit"],
             fitted.best_epoch,
         )
     for name, decision in fitted.decisions.items():
         for key, value in decision.items():
-            log.info("%s: %s %.4f, chosen on the validation split and stored", name, key, value)
+            log.info("%s: %s %.4f, selected on the validation split and saved", name, key, value)
 
 
 # --- the manifest and the result --------------------------------------------------------------------
 
 
 def _result_of(spec: StageSpec, fitted: Fit) -> dict[str, Any]:
-    """The content of result.json, except what is known once the artifact is stored."""
+    """Return the content of result.json, except for values that are known only after the artifact is stored."""
     config, model = spec.config, spec.model
     trainable = sum(parameter.numel() for parameter in model.trainable().values())
-    state = model.state_dict(keep_vars=True).keys()  # buffers outside it are computed, not learned
+    state = model.state_dict(keep_vars=True).keys()  # non-persistent buffers are computed, not learned
     frozen = sum(tensor.numel() for name, tensor in model.frozen().items() if name in state)
     result = {
         "stage": 2 if spec.output.kind == "fusion" else 1,
@@ -212,7 +212,7 @@ def _result_of(spec: StageSpec, fitted: Fit) -> dict[str, Any]:
 
 
 def _manifest_of(spec: StageSpec, fitted: Fit, result: dict[str, Any], origin: dict[str, Any]) -> Manifest:
-    """origin: when and where the run started, its W&B run and initial artifact."""
+    """Return the manifest. origin: when and where the run started, its W&B run and initial artifact."""
     config, run, output, backbone = spec.config, spec.run, spec.output, spec.backbone
     tasks = config.task_list
     described = [dataclasses.asdict(task) for task in tasks]

@@ -1,4 +1,4 @@
-"""The tokenized rows of a run's tasks, with the weights of their labels in the training loss."""
+"""Tokenized examples of a run's tasks, with the weights of their labels in the training loss."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ log = logging.getLogger(__name__)
 class TaskRows:
     """
     Attributes:
-        training: one split per task.
-        validation: by split; with multiple tasks, the names start with the task's: `cb/validation`.
-        labels: how the labels of each task are read, by the task's name, see `load_splits`.
+        training: the training split of each task.
+        validation: validation splits by name; with multiple tasks, names start with the task: `cb/validation`.
+        labels: label format of each task, by task name, see `load_splits`.
     """
 
     training: list[EncodedRows]
@@ -37,19 +37,19 @@ class TaskRows:
 
 
 def load_task_rows(tasks: Sequence[TaskConfig], data: DataConfig, loss: LossConfig, backbone: Backbone) -> TaskRows:
-    """Read, check and tokenize the training and validation rows of all tasks.
+    """Read, check and tokenize the training and validation examples of all tasks.
 
     Raises:
-        UserError: the data are wrong; names the file and row.
+        UserError: if the data is invalid.
     """
     assert data.max_length is not None
     loaded = TaskRows([], {})
     for number, task in enumerate(tasks):
         splits = ["train", *evaluation_splits(task, "validation", data)]
-        loaded_rows, way = load_splits(task, data, splits)
-        if way is not None:
-            loaded.labels[str(task.name)] = way
-            log.info("%s: labels read as %s", task.name, way)
+        loaded_rows, label_format = load_splits(task, data, splits)
+        if label_format is not None:
+            loaded.labels[str(task.name)] = label_format
+            log.info("%s: labels read as %s", task.name, label_format)
         for split, rows in loaded_rows.items():
             encoded = encode(rows, backbone.tokenizer, data.max_length, data.cache_dir)
             encoded.task = number
@@ -58,24 +58,24 @@ def load_task_rows(tasks: Sequence[TaskConfig], data: DataConfig, loss: LossConf
             else:
                 loaded.validation[split_name(tasks, number, split)] = encoded
             ignored = f", {rows.ignored} without a label dropped" if rows.ignored else ""
-            log.info("%s %s: %d rows%s", task.name, split, len(rows), ignored)
+            log.info("%s %s: %d examples%s", task.name, split, len(rows), ignored)
     set_class_weights(loss, tasks, loaded.training)
     return loaded
 
 
 def split_name(tasks: Sequence[TaskConfig], number: int, split: str) -> str:
-    """The name of a split in metrics, with the task's name in multi-task training."""
+    """Return the name of a split in metrics, prefixed with the task name in multi-task training."""
     return split if len(tasks) == 1 else f"{tasks[number].name}/{split}"
 
 
 def set_class_weights(loss: LossConfig, tasks: Sequence[TaskConfig], training: Sequence[EncodedRows]) -> None:
     """Set `class_weights` and `loss_weights` of each task's training examples.
 
-    `balanced` is n / (k * count), as scikit-learn's `compute_class_weight`: n examples, k labels, and the number of
-    examples that have the label.
+    `balanced` is n / (k * count) as in scikit-learn's `compute_class_weight`, for n examples, k labels and count
+    examples of the label.
 
     Raises:
-        UserError: `balanced`, and a label has no training example.
+        UserError: if `balanced` is set and a label has no training example.
     """
     for task, rows in zip(tasks, training, strict=True):
         kind = kind_of(task)
@@ -87,9 +87,9 @@ def set_class_weights(loss: LossConfig, tasks: Sequence[TaskConfig], training: S
             shown = ", ".join(f"{name} {weight:.4g}" for name, weight in labels)
             log.info("%s: class weights %s", task.name, shown)
         elif loss.class_weights is not None:
-            log.info("%s: no class weights, which a task of kind %s does not have", task.name, task.kind)
+            log.info("%s: no class weights, since kind=%s does not support them", task.name, task.kind)
         if loss.label_smoothing > 0 and not kind.smooths_labels:
-            log.info("%s: no label smoothing, which %s does not have", task.name, kind.noun)
+            log.info("%s: no label smoothing, since %s does not support it", task.name, kind.noun)
 
 
 def _class_weights(loss: LossConfig, task: TaskConfig, rows: EncodedRows) -> NDArray[np.float64] | None:
@@ -101,9 +101,9 @@ def _class_weights(loss: LossConfig, task: TaskConfig, rows: EncodedRows) -> NDA
     assert rows.labels is not None
     counts = np.bincount(rows.labels, minlength=len(names))
     if missing := [name for name, count in zip(names, counts, strict=True) if count == 0]:
-        ones = ",".join(["1.0"] * len(names)) if len(names) <= 20 else "..."
+        weights = ",".join(["1.0"] * len(names)) if len(names) <= 20 else "..."
         raise UserError(
             f"loss.class_weights=balanced: no training example of {task.name} has the label {', '.join(missing[:20])}\n"
-            f"Set a weight for each label, in their order: 'loss.class_weights=[{ones}]'"
+            f"Set one weight per label, in label order: 'loss.class_weights=[{weights}]'"
         )
     return len(rows) / (len(names) * counts.astype(np.float64))

@@ -177,7 +177,7 @@ def test_wrong_slots_are_refused() -> None:
         ("bert", "3.feedforward", "output", "3 layers, sites before_attention, attention, feedforward"),
         ("bert", "0.cross_attention", "output", "3 layers, sites before_attention, attention, feedforward"),
         ("bert", "decoder.0.feedforward", "output", "no slot decoder.0.feedforward"),
-        ("bart", "0.feedforward", "output", "expected one of the stacks encoder, decoder"),
+        ("bart", "0.feedforward", "output", "the stack must be one of encoder, decoder"),
     ):
         with pytest.raises(ValueError, match=message):
             build(name, address, reads)

@@ -344,7 +344,7 @@ def test_a_placement_that_a_family_does_not_have_is_refused(tiny_backbone: Path)
     stack = backbone.family.first_stack
     sites = {site: wiring for site, wiring in stack.sites.items() if site != "before_attention"}
     family = dataclasses.replace(backbone.family, stacks={"": dataclasses.replace(stack, sites=sites)})
-    with pytest.raises(UserError, match=r"has no place before_attention; expected .* attention, feedforward"):
+    with pytest.raises(UserError, match=r"has no site before_attention; expected .* attention, feedforward"):
         new_adapters(PLACEMENTS["before_attention"], dataclasses.replace(backbone, family=family))
     pre_norm = dataclasses.replace(backbone, family=FAMILIES["gpt2"])
     with pytest.raises(UserError, match=r"reads=normed: .*gpt2.* at feedforward; expected output, stream or input"):

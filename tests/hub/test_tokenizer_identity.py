@@ -185,7 +185,7 @@ def test_a_finished_run_is_refused_where_its_backbone_has_changed(
 
 def test_a_checkpoint_is_resumed_with_its_own_tokenizer() -> None:
     check_tokenizer({"tokenizer": "a" * 64}, "a" * 64)
-    with pytest.raises(UserError, match=r"another tokenizer \(hash aaaaaaaa, now bbbbbbbb\)\n.*resume=false"):
+    with pytest.raises(UserError, match=r"a different tokenizer \(hash aaaaaaaa, now bbbbbbbb\)\n.*resume=false"):
         check_tokenizer({"tokenizer": "a" * 64}, "b" * 64)
 
 

@@ -136,7 +136,7 @@ def test_an_explicit_cache_is_kept_or_refused(tiny_backbone: Path, tmp_path: Pat
     with pytest.raises(UserError, match=r"pads on the left.*\nSet backbone\.cache=off"):
         kept(tiny_backbone, tmp_path, [2], cache="float32", left=True)
     (tmp_path / "prefix").write_text("no folder")
-    with pytest.raises(UserError, match=r"cannot be written .*\nSet another folder with data\.cache_dir"):
+    with pytest.raises(UserError, match=r"cannot be written .*\nSet a different folder with data\.cache_dir"):
         kept(tiny_backbone, tmp_path, [2], cache="float32")
 
 
@@ -153,7 +153,7 @@ def test_values_beyond_float16_are_refused(tiny_backbone: Path, tmp_path: Path) 
     with torch.no_grad():
         backbone.model.get_parameter("encoder.layer.1.output.LayerNorm.bias").add_(1e6)
     config = BackboneConfig(name_or_path="x", cache="float16")
-    with pytest.raises(UserError, match="exceeds its range"):
+    with pytest.raises(UserError, match="exceeds the range"):
         cache_features(adapted(backbone, [2]), [rows], config, "f", CPU, str(tmp_path))
     assert not list((tmp_path / "prefix").glob("*.states"))
 

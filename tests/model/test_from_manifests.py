@@ -138,7 +138,10 @@ def test_of_other_kinds() -> None:
         ({"name": "mean", "continued": "a"}, "composition.continued is not for mean"),
         ({"name": "pruned", "keep": 1}, "composition.kept is missing"),
         ({"name": "adapterfusion", "kept": {}}, "composition.kept is not for adapterfusion"),
-        ({"name": "pruned", "keep": 1, "kept": {}}, "composition.kept.0.feedforward: expected some of"),
+        (
+            {"name": "pruned", "keep": 1, "kept": {}},
+            "composition.kept.0.feedforward: expected distinct source indices among",
+        ),
         *(
             ({"name": "pruned", "keep": 1, "kept": {"0.feedforward": kept}}, "composition.kept.0.feedforward")
             for kept in ([], [3], [-1], [0, 0])

@@ -60,7 +60,7 @@ def test_the_head_of_the_tasks_name_or_of_its_labels() -> None:
         (
             stored(ANIMALS),
             MOODS,
-            ["mt has no head for task moods", "animals: classification with labels ['cat', 'dog']", "leave +task= out"],
+            ["mt has no head for task moods", "animals: classification with labels ['cat', 'dog']", "omit +task="],
         ),
         (
             stored(ANIMALS, RATING),

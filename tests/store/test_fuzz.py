@@ -33,7 +33,7 @@ from fusion.errors import UserError
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead
 from fusion.layers.slot_module import SlotModule, parameters_of
-from fusion.model.build import build_composition, check_made_for, load_sources, stored_adapters, stored_model
+from fusion.model.build import build_composition, check_trained_on, load_sources, stored_adapters, stored_model
 from fusion.model.from_manifests import tensor_shapes
 from fusion.model.head_selection import select_heads
 from fusion.runs.output import result_of
@@ -111,7 +111,7 @@ class Place:
     def use(self, name: str) -> torch.Tensor:
         """Do all that the commands do with an artifact; return the scores of two examples."""
         artifact = load(name, self.store)
-        check_made_for(artifact, self.backbone)
+        check_trained_on(artifact, self.backbone)
         select_heads(artifact.manifest, None)
         result_of(artifact.manifest, artifact.path)
         if artifact.manifest.kind == "adapter":

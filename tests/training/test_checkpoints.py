@@ -48,7 +48,7 @@ def test_a_checkpoint_of_another_version_is_not_used(tmp_path: Path, caplog: pyt
     del old["format"]  # as of version 0.1
     write_checkpoint(tmp_path, old)
     assert read_checkpoint(tmp_path) is None
-    assert "written by another version" in caplog.text
+    assert "written by a different version" in caplog.text
 
 
 def test_if_one_is_damaged_the_previous_one_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -118,7 +118,9 @@ def test_a_full_disk_is_a_warning(
     found = bench.stage1("films", overwrite=True)
     assert found["metrics"] == expected["metrics"] and same(bench.weights("films"), weights)
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len([line for line in warnings if "no checkpoint could be written" in line]) == 1  # and not once an epoch
+    assert (
+        len([line for line in warnings if "the checkpoint could not be written" in line]) == 1
+    )  # and not once an epoch
 
 
 def test_a_full_store_keeps_the_training(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +133,7 @@ def test_a_full_store_keeps_the_training(bench: Bench, monkeypatch: pytest.Monke
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(stage, "save", full)
-    why = r"films cannot be written \(No space left on device\)\.\nFree disk space or fix the folder, then run the same command again: "
+    why = r"films cannot be written \(No space left on device\)\.\nFree disk space or fix the folder, then rerun the same command: "
     without = trainer_config(enable_checkpointing=False)
     with pytest.raises(TrainingError, match=f"{why}it starts over, since there is no checkpoint$"):
         bench.stage1("films", trainer=without)
@@ -182,8 +184,8 @@ def test_a_non_finite_loss_names_step_and_examples_and_keeps_the_best_epoch(
 ) -> None:
     """The 4th batch of the second epoch, though losses are checked every ten steps."""
     message, before = poisoned(bench, monkeypatch, 1, 3)
-    assert "the loss is nan at step 11 (rows " in message and "of train, counted from 0): training stopped." in message
-    assert "Lower optim.lr" in message and "The best epoch before it (1: validation " in message
+    assert "the loss is nan at step 11 (examples " in message and "of train, zero-based): training stopped." in message
+    assert "Lower optim.lr" in message and "The best epoch so far (1: validation " in message
     assert not (bench.folder / "store" / "films").exists()
     kept = bench.evaluate("films-diverged")
     assert set(kept["metrics"]["validation"]) == {"accuracy", "macro_f1"}

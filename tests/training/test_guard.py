@@ -1,4 +1,4 @@
-"""Each way of changing more than the declared parameters is detected and named, and nothing is stored."""
+"""Each way of changing more than the declared parameters is detected and named, and no artifact is saved."""
 
 from __future__ import annotations
 
@@ -120,8 +120,8 @@ def freeze_the_head(model: AdaptedModel) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (unfreeze, f"trainable but not declared: {NORM}; declared but frozen: nothing"),
-        (freeze_the_head, r"not declared: nothing; declared but frozen: head\.output\.bias"),
+        (unfreeze, f"not declared trainable: {NORM}; declared trainable but frozen: nothing"),
+        (freeze_the_head, r"not declared trainable: nothing; declared trainable but frozen: head\.output\.bias"),
     ],
 )
 def test_other_parameters_than_declared(
@@ -145,7 +145,7 @@ def test_an_optimizer_of_other_parameters(bench: Bench, monkeypatch: pytest.Monk
         return made
 
     monkeypatch.setattr(TaskModule, "configure_optimizers", careless)
-    refused(bench, f"not declared: {NORM}" if more else r"lacks what is declared: (slots|head)\.")
+    refused(bench, f"not declared trainable: {NORM}" if more else r"missing parameters: (slots|head)\.")
 
 
 def test_an_optimizer_with_a_tensor_outside_the_model(
@@ -157,7 +157,7 @@ def test_an_optimizer_with_a_tensor_outside_the_model(
                 trainer.optimizers[0].param_groups[0]["params"].append(nn.Parameter(torch.zeros(3)))
 
     callback(Adds())
-    refused(bench, r"holds what is not declared: a tensor of shape \(3,\)")
+    refused(bench, r"has undeclared parameters: a tensor of shape \(3,\)")
 
 
 # --- what shares memory ----------------------------------------------------------------------------
@@ -198,11 +198,11 @@ def a_parameter_as_a_buffer(backbone: nn.Module, adapter: BottleneckAdapter, hea
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (tie_the_head, r"head\.output\.weight trains and is the frozen backbone\.embeddings\.token_type_embedd"),
-        (tie_the_slot_module, rf"slots\.1\.feedforward\.up\.bias trains and is the frozen {NORM}"),
-        (view_the_words, rf"feedforward\.down\.weight trains and shares memory with the frozen {WORDS}"),
-        (view_a_buffer, r"feedforward\.up\.bias trains and shares memory with the frozen backbone\.scale"),
-        (a_parameter_as_a_buffer, r"head\.output\.weight trains and is the frozen backbone\.scale"),
+        (tie_the_head, r"head\.output\.weight is also the frozen backbone\.embeddings\.token_type_embedd"),
+        (tie_the_slot_module, rf"slots\.1\.feedforward\.up\.bias is also the frozen {NORM}"),
+        (view_the_words, rf"feedforward\.down\.weight shares memory with the frozen {WORDS}"),
+        (view_a_buffer, r"feedforward\.up\.bias shares memory with the frozen backbone\.scale"),
+        (a_parameter_as_a_buffer, r"head\.output\.weight is also the frozen backbone\.scale"),
     ],
 )
 def test_tied_weights(tiny_backbone: Path, change: Any, message: str) -> None:
@@ -271,10 +271,10 @@ def add_a_buffer(model: AdaptedModel) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (write(WORDS), f"a frozen tensor changed in training, in epoch 2: {WORDS};"),
-        (write(TYPES, in_place=False), f"a frozen tensor changed in training, in epoch 2: {TYPES};"),
-        (unfreeze, f"trainable but not declared: {NORM}"),
-        (give_a_gradient, f"a gradient reached frozen tensors, in epoch 2: {NORM};"),
+        (write(WORDS), f"frozen tensors changed during training, in epoch 2: {WORDS};"),
+        (write(TYPES, in_place=False), f"frozen tensors changed during training, in epoch 2: {TYPES};"),
+        (unfreeze, f"not declared trainable: {NORM}"),
+        (give_a_gradient, f"frozen tensors received a gradient in epoch 2: {NORM};"),
         (replace_the_words, f"in epoch 2: {WORDS};"),
         (add_a_buffer, r"in epoch 2: backbone\.seen;"),
     ],
@@ -344,7 +344,7 @@ def test_a_change_found_only_at_the_end_removes_the_checkpoints(
             swap(pl_module.model)
 
     callback(AtEnd())
-    refused(bench, f"seen at the end: {WORDS};")
+    refused(bench, f"found at the end: {WORDS};")
     assert not list((bench.folder / "store" / ".runs").glob("*/*.ckpt"))
 
 
@@ -381,7 +381,7 @@ def test_a_source_of_a_fusion(bench: Bench, built: Callable[[Change], None], how
     bench.stage1("books")
     if how == "trains":
         built(lambda model: cast(None, model.every_tensor()[BANK].requires_grad_(True)))
-        message = f"trainable but not declared: {BANK};"
+        message = f"not declared trainable: {BANK};"
     else:
         callback(AtStep(write(BANK), epoch=0))
         message = f"in epoch 1: {BANK};"
@@ -400,7 +400,7 @@ def test_under_mixed_precision(bench: Bench, callback: Callable[[lightning.Callb
 def test_a_precision_that_converts_frozen_weights(bench: Bench) -> None:
     trainer = trainer_config(max_epochs=1)
     trainer.precision = "bf16-true"  # refused by the config
-    refused(bench, r"trainer\.precision=bf16-true made torch\.bfloat16 of frozen tensors", trainer=trainer)
+    refused(bench, r"trainer\.precision=bf16-true converted frozen tensors to torch\.bfloat16", trainer=trainer)
 
 
 @pytest.mark.slow
@@ -443,7 +443,7 @@ def test_a_resume_with_another_frozen_backbone(
         with pytest.raises(RuntimeError, match="power"):
             bench.stage1("films")
     make_backbone("bert", seed=1)  # another one, in the same folder
-    with pytest.raises(UserError, match=r"started with other frozen weights[\s\S]*resume=false"):
+    with pytest.raises(UserError, match=r"started with different frozen weights[\s\S]*resume=false"):
         bench.stage1("films")
     assert not (bench.folder / "store" / "films").exists()
     make_backbone("bert")
@@ -501,8 +501,8 @@ def test_ranks_that_differ_all_fail(tiny_backbone: Path, tmp_path: Path) -> None
             sizes = [f"slots.1.feedforward.{name}" for name in ("down.bias", "down.weight", "up.weight")]
             assert out.splitlines() == [
                 "they are the same",
-                f"process 1 has other frozen tensors than process 0: {NORM}; nothing is stored",
-                f"process 1 would train other parameters than process 0: {', '.join(sizes)}; nothing is stored",
+                f"process 1 has different frozen tensors than process 0: {NORM}; no artifact was saved",
+                f"process 1 would train different parameters than process 0: {', '.join(sizes)}; no artifact was saved",
             ], err[-2000:]
     finally:
         for process in ranks:

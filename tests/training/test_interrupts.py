@@ -58,19 +58,19 @@ def test_a_deferred_signal_calls_the_previous_handler(handlers: list[int]) -> No
     with Interrupts() as interrupts:
         assert {number: signal.getsignal(number) for number in SIGNALS} == there  # not armed
         interrupts.arm()
-        interrupts.obey()  # nothing is pending
+        interrupts.handle_pending()  # nothing is pending
         send(signal.SIGTERM)
         assert (interrupts.pending, handlers) == (signal.SIGTERM, [])
-        interrupts.obey()
+        interrupts.handle_pending()
         assert (interrupts.pending, handlers) == (None, [signal.SIGTERM])  # the handler returns
         send(signal.SIGUSR2)  # ignored before, ignored now
         assert interrupts.pending is None
         send(signal.SIGUSR1)
         with pytest.raises(Terminated, match="SIGUSR1"):
-            interrupts.obey()
+            interrupts.handle_pending()
         send(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
-            interrupts.obey()
+            interrupts.handle_pending()
     assert {number: signal.getsignal(number) for number in SIGNALS} == there
 
 

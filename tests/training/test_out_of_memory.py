@@ -65,7 +65,7 @@ def test_in_training(bench: Bench, fits: Any, data: dict[str, Any], advice: str)
     fits(lambda *_: False)
     settings = dataclasses.replace(bench.data, **data)
     first, second = failing(bench, data=settings, trainer=trainer_config(max_epochs=1, accumulate_grad_batches=3))
-    assert re.match(r"out of memory at step 0, in a batch of \d+ examples x \d+ tokens; nothing is stored", first)
+    assert re.match(r"out of memory at step 0, in a batch of \d+ examples x \d+ tokens; no artifact was saved", first)
     assert "Tried to allocate 2 GiB" in first
     assert second.startswith(f"Try {advice}, {CHECKPOINTING}")
 
