@@ -1,1 +1,1 @@
-"""Frozen transformers and the slots in them."""
+"""Frozen transformers and their slots."""

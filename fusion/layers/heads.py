@@ -1,6 +1,6 @@
-"""Task heads: pool one vector per text (or per word) and score it.
+"""Task heads: pool one vector per text (or per word) and map it to logits.
 
-Shapes: B rows, S texts (one per choice in multiple choice), T tokens, W words at most, D hidden size, K outputs.
+Shapes: B examples, S texts (one per choice in multiple choice), T tokens, W max words, D hidden size, K outputs.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ from torch import Tensor, nn
 
 
 def pool(hidden: Tensor, attention_mask: Tensor, how: str, words: Tensor | None = None) -> Tensor:
-    """hidden: (S, T, D), attention_mask: (S, T) -> (S, D), the first token or the mean of the real ones.
+    """Pool the hidden states (S, T, D) to (S, D): the first token (`cls`) or the mean of all non-padding tokens (`mean`).
 
-    For `words`, (B, W, D): the state of each word's first sub-word, as BERT tags words (Devlin et al. 2019, section
-    5.3); any state at padding.
+    With `words`, return (B, W, D): the state of each word's first subword, as in BERT (Devlin et al. 2019, §5.3), and
+    an arbitrary state at padding.
 
     Args:
-        words: (B, W), the indices of those sub-words among the S * T tokens; -1 for padding.
+        attention_mask: (S, T).
+        words: (B, W), the indices of the first subwords among the S * T tokens, -1 at padding.
 
     Raises:
-        ValueError: an unknown `how`, or `words` given without `how="words"` or the reverse.
+        ValueError: if `how` is unknown, or only one of `how="words"` and `words` is set.
     """
     if (how == "words") != (words is not None):
-        raise ValueError(f"pooling {how!r} {'with' if words is not None else 'without'} places of words")
+        raise ValueError(f"pooling {how!r} {'with' if words is not None else 'without'} word indices")
     if words is not None:
         return hidden.flatten(0, 1)[words.clamp(min=0)]
     if how == "cls":
@@ -37,17 +38,17 @@ def pool(hidden: Tensor, attention_mask: Tensor, how: str, words: Tensor | None 
 
 
 class TaskHead(nn.Module):
-    """Pool the last hidden states and score them: linear, or dense, tanh, linear.
+    """Head that pools the last hidden states and maps them to logits with one linear layer, or dense, tanh, linear.
 
     Args:
         hidden_size: D.
         outputs: K; 1 for regression and for each choice in multiple choice.
-        pooling: cls, mean, or words (scores per word).
-        layers: 1 or 2.
-        dropout: before each linear, in training.
+        pooling: cls, mean, or words (logits per word).
+        layers: number of layers, 1 or 2.
+        dropout: dropout probability before each linear layer.
 
     Raises:
-        ValueError: `layers` is not 1 or 2, or an unknown pooling.
+        ValueError: if `layers` is not 1 or 2, or the pooling is unknown.
     """
 
     def __init__(
@@ -68,53 +69,53 @@ class TaskHead(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, hidden: Tensor, attention_mask: Tensor, words: Tensor | None = None) -> Tensor:
-        """hidden: (S, T, D), attention_mask: (S, T) -> scores: (S, K).
+        """hidden: (S, T, D), attention_mask: (S, T) -> logits: (S, K).
 
-        With words (B, W): (B, W, K), -inf at padding.
+        With words (B, W), the logits are (B, W, K), -inf at padding.
         """
         pooled = pool(hidden, attention_mask, self.pooling, words)
         if self.dense is not None:
             pooled = torch.tanh(self.dense(self.dropout(pooled)))
-        scores: Tensor = self.output(self.dropout(pooled))
-        return scores if words is None else scores.masked_fill((words < 0).unsqueeze(-1), float("-inf"))
+        logits: Tensor = self.output(self.dropout(pooled))
+        return logits if words is None else logits.masked_fill((words < 0).unsqueeze(-1), float("-inf"))
 
     @property
     def shape(self) -> dict[str, Any]:
-        """The constructor's arguments, without the hidden size."""
+        """Constructor arguments, except for the hidden size."""
         layers, outputs = 1 if self.dense is None else 2, self.output.out_features
         return {"pooling": self.pooling, "layers": layers, "outputs": outputs, "dropout": self.dropout.p}
 
     def state(self) -> dict[str, nn.Parameter]:
-        """The stored parameters: `output.weight` and so on."""
+        """Return the stored parameters, such as `output.weight`."""
         return dict(self.named_parameters())
 
 
 class TaskHeads(nn.Module):
-    """One head per task. A batch holds rows of one task.
+    """One head per task. A batch contains examples of one task.
 
     Args:
-        heads: by task name; `task` of a batch is the index.
+        heads: heads by task name, in the order of the task indices.
     """
 
     def __init__(self, heads: Mapping[str, TaskHead]) -> None:
         super().__init__()
         self.tasks = list(heads)
-        # A list, since torch allows neither "my.task" nor "type" as the name of a module.
+        # A list, since torch does not allow "my.task" or "type" as the name of a module.
         self.heads = nn.ModuleList(heads.values())
 
     def forward(self, hidden: Tensor, attention_mask: Tensor, task: int, words: Tensor | None = None) -> Tensor:
-        """As `TaskHead`, with the head of this task."""
-        scores: Tensor = self.heads[task](hidden, attention_mask, words)
+        """Same as `TaskHead.forward`, with the head at index `task`."""
+        logits: Tensor = self.heads[task](hidden, attention_mask, words)
         if not self.training:
-            return scores
-        # The other heads get a gradient of 0: DDP expects one for every parameter, and the optimizer then does the
-        # same in one process as in many.
-        others = [p.sum() for number, head in enumerate(self.heads) if number != task for p in head.parameters()]
-        return scores + 0.0 * torch.stack(others).sum() if others else scores
+            return logits
+        # The other heads get zero gradients: DDP expects a gradient for every parameter, and optimizer steps are then
+        # the same with one process and with DDP.
+        others = [p.sum() for index, head in enumerate(self.heads) if index != task for p in head.parameters()]
+        return logits + 0.0 * torch.stack(others).sum() if others else logits
 
     def by_task(self) -> dict[str, TaskHead]:
         return dict(zip(self.tasks, cast("list[TaskHead]", list(self.heads)), strict=True))
 
     def state(self) -> dict[str, nn.Parameter]:
-        """The parameters of all heads: `TASK.output.weight` and so on."""
+        """Return the parameters of all heads, such as `TASK.output.weight`."""
         return {f"{t}.{name}": p for t, head in self.by_task().items() for name, p in head.named_parameters()}

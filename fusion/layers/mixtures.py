@@ -1,6 +1,6 @@
-"""Combinations of source adapters whose weights do not depend on the token: mixtures, ScaLearn, averages.
+"""Compositions of source adapters whose weights do not depend on the token: mixtures, ScaLearn, averages.
 
-Shapes: B rows, T tokens, D hidden size, N adapters, R bottleneck size, W width of a scale: D or 1.
+Shapes: B texts, T tokens, D hidden size, N adapters, R bottleneck size, W size of a scale: D or 1.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from fusion.layers.slot_module import BatchContext, SlotModule
 
 
 class MeanMixture(SlotModule):
-    """o = (1/N) Σ_n u_n over the sources that are on; no parameters."""
+    """o = (1/N) Σ_n u_n over the active sources, without parameters."""
 
     def __init__(self, bank: AdapterBank) -> None:
         super().__init__()
         self.bank = bank
 
     def _scores(self, x: Tensor) -> Tensor:
-        """(N,), before the softmax."""
+        """Return the scores (N,) before the softmax."""
         return x.new_zeros(len(self.bank))
 
     def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
@@ -33,12 +33,12 @@ class MeanMixture(SlotModule):
         bank = self.bank
         p = masked_softmax(self._scores(x), bank.on(batch.sources_on))
         if batch.record is not None:
-            batch.record(batch.place, bank.spread(p.expand(*x.shape[:-1], len(bank))))
+            batch.record(batch.slot, bank.spread(p.expand(*x.shape[:-1], len(bank))))
         return bank.weighted_sum(p, bank.bottlenecks(x))
 
 
 class StaticMixture(MeanMixture):
-    """o = Σ_n softmax(w)_n u_n, one learned weight per source and slot; initially uniform."""
+    """o = Σ_n softmax(w)_n u_n, with one learned weight per source and slot, initially uniform."""
 
     def __init__(self, bank: AdapterBank) -> None:
         super().__init__(bank)
@@ -49,26 +49,25 @@ class StaticMixture(MeanMixture):
 
 
 class ScaLearn(SlotModule):
-    """o = Σ_n ω_n ⊙ u_n (Frohmann et al. 2023, arXiv 2310.01217), with learned factors.
+    """o = Σ_n ω_n ⊙ u_n (Frohmann et al. 2023, arXiv 2310.01217), with learned scales.
 
-    They are per source and dimension (W = D), or per source (W = 1).
-
-    The factors are unconstrained: they need not sum to 1 and may be negative. Since u_n is linear in its
-    up-projection, the up-projection is scaled, once per batch, at the cost of a mean per token.
+    There is one scale per source and dimension (W = D) or per source (W = 1). Scales are unconstrained: they need not
+    sum to 1 and may be negative. Since u_n is linear in its up-projection, the scales are applied to the up-projection
+    once per batch, so a token costs no more than in `MeanMixture`.
 
     The recorded weights are equal for all tokens: ω_n for W = 1, else the mean of |ω_n| over the dimensions. They do
     not sum to 1.
 
     Args:
-        bank: the frozen sources of this slot.
+        bank: frozen sources of this slot.
         scales: ω, see `initial_scales`: (N, W), or (total, W) if shared between slots.
-        shared: whether ω has a row for every source, of which this slot uses those of its adapters.
+        shared: whether ω has an entry for every source, including sources without an adapter in this slot.
 
     Raises:
-        ValueError: ω has another shape.
+        ValueError: if ω has the wrong shape.
     """
 
-    undecayed = ("scales",)  # 0 would switch the sources off
+    undecayed = ("scales",)  # weight decay towards 0 would disable the sources
 
     def __init__(self, bank: AdapterBank, scales: nn.Parameter, shared: bool = False) -> None:
         super().__init__()
@@ -86,31 +85,31 @@ class ScaLearn(SlotModule):
         bank, scales = self.bank, self._own_scales(batch)
         if batch.record is not None:
             uniform = scales.shape[1] == 1
-            seen = scales.squeeze(1) if uniform else scales.abs().mean(1)
-            batch.record(batch.place, bank.spread(seen.expand(*x.shape[:-1], len(bank))))
+            recorded = scales.squeeze(1) if uniform else scales.abs().mean(1)
+            batch.record(batch.slot, bank.spread(recorded.expand(*x.shape[:-1], len(bank))))
         up = (bank.up_weight.unflatten(1, (len(bank), -1)) * scales.T.unsqueeze(-1)).flatten(1)  # (D, N·R)
         up_bias = (scales * bank.up_bias).sum(0)  # (D,)
         return F.linear(bank.bottlenecks(x).flatten(-2), up, up_bias)
 
     def _own_scales(self, batch: BatchContext) -> Tensor:
-        """ω of this slot's adapters: (N, W), zero for those that are off."""
+        """Return ω of this slot's adapters: (N, W), 0 for inactive sources."""
         scales = self.scales[self.bank.source_positions] if self.shared else self.scales
         on = self.bank.on(batch.sources_on)
         return scales if on is None else scales.masked_fill(~on.unsqueeze(1), 0.0)
 
 
 def initial_scales(count: int, width: int) -> nn.Parameter:
-    """The initial ω: (count, width), 1/count with noise N(0, 0.001), close to the mean of the sources."""
+    """Return the initial ω (count, width): 1/count plus noise N(0, 0.001), close to the mean of the sources."""
     return nn.Parameter(torch.empty(count, width).normal_(1.0 / count, 0.001))
 
 
 def average(adapters: Sequence[BottleneckAdapter]) -> BottleneckAdapter:
-    """A new adapter whose weights and biases are the means of those given: weight averaging.
+    """Return a new adapter whose weights and biases are the means over the given adapters (weight averaging).
 
-    This is not the mean of the outputs, because of σ between the two projections. Dropout is that of the first.
+    Because of σ, this is not the mean of the outputs. The dropout probability is taken from the first adapter.
 
     Raises:
-        ValueError: no adapter, or they differ in sizes, biases, non-linearity or scaling.
+        ValueError: if there is no adapter, or adapters differ in sizes, biases, nonlinearity or scaling.
     """
     kinds = {
         (
@@ -123,7 +122,7 @@ def average(adapters: Sequence[BottleneckAdapter]) -> BottleneckAdapter:
         for a in adapters
     }
     if len(kinds) != 1:
-        raise ValueError(f"expected adapters of one kind, not {sorted(kinds, key=str)}")
+        raise ValueError(f"expected adapters with equal sizes and settings, not {sorted(kinds, key=str)}")
     ((input_size, output_size, bottleneck_size, bias, nonlinearity, scaling),) = kinds
     dropout = adapters[0].dropout.p
     mean = BottleneckAdapter(
@@ -137,7 +136,7 @@ def average(adapters: Sequence[BottleneckAdapter]) -> BottleneckAdapter:
 
 
 class FrozenAdapter(SlotModule):
-    """One frozen adapter: its weights are buffers. `sources_on` has no effect."""
+    """Frozen adapter, whose weights are buffers. `sources_on` has no effect."""
 
     def __init__(self, adapter: BottleneckAdapter) -> None:
         super().__init__()

@@ -30,7 +30,7 @@ class AdaptedModel(nn.Module):
     Args:
         backbone: frozen backbone, to which slots are attached in place.
         slot_modules: slot modules by slot address, see `SlotAddress`.
-        reads: input of every slot module, see `fusion.backbones.wirings`.
+        reads: input of every slot module, see `fusion.backbones.sites`.
         head: maps each text to K logits; one head per task in multi-task models.
         backbone_dropout: whether the backbone's own dropout is active in training.
         gradient_checkpointing: whether layers are recomputed in the backward pass to save memory.

@@ -168,7 +168,7 @@ class MultiTaskModel(nn.Module):
 
     Args:
         adapters: adapters of each task, by slot address.
-        reads: input of all adapters, see `fusion.backbones.wirings`.
+        reads: input of all adapters, see `fusion.backbones.sites`.
         heads: head of each task.
 
     Raises:

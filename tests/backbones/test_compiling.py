@@ -110,7 +110,7 @@ def compiling_is_refused() -> bool:
     if " " not in torch.__file__:
         check_compiler()
         return False
-    with pytest.raises(UserError, match=r"torch\.compile cannot use the path .*, which has a space"):
+    with pytest.raises(UserError, match=r"torch\.compile cannot use the path .*, which contains a space"):
         check_compiler()
     return True
 
@@ -133,7 +133,7 @@ def test_really_compiled(tiny_backbone: Path, slot_module: str) -> None:
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(UserError, match=r"^compile=true needs a C\+\+ compiler, and \S+ was not found: [^\n]*$"):
+    with pytest.raises(UserError, match=r"^compile=true requires a C\+\+ compiler, but \S+ was not found: [^\n]*$"):
         check_compiler()
     program = tmp_path / "my-c++"
     program.write_text("#!/bin/sh\n")
@@ -144,5 +144,5 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         check_compiler()
     (tmp_path / "Python.h").touch()
     monkeypatch.setattr(torch, "__file__", "/my work/.venv/torch/__init__.py")
-    with pytest.raises(UserError, match=r"cannot use the path /my work/\.venv/torch, which has a space"):
+    with pytest.raises(UserError, match=r"cannot use the path /my work/\.venv/torch, which contains a space"):
         check_compiler()

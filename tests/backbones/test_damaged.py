@@ -148,15 +148,21 @@ FAULTS: dict[str, tuple[Damage, str]] = {
     "7 heads": (config(num_attention_heads=7), r"hidden size \(32\) is not a multiple of .* heads \(7\)"),
     "size text": (config(hidden_size="abc"), r"'hidden_size' expected int, got str"),
     "size huge": (config(hidden_size=10**12), r"cannot be loaded \(RuntimeError: "),
-    "size other": (config(hidden_size=64), r"has shape \[[\d, ]+\], and config\.json expects \["),
+    "size other": (config(hidden_size=64), r"has shape \[[\d, ]+\], but config\.json expects \["),
     "layers none": (config(num_hidden_layers=0), r"num_hidden_layers is 0, expected 1 to 1000"),
-    "layers fewer": (config(num_hidden_layers=2), r"hold encoder\.layer\.2\.\S+ and 15 more tensors, which the model"),
-    "layers more": (config(num_hidden_layers=4), r"its weights lack encoder\.layer\.3\.\S+ and 15 more tensors"),
+    "layers fewer": (
+        config(num_hidden_layers=2),
+        r"unexpected keys in the checkpoint: encoder\.layer\.2\.\S+ and 15 more tensors",
+    ),
+    "layers more": (
+        config(num_hidden_layers=4),
+        r"missing keys in the checkpoint: encoder\.layer\.3\.\S+ and 15 more tensors",
+    ),
     "vocabulary": (config(vocab_size=500), r"word_embeddings\.weight has shape \[29, 32\], .* \[500, 32\]"),
-    "types": (config(type_vocab_size=0), r"gives token type 1, and the model has type_vocab_size=0"),
+    "types": (config(type_vocab_size=0), r"returns token type 1, but the model has type_vocab_size=0"),
     "activation": (config(hidden_act="nope"), r"cannot be loaded \(KeyError: 'nope'\)"),
     "eps": (config(layer_norm_eps="x"), r"'layer_norm_eps' expected float"),
-    "eps negative": (config(layer_norm_eps=-1.0), r"does not run \(ValueError: its output is not finite\)"),
+    "eps negative": (config(layer_norm_eps=-1.0), r"the forward pass fails \(ValueError: its output is not finite\)"),
     "pad beyond": (config(pad_token_id=500), r"cannot be loaded \(AssertionError: Padding_idx"),
     "decoder": (config(is_decoder=True), r"is_decoder is true, expected false"),
     "quantized": (config(quantization_config={"quant_method": "x"}), r"quantization_config is set"),
@@ -165,28 +171,31 @@ FAULTS: dict[str, tuple[Damage, str]] = {
     "no weights": (remove(WEIGHTS), r"has no weights: expected model\.safetensors or pytorch_model\.bin"),
     "weights empty": (put(WEIGHTS, b""), r"model\.safetensors: cannot be read"),
     "weights truncated": (cut(WEIGHTS, 20_000), r"model\.safetensors: cannot be read"),
-    "a tensor missing": (without(BIAS), rf"its weights lack {BIAS}"),
-    "foreign prefix": (renamed("foo."), r"lack embeddings\.\S+ and 52 more tensors; they hold foo\.embeddings"),
+    "a tensor missing": (without(BIAS), rf"missing keys in the checkpoint: {BIAS}"),
+    "foreign prefix": (
+        renamed("foo."),
+        r"missing keys in the checkpoint: embeddings\.\S+ and 52 more tensors; unexpected keys: foo\.embeddings",
+    ),
     "extra tensor": (
         weights(lambda t: t | {"encoder.layer.0.attention.self.distance_embedding.weight": torch.ones(2)}),
-        r"its weights hold encoder\.layer\.0\.attention\.self\.distance_embedding\.weight, which the model",
+        r"unexpected keys in the checkpoint: encoder\.layer\.0\.attention\.self\.distance_embedding\.weight",
     ),
     "a shape": (
         weights(lambda tensors: tensors | {BIAS: torch.zeros(31)}),
-        rf"{BIAS} has shape \[31\], and config\.json expects \[32\]",
+        rf"{BIAS} has shape \[31\], but config\.json expects \[32\]",
     ),
-    "NaN": (with_value(BIAS, float("nan")), rf"{BIAS} holds NaN or infinite values"),
-    "infinite": (with_value(BIAS, float("-inf")), rf"{BIAS} holds NaN or infinite values"),
+    "NaN": (with_value(BIAS, float("nan")), rf"{BIAS} contains NaN or infinite values"),
+    "infinite": (with_value(BIAS, float("-inf")), rf"{BIAS} contains NaN or infinite values"),
     "integers": (
         weights(lambda tensors: {name: value.to(torch.int8) for name, value in tensors.items()}),
-        r"is of type I8, expected a float of 16 bits or more",
+        r"has dtype I8, expected a float of 16 bits or more",
     ),
     "shard missing": (
         sharded(lambda where: where.update(more="model-00003-of-00003.safetensors")),
         r"cannot be loaded \(.*No such file or directory: .*model-00003-of-00003\.safetensors",
     ),
     "index empty": (sharded(len, index={}), r"cannot be loaded \(KeyError: 'weight_map'"),
-    "pickle misses a tensor": (pickled(lambda tensors: tensors.pop(BIAS)), rf"its weights lack {BIAS}"),
+    "pickle misses a tensor": (pickled(lambda tensors: tensors.pop(BIAS)), rf"missing keys in the checkpoint: {BIAS}"),
     # the tokenizer
     "no tokenizer": (remove(TOKENIZER, TOKENIZER_CONFIG), r"has no tokenizer: expected tokenizer\.json"),
     "tokenizer null": (put(TOKENIZER, "null"), r"tokenizer \S.* cannot be loaded"),
@@ -200,7 +209,7 @@ FAULTS: dict[str, tuple[Damage, str]] = {
     # both
     "added token": (add_token, r"tokenizer has 30 tokens, .* embeddings for 29: 'newword' has id 29"),
     "special id": (edit(TOKENIZER, special_id), r"adds a special token with id 77, .* embeddings for 29"),
-    "third type": (edit(TOKENIZER, third_type), r"gives token type 2, and the model has type_vocab_size=2"),
+    "third type": (edit(TOKENIZER, third_type), r"returns token type 2, but the model has type_vocab_size=2"),
 }
 
 

@@ -58,13 +58,13 @@ def test_more_padding_ids_leave_fewer_positions(roberta: Path) -> None:
     edit(roberta / "tokenizer_config.json", model_max_length=10**30, pad_token="book")
     edit(roberta / "config.json", pad_token_id=10)
     load_backbone(str(roberta), max_length=69)
-    with pytest.raises(UserError, match=r"has 69 positions \(max_position_embeddings=80, less padding\)"):
+    with pytest.raises(UserError, match=r"has only 69 positions \(max_position_embeddings=80, minus padding\)"):
         load_backbone(str(roberta), max_length=70)
 
 
 def test_roberta_counts_positions_from_the_padding_token(roberta: Path, tmp_path: Path) -> None:
     edit(roberta / "config.json", pad_token_id=1)
-    with pytest.raises(UserError, match=r"tokenizer pads with id 0, and the model has pad_token_id=1"):
+    with pytest.raises(UserError, match=r"tokenizer pads with id 0, but the model has pad_token_id=1"):
         load_backbone(str(roberta))
     edit(roberta / "config.json", pad_token_id=None)
     with pytest.raises(UserError, match=r"pad_token_id is null, expected a token id"):
@@ -73,7 +73,7 @@ def test_roberta_counts_positions_from_the_padding_token(roberta: Path, tmp_path
     config = json.loads((roberta / "tokenizer_config.json").read_text())
     del config["pad_token"]
     (roberta / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"tokenizer pads with id None, and the model has pad_token_id=0"):
+    with pytest.raises(UserError, match=r"tokenizer pads with id None, but the model has pad_token_id=0"):
         load_backbone(str(roberta))
 
 
@@ -95,7 +95,7 @@ def test_a_smaller_vocabulary_is_fine(tmp_path: Path) -> None:
 
 def test_a_larger_vocabulary_is_refused_with_the_numbers(tmp_path: Path) -> None:
     folder = save_backbone(tmp_path / "bert", vocab_size=20)
-    with pytest.raises(UserError, match=r"has 29 tokens, .* embeddings for 20: 'no' has id 28, and 8 more are too"):
+    with pytest.raises(UserError, match=r"has 29 tokens, .* embeddings for 20: 'no' has id 28, and 8 more ids are too"):
         load_backbone(str(folder))
 
 
@@ -133,5 +133,5 @@ def test_a_tokenizer_of_another_model_is_refused(tiny_backbone: Path, tmp_path: 
     folder = tmp_path / "bert"
     shutil.copytree(tiny_backbone, folder)
     save_tokenizer(folder, more=["extra"])
-    with pytest.raises(UserError, match=r"tokenizer has 30 tokens, and the model has embeddings for 29"):
+    with pytest.raises(UserError, match=r"tokenizer has 30 tokens, but the model has embeddings for 29"):
         load_backbone(str(folder))

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fusion.backbones.families import FAMILIES
 from fusion.backbones.load import Backbone, fingerprint, load_backbone
+from fusion.backbones.sites import LinearLayer
 from fusion.backbones.slots import CurrentBatch, SlotAddress, make_slot
-from fusion.backbones.wirings import LinearLayer
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead
 from fusion.layers.slot_module import BatchContext
@@ -189,5 +189,5 @@ def test_a_slot_outside_the_model_is_refused() -> None:
     wiring = backbone.family.sites["feedforward"]
     slot = make_slot(address, wiring, BottleneckAdapter(HIDDEN, 4), "normed", CurrentBatch())
     slot.attach(backbone.family.layer_list(backbone.model)[0])
-    with pytest.raises(RuntimeError, match=r"slot 0\.feedforward ran outside the model"):
+    with pytest.raises(RuntimeError, match=r"slot 0\.feedforward was called outside of AdaptedModel"):
         run(backbone.model, "bert")

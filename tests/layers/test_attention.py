@@ -148,7 +148,7 @@ def test_lora_and_linear_outputs_use_the_same_path(
 def test_the_cheaper_order_of_products_is_used(rank: int, tokens: int, training: bool) -> None:
     layer, x = fusion(rank=rank).train(training), torch.randn(1, tokens, HIDDEN, dtype=torch.float64)
     with FlopCounterMode(display=False) as counter:
-        layer._scoring(x)
+        layer._score_terms(x)
     one_by_one = 2 * tokens * rank * HIDDEN
     matrices_first = (rank + tokens) * HIDDEN * HIDDEN
     if one_by_one <= matrices_first:
@@ -234,7 +234,7 @@ def test_records_a_distribution_over_all_sources() -> None:
     layer = AdapterFusion(AdapterBank(here, [1, 3], 5)).double().eval()
     x = torch.randn(2, 3, HIDDEN, dtype=torch.float64)
     recorded: dict[str, Tensor] = {}
-    layer(x, BatchContext(torch.ones(2, 3), record=recorded.__setitem__, place="4.feedforward"))
+    layer(x, BatchContext(torch.ones(2, 3), record=recorded.__setitem__, slot="4.feedforward"))
     weights = recorded["4.feedforward"]
     assert weights.shape == (2, 3, 5)
     assert not weights[..., [0, 2, 4]].any()

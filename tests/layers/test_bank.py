@@ -86,12 +86,12 @@ def test_every_nonlinearity_maps_zero_to_zero() -> None:
 
 @pytest.mark.parametrize(("positions", "total"), [([0, 1], 3), ([0, 0, 1], 3), ([2, 1, 0], 3), ([0, 1, 3], 3)])
 def test_positions_that_do_not_fit_are_refused(positions: list[int], total: int) -> None:
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="increasing indices below"):
         AdapterBank(adapters(), positions, total)
 
 
 def test_no_adapter_and_mixed_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
         AdapterBank([], [], 1)
-    with pytest.raises(ValueError, match=r"different widths \(input, output\): \[\(8, 8\), \(9, 9\)\]"):
+    with pytest.raises(ValueError, match=r"different sizes \(input, output\): \[\(8, 8\), \(9, 9\)\]"):
         AdapterBank([BottleneckAdapter(8, 2), BottleneckAdapter(9, 2)], [0, 1], 2)

@@ -48,5 +48,5 @@ def test_masking_a_source_gives_the_mean_of_the_others() -> None:
 def test_records_its_weights_for_every_token() -> None:
     seen: dict[str, Tensor] = {}
     layer = MeanMixture(AdapterBank(sources(), [0, 2], 3))
-    layer(X, BatchContext(torch.ones(2, 3), record=seen.__setitem__, place="0.feedforward"))
+    layer(X, BatchContext(torch.ones(2, 3), record=seen.__setitem__, slot="0.feedforward"))
     torch.testing.assert_close(seen["0.feedforward"], torch.tensor([0.5, 0.0, 0.5]).double().expand(2, 3, 3))

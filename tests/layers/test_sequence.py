@@ -109,7 +109,7 @@ def test_records_one_distribution_per_text(merge: bool) -> None:
         torch.nn.init.normal_(parameter, std=0.5)
     x, seen = texts().detach(), dict[str, Tensor]()
     slot_module = layer.merged() if merge else layer
-    slot_module(x, BatchContext(MASK, record=seen.__setitem__, place="4.feedforward"))
+    slot_module(x, BatchContext(MASK, record=seen.__setitem__, slot="4.feedforward"))
     weights = seen["4.feedforward"]
     assert weights.shape == (3, 4, 5) and not weights[..., [0, 2, 4]].any()
     _, expected = plain(layer, x, [0, 1])

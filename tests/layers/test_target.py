@@ -64,5 +64,5 @@ def test_masking_the_sources_keeps_the_target_and_only_sources_are_recorded() ->
     both, seen = with_target().eval(), dict[str, Tensor]()
     off = torch.zeros(5, dtype=torch.bool)
     torch.testing.assert_close(both(X, context(X, sources_on=off)), both.target(X, context(X)))
-    both(X, BatchContext(torch.ones(2, 3), record=seen.__setitem__, place="0.feedforward"))
+    both(X, BatchContext(torch.ones(2, 3), record=seen.__setitem__, slot="0.feedforward"))
     assert list(seen) == ["0.feedforward"] and seen["0.feedforward"].shape == (2, 3, 5)

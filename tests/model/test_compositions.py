@@ -147,7 +147,7 @@ def test_every_composition_computes_its_equation(name: str, off: int | None) -> 
 def test_weights_of_the_sources_are_reported_as_declared(name: str) -> None:
     module, sources = built(name, share_of(name))
     seen: dict[str, Tensor] = {}
-    module(test_sequence.texts(), BatchContext(MASK, record=seen.__setitem__, place="0.feedforward"))
+    module(test_sequence.texts(), BatchContext(MASK, record=seen.__setitem__, slot="0.feedforward"))
     if COMPOSITIONS[name].no_weights:
         assert seen == {}
         return

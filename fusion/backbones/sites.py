@@ -1,12 +1,12 @@
-"""Where a slot can be in a layer: the wiring of the sublayer's modules, as data without torch.
+"""Sites at which a layer can have slots, described by the block layout (pre-norm, post-norm, ...), without torch.
 
 r is the residual stream before a sublayer, h the sublayer's output before it is added to r, LN a norm of the backbone.
-What a slot may read:
+`reads` selects the input of a slot module:
 
     output   h                        (Houlsby et al. 2019)
     normed   LN(h + r), post-norm     (Pfeiffer et al. 2021)
     stream   h + r                    (Pfeiffer on pre-norm families)
-    input    what the sublayer reads  (He et al. 2022, parallel; LoRA)
+    input    input of the sublayer    (He et al. 2022, parallel; LoRA)
 
 Paths are dotted module paths inside a layer.
 """
@@ -23,8 +23,8 @@ class PostNorm:
 
     Attributes:
         norm: LN, called with h + r.
-        output: the last module whose output is h; before functional dropout where the backbone uses it (BART).
-        reader: a module whose first argument is the sublayer's input.
+        output: last module whose output is h, before functional dropout if the backbone uses it (BART).
+        reader: module whose first argument is the sublayer's input.
     """
 
     reads: ClassVar = ("output", "normed", "stream", "input")
@@ -37,14 +37,14 @@ class PostNorm:
 class PreNorm:
     """y = r + h with h = f(LN(r)), as in GPT-2 and Llama; with an update u, h + u replaces h.
 
-    The same data describe two more wirings:
+    The same attributes describe two more block layouts:
 
         sandwich norm (Gemma 2 and 3)    y = r + LN'(h + u)
         parallel block (GPT-J, Phi)      y = r + (h_attention + u_attention) + (h_feedforward + u_feedforward)
 
     Attributes:
         norm: LN, whose argument is r and whose output is the sublayer's input.
-        output: the last module whose output is h.
+        output: last module whose output is h.
     """
 
     reads: ClassVar = ("output", "stream", "input")
@@ -54,10 +54,10 @@ class PreNorm:
 
 @dataclass(frozen=True)
 class BeforeAttention:
-    """Self-attention reads i + u instead of its input i; the residual stream is unchanged.
+    """Input of self-attention: it reads i + u instead of i; the residual stream is unchanged.
 
     Attributes:
-        readers: the modules whose first argument is i, in the order in which they run.
+        readers: modules whose first argument is i, in execution order.
     """
 
     reads: ClassVar = ("input",)
@@ -66,7 +66,7 @@ class BeforeAttention:
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """y = W x + b + u(x): an update at a linear layer, with its widths (LoRA, Hu et al. 2022).
+    """y = W x + b + u(x): an update with the input and output sizes of a linear layer (LoRA, Hu et al. 2022).
 
     Attributes:
         linear: a `torch.nn.Linear`, or transformers' `Conv1D`.
@@ -76,4 +76,4 @@ class LinearLayer:
     linear: str
 
 
-Wiring = PostNorm | PreNorm | BeforeAttention | LinearLayer
+Site = PostNorm | PreNorm | BeforeAttention | LinearLayer
