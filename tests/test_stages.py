@@ -729,7 +729,7 @@ def test_limits_are_per_task(bench: Bench, caplog: pytest.LogCaptureFixture) -> 
     bench.data = dataclasses.replace(bench.data, limit=LimitConfig(train=16, validation=5))
     bench.multitask("films", "rating")
     for task in ("films", "rating"):
-        assert f"{task} train: 16 rows" in caplog.text and f"{task} validation: 5 rows" in caplog.text
+        assert f"{task} train: 16 examples" in caplog.text and f"{task} validation: 5 examples" in caplog.text
     assert "4 batches per epoch, each from one task: films 50.0%, rating 50.0%" in caplog.text
 
 

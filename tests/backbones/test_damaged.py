@@ -144,7 +144,7 @@ FAULTS: dict[str, tuple[Damage, str]] = {
     "config truncated": (cut("config.json", 50), NO_JSON),
     "config folder": (as_folder("config.json"), r"the folder has no config\.json"),
     "no type": (put("config.json", "{}"), r"config\.json: model_type is None, expected a string"),
-    "type unknown": (config(model_type="nope"), r"of type 'nope', which is not supported; supported: bert"),
+    "type unknown": (config(model_type="nope"), r"has model_type 'nope', which is not supported; supported: bert"),
     "7 heads": (config(num_attention_heads=7), r"hidden size \(32\) is not a multiple of .* heads \(7\)"),
     "size text": (config(hidden_size="abc"), r"'hidden_size' expected int, got str"),
     "size huge": (config(hidden_size=10**12), r"cannot be loaded \(RuntimeError: "),

@@ -131,7 +131,7 @@ def test_the_second_run_computes_nothing(tiny_backbone: Path, tmp_path: Path, ca
 
 
 def test_an_explicit_cache_is_kept_or_refused(tiny_backbone: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"backbone\.cache_gb=1e-09\nRaise backbone\.cache_gb"):
+    with pytest.raises(UserError, match=r"backbone\.cache_gb=1e-09\nIncrease backbone\.cache_gb"):
         kept(tiny_backbone, tmp_path, [2], cache="float32", cache_gb=1e-9)
     with pytest.raises(UserError, match=r"pads on the left.*\nSet backbone\.cache=off"):
         kept(tiny_backbone, tmp_path, [2], cache="float32", left=True)

@@ -145,7 +145,7 @@ def test_an_optimizer_of_other_parameters(bench: Bench, monkeypatch: pytest.Monk
         return made
 
     monkeypatch.setattr(TaskModule, "configure_optimizers", careless)
-    refused(bench, f"not declared trainable: {NORM}" if more else r"missing parameters: (slots|head)\.")
+    refused(bench, f"undeclared parameters: {NORM}" if more else r"missing parameters: (slots|head)\.")
 
 
 def test_an_optimizer_with_a_tensor_outside_the_model(

@@ -43,6 +43,6 @@ def test_evaluation_and_prediction_show_progress(bench: Bench, monkeypatch: pyte
     bench.stage1("films")
     terminal = at_terminal(monkeypatch)
     bench.evaluate("films", split="test")
-    assert "8/8" in terminal.text and "films on films test (8 rows)" in terminal.text
+    assert "8/8" in terminal.text and "films on films test (8 examples)" in terminal.text
     bench.predict("films", [{"text": "a good film"}] * 20)
     assert "20/20" in terminal.text

@@ -188,7 +188,7 @@ def test_a_port_that_cannot_be_used(
     with socket.create_server(("", 0)) as other:
         for port in (str(other.getsockname()[1]), "many", "70000", "-1"):
             monkeypatch.setenv("MASTER_PORT", port)
-            with pytest.raises(UserError, match=rf"^MASTER_PORT={port}: expected a free port.*\nunset MASTER_PORT"):
+            with pytest.raises(UserError, match=rf"^MASTER_PORT={port}: expected a free port.*\nUnset MASTER_PORT"):
                 run("well", "well")
     assert not list(tmp_path.glob("pid*"))
 
