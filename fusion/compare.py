@@ -1,4 +1,4 @@
-"""How two artifacts or runs differ: in their settings, their scores, and what they cost.
+"""Compare two artifacts or runs: settings, scores and costs.
 
 python -m fusion.compare rte rte-head
 python -m fusion.compare rte outputs/stage1/rte/2026-01-01_12-00-00-abc123
@@ -32,25 +32,27 @@ if TYPE_CHECKING:
 USAGE = """\
 python -m fusion.compare A B [store=DIR]
 
-    A, B                 each an artifact's name in the store, an artifact's folder, or the folder of a run
+    A, B                 an artifact (name in the store, or folder) or a run (folder)
     store=DIR            the store (default: outputs/store)
 
-Shows the settings that differ, the scores side by side, and the costs. Only settings that affect the results are
-compared, not where something was stored or logged. The difference is B's score minus A's.
+Prints the settings that differ, the scores and the costs. Only settings that affect the results are compared, not
+where results are stored or logged. The difference is B's score minus A's.
 
-Exit codes: 0 done, 2 a wrong command, artifact or run, 130 interrupted.
+Exit codes: 0 success, 2 invalid command, artifact or run, 130 interrupted.
 """
-INPUTS = "inputs."  # settings that only a manifest has: the hashes of what a run was made of
+INPUTS = "inputs."  # settings that only exist in manifests: hashes of the inputs of a run
 ABSENT = "-"
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two.
+    """One of the two compared artifacts or runs.
 
-    settings: what affects the results, by key. facts: what only a manifest has, empty without one. scores: by split and
-    metric. costs: by title. shared: the settings that the runs of one setting share, whatever their seeds and names,
-    with those of the sources.
+    Attributes:
+        settings: settings that affect the results.
+        facts: fields that only exist in manifests; empty without a manifest.
+        scores: metric values by `split/metric`.
+        shared: settings without seeds and names, including those of the sources.
     """
 
     name: str
@@ -76,10 +78,10 @@ def compare(words: Sequence[str]) -> int:
 
 
 def read_side(reference: str, store: Path) -> Side:
-    """An artifact of the store or a folder, or a run's folder.
+    """Read an artifact, by name in the store or by folder, or a run folder.
 
     Raises:
-        UserError: not found, or it cannot be read.
+        UserError: if it does not exist or cannot be read.
     """
     check_reference(reference, "artifact")
     folder = Path(reference).expanduser()
@@ -105,7 +107,7 @@ def _of_artifact(place: Path, manifest: Manifest) -> Side:
 
 
 def _of_run(folder: Path) -> Side:
-    """A run, with the manifest of what it stored where that has not been replaced since."""
+    """Read a run folder, including the manifest of its artifact unless the artifact has since been replaced."""
     status, config = read_mapping(folder / STATUS), read_mapping(folder / CONFIG)
     result = read_mapping(folder / RESULT) if (folder / RESULT).exists() else {}
     settings, store = identity_config(config), config.get("store")
@@ -128,7 +130,7 @@ def _of_run(folder: Path) -> Side:
 
 
 def _facts(manifest: Manifest) -> dict[str, Any]:
-    """What a manifest has beyond its config."""
+    """Return the manifest fields that are not part of the config."""
     return {
         "kind": manifest.kind,
         "backbone": manifest.backbone.name_or_path,
@@ -144,7 +146,6 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
 
 
 def _costs(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters, bytes and seconds, as far as they are known."""
     parameters, speed = _dict(result.get("parameters")), _dict(result.get("speed"))
     costs = {
         "best epoch": result.get("best_epoch"),
@@ -167,12 +168,12 @@ def _without_inputs(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _dict(value: Any) -> dict[str, Any]:
-    """A value of a file; nothing where it has another type."""
+    """Return `value` as a dict, or an empty dict if it is not a mapping."""
     return dict(value) if isinstance(value, Mapping) else {}
 
 
 def show(one: Side, two: Side) -> None:
-    """Print three tables; a line in place of one without rows."""
+    """Print three tables. Empty tables are replaced by a message."""
     titles = (one.name, two.name) if one.name != two.name else (str(one.place), str(two.place))
     _show(("setting", *titles), list(differing(one, two)), "no setting differs")
     for line in seed_lines(one, two):
@@ -193,17 +194,17 @@ def _show(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]], otherwise: s
 
 
 def _both(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Every key with both values; None where there is none."""
+    """Return each key with both values, `None` if missing."""
     return [(key, one.get(key), two.get(key)) for key in {**one, **two}]
 
 
 def differing(one: Side, two: Side) -> Iterator[tuple[str, str, str]]:
-    """The settings and facts that differ, with both values. What only one side can have is not compared."""
+    """Yield the settings and facts that differ, with both values. Facts are only compared if both have a manifest."""
     settings, others = dict(one.settings), dict(two.settings)
     if not (one.facts and two.facts):
         settings, others = _without_inputs(settings), _without_inputs(others)
     for key in sorted({*settings, *others}):
-        # A key that was added later had its default before.
+        # Older manifests do not contain keys that were added later; these had their defaults.
         first, second = ({**ADDED_LATER, **side} for side in (settings, others))
         if (key in first, first.get(key)) != (key in second, second.get(key)):
             yield key, _value(first, key), _value(second, key)
@@ -214,10 +215,10 @@ def differing(one: Side, two: Side) -> Iterator[tuple[str, str, str]]:
 
 
 def seed_lines(one: Side, two: Side) -> Iterator[str]:
-    """Whether the two are seeds of one setting; else how their sources differ beyond names and seeds."""
+    """Yield a message if only the seeds differ; otherwise the differences between the sources except names and seeds."""
     if len(group([one.shared, two.shared])) == 1:
         if one.seed != two.seed:
-            yield "one setting with two seeds: the difference of the scores is that of the seeds"
+            yield "same settings with different seeds: the scores only differ because of the seed"
     elif one.shared.get("sources") and two.shared.get("sources"):
         first, second = differing_settings([one.shared, two.shared])
         for key in first:
@@ -236,7 +237,6 @@ def _value(settings: Mapping[str, Any], key: str) -> str:
 
 
 def difference(one: Any, two: Any) -> str:
-    """Of two scores, by how much the second is higher."""
     known = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (one, two))
     return f"{two - one:+.4f}" if known else ABSENT
 

@@ -1,4 +1,4 @@
-"""Analyze a stored fusion: source attention, also per token, and source ablation.
+"""Inspect a stored fusion: source attention, token-level attention and source ablation.
 
 python -m fusion.inspect artifact=rte-adapterfusion
 """
@@ -28,7 +28,7 @@ def main(config: InspectConfig, run: Run) -> dict[str, Any]:
     seen = inspect(config)
     write_json(run.directory / INSPECTION, seen)
     metric, full = next(iter(seen["metrics"].items()))
-    say(f"{seen['name']} on {seen['task']} {seen['split']} ({seen['rows']} rows): {metric} {full:.4f}")
+    say(f"{seen['name']} on {seen['task']} {seen['split']} ({seen['rows']} examples): {metric} {full:.4f}")
     slots = list(seen["attention"].values())
     by_source = zip(*(slot["mean"] for slot in slots), strict=True)
     keys = ("artifact", "name", "hash", "task", "split", "rows", "sources", "drop", "speed")

@@ -27,10 +27,10 @@ from fusion.store.lookup import artifacts, read_manifest
 
 
 def select_candidates(config: RankConfig) -> Candidates:
-    """The adapters to rank.
+    """Select the adapters to rank.
 
     Raises:
-        UserError: there are fewer than two, or they cannot be fused with each other.
+        UserError: if there are fewer than two, or they cannot be fused with each other.
     """
     assert config.task is not None
     store = Path(config.store)
@@ -53,7 +53,7 @@ def check(config: RankConfig, run: Run) -> None:
     from fusion.data.splits import check_held_out_splits, check_source
 
     if config.task is None:
-        raise UserError("no task: set +task=NAME to the target that the sources are ranked for")
+        raise UserError("no task: set the target task with +task=NAME")
     check_held_out_splits([config.task], config.data)
     check_source(config.task, config.data)
     check_writable(config.store, "store")
@@ -90,7 +90,7 @@ def main(config: RankConfig, run: Run) -> dict[str, Any]:
     inputs = ScorerInputs(config, task, sources, backbone, rows, run.directory)
     scores = {}
     for method in config.methods:
-        if method in POOLED_RANKINGS and "states" not in seconds:  # which they share
+        if method in POOLED_RANKINGS and "states" not in seconds:  # computed once for all pooled methods
             started = time.monotonic()
             _ = inputs.states
             seconds["states"] = time.monotonic() - started
@@ -126,13 +126,13 @@ def main(config: RankConfig, run: Run) -> dict[str, Any]:
     try:
         ranking["ranking"] = str(write_ranking(store, ranking, question))
     except OSError as error:
-        raise TrainingError(f"{store}: the ranking cannot be written ({error.strerror or error})") from error
+        raise TrainingError(f"{store}: cannot write the ranking ({error.strerror or error})") from error
     _print(ranking, candidates.left_out_line(), len(rows.training[0]))
     return ranking
 
 
 def _largest_fusion(store: Path, task: str | None) -> dict[str, Any] | None:
-    """The AdapterFusion for this target with the most sources, to compare the cost with; None: the store has none."""
+    """Return the stored AdapterFusion of the target with the most sources, for comparing the cost, or `None`."""
     fusions: list[dict[str, Any]] = [
         {"name": manifest.name, "sources": len(manifest.sources), "seconds": manifest.result.speed["seconds"]}
         for _, manifest in artifacts(store)
@@ -145,7 +145,7 @@ def _largest_fusion(store: Path, task: str | None) -> dict[str, Any] | None:
 
 def _print(ranking: dict[str, Any], left_out: str, rows: int) -> None:
     methods, sources = ranking["methods"], ranking["sources"]
-    say(f"{len(sources)} sources for {ranking['task']['name']}, {rows} rows: score (rank), higher is better")
+    say(f"{len(sources)} sources for {ranking['task']['name']}, {rows} examples: score (rank), higher is better")
     table = [["", "source", "mean rank", *methods]]
     for place, source in enumerate(sources, 1):
         cells = [_cell(source["scores"][method], source["ranks"][method]) for method in methods]
@@ -161,9 +161,9 @@ def _print(ranking: dict[str, Any], left_out: str, rows: int) -> None:
         show_table(table)
     cost = ", ".join(f"{name} {took:.1f} s" for name, took in ranking["seconds"].items())
     if fusion := ranking["fusion"]:
-        cost += f"; the fusion {fusion['name']} of {fusion['sources']} took {fusion['seconds']:.1f} s"
+        cost += f"; fusion {fusion['name']} of {fusion['sources']} sources {fusion['seconds']:.1f} s"
     say(f"cost: {cost}")
-    say(f"stored: {ranking['ranking']}")
+    say(f"saved: {ranking['ranking']}")
 
 
 def _cell(score: float | None, rank: float | None) -> str:

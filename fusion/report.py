@@ -1,4 +1,4 @@
-"""One page about many runs: results by target and method, source attention, training curves and cost.
+"""Create an HTML report of many runs: results by target and method, source attention, training curves and cost.
 
 python -m fusion.report runs=outputs
 """
@@ -27,12 +27,12 @@ log = logging.getLogger(__name__)
 
 
 def check(config: ReportConfig, run: Run) -> None:
-    """Check the folders before anything is read."""
+    """Check that the input folders exist and the output can be written."""
     for folder in config.folders:
         if not folder.is_dir():
             raise UserError(f"runs={folder}: no such folder; expected a folder of runs, such as runs=outputs")
     if config.path.is_dir():
-        raise UserError(f"output={config.path}: this is a folder; expected a file, such as output=report.html")
+        raise UserError(f"output={config.path}: is a folder; expected a file, such as output=report.html")
     check_writable(str(config.path.parent), "output")
 
 
@@ -47,7 +47,7 @@ def main(config: ReportConfig, run: Run) -> dict[str, Any]:
     targets = targets_of(found, config.split)
     if config.split is not None and not targets:
         raise UserError(
-            f"split={config.split}: no run has a score on it; omit split= to use the split with most scores"
+            f"split={config.split}: no run was evaluated on this split; omit split= to select a split automatically"
         )
     notes = inspect_missing(config, found, targets) if config.inspect else []
     contents = Contents(found, targets, notes)
@@ -75,9 +75,9 @@ def main(config: ReportConfig, run: Run) -> dict[str, Any]:
 
 
 def inspect_missing(config: ReportConfig, found: Found, targets: list[Target]) -> list[str]:
-    """Inspect the first run of each fusion without an inspection; return what failed.
+    """Inspect the first run of each fusion that has no inspection, and return the error messages.
 
-    Inspections are kept below the first folder of runs, where the next report finds them.
+    Inspections are stored below the first of `config.folders`, so that later reports reuse them.
     """
     fusions = [[one for one in group.trained if one.attends] for t in targets for group in t.groups.values()]
     unseen = [of[0] for of in fusions if of and not any(one.hash in found.inspections for one in of)]
@@ -85,7 +85,7 @@ def inspect_missing(config: ReportConfig, found: Found, targets: list[Target]) -
     for number, one in enumerate(unseen, start=1):
         from fusion.analysis.inspection import inspect
 
-        log.info("inspecting %s, %d of %d (inspect=false skips it)", one.name, number, len(unseen))
+        log.info("inspecting %s, %d of %d (disable with inspect=false)", one.name, number, len(unseen))
         settings = InspectConfig(
             artifact=one.artifact,
             data=config.data_with(LimitConfig(validation=config.inspect_rows, test=config.inspect_rows)),
@@ -94,7 +94,7 @@ def inspect_missing(config: ReportConfig, found: Found, targets: list[Target]) -
         )
         try:
             seen = inspect(settings)
-        except Exception as error:  # a failed inspection must not cost the page
+        except Exception as error:  # the report is still written
             if not isinstance(error, UserError):
                 log.exception("%s", one.name)
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -103,7 +103,7 @@ def inspect_missing(config: ReportConfig, found: Found, targets: list[Target]) -
             continue
         found.inspections[seen["hash"]] = seen
         folder = config.folders[0] / "inspections" / f"{one.name}-{seen['hash'][:8]}"
-        with contextlib.suppress(OSError):  # an archive may be read-only: the next report inspects again
+        with contextlib.suppress(OSError):  # the folder may be read-only
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / INSPECTION, seen)
     return notes

@@ -144,7 +144,7 @@ def test_two_seeds_of_one_setting_are_identified(
     for words in (("films", "films-8"), ("films", "films-9"), ("both", "both-8"), ("both", "both-9")):
         assert main([*words, f"store={store}"]) == 0
         shown[words] = [line for line in capsys.readouterr().out.splitlines() if "seeds:" in line or ".lr: " in line]
-    seeds = ["one setting with two seeds: the difference of the scores is that of the seeds"]
+    seeds = ["same settings with different seeds: the scores only differ because of the seed"]
     assert shown == {
         ("films", "films-8"): seeds,
         ("films", "films-9"): [],
@@ -189,11 +189,11 @@ def test_a_path_may_have_an_equals_sign() -> None:
     ("file", "content", "message"),
     [
         ("status.json", "{", "status.json: cannot be read"),
-        ("status.json", "[]", "status.json: expected keys with values"),
+        ("status.json", "[]", "status.json: expected a mapping of keys"),
         ("result.json", "\x00", "result.json: cannot be read"),
         ("result.json", "[" * 100_000, "result.json: cannot be read"),
         ("config.yaml", "a: [", "config.yaml: cannot be read"),
-        ("config.yaml", "- a", "config.yaml: expected keys with values"),
+        ("config.yaml", "- a", "config.yaml: expected a mapping of keys"),
         ("config.yaml", "!!python/object:os.system {}", "config.yaml: cannot be read"),
         ("config.yaml", None, "config.yaml: cannot be read"),
     ],

@@ -269,7 +269,7 @@ def test_the_best_source_continues_training_and_the_choice_is_logged(
     assert manifest.composition is not None
     chosen = manifest.composition.continued
     assert chosen == max(scores, key=scores.__getitem__)
-    assert lines[-1].startswith(f"{chosen} trains further")
+    assert lines[-1].startswith(f"continuing training of {chosen}: ")
     assert result["sources"] == [source.name for source in manifest.sources] == NAMES
     layers = {key.split(".")[0] for key in ragged.weights("best")}
     assert layers == {key.split(".")[0] for key in ragged.weights(chosen)}

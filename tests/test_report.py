@@ -82,7 +82,7 @@ def test_report_of_all_runs(copy: Path) -> None:
     assert result["targets"] == ["books", "films", "plays"] and result["runs"] == 7
     assert result["notes"] == [] and result["unread"] == []
     assert Path(result["report"]) == copy / "runs" / "report.html" and result["bytes"] == len(text.encode())
-    for part in ("fusion of 2", "single adapter", "films alone", "row ", "without", "rows and seeds"):
+    for part in ("fusion of 2", "single adapter", "films alone", "example ", "without", "examples and seeds"):
         assert part in text
     assert 'id="words"' in text and '<div class="row">' in text
     inspections = list((copy / "runs" / "inspections").rglob("inspection.json"))
@@ -98,7 +98,7 @@ def test_report_of_all_runs(copy: Path) -> None:
 def test_without_inspection(copy: Path) -> None:
     _, text = make(copy, inspect=False)
     assert not list((copy / "runs").rglob("inspection.json"))
-    assert "No fusion of these runs was inspected" in text
+    assert "None of these runs contains an inspection of a fusion." in text
 
 
 def test_missing_store(copy: Path) -> None:
@@ -147,7 +147,7 @@ def test_refused_settings(tmp_path: Path, changes: dict[str, Any], message: str)
 
 def test_unwritable_output(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
-    with pytest.raises(UserError, match="this is a folder"):
+    with pytest.raises(UserError, match="is a folder; expected a file"):
         make(tmp_path, output=str(tmp_path))
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"^output=.*file: cannot be written \(Not a directory\)"):

@@ -1,1 +1,1 @@
-"""What adapters and fusions have learned: ablation, pruning, transferability scores."""
+"""Analysis of trained adapters and fusions: source ablation, pruning, transferability scores."""

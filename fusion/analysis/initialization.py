@@ -1,4 +1,4 @@
-"""Initialization of compositions that depend on the target's rows: the sources they select, the weights they copy."""
+"""Data-dependent initialization of compositions: source selection, and copied weights of a stored fusion."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from fusion.tasks.table import kind_of
 log = logging.getLogger(__name__)
 
 CHOSEN = "chosen.json"
-_ROWS = 1000  # training rows that are used, at most
+_ROWS = 1000  # maximum number of training examples for source selection
 
 
 @dataclass(frozen=True)
 class Initialization:
     """
     Attributes:
-        composition: its settings; of a pruned fusion, those that the fusion was trained with.
-        chosen: the selected sources, as `build_composition` and the manifest take them, see `Composition.finds`.
-        fusion: the stored fusion whose weights and head the model starts from.
+        composition: composition settings; for a pruned fusion, the settings that the fusion was trained with.
+        chosen: selected sources, as passed to `build_composition` and stored in the manifest, see `Composition.finds`.
+        fusion: stored fusion that weights and head are initialized from.
     """
 
     composition: CompositionConfig
@@ -49,18 +49,17 @@ class Initialization:
 
     @property
     def stored(self) -> dict[str, Any]:
-        """`composition` of the manifest."""
         return self.composition.as_stored() | self.chosen
 
     def new_head(self, config: Stage2Config, backbone: Backbone) -> TaskHead:
-        """A new head, of the shape of the fusion's if there is one."""
+        """Return a new head, with the shape of the head of `fusion` if there is one."""
         assert config.task is not None
         if self.fusion is None:
             return new_head(config.head, config.task, config.backbone.pooling, backbone)
         return TaskHead(hidden_size=backbone.hidden_size, **self.fusion.manifest.head.shape)
 
     def copy_weights(self, model: AdaptedModel) -> None:
-        """Copy the weights of the fusion, and freeze them unless `composition.train`."""
+        """Copy the weights of `fusion`, and freeze them unless `composition.train` is set."""
         if self.fusion is not None:
             copy_stored(model.weight_state(), self.fusion.weights, self.fusion.path / WEIGHTS)
             copy_stored(model.head_state(), self.fusion.head, self.fusion.path / HEAD)
@@ -76,13 +75,13 @@ def initialize(
     validation: EncodedRows,
     checkpoints: Path,
 ) -> Initialization:
-    """Select sources on the target's rows if the composition needs it. The backbone is not changed.
+    """Select sources on the target's examples if the composition requires it. The backbone is not modified.
 
     Args:
-        checkpoints: the folder that stores the selection; a resumed run reads it from there.
+        checkpoints: directory that the selection is saved in. A resumed run reuses the saved selection.
 
     Raises:
-        UserError: the stored fusion is damaged, or the task has no linear probe.
+        UserError: if the stored fusion is damaged, or the task type does not support linear probes.
     """
     composition, finds = config.composition, config.composition.definition.finds
     if finds is None:
@@ -115,20 +114,20 @@ def initialize(
 
 
 def best_source(names: Sequence[str], task: TaskConfig, probe_scores: Callable[[], list[float]]) -> str:
-    """The source with the best linear probe, the first of equal ones. A single source is not probed.
+    """Return the source with the best linear probe; ties are broken by the order of the sources.
 
     Raises:
-        UserError: the task has no vector per text to probe.
+        UserError: if there are multiple sources and the task type does not support linear probes.
     """
     if len(names) == 1:
         return names[0]
     kind = kind_of(task)
     if not kind.is_pooled:
         raise UserError(
-            f"composition=continued: a linear probe of one vector per text selects the best source, and {task.name} is "
-            f"{kind.noun}\nSet a single source, one of {', '.join(names)}: 'sources=[{names[0]}]'"
+            f"composition=continued selects a source by linear probes, which {kind.noun} such as {task.name} does not "
+            f"support\nSet a single source out of {', '.join(names)}, e.g. 'sources=[{names[0]}]'"
         )
     scores = probe_scores()
     best = names[scores.index(max(scores))]
-    log.info("%s trains further: best %s of the linear probes (%.4f)", best, task.metrics[0], max(scores))
+    log.info("continuing training of %s: best %s among the linear probes (%.4f)", best, task.metrics[0], max(scores))
     return best

@@ -33,19 +33,19 @@ from fusion.store.lookup import source_manifests
 from fusion.store.manifest import Manifest
 from fusion.tasks.table import kind_of
 
-TEXT = 2000  # characters of a row's text that are stored
-GREEDY = 8  # sources up to which each step of the pruning evaluates all removals
+TEXT = 2000  # maximum number of stored characters per text
+GREEDY = 8  # maximum number of sources for greedy pruning
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of a fusion with some of its sources.
+    """Evaluation of a fusion with a subset of its sources.
 
     Attributes:
-        metrics: by name; the first one decides.
-        loss: the mean over the rows; decides between equal metrics.
+        metrics: metric values by name; the first one is compared.
+        loss: mean loss over the examples, which breaks ties.
     """
 
     metrics: dict[str, float]
@@ -54,7 +54,6 @@ class Evaluation:
 
     @property
     def key(self) -> tuple[float, float]:
-        """Sorts evaluations from worst to best."""
         return next(iter(self.metrics.values())), -self.loss
 
     def as_json(self) -> dict[str, Any]:
@@ -64,11 +63,14 @@ class Evaluation:
         return "  ".join(f"{name} {value:.4f}" for name, value in self.metrics.items())
 
 
-Evaluate = Callable[[Sequence[int]], Evaluation]  # the fusion with only the sources at these positions
+Evaluate = Callable[[Sequence[int]], Evaluation]  # evaluates the fusion with only the sources at these indices
 
 
 def inspected_data(manifest: Manifest, data: DataConfig) -> DataConfig:
-    """The data settings of the artifact's training, except for folder, limits, lengths and batches that are set."""
+    """Return the data settings that the artifact was trained with.
+
+    A directory, limit, maximum length or batch size set in `data` takes precedence.
+    """
     trained = manifest.run.config
     limits = {
         split: getattr(data.limit, split) or trained.get(f"data.limit.{split}")
@@ -82,14 +84,14 @@ def inspected_data(manifest: Manifest, data: DataConfig) -> DataConfig:
 
 
 def inspect(config: InspectConfig) -> dict[str, Any]:
-    """The content of inspection.json.
+    """Return the content of inspection.json.
 
-    `attention`: by slot, each source's mean weight and the mean entropy, see `SourceAttention`. `masked`: by source, the
-    scores and predictions without it. `pruned`: the scores from all sources down to one; null if `prune` is false.
-    `words`: the selected rows, see `token_attention`.
+    `attention`: mean source weights and mean entropy by slot, see `SourceAttention`. `masked`: metrics and predictions
+    without each source. `pruned`: metrics from all sources down to one, or null if `prune` is false. `words`: selected
+    examples, see `token_attention`.
 
     Raises:
-        UserError: the artifact, its sources, backbone or data are missing or do not fit.
+        UserError: if the artifact, its sources, the backbone or the data are missing or incompatible.
     """
     started = time.monotonic()
     loaded = load_model(config)
@@ -100,9 +102,9 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     check_unseen([manifest, *source_manifests(manifest, loaded.artifact.path.parent)], task, data, split)
     rows = load_splits(task, data, [split], manifest.data.labels.get(str(task.name)))[0][split]
     if rows.labels is None:
-        raise UserError(f"split={split}: its rows have no labels to score against; expected a labelled split")
+        raise UserError(f"split={split} has no labels, so metrics cannot be computed; expected a labeled split")
     if isinstance(config.words, list) and max(config.words) >= len(rows):
-        raise UserError(f"words={config.words}: the split has rows 0 to {len(rows) - 1}")
+        raise UserError(f"words={config.words}: expected indices of examples from 0 to {len(rows) - 1}")
     encoded = encode(rows, loaded.backbone.tokenizer, loaded.max_length, data.cache_dir)
     assert encoded.labels is not None
     label_tensor, labels = torch.from_numpy(encoded.labels), kind.plain_labels(encoded.labels)
@@ -119,7 +121,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
 
     attention = measure_attention(model, evaluation_loader(encoded, size, tokens_per_batch=tokens), device)
     scores, full = evaluate(range(len(names)))
-    log.info("%s on %s %s (%d rows): %s", manifest.name, task.name, split, len(rows), full)
+    log.info("%s on %s %s (%d examples): %s", manifest.name, task.name, split, len(rows), full)
     ablated = ablate_each(len(names), lambda sources: evaluate(sources)[1]) if len(names) > 1 else []
     masked = dict(zip(names, ablated, strict=False))
     for source, one in masked.items():
@@ -166,23 +168,23 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
 
 
 def ablate_each(count: int, evaluate: Evaluate) -> list[Evaluation]:
-    """The evaluations without source 0, without source 1, ... of N."""
+    """Evaluate without source 0, without source 1, ..."""
     return [evaluate([n for n in range(count) if n != removed]) for removed in range(count)]
 
 
 def prune(
     full: Evaluation, ablated: Sequence[Evaluation], evaluate: Evaluate, greedy: bool
 ) -> list[tuple[tuple[int, ...], Evaluation]]:
-    """Remove the least important source until one is left; of equally important ones, the last.
+    """Repeatedly remove the least important source until one is left; ties are broken by the last source.
 
     Args:
-        full: with all sources.
-        ablated: from `ablate_each`.
-        greedy: evaluate the removal of each remaining source at every step, N(N - 1)/2 - 1 more evaluations. Otherwise
-            the order is that of `ablated`, with N - 2 more.
+        full: evaluation with all sources.
+        ablated: result of `ablate_each`.
+        greedy: re-evaluate the removal of each remaining source at every step, with N(N - 1)/2 - 1 more evaluations.
+            Otherwise sources are removed in the order given by `ablated`, with N - 2 more evaluations.
 
     Returns:
-        N steps: the positions of the remaining sources, and their evaluation.
+        N steps: the indices of the remaining sources, and their evaluation.
     """
     remaining = tuple(range(len(ablated)))
     steps = [(remaining, full)]
@@ -199,7 +201,7 @@ def prune(
 
 
 def select_rows(wrong: Sequence[bool], count: int) -> list[int]:
-    """Rows to show: half of them wrongly predicted if there are enough, evenly spread over the split."""
+    """Select examples evenly from the split, half of them misclassified if possible."""
     groups = [[row for row, is_wrong in enumerate(wrong) if is_wrong is kind] for kind in (True, False)]
     first = min(len(groups[0]), max(count // 2, count - len(groups[1])))
     return sorted([*_spread(groups[0], first), *_spread(groups[1], count - first)])
@@ -212,16 +214,16 @@ def _spread(rows: Sequence[int], count: int) -> list[int]:
 
 @torch.inference_mode()
 def token_attention(model: AdaptedModel, batch: Batch, text: int, tokenizer: Any) -> dict[str, Any]:
-    """The tokens of a text of a batch, and their source attention in each slot.
+    """Return the tokens of a text and their source attention in each slot.
 
     Args:
-        model, batch: on the same device.
-        text: the index of the text in the batch.
+        model, batch: model and batch on the same device.
+        text: index of the text in the batch.
 
     Returns:
-        tokens: T texts; a leading space starts a word (`" film"`), no space continues it (`"ing"`).
-        special: the positions of special tokens such as [CLS].
-        weights: base64 of uint8 (L, T, N): 255 is a weight of 1.
+        tokens: T strings; a leading space marks the start of a word (`" film"`), others continue it (`"ing"`).
+        special: positions of special tokens such as [CLS].
+        weights: uint8 (L, T, N) in base64, where 255 is a weight of 1.
     """
     recorded: dict[str, Tensor] = {}
     forward(model.eval(), batch, record=recorded.__setitem__)
@@ -237,7 +239,7 @@ def token_attention(model: AdaptedModel, batch: Batch, text: int, tokenizer: Any
 
 
 def _with_spaces(tokens: Sequence[str]) -> list[str]:
-    """Mark the start of words by a space, for WordPiece (`##ing`), byte-level BPE (`Ġfilm`) and SentencePiece (`▁film`)."""
+    """Mark word starts with a space, for WordPiece (`##ing`), byte-level BPE (`Ġfilm`) and SentencePiece (`▁film`)."""
     if any(token.startswith(("Ġ", "▁")) for token in tokens):
         return [" " + token[1:] if token.startswith(("Ġ", "▁")) else token.removeprefix("##") for token in tokens]
     return [token[2:] if token.startswith("##") else " " + token for token in tokens]

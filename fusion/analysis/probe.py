@@ -1,6 +1,6 @@
-"""Scores of source adapters from the pooled states with each source's adapter: linear probe and LogME.
+"""Linear probe and LogME: scores of source adapters computed from pooled hidden states.
 
-Shapes: S texts, B rows, D hidden size, K outputs of the head.
+Shapes: S texts, B examples, D hidden size, K outputs of the head.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from fusion.store.artifacts import Artifact
 from fusion.tasks.table import kind_of
 from fusion.training.predictions import score
 
-_STEPS = 100  # of LogME, at most
-_SMALLEST = 1e-12  # of a denominator, for constant states or states without error
+_STEPS = 100  # maximum number of LogME iterations
+_SMALLEST = 1e-12  # lower bound of denominators
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class States:
     Attributes:
         pooled: (S, D) float64.
         labels: (B,) or (B, ...).
-        choice_counts: (B,), the number of texts per row; None: one each.
+        choice_counts: (B,), number of texts per example. If `None`, each example has one text.
     """
 
     pooled: Tensor
@@ -58,7 +58,7 @@ def probe(
     validation: Batches,
     device: torch.device,
 ) -> list[float]:
-    """`probe_score` of each source; other arguments as of `pooled_states`."""
+    """Return the `probe_score` of each source. See `pooled_states` for the arguments."""
     states = pooled_states(sources, backbone, composition, pooling, [training, validation], device)
     scores = [probe_score(fitted, held_out, task) for fitted, held_out in states]
     for source, found in zip(sources, scores, strict=True):
@@ -75,12 +75,12 @@ def pooled_states(
     splits: Sequence[Batches],
     device: torch.device,
 ) -> list[list[States]]:
-    """For each source the states of each split, with the adapter of that source alone.
+    """Compute the states of each split for each source, with only the adapter of that source active.
 
     Args:
-        backbone: is changed in place; pass a copy.
-        composition: determines in which layers the adapters are active.
-        splits: each returns the batches of a split.
+        backbone: the backbone, which is modified in place.
+        composition: settings that determine the layers in which the adapters are active.
+        splits: callables that return the batches of a split.
     """
     settings = CompositionConfig(MEAN, layers=composition.layers, drop=composition.drop)
     model = AdaptedModel(
@@ -108,16 +108,16 @@ def pooled_states(
 
 
 def probe_score(training: States, validation: States, task: TaskConfig) -> float:
-    """The task's first metric on the validation rows, with the linear head that is fitted on the training rows."""
+    """Return the task's first metric on the validation examples, for a linear head fitted on the training examples."""
     scores = linear_scores(training, validation, task)
     return score(task, scores, validation.labels.numpy())[task.metrics[0]]
 
 
 def linear_scores(training: States, other: States, task: TaskConfig) -> Tensor:
-    """Scores (B, K) of the other rows with the linear head that is fitted on the training rows.
+    """Return the logits (B, K) on the `other` examples of a linear head fitted on the training examples.
 
-    With n training rows it minimizes, over standardized states, the mean loss and ‖W‖² / 2n: cross-entropy, over the
-    labels or over a row's choices, or the squared error of standardized values.
+    For n training examples, minimizes the mean loss + ‖W‖² / 2n over standardized states. The loss is the cross-entropy
+    over the labels or over the choices of an example, or the squared error of standardized labels.
     """
     mean, deviation = training.pooled.mean(0), training.pooled.std(0, correction=0).clamp(min=1e-6)
     kind = kind_of(task)
@@ -148,14 +148,14 @@ def linear_scores(training: States, other: States, task: TaskConfig) -> Tensor:
 
 
 def logme_score(states: States, task: TaskConfig) -> float:
-    """LogME, higher is better: how well a linear model of the states could explain the labels. NaN if all are equal.
+    """Return the LogME score (higher is better), or NaN if all labels are equal.
 
     You et al. 2021, "LogME: Practical Assessment of Pre-trained Models for Transfer Learning": the log evidence per
-    row, p(y | F) = ∫ p(w) p(y | F, w) dw, of a Bayesian linear regression with w ~ N(0, I / α) and y ~ N(F w, I / β),
-    at the α and β that maximize it. For classes, the mean over their one-hot columns.
+    example, p(y | F) = ∫ p(w) p(y | F, w) dw, of a Bayesian linear regression with w ~ N(0, I / α) and
+    y ~ N(F w, I / β), maximized over α and β. For classification, the mean over the one-hot columns.
     """
     targets = kind_of(task).columns(task, states.labels, states.choice_counts)
-    columns = [y for y in targets.T if y.unique().numel() > 1]  # a label may be absent
+    columns = [y for y in targets.T if y.unique().numel() > 1]  # a label may not occur
     features = states.pooled.double()
     u, s, _ = torch.linalg.svd(features, full_matrices=False)
     if not columns:
@@ -164,17 +164,17 @@ def logme_score(states: States, task: TaskConfig) -> float:
 
 
 def _evidence(features: Tensor, u: Tensor, s: Tensor, y: Tensor) -> float:
-    """The log evidence per row at the best α and β, by the fixed-point iteration of the paper (algorithm 1).
+    """Maximize the log evidence per example over α and β with the fixed-point iteration of the paper (algorithm 1).
 
     features: (B, D) = u · diag(s) · vᵀ; u: (B, min(B, D)), s: (min(B, D),), y: (B,).
     """
     rows, width = features.shape
     sigma = s.square()
     z = u.T @ y
-    residual = float((y - u @ z).square().sum())  # that no w explains
+    residual = float((y - u @ z).square().sum())  # cannot be explained by any w
 
     def norms(scale: float) -> tuple[float, float]:
-        """|m|² and |F m - y|² for α / β."""
+        """Return |m|² and |F m - y|² for `scale` = α / β."""
         weight = float((sigma * z.square() / (sigma + scale).square()).sum())
         error = float((z.square() * (scale / (sigma + scale)).square()).sum()) + residual
         return weight, error

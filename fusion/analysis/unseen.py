@@ -1,4 +1,4 @@
-"""Refuse to evaluate on rows that an artifact may have been trained on."""
+"""Prevent evaluation on examples that an artifact may have been trained on."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 def check_unseen(
     manifests: Iterable[Manifest | None], task: TaskConfig, data: DataConfig, split: str = "validation"
 ) -> None:
-    """Refuse a split of rows that one of the artifacts may have been trained on.
+    """Raise if a split may contain examples that one of the artifacts was trained on.
 
-    A split that is drawn from the training rows (by `data.split`, or by `hub.splits` such as `train[:90%]`) is disjoint
-    from the rows of an earlier training only if that training had exactly the remaining rows. It had not if the file
-    has changed since, or with another share or seed. Artifacts that were not trained on this task are skipped.
+    A split that is sampled from the training examples (by `data.split`, or by `hub.splits` such as `train[:90%]`) is
+    disjoint from the examples of an earlier training run only if that run used exactly the remaining examples, i.e. with
+    the same file, fraction and seed. Artifacts that were not trained on this task are skipped.
 
     Raises:
-        UserError: the remaining rows differ.
+        UserError: if the remaining examples differ.
     """
     trained = [one for one in manifests if one and task.name in one.task_names]
     if not trained or not drawn_from_train(task, data, split):
         return
-    fingerprints: dict[int | None, str] = {}  # by the limit of the training
+    fingerprints: dict[int | None, str] = {}  # by `data.limit.train`
     for manifest in trained:
         limit = manifest.run.config.get("data.limit.train")
         limit = limit if isinstance(limit, int) else None
@@ -42,11 +42,11 @@ def check_unseen(
         key = "train" if manifest.multitask is None else f"{task.name}/train"
         if manifest.data.fingerprints.get(key) != fingerprints[limit]:
             drawn = split_of(manifest)
-            fix = "The data has changed since: restore it"
+            fix = "The data has changed since then: restore it"
             if drawn != data.split:
-                fix = f"Set {' '.join(drawn.overrides()) or 'no data.split'} as in that training"
+                fix = f"Set {' '.join(drawn.overrides()) or 'no data.split'} as in that run"
             raise UserError(
-                f"task {task.name}: its {split} split is drawn from the training rows, and may have rows that "
-                f"{manifest.name} was trained on\n{fix}, train {manifest.name} again with overwrite=true, or give the "
-                f"task a {split} file"
+                f"task {task.name}: its {split} split is sampled from the training examples and may contain examples "
+                f"that {manifest.name} was trained on\n{fix}, retrain {manifest.name} with overwrite=true, or add a "
+                f"{split} file to the task"
             )

@@ -1,1 +1,1 @@
-"""The HTML report about many runs. Reads files only."""
+"""HTML report of many runs. Only files are read; no model is loaded."""

@@ -1,4 +1,4 @@
-"""What the report has found: its figures, and its tables as data frames (CSV with every digit, LaTeX with booktabs)."""
+"""Contents of the report: figures, and tables as DataFrames (CSV with full precision, LaTeX with booktabs)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 _LATEX = {"±": r"$\pm$", "−": r"$-$", "←": r"$\leftarrow$", "·": r"$\cdot$", "<": r"$<$", ">": r"$>$"}
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would evaluate a text with such a prefix
-# Column names of the files.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would evaluate a string that starts with these
+# Column names of the CSV files.
 DIFFERENCES = (
     *("target", "method", "settings", "seeds", "mean", "sd", "difference", "low", "high", "p", "p (Holm)"),
     *("wins", "ties", "losses", "over", "not at equal budget", "pairs"),
@@ -31,9 +31,9 @@ ABLATION = (
     *("target", "method", "artifact", "source", "metric", "with it", "without it", "change", "low", "high"),
     "setting",
 )
-# By key of `costs`: the part and the key of a result, and the column of the file.
+# Keys of `costs`: section and key in result.json, and column of the CSV file.
 _COSTS = {
-    "parameters": ("parameters", "trainable", "parameters that train"),
+    "parameters": ("parameters", "trainable", "trainable parameters"),
     "bytes": ("parameters", "stored_bytes", "stored bytes"),
     "seconds": ("speed", "seconds", "seconds"),
     "tokens": ("speed", "tokens_per_second", "tokens per second"),
@@ -45,8 +45,8 @@ _COSTS = {
 class Contents:
     """
     Attributes:
-        targets: those with more than one method, or all if there are none.
-        single: the others, such as source tasks.
+        targets: targets with more than one method, or all targets if there are none.
+        single: all other targets, such as source tasks.
     """
 
     def __init__(self, found: Found, targets: Sequence[Target], notes: Sequence[str] = ()) -> None:
@@ -70,7 +70,7 @@ class Contents:
 
     @functools.cached_property
     def figures(self) -> dict[tuple[str, ...], tuple[str, Figure]]:
-        """Every figure with its description; by its kind, target and method, which name its files."""
+        """Titles and figures by (plot type, target, method), which also form the file name."""
         made: dict[tuple[str, ...], tuple[str, Figure]] = {}
 
         def add(*name: str, title: str, figure: Figure, settings: Sequence[str] = ()) -> None:
@@ -91,30 +91,30 @@ class Contents:
         settings = [f"{one.title}: {one.setting}" for one in self.attention if one.setting]
         if self.attention:
             figure = figures.by_target_figure(self.attention)
-            add("attention-by-target", title="Sources by targets", figure=figure, settings=settings)
+            add("attention-by-target", title="Sources by target", figure=figure, settings=settings)
         if any(one.entropy is not None for one in self.attention):
-            title = "Entropy of the attention in each layer, the mean over tokens, relative to uniform attention"
+            title = "Attention entropy per layer, averaged over tokens, relative to uniform attention"
             add("entropy", title=title, figure=figures.entropy_figure(self.attention), settings=settings)
         for target, method, _, inspection in self.inspected:
             metric = next(iter(inspection["metrics"]))
             if changes := ablation(inspection, metric):
                 steps = [(len(step["kept"]), step["metrics"][metric]) for step in inspection["pruned"] or []]
                 figure = figures.ablation_figure(metric, changes, steps)
-                title = f"Score without each source, and with fewer and fewer, {target.label}"
+                title = f"Source ablation and pruning, {target.label}"
                 add("needed", target.label, method, title=title, figure=figure, settings=target.settings([method]))
         for target in self.everything:
             if curves := shown_curves(target, self.found):
                 figure = figures.curves_figure(curves, list(target.groups))
                 settings = target.settings([name for metric in curves.values() for name in metric])
-                title = f"{', '.join(curves)} over the steps, {target.label}"
+                title = f"{', '.join(curves)} by training step, {target.label}"
                 add("curves", target.label, title=title, figure=figure, settings=settings)
             figure = figures.cost_figure(costs(target), target.label, target.metric)
-            add("cost", target.label, title=f"Score against parameters and seconds, {target.label}", figure=figure)
+            add("cost", target.label, title=f"Score vs. parameters and training time, {target.label}", figure=figure)
         return made
 
 
 def costs(target: Target) -> list[dict[str, Any]]:
-    """The score and mean cost of each group that was trained on the target."""
+    """Return the score and mean cost of each group that was trained on the target."""
     rows = []
     for group in target.every_group:
         if not group.method.endswith(" alone"):
@@ -132,7 +132,7 @@ def _mean(results: Sequence[Mapping[str, Any]], part: str, key: str) -> float | 
 
 @dataclass(frozen=True)
 class Table:
-    """shown: the same for a reader, where that differs."""
+    """A table of the report. `shown` contains the formatted values, if they differ from those of `frame`."""
 
     name: str
     caption: str
@@ -147,7 +147,7 @@ def table(name: str, caption: str, header: Sequence[str], rows: Iterable[Sequenc
 
 
 def save_table(one: Table, folder: Path) -> list[Path]:
-    """NAME.csv and NAME.tex."""
+    """Write NAME.csv and NAME.tex."""
     paths = [folder / f"{one.name}.csv", folder / f"{one.name}.tex"]
     cells = [[_escape_formula(cell) for cell in row] for row in one.frame.itertuples(index=False)]
     table("", "", one.frame.columns, cells).frame.to_csv(paths[0], index=False, lineterminator="\r\n")
@@ -156,7 +156,7 @@ def save_table(one: Table, folder: Path) -> list[Path]:
 
 
 def latex(one: Table) -> str:
-    """The first column left-aligned, the others right-aligned; needs \\usepackage{booktabs}."""
+    """Format a table as LaTeX; requires \\usepackage{booktabs}."""
     frame = (one.frame if one.shown is None else one.shown).map(_cell)
     columns = "l" + "r" * (frame.shape[1] - 1)
     text = frame.to_latex(index=False, escape=True, column_format=columns)
@@ -176,10 +176,9 @@ def _escape_formula(value: Any) -> Any:
 
 
 def tables_of(contents: Contents) -> list[Table]:
-    """Every table of the page."""
     targets, methods = contents.everything, every_method(contents.everything)
     chosen = [f"{one.label}, {line}" for one in targets for line in one.settings(methods)]
-    caption = "; ".join(["Mean and standard deviation over the seeds", *chosen])
+    caption = "; ".join(["Mean and standard deviation over seeds", *chosen])
     header = ("target", "metric", "split", *methods)
     means, shown = ([], [])
     for one in targets:
@@ -190,26 +189,26 @@ def tables_of(contents: Contents) -> list[Table]:
         Table("scores", caption, table("", "", header, means).frame, table("", "", header, shown).frame),
         table(
             "differences",
-            f"Differences to the {BASELINE}",
+            f"Differences from the {BASELINE}",
             DIFFERENCES,
             (_difference(target, group) for target in contents.targets for group in target.every_group),
         ),
         table(
             "metrics",
-            "Every metric, means over the seeds",
+            "All metrics, means over seeds",
             ("target", "split", "method", "settings", "seeds", "metric", "mean", "sd"),
             (row for target in targets for row in _metrics(target)),
         ),
         *map(_attention, contents.attention),
         table(
             "needed",
-            "Each source masked separately, without further training",
+            "Score without each source (source ablation), without further training",
             ABLATION,
             (row for one in contents.inspected for row in _ablation(*one)),
         ),
         table(
             "cost",
-            "Cost, means over the seeds",
+            "Cost, means over seeds",
             ("target", "method", "score", *(title for *_, title in _COSTS.values())),
             ([one.label, *row.values()] for one in targets for row in costs(one)),
         ),

@@ -1,4 +1,4 @@
-"""Figures from plain values: as files for a paper (PNG, SVG), and as SVG in the page with the page's colours."""
+"""Figures of the report, saved as PNG and SVG, or embedded in the page as SVG in the page's colors."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-# Okabe & Ito's palette without its yellow, which is too light on white; safe for colour-blind readers.
 _WIDTH = 3.7  # inches: a column of a paper, or a phone
+# Color-blind safe palette of Okabe & Ito, without its yellow, which is too light on white.
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#7f7f7f", "#8c564b")
-# Placeholders: nearly black in a file, replaced in the page by its own colours of text and lines.
+# Placeholders, replaced in the page by its own text and line colors.
 _INK, _FAINT = "#010203", "#7d7e80"
 _STYLE: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
@@ -41,7 +41,7 @@ _STYLE: dict[Any, Any] = {
 
 @contextlib.contextmanager
 def _drawing(width: float, height: float) -> Iterator[Figure]:
-    """A figure in inches, drawn in the report's style and without pyplot."""
+    """Create a figure of a size in inches, in the report's style and without pyplot."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -49,12 +49,12 @@ def _drawing(width: float, height: float) -> Iterator[Figure]:
         yield Figure(figsize=(width, height), layout="constrained")
 
 
-def colour(number: int) -> str:
+def color(number: int) -> str:
     return PALETTE[number % len(PALETTE)]
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """NAME.png and NAME.svg, on white."""
+    """Save a figure as NAME.png and NAME.svg on a white background."""
     paths = [folder / f"{name}.{ending}" for ending in ("png", "svg")]
     for path in paths:
         _render(figure, path, name, path.suffix[1:], facecolor="white")
@@ -62,20 +62,20 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 
 def _render(figure: Figure, to: Path | io.StringIO, name: str, format: str, **options: Any) -> None:
-    """The same figure gives the same bytes."""
+    """Render a figure reproducibly: equal figures give equal bytes."""
     import matplotlib
 
     metadata = {"Date": None} if format == "svg" else {}
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # glyphs that the font does not have
+        warnings.simplefilter("ignore")  # glyphs missing in the font
         figure.savefig(to, format=format, dpi=200, metadata=metadata, **options)
 
 
 def inline(figure: Figure, name: str, title: str) -> str:
-    """The figure as an SVG element whose text and lines have the page's colors.
+    """Return the figure as an SVG element in the page's colors.
 
     Args:
-        name: prefix of the element's ids.
+        name: prefix of the ids in the SVG.
         title: description for screen readers.
     """
     buffer = io.StringIO()
@@ -89,19 +89,19 @@ def inline(figure: Figure, name: str, title: str) -> str:
 
 
 def noted(figure: Figure, lines: Sequence[str]) -> Figure:
-    """The figure with lines of small text below it, such as the setting that it shows."""
+    """Add lines of small text below a figure."""
     if lines:
-        most = int(18 * figure.get_figwidth())  # characters of 7 points
+        most = int(18 * figure.get_figwidth())  # characters per line at 7 points
         text = "\n".join(part for line in lines for part in textwrap.wrap(line, most))
         figure.supxlabel(text, x=0.02, ha="left", fontsize=7, color=_INK)
     return figure
 
 
 def scores_figure(panels: Mapping[str, Mapping[str, tuple[str, Sequence[float]]]]) -> Figure:
-    """Mean and one standard deviation of each line, with the single scores as ticks; a number beside a single score.
+    """Plot mean and standard deviation of each line, with the scores of single runs as ticks.
 
     Args:
-        panels: by the panel's title, by the line's label, its method (one colour each) and its scores.
+        panels: for each panel title and line label, the method (which determines the color) and the scores.
     """
     methods = list(dict.fromkeys(method for lines in panels.values() for method, _ in lines.values()))
     heights = [len(lines) for lines in panels.values()]
@@ -109,7 +109,7 @@ def scores_figure(panels: Mapping[str, Mapping[str, tuple[str, Sequence[float]]]
         every = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
         for axes, (title, lines) in zip(every, panels.items(), strict=True):
             for place, (method, scores) in enumerate(lines.values()):
-                style: dict[str, Any] = {"color": colour(methods.index(method))}
+                style: dict[str, Any] = {"color": color(methods.index(method))}
                 spread = np.std(scores, ddof=1) if len(scores) > 1 else 0
                 axes.errorbar(np.mean(scores), place, xerr=spread, fmt="o", markersize=6, capsize=3, **style)
                 if len(scores) > 1:
@@ -130,7 +130,7 @@ def _shorten(text: str, most: int) -> str:
 
 
 def heatmap_figure(values: Floats, rows: Sequence[str], columns: Sequence[str], ylabel: str, title: str) -> Figure:
-    """values: (rows, columns), NaN where a cell is empty."""
+    """Plot `values`, (rows, columns), as a heatmap. NaN cells are left empty."""
     with _drawing(1.6 + 0.55 * len(columns), 1.2 + 0.27 * len(rows)) as figure:
         axes = figure.subplots()
         _cells(axes, values, rows, columns, title)
@@ -139,7 +139,7 @@ def heatmap_figure(values: Floats, rows: Sequence[str], columns: Sequence[str], 
 
 
 def attention_figure(record: Mapping[str, Any]) -> Figure:
-    """A record of attention.jsonl: its mean weights by slot and source."""
+    """Plot the mean weights by slot and source of a record of attention.jsonl."""
     weights = np.array([slot["mean"] for slot in record["slots"].values()], dtype=float)
     title = f"epoch {record['epoch']}, step {record['step']}"
     figure = heatmap_figure(weights, list(record["slots"]), record["sources"], "slot", title)
@@ -148,7 +148,7 @@ def attention_figure(record: Mapping[str, Any]) -> Figure:
 
 
 def by_target_figure(every: Sequence[Attention]) -> Figure:
-    """Fusions by sources, for the mean over the layers and the first, middle and last of them."""
+    """Plot fusions × sources for the mean over the layers, and for the first, middle and last layer."""
     count = max(len(one.slots) for one in every)
     panels = [("all layers", None), ("first", 0), ("middle", count // 2), ("last", count - 1)]
     rows, columns, _ = by_target(every)
@@ -175,26 +175,26 @@ def _cells(axes: Any, values: Floats, rows: Sequence[str], columns: Sequence[str
 
 
 def entropy_figure(every: Sequence[Attention]) -> Figure:
-    """The entropy of the attention layer by layer, relative to uniform attention."""
+    """Plot the attention entropy by layer, relative to uniform attention."""
     with _drawing(4.2, 3.0) as figure:
         axes = figure.subplots()
         for number, one in enumerate(every):
             if one.entropy is not None and one.max_entropy > 0:
                 relative = one.entropy / one.max_entropy
-                axes.plot(relative, "o-", color=colour(number), label=one.title, markersize=4)
+                axes.plot(relative, "o-", color=color(number), label=one.title, markersize=4)
         axes.axhline(1.0, color=_FAINT, linestyle=":", linewidth=1)
         axes.set_ylim(0, 1.05)
-        axes.set_xlabel("slot, from the first layer (0) to the last")
-        axes.set_ylabel("entropy, mean over tokens / uniform")
+        axes.set_xlabel("slot (0: first layer)")
+        axes.set_ylabel("mean entropy / uniform entropy")
         axes.legend(fontsize=7, loc="lower left")
         return figure
 
 
 def ablation_figure(metric: str, changes: Mapping[str, Difference], steps: Sequence[tuple[int, float]]) -> Figure:
-    """The change without each source, with its interval; below, the score against the number of kept sources.
+    """Plot the change without each source with its interval, and the score by number of remaining sources.
 
     Args:
-        steps: number of kept sources and score.
+        steps: pairs (number of remaining sources, score).
     """
     height = 1.2 + 0.26 * max(len(changes), 3)
     with _drawing(_WIDTH, height + 2.2) as figure:
@@ -207,7 +207,7 @@ def ablation_figure(metric: str, changes: Mapping[str, Difference], steps: Seque
         bars.set_yticks(range(len(changes)), [_shorten(name, 22) for name in changes])
         bars.axvline(0, color=_FAINT, linewidth=0.8)
         bars.invert_yaxis()
-        bars.set_title(f"change of {metric} without it")
+        bars.set_title(f"change of {metric} without each source")
         if not any(change.mean or change.low or change.high for change in changes.values()):
             bars.set_xlim(-0.01, 0.01)
         bars.locator_params(axis="x", nbins=4)
@@ -217,24 +217,24 @@ def ablation_figure(metric: str, changes: Mapping[str, Difference], steps: Seque
             curve.plot(counts, scores, "o-", color=PALETTE[0], markersize=4)
             curve.set_xticks(counts)
             curve.invert_xaxis()
-        curve.set_xlabel("sources kept")
-        curve.set_title(f"{metric}, least important removed first")
+        curve.set_xlabel("number of sources")
+        curve.set_title(f"{metric}, least important source removed first")
         curve.grid(axis="y", color=_FAINT, alpha=0.25)
         return figure
 
 
 def curves_figure(curves: Mapping[str, Mapping[str, DataFrame]], methods: Sequence[str]) -> Figure:
-    """A panel for each metric; a band from the lowest to the highest seed.
+    """Plot a panel for each metric, with a band between the minimum and maximum over seeds.
 
     Args:
-        curves: by metric and method, frames as of `curves_of`.
-        methods: all methods, in the order of their colours.
+        curves: DataFrames by metric and method, see `curves_of`.
+        methods: all methods, in the order of the palette.
     """
     with _drawing(_WIDTH, 2.4 * len(curves) + 0.3) as figure:
         panels = figure.subplots(len(curves), squeeze=False)[:, 0]
         for axes, (metric, of_metric) in zip(panels, curves.items(), strict=True):
             for method, curve in of_metric.items():
-                ink = colour(methods.index(method))
+                ink = color(methods.index(method))
                 marker = "o" if len(curve) < 15 else None
                 axes.plot(curve["mean"], color=ink, label=method, marker=marker, markersize=3, linewidth=1.2)
                 if curve["count"].max() > 1:
@@ -247,20 +247,20 @@ def curves_figure(curves: Mapping[str, Mapping[str, DataFrame]], methods: Sequen
 
 
 def cost_figure(rows: Sequence[Mapping[str, Any]], title: str, metric: str) -> Figure:
-    """The score against the trained parameters and against the time.
+    """Plot the score against the number of trainable parameters and against the training time.
 
     Args:
-        rows: method, score, parameters and seconds; a cost that is None or 0 is omitted.
+        rows: dicts with `method`, `score`, `parameters` and `seconds`; costs that are `None` or 0 are omitted.
     """
     with _drawing(_WIDTH, 4.6 + 0.17 * len(rows)) as figure:
         panels = figure.subplots(2, sharey=True)
         handles: dict[str, Any] = {}
-        labels = {"parameters": "parameters that train", "seconds": "seconds of training"}
+        labels = {"parameters": "trainable parameters", "seconds": "training time (s)"}
         for axes, (key, label) in zip(panels, labels.items(), strict=True):
             for place, row in enumerate(rows):
                 if row.get(key):
                     marker = "os^Dv"[place // len(PALETTE) % 5]
-                    (handle,) = axes.plot(row[key], row["score"], marker, color=colour(place), markersize=7)
+                    (handle,) = axes.plot(row[key], row["score"], marker, color=color(place), markersize=7)
                     handles.setdefault(_shorten(row["method"], 50), handle)
             _log_axis(axes, [row[key] for row in rows if row.get(key)])
             axes.margins(x=0.15, y=0.2)

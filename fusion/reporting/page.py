@@ -1,4 +1,4 @@
-"""The report as one HTML file (no network, no external scripts, at most 5 MB), and as files for a paper."""
+"""The report as one HTML file (no network, no external scripts, at most 5 MB), with figures and tables as files."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from fusion.reporting.statistics import LEVEL, RESAMPLES
 from fusion.reporting.targets import BASELINE, Target, every_method
 from fusion.store.listing import rebuild_lines
 
-LARGEST = 5_000_000  # bytes of the page
-WORD_ROWS = (1000, 4, 1, 0)  # examples of each fusion, tried in order until the page is small enough
+LARGEST = 5_000_000  # maximum size of the page in bytes
+WORD_ROWS = (1000, 4, 1, 0)  # number of examples per fusion, reduced until the page is small enough
 FILTERS = (
     *(wording.signed, wording.interval, wording.p_value, wording.number, wording.size, wording.mean_of),
     *(wording.seeds, wording.common_seeds),
@@ -32,10 +32,10 @@ FILTERS = (
 
 
 def write_files(contents: Contents, folder: Path) -> list[Path]:
-    """Figures as PNG and SVG, tables as CSV and LaTeX.
+    """Write the figures as PNG and SVG, and the tables as CSV and LaTeX.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: if a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = [path for table in tables_of(contents) for path in save_table(table, folder)]
@@ -45,14 +45,15 @@ def write_files(contents: Contents, folder: Path) -> list[Path]:
 
 
 def write_page(contents: Contents, output: Path, about: Mapping[str, Any], files: Path | None) -> int:
-    """Write the page atomically, and return its size in bytes.
+    """Write the page atomically and return its size in bytes.
 
     Args:
-        about: for its header: `command`, `runs`, `made`.
-        files: the folder of the figures and tables, which the page names; None: there are none.
+        about: `command`, `runs` and `made` (the time of creation), shown in the page.
+        files: directory of the figures and tables, or `None` if they are not written.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: if the page cannot be written.
+        UserError: if the page would exceed `LARGEST`.
     """
     template = _template(contents, output)
     fusions = [inspected(*one) for one in contents.inspected]
@@ -60,14 +61,14 @@ def write_page(contents: Contents, output: Path, about: Mapping[str, Any], files
     values: dict[str, Any] = {"about": about, "files": files and os.path.relpath(files, output.parent)}
     values |= {"inspected": fusions, "by_target": matrix}
     for rows in WORD_ROWS:
-        note = f"To stay below 5 MB, token-level attention is limited to {rows} rows of each fusion."
+        note = f"To stay below 5 MB, token-level attention is limited to {rows} examples per fusion."
         notes = [*contents.notes, *([] if rows == WORD_ROWS[0] else [note])]
         words = [one | {"rows": one["rows"][:rows]} for one in fusions if one["rows"][:rows]]
         text = template.render(values, notes=notes, words=words, data=_script_data(words, matrix))
         if len(text.encode()) <= LARGEST:
             break
     else:
-        raise UserError(f"{output}: the page would exceed 5 MB; select fewer runs: runs=[DIR,ANOTHER]")
+        raise UserError(f"{output}: the page would exceed 5 MB; select fewer runs with runs=[DIR,DIR]")
     write_atomic(output, text)
     return len(text.encode())
 
@@ -109,7 +110,6 @@ def _template(contents: Contents, output: Path) -> Any:
 
 
 def _script_data(words: list[dict[str, Any]], by_target: dict[str, Any] | None) -> dict[str, Any]:
-    """What the page's script reads."""
     read = {
         one["id"]: {"sources": one["sources"], "layers": one["layers"], "weights": [r["weights"] for r in one["rows"]]}
         for one in words
@@ -118,7 +118,7 @@ def _script_data(words: list[dict[str, Any]], by_target: dict[str, Any] | None) 
 
 
 def tallies(targets: Sequence[Target]) -> list[dict[str, Any]]:
-    """For each method, the number of targets by verdict, and the mean difference."""
+    """Return, for each method, the number of targets by verdict and the mean difference."""
     rows = []
     for method in every_method(targets):
         groups = [group for target in targets if (group := target.groups.get(method)) and group.difference]
@@ -131,7 +131,7 @@ def tallies(targets: Sequence[Target]) -> list[dict[str, Any]]:
 
 
 def optimistic(targets: Sequence[Target]) -> list[str]:
-    """What was selected by scores on the shown rows, with the targets unless it is all."""
+    """Return what was selected on the reported examples, with the labels of the targets unless it applies to all."""
     by_choice: dict[str, list[str]] = {}
     for target in targets:
         if selected := target.selected_here:
@@ -143,7 +143,7 @@ def optimistic(targets: Sequence[Target]) -> list[str]:
 
 
 def sources_by_target(every: Sequence[Attention]) -> dict[str, Any] | None:
-    """Figure 4: one matrix for the mean over the layers, and one for each layer, which a slider selects."""
+    """Return the `by_target` matrices for the layer slider: the mean over the layers, then each layer."""
     if not every:
         return None
     longest = max(every, key=lambda one: len(one.slots))
@@ -160,15 +160,14 @@ def sources_by_target(every: Sequence[Attention]) -> dict[str, Any] | None:
 
 
 def _layers(slots: Sequence[str]) -> list[str]:
-    """The positions of a layer slider."""
     return ["all layers (mean)", *(f"layer {name}" for name in layer_names(slots))]
 
 
 def inspected(target: Target, method: str, trained: Trained, inspection: dict[str, Any]) -> dict[str, Any]:
-    """Token-level attention and source ablation of a fusion."""
+    """Return the token-level attention and source ablation of a fusion for the template."""
     metric, full = next(iter(inspection["metrics"].items()))
     sources, slots = (list(map(str, inspection[key])) for key in ("sources", "slots"))
-    colours = [figures.colour(n) for n in range(len(sources))]
+    colors = [figures.color(n) for n in range(len(sources))]
     return {
         "id": wording.anchor("into", target.label, method),
         "title": f"{target.label} ← {method}",
@@ -178,9 +177,9 @@ def inspected(target: Target, method: str, trained: Trained, inspection: dict[st
         "count": inspection["rows"],
         "metric": metric,
         "full": full,
-        "sources": list(zip(sources, colours, strict=True)),
+        "sources": list(zip(sources, colors, strict=True)),
         "layers": _layers(slots),
-        "rows": [row for one in inspection["words"] if (row := _word_row(one, slots, sources, colours))],
+        "rows": [row for one in inspection["words"] if (row := _word_row(one, slots, sources, colors))],
         "changes": ablation(inspection, metric),
         "figure": ("needed", target.label, method),
         "pruned": inspection["pruned"] or [],
@@ -188,9 +187,9 @@ def inspected(target: Target, method: str, trained: Trained, inspection: dict[st
 
 
 def _word_row(
-    row: dict[str, Any], slots: Sequence[str], sources: Sequence[str], colours: Sequence[str]
+    row: dict[str, Any], slots: Sequence[str], sources: Sequence[str], colors: Sequence[str]
 ) -> dict[str, Any] | None:
-    """A row with each token's strongest source over all layers, the first position of the slider."""
+    """Add each token's source with the largest mean weight over layers to an example; `None` if it is damaged."""
     tokens = list(map(str, row["tokens"]))
     try:
         mean = unpack(row["weights"], (len(slots), len(tokens), len(sources))).mean(0)
@@ -202,7 +201,7 @@ def _word_row(
                 "text": token.strip() or token,
                 "starts_word": token.startswith(" "),
                 "special": place in row["special"],
-                "colour": colours[weights.argmax()],
+                "color": colors[weights.argmax()],
                 "weight": round(100 * float(weights.max())),
             }
             for place, (token, weights) in enumerate(zip(tokens, mean, strict=True))
@@ -211,7 +210,7 @@ def _word_row(
 
 
 def links(entry: Score, output: Path) -> dict[str, str]:
-    """The addresses of a run's folders and of its W&B run, by text."""
+    """Return the links to a run's folders and its W&B run, by link text."""
     trained, folders = entry.trained, {}
     if trained is not None:
         folders["trained"] = trained.run.folder
@@ -229,7 +228,7 @@ def links(entry: Score, output: Path) -> dict[str, str]:
 
 
 def rebuilds(targets: Sequence[Target]) -> list[dict[str, Any]]:
-    """The commands that rebuild each artifact, with its versions, data and commit."""
+    """Return the commands that reproduce each artifact, with its versions, data and commit."""
     every = (one for target in targets for group in target.every_group for one in group.trained)
     return [_rebuild(one) for one in {one.artifact: one for one in every}.values()]
 
@@ -246,5 +245,5 @@ def _rebuild(trained: Trained) -> dict[str, Any]:
         facts["data"] = ", ".join(f"{split} {mark[:12]}" for split, mark in marks)
         facts["hash"] = manifest.hash[:12]
         if git is not None:
-            facts["commit"] = f"{git.commit[:12]}{' with changes' if git.dirty else ''}"
+            facts["commit"] = f"{git.commit[:12]}{' with uncommitted changes' if git.dirty else ''}"
     return {"name": trained.name, "lines": lines, "facts": facts}

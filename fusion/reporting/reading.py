@@ -1,7 +1,4 @@
-"""Read run folders: what each run was, its result, and its records.
-
-A folder that is damaged or incomplete is skipped and named; the others are read.
-"""
+"""Read run directories: status, config, result and records. Damaged or incomplete ones are skipped and listed."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from fusion.store.compatibility import DEBUG
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A finished run. config: resolved. result: the content of result.json."""
+    """A finished run, with its resolved config and the content of result.json."""
 
     folder: Path
     command: str
@@ -34,11 +31,16 @@ class RunFolder:
 
 @dataclass
 class Found:
-    """
-    done: by time of their end. others: the number of runs by other status. failed: those that failed, and why.
-    debug: the number of omitted debug= runs. unread: what could not be read, and why.
-    histories: by the identity of a training, the folders with a part of its history, in order of their start.
-    inspections: by the hash of the fusion, the last one.
+    """All runs found below the given directories.
+
+    Attributes:
+        done: finished runs, sorted by end time.
+        others: number of unfinished runs by status.
+        failed: failed runs with their errors.
+        debug: number of omitted debug= runs.
+        unread: error messages of files that could not be read.
+        histories: run directories that contain a part of a training run's history, sorted by start time.
+        inspections: the last inspection of each fusion, by hash.
     """
 
     done: list[RunFolder] = field(default_factory=list)
@@ -50,22 +52,22 @@ class Found:
     inspections: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def history(self, folder: Path) -> list[dict[str, Any]]:
-        """The records of a training step by step: of this folder, and of its interrupted parts before it."""
+        """Return the logged records of a training run, including the parts before it was resumed."""
         parts = next((parts for parts in self.histories.values() if folder in parts), [folder])
         return [line for part in parts for line in read_lines(part / HISTORY)]
 
 
 def read_runs(folders: Sequence[Path], without: Path | None = None) -> Found:
-    """All runs below the folders; a folder may be a run itself, and each run counts once.
+    """Read all runs below the given directories, which may be run directories themselves.
 
     Args:
-        without: the folder of a run to omit.
+        without: a run directory to omit.
 
     Raises:
-        UserError: there is no run below any of the folders.
+        UserError: if no run is found.
     """
     found = Found()
-    places: dict[str, dict[Path, None]] = {STATUS: {}, INSPECTION: {}}  # by file name, the folders that have it
+    places: dict[str, dict[Path, None]] = {STATUS: {}, INSPECTION: {}}  # the directories that contain each file
     for folder in folders:
         for place, inner, files in os.walk(folder):
             inner[:] = sorted(name for name in inner if not name.startswith("."))
@@ -84,9 +86,9 @@ def read_runs(folders: Sequence[Path], without: Path | None = None) -> Found:
             inspection = read_mapping(path)
             found.inspections[str(inspection["hash"])] = inspection
         except (UserError, KeyError) as error:
-            found.unread.append(f"{path}: has no hash" if isinstance(error, KeyError) else str(error))
+            found.unread.append(f"{path}: missing key hash" if isinstance(error, KeyError) else str(error))
     if not found.done and not found.others and not found.unread:
-        raise UserError(f"runs={','.join(map(str, folders))}: contains no run (a folder with a {STATUS})")
+        raise UserError(f"runs={','.join(map(str, folders))}: no runs found (a run is a folder with a {STATUS})")
     found.done.sort(key=lambda run: (run.ended, str(run.folder)))
     return found
 
@@ -118,7 +120,7 @@ def _read_run(folder: Path, found: Found) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON lines file, without truncated lines; none if it cannot be read."""
+    """Yield the objects of a JSON Lines file. Truncated lines and unreadable files are skipped."""
     with contextlib.suppress(OSError, UnicodeDecodeError), open(path, encoding="utf-8") as file:
         for line in file:
             with contextlib.suppress(ValueError):
@@ -127,10 +129,10 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The content of a JSON or YAML file.
+    """Read a mapping from a JSON or YAML file.
 
     Raises:
-        UserError: it cannot be read, or is no mapping.
+        UserError: if the file cannot be read or is not a mapping.
     """
     import yaml
 
@@ -141,5 +143,5 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected keys with values")
+        raise UserError(f"{path}: expected a mapping of keys to values")
     return content

@@ -1,4 +1,4 @@
-"""What runs have recorded: source attention by layer and training curves, over the seeds, and inspections.
+"""Source attention per layer and training curves, aggregated over seeds, and inspections of fusions.
 
 Shapes: L slots, N sources.
 """
@@ -23,15 +23,17 @@ from fusion.runs.run import ATTENTION
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-POINTS = 200  # of a curve; a longer one is thinned
-_STEPS = 255  # a weight of 1 in a byte
+POINTS = 200  # maximum number of points of a curve; longer curves are subsampled
+_STEPS = 255  # the byte that encodes a weight of 1
 
 
 @dataclass(frozen=True)
 class Attention:
-    """mean: (L, N), over the seeds. entropy: (L,) in nats, or None if the weights do not sum to one. runs: how many.
+    """Source attention of a fusion, averaged over runs with different seeds.
 
-    setting: which of the method's settings it is, see `Group.setting`.
+    Attributes:
+        mean: (L, N) attention weights.
+        entropy: (L,) in nats, or `None` if the weights do not sum to one.
     """
 
     target: str
@@ -49,17 +51,16 @@ class Attention:
 
     @property
     def max_entropy(self) -> float:
-        """The entropy of uniform attention."""
         return float(np.log(len(self.sources))) if len(self.sources) > 1 else 0.0
 
 
 def attention_of(targets: Sequence[Target], found: Found) -> list[Attention]:
-    """Of each fusion, with its best setting on validation, the record of the best epoch or of its inspection."""
+    """Return the attention of each fusion with its best setting, at the best epoch or else from its inspection."""
     every = []
     for target in targets:
         for method, group in target.groups.items():
             seen = [one for trained in group.trained if (one := _of_run(trained, found)) is not None]
-            # Runs of one group have the same sources in the same order, whatever they are named.
+            # The runs of a group have the same sources in the same order, regardless of their names.
             alike = [one for one in seen if (len(one[0]), one[1]) == (len(seen[0][0]), seen[0][1])]
             if alike:
                 names, slots, means, entropies = zip(*alike, strict=True)
@@ -73,7 +74,7 @@ def attention_of(targets: Sequence[Target], found: Found) -> list[Attention]:
 
 
 def _source_names(runs: Sequence[Trained], names: Sequence[Sequence[str]]) -> tuple[str, ...]:
-    """The names of the sources over all runs: their tasks, if each seed has its own seeds of them."""
+    """Return the names of the sources, or the names of their tasks if the sources differ between the seeds."""
     settings = runs[0].variant.get("sources") or ()
     tasks = tuple(str(source.get("task.name") or source.get("artifact")) for source in settings)
     same = all(one == names[0] for one in names)
@@ -81,7 +82,7 @@ def _source_names(runs: Sequence[Trained], names: Sequence[Sequence[str]]) -> tu
 
 
 def _of_run(trained: Trained, found: Found) -> tuple[list[str], tuple[str, ...], Floats, Floats | None] | None:
-    """Sources, slots, mean (L, N) and entropy (L,); None if there is no valid record."""
+    """Return sources, slots, mean (L, N) and entropy (L,), or `None` if there is no valid record."""
     lines = list(read_lines(trained.run.folder / ATTENTION))
     best = [line for line in lines if line.get("epoch") == trained.run.result.get("best_epoch")]
     record: dict[str, Any] | None = next(reversed(best or lines), None)
@@ -98,13 +99,13 @@ def _of_run(trained: Trained, found: Found) -> tuple[list[str], tuple[str, ...],
 
 
 def by_target(every: Sequence[Attention], layer: int | None = None) -> tuple[list[str], list[str], Floats]:
-    """The paper's Figure 4: fusions by sources, NaN where a fusion does not have the source.
+    """Return the fusions × sources matrix of Figure 4 of the AdapterFusion paper (Pfeiffer et al. 2021).
 
     Args:
-        layer: the index of a slot; None: the mean over all.
+        layer: index of a slot. If `None`, the mean over all slots.
 
     Returns:
-        Names of the fusions and of the sources, and (fusions, sources).
+        Names of the fusions, names of the sources, and weights (fusions, sources), NaN if a fusion lacks the source.
     """
     import pandas as pd
 
@@ -116,23 +117,23 @@ def by_target(every: Sequence[Attention], layer: int | None = None) -> tuple[lis
 
 
 def layer_names(slots: Sequence[str]) -> list[str]:
-    """`0.feedforward` as `0`, the number in `adapter.layers`, with the site if a layer has more than one."""
+    """Format slots such as `0.feedforward` as `0`, or as `0 feedforward` if a layer has more than one slot."""
     parts = [slot.partition(".") for slot in slots]
     several = len({site for _, _, site in parts}) > 1
     return [f"{layer} {site.replace('_', ' ')}" if several else layer for layer, _, site in parts]
 
 
 def curves_of(target: Target, found: Found) -> dict[str, dict[str, DataFrame]]:
-    """By metric (`train/loss`, `validation/accuracy`, ...) and method, a curve over the steps.
+    """Return the training curves by metric (`train/loss`, `validation/accuracy`, ...) and method.
 
-    A curve is a frame with the index `step` and the columns mean, min, max and count, over the seeds.
+    A curve is a DataFrame with the index `step` and the columns mean, min, max and count over the seeds.
     """
     import pandas as pd
 
     curves: dict[str, dict[str, DataFrame]] = {}
     for method, group in target.groups.items():
         if method.endswith(" alone"):
-            continue  # trained on another task
+            continue  # trained on a different task
         histories = [history_of(trained, found) for trained in group.trained]
         for metric in dict.fromkeys(name for history in histories for name in history.columns):
             seeds = [history[metric].dropna() for history in histories if metric in history]
@@ -145,7 +146,7 @@ def curves_of(target: Target, found: Found) -> dict[str, dict[str, DataFrame]]:
 
 
 def shown_curves(target: Target, found: Found) -> dict[str, dict[str, DataFrame]]:
-    """What the page shows: each term of the loss, and the metric that selects the best epoch."""
+    """Return the curves shown in the report: each loss term, and the metric that selects the best epoch."""
     every = curves_of(target, found)
     terms = [name for name in every if name.startswith("train/") and name.endswith("loss")]
     if "train/loss" in terms and "train/task_loss" in terms and len(terms) == 2:
@@ -155,7 +156,7 @@ def shown_curves(target: Target, found: Found) -> dict[str, dict[str, DataFrame]
 
 
 def history_of(trained: Trained, found: Found) -> DataFrame:
-    """The finite metrics of a training, by step; the last part of a resumed run counts where parts overlap."""
+    """Return the finite metrics of a training run by step. If parts of a resumed run overlap, the last part is used."""
     import pandas as pd
 
     values: dict[str, dict[int, float]] = {}
@@ -168,7 +169,10 @@ def history_of(trained: Trained, found: Found) -> DataFrame:
 
 
 def ablation(inspection: Mapping[str, Any], metric: str) -> dict[str, Difference]:
-    """By source, the score without it minus the score with all; with an interval over the rows if they were kept."""
+    """Return, by source, the metric without the source minus the metric with all sources.
+
+    Confidence intervals over the examples are included if per-example predictions are stored.
+    """
     rows = {key: inspection.get(key) for key in ("fingerprint", "labels")}
     full, kept = inspection["metrics"][metric], Predictions.of(rows | {"predicted": inspection.get("predicted")})
     made = {}
@@ -182,7 +186,6 @@ def ablation(inspection: Mapping[str, Any], metric: str) -> dict[str, Difference
 
 
 def is_complete(inspection: Mapping[str, Any]) -> bool:
-    """Whether an inspection file has everything that the page shows."""
     try:
         metric = next(iter(inspection["metrics"]))
         scored = [inspection, *inspection["masked"].values(), *(inspection["pruned"] or [])]
@@ -198,15 +201,15 @@ def is_complete(inspection: Mapping[str, Any]) -> bool:
 
 
 def pack(weights: NDArray[np.floating]) -> str:
-    """Weights in 0 to 1, of any shape, row after row: one byte each, in base64."""
+    """Encode weights between 0 and 1 with one byte each, in base64 and row-major order."""
     return base64.b64encode((weights.clip(0, 1) * _STEPS).round().astype(np.uint8).tobytes()).decode()
 
 
 def unpack(packed: str, shape: tuple[int, ...]) -> NDArray[np.floating]:
-    """What `pack` was given, to within half a step.
+    """Invert `pack`, up to the quantization error.
 
     Raises:
-        ValueError: it is no base64, or of another shape.
+        ValueError: if the input is not valid base64 or has a different size.
     """
     values: NDArray[np.floating] = np.frombuffer(base64.b64decode(packed), np.uint8).reshape(shape) / _STEPS
     return values

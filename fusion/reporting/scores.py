@@ -1,4 +1,4 @@
-"""The scores of all runs, one for each run, task and split, with the training that produced it."""
+"""Metrics of all runs, one entry per run, task and split, with the training run of the artifact."""
 
 from __future__ import annotations
 
@@ -25,17 +25,19 @@ from fusion.store.settings_groups import Lookup, Settings, key_of
 if TYPE_CHECKING:
     from fusion.store.manifest import Manifest
 
-# Settings that name the target or the method; the others are the variant of the method.
+# Settings that identify the target or the method; all others form the variant of the method.
 _NOT_VARIANT = ("method.name", "composition.name", "task.name", "backbone.name_or_path", "data.limit.train")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A training and its artifact.
+    """A training run and its artifact.
 
-    metric_of: the first metric of each task. variant: the settings that distinguish it from others of its method,
-    those of its sources included. setting: the backbone and the limit of training rows. manifest: of the artifact;
-    None if it is gone.
+    Attributes:
+        metric_of: first metric of each task.
+        variant: settings that distinguish runs of the same method, including those of the sources.
+        setting: (backbone, maximum number of training examples).
+        manifest: manifest of the artifact, or `None` if the artifact was removed.
     """
 
     run: RunFolder
@@ -70,10 +72,11 @@ class Trained:
 
 @dataclass(frozen=True)
 class Score:
-    """One run's metrics on a task and split.
+    """Metrics of one run on a task and split.
 
-    trained: None for an artifact that no run here made. anywhere: trained on another task, so the score belongs to
-    every setting of the target.
+    Attributes:
+        trained: training run of the artifact, or `None` if it was not found.
+        anywhere: whether the artifact was trained on a different task, so the entry applies to all settings of the target.
     """
 
     task: str
@@ -95,20 +98,19 @@ class Score:
 
     @property
     def setting(self) -> tuple[str, int | None]:
-        """Of the target: the backbone and the limit of training rows."""
+        """Setting of the target: (backbone, maximum number of training examples)."""
         backbone, limit = ("", None) if self.trained is None else self.trained.setting
         return backbone, None if self.anywhere else limit
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Names of the sources."""
         if self.trained is None:
             return (str(self.run.result.get("name")),)
         return tuple(map(str, self.trained.run.result.get("sources") or ()))
 
 
 def all_scores(runs: Sequence[RunFolder]) -> list[Score]:
-    """The validation scores of the trainings in their best epoch, and the last evaluation of each artifact."""
+    """Return the validation metrics of the training runs at their best epoch, and the last evaluation of each artifact."""
     trained = trained_runs(runs)
     scores = [
         Score(task, split, one.method, metrics, predictions, one.run, one)
@@ -121,7 +123,7 @@ def all_scores(runs: Sequence[RunFolder]) -> list[Score]:
         path, drop = artifact_path(run), run.result.get("drop")
         maker = by_path.get(path)
         if maker is not None and maker.hash is not None and run.result.get("hash") not in (None, maker.hash):
-            continue  # the evaluated artifact was replaced since
+            continue  # the artifact was replaced after the evaluation
         for task, split, metrics, predictions in _metrics_of(run, str(run.result.get("task")).split("+")[0]):
             own = maker is not None and task in maker.metric_of
             method = maker.method if own and maker is not None else f"{_tasks_of(run, path, maker)} alone"
@@ -136,7 +138,7 @@ def _with_artifact(runs: Iterable[RunFolder], *commands: str) -> list[RunFolder]
 
 
 def _tasks_of(run: RunFolder, path: str, maker: Trained | None) -> str:
-    """An artifact's name in tables: its tasks, so that seeds of one source are one method."""
+    """Return an artifact's name in tables: its tasks, so that seeds of one source form one method."""
     if maker is not None:
         return "+".join(maker.metric_of)
     manifest = read_artifact(path)
@@ -144,7 +146,7 @@ def _tasks_of(run: RunFolder, path: str, maker: Trained | None) -> str:
 
 
 def _metrics_of(run: RunFolder, default_task: str) -> Iterable[tuple[str, str, dict[str, float], Predictions | None]]:
-    """Task, split, finite metrics and predictions of each score in a result."""
+    """Yield task, split, finite metrics and predictions for each entry of a result."""
     outcomes = read_json(run.folder / OUTCOMES)
     for key, metrics in (run.result.get("metrics") or {}).items():
         task, _, split = key.rpartition("/")
@@ -158,7 +160,7 @@ def _metrics_of(run: RunFolder, default_task: str) -> Iterable[tuple[str, str, d
 
 
 def trained_runs(runs: Iterable[RunFolder]) -> list[Trained]:
-    """The last training of each artifact. A skipped run (already done) is represented by the one before it."""
+    """Return the last training run of each artifact; runs that were skipped because they were done are ignored."""
     trainings = [
         (artifact_path(run), identity_config(run.config), run) for run in _with_artifact(runs, "stage1", "stage2")
     ]
@@ -176,7 +178,7 @@ def _trained(run: RunFolder, artifact: str, flat: dict[str, Any], lookup: Lookup
     stored = {} if manifest is None else manifest.run.config
     if manifest is not None and {k: v for k, v in stored.items() if not k.startswith("inputs.")} == flat:
         settings = lookup.of_artifact(manifest, store)
-    else:  # another run has replaced the artifact, or it was removed
+    else:  # the artifact was replaced by a different run or removed
         settings = lookup.of_run(flat, store, list(map(str, run.result.get("sources") or ())) or None)
     tasks = config.get("tasks") or [config.get("task") or {}]
     return Trained(
@@ -191,14 +193,13 @@ def _trained(run: RunFolder, artifact: str, flat: dict[str, Any], lookup: Lookup
 
 
 def read_artifact(path: str) -> Manifest | None:
-    """The manifest of an artifact; None if it was removed."""
     with contextlib.suppress(OSError, UserError):
         return read_folder(Path(path))
     return None
 
 
 def _method(config: Mapping[str, Any], result: Mapping[str, Any], settings: Settings) -> str:
-    """The title of the method in tables. Runs of another version may have other names."""
+    """Return the title of the method in tables. Runs of different versions may use different names."""
     composition = config.get("composition")
     name = str((composition or config.get("method") or {}).get("name"))
     known = METHODS.get(name) if composition is None else COMPOSITIONS.get(name)
@@ -214,10 +215,10 @@ def _method(config: Mapping[str, Any], result: Mapping[str, Any], settings: Sett
 
 
 def artifact_path(run: RunFolder) -> str:
-    """The absolute path of the run's artifact; a relative one is relative to where the run was started."""
+    """Return the absolute path of the run's artifact."""
     place = Path(str(run.result["artifact"]))
     if not place.is_absolute():
-        for above in (Path.cwd(), *run.folder.parents):  # one of them is where the run was started
+        for above in (Path.cwd(), *run.folder.parents):  # relative to the directory where the run was started
             if (above / place).exists():
                 return str((above / place).resolve())
     return str(place)

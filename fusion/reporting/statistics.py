@@ -1,6 +1,6 @@
 """Paired bootstrap over examples and seeds, permutation test, and Holm's correction for multiple targets.
 
-Shapes: S seeds, R rows, B resamples.
+Shapes: S seeds, R examples, B resamples.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from fusion.tasks.metrics import metric_of
 
 RESAMPLES = 2000
 LEVEL = 0.95
-_BATCH = 100  # resamples at a time
-_SEED = 20_210_419  # the same files give the same report
+_BATCH = 100  # resamples per batch
+_SEED = 20_210_419  # fixed, so that reports are reproducible
 _TOLERANCE = 1e-12  # differences below it are ties
 
 Floats = NDArray[np.floating]
@@ -26,7 +26,7 @@ Floats = NDArray[np.floating]
 
 @dataclass(frozen=True)
 class Predictions:
-    """The predictions of one run for the rows of a split; labels, predicted: (R,), class ids or values."""
+    """Labels and predictions of one run on a split, (R,) each: class ids or values."""
 
     fingerprint: str
     labels: NDArray[Any]
@@ -34,7 +34,7 @@ class Predictions:
 
     @classmethod
     def of(cls, content: Any) -> Predictions | None:
-        """From `{"fingerprint", "labels", "predicted"}`; None if it is anything else."""
+        """Parse `{"fingerprint", "labels", "predicted"}`. Returns `None` if the content is invalid."""
         try:
             labels, predicted = np.asarray(content["labels"]), np.asarray(content["predicted"])
             numbers = {labels.dtype.kind, predicted.dtype.kind} <= set("if")
@@ -47,7 +47,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Sample:
-    """One run of a method: its seed, its score, and its predictions where they were kept."""
+    """One run of a method: its seed, its metric value, and its predictions, if stored."""
 
     seed: int
     score: float
@@ -56,10 +56,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Difference:
-    """A method's score minus the baseline's, over the pairs of runs with the same seed.
+    """Difference of the mean metric between a method and the baseline.
 
-    mean: of the scores. low, high: 95 % interval; None: one run each, without predictions. p: two-sided. unit: what
-    was resampled. wins, ties, losses: pairs.
+    Attributes:
+        low, high: 95 % confidence interval, or `None` for single runs without predictions.
+        p: two-sided p-value.
+        unit: unit of resampling, such as examples and seeds.
+        wins, ties, losses: numbers of seed pairs.
     """
 
     mean: float
@@ -73,23 +76,22 @@ class Difference:
 
     @property
     def pairs(self) -> int:
-        """The number of pairs of runs with the same seed; 0: all runs of both were compared, unpaired."""
+        """Number of seed pairs, or 0 if the comparison is unpaired."""
         return self.wins + self.ties + self.losses
 
     @property
     def conclusive(self) -> bool:
-        """Whether there is an interval and it excludes zero."""
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 
 def compare(method: Sequence[Sample], baseline: Sequence[Sample], metric: str, by_seed: bool = True) -> Difference:
-    """The difference of two methods' runs on one split.
+    """Compare the runs of two methods on one split.
 
-    Runs are paired by their seeds; if they share no seed, or with `by_seed=False`, all runs are taken and only the
-    rows are paired. If the predictions of every run for the same rows are known, rows and pairs of seeds are
-    resampled together, with replacement (Efron & Tibshirani 1993, ch. 8 and 15; for rows alone: Koehn 2004); the
-    interval is of percentiles, and p is twice the share of resamples on the other side of zero. Otherwise the pairs'
-    differences are resampled, and p is of the permutation test that swaps the members of pairs.
+    Runs are paired by seed. If no seed is shared, or with `by_seed=False`, all runs are used and only the examples
+    are paired. If predictions on the same examples are known for every run, examples and seed pairs are resampled
+    jointly with replacement (Efron & Tibshirani 1993, ch. 8 and 15; for examples only: Koehn 2004); the interval is
+    a percentile interval, and p is twice the fraction of resamples on the other side of zero. Otherwise the
+    differences of the pairs are resampled, and p comes from a permutation test that swaps the members of each pair.
     """
     of_method, of_baseline = ({sample.seed: sample for sample in samples} for samples in (method, baseline))
     paired = sorted(of_method.keys() & of_baseline.keys()) if by_seed else []
@@ -104,7 +106,7 @@ def compare(method: Sequence[Sample], baseline: Sequence[Sample], metric: str, b
     rows = {(one.fingerprint, len(one.labels)) for one in kept}
     if len(kept) == len(ones) + len(others) and len(rows) == 1 and len(kept[0].labels) > 1:
         found = _bootstrap_rows(kept[: len(ones)], kept[len(ones) :], metric, bool(paired))
-        unit = "rows and seeds" if len(ones) > 1 or len(others) > 1 else "rows"
+        unit = "examples and seeds" if len(ones) > 1 or len(others) > 1 else "examples"
         return Difference(mean, *found, unit, *counts)
     if len(differences) < 2:
         return Difference(mean, None, None, None, "", *counts)
@@ -114,13 +116,13 @@ def compare(method: Sequence[Sample], baseline: Sequence[Sample], metric: str, b
 def _bootstrap_rows(
     ones: Sequence[Predictions], others: Sequence[Predictions], metric: str, paired: bool
 ) -> tuple[float, float, float]:
-    """Interval and p, resampled over rows and seeds."""
+    """Return low, high and p, resampled over examples and seeds."""
     from scipy import stats
 
     draw = np.random.RandomState(_SEED)
 
     def statistic(rows: NDArray[np.integer], axis: int = -1) -> Floats:
-        """rows: (B, R) -> (B,)."""
+        """Compute the difference for resampled example indices: (B, R) -> (B,)."""
         seeds = draw.randint(len(ones), size=(len(rows), len(ones)))
         again = seeds if paired else draw.randint(len(others), size=(len(rows), len(others)))
         return _resampled_mean(ones, rows, seeds, metric) - _resampled_mean(others, rows, again, metric)
@@ -134,12 +136,12 @@ def _bootstrap_rows(
 
 
 def _bootstrap_seeds(scores: Floats, baselines: Floats) -> tuple[float, float, float]:
-    """Interval and p, resampled over pairs of seeds."""
+    """Return low, high and p, resampled over seed pairs."""
     from scipy import stats
 
     differences = scores - baselines
     low = high = float(differences[0])
-    if np.ptp(differences) >= _TOLERANCE:  # scipy warns of values without spread
+    if np.ptp(differences) >= _TOLERANCE:  # scipy warns if all values are equal
         interval = stats.bootstrap((differences,), np.mean, **_bootstrap_options()).confidence_interval
         low, high = float(interval.low), float(interval.high)
     test = stats.permutation_test(
@@ -154,7 +156,7 @@ def _bootstrap_seeds(scores: Floats, baselines: Floats) -> tuple[float, float, f
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """p-values of a family of tests, adjusted step by step from the smallest (Holm 1979)."""
+    """Adjust the p-values of a family of tests with the step-down method of Holm (1979)."""
     order = np.argsort(values, kind="stable")
     steps = np.minimum(1.0, np.arange(len(values), 0, -1) * np.asarray(values, float)[order])
     adjusted = np.empty(len(values))
@@ -163,10 +165,9 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def constant_scores(labels: NDArray[Any], metrics: Sequence[str]) -> tuple[str, dict[str, float]]:
-    """The scores of one constant prediction, the lower bound of any method: its name, and the scores by metric.
+    """Return the name and the metrics of a constant prediction: the most frequent label, or the mean for regression.
 
-    The prediction is the most frequent label, or the mean of values; correlations with a constant are undefined and
-    omitted, and so is an unknown metric.
+    Unknown metrics and correlations, which are undefined for a constant, are omitted.
     """
     if not len(labels):
         return "", {}
@@ -185,7 +186,7 @@ def constant_scores(labels: NDArray[Any], metrics: Sequence[str]) -> tuple[str, 
 def _resampled_mean(
     runs: Sequence[Predictions], rows: NDArray[np.integer], seeds: NDArray[np.integer], metric: str
 ) -> Floats:
-    """The mean score of the drawn runs on the drawn rows: rows (B, R), seeds (B, S) -> (B,)."""
+    """Compute the mean metric of each resample of examples (B, R) and runs (B, S) -> (B,)."""
     scores = np.stack([metric_of(metric, run.labels[rows], run.predicted[rows]) for run in runs], -1)
     return np.asarray(np.take_along_axis(scores, seeds, axis=-1).mean(-1))
 

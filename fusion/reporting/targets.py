@@ -1,4 +1,4 @@
-"""Results by target and method: the groups of seeds of each method, and their differences to the baseline."""
+"""Results by target and method: runs grouped over seeds, and their differences from the baseline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fusion.store.settings_groups import group as positions_of_equal
 
 BASELINE = "single adapter"
 _ORDER = ("head", "full fine-tuning", "LoRA", "BitFit", BASELINE, "alone", "fusion")
-_BUDGET = ("optim.", "trainer.", "data.", "loss.")  # prefixes of the settings that a training may spend
+_BUDGET = ("optim.", "trainer.", "data.", "loss.")  # prefixes of the settings that make up the training budget
 _BUDGET_NAMES = {
     "optim.lr": "learning rate",
     "optim.head_lr": "head learning rate",
@@ -36,12 +36,15 @@ _BUDGET_NAMES = {
 
 @dataclass
 class Group:
-    """The runs of one method with one setting on one target: they differ in their seeds.
+    """Runs of one method with one setting on one target, which only differ in their seeds.
 
-    differing: the settings in which the method's groups differ. others: the number of other groups of the method.
-    chosen_on: the split whose scores select one of them. against: the baseline's group it is compared with.
-    difference: to that one. adjusted: its p-value after Holm. unequal: the differences in budget; if there are some,
-    the difference does not compare the methods alone.
+    Attributes:
+        differing: settings in which the groups of the method differ.
+        others: number of other groups of the method.
+        chosen_on: split on which the best group of the method is selected.
+        against: baseline group that the group is compared with; `difference` is the difference from it.
+        adjusted: p-value of the difference after Holm's correction.
+        unequal: differences in training budget or examples. If there are any, the group has no verdict.
     """
 
     method: str
@@ -61,7 +64,7 @@ class Group:
 
     @functools.cached_property
     def budget(self) -> dict[str, Any]:
-        """The budget of the training, by setting; empty if nothing was trained on the target."""
+        """Training budget by setting; empty if nothing was trained on the target."""
         variant = {} if self.anywhere else self.entries[0].variant
         return {key: value for key, value in variant.items() if key.startswith(_BUDGET)}
 
@@ -90,19 +93,19 @@ class Group:
 
     @property
     def title(self) -> str:
-        """The method, with its setting if it has more than one."""
+        """Name of the method, with the differing settings if it has more than one group."""
         return f"{self.method} ({self.differing})" if self.differing else self.method
 
     @property
     def setting(self) -> str:
-        """The setting that is shown where only one of the method's is; empty if the method has only one."""
+        """Description of the best setting for captions; empty if the method has a single setting."""
         if not self.others:
             return ""
         return f"setting {self.differing}, best on {self.chosen_on} of {self.others + 1} settings"
 
     @property
     def verdict(self) -> str:
-        """better, worse or same (no difference shown) after Holm's correction; unequal: budgets differ; "": not tested."""
+        """better, worse or same (not significant) after Holm's correction; unequal if budgets differ; empty if not tested."""
         if self.difference is None:
             return ""
         if self.unequal or self.adjusted is None:
@@ -116,8 +119,11 @@ class Group:
 class Target:
     """A target task in one setting.
 
-    groups: the best group of each method on validation; variants: all groups of each method. constant: by metric, the
-    score of predicting the split's majority class (or mean) for every row; empty if unknown.
+    Attributes:
+        rows: number of examples of the split, if known.
+        groups: best group of each method on the validation split.
+        variants: all groups of each method.
+        constant: metrics of predicting the majority class for every example; empty if unknown.
     """
 
     label: str
@@ -136,7 +142,7 @@ class Target:
 
     @property
     def selected_here(self) -> list[str]:
-        """What was selected by scores on the shown rows, which makes these scores optimistic."""
+        """What was selected on the reported examples, so that the metrics are optimistic."""
         results = [
             {} if entry.trained is None else entry.trained.run.result
             for group in self.every_group
@@ -157,18 +163,17 @@ class Target:
 
     @property
     def metrics(self) -> list[str]:
-        """Every metric of its results, the main one first."""
         names = (name for group in self.every_group for entry in group.entries for name in entry.metrics)
         return list(dict.fromkeys([self.metric, *names]))
 
     def settings(self, methods: Sequence[str]) -> list[str]:
-        """For those of the methods with more than one setting, which one is shown."""
+        """Describe the best setting of each method that has more than one setting."""
         groups = [self.groups[method] for method in dict.fromkeys(methods) if method in self.groups]
         return [f"{group.method}: {group.setting}" for group in groups if group.setting]
 
 
 def order_of(method: str) -> tuple[int, str]:
-    """The order of methods in tables."""
+    """Return the sort key of a method in tables."""
     if method.endswith(" alone"):
         return _ORDER.index("alone"), method
     matches = (n for n, name in enumerate(_ORDER) if method == name or method.startswith(f"{name} "))
@@ -176,15 +181,14 @@ def order_of(method: str) -> tuple[int, str]:
 
 
 def every_method(targets: Sequence[Target]) -> list[str]:
-    """All methods of all targets, in one order."""
     return sorted({method for target in targets for method in target.groups}, key=order_of)
 
 
 def targets_of(found: Found, split: str | None = None) -> list[Target]:
-    """The targets of all runs, with the scores of every method.
+    """Return the targets of all runs, with the results of every method.
 
     Args:
-        split: whose scores; None: for each target the split on which most methods have one, preferably test.
+        split: the split to report. If `None`, the split on which most methods were evaluated, preferring test.
     """
     scores = all_scores(found.done)
     targets = []
@@ -203,7 +207,7 @@ def targets_of(found: Found, split: str | None = None) -> list[Target]:
 def _label(task: str, setting: tuple[str, int | None], settings: Sequence[tuple[str, int | None]]) -> str:
     (backbone, limit), parts = setting, [task]
     if len({limit for _, limit in settings}) > 1:
-        parts.append("all rows" if limit is None else f"{limit} rows")
+        parts.append("all examples" if limit is None else f"{limit} examples")
     if len({backbone for backbone, _ in settings}) > 1:
         parts.append(backbone.rstrip("/").rsplit("/", 1)[-1])
     return " · ".join(parts)
@@ -229,13 +233,13 @@ def _target(task: str, label: str, scores: Sequence[Score], split: str | None) -
         for one in target.every_group:
             if one is not base:
                 _compare(one, base, variants)
-    if len(labels) == 1:  # all scores are of the same rows
+    if len(labels) == 1:  # all runs were evaluated on the same examples
         target.majority, target.constant = constant_scores(next(iter(labels.values())), target.metrics)
     return target
 
 
 def _common_split(scores: Sequence[Score]) -> str:
-    """The split on which most methods have a score; of equals, one that did not select the best epoch."""
+    """Return the split on which most methods were evaluated, preferring test."""
     methods = defaultdict(set)
     for score in scores:
         methods[score.split].add(score.method)
@@ -243,7 +247,7 @@ def _common_split(scores: Sequence[Score]) -> str:
 
 
 def _variants(scores: Sequence[Score], metric: str) -> list[Group]:
-    """A group for each setting of a method; the last run of a seed with the same sources counts."""
+    """Return a group for each setting of a method, with the last run per seed and sources."""
     by_setting = [[scores[n] for n in places] for places in positions_of_equal(score.variant for score in scores)]
     variants = []
     for of, settings in zip(by_setting, differing([of[0].variant for of in by_setting]), strict=True):
@@ -254,19 +258,18 @@ def _variants(scores: Sequence[Score], metric: str) -> list[Group]:
 
 
 def _text(value: Any) -> str:
-    """A setting's value."""
     return "null" if value is None else "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _brief(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Only the names of multiple tasks, without the settings that follow from them."""
+    """Shorten the settings of multi-task runs to the task names."""
     names = [value for key, value in settings.items() if key.startswith("tasks.") and key.endswith(".name")]
     rest = {key: value for key, value in settings.items() if not key.startswith("tasks.")}
     return {"tasks": names} | rest if names else dict(settings)
 
 
 def _best_first(groups: list[Group], scores: Sequence[Score], split: str) -> None:
-    """Put the group with the best validation score first; if one is unknown, the best on the shown split."""
+    """Move the group with the best validation metric to the front, or the best on `split` if one is unknown."""
     choosing = [_validation_score(group, scores) for group in groups]
     known = [score for score in choosing if score is not None]
     if len(known) < len(groups):
@@ -278,7 +281,7 @@ def _best_first(groups: list[Group], scores: Sequence[Score], split: str) -> Non
 
 
 def _validation_score(group: Group, scores: Sequence[Score]) -> float | None:
-    """The mean validation score of a group's trainings; None if unknown."""
+    """Return the mean validation metric of the group's training runs, or `None` if unknown."""
     runs = {id(one.run) for one in group.trained}
     validation = [one for one in scores if id(one.run) in runs and one.split.startswith("validation")]
     own = [one.metrics[group.metric] for one in validation if group.metric in one.metrics]
@@ -286,9 +289,9 @@ def _validation_score(group: Group, scores: Sequence[Score]) -> float | None:
 
 
 def _compare(group: Group, base: Group, variants: Mapping[str, Sequence[Group]]) -> None:
-    """Compare a group with the baseline's group of the same budget, if there is one, or else with the best.
+    """Compare a group with the baseline group of the same budget or, if there is none, with the best one.
 
-    If a method and the baseline have tried the same budgets, the best of one is compared with the best of the other.
+    If the method and the baseline were tried with the same budgets, their best groups are compared.
     """
     own, others = variants[group.method], variants[BASELINE]
     tried, tried_by_base = ({key_of(one.budget) for one in every} for every in (own, others))
@@ -306,7 +309,7 @@ def _compare(group: Group, base: Group, variants: Mapping[str, Sequence[Group]])
         if group.method != BASELINE and selected:
             unequal += _values_tried(group, own, group.against, others)
     group.unequal = (*unequal, *_other_rows(group, group.against))
-    # The seed of a source's training is unrelated to that of the target's; multiple runs of a seed are not pairs.
+    # Seeds of source and target training are unrelated; multiple runs of a seed cannot be paired.
     by_seed = not group.anywhere and all(one.seeds == len(one.entries) for one in (group, group.against))
     ones, base_ones = (
         [Sample(one.seed, one.metrics[group.metric], one.predictions) for one in each.entries]
@@ -316,7 +319,7 @@ def _compare(group: Group, base: Group, variants: Mapping[str, Sequence[Group]])
 
 
 def _other_rows(group: Group, against: Group) -> list[str]:
-    """How the scored rows of two groups differ; empty if they share some, or if it is unknown."""
+    """Describe how the evaluated examples of two groups differ; empty if some are equal or if unknown."""
     ones, others = (
         {kept.fingerprint: len(kept.labels) for entry in one.entries if (kept := entry.predictions) is not None}
         for one in (group, against)
@@ -324,29 +327,29 @@ def _other_rows(group: Group, against: Group) -> list[str]:
     if not ones or not others or ones.keys() & others.keys():
         return []
     count, other = (" or ".join(map(str, sorted(set(rows.values())))) for rows in (ones, others))
-    return [f"scored on other {count} rows" if count == other else f"scored on {count} rows against {other}"]
+    return [f"evaluated on {count} {'different examples' if count == other else f'examples vs. {other}'}"]
 
 
 def _budget_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return [
-        f"{_BUDGET_NAMES.get(key, key)} {_text(one.get(key))} against {_text(other.get(key))}"
+        f"{_BUDGET_NAMES.get(key, key)} {_text(one.get(key))} vs. {_text(other.get(key))}"
         for key in sorted({*one, *other}, key=lambda key: (key not in _BUDGET_NAMES, key))
         if one.get(key) != other.get(key)
     ]
 
 
 def _values_tried(group: Group, own: Sequence[Group], against: Group, others: Sequence[Group]) -> list[str]:
-    """Settings that the two share, but that one of them selected from other values."""
+    """Describe settings with equal values that were selected from different sets of values."""
     named = []
     for key in sorted({*group.budget, *against.budget}):
         tried, by_base = ({key_of({"": one.budget.get(key)}) for one in every} for every in (own, others))
         if tried != by_base and group.budget.get(key) == against.budget.get(key):
-            named.append(f"{_BUDGET_NAMES.get(key, key)}: {len(tried)} tried against {len(by_base)}")
+            named.append(f"{_BUDGET_NAMES.get(key, key)}: {len(tried)} values tried vs. {len(by_base)}")
     return named
 
 
 def _correct(targets: Sequence[Target]) -> None:
-    """Holm's correction: each method is a family of tests, with a test for each of its settings on each target."""
+    """Apply Holm's correction; the family of tests of a method has one test per setting and target."""
     for method in {method for target in targets for method in target.variants}:
         groups = [group for target in targets for group in target.variants.get(method, ())]
         tested = [(one, one.difference.p) for one in groups if one.difference and one.difference.p is not None]

@@ -1,4 +1,4 @@
-"""How numbers, groups and names are written in the page and the tables."""
+"""Formatting of numbers, groups and names in the page and the tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fusion.store.settings_groups import key_of
 
 
 def mean_of(values: Sequence[float]) -> str:
-    """Mean and, for more than one value, the standard deviation."""
+    """Format the mean and, for more than one value, the standard deviation."""
     deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
     return f"{np.mean(values):.3f}{deviation}"
 
@@ -28,20 +28,20 @@ def signed(value: float, digits: int = 3) -> str:
 
 
 def seeds(group: Group) -> str:
-    """The number of runs that a mean is over."""
+    """Format the number of seeds of a group, and the number of runs if it differs."""
     runs, different = len(group.entries), group.seeds
     counted = f"{different} seed{'s' * (different != 1)}"
     return counted if runs == different else f"{runs} runs of {counted}"
 
 
 def common_seeds(group: Group) -> str:
-    """The number of paired seeds of a difference, unless it is of all seeds: the means beside it are of more."""
+    """Format the number of seed pairs of a difference; empty if all seeds are paired or none."""
     if group.difference is None or group.against is None:
         return ""
     pairs = group.difference.pairs
     if pairs in (0, max(len(group.entries), len(group.against.entries))):
         return ""
-    return f"of the {pairs} common seeds" if pairs > 1 else "of the one common seed"
+    return f"over the {pairs} common seeds" if pairs > 1 else "on the only common seed"
 
 
 def interval(difference: Difference | None, digits: int = 3) -> str | None:
@@ -65,7 +65,7 @@ def size(value: float | None) -> str:
 
 
 def anchor(*parts: str) -> str:
-    """A unique HTML id for any text."""
+    """Return a unique HTML id for a list of strings."""
     readable = re.sub(r"[^A-Za-z0-9]+", "-", "-".join(parts)).strip("-")[:40]
     return f"{readable}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:6]}"
 

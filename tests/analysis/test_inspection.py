@@ -134,7 +134,7 @@ def test_given_examples_and_no_pruning(trained: Bench) -> None:
     [
         ({"artifact": "films"}, "only a fusion has source attention"),
         ({"artifact": "nothing"}, "nothing"),
-        ({"words": [99]}, "rows 0 to 15"),
+        ({"words": [99]}, "examples from 0 to 15"),
         ({"split": "tset"}, "tset"),
         ({"drop": 9}, "drop=9: the backbone of fused has 3 layers"),
     ],

@@ -1,4 +1,4 @@
-"""A split drawn from the training rows is refused if an artifact may have been trained on its rows."""
+"""A split sampled from the training examples raises an error if an artifact may have been trained on it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fusion.store.lookup import read_manifest
 from fusion.tasks.task import HubConfig
 from tests.bench import Bench
 
-REFUSED = r"task films: its validation split is drawn from the training rows.*{} was trained on"
+REFUSED = r"task films: its validation split is sampled from the training examples.*{} was trained on"
 
 
 def split(data: DataConfig, **values: Any) -> DataConfig:
@@ -51,7 +51,7 @@ def test_after_the_training_data_has_changed(made: Bench) -> None:
     append_rows(made)
     with pytest.raises(UserError, match=REFUSED.format("films")) as refusal:
         made.evaluate("films")
-    assert "train films again with overwrite=true" in str(refusal.value)
+    assert "retrain films with overwrite=true" in str(refusal.value)
     assert made.evaluate("films", split="train")["rows"] == 54
     made.stage1("films", overwrite=True)
     assert made.evaluate("films")["rows"] == 18 != before["rows"]
@@ -77,7 +77,7 @@ def test_sources_of_a_fusion_and_initial_weights(made: Bench) -> None:
     other = split(made.data, validation=0.25, seed=1)
     with pytest.raises(UserError, match=REFUSED.format("films")) as refusal:
         made.stage2("films", ["plays", "films"], data=other, name="other")
-    assert "Set data.split.validation=0.25 as in that training" in str(refusal.value)
+    assert "Set data.split.validation=0.25 as in that run" in str(refusal.value)
     with pytest.raises(UserError, match=REFUSED.format("films")):
         made.stage1("films", data=other, init_from="films", name="again")
     made.stage1("films", data=made.data, init_from="films", name="again")

@@ -150,7 +150,7 @@ def test_contrast(chromium: Chrome, page: Path, dark: bool) -> None:
     """A contrast of 4.5 to 1 (WCAG AA), for the text, the verdicts and the darkest cell of a heatmap."""
     show(chromium, page, dark=dark)
 
-    def colours(selector: str, ground: str) -> tuple[list[float], list[float]]:
+    def colors(selector: str, ground: str) -> tuple[list[float], list[float]]:
         script = """
             const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
             const read = (c) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = c; canvas.fillRect(0, 0, 1, 1);
@@ -161,30 +161,30 @@ def test_contrast(chromium: Chrome, page: Path, dark: bool) -> None:
         """
         return tuple(chromium.execute_script(script, selector, ground))
 
-    def luminance(colour: list[float]) -> float:
-        parts = [c / 255 for c in colour]
+    def luminance(color: list[float]) -> float:
+        parts = [c / 255 for c in color]
         linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
         return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
 
     pairs = [("p", "body"), ("small", "body"), ("td.better small", "body"), ("nav a", "body"), ("thead th", "body")]
     pairs.append(("#by-target td[style*='100%']", "#by-target td[style*='100%']"))
     for one, ground in pairs:
-        light, deep = sorted((luminance(colour) for colour in colours(one, ground)), reverse=True)
+        light, deep = sorted((luminance(color) for color in colors(one, ground)), reverse=True)
         assert (light + 0.05) / (deep + 0.05) >= 4.5, (one, dark)
-    assert (luminance(colours("p", "body")[1]) < 0.1) is dark
+    assert (luminance(colors("p", "body")[1]) < 0.1) is dark
 
 
 def test_layer_slider(chromium: Chrome, page: Path) -> None:
     show(chromium, page)
     slider, tokens = first(chromium, ".words input"), every(chromium, ".words .token")
     assert len(tokens) == 4 and first(chromium, ".words output").text == "all layers (mean)"
-    colours = [style_of(token, "--c") for token in every(chromium, ".words .legend button[style]")]
+    colors = [style_of(token, "--c") for token in every(chromium, ".words .legend button[style]")]
     for layer in range(4):
         if layer:
             move(slider, 1)
         expected = weights().mean(0) if layer == 0 else weights()[layer - 1]
         for place, token in enumerate(tokens):
-            assert style_of(token, "--c") == colours[expected[place].argmax()]
+            assert style_of(token, "--c") == colors[expected[place].argmax()]
             shown = float(style_of(token, "--w").rstrip("%"))
             assert shown == pytest.approx(100 * expected[place].max(), abs=0.51)
     assert first(chromium, ".words output").text == "layer 2"
@@ -261,7 +261,7 @@ def test_method_links_to_its_runs(chromium: Chrome, page: Path) -> None:
 
 
 def test_print(chromium: Chrome, page: Path) -> None:
-    """Details are open on paper, colours are light, and the page is unchanged afterwards."""
+    """Details are open on paper, colors are light, and the page is unchanged afterwards."""
     show(chromium, page, dark=True)
     chromium.execute_script(
         "window.seen = []; addEventListener('beforeprint', () => { seen.push(document.querySelectorAll("

@@ -114,7 +114,7 @@ def example_runs(write: Write, task: str = "tweets") -> None:
 def test_content_of_the_page(tmp_path: Path, write: Write) -> None:
     example_runs(write)
     text = written(contents(tmp_path, inspection()), tmp_path)
-    for text_part in ("0.675", "± 0.035", "0.925", "+0.250 ▲", "2 seeds", "20 rows", "fusion of 2", "good (0.93)"):
+    for text_part in ("0.675", "± 0.035", "0.925", "+0.250 ▲", "2 seeds", "20 examples", "fusion of 2", "good (0.93)"):
         assert text_part in text, text_part
     for section in ("helped", "listened", "words", "needed", "curves", "cost", "runs", "rebuild"):
         assert f'<section id="{section}">' in text
@@ -131,7 +131,7 @@ def test_settings_have_rows_and_unequal_budgets_no_verdict(tmp_path: Path, write
     text = written(contents(tmp_path), tmp_path)
     rows = re.findall(r'<tr><th scope="row"><a href="#[^"]+">(?:single|fusion).*?</tr>', text, re.DOTALL)
     assert len(rows) == 4 and "best of" not in text
-    assert "not at equal budget: learning rate 0.5 against 0.001" in rows[0] and "▲" not in rows[0]
+    assert "not at equal budget: learning rate 0.5 vs. 0.001" in rows[0] and "▲" not in rows[0]
     assert [re.search(r"layers=<wbr>(\d)", row)[1] for row in rows[1:]] == ["2", "1", "0"]  # type: ignore[index]
     assert "baseline" in rows[1] and "best on validation" in rows[1]
     assert all(re.search(r"<small>[−+0].* to .*</small>", row) for row in (rows[0], *rows[2:]))
@@ -147,7 +147,7 @@ def test_differences_name_the_number_of_common_seeds(tmp_path: Path, write: Writ
     made = contents(tmp_path)
     text = written(made, tmp_path)
     write_files(made, tmp_path / "files")
-    assert text.count("<small>of the 2 common seeds</small>") == 2 and "<small>3 seeds</small>" in text
+    assert text.count("<small>over the 2 common seeds</small>") == 2 and "<small>3 seeds</small>" in text
     with open(tmp_path / "files" / "differences.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["method"], row["seeds"], row["pairs"], row["difference"][:4]) for row in rows] == [
@@ -192,7 +192,7 @@ def test_single_setting_is_not_named(tmp_path: Path, write: Write) -> None:
     assert (
         made.attention[0].setting == ""
         and "best on" not in text
-        and "of a method with several settings, each" not in text
+        and "for methods with multiple settings, the best" not in text
     )
 
 
@@ -307,7 +307,7 @@ def test_page_stays_below_five_megabytes(tmp_path: Path, write: Write) -> None:
     words = [inspection()["words"][0] | {"row": n, "tokens": tokens, "weights": packed} for n in range(rows)]
     text = written(contents(tmp_path, inspection(words=words)), tmp_path)
     assert len(text.encode()) <= page.LARGEST
-    assert "limited to 4 rows of each fusion" in text and text.count('<div class="row">') == 4
+    assert "limited to 4 examples per fusion" in text and text.count('<div class="row">') == 4
 
 
 def test_page_that_is_too_large(tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:

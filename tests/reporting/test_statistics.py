@@ -36,7 +36,7 @@ def test_one_seed_uses_the_paired_bootstrap_over_examples() -> None:
     assert found.mean == pytest.approx(0.1)
     assert found.low == pytest.approx(expected.low, abs=0.006)
     assert found.high == pytest.approx(expected.high, abs=0.006)
-    assert found.unit == "rows" and found.p is not None and found.p < 0.01
+    assert found.unit == "examples" and found.p is not None and found.p < 0.01
     assert (found.wins, found.ties, found.losses) == (1, 0, 0)
 
 
@@ -45,7 +45,7 @@ def test_variation_over_seeds_widens_the_interval() -> None:
     base = [sample(0.7, seed) for seed in range(4)]
     steady = compare([sample(0.8, seed) for seed in range(4)], base, "accuracy")
     shaky = compare([sample(0.8 + (0.1 if seed % 2 else -0.1), seed) for seed in range(4)], base, "accuracy")
-    assert steady.unit == shaky.unit == "rows and seeds"
+    assert steady.unit == shaky.unit == "examples and seeds"
     assert steady.mean == pytest.approx(shaky.mean)
     assert None not in (steady.low, steady.high, shaky.low, shaky.high)
     assert shaky.high - shaky.low > 1.5 * (steady.high - steady.low)  # type: ignore[operator]
@@ -102,7 +102,7 @@ def test_one_run_each_without_predictions() -> None:
 
 def test_runs_without_common_seeds_are_not_paired() -> None:
     found = compare([sample(0.9, 7)], [sample(0.8, 1), sample(0.8, 2)], "accuracy")
-    assert found.unit == "rows and seeds" and (found.wins, found.ties, found.losses) == (0, 0, 0)
+    assert found.unit == "examples and seeds" and (found.wins, found.ties, found.losses) == (0, 0, 0)
     assert found.mean == pytest.approx(0.1)
 
 

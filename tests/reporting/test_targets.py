@@ -48,7 +48,7 @@ def test_methods_and_seeds(tmp_path: Path, write: Write) -> None:
     assert target.groups["fusion of 2"].deviation == pytest.approx(0.05 / 2**0.5)
     assert set(differences(target)) == {"head", "fusion of 2"}
     fused_by = differences(target)["fusion of 2"]
-    assert fused_by.mean == pytest.approx(0.125) and fused_by.unit == "rows and seeds"
+    assert fused_by.mean == pytest.approx(0.125) and fused_by.unit == "examples and seeds"
     assert (fused_by.wins, fused_by.ties, fused_by.losses) == (2, 0, 0)
     assert differences(target)["head"].unit == "seeds", "its predictions were not kept"
     assert all(adjusted(target, method) == one.p for method, one in differences(target).items()), "one target"
@@ -118,10 +118,10 @@ def test_budget_differences_are_named(tmp_path: Path, write: Write) -> None:
     group = only(tmp_path).groups["fusion of 2"]
     assert group.difference is not None and group.difference.p is not None and group.difference.p < 0.05
     assert sorted(group.unequal) == [
-        "batch size 8 against null",
-        "epochs 20 against null",
-        "learning rate 0.001 against 0.0001",
-        "patience null against 3",
+        "batch size 8 vs. null",
+        "epochs 20 vs. null",
+        "learning rate 0.001 vs. 0.0001",
+        "patience null vs. 3",
     ]
 
 
@@ -135,7 +135,7 @@ def test_scores_of_other_examples_are_unequal(tmp_path: Path, write: Write) -> N
         (folder / "outcomes.json").write_text(json.dumps({"validation": few}))
     group = only(tmp_path).groups["fusion of 2"]
     count = len(own["labels"])
-    assert group.unequal == (f"scored on 10 rows against {count}",)
+    assert group.unequal == (f"evaluated on 10 examples vs. {count}",)
     write(seed=3, score=0.9, wrong=2, sources=["a", "b"])  # one seed in common is enough to compare
     assert only(tmp_path).groups["fusion of 2"].unequal == ()
 
@@ -153,9 +153,9 @@ def test_equal_budgets_are_preferred(tmp_path: Path, write: Write) -> None:
     assert best.difference is not None and best.difference.mean == pytest.approx(0.05)
     write(score=0.95, wrong=1, sources=["a", "b"], optim__lr=1e-2)
     best, low, middle = only(tmp_path).variants["fusion of 2"]
-    assert best.unequal == ("learning rate 0.01 against 0.001",)
+    assert best.unequal == ("learning rate 0.01 vs. 0.001",)
     assert low.unequal == (), "neither is the best of its method"
-    assert middle.unequal == ("learning rate: 3 tried against 2",)
+    assert middle.unequal == ("learning rate: 3 values tried vs. 2",)
 
 
 def test_each_setting_has_a_difference(tmp_path: Path, write: Write) -> None:
@@ -246,7 +246,9 @@ def test_backbones_and_limits_are_separate_targets(tmp_path: Path, write: Write)
     write(data__limit__train=None)
     write(data__limit__train=100, backbone__name_or_path="org/large")
     labels = [target.label for target in targets(tmp_path)]
-    assert sorted(labels) == ["tweets · 100 rows · large", "tweets · 100 rows · tiny", "tweets · all rows · tiny"]
+    assert sorted(labels) == [
+        f"tweets · {one}" for one in ("100 examples · large", "100 examples · tiny", "all examples · tiny")
+    ]
 
 
 def test_missing_sources_named_by_seed_are_one_setting(tmp_path: Path, write: Write) -> None:
@@ -317,7 +319,7 @@ def test_folders(tmp_path: Path, write: Write) -> None:
     assert len(read_runs([tmp_path / "runs", folder, tmp_path]).done) == 1
     assert read_runs([folder]).done[0].folder == folder.resolve()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="contains no run"):
+    with pytest.raises(UserError, match="no runs found"):
         read_runs([tmp_path / "empty"])
-    with pytest.raises(UserError, match="contains no run"):
+    with pytest.raises(UserError, match="no runs found"):
         read_runs([folder], without=folder)

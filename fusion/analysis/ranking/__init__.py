@@ -1,1 +1,1 @@
-"""Transferability scores: rank stored adapters for a target before a fusion of them is trained."""
+"""Transferability scores: rank stored adapters for a target without training a full fusion."""

@@ -1,7 +1,7 @@
-"""Rankings of sources: ranks and agreement from scores, and stored rankings, `STORE/.rankings/TASK-HASH.json`.
+"""Rankings of sources: ranks and agreement of scores, and stored rankings, `STORE/.rankings/TASK-HASH.json`.
 
-The hash is that of what the ranking depends on: target, rows, backbone, sources and methods. The same ranking overwrites
-its file. All is readable without torch.
+The hash covers everything that a ranking depends on except the seed: target, examples, backbone, sources and methods.
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Scores = Sequence[float | None]
 
 
 def ranked(names: Sequence[str], scores: Mapping[str, Scores]) -> list[dict[str, Any]]:
-    """By source, best first: `name`, `mean_rank`, and `ranks` and `scores` by method.
+    """Return a dict per source, best first: `name`, `mean_rank`, and `ranks` and `scores` by method.
 
-    Rank 1 is the highest score, equal scores share their mean rank, and sources of equal mean rank are sorted by name.
-    A score that is None or not finite has no rank; a source without any rank comes last.
+    Rank 1 is the highest score; equal scores share their mean rank. Sources with equal mean ranks are sorted by name.
+    Scores that are `None` or not finite have no rank; sources without any rank come last.
     """
     import pandas as pd
 
@@ -53,14 +53,14 @@ def _plain(value: Any) -> float | None:
 
 
 def agreement(scores: Mapping[str, Scores]) -> dict[str, dict[str, float | None]]:
-    """`correlation` of each pair of methods, by `one/other`."""
+    """Return the `correlation` of each pair of methods, with keys `one/other`."""
     return {f"{one}/{other}": correlation(scores[one], scores[other]) for one, other in combinations(scores, 2)}
 
 
 def correlation(one: Scores, other: Scores) -> dict[str, float | None]:
-    """Kendall's τ-b and Spearman's ρ over the sources with both scores.
+    """Return Kendall's τ-b and Spearman's ρ over the sources that have both scores.
 
-    None if there are fewer than two, or if all scores of one side are equal.
+    Both are `None` for fewer than two sources, or if all scores of a method are equal.
     """
     import pandas as pd
 
@@ -75,7 +75,7 @@ class Backbone(BaseModel):
 
 
 class RankedSource(BaseModel):
-    """`reference` is the name or path that was configured, `ranks` are by method."""
+    """A ranked source. `reference`: configured name or path. `ranks`: rank by method."""
 
     name: str
     reference: str
@@ -85,7 +85,7 @@ class RankedSource(BaseModel):
 
 
 class StoredRanking(BaseModel):
-    """The keys of a ranking that stage 2 reads; `sources` are best first, `made` is ISO 8601 in UTC."""
+    """Keys of a stored ranking that stage 2 uses. `sources`: best first. `made`: creation time, ISO 8601 in UTC."""
 
     format_version: Literal[1]
     task: dict[str, Any]
@@ -97,13 +97,13 @@ class StoredRanking(BaseModel):
 
 
 def write_ranking(store: Path, ranking: dict[str, Any], question: dict[str, Any]) -> Path:
-    """Store a ranking and return its file.
+    """Save a ranking and return its path. An existing ranking with the same `question` is overwritten.
 
     Args:
-        question: what the ranking depends on, except for the seed.
+        question: everything that the ranking depends on except the seed; determines the file name.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: if the file cannot be written.
     """
     text = json.dumps(question, sort_keys=True, default=str)
     name = str(ranking["task"]["name"]).replace("/", "-")
@@ -114,11 +114,11 @@ def write_ranking(store: Path, ranking: dict[str, Any], question: dict[str, Any]
 
 
 def rankings_of(store: Path, task: dict[str, Any], backbone: str) -> tuple[list[StoredRanking], list[str]]:
-    """The rankings for a target, newest first, and the errors of damaged files.
+    """Return the rankings for a target, newest first, and the error messages of damaged files.
 
     Args:
-        task: all keys; a task whose file has changed since is another target.
-        backbone: name or path.
+        task: all task settings, which have to be equal to the stored ones.
+        backbone: name or path of the backbone.
     """
     found, damaged = [], []
     task = json.loads(json.dumps(task, default=str))
@@ -136,9 +136,10 @@ def rankings_of(store: Path, task: dict[str, Any], backbone: str) -> tuple[list[
 
 
 def read_ranking(path: Path) -> StoredRanking:
-    """
+    """Read a stored ranking.
+
     Raises:
-        UserError: the file is damaged or of another version.
+        UserError: if the file is damaged or has a different format version.
     """
     try:
         return StoredRanking(**json.loads(read_regular(path)) | {"path": path})
@@ -147,4 +148,4 @@ def read_ranking(path: Path) -> StoredRanking:
         problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     except (ValueError, TypeError, RecursionError) as error:
         problem = f"{type(error).__name__}: {error}"
-    raise UserError(f"{path}: is no ranking ({problem}); remove it, and rank again")
+    raise UserError(f"{path} is not a valid ranking ({problem}); delete it and rerun fusion.rank")

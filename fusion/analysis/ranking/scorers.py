@@ -1,4 +1,4 @@
-"""The scorers of a ranking: each gives a score per source, higher is better.
+"""Scorers of source adapters. Each returns one score per source; higher is better.
 
 Shapes: N sources, D hidden size.
 """
@@ -41,7 +41,7 @@ from fusion.training.fit import fit
 from fusion.training.module import Objective
 from fusion.training.task_rows import TaskRows
 
-_TEXTS = 32  # in a batch
+_TEXTS = 32  # batch size of the embeddings
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +50,10 @@ log = logging.getLogger(__name__)
 class ScorerInputs:
     """
     Attributes:
-        sources: trained on this backbone, in one placement.
-        backbone: is not changed.
-        rows: of the target; all of them are used.
-        folder: of the run.
+        sources: adapters with the same placement, trained on `backbone`.
+        backbone: the backbone, which scorers must not modify.
+        rows: tokenized examples of the target.
+        folder: the run directory.
     """
 
     config: RankConfig
@@ -69,7 +69,7 @@ class ScorerInputs:
 
     @cached_property
     def states(self) -> list[list[States]]:
-        """For each source, the states of the target's training rows and of its first validation split."""
+        """For each source, the states of the target's training examples and of its first validation split."""
         config = self.config
         size, tokens = config.data.batch_size, config.data.tokens_per_batch
         splits = self.rows.training[0], next(iter(self.rows.validation.values()))
@@ -84,12 +84,12 @@ class ScorerInputs:
 
 
 def similarity(inputs: ScorerInputs) -> list[float | None]:
-    """Similarity of data sets in the frozen backbone, without adapters, labels or training.
+    """Compute the cosine similarity of source and target datasets in the frozen backbone, without labels or training.
 
-    The text embedding of Vu et al. 2020, "Exploring and Predicting Transferability across NLP Tasks" (§4.1, TextEmb):
-    the mean over a data set's texts of the mean of the last hidden states over a text's tokens. The score is the cosine
-    of the embeddings of source and target; None for a source whose examples cannot be read. Poth et al. 2021, "What to
-    Pre-Train on? Efficient Intermediate Task Selection", compare it with other scores.
+    The embedding of a dataset is TextEmb of Vu et al. 2020, "Exploring and Predicting Transferability across NLP Tasks"
+    (§4.1): the last hidden states, averaged over the tokens of each text and then over texts. The score is `None` if
+    the examples of a source cannot be read. Poth et al. 2021, "What to Pre-Train on? Efficient Intermediate Task
+    Selection", compare TextEmb with other scores.
     """
     config, backbone = inputs.config, inputs.backbone.copy()
     target = mean_embedding(backbone, inputs.rows.training, inputs.device)
@@ -99,7 +99,7 @@ def similarity(inputs: ScorerInputs) -> list[float | None]:
             rows = source_rows(source.manifest, config.data, config.rows, backbone.tokenizer)
         except UserError as error:
             reason = first_line(error)
-            log.info("similarity: no score for %s, its rows cannot be read: %s", source.manifest.name, reason)
+            log.info("similarity: no score for %s; its examples cannot be read: %s", source.manifest.name, reason)
             scores.append(None)
         else:
             own = mean_embedding(backbone, rows, inputs.device)
@@ -108,7 +108,7 @@ def similarity(inputs: ScorerInputs) -> list[float | None]:
 
 
 def mean_embedding(backbone: Backbone, tasks: Sequence[EncodedRows], device: torch.device) -> Tensor:
-    """(D,) float64: the mean over the tasks of the `text_embedding` of all rows."""
+    """Average the `text_embedding` over tasks. Returns (D,) float64."""
     return torch.stack([text_embedding(backbone, sampled_batches(rows, None, _TEXTS), device) for rows in tasks]).mean(
         0
     )
@@ -116,7 +116,7 @@ def mean_embedding(backbone: Backbone, tasks: Sequence[EncodedRows], device: tor
 
 @torch.inference_mode()
 def text_embedding(backbone: Backbone, batches: Iterable[Batch], device: torch.device) -> Tensor:
-    """(D,) float64: the mean over all texts, each the mean over its real tokens."""
+    """Average the last hidden states over the non-padding tokens of each text, then over texts. Returns (D,) float64."""
     model = backbone.model.to(device).eval()  # type: ignore[arg-type]
     total, texts = torch.zeros(backbone.hidden_size, dtype=torch.float64), 0
     for batch in batches:
@@ -130,13 +130,13 @@ def text_embedding(backbone: Backbone, batches: Iterable[Batch], device: torch.d
 
 
 def source_rows(source: Manifest, data: DataConfig, at_most: int, tokenizer: Any) -> list[EncodedRows]:
-    """The training rows of each task of a source, at most so many in all.
+    """Return training examples of each task of a source, about `at_most` in total.
 
-    They are read from the source's `data.dir`, else from that of this command. A limit selects the first rows of a fixed
-    shuffle, so these are among the rows of the source's own training.
+    They are read from the source's `data.dir`, or else from the `data.dir` of this command. A limit selects the first
+    examples of a fixed shuffle, so the source was trained on all of them.
 
     Raises:
-        UserError: they are in none of these places; the error of the first one.
+        UserError: if the examples cannot be read from any of these directories.
     """
     assert data.max_length is not None
     trained = source.run.config.get("data.limit.train")
@@ -161,7 +161,7 @@ def source_rows(source: Manifest, data: DataConfig, at_most: int, tokenizer: Any
 
 
 def _folders(source: Manifest, data: DataConfig) -> list[str | None]:
-    """Values of `data.dir` to try, in order; None: the hub, or the task's own corpus."""
+    """Return the values of `data.dir` to try, in order; `None` is the Hub or the packaged corpus of the task."""
     trained, started = source.run.config.get("data.dir"), source.run.folder
     folders: list[str | None] = []
     if isinstance(trained, str):
@@ -184,13 +184,13 @@ def probe(inputs: ScorerInputs) -> list[float]:
 
 
 def attention(inputs: ScorerInputs) -> list[float]:
-    """`relative_attention` of an AdapterFusion trained for `config.epochs`.
+    """Return the `relative_attention` of an AdapterFusion trained for `config.epochs`.
 
     Pfeiffer et al. 2021, "AdapterFusion" (§5.2, figure 6), interpret the attention of a fully trained fusion as the
     usefulness of its sources.
 
     Raises:
-        TrainingError: the loss was no longer finite.
+        TrainingError: if the loss is not finite.
     """
     config, composition, backbone = inputs.config, CompositionConfig(), inputs.backbone.copy()
     torch.manual_seed(config.seed)
@@ -204,7 +204,7 @@ def attention(inputs: ScorerInputs) -> list[float]:
         accelerator=config.accelerator,
         devices=1,
         max_epochs=config.epochs,
-        check_val_every_n_epoch=config.epochs,  # the scores are not used
+        check_val_every_n_epoch=config.epochs,  # the validation metrics are not used
         enable_checkpointing=False,
         enable_progress_bar=False,
     )
@@ -219,17 +219,15 @@ def attention(inputs: ScorerInputs) -> list[float]:
     fit(model, settings, inputs.rows, Objective(composition.loss_weights()), inputs.folder / "no checkpoints")
     size, tokens = config.data.batch_size, config.data.tokens_per_batch
     measured = measure_attention(model, sampled_batches(inputs.rows.training[0], None, size, tokens), inputs.device)
-    gc.collect()  # the Trainer is a reference cycle that holds the model
+    gc.collect()  # the Trainer is in a reference cycle with the model
     return relative_attention(measured, [source.manifest for source in inputs.sources])
 
 
 def relative_attention(attention: Mapping[str, SourceAttention], sources: Sequence[Manifest]) -> list[float]:
-    """For each source, the mean over its slots of its attention times the number of sources in the slot.
-
-    1 is uniform attention. A source with adapters in few layers is measured in these layers.
+    """Return the attention of each source relative to uniform attention (1), averaged over the slots of the source.
 
     Args:
-        attention: by slot; the weights sum to 1.
+        attention: source attention by slot, with weights that sum to 1.
     """
     slots = [set(source.bottleneck_sizes) for source in sources]
     scores = []

@@ -1,7 +1,4 @@
-"""The adapters of a store that `sources=all` and `sources=top:N` select, and why others are excluded.
-
-Reads manifests and stored rankings only.
-"""
+"""Resolve `sources=all` and `sources=top:N`, using only manifests and stored rankings."""
 
 from __future__ import annotations
 
@@ -29,13 +26,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Candidates:
-    """Adapters that can be fused with each other, sorted by name; the reason for each excluded adapter."""
+    """Adapters that can be fused with each other, sorted by name, and the reason for each excluded adapter."""
 
     sources: list[Manifest]
     left_out: dict[str, str]
 
     def left_out_line(self) -> str:
-        """One line; empty if none is excluded."""
+        """Describe the excluded adapters in one line; empty if there are none."""
         by_reason = defaultdict(list)
         for name, reason in self.left_out.items():
             by_reason[reason].append(name)
@@ -44,14 +41,14 @@ class Candidates:
 
 
 def all_adapters(store: Path, backbone: str, without_task: str | None = None) -> Candidates:
-    """Every adapter that was trained on this backbone, with the tokenizer and placement that most of them have.
+    """Return the adapters trained on this backbone that have the most common tokenizer and placement.
 
     Args:
-        backbone: name or path, as in a manifest.
-        without_task: leave out adapters that were trained on this task.
+        backbone: name or path of the backbone, as in a manifest.
+        without_task: exclude adapters that were trained on this task.
 
     Raises:
-        UserError: no adapter can be fused.
+        UserError: if there is no adapter.
     """
     readable = {folder.name.removesuffix(OLD): manifest for folder, manifest in artifacts(store)}
     left_out = {
@@ -64,7 +61,7 @@ def all_adapters(store: Path, backbone: str, without_task: str | None = None) ->
         return [manifest for manifest, reason in problems if reason is None]
 
     adapters = [manifest for manifest in readable.values() if manifest.kind == "adapter"]
-    # A folder may have the same weights as another name.
+    # The same weights may be stored under different names and paths.
     prints = {m.backbone.fingerprint for m in adapters if _is_same(m.backbone.name_or_path, backbone)}
     sources = keep(
         adapters,
@@ -77,25 +74,25 @@ def all_adapters(store: Path, backbone: str, without_task: str | None = None) ->
         lambda m: (
             None
             if m.backbone.tokenizer in (None, tokenizer)
-            else f"tokenizer {str(m.backbone.tokenizer)[:8]}, most have {str(tokenizer)[:8]}"
+            else f"tokenizer {str(m.backbone.tokenizer)[:8]} instead of the most common {str(tokenizer)[:8]}"
         ),
     )
-    own = f"trained on {without_task} itself, use include_target=true to include it"
+    own = f"trained on the target {without_task}; set include_target=true to include it"
     sources = keep(sources, lambda m: own if without_task in m.task_names else None)
     placement = _most_common(map(_placement, sources))
-    sources = keep(sources, lambda m: None if _placement(m) == placement else f"{_placement(m)}, most have {placement}")
+    differs = f"instead of the most common {placement}"
+    sources = keep(sources, lambda m: None if _placement(m) == placement else f"{_placement(m)} {differs}")
     found = Candidates(sources, left_out)
     if not sources:
         line = found.left_out_line()
         raise UserError(
             f"sources=all: the store {store} has no adapters for {backbone}{f'; {line}' if line else ''}\n"
-            "Train one with python -m fusion.stage1 +task=NAME, or set store=DIR or backbone=NAME as in stage 1"
+            "Train one with python -m fusion.stage1 +task=NAME, or set store=DIR and backbone=NAME as in stage 1"
         )
     return found
 
 
 def _most_common(values: Iterable[str]) -> str | None:
-    """The first of equally frequent ones."""
     return next((value for value, _ in Counter(values).most_common(1)), None)
 
 
@@ -104,7 +101,7 @@ def _is_same(one: str, other: str) -> bool:
 
 
 def _placement(manifest: Manifest) -> str:
-    """What sources of a fusion must share, for a message."""
+    """Describe the placement, which has to be equal for all sources of a fusion."""
     placement = manifest.placement
     return (
         f"{'+'.join(placement['adapter.sites'])}/{placement['adapter.reads']} "
@@ -113,10 +110,10 @@ def _placement(manifest: Manifest) -> str:
 
 
 def resolve_sources(config: Stage2Config) -> None:
-    """Replace `all` and `top:N` by names, so that the run equals one with these names.
+    """Replace `all` and `top:N` in `config.sources` by artifact names.
 
     Raises:
-        UserError: there is no adapter, no ranking of the current sources, or it has fewer sources.
+        UserError: if there is no adapter, no up-to-date ranking, or the ranking has fewer than N sources.
     """
     if isinstance(config.sources, list):
         return
@@ -146,24 +143,24 @@ def resolve_sources(config: Stage2Config) -> None:
 
 
 def _current_ranking(config: Stage2Config) -> StoredRanking:
-    """The newest ranking for the target whose sources are unchanged in the store."""
+    """Return the newest ranking for the target whose sources have not changed since."""
     from fusion.analysis.ranking.rankings import rankings_of  # imports pydantic, which most commands do not need
 
     assert config.task is not None
     store, by = Path(config.store), config.sources_by
     rankings, damaged = rankings_of(store, dataclasses.asdict(config.task), config.backbone.name_or_path)
-    changed = []  # of each ranking, the names of its changed sources
+    changed = []  # names of the changed sources of each ranking
     for ranking in rankings:
         if by is None or by in ranking.methods:
             changed.append([source.name for source in ranking.sources if _is_changed(source, store)])
             if not changed[-1]:
                 return ranking
     if changed:
-        problem = f"{', '.join(changed[0])} changed, or is missing, since the last ranking for {config.task.name}"
+        problem = f"{', '.join(changed[0])} changed or was removed since the last ranking for {config.task.name}"
     else:
         problem = f"no ranking for {config.task.name} on {config.backbone.name_or_path}{f' by {by}' if by else ''}"
         problem += f" in {store}" + (f" ({damaged[0]})" if damaged else "")
-    raise UserError(f"sources={config.sources}: {problem}; rank the sources:\n{_rank_command(config)}")
+    raise UserError(f"sources={config.sources}: {problem}; rank the sources with\n{_rank_command(config)}")
 
 
 def _is_changed(source: RankedSource, store: Path) -> bool:

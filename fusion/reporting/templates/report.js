@@ -7,10 +7,10 @@
     const root = document.getElementById(id);
     const slider = root.querySelector("input");
     const buttons = [...root.querySelectorAll(".legend button")];
-    const [names, colours] = [one.sources.map(([name]) => name), one.sources.map(([, colour]) => colour)];
+    const [names, colors] = [one.sources.map(([name]) => name), one.sources.map(([, color]) => color)];
     let chosen = -1;
 
-    // The weights of a token by source: of one layer, or with position 0 the mean over all.
+    // Weights of a token by source, in the selected layer or, at slider position 0, averaged over layers.
     const weightsOf = (weights, length, token) => names.map((_, s) => {
       const layers = one.layers.length - 1;
       const at = (layer) => weights[(layer * length + token) * names.length + s] / 255;
@@ -30,12 +30,12 @@
       for (const { element, values } of tokens) {
         const shown = values();
         const source = chosen >= 0 ? chosen : shown.indexOf(Math.max(...shown));
-        element.style.setProperty("--c", colours[source]);
+        element.style.setProperty("--c", colors[source]);
         element.style.setProperty("--w", `${Math.round(100 * shown[source])}%`);
       }
     };
 
-    // All weights of a token, the largest first, below it and within the window.
+    // Show all weights of a token, largest first, in a tooltip below it.
     const show = (element, values) => {
       const head = document.createElement("b");
       head.textContent = `${element.textContent} · ${one.layers[slider.valueAsNumber]}`;
@@ -81,7 +81,7 @@
     });
   }
 
-  // A link of a table opens the runs that it names.
+  // Open the list of runs that a link of a table points to.
   const unfold = () => {
     const target = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
     if (target instanceof HTMLDetailsElement) target.open = true;

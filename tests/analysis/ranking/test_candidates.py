@@ -45,7 +45,7 @@ def test_adapters_of_the_target_can_be_excluded(store: Path, tiny_backbone: Path
     entry = json.loads((store / "films" / "manifest.json").read_text())
     both = {task: {"task": entry["task"] | {"name": task}, "head": entry["head"]} for task in ("x", "films")}
     add(store, "both", multitask=both)
-    own = "trained on films itself, use include_target=true to include it"
+    own = "trained on the target films; set include_target=true to include it"
     assert names(store, str(tiny_backbone), "films") == (
         ["coins", "dice"],
         {"both": own, "films": own, "films-seed-2": own},
@@ -75,7 +75,7 @@ def test_adapters_incompatible_with_most_are_excluded(store: Path, tiny_backbone
     assert found == ["coins", "dice", "films", "same"]
     assert set(left_out) == {"before", "other"} and left_out["other"] == "trained on backbone another"
     assert left_out["before"].startswith("feedforward/input on weights")
-    assert "most have feedforward/normed on weights" in left_out["before"]
+    assert "instead of the most common feedforward/normed on weights" in left_out["before"]
 
 
 def test_other_kinds_are_ignored_and_damaged_artifacts_are_named(store: Path, tiny_backbone: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_store_without_candidates(store: Path, tiny_backbone: Path, tmp_path: 
         all_adapters(store, "another")
     for name in ("coins", "dice"):
         shutil.rmtree(store / name)
-    with pytest.raises(UserError, match=r"excluded: films \(trained on films itself"):
+    with pytest.raises(UserError, match=r"excluded: films \(trained on the target films"):
         all_adapters(store, str(tiny_backbone), "films")
     with pytest.raises(UserError, match="has no adapters"):
         all_adapters(tmp_path / "nothing", str(tiny_backbone))
