@@ -1,11 +1,11 @@
-"""AdapterDrop (Rücklé et al. 2021): score and speed where the first layers have no adapters.
+"""AdapterDrop (Rücklé et al. 2021): measure scores and inference speed with the adapters of the first layers dropped.
 
     python -m pipelines.adapterdrop tasks=[sst2,mr,subj] seeds=[1,2,3] backbone=minilm data_dir=../shared/data
 
 For each task and seed, two adapters are trained on the same examples in the same order for the same number of steps: a
-plain one, and one with `adapter.drop=robust`, where each batch skips a random number of the first layers. Both are
-then scored with 0, 1, 2 … layers dropped. Inference is timed with the first half of the layers dropped and with none,
-for one task and for multi-task inference (`fusion.model.inference`). What is stored already is not trained again.
+plain one, and one with `adapter.drop=robust`, for which each batch skips a random number of the first layers. Both are
+evaluated with 0, 1, 2, … layers dropped. Inference is timed with and without the first half of the layers dropped, for
+one task and for multi-task inference (`fusion.model.inference`). Artifacts that already exist are not retrained.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fusion.files import write_json
 from pipelines.commands import call, distinct, run_workflow, say
 from pipelines.timing import rounds, validation_rows
 
-KINDS = {"plain": "null", "robust": "robust"}  # adapter.drop of each
+KINDS = {"plain": "null", "robust": "robust"}  # values of adapter.drop
 
 
 @dataclass
@@ -38,7 +38,7 @@ class DropConfig(Settings):
     epochs: int = integer(3, 1)
     rate: float = number(5e-4, "> 0")
     at_once: int = integer(8, 1)  # tasks in one multi-task pass
-    rounds: int = integer(7, 1)  # timings of each model
+    rounds: int = integer(7, 1)  # timing rounds
     batch_size: int = integer(32, 1)
     output: str = "outputs/adapterdrop"
 
@@ -52,7 +52,7 @@ def name_of(task: str, kind: str, seed: int) -> str:
 
 
 def train(config: DropConfig) -> None:
-    """All trainings, with the project's command, which skips what is stored already."""
+    """Run all training commands. Artifacts that already exist are not retrained."""
     seeds = ",".join(map(str, config.seeds))
     shared = [
         *(f"seed={seeds}", f"backbone={config.backbone}", f"data.limit.train={config.rows}", f"optim.lr={config.rate}"),
@@ -67,7 +67,7 @@ def train(config: DropConfig) -> None:
 
 
 def scores_by_drop(config: DropConfig, name: str) -> list[float]:
-    """The task's main metric on its validation split, with 0, 1, … all layers dropped."""
+    """Return the task's main metric on its validation split with 0, 1, …, all layers dropped."""
     from fusion.backbones.load import load_backbone
     from fusion.config.data import DataConfig
     from fusion.model.build import stored_model
@@ -87,7 +87,7 @@ def scores_by_drop(config: DropConfig, name: str) -> list[float]:
 
 
 def timings(config: DropConfig) -> dict[str, Any]:
-    """Seconds per batch in each round, for single- and multi-task inference, with half of the layers dropped and with none."""
+    """Time single- and multi-task inference with and without half of the layers dropped: seconds per batch by round."""
     import torch
 
     from fusion.backbones.load import load_backbone
@@ -140,14 +140,14 @@ def timings(config: DropConfig) -> dict[str, Any]:
 
 
 def summary(scores: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
-    """Means over tasks and seeds, by number of dropped layers.
+    """Average the scores over tasks and seeds for each number of dropped layers.
 
     Args:
-        scores: by kind and artifact, a score for each number of dropped layers; both kinds in the same order.
+        scores: scores by kind, artifact and number of dropped layers; the artifacts of both kinds have the same order.
 
     Returns:
-        `score`: by kind, the means; `kept`: by kind, the mean share of an artifact's score without dropping;
-        `difference` and `standard_error`: of the kept shares, robust - plain.
+        `score`: mean score by kind. `kept`: mean score relative to the score without dropping, by kind. `difference`
+        and `standard_error`: mean difference of the relative scores, robust - plain, and its standard error.
     """
 
     def means(artifacts: Iterable[list[float]]) -> list[float]:
@@ -171,7 +171,7 @@ def summary(scores: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
 
 def report(found: dict[str, Any], timed: dict[str, Any]) -> None:
     say("")
-    rows = [["layers dropped", "plain", "kept", "robust", "kept", "kept, robust - plain"]]
+    rows = [["layers dropped", "plain", "relative", "robust", "relative", "relative, robust - plain"]]
     for level, difference in enumerate(found["difference"]):
         row = [str(level)]
         for kind in KINDS:
@@ -179,7 +179,7 @@ def report(found: dict[str, Any], timed: dict[str, Any]) -> None:
         error = found["standard_error"][level]
         rows.append([*row, f"{difference:+.3f}{'' if error is None else f' ± {error:.3f}'}"])
     show_table(rows)
-    for count, title in (("one", "one task"), ("several", f"{timed['tasks']} tasks at once")):
+    for count, title in (("one", "one task"), ("several", f"{timed['tasks']} tasks in parallel")):
         gains = timed["gain"][count]
         say(
             f"inference, {title}, the first {timed['half']} of {timed['layers']} layers dropped: "

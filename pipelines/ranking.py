@@ -1,12 +1,12 @@
-"""How well a ranking of sources predicts the gain of training from each of them.
+"""Evaluate how well rankings of sources predict the gain of initializing from each source.
 
     python -m pipelines.ranking targets=[cb,mr] data_dir=../shared/data
 
-Trains one adapter per source and ranks them for each target (python -m fusion.rank). Then it measures the gain of
-each source: for every seed, an adapter of the target alone, and one that is initialized from the source's (stage 2
-with that source and composition=continued), for the same number of steps. The gain is the mean difference over the
-seeds. The report compares each method's scores with the gains: Kendall's tau and Spearman's rho over the sources, and
-the mean gain of the method's best three sources. What is stored already is not trained again.
+Trains one adapter per source and ranks them for each target (python -m fusion.rank). The gain of a source is measured
+by training two adapters per seed for the same number of steps: a new one (stage 1), and one initialized from the source
+adapter (stage 2 with composition=continued). The gain is the mean difference over seeds. The scores of each method are
+compared with the gains by Kendall's tau and Spearman's rho over the sources, and by the mean gain of the method's top
+three sources. Artifacts that already exist are not retrained.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipelines.commands import call, distinct, run_workflow, say, validation_sco
 MEAN = "mean rank"
 # Default overrides.
 SOURCE = ["data.limit.train=1500", "data.limit.validation=500", "optim.lr=5e-4", "trainer.max_epochs=2"]
-ROWS = ["data.limit.train=250", "data.limit.validation=500"]  # of the target
+ROWS = ["data.limit.train=250", "data.limit.validation=500"]  # limits of the target
 TARGET = [*ROWS, "optim.lr=5e-4", "optim.patience=null", "trainer.max_epochs=4", "trainer.check_val_every_n_epoch=2"]
 
 
@@ -41,17 +41,17 @@ class RankingConfig(Settings):
     data_dir: str | None = None
     output: str = "outputs/ranking"
     source_overrides: list[str] = field(default_factory=SOURCE.copy)
-    target_overrides: list[str] = field(default_factory=TARGET.copy)  # alone, and initialized from a source
+    target_overrides: list[str] = field(default_factory=TARGET.copy)
     rank_overrides: list[str] = field(default_factory=ROWS.copy)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if both := sorted(set(self.sources) & set(self.targets)):
-            raise UserError(f"{', '.join(both)}: is in sources and in targets; expected it in one of them")
+            raise UserError(f"sources, targets: {', '.join(both)} cannot be both a source and a target")
 
 
 def train(config: RankingConfig) -> None:
-    """All trainings and rankings, with the project's commands; what is there already is skipped."""
+    """Run all training and ranking commands. Existing artifacts and rankings are skipped."""
     runs = f"{config.output}/runs"
     place = [f"backbone={config.backbone}", f"store={config.output}/store"]
     if config.data_dir:
@@ -64,13 +64,13 @@ def train(config: RankingConfig) -> None:
         say(f"\n[2] ranking for {target}")
         ranking = ranking_folder(config, target)
         if (ranking / "result.json").is_file():
-            say(f"already in {ranking}")
+            say(f"already done: {ranking}")
         else:
             words = [f"sources=[{names}]", *config.rank_overrides, f"hydra.run.dir={ranking}"]
             call("fusion.rank", [f"+task={target}", *place, *words])
         seeds = ",".join(map(str, config.seeds))
         sweep = ["-m", f"+task={target}", f"seed={seeds}", *shared, *config.target_overrides]
-        say(f"\n[3] {target} alone, and initialized from each source: seeds {seeds}")
+        say(f"\n[3] {target} without a source, and initialized from each source: seeds {seeds}")
         words = [f"name={target}-alone-seed-${{seed}}", f"hydra.sweep.dir={runs}/{target}-alone"]
         call("fusion.stage1", [*sweep, *words])
         each = ",".join(f"[{source}]" for source in config.sources)
@@ -83,24 +83,24 @@ def ranking_folder(config: RankingConfig, target: str) -> Path:
 
 
 def scores(config: RankingConfig, name: str) -> list[float]:
-    """The main metric of an artifact of each seed."""
+    """Return the main metric of an artifact for each seed."""
     store = Path(config.output) / "store"
     return [next(iter(validation_scores(store, f"{name}-seed-{seed}").values())) for seed in config.seeds]
 
 
 def gains(config: RankingConfig, target: str) -> dict[str, list[float]]:
-    """By source, for each seed the score after it minus the score alone."""
+    """Return, by source and for each seed, the score initialized from the source minus the score without it."""
     alone = scores(config, f"{target}-alone")
     after = {source: scores(config, f"{target}-after-{source}") for source in config.sources}
     return {source: [b - a for a, b in zip(alone, of, strict=True)] for source, of in after.items()}
 
 
-def judge(ranking: dict[str, Any], gained: dict[str, float], top: int = 3) -> dict[str, dict[str, float | None]]:
-    """The agreement of each method, and of the mean rank, with the gains.
+def agreements(ranking: dict[str, Any], gained: dict[str, float], top: int = 3) -> dict[str, dict[str, float | None]]:
+    """Compare the scores of each method, and the mean rank, with the measured gains.
 
     Returns:
-        By method: kendall and spearman (None where the scores or the gains are all equal), and top_gain, the mean
-        gain of its best `top` sources.
+        By method, kendall and spearman (`None` if all scores or all gains are equal), and top_gain, the mean gain of
+        its top `top` sources.
     """
     scored = {m: {s["name"]: s["scores"][m] for s in ranking["sources"]} for m in ranking["methods"]}
     scored[MEAN] = {s["name"]: s["mean_rank"] and -s["mean_rank"] for s in ranking["sources"]}  # higher is better
@@ -116,7 +116,7 @@ def judge(ranking: dict[str, Any], gained: dict[str, float], top: int = 3) -> di
 
 
 def report(config: RankingConfig) -> dict[str, Any]:
-    """For each target the gains and the agreement of the methods with them, which are also printed."""
+    """Print and return the gains of each target, and the agreement of the methods with the gains."""
     from fusion.reporting.wording import mean_of
 
     found: dict[str, Any] = {}
@@ -124,16 +124,16 @@ def report(config: RankingConfig) -> dict[str, Any]:
         ranking = json.loads((ranking_folder(config, target) / "result.json").read_text(encoding="utf-8"))
         each, alone = gains(config, target), scores(config, f"{target}-alone")
         gained = {source: fmean(values) for source, values in each.items()}
-        judged = judge(ranking, gained)
+        compared = agreements(ranking, gained)
         found[target] = {
             "alone": alone,
             "gains": each,
-            "methods": judged,
+            "methods": compared,
             "seconds": ranking["seconds"],
             "agreement": ranking["agreement"],
             "ranking": ranking["sources"],
         }
-        say(f"\n{target} alone: {mean_of(alone)}; gain from each source, and its rank by each method\n")
+        say(f"\n{target} without a source: {mean_of(alone)}; gain of each source, and its rank by each method\n")
         by_name = {source["name"]: source for source in ranking["sources"]}
         table = [["source", "gain", "rank", *ranking["methods"], MEAN]]
         for row in ranked(list(each), {"gain": list(gained.values())}):
@@ -142,20 +142,20 @@ def report(config: RankingConfig) -> dict[str, Any]:
             shown = [formatted(rank, ".3g") for rank in ranks]
             table.append([row["name"], mean_of(each[row["name"]]), f"{row['mean_rank']:g}", *shown])
         show_table(table)
-        table = [["agreement with the gain", "Kendall τ", "Spearman ρ", "gain of its best three", "seconds"]]
-        for method, values in judged.items():
+        table = [["agreement with the gain", "Kendall τ", "Spearman ρ", "mean gain of top three", "seconds"]]
+        for method, values in compared.items():
             correlations = [formatted(values[key], "+.2f") for key in ("kendall", "spearman")]
             seconds = formatted(cost(ranking["seconds"], method), ".1f")
             table.append([method, *correlations, formatted(values["top_gain"], "+.3f"), seconds])
         table.append(["all sources", "", "", f"{fmean(gained.values()):+.3f}", ""])
-        table.append(["the best source", "", "", f"{max(gained.values()):+.3f}", ""])
+        table.append(["best source", "", "", f"{max(gained.values()):+.3f}", ""])
         say("")
         show_table(table)
     return found
 
 
 def cost(seconds: dict[str, float], method: str) -> float | None:
-    """Seconds of one method alone, with the hidden states that it shares with others; None for the mean rank."""
+    """Return the seconds of a method, including shared hidden states, or `None` for the mean rank."""
     if method not in seconds:
         return None
     return seconds[method] + (seconds["states"] if method in ("logme", "probe") else 0.0)

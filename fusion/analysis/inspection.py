@@ -67,10 +67,7 @@ Evaluate = Callable[[Sequence[int]], Evaluation]  # evaluates the fusion with on
 
 
 def inspected_data(manifest: Manifest, data: DataConfig) -> DataConfig:
-    """Return the data settings that the artifact was trained with.
-
-    A directory, limit, maximum length or batch size set in `data` takes precedence.
-    """
+    """Return the data settings of the artifact's training run; directory, limits and sizes set in `data` take precedence."""
     trained = manifest.run.config
     limits = {
         split: getattr(data.limit, split) or trained.get(f"data.limit.{split}")

@@ -131,7 +131,7 @@ def tallies(targets: Sequence[Target]) -> list[dict[str, Any]]:
 
 
 def optimistic(targets: Sequence[Target]) -> list[str]:
-    """Return what was selected on the reported examples, with the labels of the targets unless it applies to all."""
+    """Describe the selections made on the reported examples, with the labels of the targets unless all are affected."""
     by_choice: dict[str, list[str]] = {}
     for target in targets:
         if selected := target.selected_here:

@@ -105,7 +105,7 @@ def by_target(every: Sequence[Attention], layer: int | None = None) -> tuple[lis
         layer: index of a slot. If `None`, the mean over all slots.
 
     Returns:
-        Names of the fusions, names of the sources, and weights (fusions, sources), NaN if a fusion lacks the source.
+        Names of the fusions, names of the sources, and weights (fusions, sources), NaN for missing sources.
     """
     import pandas as pd
 
@@ -169,10 +169,7 @@ def history_of(trained: Trained, found: Found) -> DataFrame:
 
 
 def ablation(inspection: Mapping[str, Any], metric: str) -> dict[str, Difference]:
-    """Return, by source, the metric without the source minus the metric with all sources.
-
-    Confidence intervals over the examples are included if per-example predictions are stored.
-    """
+    """Return the change of the metric without each source, with a confidence interval if predictions are stored."""
     rows = {key: inspection.get(key) for key in ("fingerprint", "labels")}
     full, kept = inspection["metrics"][metric], Predictions.of(rows | {"predicted": inspection.get("predicted")})
     made = {}

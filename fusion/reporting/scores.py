@@ -160,7 +160,7 @@ def _metrics_of(run: RunFolder, default_task: str) -> Iterable[tuple[str, str, d
 
 
 def trained_runs(runs: Iterable[RunFolder]) -> list[Trained]:
-    """Return the last training run of each artifact; runs that were skipped because they were done are ignored."""
+    """Return the last training run of each artifact. Skipped runs (already done) are replaced by the original run."""
     trainings = [
         (artifact_path(run), identity_config(run.config), run) for run in _with_artifact(runs, "stage1", "stage2")
     ]

@@ -101,7 +101,7 @@ class Group:
         """Description of the best setting for captions; empty if the method has a single setting."""
         if not self.others:
             return ""
-        return f"setting {self.differing}, best on {self.chosen_on} of {self.others + 1} settings"
+        return f"setting {self.differing}, best of {self.others + 1} on {self.chosen_on}"
 
     @property
     def verdict(self) -> str:
@@ -142,7 +142,7 @@ class Target:
 
     @property
     def selected_here(self) -> list[str]:
-        """What was selected on the reported examples, so that the metrics are optimistic."""
+        """Selections made on the reported examples, which make the scores optimistic."""
         results = [
             {} if entry.trained is None else entry.trained.run.result
             for group in self.every_group
@@ -173,7 +173,6 @@ class Target:
 
 
 def order_of(method: str) -> tuple[int, str]:
-    """Return the sort key of a method in tables."""
     if method.endswith(" alone"):
         return _ORDER.index("alone"), method
     matches = (n for n, name in enumerate(_ORDER) if method == name or method.startswith(f"{name} "))

@@ -31,7 +31,7 @@ def seeds(group: Group) -> str:
     """Format the number of seeds of a group, and the number of runs if it differs."""
     runs, different = len(group.entries), group.seeds
     counted = f"{different} seed{'s' * (different != 1)}"
-    return counted if runs == different else f"{runs} runs of {counted}"
+    return counted if runs == different else f"{runs} runs with {counted}"
 
 
 def common_seeds(group: Group) -> str:
@@ -65,7 +65,6 @@ def size(value: float | None) -> str:
 
 
 def anchor(*parts: str) -> str:
-    """Return a unique HTML id for a list of strings."""
     readable = re.sub(r"[^A-Za-z0-9]+", "-", "-".join(parts)).strip("-")[:40]
     return f"{readable}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:6]}"
 

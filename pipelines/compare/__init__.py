@@ -1,1 +1,1 @@
-"""Every method of the project once on one target, with the same budget, in one table. `rows.py` lists the methods."""
+"""Comparison of all methods on one target with the same training budget. The methods are listed in `rows.py`."""

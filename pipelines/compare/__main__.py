@@ -1,23 +1,24 @@
-"""Every method of the project once on one target, with the same budget, in one table.
+"""Compare all methods of the project on one target with the same training budget.
 
     python -m pipelines.compare +task=cb 'sources=[snli,mrpc,rte,cb]' backbone=minilm data.dir=../shared/data
 
-    +task=NAME            the target (required)
+    +task=NAME            target task (required)
     sources=[A,B,C]       adapters in the store of the comparison; missing ones are trained on the task of that name
-    methods=[ID,ID]       rows (default: all), together with the rows that they are made from
-    equal_budget=true     the same epochs, patience and learning rates for every row; false: the commands' defaults
-    rates=[5e-5,5e-4,5e-3]  the learning rates; a row reports the best one by the first validation metric
-    epochs=5 batch_size=16 patience=3   of every row; patience=null: no early stopping
-    seeds=[0]             with more than one: mean ± standard deviation
-    source_rows=1000 source_epochs=2  of each source, with learning rate 5e-4, and of each task of multi-task rows
-    output=DIR            default outputs/compare/TARGET
+    methods=[ID,ID]       methods to compare (default: all); methods that they depend on are added
+    equal_budget=true     use the same epochs, patience and learning rates for all methods; if false, use the defaults
+    rates=[5e-5,5e-4,5e-3]  learning rates; the best one by the first validation metric is reported
+    epochs=5 batch_size=16 patience=3   training budget of each method; patience=null disables early stopping
+    seeds=[0]             for more than one seed, mean ± standard deviation are reported
+    source_rows=1000 source_epochs=2  training examples and epochs of each source (learning rate 5e-4), and of each
+                          task of the multi-task methods
+    output=DIR            output folder (default: outputs/compare/TARGET)
 
 All other overrides (backbone=, data.dir=, data.max_length=, trainer.KEY=, logger=) are passed to both stages. Each
-command is printed as you would type it and skips what is stored already, so the same command continues an
-interrupted comparison. A row that fails is listed with the reason, and the others run.
+command is printed. Artifacts that already exist are not retrained, so rerunning the same command resumes an
+interrupted comparison. If a method fails, it is listed with the reason, and the other methods still run.
 
-In DIR: table.md (with the commands), results.json, picture.png, picture.svg, store/ and runs/.
-Exit codes: 0 done, 2 a wrong command, 1 something failed, 130 interrupted, 143 terminated.
+Files in DIR: table.md (with the commands), results.json, picture.png, picture.svg, store/ and runs/.
+Exit codes: 0 success, 2 invalid command, 1 if something failed, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from pipelines.compare.rows import GROUPS, ROWS
 
 
 def usage() -> str:
-    """What --help prints: the keys, and every row with its overrides."""
+    """Return the output of --help: the keys, and all methods with their overrides."""
     width = max(len(row.id) for row in ROWS)
-    lines = [__doc__ or "", "Rows and their overrides (names in {braces} are replaced):"]
+    lines = [__doc__ or "", "Methods and their overrides ({placeholders} are replaced):"]
     for group in GROUPS:
         lines.append(f"\n{group}")
         lines += [f"  {row.id.ljust(width)}  {row.words}" for row in ROWS if row.group == group]
@@ -49,7 +50,7 @@ def work(words: Sequence[str]) -> int:
     compared = Workflow(comparison)
     compared.run()
     files = []
-    if compared.rows:  # otherwise the results of an earlier run are kept
+    if compared.rows:  # otherwise, do not overwrite the results of an earlier run
         write(compared)
         compared.time_inference()
         files = [*write(compared), *draw(compared)]
@@ -59,9 +60,9 @@ def work(words: Sequence[str]) -> int:
     if compared.failures:
         say(f"\nFailed ({len(compared.failures)}):")
         for failure in compared.failures:
-            say("  {id}, {what}: {reason}".format_map(failure))
+            say("  {id} ({what}): {reason}".format_map(failure))
         if any("the store has another" in failure["reason"] for failure in compared.failures):
-            say("The stored artifacts were trained with other settings: output=ANOTHER keeps both comparisons.")
+            say("The stored artifacts were trained with different settings; set output=DIR to keep both comparisons.")
     if files:
         say(f"\nResults: {', '.join(map(str, files))}")
     return 1 if compared.failures else 0

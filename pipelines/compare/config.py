@@ -1,4 +1,4 @@
-"""The settings of a comparison, and the overrides that both stages get unchanged."""
+"""Settings of a comparison, and overrides passed to both stages."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fusion.text import did_you_mean, key_of
 from pipelines.commands import distinct, read_config
 from pipelines.compare.rows import IDS, NEED_SOURCES, Row, chosen
 
-# Keys that the comparison sets in every command, with its own key for them.
+# Overrides that the comparison sets in every command, and what to set instead.
 RESERVED = {
     "store": "output=DIR",
     "name": "output=DIR",
-    "overwrite": "output=ANOTHER, or remove the artifact from the store",
+    "overwrite": "a different output=DIR, or remove the artifact from the store",
     "seed": "seeds=[0,1]",
     "hydra.sweep.dir": "output=DIR",
     "hydra.run.dir": "output=DIR",
@@ -39,14 +39,16 @@ def _each(default: list[Any], least: float, most: float, expected: str) -> Any:
     def fits(values: list[Any]) -> bool:
         return 0 < len(values) == len(set(values)) and all(least <= value <= most for value in values)
 
-    return checked(default, fits, f"{expected}, each once")
+    return checked(default, fits, f"{expected}, without duplicates")
 
 
 @dataclass
 class CompareConfig(Settings):
     sources: list[str] = distinct([], at_least=0)
     methods: list[str] = checked(
-        [], lambda ids: len(ids) == len(set(ids)) and set(ids) <= set(IDS), f"some of {', '.join(IDS)}, each once"
+        [],
+        lambda ids: len(ids) == len(set(ids)) and set(ids) <= set(IDS),
+        f"some of {', '.join(IDS)}, without duplicates",
     )
     equal_budget: bool = True
     rates: list[float] = _each([5e-5, 5e-4, 5e-3], 5e-324, 1e3, "numbers above 0 and at most 1000")
@@ -54,7 +56,7 @@ class CompareConfig(Settings):
     batch_size: int = integer(16, 1)
     patience: int | None = integer(3, 1, null="no early stopping")
     seeds: list[int] = _each([0], 0, MAX_SEED, f"whole numbers from 0 to {MAX_SEED}")
-    source_rows: int = integer(1000, 1)  # of each source, and of each task of a multi-task row
+    source_rows: int = integer(1000, 1)  # training examples of each source, and of each task of multi-task methods
     source_epochs: int = integer(2, 1)
     output: str | None = checked(
         None, lambda path: not UNFIT_IN_A_PATH & set(path or ""), f"a path without {' '.join(sorted(UNFIT_IN_A_PATH))}"
@@ -63,7 +65,7 @@ class CompareConfig(Settings):
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison: its settings, the target, and the overrides that both stages get."""
+    """Settings of a comparison, the target task, and the overrides passed to both stages."""
 
     config: CompareConfig
     target: str
@@ -83,25 +85,25 @@ class Comparison:
 
     @property
     def need_sources(self) -> bool:
-        return any(row.blanks & NEED_SOURCES for row in self.rows)
+        return any(row.placeholders & NEED_SOURCES for row in self.rows)
 
     def word(self, key: str) -> str | None:
-        """The value of an override that both stages get; None: it is not given."""
+        """Return the value of an override passed to both stages, or `None` if it is not set."""
         return next((word.partition("=")[2] for word in self.words if key_of(word) == key), None)
 
 
 def tasks() -> list[str]:
-    """The names of the task files, shipped and of the user."""
+    """Return the names of the built-in and user-defined tasks."""
     folders = [conf_folder(), *user_conf_folders()]
     return [file.stem for folder in folders for file in sorted((folder / "task").glob("*.yaml"))]
 
 
 def read_comparison(arguments: Sequence[str]) -> Comparison:
-    """The comparison that a command line specifies.
+    """Parse the command line of a comparison.
 
     Raises:
-        UserError: not one target, a source that is neither stored nor a task, a key that is neither of the comparison
-            nor of both stages, or a wrong value.
+        UserError: if there is not exactly one target, a source is neither stored nor a task, a key belongs neither to
+            the comparison nor to both stages, or a value is invalid.
     """
     own = {setting.name for setting in fields(CompareConfig)}
     config = read_config(CompareConfig, [word for word in arguments if word.partition("=")[0] in own])
@@ -111,19 +113,21 @@ def read_comparison(arguments: Sequence[str]) -> Comparison:
     if len(targets) != 1 or targets[0] not in known:
         near = "".join(did_you_mean(target, known) for target in targets[:1])
         given = " ".join(targets) or "no task"
-        raise UserError(f"{given}: expected one target, +task=NAME, one of {', '.join(dict.fromkeys(known))}{near}")
+        raise UserError(
+            f"{given}: expected exactly one target +task=NAME out of {', '.join(dict.fromkeys(known))}{near}"
+        )
     words = tuple(word for word in others if key_of(word) != "task")
     for word in words:
         _check_word(word, config)
     comparison = Comparison(config, targets[0], words)
-    if comparison.need_sources or any("tasks" in row.blanks for row in comparison.rows):
+    if comparison.need_sources or any("tasks" in row.placeholders for row in comparison.rows):
         if not config.sources:
-            raise UserError("sources=[]: these methods need sources; expected such as 'sources=[snli,mrpc]'")
+            raise UserError("sources=[]: the methods require sources; set them, e.g. 'sources=[snli,mrpc]'")
         stored = names(comparison.store)
         if unknown := [source for source in config.sources if source not in (*stored, *known)]:
             raise UserError(
                 f"sources: {unknown[0]} is neither an adapter in {comparison.store} ({', '.join(stored) or 'empty'}) nor "
-                f"a task to train one on; expected one of {', '.join(known)}"
+                f"a task; available tasks: {', '.join(known)}"
             )
     return comparison
 

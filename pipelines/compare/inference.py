@@ -1,7 +1,4 @@
-"""Time artifacts relative to their bare backbone.
-
-Each artifact's model and the bare backbone alternate on the same batches of the target's validation split.
-"""
+"""Inference time of artifacts relative to the backbone without adapters, interleaved on the same validation batches."""
 
 from __future__ import annotations
 
@@ -17,11 +14,11 @@ from pipelines.timing import rounds, validation_rows
 
 BATCHES = 4  # from the longest to the shortest examples
 MAX_ROUNDS = 40
-SECONDS = 60.0  # of all artifacts; each has at least three rounds
+SECONDS = 60.0  # time budget of all artifacts together; each is timed for at least three rounds
 
 
 def ratios(seconds: Sequence[float], bare: Sequence[float]) -> dict[str, float]:
-    """The median and the quartiles of the ratios, each within one round, and the median seconds of a batch."""
+    """Return median and quartiles of the time ratio within each round, and the median seconds per batch."""
     each = [own / other for own, other in zip(seconds, bare, strict=True)]
     low, middle, high = quantiles(each, n=4, method="inclusive")
     return {"ratio": middle, "low": low, "high": high, "seconds": median(seconds)}
@@ -30,10 +27,10 @@ def ratios(seconds: Sequence[float], bare: Sequence[float]) -> dict[str, float]:
 def measure(
     target: str, artifacts: Sequence[str], store: Path, accelerator: str = "auto", cache_dir: str | None = None
 ) -> dict[str, Any]:
-    """The backbone's seconds per batch, and each artifact's ratio or error: the content of inference.json.
+    """Measure the backbone's seconds per batch and the ratio of each artifact; return the content of inference.json.
 
     Raises:
-        UserError: the first artifact or the examples of the target cannot be read.
+        UserError: if the first artifact or the examples of the target cannot be read.
     """
     import torch
 
@@ -69,7 +66,7 @@ def measure(
         return output.last_hidden_state[:, 0].cpu()
 
     def runner(model: Any) -> Callable[[Batch], object]:
-        # With one head per task, the target's own.
+        # Multi-task models have one head per task.
         heads = list(getattr(model.head, "tasks", ()))
         more = {"task": heads.index(target)} if target in heads else {}
         return lambda batch: model(
@@ -85,7 +82,7 @@ def measure(
             runs = {"bare": run_bare, "model": runner(model.to(device).eval())}
             with torch.inference_mode():
                 timed = rounds(runs, batches, MAX_ROUNDS, SECONDS / len(artifacts))
-        except Exception as error:  # the other artifacts are timed all the same
+        except Exception as error:  # continue with the other artifacts
             if not isinstance(error, UserError):
                 logging.exception("%s", artifact)
             entries[artifact] = {"error": describe(error)}

@@ -1,12 +1,10 @@
-"""The methods that are compared: one row each, with its overrides.
+"""Methods of the comparison and their overrides, which may contain placeholders:
 
-Overrides in braces are replaced when the row is trained:
-
-    {half}      half of the backbone's layers
-    {keep}      two, or one less than the number of sources
-    {sources}   the source adapters; {dropped}: the same ones trained with AdapterDrop
-    {tasks}     the sources' tasks and the target
-    {ID}        the artifact that the row of that id reports; that row is trained before this one
+{half}      half the number of layers of the backbone
+{keep}      two, or the number of sources minus one if that is smaller
+{sources}   the source adapters; {dropped}: source adapters trained with AdapterDrop
+{tasks}     the tasks of the sources and the target
+{ID}        the artifact of the method with that id and its best learning rate, which has to be listed before
 """
 
 from __future__ import annotations
@@ -14,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from string import Formatter
 
-SINGLE, MULTITASK, COMPOSITIONS = "one task alone", "multi-task", "combinations"  # values in results.json
+SINGLE, MULTITASK, COMPOSITIONS = "single task", "multi-task", "compositions"
 GROUPS = (SINGLE, MULTITASK, COMPOSITIONS)
-NEED_SOURCES = {"half", "sources", "dropped"}  # {half} too: a stored source has the number of layers
+NEED_SOURCES = {"half", "sources", "dropped"}  # {half} is read from the manifest of a source
 _FUSION = "sources=[{sources}] composition=adapterfusion"
 _COMPOSE = "sources=[{sources}] composition="
 _WITH_MULTITASK = "sources=[{sources},{multitask_adapter}] composition=adapterfusion"
@@ -55,22 +53,22 @@ _TABLE: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("scalearn_uniform_pp", "ScaLearn uniform++", f"{_COMPOSE}scalearn_uniform_pp"),
         ("sequence", "sequence-level fusion", f"{_COMPOSE}sequence"),
         ("average", "average of the weights", f"{_COMPOSE}average composition.train=false"),
-        ("average_trained", "average of the weights, trained further", f"{_COMPOSE}average composition.train=true"),
+        ("average_trained", "average of the weights, fine-tuned", f"{_COMPOSE}average composition.train=true"),
         ("fusion_target_adapter", "AdapterFusion with a new adapter", f"{_FUSION} composition.target_adapter=true"),
-        ("continued", "best source, trained further", f"{_COMPOSE}continued"),
+        ("continued", "best source, fine-tuned", f"{_COMPOSE}continued"),
         ("fusion_drop_specialized", "AdapterFusion, dropped layers", f"{_DROP}specialized:{{half}}"),
         ("fusion_drop_robust", "AdapterFusion, robust to drops", f"{_DROP}robust"),
         ("fusion_of_dropped", "AdapterFusion of dropped adapters", "sources=[{dropped}] composition=adapterfusion"),
         ("fusion_with_multitask", "AdapterFusion, with a multi-task adapter", _WITH_MULTITASK),
         ("pruned", "AdapterFusion, pruned", f"{_PRUNED}false"),
-        ("pruned_trained", "the same, trained for two more epochs", f"{_PRUNED}true trainer.max_epochs=2"),
+        ("pruned_trained", "AdapterFusion, pruned, two more epochs", f"{_PRUNED}true trainer.max_epochs=2"),
     ),
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method. id: short and unique; the artifacts are named TARGET-ID. words: its own overrides."""
+    """A method of the comparison. `words` are its overrides; its artifacts are named TARGET-ID."""
 
     id: str
     title: str
@@ -83,18 +81,18 @@ class Row:
 
     @property
     def trains(self) -> bool:
-        """A pruned fusion is stored without training: it has no learning rate and no epochs."""
+        """Whether anything is trained. A pruned fusion is stored without training."""
         return self.id != "pruned"
 
     @property
-    def blanks(self) -> set[str]:
-        """The names in braces."""
+    def placeholders(self) -> set[str]:
+        """Names of the placeholders in the overrides."""
         return {name for _, name, _, _ in Formatter().parse(self.words) if name}
 
     @property
     def needs(self) -> set[str]:
-        """The rows whose artifacts it is made from."""
-        return self.blanks & set(IDS)
+        """Ids of the methods whose artifacts the method depends on."""
+        return self.placeholders & set(IDS)
 
 
 ROWS = tuple(Row(id, title, group, words) for group, rows in _TABLE.items() for id, title, words in rows)
@@ -102,9 +100,9 @@ IDS = tuple(row.id for row in ROWS)
 
 
 def chosen(ids: list[str]) -> list[Row]:
-    """The rows of these ids (none: all) and those they are made from, in the order of the table."""
+    """Return the methods with these ids (default: all) and their dependencies, in the order of the table."""
     wanted = set(ids or IDS)
-    for row in reversed(ROWS):  # a row comes after those it is made from
+    for row in reversed(ROWS):  # methods are listed after their dependencies
         if row.id in wanted:
             wanted |= row.needs
     return [row for row in ROWS if row.id in wanted]

@@ -1,4 +1,4 @@
-"""The results of a comparison: a table for the terminal, Markdown with every command, JSON with everything."""
+"""Results of a comparison: table for the terminal, Markdown with all commands, JSON, and a figure."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ NONE = "–"
 
 
 def header(rows: Sequence[RowResult]) -> list[str]:
-    return [*rows[0].scores, "rate", "trained", "stored", "s/step", "inference"]
+    return [*rows[0].scores, "lr", "trainable", "stored", "s/step", "inference"]
 
 
 def cells(row: RowResult) -> list[str]:
-    """The cells of a row under `header`."""
     from fusion.reporting.wording import mean_of
 
     return [
@@ -38,14 +37,13 @@ def cells(row: RowResult) -> list[str]:
 
 
 def by_group(rows: Sequence[RowResult]) -> Iterator[tuple[str, list[RowResult]]]:
-    """The rows of each group that has some."""
+    """Yield the results of each non-empty group."""
     for group in GROUPS:
         if own := [row for row in rows if row.group == group]:
             yield group, own
 
 
 def terminal_table(rows: Sequence[RowResult]) -> list[list[str]]:
-    """The table with a heading for each group."""
     columns = header(rows)
     lines = [["", *columns]]
     for group, own in by_group(rows):
@@ -54,18 +52,18 @@ def terminal_table(rows: Sequence[RowResult]) -> list[list[str]]:
 
 
 def notes(compared: Workflow) -> list[str]:
-    """How the scores and costs were measured, and what they do not show."""
+    """Describe how scores and costs were measured, and their limitations."""
     config, metric = compared.comparison.config, compared.rows[0].main_metric
     rates = ", ".join(f"{rate:g}" for rate in config.rates)
     patience = "without early stopping" if config.patience is None else f"patience {config.patience}"
     if config.equal_budget:
         found = [
-            f"Every row that trains on the target alone had the same budget (a pruned fusion: two more epochs): epochs "
-            f"{config.epochs}, batch size {config.batch_size}, {patience}, the best of the learning rates {rates} by "
-            f"{metric}. Epoch and learning rate were selected on the validation examples that are scored, so all scores "
-            "are optimistic."
+            "All methods that are trained only on the target had the same budget (pruned fusions: two more epochs): "
+            f"epochs {config.epochs}, batch size {config.batch_size}, {patience}, the best of the learning rates {rates} "
+            f"by {metric}. Epoch and learning rate were selected on the same validation examples that the scores are "
+            "computed on, so all scores are optimistic."
         ]
-        # Rows for which another rate of the grid is worse, so that a rate outside of it may be better.
+        # Methods with their best learning rate at the edge of the grid.
         edge = [
             row.id
             for row in compared.rows
@@ -73,38 +71,39 @@ def notes(compared: Workflow) -> list[str]:
             and len({scores[row.main_metric] for scores in row.grid.values()}) > 1
         ]
         if edge:
-            found.append(f"Best at the edge of the grid, so a wider grid may be better: {', '.join(edge)}.")
+            found.append(
+                f"Best learning rate at the edge of the grid, so a wider grid may be better: {', '.join(edge)}."
+            )
     else:
         found = [
-            "Each row had its command's own defaults: learning rates and epochs differ. The best epoch was selected on "
-            "the validation examples that are scored, so the scores are optimistic."
+            "Each method used the defaults of its command, so learning rates and epochs differ. The best epoch was "
+            "selected on the same validation examples that the scores are computed on, so the scores are optimistic."
         ]
     seeds = ", ".join(map(str, config.seeds))
     if len(config.seeds) > 1:
         found.append(f"Seeds {seeds}: mean ± standard deviation.")
     else:
-        found.append(f"One seed, {seeds}: small differences may be chance.")
-    budget = f"up to {config.source_rows} examples of each task, epochs {config.source_epochs}"
+        found.append(f"One seed ({seeds}): small differences may be due to chance.")
+    budget = f"up to {config.source_rows} examples per task, epochs {config.source_epochs}"
     if compared.comparison.need_sources:
         found.append(
-            f"Sources {', '.join(config.sources)}: {budget}, learning rate 0.0005, trained once for all rows and seeds."
+            f"Sources {', '.join(config.sources)}: {budget}, learning rate 0.0005, trained once for all methods and seeds."
         )
     if any(row.group == MULTITASK for row in compared.rows):
-        found.append(f"Multi-task rows: {budget}; one artifact for all tasks.")
+        found.append(f"Multi-task methods: {budget}, one artifact for all tasks.")
     found += compared.notes
-    found.append("Trained: parameters. Stored: the artifact's own files; a composition reads its sources as well.")
+    found.append("Trainable: number of trainable parameters. Stored: size of the artifact without its sources.")
     if timing := compared.inference:
         shapes = ", ".join(f"{r} × {t}" for r, t in zip(timing["rows"], timing["tokens"], strict=True))
         found.append(
-            f"Inference: time of a batch relative to the bare backbone's ({timing['bare_seconds'] * 1000:.0f} ms, "
-            f"{timing['device']}, threads: {timing['threads']}), the median of {timing['rounds']} or more alternating "
-            f"rounds over batches of {shapes} examples × tokens. results.json has the quartiles."
+            "Inference: time per batch relative to the backbone without adapters "
+            f"({timing['bare_seconds'] * 1000:.0f} ms, {timing['device']}, threads: {timing['threads']}), median over at "
+            f"least {timing['rounds']} interleaved rounds, batches of {shapes} examples × tokens; quartiles in results.json."
         )
     return found
 
 
 def markdown(compared: Workflow) -> str:
-    """The table with its notes, the failures, and the commands of every row."""
     columns = header(compared.rows)
     lines = [f"# {compared.comparison.target}: {len(compared.rows)} methods", ""]
     lines += [f"| | | {' | '.join(columns)} |", f"|---|---|{'---:|' * len(columns)}"]
@@ -113,7 +112,7 @@ def markdown(compared: Workflow) -> str:
         lines += [f"| `{row.id}` | {row.title} | {' | '.join(cells(row))} |" for row in own]
     lines += ["", *(f"- {note}" for note in notes(compared)), ""]
     if compared.failures:
-        lines += ["## Failed", "", *map("- `{id}`, {what}: {reason}".format_map, compared.failures), ""]
+        lines += ["## Failed", "", *map("- `{id}` ({what}): {reason}".format_map, compared.failures), ""]
     lines += ["## Commands", ""]
     if compared.source_commands:
         lines += ["Sources:", "", "```", *compared.source_commands, "```", ""]
@@ -143,7 +142,7 @@ def as_json(compared: Workflow) -> dict[str, Any]:
 
 
 def write(compared: Workflow) -> list[Path]:
-    """Write table.md and results.json."""
+    """Write table.md and results.json and return their paths."""
     folder = compared.comparison.output
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "table.md", markdown(compared))
@@ -152,7 +151,7 @@ def write(compared: Workflow) -> list[Path]:
 
 
 def draw(compared: Workflow) -> list[Path]:
-    """Draw picture.png and picture.svg, if anything was trained; returns the first."""
+    """Save picture.png and picture.svg, if anything was trained, and return the path of the first."""
     from fusion.reporting.figures import cost_figure, save
 
     points = [

@@ -1,4 +1,4 @@
-"""The command that trains a row, and its result, read from the artifacts that the command has stored."""
+"""The training command of a method, and its result, read from the stored artifacts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SOURCE_RATE = 5e-4
 
 @dataclass(frozen=True)
 class Training:
-    """A sweep: its command, the names of its artifacts by learning rate (None: no grid), and the folder of its runs."""
+    """A training sweep. `artifacts`: artifact names by learning rate, with the key `None` if it is not swept."""
 
     module: str
     overrides: tuple[str, ...]
@@ -37,10 +37,10 @@ class Training:
 
 
 def row_training(comparison: Comparison, row: Row, values: Mapping[str, str]) -> Training:
-    """The command of a row: a sweep over the learning rates and the seeds.
+    """Build the training sweep of a method over learning rates and seeds.
 
     Args:
-        values: replacements of the row's names in braces.
+        values: values of the method's placeholders.
     """
     config = comparison.config
     own = row.words.format_map(values).split()
@@ -68,21 +68,21 @@ def row_training(comparison: Comparison, row: Row, values: Mapping[str, str]) ->
 
 
 def artifact_name(comparison: Comparison, id: str, rate: float | str | None) -> str:
-    """The name of a row's artifacts, with `${seed}` unless the only seed is 0."""
+    """Return the name of a method's artifacts, which contains `${seed}` unless the only seed is 0."""
     seed = "" if comparison.config.seeds == [0] else "-seed-${seed}"
     return f"{comparison.target}-{id}{'' if rate is None else f'-lr-{rate}'}{seed}"
 
 
 def source_trainings(comparison: Comparison, tasks: Sequence[str], drop: int | None = None) -> list[Training]:
-    """The commands that train source adapters: one, and another for the target if it has fewer examples.
+    """Build the sweep that trains source adapters, and a separate one for the target if it has fewer examples.
 
     Args:
-        drop: number of first layers without adapters; the artifacts are then named TASK-dropped.
+        drop: number of first layers without adapters. If set, the artifacts are named TASK-dropped.
     """
     config, limit = comparison.config, comparison.word("data.limit.train")
     groups: dict[int, list[str]] = {}
     for task in tasks:
-        # As a source, the target has no more examples than as the target.
+        # As a source, the target is trained on at most as many examples as in the comparison.
         fewer = task == comparison.target and limit is not None and limit.isdigit()
         rows = min(config.source_rows, int(limit or 0)) if fewer else config.source_rows
         groups.setdefault(rows, []).append(task)
@@ -109,19 +109,22 @@ def _training(
 
 
 def _merged(own: Sequence[str], given: Sequence[str], budget: Sequence[str]) -> list[str]:
-    """All overrides, except given ones whose key the comparison sets."""
+    """Merge overrides; those in `given` are omitted if the comparison sets the same key."""
     keys = {key_of(word) for word in (*own, *budget)}
     return [*own, *(word for word in given if key_of(word) not in keys), *budget]
 
 
 @dataclass
 class RowResult:
-    """A row of the table.
+    """Result of a method.
 
-    rate: learning rate with the best mean over the seeds; None: no grid. artifacts: with that rate, one per seed.
-    scores: by metric, one per seed. grid: means over the seeds by rate and metric. seconds_per_step, seconds: of
-    training, the median over the seeds; None if nothing was trained. inference: of the first artifact, relative to the
-    bare backbone. command: the command that trained it.
+    Attributes:
+        rate: the learning rate with the best mean score over seeds, or `None` if it was not swept.
+        artifacts: names of the artifacts trained with it, one per seed.
+        scores: metric values of these artifacts.
+        grid: mean over seeds by learning rate and metric.
+        seconds_per_step, seconds: training time, median over seeds, or `None` if nothing was trained.
+        inference: inference time of the first artifact relative to the backbone without adapters.
     """
 
     id: str
@@ -142,7 +145,7 @@ class RowResult:
 
     @property
     def main_metric(self) -> str:
-        """The first metric of the task, by which the epoch and the learning rate are selected."""
+        """The first metric of the task, which selects the epoch and the learning rate."""
         return next(iter(self.scores))
 
     @property
@@ -151,15 +154,15 @@ class RowResult:
 
 
 def target_scores(manifest: Manifest, target: str) -> dict[str, float]:
-    """The metrics of the target's first validation split; a multi-task run names its splits TASK/SPLIT.
+    """Return the metrics on the first validation split of the target. Splits of multi-task runs are named TASK/SPLIT.
 
     Raises:
-        UserError: it was not scored on the target.
+        UserError: if the artifact was not evaluated on the target.
     """
     own = [split for split in manifest.metrics if split.startswith(f"{target}/")]
     splits = own or [split for split in manifest.metrics if "/" not in split]
     if not splits:
-        raise UserError(f"{manifest.name} has no score on {target}, only on {', '.join(manifest.metrics)}")
+        raise UserError(f"{manifest.name} was not evaluated on {target}, only on {', '.join(manifest.metrics)}")
     metrics = manifest.metrics[splits[0]]
     return {name: math.nan if value is None else value for name, value in metrics.items()}
 
@@ -167,13 +170,13 @@ def target_scores(manifest: Manifest, target: str) -> dict[str, float]:
 def row_result(
     row: Row, training: Training, store: Path, target: str, without: Collection[str] = ()
 ) -> RowResult | None:
-    """The result with the best learning rate, the first of equal ones; None: no rate has an artifact of every seed.
+    """Return the result with the best learning rate among those with an artifact for every seed, or `None`.
 
     Args:
-        without: artifacts that do not count even if they are stored.
+        without: stored artifacts to ignore.
 
     Raises:
-        UserError: an artifact was not scored on the target.
+        UserError: if an artifact was not evaluated on the target.
     """
     usable = set(names(store)) - set(without)
     complete: dict[float | None, list[Manifest]] = {}

@@ -1,4 +1,4 @@
-"""The comparison: train the sources, then each row, then time inference. A failure is listed and the rest continues."""
+"""Run a comparison: train the sources and each method, and time inference. Failures do not stop the other methods."""
 
 from __future__ import annotations
 
@@ -19,22 +19,24 @@ from pipelines.compare.config import Comparison
 from pipelines.compare.rows import GROUPS, IDS, Row
 from pipelines.compare.trainings import SOURCE_RATE, RowResult, Training
 
-REFUSED = 2  # exit code
-JOB = re.compile(r"^job \d+ \(.*?\): ")  # the job at which a sweep was refused
+CONFIG_ERROR = 2  # exit code
+JOB = re.compile(r"^job \d+ \(.*?\): ")  # prefix of the error of an invalid job of a sweep
 
 
 class Workflow:
-    """One comparison, step by step, and its results.
+    """A comparison and its results.
 
-    failures: of each, `id` (a row or a source), `what` ("row", "source" or the part that failed) and `reason`.
-    inference: the bare backbone's times and how they were measured; empty: not timed. notes: what else the reader of
-    the table has to know. source_commands: the command that trained each source, from its manifest.
+    Attributes:
+        failures: dicts with `id` (method or source), `what` ("method", "source" or the failed part) and `reason`.
+        inference: backbone timings and how they were measured; empty if not measured.
+        notes: additional notes for the table.
+        source_commands: the command that trained each source, from its manifest.
     """
 
     def __init__(self, comparison: Comparison) -> None:
         self.comparison, self.store = comparison, comparison.store
         self.sources = comparison.config.sources
-        self.dropped: list[str] = []  # the sources with AdapterDrop, if a row needs them
+        self.dropped: list[str] = []  # sources trained with AdapterDrop, if required
         self.rows: list[RowResult] = []
         self.failures: list[dict[str, str]] = []
         self.inference: dict[str, Any] = {}
@@ -42,20 +44,20 @@ class Workflow:
         self.source_commands: list[str] = []
 
     def run(self) -> None:
-        """Run the commands, which skip what is stored, and collect the scores.
+        """Run the training commands and collect the scores. Artifacts that already exist are not retrained.
 
         Raises:
-            SystemExit: interrupted (130, 143), or the first command was refused (2), as all others would be.
+            SystemExit: if interrupted (130, 143), or if the settings of the first command are invalid (2).
         """
         rows, selected = self.comparison.rows, self.comparison.config.methods
         extra = [row.id for row in rows if selected and row.id not in selected]
         if extra:
-            say(f"methods: also {', '.join(extra)}, which others are made from")
+            say(f"methods: added {', '.join(extra)}, which the selected methods depend on")
         if self.comparison.need_sources:
             say(f"\nsources: {', '.join(self.sources)}")
             stored = self.stored(self.sources)
             if stored:
-                say(f"stored already: {', '.join(stored)}")
+                say(f"already stored: {', '.join(stored)}")
             self.note_other_settings(stored)
             missing = [source for source in self.sources if source not in stored]
             self.train_sources(trainings.source_trainings(self.comparison, missing))
@@ -64,7 +66,7 @@ class Workflow:
             try:
                 self.run_row(row)
             except (UserError, KeyError) as error:  # a damaged or incomplete manifest
-                self.fail(row.id, "row", describe(error))
+                self.fail(row.id, "method", describe(error))
         self.rows.sort(key=lambda result: GROUPS.index(result.group))
         sources = [*(self.sources if self.comparison.need_sources else []), *self.dropped]
         self.source_commands = [
@@ -74,10 +76,10 @@ class Workflow:
 
     def fail(self, id: str, what: str, reason: str) -> None:
         self.failures.append({"id": id, "what": what, "reason": one_line(reason)})
-        say("FAILED {id}, {what}: {reason}".format_map(self.failures[-1]))
+        say("FAILED {id} ({what}): {reason}".format_map(self.failures[-1]))
 
     def stored(self, artifacts: Sequence[str]) -> list[str]:
-        """Those of the artifacts that are stored."""
+        """Return the artifacts that exist in the store."""
         there = names(self.store)
         return [name for name in artifacts if name in there]
 
@@ -91,11 +93,11 @@ class Workflow:
             reasons, code = self.train(training)
             for name, reason in reasons.items():
                 self.fail(name, "source", reason)
-            if code == REFUSED and not names(self.store):
-                raise SystemExit(REFUSED)
+            if code == CONFIG_ERROR and not names(self.store):
+                raise SystemExit(CONFIG_ERROR)
 
     def dropped_sources(self) -> list[str]:
-        """The names of the sources with AdapterDrop; missing ones are trained."""
+        """Return the names of the sources with AdapterDrop, after training missing ones."""
         tasks, half = self.source_tasks(), self.half()
         self.dropped = [f"{task}-dropped" for task in tasks]
         missing = [task for task in tasks if not self.stored([f"{task}-dropped"])]
@@ -104,22 +106,21 @@ class Workflow:
 
     def available(self, sources: list[str]) -> list[str]:
         if missing := set(sources) - set(self.stored(sources)):
-            raise UserError(f"made from {', '.join(sorted(missing))}, which could not be trained")
+            raise UserError(f"depends on {', '.join(sorted(missing))}, which could not be trained")
         return sources
 
     def source_tasks(self) -> list[str]:
-        """The tasks of the sources; a source that is not stored has the name of its task."""
+        """Return the tasks of the sources. A source that is not stored is named after its task."""
         stored = self.stored(self.sources)
         found = [str(self.manifest(name).task.name) if name in stored else name for name in self.sources]
         return list(dict.fromkeys(found))
 
     def half(self) -> int:
-        """Half of the backbone's layers."""
         stored = self.stored(self.sources) or self.available(self.sources)
         return self.manifest(stored[0]).backbone.layers // 2
 
     def note_other_settings(self, stored: Sequence[str]) -> None:
-        """Add a note for each stored source that was trained with other settings."""
+        """Add a note for each stored source that was trained with different settings."""
         config = self.comparison.config
         for source in stored:
             manifest = self.manifest(source)
@@ -130,15 +131,15 @@ class Workflow:
             trained = manifest.run.config
             others = [f"{key}={trained.get(key)}" for key in expected if trained.get(key) != expected[key]]
             if others:
-                self.notes.append(f"Source {source} was stored before, with other settings: {', '.join(others)}.")
+                self.notes.append(f"Source {source} already existed, with different settings: {', '.join(others)}.")
 
-    # --- rows -----------------------------------------------------------------------------------------
+    # --- methods --------------------------------------------------------------------------------------
 
     def run_row(self, row: Row) -> None:
-        """Run the command of a row and read its results.
+        """Train a method and read its results.
 
         Raises:
-            UserError: an artifact that it is made from is missing.
+            UserError: if an artifact that the method depends on is missing.
         """
         values = self.values(row)
         training = trainings.row_training(self.comparison, row, values)
@@ -146,19 +147,19 @@ class Workflow:
         reasons, _ = self.train(replace(training, overrides=(*training.overrides, *again)))
         result = trainings.row_result(row, training, self.store, self.comparison.target, without=reasons.keys())
         if result is None:
-            self.fail(row.id, "row", next(iter(reasons.values()), "its command stored nothing"))
+            self.fail(row.id, "method", next(iter(reasons.values()), "the command did not save an artifact"))
             return
         self.rows.append(result)
         for rate, artifacts in training.artifacts.items():
             for seed, name in zip(self.comparison.config.seeds, artifacts, strict=True):
                 if name in reasons:
-                    self.fail(row.id, f"rate {rate:g}, seed {seed}", reasons[name])
+                    self.fail(row.id, f"learning rate {rate:g}, seed {seed}", reasons[name])
 
     def values(self, row: Row) -> dict[str, str]:
-        """Replacements of the row's names in braces.
+        """Return the values of the method's placeholders.
 
         Raises:
-            UserError: an artifact is missing.
+            UserError: if an artifact is missing.
         """
         available = {
             "half": lambda: str(self.half()),
@@ -167,20 +168,20 @@ class Workflow:
             "dropped": lambda: ",".join(self.dropped_sources()),
             "tasks": lambda: ",".join(dict.fromkeys([*self.source_tasks(), self.comparison.target])),
         }
-        return {name: self.best_of(name) if name in IDS else available[name]() for name in row.blanks}
+        return {name: self.best_of(name) if name in IDS else available[name]() for name in row.placeholders}
 
     def best_of(self, id: str) -> str:
-        """The name of a row's artifacts with its best rate, for every seed."""
+        """Return the artifact name of a method with its best learning rate, for all seeds."""
         for result in self.rows:
             if result.id == id:
                 return trainings.artifact_name(self.comparison, id, result.rate)
-        raise UserError(f"made from {id}, which failed")
+        raise UserError(f"depends on {id}, which failed")
 
     def is_stale(self, training: Training, needed: Sequence[str]) -> bool:
-        """Whether an artifact is stored that was made from other artifacts than the current ones.
+        """Return whether a stored artifact was trained from sources that have changed since.
 
         Args:
-            needed: the artifacts of other rows that it has to be made from.
+            needed: artifacts of other methods that it has to depend on.
         """
         stored = names(self.store)
         for manifest in (self.manifest(name) for name in training.names if name in stored):
@@ -193,7 +194,7 @@ class Workflow:
         return False
 
     def train(self, training: Training) -> tuple[dict[str, str], int]:
-        """Run a sweep; returns the reason for each of its artifacts that failed, and the exit code."""
+        """Run a sweep. Returns the reasons of failed artifacts by name, and the exit code."""
         before = _stamps(training.folder)
         outcome = attempt(training.module, list(training.overrides))
         new = [file for file, stamp in _stamps(training.folder).items() if before.get(file) != stamp]
@@ -212,14 +213,14 @@ class Workflow:
     # --- inference ------------------------------------------------------------------------------------
 
     def time_inference(self) -> None:
-        """Time the best artifact of every row, unless the stored times are of the same artifacts."""
+        """Time the best artifact of each method, unless times for the same artifacts are already stored."""
         say("\ninference")
         file = self.comparison.output / "inference.json"
         by_artifact = {result.artifacts[0]: result for result in self.rows}
         hashes = {name: self.manifest(name).hash for name in by_artifact}
         timed = read_json(file)
         if {name: entry.get("hash") for name, entry in timed.get("artifacts", {}).items()} == hashes:
-            say("timed already")
+            say("already timed")
         else:
             file.unlink(missing_ok=True)
             accelerator, cache = map(self.comparison.word, ("trainer.accelerator", "data.cache_dir"))
@@ -227,13 +228,13 @@ class Workflow:
                 timed = inference.measure(
                     self.comparison.target, list(by_artifact), self.store, accelerator or "auto", cache
                 )
-            except Exception as error:  # the scores are reported all the same
-                self.fail("inference", "all rows", describe(error))
+            except Exception as error:  # the scores are still reported
+                self.fail("inference", "all methods", describe(error))
                 return
             write_json(file, timed)
             say(
-                f"at least {timed['rounds']} rounds each; the bare backbone takes {timed['bare_seconds'] * 1000:.0f} ms "
-                "per batch"
+                f"at least {timed['rounds']} rounds per method; backbone without adapters: "
+                f"{timed['bare_seconds'] * 1000:.0f} ms per batch"
             )
         self.inference = {key: value for key, value in timed.items() if key != "artifacts"}
         for name, result in by_artifact.items():
@@ -244,16 +245,16 @@ class Workflow:
 
 
 def _stamps(folder: Path) -> dict[Path, int]:
-    """The status files of a sweep's jobs, with the time when they were written."""
+    """Return the modification times of the status files of a sweep's jobs."""
     return {file: file.stat().st_mtime_ns for file in sorted(folder.glob("*/status.json"))}
 
 
 def reason_of(outcome: Outcome) -> str:
-    """Why a command failed that wrote no status file: its last line on stderr, or the lines of a refusal."""
+    """Return why a command failed without a status file: its last line on stderr, or its configuration error."""
     lines = [line for line in outcome.errors if line.strip()]
     if not lines:
-        return f"exit code {outcome.code} without a message"
-    if outcome.code != REFUSED:
+        return f"exit code {outcome.code} without an error message"
+    if outcome.code != CONFIG_ERROR:
         return lines[-1]
     jobs = [number for number, line in enumerate(lines) if JOB.match(line)]
     return " ".join(lines[jobs[-1] :] if jobs else lines[-2:])

@@ -63,7 +63,7 @@ def test_rows_come_after_those_they_are_made_from() -> None:
     assert len(set(IDS)) == len(IDS) == 35
     for position, row in enumerate(ROWS):
         assert all(IDS.index(needed) < position for needed in row.needs), row.id
-        assert row.blanks <= {"half", "keep", "sources", "dropped", "tasks", *IDS}, row.id
+        assert row.placeholders <= {"half", "keep", "sources", "dropped", "tasks", *IDS}, row.id
     assert [row.id for row in ROWS if row.needs] == ["fusion_with_multitask", "pruned", "pruned_trained"]
     assert [row.id for row in ROWS if not row.trains] == ["pruned"]
     assert [row.id for row in chosen([])] == list(IDS)
@@ -190,11 +190,11 @@ def test_own_keys_and_overrides_of_both_stages() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("sources=[cb]", "no task: expected one target, +task=NAME"),
-        ("+task=cb +task=rte sources=[cb]", "cb rte: expected one target"),
-        ("+task=cb,rte sources=[cb]", "cb,rte: expected one target"),
-        ("+task=[cb] sources=[cb]", "[cb]: expected one target"),
-        ("task=cb sources=[cb]", "task=cb: expected one target"),
+        ("sources=[cb]", "no task: expected exactly one target +task=NAME out of"),
+        ("+task=cb +task=rte sources=[cb]", "cb rte: expected exactly one target"),
+        ("+task=cb,rte sources=[cb]", "cb,rte: expected exactly one target"),
+        ("+task=[cb] sources=[cb]", "[cb]: expected exactly one target"),
+        ("task=cb sources=[cb]", "task=cb: expected exactly one target"),
         ("+task=snil sources=[cb]", "did you mean snli"),
         ("+task=cb", "sources=[]: "),
         ("+task=cb methods=[multitask_full]", "sources=[]: "),
@@ -300,7 +300,7 @@ def test_a_multi_task_run_is_scored_on_the_target(tmp_path: Path) -> None:
     assert target_scores(save_manifest(tmp_path, "m", metrics=metrics), "cb") == {"accuracy": 0.6}
     several = {"validation_matched": {"accuracy": 0.7}, "validation_mismatched": {"accuracy": 0.8}}
     assert target_scores(save_manifest(tmp_path, "n", metrics=several), "mnli") == {"accuracy": 0.7}
-    with pytest.raises(UserError, match="m has no score on rte, only on mrpc/validation, cb/validation"):
+    with pytest.raises(UserError, match="m was not evaluated on rte, only on mrpc/validation, cb/validation"):
         target_scores(save_manifest(tmp_path, "m", metrics=metrics), "rte")
 
 
@@ -426,7 +426,7 @@ def test_all_rows_run_once_and_a_second_run_trains_nothing(commands: Commands, t
     assert commands.calls[-1][0] == TIMING
     content = results(tmp_path)
     assert [row["id"] for row in content["rows"]] == list(IDS) and content["failures"] == []
-    assert {row["group"] for row in content["rows"]} == {"one task alone", "multi-task", "combinations"}
+    assert {row["group"] for row in content["rows"]} == {"single task", "multi-task", "compositions"}
     assert {row["inference"]["ratio"] for row in content["rows"]} == {1.25}
     dropped = next(call for call in commands.calls if "hydra.sweep.dir" in call[-1] and "dropped" in call[-1])
     assert "adapter.drop=specialized:3" in dropped, "half of the manifest's 7 layers"
@@ -469,12 +469,12 @@ def test_a_failed_row_is_listed_and_the_others_run(
     content = results(tmp_path)
     assert [row["id"] for row in content["rows"]] == ["head", "mean"]
     assert content["failures"] == [
-        {"id": "lora", "what": "row", "reason": "unknown method 'lora'; known: adapter, head"},
-        {"id": "adapterfusion", "what": "row", "reason": "TrainingError: the loss is not finite"},
-        {"id": "pruned", "what": "row", "reason": "made from adapterfusion, which failed"},
+        {"id": "lora", "what": "method", "reason": "unknown method 'lora'; known: adapter, head"},
+        {"id": "adapterfusion", "what": "method", "reason": "TrainingError: the loss is not finite"},
+        {"id": "pruned", "what": "method", "reason": "depends on adapterfusion, which failed"},
     ]  # fmt: skip
     table = (tmp_path / "table.md").read_text()
-    assert "`lora` |" not in table and "- `pruned`, row: made from adapterfusion, which failed" in table
+    assert "`lora` |" not in table and "- `pruned` (method): depends on adapterfusion, which failed" in table
     assert "Failed (3):" in capsys.readouterr().out
     commands.errors.clear()
     commands.refused.clear()
@@ -490,12 +490,15 @@ def test_a_failed_row_is_listed_and_the_others_run(
         (
             "cb-head-lr-0.001",
             ["head", "drop_specialized", "mean"],
-            [("head", "rate 0.001, seed 0", "OSError: disk full")],
+            [("head", "learning rate 0.001, seed 0", "OSError: disk full")],
         ),
         (
             "mrpc",
             ["head", "drop_specialized"],
-            [("mrpc", "source", "OSError: disk full"), ("mean", "row", "made from mrpc, which could not be trained")],
+            [
+                ("mrpc", "source", "OSError: disk full"),
+                ("mean", "method", "depends on mrpc, which could not be trained"),
+            ],
         ),
     ],
 )
@@ -526,7 +529,7 @@ def test_a_run_without_results_keeps_earlier_ones(
     commands.refused["head"] = "the store has another cb-head: optim.patience: 3 there, 2 here"
     assert commands.compare("methods=[head]", "patience=2") == 1
     assert (tmp_path / "results.json").read_text() == before
-    assert "output=ANOTHER keeps both" in capsys.readouterr().out
+    assert "set output=DIR to keep both" in capsys.readouterr().out
 
 
 def test_stored_sources_are_used(commands: Commands, tmp_path: Path) -> None:
@@ -537,7 +540,7 @@ def test_stored_sources_are_used(commands: Commands, tmp_path: Path) -> None:
     assert "+task=cb" in commands.calls[0] and commands.trained()[0] == "sources"
     content = results(tmp_path)
     assert (
-        "Source mrpc was stored before, with other settings: trainer.max_epochs=30, data.limit.train=None."
+        "Source mrpc already existed, with different settings: trainer.max_epochs=30, data.limit.train=None."
         in content["notes"]
     )
     assert content["source_commands"][0] == "python -m fusion.stage1 +task=mrpc"
@@ -583,7 +586,7 @@ def test_rows_are_reported_if_timing_fails(commands: Commands, tmp_path: Path) -
     commands.refused["timing"] = "crash"
     assert commands.compare("methods=[head]") == 1
     reason = "RuntimeError: crash"
-    assert results(tmp_path)["failures"] == [{"id": "inference", "what": "all rows", "reason": reason}]
+    assert results(tmp_path)["failures"] == [{"id": "inference", "what": "all methods", "reason": reason}]
     commands.refused.clear()
     assert commands.compare("methods=[head]") == 0
     assert results(tmp_path)["rows"][0]["inference"]["ratio"] == 1.25
@@ -595,7 +598,7 @@ def test_reasons_are_one_line() -> None:
     assert one_line(reason_of(Outcome(2, 1.0, said))) == "no such thing say another"
     assert reason_of(Outcome(2, 1.0, ("a", "b", "c"))) == "b c"
     assert reason_of(Outcome(1, 1.0, said)) == "say another"
-    assert reason_of(Outcome(-9, 1.0, ())) == "exit code -9 without a message"
+    assert reason_of(Outcome(-9, 1.0, ())) == "exit code -9 without an error message"
     assert len(one_line("x" * 1000)) == 400
 
 
@@ -625,7 +628,7 @@ def test_the_table_is_grouped() -> None:
         result("pruned", COMPOSITIONS, 0.7, 0.7, **none),
     ]
     assert terminal_table(rows) == [
-        ["", "accuracy", "macro_f1", "rate", "trained", "stored", "s/step", "inference"],
+        ["", "accuracy", "macro_f1", "lr", "trainable", "stored", "s/step", "inference"],
         [SINGLE, "", "", "", "", "", "", ""],
         ["  head", "0.630 ± 0.028", "0.500 ± 0.000", "0.0005", "1,155", "4.77 kB", "0.500", "1.10×"],
         [COMPOSITIONS, "", "", "", "", "", "", ""],
@@ -643,8 +646,8 @@ def test_notes() -> None:
         "epochs 5, batch size 16, patience 3, the best of the learning rates 5e-05, 0.0005, 0.005 by accuracy",
         "all scores are optimistic",
         "wider grid may be better: head.",
-        "One seed, 0: small differences may be chance.",
-        "Sources mrpc, cb: up to 1000 examples of each task, epochs 2",
+        "One seed (0): small differences may be due to chance.",
+        "Sources mrpc, cb: up to 1000 examples per task, epochs 2",
         "Mind the gap.",
     ):
         assert part in text
@@ -652,10 +655,10 @@ def test_notes() -> None:
     bare: dict[str, Any] = {"rows": [32, 8], "tokens": [64, 20], "rounds": 7, "threads": 2, "device": "cpu"}
     compared.inference = bare | {"bare_seconds": 0.1}
     last = notes(compared)[-1]
-    assert "(100 ms, cpu, threads: 2), the median of 7" in last
+    assert "(100 ms, cpu, threads: 2), median over at least 7" in last
     assert "32 × 64, 8 × 20 examples × tokens" in last
     own = " ".join(notes(compared_of(rows, "equal_budget=false", "seeds=[1,2]")))
-    assert "own defaults" in own and "Seeds 1, 2: mean ± standard deviation." in own
+    assert "the defaults of its command" in own and "Seeds 1, 2: mean ± standard deviation." in own
 
 
 def test_the_figure_is_omitted_if_nothing_was_trained(tmp_path: Path) -> None:
@@ -743,7 +746,7 @@ def test_a_small_comparison_for_real(
     assert calls == ["fusion.stage1"] * 4 + ["fusion.stage2"] * 2
     content = results(place / "compared")
     (failure,) = content["failures"]
-    assert (failure["id"], failure["what"]) == ("broken", "row")
+    assert (failure["id"], failure["what"]) == ("broken", "method")
     assert failure["reason"].startswith("unknown method 'nothing_like_it'")
     rows = {row["id"]: row for row in content["rows"]}
     assert list(rows) == ["head", "pfeiffer", "adapterfusion", "static"]

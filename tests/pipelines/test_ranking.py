@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipelines import ranking
-from pipelines.ranking import RankingConfig, cost, gains, judge, main
+from pipelines.ranking import RankingConfig, agreements, cost, gains, main
 
 SOURCES = ["snli", "rte", "sst2"]
 RANKED: dict[str, Any] = {
@@ -53,13 +53,13 @@ def test_a_gain_is_paired_by_seed(output: Path) -> None:
 
 
 def test_agreement_of_the_methods_with_the_gains() -> None:
-    found = judge(RANKED, {"snli": -0.05, "rte": 0.1, "sst2": 0.0}, top=1)
+    found = agreements(RANKED, {"snli": -0.05, "rte": 0.1, "sst2": 0.0}, top=1)
     assert set(found) == {"similarity", "probe", "mean rank"}
     of_two_sources = {"kendall": 1.0, "spearman": 1.0, "top_gain": 0.1}
     assert found["similarity"] == pytest.approx(of_two_sources)
     assert (found["probe"]["kendall"], found["probe"]["spearman"]) == (None, None), "all scores are equal"
     assert found["mean rank"]["kendall"] == pytest.approx(1.0) and found["mean rank"]["top_gain"] == 0.1
-    other = judge(RANKED, {"snli": 0.3, "rte": -0.1, "sst2": 0.1}, top=2)
+    other = agreements(RANKED, {"snli": 0.3, "rte": -0.1, "sst2": 0.1}, top=2)
     assert other["mean rank"]["kendall"] == pytest.approx(-1.0)
     assert other["mean rank"]["top_gain"] == pytest.approx(0.0)
 
@@ -98,7 +98,7 @@ def test_the_commands_and_the_report(
     assert set(content) == {"alone", "gains", "methods", "seconds", "agreement", "ranking"}
     assert content["methods"]["similarity"]["kendall"] == 1.0
     shown = capsys.readouterr().out
-    assert "0.100 ± 0.071" in shown and "the best source" in shown
+    assert "0.100 ± 0.071" in shown and "best source" in shown
     calls.clear()
     assert main(arguments) == 0
     assert [module for module, *_ in calls] == ["fusion.stage1"] * 2 + ["fusion.stage2"], "ranked already"

@@ -166,7 +166,7 @@ def test_figures_name_the_chosen_setting(tmp_path: Path, write: Write) -> None:
             write_attention(folder)
             write_history(folder, f"{rate}-{seed}", range(0, 40, 10))
     write(score=0.5, wrong=10)
-    named = "setting optim.lr=0.1, best on validation of 3 settings"
+    named = "setting optim.lr=0.1, best of 3 on validation"
     made = contents(tmp_path, inspection())
     assert [one.setting for one in made.attention] == [named]
     assert page.inspected(*made.inspected[0])["setting"] == named
@@ -192,6 +192,7 @@ def test_single_setting_is_not_named(tmp_path: Path, write: Write) -> None:
     assert (
         made.attention[0].setting == ""
         and "best on" not in text
+        and "best of" not in text
         and "for methods with multiple settings, the best" not in text
     )
 

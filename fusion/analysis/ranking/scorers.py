@@ -69,7 +69,7 @@ class ScorerInputs:
 
     @cached_property
     def states(self) -> list[list[States]]:
-        """For each source, the states of the target's training examples and of its first validation split."""
+        """States of the target's training examples and first validation split, for each source."""
         config = self.config
         size, tokens = config.data.batch_size, config.data.tokens_per_batch
         splits = self.rows.training[0], next(iter(self.rows.validation.values()))
