@@ -73,7 +73,7 @@ def test_every_method_ranks_the_similar_task_first(ranked: Bench) -> None:
     assert best["ranks"] == dict.fromkeys(METHODS, 1.0) and best["mean_rank"] == 1.0
     assert set(best) == {"name", "reference", "hash", "task", "mean_rank", "ranks", "scores"}
     assert set(result["seconds"]) == {"loading", "states", *METHODS}
-    assert result["left_out"] == {"plays": "trained on plays itself, use include_target=true to include it"}
+    assert result["left_out"] == {"plays": "trained on the target plays; set include_target=true to include it"}
     assert len(result["agreement"]) == 6 and result["fusion"] is None
     shares = [source["scores"]["attention"] for source in result["sources"]]
     assert sum(shares) == pytest.approx(3, abs=1e-4)  # all have the same slots
