@@ -1,26 +1,23 @@
-"""Errors that end a command. This module imports nothing, so that every other may raise them."""
+"""Errors that stop a command. Imports nothing, so that every module can raise them."""
 
 
 class UserError(Exception):
-    """A wrong command, config, data file or artifact: exit code 2, message without traceback.
-
-    The message is one or two lines: what was expected, what came, and the override that fixes it.
-    """
+    """An invalid command, config, data file or artifact: exit code 2 and a message without a traceback."""
 
 
 class TrainingError(Exception):
-    """A training failed in a way that the user can fix: exit code 1, nothing stored."""
+    """A training failure that the user can fix: exit code 1, no artifact is saved."""
 
 
 class LossNotFinite(TrainingError):
-    """The loss or a weight became NaN or infinite. The epochs before may be worth keeping."""
+    """A NaN or infinite loss or weight. Weights of earlier epochs may still be usable."""
 
 
 class GuardError(TrainingError):
-    """Other parameters than the declared ones changed: exit code 1, nothing stored."""
+    """A change of parameters that are not declared trainable: exit code 1, no artifact is saved."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type if it has none."""
+    """Return the first line of an error message, or the type of the error if it has no message."""
     text = str(error).strip()
     return text.splitlines()[0].rstrip() if text else type(error).__name__

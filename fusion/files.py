@@ -1,4 +1,4 @@
-"""Atomic writes of files, and checks of paths from settings before anything is trained."""
+"""Atomic file writes, and path checks for settings before anything is trained."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from typing import Any
 from fusion.errors import UserError
 from fusion.text import printable, shortened
 
-PARTIAL = ".partial"  # ending of a file that is being written
-# Settings that are paths. `~` is replaced in the config itself for those in EXPANDED; the others are part of a run's
-# identity as they were typed, and are expanded where they are read. REFERENCES are names or paths.
+PARTIAL = ".partial"  # suffix of a file that is being written
+# Path settings. `~` is expanded in the config for EXPANDED; the others are part of a run's identity as typed, and are
+# expanded when they are read. REFERENCES are names or paths.
 EXPANDED = ("store", "data.cache_dir", "input", "output", "trainer.default_root_dir", "runs")
 KEPT, REFERENCES = ("data.dir",), ("backbone.name_or_path", "artifact")
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that replaces `path` at the end, so that readers see the old file or the new one."""
+    """Yield a temporary path that replaces `path` on exit, so that readers see the old or the new file."""
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
         yield part
@@ -40,13 +40,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all, text as UTF-8."""
+    """Write a file atomically; strings are encoded as UTF-8."""
     with atomic_path(path) as part:
         part.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 def finite(value: Any) -> Any:
-    """A copy of a JSON value with None for each NaN and infinity, which JSON lacks."""
+    """Return a copy of a JSON value with None for NaN and infinity, which JSON does not support."""
     if isinstance(value, Mapping):
         return {str(key): finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -55,17 +55,17 @@ def finite(value: Any) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """`write_atomic` of indented JSON; values of other types are written as text."""
+    """Write indented JSON atomically; values of other types are written as strings."""
     write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def now() -> str:
-    """The time as files have it: ISO 8601, UTC, seconds."""
+    """Return the current UTC time in ISO 8601 format, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if the file is missing or cannot be read."""
+    """Read the object in a JSON file. Returns an empty dict if the file is missing or malformed."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -74,7 +74,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: object, content: bytes) -> str:
-    """UTF-8 text without its byte order mark; raises UserError with the line if it is not UTF-8."""
+    """Decode UTF-8 and remove a byte order mark. Raises UserError with the line of the first invalid byte."""
     content = content.removeprefix(codecs.BOM_UTF8)
     try:
         return content.decode()
@@ -84,14 +84,14 @@ def read_text(path: object, content: bytes) -> str:
 
 
 def remove_partial(path: Path) -> None:
-    """Remove what killed writers of `path` left. Only for the holder of its lock."""
+    """Remove temporary files of killed writers of `path`. The caller must hold its lock."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
         with contextlib.suppress(OSError):
             left.unlink(missing_ok=True)
 
 
 def resolve_path(text: str, key: str) -> Path:
-    """The path that the setting `key` names, with `~` expanded; UserError if there can be no such path."""
+    """Return the path given by the setting `key`, with `~` expanded. Raises UserError if it is not a valid path."""
     problem = "" if text.strip() else "is empty"
     path = Path(text)
     try:
@@ -101,7 +101,7 @@ def resolve_path(text: str, key: str) -> Path:
         pass
     except OSError as error:
         problem = problem or str(error.strerror)
-    except (RuntimeError, ValueError) as error:  # unknown user's home, NUL, text that no file name can hold
+    except (RuntimeError, ValueError) as error:  # unknown user, NUL, or invalid characters
         problem = printable(str(error))
     if problem:
         raise UserError(f"{key}={shortened(text, 300)}: {problem}; expected a path, such as {key}=DIR")
@@ -109,7 +109,7 @@ def resolve_path(text: str, key: str) -> Path:
 
 
 def expand_paths(config: Any) -> None:
-    """Check every path of a typed config, and expand `~` in those that name where to read and write."""
+    """Check every path of a typed config and expand `~` in the settings of EXPANDED."""
     for key in (*EXPANDED, *KEPT, *REFERENCES):
         *groups, name = key.split(".")
         owner = functools.reduce(lambda owner, group: getattr(owner, group, None), groups, config)
@@ -123,11 +123,11 @@ def expand_paths(config: Any) -> None:
 
 
 def check_writable(text: str, key: str) -> Path:
-    """The output folder that the setting `key` names; UserError if it cannot be written. It is not created."""
+    """Return the output directory given by `key`, without creating it. Raises UserError if it is not writable."""
     folder = resolve_path(text, key)
     nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
     try:
-        # Permissions do not show a read-only disk, nor an empty file a full one.
+        # Permission bits do not reveal a read-only disk, and an empty file can be created on a full one.
         with tempfile.NamedTemporaryFile(dir=nearest, prefix=".") as probe:
             probe.write(b"\0" * 4096)
             probe.flush()
@@ -137,19 +137,21 @@ def check_writable(text: str, key: str) -> Path:
 
 
 def unwritable(key: str, place: Path | str, error: OSError) -> UserError:
-    """The error about an output folder that the setting `key` names."""
-    return UserError(f"{key}={place}: cannot be written ({error.strerror or error}); {key}=DIR names another place")
+    """Return the error for an output directory that cannot be written."""
+    return UserError(
+        f"{key}={place}: cannot be written ({error.strerror or error}); set {key}=DIR to a different directory"
+    )
 
 
 def check_reference(reference: str, key: str) -> None:
-    """`resolve_path` of a name or path, where it is a path."""
+    """Check a name or path with `resolve_path` if it is a path."""
     if not reference.strip() or "\0" in reference or reference[0] in "./~":
         resolve_path(reference, key)
 
 
 def check_relative(name: str) -> str | None:
-    """Why `name`, taken from a file or a command line, could leave the folder it is looked up in; None: it cannot."""
+    """Return why a name could refer to a path outside of its directory, or None if it cannot."""
     parts = re.split(r"[/\\]", name)
     if not name or "\0" in name or "" in parts or {".", ".."} & set(parts) or re.match(r"[A-Za-z]:", name):
-        return "expected a name, or names joined by /, and no path out of its folder"
+        return "expected a name or names joined by /, without .."
     return None

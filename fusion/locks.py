@@ -1,4 +1,4 @@
-"""Locks between processes, on lock files: the operating system releases a lock when its process ends, however it ends."""
+"""File locks between processes. The operating system releases a lock when its process exits or is killed."""
 
 from __future__ import annotations
 
@@ -6,27 +6,29 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from fusion.files import now, read_json, write_json
 
 log = logging.getLogger(__name__)
 
-LOCKS = ".locks"  # folder of a store
+LOCKS = ".locks"  # directory in a store
 
 
 @contextlib.contextmanager
-def lock(path: Path, what: str, wait: float = -1.0, progress: Callable[[], object] | None = None) -> Iterator[bool]:
-    """Hold the lock file `path`, with a note beside it that names this process; yields whether another held it first.
+def lock(path: Path, what: str, wait: float = -1.0) -> Iterator[bool]:
+    """Hold the lock file `path`. Yields whether another process held it first.
+
+    A JSON file next to the lock file contains the host and process id of the holder.
 
     Args:
-        what: for messages: "films is being trained".
-        wait: seconds to wait for another process while `progress` stays the same; -1: as long as it takes.
+        what: description for messages, such as "films is being trained".
+        wait: seconds to wait for the lock. If -1, wait indefinitely.
 
     Raises:
-        TimeoutError: another process has held it for `wait` seconds.
-        OSError: the lock file cannot be written, or the file system has no locks.
+        TimeoutError: if another process holds the lock for `wait` seconds.
+        OSError: if the lock file cannot be written or the file system does not support locks.
     """
     from filelock import FileLock, Timeout  # not for --help: it imports asyncio
 
@@ -36,19 +38,15 @@ def lock(path: Path, what: str, wait: float = -1.0, progress: Callable[[], objec
         held.acquire(timeout=0)
     except Timeout:
         waited = True
-        log.info("%s by %s: waiting", what, holder(path))
-        seen = progress and progress()
-        while not held.is_locked:
-            try:
-                held.acquire(timeout=wait)
-            except Timeout:
-                before, seen = seen, progress and progress()
-                if seen == before:
-                    raise TimeoutError(f"{what} by {holder(path)}: waited {wait:g} s") from None
+        log.info("%s by %s; waiting for it to finish", what, holder(path))
+        try:
+            held.acquire(timeout=wait)
+        except Timeout:
+            raise TimeoutError(f"{what} by {holder(path)}; waited {wait:g} s") from None
     except NotImplementedError as error:
         raise OSError(str(error)) from None
     try:
-        with contextlib.suppress(OSError):  # the note is for people
+        with contextlib.suppress(OSError):  # only used in messages
             write_json(note, {"host": socket.gethostname(), "pid": os.getpid(), "since": now()})
         yield waited
     finally:
@@ -59,23 +57,25 @@ def lock(path: Path, what: str, wait: float = -1.0, progress: Callable[[], objec
 
 @contextlib.contextmanager
 def run_lock(store: Path, name: str) -> Iterator[bool]:
-    """`lock` of the run called `name`: one process at a time trains it. Where there can be no lock, warn."""
+    """Lock the training run `name`. Logs a warning if the file system does not support locks."""
     path, waited = run_lock_file(store, name), False
     with contextlib.ExitStack() as stack:
         try:
             waited = stack.enter_context(lock(path, f"{name} is being trained"))
         except OSError as error:
-            log.warning("%s: no lock (%s), a second run of %s is possible", path, error.strerror or error, name)
+            log.warning(
+                "%s cannot be locked (%s); do not start a second run of %s", path, error.strerror or error, name
+            )
         yield waited
 
 
 def run_lock_file(store: Path, name: str) -> Path:
-    """The lock file of `run_lock`. The lock of an artifact ends in `.lock`, so the two are distinct."""
+    """Return the lock file of a run. Locks of artifacts end in `.lock`, so the two never collide."""
     return store / LOCKS / f"{name}.run-lock"
 
 
 def is_locked(path: Path) -> bool:
-    """Whether another process holds a lock file; one that cannot be tested counts as free."""
+    """Return whether another process holds the lock file. Returns False if this cannot be determined."""
     from filelock import FileLock, Timeout
 
     try:
@@ -89,7 +89,7 @@ def is_locked(path: Path) -> bool:
 
 
 def holder(path: Path) -> str:
-    """The process that holds a lock file, for a message."""
+    """Describe the process that holds a lock file."""
     note = read_json(_note(path))
     if not {"pid", "host", "since"} <= note.keys():
         return "another process"

@@ -1,4 +1,4 @@
-"""Upload the W&B runs that were tracked offline, and link the artifacts that they made and used.
+"""Upload offline W&B runs and link them to their input and output artifacts.
 
 python -m fusion.sync
 python -m fusion.sync runs=outputs/stage2
@@ -24,20 +24,18 @@ from fusion.tracking.wandb_run import relative
 USAGE = """\
 python -m fusion.sync [runs=DIR] [seconds=N]
 
-    runs=DIR      folder to search recursively for offline runs (default: outputs)
-    seconds=N     how long to wait for the upload of each run (default: 120)
+    runs=DIR      directory to search recursively for offline runs (default: outputs)
+    seconds=N     timeout for the upload of each run (default: 120)
 
-Uploads each run that is not uploaded yet with W&B's own `wandb sync`; the pieces of a run that was interrupted and
-resumed become one run. Then the artifacts that it made and used are linked to it. What is done is not done again, and
-a run that is still being trained is left for the next call.
+Uploads each offline run with `wandb sync` and links it to its input and output artifacts. The parts of an interrupted
+and resumed run become one run. Runs that are already uploaded or still being trained are skipped.
 
-Exit codes: 0 done, 1 a run could not be uploaded or linked, 2 no key, no server or a wrong command, 130 interrupted.
+Exit codes: 0 done, 1 a run could not be uploaded or linked, 2 no key, no server or an invalid command, 130 interrupted.
 """
-ALIVE_SECONDS = 120.0  # a run without a lock that was written to within this time counts as running
+ALIVE_SECONDS = 120.0  # a run without a lock is active if it was written within this time
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """The program; returns the exit code."""
     return run_program(words, USAGE, work)
 
 
@@ -48,24 +46,24 @@ def work(words: Sequence[str]) -> int:
         raise UserError(f"seconds={seconds}: expected a number above 0, such as seconds=600")
     folder = resolve_path(values.get("runs", "outputs"), "runs")
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected runs=DIR, the folder of runs")
+        raise UserError(f"{folder}: directory not found; expected runs=DIR with a directory of runs")
     return sync(folder, float(seconds))
 
 
 def sync(folder: Path, seconds: float) -> int:
-    """Upload and link all offline runs below `folder`, with a line for each; returns the exit code, 1 if one failed."""
+    """Upload and link all offline runs below `folder`, printing a line for each. Returns 1 if one failed, else 0."""
     runs = offline.find_offline(folder)
     failed = checked = False
     for number, run in enumerate(runs, 1):
         where, done = relative(run), []
         try:
             if _alive(run):
-                say(f"{where}: still being written, skipped until the next call")
+                say(f"{where}: skipped, still being written")
                 continue
             if offline.is_uploaded(run) and offline.open_links(run) is None:
                 say(f"{where}: already uploaded")
                 continue
-            if failed or not checked:  # after a failure the server may be gone
+            if failed or not checked:  # after a failure, check that the server is still reachable
                 offline.check_connection()
                 checked = True
             if not offline.is_uploaded(run):
@@ -91,7 +89,7 @@ def sync(folder: Path, seconds: float) -> int:
 
 
 def _alive(piece: Path) -> bool:
-    """Whether a job still writes to its run: what is uploaded of such a run would count as all of it."""
+    """Return whether a job is still writing to its run; a partially uploaded run would be treated as complete."""
     import yaml
 
     job = piece.parent.parent
@@ -99,9 +97,9 @@ def _alive(piece: Path) -> bool:
         return False
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         config = yaml.safe_load((job / CONFIG).read_text(encoding="utf-8"))
-        store = Path(config["store"])  # relative to where the job was started, which may be another folder
+        store = Path(config["store"])  # relative to the working directory of the job
         if "resume" in config and store.is_dir():
-            return is_locked(run_lock_file(store, str(config["name"])))  # released when the process dies
+            return is_locked(run_lock_file(store, str(config["name"])))  # released when the process exits
     written = max((file.stat().st_mtime for file in piece.glob("*.wandb")), default=0.0)
     return time.time() - written < ALIVE_SECONDS
 

@@ -1,7 +1,7 @@
-"""Text for terminals, logs and shells.
+"""Strings for terminals, logs and shells.
 
-Text from outside (manifests, data values, file names, a hub's answers) passes through `printable` before it is
-printed. Values, overrides and commands in messages are written in Hydra's override syntax, without Hydra.
+External strings (manifests, data values, file names, responses of the Hub) must be escaped with `printable` before
+they are printed. Values, overrides and commands in messages use Hydra's override syntax, without importing Hydra.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
-PROGRESS = "FUSION_PROGRESS"  # environment: 0 draws no progress bar
+PROGRESS = "FUSION_PROGRESS"  # environment variable: 0 disables progress bars
 SHOWN = 60  # characters of a value or a name in a message
 NAMES = 20  # names in a message
 _short = reprlib.Repr()
@@ -27,7 +27,7 @@ _short.maxstring = _short.maxother = _short.maxlong = SHOWN
 
 
 def printable(text: str) -> str:
-    """Escape all but printable characters, tabs and line feeds, such as control characters and lone surrogates."""
+    """Escape all characters except printable ones, tabs and line feeds."""
     if text.isprintable():
         return text
     return "".join(
@@ -36,20 +36,20 @@ def printable(text: str) -> str:
 
 
 def shortened(value: Any, most: int = 300) -> str:
-    """A text, or a value as an override writes it: `printable`, and cut to a number of characters."""
+    """Return a printable string, or a value in override syntax, truncated to `most` characters."""
     text = printable(value if isinstance(value, str) else hydra_value(value))
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def shown(value: Any) -> str:
-    """A raw value for a message, with its type."""
+    """Return a value with its type, for a message."""
     if value is None:
         return "null"
     return f"{shortened(_short.repr(value), SHOWN)} ({type(value).__name__})"
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names for a message, on one line: a bounded number, each of a bounded length."""
+    """Join names on one line for a message, limiting their number and length."""
     every = list(names)
     words = [name if name.isprintable() and len(name) <= SHOWN else _short.repr(name) for name in every[:NAMES]]
     if len(every) > NAMES:
@@ -63,7 +63,7 @@ class _PrintableRecord(logging.LogRecord):
 
 
 def printable_output() -> None:
-    """Make every log message of this process `printable`, and escape what stdout's encoding does not have."""
+    """Escape unprintable characters in all log messages, and unencodable ones on stdout."""
     logging.setLogRecordFactory(_PrintableRecord)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -76,7 +76,7 @@ def log_once(log: logging.Logger, line: str) -> None:
 
 
 class ConsoleHandler(logging.StreamHandler[TextIO]):
-    """Log to the `sys.stdout` of the moment, through which a progress bar prints lines above itself."""
+    """Log to the current `sys.stdout`, which a progress bar replaces to print lines above itself."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         logging.Handler.__init__(self)
@@ -87,37 +87,37 @@ class ConsoleHandler(logging.StreamHandler[TextIO]):
 
 
 def at_terminal(stream: TextIO) -> bool:
-    """Whether a stream is a terminal that can move its cursor."""
+    """Return whether a stream is a terminal with cursor control."""
     return not stream.closed and stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 def shows_progress() -> bool:
-    """Whether progress bars are drawn: at a terminal, unless FUSION_PROGRESS is 0."""
+    """Return whether progress bars are drawn: on a terminal, unless FUSION_PROGRESS=0."""
     return os.environ.get(PROGRESS) != "0" and at_terminal(sys.stdout) and at_terminal(sys.stderr)
 
 
 def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """`: did you mean rte or cb?` for an unknown name; empty where no known one is similar."""
+    """Return `: did you mean rte or cb?` for an unknown name, or an empty string if no name is similar."""
     near = difflib.get_close_matches(word, list(known), 3, cutoff)
     return f": did you mean {' or '.join(near)}?" if near else ""
 
 
 def repeated(values: Iterable[str]) -> list[str]:
-    """Each value that comes twice or more, in the order of the first of them."""
+    """Return the values that occur more than once, in order of first occurrence."""
     return [value for value, count in Counter(values).items() if count > 1]
 
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./:+@%-]+")
-# What Hydra reads as null, a truth value or a number unless it is quoted.
+# Unquoted strings that Hydra parses as null, a boolean or a number.
 OTHER_TYPE = re.compile(
     r"null|true|false|[-+]?(inf|nan|(0|[1-9](_?\d)*)|((0|[1-9](_?\d)*)\.?|(0|[1-9](_?\d)*)?\.\d(_?\d)*)(e[-+]?\d(_?\d)*)?)",
     re.IGNORECASE,
 )
-_STRUCTURE = re.compile(r"[\[\]{}()'\",=]")  # lists, dicts, calls, quotes, sweeps: not a plain text
+_STRUCTURE = re.compile(r"[\[\]{}()'\",=]")  # lists, dicts, calls, quotes, sweeps
 
 
 def hydra_value(value: Any) -> str:
-    """A value as an override writes it: `null`, `true`, `0.0001`, `[a,b]`, `{a:1}`, text that means that very text."""
+    """Format a value in override syntax: `null`, `true`, `0.0001`, `[a,b]`, `{a:1}`, or a quoted string if needed."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -140,17 +140,17 @@ def hydra_value(value: Any) -> str:
 
 
 def override(key: str, value: Any) -> str:
-    """KEY=VALUE for Hydra; `shell_line` and `shlex.quote` quote it for a shell."""
+    """Format KEY=VALUE for Hydra; use `shell_line` or `shlex.quote` to quote it for a shell."""
     return f"{key}={hydra_value(value)}"
 
 
 def shell_line(module: str, words: Sequence[str]) -> str:
-    """`python -m fusion.MODULE ...` for a shell, of overrides as Hydra reads them."""
+    """Format a `python -m fusion.MODULE` command with overrides for a shell."""
     return shlex.join(["python", "-m", f"fusion.{module}", *words])
 
 
 def flat(values: Mapping[Any, Any], separator: str = ".", prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`{"optim": {"lr": 1e-4}}` -> ("optim.lr", 1e-4), in the order of the keys. Mappings in a list have numbers."""
+    """Flatten `{"optim": {"lr": 1e-4}}` to ("optim.lr", 1e-4), sorted by key; lists of mappings are indexed."""
     for key, value in sorted(values.items(), key=lambda item: str(item[0])):
         if isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
             value = dict(enumerate(value))
@@ -161,17 +161,17 @@ def flat(values: Mapping[Any, Any], separator: str = ".", prefix: str = "") -> I
 
 
 def is_within(key: str, groups: Iterable[str]) -> bool:
-    """Whether a dotted key is one of `groups` or below one."""
+    """Return whether a dotted key is one of `groups` or below one of them."""
     return any(f"{key}.".startswith(f"{group}.") for group in groups)
 
 
 def key_of(word: str) -> str:
-    """The key of an override: `task` of `+task=rte`."""
+    """Return the key of an override: `task` for `+task=rte`."""
     return word.lstrip("+~").partition("=")[0].partition("@")[0]
 
 
 def quoted(word: str) -> str:
-    """An override with quotes around a value that is one text with other characters than letters and digits."""
+    """Quote the value of an override if it is a string with special characters."""
     key, _, value = word.partition("=")
     plain = not value or _PLAIN.fullmatch(value) or _STRUCTURE.search(value)
     return word if plain else f"{key}={hydra_value(value)}"

@@ -223,7 +223,7 @@ def test_a_damaged_artifact(trained: Bench, tmp_path: Path, say: Say) -> None:
     shutil.copytree(trained.folder / "store" / "films", broken)
     (broken / MANIFEST).write_text("{")
     code, out, err = say("films", str(broken))
-    assert (code, out) == (2, "") and "is not JSON" in err and len(err.splitlines()) == 1
+    assert (code, out) == (2, "") and "is not valid JSON" in err and len(err.splitlines()) == 1
 
 
 def test_control_characters_are_not_printed(trained: Bench, tmp_path: Path, say: Say) -> None:

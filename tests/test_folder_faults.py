@@ -100,8 +100,8 @@ def test_a_disk_that_fills_at_the_end_keeps_the_artifact(place: Path, seed: int)
     done = start(place, *words)
     assert done.returncode == 1
     told = lines(done)
-    assert any(f"store/made is stored, but {place}/run cannot be written any more" in line for line in told)
-    assert "run the same command again to write result.json" in told[-1]
+    assert any(f"store/made was saved, but {place}/run is no longer writable" in line for line in told)
+    assert "rerun the command to write result.json" in told[-1]
     assert len(told) <= 3
     assert (place / "store" / "made").read_text() == "weights"
     assert not (place / "run" / "result.json").exists()
@@ -123,7 +123,7 @@ def test_a_disk_that_fills_in_a_sweep(place: Path) -> None:
     assert any("1-mine-seed-1" in line and "no status" in line for line in told) and len(told) <= 9
     again = start(place, "-m", "seed=3,1", "hydra.sweep.dir=sweep")
     assert again.returncode == 0, again.stderr
-    assert "2 jobs: 2 done already, 0 continued, 0 trained, 0 failed" in again.stdout
+    assert "2 jobs: 2 already done, 0 resumed, 0 trained, 0 failed" in again.stdout
 
 
 # --- the parts ----------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def test_an_unwritable_result_names_the_stored_artifact(tmp_path: Path) -> None:
         (run.directory / "result.json").mkdir()
         return {"artifact": "store/rte"}  # what was looked at, and not what was made
 
-    with pytest.raises(TrainingError, match=r"^the job is done, but .*/run cannot be written any more"):
+    with pytest.raises(TrainingError, match=r"^the job is done, but .*/run is no longer writable"):
         record(run, work)
     status = json.loads((run.directory / "status.json").read_text())
     assert status["status"] == "failed" and "the job is done" in status["error"]

@@ -124,7 +124,7 @@ def test_the_same_command_twice_at_once(place: Path, arguments: list[str], train
         assert "2 jobs: 2 new\n" in output.read_text()
         # Either of the two may train the second job.
         counts = re.findall(
-            r"2 jobs: \d done already, 0 continued, (\d) trained", output.read_text() + waiting.read_text()
+            r"2 jobs: \d already done, 0 resumed, (\d) trained", output.read_text() + waiting.read_text()
         )
         assert len(counts) == 2 and sum(map(int, counts)) == 2
 
@@ -175,4 +175,4 @@ def test_a_store_without_locks_is_a_warning(tmp_path: Path, caplog: pytest.LogCa
     (tmp_path / ".locks").write_text("a file")
     with run_lock(tmp_path, "rte") as waited:
         assert not waited
-    assert "no lock (" in caplog.text and "second run of rte" in caplog.text
+    assert "cannot be locked (" in caplog.text and "second run of rte" in caplog.text

@@ -259,7 +259,7 @@ def test_a_finished_run_is_skipped(bench: Bench, monkeypatch: pytest.MonkeyPatch
 def test_another_run_of_the_same_name_is_refused_with_the_keys(bench: Bench) -> None:
     bench.stage1("films")
     changed = {"optim": OptimConfig(lr=1e-3, patience=None)}
-    with pytest.raises(UserError, match=r"optim\.lr: 0\.005 there, 0\.001 here[\s\S]*overwrite=true"):
+    with pytest.raises(UserError, match=r"optim\.lr: 0\.005 stored, 0\.001 now[\s\S]*overwrite=true"):
         bench.stage1("films", **changed)
     before = bench.weights("films")
     bench.stage1("films", **changed, overwrite=True)
@@ -272,7 +272,7 @@ def test_a_retrained_source_changes_the_identity_of_a_fusion(bench: Bench) -> No
     before = bench.evaluate("books-adapterfusion")["metrics"]
     bench.stage1("films", seed=7, overwrite=True)
     assert bench.evaluate("books-adapterfusion")["metrics"] == before  # it keeps its own sources
-    changed = r"sources: films is another artifact now \(\w{8} there, \w{8} here\)\nKeep both"
+    changed = r"sources: films has changed \(\w{8} stored, \w{8} now\)\nSet name=NAME to keep both"
     with pytest.raises(UserError, match=changed):
         bench.stage2("books", ["films"])
 
@@ -664,9 +664,9 @@ def test_a_finished_multi_task_run_is_skipped_and_a_different_one_refused(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = bench.multitask("films", "books")
-    with pytest.raises(UserError, match=r"method\.temperature: 2\.0 there, 1\.0 here"):
+    with pytest.raises(UserError, match=r"method\.temperature: 2\.0 stored, 1\.0 now"):
         bench.multitask("films", "books", method=MethodConfig("multitask_adapter", temperature=1.0))
-    with pytest.raises(UserError, match=r'tasks\.1\.name: "books" there, "plays" here'):
+    with pytest.raises(UserError, match=r'tasks\.1\.name: "books" stored, "plays" now'):
         bench.multitask("films", "plays", name=first["name"])
     monkeypatch.setattr(lightning.Trainer, "fit", lambda *_, **__: pytest.fail("trained again"))
     assert bench.multitask("films", "books") == first

@@ -1,1 +1,1 @@
-"""The Hydra application and what its commands print."""
+"""The Hydra application and the output of its commands."""

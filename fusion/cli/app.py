@@ -1,6 +1,6 @@
-"""The Hydra application: makes a command line program of a function of (config, run).
+"""Build a Hydra command line program from a function of (config, run).
 
-Exit codes: 0 done, 2 a wrong command or config, 1 a failed job, 130 interrupted, 143 terminated.
+Exit codes: 0 success, 2 invalid command or config, 1 failed job, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ from fusion.training.expected_warnings import ignore_expected_warnings
 log = logging.getLogger(__name__)
 
 CONFIG_ERRORS = (UserError, HydraException, OmegaConfBaseException, YAMLError)
-COMPOSING_ERRORS = (ValueError, AssertionError)  # what Hydra raises besides, for overrides it cannot place
-# Of this process: Hydra itself creates the callback.
+COMPOSING_ERRORS = (ValueError, AssertionError)  # also raised by Hydra for invalid overrides
+# Global, since Hydra instantiates the callback.
 _command: Command
 _sweep: Sweep | None = None
 
@@ -61,13 +61,13 @@ def command(
     check: Callable[[Any, Run], RunState | None],
     settle: Callable[[Any, Sequence[str]], None] = lambda config, overrides: None,
 ) -> Callable[[Function], Callable[[], None]]:
-    """Decorate a function as the program of `conf/NAME.yaml`, typed by `schema`.
+    """Decorate a function as the program of `conf/NAME.yaml` with the config dataclass `schema`.
 
-    The function gets the typed config and the Run, and returns the content of result.json.
+    The function takes the typed config and the Run, and returns the content of result.json.
 
     Args:
-        check: cheap; raises UserError, and may return the state of the run. It is called for every job of a sweep
-            before the first one starts, and for each job again when it starts.
+        check: raises UserError, and may return the state of the run. Called for every job of a sweep before the first
+            one starts, and again for each job when it starts.
         settle: replaces placeholders of the typed config, such as sources=all, given the overrides.
     """
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)  # in the defaults of conf/NAME.yaml
@@ -90,34 +90,34 @@ def _main(command: Command) -> int:
     wandb_state.reset()
     printable_output()
     ignore_expected_warnings()
-    logging.raiseExceptions = False  # a full disk would fill the terminal with tracebacks
+    logging.raiseExceptions = False  # a full disk would print many tracebacks
     if (rank := processes.job_of_this_rank()) is not None:
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(command.schema), rank.config))
         return processes.run_rank(rank, lambda: command.function(typed, rank.run))
     words = sys.argv[1:]
-    if any(re.match(r"\+*task=\{", word) for word in words):  # Hydra has no message for it
-        return _error(f"+task={{...}}: a task is one file: expected +task=NAME\n{OWN_TASK}", 2)
+    if any(re.match(r"\+*task=\{", word) for word in words):  # Hydra prints no message
+        return _error(f"+task={{...}}: expected the name of a task, +task=NAME\n{OWN_TASK}", 2)
     program = processes.program(command.function)
-    codes: list[int] = []  # of this process's jobs
+    codes: list[int] = []  # exit codes of the jobs in this process
 
     def job(composed: DictConfig) -> Any:
         try:
             with signals.raised():  # a launcher may run the job in its own process
                 return _job(command, program, composed, codes)
         finally:
-            # A Trainer is a reference cycle that holds the model: a sweep would hold more than one at once. Only here
-            # the job's own frames are gone, and the traceback of one that failed.
+            # A Trainer and its model form a reference cycle, so a sweep would keep multiple models in memory.
             gc.collect()
 
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and does not print and end with 1
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of exiting with 1
     try:
         texts = text_keys(command.schema) | groups()
         typed_words = [as_text(word, texts) for word in words]
-        sys.argv[1:] = sorted(typed_words, key=lambda word: word not in ("-m", "--multirun"))  # overrides side by side
+        # Hydra requires contiguous overrides.
+        sys.argv[1:] = sorted(typed_words, key=lambda word: word not in ("-m", "--multirun"))
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=command.name)(job)()
-    except Refused as error:
+    except PreflightError as error:
         return _error(*error.args)
-    except (*CONFIG_ERRORS, *COMPOSING_ERRORS) as error:  # a job's own errors do not get here
+    except (*CONFIG_ERRORS, *COMPOSING_ERRORS) as error:  # errors of jobs are handled in `_job`
         return _error(explain(error, command.schema, words), 2)
     except (KeyboardInterrupt, signals.Terminated) as error:
         if _sweep is None:
@@ -131,16 +131,16 @@ def _main(command: Command) -> int:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except Exception as error:
         hint = ""
-        if isinstance(error, OSError):  # of Hydra's own files
-            hint = "\nAn output folder cannot be written: hydra.run.dir= or hydra.sweep.dir= names another"
-        if not _end_of_sweep() and not hint:  # a launcher misses a job that died: it is in the list
+        if isinstance(error, OSError):  # from files that Hydra writes
+            hint = "\nSet hydra.run.dir=DIR or hydra.sweep.dir=DIR to a writable directory"
+        if not _end_of_sweep() and not hint:  # a launcher raises for a killed job, which is listed
             traceback.print_exc()
         return _error(f"{command.name} failed: {describe(error)}{hint}", 1)
     return max(codes, default=0) if _sweep is None else _end_of_sweep()
 
 
 def _job(command: Command, program: list[str], composed: DictConfig, codes: list[int]) -> Any:
-    """Run one job; a training returns its `objective`. A failure is recorded: a sweep continues with the next job."""
+    """Run one job and return the `objective` of a training run. Records failures, so that a sweep continues."""
     from fusion.training import processes
 
     launch: Any = HydraConfig.get()
@@ -150,8 +150,8 @@ def _job(command: Command, program: list[str], composed: DictConfig, codes: list
         state = command.check(typed, run)
         if isinstance(typed, StageConfig) and run.rank_zero:
             if lock.enter_context(run_lock(Path(typed.store), str(typed.name))):
-                state = command.check(typed, run)  # the process that held the lock may have done it
-            texts = {"interrupted": "was interrupted: resuming", "failed": "failed the last time: running it again"}
+                state = command.check(typed, run)  # the process that held the lock may have finished it
+            texts = {"interrupted": "was interrupted: resuming", "failed": "failed before: rerunning"}
             if state is not None and (text := texts.get(state.state)) is not None:
                 log.info("%s %s%s", typed.name, text, f" ({state.detail})" if state.detail else "")
             elif state is not None and state.state == "new" and state.detail:
@@ -164,7 +164,7 @@ def _job(command: Command, program: list[str], composed: DictConfig, codes: list
             return processes.launch(program, run.config, run, ranks)
         return command.function(typed, run)
 
-    if _sweep is None and is_sweep(launch):  # one of a launcher's processes, which share a terminal
+    if _sweep is None and is_sweep(launch):  # a launcher's processes share a terminal
         os.environ[PROGRESS] = "0"
     try:
         with contextlib.ExitStack() as lock:
@@ -179,22 +179,22 @@ def _job(command: Command, program: list[str], composed: DictConfig, codes: list
             if not is_sweep(launch) and not isinstance(error, TrainingError):
                 traceback.print_exc()
             codes.append(_error(f"{command.name} failed: {message} (log: {run.directory}/run.log)", 1))
-        if is_sweep(launch) and not is_hydras_own(launch.sweeper):  # it decides what a failed job means
+        if is_sweep(launch) and not is_hydras_own(launch.sweeper):  # a custom sweeper handles failed jobs
             raise JobFailed(message) from None
         return None
     codes.append(0)
     if run.rank_zero and not is_sweep(launch):
-        from fusion.cli.next_commands import end_of_run
+        from fusion.cli.finished import end_of_run
 
         end_of_run(run, result)
     return objective(typed, result) if isinstance(typed, StageConfig) and result.get("metrics") else result
 
 
 def _end_of_sweep() -> int:
-    """Print how a sweep went: a table, one line of counts, and which jobs failed; returns 1 where one did."""
+    """Print the table of a sweep, one line of counts, and the failed jobs. Returns 1 if any job failed."""
     if _sweep is None:
         return 0
-    from fusion.cli.next_commands import end_of_sweep
+    from fusion.cli.finished import end_of_sweep
 
     end_of_sweep(_command.name, _sweep.folder, _sweep.jobs())
     line, failed = _sweep.outcome()
@@ -203,10 +203,9 @@ def _end_of_sweep() -> int:
 
 
 def _error(message: str, code: int) -> int:
-    """Print a message on stderr; returns the code."""
     if os.environ.get("FUSION_DEBUG", "0") not in ("", "0") and sys.exc_info()[1] is not None:
         traceback.print_exc()
-    with contextlib.suppress(OSError):  # the terminal may be a file on the disk that is full
+    with contextlib.suppress(OSError):  # stderr may be redirected to a full disk
         print(printable(message), file=sys.stderr, flush=True)
     return code
 
@@ -214,33 +213,33 @@ def _error(message: str, code: int) -> int:
 # --- checks before the first job -------------------------------------------------------------------
 
 
-class Refused(BaseException):
-    """Ends the program before its first job, with a message and an exit code.
+class PreflightError(BaseException):
+    """A message and an exit code for a config error found before the first job.
 
-    Not an Exception, since Hydra turns those of a callback into warnings.
+    Derives from BaseException, since Hydra turns an Exception in a callback into a warning.
     """
 
 
 class Preflight(Callback):
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        with _refusing():
+        with _preflight_errors():
             _command.check(*prepare(_command, config, config.hydra))
             _output_folder(config, "run")
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         global _sweep
-        with _refusing():
+        with _preflight_errors():
             folder = _output_folder(config, "sweep")
             words = [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
-            # As they were typed: `name=rte-${seed}` is another name in each job.
+            # Unresolved, since `name=rte-${seed}` differs between jobs.
             words += cast(list[str], OmegaConf.to_container(config.hydra.overrides.task, resolve=False))
             overrides = parse(words)
-            # Every job of the sweep, in any process, reads from this what all jobs have in common.
+            # Tells all jobs of the sweep, in any process, which overrides are the same for all of them.
             constant = ",".join(f"'{one.key_or_group}'" for one in overrides if not one.is_sweep_override())
             config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{constant}]")
             if is_hydras_own(config.hydra.sweeper):
                 _sweep = _checked_sweep(config, folder, overrides)
-            else:  # another sweeper chooses its jobs as it goes: each is checked when it starts
+            else:  # a custom sweeper: each job is checked when it starts
                 _sweep = Sweep.start(folder)
             wandb_state.sweep = folder.absolute()
 
@@ -268,39 +267,39 @@ def _checked_sweep(config: DictConfig, folder: Path, overrides: list[Override]) 
                 raise UserError(_same_name(str(typed.name), first, job, overrides))
     for place in planned:
         if place.exists() and not place.is_dir():
-            raise UserError(f"{place}: this is a file, expected a folder; hydra.sweep.dir=DIR names another")
+            raise UserError(f"{place} is a file; set hydra.sweep.dir=DIR to a different directory")
     if states:
         say(summarize_states(states), flush=True)
     return Sweep.start(folder, planned)
 
 
 def _output_folder(config: DictConfig, mode: str) -> Path:
-    """hydra.run.dir or hydra.sweep.dir, where Hydra itself will make it: it does not expand `~`."""
+    """Return hydra.run.dir or hydra.sweep.dir. Raises UserError for `~`, which Hydra does not expand."""
     text, key = str(config.hydra[mode].dir), f"hydra.{mode}.dir"
     if text.startswith("~"):
-        raise UserError(f"{key}={text}: ~ is not expanded here; expected the whole path")
+        raise UserError(f"{key}={text}: ~ is not expanded; expected an absolute or relative path")
     return check_writable(text, key)
 
 
 def _same_name(name: str, first: Sequence[str], second: Sequence[str], overrides: Sequence[Override]) -> str:
-    """The message for two jobs of a sweep that would be stored under one name."""
+    """Return the message for two jobs of a sweep with the same artifact name."""
     if list(first) == list(second):
-        return f"two jobs of this sweep are the same: {' '.join(first)}\nexpected each value of a sweep once"
+        return f"two jobs of this sweep are identical: {' '.join(first)}\nexpected distinct values"
     pairs = [pair for pair in zip(first, second, strict=True) if pair[0] != pair[1]]
     jobs = " and ".join(" ".join(words) for words in zip(*pairs, strict=True))
     keys = [one.key_or_group for one in overrides if one.is_sweep_override() and one.key_or_group != "name"]
     keys = [f"{key}.name" if key in ("task", "adapter", "composition", "method") else key for key in keys]
     made = shlex.quote("-".join(["name=NAME", *(f"${{{key}}}" for key in keys or ["seed"])]))
-    return f"two jobs of this sweep would both be stored as {name}: {jobs}\ngive each its own name with {made}"
+    return f"two jobs of this sweep have the name {name}: {jobs}\nset distinct names with {made}"
 
 
 @contextlib.contextmanager
-def _refusing() -> Iterator[None]:
-    """Let no error in a callback pass as a warning."""
+def _preflight_errors() -> Iterator[None]:
+    """Raise `PreflightError` for errors in a callback, which Hydra would turn into warnings."""
     try:
         yield
     except CONFIG_ERRORS as error:
-        raise Refused(explain(error, _command.schema), 2) from error
+        raise PreflightError(explain(error, _command.schema), 2) from error
     except Exception as error:
         traceback.print_exception(error)
-        raise Refused(f"{_command.name} failed: {describe(error)}", 1) from error
+        raise PreflightError(f"{_command.name} failed: {describe(error)}", 1) from error

@@ -1,4 +1,4 @@
-"""Where configs come from: the shipped conf/, the user's folders, the schemas, the tables of the code, typed words."""
+"""Sources of configs: the shipped conf/, directories of the user, dataclasses, and command line overrides."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fusion.errors import UserError
 from fusion.files import resolve_path
 from fusion.text import OTHER_TYPE
 
-# Groups without files in conf/: each name of a table is a choice.
+# Groups without files in conf/, whose choices are the keys of a table.
 TABLES: dict[str, Collection[str]] = {"composition": COMPOSITIONS, "method": METHODS}
 for _group, _names in TABLES.items():
     for _name in _names:
@@ -28,7 +28,7 @@ for _group, _names in TABLES.items():
 
 
 def types_of(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key of a schema, dotted, with its type."""
+    """Yield every dotted key of a schema with its type."""
     for name, kind in get_type_hints(schema).items():
         yield prefix + name, kind
         for inner in (kind, *get_args(kind)):
@@ -37,27 +37,24 @@ def types_of(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def keys_of(schema: type) -> list[str]:
-    """Every key of a schema, dotted: "seed", "optim.lr", ..."""
+    """Return every dotted key of a schema: "seed", "optim.lr", ..."""
     return [key for key, _ in types_of(schema)]
 
 
-# --- folders --------------------------------------------------------------------------------------
-
-
 def conf_folder() -> Path:
-    """The shipped `conf/`: inside the package once it is installed, beside it in a checkout."""
+    """Return the shipped `conf/`: inside the installed package, or next to it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     return next(folder for folder in (package / "conf", package.parent / "conf") if folder.is_dir())
 
 
 def user_conf_folders() -> list[Path]:
-    """The folders of a user's own tasks and experiments: `./conf` and `$FUSION_CONF`, which must be a folder."""
+    """Return the directories of user-defined tasks and experiments: `./conf` and `$FUSION_CONF`."""
     folders = [Path.cwd() / "conf"]
     if named := os.environ.get("FUSION_CONF"):
         folders.append(resolve_path(named, "FUSION_CONF"))
         if not folders[-1].is_dir():
-            raise UserError(f"FUSION_CONF={named}: no such folder")
-    # A folder with launch.yaml is a checkout's copy of the shipped one.
+            raise UserError(f"FUSION_CONF={named}: directory not found")
+    # A directory with launch.yaml is the shipped one in a checkout.
     found = [path.resolve() for path in folders if path.is_dir() and not (path / "launch.yaml").is_file()]
     return list(dict.fromkeys(found))
 
@@ -72,31 +69,29 @@ Plugins.instance().register(UserConf)
 
 
 def groups() -> set[str]:
-    """The config groups: folders of the shipped conf/ and of the user's, and tables."""
+    """Return the names of all config groups."""
     folders = (path for conf in (conf_folder(), *user_conf_folders()) for path in conf.iterdir())
     return {*TABLES} | {path.name for path in folders if path.is_dir()}
 
 
 def check_place(choice: str) -> None:
-    """Refuse a choice, GROUP/NAME, that more than one folder or table has."""
+    """Raise UserError if a choice, GROUP/NAME, is defined more than once."""
     group, _, name = choice.rpartition("/")
-    if not group:  # of a command
+    if not group:  # config of a command
         return
     files = (folder / f"{choice}.yaml" for folder in (conf_folder(), *user_conf_folders()))
     places = [str(file) for file in files if file.is_file()]
-    places += ["the built-in ones"] if name in TABLES.get(group, ()) else []
+    places += ["the built-in choices"] if name in TABLES.get(group, ()) else []
     if len(places) > 1:
-        raise UserError(f"{group} {name} is in two places: {' and '.join(places)}\ngive your own another name")
+        raise UserError(f"{group} {name} is defined in {' and '.join(places)}; rename your own")
 
 
-# --- words of the command line --------------------------------------------------------------------
-
-LISTS_OF_NAMES = ("sources", "tasks", "runs")  # of type Any, since a word such as `all` may be their value
+LISTS_OF_NAMES = ("sources", "tasks", "runs")  # of type Any, since a string such as `all` is also allowed
 _ENTRY = re.compile(rf"(?<![^\[,])(\s*)({OTHER_TYPE.pattern})(?=\s*($|[,\]]))", re.IGNORECASE)
 
 
 def text_keys(schema: type) -> set[str]:
-    """The keys whose values are text, or lists of text."""
+    """Return the keys whose values are strings or lists of strings."""
     types = dict(types_of(schema))
     kinds = {key: {kind, *get_args(kind)} for key, kind in types.items()}
     return {
@@ -105,10 +100,9 @@ def text_keys(schema: type) -> set[str]:
 
 
 def as_text(word: str, keys: Collection[str]) -> str:
-    """An override of one of `keys` in which what Hydra would read as a number or a boolean is quoted.
+    """Quote values of string keys that Hydra would parse as a number or boolean, such as `name=true`.
 
-    `name=true` and `+task=1e3` mean the names that were typed, not True and 1000.0. Null stays null, except where
-    it can only be a name: `+task=null`, `sources=[null]`.
+    Null remains null, unless it can only be a name: `+task=null`, `sources=[null]`.
     """
     match = re.fullmatch(r"(\+{0,2}([\w./-]+)=)(.*)", word)
     if match is None or match[2] not in keys or re.search("[({'\"]", match[3]):

@@ -1,4 +1,4 @@
-"""What commands print (plain columns and no bar where there is no terminal), and programs without Hydra."""
+"""Output of commands (plain columns and no progress bar outside a terminal), and programs without Hydra."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Row = Sequence[str]
 
 
 def say(text: str = "", file: TextIO | None = None, flush: bool = False) -> None:
-    """Print text that may come from outside, on stdout by default."""
+    """Print a string that may contain external text, by default on stdout."""
     print(printable(text), file=file or sys.stdout, flush=flush)
 
 
 def show_table(rows: Sequence[Row]) -> None:
-    """Print a table, titles first. Nothing in it is cut."""
+    """Print a table with titles in the first row, without truncating cells."""
     if not at_terminal(sys.stdout):
         say("\n".join(columns(rows)))
         return
@@ -40,7 +40,7 @@ def show_table(rows: Sequence[Row]) -> None:
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
-    """The lines of a table in plain text: aligned columns, two spaces between them."""
+    """Return the lines of a plain-text table: aligned columns separated by two spaces."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -61,7 +61,7 @@ def formatted(value: float | None, form: str) -> str:
 
 @contextlib.contextmanager
 def rows_progress(description: str, rows: int) -> Iterator[Callable[[int], None] | None]:
-    """Draw a progress bar over rows inside the block. Yields what advances it, None where no bar is drawn."""
+    """Draw a progress bar inside the block. Yields a callable that advances it, or None without a bar."""
     if not shows_progress():
         yield None
         return
@@ -73,11 +73,8 @@ def rows_progress(description: str, rows: int) -> Iterator[Callable[[int], None]
         yield lambda done: progress.advance(task, done)
 
 
-# --- programs of plain words ----------------------------------------------------------------------
-
-
 def run_program(words: Sequence[str] | None, usage: str, work: Callable[[Sequence[str]], int]) -> int:
-    """Do the work with the command line (None: of this process); returns its exit code, 2 for a UserError."""
+    """Run a program with the given words or `sys.argv`. Returns the exit code, 2 for a UserError."""
     given = sys.argv[1:] if words is None else words
 
     def run() -> int:
@@ -103,17 +100,18 @@ def run_program(words: Sequence[str] | None, usage: str, work: Callable[[Sequenc
 def read_arguments(
     words: Sequence[str], keys: Mapping[str, str], count: tuple[int, int], expected: str
 ) -> tuple[list[str], dict[str, str]]:
-    """The names and the KEY=VALUE words of a command line, or UserError.
+    """Parse the names and the KEY=VALUE words of a command line. Raises UserError for invalid words.
 
     Args:
-        keys: each key with an example of its value, such as DIR.
-        count, expected: the least and the most names, and what they are, for the message.
+        keys: allowed keys with an example value, such as DIR.
+        count: minimum and maximum number of names.
+        expected: description of the names for the message.
     """
     names: list[str] = []
     values: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
-        if not equals or not re.fullmatch(r"\w+", key):  # a path may have a = in it
+        if not equals or not re.fullmatch(r"\w+", key):  # a path may contain =
             names.append(word)
         elif key not in keys:
             known = ", ".join(f"{key}={example}" for key, example in keys.items())

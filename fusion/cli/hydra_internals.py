@@ -1,4 +1,4 @@
-"""Everything that replaces or relies on a private part of Hydra, each with its reason."""
+"""Replacements and uses of private parts of Hydra, each with its reason."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fusion.config.task import read_task_file
 
 
 class ConfigFiles(FileConfigSource):
-    """Hydra's reader of files, which checks task files, and reads no file twice: Hydra reads each repeatedly."""
+    """Hydra's file reader, extended to validate task files and cache files, which Hydra reads repeatedly."""
 
     read: ClassVar[dict[tuple[str, Path], tuple[tuple[int, int], ConfigResult]]] = {}
 
@@ -39,7 +39,7 @@ class ConfigFiles(FileConfigSource):
         if result is None or known != state:
             result = self._load(path, config_path)
             self.read[self.provider, path] = state, result
-        return copy.deepcopy(result)  # Hydra takes the defaults out of it
+        return copy.deepcopy(result)  # Hydra removes the defaults list
 
     def _load(self, path: Path, config_path: str) -> ConfigResult:
         if not config_path.startswith("task/"):
@@ -52,7 +52,7 @@ class ConfigFiles(FileConfigSource):
         )
 
 
-# Hydra identifies its readers by name, and registers its own again in a launcher's process.
+# Hydra identifies readers by name, and registers its own again in processes of a launcher.
 ConfigFiles.__name__ = FileConfigSource.__name__
 SourcesRegistry.instance().types["file"] = ConfigFiles
 
@@ -62,17 +62,17 @@ def _mode(self: Hydra, config_name: str | None, overrides: list[str]) -> RunMode
     return RunMode.__members__.get(modes[-1]) if modes else None
 
 
-# Hydra composes the whole config one more time to read hydra.mode, which only an override sets.
+# Hydra composes the config an additional time to read hydra.mode, which is only set by overrides.
 Hydra.get_mode = _mode  # type: ignore[method-assign]
 
 
 def compose_job(master: DictConfig, overrides: list[str], number: int) -> tuple[DictConfig, str]:
-    """The config of a job of a sweep, and its folder below hydra.sweep.dir as far as it is known by now."""
+    """Compose the config of a sweep job, and its directory relative to hydra.sweep.dir."""
     composed = GlobalHydra.instance().config_loader().load_sweep_config(master, overrides)
     with open_dict(composed):
         composed.hydra.job.num = composed.hydra.job.id = number
     before = HydraConfig.instance().cfg
-    HydraConfig.instance().set_config(composed)  # ${hydra:...} is resolved there
+    HydraConfig.instance().set_config(composed)  # to resolve ${hydra:...}
     try:
         return composed, str(composed.hydra.sweep.subdir)
     finally:
@@ -86,11 +86,11 @@ def parse(words: Sequence[str]) -> list[Override]:
 
 
 def split_into_jobs(overrides: list[Override]) -> list[list[str]]:
-    """The overrides of each job of a sweep; Hydra's sweeper has no public function for it."""
+    """Split swept overrides into one list per job. BasicSweeper exposes no public function for this."""
     (jobs,) = BasicSweeper.split_arguments(overrides, None)
     return [list(job) for job in jobs]
 
 
 def is_hydras_own(plugin: Any) -> bool:
-    """Whether the config of a sweeper names Hydra's BasicSweeper."""
+    """Return whether a sweeper is Hydra's BasicSweeper."""
     return str(plugin.get("_target_", "")).endswith(".BasicSweeper")

@@ -1,4 +1,4 @@
-"""From Hydra's config of one job to the typed settings and the Run of it."""
+"""Convert Hydra's config of one job to typed settings and a Run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fusion.runs.run import Run, RunState
 from fusion.store.compatibility import DEBUG
 from fusion.text import override, repeated
 
-# These decide a default name already, or are the name: a sweep over them adds nothing to it.
+# These keys already determine the default name, so a sweep over them adds nothing.
 NAMED_ANYWAY = ("task", "tasks", "name", "composition", "method")
 
 
@@ -42,7 +42,7 @@ class Command:
 
 
 def prepare(command: Command, composed: DictConfig, launch: DictConfig) -> tuple[Any, Run]:
-    """The typed config and the Run of one job, or UserError; `launch` is Hydra's part of the config."""
+    """Return the typed config and the Run of one job. `launch` is Hydra's part of the config."""
     choices = launch.runtime.choices
     config = copy.deepcopy(composed)
     with open_dict(config):
@@ -54,7 +54,7 @@ def prepare(command: Command, composed: DictConfig, launch: DictConfig) -> tuple
         typed: Any = OmegaConf.to_object(config)
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or "a key"
-        where = f" in the file of {choices.get('task')}" if key.startswith("task") else f": expected {key}=..."
+        where = f" in the file of {choices.get('task')}" if key.startswith("task") else f"; set {key}=..."
         raise UserError(f"{key} is required{where}") from None
     expand_paths(typed)
     command.settle(typed, tuple(launch.overrides.task))
@@ -66,7 +66,7 @@ def prepare(command: Command, composed: DictConfig, launch: DictConfig) -> tuple
         if choices.get("debug") and not typed.name.endswith(DEBUG):
             typed.name = f"{typed.name}{DEBUG}"
         if typed.trainer.profiler and not typed.trainer.default_root_dir:
-            typed.trainer.default_root_dir = str(directory)  # where Lightning puts the table
+            typed.trainer.default_root_dir = str(directory)  # output directory of the profile
     sweep = Path(launch.sweep.dir).name if is_sweep(launch) else None
     run = Run(
         command=command.name,
@@ -80,7 +80,7 @@ def prepare(command: Command, composed: DictConfig, launch: DictConfig) -> tuple
 
 
 def _extra_key(config: DictConfig, prefix: str = "") -> str | None:
-    """A key that the schema does not have: `+KEY=...` gets past Hydra's own check."""
+    """Return a key that is not in the schema, since Hydra does not check `+KEY=...`."""
     kind = OmegaConf.get_type(config)
     known = {field.name for field in fields(kind)} if is_dataclass(kind) else None
     for key, value in config.items_ex(resolve=False):
@@ -93,16 +93,16 @@ def _extra_key(config: DictConfig, prefix: str = "") -> str | None:
 
 
 def _set_tasks(command: Command, config: DictConfig, task: str | None) -> None:
-    """Give the task its name, or replace the names in `tasks` by the tasks."""
+    """Set the name of the task, or replace the names in `tasks` by task configs."""
     if (names := OmegaConf.select(config, "tasks")) is not None:
         if task is not None:
-            raise UserError(f"+task={task} and tasks= do not go together: tasks=[TASK,ANOTHER] names them all")
+            raise UserError(f"+task={task} and tasks= cannot be combined; list all tasks in tasks=[TASK,TASK]")
         names = OmegaConf.to_container(names) if OmegaConf.is_list(names) else names
         config.tasks = [_task_of(command, name) for name in _checked_names(names)]
     elif task is not None:
         config.task.name = task
     elif OmegaConf.select(config, "task") is not None:
-        raise UserError("a task is one file: expected +task=NAME; a sweep is -m +task=NAME,ANOTHER")
+        raise UserError("expected a single task +task=NAME, or a sweep -m +task=NAME,NAME")
     elif issubclass(command.schema, StageConfig):
         method = METHODS.get(OmegaConf.select(config, "method.name"))
         if method is None or not method.multitask:
@@ -111,20 +111,20 @@ def _set_tasks(command: Command, config: DictConfig, task: str | None) -> None:
 
 
 def _checked_names(names: Any) -> list[str]:
-    """Raises UserError where `tasks=` is no list of two names or more, each once."""
+    """Raise UserError if `tasks=` is not a list of at least two distinct names."""
     words = names if isinstance(names, list) else []
     if len(words) < 2 or not all(isinstance(name, str) and re.fullmatch(r"[\w.+/-]+", name) for name in words):
-        one = f"; a single one is +task={words[0]}" if len(words) == 1 else ""
+        one = f"; for a single task set +task={words[0]}" if len(words) == 1 else ""
         raise UserError(
             f"{override('tasks', names)}: expected names of at least two tasks, such as 'tasks=[snli,rte,cb]'{one}"
         )
     if twice := repeated(words):
-        raise UserError(f"{override('tasks', names)}: duplicate {', '.join(twice)}; expected each task once")
+        raise UserError(f"{override('tasks', names)}: expected distinct tasks, got duplicate {', '.join(twice)}")
     return words
 
 
 def _task_of(command: Command, name: str) -> DictConfig:
-    """The task that `+task=NAME` would give: the same search path, types and messages."""
+    """Compose the config of a task in the same way as `+task=NAME`."""
     loader = GlobalHydra.instance().config_loader()
     composed = loader.load_configuration(command.name, [f"+{override('task', name)}"], run_mode=RunMode.RUN)
     composed.task.name = name
@@ -136,16 +136,13 @@ def is_sweep(launch: DictConfig) -> bool:
 
 
 def _is_rank_zero() -> bool:
-    """False in all processes but the first, where SLURM or torchrun has started one per device."""
+    """Return whether this is the first process, also if SLURM or torchrun started one per device."""
     ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"))
     return all(rank in (None, "", "0") for rank in ranks)
 
 
-# --- names of runs and folders --------------------------------------------------------------------
-
-
 def _swept(launch: DictConfig, without: Sequence[str]) -> str:
-    """The swept keys and their values as part of a name: "seed-3"; empty outside a sweep."""
+    """Return the swept keys and values as part of a name: "seed-3"; empty outside a sweep."""
     if not is_sweep(launch):
         return ""
     left_out = {*without, *launch.job.config.override_dirname.exclude_keys}
@@ -154,7 +151,7 @@ def _swept(launch: DictConfig, without: Sequence[str]) -> str:
 
 
 def _safe(text: str) -> str:
-    """Text as a file name that needs no quoting and is never too long."""
+    """Convert a string to a file name of limited length that needs no quoting."""
     text = re.sub(r"[^A-Za-z0-9_.+-]+", "-", text).strip("-.")
     if len(text) > 100:
         text = f"{text[:90].rstrip('-.')}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -162,7 +159,7 @@ def _safe(text: str) -> str:
 
 
 def _subject(*, _root_: DictConfig) -> str:
-    """What a run folder is named after: the tasks or the artifact, and in a sweep the swept keys."""
+    """Return the name of a run directory: the tasks or the artifact, and the swept keys."""
     task = _root_.hydra.runtime.choices.get("task")
     tasks = OmegaConf.select(_root_, "tasks", throw_on_missing=False)
     if OmegaConf.is_list(tasks):

@@ -1,4 +1,4 @@
-"""Messages for a wrong command line or config: one or two lines, with the key and what was meant."""
+"""Error messages for invalid command lines and configs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fusion.errors import UserError, first_line
 from fusion.files import unwritable
 from fusion.text import did_you_mean, listed, quoted
 
-OWN_TASK = "a task of your own is conf/task/NAME.yaml in the working directory or in $FUSION_CONF"
+OWN_TASK = "define your own task in conf/task/NAME.yaml, or in task/NAME.yaml in $FUSION_CONF"
 
 
 def explain(error: BaseException, schema: type, words: Sequence[str] = ()) -> str:
-    """One or two lines for what Hydra, OmegaConf or a check refused; `words`: the command line as it was typed."""
+    """Return one or two lines for an error of Hydra, OmegaConf or a check. `words`: command line as typed."""
     if isinstance(error, UserError):
         return str(error)
     text, cause, types = str(error), error.__cause__ or error, dict(types_of(schema))
@@ -34,7 +34,7 @@ def explain(error: BaseException, schema: type, words: Sequence[str] = ()) -> st
     if isinstance(error, OverrideParseException):
         return _unreadable(error.override, words)
     if match := re.search(r"Could not (?:override|delete)(?: from config\.)? '?([^'=\s]+)'?", text):
-        return "task is added: expected +task=NAME" if match[1] == "task" else unknown_key(match[1], schema)
+        return "expected +task=NAME, with a +" if match[1] == "task" else unknown_key(match[1], schema)
     if match := re.search(r"Error merging override (\S+)", text):
         key = match[1].lstrip("+").split("=")[0]
         if "not in" in str(cause) and key not in types:
@@ -43,7 +43,7 @@ def explain(error: BaseException, schema: type, words: Sequence[str] = ()) -> st
         return f"{match[1]}: {expected or first_line(cause)}"
     if match := re.match(r"Multiple values for (\w+)\.", text):
         key = match[1]
-        return f"{key} is given more than once: expected one +{key}=NAME; a sweep is -m +{key}=NAME,ANOTHER"
+        return f"duplicate {key}: expected a single +{key}=NAME, or a sweep -m +{key}=NAME,NAME"
     if match := re.search(r"Ambiguous value for argument '(.+)'", text):
         key, _, value = match[1].partition("=")
         kind = types.get(key.lstrip("+"))
@@ -58,7 +58,7 @@ def explain(error: BaseException, schema: type, words: Sequence[str] = ()) -> st
         return f"conf file {match[1]}.yaml: {message}"
     if re.match(r"Unexpected type( for root: NoneType|: None)", text):
         inner = " ".join(word for word in words if re.match(r"\+*(task|logger)\.[\w.]+=", word))
-        return f"{inner}: a key of what is not there: expected +task=NAME (a task in tasks= is set in its file) or logger=[wandb,csv]"
+        return f"{inner}: the group is not selected; add +task=NAME or logger=[wandb,csv] (edit the files of tasks in tasks=)"
     if isinstance(cause, OSError) and text.startswith("Unable to configure handler"):
         return str(unwritable("hydra.run.dir", cause.filename, cause))
     if isinstance(error, YAMLError):
@@ -68,8 +68,8 @@ def explain(error: BaseException, schema: type, words: Sequence[str] = ()) -> st
 
 
 def _unreadable(word: str, words: Sequence[str]) -> str:
-    """Why Hydra cannot parse an override, and the correct form."""
-    start = f"cannot read the override {word!r}: "
+    """Explain why Hydra cannot parse an override, with the correct form."""
+    start = f"cannot parse the override {word!r}: "
     if "=" not in word or word.startswith("="):
         before = words[words.index(word) - 1] if word in words[1:] else ""
         hint = f"; a value with a space needs quotes: '{before} {word}'" if "=" in before else ""
@@ -79,9 +79,9 @@ def _unreadable(word: str, words: Sequence[str]) -> str:
 
 
 def _expected(kind: Any) -> str:
-    """What a key of this type takes; empty if more than one type fits."""
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list"}
-    names |= {dict: "keys with values"}
+    """Describe the values of a type; empty if more than one type is allowed."""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", list: "a list"}
+    names |= {dict: "a mapping"}
     is_container = get_origin(kind) in (list, dict)
     given = [get_origin(one) or one for one in ((kind,) if is_container else get_args(kind) or (kind,))]
     if len(found := [names[one] for one in given if one in names]) != 1 or {*given} - {*names, type(None)}:
@@ -90,14 +90,14 @@ def _expected(kind: Any) -> str:
 
 
 def unknown_key(key: str, schema: type) -> str:
-    """Which keys may have been meant: those with the same last part, else similar ones."""
+    """Return the message for an unknown key, with similar keys."""
     keys = keys_of(schema)
     if key in keys:
         inner = [known for known in keys if known.startswith(f"{key}.")]
         return f"{key} is a group of keys: expected one of {listed(inner)}"
     for stage, other in (("stage1", Stage1Config), ("stage2", Stage2Config)):
         if key in keys_of(other):
-            return f"unknown key {key}: a setting of {stage}, not of this command; leave it out"
+            return f"unknown key {key}: it is a setting of {stage}, not of this command"
     parent, _, last = key.rpartition(".")
     beside = [known for known in keys if known.rpartition(".")[0] == parent]
     for among, cutoff in ((keys, 1.0), (beside, 0.6), (keys, 0.7)):

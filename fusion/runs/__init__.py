@@ -1,1 +1,1 @@
-"""What a run is: identity, folder, status, sweep, provenance."""
+"""Runs: identity, inputs, output, status, signals, sweeps and provenance."""

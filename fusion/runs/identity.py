@@ -1,4 +1,4 @@
-"""The identity of a run: a hash over everything that determines its numbers."""
+"""The identity of a run: a hash over all settings that affect its results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fusion.config.methods import MethodConfig
 from fusion.errors import UserError
 from fusion.text import flat, is_within
 
-# Names, places, logging and hardware do not change the numbers.
+# Names, directories, logging and hardware do not affect the results.
 NOT_IDENTITY = (
     *("logger", "store", "name", "overwrite", "resume", "checkpoint_minutes", "hydra"),
     *("data.cache_dir", "data.workers", "backbone.gradient_checkpointing", "backbone.cache_gb"),
@@ -31,8 +31,8 @@ def _defaults(group: Any, without: Sequence[str]) -> dict[str, Any]:
     return {f"{group.group}.{f.name}": default_of(f) for f in fields(group) if f.name not in without}
 
 
-# Keys that the first stores do not have, with their defaults. A default is omitted from the identity, so that a run
-# made before the key existed keeps its identity.
+# Keys added after the first stores, with their defaults. Defaults are omitted from the identity, so that runs from
+# before the key existed keep their identity.
 ADDED_LATER: dict[str, Any] = {
     "tasks": None,
     "backbone.trust_remote_code": False,
@@ -53,11 +53,11 @@ ADDED_LATER: dict[str, Any] = {
 
 
 def identity_config(config: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The part of a resolved config that determines the numbers, flat: `{"optim.lr": 1e-4, ...}`, and "inputs.KEY"."""
+    """Return the flat part of a config that affects the results: `{"optim.lr": 1e-4, ...}` and "inputs.KEY"."""
     left_out = (*NOT_IDENTITY, *(f"trainer.{key}" for key in NOT_IDENTITY_TRAINER))
     absent = object()
     found = {
-        key: json.loads(json.dumps(value, default=str))  # as it will be read back
+        key: json.loads(json.dumps(value, default=str))  # as read back from JSON
         for key, value in flat(config)
         if not is_within(key, left_out) and value != ADDED_LATER.get(key, absent)
     }
@@ -65,13 +65,13 @@ def identity_config(config: dict[str, Any], inputs: dict[str, Any] | None = None
 
 
 def identity(config: dict[str, Any], inputs: dict[str, Any] | None = None) -> str:
-    """12 hex digits, equal for two runs exactly if they should give the same numbers."""
+    """Return 12 hex digits that are equal for runs with equal results."""
     text = json.dumps(identity_config(config, inputs), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def differing_keys(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """The differences between two identity configs, such as "optim.lr: 0.0001 there, 0.0005 here"."""
+    """Return the differences between two identity configs, such as "optim.lr: 0.0001 stored, 0.0005 now"."""
 
     def shown(config: dict[str, Any], key: str) -> str:
         known = ADDED_LATER | config
@@ -82,41 +82,28 @@ def differing_keys(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
 
     def difference(key: str) -> str:
         names = asked.get("sources")
-        if key == "inputs.sources" and names and names == stored.get("sources"):  # retrained since
+        if key == "inputs.sources" and names and names == stored.get("sources"):  # retrained meanwhile
             hashes = zip(names, stored.get(key, ()), asked.get(key, ()), strict=False)
             changed = [(name, there[:8], here[:8]) for name, there, here in hashes if there != here]
             return "sources: " + ", ".join(
-                f"{name} is another artifact now ({there} there, {here} here)" for name, there, here in changed
+                f"{name} has changed ({there} stored, {here} now)" for name, there, here in changed
             )
-        return f"{key}: {shown(stored, key)} there, {shown(asked, key)} here"
+        return f"{key}: {shown(stored, key)} stored, {shown(asked, key)} now"
 
     absent = object()
     keys = sorted({*stored, *asked})
     return [difference(key) for key in keys if stored.get(key, absent) != asked.get(key, absent)]
 
 
-def is_done(
-    name: str, stored: tuple[str, dict[str, Any]] | None, asked: tuple[str, dict[str, Any]], overwrite: bool
-) -> bool:
-    """Whether the store already has what a run would train.
-
-    Args:
-        stored, asked: identity and identity config of the artifact of this name (None if absent), and of the run.
-
-    Raises:
-        UserError: an artifact with other settings has the name, and `overwrite` is not set.
-    """
-    if stored is None or overwrite:
-        return False
-    if stored[0] == asked[0]:
-        return True
-    keys = differing_keys(stored[1], asked[1])
-    fix = "Keep both with name=ANOTHER, or replace it with overwrite=true"
-    planned, more = (config.get("trainer.max_epochs") for config in (stored[1], asked[1]))
+def name_conflict(name: str, stored: dict[str, Any], asked: dict[str, Any]) -> UserError:
+    """Return the error for a stored artifact with this name and a different identity config."""
+    keys = differing_keys(stored, asked)
+    fix = "Set name=NAME to keep both, or overwrite=true to replace it"
+    planned, more = (config.get("trainer.max_epochs") for config in (stored, asked))
     if len(keys) == 1 and type(planned) is int and type(more) is int and planned < more:
         fix = (
-            "Its learning rate has decayed to zero, so that it cannot be continued exactly. Train from its weights with "
-            f"a new schedule: name=ANOTHER init_from={name}; or train all epochs: overwrite=true"
+            f"Its learning rate has decayed to zero: set name=NAME init_from={name} to train from its weights with a new "
+            "schedule, or overwrite=true to retrain it"
         )
     some = "; ".join(keys[:6]) + (f"; and {len(keys) - 6} more" if len(keys) > 6 else "")
-    raise UserError(f"the store has another {name}: {some or 'made from other inputs'}\n{fix}")
+    return UserError(f"the store already contains a different {name}: {some or 'its inputs differ'}\n{fix}")

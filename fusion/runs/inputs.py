@@ -1,4 +1,4 @@
-"""The stored artifacts that a run reads: sources, the fusion that is pruned, and `init_from`. Manifests only."""
+"""Stored artifacts that a run depends on. Only manifests are read; no weights are loaded."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The artifacts that a stage-2 run reads."""
+    """The artifacts that a stage-2 run depends on."""
 
-    references: list[str]  # the sources by name or path, in order
+    references: list[str]  # names or paths of the sources, in order
     sources: list[Manifest]
-    fusion: Manifest | None = None  # that a pruned one is derived from
+    fusion: Manifest | None = None  # the fusion to prune
 
     @property
     def hashes(self) -> dict[str, Any]:
-        """What the config refers to by name only and the result depends on."""
+        """Hashes of the artifacts, which the config only refers to by name."""
         found: dict[str, Any] = {"sources": [manifest.hash for manifest in self.sources]}
         return found if self.fusion is None else found | {"fusion": _hashes(self.fusion)}
 
 
 def _hashes(manifest: Manifest) -> list[str]:
-    """The hash of a manifest and those of its files: a fusion's own hash does not cover its head."""
+    """Return the hash of an artifact and its files. The hash of a fusion does not cover its head."""
     return [manifest.hash, *sorted(file.sha256 for file in manifest.files.values())]
 
 
 def read_inputs(config: Stage2Config) -> Inputs:
-    """Look up the artifacts that the config names; UserError if one is missing, or they cannot be combined."""
+    """Read the manifests of the inputs. Raises UserError if one is missing or they are incompatible."""
     store = Path(config.store)
     if config.composition.definition.is_pruned:
         return _of_fusion(config, store)
@@ -52,7 +52,7 @@ def read_inputs(config: Stage2Config) -> Inputs:
 
 
 def read_used(config: UseConfig) -> Manifest:
-    """The manifest of `config.artifact`; UserError if it is missing, or cannot be used with these settings."""
+    """Read the manifest of `config.artifact`. Raises UserError if it is missing or incompatible."""
     manifest = read_manifest(config.artifact, Path(config.store))
     stored, trusted = manifest.backbone, config.backbone.trust_remote_code
     if config.drop and manifest.kind not in ("adapter", "fusion"):
@@ -65,25 +65,25 @@ def read_used(config: UseConfig) -> Manifest:
         )
     if stored.trust_remote_code and not trusted:
         raise UserError(
-            f"{manifest.name}: its backbone {stored.name_or_path} runs custom code; set "
-            "backbone.trust_remote_code=true if you have read it and trust it"
+            f"{manifest.name}: the backbone {stored.name_or_path} runs custom code; set "
+            "backbone.trust_remote_code=true if you trust it"
         )
     check_files(config.backbone.name_or_path or stored.name_or_path, trusted)
     return manifest
 
 
 def check_backbone_name(source: Manifest, asked: str) -> None:
-    """Refuse a backbone other than the source's before it is downloaded; a folder may hold the same weights."""
+    """Raise UserError if the Hub name of the backbone is different, before it is downloaded."""
     made_on = source.backbone.name_or_path
     if asked != made_on and not Path(asked).is_dir() and not Path(made_on).is_dir():
         raise UserError(
-            f"source {source.name} was trained on {made_on}, and the backbone here is {asked}.\n"
-            f"Set backbone=... as in stage 1, or backbone.name_or_path={made_on}"
+            f"source {source.name} was trained on {made_on}, but the backbone of this run is {asked}; set backbone=... "
+            f"as in stage 1, or backbone.name_or_path={made_on}"
         )
 
 
 def _of_fusion(config: Stage2Config, store: Path) -> Inputs:
-    """The inputs of composition=pruned."""
+    """Return the inputs of composition=pruned."""
     reference, keep, task = config.composition.fusion, config.composition.keep, config.task
     assert reference is not None and keep is not None and task is not None
     fusion = read_manifest(reference, store)
@@ -91,26 +91,24 @@ def _of_fusion(config: Stage2Config, store: Path) -> Inputs:
     prunable = [name for name, one in COMPOSITIONS.items() if one.can_be_pruned]
     if fusion.made_by not in prunable:
         raise UserError(
-            f"{where}: is a stored {fusion.kind} ({fusion.made_by}), expected a fusion of composition="
+            f"{where} is a stored {fusion.kind} ({fusion.made_by}), expected a fusion of composition="
             f"{' or '.join(prunable)}"
         )
     names = [source.name for source in fusion.sources]
     if keep >= len(names):
-        raise UserError(f"composition.keep={keep}: {fusion.name} has {len(names)} sources, expected fewer than that")
+        raise UserError(f"composition.keep={keep}: {fusion.name} has {len(names)} sources, expected fewer")
     if config.sources and config.sources != names:
-        raise UserError(
-            f"sources={config.sources}: {fusion.name} has the sources {', '.join(names)}; leave sources= out"
-        )
+        raise UserError(f"sources={config.sources}: {fusion.name} has the sources {', '.join(names)}; remove sources=")
     stored = fusion.task
     pairs = {"task.kind": (stored.kind, task.kind), "task.labels": (stored.labels, task.labels)}
     if found := differences(pairs):
-        raise UserError(f"{where}: its head is of another task: {found}; set +task={stored.name}")
+        raise UserError(f"{where} was trained on a different task: {found}; set +task={stored.name}")
     folders = [find_by_hash(source.hash, source.name, store) for source in fusion.sources]
     return Inputs([str(folder) for folder in folders], [read_folder(folder) for folder in folders], fusion)
 
 
 def check_one_shape(composition: str, sources: Sequence[Manifest]) -> None:
-    """Refuse sources whose weights cannot be averaged because their shapes or activations differ."""
+    """Raise UserError if weights cannot be averaged since shapes or activations differ."""
     about = []
     for source in sources:
         assert source.adapter is not None
@@ -120,16 +118,16 @@ def check_one_shape(composition: str, sources: Sequence[Manifest]) -> None:
         pairs = {f"adapter.{key}": (about[0][key], value) for key, value in values.items()}
         if found := differences(pairs):
             raise UserError(
-                f"composition={composition}: {other.name} differs from {sources[0].name}: {found}.\n"
-                "Weights can be averaged only if all have one shape: leave it out of sources=, or set composition=mean"
+                f"composition={composition} requires equal shapes, but {other.name} differs from {sources[0].name}: "
+                f"{found}; remove it from sources= or set composition=mean"
             )
 
 
 def initial_manifest(config: StageConfig, kind: str, sources: Sequence[Manifest] = ()) -> Manifest | None:
-    """The artifact that `init_from` names; None: it is not set. No model is loaded.
+    """Return the manifest of the artifact given by `init_from`, or None if it is not set.
 
     Raises:
-        UserError: it does not exist, or its weights do not have the shape that the run trains.
+        UserError: if it does not exist, or its weights have different shapes than those of the run.
     """
     if config.init_from is None:
         return None
@@ -137,30 +135,29 @@ def initial_manifest(config: StageConfig, kind: str, sources: Sequence[Manifest]
     check_backbone_name(manifest, config.backbone.name_or_path)
     where = f"init_from={config.init_from}"
     if manifest.kind != kind:
-        raise UserError(f"{where}: is a stored {manifest.kind}; this run trains a {kind}, expected a stored {kind}")
+        raise UserError(f"{where} is a stored {manifest.kind}, but this run trains a {kind}")
     if isinstance(config, Stage2Config) and config.composition.definition.starts_from_sources:
-        raise UserError(f"{where}: composition={config.composition.name} starts from its sources; leave init_from out")
+        raise UserError(f"{where}: composition={config.composition.name} starts from its sources; remove init_from")
     if found := differences(_shape(config, manifest, sources)):
         raise UserError(
-            f"{where}: its weights are of another shape than this run's: {found}\n"
-            "Set the expected values here, or leave init_from out"
+            f"{where} does not match the settings of this run: {found}; set the expected values or remove init_from"
         )
     return manifest
 
 
 def initial_inputs(manifest: Manifest | None) -> dict[str, Any]:
-    """What a run depends on beyond the name in `init_from`: the weights and the head of that artifact."""
+    """Return the hashes of the artifact given by `init_from`, if any."""
     return {} if manifest is None else {"init_from": _hashes(manifest)}
 
 
 def _shape(config: StageConfig, manifest: Manifest, sources: Sequence[Manifest]) -> dict[str, tuple[Any, Any]]:
-    """What determines names, shapes and meaning of the weights: for each key the stored and the asked value."""
+    """Return the stored and the requested value of each setting that determines the shapes of the weights."""
     found: dict[str, tuple[Any, Any]] = {}
 
     def compare(part: str, stored: Any, asked: Any, keys: Iterable[str]) -> None:
         for key in keys:
             values = getattr(stored, key), getattr(asked, key)
-            # Robust AdapterDrop stores all layers, as no AdapterDrop does.
+            # Robust AdapterDrop stores all layers, like training without AdapterDrop.
             here, there = (None if (key, value) == ("drop", "robust") else value for value in values)
             found[f"{part}.{key}"] = here, there
 

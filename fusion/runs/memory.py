@@ -1,4 +1,4 @@
-"""Memory between steps: the allocator of glibc."""
+"""Settings of glibc's memory allocator."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import ctypes
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _LARGE = 1 << 30
-_LARGEST_MMAP = 32 << 20  # what glibc before 2.35 allows at most
+_LARGEST_MMAP = 32 << 20  # maximum before glibc 2.35
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep freed memory; returns whether glibc is there and was set.
+    """Make glibc keep freed memory. Returns False if glibc is not used or rejects the settings.
 
-    By default the next batch causes thousands of page faults on a CPU, 2 to 4 % of a fusion's step.
+    By default, each batch causes thousands of page faults on a CPU, 2 to 4 % of the training step of a fusion.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

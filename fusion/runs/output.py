@@ -1,4 +1,4 @@
-"""What a training run stores: the artifact's name, whether it is stored already, and the state of earlier attempts."""
+"""The output of a training run: its artifact in the store, and the state of earlier attempts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fusion.config.model import BackboneConfig
 from fusion.config.stages import StageConfig
 from fusion.errors import UserError, first_line
 from fusion.files import check_writable, now, read_json, write_json
-from fusion.runs.identity import identity, identity_config, is_done
+from fusion.runs.identity import identity, identity_config, name_conflict
 from fusion.runs.run import Run, RunState, caused_by_interrupt, describe
 from fusion.store.compatibility import differences, note_ambiguous_labels
 from fusion.store.lookup import find, names, read_manifest
@@ -37,27 +37,27 @@ log = logging.getLogger(__name__)
 class RunOutput:
     """The artifact of a training run."""
 
-    kind: str  # one of the manifest's KINDS
+    kind: str  # one of `KINDS`
     name: str
     store: Path
     identity: str
-    config: dict[str, Any]  # the part (also of the artifacts that it names) that `identity` is a hash of
+    config: dict[str, Any]  # the settings and inputs that `identity` hashes
     checkpoints: Path  # STORE/.runs/NAME-IDENTITY
-    stored: Manifest | None  # of an equal run
-    resume: bool = True  # else the run starts over
+    stored: Manifest | None  # the artifact, if a run of this identity is done
+    resume: bool = True  # whether to resume from the checkpoints
 
     def result(self) -> dict[str, Any]:
-        """The result of the stored artifact, as result.json has it."""
+        """Return the result of the stored artifact for result.json."""
         assert self.stored is not None
         path = find(self.name, self.store)
-        log.info("%s is done already: %s", self.name, path)
+        log.info("%s is already done: %s", self.name, path)
         note_ambiguous_labels(self.stored)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)  # of a run that was killed right after storing
+        shutil.rmtree(self.checkpoints, ignore_errors=True)  # of a run that was killed after saving
         return result_of(self.stored, path)
 
     @property
     def run_state(self) -> RunState:
-        """The state of this run before it starts."""
+        """State of this run before it starts."""
         if self.stored is not None:
             return RunState("done")
         attempt, resumable = read_json(self.checkpoints / ATTEMPT), self._has_checkpoint
@@ -71,7 +71,7 @@ class RunOutput:
 
     @property
     def outlook(self) -> str:
-        """What the same command would do after a failure."""
+        """Describe what rerunning the command does after a failure."""
         if not self._has_checkpoint:
             return "it starts over, since there is no checkpoint"
         without = "" if self.resume else "without resume=false "
@@ -90,7 +90,7 @@ class RunOutput:
 
     @contextlib.contextmanager
     def attempt(self, run: Run, resume: bool) -> Iterator[None]:
-        """Keep the status of the work inside beside the checkpoints, and remove both once it succeeds."""
+        """Record the status of the block next to the checkpoints, and delete both if it succeeds."""
         if not run.rank_zero:
             yield
             return
@@ -112,22 +112,22 @@ class RunOutput:
             ended = "failed" if interrupt is None else "interrupted"
             self._write_attempt(status | {"status": ended, "error": describe(interrupt or error)})
             if interrupt is not None:
-                log.info("%s stopped; the same command again: %s", self.name, self.outlook)
+                log.info("%s stopped; to continue, rerun the command: %s", self.name, self.outlook)
             raise
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def _write_attempt(self, status: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # a full disk stops the run where something essential is written
+        with contextlib.suppress(OSError):  # a full disk is reported by the checkpoints
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_json(self.checkpoints / ATTEMPT, status)
 
 
 def find_output(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any] | None = None) -> RunOutput:
-    """Look up a run's artifact in the store, without loading a model; `inputs`: the hashes of the sources.
+    """Look up the artifact of a run in the store, without loading a model. `inputs` are the hashes of its inputs.
 
     Raises:
-        UserError: another run has the name and `overwrite` is not set, it cannot be used, or the stored artifact was
-            trained on weights that its backbone's folder no longer has.
+        UserError: if the name belongs to a different artifact and `overwrite` is not set, or is invalid, or if the
+            artifact is stored but its backbone has changed.
     """
     assert config.name is not None
     store = Path(config.store)
@@ -135,11 +135,11 @@ def find_output(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any]
     check_writable(config.store, "store")
     exists = config.name in names(store) and not config.overwrite
     stored = read_manifest(config.name, store) if exists else None
-    known = None if stored is None else (stored.run.identity, stored.run.config)
-    done = is_done(config.name, known, asked, config.overwrite)
-    if not done:
+    if stored is None:
         check_free(config.name, kind, store, config.overwrite)
-    elif stored is not None:
+    elif stored.run.identity != asked[0]:
+        raise name_conflict(config.name, stored.run.config, asked[1])
+    else:
         _check_same_backbone(stored, config.backbone)
     return RunOutput(
         kind=kind,
@@ -148,15 +148,15 @@ def find_output(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any]
         identity=asked[0],
         config=asked[1],
         checkpoints=store / ".runs" / f"{config.name}-{asked[0]}",
-        stored=stored if done else None,
+        stored=stored,
         resume=config.resume,
     )
 
 
 def _check_same_backbone(stored: Manifest, config: BackboneConfig) -> None:
-    """Refuse an artifact as the result of this run if its backbone's folder has changed since.
+    """Raise UserError if the backbone of a stored artifact has changed in the same directory.
 
-    The backbone is loaded only if its files were written; manifests of version 0.1 have no stamp, nor a missing folder.
+    The backbone is only loaded if its files were modified. Manifests of version 0.1 have no stamp.
     """
     before, now = stored.run.backbone_stamp, stamp(config.name_or_path)
     if before is None or now is None or before == now:
@@ -170,13 +170,13 @@ def _check_same_backbone(stored: Manifest, config: BackboneConfig) -> None:
     }
     if found := differences(pairs):
         raise UserError(
-            f"the store has another {stored.name}, since {config.name_or_path} has changed: {found}\n"
-            "Keep both with name=ANOTHER, or replace it with overwrite=true"
+            f"{stored.name} was trained before {config.name_or_path} changed: {found}; set name=NAME to keep both, or "
+            "overwrite=true to replace it"
         )
 
 
 def result_of(manifest: Manifest, path: Path) -> dict[str, Any]:
-    """The content of result.json: the manifest's result with the stored bytes and the artifact's path."""
+    """Return the content of result.json: the manifest's result, stored bytes and artifact path."""
     stored_bytes = sum(file.bytes for file in manifest.files.values())
     parameters = manifest.result.parameters | {"stored_bytes": stored_bytes}
     return manifest.content["result"] | {"parameters": parameters, "artifact": str(path)}

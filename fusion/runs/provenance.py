@@ -1,4 +1,4 @@
-"""Where an artifact came from, beyond its settings: code, packages, threads, folder. What is unknown is null."""
+"""Provenance of an artifact: code, package versions, threads and directory. Unknown values are null."""
 
 from __future__ import annotations
 
@@ -12,30 +12,20 @@ from typing import Any
 
 from fusion import __version__
 
-# The dependencies in pyproject.toml: any of them may change what a run computes or how it is read again.
+# The dependencies in pyproject.toml, which may affect results.
 PACKAGES = (
-    *(
-        "torch",
-        "pytorch-lightning",
-        "transformers",
-        "tokenizers",
-        "datasets",
-        "hydra-core",
-        "omegaconf",
-        "wandb",
-        "peft",
-    ),
+    *("torch", "pytorch-lightning", "transformers", "tokenizers", "datasets", "hydra-core", "omegaconf", "wandb"),
     *("safetensors", "huggingface-hub", "filelock", "pyarrow", "numpy", "scipy", "PyYAML", "pydantic", "nervaluate"),
-    *("jinja2", "matplotlib", "pillow", "rich", "pandas"),
+    *("jinja2", "matplotlib", "pillow", "rich", "pandas", "peft"),
 )
 PROJECT = Path(__file__).resolve().parents[2]
-CODE = ("fusion", "conf")  # the parts of a checkout that determine a run's numbers
+CODE = ("fusion", "conf")  # directories that affect results
 GIT_SECONDS = 5.0
 VARIABLES = ("FUSION_CONF",)  # environment variables that commands read
 
 
 def versions() -> dict[str, str | None]:
-    """The versions of this project, of Python and of `PACKAGES`; None for one that is not installed."""
+    """Return the versions of this project, Python and `PACKAGES`; None for packages that are not installed."""
     found: dict[str, str | None] = {"adapter-fusion": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -46,7 +36,7 @@ def versions() -> dict[str, str | None]:
 
 
 def circumstances() -> dict[str, Any]:
-    """What a manifest records of a run beside its config: git state, threads, folder and environment."""
+    """Return the git state, number of threads, working directory and environment for the manifest."""
     import torch
 
     folder = None
@@ -57,7 +47,7 @@ def circumstances() -> dict[str, Any]:
 
 
 def git_state(project: Path = PROJECT) -> dict[str, Any] | None:
-    """The commit of the project's own checkout, and whether its code was changed; None where there is no checkout."""
+    """Return the commit of the checkout and whether it has uncommitted changes, or None outside a checkout."""
     output = _git(project, "rev-parse", "--show-toplevel", "HEAD")
     if output is None or len(output.splitlines()) != 2:
         return None
@@ -69,7 +59,7 @@ def git_state(project: Path = PROJECT) -> dict[str, Any] | None:
 
 
 def _git(project: Path, *words: str) -> str | None:
-    # Of this folder alone, whatever a git hook has set; without locks.
+    # Ignore variables that a git hook has set, and take no locks.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         return subprocess.run(

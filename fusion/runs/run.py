@@ -1,6 +1,6 @@
-"""One job of a command: its folder and what is written there (config, status, result, log).
+"""One job of a command: its directory and the files in it (config, status, result, log).
 
-Neither Hydra nor torch is imported here. Trained weights go to the store, checkpoints to `STORE/.runs/NAME-IDENTITY`.
+Does not import Hydra or torch. Artifacts are saved in the store, checkpoints in `STORE/.runs/NAME-IDENTITY`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fusion.runs.signals import Terminated, held
 
 log = logging.getLogger(__name__)
 
-# The files of a run's folder.
+# Files in the directory of a run.
 STATUS, RESULT, CONFIG = "status.json", "result.json", "config.yaml"
 HISTORY, ATTENTION, OUTCOMES = "history.jsonl", "attention.jsonl", "outcomes.json"
 INSPECTION = "inspection.json"
@@ -30,22 +30,22 @@ class Run:
     """One job of a command."""
 
     command: str  # "stage1", "stage2", ...
-    directory: Path  # of its output
-    overrides: tuple[str, ...]  # without Hydra's own
+    directory: Path  # output directory
+    overrides: tuple[str, ...]  # without those of Hydra itself
     config: dict[str, Any]  # resolved, plain containers
-    group: str  # the experiment's name, or the sweep's folder name, or the command's name
-    rank_zero: bool = True  # false in every process of a DDP job but the first: it stores and logs nothing
+    group: str  # name of the experiment, sweep directory or command
+    rank_zero: bool = True  # whether this process saves and logs
 
 
 class RunState(NamedTuple):
-    """The state of a run before it starts: new, done, interrupted or failed; from where it resumes, or why it failed."""
+    """State of a run before it starts: new, done, interrupted or failed; where it resumes, or why it failed."""
 
     state: str
     detail: str = ""
 
 
 def caused_by_interrupt(error: BaseException) -> BaseException | None:
-    """The KeyboardInterrupt or Terminated among an error's causes, or a SystemExit (submitit's); else None."""
+    """Return the KeyboardInterrupt, Terminated or SystemExit that caused an error, or None."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, KeyboardInterrupt | Terminated):
         cause = cause.__cause__ or cause.__context__
@@ -53,7 +53,7 @@ def caused_by_interrupt(error: BaseException) -> BaseException | None:
 
 
 def describe(error: BaseException) -> str:
-    """An error in one line; a UserError by its message."""
+    """Format an error on one line; a UserError as its message."""
     if isinstance(error, UserError):
         return str(error)
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -64,18 +64,20 @@ def record(
 ) -> dict[str, Any]:
     """Run a job and write config.yaml, status.json, result.json and, on failure, the traceback to run.log.
 
-    The status is `running`, then `done`, `failed` or `interrupted`. Only the first process of a DDP job writes. `check`
-    is called before `work`; the state that it returns is kept as status.json's "before".
+    The status is `running`, then `done`, `failed` or `interrupted`. Only rank 0 writes. The state that `check` returns
+    before `work` is stored in status.json as "before".
 
     Raises:
-        UserError: the run's folder cannot be written from the start.
-        TrainingError: the job is done, but its result could not be written.
-        Whatever `work` and `check` raise; KeyboardInterrupt or Terminated for an interrupted job.
+        UserError: if the output directory is not writable.
+        TrainingError: if the job is done, but its result could not be written.
+        KeyboardInterrupt, Terminated: if the job is interrupted.
     """
     if not run.rank_zero:
         if check is not None:
             check()
         return work()
+    import yaml
+
     status = _first_status(run)
 
     def write_status(state: str, error: str | None = None) -> None:
@@ -83,7 +85,7 @@ def record(
         write_json(run.directory / STATUS, status)
 
     def write_failure(error: BaseException, interrupt: BaseException | None = None) -> None:
-        with held(), contextlib.suppress(OSError):  # must not hide the error itself
+        with held(), contextlib.suppress(OSError):  # must not replace the original error
             with open(run.directory / "run.log", "a", encoding="utf-8") as file:
                 trace = [f"interrupted: {describe(interrupt)}\n"] if interrupt else traceback.format_exception(error)
                 file.writelines(trace)
@@ -93,7 +95,8 @@ def record(
         try:
             with held():
                 run.directory.mkdir(parents=True, exist_ok=True)
-                _write_config(run)
+                text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
+                (run.directory / CONFIG).write_text(text, encoding="utf-8")
                 write_status("running")
         except OSError as error:
             raise unwritable("hydra.run.dir", run.directory, error) from error
@@ -114,10 +117,10 @@ def record(
             write_status("done")
     except OSError as error:
         is_artifact = {"stage", "artifact"} <= result.keys()
-        stored = f"{result['artifact']} is stored" if is_artifact else "the job is done"
+        stored = f"{result['artifact']} was saved" if is_artifact else "the job is done"
         fault = TrainingError(
-            f"{stored}, but {run.directory} cannot be written any more ({error.strerror or error})\n"
-            "Free some space there, or set hydra.run.dir=DIR, and run the same command again to write result.json"
+            f"{stored}, but {run.directory} is no longer writable ({error.strerror or error}); free disk space or set "
+            "hydra.run.dir=DIR, and rerun the command to write result.json"
         )
         write_failure(fault)
         raise fault from error
@@ -137,10 +140,3 @@ def _first_status(run: Run) -> dict[str, Any]:
         "started": now(),
         "ended": None,
     }
-
-
-def _write_config(run: Run) -> None:
-    import yaml
-
-    text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
-    (run.directory / CONFIG).write_text(text, encoding="utf-8")

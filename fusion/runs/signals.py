@@ -1,7 +1,7 @@
-"""Signals that end a program: SIGINT, SIGTERM, and those that schedulers and terminals send before they end it.
+"""Signals that terminate a program: SIGINT, SIGTERM, and those that schedulers and terminals send beforehand.
 
-Each ends the program with exit code 130 (SIGINT) or 143 (the others) and one line, without a traceback. Only the
-standard library is imported here: the handlers must be installed before anything large is imported.
+Each exits with code 130 (SIGINT) or 143 (others) and one line instead of a traceback. Only the standard library is
+imported, since the handlers must be installed before any large import.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-ECHO = 1.0  # seconds in which a signal may arrive twice, from the process group and from the parent
-RESEND = 0.05  # seconds until a signal whose exception was swallowed is sent again
+ECHO = 1.0  # seconds within which a repeated signal is ignored; process group and parent may both send it
+RESEND = 0.05  # seconds until a signal is resent after Python ignored its exception
 # SLURM and submitit announce preemption by USR1 or USR2, a closing terminal sends HUP.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
@@ -27,11 +27,11 @@ _pending: int | None = None
 
 
 class Terminated(BaseException):
-    """SIGTERM or another of `SIGNALS` as an exception, so that a job can record that it was interrupted."""
+    """SIGTERM or a similar signal as an exception, so that a job can record the interruption."""
 
 
 class Forward:
-    """A handler that passes signals on to the parent process, which stops all its children."""
+    """A handler that forwards signals to the parent process, which terminates all its children."""
 
     def __init__(self, parent: int) -> None:
         self.parent = parent
@@ -42,18 +42,18 @@ class Forward:
 
 
 def exit_during_startup() -> None:
-    """Let a command that is still importing exit at once on a signal, without a traceback."""
+    """Exit without a traceback if a signal arrives while a command is still importing."""
     if _is_starting():
         _install(_exit)
 
 
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
-    """Inside, a signal raises KeyboardInterrupt or Terminated; the previous handlers are restored at the end.
+    """Raise KeyboardInterrupt or Terminated on signals inside the block.
 
-    Ignored signals (nohup) stay ignored, and other handlers (submitit's) stay in place. A second signal raises again
-    unless it follows within `ECHO` seconds. Python swallows exceptions raised in `__del__` and in callbacks of the
-    garbage collector; a signal that arrives there is sent again.
+    Does not replace handlers of other packages (submitit) or ignored signals (nohup). A signal within `ECHO` seconds
+    of the previous one is ignored. Python ignores exceptions in `__del__` and in garbage collector callbacks; the
+    signal is then resent.
     """
     global _last
     before = _install(raise_it)
@@ -83,7 +83,7 @@ def raised() -> Iterator[None]:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Inside, signals are deferred: for short work that must not be left half-done."""
+    """Defer signals inside the block, which must not be interrupted."""
     global _holding, _pending
     _holding += 1
     try:
@@ -96,7 +96,7 @@ def held() -> Iterator[None]:
 
 
 def exit_code(work: Callable[[], int]) -> int:
-    """Run a whole program and return its exit code: 130 or 143 if a signal ended it."""
+    """Run a program and return its exit code: 130 or 143 if a signal terminated it."""
     try:
         with raised():
             return work()
@@ -107,7 +107,7 @@ def exit_code(work: Callable[[], int]) -> int:
 
 
 def raise_it(number: int, frame: FrameType | None) -> None:
-    """A handler that raises the exception of a signal."""
+    """Signal handler that raises KeyboardInterrupt or Terminated."""
     global _last, _pending
     now = time.monotonic()
     if now - _last < ECHO:
@@ -132,7 +132,7 @@ def _number_of(error: BaseException | None) -> int | None:
 
 
 def _send_again(number: int) -> None:
-    """Called in another thread; handlers run in the main thread."""
+    """Resend a signal. Runs in a timer thread; handlers run in the main thread."""
     global _last
     if signal.getsignal(number) is raise_it:
         _last = float("-inf")
@@ -150,7 +150,7 @@ def _report(word: str, code: int) -> int:
 
 
 def _install(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
-    """Replace Python's default handlers and the one of the startup. Returns those that were replaced."""
+    """Replace the default and startup handlers, and return the replaced ones."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         return {}
     replaceable = (signal.SIG_DFL, signal.default_int_handler, _exit)
@@ -161,9 +161,9 @@ def _install(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]
 
 
 def _is_starting() -> bool:
-    """Whether this process is `python -m fusion.NAME`, `python -m pipelines.NAME` or an installed `fusion-NAME`."""
+    """Return whether this process is `python -m fusion.NAME`, `python -m pipelines.NAME` or `fusion-NAME`."""
     name = sys.argv[0] if sys.argv else ""
-    if name == "-m":  # Python's placeholder until it has found the module, after its package's __init__
+    if name == "-m":  # placeholder until Python has located the module
         words = sys.orig_argv
         module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
         return module.split(".")[0] in ("fusion", "pipelines")

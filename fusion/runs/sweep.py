@@ -1,6 +1,6 @@
-"""The state of a sweep's jobs, which may run anywhere and be killed at any time, read from their status files.
+"""The state of the jobs of a sweep, read from their status files, since jobs may run on other machines or be killed.
 
-Whether a status file belongs to this sweep is decided by its inode and modification time, not by a clock.
+Inode and modification time of a status file show whether the current sweep wrote it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fusion.files import read_json
 from fusion.runs.run import RESULT, STATUS
 
 RUN_AGAIN = (
-    "The same command runs all jobs again: finished trainings are skipped and interrupted ones resume, unless "
+    "Rerun the command to continue: finished training runs are skipped and interrupted ones resume, unless "
     "overwrite=true or resume=false is set"
 )
 Stamp = tuple[int, int]
@@ -25,7 +25,7 @@ Stamp = tuple[int, int]
 
 @dataclass(frozen=True)
 class Job:
-    """A job that has ended, with the contents of its status.json and result.json (empty where there is none)."""
+    """A finished job, with its status.json and result.json (empty if missing)."""
 
     place: Path
     status: Mapping[str, Any]
@@ -41,9 +41,9 @@ class Sweep:
     """A sweep in progress."""
 
     folder: Path
-    planned: tuple[Path, ...]  # the jobs' folders; empty if another sweeper than Hydra's own chooses jobs as it goes
-    seen: Mapping[Path, Stamp]  # the status files that were there before
-    # Why jobs of this process failed, by absolute folder: for those that could not write their status.
+    planned: tuple[Path, ...]  # directories of the jobs; empty if a custom sweeper chooses them dynamically
+    seen: Mapping[Path, Stamp]  # status files from before this sweep
+    # Errors of failed jobs in this process by absolute directory, in case the status cannot be written.
     errors: dict[Path, str] = field(default_factory=dict)
 
     @classmethod
@@ -51,7 +51,7 @@ class Sweep:
         return cls(folder, tuple(planned), _stamps(folder, planned))
 
     def stopped(self, how: str) -> str:
-        """Two lines for a sweep that was "interrupted" or "terminated"."""
+        """Return two lines for a sweep that was "interrupted" or "terminated"."""
         states = [
             {"done": "done", "failed": "failed", "none": "not started"}.get(job.state, how) for job in self.jobs()
         ]
@@ -60,39 +60,39 @@ class Sweep:
         return "\n".join([f"{how}: {', '.join(counts)}", RUN_AGAIN])
 
     def outcome(self) -> tuple[str, list[str]]:
-        """One line of counts, and a line for each failed job."""
+        """Return one line of counts, and a line for each failed job."""
         jobs = self.jobs()
         failed = {job.place: self._reason(job) for job in jobs if job.state != "done"}
         before = Counter(job.status.get("before") for job in jobs if job.state == "done")
         counts = f"{before.total()} done"
         if any(job.status.get("before") for job in jobs):
             trained = before.total() - before["done"] - before["interrupted"]
-            counts = f"{before['done']} done already, {before['interrupted']} continued, {trained} trained"
+            counts = f"{before['done']} already done, {before['interrupted']} resumed, {trained} trained"
         lines = [f"{len(failed)} of {len(jobs)} jobs failed:"] if failed else []
         lines += [f"  {place}/run.log: {reason}" for place, reason in sorted(failed.items())]
         return f"{_jobs(len(jobs))}: {counts}, {len(failed)} failed", lines
 
     def jobs(self) -> list[Job]:
-        """The jobs of this sweep with what they wrote, in the planned order."""
+        """Return the jobs of this sweep, in the planned order."""
         stamps = _stamps(self.folder, self.planned)
         written = [place for place, stamp in stamps.items() if self.seen.get(place) != stamp]
         return [_job(place, place in written) for place in self.planned or sorted(written)]
 
     def _reason(self, job: Job) -> str:
         reasons = {
-            "none": "no status: it was killed before it started, or never started",
-            "running": "status running: it was killed, or is still running in another process",
+            "none": "no status: it did not start or was killed at startup",
+            "running": "status running: it was killed or is still running in another process",
         }
         error = self.errors.get(job.place.absolute()) or reasons.get(job.state) or job.status.get("error")
         return str(error or job.state)
 
 
 def summarize_states(states: Sequence[str]) -> str:
-    """One line about a sweep's jobs before it starts."""
+    """Return one line about the jobs of a sweep before it starts."""
     titles = {
-        "done": "done already",
-        "interrupted": "interrupted, to be continued",
-        "failed": "failed the last time, to run again",
+        "done": "already done",
+        "interrupted": "interrupted, to be resumed",
+        "failed": "failed, to be rerun",
         "new": "new",
     }
     counts = [f"{states.count(state)} {title}" for state, title in titles.items() if state in states]
@@ -104,11 +104,11 @@ def _jobs(count: int) -> str:
 
 
 class JobFailed(RuntimeError):
-    """A job of a sweep failed after its message was printed: for a sweeper that reads return values."""
+    """A failed job whose message was printed, for sweepers that read return values."""
 
 
 def objective(config: StageConfig, result: Mapping[str, Any]) -> float:
-    """What a training returns to Hydra, higher is better: the best value of its first metric; of tasks, the mean."""
+    """Return the best value of the main metric, averaged over tasks; Hydra sweepers maximize it."""
     tasks, metrics = config.task_list, result["metrics"]
     scores = []
     for task in tasks:
@@ -119,7 +119,7 @@ def objective(config: StageConfig, result: Mapping[str, Any]) -> float:
 
 
 def _stamps(folder: Path, planned: Sequence[Path]) -> dict[Path, Stamp]:
-    """The job folders with a status, each with a stamp that changes whenever the status is written."""
+    """Map each job directory that has a status to a stamp that changes whenever the status is written."""
     found = {}
     for place in sorted({*planned, *(file.parent for file in folder.glob(f"*/{STATUS}"))}):
         with contextlib.suppress(OSError):

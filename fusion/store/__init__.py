@@ -1,1 +1,1 @@
-"""The only door between stage 1 and stage 2: artifacts on disk, weights and manifest."""
+"""Artifacts on disk (weights and manifests), the only interface between stage 1 and stage 2."""

@@ -23,29 +23,28 @@ from fusion.text import did_you_mean
 USAGE = """\
 python -m fusion.store COMMAND [NAME] [KEY=VALUE ...]
 
-    list                 the artifacts, what is damaged, what runs have left
-    show NAME            all that is known of an artifact, and the commands that train it again
-    verify [NAME]        read every file again and compare it with its manifest: exit code 1 if anything is wrong
-    remove NAME          remove an artifact; refused while a fusion needs it
+    list                 list all artifacts, damaged artifacts and files of unfinished runs
+    show NAME            show the manifest of an artifact and the commands that reproduce it
+    verify [NAME]        check all files against their manifests: exit code 1 if there is a problem
+    remove NAME          remove an artifact that no fusion depends on
 
     store=DIR            the store (default: outputs/store)
-    into=DIR             show: the store that its commands write to (default: the same)
-    force=true           remove: also what fusions need; they find it in STORE/.replaced, the name is free
+    into=DIR             show: the store that the commands write to (default: the same store)
+    force=true           remove: move an artifact that fusions depend on to STORE/.replaced, where they find it
 
-Exit codes: 0 done, 1 verify found a problem, 2 a wrong command, 130 interrupted.
+Exit codes: 0 done, 1 verify found a problem, 2 an invalid command, 130 interrupted.
 """
 STORE = {"store": "DIR"}
 KEYS = {"list": STORE, "show": STORE | {"into": "DIR"}, "verify": STORE, "remove": STORE | {"force": "true"}}
 NAMES = {
     "list": ((0, 0), "no name"),
     "show": ((1, 1), "the NAME of an artifact"),
-    "verify": ((0, 1), "one NAME, or none for all"),
+    "verify": ((0, 1), "at most one NAME"),
     "remove": ((1, 1), "the NAME of an artifact"),
 }
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """The program; returns the exit code."""
     return run_program(words, USAGE, work)
 
 
@@ -85,7 +84,7 @@ def _verify(store: Path, names: list[str]) -> int:
     for folder, text, unused in leftovers(store, list(scan(store))) if not names else ():
         advice = f"; rm -r '{folder}' frees it" if unused else ""
         say(f"left     {text}{advice}")
-    say(f"{count - problems} of {count} artifacts are sound")
+    say(f"{count - problems} of {count} artifacts are valid")
     return 1 if problems else 0
 
 

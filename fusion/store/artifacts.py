@@ -1,7 +1,7 @@
-"""Writing, reading and verifying the weights of an artifact: safetensors only, hashes checked.
+"""Write, read and verify the weights of artifacts: safetensors files with checksums.
 
-Writers of one name wait for each other. Readers take no lock (a store may be read-only): a folder gets its name by a
-rename, and a reader that met an overwrite reads again.
+Writers of one name hold a lock. Readers take no lock, since a store may be read-only: an artifact is renamed to its
+final name, and a reader retries if the artifact was overwritten meanwhile.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from fusion.store.layout import (
 )
 from fusion.store.manifest import Manifest
 from fusion.store.parts import File
-from fusion.store.writing import LOCK_SECONDS, check_free, retire, settle, sync_folder, writing
+from fusion.store.writing import LOCK_SECONDS, archive, check_free, recover, sync_folder, writing
 from fusion.text import listed, printable, shortened
 
 log = logging.getLogger(__name__)
 
-_NOTED: set[str] = set()  # hashes of artifacts without a checksum that this process has logged
+_NOTED: set[str] = set()  # artifacts without a checksum, by hash, already logged by this process
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A stored artifact with its tensors, on the CPU."""
+    """A stored artifact with its tensors on the CPU."""
 
     path: Path
     manifest: Manifest
@@ -64,15 +64,17 @@ def save(
     overwrite: bool = False,
     wait: float = LOCK_SECONDS,
 ) -> Path:
-    """Store an artifact as STORE/NAME and return that folder; `manifest.files` is set here.
+    """Save an artifact as STORE/NAME and return that directory; sets `manifest.files`.
 
-    An artifact that is overwritten is kept in STORE/.replaced if a fusion of the store needs it. UserError: the name is
-    not allowed or taken, or another process has been writing it for `wait` seconds.
+    An overwritten artifact is moved to STORE/.replaced if a fusion of the store depends on it.
+
+    Raises:
+        UserError: if the name is invalid or taken, or another process holds the lock for `wait` seconds.
     """
     check_name(manifest.name)
     store.mkdir(parents=True, exist_ok=True)
     with writing(store, manifest.name, wait):
-        settle(store, manifest.name)
+        recover(store, manifest.name)
         check_free(manifest.name, manifest.kind, store, overwrite)
         final, staged = store / manifest.name, store / STAGING / f"{manifest.name}{NEW}"
         try:
@@ -83,7 +85,7 @@ def save(
             os.replace(staged, final)
             sync_folder(store)
             if old.exists():
-                retire(store, old, manifest)
+                archive(store, old, manifest)
                 sync_folder(store)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
@@ -91,25 +93,25 @@ def save(
 
 
 def load(reference: str, store: Path) -> Artifact:
-    """Read an artifact by name or path; UserError if it does not exist, or a file does not fit the manifest."""
+    """Read an artifact by name or path. Raises UserError if it is missing or does not match its manifest."""
     return lookup.read_settled(lambda: lookup.find(reference, store), read)
 
 
 def load_by_hash(hash: str, name: str, store: Path) -> Artifact:
-    """Read the artifact with this hash, a source of a fusion; UserError as `load`."""
+    """Read the source of a fusion by its hash. Raises UserError like `load`."""
     artifact = lookup.read_settled(lambda: lookup.find_by_hash(hash, name, store), read)
-    # It may have been overwritten between the two; then it is kept, and found, elsewhere.
+    # If it was overwritten meanwhile, it has moved to another directory.
     return artifact if artifact.manifest.hash == hash else read(lookup.find_by_hash(hash, name, store))
 
 
 def read(folder: Path) -> Artifact:
-    """The artifact in `folder`, its files checked against its manifest."""
+    """Read the artifact in `folder` and check its files against its manifest."""
     manifest = lookup.read_folder(folder)
     if manifest.checksum is None and manifest.hash not in _NOTED:
         _NOTED.add(manifest.hash)
         log.info(
-            "%s: its manifest has no checksum (stored by version 0.1), so changes of it are not detected; training it "
-            "again with overwrite=true adds one",
+            "%s: the manifest was written by version 0.1 and has no checksum, so modifications are not detected; "
+            "retrain it with overwrite=true to add one",
             folder,
         )
         note_ambiguous_labels(manifest)
@@ -118,7 +120,7 @@ def read(folder: Path) -> Artifact:
 
 
 def adopt(artifact: Artifact, store: Path) -> None:
-    """Copy a source of another store to STORE/.replaced, unless this store has it, under whatever name."""
+    """Copy a source of a different store to STORE/.replaced, unless this store contains it under any name."""
     manifest = artifact.manifest
     with contextlib.suppress(UserError):
         lookup.find_by_hash(manifest.hash, manifest.name, store)
@@ -134,9 +136,9 @@ def adopt(artifact: Artifact, store: Path) -> None:
                 _write(staged / file, read_regular(artifact.path / file, manifest.files[file].bytes))
             _write(staged / MANIFEST, manifest.to_json().encode("utf-8"))
             if read(staged).manifest.hash != manifest.hash:
-                raise UserError(f"{artifact.path}: was changed while it was copied to {store}; run this again")
+                raise UserError(f"{artifact.path} was modified while it was copied to {store}; rerun the command")
             kept.parent.mkdir(exist_ok=True)
-            with contextlib.suppress(OSError):  # another process has just copied the same there
+            with contextlib.suppress(OSError):  # another process has just copied the same artifact
                 os.replace(staged, kept)
             sync_folder(kept.parent)
         finally:
@@ -144,7 +146,7 @@ def adopt(artifact: Artifact, store: Path) -> None:
 
 
 def match_keys(expected: Mapping[str, Sequence[int]], found: Mapping[str, torch.Tensor], path: Path | str) -> None:
-    """Refuse tensors that are not exactly the expected ones, by name and shape."""
+    """Raise UserError if the tensors do not have exactly the expected names and shapes."""
     missing = [key for key in expected if key not in found]
     unexpected = [key for key in found if key not in expected]
     shapes = [
@@ -152,29 +154,31 @@ def match_keys(expected: Mapping[str, Sequence[int]], found: Mapping[str, torch.
         for key, shape in expected.items()
         if key in found and tuple(found[key].shape) != tuple(shape)
     ]
-    kinds = {"missing": listed(missing), "unexpected": listed(unexpected), "of another shape": ", ".join(shapes[:5])}
-    if missing or unexpected or shapes:
-        problems = [f"{title}: {text}" for title, text in kinds.items() if text not in ("", "nothing")]
-        raise UserError(f"{path}: does not fit the model; {'; '.join(problems)}")
+    problems = [
+        f"{title}: {listed(keys)}" for title, keys in (("missing", missing), ("unexpected", unexpected)) if keys
+    ]
+    problems += [f"of a different shape: {', '.join(shapes[:5])}"] if shapes else []
+    if problems:
+        raise UserError(f"{path} does not match the model; {'; '.join(problems)}")
 
 
 def check_numbers(values: Mapping[str, torch.Tensor], path: Path | str) -> None:
-    """Refuse stored tensors that are no floats or not finite."""
+    """Raise UserError if a stored tensor is not floating point or not finite."""
     for name, tensor in values.items():
         if tensor.dtype not in FLOATS:
-            raise UserError(f"{path}: {listed([name])} is {tensor.dtype}, expected a float; {FIX}")
+            raise UserError(f"{path}: {listed([name])} is {tensor.dtype}, expected a floating-point type; {FIX}")
         if not tensor.isfinite().all():
-            raise UserError(f"{path}: {listed([name])} has values that are not finite; {FIX}")
+            raise UserError(f"{path}: {listed([name])} contains NaN or infinity; {FIX}")
 
 
 def copy_stored(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor], path: Path | str) -> None:
-    """`check_numbers` of values from a store, then `copy_into`."""
+    """Check stored values with `check_numbers`, then `copy_into`."""
     check_numbers(values, path)
     copy_into(parameters, values, path)
 
 
 def copy_into(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor], path: Path | str) -> None:
-    """Copy values, which come from `path`, into a model's parameters of exactly the same names and shapes."""
+    """Copy values from `path` into model parameters of exactly the same names and shapes."""
     match_keys({name: tuple(parameter.shape) for name, parameter in parameters.items()}, values, path)
     for name, parameter in parameters.items():
         parameter.data.copy_(values[name])
@@ -184,7 +188,7 @@ def copy_into(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch
 
 
 class Verdict(NamedTuple):
-    """One line of `verify`. problem: empty for a sound artifact. note: what could not be checked."""
+    """One line of `verify`. `problem` is empty for a valid artifact; `note` lists missing checks."""
 
     place: str
     problem: str
@@ -196,14 +200,14 @@ class Verdict(NamedTuple):
 
 
 Shapes = Callable[[Manifest, Sequence[Manifest], Path], Mapping[str, Mapping[str, tuple[int, ...]] | None]]
-"""From a manifest, those of its sources and the artifact's folder to the tensors that each of its files must have.
+"""Maps (manifest, manifests of the sources, directory) to the expected tensor shapes of each file.
 
-None for a file that the manifest does not determine. It raises UserError for a manifest that describes no model.
+The shapes are None if the manifest does not determine them. Raises UserError if no model can be built.
 """
 
 
 def verify(store: Path, shapes: Shapes, name: str | None = None) -> Iterator[Verdict]:
-    """One verdict per artifact, replaced ones too; with `name`, of that one alone. UserError if there is none."""
+    """Yield a verdict per artifact, including replaced ones, or only for `name`. Raises UserError if it is missing."""
     lookup.check_store(store)
     found = list(lookup.scan(store, only=name))
     if name is not None and not found:
@@ -212,7 +216,7 @@ def verify(store: Path, shapes: Shapes, name: str | None = None) -> Iterator[Ver
         no_checksum = one.manifest is not None and one.manifest.checksum is None
         note = " (its manifest has no checksum)" if no_checksum else ""
         problem = _problem(one, store, shapes)
-        if problem:  # again: it or a source may have been overwritten during the check
+        if problem:  # retry: it or a source may have been overwritten during the check
             problem = "".join(_problem(again, store, shapes) for again in lookup.scan(store, only=one.place))
         yield Verdict(one.place, problem, note)
 
@@ -224,7 +228,7 @@ def _problem(found: lookup.Found, store: Path, shapes: Shapes) -> str:
         artifact = read(found.folder)
         files = {entry.name for entry in found.folder.iterdir()}
         if extra := sorted(files - {MANIFEST, WEIGHTS, HEAD}):
-            return f"{found.folder}: {', '.join(extra)} is no part of an artifact; move it elsewhere"
+            return f"{found.folder}: {', '.join(extra)} does not belong to an artifact; move it elsewhere"
         expected = shapes(artifact.manifest, lookup.source_manifests(artifact.manifest, store), artifact.path)
         for file, tensors in ((WEIGHTS, artifact.weights), (HEAD, artifact.head)):
             if (tensors_of := expected[file]) is not None:
@@ -241,18 +245,18 @@ def _problem(found: lookup.Found, store: Path, shapes: Shapes) -> str:
 def _stage(
     folder: Path, manifest: Manifest, weights: Mapping[str, torch.Tensor], head: Mapping[str, torch.Tensor]
 ) -> Manifest:
-    """Write an artifact into `folder`, flushed to the disk, and return the manifest with its files."""
+    """Write an artifact into `folder`, flush it to disk, and return the manifest with its files."""
     folder.mkdir(parents=True)
     files = {}
     for file, tensors in ((WEIGHTS, weights), (HEAD, head)):
-        # Copies: safetensors refuses tensors that share memory and tensors that are not contiguous.
+        # safetensors rejects tensors that share memory or are not contiguous.
         plain = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
         content = safetensors.torch.save(plain)
         files[file] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
         _write(folder / file, content)
     manifest = manifest.changed(files=files)
     text = manifest.to_json()
-    Manifest.from_json(text, folder / MANIFEST)  # an artifact that cannot be read again must not be stored
+    Manifest.from_json(text, folder / MANIFEST)  # raises if the manifest cannot be read back
     _write(folder / MANIFEST, text.encode("utf-8"))
     sync_folder(folder)
     return manifest
@@ -269,10 +273,8 @@ def _read_tensors(path: Path, entry: File) -> dict[str, torch.Tensor]:
     content = read_regular(path, expected=entry.bytes)
     found = hashlib.sha256(content).hexdigest()
     if found != entry.sha256:
-        raise UserError(
-            f"{path}: was changed, its sha256 is {found[:12]}, expected {printable(entry.sha256[:12])}; {FIX}"
-        )
+        raise UserError(f"{path} was modified: sha256 {found[:12]}, expected {printable(entry.sha256[:12])}; {FIX}")
     try:
         return safetensors.torch.load(content)
-    except Exception as error:  # its own, or of torch for an unknown type or size
-        raise UserError(f"{path}: is not a safetensors file ({shortened(first_line(error))}); {FIX}") from None
+    except Exception as error:  # a SafetensorError, or an error of torch for an unknown type or size
+        raise UserError(f"{path} is not a valid safetensors file ({shortened(first_line(error))}); {FIX}") from None

@@ -1,4 +1,4 @@
-"""Which artifacts, backbones, data and commands go together."""
+"""Compatibility checks of artifacts with each other, and with backbones, datasets and commands."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from fusion.text import hydra_value, repeated, shortened
 
 if TYPE_CHECKING:
     from fusion.store.manifest import Manifest
+    from fusion.store.parts import Backbone
 
 log = logging.getLogger(__name__)
 
-DEBUG = "-debug"  # ending of the name of what debug=NAME trains
-DIVERGED = "-diverged"  # ending of the name of the best state before the loss was no longer finite
+DEBUG = "-debug"  # suffix of artifacts trained with debug=NAME
+DIVERGED = "-diverged"  # suffix of artifacts saved before the loss became NaN or infinite
 
 
 def differences(pairs: Mapping[str, tuple[Any, Any]], most: int = 4) -> str:
-    """`key VALUE, expected VALUE` for each pair (expected, found) that differs; of hashes the first 8 digits."""
+    """Format each (expected, found) pair that differs as `key FOUND, expected VALUE`, abbreviating hashes."""
 
     def shown(value: Any) -> str:
         return shortened(re.sub(r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1", hydra_value(value)), 200)
@@ -35,18 +36,18 @@ def differences(pairs: Mapping[str, tuple[Any, Any]], most: int = 4) -> str:
 
 
 def why_unfit(manifest: Manifest) -> str | None:
-    """Why `sources=all`, rankings and proposed commands leave an adapter out; None: they use it."""
+    """Return why `sources=all`, rankings and suggested commands skip an adapter, or None if they use it."""
     if manifest.name.endswith(DEBUG):
         return "trained with debug="
     if manifest.name.endswith(DIVERGED) or manifest.result.diverged:
-        return "its training diverged"
+        return "training diverged"
     return None
 
 
 def check_sources(manifests: list[Manifest]) -> None:
-    """Refuse sources that cannot be fused together.
+    """Raise UserError if adapters cannot be fused.
 
-    All are adapters of one backbone (fingerprint, tokenizer, hidden size) in one placement (sites, reads). Bottleneck
+    All must have the same backbone (fingerprint, tokenizer, hidden size), sites and adapter input (`reads`). Bottleneck
     sizes, non-linearities, scalings and layers may differ.
     """
     for manifest in manifests:
@@ -60,28 +61,30 @@ def check_sources(manifests: list[Manifest]) -> None:
     for other in manifests[1:]:
         first = manifests[0]
         one, two = first.backbone, other.backbone
-        pairs = {
-            "fingerprint": (one.fingerprint, two.fingerprint),
-            "tokenizer": _known(one.tokenizer, two.tokenizer),
-            "hidden size": (one.hidden_size, two.hidden_size),
-        }
+        pairs = _backbone_pairs(one, two.fingerprint, two.hidden_size, two.tokenizer)
         pairs |= {key: (value, other.placement[key]) for key, value in first.placement.items()}
         if found := differences(pairs):
             raise UserError(
                 f"sources: {other.name} cannot be fused with {first.name}: {found} (backbone {two.name_or_path}, "
-                f"{one.name_or_path}). Leave it out of sources=, or train it again on the same backbone and placement"
+                f"{one.name_or_path}). Remove it from sources=, or retrain it on the same backbone with the same placement"
             )
 
 
-def _known(one: str | None, two: str | None) -> tuple[str | None, str | None]:
-    """A pair that is equal if one of the two is not known, as in manifests of version 0.1."""
-    return one or two, two or one
+def _backbone_pairs(
+    stored: Backbone, fingerprint: str, hidden_size: int, tokenizer: str | None
+) -> dict[str, tuple[Any, Any]]:
+    return {
+        "fingerprint": (stored.fingerprint, fingerprint),
+        # Unknown in manifests of version 0.1.
+        "tokenizer": (stored.tokenizer or tokenizer, tokenizer or stored.tokenizer),
+        "hidden size": (stored.hidden_size, hidden_size),
+    }
 
 
 def check_attends(manifest: Manifest, given: str, fix: str) -> None:
-    """Refuse to show attention weights, with the override `given`, of an artifact without them; `fix`: what to do."""
+    """Raise UserError if an artifact has no attention weights. `given` is the override; `fix` ends the message."""
     if manifest.kind != "fusion":
-        raise UserError(f"{given}: {manifest.name} is a stored {manifest.kind}, only a fusion has source attention")
+        raise UserError(f"{given}: {manifest.name} is a stored {manifest.kind}, but only a fusion has source attention")
     name = manifest.made_by
     if why := COMPOSITIONS[name].no_weights:
         raise UserError(f"{given}: {manifest.name} (composition={name}) {why}; {fix}")
@@ -90,26 +93,18 @@ def check_attends(manifest: Manifest, given: str, fix: str) -> None:
 def check_backbone(
     manifest: Manifest, *, name_or_path: str, fingerprint: str, hidden_size: int, tokenizer: str | None = None
 ) -> None:
-    """Refuse a backbone that an artifact was not trained on; `tokenizer` is its hash."""
+    """Raise UserError if an artifact was trained on a different backbone. `tokenizer` is its hash."""
     stored = manifest.backbone
-    pairs: dict[str, tuple[Any, Any]] = {
-        "fingerprint": (stored.fingerprint, fingerprint),
-        "hidden size": (stored.hidden_size, hidden_size),
-        "tokenizer": _known(stored.tokenizer, tokenizer),
-    }
-    if found := differences(pairs):
+    if found := differences(_backbone_pairs(stored, fingerprint, hidden_size, tokenizer)):
         revision = f" revision {stored.revision}" if stored.revision else ""
         raise UserError(
-            f"{manifest.name} was trained on {stored.name_or_path}{revision}, and {name_or_path} is another backbone: "
-            f"{found}\nRestore its files, or use a copy of the right backbone: backbone.name_or_path=FOLDER"
+            f"{manifest.name} was trained on {stored.name_or_path}{revision}, but {name_or_path} is a different "
+            f"backbone: {found}\nSet backbone.name_or_path=DIR to a copy of the original backbone"
         )
 
 
-# --- data of the training -------------------------------------------------------------------------
-
-
 def data_folder_of(manifest: Manifest) -> str | None:
-    """What data.dir was, relative to here or to where the training started; None: data of the hub or PyPI."""
+    """Return data.dir, relative to the current or the training run's directory. None: Hub or PyPI data."""
     trained = manifest.run.config.get("data.dir")
     if not isinstance(trained, str):
         return None
@@ -118,9 +113,9 @@ def data_folder_of(manifest: Manifest) -> str | None:
 
 
 def note_ambiguous_labels(manifest: Manifest) -> None:
-    """Warn of an artifact of version 0.1 whose labels may have been read wrongly.
+    """Warn if version 0.1 may have misread the labels of an artifact.
 
-    It read booleans and integers as ids, even where labels are such values in another order: `["true", "false"]`.
+    It read booleans and integers as ids, even if the labels are such values in a different order: `["true", "false"]`.
     """
     for task in manifest.tasks:
         if manifest.data.labels.get(task.name) is not None or task.label_values:
@@ -129,8 +124,8 @@ def note_ambiguous_labels(manifest: Manifest) -> None:
         ids = [{"false": "0", "true": "1"}.get(name.lower(), name) for name in names]
         if any(id.isdecimal() and int(id) != number for number, id in enumerate(ids)):
             log.warning(
-                "%s: version 0.1 may have read the labels %s of %s as ids, which mean others; if its scores are wrong, "
-                "train it again with overwrite=true",
+                "%s: version 0.1 may have read the labels %s of %s as ids of different labels; if its metrics are "
+                "wrong, retrain it with overwrite=true",
                 manifest.name,
                 ", ".join(names),
                 task.name,
@@ -138,7 +133,7 @@ def note_ambiguous_labels(manifest: Manifest) -> None:
 
 
 def split_of(manifest: Manifest) -> SplitConfig:
-    """The `data.split` of the training."""
+    """Return the `data.split` of the training run."""
     config = manifest.run.config
     keys = [(field.name, f"data.split.{field.name}") for field in fields(SplitConfig)]
     try:
@@ -148,10 +143,10 @@ def split_of(manifest: Manifest) -> SplitConfig:
 
 
 def as_trained(manifest: Manifest, data: DataConfig, task: str | None) -> DataConfig:
-    """`data` with the split and quoting of the training; unchanged for a task that the artifact was not trained on.
+    """Return `data` with the split and quoting of the training run, if the artifact was trained on `task`.
 
     Raises:
-        UserError: `data.split` is set to something else, so that training examples would be scored.
+        UserError: if a different `data.split` is set, since training examples could be evaluated.
     """
     if task not in manifest.task_names:
         return data
@@ -159,8 +154,8 @@ def as_trained(manifest: Manifest, data: DataConfig, task: str | None) -> DataCo
     if data.split not in (SplitConfig(), split):
         asked, trained = (" ".join(one.overrides()) or "none" for one in (data.split, split))
         raise UserError(
-            f"{asked}: {manifest.name} was trained with another ({trained}), whose training examples would be scored; "
-            "leave data.split out"
+            f"{asked}: {manifest.name} was trained with a different split ({trained}), so its training examples would "
+            "be evaluated; remove data.split"
         )
     quoting = data.quoting or manifest.run.config.get("data.quoting")
     return replace(data, split=split, quoting=quoting if quoting in ("csv", "none") else None)

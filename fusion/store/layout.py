@@ -1,8 +1,8 @@
-"""Files, folders and names of a store.
+"""Files, directories and names of a store.
 
-An artifact is a folder STORE/NAME with `manifest.json`, `weights.safetensors` and `head.safetensors`. Folders whose
-names start with a dot are internal to the store: `.runs` (checkpoints), `.replaced` (overwritten artifacts that a
-fusion still needs), `.staging` (artifacts that are being written), `.locks`.
+An artifact is a directory STORE/NAME with `manifest.json`, `weights.safetensors` and `head.safetensors`. Directories
+that start with a dot are internal: `.runs` (checkpoints), `.replaced` (overwritten artifacts that a fusion depends
+on), `.staging` (artifacts that are being written) and `.locks`.
 """
 
 from __future__ import annotations
@@ -16,37 +16,37 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 HEAD = "head.safetensors"
 REPLACED, STAGING, RUNS = ".replaced", ".staging", ".runs"
-# Endings of an artifact's name in STAGING. No name contains a tilde.
+# Suffixes in STAGING. Names of artifacts contain no tilde.
 NEW, OLD, COPY, REMOVED = "~new", ".old", "~copy", "~removed"
-FIX = "copy the artifact again, or train it again with overwrite=true"
+FIX = "copy the artifact again or retrain it with overwrite=true"
 
 NAME_LENGTH = 100
-# Names that Windows reserves for devices, with or without an ending.
+# Device names that Windows reserves, with or without a suffix.
 RESERVED = {"con", "prn", "aux", "nul"} | {f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10)}
 
 
 def is_name(text: str) -> bool:
-    """Whether an artifact may have this name: never a path, and possible on every common file system."""
+    """Return whether this is a valid artifact name: never a path, and valid on all common file systems."""
     allowed = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text) is not None and not text.endswith(".")
     return allowed and len(text) <= NAME_LENGTH and text.split(".")[0].lower() not in RESERVED
 
 
 def check_name(name: str) -> None:
-    """Refuse what `is_name` does not allow."""
+    """Raise UserError if `is_name` returns False."""
     if not is_name(name):
         raise UserError(
-            f"name={name[:NAME_LENGTH]!r}: not a name for the store. Letters, digits, '.', '_' and '-' are allowed, a "
-            f"letter or digit first, no '.' last, at most {NAME_LENGTH} characters, no device name of Windows"
+            f"name={name[:NAME_LENGTH]!r}: expected at most {NAME_LENGTH} letters, digits, '.', '_' or '-', starting with a "
+            "letter or digit, not ending with '.', and not a Windows device name"
         )
 
 
 def read_regular(path: Path, expected: int | None = None) -> bytes:
-    """The content of a file; UserError if it is missing, of another size, or a pipe or device, which could block."""
+    """Read a regular file. Raises UserError if it is missing or unreadable, or its size is not `expected`."""
     try:
         if not path.is_file():
-            raise UserError(f"{path}: is missing, or no regular file; {FIX}")
+            raise UserError(f"{path} is missing or not a regular file; {FIX}")
         if expected not in (None, size := path.stat().st_size):
             raise UserError(f"{path}: has {size:,} bytes, expected {expected:,}; {FIX}")
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); {FIX}") from None
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); {FIX}") from None

@@ -1,7 +1,6 @@
-"""`list` and `show`: a table of a store, all facts of an artifact, and the commands that make it again.
+"""`list` and `show`: a table of a store, the manifest of an artifact, and the commands that reproduce it.
 
-Each command is one line for a shell. Store, name, seed and what came from the environment are explicit, so that
-another shell runs the same. No torch here.
+The commands are shell lines that set the store, name, seed and environment variables explicitly.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ TITLES = ("name", "kind", "task", "backbone", "what", "seed", "score", "size", "
 
 
 def list_store(store: Path) -> tuple[list[tuple[str, ...]], list[str]]:
-    """The rows of the table, titles first (none if there is no artifact), and lines to print below it.
+    """Return the rows of the table, titles first (empty if there are no artifacts), and lines to print below it.
 
-    The lines: seeds of one setting with mean and deviation of their score; what is damaged; what runs have left.
+    The lines are: mean metrics over seeds, damaged artifacts, and files of unfinished runs.
     """
     lookup.check_store(store)
     found = list(scan(store))
@@ -65,11 +64,11 @@ def _row(found: Found, manifest: Manifest, every: list[Found]) -> tuple[str, ...
 
 
 def _seeds(store: Path, found: list[Found]) -> Iterator[str]:
-    """A line for each setting that was trained with more than one seed."""
+    """Yield a line for each setting that was trained with more than one seed."""
     every = [(f.place, f.manifest) for f in found if f.manifest is not None and not f.replaced]
     settings = Lookup()
-    for positions in group(settings.of_artifact(manifest, store) for _, manifest in every):
-        places, manifests = zip(*(every[position] for position in positions), strict=True)
+    for indices in group(settings.of_artifact(manifest, store) for _, manifest in every):
+        places, manifests = zip(*(every[index] for index in indices), strict=True)
         if len({manifest.seed for manifest in manifests}) > 1:
             metrics, scores = zip(*map(_first, manifests), strict=True)
             line = f"{len(places)} seeds of one setting: {', '.join(places)}"
@@ -78,11 +77,11 @@ def _seeds(store: Path, found: list[Found]) -> Iterator[str]:
             yield line
 
 
-# --- folders that are no artifacts ----------------------------------------------------------------
+# --- leftovers ------------------------------------------------------------------------------------
 
 
 def leftovers(store: Path, found: Sequence[Found]) -> Iterator[tuple[Path, str, bool]]:
-    """Folders that are no artifacts, each with a line about it and whether nothing needs it; `found`: the artifacts."""
+    """Yield each directory that is not an artifact, a line about it, and whether it can be deleted."""
     done = {f"{f.place}-{f.manifest.run.identity}" for f in found if f.manifest and not f.replaced}
     every = [(folder, _run(store, folder, folder.name in done)) for folder in entries(store / RUNS)]
     every += [(folder, _staged(store, folder)) for folder in entries(store / STAGING)]
@@ -92,40 +91,39 @@ def leftovers(store: Path, found: Sequence[Found]) -> Iterator[tuple[Path, str, 
 
 
 def _run(store: Path, folder: Path, stored: bool) -> tuple[str, bool]:
-    # The lock first: a run that overwrites an artifact may have the identity of the stored one.
+    # Check the lock first: a run may overwrite an artifact of the same identity.
     name = folder.name.rpartition("-")[0]
     path = run_lock_file(store, name)
-    running = f"is being trained now by {holder(path)}" if name and is_locked(path) else ""
+    running = f"is being trained by {holder(path)}" if name and is_locked(path) else ""
     status = read_json(folder / "attempt.json").get("status")
     if running and status not in ("failed", "interrupted"):
         return f"running: it {running}", False
     if stored and not running:
-        return "checkpoints of a run that is done", True
+        return "checkpoints of a finished run", True
     text = "a run that failed" if status == "failed" else "an interrupted run"
     text += "; the same command resumes it"
-    # The lock is of the name: it may be held for a run of another identity.
+    # The lock is per name, so a run with a different identity may hold it.
     return f"{text}; {name} {running}" if running else text, False
 
 
 def _staged(store: Path, folder: Path) -> tuple[str, bool]:
     name = re.sub(r"(~\w+|\.old)$", "", folder.name)
     if is_locked(artifact_lock(store, name)):
-        return "running: it is being written now", False
+        return "running: it is being written", False
     if folder.name.endswith(OLD) and (folder / MANIFEST).is_file() and not (store / name / MANIFEST).is_file():
-        return f"the only copy of {name}; the next writer restores it", False
-    return "half-written by a process that ended", True
+        return f"the only copy of {name}; the next run that writes {name} restores it", False
+    return "partially written by a process that exited", True
 
 
-# --- values for a person --------------------------------------------------------------------------
+# --- formatted values -----------------------------------------------------------------------------
 
 
 def _first(manifest: Manifest) -> tuple[str, float | None]:
-    """The first metric of the first validation split."""
     return next((score for split in manifest.metrics.values() for score in split.items()), ("", None))
 
 
 def what_it_is(manifest: Manifest) -> str:
-    """The placement of an adapter, or the composition of a fusion: `feedforward/normed`, `adapterfusion of 3`."""
+    """Describe the placement of an adapter or the composition: `feedforward/normed`, `adapterfusion of 3`."""
     if manifest.composition is not None:
         return f"{manifest.composition.settings.name} of {len(manifest.sources)}"
     if manifest.adapter is not None:
@@ -134,7 +132,7 @@ def what_it_is(manifest: Manifest) -> str:
 
 
 def first_score(manifest: Manifest) -> str:
-    """The first metric of the first validation split, `accuracy 0.8125`, and whether the training diverged."""
+    """Format the first validation metric, `accuracy 0.8125`, and whether training diverged."""
     metric, value = _first(manifest)
     return f"{metric} {number(value)}{' (diverged)' if manifest.result.diverged else ''}" if metric else "-"
 
@@ -144,7 +142,7 @@ def number(value: Any) -> str:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files below a folder."""
+    """Return the total size of the files below a directory, in bytes."""
     total = 0
     for path in folder.rglob("*"):
         with contextlib.suppress(OSError):
@@ -153,7 +151,7 @@ def size_of(folder: Path) -> int:
 
 
 def as_bytes(size: int) -> str:
-    """A size for a person: `1.23 MB`."""
+    """Format a size: `1.23 MB`."""
     value = float(size)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:
@@ -163,7 +161,7 @@ def as_bytes(size: int) -> str:
 
 
 def when(path: Path) -> str:
-    """When a file was last written, in local time."""
+    """Format the modification time of a file in local time."""
     try:
         return datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
     except (OSError, OverflowError, ValueError):
@@ -173,15 +171,15 @@ def when(path: Path) -> str:
 # --- show -----------------------------------------------------------------------------------------
 
 
-# Overrides that are replaced: sources=top:3 by the names that it selected, without further settings of the selection.
+# Overrides that are set explicitly or, like sources_by, only affect how names were selected.
 REPLACED = ("store", "name", "seed", "overwrite", "resume", "sources_by")
 
 
 def describe(reference: str, store: Path, into: Path | None = None) -> list[str]:
-    """The lines of `show`; `into`: the store that the commands write to, None: the same."""
+    """Return the lines of `show`. `into` is the store that the commands write to, by default the same store."""
     folder, manifest = lookup.find_manifest(reference, store)
     lines = [f"{title:<14}{value}" for title, value in _facts(folder, manifest, store)]
-    lines += ["", "to make it again:", *rebuild_lines(manifest, folder.parent, into or folder.parent)]
+    lines += ["", "to reproduce it:", *rebuild_lines(manifest, folder.parent, into or folder.parent)]
     return [printable(line) for line in lines]
 
 
@@ -203,7 +201,7 @@ def _facts(folder: Path, manifest: Manifest, store: Path) -> Iterator[tuple[str,
         f"{backbone.hidden_size}{revision}{custom_code})",
     )
     yield "fingerprint", backbone.fingerprint
-    yield "tokenizer", backbone.tokenizer or "not known"
+    yield "tokenizer", backbone.tokenizer or "unknown"
     for part in ("head", "adapter", "composition", "method"):
         if (settings := manifest.content.get(part)) is not None:
             yield part, _settings(settings)
@@ -222,11 +220,11 @@ def _facts(folder: Path, manifest: Manifest, store: Path) -> Iterator[tuple[str,
     for split, fingerprint in manifest.data.fingerprints.items():
         yield "data", f"{split} {fingerprint}"
     yield "versions", _settings(manifest.versions)
-    changed = {True: ", with uncommitted changes", None: ", changes not known", False: ""}
-    yield "git", f"{run.git.commit}{changed[run.git.dirty]}" if run.git else "not known"
-    yield "threads", "not known" if run.threads is None else run.threads
-    yield "run", f"{run.identity}, its folder {run.directory}"
-    yield "started in", run.folder or "not known"
+    changed = {True: ", with uncommitted changes", None: ", uncommitted changes unknown", False: ""}
+    yield "git", f"{run.git.commit}{changed[run.git.dirty]}" if run.git else "unknown"
+    yield "threads", "unknown" if run.threads is None else run.threads
+    yield "run", f"{run.identity}, directory {run.directory}"
+    yield "started in", run.folder or "unknown"
     for file, entry in manifest.files.items():
         yield "file", f"{file}, {entry.bytes:,} bytes ({as_bytes(entry.bytes)}), sha256 {entry.sha256}"
 
@@ -246,7 +244,7 @@ def _where(source: Source, store: Path) -> str:
 
 
 def rebuild_lines(manifest: Manifest, store: Path, into: Path) -> list[str]:
-    """Shell lines: a command for each artifact in order, from `store` to `into`; comments for what is missing."""
+    """Return shell commands that reproduce an artifact and its dependencies; missing ones become comments."""
     lines: list[str] = []
     folder = None
     for needed in _in_order(manifest, store, set()):
@@ -261,7 +259,7 @@ def rebuild_lines(manifest: Manifest, store: Path, into: Path) -> list[str]:
 
 
 def _in_order(manifest: Manifest, store: Path, seen: set[str]) -> Iterator[Manifest | str]:
-    """What an artifact is made from, then itself, each once. Text: what is missing."""
+    """Yield the dependencies, then the artifact, without duplicates; a message for each missing one."""
     if manifest.hash in seen:
         return
     seen.add(manifest.hash)
@@ -281,12 +279,12 @@ def _in_order(manifest: Manifest, store: Path, seen: set[str]) -> Iterator[Manif
 def _command(manifest: Manifest, into: Path) -> str:
     run = manifest.run
     if not run.overrides:
-        return f"# {manifest.name} was not made by a command"
+        return f"# {manifest.name} was not created by a command"
     words = [word for word in run.overrides if key_of(word) not in REPLACED]
     data = run.config.get("data.dir")
-    if isinstance(data, str) and "data.dir" not in map(key_of, words):  # it came from FUSION_DATA_DIR
+    if isinstance(data, str) and "data.dir" not in map(key_of, words):  # set by FUSION_DATA_DIR
         words.append(override("data.dir", data))
-    # By name: a source that was given by its path has its name in the store that is written to.
+    # Refer to sources by name, since paths would point to a different store.
     names: dict[str, Any] = {"sources": [source.name for source in manifest.sources]}
     if run.init_from is not None:
         names["init_from"] = run.init_from.name

@@ -1,4 +1,4 @@
-"""Finding artifacts by name, path or hash, also while another process overwrites them: readers take no lock."""
+"""Find artifacts by name, path or hash. Readers take no lock, so an artifact may be overwritten meanwhile."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fusion.text import did_you_mean, listed, shortened
 if TYPE_CHECKING:
     from fusion.store.manifest import Manifest
 
-READS = 50  # attempts to read an artifact that is overwritten meanwhile
+READS = 50  # attempts to read an artifact that is being overwritten
 
 
 @dataclass(frozen=True)
 class Found:
-    """A folder that is or should be an artifact, with its manifest or what is wrong with it."""
+    """A directory that is or should be an artifact, with its manifest or the problem with it."""
 
-    place: str  # below the store, `mnli` or `.replaced/mnli-0123abcd`
+    place: str  # relative to the store: `mnli` or `.replaced/mnli-0123abcd`
     folder: Path
     manifest: Manifest | None
     problem: str = ""
@@ -34,19 +34,19 @@ class Found:
 
 
 def check_store(store: Path) -> None:
-    """Refuse a store that does not exist."""
+    """Raise UserError if the store does not exist."""
     if not store.is_dir():
-        raise UserError(f"store={store}: there is no such folder; store=DIR names another, training creates one")
+        raise UserError(f"store={store}: directory not found; set store=DIR to a different directory")
 
 
 def names(store: Path) -> list[str]:
-    """The artifacts of the store, sorted by name."""
+    """Return the names of the artifacts in the store, sorted."""
     return sorted(folders(store))
 
 
 def folders(store: Path) -> dict[str, Path]:
-    """The folder of each artifact of the store, by name."""
-    # An overwrite moves the old folder to STAGING, then the new one in: listed in this order, none is missed.
+    """Map the name of each artifact in the store to its directory."""
+    # An overwrite moves the old directory to STAGING, then the new one in; this order misses neither.
     current = entries(store)
     old = [folder.name.removesuffix(OLD) for folder in entries(store / STAGING) if folder.name.endswith(OLD)]
     found = {*old, *(folder.name for folder in [*current, *entries(store)] if not folder.name.startswith("."))}
@@ -54,7 +54,7 @@ def folders(store: Path) -> dict[str, Path]:
 
 
 def _named(place: str, store: Path) -> Path | None:
-    """The folder of an artifact. While it is overwritten, or if the writer was killed then, the old one in STAGING."""
+    """Return the directory of an artifact: in STAGING if an overwrite is in progress or was killed."""
     folder = store / place
     every = (folder, store / STAGING / f"{place}{OLD}", folder)
     return next((one for one in every if _is_artifact(one)), None)
@@ -65,7 +65,7 @@ def _is_artifact(folder: Path) -> bool:
 
 
 def entries(folder: Path) -> list[Path]:
-    """The content of a folder, by name; empty if it cannot be read."""
+    """List a directory sorted by name. Returns an empty list if it cannot be read."""
     try:
         return sorted(folder.iterdir())
     except OSError:
@@ -73,38 +73,35 @@ def entries(folder: Path) -> list[Path]:
 
 
 def find(reference: str, store: Path) -> Path:
-    """The folder of an artifact: a name in the store first, then a path. UserError names similar ones."""
+    """Return the directory of an artifact, given its name in the store or its path. Raises UserError if missing."""
     if is_name(reference) and (folder := _named(reference, store)) is not None:
         return folder
-    with contextlib.suppress(OSError, RuntimeError, ValueError):  # text that cannot be a path
+    with contextlib.suppress(OSError, RuntimeError, ValueError):  # not a valid path
         path = Path(reference).expanduser()
         if reference and _is_artifact(path):
             return path
         if reference and path.exists():
             raise UserError(
-                f"{path}: is not an artifact, it has no {MANIFEST}; expected a name of the store, or a folder"
+                f"{path} is not an artifact, since it has no {MANIFEST}; expected a name or an artifact directory"
             )
     raise UserError(unknown_name(reference, store))
 
 
 def unknown_name(reference: str, store: Path) -> str:
-    """The message about a name that the store does not have."""
+    """Return the message for a name that is not in the store."""
     there = names(store)
     near = did_you_mean(reference, there) or "."
-    has = f"It has {listed(there)}" if there else "It is empty or does not exist (store=DIR names another)"
-    return (
-        f"no artifact {shortened(reference)!r} in the store {store}{near} {has}; stage 1 makes an adapter: "
-        "python -m fusion.stage1 +task=NAME"
-    )
+    has = f"It contains {listed(there)}" if there else "It is empty or does not exist; set store=DIR to a different one"
+    return f"no artifact {shortened(reference)!r} in the store {store}{near} {has}"
 
 
 def read_manifest(reference: str, store: Path) -> Manifest:
-    """The manifest of an artifact, by name or path; errors as `find_manifest`."""
+    """Return the manifest of an artifact, given its name or path. Raises UserError if missing or damaged."""
     return find_manifest(reference, store)[1]
 
 
 def find_manifest(reference: str, store: Path) -> tuple[Path, Manifest]:
-    """The folder and the manifest of an artifact, by name or path; UserError if missing or damaged."""
+    """Return the directory and the manifest of an artifact, see `read_manifest`."""
     return read_settled(lambda: find(reference, store), lambda folder: (folder, read_folder(folder)))
 
 
@@ -112,7 +109,7 @@ Read = TypeVar("Read")
 
 
 def read_settled(look: Callable[[], Path], read: Callable[[Path], Read]) -> Read:
-    """`read(look())`, again if the folder was overwritten between the two."""
+    """Return `read(look())`, retrying if the artifact was overwritten between the two calls."""
     for _ in range(READS - 1):
         folder = look()
         before = stamp(folder)
@@ -126,7 +123,7 @@ def read_settled(look: Callable[[], Path], read: Callable[[Path], Read]) -> Read
 
 
 def stamp(folder: Path) -> tuple[int, int] | None:
-    """A value that changes when the artifact in a folder is overwritten; None if absent."""
+    """Return a value that changes when the artifact in a directory is overwritten, or None if it is absent."""
     try:
         state = (folder / MANIFEST).stat()
     except OSError:
@@ -135,19 +132,19 @@ def stamp(folder: Path) -> tuple[int, int] | None:
 
 
 def read_folder(folder: Path) -> Manifest:
-    """The manifest of the artifact in `folder`."""
+    """Read the manifest of the artifact in `folder`."""
     from fusion.store.manifest import Manifest  # imports pydantic, which most commands do not need
 
     path = folder / MANIFEST
     try:
         text = read_regular(path).decode("utf-8")
     except UnicodeDecodeError:
-        raise UserError(f"{path}: is not text in UTF-8; {FIX}") from None
+        raise UserError(f"{path} is not valid UTF-8; {FIX}") from None
     return Manifest.from_json(text, path)
 
 
 def scan(store: Path, only: str | None = None) -> Iterator[Found]:
-    """All artifacts by name, then those that were replaced; damaged ones too. `only`: just that place."""
+    """Yield all artifacts sorted by name, including damaged and replaced ones, or only the one at `only`."""
     places = {f.name for f in entries(store) if f.is_dir() and not f.name.startswith(".")} | {*folders(store)}
     for place in [*sorted(places), *(f"{REPLACED}/{f.name}" for f in entries(store / REPLACED))]:
         if only in (None, place):
@@ -159,7 +156,7 @@ def _read(place: str, store: Path) -> Found:
 
     def current() -> Path:
         if (folder := _named(place, store)) is None:
-            raise UserError(f"{expected / MANIFEST}: is missing, or no regular file; {FIX}")
+            raise UserError(f"{expected / MANIFEST} is missing or not a regular file; {FIX}")
         return folder
 
     try:
@@ -167,12 +164,12 @@ def _read(place: str, store: Path) -> Found:
     except UserError as error:
         return Found(place, expected, None, str(error))
     if not is_name(expected.name):
-        return Found(place, expected, None, f"{expected}: is no name for the store; rename the folder")
+        return Found(place, expected, None, f"{expected} is not a valid artifact name; rename the directory")
     return Found(place, folder, manifest)
 
 
 def artifacts(store: Path, replaced: bool = False) -> Iterator[tuple[Path, Manifest]]:
-    """All artifacts of the store that can be read, by name; `replaced` adds those that were overwritten."""
+    """Yield all readable artifacts of the store, sorted by name; with `replaced`, also overwritten ones."""
     # STAGING first: an overwritten artifact moves from there to REPLACED.
     for folder in entries(store / STAGING) if replaced else ():
         if folder.name.endswith(OLD):
@@ -184,12 +181,12 @@ def artifacts(store: Path, replaced: bool = False) -> Iterator[tuple[Path, Manif
 
 
 def users_of(hash: str, found: Sequence[Found]) -> list[str]:
-    """The fusions that have the artifact with this hash as a source."""
+    """Return the fusions that have the artifact with this hash as a source."""
     return [f.place for f in found if f.manifest and hash in [source.hash for source in f.manifest.sources]]
 
 
 def find_by_hash(hash: str, name: str, store: Path) -> Path:
-    """The folder of the artifact with this hash: `name` first, then any, also replaced ones; UserError if none."""
+    """Return the directory of the artifact with this hash, also if it was renamed or replaced. Raises UserError."""
     with contextlib.suppress(UserError):
         folder = find(name, store)
         if read_folder(folder).hash == hash:
@@ -198,11 +195,11 @@ def find_by_hash(hash: str, name: str, store: Path) -> Path:
         if manifest.hash == hash:
             return folder
     raise UserError(
-        f"source {name} ({hash[:8]}) is gone: it was removed from the store {store}, damaged, or replaced by another "
-        "artifact. Copy its folder back (any name will do), or train the fusion again with the sources there are"
+        f"source {name} ({hash[:8]}) not found: it was removed from the store {store}, damaged or replaced; copy it "
+        "back under any name, or retrain the fusion"
     )
 
 
 def source_manifests(manifest: Manifest, store: Path) -> list[Manifest]:
-    """The manifests of a fusion's sources, in order; empty for anything else. Errors as `find_by_hash`."""
+    """Return the manifests of a fusion's sources, in order. Raises UserError if one is missing."""
     return [read_folder(find_by_hash(source.hash, source.name, store)) for source in manifest.sources]

@@ -1,8 +1,7 @@
-"""The schema of `manifest.json`, everything that an artifact states about itself.
+"""The schema of `manifest.json`.
 
-Reading is strict: unknown keys, values of another type (true is no integer) and sizes out of range are refused.
-Settings are checked by the dataclasses of `fusion.config` that they come from. The content of the file is kept,
-written, hashed and checksummed as it was read.
+Unknown keys, values of the wrong type and sizes out of range raise UserError. Settings are validated by the dataclasses
+of `fusion.config`. The content of the file is written, hashed and checksummed as it was read.
 """
 
 from __future__ import annotations
@@ -25,17 +24,16 @@ from fusion.text import listed, repeated, shortened, shown
 
 FORMAT_VERSION = 1
 FUSION = "fusion"
-# What stage 1 stores, and what stage 2 stores.
 KINDS = tuple(dict.fromkeys(("adapter", FUSION, *(method.kind for method in METHODS.values()))))
 
-# Settings that do not change what the stored weights compute; `bottleneck_sizes` has the slots with an adapter.
+# Settings that do not change the output of the stored weights; `bottleneck_sizes` contains the adapted slots.
 ADAPTER_TRAINING_KEYS = ("name", "init", "dropout", "reduction_factor", "bottleneck_size", "layers", "drop")
 TUNING_KINDS = {method.kind for method in METHODS.values() if method.tune is not None}
-OPTIONAL = ("method", "multitask", "checksum")  # keys that manifests of version 0.1 may lack
+OPTIONAL = ("method", "multitask", "checksum")  # keys that may be missing in version 0.1
 
 
 class Manifest(parts.Part):
-    """Everything that is needed to rebuild the artifact's model, and where it came from.
+    """Everything needed to rebuild the model of an artifact, and its provenance.
 
     `task` and `head` of a multi-task artifact are those of its first task. `files` is empty until it is saved.
     """
@@ -55,33 +53,33 @@ class Manifest(parts.Part):
     run: parts.RunRecord
     versions: dict[str, str | None]
     result: parts.Result
-    files: dict[Annotated[str, parts.one_of((WEIGHTS, HEAD))], parts.File]  # never a file outside of the artifact
+    files: dict[Annotated[str, parts.one_of((WEIGHTS, HEAD))], parts.File]
     method: MethodConfig | None = None
     multitask: Annotated[dict[str, parts.TaskAndHead], Field(min_length=1)] | None = None
-    checksum: str | None = None  # version 0.1 wrote none
+    checksum: str | None = None  # None in version 0.1
 
     _content: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @classmethod
     def of(cls, **values: Any) -> Manifest:
-        """A manifest of plain values; UserError names a wrong key. NaN and infinities become null."""
+        """Build a manifest from plain values; NaN and infinity become null. Raises UserError for an invalid value."""
         check_name(str(values.get("name")))
         content = finite({"format_version": FORMAT_VERSION, "files": {}} | values)
         return cls._read(json.dumps(content), content, f"manifest of {content.get('name')}")
 
     def changed(self, **values: Any) -> Manifest:
-        """A copy with other plain values for some keys."""
+        """Return a copy with some plain values replaced."""
         return self.of(**(self._content | values))
 
     @classmethod
     def from_json(cls, text: str, path: Path) -> Manifest:
-        """Reads and checks the text of `path`; errors as `of`."""
+        """Parse and validate the content of `path`. Raises UserError like `of`."""
         try:
             content = json.loads(text)
-            # Refuses infinities and lone surrogates.
+            # Raises for infinities and lone surrogates.
             json.dumps(content, allow_nan=False, ensure_ascii=False).encode("utf-8")
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: is not JSON ({first_line(error)[:100]}); {FIX}") from None
+            raise UserError(f"{path} is not valid JSON ({first_line(error)[:100]}); {FIX}") from None
         if not isinstance(content, dict):
             raise UserError(f"{path}: expected a JSON object; {FIX}")
         try:
@@ -89,8 +87,8 @@ class Manifest(parts.Part):
             if missing := [file for file in (WEIGHTS, HEAD) if file not in manifest.files]:
                 raise UserError(f"{path}: key files.{missing[0]} is missing; {FIX}")
             if "checksum" in content and checksum_of(content) != content["checksum"]:
-                raise UserError(f"{path}: was changed, its content does not match its checksum; {FIX}")
-        except UserError as error:  # it may quote any text of the file
+                raise UserError(f"{path} was modified and does not match its checksum; {FIX}")
+        except UserError as error:  # it may quote long values of the file
             raise UserError(shortened(str(error), 600)) from None
         return manifest
 
@@ -99,7 +97,7 @@ class Manifest(parts.Part):
         version = content.get("format_version")
         if type(version) is not int or version != FORMAT_VERSION:
             raise UserError(
-                f"{where}: format_version is {shown(version)}, expected {FORMAT_VERSION}: use the version that wrote it, or train it again"
+                f"{where}: format_version is {shown(version)}, expected {FORMAT_VERSION}; use the version that wrote it or retrain it"
             )
         try:
             manifest = cls.model_validate_json(text)
@@ -109,9 +107,9 @@ class Manifest(parts.Part):
             key = ".".join(str(step) for step in first["loc"] if step != "settings")
             given = "" if first["type"] == "missing" else f", got {shown(first['input'])}"
             raise UserError(f"{where}: {key or 'content'}: {first['msg']}{given}") from None
-        except (UserError, TypeError, ValueError) as error:  # also of a setting that its own dataclass checks
+        except (UserError, TypeError, ValueError) as error:  # from the dataclasses of fusion.config
             raise UserError(f"{where}: {first_line(error)}") from None
-        # In the order of the schema, without keys that version 0.1 may lack and that hold nothing.
+        # In the order of the schema, omitting optional keys that are null.
         known = [key for key in cls.model_fields if key not in OPTIONAL or content.get(key) is not None]
         manifest._content = {key: content[key] for key in known if key != "checksum"}
         return manifest
@@ -121,19 +119,19 @@ class Manifest(parts.Part):
 
     @property
     def content(self) -> dict[str, Any]:
-        """The plain values of `manifest.json`, without the checksum. Do not change them."""
+        """Plain values of `manifest.json`, without the checksum. Must not be modified."""
         return self._content
 
     def to_json(self) -> str:
-        """The text of `manifest.json`."""
+        """Return the content of `manifest.json`."""
         sealed = self._content | {"checksum": checksum_of(self._content)}
         return json.dumps(sealed, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @property
     def hash(self) -> str:
-        """sha256 (64 hex digits) of the weights file and all settings that change what the weights compute.
+        """sha256 (64 hex digits) of the weights file and all settings that change the output of the weights.
 
-        The head counts only in artifacts of kind head: a fusion uses an adapter without its head.
+        The head is only included for kind head, since a fusion uses an adapter without its head.
         """
         if not self.files:
             raise ValueError("a manifest has a hash once its artifact is saved")
@@ -153,13 +151,13 @@ class Manifest(parts.Part):
 
     @property
     def placement(self) -> dict[str, Any]:
-        """Where the adapters are; all sources of a fusion have the same placement."""
+        """Sites and input of the adapters, which are equal for all sources of a fusion."""
         settings = None if self.adapter is None else self.adapter.settings
         return {f"adapter.{key}": getattr(settings, key, None) for key in ("sites", "reads")}
 
     @property
     def bottleneck_sizes(self) -> dict[str, int]:
-        """The bottleneck size of each slot of an adapter; empty for anything else."""
+        """Bottleneck size of each slot of an adapter; empty for other kinds."""
         return {} if self.adapter is None else self.adapter.bottleneck_sizes
 
     @property
@@ -176,19 +174,18 @@ class Manifest(parts.Part):
 
     @property
     def made_by(self) -> str:
-        """The name of the composition or method, else the kind."""
+        """Name of the composition or method, or the kind if there is neither."""
         settings = self.method if self.composition is None else self.composition.settings
         return self.kind if settings is None else settings.name
 
 
 def checksum_of(content: Mapping[str, Any]) -> str:
-    """sha256 (64 hex digits) of a manifest without its checksum, in the order of its keys, whatever the white space."""
+    """Return the sha256 (64 hex digits) of a manifest without its checksum, independent of white space."""
     others = {key: value for key, value in content.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(others, separators=(",", ":")).encode()).hexdigest()
 
 
 def _check_kind(manifest: Manifest) -> None:
-    """Each kind has its own part, and no other's; only a fusion has sources."""
     kind, adapter, method = manifest.kind, manifest.adapter, manifest.method
     part = "method" if kind in TUNING_KINDS else {"adapter": "adapter", FUSION: "composition"}.get(kind)
     for key in ("adapter", "composition", "method"):
@@ -199,7 +196,7 @@ def _check_kind(manifest: Manifest) -> None:
     if duplicates := repeated(source.name for source in manifest.sources):
         raise UserError(f"sources: duplicate {', '.join(duplicates)}")
     if method is not None and method.definition.kind != kind:
-        raise UserError(f"method.name is {method.name}, and kind is {kind}")
+        raise UserError(f"method.name is {method.name}, but kind is {kind}")
     if adapter is None:
         return
     sites, sizes, layers = adapter.settings.sites, adapter.bottleneck_sizes, manifest.backbone.layers
@@ -211,7 +208,7 @@ def _check_kind(manifest: Manifest) -> None:
         )
     for site in sites if adapter.settings.shared else ():
         if len({size for slot, size in sizes.items() if slot.endswith(f".{site}")}) > 1:
-            raise UserError(f"adapter.bottleneck_sizes: expected one size of {site} in a shared adapter")
+            raise UserError(f"adapter.bottleneck_sizes: expected a single size for {site} in a shared adapter")
 
 
 def _without(values: Mapping[str, Any] | None, keys: tuple[str, ...]) -> dict[str, Any] | None:

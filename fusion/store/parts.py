@@ -1,4 +1,4 @@
-"""The parts of a manifest: one model for each object in `manifest.json`."""
+"""Parts of a manifest: one pydantic model for each object in `manifest.json`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fusion.files import check_relative
 from fusion.store.layout import FIX, is_name
 from fusion.tasks.task import Task
 
-MOST_LAYERS = 10_000  # of a backbone; some checks count through them
+MOST_LAYERS = 10_000  # of a backbone
 
 
 def checked(problem: Callable[[str], str | None]) -> AfterValidator:
-    """Refuse a text of which `problem` names one."""
+    """Build a validator that rejects a string if `problem` returns a message."""
 
     def check(text: str) -> str:
         if (why := problem(text)) is not None:
@@ -35,17 +35,17 @@ def one_of(allowed: Sequence[str]) -> AfterValidator:
 
 
 Count = Annotated[int, Field(ge=1, lt=2**63)]
-Name = Annotated[str, checked(lambda text: None if is_name(text) else f"expected a name of the store; {FIX}")]
+Name = Annotated[str, checked(lambda text: None if is_name(text) else f"expected an artifact name; {FIX}")]
 
 
 class Part(BaseModel):
-    """An object of the manifest."""
+    """Base class of the objects in a manifest."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, defer_build=True)
 
 
 class Backbone(Part):
-    """The backbone that the weights were trained on, the only one that they fit."""
+    """The backbone that the artifact was trained on."""
 
     name_or_path: str
     revision: str | None
@@ -53,30 +53,30 @@ class Backbone(Part):
     family: str
     hidden_size: Count
     layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)]
-    tokenizer: str | None = None  # its hash; not in manifests of version 0.1
-    package: str | None = None  # only in the first manifests
+    tokenizer: str | None = None  # hash; missing in version 0.1
+    package: str | None = None  # only in early manifests
     trust_remote_code: bool = False
 
 
 class Head(Part):
-    """A head; its hidden size is the backbone's."""
+    """A prediction head. Its input size is the hidden size of the backbone."""
 
     pooling: Annotated[str, one_of((*POOLINGS, "words"))]
     layers: Literal[1, 2]
     outputs: Count
     dropout: Annotated[float, Field(ge=0, lt=1)]
-    decision: dict[str, float] = {}  # what predictions depend on besides the weights, see `Kind.decision`
+    decision: dict[str, float] = {}  # see `Kind.decision`
 
     @property
     def shape(self) -> dict[str, Any]:
-        """The arguments of `Kind.make_head`."""
+        """Keyword arguments for `Kind.make_head`."""
         return self.model_dump(exclude={"decision"})
 
 
 class WithSettings(Part):
-    """A part whose settings and own keys are in one object in the file."""
+    """A part that is stored as one object with its settings and its own keys."""
 
-    required: ClassVar[Sequence[str]]  # settings
+    required: ClassVar[Sequence[str]]  # settings that must be present
 
     @model_validator(mode="before")
     @classmethod
@@ -91,7 +91,7 @@ class WithSettings(Part):
 
 
 class Adapter(WithSettings):
-    """Settings, and the bottleneck size of each slot, `{"0.feedforward": 48, ...}`."""
+    """Settings and bottleneck sizes by slot: `{"0.feedforward": 48, ...}`."""
 
     required = ("sites", "reads", "nonlinearity", "scaling", "dropout")
 
@@ -100,29 +100,29 @@ class Adapter(WithSettings):
 
 
 class Composition(WithSettings):
-    """Settings of a fusion, and what was chosen on its data."""
+    """Settings of a fusion, and choices derived from its training data."""
 
     required = ("name",)
 
     settings: CompositionConfig
-    kept: dict[str, list[int]] | None = None  # the positions of the sources that each slot of a pruned fusion keeps
-    continued: str | None = None  # the name of the one source that was trained further
+    kept: dict[str, list[int]] | None = None  # indices of the remaining sources by slot, if pruned
+    continued: str | None = None  # name of the source whose training was continued
 
     @property
     def chosen(self) -> dict[str, Any]:
-        """`kept` or `continued`, where there is one."""
+        """`kept` or `continued`, if set."""
         return self.model_dump(exclude={"settings"}, exclude_none=True)
 
 
 @dataclass
 class StoredTask(Task):
-    """A task as it was when the artifact was stored. Only types are checked: a task that is listed need not run."""
+    """A stored task. Only types are validated, so that unsupported tasks can be listed."""
 
-    name: Annotated[str, checked(check_relative)] = Field()  # a folder of data.dir
+    name: Annotated[str, checked(check_relative)] = Field()  # a subdirectory of data.dir
     labels: list[Any] | None = None
 
     def as_config(self, where: str) -> TaskConfig:
-        """The task, as this version runs it. `where` is for the message if it does not support the task."""
+        """Return the task config. Raises UserError starting with `where` if this version does not support it."""
         try:
             return TaskConfig(**{field.name: getattr(self, field.name) for field in fields(self)})
         except (TypeError, UserError) as error:
@@ -137,29 +137,29 @@ class TaskAndHead(Part):
 
 
 class Source(Part):
-    """An artifact that another one was made from."""
+    """An artifact that this artifact was trained from."""
 
     name: Name
     hash: str
 
 
 class Data(Part):
-    """A fingerprint of the examples of each split, and how the labels of each task were read (None: not known)."""
+    """Fingerprints of the examples by split, and the format of the labels by task, if known."""
 
     max_length: Count
     fingerprints: dict[str, str]
-    labels: dict[str, str | None] = {}  # not in manifests of version 0.1
+    labels: dict[str, str | None] = {}  # missing in version 0.1
 
 
 class Git(Part):
-    """The state of the project's checkout. dirty: None where it is not known."""
+    """The git state of the project. `dirty` is None if unknown."""
 
     commit: str
     dirty: bool | None = None
 
 
 class RunRecord(Part):
-    """The run that trained it: flat config, command line, folder and environment."""
+    """The training run: flat config, command line, directory and environment."""
 
     identity: str
     config: dict[str, Any]
@@ -170,12 +170,12 @@ class RunRecord(Part):
     folder: str | None = None
     environment: dict[str, str] = {}
     backbone_stamp: str | None = None
-    init_from: Source | None = None  # whose weights the training started from
+    init_from: Source | None = None  # artifact with the initial weights
     wandb: dict[str, Any] | None = None
 
 
 class Result(Part):
-    """The values of `result.json` that other commands read; the rest of it is kept as it is."""
+    """The values of `result.json` that other commands read; other keys are preserved."""
 
     model_config = ConfigDict(extra="allow")
 

@@ -1,6 +1,6 @@
-"""Which artifacts are one setting trained with different seeds, by their resolved settings, never by their names.
+"""Group artifacts that differ only in their seeds, based on their resolved settings instead of their names.
 
-A source counts by its own settings: `rte-s1` and `rte-s2` are the same source if only their seeds differ.
+Sources are compared by their settings: `rte-s1` and `rte-s2` are equal if only their seeds differ.
 """
 
 from __future__ import annotations
@@ -21,19 +21,23 @@ if TYPE_CHECKING:
 
 Settings = dict[str, Any]
 
-# Keys that differ between the seeds of one setting, or only name where something is.
+# Keys that may differ between seeds of one setting, such as names and directories.
 NOT_SETTINGS = (
     *("seed", "name", "store", "output", "overwrite", "resume", "data.dir", "data.cache_dir"),
     *("backbone.cache_gb", "logger", "hydra", "inputs", "sources_by"),
 )
-# Values whose results are equal up to rounding: only float16 changes them.
+# Values that produce equal results up to rounding; only float16 changes them.
 NOT_SETTINGS_AT = tuple(("backbone.cache", value) for value in ("auto", "off", "float32"))
-SOURCES, FUSION = "sources", "composition.fusion"  # keys that name artifacts
-_DEEPEST = 8  # artifacts made of artifacts
+SOURCES, FUSION = "sources", "composition.fusion"  # keys that refer to artifacts
+_DEEPEST = 8  # levels of artifacts that depend on artifacts
 
 
 class Lookup:
-    """The settings of artifacts and runs with their sources'; `known`: configs by path of those that are gone."""
+    """Resolved settings of artifacts and runs, including their sources.
+
+    Args:
+        known: flat configs by artifact path, used for artifacts that no longer exist.
+    """
 
     def __init__(self, known: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         self._known = known or {}
@@ -41,7 +45,7 @@ class Lookup:
         self._depth = 0
 
     def of_artifact(self, manifest: Manifest, store: Path) -> Settings:
-        """The settings of a stored artifact, whose sources are found by their hashes."""
+        """Return the settings of a stored artifact, whose sources are looked up by hash."""
         if store not in self._stores:
             self._stores[store] = {one.hash: one for _, one in artifacts(store, replaced=True)}
         found = [(source.name, self._stores[store].get(source.hash)) for source in manifest.sources]
@@ -52,10 +56,11 @@ class Lookup:
         return self._settings(manifest.run.config, sources, manifest.seed, store)
 
     def of_run(self, config: Mapping[str, Any], store: Path | None, sources: Sequence[str] | None = None) -> Settings:
-        """The settings of a run without its artifact: its sources are found by name in `store`, if that is known.
+        """Return the settings of a run without an artifact, whose sources are looked up by name in `store`.
 
         Args:
-            sources: their names, if the config (flat, see `identity_config`) holds something else, such as `top:3`.
+            config: flat config, see `identity_config`.
+            sources: names of the sources, by default those in the config.
         """
         seed, named = config.get("seed"), config.get(SOURCES) if sources is None else sources
         names = named if isinstance(named, (list, tuple)) else ()
@@ -68,8 +73,8 @@ class Lookup:
         return settings
 
     def _named(self, reference: str, seed: Any, store: Path | None, stored: bool = True) -> Settings:
-        """The settings of an artifact by its name; `stored`: it may be in the store."""
-        if store is not None and self._depth < _DEEPEST:  # a pruned fusion may have overwritten what it names
+        """Return the settings of an artifact by name. `stored`: whether to look it up in the store."""
+        if store is not None and self._depth < _DEEPEST:  # a pruned fusion may have overwritten its own source
             self._depth += 1
             try:
                 if stored:
@@ -80,28 +85,28 @@ class Lookup:
                     return self.of_run(config, store)
             finally:
                 self._depth -= 1
-        # Only the name is left. In a sweep over seeds it ends with the seed.
+        # Only the name is known. Sweeps over seeds append the seed.
         return {"artifact": re.sub(rf"-seed-{re.escape(str(seed))}$", "", reference)}
 
 
 def key_of(settings: Mapping[str, Any]) -> str:
-    """Equal texts for equal settings."""
+    """Return a string key that is identical for identical settings."""
     return json.dumps(settings, sort_keys=True, default=str)
 
 
 def group(settings: Iterable[Mapping[str, Any]]) -> list[list[int]]:
-    """Positions of equal settings, in the order in which they first appear."""
+    """Return lists of indices of equal settings, in order of first occurrence."""
     groups: dict[str, list[int]] = {}
-    for position, one in enumerate(settings):
-        groups.setdefault(key_of(one), []).append(position)
+    for index, one in enumerate(settings):
+        groups.setdefault(key_of(one), []).append(index)
     return list(groups.values())
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The settings of each that not all of them share. Sources are named by their tasks if those differ."""
+    """Return the settings that are not equal in all. Sources are named by their tasks if those differ."""
     every = [dict(flat(one)) for one in settings]
     tasks = [_tasks(one) for one in settings]
-    if len(set(map(tuple, tasks))) > 1:  # other sources: their settings would be noise
+    if len(set(map(tuple, tasks))) > 1:  # omit the settings of different sources
         every = [
             {k: v for k, v in one.items() if not is_within(k, [SOURCES])} | {SOURCES: "+".join(names)}
             for one, names in zip(every, tasks, strict=True)
@@ -117,7 +122,6 @@ def _plain(config: Mapping[str, Any]) -> Settings:
 
 
 def _tasks(settings: Mapping[str, Any]) -> list[str]:
-    """The tasks of each source."""
     tasks = []
     for source in settings.get(SOURCES) or ():
         names = [str(v) for k, v in source.items() if re.fullmatch(r"task\.name|tasks\.\d+\.name", k)]

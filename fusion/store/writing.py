@@ -1,7 +1,7 @@
-"""Changing a store: one writer per name at a time, removal, and cleaning up after killed writers. No torch here.
+"""Change a store: locks, overwriting and removal of artifacts, and cleanup after killed writers.
 
-STORE/.staging holds, of an artifact NAME, `NAME~new` while it is written, `NAME.old` while it is replaced and
-`NAME~removed` while it is deleted. A folder gets its final name by a rename, so readers never see half an artifact.
+For an artifact NAME, STORE/.staging contains `NAME~new` while it is written, `NAME.old` while it is replaced and
+`NAME~removed` while it is deleted. Directories are renamed to their final name, so readers see complete artifacts.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ LOCK_SECONDS = 60.0
 
 
 def artifact_lock(store: Path, name: str) -> Path:
-    """The lock file of `writing`."""
+    """Return the lock file of `writing`."""
     return store / LOCKS / f"{name}.lock"
 
 
 @contextlib.contextmanager
 def writing(store: Path, name: str, wait: float = LOCK_SECONDS) -> Iterator[None]:
-    """Hold the lock for writing an artifact; UserError if another process has held it for `wait` seconds."""
+    """Lock an artifact for writing. Raises UserError if another process holds the lock for `wait` seconds."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(lock(artifact_lock(store, name), f"{store / name} is being written", wait))
         except TimeoutError as error:
-            raise UserError(f"{error}. Run this again when that is done, or choose another name=") from None
+            raise UserError(f"{error}; rerun the command when it is finished, or set a different name=") from None
         except OSError as error:
             raise unwritable("store", store / LOCKS, error) from None
         yield
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a rename in a folder to the disk, where the system can."""
+    """Flush a rename in a directory to disk, if the system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -53,8 +53,8 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def settle(store: Path, name: str) -> None:
-    """Clean up what a killed writer of `name` left, and finish its replacement. Only for the holder of the lock."""
+def recover(store: Path, name: str) -> None:
+    """Clean up after a killed writer of `name` and complete its replacement. The caller must hold the lock."""
     staging = store / STAGING
     staging.mkdir(exist_ok=True)
     for ending in (NEW, REMOVED):
@@ -63,14 +63,14 @@ def settle(store: Path, name: str) -> None:
     if not (old / MANIFEST).is_file():
         shutil.rmtree(old, ignore_errors=True)
     elif final.exists():
-        retire(store, old, read_folder(final))
+        archive(store, old, read_folder(final))
     else:
         os.replace(old, final)
 
 
-def retire(store: Path, old: Path, new: Manifest) -> None:
-    """Keep a replaced artifact if a fusion of the store needs it, and remove it otherwise."""
-    with contextlib.suppress(UserError):  # a damaged one has no use
+def archive(store: Path, old: Path, new: Manifest) -> None:
+    """Move a replaced artifact to STORE/.replaced if a fusion depends on it, otherwise delete it."""
+    with contextlib.suppress(UserError):  # damaged
         manifest = read_folder(old)
         needed = {source.hash for _, fusion in artifacts(store) for source in fusion.sources}
         if manifest.hash in needed and manifest.hash != new.hash:
@@ -79,7 +79,7 @@ def retire(store: Path, old: Path, new: Manifest) -> None:
 
 
 def keep_replaced(store: Path, folder: Path, manifest: Manifest) -> Path:
-    """Move an artifact to STORE/.replaced, where fusions find it by its hash, unless it is there already."""
+    """Move an artifact to STORE/.replaced, where it is looked up by hash, unless a copy already exists."""
     kept = store / REPLACED / f"{manifest.name}-{manifest.hash[:8]}"
     with contextlib.suppress(UserError):
         if read_folder(kept).hash == manifest.hash:
@@ -92,40 +92,40 @@ def keep_replaced(store: Path, folder: Path, manifest: Manifest) -> Path:
 
 
 def check_free(name: str, kind: str, store: Path, overwrite: bool) -> None:
-    """Refuse to write `name` over what is no artifact, one of another kind, or, without `overwrite`, any artifact."""
+    """Raise UserError if writing `name` would overwrite something that must be kept."""
     check_name(name)
     folder = folders(store).get(name, store / name)
     if not folder.exists():
         return
     if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder} exists and is not an artifact: choose another name=, or move it away")
+        raise UserError(f"{folder} already exists and is not an artifact; set a different name= or move it")
     stored = kind
-    with contextlib.suppress(UserError):  # a damaged one is fixed by training it again with overwrite=true
+    with contextlib.suppress(UserError):  # a damaged artifact can be overwritten
         stored = read_folder(folder).kind
     if stored != kind:
-        raise UserError(f"{store / name} is a stored {stored}: choose another name= for this {kind}")
+        raise UserError(f"{store / name} is a stored {stored}; set a different name= for this {kind}")
     if not overwrite:
-        raise UserError(f"{store / name} exists: overwrite=true replaces it, name=NAME keeps both")
+        raise UserError(f"{store / name} already exists; set overwrite=true to replace it or name=NAME to keep both")
 
 
 def remove(name: str, store: Path, force: bool = False, wait: float = LOCK_SECONDS) -> str:
-    """Remove an artifact from the store, also a damaged one, and return the line to print.
+    """Remove an artifact, which may be damaged, and return the line to print.
 
-    With `force`, an artifact that fusions need or may need moves to STORE/.replaced, as by an overwrite. UserError: it
-    does not exist, fusions need it or may need it, or it is being written.
+    With `force`, an artifact that fusions depend on is moved to STORE/.replaced.
+
+    Raises:
+        UserError: if it does not exist, may be a source of a fusion, or is being written.
     """
-    check_name(name)  # never a path: nothing outside of a store is deleted
+    check_name(name)  # never a path outside of the store
     check_store(store)
     folder, aside = store / name, store / STAGING / f"{name}{REMOVED}"
     with writing(store, name, wait):
-        settle(store, name)
+        recover(store, name)
         if not os.path.lexists(folder):
             raise UserError(unknown_name(name, store))
         content = {entry.name for entry in entries(folder)}
         if not folder.is_dir() or not (MANIFEST in content or content <= {WEIGHTS, HEAD}):
-            raise UserError(
-                f"{folder} is not an artifact, it has no {MANIFEST}: remove it manually if it is not needed"
-            )
+            raise UserError(f"{folder} is not an artifact, since it has no {MANIFEST}; delete it manually")
         found = list(scan(store))
         manifest = next((one.manifest for one in found if one.place == name), None)
         others = [one for one in found if one.place != name]
@@ -133,13 +133,13 @@ def remove(name: str, store: Path, force: bool = False, wait: float = LOCK_SECON
             current = [one for one in others if not one.replaced]
             users, need = users_of(manifest.hash, current), "is a source of"
             if not users and manifest.kind == "adapter":
-                # The sources of a manifest that cannot be read are not known.
+                # The sources of an unreadable manifest are unknown.
                 users = [f.place for f in current if f.manifest is None and (f.folder / MANIFEST).is_file()]
                 need = "may be a source of the unreadable"
             if users and not force:
                 raise UserError(
-                    f"{name} {need} {', '.join(users)}: remove or fix them first\n"
-                    "force=true frees the name and keeps the files in .replaced, where fusions find them"
+                    f"{name} {need} {', '.join(users)}; remove or fix them first, or set force=true to move {name} to "
+                    ".replaced, where fusions find it"
                 )
             if users:
                 kept = keep_replaced(store, folder, manifest)

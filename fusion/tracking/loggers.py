@@ -1,4 +1,4 @@
-"""The loggers of a run, W&B and CSV, and what is logged. An error is reported once and never stops training."""
+"""W&B and CSV loggers of a run, and the values they log. Errors are reported once and never stop training."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ L = TypeVar("L", bound=type[Logger])
 
 GUARDED = ("log_metrics", "log_hyperparams", "log_graph", "after_save_checkpoint", "save", "finalize")
 MAX_TAG_LENGTH = 64  # W&B rejects a run with a longer or an empty tag
-NAMES_SHOWN = 4  # sources in a name
+NAMES_SHOWN = 4  # maximum number of sources in a name
 LENGTH = 128  # W&B's limit for a name
 SCORES = {*(metric for metrics in METRICS.values() for metric in metrics), "mean"}
 
 
 def never_raises(logger: L) -> L:
-    """Class decorator: an error in one of the `GUARDED` methods becomes one warning per logger."""
+    """Class decorator that turns errors in the `GUARDED` methods into one warning per logger."""
 
     def guarded(method: Callable[..., Any]) -> Callable[..., None]:
         @functools.wraps(method)
@@ -59,10 +59,10 @@ def never_raises(logger: L) -> L:
 
 @never_raises
 class SafeWandbLogger(WandbLogger):
-    """Lightning's W&B logger around a run that `start_run` started.
+    """Lightning's W&B logger for a run started by `start_run`.
 
-    W&B's own step is the training step: metrics of one step are one row, and the steps that a resumed run repeats
-    (with the same numbers) are not logged twice. Epochs count from 1.
+    The W&B step is the training step: metrics of one step form one row, and steps that a resumed run repeats (with the
+    same values) are not logged twice. Epochs count from 1.
     """
 
     _defined: frozenset[str] = frozenset()
@@ -72,7 +72,7 @@ class SafeWandbLogger(WandbLogger):
         if "epoch" in values:
             values["epoch"] = int(values["epoch"]) + 1
         for name in values.keys() - self._defined:
-            if (best := best_is(name)) is not None:  # the summary keeps the best value of a curve
+            if (best := best_is(name)) is not None:  # the summary contains the best value of a curve
                 run.define_metric(name, step_metric=STEP, step_sync=True, summary=best)
         self._defined |= values.keys()
         run.log(values if step is None else {**values, STEP: step}, step=step)
@@ -86,7 +86,7 @@ class SafeCsvLogger(CSVLogger):
 def build_loggers(
     config: LoggerConfig, run: Run, *, name: str, tags: list[str], checkpoints: Path | None = None, identity: str = ""
 ) -> list[Logger]:
-    """The loggers that `logger=` selects, with their labels; none in any process but the first of a DDP run.
+    """Build the loggers selected by `logger=`; an empty list on ranks other than 0.
 
     W&B writes to DIRECTORY/wandb, CSV to DIRECTORY/csv/metrics.csv. For `checkpoints` and `identity`, see `run_id`.
     """
@@ -115,12 +115,12 @@ def build_loggers(
 
 
 def wandb_run(loggers: Sequence[Logger]) -> Any | None:
-    """The W&B run among the loggers, or None."""
+    """Return the W&B run of the loggers, or None."""
     return next((one._experiment for one in loggers if isinstance(one, WandbLogger)), None)
 
 
 def finish(loggers: Sequence[Logger], exit_code: int = 0) -> None:
-    """End the run of a job, in bounded time and without raising. The next job of a sweep starts its own."""
+    """Finish the loggers of a job within a time limit and without raising."""
     for logger in loggers:
         logger.finalize("success" if exit_code == 0 else "failed")
     if (run := wandb_run(loggers)) is not None:
@@ -136,9 +136,9 @@ def finish(loggers: Sequence[Logger], exit_code: int = 0) -> None:
 
 
 def stage_name(config: StageConfig, sources: Sequence[str] = ()) -> str:
-    """`cb · adapter · seed 3`; of a fusion `cb ← snli+mrpc+rte · seed 3`, with the sources in order.
+    """Return a run name: `cb · adapter · seed 3`, or `cb ← snli+mrpc+rte · seed 3` for a fusion.
 
-    Another composition than AdapterFusion is added, and at the end swept values or a name set by the user.
+    A composition other than AdapterFusion, swept values and a custom name are appended.
     """
     tasks = "+".join(str(task.name) for task in config.task_list)
     composition = getattr(config, "composition", None)
@@ -164,12 +164,12 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def columns(values: Mapping[str, Any]) -> dict[str, Any]:
-    """One column for each value, `optim/lr`; None is omitted. W&B advises against dots in keys."""
+    """Flatten a mapping to columns such as `optim/lr`, omitting None. W&B advises against dots in keys."""
     return {key: value for key, value in flat(values, "/") if value not in (None, {})}
 
 
 def plain(value: Any) -> Any:
-    """Plain containers and scalars for W&B; anything else, NaN and infinity included, becomes text."""
+    """Convert to plain containers and scalars for W&B; other values, NaN and infinity become strings."""
     if isinstance(value, Mapping):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -180,7 +180,7 @@ def plain(value: Any) -> Any:
 
 
 def best_is(metric: str) -> str | None:
-    """The best value of a curve: min of a loss, max of a score (also correlations), None of anything else."""
+    """Return `min` for a loss, `max` for a metric, or None for other curves."""
     last = metric.rsplit("/", 1)[-1]
     if last == "loss" or last.endswith("_loss"):
         return "min"
@@ -191,14 +191,14 @@ def best_is(metric: str) -> str | None:
 
 
 def log_result(loggers: Sequence[Logger], result: Mapping[str, Any]) -> None:
-    """Add a run's result to the W&B summary: `best/validation/accuracy` and `best/epoch` of a training,
-    `validation/accuracy` of an evaluation; `epochs`, `speed/seconds`, `parameters/trainable`, ...
+    """Add a result to the W&B summary: `validation/accuracy`, or `best/validation/accuracy` and `best/epoch` of a
+    training run, and `epochs`, `speed/seconds`, `parameters/trainable`, ...
     """
 
     def update(run: Any) -> None:
         values = plain(result)
         scores = columns(values.pop("metrics", None) or {})
-        if "best_epoch" in values:  # of a training: each score has a curve already
+        if "best_epoch" in values:  # training run, which already has a curve per metric
             scores = {f"best/{name}": score for name, score in scores.items()}
             scores["best/epoch"] = values["best_epoch"]
         run.summary.update(columns(values) | scores)
@@ -207,7 +207,7 @@ def log_result(loggers: Sequence[Logger], result: Mapping[str, Any]) -> None:
 
 
 def log_attention(loggers: Sequence[Logger], record: Mapping[str, Any]) -> None:
-    """Log a line of attention.jsonl in W&B: an image, a table, and curves of each slot's numbers."""
+    """Log a line of attention.jsonl in W&B: an image, a table, and curves per slot."""
 
     def update(run: Any) -> None:
         import wandb
@@ -222,14 +222,14 @@ def log_attention(loggers: Sequence[Logger], record: Mapping[str, Any]) -> None:
             logged |= {f"attention/{key}/{slot}": one for key, one in numbers.items() if one is not None}
         logged["attention/picture"] = wandb.Image(attention_figure(record), file_type="png")
         logged["attention/table"] = wandb.Table(columns=columns, data=rows)
-        with staged_in(Path(run.settings.sync_dir)):  # offline, the file of a table stays where it is staged
+        with staged_in(Path(run.settings.sync_dir)):  # offline runs refer to the staged file of a table
             run.log(logged, step=record["step"])
 
     _attempt("log the attention", loggers, update)
 
 
 def run_reference(loggers: Sequence[Logger]) -> dict[str, Any] | None:
-    """The job's W&B run, `{"id", "project", "entity", "url"}`; None if it has none."""
+    """Return the W&B run, `{"id", "project", "entity", "url"}`, or None."""
     with contextlib.suppress(Exception):
         if (run := wandb_run(loggers)) is not None:
             place = {"id": run.id, "project": run.project, "entity": run.entity or None}
@@ -244,10 +244,10 @@ def log_made(
     sources: Sequence[Manifest],
     initial: Manifest | None = None,
 ) -> None:
-    """Log which artifact a run made and stored in `folder`, from which sources and initial weights.
+    """Log the artifact saved in `folder`, its sources and its initial weights.
 
-    The run's config always names them. An online run also gets W&B artifacts, with the first twelve digits of the
-    hash as their alias; those of an offline run are linked by `python -m fusion.sync`.
+    They are added to the run's config. An online run also logs W&B artifacts with the first twelve hash digits as
+    their alias; those of an offline run are linked by `python -m fusion.sync`.
     """
     about = {"name": made.name, "hash": made.hash, "kind": made.kind}
     named: dict[str, Any] = about | {"sources": [_named(source) for source in sources]}
@@ -257,14 +257,14 @@ def log_made(
 
 
 def log_used(loggers: Sequence[Logger], used: Manifest) -> None:
-    """Log which artifact a run evaluates."""
+    """Log the artifact that a run evaluates."""
     _log_artifacts(loggers, _named(used) | {"kind": used.kind}, None, [used])
 
 
 def _log_artifacts(
     loggers: Sequence[Logger], named: dict[str, Any], made: dict[str, Any] | None, used: Sequence[Manifest]
 ) -> None:
-    """Name the artifacts in the config; link them now if the run is online, or record them for later."""
+    """Add the artifacts to the config; link them if the run is online, or record them for `fusion.sync`."""
 
     def update(run: Any) -> None:
         run.config.update({"artifact": named}, allow_val_change=True)
@@ -285,7 +285,7 @@ def _log_artifacts(
             except Exception as error:
                 future.set_exception(error)
 
-        threading.Thread(target=call, daemon=True).start()  # W&B itself has no time limit
+        threading.Thread(target=call, daemon=True).start()  # W&B has no timeout
         try:
             write_json(file, future.result(LINK_SECONDS))
         except TimeoutError:
@@ -297,19 +297,19 @@ def _log_artifacts(
 
 
 def _run_of(artifact: Manifest) -> dict[str, Any] | None:
-    """The `run_reference` in a manifest, where anything may be."""
+    """Return the `run_reference` of a manifest, or None if it is missing or malformed."""
     run = artifact.run.wandb or {}
     return run if isinstance(run.get("id"), str) else None
 
 
 def _named(artifact: Manifest) -> dict[str, Any]:
-    """As the run's config names an artifact: by hash, and by run id where that is known."""
+    """Return name, hash and W&B run id of an artifact for the config."""
     run = _run_of(artifact)
     return {"name": artifact.name, "hash": artifact.hash, **({"run": run["id"]} if run else {})}
 
 
 def _attempt(what: str, loggers: Sequence[Logger], call: Callable[[Any], None]) -> None:
-    """Call it with the W&B run, if there is one; an error is a warning."""
+    """Call with the W&B run, if any; an error becomes a warning."""
     try:
         if (run := wandb_run(loggers)) is not None:
             call(run)

@@ -1,8 +1,8 @@
-"""Which artifact a W&B run made, and from which ones: W&B's own artifacts, linked now or after an offline upload.
+"""Link W&B runs to their output and input artifacts, and upload offline runs.
 
-What is to be linked is in DIRECTORY/wandb/links.json:
+DIRECTORY/wandb/links.json lists the artifacts to link:
 {"run": {"id", "project", "entity", "name"}, "made": {"name", "kind", "hash", "folder"} or null,
- "used": [{"name", "hash", "run"}], "drawn": ["NAME:HASH", ...]}; "drawn" names what is linked already.
+ "used": [{"name", "hash", "run"}], "drawn": ["NAME:HASH", ...]}; "drawn" lists the artifacts that are already linked.
 """
 
 from __future__ import annotations
@@ -26,55 +26,55 @@ from fusion.files import read_json, write_json
 from fusion.tracking.wandb_run import FINISH_SECONDS, disable_error_reports, missing_key
 
 FILE = "links.json"
-ALIAS_DIGITS = 12  # of an artifact's hash
-# What W&B shows of a manifest; the whole config is with the run.
+ALIAS_DIGITS = 12  # digits of the hash
+# Manifest keys that are logged as metadata; the run contains the config.
 SHOWN = ["kind", "name", "adapter", "composition", "method", "sources", "metrics", "seed", "versions", "result"]
 SHOWN_OF_RUN = ["identity", "overrides", "git", "wandb"]
 
 
 def not_linked(links: Mapping[str, Any]) -> list[str]:
-    """The artifacts that are not linked yet, as `NAME:HASH`."""
+    """Return the artifacts that are not yet linked, as `NAME:HASH`."""
     every = [mark(one) for one in [*links["used"], *([links["made"]] if links["made"] else [])]]
     return [one for one in every if one not in links["drawn"]]
 
 
 def mark(artifact: Mapping[str, Any]) -> str:
-    """`NAME:HASH`, W&B's name of an artifact."""
+    """Return `NAME:HASH`, the name of an artifact in W&B."""
     return f"{artifact['name']}:{artifact['hash'][:ALIAS_DIGITS]}"
 
 
 def link(run: Any, links: Mapping[str, Any]) -> dict[str, Any]:
-    """Link what is open of an online run, and return the links with what is linked now.
+    """Link the artifacts of an online run, and return the updated links.
 
-    An artifact that W&B does not have (made offline and not uploaded yet, or elsewhere) stays open, and so does one
-    whose folder was removed.
+    Artifacts that are not in W&B (trained offline and not yet uploaded, or elsewhere) or whose directory was removed
+    remain unlinked.
     """
     import wandb
 
     linked, made = list(links["drawn"]), links["made"]
     for used in links["used"]:
         if mark(used) not in linked:
-            with contextlib.suppress(Exception):  # the run's config names it anyway
+            with contextlib.suppress(Exception):  # also recorded in the run's config
                 run.use_artifact(reference(used))
                 linked.append(mark(used))
     if made and mark(made) not in linked and (folder := Path(made["folder"])).is_dir():
         artifact = wandb.Artifact(made["name"], type=made["kind"], metadata=metadata(folder, made["hash"]))
         for file in sorted(folder.iterdir()):
-            artifact.add_file(str(file), policy="immutable")  # no copy in W&B's staging folder
+            artifact.add_file(str(file), policy="immutable")  # no copy in W&B's staging directory
         run.log_artifact(artifact, aliases=["latest", made["hash"][:ALIAS_DIGITS]])
         linked.append(mark(made))
     return {**links, "drawn": linked}
 
 
 def reference(used: Mapping[str, Any]) -> str:
-    """`entity/project/name:hash`, as far as the run that made it is known; otherwise in this project."""
+    """Return `entity/project/name:hash`, without the entity and project if unknown."""
     run = used.get("run") or {}
     place = [str(run[key]) for key in ("entity", "project") if run.get(key)] if run.get("project") else []
     return "/".join([*place, mark(used)])
 
 
 def metadata(folder: Path, hash: str) -> dict[str, Any]:
-    """The part of the artifact's manifest that W&B shows."""
+    """Return the W&B metadata of an artifact."""
     manifest = read_json(folder / "manifest.json")
     task, backbone, run = (manifest.get(key) or {} for key in ("task", "backbone", "run"))
     shown = {key: manifest[key] for key in SHOWN if manifest.get(key)}
@@ -85,7 +85,7 @@ def metadata(folder: Path, hash: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def staged_in(folder: Path | str) -> Iterator[None]:
-    """W&B stages the files of artifacts in this folder, in place of the user's home."""
+    """Stage W&B artifact files in this directory instead of the home directory."""
     before = os.environ.get("WANDB_DATA_DIR")
     os.environ["WANDB_DATA_DIR"] = str(folder)
     try:
@@ -95,24 +95,21 @@ def staged_in(folder: Path | str) -> Iterator[None]:
         os.environ.update({} if before is None else {"WANDB_DATA_DIR": before})
 
 
-# --- offline runs ---------------------------------------------------------------------------------
-
-
-CHECK_SECONDS = 5.0  # for the server to respond
+CHECK_SECONDS = 5.0  # timeout of the server
 
 
 class SyncError(Exception):
-    """A run could not be uploaded or linked; the others may still be."""
+    """A run could not be uploaded or linked; later runs may still succeed."""
 
 
 class ServerError(Exception):
-    """The server accepts connections, but does not respond or fails: no run can be uploaded."""
+    """The server fails or does not respond, so no run can be uploaded."""
 
 
 def find_offline(folder: Path) -> list[Path]:
-    """All offline runs in `folder` and below, `.../wandb/offline-run-TIME-ID`, in order of time: sources first."""
+    """Return all offline runs below `folder`, `.../wandb/offline-run-TIME-ID`, in chronological order."""
     found = {path.parent for path in folder.rglob("*.wandb") if path.parent.name.startswith("offline-run-")}
-    return sorted(found, key=lambda path: (path.name.split("-")[2], path))  # of one second: by folder
+    return sorted(found, key=lambda path: (path.name.split("-")[2], path))  # sort equal times by path
 
 
 def is_uploaded(run: Path) -> bool:
@@ -120,7 +117,7 @@ def is_uploaded(run: Path) -> bool:
 
 
 def open_links(run: Path) -> dict[str, Any] | None:
-    """The links of a run that has something left to link."""
+    """Return the links of a run if some are not yet linked, else None."""
     file = run.parent / FILE
     if not file.is_file():
         return None
@@ -133,10 +130,15 @@ def open_links(run: Path) -> dict[str, Any] | None:
 
 
 def check_connection() -> None:
-    """UserError without an API key or a server; ServerError if the server fails or does not respond in time."""
+    """Check the API key and the server.
+
+    Raises:
+        UserError: if there is no API key or no connection.
+        ServerError: if the server fails or does not respond.
+    """
     import wandb
 
-    os.environ.pop("WANDB_MODE", None)  # may be offline for the trainings
+    os.environ.pop("WANDB_MODE", None)  # may be set to offline for training
     os.environ["WANDB_SILENT"] = "true"
     disable_error_reports()
     if (problem := missing_key()) is not None:
@@ -158,7 +160,7 @@ def upload(run: Path, seconds: float) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("WANDB_SERVICE", "WANDB_SILENT")}
     options: dict[str, Any] = {"env": environment, "stdin": subprocess.DEVNULL, "timeout": seconds}
     options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "errors": "replace"}
-    with tempfile.TemporaryDirectory() as here:  # W&B leaves a log there
+    with tempfile.TemporaryDirectory() as here:  # W&B writes a log to the working directory
         try:
             done = subprocess.run(command, cwd=here, **options)
         except subprocess.TimeoutExpired as error:
@@ -169,7 +171,7 @@ def upload(run: Path, seconds: float) -> None:
 
 
 def link_uploaded(run: Path) -> tuple[list[str], list[str]]:
-    """Link what is open of an uploaded run. Returns what is linked now and what is still open, as `NAME:HASH`."""
+    """Link an uploaded run. Returns the newly linked and the unlinked artifacts as `NAME:HASH`."""
     import wandb
 
     if (links := open_links(run)) is None:

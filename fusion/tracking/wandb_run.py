@@ -1,8 +1,7 @@
-"""Start a W&B run: online if there is a key and a server, offline otherwise.
+"""Start a W&B run: online if there is an API key and a server, offline otherwise.
 
-W&B can fail in four ways: no key (an immediate error), an unreachable server (an error after a long wait), a call
-that raises during training, and a `finish` that waits for a lost server. Each becomes one line on the console:
-training continues, offline if possible, without W&B if not.
+A missing key, an unreachable server, an error during training or a lost connection in `finish` is reported in one
+line. Training continues, offline if possible, otherwise without W&B.
 """
 
 from __future__ import annotations
@@ -25,24 +24,23 @@ from fusion.text import shortened
 
 log = logging.getLogger(__name__)
 
-# Upper bounds of what a lost server may cost a job, beside `logger.wandb.init_timeout`.
-LINK_SECONDS = 15.0  # for W&B's artifacts; the run's config names them anyway
-FINISH_SECONDS = 20.0  # for the rest of the upload when a job ends; `wandb sync` can upload it later
-SERVICE_SECONDS = 8.0  # for the start of W&B's service process once something has failed
+# Timeouts if the server is lost, in addition to `logger.wandb.init_timeout`.
+LINK_SECONDS = 15.0  # linking artifacts
+FINISH_SECONDS = 20.0  # remaining upload when a job finishes; `wandb sync` can upload the rest later
+SERVICE_SECONDS = 8.0  # start of W&B's service process after a failure
 STEP = "trainer/global_step"  # Lightning's name
 ID_FILE = "wandb.json"
 
 
 @dataclass
 class State:
-    """What the jobs of one command share; parallel jobs in other processes decide for themselves."""
+    """W&B state shared by the jobs of one command in this process."""
 
     reason: str | None = None  # why later runs are offline
     noticed: bool = False
-    sweep: Path | None = None  # the folder that a single notice names
+    sweep: Path | None = None  # directory of the sweep; reported once for all jobs
 
     def reset(self) -> None:
-        """For a new command."""
         self.reason, self.noticed, self.sweep = None, False, None
 
     def first_notice(self) -> bool:
@@ -54,10 +52,10 @@ state = State()
 
 
 def run_id(folder: Path | None, identity: str) -> str | None:
-    """The id of a run: the same for every resume, a new one, with `identity` as prefix, once the run starts over.
+    """Return the id of a run, which is the same when it resumes and has `identity` as its prefix.
 
-    It is kept in `folder`, with the run's checkpoints, which are removed when the run is done or starts over. None,
-    without a folder: W&B chooses one. An agent of a W&B sweep assigns the id itself.
+    The id is stored in `folder` with the checkpoints, which are removed when the run is done or starts over. If `folder`
+    is None, returns None, so that W&B chooses an id. An agent of a W&B sweep assigns the id itself.
     """
     if os.environ.get("WANDB_SWEEP_ID") and (assigned := os.environ.get("WANDB_RUN_ID")):
         return assigned
@@ -74,12 +72,16 @@ def run_id(folder: Path | None, identity: str) -> str | None:
 
 
 def start_run(config: WandbConfig, /, **labels: Any) -> Any | None:
-    """A running W&B run; None, with a notice, if W&B is disabled or cannot start. `labels`: of `wandb.init`."""
+    """Start a W&B run. Returns None and logs a message if W&B is disabled or cannot start.
+
+    Args:
+        labels: keyword arguments of `wandb.init`, including `dir`.
+    """
     try:
         import wandb
 
         disable_error_reports()
-        Path(labels["dir"]).mkdir(parents=True, exist_ok=True)  # W&B would use a temporary folder otherwise
+        Path(labels["dir"]).mkdir(parents=True, exist_ok=True)  # W&B would use a temporary directory otherwise
         state.reason = _drop_malformed_variables() or state.reason
         settings = wandb.Settings(silent=True)
         if state.reason is not None:
@@ -87,10 +89,10 @@ def start_run(config: WandbConfig, /, **labels: Any) -> Any | None:
         mode = config.mode or os.environ.get("WANDB_MODE") or wandb.setup(settings).settings.mode
         if mode == "disabled":
             if state.first_notice():
-                log.info("W&B is disabled; nothing is tracked there")
+                log.info("W&B is disabled; nothing is logged to W&B")
             return None
         reason = "as requested"
-        if mode not in ("offline", "dryrun"):  # dryrun: W&B's former name of offline
+        if mode not in ("offline", "dryrun"):  # dryrun: former name of offline
             state.reason = state.reason or missing_key()
             if state.reason is None:
                 try:
@@ -103,7 +105,7 @@ def start_run(config: WandbConfig, /, **labels: Any) -> Any | None:
         try:
             run = _init(config, "offline", labels)
         except Exception:
-            # W&B's service may have died in an earlier job of the sweep, or still hold the id of the rejected run.
+            # W&B's service may have exited in an earlier job, or still use the id of the rejected run.
             with contextlib.suppress(Exception):
                 wandb.teardown()
             run = _init(config, "offline", labels)
@@ -117,7 +119,7 @@ def start_run(config: WandbConfig, /, **labels: Any) -> Any | None:
 
 
 def _init(config: WandbConfig, mode: Literal["online", "offline"], labels: dict[str, Any]) -> Any:
-    """Start a run. The mode is a setting: WANDB_MODE would leak into the next job of a sweep."""
+    """Start a run. The mode is a setting, since WANDB_MODE would affect the next job of a sweep."""
     import wandb
 
     settings = wandb.Settings(
@@ -125,7 +127,7 @@ def _init(config: WandbConfig, mode: Literal["online", "offline"], labels: dict[
         init_timeout=config.init_timeout,
         finish_timeout=FINISH_SECONDS,
         finish_timeout_raises=True,
-        reinit="finish_previous",  # an open run of a failed job must not take this job's metrics
+        reinit="finish_previous",  # finish the run of a failed job
     )
     folder = Path(labels["dir"]) / "wandb"
     before = set(folder.glob("*run-*"))
@@ -135,14 +137,14 @@ def _init(config: WandbConfig, mode: Literal["online", "offline"], labels: dict[
         for started in set(folder.glob("*run-*")) - before:
             shutil.rmtree(started, ignore_errors=True)
         raise
-    # Lightning defines these only for runs that it starts itself.
+    # Lightning only defines these metrics for runs that it starts.
     run.define_metric(STEP)
     run.define_metric("*", step_metric=STEP, step_sync=True)
     return run
 
 
 def report_offline(reason: str, folder: Path) -> None:
-    """One line for all jobs of a sweep, with the command that uploads their runs."""
+    """Log the command that uploads the run, once for all jobs of a sweep."""
     if state.first_notice():
         what, folder = ("run", folder) if state.sweep is None else ("runs of this sweep", state.sweep)
         command = f"python -m fusion.sync {shlex.quote(f'runs={relative(folder)}')}"
@@ -150,7 +152,7 @@ def report_offline(reason: str, folder: Path) -> None:
 
 
 def missing_key() -> str | None:
-    """What is wrong with the API key, without asking the user or the server for one; None if it is set."""
+    """Return the problem with the API key, or None if it is set. Does not prompt or contact the server."""
     import wandb
 
     try:
@@ -161,9 +163,9 @@ def missing_key() -> str | None:
 
 
 def disable_error_reports() -> None:
-    """W&B reports its own errors to the same server: if that is lost, the process would not exit for 30 s.
+    """Disable error reports to W&B, which delay the exit by 30 s if the connection is lost.
 
-    W&B 0.31 even deadlocks when its service cannot start: the report needs a lock that it holds.
+    W&B 0.31 even deadlocks when its service cannot start, since the report waits for a lock that it holds itself.
     """
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     with contextlib.suppress(Exception):
@@ -173,7 +175,7 @@ def disable_error_reports() -> None:
 
 
 def _drop_malformed_variables() -> str | None:
-    """Remove environment variables that W&B rejects: it could not even start offline with them."""
+    """Remove environment variables that W&B rejects, even in offline mode. Returns the problem, if any."""
     import wandb
 
     problem = None
@@ -188,14 +190,14 @@ def _drop_malformed_variables() -> str | None:
 
 
 def relative(path: str | Path) -> Path:
-    """The path relative to the working directory if it is inside."""
+    """Return the path relative to the working directory if it is inside."""
     here = Path.cwd()
     return Path(path).relative_to(here) if Path(path).is_relative_to(here) else Path(path)
 
 
 def reason_of(error: BaseException) -> str:
-    """One line about an error of W&B's."""
-    if str(error).strip() == "<no message>":  # W&B's text for a rejected run, as with a wrong key
+    """Return one line about an error of W&B."""
+    if str(error).strip() == "<no message>":  # for a rejected run, e.g. with an invalid key
         return "the server rejected the run without a reason; check the API key"
     if "validation error" in str(error) and callable(errors := getattr(error, "errors", None)):  # pydantic
         return "; ".join(str(fault["msg"]) for fault in errors()[:2])

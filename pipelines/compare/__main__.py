@@ -61,7 +61,7 @@ def work(words: Sequence[str]) -> int:
         say(f"\nFailed ({len(compared.failures)}):")
         for failure in compared.failures:
             say("  {id} ({what}): {reason}".format_map(failure))
-        if any("the store has another" in failure["reason"] for failure in compared.failures):
+        if any("the store already contains a different" in failure["reason"] for failure in compared.failures):
             say("The stored artifacts were trained with different settings; set output=DIR to keep both comparisons.")
     if files:
         say(f"\nResults: {', '.join(map(str, files))}")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fusion.analysis.inspection import Evaluation, ablate_each, prune, select_rows
-from fusion.cli.result_tables import inspected
+from fusion.cli.finished import inspected
 from fusion.config.commands import InspectConfig
 from fusion.config.compositions import CompositionConfig
 from fusion.errors import UserError

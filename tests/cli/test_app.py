@@ -177,8 +177,8 @@ def test_a_run_that_restarts_is_logged(go: Callable[..., Outcome]) -> None:
         (["+task=mnlii"], "unknown task 'mnlii': did you mean mnli"),
         (["+task=mien"], "did you mean mine"),
         (["task=mine"], "expected +task=NAME"),
-        (["+task=[mine,yours]"], "a task is one file"),
-        (["+task.kind=regression"], "+task.kind=regression: a key of what is not there"),
+        (["+task=[mine,yours]"], "expected a single task +task=NAME"),
+        (["+task.kind=regression"], "+task.kind=regression: the group is not selected"),
         (["+task=mine", "logger.csv.flush_every_n_steps=3"], "or logger=[wandb,csv]"),
         (["+task=mine,yours"], "multiple values are a sweep, which needs -m"),
         (["+task=mine", "optim.lrr=1"], "unknown key optim.lrr: did you mean optim.lr"),
@@ -194,26 +194,26 @@ def test_a_run_that_restarts_is_logged(go: Callable[..., Outcome]) -> None:
         (["-m", "+task=mine,nobody"], "unknown task 'nobody'"),
         (
             ["-m", "+task=mine", "seed=1,2", "name=one"],
-            "would both be stored as one: seed=1 and seed=2\ngive each its own name with 'name=NAME-${seed}'",
+            "have the name one: seed=1 and seed=2\nset distinct names with 'name=NAME-${seed}'",
         ),
         (["-m", "+task=mine,yours", "seed=1,2", "name=one"], "'name=NAME-${task.name}-${seed}'"),
-        (["+task=mine", "+task=yours"], "task is given more than once: expected one +task=NAME; a sweep is -m"),
+        (["+task=mine", "+task=yours"], "duplicate task: expected a single +task=NAME, or a sweep -m"),
         (["+task=mine", "data.dir=/my", "data"], "needs quotes: 'data.dir=/my data'"),
-        (["-m", "+task=mine", "seed=1,1"], "are the same: +task=mine seed=1\nexpected each value"),
-        (["-m", "+task=mine,yours,mine"], "are the same: +task=mine"),
-        (["-m", "+task=mine", "optim.lr=1e-4,0.0001"], "are the same: +task=mine optim.lr=0.0001"),
+        (["-m", "+task=mine", "seed=1,1"], "are identical: +task=mine seed=1\nexpected distinct values"),
+        (["-m", "+task=mine,yours,mine"], "are identical: +task=mine"),
+        (["-m", "+task=mine", "optim.lr=1e-4,0.0001"], "are identical: +task=mine optim.lr=0.0001"),
         (
             ["-m", "+task=mine", "backbone.revision=a/b,a-b"],
-            "backbone.revision=a/b and backbone.revision=a-b\ngive each its own name with 'name=NAME-${backbone.revision}'",
+            "backbone.revision=a/b and backbone.revision=a-b\nset distinct names with 'name=NAME-${backbone.revision}'",
         ),
         (["-m", "seed=1,2"], "no task: expected +task=NAME"),
         (["tasks=[mine,yours]"], "tasks= with method=adapter: multiple tasks need method=multitask_adapter"),
-        ([MT, "+task=mine", "tasks=[mine,yours]"], "+task=mine and tasks= do not go together"),
+        ([MT, "+task=mine", "tasks=[mine,yours]"], "+task=mine and tasks= cannot be combined"),
         ([MT], "expected 'tasks=[TASK,ANOTHER]'"),
         ([MT, "+task=mine"], "expected 'tasks=[TASK,ANOTHER]'"),
         (
             [MT, "tasks=[mine]"],
-            "expected names of at least two tasks, such as 'tasks=[snli,rte,cb]'; a single one is +task=mine",
+            "expected names of at least two tasks, such as 'tasks=[snli,rte,cb]'; for a single task set +task=mine",
         ),
         ([MT, "tasks=[]"], "tasks=[]: expected names of at least two"),
         ([MT, "tasks=mine"], "tasks=mine: expected names of at least two"),
@@ -221,12 +221,12 @@ def test_a_run_that_restarts_is_logged(go: Callable[..., Outcome]) -> None:
         ([MT, "tasks=[mine,{a:7}]"], "tasks=[mine,{a:7}]: expected names"),
         ([MT, "tasks=[mine,'[yours,rte]']"], "expected names of at least two tasks"),
         ([MT, "tasks=mine,yours"], "a list is written 'tasks=[mine,yours]'"),
-        ([MT, "tasks=[mine,yours,mine]"], "tasks=[mine,yours,mine]: duplicate mine; expected each task once"),
+        ([MT, "tasks=[mine,yours,mine]"], "tasks=[mine,yours,mine]: expected distinct tasks, got duplicate mine"),
         ([MT, "tasks=[mine,yuors]"], "unknown task 'yuors': did you mean yours?"),
         ([MT, "tasks=[mine,yours]", "method.temperature=0"], "method.temperature=0.0: expected a finite number > 0"),
         (["-m", MT, "tasks=[mine,yours],[mine]"], "job 1 ("),
-        ([MT, "tasks=[mine,yours]", "task.label=x"], "a task in tasks= is set in its file"),
-        ([MT, "tasks=[mine,yours]", "++task.columns.sentence=text"], "a task in tasks= is set in its file"),
+        ([MT, "tasks=[mine,yours]", "task.label=x"], "edit the files of tasks in tasks="),
+        ([MT, "tasks=[mine,yours]", "++task.columns.sentence=text"], "edit the files of tasks in tasks="),
     ],
 )
 def test_a_wrong_command(go: Callable[..., Outcome], arguments: list[str], message: str) -> None:
@@ -247,7 +247,7 @@ def test_a_wrong_command(go: Callable[..., Outcome], arguments: list[str], messa
         (["hydra.run.dir=file"], r"^hydra.run.dir=file: cannot be written \(Not a directory\)"),
         (["hydra.run.dir=file/run"], r"^hydra.run.dir=file/run: Not a directory"),
         (["-m", "seed=1,2", "hydra.sweep.dir=/proc/nowhere"], r"^hydra.sweep.dir=/proc/nowhere: cannot be written"),
-        (["-m", "seed=1,2", "hydra.sweep.dir=taken"], r"^taken/1-mine-seed-2: this is a file"),
+        (["-m", "seed=1,2", "hydra.sweep.dir=taken"], r"^taken/1-mine-seed-2 is a file"),
         (["hydra.run.dir=logged"], r"logged/run\.log: cannot be written \(Is a directory\)"),
     ],
 )
@@ -267,7 +267,7 @@ def test_a_task_in_two_places_is_refused(go: Callable[..., Outcome]) -> None:
     Path("conf/task/rte.yaml").write_text(TASK)
     outcome = go("+task=rte")
     assert outcome.code == 2
-    assert outcome.err.startswith("task rte is in two places: ")
+    assert outcome.err.startswith("task rte is defined in ")
 
 
 def test_a_user_defined_choice_is_listed_with_the_built_in_ones(go: Callable[..., Outcome]) -> None:
@@ -283,14 +283,14 @@ def test_a_user_defined_choice_is_listed_with_the_built_in_ones(go: Callable[...
     Path("conf/method/lora.yaml").write_text("name: lora\n")
     outcome = go("+task=mine", "method=lora")
     assert outcome.code == 2
-    assert outcome.err.startswith("method lora is in two places: ") and len(outcome.err.splitlines()) == 2
+    assert outcome.err.startswith("method lora is defined in ") and len(outcome.err.splitlines()) == 1
 
 
 def test_one_of_multiple_tasks_in_two_places_is_refused(go: Callable[..., Outcome]) -> None:
     Path("conf/task/rte.yaml").write_text(TASK)
     outcome = go("tasks=[mine,rte]", MT)
     assert outcome.code == 2
-    assert outcome.err.startswith("task rte is in two places: ")
+    assert outcome.err.startswith("task rte is defined in ")
 
 
 def test_multiple_tasks_reach_the_command_typed_and_in_order(go: Callable[..., Outcome]) -> None:
@@ -343,9 +343,9 @@ def test_fusion_conf_may_contain_tasks(
     monkeypatch.setenv("FUSION_CONF", str(tmp_path / "more"))
     assert go("+task=theirs").code == 0
     (tmp_path / "more" / "task" / "mine.yaml").write_text(TASK)
-    assert "in two places" in go("+task=mine").err
+    assert "is defined in" in go("+task=mine").err
     monkeypatch.setenv("FUSION_CONF", str(tmp_path / "none"))
-    assert "no such folder" in go("+task=mine").err
+    assert "directory not found" in go("+task=mine").err
 
 
 @pytest.mark.parametrize(
@@ -487,12 +487,12 @@ def test_the_state_of_a_run_is_printed_before_it_starts(go: Callable[..., Outcom
     words = ["+task=mine", "trainer.devices=1"]
     outcome = go("-m", "seed=1,2,3,4", *words, main=main)
     assert outcome.code == 0
-    assert outcome.out.startswith("4 jobs: 1 done already, 1 interrupted, ")
-    assert outcome.out.endswith("4 jobs: 1 done already, 1 continued, 2 trained, 0 failed\n")
+    assert outcome.out.startswith("4 jobs: 1 already done, 1 interrupted, ")
+    assert outcome.out.endswith("4 jobs: 1 already done, 1 resumed, 2 trained, 0 failed\n")
     assert [status["before"] for status in outcome.statuses] == ["done", "interrupted", "failed", "new"]
     resumed, failed = ((folder / "run.log").read_text() for folder in outcome.folders[1:3])
     assert "mine-seed-2 was interrupted: resuming (epoch 3)" in resumed
-    assert "mine-seed-3 failed the last time: running it again (boom)" in failed
+    assert "mine-seed-3 failed before: rerunning (boom)" in failed
     assert go("seed=4", *words, main=main).out == ""
 
 

@@ -329,5 +329,5 @@ def test_a_full_disk_fails_the_run_and_the_same_command_stores_it_later(
     assert not (store / "large").exists() and not list((store / ".staging").glob("*"))
     code, out, err = limited(10_000_000, *words)
     assert code == 0, err
-    assert "large failed the last time: running it again" in out
+    assert "large failed before: rerunning" in out
     assert (store / "large" / "manifest.json").is_file() and not list((store / ".runs").glob("large-*"))

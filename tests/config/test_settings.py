@@ -362,7 +362,7 @@ def test_compiling_and_checkpointing_are_incompatible() -> None:
         ("compile=often", "compile=often: expected true or false"),
         ("data.limit.train=few", "data.limit.train=few: expected a whole number, or null"),
         ("adapter.sites=ffn,attention", "which needs -m; a list is written 'adapter.sites=[ffn,attention]'"),
-        ("a b", "cannot read the override 'a b': expected KEY=VALUE"),
+        ("a b", "cannot parse the override 'a b': expected KEY=VALUE"),
         ("store=/tmp/日 &", "needs quotes, such as 'store=\"/tmp/日 &\"'"),
         ("größe=1", "special characters"),
         ("sources=[ü]", "a value with special characters needs quotes"),
@@ -395,7 +395,7 @@ def test_a_value_split_by_the_shell() -> None:
 def test_a_key_of_the_other_stage_is_explained(override: str) -> None:
     with pytest.raises(Exception) as error:
         typed("stage2", override)
-    assert "a setting of stage1, not of this command; leave it out" in explain(error.value, Stage2Config)
+    assert "it is a setting of stage1, not of this command" in explain(error.value, Stage2Config)
 
 
 def test_presets_set_what_their_names_state() -> None:

@@ -77,7 +77,7 @@ def test_a_custom_model_type_is_refused(own_code: Make) -> None:
         load_backbone(str(folder))
     assert str(error.value) == (
         f"backbone {folder} comes with its own code, which is not run: "
-        "set backbone.trust_remote_code=true if you have read it and trust it"
+        "set backbone.trust_remote_code=true if you trust it"
     )
     assert not marker.exists()
 
@@ -138,7 +138,7 @@ def test_from_training_to_evaluation(bench: Bench, own_code: Make) -> None:
     assert marker.exists()
     assert read_manifest("films", bench.folder / "store").backbone.trust_remote_code is True
     marker.unlink()
-    with pytest.raises(UserError, match=r"films: its backbone .* set backbone\.trust_remote_code=true"):
+    with pytest.raises(UserError, match=r"films: the backbone .* set backbone\.trust_remote_code=true"):
         bench.evaluate("films")
     assert not marker.exists()
     bench.evaluate("films", backbone=SameBackboneConfig(trust_remote_code=True))

@@ -52,7 +52,7 @@ def other(trained: Bench, tmp_path: Path) -> Path:
     return tmp_path / "cased"
 
 
-REFUSED = r"was trained on .*cased is another backbone: tokenizer [0-9a-f]{8}, expected [0-9a-f]{8}"
+REFUSED = r"was trained on .*cased is a different backbone: tokenizer [0-9a-f]{8}, expected [0-9a-f]{8}"
 
 
 def test_the_manifest_has_the_tokenizer_hash(trained: Bench) -> None:
@@ -172,12 +172,12 @@ def test_a_finished_run_is_refused_where_its_backbone_has_changed(
     folder = tmp_path / "own backbone"
     whole = (folder / "tokenizer.json").read_bytes()
     cased(folder)
-    with pytest.raises(UserError, match=r"another films, since .* has changed: backbone tokenizer \w{8}, expected"):
+    with pytest.raises(UserError, match=r"films was trained before .* changed: backbone tokenizer \w{8}, expected"):
         again()
     (folder / "tokenizer.json").write_bytes(whole)
     again()
     save_backbone(folder, seed=1)
-    with pytest.raises(UserError, match=r"backbone fingerprint \w{8}, expected \w{8}\nKeep both with name="):
+    with pytest.raises(UserError, match=r"backbone fingerprint \w{8}, expected \w{8}; set name=NAME to keep both"):
         again()
     strip(tmp_path / "again" / "store", "films", ("backbone", "tokenizer"), ("run", "backbone_stamp"))
     again()  # a run of 0.1 is still done

@@ -17,7 +17,7 @@ from fusion.config.model import AdapterConfig, HeadConfig
 from fusion.config.stages import Stage1Config, Stage2Config
 from fusion.config.training import OptimConfig
 from fusion.errors import UserError
-from fusion.runs.identity import identity, is_done
+from fusion.runs.identity import identity, name_conflict
 from fusion.store.listing import describe, rebuild_lines
 from fusion.store.lookup import read_manifest
 from tests.bench import Bench
@@ -57,7 +57,7 @@ def test_the_store_shows_the_initialization_and_the_commands_of_both(bench: Benc
     words = ["+task=films", "init_from=../elsewhere/films"]
     typed = stored.changed(run=stored.content["run"] | {"overrides": words, "folder": None})
     _, first, second = rebuild_lines(typed, store, store)
-    assert first.startswith("# films was not made by a command")
+    assert first.startswith("# films was not created by a command")
     assert "python -m fusion.stage1 +task=films init_from=films " in second and " name=again " in second
     line = f"init_from     films {origin.hash}, "
     assert f"{line}found: {store / 'films'}" in describe("again", store)
@@ -100,11 +100,11 @@ def test_a_fusion_starts_from_another(bench: Bench) -> None:
         stage2.check(config, bench.run("stage2", config))
 
     check(["films", "books"])
-    with pytest.raises(UserError, match=r"shape than this run's: sources .*books \w{8}.*, expected .*films \w{8}"):
+    with pytest.raises(UserError, match=r"settings of this run: sources .*books \w{8}.*, expected .*films \w{8}"):
         check(["books", "films"])
     with pytest.raises(UserError, match=r"composition\.value_matrix false, expected true"):
         check(["films", "books"], composition=CompositionConfig(value_matrix=False))
-    with pytest.raises(UserError, match="starts from its sources; leave init_from out"):
+    with pytest.raises(UserError, match="starts from its sources; remove init_from"):
         check(["films", "books"], composition=CompositionConfig(name="average"))
 
 
@@ -119,9 +119,9 @@ def test_an_incompatible_initialization_is_refused(bench: Bench) -> None:
     check()
     with pytest.raises(UserError, match=r"adapter\.bottleneck_size 4, expected 2"):
         check(adapter=AdapterConfig(reduction_factor=8))
-    with pytest.raises(UserError, match=r"adapter\.nonlinearity gelu, expected relu\nSet the expected values"):
+    with pytest.raises(UserError, match=r"adapter\.nonlinearity gelu, expected relu; set the expected values"):
         check(adapter=AdapterConfig(nonlinearity="gelu"))
-    with pytest.raises(UserError, match="is a stored head; this run trains a adapter"):
+    with pytest.raises(UserError, match="is a stored head, but this run trains a adapter"):
         check(init_from="films-head")
     with pytest.raises(UserError, match="nothing"):
         check(init_from="nothing")
@@ -142,12 +142,12 @@ def test_more_epochs_are_refused_with_the_reason(bench: Bench) -> None:
     with pytest.raises(UserError) as caught:
         bench.stage1("films", trainer=more)
     message = str(caught.value)
-    assert "trainer.max_epochs: 2 there, 4 here" in message and "decayed to zero" in message
-    assert "name=ANOTHER init_from=films" in message and len(message.splitlines()) == 2
+    assert "trainer.max_epochs: 2 stored, 4 now" in message and "decayed to zero" in message
+    assert "name=NAME init_from=films" in message and len(message.splitlines()) == 2
     bench.stage1("films", trainer=more, name="more", init_from="films")
 
 
 @pytest.mark.parametrize("now", [{"trainer.max_epochs": 20, "seed": 1}, {"trainer.max_epochs": 5, "seed": 2}])
 def test_another_seed_and_fewer_epochs_are_other_settings(now: dict[str, int]) -> None:
-    with pytest.raises(UserError, match=r"Keep both with name=ANOTHER"):
-        is_done("rte", ("a", {"trainer.max_epochs": 10, "seed": 2}), ("b", now), False)
+    message = str(name_conflict("rte", {"trainer.max_epochs": 10, "seed": 2}, now))
+    assert "Set name=NAME to keep both" in message

@@ -526,7 +526,7 @@ def test_a_run_without_results_keeps_earlier_ones(
 ) -> None:
     assert commands.compare("methods=[head]") == 0
     before = (tmp_path / "results.json").read_text()
-    commands.refused["head"] = "the store has another cb-head: optim.patience: 3 there, 2 here"
+    commands.refused["head"] = "the store already contains a different cb-head: optim.patience: 3 stored, 2 now"
     assert commands.compare("methods=[head]", "patience=2") == 1
     assert (tmp_path / "results.json").read_text() == before
     assert "set output=DIR to keep both" in capsys.readouterr().out

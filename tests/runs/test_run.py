@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import yaml
 
 from fusion.config.stages import Stage1Config
 from fusion.errors import UserError
-from fusion.runs.identity import NOT_IDENTITY_TRAINER, differing_keys, identity, identity_config, is_done
+from fusion.runs.identity import NOT_IDENTITY_TRAINER, differing_keys, identity, identity_config, name_conflict
 from fusion.runs.run import Run, record
 from fusion.runs.signals import Terminated
 
@@ -55,13 +56,13 @@ def test_the_identity_of_a_single_task_run_is_that_of_version_0_1() -> None:
     other = changed(method={"temperature": 3.0})
     assert identity(other) != identity(CONFIG)
     differing = differing_keys(identity_config(CONFIG), identity_config(other))
-    assert differing == ["method.temperature: 2.0 there, 3.0 here"]
+    assert differing == ["method.temperature: 2.0 stored, 3.0 now"]
 
 
 def test_multiple_tasks_are_compared_key_by_key() -> None:
     one, two = ([{"name": name, "hub": None}, {"name": "cb", "hub": None}] for name in ("rte", "wnli"))
     stored, asked = (identity_config(changed(task=None, tasks=tasks)) for tasks in (one, two))
-    assert differing_keys(stored, asked) == ['tasks.0.name: "rte" there, "wnli" here']
+    assert differing_keys(stored, asked) == ['tasks.0.name: "rte" stored, "wnli" now']
     assert identity(changed(tasks=one)) != identity(changed(tasks=one[::-1]))
 
 
@@ -112,21 +113,16 @@ def test_every_ignored_trainer_key_exists() -> None:
 def test_differing_keys_have_both_values() -> None:
     stored, asked = identity_config(CONFIG), identity_config(changed(seed=1, optim={"lr": 5e-4}, more="x"))
     assert differing_keys(stored, asked) == [
-        'more: nothing there, "x" here',
-        "optim.lr: 0.0001 there, 0.0005 here",
-        "seed: 42 there, 1 here",
+        'more: nothing stored, "x" now',
+        "optim.lr: 0.0001 stored, 0.0005 now",
+        "seed: 42 stored, 1 now",
     ]
     assert differing_keys(stored, stored) == []
 
 
-def test_is_done() -> None:
-    here, other = ("aaa", {"seed": 1}), ("bbb", {"seed": 2})
-    assert not is_done("rte", None, here, overwrite=False)
-    assert is_done("rte", here, here, overwrite=False)
-    assert not is_done("rte", here, here, overwrite=True)
-    assert not is_done("rte", other, here, overwrite=True)
-    with pytest.raises(UserError, match=r"another rte: seed: 2 there, 1 here\n.*name=.*overwrite=true"):
-        is_done("rte", other, here, overwrite=False)
+def test_name_conflict() -> None:
+    message = str(name_conflict("rte", {"seed": 2}, {"seed": 1}))
+    assert re.search(r"different rte: seed: 2 stored, 1 now\n.*name=.*overwrite=true", message)
 
 
 def test_record_of_a_successful_job(tmp_path: Path) -> None:

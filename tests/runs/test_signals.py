@@ -319,7 +319,7 @@ def test_between_two_jobs_a_sweep_ends(place: Path, tiny_backbone: Path, number:
     process.send_signal(number)
     *_, first, last = without_traceback(process, number)
     assert re.match(rf"{word_of(number)}: [12] of 3 jobs done", first)
-    assert last.startswith("The same command runs all jobs again: ")
+    assert last.startswith("Rerun the command to continue: ")
     statuses = {status_of(job) for job in folder.glob("*-*")}
     assert "done" in statuses and statuses <= {"done", "interrupted", ""}
 

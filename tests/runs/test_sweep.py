@@ -29,7 +29,7 @@ def test_every_outcome_of_a_job(tmp_path: Path) -> None:
     (planned[6]).mkdir()
     (planned[6] / "status.json").write_text("{")
     line, failed = sweep.outcome()
-    assert line == "8 jobs: 1 done already, 1 continued, 2 trained, 4 failed"
+    assert line == "8 jobs: 1 already done, 1 resumed, 2 trained, 4 failed"
     assert failed[0] == "4 of 8 jobs failed:"
     assert [text.split(": ")[0] for text in failed[1:]] == [f"  {planned[n]}/run.log" for n in (4, 5, 6, 7)]
     assert failed[1].endswith(": RuntimeError: boom")
@@ -71,7 +71,7 @@ def test_the_status_files_of_a_sweep_do_not_depend_on_the_clock(tmp_path: Path, 
     for name in ("0", "1"):
         leave(tmp_path / name, "done", "new")
         os.utime(tmp_path / name / "status.json", (now + age, now + age))
-    assert sweep.outcome() == ("2 jobs: 0 done already, 0 continued, 2 trained, 0 failed", [])
+    assert sweep.outcome() == ("2 jobs: 0 already done, 0 resumed, 2 trained, 0 failed", [])
     again = Sweep.start(tmp_path, [tmp_path / "0", tmp_path / "1"])
     line, failed = again.outcome()  # none of them started: the files are those of the last sweep
     assert line.endswith("2 failed") and len(failed) == 3
@@ -89,12 +89,12 @@ def test_unplanned_jobs(tmp_path: Path) -> None:
     leave(tmp_path / "0", "failed", "new", "of old")
     sweep = Sweep.start(tmp_path)
     leave(tmp_path / "1", "done", "new")
-    assert sweep.outcome()[0] == "1 job: 0 done already, 0 continued, 1 trained, 0 failed"
+    assert sweep.outcome()[0] == "1 job: 0 already done, 0 resumed, 1 trained, 0 failed"
 
 
 def test_the_states_before_a_sweep_are_one_line() -> None:
     assert summarize_states(["new", "done", "interrupted", "failed", "done"]) == (
-        "5 jobs: 2 done already, 1 interrupted, to be continued, 1 failed the last time, to run again, 1 new"
+        "5 jobs: 2 already done, 1 interrupted, to be resumed, 1 failed, to be rerun, 1 new"
     )
 
 
@@ -105,4 +105,4 @@ def test_a_stopped_sweep_reports_what_is_done(tmp_path: Path) -> None:
         leave(place, status)
     first, second = sweep.stopped("interrupted").splitlines()
     assert first == "interrupted: 2 of 5 jobs done, 1 failed, 1 interrupted, 1 not started"
-    assert second.startswith("The same command runs all jobs again: ")
+    assert second.startswith("Rerun the command to continue: ")

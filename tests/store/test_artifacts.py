@@ -92,7 +92,7 @@ def test_an_existing_name(make_manifest: Make, weights: Tensors, head: Tensors, 
     with pytest.raises(UserError, match="is a stored adapter"):
         fusion = make_manifest("mnli", "fusion", sources=[{"name": "a", "hash": "b"}])
         save(store, fusion, OTHER, head, overwrite=True)
-    with pytest.raises(UserError, match="Letters"):
+    with pytest.raises(UserError, match="letters"):
         save(store, make_manifest("../mnli"), weights, head)
     assert contents(store.parent) == {"store"}
     assert names(store) == ["mnli"]
@@ -135,7 +135,7 @@ def test_a_missing_source(make_manifest: Make, weights: Tensors, head: Tensors, 
     os.rename(store / "mnli", store / "renamed")
     assert same_bits(load_by_hash(hash, "mnli", store).weights, weights)
     shutil.rmtree(store / "renamed")
-    with pytest.raises(UserError, match=rf"source mnli \({hash[:8]}\) is gone"):
+    with pytest.raises(UserError, match=rf"source mnli \({hash[:8]}\) not found"):
         load_by_hash(hash, "mnli", store)
 
 
@@ -155,8 +155,8 @@ def damaged(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ("cut", r"has [\d,]+ bytes, expected [\d,]+; copy the artifact again, or train it again with overwrite=true"),
-        ("changed", "was changed, its sha256 is"),
+        ("cut", r"has [\d,]+ bytes, expected [\d,]+; copy the artifact again or retrain it with overwrite=true"),
+        ("changed", "was modified: sha256"),
         ("pickle", "bytes, expected"),
         ("gone", "is missing"),
     ],
@@ -168,7 +168,7 @@ def test_damaged_files_are_named(
     damaged(path, how)
     with pytest.raises(UserError, match=says) as error:
         load("mnli", store)
-    assert str(error.value).startswith(f"{path}: ")
+    assert str(error.value).startswith(str(path))
     save(store, make_manifest(), weights, head, overwrite=True)  # as the message proposes
     assert same_bits(load("mnli", store).weights, weights)
 
@@ -184,17 +184,17 @@ def test_a_manifest_that_agrees_with_a_pickle(make_manifest: Make, head: Tensors
     values["files"][WEIGHTS] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     values["checksum"] = checksum_of(values)
     (path / MANIFEST).write_text(json.dumps(values))
-    with pytest.raises(UserError, match="is not a safetensors file"):
+    with pytest.raises(UserError, match="is not a valid safetensors file"):
         load("mnli", store)
 
 
 def test_a_damaged_manifest(make_manifest: Make, weights: Tensors, head: Tensors, store: Path) -> None:
     path = save(store, make_manifest(), weights, head) / MANIFEST
     path.write_text(path.read_text()[:100])
-    with pytest.raises(UserError, match=r"manifest\.json: is not JSON"):
+    with pytest.raises(UserError, match=r"manifest\.json is not valid JSON"):
         load("mnli", store)
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="is not text in UTF-8"):
+    with pytest.raises(UserError, match="is not valid UTF-8"):
         load("mnli", store)
     save(store, make_manifest(), weights, head, overwrite=True)
     assert same_bits(load("mnli", store).weights, weights)
@@ -255,13 +255,13 @@ def test_a_writer_killed_in_an_overwrite(
 
 
 def killed_at_rename(number: int, work: Callable[[], object]) -> None:
-    """Run `work` in a process that is killed in place of a rename, counted from 0."""
+    """Run `work` in a process that is killed before it renames a directory, counted from 0."""
 
     def killed() -> None:
         left, replace = iter(range(number)), os.replace
 
         def rename(old: Path, new: Path) -> None:
-            if next(left, None) is None:
+            if Path(old).is_dir() and next(left, None) is None:
                 os.kill(os.getpid(), signal.SIGKILL)
             replace(old, new)
 
@@ -289,7 +289,7 @@ def test_a_second_writer_waits_and_then_names_the_first(
     while not (store / "held").exists():
         time.sleep(0.01)
     started = time.monotonic()
-    with pytest.raises(UserError, match=f"process {holder} on {socket.gethostname()} .*: waited 0.3 s"):
+    with pytest.raises(UserError, match=f"process {holder} on {socket.gethostname()} .*; waited 0.3 s"):
         save(store, make_manifest(), weights, head, wait=0.3)
     assert time.monotonic() - started < 5
     save(store, make_manifest("rte"), weights, head, wait=0.3)  # another name is free
@@ -364,8 +364,8 @@ def test_match_keys() -> None:
     with pytest.raises(UserError) as error:
         match_keys({"a": (3, 2), "c": (1,)}, found, Path("store/mnli/weights.safetensors"))
     assert str(error.value) == (
-        "store/mnli/weights.safetensors: does not fit the model; "
-        "missing: c; unexpected: b; of another shape: a (2, 3), expected (3, 2)"
+        "store/mnli/weights.safetensors does not match the model; "
+        "missing: c; unexpected: b; of a different shape: a (2, 3), expected (3, 2)"
     )
 
 
@@ -374,7 +374,7 @@ def test_a_store_on_a_path_that_needs_quoting(
 ) -> None:
     store = tmp_path / "my work" / "a 'store' = [1], ü"
     save(store, make_manifest(), weights, head)
-    with writing(store, "mnli", 1.0), pytest.raises(UserError, match=f"process {os.getpid()} on .*: waited 0.1 s"):
+    with writing(store, "mnli", 1.0), pytest.raises(UserError, match=f"process {os.getpid()} on .*; waited 0.1 s"):
         save(store, make_manifest(), weights, head, overwrite=True, wait=0.1)
     save(store, make_manifest(seed=4), OTHER, head, overwrite=True, wait=0.1)
     assert same_bits(load("mnli", store).weights, OTHER)
@@ -450,7 +450,7 @@ def test_a_source_that_changes_while_it_is_copied(
     content = (artifact.path / WEIGHTS).read_bytes()
     (artifact.path / WEIGHTS).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     other = tmp_path / "another store"
-    with pytest.raises(UserError, match="was changed"):
+    with pytest.raises(UserError, match="was modified"):
         adopt(artifact, other)
     assert contents(other / ".staging") == set() and not (other / ".replaced").exists()
 

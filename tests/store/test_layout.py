@@ -19,5 +19,5 @@ TEXTS = ["-x", "x.", "a b", "é", "a\n", "a\0b", "$x", "x" * 101, "con", "NUL.tx
 
 @pytest.mark.parametrize("name", PATHS + TEXTS)
 def test_names_that_would_leave_the_store(name: str) -> None:
-    with pytest.raises(UserError, match="Letters, digits"):
+    with pytest.raises(UserError, match="letters, digits"):
         check_name(name)

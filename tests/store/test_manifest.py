@@ -98,7 +98,7 @@ WRONG: tuple[tuple[str, Any, str], ...] = (
     ("composition", {"name": "mean"}, "composition is set in an artifact of kind adapter"),
     ("task/more", 1, "task.more: "),
     ("task/name", None, "task.name: "),
-    *(("task/name", name, "no path out of its folder") for name in ("../../x", "/etc", "a/../../x", "..", "")),
+    *(("task/name", name, "without ..") for name in ("../../x", "/etc", "a/../../x", "..", "")),
     (
         "multitask",
         {"a": {"task": {"name": "../../x"}, "head": {"pooling": "cls", "layers": 1, "outputs": 1, "dropout": 0.1}}},
@@ -179,7 +179,7 @@ def test_missing_inner_key_is_named(make_manifest: Make, key: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format_version": 1'])
 def test_invalid_manifests(text: str) -> None:
-    with pytest.raises(UserError, match=r"^m: "):
+    with pytest.raises(UserError, match=r"^m(: | is not valid JSON)"):
         Manifest.from_json(text, Path("m"))
 
 
@@ -267,6 +267,6 @@ def test_manifests_of_earlier_versions_are_read(make_manifest: Make) -> None:
 def test_invalid_json(make_manifest: Make, old: str, new: str) -> None:
     text = json.dumps(values_of(make_manifest()))
     assert text.count(old) == 1
-    with pytest.raises(UserError, match=r"^m: is not JSON") as error:
+    with pytest.raises(UserError, match=r"^m is not valid JSON") as error:
         Manifest.from_json(text.replace(old, new), Path("m"))
     assert len(str(error.value)) < 700 and str(error.value).isprintable()

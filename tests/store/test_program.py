@@ -104,16 +104,16 @@ def test_list_names_damaged_and_leftover_folders(say: Say, full: Path) -> None:
     assert code == 0
     damaged = [line for line in out.splitlines() if line.startswith("damaged: ")]
     assert [line.split()[1] for line in damaged] == ["books:", "odd\\u202ename:", "stray:"]
-    assert "is not JSON" in damaged[0] and "is missing" in damaged[2]
+    assert "is not valid JSON" in damaged[0] and "is missing" in damaged[2]
     left = {line.split()[1]: line for line in out.splitlines() if line.startswith("left: ")}
     assert set(left) == {
         ".runs/books-888888888888", ".runs/films-0123456789ab", ".runs/plays-999999999999", ".staging/plays~new",
         ".staging/gone.old",
     }  # fmt: skip
-    assert "of a run that is done" in left[".runs/films-0123456789ab"]
+    assert "of a finished run" in left[".runs/films-0123456789ab"]
     assert "an interrupted run; the same command resumes it" in left[".runs/plays-999999999999"]
     assert "a run that failed; the same command resumes it" in left[".runs/books-888888888888"]
-    assert "half-written" in left[".staging/plays~new"]
+    assert "partially written" in left[".staging/plays~new"]
     assert "the only copy of gone" in left[".staging/gone.old"]
     assert "\u202e" not in out
 
@@ -129,7 +129,7 @@ def test_an_active_run_is_not_a_leftover(say: Say, full: Path) -> None:
             assert code == 0 and len(lines) == 3
             assert all("running: it is being" in line for line in lines), lines
             assert f"process {os.getpid()}" in lines[0]
-            assert "rm -r" not in out and "interrupted" not in out and "of a run that is done" not in out
+            assert "rm -r" not in out and "interrupted" not in out and "of a finished run" not in out
     (full / ".staging" / "plays~new").mkdir(exist_ok=True)
     code, out, _ = say("verify")
     assert out.count("rm -r") == 2 and "an interrupted run" in out and "running" not in out
@@ -141,7 +141,7 @@ def test_an_empty_or_missing_store(say: Say, store: Path) -> None:
         assert (code, out) == (2, "") and "store=DIR" in err
     store.mkdir(parents=True)
     assert say("list") == (0, f"{store} has no artifacts\n", "")
-    assert say("verify") == (0, "0 of 0 artifacts are sound\n", "")
+    assert say("verify") == (0, "0 of 0 artifacts are valid\n", "")
 
 
 def test_show(say: Say, full: Path) -> None:
@@ -155,8 +155,8 @@ def test_show(say: Say, full: Path) -> None:
         "validation: accuracy 0.5",
         "train " + "0" * 64,
         f"torch {torch.__version__}",
-        "git           not known",
-        "threads       not known",
+        "git           unknown",
+        "threads       unknown",
         *(source.hash for source in manifest.sources),
         *(entry.sha256 for entry in manifest.files.values()),
         *(f"{entry.bytes:,} bytes" for entry in manifest.files.values()),
@@ -174,7 +174,7 @@ def with_run(manifest: Manifest, *overrides: str, **run: Any) -> Manifest:
 
 
 def commands(out: str) -> list[str]:
-    return out.split("to make it again:\n")[1].splitlines()
+    return out.split("to reproduce it:\n")[1].splitlines()
 
 
 def test_the_commands_that_reproduce_it(
@@ -209,17 +209,17 @@ def test_the_commands_that_reproduce_it(
     _, out, _ = say("show", "both")
     assert sum(line.startswith("# source books") for line in commands(out)) == 1
     _, out, _ = say("show", str(put(store, make_manifest("quiet"))))
-    assert commands(out)[0].startswith("# quiet was not made by a command")
+    assert commands(out)[0].startswith("# quiet was not created by a command")
 
 
 def test_a_sound_store_is_verified(say: Say, full: Path) -> None:
     code, out, err = say("verify")
     assert (code, err) == (0, "")
     assert out.splitlines() == [
-        *(f"ok       {name}" for name in ("books", "both", "films", "head")), "4 of 4 artifacts are sound",
+        *(f"ok       {name}" for name in ("books", "both", "films", "head")), "4 of 4 artifacts are valid",
     ]  # fmt: skip
     code, out, _ = say("verify", "films")
-    assert (code, out) == (0, "ok       films\n1 of 1 artifacts are sound\n")
+    assert (code, out) == (0, "ok       films\n1 of 1 artifacts are valid\n")
     assert say("verify", "plays")[0] == 2
 
 
@@ -240,15 +240,15 @@ def rewrite(folder: Path, file: str, tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ("missing", "weights.safetensors: is missing, or no regular file; copy the artifact again"),
-        ("extra", "notes.txt is no part of an artifact; move it elsewhere"),
+        ("missing", "weights.safetensors is missing or not a regular file; copy the artifact again"),
+        ("extra", "notes.txt does not belong to an artifact; move it elsewhere"),
         ("cut", "weights.safetensors: has 1 bytes, expected"),
-        ("changed", "weights.safetensors: was changed, its sha256 is"),
-        ("manifest", "manifest.json: is not JSON"),
-        ("no manifest", "manifest.json: is missing"),
-        ("shape", "of another shape: 0.feedforward.down.bias (3,), expected (2,)"),
+        ("changed", "weights.safetensors was modified: sha256"),
+        ("manifest", "manifest.json is not valid JSON"),
+        ("no manifest", "manifest.json is missing"),
+        ("shape", "of a different shape: 0.feedforward.down.bias (3,), expected (2,)"),
         ("name", "missing: 0.feedforward.down.bias; unexpected: x"),
-        ("nan", "0.feedforward.down.bias has values that are not finite"),
+        ("nan", "0.feedforward.down.bias contains NaN or infinity"),
         ("type", "0.feedforward.down.bias is torch.int64, expected a float"),
     ],
 )
@@ -285,7 +285,7 @@ def test_problems_are_named(say: Say, full: Path, how: str, says: str) -> None:
     # A fusion's source is found by its hash, which is computed from its manifest.
     hash_gone = how in ("manifest", "no manifest", "shape", "name", "nan", "type")
     assert ("source films" in lines["both"]) == hash_gone
-    assert out.splitlines()[-1] == f"{2 if hash_gone else 3} of 4 artifacts are sound"
+    assert out.splitlines()[-1] == f"{2 if hash_gone else 3} of 4 artifacts are valid"
     assert say("verify", folder.name)[0] == 1 and say("verify", "books")[0] == 0
 
 
@@ -306,14 +306,14 @@ def test_replaced_artifacts_and_leftovers_are_verified(
 def test_remove(say: Say, full: Path) -> None:
     code, out, err = say("remove", "films")
     assert (code, out) == (2, "")
-    assert err.startswith("films is a source of both: remove or fix them first\nforce=true frees the name")
+    assert err.startswith("films is a source of both; remove or fix them first, or set force=true")
     assert names(full) == ["books", "both", "films", "head"]
     assert say("remove", "head") == (0, "removed head\n", "")
     assert say("remove", "both") == (0, "removed both\n", "")
     assert say("remove", "films", "force=false") == (0, "removed films\n", "")
     assert names(full) == ["books"] and not list((full / ".staging").iterdir())
     code, _, err = say("remove", "films")
-    assert code == 2 and "no artifact 'films'" in err and "It has books" in err
+    assert code == 2 and "no artifact 'films'" in err and "It contains books" in err
 
 
 def test_forced_removal_keeps_what_fusions_need(say: Say, full: Path) -> None:
@@ -331,7 +331,7 @@ def test_a_source_is_kept_if_a_damaged_fusion_may_need_it(say: Say, full: Path) 
     manifest = full / "both" / MANIFEST
     manifest.write_text(manifest.read_text()[:-20])
     code, _, err = say("remove", "films")
-    assert code == 2 and err.startswith("films may be a source of the unreadable both: ")
+    assert code == 2 and err.startswith("films may be a source of the unreadable both; ")
     assert say("remove", "films", "force=true")[0] == 0
     assert [path.name.partition("-")[0] for path in (full / ".replaced").iterdir()] == ["films"]
     assert say("remove", "head")[0] == 0  # no fusion has a head for a source
@@ -402,12 +402,12 @@ def test_names_that_would_leave_the_store(full: Path, make_manifest: Callable[..
     before = sorted(path for path in tmp_path.rglob("*") if ".locks" not in path.parts)
     valid = make_manifest("films").to_json()
     for name in BAD_NAMES:
-        with pytest.raises(UserError, match="not a name for the store"):
+        with pytest.raises(UserError, match="expected at most 100 letters"):
             remove(name, full)
-        with pytest.raises(UserError, match="not a name for the store"):
+        with pytest.raises(UserError, match="expected at most 100 letters"):
             save(full, make_manifest(name), {}, {})
         text = valid.replace('"name": "films"', f'"name": {json.dumps(name)}', 1)
-        with pytest.raises(UserError, match=r"name: |is not JSON"):
+        with pytest.raises(UserError, match=r"name: |is not valid JSON"):
             Manifest.from_json(text, Path("m"))
     assert sorted(path for path in tmp_path.rglob("*") if ".locks" not in path.parts) == before
 
@@ -420,7 +420,7 @@ def test_names_that_would_leave_the_store(full: Path, make_manifest: Callable[..
         (["list", "films"], "expected no name, not 'films'"),
         (["show"], "expected the NAME of an artifact, not nothing"),
         (["show", "a", "b"], "expected the NAME of an artifact, not 'a' 'b'"),
-        (["verify", "a", "b"], "expected one NAME, or none for all"),
+        (["verify", "a", "b"], "expected at most one NAME"),
         (["remove", ""], "expected the NAME of an artifact"),
         (["list", "stroe=x"], "unknown key stroe: did you mean store?; expected store=DIR"),
         (["list", "force=true"], "unknown key force; expected store=DIR"),

@@ -66,7 +66,7 @@ def test_a_rebuilt_artifact_is_identical(tmp_path: Path, tiny_backbone: Path) ->
     )
     assert read_manifest("films-seed-1", place / "a store").hash != first
     shown = shell(f"python -m fusion.store show pruned {store} into='another store'", place)
-    lines = shown.split("to make it again:\n")[1]
+    lines = shown.split("to reproduce it:\n")[1]
     assert lines.count("python -m fusion.stage1") == 2 and lines.count("python -m fusion.stage2") == 2
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -77,7 +77,7 @@ def test_a_rebuilt_artifact_is_identical(tmp_path: Path, tiny_backbone: Path) ->
     assert {entry.name for entry in made.iterdir() if not entry.name.startswith(".")} == set(originals)
     shown = shell(f"python -m fusion.store show again {store} into='a third store'", place)
     assert f"films-seed-1 {first}, found: " in shown
-    shell(shown.split("to make it again:\n")[1], elsewhere)
+    shell(shown.split("to reproduce it:\n")[1], elsewhere)
     third = place / "a third store"
     assert {entry.name for entry in third.iterdir() if not entry.name.startswith(".")} == {"films-seed-1", "again"}
     original = place / "a store" / "again" / FILES[0]
@@ -86,4 +86,4 @@ def test_a_rebuilt_artifact_is_identical(tmp_path: Path, tiny_backbone: Path) ->
         for file in FILES:
             assert (made / name / file).read_bytes() == (original / file).read_bytes(), (name, file)
         assert read_manifest(name, made).hash == read_manifest(str(original), made).hash
-    assert "4 of 4 artifacts are sound" in shell("python -m fusion.store verify store='another store'", place)
+    assert "4 of 4 artifacts are valid" in shell("python -m fusion.store verify store='another store'", place)

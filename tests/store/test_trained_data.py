@@ -62,7 +62,7 @@ def test_other_splits_than_those_of_the_training_are_refused(made: Bench) -> Non
         )
         with pytest.raises(
             UserError,
-            match=r"films was trained with another \(data\.split\.validation=0\.125 data\.split\.stratify=true\)",
+            match=r"films was trained with a different split \(data\.split\.validation=0\.125 data\.split\.stratify=true\)",
         ):
             evaluate.check(config, made.run("evaluate", config))
     assert as_trained(manifest, split(made.data, validation=0.125, stratify=True), "films").split.stratify
@@ -76,7 +76,9 @@ def test_no_split_is_made_for_an_artifact_that_was_trained_without(bench: Bench)
     with pytest.raises(UserError, match="has no validation"):
         bench.evaluate("books")
     manifest = read_manifest("books", bench.folder / "store")
-    with pytest.raises(UserError, match=r"data\.split\.validation=0\.1: books was trained with another \(none\)"):
+    with pytest.raises(
+        UserError, match=r"data\.split\.validation=0\.1: books was trained with a different split \(none\)"
+    ):
         as_trained(manifest, split(bench.data, validation=0.1), "books")
 
 
@@ -167,5 +169,5 @@ def test_the_warning_comes_before_a_result_of_0_1_is_used(bench: Bench, caplog: 
     assert caplog.text.count("may have read the labels true, false of films as ids") == 1
     caplog.clear()
     bench.stage1("films")
-    assert "films is done already" in caplog.text
+    assert "films is already done" in caplog.text
     assert caplog.text.count("may have read the labels true, false of films as ids") == 1

@@ -25,14 +25,14 @@ def test_check_free(make_manifest: Make, store: Path) -> None:
         check_free("mnli", "adapter", store, overwrite=False)
     check_free("mnli", "adapter", store, overwrite=True)
     for overwrite in (False, True):  # a fusion never takes an adapter's name
-        with pytest.raises(UserError, match="is a stored adapter: choose another name= for this fusion"):
+        with pytest.raises(UserError, match="is a stored adapter; set a different name= for this fusion"):
             check_free("mnli", "fusion", store, overwrite)
     (store / "notes").mkdir()
     with pytest.raises(UserError, match="is not an artifact"):
         check_free("notes", "adapter", store, overwrite=True)
     (store / "mnli" / MANIFEST).write_text("{")
     check_free("mnli", "adapter", store, overwrite=True)  # damaged: training it again fixes it
-    with pytest.raises(UserError, match="Letters"):
+    with pytest.raises(UserError, match="letters"):
         check_free("../mnli", "adapter", store, overwrite=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -20,6 +21,10 @@ from fusion.tracking.wandb_run import state
 from tests.tracking.wandb_server import WandbServer, wandb_server
 
 KEY = "0123456789abcdef" * 2 + "01234567"
+
+# W&B's thread logs errors of a killed service during later tests, and caplog captures them although W&B's logger does
+# not propagate.
+logging.getLogger("wandb.sdk.lib.asyncio_manager").disabled = True
 
 
 @contextlib.contextmanager

@@ -401,5 +401,5 @@ def test_active_run_is_skipped(runs: Runs, copy: Path, capsys: pytest.CaptureFix
     (copy / "1" / "config.yaml").write_text(f"store: {store}\nname: films\nresume: true\n")
     with run_lock(store, "films"):
         assert sync.main([f"runs={copy}"]) == 0
-    assert capsys.readouterr().out.endswith(": still being written, skipped until the next call\n")
+    assert capsys.readouterr().out.endswith(": skipped, still being written\n")
     assert sync._alive(find_offline(copy)[0]) is False  # the lock was released

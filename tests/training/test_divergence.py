@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fusion.cli.result_tables import trained
+from fusion.cli.finished import trained
 from fusion.config.task import TaskConfig
 from fusion.config.training import OptimConfig, TrainerConfig
 from fusion.data.encode import EncodedRows

@@ -62,8 +62,8 @@ def test_debug_and_diverged_runs_are_excluded(store: Path, tiny_backbone: Path) 
     found, left_out = names(store, str(tiny_backbone))
     assert found == ["coins", "dice", "films"] and left_out == {
         "films-debug": "trained with debug=",
-        "films-diverged": "its training diverged",
-        "hot": "its training diverged",
+        "films-diverged": "training diverged",
+        "hot": "training diverged",
     }
 
 

@@ -322,7 +322,7 @@ def test_store_commands_ignore_rankings(copy: Bench, capsys: pytest.CaptureFixtu
     listed = capsys.readouterr().out
     assert "films" in listed and "rankings" not in listed and "left:" not in listed
     assert store_program(["verify", store]) == 0
-    assert "4 of 4 artifacts are sound" in capsys.readouterr().out
+    assert "4 of 4 artifacts are valid" in capsys.readouterr().out
     assert store_program(["remove", "dice", store]) == 0
     assert (copy.folder / "store" / ".rankings").is_dir()
 

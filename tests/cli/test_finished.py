@@ -13,8 +13,7 @@ from unittest.mock import ANY
 import pytest
 
 from fusion.cli.console import number, score
-from fusion.cli.next_commands import end_of_run, end_of_sweep
-from fusion.cli.result_tables import settings_table
+from fusion.cli.finished import end_of_run, end_of_sweep, settings_table
 from fusion.runs.run import Run
 from fusion.runs.sweep import Job
 from fusion.store.listing import as_bytes
@@ -150,7 +149,7 @@ def test_after_evaluate_and_predict(
     monkeypatch.chdir(trained.folder)
     end_of_run(run(trained, "evaluate", "artifact=films"), result)
     titles, row, following = lines_of(capsys)
-    assert titles.split() == ["name", "split", "accuracy", "macro_f1", "rows"]
+    assert titles.split() == ["name", "split", "accuracy", "macro_f1", "examples"]
     assert row.split()[:2] == ["films", "validation"] and row.split()[-1] == "16"
     assert typed(following) == ["fusion.report", "runs=runs"]
     predicted = {"name": "films", "rows": 1200, "output": "out.jsonl", "speed": {"seconds": 2.0}}
@@ -158,7 +157,7 @@ def test_after_evaluate_and_predict(
     end_of_run(run(trained, "predict", *words, config={"artifact": "films"}), predicted)
     titles, row, following = lines_of(capsys)
     assert (titles.split(), row.split()) == (
-        ["name", "rows", "seconds", "output"],
+        ["name", "examples", "seconds", "output"],
         ["films", "1,200", "2.0", "out.jsonl"],
     )
     assert typed(following) == ["fusion.evaluate", "artifact=films", "store=s"]
@@ -179,7 +178,7 @@ def test_after_a_sweep(trained: Bench, capsys: pytest.CaptureFixture[str]) -> No
     titles, *rows, fuse, report = lines_of(capsys)
     assert titles.startswith("name   state         best epoch")
     assert [row.split("  ")[0] for row in rows] == ["films", "plays", "books"]
-    assert "done already" in rows[0] and rows[1].split() == ["plays", "failed", *"------"] and " done " in rows[2]
+    assert "already done" in rows[0] and rows[1].split() == ["plays", "failed", *"------"] and " done " in rows[2]
     assert typed(fuse) == ["fusion.stage2", "+task=books", "sources=[books,films]", "store=s"]
     assert typed(report) == ["fusion.report", "runs=sweep"]
     end_of_sweep("stage1", Path("sweep"), jobs)
