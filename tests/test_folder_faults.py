@@ -119,7 +119,7 @@ def test_a_disk_that_fills_in_a_sweep(place: Path) -> None:
     told = lines(done)
     assert "2 jobs: " in done.stdout and "2 failed" in done.stdout
     assert "2 of 2 jobs failed:" in told
-    assert any("0-mine-seed-3" in line and "store/made is stored" in line for line in told)
+    assert any("0-mine-seed-3" in line and "store/made was saved" in line for line in told)
     assert any("1-mine-seed-1" in line and "no status" in line for line in told) and len(told) <= 9
     again = start(place, "-m", "seed=3,1", "hydra.sweep.dir=sweep")
     assert again.returncode == 0, again.stderr
@@ -134,7 +134,7 @@ def test_check_writable_creates_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     with pytest.raises(
-        UserError, match=r"^hydra\.run\.dir=.*file: cannot be written \(.*\); hydra\.run\.dir=DIR names"
+        UserError, match=r"^hydra\.run\.dir=.*file: cannot be written \(.*\); set hydra\.run\.dir=DIR"
     ):
         check_writable(str(tmp_path / "file"), "hydra.run.dir")
 

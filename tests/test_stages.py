@@ -323,7 +323,7 @@ def test_incompatible_sources_are_refused(bench: Bench, make_backbone: Callable[
     with pytest.raises(UserError, match=r"adapter\.sites \[attention\], expected \[feedforward\]"):
         bench.stage2("plays", ["films", "books"])
     bench.backbone = make_backbone("bert", seed=1)
-    with pytest.raises(UserError, match=r"films was trained on .* another backbone: fingerprint"):
+    with pytest.raises(UserError, match=r"films was trained on .* a different backbone: fingerprint"):
         bench.stage2("plays", ["films"])
     bench.stage1("plays")
     with pytest.raises(UserError, match="backbone"):

@@ -77,7 +77,7 @@ def test_a_custom_model_type_is_refused(own_code: Make) -> None:
         load_backbone(str(folder))
     assert str(error.value) == (
         f"backbone {folder} comes with its own code, which is not run: "
-        "set backbone.trust_remote_code=true if you trust it"
+        "set backbone.trust_remote_code=true if you have read it and trust it"
     )
     assert not marker.exists()
 

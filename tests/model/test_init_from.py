@@ -63,7 +63,7 @@ def test_the_store_shows_the_initialization_and_the_commands_of_both(bench: Benc
     assert f"{line}found: {store / 'films'}" in describe("again", store)
     shutil.rmtree(store / "films")
     assert f"{line}NOT FOUND" in describe("again", store)
-    gone = f"# source films ({origin.hash[:8]}) is gone"
+    gone = f"# source films ({origin.hash[:8]}) not found"
     assert rebuild_lines(typed, store, store)[0].startswith(gone)
 
 
