@@ -385,9 +385,9 @@ def test_a_replaced_fusion_changes_the_identity_of_its_pruned_one(ragged: Bench)
     [
         (
             {"fusion": "films"},
-            r"composition\.fusion=films: is a stored adapter .*expected a fusion of composition=adapter",
+            r"composition\.fusion=films is a stored adapter .*expected a fusion of composition=adapter",
         ),
-        ({"fusion": "by-mean"}, r"composition\.fusion=by-mean: is a stored fusion \(mean\), expected a fusion"),
+        ({"fusion": "by-mean"}, r"composition\.fusion=by-mean is a stored fusion \(mean\), expected a fusion"),
         ({"fusion": "filns-adapterfusion"}, "did you mean films-adapterfusion"),
         ({"fusion": None}, r"composition=pruned: expected composition\.fusion=NAME"),
         ({"keep": 0}, r"composition\.keep=0: expected a whole number >= 1"),

@@ -133,9 +133,7 @@ def test_check_writable_creates_nothing(tmp_path: Path) -> None:
     assert check_writable(str(tmp_path / "a" / "b"), "hydra.run.dir") == tmp_path / "a" / "b"
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
-    with pytest.raises(
-        UserError, match=r"^hydra\.run\.dir=.*file: cannot be written \(.*\); set hydra\.run\.dir=DIR"
-    ):
+    with pytest.raises(UserError, match=r"^hydra\.run\.dir=.*file: cannot be written \(.*\); set hydra\.run\.dir=DIR"):
         check_writable(str(tmp_path / "file"), "hydra.run.dir")
 
 
