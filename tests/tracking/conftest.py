@@ -24,7 +24,7 @@ KEY = "0123456789abcdef" * 2 + "01234567"
 
 # W&B's thread logs errors of a killed service during later tests, and caplog captures them although W&B's logger does
 # not propagate.
-logging.getLogger("wandb.sdk.lib.asyncio_manager").disabled = True
+logging.getLogger("wandb.sdk.lib.asyncio_manager").setLevel(logging.CRITICAL)
 
 
 @contextlib.contextmanager
