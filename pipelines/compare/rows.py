@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from string import Formatter
 
-SINGLE, MULTITASK, COMPOSITIONS = "single task", "multi-task", "compositions"
+SINGLE, MULTITASK, COMPOSITIONS = "one task alone", "multi-task", "combinations"  # values in results.json
 GROUPS = (SINGLE, MULTITASK, COMPOSITIONS)
 NEED_SOURCES = {"half", "sources", "dropped"}  # {half} is read from the manifest of a source
 _FUSION = "sources=[{sources}] composition=adapterfusion"

@@ -27,7 +27,7 @@ class Workflow:
     """A comparison and its results.
 
     Attributes:
-        failures: dicts with `id` (method or source), `what` ("method", "source" or the failed part) and `reason`.
+        failures: dicts with `id` (method or source), `what` ("row", "source" or the failed part) and `reason`.
         inference: backbone timings and how they were measured; empty if not measured.
         notes: additional notes for the table.
         source_commands: the command that trained each source, from its manifest.
@@ -66,7 +66,7 @@ class Workflow:
             try:
                 self.run_row(row)
             except (UserError, KeyError) as error:  # a damaged or incomplete manifest
-                self.fail(row.id, "method", describe(error))
+                self.fail(row.id, "row", describe(error))
         self.rows.sort(key=lambda result: GROUPS.index(result.group))
         sources = [*(self.sources if self.comparison.need_sources else []), *self.dropped]
         self.source_commands = [
@@ -147,13 +147,13 @@ class Workflow:
         reasons, _ = self.train(replace(training, overrides=(*training.overrides, *again)))
         result = trainings.row_result(row, training, self.store, self.comparison.target, without=reasons.keys())
         if result is None:
-            self.fail(row.id, "method", next(iter(reasons.values()), "the command did not save an artifact"))
+            self.fail(row.id, "row", next(iter(reasons.values()), "the command did not save an artifact"))
             return
         self.rows.append(result)
         for rate, artifacts in training.artifacts.items():
             for seed, name in zip(self.comparison.config.seeds, artifacts, strict=True):
                 if name in reasons:
-                    self.fail(row.id, f"learning rate {rate:g}, seed {seed}", reasons[name])
+                    self.fail(row.id, f"rate {rate:g}, seed {seed}", reasons[name])
 
     def values(self, row: Row) -> dict[str, str]:
         """Return the values of the method's placeholders.
@@ -229,7 +229,7 @@ class Workflow:
                     self.comparison.target, list(by_artifact), self.store, accelerator or "auto", cache
                 )
             except Exception as error:  # the scores are still reported
-                self.fail("inference", "all methods", describe(error))
+                self.fail("inference", "all rows", describe(error))
                 return
             write_json(file, timed)
             say(

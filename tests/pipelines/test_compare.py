@@ -426,7 +426,7 @@ def test_all_rows_run_once_and_a_second_run_trains_nothing(commands: Commands, t
     assert commands.calls[-1][0] == TIMING
     content = results(tmp_path)
     assert [row["id"] for row in content["rows"]] == list(IDS) and content["failures"] == []
-    assert {row["group"] for row in content["rows"]} == {"single task", "multi-task", "compositions"}
+    assert {row["group"] for row in content["rows"]} == {"one task alone", "multi-task", "combinations"}
     assert {row["inference"]["ratio"] for row in content["rows"]} == {1.25}
     dropped = next(call for call in commands.calls if "hydra.sweep.dir" in call[-1] and "dropped" in call[-1])
     assert "adapter.drop=specialized:3" in dropped, "half of the manifest's 7 layers"
@@ -469,9 +469,9 @@ def test_a_failed_row_is_listed_and_the_others_run(
     content = results(tmp_path)
     assert [row["id"] for row in content["rows"]] == ["head", "mean"]
     assert content["failures"] == [
-        {"id": "lora", "what": "method", "reason": "unknown method 'lora'; known: adapter, head"},
-        {"id": "adapterfusion", "what": "method", "reason": "TrainingError: the loss is not finite"},
-        {"id": "pruned", "what": "method", "reason": "depends on adapterfusion, which failed"},
+        {"id": "lora", "what": "row", "reason": "unknown method 'lora'; known: adapter, head"},
+        {"id": "adapterfusion", "what": "row", "reason": "TrainingError: the loss is not finite"},
+        {"id": "pruned", "what": "row", "reason": "depends on adapterfusion, which failed"},
     ]  # fmt: skip
     table = (tmp_path / "table.md").read_text()
     assert "`lora` |" not in table and "- `pruned` (method): depends on adapterfusion, which failed" in table
@@ -490,15 +490,12 @@ def test_a_failed_row_is_listed_and_the_others_run(
         (
             "cb-head-lr-0.001",
             ["head", "drop_specialized", "mean"],
-            [("head", "learning rate 0.001, seed 0", "OSError: disk full")],
+            [("head", "rate 0.001, seed 0", "OSError: disk full")],
         ),
         (
             "mrpc",
             ["head", "drop_specialized"],
-            [
-                ("mrpc", "source", "OSError: disk full"),
-                ("mean", "method", "depends on mrpc, which could not be trained"),
-            ],
+            [("mrpc", "source", "OSError: disk full"), ("mean", "row", "depends on mrpc, which could not be trained")],
         ),
     ],
 )
@@ -586,7 +583,7 @@ def test_rows_are_reported_if_timing_fails(commands: Commands, tmp_path: Path) -
     commands.refused["timing"] = "crash"
     assert commands.compare("methods=[head]") == 1
     reason = "RuntimeError: crash"
-    assert results(tmp_path)["failures"] == [{"id": "inference", "what": "all methods", "reason": reason}]
+    assert results(tmp_path)["failures"] == [{"id": "inference", "what": "all rows", "reason": reason}]
     commands.refused.clear()
     assert commands.compare("methods=[head]") == 0
     assert results(tmp_path)["rows"][0]["inference"]["ratio"] == 1.25
@@ -746,7 +743,7 @@ def test_a_small_comparison_for_real(
     assert calls == ["fusion.stage1"] * 4 + ["fusion.stage2"] * 2
     content = results(place / "compared")
     (failure,) = content["failures"]
-    assert (failure["id"], failure["what"]) == ("broken", "method")
+    assert (failure["id"], failure["what"]) == ("broken", "row")
     assert failure["reason"].startswith("unknown method 'nothing_like_it'")
     rows = {row["id"]: row for row in content["rows"]}
     assert list(rows) == ["head", "pfeiffer", "adapterfusion", "static"]
