@@ -249,7 +249,7 @@ def test_one_source_continues_training(ragged: Bench) -> None:
     distances = {key: (value - ragged.weights("books")[key]).abs().max() for key, value in weights.items()}
     assert 0 < max(distances.values()) < 0.1
     check_reproduced(ragged, "one", result)
-    with pytest.raises(UserError, match="one adapter"):
+    with pytest.raises(UserError, match="single adapter without attention weights"):
         ragged.predict("one", [{"text": "good"}], attention=True)
 
 

@@ -480,7 +480,7 @@ def test_weights_that_are_not_finite_are_never_stored(bench: Bench) -> None:
 def test_what_lightning_refuses_is_a_user_error(bench: Bench) -> None:
     with pytest.raises(UserError, match=r"trainer: .*gradient_clip_algorithm"):
         bench.stage1("films", trainer=TrainerConfig(accelerator="cpu", gradient_clip_algorithm="half-way"))
-    with pytest.raises(UserError, match=r"an epoch has 8 batches"):
+    with pytest.raises(UserError, match=r"an epoch has only 8 batches"):
         bench.stage1("films", trainer=TrainerConfig(accelerator="cpu", val_check_interval=50))
     for nothing in ({"overfit_batches": 2}, {"max_steps": 0}, {"limit_val_batches": 0}, {"fast_dev_run": "foo"}):
         with pytest.raises(UserError, match="trainer"):

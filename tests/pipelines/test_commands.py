@@ -34,7 +34,7 @@ def test_a_failed_command_exits_with_its_code(probe: Path, capfd: pytest.Capture
     probe.write_text("import sys; sys.exit(3)")
     with pytest.raises(SystemExit) as ended:
         call("probe", [])
-    assert ended.value.code == 3 and "exit code 3" in capfd.readouterr().out
+    assert ended.value.code == 3 and "exited with code 3" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(

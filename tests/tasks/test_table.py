@@ -92,6 +92,6 @@ def test_a_linear_probe_is_refused_where_there_is_no_vector_per_text(monkeypatch
         RankConfig(task=asked)
     assert RankConfig(task=asked, methods=["similarity", "attention"]).methods == ["similarity", "attention"]
     nothing: Any = None
-    with pytest.raises(UserError, match=r"n is a task of kind .*\n.*one of x, y: 'sources=\[x\]'"):
+    with pytest.raises(UserError, match=r"kind classification such as n .*\n.*out of x, y, e\.g\. 'sources=\[x\]'"):
         best_source(["x", "y"], asked, nothing)
     assert best_source(["x"], asked, nothing) == "x"

@@ -121,7 +121,7 @@ def test_it_is_inspected_ranked_and_reported(trained: Bench) -> None:
     assert seen["metrics"] == pytest.approx(trained.result["metrics"]["validation"])
     assert set(seen["masked"]["films"]) == {"metrics", "loss", "predicted"} and len(seen["words"]) == 4
     assert all(isinstance(word["right"], bool) for word in seen["words"])
-    with pytest.raises(UserError, match="logme and probe score"):
+    with pytest.raises(UserError, match="logme and probe need one vector per text"):
         trained.rank("nouns", sources=["nouns", "films"])
     ranked = trained.rank("nouns", sources=["nouns", "films"], methods=["similarity"], rows=16)
     assert all(isinstance(one["scores"]["similarity"], float) for one in ranked["sources"])
