@@ -85,7 +85,7 @@ def check_length(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
     if max_length > limit:
         raise UserError(
             f"data.max_length={max_length}: the tokenizer {tokenizer.name_or_path} supports at most {limit} tokens\n"
-            f"Expected data.max_length={limit} or less"
+            f"Set data.max_length={limit} or less"
         )
 
 

@@ -50,7 +50,7 @@ def test_the_longest_sequence_runs_and_one_more_token_is_refused(
         edit(folder / "tokenizer_config.json", model_max_length=10**30)
     backbone = load_backbone(str(folder), max_length=most)
     assert hidden(backbone, "cat " * 200, most, tmp_path / "cache").shape == (1, most, 32)
-    with pytest.raises(UserError, match=rf"data\.max_length={most + 1}: [\s\S]*Expected data\.max_length={most}"):
+    with pytest.raises(UserError, match=rf"data\.max_length={most + 1}: [\s\S]*Set data\.max_length={most}"):
         load_backbone(str(folder), max_length=most + 1)
 
 

@@ -110,7 +110,7 @@ NOT_PLAIN: list[tuple[bytes, str]] = [  # refused by `read_task_file`
 WRONG: list[tuple[bytes, str]] = [  # plain data, but not a task
     (GOOD + b"1: x\n", "unknown key 1"),
     (GOOD + b"metric: [accuracy]\n", "unknown key metric"),
-    (GOOD.replace(b"kind: classification", b"kind: [a]"), "task.kind: expected text"),
+    (GOOD.replace(b"kind: classification", b"kind: [a]"), "task.kind: expected a string"),
     (GOOD.replace(b"[accuracy, macro_f1]", b"accuracy"), "task.metrics: expected a list"),
     (GOOD.replace(b"[0, 1, 2]", b"3"), "task.label_values: expected a list"),
     (GOOD.replace(b"[0, 1, 2]", b"[0, 0, 2]"), "without duplicates"),

@@ -474,7 +474,7 @@ def test_a_failed_row_is_listed_and_the_others_run(
         {"id": "pruned", "what": "row", "reason": "depends on adapterfusion, which failed"},
     ]  # fmt: skip
     table = (tmp_path / "table.md").read_text()
-    assert "`lora` |" not in table and "- `pruned` (method): depends on adapterfusion, which failed" in table
+    assert "`lora` |" not in table and "- `pruned` (row): depends on adapterfusion, which failed" in table
     assert "Failed (3):" in capsys.readouterr().out
     commands.errors.clear()
     commands.refused.clear()
