@@ -33,7 +33,7 @@ bench: .venv/.installed ## measure speed and memory compared to AdapterHub; take
 TEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(RUN) pytest
 
 test: .venv/.installed ## run all tests except the slow ones; ARGS="-k store" selects a subset
-	@$(TEST) -n $(WORKERS) $(ARGS)
+	@$(TEST) -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-full: .venv/.installed ## run all tests, including those that take minutes
 	@$(TEST) -n $(WORKERS) -m "not browser" $(ARGS)
