@@ -203,9 +203,9 @@ def differing(one: Side, two: Side) -> Iterator[tuple[str, str, str]]:
     settings, others = dict(one.settings), dict(two.settings)
     if not (one.facts and two.facts):
         settings, others = _without_inputs(settings), _without_inputs(others)
-    for key in sorted({*settings, *others}):
-        # Older manifests do not contain keys that were added later; these had their defaults.
-        first, second = ({**ADDED_LATER, **side} for side in (settings, others))
+    # Older manifests do not contain keys that were added later; these had their defaults.
+    first, second = ({**ADDED_LATER, **side} for side in (settings, others))
+    for key in sorted({*first, *second}):
         if (key in first, first.get(key)) != (key in second, second.get(key)):
             yield key, _value(first, key), _value(second, key)
     if one.facts and two.facts:

@@ -21,6 +21,7 @@ from typing import Any
 from fusion.analysis.ranking.rankings import correlation, ranked
 from fusion.cli.console import formatted, show_table
 from fusion.config.fields import Settings
+from fusion.config.stages import POOLED_RANKINGS
 from fusion.errors import UserError
 from fusion.files import write_json
 from pipelines.commands import call, distinct, run_workflow, say, validation_scores
@@ -158,7 +159,7 @@ def cost(seconds: dict[str, float], method: str) -> float | None:
     """Return the seconds of a method, including shared hidden states, or `None` for the mean rank."""
     if method not in seconds:
         return None
-    return seconds[method] + (seconds["states"] if method in ("logme", "probe") else 0.0)
+    return seconds[method] + (seconds["states"] if method in POOLED_RANKINGS else 0.0)
 
 
 def work(config: RankingConfig) -> None:

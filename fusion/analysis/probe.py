@@ -156,10 +156,10 @@ def logme_score(states: States, task: TaskConfig) -> float:
     """
     targets = kind_of(task).columns(task, states.labels, states.choice_counts)
     columns = [y for y in targets.T if y.unique().numel() > 1]  # a label may not occur
-    features = states.pooled.double()
-    u, s, _ = torch.linalg.svd(features, full_matrices=False)
     if not columns:
         return math.nan
+    features = states.pooled.double()
+    u, s, _ = torch.linalg.svd(features, full_matrices=False)
     return math.fsum(_evidence(features, u, s, y) for y in columns) / len(columns)
 
 

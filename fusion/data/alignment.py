@@ -58,8 +58,8 @@ def windows_of(
                 words, encoding = _with_unknown(tokenizer, words, missing)
                 first = first_tokens(words, encoding)
             if len(encoding) > max_length and len(words) > 1:
-                room = max_length - backend.num_special_tokens_to_add(False)
-                cuts = _cuts(first, len(encoding), room)
+                limit = max_length - backend.num_special_tokens_to_add(False)
+                cuts = _cuts(first, len(encoding), limit)
                 pieces += [(number, start + cut, words[cut:end]) for cut, end in pairwise(cuts)]
                 continue
             if len(encoding) > max_length:
@@ -86,15 +86,15 @@ def first_tokens(words: Sequence[str], encoding: Encoding) -> NDArray[np.int64]:
     return np.where(overlaps, real[token], -1)
 
 
-def _cuts(first: NDArray[np.int64], tokens: int, room: int) -> list[int]:
-    """Return the first word of each window of at most `room` tokens, and the end. No window is empty.
+def _cuts(first: NDArray[np.int64], tokens: int, limit: int) -> list[int]:
+    """Return the first word of each window of at most `limit` tokens, and the end. No window is empty.
 
     `first` (words,) has two or more entries, `tokens` is the length of the whole sequence.
     """
     ends = np.append(first[1:], tokens)
     cuts = [0]
     while cuts[-1] < len(first):
-        fitting = int(np.searchsorted(ends, first[cuts[-1]] + room, side="right"))
+        fitting = int(np.searchsorted(ends, first[cuts[-1]] + limit, side="right"))
         cuts.append(max(fitting, cuts[-1] + 1))
     # Each window has fewer words than the sentence, so splitting terminates regardless of how windows are tokenized.
     return cuts if len(cuts) > 2 else [0, len(first) // 2, len(first)]

@@ -281,11 +281,11 @@ def _cut_by_tokens(widths: Ints, counts: Ints, tokens: int, world_size: int) -> 
     cuts = [0]
     while cuts[-1] < len(widths):
         start = cuts[-1]
-        room = max(1, tokens // int(widths[start]))  # sequences per device
-        taken = counts[start : start + room * world_size]
+        limit = max(1, tokens // int(widths[start]))  # sequences per device
+        taken = counts[start : start + limit * world_size]
         padded = np.zeros(-(-len(taken) // world_size) * world_size, np.int64)
         padded[: len(taken)] = taken
-        beyond = np.cumsum(padded.reshape(-1, world_size), axis=0) > room
+        beyond = np.cumsum(padded.reshape(-1, world_size), axis=0) > limit
         beyond[0] = False  # each device gets at least one example
         first_beyond = np.flatnonzero(beyond.ravel()[: len(taken)])
         cuts.append(start + (int(first_beyond[0]) if len(first_beyond) else len(taken)))

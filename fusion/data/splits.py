@@ -303,13 +303,13 @@ class Holdout:
         return np.sort(parts[self.split]).tolist()
 
 
-def _sizes(fraction: float, counts: NDArray[np.int64], room: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the sample size of each group: a fraction of `counts`, at most `room`, by the largest remainder method."""
+def _sizes(fraction: float, counts: NDArray[np.int64], available: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the sample size of each group: a fraction of `counts`, at most `available`, by the largest remainder method."""
     wanted = math.floor(fraction * counts.sum() + 0.5)
     exact = fraction * counts.astype(np.float64)
-    sizes = np.minimum(np.floor(exact + 1e-9).astype(np.int64), room)
+    sizes = np.minimum(np.floor(exact + 1e-9).astype(np.int64), available)
     for group in np.argsort(-(exact - sizes), kind="stable"):
         if sizes.sum() >= wanted:
             break
-        sizes[group] += int(room[group] > sizes[group])
+        sizes[group] += int(available[group] > sizes[group])
     return sizes

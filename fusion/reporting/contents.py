@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
+    from fusion.reporting.statistics import Difference
+
 _LATEX = {"±": r"$\pm$", "−": r"$-$", "←": r"$\leftarrow$", "·": r"$\cdot$", "<": r"$<$", ">": r"$>$"}
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would evaluate a string that starts with these
 # Column names of the CSV files.
@@ -58,14 +60,14 @@ class Contents:
         self.attention = attention_of(self.everything, found)
 
     @functools.cached_property
-    def inspected(self) -> list[tuple[Target, str, Trained, dict[str, Any]]]:
-        """The first inspected run of each method of each target."""
+    def inspected(self) -> list[tuple[Target, str, Trained, dict[str, Any], dict[str, Difference]]]:
+        """The first inspected run of each method of each target, with its source ablation."""
         seen = []
         for target in self.everything:
             for method, group in target.groups.items():
                 inspections = ((one, self.found.inspections.get(one.hash or "")) for one in group.trained)
                 complete = [(target, method, one, i) for one, i in inspections if i and is_complete(i)]
-                seen += complete[:1]
+                seen += [(*first, ablation(first[-1], next(iter(first[-1]["metrics"])))) for first in complete[:1]]
         return seen
 
     @functools.cached_property
@@ -95,9 +97,9 @@ class Contents:
         if any(one.entropy is not None for one in self.attention):
             title = "Attention entropy per layer, averaged over tokens, relative to uniform attention"
             add("entropy", title=title, figure=figures.entropy_figure(self.attention), settings=settings)
-        for target, method, _, inspection in self.inspected:
-            metric = next(iter(inspection["metrics"]))
-            if changes := ablation(inspection, metric):
+        for target, method, _, inspection, changes in self.inspected:
+            if changes:
+                metric = next(iter(inspection["metrics"]))
                 steps = [(len(step["kept"]), step["metrics"][metric]) for step in inspection["pruned"] or []]
                 figure = figures.ablation_figure(metric, changes, steps)
                 title = f"Source ablation and pruning, {target.label}"
@@ -244,9 +246,11 @@ def _attention(one: Attention) -> Table:
     return table(name, caption, ("layer", *one.sources, "entropy"), values)
 
 
-def _ablation(target: Target, method: str, trained: Trained, inspection: dict[str, Any]) -> Iterable[list[Any]]:
+def _ablation(
+    target: Target, method: str, trained: Trained, inspection: dict[str, Any], changes: dict[str, Difference]
+) -> Iterable[list[Any]]:
     metric, full = next(iter(inspection["metrics"].items()))
-    for source, change in ablation(inspection, metric).items():
+    for source, change in changes.items():
         without = inspection["masked"][source]["metrics"][metric]
         names = [target.label, method, trained.name, source, metric, full, without, without - full]
         yield [*names, change.low, change.high, target.groups[method].setting]

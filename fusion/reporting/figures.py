@@ -120,7 +120,7 @@ def scores_figure(panels: Mapping[str, Mapping[str, tuple[str, Sequence[float]]]
             axes.set_yticks(range(len(lines)), [_shorten(label, 70) for label in lines])
             axes.set_ylim(len(lines) - 0.5, -0.5)
             axes.set_title(title)
-            axes.margins(x=0.12)  # room for the numbers
+            axes.margins(x=0.12)  # space for the numbers
             axes.grid(axis="x", color=_FAINT, alpha=0.25)
         return figure
 

@@ -17,9 +17,9 @@ from fusion.errors import UserError
 from fusion.files import write_atomic
 from fusion.reporting import figures, wording
 from fusion.reporting.contents import Contents, costs, save_table, tables_of
-from fusion.reporting.records import Attention, ablation, by_target, layer_names, unpack
+from fusion.reporting.records import Attention, by_target, layer_names, unpack
 from fusion.reporting.scores import Score, Trained
-from fusion.reporting.statistics import LEVEL, RESAMPLES
+from fusion.reporting.statistics import LEVEL, RESAMPLES, Difference
 from fusion.reporting.targets import BASELINE, Target, every_method
 from fusion.store.listing import rebuild_lines
 
@@ -163,7 +163,9 @@ def _layers(slots: Sequence[str]) -> list[str]:
     return ["all layers (mean)", *(f"layer {name}" for name in layer_names(slots))]
 
 
-def inspected(target: Target, method: str, trained: Trained, inspection: dict[str, Any]) -> dict[str, Any]:
+def inspected(
+    target: Target, method: str, trained: Trained, inspection: dict[str, Any], changes: dict[str, Difference]
+) -> dict[str, Any]:
     """Return the token-level attention and source ablation of a fusion for the template."""
     metric, full = next(iter(inspection["metrics"].items()))
     sources, slots = (list(map(str, inspection[key])) for key in ("sources", "slots"))
@@ -180,7 +182,7 @@ def inspected(target: Target, method: str, trained: Trained, inspection: dict[st
         "sources": list(zip(sources, colors, strict=True)),
         "layers": _layers(slots),
         "rows": [row for one in inspection["words"] if (row := _word_row(one, slots, sources, colors))],
-        "changes": ablation(inspection, metric),
+        "changes": changes,
         "figure": ("needed", target.label, method),
         "pruned": inspection["pruned"] or [],
     }

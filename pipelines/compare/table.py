@@ -13,7 +13,7 @@ from typing import Any
 from fusion.files import write_atomic, write_json
 from fusion.store.listing import as_bytes
 from pipelines.compare.rows import GROUPS, MULTITASK
-from pipelines.compare.trainings import RowResult
+from pipelines.compare.trainings import SOURCE_RATE, RowResult
 from pipelines.compare.workflow import Workflow
 
 NONE = "–"
@@ -87,7 +87,7 @@ def notes(compared: Workflow) -> list[str]:
     budget = f"up to {config.source_rows} examples per task, epochs {config.source_epochs}"
     if compared.comparison.need_sources:
         found.append(
-            f"Sources {', '.join(config.sources)}: {budget}, learning rate 0.0005, trained once for all methods and seeds."
+            f"Sources {', '.join(config.sources)}: {budget}, learning rate {SOURCE_RATE:g}, trained once for all methods and seeds."
         )
     if any(row.group == MULTITASK for row in compared.rows):
         found.append(f"Multi-task methods: {budget}, one artifact for all tasks.")

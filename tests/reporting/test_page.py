@@ -19,7 +19,17 @@ from fusion.reporting import page
 from fusion.reporting.contents import Contents, latex, save_table, table
 from fusion.reporting.page import write_files
 from fusion.reporting.reading import read_runs
-from fusion.reporting.records import POINTS, Attention, by_target, curves_of, history_of, is_complete, layer_names, pack
+from fusion.reporting.records import (
+    POINTS,
+    Attention,
+    ablation,
+    by_target,
+    curves_of,
+    history_of,
+    is_complete,
+    layer_names,
+    pack,
+)
 from fusion.reporting.scores import trained_runs
 from fusion.reporting.targets import targets_of
 from tests.reporting.conftest import Write
@@ -80,7 +90,10 @@ def contents(tmp_path: Path, inspected: dict[str, Any] | None = None) -> Content
         target = targets[0]
         method = next(method for method in target.groups if method.startswith("fusion"))
         trained = target.groups[method].trained[0]
-        made.inspected = [(target, method, trained, inspected)] if is_complete(inspected) else []
+        made.inspected = []
+        if is_complete(inspected):
+            changes = ablation(inspected, next(iter(inspected["metrics"])))
+            made.inspected = [(target, method, trained, inspected, changes)]
     return made
 
 
@@ -227,9 +240,7 @@ def test_ablation_has_color_only_if_conclusive(tmp_path: Path, write: Write) -> 
     }
     masked["unknown"] = {"metrics": {"accuracy": 0.2}, "loss": 0.5}
     inspected = inspection(metrics={"accuracy": 1.0}, labels=labels, predicted=labels, masked=masked, rows=100)
-    target = contents(tmp_path).targets[0]
-    trained = target.groups["fusion of 2"].trained[0]
-    changes = page.inspected(target, "fusion of 2", trained, inspected)["changes"]
+    changes = page.inspected(*contents(tmp_path, inspected).inspected[0])["changes"]
     assert {name: change.conclusive for name, change in changes.items()} == {
         **{"much": True, "little": False, "unknown": False}
     }
