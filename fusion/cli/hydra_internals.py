@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from omegaconf._utils import get_yaml_loader
 
 from fusion.cli.config_sources import check_place
@@ -77,7 +77,6 @@ def compose_job(master: DictConfig, overrides: list[str], number: int) -> tuple[
         return composed, str(composed.hydra.sweep.subdir)
     finally:
         HydraConfig.instance().cfg = before
-        OmegaConf.set_readonly(composed.hydra, False)
 
 
 def parse(words: Sequence[str]) -> list[Override]:

@@ -86,7 +86,7 @@ def load_rows(task: TaskConfig, data: DataConfig, split: str) -> Rows:
         table = record_table(corpus_records(task.corpus, split), where=f"corpus {task.corpus}, {split}")
     else:
         assert task.hub is not None
-        local = f"DIR/{task.name}/{split}.parquet (jsonl, json, csv, tsv)"
+        local = f"DIR/{task.name}/{split if place.held_out is None else 'train'}.parquet (jsonl, json, csv, tsv)"
         table = hub_table(task.hub, place.part.name, f"To work without the Hub, set data.dir=DIR to read {local}")
     role = family(task, split)
     may_lack_labels = role == "test" and place.held_out is None

@@ -63,20 +63,25 @@ class Place(NamedTuple):
 def evaluation_splits(task: TaskConfig, split: str, data: DataConfig) -> list[str]:
     """Return the names on the Hub that `split` refers to (two for MNLI validation), or those in the local folder.
 
-    `split` is train, validation, test, or the name of a split on the Hub. Raises UserError if it does not exist.
+    `split` is train, validation, test, or the name of a split on the Hub. Raises UserError if it does not exist there;
+    for a local folder, `locate` does.
     """
     if _holdout(task, data, split) is not None:
         return [split]
-    names = _published(task, split)
     if _is_local(task, data):
         files = _files(task, data)
-        return [split] if split in files else [name for name in names if name in files] or [split]
-    if not names:
-        known = [*_splits_of(task), *(name for ours in _splits_of(task) for name in _published(task, ours))]
-        raise UserError(
-            f"task {task.name} has no split {split}: expected one of {', '.join(dict.fromkeys(known))}\n{_hint(split)}"
-        )
-    return names
+        return [split] if split in files else [name for name in _published(task, split) if name in files] or [split]
+    return _on_hub(task, split)
+
+
+def _on_hub(task: TaskConfig, split: str) -> list[str]:
+    """Return the names on the Hub that `split` refers to. Raises UserError if there are none."""
+    if names := _published(task, split):
+        return names
+    known = ", ".join(
+        dict.fromkeys([*_splits_of(task), *(n for ours in _splits_of(task) for n in _published(task, ours))])
+    )
+    raise UserError(f"task {task.name} has no split {split}: expected one of {known}\n{_hint(split)}".rstrip())
 
 
 def locate(task: TaskConfig, data: DataConfig, split: str) -> Place:
@@ -99,7 +104,7 @@ def locate(task: TaskConfig, data: DataConfig, split: str) -> Place:
             )
         files[found.name].check_complete()
         return Place(files[found.name], found, held_out)
-    names = evaluation_splits(task, split, data)
+    names = _on_hub(task, split)
     if len(names) > 1:
         raise UserError(f"task {task.name}: {split} is {' and '.join(names)} on the Hub; select one of them")
     name = _splits_of(task).get(split, split)

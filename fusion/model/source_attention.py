@@ -65,7 +65,7 @@ class AttentionSums:
         self._sums[slot] = self._sums[slot] + sums if slot in self._sums else sums
 
     def by_slot(self, model: AdaptedModel, distributed: bool = False) -> dict[str, SourceAttention]:
-        """Return the source attention by slot, in the order of the model's slots."""
+        """Return the source attention by slot, in the order in which the slots run."""
         compositions = compositions_of(model)
         return {
             # ScaLearn's factors do not sum to 1.

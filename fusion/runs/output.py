@@ -20,6 +20,7 @@ from fusion.files import check_writable, now, read_json, write_json
 from fusion.runs.identity import identity, identity_config, name_conflict
 from fusion.runs.run import Run, RunState, caused_by_interrupt, describe
 from fusion.store.compatibility import differences, note_ambiguous_labels
+from fusion.store.layout import RUNS
 from fusion.store.lookup import find, names, read_manifest
 from fusion.store.writing import check_free
 
@@ -147,7 +148,7 @@ def find_output(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any]
         store=store,
         identity=asked[0],
         config=asked[1],
-        checkpoints=store / ".runs" / f"{config.name}-{asked[0]}",
+        checkpoints=store / RUNS / f"{config.name}-{asked[0]}",
         stored=stored,
         resume=config.resume,
     )

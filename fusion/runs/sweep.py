@@ -76,7 +76,10 @@ class Sweep:
         """Return the jobs of this sweep, in the planned order."""
         stamps = _stamps(self.folder, self.planned)
         written = [place for place, stamp in stamps.items() if self.seen.get(place) != stamp]
-        return [_job(place, place in written) for place in self.planned or sorted(written)]
+        # A launcher may set hydra.job.id, so that directories named by it differ from the planned ones.
+        others = iter(place for place in written if place not in self.planned)
+        places = [place if place in written else next(others, place) for place in self.planned] or sorted(written)
+        return [_job(place, place in written) for place in places]
 
     def _reason(self, job: Job) -> str:
         reasons = {

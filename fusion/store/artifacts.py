@@ -217,7 +217,9 @@ def verify(store: Path, shapes: Shapes, name: str | None = None) -> Iterator[Ver
         note = " (its manifest has no checksum)" if no_checksum else ""
         problem = _problem(one, store, shapes)
         if problem:  # retry: it or a source may have been overwritten during the check
-            problem = "".join(_problem(again, store, shapes) for again in lookup.scan(store, only=one.place))
+            again = next(lookup.scan(store, only=one.place), None)
+            removed = "" if one.replaced else f"{one.folder}: was removed during the check"
+            problem = removed if again is None else _problem(again, store, shapes)
         yield Verdict(one.place, problem, note)
 
 

@@ -172,7 +172,7 @@ def when(path: Path) -> str:
 
 
 # Overrides that are set explicitly or, like sources_by, only affect how names were selected.
-REPLACED = ("store", "name", "seed", "overwrite", "resume", "sources_by")
+SET_EXPLICITLY = ("store", "name", "seed", "overwrite", "resume", "sources_by")
 
 
 def describe(reference: str, store: Path, into: Path | None = None) -> list[str]:
@@ -280,7 +280,7 @@ def _command(manifest: Manifest, into: Path) -> str:
     run = manifest.run
     if not run.overrides:
         return f"# {manifest.name} was not created by a command"
-    words = [word for word in run.overrides if key_of(word) not in REPLACED]
+    words = [word for word in run.overrides if key_of(word) not in SET_EXPLICITLY]
     data = run.config.get("data.dir")
     if isinstance(data, str) and "data.dir" not in map(key_of, words):  # set by FUSION_DATA_DIR
         words.append(override("data.dir", data))

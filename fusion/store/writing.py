@@ -119,6 +119,8 @@ def remove(name: str, store: Path, force: bool = False, wait: float = LOCK_SECON
     check_name(name)  # never a path outside of the store
     check_store(store)
     folder, aside = store / name, store / STAGING / f"{name}{REMOVED}"
+    if not os.path.lexists(folder) and name not in folders(store):  # writes nothing for a misspelled name
+        raise UserError(unknown_name(name, store))
     with writing(store, name, wait):
         recover(store, name)
         if not os.path.lexists(folder):

@@ -79,7 +79,7 @@ def _step(value: Any, key: str) -> Any:
         return value.get(key, _ABSENT)
     if isinstance(value, (list, tuple)):
         if key.isdecimal():
-            return value[int(key)] if int(key) < len(value) else _ABSENT
+            return value[int(key)] if len(key) < 10 and int(key) < len(value) else _ABSENT
         if value and all(isinstance(element, dict) and key in element for element in value):
             return [element[key] for element in value]
     return _ABSENT

@@ -23,6 +23,7 @@ from typing import Any
 from fusion.config.training import WandbConfig
 from fusion.errors import UserError, first_line
 from fusion.files import read_json, write_json
+from fusion.store.layout import MANIFEST
 from fusion.tracking.wandb_run import FINISH_SECONDS, disable_error_reports, missing_key
 
 FILE = "links.json"
@@ -75,7 +76,7 @@ def reference(used: Mapping[str, Any]) -> str:
 
 def metadata(folder: Path, hash: str) -> dict[str, Any]:
     """Return the W&B metadata of an artifact."""
-    manifest = read_json(folder / "manifest.json")
+    manifest = read_json(folder / MANIFEST)
     task, backbone, run = (manifest.get(key) or {} for key in ("task", "backbone", "run"))
     shown = {key: manifest[key] for key in SHOWN if manifest.get(key)}
     shown |= {key: run[key] for key in SHOWN_OF_RUN if run.get(key)}

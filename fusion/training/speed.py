@@ -55,7 +55,6 @@ class Speed(Callback):
         self._steps: list[float] = []  # seconds
         self._examples = self._tokens = 0
         self._before: tuple[float, float | None] = (0.0, 0.0)  # seconds and joules up to the checkpoint
-        self.start()
 
     def start(self) -> None:
         self._started, self._energy = time.monotonic(), EnergyMeter()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from fusion.config.data import DataConfig
+from fusion.config.data import DataConfig, SplitConfig
 from fusion.data.rows import load_rows
-from fusion.data.splits import check_source, evaluation_splits
+from fusion.data.splits import check_source, evaluation_splits, locate
 from fusion.errors import UserError
 
 MNLI = {"path": "x/y", "splits": {"train": "train", "validation": ["near", "far"], "test": "test"}}
@@ -31,6 +31,20 @@ def test_a_split_that_a_task_does_not_have(task):
         evaluation_splits(task(hub={"path": "x/y", "splits": {"train": "train"}}), "test", DataConfig())
     with pytest.raises(UserError, match="has no split dev"):
         evaluation_splits(task(corpus="movies"), "dev", DataConfig())
+    with pytest.raises(UserError) as without_hint:
+        evaluation_splits(task(hub=MNLI), "dev", DataConfig())
+    assert not str(without_hint.value).endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [({"train": ["a", "b"]}, "train is a and b on the Hub"), ({"test": "test"}, "has no split train")],
+)
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_held_out_splits_need_one_train_split(task, splits, message: str, split: str) -> None:
+    held_out = DataConfig(split=SplitConfig(validation=0.1))
+    with pytest.raises(UserError, match=message):
+        locate(task(hub={"path": "x/y", "splits": splits}), held_out, split)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,16 @@ def test_a_command_without_run_states_only_counts(tmp_path: Path) -> None:
     assert sweep.outcome() == ("2 jobs: 2 done, 0 failed", [])
 
 
+def test_directories_that_a_launcher_names(tmp_path: Path) -> None:
+    """With hydra.sweep.subdir=${hydra.job.id}, which SLURM's launcher sets to the number of the cluster's job."""
+    sweep = Sweep.start(tmp_path, [tmp_path / "0", tmp_path / "1", tmp_path / "2"])
+    for name, status in (("123_0", "done"), ("123_1", "done"), ("123_2", "failed")):
+        leave(tmp_path / name, status, "new", "boom")
+    counts, failed = sweep.outcome()
+    assert counts == "3 jobs: 0 already done, 0 resumed, 2 trained, 1 failed"
+    assert failed[1:] == [f"  {tmp_path / '123_2'}/run.log: boom"]
+
+
 @pytest.mark.parametrize("age", [-1e6, 0, 1e6])
 def test_the_status_files_of_a_sweep_do_not_depend_on_the_clock(tmp_path: Path, age: float) -> None:
     """Jobs of an earlier sweep in the same folder, and this sweep's under a clock that was set."""

@@ -364,6 +364,12 @@ def test_damaged_artifacts_can_be_removed_and_other_paths_cannot(say: Say, full:
     assert (tmp_path / "head elsewhere" / HEAD).exists()  # a link goes, what it points to stays
 
 
+def test_removing_an_unknown_name_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no artifact"):
+        remove("typo", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_remove_waits_for_a_writer(full: Path) -> None:
     with writing(full, "head"), pytest.raises(UserError, match="is being written by process"):
         remove("head", full, wait=0.1)

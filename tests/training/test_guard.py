@@ -321,6 +321,9 @@ def test_checksums_find_single_changes_and_swaps(dtype: torch.dtype) -> None:
         across[[place, (place + size // 2 + 1) % size]] = across[[(place + size // 2 + 1) % size, place]]
         for other in (changed, swapped, across):
             assert _checksums({"a": other}) != {"a": whole}
+    even = tensor[:-1].clone()
+    shifted = torch.cat([even[:1], even])[1:]  # the same values at an address that is not aligned to 8 bytes
+    assert _checksums({"a": shifted}) == _checksums({"a": even})
 
 
 def swap(model: AdaptedModel) -> None:
