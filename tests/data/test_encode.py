@@ -93,7 +93,7 @@ def test_encoding_equals_that_of_the_tokenizer(tokenizer, tmp_path, monkeypatch)
 
 
 def test_a_length_above_the_limit_of_the_tokenizer_is_refused(tokenizer, tmp_path):
-    with pytest.raises(UserError, match=r"data\.max_length=65: .* at most 64 tokens\nExpected data\.max_length=64"):
+    with pytest.raises(UserError, match=r"data\.max_length=65: .* at most 64 tokens\nSet data.max_length=64 or less"):
         encode(make_rows(["a"]), tokenizer, 65, tmp_path)
 
 
