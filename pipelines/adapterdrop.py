@@ -12,28 +12,26 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import median
 from typing import Any
 
+import numpy as np
+from scipy import stats
+
 from fusion.cli.console import show_table
-from fusion.config.fields import Settings, integer, number
-from fusion.files import write_json
-from pipelines.commands import call, distinct, run_workflow, say
+from fusion.config.fields import integer, number
+from pipelines.commands import SeedsConfig, distinct, run_workflow, say
 from pipelines.timing import rounds, validation_rows
 
 KINDS = {"plain": "null", "robust": "robust"}  # values of adapter.drop
 
 
 @dataclass
-class DropConfig(Settings):
+class DropConfig(SeedsConfig):
     tasks: list[str] = distinct(["sst2", "mr", "subj"])
-    seeds: list[int] = distinct([1, 2, 3])
-    backbone: str = "minilm"
-    data_dir: str | None = None
     rows: int = integer(2000, 1)  # training examples of each task
     epochs: int = integer(3, 1)
     rate: float = number(5e-4, "> 0")
@@ -42,28 +40,19 @@ class DropConfig(Settings):
     batch_size: int = integer(32, 1)
     output: str = "outputs/adapterdrop"
 
-    @property
-    def store(self) -> Path:
-        return Path(self.output) / "store"
-
 
 def name_of(task: str, kind: str, seed: int) -> str:
     return f"{task}-{kind}-seed-{seed}"
 
 
 def train(config: DropConfig) -> None:
-    """Run all training commands. Artifacts that already exist are not retrained."""
-    seeds = ",".join(map(str, config.seeds))
-    shared = [
-        *(f"seed={seeds}", f"backbone={config.backbone}", f"data.limit.train={config.rows}", f"optim.lr={config.rate}"),
-        *("optim.patience=null", f"trainer.max_epochs={config.epochs}", f"store={config.store}", "logger=csv"),
-        *([f"data.dir={config.data_dir}"] if config.data_dir else []),
-    ]
+    budget = [f"data.limit.train={config.rows}", f"optim.lr={config.rate}"]
+    budget += ["optim.patience=null", f"trainer.max_epochs={config.epochs}"]
     for kind, drop in KINDS.items():
-        say(f"\n{kind} adapters of {', '.join(config.tasks)}, seeds {seeds}")
+        say(f"\n{kind} adapters of {', '.join(config.tasks)}, seeds {','.join(map(str, config.seeds))}")
         for task in config.tasks:
-            place = [f"name={task}-{kind}-seed-${{seed}}", f"hydra.sweep.dir={config.output}/runs/{task}-{kind}"]
-            call("fusion.stage1", ["-m", f"+task={task}", f"adapter.drop={drop}", *shared, *place])
+            folder = f"{task}-{kind}"
+            config.sweep("fusion.stage1", folder, [f"+task={task}", f"adapter.drop={drop}", *budget], name=folder)
 
 
 def scores_by_drop(config: DropConfig, name: str) -> list[float]:
@@ -140,32 +129,22 @@ def timings(config: DropConfig) -> dict[str, Any]:
 
 
 def summary(scores: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
-    """Average the scores over tasks and seeds for each number of dropped layers.
+    """Average over tasks and seeds for each number of dropped layers: scores, and scores relative to no dropping.
+
+    Also returns the mean difference of the relative scores, robust - plain, and its standard error.
 
     Args:
         scores: scores by kind, artifact and number of dropped layers; the artifacts of both kinds have the same order.
-
-    Returns:
-        `score`: mean score by kind. `kept`: mean score relative to the score without dropping, by kind. `difference`
-        and `standard_error`: mean difference of the relative scores, robust - plain, and its standard error.
     """
-
-    def means(artifacts: Iterable[list[float]]) -> list[float]:
-        return [fmean(level) for level in zip(*artifacts, strict=True)]
-
-    kept = {
-        kind: [[value / own[0] if own[0] else math.nan for value in own] for own in of.values()]
-        for kind, of in scores.items()
-    }
-    pairs = zip(kept["plain"], kept["robust"], strict=True)
-    differences = [[r - p for p, r in zip(plain, robust, strict=True)] for plain, robust in pairs]
+    values = {kind: np.array(list(of.values())) for kind, of in scores.items()}  # (artifacts, levels)
+    kept = {kind: own / np.where(own[:, :1] == 0, math.nan, own[:, :1]) for kind, own in values.items()}
+    differences = kept["robust"] - kept["plain"]
+    count, levels = differences.shape
     return {
-        "score": {kind: means(of.values()) for kind, of in scores.items()},
-        "kept": {kind: means(shares) for kind, shares in kept.items()},
-        "difference": means(differences),
-        "standard_error": [
-            stdev(level) / len(level) ** 0.5 if len(level) > 1 else None for level in zip(*differences, strict=True)
-        ],
+        "score": {kind: own.mean(0).tolist() for kind, own in values.items()},
+        "kept": {kind: own.mean(0).tolist() for kind, own in kept.items()},
+        "difference": differences.mean(0).tolist(),
+        "standard_error": stats.sem(differences).tolist() if count > 1 else [None] * levels,
     }
 
 
@@ -195,9 +174,7 @@ def work(config: DropConfig) -> None:
         scores[kind] = {name: scores_by_drop(config, name) for name in names}
     found, timed = summary(scores), timings(config)
     report(found, timed)
-    path = Path(config.output) / "results.json"
-    write_json(path, {"config": asdict(config), "scores": scores, "summary": found, "timings": timed})
-    say(f"Results: {path}")
+    config.save("results", scores=scores, summary=found, timings=timed)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Shared by the workflows: parsing their settings, running the project's commands and reading stored manifests."""
+"""Shared by the workflows: their settings, the project's commands, stored manifests and examples of tasks."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fusion.cli.console import read_arguments, run_program
-from fusion.config.fields import checked, default_of
+from fusion.config.fields import Settings, checked, default_of
 from fusion.errors import UserError
+from fusion.files import write_json
 from fusion.runs.signals import SIGNALS, Terminated, raised
 from fusion.text import hydra_value, quoted
+
+if TYPE_CHECKING:
+    from fusion.data.rows import Rows
 
 Config = TypeVar("Config")
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,22 +50,14 @@ def distinct(default: list[Any], at_least: int = 1) -> Any:
 
 
 def run_workflow(schema: type[Config], words: Sequence[str] | None, work: Callable[[Config], int | None]) -> int:
-    """Run a workflow with the settings of the command line and return the exit code.
-
-    Args:
-        words: the arguments; if `None`, those of this process.
-    """
+    """Run a workflow with the settings of the command line (by default of this process) and return the exit code."""
     defaults = OmegaConf.to_yaml(OmegaConf.structured(schema))
     usage = f"{sys.modules[schema.__module__].__doc__}\nKEY=VALUE, with these defaults:\n\n{defaults}"
     return run_program(words, usage, lambda words: work(read_config(schema, words)) or 0)
 
 
 def read_config(schema: type[Config], words: Sequence[str]) -> Config:
-    """Parse arguments such as `labels=300 seed=1` into an instance of `schema`.
-
-    Raises:
-        UserError: if a key is unknown, or a value has the wrong type or is out of range.
-    """
+    """Parse arguments such as `labels=300 seed=1` into `schema`. Raises UserError for unknown keys and wrong values."""
     keys = {f.name: hydra_value(default_of(f)) for f in fields(schema)}  # type: ignore[arg-type]
     last = {word.partition("=")[0]: word for word in words}  # the last value of a repeated key is used
     _, values = read_arguments(list(last.values()), keys, (0, 0), "KEY=VALUE")
@@ -82,39 +79,26 @@ class Outcome:
     errors: tuple[str, ...] = ()
 
 
-def call(module: str, overrides: Sequence[str], without: Sequence[str] = ()) -> float:
-    """Run a command, show its output and return its seconds.
-
-    Args:
-        without: environment variables to remove.
-
-    Raises:
-        SystemExit: if the command fails, with its exit code.
-    """
-    outcome = attempt(module, overrides, without, keep_errors=False)
+def call(module: str, overrides: Sequence[str]) -> float:
+    """Run a command, show its output and return its seconds. Raises SystemExit with its exit code if it fails."""
+    outcome = attempt(module, overrides, keep_errors=False)
     if outcome.code != 0:
         raise _exit(outcome.code)
     return outcome.seconds
 
 
-def attempt(module: str, overrides: Sequence[str], without: Sequence[str] = (), keep_errors: bool = True) -> Outcome:
-    """Run a command, show its output and return its outcome, whether or not it succeeded.
+def attempt(module: str, overrides: Sequence[str], keep_errors: bool = True) -> Outcome:
+    """Run a command, show its output and return its outcome. Raises SystemExit if it is interrupted or terminated.
 
-    Args:
-        keep_errors: capture stderr; otherwise the command writes to the terminal itself, with progress bars.
-
-    Raises:
-        SystemExit, KeyboardInterrupt, Terminated: if the command or the workflow is interrupted or terminated.
+    `keep_errors` captures stderr; otherwise the command writes to the terminal itself, with progress bars.
     """
     say("$ " + typed(module, overrides))
-    environment = {key: value for key, value in os.environ.items() if key not in without}
-    environment |= {"PYTHONPATH": python_path(), "FUSION_NEXT": "0"}  # do not suggest next commands
     start, errors = time.monotonic(), deque[str](maxlen=20)
     with (
         raised(),
         subprocess.Popen(
             [sys.executable, "-m", module, *map(quoted, overrides)],
-            env=environment,
+            env=os.environ | {"PYTHONPATH": python_path(), "FUSION_NEXT": "0"},  # do not suggest next commands
             stderr=subprocess.PIPE if keep_errors else None,
             text=True,
             errors="replace",
@@ -166,3 +150,52 @@ def validation_scores(store: Path, name: str) -> dict[str, float]:
     """Return the metrics of a stored artifact on its first validation split, the main metric first."""
     scores: dict[str, float] = next(iter(stored(store, name)["metrics"].values()))
     return scores
+
+
+def examples(task: str, split: str, limit: int | None = None, data_dir: str | None = None) -> Rows:
+    """Read the examples of a built-in task, as the commands do with `data.limit.SPLIT=limit` and `data.dir=data_dir`."""
+    from fusion.cli.config_sources import conf_folder
+    from fusion.config.data import DataConfig, LimitConfig
+    from fusion.config.task import TaskConfig
+    from fusion.data.rows import load_rows
+
+    content = yaml.safe_load((conf_folder() / "task" / f"{task}.yaml").read_text(encoding="utf-8"))
+    config = TaskConfig.from_dict(content | {"name": task}, where=f"task {task}")
+    return load_rows(config, DataConfig(dir=data_dir, limit=LimitConfig(**{split: limit})), split)
+
+
+@dataclass
+class SeedsConfig(Settings):
+    """Settings of a workflow that trains artifacts for multiple seeds in OUTPUT/store. Existing artifacts are skipped."""
+
+    seeds: list[int] = distinct([1, 2, 3])
+    backbone: str = "minilm"
+    data_dir: str | None = None
+    output: str = ""
+
+    @property
+    def store(self) -> Path:
+        return Path(self.output) / "store"
+
+    @property
+    def shared(self) -> list[str]:
+        """Overrides of every command."""
+        data = [f"data.dir={self.data_dir}"] if self.data_dir else []
+        return [f"backbone={self.backbone}", f"store={self.store}", *data]
+
+    def sweep(self, module: str, folder: str, overrides: Sequence[str], name: str | None = None) -> None:
+        """Train a sweep, with a run per seed if `name` is set: NAME-seed-SEED."""
+        words = [*overrides, *self.shared, "logger=csv"]
+        if name is not None:
+            words += [f"seed={','.join(map(str, self.seeds))}", f"name={name}-seed-${{seed}}"]
+        call(module, ["-m", *words, f"hydra.sweep.dir={self.output}/runs/{folder}"])
+
+    def scores(self, name: str) -> list[dict[str, float]]:
+        """Return the validation metrics of an artifact for each seed, the main metric first."""
+        return [validation_scores(self.store, f"{name}-seed-{seed}") for seed in self.seeds]
+
+    def save(self, name: str, **results: Any) -> None:
+        """Write the settings and the results to OUTPUT/NAME.json."""
+        path = Path(self.output) / f"{name}.json"
+        write_json(path, {"config": asdict(self), **results})
+        say(f"Results: {path}")

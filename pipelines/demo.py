@@ -12,33 +12,32 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shlex
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fusion.cli.config_sources import conf_folder
 from fusion.cli.console import show_table
 from fusion.config.fields import MAX_SEED, Settings, integer
 from fusion.errors import UserError
 from fusion.files import write_json
-from pipelines.commands import call, run_workflow, say, stored
+from pipelines.commands import call, examples, run_workflow, say, stored
 
+STAGE1 = "fusion.stage1"
 SOURCES = ("movies", "products", "editorials")
 TARGET = "tweets"
 # For each method: the title in the table, the command and its overrides.
 METHODS = {
-    "head": ("head alone", "fusion.stage1", ("method=head", "optim.lr=1e-2")),
-    "adapter": ("single adapter", "fusion.stage1", ("optim.lr=5e-4",)),
+    "head": ("head alone", STAGE1, ("method=head", "optim.lr=1e-2")),
+    "adapter": ("single adapter", STAGE1, ("optim.lr=5e-4",)),
     "fusion": (
         f"fusion of the {len(SOURCES)} sources",
         "fusion.stage2",
         (f"sources=[{','.join(SOURCES)}]", "optim.lr=2e-4"),
     ),
 }
-# The demo uses its own data, not the user's folder.
-HIDDEN = ("FUSION_DATA_DIR",)
 
 
 @dataclass
@@ -79,22 +78,21 @@ class Row:
 
 
 def run(config: DemoConfig) -> list[Row]:
-    """Run all steps; the commands reuse artifacts and scores that already exist."""
-    shared = ["backbone=minilm", f"seed={config.seed}", f"store={config.store}", "logger=csv"]
-    shared.append("optim.patience=null")
-    announce(1, f"Three source adapters: {', '.join(SOURCES)}, up to {config.rows} examples each")
-    overrides = [
+    """Run all steps and return the test scores of the sources, which saw no label of the target, and the methods."""
+    runs, tests = config.folder / "runs", config.folder / "runs" / f"test-{config.labels}"
+    store = f"store={config.store}"
+    shared = ["backbone=minilm", f"seed={config.seed}", store, "logger=csv", "optim.patience=null"]
+    sources = [
         "-m",
         f"+task={','.join(SOURCES)}",
         *shared,
         f"data.limit.train={config.rows}",
         "optim.lr=5e-4",
         f"trainer.max_epochs={config.source_epochs}",
-        f"hydra.sweep.dir={config.folder / 'runs' / 'sources'}",
+        f"hydra.sweep.dir={runs / 'sources'}",
     ]
-    done(1, call("fusion.stage1", overrides, without=HIDDEN))
-    for step, (method, (title, module, own)) in enumerate(METHODS.items(), 2):
-        announce(step, f"{title}, on {config.labels} labelled {TARGET}")
+    steps = [(f"Three source adapters: {', '.join(SOURCES)}, up to {config.rows} examples each", STAGE1, sources)]
+    for method, (title, module, own) in METHODS.items():
         overrides = [
             f"+task={TARGET}",
             *own,
@@ -104,38 +102,19 @@ def run(config: DemoConfig) -> list[Row]:
             f"data.limit.validation={config.labels}",
             "data.batch_size=16",
             f"trainer.max_epochs={config.target_epochs}",
-            f"hydra.run.dir={config.folder / 'runs' / config.name(method)}",
+            f"hydra.run.dir={runs / config.name(method)}",
         ]
-        done(step, call(module, overrides, without=HIDDEN))
-    return evaluate(config)
-
-
-def announce(step: int, what: str) -> None:
-    say(f"\n[{step}/5] {what}")
-
-
-def done(step: int, seconds: float) -> None:
-    say(f"[{step}/5] done in {seconds:.0f} s")
-
-
-def evaluate(config: DemoConfig) -> list[Row]:
-    """Return the test scores of the sources, which saw no label of the target, and of the methods."""
-    announce(5, f"Scores on the test split of {TARGET}")
-    runs = config.folder / "runs" / f"test-{config.labels}"
-    artifacts = [*SOURCES, *map(config.name, METHODS)]
-    overrides = [
-        "-m",
-        f"artifact={','.join(artifacts)}",
-        f"+task={TARGET}",
-        "split=test",
-        f"store={config.store}",
-        f"hydra.sweep.dir={runs}",
-        "hydra.sweep.subdir=${artifact}",
-    ]
-    call("fusion.evaluate", overrides, without=HIDDEN)
+        steps.append((f"{title}, on {config.labels} labelled {TARGET}", module, overrides))
+    artifacts = f"artifact={','.join([*SOURCES, *map(config.name, METHODS)])}"
+    place = [store, f"hydra.sweep.dir={tests}", "hydra.sweep.subdir=${artifact}"]
+    overrides = ["-m", artifacts, f"+task={TARGET}", "split=test", *place]
+    steps.append((f"Scores on the test split of {TARGET}", "fusion.evaluate", overrides))
+    for number, (what, module, overrides) in enumerate(steps, 1):
+        say(f"\n[{number}/{len(steps)}] {what}")
+        say(f"[{number}/{len(steps)}] done in {call(module, overrides):.0f} s")
 
     def score(name: str) -> float:
-        result = json.loads((runs / name / "result.json").read_text(encoding="utf-8"))
+        result = json.loads((tests / name / "result.json").read_text(encoding="utf-8"))
         return float(result["metrics"]["test"]["accuracy"])
 
     rows = [Row(f"{name}, no {TARGET} label", score(name), artifact=str(config.store / name)) for name in SOURCES]
@@ -148,25 +127,11 @@ def evaluate(config: DemoConfig) -> list[Row]:
 
 
 def labels_of(split: str, limit: int | None = None) -> list[Any]:
-    """Return the target's labels of a split, as the commands read them with `data.limit.SPLIT=limit`.
-
-    Raises:
-        UserError: if the text is not cached and cannot be downloaded, or has fewer examples than `limit`.
-    """
-    from omegaconf import OmegaConf
-
-    from fusion.config.data import DataConfig, LimitConfig
-    from fusion.config.task import TaskConfig
-    from fusion.data.rows import load_rows
-
-    file = OmegaConf.load(conf_folder() / "task" / f"{TARGET}.yaml")
-    task = OmegaConf.merge(OmegaConf.structured(TaskConfig), file, {"name": TARGET})
-    data = DataConfig(limit=LimitConfig(**{split: limit}))
-    labels = load_rows(OmegaConf.to_object(task), data, split).labels  # type: ignore[arg-type]
-    assert labels is not None
+    """Return the target's labels of a split. Raises UserError if it has fewer examples than `limit`."""
+    labels = examples(TARGET, split, limit).labels or []
     if limit is not None and len(labels) < limit:
         raise UserError(f"labels={limit}: {TARGET} has only {len(labels)} examples in {split}")
-    return list(labels)
+    return labels
 
 
 def majority_score(train: list[Any], test: list[Any]) -> float:
@@ -206,6 +171,7 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
 
 def work(config: DemoConfig) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    os.environ.pop("FUSION_DATA_DIR", None)  # the commands use the demo's own data, not the user's folder
     train, test = labels_of("train", config.labels), labels_of("test")
     selecting = len(labels_of("validation")[: config.labels])
     rows = [Row("majority class", majority_score(train, test)), *run(config)]

@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from fusion.analysis.ranking.rankings import correlation, ranked
 from fusion.cli.console import formatted, show_table
-from fusion.config.fields import Settings
 from fusion.config.stages import POOLED_RANKINGS
 from fusion.errors import UserError
-from fusion.files import write_json
-from pipelines.commands import call, distinct, run_workflow, say, validation_scores
+from pipelines.commands import SeedsConfig, call, distinct, run_workflow, say
 
 MEAN = "mean rank"
 # Default overrides.
@@ -34,12 +32,9 @@ TARGET = [*ROWS, "optim.lr=5e-4", "optim.patience=null", "trainer.max_epochs=4",
 
 
 @dataclass
-class RankingConfig(Settings):
+class RankingConfig(SeedsConfig):
     sources: list[str] = distinct(["sst2", "subj", "snli", "mrpc", "qqp", "cola", "rte", "qnli"], at_least=2)
     targets: list[str] = distinct(["mr", "cb"])
-    seeds: list[int] = distinct([1, 2, 3])
-    backbone: str = "minilm"
-    data_dir: str | None = None
     output: str = "outputs/ranking"
     source_overrides: list[str] = field(default_factory=SOURCE.copy)
     target_overrides: list[str] = field(default_factory=TARGET.copy)
@@ -53,14 +48,9 @@ class RankingConfig(Settings):
 
 def train(config: RankingConfig) -> None:
     """Run all training and ranking commands. Existing artifacts and rankings are skipped."""
-    runs = f"{config.output}/runs"
-    place = [f"backbone={config.backbone}", f"store={config.output}/store"]
-    if config.data_dir:
-        place.append(f"data.dir={config.data_dir}")
-    shared, names = [*place, "logger=csv"], ",".join(config.sources)
+    names, seeds = ",".join(config.sources), ",".join(map(str, config.seeds))
     say(f"\n[1] sources: {names}")
-    folder = f"hydra.sweep.dir={runs}/sources"
-    call("fusion.stage1", ["-m", f"+task={names}", *shared, *config.source_overrides, folder])
+    config.sweep("fusion.stage1", "sources", [f"+task={names}", *config.source_overrides])
     for target in config.targets:
         say(f"\n[2] ranking for {target}")
         ranking = ranking_folder(config, target)
@@ -68,40 +58,34 @@ def train(config: RankingConfig) -> None:
             say(f"already done: {ranking}")
         else:
             words = [f"sources=[{names}]", *config.rank_overrides, f"hydra.run.dir={ranking}"]
-            call("fusion.rank", [f"+task={target}", *place, *words])
-        seeds = ",".join(map(str, config.seeds))
-        sweep = ["-m", f"+task={target}", f"seed={seeds}", *shared, *config.target_overrides]
+            call("fusion.rank", [f"+task={target}", *config.shared, *words])
         say(f"\n[3] {target} without a source, and initialized from each source: seeds {seeds}")
-        words = [f"name={target}-alone-seed-${{seed}}", f"hydra.sweep.dir={runs}/{target}-alone"]
-        call("fusion.stage1", [*sweep, *words])
+        words = [f"+task={target}", *config.target_overrides]
+        config.sweep("fusion.stage1", f"{target}-alone", words, name=f"{target}-alone")
         each = ",".join(f"[{source}]" for source in config.sources)
-        words = [f"name={target}-after-${{sources.0}}-seed-${{seed}}", f"hydra.sweep.dir={runs}/{target}-after"]
-        call("fusion.stage2", [*sweep, "composition=continued", f"sources={each}", *words])
+        words += ["composition=continued", f"sources={each}"]
+        config.sweep("fusion.stage2", f"{target}-after", words, name=f"{target}-after-${{sources.0}}")
 
 
 def ranking_folder(config: RankingConfig, target: str) -> Path:
     return Path(config.output) / "runs" / f"{target}-ranking"
 
 
-def scores(config: RankingConfig, name: str) -> list[float]:
-    """Return the main metric of an artifact for each seed."""
-    store = Path(config.output) / "store"
-    return [next(iter(validation_scores(store, f"{name}-seed-{seed}").values())) for seed in config.seeds]
+def main_scores(config: RankingConfig, name: str) -> list[float]:
+    return [next(iter(scores.values())) for scores in config.scores(name)]
 
 
 def gains(config: RankingConfig, target: str) -> dict[str, list[float]]:
     """Return, by source and for each seed, the score initialized from the source minus the score without it."""
-    alone = scores(config, f"{target}-alone")
-    after = {source: scores(config, f"{target}-after-{source}") for source in config.sources}
+    alone = main_scores(config, f"{target}-alone")
+    after = {source: main_scores(config, f"{target}-after-{source}") for source in config.sources}
     return {source: [b - a for a, b in zip(alone, of, strict=True)] for source, of in after.items()}
 
 
 def agreements(ranking: dict[str, Any], gained: dict[str, float], top: int = 3) -> dict[str, dict[str, float | None]]:
     """Compare the scores of each method, and the mean rank, with the measured gains.
 
-    Returns:
-        By method, kendall and spearman (`None` if all scores or all gains are equal), and top_gain, the mean gain of
-        its top `top` sources.
+    Correlations are `None` if all scores or all gains are equal; top_gain is the mean gain of the first `top` sources.
     """
     scored = {m: {s["name"]: s["scores"][m] for s in ranking["sources"]} for m in ranking["methods"]}
     scored[MEAN] = {s["name"]: s["mean_rank"] and -s["mean_rank"] for s in ranking["sources"]}  # higher is better
@@ -123,7 +107,7 @@ def report(config: RankingConfig) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for target in config.targets:
         ranking = json.loads((ranking_folder(config, target) / "result.json").read_text(encoding="utf-8"))
-        each, alone = gains(config, target), scores(config, f"{target}-alone")
+        each, alone = gains(config, target), main_scores(config, f"{target}-alone")
         gained = {source: fmean(values) for source, values in each.items()}
         compared = agreements(ranking, gained)
         found[target] = {
@@ -164,9 +148,7 @@ def cost(seconds: dict[str, float], method: str) -> float | None:
 
 def work(config: RankingConfig) -> None:
     train(config)
-    path = Path(config.output) / f"{'-'.join(config.targets)}.json"
-    write_json(path, {"config": asdict(config), "targets": report(config)})
-    say(f"Results: {path}")
+    config.save("-".join(config.targets), targets=report(config))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -27,11 +27,8 @@ def rounds(
 ) -> dict[str, list[float]]:
     """Time each function once per round, after a warm-up, and return the seconds by name.
 
-    Every round uses the next batch and starts with the next function.
-
-    Args:
-        most: maximum number of rounds.
-        budget: seconds after which no further round starts, but at least `MIN_ROUNDS` are run.
+    Every round uses the next batch and starts with the next function. After `budget` seconds and at least `MIN_ROUNDS`
+    rounds, no further round starts.
     """
     names = list(runs)
     for run in runs.values():
@@ -52,11 +49,7 @@ def rounds(
 def validation_rows(
     manifest: Manifest, target: str, data: DataConfig, tokenizer: Any
 ) -> tuple[TaskConfig, str, EncodedRows]:
-    """Return a task of an artifact, the name of its first validation split and the split's encoded examples.
-
-    Raises:
-        UserError: if the artifact was not trained on the target, or the examples cannot be read.
-    """
+    """Return a task of an artifact, the name of its first validation split and the split's encoded examples."""
     from fusion.data.encode import encode
     from fusion.data.rows import load_rows
     from fusion.data.splits import evaluation_splits

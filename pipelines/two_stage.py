@@ -14,25 +14,20 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from scipy import stats
 
 from fusion.cli.console import show_table
-from fusion.config.fields import Settings
-from fusion.files import write_json
-from pipelines.commands import call, distinct, run_workflow, say, validation_scores
+from pipelines.commands import SeedsConfig, distinct, run_workflow, say
 
 
 @dataclass
-class TwoStageConfig(Settings):
+class TwoStageConfig(SeedsConfig):
     sources: list[str] = distinct(["snli", "qqp", "mrpc", "rte", "cb"])
     targets: list[str] = distinct(["cb"])
     seeds: list[int] = distinct([1, 2, 3, 4, 5])
-    backbone: str = "minilm"
-    data_dir: str | None = None
     output: str = "outputs/two_stage"
     source_overrides: list[str] = field(default_factory=lambda: ["optim.lr=5e-4", "trainer.max_epochs=3"])
     single_overrides: list[str] = field(default_factory=lambda: ["optim.lr=5e-4"])
@@ -41,32 +36,21 @@ class TwoStageConfig(Settings):
 
 
 def train(config: TwoStageConfig) -> None:
-    """Run all training commands; each skips artifacts that already exist."""
-    runs = f"{config.output}/runs"
-    shared = [f"backbone={config.backbone}", f"store={config.output}/store", "logger=csv"]
-    if config.data_dir:
-        shared.append(f"data.dir={config.data_dir}")
     sources, seeds = ",".join(config.sources), ",".join(map(str, config.seeds))
     say(f"\n[1/3] sources: {sources}")
-    folder = f"hydra.sweep.dir={runs}/sources"
-    call("fusion.stage1", ["-m", f"+task={sources}", *shared, *config.source_overrides, folder])
+    config.sweep("fusion.stage1", "sources", [f"+task={sources}", *config.source_overrides])
     for target in config.targets:
-        sweep = ["-m", f"+task={target}", f"seed={seeds}", *shared, *config.target_overrides]
+        shared = [f"+task={target}", *config.target_overrides]
         say(f"\n[2/3] single adapters for {target}, seeds {seeds}")
-        place = [f"name={target}-seed-${{seed}}", f"hydra.sweep.dir={runs}/{target}"]
-        call("fusion.stage1", [*sweep, *config.single_overrides, *place])
+        config.sweep("fusion.stage1", target, [*shared, *config.single_overrides], name=target)
         say(f"\n[3/3] fusions for {target}, seeds {seeds}")
         names = [*(source for source in config.sources if source != target), f"{target}-seed-${{seed}}"]
-        place = [f"name={target}-adapterfusion-seed-${{seed}}", f"hydra.sweep.dir={runs}/{target}-fusion"]
-        call("fusion.stage2", [*sweep, *config.fusion_overrides, f"sources=[{','.join(names)}]", *place])
+        words = [*shared, *config.fusion_overrides, f"sources=[{','.join(names)}]"]
+        config.sweep("fusion.stage2", f"{target}-fusion", words, name=f"{target}-adapterfusion")
 
 
 def compare(single: list[float], fusion: list[float]) -> dict[str, float]:
-    """Return means, standard deviations and the mean paired difference with its 95 % confidence interval.
-
-    Args:
-        single, fusion: one score per seed, in the same order.
-    """
+    """Return means, standard deviations and the mean paired difference with its 95 % confidence interval."""
     differences = [two - one for one, two in zip(single, fusion, strict=True)]
     n, mean = len(differences), statistics.fmean(differences)
     deviations = [statistics.stdev(x) if n > 1 else math.nan for x in (single, fusion, differences)]
@@ -95,10 +79,7 @@ def report(config: TwoStageConfig) -> dict[str, Any]:
     table = [["target", "metric", "single", "fusion", "difference", "95% interval", ""]]
     for target in config.targets:
         found[target] = {}
-        single, fusion = (
-            [validation_scores(Path(config.output) / "store", f"{name}-seed-{seed}") for seed in config.seeds]
-            for name in (target, f"{target}-adapterfusion")
-        )
+        single, fusion = config.scores(target), config.scores(f"{target}-adapterfusion")
         for metric in single[0]:
             ones, twos = [scores[metric] for scores in single], [scores[metric] for scores in fusion]
             c = compare(ones, twos)
@@ -113,9 +94,7 @@ def report(config: TwoStageConfig) -> dict[str, Any]:
 
 def work(config: TwoStageConfig) -> None:
     train(config)
-    path = Path(config.output) / f"{'-'.join(config.targets)}.json"
-    write_json(path, {"config": asdict(config), "targets": report(config)})
-    say(f"Results: {path}")
+    config.save("-".join(config.targets), targets=report(config))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,8 +1,4 @@
-"""Benchmark this project against AdapterHub's `adapters`: python -m pipelines.benchmark suite=train.
-
-Both run alternately, in separate processes, on the same weights and batches. Results are printed and written to
-outputs/benchmark/SUITE.json. Missing a target is a result, not an error.
-"""
+"""Benchmark this project against AdapterHub's `adapters`: python -m pipelines.benchmark suite=train."""
 
 from __future__ import annotations
 

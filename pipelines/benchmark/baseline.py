@@ -125,13 +125,9 @@ class BaselineWorker(Worker):
         return BaselineModel(self.setup, case, copy.deepcopy(self._pretrained[case.dropout]))
 
     def epoch(self, rows: str, sources: int, rate: float, max_length: int, output: str) -> float:
-        """Train an epoch and evaluate, as the baseline's example script does, and return the seconds.
+        """Train an epoch and evaluate, as the baseline's example script does with its defaults; return the seconds.
 
-        The script pads to `max_length` and uses `AdapterTrainer` with its defaults.
-
-        Args:
-            rows: a JSON file with the texts and labels of `train` and `validation`.
-            sources: number of adapters to fuse; 0 trains a single adapter.
+        `rows` is a JSON file with the texts and labels of both splits. With `sources=0`, a single adapter is trained.
         """
         setup = self.setup
         splits = json.loads(Path(rows).read_text(encoding="utf-8"))

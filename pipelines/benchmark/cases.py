@@ -17,22 +17,15 @@ SCALES = {"down": 1.0, "up": 0.25, "query": 0.6, "key": 0.6, "value": 0.6, "head
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement.
+    """One measurement."""
 
-    Attributes:
-        work: train (a step), infer (a batch), floor (only the matrix products of a training step), loop (a training
-            step in Lightning's loop) or clipped (the same step without Lightning).
-        method: fusion, adapter (a single one), bare (no slot modules) or full (full fine-tuning).
-        sources: number of source adapters of a fusion.
-        bottleneck: bottleneck size; 0 without adapters.
-        dropout: whether the baseline's default dropout is on.
-    """
-
+    # train (a step), infer (a batch), floor (the matrix products of a step), loop (a step in Lightning's loop) or
+    # clipped (the same step without Lightning)
     work: str
-    method: str
-    sources: int = 0
-    bottleneck: int = 0
-    dropout: bool = False
+    method: str  # fusion, adapter (a single one), bare (no slot modules) or full (full fine-tuning)
+    sources: int = 0  # of a fusion
+    bottleneck: int = 0  # 0 without adapters
+    dropout: bool = False  # the baseline's default dropout
 
     def __str__(self) -> str:
         size = f" of {self.sources}" if self.method == FUSION else ""
@@ -54,12 +47,9 @@ class Setup:
 
 
 def fill(module: torch.nn.Module, setup: Setup, path: str) -> None:
-    """Set a linear layer's weights to random values that depend only on the seed and the path.
+    """Set a linear layer's weights to random values that depend only on the seed and the path ("adapter 3.0.down").
 
-    Biases are nonzero, so that the comparison covers them; a value matrix is close to the identity.
-
-    Args:
-        path: identifies the layer, such as "adapter 3.0.down"; its last component is a key of `SCALES`.
+    The biases are nonzero, so that the comparison covers them; a value matrix is close to the identity.
     """
     kind = path.rpartition(".")[2]
     for name, tensor in module.state_dict().items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -12,13 +13,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from fusion.files import read_json
 from fusion.text import key_of, override
 from pipelines.benchmark.config import BenchmarkError
 from pipelines.benchmark.report import Figure, Report, Target, ratio
 from pipelines.benchmark.session import BASELINE, Session, environment
+from pipelines.commands import examples
 
 POLL_SECONDS = 0.01
 EPOCH = re.compile(r"epoch \d+/\d+ .*?([\d.]+) s$", re.MULTILINE)
@@ -30,15 +34,11 @@ TARGETS = {"stage1": Target(2.0, at_least=True), "stage2": Target(4.0, at_least=
 
 
 class Outcome(NamedTuple):
-    """Seconds until the command exited or the watched file existed, and the run's directory."""
+    """Seconds until the command exited or the watched file existed, the run's directory, and `speed` of its result."""
 
     seconds: float
     directory: Path
-
-    @property
-    def speed(self) -> dict[str, float]:
-        """`seconds` of the fit (including evaluation and checkpoints), `examples_per_second` and more."""
-        return json.loads((self.directory / "result.json").read_text(encoding="utf-8"))["speed"]
+    speed: dict[str, float]
 
 
 class Commands:
@@ -74,16 +74,12 @@ class Commands:
         changed = {key_of(word) for word in more}
         words = [override(key, value) for key, value in overrides.items() if key not in changed]
         arguments = [f"+task={task}", "backbone=minilm", "logger=csv", *words, *more]
-        watched = directory / watch if watch else None
-        return Outcome(self.run(f"fusion.{stage}", arguments, threads, watched), directory)
+        seconds = self.run(f"fusion.{stage}", arguments, threads, directory / watch if watch else None)
+        return Outcome(seconds, directory, read_json(directory / "result.json")["speed"])
 
     def run(self, module: str, arguments: list[str], threads: int | None = None, watch: Path | None = None) -> float:
-        """Run `python -m MODULE` and return its seconds, or the seconds until the file `watch` exists.
-
-        Raises:
-            BenchmarkError: if the command fails, times out, or does not write `watch`.
-        """
-        timeout, seconds = self.session.config.timeout, None
+        """Run `python -m MODULE` and return its seconds, or the seconds until the file `watch` exists."""
+        timeout, code, seconds = self.session.config.timeout, None, None
         with self.log.open("a", encoding="utf-8") as log:
             print("$", "python", "-m", module, *arguments, file=log, flush=True)
             started = time.perf_counter()
@@ -96,11 +92,11 @@ class Commands:
                 start_new_session=True,
             )
             try:
-                while (code := process.poll()) is None and time.perf_counter() - started < timeout:
-                    if watch is not None and seconds is None and watch.is_file():
-                        seconds = time.perf_counter() - started
+                while code is None and time.perf_counter() - started < timeout:
                     time.sleep(POLL_SECONDS)
-                ended = time.perf_counter() - started
+                    code = process.poll()
+                    if seconds is None and (code is not None if watch is None else watch.is_file()):
+                        seconds = time.perf_counter() - started
             finally:
                 with contextlib.suppress(ProcessLookupError):  # including the other ranks of a DDP run
                     os.killpg(process.pid, signal.SIGKILL)
@@ -108,9 +104,9 @@ class Commands:
         if code != 0:
             problem = f"did not finish within {timeout:g} s" if code is None else f"exited with code {code}"
             raise BenchmarkError(f"python -m {module} {problem} (log: {self.log})")
-        if watch is not None and seconds is None:
-            raise BenchmarkError(f"python -m {module} did not write {watch.name} (log: {self.log})")
-        return ended if seconds is None else seconds
+        if seconds is None:
+            raise BenchmarkError(f"python -m {module} did not write {watch} (log: {self.log})")
+        return seconds
 
 
 def epoch(session: Session) -> Report:
@@ -119,14 +115,16 @@ def epoch(session: Session) -> Report:
     Both times cover training and the evaluation after it, without startup, loading and tokenization; both write a
     checkpoint. Also compares later epochs with adapters in the upper half of the layers and in all layers.
     """
-    settings = session.config.epoch
+    settings, data_dir = session.config.epoch, session.config.data_dir
     commands = Commands(session)
     sources = [f"source-{number}" for number in range(settings.sources)]
     for number, name in enumerate(sources):
         commands.train("stage1", settings.tasks[0], *ONE_STEP, f"name={name}", f"seed={number}")
     for task in settings.tasks:
         commands.train("stage1", task, *ONE_STEP)  # fills the token cache
-        write_examples(session, task)
+        rows = {split: examples(task, split, settings.limit, data_dir) for split in ("train", "validation")}
+        content = {split: {"texts": one.texts, "labels": one.labels} for split, one in rows.items()}
+        (session.work / f"{task}.json").write_text(json.dumps(content), encoding="utf-8")
 
     def ours(stage: str, task: str) -> float:
         more = [f"sources=[{','.join(sources)}]"] if stage == "stage2" else []
@@ -134,7 +132,7 @@ def epoch(session: Session) -> Report:
         return commands.train(stage, task, rate, "trainer.max_epochs=1", *more).speed["seconds"]
 
     def theirs(stage: str, task: str) -> float:
-        return session.worker(BASELINE).ask(
+        seconds: float = session.worker(BASELINE).ask(
             "epoch",
             rows=str(session.work / f"{task}.json"),
             sources=settings.sources if stage == "stage2" else 0,
@@ -142,28 +140,23 @@ def epoch(session: Session) -> Report:
             max_length=settings.max_length,
             output=str(session.work / "rival"),
         )
+        return seconds
 
-    layers = session.backbone.layers
-    halves = {"all layers": (), "upper half": (f"adapter.layers=last:{layers - layers // 2}",)}
-
-    def later(half: str, task: str) -> float:
+    def later(*more: str) -> float:
         """Return the mean seconds of the epochs after the first, including their evaluation."""
-        epochs = f"trainer.max_epochs={1 + settings.later_epochs}"
-        run = commands.train("stage1", task, epochs, *halves[half])
+        run = commands.train("stage1", last, f"trainer.max_epochs={1 + settings.later_epochs}", *more)
         log = (run.directory / "run.log").read_text(encoding="utf-8")
         return statistics.fmean(float(seconds) for seconds in EPOCH.findall(log)[1:])
 
-    last = settings.tasks[-1]
-    parts: list[tuple[str, Callable[[str, str], float], str, str]] = [
-        (f"{who}: {stage} {task}", measure, stage, task)
-        for stage in RATES
-        for task in settings.tasks
-        for who, measure in (("ours", ours), ("rival", theirs))
-    ]
-    parts += [(f"ours: later epoch of {last}, {half}", later, half, last) for half in halves]
-    seconds: dict[str, list[float]] = {label: [] for label, *_ in parts}
-    for label, measure, what, task in session.rounds(parts):
-        seconds[label].append(measure(what, task))
+    last, layers = settings.tasks[-1], session.backbone.layers
+    pairs = list(itertools.product(RATES, settings.tasks))
+    parts: dict[str, Callable[[], float]] = {}
+    for stage, task in pairs:
+        parts[f"ours: {stage} {task}"] = partial(ours, stage, task)
+        parts[f"rival: {stage} {task}"] = partial(theirs, stage, task)
+    whole, upper = (f"ours: later epoch of {last}, {half}" for half in ("all layers", "upper half"))
+    parts |= {whole: later, upper: partial(later, f"adapter.layers=last:{layers - layers // 2}")}
+    seconds = session.rounds(parts)
     names = {"stage1": "one adapter", "stage2": f"fusion of {settings.sources}"}
     figures = [
         ratio(
@@ -172,32 +165,10 @@ def epoch(session: Session) -> Report:
             seconds[f"ours: {stage} {task}"],
             TARGETS[stage],
         )
-        for stage in RATES
-        for task in settings.tasks
+        for stage, task in pairs
     ]
-    whole, upper = (seconds[f"ours: later epoch of {last}, {half}"] for half in halves)
     what = f"later epochs of {last}, adapters in the upper half of the layers over all layers"
-    return Report([*figures, ratio(what, upper, whole, Target(0.5))], seconds=seconds)
-
-
-def write_examples(session: Session, task: str) -> None:
-    """Write the examples that this project's command reads as JSON for the baseline."""
-    import yaml
-
-    from fusion.cli.config_sources import conf_folder
-    from fusion.config.data import DataConfig, LimitConfig
-    from fusion.config.task import TaskConfig
-    from fusion.data.rows import load_rows
-
-    limit = session.config.epoch.limit
-    content = yaml.safe_load((conf_folder() / "task" / f"{task}.yaml").read_text(encoding="utf-8"))
-    config = TaskConfig.from_dict(content | {"name": task}, where=f"task {task}")
-    data = DataConfig(dir=session.config.data_dir, limit=LimitConfig(train=limit, validation=limit))
-    splits: dict[str, Any] = {}
-    for split in ("train", "validation"):
-        rows = load_rows(config, data, split)
-        splits[split] = {"texts": rows.texts, "labels": rows.labels}
-    (session.work / f"{task}.json").write_text(json.dumps(splits), encoding="utf-8")
+    return Report([*figures, ratio(what, seconds[upper], seconds[whole], Target(0.5))], seconds=seconds)
 
 
 def startup(session: Session) -> Report:
@@ -205,13 +176,14 @@ def startup(session: Session) -> Report:
     commands = Commands(session)
     task = session.config.epoch.tasks[-1]
     commands.train("stage1", task, *ONE_STEP)
-    seconds: dict[str, list[float]] = {"first step": [], "--help": []}
-    for part in session.rounds(list(seconds)):
-        if part == "--help":
-            seconds[part].append(commands.run("fusion.stage1", ["--help"]))
-        else:
-            run = commands.train("stage1", task, *ONE_STEP, *LOG_EVERY_STEP, watch="csv/metrics.csv")
-            seconds[part].append(run.seconds)
+    seconds = session.rounds(
+        {
+            "first step": lambda: (
+                commands.train("stage1", task, *ONE_STEP, *LOG_EVERY_STEP, watch="csv/metrics.csv").seconds
+            ),
+            "--help": lambda: commands.run("fusion.stage1", ["--help"]),
+        }
+    )
     what = f"stage 1 on {task}, tokens cached: start to first step"
     figures = [
         Figure(what, tuple(seconds["first step"]), Target(10.0), unit="s"),
@@ -225,13 +197,15 @@ def ddp(session: Session) -> Report:
     commands = Commands(session)
     task, rows = session.config.epoch.tasks[-1], session.config.batch_size
     two = ("trainer.devices=2", "trainer.strategy=ddp", f"data.batch_size={max(1, rows // 2)}")
-    ways = {"one process, two threads": (2, ()), "two processes, one thread": (1, two)}
-    commands.train("stage1", task, *ONE_STEP)
-    speeds: dict[str, list[float]] = {way: [] for way in ways}
-    for way in session.rounds(list(ways)):
-        threads, more = ways[way]
+
+    def speed(threads: int, *more: str) -> float:
         run = commands.train("stage1", task, "trainer.max_epochs=1", *more, threads=threads)
-        speeds[way].append(run.speed["examples_per_second"])
+        return run.speed["examples_per_second"]
+
+    commands.train("stage1", task, *ONE_STEP)
+    speeds = session.rounds(
+        {"one process, two threads": partial(speed, 2), "two processes, one thread": partial(speed, 1, *two)}
+    )
     one_process, two_processes = speeds.values()
     what = "rows a second: two DDP processes of one thread over one of two threads"
     figure = ratio(what, two_processes, one_process, Target(0.9, at_least=True))

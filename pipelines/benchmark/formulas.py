@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipelines.benchmark.cases import OUTPUTS, Setup
 
@@ -34,6 +35,27 @@ class Backbone:
         keys = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
         return cls(folder, *(config[key] for key in keys))
 
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds of a frozen layer, forward pass, without the attention products between tokens."""
+        return 4 * self.hidden_size**2 + (3 if self.gated else 2) * self.hidden_size * self.intermediate_size
+
+    @property
+    def kept(self) -> int:
+        """Floats that a frozen layer saves for the backward pass.
+
+        Attention saves q, k, v, its output and a sum per head; each layer norm its input and two numbers (one layer
+        norm is counted here, the other with the slot); the activation of the feed-forward its input, or both factors
+        if it is gated. A product with frozen weights saves nothing.
+        """
+        d = self.hidden_size
+        return 4 * d + self.heads + (3 if self.gated else 1) * self.intermediate_size + 2 * (d + 2)
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters of a fusion (any number of sources): Wq, bq, Wk, bk and Wv of all layers."""
+        return self.layers * (3 * self.hidden_size**2 + 2 * self.hidden_size)
+
 
 BERT_LARGE = Backbone("BERT-large", 24, 1024, 4096, 16)
 DECODER_7B = Backbone("a decoder of 7 billion parameters", 32, 4096, 11008, 32, gated=True)
@@ -58,19 +80,6 @@ def merged(n: int, r: int, d: int) -> int:
     return 3 * n * r * d + 2 * n * d
 
 
-def frozen(backbone: Backbone) -> int:
-    """Multiply-adds of a frozen layer, forward pass, without the attention products between tokens."""
-    d, matrices = backbone.hidden_size, 3 if backbone.gated else 2
-    return 4 * d**2 + matrices * d * backbone.intermediate_size
-
-
-def inference(backbone: Backbone, setup: Setup, n: int, r: int) -> int:
-    """Multiply-adds of inference on a whole batch: all layers with merged fusions, and the head."""
-    m, d = setup.batch_size * setup.tokens, backbone.hidden_size
-    layer = frozen(backbone) + 2 * setup.tokens * d + merged(n, r, d)
-    return m * backbone.layers * layer + setup.batch_size * d * OUTPUTS
-
-
 def training(backbone: Backbone, setup: Setup, n: int | None, r: int) -> int:
     """Minimum multiply-adds of a training step of a fusion, or of one adapter (`n` is `None`).
 
@@ -79,7 +88,7 @@ def training(backbone: Backbone, setup: Setup, n: int | None, r: int) -> int:
     """
     m, d, t = setup.batch_size * setup.tokens, backbone.hidden_size, setup.tokens
     forward, backward = backbone.layers, backbone.layers - 1
-    total = (forward + backward) * m * frozen(backbone) + (2 * forward + 4 * backward) * m * t * d
+    total = (forward + backward) * m * backbone.multiply_adds + (2 * forward + 4 * backward) * m * t * d
     if n is None:  # down, up, and the gradients of z and both weights; the gradient of x
         total += (5 * forward + backward) * m * r * d
     else:
@@ -87,17 +96,6 @@ def training(backbone: Backbone, setup: Setup, n: int | None, r: int) -> int:
         total += forward * (scores + 3 * m * d**2 + m * d * (5 * n * r + 4 * n + 3))
         total += backward * m * d * (n * r + d)
     return total + 3 * setup.batch_size * d * OUTPUTS
-
-
-def kept_frozen(backbone: Backbone) -> int:
-    """Floats that a frozen layer saves for the backward pass.
-
-    Attention saves q, k, v, its output and a sum per head; each layer norm its input and two numbers (one layer norm
-    is counted here, the other with the slot); the activation of the feed-forward its input, or both factors if it is
-    gated. A product with frozen weights saves nothing.
-    """
-    d, wide = backbone.hidden_size, backbone.intermediate_size
-    return 4 * d + backbone.heads + (3 if backbone.gated else 1) * wide + 2 * (d + 2)
 
 
 def kept_folded(n: int, r: int, d: int, tokens: int, lowest: bool = False) -> int:
@@ -108,11 +106,6 @@ def kept_folded(n: int, r: int, d: int, tokens: int, lowest: bool = False) -> in
     return (3 if tokens > d else 4) * d + 2 + (1 if lowest else 2) * n * r + n
 
 
-def parameters(layers: int, d: int) -> int:
-    """Trainable parameters of a fusion (any number of sources): Wq, bq, Wk, bk and Wv of all layers."""
-    return layers * (3 * d**2 + 2 * d)
-
-
 def training_bytes(backbone: Backbone, n: int, r: int, tokens: int) -> int:
     """Bytes between the forward and the backward pass of any step but the first, above those after loading.
 
@@ -121,25 +114,40 @@ def training_bytes(backbone: Backbone, n: int, r: int, tokens: int) -> int:
     feed-forward's size in the top layer. The lowest layer computes no gradient below its slot.
     """
     d, layers = backbone.hidden_size, backbone.layers
-    kept = (layers - 1) * (kept_frozen(backbone) + kept_folded(n, r, d, tokens))
+    kept = (layers - 1) * (backbone.kept + kept_folded(n, r, d, tokens))
     kept += kept_folded(n, r, d, tokens, lowest=True) + 2 * backbone.intermediate_size
-    return FLOAT * (tokens * kept + (STATE + 1) * parameters(layers, d) + layers * d**2)
+    return FLOAT * (tokens * kept + (STATE + 1) * backbone.parameters + layers * d**2)
 
 
-def on_paper(backbone: Backbone, n: int, r: int, tokens: int) -> dict[str, float]:
+def predicted(backbone: Backbone, setup: Setup, n: int, r: int) -> dict[str, int]:
+    """Return the costs of a whole batch, which the measured ones are compared with."""
+    m, d = setup.batch_size * setup.tokens, backbone.hidden_size
+    layer = backbone.multiply_adds + 2 * setup.tokens * d + merged(n, r, d)
+    return {
+        "train_multiply_adds": training(backbone, setup, n, r),
+        "infer_multiply_adds": m * backbone.layers * layer + setup.batch_size * d * OUTPUTS,
+        "predicted_peak_bytes": training_bytes(backbone, n, r, m),
+    }
+
+
+def on_paper(backbone: Backbone, n: int, r: int, tokens: int) -> dict[str, Any]:
     """Return all computed costs of a backbone."""
     d, layers = backbone.hidden_size, backbone.layers
     return {
-        "multiply_adds_a_token_backbone": layers * frozen(backbone),
+        "backbone": backbone.name,
+        "sources": n,
+        "bottleneck": r,
+        "tokens": tokens,
+        "multiply_adds_a_token_backbone": layers * backbone.multiply_adds,
         "multiply_adds_a_token_folded": layers * folded(n, r, d, tokens),
         "multiply_adds_a_token_plain": layers * plain(n, r, d),
         "multiply_adds_a_token_merged": layers * merged(n, r, d),
         "bytes_kept_folded": FLOAT * tokens * layers * kept_folded(n, r, d, tokens),
         # Direct evaluation saves u, k and v of every source, x and q.
         "bytes_kept_plain": FLOAT * tokens * layers * ((3 * n + 2) * d + n),
-        "bytes_kept_backbone": FLOAT * tokens * layers * kept_frozen(backbone),
-        "parameters_trained": parameters(layers, d),
-        "bytes_optimizer_state": FLOAT * STATE * parameters(layers, d),
-        "bytes_stored_fusion": FLOAT * parameters(layers, d),
+        "bytes_kept_backbone": FLOAT * tokens * layers * backbone.kept,
+        "parameters_trained": backbone.parameters,
+        "bytes_optimizer_state": FLOAT * STATE * backbone.parameters,
+        "bytes_stored_fusion": FLOAT * backbone.parameters,
         "bytes_stored_sources": FLOAT * n * layers * (2 * d * r + r + d),
     }

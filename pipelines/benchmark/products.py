@@ -14,22 +14,17 @@ FIRST = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten.ba
 
 
 class Products(TorchDispatchMode):
-    """Records the operands' shapes and strides of each matrix product; attention must not be a fused kernel.
-
-    Operands of the same layout share memory in `run`.
-    """
+    """Records tensors like those of each matrix product, shared by equal layouts. Attention must not be fused."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.multiply_adds = 0
         self._made: dict[Any, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in FIRST:
             left, right = args[FIRST[func] : FIRST[func] + 2]
-            self.multiply_adds += left.numel() * right.shape[-1]
             self.calls.append((self._like(left), self._like(right), torch.empty_like(result)))
         return result
 

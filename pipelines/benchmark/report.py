@@ -55,21 +55,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Figure:
-    """A row of the table.
-
-    Attributes:
-        what: the description.
-        values: one value per round.
-        target: `None` if the figure is for information only.
-        exact: whether the value is a count (bytes), so that a single measurement is enough.
-        unit: "x" for a ratio, "%" for a ratio shown as an increase, "s" for seconds.
-    """
+    """A row of the table."""
 
     what: str
-    values: tuple[float, ...]
-    target: Target | None = None
-    exact: bool = False
-    unit: str = "x"
+    values: tuple[float, ...]  # one per round
+    target: Target | None = None  # `None`: for information only
+    exact: bool = False  # a count (bytes), for which a single measurement is enough
+    unit: str = "x"  # "x" for a ratio, "%" for a ratio shown as an increase, "s" for seconds
 
     def verdict(self, noise_limit: float) -> str:
         """Return the verdict, empty without a target. There is none if the rounds differ by more than the limit."""
@@ -118,21 +110,13 @@ def ratio(
 
 @dataclass
 class Report:
-    """Results of a suite.
-
-    Attributes:
-        figures: rows of the printed table.
-        timings: seconds of the steps of each case, by round.
-        seconds: seconds of whole commands, by round.
-        more: additional fields of the JSON file.
-        lines: text printed below the tables.
-    """
+    """Results of a suite."""
 
     figures: list[Figure]
     timings: Timings = field(default_factory=dict)
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    more: dict[str, Any] = field(default_factory=dict)
-    lines: list[str] = field(default_factory=list)
+    seconds: dict[str, list[float]] = field(default_factory=dict)  # of whole commands, by round
+    more: dict[str, Any] = field(default_factory=dict)  # additional fields of the JSON file
+    lines: list[str] = field(default_factory=list)  # printed below the tables
 
 
 def describe_machine(threads: int) -> dict[str, Any]:

@@ -8,11 +8,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipelines.benchmark.cases import Case, Setup
 from pipelines.benchmark.config import BenchmarkConfig, BenchmarkError
@@ -20,6 +21,8 @@ from pipelines.benchmark.formulas import Backbone
 from pipelines.benchmark.report import Measured, Timings
 from pipelines.commands import python_path, say
 
+Name = TypeVar("Name")
+Result = TypeVar("Result")
 OURS, BASELINE = "ours", "rival"
 LOGITS_LIMIT = 1e-4  # larger differences mean that the two models are not equal and cannot be compared
 CLOSING_SECONDS = 10.0
@@ -47,11 +50,7 @@ class WorkerProcess:
         other.close()
 
     def ask(self, do: str, **arguments: Any) -> Any:
-        """Call a method of the worker and wait for its result.
-
-        Raises:
-            BenchmarkError: if the process exits, returns an error, or takes longer than `timeout` seconds.
-        """
+        """Call a method of the worker and return its result. Raises BenchmarkError if it fails or times out."""
         try:
             self._pipe.send_bytes(json.dumps({"do": do, **arguments}, default=asdict).encode())
             if self._pipe.poll(self.timeout):
@@ -76,13 +75,7 @@ class WorkerProcess:
 
 
 def baseline_python(venv: str | None, output: Path) -> str:
-    """Return the Python interpreter of the baseline, which needs other package versions than this project.
-
-    It is the one of `venv`, or of OUTPUT/rival-venv, which is created on first use.
-
-    Raises:
-        BenchmarkError: if the folder has no interpreter, or pip failed.
-    """
+    """Return the baseline's Python interpreter: of `venv`, or of OUTPUT/rival-venv, which is created on first use."""
     folder = Path(venv).expanduser() if venv else output / "rival-venv"
     # Not resolved: the interpreter finds its packages by the location of the link.
     python = (folder / "bin" / "python").absolute()
@@ -106,11 +99,7 @@ def baseline_python(venv: str | None, output: Path) -> str:
 
 
 class Session:
-    """Starts each worker on first use; `close` stops all of them and removes the temporary folder.
-
-    Raises:
-        BenchmarkError: if the backbone is not a local folder.
-    """
+    """Starts each worker on first use; `close` stops all of them and removes the temporary folder."""
 
     def __init__(self, config: BenchmarkConfig) -> None:
         from fusion.backbones.files import locate
@@ -151,17 +140,12 @@ class Session:
         return self._workers[name]
 
     def command(self, name: str) -> list[str]:
-        """Return the command that starts a worker."""
         if name == OURS:
             return [sys.executable, "-m", "pipelines.benchmark.ours"]
         return [baseline_python(self.config.rival.venv, self.output), "-m", "pipelines.benchmark.baseline"]
 
     def agreement(self, cases: Sequence[Case]) -> list[dict[str, Any]]:
-        """Return the largest differences between both implementations on one padded batch, with dropout off.
-
-        Raises:
-            BenchmarkError: if a difference exceeds `LOGITS_LIMIT`.
-        """
+        """Return the largest differences between both implementations on one padded batch, with dropout off."""
         import numpy as np
 
         found = []
@@ -179,29 +163,30 @@ class Session:
             found.append({"case": asdict(case), **differences})
         return found
 
-    def rounds(self, items: Sequence[Any]) -> Iterator[Any]:
-        """Yield every item once per round, in reverse order in every second round."""
+    def rounds(self, parts: Mapping[Name, Callable[[], Result]]) -> dict[Name, list[Result]]:
+        """Call each function once per round, in reverse order in every second round, and return all results by name."""
+        found: dict[Name, list[Result]] = {name: [] for name in parts}
         rounds = self.config.rounds_of_suite()
         for number in range(rounds):
-            yield from items if number % 2 == 0 else reversed(items)
+            for name in list(parts)[:: 1 if number % 2 == 0 else -1]:
+                found[name].append(parts[name]())
             say(f"round {number + 1} of {rounds} done")
+        return found
 
     def time(self, measured: Sequence[Measured], forget: bool = False) -> Timings:
-        """Time the cases one after the other, in rounds.
-
-        Args:
-            forget: delete each model after its measurement, since all models together may not fit in memory.
-        """
+        """Time the cases in rounds. With `forget`, delete each model afterwards: all may not fit in memory."""
         for name in dict.fromkeys(who for who, _ in measured):
             self.worker(name)  # start it before the first round
-        timings: Timings = {}
-        steps, warmup = self.config.steps, self.config.warmup
-        for who, case in self.rounds(measured):
-            seconds = self.worker(who).ask("time", case=case, warmup=warmup, steps=steps)
-            timings.setdefault((who, case), []).append(seconds)
+
+        def seconds(who: str, case: Case) -> list[float]:
+            found: list[float] = self.worker(who).ask(
+                "time", case=case, warmup=self.config.warmup, steps=self.config.steps
+            )
             if forget:
                 self.worker(who).ask("forget")
-        return timings
+            return found
+
+        return self.rounds({pair: partial(seconds, *pair) for pair in measured})
 
     def peak(self, who: str, case: Case) -> int:
         """Return the peak bytes of tensors in a step, above those after loading."""

@@ -29,12 +29,9 @@ class Comparison(NamedTuple):
 
 
 def compare(session: Session, checked: Sequence[Case], comparisons: list[Comparison]) -> Report:
-    """Check that both implementations agree, time every case of the comparisons, and report the ratios.
-
-    The cases are timed in the order in which the comparisons first use them, so that the two of a comparison are
-    close in time and a drift within a round hardly changes their ratio.
-    """
+    """Check that both implementations agree, time every case of the comparisons, and report the ratios."""
     agreement = session.agreement(checked)
+    # In the order of first use: the cases of a comparison are close in time, so a drift hardly changes their ratio.
     measured = dict.fromkeys(pair for one in comparisons for pair in (one.above, one.below))
     timings = session.time(list(measured))
     figures = [

@@ -1,7 +1,4 @@
-"""A worker process: builds the model of each case and measures it, one JSON request at a time.
-
-Shapes: B examples, T tokens, K outputs.
-"""
+"""A worker process, which builds and measures the model of each case. Shapes: B examples, T tokens, K outputs."""
 
 from __future__ import annotations
 
@@ -64,10 +61,7 @@ def timed(step: Step, warmup: int, steps: int, device: str) -> list[float]:
 
 
 def peak_bytes(step: Step, device: str) -> int:
-    """Return the peak bytes of tensors during two calls, above those allocated before.
-
-    The second call is representative of later ones: gradients and the optimizer state then exist.
-    """
+    """Return the peak bytes of tensors above those allocated before, over two calls: the first creates gradients."""
     if device == "cuda":
         synchronise(device)
         before = torch.cuda.memory_allocated()

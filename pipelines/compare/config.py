@@ -99,12 +99,7 @@ def tasks() -> list[str]:
 
 
 def read_comparison(arguments: Sequence[str]) -> Comparison:
-    """Parse the command line of a comparison.
-
-    Raises:
-        UserError: if there is not exactly one target, a source is neither stored nor a task, a key belongs neither to
-            the comparison nor to both stages, or a value is invalid.
-    """
+    """Parse and check the command line of a comparison."""
     own = {setting.name for setting in fields(CompareConfig)}
     config = read_config(CompareConfig, [word for word in arguments if word.partition("=")[0] in own])
     others = [word for word in arguments if word.partition("=")[0] not in own]

@@ -27,11 +27,7 @@ def ratios(seconds: Sequence[float], bare: Sequence[float]) -> dict[str, float]:
 def measure(
     target: str, artifacts: Sequence[str], store: Path, accelerator: str = "auto", cache_dir: str | None = None
 ) -> dict[str, Any]:
-    """Measure the backbone's seconds per batch and the ratio of each artifact; return the content of inference.json.
-
-    Raises:
-        UserError: if the first artifact or the examples of the target cannot be read.
-    """
+    """Measure the backbone's seconds per batch and the ratio of each artifact; return the content of inference.json."""
     import torch
 
     from fusion.backbones.load import load_backbone

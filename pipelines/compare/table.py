@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from fusion.files import write_atomic, write_json
 from fusion.store.listing import as_bytes
-from pipelines.compare.rows import GROUPS, MULTITASK
+from pipelines.compare.rows import MULTITASK
 from pipelines.compare.trainings import SOURCE_RATE, RowResult
 from pipelines.compare.workflow import Workflow
 
@@ -36,17 +38,10 @@ def cells(row: RowResult) -> list[str]:
     ]
 
 
-def by_group(rows: Sequence[RowResult]) -> Iterator[tuple[str, list[RowResult]]]:
-    """Yield the results of each non-empty group."""
-    for group in GROUPS:
-        if own := [row for row in rows if row.group == group]:
-            yield group, own
-
-
 def terminal_table(rows: Sequence[RowResult]) -> list[list[str]]:
     columns = header(rows)
     lines = [["", *columns]]
-    for group, own in by_group(rows):
+    for group, own in groupby(rows, attrgetter("group")):
         lines += [[group, *[""] * len(columns)], *([f"  {row.id}", *cells(row)] for row in own)]
     return lines
 
@@ -54,37 +49,32 @@ def terminal_table(rows: Sequence[RowResult]) -> list[list[str]]:
 def notes(compared: Workflow) -> list[str]:
     """Describe how scores and costs were measured, and their limitations."""
     config, metric = compared.comparison.config, compared.rows[0].main_metric
-    rates = ", ".join(f"{rate:g}" for rate in config.rates)
+    rates, seeds = ", ".join(f"{rate:g}" for rate in config.rates), ", ".join(map(str, config.seeds))
     patience = "without early stopping" if config.patience is None else f"patience {config.patience}"
-    if config.equal_budget:
-        found = [
-            "All methods that are trained only on the target had the same budget (pruned fusions: two more epochs): "
-            f"epochs {config.epochs}, batch size {config.batch_size}, {patience}, the best of the learning rates {rates} "
-            f"by {metric}. Epoch and learning rate were selected on the same validation examples that the scores are "
-            "computed on, so all scores are optimistic."
-        ]
-        # Methods with their best learning rate at the edge of the grid.
-        edge = [
-            row.id
-            for row in compared.rows
-            if row.rate in (min(config.rates), max(config.rates))
-            and len({scores[row.main_metric] for scores in row.grid.values()}) > 1
-        ]
-        if edge:
-            found.append(
-                f"Best learning rate at the edge of the grid, so a wider grid may be better: {', '.join(edge)}."
-            )
-    else:
-        found = [
-            "Each method used the defaults of its command, so learning rates and epochs differ. The best epoch was "
-            "selected on the same validation examples that the scores are computed on, so the scores are optimistic."
-        ]
-    seeds = ", ".join(map(str, config.seeds))
-    if len(config.seeds) > 1:
-        found.append(f"Seeds {seeds}: mean ± standard deviation.")
-    else:
-        found.append(f"One seed ({seeds}): small differences may be due to chance.")
     budget = f"up to {config.source_rows} examples per task, epochs {config.source_epochs}"
+    # Methods with their best learning rate at the edge of the grid.
+    edge = [
+        row.id
+        for row in compared.rows
+        if row.rate in (min(config.rates), max(config.rates))
+        and len({scores[row.main_metric] for scores in row.grid.values()}) > 1
+    ]
+    found = [
+        "All methods that are trained only on the target had the same budget (pruned fusions: two more epochs): "
+        f"epochs {config.epochs}, batch size {config.batch_size}, {patience}, the best of the learning rates {rates} "
+        f"by {metric}. Epoch and learning rate were selected on the same validation examples that the scores are "
+        "computed on, so all scores are optimistic."
+        if config.equal_budget
+        else "Each method used the defaults of its command, so learning rates and epochs differ. The best epoch was "
+        "selected on the same validation examples that the scores are computed on, so the scores are optimistic."
+    ]
+    if edge:
+        found.append(f"Best learning rate at the edge of the grid, so a wider grid may be better: {', '.join(edge)}.")
+    found.append(
+        f"Seeds {seeds}: mean ± standard deviation."
+        if len(config.seeds) > 1
+        else f"One seed ({seeds}): small differences may be due to chance."
+    )
     if compared.comparison.need_sources:
         found.append(
             f"Sources {', '.join(config.sources)}: {budget}, learning rate {SOURCE_RATE:g}, trained once for all methods and seeds."
@@ -107,7 +97,7 @@ def markdown(compared: Workflow) -> str:
     columns = header(compared.rows)
     lines = [f"# {compared.comparison.target}: {len(compared.rows)} methods", ""]
     lines += [f"| | | {' | '.join(columns)} |", f"|---|---|{'---:|' * len(columns)}"]
-    for group, own in by_group(compared.rows):
+    for group, own in groupby(compared.rows, attrgetter("group")):
         lines.append(f"| **{group}** | | {' | '.join('' for _ in columns)} |")
         lines += [f"| `{row.id}` | {row.title} | {' | '.join(cells(row))} |" for row in own]
     lines += ["", *(f"- {note}" for note in notes(compared)), ""]

@@ -37,11 +37,7 @@ class Training:
 
 
 def row_training(comparison: Comparison, row: Row, values: Mapping[str, str]) -> Training:
-    """Build the training sweep of a method over learning rates and seeds.
-
-    Args:
-        values: values of the method's placeholders.
-    """
+    """Build the training sweep of a method over learning rates and seeds; `values` replace its placeholders."""
     config = comparison.config
     own = row.words.format_map(values).split()
     grid = config.equal_budget and row.trains
@@ -58,13 +54,12 @@ def row_training(comparison: Comparison, row: Row, values: Mapping[str, str]) ->
     if grid:
         budget.append(f"optim.patience={'null' if config.patience is None else config.patience}")
         swept.insert(0, f"optim.lr={','.join(map(str, config.rates))}")
-    name = artifact_name(comparison, row.id, "${optim.lr}" if grid else None)
     artifacts = {
-        rate: [name.replace("${optim.lr}", str(rate)).replace("${seed}", str(seed)) for seed in config.seeds]
+        rate: [artifact_name(comparison, row.id, rate).replace("${seed}", str(seed)) for seed in config.seeds]
         for rate in (config.rates if grid else [None])
     }
-    words = [*_merged(own, comparison.words, budget), *swept, f"name={name}"]
-    return _training(comparison, row.module, row.id, words, artifacts)
+    swept.append(f"name={artifact_name(comparison, row.id, '${optim.lr}' if grid else None)}")
+    return _training(comparison, row.module, row.id, own, budget, swept, artifacts)
 
 
 def artifact_name(comparison: Comparison, id: str, rate: float | str | None) -> str:
@@ -76,8 +71,7 @@ def artifact_name(comparison: Comparison, id: str, rate: float | str | None) -> 
 def source_trainings(comparison: Comparison, tasks: Sequence[str], drop: int | None = None) -> list[Training]:
     """Build the sweep that trains source adapters, and a separate one for the target if it has fewer examples.
 
-    Args:
-        drop: number of first layers without adapters. If set, the artifacts are named TASK-dropped.
+    With `drop`, the first layers have no adapters, and the artifacts are named TASK-dropped.
     """
     config, limit = comparison.config, comparison.word("data.limit.train")
     groups: dict[int, list[str]] = {}
@@ -86,32 +80,34 @@ def source_trainings(comparison: Comparison, tasks: Sequence[str], drop: int | N
         fewer = task == comparison.target and limit is not None and limit.isdigit()
         rows = min(config.source_rows, int(limit or 0)) if fewer else config.source_rows
         groups.setdefault(rows, []).append(task)
-    suffix, own = ("", []) if drop is None else ("-dropped", [f"adapter.drop=specialized:{drop}"])
+    suffix = "" if drop is None else "-dropped"
     trainings = []
     for rows, group in groups.items():
+        own = [f"+task={','.join(group)}", *([] if drop is None else [f"adapter.drop=specialized:{drop}"])]
         budget = [f"data.limit.train={rows}", f"trainer.max_epochs={config.source_epochs}", f"optim.lr={SOURCE_RATE}"]
-        words = [f"+task={','.join(group)}", *_merged(own, comparison.words, budget)]
-        if suffix:
-            words.append(f"name=${{task.name}}{suffix}")
-        target = "-target" if len(groups) > 1 and group == [comparison.target] else ""
+        name = [f"name=${{task.name}}{suffix}"] if suffix else []
+        folder = f"sources{suffix}{'-target' if len(groups) > 1 and group == [comparison.target] else ''}"
         artifacts: dict[float | None, list[str]] = {None: [f"{task}{suffix}" for task in group]}
-        trainings.append(_training(comparison, "fusion.stage1", f"sources{suffix}{target}", words, artifacts))
+        trainings.append(_training(comparison, "fusion.stage1", folder, own, budget, name, artifacts))
     return trainings
 
 
 def _training(
-    comparison: Comparison, module: str, folder: str, words: Sequence[str], artifacts: dict[float | None, list[str]]
+    comparison: Comparison,
+    module: str,
+    folder: str,
+    own: Sequence[str],
+    budget: Sequence[str],
+    swept: Sequence[str],
+    artifacts: dict[float | None, list[str]],
 ) -> Training:
+    """Merge all overrides; those passed to both stages are omitted if the comparison sets the same key."""
     runs = comparison.output / "runs" / folder
+    keys = {key_of(word) for word in (*own, *budget)}
+    given = [word for word in comparison.words if key_of(word) not in keys]
     logger = [] if comparison.word("logger") is not None else ["logger=csv"]
     place = [f"store={comparison.store}", f"hydra.sweep.dir={runs}"]
-    return Training(module, ("-m", *words, *logger, *place), artifacts, runs)
-
-
-def _merged(own: Sequence[str], given: Sequence[str], budget: Sequence[str]) -> list[str]:
-    """Merge overrides; those in `given` are omitted if the comparison sets the same key."""
-    keys = {key_of(word) for word in (*own, *budget)}
-    return [*own, *(word for word in given if key_of(word) not in keys), *budget]
+    return Training(module, ("-m", *own, *given, *budget, *swept, *logger, *place), artifacts, runs)
 
 
 @dataclass
@@ -120,11 +116,9 @@ class RowResult:
 
     Attributes:
         rate: the learning rate with the best mean score over seeds, or `None` if it was not swept.
-        artifacts: names of the artifacts trained with it, one per seed.
-        scores: metric values of these artifacts.
+        artifacts: names of the artifacts trained with it, one per seed; `scores`: their metric values.
         grid: mean over seeds by learning rate and metric.
         seconds_per_step, seconds: training time, median over seeds, or `None` if nothing was trained.
-        inference: inference time of the first artifact relative to the backbone without adapters.
     """
 
     id: str
@@ -154,11 +148,7 @@ class RowResult:
 
 
 def target_scores(manifest: Manifest, target: str) -> dict[str, float]:
-    """Return the metrics on the first validation split of the target. Splits of multi-task runs are named TASK/SPLIT.
-
-    Raises:
-        UserError: if the artifact was not evaluated on the target.
-    """
+    """Return the metrics on the first validation split of the target; in multi-task runs, it is named TASK/SPLIT."""
     own = [split for split in manifest.metrics if split.startswith(f"{target}/")]
     splits = own or [split for split in manifest.metrics if "/" not in split]
     if not splits:
@@ -170,14 +160,7 @@ def target_scores(manifest: Manifest, target: str) -> dict[str, float]:
 def row_result(
     row: Row, training: Training, store: Path, target: str, without: Collection[str] = ()
 ) -> RowResult | None:
-    """Return the result with the best learning rate among those with an artifact for every seed, or `None`.
-
-    Args:
-        without: stored artifacts to ignore.
-
-    Raises:
-        UserError: if an artifact was not evaluated on the target.
-    """
+    """Return the result of the best learning rate that has an artifact, not in `without`, for every seed, or `None`."""
     usable = set(names(store)) - set(without)
     complete: dict[float | None, list[Manifest]] = {}
     scores: dict[float | None, dict[str, list[float]]] = {}

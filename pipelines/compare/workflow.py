@@ -5,18 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
 from fusion.files import read_json, write_json
 from fusion.runs.run import describe
+from fusion.runs.sweep import Sweep
 from fusion.store.lookup import names, read_manifest
 from fusion.store.manifest import Manifest
+from fusion.text import shortened
 from pipelines.commands import Outcome, attempt, say, typed
 from pipelines.compare import inference, trainings
 from pipelines.compare.config import Comparison
-from pipelines.compare.rows import GROUPS, IDS, Row
+from pipelines.compare.rows import IDS, Row
 from pipelines.compare.trainings import SOURCE_RATE, RowResult, Training
 
 CONFIG_ERROR = 2  # exit code
@@ -24,30 +25,22 @@ JOB = re.compile(r"^job \d+ \(.*?\): ")  # prefix of the error of an invalid job
 
 
 class Workflow:
-    """A comparison and its results.
-
-    Attributes:
-        failures: dicts with `id` (method or source), `what` ("row", "source" or the failed part) and `reason`.
-        inference: backbone timings and how they were measured; empty if not measured.
-        notes: additional notes for the table.
-        source_commands: the command that trained each source, from its manifest.
-    """
+    """A comparison and its results."""
 
     def __init__(self, comparison: Comparison) -> None:
         self.comparison, self.store = comparison, comparison.store
         self.sources = comparison.config.sources
-        self.dropped: list[str] = []  # sources trained with AdapterDrop, if required
+        self.dropped: list[str] = []  # sources trained with AdapterDrop
         self.rows: list[RowResult] = []
-        self.failures: list[dict[str, str]] = []
-        self.inference: dict[str, Any] = {}
+        self.failures: list[dict[str, str]] = []  # id (of a method or source), what (failed) and reason
+        self.inference: dict[str, Any] = {}  # timings of the backbone, and how they were measured
         self.notes: list[str] = []
-        self.source_commands: list[str] = []
+        self.source_commands: list[str] = []  # from the manifests of the sources
 
     def run(self) -> None:
-        """Run the training commands and collect the scores. Artifacts that already exist are not retrained.
+        """Run the training commands, which skip existing artifacts, and collect the scores.
 
-        Raises:
-            SystemExit: if interrupted (130, 143), or if the settings of the first command are invalid (2).
+        Raises SystemExit if interrupted (130, 143), or if the settings of the first command are invalid (2).
         """
         rows, selected = self.comparison.rows, self.comparison.config.methods
         extra = [row.id for row in rows if selected and row.id not in selected]
@@ -59,15 +52,13 @@ class Workflow:
             if stored:
                 say(f"already stored: {', '.join(stored)}")
             self.note_other_settings(stored)
-            missing = [source for source in self.sources if source not in stored]
-            self.train_sources(trainings.source_trainings(self.comparison, missing))
+            self.train_sources([source for source in self.sources if source not in stored])
         for number, row in enumerate(rows, 1):
             say(f"\n[{number}/{len(rows)}] {row.id}: {row.title}")
             try:
                 self.run_row(row)
             except (UserError, KeyError) as error:  # a damaged or incomplete manifest
                 self.fail(row.id, "row", describe(error))
-        self.rows.sort(key=lambda result: GROUPS.index(result.group))
         sources = [*(self.sources if self.comparison.need_sources else []), *self.dropped]
         self.source_commands = [
             typed("fusion.stage1", [word.replace("\\", "") for word in self.manifest(source).run.overrides])
@@ -75,11 +66,11 @@ class Workflow:
         ]
 
     def fail(self, id: str, what: str, reason: str) -> None:
-        self.failures.append({"id": id, "what": what, "reason": one_line(reason)})
+        reason = shortened(JOB.sub("", " ".join(reason.split())), 400)
+        self.failures.append({"id": id, "what": what, "reason": reason})
         say("FAILED {id} ({what}): {reason}".format_map(self.failures[-1]))
 
     def stored(self, artifacts: Sequence[str]) -> list[str]:
-        """Return the artifacts that exist in the store."""
         there = names(self.store)
         return [name for name in artifacts if name in there]
 
@@ -88,8 +79,8 @@ class Workflow:
 
     # --- sources --------------------------------------------------------------------------------------
 
-    def train_sources(self, commands: Sequence[Training]) -> None:
-        for training in commands:
+    def train_sources(self, tasks: Sequence[str], drop: int | None = None) -> None:
+        for training in trainings.source_trainings(self.comparison, tasks, drop):
             reasons, code = self.train(training)
             for name, reason in reasons.items():
                 self.fail(name, "source", reason)
@@ -100,8 +91,7 @@ class Workflow:
         """Return the names of the sources with AdapterDrop, after training missing ones."""
         tasks, half = self.source_tasks(), self.half()
         self.dropped = [f"{task}-dropped" for task in tasks]
-        missing = [task for task in tasks if not self.stored([f"{task}-dropped"])]
-        self.train_sources(trainings.source_trainings(self.comparison, missing, drop=half))
+        self.train_sources([task for task in tasks if not self.stored([f"{task}-dropped"])], drop=half)
         return self.available(self.dropped)
 
     def available(self, sources: list[str]) -> list[str]:
@@ -136,11 +126,7 @@ class Workflow:
     # --- methods --------------------------------------------------------------------------------------
 
     def run_row(self, row: Row) -> None:
-        """Train a method and read its results.
-
-        Raises:
-            UserError: if an artifact that the method depends on is missing.
-        """
+        """Train a method and read its results. Raises UserError if an artifact that it depends on is missing."""
         values = self.values(row)
         training = trainings.row_training(self.comparison, row, values)
         again = ("overwrite=true",) if self.is_stale(training, [values[id] for id in row.needs]) else ()
@@ -156,11 +142,7 @@ class Workflow:
                     self.fail(row.id, f"rate {rate:g}, seed {seed}", reasons[name])
 
     def values(self, row: Row) -> dict[str, str]:
-        """Return the values of the method's placeholders.
-
-        Raises:
-            UserError: if an artifact is missing.
-        """
+        """Return the values of the method's placeholders. Raises UserError if an artifact is missing."""
         available = {
             "half": lambda: str(self.half()),
             "keep": lambda: str(max(1, min(2, len(self.sources) - 1))),
@@ -178,34 +160,28 @@ class Workflow:
         raise UserError(f"depends on {id}, which failed")
 
     def is_stale(self, training: Training, needed: Sequence[str]) -> bool:
-        """Return whether a stored artifact was trained from sources that have changed since.
-
-        Args:
-            needed: artifacts of other methods that it has to depend on.
-        """
+        """Return whether a stored artifact does not depend on `needed`, or on sources that have changed since."""
         stored = names(self.store)
-        for manifest in (self.manifest(name) for name in training.names if name in stored):
+        for manifest in map(self.manifest, self.stored(training.names)):
             used = re.split(r"[][,= ]", " ".join(manifest.run.overrides).replace("\\", ""))
             sources = [source for source in manifest.sources if source.name in stored]
-            if any(self.manifest(source.name).hash != source.hash for source in sources):
-                return True
-            if not set(needed) <= set(used):
+            changed = any(self.manifest(source.name).hash != source.hash for source in sources)
+            if changed or not set(needed) <= set(used):
                 return True
         return False
 
     def train(self, training: Training) -> tuple[dict[str, str], int]:
         """Run a sweep. Returns the reasons of failed artifacts by name, and the exit code."""
-        before = _stamps(training.folder)
+        sweep = Sweep.start(training.folder)
         outcome = attempt(training.module, list(training.overrides))
-        new = [file for file, stamp in _stamps(training.folder).items() if before.get(file) != stamp]
-        statuses = {status.get("name"): status for status in map(read_json, new)}
+        jobs = {job.status.get("name"): job for job in sweep.jobs()}
         reasons = {}
         for name in training.names:
-            status = statuses.get(name)
-            if status is None and outcome.code != 0:
+            job = jobs.get(name)
+            if job is None and outcome.code != 0:
                 reasons[name] = reason_of(outcome)
-            elif status is not None and status["status"] != "done":
-                reasons[name] = str(status["error"] or status["status"])
+            elif job is not None and job.state != "done":
+                reasons[name] = str(job.status.get("error") or job.state)
         if not reasons:
             say(f"done in {outcome.seconds:.0f} s")
         return reasons, outcome.code
@@ -244,11 +220,6 @@ class Workflow:
                 result.inference = timed["artifacts"][name]
 
 
-def _stamps(folder: Path) -> dict[Path, int]:
-    """Return the modification times of the status files of a sweep's jobs."""
-    return {file: file.stat().st_mtime_ns for file in sorted(folder.glob("*/status.json"))}
-
-
 def reason_of(outcome: Outcome) -> str:
     """Return why a command failed without a status file: its last line on stderr, or its configuration error."""
     lines = [line for line in outcome.errors if line.strip()]
@@ -258,8 +229,3 @@ def reason_of(outcome: Outcome) -> str:
         return lines[-1]
     jobs = [number for number, line in enumerate(lines) if JOB.match(line)]
     return " ".join(lines[jobs[-1] :] if jobs else lines[-2:])
-
-
-def one_line(text: str, longest: int = 400) -> str:
-    text = JOB.sub("", " ".join(text.split()))
-    return text if len(text) <= longest else text[: longest - 1] + "…"

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from fusion.config.model import AdapterConfig
-from pipelines import adapterdrop
+from pipelines import commands
 from pipelines.adapterdrop import DropConfig, name_of, scores_by_drop, summary, timings, train
 from tests.bench import Bench
 
 
 def test_both_kinds_are_trained_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[list[str]] = []
-    monkeypatch.setattr(adapterdrop, "call", lambda module, overrides: calls.append([module, *overrides]))
+    monkeypatch.setattr(commands, "call", lambda module, overrides: calls.append([module, *overrides]))
     train(DropConfig(tasks=["cb"], seeds=[1, 2], rows=50, output="out", data_dir="data"))
     plain, robust = (set(call) for call in calls)
     for one, other, kind, drop in ((plain, robust, "plain", "null"), (robust, plain, "robust", "robust")):

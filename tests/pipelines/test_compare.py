@@ -29,7 +29,7 @@ from pipelines.compare.inference import ratios
 from pipelines.compare.rows import COMPOSITIONS, IDS, MULTITASK, ROWS, SINGLE, Row, chosen
 from pipelines.compare.table import draw, notes, terminal_table
 from pipelines.compare.trainings import RowResult, row_result, row_training, source_trainings, target_scores
-from pipelines.compare.workflow import Workflow, one_line, reason_of
+from pipelines.compare.workflow import Workflow, reason_of
 from pipelines.timing import MIN_ROUNDS, rounds
 from tests.bench import LABELS, write_task
 from tests.store.conftest import build
@@ -591,12 +591,14 @@ def test_rows_are_reported_if_timing_fails(commands: Commands, tmp_path: Path) -
 
 def test_reasons_are_one_line() -> None:
     said = ("noise", "job 0 (+task=cb optim.lr=5e-05 name=a): no such thing", "say another", "")
-    assert one_line(reason_of(Outcome(2, 1.0, said[1:]))) == "no such thing say another"
-    assert one_line(reason_of(Outcome(2, 1.0, said))) == "no such thing say another"
+    compared = Workflow(compare_of())
+    for reason in (reason_of(Outcome(2, 1.0, said[1:])), reason_of(Outcome(2, 1.0, said)), "x" * 1000):
+        compared.fail("a", "row", reason)
+    first, second, long = (failure["reason"] for failure in compared.failures)
+    assert first == second == "no such thing say another" and len(long) == 400
     assert reason_of(Outcome(2, 1.0, ("a", "b", "c"))) == "b c"
     assert reason_of(Outcome(1, 1.0, said)) == "say another"
     assert reason_of(Outcome(-9, 1.0, ())) == "exit code -9 without an error message"
-    assert len(one_line("x" * 1000)) == 400
 
 
 # --- table and picture ----------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipelines import ranking
+from pipelines import commands, ranking
 from pipelines.ranking import RankingConfig, agreements, cost, gains, main
 
 SOURCES = ["snli", "rte", "sst2"]
@@ -80,7 +80,8 @@ def test_the_commands_and_the_report(
             rank_into(output)
         return 0.0
 
-    monkeypatch.setattr(ranking, "call", call)
+    for module in (commands, ranking):
+        monkeypatch.setattr(module, "call", call)
     arguments = ["sources=[snli,rte,sst2]", "targets=[cb]", "seeds=[1,2]", "data_dir=data", f"output={output}"]
     assert main(arguments) == 0
     sources, ranked, alone, after = calls

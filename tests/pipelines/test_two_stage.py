@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipelines import two_stage
+from pipelines import commands
 from pipelines.two_stage import compare, main, verdict
 
 SINGLE, FUSION = [0.70, 0.72, 0.68, 0.75, 0.71], [0.74, 0.73, 0.71, 0.77, 0.76]
@@ -37,7 +37,7 @@ def test_the_interval_is_that_of_a_paired_t_test(seeds: int) -> None:
 
 def test_each_seed_fuses_its_own_single_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls: list[list[str]] = []
-    monkeypatch.setattr(two_stage, "call", lambda module, overrides: calls.append([module, *overrides]))
+    monkeypatch.setattr(commands, "call", lambda module, overrides: calls.append([module, *overrides]))
     for name, score in {
         "rte-seed-1": 0.5,
         "rte-seed-2": 0.6,
