@@ -1,15 +1,15 @@
-"""Kill real training runs at random places, start them again, and compare what they end with.
+"""Kill training runs at random fault points, rerun them, and compare the results with uninterrupted runs.
 
     python -m tests.crash kills=100
     python -m tests.crash kills=10 kinds=[adapter,fusion] fork=true
 
-Tiny runs of both stages, in one process and in two, are killed by SIGKILL up to four times each: within a batch, in
-a validation, while a checkpoint, a cache or an artifact is half written, between renames, and at any moment; the
-command itself, one rank, or all processes. After each death the same command is started again. It must end with the
-weights of an undisturbed run, bit for bit, and a reader of the store must never find half an artifact.
+Small runs of both stages, with one and with two processes, are killed with SIGKILL up to four times each: during a
+batch or a validation, while a checkpoint, a cache or an artifact is partially written, between renames, and at random
+times; the command itself, one rank, or all processes. After each kill the same command is run again. The final weights
+must be bitwise identical to those of an uninterrupted run, and the store must never contain an incomplete artifact.
 
-In OUTPUT: results.json, and the folders of the runs that did not end as they should.
-Exit codes: 0 all were equal, 1 one was not, 2 a wrong command, 130 interrupted, 143 terminated.
+OUTPUT contains results.json and the directories of failed runs.
+Exit codes: 0 all results are identical, 1 a result differs, 2 invalid command, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from tests.fork_server import warm_python
 
 @dataclass
 class CrashConfig:
-    kills: int = 100  # deaths that have to happen
-    seed: int = 0  # of what is killed where
+    kills: int = 100  # minimum number of kills in total
+    seed: int = 0  # seed of the choice of fault points
     output: str = "outputs/crash"
-    jobs: int = 2  # runs at a time
-    kinds: list[str] = field(default_factory=list)  # of runs; empty: all
-    fork: bool = False  # fork the commands from a process that has imported all: faster, but no death in an import
+    jobs: int = 2  # concurrent runs
+    kinds: list[str] = field(default_factory=list)  # kinds of runs; empty: all
+    fork: bool = False  # fork commands from a process with all modules imported: faster, but no kills during imports
 
     def __post_init__(self) -> None:
         for key in ("kills", "jobs"):
             if getattr(self, key) < 1:
                 raise UserError(f"{key}={getattr(self, key)}: expected at least 1")
         if unknown := [name for name in self.kinds if name not in KINDS]:
-            raise UserError(f"kinds=[{','.join(unknown)}]: expected some of {', '.join(KINDS)}")
+            raise UserError(f"kinds=[{','.join(unknown)}]: expected one or more of {', '.join(KINDS)}")
 
 
 def work(config: CrashConfig) -> int:
@@ -60,7 +60,7 @@ def work(config: CrashConfig) -> int:
             code = 1
         except (KeyboardInterrupt, Terminated) as error:
             code = 130 if isinstance(error, KeyboardInterrupt) else 143
-            print("interrupted; no process of it is left", file=sys.stderr)
+            print("interrupted; all processes were terminated", file=sys.stderr)
     if outcomes:
         say(f"\n{summary(outcomes)}\nResults: {output / 'results.json'}")
     return code or int(any(outcome.outcome != EQUAL for outcome in outcomes))

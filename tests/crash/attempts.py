@@ -1,4 +1,4 @@
-"""One attempt of a run: a command is started, perhaps killed, and watched until all its processes have ended."""
+"""One attempt of a run: start a command, optionally kill it, and wait until all its processes have exited."""
 
 from __future__ import annotations
 
@@ -19,24 +19,27 @@ from pipelines.commands import ROOT
 from tests.crash.faults import BEGUN, KILLED, MAIN, VARIABLE, kill_processes, processes_of
 from tests.crash.plan import ANY_MOMENT, Kill, Profile
 
-GRACE = 15.0  # seconds in which the other processes must end after the command
-TIMEOUT = 240.0  # seconds after which an attempt counts as hanging
+GRACE = 15.0  # seconds in which the other processes must exit after the command
+TIMEOUT = 240.0  # seconds after which an attempt is considered to hang
 _POLL = 0.05
-_CHECK = 0.5  # seconds between two reads of the store, as another program may read it
+_CHECK = 0.5  # seconds between two concurrent reads of the store
 _UNSET = ("LOCAL_RANK", "FUSION_DATA_DIR", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "WORLD_SIZE")
 
 
 class Stopped(Exception):
-    """The trial was asked to end; the processes of the attempt are dead."""
+    """The crash test was interrupted; the processes of the attempt were killed."""
 
 
 @dataclass
 class Attempt:
-    """How one ended.
+    """Result of an attempt.
 
-    code: exit code of the command, below 0 of a signal. killed: the role of the killed process, or "all"; None: none.
-    resumed: where it started. problems: what must not happen, such as processes that outlive the command.
-    folder: what it wrote: run/, output.txt, visits-ROLE.json and a file for each process.
+    Attributes:
+        code: exit code of the command; negative for a signal.
+        killed: role of the killed process, or "all"; `None` if none was killed.
+        resumed: where training resumed.
+        problems: error messages, such as processes that outlived the command.
+        folder: directory with run/, output.txt, visits-ROLE.json and one file per process.
     """
 
     code: int
@@ -67,17 +70,17 @@ def make_attempt(
     check: Callable[[], str | None],
     stop: threading.Event,
 ) -> Attempt:
-    """Run `python -m COMMAND` and, with `kill`, kill it at its place.
+    """Run `python -m COMMAND` and, if `kill` is given, kill it at that fault point.
 
     Args:
-        own: the attempt's folder, made here; the command runs in the folder above.
-        check: returns what is wrong in the store, if anything; called while the attempt runs and once it is over.
+        own: directory of the attempt, created here. The command runs in its parent.
+        check: returns an error message about the store, or `None`; called during the attempt and after it.
 
     Raises:
-        Stopped: `stop` was set.
+        Stopped: if `stop` was set.
     """
     own.mkdir(parents=True)
-    problems: dict[str, None] = {}  # each once, in order
+    problems: dict[str, None] = {}  # distinct, in order
     started = checked = time.monotonic()
     due = started + kill.seconds if kill is not None and kill.seconds is not None else None
     process = _start(python, own, command, kill)
@@ -100,12 +103,12 @@ def make_attempt(
         while alive(own) and time.monotonic() < deadline:
             time.sleep(_POLL)
         if alive(own):
-            problems[f"processes outlived the command by {GRACE:g} s"] = None
+            problems[f"processes were still running {GRACE:g} s after the command exited"] = None
     seconds = time.monotonic() - started
     for pid in alive(own):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    process.kill()  # it may have been stopped before it had a file
+    process.kill()  # if it was interrupted before it wrote its file
     code = process.wait()
     if stop.is_set():
         raise Stopped
@@ -134,12 +137,12 @@ def _start(python: str, own: Path, command: list[str], kill: Kill | None) -> sub
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            start_new_session=True,  # a Ctrl-C is for the trial, which then kills
+            start_new_session=True,  # Ctrl-C only reaches the crash test, which then kills the attempt
         )
 
 
 def resumed_at(own: Path) -> str:
-    """Where an attempt started, from its log and whether there was a training batch."""
+    """Return where training resumed, according to the log."""
     log = own / "run" / "run.log"
     found = re.search(r"epoch (\d+), batch (\d+)", log.read_text(encoding="utf-8")) if log.exists() else None
     if found is not None:
@@ -148,12 +151,12 @@ def resumed_at(own: Path) -> str:
 
 
 def alive(own: Path) -> list[int]:
-    """The processes of an attempt that still run."""
+    """Return the running processes of an attempt."""
     return [pid for pid in processes_of(own) if _state(pid) not in ("", "Z", "X")]
 
 
 def _state(pid: int) -> str:
-    """R, S, Z (zombie) and so on; empty if the process does not exist."""
+    """Return the state of a process, such as R, S or Z; empty if it does not exist."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
     except (OSError, IndexError):

@@ -1,8 +1,8 @@
-"""Fault injection: a process of a command kills itself by SIGKILL at a chosen place, as a power cut would.
+"""Fault injection: a process kills itself with SIGKILL at a chosen fault point, like a power failure.
 
-The project has no hooks for this. Files are watched through `os.replace`, `os.fsync`, `shutil.rmtree` and `open`, steps
-by wrapping methods once their module is imported. Only the standard library is imported here, since this runs before
-anything else in every process of a command.
+File operations are observed through `os.replace`, `os.fsync`, `shutil.rmtree` and `open`, training steps by wrapping
+methods when their module is imported. Only the standard library is imported, since this module is imported first in
+every process of a command.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-VARIABLE = "FUSION_CRASH"  # environment: {"folder": where the processes write, "kill": a Kill or null}, as JSON
-MAIN = "main"  # role of the process that the command started; the others have their rank as role
-KILLED, BEGUN = "killed", "begun"  # files in the folder: the killed process; a training batch was reached
-NEW = "~new"  # ending of an artifact that is being written, in STORE/.staging
+VARIABLE = "FUSION_CRASH"  # environment variable with JSON: {"folder": output directory, "kill": Kill or null}
+MAIN = "main"  # role of the main process; the role of the others is their rank
+KILLED, BEGUN = "killed", "begun"  # files in the directory: the killed process; training has begun
+NEW = "~new"  # suffix of an artifact that is being written, in STORE/.staging
 
 READS = "a checkpoint is read"
 BATCH = "a training batch"
@@ -42,7 +42,7 @@ def _is_overwritten(old: Path, new: Path) -> bool:
     return _is_stored(old, new) and old.with_name(f"{new.name}.old").exists()
 
 
-# Places before and after os.replace(old, new); the first that fits counts.
+# Fault points before and after os.replace(old, new); the first match is used.
 BEFORE_RENAME: dict[str, Rename] = {
     "before a checkpoint's renames": lambda old, new: new.name == "before.ckpt",
     "before the feature cache is put in place": lambda old, new: new.suffix == ".states",
@@ -57,13 +57,13 @@ AFTER_RENAME: dict[str, Rename] = {
     "between an overwrite's renames": lambda old, new: new.parent.name == ".staging",
     "overwritten, the old one is still there": _is_overwritten,
 }
-# Places where a file is written and not synced, which is when it can be left half-written.
+# Fault points between writing and syncing a file, when it can be left partially written.
 HALF_STAGED = {
     "weights.safetensors": "half the weights",
     "head.safetensors": "half the head",
     "manifest.json": "half the manifest",
 }
-# By module: class, method, and the places before and after a call of it.
+# By module: class, method, and the fault points before and after a call.
 METHODS: dict[str, list[tuple[str, str, str, str]]] = {
     "fusion.training.module": [
         ("TaskModule", "training_step", BATCH, ""),
@@ -75,13 +75,12 @@ METHODS: dict[str, list[tuple[str, str, str, str]]] = {
 
 
 class Faults:
-    """Counts the visits to each place, and kills at one of them.
+    """Count the visits of each fault point, and kill processes at one of them.
 
     Args:
-        folder: each process has a file there, named by its id, with its role.
-        kill: {place, count, target, share}: at which visit, by any process, which processes are killed (a role, or
-            "all"); `share` of a half-written file is kept. None: visits are only counted.
-        role: of this process.
+        folder: directory with one file per process, named by process id, that contains its role.
+        kill: a `Kill` as a dict. If `None`, visits are only counted.
+        role: role of this process.
     """
 
     def __init__(self, folder: Path, kill: dict[str, Any] | None, role: str) -> None:
@@ -90,14 +89,17 @@ class Faults:
         (folder / str(os.getpid())).write_text(role, encoding="utf-8")
 
     def reach(self, place: str, truncate: Callable[[float], None] | None = None) -> None:
-        """This process is at a place; `truncate` first does to a file what a death while it is written does."""
+        """Visit a fault point. Before a kill, `truncate` leaves a file partially written."""
         self.visits[place] += 1
         if place == BATCH:
             (self.folder / BEGUN).touch()
         kill = self.kill
         if kill is None or (kill["place"], kill["count"]) != (place, self.visits[place]):
             return
-        if truncate is not None and kill["target"] in ("all", self.role):  # else it lives and writes the rest
+        if truncate is not None and kill["target"] in (
+            "all",
+            self.role,
+        ):  # otherwise this process survives and finishes the file
             truncate(kill["share"])
         kill_processes(self.folder, kill["target"])
 
@@ -106,12 +108,12 @@ class Faults:
 
 
 def processes_of(folder: Path) -> dict[int, str]:
-    """The processes of an attempt, dead or alive, with their roles."""
+    """Return the ids of all processes of an attempt, also exited ones, with their roles."""
     return {int(file.name): file.read_text(encoding="utf-8") for file in folder.glob("[0-9]*")}
 
 
 def kill_processes(folder: Path, target: str) -> None:
-    """Kill those of a role, or all: the process that starts the others first, this one last."""
+    """Kill the processes of a role, or all: the main process first, this process last."""
     (folder / KILLED).write_text(target, encoding="utf-8")
     chosen = [(pid, role) for pid, role in processes_of(folder).items() if target in ("all", role)]
     for pid, _ in sorted(chosen, key=lambda process: (process[0] == os.getpid(), process[1] != MAIN)):
@@ -122,14 +124,14 @@ def kill_processes(folder: Path, target: str) -> None:
 
 
 def install() -> None:
-    """Watch this process if the environment enables it."""
+    """Install fault injection in this process if VARIABLE is set."""
     if VARIABLE not in os.environ:
         return
     plan = json.loads(os.environ[VARIABLE])
     faults = Faults(Path(plan["folder"]), plan["kill"], os.environ.get("LOCAL_RANK", MAIN))
     watch_files(faults)
     for name in METHODS:
-        if name in sys.modules:  # in a process that was forked from one that has imported it
+        if name in sys.modules:  # in a process forked after the import
             _watch_methods(faults, sys.modules[name])
     sys.meta_path.insert(0, _AfterImport(faults, METHODS.keys() - sys.modules.keys()))
     atexit.register(faults.write_visits)
@@ -190,7 +192,7 @@ def _place_of_write(path: Path) -> str | None:
 
 
 def _is_staged(path: Path) -> bool:
-    """Whether it is a file of the artifact that is being written, and not of the copy of a source."""
+    """Return whether a file belongs to the artifact that is being written, not to a copy of a source."""
     return path.parent.parent.name == ".staging" and path.parent.name.endswith(NEW)
 
 
@@ -223,7 +225,7 @@ def _watch_methods(faults: Faults, module: ModuleType) -> None:
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Watches the methods of a module as soon as it is imported."""
+    """Wrap the methods of a module when it is imported."""
 
     def __init__(self, faults: Faults, modules: set[str]) -> None:
         self._faults, self._modules = faults, modules
@@ -234,7 +236,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         if name not in self._modules:
             return None
         self._modules.remove(name)
-        spec = importlib.util.find_spec(name)  # by the other finders: this one no longer has the name
+        spec = importlib.util.find_spec(name)  # found by the other finders
         assert spec is not None and spec.loader is not None
         execute = spec.loader.exec_module
 

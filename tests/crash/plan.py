@@ -1,4 +1,4 @@
-"""Which run is killed where: drawn by a seed, so that every place comes up."""
+"""Random choice of the kills of each run, given a seed. Every fault point is chosen."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tests.crash.faults import AFTER_RENAME, BATCH, MAIN, READS
 from tests.crash.workload import Kind
 
 ANY_MOMENT = "any moment"
-MOST_KILLS = 4  # of one run, before it may end
+MOST_KILLS = 4  # maximum number of kills of one run
 
-# In the order in which a run reaches them.
+# Fault points in the order in which a run reaches them.
 _COPY = ("a source is copied and not in place",)
 _CACHE = (
     "half a file of the token cache",
@@ -43,15 +43,19 @@ _END = ("stored, the checkpoints are still there", "the checkpoints are half rem
 _PHASES = (_COPY, _CACHE, TRAINING, _STORE, _END)
 PHASE = {place: number for number, phase in enumerate(_PHASES) for place in phase}
 PLACES = (*PHASE, READS, ANY_MOMENT)
-_WEIGHTS = {ANY_MOMENT: 8, BATCH: 2, "half a checkpoint": 2}  # how much more often than the other places
+_WEIGHTS = {ANY_MOMENT: 8, BATCH: 2, "half a checkpoint": 2}  # relative to the other fault points
 
 
 @dataclass(frozen=True)
 class Kill:
-    """One death.
+    """One kill.
 
-    place: where. count: at which visit, from 1. target: the role of the process that is killed, or "all".
-    share: of a half-written file that is kept. seconds: after the start, where the place is any moment.
+    Attributes:
+        place: the fault point.
+        count: the visit of the fault point at which to kill, from 1.
+        target: role of the process to kill, or "all".
+        share: fraction of a partially written file that is kept.
+        seconds: time after the start, if `place` is ANY_MOMENT.
     """
 
     place: str
@@ -68,17 +72,17 @@ class Kill:
 
 @dataclass(frozen=True)
 class Profile:
-    """Of an undisturbed run of a kind: visits to each place (of the process with the most), and seconds."""
+    """Number of visits of each fault point (maximum over processes) and seconds of an uninterrupted run."""
 
     visits: Mapping[str, int]
     seconds: float
 
 
 class Plan:
-    """Draws the kills of one run after another; the places that were drawn least often come first.
+    """Choose the kills of each run, starting with the fault points that were chosen least often.
 
     Args:
-        profiles: by kind.
+        profiles: profiles of uninterrupted runs, by kind.
     """
 
     def __init__(self, profiles: Mapping[str, Profile], seed: int) -> None:
@@ -87,7 +91,7 @@ class Plan:
         self._drawn: Counter[str] = Counter()
 
     def kills(self, kind: Kind) -> list[Kill]:
-        """One to `MOST_KILLS`, one per attempt, in the order in which a run reaches them."""
+        """Return 1 to `MOST_KILLS` kills, one per attempt, in the order in which a run reaches them."""
         profile, draw = self._profiles[kind.name], self._random
         targets = [MAIN] if kind.processes == 1 else [MAIN, "all", *map(str, range(kind.processes))]
         places = self._places(profile)
@@ -96,7 +100,7 @@ class Plan:
             count, seconds = 1, None
             if place == ANY_MOMENT:
                 seconds = draw.uniform(0.0, profile.seconds)
-            elif place in TRAINING:  # attempts resume: all of them together make these visits
+            elif place in TRAINING:  # attempts resume, so these visits are spread over all of them
                 count = draw.randint(1, max(1, profile.visits[place] // len(places)))
             kills.append(Kill(place, count, draw.choice(targets), draw.random(), seconds))
         return kills

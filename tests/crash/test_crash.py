@@ -1,4 +1,4 @@
-"""The crash trial: kills happen exactly where they are planned, faults are noticed, and a short trial for real."""
+"""Crash test: kills happen exactly where they are planned, faults are detected, and a short run of the command."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs a stub of a run in this process; a kill is an exception."""
+    """Run a stub of a training run in this process; kills raise an exception."""
 
     def run(place: str = "", count: int = 1, target: str = MAIN, share: float = 0.3) -> Faults:
         kill = {"place": place, "count": count, "target": target, "share": share}
@@ -140,7 +140,7 @@ def attempt(folder: Path, program: str, kill: Kill | None = None, **options: Any
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a space in its name; modules in it can be run."""
+    """A directory with a space in its name, on the import path."""
     folder = tmp_path / "out put"
     folder.mkdir()
     monkeypatch.setenv("PYTHONPATH", str(folder))
@@ -171,7 +171,7 @@ def test_only_the_target_is_killed_and_processes_that_outlive_the_command_are_re
     """
     ended = attempt(folder, program, Kill(ANY_MOMENT, 1, "1", seconds=1.5))
     assert (ended.code, ended.killed) == (0, "1"), ended.last_line
-    assert ended.problems == ["processes outlived the command by 0.5 s"]
+    assert ended.problems == ["processes were still running 0.5 s after the command exited"]
     assert sorted(processes_of(ended.folder).values()) == ["0", "1", MAIN]
     deadline = time.monotonic() + 10
     while alive(ended.folder):
@@ -225,7 +225,7 @@ def test_every_fault_point_occurs_in_a_hundred_kills(seed: int) -> None:
 
 @pytest.fixture
 def reader(bench: Bench, tmp_path: Path) -> StoreReader:
-    """Of a store with what an undisturbed run stored, and that is what is expected."""
+    """Return a reader of a store that contains the expected artifact."""
     bench.stage1("films", name=NAME, store=str(tmp_path / "undisturbed"))
     expected = load(NAME, tmp_path / "undisturbed")
     shutil.copytree(tmp_path / "undisturbed" / NAME, tmp_path / "store" / NAME)
@@ -242,7 +242,7 @@ def test_a_reader_of_the_store_finds_the_old_artifact_the_new_one_or_none(reader
     half.write_bytes(content)
     head = {name: tensor + 1 for name, tensor in expected.head.items()}
     save(store, expected.manifest, expected.weights, head, overwrite=True)
-    assert reader.problem() == "another artifact was in the store"
+    assert reader.problem() == "the store contained an unexpected artifact"
     overwriting = StoreReader(store, expected, overwrites=True)
     assert overwriting.problem() is None, "the old one"
     shutil.rmtree(store / NAME)

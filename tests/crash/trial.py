@@ -1,4 +1,4 @@
-"""Undisturbed runs first, then the same ones with deaths in between, and whether both end with the same bits."""
+"""Run each kind of command uninterrupted and with kills, and compare the results bitwise."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from fusion.store.artifacts import Artifact
 
 EQUAL = "equal"
-_MARK = ".crash-trial"  # in a folder that an earlier trial has made
+_MARK = ".crash-trial"  # marks a directory created by an earlier crash test
 
 
 @dataclass
 class Death:
-    """A kill that was planned, whether it happened, and where the next attempt started."""
+    """A planned kill, whether it happened, and where the next attempt resumed."""
 
     kill: Kill
     happened: bool
@@ -40,7 +40,7 @@ class Death:
 
 @dataclass
 class Outcome:
-    """How a run with deaths ended: `equal`, or what was wrong."""
+    """Result of a run with kills: `equal`, or an error message."""
 
     number: int
     kind: Kind
@@ -55,9 +55,12 @@ class Outcome:
 
 @dataclass
 class Trial:
-    """All runs of a trial, in the folder `output`.
+    """All runs of a crash test, in the directory `output`.
 
-    kinds: names of `KINDS`. jobs: runs at a time. python: the interpreter that runs the commands.
+    Attributes:
+        python: interpreter that runs the commands.
+        kinds: names of `KINDS`.
+        jobs: number of concurrent runs.
     """
 
     output: Path
@@ -71,10 +74,11 @@ class Trial:
     expected: dict[str, Artifact] = field(default_factory=dict)
 
     def run(self) -> Iterator[Outcome]:
-        """Each run with its deaths as it ends, until there were enough deaths.
+        """Yield the outcome of each run when it ends, until there were `kills` kills.
 
         Raises:
-            UserError: the folder holds something else, an undisturbed run failed, or a place was never reached.
+            UserError: if the directory contains other files, an uninterrupted run failed, or a fault point was never
+                reached.
         """
         self._clear()
         write_work(self.output / "work")
@@ -93,10 +97,10 @@ class Trial:
 
     def _clear(self) -> None:
         if not Path("/proc/self/fd").is_dir():
-            raise UserError("the crash trial reads from /proc which file is written: it needs Linux")
+            raise UserError("crash tests require Linux, since they read open files from /proc")
         mark = self.output / _MARK
         if self.output.exists() and not mark.exists() and any(self.output.iterdir()):
-            raise UserError(f"output={self.output}: expected a new or empty folder, or one of an earlier crash trial")
+            raise UserError(f"output={self.output}: expected a new or empty directory, or one of an earlier crash test")
         for part in ("work", "preparations", "undisturbed", "runs"):
             shutil.rmtree(self.output / part, ignore_errors=True)
         self.output.mkdir(parents=True, exist_ok=True)
@@ -122,10 +126,10 @@ class Trial:
         attempt = make_attempt(self.python, own, kind.command, None, lambda: None, self.stop)
         if attempt.code != 0:
             raise UserError(
-                f"an undisturbed run failed: {typed(kind.command[0], kind.command[1:])}\n"
-                f"{attempt.last_line} (its output: {own / 'output.txt'})"
+                f"an uninterrupted run failed: {typed(kind.command[0], kind.command[1:])}\n"
+                f"{attempt.last_line} (output: {own / 'output.txt'})"
             )
-        say(f"  {kind.name}, undisturbed: {attempt.seconds:.1f} s")
+        say(f"  {kind.name}, uninterrupted: {attempt.seconds:.1f} s")
         return attempt
 
     def _expect(self, kind: Kind) -> None:
@@ -147,12 +151,12 @@ class Trial:
         never = [place for place in PHASE if not any(p.visits.get(place) for p in self.profiles.values())]
         if never:
             raise UserError(
-                f"no undisturbed run reached: {', '.join(never)}.\n"
-                "Have files or methods got other names? tests/crash/faults.py lists those it watches"
+                f"fault points that no uninterrupted run reached: {', '.join(never)}\n"
+                "If files or methods were renamed, update tests/crash/faults.py"
             )
 
     def run_with_deaths(self, number: int, kind: Kind, kills: list[Kill]) -> Outcome:
-        """The same command again and again until it ends by itself; its folder is kept unless all was equal."""
+        """Run a command repeatedly until it is not killed. Its directory is removed if the result is identical."""
         started = time.monotonic()
         folder = self._prepare(kind, self.output / "runs" / f"{number:03d}")
         reader = StoreReader(folder / "store", self.expected[kind.name], "older" in kind.copies)
@@ -178,10 +182,10 @@ class Trial:
 
 
 class StoreReader:
-    """Reads the artifact of a run, as another program may do at any time.
+    """Read the artifact of a run concurrently, as another program may do at any time.
 
     Args:
-        overwrites: the store holds an older artifact of the name.
+        overwrites: whether the store contains an older artifact of the same name.
     """
 
     def __init__(self, store: Path, expected: Artifact, overwrites: bool) -> None:
@@ -194,17 +198,17 @@ class StoreReader:
         return load(NAME, self.store)
 
     def problem(self) -> str | None:
-        """What is wrong now: the artifact has to be whole, the old or the new one; without an old one it may be missing."""
+        """Return an error message unless the store contains the complete old or new artifact, or none if there was none."""
         if self._old is None and not (self.store / NAME).exists():
             return None
         try:
             found = _hashes(self._load())
         except UserError as error:
             return f"the store could not be read: {error}"
-        return None if found in (_hashes(self.expected), self._old) else "another artifact was in the store"
+        return None if found in (_hashes(self.expected), self._old) else "the store contained an unexpected artifact"
 
     def differences(self) -> list[str]:
-        """Between what a run that has ended left in its store and what was expected."""
+        """Return the differences between the store after the run and the expected one."""
         try:
             found = self._load()
         except UserError as error:
@@ -220,24 +224,22 @@ class StoreReader:
 
 
 def _hashes(artifact: Artifact) -> dict[str, object]:
-    """The sha256 of each file of weights."""
+    """Return the SHA-256 hash of each weights file."""
     return {name: file.sha256 for name, file in artifact.manifest.files.items()}
 
 
 def summary(outcomes: list[Outcome]) -> str:
-    """Deaths by place, and how many runs ended equal."""
+    """Return the number of kills by fault point, and the number of runs with identical results."""
     deaths = [death for outcome in outcomes for death in outcome.deaths if death.happened]
     places = Counter(death.kill.place for death in deaths)
     equal = sum(outcome.outcome == EQUAL for outcome in outcomes)
     lines = [f"{count:>5}  {place}" for place, count in places.most_common()]
-    lines.append(
-        f"{len(deaths)} kills in {len(outcomes)} runs; {equal} of the runs ended with the weights of an undisturbed one"
-    )
+    lines.append(f"{len(deaths)} kills in {len(outcomes)} runs; {equal} runs bitwise identical to an uninterrupted run")
     return "\n".join(lines)
 
 
 def write_results(path: Path, outcomes: list[Outcome]) -> None:
-    """All of it as JSON."""
+    """Write all outcomes as JSON."""
     ordered = sorted(outcomes, key=lambda outcome: outcome.number)
     content = [vars(outcome) | {"command": outcome.kind.command} for outcome in ordered]
     path.write_text(json.dumps(content, default=vars, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What is run and killed: a tiny random backbone, three tiny tasks, and a dozen kinds of training commands over them."""
+"""Commands of the crash test: a small random backbone, three small tasks, and a dozen kinds of training runs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import yaml
 
 TASKS = ("films", "books", "plays")
-NAME = "made"  # what every run stores
+NAME = "made"  # artifact of every run
 
-# Paths are relative to OUTPUT/FOLDER/RUN, the working folder of each run.
+# Paths are relative to OUTPUT/FOLDER/RUN, the working directory of each run.
 SHARED = (
     "data.dir=../../work/data",
     "data.cache_dir=cache",
@@ -36,10 +36,12 @@ CACHE = ("backbone.cache=float32",)
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of run.
+    """One kind of training run.
 
-    overrides: the module and its overrides. copies: the preparations whose artifacts are initially in its store.
-    reads: the preparations whose artifacts it reads in their own stores.
+    Attributes:
+        overrides: the module and its overrides.
+        copies: preparations whose artifacts are copied to its store.
+        reads: preparations whose artifacts are read from their own stores.
     """
 
     name: str
@@ -61,7 +63,7 @@ def _kind(name: str, *overrides: str, processes: int = 1) -> Kind:
     return Kind(name, overrides, processes, copies, reads)
 
 
-# What other runs need: the sources, and what is overwritten.
+# Runs that others require: the sources, and an artifact to overwrite.
 PREPARATIONS = {
     "books": _kind("books", "fusion.stage1", "+task=books", "name=books"),
     "plays": _kind("plays", "fusion.stage1", "+task=plays", "name=plays"),
@@ -94,7 +96,7 @@ KINDS = {kind.name: kind for kind in _KINDS}
 
 
 def write_work(folder: Path) -> None:
-    """The tasks (examples and task files) and the backbone, the same ones every time."""
+    """Write the tasks (data and task files) and the backbone."""
     from transformers.utils.logging import disable_progress_bar
 
     from tests.bench import LABELS, write_task
