@@ -23,8 +23,7 @@ from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.layers.slot_module import SlotModule, parameters_of
 from fusion.store.compatibility import check_sources
 from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
-from fusion.store.manifest import Manifest
-from fusion.store.parts import Head, StoredTask
+from fusion.store.manifest import Head, Manifest, StoredTask
 from fusion.tasks.table import KINDS
 from fusion.text import shortened
 

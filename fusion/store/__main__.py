@@ -1,9 +1,6 @@
 """List, show and verify the artifacts of a store, and remove them.
 
 python -m fusion.store list
-python -m fusion.store show rte-adapterfusion
-python -m fusion.store verify
-python -m fusion.store remove rte store=outputs/store
 """
 
 from __future__ import annotations
@@ -35,12 +32,12 @@ python -m fusion.store COMMAND [NAME] [KEY=VALUE ...]
 Exit codes: 0 done, 1 verify found a problem, 2 an invalid command, 130 interrupted.
 """
 STORE = {"store": "DIR"}
-KEYS = {"list": STORE, "show": STORE | {"into": "DIR"}, "verify": STORE, "remove": STORE | {"force": "true"}}
-NAMES = {
-    "list": ((0, 0), "no name"),
-    "show": ((1, 1), "the NAME of an artifact"),
-    "verify": ((0, 1), "at most one NAME"),
-    "remove": ((1, 1), "the NAME of an artifact"),
+# Keys, number of names, and their description, by command.
+COMMANDS = {
+    "list": (STORE, (0, 0), "no name"),
+    "show": (STORE | {"into": "DIR"}, (1, 1), "the NAME of an artifact"),
+    "verify": (STORE, (0, 1), "at most one NAME"),
+    "remove": (STORE | {"force": "true"}, (1, 1), "the NAME of an artifact"),
 }
 
 
@@ -50,10 +47,10 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def work(words: Sequence[str]) -> int:
     command = words[0] if words else ""
-    if command not in KEYS:
-        meant = did_you_mean(command, KEYS)
-        raise UserError(f"unknown command {command!r}{meant}; expected one of {', '.join(KEYS)} (--help)")
-    names, values = read_arguments(words[1:], KEYS[command], *NAMES[command])
+    if command not in COMMANDS:
+        meant = did_you_mean(command, COMMANDS)
+        raise UserError(f"unknown command {command!r}{meant}; expected one of {', '.join(COMMANDS)} (--help)")
+    names, values = read_arguments(words[1:], *COMMANDS[command])
     store = resolve_path(values.get("store", "outputs/store"), "store")
     if command == "verify":
         return _verify(store, names)

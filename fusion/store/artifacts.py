@@ -22,21 +22,8 @@ import torch
 from fusion.errors import UserError, first_line
 from fusion.store import lookup
 from fusion.store.compatibility import note_ambiguous_labels
-from fusion.store.layout import (
-    COPY,
-    FIX,
-    HEAD,
-    MANIFEST,
-    NEW,
-    OLD,
-    REPLACED,
-    STAGING,
-    WEIGHTS,
-    check_name,
-    read_regular,
-)
-from fusion.store.manifest import Manifest
-from fusion.store.parts import File
+from fusion.store.layout import FIX, HEAD, MANIFEST, NEW, OLD, REPLACED, STAGING, WEIGHTS, check_name, read_regular
+from fusion.store.manifest import File, Manifest
 from fusion.store.writing import LOCK_SECONDS, archive, check_free, recover, sync_folder, writing
 from fusion.text import listed, printable, shortened
 
@@ -64,9 +51,7 @@ def save(
     overwrite: bool = False,
     wait: float = LOCK_SECONDS,
 ) -> Path:
-    """Save an artifact as STORE/NAME and return that directory; sets `manifest.files`.
-
-    An overwritten artifact is moved to STORE/.replaced if a fusion of the store depends on it.
+    """Save an artifact as STORE/NAME and return that directory.
 
     Raises:
         UserError: if the name is invalid or taken, or another process holds the lock for `wait` seconds.
@@ -126,7 +111,7 @@ def adopt(artifact: Artifact, store: Path) -> None:
         lookup.find_by_hash(manifest.hash, manifest.name, store)
         return
     kept = store / REPLACED / f"{manifest.name}-{manifest.hash[:8]}"
-    staged = store / STAGING / f"{kept.name}{COPY}"
+    staged = store / STAGING / f"{kept.name}{NEW}"
     store.mkdir(parents=True, exist_ok=True)
     with writing(store, kept.name):
         shutil.rmtree(staged, ignore_errors=True)

@@ -15,8 +15,7 @@ from fusion.errors import UserError
 from fusion.text import hydra_value, repeated, shortened
 
 if TYPE_CHECKING:
-    from fusion.store.manifest import Manifest
-    from fusion.store.parts import Backbone
+    from fusion.store.manifest import Backbone, Manifest
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +44,7 @@ def why_unfit(manifest: Manifest) -> str | None:
 
 
 def check_sources(manifests: list[Manifest]) -> None:
-    """Raise UserError if adapters cannot be fused.
-
-    All must have the same backbone (fingerprint, tokenizer, hidden size), sites and adapter input (`reads`). Bottleneck
-    sizes, non-linearities, scalings and layers may differ.
-    """
+    """Raise UserError if adapters cannot be fused: all must have the same backbone and `Manifest.placement`."""
     for manifest in manifests:
         if manifest.kind != "adapter":
             raise UserError(
@@ -113,10 +108,7 @@ def data_folder_of(manifest: Manifest) -> str | None:
 
 
 def note_ambiguous_labels(manifest: Manifest) -> None:
-    """Warn if version 0.1 may have misread the labels of an artifact.
-
-    It read booleans and integers as ids, even if the labels are such values in a different order: `["true", "false"]`.
-    """
+    """Warn if version 0.1 may have misread labels such as `["true", "false"]`, where each could be the id of another."""
     for task in manifest.tasks:
         if manifest.data.labels.get(task.name) is not None or task.label_values:
             continue
@@ -145,8 +137,7 @@ def split_of(manifest: Manifest) -> SplitConfig:
 def as_trained(manifest: Manifest, data: DataConfig, task: str | None) -> DataConfig:
     """Return `data` with the split and quoting of the training run, if the artifact was trained on `task`.
 
-    Raises:
-        UserError: if a different `data.split` is set, since training examples could be evaluated.
+    Raises UserError if a different `data.split` is set, since training examples could be evaluated.
     """
     if task not in manifest.task_names:
         return data

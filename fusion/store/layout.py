@@ -17,26 +17,21 @@ WEIGHTS = "weights.safetensors"
 HEAD = "head.safetensors"
 REPLACED, STAGING, RUNS = ".replaced", ".staging", ".runs"
 # Suffixes in STAGING. Names of artifacts contain no tilde.
-NEW, OLD, COPY, REMOVED = "~new", ".old", "~copy", "~removed"
+NEW, OLD, REMOVED = "~new", ".old", "~removed"
 FIX = "copy the artifact again or retrain it with overwrite=true"
-
-NAME_LENGTH = 100
-# Device names that Windows reserves, with or without a suffix.
-RESERVED = {"con", "prn", "aux", "nul"} | {f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10)}
 
 
 def is_name(text: str) -> bool:
-    """Return whether this is a valid artifact name: never a path, and valid on all common file systems."""
-    allowed = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text) is not None and not text.endswith(".")
-    return allowed and len(text) <= NAME_LENGTH and text.split(".")[0].lower() not in RESERVED
+    """Return whether this is a valid artifact name, which is never a path."""
+    return re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{,98}[A-Za-z0-9_-])?", text) is not None
 
 
 def check_name(name: str) -> None:
     """Raise UserError if `is_name` returns False."""
     if not is_name(name):
         raise UserError(
-            f"name={name[:NAME_LENGTH]!r}: expected at most {NAME_LENGTH} letters, digits, '.', '_' or '-', starting with a "
-            "letter or digit, not ending with '.', and not a Windows device name"
+            f"name={name[:100]!r}: expected at most 100 letters, digits, '.', '_' or '-', starting with a letter or "
+            "digit, and not ending with '.'"
         )
 
 

@@ -1,7 +1,4 @@
-"""`list` and `show`: a table of a store, the manifest of an artifact, and the commands that reproduce it.
-
-The commands are shell lines that set the store, name, seed and environment variables explicitly.
-"""
+"""`list` and `show`: a table of a store, the manifest of an artifact, and the commands that reproduce it."""
 
 from __future__ import annotations
 
@@ -25,17 +22,13 @@ from fusion.store.writing import artifact_lock
 from fusion.text import key_of, override, printable
 
 if TYPE_CHECKING:
-    from fusion.store.manifest import Manifest
-    from fusion.store.parts import Source
+    from fusion.store.manifest import Manifest, Source
 
 TITLES = ("name", "kind", "task", "backbone", "what", "seed", "score", "size", "when", "used by")
 
 
 def list_store(store: Path) -> tuple[list[tuple[str, ...]], list[str]]:
-    """Return the rows of the table, titles first (empty if there are no artifacts), and lines to print below it.
-
-    The lines are: mean metrics over seeds, damaged artifacts, and files of unfinished runs.
-    """
+    """Return the rows of the table, titles first (empty if there are no artifacts), and lines to print below it."""
     lookup.check_store(store)
     found = list(scan(store))
     rows = [_row(f, f.manifest, found) for f in found if f.manifest is not None]
@@ -142,7 +135,6 @@ def number(value: Any) -> str:
 
 
 def size_of(folder: Path) -> int:
-    """Return the total size of the files below a directory, in bytes."""
     total = 0
     for path in folder.rglob("*"):
         with contextlib.suppress(OSError):
@@ -152,16 +144,11 @@ def size_of(folder: Path) -> int:
 
 def as_bytes(size: int) -> str:
     """Format a size: `1.23 MB`."""
-    value = float(size)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
+    power = min((len(str(size)) - 1) // 3, 4)
+    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def when(path: Path) -> str:
-    """Format the modification time of a file in local time."""
     try:
         return datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
     except (OSError, OverflowError, ValueError):

@@ -34,13 +34,11 @@ class Found:
 
 
 def check_store(store: Path) -> None:
-    """Raise UserError if the store does not exist."""
     if not store.is_dir():
         raise UserError(f"store={store}: directory not found; set store=DIR to a different directory")
 
 
 def names(store: Path) -> list[str]:
-    """Return the names of the artifacts in the store, sorted."""
     return sorted(folders(store))
 
 
@@ -57,11 +55,7 @@ def _named(place: str, store: Path) -> Path | None:
     """Return the directory of an artifact: in STAGING if an overwrite is in progress or was killed."""
     folder = store / place
     every = (folder, store / STAGING / f"{place}{OLD}", folder)
-    return next((one for one in every if _is_artifact(one)), None)
-
-
-def _is_artifact(folder: Path) -> bool:
-    return (folder / MANIFEST).is_file()
+    return next((one for one in every if (one / MANIFEST).is_file()), None)
 
 
 def entries(folder: Path) -> list[Path]:
@@ -78,7 +72,7 @@ def find(reference: str, store: Path) -> Path:
         return folder
     with contextlib.suppress(OSError, RuntimeError, ValueError):  # not a valid path
         path = Path(reference).expanduser()
-        if reference and _is_artifact(path):
+        if reference and (path / MANIFEST).is_file():
             return path
         if reference and path.exists():
             raise UserError(
@@ -88,7 +82,6 @@ def find(reference: str, store: Path) -> Path:
 
 
 def unknown_name(reference: str, store: Path) -> str:
-    """Return the message for a name that is not in the store."""
     there = names(store)
     near = did_you_mean(reference, there) or "."
     has = f"It contains {listed(there)}" if there else "It is empty or does not exist; set store=DIR to a different one"
@@ -96,12 +89,11 @@ def unknown_name(reference: str, store: Path) -> str:
 
 
 def read_manifest(reference: str, store: Path) -> Manifest:
-    """Return the manifest of an artifact, given its name or path. Raises UserError if missing or damaged."""
     return find_manifest(reference, store)[1]
 
 
 def find_manifest(reference: str, store: Path) -> tuple[Path, Manifest]:
-    """Return the directory and the manifest of an artifact, see `read_manifest`."""
+    """Return the directory and manifest of an artifact, given its name or path. Raises UserError like `read_folder`."""
     return read_settled(lambda: find(reference, store), lambda folder: (folder, read_folder(folder)))
 
 
@@ -123,7 +115,7 @@ def read_settled(look: Callable[[], Path], read: Callable[[Path], Read]) -> Read
 
 
 def stamp(folder: Path) -> tuple[int, int] | None:
-    """Return a value that changes when the artifact in a directory is overwritten, or None if it is absent."""
+    """Identify the artifact in a directory, or return None if it is absent."""
     try:
         state = (folder / MANIFEST).stat()
     except OSError:
@@ -132,15 +124,11 @@ def stamp(folder: Path) -> tuple[int, int] | None:
 
 
 def read_folder(folder: Path) -> Manifest:
-    """Read the manifest of the artifact in `folder`."""
+    """Read the manifest of the artifact in `folder`. Raises UserError if it is missing or damaged."""
     from fusion.store.manifest import Manifest  # imports pydantic, which most commands do not need
 
     path = folder / MANIFEST
-    try:
-        text = read_regular(path).decode("utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not valid UTF-8; {FIX}") from None
-    return Manifest.from_json(text, path)
+    return Manifest.from_json(read_regular(path), path)
 
 
 def scan(store: Path, only: str | None = None) -> Iterator[Found]:
@@ -153,6 +141,8 @@ def scan(store: Path, only: str | None = None) -> Iterator[Found]:
 
 def _read(place: str, store: Path) -> Found:
     expected = store / place
+    if not is_name(expected.name):
+        return Found(place, expected, None, f"{expected} is not a valid artifact name; rename the directory")
 
     def current() -> Path:
         if (folder := _named(place, store)) is None:
@@ -160,12 +150,9 @@ def _read(place: str, store: Path) -> Found:
         return folder
 
     try:
-        folder, manifest = read_settled(current, lambda folder: (folder, read_folder(folder)))
+        return read_settled(current, lambda folder: Found(place, folder, read_folder(folder)))
     except UserError as error:
         return Found(place, expected, None, str(error))
-    if not is_name(expected.name):
-        return Found(place, expected, None, f"{expected} is not a valid artifact name; rename the directory")
-    return Found(place, folder, manifest)
 
 
 def artifacts(store: Path, replaced: bool = False) -> Iterator[tuple[Path, Manifest]]:

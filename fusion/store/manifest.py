@@ -1,30 +1,28 @@
-"""The schema of `manifest.json`.
-
-Unknown keys, values of the wrong type and sizes out of range raise UserError. Settings are validated by the dataclasses
-of `fusion.config`. The content of the file is written, hashed and checksummed as it was read.
-"""
+"""The schema of `manifest.json`, whose content is written, hashed and checksummed as it was read."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PrivateAttr, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from fusion.config.compositions import TRAINING_ONLY
+from fusion.config.compositions import TRAINING_ONLY, CompositionConfig
 from fusion.config.methods import METHODS, MethodConfig
+from fusion.config.model import POOLINGS, AdapterConfig
+from fusion.config.task import TaskConfig
 from fusion.errors import UserError, first_line
-from fusion.files import finite
-from fusion.store import parts
-from fusion.store.layout import FIX, HEAD, WEIGHTS, check_name
+from fusion.files import check_relative, finite
+from fusion.store.layout import FIX, HEAD, WEIGHTS, check_name, is_name
+from fusion.tasks.task import Task
 from fusion.text import listed, repeated, shortened, shown
 
 FORMAT_VERSION = 1
-FUSION = "fusion"
-KINDS = tuple(dict.fromkeys(("adapter", FUSION, *(method.kind for method in METHODS.values()))))
+KINDS = tuple(dict.fromkeys(("adapter", "fusion", *(method.kind for method in METHODS.values()))))
 
 # Settings that do not change the output of the stored weights; `bottleneck_sizes` contains the adapted slots.
 ADAPTER_TRAINING_KEYS = ("name", "init", "dropout", "reduction_factor", "bottleneck_size", "layers", "drop")
@@ -32,30 +30,190 @@ TUNING_KINDS = {method.kind for method in METHODS.values() if method.tune is not
 OPTIONAL = ("method", "multitask", "checksum")  # keys that may be missing in version 0.1
 
 
-class Manifest(parts.Part):
+def checked(problem: Callable[[str], str | None]) -> AfterValidator:
+    """Build a validator that rejects a string if `problem` returns a message."""
+
+    def check(text: str) -> str:
+        if (why := problem(text)) is not None:
+            raise ValueError(why)
+        return text
+
+    return AfterValidator(check)
+
+
+def one_of(allowed: Sequence[str]) -> AfterValidator:
+    return checked(lambda text: None if text in allowed else f"expected one of {', '.join(allowed)}")
+
+
+Count = Annotated[int, Field(ge=1, lt=2**63)]
+Name = Annotated[str, checked(lambda text: None if is_name(text) else f"expected an artifact name; {FIX}")]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, defer_build=True)
+
+
+class Backbone(Part):
+    name_or_path: str
+    revision: str | None
+    fingerprint: str
+    family: str
+    hidden_size: Count
+    layers: Annotated[int, Field(ge=1, le=10_000)]
+    tokenizer: str | None = None  # hash; missing in version 0.1
+    package: str | None = None  # only in early manifests
+    trust_remote_code: bool = False
+
+
+class Head(Part):
+    """A prediction head. Its input size is the hidden size of the backbone."""
+
+    pooling: Annotated[str, one_of((*POOLINGS, "words"))]
+    layers: Literal[1, 2]
+    outputs: Count
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    decision: dict[str, float] = {}  # see `Kind.decision`
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Keyword arguments for `Kind.make_head`."""
+        return self.model_dump(exclude={"decision"})
+
+
+class WithSettings(Part):
+    """A part that is stored as one object with its settings and its own keys."""
+
+    required: ClassVar[Sequence[str]]  # settings that must be present
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apart(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        for key in cls.required:
+            if key not in values:
+                raise UserError(f"key {cls.__name__.lower()}.{key} is missing")
+        own = {key: values[key] for key in cls.model_fields if key in values and key != "settings"}
+        return {"settings": {key: value for key, value in values.items() if key not in own}} | own
+
+
+class Adapter(WithSettings):
+    """Settings and bottleneck sizes by slot: `{"0.feedforward": 48, ...}`."""
+
+    required = ("sites", "reads", "nonlinearity", "scaling", "dropout")
+
+    settings: AdapterConfig
+    bottleneck_sizes: dict[str, Count]
+
+
+class Composition(WithSettings):
+    """Settings of a fusion, and choices derived from its training data."""
+
+    required = ("name",)
+
+    settings: CompositionConfig
+    kept: dict[str, list[int]] | None = None  # indices of the remaining sources by slot, if pruned
+    continued: str | None = None  # name of the source whose training was continued
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """`kept` or `continued`, if set."""
+        return self.model_dump(exclude={"settings"}, exclude_none=True)
+
+
+@dataclass
+class StoredTask(Task):
+    """A stored task. Only types are validated, so that unsupported tasks can be listed."""
+
+    name: Annotated[str, checked(check_relative)] = Field()  # a subdirectory of data.dir
+    labels: list[Any] | None = None
+
+    def as_config(self, where: str) -> TaskConfig:
+        """Return the task config. Raises UserError starting with `where` if this version does not support it."""
+        try:
+            return TaskConfig(**{field.name: getattr(self, field.name) for field in fields(self)})
+        except (TypeError, UserError) as error:
+            raise UserError(f"{where}: this version cannot run its task ({error})") from error
+
+
+class TaskAndHead(Part):
+    task: StoredTask
+    head: Head
+
+
+class Source(Part):
+    name: Name
+    hash: str
+
+
+class Data(Part):
+    """Fingerprints of the examples by split, and the format of the labels by task, if known."""
+
+    max_length: Count
+    fingerprints: dict[str, str]
+    labels: dict[str, str | None] = {}  # missing in version 0.1
+
+
+class Git(Part):
+    commit: str
+    dirty: bool | None = None  # None: unknown
+
+
+class RunRecord(Part):
+    identity: str
+    config: dict[str, Any]  # flat
+    overrides: list[str]
+    directory: str
+    git: Git | None = None
+    threads: int | None = None
+    folder: str | None = None
+    environment: dict[str, str] = {}
+    backbone_stamp: str | None = None
+    init_from: Source | None = None  # artifact with the initial weights
+    wandb: dict[str, Any] | None = None
+
+
+class Result(Part):
+    """The values of `result.json` that other commands read; other keys are preserved."""
+
+    model_config = ConfigDict(extra="allow")
+
+    best_epoch: int | None = None
+    epochs: int | None = None
+    parameters: dict[str, int] = {}
+    speed: dict[str, float | None] = {}
+    diverged: dict[str, Any] | None = None
+
+
+class File(Part):
+    sha256: str
+    bytes: int
+
+
+class Manifest(Part):
     """Everything needed to rebuild the model of an artifact, and its provenance.
 
     `task` and `head` of a multi-task artifact are those of its first task. `files` is empty until it is saved.
     """
 
     format_version: Literal[1]
-    kind: Annotated[str, parts.one_of(KINDS)]
-    name: parts.Name
-    task: parts.StoredTask
-    backbone: parts.Backbone
-    adapter: parts.Adapter | None
-    composition: parts.Composition | None
-    head: parts.Head
-    sources: list[parts.Source]
-    data: parts.Data
+    kind: Annotated[str, one_of(KINDS)]
+    name: Name
+    task: StoredTask
+    backbone: Backbone
+    adapter: Adapter | None
+    composition: Composition | None
+    head: Head
+    sources: list[Source]
+    data: Data
     metrics: dict[str, dict[str, float | None]]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
-    run: parts.RunRecord
+    run: RunRecord
     versions: dict[str, str | None]
-    result: parts.Result
-    files: dict[Annotated[str, parts.one_of((WEIGHTS, HEAD))], parts.File]
+    result: Result
+    files: dict[Annotated[str, one_of((WEIGHTS, HEAD))], File]
     method: MethodConfig | None = None
-    multitask: Annotated[dict[str, parts.TaskAndHead], Field(min_length=1)] | None = None
+    multitask: Annotated[dict[str, TaskAndHead], Field(min_length=1)] | None = None
     checksum: str | None = None  # None in version 0.1
 
     _content: dict[str, Any] = PrivateAttr(default_factory=dict)
@@ -72,7 +230,7 @@ class Manifest(parts.Part):
         return self.of(**(self._content | values))
 
     @classmethod
-    def from_json(cls, text: str, path: Path) -> Manifest:
+    def from_json(cls, text: str | bytes, path: Path) -> Manifest:
         """Parse and validate the content of `path`. Raises UserError like `of`."""
         try:
             content = json.loads(text)
@@ -84,8 +242,8 @@ class Manifest(parts.Part):
             raise UserError(f"{path}: expected a JSON object; {FIX}")
         try:
             manifest = cls._read(text, content, str(path))
-            if missing := [file for file in (WEIGHTS, HEAD) if file not in manifest.files]:
-                raise UserError(f"{path}: key files.{missing[0]} is missing; {FIX}")
+            for file in {WEIGHTS, HEAD} - manifest.files.keys():
+                raise UserError(f"{path}: key files.{file} is missing; {FIX}")
             if "checksum" in content and checksum_of(content) != content["checksum"]:
                 raise UserError(f"{path} was modified and does not match its checksum; {FIX}")
         except UserError as error:  # it may quote long values of the file
@@ -93,12 +251,11 @@ class Manifest(parts.Part):
         return manifest
 
     @classmethod
-    def _read(cls, text: str, content: dict[str, Any], where: str) -> Manifest:
+    def _read(cls, text: str | bytes, content: dict[str, Any], where: str) -> Manifest:
         version = content.get("format_version")
         if type(version) is not int or version != FORMAT_VERSION:
-            raise UserError(
-                f"{where}: format_version is {shown(version)}, expected {FORMAT_VERSION}; use the version that wrote it or retrain it"
-            )
+            problem = f"format_version is {shown(version)}, expected {FORMAT_VERSION}"
+            raise UserError(f"{where}: {problem}; use the version that wrote it or retrain it")
         try:
             manifest = cls.model_validate_json(text)
             _check_kind(manifest)
@@ -123,7 +280,6 @@ class Manifest(parts.Part):
         return self._content
 
     def to_json(self) -> str:
-        """Return the content of `manifest.json`."""
         sealed = self._content | {"checksum": checksum_of(self._content)}
         return json.dumps(sealed, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -133,8 +289,6 @@ class Manifest(parts.Part):
 
         The head is only included for kind head, since a fusion uses an adapter without its head.
         """
-        if not self.files:
-            raise ValueError("a manifest has a hash once its artifact is saved")
         settings: dict[str, Any] = {
             "kind": self.kind,
             "backbone": self.backbone.fingerprint,
@@ -161,11 +315,11 @@ class Manifest(parts.Part):
         return {} if self.adapter is None else self.adapter.bottleneck_sizes
 
     @property
-    def tasks(self) -> list[parts.StoredTask]:
+    def tasks(self) -> list[StoredTask]:
         return [self.task] if self.multitask is None else [one.task for one in self.multitask.values()]
 
     @property
-    def heads(self) -> list[parts.Head]:
+    def heads(self) -> list[Head]:
         return [self.head] if self.multitask is None else [one.head for one in self.multitask.values()]
 
     @property
@@ -187,11 +341,11 @@ def checksum_of(content: Mapping[str, Any]) -> str:
 
 def _check_kind(manifest: Manifest) -> None:
     kind, adapter, method = manifest.kind, manifest.adapter, manifest.method
-    part = "method" if kind in TUNING_KINDS else {"adapter": "adapter", FUSION: "composition"}.get(kind)
+    part = "method" if kind in TUNING_KINDS else {"adapter": "adapter", "fusion": "composition"}.get(kind)
     for key in ("adapter", "composition", "method"):
         if (getattr(manifest, key) is None) == (key == part):
             raise UserError(f"{key} is {'null' if key == part else 'set'} in an artifact of kind {kind}")
-    if (kind == FUSION) != bool(manifest.sources):
+    if (kind == "fusion") != bool(manifest.sources):
         raise UserError(f"sources has {len(manifest.sources)} entries in an artifact of kind {kind}")
     if duplicates := repeated(source.name for source in manifest.sources):
         raise UserError(f"sources: duplicate {', '.join(duplicates)}")

@@ -1,7 +1,4 @@
-"""Group artifacts that differ only in their seeds, based on their resolved settings instead of their names.
-
-Sources are compared by their settings: `rte-s1` and `rte-s2` are equal if only their seeds differ.
-"""
+"""Group artifacts that differ only in the seeds of themselves and their sources, regardless of their names."""
 
 from __future__ import annotations
 
@@ -33,11 +30,7 @@ _DEEPEST = 8  # levels of artifacts that depend on artifacts
 
 
 class Lookup:
-    """Resolved settings of artifacts and runs, including their sources.
-
-    Args:
-        known: flat configs by artifact path, used for artifacts that no longer exist.
-    """
+    """Resolved settings of artifacts and runs, including their sources. `known`: flat configs of removed artifacts."""
 
     def __init__(self, known: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         self._known = known or {}
@@ -56,18 +49,16 @@ class Lookup:
         return self._settings(manifest.run.config, sources, manifest.seed, store)
 
     def of_run(self, config: Mapping[str, Any], store: Path | None, sources: Sequence[str] | None = None) -> Settings:
-        """Return the settings of a run without an artifact, whose sources are looked up by name in `store`.
-
-        Args:
-            config: flat config, see `identity_config`.
-            sources: names of the sources, by default those in the config.
-        """
+        """Return the settings of a run without an artifact. `sources`: names in the store, by default of the config."""
         seed, named = config.get("seed"), config.get(SOURCES) if sources is None else sources
         names = named if isinstance(named, (list, tuple)) else ()
         return self._settings(config, [self._named(str(name), seed, store) for name in names], seed, store)
 
     def _settings(self, config: Mapping[str, Any], sources: list[Settings], seed: Any, store: Path | None) -> Settings:
-        settings = _plain(config) | ({SOURCES: sources} if sources else {})
+        left_out = (*NOT_SETTINGS, SOURCES, FUSION)
+        settings = {k: v for k, v in config.items() if not is_within(k, left_out) and (k, v) not in NOT_SETTINGS_AT}
+        if sources:
+            settings[SOURCES] = sources
         if isinstance(reference := config.get(FUSION), str):
             settings[FUSION] = self._named(reference, seed, store)
         return settings
@@ -114,11 +105,6 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     keys = sorted({key for one in every for key in one})
     keys = [key for key in keys if len({json.dumps(one.get(key), default=str) for one in every}) > 1]
     return [{key: one.get(key) for key in keys} for one in every]
-
-
-def _plain(config: Mapping[str, Any]) -> Settings:
-    left_out = (*NOT_SETTINGS, SOURCES, FUSION)
-    return {k: v for k, v in config.items() if not is_within(k, left_out) and (k, v) not in NOT_SETTINGS_AT}
 
 
 def _tasks(settings: Mapping[str, Any]) -> list[str]:

@@ -26,7 +26,6 @@ LOCK_SECONDS = 60.0
 
 
 def artifact_lock(store: Path, name: str) -> Path:
-    """Return the lock file of `writing`."""
     return store / LOCKS / f"{name}.lock"
 
 
@@ -111,10 +110,7 @@ def check_free(name: str, kind: str, store: Path, overwrite: bool) -> None:
 def remove(name: str, store: Path, force: bool = False, wait: float = LOCK_SECONDS) -> str:
     """Remove an artifact, which may be damaged, and return the line to print.
 
-    With `force`, an artifact that fusions depend on is moved to STORE/.replaced.
-
-    Raises:
-        UserError: if it does not exist, may be a source of a fusion, or is being written.
+    Raises UserError if fusions depend on it; with `force`, it is moved to STORE/.replaced instead.
     """
     check_name(name)  # never a path outside of the store
     check_store(store)
@@ -123,15 +119,13 @@ def remove(name: str, store: Path, force: bool = False, wait: float = LOCK_SECON
         raise UserError(unknown_name(name, store))
     with writing(store, name, wait):
         recover(store, name)
-        if not os.path.lexists(folder):
-            raise UserError(unknown_name(name, store))
         content = {entry.name for entry in entries(folder)}
         if not folder.is_dir() or not (MANIFEST in content or content <= {WEIGHTS, HEAD}):
             raise UserError(f"{folder} is not an artifact, since it has no {MANIFEST}; delete it manually")
         found = list(scan(store))
         manifest = next((one.manifest for one in found if one.place == name), None)
         others = [one for one in found if one.place != name]
-        if manifest is not None and manifest.hash not in [one.manifest.hash for one in others if one.manifest]:
+        if manifest and manifest.hash not in [one.manifest.hash for one in others if one.manifest]:
             current = [one for one in others if not one.replaced]
             users, need = users_of(manifest.hash, current), "is a source of"
             if not users and manifest.kind == "adapter":

@@ -194,7 +194,7 @@ def test_a_damaged_manifest(make_manifest: Make, weights: Tensors, head: Tensors
     with pytest.raises(UserError, match=r"manifest\.json is not valid JSON"):
         load("mnli", store)
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="is not valid UTF-8"):
+    with pytest.raises(UserError, match="is not valid JSON"):
         load("mnli", store)
     save(store, make_manifest(), weights, head, overwrite=True)
     assert same_bits(load("mnli", store).weights, weights)
@@ -461,10 +461,10 @@ def test_a_killed_copy_is_cleaned_up_by_the_next_one(
     elsewhere = store.parent / "elsewhere"
     save(elsewhere, make_manifest(), weights, head)
     artifact = load("mnli", elsewhere)
-    left = store / ".staging" / f"mnli-{artifact.manifest.hash[:8]}~copy"
+    left = store / ".staging" / f"mnli-{artifact.manifest.hash[:8]}~new"
     left.mkdir(parents=True)
     (left / WEIGHTS).write_bytes(b"half")
-    another = store / ".staging" / "mnli-other~copy"
+    another = store / ".staging" / "mnli-other~new"
     another.mkdir()
     adopt(artifact, store)
     assert contents(store / ".staging") == {another.name}

