@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,16 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 from fusion.reporting import figures
 from fusion.reporting.reading import Found
-from fusion.reporting.records import Attention, ablation, attention_of, is_complete, layer_names, shown_curves
+from fusion.reporting.records import (
+    Attention,
+    ablation,
+    attention_of,
+    layer_names,
+    shown_curves,
+    slider_positions,
+    unpack,
+)
 from fusion.reporting.scores import Trained
 from fusion.reporting.targets import BASELINE, Group, Target, every_method
-from fusion.reporting.wording import file_name, mean_of
+from fusion.reporting.wording import anchor, file_name, mean_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
-
-    from fusion.reporting.statistics import Difference
 
 _LATEX = {"±": r"$\pm$", "−": r"$-$", "←": r"$\leftarrow$", "·": r"$\cdot$", "<": r"$<$", ">": r"$>$"}
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would evaluate a string that starts with these
@@ -45,29 +53,23 @@ _COSTS = {
 
 
 class Contents:
-    """
-    Attributes:
-        targets: targets with more than one method, or all targets if there are none.
-        single: all other targets, such as source tasks.
-    """
-
     def __init__(self, found: Found, targets: Sequence[Target], notes: Sequence[str] = ()) -> None:
         self.found, self.notes = found, list(notes)
         several = [target for target in targets if len(target.every_group) > 1]
-        self.targets = several or list(targets)
+        self.targets = several or list(targets)  # those with more than one method, if any
         self.single = [target for target in targets if several and len(target.every_group) == 1]
         self.everything = [*self.targets, *self.single]
         self.attention = attention_of(self.everything, found)
 
     @functools.cached_property
-    def inspected(self) -> list[tuple[Target, str, Trained, dict[str, Any], dict[str, Difference]]]:
-        """The first inspected run of each method of each target, with its source ablation."""
-        seen = []
+    def inspected(self) -> list[dict[str, Any]]:
+        """The first inspected run of each method of each target, see `inspected`."""
+        seen: list[dict[str, Any]] = []
         for target in self.everything:
-            for method, group in target.groups.items():
+            for group in target.groups.values():
                 inspections = ((one, self.found.inspections.get(one.hash or "")) for one in group.trained)
-                complete = [(target, method, one, i) for one, i in inspections if i and is_complete(i)]
-                seen += [(*first, ablation(first[-1], next(iter(first[-1]["metrics"])))) for first in complete[:1]]
+                complete = (made for one, i in inspections if i and (made := inspected(target, group, one, i)))
+                seen += itertools.islice(complete, 1)
         return seen
 
     @functools.cached_property
@@ -97,13 +99,13 @@ class Contents:
         if any(one.entropy is not None for one in self.attention):
             title = "Attention entropy per layer, averaged over tokens, relative to uniform attention"
             add("entropy", title=title, figure=figures.entropy_figure(self.attention), settings=settings)
-        for target, method, _, inspection, changes in self.inspected:
-            if changes:
-                metric = next(iter(inspection["metrics"]))
-                steps = [(len(step["kept"]), step["metrics"][metric]) for step in inspection["pruned"] or []]
-                figure = figures.ablation_figure(metric, changes, steps)
-                title = f"Source ablation and pruning, {target.label}"
-                add("needed", target.label, method, title=title, figure=figure, settings=target.settings([method]))
+        for seen in self.inspected:
+            if seen["changes"]:
+                steps = [(len(kept), score) for kept, score in seen["pruned"]]
+                figure = figures.ablation_figure(seen["metric"], seen["changes"], steps)
+                title = f"Source ablation and pruning, {seen['target']}"
+                settings = [f"{seen['method']}: {seen['setting']}"] if seen["setting"] else []
+                add("needed", seen["target"], seen["method"], title=title, figure=figure, settings=settings)
         for target in self.everything:
             if curves := shown_curves(target, self.found):
                 figure = figures.curves_figure(curves, list(target.groups))
@@ -113,6 +115,51 @@ class Contents:
             figure = figures.cost_figure(costs(target), target.label, target.metric)
             add("cost", target.label, title=f"Score vs. parameters and training time, {target.label}", figure=figure)
         return made
+
+
+def inspected(target: Target, group: Group, trained: Trained, inspection: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the token-level attention, source ablation and pruning of a fusion, or `None` if a value is missing."""
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+        (metric, full), *_ = inspection["metrics"].items()
+        sources, slots = (list(map(str, inspection[key])) for key in ("sources", "slots"))
+        colors = [figures.color(n) for n in range(len(sources))]
+        return {
+            "id": anchor("into", target.label, group.method),
+            "target": target.label,
+            "method": group.method,
+            "title": f"{target.label} ← {group.method}",
+            "name": trained.name,
+            "setting": group.setting,
+            "split": inspection["split"],
+            "count": inspection["rows"],
+            "metric": metric,
+            "full": float(full),
+            "sources": list(zip(sources, colors, strict=True)),
+            "layers": slider_positions(slots),
+            "rows": [_tokens(row, len(slots), colors) for row in inspection["words"]],
+            "changes": ablation(inspection, metric),
+            "without": {source: one["metrics"][metric] for source, one in inspection["masked"].items()},
+            "pruned": [(step["kept"], float(step["metrics"][metric])) for step in inspection["pruned"] or []],
+        }
+    return None
+
+
+def _tokens(row: dict[str, Any], slots: int, colors: Sequence[str]) -> dict[str, Any]:
+    """Return an example, with the source of the largest mean weight over slots for each token."""
+    tokens = list(map(str, row["tokens"]))
+    mean = unpack(row["weights"], (slots, len(tokens), len(colors))).mean(0)
+    return {key: row[key] for key in ("row", "predicted", "truth", "right", "weights")} | {
+        "tokens": [
+            {
+                "text": token.strip() or token,
+                "starts_word": token.startswith(" "),
+                "special": place in row["special"],
+                "color": colors[weights.argmax()],
+                "weight": round(100 * float(weights.max())),
+            }
+            for place, (token, weights) in enumerate(zip(tokens, mean, strict=True))
+        ]
+    }
 
 
 def costs(target: Target) -> list[dict[str, Any]]:
@@ -206,7 +253,7 @@ def tables_of(contents: Contents) -> list[Table]:
             "needed",
             "Score without each source (source ablation), without further training",
             ABLATION,
-            (row for one in contents.inspected for row in _ablation(*one)),
+            (row for one in contents.inspected for row in _ablation(one)),
         ),
         table(
             "cost",
@@ -246,11 +293,8 @@ def _attention(one: Attention) -> Table:
     return table(name, caption, ("layer", *one.sources, "entropy"), values)
 
 
-def _ablation(
-    target: Target, method: str, trained: Trained, inspection: dict[str, Any], changes: dict[str, Difference]
-) -> Iterable[list[Any]]:
-    metric, full = next(iter(inspection["metrics"].items()))
-    for source, change in changes.items():
-        without = inspection["masked"][source]["metrics"][metric]
-        names = [target.label, method, trained.name, source, metric, full, without, without - full]
-        yield [*names, change.low, change.high, target.groups[method].setting]
+def _ablation(seen: dict[str, Any]) -> Iterable[list[Any]]:
+    for source, change in seen["changes"].items():
+        names = [seen["target"], seen["method"], seen["name"], source, seen["metric"]]
+        scores = [seen["full"], seen["without"][source], seen["without"][source] - seen["full"]]
+        yield [*names, *scores, change.low, change.high, seen["setting"]]

@@ -16,6 +16,7 @@ import numpy as np
 
 from fusion.reporting.records import Attention, by_target
 from fusion.reporting.statistics import Difference, Floats
+from fusion.text import shortened
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,12 +73,7 @@ def _render(figure: Figure, to: Path | io.StringIO, name: str, format: str, **op
 
 
 def inline(figure: Figure, name: str, title: str) -> str:
-    """Return the figure as an SVG element in the page's colors.
-
-    Args:
-        name: prefix of the ids in the SVG.
-        title: description for screen readers.
-    """
+    """Return the figure as an SVG element in the page's colors. `name`: prefix of its ids; `title`: its description."""
     buffer = io.StringIO()
     _render(figure, buffer, name, "svg")
     svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
@@ -98,35 +94,26 @@ def noted(figure: Figure, lines: Sequence[str]) -> Figure:
 
 
 def scores_figure(panels: Mapping[str, Mapping[str, tuple[str, Sequence[float]]]]) -> Figure:
-    """Plot mean and standard deviation of each line, with the scores of single runs as ticks.
-
-    Args:
-        panels: for each panel title and line label, the method (which determines the color) and the scores.
-    """
+    """Plot mean, standard deviation and single scores. `panels`: method and scores by panel title and line label."""
     methods = list(dict.fromkeys(method for lines in panels.values() for method, _ in lines.values()))
     heights = [len(lines) for lines in panels.values()]
     with _drawing(7.0, 0.55 + 0.26 * sum(heights) + 0.45 * len(panels)) as figure:
         every = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
         for axes, (title, lines) in zip(every, panels.items(), strict=True):
             for place, (method, scores) in enumerate(lines.values()):
-                style: dict[str, Any] = {"color": color(methods.index(method))}
-                spread = np.std(scores, ddof=1) if len(scores) > 1 else 0
-                axes.errorbar(np.mean(scores), place, xerr=spread, fmt="o", markersize=6, capsize=3, **style)
+                ink, spread = color(methods.index(method)), np.std(scores, ddof=1) if len(scores) > 1 else 0
+                axes.errorbar(np.mean(scores), place, xerr=spread, fmt="o", markersize=6, capsize=3, color=ink)
                 if len(scores) > 1:
-                    axes.plot(scores, [place] * len(scores), "|", markersize=8, alpha=0.6, **style)
+                    axes.plot(scores, [place] * len(scores), "|", markersize=8, alpha=0.6, color=ink)
                 else:
-                    offset = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
+                    offset: dict[str, Any] = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
                     axes.annotate(f"{scores[0]:.3f}", (scores[0], place), **offset)
-            axes.set_yticks(range(len(lines)), [_shorten(label, 70) for label in lines])
+            axes.set_yticks(range(len(lines)), [shortened(label, 70) for label in lines])
             axes.set_ylim(len(lines) - 0.5, -0.5)
             axes.set_title(title)
             axes.margins(x=0.12)  # space for the numbers
             axes.grid(axis="x", color=_FAINT, alpha=0.25)
         return figure
-
-
-def _shorten(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def heatmap_figure(values: Floats, rows: Sequence[str], columns: Sequence[str], ylabel: str, title: str) -> Figure:
@@ -191,11 +178,7 @@ def entropy_figure(every: Sequence[Attention]) -> Figure:
 
 
 def ablation_figure(metric: str, changes: Mapping[str, Difference], steps: Sequence[tuple[int, float]]) -> Figure:
-    """Plot the change without each source with its interval, and the score by number of remaining sources.
-
-    Args:
-        steps: pairs (number of remaining sources, score).
-    """
+    """Plot the change without each source with its interval, and the score by number of remaining sources."""
     height = 1.2 + 0.26 * max(len(changes), 3)
     with _drawing(_WIDTH, height + 2.2) as figure:
         bars, curve = figure.subplots(2, height_ratios=(height, 2.2))
@@ -204,7 +187,7 @@ def ablation_figure(metric: str, changes: Mapping[str, Difference], steps: Seque
             bars.barh(place, change.mean, color=sign if change.conclusive else _FAINT, zorder=0)
             if change.low is not None and change.high is not None:
                 bars.plot([change.low, change.high], [place, place], color=_INK, linewidth=1)
-        bars.set_yticks(range(len(changes)), [_shorten(name, 22) for name in changes])
+        bars.set_yticks(range(len(changes)), [shortened(name, 22) for name in changes])
         bars.axvline(0, color=_FAINT, linewidth=0.8)
         bars.invert_yaxis()
         bars.set_title(f"change of {metric} without each source")
@@ -224,12 +207,7 @@ def ablation_figure(metric: str, changes: Mapping[str, Difference], steps: Seque
 
 
 def curves_figure(curves: Mapping[str, Mapping[str, DataFrame]], methods: Sequence[str]) -> Figure:
-    """Plot a panel for each metric, with a band between the minimum and maximum over seeds.
-
-    Args:
-        curves: DataFrames by metric and method, see `curves_of`.
-        methods: all methods, in the order of the palette.
-    """
+    """Plot a panel for each metric of `curves_of`, with a band between the minimum and maximum over seeds."""
     with _drawing(_WIDTH, 2.4 * len(curves) + 0.3) as figure:
         panels = figure.subplots(len(curves), squeeze=False)[:, 0]
         for axes, (metric, of_metric) in zip(panels, curves.items(), strict=True):
@@ -247,11 +225,7 @@ def curves_figure(curves: Mapping[str, Mapping[str, DataFrame]], methods: Sequen
 
 
 def cost_figure(rows: Sequence[Mapping[str, Any]], title: str, metric: str) -> Figure:
-    """Plot the score against the number of trainable parameters and against the training time.
-
-    Args:
-        rows: dicts with `method`, `score`, `parameters` and `seconds`; costs that are `None` or 0 are omitted.
-    """
+    """Plot `score` against `parameters` and `seconds`, where known, for the `method` of each row."""
     with _drawing(_WIDTH, 4.6 + 0.17 * len(rows)) as figure:
         panels = figure.subplots(2, sharey=True)
         handles: dict[str, Any] = {}
@@ -261,7 +235,7 @@ def cost_figure(rows: Sequence[Mapping[str, Any]], title: str, metric: str) -> F
                 if row.get(key):
                     marker = "os^Dv"[place // len(PALETTE) % 5]
                     (handle,) = axes.plot(row[key], row["score"], marker, color=color(place), markersize=7)
-                    handles.setdefault(_shorten(row["method"], 50), handle)
+                    handles.setdefault(shortened(row["method"], 50), handle)
             _log_axis(axes, [row[key] for row in rows if row.get(key)])
             axes.margins(x=0.15, y=0.2)
             axes.set_xlabel(label)

@@ -17,26 +17,19 @@ from fusion.errors import UserError
 from fusion.files import write_atomic
 from fusion.reporting import figures, wording
 from fusion.reporting.contents import Contents, costs, save_table, tables_of
-from fusion.reporting.records import Attention, by_target, layer_names, unpack
+from fusion.reporting.records import Attention, by_target, layer_names, slider_positions
 from fusion.reporting.scores import Score, Trained
-from fusion.reporting.statistics import LEVEL, RESAMPLES, Difference
+from fusion.reporting.statistics import LEVEL, RESAMPLES
 from fusion.reporting.targets import BASELINE, Target, every_method
 from fusion.store.listing import rebuild_lines
 
 LARGEST = 5_000_000  # maximum size of the page in bytes
 WORD_ROWS = (1000, 4, 1, 0)  # number of examples per fusion, reduced until the page is small enough
-FILTERS = (
-    *(wording.signed, wording.interval, wording.p_value, wording.number, wording.size, wording.mean_of),
-    *(wording.seeds, wording.common_seeds),
-)
+FILTERS = ("signed", "interval", "p_value", "number", "size", "mean_of", "seeds", "common_seeds")
 
 
 def write_files(contents: Contents, folder: Path) -> list[Path]:
-    """Write the figures as PNG and SVG, and the tables as CSV and LaTeX.
-
-    Raises:
-        OSError: if a file cannot be written.
-    """
+    """Write the figures as PNG and SVG, and the tables as CSV and LaTeX."""
     folder.mkdir(parents=True, exist_ok=True)
     written = [path for table in tables_of(contents) for path in save_table(table, folder)]
     for name, (_, figure) in contents.figures.items():
@@ -45,32 +38,24 @@ def write_files(contents: Contents, folder: Path) -> list[Path]:
 
 
 def write_page(contents: Contents, output: Path, about: Mapping[str, Any], files: Path | None) -> int:
-    """Write the page atomically and return its size in bytes.
+    """Write the page and return its size in bytes. Raises UserError if it would exceed `LARGEST`.
 
     Args:
         about: `command`, `runs` and `made` (the time of creation), shown in the page.
         files: directory of the figures and tables, or `None` if they are not written.
-
-    Raises:
-        OSError: if the page cannot be written.
-        UserError: if the page would exceed `LARGEST`.
     """
     template = _template(contents, output)
-    fusions = [inspected(*one) for one in contents.inspected]
     matrix = sources_by_target(contents.attention)
-    values: dict[str, Any] = {"about": about, "files": files and os.path.relpath(files, output.parent)}
-    values |= {"inspected": fusions, "by_target": matrix}
+    values = {"about": about, "files": files and os.path.relpath(files, output.parent), "by_target": matrix}
     for rows in WORD_ROWS:
         note = f"To stay below 5 MB, token-level attention is limited to {rows} examples per fusion."
         notes = [*contents.notes, *([] if rows == WORD_ROWS[0] else [note])]
-        words = [one | {"rows": one["rows"][:rows]} for one in fusions if one["rows"][:rows]]
+        words = [one | {"rows": one["rows"][:rows]} for one in contents.inspected if one["rows"][:rows]]
         text = template.render(values, notes=notes, words=words, data=_script_data(words, matrix))
-        if len(text.encode()) <= LARGEST:
-            break
-    else:
-        raise UserError(f"{output}: the page would exceed 5 MB; select fewer runs with runs=[DIR,DIR]")
-    write_atomic(output, text)
-    return len(text.encode())
+        if (size := len(text.encode())) <= LARGEST:
+            write_atomic(output, text)
+            return size
+    raise UserError(f"{output}: the page would exceed 5 MB; select fewer runs with runs=[DIR,DIR]")
 
 
 def _template(contents: Contents, output: Path) -> Any:
@@ -88,7 +73,7 @@ def _template(contents: Contents, output: Path) -> Any:
         for name, (title, figure) in contents.figures.items()
         if name[0] in ("entropy", "needed", "curves", "cost")
     }
-    environment.filters |= {one.__name__: one for one in FILTERS}
+    environment.filters |= {name: getattr(wording, name) for name in FILTERS}
     environment.globals |= {
         "version": fusion.__version__,
         "contents": contents,
@@ -153,78 +138,24 @@ def sources_by_target(every: Sequence[Attention]) -> dict[str, Any] | None:
     return {
         "columns": columns,
         "rows": list(zip(rows, [one.setting for one in every], mean.tolist(), strict=True)),
-        "layers": _layers(longest.slots),
+        "layers": slider_positions(longest.slots),
         "data": data,
         "largest": max(1e-9, float(np.nanmax(matrices))),
     }
 
 
-def _layers(slots: Sequence[str]) -> list[str]:
-    return ["all layers (mean)", *(f"layer {name}" for name in layer_names(slots))]
-
-
-def inspected(
-    target: Target, method: str, trained: Trained, inspection: dict[str, Any], changes: dict[str, Difference]
-) -> dict[str, Any]:
-    """Return the token-level attention and source ablation of a fusion for the template."""
-    metric, full = next(iter(inspection["metrics"].items()))
-    sources, slots = (list(map(str, inspection[key])) for key in ("sources", "slots"))
-    colors = [figures.color(n) for n in range(len(sources))]
-    return {
-        "id": wording.anchor("into", target.label, method),
-        "title": f"{target.label} ← {method}",
-        "name": trained.name,
-        "setting": target.groups[method].setting,
-        "split": inspection["split"],
-        "count": inspection["rows"],
-        "metric": metric,
-        "full": full,
-        "sources": list(zip(sources, colors, strict=True)),
-        "layers": _layers(slots),
-        "rows": [row for one in inspection["words"] if (row := _word_row(one, slots, sources, colors))],
-        "changes": changes,
-        "figure": ("needed", target.label, method),
-        "pruned": inspection["pruned"] or [],
-    }
-
-
-def _word_row(
-    row: dict[str, Any], slots: Sequence[str], sources: Sequence[str], colors: Sequence[str]
-) -> dict[str, Any] | None:
-    """Add each token's source with the largest mean weight over layers to an example; `None` if it is damaged."""
-    tokens = list(map(str, row["tokens"]))
-    try:
-        mean = unpack(row["weights"], (len(slots), len(tokens), len(sources))).mean(0)
-    except ValueError:
-        return None
-    return row | {
-        "tokens": [
-            {
-                "text": token.strip() or token,
-                "starts_word": token.startswith(" "),
-                "special": place in row["special"],
-                "color": colors[weights.argmax()],
-                "weight": round(100 * float(weights.max())),
-            }
-            for place, (token, weights) in enumerate(zip(tokens, mean, strict=True))
-        ]
-    }
-
-
 def links(entry: Score, output: Path) -> dict[str, str]:
     """Return the links to a run's folders and its W&B run, by link text."""
-    trained, folders = entry.trained, {}
-    if trained is not None:
-        folders["trained"] = trained.run.folder
+    trained = entry.trained
+    runs = {} if trained is None else {"trained": trained.run}
     if trained is None or trained.run is not entry.run:
-        folders["evaluated"] = entry.run.folder
+        runs["evaluated"] = entry.run
     made = {
-        f"{done} in {folder}": quote(os.path.relpath(folder, output.resolve().parent)) + "/"
-        for done, folder in folders.items()
+        f"{done} in {run.folder}": quote(os.path.relpath(run.folder, output.resolve().parent)) + "/"
+        for done, run in runs.items()
     }
     tracked = None if trained is None or trained.manifest is None else trained.manifest.run.wandb
-    url = tracked.get("url") if isinstance(tracked, dict) else None
-    if isinstance(url, str) and url.startswith(("https://", "http://")):
+    if (url := str((tracked or {}).get("url"))).startswith(("https://", "http://")):
         made["W&B"] = url
     return made
 
@@ -243,8 +174,7 @@ def _rebuild(trained: Trained) -> dict[str, Any]:
         with contextlib.suppress(UserError, OSError):
             lines = rebuild_lines(manifest, store, store)
         facts["versions"] = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
-        marks = manifest.data.fingerprints.items()
-        facts["data"] = ", ".join(f"{split} {mark[:12]}" for split, mark in marks)
+        facts["data"] = ", ".join(f"{split} {mark[:12]}" for split, mark in manifest.data.fingerprints.items())
         facts["hash"] = manifest.hash[:12]
         if git is not None:
             facts["commit"] = f"{git.commit[:12]}{' with uncommitted changes' if git.dirty else ''}"

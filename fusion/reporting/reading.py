@@ -31,25 +31,13 @@ class RunFolder:
 
 @dataclass
 class Found:
-    """All runs found below the given directories.
-
-    Attributes:
-        done: finished runs, sorted by end time.
-        others: number of unfinished runs by status.
-        failed: failed runs with their errors.
-        debug: number of omitted debug= runs.
-        unread: error messages of files that could not be read.
-        histories: run directories that contain a part of a training run's history, sorted by start time.
-        inspections: the last inspection of each fusion, by hash.
-    """
-
-    done: list[RunFolder] = field(default_factory=list)
-    others: Counter[str] = field(default_factory=Counter)
-    failed: list[str] = field(default_factory=list)
-    debug: int = 0
-    unread: list[str] = field(default_factory=list)
-    histories: dict[str, list[Path]] = field(default_factory=dict)
-    inspections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    done: list[RunFolder] = field(default_factory=list)  # sorted by end time
+    others: Counter[str] = field(default_factory=Counter)  # number of unfinished runs by status
+    failed: list[str] = field(default_factory=list)  # failed runs with their errors
+    debug: int = 0  # number of omitted debug= runs
+    unread: list[str] = field(default_factory=list)  # errors of files that could not be read
+    histories: dict[str, list[Path]] = field(default_factory=dict)  # directories of each resumed run, by start time
+    inspections: dict[str, dict[str, Any]] = field(default_factory=dict)  # the last one of each fusion, by hash
 
     def history(self, folder: Path) -> list[dict[str, Any]]:
         """Return the logged records of a training run, including the parts before it was resumed."""
@@ -58,14 +46,7 @@ class Found:
 
 
 def read_runs(folders: Sequence[Path], without: Path | None = None) -> Found:
-    """Read all runs below the given directories, which may be run directories themselves.
-
-    Args:
-        without: a run directory to omit.
-
-    Raises:
-        UserError: if no run is found.
-    """
+    """Read all runs in and below the given directories, except `without`. Raises UserError if no run is found."""
     found = Found()
     places: dict[str, dict[Path, None]] = {STATUS: {}, INSPECTION: {}}  # the directories that contain each file
     for folder in folders:
@@ -113,9 +94,8 @@ def _read_run(folder: Path, found: Found) -> None:
     if str(result.get("name")).endswith(DEBUG):
         found.debug += 1
         return
-    words = status.get("overrides")
-    overrides = tuple(map(str, words if isinstance(words, list) else ()))
-    command, ended, skipped = str(status.get("command")), str(status.get("ended")), status.get("before") == "done"
+    overrides, skipped = tuple(map(str, status.get("overrides") or ())), status.get("before") == "done"
+    command, ended = str(status.get("command")), str(status.get("ended"))
     found.done.append(RunFolder(folder, command, overrides, ended, skipped, config, result))
 
 
@@ -129,11 +109,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Read a mapping from a JSON or YAML file.
-
-    Raises:
-        UserError: if the file cannot be read or is not a mapping.
-    """
+    """Read a mapping from a JSON or YAML file. Raises UserError if it cannot be read or is not a mapping."""
     import yaml
 
     try:

@@ -29,19 +29,14 @@ _STEPS = 255  # the byte that encodes a weight of 1
 
 @dataclass(frozen=True)
 class Attention:
-    """Source attention of a fusion, averaged over runs with different seeds.
-
-    Attributes:
-        mean: (L, N) attention weights.
-        entropy: (L,) in nats, or `None` if the weights do not sum to one.
-    """
+    """Source attention of a fusion, averaged over runs with different seeds."""
 
     target: str
     method: str
     sources: tuple[str, ...]
     slots: tuple[str, ...]
-    mean: Floats
-    entropy: Floats | None
+    mean: Floats  # (L, N)
+    entropy: Floats | None  # (L,) in nats; None if the weights do not sum to one
     runs: int
     setting: str = ""
 
@@ -99,13 +94,9 @@ def _of_run(trained: Trained, found: Found) -> tuple[list[str], tuple[str, ...],
 
 
 def by_target(every: Sequence[Attention], layer: int | None = None) -> tuple[list[str], list[str], Floats]:
-    """Return the fusions × sources matrix of Figure 4 of the AdapterFusion paper (Pfeiffer et al. 2021).
+    """Return fusions, sources and weights (fusions, sources) of a slot, or averaged over all slots; NaN: not a source.
 
-    Args:
-        layer: index of a slot. If `None`, the mean over all slots.
-
-    Returns:
-        Names of the fusions, names of the sources, and weights (fusions, sources), NaN for missing sources.
+    Figure 4 of Pfeiffer et al. 2021, "AdapterFusion".
     """
     import pandas as pd
 
@@ -123,11 +114,12 @@ def layer_names(slots: Sequence[str]) -> list[str]:
     return [f"{layer} {site.replace('_', ' ')}" if several else layer for layer, _, site in parts]
 
 
-def curves_of(target: Target, found: Found) -> dict[str, dict[str, DataFrame]]:
-    """Return the training curves by metric (`train/loss`, `validation/accuracy`, ...) and method.
+def slider_positions(slots: Sequence[str]) -> list[str]:
+    return ["all layers (mean)", *(f"layer {name}" for name in layer_names(slots))]
 
-    A curve is a DataFrame with the index `step` and the columns mean, min, max and count over the seeds.
-    """
+
+def curves_of(target: Target, found: Found) -> dict[str, dict[str, DataFrame]]:
+    """Return mean, min, max and count over the seeds (columns) by step, for each metric and method."""
     import pandas as pd
 
     curves: dict[str, dict[str, DataFrame]] = {}
@@ -182,31 +174,12 @@ def ablation(inspection: Mapping[str, Any], metric: str) -> dict[str, Difference
     return made
 
 
-def is_complete(inspection: Mapping[str, Any]) -> bool:
-    try:
-        metric = next(iter(inspection["metrics"]))
-        scored = [inspection, *inspection["masked"].values(), *(inspection["pruned"] or [])]
-        words = {"row", "tokens", "special", "weights", "predicted", "truth", "right"}
-        return (
-            all(isinstance(one["metrics"][metric], (int, float)) for one in scored)
-            and all("kept" in step for step in inspection["pruned"] or [])
-            and all(words <= set(row) for row in inspection["words"])
-            and {"sources", "slots", "split", "rows"} <= set(inspection)
-        )
-    except (KeyError, TypeError, AttributeError, StopIteration):
-        return False
-
-
 def pack(weights: NDArray[np.floating]) -> str:
     """Encode weights between 0 and 1 with one byte each, in base64 and row-major order."""
     return base64.b64encode((weights.clip(0, 1) * _STEPS).round().astype(np.uint8).tobytes()).decode()
 
 
 def unpack(packed: str, shape: tuple[int, ...]) -> NDArray[np.floating]:
-    """Invert `pack`, up to the quantization error.
-
-    Raises:
-        ValueError: if the input is not valid base64 or has a different size.
-    """
+    """Invert `pack`, up to the quantization error. Raises ValueError if the input is invalid or has a different size."""
     values: NDArray[np.floating] = np.frombuffer(base64.b64decode(packed), np.uint8).reshape(shape) / _STEPS
     return values

@@ -31,22 +31,13 @@ _NOT_VARIANT = ("method.name", "composition.name", "task.name", "backbone.name_o
 
 @dataclass(frozen=True)
 class Trained:
-    """A training run and its artifact.
-
-    Attributes:
-        metric_of: first metric of each task.
-        variant: settings that distinguish runs of the same method, including those of the sources.
-        setting: (backbone, maximum number of training examples).
-        manifest: manifest of the artifact, or `None` if the artifact was removed.
-    """
-
     run: RunFolder
-    metric_of: Mapping[str, str]
+    metric_of: Mapping[str, str]  # first metric of each task
     method: str
-    variant: Mapping[str, Any]
-    setting: tuple[str, int | None]
+    variant: Mapping[str, Any]  # settings that distinguish runs of the same method, including those of the sources
+    setting: tuple[str, int | None]  # backbone, maximum number of training examples
     artifact: str
-    manifest: Manifest | None
+    manifest: Manifest | None  # None: the artifact was removed
 
     @property
     def name(self) -> str:
@@ -72,12 +63,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Score:
-    """Metrics of one run on a task and split.
-
-    Attributes:
-        trained: training run of the artifact, or `None` if it was not found.
-        anywhere: whether the artifact was trained on a different task, so the entry applies to all settings of the target.
-    """
+    """Metrics of one run on a task and split."""
 
     task: str
     split: str
@@ -85,8 +71,8 @@ class Score:
     metrics: Mapping[str, float]
     predictions: Predictions | None
     run: RunFolder
-    trained: Trained | None
-    anywhere: bool = False
+    trained: Trained | None  # training run of the artifact, if found
+    anywhere: bool = False  # trained on a different task, so the score applies to all settings of the target
 
     @property
     def variant(self) -> Mapping[str, Any]:

@@ -19,6 +19,7 @@ RESAMPLES = 2000
 LEVEL = 0.95
 _BATCH = 100  # resamples per batch
 _SEED = 20_210_419  # fixed, so that reports are reproducible
+_BOOTSTRAP: Any = {"n_resamples": RESAMPLES, "confidence_level": LEVEL, "method": "percentile", "rng": _SEED}
 _TOLERANCE = 1e-12  # differences below it are ties
 
 Floats = NDArray[np.floating]
@@ -56,21 +57,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Difference:
-    """Difference of the mean metric between a method and the baseline.
-
-    Attributes:
-        low, high: 95 % confidence interval, or `None` for single runs without predictions.
-        p: two-sided p-value.
-        unit: unit of resampling, such as examples and seeds.
-        wins, ties, losses: numbers of seed pairs.
-    """
+    """Difference of the mean metric between a method and the baseline."""
 
     mean: float
-    low: float | None = None
+    low: float | None = None  # 95 % confidence interval; None for single runs without predictions
     high: float | None = None
-    p: float | None = None
-    unit: str = ""
-    wins: int = 0
+    p: float | None = None  # two-sided
+    unit: str = ""  # unit of resampling, such as examples and seeds
+    wins: int = 0  # numbers of seed pairs
     ties: int = 0
     losses: int = 0
 
@@ -128,7 +122,7 @@ def _bootstrap_rows(
         return _resampled_mean(ones, rows, seeds, metric) - _resampled_mean(others, rows, again, metric)
 
     rows = np.arange(len(ones[0].labels))
-    found = stats.bootstrap((rows,), statistic, batch=_BATCH, vectorized=True, **_bootstrap_options())
+    found = stats.bootstrap((rows,), statistic, batch=_BATCH, vectorized=True, **_BOOTSTRAP)
     resampled = found.bootstrap_distribution
     tail = min((resampled <= _TOLERANCE).sum(), (resampled >= -_TOLERANCE).sum())
     p = min(1.0, 2 * (float(tail) + 1) / (len(resampled) + 1))
@@ -142,7 +136,7 @@ def _bootstrap_seeds(scores: Floats, baselines: Floats) -> tuple[float, float, f
     differences = scores - baselines
     low = high = float(differences[0])
     if np.ptp(differences) >= _TOLERANCE:  # scipy warns if all values are equal
-        interval = stats.bootstrap((differences,), np.mean, **_bootstrap_options()).confidence_interval
+        interval = stats.bootstrap((differences,), np.mean, **_BOOTSTRAP).confidence_interval
         low, high = float(interval.low), float(interval.high)
     test = stats.permutation_test(
         (scores, baselines),
@@ -150,7 +144,7 @@ def _bootstrap_seeds(scores: Floats, baselines: Floats) -> tuple[float, float, f
         permutation_type="samples",
         vectorized=True,
         n_resamples=RESAMPLES,
-        rng=np.random.default_rng(_SEED),
+        rng=_SEED,
     )
     return low, high, float(test.pvalue)
 
@@ -165,10 +159,7 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def constant_scores(labels: NDArray[Any], metrics: Sequence[str]) -> tuple[str, dict[str, float]]:
-    """Return the name and the metrics of a constant prediction: the most frequent label, or the mean for regression.
-
-    Unknown metrics and correlations, which are undefined for a constant, are omitted.
-    """
+    """Return the name and the metrics of predicting the most frequent label; no metrics for the mean in regression."""
     if not len(labels):
         return "", {}
     if labels.dtype.kind == "f":
@@ -189,8 +180,3 @@ def _resampled_mean(
     """Compute the mean metric of each resample of examples (B, R) and runs (B, S) -> (B,)."""
     scores = np.stack([metric_of(metric, run.labels[rows], run.predicted[rows]) for run in runs], -1)
     return np.asarray(np.take_along_axis(scores, seeds, axis=-1).mean(-1))
-
-
-def _bootstrap_options() -> dict[str, Any]:
-    options = {"n_resamples": RESAMPLES, "confidence_level": LEVEL, "method": "percentile"}
-    return options | {"rng": np.random.default_rng(_SEED)}

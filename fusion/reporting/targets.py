@@ -18,45 +18,22 @@ from fusion.store.settings_groups import group as positions_of_equal
 BASELINE = "single adapter"
 _ORDER = ("head", "full fine-tuning", "LoRA", "BitFit", BASELINE, "alone", "fusion")
 _BUDGET = ("optim.", "trainer.", "data.", "loss.")  # prefixes of the settings that make up the training budget
-_BUDGET_NAMES = {
-    "optim.lr": "learning rate",
-    "optim.head_lr": "head learning rate",
-    "optim.patience": "patience",
-    "optim.weight_decay": "weight decay",
-    "optim.warmup": "warmup",
-    "trainer.max_epochs": "epochs",
-    "trainer.max_steps": "steps",
-    "trainer.max_time": "time",
-    "trainer.accumulate_grad_batches": "accumulated batches",
-    "data.batch_size": "batch size",
-    "data.tokens_per_batch": "tokens per batch",
-    "data.max_length": "maximum length",
-}
 
 
 @dataclass
 class Group:
-    """Runs of one method with one setting on one target, which only differ in their seeds.
-
-    Attributes:
-        differing: settings in which the groups of the method differ.
-        others: number of other groups of the method.
-        chosen_on: split on which the best group of the method is selected.
-        against: baseline group that the group is compared with; `difference` is the difference from it.
-        adjusted: p-value of the difference after Holm's correction.
-        unequal: differences in training budget or examples. If there are any, the group has no verdict.
-    """
+    """Runs of one method with one setting on one target, which only differ in their seeds."""
 
     method: str
     entries: list[Score]
     metric: str
-    differing: str
-    others: int
-    chosen_on: str = "validation"
-    against: Group | None = None
+    differing: str  # settings in which the groups of the method differ
+    others: int  # number of other groups of the method
+    chosen_on: str = "validation"  # split on which the best group of the method is selected
+    against: Group | None = None  # baseline group that the group is compared with
     difference: Difference | None = None
-    adjusted: float | None = None
-    unequal: tuple[str, ...] = ()
+    adjusted: float | None = None  # p-value of the difference after Holm's correction
+    unequal: tuple[str, ...] = ()  # differences in training budget or examples, which rule out a verdict
 
     @property
     def anywhere(self) -> bool:
@@ -117,23 +94,14 @@ class Group:
 
 @dataclass
 class Target:
-    """A target task in one setting.
-
-    Attributes:
-        rows: number of examples of the split, if known.
-        groups: best group of each method on the validation split.
-        variants: all groups of each method.
-        constant: metrics of predicting the majority class for every example; empty if unknown.
-    """
-
     label: str
     task: str
     split: str
     metric: str
-    rows: int | None
-    groups: dict[str, Group]
-    variants: dict[str, list[Group]]
-    constant: dict[str, float] = field(default_factory=dict)
+    rows: int | None  # number of examples of the split, if known
+    groups: dict[str, Group]  # best group of each method on the validation split
+    variants: dict[str, list[Group]]  # all groups of each method
+    constant: dict[str, float] = field(default_factory=dict)  # metrics of predicting the majority class, if known
     majority: str = ""
 
     @property
@@ -143,19 +111,11 @@ class Target:
     @property
     def selected_here(self) -> list[str]:
         """Selections made on the reported examples, which make the scores optimistic."""
-        results = [
-            {} if entry.trained is None else entry.trained.run.result
-            for group in self.every_group
-            for entry in group.entries
-            if not entry.anywhere
-        ]
+        entries = [entry for group in self.every_group for entry in group.entries if not entry.anywhere]
+        results = [entry.trained.run.result for entry in entries if entry.trained is not None]
+        of_epochs = [one for one in results if one.get("best_epoch") is not None and one.get("epochs") != 1]
         selected = []
-        if any(
-            self.split in {key.rpartition("/")[2] for key in result.get("metrics") or {}}
-            and result.get("best_epoch") is not None
-            and result.get("epochs") != 1
-            for result in results
-        ):
+        if any(key.rpartition("/")[2] == self.split for one in of_epochs for key in one.get("metrics") or {}):
             selected.append("the best epoch")
         if any(group.others and self.split.startswith(group.chosen_on) for group in self.groups.values()):
             selected.append("the best setting of a method")
@@ -184,11 +144,7 @@ def every_method(targets: Sequence[Target]) -> list[str]:
 
 
 def targets_of(found: Found, split: str | None = None) -> list[Target]:
-    """Return the targets of all runs, with the results of every method.
-
-    Args:
-        split: the split to report. If `None`, the split on which most methods were evaluated, preferring test.
-    """
+    """Return the targets of all runs on `split`, or else on the split of most methods, preferring test."""
     scores = all_scores(found.done)
     targets = []
     for task in sorted({score.task for score in scores}):
@@ -238,7 +194,6 @@ def _target(task: str, label: str, scores: Sequence[Score], split: str | None) -
 
 
 def _common_split(scores: Sequence[Score]) -> str:
-    """Return the split on which most methods were evaluated, preferring test."""
     methods = defaultdict(set)
     for score in scores:
         methods[score.split].add(score.method)
@@ -280,7 +235,6 @@ def _best_first(groups: list[Group], scores: Sequence[Score], split: str) -> Non
 
 
 def _validation_score(group: Group, scores: Sequence[Score]) -> float | None:
-    """Return the mean validation metric of the group's training runs, or `None` if unknown."""
     runs = {id(one.run) for one in group.trained}
     validation = [one for one in scores if id(one.run) in runs and one.split.startswith("validation")]
     own = [one.metrics[group.metric] for one in validation if group.metric in one.metrics]
@@ -331,8 +285,8 @@ def _other_rows(group: Group, against: Group) -> list[str]:
 
 def _budget_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return [
-        f"{_BUDGET_NAMES.get(key, key)} {_text(one.get(key))} vs. {_text(other.get(key))}"
-        for key in sorted({*one, *other}, key=lambda key: (key not in _BUDGET_NAMES, key))
+        f"{key} {_text(one.get(key))} vs. {_text(other.get(key))}"
+        for key in sorted({*one, *other})
         if one.get(key) != other.get(key)
     ]
 
@@ -343,7 +297,7 @@ def _values_tried(group: Group, own: Sequence[Group], against: Group, others: Se
     for key in sorted({*group.budget, *against.budget}):
         tried, by_base = ({key_of({"": one.budget.get(key)}) for one in every} for every in (own, others))
         if tried != by_base and group.budget.get(key) == against.budget.get(key):
-            named.append(f"{_BUDGET_NAMES.get(key, key)}: {len(tried)} values tried vs. {len(by_base)}")
+            named.append(f"{key}: {len(tried)} values tried vs. {len(by_base)}")
     return named
 
 

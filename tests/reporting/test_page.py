@@ -16,20 +16,10 @@ import pytest
 
 from fusion.errors import UserError
 from fusion.reporting import page
-from fusion.reporting.contents import Contents, latex, save_table, table
+from fusion.reporting.contents import Contents, inspected, latex, save_table, table
 from fusion.reporting.page import write_files
 from fusion.reporting.reading import read_runs
-from fusion.reporting.records import (
-    POINTS,
-    Attention,
-    ablation,
-    by_target,
-    curves_of,
-    history_of,
-    is_complete,
-    layer_names,
-    pack,
-)
+from fusion.reporting.records import POINTS, Attention, by_target, curves_of, history_of, layer_names, pack
 from fusion.reporting.scores import trained_runs
 from fusion.reporting.targets import targets_of
 from tests.reporting.conftest import Write
@@ -82,18 +72,15 @@ def inspection(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def contents(tmp_path: Path, inspected: dict[str, Any] | None = None) -> Contents:
+def contents(tmp_path: Path, seen: dict[str, Any] | None = None) -> Contents:
     found = read_runs([tmp_path / "runs"])
     targets = targets_of(found)
     made = Contents(found, targets)
-    if inspected is not None:
+    if seen is not None:
         target = targets[0]
         method = next(method for method in target.groups if method.startswith("fusion"))
-        trained = target.groups[method].trained[0]
-        made.inspected = []
-        if is_complete(inspected):
-            changes = ablation(inspected, next(iter(inspected["metrics"])))
-            made.inspected = [(target, method, trained, inspected, changes)]
+        group = target.groups[method]
+        made.inspected = [one for one in [inspected(target, group, group.trained[0], seen)] if one]
     return made
 
 
@@ -144,7 +131,7 @@ def test_settings_have_rows_and_unequal_budgets_no_verdict(tmp_path: Path, write
     text = written(contents(tmp_path), tmp_path)
     rows = re.findall(r'<tr><th scope="row"><a href="#[^"]+">(?:single|fusion).*?</tr>', text, re.DOTALL)
     assert len(rows) == 4 and "best of" not in text
-    assert "not at equal budget: learning rate 0.5 vs. 0.001" in rows[0] and "▲" not in rows[0]
+    assert "not at equal budget: optim.lr 0.5 vs. 0.001" in rows[0] and "▲" not in rows[0]
     assert [re.search(r"layers=<wbr>(\d)", row)[1] for row in rows[1:]] == ["2", "1", "0"]  # type: ignore[index]
     assert "baseline" in rows[1] and "best on validation" in rows[1]
     assert all(re.search(r"<small>[−+0].* to .*</small>", row) for row in (rows[0], *rows[2:]))
@@ -182,7 +169,7 @@ def test_figures_name_the_chosen_setting(tmp_path: Path, write: Write) -> None:
     named = "setting optim.lr=0.1, best of 3 on validation"
     made = contents(tmp_path, inspection())
     assert [one.setting for one in made.attention] == [named]
-    assert page.inspected(*made.inspected[0])["setting"] == named
+    assert made.inspected[0]["setting"] == named
     text = written(made, tmp_path)
     for section, count in (("listened", 2), ("words", 1), ("needed", 1)):
         content = text[text.index(f'<section id="{section}">') :].partition("</section>")[0]
@@ -239,14 +226,14 @@ def test_ablation_has_color_only_if_conclusive(tmp_path: Path, write: Write) -> 
         for name, count in wrong.items()
     }
     masked["unknown"] = {"metrics": {"accuracy": 0.2}, "loss": 0.5}
-    inspected = inspection(metrics={"accuracy": 1.0}, labels=labels, predicted=labels, masked=masked, rows=100)
-    changes = page.inspected(*contents(tmp_path, inspected).inspected[0])["changes"]
+    seen = inspection(metrics={"accuracy": 1.0}, labels=labels, predicted=labels, masked=masked, rows=100)
+    changes = contents(tmp_path, seen).inspected[0]["changes"]
     assert {name: change.conclusive for name, change in changes.items()} == {
         **{"much": True, "little": False, "unknown": False}
     }
     assert -0.55 < changes["much"].low < -0.4 < changes["much"].high < -0.25
     assert changes["unknown"].low is None
-    text = written(contents(tmp_path, inspected), tmp_path)
+    text = written(contents(tmp_path, seen), tmp_path)
     assert '<td class="worse">−0.4000</td>' in text and '<td class="same">−0.0100</td>' in text
 
 

@@ -118,10 +118,10 @@ def test_budget_differences_are_named(tmp_path: Path, write: Write) -> None:
     group = only(tmp_path).groups["fusion of 2"]
     assert group.difference is not None and group.difference.p is not None and group.difference.p < 0.05
     assert sorted(group.unequal) == [
-        "batch size 8 vs. null",
-        "epochs 20 vs. null",
-        "learning rate 0.001 vs. 0.0001",
-        "patience null vs. 3",
+        "data.batch_size 8 vs. null",
+        "optim.lr 0.001 vs. 0.0001",
+        "optim.patience null vs. 3",
+        "trainer.max_epochs 20 vs. null",
     ]
 
 
@@ -153,9 +153,9 @@ def test_equal_budgets_are_preferred(tmp_path: Path, write: Write) -> None:
     assert best.difference is not None and best.difference.mean == pytest.approx(0.05)
     write(score=0.95, wrong=1, sources=["a", "b"], optim__lr=1e-2)
     best, low, middle = only(tmp_path).variants["fusion of 2"]
-    assert best.unequal == ("learning rate 0.01 vs. 0.001",)
+    assert best.unequal == ("optim.lr 0.01 vs. 0.001",)
     assert low.unequal == (), "neither is the best of its method"
-    assert middle.unequal == ("learning rate: 3 values tried vs. 2",)
+    assert middle.unequal == ("optim.lr: 3 values tried vs. 2",)
 
 
 def test_each_setting_has_a_difference(tmp_path: Path, write: Write) -> None:
