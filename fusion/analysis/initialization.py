@@ -36,16 +36,9 @@ _ROWS = 1000  # maximum number of training examples for source selection
 
 @dataclass(frozen=True)
 class Initialization:
-    """
-    Attributes:
-        composition: composition settings; for a pruned fusion, the settings that the fusion was trained with.
-        chosen: selected sources, as passed to `build_composition` and stored in the manifest, see `Composition.finds`.
-        fusion: stored fusion that weights and head are initialized from.
-    """
-
-    composition: CompositionConfig
-    chosen: dict[str, Any] = field(default_factory=dict)
-    fusion: Artifact | None = None
+    composition: CompositionConfig  # for a pruned fusion, the settings that the fusion was trained with
+    chosen: dict[str, Any] = field(default_factory=dict)  # selected sources, see `Composition.finds`
+    fusion: Artifact | None = None  # stored fusion that weights and head are initialized from
 
     @property
     def stored(self) -> dict[str, Any]:
@@ -91,22 +84,20 @@ def initialize(
     size, tokens = config.data.batch_size, config.data.tokens_per_batch
     few = partial(sampled_batches, training, _ROWS, size, tokens)
     fusion = None if composition.fusion is None else load(composition.fusion, store)
-    file = checkpoints / CHOSEN
+    file, chosen = checkpoints / CHOSEN, {}
     if config.resume and file.is_file():
         chosen = json.loads(file.read_text(encoding="utf-8"))
+    elif fusion is not None:
+        assert composition.keep is not None
+        attention = measure_attention(stored_model(fusion, store, backbone.copy()), few(), device)
+        chosen[finds] = most_attended(attention, [source.manifest for source in sources], composition.keep)
     else:
-        if fusion is not None:
-            assert composition.keep is not None
-            attention = measure_attention(stored_model(fusion, store, backbone.copy()), few(), device)
-            found: Any = most_attended(attention, [source.manifest for source in sources], composition.keep)
-        else:
-            held_out = partial(sampled_batches, validation, None, size, tokens)
-            pooling = config.head.pooling or config.backbone.pooling
-            probed = (sources, backbone.copy(), composition, pooling, config.task, few, held_out, device)
-            found = best_source([s.manifest.name for s in sources], config.task, partial(probe, *probed))
-        chosen = {finds: found}
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        write_json(file, chosen)
+        held_out = partial(sampled_batches, validation, None, size, tokens)
+        pooling = config.head.pooling or config.backbone.pooling
+        probed = (sources, backbone.copy(), composition, pooling, config.task, few, held_out, device)
+        chosen[finds] = best_source([s.manifest.name for s in sources], config.task, partial(probe, *probed))
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    write_json(file, chosen)
     if fusion is None:
         return Initialization(composition, chosen)
     assert fusion.manifest.composition is not None
@@ -114,11 +105,7 @@ def initialize(
 
 
 def best_source(names: Sequence[str], task: TaskConfig, probe_scores: Callable[[], list[float]]) -> str:
-    """Return the source with the best linear probe; ties are broken by the order of the sources.
-
-    Raises:
-        UserError: if there are multiple sources and the task type does not support linear probes.
-    """
+    """Return the source with the best linear probe, or the first of these. Raises UserError if it cannot be probed."""
     if len(names) == 1:
         return names[0]
     kind = kind_of(task)

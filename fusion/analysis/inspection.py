@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -41,15 +41,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Evaluation of a fusion with a subset of its sources.
+    """Evaluation of a fusion with a subset of its sources."""
 
-    Attributes:
-        metrics: metric values by name; the first one is compared.
-        loss: mean loss over the examples, which breaks ties.
-    """
-
-    metrics: dict[str, float]
-    loss: float
+    metrics: dict[str, float]  # the first one is compared
+    loss: float  # mean over the examples, breaks ties
     predictions: Sequence[Any] = ()
 
     @property
@@ -69,23 +64,16 @@ Evaluate = Callable[[Sequence[int]], Evaluation]  # evaluates the fusion with on
 def inspected_data(manifest: Manifest, data: DataConfig) -> DataConfig:
     """Return the data settings of the artifact's training run; directory, limits and sizes set in `data` take precedence."""
     trained = manifest.run.config
-    limits = {
-        split: getattr(data.limit, split) or trained.get(f"data.limit.{split}")
-        for split in ("train", "validation", "test")
-    }
-    return replace(
-        as_trained(manifest, data, manifest.task.name),
-        dir=data_folder_of(manifest) if data.dir is None else data.dir,
-        limit=LimitConfig(**limits),
-    )
+    limits = {split: limit or trained.get(f"data.limit.{split}") for split, limit in asdict(data.limit).items()}
+    folder = data_folder_of(manifest) if data.dir is None else data.dir
+    return replace(as_trained(manifest, data, manifest.task.name), dir=folder, limit=LimitConfig(**limits))
 
 
 def inspect(config: InspectConfig) -> dict[str, Any]:
     """Return the content of inspection.json.
 
-    `attention`: mean source weights and mean entropy by slot, see `SourceAttention`. `masked`: metrics and predictions
-    without each source. `pruned`: metrics from all sources down to one, or null if `prune` is false. `words`: selected
-    examples, see `token_attention`.
+    `masked`: metrics and predictions without each source. `pruned`: metrics from all sources down to one, or null if
+    `prune` is false. `words`: selected examples, see `token_attention`.
 
     Raises:
         UserError: if the artifact, its sources, the backbone or the data are missing or incompatible.
@@ -165,7 +153,6 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
 
 
 def ablate_each(count: int, evaluate: Evaluate) -> list[Evaluation]:
-    """Evaluate without source 0, without source 1, ..."""
     return [evaluate([n for n in range(count) if n != removed]) for removed in range(count)]
 
 
@@ -174,14 +161,12 @@ def prune(
 ) -> list[tuple[tuple[int, ...], Evaluation]]:
     """Repeatedly remove the least important source until one is left; ties are broken by the last source.
 
+    Returns the indices of the remaining sources and their evaluation, for N steps.
+
     Args:
-        full: evaluation with all sources.
         ablated: result of `ablate_each`.
         greedy: re-evaluate the removal of each remaining source at every step, with N(N - 1)/2 - 1 more evaluations.
             Otherwise sources are removed in the order given by `ablated`, with N - 2 more evaluations.
-
-    Returns:
-        N steps: the indices of the remaining sources, and their evaluation.
     """
     remaining = tuple(range(len(ablated)))
     steps = [(remaining, full)]
@@ -211,11 +196,7 @@ def _spread(rows: Sequence[int], count: int) -> list[int]:
 
 @torch.inference_mode()
 def token_attention(model: AdaptedModel, batch: Batch, text: int, tokenizer: Any) -> dict[str, Any]:
-    """Return the tokens of a text and their source attention in each slot.
-
-    Args:
-        model, batch: model and batch on the same device.
-        text: index of the text in the batch.
+    """Return the tokens of a text of the batch, given its index, and their source attention in each slot.
 
     Returns:
         tokens: T strings; a leading space marks the start of a word (`" film"`), others continue it (`"ing"`).

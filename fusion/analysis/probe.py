@@ -33,16 +33,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class States:
-    """
-    Attributes:
-        pooled: (S, D) float64.
-        labels: (B,) or (B, ...).
-        choice_counts: (B,), number of texts per example. If `None`, each example has one text.
-    """
-
-    pooled: Tensor
-    labels: Tensor
-    choice_counts: Tensor | None
+    pooled: Tensor  # (S, D) float64
+    labels: Tensor  # (B,) or (B, ...)
+    choice_counts: Tensor | None  # (B,), number of texts per example; None: one
 
 
 Batches = Callable[[], Iterable[Batch]]
@@ -77,10 +70,7 @@ def pooled_states(
 ) -> list[list[States]]:
     """Compute the states of each split for each source, with only the adapter of that source active.
 
-    Args:
-        backbone: the backbone, which is modified in place.
-        composition: settings that determine the layers in which the adapters are active.
-        splits: callables that return the batches of a split.
+    The backbone is modified in place. Only the layers of `composition` are used.
     """
     settings = CompositionConfig(MEAN, layers=composition.layers, drop=composition.drop)
     model = AdaptedModel(
@@ -190,12 +180,5 @@ def _evidence(features: Tensor, u: Tensor, s: Tensor, y: Tensor) -> float:
             break
     weight, error = norms(alpha / beta)
     determinant = float((alpha + beta * sigma).log().sum()) + (width - len(s)) * math.log(alpha)
-    evidence = (
-        width * math.log(alpha)
-        + rows * math.log(beta)
-        - beta * error
-        - alpha * weight
-        - determinant
-        - rows * math.log(2 * math.pi)
-    )
-    return evidence / (2 * rows)
+    evidence = width * math.log(alpha) + rows * math.log(beta) - beta * error - alpha * weight - determinant
+    return (evidence - rows * math.log(2 * math.pi)) / (2 * rows)

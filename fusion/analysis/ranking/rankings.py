@@ -1,8 +1,4 @@
-"""Rankings of sources: ranks and agreement of scores, and stored rankings, `STORE/.rankings/TASK-HASH.json`.
-
-The hash covers everything that a ranking depends on except the seed: target, examples, backbone, sources and methods.
-This module does not import torch.
-"""
+"""Rankings of sources: ranks and agreement of scores, and stored rankings, `STORE/.rankings/TASK-HASH.json`."""
 
 from __future__ import annotations
 
@@ -14,12 +10,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from fusion.errors import UserError
 from fusion.files import write_json
 from fusion.store.layout import read_regular
-from fusion.store.lookup import entries
 
 RANKINGS = ".rankings"
 FORMAT_VERSION = 1
@@ -70,29 +65,23 @@ def correlation(one: Scores, other: Scores) -> dict[str, float | None]:
     return {method: float(known["one"].corr(known["other"], method=method)) for method in ("kendall", "spearman")}
 
 
-class Backbone(BaseModel):
-    name: str
-
-
 class RankedSource(BaseModel):
-    """A ranked source. `reference`: configured name or path. `ranks`: rank by method."""
-
     name: str
-    reference: str
+    reference: str  # configured name or path
     hash: str
     mean_rank: float | None
-    ranks: dict[str, float | None]
+    ranks: dict[str, float | None]  # by method
 
 
 class StoredRanking(BaseModel):
-    """Keys of a stored ranking that stage 2 uses. `sources`: best first. `made`: creation time, ISO 8601 in UTC."""
+    """Keys of a stored ranking that stage 2 uses."""
 
     format_version: Literal[1]
     task: dict[str, Any]
-    backbone: Backbone
+    backbone: dict[str, str]
     methods: list[str]
-    made: str
-    sources: Annotated[list[RankedSource], Field(min_length=1)]
+    made: str  # ISO 8601 in UTC
+    sources: Annotated[list[RankedSource], Field(min_length=1)]  # best first
     path: Path
 
 
@@ -101,9 +90,6 @@ def write_ranking(store: Path, ranking: dict[str, Any], question: dict[str, Any]
 
     Args:
         question: everything that the ranking depends on except the seed; determines the file name.
-
-    Raises:
-        OSError: if the file cannot be written.
     """
     text = json.dumps(question, sort_keys=True, default=str)
     name = str(ranking["task"]["name"]).replace("/", "-")
@@ -114,38 +100,24 @@ def write_ranking(store: Path, ranking: dict[str, Any], question: dict[str, Any]
 
 
 def rankings_of(store: Path, task: dict[str, Any], backbone: str) -> tuple[list[StoredRanking], list[str]]:
-    """Return the rankings for a target, newest first, and the error messages of damaged files.
-
-    Args:
-        task: all task settings, which have to be equal to the stored ones.
-        backbone: name or path of the backbone.
-    """
+    """Return the rankings for a target and backbone, newest first, and the error messages of damaged files."""
     found, damaged = [], []
     task = json.loads(json.dumps(task, default=str))
-    for path in entries(store / RANKINGS):
-        if path.suffix != ".json":
-            continue
+    for path in sorted((store / RANKINGS).glob("*.json")):
         try:
             ranking = read_ranking(path)
         except UserError as error:
             damaged.append(str(error))
             continue
-        if ranking.task == task and ranking.backbone.name == backbone:
+        if ranking.task == task and ranking.backbone.get("name") == backbone:
             found.append(ranking)
     return sorted(found, key=lambda ranking: ranking.made, reverse=True), damaged
 
 
 def read_ranking(path: Path) -> StoredRanking:
-    """Read a stored ranking.
-
-    Raises:
-        UserError: if the file is damaged or has a different format version.
-    """
+    """Read a stored ranking. Raises UserError if it is damaged or has a different format version."""
     try:
         return StoredRanking(**json.loads(read_regular(path)) | {"path": path})
-    except ValidationError as error:
-        first = error.errors()[0]
-        problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    except (ValueError, TypeError, RecursionError) as error:
-        problem = f"{type(error).__name__}: {error}"
-    raise UserError(f"{path} is not a valid ranking ({problem}); delete it and rerun fusion.rank")
+    except (ValueError, TypeError, RecursionError) as error:  # pydantic's is a ValueError
+        problem = ": ".join(line.strip() for line in str(error).splitlines()[:3])
+        raise UserError(f"{path} is not a valid ranking ({problem}); delete it and rerun fusion.rank") from None

@@ -48,20 +48,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ScorerInputs:
-    """
-    Attributes:
-        sources: adapters with the same placement, trained on `backbone`.
-        backbone: the backbone, which scorers must not modify.
-        rows: tokenized examples of the target.
-        folder: the run directory.
-    """
-
     config: RankConfig
     task: TaskConfig
-    sources: Sequence[Artifact]
-    backbone: Backbone
-    rows: TaskRows
-    folder: Path
+    sources: Sequence[Artifact]  # adapters with the same placement, trained on `backbone`
+    backbone: Backbone  # must not be modified
+    rows: TaskRows  # of the target
+    folder: Path  # the run directory
 
     @property
     def device(self) -> torch.device:
@@ -109,9 +101,8 @@ def similarity(inputs: ScorerInputs) -> list[float | None]:
 
 def mean_embedding(backbone: Backbone, tasks: Sequence[EncodedRows], device: torch.device) -> Tensor:
     """Average the `text_embedding` over tasks. Returns (D,) float64."""
-    return torch.stack([text_embedding(backbone, sampled_batches(rows, None, _TEXTS), device) for rows in tasks]).mean(
-        0
-    )
+    every = [text_embedding(backbone, sampled_batches(rows, None, _TEXTS), device) for rows in tasks]
+    return torch.stack(every).mean(0)
 
 
 @torch.inference_mode()
@@ -132,11 +123,8 @@ def text_embedding(backbone: Backbone, batches: Iterable[Batch], device: torch.d
 def source_rows(source: Manifest, data: DataConfig, at_most: int, tokenizer: Any) -> list[EncodedRows]:
     """Return training examples of each task of a source, about `at_most` in total.
 
-    They are read from the source's `data.dir`, or else from the `data.dir` of this command. A limit selects the first
-    examples of a fixed shuffle, so the source was trained on all of them.
-
-    Raises:
-        UserError: if the examples cannot be read from any of these directories.
+    They are read from the source's `data.dir`, or else from the `data.dir` of this command; raises UserError if neither
+    contains them. A limit selects the first examples of a fixed shuffle, so the source was trained on all of them.
     """
     assert data.max_length is not None
     trained = source.run.config.get("data.limit.train")
@@ -162,17 +150,11 @@ def source_rows(source: Manifest, data: DataConfig, at_most: int, tokenizer: Any
 
 def _folders(source: Manifest, data: DataConfig) -> list[str | None]:
     """Return the values of `data.dir` to try, in order; `None` is the Hub or the packaged corpus of the task."""
-    trained, started = source.run.config.get("data.dir"), source.run.folder
-    folders: list[str | None] = []
-    if isinstance(trained, str):
-        if isinstance(started, str):
-            folders.append(str(Path(started) / Path(trained).expanduser()))
-        folders.append(trained)
-    if data.dir is not None:
-        folders.append(data.dir)
+    trained = source.run.config.get("data.dir")
     if not isinstance(trained, str):
-        folders.append(None)
-    return folders
+        return list(dict.fromkeys((data.dir, None)))
+    there = str(Path(source.run.folder or ".") / Path(trained).expanduser())
+    return [there, trained, *([] if data.dir is None else [data.dir])]
 
 
 def logme(inputs: ScorerInputs) -> list[float]:
@@ -188,9 +170,6 @@ def attention(inputs: ScorerInputs) -> list[float]:
 
     Pfeiffer et al. 2021, "AdapterFusion" (§5.2, figure 6), interpret the attention of a fully trained fusion as the
     usefulness of its sources.
-
-    Raises:
-        TrainingError: if the loss is not finite.
     """
     config, composition, backbone = inputs.config, CompositionConfig(), inputs.backbone.copy()
     torch.manual_seed(config.seed)
@@ -224,11 +203,7 @@ def attention(inputs: ScorerInputs) -> list[float]:
 
 
 def relative_attention(attention: Mapping[str, SourceAttention], sources: Sequence[Manifest]) -> list[float]:
-    """Return the attention of each source relative to uniform attention (1), averaged over the slots of the source.
-
-    Args:
-        attention: source attention by slot, with weights that sum to 1.
-    """
+    """Return the attention of each source relative to uniform attention (1), averaged over the slots of the source."""
     slots = [set(source.bottleneck_sizes) for source in sources]
     scores = []
     for position, own in enumerate(slots):
