@@ -70,11 +70,8 @@ def initialize(
 ) -> Initialization:
     """Select sources on the target's examples if the composition requires it. The backbone is not modified.
 
-    Args:
-        checkpoints: directory that the selection is saved in. A resumed run reuses the saved selection.
-
-    Raises:
-        UserError: if the stored fusion is damaged, or the task type does not support linear probes.
+    The selection is saved in `checkpoints`, and reused by a resumed run. Raises UserError if the stored fusion is
+    damaged, or the task type does not support linear probes.
     """
     composition, finds = config.composition, config.composition.definition.finds
     if finds is None:

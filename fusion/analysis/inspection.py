@@ -73,10 +73,8 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     """Return the content of inspection.json.
 
     `masked`: metrics and predictions without each source. `pruned`: metrics from all sources down to one, or null if
-    `prune` is false. `words`: selected examples, see `token_attention`.
-
-    Raises:
-        UserError: if the artifact, its sources, the backbone or the data are missing or incompatible.
+    `prune` is false. `words`: selected examples, see `token_attention`. Raises UserError if the artifact, its sources,
+    the backbone or the data are missing or incompatible.
     """
     started = time.monotonic()
     loaded = load_model(config)

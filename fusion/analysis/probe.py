@@ -68,10 +68,7 @@ def pooled_states(
     splits: Sequence[Batches],
     device: torch.device,
 ) -> list[list[States]]:
-    """Compute the states of each split for each source, with only the adapter of that source active.
-
-    The backbone is modified in place. Only the layers of `composition` are used.
-    """
+    """Compute the states of each split for each source alone, in the layers of `composition`. Modifies the backbone."""
     settings = CompositionConfig(MEAN, layers=composition.layers, drop=composition.drop)
     model = AdaptedModel(
         backbone,

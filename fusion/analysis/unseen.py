@@ -20,14 +20,11 @@ if TYPE_CHECKING:
 def check_unseen(
     manifests: Iterable[Manifest | None], task: TaskConfig, data: DataConfig, split: str = "validation"
 ) -> None:
-    """Raise if a split may contain examples that one of the artifacts was trained on.
+    """Raise UserError if a split may contain examples that one of the artifacts was trained on.
 
     A split that is sampled from the training examples (by `data.split`, or by `hub.splits` such as `train[:90%]`) is
     disjoint from the examples of an earlier training run only if that run used exactly the remaining examples, i.e. with
     the same file, fraction and seed. Artifacts that were not trained on this task are skipped.
-
-    Raises:
-        UserError: if the remaining examples differ.
     """
     trained = [one for one in manifests if one and task.name in one.task_names]
     if not trained or not drawn_from_train(task, data, split):
@@ -35,7 +32,6 @@ def check_unseen(
     fingerprints: dict[int | None, str] = {}  # by `data.limit.train`
     for manifest in trained:
         limit = manifest.run.config.get("data.limit.train")
-        limit = limit if isinstance(limit, int) else None
         if limit not in fingerprints:
             rows = load_rows(task, replace(data, limit=LimitConfig(train=limit)), "train")
             fingerprints[limit] = rows.fingerprint

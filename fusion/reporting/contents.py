@@ -7,9 +7,8 @@ import functools
 import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fusion.reporting import figures
 from fusion.reporting.reading import Found
@@ -179,14 +178,11 @@ def _mean(results: Sequence[Mapping[str, Any]], part: str, key: str) -> float | 
     return sum(numbers) / len(numbers) if numbers else None
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of the report. `shown` contains the formatted values, if they differ from those of `frame`."""
-
+class Table(NamedTuple):
     name: str
     caption: str
     frame: DataFrame
-    shown: DataFrame | None = None
+    shown: DataFrame | None = None  # formatted values, if they differ
 
 
 def table(name: str, caption: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from fusion.reporting.scores import Score, Trained
 from fusion.reporting.statistics import LEVEL, RESAMPLES
 from fusion.reporting.targets import BASELINE, Target, every_method
 from fusion.store.listing import rebuild_lines
+from fusion.text import shell_line
 
 LARGEST = 5_000_000  # maximum size of the page in bytes
 WORD_ROWS = (1000, 4, 1, 0)  # number of examples per fusion, reduced until the page is small enough
@@ -167,7 +167,7 @@ def rebuilds(targets: Sequence[Target]) -> list[dict[str, Any]]:
 
 
 def _rebuild(trained: Trained) -> dict[str, Any]:
-    lines = [shlex.join(["python", "-m", f"fusion.{trained.run.command}", *trained.run.overrides])]
+    lines = [shell_line(trained.run.command, trained.run.overrides)]
     facts: dict[str, Any] = {}
     if (manifest := trained.manifest) is not None:
         store, git = Path(trained.artifact).parent, manifest.run.git

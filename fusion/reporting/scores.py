@@ -18,7 +18,6 @@ from fusion.reporting.reading import RunFolder
 from fusion.reporting.statistics import Predictions
 from fusion.runs.identity import identity_config
 from fusion.runs.run import OUTCOMES
-from fusion.store.compatibility import check_attends
 from fusion.store.lookup import read_folder
 from fusion.store.settings_groups import Lookup, Settings, key_of
 
@@ -54,11 +53,8 @@ class Trained:
     @property
     def attends(self) -> bool:
         """Whether the artifact exists and has attention to inspect."""
-        with contextlib.suppress(UserError):
-            if self.manifest is not None:
-                check_attends(self.manifest, "", "")
-                return True
-        return False
+        made = self.manifest
+        return made is not None and made.kind == "fusion" and not COMPOSITIONS[made.made_by].no_weights
 
 
 @dataclass(frozen=True)

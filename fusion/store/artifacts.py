@@ -1,8 +1,4 @@
-"""Write, read and verify the weights of artifacts: safetensors files with checksums.
-
-Writers of one name hold a lock. Readers take no lock, since a store may be read-only: an artifact is renamed to its
-final name, and a reader retries if the artifact was overwritten meanwhile.
-"""
+"""Write, read and verify the weights of artifacts: safetensors files with checksums."""
 
 from __future__ import annotations
 
@@ -24,7 +20,7 @@ from fusion.store import lookup
 from fusion.store.compatibility import note_ambiguous_labels
 from fusion.store.layout import FIX, HEAD, MANIFEST, NEW, OLD, REPLACED, STAGING, WEIGHTS, check_name, read_regular
 from fusion.store.manifest import File, Manifest
-from fusion.store.writing import LOCK_SECONDS, archive, check_free, recover, sync_folder, writing
+from fusion.store.writing import LOCK_SECONDS, archive, check_free, recover, writing
 from fusion.text import listed, printable, shortened
 
 log = logging.getLogger(__name__)
@@ -51,11 +47,7 @@ def save(
     overwrite: bool = False,
     wait: float = LOCK_SECONDS,
 ) -> Path:
-    """Save an artifact as STORE/NAME and return that directory.
-
-    Raises:
-        UserError: if the name is invalid or taken, or another process holds the lock for `wait` seconds.
-    """
+    """Save an artifact as STORE/NAME. Raises UserError if the name is invalid, taken, or locked for `wait` seconds."""
     check_name(manifest.name)
     store.mkdir(parents=True, exist_ok=True)
     with writing(store, manifest.name, wait):
@@ -68,10 +60,8 @@ def save(
             if final.exists():
                 os.replace(final, old)
             os.replace(staged, final)
-            sync_folder(store)
             if old.exists():
                 archive(store, old, manifest)
-                sync_folder(store)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
     return final
@@ -125,7 +115,6 @@ def adopt(artifact: Artifact, store: Path) -> None:
             kept.parent.mkdir(exist_ok=True)
             with contextlib.suppress(OSError):  # another process has just copied the same artifact
                 os.replace(staged, kept)
-            sync_folder(kept.parent)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 
@@ -169,9 +158,6 @@ def copy_into(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch
         parameter.data.copy_(values[name])
 
 
-# --- verify -----------------------------------------------------------------------------------------
-
-
 class Verdict(NamedTuple):
     """One line of `verify`. `problem` is empty for a valid artifact; `note` lists missing checks."""
 
@@ -185,10 +171,7 @@ class Verdict(NamedTuple):
 
 
 Shapes = Callable[[Manifest, Sequence[Manifest], Path], Mapping[str, Mapping[str, tuple[int, ...]] | None]]
-"""Maps (manifest, manifests of the sources, directory) to the expected tensor shapes of each file.
-
-The shapes are None if the manifest does not determine them. Raises UserError if no model can be built.
-"""
+"""Maps (manifest, manifests of the sources, directory) to the expected tensor shapes of each file, None if unknown."""
 
 
 def verify(store: Path, shapes: Shapes, name: str | None = None) -> Iterator[Verdict]:
@@ -226,9 +209,6 @@ def _problem(found: lookup.Found, store: Path, shapes: Shapes) -> str:
     return ""
 
 
-# --- files ------------------------------------------------------------------------------------------
-
-
 def _stage(
     folder: Path, manifest: Manifest, weights: Mapping[str, torch.Tensor], head: Mapping[str, torch.Tensor]
 ) -> Manifest:
@@ -245,7 +225,6 @@ def _stage(
     text = manifest.to_json()
     Manifest.from_json(text, folder / MANIFEST)  # raises if the manifest cannot be read back
     _write(folder / MANIFEST, text.encode("utf-8"))
-    sync_folder(folder)
     return manifest
 
 

@@ -135,10 +135,7 @@ def split_of(manifest: Manifest) -> SplitConfig:
 
 
 def as_trained(manifest: Manifest, data: DataConfig, task: str | None) -> DataConfig:
-    """Return `data` with the split and quoting of the training run, if the artifact was trained on `task`.
-
-    Raises UserError if a different `data.split` is set, since training examples could be evaluated.
-    """
+    """Return `data` with split and quoting of the training on `task`, if any. Raises UserError for a different split."""
     if task not in manifest.task_names:
         return data
     split = split_of(manifest)

@@ -70,9 +70,6 @@ def _seeds(store: Path, found: list[Found]) -> Iterator[str]:
             yield line
 
 
-# --- leftovers ------------------------------------------------------------------------------------
-
-
 def leftovers(store: Path, found: Sequence[Found]) -> Iterator[tuple[Path, str, bool]]:
     """Yield each directory that is not an artifact, a line about it, and whether it can be deleted."""
     done = {f"{f.place}-{f.manifest.run.identity}" for f in found if f.manifest and not f.replaced}
@@ -106,9 +103,6 @@ def _staged(store: Path, folder: Path) -> tuple[str, bool]:
     if folder.name.endswith(OLD) and (folder / MANIFEST).is_file() and not (store / name / MANIFEST).is_file():
         return f"the only copy of {name}; the next run that writes {name} restores it", False
     return "partially written by a process that exited", True
-
-
-# --- formatted values -----------------------------------------------------------------------------
 
 
 def _first(manifest: Manifest) -> tuple[str, float | None]:
@@ -149,13 +143,9 @@ def as_bytes(size: int) -> str:
 
 
 def when(path: Path) -> str:
-    try:
+    with contextlib.suppress(OSError):
         return datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
-    except (OSError, OverflowError, ValueError):
-        return "-"
-
-
-# --- show -----------------------------------------------------------------------------------------
+    return "-"
 
 
 # Overrides that are set explicitly or, like sources_by, only affect how names were selected.
@@ -225,9 +215,6 @@ def _where(source: Source, store: Path) -> str:
         return f"found: {find_by_hash(source.hash, source.name, store)}"
     except UserError:
         return "NOT FOUND"
-
-
-# --- commands ------------------------------------------------------------------------------------
 
 
 def rebuild_lines(manifest: Manifest, store: Path, into: Path) -> list[str]:

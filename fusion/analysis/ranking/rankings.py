@@ -86,11 +86,7 @@ class StoredRanking(BaseModel):
 
 
 def write_ranking(store: Path, ranking: dict[str, Any], question: dict[str, Any]) -> Path:
-    """Save a ranking and return its path. An existing ranking with the same `question` is overwritten.
-
-    Args:
-        question: everything that the ranking depends on except the seed; determines the file name.
-    """
+    """Save a ranking and return its path. `question`: all that it depends on except the seed; sets the file name."""
     text = json.dumps(question, sort_keys=True, default=str)
     name = str(ranking["task"]["name"]).replace("/", "-")
     path = store / RANKINGS / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"

@@ -43,45 +43,36 @@ class Candidates:
 def all_adapters(store: Path, backbone: str, without_task: str | None = None) -> Candidates:
     """Return the adapters trained on this backbone that have the most common tokenizer and placement.
 
-    Args:
-        backbone: name or path of the backbone, as in a manifest.
-        without_task: exclude adapters that were trained on this task.
-
-    Raises:
-        UserError: if there is no adapter.
+    Raises UserError if there are none. Adapters that were trained on `without_task` are excluded.
     """
     readable = {folder.name.removesuffix(OLD): manifest for folder, manifest in artifacts(store)}
     left_out = {
         name: "cannot be read, see python -m fusion.store verify" for name in names(store) if name not in readable
     }
 
-    def keep(manifests: Iterable[Manifest], problem: Callable[[Manifest], str | None]) -> list[Manifest]:
+    def keep(manifests: Iterable[Manifest], problem: Callable[[Manifest], str | bool | None]) -> list[Manifest]:
         problems = [(manifest, problem(manifest)) for manifest in manifests]
-        left_out.update({manifest.name: reason for manifest, reason in problems if reason is not None})
-        return [manifest for manifest, reason in problems if reason is None]
+        left_out.update({manifest.name: str(reason) for manifest, reason in problems if reason})
+        return [manifest for manifest, reason in problems if not reason]
 
     adapters = [manifest for manifest in readable.values() if manifest.kind == "adapter"]
     # The same weights may be stored under different names and paths.
     prints = {m.backbone.fingerprint for m in adapters if _is_same(m.backbone.name_or_path, backbone)}
     sources = keep(
-        adapters,
-        lambda m: None if m.backbone.fingerprint in prints else f"trained on backbone {m.backbone.name_or_path}",
+        adapters, lambda m: m.backbone.fingerprint not in prints and f"trained on backbone {m.backbone.name_or_path}"
     )
     sources = keep(sources, why_unfit)
     tokenizer = _most_common(m.backbone.tokenizer for m in sources if m.backbone.tokenizer)
+    other = f"instead of the most common {str(tokenizer)[:8]}"
     sources = keep(
         sources,
-        lambda m: (
-            None
-            if m.backbone.tokenizer in (None, tokenizer)
-            else f"tokenizer {str(m.backbone.tokenizer)[:8]} instead of the most common {str(tokenizer)[:8]}"
-        ),
+        lambda m: m.backbone.tokenizer not in (None, tokenizer) and f"tokenizer {m.backbone.tokenizer:.8} {other}",
     )
     own = f"trained on the target {without_task}; set include_target=true to include it"
-    sources = keep(sources, lambda m: own if without_task in m.task_names else None)
+    sources = keep(sources, lambda m: without_task in m.task_names and own)
     placement = _most_common(map(_placement, sources))
     differs = f"instead of the most common {placement}"
-    sources = keep(sources, lambda m: None if _placement(m) == placement else f"{_placement(m)} {differs}")
+    sources = keep(sources, lambda m: _placement(m) != placement and f"{_placement(m)} {differs}")
     found = Candidates(sources, left_out)
     if not sources:
         line = found.left_out_line()
@@ -102,19 +93,12 @@ def _is_same(one: str, other: str) -> bool:
 
 def _placement(manifest: Manifest) -> str:
     """Describe the placement, which has to be equal for all sources of a fusion."""
-    placement = manifest.placement
-    return (
-        f"{'+'.join(placement['adapter.sites'])}/{placement['adapter.reads']} "
-        f"on weights {manifest.backbone.fingerprint[:8]}"
-    )
+    sites, reads = manifest.placement["adapter.sites"], manifest.placement["adapter.reads"]
+    return f"{'+'.join(sites)}/{reads} on weights {manifest.backbone.fingerprint[:8]}"
 
 
 def resolve_sources(config: Stage2Config) -> None:
-    """Replace `all` and `top:N` in `config.sources` by artifact names.
-
-    Raises:
-        UserError: if there is no adapter, no up-to-date ranking, or the ranking has fewer than N sources.
-    """
+    """Replace `all` and `top:N` in `config.sources` by artifact names. Raises UserError if there are too few."""
     if isinstance(config.sources, list):
         return
     if config.sources == "all":
