@@ -1,8 +1,7 @@
-"""Shared by the workflows: their settings, the project's commands, stored manifests and examples of tasks."""
+"""Shared by the workflows: their settings, the project's commands, and examples of tasks."""
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -24,6 +23,7 @@ from fusion.config.fields import Settings, checked, default_of
 from fusion.errors import UserError
 from fusion.files import write_json
 from fusion.runs.signals import SIGNALS, Terminated, raised
+from fusion.store.lookup import read_manifest
 from fusion.text import hydra_value, quoted
 
 if TYPE_CHECKING:
@@ -140,18 +140,6 @@ def typed(module: str, overrides: Sequence[str]) -> str:
     return shlex.join(["python", "-m", module, *map(quoted, overrides)])
 
 
-def stored(store: Path, name: str) -> dict[str, Any]:
-    """Read the manifest of a stored artifact."""
-    content: dict[str, Any] = json.loads((store / name / "manifest.json").read_text(encoding="utf-8"))
-    return content
-
-
-def validation_scores(store: Path, name: str) -> dict[str, float]:
-    """Return the metrics of a stored artifact on its first validation split, the main metric first."""
-    scores: dict[str, float] = next(iter(stored(store, name)["metrics"].values()))
-    return scores
-
-
 def examples(task: str, split: str, limit: int | None = None, data_dir: str | None = None) -> Rows:
     """Read the examples of a built-in task, as the commands do with `data.limit.SPLIT=limit` and `data.dir=data_dir`."""
     from fusion.cli.config_sources import conf_folder
@@ -190,9 +178,10 @@ class SeedsConfig(Settings):
             words += [f"seed={','.join(map(str, self.seeds))}", f"name={name}-seed-${{seed}}"]
         call(module, ["-m", *words, f"hydra.sweep.dir={self.output}/runs/{folder}"])
 
-    def scores(self, name: str) -> list[dict[str, float]]:
-        """Return the validation metrics of an artifact for each seed, the main metric first."""
-        return [validation_scores(self.store, f"{name}-seed-{seed}") for seed in self.seeds]
+    def scores(self, name: str) -> list[dict[str, Any]]:
+        """Return the metrics of an artifact on its first validation split for each seed, the main metric first."""
+        manifests = [read_manifest(f"{name}-seed-{seed}", self.store) for seed in self.seeds]
+        return [next(iter(manifest.metrics.values())) for manifest in manifests]
 
     def save(self, name: str, **results: Any) -> None:
         """Write the settings and the results to OUTPUT/NAME.json."""

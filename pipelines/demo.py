@@ -9,7 +9,6 @@ steps. Every step is one of the project's commands and is printed as you would t
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -22,8 +21,9 @@ from typing import Any
 from fusion.cli.console import show_table
 from fusion.config.fields import MAX_SEED, Settings, integer
 from fusion.errors import UserError
-from fusion.files import write_json
-from pipelines.commands import call, examples, run_workflow, say, stored
+from fusion.files import read_json, write_json
+from fusion.store.lookup import read_manifest
+from pipelines.commands import call, examples, run_workflow, say
 
 STAGE1 = "fusion.stage1"
 SOURCES = ("movies", "products", "editorials")
@@ -114,14 +114,13 @@ def run(config: DemoConfig) -> list[Row]:
         say(f"[{number}/{len(steps)}] done in {call(module, overrides):.0f} s")
 
     def score(name: str) -> float:
-        result = json.loads((tests / name / "result.json").read_text(encoding="utf-8"))
-        return float(result["metrics"]["test"]["accuracy"])
+        return float(read_json(tests / name / "result.json")["metrics"]["test"]["accuracy"])
 
     rows = [Row(f"{name}, no {TARGET} label", score(name), artifact=str(config.store / name)) for name in SOURCES]
     for method, (title, *_) in METHODS.items():
         name = config.name(method)
-        result = stored(config.store, name)["result"]
-        trained = result["parameters"]["trainable"], result["speed"]["seconds"]
+        result = read_manifest(name, config.store).result
+        trained = result.parameters["trainable"], result.speed["seconds"]
         rows.append(Row(title, score(name), *trained, str(config.store / name)))
     return rows
 
@@ -182,7 +181,7 @@ def work(config: DemoConfig) -> None:
     draw(rows, title, path)
     say(f"\n{title}\n")
     show_table(table(rows))
-    sources = sum(stored(config.store, name)["result"]["speed"]["seconds"] for name in SOURCES)
+    sources = sum(read_manifest(name, config.store).result.speed["seconds"] or 0.0 for name in SOURCES)
     say(
         f"\n{verdict(rows, len(test))}\n"
         f"The sources were trained in {sources:.0f} s, once for all targets. {selecting} other {TARGET} selected the best "

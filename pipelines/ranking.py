@@ -11,7 +11,6 @@ three sources. Artifacts that already exist are not retrained.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from fusion.analysis.ranking.rankings import correlation, ranked
 from fusion.cli.console import formatted, show_table
 from fusion.config.stages import POOLED_RANKINGS
 from fusion.errors import UserError
+from fusion.files import read_json
 from pipelines.commands import SeedsConfig, call, distinct, run_workflow, say
 
 MEAN = "mean rank"
@@ -106,7 +106,7 @@ def report(config: RankingConfig) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for target in config.targets:
-        ranking = json.loads((ranking_folder(config, target) / "result.json").read_text(encoding="utf-8"))
+        ranking = read_json(ranking_folder(config, target) / "result.json")
         each, alone = gains(config, target), main_scores(config, f"{target}-alone")
         gained = {source: fmean(values) for source, values in each.items()}
         compared = agreements(ranking, gained)

@@ -12,7 +12,6 @@ from fusion.training.processes import cores
 SUITES = ("train", "infer", "scale", "memory", "epoch", "startup", "ddp")
 # Rounds of a suite by default: an epoch takes minutes, a step a second.
 ROUNDS = {"scale": 3, "epoch": 2, "ddp": 3}
-USUAL_ROUNDS = 5
 
 
 class BenchmarkError(TrainingError):
@@ -73,8 +72,10 @@ class BenchmarkConfig(Settings):
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     epoch: EpochConfig = field(default_factory=EpochConfig)
 
-    def rounds_of_suite(self) -> int:
-        return self.rounds or ROUNDS.get(self.suite, USUAL_ROUNDS)
+    @property
+    def round_count(self) -> int:
+        return self.rounds or ROUNDS.get(self.suite, 5)
 
+    @property
     def thread_count(self) -> int:
         return self.threads or cores()

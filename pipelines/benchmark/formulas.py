@@ -61,23 +61,17 @@ BERT_LARGE = Backbone("BERT-large", 24, 1024, 4096, 16)
 DECODER_7B = Backbone("a decoder of 7 billion parameters", 32, 4096, 11008, 32, gated=True)
 
 
-def folded(n: int, r: int, d: int, tokens: int) -> float:
-    """Multiply-adds of the folded fusion, forward pass in training, without a loop over the sources.
-
-    If a batch has more tokens than D, the query and key matrices are multiplied first: D³ per batch replaces D² per
-    token.
-    """
-    return 3 * n * r * d + (2 + d / tokens if tokens > d else 3) * d**2
-
-
-def plain(n: int, r: int, d: int) -> int:
-    """Multiply-adds of a direct evaluation of the equations: a key and a value of size D for every source."""
-    return 2 * n * r * d + (2 * n + 1) * d**2
-
-
-def merged(n: int, r: int, d: int) -> int:
-    """Multiply-adds of inference, with the D × D matrices merged into the adapters."""
-    return 3 * n * r * d + 2 * n * d
+def per_token(n: int, r: int, d: int, tokens: int) -> dict[str, float]:
+    """Multiply-adds of a fusion in the forward pass of a batch with that many tokens."""
+    return {
+        # In training, without a loop over the sources. If a batch has more tokens than D, the query and key matrices are
+        # multiplied first: D³ per batch replaces D² per token.
+        "folded": 3 * n * r * d + (2 + d / tokens if tokens > d else 3) * d**2,
+        # Direct evaluation of the equations: a key and a value of size D for every source.
+        "plain": 2 * n * r * d + (2 * n + 1) * d**2,
+        # In inference, with the D × D matrices merged into the adapters.
+        "merged": 3 * n * r * d + 2 * n * d,
+    }
 
 
 def training(backbone: Backbone, setup: Setup, n: int | None, r: int) -> int:
@@ -119,10 +113,10 @@ def training_bytes(backbone: Backbone, n: int, r: int, tokens: int) -> int:
     return FLOAT * (tokens * kept + (STATE + 1) * backbone.parameters + layers * d**2)
 
 
-def predicted(backbone: Backbone, setup: Setup, n: int, r: int) -> dict[str, int]:
+def predicted(backbone: Backbone, setup: Setup, n: int, r: int) -> dict[str, float]:
     """Return the costs of a whole batch, which the measured ones are compared with."""
     m, d = setup.batch_size * setup.tokens, backbone.hidden_size
-    layer = backbone.multiply_adds + 2 * setup.tokens * d + merged(n, r, d)
+    layer = backbone.multiply_adds + 2 * setup.tokens * d + per_token(n, r, d, m)["merged"]
     return {
         "train_multiply_adds": training(backbone, setup, n, r),
         "infer_multiply_adds": m * backbone.layers * layer + setup.batch_size * d * OUTPUTS,
@@ -139,9 +133,7 @@ def on_paper(backbone: Backbone, n: int, r: int, tokens: int) -> dict[str, Any]:
         "bottleneck": r,
         "tokens": tokens,
         "multiply_adds_a_token_backbone": layers * backbone.multiply_adds,
-        "multiply_adds_a_token_folded": layers * folded(n, r, d, tokens),
-        "multiply_adds_a_token_plain": layers * plain(n, r, d),
-        "multiply_adds_a_token_merged": layers * merged(n, r, d),
+        **{f"multiply_adds_a_token_{way}": layers * count for way, count in per_token(n, r, d, tokens).items()},
         "bytes_kept_folded": FLOAT * tokens * layers * kept_folded(n, r, d, tokens),
         # Direct evaluation saves u, k and v of every source, x and q.
         "bytes_kept_plain": FLOAT * tokens * layers * ((3 * n + 2) * d + n),

@@ -36,24 +36,12 @@ from fusion.tracking.loggers import build_loggers
 from fusion.training.callbacks import ProgressBar
 from fusion.training.fit import make_trainer
 from fusion.training.module import Objective, TaskModule, adamw
-from pipelines.benchmark.cases import (
-    ADAPTER,
-    CLIPPED,
-    FULL,
-    FUSION,
-    INFER,
-    LOOP,
-    LOWER_BOUND,
-    OUTPUTS,
-    TRAIN,
-    Case,
-    Setup,
-    fill,
-)
-from pipelines.benchmark.products import products_of
+from pipelines.benchmark import cases
+from pipelines.benchmark.cases import Case, Setup, fill
+from pipelines.benchmark.products import Products
 from pipelines.benchmark.worker import Model, TokenBatch, Worker, serve, synchronise, timed, token_batch
 
-LABELS = [str(k) for k in range(OUTPUTS)]
+LABELS = [str(k) for k in range(cases.OUTPUTS)]
 TASK = TaskConfig(name="benchmark", text="text", labels=LABELS, metrics=["accuracy"])
 OPTIM = OptimConfig()
 
@@ -71,7 +59,7 @@ class OurModel(Model):
         self.module = TaskModule(self.adapted, [TASK], OPTIM, objective, splits={})
         # A step reads nothing else of Lightning's trainer.
         self.module.trainer = cast(lightning.Trainer, SimpleNamespace(world_size=1))
-        if case.method == FULL:
+        if case.method == cases.FULL:
             self.adapted.requires_grad_(True)
             parameters = self.adapted.parameters()
             self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=OPTIM.lr, fused=True)
@@ -92,7 +80,7 @@ class OurModel(Model):
         self.optimizer.step()
 
     def scores(self, batch: Batch) -> Tensor:
-        model = self.merged if self.case.work == INFER else self.adapted.eval()
+        model = self.merged if self.case.work == cases.INFER else self.adapted.eval()
         return model(batch.input_ids, batch.attention_mask)
 
     @functools.cached_property
@@ -104,7 +92,7 @@ class OurModel(Model):
 def adapted_model(setup: Setup, case: Case, backbone: Backbone) -> AdaptedModel:
     """Build the model of a case, with the same weights as the baseline's."""
     slot_modules: dict[str, SlotModule] = {}
-    head = TaskHead(backbone.hidden_size, OUTPUTS, pooling="mean")
+    head = TaskHead(backbone.hidden_size, cases.OUTPUTS, pooling="mean")
     if case.bottleneck:
         fill(head.output, setup, "head")
         for layer in range(backbone.layers):
@@ -115,12 +103,12 @@ def adapted_model(setup: Setup, case: Case, backbone: Backbone) -> AdaptedModel:
 def slot_module(setup: Setup, case: Case, layer: int, hidden_size: int) -> SlotModule:
     """Build a single adapter, or a fusion of the case's sources."""
     adapters = []
-    for source in range(case.sources if case.method == FUSION else 1):
+    for source in range(case.sources if case.method == cases.FUSION else 1):
         adapter = BottleneckAdapter(hidden_size, case.bottleneck)
         for name in ("down", "up"):
             fill(adapter.get_submodule(name), setup, f"adapter {source}.{layer}.{name}")
         adapters.append(adapter)
-    if case.method == ADAPTER:
+    if case.method == cases.ADAPTER:
         return adapters[0]
     settings = CompositionConfig()
     fusion = AdapterFusion(
@@ -161,17 +149,19 @@ class OurWorker(Worker):
 
     def time(self, case: Case, warmup: int, steps: int) -> list[float]:
         setup = self.setup
-        if case.work == LOWER_BOUND:
-            products = products_of(self.in_precision(self.unfused(case).train))
+        if case.work == cases.LOWER_BOUND:
+            step = self.in_precision(self.unfused(case).train)
+            with Products() as products:
+                step()
             return timed(products.run, warmup, steps, setup.device)
-        if case.work not in (LOOP, CLIPPED):
+        if case.work not in (cases.LOOP, cases.CLIPPED):
             return super().time(case, warmup, steps)
         # Both clip gradients, as the project's trainer does. The mean is taken over at least one logging interval:
         # steps that are logged take longer, and a median would ignore them.
         trainer = TrainerConfig()
         steps = max(steps, trainer.log_every_n_steps or 1)
-        model = cast(OurModel, self.model(replace(case, work=LOOP)))
-        if case.work == LOOP:
+        model = cast(OurModel, self.model(replace(case, work=cases.LOOP)))
+        if case.work == cases.LOOP:
             return [in_lightning(model, setup, warmup, steps)]
         step = self.in_precision(lambda: model.train(trainer.gradient_clip_val))
         return [statistics.fmean(timed(step, warmup, steps, setup.device))]
@@ -180,7 +170,7 @@ class OurWorker(Worker):
         """Build a model with eager attention, whose matrix products are separate operations."""
         backbone = copy.deepcopy(self.backbone)
         backbone.model.set_attn_implementation("eager")
-        return OurModel(self.setup, replace(case, work=TRAIN), backbone)
+        return OurModel(self.setup, replace(case, work=cases.TRAIN), backbone)
 
 
 class Stopwatch(lightning.Callback):

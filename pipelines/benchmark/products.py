@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,9 +37,3 @@ class Products(TorchDispatchMode):
     def run(self) -> None:
         for left, right, out in self.calls:
             torch.matmul(left, right, out=out)
-
-
-def products_of(step: Callable[[], object]) -> Products:
-    with Products() as recorded:
-        step()
-    return recorded

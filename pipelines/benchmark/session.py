@@ -108,7 +108,7 @@ class Session:
         self.config = config
         self.output = Path(config.output)
         self.work = (self.output / "work" / config.suite).absolute()
-        self.threads = config.thread_count()
+        self.threads = config.thread_count
         self.versions: dict[str, Any] = {}
         self._workers: dict[str, WorkerProcess] = {}
         folder = Path(locate(config.backbone)).absolute()
@@ -166,7 +166,7 @@ class Session:
     def rounds(self, parts: Mapping[Name, Callable[[], Result]]) -> dict[Name, list[Result]]:
         """Call each function once per round, in reverse order in every second round, and return all results by name."""
         found: dict[Name, list[Result]] = {name: [] for name in parts}
-        rounds = self.config.rounds_of_suite()
+        rounds = self.config.round_count
         for number in range(rounds):
             for name in list(parts)[:: 1 if number % 2 == 0 else -1]:
                 found[name].append(parts[name]())

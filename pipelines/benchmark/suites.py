@@ -131,7 +131,7 @@ SUITES: dict[str, Callable[[Session], Report]] = {
 def measure(config: BenchmarkConfig) -> Path:
     """Run the configured suite, print its report and return the path of its JSON file."""
     Path(config.output).mkdir(parents=True, exist_ok=True)
-    threads, rounds = config.thread_count(), config.rounds_of_suite()
+    threads, rounds = config.thread_count, config.round_count
     machine = describe_machine(threads)
     say(f"suite {config.suite}: {rounds} rounds, {threads} threads, {machine['processor']}")
     with contextlib.closing(Session(config)) as session:

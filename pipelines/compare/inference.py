@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -36,7 +37,7 @@ def measure(
     from fusion.data.batches import Batch
     from fusion.data.loaders import evaluation_loader
     from fusion.model.build import backbone_of, stored_model
-    from fusion.model.inference import device_of
+    from fusion.model.inference import device_of, forward
     from fusion.runs.memory import keep_freed_memory
     from fusion.store.artifacts import load
     from fusion.store.lookup import read_manifest
@@ -62,12 +63,9 @@ def measure(
         return output.last_hidden_state[:, 0].cpu()
 
     def runner(model: Any) -> Callable[[Batch], object]:
-        # Multi-task models have one head per task.
-        heads = list(getattr(model.head, "tasks", ()))
-        more = {"task": heads.index(target)} if target in heads else {}
-        return lambda batch: model(
-            batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.choice_counts, **more
-        ).cpu()
+        heads = list(getattr(model.head, "tasks", ()))  # a multi-task model has one head per task
+        task = heads.index(target) if target in heads else 0
+        return lambda batch: forward(model, replace(batch, task=task)).cpu()
 
     entries: dict[str, dict[str, Any]] = {}
     seconds: list[list[float]] = []

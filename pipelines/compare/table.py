@@ -10,7 +10,6 @@ from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 from fusion.files import write_atomic, write_json
 from fusion.store.listing import as_bytes
@@ -111,13 +110,17 @@ def markdown(compared: Workflow) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def as_json(compared: Workflow) -> dict[str, Any]:
+def write(compared: Workflow) -> list[Path]:
+    """Write table.md and results.json and return their paths."""
+    folder = compared.comparison.output
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "table.md", markdown(compared))
     rows = []
     for row in compared.rows:
         spread = {m: stdev(values) if len(values) > 1 else None for m, values in row.scores.items()}
         mean = {metric: fmean(values) for metric, values in row.scores.items()}
         rows.append(asdict(row) | {"mean": mean, "deviation": spread})
-    return {
+    content = {
         "target": compared.comparison.target,
         "config": asdict(compared.comparison.config),
         "words": list(compared.comparison.words),
@@ -129,14 +132,7 @@ def as_json(compared: Workflow) -> dict[str, Any]:
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in ("torch", "transformers")},
     }
-
-
-def write(compared: Workflow) -> list[Path]:
-    """Write table.md and results.json and return their paths."""
-    folder = compared.comparison.output
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "table.md", markdown(compared))
-    write_json(folder / "results.json", as_json(compared))
+    write_json(folder / "results.json", content)
     return [folder / "table.md", folder / "results.json"]
 
 

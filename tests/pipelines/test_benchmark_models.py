@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipelines.benchmark import formulas
 from pipelines.benchmark.cases import ADAPTER, BARE, CLIPPED, FULL, FUSION, INFER, LOOP, LOWER_BOUND, TRAIN, Case, Setup
 from pipelines.benchmark.ours import OurModel, OurWorker
-from pipelines.benchmark.products import products_of
+from pipelines.benchmark.products import Products
 from pipelines.benchmark.session import LOGITS_LIMIT
 from pipelines.benchmark.worker import peak_bytes, token_batch
 
@@ -44,8 +44,8 @@ def test_a_step_multiplies_what_the_formula_gives(
 ) -> None:
     worker.setup = dataclasses.replace(worker.setup, tokens=tokens)
     model = worker.unfused(Case(LOWER_BOUND, method, sources or 0, R))
-    with FlopCounterMode(display=False) as counted:
-        products = products_of(model.train)
+    with FlopCounterMode(display=False) as counted, Products() as products:
+        model.train()
     multiply_adds = counted.get_total_flops() / 2
     expected = formulas.training(backbone, worker.setup, sources, R)
     # Products with a vector, which bk makes in every layer, are no matrix products; a model may do at most 2 % more
@@ -58,10 +58,11 @@ def test_a_step_multiplies_what_the_formula_gives(
 
 
 def test_formulas_of_a_base_model() -> None:
-    assert formulas.folded(16, 48, 768, tokens=512) == pytest.approx(3.5e6, rel=0.02)
-    assert formulas.folded(16, 48, 768, tokens=10**6) == pytest.approx(2.95e6, rel=0.02)
-    assert formulas.plain(16, 48, 768) == pytest.approx(20.6e6, rel=0.02)
-    assert formulas.merged(16, 48, 768) == 768 * (3 * 16 * 48 + 2 * 16)
+    few, many = (formulas.per_token(16, 48, 768, tokens) for tokens in (512, 10**6))
+    assert few["folded"] == pytest.approx(3.5e6, rel=0.02)
+    assert many["folded"] == pytest.approx(2.95e6, rel=0.02)
+    assert few["plain"] == pytest.approx(20.6e6, rel=0.02)
+    assert few["merged"] == many["merged"] == 768 * (3 * 16 * 48 + 2 * 16)
 
 
 def test_the_peak_is_what_the_formula_gives(worker: OurWorker, backbone: formulas.Backbone) -> None:

@@ -19,7 +19,6 @@ import yaml
 from fusion import stage1, stage2
 from fusion.errors import UserError
 from fusion.store.lookup import read_manifest
-from fusion.store.manifest import Manifest
 from pipelines.commands import Outcome
 from pipelines.compare import config as config_module
 from pipelines.compare import inference, table, workflow
@@ -32,7 +31,7 @@ from pipelines.compare.trainings import RowResult, row_result, row_training, sou
 from pipelines.compare.workflow import Workflow, reason_of
 from pipelines.timing import MIN_ROUNDS, rounds
 from tests.bench import LABELS, write_task
-from tests.store.conftest import build
+from tests.pipelines.manifests import files, save_manifest
 
 TIMING = "timing"
 VALUES = {
@@ -237,27 +236,6 @@ def test_help_names_every_key_and_row(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 # --- results of a row --------------------------------------------------------------------------
-
-
-def save_manifest(store: Path, name: str, **changes: Any) -> Manifest:
-    """A stored artifact as far as the comparison reads it: a manifest, and no weights."""
-    values: dict[str, Any] = {
-        "name": name,
-        "task": {"name": "cb"},
-        "metrics": {"validation": {"accuracy": 0.5, "macro_f1": 0.25}},
-        "run": {"identity": "i", "config": {}, "overrides": [], "directory": "runs"},
-        "result": {"parameters": {"trainable": 1000}, "speed": {"seconds_per_step": 0.25}, "best_epoch": 2},
-        "files": files(4000, name),
-    }
-    manifest = build(backbone={"layers": 7}, **(values | changes))
-    (store / name).mkdir(parents=True, exist_ok=True)
-    (store / name / "manifest.json").write_text(manifest.to_json())
-    return manifest
-
-
-def files(size: int, sha256: str) -> dict[str, Any]:
-    weights = {"bytes": size, "sha256": sha256}
-    return {"weights.safetensors": weights, "head.safetensors": {"bytes": 800, "sha256": "h"}}
 
 
 def save_scores(store: Path, name: str, accuracy: float | None, macro_f1: float = 0.1) -> None:

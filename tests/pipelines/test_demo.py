@@ -13,6 +13,7 @@ import pytest
 from pipelines import demo
 from pipelines.commands import ROOT
 from pipelines.demo import DemoConfig, Row, draw, majority_score, run, table, verdict
+from tests.pipelines.manifests import save_manifest
 
 ROWS = [
     Row("majority class", 0.693),
@@ -45,20 +46,19 @@ def test_the_verdict_has_the_lead_and_its_standard_error() -> None:
 def test_the_methods_differ_in_nothing_but_the_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls: list[list[str]] = []
 
-    def call(module: str, overrides: list[str], without: tuple[str, ...] = ()) -> float:
+    def call(module: str, overrides: list[str]) -> float:
         """Write what the command would, as far as the demo reads it."""
         calls.append([module, *overrides])
         values = dict(word.lstrip("+").split("=", 1) for word in overrides if word != "-m")
         if module == "fusion.evaluate":
-            files = {Path(values["hydra.sweep.dir"]) / name for name in values["artifact"].split(",")}
-            name, content = "result.json", {"metrics": {"test": {"accuracy": 0.5}}}
+            for name in values["artifact"].split(","):
+                folder = Path(values["hydra.sweep.dir"]) / name
+                folder.mkdir(parents=True)
+                (folder / "result.json").write_text(json.dumps({"metrics": {"test": {"accuracy": 0.5}}}))
         else:
-            files = {Path(values["store"]) / name for name in values.get("name", values["task"]).split(",")}
-            name, content = "manifest.json", {}
-            content["result"] = {"parameters": {"trainable": 7}, "speed": {"seconds": 1.5}}
-        for folder in files:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(json.dumps(content))
+            result = {"parameters": {"trainable": 7}, "speed": {"seconds": 1.5}}
+            for name in values.get("name", values["task"]).split(","):
+                save_manifest(Path(values["store"]), name, result=result)
         return 0.1
 
     monkeypatch.setattr(demo, "call", call)

@@ -10,6 +10,7 @@ import pytest
 
 from pipelines import commands, ranking
 from pipelines.ranking import RankingConfig, agreements, cost, gains, main
+from tests.pipelines.manifests import save_manifest
 
 SOURCES = ["snli", "rte", "sst2"]
 RANKED: dict[str, Any] = {
@@ -32,10 +33,8 @@ def output(tmp_path: Path) -> Path:
     scores = {"alone": [0.5, 0.6], "after-rte": [0.65, 0.65], "after-snli": [0.4, 0.6], "after-sst2": [0.4, 0.7]}
     for name, values in scores.items():
         for seed, value in enumerate(values, 1):
-            folder = tmp_path / "store" / f"cb-{name}-seed-{seed}"
-            folder.mkdir(parents=True)
             metrics = {"validation": {"accuracy": value, "macro_f1": 0.0}}
-            (folder / "manifest.json").write_text(json.dumps({"metrics": metrics}))
+            save_manifest(tmp_path / "store", f"cb-{name}-seed-{seed}", metrics=metrics)
     return tmp_path
 
 

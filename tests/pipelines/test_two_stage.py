@@ -11,6 +11,7 @@ from scipy import stats
 
 from pipelines import commands
 from pipelines.two_stage import compare, main, verdict
+from tests.pipelines.manifests import save_manifest
 
 SINGLE, FUSION = [0.70, 0.72, 0.68, 0.75, 0.71], [0.74, 0.73, 0.71, 0.77, 0.76]
 
@@ -44,9 +45,7 @@ def test_each_seed_fuses_its_own_single_adapter(monkeypatch: pytest.MonkeyPatch,
         "rte-adapterfusion-seed-1": 0.7,
         "rte-adapterfusion-seed-2": 0.8,
     }.items():
-        folder = tmp_path / "store" / name
-        folder.mkdir(parents=True)
-        (folder / "manifest.json").write_text(json.dumps({"metrics": {"validation": {"accuracy": score}}}))
+        save_manifest(tmp_path / "store", name, metrics={"validation": {"accuracy": score}})
     assert main(["targets=[rte]", "seeds=[1,2]", "sources=[mnli,rte,cb]", f"output={tmp_path}"]) == 0
     sources, single, fusion = calls
     assert sources[:3] == ["fusion.stage1", "-m", "+task=mnli,rte,cb"]
