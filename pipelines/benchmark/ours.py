@@ -16,6 +16,7 @@ from unittest import mock
 
 import pytorch_lightning as lightning
 import torch
+from pytorch_lightning.callbacks import LambdaCallback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -125,10 +126,8 @@ def slot_module(setup: Setup, case: Case, layer: int, hidden_size: int) -> SlotM
 def batch_of(tokens: TokenBatch) -> Batch:
     rows = len(tokens.labels)
     return Batch(
-        input_ids=tokens.input_ids,
-        attention_mask=tokens.attention_mask,
+        **tokens._asdict(),
         token_type_ids=None,
-        labels=tokens.labels,
         choice_counts=None,
         rows=torch.arange(rows),
         weights=torch.ones(rows, device=tokens.labels.device),
@@ -145,12 +144,15 @@ class OurWorker(Worker):
         return answer
 
     def build(self, case: Case) -> OurModel:
-        return OurModel(self.setup, case, copy.deepcopy(self.backbone))  # a model changes its backbone in place
+        backbone = copy.deepcopy(self.backbone)  # a model changes its backbone in place
+        if case.work == cases.LOWER_BOUND:  # the matrix products of eager attention are separate operations
+            backbone.model.set_attn_implementation("eager")
+        return OurModel(self.setup, case, backbone)
 
     def time(self, case: Case, warmup: int, steps: int) -> list[float]:
         setup = self.setup
         if case.work == cases.LOWER_BOUND:
-            step = self.in_precision(self.unfused(case).train)
+            step = self.in_precision(self.build(case).train)
             with Products() as products:
                 step()
             return timed(products.run, warmup, steps, setup.device)
@@ -166,30 +168,19 @@ class OurWorker(Worker):
         step = self.in_precision(lambda: model.train(trainer.gradient_clip_val))
         return [statistics.fmean(timed(step, warmup, steps, setup.device))]
 
-    def unfused(self, case: Case) -> OurModel:
-        """Build a model with eager attention, whose matrix products are separate operations."""
-        backbone = copy.deepcopy(self.backbone)
-        backbone.model.set_attn_implementation("eager")
-        return OurModel(self.setup, replace(case, work=cases.TRAIN), backbone)
-
-
-class Stopwatch(lightning.Callback):
-    """Records the start of each batch; the time between two starts covers everything that the loop does."""
-
-    def __init__(self, device: str) -> None:
-        self._device = device
-        self.started: list[float] = []
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        synchronise(self._device)
-        self.started.append(time.perf_counter())
-
 
 def in_lightning(model: OurModel, setup: Setup, warmup: int, steps: int) -> float:
     """Return the mean seconds per step in the project's Trainer, with the CSV logger and the progress bar."""
     batches = [model.batch] * (warmup + steps + 1)  # the start of the last batch ends the last timed step
     loader: DataLoader[Any] = DataLoader(cast(Any, batches), batch_size=None)
-    watch = Stopwatch(setup.device)
+    started: list[float] = []
+
+    def record_start(*_: Any) -> None:
+        """Record the start of a batch; the time between two starts covers everything that the loop does."""
+        synchronise(setup.device)
+        started.append(time.perf_counter())
+
+    watch = LambdaCallback(on_train_batch_start=record_start)
     module = TaskModule(model.adapted, [TASK], OPTIM, model.module.objective, splits={})
     settings = TrainerConfig(
         accelerator="gpu" if setup.device == "cuda" else "cpu",
@@ -203,7 +194,7 @@ def in_lightning(model: OurModel, setup: Setup, warmup: int, steps: int) -> floa
         run = Run("benchmark", Path(folder), (), {}, "benchmark")
         loggers = build_loggers(LoggerConfig(csv=CsvConfig()), run, name="loop", tags=[])
         make_trainer(settings, [watch, ProgressBar("validation/accuracy")], loggers).fit(module, loader)
-    return (watch.started[-1] - watch.started[warmup]) / steps
+    return (started[-1] - started[warmup]) / steps
 
 
 if __name__ == "__main__":

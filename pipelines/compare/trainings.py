@@ -112,29 +112,22 @@ def _training(
 
 @dataclass
 class RowResult:
-    """Result of a method.
-
-    Attributes:
-        rate: the learning rate with the best mean score over seeds, or `None` if it was not swept.
-        artifacts: names of the artifacts trained with it, one per seed; `scores`: their metric values.
-        grid: mean over seeds by learning rate and metric.
-        seconds_per_step, seconds: training time, median over seeds, or `None` if nothing was trained.
-    """
+    """Result of a method."""
 
     id: str
     title: str
     group: str
-    rate: float | None
-    artifacts: list[str]
-    scores: dict[str, list[float]]
-    grid: dict[str, dict[str, float]]
+    rate: float | None  # with the best mean score over seeds; `None` if it was not swept
+    artifacts: list[str]  # trained with it, one per seed
+    scores: dict[str, list[float]]  # metric values of these artifacts
+    grid: dict[str, dict[str, float]]  # mean over seeds by learning rate and metric
     trainable: int
     stored_bytes: int
     sources: list[str]
-    seconds_per_step: float | None
+    seconds_per_step: float | None  # median over seeds; `None` if nothing was trained
     best_epochs: list[int]
     command: str
-    inference: dict[str, float] | None = None
+    inference: dict[str, float] | None = None  # time of the first artifact relative to the backbone without adapters
     seconds: float | None = None
 
     @property
@@ -162,15 +155,17 @@ def row_result(
 ) -> RowResult | None:
     """Return the result of the best learning rate that has an artifact, not in `without`, for every seed, or `None`."""
     usable = set(names(store)) - set(without)
-    complete: dict[float | None, list[Manifest]] = {}
-    scores: dict[float | None, dict[str, list[float]]] = {}
-    for rate, artifacts in training.artifacts.items():
-        if usable.issuperset(artifacts):
-            complete[rate] = [read_manifest(name, store) for name in artifacts]
-            each = [target_scores(manifest, target) for manifest in complete[rate]]
-            scores[rate] = {metric: [of_seed[metric] for of_seed in each] for metric in each[0]}
+    complete = {
+        rate: [read_manifest(name, store) for name in artifacts]
+        for rate, artifacts in training.artifacts.items()
+        if usable.issuperset(artifacts)
+    }
     if not complete:
         return None
+    scores: dict[float | None, dict[str, list[float]]] = {}
+    for rate, manifests in complete.items():
+        each = [target_scores(manifest, target) for manifest in manifests]
+        scores[rate] = {metric: [of_seed[metric] for of_seed in each] for metric in each[0]}
     means = {rate: {metric: fmean(v) for metric, v in of.items()} for rate, of in scores.items()}
     first = {rate: next(iter(of.values())) for rate, of in means.items()}
     best = max(first, key=lambda rate: -math.inf if math.isnan(first[rate]) else first[rate])

@@ -154,10 +154,10 @@ class Workflow:
 
     def best_of(self, id: str) -> str:
         """Return the artifact name of a method with its best learning rate, for all seeds."""
-        for result in self.rows:
-            if result.id == id:
-                return trainings.artifact_name(self.comparison, id, result.rate)
-        raise UserError(f"depends on {id}, which failed")
+        rates = [result.rate for result in self.rows if result.id == id]
+        if not rates:
+            raise UserError(f"depends on {id}, which failed")
+        return trainings.artifact_name(self.comparison, id, rates[0])
 
     def is_stale(self, training: Training, needed: Sequence[str]) -> bool:
         """Return whether a stored artifact does not depend on `needed`, or on sources that have changed since."""

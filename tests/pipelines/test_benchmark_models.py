@@ -43,7 +43,7 @@ def test_a_step_multiplies_what_the_formula_gives(
     worker: OurWorker, backbone: formulas.Backbone, method: str, sources: int | None, tokens: int
 ) -> None:
     worker.setup = dataclasses.replace(worker.setup, tokens=tokens)
-    model = worker.unfused(Case(LOWER_BOUND, method, sources or 0, R))
+    model = worker.build(Case(LOWER_BOUND, method, sources or 0, R))
     with FlopCounterMode(display=False) as counted, Products() as products:
         model.train()
     multiply_adds = counted.get_total_flops() / 2
