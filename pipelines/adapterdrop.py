@@ -19,7 +19,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from fusion.cli.console import show_table
 from fusion.config.fields import integer, number
@@ -144,7 +143,7 @@ def summary(scores: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
         "score": {kind: own.mean(0).tolist() for kind, own in values.items()},
         "kept": {kind: own.mean(0).tolist() for kind, own in kept.items()},
         "difference": differences.mean(0).tolist(),
-        "standard_error": stats.sem(differences).tolist() if count > 1 else [None] * levels,
+        "standard_error": (differences.std(0, ddof=1) / count**0.5).tolist() if count > 1 else [None] * levels,
     }
 
 

@@ -92,19 +92,14 @@ class Comparison:
         return next((word.partition("=")[2] for word in self.words if key_of(word) == key), None)
 
 
-def tasks() -> list[str]:
-    """Return the names of the built-in and user-defined tasks."""
-    folders = [conf_folder(), *user_conf_folders()]
-    return [file.stem for folder in folders for file in sorted((folder / "task").glob("*.yaml"))]
-
-
 def read_comparison(arguments: Sequence[str]) -> Comparison:
     """Parse and check the command line of a comparison."""
     own = {setting.name for setting in fields(CompareConfig)}
     config = read_config(CompareConfig, [word for word in arguments if word.partition("=")[0] in own])
     others = [word for word in arguments if word.partition("=")[0] not in own]
     targets = [word.removeprefix("+task=") for word in others if key_of(word) == "task"]
-    known = tasks()
+    folders = [conf_folder(), *user_conf_folders()]
+    known = [file.stem for folder in folders for file in sorted((folder / "task").glob("*.yaml"))]
     if len(targets) != 1 or targets[0] not in known:
         near = "".join(did_you_mean(target, known) for target in targets[:1])
         given = " ".join(targets) or "no task"
