@@ -116,8 +116,8 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     if all(slot.entropy is not None for slot in attention.values()):
         wrong = kind.wrong(labels, full.predictions)
         for row in config.words if isinstance(config.words, list) else select_rows(wrong, config.words):
-            text = kind.text_of(full.predictions[row])
             choices = None if rows.choices is None else rows.choices[row]
+            text = 0 if choices is None else int(full.predictions[row])
             texts = [*rows.texts[row], *([] if choices is None else [choices[text]])]
             counts = None if choices is None else [len(choices)]
             (line,) = kind.lines(task, scores[None, row], counts, head.decision)

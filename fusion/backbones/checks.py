@@ -18,7 +18,6 @@ from fusion.hub.tokenizer import check_length
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _BUFFERS = ("position_ids", "token_type_ids")  # integer tensors in old checkpoints, which the model computes itself
-_FIX_PAIR = "Use the tokenizer of the model, or a different copy of both: backbone.name_or_path=FOLDER"
 TYPES = "token_type_ids"
 
 
@@ -29,16 +28,10 @@ def fit_tokenizer(
     name_or_path: str,
     max_length: int | None,
 ) -> None:
-    """Adapt a tokenizer to its model, and raise if they are incompatible.
+    """Adapt a tokenizer to its model. Raises UserError if they, or `max_length` (if set), are incompatible.
 
     Token types are omitted if the model has a single type. A model whose positions count padding is padded on the
     right, since the logits of a text would otherwise depend on the other texts of its batch.
-
-    Args:
-        max_length: maximum sequence length in tokens. If `None`, it is not checked.
-
-    Raises:
-        UserError: if token ids, token types, padding or `max_length` are incompatible with the model.
     """
     if config.type_vocab_size == 1:
         tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != TYPES]
@@ -47,31 +40,30 @@ def fit_tokenizer(
     what = f"backbone {name_or_path}"
     vocabulary = tokenizer.get_vocab()
     token = max(vocabulary, key=vocabulary.__getitem__)
-    if vocabulary[token] >= config.vocab_size:
-        beyond = sum(number >= config.vocab_size for number in vocabulary.values())
-        raise UserError(
-            f"{what}: its tokenizer has {len(vocabulary)} tokens, but the model has embeddings for {config.vocab_size}: "
-            f"{token!r} has id {vocabulary[token]}{f', and {beyond - 1} more ids are too large' if beyond > 1 else ''}\n"
-            f"{_FIX_PAIR}"
-        )
+    beyond = sum(number >= config.vocab_size for number in vocabulary.values())
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     pair = backend.encode("a", "a")
-    if max(pair.ids, default=0) >= config.vocab_size:
-        raise UserError(
-            f"{what}: its tokenizer adds a special token with id {max(pair.ids)}, but the model has embeddings for "
-            f"{config.vocab_size}\n{_FIX_PAIR}"
+    problem = ""
+    if beyond:
+        problem = (
+            f"has {len(vocabulary)} tokens, but the model has embeddings for {config.vocab_size}: {token!r} has id "
+            f"{vocabulary[token]}{f', and {beyond - 1} more ids are too large' if beyond > 1 else ''}"
         )
-    if TYPES in tokenizer.model_input_names and max(pair.type_ids, default=0) >= config.type_vocab_size:
-        raise UserError(
-            f"{what}: its tokenizer returns token type {max(pair.type_ids)}, but the model has "
-            f"type_vocab_size={config.type_vocab_size}\n{_FIX_PAIR}"
+    elif max(pair.ids, default=0) >= config.vocab_size:
+        problem = f"adds a special token with id {max(pair.ids)}, but the model has embeddings for {config.vocab_size}"
+    elif TYPES in tokenizer.model_input_names and max(pair.type_ids, default=0) >= config.type_vocab_size:
+        problem = f"returns token type {max(pair.type_ids)}, but the model has type_vocab_size={config.type_vocab_size}"
+    elif family.positions_follow_padding and tokenizer.pad_token_id != config.pad_token_id:
+        problem = (
+            f"pads with id {tokenizer.pad_token_id}, but the model has pad_token_id={config.pad_token_id}, which its "
+            "position ids depend on"
         )
-    if family.positions_follow_padding and tokenizer.pad_token_id != config.pad_token_id:
+    if problem:
         raise UserError(
-            f"{what}: its tokenizer pads with id {tokenizer.pad_token_id}, but the model has "
-            f"pad_token_id={config.pad_token_id}, which its position ids depend on\n{_FIX_PAIR}"
+            f"{what}: its tokenizer {problem}\n"
+            "Use the tokenizer of the model, or a different copy of both: backbone.name_or_path=FOLDER"
         )
     if max_length is None:
         return
@@ -87,11 +79,7 @@ def fit_tokenizer(
 
 
 def check_types(folder: Path) -> None:
-    """Raise if a safetensors file contains integer weights, which would be converted to floats.
-
-    Raises:
-        UserError: if a weight is not a float of at least 16 bits, or a file cannot be read.
-    """
+    """Raise UserError if a safetensors file has weights other than floats of 16 bits or more, or cannot be read."""
     for path in sorted(folder.glob("model*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
@@ -107,24 +95,16 @@ def check_types(folder: Path) -> None:
 
 
 def check_complete(loading: Mapping[str, Any], family: Family, prefix: str, what: str) -> None:
-    """Raise if a checkpoint has missing, unexpected or mismatched tensors, except for poolers and pre-training heads.
-
-    transformers would initialize missing tensors randomly.
+    """Raise UserError if tensors are missing, unexpected or mismatched, except for poolers and pre-training heads.
 
     Args:
-        loading: loading info of `from_pretrained`.
+        loading: loading info of `from_pretrained`, which initializes missing tensors randomly.
         prefix: base model prefix, such as `bert`, which tensor names have in checkpoints with a head.
-
-    Raises:
-        UserError: if tensors are missing, unexpected or have the wrong shape.
     """
-
-    def used(name: str) -> bool:
-        return name.partition(".")[0] in family.roots
-
-    missing = [name for name in sorted(loading["missing_keys"]) if used(name)]
+    used = tuple(f"{path.partition('.')[0]}." for path in (*family.stem, *(s.layers for s in family.stacks.values())))
+    missing = sorted(name for name in loading["missing_keys"] if name.startswith(used))
     unexpected = sorted(loading["unexpected_keys"])
-    extra = [name for name in unexpected if used(name.removeprefix(f"{prefix}."))]
+    extra = [name for name in unexpected if name.removeprefix(f"{prefix}.").startswith(used)]
     if missing:
         found = f"; unexpected keys: {_listed(unexpected)}" if unexpected else ""
         raise UserError(f"{what}: missing keys in the checkpoint: {_listed(missing)}{found}\n{FIX}")
@@ -136,10 +116,7 @@ def check_complete(loading: Mapping[str, Any], family: Family, prefix: str, what
 
 @torch.no_grad()
 def check_runs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, what: str) -> None:
-    """Raise if a weight is NaN or infinite, or the model fails on a short text.
-
-    Some invalid values in config.json only fail in the forward pass.
-    """
+    """Raise UserError if a weight is NaN or infinite, or the model fails on a short text, e.g. for invalid configs."""
     for name, parameter in model.named_parameters():
         if parameter.numel() and not torch.stack(torch.aminmax(parameter)).isfinite().all():
             raise UserError(f"{what}: {name} contains NaN or infinite values\n{FIX}")

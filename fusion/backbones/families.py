@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from fusion.backbones.sites import BeforeAttention, LinearLayer, PostNorm, PreNorm, Site
+from fusion.backbones.slots import BeforeAttention, LinearLayer, PostNorm, PreNorm, Slot
 from fusion.errors import UserError
 
 if TYPE_CHECKING:  # the first checks of a command read this table without importing torch
@@ -26,7 +26,7 @@ class Stack:
     """
 
     layers: str
-    sites: Mapping[str, Site]
+    sites: Mapping[str, Slot]
     outputs: int | None = None
     position_bias: str | None = None
 
@@ -62,7 +62,7 @@ class Family:
         return next(iter(self.stacks.values()))
 
     @property
-    def sites(self) -> Mapping[str, Site]:
+    def sites(self) -> Mapping[str, Slot]:
         """Sites of the first stack."""
         return self.first_stack.sites
 
@@ -71,30 +71,24 @@ class Family:
         path = (self.first_stack if stack is None else self.stacks[stack]).layers
         return cast("nn.ModuleList", model.get_submodule(path))
 
-    @property
-    def roots(self) -> set[str]:
-        """First components of the names of all tensors that the forward pass uses."""
-        paths = (*self.stem, *(stack.layers for stack in self.stacks.values()))
-        return {path.partition(".")[0] for path in paths}
-
     def positions(self, table: int, pad_token_id: int | None) -> int:
         """Return the maximum sequence length, given the number of position embeddings."""
         return table - (pad_token_id or 0) - 1 if self.positions_follow_padding else table
 
 
-def _linear(sublayer: str, **paths: str) -> dict[str, Site]:
+def _linear(sublayer: str, **paths: str) -> dict[str, Slot]:
     """Return sites at linear layers of a sublayer: `query` of `attention` is the site `attention.query`."""
     return {f"{sublayer}.{name}": LinearLayer(path) for name, path in paths.items()}
 
 
-def _projections(sublayer: str, module: str, names: str, output: str | None = None) -> dict[str, Site]:
+def _projections(sublayer: str, module: str, names: str, output: str | None = None) -> dict[str, Slot]:
     """Return sites at attention projections. names: query, key and value modules, separated by spaces."""
     query, key, value = (f"{module}.{name}" for name in names.split())
     sites = _linear(sublayer, query=query, key=key, value=value)
     return sites if output is None else sites | _linear(sublayer, output=output)
 
 
-_BERT_SITES: dict[str, Site] = {
+_BERT_SITES: dict[str, Slot] = {
     "before_attention": BeforeAttention(("attention.self",)),
     "attention": PostNorm("attention.output.LayerNorm", "attention.output.dropout", "attention.self"),
     "feedforward": PostNorm("output.LayerNorm", "output.dropout", "intermediate"),
@@ -102,14 +96,13 @@ _BERT_SITES: dict[str, Site] = {
     **_linear("feedforward", up="intermediate.dense", down="output.dense"),
 }
 _DEBERTA_SITES = _BERT_SITES | _projections("attention", "attention.self", "query_proj key_proj value_proj")
-_MPNET_SITES: dict[str, Site] = {
+_MPNET_SITES: dict[str, Slot] = {
+    **_BERT_SITES,
     "before_attention": BeforeAttention(("attention.attn",)),
     "attention": PostNorm("attention.LayerNorm", "attention.dropout", "attention.attn"),
-    "feedforward": PostNorm("output.LayerNorm", "output.dropout", "intermediate"),
     **_projections("attention", "attention.attn", "q k v", output="attention.attn.o"),
-    **_linear("feedforward", up="intermediate.dense", down="output.dense"),
 }
-_DISTILBERT_SITES: dict[str, Site] = {
+_DISTILBERT_SITES: dict[str, Slot] = {
     "before_attention": BeforeAttention(("attention",)),
     "attention": PostNorm("sa_layer_norm", "attention", "attention"),
     "feedforward": PostNorm("output_layer_norm", "ffn", "ffn"),
@@ -118,7 +111,7 @@ _DISTILBERT_SITES: dict[str, Site] = {
 }
 # ALBERT's attention adds its own residual, so the readers of the self-attention input are the three projections.
 _ALBERT_ATTENTION = "albert_layers.0.attention"
-_ALBERT_SITES: dict[str, Site] = {
+_ALBERT_SITES: dict[str, Slot] = {
     "before_attention": BeforeAttention(tuple(f"{_ALBERT_ATTENTION}.{name}" for name in ("query", "key", "value"))),
     "attention": PostNorm(f"{_ALBERT_ATTENTION}.LayerNorm", f"{_ALBERT_ATTENTION}.output_dropout", _ALBERT_ATTENTION),
     "feedforward": PostNorm(
@@ -127,53 +120,51 @@ _ALBERT_SITES: dict[str, Site] = {
     **_projections("attention", _ALBERT_ATTENTION, "query key value", output=f"{_ALBERT_ATTENTION}.dense"),
     **_linear("feedforward", up="albert_layers.0.ffn", down="albert_layers.0.ffn_output"),
 }
-_MODERNBERT_SITES: dict[str, Site] = {
+_MODERNBERT_SITES: dict[str, Slot] = {
     "before_attention": BeforeAttention(("attn",)),
     "attention": PreNorm("attn_norm", "attn.out_drop"),
     "feedforward": PreNorm("mlp_norm", "mlp.Wo"),
     **_linear("attention", query_key_value="attn.Wqkv", output="attn.Wo"),
     **_linear("feedforward", up_gate="mlp.Wi", down="mlp.Wo"),
 }
-_GPT2_SITES: dict[str, Site] = {
+_GPT2_SITES: dict[str, Slot] = {
     "before_attention": BeforeAttention(("attn",)),
     "attention": PreNorm("ln_1", "attn.resid_dropout"),
     "feedforward": PreNorm("ln_2", "mlp.dropout"),
     **_linear("attention", query_key_value="attn.c_attn", output="attn.c_proj"),
     **_linear("feedforward", up="mlp.c_fc", down="mlp.c_proj"),
 }
-_GATED_LINEAR = _projections("attention", "self_attn", "q_proj k_proj v_proj", output="self_attn.o_proj") | _linear(
-    "feedforward", gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj"
-)
-_LLAMA_SITES: dict[str, Site] = {
+_LLAMA_SITES: dict[str, Slot] = {
     "before_attention": BeforeAttention(("self_attn",)),
     "attention": PreNorm("input_layernorm", "self_attn.o_proj"),
     # The name is misleading: this is the norm before the feed-forward sublayer.
     "feedforward": PreNorm("post_attention_layernorm", "mlp.down_proj"),
-    **_GATED_LINEAR,
+    **_projections("attention", "self_attn", "q_proj k_proj v_proj", output="self_attn.o_proj"),
+    **_linear("feedforward", gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj"),
 }
-_GEMMA_SITES: dict[str, Site] = {**_LLAMA_SITES, "feedforward": PreNorm("pre_feedforward_layernorm", "mlp.down_proj")}
-_PHI_SITES: dict[str, Site] = {
+_GEMMA_SITES: dict[str, Slot] = {**_LLAMA_SITES, "feedforward": PreNorm("pre_feedforward_layernorm", "mlp.down_proj")}
+_PHI_SITES: dict[str, Slot] = {
     "before_attention": BeforeAttention(("self_attn",)),
     "attention": PreNorm("input_layernorm", "self_attn.dense"),
     "feedforward": PreNorm("input_layernorm", "mlp.fc2"),
     **_projections("attention", "self_attn", "q_proj k_proj v_proj", output="self_attn.dense"),
     **_linear("feedforward", up="mlp.fc1", down="mlp.fc2"),
 }
-_BART_SITES: dict[str, Site] = {
+_BART_SITES: dict[str, Slot] = {
     "before_attention": BeforeAttention(("self_attn",)),
     "attention": PostNorm("self_attn_layer_norm", "self_attn", "self_attn"),
     "feedforward": PostNorm("final_layer_norm", "fc2", "fc1"),
     **_projections("attention", "self_attn", "q_proj k_proj v_proj", output="self_attn.out_proj"),
     **_linear("feedforward", up="fc1", down="fc2"),
 }
-_BART_DECODER_SITES: dict[str, Site] = {
+_BART_DECODER_SITES: dict[str, Slot] = {
     **_BART_SITES,
     "cross_attention": PostNorm("encoder_attn_layer_norm", "encoder_attn", "encoder_attn"),
     **_projections("cross_attention", "encoder_attn", "q_proj k_proj v_proj", output="encoder_attn.out_proj"),
 }
 
 
-def _t5_sites(feedforward: str) -> dict[str, Site]:
+def _t5_sites(feedforward: str) -> dict[str, Slot]:
     """Return the sites of a T5 block. feedforward: path of its last sublayer."""
     attention = "layer.0.SelfAttention"
     return {
@@ -182,17 +173,11 @@ def _t5_sites(feedforward: str) -> dict[str, Site]:
         "feedforward": PreNorm(f"{feedforward}.layer_norm", f"{feedforward}.dropout"),
         **_projections("attention", attention, "q k v", output=f"{attention}.o"),
         # wi of T5, or wi_0 and wi_1 of its gated versions
-        **_linear(
-            "feedforward",
-            wi=f"{feedforward}.DenseReluDense.wi",
-            wi_0=f"{feedforward}.DenseReluDense.wi_0",
-            wi_1=f"{feedforward}.DenseReluDense.wi_1",
-            wo=f"{feedforward}.DenseReluDense.wo",
-        ),
+        **_linear("feedforward", **{n: f"{feedforward}.DenseReluDense.{n}" for n in ("wi", "wi_0", "wi_1", "wo")}),
     }
 
 
-_T5_DECODER_SITES: dict[str, Site] = {
+_T5_DECODER_SITES: dict[str, Slot] = {
     **_t5_sites("layer.2"),
     "cross_attention": PreNorm("layer.1.layer_norm", "layer.1.dropout"),
     **_projections("cross_attention", "layer.1.EncDecAttention", "q k v", output="layer.1.EncDecAttention.o"),
@@ -258,11 +243,7 @@ FAMILIES: dict[str, Family] = {family.name: family for family in _LIST}
 
 
 def family_of(model_type: str, where: str) -> Family:
-    """Return the family of a model type.
-
-    Raises:
-        UserError: if the commands do not support this type.
-    """
+    """Return the family of a model type. Raises UserError if the commands do not support this type."""
     supported = [name for name, family in FAMILIES.items() if family.architecture]
     if model_type not in supported:
         raise UserError(

@@ -28,8 +28,7 @@ STAMP = "backbone_stamp"  # key of a manifest's `run`, see `stamp`
 def locate(name_or_path: str) -> str:
     """Return where a backbone is loaded from: a folder, the folder in a PyPI package, or the Hub id.
 
-    Raises:
-        UserError: if a path is not the folder of a model.
+    Raises UserError if a path is not the folder of a model.
     """
     try:
         path = Path(name_or_path).expanduser()
@@ -51,15 +50,10 @@ def locate(name_or_path: str) -> str:
 
 
 def check_files(name_or_path: str, trust_remote_code: bool = False) -> None:
-    """Raise if a backbone folder has an unsupported config, no weights or no tokenizer.
-
-    Only config.json is read. A Hub id without a local folder is not checked.
+    """Raise UserError if a backbone folder has an unsupported config, no weights or no tokenizer; read only config.json.
 
     Args:
         trust_remote_code: whether Python code in the folder may run; its tokenizer may then have any file name.
-
-    Raises:
-        UserError: if a file is missing or invalid.
     """
     folder = Path(locate(name_or_path))
     if not folder.is_dir():
@@ -81,15 +75,7 @@ def check_files(name_or_path: str, trust_remote_code: bool = False) -> None:
 
 
 def check_config(config: Mapping[str, Any], name_or_path: str, where: Path | str) -> None:
-    """Raise if a config belongs to an unsupported family, a decoder, or quantized weights.
-
-    Args:
-        config: content of config.json.
-        where: location of the config, for error messages.
-
-    Raises:
-        UserError: if a value is invalid or not supported.
-    """
+    """Raise UserError if a config (config.json at `where`) belongs to an unsupported family, a decoder, or quantized weights."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise UserError(f"{where}: model_type is {model_type!r}, expected a string such as 'bert'\n{FIX}")

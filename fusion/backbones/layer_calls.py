@@ -100,15 +100,12 @@ def _checkpointed(forward: Callable[..., Any], current: CurrentBatch, *inputs: A
 
 
 @contextlib.contextmanager
-def _restored(current: CurrentBatch, context: BatchContext | None, features: Tensor | None) -> Iterator[None]:
+def _restored(current: CurrentBatch, context: BatchContext, features: Tensor | None) -> Iterator[None]:
     """Restore the batch of the forward pass for the recomputation, without recording weights twice."""
     now = current.context, current.features
-    # Not None: the recomputation must run the same operations.
-    recorded = context is not None and context.record is not None
-    current.context = (
-        replace(context, record=lambda slot, weights: None) if context is not None and recorded else context
-    )
-    current.features = features
+    if context.record is not None:  # not replaced by None: the recomputation must run the same operations
+        context = replace(context, record=lambda slot, weights: None)
+    current.context, current.features = context, features
     try:
         yield
     finally:
@@ -116,37 +113,26 @@ def _restored(current: CurrentBatch, context: BatchContext | None, features: Ten
 
 
 def check_compiler() -> None:
-    """Check the requirements of torch.compile.
-
-    Raises:
-        UserError: if there is no C++ compiler, there are no Python headers, or a path contains a space.
-    """
+    """Raise UserError if a requirement of torch.compile is missing: a C++ compiler, Python's headers, a usable path."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
-        raise UserError(
-            f"compile=true requires a C++ compiler, but {compiler} was not found: install it, set CXX to a different "
-            "compiler, or set compile=false"
-        )
     header = Path(sysconfig.get_path("include")) / "Python.h"
-    if not header.is_file():
-        raise UserError(
-            f"compile=true requires Python's headers, but {header} was not found: install them (python3-dev), "
-            "or set compile=false"
+    unquoted = [str(path) for path in (Path(torch.__file__).parent, header.parent) if " " in str(path)]  # by Inductor
+    if shutil.which(compiler) is None:
+        problem = f" requires a C++ compiler, but {compiler} was not found: install it, set CXX to a different compiler"
+    elif not header.is_file():
+        problem = f" requires Python's headers, but {header} was not found: install them (python3-dev)"
+    elif unquoted:
+        problem = (
+            f": torch.compile cannot use the path {unquoted[0]}, which contains a space: create the environment in a path "
+            "without spaces"
         )
-    # Inductor does not quote these paths.
-    for path in (Path(torch.__file__).parent, header.parent):
-        if " " in str(path):
-            raise UserError(
-                f"compile=true: torch.compile cannot use the path {path}, which contains a space: create the environment "
-                "in a path without spaces, or set compile=false"
-            )
+    else:
+        return
+    raise UserError(f"compile=true{problem}, or set compile=false")
 
 
 def compile_layers(layers: nn.ModuleList, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compile each layer on its next call, with dynamic batch size and sequence length.
-
-    Compiling the layers takes a fraction of the time of compiling the model, and the result is as fast.
-    """
+    """Compile each layer on its next call, much faster than the model, with dynamic batch size and sequence length."""
     # Code compiled for an earlier model of this process counts against the cache limit.
     torch.compiler.reset()
     # Layers may have different sources, and each layer is compiled for training, evaluation and batches of one text.

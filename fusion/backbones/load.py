@@ -55,15 +55,13 @@ def load_backbone(
 ) -> Backbone:
     """Load a backbone from a folder, the local cache, or the Hub, in this order, and freeze it.
 
-    Config and tokenizer are checked before the weights are read.
+    Config and tokenizer are checked before the weights are read. Raises UserError if the backbone cannot be found, is
+    damaged, incomplete, not finite or of an unsupported family, its tokenizer does not match, or it requires code that
+    is not trusted.
 
     Args:
         trust_remote_code: whether to run Python code of the backbone's repository.
         max_length: maximum sequence length in tokens (`data.max_length`). If `None`, it is not checked.
-
-    Raises:
-        UserError: if the backbone cannot be found, is damaged, incomplete, not finite or of an unsupported family, its
-            tokenizer does not match, or it requires code that is not trusted.
     """
     source = locate(name_or_path)
     what = f"backbone {name_or_path}"
@@ -146,10 +144,8 @@ def fingerprint(model: PreTrainedModel, family: Family) -> str:
 def separate_repeated_layers(model: PreTrainedModel, family: Family) -> None:
     """Create a module per layer, with shared parameters, if the model uses layers more than once (ALBERT).
 
-    Slots, the feature cache and gradient checkpointing require one module per layer.
-
-    Raises:
-        UserError: if a layer group contains more than one layer, unlike in all released ALBERT models.
+    Slots, the feature cache and gradient checkpointing require one module per layer. Raises UserError if a layer group
+    contains more than one layer, unlike in all released ALBERT models.
     """
     if not family.repeated:
         return

@@ -1,21 +1,29 @@
-"""Slots: positions in the backbone at which a slot module adds an update.
+"""Slots: positions in the backbone at which a slot module adds an update, by block layout (pre-norm, post-norm, ...).
 
-Slots are attached with hooks, so the backbone's modules and tensor names do not change.
+Slots are attached with hooks, so the backbone's modules and tensor names do not change. r is the residual stream before
+a sublayer, h the sublayer's output before it is added to r, LN a norm of the backbone. `reads` selects the input of a
+slot module:
+
+    output   h                        (Houlsby et al. 2019)
+    normed   LN(h + r), post-norm     (Pfeiffer et al. 2021)
+    stream   h + r                    (Pfeiffer on pre-norm families)
+    input    input of the sublayer    (He et al. 2022, parallel; LoRA)
 
 Shapes: B texts, T tokens, D hidden size, D_in and D_out input and output sizes of a linear layer (else D).
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor, nn
+if TYPE_CHECKING:  # the first checks of a command read the table of families without importing torch
+    from torch import Tensor, nn
 
-from fusion.backbones.sites import BeforeAttention, LinearLayer, PostNorm, PreNorm, Site
-from fusion.layers.slot_module import BatchContext, SlotModule
+    from fusion.layers.slot_module import BatchContext, SlotModule
 
 
 @dataclass(frozen=True)
@@ -34,11 +42,7 @@ class SlotAddress:
 
     @classmethod
     def parse(cls, text: str) -> SlotAddress:
-        """Parse an address.
-
-        Raises:
-            ValueError: if the string is not an address.
-        """
+        """Parse an address. Raises ValueError if the string is not an address."""
         match = re.fullmatch(r"(?:([^.\d][^.]*)\.)?(\d+)\.(.+)", text)
         if match is None:
             raise ValueError(f"slot {text!r}: expected LAYER.SITE or STACK.LAYER.SITE, such as 4.feedforward")
@@ -65,39 +69,43 @@ class CurrentBatch:
         capture: whether to stop the forward pass at that layer by raising `BoundaryReached` with its input.
     """
 
-    context: BatchContext | None = None
+    context: BatchContext = field(init=False)
     features: Tensor | None = None
     capture: bool = False
 
 
+@dataclass(eq=False)
 class Slot:
-    """Base class of slots: an address, a slot module and the current batch.
+    """Base class of slots, one subclass per block layout; its fields are dotted module paths inside a layer.
 
-    Subclasses implement a type of site and hook themselves into a layer. Slots of a layer are attached in the order of
-    `order`: a sublayer's output includes the updates at its linear layers, and the input that a sublayer's slot reads
-    excludes the update of `BeforeAttention`.
-
-    Args:
-        module: computes the update; registered as a submodule of the model, not of the slot.
-        reads: input of the module, one of the site's `reads`.
-        current: provides the context of each batch.
-
-    Raises:
-        ValueError: if the site does not support `reads`.
+    The sites in the table of families are slots without a module; `at` returns a copy with one. Slots of a layer are
+    attached in the order of `order`: a sublayer's output includes the updates at its linear layers, and the input that
+    a sublayer's slot reads excludes the update of `BeforeAttention`. `reads` lists the supported inputs of the module.
     """
 
     order: ClassVar[int] = 1
+    reads: ClassVar[tuple[str, ...]] = ("input",)
+    address: SlotAddress = field(init=False)
+    module: SlotModule = field(init=False)
+    read: str = field(init=False)
+    _current: CurrentBatch = field(init=False)
+    _kept: Tensor | None = field(init=False, default=None)  # only set between two hooks of a forward pass
 
-    def __init__(self, address: SlotAddress, site: Any, module: SlotModule, reads: str, current: CurrentBatch) -> None:
-        if reads not in site.reads:
-            raise ValueError(f"slot {address}: reads {reads!r}, expected one of {', '.join(site.reads)}")
-        self.address = address
-        self.name = str(address)
-        self.site = site
-        self.reads = reads
-        self.module = module
-        self._current = current
-        self._kept: Tensor | None = None  # only set between two hooks of a forward pass
+    def at(self, address: SlotAddress, module: SlotModule, reads: str, current: CurrentBatch) -> Slot:
+        """Return the slot at an address; call `attach` to hook it into the layer.
+
+        Raises ValueError if the slot does not support `reads`.
+
+        Args:
+            module: computes the update; registered as a submodule of the model, not of the slot.
+            reads: input of the module.
+            current: provides the context of each batch.
+        """
+        if reads not in self.reads:
+            raise ValueError(f"slot {address}: reads {reads!r}, expected one of {', '.join(self.reads)}")
+        slot = copy.copy(self)
+        slot.address, slot.module, slot.read, slot._current = address, module, reads, current
+        return slot
 
     def attach(self, layer: nn.Module) -> None:
         """Register the slot's hooks on a layer."""
@@ -107,86 +115,106 @@ class Slot:
     def inactive(self) -> bool:
         """Whether the slot is inactive in the current batch."""
         # `layers_on` is a tuple, since compiled code would be specialized to each value of an integer.
-        on = self._context.layers_on
+        on = self._current.context.layers_on
         return bool(on) and not on[self.address.layer]
-
-    @property
-    def _context(self) -> BatchContext:
-        context = self._current.context
-        if context is None:
-            raise RuntimeError(f"slot {self.name} was called outside of AdaptedModel.forward: no batch is set")
-        return context
 
     def update(self, x: Tensor) -> Tensor:
         """Compute the update: x (B, T, D_in) -> (B, T, D_out)."""
-        context = self._context
-        named = context if context.record is None else replace(context, slot=self.name)
+        context = self._current.context
+        named = context if context.record is None else replace(context, slot=str(self.address))
         update: Tensor = self.module(x, named)
         return update
 
     def _take(self) -> Tensor:
         kept, self._kept = self._kept, None
-        assert kept is not None, f"slot {self.name}: the hooks ran in an unexpected order"
+        assert kept is not None, "the hooks ran in an unexpected order"
         return kept
 
 
-class PostNormSlot(Slot):
-    """Slot at a `PostNorm` site. The update is added to h + r, the input of the norm."""
+@dataclass(eq=False)
+class PostNorm(Slot):
+    """y = LN(h + r), as in BERT; with an update u, y = LN(h + u + r).
 
-    site: PostNorm
+    Attributes:
+        norm: LN, called with h + r.
+        output: last module whose output is h, before functional dropout if the backbone uses it (BART).
+        reader: module whose first argument is the sublayer's input.
+    """
+
+    reads = ("output", "normed", "stream", "input")
+    norm: str
+    output: str
+    reader: str
 
     def attach(self, layer: nn.Module) -> None:
-        if self.reads == "output":
-            layer.get_submodule(self.site.output).register_forward_hook(self._keep_output)
-        elif self.reads == "input":
-            reader = layer.get_submodule(self.site.reader)
-            reader.register_forward_pre_hook(self._keep_input, with_kwargs=True)
-        layer.get_submodule(self.site.norm).register_forward_pre_hook(self._before_norm)
+        if self.read == "output":
+            layer.get_submodule(self.output).register_forward_hook(self._keep_output)
+        elif self.read == "input":
+            layer.get_submodule(self.reader).register_forward_pre_hook(self._keep_input, with_kwargs=True)
+        layer.get_submodule(self.norm).register_forward_pre_hook(self._before_norm)
 
     def _keep_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._kept = _first(output)
+        self._kept = output[0] if isinstance(output, tuple) else output  # attention also returns its weights
 
     def _keep_input(self, module: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
         self._kept = hidden_states(inputs, keywords)
 
     def _before_norm(self, norm: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         (stream,) = inputs
-        x = self._take() if self.reads in ("output", "input") else stream
+        x = self._take() if self.read in ("output", "input") else stream
         if self.inactive:
             return inputs
-        if self.reads == "normed":
+        if self.read == "normed":
             x = norm.forward(stream)  # norm(stream) would run this hook again
         return (stream + self.update(x),)
 
 
-class PreNormSlot(Slot):
-    """Slot at a `PreNorm` site. The update is added to h, for pre-norm, sandwich-norm and parallel blocks."""
+@dataclass(eq=False)
+class PreNorm(Slot):
+    """y = r + h with h = f(LN(r)), as in GPT-2 and Llama; with an update u, h + u replaces h.
 
-    site: PreNorm
+    The same attributes describe two more block layouts:
+
+        sandwich norm (Gemma 2 and 3)    y = r + LN'(h + u)
+        parallel block (GPT-J, Phi)      y = r + (h_attention + u_attention) + (h_feedforward + u_feedforward)
+
+    Attributes:
+        norm: LN, whose argument is r and whose output is the sublayer's input.
+        output: last module whose output is h.
+    """
+
+    reads = ("output", "stream", "input")
+    norm: str
+    output: str
 
     def attach(self, layer: nn.Module) -> None:
-        if self.reads != "output":
-            layer.get_submodule(self.site.norm).register_forward_hook(self._keep)
-        layer.get_submodule(self.site.output).register_forward_hook(self._after_output)
+        if self.read != "output":
+            layer.get_submodule(self.norm).register_forward_hook(self._keep)
+        layer.get_submodule(self.output).register_forward_hook(self._after_output)
 
     def _keep(self, norm: nn.Module, inputs: tuple[Tensor], normed: Tensor) -> None:
-        self._kept = inputs[0] if self.reads == "stream" else normed
+        self._kept = inputs[0] if self.read == "stream" else normed
 
     def _after_output(self, module: nn.Module, inputs: Any, h: Tensor) -> Tensor:
-        x = h if self.reads == "output" else self._take()
+        x = h if self.read == "output" else self._take()
         if self.inactive:
             return h
-        return h + self.update(x + h if self.reads == "stream" else x)
+        return h + self.update(x + h if self.read == "stream" else x)
 
 
-class BeforeAttentionSlot(Slot):
-    """Slot at a `BeforeAttention` site."""
+@dataclass(eq=False)
+class BeforeAttention(Slot):
+    """Input of self-attention: it reads i + u instead of i; the residual stream is unchanged.
+
+    Attributes:
+        readers: modules whose first argument is i, in execution order.
+    """
 
     order = 2
-    site: BeforeAttention
+    readers: tuple[str, ...]
 
     def attach(self, layer: nn.Module) -> None:
-        first, *others = (layer.get_submodule(path) for path in self.site.readers)
+        first, *others = (layer.get_submodule(path) for path in self.readers)
         first.register_forward_pre_hook(self._before_first, with_kwargs=True)
         for other in others:
             other.register_forward_pre_hook(self._before_other, with_kwargs=True)
@@ -197,7 +225,7 @@ class BeforeAttentionSlot(Slot):
             return inputs, keywords
         x = hidden_states(inputs, keywords)
         changed = x + self.update(x)
-        if len(self.site.readers) > 1:
+        if len(self.readers) > 1:
             self._kept = changed
         return with_hidden_states(inputs, keywords, changed)
 
@@ -205,30 +233,22 @@ class BeforeAttentionSlot(Slot):
         return (inputs, keywords) if self._kept is None else with_hidden_states(inputs, keywords, self._kept)
 
 
-class LinearSlot(Slot):
-    """Slot at a `LinearLayer` site."""
+@dataclass(eq=False)
+class LinearLayer(Slot):
+    """y = W x + b + u(x): an update with the input and output sizes of a linear layer (LoRA, Hu et al. 2022).
+
+    Attributes:
+        linear: a `torch.nn.Linear`, or transformers' `Conv1D`.
+    """
 
     order = 0
-    site: LinearLayer
+    linear: str
 
     def attach(self, layer: nn.Module) -> None:
-        layer.get_submodule(self.site.linear).register_forward_hook(self._after)
+        layer.get_submodule(self.linear).register_forward_hook(self._after)
 
     def _after(self, linear: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         return output if self.inactive else output + self.update(inputs[0])
-
-
-_SLOTS: Mapping[type, type[Slot]] = {
-    PostNorm: PostNormSlot,
-    PreNorm: PreNormSlot,
-    BeforeAttention: BeforeAttentionSlot,
-    LinearLayer: LinearSlot,
-}
-
-
-def make_slot(address: SlotAddress, site: Site, module: SlotModule, reads: str, current: CurrentBatch) -> Slot:
-    """Return a slot for a site; call `attach` to hook it into a layer."""
-    return _SLOTS[type(site)](address, site, module, reads, current)
 
 
 def hidden_states(inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:
@@ -244,9 +264,3 @@ def with_hidden_states(
     if inputs:
         return (states, *inputs[1:]), keywords
     return inputs, {**keywords, "hidden_states": states}
-
-
-def _first(output: Any) -> Tensor:
-    """Return the output without the attention weights that attention modules also return."""
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found

@@ -49,11 +49,8 @@ def bitfit(model: nn.Module) -> Tuning:
 def lora(model: nn.Module, rank: int, alpha: int, dropout: float, targets: Sequence[str]) -> Tuning:
     """Train low-rank updates of every linear layer whose name ends in one of `targets`, with peft.
 
-    The model is changed in place. A (rank, in) is initialized randomly and B (out, rank) to zero, so the model output is
-    initially unchanged.
-
-    Raises:
-        UserError: if no linear layer has one of these names.
+    The model is changed in place. A (rank, in) is initialized randomly and B (out, rank) to zero, so the model output
+    is initially unchanged. Raises UserError if no linear layer has one of these names.
     """
     # Slow import that only this method needs.
     from peft import LoraConfig, inject_adapter_in_model

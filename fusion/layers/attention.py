@@ -34,7 +34,7 @@ class AdapterFusion(SlotModule):
     g = M x + c with M = Wkᵀ Wq and c = Wkᵀ bq. That is one product of size D × D per token instead of two, and two
     instead of four in the backward pass.
 
-    With a low rank, Wq and Wk have K rows and far fewer parameters.
+    With a low rank, Wq and Wk have K rows and far fewer parameters. Raises ValueError if the rank is below 1.
 
     Args:
         bank: frozen sources of this slot: bottleneck adapters, or LoRAs, which have neither biases nor σ.
@@ -42,9 +42,6 @@ class AdapterFusion(SlotModule):
         temperature: τ.
         dropout: dropout probability of the attention scores, before the softmax.
         rank: K, at least 1. If `None`, D_in as in the paper.
-
-    Raises:
-        ValueError: if the rank is below 1.
     """
 
     undecayed = ("value.weight",)  # `value_penalty` regularizes it towards I, not 0

@@ -17,12 +17,10 @@ from fusion.layers.slot_module import BatchContext, SlotModule
 
 
 class Sources(nn.Module):
-    """Sources with an adapter in a slot, and the nonlinearities between the two projections.
+    """Sources with an adapter in a slot, and σ_n, the nonlinearities between the two projections.
 
     Args:
-        nonlinearities: σ_n, one per adapter, in the order of the sources.
-        size: R.
-        positions: index of each adapter's source (0 to `total` - 1).
+        positions: index of each adapter's source (0 to `total` - 1), in ascending order.
         total: number of sources, with or without an adapter in this slot.
     """
 
@@ -66,15 +64,12 @@ class AdapterBank(Sources):
         Σ_n p_n u_n   = Σ_n Wu_n (p_n z_n) + Σ_n p_n bu_n
 
     so N·R instead of N·D_out values per token are saved for the backward pass. Smaller bottlenecks are zero-padded,
-    which is exact since every σ maps 0 to 0, and missing biases (LoRA) are 0. Frozen adapters have no dropout.
+    which is exact since every σ maps 0 to 0, and missing biases (LoRA) are 0. Frozen adapters have no dropout. Raises
+    ValueError if there is no adapter, the indices are invalid, or the adapters have different sizes.
 
     Args:
         adapters: adapters of this slot, in the order of the sources.
-        sources: index of each adapter's source (0 to `total` - 1).
-        total: number of sources, with or without an adapter in this slot.
-
-    Raises:
-        ValueError: if there is no adapter, the indices are invalid, or the adapters have different sizes.
+        sources, total: see `Sources`.
     """
 
     down_weight: Tensor
@@ -140,11 +135,7 @@ class TaskSwitch(SlotModule):
         self.register_buffer("index", index)  # (tasks,): index of each task's adapter in the bank, or -1
 
     def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
-        """x: (B, T, D) -> u: (B, T, D).
-
-        Raises:
-            RuntimeError: if `batch.members` is not set.
-        """
+        """x: (B, T, D) -> u: (B, T, D). Raises RuntimeError if `batch.members` is not set."""
         if batch.members is None:
             raise RuntimeError("a mixed-task batch requires members, the adapter index of each text")
         bank, index = self.bank, self.index[batch.members]
@@ -160,7 +151,4 @@ class TaskSwitch(SlotModule):
         names = self.bank.nonlinearities
         if len(set(names)) == 1:
             return NONLINEARITIES[names[0]](z)
-        kinds = sorted(set(names))
-        kind = F.one_hot(torch.tensor([kinds.index(name) for name in names], device=z.device), len(kinds))[own]
-        parts = [NONLINEARITIES[name](z) * kind[:, n].view(-1, 1, 1) for n, name in enumerate(kinds)]
-        return torch.stack(parts).sum(0)
+        return torch.stack([NONLINEARITIES[names[n]](text) for n, text in zip(own.tolist(), z, strict=True)])

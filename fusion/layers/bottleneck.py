@@ -26,7 +26,8 @@ NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
 class BottleneckAdapter(SlotModule):
     """u = s · (σ(x Wdᵀ + bd) Wuᵀ + bu), without the residual, which the slot adds.
 
-    Without biases and with the identity as σ, this is LoRA (Hu et al. 2022, eq. 3): A = Wd, B = Wu, s = α / r.
+    Without biases and with the identity as σ, this is LoRA (Hu et al. 2022, eq. 3): A = Wd, B = Wu, s = α / r. Raises
+    ValueError if a size is below 1, or the nonlinearity, scaling or initialization is unknown.
 
     Args:
         hidden_size: D_in, and the default of D_out.
@@ -39,9 +40,6 @@ class BottleneckAdapter(SlotModule):
             the identity (He et al. 2021).
         output_size: D_out (default: D_in).
         bias: whether to use bd and bu.
-
-    Raises:
-        ValueError: if a size is below 1, or the nonlinearity, scaling or initialization is unknown.
     """
 
     def __init__(
@@ -102,18 +100,13 @@ class WithTargetAdapter(SlotModule):
 
     With an adapter initialized by `zero_up`, it is initially equal to the composition. The recorded weights are those of
     the composition; the target adapter is not a source.
-
-    Args:
-        composition: computes o.
-        target: computes u_target; its parameters are trainable.
     """
 
     def __init__(self, composition: SlotModule, target: BottleneckAdapter) -> None:
         super().__init__()
         self.composition = composition
         self.target = target
-        parts = (("composition", composition), ("target", target))
-        self.undecayed = tuple(f"{part}.{name}" for part, slot_module in parts for name in slot_module.undecayed)
+        self.undecayed = tuple(f"composition.{name}" for name in composition.undecayed)
 
     def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
         """x: (B, T, D) -> o + u_target: (B, T, D)."""

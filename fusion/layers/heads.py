@@ -16,14 +16,12 @@ def pool(hidden: Tensor, attention_mask: Tensor, how: str, words: Tensor | None 
     """Pool the hidden states (S, T, D) to (S, D): the first token (`cls`) or the mean of all non-padding tokens (`mean`).
 
     With `words`, return (B, W, D): the state of each word's first subword, as in BERT (Devlin et al. 2019, §5.3), and
-    an arbitrary state at padding.
+    an arbitrary state at padding. Raises ValueError if `how` is unknown, or only one of `how="words"` and `words` is
+    set.
 
     Args:
         attention_mask: (S, T).
         words: (B, W), the indices of the first subwords among the S * T tokens, -1 at padding.
-
-    Raises:
-        ValueError: if `how` is unknown, or only one of `how="words"` and `words` is set.
     """
     if (how == "words") != (words is not None):
         raise ValueError(f"pooling {how!r} {'with' if words is not None else 'without'} word indices")
@@ -40,15 +38,13 @@ def pool(hidden: Tensor, attention_mask: Tensor, how: str, words: Tensor | None 
 class TaskHead(nn.Module):
     """Head that pools the last hidden states and maps them to logits with one linear layer, or dense, tanh, linear.
 
+    Raises ValueError if `layers` is not 1 or 2, or the pooling is unknown.
+
     Args:
         hidden_size: D.
         outputs: K; 1 for regression and for each choice in multiple choice.
         pooling: cls, mean, or words (logits per word).
-        layers: number of layers, 1 or 2.
         dropout: dropout probability before each linear layer.
-
-    Raises:
-        ValueError: if `layers` is not 1 or 2, or the pooling is unknown.
     """
 
     def __init__(

@@ -6,6 +6,7 @@ Shapes: B texts, T tokens, D hidden size, N adapters, R bottleneck size, W size 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,26 +57,20 @@ class ScaLearn(SlotModule):
     once per batch, so a token costs no more than in `MeanMixture`.
 
     The recorded weights are equal for all tokens: ω_n for W = 1, else the mean of |ω_n| over the dimensions. They do
-    not sum to 1.
+    not sum to 1. Raises ValueError if ω has the wrong shape.
 
     Args:
-        bank: frozen sources of this slot.
         scales: ω, see `initial_scales`: (N, W), or (total, W) if shared between slots.
         shared: whether ω has an entry for every source, including sources without an adapter in this slot.
-
-    Raises:
-        ValueError: if ω has the wrong shape.
     """
 
     undecayed = ("scales",)  # weight decay towards 0 would disable the sources
 
     def __init__(self, bank: AdapterBank, scales: nn.Parameter, shared: bool = False) -> None:
         super().__init__()
-        rows, hidden_size = bank.total if shared else len(bank), bank.up_weight.shape[0]
-        if scales.shape not in ((rows, hidden_size), (rows, 1)):
-            raise ValueError(
-                f"scales {tuple(scales.shape)}: expected {(rows, hidden_size)}, or {(rows, 1)} for one per source"
-            )
+        allowed = [(bank.total if shared else len(bank), width) for width in (bank.output_size, 1)]
+        if scales.shape not in allowed:
+            raise ValueError(f"scales {tuple(scales.shape)}: expected {allowed[0]}, or {allowed[1]} for one per source")
         self.bank = bank
         self.scales = scales
         self.shared = shared
@@ -106,28 +101,18 @@ def initial_scales(count: int, width: int) -> nn.Parameter:
 def average(adapters: Sequence[BottleneckAdapter]) -> BottleneckAdapter:
     """Return a new adapter whose weights and biases are the means over the given adapters (weight averaging).
 
-    Because of σ, this is not the mean of the outputs. The dropout probability is taken from the first adapter.
-
-    Raises:
-        ValueError: if there is no adapter, or adapters differ in sizes, biases, nonlinearity or scaling.
+    Because of σ, this is not the mean of the outputs. The dropout probability is taken from the first adapter. Raises
+    ValueError if there is no adapter, or adapters differ in sizes, biases, nonlinearity or scaling.
     """
-    kinds = {
-        (
-            a.down.in_features,
-            *a.up.weight.shape,
-            a.up.bias is not None,
-            a.nonlinearity,
-            "learned" if isinstance(a.scaling, Tensor) else a.scaling,
-        )
-        for a in adapters
-    }
+    kinds: set[tuple[Any, ...]] = set()
+    for a in adapters:
+        scaling = "learned" if isinstance(a.scaling, Tensor) else a.scaling
+        kinds.add((a.down.in_features, *a.up.weight.shape, a.up.bias is not None, a.nonlinearity, scaling))
     if len(kinds) != 1:
         raise ValueError(f"expected adapters with equal sizes and settings, not {sorted(kinds, key=str)}")
     ((input_size, output_size, bottleneck_size, bias, nonlinearity, scaling),) = kinds
     dropout = adapters[0].dropout.p
-    mean = BottleneckAdapter(
-        input_size, bottleneck_size, nonlinearity, scaling, dropout, output_size=output_size, bias=bias
-    )
+    mean = BottleneckAdapter(input_size, bottleneck_size, nonlinearity, scaling, dropout, "bert", output_size, bias)
     mean.to(adapters[0].up.weight)
     with torch.no_grad():
         for name, parameter in mean.named_parameters():

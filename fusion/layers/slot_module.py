@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-Recorder = Callable[[str, Tensor], None]
-"""Called with the name of a slot and its source weights (B, T, N)."""
+Recorder = Callable[[str, Tensor], None]  # called with the name of a slot and its source weights (B, T, N)
 
 
 @dataclass(frozen=True)
@@ -59,12 +58,8 @@ class SlotModule(nn.Module):
 
 def parameters_of(slot_modules: Mapping[str, SlotModule]) -> dict[str, Parameter]:
     """Return the parameters of slot modules by name, such as `0.feedforward.down.weight`. Shared ones appear once."""
-    named = (
-        (f"{slot}.{name}", p)
-        for slot, slot_module in slot_modules.items()
-        for name, p in slot_module.named_parameters()
-    )
     first: dict[Parameter, str] = {}
-    for name, parameter in named:
-        first.setdefault(parameter, name)
+    for slot, slot_module in slot_modules.items():
+        for name, parameter in slot_module.named_parameters():
+            first.setdefault(parameter, f"{slot}.{name}")
     return {name: parameter for parameter, name in first.items()}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fusion.backbones.layer_calls import BoundaryReached, recompute_in_backward, skip_with_features, watch_boundary
 from fusion.backbones.load import Backbone, hash_tensors
-from fusion.backbones.slots import CurrentBatch, Slot, SlotAddress, make_slot
+from fusion.backbones.slots import CurrentBatch, Slot, SlotAddress
 from fusion.backbones.tuning import Tuning
 from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.layers.slot_module import BatchContext, Recorder, SlotModule, parameters_of
@@ -25,19 +25,15 @@ class AdaptedModel(nn.Module):
     """Frozen backbone with slot modules attached to it, and a head that computes logits from its output.
 
     Only the parameters of `slot_modules`, `head` and `tuning` are trainable. Freezing, the optimizer, checkpoints and
-    the store all read `trainable`.
+    the store all read `trainable`. Raises ValueError if the backbone has no such slot, or the slot does not support
+    `reads`.
 
     Args:
         backbone: frozen backbone, to which slots are attached in place.
         slot_modules: slot modules by slot address, see `SlotAddress`.
-        reads: input of every slot module, see `fusion.backbones.sites`.
-        head: maps each text to K logits; one head per task in multi-task models.
+        reads: input of every slot module, see `fusion.backbones.slots`.
         backbone_dropout: whether the backbone's own dropout is active in training.
         gradient_checkpointing: whether layers are recomputed in the backward pass to save memory.
-        tuning: trainable parameters of the backbone, if any.
-
-    Raises:
-        ValueError: if the backbone has no such slot, or the slot does not support `reads`.
     """
 
     def __init__(
@@ -98,7 +94,7 @@ class AdaptedModel(nn.Module):
         layers = len(self._layers_of(address.stack))
         if address.site not in stack.sites or address.layer >= layers:
             raise ValueError(f"no slot {address}: the backbone has {layers} layers, sites {', '.join(stack.sites)}")
-        return make_slot(address, stack.sites[address.site], module, self.reads, self._current)
+        return stack.sites[address.site].at(address, module, self.reads, self._current)
 
     def train(self, mode: bool = True) -> AdaptedModel:
         """Set training mode; the backbone's own dropout is active only with `backbone_dropout`."""
@@ -168,11 +164,7 @@ class AdaptedModel(nn.Module):
         features: Tensor | None = None,
         first_layer: int = 0,
     ) -> Tensor:
-        """Compute the last hidden states (S, T, D). See `forward` for the other arguments.
-
-        Args:
-            members: (S,), adapter index of each text, for slots with the adapters of multiple tasks.
-        """
+        """Compute the last hidden states (S, T, D). See `forward` and `BatchContext` for the arguments."""
         if features is not None and not self._takes_features:
             raise RuntimeError("call take_features() before a batch with cached features")
         on = tuple(layer >= first_layer for layer in range(self._layers))
@@ -202,15 +194,9 @@ class AdaptedModel(nn.Module):
     def frozen_features(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
-        """Compute the input of the lowest layer with a slot or, without slots, the last hidden states.
+        """Compute the input (S, T, D) of the lowest layer with a slot or, without slots, the last hidden states.
 
         It does not depend on any trainable parameter, provided that the backbone's dropout is off.
-
-        Args:
-            input_ids, attention_mask, token_type_ids: (S, T).
-
-        Returns:
-            (S, T, D).
         """
         assert not self.backbone.training, "with dropout, features would not be deterministic"
         self._current.context = BatchContext(attention_mask)
@@ -226,8 +212,7 @@ class AdaptedModel(nn.Module):
     def take_features(self) -> None:
         """Accept frozen features in batches, with which layers below the boundary are not computed.
 
-        Raises:
-            RuntimeError: if slots are only in the decoder of an encoder–decoder model.
+        Raises RuntimeError if slots are only in the decoder of an encoder–decoder model.
         """
         if self.boundary is None and len(self._family.stacks) > 1:
             raise RuntimeError("the encoder has no slot, so its features cannot replace the whole model")

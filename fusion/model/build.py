@@ -40,24 +40,19 @@ log = logging.getLogger(__name__)
 def new_adapters(config: AdapterConfig, backbone: Backbone) -> dict[str, BottleneckAdapter]:
     """Return a new adapter for each slot of the placement, by slot name; with `shared`, one for all layers.
 
-    Raises:
-        UserError: if the backbone's family does not have the site, or the site does not support `adapter.reads`.
+    Raises UserError if the backbone's family does not have the site, or the site does not support `adapter.reads`.
     """
     sites = backbone.family.sites
-    missing = [site for site in config.sites if site not in sites]
-    if missing:
-        raise UserError(
-            f"adapter={config.name}: backbone {backbone.name_or_path} ({backbone.family.name}) has no site "
-            f"{missing[0]}; expected adapter.sites among {', '.join(site for site in SITES if site in sites)}"
-        )
+    what = f"backbone {backbone.name_or_path} ({backbone.family.name})"
     for site in config.sites:
-        if config.reads not in sites[site].reads:
-            *others, last = sites[site].reads
+        if site not in sites:
+            expected = ", ".join(name for name in SITES if name in sites)
             raise UserError(
-                f"backbone {backbone.name_or_path} ({backbone.family.name}) does not support "
-                f"adapter.reads={config.reads} at {site}; expected {', '.join(others)} or {last}"
+                f"adapter={config.name}: {what} has no site {site}; expected adapter.sites among {expected}"
             )
-
+        if config.reads not in sites[site].reads:
+            expected = f"{', '.join(sites[site].reads[:-1])} or {sites[site].reads[-1]}"
+            raise UserError(f"{what} does not support adapter.reads={config.reads} at {site}; expected {expected}")
     layers = kept_layers(config.layers, config.drop, backbone.layers, "adapter")
     size = config.size_for(backbone.hidden_size)
     sizes = {f"{layer}.{site}": size for layer in layers for site in config.sites}
@@ -71,11 +66,7 @@ def tuning_of(config: MethodConfig, backbone: Backbone) -> Tuning | None:
 
 
 def stored_adapters(artifact: Artifact) -> dict[str, BottleneckAdapter]:
-    """Return the adapters of a stored artifact with their weights, by slot name.
-
-    Raises:
-        UserError: if the weights do not match the manifest.
-    """
+    """Return the adapters of an artifact with their weights, by slot name. Raises UserError if they do not match."""
     _check_weights(artifact)
     adapters = described_adapters(artifact.manifest)
     copy_stored(parameters_of(adapters), artifact.weights, artifact.path / WEIGHTS)
@@ -118,11 +109,7 @@ def new_heads(
 
 
 def load_sources(references: Sequence[str], store: Path, backbone: Backbone) -> list[Artifact]:
-    """Load the source adapters, in order, and check that they have the same backbone and placement.
-
-    Raises:
-        UserError: if a source is missing, damaged or incompatible.
-    """
+    """Load the source adapters, in order. Raises UserError if one is missing, damaged or incompatible."""
     sources = [load(reference, store) for reference in references]
     check_sources([source.manifest for source in sources])
     for source in sources:
@@ -153,26 +140,21 @@ def backbone_of(manifest: Manifest, other: SameBackboneConfig) -> tuple[str, str
     return manifest.backbone.name_or_path, other.revision or manifest.backbone.revision
 
 
-def _sources_of(manifest: Manifest, store: Path) -> list[Artifact]:
-    try:
-        return [load_by_hash(source.hash, source.name, store) for source in manifest.sources]
-    except UserError as error:
-        raise UserError(f"{manifest.name}: {error}") from None
-
-
 def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int = 0) -> AdaptedModel:
     """Return the model of an artifact for inference; the sources of a fusion are read from the store.
 
+    Raises UserError if a source is missing, or the artifact was trained with a different backbone or source.
+
     Args:
         drop: number of first layers without slot modules (AdapterDrop, Rücklé et al. 2021).
-
-    Raises:
-        UserError: if a source is missing, or the artifact was trained with a different backbone or source.
     """
     manifest = artifact.manifest
     check_trained_on(artifact, backbone)
     match_keys(head_shapes(manifest, artifact.path), artifact.head, artifact.path / HEAD)
-    sources = _sources_of(manifest, store)
+    try:
+        sources = [load_by_hash(source.hash, source.name, store) for source in manifest.sources]
+    except UserError as error:
+        raise UserError(f"{manifest.name}: {error}") from None
     for source in sources:
         check_trained_on(source, backbone)
     slot_modules: Mapping[str, SlotModule] = {}
@@ -187,9 +169,8 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int 
         copy_stored(parameters_of(slot_modules), artifact.weights, artifact.path / WEIGHTS)
     elif manifest.method is not None:
         method = manifest.method
-        check = method.definition.check_stored
-        if check is not None:
-            check(method, artifact.weights, artifact.path / WEIGHTS)
+        if method.definition.check_stored is not None:
+            method.definition.check_stored(method, artifact.weights, artifact.path / WEIGHTS)
         tuning = tuning_of(method, backbone)
         assert tuning is not None
         copy_stored(tuning.state(), artifact.weights, artifact.path / WEIGHTS)
@@ -202,12 +183,9 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int 
 
 
 def initialize_from(config: StageConfig, model: AdaptedModel, backbone: Backbone) -> Manifest | None:
-    """Initialize the model from the artifact `init_from`, including the head if shape and labels match.
+    """Initialize the model from the artifact `init_from`, if set, including the head if shape and labels match.
 
-    Returns the artifact's manifest, or `None` if `init_from` is not set.
-
-    Raises:
-        UserError: if the artifact is damaged or was trained on a different backbone.
+    Returns the artifact's manifest. Raises UserError if it is damaged or was trained on a different backbone.
     """
     if config.init_from is None:
         return None

@@ -1,8 +1,7 @@
 """The feature cache: frozen features of every example, computed once and stored on disk for all epochs and runs.
 
-The hidden states that enter the lowest layer with a slot do not depend on any trainable parameter. With float32, logits
-equal those of the full forward pass up to rounding, without running the lower layers. All features are computed before
-training, always in batches of the same examples, so that a resumed run reads bit-identical features.
+With float32, logits equal those of the full forward pass up to rounding. All features are computed before training,
+always in batches of the same examples, so that a resumed run reads bit-identical features.
 """
 
 from __future__ import annotations
@@ -44,19 +43,17 @@ def cache_features(
 ) -> str | None:
     """Attach frozen features to every split and let the model read them, depending on `config.cache`.
 
+    Raises UserError if a dtype is set and the cache is too large or not writable, or a feature exceeds its range.
+
     Args:
         splits: all splits that the model is trained and evaluated on.
         fingerprint: fingerprint of the backbone.
-        device: device that computes the features.
         cache_dir: cache directory. If `None`, the user's cache directory.
         once: whether the run reads each example only once, so that a cache would not save time.
 
     Returns:
         The dtype of the features, float32 or float16, or `None` without a cache: with `off`, or with `auto` if no layer
         is below the lowest slot, the features exceed `backbone.cache_gb`, or the directory cannot be written.
-
-    Raises:
-        UserError: if a dtype is set and the cache is too large or not writable, or a feature exceeds its range.
     """
     asked, splits = config.cache, list(splits)
     if asked == "off" or config.dropout or model.tuning is not None:
@@ -64,19 +61,16 @@ def cache_features(
     if asked == "auto" and (model.boundary == 0 or once):
         return None
     dtype = "float32" if asked == "auto" else asked
-    width = model.hidden_size
+    width, limit = model.hidden_size, int(config.cache_gb * 1e9)
     needed = sum(rows.tokens for rows in splits) * width * np.dtype(dtype).itemsize
-    limit = int(config.cache_gb * 1e9)
+    why = ""
     if needed > limit:
-        why = (
-            f"the frozen features of these examples take {needed / 1e9:.1f} GB as {dtype}, more than "
-            f"backbone.cache_gb={config.cache_gb:g}"
-        )
-        _log_or_raise(asked, why, "Increase backbone.cache_gb, or set backbone.cache=off")
-        return None
-    if any(rows.pads_left for rows in splits):
-        why = "the tokenizer pads on the left, so features depend on the other examples in the batch"
-        _log_or_raise(asked, why, "Set backbone.cache=off")
+        size = f"take {needed / 1e9:.1f} GB as {dtype}, more than backbone.cache_gb={config.cache_gb:g}"
+        why, fix = f"the frozen features of these examples {size}", "Increase backbone.cache_gb, or set"
+    elif any(rows.pads_left for rows in splits):
+        why, fix = "the tokenizer pads on the left, so features depend on the other examples in the batch", "Set"
+    if why:
+        _log_or_raise(asked, why, f"{fix} backbone.cache=off")
         return None
     folder = (user_cache() if cache_dir is None else Path(cache_dir).expanduser()) / "prefix"
     try:

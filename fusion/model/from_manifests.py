@@ -1,8 +1,4 @@
-"""Slot modules and heads built from manifests, without their weights.
-
-On torch's meta device, they provide the expected shapes of an artifact's tensors, so that a store can be verified
-without a backbone. Parameters inside a backbone (lora, bitfit, full) are not covered.
-"""
+"""Slot modules and heads built from manifests without their weights; on the meta device, to verify a store's shapes."""
 
 from __future__ import annotations
 
@@ -23,12 +19,11 @@ from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.layers.slot_module import SlotModule, parameters_of
 from fusion.store.compatibility import check_sources
 from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
-from fusion.store.manifest import Head, Manifest, StoredTask
+from fusion.store.manifest import Manifest
 from fusion.tasks.table import KINDS
 from fusion.text import shortened
 
-Shapes = dict[str, tuple[int, ...]]
-"""Tensor shapes, by name in the file."""
+Shapes = dict[str, tuple[int, ...]]  # of tensors, by name in the file
 
 
 def described_adapters(manifest: Manifest) -> dict[str, BottleneckAdapter]:
@@ -41,12 +36,7 @@ def described_adapters(manifest: Manifest) -> dict[str, BottleneckAdapter]:
 def make_adapters(
     settings: AdapterConfig, sizes: Mapping[str, int], hidden_size: int, init: str
 ) -> dict[str, BottleneckAdapter]:
-    """Return new adapters by slot; with `shared`, one for all layers of a site.
-
-    Args:
-        sizes: bottleneck size of each slot.
-        init: see `BottleneckAdapter`.
-    """
+    """Return new adapters by slot, given the bottleneck size of each; with `shared`, one for all layers of a site."""
     adapters: dict[str, BottleneckAdapter] = {}
     shared: dict[tuple[str, str], BottleneckAdapter] = {}
     for slot, size in sizes.items():
@@ -62,18 +52,12 @@ def make_adapters(
 
 def described_head(manifest: Manifest) -> TaskHead | TaskHeads:
     """Return a new head with the shape given in a manifest; for multiple tasks, one head per task."""
-    hidden_size = manifest.backbone.hidden_size
-    if manifest.multitask is None:
-        return _head(manifest.task, manifest.head, hidden_size)
-    entries = manifest.multitask.items()
-    return TaskHeads({name: _head(entry.task, entry.head, hidden_size) for name, entry in entries})
-
-
-def _head(task: StoredTask, head: Head, hidden_size: int) -> TaskHead:
-    kind = KINDS.get(task.kind)
-    if kind is None:
-        raise UserError(f"task.kind is {shortened(task.kind)}, expected one of {', '.join(KINDS)}")
-    return kind.make_head(hidden_size, **head.shape)
+    heads = []
+    for task, head in zip(manifest.tasks, manifest.heads, strict=True):
+        if task.kind not in KINDS:
+            raise UserError(f"task.kind is {shortened(task.kind)}, expected one of {', '.join(KINDS)}")
+        heads.append(KINDS[task.kind].make_head(manifest.backbone.hidden_size, **head.shape))
+    return heads[0] if manifest.multitask is None else TaskHeads(dict(zip(manifest.multitask, heads, strict=True)))
 
 
 def compose(
@@ -85,13 +69,12 @@ def compose(
 ) -> dict[str, SlotModule]:
     """Return the composition of the sources for each slot in which at least one source has an adapter.
 
+    Raises UserError if `chosen` does not match the composition or the sources, or there is no slot.
+
     Args:
         adapters: returns a source's adapters by slot, given the index of the source.
         layers: number of layers of the backbone.
         chosen: see `Composition.finds`: `{"kept": {slot: indices}}`, `{"continued": name}`, or empty.
-
-    Raises:
-        UserError: if `chosen` does not match the composition or the sources, or there is no slot.
     """
     definition = config.definition
     for key in (KEPT, CONTINUED):
@@ -128,17 +111,9 @@ def compose(
 
 def _kept(kept: Mapping[str, Any], slot: str, present: Mapping[int, BottleneckAdapter]) -> dict[int, BottleneckAdapter]:
     indices = kept.get(slot)
-    if (
-        not isinstance(indices, list)
-        or not indices
-        or any(type(n) is not int or n not in present for n in indices)
-        or len(set(indices)) < len(indices)
-    ):
+    if not indices or not present.keys() >= set(indices) or len(set(indices)) < len(indices):
         raise UserError(f"composition.kept.{slot}: expected distinct source indices among {list(present)}")
     return {n: present[n] for n in indices}
-
-
-# --- shapes -----------------------------------------------------------------------------------------
 
 
 def tensor_shapes(manifest: Manifest, sources: Sequence[Manifest], path: Path) -> dict[str, Shapes | None]:
@@ -149,26 +124,21 @@ def tensor_shapes(manifest: Manifest, sources: Sequence[Manifest], path: Path) -
 def weight_shapes(manifest: Manifest, sources: Sequence[Manifest], path: Path) -> Shapes | None:
     """Return the shapes in the weights file, or `None` if they depend on the backbone.
 
+    Raises UserError if the manifest does not describe a valid model or does not match the sources.
+
     Args:
         sources: sources of a fusion, in order.
         path: directory of the artifact, for error messages.
-
-    Raises:
-        UserError: if the manifest does not describe a valid model or does not match the sources.
     """
 
-    def fusion() -> dict[str, SlotModule]:
-        fused = manifest.composition
-        assert fused is not None
+    def slot_modules() -> Mapping[str, SlotModule]:
+        fused, layers = manifest.composition, manifest.backbone.layers
+        if fused is None:
+            return {} if manifest.adapter is None else described_adapters(manifest)
         check_sources(list(sources))
-        layers = manifest.backbone.layers
         return compose(fused.settings, sources, lambda n: described_adapters(sources[n]), layers, fused.chosen)
 
-    if manifest.adapter is not None:
-        return _shapes(lambda: parameters_of(described_adapters(manifest)), path)
-    if manifest.composition is not None:
-        return _shapes(lambda: parameters_of(fusion()), path)
-    return {} if manifest.method is None else None
+    return None if manifest.method is not None else _shapes(lambda: parameters_of(slot_modules()), path)
 
 
 def head_shapes(manifest: Manifest, path: Path) -> Shapes:
@@ -179,13 +149,10 @@ def head_shapes(manifest: Manifest, path: Path) -> Shapes:
 class _WithoutValues(TorchFunctionMode):
     """Mode that skips `normal_`, which has no effect on the meta device but takes most of the time."""
 
-    def __torch_function__(
-        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(function, "__name__", "") == "normal_":
             return args[0] if args else kwargs["tensor"]
-        return function(*args, **kwargs)
+        return function(*args, **(kwargs or {}))
 
 
 def _shapes(build: Callable[[], Mapping[str, Parameter]], path: Path) -> Shapes:

@@ -33,18 +33,15 @@ class SelectedHead:
 def select_heads(manifest: Manifest, task: TaskConfig | None) -> list[SelectedHead]:
     """Return the head for a task: the head with its name, else the only head with its kind and labels.
 
-    If `task` is `None`, return all heads.
-
-    Raises:
-        UserError: if not exactly one head matches the task, or this version cannot run a stored task.
+    If `task` is `None`, return all heads. Raises UserError if not exactly one head matches the task, or this version
+    cannot run a stored task.
     """
     try:
         tasks = [stored.as_config(f"manifest of {manifest.name}") for stored in manifest.tasks]
     except UserError as error:  # the message may quote a long string of the manifest
         raise UserError(shortened(str(error), 600)) from None
-    heads = [
-        SelectedHead(own, index, str(own.name), dict(manifest.heads[index].decision)) for index, own in enumerate(tasks)
-    ]
+    described = enumerate(zip(tasks, manifest.heads, strict=True))
+    heads = [SelectedHead(own, index, str(own.name), dict(head.decision)) for index, (own, head) in described]
     if task is None:
         return heads
     candidates = [head for head in heads if head.trained_on == task.name] or heads
@@ -52,15 +49,11 @@ def select_heads(manifest: Manifest, task: TaskConfig | None) -> list[SelectedHe
     if len(matching) == 1:
         return [replace(matching[0], task=task)]
     existing = "; ".join(f"{head.trained_on}: {_form(head.task)}" for head in matching or candidates)
+    otherwise = "omit +task=" if len(heads) == 1 else f"set +task= to one of {', '.join(manifest.task_names)}"
     raise UserError(
         f"{manifest.name} has {'more than one head' if matching else 'no head'} for task {task.name} ({_form(task)}), "
         f"expected one head with the same kind and labels; found {existing}\n"
-        "Train on this task with stage 1 or 2, "
-        + (
-            "or omit +task="
-            if len(heads) == 1
-            else f"or set +task= to one of {', '.join(map(str, manifest.task_names))}"
-        )
+        f"Train on this task with stage 1 or 2, or {otherwise}"
     )
 
 

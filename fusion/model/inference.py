@@ -59,11 +59,7 @@ class Predictions:
 
 
 def load_model(config: UseConfig) -> LoadedModel:
-    """Load the artifact that a command uses.
-
-    Raises:
-        UserError: if the device, the artifact, a source or the backbone is missing or incompatible.
-    """
+    """Load the artifact that a command uses. Raises UserError if anything is missing or incompatible."""
     device = device_of(config.accelerator)
     artifact = load(config.artifact, Path(config.store))
     name, revision = backbone_of(artifact.manifest, config.backbone)
@@ -74,11 +70,7 @@ def load_model(config: UseConfig) -> LoadedModel:
 
 
 def device_of(accelerator: str) -> torch.device:
-    """Return the device for `accelerator`: `auto` (a GPU if available), `gpu`, or the name of a torch device.
-
-    Raises:
-        UserError: if the device is not available.
-    """
+    """Return the device for `auto` (a GPU if available), `gpu`, or the name of a torch device, if it is available."""
     if accelerator == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -91,15 +83,8 @@ def device_of(accelerator: str) -> torch.device:
 
 def forward(model: AdaptedModel, batch: Batch, **options: Any) -> Tensor:
     """Return the logits of a batch; `options` are passed to `AdaptedModel.forward`."""
-    logits: Tensor = model(
-        batch.input_ids,
-        batch.attention_mask,
-        batch.token_type_ids,
-        batch.choice_counts,
-        task=batch.task,
-        words=batch.words,
-        **options,
-    )
+    inputs = batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.choice_counts
+    logits: Tensor = model(*inputs, task=batch.task, words=batch.words, **options)
     return logits
 
 
@@ -118,8 +103,7 @@ def predict(
     """Compute the logits of all examples, in input order. Batches are sorted by length.
 
     Args:
-        first_layer: slots in lower layers are inactive (AdapterDrop).
-        sources_on: (N,) bool mask of active sources. If `None`, all sources are active.
+        first_layer, sources_on: see `AdaptedModel.forward`.
         advance: called after each batch with its number of examples.
     """
     keep_freed_memory()
@@ -168,11 +152,8 @@ class MultiTaskModel(nn.Module):
 
     Args:
         adapters: adapters of each task, by slot address.
-        reads: input of all adapters, see `fusion.backbones.sites`.
+        reads: input of all adapters, see `fusion.backbones.slots`.
         heads: head of each task.
-
-    Raises:
-        ValueError: if there is no task, or the numbers of tasks and heads differ.
     """
 
     def __init__(
@@ -183,8 +164,6 @@ class MultiTaskModel(nn.Module):
         heads: Sequence[TaskHead],
     ) -> None:
         super().__init__()
-        if not adapters or len(adapters) != len(heads):
-            raise ValueError(f"expected one head per task, not {len(adapters)} tasks and {len(heads)} heads")
         slot_modules: dict[str, SlotModule] = {}
         for slot in sorted({slot for own in adapters for slot in own}):
             present = [task for task, own in enumerate(adapters) if slot in own]

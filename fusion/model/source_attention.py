@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,12 +48,7 @@ class AttentionSums:
 
     def recorder(self, batch: Batch) -> Callable[[str, Tensor], None]:
         """Return a recorder for one batch, called in each slot with its name and weights (S, T, N)."""
-        real = real_tokens(batch)  # shared by all slots
-
-        def record(slot: str, weights: Tensor) -> None:
-            self.add(slot, weights, real)
-
-        return record
+        return partial(self.add, real=real_tokens(batch))
 
     @torch.compiler.disable
     def add(self, slot: str, weights: Tensor, real: Tensor) -> None:
@@ -64,28 +60,21 @@ class AttentionSums:
         # (N + 2,), kept on the device, so that no synchronization is needed
         self._sums[slot] = self._sums[slot] + sums if slot in self._sums else sums
 
-    def by_slot(self, model: AdaptedModel, distributed: bool = False) -> dict[str, SourceAttention]:
-        """Return the source attention by slot, in the order in which the slots run."""
-        compositions = compositions_of(model)
-        return {
-            # ScaLearn's factors do not sum to 1.
-            slot: SourceAttention(mean, None if isinstance(compositions[slot], ScaLearn) else entropy)
-            for slot, (mean, entropy) in self.means(distributed).items()
-        }
-
-    def means(self, distributed: bool = False) -> dict[str, tuple[list[float], float]]:
-        """Return by slot the mean weight of each source (N values) and the mean entropy in nats.
+    def by_slot(self, compositions: Mapping[str, SlotModule], distributed: bool = False) -> dict[str, SourceAttention]:
+        """Return the source attention by slot, in the order in which the slots run.
 
         Args:
+            compositions: result of `compositions_of`.
             distributed: whether to reduce over all processes; all ranks must then call this method.
         """
-        means = {}
+        found = {}
         for slot, sums in self._sums.items():
             if distributed:
                 torch.distributed.all_reduce(sums)
-            *by_source, entropy, tokens = sums.tolist()
-            means[slot] = ([total / max(tokens, 1.0) for total in by_source], entropy / max(tokens, 1.0))
-        return means
+            *by_source, entropy, _ = (sums / sums[-1].clamp(min=1.0)).tolist()
+            # ScaLearn's factors do not sum to 1.
+            found[slot] = SourceAttention(by_source, None if isinstance(compositions.get(slot), ScaLearn) else entropy)
+        return found
 
 
 def real_tokens(batch: Batch) -> Tensor:
@@ -114,7 +103,7 @@ def measure_attention(
     for batch in batches:
         batch = batch.to(device)
         forward(model, batch, record=sums.recorder(batch))
-    return sums.by_slot(model)
+    return sums.by_slot(compositions_of(model))
 
 
 def most_attended(

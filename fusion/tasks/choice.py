@@ -52,9 +52,6 @@ class Choice(Classification):
         assert choice_counts is not None
         return float(np.mean(np.log(choice_counts)))
 
-    def text_of(self, prediction: Any) -> int:
-        return int(prediction)
-
     def columns(self, task: Task, labels: Tensor, choice_counts: Tensor | None) -> Tensor:
         """Return one column, 1 if a text is the correct choice."""
         import torch

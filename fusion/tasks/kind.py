@@ -60,7 +60,6 @@ class Kind(ABC):
 
     Attributes:
         name: `kind:` of a task file.
-        noun: how messages refer to the kind, such as "a regression".
         metric_names: the `metrics:` that a task file may list.
         keys: keys of a task file that only this kind has.
         items: what an example contains in addition to its texts: `choices` (one sequence each), `words`, or `None`.
@@ -81,8 +80,6 @@ class Kind(ABC):
     def noun(self) -> str:
         return f"a task of kind {self.name}"
 
-    # --- task file and data ---------------------------------------------------------------------------
-
     def check(self, task: Task, where: str) -> None:  # noqa: B027
         """Raise UserError, which starts with `where`, if a task file is not valid for this kind."""
 
@@ -93,8 +90,6 @@ class Kind(ABC):
     def plain_labels(self, labels: Tensor | NDArray[Any]) -> list[Any]:
         """Convert labels, (B,) or (B, ...), to the format of `metrics` and outcomes.json."""
         return labels.tolist()
-
-    # --- head and loss --------------------------------------------------------------------------------
 
     def head_outputs(self, task: Task) -> int:
         """Return K, by default one output per label."""
@@ -110,16 +105,13 @@ class Kind(ABC):
 
     @abstractmethod
     def loss(self, logits: Tensor, labels: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
-        """Return the loss of each example, in the precision of the logits, before the mean over the batch.
+        """Return the loss (B,) of each example, in the precision of the logits, before the mean over the batch.
 
         Args:
             logits: (B, K).
             labels: (B,) or (B, ...).
             weight: (K,), weight of each class; `None` unless `has_classes`.
             smoothing: value of `loss.label_smoothing`; 0.0 unless `smooths_labels`.
-
-        Returns:
-            (B,).
         """
 
     def loss_weights(self, labels: NDArray[Any], class_weights: Floats | None) -> Floats | None:
@@ -137,15 +129,9 @@ class Kind(ABC):
         """Return the mean loss of all-zero logits, without class weights or label smoothing."""
         return math.log(max(1, self.head_outputs(task)))
 
-    # --- predictions and metrics ----------------------------------------------------------------------
-
     @abstractmethod
     def outputs(self, logits: Tensor) -> list[Any]:
-        """Convert the logits of each example to a JSON-able value, from which `predict` computes the prediction.
-
-        Args:
-            logits: (B, K); -inf for missing choices or words.
-        """
+        """Convert the logits (B, K) of each example to a JSON-able value, from which `predict` computes the prediction."""
 
     def decision(self, task: Task, outputs: Sequence[Any], labels: Sequence[Any]) -> Decision:
         """Return values that predictions depend on in addition to the outputs, selected on the validation split.
@@ -167,35 +153,23 @@ class Kind(ABC):
         one, other = np.asarray(labels)[None], np.asarray(predictions)[None]
         return {name: float(metric_of(name, one, other)[0]) for name in task.metrics}
 
-    # --- wording --------------------------------------------------------------------------------------
-
     @abstractmethod
     def lines(self, task: Task, logits: Tensor, counts: Sequence[int] | None, decision: Decision) -> Lines:
-        """Yield the output of `fusion.predict` for each example.
+        """Yield the output of `fusion.predict` for each example, given logits (B, K), -inf for missing choices or words.
 
-        Args:
-            logits: (B, K).
-            counts: number of choices or words of each example, or `None` for plain texts.
+        `counts` is the number of choices or words of each example, or `None` for plain texts.
         """
 
     @abstractmethod
     def describe(self, task: Task, line: dict[str, Any], label: Any) -> dict[str, Any]:
         """Describe one example: `predicted` and `truth` as strings, and whether the prediction is `right` (or `None`).
 
-        Args:
-            line: an item of `lines`.
-            label: a label returned by `RawLabels.read`.
+        `line` is an item of `lines`, `label` one returned by `RawLabels.read`.
         """
 
     def wrong(self, labels: Sequence[Any], predictions: Sequence[Any]) -> list[bool]:
         """Return which examples were misclassified."""
         return [label != prediction for label, prediction in zip(labels, predictions, strict=True)]
-
-    def text_of(self, prediction: Any) -> int:
-        """Return the index of the predicted text of an example; 0 except for choices."""
-        return 0
-
-    # --- linear probe and LogME -----------------------------------------------------------------------
 
     def probe_labels(self, labels: Tensor) -> Tensor:
         """Convert labels to the targets of the linear probe: (B,) or (B, ...)."""

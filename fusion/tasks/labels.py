@@ -1,9 +1,8 @@
 """Mapping of raw labels to class ids, or to indices of the correct choice.
 
-The mapping depends only on the task file and the raw label, neither on other labels of the column nor on the file
-format, so it is the same in every split: a raw label is mapped to the label whose `label_values` contain it, else to
-the label with that name. Numbers are ids (and booleans the ids 0 and 1) only if neither names nor `label_values` are
-numbers (booleans). Other labels in the column can only cause an error.
+The mapping depends only on the task file and the raw label, so it is the same in every split: a raw label is mapped to
+the label whose `label_values` contain it, else to the label with that name. Numbers are ids (and booleans the ids 0 and
+1) only if neither names nor `label_values` are numbers (booleans). Other labels in the column can only cause an error.
 """
 
 from __future__ import annotations
@@ -88,8 +87,7 @@ def label_key(value: Any) -> Key:
 class Labels:
     """The labels of a task, and all formats in which they may be written.
 
-    Raises:
-        UserError: if two labels have the same raw label, such as 1 and "1".
+    Raises UserError if two labels have the same raw label, such as 1 and "1".
     """
 
     def __init__(self, task: Task) -> None:

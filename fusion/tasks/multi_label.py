@@ -38,8 +38,6 @@ class MultiLabel(Kind):
     def check(self, task: Task, where: str) -> None:
         check_labels(task, where, least=1)
 
-    # --- labels ---------------------------------------------------------------------------------------
-
     def read_labels(self, task: Task, column: Column, unlabelled: bool) -> RawLabels:
         """Prepare a column of lists of raw labels, in CSV and TSV files joined by `SEPARATOR`.
 
@@ -67,8 +65,6 @@ class MultiLabel(Kind):
         """Return the label ids of each example, in ascending order."""
         return [[number for number, is_set in enumerate(row) if is_set] for row in labels.tolist()]
 
-    # --- head and loss --------------------------------------------------------------------------------
-
     def loss(self, logits: Tensor, labels: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
         """Return the binary cross entropy averaged over labels, as in `torch.nn.BCEWithLogitsLoss`.
 
@@ -81,8 +77,6 @@ class MultiLabel(Kind):
 
     def zero_score_loss(self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None) -> float:
         return math.log(2)
-
-    # --- predictions and metrics ----------------------------------------------------------------------
 
     def outputs(self, logits: Tensor) -> list[Any]:
         """Return the probability of each label."""
@@ -119,8 +113,6 @@ class MultiLabel(Kind):
         }
         return {name: float(values[name]) for name in task.metrics}
 
-    # --- wording --------------------------------------------------------------------------------------
-
     def lines(self, task: Task, logits: Tensor, counts: Sequence[int] | None, decision: Decision) -> Lines:
         """Yield the predicted `labels` and, as `scores`, the probabilities by label name."""
         names, outputs = list(task.labels or []), self.outputs(logits)
@@ -146,9 +138,6 @@ def _from_text(values: Sequence[Any], unlabelled: bool) -> list[Any]:
     if unlabelled and not any(values):
         return list(values)
     return [[part.strip() for part in str(value).split(SEPARATOR)] if value else [] for value in values]
-
-
-# --- metrics and threshold ----------------------------------------------------------------------------
 
 
 def _indicators(ids: Sequence[Sequence[int]], count: int) -> NDArray[np.bool_]:
@@ -179,6 +168,7 @@ def best_threshold(metric: str, probabilities: NDArray[np.float64], true: NDArra
     probabilities, true: (B, K).
     """
     import numpy as np
+    import pandas as pd
 
     # Lower the threshold step by step: (example, label) pairs become positive in descending order of probability. The
     # metric is the mean over groups of pairs (all, those of a label, those of an example) of a function of the group's
@@ -191,20 +181,17 @@ def best_threshold(metric: str, probabilities: NDArray[np.float64], true: NDArra
     }
     groups, value = group_of[metric]
     order = np.argsort(-probabilities.ravel(), kind="stable")
-    groups, positive, falling = groups[order], true.ravel()[order], probabilities.ravel()[order]
-    size = np.bincount(groups, positive)  # number of true pairs of each group
-    by_group = np.argsort(groups, kind="stable")
-    grouped = groups[by_group]
-    first = np.searchsorted(grouped, grouped)  # start of the pair's group
-    total = np.cumsum(positive[by_group])
-    hits = total - total[first] + positive[by_group][first]
-    values = value(hits, size[grouped] + np.arange(1, len(grouped) + 1) - first)
-    before = np.where(np.arange(len(grouped)) == first, value(0.0 * size, size)[grouped], np.roll(values, 1))
-    change = np.empty(len(groups))
-    change[by_group] = values - before
-    scores = value(0.0 * size, size).sum() + np.concatenate([[0.0], np.cumsum(change)])
+    falling = probabilities.ravel()[order]
+    pairs = pd.DataFrame({"group": groups[order], "positive": true.ravel()[order]})
+    positive = pairs.groupby("group").positive
+    earlier = positive.cumcount().to_numpy()  # pairs of the same group that are already positive
+    hits, size = positive.cumsum().to_numpy(float), positive.transform("sum").to_numpy(float)
+    values, unset = value(hits, size + earlier + 1), value(0.0 * size, size)
+    first = earlier == 0
+    before = np.where(first, unset, pairs.assign(values=values).groupby("group")["values"].shift())
+    scores = unset[first].sum() + np.concatenate([[0.0], np.cumsum(values - before)])
     edges = np.concatenate([[1.0], falling, [0.0]])
     thresholds = (edges[:-1] + edges[1:]) / 2
     possible = np.concatenate([edges[:-2] > falling, [True]])  # not between equal probabilities
-    best = possible & (scores >= scores[possible].max() - _TIE * len(size))
+    best = possible & (scores >= scores[possible].max() - _TIE * first.sum())
     return float(thresholds[best][np.abs(thresholds[best] - 0.5).argmin()])

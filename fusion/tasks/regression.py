@@ -27,10 +27,6 @@ class Regression(Kind):
     name = "regression"
     metric_names = ("pearson", "spearman")
 
-    @property
-    def noun(self) -> str:
-        return "a regression"
-
     def read_labels(self, task: Task, column: Column, unlabelled: bool) -> RawLabels:
         # In an untyped file, numbers are strings.
         values = column.values if column.table.typed else [_from_text(value) for value in column.values]

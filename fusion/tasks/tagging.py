@@ -59,8 +59,6 @@ class Tagging(Kind):
                 "or set metrics: [token_accuracy]"
             )
 
-    # --- labels ---------------------------------------------------------------------------------------
-
     def read_labels(self, task: Task, column: Column, unlabelled: bool) -> RawLabels:
         """Prepare a column of lists with one raw label per word."""
 
@@ -80,8 +78,6 @@ class Tagging(Kind):
     def plain_labels(self, labels: Tensor | NDArray[Any]) -> list[Any]:
         """Return the label ids of each example's words, without padding."""
         return [[number for number in row if number >= 0] for row in labels.tolist()]
-
-    # --- head and loss --------------------------------------------------------------------------------
 
     def make_head(
         self, hidden_size: int, outputs: int, pooling: str = "words", layers: int = 1, dropout: float = 0.0
@@ -109,8 +105,6 @@ class Tagging(Kind):
     def mean_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return self.loss(logits, labels).sum() / (labels >= 0).sum()
 
-    # --- predictions and metrics ----------------------------------------------------------------------
-
     def outputs(self, logits: Tensor) -> list[Any]:
         """Return the predicted label id of each word."""
         best, there = logits.argmax(-1).tolist(), _words_of(logits).tolist()
@@ -135,8 +129,6 @@ class Tagging(Kind):
         values["token_accuracy"] = correct / words if words else 0.0
         return {name: values[name] for name in task.metrics}
 
-    # --- wording --------------------------------------------------------------------------------------
-
     def lines(self, task: Task, logits: Tensor, counts: Sequence[int] | None, decision: Decision) -> Lines:
         """Yield the `labels` of the words in order and, as `scores`, their probabilities."""
         names = list(task.labels or [])
@@ -153,9 +145,6 @@ class Tagging(Kind):
 def _words_of(logits: Tensor) -> Tensor:
     """logits: (B, W, K) -> (B, W) bool, false for padding."""
     return ~logits.isneginf().all(-1)
-
-
-# --- entities -----------------------------------------------------------------------------------------
 
 
 def can_count_entities() -> bool:

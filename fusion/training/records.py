@@ -139,10 +139,10 @@ class AttentionRecorder(Callback):
         if pl_module.recorder is None:
             return
         pl_module.recorder = None
-        attention = self._sums.by_slot(pl_module.model, distributed=trainer.world_size > 1)
+        compositions = compositions_of(pl_module.model)
+        attention = self._sums.by_slot(compositions, distributed=trainer.world_size > 1)
         if not attention or not trainer.is_global_zero:
             return
-        compositions = compositions_of(pl_module.model)
         slots = {
             slot: {
                 "mean": measured.mean,

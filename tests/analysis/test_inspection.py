@@ -184,12 +184,12 @@ def test_sums_against_a_loop() -> None:
                         share = float(weights[row, token, source])
                         total[source] += share
                         entropy -= share * math.log(share)
-    mean, spread = sums.means()["0.feedforward"]
-    assert mean == pytest.approx([value / tokens for value in total])
-    assert spread == pytest.approx(entropy / tokens)
+    found = sums.by_slot({})["0.feedforward"]
+    assert found.mean == pytest.approx([value / tokens for value in total])
+    assert found.entropy == pytest.approx(entropy / tokens)
     even = AttentionSums()
     even.add("0.feedforward", torch.eye(3)[None], torch.ones(1, 3))
-    assert even.means()["0.feedforward"][1] == 0.0
+    assert even.by_slot({})["0.feedforward"].entropy == 0.0
 
 
 VALUES = {0: 0.1, 1: 0.4, 2: 0.0, 3: 0.2}

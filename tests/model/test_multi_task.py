@@ -49,8 +49,3 @@ def test_every_task_gets_its_own_scores(tiny_backbone: Path, site: str, reads: s
         alone = AdaptedModel(load_backbone(str(tiny_backbone)), dict(own), reads, head).eval()
         torch.testing.assert_close(scores, alone(IDS, MASK), rtol=0, atol=1e-5)
     assert rows == {layer: 2 if layer < first else 4 for layer in range(3)}  # the layers below are shared
-
-
-def test_as_many_heads_as_tasks(tiny_backbone: Path) -> None:
-    with pytest.raises(ValueError, match="0 tasks and 1 heads"):
-        MultiTaskModel(load_backbone(str(tiny_backbone)), [], "normed", [TaskHead(32, 2)])

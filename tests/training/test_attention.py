@@ -139,7 +139,7 @@ def test_fillers_and_padding_are_excluded() -> None:
     sums.recorder(plain)("0.feedforward", weights)
     sums.recorder(choices)("0.feedforward", weights)
     tokens = [weights[s, t] for s, t in [(0, 0), (0, 1), (2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (3, 0), (3, 1)]]
-    mean, _ = sums.means(distributed=False)["0.feedforward"]
+    mean = sums.by_slot({})["0.feedforward"].mean
     assert mean == pytest.approx(torch.stack(tokens).mean(0).tolist(), abs=1e-6)
 
 
@@ -162,6 +162,6 @@ def test_the_sums_of_all_processes_are_added(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: sums.mul_(3))
     sums = AttentionSums()
     sums.add("0.feedforward", torch.tensor([[[0.25, 0.75], [1.0, 0.0]]]), torch.tensor([[1, 1]]))
-    mean, entropy = sums.means(distributed=True)["0.feedforward"]
-    assert mean == pytest.approx([0.625, 0.375])  # tokens are added as weights are
-    assert entropy == pytest.approx((-0.25 * math.log(0.25) - 0.75 * math.log(0.75)) / 2, rel=1e-6)
+    found = sums.by_slot({}, distributed=True)["0.feedforward"]
+    assert found.mean == pytest.approx([0.625, 0.375])  # tokens are added as weights are
+    assert found.entropy == pytest.approx((-0.25 * math.log(0.25) - 0.75 * math.log(0.75)) / 2, rel=1e-6)

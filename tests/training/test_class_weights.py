@@ -181,7 +181,7 @@ def test_tasks_without_classes_have_no_class_weights() -> None:
         (THREE, {"label_smoothing": -0.1}, ">= 0 and < 1"),
         (THREE, {"label_smoothing": float("nan")}, "finite number >= 0 and < 1"),
         (RATING, {"class_weights": "balanced"}, r"rating has no classes \(regression\)"),
-        (RATING, {"label_smoothing": 0.1}, "rating is a regression"),
+        (RATING, {"label_smoothing": 0.1}, "rating is a task of kind regression"),
         (QUIZ, {"class_weights": "balanced"}, r"quiz has no classes \(choice\)"),
         (QUIZ, {"class_weights": [1.0, 2.0]}, "quiz has no classes"),
     ],
