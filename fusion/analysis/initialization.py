@@ -55,7 +55,7 @@ class Initialization:
         """Copy the weights of `fusion`, and freeze them unless `composition.train` is set."""
         if self.fusion is not None:
             copy_stored(model.weight_state(), self.fusion.weights, self.fusion.path / WEIGHTS)
-            copy_stored(model.head_state(), self.fusion.head, self.fusion.path / HEAD)
+            copy_stored(model.head.state(), self.fusion.head, self.fusion.path / HEAD)
             if not self.composition.train:
                 model.freeze()
 
@@ -108,7 +108,7 @@ def best_source(names: Sequence[str], task: TaskConfig, probe_scores: Callable[[
     kind = kind_of(task)
     if not kind.is_pooled:
         raise UserError(
-            f"composition=continued selects a source by linear probes, which {kind.noun} such as {task.name} does not "
+            f"composition=continued selects a source by linear probes, which a task of kind {task.kind} such as {task.name} does not "
             f"support\nSet a single source out of {', '.join(names)}, e.g. 'sources=[{names[0]}]'"
         )
     scores = probe_scores()

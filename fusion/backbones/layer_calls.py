@@ -1,7 +1,5 @@
 """Changes to how a backbone calls its layers: skipped with cached features, recomputed in backward, or compiled.
 
-Modules and tensor names do not change.
-
 The boundary between frozen and trained layers is the input of the lowest layer with a slot. Without dropout, the hidden
 states at the boundary depend only on the example and can be computed once, see `fusion.model.feature_cache`.
 

@@ -125,6 +125,6 @@ class RankConfig(Settings):
             others = [name for name in RANKINGS if name not in POOLED_RANKINGS]
             require(
                 set(self.methods) <= set(others),
-                f"{override('methods', self.methods)}: {self.task.name} is {kind_of(self.task).noun}, but "
+                f"{override('methods', self.methods)}: {self.task.name} is a task of kind {self.task.kind}, but "
                 f"{' and '.join(POOLED_RANKINGS)} need one vector per text; expected {override('methods', others)}",
             )

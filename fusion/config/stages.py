@@ -71,7 +71,7 @@ class StageConfig(Settings):
             self.loss.check([self.task])
             require(
                 self.head.pooling is None or kind_of(self.task).items != "words",
-                f"head.pooling={self.head.pooling}: {self.task.name} is {kind_of(self.task).noun}, whose head classifies each "
+                f"head.pooling={self.head.pooling}: {self.task.name} is a task of kind {self.task.kind}, whose head classifies each "
                 "word without pooling; leave it out",
             )
 

@@ -55,7 +55,7 @@ class LossConfig(Settings, group="loss"):
         )
         require(
             self.label_smoothing == 0.0 or any(kind.smooths_labels for kind in kinds.values()),
-            f"loss.label_smoothing={self.label_smoothing}: {names} is {kind_of(tasks[0]).noun}, which has no classes; "
+            f"loss.label_smoothing={self.label_smoothing}: {names} is a task of kind {tasks[0].kind}, which has no classes; "
             "leave it out",
         )
         if not isinstance(weights, list):

@@ -30,15 +30,13 @@ class BottleneckAdapter(SlotModule):
     ValueError if a size is below 1, or the nonlinearity, scaling or initialization is unknown.
 
     Args:
-        hidden_size: D_in, and the default of D_out.
-        bottleneck_size: R, at least 1.
+        hidden_size, bottleneck_size, output_size: D_in, R, and D_out (default: D_in).
         nonlinearity: σ, a key of `NONLINEARITIES`.
         scaling: s (λ of He et al. 2021): a number, or `learned`, which is initialized to 1.
         dropout: dropout probability of the update.
         init: `bert`: N(0, 0.02) and zero biases, as in BERT; `houlsby`: N(0, 0.01) truncated at two standard
             deviations (Houlsby et al. 2019, §3.6); `zero_up`: Kaiming down and zero up, so that the slot is initially
             the identity (He et al. 2021).
-        output_size: D_out (default: D_in).
         bias: whether to use bd and bu.
     """
 

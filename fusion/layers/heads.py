@@ -87,11 +87,7 @@ class TaskHead(nn.Module):
 
 
 class TaskHeads(nn.Module):
-    """One head per task. A batch contains examples of one task.
-
-    Args:
-        heads: heads by task name, in the order of the task indices.
-    """
+    """Heads by task name, in the order of the task indices. A batch contains examples of one task."""
 
     def __init__(self, heads: Mapping[str, TaskHead]) -> None:
         super().__init__()

@@ -258,10 +258,6 @@ class AdaptedModel(nn.Module):
         """Return the parameters stored as weights: `0.feedforward.down.weight`. Shared parameters appear once."""
         return parameters_of(self.slot_modules()) | ({} if self.tuning is None else self.tuning.state())
 
-    def head_state(self) -> dict[str, nn.Parameter]:
-        """Return the parameters stored as the head: `output.weight`, or `TASK.output.weight` in multi-task models."""
-        return self.head.state()
-
     @property
     def heads(self) -> list[TaskHead]:
         """List of the heads, one per task."""
@@ -278,7 +274,7 @@ class AdaptedModel(nn.Module):
         return in_slots | tuned | head
 
     def freeze(self) -> None:
-        """Freeze all parameters. `weight_state` and `head_state` are unchanged."""
+        """Freeze all parameters. `weight_state` is unchanged."""
         self.requires_grad_(False)
         self._frozen = True
 

@@ -178,7 +178,7 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int 
     placement = sources[0].manifest.placement if sources else manifest.placement
     reads = placement["adapter.reads"] or "normed"
     model = AdaptedModel(backbone, kept, reads, described_head(manifest), tuning=tuning)
-    copy_stored(model.head_state(), artifact.head, artifact.path / HEAD)
+    copy_stored(model.head.state(), artifact.head, artifact.path / HEAD)
     return model.merged()
 
 
@@ -194,7 +194,7 @@ def initialize_from(config: StageConfig, model: AdaptedModel, backbone: Backbone
     check_trained_on(artifact, backbone)
     copy_stored(model.weight_state(), artifact.weights, artifact.path / WEIGHTS)
     if _heads_match(config.task_list, manifest, model):
-        copy_stored(model.head_state(), artifact.head, artifact.path / HEAD)
+        copy_stored(model.head.state(), artifact.head, artifact.path / HEAD)
         log.info("initialized weights and head from %s", manifest.name)
     else:
         log.info("initialized weights from %s; the head is new, since its task or shape differs", manifest.name)

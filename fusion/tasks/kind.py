@@ -76,10 +76,6 @@ class Kind(ABC):
     smooths_labels = False
     is_pooled = True
 
-    @property
-    def noun(self) -> str:
-        return f"a task of kind {self.name}"
-
     def check(self, task: Task, where: str) -> None:  # noqa: B027
         """Raise UserError, which starts with `where`, if a task file is not valid for this kind."""
 

@@ -96,6 +96,4 @@ def _correlation(one: Floats, other: Floats) -> Floats:
 
 def _ratio(above: Floats, below: Floats) -> Floats:
     """Divide elementwise; 0 where the denominator is 0."""
-    return np.asarray(
-        np.divide(above, below, out=np.zeros(np.broadcast_shapes(above.shape, below.shape)), where=below > 0)
-    )
+    return np.asarray(np.divide(above, below, out=np.zeros_like(above), where=below > 0))

@@ -164,7 +164,7 @@ def _fit(spec: StageSpec, loggers: list[Logger]) -> Fit:
 def _store(spec: StageSpec, manifest: Manifest, overwrite: bool) -> Path:
     output, model = spec.output, spec.model
     try:
-        return save(output.store, manifest, model.weight_state(), model.head_state(), overwrite)
+        return save(output.store, manifest, model.weight_state(), model.head.state(), overwrite)
     except OSError as error:
         raise TrainingError(
             f"{output.store / manifest.name} cannot be written ({error.strerror or error}).\n"

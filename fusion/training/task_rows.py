@@ -89,7 +89,7 @@ def set_class_weights(loss: LossConfig, tasks: Sequence[TaskConfig], training: S
         elif loss.class_weights is not None:
             log.info("%s: no class weights, since kind=%s does not support them", task.name, task.kind)
         if loss.label_smoothing > 0 and not kind.smooths_labels:
-            log.info("%s: no label smoothing, since %s does not support it", task.name, kind.noun)
+            log.info("%s: no label smoothing, since a task of kind %s does not support it", task.name, kind.name)
 
 
 def _class_weights(loss: LossConfig, task: TaskConfig, rows: EncodedRows) -> NDArray[np.float64] | None:

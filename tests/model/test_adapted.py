@@ -83,7 +83,7 @@ def test_the_frozen_hash_covers_backbone_and_sources_but_no_trained_parameters(t
     before = model.frozen_hashes()
     with torch.no_grad():
         next(iter(model.weight_state().values())).add_(1)
-        model.head_state()["output.bias"].add_(1)
+        model.head.state()["output.bias"].add_(1)
     assert model.frozen_hashes() == before
     bank = model.get_submodule("slots.1.feedforward.bank")
     bank.up_bias.add_(1)  # type: ignore[operator]
@@ -123,14 +123,14 @@ def test_a_target_adapter_leaves_the_decay_of_the_composition_as_it_is(tiny_back
 
 def test_a_frozen_model_trains_nothing_and_is_stored_as_before(tiny_backbone: Path) -> None:
     model = fused(tiny_backbone)
-    stored, before = set(model.weight_state()) | set(model.head_state()), model.frozen_hashes()
+    stored, before = set(model.weight_state()) | set(model.head.state()), model.frozen_hashes()
     model.freeze()
     assert model.trainable() == {} and not any(p.requires_grad for p in model.parameters())
-    assert set(model.weight_state()) | set(model.head_state()) == stored
+    assert set(model.weight_state()) | set(model.head.state()) == stored
     now = model.frozen_hashes()
     assert now != before
     with torch.no_grad():
-        next(iter(model.head_state().values())).add_(1)
+        next(iter(model.head.state().values())).add_(1)
     assert model.frozen_hashes() != now
 
 
