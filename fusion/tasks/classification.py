@@ -59,7 +59,9 @@ class Classification(Kind):
         """Yield the `label` and, as `scores`, the probabilities by label name."""
         for row, every in enumerate(logits.float().softmax(-1).tolist()):
             values = every[: counts[row]] if counts else every
-            names = class_names(task, len(values))
+            names = list(task.labels or [])[: len(values)]
+            if len(names) < len(values):  # choices without names
+                names = [str(index) for index in range(len(values))]
             yield {"label": names[values.index(max(values))], "scores": dict(zip(names, values, strict=True))}
 
     def describe(self, task: Task, line: dict[str, Any], label: Any) -> dict[str, Any]:
@@ -72,10 +74,3 @@ class Classification(Kind):
         from torch.nn import functional as F
 
         return F.one_hot(labels, len(task.labels or [])).double()
-
-
-def class_names(task: Task, count: int) -> list[str]:
-    """Return the names of the K logits of an example: the labels, or the indices of choices without names."""
-    if task.labels and len(task.labels) >= count:
-        return list(task.labels[:count])
-    return [str(index) for index in range(count)]

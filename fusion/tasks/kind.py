@@ -94,10 +94,10 @@ class Kind(ABC):
     def make_head(
         self, hidden_size: int, outputs: int, pooling: str = "cls", layers: int = 1, dropout: float = 0.0
     ) -> TaskHead:
-        """Create a head: (texts, tokens, hidden) -> (texts, K)."""
+        """Create a head: (texts, tokens, hidden) -> (texts, K), or (B, words, K) regardless of `pooling`."""
         from fusion.layers.heads import TaskHead
 
-        return TaskHead(hidden_size, outputs, pooling, layers, dropout)
+        return TaskHead(hidden_size, outputs, "words" if self.items == "words" else pooling, layers, dropout)
 
     @abstractmethod
     def loss(self, logits: Tensor, labels: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> Tensor:

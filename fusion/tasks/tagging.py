@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from fusion.layers.heads import TaskHead
-
 ENTITY_METRICS = ("entity_f1", "entity_precision", "entity_recall")
 
 
@@ -79,12 +77,6 @@ class Tagging(Kind):
         """Return the label ids of each example's words, without padding."""
         return [[number for number in row if number >= 0] for row in labels.tolist()]
 
-    def make_head(
-        self, hidden_size: int, outputs: int, pooling: str = "words", layers: int = 1, dropout: float = 0.0
-    ) -> TaskHead:
-        """Create a head: (texts, tokens, hidden) -> (B, W, K), regardless of `pooling`."""
-        return super().make_head(hidden_size, outputs, "words", layers, dropout)
-
     def loss(self, logits: Tensor, labels: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
         """Return the cross entropy summed over words; `loss_weights` makes it a mean over all words of a batch.
 
@@ -107,11 +99,8 @@ class Tagging(Kind):
 
     def outputs(self, logits: Tensor) -> list[Any]:
         """Return the predicted label id of each word."""
-        best, there = logits.argmax(-1).tolist(), _words_of(logits).tolist()
-        return [
-            [number for number, is_word in zip(row, words, strict=True) if is_word]
-            for row, words in zip(best, there, strict=True)
-        ]
+        lengths = (~logits.isneginf().all(-1)).sum(-1).tolist()  # all logits of the padding are -inf
+        return [row[:length] for row, length in zip(logits.argmax(-1).tolist(), lengths, strict=True)]
 
     def metrics(self, task: Task, labels: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
         """Compute entity metrics, and token_accuracy, the fraction of correctly tagged words."""
@@ -140,11 +129,6 @@ class Tagging(Kind):
         """Describe all tags of the sentence."""
         truth = [task.labels[number] for number in label]
         return {"predicted": " ".join(line["labels"]), "truth": " ".join(truth), "right": line["labels"] == truth}
-
-
-def _words_of(logits: Tensor) -> Tensor:
-    """logits: (B, W, K) -> (B, W) bool, false for padding."""
-    return ~logits.isneginf().all(-1)
 
 
 def can_count_entities() -> bool:
