@@ -70,7 +70,7 @@ def load_model(config: UseConfig) -> LoadedModel:
 
 
 def device_of(accelerator: str) -> torch.device:
-    """Return the device for `auto` (a GPU if available), `gpu`, or the name of a torch device, if it is available."""
+    """Return the device for `auto` (a GPU if available), `gpu` or a torch device. Raises UserError if it is unavailable."""
     if accelerator == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
