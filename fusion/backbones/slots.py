@@ -69,7 +69,7 @@ class CurrentBatch:
         capture: whether to stop the forward pass at that layer by raising `BoundaryReached` with its input.
     """
 
-    context: BatchContext = field(init=False)
+    context: BatchContext = field(init=False, repr=False)
     features: Tensor | None = None
     capture: bool = False
 
@@ -85,11 +85,11 @@ class Slot:
 
     order: ClassVar[int] = 1
     reads: ClassVar[tuple[str, ...]] = ("input",)
-    address: SlotAddress = field(init=False)
-    module: SlotModule = field(init=False)
-    read: str = field(init=False)
-    _current: CurrentBatch = field(init=False)
-    _kept: Tensor | None = field(init=False, default=None)  # only set between two hooks of a forward pass
+    address: SlotAddress = field(init=False, repr=False)
+    module: SlotModule = field(init=False, repr=False)
+    read: str = field(init=False, repr=False)
+    _current: CurrentBatch = field(init=False, repr=False)
+    _kept: Tensor | None = field(init=False, repr=False, default=None)  # only set between two hooks of a forward pass
 
     def at(self, address: SlotAddress, module: SlotModule, reads: str, current: CurrentBatch) -> Slot:
         """Return the slot at an address; call `attach` to hook it into the layer.
