@@ -74,7 +74,6 @@ class Column:
 
 
 def _step(value: Any, key: str) -> Any:
-    """Return an entry of a nested value."""
     if isinstance(value, dict):
         return value.get(key, _ABSENT)
     if isinstance(value, (list, tuple)):

@@ -244,7 +244,6 @@ class Labels:
         return UserError(what + ignore_hint(self.task, value))
 
     def _expected(self, formats: Formats) -> str:
-        """Return the raw labels of the task, for messages."""
         values = [" or ".join(json.dumps(raw, default=str) for raw in e) for e in self.task.raw_label_values]
         if self.task.choices is None:
             written = values or (range(len(self.names)) if "ids" in formats else ())
