@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,7 +19,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fusion.cli.console import read_arguments, run_program
+from fusion.cli import console
 from fusion.config.fields import Settings, checked, default_of
 from fusion.errors import UserError
 from fusion.files import write_json
@@ -35,9 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 INTERRUPTED = {130: 130, 143: 143} | {-n: 130 if n == signal.SIGINT else 143 for n in SIGNALS}
 
 
-def say(text: str) -> None:
-    """Print and flush, since the commands write to the same terminal."""
-    print(text, flush=True)
+say = partial(console.say, flush=True)  # since the commands write to the same terminal
 
 
 def distinct(default: list[Any], at_least: int = 1) -> Any:
@@ -53,14 +52,14 @@ def run_workflow(schema: type[Config], words: Sequence[str] | None, work: Callab
     """Run a workflow with the settings of the command line (by default of this process) and return the exit code."""
     defaults = OmegaConf.to_yaml(OmegaConf.structured(schema))
     usage = f"{sys.modules[schema.__module__].__doc__}\nKEY=VALUE, with these defaults:\n\n{defaults}"
-    return run_program(words, usage, lambda words: work(read_config(schema, words)) or 0)
+    return console.run_program(words, usage, lambda words: work(read_config(schema, words)) or 0)
 
 
 def read_config(schema: type[Config], words: Sequence[str]) -> Config:
     """Parse arguments such as `labels=300 seed=1` into `schema`. Raises UserError for unknown keys and wrong values."""
     keys = {f.name: hydra_value(default_of(f)) for f in fields(schema)}  # type: ignore[arg-type]
     last = {word.partition("=")[0]: word for word in words}  # the last value of a repeated key is used
-    _, values = read_arguments(list(last.values()), keys, (0, 0), "KEY=VALUE")
+    _, values = console.read_arguments(list(last.values()), keys, (0, 0), "KEY=VALUE")
     given = OmegaConf.from_dotlist([f"{key}={value}" for key, value in values.items()])
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))

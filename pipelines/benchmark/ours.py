@@ -18,6 +18,7 @@ import pytorch_lightning as lightning
 import torch
 from pytorch_lightning.callbacks import LambdaCallback
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from fusion.backbones.load import Backbone, load_backbone
@@ -39,12 +40,13 @@ from fusion.training.fit import make_trainer
 from fusion.training.module import Objective, TaskModule, adamw
 from pipelines.benchmark import cases
 from pipelines.benchmark.cases import Case, Setup, fill
-from pipelines.benchmark.products import Products
 from pipelines.benchmark.worker import Model, TokenBatch, Worker, serve, synchronise, timed, token_batch
 
 LABELS = [str(k) for k in range(cases.OUTPUTS)]
 TASK = TaskConfig(name="benchmark", text="text", labels=LABELS, metrics=["accuracy"])
 OPTIM = OptimConfig()
+aten = torch.ops.aten
+FIRST_OPERAND = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten.baddbmm.default: 1}
 
 
 class OurModel(Model):
@@ -133,6 +135,34 @@ def batch_of(tokens: TokenBatch) -> Batch:
         weights=torch.ones(rows, device=tokens.labels.device),
         global_rows=rows,
     )
+
+
+class Products(TorchDispatchMode):
+    """Records the matrix products of a step, and runs them alone as a lower bound. Attention must not be fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._made: dict[Any, Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in FIRST_OPERAND:
+            left, right = args[FIRST_OPERAND[func] : FIRST_OPERAND[func] + 2]
+            self.calls.append((self._like(left), self._like(right), torch.empty_like(result)))
+        return result
+
+    def _like(self, operand: Tensor) -> Tensor:
+        # Operands of the same layout share memory.
+        layout = (operand.shape, operand.stride(), operand.dtype)
+        if layout not in self._made:
+            self._made[layout] = torch.empty_strided(*layout[:2], dtype=operand.dtype, device=operand.device).normal_()
+        return self._made[layout]
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        for left, right, out in self.calls:
+            torch.matmul(left, right, out=out)
 
 
 class OurWorker(Worker):

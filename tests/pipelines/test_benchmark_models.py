@@ -12,8 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.benchmark import formulas
 from pipelines.benchmark.cases import ADAPTER, BARE, CLIPPED, FULL, FUSION, INFER, LOOP, LOWER_BOUND, TRAIN, Case, Setup
-from pipelines.benchmark.ours import OurModel, OurWorker
-from pipelines.benchmark.products import Products
+from pipelines.benchmark.ours import OurModel, OurWorker, Products
 from pipelines.benchmark.session import LOGITS_LIMIT
 from pipelines.benchmark.worker import peak_bytes, token_batch
 
