@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fusion.backbones.families import Family
-from fusion.backbones.files import FIX
+from fusion.backbones.files import FIX, FIX_TYPE
 from fusion.errors import UserError
 from fusion.hub.tokenizer import check_length
 
@@ -68,7 +68,7 @@ def fit_tokenizer(
     if max_length is None:
         return
     table = config.max_position_embeddings
-    positions = family.positions(table, config.pad_token_id)
+    positions = table - (config.pad_token_id or 0) - 1 if family.positions_follow_padding else table
     if max_length > positions:
         how = f" (max_position_embeddings={table}, minus padding)" if positions != table else ""
         raise UserError(
@@ -88,10 +88,8 @@ def check_types(folder: Path) -> None:
             raise UserError(f"{path}: cannot be read ({error})\n{FIX}") from None
         for name, dtype in types.items():
             if dtype not in _FLOATS and not name.endswith(_BUFFERS):
-                raise UserError(
-                    f"{path}: {name} has dtype {dtype}, expected a float of 16 bits or more: quantized weights are not "
-                    "supported\nUse a copy in float32, float16 or bfloat16: backbone.name_or_path=FOLDER"
-                )
+                what = f"{name} has dtype {dtype}, expected a float of 16 bits or more"
+                raise UserError(f"{path}: {what}: quantized weights are not supported\n{FIX_TYPE}")
 
 
 def check_complete(loading: Mapping[str, Any], family: Family, prefix: str, what: str) -> None:

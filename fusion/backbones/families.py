@@ -71,10 +71,6 @@ class Family:
         path = (self.first_stack if stack is None else self.stacks[stack]).layers
         return cast("nn.ModuleList", model.get_submodule(path))
 
-    def positions(self, table: int, pad_token_id: int | None) -> int:
-        """Return the maximum sequence length, given the number of position embeddings."""
-        return table - (pad_token_id or 0) - 1 if self.positions_follow_padding else table
-
 
 def _linear(sublayer: str, **paths: str) -> dict[str, Slot]:
     """Return sites at linear layers of a sublayer: `query` of `attention` is the site `attention.query`."""

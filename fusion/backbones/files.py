@@ -21,6 +21,7 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # or `NAME.index.json
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
 FIX = "Copy the backbone again, or use a different copy: backbone.name_or_path=FOLDER"
+FIX_TYPE = "Use a copy in float32, float16 or bfloat16: backbone.name_or_path=FOLDER"
 
 STAMP = "backbone_stamp"  # key of a manifest's `run`, see `stamp`
 
@@ -87,14 +88,10 @@ def check_config(config: Mapping[str, Any], name_or_path: str, where: Path | str
         if config.get(key):
             raise UserError(f"{where}: {key} is true, expected false: a backbone is an encoder\n{FIX}")
     if family.positions_follow_padding and config.get("pad_token_id", 1) is None:
-        raise UserError(
-            f"{where}: pad_token_id is null, expected a token id, since this family's position ids depend on it\n{FIX}"
-        )
+        why = "expected a token id, since this family's position ids depend on it"
+        raise UserError(f"{where}: pad_token_id is null, {why}\n{FIX}")
     if config.get("quantization_config") is not None:
-        raise UserError(
-            f"{where}: quantization_config is set, but quantized weights are not supported\n"
-            "Use a copy in float32, float16 or bfloat16: backbone.name_or_path=FOLDER"
-        )
+        raise UserError(f"{where}: quantization_config is set, but quantized weights are not supported\n{FIX_TYPE}")
 
 
 def stamp(name_or_path: str) -> str | None:

@@ -51,7 +51,7 @@ class AdaptedModel(nn.Module):
         self.backbone_dropout = backbone_dropout
         self.reads = reads
         self.head = head
-        self.tuning = tuning
+        self.tuning = tuning or Tuning({})
         self._current = CurrentBatch()
         self._family = backbone.family
         self._layers = backbone.layers
@@ -80,7 +80,7 @@ class AdaptedModel(nn.Module):
         for stack in self._family.stacks if gradient_checkpointing else ():
             recompute_in_backward(self._layers_of(stack), self._current)
         self.backbone.requires_grad_(False)
-        for parameter in self.tuned().values():
+        for parameter in self.tuning.parameters.values():
             parameter.requires_grad_(True)
         self.train(self.training)
 
@@ -101,7 +101,7 @@ class AdaptedModel(nn.Module):
         super().train(mode)
         if not self.backbone_dropout:
             self.backbone.eval()
-            for dropout in self.tuning.dropouts if self.tuning is not None else ():
+            for dropout in self.tuning.dropouts:
                 dropout.train(mode)
         return self
 
@@ -234,8 +234,7 @@ class AdaptedModel(nn.Module):
         for slot in self._slot_list:
             slot.module = slot.module.merged()
             self.slots.set_submodule(slot.address.path, slot.module)
-        if self.tuning is not None:
-            self.tuning.merge()
+        self.tuning.merge()
         return self.eval()
 
     def losses(self) -> dict[str, Tensor]:
@@ -250,13 +249,9 @@ class AdaptedModel(nn.Module):
         """Return all slot modules by address, in the order of the constructor's argument."""
         return {str(slot.address): slot.module for slot in self._slot_list}
 
-    def tuned(self) -> dict[str, nn.Parameter]:
-        """Return the trainable backbone parameters, keyed by their names in the backbone."""
-        return {} if self.tuning is None else dict(self.tuning.parameters)
-
     def weight_state(self) -> dict[str, nn.Parameter]:
         """Return the parameters stored as weights: `0.feedforward.down.weight`. Shared parameters appear once."""
-        return parameters_of(self.slot_modules()) | ({} if self.tuning is None else self.tuning.state())
+        return parameters_of(self.slot_modules()) | self.tuning.state()
 
     @property
     def heads(self) -> list[TaskHead]:
@@ -269,7 +264,7 @@ class AdaptedModel(nn.Module):
             return {}
         modules = {slot.address.path: slot.module for slot in self._slot_list}
         in_slots = {f"slots.{name}": parameter for name, parameter in parameters_of(modules).items()}
-        tuned = {f"backbone.{name}": parameter for name, parameter in self.tuned().items()}
+        tuned = {f"backbone.{name}": parameter for name, parameter in self.tuning.parameters.items()}
         head = {f"head.{name}": parameter for name, parameter in self.head.named_parameters()}
         return in_slots | tuned | head
 

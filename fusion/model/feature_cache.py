@@ -56,7 +56,7 @@ def cache_features(
         is below the lowest slot, the features exceed `backbone.cache_gb`, or the directory cannot be written.
     """
     asked, splits = config.cache, list(splits)
-    if asked == "off" or config.dropout or model.tuning is not None:
+    if asked == "off" or config.dropout or model.tuning.parameters:
         return None
     if asked == "auto" and (model.boundary == 0 or once):
         return None

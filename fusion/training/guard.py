@@ -163,7 +163,7 @@ class Guard(Callback):
 def _check_shared_memory(model: AdaptedModel) -> None:
     """Raise if a trainable parameter is also a frozen tensor or shares memory with one."""
     training = {id(parameter): name for name, parameter in model.trainable().items()}
-    tuned = {id(parameter) for parameter in model.tuned().values()}
+    tuned = {id(parameter) for parameter in model.tuning.parameters.values()}
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     for name, tensor in model.every_tensor().items():
         of_the_backbone = name.startswith("backbone.") and id(tensor) not in tuned

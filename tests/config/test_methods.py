@@ -128,7 +128,7 @@ def test_lora_is_initialized_as_the_identity_and_merges(tiny_backbone: Path) -> 
     before = model.eval()(IDS, MASK)
     torch.testing.assert_close(before, plain(IDS, MASK), rtol=0, atol=1e-6)
     with torch.no_grad():
-        for parameter in model.tuned().values():
+        for parameter in model.tuning.parameters.values():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     scores = model.eval()(IDS, MASK)
     assert (scores - before).abs().max() > 1e-2
@@ -144,7 +144,7 @@ def test_only_its_own_dropout_is_active_in_lora(tiny_backbone: Path) -> None:
         tuning = tuning_of(MethodConfig("lora", dropout=dropout), backbone)
         model = AdaptedModel(backbone, {}, "normed", TaskHead(32, 2), tuning=tuning).train()
         with torch.no_grad():
-            for parameter in model.tuned().values():
+            for parameter in model.tuning.parameters.values():
                 parameter.add_(0.1)
         assert torch.equal(model(IDS, MASK), model(IDS, MASK)) == equal
 
