@@ -38,7 +38,7 @@ def select_head(manifest: Manifest, task: TaskConfig | None) -> SelectedHead:
 
 
 def check(config: PredictConfig, run: Run) -> None:
-    from fusion.data.files import READABLE, file_format
+    from fusion.data.tables import READABLE, file_format
 
     manifest = read_used(config)
     select_head(manifest, config.task)

@@ -11,9 +11,8 @@ from typing import Any
 from fusion.cli.app import command
 from fusion.config.stages import Stage1Config
 from fusion.runs.inputs import initial_inputs, initial_manifest
-from fusion.runs.output import RunOutput, find_output
+from fusion.runs.output import RunOutput, check_stage, find_output
 from fusion.runs.run import Run, RunState
-from fusion.training.preflight import check_stage
 
 
 def output_of(config: Stage1Config, run: Run) -> RunOutput:

@@ -13,9 +13,8 @@ from fusion.analysis.ranking.selection import resolve_sources
 from fusion.cli.app import command
 from fusion.config.stages import Stage2Config
 from fusion.runs.inputs import Inputs, check_backbone_name, initial_inputs, initial_manifest, read_inputs
-from fusion.runs.output import RunOutput, find_output
+from fusion.runs.output import RunOutput, check_stage, find_output
 from fusion.runs.run import Run, RunState
-from fusion.training.preflight import check_stage
 
 
 def output_of(config: Stage2Config, inputs: Inputs, run: Run) -> RunOutput:

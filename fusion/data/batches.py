@@ -8,7 +8,7 @@ contains the batches of all devices in one step. `lengths` (n,): number of token
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import count, islice, pairwise
 from typing import Any
 
@@ -29,19 +29,12 @@ Ints = NDArray[np.integer]
 
 @dataclass(frozen=True)
 class Plan:
-    """The examples of one batch on one device.
+    """The examples of one batch on one device."""
 
-    Attributes:
-        rows: indices into the split.
-        weights: 0.0 for a filler example, which only keeps the devices in sync; 1.0 otherwise.
-        global_indices: indices of the examples on all devices in this step, without fillers.
-        task: index of the task in multi-task training.
-    """
-
-    rows: list[int]
-    weights: list[float]
-    global_indices: NDArray[np.intp]
-    task: int = 0
+    rows: list[int]  # indices into the split
+    weights: list[float]  # 0.0 for a filler example, which only keeps the devices in sync; 1.0 otherwise
+    global_indices: NDArray[np.intp]  # of the examples on all devices in this step, without fillers
+    task: int = 0  # index in multi-task training
 
 
 @dataclass(frozen=True)
@@ -50,52 +43,41 @@ class Batch:
 
     B is the number of examples. `sequences` equals B, or the sum of `choice_counts` if examples have multiple
     sequences: their choices, or the windows of long sentences, in order.
-
-    Attributes:
-        input_ids: (sequences, tokens) int64
-        attention_mask: (sequences, tokens) int64, 0 for padding
-        token_type_ids: (sequences, tokens) int64; `None` if the tokenizer has none
-        labels: (B,) int64 or float32, or (B, longest) int64 for labels that are lists; `None` without labels
-        choice_counts: (B,) int64, number of sequences of each example; `None` if one each
-        rows: (B,) int64, indices of the examples in the split
-        weights: (B,) float32, 0.0 for a filler example and 1.0 otherwise
-        global_rows: number of examples in this step on all devices, without fillers
-        features: (sequences, tokens, hidden size) float32, cached frozen features, zero for padding, or `None`
-        task: index of the task in multi-task training
-        global_weight: sum of the examples' loss weights on all devices; `None` if all are equal
-        words: (B, most words) int64, the index of each word's first sub-word in the flattened `input_ids`, -1 for
-            padding; `None` for plain text
     """
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    token_type_ids: Tensor | None
-    labels: Tensor | None
-    choice_counts: Tensor | None
-    rows: Tensor
-    weights: Tensor
-    global_rows: int
-    features: Tensor | None = None
-    task: int = 0
-    global_weight: float | None = None
+    input_ids: Tensor  # (sequences, tokens) int64
+    attention_mask: Tensor  # (sequences, tokens) int64, 0 for padding
+    token_type_ids: Tensor | None  # (sequences, tokens) int64; `None` if the tokenizer has none
+    labels: Tensor | None  # (B,) int64 or float32, (B, longest) int64 for labels that are lists; `None` without labels
+    choice_counts: Tensor | None  # (B,) int64, number of sequences of each example; `None` if one each
+    rows: Tensor  # (B,) int64, indices of the examples in the split
+    weights: Tensor  # (B,) float32, 0.0 for a filler example and 1.0 otherwise
+    global_rows: int  # number of examples in this step on all devices, without fillers
+    features: Tensor | None = None  # (sequences, tokens, hidden size) float32, cached frozen features, 0 for padding
+    task: int = 0  # index in multi-task training
+    global_weight: float | None = None  # sum of the examples' loss weights on all devices; `None` if all are equal
+    # (B, most words) int64: index of each word's first sub-word in the flattened `input_ids`, -1 for padding
     words: Tensor | None = None
 
     def to(self, device: Any, **options: Any) -> Batch:
-        """Move the batch to a device (Lightning calls `to` of any object that has it)."""
+        """Move the batch to a device; Lightning calls it."""
         return self._mapped(lambda tensor: tensor.to(device, **options))
 
     def pin_memory(self) -> Batch:
-        return self._mapped(lambda tensor: tensor.pin_memory())
+        return self._mapped(Tensor.pin_memory)
 
     def _mapped(self, change: Any) -> Batch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: change(value) for name, value in values.items() if torch.is_tensor(value)})
+        return replace(self, **{name: change(value) for name, value in vars(self).items() if torch.is_tensor(value)})
 
 
 class EpochBatches(Sampler[Plan]):
-    """Training batches, in an order that depends only on the seed and the epoch."""
+    """Training batches, in an order that depends only on the seed and the epoch.
 
-    def __init__(self, seed: int, rank: int, world_size: int) -> None:
+    `cuts`: index of the first example of each global batch among the examples of an epoch, and the end.
+    """
+
+    def __init__(self, cuts: Sequence[int], seed: int, rank: int, world_size: int) -> None:
+        self._cuts = cuts
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
@@ -112,7 +94,7 @@ class EpochBatches(Sampler[Plan]):
 
     def __len__(self) -> int:
         """Return the number of batches of a complete epoch, even if a resumed epoch yields fewer."""
-        raise NotImplementedError
+        return len(self._cuts) - 1
 
     def __iter__(self) -> Iterator[Plan]:
         epoch, batch = self._resumed or (self.epoch, 0)
@@ -128,11 +110,12 @@ class EpochBatches(Sampler[Plan]):
 
     def shuffled(self, random: np.random.RandomState) -> list[NDArray[np.intp]]:
         """Return an epoch's global batches, shuffled."""
-        batches = self._global_batches(random)
+        ordered = self._ordered(random)
+        batches = [ordered[start:end] for start, end in pairwise(self._cuts)]
         return [batches[number] for number in random.permutation(len(batches))]
 
-    def _global_batches(self, random: np.random.RandomState) -> list[NDArray[np.intp]]:
-        """Return an epoch's global batches before shuffling."""
+    def _ordered(self, random: np.random.RandomState) -> NDArray[np.intp]:
+        """Return an epoch's examples, to be cut into global batches."""
         raise NotImplementedError
 
 
@@ -145,18 +128,15 @@ class LengthBatches(EpochBatches):
     """
 
     def __init__(self, lengths: Ints, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        super().__init__(seed, rank, world_size)
+        size = batch_size * world_size
+        super().__init__([*range(0, len(lengths), size), len(lengths)], seed, rank, world_size)
         self.lengths = lengths
-        self._size = batch_size * world_size
+        self._chunk = _CHUNK * size
 
-    def __len__(self) -> int:
-        return -(-len(self.lengths) // self._size)
-
-    def _global_batches(self, random: np.random.RandomState) -> list[NDArray[np.intp]]:
+    def _ordered(self, random: np.random.RandomState) -> NDArray[np.intp]:
         order = random.permutation(len(self.lengths))
-        chunks = [order[start : start + _CHUNK * self._size] for start in range(0, len(order), _CHUNK * self._size)]
-        ordered = np.concatenate([chunk[np.argsort(self.lengths[chunk], kind="stable")] for chunk in chunks])
-        return [ordered[start : start + self._size] for start in range(0, len(ordered), self._size)]
+        chunks = [order[start : start + self._chunk] for start in range(0, len(order), self._chunk)]
+        return np.concatenate([chunk[np.argsort(self.lengths[chunk], kind="stable")] for chunk in chunks])
 
 
 class TokenBatches(EpochBatches):
@@ -171,20 +151,15 @@ class TokenBatches(EpochBatches):
     def __init__(
         self, lengths: Ints, counts: Ints | None, tokens: int, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
-        super().__init__(seed, rank, world_size)
         counts = np.ones_like(lengths) if counts is None else counts
         widths = _bucket_widths(lengths, counts, tokens * world_size)
         self._bucket = widths * (counts.max() + 1) + counts
         order = np.argsort(-self._bucket, kind="stable")
-        self._cuts = _cut_by_tokens(widths[order], counts[order], tokens, world_size)
+        super().__init__(_cut_by_tokens(widths[order], counts[order], tokens, world_size), seed, rank, world_size)
 
-    def __len__(self) -> int:
-        return len(self._cuts) - 1
-
-    def _global_batches(self, random: np.random.RandomState) -> list[NDArray[np.intp]]:
+    def _ordered(self, random: np.random.RandomState) -> NDArray[np.intp]:
         order = random.permutation(len(self._bucket))
-        ordered = order[np.argsort(-self._bucket[order], kind="stable")]
-        return [ordered[start:end] for start, end in pairwise(self._cuts)]
+        return order[np.argsort(-self._bucket[order], kind="stable")]
 
 
 class TaskBatches(EpochBatches):
@@ -207,14 +182,11 @@ class TaskBatches(EpochBatches):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        super().__init__(seed, rank, world_size)
+        super().__init__(range(1 + sum(map(len, samplers))), seed, rank, world_size)
         self.samplers = list(samplers)
         shares = np.log(rows) / temperature  # logarithms do not overflow at small temperatures
         shares = np.exp(shares - shares.max())
         self.shares: NDArray[np.float64] = shares / shares.sum()
-
-    def __len__(self) -> int:
-        return sum(len(sampler) for sampler in self.samplers)
 
     def _steps(self, random: np.random.RandomState) -> Iterator[tuple[int, NDArray[np.intp]]]:
         streams = [self._stream(task) for task in range(len(self.samplers))]

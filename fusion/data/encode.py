@@ -63,16 +63,12 @@ class EncodedRows:
         self._word_tokens = arrays.get("word_tokens")
         self._pad_token_id = pad_token_id
         self.pads_left = pad_left
-        counts: NDArray[np.int64] | None = None
-        if rows.choices is not None:
-            counts = np.array([len(choices) for choices in rows.choices], np.int64)
-        elif (windows := arrays.get("windows")) is not None and windows.max() > 1:
+        counts = _counts(rows.choices)
+        if (windows := arrays.get("windows")) is not None and windows.max() > 1:
             counts = windows
         self.choice_counts = counts
-        self.word_counts: NDArray[np.int64] | None = None
-        if rows.words is not None:
-            self.word_counts = np.array([len(words) for words in rows.words], np.int64)
-            self._word_ends = np.cumsum(self.word_counts)
+        self.word_counts = _counts(rows.words)
+        self._word_ends = np.cumsum([] if self.word_counts is None else self.word_counts)
         self._first = np.arange(len(rows)) if counts is None else np.cumsum(counts) - counts
         lengths = self._ends - self._starts
         self.lengths: NDArray[np.int64] = lengths if counts is None else np.maximum.reduceat(lengths, self._first)
@@ -175,6 +171,10 @@ class EncodedRows:
         return (starts[:, None] + positions)[real], real
 
 
+def _counts(lists: list[list[str]] | None) -> NDArray[np.int64] | None:
+    return None if lists is None else np.array([*map(len, lists)], np.int64)
+
+
 def _tensor(array: NDArray[Any] | None) -> Tensor | None:
     return None if array is None else torch.from_numpy(array)
 
@@ -220,16 +220,9 @@ def encode(
     arrays = read_or_build(path, lambda: read_arrays(path), build)
     windows = arrays.get("windows")
     if windows is not None and (longer := int((windows > 1).sum())):
-        log.info(
-            "%d of %d sentences have more than data.max_length=%d tokens: these are split into windows",
-            longer,
-            len(windows),
-            max_length,
-        )
-    pad = tokenizer.pad_token_id
-    return EncodedRows(
-        arrays, rows, pad_token_id=0 if pad is None else pad, pad_left=tokenizer.padding_side == "left", key=key
-    )
+        text = "%d of %d sentences have more than data.max_length=%d tokens: these are split into windows"
+        log.info(text, longer, len(windows), max_length)
+    return EncodedRows(arrays, rows, tokenizer.pad_token_id or 0, tokenizer.padding_side == "left", key)
 
 
 def _cache_key(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:

@@ -16,13 +16,13 @@ from typing import Any
 from fusion.config.data import DataConfig
 from fusion.config.task import TaskConfig
 from fusion.data.formats import record_table
-from fusion.data.inputs import choices_of, fill_blanks, label_column, texts_of, words_of
 from fusion.data.splits import Place, family, limited_rows, locate, part_rows
 from fusion.data.tables import hub_table, read_split, read_table
 from fusion.errors import UserError
-from fusion.tasks.columns import Table
+from fusion.tasks.columns import Column, Table
 from fusion.tasks.labels import LabelFormat, common_format
 from fusion.tasks.table import kind_of
+from fusion.text import listed, shown
 
 log = logging.getLogger(__name__)
 
@@ -31,24 +31,16 @@ log = logging.getLogger(__name__)
 class Rows:
     """The examples of a split.
 
-    Attributes:
-        texts: one or two texts per example.
-        choices: two or more texts per example, for choice tasks.
-        labels: class ids, values, indices of the correct choice, or lists of ints, depending on the kind of task;
-            `None` for a split without labels.
-        ignored: number of examples that were dropped because they have no label.
-        fingerprint: sha256 of texts, choices, labels and words.
-        label_format: format of the labels; `None` for values and without labels.
-        words: words of each example, whose text has them joined by spaces; `None` for plain texts.
+    Labels are class ids, values, indices of the correct choice, or lists of ints, depending on the kind of task.
     """
 
-    texts: list[tuple[str, ...]]
-    choices: list[list[str]] | None
-    labels: list[Any] | None
-    ignored: int
-    fingerprint: str
-    label_format: LabelFormat | None = None
-    words: list[list[str]] | None = None
+    texts: list[tuple[str, ...]]  # one or two per example
+    choices: list[list[str]] | None  # two or more texts per example, for choice tasks
+    labels: list[Any] | None  # `None` for a split without labels
+    ignored: int  # number of examples that were dropped because they have no label
+    fingerprint: str  # sha256 of texts, choices, labels and words
+    label_format: LabelFormat | None = None  # `None` for values and without labels
+    words: list[list[str]] | None = None  # of each example, whose text has them joined by spaces
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -59,13 +51,8 @@ def load_splits(
 ) -> tuple[dict[str, Rows], str | None]:
     """Load multiple splits, and determine their common label format: "names", "label_values", "ids" or "booleans".
 
-    The format is `None` without labels, or if they are values.
-
-    Args:
-        trained_as: label format of this task in the training of an artifact, if known.
-
-    Raises:
-        UserError: if `load_rows` raises, the splits have no common format, or ids could start at 0 or at 1.
+    The format is `None` without labels, or if they are values; `trained_as` is the one that an artifact was trained
+    with, if known. Raises UserError if the splits have no common format, or ids could start at 0 or at 1.
     """
     rows = {split: load_rows(task, data, split) for split in splits}
     return rows, common_format(task, {split: one.label_format for split, one in rows.items()}, trained_as)
@@ -74,8 +61,7 @@ def load_splits(
 def load_rows(task: TaskConfig, data: DataConfig, split: str) -> Rows:
     """Load and validate one split, limited to `data.limit`; `load_splits` also compares the label formats of splits.
 
-    Raises:
-        UserError: if the split or a column is missing, a text or a label is invalid, or no example is left.
+    Raises UserError if the split or a column is missing, a text or a label is invalid, or no example is left.
     """
     place = locate(task, data, split)
     if place.files is not None:
@@ -101,12 +87,7 @@ def rows_of_file(task: TaskConfig, path: Path, quoting: str | None = None) -> Ro
 def _rows(
     task: TaskConfig, table: Table, place: Place | None = None, may_lack_labels: bool = False, limit: int | None = None
 ) -> Rows:
-    """Read and validate the examples of a table.
-
-    Args:
-        place: the split's place, for its part and its `held_out`. If `None`, the examples are without labels.
-        limit: maximum number of examples.
-    """
+    """Read and validate at most `limit` examples of a table; without a `place`, they have no labels."""
     kind = kind_of(task)
     kept = list(range(table.rows))
     if place is not None and not place.part.is_whole:
@@ -156,3 +137,109 @@ def _rows(
         )
     content = json.dumps([texts, choices, labels, *([] if words is None else [words])]).encode()
     return Rows(texts, choices, labels, ignored, hashlib.sha256(content).hexdigest(), label_format, words)
+
+
+# --- columns ----------------------------------------------------------------------------------------
+
+
+def label_column(task: TaskConfig, table: Table, required: bool) -> Column | None:
+    """Return the label column, or `None` if it is missing. Raises UserError if it is required."""
+    path, values = _column(task, table, task.label, required)
+    if values is None:
+        return None
+    if not table.typed:
+        values = [None if value == "" else value for value in values]
+    return Column(values, table, table.class_names(path))
+
+
+def texts_of(task: TaskConfig, table: Table, rows: list[int]) -> list[tuple[str, ...]]:
+    """Return the texts of each row. Raises UserError if a column is missing or a value is not a string."""
+    columns = []
+    for name in task.text_columns:
+        _, values = _column(task, table, name)
+        columns.append([_text(values[row], table, row, name) for row in rows])
+    return list(zip(*columns, strict=True))
+
+
+def words_of(task: TaskConfig, table: Table, rows: list[int], drop_empty: bool) -> tuple[list[int], list[list[str]]]:
+    """Return the rows to keep and their words; with `drop_empty`, rows without words are dropped.
+
+    Raises UserError if the column is missing, a value is not a list of strings, or no row is left.
+    """
+    name = task.text_columns[0]
+    _, values = _column(task, table, name)
+    words = {row: _texts(values[row], table, row, name, "word", first=1) for row in rows}
+    kept = [row for row in rows if words[row]] if drop_empty else rows
+    if not kept:
+        raise UserError(f"{table.where}: all {len(rows)} rows have no words; expected at least one word")
+    if left_out := len(rows) - len(kept):
+        log.warning("%s: %d of %d rows have no words and are dropped", table.where, left_out, len(rows))
+    return kept, [words[row] for row in kept]
+
+
+def choices_of(task: TaskConfig, table: Table, rows: list[int]) -> list[list[str]]:
+    """Return the choices of each row, from a list column or multiple columns, the last of which may be null.
+
+    Raises UserError if a column is missing, or a row has fewer than two texts.
+    """
+    names = task.choices if isinstance(task.choices, list) else [str(task.choices)]
+    columns = [_column(task, table, name)[1] for name in names]
+    found: list[Any] = []
+    for row in rows:
+        choices: Any = columns[0][row]
+        if isinstance(task.choices, list):
+            choices = [column[row] for column in columns]
+            while choices and choices[-1] is None:
+                choices.pop()
+        if len(_texts(choices, table, row, ", ".join(names), "choice", first=0)) < 2:
+            raise UserError(f"{table.at(row)}: {', '.join(names)} has {len(choices)} choices; expected at least 2")
+        found.append(choices)
+    return found
+
+
+def fill_blanks(
+    blank: str, table: Table, rows: list[int], texts: list[tuple[str, ...]], choices: list[list[str]]
+) -> tuple[list[tuple[str, ...]], list[list[str]]]:
+    """Split each last text at its blank, and append what follows the blank to each choice.
+
+    The input format of WinoGrande (Sakaguchi et al., 2020): "[CLS] context [SEP] option rest [SEP]".
+    """
+    before, filled = [], []
+    for row, columns, options in zip(rows, texts, choices, strict=True):
+        start, mark, rest = columns[-1].partition(blank)
+        if not mark:
+            raise UserError(f"{table.at(row)}: expected a blank {blank} in the text; fix or remove the row")
+        before.append((*columns[:-1], start.rstrip()))
+        filled.append([option + rest for option in options])
+    return before, filled
+
+
+def _column(task: TaskConfig, table: Table, name: str, required: bool = True) -> tuple[str, Any]:
+    """Return the path and values of a column or of its alias in the task's `columns`; `None` if missing."""
+    for path in (name, task.columns.get(name)):
+        if path is not None and (values := table.column(path)) is not None:
+            return path, values
+    if required:
+        raise UserError(
+            f"{table.where}: no column {name}; found {listed(table.columns)}\n"
+            f"Rename the column in the file, or for training set '++task.columns.{name}=COLUMN'"
+        )
+    return name, None
+
+
+def _text(value: Any, table: Table, row: int, name: str) -> str:
+    if type(value) is not str:
+        raise UserError(f"{table.at(row)}: {name} is {shown(value)}; expected text (fix or remove the row)")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON escapes can contain lone surrogates, which tokenizers reject
+        raise UserError(
+            f"{table.at(row)}: {name} has a lone surrogate; expected Unicode text (fix or remove the row)"
+        ) from None
+    return value
+
+
+def _texts(values: Any, table: Table, row: int, name: str, item: str, first: int) -> list[str]:
+    if not isinstance(values, (list, tuple)):
+        raise UserError(f"{table.at(row)}: {name} is {shown(values)}; expected a list of {item}s")
+    return [_text(value, table, row, f"{item} {number} of {name}") for number, value in enumerate(values, first)]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from fusion.config.data import DataConfig
 from fusion.config.task import TaskConfig
-from fusion.data.files import READABLE, SplitFiles, contents, split_files
+from fusion.data.tables import READABLE, SplitFiles, contents, split_files
 from fusion.errors import UserError
 from fusion.files import check_relative, resolve_path
 from fusion.tasks.table import kind_of
@@ -47,17 +47,11 @@ class Part(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Location of the examples of a split.
+    """Location of the examples of a split."""
 
-    Attributes:
-        files: local files, or `None` for the Hub or a corpus.
-        part: name of the split at this location, and the range of its examples.
-        held_out: how these examples are divided into splits, or `None` if they are not.
-    """
-
-    files: SplitFiles | None
-    part: Part
-    held_out: Holdout | None = None
+    files: SplitFiles | None  # local files, or `None` for the Hub or a corpus
+    part: Part  # name of the split at this location, and the range of its examples
+    held_out: Holdout | None = None  # how these examples are divided into splits, or `None` if they are not
 
 
 def evaluation_splits(task: TaskConfig, split: str, data: DataConfig) -> list[str]:
@@ -270,16 +264,12 @@ def part_rows(count: int, start: int, stop: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Holdout:
-    """A division of the training examples into splits.
+    """A division of the training examples into splits."""
 
-    `split` is the split to return: train (the remaining examples), validation or test. `fractions` by split are in
-    sampling order. With `stratify`, each split preserves the label proportions.
-    """
-
-    split: str
-    fractions: Mapping[str, float]
+    split: str  # the split to return: train (the remaining examples), validation or test
+    fractions: Mapping[str, float]  # by split, in sampling order
     seed: int = 0
-    stratify: bool = False
+    stratify: bool = False  # whether each split preserves the label proportions
 
     def rows(self, count: int, labels: Sequence[Any] | None, where: str) -> list[int]:
         """Return the ascending indices of the split, out of `count`. Raises UserError if a split is empty."""

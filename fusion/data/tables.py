@@ -1,17 +1,24 @@
-"""Local files and Hub datasets as tables of raw columns."""
+"""Files of a split, and local files and Hub datasets as tables of raw columns.
+
+A split in a task's folder is one file, shards named as on the Hub, or a `save_to_disk` folder.
+"""
 
 from __future__ import annotations
 
+import bz2
 import contextlib
+import gzip
 import json
 import logging
+import lzma
+import re
 from bisect import bisect_right
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion.data.files import READABLE, SplitFiles, file_format, read_content
 from fusion.data.formats import read_conll, read_delimited, read_json, read_jsonl
 from fusion.errors import UserError, first_line
 from fusion.hub.access import from_cache_or_hub, hub_is_reachable, offline
@@ -21,6 +28,105 @@ from fusion.text import listed, repeated
 
 if TYPE_CHECKING:
     import pyarrow
+
+READABLE = ".parquet, .jsonl, .json, .csv, .tsv or .conll (all but .parquet also with .gz, .bz2, .xz or .zst)"
+
+_NAME = re.compile(
+    r"(?P<split>.+?)(-(?P<shard>\d{5,9})-of-(?P<shards>\d{5,9})(-[0-9a-f]{8,64})?)?"
+    r"(?P<format>\.parquet|\.(jsonl|json|csv|tsv|conll)(\.(gz|bz2|xz|zst))?)",
+    re.IGNORECASE,
+)
+_STATE = "state.json"  # marks a folder of `Dataset.save_to_disk`
+_METADATA = (_STATE, "dataset_dict.json", "dataset_info.json")
+
+
+def _open_zstd(path: Path) -> Any:
+    import pyarrow  # the standard library has no Zstandard before Python 3.14
+
+    return pyarrow.input_stream(str(path), compression="zstd")
+
+
+_OPEN: dict[str, Callable[[Path], Any]] = {
+    "": lambda path: path.open("rb"),
+    "gz": gzip.open,
+    "bz2": bz2.open,
+    "xz": lzma.open,
+    "zst": _open_zstd,
+}
+
+
+@dataclass(frozen=True)
+class SplitFiles:
+    """The files of a split."""
+
+    split: str
+    paths: tuple[Path, ...]  # one file, one `save_to_disk` folder, or the shards in order
+    shards: int | None = None  # expected number of shards according to their names; `None` for a file or folder
+
+    def __str__(self) -> str:
+        """Return the path, or the pattern of the shards."""
+        path = self.paths[0]
+        return str(path if self.shards is None else path.with_name(re.sub(r"-\d+-of-", "-*-of-", path.name)))
+
+    def check_complete(self) -> None:
+        """Raise UserError if a shard is missing or duplicated."""
+        numbers = [_shard_number(path) for path in self.paths]
+        if self.shards is not None and (len(numbers) != self.shards or numbers != [*range(self.shards)]):
+            raise UserError(
+                f"{self}: expected the shards 0 to {self.shards - 1} once each, got {listed(map(str, numbers))}\n"
+                "Copy all shards of the split, or write it as one file"
+            )
+
+
+def file_format(path: Path) -> str | None:
+    """Return the lower-case extension for format and compression, such as ".csv.gz", or `None` if not supported."""
+    found = _NAME.fullmatch(path.name)
+    return found["format"].lower() if found else None
+
+
+def contents(folder: Path) -> list[str]:
+    """Return the names of non-hidden files in a folder and its subfolder `data`, for messages."""
+    paths = [path for path in [*folder.iterdir(), *(folder / "data").glob("*")] if path.name[0] != "."]
+    return sorted(f"{path.relative_to(folder)}{'/' if path.is_dir() else ''}" for path in paths)
+
+
+def split_files(folder: Path) -> dict[str, SplitFiles]:
+    """Return the files of a folder and of its subfolder `data`, by split.
+
+    Raises UserError if a split has multiple files that are not its shards.
+    """
+    saved = [SplitFiles(path.name, (path,)) for path in sorted(folder.iterdir()) if (path / _STATE).is_file()]
+    found: dict[str, SplitFiles] = {}
+    for files in [*saved, *_single_files_and_shards(folder)]:
+        if files.split in found:
+            raise UserError(f"both {found[files.split]} and {files} exist: keep one of them")
+        found[files.split] = files
+    return dict(sorted(found.items()))
+
+
+def _single_files_and_shards(folder: Path) -> Iterator[SplitFiles]:
+    shards: dict[tuple[str, Path, str, int], list[Path]] = {}
+    inner = folder / "data"
+    for place in [folder, inner] if inner.is_dir() and not (inner / _STATE).is_file() else [folder]:
+        for path in sorted(place.iterdir()):
+            name = _NAME.fullmatch(path.name)
+            if name is None or path.name in _METADATA or path.name.startswith(".") or not path.is_file():
+                continue
+            if name["shard"] is None:
+                yield SplitFiles(name["split"], (path,))
+            else:
+                key = name["split"], place, name["format"].lower(), int(name["shards"])
+                shards.setdefault(key, []).append(path)
+    for (split, _, _, total), paths in shards.items():
+        yield SplitFiles(split, tuple(sorted(paths, key=_shard_number)), total)
+
+
+def _shard_number(path: Path) -> int:
+    found = _NAME.fullmatch(path.name)
+    return int(found["shard"] or 0) if found else 0
+
+
+# --- tables -----------------------------------------------------------------------------------------
 
 
 def arrow_table(table: pyarrow.Table, where: str) -> Table:
@@ -74,7 +180,8 @@ def read_table(path: Path, quoting: str | None = None) -> Table:
             parquet = pyarrow.parquet.read_table(path, partitioning=None, page_checksum_verification=True)
             return arrow_table(parquet, str(path))
         extension, _, compression = form[1:].partition(".")
-        content = read_content(path, compression)
+        with _OPEN[compression](path) as file:
+            content = file.read()
         if extension in ("csv", "tsv"):
             return read_delimited(path, content, extension == "tsv", quoting)
         return {"json": read_json, "jsonl": read_jsonl, "conll": read_conll}[extension](path, content)

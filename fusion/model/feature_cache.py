@@ -19,10 +19,9 @@ import torch
 from numpy.typing import NDArray
 
 from fusion.config.model import BackboneConfig
-from fusion.data.cache import user_cache
+from fusion.data.cache import cached_states, user_cache
 from fusion.data.encode import EncodedRows
 from fusion.data.loaders import evaluation_loader
-from fusion.data.states import cached_states
 from fusion.errors import UserError
 from fusion.model.adapted import AdaptedModel
 

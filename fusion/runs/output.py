@@ -7,12 +7,12 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion.backbones.files import stamp
+from fusion.backbones.files import check_files, stamp
 from fusion.config.model import BackboneConfig
 from fusion.config.stages import StageConfig
 from fusion.errors import UserError, first_line
@@ -121,6 +121,27 @@ class RunOutput:
         with contextlib.suppress(OSError):  # a full disk is reported by the checkpoints
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_json(self.checkpoints / ATTEMPT, status)
+
+
+def check_stage(config: StageConfig, output_of: Callable[[], RunOutput]) -> RunState:
+    """Check data, backbone files and compiler before a model is loaded, and return the state of the run.
+
+    `output_of` returns the run's output; it is called after the data was checked. Raises UserError if data, backbone
+    files or compiler are missing or invalid.
+    """
+    from fusion.data.splits import check_held_out_splits, check_source
+
+    check_held_out_splits(config.task_list, config.data)
+    for task in config.task_list:
+        check_source(task, config.data)
+    output = output_of()
+    if output.stored is None:
+        check_files(config.backbone.name_or_path, config.backbone.trust_remote_code)
+    if config.compile:
+        from fusion.backbones.layer_calls import check_compiler
+
+        check_compiler()
+    return output.run_state
 
 
 def find_output(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any] | None = None) -> RunOutput:

@@ -84,7 +84,7 @@ class SafeCsvLogger(CSVLogger):
 
 
 def build_loggers(
-    config: LoggerConfig, run: Run, *, name: str, tags: list[str], checkpoints: Path | None = None, identity: str = ""
+    config: LoggerConfig, run: Run, name: str, tags: list[str], checkpoints: Path | None = None, identity: str = ""
 ) -> list[Logger]:
     """Build the loggers selected by `logger=`; an empty list on ranks other than 0.
 

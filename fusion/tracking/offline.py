@@ -8,7 +8,6 @@ DIRECTORY/wandb/links.json lists the artifacts to link:
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from fusion.config.training import WandbConfig
 from fusion.errors import UserError, first_line
 from fusion.files import read_json, write_json
 from fusion.store.layout import MANIFEST
-from fusion.tracking.wandb_run import FINISH_SECONDS, disable_error_reports, missing_key
+from fusion.tracking.wandb_run import disable_error_reports, missing_key, settings
 
 FILE = "links.json"
 ALIAS_DIGITS = 12  # digits of the hash
@@ -119,15 +118,8 @@ def is_uploaded(run: Path) -> bool:
 
 def open_links(run: Path) -> dict[str, Any] | None:
     """Return the links of a run if some are not yet linked, else None."""
-    file = run.parent / FILE
-    if not file.is_file():
-        return None
-    try:
-        links: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        is_open = run.name.endswith(f"-{links['run']['id']}") and not_linked(links)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SyncError(f"cannot read {file} ({first_line(error)})") from error
-    return links if is_open else None
+    links = read_json(run.parent / FILE)
+    return links if links and run.name.endswith(f"-{links['run']['id']}") and not_linked(links) else None
 
 
 def check_connection() -> None:
@@ -177,21 +169,12 @@ def link_uploaded(run: Path) -> tuple[list[str], list[str]]:
 
     if (links := open_links(run)) is None:
         return [], []
-    settings = wandb.Settings(
-        silent=True,
-        x_disable_stats=True,
-        x_disable_meta=True,
-        disable_git=True,
-        console="off",
-        x_save_requirements=False,
-        init_timeout=WandbConfig().init_timeout,
-        finish_timeout=FINISH_SECONDS,
-        finish_timeout_raises=True,
-    )
+    off = {"x_disable_stats": True, "x_disable_meta": True, "disable_git": True, "x_save_requirements": False}
+    quiet = settings(WandbConfig().init_timeout, console="off", **off)
     known = {key: links["run"].get(key) for key in ("id", "project", "entity")}
     try:
         with tempfile.TemporaryDirectory() as here, staged_in(here):
-            resumed = wandb.init(**known, resume="must", mode="online", dir=here, settings=settings)
+            resumed = wandb.init(**known, resume="must", mode="online", dir=here, settings=quiet)
             try:
                 after = link(resumed, links)
             finally:

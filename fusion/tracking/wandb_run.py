@@ -83,10 +83,10 @@ def start_run(config: WandbConfig, /, **labels: Any) -> Any | None:
         disable_error_reports()
         Path(labels["dir"]).mkdir(parents=True, exist_ok=True)  # W&B would use a temporary directory otherwise
         state.reason = _drop_malformed_variables() or state.reason
-        settings = wandb.Settings(silent=True)
+        general = wandb.Settings(silent=True)
         if state.reason is not None:
-            settings.x_service_wait = SERVICE_SECONDS
-        mode = config.mode or os.environ.get("WANDB_MODE") or wandb.setup(settings).settings.mode
+            general.x_service_wait = SERVICE_SECONDS
+        mode = config.mode or os.environ.get("WANDB_MODE") or wandb.setup(general).settings.mode
         if mode == "disabled":
             if state.first_notice():
                 log.info("W&B is disabled; nothing is logged to W&B")
@@ -119,20 +119,14 @@ def start_run(config: WandbConfig, /, **labels: Any) -> Any | None:
 
 
 def _init(config: WandbConfig, mode: Literal["online", "offline"], labels: dict[str, Any]) -> Any:
-    """Start a run. The mode is a setting, since WANDB_MODE would affect the next job of a sweep."""
+    """Start a run. The mode is an argument, since WANDB_MODE would affect the next job of a sweep."""
     import wandb
 
-    settings = wandb.Settings(
-        silent=True,
-        init_timeout=config.init_timeout,
-        finish_timeout=FINISH_SECONDS,
-        finish_timeout_raises=True,
-        reinit="finish_previous",  # finish the run of a failed job
-    )
+    given = labels | {"mode": mode, "project": config.project, "entity": config.entity}
     folder = Path(labels["dir"]) / "wandb"
     before = set(folder.glob("*run-*"))
-    try:
-        run = wandb.init(mode=mode, settings=settings, project=config.project, entity=config.entity, **labels)
+    try:  # "finish_previous" finishes the run of a failed job
+        run = wandb.init(settings=settings(config.init_timeout, reinit="finish_previous"), **given)
     except Exception:
         for started in set(folder.glob("*run-*")) - before:
             shutil.rmtree(started, ignore_errors=True)
@@ -141,6 +135,18 @@ def _init(config: WandbConfig, mode: Literal["online", "offline"], labels: dict[
     run.define_metric(STEP)
     run.define_metric("*", step_metric=STEP, step_sync=True)
     return run
+
+
+def settings(init_timeout: float, **more: Any) -> Any:
+    """Return W&B's settings for a run, with limited waiting times."""
+    import wandb
+
+    limits: dict[str, Any] = {
+        "init_timeout": init_timeout,
+        "finish_timeout": FINISH_SECONDS,
+        "finish_timeout_raises": True,
+    }
+    return wandb.Settings(silent=True, **limits, **more)
 
 
 def report_offline(reason: str, folder: Path) -> None:

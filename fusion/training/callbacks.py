@@ -55,26 +55,20 @@ class Best(Callback):
         if (scores := pl_module.scores_of(trainer.current_epoch + 1)) is None:
             return
         if trainer.is_global_zero and best_epoch(pl_module.history, self._monitor) is scores:
-            self.weights = {
-                name: parameter.detach().to("cpu", copy=True) for name, parameter in pl_module.model.trainable().items()
-            }
+            trained = pl_module.model.trainable()
+            self.weights = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()}
             self.predicted, self.decisions = pl_module.predicted, pl_module.decisions
         self._stop_early(trainer, pl_module)
 
     def _stop_early(self, trainer: Trainer, pl_module: Any) -> None:
-        history, patience = pl_module.history, self._patience
-        if patience is None or not history or epochs_since_best(history, self._monitor) < patience:
+        history, monitor, patience = pl_module.history, self._monitor, self._patience
+        best = best_epoch(history, monitor)
+        if patience is None or not history or len(history) - 1 - history.index(best) < patience:
             return
         trainer.should_stop = True
         if trainer.is_global_zero and trainer.current_epoch + 1 < (trainer.max_epochs or 0):
-            best = best_epoch(history, self._monitor)
-            log.info(
-                "stopped early: %s did not improve for optim.patience=%d evaluated epochs; best %.4f in epoch %d",
-                self._monitor,
-                patience,
-                best[self._monitor],
-                best["epoch"],
-            )
+            text = "stopped early: %s did not improve for optim.patience=%d evaluated epochs; best %.4f in epoch %d"
+            log.info(text, monitor, patience, best[monitor], best["epoch"])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         predicted = {split: [p.rows, p.predictions, p.labels] for split, p in self.predicted.items()}
@@ -90,26 +84,19 @@ def best_epoch(history: Sequence[dict[str, float]], monitor: str) -> dict[str, f
     return max(history, key=lambda epoch: epoch[monitor], default={})
 
 
-def epochs_since_best(history: Sequence[dict[str, float]], monitor: str) -> int:
-    """Return the number of evaluated epochs after the best epoch."""
-    return len(history) - 1 - list(history).index(best_epoch(history, monitor))
-
-
 class EpochLine(Callback):
     """Callback that logs number, mean loss, metrics and seconds of each epoch. See `Best` for `monitor`."""
 
     def __init__(self, monitor: str) -> None:
         self._monitor = monitor
-        self._started = 0.0
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._started = time.monotonic()  # a run that resumes within an epoch has no on_train_epoch_start
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._started = time.monotonic()
 
+    on_train_start = on_train_epoch_start  # a run that resumes within an epoch has no on_train_epoch_start
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        loss = pl_module.epoch_loss.mean(trainer.world_size)  # collective
+        loss = pl_module.epoch_loss.mean()  # collective
         if not trainer.is_global_zero:
             return
         scores = pl_module.scores_of(trainer.current_epoch + 1) or {}

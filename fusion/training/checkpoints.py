@@ -14,7 +14,7 @@ import threading
 import time
 import zipfile
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -67,9 +67,7 @@ class Interrupts:
         number, self.pending = self.pending, None
         self._act(number, None)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if error is None:
@@ -90,16 +88,10 @@ class Interrupts:
 
 
 class Checkpoints(Callback):
-    """Callback that writes a checkpoint after each epoch, at a time interval, and before a signal is handled.
+    """Callback that writes a checkpoint after each epoch, every `minutes`, and before a signal is handled.
 
     Only rank 0 writes, since all ranks have the same weights. If a checkpoint cannot be written, a warning is logged
-    and the previous checkpoint is kept.
-
-    Args:
-        folder: the run's checkpoint directory. If `None`, no checkpoints are written, and signals are handled between
-            batches.
-        minutes: interval between checkpoints within an epoch. If `None`, no checkpoint is written within an epoch.
-        tokenizer: hash of the tokenizer.
+    and the previous checkpoint is kept. If `folder` is `None`, signals are handled between batches without checkpoints.
     """
 
     def __init__(
@@ -109,7 +101,6 @@ class Checkpoints(Callback):
         self._seconds = float("inf") if minutes is None else 60.0 * minutes
         self._interrupts = interrupts
         self._tokenizer = tokenizer
-        self._written = 0.0
         self._failed = False
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -121,9 +112,7 @@ class Checkpoints(Callback):
         if trainer.is_global_zero and due and (self._folder is None or internals.can_resume_after(trainer, batch_idx)):
             self._save(trainer, pl_module)
 
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: Any, *batch: Any) -> None:
         fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
         if fitting and trainer.is_global_zero and self._interrupts.pending is not None:
             self._save(trainer, pl_module, validating=True)
@@ -143,13 +132,12 @@ class Checkpoints(Callback):
                 write_checkpoint(self._folder, content)
                 self._failed = False
             except OSError as error:
-                log.log(
-                    logging.DEBUG if self._failed else logging.WARNING,
+                text = (
                     "the checkpoint could not be written to %s (%s): training continues, but an interruption would lose "
-                    "the progress since the last checkpoint",
-                    self._folder,
-                    error.strerror or error,
+                    "the progress since the last checkpoint"
                 )
+                level = logging.DEBUG if self._failed else logging.WARNING
+                log.log(level, text, self._folder, error.strerror or error)
                 self._failed = True
             self._written = time.monotonic()
         self._interrupts.handle_pending()

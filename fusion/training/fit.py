@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -48,27 +47,16 @@ PROFILERS: dict[str, type[AdvancedProfiler | SimpleProfiler]] = {"simple": Simpl
 
 @dataclass(frozen=True)
 class Fit:
-    """Result of a training run. On return, the model has the weights of the best epoch.
+    """Result of a training run. On return, the model has the weights of the best epoch."""
 
-    Attributes:
-        metrics: metrics of the best epoch, by split.
-        best_epoch: one-based number of the best epoch, or 0 if nothing was trained.
-        speed: seconds in total (with validation) and per step (median), examples and tokens (with padding) trained per
-            second, peak memory in bytes, and the energy in joules if the machine measures it.
-        predicted: predictions of the best epoch, by split.
-        decisions: decision parameters of the predictions, by task, see `Kind.decision`.
-        broken: error message if training stopped because the loss was not finite, else `None`.
-        diverged: result of `divergence`.
-    """
-
-    metrics: dict[str, dict[str, float]]
-    best_epoch: int
+    metrics: dict[str, dict[str, float]]  # of the best epoch, by split
+    best_epoch: int  # one-based, or 0 if nothing was trained
     epochs: int
-    speed: dict[str, float | None]
-    predicted: dict[str, RowPredictions]
-    decisions: dict[str, Decision]
-    broken: str | None = None
-    diverged: dict[str, float] | None = None
+    speed: dict[str, float | None]  # see `Speed.result`
+    predicted: dict[str, RowPredictions]  # in the best epoch, by split
+    decisions: dict[str, Decision]  # decision parameters of the predictions, by task, see `Kind.decision`
+    broken: str | None = None  # error message if training stopped because the loss was not finite
+    diverged: dict[str, float] | None = None  # see `divergence`
 
 
 def fit(
@@ -110,25 +98,20 @@ def fit(
     last = read_checkpoint(checkpoints) if config.resume and model.trainable() else None
     if last is not None:
         check_tokenizer(last, tokenizer)
+    bar = [ProgressBar(monitor)] if settings.enable_progress_bar and shows_progress() else []
+    last_callback = Checkpoints(folder, config.checkpoint_minutes, interrupts, tokenizer)
     # The guard comes first, so that no callback saves weights that fail its checks; checkpoints come last.
-    every_callback: list[Callback] = [
-        Guard(model, checkpoints),
-        memory,
-        best,
-        EpochLine(monitor),
-        speed,
-        *callbacks,
-        FirstOfEpoch(),
-        *([ProgressBar(monitor)] if settings.enable_progress_bar and shows_progress() else []),
-        Checkpoints(folder, config.checkpoint_minutes, interrupts, tokenizer),
-    ]
-    trainer = make_trainer(settings, every_callback, list(loggers), last)
+    first = [Guard(model, checkpoints), memory, best, EpochLine(monitor), speed]
+    trainer = make_trainer(settings, [*first, *callbacks, FirstOfEpoch(), *bar, last_callback], list(loggers), last)
     features = prepare(trainer.strategy.root_device)
     weights = [split.class_weights for split in rows.training]
     module = TaskModule(model, tasks, config.optim, objective, splits, features, config.seed, weights)
     batches, evaluation = _loaders(config, rows, objective.temperature, trainer)
     if last is not None:
-        _resume(batches, last["position"], settings.max_epochs or 1)
+        epoch, batch = last["position"]["epoch"], last["position"]["batch"]
+        cast(EpochBatches, batches.sampler).resume(epoch, batch)
+        done = epoch >= (settings.max_epochs or 1)
+        log.info("resuming %s", "after the last epoch" if done else f"at epoch {epoch + 1}, batch {batch + 1}")
     speed.start()
     broken = None
     with memory.explained():
@@ -174,14 +157,9 @@ def _loaders(
 ) -> tuple[DataLoader[Any], list[DataLoader[Any]]]:
     """Return the training loader and one loader per validation split."""
     data, tasks = config.data, config.task_list
-    options: dict[str, Any] = {
-        "rank": trainer.global_rank,
-        "world_size": trainer.world_size,
-        "workers": data.workers,
-        "tokens_per_batch": data.tokens_per_batch,
-    }
-    evaluation = [evaluation_loader(split, data.batch_size, **options) for split in rows.validation.values()]
-    batches = training_loader(rows.training, data.batch_size, config.seed, temperature=temperature, **options)
+    options = trainer.global_rank, trainer.world_size, data.workers, data.tokens_per_batch
+    evaluation = [evaluation_loader(split, data.batch_size, *options) for split in rows.validation.values()]
+    batches = training_loader(rows.training, data.batch_size, config.seed, *options, temperature)
     if len(tasks) > 1:
         shares = cast(TaskBatches, batches.sampler).shares
         shown = ", ".join(f"{task.name} {share:.1%}" for task, share in zip(tasks, shares, strict=True))
@@ -195,41 +173,28 @@ def _loaders(
     return batches, evaluation
 
 
-def _resume(batches: DataLoader[Any], start: dict[str, int], max_epochs: int) -> None:
-    epoch, batch = start["epoch"], start["batch"]
-    cast(EpochBatches, batches.sampler).resume(epoch, batch)
-    position = "after the last epoch" if epoch >= max_epochs else f"at epoch {epoch + 1}, batch {batch + 1}"
-    log.info("resuming %s", position)
-
-
 def make_trainer(
     config: TrainerConfig, callbacks: list[Callback], loggers: list[Logger], last: dict[str, Any] | None = None
 ) -> lightning.Trainer:
     """Create a Lightning Trainer without distributed samplers and checkpoints, which this package replaces.
 
-    Args:
-        last: checkpoint to resume from.
-
-    Raises:
-        UserError: if Lightning rejects a value.
+    Raises UserError if Lightning rejects a value. `last` is the checkpoint to resume from.
     """
-    arguments: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    arguments["enable_checkpointing"] = False
-    plugins: list[Any] = [] if last is None else [Loaded(last)]
-    arguments["enable_progress_bar"] = any(isinstance(callback, ProgressBar) for callback in callbacks)
+    arguments: dict[str, Any] = vars(config) | {
+        "enable_checkpointing": False,
+        "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in callbacks),
+        "callbacks": callbacks,
+        "logger": loggers or False,
+        "plugins": None if last is None else Loaded(last),
+        "use_distributed_sampler": False,
+    }
     if config.profiler in PROFILERS:  # if set by name, Lightning logs the table at a level that is not shown
         folder = config.default_root_dir or "."
         arguments["profiler"] = PROFILERS[config.profiler](dirpath=folder, filename="profile")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its tips
     ignore_expected_warnings()
     try:
-        trainer = lightning.Trainer(
-            **arguments,
-            callbacks=callbacks,
-            logger=loggers or False,
-            plugins=plugins or None,
-            use_distributed_sampler=False,
-        )
+        trainer = lightning.Trainer(**arguments)
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
     internals.leave_signals_alone(trainer)
@@ -237,8 +202,7 @@ def make_trainer(
 
 
 def _check_finite(model: AdaptedModel) -> None:
-    broken = [name for name, parameter in model.trainable().items() if not parameter.isfinite().all()]
-    if broken:
+    if broken := [name for name, parameter in model.trainable().items() if not parameter.isfinite().all()]:
         raise TrainingError(
             f"{broken[0]} and {len(broken) - 1} more parameters are not finite; no artifact was saved.\n"
             "Lower optim.lr or increase optim.warmup"

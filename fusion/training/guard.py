@@ -32,9 +32,6 @@ class Guard(Callback):
     Args:
         checkpoints: checkpoint directory of the run, removed if a change is found only at the end of training.
 
-    Attributes:
-        frozen_hash: hash of all frozen tensors before training.
-
     Raises:
         GuardError: if an undeclared tensor would be trained or has changed, or if processes have different tensors.
         UserError: if a checkpoint was trained with different frozen weights.
@@ -43,7 +40,7 @@ class Guard(Callback):
     def __init__(self, model: AdaptedModel, checkpoints: Path | None = None) -> None:
         self._model = model
         self._checkpoints = checkpoints
-        self.frozen_hash = ""
+        self.frozen_hash = ""  # of all frozen tensors before training
         self._hashes: dict[str, str] = {}
         self._types: dict[str, torch.dtype] = {}
         self._checksums: dict[str, int] = {}
@@ -64,8 +61,7 @@ class Guard(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Check the frozen tensors after the model was moved to its device."""
         frozen = self._model.frozen()
-        converted = [name for name, tensor in frozen.items() if tensor.dtype != self._types.get(name)]
-        if converted:
+        if converted := [name for name, tensor in frozen.items() if tensor.dtype != self._types.get(name)]:
             raise GuardError(
                 f"trainer.precision={trainer.precision} converted frozen tensors to {frozen[converted[0]].dtype}: "
                 f"{_listed(converted)}; no artifact was saved"
@@ -111,8 +107,6 @@ class Guard(Callback):
         if changed and self._checkpoints is not None and trainer.is_global_zero:
             shutil.rmtree(self._checkpoints, ignore_errors=True)  # any of them may contain the change
         _raise_if(changed, "found at the end")
-
-    # --- checks -------------------------------------------------------------------------------------
 
     def _check(self, trainer: Trainer) -> None:
         self._check_declared()

@@ -1,7 +1,4 @@
-"""The training loss: detection of non-finite values, the mean over an epoch, and divergence with a finite loss.
-
-No function of this module synchronizes the device at every step.
-"""
+"""The training loss: non-finite values, the epoch mean and divergence, without synchronizing the device at each step."""
 
 from __future__ import annotations
 
@@ -69,7 +66,7 @@ class EpochLoss:
 
     def restart(self) -> None:
         """Start a new epoch."""
-        self._sums: Tensor | None = None
+        self._sums: Any = 0.0  # (2,), total and task
         self._weight = 0.0
 
     def add(self, total: Tensor, task: Tensor, weight: float) -> None:
@@ -81,17 +78,15 @@ class EpochLoss:
         parts = torch.stack([total, task]).detach().to(_wide(total.device))
         if self._first is None:
             self._first = parts[1]
-        self._sums = parts * weight if self._sums is None else self._sums + parts * weight
+        self._sums = self._sums + parts * weight
         self._weight += weight
 
-    def mean(self, processes: int = 1) -> float | None:
+    def mean(self) -> float | None:
         """Return the mean total loss, or `None` if no batch was seen. Collective: must be called on all ranks."""
-        if self._sums is None:
+        if not self._weight:
             return None
-        total = self._sums[0].clone()
-        if processes > 1:
-            torch.distributed.all_reduce(total)
-        return float(total) / processes / self._weight
+        totals = gathered(float(self._sums[0]))
+        return sum(totals) / len(totals) / self._weight
 
     def figures(self) -> tuple[float, float] | None:
         """Return the task loss of the run's first batch and its mean over the last epoch, or `None` without batches.
@@ -99,7 +94,7 @@ class EpochLoss:
         Collective: must be called on all ranks.
         """
         own = None
-        if self._sums is not None and self._first is not None:
+        if self._weight and self._first is not None:
             own = float(self._first), float(self._sums[1]) / self._weight
         found = [figures for figures in gathered(own) if figures is not None]
         if not found:
@@ -111,7 +106,7 @@ class EpochLoss:
         """Return the state to store in a checkpoint."""
         return {
             "first": None if self._first is None else float(self._first),
-            "sums": None if self._sums is None or processes > 1 else self._sums.tolist(),
+            "sums": self._sums.tolist() if self._weight and processes == 1 else None,
             "weight": self._weight,
         }
 
@@ -135,9 +130,7 @@ def divergence(
     A run counts as diverged if the mean task loss of the last epoch exceeds three times the larger of the loss of the
     first batch, before any update, and the loss of all-zero logits, without class weights and label smoothing.
 
-    Args:
-        figures: result of `EpochLoss.figures`.
-        training: one split per task.
+    `figures` is the result of `EpochLoss.figures`; `training` has one split per task.
     """
     if figures is None:
         return None

@@ -31,19 +31,11 @@ from fusion.training.predictions import MEAN, RowPredictions, main_metrics
 
 @dataclass(frozen=True)
 class Objective:
-    """
-    Attributes:
-        loss_weights: weights of the named loss terms that the model adds.
-        label_smoothing: as in `torch.nn.CrossEntropyLoss`.
-        robust_drop: whether each training batch skips the slots of a random number of first layers (AdapterDrop,
-            Rücklé et al. 2021, §3).
-        temperature: temperature of multi-task sampling, see `TaskBatches`.
-    """
-
-    loss_weights: dict[str, float] = field(default_factory=dict)
-    label_smoothing: float = 0.0
+    loss_weights: dict[str, float] = field(default_factory=dict)  # of the named loss terms that the model adds
+    label_smoothing: float = 0.0  # as in `torch.nn.CrossEntropyLoss`
+    # Whether each batch skips the slots of a random number of first layers (AdapterDrop, Rücklé et al. 2021, §3).
     robust_drop: bool = False
-    temperature: float = 1.0
+    temperature: float = 1.0  # of multi-task sampling, see `TaskBatches`
 
 
 class TaskModule(lightning.LightningModule):
@@ -81,17 +73,12 @@ class TaskModule(lightning.LightningModule):
         for number, weights in enumerate(class_weights):
             values = None if weights is None else torch.from_numpy(weights).float()
             self.register_buffer(f"class_weights_{number}", values, persistent=False)
-        self.losses_seen = Losses()
-        # One-based number and all metrics of each evaluated epoch.
-        self.history: list[dict[str, float]] = []
-        # Results of the last validation, by split and by task.
-        self.predicted: dict[str, RowPredictions] = {}
-        self.decisions: dict[str, Decision] = {}
-        # Outputs of the current validation, in place of predictions.
-        self._outputs: dict[str, list[RowPredictions]] = {}
-        self.epoch_loss = EpochLoss()
-        # Creates the recorder of the source weights for a validation batch.
-        self.recorder: Callable[[Batch], Recorder] | None = None
+        self.losses_seen, self.epoch_loss = Losses(), EpochLoss()
+        self.history: list[dict[str, float]] = []  # one-based number and all metrics of each evaluated epoch
+        self.predicted: dict[str, RowPredictions] = {}  # of the last validation, by split
+        self.decisions: dict[str, Decision] = {}  # of the last validation, by task
+        self._outputs: dict[str, list[RowPredictions]] = {}  # of the current validation, in place of predictions
+        self.recorder: Callable[[Batch], Recorder] | None = None  # of the source weights of a validation batch
         self.logged_step = -1  # the last logged step
         # Checkpoints contain the trainable parameters only; `on_load_checkpoint` compares the keys.
         self.strict_loading = False
@@ -125,16 +112,13 @@ class TaskModule(lightning.LightningModule):
         extra = {name: self.objective.loss_weights[name] * value for name, value in self.model.losses().items()}
         return {"task": task, **extra}
 
-    def dropout_seed(self, batch_index: int) -> int:
-        """Return the dropout seed of a training batch, a pure function of (seed, epoch, batch, process)."""
-        parts = [self.seed, self.current_epoch, batch_index, self.global_rank]
-        return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
-
     def on_train_epoch_start(self) -> None:
         self.epoch_loss.restart()  # this hook is not called if a run resumes within an epoch
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        torch.manual_seed(self.dropout_seed(batch_index))
+        # Dropout masks depend on seed, epoch, batch and process only, so a resumed run draws the same.
+        parts = [self.seed, self.current_epoch, batch_index, self.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]))
         losses = self.losses(batch, self.first_layer(batch_index))
         total = torch.stack(list(losses.values())).sum()
         prefix = f"{self.tasks[batch.task].name}/" if len(self.tasks) > 1 else ""
@@ -150,14 +134,8 @@ class TaskModule(lightning.LightningModule):
             named = {f"train/{name}_loss": value.detach() for name, value in losses.items()}
             self.log_dict(named, sync_dist=distributed)
             if prefix:  # per epoch, since Lightning would repeat the other tasks' last values at each step
-                self.log(
-                    f"{prefix}train/loss",
-                    losses["task"].detach(),
-                    on_step=False,
-                    on_epoch=True,
-                    sync_dist=distributed,
-                    batch_size=batch.global_rows,
-                )
+                options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": batch.global_rows}
+                self.log(f"{prefix}train/loss", losses["task"].detach(), sync_dist=distributed, **options)
             self.log("train/loss", total.detach(), prog_bar=True, sync_dist=distributed)
             self.losses_seen.check(distributed)
         return total
@@ -170,8 +148,7 @@ class TaskModule(lightning.LightningModule):
         own = {"train/head_lr": rates[-1]} if self.optim.head_lr not in (None, self.optim.lr) else {}
         # Equal in all processes: DDP has averaged the gradients.
         gradients = [p.grad for p in self.model.trainable().values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        self.log_dict({"train/lr": rates[0], **own, "train/grad_norm": norm})
+        self.log_dict({"train/lr": rates[0], **own, "train/grad_norm": nn.utils.get_total_norm(gradients)})
 
     def on_validation_start(self) -> None:
         """Raise if a weight is not finite, since its metrics would look valid."""
@@ -265,9 +242,7 @@ class TaskModule(lightning.LightningModule):
 def adamw(model: AdaptedModel, optim: OptimConfig, fused: bool = True) -> torch.optim.AdamW:
     """Return AdamW over the trainable parameters, with the head's learning rate and weight decay exemptions.
 
-    Args:
-        fused: whether to use the fused implementation if the device supports it: three times as fast, equal up to
-            rounding.
+    With `fused`, devices that support it use the fused implementation: three times as fast, equal up to rounding.
     """
     undecayed = model.undecayed()
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}

@@ -30,15 +30,10 @@ MEAN = "mean"  # name of the mean of all tasks' main metrics
 
 @dataclass(frozen=True)
 class RowPredictions:
-    """Predictions for the evaluated examples of a split, in the order of the split.
+    """Predictions for the evaluated examples of a split, in the order of the split."""
 
-    Attributes:
-        rows: indices of the examples in the split; a subset with `trainer.limit_val_batches`.
-        predictions, labels: a JSON value per example, see `fusion.tasks.kind`.
-    """
-
-    rows: list[int]
-    predictions: list[Any]
+    rows: list[int]  # indices of the examples in the split; a subset with `trainer.limit_val_batches`
+    predictions: list[Any]  # a JSON value per example, see `fusion.tasks.kind`
     labels: list[Any]
 
     @classmethod

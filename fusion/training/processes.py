@@ -32,7 +32,6 @@ from fusion.files import read_json, write_json
 from fusion.runs import signals
 from fusion.runs.run import Run, caused_by_interrupt, describe
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 JOB = "FUSION_RANK_JOB"  # environment variable with the directory of a rank's job
@@ -122,14 +121,18 @@ def launch(program: list[str], config: dict[str, Any], run: Run, ranks: int) -> 
             _interrupt_rank_zero(started, folder, number, PATIENCE)
             raise
         finally:
-            _kill(started)
+            for process in started:
+                process.kill()  # no effect on a process that has exited
+            for process in started:
+                with contextlib.suppress(subprocess.TimeoutExpired):  # in an uninterruptible system call
+                    process.wait(GRACE)
         outcomes = {rank: outcome for rank in range(ranks) if (outcome := read_json(folder / f"outcome{rank}"))}
     if not failed and 0 in outcomes:
         result: dict[str, Any] = outcomes[0]["result"]
         return result
     # The other ranks mostly fail because they lost the connection to the first failed rank.
     first = min(failed, key=lambda rank: outcomes[rank]["time"] if rank in outcomes else failed[rank], default=0)
-    if (found := outcomes.get(first)) is not None:
+    if (found := outcomes.get(first)) is not None and "error" in found:
         cause = RuntimeError(found["trace"]) if found["trace"] else None
         raise _ERRORS[found["error"]](*found["args"]) from cause
     code = started[first].returncode
@@ -194,14 +197,6 @@ def _interrupt_rank_zero(started: Sequence[subprocess.Popen[bytes]], folder: Pat
         time.sleep(POLL)
 
 
-def _kill(started: Sequence[subprocess.Popen[bytes]]) -> None:
-    for process in started:
-        process.kill()  # no effect on a process that has exited
-    for process in started:
-        with contextlib.suppress(subprocess.TimeoutExpired):  # the process is in an uninterruptible system call
-            process.wait(GRACE)
-
-
 def _port() -> int:
     """Return the rendezvous port: MASTER_PORT, or a free port.
 
@@ -260,35 +255,28 @@ def job_of_this_rank() -> RankJob | None:
 def run_rank(job: RankJob, work: Callable[[], dict[str, Any]]) -> int:
     """Run a rank's job, write its result or error for the launcher and return the exit code."""
     result: dict[str, Any] = {}
-    outcome: BaseException | None = None
+    raised: BaseException | None = None
     code, trace = 0, ""
     try:
         result = work()
     except UserError as error:
-        outcome, code = UserError(str(error)), 2
+        raised, code = UserError(str(error)), 2
     except BaseException as error:
         interrupt = caused_by_interrupt(error)
         if isinstance(interrupt, signals.Terminated):
-            outcome, code = interrupt, 143
+            raised, code = interrupt, 143
         elif interrupt is not None:
-            outcome, code = KeyboardInterrupt(), 130
+            raised, code = KeyboardInterrupt(), 130
         else:
             known = isinstance(error, TrainingError)
-            outcome = TrainingError(str(error)) if known else RankError(f"rank {job.rank}: {describe(error)}")
+            raised = TrainingError(str(error)) if known else RankError(f"rank {job.rank}: {describe(error)}")
             code, trace = 1, traceback.format_exc()
             if job.rank:
                 traceback.print_exc()  # to this rank's log file
-    content = {
-        "time": time.monotonic(),
-        "result": result,
-        "error": None if outcome is None else type(outcome).__name__,
-        "args": [] if outcome is None else list(outcome.args),
-        "trace": trace,
-    }
-    try:
-        write_json(job.folder / f"outcome{job.rank}", content)
-    except OSError as error:
-        log.warning("%s: cannot be written (%s)", job.folder, error.strerror or error)
+    outcome = {"time": time.monotonic(), "result": result, "trace": trace}
+    if raised is not None:
+        outcome |= {"error": type(raised).__name__, "args": list(raised.args)}
+    write_json(job.folder / f"outcome{job.rank}", outcome)
     return code
 
 

@@ -16,7 +16,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ import torch
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.loggers import Logger
 
-from fusion.files import finite
+from fusion.files import finite, now
 from fusion.layers.attention import AdapterFusion
 from fusion.layers.slot_module import SlotModule
 from fusion.model.source_attention import AttentionSums, compositions_of
@@ -62,26 +62,16 @@ class RecordFile:
 
 
 class History(Logger):
-    """Lightning logger that writes history.jsonl, on rank 0 only.
-
-    Args:
-        directory: output directory of the job.
-        run: NAME-IDENTITY, which stays the same when the run resumes.
-    """
+    """Lightning logger that writes history.jsonl, on rank 0 only. `run` is NAME-IDENTITY, also when the run resumes."""
 
     name = "history"
+    version = ""
 
     def __init__(self, directory: Path, *, run: str, name: str, command: str) -> None:
         super().__init__()
         self._file = RecordFile(directory / HISTORY)
-        self._run = run
         self._epoch = 1
-        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        self._file.write({"run": run, "name": name, "command": command, "started": started})
-
-    @property
-    def version(self) -> str:
-        return self._run
+        self._file.write({"run": run, "name": name, "command": command, "started": now()})
 
     @property
     def save_dir(self) -> str:
@@ -120,7 +110,6 @@ class AttentionRecorder(Callback):
 
     Args:
         sources: source names, in the order of the weights. If empty, nothing is recorded.
-        directory: output directory of the job.
         show: called with each line.
     """
 
@@ -144,11 +133,7 @@ class AttentionRecorder(Callback):
         if not attention or not trainer.is_global_zero:
             return
         slots = {
-            slot: {
-                "mean": measured.mean,
-                "entropy": measured.entropy,
-                "value_distance": _value_distance(compositions[slot]),
-            }
+            slot: asdict(measured) | {"value_distance": _value_distance(compositions[slot])}
             for slot, measured in attention.items()
         }
         epoch = int(pl_module.history[-1]["epoch"])

@@ -16,10 +16,9 @@ POWERCAP = Path("/sys/class/powercap")
 
 
 class EnergyMeter:
-    """Energy consumed by the CPUs since construction, read from Linux's powercap counters (RAPL).
+    """Energy consumed by the CPUs since construction, for all programs, read from Linux's powercap counters (RAPL).
 
-    It includes all programs running on the machine. A counter may overflow at most once between two readings. On many
-    machines the counters do not exist or only root can read them.
+    A counter may overflow at most once. On many machines the counters do not exist or only root can read them.
     """
 
     def __init__(self, folder: Path = POWERCAP) -> None:
@@ -74,17 +73,18 @@ class Speed(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self._examples, self._tokens = checkpoint["seen"]
-        seconds, joules = checkpoint["spent"]
-        self._before = seconds, joules
+        self._before = checkpoint["spent"]
 
     def _elapsed(self) -> tuple[float, float | None]:
         """Return the elapsed seconds and the energy in joules (`None` if unknown)."""
-        joules, before = self._energy.joules(), self._before[1]
-        seconds = self._before[0] + time.monotonic() - self._started
-        return seconds, None if joules is None or before is None else before + joules
+        (seconds, joules), used = self._before, self._energy.joules()
+        total = None if joules is None or used is None else joules + used
+        return seconds + time.monotonic() - self._started, total
 
     def result(self, world_size: int) -> dict[str, float | None]:
-        """Return the content of `Fit.speed`."""
+        """Return seconds in total (with validation) and per step (median), examples and tokens (with padding) trained
+        per second, peak memory in bytes, and the energy in joules if the machine measures it.
+        """
         seconds, joules = self._elapsed()
         return {
             "seconds": seconds,

@@ -47,25 +47,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StageSpec:
-    """
-    Attributes:
-        tag: W&B tag of the run: the method of stage 1 or the composition of stage 2.
-        parts: the entries `method`, `adapter` and `composition` of the manifest.
-        sources: sources of a fusion, in order.
-        initial: artifact that the model is initialized from, if any.
-    """
-
     config: StageConfig
     run: Run
     output: RunOutput
     model: AdaptedModel
     backbone: Backbone
     rows: TaskRows
-    tag: str
-    parts: Mapping[str, dict[str, Any] | None]
+    tag: str  # W&B tag of the run: the method of stage 1 or the composition of stage 2
+    parts: Mapping[str, dict[str, Any] | None]  # the entries `method`, `adapter` and `composition` of the manifest
     objective: Objective
-    sources: Sequence[Manifest] = ()
-    initial: Manifest | None = None
+    sources: Sequence[Manifest] = ()  # of a fusion, in order
+    initial: Manifest | None = None  # artifact that the model is initialized from, if any
 
 
 def train_and_store(spec: StageSpec) -> dict[str, Any]:
@@ -76,70 +68,58 @@ def train_and_store(spec: StageSpec) -> dict[str, Any]:
         TrainingError: if the loss is no longer finite (the best epoch so far is stored as NAME-diverged), or the store
             cannot be written (the checkpoint is kept).
     """
+    config, run = spec.config, spec.run
     loggers = _loggers(spec)
     with contextlib.ExitStack() as stack:
         stack.push(lambda kind, *_: finish(loggers, 0 if kind is None else 1))
-        return _train_and_store(spec, loggers)
-
-
-def _train_and_store(spec: StageSpec, loggers: list[Logger]) -> dict[str, Any]:
-    config, run = spec.config, spec.run
-    origin = circumstances() if run.rank_zero else {}  # read now, since the checkout may change during training
-    if spec.initial is not None:
-        origin["init_from"] = {"name": spec.initial.name, "hash": spec.initial.hash}
-    if (tracked := run_reference(loggers)) is not None:
-        origin["wandb"] = tracked
-    fitted = _fit(spec, loggers)
-    if not run.rank_zero:
-        return {}
-    result = _result_of(spec, fitted)
-    manifest = _manifest_of(spec, fitted, result, origin)
-    if config.trainer.fast_dev_run:
-        log.info("trainer.fast_dev_run: the run succeeded; no artifact was saved")
+        origin = circumstances() if run.rank_zero else {}  # read now, since the checkout may change during training
+        if spec.initial is not None:
+            origin["init_from"] = {"name": spec.initial.name, "hash": spec.initial.hash}
+        if (tracked := run_reference(loggers)) is not None:
+            origin["wandb"] = tracked
+        fitted = _fit(spec, loggers)
+        if not run.rank_zero:
+            return {}
+        result = _result_of(spec, fitted)
+        manifest = _manifest_of(spec, fitted, result, origin)
+        if config.trainer.fast_dev_run:
+            log.info("trainer.fast_dev_run: the run succeeded; no artifact was saved")
+            return result
+        if fitted.broken is not None:
+            kept = _store(spec, manifest.changed(name=f"{spec.output.name}{DIVERGED}"), overwrite=True)
+            scores = "  ".join(f"{split} {values}" for split, values in fitted.metrics.items())
+            raise TrainingError(
+                f"{fitted.broken}\nThe best epoch so far ({fitted.best_epoch}: {scores}) was saved as {kept.name}"
+            )
+        path = _store(spec, manifest, config.overwrite)
+        log.info("stored %s", path)
+        _log_findings(fitted)
+        stored = read_folder(path)
+        result = result_of(stored, path)
+        predicted = {split: one.as_stored(spec.rows.validation[split]) for split, one in fitted.predicted.items()}
+        write_predictions(run.directory, predicted)
+        log_result(loggers, result)
+        log_made(loggers, path, stored, spec.sources, spec.initial)
         return result
-    if fitted.broken is not None:
-        kept = _store(spec, manifest.changed(name=f"{spec.output.name}{DIVERGED}"), overwrite=True)
-        scores = "  ".join(f"{split} {values}" for split, values in fitted.metrics.items())
-        raise TrainingError(
-            f"{fitted.broken}\nThe best epoch so far ({fitted.best_epoch}: {scores}) was saved as {kept.name}"
-        )
-    path = _store(spec, manifest, config.overwrite)
-    log.info("stored %s", path)
-    _log_findings(fitted)
-    stored = read_folder(path)
-    result = result_of(stored, path)
-    rows = spec.rows.validation
-    write_predictions(run.directory, {split: found.as_stored(rows[split]) for split, found in fitted.predicted.items()})
-    log_result(loggers, result)
-    log_made(loggers, path, stored, spec.sources, spec.initial)
-    return result
 
 
 def _loggers(spec: StageSpec) -> list[Logger]:
     config, run, output = spec.config, spec.run, spec.output
-    tasks = [str(task.name) for task in config.task_list]
-    loggers = build_loggers(
-        config.logger,
-        run,
-        name=stage_name(config, [source.name for source in spec.sources]),
-        tags=[*tasks, config.backbone.name_or_path.rsplit("/", 1)[-1], spec.tag],
-        checkpoints=output.checkpoints,
-        identity=output.identity,
-    )
+    name = stage_name(config, [source.name for source in spec.sources])
+    tags = [*(str(task.name) for task in config.task_list), config.backbone.name_or_path.rsplit("/", 1)[-1], spec.tag]
+    loggers = build_loggers(config.logger, run, name, tags, output.checkpoints, output.identity)
     if run.rank_zero and not config.trainer.barebones:  # barebones does not allow loggers
-        run_name = output.checkpoints.name
-        loggers.append(History(run.directory, run=run_name, name=output.name, command=run.command))
+        loggers.append(History(run.directory, run=output.checkpoints.name, name=output.name, command=run.command))
     return loggers
 
 
 def _fit(spec: StageSpec, loggers: list[Logger]) -> Fit:
-    config, model, backbone = spec.config, spec.model, spec.backbone
-    recorder = AttentionRecorder(
-        [source.name for source in spec.sources], spec.run.directory, lambda record: log_attention(loggers, record)
-    )
+    config, model, backbone, rows = spec.config, spec.model, spec.backbone, spec.rows
+    sources = [source.name for source in spec.sources]
+    recorder = AttentionRecorder(sources, spec.run.directory, lambda record: log_attention(loggers, record))
 
     def prepare(device: torch.device) -> str | None:
-        splits = [*spec.rows.training, *spec.rows.validation.values()]
+        splits = [*rows.training, *rows.validation.values()]
         once = bool(config.trainer.fast_dev_run) or config.trainer.max_epochs == 1 or not model.trainable()
         features = cache_features(
             model, splits, config.backbone, backbone.fingerprint, device, config.data.cache_dir, once
@@ -148,17 +128,8 @@ def _fit(spec: StageSpec, loggers: list[Logger]) -> Fit:
             compile_layers(backbone.family.layer_list(backbone.model))
         return features
 
-    return fit(
-        model,
-        config,
-        spec.rows,
-        spec.objective,
-        spec.output.checkpoints,
-        tokenizer=backbone.tokenizer_hash,
-        loggers=loggers,
-        callbacks=[recorder],
-        prepare=prepare,
-    )
+    checkpoints, tokenizer = spec.output.checkpoints, backbone.tokenizer_hash
+    return fit(model, config, rows, spec.objective, checkpoints, tokenizer, loggers, [recorder], prepare)
 
 
 def _store(spec: StageSpec, manifest: Manifest, overwrite: bool) -> Path:
@@ -184,9 +155,6 @@ def _log_findings(fitted: Fit) -> None:
     for name, decision in fitted.decisions.items():
         for key, value in decision.items():
             log.info("%s: %s %.4f, selected on the validation split and saved", name, key, value)
-
-
-# --- the manifest and the result --------------------------------------------------------------------
 
 
 def _result_of(spec: StageSpec, fitted: Fit) -> dict[str, Any]:
@@ -221,11 +189,10 @@ def _manifest_of(spec: StageSpec, fitted: Fit, result: dict[str, Any], origin: d
         decision = fitted.decisions.get(str(task.name))
         heads.append(head.shape | ({"decision": decision} if decision else {}))
     multitask = {
-        str(task.name): {"task": values, "head": head}
-        for task, values, head in zip(tasks, described, heads, strict=True)
+        str(values["name"]): {"task": values, "head": head} for values, head in zip(described, heads, strict=True)
     }
     train = {split_name(tasks, encoded.task, "train"): encoded for encoded in spec.rows.training}
-    splits = {**train, **spec.rows.validation}
+    splits = train | spec.rows.validation
     return Manifest.of(
         kind=output.kind,
         name=output.name,

@@ -24,16 +24,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TaskRows:
-    """
-    Attributes:
-        training: the training split of each task.
-        validation: validation splits by name; with multiple tasks, names start with the task: `cb/validation`.
-        labels: label format of each task, by task name, see `load_splits`.
-    """
-
-    training: list[EncodedRows]
-    validation: dict[str, EncodedRows]
-    labels: dict[str, str] = field(default_factory=dict)
+    training: list[EncodedRows]  # of each task
+    validation: dict[str, EncodedRows]  # by split name; with multiple tasks, it starts with the task: `cb/validation`
+    labels: dict[str, str] = field(default_factory=dict)  # label format by task name, see `load_splits`
 
 
 def load_task_rows(tasks: Sequence[TaskConfig], data: DataConfig, loss: LossConfig, backbone: Backbone) -> TaskRows:

@@ -18,9 +18,9 @@ import pytest
 
 from fusion.config.data import DataConfig
 from fusion.config.task import TaskConfig
-from fusion.data.files import file_format, split_files
 from fusion.data.rows import load_rows
 from fusion.data.splits import check_source
+from fusion.data.tables import file_format, split_files
 from fusion.errors import UserError
 
 ROWS = [{"text": f"row {number}", "label": number % 2} for number in range(10)]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fusion.data.states import cached_states
+from fusion.data.cache import cached_states
 
 SHAPE = (6, 4)
 BYTES = 6 * 4 * 4
