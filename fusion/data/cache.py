@@ -133,52 +133,44 @@ def cached_states(
     """
     path = path.with_name(path.name + _SUFFIX)
     path.parent.mkdir(parents=True, exist_ok=True)
+    size = shape[0] * shape[1] * np.dtype(dtype).itemsize
+
+    def read() -> NDArray[Any] | None:
+        if not path.is_file():
+            return None
+        reason = "size or checksum mismatch"
+        try:
+            if path.stat().st_size == size + 4:
+                states = np.memmap(path, dtype, mode="r", shape=shape)
+                with path.open("rb") as file:
+                    file.seek(size)
+                    if int.from_bytes(file.read(), "little") == _checksum(states, path.name):
+                        return states
+        except OSError as error:
+            reason = str(error)
+        discard(path, reason)
+        return None
 
     def write() -> NDArray[Any]:
-        _make_room(path.parent, _size(shape, dtype), limit)
-        _write_states(path, shape, dtype, build)
+        _make_room(path.parent, size, limit)
+        with atomic_path(path) as partial:
+            with partial.open("wb") as file:
+                if hasattr(os, "posix_fallocate"):  # raises now if the disk is full, instead of crashing while writing
+                    os.posix_fallocate(file.fileno(), 0, size)
+                file.truncate(size)
+            states = np.memmap(partial, dtype, mode="r+", shape=shape)
+            build(states)
+            states.flush()
+            with partial.open("ab") as file:
+                file.write(_checksum(states, path.name).to_bytes(4, "little"))
+                file.flush()
+                os.fsync(file.fileno())
         return np.memmap(path, dtype, mode="r", shape=shape)
 
-    states = read_or_build(path, lambda: _read_states(path, shape, dtype), write)
+    states = read_or_build(path, read, write)
     with contextlib.suppress(OSError):  # files of other users can be read but not touched
         os.utime(path)
     return states
-
-
-def _size(shape: tuple[int, int], dtype: str) -> int:
-    return shape[0] * shape[1] * np.dtype(dtype).itemsize
-
-
-def _read_states(path: Path, shape: tuple[int, int], dtype: str) -> NDArray[Any] | None:
-    if not path.is_file():
-        return None
-    reason = "size or checksum mismatch"
-    try:
-        if path.stat().st_size == _size(shape, dtype) + 4:
-            states = np.memmap(path, dtype, mode="r", shape=shape)
-            with path.open("rb") as file:
-                file.seek(-4, os.SEEK_END)
-                if int.from_bytes(file.read(4), "little") == _checksum(states, path.name):
-                    return states
-    except OSError as error:
-        reason = str(error)
-    discard(path, reason)
-    return None
-
-
-def _write_states(path: Path, shape: tuple[int, int], dtype: str, build: Callable[[NDArray[Any]], None]) -> None:
-    with atomic_path(path) as partial:
-        with partial.open("wb") as file:
-            if hasattr(os, "posix_fallocate"):  # raises now if the disk is full, instead of crashing while writing
-                os.posix_fallocate(file.fileno(), 0, _size(shape, dtype))
-            file.truncate(_size(shape, dtype))
-        states = np.memmap(partial, dtype, mode="r+", shape=shape)
-        build(states)
-        states.flush()
-        with partial.open("ab") as file:
-            file.write(_checksum(states, path.name).to_bytes(4, "little"))
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def _checksum(states: NDArray[Any], name: str) -> int:

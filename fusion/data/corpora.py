@@ -91,8 +91,6 @@ def _archive() -> bytes:
     return content
 
 
-# --- download ---------------------------------------------------------------------------------------
-
 # To download a source archive, pip runs its setup.py for the metadata (and installs setuptools for that). This module
 # replaces setuptools and writes the metadata, so that no code of the archive is run.
 _SETUPTOOLS = f"""

@@ -33,29 +33,9 @@ log = logging.getLogger(__name__)
 
 
 class EncodedRows:
-    """A split as token ids, in flat arrays.
-
-    Attributes:
-        lengths: (n,) number of tokens of each example's longest sequence.
-        labels: (n,) int64 or float32, or (n, longest) int64 for labels that are lists, padded with `PADDING`; `None`
-            without labels.
-        choice_counts: (n,) number of sequences of each example (choices or windows), or `None` if one each.
-        word_counts: (n,) number of words of each example, or `None` for plain texts.
-        fingerprint: fingerprint of the `Rows`.
-        key: hex digits that identify the token ids.
-        states: (all tokens, width) cached frozen features, see `fusion.model.feature_cache`, or `None`.
-        task: index of the task in a multi-task model.
-        class_weights: (labels,) float64, weight of each label in the training loss, or `None` if all are equal.
-        loss_weights: (n,) float64, weight of each example in the mean training loss, or `None` if all are equal.
-    """
+    """A split of n examples as token ids, in flat arrays (those of `_tokenize`)."""
 
     def __init__(self, arrays: Arrays, rows: Rows, pad_token_id: int, pad_left: bool = False, key: str = "") -> None:
-        """
-        Args:
-            arrays: `input_ids` (all tokens,), the concatenated sequences; `ends` (sequences,), the end of each sequence;
-                `token_type_ids` (all tokens,) if the tokenizer has them; for examples of words `word_tokens`
-                (all words,), each word's first token, and `windows` (n,), the number of sequences of each example.
-        """
         self._input_ids = arrays["input_ids"]
         self._ends = arrays["ends"]
         self._starts = np.concatenate([np.zeros(1, np.int64), self._ends[:-1]])
@@ -66,17 +46,19 @@ class EncodedRows:
         counts = _counts(rows.choices)
         if (windows := arrays.get("windows")) is not None and windows.max() > 1:
             counts = windows
-        self.choice_counts = counts
-        self.word_counts = _counts(rows.words)
+        self.choice_counts = counts  # (n,) number of sequences of each example (choices or windows), `None` if one each
+        self.word_counts = _counts(rows.words)  # (n,) number of words of each example, `None` for plain texts
         self._word_ends = np.cumsum([] if self.word_counts is None else self.word_counts)
         self._first = np.arange(len(rows)) if counts is None else np.cumsum(counts) - counts
         lengths = self._ends - self._starts
+        # (n,) number of tokens of each example's longest sequence
         self.lengths: NDArray[np.int64] = lengths if counts is None else np.maximum.reduceat(lengths, self._first)
         self.labels = None if rows.labels is None else label_array(rows.labels)
         self.fingerprint = rows.fingerprint
-        self.key = key
-        self.states: NDArray[np.floating] | None = None
-        self.task = 0
+        self.key = key  # hex digits that identify the token ids
+        self.states: NDArray[np.floating] | None = None  # (all tokens, width) features of `fusion.model.feature_cache`
+        self.task = 0  # index of the task in a multi-task model
+        # Weights in the training loss, float64: (labels,) of each label and (n,) of each example; `None` if all are equal.
         self.class_weights: NDArray[np.float64] | None = None
         self.loss_weights: NDArray[np.float64] | None = None
 
@@ -186,7 +168,7 @@ def _ranges(starts: NDArray[np.intp], counts: NDArray[np.int64]) -> NDArray[np.i
 
 
 def label_array(labels: Sequence[Any]) -> NDArray[Any]:
-    """Convert labels to (n,) float32 for values, (n,) int64 for ids, (n, longest) int64 for lists of ids."""
+    """Convert labels to (n,) float32 for values, (n,) int64 for ids, (n, longest) int64 for lists, with `PADDING`."""
     if any(isinstance(label, list) for label in labels):
         longest = max(map(len, labels))
         return np.array([[*label, *[PADDING] * (longest - len(label))] for label in labels], np.int64)
@@ -200,11 +182,8 @@ def encode(
     """Tokenize all examples; pairs are truncated with the strategy `longest_first`.
 
     An example with choices becomes one pair per choice: its text columns, joined by a space, and the choice. A long
-    example of words is split into windows, see `data.alignment`.
-
-    Args:
-        max_length: maximum number of tokens per sequence, including special tokens.
-        cache_dir: folder of cached token ids. If `None`, the user's cache.
+    example of words is split into windows, see `data.alignment`. `max_length` includes special tokens; `cache_dir` is
+    the folder of cached token ids, by default in the user's cache.
     """
     check_length(tokenizer, max_length)
     folder = user_cache() / "tokens" if cache_dir is None else Path(cache_dir).expanduser()
@@ -247,7 +226,12 @@ def _cache_key(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) 
 
 
 def _tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Arrays:
-    """Return the arrays of `EncodedRows`. Uses all cores unless TOKENIZERS_PARALLELISM=false."""
+    """Tokenize all examples, on all cores unless TOKENIZERS_PARALLELISM=false.
+
+    Returns `input_ids` (all tokens,), the concatenated sequences; `ends` (sequences,), the end of each sequence;
+    `token_type_ids` (all tokens,) if the tokenizer has them; for examples of words `word_tokens` (all words,), each
+    word's first token, and `windows` (n,), the number of sequences of each example.
+    """
     texts: Sequence[str | tuple[str, ...]] = rows.texts
     if rows.choices is not None:
         texts = [

@@ -42,11 +42,8 @@ def record_table(records: Iterable[dict[str, Any]], where: str, lines: list[int]
 def read_delimited(path: Path, content: bytes, tabs: bool, quoting: str | None) -> Table:
     """Read CSV with RFC 4180 quotes, or TSV without quotes, since GLUE's are unbalanced. All values are strings.
 
-    Args:
-        quoting: `csv` parses quotes, `none` treats them as literal characters. If `None`, as above.
-
-    Raises:
-        UserError: if the text is not UTF-8, a quote is not closed, or a row has too few or too many fields.
+    With `quoting`, `csv` parses quotes, and `none` treats them as literal characters. Raises UserError if the text is
+    not UTF-8, a quote is not closed, or a row has too few or too many fields.
     """
     quoted = not tabs if quoting is None else quoting == "csv"
     text, delimiter = read_text(path, content), "\t" if tabs else ","
@@ -70,22 +67,13 @@ def read_delimited(path: Path, content: bytes, tabs: bool, quoting: str | None) 
             )
     if looks_quoted and quoting is None:
         log.warning(
-            "%s: %d fields start and end with a quotation mark, which is read literally; set data.quoting=csv to "
-            "parse quotes, or data.quoting=none to silence this warning",
-            path,
-            fields,
+            f"{path}: {fields} fields start and end with a quotation mark, which is read literally; set "
+            "data.quoting=csv to parse quotes, or data.quoting=none to silence this warning"
         )
     if duplicates := repeated(names):
         raise UserError(f"{path}: duplicate column {listed(duplicates)}; expected each name once")
-    places = {name: place for place, name in enumerate(names)}
-    return Table(
-        where=str(path),
-        columns=tuple(names),
-        rows=len(rows),
-        read=lambda name: [row[places[name]] for row in rows],
-        row_name=counted,
-        typed=False,
-    )
+    table = record_table([dict(zip(names, row, strict=True)) for row in rows], str(path))
+    return replace(table, columns=tuple(names), typed=False)
 
 
 def _quoted_fields(text: str, delimiter: str, strict: bool) -> tuple[int, int | None]:
@@ -112,11 +100,7 @@ def read_json(path: Path, content: bytes) -> Table:
 
 
 def read_jsonl(path: Path, content: bytes) -> Table:
-    """Read one object per line; empty lines are skipped.
-
-    Raises:
-        UserError: if a line is not UTF-8, not valid JSON, not an object, or has a duplicate key.
-    """
+    """Read one object per line; empty lines are skipped. Raises UserError for other lines, and duplicate keys."""
     records = {}
     for number, line in enumerate(read_text(path, content).split("\n"), start=1):
         if line.strip(" \t\r\v\f"):
@@ -154,9 +138,7 @@ def read_conll(path: Path, content: bytes) -> Table:
     sentence. In a file with tabs, a line that starts with "# " and has no tab is a comment, as in CoNLL-U; it does not
     end a sentence. A file with spaces has no comments, since "#" is a token there.
 
-    Raises:
-        UserError: if the text is not UTF-8, there is no token, or a line has an empty field or a different number of
-            fields than the first line.
+    Raises UserError if the text is not UTF-8, has no token, or a line's fields differ in number or are empty.
     """
     # Not `splitlines`, which also splits at characters that may be part of a token.
     text = read_text(path, content).replace("\r\n", "\n").replace("\r", "\n")

@@ -21,9 +21,6 @@ class PlannedBatches(Dataset[Batch]):
     def __init__(self, encoded: Sequence[EncodedRows]) -> None:
         self.encoded = encoded
 
-    def __len__(self) -> int:
-        return sum(len(rows) for rows in self.encoded)
-
     def __getitem__(self, plan: Plan) -> Batch:
         return self.encoded[plan.task].batch(plan.rows, plan.weights, plan.global_indices)
 

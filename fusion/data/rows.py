@@ -139,9 +139,6 @@ def _rows(
     return Rows(texts, choices, labels, ignored, hashlib.sha256(content).hexdigest(), label_format, words)
 
 
-# --- columns ----------------------------------------------------------------------------------------
-
-
 def label_column(task: TaskConfig, table: Table, required: bool) -> Column | None:
     """Return the label column, or `None` if it is missing. Raises UserError if it is required."""
     path, values = _column(task, table, task.label, required)

@@ -57,8 +57,7 @@ class Place(NamedTuple):
 def evaluation_splits(task: TaskConfig, split: str, data: DataConfig) -> list[str]:
     """Return the names on the Hub that `split` refers to (two for MNLI validation), or those in the local folder.
 
-    `split` is train, validation, test, or the name of a split on the Hub. Raises UserError if it does not exist there;
-    for a local folder, `locate` does.
+    `split` is train, validation, test, or a name on the Hub. Raises UserError if it does not exist on the Hub.
     """
     if _holdout(task, data, split) is not None:
         return [split]
@@ -69,7 +68,6 @@ def evaluation_splits(task: TaskConfig, split: str, data: DataConfig) -> list[st
 
 
 def _on_hub(task: TaskConfig, split: str) -> list[str]:
-    """Return the names on the Hub that `split` refers to. Raises UserError if there are none."""
     if names := _published(task, split):
         return names
     known = ", ".join(
@@ -120,20 +118,19 @@ def _holdout(task: TaskConfig, data: DataConfig, split: str) -> Holdout | None:
 
 def drawn_from_train(task: TaskConfig, data: DataConfig, split: str) -> bool:
     """Return whether a split is sampled from the same examples as the training split."""
-    place = locate(task, data, split)
-    is_share = place.held_out is not None or not place.part.is_whole
+    places = [locate(task, data, name) for name in evaluation_splits(task, split, data)]
+    is_share = any(place.held_out is not None or not place.part.is_whole for place in places)
     return is_share and family(task, split) not in ("train", None)
 
 
-def check_held_out_splits(tasks: Iterable[TaskConfig], data: DataConfig) -> None:
+def check_held_out_splits(tasks: Sequence[TaskConfig], data: DataConfig) -> None:
     """Raise UserError if all tasks of a run have the split of `data.split`, or a task cannot be stratified."""
-    every = list(tasks)
     for split in HELD_OUT:
         if (fraction := getattr(data.split, split)) is None:
             continue
-        without = [task for task in every if not _has_split(task, data, split)]
+        without = [task for task in tasks if not _has_split(task, data, split)]
         if not without:
-            names = ", ".join(str(task.name) for task in every)
+            names = ", ".join(str(task.name) for task in tasks)
             raise UserError(f"data.split.{split}={fraction:g}: {names} already has a {split} split; leave it out")
         if data.split.stratify and (wrong := [task for task in without if not kind_of(task).has_classes]):
             raise UserError(
@@ -171,9 +168,8 @@ def _is_local(task: TaskConfig, data: DataConfig) -> bool:
 
 
 def _hint(split: str) -> str:
-    if split not in HELD_OUT:
-        return ""
-    return f"for training, set data.split.{split}=0.1 to hold out a tenth of the training examples"
+    text = f"for training, set data.split.{split}=0.1 to hold out a tenth of the training examples"
+    return text if split in HELD_OUT else ""
 
 
 def _has_split(task: TaskConfig, data: DataConfig, split: str) -> bool:
@@ -246,9 +242,6 @@ def _files(task: TaskConfig, data: DataConfig) -> dict[str, SplitFiles]:
             f"Expected {folder}/SPLIT.parquet (jsonl, json, csv, tsv)"
         )
     return split_files(folder)
-
-
-# --- sampling -----------------------------------------------------------------------------------------
 
 
 def limited_rows(count: int, limit: int) -> list[int]:

@@ -13,7 +13,7 @@ import logging
 import lzma
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -95,38 +95,29 @@ def split_files(folder: Path) -> dict[str, SplitFiles]:
 
     Raises UserError if a split has multiple files that are not its shards.
     """
-    saved = [SplitFiles(path.name, (path,)) for path in sorted(folder.iterdir()) if (path / _STATE).is_file()]
-    found: dict[str, SplitFiles] = {}
-    for files in [*saved, *_single_files_and_shards(folder)]:
-        if files.split in found:
-            raise UserError(f"both {found[files.split]} and {files} exist: keep one of them")
-        found[files.split] = files
-    return dict(sorted(found.items()))
-
-
-def _single_files_and_shards(folder: Path) -> Iterator[SplitFiles]:
-    shards: dict[tuple[str, Path, str, int], list[Path]] = {}
     inner = folder / "data"
+    saved = [path for path in sorted(folder.iterdir()) if (path / _STATE).is_file()]
+    groups: dict[tuple[str, object, int | None], list[Path]] = {(path.name, path, None): [path] for path in saved}
     for place in [folder, inner] if inner.is_dir() and not (inner / _STATE).is_file() else [folder]:
         for path in sorted(place.iterdir()):
             name = _NAME.fullmatch(path.name)
             if name is None or path.name in _METADATA or path.name.startswith(".") or not path.is_file():
                 continue
-            if name["shard"] is None:
-                yield SplitFiles(name["split"], (path,))
-            else:
-                key = name["split"], place, name["format"].lower(), int(name["shards"])
-                shards.setdefault(key, []).append(path)
-    for (split, _, _, total), paths in shards.items():
-        yield SplitFiles(split, tuple(sorted(paths, key=_shard_number)), total)
+            shards = None if name["shards"] is None else int(name["shards"])
+            key = name["split"], path if shards is None else (place, name["format"].lower()), shards
+            groups.setdefault(key, []).append(path)
+    found: dict[str, SplitFiles] = {}
+    for (split, _, shards), paths in groups.items():
+        files = SplitFiles(split, tuple(sorted(paths, key=_shard_number)), shards)
+        if split in found:
+            raise UserError(f"both {found[split]} and {files} exist: keep one of them")
+        found[split] = files
+    return dict(sorted(found.items()))
 
 
 def _shard_number(path: Path) -> int:
     found = _NAME.fullmatch(path.name)
     return int(found["shard"] or 0) if found else 0
-
-
-# --- tables -----------------------------------------------------------------------------------------
 
 
 def arrow_table(table: pyarrow.Table, where: str) -> Table:

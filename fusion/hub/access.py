@@ -94,16 +94,12 @@ def _fail_fast() -> None:
 
 
 def from_cache_or_hub(load: Callable[[bool], Loaded], what: str, fix: str, cached: bool = False) -> Loaded:
-    """Return `load(True)`, from the local cache, else `load(False)`, from the Hub.
+    """Return `load(True)`, from the local cache, else `load(False)`, from the Hub. Raises UserError if both fail.
 
     Args:
         load: callable that takes `local_files_only` and raises OSError or ValueError if files are missing.
-        what: a description of what is loaded, for the message.
-        fix: an override that works without the Hub, for the message.
+        what, fix: for the message: what is loaded, and an override that works without the Hub.
         cached: whether the files are known to be cached, so that a failure means they are damaged.
-
-    Raises:
-        UserError: if loading fails from both.
     """
     from huggingface_hub import constants
 

@@ -132,9 +132,6 @@ def finish(loggers: Sequence[Logger], exit_code: int = 0) -> None:
             log.warning(text, reason_of(error), relative(run.settings.sync_dir))
 
 
-# --- labels ---------------------------------------------------------------------------------------
-
-
 def stage_name(config: StageConfig, sources: Sequence[str] = ()) -> str:
     """Return a run name: `cb · adapter · seed 3`, or `cb ← snli+mrpc+rte · seed 3` for a fusion.
 
@@ -143,7 +140,8 @@ def stage_name(config: StageConfig, sources: Sequence[str] = ()) -> str:
     tasks = "+".join(str(task.name) for task in config.task_list)
     composition = getattr(config, "composition", None)
     if composition is not None:
-        parts = [f"{tasks} ← {_listed(sources)}"]
+        more = f"+{len(sources) - NAMES_SHOWN} more" if len(sources) > NAMES_SHOWN else ""
+        parts = [f"{tasks} ← {'+'.join(sources[:NAMES_SHOWN])}{more}"]
         parts += [] if composition.is_default else [composition.name]
     else:
         adapter = config.adapter.name  # type: ignore[attr-defined]
@@ -156,11 +154,6 @@ def stage_name(config: StageConfig, sources: Sequence[str] = ()) -> str:
     own = "" if own == usual else own.removeprefix(f"{usual}-")
     own = re.sub(rf"(^|-)seed-{config.seed}(?=-|$)", "", own).strip("-")
     return " · ".join([*parts, *([own] if own else [])])[:LENGTH]
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = "+".join(names[:NAMES_SHOWN])
-    return shown if len(names) <= NAMES_SHOWN else f"{shown}+{len(names) - NAMES_SHOWN} more"
 
 
 def columns(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,9 +178,6 @@ def best_is(metric: str) -> str | None:
     if last == "loss" or last.endswith("_loss"):
         return "min"
     return "max" if last in SCORES else None
-
-
-# --- result, attention, artifacts -----------------------------------------------------------------
 
 
 def log_result(loggers: Sequence[Logger], result: Mapping[str, Any]) -> None:

@@ -44,11 +44,7 @@ def mark(artifact: Mapping[str, Any]) -> str:
 
 
 def link(run: Any, links: Mapping[str, Any]) -> dict[str, Any]:
-    """Link the artifacts of an online run, and return the updated links.
-
-    Artifacts that are not in W&B (trained offline and not yet uploaded, or elsewhere) or whose directory was removed
-    remain unlinked.
-    """
+    """Link the artifacts of an online run, and return the updated links. Those that W&B lacks remain unlinked."""
     import wandb
 
     linked, made = list(links["drawn"]), links["made"]
@@ -123,12 +119,7 @@ def open_links(run: Path) -> dict[str, Any] | None:
 
 
 def check_connection() -> None:
-    """Check the API key and the server.
-
-    Raises:
-        UserError: if there is no API key or no connection.
-        ServerError: if the server fails or does not respond.
-    """
+    """Raise UserError without API key or connection, and ServerError if the server fails or does not respond."""
     import wandb
 
     os.environ.pop("WANDB_MODE", None)  # may be set to offline for training

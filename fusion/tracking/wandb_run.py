@@ -54,8 +54,8 @@ state = State()
 def run_id(folder: Path | None, identity: str) -> str | None:
     """Return the id of a run, which is the same when it resumes and has `identity` as its prefix.
 
-    The id is stored in `folder` with the checkpoints, which are removed when the run is done or starts over. If `folder`
-    is None, returns None, so that W&B chooses an id. An agent of a W&B sweep assigns the id itself.
+    It is stored in `folder` with the checkpoints, which are removed when the run is done or starts over. Returns None if
+    W&B chooses the id. An agent of a W&B sweep assigns it.
     """
     if os.environ.get("WANDB_SWEEP_ID") and (assigned := os.environ.get("WANDB_RUN_ID")):
         return assigned
@@ -72,11 +72,7 @@ def run_id(folder: Path | None, identity: str) -> str | None:
 
 
 def start_run(config: WandbConfig, /, **labels: Any) -> Any | None:
-    """Start a W&B run. Returns None and logs a message if W&B is disabled or cannot start.
-
-    Args:
-        labels: keyword arguments of `wandb.init`, including `dir`.
-    """
+    """Start a W&B run with `labels`, arguments of `wandb.init`. Returns None if W&B is disabled or cannot start."""
     try:
         import wandb
 

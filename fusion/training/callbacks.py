@@ -1,12 +1,16 @@
-"""Callbacks: best-epoch selection with early stopping, epoch log lines, the progress bar, out-of-memory errors."""
+"""Callbacks: best-epoch selection with early stopping, epoch lines, progress bar, out-of-memory errors, speed."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import re
+import resource
+import statistics
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +27,8 @@ from fusion.training.predictions import RowPredictions
 
 log = logging.getLogger(__name__)
 
+POWERCAP = Path("/sys/class/powercap")
+
 # Messages of allocators that raise a plain RuntimeError: torch on a CPU (Linux, Windows), CUDA libraries, oneDNN.
 _MESSAGE = re.compile(
     "can't allocate memory|not enough memory|CUDA error: out of memory|STATUS_ALLOC_FAILED|std::bad_alloc"
@@ -34,11 +40,8 @@ class Best(Callback):
     """Callback that keeps the weights and predictions of the best epoch and stops training early.
 
     Its decisions depend only on the metrics so far, so a resumed run makes the same decisions, unlike with Lightning's
-    EarlyStopping and ModelCheckpoint. Only rank 0 keeps the weights, on the CPU.
-
-    Args:
-        monitor: metric that selects the best epoch; higher is better, and the earliest epoch wins ties.
-        patience: evaluated epochs without improvement before training stops. If `None`, early stopping is disabled.
+    EarlyStopping and ModelCheckpoint. Only rank 0 keeps the weights, on the CPU. `monitor` is the metric that selects
+    the best epoch: higher is better, and the earliest epoch wins ties. With `patience=None`, it never stops early.
     """
 
     def __init__(self, monitor: str, patience: int | None) -> None:
@@ -179,3 +182,86 @@ class OutOfMemory(Callback):
 
 def _size(batch: Batch) -> str:
     return f"in a batch of {batch.rows.numel()} examples x {batch.input_ids.shape[1]} tokens"
+
+
+class EnergyMeter:
+    """Energy consumed by the CPUs since construction, for all programs, read from Linux's powercap counters (RAPL).
+
+    A counter may overflow at most once. On many machines the counters do not exist or only root can read them.
+    """
+
+    def __init__(self, folder: Path = POWERCAP) -> None:
+        # `intel-rapl:0` is a CPU package (also on AMD); `intel-rapl:0:1` is a subzone of it.
+        self._zones = [zone for zone in sorted(folder.glob("intel-rapl:*")) if zone.name.count(":") == 1]
+        self._before = self._read("energy_uj")
+
+    def joules(self) -> float | None:
+        """Return the energy in joules, or `None` if a counter cannot be read."""
+        now, maxima = self._read("energy_uj"), self._read("max_energy_range_uj")
+        if not (self._before and now and maxima):
+            return None
+        return 1e-6 * sum(n - b + m * (n < b) for b, n, m in zip(self._before, now, maxima, strict=True))
+
+    def _read(self, name: str) -> list[int]:
+        try:
+            return [int((zone / name).read_text(encoding="ascii")) for zone in self._zones]
+        except (OSError, ValueError):
+            return []
+
+
+class Speed(Callback):
+    """Callback that measures a training run from `start` on, in resumed runs plus the time before the checkpoint.
+
+    The time per step includes forward, backward and optimizer step, but not data loading.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[float] = []  # seconds
+        self._examples = self._tokens = 0
+        self._before: tuple[float, float | None] = (0.0, 0.0)  # seconds and joules up to the checkpoint
+
+    def start(self) -> None:
+        self._started, self._energy = time.monotonic(), EnergyMeter()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._step_started = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if torch.cuda.is_available():  # kernels run asynchronously
+            torch.cuda.synchronize()
+        self._steps.append(time.monotonic() - self._step_started)
+        self._examples += batch.rows.numel()
+        self._tokens += batch.input_ids.numel()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint |= {"seen": [self._examples, self._tokens], "spent": list(self._elapsed())}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self._examples, self._tokens = checkpoint["seen"]
+        self._before = checkpoint["spent"]
+
+    def _elapsed(self) -> tuple[float, float | None]:
+        (seconds, joules), used = self._before, self._energy.joules()
+        energy = None if joules is None or used is None else joules + used
+        return seconds + time.monotonic() - self._started, energy
+
+    def result(self, world_size: int) -> dict[str, float | None]:
+        """Return seconds in total (with validation) and per step (median), examples and tokens (with padding) trained
+        per second, peak memory in bytes, and the energy in joules if the machine measures it.
+        """
+        seconds, joules = self._elapsed()
+        return {
+            "seconds": seconds,
+            "seconds_per_step": statistics.median(self._steps) if self._steps else None,
+            "examples_per_second": self._examples * world_size / seconds,
+            "tokens_per_second": self._tokens * world_size / seconds,
+            "peak_memory_bytes": _peak_memory(),
+            **({} if joules is None else {"energy_joules": joules}),
+        }
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

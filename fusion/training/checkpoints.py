@@ -144,11 +144,7 @@ class Checkpoints(Callback):
 
 
 def write_checkpoint(folder: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint atomically, and keep the previous one in the same directory.
-
-    Raises:
-        OSError: if the checkpoint cannot be written; existing files are unchanged.
-    """
+    """Write a checkpoint atomically, and keep the previous one. Raises OSError; existing files are then unchanged."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_partial(folder / LAST)  # from a process that was killed
     # When the disk is full, torch.save to a file aborts the process without an OSError.

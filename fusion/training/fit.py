@@ -28,7 +28,7 @@ from fusion.store.artifacts import copy_into
 from fusion.tasks.kind import Decision
 from fusion.text import shows_progress
 from fusion.training import lightning_internals as internals
-from fusion.training.callbacks import Best, EpochLine, OutOfMemory, ProgressBar, best_epoch
+from fusion.training.callbacks import Best, EpochLine, OutOfMemory, ProgressBar, Speed, best_epoch
 from fusion.training.checkpoints import LAST, Checkpoints, Interrupts, Loaded, check_tokenizer, read_checkpoint
 from fusion.training.expected_warnings import ignore_expected_warnings
 from fusion.training.guard import Guard
@@ -36,7 +36,6 @@ from fusion.training.losses import divergence
 from fusion.training.module import Objective, TaskModule
 from fusion.training.predictions import RowPredictions, main_metric
 from fusion.training.records import FirstOfEpoch
-from fusion.training.speed import Speed
 from fusion.training.task_rows import TaskRows
 
 log = logging.getLogger(__name__)
@@ -214,9 +213,6 @@ def use_deterministic_algorithms(deterministic: bool | str | None) -> None:
 
     Lightning applies it when the Trainer is created, which is too late: a probe and the feature cache run earlier, and
     cuBLAS reads its environment variable only once. On a CPU this has no effect.
-
-    Args:
-        deterministic: if true, nondeterministic operations raise an error; if "warn", they log a warning.
     """
     if deterministic:
         os.environ.setdefault(CUBLAS, ":4096:8")

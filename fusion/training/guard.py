@@ -1,8 +1,7 @@
 """The guard callback: only parameters that the model declares trainable are trained, and no other tensor changes.
 
 All frozen tensors are hashed before and after training. In between, cheaper checksums are compared at the end of each
-epoch, before each validation and whenever a checkpoint is written: a run with changed tensors is neither evaluated nor
-resumed.
+epoch, before each validation and whenever a checkpoint is written.
 """
 
 from __future__ import annotations
@@ -142,11 +141,9 @@ class Guard(Callback):
         """Compare every process with process 0, in all processes, so that all of them raise the same error."""
         shapes = {name: str(tuple(parameter.shape)) for name, parameter in self._model.trainable().items()}
         every = gathered((self._hashes, shapes))
-        for rank, (hashes, trained) in enumerate(every):
-            for what, own, first in (
-                ("has different frozen tensors", hashes, every[0][0]),
-                ("would train different parameters", trained, every[0][1]),
-            ):
+        faults = "has different frozen tensors", "would train different parameters"
+        for rank, of_rank in enumerate(every):
+            for what, own, first in zip(faults, of_rank, every[0], strict=True):
                 if names := _differing(first, own):
                     raise GuardError(
                         f"process {rank} {what} than process 0: {_listed(names)}; no artifact was saved\n"

@@ -1,7 +1,4 @@
-"""All uses of Lightning's private API in training, each with its reason.
-
-Check this file when upgrading Lightning; tests/test_resume.py covers most of it.
-"""
+"""All uses of Lightning's private API in training, each with its reason; tests/test_resume.py covers most of them."""
 
 from __future__ import annotations
 
@@ -67,18 +64,12 @@ def position_of(content: dict[str, Any]) -> dict[str, int]:
     loops = content["loops"]["fit_loop"]
     epochs, batches = loops["epoch_progress"]["current"], loops["epoch_loop.batch_progress"]["current"]
     between_epochs = epochs["processed"] == epochs["started"]
-    return {
-        "epoch": epochs["processed"],
-        "batch": 0 if between_epochs else batches["processed"],
-        "steps": content["global_step"],
-    }
+    batch = 0 if between_epochs else batches["processed"]
+    return {"epoch": epochs["processed"], "batch": batch, "steps": content["global_step"]}
 
 
 def restart_validation(content: dict[str, Any]) -> None:
-    """Change a checkpoint written during a validation so that the validation restarts from its first batch.
-
-    Lightning would resume it after the completed batches, whose predictions are lost.
-    """
+    """Let the validation of a checkpoint start over, since the predictions of its completed batches are lost."""
     progress = content["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
     done = progress["total"]["completed"] - progress["current"]["completed"]
     progress["total"] = {"ready": done + 1, "started": done + 1, "processed": done, "completed": done}

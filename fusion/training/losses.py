@@ -19,10 +19,10 @@ _DIVERGED = 3.0  # factor in `divergence`
 
 
 class Losses:
-    """Losses since the last check: the scalar loss, step, example indices and split of each training batch."""
+    """The training losses since the last check."""
 
     def __init__(self) -> None:
-        self._seen: list[tuple[Tensor, int, Tensor, str]] = []
+        self._seen: list[tuple[Tensor, int, Tensor, str]] = []  # scalar loss, step, example indices, split
 
     def add(self, loss: Tensor, step: int, rows: Tensor, split: str) -> None:
         self._seen.append((loss, step, rows, split))
@@ -32,11 +32,7 @@ class Losses:
         return bool(self._seen) and not bool(torch.stack([loss for loss, *_ in self._seen]).isfinite().all())
 
     def check(self, distributed: bool) -> None:
-        """Check all losses since the last call. Collective: must be called on all ranks.
-
-        Raises:
-            LossNotFinite: if a loss is NaN or infinite.
-        """
+        """Raise LossNotFinite if a loss since the last call is NaN or infinite. Collective: called on all ranks."""
         seen, self._seen = self._seen, []
         values = torch.stack([loss for loss, *_ in seen]) if seen else torch.zeros(0)
         bad = [seen[n] for n in (~values.isfinite()).nonzero().flatten().tolist()]
@@ -54,11 +50,7 @@ class Losses:
 
 
 class EpochLoss:
-    """Mean of the total loss and of the task loss over an epoch, summed in double precision.
-
-    Checkpoints contain the sums of single-process runs only. A DDP run that resumes within an epoch averages over the
-    batches since it resumed.
-    """
+    """Mean total loss and task loss of an epoch; of its batches since the resume if a DDP run resumed within it."""
 
     def __init__(self) -> None:
         self._first: Tensor | float | None = None  # task loss of the run's first batch
@@ -70,11 +62,7 @@ class EpochLoss:
         self._weight = 0.0
 
     def add(self, total: Tensor, task: Tensor, weight: float) -> None:
-        """
-        Args:
-            total, task: scalar losses of a batch: this process's contribution to the mean over all processes.
-            weight: number of examples of the batch in all processes, or the sum of their class weights.
-        """
+        """Add a batch: this process's shares of the mean losses (scalars), and the weight of all processes' examples."""
         parts = torch.stack([total, task]).detach().to(_wide(total.device))
         if self._first is None:
             self._first = parts[1]
@@ -89,10 +77,7 @@ class EpochLoss:
         return sum(totals) / len(totals) / self._weight
 
     def figures(self) -> tuple[float, float] | None:
-        """Return the task loss of the run's first batch and its mean over the last epoch, or `None` without batches.
-
-        Collective: must be called on all ranks.
-        """
+        """Return the task loss of the run's first batch and its mean over the last epoch. Collective."""
         own = None
         if self._weight and self._first is not None:
             own = float(self._first), float(self._sums[1]) / self._weight
@@ -103,15 +88,11 @@ class EpochLoss:
         return sum(firsts) / len(firsts), sum(lasts) / len(lasts)
 
     def state(self, processes: int) -> dict[str, Any]:
-        """Return the state to store in a checkpoint."""
-        return {
-            "first": None if self._first is None else float(self._first),
-            "sums": self._sums.tolist() if self._weight and processes == 1 else None,
-            "weight": self._weight,
-        }
+        first = None if self._first is None else float(self._first)
+        sums = self._sums.tolist() if self._weight and processes == 1 else None
+        return {"first": first, "sums": sums, "weight": self._weight}
 
     def resume(self, state: dict[str, Any], processes: int, device: torch.device) -> None:
-        """Continue from `state()`."""
         self._first = state["first"]
         if state["sums"] is not None and processes == 1:
             self._sums = torch.tensor(state["sums"], dtype=_wide(device), device=device)

@@ -1,7 +1,4 @@
-"""Predictions per example, stored in outcomes.json so that runs can be compared, and the metrics of a split.
-
-Shapes: B examples, K outputs.
-"""
+"""Predictions per example, stored in outcomes.json so that runs can be compared, and the metrics of a split."""
 
 from __future__ import annotations
 
@@ -66,12 +63,7 @@ def write_predictions(directory: Path, splits: Mapping[str, dict[str, Any]]) -> 
 
 
 def score(task: TaskConfig, scores: Tensor, labels: NDArray[Any] | None) -> dict[str, float]:
-    """Return all metrics of the task, with the decision parameters selected on these examples (`Kind.decision`).
-
-    Args:
-        scores: logits (B, K).
-        labels: (B,) or (B, ...).
-    """
+    """Return all metrics of logits (B, K) and labels (B, ...), with the decision parameters selected on them."""
     assert labels is not None
     kind = kind_of(task)
     outputs, plain = kind.outputs(scores), kind.plain_labels(labels)

@@ -53,11 +53,7 @@ _ERRORS: dict[str, type[BaseException]] = {
 
 
 def count(trainer: TrainerConfig) -> int:
-    """Return the number of processes that the job needs on this machine.
-
-    Raises:
-        UserError: if Lightning rejects the accelerator, strategy or devices.
-    """
+    """Return the number of processes of a job on this machine. Raises UserError if Lightning rejects the settings."""
     if trainer.devices in (1, "1") and trainer.num_nodes == 1:
         return 1  # the common case, without importing Lightning
     import pytorch_lightning as pl
@@ -99,7 +95,6 @@ def launch(program: list[str], config: dict[str, Any], run: Run, ranks: int) -> 
     Raises:
         UserError, TrainingError: if a rank raised it, or MASTER_PORT cannot be used.
         RankError: if a rank failed with a different error, was killed or could not be started.
-        KeyboardInterrupt, Terminated: if this process or rank 0 was interrupted.
     """
     port = _port()
     started: list[subprocess.Popen[bytes]] = []
@@ -165,8 +160,7 @@ def _start(
 def _wait(started: Sequence[subprocess.Popen[bytes]]) -> dict[int, float]:
     """Wait until all ranks have exited, or for a limited time after one has failed or rank 0 has exited.
 
-    Returns:
-        The failed ranks, each with the time at which the failure was detected.
+    Returns the failed ranks, each with the time at which the failure was detected.
     """
     failed: dict[int, float] = {}
     deadline = float("inf")
@@ -198,11 +192,7 @@ def _interrupt_rank_zero(started: Sequence[subprocess.Popen[bytes]], folder: Pat
 
 
 def _port() -> int:
-    """Return the rendezvous port: MASTER_PORT, or a free port.
-
-    Raises:
-        UserError: if MASTER_PORT is not a valid port or is already in use.
-    """
+    """Return the rendezvous port: MASTER_PORT, or a free port. Raises UserError if MASTER_PORT cannot be used."""
     given = os.environ.get("MASTER_PORT", "0")
     try:
         if os.environ.get("NODE_RANK", "0") != "0":  # rank 0 listens on a different machine
@@ -221,12 +211,10 @@ def _port() -> int:
 
 @dataclass(frozen=True)
 class RankJob:
-    """Job of a rank; `folder` contains the files that the ranks share with their launcher."""
-
     rank: int
     config: dict[str, Any]
     run: Run
-    folder: Path
+    folder: Path  # with the files that the ranks share with their launcher
 
 
 def job_of_this_rank() -> RankJob | None:
@@ -292,7 +280,6 @@ def gathered(own: T) -> list[T]:
 
 
 def _die_with(parent: int) -> None:
-    """Kill this rank when its launcher exits, even if the launcher is killed."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -35,10 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class RecordFile:
-    """JSON Lines file, created with the first line; an existing file is overwritten.
-
-    If a line cannot be written, a warning is logged and no further lines are written. Readers ignore a partial line.
-    """
+    """JSON Lines file, overwritten by the first line. If a line cannot be written, a warning is logged once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -88,10 +85,7 @@ class History(Logger):
 
 
 class FirstOfEpoch(Callback):
-    """Callback that also logs the first step of each epoch, so that runs with few batches have a loss curve.
-
-    Lightning itself logs every `log_every_n_steps` steps only.
-    """
+    """Callback that also logs the first step of each epoch, so that runs with few batches have a loss curve."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         every, step = int(cast(Any, trainer).log_every_n_steps), pl_module.logged_step
@@ -106,11 +100,7 @@ class AttentionRecorder(Callback):
     """Callback that writes attention.jsonl: source weights per slot in validation, without an additional forward pass.
 
     Under DDP, sums are reduced over all processes, so that every non-padding token counts once, and rank 0 writes.
-    Lightning's sanity check is excluded.
-
-    Args:
-        sources: source names, in the order of the weights. If empty, nothing is recorded.
-        show: called with each line.
+    Without `sources` (names, in the order of the weights), nothing is recorded. `show` is called with each line.
     """
 
     def __init__(self, sources: Sequence[str], directory: Path, show: Callable[[dict[str, Any]], None]) -> None:

@@ -144,13 +144,11 @@ def _store(spec: StageSpec, manifest: Manifest, overwrite: bool) -> Path:
 
 
 def _log_findings(fitted: Fit) -> None:
-    if fitted.diverged is not None:
+    if (diverged := fitted.diverged) is not None:
         log.warning(
-            "training diverged: the training loss of the last epoch is %.4g, above the limit of %.4g. The best epoch, "
-            "%d, was saved; lower optim.lr or increase optim.warmup",
-            fitted.diverged["train_loss"],
-            fitted.diverged["limit"],
-            fitted.best_epoch,
+            f"training diverged: the training loss of the last epoch is {diverged['train_loss']:.4g}, above the limit "
+            f"of {diverged['limit']:.4g}. The best epoch, {fitted.best_epoch}, was saved; lower optim.lr or increase "
+            "optim.warmup"
         )
     for name, decision in fitted.decisions.items():
         for key, value in decision.items():
@@ -158,7 +156,7 @@ def _log_findings(fitted: Fit) -> None:
 
 
 def _result_of(spec: StageSpec, fitted: Fit) -> dict[str, Any]:
-    """Return the content of result.json, except for values that are known only after the artifact is stored."""
+    """Return the content of result.json that is known before the artifact is stored."""
     config, model = spec.config, spec.model
     trainable = sum(parameter.numel() for parameter in model.trainable().values())
     state = model.state_dict(keep_vars=True).keys()  # non-persistent buffers are computed, not learned

@@ -30,11 +30,7 @@ class TaskRows:
 
 
 def load_task_rows(tasks: Sequence[TaskConfig], data: DataConfig, loss: LossConfig, backbone: Backbone) -> TaskRows:
-    """Read, check and tokenize the training and validation examples of all tasks.
-
-    Raises:
-        UserError: if the data is invalid.
-    """
+    """Read, check and tokenize the training and validation examples. Raises UserError if the data is invalid."""
     assert data.max_length is not None
     loaded = TaskRows([], {})
     for number, task in enumerate(tasks):
@@ -65,10 +61,7 @@ def set_class_weights(loss: LossConfig, tasks: Sequence[TaskConfig], training: S
     """Set `class_weights` and `loss_weights` of each task's training examples.
 
     `balanced` is n / (k * count) as in scikit-learn's `compute_class_weight`, for n examples, k labels and count
-    examples of the label.
-
-    Raises:
-        UserError: if `balanced` is set and a label has no training example.
+    examples of the label. Raises UserError if a label then has no training example.
     """
     for task, rows in zip(tasks, training, strict=True):
         kind = kind_of(task)

@@ -6,7 +6,7 @@ import pytest
 
 from fusion.config.data import DataConfig, SplitConfig
 from fusion.data.rows import load_rows
-from fusion.data.splits import check_source, evaluation_splits, locate
+from fusion.data.splits import check_source, drawn_from_train, evaluation_splits, locate
 from fusion.errors import UserError
 
 MNLI = {"path": "x/y", "splits": {"train": "train", "validation": ["near", "far"], "test": "test"}}
@@ -20,6 +20,7 @@ def test_two_validation_sets(task):
     assert evaluation_splits(mnli, "far", DataConfig()) == ["far"]
     assert evaluation_splits(mnli, "train", DataConfig()) == ["train"]
     assert evaluation_splits(mnli, "test", DataConfig()) == ["test"]
+    assert not drawn_from_train(mnli, DataConfig(), "validation")
 
 
 def test_a_split_that_a_task_does_not_have(task):

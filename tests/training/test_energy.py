@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion.training.speed import EnergyMeter
+from fusion.training.callbacks import EnergyMeter
 
 
 def count(folder: Path, zone: str, microjoules: int, most: int = 10_000_000) -> None:
