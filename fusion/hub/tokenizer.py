@@ -92,8 +92,7 @@ def check_length(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the sha256 of everything that determines token ids and types: equal hashes mean equal ids for any text.
 
-    Included: normalizer, pre-tokenizer, model with its vocabulary, post-processor, added tokens, truncation side, token
-    types. Not included: decoding, padding, the maximum length, and the versions and layout of the files.
+    Not included: decoding, padding, the maximum length, and the versions and layout of the files.
     """
     backend = tokenizer.backend_tokenizer
     digest = hashlib.sha256()

@@ -26,10 +26,8 @@ _CHUNK = 2**16  # integers per chunk of a checksum
 class Guard(Callback):
     """Callback that raises if undeclared tensors would be trained or have changed in any process.
 
-    It must be the first callback, so that no other callback saves weights that fail its checks.
-
-    Args:
-        checkpoints: checkpoint directory of the run, removed if a change is found only at the end of training.
+    It must be the first callback, so that no other callback saves weights that fail its checks. The run's `checkpoints`
+    directory is removed if a change is found only at the end of training.
 
     Raises:
         GuardError: if an undeclared tensor would be trained or has changed, or if processes have different tensors.

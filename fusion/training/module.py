@@ -42,13 +42,6 @@ class TaskModule(lightning.LightningModule):
     """LightningModule that trains the parameters of `model.trainable()` on one or more tasks.
 
     With multiple tasks, metric names start with the task's name, and `mean` selects the best epoch.
-
-    Args:
-        tasks: the tasks, in the order of `Batch.task`.
-        splits: the task of each validation split, in the order of the validation loaders.
-        features: dtype of the cached frozen features in the batches, or `None` without a feature cache.
-        seed: seed of dropout and of robust AdapterDrop.
-        class_weights: label weights in the training loss of each task, or `None` for uniform weights.
     """
 
     def __init__(
@@ -64,13 +57,13 @@ class TaskModule(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.model = model
-        self.tasks = list(tasks)
+        self.tasks = list(tasks)  # in the order of `Batch.task`
         self.optim = optim
-        self.splits = dict(splits)
+        self.splits = dict(splits)  # the task of each validation split, in the order of the validation loaders
         self.objective = objective
-        self.features = features
-        self.seed = seed
-        for number, weights in enumerate(class_weights):
+        self.features = features  # dtype of the cached frozen features in the batches, `None` without a feature cache
+        self.seed = seed  # of dropout and of robust AdapterDrop
+        for number, weights in enumerate(class_weights):  # of the labels in each task's training loss; `None`: uniform
             values = None if weights is None else torch.from_numpy(weights).float()
             self.register_buffer(f"class_weights_{number}", values, persistent=False)
         self.losses_seen, self.epoch_loss = Losses(), EpochLoss()
