@@ -1,8 +1,4 @@
-"""Compare two artifacts or runs: settings, scores and costs.
-
-python -m fusion.compare rte rte-head
-python -m fusion.compare rte outputs/stage1/rte/2026-01-01_12-00-00-abc123
-"""
+"""Compare two artifacts or runs: settings, scores and costs."""
 
 from __future__ import annotations
 
@@ -16,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from fusion.cli.console import number, read_arguments, run_program, say, score, show_table
 from fusion.errors import UserError
-from fusion.files import check_reference, resolve_path
+from fusion.files import resolve_path
 from fusion.reporting.reading import read_mapping
 from fusion.runs.identity import ADDED_LATER, identity_config
+from fusion.runs.output import result_of
 from fusion.runs.run import CONFIG, RESULT, STATUS
 from fusion.store.layout import MANIFEST
 from fusion.store.lookup import find_manifest, read_folder
@@ -46,23 +43,15 @@ ABSENT = "-"
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two compared artifacts or runs.
-
-    Attributes:
-        settings: settings that affect the results.
-        facts: fields that only exist in manifests; empty without a manifest.
-        scores: metric values by `split/metric`.
-        shared: settings without seeds and names, including those of the sources.
-    """
+    """One of the two compared artifacts or runs."""
 
     name: str
     place: Path
-    settings: Mapping[str, Any]
-    facts: Mapping[str, Any]
-    scores: Mapping[str, Any]
+    settings: Mapping[str, Any]  # that affect the results
+    facts: Mapping[str, Any]  # fields that only exist in manifests; empty without a manifest
+    scores: Mapping[str, Any]  # by `split/metric`
     costs: Mapping[str, Any]
-    seed: Any
-    shared: Settings
+    shared: Settings  # without seeds and names, including those of the sources
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -78,30 +67,21 @@ def compare(words: Sequence[str]) -> int:
 
 
 def read_side(reference: str, store: Path) -> Side:
-    """Read an artifact, by name in the store or by folder, or a run folder.
-
-    Raises:
-        UserError: if it does not exist or cannot be read.
-    """
-    check_reference(reference, "artifact")
-    folder = Path(reference).expanduser()
+    """Read an artifact, by name in the store or by folder, or a run folder. Raises UserError if this fails."""
+    folder = resolve_path(reference, "artifact")
     if (folder / STATUS).is_file() and not (folder / MANIFEST).is_file():
         return _of_run(folder)
     return _of_artifact(*find_manifest(reference, store))
 
 
 def _of_artifact(place: Path, manifest: Manifest) -> Side:
-    result = dict(manifest.content["result"])
-    stored = sum(file.bytes for file in manifest.files.values())
-    result["parameters"] = _dict(result.get("parameters")) | {"stored_bytes": stored}
     return Side(
         name=manifest.name,
         place=place,
         settings=manifest.run.config,
         facts=_facts(manifest),
         scores=_flat(manifest.metrics),
-        costs=_costs(result),
-        seed=manifest.seed,
+        costs=_costs(result_of(manifest, place)),
         shared=Lookup().of_artifact(manifest, place.parent),
     )
 
@@ -116,15 +96,14 @@ def _of_run(folder: Path) -> Side:
         place=folder,
         settings=settings,
         facts={},
-        scores=_flat(_dict(result.get("metrics"))),
+        scores=_flat(result.get("metrics") or {}),
         costs={"status": status.get("status"), **_costs(result)},
-        seed=config.get("seed"),
         shared=Lookup().of_run(settings, Path(store) if isinstance(store, str) else None),
     )
     if isinstance(artifact := result.get("artifact"), str) and "stage" in result:
         with contextlib.suppress(UserError):
             made = _of_artifact(Path(artifact), read_folder(Path(artifact)))
-            if _without_inputs(made.settings) == settings:
+            if {k: v for k, v in made.settings.items() if not k.startswith(INPUTS)} == settings:
                 return replace(side, settings=made.settings, facts=made.facts, shared=made.shared)
     return side
 
@@ -146,7 +125,7 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
 
 
 def _costs(result: Mapping[str, Any]) -> dict[str, Any]:
-    parameters, speed = _dict(result.get("parameters")), _dict(result.get("speed"))
+    parameters, speed = result.get("parameters") or {}, result.get("speed") or {}
     costs = {
         "best epoch": result.get("best_epoch"),
         "epochs": result.get("epochs"),
@@ -160,16 +139,7 @@ def _costs(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flat(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{split}/{metric}": value for split, values in metrics.items() for metric, value in _dict(values).items()}
-
-
-def _without_inputs(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if not key.startswith(INPUTS)}
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    """Return `value` as a dict, or an empty dict if it is not a mapping."""
-    return dict(value) if isinstance(value, Mapping) else {}
+    return {f"{split}/{metric}": value for split, values in metrics.items() for metric, value in values.items()}
 
 
 def show(one: Side, two: Side) -> None:
@@ -200,15 +170,13 @@ def _both(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[tuple[str, Any
 
 def differing(one: Side, two: Side) -> Iterator[tuple[str, str, str]]:
     """Yield the settings and facts that differ, with both values. Facts are only compared if both have a manifest."""
-    settings, others = dict(one.settings), dict(two.settings)
-    if not (one.facts and two.facts):
-        settings, others = _without_inputs(settings), _without_inputs(others)
+    of_artifacts, absent = bool(one.facts and two.facts), object()
     # Older manifests do not contain keys that were added later; these had their defaults.
-    first, second = ({**ADDED_LATER, **side} for side in (settings, others))
+    first, second = ({**ADDED_LATER, **side.settings} for side in (one, two))
     for key in sorted({*first, *second}):
-        if (key in first, first.get(key)) != (key in second, second.get(key)):
+        if first.get(key, absent) != second.get(key, absent) and (of_artifacts or not key.startswith(INPUTS)):
             yield key, _value(first, key), _value(second, key)
-    if one.facts and two.facts:
+    if of_artifacts:
         for key, fact, other in _both(one.facts, two.facts):
             if fact != other:
                 yield key, number(fact), number(other)
@@ -217,7 +185,7 @@ def differing(one: Side, two: Side) -> Iterator[tuple[str, str, str]]:
 def seed_lines(one: Side, two: Side) -> Iterator[str]:
     """Yield a message if only the seeds differ; otherwise the differences between the sources except names and seeds."""
     if len(group([one.shared, two.shared])) == 1:
-        if one.seed != two.seed:
+        if one.settings.get("seed") != two.settings.get("seed"):
             yield "same settings with different seeds: the scores only differ because of the seed"
     elif one.shared.get("sources") and two.shared.get("sources"):
         first, second = differing_settings([one.shared, two.shared])
@@ -236,9 +204,8 @@ def _value(settings: Mapping[str, Any], key: str) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def difference(one: Any, two: Any) -> str:
-    known = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (one, two))
-    return f"{two - one:+.4f}" if known else ABSENT
+def difference(one: float | None, two: float | None) -> str:
+    return ABSENT if one is None or two is None else f"{two - one:+.4f}"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""Evaluate a stored artifact on a split of its tasks, or of a different task with the same labels.
-
-python -m fusion.evaluate artifact=rte-adapterfusion split=validation
-"""
+"""Evaluate a stored artifact on a split of its tasks, or of a different task with the same labels."""
 
 from __future__ import annotations
 
@@ -38,8 +35,7 @@ def check(config: EvaluateConfig, run: Run) -> None:
 def use_trained_data(config: EvaluateConfig, overrides: Sequence[str]) -> None:
     """Set data.dir to the data folder that the artifact was trained with, unless it is set (null reads from the Hub).
 
-    Raises:
-        UserError: if that folder does not exist.
+    Raises UserError if that folder does not exist.
     """
     if config.data.dir is not None or "data.dir" in map(key_of, overrides):
         return
@@ -100,14 +96,12 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     metrics: dict[str, dict[str, float]] = {}
     stored: dict[str, dict[str, Any]] = {}
     count, seconds, tokens = 0, 0.0, 0
+    data_of = {head.index: as_trained(manifest, config.data, head.task.name) for head in heads}
     splits = [
-        (head, data, split)
-        for head in heads
-        for data in [as_trained(manifest, config.data, head.task.name)]
-        for split in evaluation_splits(head.task, config.split, data)
+        (head, split) for head in heads for split in evaluation_splits(head.task, config.split, data_of[head.index])
     ]
-    for head, data, split in splits:
-        task, kind = head.task, kind_of(head.task)
+    for head, split in splits:
+        task, kind, data = head.task, kind_of(head.task), data_of[head.index]
         check_unseen(trained, task, data, split)
         rows = load_splits(task, data, [split], manifest.data.labels.get(str(task.name)))[0][split]
         if rows.labels is None:
@@ -115,14 +109,7 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
         encoded = encode(rows, loaded.backbone.tokenizer, loaded.max_length, config.data.cache_dir)
         encoded.task = head.index
         with rows_progress(f"{manifest.name} on {task.name} {split}", len(rows)) as advance:
-            found = predict(
-                loaded.model,
-                encoded,
-                config.data.batch_size,
-                loaded.device,
-                tokens_per_batch=config.data.tokens_per_batch,
-                advance=advance,
-            )
+            found = predict(loaded.model, encoded, config.data, loaded.device, advance=advance)
         assert encoded.labels is not None
         predictions, labels = kind.predict(kind.outputs(found.scores), head.decision), kind.plain_labels(encoded.labels)
         key = split if len(heads) == 1 else f"{task.name}/{split}"

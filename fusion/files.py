@@ -21,10 +21,10 @@ from fusion.errors import UserError
 from fusion.text import printable, shortened
 
 PARTIAL = ".partial"  # suffix of a file that is being written
-# Path settings. `~` is expanded in the config for EXPANDED; the others are part of a run's identity as typed, and are
-# expanded when they are read. REFERENCES are names or paths.
+# Settings that are paths, or names or paths. `~` is expanded in the config for EXPANDED; the others are part of a run's
+# identity as typed, and are expanded when they are read.
 EXPANDED = ("store", "data.cache_dir", "input", "output", "trainer.default_root_dir", "runs")
-KEPT, REFERENCES = ("data.dir",), ("backbone.name_or_path", "artifact")
+KEPT = ("data.dir", "backbone.name_or_path", "artifact")
 
 
 @contextlib.contextmanager
@@ -92,31 +92,27 @@ def remove_partial(path: Path) -> None:
 
 def resolve_path(text: str, key: str) -> Path:
     """Return the path given by the setting `key`, with `~` expanded. Raises UserError if it is not a valid path."""
-    problem = "" if text.strip() else "is empty"
-    path = Path(text)
     try:
-        path = path.expanduser()
-        path.stat()
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        problem = problem or str(error.strerror)
-    except (RuntimeError, ValueError) as error:  # unknown user, NUL, or invalid characters
-        problem = printable(str(error))
-    if problem:
-        raise UserError(f"{key}={shortened(text, 300)}: {problem}; expected a path, such as {key}=DIR")
+        if not text.strip():
+            raise ValueError("is empty")
+        path = Path(text).expanduser()
+        with contextlib.suppress(FileNotFoundError):
+            path.stat()
+    except (OSError, RuntimeError, ValueError) as error:  # also an unknown user, NUL, or invalid characters
+        problem = getattr(error, "strerror", None) or printable(str(error))
+        raise UserError(f"{key}={shortened(text, 300)}: {problem}; expected a path, such as {key}=DIR") from None
     return path
 
 
 def expand_paths(config: Any) -> None:
     """Check every path of a typed config and expand `~` in the settings of EXPANDED."""
-    for key in (*EXPANDED, *KEPT, *REFERENCES):
+    for key in (*EXPANDED, *KEPT):
         *groups, name = key.split(".")
         owner = functools.reduce(lambda owner, group: getattr(owner, group, None), groups, config)
         value = getattr(owner, name, None)
         texts = value if isinstance(value, list) else [value] if isinstance(value, str) else []
         for text in texts:
-            (check_reference if key in REFERENCES else resolve_path)(text, key)
+            resolve_path(text, key)
         if key in EXPANDED and texts:
             expanded = [os.path.expanduser(text) for text in texts]
             setattr(owner, name, expanded if isinstance(value, list) else expanded[0])
@@ -141,12 +137,6 @@ def unwritable(key: str, place: Path | str, error: OSError) -> UserError:
     return UserError(
         f"{key}={place}: cannot be written ({error.strerror or error}); set {key}=DIR to a different directory"
     )
-
-
-def check_reference(reference: str, key: str) -> None:
-    """Check a name or path with `resolve_path` if it is a path."""
-    if not reference.strip() or "\0" in reference or reference[0] in "./~":
-        resolve_path(reference, key)
 
 
 def check_relative(name: str) -> str | None:

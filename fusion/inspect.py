@@ -1,7 +1,4 @@
-"""Inspect a stored fusion: source attention, token-level attention and source ablation.
-
-python -m fusion.inspect artifact=rte-adapterfusion
-"""
+"""Inspect a stored fusion: source attention, token-level attention and source ablation."""
 
 from __future__ import annotations
 

@@ -20,15 +20,8 @@ LOCKS = ".locks"  # directory in a store
 def lock(path: Path, what: str, wait: float = -1.0) -> Iterator[bool]:
     """Hold the lock file `path`. Yields whether another process held it first.
 
-    A JSON file next to the lock file contains the host and process id of the holder.
-
-    Args:
-        what: description for messages, such as "films is being trained".
-        wait: seconds to wait for the lock. If -1, wait indefinitely.
-
-    Raises:
-        TimeoutError: if another process holds the lock for `wait` seconds.
-        OSError: if the lock file cannot be written or the file system does not support locks.
+    A JSON file next to it has the host and process id of the holder. `what` is for messages: "films is being trained".
+    Raises TimeoutError after `wait` seconds (-1: never), and OSError if the file cannot be written or locked.
     """
     from filelock import FileLock, Timeout  # not for --help: it imports asyncio
 

@@ -1,7 +1,4 @@
-"""Predict with a stored artifact for the examples of a file; writes one JSON line per example.
-
-python -m fusion.predict artifact=rte-adapterfusion input=rows.jsonl output=predictions.jsonl
-"""
+"""Predict with a stored artifact for the examples of a file; writes one JSON line per example."""
 
 from __future__ import annotations
 
@@ -72,15 +69,7 @@ def main(config: PredictConfig, run: Run) -> dict[str, Any]:
     encoded = encode(rows, loaded.backbone.tokenizer, loaded.max_length, config.data.cache_dir)
     encoded.task = head.index
     with rows_progress(f"{manifest.name} on {Path(config.input).name}", len(rows)) as advance:
-        predictions = predict(
-            loaded.model,
-            encoded,
-            config.data.batch_size,
-            loaded.device,
-            config.attention,
-            config.data.tokens_per_batch,
-            advance=advance,
-        )
+        predictions = predict(loaded.model, encoded, config.data, loaded.device, config.attention, advance=advance)
     if config.attention and not predictions.attention:
         raise UserError(f"attention=true: with drop={config.drop}, {manifest.name} has no layer with attention")
     counts = None if rows.choices is None else [len(choices) for choices in rows.choices]
@@ -104,9 +93,6 @@ def lines(
     """Yield the line of each example, see `Kind.lines`, with the mean source attention per layer if recorded.
 
     If adapters are placed at more than one site, the attention is per `layer.site`.
-
-    Args:
-        counts: number of choices of each example, or `None` for plain text.
     """
     one_site = len({slot.partition(".")[2] for slot in predictions.attention}) == 1
     for row, line in enumerate(kind_of(head.task).lines(head.task, predictions.scores, counts, head.decision)):

@@ -1,7 +1,4 @@
-"""Rank stored adapters for a target task, without training a full fusion.
-
-python -m fusion.rank +task=cb sources=all
-"""
+"""Rank stored adapters for a target task, without training a full fusion."""
 
 from __future__ import annotations
 
@@ -27,11 +24,7 @@ from fusion.store.lookup import artifacts, read_manifest
 
 
 def select_candidates(config: RankConfig) -> Candidates:
-    """Select the adapters to rank.
-
-    Raises:
-        UserError: if there are fewer than two, or they cannot be fused with each other.
-    """
+    """Select the adapters to rank. Raises UserError if there are fewer than two, or they cannot be fused."""
     assert config.task is not None
     store = Path(config.store)
     if config.sources == "all":
@@ -52,8 +45,7 @@ def select_candidates(config: RankConfig) -> Candidates:
 def check(config: RankConfig, run: Run) -> None:
     from fusion.data.splits import check_held_out_splits, check_source
 
-    if config.task is None:
-        raise UserError("no task: set the target task with +task=NAME")
+    assert config.task is not None
     check_held_out_splits([config.task], config.data)
     check_source(config.task, config.data)
     check_writable(config.store, "store")

@@ -1,13 +1,11 @@
-"""Create an HTML report of many runs: results by target and method, source attention, training curves and cost.
-
-python -m fusion.report runs=outputs
-"""
+"""Create an HTML report of many runs: results by target and method, source attention, training curves and cost."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import shlex
+from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +86,7 @@ def inspect_missing(config: ReportConfig, found: Found, targets: list[Target]) -
         log.info("inspecting %s, %d of %d (disable with inspect=false)", one.name, number, len(unseen))
         settings = InspectConfig(
             artifact=one.artifact,
-            data=config.data_with(LimitConfig(validation=config.inspect_rows, test=config.inspect_rows)),
+            data=replace(config.data, limit=LimitConfig(validation=config.inspect_rows, test=config.inspect_rows)),
             accelerator=config.accelerator,
             words=config.words,
         )

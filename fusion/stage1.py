@@ -1,8 +1,4 @@
-"""Stage 1: train one adapter on one or more source tasks, inside a frozen backbone.
-
-python -m fusion.stage1 +task=mnli
-python -m fusion.stage1 'tasks=[snli,rte,cb]' method=multitask_adapter
-"""
+"""Stage 1: train one adapter on one or more source tasks, inside a frozen backbone."""
 
 from __future__ import annotations
 
@@ -47,12 +43,8 @@ def train(config: Stage1Config, run: Run, output: RunOutput) -> dict[str, Any]:
     from fusion.training.task_rows import load_task_rows
 
     use_deterministic_algorithms(config.trainer.deterministic)
-    backbone = load_backbone(
-        config.backbone.name_or_path,
-        config.backbone.revision,
-        config.backbone.trust_remote_code,
-        config.data.max_length,
-    )
+    options = config.backbone
+    backbone = load_backbone(options.name_or_path, options.revision, options.trust_remote_code, config.data.max_length)
     earlier = initial_manifest(config, config.kind)
     for task in config.task_list:
         check_unseen([earlier], task, config.data)
@@ -60,16 +52,9 @@ def train(config: Stage1Config, run: Run, output: RunOutput) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     slot_modules = new_adapters(config.adapter, backbone) if output.kind == "adapter" else {}
     tuning = tuning_of(config.method, backbone)
-    head = new_heads(config.head, config.task_list, config.backbone.pooling, backbone)
-    model = AdaptedModel(
-        backbone,
-        slot_modules,
-        config.adapter.reads,
-        head,
-        bool(config.backbone.dropout),
-        config.backbone.gradient_checkpointing,
-        tuning,
-    )
+    head = new_heads(config.head, config.task_list, options.pooling, backbone)
+    dropout, checkpointing = bool(options.dropout), options.gradient_checkpointing
+    model = AdaptedModel(backbone, slot_modules, config.adapter.reads, head, dropout, checkpointing, tuning)
     initial = initialize_from(config, model, backbone)
     sizes = {slot: config.adapter.size_for(backbone.hidden_size) for slot in slot_modules}
     adapter = config.adapter.as_stored() | {"bottleneck_sizes": sizes} if slot_modules else None

@@ -1,8 +1,4 @@
-"""Stage 2: load frozen adapters from the store and train their composition on a target task.
-
-python -m fusion.stage2 +task=rte 'sources=[mnli,sst2,rte]'
-python -m fusion.stage2 +task=rte sources=top:3    # the top 3 of python -m fusion.rank +task=rte
-"""
+"""Stage 2: load frozen adapters from the store and train their composition on a target task."""
 
 from __future__ import annotations
 
@@ -55,12 +51,8 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, output: RunOutput) -> 
 
     assert config.task is not None
     use_deterministic_algorithms(config.trainer.deterministic)
-    backbone = load_backbone(
-        config.backbone.name_or_path,
-        config.backbone.revision,
-        config.backbone.trust_remote_code,
-        config.data.max_length,
-    )
+    options = config.backbone
+    backbone = load_backbone(options.name_or_path, options.revision, options.trust_remote_code, config.data.max_length)
     sources = load_sources(inputs.references, Path(config.store), backbone)
     for source in sources if run.rank_zero else ():
         adopt(source, Path(config.store))
@@ -72,14 +64,9 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, output: RunOutput) -> 
     torch.manual_seed(config.seed)
     slot_modules = build_composition(init.composition, sources, backbone, init.chosen)
     head = init.new_head(config, backbone)
-    model = AdaptedModel(
-        backbone,
-        slot_modules,
-        sources[0].manifest.placement["adapter.reads"],
-        head,
-        bool(config.backbone.dropout),
-        config.backbone.gradient_checkpointing,
-    )
+    reads = sources[0].manifest.placement["adapter.reads"]
+    dropout, checkpointing = bool(options.dropout), options.gradient_checkpointing
+    model = AdaptedModel(backbone, slot_modules, reads, head, dropout, checkpointing)
     init.copy_weights(model)
     initial = initialize_from(config, model, backbone)
     objective = Objective(
@@ -87,21 +74,9 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, output: RunOutput) -> 
         label_smoothing=config.loss.label_smoothing,
         robust_drop=init.composition.drop == "robust",
     )
-    return train_and_store(
-        StageSpec(
-            config=config,
-            run=run,
-            output=output,
-            model=model,
-            backbone=backbone,
-            rows=rows,
-            tag=config.composition.name,
-            parts={"composition": init.stored},
-            objective=objective,
-            sources=[source.manifest for source in sources],
-            initial=initial,
-        )
-    )
+    parts, used = {"composition": init.stored}, [source.manifest for source in sources]
+    tag = config.composition.name
+    return train_and_store(StageSpec(config, run, output, model, backbone, rows, tag, parts, objective, used, initial))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,4 @@
-"""Upload offline W&B runs and link them to their input and output artifacts.
-
-python -m fusion.sync
-python -m fusion.sync runs=outputs/stage2
-"""
+"""Upload offline W&B runs and link them to their input and output artifacts."""
 
 from __future__ import annotations
 
@@ -17,6 +13,7 @@ from fusion.cli.console import read_arguments, run_program, say
 from fusion.errors import UserError
 from fusion.files import read_json, resolve_path
 from fusion.locks import is_locked, run_lock_file
+from fusion.reporting.reading import read_mapping
 from fusion.runs.run import CONFIG, STATUS
 from fusion.tracking import offline
 from fusion.tracking.wandb_run import relative
@@ -90,13 +87,11 @@ def sync(folder: Path, seconds: float) -> int:
 
 def _alive(piece: Path) -> bool:
     """Return whether a job is still writing to its run; a partially uploaded run would be treated as complete."""
-    import yaml
-
     job = piece.parent.parent
     if read_json(job / STATUS).get("status") != "running":
         return False
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        config = yaml.safe_load((job / CONFIG).read_text(encoding="utf-8"))
+    with contextlib.suppress(UserError):
+        config = read_mapping(job / CONFIG)
         store = Path(config["store"])  # relative to the working directory of the job
         if "resume" in config and store.is_dir():
             return is_locked(run_lock_file(store, str(config["name"])))  # released when the process exits

@@ -1,8 +1,4 @@
-"""Strings for terminals, logs and shells.
-
-External strings (manifests, data values, file names, responses of the Hub) must be escaped with `printable` before
-they are printed. Values, overrides and commands in messages use Hydra's override syntax, without importing Hydra.
-"""
+"""Strings for terminals, logs and shells. External strings must be escaped with `printable` before they are printed."""
 
 from __future__ import annotations
 
@@ -28,8 +24,6 @@ _short.maxstring = _short.maxother = _short.maxlong = SHOWN
 
 def printable(text: str) -> str:
     """Escape all characters except printable ones, tabs and line feeds."""
-    if text.isprintable():
-        return text
     return "".join(
         c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape", "surrogatepass").decode() for c in text
     )

@@ -64,12 +64,13 @@ def scores_by_drop(config: DropConfig, name: str) -> list[float]:
     from fusion.training.predictions import score
 
     artifact = load(name, config.store)
-    backbone, data = load_backbone(artifact.manifest.backbone.name_or_path), DataConfig(dir=config.data_dir)
+    backbone = load_backbone(artifact.manifest.backbone.name_or_path)
+    data = DataConfig(dir=config.data_dir, batch_size=config.batch_size)
     task, _, rows = validation_rows(artifact.manifest, str(artifact.manifest.task.name), data, backbone.tokenizer)
     model, device = stored_model(artifact, config.store, backbone), device_of("auto")
     found = []
     for first_layer in range(backbone.layers + 1):
-        predictions = predict(model, rows, config.batch_size, device, first_layer=first_layer)
+        predictions = predict(model, rows, data, device, first_layer=first_layer)
         found.append(score(task, predictions.scores, rows.labels)[task.metrics[0]])
     return found
 

@@ -92,17 +92,17 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     assert encoded.labels is not None
     label_tensor, labels = torch.from_numpy(encoded.labels), kind.plain_labels(encoded.labels)
     names = [source.name for source in manifest.sources]
-    size, tokens = data.batch_size, data.tokens_per_batch
 
     def evaluate(sources: Sequence[int]) -> tuple[Tensor, Evaluation]:
         all_on = len(sources) == len(names)
         on = None if all_on else torch.tensor([n in sources for n in range(len(names))], device=device)
-        scores = predict(model, encoded, size, device, tokens_per_batch=tokens, sources_on=on).scores
+        scores = predict(model, encoded, data, device, sources_on=on).scores
         predictions = kind.predict(kind.outputs(scores), head.decision)
         loss = float(kind.mean_loss(scores.float(), label_tensor))
         return scores, Evaluation(kind.metrics(task, labels, predictions), loss, predictions)
 
-    attention = measure_attention(model, evaluation_loader(encoded, size, tokens_per_batch=tokens), device)
+    batches = evaluation_loader(encoded, data.batch_size, tokens_per_batch=data.tokens_per_batch)
+    attention = measure_attention(model, batches, device)
     scores, full = evaluate(range(len(names)))
     log.info("%s on %s %s (%d examples): %s", manifest.name, task.name, split, len(rows), full)
     ablated = ablate_each(len(names), lambda sources: evaluate(sources)[1]) if len(names) > 1 else []

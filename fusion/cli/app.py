@@ -1,7 +1,4 @@
-"""Build a Hydra command line program from a function of (config, run).
-
-Exit codes: 0 success, 2 invalid command or config, 1 failed job, 130 interrupted, 143 terminated.
-"""
+"""Build a Hydra command line program from a function of (config, run)."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import contextlib
 import functools
 import gc
 import logging
+import math
 import os
 import re
 import shlex
@@ -39,7 +37,7 @@ from fusion.files import check_writable
 from fusion.locks import run_lock
 from fusion.runs import signals
 from fusion.runs.run import Run, RunState, describe, record
-from fusion.runs.sweep import JobFailed, Sweep, objective, summarize_states
+from fusion.runs.sweep import JobFailed, Sweep, main_score, summarize_states
 from fusion.text import PROGRESS, printable, printable_output
 from fusion.tracking.wandb_run import state as wandb_state
 from fusion.training.expected_warnings import ignore_expected_warnings
@@ -61,14 +59,10 @@ def command(
     check: Callable[[Any, Run], RunState | None],
     settle: Callable[[Any, Sequence[str]], None] = lambda config, overrides: None,
 ) -> Callable[[Function], Callable[[], None]]:
-    """Decorate a function as the program of `conf/NAME.yaml` with the config dataclass `schema`.
+    """Decorate a function of (typed config, Run), which returns the content of result.json, as a program.
 
-    The function takes the typed config and the Run, and returns the content of result.json.
-
-    Args:
-        check: raises UserError, and may return the state of the run. Called for every job of a sweep before the first
-            one starts, and again for each job when it starts.
-        settle: replaces placeholders of the typed config, such as sources=all, given the overrides.
+    `check` raises UserError, and may return the state of the run; it is called for every job of a sweep before the
+    first one starts, and again for each job. `settle` replaces placeholders such as sources=all, given the overrides.
     """
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)  # in the defaults of conf/NAME.yaml
 
@@ -140,7 +134,7 @@ def _main(command: Command) -> int:
 
 
 def _job(command: Command, program: list[str], composed: DictConfig, codes: list[int]) -> Any:
-    """Run one job and return the `objective` of a training run. Records failures, so that a sweep continues."""
+    """Run one job and return the main score of a training run, which sweepers maximize. Records failures, so that a sweep continues."""
     from fusion.training import processes
 
     launch: Any = HydraConfig.get()
@@ -151,11 +145,9 @@ def _job(command: Command, program: list[str], composed: DictConfig, codes: list
         if isinstance(typed, StageConfig) and run.rank_zero:
             if lock.enter_context(run_lock(Path(typed.store), str(typed.name))):
                 state = command.check(typed, run)  # the process that held the lock may have finished it
-            texts = {"interrupted": "was interrupted: resuming", "failed": "failed before: rerunning"}
-            if state is not None and (text := texts.get(state.state)) is not None:
-                log.info("%s %s%s", typed.name, text, f" ({state.detail})" if state.detail else "")
-            elif state is not None and state.state == "new" and state.detail:
-                log.info("%s %s", typed.name, state.detail)
+            texts = {"interrupted": "was interrupted: resuming (%s)", "failed": "failed before: rerunning (%s)"}
+            if state is not None and state.detail:
+                log.info(f"%s {texts.get(state.state, '%s')}", typed.name, state.detail)
         return state
 
     def work() -> dict[str, Any]:
@@ -171,8 +163,6 @@ def _job(command: Command, program: list[str], composed: DictConfig, codes: list
             result = record(run, work, check)
     except Exception as error:
         message = str(error) if isinstance(error, UserError | TrainingError) else describe(error)
-        if _sweep is not None:
-            _sweep.errors[run.directory.absolute()] = describe(error)
         if isinstance(error, UserError):
             codes.append(_error(message, 2))
         else:
@@ -187,7 +177,9 @@ def _job(command: Command, program: list[str], composed: DictConfig, codes: list
         from fusion.cli.finished import end_of_run
 
         end_of_run(run, result)
-    return objective(typed, result) if isinstance(typed, StageConfig) and result.get("metrics") else result
+    if isinstance(typed, StageConfig) and result.get("metrics"):
+        return (main_score(result) or ("", math.nan))[1]
+    return result
 
 
 def _end_of_sweep() -> int:
@@ -265,9 +257,6 @@ def _checked_sweep(config: DictConfig, folder: Path, overrides: list[Override]) 
             first = names.setdefault((typed.store, str(typed.name)), job)
             if first is not job:
                 raise UserError(_same_name(str(typed.name), first, job, overrides))
-    for place in planned:
-        if place.exists() and not place.is_dir():
-            raise UserError(f"{place} is a file; set hydra.sweep.dir=DIR to a different directory")
     if states:
         say(summarize_states(states), flush=True)
     return Sweep.start(folder, planned)

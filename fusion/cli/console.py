@@ -102,10 +102,7 @@ def read_arguments(
 ) -> tuple[list[str], dict[str, str]]:
     """Parse the names and the KEY=VALUE words of a command line. Raises UserError for invalid words.
 
-    Args:
-        keys: allowed keys with an example value, such as DIR.
-        count: minimum and maximum number of names.
-        expected: description of the names for the message.
+    `keys` has an example for each allowed key, such as DIR; `expected` describes the names, from count[0] to count[1].
     """
     names: list[str] = []
     values: dict[str, str] = {}

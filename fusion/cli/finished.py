@@ -1,7 +1,4 @@
-"""Output printed when a command finishes: tables of results and suggested next commands.
-
-A table is a list of rows of strings with titles first; it is empty if there is nothing to show.
-"""
+"""Output printed when a command finishes: tables of results (titles first, may be empty) and next commands."""
 
 from __future__ import annotations
 
@@ -12,23 +9,21 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fusion.analysis.ranking.selection import all_adapters
 from fusion.cli.console import number, say, score, show_table
 from fusion.errors import UserError
 from fusion.runs.run import Run
-from fusion.runs.sweep import Job
+from fusion.runs.sweep import Job, main_score
 from fusion.store.listing import as_bytes
 from fusion.store.lookup import names, read_folder
 from fusion.store.settings_groups import Lookup
 from fusion.store.settings_groups import key_of as key_of_settings
 from fusion.text import is_within, key_of, override, shell_line
 
-if TYPE_CHECKING:
-    from fusion.store.manifest import Manifest
-
 Row = tuple[str, ...]
+TRAINING = ("stage1", "stage2")
 DEFAULT = "(default)"  # a job without a key that other jobs set
 NEXT = "FUSION_NEXT"  # environment variable: 0 prints no next commands
 # Keys (and all keys below them) whose overrides are passed on to the next command.
@@ -55,7 +50,7 @@ def end_of_sweep(command: str, folder: Path, jobs: Sequence[Job]) -> None:
         following += _stage2(common, [job.result for job in jobs if job.result])
     if table:
         following.append(_report(folder))
-    _show([table, settings_table(jobs) if command in ("stage1", "stage2") else []], following)
+    _show([table, settings_table(jobs) if command in TRAINING else []], following)
 
 
 def _show(tables: Sequence[Sequence[Row]], following: Sequence[str]) -> None:
@@ -73,24 +68,16 @@ def _show(tables: Sequence[Sequence[Row]], following: Sequence[str]) -> None:
 
 
 def run_table(run: Run, result: Mapping[str, Any]) -> list[Row]:
-    if run.command in ("stage1", "stage2"):
-        return trained([(str(result.get("name")), "", result)])
-    if run.command == "evaluate":
-        return evaluated([("", result)])
     if run.command == "inspect":
         return inspected(result)
     if run.command == "predict":
         cells = (result.get("name"), result.get("rows"), (result.get("speed") or {}).get("seconds"))
         return [("name", "examples", "seconds", "output"), tuple(map(number, (*cells, result.get("output"))))]
-    return []  # rank prints its own tables
+    return results_table(run.command, [(str(result.get("name")), "", result)])
 
 
 def sweep_table(command: str, jobs: Sequence[Job]) -> list[Row]:
-    if command in ("stage1", "stage2"):
-        return trained([(_name(job), _state(job), job.result) for job in jobs])
-    if command == "evaluate" and any(job.result for job in jobs):
-        return evaluated([(_state(job), job.result or {"name": _name(job)}) for job in jobs])
-    return []
+    return results_table(command, [(_name(job), _state(job), job.result) for job in jobs])
 
 
 def _name(job: Job) -> str:
@@ -103,63 +90,42 @@ def _state(job: Job) -> str:
     return {"running": "not finished", "none": "no status"}.get(job.state, job.state)
 
 
-def trained(entries: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[Row]:
-    """Return the table of training runs, given the name, state and result of each."""
-    scores = [
-        {
-            metric if split == "validation" else f"{split}/{metric}": score(value)
-            for split, metrics in (result.get("metrics") or {}).items()
-            for metric, value in metrics.items()
-        }
-        for _, _, result in entries
-    ]
-    keys = dict.fromkeys(key for of_one in scores for key in of_one)
-    if not keys:
+def results_table(command: str, entries: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[Row]:
+    """Return the table of training runs, or of evaluations with one row per split; empty for other commands.
+
+    Args:
+        entries: name, state and result of each run. The column of states is omitted if all are empty.
+    """
+    if command not in (*TRAINING, "evaluate"):
         return []
-    rows = []
-    for (name, state, result), of_one in zip(entries, scores, strict=True):
+    rows: list[tuple[dict[str, str], Mapping[str, Any], dict[str, str]]] = []  # cells before the scores, scores, others
+    for name, state, result in entries:
+        first = {"name": name, **({"state": state} if any(state for _, state, _ in entries) else {})}
+        metrics = result.get("metrics") or {"-": {}}
+        if command == "evaluate":
+            examples = {"examples": number(result.get("rows")) if len(metrics) == 1 else "-"}
+            first["name"] = str(result.get("name", name))
+            rows += [(first | {"split": split}, values, examples) for split, values in metrics.items()]
+            continue
         parameters, speed = result.get("parameters") or {}, result.get("speed") or {}
         stored = parameters.get("stored_bytes")
-        rows.append(
-            {
-                "name": name,
-                "state": state,
-                "best epoch": number(result.get("best_epoch")) + " (diverged)" * bool(result.get("diverged")),
-                **{key: of_one.get(key, "-") for key in keys},
-                "trained": number(parameters.get("trainable")),
-                "stored": "-" if stored is None else as_bytes(stored),
-                "seconds": number(speed.get("seconds")),
-            }
-        )
-    return _table(rows)
-
-
-def evaluated(entries: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Row]:
-    """Return the table of evaluations, given the state and result of each, with one row per split."""
-    splits = [(state, result, result.get("metrics") or {"-": {}}) for state, result in entries]
-    keys = dict.fromkeys(key for *_, metrics in splits for values in metrics.values() for key in values)
+        first["best epoch"] = number(result.get("best_epoch")) + " (diverged)" * bool(result.get("diverged"))
+        scores = {
+            metric if split == "validation" else f"{split}/{metric}": value
+            for split, values in metrics.items()
+            for metric, value in values.items()
+        }
+        costs = {
+            "trained": number(parameters.get("trainable")),
+            "stored": "-" if stored is None else as_bytes(stored),
+            "seconds": number(speed.get("seconds")),
+        }
+        rows.append((first, scores, costs))
+    keys = dict.fromkeys(key for _, scores, _ in rows for key in scores)
     if not keys:
         return []
-    return _table(
-        [
-            {
-                "name": str(result.get("name")),
-                "state": state,
-                "split": split,
-                **{key: score(values.get(key)) for key in keys},
-                "examples": number(result.get("rows")) if len(metrics) == 1 else "-",
-            }
-            for state, result, metrics in splits
-            for split, values in metrics.items()
-        ]
-    )
-
-
-def _table(rows: Sequence[dict[str, str]]) -> list[Row]:
-    """Build a table, without the column of states if all are empty."""
-    if not any(row["state"] for row in rows):
-        rows = [{key: cell for key, cell in row.items() if key != "state"} for row in rows]
-    return [tuple(rows[0]), *(tuple(row.values()) for row in rows)]
+    table = [first | {key: score(scores.get(key)) for key in keys} | last for first, scores, last in rows]
+    return [tuple(table[0]), *(tuple(row.values()) for row in table)]
 
 
 def inspected(result: Mapping[str, Any]) -> list[Row]:
@@ -190,11 +156,10 @@ def _interval(low: float | None, high: float | None) -> str:
 def settings_table(jobs: Sequence[Job]) -> list[Row]:
     """Return the mean main metric over seeds for each setting of a sweep; empty for fewer than two jobs.
 
-    The main metric is the first one of the first validation split, averaged over the tasks of a multi-task run. The
-    best setting is marked per task. `sd` is the sample standard deviation (n - 1). The column `seeds` is named `runs` if a
+    The best setting is marked per task, see `main_score`. `sd` is the sample standard deviation (n - 1). The column `seeds` is named `runs` if a
     seed was used more than once.
     """
-    scores = [_main_score(job.result) for job in jobs]
+    scores = [main_score(job.result) for job in jobs]
     if sum(score is not None for score in scores) < 2:
         return []
     words = [_values(job) for job in jobs]
@@ -246,25 +211,12 @@ def _groups(jobs: Sequence[Job], overrides: Sequence[Row]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _main_score(result: Mapping[str, Any]) -> tuple[str, float] | None:
-    """Return the name and value of the main metric, averaged over tasks."""
-    first: dict[str, tuple[str, Any]] = {}
-    for split, metrics in (result.get("metrics") or {}).items():
-        if metrics:
-            first.setdefault(split.rpartition("/")[0], next(iter(metrics.items())))
-    values = [value for _, value in first.values()]
-    if not values or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
-        return None
-    name = next(iter(first.values()))[0] if len(first) == 1 else "mean"
-    return name, fmean(values)
-
-
 # --- next commands --------------------------------------------------------------------------------
 
 
 def _next_commands(run: Run, result: Mapping[str, Any]) -> list[str]:
     using, name = _kept(run.overrides, FOR_USING), result.get("name")
-    if run.command in ("stage1", "stage2"):
+    if run.command in TRAINING:
         if "artifact" not in result or not isinstance(name, str):
             return []  # no artifact was saved
         evaluate = shell_line("evaluate", [override("artifact", name), *using])
@@ -285,7 +237,11 @@ def _next_commands(run: Run, result: Mapping[str, Any]) -> list[str]:
 
 def _stage2(words: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a stage-2 command for the last adapter's task if the store has adapters of other tasks."""
-    targets = [found for result in results if (found := _adapter(result)) is not None]
+    targets = []
+    for result in results:
+        with contextlib.suppress(UserError):  # no artifact
+            targets.append(read_folder(Path(str(result.get("artifact")))))
+    targets = [found for found in targets if found.kind == "adapter" and found.multitask is None]
     if not targets:
         return []
     target, store = targets[-1], Path(str(results[-1]["artifact"])).parent
@@ -306,15 +262,6 @@ def _stage2(words: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[
             kept.append(f"backbone.pooling={target.head.pooling}")
     own = ["+" + override("task", target.task.name), override("sources", list(by_task.values()))]
     return [shell_line("stage2", [*own, *_free_name(target.task.name, store), *kept])]
-
-
-def _adapter(result: Mapping[str, Any]) -> Manifest | None:
-    """Return the manifest of the saved artifact if it is a single-task adapter."""
-    try:
-        manifest = read_folder(Path(str(result.get("artifact"))))
-    except UserError:
-        return None
-    return manifest if manifest.kind == "adapter" and manifest.multitask is None else None
 
 
 def _free_name(task: str, store: Path) -> list[str]:

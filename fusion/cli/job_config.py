@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue
 
 from fusion.cli.messages import OWN_TASK, unknown_key
+from fusion.config.commands import RankConfig
 from fusion.config.methods import METHODS
 from fusion.config.stages import StageConfig
 from fusion.errors import UserError
@@ -103,7 +104,7 @@ def _set_tasks(command: Command, config: DictConfig, task: str | None) -> None:
         config.task.name = task
     elif OmegaConf.select(config, "task") is not None:
         raise UserError("expected a single task +task=NAME, or a sweep -m +task=NAME,NAME")
-    elif issubclass(command.schema, StageConfig):
+    elif issubclass(command.schema, StageConfig | RankConfig):
         method = METHODS.get(OmegaConf.select(config, "method.name"))
         if method is None or not method.multitask:
             known = sorted(GlobalHydra.instance().config_loader().get_group_options("task"))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-from fusion.config.data import DataConfig, LimitConfig, require_max_length
+from fusion.config.data import DataConfig, require_max_length
 from fusion.config.fields import MAX_SEED, Settings, checked, integer, number, require, subset
 from fusion.config.model import BackboneConfig, HeadConfig, SameBackboneConfig
 from fusion.config.stages import POOLED_RANKINGS, RANKINGS, source_names
@@ -77,9 +77,6 @@ class ReportConfig(Settings):
     @property
     def path(self) -> Path:
         return Path(self.output) if self.output is not None else self.folders[0] / "report.html"
-
-    def data_with(self, limit: LimitConfig) -> DataConfig:
-        return replace(self.data, limit=limit)
 
 
 @dataclass

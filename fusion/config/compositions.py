@@ -1,8 +1,4 @@
-"""The table of compositions, `composition=NAME`: ways to combine the frozen adapters of one slot.
-
-This module does not import torch: a builder imports its layers when it is called. Other modules do not compare
-composition names; all differences between compositions are declared here.
-"""
+"""The table of compositions, `composition=NAME`: ways to combine the frozen adapters of one slot. Imports no torch."""
 
 from __future__ import annotations
 
@@ -31,15 +27,10 @@ ONE_ADAPTER = "is a single adapter without attention weights"
 
 @dataclass(frozen=True)
 class SlotSources:
-    """The frozen adapters of one slot.
+    """The frozen adapters of one slot."""
 
-    Attributes:
-        adapters: adapters of the slot by the index of their source, in ascending order.
-        total: number of sources, including those without an adapter in this slot.
-    """
-
-    adapters: Mapping[int, BottleneckAdapter]
-    total: int
+    adapters: Mapping[int, BottleneckAdapter]  # by the index of their source, in ascending order
+    total: int  # number of sources, including those without an adapter in this slot
 
     def bank(self) -> AdapterBank:
         """Stack the adapters."""
@@ -101,34 +92,20 @@ def _continued(settings: CompositionConfig, sources: SlotSources, shared: None) 
 
 @dataclass(frozen=True)
 class Composition:
-    """One way to combine frozen adapters.
+    """One way to combine frozen adapters. Other modules do not compare names of compositions."""
 
-    Attributes:
-        build: callable `(settings, sources of a slot, result of share) -> SlotModule`. It may draw random numbers;
-            slots are built layer by layer.
-        settings: fields of `CompositionConfig` that apply, in addition to those that apply to all compositions.
-        loss_terms: names of the terms that its modules add to the loss; the setting of the same name is the weight.
-        title: the name in reports. If empty, the key in the table.
-        no_weights: why its modules report no weight per source, so `inspect` and attention=true cannot show any; the
-            predicate of a sentence about a stored fusion. Empty if they report weights.
-        share: callable `(number of sources, hidden size)` whose result all layers of a site share, or `None`.
-        starts_from_sources: whether it is initialized from its sources, so `init_from` is not allowed.
-        one_shape: whether all source adapters must have the same shape.
-        can_be_pruned: whether a stored fusion of this composition can be pruned.
-        finds: what is computed about the sources on the target's examples before the model is built, and stored in
-            the manifest under this key. `kept`: the sources that each slot of the stored fusion `composition.fusion`
-            keeps; `continued`: the source adapter whose training is continued. `None` if nothing is computed.
-    """
-
+    # Of (settings, sources of a slot, result of `share`). It may draw random numbers; slots are built layer by layer.
     build: Callable[[Any, SlotSources, Any], SlotModule]
-    settings: tuple[str, ...] = ()
-    loss_terms: tuple[str, ...] = ()
-    title: str = ""
-    no_weights: str = ""
-    share: Callable[[int, int], Any] | None = None
-    starts_from_sources: bool = False
-    one_shape: bool = False
+    settings: tuple[str, ...] = ()  # fields of `CompositionConfig` that apply, in addition to `common`
+    loss_terms: tuple[str, ...] = ()  # terms that its modules add to the loss, weighted by the setting of that name
+    title: str = ""  # in reports; if empty, the key in the table
+    no_weights: str = ""  # predicate of a sentence: why its modules report no weight per source; empty if they do
+    share: Callable[[int, int], Any] | None = None  # of (sources, hidden size); all layers of a site share the result
+    starts_from_sources: bool = False  # is initialized from its sources, so `init_from` is not allowed
+    one_shape: bool = False  # all source adapters must have the same shape
     can_be_pruned: bool = False
+    # What is computed on the target's examples before the model is built, and stored in the manifest under this key:
+    # the sources that each slot of the pruned fusion keeps, or the source adapter whose training is continued.
     finds: str | None = None
 
     @property

@@ -18,10 +18,9 @@ MAX_SEED = 2**32 - 1
 
 @dataclass
 class Settings:
-    """Base of settings classes. A subclass may add checks across its fields in `__post_init__`.
+    """Base of settings classes. Raises UserError if a field does not accept its value.
 
-    The class argument `group` is the key in a command's config, such as `optim`; empty for the config itself. Raises
-    UserError, with the override and the expected values, if a field does not accept its value.
+    The class argument `group` is the key in a command's config, such as `optim`; empty for the config itself.
     """
 
     if TYPE_CHECKING:  # Hydra would treat an annotation as a setting
@@ -56,10 +55,7 @@ def checked(default: Any, accepts: Callable[[Any], bool], expected: str) -> Any:
 
 
 def integer(default: int | None, at_least: int, at_most: int | None = None, null: str = "", hint: str = "") -> Any:
-    """Return a field for an integer.
-
-    `null` is the meaning of null (if empty, null is not allowed); `hint` is appended to the message, such as a unit.
-    """
+    """Return a field for an integer, or null if `null` has its meaning; `hint` is appended to the message (a unit)."""
     bounds = f">= {at_least}" if at_most is None else f">= {at_least} and <= {at_most}"
     return _number(default, "a whole number", lambda value: type(value) is int, bounds, null, hint)
 
@@ -122,18 +118,23 @@ def layer_drop() -> Any:
     )
 
 
-def batches(times: bool = False) -> Any:
+def batches(times: bool = False, not_zero: str = "") -> Any:
     """Return a field for a part of an epoch, as in Lightning: null (all), a fraction (float) or a batch count (int).
 
-    With `times`, strings and mappings are also accepted, which Lightning parses as a duration.
+    With `times`, strings and mappings are also accepted, which Lightning parses as a duration. `not_zero`: why not 0.
     """
 
     def accepts(value: Any) -> bool:
         if type(value) in (int, float):
-            return value >= 0 and (type(value) is int or value <= 1)
+            return value >= 0 and (type(value) is int or value <= 1) and not (not_zero and value == 0)
         return value is None or (times and isinstance(value, (str, dict)))
 
-    return checked(None, accepts, "a fraction from 0.0 to 1.0, or a whole number of batches >= 0")
+    bounds = (
+        f"above 0, or at least 1 batch: {not_zero}"
+        if not_zero
+        else "from 0.0 to 1.0, or a whole number of batches >= 0"
+    )
+    return checked(None, accepts, f"a fraction {bounds}")
 
 
 def require(condition: bool, message: str) -> None:
@@ -150,17 +151,13 @@ def default_of(setting: Field[Any]) -> Any:
 class NamedSettings(Settings):
     """A group whose name selects an entry of a table: `composition=NAME`, `method=NAME`.
 
-    The settings of all names are fields of one class, so a key has the same type and default for every name. Settings
-    that do not apply to the selected name must keep their defaults.
-
-    Class attributes:
-        table: entries by name, each with the `settings` that apply to it; the first name is the default.
-        common: settings that apply to every name.
+    The settings of all names are fields of one class. Those that do not apply to the selected name must keep their
+    defaults.
     """
 
     if TYPE_CHECKING:  # at run time, annotations would make them settings
-        table: ClassVar[Mapping[str, Any]]
-        common: ClassVar[tuple[str, ...]]
+        table: ClassVar[Mapping[str, Any]]  # each entry has `settings`; the first name is the default
+        common: ClassVar[tuple[str, ...]]  # settings that apply to every name
         name: str
 
     def __post_init__(self) -> None:
@@ -180,5 +177,4 @@ class NamedSettings(Settings):
 
     @property
     def is_default(self) -> bool:
-        """`True` if the name is the default."""
         return self.name == next(iter(self.table))

@@ -1,7 +1,4 @@
-"""The table of methods, `method=NAME`: what stage 1 trains in addition to the head.
-
-This module does not import torch: a method imports what it needs when it is called.
-"""
+"""The table of methods, `method=NAME`: what stage 1 trains in addition to the head. Imports no torch."""
 
 from __future__ import annotations
 
@@ -41,29 +38,18 @@ def _check_lora(settings: MethodConfig, weights: Mapping[str, Tensor], file: Pat
 
 @dataclass(frozen=True)
 class Method:
-    """A training method of stage 1.
+    """A training method of stage 1."""
 
-    Attributes:
-        kind: kind of the stored artifact.
-        title: name in reports.
-        settings: fields of `MethodConfig` that apply to it.
-        shaping: settings that determine names, shapes or meaning of the stored weights.
-        tune: callable `(settings, backbone) -> Tuning`; may modify the backbone in place. `None` if no backbone
-            parameter is trained.
-        check_stored: callable that raises if stored weights do not match the settings, before tensors of their size
-            are allocated. `None` if no setting determines a shape.
-        multitask: whether multiple tasks are trained jointly, `tasks=[A,B]`.
-        whole: whether the whole backbone is trained; its own dropout is then active unless `backbone.dropout` is set.
-    """
-
-    kind: str
-    title: str
-    settings: tuple[str, ...] = ()
-    shaping: tuple[str, ...] = ()
+    kind: str  # of the stored artifact
+    title: str  # in reports
+    settings: tuple[str, ...] = ()  # fields of `MethodConfig` that apply to it
+    shaping: tuple[str, ...] = ()  # settings that determine names, shapes or meaning of the stored weights
+    # Of (settings, backbone); may modify the backbone in place. None if no backbone parameter is trained.
     tune: Callable[[Any, nn.Module], Tuning] | None = None
+    # Raises if stored weights do not match the settings, before tensors of their size are allocated.
     check_stored: Callable[[Any, Mapping[str, Tensor], Path], None] | None = None
-    multitask: bool = False
-    whole: bool = False
+    multitask: bool = False  # trains multiple tasks jointly, `tasks=[A,B]`
+    whole: bool = False  # trains the whole backbone, whose dropout is then active unless `backbone.dropout` is set
 
 
 _LORA = ("rank", "alpha", "dropout", "targets")

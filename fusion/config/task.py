@@ -42,8 +42,8 @@ class TaskConfig(Task):
         check(is_text, "text", "one column name or a list of two")
         check(bool(self.label), "label", "the name of a column")
         allowed = KINDS[self.kind].metric_names
-        known = len(self.metrics) > 0 and set(self.metrics) <= set(allowed)
-        check(known, "metrics", f"one or more of {', '.join(allowed)} (kind {self.kind})")
+        self.metrics = self.metrics or [allowed[0]]
+        check(set(self.metrics) <= set(allowed), "metrics", f"one or more of {', '.join(allowed)} (kind {self.kind})")
         if self.labels is not None:
             check(
                 isinstance(self.labels, list) and all(type(name) in (str, int, float) for name in self.labels),

@@ -102,8 +102,10 @@ class TrainerConfig(Settings, group="trainer"):
         lambda value: value is None or isinstance(value, (str, dict)),
         "DAYS:HOURS:MINUTES:SECONDS such as 00:01:30:00, or {hours:1,minutes:30}",
     )
-    limit_train_batches: Any = batches()
-    limit_val_batches: Any = batches()
+    limit_train_batches: Any = batches(not_zero="nothing would be trained")
+    limit_val_batches: Any = batches(
+        not_zero="the best epoch is selected on the validation examples; limit them with data.limit.validation=N"
+    )
     limit_test_batches: Any = batches()
     limit_predict_batches: Any = batches()
     overfit_batches: Any = checked(
@@ -132,17 +134,6 @@ class TrainerConfig(Settings, group="trainer"):
     default_root_dir: Optional[str] = None
     enable_autolog_hparams: bool = False
     model_registry: Optional[str] = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key, why in (
-            ("train", "nothing would be trained"),
-            ("val", "the best epoch is selected on the validation examples; limit them with data.limit.validation=N"),
-        ):
-            require(
-                getattr(self, f"limit_{key}_batches") != 0,
-                f"trainer.limit_{key}_batches=0: expected a fraction above 0, or at least 1 batch: {why}",
-            )
 
 
 def _wandb_name(default: str | None) -> Any:

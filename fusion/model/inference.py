@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fusion.backbones.load import Backbone, load_backbone
 from fusion.config.commands import UseConfig
+from fusion.config.data import DataConfig
 from fusion.data.batches import Batch
 from fusion.data.encode import EncodedRows
 from fusion.data.loaders import evaluation_loader
@@ -92,10 +93,9 @@ def forward(model: AdaptedModel, batch: Batch, **options: Any) -> Tensor:
 def predict(
     model: AdaptedModel,
     rows: EncodedRows,
-    batch_size: int,
+    data: DataConfig,
     device: torch.device,
     attention: bool = False,
-    tokens_per_batch: int | None = None,
     first_layer: int = 0,
     sources_on: Tensor | None = None,
     advance: Callable[[int], None] | None = None,
@@ -112,7 +112,7 @@ def predict(
     indices: list[Tensor] = []
     scores: list[Tensor] = []
     weights: dict[str, list[Tensor]] = {}
-    for batch in evaluation_loader(rows, batch_size, tokens_per_batch=tokens_per_batch):
+    for batch in evaluation_loader(rows, data.batch_size, tokens_per_batch=data.tokens_per_batch):
         tokens += batch.input_ids.numel()
         batch = batch.to(device)
         recorded: dict[str, Tensor] = {}

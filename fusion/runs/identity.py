@@ -9,8 +9,10 @@ from dataclasses import fields
 from typing import Any
 
 from fusion.config.compositions import CompositionConfig
+from fusion.config.data import SplitConfig
 from fusion.config.fields import default_of
 from fusion.config.methods import MethodConfig
+from fusion.config.training import LossConfig
 from fusion.errors import UserError
 from fusion.text import flat, is_within
 
@@ -27,7 +29,7 @@ NOT_IDENTITY_TRAINER = (
 )
 
 
-def _defaults(group: Any, without: Sequence[str]) -> dict[str, Any]:
+def _defaults(group: Any, without: Sequence[str] = ()) -> dict[str, Any]:
     return {f"{group.group}.{f.name}": default_of(f) for f in fields(group) if f.name not in without}
 
 
@@ -42,13 +44,9 @@ ADDED_LATER: dict[str, Any] = {
     **_defaults(CompositionConfig, without=CompositionConfig.first),
     "sources_by": None,
     "data.quoting": None,
-    "data.split.validation": None,
-    "data.split.test": None,
-    "data.split.seed": 0,
-    "data.split.stratify": False,
+    **_defaults(SplitConfig),
     "init_from": None,
-    "loss.class_weights": None,
-    "loss.label_smoothing": 0.0,
+    **_defaults(LossConfig),
 }
 
 

@@ -109,14 +109,15 @@ def _of_fusion(config: Stage2Config, store: Path) -> Inputs:
 
 def check_one_shape(composition: str, sources: Sequence[Manifest]) -> None:
     """Raise UserError if weights cannot be averaged since shapes or activations differ."""
-    about = []
-    for source in sources:
+
+    def shape(source: Manifest) -> dict[str, Any]:
         assert source.adapter is not None
-        settings = {key: getattr(source.adapter.settings, key) for key in ("nonlinearity", "scaling")}
-        about.append(settings | {"bottleneck_sizes": source.bottleneck_sizes})
-    for other, values in zip(sources, about, strict=True):
-        pairs = {f"adapter.{key}": (about[0][key], value) for key, value in values.items()}
-        if found := differences(pairs):
+        settings = {f"adapter.{key}": getattr(source.adapter.settings, key) for key in ("nonlinearity", "scaling")}
+        return settings | {"adapter.bottleneck_sizes": source.bottleneck_sizes}
+
+    first = shape(sources[0])
+    for other in sources[1:]:
+        if found := differences({key: (first[key], value) for key, value in shape(other).items()}):
             raise UserError(
                 f"composition={composition} requires equal shapes, but {other.name} differs from {sources[0].name}: "
                 f"{found}; remove it from sources= or set composition=mean"
@@ -124,11 +125,7 @@ def check_one_shape(composition: str, sources: Sequence[Manifest]) -> None:
 
 
 def initial_manifest(config: StageConfig, kind: str, sources: Sequence[Manifest] = ()) -> Manifest | None:
-    """Return the manifest of the artifact given by `init_from`, or None if it is not set.
-
-    Raises:
-        UserError: if it does not exist, or its weights have different shapes than those of the run.
-    """
+    """Return the manifest of the artifact given by `init_from`, if any. Raises UserError if it does not fit the run."""
     if config.init_from is None:
         return None
     manifest = read_manifest(config.init_from, Path(config.store))

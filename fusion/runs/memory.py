@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-_LARGE = 1 << 30
-_LARGEST_MMAP = 32 << 20  # maximum before glibc 2.35
 
 
 def keep_freed_memory() -> bool:
@@ -18,6 +16,7 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    trimmed = mallopt(_TRIM_THRESHOLD, _LARGE) == 1
-    mapped = mallopt(_MMAP_THRESHOLD, _LARGE) == 1 or mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP) == 1
-    return trimmed and mapped
+    # The second value is the maximum before glibc 2.35.
+    return bool(mallopt(_TRIM_THRESHOLD, 1 << 30)) and any(
+        mallopt(_MMAP_THRESHOLD, size) for size in (1 << 30, 32 << 20)
+    )

@@ -147,9 +147,8 @@ def check_stage(config: StageConfig, output_of: Callable[[], RunOutput]) -> RunS
 def find_output(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any] | None = None) -> RunOutput:
     """Look up the artifact of a run in the store, without loading a model. `inputs` are the hashes of its inputs.
 
-    Raises:
-        UserError: if the name belongs to a different artifact and `overwrite` is not set, or is invalid, or if the
-            artifact is stored but its backbone has changed.
+    Raises UserError if the name is invalid or that of a different artifact without `overwrite`, or if the artifact is
+    stored but its backbone has changed.
     """
     assert config.name is not None
     store = Path(config.store)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import os
 import platform
@@ -39,11 +38,8 @@ def circumstances() -> dict[str, Any]:
     """Return the git state, number of threads, working directory and environment for the manifest."""
     import torch
 
-    folder = None
-    with contextlib.suppress(OSError):  # it was deleted
-        folder = os.getcwd()
     environment = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
-    return {"git": git_state(), "threads": torch.get_num_threads(), "folder": folder, "environment": environment}
+    return {"git": git_state(), "threads": torch.get_num_threads(), "folder": os.getcwd(), "environment": environment}
 
 
 def git_state(project: Path = PROJECT) -> dict[str, Any] | None:

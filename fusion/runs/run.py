@@ -1,7 +1,4 @@
-"""One job of a command: its directory and the files in it (config, status, result, log).
-
-Does not import Hydra or torch. Artifacts are saved in the store, checkpoints in `STORE/.runs/NAME-IDENTITY`.
-"""
+"""One job of a command: its directory and the files in it (config, status, result, log)."""
 
 from __future__ import annotations
 
@@ -67,10 +64,8 @@ def record(
     The status is `running`, then `done`, `failed` or `interrupted`. Only rank 0 writes. The state that `check` returns
     before `work` is stored in status.json as "before".
 
-    Raises:
-        UserError: if the output directory is not writable.
-        TrainingError: if the job is done, but its result could not be written.
-        KeyboardInterrupt, Terminated: if the job is interrupted.
+    Raises UserError if the output directory is not writable, TrainingError if the job is done but its result could not
+    be written, and KeyboardInterrupt or Terminated if the job is interrupted.
     """
     if not run.rank_zero:
         if check is not None:

@@ -1,18 +1,16 @@
-"""The state of the jobs of a sweep, read from their status files, since jobs may run on other machines or be killed.
-
-Inode and modification time of a status file show whether the current sweep wrote it.
-"""
+"""The state of the jobs of a sweep, read from their status files, since jobs may run on other machines or be killed."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from fusion.config.stages import StageConfig
 from fusion.files import read_json
 from fusion.runs.run import RESULT, STATUS
 
@@ -43,8 +41,6 @@ class Sweep:
     folder: Path
     planned: tuple[Path, ...]  # directories of the jobs; empty if a custom sweeper chooses them dynamically
     seen: Mapping[Path, Stamp]  # status files from before this sweep
-    # Errors of failed jobs in this process by absolute directory, in case the status cannot be written.
-    errors: dict[Path, str] = field(default_factory=dict)
 
     @classmethod
     def start(cls, folder: Path, planned: Sequence[Path] = ()) -> Sweep:
@@ -62,7 +58,7 @@ class Sweep:
     def outcome(self) -> tuple[str, list[str]]:
         """Return one line of counts, and a line for each failed job."""
         jobs = self.jobs()
-        failed = {job.place: self._reason(job) for job in jobs if job.state != "done"}
+        failed = {job.place: _reason(job) for job in jobs if job.state != "done"}
         before = Counter(job.status.get("before") for job in jobs if job.state == "done")
         counts = f"{before.total()} done"
         if any(job.status.get("before") for job in jobs):
@@ -81,13 +77,13 @@ class Sweep:
         places = [place if place in written else next(others, place) for place in self.planned] or sorted(written)
         return [_job(place, place in written) for place in places]
 
-    def _reason(self, job: Job) -> str:
-        reasons = {
-            "none": "no status: it did not start or was killed at startup",
-            "running": "status running: it was killed or is still running in another process",
-        }
-        error = self.errors.get(job.place.absolute()) or reasons.get(job.state) or job.status.get("error")
-        return str(error or job.state)
+
+def _reason(job: Job) -> str:
+    reasons = {
+        "none": "no status: it did not start or was killed at startup",
+        "running": "status running: it was killed or is still running in another process",
+    }
+    return str(reasons.get(job.state) or job.status.get("error") or job.state)
 
 
 def summarize_states(states: Sequence[str]) -> str:
@@ -110,15 +106,19 @@ class JobFailed(RuntimeError):
     """A failed job whose message was printed, for sweepers that read return values."""
 
 
-def objective(config: StageConfig, result: Mapping[str, Any]) -> float:
-    """Return the best value of the main metric, averaged over tasks; Hydra sweepers maximize it."""
-    tasks, metrics = config.task_list, result["metrics"]
-    scores = []
-    for task in tasks:
-        own = [split for split in metrics if len(tasks) == 1 or split.startswith(f"{task.name}/")]
-        score = metrics[own[0]][task.metrics[0]]
-        scores.append(float("nan") if score is None else float(score))
-    return sum(scores) / len(scores)
+def main_score(result: Mapping[str, Any]) -> tuple[str, float] | None:
+    """Return the name and best value of the main metric, averaged over tasks, or None if it is unknown or not finite.
+
+    The main metric of a task is the first one of its first validation split.
+    """
+    first: dict[str, tuple[str, Any]] = {}
+    for split, metrics in (result.get("metrics") or {}).items():
+        if metrics:
+            first.setdefault(split.rpartition("/")[0], next(iter(metrics.items())))
+    values = [value for _, value in first.values()]
+    if not values or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+        return None
+    return next(iter(first.values()))[0] if len(first) == 1 else "mean", fmean(values)
 
 
 def _stamps(folder: Path, planned: Sequence[Path]) -> dict[Path, Stamp]:
@@ -132,9 +132,5 @@ def _stamps(folder: Path, planned: Sequence[Path]) -> dict[Path, Stamp]:
 
 
 def _job(place: Path, has_status: bool) -> Job:
-    if not has_status:
-        return Job(place, {}, {})
-    status = read_json(place / STATUS)
-    if not isinstance(status.get("status"), str):
-        status = {"status": "broken", "error": f"{STATUS} cannot be read"}
-    return Job(place, status, read_json(place / RESULT) if status["status"] == "done" else {})
+    status = read_json(place / STATUS) if has_status else {}
+    return Job(place, status, read_json(place / RESULT) if status.get("status") == "done" else {})

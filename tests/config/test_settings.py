@@ -92,7 +92,7 @@ def test_all_files_are_found() -> None:
         "experiment": {"quick", "equal_budget", *STAGE1_EXPERIMENTS},
         "debug": {"one_batch", "limit", "overfit", "anomaly", "profile"},
     }
-    assert {file.stem for file in conf_folder().glob("*.yaml")} == {*SCHEMAS, "launch"}
+    assert {file.stem for file in conf_folder().glob("*.yaml")} == {*SCHEMAS, "launch", "training", "artifact"}
     assert not list(conf_folder().glob("*/*/*.yaml"))
 
 

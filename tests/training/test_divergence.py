@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fusion.cli.finished import trained
+from fusion.cli.finished import results_table
 from fusion.config.task import TaskConfig
 from fusion.config.training import OptimConfig, TrainerConfig
 from fusion.data.encode import EncodedRows
@@ -87,7 +87,7 @@ def test_a_run_that_diverges_is_marked(bench: Bench, caplog: pytest.LogCaptureFi
     assert manifest.result.diverged == result["diverged"]
     assert first_score(manifest).endswith(" (diverged)")
     assert any(line.startswith("diverged      train_loss ") for line in describe("films", store))
-    (titles, row) = trained([("films", "", result)])
+    (titles, row) = results_table("stage1", [("films", "", result)])
     assert row[titles.index("best epoch")] == f"{result['best_epoch']} (diverged)"
 
 

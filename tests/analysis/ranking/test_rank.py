@@ -277,7 +277,6 @@ def test_checks_before_a_model_is_loaded(ranked: Bench, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             rank.check(RankConfig(**settings | changes), run)
 
-    refused("no task: set the target", task=None)
     refused("no artifact 'nobody'", sources=["films", "nobody"])
     refused("has no adapters", store=str(tmp_path / "empty"))
     empty = TaskConfig(name="empty", text="text", labels=["x", "y"], metrics=["accuracy"])
