@@ -75,15 +75,8 @@ def read_side(reference: str, store: Path) -> Side:
 
 
 def _of_artifact(place: Path, manifest: Manifest) -> Side:
-    return Side(
-        name=manifest.name,
-        place=place,
-        settings=manifest.run.config,
-        facts=_facts(manifest),
-        scores=_flat(manifest.metrics),
-        costs=_costs(result_of(manifest, place)),
-        shared=Lookup().of_artifact(manifest, place.parent),
-    )
+    costs, shared = _costs(result_of(manifest, place)), Lookup().of_artifact(manifest, place.parent)
+    return Side(manifest.name, place, manifest.run.config, _facts(manifest), _flat(manifest.metrics), costs, shared)
 
 
 def _of_run(folder: Path) -> Side:

@@ -56,9 +56,7 @@ def run_lock(store: Path, name: str) -> Iterator[bool]:
         try:
             waited = stack.enter_context(lock(path, f"{name} is being trained"))
         except OSError as error:
-            log.warning(
-                "%s cannot be locked (%s); do not start a second run of %s", path, error.strerror or error, name
-            )
+            log.warning("%s cannot be locked (%s); do not start %s twice", path, error.strerror or error, name)
         yield waited
 
 

@@ -140,7 +140,8 @@ def _print(ranking: dict[str, Any], left_out: str, rows: int) -> None:
     say(f"{len(sources)} sources for {ranking['task']['name']}, {rows} examples: score (rank), higher is better")
     table = [["", "source", "mean rank", *methods]]
     for place, source in enumerate(sources, 1):
-        cells = [_cell(source["scores"][method], source["ranks"][method]) for method in methods]
+        found = [(source["scores"][method], source["ranks"][method]) for method in methods]
+        cells = ["-" if score is None else f"{score:.4f} ({rank:g})" for score, rank in found]
         table.append([str(place), source["name"], formatted(source["mean_rank"], ".2f"), *cells])
     show_table(table)
     if left_out:
@@ -156,10 +157,6 @@ def _print(ranking: dict[str, Any], left_out: str, rows: int) -> None:
         cost += f"; fusion {fusion['name']} of {fusion['sources']} sources {fusion['seconds']:.1f} s"
     say(f"cost: {cost}")
     say(f"saved: {ranking['ranking']}")
-
-
-def _cell(score: float | None, rank: float | None) -> str:
-    return "-" if score is None else f"{score:.4f} ({rank:g})"
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 
 
 def check(config: ReportConfig, run: Run) -> None:
-    """Check that the input folders exist and the output can be written."""
     for folder in config.folders:
         if not folder.is_dir():
             raise UserError(f"runs={folder}: no such folder; expected a folder of runs, such as runs=outputs")
@@ -73,10 +72,7 @@ def main(config: ReportConfig, run: Run) -> dict[str, Any]:
 
 
 def inspect_missing(config: ReportConfig, found: Found, targets: list[Target]) -> list[str]:
-    """Inspect the first run of each fusion that has no inspection, and return the error messages.
-
-    Inspections are stored below the first of `config.folders`, so that later reports reuse them.
-    """
+    """Inspect the first run of each fusion without an inspection, store it for later reports, and return the errors."""
     fusions = [[one for one in group.trained if one.attends] for t in targets for group in t.groups.values()]
     unseen = [of[0] for of in fusions if of and not any(one.hash in found.inspections for one in of)]
     notes: list[str] = []

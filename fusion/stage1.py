@@ -12,8 +12,7 @@ from fusion.runs.run import Run, RunState
 
 
 def output_of(config: Stage1Config, run: Run) -> RunOutput:
-    initial = initial_inputs(initial_manifest(config, config.kind))
-    return find_output(config, run, kind=config.kind, inputs=initial or None)
+    return find_output(config, run, config.kind, initial_inputs(initial_manifest(config, config.kind)))
 
 
 def check(config: Stage1Config, run: Run) -> RunState:

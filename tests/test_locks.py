@@ -175,4 +175,4 @@ def test_a_store_without_locks_is_a_warning(tmp_path: Path, caplog: pytest.LogCa
     (tmp_path / ".locks").write_text("a file")
     with run_lock(tmp_path, "rte") as waited:
         assert not waited
-    assert "cannot be locked (" in caplog.text and "second run of rte" in caplog.text
+    assert "cannot be locked (" in caplog.text and "do not start rte twice" in caplog.text

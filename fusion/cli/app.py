@@ -37,7 +37,7 @@ from fusion.files import check_writable
 from fusion.locks import run_lock
 from fusion.runs import signals
 from fusion.runs.run import Run, RunState, describe, record
-from fusion.runs.sweep import JobFailed, Sweep, main_score, summarize_states
+from fusion.runs.sweep import Sweep, main_score, summarize_states
 from fusion.text import PROGRESS, printable, printable_output
 from fusion.tracking.wandb_run import state as wandb_state
 from fusion.training.expected_warnings import ignore_expected_warnings
@@ -134,7 +134,7 @@ def _main(command: Command) -> int:
 
 
 def _job(command: Command, program: list[str], composed: DictConfig, codes: list[int]) -> Any:
-    """Run one job and return the main score of a training run, which sweepers maximize. Records failures, so that a sweep continues."""
+    """Run one job, and return the main score of a training run, which sweepers maximize. Records failures."""
     from fusion.training import processes
 
     launch: Any = HydraConfig.get()
@@ -170,7 +170,7 @@ def _job(command: Command, program: list[str], composed: DictConfig, codes: list
                 traceback.print_exc()
             codes.append(_error(f"{command.name} failed: {message} (log: {run.directory}/run.log)", 1))
         if is_sweep(launch) and not is_hydras_own(launch.sweeper):  # a custom sweeper handles failed jobs
-            raise JobFailed(message) from None
+            raise RuntimeError(message) from None
         return None
     codes.append(0)
     if run.rank_zero and not is_sweep(launch):
@@ -206,10 +206,7 @@ def _error(message: str, code: int) -> int:
 
 
 class PreflightError(BaseException):
-    """A message and an exit code for a config error found before the first job.
-
-    Derives from BaseException, since Hydra turns an Exception in a callback into a warning.
-    """
+    """A message and an exit code. Not an Exception, which Hydra would turn into a warning in a callback."""
 
 
 class Preflight(Callback):

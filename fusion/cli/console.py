@@ -13,15 +13,13 @@ from fusion.errors import UserError
 from fusion.runs import signals
 from fusion.text import at_terminal, did_you_mean, printable, printable_output, shows_progress
 
-Row = Sequence[str]
-
 
 def say(text: str = "", file: TextIO | None = None, flush: bool = False) -> None:
     """Print a string that may contain external text, by default on stdout."""
     print(printable(text), file=file or sys.stdout, flush=flush)
 
 
-def show_table(rows: Sequence[Row]) -> None:
+def show_table(rows: Sequence[Sequence[str]]) -> None:
     """Print a table with titles in the first row, without truncating cells."""
     if not at_terminal(sys.stdout):
         say("\n".join(columns(rows)))
@@ -39,7 +37,7 @@ def show_table(rows: Sequence[Row]) -> None:
     Console(file=sys.stdout, highlight=False, markup=False, emoji=False).print(table)
 
 
-def columns(rows: Sequence[Row]) -> list[str]:
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a plain-text table: aligned columns separated by two spaces."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -129,10 +129,7 @@ def results_table(command: str, entries: Sequence[tuple[str, str, Mapping[str, A
 
 
 def inspected(result: Mapping[str, Any]) -> list[Row]:
-    """Return attention weights and source ablations: the metric without each source, with its change and interval.
-
-    A change is inconclusive if its 95 % bootstrap interval over the examples contains zero or is undefined.
-    """
+    """Return attention and ablation by source. A change is inconclusive if its interval contains 0 or is unknown."""
     metric, full = next(iter(next(iter(result["metrics"].values())).items()))
     table: list[Row] = [("source", "attention", f"{metric} without it", "change", "95% interval")]
     intervals = result.get("intervals")  # missing in version 0.1
@@ -154,10 +151,10 @@ def _interval(low: float | None, high: float | None) -> str:
 
 
 def settings_table(jobs: Sequence[Job]) -> list[Row]:
-    """Return the mean main metric over seeds for each setting of a sweep; empty for fewer than two jobs.
+    """Return the mean main score over seeds for each setting of a sweep; empty for fewer than two jobs.
 
-    The best setting is marked per task, see `main_score`. `sd` is the sample standard deviation (n - 1). The column `seeds` is named `runs` if a
-    seed was used more than once.
+    The best setting is marked per task. `sd` is the sample standard deviation (n - 1). The column `seeds` is named
+    `runs` if a seed was used more than once.
     """
     scores = [main_score(job.result) for job in jobs]
     if sum(score is not None for score in scores) < 2:

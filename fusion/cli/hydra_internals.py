@@ -27,19 +27,18 @@ from fusion.config.task import read_task_file
 class ConfigFiles(FileConfigSource):
     """Hydra's file reader, extended to validate task files and cache files, which Hydra reads repeatedly."""
 
-    read: ClassVar[dict[tuple[str, Path], tuple[tuple[int, int], ConfigResult]]] = {}
+    read: ClassVar[dict[tuple[str, Path, int, int], ConfigResult]] = {}
 
     def load_config(self, config_path: str) -> ConfigResult:
         path = Path(self.path) / self._normalize_file_name(config_path)
         if not path.is_file():
             return super().load_config(config_path)  # raises the error
         check_place(config_path.removesuffix(".yaml"))
-        state = (status := path.stat()).st_mtime_ns, status.st_size
-        known, result = self.read.get((self.provider, path), (None, None))
-        if result is None or known != state:
-            result = self._load(path, config_path)
-            self.read[self.provider, path] = state, result
-        return copy.deepcopy(result)  # Hydra removes the defaults list
+        status = path.stat()
+        key = (self.provider, path, status.st_mtime_ns, status.st_size)
+        if key not in self.read:
+            self.read[key] = self._load(path, config_path)
+        return copy.deepcopy(self.read[key])  # Hydra removes the defaults list
 
     def _load(self, path: Path, config_path: str) -> ConfigResult:
         if not config_path.startswith("task/"):

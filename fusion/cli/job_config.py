@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
@@ -98,8 +98,10 @@ def _set_tasks(command: Command, config: DictConfig, task: str | None) -> None:
     if (names := OmegaConf.select(config, "tasks")) is not None:
         if task is not None:
             raise UserError(f"+task={task} and tasks= cannot be combined; list all tasks in tasks=[TASK,TASK]")
-        names = OmegaConf.to_container(names) if OmegaConf.is_list(names) else names
-        config.tasks = [_task_of(command, name) for name in _checked_names(names)]
+        names = _checked_names(OmegaConf.to_container(names) if OmegaConf.is_list(names) else names)
+        load = GlobalHydra.instance().config_loader().load_configuration
+        words = [[f"+{override('task', name)}", override("task.name", name)] for name in names]
+        config.tasks = [load(command.name, own, run_mode=RunMode.RUN).task for own in words]
     elif task is not None:
         config.task.name = task
     elif OmegaConf.select(config, "task") is not None:
@@ -122,14 +124,6 @@ def _checked_names(names: Any) -> list[str]:
     if twice := repeated(words):
         raise UserError(f"{override('tasks', names)}: expected distinct tasks, got duplicate {', '.join(twice)}")
     return words
-
-
-def _task_of(command: Command, name: str) -> DictConfig:
-    """Compose the config of a task in the same way as `+task=NAME`."""
-    loader = GlobalHydra.instance().config_loader()
-    composed = loader.load_configuration(command.name, [f"+{override('task', name)}"], run_mode=RunMode.RUN)
-    composed.task.name = name
-    return cast(DictConfig, composed.task)
 
 
 def is_sweep(launch: DictConfig) -> bool:

@@ -16,10 +16,6 @@ from fusion.tasks.table import kind_of
 from fusion.text import override
 
 
-def _split() -> Any:
-    return checked("validation", bool, "a split, such as split=validation")
-
-
 @dataclass
 class UseConfig(Settings):
     """Settings shared by the commands that use a stored artifact, given by name or path."""
@@ -35,7 +31,7 @@ class UseConfig(Settings):
 @dataclass
 class EvaluateConfig(UseConfig):
     task: Optional[TaskConfig] = None  # null: the task of the artifact
-    split: str = _split()
+    split: str = checked("validation", bool, "a split, such as split=validation")
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
 
@@ -45,7 +41,7 @@ def _as_list(value: Any) -> list[Any]:
 
 @dataclass
 class InspectConfig(UseConfig):
-    split: str = _split()
+    split: str = checked("validation", bool, "a split, such as split=validation")
     words: Any = checked(  # number of examples to show token by token, or their indices
         10,
         lambda value: value != [] and all(type(row) is int and row >= 0 for row in _as_list(value)),

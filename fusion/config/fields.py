@@ -38,10 +38,7 @@ class Settings:
                 raise UserError(f"{override(key, value)}: expected {f.metadata['expected']}")
 
     def as_stored(self) -> dict[str, Any]:
-        """Return the settings as stored in a manifest: those in `first`, and others only if they are not the default.
-
-        Settings added later therefore do not change the hash of an artifact that does not use them.
-        """
+        """Return the settings in `first`, and those that differ from the default; new settings change no hash."""
         values = {f.name: (getattr(self, f.name), default_of(f)) for f in fields(self)}
         return {key: value for key, (value, default) in values.items() if key in self.first or value != default}
 

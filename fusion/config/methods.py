@@ -58,12 +58,7 @@ METHODS: dict[str, Method] = {
     "adapter": Method(ADAPTER, "single adapter"),
     "head": Method("head", "head"),
     "lora": Method(
-        "lora",
-        "LoRA",
-        settings=_LORA,
-        shaping=("rank", "alpha", "targets"),
-        tune=partial(_tune, "lora", keys=_LORA),
-        check_stored=_check_lora,
+        "lora", "LoRA", _LORA, ("rank", "alpha", "targets"), partial(_tune, "lora", keys=_LORA), _check_lora
     ),
     "bitfit": Method("bitfit", "BitFit", tune=partial(_tune, "bitfit")),
     "full": Method("full", "full fine-tuning", tune=partial(_tune, "full"), whole=True),

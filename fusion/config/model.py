@@ -8,12 +8,8 @@ from typing import Any, Optional
 
 from fusion.config.fields import Settings, checked, choice, integer, layer_drop, layers, number, require, subset
 
-NONLINEARITIES = ("relu", "gelu", "silu", "tanh")
-INITIAL_VALUES = ("bert", "houlsby", "zero_up")
 SITES = ("before_attention", "attention", "feedforward")
-READS = ("output", "normed", "stream", "input")
 POOLINGS = ("cls", "mean")
-CACHES = ("auto", "off", "float32", "float16")
 
 
 @dataclass
@@ -21,10 +17,9 @@ class BackboneConfig(Settings, group="backbone"):
     name_or_path: str = checked("???", bool, "a Hub id or a folder")
     revision: Optional[str] = None
     pooling: str = choice("cls", POOLINGS)  # default of head.pooling
-    dropout: Optional[bool] = (
-        None  # the backbone's own dropout in training; null: only if the whole backbone is trained
-    )
-    cache: str = choice("auto", CACHES)  # features below the lowest slot; auto: if it saves time
+    dropout: Optional[bool] = None  # its own dropout in training; null: only if the whole backbone is trained
+    # Features below the lowest slot; auto: if it saves time.
+    cache: str = choice("auto", ("auto", "off", "float32", "float16"))
     cache_gb: float = number(20.0, "> 0", infinite=True)  # disk space for all cached features
     gradient_checkpointing: bool = False  # saves memory: layers are recomputed in the backward pass
     trust_remote_code: bool = False  # run the Python code that comes with the backbone
@@ -44,16 +39,16 @@ class AdapterConfig(Settings, group="adapter"):
 
     name: str = "pfeiffer"
     sites: list[str] = subset(["feedforward"], SITES)
-    reads: str = choice("normed", READS)
+    reads: str = choice("normed", ("output", "normed", "stream", "input"))
     reduction_factor: Optional[float] = number(16.0, "> 0", null="adapter.bottleneck_size")
     bottleneck_size: Optional[int] = integer(None, 1, null="adapter.reduction_factor")  # takes precedence
-    nonlinearity: str = choice("relu", NONLINEARITIES)
+    nonlinearity: str = choice("relu", ("relu", "gelu", "silu", "tanh"))
     scaling: Any = checked(
         1.0,
         lambda value: value == "learned" or (type(value) in (int, float) and math.isfinite(value)),
         "a finite number, or learned (starts at 1)",
     )
-    init: str = choice("bert", INITIAL_VALUES)
+    init: str = choice("bert", ("bert", "houlsby", "zero_up"))
     dropout: float = number(0.0, ">= 0 and < 1")
     layers: Any = layers()
     drop: Optional[str] = layer_drop()
@@ -101,10 +96,7 @@ class SameBackboneConfig:
 
 
 def kept_layers(layers: Any, drop: str | None, count: int, group: str) -> list[int]:
-    """Return the layers selected by `layers` (null, `last:3` or a list) except those that `specialized:N` drops.
-
-    Raises UserError if a layer is not one of the backbone's `count`, or none is left; `group` is for the message.
-    """
+    """Return the layers that `drop` keeps. Raises UserError if one does not exist, or none is left."""
     selected = range(count) if layers is None else layers
     if isinstance(layers, str):
         last = int(layers.removeprefix("last:"))

@@ -22,10 +22,7 @@ POOLED_RANKINGS = ("logme", "probe")  # scorers that need one vector per text
 
 
 def source_names(value: Any, expected: str) -> Any:
-    """Return the sources: `all`, `top:3` (if `expected` contains top:N), or a list of names.
-
-    Raises UserError for any other value, or a duplicate name.
-    """
+    """Return `all`, `top:3` (if `expected` contains top:N), or a list of distinct names. Raises UserError otherwise."""
     if isinstance(value, list) and all(type(name) in (str, int, float) for name in value):
         names = [str(name) for name in value]
         twice = repeated(names)

@@ -1,8 +1,4 @@
-"""Task files: plain YAML, validated before Hydra composes it, and the accepted values of each key.
-
-Hydra would follow a `defaults` list, OmegaConf would resolve interpolations (which can read the environment), and
-aliases can expand a few lines to gigabytes. Task files do not need any of these.
-"""
+"""Task files: plain YAML without `defaults`, interpolations (may read the environment) and aliases (may be huge)."""
 
 from __future__ import annotations
 

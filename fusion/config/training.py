@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -40,11 +41,7 @@ class LossConfig(Settings, group="loss"):
     label_smoothing: float = number(0.0, ">= 0 and < 1")
 
     def check(self, tasks: list[TaskConfig]) -> None:
-        """Raise UserError if a setting applies to none of the tasks.
-
-        In multi-task training, `balanced` applies to the tasks that have classes, and smoothing to those whose loss
-        supports it.
-        """
+        """Raise UserError if a setting applies to none of the tasks; in multi-task training, it may apply to some."""
         kinds = {task.kind: kind_of(task) for task in tasks}
         names = ", ".join(str(task.name) for task in tasks)
         weights = self.class_weights
@@ -140,8 +137,7 @@ def _wandb_name(default: str | None) -> Any:
     def accepts(value: str | None) -> bool:
         if value is None:
             return default is None
-        allowed = all(c.isprintable() and c not in "/\\#?%:" for c in value)
-        return bool(value.strip()) and len(value) <= 128 and allowed
+        return value.isprintable() and re.fullmatch(r"(?=.*\S)[^/\\#?%:]{1,128}", value) is not None
 
     return checked(default, accepts, "a name of 1 to 128 characters without / \\ # ? % :")
 

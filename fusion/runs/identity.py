@@ -78,19 +78,18 @@ def differing_keys(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
             value = [str(item)[:8] for item in value]
         return json.dumps(value, default=str) if key in known else "nothing"
 
-    def difference(key: str) -> str:
-        names = asked.get("sources")
-        if key == "inputs.sources" and names and names == stored.get("sources"):  # retrained meanwhile
+    absent, lines = object(), []
+    for key in sorted({*stored, *asked}):
+        there, here, names = stored.get(key, absent), asked.get(key, absent), asked.get("sources")
+        if (
+            there != here and key == "inputs.sources" and names and names == stored.get("sources")
+        ):  # retrained meanwhile
             hashes = zip(names, stored.get(key, ()), asked.get(key, ()), strict=False)
-            changed = [(name, there[:8], here[:8]) for name, there, here in hashes if there != here]
-            return "sources: " + ", ".join(
-                f"{name} has changed ({there} stored, {here} now)" for name, there, here in changed
-            )
-        return f"{key}: {shown(stored, key)} stored, {shown(asked, key)} now"
-
-    absent = object()
-    keys = sorted({*stored, *asked})
-    return [difference(key) for key in keys if stored.get(key, absent) != asked.get(key, absent)]
+            words = [f"{name} has changed ({old[:8]} stored, {new[:8]} now)" for name, old, new in hashes if old != new]
+            lines.append(f"sources: {', '.join(words)}")
+        elif there != here:
+            lines.append(f"{key}: {shown(stored, key)} stored, {shown(asked, key)} now")
+    return lines
 
 
 def name_conflict(name: str, stored: dict[str, Any], asked: dict[str, Any]) -> UserError:

@@ -54,15 +54,11 @@ def read_inputs(config: Stage2Config) -> Inputs:
 def read_used(config: UseConfig) -> Manifest:
     """Read the manifest of `config.artifact`. Raises UserError if it is missing or incompatible."""
     manifest = read_manifest(config.artifact, Path(config.store))
-    stored, trusted = manifest.backbone, config.backbone.trust_remote_code
-    if config.drop and manifest.kind not in ("adapter", "fusion"):
-        raise UserError(
-            f"drop={config.drop}: {manifest.name} is a stored {manifest.kind}, expected an adapter or a fusion"
-        )
-    if config.drop > stored.layers:
-        raise UserError(
-            f"drop={config.drop}: the backbone of {manifest.name} has {stored.layers} layers; expected fewer"
-        )
+    stored, trusted, drop = manifest.backbone, config.backbone.trust_remote_code, config.drop
+    if drop and manifest.kind not in ("adapter", "fusion"):
+        raise UserError(f"drop={drop}: {manifest.name} is a stored {manifest.kind}, expected an adapter or a fusion")
+    if drop > stored.layers:
+        raise UserError(f"drop={drop}: the backbone of {manifest.name} has {stored.layers} layers; expected fewer")
     if stored.trust_remote_code and not trusted:
         raise UserError(
             f"{manifest.name}: the backbone {stored.name_or_path} runs custom code; set "

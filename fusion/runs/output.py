@@ -162,24 +162,13 @@ def find_output(config: StageConfig, run: Run, kind: str, inputs: dict[str, Any]
         raise name_conflict(config.name, stored.run.config, asked[1])
     else:
         _check_same_backbone(stored, config.backbone)
-    return RunOutput(
-        kind=kind,
-        name=config.name,
-        store=store,
-        identity=asked[0],
-        config=asked[1],
-        checkpoints=store / RUNS / f"{config.name}-{asked[0]}",
-        stored=stored,
-        resume=config.resume,
-    )
+    checkpoints = store / RUNS / f"{config.name}-{asked[0]}"
+    return RunOutput(kind, config.name, store, *asked, checkpoints, stored, config.resume)
 
 
 def _check_same_backbone(stored: Manifest, config: BackboneConfig) -> None:
-    """Raise UserError if the backbone of a stored artifact has changed in the same directory.
-
-    The backbone is only loaded if its files were modified. Manifests of version 0.1 have no stamp.
-    """
-    before, now = stored.run.backbone_stamp, stamp(config.name_or_path)
+    """Raise UserError if the backbone in the same directory has changed; it is only loaded if files were modified."""
+    before, now = stored.run.backbone_stamp, stamp(config.name_or_path)  # None in version 0.1
     if before is None or now is None or before == now:
         return
     from fusion.backbones.load import load_backbone

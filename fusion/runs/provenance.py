@@ -20,7 +20,6 @@ PACKAGES = (
 PROJECT = Path(__file__).resolve().parents[2]
 CODE = ("fusion", "conf")  # directories that affect results
 GIT_SECONDS = 5.0
-VARIABLES = ("FUSION_CONF",)  # environment variables that commands read
 
 
 def versions() -> dict[str, str | None]:
@@ -38,7 +37,7 @@ def circumstances() -> dict[str, Any]:
     """Return the git state, number of threads, working directory and environment for the manifest."""
     import torch
 
-    environment = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
+    environment = {"FUSION_CONF": conf} if (conf := os.environ.get("FUSION_CONF")) else {}
     return {"git": git_state(), "threads": torch.get_num_threads(), "folder": os.getcwd(), "environment": environment}
 
 

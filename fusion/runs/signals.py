@@ -1,8 +1,4 @@
-"""Signals that terminate a program: SIGINT, SIGTERM, and those that schedulers and terminals send beforehand.
-
-Each exits with code 130 (SIGINT) or 143 (others) and one line instead of a traceback. Only the standard library is
-imported, since the handlers must be installed before any large import.
-"""
+"""Signals that terminate a program, with one line and code 130 (SIGINT) or 143. Installed before any large import."""
 
 from __future__ import annotations
 
@@ -62,13 +58,14 @@ def raised() -> Iterator[None]:
     report = sys.unraisablehook
 
     def hook(swallowed: sys.UnraisableHookArgs) -> None:
-        number = _number_of(swallowed.exc_value)
-        if number is None:
-            report(swallowed)
-        else:
+        error = swallowed.exc_value
+        if isinstance(error, KeyboardInterrupt | Terminated):
+            number = signal.Signals[error.args[0]] if isinstance(error, Terminated) else signal.SIGINT
             timer = threading.Timer(RESEND, _send_again, (number,))
             timer.daemon = True
             timer.start()
+        else:
+            report(swallowed)
 
     sys.unraisablehook = hook
     try:
@@ -123,12 +120,6 @@ def _throw(number: int) -> NoReturn:
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise Terminated(signal.Signals(number).name)
-
-
-def _number_of(error: BaseException | None) -> int | None:
-    if isinstance(error, KeyboardInterrupt):
-        return signal.SIGINT
-    return signal.Signals[error.args[0]] if isinstance(error, Terminated) else None
 
 
 def _send_again(number: int) -> None:

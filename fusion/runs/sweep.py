@@ -48,9 +48,8 @@ class Sweep:
 
     def stopped(self, how: str) -> str:
         """Return two lines for a sweep that was "interrupted" or "terminated"."""
-        states = [
-            {"done": "done", "failed": "failed", "none": "not started"}.get(job.state, how) for job in self.jobs()
-        ]
+        ended = {"done": "done", "failed": "failed", "none": "not started"}
+        states = [ended.get(job.state, how) for job in self.jobs()]
         counts = [f"{states.count('done')} of {len(states)} jobs done"]
         counts += [f"{states.count(state)} {state}" for state in ("failed", how, "not started") if state in states]
         return "\n".join([f"{how}: {', '.join(counts)}", RUN_AGAIN])
@@ -100,10 +99,6 @@ def summarize_states(states: Sequence[str]) -> str:
 
 def _jobs(count: int) -> str:
     return f"{count} job{'s' * (count != 1)}"
-
-
-class JobFailed(RuntimeError):
-    """A failed job whose message was printed, for sweepers that read return values."""
 
 
 def main_score(result: Mapping[str, Any]) -> tuple[str, float] | None:
