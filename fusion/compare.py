@@ -84,15 +84,10 @@ def _of_run(folder: Path) -> Side:
     status, config = read_mapping(folder / STATUS), read_mapping(folder / CONFIG)
     result = read_mapping(folder / RESULT) if (folder / RESULT).exists() else {}
     settings, store = identity_config(config), config.get("store")
-    side = Side(
-        name=str(status.get("name") or folder.name),
-        place=folder,
-        settings=settings,
-        facts={},
-        scores=_flat(result.get("metrics") or {}),
-        costs={"status": status.get("status"), **_costs(result)},
-        shared=Lookup().of_run(settings, Path(store) if isinstance(store, str) else None),
-    )
+    name, scores = str(status.get("name") or folder.name), _flat(result.get("metrics") or {})
+    costs = {"status": status.get("status"), **_costs(result)}
+    shared = Lookup().of_run(settings, Path(store) if isinstance(store, str) else None)
+    side = Side(name, folder, settings, {}, scores, costs, shared)
     if isinstance(artifact := result.get("artifact"), str) and "stage" in result:
         with contextlib.suppress(UserError):
             made = _of_artifact(Path(artifact), read_folder(Path(artifact)))

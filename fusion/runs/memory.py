@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-
 
 def keep_freed_memory() -> bool:
     """Make glibc keep freed memory. Returns False if glibc is not used or rejects the settings.
@@ -16,7 +14,5 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    # The second value is the maximum before glibc 2.35.
-    return bool(mallopt(_TRIM_THRESHOLD, 1 << 30)) and any(
-        mallopt(_MMAP_THRESHOLD, size) for size in (1 << 30, 32 << 20)
-    )
+    # M_TRIM_THRESHOLD is -1, M_MMAP_THRESHOLD is -3, at most 32 MiB before glibc 2.35.
+    return bool(mallopt(-1, 1 << 30)) and any(mallopt(-3, size) for size in (1 << 30, 32 << 20))
