@@ -47,8 +47,8 @@ class Side:
 
     name: str
     place: Path
-    settings: Mapping[str, Any]  # that affect the results
-    facts: Mapping[str, Any]  # fields that only exist in manifests; empty without a manifest
+    settings: Mapping[str, Any]  # only settings that affect the results
+    metadata: Mapping[str, Any]  # fields that only exist in manifests; empty without a manifest
     scores: Mapping[str, Any]  # by `split/metric`
     costs: Mapping[str, Any]
     shared: Settings  # without seeds and names, including those of the sources
@@ -76,7 +76,7 @@ def read_side(reference: str, store: Path) -> Side:
 
 def _of_artifact(place: Path, manifest: Manifest) -> Side:
     costs, shared = _costs(result_of(manifest, place)), Lookup().of_artifact(manifest, place.parent)
-    return Side(manifest.name, place, manifest.run.config, _facts(manifest), _flat(manifest.metrics), costs, shared)
+    return Side(manifest.name, place, manifest.run.config, _metadata(manifest), _flat(manifest.metrics), costs, shared)
 
 
 def _of_run(folder: Path) -> Side:
@@ -92,11 +92,11 @@ def _of_run(folder: Path) -> Side:
         with contextlib.suppress(UserError):
             made = _of_artifact(Path(artifact), read_folder(Path(artifact)))
             if {k: v for k, v in made.settings.items() if not k.startswith(INPUTS)} == settings:
-                return replace(side, settings=made.settings, facts=made.facts, shared=made.shared)
+                return replace(side, settings=made.settings, metadata=made.metadata, shared=made.shared)
     return side
 
 
-def _facts(manifest: Manifest) -> dict[str, Any]:
+def _metadata(manifest: Manifest) -> dict[str, Any]:
     """Return the manifest fields that are not part of the config."""
     return {
         "kind": manifest.kind,
@@ -157,17 +157,17 @@ def _both(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[tuple[str, Any
 
 
 def differing(one: Side, two: Side) -> Iterator[tuple[str, str, str]]:
-    """Yield the settings and facts that differ, with both values. Facts are only compared if both have a manifest."""
-    of_artifacts, absent = bool(one.facts and two.facts), object()
+    """Yield the settings and metadata that differ, with both values. Metadata requires that both sides have a manifest."""
+    of_artifacts, absent = bool(one.metadata and two.metadata), object()
     # Older manifests do not contain keys that were added later; these had their defaults.
     first, second = ({**ADDED_LATER, **side.settings} for side in (one, two))
     for key in sorted({*first, *second}):
         if first.get(key, absent) != second.get(key, absent) and (of_artifacts or not key.startswith(INPUTS)):
             yield key, _value(first, key), _value(second, key)
     if of_artifacts:
-        for key, fact, other in _both(one.facts, two.facts):
-            if fact != other:
-                yield key, number(fact), number(other)
+        for key, value, other in _both(one.metadata, two.metadata):
+            if value != other:
+                yield key, number(value), number(other)
 
 
 def seed_lines(one: Side, two: Side) -> Iterator[str]:

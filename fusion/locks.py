@@ -61,7 +61,7 @@ def run_lock(store: Path, name: str) -> Iterator[bool]:
 
 
 def run_lock_file(store: Path, name: str) -> Path:
-    """Return the lock file of a run. Locks of artifacts end in `.lock`, so the two never collide."""
+    """Return the path of the lock file of a run. Locks of artifacts end in `.lock`, so the two never collide."""
     return store / LOCKS / f"{name}.run-lock"
 
 

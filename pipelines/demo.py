@@ -51,7 +51,7 @@ class DemoConfig(Settings):
 
     @property
     def folder(self) -> Path:
-        """One folder per seed and per setting of the sources, which are shared by all values of `labels`."""
+        """Directory of this seed and configuration of the sources. All values of `labels` use the same source adapters."""
         parts = [f"seed-{self.seed}"]
         for f in fields(self):
             if f.name in ("rows", "source_epochs", "target_epochs") and getattr(self, f.name) != f.default:
@@ -78,7 +78,7 @@ class Row:
 
 
 def run(config: DemoConfig) -> list[Row]:
-    """Run all steps and return the test scores of the sources, which saw no label of the target, and the methods."""
+    """Run all steps. Returns the zero-shot test scores of the source adapters, and the test scores of the methods."""
     runs, tests = config.folder / "runs", config.folder / "runs" / f"test-{config.labels}"
     store = f"store={config.store}"
     shared = ["backbone=minilm", f"seed={config.seed}", store, "logger=csv", "optim.patience=null"]
@@ -126,7 +126,7 @@ def run(config: DemoConfig) -> list[Row]:
 
 
 def labels_of(split: str, limit: int | None = None) -> list[Any]:
-    """Return the target's labels of a split. Raises UserError if it has fewer examples than `limit`."""
+    """Return the labels of a split of the target. Raises UserError if it has fewer examples than `limit`."""
     labels = examples(TARGET, split, limit).labels or []
     if limit is not None and len(labels) < limit:
         raise UserError(f"labels={limit}: {TARGET} has only {len(labels)} examples in {split}")

@@ -1,4 +1,4 @@
-"""Time models alternately on the same batches, so that other load on the machine affects all of them equally."""
+"""Interleaved timing of models on the same batches, so that other load on the machine affects all of them equally."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def test_two_seeds_of_one_setting_are_identified(
                 manifest["run"]["config"]["optim.lr"] = rate
                 manifest["files"]["weights.safetensors"]["sha256"] = str(seed) * 64
             else:
-                films = read_side(f"films-{seed}", store).facts["weights"]
+                films = read_side(f"films-{seed}", store).metadata["weights"]
                 full = next(m.hash for _, m in artifacts(store) if m.hash.startswith(films))
                 manifest["sources"][0] = {"name": f"films-{seed}", "hash": full}
             write_manifest(path, manifest | {"name": f"{name}-{seed}"})

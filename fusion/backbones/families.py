@@ -78,7 +78,7 @@ def _linear(sublayer: str, **paths: str) -> dict[str, Slot]:
 
 
 def _projections(sublayer: str, module: str, names: str, output: str | None = None) -> dict[str, Slot]:
-    """Return sites at attention projections. names: query, key and value modules, separated by spaces."""
+    """Return sites at the attention projections. `names`: query, key and value modules, separated by spaces."""
     query, key, value = (f"{module}.{name}" for name in names.split())
     sites = _linear(sublayer, query=query, key=key, value=value)
     return sites if output is None else sites | _linear(sublayer, output=output)

@@ -100,9 +100,9 @@ def text_keys(schema: type) -> set[str]:
 
 
 def as_text(word: str, keys: Collection[str]) -> str:
-    """Quote values of string keys that Hydra would parse as a number or boolean, such as `name=true`.
+    """Quote the values of string-typed keys that Hydra would parse as a number or boolean, such as `name=true`.
 
-    Null remains null, unless it can only be a name: `+task=null`, `sources=[null]`.
+    `null` is only quoted where a name is required: `+task=null`, `sources=[null]`.
     """
     match = re.fullmatch(r"(\+{0,2}([\w./-]+)=)(.*)", word)
     if match is None or match[2] not in keys or re.search("[({'\"]", match[3]):

@@ -98,9 +98,9 @@ def run_program(words: Sequence[str] | None, usage: str, work: Callable[[Sequenc
 def read_arguments(
     words: Sequence[str], keys: Mapping[str, str], count: tuple[int, int], expected: str
 ) -> tuple[list[str], dict[str, str]]:
-    """Parse the names and the KEY=VALUE words of a command line. Raises UserError for invalid words.
+    """Parse the positional and the KEY=VALUE arguments of a command line. Raises UserError for invalid arguments.
 
-    `keys` has an example for each allowed key, such as DIR; `expected` describes the names, from count[0] to count[1].
+    `keys` has an example for each allowed key, such as DIR; `expected` describes the positional arguments, from count[0] to count[1].
     """
     names: list[str] = []
     values: dict[str, str] = {}

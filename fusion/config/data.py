@@ -70,5 +70,5 @@ class DataConfig(Settings, group="data"):
 
 
 def require_max_length(data: DataConfig) -> None:
-    """Raise if `max_length` is null, which is only valid with a stored artifact."""
+    """Raise UserError if `max_length` is null, which is only valid with a stored artifact."""
     require(data.max_length is not None, "data.max_length=null: expected a number of tokens >= 4, such as 128")

@@ -146,10 +146,10 @@ def default_of(setting: Field[Any]) -> Any:
 
 @dataclass
 class NamedSettings(Settings):
-    """A group whose name selects an entry of a table: `composition=NAME`, `method=NAME`.
+    """A config group whose options are the entries of a table: `composition=NAME`, `method=NAME`.
 
-    The settings of all names are fields of one class. Those that do not apply to the selected name must keep their
-    defaults.
+    The settings of all options are fields of one class. Those that do not apply to the selected option must keep
+    their defaults.
     """
 
     if TYPE_CHECKING:  # at run time, annotations would make them settings

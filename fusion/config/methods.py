@@ -28,7 +28,7 @@ def _tune(name: str, settings: MethodConfig, model: nn.Module, keys: tuple[str, 
 
 
 def _check_lora(settings: MethodConfig, weights: Mapping[str, Tensor], file: Path) -> None:
-    """Raise if the stored weights have a different rank, before any tensor of that size is allocated."""
+    """Raise UserError if the stored weights have a different rank, before any tensor of that size is allocated."""
     stored = {tuple(tensor.shape[:1]) for name, tensor in weights.items() if name.endswith("lora_A.weight")}
     if stored != {(settings.rank,)}:
         raise UserError(

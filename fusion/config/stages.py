@@ -155,7 +155,7 @@ class Stage2Config(StageConfig):
         )
 
     def _check_pruned(self) -> None:
-        """Raise if sources, head or settings are given, which a pruned fusion takes from the stored fusion."""
+        """Raise UserError if sources, head or settings are given, which a pruned fusion takes from the stored fusion."""
         asked = self.composition
         require(
             asked.fusion is not None and asked.keep is not None,

@@ -175,7 +175,7 @@ def words_of(task: TaskConfig, table: Table, rows: list[int], drop_empty: bool) 
 
 
 def choices_of(task: TaskConfig, table: Table, rows: list[int]) -> list[list[str]]:
-    """Return the choices of each row, from a list column or multiple columns, the last of which may be null.
+    """Return the choices of each row, from a column of lists or from multiple columns, where trailing nulls are allowed.
 
     Raises UserError if a column is missing, or a row has fewer than two texts.
     """

@@ -22,9 +22,9 @@ _UNUSUAL = "\N{SNOWMAN}\N{BEAMED SIXTEENTH NOTES}\N{CJK UNIFIED IDEOGRAPH-4E00}"
 def load_tokenizer(
     name_or_path: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Load the fast tokenizer of a backbone, from the local cache first.
+    """Load the fast tokenizer of a backbone, trying the local cache first.
 
-    Raises UserError if it is missing, damaged, slow, without vocabulary, or needs custom code that is not trusted.
+    Raises UserError if it is missing or corrupted, has no fast version or no vocabulary, or requires untrusted code.
     """
     # Set explicitly, so that tokenizers does not warn about forks when a loader starts its workers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

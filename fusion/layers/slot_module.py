@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-Recorder = Callable[[str, Tensor], None]  # called with the name of a slot and its source weights (B, T, N)
+Recorder = Callable[
+    [str, Tensor], None
+]  # called with the name of a slot and the attention weights of its sources (B, T, N)
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class BatchContext:
             all are active.
         members: (B,), adapter index of each text, for slot modules with the adapters of multiple tasks.
         sources_on: (N,) bool mask of active sources. If `None`, all sources are active.
-        record: called with the source weights, unless `None`.
+        record: called with the attention weights, unless `None`.
         slot: name of the slot, passed to `record`.
     """
 

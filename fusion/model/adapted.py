@@ -93,7 +93,9 @@ class AdaptedModel(nn.Module):
             raise ValueError(f"no slot {address}: the stack must be one of {', '.join(self._family.stacks)}")
         layers = len(self._layers_of(address.stack))
         if address.site not in stack.sites or address.layer >= layers:
-            raise ValueError(f"no slot {address}: the backbone has {layers} layers, sites {', '.join(stack.sites)}")
+            raise ValueError(
+                f"no slot {address}: the backbone has {layers} layers with the sites {', '.join(stack.sites)}"
+            )
         return stack.sites[address.site].at(address, module, self.reads, self._current)
 
     def train(self, mode: bool = True) -> AdaptedModel:
@@ -124,7 +126,7 @@ class AdaptedModel(nn.Module):
             input_ids, attention_mask, token_type_ids: (S, T).
             choice_counts: (B,) number of texts per example: choices, or windows of a long sentence.
             sources_on: (N,) bool mask of active sources. If `None`, all sources are active.
-            record: called in each slot with its name and the source weights (S, T, N).
+            record: called in each slot with its name and the attention weights (S, T, N).
             features: (S, T, D), `frozen_features` of these examples, which replace the layers below the lowest slot.
                 Values at padding are ignored.
             first_layer: slots in lower layers are inactive (AdapterDrop, Rücklé et al. 2021).
@@ -215,7 +217,7 @@ class AdaptedModel(nn.Module):
         Raises RuntimeError if slots are only in the decoder of an encoder–decoder model.
         """
         if self.boundary is None and len(self._family.stacks) > 1:
-            raise RuntimeError("the encoder has no slot, so its features cannot replace the whole model")
+            raise RuntimeError("encoder features cannot be cached: all adapter slots are in the decoder")
         if not self._takes_features:
             layers, stack = self._family.layer_list(self.backbone), self._family.first_stack
             skip_with_features(layers, self.boundary or 0, stack, self._current)

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 def new_adapters(config: AdapterConfig, backbone: Backbone) -> dict[str, BottleneckAdapter]:
-    """Return a new adapter for each slot of the placement, by slot name; with `shared`, one for all layers.
+    """Return a new adapter for each slot of the placement, by slot name. If `shared`, all layers share one adapter per site.
 
     Raises UserError if the backbone's family does not have the site, or the site does not support `adapter.reads`.
     """
@@ -74,7 +74,7 @@ def stored_adapters(artifact: Artifact) -> dict[str, BottleneckAdapter]:
 
 
 def _check_weights(artifact: Artifact, sources: Sequence[Manifest] = ()) -> None:
-    """Raise if the weights do not match the manifest, before a model of that size is built."""
+    """Raise UserError if the weights do not match the manifest, before a model of that size is built."""
     expected = weight_shapes(artifact.manifest, sources, artifact.path)
     if expected is not None:
         match_keys(expected, artifact.weights, artifact.path / WEIGHTS)
@@ -118,7 +118,7 @@ def load_sources(references: Sequence[str], store: Path, backbone: Backbone) -> 
 
 
 def check_trained_on(artifact: Artifact, backbone: Backbone) -> None:
-    """Raise if an artifact was trained on a different backbone."""
+    """Raise UserError if an artifact was trained on a different backbone."""
     check_backbone(
         artifact.manifest,
         name_or_path=backbone.name_or_path,

@@ -50,7 +50,7 @@ class Predictions:
     Attributes:
         scores: logits (examples, K); multiple choice: (examples, max choices); tagging: (examples, max words, K).
             Padded with -inf.
-        attention: source weights by slot, (examples, N), averaged over non-padding tokens; empty unless requested.
+        attention: attention weights of the sources by slot, (examples, N), averaged over non-padding tokens; empty unless requested.
     """
 
     scores: Tensor

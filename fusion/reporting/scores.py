@@ -34,7 +34,7 @@ class Trained:
     metric_of: Mapping[str, str]  # first metric of each task
     method: str
     variant: Mapping[str, Any]  # settings that distinguish runs of the same method, including those of the sources
-    setting: tuple[str, int | None]  # backbone, maximum number of training examples
+    setting: tuple[str, int | None]  # experimental condition: backbone, maximum number of training examples
     artifact: str
     manifest: Manifest | None  # None: the artifact was removed
 

@@ -41,7 +41,7 @@ class Group:
 
     @functools.cached_property
     def budget(self) -> dict[str, Any]:
-        """Training budget by setting; empty if nothing was trained on the target."""
+        """Training budget of each (backbone, number of training examples); empty if nothing was trained on the target."""
         variant = {} if self.anywhere else self.entries[0].variant
         return {key: value for key, value in variant.items() if key.startswith(_BUDGET)}
 
@@ -302,7 +302,7 @@ def _values_tried(group: Group, own: Sequence[Group], against: Group, others: Se
 
 
 def _correct(targets: Sequence[Target]) -> None:
-    """Apply Holm's correction; the family of tests of a method has one test per setting and target."""
+    """Apply Holm's correction; the family of tests of a method has one test per target and (backbone, number of training examples)."""
     for method in {method for target in targets for method in target.variants}:
         groups = [group for target in targets for group in target.variants.get(method, ())]
         tested = [(one, one.difference.p) for one in groups if one.difference and one.difference.p is not None]

@@ -52,7 +52,7 @@ def folders(store: Path) -> dict[str, Path]:
 
 
 def _named(place: str, store: Path) -> Path | None:
-    """Return the directory of an artifact: in STAGING if an overwrite is in progress or was killed."""
+    """Return the directory of an artifact, which is in STAGING if an overwrite is in progress or was interrupted."""
     folder = store / place
     every = (folder, store / STAGING / f"{place}{OLD}", folder)
     return next((one for one in every if (one / MANIFEST).is_file()), None)
@@ -173,7 +173,7 @@ def users_of(hash: str, found: Sequence[Found]) -> list[str]:
 
 
 def find_by_hash(hash: str, name: str, store: Path) -> Path:
-    """Return the directory of the artifact with this hash, also if it was renamed or replaced. Raises UserError."""
+    """Return the directory of the artifact with this hash, even if it was renamed or replaced. Raises UserError if missing."""
     with contextlib.suppress(UserError):
         folder = find(name, store)
         if read_folder(folder).hash == hash:

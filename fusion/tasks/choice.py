@@ -1,4 +1,4 @@
-"""`kind: choice`: one of multiple texts per example, each encoded in its own pair with the example's texts."""
+"""`kind: choice`: multiple choice. Each choice is encoded as a separate text pair with the text of the example."""
 
 from __future__ import annotations
 
@@ -26,10 +26,14 @@ class Choice(Classification):
 
     def check(self, task: Task, where: str) -> None:
         if task.choices is None:
-            raise UserError(f"{where}: kind=choice needs choices (a list column or a list of columns)")
+            raise UserError(
+                f"{where}: kind=choice needs choices (the name of a column that contains lists, or a list of column names)"
+            )
         columns = [task.choices] if isinstance(task.choices, str) else task.choices
         if not (isinstance(columns, list) and len(columns) > 0 and all(isinstance(c, str) for c in columns)):
-            raise UserError(f"{where}: choices={shortened(task.choices)}: expected a list column or a list of columns")
+            raise UserError(
+                f"{where}: choices={shortened(task.choices)}: expected the name of a column that contains lists, or a list of column names"
+            )
         if task.blank == "":
             raise UserError(f"{where}: blank is empty: expected the mark to be replaced by a choice, or null")
 

@@ -7,9 +7,9 @@ The order of calls for a batch and for a split:
 
     logits = head(...)                        (B, ...), of the model
     loss(logits, labels)                      (B,), in training
-    outputs(logits)                           a JSON-able value per example; gathered over batches and processes
+    outputs(logits)                           a JSON-serializable value per example; gathered over batches and processes
     decision(outputs, labels of all examples) values that predictions depend on, selected on the validation split
-    predict(outputs, decision)                a JSON-able prediction per example
+    predict(outputs, decision)                a JSON-serializable prediction per example
     metrics(labels, predictions)              of all examples
 
 Shapes: B examples, K outputs of the head.
@@ -127,7 +127,7 @@ class Kind(ABC):
 
     @abstractmethod
     def outputs(self, logits: Tensor) -> list[Any]:
-        """Convert the logits (B, K) of each example to a JSON-able value, from which `predict` computes the prediction."""
+        """Convert the logits (B, K) of each example to a JSON-serializable value, the input of `predict`."""
 
     def decision(self, task: Task, outputs: Sequence[Any], labels: Sequence[Any]) -> Decision:
         """Return values that predictions depend on in addition to the outputs, selected on the validation split.

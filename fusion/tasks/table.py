@@ -1,4 +1,4 @@
-"""The table of kinds. To add a kind, add an object here."""
+"""The task types (`kind`). To add a kind, add an object here."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class Task:
     name: Optional[str] = None  # name of the task file
     kind: str = "classification"
     text: Any = "text"  # one column, or a list of one or two
-    choices: Any = None  # choice: a list column, a nested field (choices.text), or a list of columns
+    choices: Any = None  # choice: a column that contains lists, a nested field (choices.text), or a list of columns
     blank: Optional[str] = None  # choice: the mark in the last text that the choice replaces (WinoGrande's _)
     label: str = "label"
     labels: Any = None  # a list of names

@@ -180,7 +180,7 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | None:
 
 
 def check_tokenizer(checkpoint: dict[str, Any], tokenizer: str | None) -> None:
-    """Raise if a checkpoint was trained with a different tokenizer."""
+    """Raise UserError if a checkpoint was trained with a different tokenizer."""
     stored = checkpoint[TOKENIZER]
     if None not in (stored, tokenizer) and stored != tokenizer:
         raise UserError(

@@ -150,7 +150,7 @@ class Guard(Callback):
 
 
 def _check_shared_memory(model: AdaptedModel) -> None:
-    """Raise if a trainable parameter is also a frozen tensor or shares memory with one."""
+    """Raise GuardError if a trainable parameter is also a frozen tensor or shares memory with one."""
     training = {id(parameter): name for name, parameter in model.trainable().items()}
     tuned = {id(parameter) for parameter in model.tuning.parameters.values()}
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
@@ -200,7 +200,7 @@ def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Return the names that are missing in one mapping or whose values differ."""
+    """Return the names that are missing from one of the mappings or whose values differ."""
     return sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
 
 

@@ -71,7 +71,7 @@ class TaskModule(lightning.LightningModule):
         self.predicted: dict[str, RowPredictions] = {}  # of the last validation, by split
         self.decisions: dict[str, Decision] = {}  # of the last validation, by task
         self._outputs: dict[str, list[RowPredictions]] = {}  # of the current validation, in place of predictions
-        self.recorder: Callable[[Batch], Recorder] | None = None  # of the source weights of a validation batch
+        self.recorder: Callable[[Batch], Recorder] | None = None  # of the attention weights of a validation batch
         self.logged_step = -1  # the last logged step
         # Checkpoints contain the trainable parameters only; `on_load_checkpoint` compares the keys.
         self.strict_loading = False
@@ -144,7 +144,7 @@ class TaskModule(lightning.LightningModule):
         self.log_dict({"train/lr": rates[0], **own, "train/grad_norm": nn.utils.get_total_norm(gradients)})
 
     def on_validation_start(self) -> None:
-        """Raise if a weight is not finite, since its metrics would look valid."""
+        """Raise LossNotFinite if a weight is NaN or infinite, because the metrics could still look valid."""
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self.losses_seen.check(self.trainer.world_size > 1)
             if not self.is_finite():  # equal in all processes

@@ -5,7 +5,7 @@ one object per logged step or epoch: {"step": 9, "epoch": 1, "train/loss": 0.69,
 one-based. A resumed run writes a new file in its new folder with the same "run"; the files are joined by step.
 
 attention.jsonl contains the source attention of a fusion for each validation: {"step", "epoch", "sources": [names],
-"slots": {"0.feedforward": {"mean", "entropy", "value_distance"}}}. Only compositions with source weights write it.
+"slots": {"0.feedforward": {"mean", "entropy", "value_distance"}}}. Only written for compositions with attention weights.
 
 Shapes: D hidden size.
 """
@@ -97,9 +97,9 @@ class FirstOfEpoch(Callback):
 
 
 class AttentionRecorder(Callback):
-    """Callback that writes attention.jsonl: source weights per slot in validation, without an additional forward pass.
+    """Callback that records the attention weights per slot during validation in attention.jsonl.
 
-    Under DDP, sums are reduced over all processes, so that every non-padding token counts once, and rank 0 writes.
+    It requires no additional forward pass. Under DDP, sums are reduced over all processes, so that every non-padding token counts once, and rank 0 writes.
     Without `sources` (names, in the order of the weights), nothing is recorded. `show` is called with each line.
     """
 

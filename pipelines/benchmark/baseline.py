@@ -125,7 +125,7 @@ class BaselineWorker(Worker):
         return BaselineModel(self.setup, case, copy.deepcopy(self._pretrained[case.dropout]))
 
     def epoch(self, rows: str, sources: int, rate: float, max_length: int, output: str) -> float:
-        """Train an epoch and evaluate, as the baseline's example script does with its defaults; return the seconds.
+        """Train for an epoch and evaluate, as the baseline's example script does. Returns the elapsed time in seconds.
 
         `rows` is a JSON file with the texts and labels of both splits. With `sources=0`, a single adapter is trained.
         """

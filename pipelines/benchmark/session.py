@@ -1,4 +1,4 @@
-"""Worker processes of a suite, and the rounds in which they are measured alternately."""
+"""Worker processes of a suite, and the rounds in which their measurements are interleaved."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def train(session: Session) -> Report:
 
 
 def infer(session: Session) -> Report:
-    """Inference against the backbone without adapters."""
+    """Benchmark inference, compared with the backbone without adapters."""
     n, r = session.config.sources, session.bottleneck
     cases = Case(INFER, FUSION, n, r), Case(INFER, ADAPTER, 0, r), Case(INFER, BARE)
     (ours, ours_one, ours_bare), (theirs, theirs_one, theirs_bare) = (

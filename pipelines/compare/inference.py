@@ -19,7 +19,7 @@ SECONDS = 60.0  # time budget of all artifacts together; each is timed for at le
 
 
 def ratios(seconds: Sequence[float], bare: Sequence[float]) -> dict[str, float]:
-    """Return median and quartiles of the time ratio within each round, and the median seconds per batch."""
+    """Return median and quartiles over rounds of the time relative to `bare`, and the median seconds per batch."""
     each = [own / other for own, other in zip(seconds, bare, strict=True)]
     low, middle, high = quantiles(each, n=4, method="inclusive")
     return {"ratio": middle, "low": low, "high": high, "seconds": median(seconds)}
