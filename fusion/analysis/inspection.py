@@ -62,7 +62,7 @@ Evaluate = Callable[[Sequence[int]], Evaluation]  # evaluates the fusion with on
 
 
 def inspected_data(manifest: Manifest, data: DataConfig) -> DataConfig:
-    """Return the data settings of the artifact's training run; directory, limits and sizes set in `data` take precedence."""
+    """Return the data settings of the artifact's training run; settings of `data` take precedence if they are set."""
     trained = manifest.run.config
     limits = {split: limit or trained.get(f"data.limit.{split}") for split, limit in asdict(data.limit).items()}
     folder = data_folder_of(manifest) if data.dir is None else data.dir

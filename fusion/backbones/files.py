@@ -76,7 +76,7 @@ def check_files(name_or_path: str, trust_remote_code: bool = False) -> None:
 
 
 def check_config(config: Mapping[str, Any], name_or_path: str, where: Path | str) -> None:
-    """Raise UserError if a config (config.json at `where`) belongs to an unsupported family, a decoder, or quantized weights."""
+    """Raise UserError if a config (of the file `where`) has an unsupported family, a decoder, or quantized weights."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise UserError(f"{where}: model_type is {model_type!r}, expected a string such as 'bert'\n{FIX}")

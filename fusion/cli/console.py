@@ -100,7 +100,7 @@ def read_arguments(
 ) -> tuple[list[str], dict[str, str]]:
     """Parse the positional and the KEY=VALUE arguments of a command line. Raises UserError for invalid arguments.
 
-    `keys` has an example for each allowed key, such as DIR; `expected` describes the positional arguments, from count[0] to count[1].
+    `keys` has an example for each allowed key, such as DIR; `expected` describes the positional arguments.
     """
     names: list[str] = []
     values: dict[str, str] = {}

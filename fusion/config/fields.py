@@ -126,11 +126,9 @@ def batches(times: bool = False, not_zero: str = "") -> Any:
             return value >= 0 and (type(value) is int or value <= 1) and not (not_zero and value == 0)
         return value is None or (times and isinstance(value, (str, dict)))
 
-    bounds = (
-        f"above 0, or at least 1 batch: {not_zero}"
-        if not_zero
-        else "from 0.0 to 1.0, or a whole number of batches >= 0"
-    )
+    bounds = "from 0.0 to 1.0, or a whole number of batches >= 0"
+    if not_zero:
+        bounds = f"above 0, or at least 1 batch: {not_zero}"
     return checked(None, accepts, f"a fraction {bounds}")
 
 

@@ -217,7 +217,7 @@ def mean_token(x: Tensor, batch: BatchContext) -> Tensor:
 
 
 def masked_softmax(scores: Tensor, on: Tensor | None) -> Tensor:
-    """Compute the softmax of scores (..., N) over the entries where the bool mask `on` (N,) is True; zeros if it is False everywhere."""
+    """Compute the softmax of scores (..., N) where the bool mask `on` (N,) is True; zeros if it is False everywhere."""
     if on is None:
         return scores.softmax(-1)
     return scores.masked_fill(~on, float("-inf")).softmax(-1).nan_to_num(0.0)

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-Recorder = Callable[
-    [str, Tensor], None
-]  # called with the name of a slot and the attention weights of its sources (B, T, N)
+# Called with the name of a slot and the attention weights of its sources (B, T, N).
+Recorder = Callable[[str, Tensor], None]
 
 
 @dataclass(frozen=True)

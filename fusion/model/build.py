@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 def new_adapters(config: AdapterConfig, backbone: Backbone) -> dict[str, BottleneckAdapter]:
-    """Return a new adapter for each slot of the placement, by slot name. If `shared`, all layers share one adapter per site.
+    """Return a new adapter for each slot of the placement, by slot name; with `shared`, one per site for all layers.
 
     Raises UserError if the backbone's family does not have the site, or the site does not support `adapter.reads`.
     """

@@ -36,7 +36,7 @@ def described_adapters(manifest: Manifest) -> dict[str, BottleneckAdapter]:
 def make_adapters(
     settings: AdapterConfig, sizes: Mapping[str, int], hidden_size: int, init: str
 ) -> dict[str, BottleneckAdapter]:
-    """Return new adapters by slot, given the bottleneck size of each. If `shared`, all layers share one adapter per site."""
+    """Return new adapters by slot, given their bottleneck sizes. If `shared`, all layers share one adapter per site."""
     adapters: dict[str, BottleneckAdapter] = {}
     shared: dict[tuple[str, str], BottleneckAdapter] = {}
     for slot, size in sizes.items():

@@ -50,7 +50,7 @@ class Predictions:
     Attributes:
         scores: logits (examples, K); multiple choice: (examples, max choices); tagging: (examples, max words, K).
             Padded with -inf.
-        attention: attention weights of the sources by slot, (examples, N), averaged over non-padding tokens; empty unless requested.
+        attention: attention weights by slot, (examples, N), averaged over non-padding tokens; empty unless requested.
     """
 
     scores: Tensor
@@ -71,7 +71,7 @@ def load_model(config: UseConfig) -> LoadedModel:
 
 
 def device_of(accelerator: str) -> torch.device:
-    """Return the device for `auto` (a GPU if available), `gpu` or a torch device. Raises UserError if it is unavailable."""
+    """Return the device for `auto` (a GPU if available), `gpu` or a torch device. Raises UserError if unavailable."""
     if accelerator == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

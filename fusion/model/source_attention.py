@@ -120,10 +120,6 @@ def most_attended(
         best = sorted(present, key=lambda n: -weights[n])[:keep]
         kept[slot] = sorted(best)
         shown = ", ".join(f"{sources[n].name} {weights[n]:.3f}" for n in best)
-        log.info(
-            "%s: the selected sources receive %.1f%% of the attention: %s",
-            slot,
-            100 * sum(weights[n] for n in best),
-            shown,
-        )
+        percent = 100 * sum(weights[n] for n in best)
+        log.info("%s: the selected sources receive %.1f%% of the attention: %s", slot, percent, shown)
     return kept

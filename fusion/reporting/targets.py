@@ -82,7 +82,7 @@ class Group:
 
     @property
     def verdict(self) -> str:
-        """better, worse or same (not significant) after Holm's correction; unequal if budgets differ; empty if not tested."""
+        """better, worse or same (not significant) after Holm's correction; unequal if budgets differ; else empty."""
         if self.difference is None:
             return ""
         if self.unequal or self.adjusted is None:
@@ -302,7 +302,7 @@ def _values_tried(group: Group, own: Sequence[Group], against: Group, others: Se
 
 
 def _correct(targets: Sequence[Target]) -> None:
-    """Apply Holm's correction; the family of tests of a method has one test per target and (backbone, number of training examples)."""
+    """Apply Holm's correction to the tests of each method: one per target, backbone and number of training examples."""
     for method in {method for target in targets for method in target.variants}:
         groups = [group for target in targets for group in target.variants.get(method, ())]
         tested = [(one, one.difference.p) for one in groups if one.difference and one.difference.p is not None]

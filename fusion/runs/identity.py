@@ -81,13 +81,13 @@ def differing_keys(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     absent, lines = object(), []
     for key in sorted({*stored, *asked}):
         there, here, names = stored.get(key, absent), asked.get(key, absent), asked.get("sources")
-        if (
-            there != here and key == "inputs.sources" and names and names == stored.get("sources")
-        ):  # retrained meanwhile
+        if there == here:
+            continue
+        if key == "inputs.sources" and names and names == stored.get("sources"):  # retrained meanwhile
             hashes = zip(names, stored.get(key, ()), asked.get(key, ()), strict=False)
             words = [f"{name} has changed ({old[:8]} stored, {new[:8]} now)" for name, old, new in hashes if old != new]
             lines.append(f"sources: {', '.join(words)}")
-        elif there != here:
+        else:
             lines.append(f"{key}: {shown(stored, key)} stored, {shown(asked, key)} now")
     return lines
 

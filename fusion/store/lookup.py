@@ -173,7 +173,7 @@ def users_of(hash: str, found: Sequence[Found]) -> list[str]:
 
 
 def find_by_hash(hash: str, name: str, store: Path) -> Path:
-    """Return the directory of the artifact with this hash, even if it was renamed or replaced. Raises UserError if missing."""
+    """Return the directory of the artifact with this hash, even if renamed or replaced. Raises UserError if missing."""
     with contextlib.suppress(UserError):
         folder = find(name, store)
         if read_folder(folder).hash == hash:

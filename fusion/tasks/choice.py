@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+_COLUMNS = "the name of a column that contains lists, or a list of column names"
+
 
 class Choice(Classification):
     """A classification over the choices of each example: logits (B, most choices), -inf for missing choices."""
@@ -26,14 +28,10 @@ class Choice(Classification):
 
     def check(self, task: Task, where: str) -> None:
         if task.choices is None:
-            raise UserError(
-                f"{where}: kind=choice needs choices (the name of a column that contains lists, or a list of column names)"
-            )
+            raise UserError(f"{where}: kind=choice needs choices ({_COLUMNS})")
         columns = [task.choices] if isinstance(task.choices, str) else task.choices
         if not (isinstance(columns, list) and len(columns) > 0 and all(isinstance(c, str) for c in columns)):
-            raise UserError(
-                f"{where}: choices={shortened(task.choices)}: expected the name of a column that contains lists, or a list of column names"
-            )
+            raise UserError(f"{where}: choices={shortened(task.choices)}: expected {_COLUMNS}")
         if task.blank == "":
             raise UserError(f"{where}: blank is empty: expected the mark to be replaced by a choice, or null")
 

@@ -99,8 +99,8 @@ class FirstOfEpoch(Callback):
 class AttentionRecorder(Callback):
     """Callback that records the attention weights per slot during validation in attention.jsonl.
 
-    It requires no additional forward pass. Under DDP, sums are reduced over all processes, so that every non-padding token counts once, and rank 0 writes.
-    Without `sources` (names, in the order of the weights), nothing is recorded. `show` is called with each line.
+    It requires no additional forward pass. Under DDP, sums are reduced over all processes, and rank 0 writes. Without
+    `sources` (names, in the order of the weights), nothing is recorded. `show` is called with each line.
     """
 
     def __init__(self, sources: Sequence[str], directory: Path, show: Callable[[dict[str, Any]], None]) -> None:

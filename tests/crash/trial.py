@@ -198,7 +198,7 @@ class StoreReader:
         return load(NAME, self.store)
 
     def problem(self) -> str | None:
-        """Return an error message unless the store contains the complete old or new artifact, or none if there was none."""
+        """Return an error message unless the store contains the complete old or new artifact (or there was no old one)."""
         if self._old is None and not (self.store / NAME).exists():
             return None
         try:
