@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tests.bench import Bench
 
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # refuses at once: no test asks the hub itself
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
 
 
 def pytest_collection_finish() -> None:

@@ -75,7 +75,7 @@ def test_the_encoder_of_an_encoder_decoder_starts_from_its_features(name: str) -
     torch.testing.assert_close(run(model.backbone, name), expected, rtol=0, atol=1e-12)
     assert ran == {2} and decoded == {0, 1, 2} and model.boundary == 2
     alone = adapted(name, ["decoder.0.feedforward"], "output")
-    with pytest.raises(RuntimeError, match="the encoder has no slot"):
+    with pytest.raises(RuntimeError, match="encoder features cannot be cached"):
         alone.take_features()
 
 

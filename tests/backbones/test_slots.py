@@ -173,8 +173,8 @@ def test_wrong_slots_are_refused() -> None:
         ("gpt2", "0.feedforward", "normed", "reads 'normed', expected one of output, stream, input"),
         ("bert", "0.before_attention", "normed", "reads 'normed', expected one of input"),
         ("bert", "0.attention.query", "output", "reads 'output', expected one of input"),
-        ("bert", "3.feedforward", "output", "3 layers, sites before_attention, attention, feedforward"),
-        ("bert", "0.cross_attention", "output", "3 layers, sites before_attention, attention, feedforward"),
+        ("bert", "3.feedforward", "output", "3 layers with the sites before_attention, attention, feedforward"),
+        ("bert", "0.cross_attention", "output", "3 layers with the sites before_attention, attention, feedforward"),
         ("bert", "decoder.0.feedforward", "output", "no slot decoder.0.feedforward"),
         ("bart", "0.feedforward", "output", "the stack must be one of encoder, decoder"),
     ):
