@@ -58,34 +58,35 @@ class Fit:
     diverged: dict[str, float] | None = None  # see `divergence`
 
 
-def fit(
-    model: AdaptedModel,
-    config: StageConfig,
-    rows: TaskRows,
-    objective: Objective,
-    checkpoints: Path,
-    tokenizer: str | None = None,
-    loggers: Sequence[Logger] = (),
-    callbacks: Sequence[Callback] = (),
-    prepare: Callable[[torch.device], str | None] = lambda device: None,
-) -> Fit:
+@dataclass(frozen=True)
+class FitSpec:
+    """What `fit` trains, and how."""
+
+    model: AdaptedModel
+    config: StageConfig
+    rows: TaskRows
+    objective: Objective
+    checkpoints: Path  # directory from which an interrupted run resumes
+    tokenizer: str | None = None  # hash; a run can only resume with the same tokenizer
+    loggers: Sequence[Logger] = ()
+    callbacks: Sequence[Callback] = ()  # must not change the model
+    # Called with the device before anything runs on it; returns the type of the cached frozen features that batches
+    # then contain, see `fusion.model.feature_cache`, or `None`.
+    prepare: Callable[[torch.device], str | None] = lambda device: None
+
+
+def fit(spec: FitSpec) -> Fit:
     """Train until the last epoch or early stopping, and load the best epoch's weights into the model.
 
     The best epoch is selected by the first metric on the first validation split, averaged over tasks. A model without
     trainable parameters is only validated.
-
-    Args:
-        checkpoints: directory from which an interrupted run resumes.
-        tokenizer: hash of the tokenizer; a run can only resume with the same tokenizer.
-        callbacks: additional callbacks, which must not change the model.
-        prepare: called with the device before anything runs on it; returns the type of the cached frozen features that
-            batches then contain, see `fusion.model.feature_cache`, or `None`.
 
     Raises:
         GuardError: if a parameter that is not declared trainable would be trained or has changed.
         TrainingError: if the loss or a weight is no longer finite, or memory runs out.
         UserError: if the trainer settings are incompatible with the data, or the checkpoint with the run.
     """
+    model, config, rows, objective, checkpoints = spec.model, spec.config, spec.rows, spec.objective, spec.checkpoints
     keep_freed_memory()
     tasks, settings = config.task_list, config.trainer
     splits = {name: tasks[split.task] for name, split in rows.validation.items()}
@@ -96,13 +97,14 @@ def fit(
     folder = checkpoints if settings.enable_checkpointing and not settings.fast_dev_run else None
     last = read_checkpoint(checkpoints) if config.resume and model.trainable() else None
     if last is not None:
-        check_tokenizer(last, tokenizer)
+        check_tokenizer(last, spec.tokenizer)
     bar = [ProgressBar(monitor)] if settings.enable_progress_bar and shows_progress() else []
-    last_callback = Checkpoints(folder, config.checkpoint_minutes, interrupts, tokenizer)
+    last_callback = Checkpoints(folder, config.checkpoint_minutes, interrupts, spec.tokenizer)
     # The guard comes first, so that no callback saves weights that fail its checks; checkpoints come last.
     first = [Guard(model, checkpoints), memory, best, EpochLine(monitor), speed]
-    trainer = make_trainer(settings, [*first, *callbacks, FirstOfEpoch(), *bar, last_callback], list(loggers), last)
-    features = prepare(trainer.strategy.root_device)
+    callbacks = [*first, *spec.callbacks, FirstOfEpoch(), *bar, last_callback]
+    trainer = make_trainer(settings, callbacks, list(spec.loggers), last)
+    features = spec.prepare(trainer.strategy.root_device)
     weights = [split.class_weights for split in rows.training]
     module = TaskModule(model, tasks, config.optim, objective, splits, features, config.seed, weights)
     batches, evaluation = _loaders(config, rows, objective.temperature, trainer)

@@ -36,7 +36,7 @@ from fusion.tracking.loggers import (
     run_reference,
     stage_name,
 )
-from fusion.training.fit import Fit, fit
+from fusion.training.fit import Fit, FitSpec, fit
 from fusion.training.module import Objective
 from fusion.training.predictions import write_predictions
 from fusion.training.records import AttentionRecorder, History
@@ -129,7 +129,7 @@ def _fit(spec: StageSpec, loggers: list[Logger]) -> Fit:
         return features
 
     checkpoints, tokenizer = spec.output.checkpoints, backbone.tokenizer_hash
-    return fit(model, config, rows, spec.objective, checkpoints, tokenizer, loggers, [recorder], prepare)
+    return fit(FitSpec(model, config, rows, spec.objective, checkpoints, tokenizer, loggers, [recorder], prepare))
 
 
 def _store(spec: StageSpec, manifest: Manifest, overwrite: bool) -> Path:

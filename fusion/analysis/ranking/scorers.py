@@ -37,7 +37,7 @@ from fusion.model.source_attention import SourceAttention, measure_attention
 from fusion.store.artifacts import Artifact
 from fusion.store.compatibility import as_trained
 from fusion.store.manifest import Manifest
-from fusion.training.fit import fit
+from fusion.training.fit import FitSpec, fit
 from fusion.training.module import Objective
 from fusion.training.task_rows import TaskRows
 
@@ -195,7 +195,8 @@ def attention(inputs: ScorerInputs) -> list[float]:
         resume=False,
         seed=config.seed,
     )
-    fit(model, settings, inputs.rows, Objective(composition.loss_weights()), inputs.folder / "no checkpoints")
+    objective = Objective(composition.loss_weights())
+    fit(FitSpec(model, settings, inputs.rows, objective, inputs.folder / "no checkpoints"))
     size, tokens = config.data.batch_size, config.data.tokens_per_batch
     measured = measure_attention(model, sampled_batches(inputs.rows.training[0], None, size, tokens), inputs.device)
     gc.collect()  # the Trainer is in a reference cycle with the model
