@@ -16,6 +16,7 @@ from fusion.cli.console import number, say, score, show_table
 from fusion.errors import UserError
 from fusion.runs.run import Run
 from fusion.runs.sweep import Job, main_score
+from fusion.store.compatibility import DEBUG
 from fusion.store.listing import as_bytes
 from fusion.store.lookup import names, read_folder
 from fusion.store.settings_groups import Lookup
@@ -214,8 +215,8 @@ def _groups(jobs: Sequence[Job], overrides: Sequence[Row]) -> list[list[int]]:
 def _next_commands(run: Run, result: Mapping[str, Any]) -> list[str]:
     using, name = _kept(run.overrides, FOR_USING), result.get("name")
     if run.command in TRAINING:
-        if "artifact" not in result or not isinstance(name, str):
-            return []  # no artifact was saved
+        if "artifact" not in result or not isinstance(name, str) or name.endswith(DEBUG):
+            return []  # no artifact to use
         evaluate = shell_line("evaluate", [override("artifact", name), *using])
         if run.command == "stage1":
             return [evaluate, *_stage2(run.overrides, [result])]

@@ -111,6 +111,9 @@ class RunOutput:
         except BaseException as error:
             interrupt = caused_by_interrupt(error)
             ended = "failed" if interrupt is None else "interrupted"
+            if isinstance(error, UserError) and not self._has_checkpoint:
+                shutil.rmtree(self.checkpoints, ignore_errors=True)  # invalid input: nothing to resume
+                raise
             self._write_attempt(status | {"status": ended, "error": describe(interrupt or error)})
             if interrupt is not None:
                 log.info("%s stopped; to continue, rerun the command: %s", self.name, self.outlook)

@@ -1,7 +1,4 @@
-"""List, show and verify the artifacts of a store, and remove them.
-
-python -m fusion.store list
-"""
+"""List, show and verify the artifacts of a store, and remove them: python -m fusion.store list."""
 
 from __future__ import annotations
 

@@ -35,13 +35,18 @@ def check_name(name: str) -> None:
         )
 
 
+def check_regular(path: Path, expected: int | None = None) -> None:
+    """Raise UserError if a path is missing or not a regular file, or its size is not `expected`."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing or not a regular file; {FIX}")
+    if expected not in (None, size := path.stat().st_size):
+        raise UserError(f"{path}: has {size:,} bytes, expected {expected:,}; {FIX}")
+
+
 def read_regular(path: Path, expected: int | None = None) -> bytes:
-    """Read a regular file. Raises UserError if it is missing or unreadable, or its size is not `expected`."""
+    """Read a file. Raises UserError if it is unreadable, or like `check_regular`."""
     try:
-        if not path.is_file():
-            raise UserError(f"{path} is missing or not a regular file; {FIX}")
-        if expected not in (None, size := path.stat().st_size):
-            raise UserError(f"{path}: has {size:,} bytes, expected {expected:,}; {FIX}")
+        check_regular(path, expected)
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); {FIX}") from None

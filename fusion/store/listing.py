@@ -91,7 +91,8 @@ def _run(store: Path, folder: Path, stored: bool) -> tuple[str, bool]:
     if stored and not running:
         return "checkpoints of a finished run", True
     text = "a run that failed" if status == "failed" else "an interrupted run"
-    text += "; the same command resumes it"
+    resumes = "resumes" if any(folder.glob("*.ckpt")) else "reruns"
+    text += f"; the same command {resumes} it; to discard it, delete the directory"
     # The lock is per name, so a run with a different identity may hold it.
     return f"{text}; {name} {running}" if running else text, False
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from fusion.errors import UserError
-from fusion.store.layout import FIX, MANIFEST, OLD, REPLACED, STAGING, is_name, read_regular
+from fusion.store.layout import FIX, MANIFEST, OLD, REPLACED, STAGING, check_regular, is_name, read_regular
 from fusion.text import did_you_mean, listed, shortened
 
 if TYPE_CHECKING:
@@ -93,8 +93,8 @@ def read_manifest(reference: str, store: Path) -> Manifest:
 
 
 def find_manifest(reference: str, store: Path) -> tuple[Path, Manifest]:
-    """Return the directory and manifest of an artifact, given its name or path. Raises UserError like `read_folder`."""
-    return read_settled(lambda: find(reference, store), lambda folder: (folder, read_folder(folder)))
+    """Return the directory and manifest of an artifact, given its name or path. Raises UserError like `read_complete`."""
+    return read_settled(lambda: find(reference, store), lambda folder: (folder, read_complete(folder)))
 
 
 Read = TypeVar("Read")
@@ -131,6 +131,14 @@ def read_folder(folder: Path) -> Manifest:
     return Manifest.from_json(read_regular(path), path)
 
 
+def read_complete(folder: Path) -> Manifest:
+    """Read a manifest. Raises UserError like `read_folder`, or if another file is missing or truncated."""
+    manifest = read_folder(folder)
+    for name, file in manifest.files.items():
+        check_regular(folder / name, file.bytes)
+    return manifest
+
+
 def scan(store: Path, only: str | None = None) -> Iterator[Found]:
     """Yield all artifacts sorted by name, including damaged and replaced ones, or only the one at `only`."""
     places = {f.name for f in entries(store) if f.is_dir() and not f.name.startswith(".")} | {*folders(store)}
@@ -150,7 +158,7 @@ def _read(place: str, store: Path) -> Found:
         return folder
 
     try:
-        return read_settled(current, lambda folder: Found(place, folder, read_folder(folder)))
+        return read_settled(current, lambda folder: Found(place, folder, read_complete(folder)))
     except UserError as error:
         return Found(place, expected, None, str(error))
 

@@ -116,14 +116,14 @@ def remove(name: str, store: Path, force: bool = False, wait: float = LOCK_SECON
         others = [one for one in found if one.place != name]
         if manifest and manifest.hash not in [one.manifest.hash for one in others if one.manifest]:
             current = [one for one in others if not one.replaced]
-            users, need = users_of(manifest.hash, current), "is a source of"
+            users, need, first = users_of(manifest.hash, current), "is a source of", "remove"
             if not users and manifest.kind == "adapter":
                 # The sources of an unreadable manifest are unknown.
                 users = [f.place for f in current if f.manifest is None and (f.folder / MANIFEST).is_file()]
-                need = "may be a source of the unreadable"
+                need, first = "may be a source of the unreadable", "fix or remove"
             if users and not force:
                 raise UserError(
-                    f"{name} {need} {', '.join(users)}; remove or fix them first, or set force=true to move {name} to "
+                    f"{name} {need} {', '.join(users)}; {first} them first, or set force=true to move {name} to "
                     ".replaced, where fusions find it"
                 )
             if users:

@@ -234,7 +234,8 @@ class Labels:
         if column.names is not None and type(value) is int and 0 <= value < len(column.names):
             value = column.names[value]
             what += f", whose ClassLabel is {shown(value)}"
-        what += f"; expected {self._expected(formats)}\n"
+        fitting = distinct & formats[nearest].keys()  # the other rows show which format is meant
+        what += f"; expected {self._expected({nearest: formats[nearest]} if fitting else formats)}\n"
         numbers = {keys[row][1] for row in kept if keys[row][0] == "number"}
         count = len(formats.get("ids") or self.names or self.task.raw_label_values)
         if keys[row][0] == "number" and min(numbers) in (0, 1) and max(numbers) == min(numbers) + count - 1:
@@ -308,4 +309,5 @@ def ignore_hint(task: Task, value: Any) -> str:
     if not isinstance(value, (str, int, float, type(None))) or len(hydra_value(value)) > 60:
         value = "VALUE"  # too long, or not a value of a config
     ignored = override("task.ignore_labels", [*task.ignore_labels, value])
-    return f"If it means that there is no label: '{ignored}'; otherwise, add it to label_values in the task file"
+    add = "add it to the task file (a new class to labels, a different spelling to label_values)"
+    return f"If it means that there is no label: '{ignored}'; otherwise, correct it, or {add}"

@@ -83,7 +83,7 @@ def train_and_store(spec: StageSpec) -> dict[str, Any]:
         result = _result_of(spec, fitted)
         manifest = _manifest_of(spec, fitted, result, origin)
         if config.trainer.fast_dev_run:
-            log.info("trainer.fast_dev_run: the run succeeded; no artifact was saved")
+            log.info("the run succeeded; with trainer.fast_dev_run (debug=one_batch), no artifact is saved")
             return result
         if fitted.broken is not None:
             kept = _store(spec, manifest.changed(name=f"{spec.output.name}{DIVERGED}"), overwrite=True)

@@ -50,7 +50,11 @@ def test_each_form_gives_class_ids(task, write, labels, changes):
         (2, {}, r"2 \(int\); expected one of 0 \(cat\), 1 \(dog\)"),
         (-1, {}, r"-1 \(int\); .*\n.*ignore_labels=\[-1\]"),
         (0.5, {}, r"0\.5 \(float\)"),
-        ("cow", {}, r"'cow' \(str\); .*\n.*ignore_labels=\[cow\]"),
+        (
+            "cow",
+            {},
+            r"'cow' \(str\); expected one of \"cat\", \"dog\"\n.*ignore_labels=\[cow\].*, or add it to the task file .a new class to labels",
+        ),
         ("0", {}, r"'0' \(str\)"),
         (None, {}, r"null; .*\n.*ignore_labels=\[null\]"),
         (["cat"], {}, r"\['cat'\] \(list\)"),

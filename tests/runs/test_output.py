@@ -10,6 +10,7 @@ import pytest
 
 from fusion import stage1
 from fusion.config.stages import Stage1Config
+from fusion.errors import UserError
 from fusion.runs.output import ATTEMPT, RunOutput
 from fusion.runs.run import Run, RunState
 from fusion.runs.signals import Terminated
@@ -36,6 +37,13 @@ def test_a_run_from_new_to_done(bench: Bench) -> None:
     assert not output.checkpoints.exists()
     bench.stage1("films")
     assert output_of(bench)[0].run_state == RunState("done")
+
+
+def test_invalid_input_leaves_no_attempt(bench: Bench) -> None:
+    output, run = output_of(bench)
+    with pytest.raises(UserError), output.attempt(run, resume=True):
+        raise UserError("line 2: label is 'cow'")
+    assert not output.checkpoints.exists() and output.run_state == RunState("new")
 
 
 @pytest.mark.parametrize(

@@ -60,9 +60,12 @@ def build(name: str = "mnli", kind: str = "adapter", **changes: Any) -> Manifest
 
 
 def put(folder: Path, manifest: Manifest) -> Path:
-    """Writes a manifest as an artifact has it; the weights are of no interest here."""
+    """Write a manifest as an artifact has it, and files of its sizes without weights."""
     folder.mkdir(parents=True)
-    (folder / MANIFEST).write_text(manifest.changed(files=manifest.content["files"] or FILES).to_json())
+    manifest = manifest.changed(files=manifest.content["files"] or FILES)
+    (folder / MANIFEST).write_text(manifest.to_json())
+    for name, file in manifest.files.items():
+        (folder / name).write_bytes(bytes(file.bytes))
     return folder
 
 

@@ -90,6 +90,16 @@ def test_list_at_a_terminal_truncates_no_name(full: Path, monkeypatch: pytest.Mo
         assert {"books", "both", "films", "head", "feedforward/normed", "tiny"} <= set(terminal.text.split())
 
 
+def test_truncated_weights_are_named_without_reading_them(say: Say, full: Path) -> None:
+    weights = full / "books" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    _, out, _ = say("list")
+    (line,) = (line for line in out.splitlines() if line.startswith("damaged: "))
+    assert "books" in line and "bytes, expected" in line and "retrain it with overwrite=true" in line
+    code, _, err = say("show", "books")
+    assert code == 2 and "bytes, expected" in err
+
+
 def test_list_names_damaged_and_leftover_folders(say: Say, full: Path) -> None:
     (full / "books" / MANIFEST).write_text("{")
     (full / "stray").mkdir()
@@ -111,8 +121,11 @@ def test_list_names_damaged_and_leftover_folders(say: Say, full: Path) -> None:
         ".staging/gone.old",
     }  # fmt: skip
     assert "of a finished run" in left[".runs/films-0123456789ab"]
-    assert "an interrupted run; the same command resumes it" in left[".runs/plays-999999999999"]
-    assert "a run that failed; the same command resumes it" in left[".runs/books-888888888888"]
+    assert "an interrupted run; the same command reruns it; to discard it, del" in left[".runs/plays-999999999999"]
+    assert (
+        "a run that failed; the same command reruns it; to discard it, delete the directory"
+        in left[".runs/books-888888888888"]
+    )
     assert "partially written" in left[".staging/plays~new"]
     assert "the only copy of gone" in left[".staging/gone.old"]
     assert "\u202e" not in out
@@ -306,7 +319,7 @@ def test_replaced_artifacts_and_leftovers_are_verified(
 def test_remove(say: Say, full: Path) -> None:
     code, out, err = say("remove", "films")
     assert (code, out) == (2, "")
-    assert err.startswith("films is a source of both; remove or fix them first, or set force=true")
+    assert err.startswith("films is a source of both; remove them first, or set force=true")
     assert names(full) == ["books", "both", "films", "head"]
     assert say("remove", "head") == (0, "removed head\n", "")
     assert say("remove", "both") == (0, "removed both\n", "")

@@ -109,7 +109,7 @@ def test_a_test_split_may_be_without_labels(write: Any) -> None:
 @pytest.mark.parametrize(
     ("moods", "message"),
     [
-        ([["joy"], ["calm"]], r"line 2: moods is 'calm' \(str\); expected one of 0 \(joy\)"),
+        ([["joy"], ["calm"]], r"line 2: moods is 'calm' \(str\); expected one of \"joy\""),
         ([["joy"], "joy"], r"line 2: moods is 'joy' \(str\); expected a list of labels"),
         ([["joy"], None], r"line 2: moods is null; expected a list of labels"),
         ([["joy"], 3], r"line 2: moods is 3 \(int\); expected a list of labels"),
