@@ -306,8 +306,9 @@ def _count_from(first: int, count: int) -> str:
 
 def ignore_hint(task: Task, value: Any) -> str:
     """Return the override that also ignores a raw label."""
-    if not isinstance(value, (str, int, float, type(None))) or len(hydra_value(value)) > 60:
-        value = "VALUE"  # too long, or not a value of a config
+    typed = hydra_value(value) if isinstance(value, (str, int, float, type(None))) else ""
+    if not 0 < len(typed) <= 60 or not typed.isprintable():
+        value = "VALUE"  # not a value of a config, or one that cannot be typed
     ignored = override("task.ignore_labels", [*task.ignore_labels, value])
-    add = "add it to the task file (a new class to labels, a different spelling to label_values)"
-    return f"If it means that there is no label: '{ignored}'; otherwise, correct it, or {add}"
+    add = ", or add it to the task file (a new class to labels, a different spelling to label_values)"
+    return f"If it means that there is no label: '{ignored}'; otherwise, correct it{add if task.labels else ''}"
