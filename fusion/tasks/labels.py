@@ -310,5 +310,7 @@ def ignore_hint(task: Task, value: Any) -> str:
     if not 0 < len(typed) <= 60 or not typed.isprintable():
         value = "VALUE"  # not a value of a config, or one that cannot be typed
     ignored = override("task.ignore_labels", [*task.ignore_labels, value])
-    add = ", or add it to the task file (a new class to labels, a different spelling to label_values)"
-    return f"If it means that there is no label: '{ignored}'; otherwise, correct it{add if task.labels else ''}"
+    fix = "correct it"
+    if task.labels or task.choices:
+        fix += ", or add it to the task file (a new class to labels, a different spelling to label_values)"
+    return f"If it means that there is no label: '{ignored}'; otherwise, {fix}"
