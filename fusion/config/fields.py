@@ -54,7 +54,7 @@ def checked(default: Any, accepts: Callable[[Any], bool], expected: str) -> Any:
 def integer(default: int | None, at_least: int, at_most: int | None = None, null: str = "", hint: str = "") -> Any:
     """Return a field for an integer, or null if `null` has its meaning; `hint` is appended to the message (a unit)."""
     bounds = f">= {at_least}" if at_most is None else f">= {at_least} and <= {at_most}"
-    return _number(default, "a whole number", lambda value: type(value) is int, bounds, null, hint)
+    return _number(default, "a whole number", lambda value: type(value) is int and value < 2**63, bounds, null, hint)
 
 
 def number(default: float | None, bounds: str, infinite: bool = False, null: str = "", hint: str = "") -> Any:
