@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.store.manifest import Manifest
-from tests.store.conftest import build
+from tests.store.conftest import build, put
 
 
 def save_manifest(store: Path, name: str, **changes: Any) -> Manifest:
@@ -20,8 +20,7 @@ def save_manifest(store: Path, name: str, **changes: Any) -> Manifest:
         "files": files(4000, name),
     }
     manifest = build(backbone={"layers": 7}, **(values | changes))
-    (store / name).mkdir(parents=True, exist_ok=True)
-    (store / name / "manifest.json").write_text(manifest.to_json())
+    put(store / name, manifest)
     return manifest
 
 

@@ -61,7 +61,7 @@ def build(name: str = "mnli", kind: str = "adapter", **changes: Any) -> Manifest
 
 def put(folder: Path, manifest: Manifest) -> Path:
     """Write a manifest as an artifact has it, and files of its sizes without weights."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     manifest = manifest.changed(files=manifest.content["files"] or FILES)
     (folder / MANIFEST).write_text(manifest.to_json())
     for name, file in manifest.files.items():
