@@ -84,7 +84,7 @@ def _of_run(folder: Path) -> Side:
     status, config = read_mapping(folder / STATUS), read_mapping(folder / CONFIG)
     result = read_mapping(folder / RESULT) if (folder / RESULT).exists() else {}
     settings, store = identity_config(config), config.get("store")
-    name, scores = str(status.get("name") or folder.name), _flat(result.get("metrics") or {})
+    name, scores = str(status.get("name") or folder.name), _flat(_dict(result.get("metrics")))
     costs = {"status": status.get("status"), **_costs(result)}
     shared = Lookup().of_run(settings, Path(store) if isinstance(store, str) else None)
     side = Side(name, folder, settings, {}, scores, costs, shared)
@@ -113,7 +113,7 @@ def _metadata(manifest: Manifest) -> dict[str, Any]:
 
 
 def _costs(result: Mapping[str, Any]) -> dict[str, Any]:
-    parameters, speed = result.get("parameters") or {}, result.get("speed") or {}
+    parameters, speed = _dict(result.get("parameters")), _dict(result.get("speed"))
     costs = {
         "best epoch": result.get("best_epoch"),
         "epochs": result.get("epochs"),
@@ -127,7 +127,12 @@ def _costs(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flat(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{split}/{metric}": value for split, values in metrics.items() for metric, value in values.items()}
+    return {f"{split}/{metric}": value for split, values in metrics.items() for metric, value in _dict(values).items()}
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    """Return `value` as a dict, or an empty dict if it is not a mapping."""
+    return dict(value) if isinstance(value, Mapping) else {}
 
 
 def show(one: Side, two: Side) -> None:

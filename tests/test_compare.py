@@ -208,6 +208,16 @@ def test_a_damaged_run(trained: Bench, tmp_path: Path, say: Say, file: str, cont
     assert (code, out) == (2, "") and message in err and len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("result", [{"metrics": [1], "parameters": 3, "speed": "x"}, {"metrics": {"v": 1}}])
+def test_a_result_of_another_shape_is_no_crash(
+    trained: Bench, tmp_path: Path, say: Say, result: dict[str, object]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained.folder / "run of slow", run)
+    (run / "result.json").write_text(json.dumps(result))
+    assert say("films", str(run))[0] == 0
+
+
 def test_a_damaged_artifact(trained: Bench, tmp_path: Path, say: Say) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(trained.folder / "store" / "films", broken)

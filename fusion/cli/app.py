@@ -202,9 +202,6 @@ def _error(message: str, code: int) -> int:
     return code
 
 
-# --- checks before the first job -------------------------------------------------------------------
-
-
 class PreflightError(BaseException):
     """A message and an exit code. Not an Exception, which Hydra would turn into a warning in a callback."""
 
@@ -250,6 +247,8 @@ def _checked_sweep(config: DictConfig, folder: Path, overrides: list[Override]) 
         if state is not None:
             states.append(state.state)
         planned.append(folder / subfolder)
+        if planned[-1].exists() and not planned[-1].is_dir():
+            raise UserError(f"{planned[-1]} is a file; set hydra.sweep.dir=DIR to a different directory")
         if isinstance(typed, StageConfig):
             first = names.setdefault((typed.store, str(typed.name)), job)
             if first is not job:

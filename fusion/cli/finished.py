@@ -65,9 +65,6 @@ def _show(tables: Sequence[Sequence[Row]], following: Sequence[str]) -> None:
         sys.stdout.flush()
 
 
-# --- tables ---------------------------------------------------------------------------------------
-
-
 def run_table(run: Run, result: Mapping[str, Any]) -> list[Row]:
     if run.command == "inspect":
         return inspected(result)
@@ -148,9 +145,6 @@ def _interval(low: float | None, high: float | None) -> str:
     return f"{low:+.4f} to {high:+.4f}{', inconclusive' if low <= 0 <= high else ''}"
 
 
-# --- the settings of a sweep ----------------------------------------------------------------------
-
-
 def settings_table(jobs: Sequence[Job]) -> list[Row]:
     """Return the mean main score over seeds for each setting of a sweep; empty for fewer than two jobs.
 
@@ -207,9 +201,6 @@ def _groups(jobs: Sequence[Job], overrides: Sequence[Row]) -> list[list[int]]:
     for index, values in enumerate(overrides):
         groups.setdefault(resolved.get(values, values), []).append(index)
     return list(groups.values())
-
-
-# --- next commands --------------------------------------------------------------------------------
 
 
 def _next_commands(run: Run, result: Mapping[str, Any]) -> list[str]:

@@ -22,9 +22,6 @@ MEAN = "mean"  # with one active source, it equals that source; used by the prob
 ONE_ADAPTER = "is a single adapter without attention weights"
 
 
-# --- builders ---------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class SlotSources:
     """The frozen adapters of one slot."""
@@ -85,9 +82,6 @@ def _average(settings: CompositionConfig, sources: SlotSources, shared: dict[Any
 def _continued(settings: CompositionConfig, sources: SlotSources, shared: None) -> SlotModule:
     (adapter,) = sources.adapters.values()
     return adapter
-
-
-# --- the table --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Group:
 
     @functools.cached_property
     def budget(self) -> dict[str, Any]:
-        """Training budget of each (backbone, number of training examples); empty if nothing was trained on the target."""
+        """Settings of the training budget by config key; empty if nothing was trained on the target."""
         variant = {} if self.anywhere else self.entries[0].variant
         return {key: value for key, value in variant.items() if key.startswith(_BUDGET)}
 

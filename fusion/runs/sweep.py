@@ -128,4 +128,6 @@ def _stamps(folder: Path, planned: Sequence[Path]) -> dict[Path, Stamp]:
 
 def _job(place: Path, has_status: bool) -> Job:
     status = read_json(place / STATUS) if has_status else {}
+    if has_status and not isinstance(status.get("status"), str):
+        status = {"status": "broken", "error": f"{STATUS} cannot be read"}
     return Job(place, status, read_json(place / RESULT) if status.get("status") == "done" else {})

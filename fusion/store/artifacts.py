@@ -20,7 +20,7 @@ from fusion.store import lookup
 from fusion.store.compatibility import note_ambiguous_labels
 from fusion.store.layout import FIX, HEAD, MANIFEST, NEW, OLD, REPLACED, STAGING, WEIGHTS, check_name, read_regular
 from fusion.store.manifest import File, Manifest
-from fusion.store.writing import LOCK_SECONDS, archive, check_free, recover, writing
+from fusion.store.writing import LOCK_SECONDS, archive, check_free, recover, sync_folder, writing
 from fusion.text import listed, printable, shortened
 
 log = logging.getLogger(__name__)
@@ -60,8 +60,10 @@ def save(
             if final.exists():
                 os.replace(final, old)
             os.replace(staged, final)
+            sync_folder(store)
             if old.exists():
                 archive(store, old, manifest)
+                sync_folder(store)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
     return final
@@ -115,6 +117,7 @@ def adopt(artifact: Artifact, store: Path) -> None:
             kept.parent.mkdir(exist_ok=True)
             with contextlib.suppress(OSError):  # another process has just copied the same artifact
                 os.replace(staged, kept)
+            sync_folder(kept.parent)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 
@@ -225,6 +228,7 @@ def _stage(
     text = manifest.to_json()
     Manifest.from_json(text, folder / MANIFEST)  # raises if the manifest cannot be read back
     _write(folder / MANIFEST, text.encode("utf-8"))
+    sync_folder(folder)
     return manifest
 
 

@@ -42,6 +42,16 @@ def writing(store: Path, name: str, wait: float = LOCK_SECONDS) -> Iterator[None
         yield
 
 
+def sync_folder(folder: Path) -> None:
+    """Flush a rename in a directory to disk, if the system supports it."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def recover(store: Path, name: str) -> None:
     """Clean up after a killed writer of `name` and complete its replacement. The caller must hold the lock."""
     staging = store / STAGING
@@ -76,6 +86,7 @@ def keep_replaced(store: Path, folder: Path, manifest: Manifest) -> Path:
     shutil.rmtree(kept, ignore_errors=True)
     kept.parent.mkdir(exist_ok=True)
     os.replace(folder, kept)
+    sync_folder(kept.parent)
     return kept
 
 
@@ -128,8 +139,10 @@ def remove(name: str, store: Path, force: bool = False, wait: float = LOCK_SECON
                 )
             if users:
                 kept = keep_replaced(store, folder, manifest)
+                sync_folder(store)
                 return f"removed {name}; {', '.join(users)} finds it in {kept}"
         os.replace(folder, aside)
+        sync_folder(store)
         if aside.is_symlink():
             aside.unlink()
         else:

@@ -49,9 +49,6 @@ _ERRORS: dict[str, type[BaseException]] = {
 }
 
 
-# --- launcher -------------------------------------------------------------------------------------
-
-
 def count(trainer: TrainerConfig) -> int:
     """Return the number of processes of a job on this machine. Raises UserError if Lightning rejects the settings."""
     if trainer.devices in (1, "1") and trainer.num_nodes == 1:
@@ -204,9 +201,6 @@ def _port() -> int:
             f"MASTER_PORT={given}: expected a free port, 1 to 65535 ({error})\n"
             "Unset MASTER_PORT to select a free port automatically"
         ) from None
-
-
-# --- rank -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,6 @@ class Workflow:
     def manifest(self, name: str) -> Manifest:
         return read_manifest(name, self.store)
 
-    # --- sources --------------------------------------------------------------------------------------
-
     def train_sources(self, tasks: Sequence[str], drop: int | None = None) -> None:
         for training in trainings.source_trainings(self.comparison, tasks, drop):
             reasons, code = self.train(training)
@@ -122,8 +120,6 @@ class Workflow:
             others = [f"{key}={trained.get(key)}" for key in expected if trained.get(key) != expected[key]]
             if others:
                 self.notes.append(f"Source {source} already existed, with different settings: {', '.join(others)}.")
-
-    # --- methods --------------------------------------------------------------------------------------
 
     def run_row(self, row: Row) -> None:
         """Train a method and read its results. Raises UserError if an artifact that it depends on is missing."""
@@ -185,8 +181,6 @@ class Workflow:
         if not reasons:
             say(f"done in {outcome.seconds:.0f} s")
         return reasons, outcome.code
-
-    # --- inference ------------------------------------------------------------------------------------
 
     def time_inference(self) -> None:
         """Time the best artifact of each method, unless times for the same artifacts are already stored."""

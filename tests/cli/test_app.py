@@ -245,11 +245,14 @@ def test_a_wrong_command(go: Callable[..., Outcome], arguments: list[str], messa
         (["hydra.run.dir=file"], r"^hydra.run.dir=file: cannot be written \(Not a directory\)"),
         (["hydra.run.dir=file/run"], r"^hydra.run.dir=file/run: Not a directory"),
         (["-m", "seed=1,2", "hydra.sweep.dir=/proc/nowhere"], r"^hydra.sweep.dir=/proc/nowhere: cannot be written"),
+        (["-m", "seed=1,2", "hydra.sweep.dir=taken"], r"^taken/1-mine-seed-2 is a file"),
         (["hydra.run.dir=logged"], r"logged/run\.log: cannot be written \(Is a directory\)"),
     ],
 )
 def test_an_invalid_folder_is_refused(go: Callable[..., Outcome], words: list[str], message: str) -> None:
     Path("file").touch()
+    Path("taken").mkdir()
+    Path("taken/1-mine-seed-2").touch()
     Path("logged/run.log").mkdir(parents=True)
     outcome = go(*words, "+task=mine", "trainer.devices=1")
     assert outcome.code == 2, outcome.err

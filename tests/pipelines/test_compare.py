@@ -568,14 +568,14 @@ def test_rows_are_reported_if_timing_fails(commands: Commands, tmp_path: Path) -
 
 
 def test_reasons_are_one_line() -> None:
-    said = ("noise", "job 0 (+task=cb optim.lr=5e-05 name=a): no such thing", "say another", "")
+    stderr = ("noise", "job 0 (+task=cb optim.lr=5e-05 name=a): no such thing", "say another", "")
     compared = Workflow(compare_of())
-    for reason in (reason_of(Outcome(2, 1.0, said[1:])), reason_of(Outcome(2, 1.0, said)), "x" * 1000):
+    for reason in (reason_of(Outcome(2, 1.0, stderr[1:])), reason_of(Outcome(2, 1.0, stderr)), "x" * 1000):
         compared.fail("a", "row", reason)
     first, second, long = (failure["reason"] for failure in compared.failures)
     assert first == second == "no such thing say another" and len(long) == 400
     assert reason_of(Outcome(2, 1.0, ("a", "b", "c"))) == "b c"
-    assert reason_of(Outcome(1, 1.0, said)) == "say another"
+    assert reason_of(Outcome(1, 1.0, stderr)) == "say another"
     assert reason_of(Outcome(-9, 1.0, ())) == "exit code -9 without an error message"
 
 

@@ -18,7 +18,7 @@ def leave(folder: Path, status: str, before: str | None = None, error: str | Non
 
 
 def test_every_outcome_of_a_job(tmp_path: Path) -> None:
-    planned = [tmp_path / str(number) for number in range(7)]
+    planned = [tmp_path / str(number) for number in range(8)]
     sweep = Sweep.start(tmp_path, planned)
     leave(planned[0], "done", "done")
     leave(planned[1], "done", "interrupted")
@@ -26,13 +26,16 @@ def test_every_outcome_of_a_job(tmp_path: Path) -> None:
     leave(planned[3], "done", "failed")
     leave(planned[4], "failed", "new", "RuntimeError: boom")
     leave(planned[5], "running", "new")
+    planned[6].mkdir()
+    (planned[6] / "status.json").write_text("{")
     line, failed = sweep.outcome()
-    assert line == "7 jobs: 1 already done, 1 resumed, 2 trained, 3 failed"
-    assert failed[0] == "3 of 7 jobs failed:"
-    assert [text.split(": ")[0] for text in failed[1:]] == [f"  {planned[n]}/run.log" for n in (4, 5, 6)]
+    assert line == "8 jobs: 1 already done, 1 resumed, 2 trained, 4 failed"
+    assert failed[0] == "4 of 8 jobs failed:"
+    assert [text.split(": ")[0] for text in failed[1:]] == [f"  {planned[n]}/run.log" for n in (4, 5, 6, 7)]
     assert failed[1].endswith(": RuntimeError: boom")
     assert "status running" in failed[2]
-    assert "no status" in failed[3]
+    assert "status.json cannot be read" in failed[3]
+    assert "no status" in failed[4]
 
 
 def test_jobs_with_status_and_result(tmp_path: Path) -> None:

@@ -121,6 +121,8 @@ def test_one_line_per_validation_also_if_nothing_trains(bench: Bench) -> None:
 
 
 def test_compositions_without_weights_have_no_file(bench: Bench) -> None:
+    bench.stage2("plays", ["films", "books"], trainer=ONCE, name="attending")
+    assert lines(bench) is not None
     bench.stage2("plays", ["films", "books"], composition=CompositionConfig(name="average"), trainer=ONCE)
     assert lines(bench) is None
     bench.stage1("plays", trainer=ONCE)
