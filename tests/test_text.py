@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from fusion.store.__main__ import main as store_program
-from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
+from fusion.store.layout import HEAD, WEIGHTS
 from fusion.text import listed, printable, printable_output, shortened, shown
-from tests.store.conftest import build
+from tests.store.conftest import build, put
 
 HOSTILE = [
     "\x1b[2Jgone",  # clears the screen
@@ -105,8 +105,7 @@ def test_names_in_a_manifest_are_escaped(tmp_path: Path, capsys: pytest.CaptureF
         sources=[{"name": "a", "hash": "b"}],
         files={WEIGHTS: {"sha256": "1" * 64, "bytes": 10}, HEAD: {"sha256": "2" * 64, "bytes": 20}},
     )
-    (tmp_path / "films").mkdir()
-    (tmp_path / "films" / MANIFEST).write_text(manifest.to_json())
+    put(tmp_path / "films", manifest)
     assert store_program(["show", "films", f"store={tmp_path}"]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out and out.count("\\x1b[2Jgone") >= 2

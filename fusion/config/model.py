@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -44,7 +45,7 @@ class AdapterConfig(Settings, group="adapter"):
     nonlinearity: str = choice("relu", ("relu", "gelu", "silu", "tanh"))
     scaling: Any = checked(
         1.0,
-        lambda value: value == "learned" or (type(value) in (int, float) and abs(value) < 2.0**63),
+        lambda value: value == "learned" or (type(value) in (int, float) and abs(value) <= sys.float_info.max),
         "a finite number, or learned (starts at 1)",
     )
     init: str = choice("bert", ("bert", "houlsby", "zero_up"))

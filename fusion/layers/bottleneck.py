@@ -62,7 +62,7 @@ class BottleneckAdapter(SlotModule):
         self.nonlinearity = nonlinearity
         if isinstance(scaling, str) and scaling != "learned":
             raise ValueError(f"scaling {scaling!r}: expected a number or 'learned'")
-        self.scaling = nn.Parameter(torch.ones(())) if isinstance(scaling, str) else scaling
+        self.scaling = nn.Parameter(torch.ones(())) if isinstance(scaling, str) else float(scaling)
         self.down = nn.Linear(hidden_size, bottleneck_size, bias)
         self.up = nn.Linear(bottleneck_size, output_size, bias)
         self.dropout = nn.Dropout(dropout)
