@@ -14,6 +14,7 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -30,12 +31,11 @@ NEW = "~new"  # suffix of an artifact that is being written, in STORE/.staging
 
 READS = "a checkpoint is read"
 BATCH = "a training batch"
-CHECKPOINT_PART = ".last.ckpt.part"
 Rename = Callable[[Path, Path], bool]
 
 
 def _is_stored(old: Path, new: Path) -> bool:
-    return old.parent.name == ".staging" and old.name == f"{new.name}{NEW}"
+    return old.parent.name == ".staging" and old.name == f"{new.name}{NEW}" and new.parent.name != ".replaced"
 
 
 def _is_overwritten(old: Path, new: Path) -> bool:
@@ -154,7 +154,7 @@ def watch_files(faults: Faults) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{file if isinstance(file, int) else file.fileno()}"))
         if place := _place_of_write(path):
             faults.reach(place, functools.partial(_truncate, path))
-        if path.name == CHECKPOINT_PART:
+        if _is_checkpoint(path):
             faults.reach("a checkpoint is written and not synced")
         fsync(file)
         if _is_staged(path) and path.name == "head.safetensors":
@@ -184,16 +184,22 @@ def _first(places: dict[str, Rename], old: Path, new: Path) -> str | None:
 
 
 def _place_of_write(path: Path) -> str | None:
-    if path.name == CHECKPOINT_PART:
+    if _is_checkpoint(path):
         return "half a checkpoint"
     if path.suffix == ".partial" and ".states." in path.name:
         return "half a file of the feature cache"
     return HALF_STAGED.get(path.name) if _is_staged(path) else None
 
 
+def _is_checkpoint(path: Path) -> bool:
+    """Return whether a file is a checkpoint that is being written."""
+    return path.name.startswith(".last.ckpt.") and path.suffix == ".partial"
+
+
 def _is_staged(path: Path) -> bool:
     """Return whether a file belongs to the artifact that is being written, not to a copy of a source."""
-    return path.parent.parent.name == ".staging" and path.parent.name.endswith(NEW)
+    folder = path.parent
+    return folder.parent.name == ".staging" and bool(re.search(f"(?<!-[0-9a-f]{{8}}){NEW}$", folder.name))
 
 
 def _truncate(path: Path, share: float) -> None:

@@ -46,10 +46,10 @@ STAND_IN = textwrap.dedent("""
         os.replace(f"cache/{cache}.partial", f"cache/{cache.removesuffix('.1')}")
     run = Path("store/.runs/made-1")
     for _ in range(3):
-        write(run / ".last.ckpt.part")
+        write(run / ".last.ckpt.1.partial")
         if (run / "last.ckpt").exists():
             os.replace(run / "last.ckpt", run / "before.ckpt")
-        os.replace(run / ".last.ckpt.part", run / "last.ckpt")
+        os.replace(run / ".last.ckpt.1.partial", run / "last.ckpt")
         (run / "position.part").touch()
         os.replace(run / "position.part", run / "position.json")
     (run / "last.ckpt").read_bytes()
@@ -98,8 +98,8 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         ("half a file of the token cache", 1, "cache/tokens.safetensors.1.partial", 30),
         ("half a file of the feature cache", 1, "cache/.a.states.1.partial", 30),
         ("before the feature cache is put in place", 1, "cache/.a.states.1.partial", 100),
-        ("half a checkpoint", 2, f"{CHECKPOINTS}/.last.ckpt.part", 30),
-        ("a checkpoint is written and not synced", 2, f"{CHECKPOINTS}/.last.ckpt.part", 100),
+        ("half a checkpoint", 2, f"{CHECKPOINTS}/.last.ckpt.1.partial", 30),
+        ("a checkpoint is written and not synced", 2, f"{CHECKPOINTS}/.last.ckpt.1.partial", 100),
         ("before a checkpoint's renames", 1, f"{CHECKPOINTS}/before.ckpt", None),
         ("between a checkpoint's renames", 1, f"{CHECKPOINTS}/last.ckpt", None),
         ("a checkpoint is in place, its position not", 1, f"{CHECKPOINTS}/position.json", None),
@@ -343,8 +343,13 @@ def crash_trial(warm: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     signal.signal(signal.SIGTERM, before)
 
 
-def test_a_short_trial(crash_trial: Any) -> None:
+def test_a_short_trial(crash_trial: Any, tmp_path: Path) -> None:
     deaths = crash_trial("kills=4", "kinds=[adapter]")
+    visits = json.loads((tmp_path / "a trial/undisturbed/adapter/attempt-1/visits-main.json").read_text())
+    of_other_kinds = {place for place in PHASE if "source" in place or "feature cache" in place or "overw" in place}
+    assert (
+        set(PHASE) - {place for place, count in visits.items() if count} == of_other_kinds and len(of_other_kinds) == 5
+    )
     assert len(deaths) >= 4 and all(death["resumed"] for death in deaths)
     assert any(death["resumed"].startswith("epoch") for death in deaths)
     assert len({death["kill"]["place"] for death in deaths}) >= 3

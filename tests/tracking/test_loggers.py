@@ -100,6 +100,7 @@ from fusion.runs.run import Run
 from fusion.tracking.loggers import log_result
 from fusion.tracking.loggers import build_loggers, finish
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+logging.raiseExceptions = False  # as in commands
 if int(sys.argv[2]) >= 0:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
 for name in ("rte", "mrpc"):
