@@ -203,4 +203,5 @@ def reason_of(error: BaseException) -> str:
         return "the server rejected the run without a reason; check the API key"
     if "validation error" in str(error) and callable(errors := getattr(error, "errors", None)):  # pydantic
         return "; ".join(str(fault["msg"]) for fault in errors()[:2])
-    return first_line(error)
+    # The cause of a timeout is in the second line.
+    return " ".join([first_line(error), *(line for line in str(error).splitlines()[1:] if "while retrying" in line)])
