@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fusion.config.fields import Settings, checked, choice, integer, number
+from fusion.config.model import BackboneConfig
 from fusion.errors import TrainingError
 from fusion.training.processes import cores
 
@@ -64,7 +65,7 @@ class BenchmarkConfig(Settings):
     tokens: int = integer(64, 1)  # per text, without padding
     sources: int = integer(14, 2)
     seed: int = 0
-    backbone: str = "sentence-transformers/all-MiniLM-L6-v2"
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)  # only its weights and shape are used
     data_dir: str = "../shared/data"
     output: str = "outputs/benchmark"
     timeout: float = number(3600.0, "> 0")  # seconds for one request to a worker, or for one command

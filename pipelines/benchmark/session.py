@@ -111,9 +111,7 @@ class Session:
         self.threads = config.thread_count
         self.versions: dict[str, Any] = {}
         self._workers: dict[str, WorkerProcess] = {}
-        folder = Path(locate(config.backbone)).absolute()
-        if not folder.is_dir():
-            raise BenchmarkError(f"backbone={config.backbone}: expected a local folder, or the packaged MiniLM")
+        folder = Path(locate(config.backbone.name_or_path)).absolute()
         device = device_of(config.device).type
         automatic = "bf16" if device == "cuda" else "float32"
         precision = automatic if config.precision == "auto" else config.precision

@@ -359,6 +359,7 @@ def test_compiling_and_checkpointing_are_incompatible() -> None:
         ("learning_rate=1", "unknown key learning_rate"),
         ("backbne=minilm", "unknown key backbne: did you mean backbone?"),
         ("backbone=minilmm", "unknown backbone 'minilmm': did you mean minilm?"),
+        ("backbone=/my/model", "a Hub id or a folder with backbone.name_or_path=ID_OR_FOLDER"),
         ("trainer.max_epochs=many", "trainer.max_epochs=many: expected a whole number"),
         ("optim.lr=fast", "optim.lr=fast: expected a number"),
         ("compile=often", "compile=often: expected true or false"),

