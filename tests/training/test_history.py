@@ -19,9 +19,9 @@ from tests.bench import Bench, add_callback, trainer_config
 CSV = LoggerConfig(csv=CsvConfig(flush_every_n_steps=1))
 
 
-def read(bench: Bench, name: str = "history.jsonl") -> list[dict[str, Any]]:
-    """The lines of the bench's last run."""
-    text = (bench.folder / "runs" / str(bench.runs) / name).read_text()
+def read(bench: Bench, run: int = 1) -> list[dict[str, Any]]:
+    """The lines of one of the bench's runs; the first is that of the fixture."""
+    text = (bench.folder / "runs" / str(run) / "history.jsonl").read_text()
     assert text.endswith("\n")
     return [json.loads(line) for line in text.splitlines()]
 
@@ -86,8 +86,7 @@ def test_values_are_those_of_the_training(trained: tuple[Bench, Watch]) -> None:
         if "train/loss" in line:
             assert line["train/grad_norm"] == pytest.approx(watch.norms[line["step"]], rel=1e-5)
             assert line["train/lr"] == pytest.approx(watch.rates[line["step"]], rel=1e-6)
-    folder = bench.folder / "runs" / str(bench.runs)
-    with open(folder / "csv" / "metrics.csv", newline="") as file:
+    with open(bench.folder / "runs" / "1" / "csv" / "metrics.csv", newline="") as file:
         rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
     for line in read(bench)[1:]:
         (row,) = [row for row in rows if row["step"] == line["step"]]
@@ -101,7 +100,7 @@ def test_logging_does_not_change_the_training(trained: tuple[Bench, Watch]) -> N
     bench, _ = trained
     bench.stage1("films", name="quiet", trainer=trainer_config(log_every_n_steps=1000))
     assert all(torch.equal(tensor, bench.weights("quiet")[name]) for name, tensor in bench.weights("films").items())
-    assert [line["step"] for line in read(bench)[1:]] == [0, 7, 8, 15]
+    assert [line["step"] for line in read(bench, bench.runs)[1:]] == [0, 7, 8, 15]
 
 
 def test_barebones_has_no_loggers(trained: tuple[Bench, Watch]) -> None:
