@@ -19,7 +19,7 @@ from fusion.files import unwritable
 from fusion.text import did_you_mean, listed, quoted
 
 OWN_TASK = "define your own task in conf/task/NAME.yaml, or in task/NAME.yaml in $FUSION_CONF"
-OWN = {"task": f"\n{OWN_TASK}", "backbone": "\nset a Hub id or a folder with backbone.name_or_path=ID_OR_FOLDER"}
+HINTS = {"task": f"\n{OWN_TASK}", "backbone": "\nset a Hub id or a folder with backbone.name_or_path=ID_OR_FOLDER"}
 
 
 def explain(error: BaseException, schema: type, words: Sequence[str] = ()) -> str:
@@ -30,7 +30,7 @@ def explain(error: BaseException, schema: type, words: Sequence[str] = ()) -> st
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.partition("/")
         known = sorted(error.options or [])
-        return f"unknown {group} {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}{OWN.get(group, '')}"
+        return f"unknown {group} {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}{HINTS.get(group, '')}"
     if isinstance(error, OverrideParseException):
         return _unreadable(error.override, words)
     if match := re.search(r"Could not (?:override|delete)(?: from config\.)? '?([^'=\s]+)'?", text):

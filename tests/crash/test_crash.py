@@ -50,8 +50,8 @@ STAND_IN = textwrap.dedent("""
         if (run / "last.ckpt").exists():
             os.replace(run / "last.ckpt", run / "before.ckpt")
         os.replace(run / ".last.ckpt.1.partial", run / "last.ckpt")
-        (run / "position.part").touch()
-        os.replace(run / "position.part", run / "position.json")
+        (run / ".position.json.1.partial").touch()
+        os.replace(run / ".position.json.1.partial", run / "position.json")
     (run / "last.ckpt").read_bytes()
     staged, old = Path("store/.staging/made~new"), Path("store/.staging/made.old")
     for _ in range(2):
