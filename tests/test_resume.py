@@ -80,7 +80,7 @@ def train(bench: Bench, kind: str, store: str, cut: Cut | None = None) -> dict[s
         "trainer": trainer,
         "optim": OptimConfig(**optim),
         "data": dataclasses.replace(bench.data, workers=workers),
-        "checkpoint_minutes": 0.0,
+        "checkpoint_minutes": None if cut is None else 0.0,  # no effect on the result
     }
     tasks, sources = asked.pop("tasks", None), asked.pop("sources", None)
     if sources is None and "adapter" not in asked:

@@ -43,7 +43,7 @@ def end_of_run(run: Run, result: Mapping[str, Any]) -> None:
 
 def end_of_sweep(command: str, folder: Path, jobs: Sequence[Job]) -> None:
     """Print the table of all jobs of a sweep, the table of its settings, and the next commands."""
-    table = sweep_table(command, jobs)
+    table = results_table(command, [(_name(job), _state(job), job.result) for job in jobs])
     following = []
     if table and command == "stage1":
         words = [[str(word) for word in job.status.get("overrides") or ()] for job in jobs]
@@ -72,10 +72,6 @@ def run_table(run: Run, result: Mapping[str, Any]) -> list[Row]:
         cells = (result.get("name"), result.get("rows"), (result.get("speed") or {}).get("seconds"))
         return [("name", "examples", "seconds", "output"), tuple(map(number, (*cells, result.get("output"))))]
     return results_table(run.command, [(str(result.get("name")), "", result)])
-
-
-def sweep_table(command: str, jobs: Sequence[Job]) -> list[Row]:
-    return results_table(command, [(_name(job), _state(job), job.result) for job in jobs])
 
 
 def _name(job: Job) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.hydra import Hydra
@@ -63,6 +64,10 @@ def _mode(self: Hydra, config_name: str | None, overrides: list[str]) -> RunMode
 
 # Hydra composes the config an additional time to read hydra.mode, which is only set by overrides.
 Hydra.get_mode = _mode  # type: ignore[method-assign]
+# Hydra composes each job of a sweep an additional time to validate it, after `compose_job`.
+BasicSweeper.validate_batch_is_legal = lambda self, batch: None  # type: ignore[method-assign]
+# Hydra copies the repository for each composition, including all schemas, only to replace the list of sources.
+ConfigRepository.__deepcopy__ = lambda self, memo: copy.copy(self)  # type: ignore[attr-defined]
 
 
 def compose_job(master: DictConfig, overrides: list[str], number: int) -> tuple[DictConfig, str]:

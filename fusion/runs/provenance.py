@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -22,6 +23,7 @@ CODE = ("fusion", "conf")  # directories that affect results
 GIT_SECONDS = 5.0
 
 
+@functools.cache
 def versions() -> dict[str, str | None]:
     """Return the versions of this project, Python and `PACKAGES`; None for packages that are not installed."""
     found: dict[str, str | None] = {"adapter-fusion": __version__, "python": platform.python_version()}
@@ -44,10 +46,8 @@ def circumstances() -> dict[str, Any]:
 def git_state(project: Path = PROJECT) -> dict[str, Any] | None:
     """Return the commit of the checkout and whether it has uncommitted changes, or None outside a checkout."""
     output = _git(project, "rev-parse", "--show-toplevel", "HEAD")
-    if output is None or len(output.splitlines()) != 2:
-        return None
-    root, commit = output.splitlines()
-    if Path(root).resolve() != project.resolve():
+    root, _, commit = (output or "").partition("\n")
+    if not commit or Path(root).resolve() != project.resolve():
         return None
     changed = _git(project, "status", "--porcelain", "--", *CODE)
     return {"commit": commit, "dirty": None if changed is None else bool(changed)}
@@ -62,7 +62,6 @@ def _git(project: Path, *words: str) -> str | None:
             env=environment | {"GIT_OPTIONAL_LOCKS": "0"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
             errors="replace",
             timeout=GIT_SECONDS,
             check=True,

@@ -44,7 +44,7 @@ from fusion.store.lookup import read_manifest
 from fusion.store.manifest import Manifest, checksum_of
 from tests.store.conftest import build as make_manifest
 
-EXAMPLES = 1000  # damaged artifacts in `make test`; four times as many more in `make test-full`
+EXAMPLES = 400  # damaged artifacts in `make test`
 SECONDS = 30  # limit of one example on a busy machine; most take a few milliseconds
 MEMORY = 512 * 2**20  # bytes that the process may grow by
 FILES = (MANIFEST, WEIGHTS, HEAD)

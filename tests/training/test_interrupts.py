@@ -184,10 +184,11 @@ def _only(folder: Path, pattern: str, process: subprocess.Popen[str]) -> list[Pa
     return found
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_preempted_slurm_job_resumes_after_requeueing(place: Path, tiny_backbone: Path) -> None:
     """With submitit's local executor, which requeues a job as SLURM does."""
     process = start(
-        place, tiny_backbone, "name=preempted", "trainer.max_epochs=40", "hydra/launcher=submitit_local",
+        place, tiny_backbone, "name=preempted", "trainer.max_epochs=15", "hydra/launcher=submitit_local",
         "hydra.launcher.timeout_min=10", "hydra.sweep.dir=preempted", "-m",
     )  # fmt: skip
     try:

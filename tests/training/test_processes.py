@@ -141,6 +141,7 @@ def test_a_failing_rank_does_not_stop_the_sweep(workdir: Path) -> None:
     }
 
 
+@pytest.mark.usefixtures("warm")
 def test_no_rank_survives_a_killed_launcher(workdir: Path) -> None:
     process = start(workdir, "+task=mine", "seed=9", *DDP)
     pids = [workdir / f"rank{rank}" for rank in (0, 1)]
