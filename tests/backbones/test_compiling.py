@@ -53,7 +53,7 @@ def compare(plain: AdaptedModel, compiled: AdaptedModel, ids: Tensor) -> None:
         torch.testing.assert_close(compiled.eval()(ids, mask), plain.eval()(ids, mask), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("slot_module", ["fusion", pytest.param("adapter", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("slot_module", ["adapter", "fusion"])
 @pytest.mark.parametrize("model_type", ["bert", pytest.param("roberta", marks=pytest.mark.slow)])
 def test_other_shapes_do_not_recompile(make_backbone: Callable[..., Path], model_type: str, slot_module: str) -> None:
     folder, backend = make_backbone(model_type), Counting()
