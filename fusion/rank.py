@@ -70,7 +70,9 @@ def main(config: RankConfig, run: Run) -> dict[str, Any]:
     candidates = select_candidates(config)
     seconds: dict[str, float] = {}
     started, options = time.monotonic(), config.backbone
-    backbone = load_backbone(options.name_or_path, options.revision, options.trust_remote_code, config.data.max_length)
+    backbone = load_backbone(
+        options.name_or_path, options.revision, options.trust_remote_code, config.data.max_length, options.dtype
+    )
     store, names = Path(config.store), [manifest.name for manifest in candidates.sources]
     references = dict(zip(names, names if config.sources == "all" else config.sources, strict=True))
     sources = load_sources(list(references.values()), store, backbone)

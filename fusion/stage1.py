@@ -43,7 +43,9 @@ def train(config: Stage1Config, run: Run, output: RunOutput) -> dict[str, Any]:
 
     use_deterministic_algorithms(config.trainer.deterministic)
     options = config.backbone
-    backbone = load_backbone(options.name_or_path, options.revision, options.trust_remote_code, config.data.max_length)
+    backbone = load_backbone(
+        options.name_or_path, options.revision, options.trust_remote_code, config.data.max_length, options.dtype
+    )
     earlier = initial_manifest(config, config.kind)
     for task in config.task_list:
         check_unseen([earlier], task, config.data)

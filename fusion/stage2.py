@@ -52,7 +52,9 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, output: RunOutput) -> 
     assert config.task is not None
     use_deterministic_algorithms(config.trainer.deterministic)
     options = config.backbone
-    backbone = load_backbone(options.name_or_path, options.revision, options.trust_remote_code, config.data.max_length)
+    backbone = load_backbone(
+        options.name_or_path, options.revision, options.trust_remote_code, config.data.max_length, options.dtype
+    )
     sources = load_sources(inputs.references, Path(config.store), backbone)
     for source in sources if run.rank_zero else ():
         adopt(source, Path(config.store))

@@ -64,7 +64,8 @@ def scores_by_drop(config: DropConfig, name: str) -> list[float]:
     from fusion.training.predictions import score
 
     artifact = load(name, config.store)
-    backbone = load_backbone(artifact.manifest.backbone.name_or_path)
+    about = artifact.manifest.backbone
+    backbone = load_backbone(about.name_or_path, dtype=about.dtype)
     data = DataConfig(dir=config.data_dir, batch_size=config.batch_size)
     task, _, rows = validation_rows(artifact.manifest, str(artifact.manifest.task.name), data, backbone.tokenizer)
     model, device = stored_model(artifact, config.store, backbone), device_of("auto")
@@ -93,7 +94,8 @@ def timings(config: DropConfig) -> dict[str, Any]:
     names = [name_of(task, "plain", seed) for seed in config.seeds for task in config.tasks]
     artifacts = [load(names[number % len(names)], config.store) for number in range(config.at_once)]
     one = artifacts[0]
-    backbone, data = load_backbone(one.manifest.backbone.name_or_path), DataConfig(dir=config.data_dir)
+    about, data = one.manifest.backbone, DataConfig(dir=config.data_dir)
+    backbone = load_backbone(about.name_or_path, dtype=about.dtype)
     rows = validation_rows(one.manifest, str(one.manifest.task.name), data, backbone.tokenizer)[2]
     batches = list(evaluation_loader(rows, config.batch_size))[:8]
     half, plain = backbone.layers // 2, backbone.model.eval()

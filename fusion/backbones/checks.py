@@ -78,8 +78,12 @@ def fit_tokenizer(
     check_length(tokenizer, max_length)
 
 
-def check_types(folder: Path) -> None:
-    """Raise UserError if a safetensors file has weights other than floats of 16 bits or more, or cannot be read."""
+def check_types(folder: Path) -> set[str]:
+    """Return the dtypes of the weights in safetensors files, such as BF16.
+
+    Raises UserError if a file has weights other than floats of 16 bits or more, or cannot be read.
+    """
+    found = set()
     for path in sorted(folder.glob("model*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
@@ -87,9 +91,13 @@ def check_types(folder: Path) -> None:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: cannot be read ({error})\n{FIX}") from None
         for name, dtype in types.items():
-            if dtype not in _FLOATS and not name.endswith(_BUFFERS):
+            if name.endswith(_BUFFERS):
+                continue
+            found.add(dtype)
+            if dtype not in _FLOATS:
                 what = f"{name} has dtype {dtype}, expected a float of 16 bits or more"
                 raise UserError(f"{path}: {what}: quantized weights are not supported\n{FIX_TYPE}")
+    return found
 
 
 def check_complete(loading: Mapping[str, Any], family: Family, prefix: str, what: str) -> None:
@@ -112,12 +120,15 @@ def check_complete(loading: Mapping[str, Any], family: Family, prefix: str, what
         raise UserError(f"{what}: {name} has shape {list(stored)}, but config.json expects {list(expected)}\n{FIX}")
 
 
+def check_finite(name: str, weight: Tensor, what: str) -> None:
+    """Raise UserError if a weight is NaN or infinite."""
+    if weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
+        raise UserError(f"{what}: {name} contains NaN or infinite values\n{FIX}")
+
+
 @torch.no_grad()
 def check_runs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, what: str) -> None:
-    """Raise UserError if a weight is NaN or infinite, or the model fails on a short text, e.g. for invalid configs."""
-    for name, parameter in model.named_parameters():
-        if parameter.numel() and not torch.stack(torch.aminmax(parameter)).isfinite().all():
-            raise UserError(f"{what}: {name} contains NaN or infinite values\n{FIX}")
+    """Raise UserError if the model fails on a short text, e.g. for invalid configs."""
     batch = {name: Tensor(ids).long() for name, ids in tokenizer(["a"]).items()}
     try:
         if not model(**batch).last_hidden_state.isfinite().all():

@@ -41,7 +41,8 @@ def watch_boundary(layer: nn.Module, current: CurrentBatch) -> None:
             raise BoundaryReached(hidden_states(inputs, keywords))
         if current.features is None:
             return inputs, keywords
-        return with_hidden_states(inputs, keywords, current.features)
+        states = hidden_states(inputs, keywords)
+        return with_hidden_states(inputs, keywords, current.features.to(states.dtype))
 
     layer.register_forward_pre_hook(before, with_kwargs=True)
 

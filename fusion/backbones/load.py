@@ -6,8 +6,10 @@ import contextlib
 import copy
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +18,29 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from fusion.backbones.checks import check_complete, check_runs, check_types, fit_tokenizer
+from fusion.backbones.attention import use_plain_backward
+from fusion.backbones.checks import check_complete, check_finite, check_runs, check_types, fit_tokenizer
 from fusion.backbones.families import Family, family_of
 from fusion.backbones.files import CONFIG, FIX, check_config, check_files, locate, stamp
+from fusion.backbones.float32_products import multiply_in_float32
+from fusion.backbones.mapped_memory import page_out
+from fusion.backbones.precision import multiplies
 from fusion.errors import UserError
 from fusion.hub.access import from_cache_or_hub, own_code_refused, warn_of_own_code
 from fusion.hub.tokenizer import load_tokenizer, tokenizer_hash
 
+log = logging.getLogger(__name__)
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # names in safetensors files
+
 
 @dataclass(frozen=True)
 class Backbone:
-    """Frozen transformer in float32.
+    """Frozen transformer.
 
     Attributes:
-        model: model that returns `last_hidden_state` (B, T, D); none of its parameters requires a gradient.
-        fingerprint: sha256 of the architecture's config keys and of every tensor.
+        model: model that returns `last_hidden_state` (B, T, D); none of its parameters requires a gradient. All have
+            the same dtype.
+        fingerprint: sha256 of the architecture's config keys and of every tensor in float32.
         tokenizer_hash: sha256 of everything that the token ids depend on.
         stamp: `fusion.backbones.files.stamp` of the files that were read.
     """
@@ -51,7 +61,11 @@ class Backbone:
 
 
 def load_backbone(
-    name_or_path: str, revision: str | None = None, trust_remote_code: bool = False, max_length: int | None = None
+    name_or_path: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    max_length: int | None = None,
+    dtype: str = "float32",
 ) -> Backbone:
     """Load a backbone from a folder, the local cache, or the Hub, in this order, and freeze it.
 
@@ -62,6 +76,7 @@ def load_backbone(
     Args:
         trust_remote_code: whether to run Python code of the backbone's repository.
         max_length: maximum sequence length in tokens (`data.max_length`). If `None`, it is not checked.
+        dtype: of the weights, and so of the hidden states: float32, bfloat16 or float16.
     """
     source = locate(name_or_path)
     what = f"backbone {name_or_path}"
@@ -94,18 +109,25 @@ def load_backbone(
     check_config(config.to_dict(), name_or_path, what if folder is None else folder / CONFIG)
     tokenizer = load_tokenizer(source, revision, trust_remote_code)
     fit_tokenizer(tokenizer, config, family, name_or_path, max_length)
-    if folder is not None:
-        check_types(folder)
+    stored = set() if folder is None else check_types(folder)
+    # Weights of one dtype are mapped into memory as they are stored, and cast one by one.
+    mapped = len(stored) == 1 and stored <= _DTYPES.keys()
+    loaded_in = _DTYPES[next(iter(stored))] if mapped else torch.float32
     # `check_complete` raises for mismatched sizes.
-    options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options = {"dtype": loaded_in, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, loading = load(AutoModel, **options, **family.model_options)
     check_complete(loading, family, model.base_model_prefix, what)
     if not trust_remote_code:
         warn_of_own_code(getattr(config, "auto_map", None), what)
     model.requires_grad_(False)
     model.eval()
+    if loaded_in != torch.float32:
+        compute_buffers(model)
+    identity = fingerprint(model, family, cast_weights(model, getattr(torch, dtype), what, mapped))
+    if dtype != "float32":
+        use_half_precision(model, dtype)
+        log_dtype(dtype)
     check_runs(model, tokenizer, what)
-    identity = fingerprint(model, family)
     separate_repeated_layers(model, family)
     return Backbone(
         name_or_path=name_or_path,
@@ -131,14 +153,70 @@ def _cached_folder(hub_id: str, revision: str | None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def fingerprint(model: PreTrainedModel, family: Family) -> str:
-    """Return the sha256 of the architecture and the named tensors, which determine the backbone's output."""
+def fingerprint(model: PreTrainedModel, family: Family, parameters: Iterable[tuple[str, Tensor]] | None = None) -> str:
+    """Return the sha256 of the architecture and the named tensors, which determine the backbone's output.
+
+    Args:
+        parameters: names and float32 values in the order of the names. If `None`, those of the model.
+    """
+    if parameters is None:
+        parameters = sorted(model.named_parameters(), key=itemgetter(0))
     architecture = {key: getattr(model.config, key, None) for key in family.architecture}
     if type(model).__module__.startswith("transformers_modules."):  # its own class
         architecture["class"] = type(model).__name__
     digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
-    digest.update(hash_tensors(model.named_parameters()).encode())
+    digest.update(hash_tensors(parameters).encode())
     return digest.hexdigest()
+
+
+def cast_weights(
+    model: PreTrainedModel, dtype: torch.dtype, what: str = "the backbone", mapped: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Cast each parameter after yielding its name and float32 value, in the order of the names.
+
+    Together, no more than one parameter is in memory twice. Buffers keep their dtype: in a half-precision type, rotary
+    frequencies would be inaccurate. Raises UserError if a weight is NaN or infinite.
+
+    Args:
+        what: the backbone in the message.
+        mapped: whether the parameters are memory-mapped.
+    """
+    for name, parameter in sorted(model.named_parameters(), key=itemgetter(0)):
+        check_finite(name, parameter, what)
+        yield name, parameter.detach().float()
+        if parameter.dtype != dtype:
+            loaded = parameter.data
+            parameter.data = loaded.to(dtype)
+            if mapped:
+                page_out(loaded)
+
+
+def compute_buffers(model: PreTrainedModel) -> None:
+    """Set the buffers that are computed from the config to their float32 values.
+
+    transformers computes some of them (the scale of Gemma's embeddings) in the dtype in which it loads the weights.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        exact = dict(type(model)(model.config).named_buffers())
+    stored = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and name not in stored:
+            buffer.data = exact[name]
+
+
+def use_half_precision(model: PreTrainedModel, dtype: str) -> None:
+    """Let a model with frozen weights in a half-precision dtype use the implementations that are fast in it."""
+    in_float32 = not multiplies(dtype)
+    use_plain_backward(model, in_float32)
+    if in_float32:
+        multiply_in_float32(model)
+
+
+def log_dtype(dtype: str) -> None:
+    slow = "" if multiplies(dtype) else "; products are computed in float32, since the CPU has no instructions for it"
+    log.log(logging.WARNING if slow else logging.INFO, "the weights of the backbone are in %s%s", dtype, slow)
 
 
 def separate_repeated_layers(model: PreTrainedModel, family: Family) -> None:
@@ -163,9 +241,9 @@ def separate_repeated_layers(model: PreTrainedModel, family: Family) -> None:
 
 
 def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Return the sha256 over names, dtypes, shapes and bytes, in the order of the names."""
+    """Return the sha256 over names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+    for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         plain = tensor.detach().cpu().contiguous()
         digest.update(plain.flatten().view(torch.uint8).numpy().data)

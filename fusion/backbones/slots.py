@@ -14,6 +14,7 @@ Shapes: B texts, T tokens, D hidden size, D_in and D_out input and output sizes 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 from collections.abc import Mapping
@@ -67,11 +68,13 @@ class CurrentBatch:
     Attributes:
         features: (B, T, D), the cached input of the lowest layer with a slot, if any.
         capture: whether to stop the forward pass at that layer by raising `BoundaryReached` with its input.
+        in_float32: whether slot modules compute in float32 even if the hidden states are in a half-precision dtype.
     """
 
     context: BatchContext = field(init=False, repr=False)
     features: Tensor | None = None
     capture: bool = False
+    in_float32: bool = False
 
 
 @dataclass(eq=False)
@@ -119,11 +122,22 @@ class Slot:
         return bool(on) and not on[self.address.layer]
 
     def update(self, x: Tensor) -> Tensor:
-        """Compute the update: x (B, T, D_in) -> (B, T, D_out)."""
+        """Compute the update: x (B, T, D_in) -> (B, T, D_out).
+
+        If x has a half-precision dtype, products with float32 parameters are computed in that dtype, or in float32 on
+        hardware without instructions for it.
+        """
+        import torch
+
         context = self._current.context
         named = context if context.record is None else replace(context, slot=str(self.address))
-        update: Tensor = self.module(x, named)
-        return update
+        given = x.dtype
+        multiply_in_half = x.element_size() == 2
+        if multiply_in_half and self._current.in_float32:
+            x, multiply_in_half = x.float(), False
+        with torch.autocast(x.device.type, given) if multiply_in_half else contextlib.nullcontext():
+            update: Tensor = self.module(x, named)
+        return update.to(given)
 
     def _take(self) -> Tensor:
         kept, self._kept = self._kept, None

@@ -67,6 +67,8 @@ def lora(model: nn.Module, rank: int, alpha: int, dropout: float, targets: Seque
     inject_adapter_in_model(settings, model, adapter_name=_ADAPTER)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     parameters = {n: p for n, p in model.named_parameters() if ".lora_" in n}
+    for parameter in parameters.values():  # peft creates them in the dtype of the frozen matrix
+        parameter.data = parameter.data.float()
 
     def merge() -> None:
         for name, layer in layers.items():

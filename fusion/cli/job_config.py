@@ -17,10 +17,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue
 
+from fusion.backbones.precision import automatic_dtype
 from fusion.cli.messages import OWN_TASK, unknown_key
 from fusion.config.commands import RankConfig
 from fusion.config.methods import METHODS
-from fusion.config.stages import StageConfig
+from fusion.config.stages import Stage1Config, StageConfig
 from fusion.errors import UserError
 from fusion.files import expand_paths
 from fusion.runs.run import Run, RunState
@@ -58,6 +59,13 @@ def prepare(command: Command, composed: DictConfig, launch: DictConfig) -> tuple
         where = f" in the file of {choices.get('task')}" if key.startswith("task") else f"; set {key}=..."
         raise UserError(f"{key} is required{where}") from None
     expand_paths(typed)
+    if isinstance(typed, StageConfig | RankConfig) and typed.backbone.dtype == "auto":
+        required = typed.method.definition.dtype if isinstance(typed, Stage1Config) else None
+        if isinstance(typed, StageConfig):
+            accelerator, precision = typed.trainer.accelerator, typed.trainer.precision
+        else:
+            accelerator, precision = typed.accelerator, None
+        typed.backbone.dtype = automatic_dtype(accelerator, precision, required)
     command.settle(typed, tuple(launch.overrides.task))
     directory = Path(OmegaConf.select(launch, "runtime.output_dir", throw_on_missing=False) or ".")
     if isinstance(typed, StageConfig):

@@ -49,6 +49,7 @@ class Method:
     # Raises if stored weights do not match the settings, before tensors of their size are allocated.
     check_stored: Callable[[Any, Mapping[str, Tensor], Path], None] | None = None
     multitask: bool = False  # trains multiple tasks jointly, `tasks=[A,B]`
+    dtype: str | None = None  # dtype of the backbone that it requires; None: any
     whole: bool = False  # trains the whole backbone, whose dropout is then active unless `backbone.dropout` is set
 
 
@@ -60,11 +61,17 @@ METHODS: dict[str, Method] = {
     "lora": Method(
         "lora", "LoRA", _LORA, ("rank", "alpha", "targets"), partial(_tune, "lora", keys=_LORA), _check_lora
     ),
-    "bitfit": Method("bitfit", "BitFit", tune=partial(_tune, "bitfit")),
-    "full": Method("full", "full fine-tuning", tune=partial(_tune, "full"), whole=True),
+    "bitfit": Method("bitfit", "BitFit", tune=partial(_tune, "bitfit"), dtype="float32"),
+    "full": Method("full", "full fine-tuning", tune=partial(_tune, "full"), dtype="float32", whole=True),
     "multitask_adapter": Method(ADAPTER, "multi-task adapter", ("temperature",), multitask=True),
     "multitask_full": Method(
-        "full", "multi-task fine-tuning", ("temperature",), tune=partial(_tune, "full"), multitask=True, whole=True
+        "full",
+        "multi-task fine-tuning",
+        ("temperature",),
+        tune=partial(_tune, "full"),
+        multitask=True,
+        dtype="float32",
+        whole=True,
     ),
 }
 

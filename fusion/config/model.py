@@ -9,6 +9,7 @@ from typing import Any, Optional
 from fusion.config.fields import Settings, checked, choice, integer, layer_drop, layers, number, require, subset
 
 SITES = ("before_attention", "attention", "feedforward")
+DTYPES = ("float32", "bfloat16", "float16")
 POOLINGS = ("cls", "mean")
 
 
@@ -16,10 +17,13 @@ POOLINGS = ("cls", "mean")
 class BackboneConfig(Settings, group="backbone"):
     name_or_path: str = checked("???", bool, "a Hub id or a folder")
     revision: Optional[str] = None
+    dtype: str = choice(
+        "float32", (*DTYPES, "auto")
+    )  # of the frozen weights; auto: bfloat16 on hardware with units for it
     pooling: str = choice("cls", POOLINGS)  # default of head.pooling
     dropout: Optional[bool] = None  # its own dropout in training; null: only if the whole backbone is trained
     # Features below the lowest slot; auto: if it saves time.
-    cache: str = choice("auto", ("auto", "off", "float32", "float16"))
+    cache: str = choice("auto", ("auto", "off", *DTYPES))
     cache_gb: float = number(20.0, "> 0", infinite=True)  # disk space for all cached features
     gradient_checkpointing: bool = False  # saves memory: layers are recomputed in the backward pass
     trust_remote_code: bool = False  # run the Python code that comes with the backbone
@@ -87,11 +91,12 @@ class HeadConfig(Settings, group="head"):
 
 
 @dataclass
-class SameBackboneConfig:
+class SameBackboneConfig(Settings, group="backbone"):
     """A copy of the backbone that an artifact was trained on. If null, the value in its manifest is used."""
 
     name_or_path: Optional[str] = None
     revision: Optional[str] = None
+    dtype: Optional[str] = choice(None, DTYPES, null="the artifact's")
     trust_remote_code: bool = False  # never read from an artifact: the user has to set it each time
 
 

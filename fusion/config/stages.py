@@ -60,6 +60,11 @@ class StageConfig(Settings):
         super().__post_init__()
         self.backbone.dropout = bool(self.backbone.dropout)
         require(
+            self.backbone.dtype != "float16" or str(self.trainer.precision) in ("16-mixed", "16"),
+            "backbone.dtype=float16: small gradients become zero without loss scaling; expected trainer.precision=16-mixed, "
+            "or backbone.dtype=bfloat16",
+        )
+        require(
             not (self.compile and self.backbone.gradient_checkpointing),
             "compile=true and backbone.gradient_checkpointing=true are incompatible: set one of them to false",
         )
@@ -94,6 +99,11 @@ class Stage1Config(StageConfig):
             definition.tune is None or self.backbone.cache in ("auto", "off"),
             f"backbone.cache={self.backbone.cache}: method={method} trains the backbone, so features "
             "cannot be cached; expected backbone.cache=off",
+        )
+        require(
+            definition.dtype is None or self.backbone.dtype in (definition.dtype, "auto"),
+            f"backbone.dtype={self.backbone.dtype}: method={method} trains weights of the backbone, which must be float32; "
+            "expected trainer.precision=bf16-mixed to compute in bfloat16",
         )
         require(
             definition.kind == ADAPTER or self.adapter.drop is None,

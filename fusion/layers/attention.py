@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fusion.layers.bank import AdapterBank, Sources
 from fusion.layers.heads import pool
+from fusion.layers.products import ordered_product
 from fusion.layers.slot_module import BatchContext, SlotModule
 
 
@@ -26,13 +27,15 @@ class AdapterFusion(SlotModule):
         p   = softmax_n( dropout(q · k_n) / τ )
         o   = Σ_n p_n v_n
 
-    The computation is rearranged to avoid 2·N products of size D × D, with the same result up to rounding: with
-    g = Wkᵀ q, the attention scores are q·k_n = g·u_n + bk·q, and o = Wv Σ_n p_n u_n. `AdapterBank` computes both from
-    the bottlenecks alone. As in the paper, scores are not divided by √D.
+    The computation is rearranged to avoid 2·N products of size D × D, with the same result up to rounding. The scores
+    are q·k_n = g·u_n + bk·q with g = Wkᵀ q, and o = Wv Σ_n p_n u_n. With u_n = Wu_n z_n + bu_n, both need only the
+    bottlenecks z and products of tokens with a chain of matrices,
 
-    Only g and bk·q depend on q, so for batches with many tokens it is cheaper to multiply the matrices first:
-    g = M x + c with M = Wkᵀ Wq and c = Wkᵀ bq. That is one product of size D × D per token instead of two, and two
-    instead of four in the backward pass.
+        g·u_n = z_n · (Wu_nᵀ Wkᵀ (Wq x + bq)) + bu_n · Wkᵀ (Wq x + bq)
+        o     = Wv Wu [p_n z_n]_n + Wv Σ_n p_n bu_n
+
+    which `ordered_product` computes in the cheapest order: for batches with many tokens, it multiplies the matrices
+    first. As in the paper, scores are not divided by √D.
 
     With a low rank, Wq and Wk have K rows and far fewer parameters. Raises ValueError if the rank is below 1.
 
@@ -79,34 +82,23 @@ class AdapterFusion(SlotModule):
         p = self._weights(x, z, batch)
         if batch.record is not None:
             batch.record(batch.slot, self.bank.spread(p).expand(*x.shape[:-1], -1))
-        mixed = self.bank.weighted_sum(p, z)
-        return mixed if self.value is None else self.value(mixed)
+        if self.value is None:
+            return self.bank.weighted_sum(p, z)
+        p = p.to(z.dtype)
+        value, mixed = self.value.weight.T, (p.unsqueeze(-1) * z).flatten(-2)
+        return ordered_product(mixed, [self.bank.up_weight.T, value], p @ (self.bank.up_bias @ value))
 
     def _weights(self, x: Tensor, z: Tensor, batch: BatchContext) -> Tensor:
         """x: (B, T, D_in), bottlenecks z: (B, T, N, R) -> p: (B, T, N), or (B, 1, N) if equal for all tokens."""
-        g, offset = self._score_terms(x)
-        scores = self.bank.inner_products(g, z)
-        if offset is not None:
-            scores = scores + offset
+        query, key, up = self.query, self.key, torch.cat([self.bank.up_weight, self.bank.up_bias.T], dim=1)
+        products = ordered_product(x, [query.weight.T, key.weight, up], (query.bias @ key.weight) @ up)
+        through, biases = products.split([z.shape[-2:].numel(), len(self.bank)], dim=-1)
+        scores = (z * through.unflatten(-1, z.shape[-2:])).sum(-1, dtype=score_dtype(z)) + biases
+        if self.training:
+            # bk·q is equal for all n, so it cancels in the softmax unless dropout is applied to the scores. It is always
+            # computed in training, since DDP raises if bk has no gradient.
+            scores = scores + (x @ (key.bias @ query.weight) + query.bias @ key.bias).unsqueeze(-1)
         return masked_softmax(self.dropout(scores) / self.temperature, self.bank.on(batch.sources_on))
-
-    def _score_terms(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x: (B, T, D_in) -> g: (B, T, D_out) and, in training, bk·q: (B, T, 1). The scores are g·u_n + bk·q.
-
-        bk·q is equal for all n, so it cancels in the softmax unless dropout is applied to the scores. In training it is
-        always computed, since DDP raises if bk has no gradient.
-        """
-        query, key = self.query, self.key
-        tokens, (rank, width), output = x.shape[:-1].numel(), query.weight.shape, key.weight.shape[1]
-        # Multiply-adds: K·(D_in + D_out) per token for two successive products; K·D_in·D_out in total plus D_in·D_out
-        # per token if the matrices are multiplied first.
-        if tokens * rank * (width + output) <= (tokens + rank) * width * output:
-            q = query(x)
-            return q @ key.weight, (q @ key.bias).unsqueeze(-1) if self.training else None
-        g = F.linear(x, key.weight.T @ query.weight, query.bias @ key.weight)
-        if not self.training:
-            return g, None
-        return g, (x @ (key.bias @ query.weight) + query.bias @ key.bias).unsqueeze(-1)
 
     def merged(self) -> MergedFusion:
         """Return an equivalent module for inference, equal up to rounding, without products of size D × D."""
@@ -165,6 +157,7 @@ class MergedFusion(SlotModule):
         p, z = self._weights(x, batch)
         if batch.record is not None:
             batch.record(batch.slot, self.sources.spread(p))
+        p = p.to(z.dtype)
         mixed = (p.unsqueeze(-1) * z).reshape(-1, width)
         out = torch.addmm(p.reshape(-1, count) @ self.out_bias, mixed, self.out)
         return out.view(*x.shape[:-1], -1)
@@ -174,7 +167,7 @@ class MergedFusion(SlotModule):
         count, width = len(self.sources), len(self.sources) * self.sources.size
         down, through, bias = F.linear(x, self.into, self.into_bias).split([width, width, count], dim=-1)
         z = self.sources.activated(down)
-        scores = (z * through.unflatten(-1, (count, -1))).sum(-1) + bias
+        scores = (z * through.unflatten(-1, (count, -1))).sum(-1, dtype=score_dtype(z)) + bias
         return masked_softmax(scores, self.sources.on(batch.sources_on)), z
 
 
@@ -208,12 +201,18 @@ class MergedSequenceFusion(MergedFusion):
         if batch.record is not None:
             batch.record(batch.slot, self.sources.spread(p).expand(-1, x.shape[1], -1))
         z = self.sources.activated(F.linear(x, self.into[:width], self.into_bias[:width]))
+        p = p.to(z.dtype)
         return (p.unsqueeze(-1) * z).flatten(-2) @ self.out + p @ self.out_bias
 
 
 def mean_token(x: Tensor, batch: BatchContext) -> Tensor:
     """Average x (B, T, D) over each text's non-padding tokens, if any, else return 0: (B, 1, D)."""
     return pool(x, batch.attention_mask, "mean").unsqueeze(1)
+
+
+def score_dtype(z: Tensor) -> torch.dtype:
+    """Return the dtype of the scores and of their softmax, at least float32."""
+    return torch.promote_types(z.dtype, torch.float32)
 
 
 def masked_softmax(scores: Tensor, on: Tensor | None) -> Tensor:

@@ -109,13 +109,9 @@ class AdapterBank(Sources):
         """Compute the bottleneck activations of every adapter: x (B, T, D_in) -> z: (B, T, N, R)."""
         return self.activated(F.linear(x, self.down_weight, self.down_bias))
 
-    def inner_products(self, g: Tensor, z: Tensor) -> Tensor:
-        """Compute g · u_n: g (B, T, D_out), z (B, T, N, R) -> (B, T, N)."""
-        through = (g @ self.up_weight).unflatten(-1, (len(self), self.size))
-        return (z * through).sum(-1) + F.linear(g, self.up_bias)
-
     def weighted_sum(self, p: Tensor, z: Tensor) -> Tensor:
         """Compute Σ_n p_n u_n: p (B, T, N) or (N,), z (B, T, N, R) -> (B, T, D_out)."""
+        p = p.to(z.dtype)
         return F.linear((p.unsqueeze(-1) * z).flatten(-2), self.up_weight) + p @ self.up_bias
 
 

@@ -69,7 +69,7 @@ class TaskHead(nn.Module):
 
         With words (B, W), the logits are (B, W, K), -inf at padding.
         """
-        pooled = pool(hidden, attention_mask, self.pooling, words)
+        pooled = pool(hidden.to(self.output.weight.dtype), attention_mask, self.pooling, words)
         if self.dense is not None:
             pooled = torch.tanh(self.dense(self.dropout(pooled)))
         logits: Tensor = self.output(self.dropout(pooled))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fusion.backbones.layer_calls import BoundaryReached, recompute_in_backward, skip_with_features, watch_boundary
 from fusion.backbones.load import Backbone, hash_tensors
+from fusion.backbones.precision import multiplies
 from fusion.backbones.slots import CurrentBatch, Slot, SlotAddress
 from fusion.backbones.tuning import Tuning
 from fusion.layers.heads import TaskHead, TaskHeads
@@ -52,7 +53,7 @@ class AdaptedModel(nn.Module):
         self.reads = reads
         self.head = head
         self.tuning = tuning or Tuning({})
-        self._current = CurrentBatch()
+        self._current = CurrentBatch(in_float32=not multiplies(str(self.dtype).removeprefix("torch.")))
         self._family = backbone.family
         self._layers = backbone.layers
         self.hidden_size = backbone.hidden_size
@@ -71,6 +72,7 @@ class AdaptedModel(nn.Module):
                     parent[key] = nn.ModuleDict()
                 parent = cast(nn.ModuleDict, parent[key])
             parent[last] = slot.module
+        self._cast_frozen_buffers()
         first = next(iter(self._family.stacks))
         layers = [slot.address.layer for slot in self._slot_list if slot.address.stack == first]
         self.boundary = min(layers, default=None)
@@ -83,6 +85,20 @@ class AdaptedModel(nn.Module):
         for parameter in self.tuning.parameters.values():
             parameter.requires_grad_(True)
         self.train(self.training)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the backbone's weights and of the hidden states."""
+        return next(self.backbone.parameters()).dtype
+
+    def _cast_frozen_buffers(self) -> None:
+        """Cast the frozen adapters of the slot modules, which are buffers, to the dtype of their products."""
+        if self._current.in_float32:
+            return
+        for module in self.slots.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.is_floating_point():
+                    setattr(module, name, buffer.to(self.dtype))
 
     def _layers_of(self, stack: str) -> nn.ModuleList:
         return self._family.layer_list(self.backbone, stack)

@@ -1,6 +1,6 @@
 """The feature cache: frozen features of every example, computed once and stored on disk for all epochs and runs.
 
-With float32, logits equal those of the full forward pass up to rounding. All features are computed before training,
+With the dtype of the backbone, logits equal those of the full forward pass up to rounding. All features are computed before training,
 always in batches of the same examples, so that a resumed run reads bit-identical features.
 """
 
@@ -51,7 +51,7 @@ def cache_features(
         once: whether the run reads each example only once, so that a cache would not save time.
 
     Returns:
-        The dtype of the features, float32 or float16, or `None` without a cache: with `off`, or with `auto` if no layer
+        The dtype of the features, or `None` without a cache: with `off`, or with `auto` if no layer
         is below the lowest slot, the features exceed `backbone.cache_gb`, or the directory cannot be written.
     """
     asked, splits = config.cache, list(splits)
@@ -59,9 +59,10 @@ def cache_features(
         return None
     if asked == "auto" and (model.boundary == 0 or once):
         return None
-    dtype = "float32" if asked == "auto" else asked
+    dtype = str(model.dtype).removeprefix("torch.") if asked == "auto" else asked
     width, limit = model.hidden_size, int(config.cache_gb * 1e9)
-    needed = sum(rows.tokens for rows in splits) * width * np.dtype(dtype).itemsize
+    stored = "int16" if dtype == "bfloat16" else dtype  # its bits, since NumPy has no such type
+    needed = sum(rows.tokens for rows in splits) * width * np.dtype(stored).itemsize
     why = ""
     if needed > limit:
         size = f"take {needed / 1e9:.1f} GB as {dtype}, more than backbone.cache_gb={config.cache_gb:g}"
@@ -78,7 +79,7 @@ def cache_features(
             cached_states(
                 folder / _key(model, rows, fingerprint, dtype, device),
                 (rows.tokens, width),
-                dtype,
+                stored,
                 limit,
                 lambda array, rows=rows: _build(model, rows, array, device),  # type: ignore[misc]
             )
@@ -110,18 +111,18 @@ def _build(model: AdaptedModel, rows: EncodedRows, states: NDArray[Any], device:
         states.nbytes / 1e6,
         "the head" if model.boundary is None else f"layer {model.boundary}",
     )
-    largest = np.finfo(states.dtype).max
     for batch in evaluation_loader(rows, batch_size=1, tokens_per_batch=_TOKENS):
         tokens, real = rows.places(batch.rows.tolist())
         batch = batch.to(device)
         features = model.frozen_features(batch.input_ids, batch.attention_mask, batch.token_type_ids)
-        values = features.float().cpu().numpy()[real]
-        if states.dtype == np.float16 and np.abs(values).max() > largest:
+        dtype = torch.bfloat16 if states.dtype == np.int16 else torch.from_numpy(states[:0]).dtype
+        values = features.to(dtype).cpu()[torch.from_numpy(real)]
+        if not values.isfinite().all():
             raise UserError(
-                f"backbone.cache={states.dtype}: a frozen feature exceeds the range of this dtype\n"
+                f"backbone.cache={str(dtype).removeprefix('torch.')}: a frozen feature exceeds the range of this dtype\n"
                 "Set backbone.cache=float32, or backbone.cache=off"
             )
-        states[tokens] = values
+        states[tokens] = (values.view(torch.int16) if dtype == torch.bfloat16 else values).numpy()
 
 
 def _key(model: AdaptedModel, rows: EncodedRows, fingerprint: str, dtype: str, device: torch.device) -> str:
@@ -130,6 +131,7 @@ def _key(model: AdaptedModel, rows: EncodedRows, fingerprint: str, dtype: str, d
         _FORMAT,
         rows.key,
         fingerprint,
+        str(model.dtype),
         model.boundary,
         dtype,
         _TOKENS,

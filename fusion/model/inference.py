@@ -28,7 +28,7 @@ from fusion.layers.heads import TaskHead
 from fusion.layers.slot_module import SlotModule
 from fusion.model.adapted import AdaptedModel
 from fusion.model.build import backbone_of, stored_model
-from fusion.runs.memory import keep_freed_memory
+from fusion.runs.memory import collect_as_usual, keep_freed_memory
 from fusion.store.artifacts import Artifact, load
 
 
@@ -65,7 +65,8 @@ def load_model(config: UseConfig) -> LoadedModel:
     artifact = load(config.artifact, Path(config.store))
     name, revision = backbone_of(artifact.manifest, config.backbone)
     max_length = config.data.max_length or artifact.manifest.data.max_length
-    backbone = load_backbone(name, revision, config.backbone.trust_remote_code, max_length)
+    dtype = config.backbone.dtype or artifact.manifest.backbone.dtype
+    backbone = load_backbone(name, revision, config.backbone.trust_remote_code, max_length, dtype)
     model = stored_model(artifact, artifact.path.parent, backbone, config.drop)
     return LoadedModel(artifact, model, backbone, max_length, device)
 
@@ -107,6 +108,7 @@ def predict(
         advance: called after each batch with its number of examples.
     """
     keep_freed_memory()
+    collect_as_usual()
     model = model.to(device).eval()
     started, tokens = time.monotonic(), 0
     indices: list[Tensor] = []

@@ -38,6 +38,7 @@ def _defaults(group: Any, without: Sequence[str] = ()) -> dict[str, Any]:
 ADDED_LATER: dict[str, Any] = {
     "tasks": None,
     "backbone.trust_remote_code": False,
+    "backbone.dtype": "float32",
     **_defaults(MethodConfig, without=("name",)),
     "adapter.drop": None,
     "adapter.shared": False,

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, 
 
 from fusion.config.compositions import TRAINING_ONLY, CompositionConfig
 from fusion.config.methods import METHODS, MethodConfig
-from fusion.config.model import POOLINGS, AdapterConfig
+from fusion.config.model import DTYPES, POOLINGS, AdapterConfig
 from fusion.config.task import TaskConfig
 from fusion.errors import UserError, first_line
 from fusion.files import check_relative, finite
@@ -62,6 +62,7 @@ class Backbone(Part):
     layers: Annotated[int, Field(ge=1, le=10_000)]
     tokenizer: str | None = None  # hash; missing in version 0.1
     package: str | None = None  # only in early manifests
+    dtype: Annotated[str, one_of(DTYPES)] = "float32"  # missing before version 0.2
     trust_remote_code: bool = False
 
 

@@ -205,6 +205,7 @@ def _manifest_of(spec: StageSpec, fitted: Fit, result: dict[str, Any], origin: d
             "name_or_path": config.backbone.name_or_path,
             "revision": config.backbone.revision,
             "fingerprint": backbone.fingerprint,
+            "dtype": config.backbone.dtype,
             "family": backbone.family.name,
             "hidden_size": backbone.hidden_size,
             "layers": backbone.layers,

@@ -33,6 +33,7 @@ class BaselineModel(Model):
         if case.bottleneck:
             fill(self.head, setup, "head")
             add_adapters(self.model, setup, case)
+            self.model.to(getattr(torch, case.dtype))  # adapters are created in float32
         else:
             self.model.requires_grad_(case.method == FULL)
         if not case.dropout:
@@ -52,7 +53,7 @@ class BaselineModel(Model):
         """Return the logits, (B, K): mean over non-padding tokens and a linear layer, as in this project's head."""
         hidden = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
         mask = batch.attention_mask.unsqueeze(-1).to(hidden.dtype)
-        return self.head((hidden * mask).sum(1) / mask.sum(1).clamp(min=1))
+        return self.head(((hidden * mask).sum(1) / mask.sum(1).clamp(min=1)).to(self.head.weight.dtype))
 
     def task_loss(self, batch: TokenBatch) -> Tensor:
         if not self.model.training:  # not called in every step, since it iterates over all modules
@@ -108,21 +109,21 @@ def add_adapters(model: Any, setup: Setup, case: Case) -> None:
 class BaselineWorker(Worker):
     def __init__(self) -> None:
         super().__init__()
-        self._pretrained: dict[bool, nn.Module] = {}
+        self._pretrained: dict[tuple[bool, str], nn.Module] = {}
 
     def prepare(self, setup: dict[str, Any]) -> dict[str, Any]:
         versions = {"adapters": adapters.__version__, "transformers": transformers.__version__}
         return super().prepare(setup) | versions
 
     def build(self, case: Case) -> BaselineModel:
-        if case.dropout not in self._pretrained:
+        if (key := (case.dropout, case.dtype)) not in self._pretrained:
             off = {} if case.dropout else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
             config = AutoConfig.from_pretrained(self.setup.backbone, **off)
             # With its default attention (SDPA). The pooler is not used.
-            self._pretrained[case.dropout] = AutoModel.from_pretrained(
-                self.setup.backbone, config=config, dtype=torch.float32, add_pooling_layer=False
+            self._pretrained[key] = AutoModel.from_pretrained(
+                self.setup.backbone, config=config, dtype=getattr(torch, case.dtype), add_pooling_layer=False
             )
-        return BaselineModel(self.setup, case, copy.deepcopy(self._pretrained[case.dropout]))
+        return BaselineModel(self.setup, case, copy.deepcopy(self._pretrained[key]))
 
     def epoch(self, rows: str, sources: int, rate: float, max_length: int, output: str) -> float:
         """Train for an epoch and evaluate, as the baseline's example script does. Returns the elapsed time in seconds.

@@ -26,11 +26,13 @@ class Case:
     sources: int = 0  # of a fusion
     bottleneck: int = 0  # 0 without adapters
     dropout: bool = False  # the baseline's default dropout
+    dtype: str = "float32"  # of the backbone's weights; in the baseline, of all weights
 
     def __str__(self) -> str:
         size = f" of {self.sources}" if self.method == FUSION else ""
         bottleneck = f", R {self.bottleneck}" if self.bottleneck else ""
-        return f"{self.work} {self.method}{size}{bottleneck}{', its dropout' if self.dropout else ''}"
+        dtype = "" if self.dtype == "float32" else f", {self.dtype}"
+        return f"{self.work} {self.method}{size}{bottleneck}{', its dropout' if self.dropout else ''}{dtype}"
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,13 @@ N sources, K outputs. Counts are per token and layer unless stated otherwise; a 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from fusion.layers.products import cheapest, multiply_adds
 from pipelines.benchmark.cases import OUTPUTS, Setup
 
 FLOAT = 4  # bytes
@@ -61,12 +64,43 @@ BERT_LARGE = Backbone("BERT-large", 24, 1024, 4096, 16)
 DECODER_7B = Backbone("a decoder of 7 billion parameters", 32, 4096, 11008, 32, gated=True)
 
 
+@dataclass(frozen=True)
+class Chain:
+    """Tokens times matrices of these sizes, in the order that is the cheapest in training: `ordered_product`."""
+
+    tokens: int
+    sizes: Sequence[int]
+    trained: Sequence[bool]
+    input_gradient: bool = True
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        return cheapest(self.tokens, self.sizes, self.trained, self.input_gradient)
+
+    def multiply_adds(self, training: bool) -> int:
+        """Return those of a batch, of the forward pass or also of the backward pass."""
+        trained = [training and one for one in self.trained]
+        return multiply_adds(self.tokens, self.sizes, trained, self.cuts, training and self.input_gradient)
+
+    @property
+    def kept(self) -> int:
+        """Floats per token saved for the gradients of the matrices, without the tokens themselves."""
+        groups = [(start, any(self.trained[start:end])) for start, end in pairwise(self.cuts)]
+        return sum(self.sizes[start] for start, trained in groups if trained and start > 0)
+
+
+def chains(n: int, r: int, d: int, tokens: int, lowest: bool = False) -> tuple[Chain, Chain]:
+    """Return both chains of a fusion: the scores, x Wqᵀ Wk [Wu; bu], and the values, [p_n z_n]_n Wuᵀ Wvᵀ."""
+    scores = Chain(tokens, (d, d, d, n * r + n), (True, True, False), not lowest)
+    return scores, Chain(tokens, (n * r, d, d), (False, True))
+
+
 def per_token(n: int, r: int, d: int, tokens: int) -> dict[str, float]:
     """Multiply-adds of a fusion in the forward pass of a batch with that many tokens."""
+    ordered = sum(chain.multiply_adds(training=False) for chain in chains(n, r, d, tokens)) / tokens
     return {
-        # In training, without a loop over the sources. If a batch has more tokens than D, the query and key matrices are
-        # multiplied first: D³ per batch replaces D² per token.
-        "folded": 3 * n * r * d + (2 + d / tokens if tokens > d else 3) * d**2,
+        # In training, without a loop over the sources.
+        "folded": n * r * d + ordered + n * d + n * d**2 / tokens,
         # Direct evaluation of the equations: a key and a value of size D for every source.
         "plain": 2 * n * r * d + (2 * n + 1) * d**2,
         # In inference, with the D × D matrices merged into the adapters.
@@ -77,8 +111,7 @@ def per_token(n: int, r: int, d: int, tokens: int) -> dict[str, float]:
 def training(backbone: Backbone, setup: Setup, n: int | None, r: int) -> int:
     """Minimum multiply-adds of a training step of a fusion, or of one adapter (`n` is `None`).
 
-    Frozen weights need no gradient, and there is no backward pass below the lowest slot. With few tokens, a fusion
-    multiplies x by Wq and Wk; with many, it computes Wkᵀ Wq first.
+    Frozen weights need no gradient, and there is no backward pass below the lowest slot.
     """
     m, d, t = setup.batch_size * setup.tokens, backbone.hidden_size, setup.tokens
     forward, backward = backbone.layers, backbone.layers - 1
@@ -86,18 +119,21 @@ def training(backbone: Backbone, setup: Setup, n: int | None, r: int) -> int:
     if n is None:  # down, up, and the gradients of z and both weights; the gradient of x
         total += (5 * forward + backward) * m * r * d
     else:
-        scores = 2 * m * d**2 + 3 * d**3 if m > d else 5 * m * d**2
-        total += forward * (scores + 3 * m * d**2 + m * d * (5 * n * r + 4 * n + 3))
-        total += backward * m * d * (n * r + d)
+        for layer in range(forward):
+            lowest = layer == 0
+            total += (1 if lowest else 2) * m * n * r * d + 3 * m * n * d + 2 * n * d**2
+            total += sum(chain.multiply_adds(training=True) for chain in chains(n, r, d, m, lowest))
     return total + 3 * setup.batch_size * d * OUTPUTS
 
 
 def kept_folded(n: int, r: int, d: int, tokens: int, lowest: bool = False) -> int:
-    """Floats that a slot with a folded fusion saves: the second norm's input, x, the mean, z, p, and Wuᵀg.
+    """Floats that a slot with a folded fusion saves: the second norm's input, x, z, p, Wuᵀg, and the chains' products.
 
-    A batch of at most D tokens also saves q. In the lowest slot z needs no gradient, so Wuᵀg is not saved.
+    In the lowest slot z needs no gradient, so Wuᵀg is not saved.
     """
-    return (3 if tokens > d else 4) * d + 2 + (1 if lowest else 2) * n * r + n
+    scores, values = chains(n, r, d, tokens, lowest)
+    mixed = 0 if values.kept else n * r  # [p_n z_n]_n, if Wuᵀ Wvᵀ is multiplied first
+    return 2 * d + 2 + (1 if lowest else 2) * n * r + n + scores.kept + values.kept + mixed
 
 
 def training_bytes(backbone: Backbone, n: int, r: int, tokens: int) -> int:

@@ -166,15 +166,14 @@ class Products(TorchDispatchMode):
 
 
 class OurWorker(Worker):
-    backbone: Backbone
-
-    def prepare(self, setup: dict[str, Any]) -> dict[str, Any]:
-        answer = super().prepare(setup)
-        self.backbone = load_backbone(self.setup.backbone)
-        return answer
+    def __init__(self) -> None:
+        super().__init__()
+        self._backbones: dict[str, Backbone] = {}  # by dtype
 
     def build(self, case: Case) -> OurModel:
-        backbone = copy.deepcopy(self.backbone)  # a model changes its backbone in place
+        if case.dtype not in self._backbones:
+            self._backbones[case.dtype] = load_backbone(self.setup.backbone, dtype=case.dtype)
+        backbone = copy.deepcopy(self._backbones[case.dtype])  # a model changes its backbone in place
         if case.work == cases.LOWER_BOUND:  # the matrix products of eager attention are separate operations
             backbone.model.set_attn_implementation("eager")
         return OurModel(self.setup, case, backbone)

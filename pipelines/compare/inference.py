@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -46,7 +47,8 @@ def measure(
     device = device_of(accelerator)
     first = read_manifest(artifacts[0], store)
     name, revision = backbone_of(first, SameBackboneConfig())
-    backbone = load_backbone(name, revision)
+    backbone_in = functools.cache(lambda dtype: load_backbone(name, revision, dtype=dtype))
+    backbone = backbone_in(first.backbone.dtype)
     bare = backbone.copy().model.eval().to(device)
     run = first.run.config
     limit = LimitConfig(validation=run.get("data.limit.validation"))
@@ -72,7 +74,7 @@ def measure(
     for artifact in artifacts:
         try:
             stored = load(artifact, store)
-            model = stored_model(stored, store, backbone.copy())
+            model = stored_model(stored, store, backbone_in(stored.manifest.backbone.dtype).copy())
             runs = {"bare": run_bare, "model": runner(model.to(device).eval())}
             with torch.inference_mode():
                 timed = rounds(runs, batches, MAX_ROUNDS, SECONDS / len(artifacts))
