@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from fusion.model.inference import Predictions
     from fusion.store.manifest import Manifest
 
+# Examples whose token ids and outputs are in memory at a time; batches are sorted by length within them.
+PART = 16_384
+
 
 def select_head(manifest: Manifest, task: TaskConfig | None) -> SelectedHead:
     """Return the head for the task, or the artifact's only head."""
@@ -66,16 +69,22 @@ def main(config: PredictConfig, run: Run) -> dict[str, Any]:
     manifest = loaded.artifact.manifest
     head = select_head(manifest, config.task)
     rows = rows_of_file(head.task, Path(config.input), config.data.quoting)
-    encoded = encode(rows, loaded.backbone.tokenizer, loaded.max_length, config.data.cache_dir)
-    encoded.task = head.index
-    with rows_progress(f"{manifest.name} on {Path(config.input).name}", len(rows)) as advance:
-        predictions = predict(loaded.model, encoded, config.data, loaded.device, config.attention, advance=advance)
-    if config.attention and not predictions.attention:
-        raise UserError(f"attention=true: with drop={config.drop}, {manifest.name} has no layer with attention")
-    counts = None if rows.choices is None else [len(choices) for choices in rows.choices]
-    with atomic_path(Path(config.output)) as part, part.open("w", encoding="utf-8") as file:
-        for line in lines(predictions, head, [source.name for source in manifest.sources], counts):
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    seconds = 0.0
+    with (
+        atomic_path(Path(config.output)) as path,
+        path.open("w", encoding="utf-8") as file,
+        rows_progress(f"{manifest.name} on {Path(config.input).name}", len(rows)) as advance,
+    ):
+        for part in rows.parts(PART):
+            encoded = encode(part, loaded.backbone.tokenizer, loaded.max_length, config.data.cache_dir)
+            encoded.task = head.index
+            found = predict(loaded.model, encoded, config.data, loaded.device, config.attention, advance=advance)
+            if config.attention and not found.attention:
+                raise UserError(f"attention=true: with drop={config.drop}, {manifest.name} has no layer with attention")
+            counts = None if part.choices is None else [len(choices) for choices in part.choices]
+            for line in lines(found, head, [source.name for source in manifest.sources], counts):
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            seconds += found.seconds
     say(f"{len(rows)} predictions of {manifest.name} in {config.output}")
     return {
         "artifact": str(loaded.artifact.path),
@@ -83,7 +92,7 @@ def main(config: PredictConfig, run: Run) -> dict[str, Any]:
         "drop": config.drop,
         "output": config.output,
         "rows": len(rows),
-        "speed": {"seconds": predictions.seconds, "examples_per_second": len(rows) / predictions.seconds},
+        "speed": {"seconds": seconds, "examples_per_second": len(rows) / seconds},
     }
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,20 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def parts(self, size: int) -> Iterator[Rows]:
+        """Split into consecutive parts of at most `size` examples."""
+        if len(self) <= size:
+            yield self
+            return
+        for start in range(0, len(self), size):
+            of = slice(start, start + size)
+            texts = self.texts[of]
+            choices = None if self.choices is None else self.choices[of]
+            labels = None if self.labels is None else self.labels[of]
+            words = None if self.words is None else self.words[of]
+            fingerprint = _fingerprint(texts, choices, labels, words)
+            yield replace(self, texts=texts, choices=choices, labels=labels, words=words, fingerprint=fingerprint)
 
 
 def load_splits(
@@ -135,8 +149,12 @@ def _rows(
         choices, labels, words = (
             None if values is None else [values[row] for row in drawn] for values in (choices, labels, words)
         )
+    return Rows(texts, choices, labels, ignored, _fingerprint(texts, choices, labels, words), label_format, words)
+
+
+def _fingerprint(texts: list[Any], choices: list[Any] | None, labels: list[Any] | None, words: list[Any] | None) -> str:
     content = json.dumps([texts, choices, labels, *([] if words is None else [words])]).encode()
-    return Rows(texts, choices, labels, ignored, hashlib.sha256(content).hexdigest(), label_format, words)
+    return hashlib.sha256(content).hexdigest()
 
 
 def label_column(task: TaskConfig, table: Table, required: bool) -> Column | None:

@@ -28,6 +28,17 @@ def test_two_text_columns_keep_their_order(task, write):
     assert rows.texts == [("first", "second")]
 
 
+def test_parts_have_all_examples_in_order(task, write):
+    rows = load_rows(task(), write("train.jsonl", PETS), "train")
+    first, second = rows.parts(2)
+    assert [len(first), len(second)] == [2, 1]
+    assert first.texts + second.texts == rows.texts
+    assert [*(first.labels or ()), *(second.labels or ())] == rows.labels
+    assert first.choices is None and first.words is None
+    assert len({rows.fingerprint, first.fingerprint, second.fingerprint}) == 3  # the cache of tokens is keyed by it
+    assert list(rows.parts(3)) == [rows]
+
+
 @pytest.mark.parametrize("ending", ["parquet", "jsonl", "csv", "tsv"])
 def test_every_ending_gives_the_same_rows(task, write, ending):
     separator = "\t" if ending == "tsv" else ","
