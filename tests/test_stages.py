@@ -18,7 +18,7 @@ import pytorch_lightning as lightning
 import torch
 from safetensors.torch import load_file
 
-from fusion import evaluate
+from fusion import evaluate, predict
 from fusion.config.commands import EvaluateConfig
 from fusion.config.compositions import CompositionConfig
 from fusion.config.data import LimitConfig
@@ -100,6 +100,7 @@ def test_the_result_has_the_documented_fields(bench: Bench) -> None:
     assert result["parameters"]["stored_bytes"] == sum(file.stat().st_size for file in files)
     assert set(result["speed"]) == {
         "seconds", "seconds_per_step", "examples_per_second", "tokens_per_second", "peak_memory_bytes",
+        "expected_memory_bytes",
     }  # fmt: skip
     assert result["epochs"] == 2 and 1 <= result["best_epoch"] <= 2
     assert bench.stage2("books", ["films"])["sources"] == ["films"]
@@ -138,6 +139,18 @@ def test_predictions_name_labels_and_do_not_depend_on_the_batch(fused: Bench) ->
         assert sum(line["scores"].values()) == pytest.approx(1)
         assert line["label"] == max(line["scores"], key=line["scores"].__getitem__)
         assert fused.predict("films", [row])[0]["scores"] == pytest.approx(line["scores"], abs=1e-5)
+
+
+def test_a_long_file_is_predicted_in_parts_with_the_same_lines(fused: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": " ".join(["good", "bad", "film", "he", "saw"][: 1 + number % 5])} for number in range(11)]
+    once = fused.predict("films-adapterfusion", rows, attention=True)
+    monkeypatch.setattr(predict, "PART", 4)
+    parts = fused.predict("films-adapterfusion", rows, attention=True)
+    assert [line["label"] for line in parts] == [line["label"] for line in once]
+    for part, line in zip(parts, once, strict=True):
+        assert part["scores"] == pytest.approx(line["scores"], abs=1e-5)
+        for layer, weights in line["attention"].items():
+            assert part["attention"][layer] == pytest.approx(weights, abs=1e-5)
 
 
 def test_attention_is_a_distribution_over_the_sources_of_each_layer(fused: Bench) -> None:

@@ -99,9 +99,13 @@ class EpochBatches(Sampler[Plan]):
     def __iter__(self) -> Iterator[Plan]:
         epoch, batch = self._resumed or (self.epoch, 0)
         self._resumed = None
+        return self.plans(batch if epoch == self.epoch else 0)
+
+    def plans(self, start: int = 0) -> Iterator[Plan]:
+        """Yield the batches of the epoch from the batch `start` on."""
         # RandomState's stream is frozen (NEP 19), unlike Generator's, so other NumPy versions can resume a run.
         random = np.random.RandomState([self.seed, self.epoch])
-        for task, rows in islice(self._steps(random), batch if epoch == self.epoch else 0, None):
+        for task, rows in islice(self._steps(random), start, None):
             yield replace(_share(rows, self.rank, self.world_size), task=task)
 
     def _steps(self, random: np.random.RandomState) -> Iterator[tuple[int, NDArray[np.intp]]]:

@@ -83,6 +83,11 @@ class EncodedRows:
     def __len__(self) -> int:
         return len(self._first)
 
+    def shape(self, indices: list[int]) -> tuple[int, int]:
+        """Return the number of sequences and tokens of a batch of these examples."""
+        counts = self.choice_counts
+        return len(indices) if counts is None else int(counts[indices].sum()), int(self.lengths[indices].max())
+
     def batch(
         self, indices: list[int], weights: list[float] | None = None, global_indices: NDArray[np.intp] | None = None
     ) -> Batch:
@@ -95,7 +100,7 @@ class EncodedRows:
             types = np.zeros(real.shape, np.int64)
             types[real] = self._token_type_ids[tokens]
         if self.states is not None:
-            features = np.zeros((*real.shape, self.states.shape[1]), np.float32)
+            features = np.zeros((*real.shape, self.states.shape[1]), self.states.dtype)
             features[real] = self.states[tokens]
         weight = np.ones(len(indices), np.float32) if weights is None else np.array(weights, np.float32)
         counted = np.array(indices)[weight > 0] if global_indices is None else global_indices
@@ -113,7 +118,7 @@ class EncodedRows:
             rows=torch.tensor(indices, dtype=torch.int64),
             weights=torch.from_numpy(weight),
             global_rows=len(counted),
-            features=_tensor(features),
+            features=_feature_tensor(features),
             task=self.task,
             global_weight=global_weight,
             words=_tensor(words),
@@ -155,6 +160,12 @@ class EncodedRows:
 
 def _counts(lists: list[list[str]] | None) -> NDArray[np.int64] | None:
     return None if lists is None else np.array([*map(len, lists)], np.int64)
+
+
+def _feature_tensor(features: NDArray[Any] | None) -> torch.Tensor | None:
+    """Return the features as a tensor; bfloat16, which NumPy lacks, is stored as the 16-bit integers of its bits."""
+    tensor = _tensor(features)
+    return tensor.view(torch.bfloat16) if tensor is not None and tensor.dtype == torch.int16 else tensor
 
 
 def _tensor(array: NDArray[Any] | None) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,14 @@ def training_loader(
     if len(tasks) > 1:
         sampler = TaskBatches(samplers, list(map(len, tasks)), temperature, seed, rank, world_size)
     return _loader(tasks, sampler, workers)
+
+
+def largest_batch(loader: DataLoader[Any], batches: int | None = None) -> tuple[int, int]:
+    """Return sequences and tokens of the largest of the first batches of an epoch of a training loader."""
+    dataset, sampler = loader.dataset, loader.sampler
+    assert isinstance(dataset, PlannedBatches) and isinstance(sampler, EpochBatches)
+    shapes = (dataset.encoded[plan.task].shape(plan.rows) for plan in islice(sampler.plans(), batches))
+    return max(shapes, key=lambda shape: shape[0] * shape[1])
 
 
 def evaluation_loader(

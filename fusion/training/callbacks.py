@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ from fusion.data.batches import Batch
 from fusion.errors import TrainingError, first_line
 from fusion.tasks.kind import Decision
 from fusion.training import lightning_internals as internals
+from fusion.training.memory import Memory, peak_memory, reset_peak
 from fusion.training.predictions import RowPredictions
 
 log = logging.getLogger(__name__)
@@ -216,11 +215,14 @@ class Speed(Callback):
     """
 
     def __init__(self) -> None:
+        self.expected: Memory | None = None
         self._steps: list[float] = []  # seconds
         self._examples = self._tokens = 0
         self._before: tuple[float, float | None] = (0.0, 0.0)  # seconds and joules up to the checkpoint
 
-    def start(self) -> None:
+    def start(self, device: torch.device) -> None:
+        self._device = device
+        reset_peak(device)
         self._started, self._energy = time.monotonic(), EnergyMeter()
 
     def on_train_batch_start(self, *_: Any) -> None:
@@ -247,7 +249,7 @@ class Speed(Callback):
 
     def result(self, world_size: int) -> dict[str, float | None]:
         """Return seconds in total (with validation) and per step (median), examples and tokens (with padding) trained
-        per second, peak memory in bytes, and the energy in joules if the machine measures it.
+        per second, peak and expected memory in bytes, and the energy in joules if the machine measures it.
         """
         seconds, joules = self._elapsed()
         return {
@@ -255,13 +257,7 @@ class Speed(Callback):
             "seconds_per_step": statistics.median(self._steps) if self._steps else None,
             "examples_per_second": self._examples * world_size / seconds,
             "tokens_per_second": self._tokens * world_size / seconds,
-            "peak_memory_bytes": _peak_memory(),
+            "peak_memory_bytes": peak_memory(self._device),
+            "expected_memory_bytes": None if self.expected is None else self.expected.total,
             **({} if joules is None else {"energy_joules": joules}),
         }
-
-
-def _peak_memory() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader
 from fusion.config.stages import StageConfig
 from fusion.config.training import TrainerConfig
 from fusion.data.batches import EpochBatches, TaskBatches
-from fusion.data.loaders import evaluation_loader, training_loader
-from fusion.errors import LossNotFinite, TrainingError, UserError
+from fusion.data.loaders import evaluation_loader, largest_batch, training_loader
+from fusion.errors import LossNotFinite, TrainingError, UserError, first_line
 from fusion.model.adapted import AdaptedModel
-from fusion.runs.memory import keep_freed_memory
+from fusion.runs.memory import GLIBC_OVERHEAD, collect_as_usual, keep_freed_memory
 from fusion.store.artifacts import copy_into
 from fusion.tasks.kind import Decision
 from fusion.text import shows_progress
@@ -33,6 +33,7 @@ from fusion.training.checkpoints import LAST, Checkpoints, Interrupts, Loaded, c
 from fusion.training.expected_warnings import ignore_expected_warnings
 from fusion.training.guard import Guard
 from fusion.training.losses import divergence
+from fusion.training.memory import Memory, available, expected_memory, in_bytes
 from fusion.training.module import Objective, TaskModule
 from fusion.training.predictions import RowPredictions, main_metric
 from fusion.training.records import FirstOfEpoch
@@ -87,7 +88,8 @@ def fit(spec: FitSpec) -> Fit:
         UserError: if the trainer settings are incompatible with the data, or the checkpoint with the run.
     """
     model, config, rows, objective, checkpoints = spec.model, spec.config, spec.rows, spec.objective, spec.checkpoints
-    keep_freed_memory()
+    overhead = GLIBC_OVERHEAD if keep_freed_memory() else 1.0
+    collect_as_usual()
     tasks, settings = config.task_list, config.trainer
     splits = {name: tasks[split.task] for name, split in rows.validation.items()}
     monitor = main_metric(splits)
@@ -104,7 +106,8 @@ def fit(spec: FitSpec) -> Fit:
     first = [Guard(model, checkpoints), memory, best, EpochLine(monitor), speed]
     callbacks = [*first, *spec.callbacks, FirstOfEpoch(), *bar, last_callback]
     trainer = make_trainer(settings, callbacks, list(spec.loggers), last)
-    features = spec.prepare(trainer.strategy.root_device)
+    device = trainer.strategy.root_device
+    features = spec.prepare(device)
     weights = [split.class_weights for split in rows.training]
     module = TaskModule(model, tasks, config.optim, objective, splits, features, config.seed, weights)
     batches, evaluation = _loaders(config, rows, objective.temperature, trainer)
@@ -113,7 +116,10 @@ def fit(spec: FitSpec) -> Fit:
         cast(EpochBatches, batches.sampler).resume(epoch, batch)
         done = epoch >= (settings.max_epochs or 1)
         log.info("resuming %s", "after the last epoch" if done else f"at epoch {epoch + 1}, batch {batch + 1}")
-    speed.start()
+    speed.start(device)
+    if model.trainable():
+        with trainer.precision_plugin.forward_context():
+            speed.expected = _expected_memory(config, model, batches, device, features is not None, overhead)
     broken = None
     with memory.explained():
         if model.trainable():
@@ -131,6 +137,8 @@ def fit(spec: FitSpec) -> Fit:
     diverged = divergence(module.epoch_loss.figures(), rows.training, tasks)
     scores = best_epoch(module.history, monitor)
     if trainer.is_global_zero:
+        if speed.expected is not None:
+            log.info("peak memory %s", in_bytes(int(measured["peak_memory_bytes"] or 0)))
         if settings.profiler in PROFILERS:
             for table in sorted(Path(settings.default_root_dir or ".").glob("fit-profile*.txt"))[:1]:
                 log.info("profiler output: %s", table)
@@ -151,6 +159,32 @@ def fit(spec: FitSpec) -> Fit:
         broken=broken,
         diverged=diverged,
     )
+
+
+def _expected_memory(
+    config: StageConfig,
+    model: AdaptedModel,
+    batches: DataLoader[Any],
+    device: torch.device,
+    cached: bool,
+    overhead: float,
+) -> Memory | None:
+    """Estimate and log the memory of the training; `None` if the backbone does not run on the tokens of the estimate."""
+    limit = config.trainer.limit_train_batches
+    shape = largest_batch(batches, limit if type(limit) is int else None)
+    try:
+        expected = expected_memory(model, shape, device, cached, overhead)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        log.info("expected memory unknown (%s)", first_line(error))
+        return None
+    log.info("expected memory %s", expected)
+    free = available(device)
+    if free is not None and expected.total > free:
+        key = "batch_size" if config.data.tokens_per_batch is None else "tokens_per_batch"
+        log.warning(
+            "only %s is available: lower data.%s, or set backbone.gradient_checkpointing=true", in_bytes(free), key
+        )
+    return expected
 
 
 def _loaders(

@@ -86,7 +86,7 @@ def test_with_gradient_checkpointing_the_run_resumes(bench: Bench, fits: Any, mo
 
         def check(model: AdaptedModel, ids: torch.Tensor) -> bool:
             calls.append(len(ids))
-            return model.gradient_checkpointing or len(calls) <= 12
+            return model.gradient_checkpointing or len(calls) <= 13  # the first call is for the expected memory
 
         fits(check)
         first, second = failing(bench, trainer=two)
