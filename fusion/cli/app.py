@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from fusion.cli import startup
 from fusion.cli.config_sources import as_text, conf_folder, groups, text_keys
 from fusion.cli.console import say
 from fusion.cli.hydra_internals import compose_job, is_hydras_own, parse, split_into_jobs
@@ -85,7 +86,9 @@ def _main(command: Command) -> int:
     printable_output()
     ignore_expected_warnings()
     logging.raiseExceptions = False  # a full disk would print many tracebacks
+    startup.collect_rarely()
     if (rank := processes.job_of_this_rank()) is not None:
+        startup.import_quickly()
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(command.schema), rank.config))
         return processes.run_rank(rank, lambda: command.function(typed, rank.run))
     words = sys.argv[1:]
@@ -151,6 +154,7 @@ def _job(command: Command, program: list[str], composed: DictConfig, codes: list
         return state
 
     def work() -> dict[str, Any]:
+        startup.import_quickly()
         ranks = processes.count(typed.trainer) if isinstance(typed, StageConfig) else 1
         if ranks > 1:
             return processes.launch(program, run.config, run, ranks)

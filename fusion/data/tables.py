@@ -168,8 +168,9 @@ def read_table(path: Path, quoting: str | None = None) -> Table:
         if form == ".parquet":
             import pyarrow.parquet
 
-            parquet = pyarrow.parquet.read_table(path, partitioning=None, page_checksum_verification=True)
-            return arrow_table(parquet, str(path))
+            # `read_table` would import pyarrow.dataset, and with it pandas.
+            with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as parquet:
+                return arrow_table(parquet.read(), str(path))
         extension, _, compression = form[1:].partition(".")
         with _OPEN[compression](path) as file:
             content = file.read()
