@@ -9,6 +9,7 @@ from fusion.config.fields import Settings, checked, choice, integer, number
 from fusion.config.model import BackboneConfig
 from fusion.errors import TrainingError
 from fusion.training.processes import cores
+from pipelines.benchmark.random_backbone import HEAD_SIZE
 
 SUITES = ("train", "infer", "scale", "memory", "epoch", "startup", "ddp")
 # Rounds of a suite by default: an epoch takes minutes, a step a second.
@@ -57,15 +58,23 @@ class BenchmarkConfig(Settings):
     rounds: int | None = integer(None, 1, null="the suite's default")
     steps: int = integer(5, 1)  # timed steps per round
     warmup: int = integer(2, 0)  # untimed steps before them
-    noise_limit: float = number(0.10, "> 0")  # no verdict if the ratios of the rounds spread more
+    noise_limit: float | None = number(None, "> 0", null="no limit")  # no verdict if the ratios spread more
     threads: int | None = integer(None, 1, null="all cores")  # per worker process
     device: str = choice("auto", ("auto", "cpu", "cuda"))
-    precision: str = choice("auto", ("auto", "float32", "bf16"))  # auto: bf16 on a GPU, else float32
+    precision: str = choice("auto", ("auto", "float32", "bf16"))  # autocast; auto: bf16 on a GPU, else float32
+    # Of the backbone's weights in additional measurements; auto: bfloat16 on hardware with matrix units for it.
+    dtype: str = choice("auto", ("auto", "float32", "bfloat16"))
     batch_size: int = integer(32, 1)
     tokens: int = integer(64, 1)  # per text, without padding
     sources: int = integer(14, 2)
     seed: int = 0
     backbone: BackboneConfig = field(default_factory=BackboneConfig)  # only its weights and shape are used
+    # Layers and hidden size of a backbone with random weights, and the configuration of `backbone` otherwise.
+    shape: list[int] | None = checked(
+        None,
+        lambda value: value is None or (len(value) == 2 and min(value) > 0 and value[1] % HEAD_SIZE == 0),
+        f"[LAYERS,HIDDEN], a hidden size that {HEAD_SIZE} divides",
+    )
     data_dir: str = "../shared/data"
     output: str = "outputs/benchmark"
     timeout: float = number(3600.0, "> 0")  # seconds for one request to a worker, or for one command
@@ -75,7 +84,7 @@ class BenchmarkConfig(Settings):
 
     @property
     def round_count(self) -> int:
-        return self.rounds or ROUNDS.get(self.suite, 5)
+        return self.rounds or ROUNDS.get(self.suite, 6)
 
     @property
     def thread_count(self) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import binom
 
 from fusion.cli.console import show_table
 from fusion.files import write_json
@@ -31,6 +32,16 @@ def spread(values: Sequence[float]) -> float:
     """Return the interquartile range as a fraction of the median."""
     low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
     return float((high - low) / median)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the confidence interval of the median of at least 95 %, from the order statistics.
+
+    It assumes no distribution. With fewer than six values, it is their range, which has a lower confidence.
+    """
+    ordered = sorted(values)
+    outside = max(0, int(binom.ppf(0.025, len(values), 0.5)) - 1)  # values on each side
+    return ordered[outside], ordered[len(values) - 1 - outside]
 
 
 def medians(timings: Timings, who: str, case: Case) -> list[float]:
@@ -63,37 +74,40 @@ class Figure:
     exact: bool = False  # a count (bytes), for which a single measurement is enough
     unit: str = "x"  # "x" for a ratio, "%" for a ratio shown as an increase, "s" for seconds
 
-    def verdict(self, noise_limit: float) -> str:
-        """Return the verdict, empty without a target. There is none if the rounds differ by more than the limit."""
+    def verdict(self, noise_limit: float | None = None) -> str:
+        """Return the verdict, empty without a target. There is none if the target is within the interval of the median.
+
+        Args:
+            noise_limit: also no verdict if the values spread more. `None`: no such limit.
+        """
         if self.target is None:
             return ""
-        margin = abs(self.target.limit - 1.0)
-        if self.unit != "s" and margin > 0:  # rounds that differ by a tenth cannot judge a ratio of at most 1.03
-            noise_limit = min(noise_limit, margin)
         if not self.exact and len(self.values) < 2:
             return TOO_FEW
-        if not self.exact and spread(self.values) > noise_limit:
+        low, high = map(self.target.met, interval(self.values))
+        if low != high or (noise_limit is not None and spread(self.values) > noise_limit):
             return TOO_NOISY
-        return REACHED if self.target.met(statistics.median(self.values)) else NOT_REACHED
+        return REACHED if low else NOT_REACHED
 
     def shown(self, value: float) -> str:
         if self.unit == "%":
             return f"{100 * (value - 1):+.1f} %"
         return f"{value:.2f}{' s' if self.unit == 's' else 'x'}"
 
-    def row(self, noise_limit: float) -> list[str]:
-        median, low, high = map(self.shown, (statistics.median(self.values), min(self.values), max(self.values)))
+    def row(self, noise_limit: float | None = None) -> list[str]:
+        median, low, high = map(self.shown, (statistics.median(self.values), *interval(self.values)))
         rounds = [low, high, f"{100 * spread(self.values):.0f} %"] if len(self.values) > 1 else ["", "", ""]
         target = f"{self.target.sign} {self.shown(self.target.limit)}" if self.target else ""
         return [self.what, median, *rounds, target, self.verdict(noise_limit)]
 
-    def as_json(self, noise_limit: float) -> dict[str, Any]:
+    def as_json(self, noise_limit: float | None = None) -> dict[str, Any]:
         return {
             "what": self.what,
             "unit": "seconds" if self.unit == "s" else "ratio",
             "median": statistics.median(self.values),
             "low": min(self.values),
             "high": max(self.values),
+            "interval": interval(self.values),
             "spread": spread(self.values),
             "rounds": list(self.values),
             "to_reach": f"{self.target.sign} {self.target.limit:g}" if self.target else None,
@@ -137,7 +151,7 @@ def describe_machine(threads: int) -> dict[str, Any]:
 
 def finish(config: BenchmarkConfig, report: Report, machine: dict[str, Any], versions: dict[str, Any]) -> Path:
     """Print the report, write OUTPUT/SUITE.json and return its path."""
-    titles = ["", "median", "low", "high", "spread", "to reach", ""]
+    titles = ["", "median", "interval", "", "spread", "to reach", ""]
     say("")
     show_table([titles, *(figure.row(config.noise_limit) for figure in report.figures)])
     timings = []

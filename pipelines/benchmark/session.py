@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from pipelines.benchmark.cases import Case, Setup
 from pipelines.benchmark.config import BenchmarkConfig, BenchmarkError
 from pipelines.benchmark.formulas import Backbone
+from pipelines.benchmark.random_backbone import save_random_backbone
 from pipelines.benchmark.report import Measured, Timings
 from pipelines.commands import python_path, say
 
@@ -48,6 +49,8 @@ class WorkerProcess:
                 command, stdin=other.fileno(), stdout=output, stderr=subprocess.STDOUT, env=environment(threads)
             )
         other.close()
+        if hasattr(os, "sched_setaffinity"):  # the threads that it starts later inherit this
+            os.sched_setaffinity(self._process.pid, sorted(os.sched_getaffinity(0))[:threads])
 
     def ask(self, do: str, **arguments: Any) -> Any:
         """Call a method of the worker and return its result. Raises BenchmarkError if it fails or times out."""
@@ -103,6 +106,7 @@ class Session:
 
     def __init__(self, config: BenchmarkConfig) -> None:
         from fusion.backbones.files import locate
+        from fusion.backbones.precision import hardware_dtype
         from fusion.model.inference import device_of
 
         self.config = config
@@ -115,12 +119,17 @@ class Session:
         device = device_of(config.device).type
         automatic = "bf16" if device == "cuda" else "float32"
         precision = automatic if config.precision == "auto" else config.precision
-        shape = (config.batch_size, config.tokens, self.threads, config.seed)
-        self.setup = Setup(str(folder), *shape, device, precision)
-        self.backbone = Backbone.read(str(folder))
-        self.bottleneck = max(1, self.backbone.hidden_size // 16)  # R at the default reduction factor
+        dtype = hardware_dtype(device) if config.dtype == "auto" else config.dtype
+        self.half = None if dtype == "float32" else dtype  # dtype of additional measurements
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
+        if config.shape is not None:
+            layers, hidden_size = config.shape
+            folder = save_random_backbone(folder, layers, hidden_size, self.work / "backbone")
+        batch = (config.batch_size, config.tokens, self.threads, config.seed)
+        self.setup = Setup(str(folder), *batch, device, precision)
+        self.backbone = Backbone.read(str(folder))
+        self.bottleneck = max(1, self.backbone.hidden_size // 16)  # R at the default reduction factor
 
     def close(self) -> None:
         for worker in self._workers.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,10 @@ class Comparison(NamedTuple):
     unit: str = "x"
 
 
+def at_least(limit: float) -> Target:
+    return Target(limit, at_least=True)
+
+
 def compare(session: Session, checked: Sequence[Case], comparisons: list[Comparison]) -> Report:
     """Check that both implementations agree, time every case of the comparisons, and report the ratios."""
     agreement = session.agreement(checked)
@@ -45,16 +50,16 @@ def train(session: Session) -> Report:
     """Training steps: against the baseline, by number of sources, over matrix products alone, and Lightning's loop."""
     n, r = session.config.sources, session.bottleneck
 
-    def fusion(who: str, sources: int, work: str = TRAIN, dropout: bool = False) -> Measured:
-        return who, Case(work, FUSION, sources, r, dropout)
+    def fusion(who: str, sources: int, work: str = TRAIN, dropout: bool = False, dtype: str = "float32") -> Measured:
+        return who, Case(work, FUSION, sources, r, dropout, dtype)
 
-    def adapter(who: str, work: str = TRAIN, dropout: bool = False) -> Measured:
-        return who, Case(work, ADAPTER, 0, r, dropout)
+    def adapter(who: str, work: str = TRAIN, dropout: bool = False, dtype: str = "float32") -> Measured:
+        return who, Case(work, ADAPTER, 0, r, dropout, dtype)
 
     ours, theirs, ours_few = fusion(OURS, n), fusion(BASELINE, n), fusion(OURS, FEW)
     ours_one, theirs_one, bound_one = adapter(OURS), adapter(BASELINE), adapter(OURS, LOWER_BOUND)
     bound, bound_few, bound_many = (fusion(OURS, count, LOWER_BOUND) for count in (n, FEW, MANY))
-    faster = Target(4.5, at_least=True)
+    faster = at_least(4.5)
     full, theirs_full = (OURS, Case(TRAIN, FULL)), (BASELINE, Case(TRAIN, FULL))
     step = f"fusion of {n}, step: the baseline over ours"
     loop = "Lightning's loop with logger and progress bar, over the bare step"
@@ -76,7 +81,19 @@ def train(session: Session) -> Report:
         Comparison("  full fine-tuning, step: the baseline over ours", theirs_full, full),
         Comparison(loop, adapter(OURS, LOOP), adapter(OURS, CLIPPED), Target(1.03), unit="%"),
     ]
-    return compare(session, [ours_one[1], ours[1]], comparisons)
+    if half := session.half:
+        ours, theirs_half = fusion(OURS, n, dtype=half), fusion(BASELINE, n, dtype=half)
+        ours_one, theirs_one_half = adapter(OURS, dtype=half), adapter(BASELINE, dtype=half)
+        bound_one = adapter(OURS, LOWER_BOUND, dtype=half)
+        own = "one adapter, step: the baseline over ours"
+        comparisons += [
+            Comparison(f"{step}, ours in {half}", theirs, ours, at_least(8.0)),
+            Comparison(f"{step}, both in {half}", theirs_half, ours, at_least(4.0)),
+            Comparison(f"{own} in {half}", theirs_one, ours_one, at_least(2.0)),
+            Comparison(f"{own}, both in {half}", theirs_one_half, ours_one, at_least(1.2)),
+            Comparison(f"{one}, in {half}", ours_one, bound_one, Target(1.4)),
+        ]
+    return compare(session, [adapter(OURS)[1], fusion(OURS, n)[1]], comparisons)
 
 
 def infer(session: Session) -> Report:
@@ -86,17 +103,20 @@ def infer(session: Session) -> Report:
     (ours, ours_one, ours_bare), (theirs, theirs_one, theirs_bare) = (
         [(who, case) for case in cases] for who in (OURS, BASELINE)
     )
-    return compare(
-        session,
-        cases[:2],
-        [
-            Comparison(f"our fusion of {n} over the bare backbone, inference", ours, ours_bare, Target(1.4)),
-            Comparison("our one adapter over the bare backbone, inference", ours_one, ours_bare, Target(1.06)),
-            Comparison(f"  the baseline's fusion of {n} over its bare backbone", theirs, theirs_bare),
-            Comparison("  the baseline's one adapter over its bare backbone", theirs_one, theirs_bare),
-            Comparison(f"  fusion of {n}: the baseline over ours", theirs, ours),
-        ],
-    )
+    comparisons = [
+        Comparison(f"our fusion of {n} over the bare backbone, inference", ours, ours_bare, Target(1.4)),
+        Comparison("our one adapter over the bare backbone, inference", ours_one, ours_bare, Target(1.06)),
+        Comparison(f"  the baseline's fusion of {n} over its bare backbone", theirs, theirs_bare),
+        Comparison("  the baseline's one adapter over its bare backbone", theirs_one, theirs_bare),
+        Comparison(f"  fusion of {n}: the baseline over ours", theirs, ours),
+    ]
+    if half := session.half:
+        fused, bare = ((OURS, replace(case, dtype=half)) for case in (cases[0], cases[2]))
+        comparisons += [
+            Comparison(f"fusion of {n}, inference: the baseline over ours in {half}", theirs, fused, at_least(12.0)),
+            Comparison(f"our fusion of {n} over the bare backbone, inference, {half}", fused, bare, Target(1.4)),
+        ]
+    return compare(session, cases[:2], comparisons)
 
 
 def memory(session: Session) -> Report:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fusion.backbones.load import load_backbone
 from fusion.config.model import BackboneConfig
 from fusion.errors import UserError
 from pipelines.benchmark import session as sessions
@@ -112,6 +113,20 @@ def test_workers_alternate_and_every_second_round_is_reversed(config: BenchmarkC
     first = ["ours time adapter", "rival time adapter", "ours time fusion"]
     assert timed == [*first, *reversed(first)]
     assert medians(timings, BASELINE, one) == pytest.approx([2.2, 2.2])
+
+
+def test_a_backbone_with_random_weights_in_a_given_shape(config: BenchmarkConfig) -> None:
+    config.shape = [2, 128]
+    with contextlib.closing(FakeSession(config)) as session:
+        assert session.backbone.layers == 2 and session.backbone.hidden_size == 128 and session.bottleneck == 8
+        assert session.backbone.intermediate_size == 512 and session.backbone.heads == 2
+        loaded = load_backbone(session.setup.backbone)  # with the tokenizer of the other
+        assert loaded.layers == 2 and loaded.hidden_size == 128
+        folder = Path(session.setup.backbone)
+    assert not folder.exists()
+    for wrong in ([12], [12, 100], [0, 64]):
+        with pytest.raises(UserError, match=r"shape=.*expected \[LAYERS,HIDDEN\], a hidden size that 64 divides"):
+            BenchmarkConfig("train", shape=wrong)
 
 
 def test_different_scores_are_not_compared(config: BenchmarkConfig) -> None:
