@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 
@@ -22,6 +23,12 @@ def keep_freed_memory() -> bool:
         return False
     # M_TRIM_THRESHOLD is -1, M_MMAP_THRESHOLD is -3, at most 32 MiB before glibc 2.35.
     return bool(mallopt(-1, 1 << 30)) and any(mallopt(-3, size) for size in (1 << 30, 32 << 20))
+
+
+def return_freed_memory() -> None:
+    """Return memory that glibc has kept to the system, such as that of an earlier job of a sweep."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def collect_as_usual() -> None:

@@ -23,7 +23,7 @@ from fusion.data.batches import EpochBatches, TaskBatches
 from fusion.data.loaders import evaluation_loader, largest_batch, training_loader
 from fusion.errors import LossNotFinite, TrainingError, UserError, first_line
 from fusion.model.adapted import AdaptedModel
-from fusion.runs.memory import GLIBC_OVERHEAD, collect_as_usual, keep_freed_memory
+from fusion.runs.memory import GLIBC_OVERHEAD, collect_as_usual, keep_freed_memory, return_freed_memory
 from fusion.store.artifacts import copy_into
 from fusion.tasks.kind import Decision
 from fusion.text import shows_progress
@@ -116,6 +116,7 @@ def fit(spec: FitSpec) -> Fit:
         cast(EpochBatches, batches.sampler).resume(epoch, batch)
         done = epoch >= (settings.max_epochs or 1)
         log.info("resuming %s", "after the last epoch" if done else f"at epoch {epoch + 1}, batch {batch + 1}")
+    return_freed_memory()  # the peak is measured from now on
     speed.start(device)
     if model.trainable():
         with trainer.precision_plugin.forward_context():
