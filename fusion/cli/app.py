@@ -37,6 +37,7 @@ from fusion.errors import TrainingError, UserError
 from fusion.files import check_writable
 from fusion.locks import run_lock
 from fusion.runs import signals
+from fusion.runs.memory import collect_rarely
 from fusion.runs.run import Run, RunState, describe, record
 from fusion.runs.sweep import Sweep, main_score, summarize_states
 from fusion.text import PROGRESS, printable, printable_output
@@ -86,7 +87,7 @@ def _main(command: Command) -> int:
     printable_output()
     ignore_expected_warnings()
     logging.raiseExceptions = False  # a full disk would print many tracebacks
-    startup.collect_rarely()
+    collect_rarely()
     if (rank := processes.job_of_this_rank()) is not None:
         startup.import_quickly()
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(command.schema), rank.config))
@@ -154,8 +155,10 @@ def _job(command: Command, program: list[str], composed: DictConfig, codes: list
         return state
 
     def work() -> dict[str, Any]:
+        if not isinstance(typed, StageConfig):
+            return command.function(typed, run)
         startup.import_quickly()
-        ranks = processes.count(typed.trainer) if isinstance(typed, StageConfig) else 1
+        ranks = processes.count(typed.trainer)
         if ranks > 1:
             return processes.launch(program, run.config, run, ranks)
         return command.function(typed, run)

@@ -13,13 +13,6 @@ from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
-_THRESHOLD = 100_000  # allocations minus deallocations between two collections; Python's default is 700
-
-
-def collect_rarely() -> None:
-    """Collect garbage rarely during imports, which allocate millions of objects that stay."""
-    gc.set_threshold(_THRESHOLD)
-
 
 def import_quickly() -> None:
     """Import libraries without what training does not use."""

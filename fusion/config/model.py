@@ -17,9 +17,8 @@ POOLINGS = ("cls", "mean")
 class BackboneConfig(Settings, group="backbone"):
     name_or_path: str = checked("???", bool, "a Hub id or a folder")
     revision: Optional[str] = None
-    dtype: str = choice(
-        "float32", (*DTYPES, "auto")
-    )  # of the frozen weights; auto: bfloat16 on hardware with units for it
+    # Of the frozen weights; auto: bfloat16 on hardware with matrix units for it.
+    dtype: str = choice("float32", (*DTYPES, "auto"))
     pooling: str = choice("cls", POOLINGS)  # default of head.pooling
     dropout: Optional[bool] = None  # its own dropout in training; null: only if the whole backbone is trained
     # Features below the lowest slot; auto: if it saves time.

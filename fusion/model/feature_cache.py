@@ -1,7 +1,7 @@
 """The feature cache: frozen features of every example, computed once and stored on disk for all epochs and runs.
 
-With the dtype of the backbone, logits equal those of the full forward pass up to rounding. All features are computed before training,
-always in batches of the same examples, so that a resumed run reads bit-identical features.
+With the dtype of the backbone, logits equal those of the full forward pass up to rounding. All features are computed
+before training, always in batches of the same examples, so that a resumed run reads bit-identical features.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def cache_features(
         once: whether the run reads each example only once, so that a cache would not save time.
 
     Returns:
-        The dtype of the features, or `None` without a cache: with `off`, or with `auto` if no layer
-        is below the lowest slot, the features exceed `backbone.cache_gb`, or the directory cannot be written.
+        The dtype of the features, or `None` without a cache: with `off`, or with `auto` if no layer is below the lowest
+        slot, the features exceed `backbone.cache_gb`, or the directory cannot be written.
     """
     asked, splits = config.cache, list(splits)
     if asked == "off" or config.dropout or model.tuning.parameters:
@@ -81,7 +81,7 @@ def cache_features(
                 (rows.tokens, width),
                 stored,
                 limit,
-                lambda array, rows=rows: _build(model, rows, array, device),  # type: ignore[misc]
+                lambda array, rows=rows: _build(model, rows, array, device, dtype),  # type: ignore[misc]
             )
             for rows in splits
         ]
@@ -104,7 +104,7 @@ def _log_or_raise(asked: str, why: str, fix: str, error: OSError | None = None) 
     log.log(logging.INFO if error is None else logging.WARNING, "%s: frozen features are computed in each epoch", why)
 
 
-def _build(model: AdaptedModel, rows: EncodedRows, states: NDArray[Any], device: torch.device) -> None:
+def _build(model: AdaptedModel, rows: EncodedRows, states: NDArray[Any], device: torch.device, dtype: str) -> None:
     log.info(
         "computing the frozen features of %d examples (%.0f MB, below %s)",
         len(rows),
@@ -115,14 +115,13 @@ def _build(model: AdaptedModel, rows: EncodedRows, states: NDArray[Any], device:
         tokens, real = rows.places(batch.rows.tolist())
         batch = batch.to(device)
         features = model.frozen_features(batch.input_ids, batch.attention_mask, batch.token_type_ids)
-        dtype = torch.bfloat16 if states.dtype == np.int16 else torch.from_numpy(states[:0]).dtype
-        values = features.to(dtype).cpu()[torch.from_numpy(real)]
+        values = features.to(getattr(torch, dtype)).cpu()[torch.from_numpy(real)]
         if not values.isfinite().all():
             raise UserError(
-                f"backbone.cache={str(dtype).removeprefix('torch.')}: a frozen feature exceeds the range of this dtype\n"
+                f"backbone.cache={dtype}: a frozen feature exceeds the range of this dtype\n"
                 "Set backbone.cache=float32, or backbone.cache=off"
             )
-        states[tokens] = (values.view(torch.int16) if dtype == torch.bfloat16 else values).numpy()
+        states[tokens] = (values.view(torch.int16) if dtype == "bfloat16" else values).numpy()
 
 
 def _key(model: AdaptedModel, rows: EncodedRows, fingerprint: str, dtype: str, device: torch.device) -> str:

@@ -10,6 +10,7 @@ import gc
 # blocks: 1.6 to 1.75 in float32 for 128 to 4096 tokens per batch. Separate mappings (M_MMAP_THRESHOLD) need 1.0, but a
 # training step takes a third longer.
 GLIBC_OVERHEAD = 1.7
+_USUAL_THRESHOLDS = gc.get_threshold()  # of collections, which differ between versions of Python
 
 
 def keep_freed_memory() -> bool:
@@ -31,6 +32,11 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def collect_rarely() -> None:
+    """Collect garbage rarely during imports, which allocate millions of objects that stay."""
+    gc.set_threshold(100_000)  # allocations minus deallocations between two collections
+
+
 def collect_as_usual() -> None:
-    """Collect garbage as often as by default from now on."""
-    gc.set_threshold(700)
+    """Collect garbage as often as before `collect_rarely` from now on."""
+    gc.set_threshold(*_USUAL_THRESHOLDS)

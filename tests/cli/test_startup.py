@@ -10,8 +10,9 @@ import pytest
 QUICK = """
 import gc, sys
 from fusion.cli import startup
+from fusion.runs import memory
 
-startup.collect_rarely()
+memory.collect_rarely()
 assert gc.get_threshold()[0] > 10_000
 startup.import_quickly()
 frozen = gc.get_freeze_count()
