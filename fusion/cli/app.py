@@ -155,10 +155,9 @@ def _job(command: Command, program: list[str], composed: DictConfig, codes: list
         return state
 
     def work() -> dict[str, Any]:
-        if not isinstance(typed, StageConfig):
-            return command.function(typed, run)
-        startup.import_quickly()
-        ranks = processes.count(typed.trainer)
+        if hasattr(typed, "backbone"):  # all but the report run a model
+            startup.import_quickly()
+        ranks = processes.count(typed.trainer) if isinstance(typed, StageConfig) else 1
         if ranks > 1:
             return processes.launch(program, run.config, run, ranks)
         return command.function(typed, run)
