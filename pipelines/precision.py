@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from fusion.cli.console import show_table
@@ -66,7 +67,7 @@ def report(config: PrecisionConfig) -> dict[str, Any]:
                 **dict(zip(DTYPES, (exact, half), strict=True)),
                 **{key: c[key] for key in ("difference", "low", "high")},
             }
-            means = [f"{c[key]:.4f}" for key in ("single", "fusion")]
+            means = [f"{fmean(values):.4f}" for values in (exact, half)]
             table.append([method, task, *means, f"{c['difference']:+.4f}", f"{c['low']:+.4f} to {c['high']:+.4f}"])
     say(f"\n{len(config.seeds)} seeds; bfloat16 minus float32, main metric of each task\n")
     show_table(table)
