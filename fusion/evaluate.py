@@ -106,7 +106,8 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
         rows = load_splits(task, data, [split], manifest.data.labels.get(str(task.name)))[0][split]
         if rows.labels is None:
             raise UserError(f"split={split} has no labels, so metrics cannot be computed; use fusion.predict")
-        encoded = encode(rows, loaded.backbone.tokenizer, loaded.max_length, config.data.cache_dir)
+        backbone = loaded.backbone
+        encoded = encode(rows, backbone.tokenizer, loaded.max_length, config.data.cache_dir, backbone.family.causal)
         encoded.task = head.index
         with rows_progress(f"{manifest.name} on {task.name} {split}", len(rows)) as advance:
             found = predict(loaded.model, encoded, config.data, loaded.device, advance=advance)

@@ -27,6 +27,12 @@ EXPANDED = ("store", "data.cache_dir", "input", "output", "trainer.default_root_
 KEPT = ("data.dir", "backbone.name_or_path", "artifact")
 
 
+def user_cache() -> Path:
+    """Return `$XDG_CACHE_HOME/adapter-fusion`, else `~/.cache/adapter-fusion`; XDG ignores relative paths."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "adapter-fusion"
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path that replaces `path` on exit, so that readers see the old or the new file."""

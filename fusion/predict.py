@@ -66,7 +66,7 @@ def main(config: PredictConfig, run: Run) -> dict[str, Any]:
     from fusion.model.inference import load_model, predict
 
     loaded = load_model(config)
-    manifest = loaded.artifact.manifest
+    manifest, backbone = loaded.artifact.manifest, loaded.backbone
     head = select_head(manifest, config.task)
     rows = rows_of_file(head.task, Path(config.input), config.data.quoting)
     seconds = 0.0
@@ -76,7 +76,7 @@ def main(config: PredictConfig, run: Run) -> dict[str, Any]:
         rows_progress(f"{manifest.name} on {Path(config.input).name}", len(rows)) as advance,
     ):
         for part in rows.parts(PART):
-            encoded = encode(part, loaded.backbone.tokenizer, loaded.max_length, config.data.cache_dir)
+            encoded = encode(part, backbone.tokenizer, loaded.max_length, config.data.cache_dir, backbone.family.causal)
             encoded.task = head.index
             found = predict(loaded.model, encoded, config.data, loaded.device, config.attention, advance=advance)
             if config.attention and not found.attention:

@@ -50,7 +50,8 @@ def check(config: RankConfig, run: Run) -> None:
     check_source(config.task, config.data)
     check_writable(config.store, "store")
     select_candidates(config)
-    check_files(config.backbone.name_or_path, config.backbone.trust_remote_code)
+    backbone = config.backbone
+    check_files(backbone.name_or_path, backbone.trust_remote_code, backbone.encoder_only, backbone.accept_licence)
 
 
 @command("rank", RankConfig, check=check)
@@ -59,10 +60,9 @@ def main(config: RankConfig, run: Run) -> dict[str, Any]:
         return {}
     from fusion.analysis.ranking.rankings import agreement, ranked, write_ranking
     from fusion.analysis.ranking.scorers import SCORERS, ScorerInputs
-    from fusion.backbones.load import load_backbone
     from fusion.config.data import LimitConfig
     from fusion.config.training import LossConfig
-    from fusion.model.build import load_sources
+    from fusion.model.build import configured_backbone, load_sources
     from fusion.training.task_rows import load_task_rows
 
     task = config.task
@@ -70,9 +70,7 @@ def main(config: RankConfig, run: Run) -> dict[str, Any]:
     candidates = select_candidates(config)
     seconds: dict[str, float] = {}
     started, options = time.monotonic(), config.backbone
-    backbone = load_backbone(
-        options.name_or_path, options.revision, options.trust_remote_code, config.data.max_length, options.dtype
-    )
+    backbone = configured_backbone(options, config.data.max_length)
     store, names = Path(config.store), [manifest.name for manifest in candidates.sources]
     references = dict(zip(names, names if config.sources == "all" else config.sources, strict=True))
     sources = load_sources(list(references.values()), store, backbone)

@@ -33,9 +33,8 @@ def train(config: Stage1Config, run: Run, output: RunOutput) -> dict[str, Any]:
     import torch
 
     from fusion.analysis.unseen import check_unseen
-    from fusion.backbones.load import load_backbone
     from fusion.model.adapted import AdaptedModel
-    from fusion.model.build import initialize_from, new_adapters, new_heads, tuning_of
+    from fusion.model.build import configured_backbone, initialize_from, new_adapters, new_heads, tuning_of
     from fusion.training.fit import use_deterministic_algorithms
     from fusion.training.module import Objective
     from fusion.training.stage import StageSpec, train_and_store
@@ -43,16 +42,15 @@ def train(config: Stage1Config, run: Run, output: RunOutput) -> dict[str, Any]:
 
     use_deterministic_algorithms(config.trainer.deterministic)
     options = config.backbone
-    backbone = load_backbone(
-        options.name_or_path, options.revision, options.trust_remote_code, config.data.max_length, options.dtype
-    )
+    backbone = configured_backbone(options, config.data.max_length)
     earlier = initial_manifest(config, config.kind)
     for task in config.task_list:
         check_unseen([earlier], task, config.data)
     rows = load_task_rows(config.task_list, config.data, config.loss, backbone)
     torch.manual_seed(config.seed)
     slot_modules = new_adapters(config.adapter, backbone) if output.kind == "adapter" else {}
-    tuning = tuning_of(config.method, backbone)
+    method = config.method.of_family(backbone.family)
+    tuning = tuning_of(method, backbone)
     head = new_heads(config.head, config.task_list, options.pooling, backbone)
     dropout, checkpointing = bool(options.dropout), options.gradient_checkpointing
     model = AdaptedModel(backbone, slot_modules, config.adapter.reads, head, dropout, checkpointing, tuning)
@@ -64,7 +62,7 @@ def train(config: Stage1Config, run: Run, output: RunOutput) -> dict[str, Any]:
         robust_drop=config.adapter.drop == "robust",
         temperature=config.method.temperature,
     )
-    parts = {"adapter": adapter, "method": config.method.as_stored() if tuning is not None else None}
+    parts = {"adapter": adapter, "method": method.as_stored() if tuning is not None else None}
     return train_and_store(
         StageSpec(config, run, output, model, backbone, rows, config.method.name, parts, objective, initial=initial)
     )

@@ -40,9 +40,8 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, output: RunOutput) -> 
 
     from fusion.analysis.initialization import initialize
     from fusion.analysis.unseen import check_unseen
-    from fusion.backbones.load import load_backbone
     from fusion.model.adapted import AdaptedModel
-    from fusion.model.build import build_composition, initialize_from, load_sources
+    from fusion.model.build import build_composition, configured_backbone, initialize_from, load_sources
     from fusion.store.artifacts import adopt
     from fusion.training.fit import use_deterministic_algorithms
     from fusion.training.module import Objective
@@ -52,9 +51,7 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, output: RunOutput) -> 
     assert config.task is not None
     use_deterministic_algorithms(config.trainer.deterministic)
     options = config.backbone
-    backbone = load_backbone(
-        options.name_or_path, options.revision, options.trust_remote_code, config.data.max_length, options.dtype
-    )
+    backbone = configured_backbone(options, config.data.max_length)
     sources = load_sources(inputs.references, Path(config.store), backbone)
     for source in sources if run.rank_zero else ():
         adopt(source, Path(config.store))

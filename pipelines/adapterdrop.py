@@ -56,18 +56,16 @@ def train(config: DropConfig) -> None:
 
 def scores_by_drop(config: DropConfig, name: str) -> list[float]:
     """Return the task's main metric on its validation split with 0, 1, …, all layers dropped."""
-    from fusion.backbones.load import load_backbone
     from fusion.config.data import DataConfig
-    from fusion.model.build import stored_model
+    from fusion.model.build import backbone_of, stored_model
     from fusion.model.inference import device_of, predict
     from fusion.store.artifacts import load
     from fusion.training.predictions import score
 
     artifact = load(name, config.store)
-    about = artifact.manifest.backbone
-    backbone = load_backbone(about.name_or_path, dtype=about.dtype)
+    backbone = backbone_of(artifact.manifest)
     data = DataConfig(dir=config.data_dir, batch_size=config.batch_size)
-    task, _, rows = validation_rows(artifact.manifest, str(artifact.manifest.task.name), data, backbone.tokenizer)
+    task, _, rows = validation_rows(artifact.manifest, str(artifact.manifest.task.name), data, backbone)
     model, device = stored_model(artifact, config.store, backbone), device_of("auto")
     found = []
     for first_layer in range(backbone.layers + 1):
@@ -80,12 +78,11 @@ def timings(config: DropConfig) -> dict[str, Any]:
     """Time single- and multi-task inference with and without half of the layers dropped: seconds per batch by round."""
     import torch
 
-    from fusion.backbones.load import load_backbone
     from fusion.backbones.slots import SlotAddress
     from fusion.config.data import DataConfig
     from fusion.data.loaders import evaluation_loader
     from fusion.layers.heads import TaskHead
-    from fusion.model.build import stored_adapters, stored_model
+    from fusion.model.build import backbone_of, stored_adapters, stored_model
     from fusion.model.inference import MultiTaskModel
     from fusion.runs.memory import keep_freed_memory
     from fusion.store.artifacts import load
@@ -94,9 +91,8 @@ def timings(config: DropConfig) -> dict[str, Any]:
     names = [name_of(task, "plain", seed) for seed in config.seeds for task in config.tasks]
     artifacts = [load(names[number % len(names)], config.store) for number in range(config.at_once)]
     one = artifacts[0]
-    about, data = one.manifest.backbone, DataConfig(dir=config.data_dir)
-    backbone = load_backbone(about.name_or_path, dtype=about.dtype)
-    rows = validation_rows(one.manifest, str(one.manifest.task.name), data, backbone.tokenizer)[2]
+    backbone, data = backbone_of(one.manifest), DataConfig(dir=config.data_dir)
+    rows = validation_rows(one.manifest, str(one.manifest.task.name), data, backbone)[2]
     batches = list(evaluation_loader(rows, config.batch_size))[:8]
     half, plain = backbone.layers // 2, backbone.model.eval()
 

@@ -47,12 +47,17 @@ class DemoConfig(Settings):
     rows: int = integer(3000, 1)  # maximum number of training examples per source
     source_epochs: int = integer(3, 1)
     target_epochs: int = integer(20, 1)
+    backbone: str = "minilm"
+    accept_licence: bool = False  # of the backbone, if it is only available under such terms
     output: str = "outputs/demo"
 
     @property
     def folder(self) -> Path:
-        """Directory of this seed and configuration of the sources. All values of `labels` use the same source adapters."""
-        parts = [f"seed-{self.seed}"]
+        """Directory of this backbone, seed and configuration of the sources.
+
+        All values of `labels` use the same source adapters.
+        """
+        parts = [*([] if self.backbone == DemoConfig.backbone else [self.backbone]), f"seed-{self.seed}"]
         for f in fields(self):
             if f.name in ("rows", "source_epochs", "target_epochs") and getattr(self, f.name) != f.default:
                 parts.append(f"{f.name}-{getattr(self, f.name)}")
@@ -81,7 +86,8 @@ def run(config: DemoConfig) -> list[Row]:
     """Run all steps. Returns the zero-shot test scores of the source adapters, and the test scores of the methods."""
     runs, tests = config.folder / "runs", config.folder / "runs" / f"test-{config.labels}"
     store = f"store={config.store}"
-    shared = ["backbone=minilm", f"seed={config.seed}", store, "logger=csv", "optim.patience=null"]
+    shared = [f"backbone={config.backbone}", f"seed={config.seed}", store, "logger=csv", "optim.patience=null"]
+    shared += ["backbone.accept_licence=true"] if config.accept_licence else []
     sources = [
         "-m",
         f"+task={','.join(SOURCES)}",
@@ -178,6 +184,7 @@ def work(config: DemoConfig) -> None:
     content = {"config": asdict(config), "test_rows": len(test), "rows": [asdict(row) for row in rows]}
     write_json(path.with_suffix(".json"), content)
     title = f"{TARGET} with {config.labels} labels, seed {config.seed}; {len(test)} test examples"
+    title += "" if config.backbone == DemoConfig.backbone else f"; {config.backbone}"
     draw(rows, title, path)
     say(f"\n{title}\n")
     show_table(table(rows))

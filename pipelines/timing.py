@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fusion.errors import UserError
 
 if TYPE_CHECKING:
+    from fusion.backbones.load import Backbone
     from fusion.config.data import DataConfig
     from fusion.config.task import TaskConfig
     from fusion.data.encode import EncodedRows
@@ -47,7 +48,7 @@ def rounds(
 
 
 def validation_rows(
-    manifest: Manifest, target: str, data: DataConfig, tokenizer: Any
+    manifest: Manifest, target: str, data: DataConfig, backbone: Backbone
 ) -> tuple[TaskConfig, str, EncodedRows]:
     """Return a task of an artifact, the name of its first validation split and the split's encoded examples."""
     from fusion.data.encode import encode
@@ -62,4 +63,5 @@ def validation_rows(
     data = as_trained(manifest, data, target)
     split = evaluation_splits(task, "validation", data)[0]
     rows = load_rows(task, data, split)
-    return task, split, encode(rows, tokenizer, manifest.data.max_length, data.cache_dir)
+    length, causal = manifest.data.max_length, backbone.family.causal
+    return task, split, encode(rows, backbone.tokenizer, length, data.cache_dir, causal)

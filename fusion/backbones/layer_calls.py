@@ -130,7 +130,7 @@ def check_compiler() -> None:
     raise UserError(f"compile=true{problem}, or set compile=false")
 
 
-def compile_layers(layers: nn.ModuleList, backend: str | Callable[..., Any] = "inductor") -> None:
+def compile_layers(layers: nn.ModuleList | list[nn.Module], backend: str | Callable[..., Any] = "inductor") -> None:
     """Compile each layer on its next call, much faster than the model, with dynamic batch size and sequence length."""
     # Code compiled for an earlier model of this process counts against the cache limit.
     torch.compiler.reset()

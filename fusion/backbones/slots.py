@@ -5,9 +5,12 @@ a sublayer, h the sublayer's output before it is added to r, LN a norm of the ba
 slot module:
 
     output   h                        (Houlsby et al. 2019)
-    normed   LN(h + r), post-norm     (Pfeiffer et al. 2021)
-    stream   h + r                    (Pfeiffer on pre-norm families)
+    normed   LN(h + r)                (Pfeiffer et al. 2021)
+    stream   h + r
     input    input of the sublayer    (He et al. 2022, parallel; LoRA)
+
+LN is the norm after the sublayer if there is one, else the norm before it. Without a norm, the values that an adapter
+reads would grow with depth: in Gemma 3, they are in the hundreds.
 
 Shapes: B texts, T tokens, D hidden size, D_in and D_out input and output sizes of a linear layer (else D).
 """
@@ -194,26 +197,34 @@ class PreNorm(Slot):
 
     Attributes:
         norm: LN, whose argument is r and whose output is the sublayer's input.
-        output: last module whose output is h.
+        output: last module whose output is h, before functional dropout if the backbone uses it (mBART).
     """
 
-    reads = ("output", "stream", "input")
+    reads = ("output", "normed", "stream", "input")
     norm: str
     output: str
+    _norm: nn.Module = field(init=False, repr=False)
 
     def attach(self, layer: nn.Module) -> None:
+        self._norm = layer.get_submodule(self.norm)
         if self.read != "output":
             layer.get_submodule(self.norm).register_forward_hook(self._keep)
         layer.get_submodule(self.output).register_forward_hook(self._after_output)
 
     def _keep(self, norm: nn.Module, inputs: tuple[Tensor], normed: Tensor) -> None:
-        self._kept = inputs[0] if self.read == "stream" else normed
+        self._kept = normed if self.read == "input" else inputs[0]
 
-    def _after_output(self, module: nn.Module, inputs: Any, h: Tensor) -> Tensor:
+    def _after_output(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        h, others = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
         x = h if self.read == "output" else self._take()
         if self.inactive:
-            return h
-        return h + self.update(x + h if self.read == "stream" else x)
+            return output
+        if self.read in ("normed", "stream"):
+            x = x + h
+        if self.read == "normed":
+            x = self._norm.forward(x)  # self._norm(x) would run the hook that keeps its input
+        h = h + self.update(x)
+        return h if others is None else (h, *others)
 
 
 @dataclass(eq=False)

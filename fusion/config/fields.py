@@ -83,12 +83,16 @@ def choice(default: str | None, allowed: Collection[str], null: str = "") -> Any
     return checked(default, lambda value: value in allowed or (value is None and bool(null)), expected)
 
 
-def subset(default: list[str], allowed: Collection[str]) -> Any:
-    """Return a field for a non-empty list of distinct allowed strings."""
+def subset(default: list[str] | None, allowed: Collection[str], null: str = "") -> Any:
+    """Return a field for a non-empty list of distinct allowed strings, or null if `null` gives its meaning."""
+
+    def accepts(value: Any) -> bool:
+        if value is None:
+            return bool(null)
+        return 0 < len(value) == len(set(value)) and set(value) <= set(allowed)
+
     return checked(
-        default,
-        lambda value: 0 < len(value) == len(set(value)) and set(value) <= set(allowed),
-        f"some of {', '.join(allowed)}, each once",
+        default, accepts, f"some of {', '.join(allowed)}, each once{f', or null for {null}' if null else ''}"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from fusion.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from fusion.backbones.families import Family
     from fusion.backbones.tuning import Tuning
 
 ADAPTER = "adapter"  # the kind of artifact that contains adapters
@@ -86,7 +87,8 @@ class MethodConfig(NamedSettings, group="method"):
     dropout: float = number(0.0, ">= 0 and < 1")  # on the input of LoRA's update
     # Tasks are sampled with p_i ~ n_i^(1/temperature) (Stickland & Murray 2019).
     temperature: float = number(2.0, "> 0", hint="; 1 samples tasks by their size, higher values favor small tasks")
-    targets: list[str] = checked(  # linear layers with an update, by the last part of their names
+    # Linear layers with an update: `query`, `value` and other parts of sites, or the last part of a layer's name.
+    targets: list[str] = checked(
         ["query", "value"],
         lambda value: 0 < len(value) == len(set(value)),
         "names of linear layers such as [query,value], each once",
@@ -99,3 +101,8 @@ class MethodConfig(NamedSettings, group="method"):
     @property
     def definition(self) -> Method:
         return METHODS[self.name]
+
+    def of_family(self, family: Family) -> MethodConfig:
+        """Return the settings with the names that the family's linear layers have."""
+        applies = "targets" in self.definition.settings
+        return replace(self, targets=family.linear_names(self.targets)) if applies else self

@@ -8,9 +8,10 @@ from typing import Any, Optional
 
 from fusion.config.fields import Settings, checked, choice, integer, layer_drop, layers, number, require, subset
 
-SITES = ("before_attention", "attention", "feedforward")
+SITES = ("before_attention", "attention", "cross_attention", "feedforward")
+STACKS = ("encoder", "decoder")
 DTYPES = ("float32", "bfloat16", "float16")
-POOLINGS = ("cls", "mean")
+POOLINGS = ("cls", "last", "mean")
 
 
 @dataclass
@@ -19,13 +20,16 @@ class BackboneConfig(Settings, group="backbone"):
     revision: Optional[str] = None
     # Of the frozen weights; auto: bfloat16 on hardware with matrix units for it.
     dtype: str = choice("float32", (*DTYPES, "auto"))
-    pooling: str = choice("cls", POOLINGS)  # default of head.pooling
+    # Default of head.pooling; null: cls for an encoder, last for a decoder, mean for the encoder of T5.
+    pooling: Optional[str] = choice(None, POOLINGS, null="the default of the model family")
+    encoder_only: bool = False  # use only the encoder of an encoder–decoder model
     dropout: Optional[bool] = None  # its own dropout in training; null: only if the whole backbone is trained
     # Features below the lowest slot; auto: if it saves time.
     cache: str = choice("auto", ("auto", "off", *DTYPES))
     cache_gb: float = number(20.0, "> 0", infinite=True)  # disk space for all cached features
     gradient_checkpointing: bool = False  # saves memory: layers are recomputed in the backward pass
     trust_remote_code: bool = False  # run the Python code that comes with the backbone
+    accept_licence: bool = False  # of a backbone that is only available under such terms (Gemma)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,6 +46,7 @@ class AdapterConfig(Settings, group="adapter"):
 
     name: str = "pfeiffer"
     sites: list[str] = subset(["feedforward"], SITES)
+    stacks: Optional[list[str]] = subset(None, STACKS, null="both")  # of an encoder–decoder model
     reads: str = choice("normed", ("output", "normed", "stream", "input"))
     reduction_factor: Optional[float] = number(16.0, "> 0", null="adapter.bottleneck_size")
     bottleneck_size: Optional[int] = integer(None, 1, null="adapter.reduction_factor")  # takes precedence
@@ -97,6 +102,7 @@ class SameBackboneConfig(Settings, group="backbone"):
     revision: Optional[str] = None
     dtype: Optional[str] = choice(None, DTYPES, null="the artifact's")
     trust_remote_code: bool = False  # never read from an artifact: the user has to set it each time
+    accept_licence: bool = False
 
 
 def kept_layers(layers: Any, drop: str | None, count: int, group: str) -> list[int]:

@@ -1,7 +1,7 @@
-"""Alignment of words and tokens: the first token of each word, and windows of long sentences.
+"""Alignment of words and tokens: the token that represents each word, and windows of long sentences.
 
-A word is predicted from its first sub-word (Devlin et al. 2019, section 5.3); its other sub-words and the special
-tokens have no label. A sentence that is too long is split into windows between words. A word that the
+A word is predicted from its first sub-word (Devlin et al. 2019, section 5.3), or in a decoder from its last, the only
+one that has read the whole word; its other sub-words and the special tokens have no label. A sentence that is too long is split into windows between words. A word that the
 tokenizer removes, such as a zero-width space, is replaced by the unknown token.
 """
 
@@ -25,14 +25,14 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # if the tokenizer has no unknown to
 
 
 class Window(NamedTuple):
-    """Words of a sentence as one sequence with special tokens; `first` (words,): index of each word's first token."""
+    """Words of a sentence as one sequence with special tokens; `tokens` (words,): index of each word's token."""
 
     encoding: Encoding
-    first: NDArray[np.int64]
+    tokens: NDArray[np.int64]
 
 
 def windows_of(
-    sentences: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, max_length: int
+    sentences: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, max_length: int, last_subwords: bool = False
 ) -> list[list[Window]]:
     """Split each sentence into windows, usually one.
 
@@ -41,6 +41,9 @@ def windows_of(
 
     `max_length` includes special tokens; a longer word is truncated. Raises UserError if the tokenizer has neither a
     token for a word nor an unknown token.
+
+    Args:
+        last_subwords: whether a word is represented by its last token instead of its first.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
@@ -67,16 +70,13 @@ def windows_of(
                 encoding = backend.encode(words[0])
                 backend.no_truncation()
                 first = first_tokens(words, encoding)
-            found[number][start] = Window(encoding, first)
+            found[number][start] = Window(encoding, last_tokens(words, encoding) if last_subwords else first)
     return [[windows[start] for start in sorted(windows)] for windows in found]
 
 
 def first_tokens(words: Sequence[str], encoding: Encoding) -> NDArray[np.int64]:
     """Return the first token (words,) of each word in the encoding of the joined words, or -1 if it has none."""
-    ends = np.fromiter(accumulate(len(word) + 1 for word in words), np.int64) - 1
-    starts = ends - np.fromiter(map(len, words), np.int64)
-    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-    real = np.flatnonzero(offsets[:, 1] > offsets[:, 0])  # special tokens are empty
+    starts, ends, offsets, real = _offsets(words, encoding)
     if not len(real):
         return np.full(len(words), -1, np.int64)
     token = np.searchsorted(offsets[real, 1], starts, side="right")
@@ -84,6 +84,22 @@ def first_tokens(words: Sequence[str], encoding: Encoding) -> NDArray[np.int64]:
     token = np.minimum(token, len(real) - 1)
     overlaps &= offsets[real[token], 0] < ends
     return np.where(overlaps, real[token], -1)
+
+
+def last_tokens(words: Sequence[str], encoding: Encoding) -> NDArray[np.int64]:
+    """Return the last token (words,) of each word. Every word must have a token, see `first_tokens`."""
+    _, ends, offsets, real = _offsets(words, encoding)
+    return real[np.searchsorted(offsets[real, 0], ends, side="left") - 1]
+
+
+def _offsets(
+    words: Sequence[str], encoding: Encoding
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.intp]]:
+    """Return starts and ends (words,) of the words in the joined text, offsets (tokens, 2), and the tokens of words."""
+    ends = np.fromiter(accumulate(len(word) + 1 for word in words), np.int64) - 1
+    starts = ends - np.fromiter(map(len, words), np.int64)
+    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    return starts, ends, offsets, np.flatnonzero(offsets[:, 1] > offsets[:, 0])  # special tokens are empty
 
 
 def _cuts(first: NDArray[np.int64], tokens: int, limit: int) -> list[int]:

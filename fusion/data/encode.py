@@ -17,9 +17,10 @@ from torch import Tensor
 
 from fusion.data.alignment import windows_of
 from fusion.data.batches import Batch
-from fusion.data.cache import Arrays, read_arrays, read_or_build, user_cache, write_arrays
+from fusion.data.cache import Arrays, read_arrays, read_or_build, write_arrays
 from fusion.data.rows import Rows
-from fusion.hub.tokenizer import check_length
+from fusion.files import user_cache
+from fusion.hub.tokenizer import check_length, empty_text, pair_separator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -188,22 +189,31 @@ def label_array(labels: Sequence[Any]) -> NDArray[Any]:
 
 
 def encode(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int, cache_dir: Path | str | None = None
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    cache_dir: Path | str | None = None,
+    last_subwords: bool = False,
 ) -> EncodedRows:
     """Tokenize all examples; pairs are truncated with the strategy `longest_first`.
 
-    An example with choices becomes one pair per choice: its text columns, joined by a space, and the choice. A long
-    example of words is split into windows, see `data.alignment`. `max_length` includes special tokens; `cache_dir` is
-    the folder of cached token ids, by default in the user's cache.
+    An example with choices becomes one pair per choice: its text columns, joined by a space, and the choice. The texts
+    of a pair are separated by a newline if the tokenizer does not separate them. A long example of words is split into
+    windows, see `data.alignment`.
+
+    Args:
+        max_length: in tokens, including special tokens.
+        cache_dir: folder of cached token ids. If `None`, it is in the user's cache.
+        last_subwords: whether a word is represented by its last instead of its first subword.
     """
     check_length(tokenizer, max_length)
     folder = user_cache() / "tokens" if cache_dir is None else Path(cache_dir).expanduser()
-    key = _cache_key(rows, tokenizer, max_length)
+    key = _cache_key(rows, tokenizer, max_length, last_subwords)
     path = folder / f"{key}.safetensors"
 
     def build() -> Arrays:
         log.info("tokenizing %d examples", len(rows))
-        arrays = _tokenize(rows, tokenizer, max_length)
+        arrays = _tokenize(rows, tokenizer, max_length, last_subwords)
         write_arrays(path, arrays)
         return arrays
 
@@ -215,7 +225,7 @@ def encode(
     return EncodedRows(arrays, rows, tokenizer.pad_token_id or 0, tokenizer.padding_side == "left", key)
 
 
-def _cache_key(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+def _cache_key(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int, last_subwords: bool) -> str:
     """Return 40 hex digits that identify the texts, the tokenizer and the maximum length."""
     import tokenizers
 
@@ -232,16 +242,18 @@ def _cache_key(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) 
         tokenizer.truncation_side,
         max_length,
         *([] if rows.words is None else ["words"]),
+        *(["last subwords"] if rows.words is not None and last_subwords else []),
+        *(["separator", separator] if (separator := pair_separator(tokenizer)) else []),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
 
 
-def _tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Arrays:
+def _tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int, last_subwords: bool) -> Arrays:
     """Tokenize all examples, on all cores unless TOKENIZERS_PARALLELISM=false.
 
     Returns `input_ids` (all tokens,), the concatenated sequences; `ends` (sequences,), the end of each sequence;
     `token_type_ids` (all tokens,) if the tokenizer has them; for examples of words `word_tokens` (all words,), each
-    word's first token, and `windows` (n,), the number of sequences of each example.
+    word's first (or last) token, and `windows` (n,), the number of sequences of each example.
     """
     texts: Sequence[str | tuple[str, ...]] = rows.texts
     if rows.choices is not None:
@@ -252,13 +264,17 @@ def _tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -
         ]
     elif len(rows.texts[0]) == 1:
         texts = [text for (text,) in rows.texts]
+    if separator := pair_separator(tokenizer):
+        texts = [text if isinstance(text, str) else (text[0], separator + text[1]) for text in texts]
     # Calls the fast tokenizer directly: transformers would build lists of all its outputs, including offsets.
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)
     backend.encode_special_tokens = tokenizer.split_special_tokens
     with_types = "token_type_ids" in tokenizer.model_input_names
-    ids, types, lengths = [], [], []
+    empty = empty_text(tokenizer)
+    ids, types = [], []
+    lengths: list[int] = []
     word_tokens: list[NDArray[np.int64]] = []
     windows: list[int] = []
     tokens = 0
@@ -266,16 +282,17 @@ def _tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -
         if rows.words is None:
             encoded = backend.encode_batch_fast(texts[start : start + _CHUNK])
         else:
-            split = windows_of(rows.words[start : start + _CHUNK], tokenizer, max_length)
+            split = windows_of(rows.words[start : start + _CHUNK], tokenizer, max_length, last_subwords)
             windows += map(len, split)
             encoded = [window.encoding for sentence in split for window in sentence]
             for window in chain.from_iterable(split):
-                word_tokens.append(window.first + tokens)
+                word_tokens.append(window.tokens + tokens)
                 tokens += len(window.encoding)
-        lengths += [len(sequence) for sequence in encoded]
-        ids.append(_flat((sequence.ids for sequence in encoded), np.int32))
+        sequences = [sequence.ids or empty for sequence in encoded]
+        lengths += map(len, sequences)
+        ids.append(_flat(sequences, np.int32))
         if with_types:
-            types.append(_flat((sequence.type_ids for sequence in encoded), np.uint8))
+            types.append(_flat((sequence.type_ids or [0] for sequence in encoded), np.uint8))
     arrays = {"input_ids": np.concatenate(ids), "ends": np.cumsum(lengths, dtype=np.int64)}
     if types:
         arrays["token_type_ids"] = np.concatenate(types)

@@ -89,6 +89,21 @@ def check_length(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         )
 
 
+def pair_separator(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what is inserted between the texts of a pair: a newline if the tokenizer has no special token there."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    sequences = backend.encode("a", "a").sequence_ids  # None for special tokens
+    between = sequences[: sequences.index(1)] if 1 in sequences else [None]
+    return "" if between[-1] is None else "\n"
+
+
+def empty_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token ids of a text without any token, if the tokenizer adds no special tokens: a single token."""
+    found = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return [next((int(number) for number in found if number is not None), 0)]
+
+
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the sha256 of everything that determines token ids and types: equal hashes mean equal ids for any text.
 
@@ -109,5 +124,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
         bool(tokenizer.split_special_tokens),
         "token_type_ids" in tokenizer.model_input_names,
     ]
+    if separator := pair_separator(tokenizer):
+        rest.append(separator)
     digest.update(json.dumps(rest).encode())
     return digest.hexdigest()

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 
 def pool(hidden: Tensor, attention_mask: Tensor, how: str, words: Tensor | None = None) -> Tensor:
-    """Pool the hidden states (S, T, D) to (S, D): the first token (`cls`) or the mean of all non-padding tokens (`mean`).
+    """Pool the hidden states (S, T, D) to (S, D): of the first token (`cls`), of the last token that is not padding, with
+    padding on either side (`last`), or the mean over all tokens that are not padding (`mean`).
 
     With `words`, return (B, W, D): the state of each word's first subword, as in BERT (Devlin et al. 2019, §5.3), and
     an arbitrary state at padding. Raises ValueError if `how` is unknown, or only one of `how="words"` and `words` is
@@ -29,10 +30,13 @@ def pool(hidden: Tensor, attention_mask: Tensor, how: str, words: Tensor | None 
         return hidden.flatten(0, 1)[words.clamp(min=0)]
     if how == "cls":
         return hidden[:, 0]
+    if how == "last":
+        last = (attention_mask * torch.arange(1, attention_mask.shape[1] + 1, device=hidden.device)).argmax(1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), last]
     if how == "mean":
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
-    raise ValueError(f"pooling {how!r}: expected cls, mean or words")
+    raise ValueError(f"pooling {how!r}: expected cls, last, mean or words")
 
 
 class TaskHead(nn.Module):
@@ -43,7 +47,7 @@ class TaskHead(nn.Module):
     Args:
         hidden_size: D.
         outputs: K; 1 for regression and for each choice in multiple choice.
-        pooling: cls, mean, or words (logits per word).
+        pooling: cls, last, mean, or words (logits per word).
         dropout: dropout probability before each linear layer.
     """
 
@@ -53,8 +57,8 @@ class TaskHead(nn.Module):
         super().__init__()
         if layers not in (1, 2):
             raise ValueError(f"layers {layers}: expected 1 or 2")
-        if pooling not in ("cls", "mean", "words"):
-            raise ValueError(f"pooling {pooling!r}: expected cls, mean or words")
+        if pooling not in ("cls", "last", "mean", "words"):
+            raise ValueError(f"pooling {pooling!r}: expected cls, last, mean or words")
         self.pooling = pooling
         self.dropout = nn.Dropout(dropout)
         self.dense = nn.Linear(hidden_size, hidden_size) if layers == 2 else None

@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from fusion.backbones.forward import last_hidden_states
 from fusion.backbones.layer_calls import BoundaryReached, recompute_in_backward, skip_with_features, watch_boundary
 from fusion.backbones.load import Backbone, hash_tensors
 from fusion.backbones.precision import multiplies
@@ -55,7 +56,7 @@ class AdaptedModel(nn.Module):
         self.tuning = tuning or Tuning({})
         self._current = CurrentBatch(in_float32=not multiplies(str(self.dtype).removeprefix("torch.")))
         self._family = backbone.family
-        self._layers = backbone.layers
+        self._layers = backbone.layers  # of the deepest stack
         self.hidden_size = backbone.hidden_size
         self._takes_features = False
         self._frozen = False
@@ -203,10 +204,7 @@ class AdaptedModel(nn.Module):
 
     def _run(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> Tensor:
         """Run the backbone: (S, T) -> last hidden states (S, T, D)."""
-        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **types)
-        hidden: Tensor = output.last_hidden_state
-        return hidden
+        return last_hidden_states(self.backbone, self._family, input_ids, attention_mask, token_type_ids)
 
     @torch.no_grad()
     def frozen_features(
@@ -230,14 +228,19 @@ class AdaptedModel(nn.Module):
     def take_features(self) -> None:
         """Accept frozen features in batches, with which layers below the boundary are not computed.
 
-        Raises RuntimeError if slots are only in the decoder of an encoder–decoder model.
+        Raises RuntimeError if the features are not defined, see `has_features`.
         """
-        if self.boundary is None and len(self._family.stacks) > 1:
+        if not self.has_features:
             raise RuntimeError("encoder features cannot be cached: all adapter slots are in the decoder")
         if not self._takes_features:
             layers, stack = self._family.layer_list(self.backbone), self._family.first_stack
             skip_with_features(layers, self.boundary or 0, stack, self._current)
             self._takes_features = True
+
+    @property
+    def has_features(self) -> bool:
+        """Whether `frozen_features` exist: not if all slots are in the decoder of an encoder–decoder model."""
+        return self.boundary is not None or not self._slot_list
 
     @property
     def adapted_layers(self) -> list[int]:

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusion.backbones import load
 from fusion.backbones.load import Backbone
 from fusion.backbones.slots import SlotAddress
 from fusion.backbones.tuning import Tuning
 from fusion.config.compositions import CompositionConfig
 from fusion.config.methods import MethodConfig
-from fusion.config.model import SITES, AdapterConfig, HeadConfig, SameBackboneConfig, kept_layers
+from fusion.config.model import SITES, AdapterConfig, BackboneConfig, HeadConfig, SameBackboneConfig, kept_layers
 from fusion.config.stages import StageConfig
 from fusion.config.task import TaskConfig
 from fusion.errors import UserError
@@ -28,7 +29,8 @@ from fusion.model.from_manifests import (
     make_adapters,
     weight_shapes,
 )
-from fusion.store.artifacts import Artifact, copy_stored, load, load_by_hash, match_keys
+from fusion.store.artifacts import Artifact, copy_stored, load_by_hash, match_keys
+from fusion.store.artifacts import load as load_artifact
 from fusion.store.compatibility import check_backbone, check_sources
 from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
 from fusion.store.manifest import Manifest
@@ -37,32 +39,74 @@ from fusion.tasks.table import kind_of
 log = logging.getLogger(__name__)
 
 
+def configured_backbone(config: BackboneConfig, max_length: int | None) -> Backbone:
+    """Load the backbone of a training run. See `load_backbone`."""
+    return load.load_backbone(
+        config.name_or_path,
+        config.revision,
+        config.trust_remote_code,
+        max_length,
+        config.dtype,
+        config.encoder_only,
+        config.accept_licence,
+    )
+
+
+def backbone_of(
+    manifest: Manifest,
+    config: SameBackboneConfig | None = None,
+    max_length: int | None = None,
+    dtype: str | None = None,
+) -> Backbone:
+    """Load an artifact's backbone, with its dtype unless another is set. Settings in `config` override the manifest."""
+    config, stored = config or SameBackboneConfig(), manifest.backbone
+    name, revision = config.name_or_path, config.revision
+    if name is None:
+        name, revision = stored.name_or_path, revision or stored.revision
+    dtype = dtype or config.dtype or stored.dtype
+    trust, accept = config.trust_remote_code, config.accept_licence
+    return load.load_backbone(name, revision, trust, max_length, dtype, stored.encoder_only, accept)
+
+
 def new_adapters(config: AdapterConfig, backbone: Backbone) -> dict[str, BottleneckAdapter]:
     """Return a new adapter for each slot of the placement, by slot name; with `shared`, one per site for all layers.
 
-    Raises UserError if the backbone's family does not have the site, or the site does not support `adapter.reads`.
+    Raises UserError if the backbone's family does not have the stack or site, or the site does not support
+    `adapter.reads`.
     """
-    sites = backbone.family.sites
-    what = f"backbone {backbone.name_or_path} ({backbone.family.name})"
+    family, depths = backbone.family, backbone.depths
+    what = f"backbone {backbone.name_or_path} ({family.name})"
+    if unknown := [stack for stack in config.stacks or () if stack not in depths]:
+        expected = "a single stack" if "" in depths else f"only the stacks {', '.join(depths)}"
+        raise UserError(f"adapter.stacks={config.stacks}: {what} has no {unknown[0]}, but {expected}")
+    stacks = config.stacks or list(depths)
     for site in config.sites:
-        if site not in sites:
-            expected = ", ".join(name for name in SITES if name in sites)
+        slots = [family.stacks[stack].sites[site] for stack in stacks if site in family.stacks[stack].sites]
+        if not slots:
+            existing = {name for stack in stacks for name in family.stacks[stack].sites}
+            expected = ", ".join(name for name in SITES if name in existing)
             raise UserError(
                 f"adapter={config.name}: {what} has no site {site}; expected adapter.sites among {expected}"
             )
-        if config.reads not in sites[site].reads:
-            expected = f"{', '.join(sites[site].reads[:-1])} or {sites[site].reads[-1]}"
-            raise UserError(f"{what} does not support adapter.reads={config.reads} at {site}; expected {expected}")
-    layers = kept_layers(config.layers, config.drop, backbone.layers, "adapter")
+        for slot in slots:
+            if config.reads not in slot.reads:
+                expected = f"{', '.join(slot.reads[:-1])} or {slot.reads[-1]}" if slot.reads[1:] else slot.reads[0]
+                raise UserError(f"{what} does not support adapter.reads={config.reads} at {site}; expected {expected}")
     size = config.size_for(backbone.hidden_size)
-    sizes = {f"{layer}.{site}": size for layer in layers for site in config.sites}
+    sizes = {
+        str(SlotAddress(stack, layer, site)): size
+        for stack in stacks
+        for layer in kept_layers(config.layers, config.drop, depths[stack], "adapter")
+        for site in config.sites
+        if site in family.stacks[stack].sites
+    }
     return make_adapters(config, sizes, backbone.hidden_size, config.init)
 
 
 def tuning_of(config: MethodConfig, backbone: Backbone) -> Tuning | None:
     """Return the backbone parameters that a method trains, if any. LoRA changes the backbone in place."""
     tune = config.definition.tune
-    return None if tune is None else tune(config, backbone.model)
+    return None if tune is None else tune(config.of_family(backbone.family), backbone.model)
 
 
 def stored_adapters(artifact: Artifact) -> dict[str, BottleneckAdapter]:
@@ -85,23 +129,39 @@ def build_composition(
 ) -> dict[str, SlotModule]:
     """Call `compose` with stored sources."""
     manifests = [source.manifest for source in sources]
-    return compose(config, manifests, lambda n: stored_adapters(sources[n]), backbone.layers, chosen or {})
+    return compose(config, manifests, lambda n: stored_adapters(sources[n]), backbone.depths, chosen or {})
 
 
-def new_head(config: HeadConfig, task: TaskConfig, default_pooling: str, backbone: Backbone) -> TaskHead:
-    """Return a new head for the task."""
+def pooling_of(config: HeadConfig, default: str | None, backbone: Backbone) -> str:
+    """Return the pooling of new heads. Raises UserError for `cls` if the backbone has no such token.
+
+    Args:
+        default: `backbone.pooling`.
+    """
+    family, pooling = backbone.family, config.pooling or default or backbone.family.pooling
+    if pooling == "cls" and family.pooling != "cls":
+        key = "head" if config.pooling else "backbone"
+        raise UserError(
+            f"{key}.pooling=cls: the first token of backbone {backbone.name_or_path} ({family.name}) does not represent "
+            f"the text; expected last or mean (default: {family.pooling})"
+        )
+    return pooling
+
+
+def new_head(config: HeadConfig, task: TaskConfig, default_pooling: str | None, backbone: Backbone) -> TaskHead:
+    """Return a new head for the task. `default_pooling` is `backbone.pooling`."""
     kind = kind_of(task)
     return kind.make_head(
         hidden_size=backbone.hidden_size,
         outputs=kind.head_outputs(task),
-        pooling=config.pooling or default_pooling,
+        pooling=pooling_of(config, default_pooling, backbone),
         layers=config.layers,
         dropout=config.dropout,
     )
 
 
 def new_heads(
-    config: HeadConfig, tasks: Sequence[TaskConfig], default_pooling: str, backbone: Backbone
+    config: HeadConfig, tasks: Sequence[TaskConfig], default_pooling: str | None, backbone: Backbone
 ) -> TaskHead | TaskHeads:
     """Return a new head for a single task, or a `TaskHeads` for multiple tasks."""
     heads = {str(task.name): new_head(config, task, default_pooling, backbone) for task in tasks}
@@ -110,7 +170,7 @@ def new_heads(
 
 def load_sources(references: Sequence[str], store: Path, backbone: Backbone) -> list[Artifact]:
     """Load the source adapters, in order. Raises UserError if one is missing, damaged or incompatible."""
-    sources = [load(reference, store) for reference in references]
+    sources = [load_artifact(reference, store) for reference in references]
     check_sources([source.manifest for source in sources])
     for source in sources:
         check_trained_on(source, backbone)
@@ -126,18 +186,13 @@ def check_trained_on(artifact: Artifact, backbone: Backbone) -> None:
         hidden_size=backbone.hidden_size,
         tokenizer=backbone.tokenizer_hash,
     )
-    if artifact.manifest.backbone.layers != backbone.layers:
+    stored = artifact.manifest.backbone
+    if stored.depths != backbone.depths:
+        key, found = ("stacks", backbone.depths) if stored.stacks else ("layers", backbone.layers)
         raise UserError(
-            f"{artifact.path / MANIFEST}: backbone.layers is {artifact.manifest.backbone.layers}, but the "
-            f"backbone has {backbone.layers}; copy the artifact again, or retrain it with overwrite=true"
+            f"{artifact.path / MANIFEST}: backbone.{key} is {getattr(stored, key)}, but the backbone has {found}; "
+            "copy the artifact again, or retrain it with overwrite=true"
         )
-
-
-def backbone_of(manifest: Manifest, other: SameBackboneConfig) -> tuple[str, str | None]:
-    """Return name (or path) and revision of an artifact's backbone. Settings in `other` override the manifest."""
-    if other.name_or_path is not None:
-        return other.name_or_path, other.revision
-    return manifest.backbone.name_or_path, other.revision or manifest.backbone.revision
 
 
 def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int = 0) -> AdaptedModel:
@@ -189,7 +244,7 @@ def initialize_from(config: StageConfig, model: AdaptedModel, backbone: Backbone
     """
     if config.init_from is None:
         return None
-    artifact = load(config.init_from, Path(config.store))
+    artifact = load_artifact(config.init_from, Path(config.store))
     manifest = artifact.manifest
     check_trained_on(artifact, backbone)
     copy_stored(model.weight_state(), artifact.weights, artifact.path / WEIGHTS)

@@ -19,10 +19,11 @@ import torch
 from numpy.typing import NDArray
 
 from fusion.config.model import BackboneConfig
-from fusion.data.cache import cached_states, user_cache
+from fusion.data.cache import cached_states
 from fusion.data.encode import EncodedRows
 from fusion.data.loaders import evaluation_loader
 from fusion.errors import UserError
+from fusion.files import user_cache
 from fusion.model.adapted import AdaptedModel
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,8 @@ def cache_features(
     if needed > limit:
         size = f"take {needed / 1e9:.1f} GB as {dtype}, more than backbone.cache_gb={config.cache_gb:g}"
         why, fix = f"the frozen features of these examples {size}", "Increase backbone.cache_gb, or set"
+    elif not model.has_features:
+        why, fix = "all adapters are in the decoder, whose input is computed in each epoch", "Set"
     elif any(rows.pads_left for rows in splits):
         why, fix = "the tokenizer pads on the left, so features depend on the other examples in the batch", "Set"
     if why:

@@ -64,7 +64,7 @@ def compose(
     config: CompositionConfig,
     sources: Sequence[Manifest],
     adapters: Callable[[int], Mapping[str, BottleneckAdapter]],
-    layers: int,
+    depths: Mapping[str, int],
     chosen: Mapping[str, Any],
 ) -> dict[str, SlotModule]:
     """Return the composition of the sources for each slot in which at least one source has an adapter.
@@ -73,7 +73,7 @@ def compose(
 
     Args:
         adapters: returns a source's adapters by slot, given the index of the source.
-        layers: number of layers of the backbone.
+        depths: number of layers of the backbone by stack.
         chosen: see `Composition.finds`: `{"kept": {slot: indices}}`, `{"continued": name}`, or empty.
     """
     definition = config.definition
@@ -86,22 +86,29 @@ def compose(
     every = [adapters(n) if only in (None, source.name) else {} for n, source in enumerate(sources)]
     hidden_size, sites = sources[0].backbone.hidden_size, sources[0].placement["adapter.sites"]
     share = definition.share
-    shared = {site: None if share is None else share(len(sources), hidden_size) for site in sites}
+    shared: dict[tuple[str, str], Any] = {}
     modules: dict[str, SlotModule] = {}
-    for layer in kept_layers(config.layers, config.drop, layers, "composition"):
-        for site in sites:
-            slot = f"{layer}.{site}"
-            present = {n: own[slot] for n, own in enumerate(every) if slot in own}
-            if not present:
-                continue
-            combined = _kept(chosen[KEPT], slot, present) if KEPT in chosen else present
-            module = definition.build(config, SlotSources(combined, len(sources)), shared[site])
-            if config.target_adapter:  # with the bottleneck size of the largest source in the slot
-                first, *others = present.values()
-                size = max(adapter.down.out_features for adapter in (first, *others))
-                target = BottleneckAdapter(first.down.in_features, size, first.nonlinearity, init="zero_up")
-                module = WithTargetAdapter(module, target)
-            modules[slot] = module
+    addresses = (
+        SlotAddress(stack, layer, site)
+        for stack, depth in depths.items()
+        for layer in kept_layers(config.layers, config.drop, depth, "composition")
+        for site in sites
+    )
+    for address in addresses:
+        slot, place = str(address), (address.stack, address.site)
+        present = {n: own[slot] for n, own in enumerate(every) if slot in own}
+        if not present:
+            continue
+        if place not in shared:
+            shared[place] = None if share is None else share(len(sources), hidden_size)
+        combined = _kept(chosen[KEPT], slot, present) if KEPT in chosen else present
+        module = definition.build(config, SlotSources(combined, len(sources)), shared[place])
+        if config.target_adapter:  # with the bottleneck size of the largest source in the slot
+            first, *others = present.values()
+            size = max(adapter.down.out_features for adapter in (first, *others))
+            target = BottleneckAdapter(first.down.in_features, size, first.nonlinearity, init="zero_up")
+            module = WithTargetAdapter(module, target)
+        modules[slot] = module
     if not modules:
         raise UserError(
             f"composition.layers={config.layers}: no source has an adapter in these layers; select layers with adapters"
@@ -132,11 +139,11 @@ def weight_shapes(manifest: Manifest, sources: Sequence[Manifest], path: Path) -
     """
 
     def slot_modules() -> Mapping[str, SlotModule]:
-        fused, layers = manifest.composition, manifest.backbone.layers
+        fused, depths = manifest.composition, manifest.backbone.depths
         if fused is None:
             return {} if manifest.adapter is None else described_adapters(manifest)
         check_sources(list(sources))
-        return compose(fused.settings, sources, lambda n: described_adapters(sources[n]), layers, fused.chosen)
+        return compose(fused.settings, sources, lambda n: described_adapters(sources[n]), depths, fused.chosen)
 
     return None if manifest.method is not None else _shapes(lambda: parameters_of(slot_modules()), path)
 

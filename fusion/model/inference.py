@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from fusion.backbones.load import Backbone, load_backbone
+from fusion.backbones.load import Backbone
 from fusion.config.commands import UseConfig
 from fusion.config.data import DataConfig
 from fusion.data.batches import Batch
@@ -63,10 +63,8 @@ def load_model(config: UseConfig) -> LoadedModel:
     """Load the artifact that a command uses. Raises UserError if anything is missing or incompatible."""
     device = device_of(config.accelerator)
     artifact = load(config.artifact, Path(config.store))
-    name, revision = backbone_of(artifact.manifest, config.backbone)
     max_length = config.data.max_length or artifact.manifest.data.max_length
-    dtype = config.backbone.dtype or artifact.manifest.backbone.dtype
-    backbone = load_backbone(name, revision, config.backbone.trust_remote_code, max_length, dtype)
+    backbone = backbone_of(artifact.manifest, config.backbone, max_length)
     model = stored_model(artifact, artifact.path.parent, backbone, config.drop)
     return LoadedModel(artifact, model, backbone, max_length, device)
 

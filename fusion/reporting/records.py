@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fusion.backbones.slots import SlotAddress
 from fusion.reporting.reading import Found, read_lines
 from fusion.reporting.scores import Trained
 from fusion.reporting.statistics import Difference, Floats, Predictions, Sample, compare
@@ -108,10 +109,16 @@ def by_target(every: Sequence[Attention], layer: int | None = None) -> tuple[lis
 
 
 def layer_names(slots: Sequence[str]) -> list[str]:
-    """Format slots such as `0.feedforward` as `0`, or as `0 feedforward` if a layer has more than one slot."""
-    parts = [slot.partition(".") for slot in slots]
-    several = len({site for _, _, site in parts}) > 1
-    return [f"{layer} {site.replace('_', ' ')}" if several else layer for layer, _, site in parts]
+    """Format slots such as `0.feedforward` as `0`, or as `0 feedforward` if a layer has more than one slot.
+
+    `decoder.0.feedforward` is `decoder 0`.
+    """
+    found = [SlotAddress.parse(slot) for slot in slots]
+    several = len({address.site for address in found}) > 1
+    return [
+        " ".join([*filter(None, [a.stack]), str(a.layer), *([a.site.replace("_", " ")] if several else [])])
+        for a in found
+    ]
 
 
 def slider_positions(slots: Sequence[str]) -> list[str]:

@@ -20,6 +20,7 @@ from fusion.text import flat, is_within
 NOT_IDENTITY = (
     *("logger", "store", "name", "overwrite", "resume", "checkpoint_minutes", "hydra"),
     *("data.cache_dir", "data.workers", "backbone.gradient_checkpointing", "backbone.cache_gb"),
+    "backbone.accept_licence",
 )
 NOT_IDENTITY_TRAINER = (
     *("accelerator", "strategy", "devices", "num_nodes", "num_sanity_val_steps", "log_every_n_steps"),
@@ -39,6 +40,8 @@ ADDED_LATER: dict[str, Any] = {
     "tasks": None,
     "backbone.trust_remote_code": False,
     "backbone.dtype": "float32",
+    "backbone.encoder_only": False,
+    "adapter.stacks": None,
     **_defaults(MethodConfig, without=("name",)),
     "adapter.drop": None,
     "adapter.shared": False,
@@ -57,10 +60,18 @@ def identity_config(config: dict[str, Any], inputs: dict[str, Any] | None = None
     absent = object()
     found = {
         key: json.loads(json.dumps(value, default=str))  # as read back from JSON
-        for key, value in flat(config)
+        for key, value in ((key, _as_before(key, value)) for key, value in flat(config))
         if not is_within(key, left_out) and value != ADDED_LATER.get(key, absent)
     }
     return found | dict(flat({"inputs": inputs} if inputs else {}))
+
+
+def _as_before(key: str, value: Any) -> Any:
+    """Return the value that a run with the same result had before null became the default of `backbone.pooling`.
+
+    Families whose default is not `cls` refuse it.
+    """
+    return "cls" if key == "backbone.pooling" and value is None else value
 
 
 def identity(config: dict[str, Any], inputs: dict[str, Any] | None = None) -> str:

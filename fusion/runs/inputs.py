@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion.backbones.families import FAMILIES
 from fusion.backbones.files import check_files
 from fusion.config.commands import UseConfig
 from fusion.config.compositions import COMPOSITIONS, TRAINING_ONLY
@@ -64,7 +65,8 @@ def read_used(config: UseConfig) -> Manifest:
             f"{manifest.name}: the backbone {stored.name_or_path} runs custom code; set "
             "backbone.trust_remote_code=true if you trust it"
         )
-    check_files(config.backbone.name_or_path or stored.name_or_path, trusted)
+    name = config.backbone.name_or_path or stored.name_or_path
+    check_files(name, trusted, stored.encoder_only, config.backbone.accept_licence)
     return manifest
 
 
@@ -154,6 +156,7 @@ def _shape(config: StageConfig, manifest: Manifest, sources: Sequence[Manifest])
             here, there = (None if (key, value) == ("drop", "robust") else value for value in values)
             found[f"{part}.{key}"] = here, there
 
+    family = FAMILIES.get(manifest.backbone.family)
     if isinstance(config, Stage1Config) and manifest.adapter is not None:
         stored, asked = manifest.adapter.settings, config.adapter
         compare("adapter", stored, asked, ("sites", "reads", "nonlinearity", "scaling", "shared", "layers", "drop"))
@@ -161,7 +164,10 @@ def _shape(config: StageConfig, manifest: Manifest, sources: Sequence[Manifest])
         size = asked.size_for(manifest.backbone.hidden_size)
         found["adapter.bottleneck_size"] = sizes[0] if len(sizes) == 1 else sizes, size
     elif isinstance(config, Stage1Config) and manifest.method is not None:
-        compare("method", manifest.method, config.method, config.method.definition.shaping)
+        method = config.method
+        if family is not None:
+            method = method.of_family(family)
+        compare("method", manifest.method, method, method.definition.shaping)
     elif isinstance(config, Stage2Config) and manifest.composition is not None:
         fused, given = manifest.composition.settings, config.composition
         compare("composition", fused, given, [f.name for f in fields(given) if f.name not in TRAINING_ONLY])

@@ -139,7 +139,8 @@ def check_stage(config: StageConfig, output_of: Callable[[], RunOutput]) -> RunS
         check_source(task, config.data)
     output = output_of()
     if output.stored is None:
-        check_files(config.backbone.name_or_path, config.backbone.trust_remote_code)
+        backbone = config.backbone
+        check_files(backbone.name_or_path, backbone.trust_remote_code, backbone.encoder_only, backbone.accept_licence)
     if config.compile:
         from fusion.backbones.layer_calls import check_compiler
 
@@ -176,7 +177,8 @@ def _check_same_backbone(stored: Manifest, config: BackboneConfig) -> None:
         return
     from fusion.backbones.load import load_backbone
 
-    backbone = load_backbone(config.name_or_path, config.revision, config.trust_remote_code)
+    name, revision, trust = config.name_or_path, config.revision, config.trust_remote_code
+    backbone = load_backbone(name, revision, trust, encoder_only=config.encoder_only)
     pairs = {
         "backbone fingerprint": (stored.backbone.fingerprint, backbone.fingerprint),
         "backbone tokenizer": (stored.backbone.tokenizer or backbone.tokenizer_hash, backbone.tokenizer_hash),

@@ -16,7 +16,7 @@ from fusion import __version__
 PACKAGES = (
     *("torch", "pytorch-lightning", "transformers", "tokenizers", "datasets", "hydra-core", "omegaconf", "wandb"),
     *("safetensors", "huggingface-hub", "filelock", "pyarrow", "numpy", "scipy", "PyYAML", "pydantic", "nervaluate"),
-    *("jinja2", "matplotlib", "pillow", "rich", "pandas", "peft", "accelerate"),
+    *("jinja2", "matplotlib", "pillow", "rich", "pandas", "peft", "accelerate", "gguf"),
 )
 PROJECT = Path(__file__).resolve().parents[2]
 CODE = ("fusion", "conf")  # directories that affect results

@@ -59,11 +59,22 @@ class Backbone(Part):
     fingerprint: str
     family: str
     hidden_size: Count
-    layers: Annotated[int, Field(ge=1, le=10_000)]
+    layers: Annotated[int, Field(ge=1, le=10_000)]  # of the deepest stack
+    stacks: dict[str, Annotated[int, Field(ge=1, le=10_000)]] = {}  # layers by stack of an encoder–decoder model
     tokenizer: str | None = None  # hash; missing in version 0.1
     package: str | None = None  # only in early manifests
     dtype: Annotated[str, one_of(DTYPES)] = "float32"  # missing before version 0.2
     trust_remote_code: bool = False
+
+    @property
+    def depths(self) -> dict[str, int]:
+        """Number of layers by stack; a single stack has the empty name."""
+        return self.stacks or {"": self.layers}
+
+    @property
+    def encoder_only(self) -> bool:
+        """Whether it is the encoder of an encoder–decoder model."""
+        return list(self.stacks) == ["encoder"]
 
 
 class Head(Part):
@@ -354,12 +365,14 @@ def _check_kind(manifest: Manifest) -> None:
         raise UserError(f"method.name is {method.name}, but kind is {kind}")
     if adapter is None:
         return
-    sites, sizes, layers = adapter.settings.sites, adapter.bottleneck_sizes, manifest.backbone.layers
-    slots = {f"{layer}.{site}" for layer in range(layers) for site in sites}
+    sites, sizes, depths = adapter.settings.sites, adapter.bottleneck_sizes, manifest.backbone.depths
+    prefixes = [f"{stack}.{n}" if stack else f"{n}" for stack, depth in depths.items() for n in range(depth)]
+    slots = {f"{prefix}.{site}" for prefix in prefixes for site in sites}
     if not sizes or not slots >= sizes.keys():
         raise UserError(
-            f"adapter.bottleneck_sizes has {listed(sizes.keys() - slots)}, expected slots of {layers} layers with "
-            f"{', '.join(sites)}, such as 0.{sites[0]}"
+            f"adapter.bottleneck_sizes has {listed(sizes.keys() - slots)}, expected slots of "
+            f"{', '.join(f'{depth} {stack} layers'.replace('  ', ' ') for stack, depth in depths.items())} with "
+            f"{', '.join(sites)}, such as {prefixes[0]}.{sites[0]}"
         )
     for site in sites if adapter.settings.shared else ():
         if len({size for slot, size in sizes.items() if slot.endswith(f".{site}")}) > 1:

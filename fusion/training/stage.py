@@ -125,7 +125,8 @@ def _fit(spec: StageSpec, loggers: list[Logger]) -> Fit:
             model, splits, config.backbone, backbone.fingerprint, device, config.data.cache_dir, once
         )
         if config.compile:  # after the features, whose computation does not need compiled layers
-            compile_layers(backbone.family.layer_list(backbone.model))
+            stacks = backbone.family.stacks
+            compile_layers([layer for stack in stacks for layer in backbone.family.layer_list(backbone.model, stack)])
         return features
 
     checkpoints, tokenizer = spec.output.checkpoints, backbone.tokenizer_hash
@@ -209,6 +210,7 @@ def _manifest_of(spec: StageSpec, fitted: Fit, result: dict[str, Any], origin: d
             "family": backbone.family.name,
             "hidden_size": backbone.hidden_size,
             "layers": backbone.layers,
+            **({} if "" in backbone.depths else {"stacks": backbone.depths}),
             "tokenizer": backbone.tokenizer_hash,
             **({"trust_remote_code": True} if config.backbone.trust_remote_code else {}),
         },

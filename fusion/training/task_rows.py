@@ -40,7 +40,7 @@ def load_task_rows(tasks: Sequence[TaskConfig], data: DataConfig, loss: LossConf
             loaded.labels[str(task.name)] = label_format
             log.info("%s: labels read as %s", task.name, label_format)
         for split, rows in loaded_rows.items():
-            encoded = encode(rows, backbone.tokenizer, data.max_length, data.cache_dir)
+            encoded = encode(rows, backbone.tokenizer, data.max_length, data.cache_dir, backbone.family.causal)
             encoded.task = number
             if split == "train":
                 loaded.training.append(encoded)

@@ -32,9 +32,7 @@ def measure(
     """Measure the backbone's seconds per batch and the ratio of each artifact; return the content of inference.json."""
     import torch
 
-    from fusion.backbones.load import load_backbone
     from fusion.config.data import DataConfig, LimitConfig
-    from fusion.config.model import SameBackboneConfig
     from fusion.data.batches import Batch
     from fusion.data.loaders import evaluation_loader
     from fusion.model.build import backbone_of, stored_model
@@ -46,14 +44,13 @@ def measure(
     keep_freed_memory()
     device = device_of(accelerator)
     first = read_manifest(artifacts[0], store)
-    name, revision = backbone_of(first, SameBackboneConfig())
-    backbone_in = functools.cache(lambda dtype: load_backbone(name, revision, dtype=dtype))
+    backbone_in = functools.cache(lambda dtype: backbone_of(first, dtype=dtype))
     backbone = backbone_in(first.backbone.dtype)
     bare = backbone.copy().model.eval().to(device)
     run = first.run.config
     limit = LimitConfig(validation=run.get("data.limit.validation"))
     data = DataConfig(dir=run.get("data.dir"), limit=limit, cache_dir=cache_dir)
-    _, split, rows = validation_rows(first, target, data, backbone.tokenizer)
+    _, split, rows = validation_rows(first, target, data, backbone)
     loader = evaluation_loader(rows, run["data.batch_size"], tokens_per_batch=run.get("data.tokens_per_batch"))
     every = [batch.to(device) for batch in loader]
     count = min(BATCHES, len(every))
@@ -86,7 +83,7 @@ def measure(
             seconds.append(timed["bare"])
             entries[artifact] = {"hash": stored.manifest.hash, **ratios(timed["model"], timed["bare"])}
     return {
-        "backbone": name,
+        "backbone": backbone.name_or_path,
         "split": split,
         "rows": [len(batch.rows) for batch in batches],
         "tokens": [int(batch.input_ids.shape[1]) for batch in batches],

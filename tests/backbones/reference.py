@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,19 +75,16 @@ class Layers:
         scaled = x * torch.rsqrt(variance + self.config.layer_norm_epsilon)
         return self.tensors[f"{self.path}{name}.weight"] * scaled
 
-    def read(self, h: Tensor, r: Tensor, normed: Tensor | None, reads_input: Tensor) -> Tensor:
+    def read(self, h: Tensor, r: Tensor, normed: Tensor, reads_input: Tensor) -> Tensor:
         """What the slot of a sublayer reads."""
-        if self.reads == "normed":
-            assert normed is not None
-            return normed
-        return {"output": h, "stream": h + r, "input": reads_input}[self.reads]
+        return {"output": h, "normed": normed, "stream": h + r, "input": reads_input}[self.reads]
 
     def post_norm(self, site: str, h: Tensor, r: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
         return norm(h + self.update(site, self.read(h, r, norm(h + r), r)) + r)
 
-    def updated(self, site: str, h: Tensor, r: Tensor, n: Tensor) -> Tensor:
+    def updated(self, site: str, h: Tensor, r: Tensor, n: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
         """h + u, of a sublayer that reads n = LN(r)."""
-        return h + self.update(site, self.read(h, r, None, n))
+        return h + self.update(site, self.read(h, r, norm(h + r), n))
 
     def before(self, i: Tensor) -> Tensor:
         return i + self.update("before_attention", i)
@@ -138,30 +136,36 @@ class Layers:
 
     def modernbert(self, x: Tensor, mask: Tensor, tables: Any) -> Tensor:
         config, eps = self.config, self.config.norm_eps
-        n = x if f"{self.path}attn_norm.weight" not in self.tensors else self.norm("attn_norm", x, eps)
+        first = f"{self.path}attn_norm.weight" not in self.tensors
+        norm = (lambda y: y) if first else partial(self.norm, "attn_norm", eps=eps)
+        n = norm(x)
         q, k, v = self.dense("attn.Wqkv", self.before(n), "attention.query_key_value").chunk(3, dim=-1)
         attended = attend(q, k, v, config.num_attention_heads, mask, tables=tables, single=True)
         h = self.dense("attn.Wo", attended, "attention.output")
-        x = x + self.updated("attention", h, x, n)
-        n = self.norm("mlp_norm", x, eps)
+        x = x + self.updated("attention", h, x, n, norm)
+        norm = partial(self.norm, "mlp_norm", eps=eps)
+        n = norm(x)
         up, gate = self.dense("mlp.Wi", n, "feedforward.up_gate").chunk(2, dim=-1)
         h = self.dense("mlp.Wo", F.gelu(up) * gate, "feedforward.down")
-        return x + self.updated("feedforward", h, x, n)
+        return x + self.updated("feedforward", h, x, n, norm)
 
     def gpt2(self, x: Tensor, mask: Tensor) -> Tensor:
         eps = self.config.layer_norm_epsilon
-        n = self.norm("ln_1", x, eps)
+        norm = partial(self.norm, "ln_1", eps=eps)
+        n = norm(x)
         qkv = self.dense("attn.c_attn", self.before(n), "attention.query_key_value", rows_first=True)
         q, k, v = qkv.chunk(3, dim=-1)
         attended = attend(q, k, v, self.config.num_attention_heads, mask)
         h = self.dense("attn.c_proj", attended, "attention.output", rows_first=True)
-        x = x + self.updated("attention", h, x, n)
-        n = self.norm("ln_2", x, eps)
+        x = x + self.updated("attention", h, x, n, norm)
+        norm = partial(self.norm, "ln_2", eps=eps)
+        n = norm(x)
         up = F.gelu(self.dense("mlp.c_fc", n, "feedforward.up", rows_first=True), approximate="tanh")
-        return x + self.updated("feedforward", self.dense("mlp.c_proj", up, "feedforward.down", rows_first=True), x, n)
+        h = self.dense("mlp.c_proj", up, "feedforward.down", rows_first=True)
+        return x + self.updated("feedforward", h, x, n, norm)
 
     def llama(self, x: Tensor, mask: Tensor, tables: Any) -> Tensor:
-        """Llama, Mistral, Qwen 2 and 3, Gemma; with sandwich norms Gemma 2 and 3."""
+        """Llama, Mistral, Qwen 2 and 3, Phi 3, Gemma; with sandwich norms Gemma 2 and 3."""
         config = self.config
         gemma = config.model_type.startswith("gemma")
         sandwich = f"{self.path}pre_feedforward_layernorm.weight" in self.tensors
@@ -171,10 +175,15 @@ class Layers:
 
         n = rms("input_layernorm", x)
         read = self.before(n)
-        q, k, v = (
-            self.dense(f"self_attn.{name}_proj", read, f"attention.{site}")
-            for name, site in (("q", "query"), ("k", "key"), ("v", "value"))
-        )
+        fused = config.model_type == "phi3"
+        if fused:
+            qkv = self.dense("self_attn.qkv_proj", read, "attention.query_key_value")
+            q, k, v = qkv.split([n.shape[-1], *[config.num_key_value_heads * config.head_dim] * 2], dim=-1)
+        else:
+            q, k, v = (
+                self.dense(f"self_attn.{name}_proj", read, f"attention.{site}")
+                for name, site in (("q", "query"), ("k", "key"), ("v", "value"))
+            )
         if f"{self.path}self_attn.q_norm.weight" in self.tensors:
             q, k = (
                 rms(f"self_attn.{name}_norm", y.unflatten(-1, (-1, config.head_dim))).flatten(-2)
@@ -191,51 +200,93 @@ class Layers:
             scale=config.query_pre_attn_scalar**-0.5 if sandwich else None,
             softcap=config.attn_logit_softcapping if config.model_type == "gemma2" else None,
         )
-        h = self.updated("attention", self.dense("self_attn.o_proj", attended, "attention.output"), x, n)
+        h = self.updated(
+            "attention",
+            self.dense("self_attn.o_proj", attended, "attention.output"),
+            x,
+            n,
+            partial(rms, "input_layernorm"),
+        )
         x = x + (rms("post_attention_layernorm", h) if sandwich else h)
-        n = rms("pre_feedforward_layernorm" if sandwich else "post_attention_layernorm", x)
-        gate = self.dense("mlp.gate_proj", n, "feedforward.gate")
-        gate = F.gelu(gate, approximate="tanh") if gemma else F.silu(gate)
-        up = gate * self.dense("mlp.up_proj", n, "feedforward.up")
-        h = self.updated("feedforward", self.dense("mlp.down_proj", up, "feedforward.down"), x, n)
+        norm = partial(rms, "pre_feedforward_layernorm" if sandwich else "post_attention_layernorm")
+        n = norm(x)
+        if fused:
+            gate, up = self.dense("mlp.gate_up_proj", n, "feedforward.up_gate").chunk(2, dim=-1)
+        else:
+            gate, up = (
+                self.dense("mlp.gate_proj", n, "feedforward.gate"),
+                self.dense("mlp.up_proj", n, "feedforward.up"),
+            )
+        up = (F.gelu(gate, approximate="tanh") if gemma else F.silu(gate)) * up
+        h = self.updated("feedforward", self.dense("mlp.down_proj", up, "feedforward.down"), x, n, norm)
         return x + (rms("post_feedforward_layernorm", h) if sandwich else h)
 
     def phi(self, x: Tensor, mask: Tensor, tables: Any) -> Tensor:
-        n = self.norm("input_layernorm", x, self.config.layer_norm_eps)
+        norm = partial(self.norm, "input_layernorm", eps=self.config.layer_norm_eps)
+        n = norm(x)
         read = self.before(n)
         q, k, v = (
             self.dense(f"self_attn.{name}_proj", read, f"attention.{site}")
             for name, site in (("q", "query"), ("k", "key"), ("v", "value"))
         )
         attended = attend(q, k, v, self.config.num_attention_heads, mask, tables=tables)
-        h = self.updated("attention", self.dense("self_attn.dense", attended, "attention.output"), x, n)
+        h = self.updated("attention", self.dense("self_attn.dense", attended, "attention.output"), x, n, norm)
         up = F.gelu(self.dense("mlp.fc1", n, "feedforward.up"), approximate="tanh")
-        beside = self.updated("feedforward", self.dense("mlp.fc2", up, "feedforward.down"), x, n)
+        beside = self.updated("feedforward", self.dense("mlp.fc2", up, "feedforward.down"), x, n, norm)
+        return x + h + beside
+
+    def gptj(self, x: Tensor, mask: Tensor) -> Tensor:
+        config = self.config
+        norm = partial(self.norm, "ln_1", eps=config.layer_norm_epsilon)
+        n = norm(x)
+        read = self.before(n)
+        q, k, v = (
+            self.dense(f"attn.{name}_proj", read, f"attention.{site}")
+            for name, site in (("q", "query"), ("k", "key"), ("v", "value"))
+        )
+        width = x.shape[-1] // config.n_head
+        q, k = (
+            rotated_in_pairs(y.unflatten(-1, (config.n_head, width)), config.rotary_dim).flatten(-2) for y in (q, k)
+        )
+        attended = attend(q, k, v, config.n_head, mask, rounded_scores=True)
+        h = self.updated("attention", self.dense("attn.out_proj", attended, "attention.output"), x, n, norm)
+        up = F.gelu(self.dense("mlp.fc_in", n, "feedforward.up"), approximate="tanh")
+        beside = self.updated("feedforward", self.dense("mlp.fc_out", up, "feedforward.down"), x, n, norm)
         return x + h + beside
 
     def bart(self, x: Tensor, mask: Tensor, encoded: Tensor | None = None) -> Tensor:
-        heads = self.config.encoder_attention_heads
+        """BART, and with norms before the sublayers mBART."""
+        heads, pre_norm = self.config.encoder_attention_heads, self.config.model_type == "mbart"
 
-        def attention(module: str, site: str, i: Tensor, states: Tensor, where: Tensor) -> Tensor:
-            read, other = (self.before(i), self.before(i)) if states is i else (i, states)
+        def attention(module: str, site: str, r: Tensor, states: Tensor, where: Tensor) -> Tensor:
+            name = {"attention": "self_attn_layer_norm", "cross_attention": "encoder_attn_layer_norm"}[site]
+            norm = partial(self.norm, name, eps=1e-5)
+            i = norm(r) if pre_norm else r
+            read, other = (self.before(i), self.before(i)) if states is r else (i, states)
             q = self.dense(f"{module}.q_proj", read, f"{site}.query")
             k = self.dense(f"{module}.k_proj", other, f"{site}.key")
             v = self.dense(f"{module}.v_proj", other, f"{site}.value")
             h = self.dense(f"{module}.out_proj", attend(q, k, v, heads, where), f"{site}.output")
-            norm = {"attention": "self_attn_layer_norm", "cross_attention": "encoder_attn_layer_norm"}[site]
-            return self.post_norm(site, h, i, lambda s: self.norm(norm, s, 1e-5))
+            if pre_norm:
+                return r + self.updated(site, h, r, i, norm)
+            return self.post_norm(site, h, r, norm)
 
         x = attention("self_attn", "attention", x, x, mask)
         if encoded is not None:
             x = attention("encoder_attn", "cross_attention", x, encoded, PADDING)
-        h = self.dense("fc2", F.gelu(self.dense("fc1", x, "feedforward.up")), "feedforward.down")
-        return self.post_norm("feedforward", h, x, lambda s: self.norm("final_layer_norm", s, 1e-5))
+        norm = partial(self.norm, "final_layer_norm", eps=1e-5)
+        n = norm(x) if pre_norm else x
+        h = self.dense("fc2", F.gelu(self.dense("fc1", n, "feedforward.up")), "feedforward.down")
+        if pre_norm:
+            return x + self.updated("feedforward", h, x, n, norm)
+        return self.post_norm("feedforward", h, x, norm)
 
     def t5(self, x: Tensor, mask: Tensor, bias: Tensor, encoded: Tensor | None = None) -> Tensor:
         heads = self.config.num_heads
 
         def attention(number: int, module: str, site: str, r: Tensor, states: Tensor | None, where: Tensor) -> Tensor:
-            n = self.t5_norm(f"layer.{number}.layer_norm", r)
+            norm = partial(self.t5_norm, f"layer.{number}.layer_norm")
+            n = norm(r)
             read = self.before(n) if states is None else n
             other = read if states is None else states
             path = f"layer.{number}.{module}"
@@ -243,20 +294,21 @@ class Layers:
             k = self.dense(f"{path}.k", other, f"{site}.key")
             v = self.dense(f"{path}.v", other, f"{site}.value")
             attended = attend(q, k, v, heads, where, scale=1.0, bias=bias if states is None else None)
-            return r + self.updated(site, self.dense(f"{path}.o", attended, f"{site}.output"), r, n)
+            return r + self.updated(site, self.dense(f"{path}.o", attended, f"{site}.output"), r, n, norm)
 
         x = attention(0, "SelfAttention", "attention", x, None, mask)
         if encoded is not None:
             x = attention(1, "EncDecAttention", "cross_attention", x, encoded, PADDING)
         last = f"layer.{1 if encoded is None else 2}"
-        n = self.t5_norm(f"{last}.layer_norm", x)
+        norm = partial(self.t5_norm, f"{last}.layer_norm")
+        n = norm(x)
         inner = f"{last}.DenseReluDense"
         if self.config.is_gated_act:
             gate = F.gelu(self.dense(f"{inner}.wi_0", n, "feedforward.wi_0"), approximate="tanh")
             up = gate * self.dense(f"{inner}.wi_1", n, "feedforward.wi_1")
         else:
             up = F.relu(self.dense(f"{inner}.wi", n, "feedforward.wi"))
-        return x + self.updated("feedforward", self.dense(f"{inner}.wo", up, "feedforward.wo"), x, n)
+        return x + self.updated("feedforward", self.dense(f"{inner}.wo", up, "feedforward.wo"), x, n, norm)
 
 
 # --- attention --------------------------------------------------------------------------------------
@@ -282,6 +334,16 @@ def rotated(x: Tensor, tables: tuple[Tensor, Tensor], single: bool) -> Tensor:
     return torch.cat([turned.to(x.dtype), x[..., width:]], dim=-1)
 
 
+def rotated_in_pairs(x: Tensor, width: int) -> Tensor:
+    """Rotary positions on the first `width` dimensions of each head (B, T, H, d), neighbours as pairs, in float32."""
+    steps = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.int64) / width)
+    angles = (torch.arange(x.shape[1], dtype=torch.int64).float()[:, None] * steps.float())[None, :, None]
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    one, two = x[..., :width:2], x[..., 1:width:2]
+    turned = torch.stack([one * cos - two * sin, two * cos + one * sin], dim=-1).flatten(-2)
+    return torch.cat([turned, x[..., width:]], dim=-1)
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -295,6 +357,7 @@ def attend(
     bias: Tensor | None = None,
     softcap: float | None = None,
     single: bool = False,
+    rounded_scores: bool = False,
 ) -> Tensor:
     """q: (B, T, D), k and v: (B, S, D or less), mask: (B, 1, T or 1, S) bool -> (B, T, D)."""
     q, k, v = split(q, heads), split(k, kv_heads or heads), split(v, kv_heads or heads)
@@ -302,7 +365,10 @@ def attend(
         q, k = rotated(q, tables, single), rotated(k, tables, single)
     if kv_heads is not None:
         k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if rounded_scores:  # GPT-J's, to which a mask of the model's type is added
+        scores = (q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])).to(q.dtype)
+    else:
+        scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if bias is not None:
         scores = scores + bias
     if softcap is not None:
@@ -389,7 +455,7 @@ def last_states(backbone: Backbone, adapters: Mapping[str, BottleneckAdapter], r
     layers, family = Layers(backbone, adapters, reads), backbone.family.name
     if family in POST_NORM:
         return _encoder(layers, family, backbone.family.first_stack.layers)
-    if family in ("bart", "t5", "mt5"):
+    if family in ("bart", "mbart", "t5", "mt5"):
         return _encoder_decoder(layers, family)
     return _single_stack(layers, family)
 
@@ -429,21 +495,23 @@ def _single_stack(layers: Layers, family: str) -> Tensor:
         x = model.embeddings(input_ids=IDS)
     elif family == "gpt2":
         x = model.wte.weight[IDS] + model.wpe.weight[positions]
+    elif family == "gptj":
+        x = model.wte.weight[IDS]
     else:
         x = model.embed_tokens(IDS)
-    path = {"gpt2": "h"}.get(family, "layers")
+    path = {"gpt2": "h", "gptj": "h"}.get(family, "layers")
     for number in range(len(model.get_submodule(path))):
         layers.place, layers.path = f"{number}.", f"{path}.{number}."
-        if family == "gpt2":
-            x = layers.gpt2(x, mask)
+        if family in ("gpt2", "gptj"):
+            x = getattr(layers, family)(x, mask)
             continue
         of_type = (config.layer_types[number],) if family in ("modernbert", "gemma3_text") else ()
         tables = model.rotary_emb(x, positions, *of_type)
         x = getattr(layers, {"modernbert": "modernbert", "phi": "phi"}.get(family, "llama"))(x, mask, tables)
     layers.path = ""
-    if family in ("modernbert", "gpt2", "phi"):
-        name = {"modernbert": "final_norm", "gpt2": "ln_f", "phi": "final_layernorm"}[family]
-        eps = {"modernbert": "norm_eps", "gpt2": "layer_norm_epsilon", "phi": "layer_norm_eps"}[family]
+    if family in ("modernbert", "gpt2", "gptj", "phi"):
+        name = {"modernbert": "final_norm", "phi": "final_layernorm"}.get(family, "ln_f")
+        eps = {"modernbert": "norm_eps", "phi": "layer_norm_eps"}.get(family, "layer_norm_epsilon")
         return layers.norm(name, x, getattr(config, eps))
     return layers.rms("norm", x, config.rms_norm_eps, family.startswith("gemma"))
 
@@ -455,12 +523,15 @@ def _encoder_decoder(layers: Layers, family: str) -> Tensor:
         module: nn.Module = model.get_submodule(stack)
         x = module.embed_tokens(ids)  # type: ignore[operator]
         encoded = (states["encoder"],) if stack == "decoder" else ()
-        if family == "bart":
+        if family in ("bart", "mbart"):
             positions = module.embed_positions.weight[2 : 2 + ids.shape[1]]  # type: ignore[index, union-attr]
             x = module.layernorm_embedding(x + positions)  # type: ignore[operator]
             for number in range(len(module.layers)):  # type: ignore[arg-type]
                 layers.place, layers.path = f"{stack}.{number}.", f"{stack}.layers.{number}."
                 x = layers.bart(x, mask, *encoded)
+            layers.path = f"{stack}."
+            if family == "mbart":
+                x = layers.norm("layer_norm", x, 1e-5)
         else:
             table = layers.tensors[f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
             bias = relative_bias(table, ids.shape[1], 32, 128, both_ways=stack == "encoder")

@@ -17,6 +17,7 @@ from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead
 from fusion.layers.slot_module import SlotModule
 from fusion.model.adapted import AdaptedModel
+from tests.backbones import tiny_models
 
 IDS = torch.tensor([[2, 7, 8, 9, 3, 0], [2, 10, 3, 0, 0, 0], [2, 11, 12, 5, 6, 3]])
 MASK = (IDS != 0).long()
@@ -105,3 +106,23 @@ def test_a_copy_has_its_own_layers(tiny_backbone: Path) -> None:
         for parameter in model.trainable().values():
             parameter.zero_()
     assert all(torch.equal(value, expected[name]) for name, value in gradients(other).items())
+
+
+@pytest.mark.parametrize("name", tiny_models.SETTINGS)
+def test_every_family(name: str) -> None:
+    """Both stacks of an encoder–decoder model, and layers that share their weights, recompute the same gradients."""
+    found = []
+    for checkpointing in (False, True):
+        backbone = tiny_models.tiny_backbone(name)
+        torch.manual_seed(0)
+        slots = {
+            f"{stack}.{layer}.feedforward".lstrip("."): BottleneckAdapter(tiny_models.HIDDEN, 4, dropout=0.3).double()
+            for stack in backbone.depths
+            for layer in (0, 2)
+        }
+        head = TaskHead(tiny_models.HIDDEN, 2, pooling="mean").double()
+        model = AdaptedModel(backbone, slots, "normed", head, gradient_checkpointing=checkpointing).train()
+        found.append(gradients(model, tiny_models.IDS))
+    plain, checkpointed = found
+    assert plain.keys() == checkpointed.keys() and len(plain) == 4 * len(slots) + 2
+    assert all(torch.equal(plain[key], checkpointed[key]) for key in plain)

@@ -159,7 +159,10 @@ FAULTS: dict[str, tuple[Damage, str]] = {
         r"missing keys in the checkpoint: encoder\.layer\.3\.\S+ and 15 more tensors",
     ),
     "vocabulary": (config(vocab_size=500), r"word_embeddings\.weight has shape \[29, 32\], .* \[500, 32\]"),
-    "types": (config(type_vocab_size=0), r"returns token type 1, but the model has type_vocab_size=0"),
+    "types": (
+        config(type_vocab_size=0),
+        r"token_type_embeddings\.weight has shape \[2, 32\], but config\.json expects \[0, 32\]",
+    ),
     "activation": (config(hidden_act="nope"), r"cannot be loaded \(KeyError: 'nope'\)"),
     "eps": (config(layer_norm_eps="x"), r"'layer_norm_eps' expected float"),
     "eps negative": (config(layer_norm_eps=-1.0), r"the forward pass fails \(ValueError: its output is not finite\)"),

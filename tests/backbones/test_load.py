@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, GPT2Config
+from transformers import AutoModel, GPTNeoXConfig
 
 from fusion.backbones import files
 from fusion.backbones.files import PACKAGED, locate
@@ -47,8 +47,8 @@ def test_fingerprint_depends_on_weights_and_architecture_only(
 
 
 def test_another_family_is_refused_with_the_list(tmp_path: Path) -> None:
-    GPT2Config(n_layer=1, n_embd=8, n_head=1).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"'gpt2'.*supported: bert, roberta, xlm-roberta, electra"):
+    GPTNeoXConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"'gpt_neox'.*supported: bert, roberta, xlm-roberta, electra, mpnet, .*, mt5"):
         load_backbone(str(tmp_path))
 
 

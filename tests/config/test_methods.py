@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import AutoModel, BertConfig, BertModel, GPT2Config, MT5Config, T5Config
 
 from fusion.backbones.families import FAMILIES
 from fusion.backbones.load import Backbone, load_backbone
@@ -18,6 +18,7 @@ from fusion.config.methods import METHODS, MethodConfig
 from fusion.config.model import AdapterConfig, BackboneConfig
 from fusion.errors import UserError
 from fusion.layers.heads import TaskHead
+from fusion.layers.slot_module import parameters_of
 from fusion.model.adapted import AdaptedModel
 from fusion.model.build import new_adapters, stored_model, tuning_of
 from fusion.store.artifacts import Artifact, load
@@ -346,12 +347,10 @@ def test_a_placement_that_a_family_does_not_have_is_refused(tiny_backbone: Path)
     family = dataclasses.replace(backbone.family, stacks={"": dataclasses.replace(stack, sites=sites)})
     with pytest.raises(UserError, match=r"has no site before_attention; expected .* attention, feedforward"):
         new_adapters(PLACEMENTS["before_attention"], dataclasses.replace(backbone, family=family))
-    pre_norm = dataclasses.replace(backbone, family=FAMILIES["gpt2"])
-    with pytest.raises(
-        UserError,
-        match=r"gpt2.* does not support adapter\.reads=normed at feedforward; expected output, stream or input",
-    ):
-        new_adapters(AdapterConfig(), pre_norm)
+    with pytest.raises(UserError, match=r"has no site cross_attention; expected .* attention, feedforward"):
+        new_adapters(AdapterConfig(sites=["cross_attention"], reads="output"), backbone)
+    with pytest.raises(UserError, match=r"adapter\.stacks=\['decoder'\]: .* has no decoder, but a single stack"):
+        new_adapters(AdapterConfig(stacks=["decoder"]), backbone)
 
 
 # --- the published numbers of parameters ------------------------------------------------------------
@@ -362,7 +361,7 @@ def bert_base() -> Backbone:
     """BERT-base's shape, without memory for its weights."""
     with torch.device("meta"):
         model = BertModel(BertConfig(), add_pooling_layer=False)
-    return Backbone("bert-base", model, FAMILIES["bert"], "none", 768, 12, cast(Any, None), "none")
+    return Backbone("bert-base", model, FAMILIES["bert"], "none", 768, cast(Any, None), "none")
 
 
 def count(parameters: Any) -> int:
@@ -403,6 +402,38 @@ def test_fusion_of_bert_base_has_the_published_number_of_parameters(bert_base: B
 def test_lora_of_bert_base_has_the_published_number_of_parameters() -> None:
     with torch.device("meta"):
         model = BertModel(BertConfig(), add_pooling_layer=False)
-        backbone = Backbone("bert-base", model, FAMILIES["bert"], "none", 768, 12, cast(Any, None), "none")
+        backbone = Backbone("bert-base", model, FAMILIES["bert"], "none", 768, cast(Any, None), "none")
         tuning = tuning_of(MethodConfig("lora"), backbone)
     assert tuning is not None and count(tuning.parameters.values()) == 294_912
+
+
+def without_weights(config: Any, family: str) -> Backbone:
+    """A backbone of this shape, without memory for its weights."""
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    return Backbone(family, model, FAMILIES[family], "none", config.hidden_size, cast(Any, None), "none")
+
+
+def test_lora_has_the_numbers_of_parameters_that_peft_documents() -> None:
+    """GPT-2: "trainable params: 294,912" with r=8 on c_attn; mT0-large: 2359296 with r=8, in peft's README."""
+    large = MT5Config(d_model=1024, d_ff=2816, num_layers=24, num_heads=16, d_kv=64)
+    for backbone, expected in (
+        (without_weights(GPT2Config(), "gpt2"), 294_912),
+        (without_weights(large, "mt5"), 2_359_296),
+    ):
+        with torch.device("meta"):
+            tuning = tuning_of(MethodConfig("lora"), backbone)
+        assert tuning is not None and count(tuning.parameters.values()) == expected
+
+
+def test_adapters_of_t5_base_have_the_published_share_of_its_parameters() -> None:
+    """0.832 % with the layer norms, Karimi Mahabadi et al. 2021, "Compacter", Table 1: Houlsby adapters of size 24."""
+    config = T5Config(d_model=768, d_ff=3072, num_layers=12, num_heads=12)
+    backbone = without_weights(config, "t5")
+    houlsby = AdapterConfig("houlsby", sites=["attention", "feedforward"], reads="output", bottleneck_size=24)
+    with torch.device("meta"):
+        adapters = count(parameters_of(new_adapters(houlsby, backbone)).values())
+    norms = count(p for name, p in backbone.model.named_parameters() if "layer_norm" in name)
+    whole = count(backbone.model.parameters())
+    assert (adapters, norms, whole) == (1_807_488, 47_616, 222_903_552)
+    assert round(100 * (adapters + norms) / whole, 3) == 0.832

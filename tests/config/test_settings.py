@@ -49,7 +49,9 @@ GROUPS = {
     "stage1": ("backbone", "adapter", "method", "logger", "experiment", "debug"),
     "stage2": ("backbone", "composition", "logger", "experiment", "debug"),
 }
-STAGE1_EXPERIMENTS = {"shallow", "deep", "bottleneck_16", "bottleneck_64", "bottleneck_256"}
+STAGE1_EXPERIMENTS = {"shallow", "deep", "bottleneck_16", "bottleneck_64", "bottleneck_256"} | {
+    *("decoder_deep", "t5_both")
+}
 # What the code gives to Lightning's Trainer itself.
 OWNED_BY_CODE = {"self", "logger", "callbacks", "plugins", "use_distributed_sampler"}
 
@@ -86,10 +88,15 @@ def test_all_files_are_found() -> None:
     tasks = found.pop("task")
     assert len(tasks) >= 34
     assert found == {
-        "backbone": {"minilm", "bert_base", "bert_large", "roberta_base", "xlmr_base", "electra_base"},
+        "backbone": {
+            *("minilm", "bert_base", "bert_large", "roberta_base", "xlmr_base", "electra_base", "distilbert_base"),
+            *("albert_base", "mpnet_base", "deberta_v3_base", "modernbert_base"),
+            *("gpt2", "gemma3_270m", "qwen3_0_6b", "llama3_2_1b", "mistral_7b"),
+            *("t5_base", "flan_t5_base", "bart_base"),
+        },
         "adapter": {"pfeiffer", "houlsby", "houlsby_ffn_only", "parallel", "before_attention"},
         "logger": {"wandb", "csv", "none"},
-        "experiment": {"quick", "equal_budget", *STAGE1_EXPERIMENTS},
+        "experiment": {"quick", "equal_budget", "t5_encoder_only", *STAGE1_EXPERIMENTS},
         "debug": {"one_batch", "limit", "overfit", "anomaly", "profile"},
     }
     assert {file.stem for file in conf_folder().glob("*.yaml")} == {*SCHEMAS, "launch", "training", "artifact"}
@@ -199,7 +206,7 @@ def test_every_trainer_key_is_an_override_without_plus() -> None:
         ("adapter.dropout=1", "a finite number >= 0 and < 1"),
         ("adapter.layers=last:0", "null (all layers), last:N"),
         ("adapter.layers=[1,1]", "a list of different layers"),
-        ("adapter.sites=[middle]", "some of before_attention, attention, feedforward, each once"),
+        ("adapter.sites=[middle]", "some of before_attention, attention, cross_attention, feedforward, each once"),
         ("adapter.sites=[before_attention]", "expected adapter.reads=input"),
         ("adapter.scaling=nan", "a finite number, or learned"),
         ("adapter.bottleneck_size=99999999999999999999", "a whole number >= 1"),
@@ -211,7 +218,7 @@ def test_every_trainer_key_is_an_override_without_plus() -> None:
         ("adapter.drop=robust method=head", "method=head has no adapters to drop"),
         ("backbone.name_or_path=''", "a Hub id or a folder"),
         ("head.layers=3", "a whole number >= 1 and <= 2"),
-        ("head.pooling=max", "one of cls, mean, or null for backbone.pooling"),
+        ("head.pooling=max", "one of cls, last, mean, or null for backbone.pooling"),
         ("optim.lr=0", "a finite number > 0 and < 1000, such as 1e-4"),
         ("optim.lr=1e6", "a finite number > 0 and < 1000, such as 1e-4"),
         ("optim.weight_decay=inf", "a finite number >= 0"),
@@ -405,6 +412,12 @@ def test_presets_set_what_their_names_state() -> None:
     assert typed("stage1", "experiment=shallow").adapter.layers == "last:3"
     deep = typed("stage1", "experiment=deep").adapter
     assert (deep.name, deep.sites, deep.layers) == ("houlsby", ["attention", "feedforward"], None)
+    decoder = typed("stage1", "experiment=decoder_deep", "backbone=gpt2").adapter
+    assert (decoder.sites, decoder.reads, decoder.init) == (["attention", "feedforward"], "normed", "zero_up")
+    both = typed("stage1", "experiment=t5_both", "backbone=flan_t5_base")
+    assert both.adapter.sites == ["attention", "cross_attention", "feedforward"] and not both.backbone.encoder_only
+    assert both.backbone.name_or_path == "google/flan-t5-base" and both.backbone.pooling is None
+    assert typed("stage2", "experiment=t5_encoder_only").backbone.encoder_only
     for size in (16, 64, 256):
         assert typed("stage1", f"experiment=bottleneck_{size}").adapter.size_for(768) == size
     for command in ("stage1", "stage2"):

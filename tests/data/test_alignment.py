@@ -101,6 +101,27 @@ def test_alignment_equals_that_of_transformers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [bert, bytes_of_gpt2, metaspace])
+@pytest.mark.parametrize("length", [64, 8])
+def test_the_last_token_of_a_word_is_before_the_first_of_the_next(
+    make: Callable[[], PreTrainedTokenizerBase], length: int
+) -> None:
+    """For all words but the last of a window, with at most a space between their tokens."""
+    tokenizer = make()
+    spaces = {number for text, number in tokenizer.get_vocab().items() if text in ("\N{LOWER ONE EIGHTH BLOCK}", "Ġ")}
+    for last, first in zip(
+        windows_of(SENTENCES, tokenizer, length, last_subwords=True),
+        windows_of(SENTENCES, tokenizer, length),
+        strict=True,
+    ):
+        for window, other in zip(last, first, strict=True):
+            ids = window.encoding.ids
+            assert ids == other.encoding.ids and (window.tokens >= other.tokens).all()
+            for end, start in zip(window.tokens, other.tokens[1:], strict=False):
+                assert end < start and set(ids[end + 1 : start]) <= spaces
+            assert all(token in spaces or token < 4 for token in ids[window.tokens[-1] + 1 :])
+
+
+@pytest.mark.parametrize("make", [bert, bytes_of_gpt2, metaspace])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_every_word_has_a_token_of_its_text(
     make: Callable[[], PreTrainedTokenizerBase], side: str, tmp_path: Path
@@ -127,15 +148,15 @@ def test_windows_hold_all_words_in_order() -> None:
     tokenizer = bert()
     words = ["saw", "anna", "u.n.", "new"] * 150
     (windows,) = windows_of([words], tokenizer, 20)
-    assert sum(len(window.first) for window in windows) == 600
+    assert sum(len(window.tokens) for window in windows) == 600
     assert max(len(window.encoding) for window in windows) <= 20
-    first = [int(window.encoding.ids[token]) for window in windows for token in window.first]
+    first = [int(window.encoding.ids[token]) for window in windows for token in window.tokens]
     assert first == [PIECES.index(piece) for piece in ("saw", "ann", "u", "new")] * 150
     # As many words as fit: with the first word of the next one, a window would be too long.
     sizes = [1, 2, 4, 1] * 150
     start = 0
     for window in windows[:-1]:
-        end = start + len(window.first)
+        end = start + len(window.tokens)
         assert sum(sizes[start:end]) == len(window.encoding) - 2 <= 18 < sum(sizes[start : end + 1])
         start = end
 

@@ -13,7 +13,8 @@ import pytest
 
 from fusion import files
 from fusion.data import cache
-from fusion.data.cache import read_or_build, user_cache, write_cache_file
+from fusion.data.cache import read_or_build, write_cache_file
+from fusion.files import user_cache
 
 
 def test_the_folder_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:

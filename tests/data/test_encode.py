@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fusion.data import encode as encode_module
 from fusion.data.encode import encode
@@ -126,3 +130,25 @@ def test_truncation_on_either_side_is_that_of_the_tokenizer(tokenizer, tmp_path)
 def test_examples_without_labels_are_encoded(tokenizer, tmp_path):
     encoded = encode(Rows([("ab",)], None, None, 0, "these"), tokenizer, 16, tmp_path)
     assert encoded.labels is None and encoded.batch([0]).labels is None
+
+
+def bare_tokenizer() -> PreTrainedTokenizerBase:
+    """A tokenizer without special tokens in a text or a pair, as those of GPT-2 and Qwen."""
+    vocabulary = {token: number for number, token in enumerate(["<end>", "\n", "a", "b"])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", model_max_length=64)
+
+
+def test_texts_of_a_pair_without_special_tokens_are_separated_by_a_newline(tmp_path: Path) -> None:
+    tokenizer = bare_tokenizer()
+    encoded = encode(make_rows([("aa", "b"), ("a", "bb")], [0, 1]), tokenizer, 16, tmp_path)
+    assert encoded.batch([0, 1]).input_ids.tolist() == [[2, 2, 1, 3], [2, 1, 3, 3]]
+    choices = Rows([("a",)], [["b", "bb"]], [0], 0, "g")
+    assert encode(choices, tokenizer, 16, tmp_path).batch([0]).input_ids.tolist() == [[2, 1, 3, 0], [2, 1, 3, 3]]
+
+
+def test_a_text_without_tokens_is_the_end_token(tmp_path: Path) -> None:
+    encoded = encode(make_rows(["", "ab"], [0, 1]), bare_tokenizer(), 16, tmp_path)
+    batch = encoded.batch([0, 1])
+    assert batch.input_ids.tolist() == [[0, 0], [2, 3]] and batch.attention_mask.tolist() == [[1, 0], [1, 1]]

@@ -227,11 +227,11 @@ def test_the_first_check_needs_no_torch_and_writes_nothing(trained: Bench, tmp_p
     folder = tmp_path / "copy"
     shutil.copytree(trained.backbone, folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt_neox"}))
     settings = trained.settings("films", backbone=BackboneConfig(str(folder)), store=str(tmp_path / "store"))
     typed = Stage1Config(**settings, name="new")
     run = Run("stage1", tmp_path, (), dataclasses.asdict(typed), "stage1")
-    with pytest.raises(UserError, match=r"has model_type 'gpt2', which is not supported"):
+    with pytest.raises(UserError, match=r"has model_type 'gpt_neox', which is not supported"):
         stage1.check(typed, run)
     assert not (tmp_path / "store").exists()
 

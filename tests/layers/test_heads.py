@@ -113,3 +113,11 @@ def test_one_head_of_many_equals_a_single_head() -> None:
     alone = TaskHead(4, 2)
     scores = TaskHeads({"only": alone}).train()(HIDDEN, MASK, 0)
     assert torch.equal(scores, alone(HIDDEN, MASK))
+
+
+def test_the_last_token_is_found_with_padding_on_either_side() -> None:
+    hidden = torch.arange(2 * 4 * 3, dtype=torch.float32).view(2, 4, 3)
+    for mask, last in (([[1, 1, 1, 0], [1, 0, 0, 0]], (2, 0)), ([[0, 1, 1, 1], [0, 0, 0, 1]], (3, 3))):
+        expected = torch.stack([hidden[0, last[0]], hidden[1, last[1]]])
+        assert torch.equal(pool(hidden, torch.tensor(mask), "last"), expected)
+    assert torch.equal(pool(hidden, torch.ones(2, 4, dtype=torch.long), "last"), hidden[:, -1])

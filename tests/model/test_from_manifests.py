@@ -93,7 +93,7 @@ def test_of_every_composition(sources: str, config: CompositionConfig, chosen: d
             for slot in slots
         }
         chosen = {"kept": {slot: [position] for slot, position in last.items()}}
-    backbone = cast(Backbone, SimpleNamespace(hidden_size=8, layers=LAYERS))
+    backbone = cast(Backbone, SimpleNamespace(hidden_size=8, depths={"": LAYERS}))
     manifest = fusion(config.as_stored() | chosen)
     if config.definition.one_shape and sources == "ragged":
         for build_it in (

@@ -429,6 +429,9 @@ def test_attention_by_target() -> None:
         *("0 attention", "0 feedforward", "11 feedforward")
     ]
     assert layer_names(["0.feedforward", "4.feedforward"]) == ["0", "4"]
+    stacks = ["encoder.0.feedforward", "decoder.11.feedforward", "decoder.11.cross_attention"]
+    assert layer_names(stacks[:2]) == ["encoder 0", "decoder 11"]
+    assert layer_names(stacks) == ["encoder 0 feedforward", "decoder 11 feedforward", "decoder 11 cross attention"]
 
 
 def test_attention_of_the_best_epoch(tmp_path: Path, write: Write) -> None:

@@ -73,7 +73,7 @@ WRONG: tuple[tuple[str, Any, str], ...] = (
     ("data/max_length", 0, "data.max_length: "),
     ("data/labels", {"a": 1}, "data.labels.a: "),
     ("head/more", 1, "head.more: "),
-    ("head/pooling", "max", "head.pooling: Value error, expected one of cls, mean"),
+    ("head/pooling", "max", "head.pooling: Value error, expected one of cls, last, mean"),
     ("head/layers", 3, "head.layers: Input should be 1 or 2, got 3"),
     ("head/dropout", None, "head.dropout: "),
     ("head/dropout", 1.0, "head.dropout: "),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fusion.analysis.probe import States, logme_score, pooled_states, probe_score
+from fusion.backbones.forward import last_hidden_states
 from fusion.backbones.load import Backbone
 from fusion.config.commands import RankConfig
 from fusion.config.compositions import CompositionConfig
@@ -31,7 +32,7 @@ from fusion.data.rows import load_splits
 from fusion.errors import UserError, first_line
 from fusion.layers.heads import pool
 from fusion.model.adapted import AdaptedModel
-from fusion.model.build import build_composition, new_head
+from fusion.model.build import build_composition, new_head, pooling_of
 from fusion.model.inference import device_of
 from fusion.model.source_attention import SourceAttention, measure_attention
 from fusion.store.artifacts import Artifact
@@ -69,7 +70,7 @@ class ScorerInputs:
             self.sources,
             self.backbone.copy(),
             CompositionConfig(),
-            config.head.pooling or config.backbone.pooling,
+            pooling_of(config.head, config.backbone.pooling, self.backbone),
             [partial(sampled_batches, rows, None, size, tokens) for rows in splits],
             self.device,
         )
@@ -112,9 +113,7 @@ def text_embedding(backbone: Backbone, batches: Iterable[Batch], device: torch.d
     total, texts = torch.zeros(backbone.hidden_size, dtype=torch.float64), 0
     for batch in batches:
         batch = batch.to(device)
-        types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
-        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **types)
-        hidden = output.last_hidden_state
+        hidden = last_hidden_states(model, backbone.family, batch.input_ids, batch.attention_mask, batch.token_type_ids)
         total += pool(hidden, batch.attention_mask, "mean").double().sum(0).cpu()
         texts += len(hidden)
     return total / texts
