@@ -3,8 +3,11 @@
 PYTHON ?= python3
 LABELS ?= 100
 SEED   ?= 0
+# BACKBONE=gemma3_270m also needs ACCEPT_LICENCE=1
+BACKBONE ?= minilm
+ACCEPT_LICENCE ?=
 ARGS   ?=
-SUITES ?= train,infer,memory,scale,epoch,startup,ddp
+SUITES ?= train,infer,memory,scale,families,epoch,startup,ddp
 # An additional package index for torch, such as PyTorch's index of CPU wheels: make demo TORCH_INDEX=URL
 TORCH_INDEX ?=
 # Tests run in two processes with one thread each.
@@ -23,8 +26,9 @@ help: ## list the targets
 
 venv: .venv/.installed ## create .venv and install the pinned packages (the other targets do this if needed)
 
-demo: .venv/.installed ## train three adapters, fuse them on tweets and compare; LABELS=100 SEED=0 ARGS="rows=500"
-	@$(RUN) pipelines.demo labels=$(LABELS) seed=$(SEED) $(ARGS)
+demo: .venv/.installed ## train three adapters, fuse them on tweets and compare; LABELS=100 SEED=0 BACKBONE=mpnet_base
+	@$(RUN) pipelines.demo labels=$(LABELS) seed=$(SEED) backbone=$(BACKBONE) \
+	  $(if $(ACCEPT_LICENCE),accept_licence=true) $(ARGS)
 
 bench: .venv/.installed ## measure speed and memory compared to AdapterHub; takes an hour or more; ARGS="rounds=3"
 	@$(RUN) pipelines.benchmark -m suite=$(SUITES) $(ARGS)

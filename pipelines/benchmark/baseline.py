@@ -51,7 +51,9 @@ class BaselineModel(Model):
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Return the logits, (B, K): mean over non-padding tokens and a linear layer, as in this project's head."""
-        hidden = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        decoder = {"decoder_input_ids": batch.input_ids} if self.model.config.is_encoder_decoder else {}
+        output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **decoder)
+        hidden = output.last_hidden_state
         mask = batch.attention_mask.unsqueeze(-1).to(hidden.dtype)
         return self.head(((hidden * mask).sum(1) / mask.sum(1).clamp(min=1)).to(self.head.weight.dtype))
 
@@ -90,7 +92,7 @@ def add_adapters(model: Any, setup: Setup, case: Case) -> None:
     settings = adapters.SeqBnConfig(reduction_factor=factor, non_linearity="relu")
     for source, name in enumerate(names):
         model.add_adapter(name, config=settings)
-        for layer, places in model.get_adapter(name).items():
+        for layer, places in {} if setup.model_type else model.get_adapter(name).items():
             (adapter,) = places.values()
             fill(adapter.adapter_down[0], setup, f"adapter {source}.{layer}.down")
             fill(adapter.adapter_up, setup, f"adapter {source}.{layer}.up")
@@ -99,6 +101,8 @@ def add_adapters(model: Any, setup: Setup, case: Case) -> None:
         return
     model.add_adapter_fusion(Fuse(*names), adapters.AdapterFusionConfig.load("dynamic"))
     model.train_adapter_fusion(Fuse(*names))
+    if setup.model_type:
+        return
     fusions = [module for module in model.modules() if isinstance(module, BertFusion)]
     assert len(fusions) == model.config.num_hidden_layers
     for layer, fusion in enumerate(fusions):
@@ -113,10 +117,16 @@ class BaselineWorker(Worker):
 
     def prepare(self, setup: dict[str, Any]) -> dict[str, Any]:
         versions = {"adapters": adapters.__version__, "transformers": transformers.__version__}
+        self._pretrained.clear()
         return super().prepare(setup) | versions
 
     def build(self, case: Case) -> BaselineModel:
-        if (key := (case.dropout, case.dtype)) not in self._pretrained:
+        setup = self.setup
+        if (key := (case.dropout, case.dtype)) not in self._pretrained and setup.model_type:
+            config = AutoConfig.for_model(setup.model_type, **setup.settings)
+            config.use_cache = False
+            self._pretrained[key] = AutoModel.from_config(config).to(getattr(torch, case.dtype))
+        elif key not in self._pretrained:
             off = {} if case.dropout else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
             config = AutoConfig.from_pretrained(self.setup.backbone, **off)
             # With its default attention (SDPA). The pooler is not used.

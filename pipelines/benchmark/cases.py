@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Setup:
-    """Settings sent to both workers before the first request; `backbone` is a folder that both can load."""
+    """Settings sent to both workers before a request; `backbone` is a folder that both can load."""
 
     backbone: str
     batch_size: int
@@ -46,6 +47,8 @@ class Setup:
     seed: int
     device: str = "cpu"
     precision: str = "float32"
+    model_type: str = ""  # of a model with random weights, in place of `backbone`
+    settings: dict[str, Any] = field(default_factory=dict)  # of its config
 
 
 def fill(module: torch.nn.Module, setup: Setup, path: str) -> None:

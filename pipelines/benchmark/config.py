@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusion.config.fields import Settings, checked, choice, integer, number
+from fusion.backbones.families import FAMILIES
+from fusion.config.fields import Settings, checked, choice, integer, number, subset
 from fusion.config.model import BackboneConfig
 from fusion.errors import TrainingError
 from fusion.training.processes import cores
 from pipelines.benchmark.random_backbone import HEAD_SIZE
 
-SUITES = ("train", "infer", "scale", "memory", "epoch", "startup", "ddp")
+SUITES = ("train", "infer", "scale", "memory", "families", "epoch", "startup", "ddp")
 # Rounds of a suite by default: an epoch takes minutes, a step a second.
-ROUNDS = {"scale": 3, "epoch": 2, "ddp": 3}
+ROUNDS = {"scale": 3, "families": 3, "epoch": 2, "ddp": 3}
 
 
 class BenchmarkError(TrainingError):
@@ -41,6 +42,14 @@ class ScaleConfig(Settings, group="scale"):
     bottlenecks: list[int] = _ascending([8, 16, 32, 64], empty=True)
     fixed_sources: int = integer(16, 1)
     rival_sources: list[int] = _ascending([2, 4, 8, 14], empty=True)
+
+
+@dataclass
+class FamiliesConfig(Settings, group="families"):
+    """Model types of the families suite, which builds random models of them."""
+
+    names: list[str] = subset(list(FAMILIES), FAMILIES)
+    sources: int = integer(8, 2)  # of the fusion
 
 
 @dataclass
@@ -80,6 +89,7 @@ class BenchmarkConfig(Settings):
     timeout: float = number(3600.0, "> 0")  # seconds for one request to a worker, or for one command
     rival: RivalConfig = field(default_factory=RivalConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
+    families: FamiliesConfig = field(default_factory=FamiliesConfig)
     epoch: EpochConfig = field(default_factory=EpochConfig)
 
     @property

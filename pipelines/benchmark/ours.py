@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from fusion.backbones.load import Backbone, load_backbone
+from fusion.backbones.slots import SlotAddress
 from fusion.config.compositions import CompositionConfig
 from fusion.config.task import TaskConfig
 from fusion.config.training import CsvConfig, LoggerConfig, OptimConfig, TrainerConfig
@@ -40,6 +41,7 @@ from fusion.training.fit import make_trainer
 from fusion.training.module import Objective, TaskModule, adamw
 from pipelines.benchmark import cases
 from pipelines.benchmark.cases import Case, Setup, fill
+from pipelines.benchmark.random_backbone import random_model
 from pipelines.benchmark.worker import Model, TokenBatch, Worker, serve, synchronise, timed, token_batch
 
 LABELS = [str(k) for k in range(cases.OUTPUTS)]
@@ -98,8 +100,10 @@ def adapted_model(setup: Setup, case: Case, backbone: Backbone) -> AdaptedModel:
     head = TaskHead(backbone.hidden_size, cases.OUTPUTS, pooling="mean")
     if case.bottleneck:
         fill(head.output, setup, "head")
-        for layer in range(backbone.layers):
-            slot_modules[f"{layer}.feedforward"] = slot_module(setup, case, layer, backbone.hidden_size)
+        for stack, depth in backbone.depths.items():
+            for layer in range(depth):
+                slot = str(SlotAddress(stack, layer, "feedforward"))
+                slot_modules[slot] = slot_module(setup, case, layer, backbone.hidden_size)
     return AdaptedModel(backbone, slot_modules, "normed", head)
 
 
@@ -170,9 +174,18 @@ class OurWorker(Worker):
         super().__init__()
         self._backbones: dict[str, Backbone] = {}  # by dtype
 
+    def prepare(self, setup: dict[str, Any]) -> dict[str, Any]:
+        self._backbones.clear()
+        return super().prepare(setup)
+
     def build(self, case: Case) -> OurModel:
+        setup = self.setup
         if case.dtype not in self._backbones:
-            self._backbones[case.dtype] = load_backbone(self.setup.backbone, dtype=case.dtype)
+            if setup.model_type:
+                backbone = random_model(setup.model_type, setup.settings, case.dtype)
+            else:
+                backbone = load_backbone(setup.backbone, dtype=case.dtype)
+            self._backbones[case.dtype] = backbone
         backbone = copy.deepcopy(self._backbones[case.dtype])  # a model changes its backbone in place
         if case.work == cases.LOWER_BOUND:  # the matrix products of eager attention are separate operations
             backbone.model.set_attn_implementation("eager")

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing import Pipe
 from pathlib import Path
@@ -123,7 +123,7 @@ class Session:
         self.half = None if dtype == "float32" else dtype  # dtype of additional measurements
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
-        if config.shape is not None:
+        if config.shape is not None and config.suite != "families":
             layers, hidden_size = config.shape
             folder = save_random_backbone(folder, layers, hidden_size, self.work / "backbone")
         batch = (config.batch_size, config.tokens, self.threads, config.seed)
@@ -145,6 +145,12 @@ class Session:
             self._workers[name] = worker
             self.versions[name] = worker.ask("prepare", setup=self.setup)
         return self._workers[name]
+
+    def use_model(self, model_type: str, settings: dict[str, Any]) -> None:
+        """Let both workers build a model with random weights in place of the backbone from now on."""
+        self.setup = replace(self.setup, model_type=model_type, settings=settings)
+        for worker in self._workers.values():
+            worker.ask("prepare", setup=self.setup)
 
     def command(self, name: str) -> list[str]:
         if name == OURS:

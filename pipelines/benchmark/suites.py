@@ -11,6 +11,7 @@ from typing import NamedTuple
 from pipelines.benchmark import commands
 from pipelines.benchmark.cases import ADAPTER, BARE, CLIPPED, FULL, FUSION, INFER, LOOP, LOWER_BOUND, TRAIN, Case
 from pipelines.benchmark.config import BenchmarkConfig
+from pipelines.benchmark.families import families
 from pipelines.benchmark.report import Measured, Report, Target, describe_machine, finish, medians, ratio
 from pipelines.benchmark.scale import scale
 from pipelines.benchmark.session import BASELINE, OURS, Session
@@ -142,6 +143,7 @@ SUITES: dict[str, Callable[[Session], Report]] = {
     "infer": infer,
     "scale": scale,
     "memory": memory,
+    "families": families,
     "epoch": commands.epoch,
     "startup": commands.startup,
     "ddp": commands.ddp,

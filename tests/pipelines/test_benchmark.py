@@ -18,7 +18,15 @@ from pipelines.benchmark import session as sessions
 from pipelines.benchmark import suites
 from pipelines.benchmark.cases import ADAPTER, FUSION, TRAIN, Case
 from pipelines.benchmark.commands import EPOCH
-from pipelines.benchmark.config import SUITES, BenchmarkConfig, BenchmarkError, EpochConfig, RivalConfig, ScaleConfig
+from pipelines.benchmark.config import (
+    SUITES,
+    BenchmarkConfig,
+    BenchmarkError,
+    EpochConfig,
+    FamiliesConfig,
+    RivalConfig,
+    ScaleConfig,
+)
 from pipelines.benchmark.report import REACHED, Report, Target, finish, medians, ratio
 from pipelines.benchmark.session import BASELINE, OURS, Session, WorkerProcess, baseline_python
 from pipelines.commands import ROOT
@@ -75,13 +83,14 @@ def config(tiny_backbone: Path, tmp_path: Path) -> BenchmarkConfig:
     )
 
 
-@pytest.mark.parametrize("suite", ["train", "infer", "memory", "scale"])
+@pytest.mark.parametrize("suite", ["train", "infer", "memory", "scale", "families"])
 def test_a_suite_compares_the_results_of_the_workers(
     suite: str, config: BenchmarkConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(suites, "Session", FakeSession)
     config.suite = suite
     config.scale = ScaleConfig(sources=[2, 4], bottlenecks=[8], rival_sources=[2])
+    config.families = FamiliesConfig(names=["bert", "t5"])
     path = suites.measure(config)
     assert path == Path(config.output) / f"{suite}.json"
     content = json.loads(path.read_text())
@@ -94,6 +103,11 @@ def test_a_suite_compares_the_results_of_the_workers(
         assert like_for_like["rounds"] == pytest.approx([2.0] * 3) and like_for_like["verdict"] == "not reached"
     if suite == "memory":
         assert by_what["our fusion of 14 over the baseline's, peak of a step"]["verdict"] == REACHED
+    if suite == "families":
+        assert [one["family"] for one in content["families"]] == ["bert", "t5"]
+        growth = by_what["t5: fusion of 14 over one of 2, step"]
+        assert growth["median"] == pytest.approx(1.14 / 1.02) and growth["verdict"] == REACHED
+        assert "random models of 4 layers, hidden size 384; fusion of 8" in capsys.readouterr().out
     if suite == "scale":
         assert (Path(config.output) / "scale.png").read_bytes().startswith(b"\x89PNG")
         assert [p["sources"] for p in content["points"] if p["who"] == OURS] == [2, 4, 16]

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from fusion.backbones.families import FAMILIES
 from pipelines.benchmark import formulas
 from pipelines.benchmark.cases import ADAPTER, BARE, CLIPPED, FULL, FUSION, INFER, LOOP, LOWER_BOUND, TRAIN, Case, Setup
 from pipelines.benchmark.ours import OurModel, OurWorker, Products
+from pipelines.benchmark.random_backbone import model_settings
 from pipelines.benchmark.session import LOGITS_LIMIT
 from pipelines.benchmark.worker import peak_bytes, token_batch
 
@@ -138,3 +140,17 @@ def test_the_batch_is_the_same_each_time(setup: Setup) -> None:
     assert torch.equal(one.input_ids, two.input_ids) and torch.equal(one.labels, two.labels)
     assert one.attention_mask[0].all() and not one.attention_mask[1::2].all()
     assert int(one.input_ids[one.attention_mask.bool()].min()) >= 1000
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_random_model_of_every_family(name: str) -> None:
+    settings = model_settings(name, 2, 64)
+    setup = Setup("", 2, 6, torch.get_num_threads(), 0, model_type=name, settings=settings)
+    worker = OurWorker()
+    worker.prepare(dataclasses.asdict(setup))
+    model = worker.build(Case(TRAIN, FUSION, 2, R))
+    layers = model.adapted._family.layer_list(model.adapted.backbone)
+    assert model.adapted.hidden_size == 64 and len(layers) == 2
+    model.train()
+    assert all(parameter.grad is not None for parameter in model.adapted.trainable().values())
+    assert model.infer().isfinite().all() and worker.peak(Case(TRAIN, ADAPTER, 0, R)) > 0
