@@ -30,7 +30,7 @@ from fusion.cli import startup
 from fusion.cli.config_sources import as_text, conf_folder, groups, text_keys
 from fusion.cli.console import say
 from fusion.cli.hydra_internals import compose_job, is_hydras_own, parse, split_into_jobs
-from fusion.cli.job_config import Command, is_sweep, prepare
+from fusion.cli.job_config import Command, is_rank_zero, is_sweep, prepare
 from fusion.cli.messages import OWN_TASK, explain
 from fusion.config.stages import StageConfig
 from fusion.errors import TrainingError, UserError
@@ -134,7 +134,7 @@ def _main(command: Command) -> int:
         if not _end_of_sweep() and not hint:  # a launcher raises for a killed job, which is listed
             traceback.print_exc()
         return _error(f"{command.name} failed: {describe(error)}{hint}", 1)
-    return max(codes, default=0) if _sweep is None else _end_of_sweep()
+    return max(codes, default=0) if _sweep is None or not is_rank_zero() else _end_of_sweep()
 
 
 def _job(command: Command, program: list[str], composed: DictConfig, codes: list[int]) -> Any:
@@ -190,7 +190,7 @@ def _job(command: Command, program: list[str], composed: DictConfig, codes: list
 
 def _end_of_sweep() -> int:
     """Print the table of a sweep, one line of counts, and the failed jobs. Returns 1 if any job failed."""
-    if _sweep is None:
+    if _sweep is None or not is_rank_zero():  # rank 0 records the jobs
         return 0
     from fusion.cli.finished import end_of_sweep
 
@@ -259,7 +259,7 @@ def _checked_sweep(config: DictConfig, folder: Path, overrides: list[Override]) 
             first = names.setdefault((typed.store, str(typed.name)), job)
             if first is not job:
                 raise UserError(_same_name(str(typed.name), first, job, overrides))
-    if states:
+    if states and is_rank_zero():
         say(summarize_states(states), flush=True)
     return Sweep.start(folder, planned)
 

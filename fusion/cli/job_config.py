@@ -83,7 +83,7 @@ def prepare(command: Command, composed: DictConfig, launch: DictConfig) -> tuple
         overrides=tuple(launch.overrides.task),
         config=asdict(typed),
         group=str(choices.get("experiment") or sweep or command.name),
-        rank_zero=_is_rank_zero(),
+        rank_zero=is_rank_zero(),
     )
     return typed, run
 
@@ -138,7 +138,7 @@ def is_sweep(launch: DictConfig) -> bool:
     return launch.mode is not None and launch.mode.name == "MULTIRUN"
 
 
-def _is_rank_zero() -> bool:
+def is_rank_zero() -> bool:
     """Return whether this is the first process, also if SLURM or torchrun started one per device."""
     ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"))
     return all(rank in (None, "", "0") for rank in ranks)

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import resource
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -331,3 +332,53 @@ def test_a_full_disk_fails_the_run_and_the_same_command_stores_it_later(
     assert code == 0, err
     assert "large failed before: rerunning" in out
     assert (store / "large" / "manifest.json").is_file() and not list((store / ".runs").glob("large-*"))
+
+
+def torchrun(place: Path, program: str, nodes: int, words: list[str]) -> list[subprocess.Popen[str]]:
+    """One launcher of torchrun per node; all nodes are this machine."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHON_EXEC": program}
+    environment.pop("FUSION_DATA_DIR", None)
+    shared = [f"--nnodes={nodes}", f"--nproc-per-node={2 // nodes}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    return [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", *shared, f"--node-rank={node}"),
+                *("-m", "fusion.stage1", *words),
+            ],
+            cwd=place,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in range(nodes)
+    ]
+
+
+@pytest.mark.parametrize("how", ["one node", "two nodes", "sweep"])
+def test_torchrun(how: str, place: Path, tiny_backbone: Path, warm_python: str) -> None:
+    """Two processes that torchrun starts train as one does, alone and under -m, on one node and on two."""
+    store, nodes = f"torchrun-{how.replace(' ', '-')}", 2 if how == "two nodes" else 1
+    own = ["+task=films", "logger=csv", f"store={store}", "data.batch_size=4", "trainer.strategy=ddp"]
+    own.append("head.dropout=0")  # draws differ
+    own += [f"trainer.num_nodes={nodes}", f"trainer.devices={2 // nodes}"]
+    own += ["-m", "seed=42,43", "name=films-${seed}"] if how == "sweep" else ["name=films-42"]
+    started = torchrun(place, warm_python, nodes, words_of(tiny_backbone, "stage1", tuple(own)))
+    outputs = [process.communicate(timeout=240)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * nodes, outputs
+    seeds = (42, 43) if how == "sweep" else (42,)
+    assert {path.name for path in (place / store).glob("[!.]*")} == {f"films-{seed}" for seed in seeds}
+    assert "failed" not in outputs[0].replace("0 failed", "")
+    assert outputs[0].count(f"stored {store}/films-") == len(seeds)
+    whole = ("+task=films", "logger=none", f"store={store}-alone", "data.batch_size=8", "head.dropout=0")
+    alone = run(place, tiny_backbone, "stage1", *whole)
+    assert alone.returncode == 0, alone.stderr
+    for part in ("weights", "head"):
+        one = load_file(place / f"{store}-alone" / "films" / f"{part}.safetensors")
+        two = load_file(place / store / "films-42" / f"{part}.safetensors")
+        assert one.keys() == two.keys()
+        for key, weights in one.items():
+            torch.testing.assert_close(two[key], weights, rtol=0, atol=1e-4)

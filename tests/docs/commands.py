@@ -31,7 +31,10 @@ def blocks(page: Path) -> Iterator[tuple[str, str]]:
 
 
 def commands_of(page: Path) -> Iterator[DocumentedCommand]:
-    """The commands of a page, with `$NAME` replaced where an earlier line of the block has set it."""
+    """The commands of a page, with `$NAME` replaced where an earlier line of the block has set it.
+
+    A program that `torchrun` starts is a command by itself.
+    """
     for language, text in blocks(page):
         variables: dict[str, str] = {}
         for line in text.replace("\\\n", " ").splitlines() if language in ("bash", "sh") else ():
@@ -45,6 +48,8 @@ def commands_of(page: Path) -> Iterator[DocumentedCommand]:
                 if len(words) == 1 and (assigned := re.fullmatch(r"([A-Z_]+)=(.*)", words[0])):
                     variables[assigned[1]] = assigned[2]
                 elif words:
+                    if words[0] == "torchrun":  # starts `python -m MODULE`
+                        words = ["python", *words[words.index("-m") :]]
                     yield DocumentedCommand(page, tuple(words))
                 words = []
 

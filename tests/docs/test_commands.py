@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from fusion.cli.config_sources import conf_folder
 from fusion.cli.console import read_arguments
 from fusion.cli.job_config import Command, prepare
-from pipelines import adapterdrop, demo, ranking, two_stage
+from pipelines import adapterdrop, demo, precision, ranking, two_stage
 from pipelines.commands import read_config
 from pipelines.compare.config import read_comparison
 from tests.docs.commands import COMMANDS, PAGES, ROOT, DocumentedCommand, blocks
@@ -38,6 +38,7 @@ PIPELINES = {
     "two_stage": two_stage.TwoStageConfig,
     "ranking": ranking.RankingConfig,
     "adapterdrop": adapterdrop.DropConfig,
+    "precision": precision.PrecisionConfig,
 }
 
 
