@@ -125,7 +125,9 @@ class BaselineWorker(Worker):
         if (key := (case.dropout, case.dtype)) not in self._pretrained and setup.model_type:
             config = AutoConfig.for_model(setup.model_type, **setup.settings)
             config.use_cache = False
-            self._pretrained[key] = AutoModel.from_config(config).to(getattr(torch, case.dtype))
+            self._pretrained[key] = AutoModel.from_config(config, trust_remote_code=False).to(
+                getattr(torch, case.dtype)
+            )
         elif key not in self._pretrained:
             off = {} if case.dropout else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
             config = AutoConfig.from_pretrained(self.setup.backbone, **off)

@@ -80,7 +80,7 @@ def random_model(model_type: str, settings: Mapping[str, Any], dtype: str) -> Ba
     options = {key: value for key, value in family.model_options.items() if key != "use_cache"}
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        model = AutoModel.from_config(config, **options).eval().requires_grad_(False)
+        model = AutoModel.from_config(config, trust_remote_code=False, **options).eval().requires_grad_(False)
     if dtype != "float32":
         model.to(getattr(torch, dtype))
         use_half_precision(model, dtype)
