@@ -78,6 +78,7 @@ def timings(config: DropConfig) -> dict[str, Any]:
     """Time single- and multi-task inference with and without half of the layers dropped: seconds per batch by round."""
     import torch
 
+    from fusion.backbones.forward import last_hidden_states
     from fusion.backbones.slots import SlotAddress
     from fusion.config.data import DataConfig
     from fusion.data.loaders import evaluation_loader
@@ -109,7 +110,7 @@ def timings(config: DropConfig) -> dict[str, Any]:
             model(batch.input_ids, batch.attention_mask, batch.token_type_ids)
 
     models: dict[str, Callable[..., Any]] = {
-        "backbone": lambda ids, mask, types: plain(ids, attention_mask=mask, token_type_ids=types),
+        "backbone": partial(last_hidden_states, plain, backbone.family),
         "one, none dropped": stored_model(one, config.store, backbone.copy()),
         "one, half dropped": stored_model(one, config.store, backbone.copy(), half),
         "several, none dropped": multi_task(0),

@@ -32,6 +32,7 @@ def measure(
     """Measure the backbone's seconds per batch and the ratio of each artifact; return the content of inference.json."""
     import torch
 
+    from fusion.backbones.forward import last_hidden_states
     from fusion.config.data import DataConfig, LimitConfig
     from fusion.data.batches import Batch
     from fusion.data.loaders import evaluation_loader
@@ -57,9 +58,8 @@ def measure(
     batches = [every[number * len(every) // count] for number in range(count)]
 
     def run_bare(batch: Batch) -> object:
-        types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
-        output = bare(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **types)
-        return output.last_hidden_state[:, 0].cpu()
+        inputs = batch.input_ids, batch.attention_mask, batch.token_type_ids
+        return last_hidden_states(bare, backbone.family, *inputs)[:, 0].cpu()
 
     def runner(model: Any) -> Callable[[Batch], object]:
         heads = list(getattr(model.head, "tasks", ()))  # a multi-task model has one head per task
