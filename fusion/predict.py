@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion.backbones.slots import SlotAddress
 from fusion.cli.app import command
 from fusion.cli.console import say
 from fusion.config.commands import PredictConfig
@@ -101,14 +102,15 @@ def lines(
 ) -> Iterator[dict[str, Any]]:
     """Yield the line of each example, see `Kind.lines`, with the mean source attention per layer if recorded.
 
-    If adapters are placed at more than one site, the attention is per `layer.site`.
+    If adapters are placed at more than one site, or in an encoder–decoder model, the attention is per slot.
     """
-    one_site = len({slot.partition(".")[2] for slot in predictions.attention}) == 1
+    addresses = [SlotAddress.parse(slot) for slot in predictions.attention]
+    by_layer = len({address.site for address in addresses}) == 1 and not any(address.stack for address in addresses)
     for row, line in enumerate(kind_of(head.task).lines(head.task, predictions.scores, counts, head.decision)):
         if predictions.attention:
             line["attention"] = {
-                slot.partition(".")[0] if one_site else slot: dict(zip(sources, means[row].tolist(), strict=True))
-                for slot, means in predictions.attention.items()
+                str(address.layer if by_layer else address): dict(zip(sources, means[row].tolist(), strict=True))
+                for address, means in zip(addresses, predictions.attention.values(), strict=True)
             }
         yield line
 

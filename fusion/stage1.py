@@ -49,8 +49,7 @@ def train(config: Stage1Config, run: Run, output: RunOutput) -> dict[str, Any]:
     rows = load_task_rows(config.task_list, config.data, config.loss, backbone)
     torch.manual_seed(config.seed)
     slot_modules = new_adapters(config.adapter, backbone) if output.kind == "adapter" else {}
-    method = config.method.of_family(backbone.family)
-    tuning = tuning_of(method, backbone)
+    tuning = tuning_of(config.method, backbone)
     head = new_heads(config.head, config.task_list, options.pooling, backbone)
     dropout, checkpointing = bool(options.dropout), options.gradient_checkpointing
     model = AdaptedModel(backbone, slot_modules, config.adapter.reads, head, dropout, checkpointing, tuning)
@@ -62,7 +61,8 @@ def train(config: Stage1Config, run: Run, output: RunOutput) -> dict[str, Any]:
         robust_drop=config.adapter.drop == "robust",
         temperature=config.method.temperature,
     )
-    parts = {"adapter": adapter, "method": method.as_stored() if tuning is not None else None}
+    method = None if tuning is None else config.method.of_family(backbone.family).as_stored()
+    parts = {"adapter": adapter, "method": method}
     return train_and_store(
         StageSpec(config, run, output, model, backbone, rows, config.method.name, parts, objective, initial=initial)
     )

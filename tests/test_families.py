@@ -149,7 +149,7 @@ def test_the_fingerprint_depends_on_every_setting_that_changes_the_output(name: 
 
     def states_with(**changes: Any) -> Tensor:
         values = {key: value for key, value in (config.to_dict() | changes).items() if key != "model_type"}
-        model = AutoModel.from_config(AutoConfig.for_model(family.name, **values), **tiny_models.options_of(family))
+        model = AutoModel.from_config(AutoConfig.for_model(family.name, **values), **family.model_options)
         model.double().eval().requires_grad_(False).load_state_dict(backbone.model.state_dict())
         return tiny_models.run(model, name)
 
@@ -226,6 +226,16 @@ def test_a_killed_run_is_resumed_with_the_same_bits(name: str, place: Bench, mon
             place.stage1("films", name="killed", **shared)
     place.stage1("films", name="killed", **shared)
     assert same(place.weights("killed"), place.weights("whole"))
+
+
+def test_the_attention_of_a_single_slot_of_a_decoder_has_its_address(tmp_path: Path) -> None:
+    bench = Bench(tmp_path / "work", tiny_models.save(tmp_path / "backbone", "t5"))
+    shared = small(bench)
+    for source in ("films", "books"):
+        bench.stage1(source, adapter=AdapterConfig(stacks=["decoder"], layers=[2]), **shared)
+    bench.stage2("plays", ["films", "books"], **shared)
+    (line,) = bench.predict("plays-adapterfusion", [{"text": "a good film"}], attention=True)
+    assert set(line["attention"]) == {"decoder.2.feedforward"}
 
 
 def test_what_a_family_does_not_have_is_refused(tmp_path: Path) -> None:

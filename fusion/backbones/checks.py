@@ -33,8 +33,9 @@ def fit_tokenizer(
 ) -> None:
     """Adapt a tokenizer to its model. Raises UserError if they, or `max_length` (if set), are incompatible.
 
-    Without a padding token, EOS is used: padding is masked. Token types are omitted if the model has at most one. A model whose positions count padding is padded on the right,
-    since the logits of a text would otherwise depend on the other texts of its batch.
+    Without a padding token, EOS is used: padding is masked. Token types are omitted if the model has at most one. A
+    model whose positions count padding is padded on the right, since the logits of a text would otherwise depend on the
+    other texts of its batch.
     """
     types = getattr(config, "type_vocab_size", 0)
     if types <= 1:
@@ -72,14 +73,12 @@ def fit_tokenizer(
             f"{what}: its tokenizer {problem}\n"
             "Use the tokenizer of the model, or a different copy of both: backbone.name_or_path=FOLDER"
         )
-    table = getattr(config, "max_position_embeddings", None)  # T5 has relative positions
     if max_length is None:
         return
-    if table is None:
-        check_length(tokenizer, max_length)
-        return
-    positions = table - (config.pad_token_id or 0) - 1 if family.positions_follow_padding else table
-    if max_length > positions:
+    table = positions = getattr(config, "max_position_embeddings", None)  # T5 has relative positions
+    if table is not None and family.positions_follow_padding:
+        positions = table - (config.pad_token_id or 0) - 1
+    if positions is not None and max_length > positions:
         how = f" (max_position_embeddings={table}, minus padding)" if positions != table else ""
         raise UserError(
             f"data.max_length={max_length}: {what} has only {positions} positions{how}\n"

@@ -42,6 +42,7 @@ class Family:
         stacks: stacks by name, from the one that reads the input to the one whose output is the model's; a single stack
             has the empty name.
         model_options: additional arguments of the model's constructor.
+        has_cache: whether the config has `use_cache`; the key-value cache is only used in generation.
         positions_follow_padding: whether position ids count non-padding tokens, from `pad_token_id` + 1, instead of all
             tokens from 0.
         repeated: whether the model uses each module of `layers` for multiple layers (ALBERT).
@@ -59,6 +60,7 @@ class Family:
     architecture: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     shift_right: bool = False
+    has_cache: bool = False
 
     @property
     def first_stack(self) -> Stack:
@@ -266,7 +268,6 @@ _T5_ARCHITECTURE = (
     *("dense_act_fn", "decoder_start_token_id"),
 )
 _NO_POOLER = {"add_pooling_layer": False}  # heads have their own pooling
-_NO_CACHE = {"use_cache": False}  # the key-value cache is only used in generation
 
 
 def _decoder(
@@ -276,7 +277,8 @@ def _decoder(
     layers: str = "layers",
     outputs: int | None = None,
 ) -> Family:
-    return Family(name, {"": Stack(layers, sites, outputs, pooling="last")}, _NO_CACHE, architecture=architecture)
+    stacks = {"": Stack(layers, sites, outputs, pooling="last")}
+    return Family(name, stacks, architecture=architecture, has_cache=True)
 
 
 _LIST = (
@@ -340,8 +342,8 @@ _LIST = (
         Family(
             name,
             {"encoder": Stack("encoder.layers", encoder), "decoder": Stack("decoder.layers", decoder, pooling="last")},
-            _NO_CACHE,
             architecture=_BART_ARCHITECTURE,
+            has_cache=True,
         )
         for name, encoder, decoder in (
             ("bart", _BART_SITES, _BART_DECODER_SITES),
@@ -358,9 +360,9 @@ _LIST = (
                     ("decoder", _T5_DECODER_SITES, "last"),
                 )
             },
-            _NO_CACHE,
             architecture=_T5_ARCHITECTURE,
             shift_right=True,
+            has_cache=True,
         )
         for name in ("t5", "mt5")
     ),

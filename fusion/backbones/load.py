@@ -129,7 +129,9 @@ def load_backbone(
     mapped = len(stored) == 1 and stored <= _DTYPES.keys()
     loaded_in = _DTYPES[next(iter(stored))] if mapped else torch.float32
     # `check_complete` raises for mismatched sizes.
-    options = {"dtype": loaded_in, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options: dict[str, Any] = {"dtype": loaded_in, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    if family.has_cache:
+        options["use_cache"] = False
     model, loading = load(AutoModel, **options, **family.model_options)
     if encoder_only:
         del model.decoder  # its tensors are memory-mapped, and have not been read yet

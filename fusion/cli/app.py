@@ -134,7 +134,7 @@ def _main(command: Command) -> int:
         if not _end_of_sweep() and not hint:  # a launcher raises for a killed job, which is listed
             traceback.print_exc()
         return _error(f"{command.name} failed: {describe(error)}{hint}", 1)
-    return max(codes, default=0) if _sweep is None or not is_rank_zero() else _end_of_sweep()
+    return max(codes, default=0) if _sweep is None else _end_of_sweep()
 
 
 def _job(command: Command, program: list[str], composed: DictConfig, codes: list[int]) -> Any:
@@ -190,7 +190,7 @@ def _job(command: Command, program: list[str], composed: DictConfig, codes: list
 
 def _end_of_sweep() -> int:
     """Print the table of a sweep, one line of counts, and the failed jobs. Returns 1 if any job failed."""
-    if _sweep is None or not is_rank_zero():  # rank 0 records the jobs
+    if _sweep is None:
         return 0
     from fusion.cli.finished import end_of_sweep
 
@@ -230,9 +230,10 @@ class Preflight(Callback):
             constant = ",".join(f"'{one.key_or_group}'" for one in overrides if not one.is_sweep_override())
             config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{constant}]")
             if is_hydras_own(config.hydra.sweeper):
-                _sweep = _checked_sweep(config, folder, overrides)
+                sweep = _checked_sweep(config, folder, overrides)
             else:  # a custom sweeper: each job is checked when it starts
-                _sweep = Sweep.start(folder)
+                sweep = Sweep.start(folder)
+            _sweep = sweep if is_rank_zero() else None  # rank 0 records the jobs
             wandb_state.sweep = folder.absolute()
 
 

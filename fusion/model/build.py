@@ -53,18 +53,14 @@ def configured_backbone(config: BackboneConfig, max_length: int | None) -> Backb
 
 
 def backbone_of(
-    manifest: Manifest,
-    config: SameBackboneConfig | None = None,
-    max_length: int | None = None,
-    dtype: str | None = None,
+    manifest: Manifest, config: SameBackboneConfig | None = None, max_length: int | None = None
 ) -> Backbone:
-    """Load an artifact's backbone, with its dtype unless another is set. Settings in `config` override the manifest."""
+    """Load an artifact's backbone. Settings in `config` override the manifest."""
     config, stored = config or SameBackboneConfig(), manifest.backbone
     name, revision = config.name_or_path, config.revision
     if name is None:
         name, revision = stored.name_or_path, revision or stored.revision
-    dtype = dtype or config.dtype or stored.dtype
-    trust, accept = config.trust_remote_code, config.accept_licence
+    trust, accept, dtype = config.trust_remote_code, config.accept_licence, config.dtype or stored.dtype
     return load.load_backbone(name, revision, trust, max_length, dtype, stored.encoder_only, accept)
 
 

@@ -156,7 +156,6 @@ def _shape(config: StageConfig, manifest: Manifest, sources: Sequence[Manifest])
             here, there = (None if (key, value) == ("drop", "robust") else value for value in values)
             found[f"{part}.{key}"] = here, there
 
-    family = FAMILIES.get(manifest.backbone.family)
     if isinstance(config, Stage1Config) and manifest.adapter is not None:
         stored, asked = manifest.adapter.settings, config.adapter
         compare("adapter", stored, asked, ("sites", "reads", "nonlinearity", "scaling", "shared", "layers", "drop"))
@@ -164,9 +163,8 @@ def _shape(config: StageConfig, manifest: Manifest, sources: Sequence[Manifest])
         size = asked.size_for(manifest.backbone.hidden_size)
         found["adapter.bottleneck_size"] = sizes[0] if len(sizes) == 1 else sizes, size
     elif isinstance(config, Stage1Config) and manifest.method is not None:
-        method = config.method
-        if family is not None:
-            method = method.of_family(family)
+        family = FAMILIES.get(manifest.backbone.family)
+        method = config.method if family is None else config.method.of_family(family)
         compare("method", manifest.method, method, method.definition.shaping)
     elif isinstance(config, Stage2Config) and manifest.composition is not None:
         fused, given = manifest.composition.settings, config.composition

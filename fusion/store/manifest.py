@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
+from fusion.backbones.slots import SlotAddress
 from fusion.config.compositions import TRAINING_ONLY, CompositionConfig
 from fusion.config.methods import METHODS, MethodConfig
 from fusion.config.model import DTYPES, POOLINGS, AdapterConfig
@@ -366,13 +367,17 @@ def _check_kind(manifest: Manifest) -> None:
     if adapter is None:
         return
     sites, sizes, depths = adapter.settings.sites, adapter.bottleneck_sizes, manifest.backbone.depths
-    prefixes = [f"{stack}.{n}" if stack else f"{n}" for stack, depth in depths.items() for n in range(depth)]
-    slots = {f"{prefix}.{site}" for prefix in prefixes for site in sites}
+    addresses = [
+        SlotAddress(stack, layer, site) for stack, depth in depths.items() for layer in range(depth) for site in sites
+    ]
+    slots = {str(address) for address in addresses}
     if not sizes or not slots >= sizes.keys():
+        layers = " and ".join(
+            f"{depth} {stack} layers" if stack else f"{depth} layers" for stack, depth in depths.items()
+        )
         raise UserError(
-            f"adapter.bottleneck_sizes has {listed(sizes.keys() - slots)}, expected slots of "
-            f"{', '.join(f'{depth} {stack} layers'.replace('  ', ' ') for stack, depth in depths.items())} with "
-            f"{', '.join(sites)}, such as {prefixes[0]}.{sites[0]}"
+            f"adapter.bottleneck_sizes has {listed(sizes.keys() - slots)}, expected slots of {layers} with "
+            f"{', '.join(sites)}, such as {addresses[0]}"
         )
     for site in sites if adapter.settings.shared else ():
         if len({size for slot, size in sizes.items() if slot.endswith(f".{site}")}) > 1:

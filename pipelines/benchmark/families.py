@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
+from statistics import median
 from typing import Any
 
 from fusion.cli.console import columns
@@ -15,7 +15,6 @@ from pipelines.commands import say
 
 SHAPE = (4, 384)  # layers of each stack, and hidden size
 FEW, MANY = 2, 14  # sources of the fusions whose steps are compared
-Medians = dict[tuple[str, Case], list[float]]
 
 
 def families(session: Session) -> Report:
@@ -60,14 +59,10 @@ def families(session: Session) -> Report:
                 ratio(f"{name}: one adapter, step: the baseline over ours", *pairs[0]),
                 ratio(f"{name}: fusion of {fused.sources}, step: the baseline over ours", *pairs[1]),
             ]
-            theirs = [f"{_median(rival) / _median(ours):.2f}x" for rival, ours in pairs]
-        values = [_median(seconds(case)) for case in (bare, one, fused, one_step, fused_step)]
+            theirs = [f"{median(rival) / median(ours):.2f}x" for rival, ours in pairs]
+        values = [median(seconds(case)) for case in (bare, one, fused, one_step, fused_step)]
         infer = [f"{values[0]:.4f}", *(f"{value / values[0]:.2f}x" for value in values[1:3])]
         rows.append([name, *infer, *(f"{value:.4f}" for value in values[3:]), f"{peak / 2**20:.1f}", *theirs])
         found.append({"family": name, "peak_bytes": peak, "unsupported": unsupported})
     start = f"\nrandom models of {layers} layers, hidden size {hidden_size}; fusion of {fused.sources}; x: over the bare model"
     return Report(figures, timings, more={"families": found}, lines=[start, *columns(rows)])
-
-
-def _median(values: list[float]) -> float:
-    return statistics.median(values)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fusion.backbones.load import Backbone
 
 HEAD_SIZE = 64
+VOCABULARY = 8000  # of models without a template
 
 
 def save_random_backbone(template: Path, layers: int, hidden_size: int, folder: Path) -> Path:
@@ -33,24 +34,22 @@ def save_random_backbone(template: Path, layers: int, hidden_size: int, folder: 
     return folder
 
 
-VOCABULARY = 8000
-
-
 def model_settings(model_type: str, layers: int, hidden_size: int) -> dict[str, Any]:
     """Return the config values of a model with heads of size 64 and feed-forward layers four times as wide."""
     heads, wide = hidden_size // HEAD_SIZE, 4 * hidden_size
     common = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if model_type in ("gpt2", "gptj"):
-        sizes = {"n_embd": hidden_size, "n_layer": layers, "n_head": heads, "n_inner": wide, "rotary_dim": HEAD_SIZE}
-        return common | {key: value for key, value in sizes.items() if model_type == "gptj" or key != "rotary_dim"}
+        sizes = {"n_embd": hidden_size, "n_layer": layers, "n_head": heads, "n_inner": wide}
+        return common | sizes | ({"rotary_dim": HEAD_SIZE} if model_type == "gptj" else {})
     if model_type == "distilbert":
         return common | {"dim": hidden_size, "n_layers": layers, "n_heads": heads, "hidden_dim": wide}
     if model_type in ("t5", "mt5"):
         sizes = {"d_model": hidden_size, "num_layers": layers, "num_heads": heads, "d_kv": HEAD_SIZE, "d_ff": wide}
         return common | sizes | {"decoder_start_token_id": 0}
     if model_type in ("bart", "mbart"):
-        sizes = {f"{s}_{key}": n for s in ("encoder", "decoder") for key, n in _bart_sizes(layers, heads, wide).items()}
-        return common | {"d_model": hidden_size} | sizes
+        sizes = {"layers": layers, "attention_heads": heads, "ffn_dim": wide}
+        both = {f"{stack}_{key}": size for stack in ("encoder", "decoder") for key, size in sizes.items()}
+        return common | {"d_model": hidden_size} | both
     sizes = {"hidden_size": hidden_size, "num_hidden_layers": layers, "num_attention_heads": heads}
     sizes["intermediate_size"] = wide
     if model_type in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"):
@@ -60,10 +59,6 @@ def model_settings(model_type: str, layers: int, hidden_size: int) -> dict[str, 
     if model_type == "albert":
         sizes["embedding_size"] = 128
     return common | sizes
-
-
-def _bart_sizes(layers: int, heads: int, wide: int) -> dict[str, int]:
-    return {"layers": layers, "attention_heads": heads, "ffn_dim": wide}
 
 
 def random_model(model_type: str, settings: Mapping[str, Any], dtype: str) -> Backbone:
@@ -77,10 +72,11 @@ def random_model(model_type: str, settings: Mapping[str, Any], dtype: str) -> Ba
     family = FAMILIES[model_type]
     config = AutoConfig.for_model(model_type, **settings)
     config.use_cache = False
-    options = {key: value for key, value in family.model_options.items() if key != "use_cache"}
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        model = AutoModel.from_config(config, trust_remote_code=False, **options).eval().requires_grad_(False)
+        model = (
+            AutoModel.from_config(config, trust_remote_code=False, **family.model_options).eval().requires_grad_(False)
+        )
     if dtype != "float32":
         model.to(getattr(torch, dtype))
         use_half_precision(model, dtype)

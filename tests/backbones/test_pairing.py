@@ -89,6 +89,15 @@ def test_one_token_type_accepts_a_tokenizer_with_two(tmp_path: Path) -> None:
     assert encode(rows, two.tokenizer, 16, tmp_path / "cache").batch([0]).token_type_ids is not None
 
 
+def test_a_token_type_beyond_the_embeddings_is_refused(tmp_path: Path) -> None:
+    folder = save_backbone(tmp_path / "bert")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["post_processor"]["pair"][-1]["SpecialToken"]["type_id"] = 2
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match=r"returns token type 2, but the model has type_vocab_size=2"):
+        load_backbone(str(folder))
+
+
 def test_a_smaller_vocabulary_is_fine(tmp_path: Path) -> None:
     load_backbone(str(save_backbone(tmp_path / "bert", vocab_size=40)))
 

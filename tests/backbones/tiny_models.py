@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
-from fusion.backbones.families import FAMILIES, Family
+from fusion.backbones.families import FAMILIES
 from fusion.backbones.load import Backbone, separate_repeated_layers
 from tests.tiny_backbone import WORDS
 
@@ -73,7 +73,7 @@ def made(name: str, separate: bool = True) -> Backbone:
     given = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
     config = AutoConfig.for_model(family.name, **given | SETTINGS[name])
     config.use_cache = False
-    model = AutoModel.from_config(config, **options_of(family)).double().eval()
+    model = AutoModel.from_config(config, **family.model_options).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -81,11 +81,6 @@ def made(name: str, separate: bool = True) -> Backbone:
         separate_repeated_layers(model, family)
     model.requires_grad_(False)
     return Backbone(name, model, family, "none", HIDDEN, cast(Any, None), "none")
-
-
-def options_of(family: Family) -> dict[str, Any]:
-    """Arguments of a model's constructor."""
-    return {key: value for key, value in family.model_options.items() if key != "use_cache"}
 
 
 def linear_widths(module: nn.Module) -> tuple[int, int]:

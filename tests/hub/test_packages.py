@@ -108,9 +108,9 @@ def test_one_of_two_processes_fetches_it(index: Index, monkeypatch: pytest.Monke
     calls: list[str] = []
     download = packages.pip_download
 
-    def counted(*arguments: Any) -> str:
+    def counted(*arguments: Any, **options: Any) -> str:
         calls.append("")
-        return download(*arguments)
+        return download(*arguments, **options)
 
     monkeypatch.setattr(packages, "pip_download", counted)
     threads = [threading.Thread(target=fetch, args=(NAME,)) for _ in range(3)]
