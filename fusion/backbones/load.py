@@ -25,6 +25,7 @@ from fusion.backbones.files import CONFIG, FIX, check_config, check_files, locat
 from fusion.backbones.float32_products import multiply_in_float32
 from fusion.backbones.mapped_memory import page_out
 from fusion.backbones.precision import multiplies
+from fusion.backbones.sharding import whole
 from fusion.errors import UserError
 from fusion.hub.access import from_cache_or_hub, own_code_refused, warn_of_own_code
 from fusion.hub.packages import fetch
@@ -259,11 +260,11 @@ def separate_repeated_layers(model: PreTrainedModel, family: Family) -> None:
 
 
 def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Return the sha256 over names, dtypes, shapes and bytes."""
+    """Return the sha256 over names, dtypes, shapes and bytes. Collective if tensors are sharded."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        plain = tensor.detach().cpu().contiguous()
+        plain = whole(tensor.detach()).cpu().contiguous()
         digest.update(plain.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

@@ -68,6 +68,11 @@ class StageConfig(Settings):
             not (self.compile and self.backbone.gradient_checkpointing),
             "compile=true and backbone.gradient_checkpointing=true are incompatible: set one of them to false",
         )
+        require(
+            not self.trainer.shards or self.backbone.cache in ("auto", "off"),
+            f"backbone.cache={self.backbone.cache}: with trainer.strategy=fsdp, features cannot be cached, since no "
+            "process has all weights; expected backbone.cache=off",
+        )
         require_max_length(self.data)
         if self.task is not None:
             self.loss.check([self.task])
@@ -104,6 +109,10 @@ class Stage1Config(StageConfig):
             definition.dtype is None or self.backbone.dtype in (definition.dtype, "auto"),
             f"backbone.dtype={self.backbone.dtype}: method={method} trains weights of the backbone, which must be float32; "
             "expected trainer.precision=bf16-mixed to compute in bfloat16",
+        )
+        require(
+            not (self.trainer.shards and definition.whole),
+            f"trainer.strategy=fsdp: only frozen weights are sharded, and method={method} has none; expected trainer.strategy=ddp",
         )
         require(
             definition.kind == ADAPTER or self.adapter.drop is None,

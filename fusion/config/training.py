@@ -132,6 +132,19 @@ class TrainerConfig(Settings, group="trainer"):
     enable_autolog_hparams: bool = False
     model_registry: Optional[str] = None
 
+    @property
+    def shards(self) -> bool:
+        """Whether the frozen weights are sharded over the processes, see `fusion.training.frozen_weights`."""
+        return self.strategy == "fsdp"
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of Lightning's Trainer.
+
+        Its own `fsdp` would shard trainable parameters as well, and requires GPUs. Weights that are gathered in
+        inference mode could not be used in training.
+        """
+        return vars(self) | ({"strategy": "ddp", "inference_mode": False} if self.shards else {})
+
 
 def _wandb_name(default: str | None) -> Any:
     def accepts(value: str | None) -> bool:

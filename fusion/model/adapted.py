@@ -101,6 +101,10 @@ class AdaptedModel(nn.Module):
                 if buffer.is_floating_point():
                     setattr(module, name, buffer.to(self.dtype))
 
+    def layers(self) -> list[nn.Module]:
+        """Return the layers of all stacks, in order of execution."""
+        return [layer for stack in self._family.stacks for layer in self._layers_of(stack)]
+
     def _layers_of(self, stack: str) -> nn.ModuleList:
         return self._family.layer_list(self.backbone, stack)
 

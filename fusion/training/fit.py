@@ -31,6 +31,7 @@ from fusion.training import lightning_internals as internals
 from fusion.training.callbacks import Best, EpochLine, OutOfMemory, ProgressBar, Speed, best_epoch
 from fusion.training.checkpoints import LAST, Checkpoints, Interrupts, Loaded, check_tokenizer, read_checkpoint
 from fusion.training.expected_warnings import ignore_expected_warnings
+from fusion.training.frozen_weights import FrozenWeights
 from fusion.training.guard import Guard
 from fusion.training.losses import divergence
 from fusion.training.memory import Memory, available, expected_memory, in_bytes
@@ -103,7 +104,7 @@ def fit(spec: FitSpec) -> Fit:
     bar = [ProgressBar(monitor)] if settings.enable_progress_bar and shows_progress() else []
     last_callback = Checkpoints(folder, config.checkpoint_minutes, interrupts, spec.tokenizer)
     # The guard comes first, so that no callback saves weights that fail its checks; checkpoints come last.
-    first = [Guard(model, checkpoints), memory, best, EpochLine(monitor), speed]
+    first = [Guard(model, checkpoints), FrozenWeights(model, settings.shards), memory, best, EpochLine(monitor), speed]
     callbacks = [*first, *spec.callbacks, FirstOfEpoch(), *bar, last_callback]
     trainer = make_trainer(settings, callbacks, list(spec.loggers), last)
     device = trainer.strategy.root_device
@@ -118,7 +119,7 @@ def fit(spec: FitSpec) -> Fit:
         log.info("resuming %s", "after the last epoch" if done else f"at epoch {epoch + 1}, batch {batch + 1}")
     return_freed_memory()  # the peak is measured from now on
     speed.start(device)
-    if model.trainable():
+    if model.trainable() and not settings.shards:
         with trainer.precision_plugin.forward_context():
             speed.expected = _expected_memory(config, model, batches, device, features is not None, overhead)
     broken = None
@@ -216,7 +217,7 @@ def make_trainer(
 
     Raises UserError if Lightning rejects a value. `last` is the checkpoint to resume from.
     """
-    arguments: dict[str, Any] = vars(config) | {
+    arguments = config.arguments() | {
         "enable_checkpointing": False,
         "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in callbacks),
         "callbacks": callbacks,

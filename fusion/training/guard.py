@@ -15,6 +15,7 @@ import torch
 from pytorch_lightning import Callback, Trainer
 from torch import Tensor
 
+from fusion.backbones.sharding import is_sharded, own_shard
 from fusion.errors import GuardError, UserError
 from fusion.model.adapted import AdaptedModel, hash_of_hashes
 from fusion.training.processes import gathered
@@ -63,6 +64,9 @@ class Guard(Callback):
                 f"trainer.precision={trainer.precision} converted frozen tensors to {frozen[converted[0]].dtype}: "
                 f"{_listed(converted)}; no artifact was saved"
             )
+        if any(is_sharded(tensor) for tensor in frozen.values()):
+            _raise_if(_differing(self._hashes, self._model.frozen_hashes()), "before the first step")
+            self._checksums = _checksums(frozen)  # of this process's shards
         _raise_if(_differing(self._checksums, _checksums(frozen)), "before the first step")
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -181,7 +185,7 @@ def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """
     sums: dict[torch.device, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        flat = tensor.detach().contiguous().flatten()
+        flat = own_shard(tensor.detach()).contiguous().flatten()
         size = flat.element_size()
         if flat.numel() * size % 8 == 0:  # depends on the content only, so that it is the same on all devices
             if flat.data_ptr() % 8 or flat.storage_offset() * size % 8:

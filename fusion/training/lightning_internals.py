@@ -1,4 +1,4 @@
-"""All uses of Lightning's private API in training, each with its reason; tests/test_resume.py covers most of them."""
+"""All uses of the private API of Lightning, and of DDP, in training, each with its reason; tests/test_resume.py covers most of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import pytorch_lightning as lightning
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from torch.nn.parallel import DistributedDataParallel
 
 
 def processes_to_start(trainer: lightning.Trainer) -> int:
@@ -18,6 +19,14 @@ def processes_to_start(trainer: lightning.Trainer) -> int:
     if not isinstance(launcher, _SubprocessScriptLauncher):
         return 1
     return 1 if launcher.cluster_environment.creates_processes_externally else trainer.num_devices
+
+
+def ignore_in_ddp(module: lightning.LightningModule, names: list[str]) -> None:
+    """Let DDP neither broadcast these tensors at the start nor, if they are buffers, in each step.
+
+    torch has no public argument for it; `broadcast_buffers=False` would still broadcast them at the start.
+    """
+    cast(Any, DistributedDataParallel)._set_params_and_buffers_to_ignore_for_model(module, names)
 
 
 def leave_signals_alone(trainer: lightning.Trainer) -> None:

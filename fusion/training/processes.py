@@ -51,7 +51,7 @@ _ERRORS: dict[str, type[BaseException]] = {
 
 def count(trainer: TrainerConfig) -> int:
     """Return the number of processes of a job on this machine. Raises UserError if Lightning rejects the settings."""
-    if trainer.devices in (1, "1") and trainer.num_nodes == 1:
+    if trainer.devices in (1, "1") and trainer.num_nodes == 1 and not trainer.shards:
         return 1  # the common case, without importing Lightning
     import pytorch_lightning as pl
 
@@ -60,12 +60,17 @@ def count(trainer: TrainerConfig) -> int:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its tips
     keys = ("accelerator", "strategy", "devices", "num_nodes")
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    settings = {key: getattr(trainer, key) for key in keys} | dict.fromkeys(off, False)
+    settings = {key: trainer.arguments()[key] for key in keys} | dict.fromkeys(off, False)
+    given = " ".join(f"trainer.{key}={getattr(trainer, key)}" for key in keys[:3])
     try:
-        return processes_to_start(pl.Trainer(**settings))
+        planned = pl.Trainer(**settings)
     except Exception as error:
-        given = " ".join(f"trainer.{key}={settings[key]}" for key in keys[:3])
         raise UserError(f"{given}: {error}") from error
+    if trainer.shards and planned.world_size == 1:
+        raise UserError(
+            f"{given}: there is only one process, so nothing can be sharded; expected trainer.devices=2 or more"
+        )
+    return processes_to_start(planned)
 
 
 def program(function: Callable[..., Any]) -> list[str]:

@@ -19,6 +19,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.backbones import tiny_models
 from tests.bench import LABELS, rating_row, rows_of, write_rows, write_task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -379,6 +380,25 @@ def test_torchrun(how: str, place: Path, tiny_backbone: Path, warm_python: str) 
     for part in ("weights", "head"):
         one = load_file(place / f"{store}-alone" / "films" / f"{part}.safetensors")
         two = load_file(place / store / "films-42" / f"{part}.safetensors")
+        assert one.keys() == two.keys()
+        for key, weights in one.items():
+            torch.testing.assert_close(two[key], weights, rtol=0, atol=1e-4)
+
+
+@pytest.mark.usefixtures("warm")
+@pytest.mark.parametrize("name", ["albert", "llama", "gemma3_text", "gptj", "t5"])
+def test_two_processes_with_sharded_weights_train_as_one(name: str, place: Path, tmp_path: Path) -> None:
+    """A model of each block layout; the guard compares the frozen weights of all shards before and after training."""
+    folder = tiny_models.save(tmp_path / "backbone", name)
+    shared = ("+task=films", "logger=none", "head.dropout=0", f"store={tmp_path / 'store'}")
+    for own in (
+        ("name=two", "trainer.devices=2", "trainer.strategy=fsdp", "data.batch_size=4"),
+        ("name=one", "trainer.devices=1", "data.batch_size=8"),
+    ):
+        done = run(place, folder, "stage1", *shared, *own)
+        assert done.returncode == 0, done.stderr
+    for part in ("weights", "head"):
+        one, two = (load_file(tmp_path / "store" / artifact / f"{part}.safetensors") for artifact in ("one", "two"))
         assert one.keys() == two.keys()
         for key, weights in one.items():
             torch.testing.assert_close(two[key], weights, rtol=0, atol=1e-4)
