@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from fusion.model.build import stored_model
 from fusion.store.artifacts import load
 from tests.backbones import tiny_models
 from tests.backbones.tiny_models import HIDDEN, IDS, LAYERS, MASK, SETTINGS
-from tests.bench import Bench, add_callback, same, trainer_config
+from tests.bench import Bench, add_callback, quiz_row, rating_row, rows_of, same, trainer_config, write_rows
+from tests.tasks.test_multi_label_stages import moods_row, moods_task
+from tests.tasks.test_tagging_stages import write as write_nouns
 from tests.test_resume import Cut
 
 PLACEMENTS = {
@@ -123,6 +126,42 @@ def test_the_other_commands(tmp_path: Path) -> None:
         assert slots[-1] in str(inspected)
         ranked = bench.rank("plays", backbone=backbone)
         assert {row["name"] for row in ranked["sources"]} == {"films", "books"}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "bart"])
+def test_every_kind_of_task(name: str, place: Bench) -> None:
+    """Regression, multiple choice, several labels and tags, on decoders and encoder–decoder models."""
+    draw = random.Random(0)
+    place.add_rating()
+    place.add_quiz()
+    write_rows(place.folder / "data" / "moods", rows_of(moods_row))
+    place.tasks["moods"] = moods_task()
+    place.tasks["nouns"] = write_nouns(place.folder / "data" / "nouns")
+    shared = small(place)
+    place.stage1("films", **shared)
+    rows = {
+        "rating": rating_row(draw),
+        "quiz": quiz_row(draw),
+        "moods": moods_row(draw),
+        "nouns": {"tokens": ["The", "cat"]},
+    }
+    for task, row in rows.items():
+        place.stage1(task, **shared)
+        fused = place.stage2(task, [task, "films"], **shared)
+        evaluated = place.evaluate(f"{task}-adapterfusion", split="validation")["metrics"]["validation"]
+        assert evaluated == pytest.approx(fused["metrics"]["validation"], abs=1e-5)  # merged matrices: rounding
+        (line,) = place.predict(f"{task}-adapterfusion", [row])
+        assert set(line) == PREDICTED[task]
+        pooling = load(task, place.folder / "store").manifest.head.pooling
+        assert pooling == ("words" if task == "nouns" else "last")
+
+
+PREDICTED = {  # the keys of a prediction
+    "rating": {"score"},
+    "quiz": {"label", "scores"},
+    "moods": {"labels", "scores"},
+    "nouns": {"labels", "scores"},
+}
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -28,6 +28,11 @@ def moods_row(draw: random.Random) -> dict[str, Any]:
     return {"text": " ".join(words), "moods": own}
 
 
+def moods_task() -> TaskConfig:
+    metrics = ["micro_f1", "macro_f1", "subset_accuracy"]
+    return TaskConfig(name="moods", kind="multi_label", text="text", label="moods", labels=NAMES, metrics=metrics)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Bench:
     bench = Bench(tmp_path_factory.mktemp("moods") / "a folder", tiny_backbone)
@@ -35,14 +40,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Be
     counts = {"train": 48, "validation": 24, "test": 12}
     rows = {split: [moods_row(draw) for _ in range(count)] for split, count in counts.items()}
     write_rows(bench.folder / "data" / "moods", rows)
-    bench.tasks["moods"] = TaskConfig(
-        name="moods",
-        kind="multi_label",
-        text="text",
-        label="moods",
-        labels=NAMES,
-        metrics=["micro_f1", "macro_f1", "subset_accuracy"],
-    )
+    bench.tasks["moods"] = moods_task()
     bench.stage1("films")
     for command, kind, changes in ((stage1, Stage1Config, {}), (stage2, Stage2Config, {"sources": ["moods", "films"]})):
         config: Any = kind(**bench.settings("moods", **changes))

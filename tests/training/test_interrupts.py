@@ -17,6 +17,7 @@ import yaml
 
 from fusion.runs.signals import Forward, Terminated
 from fusion.training.checkpoints import SIGNALS, Interrupts
+from tests.backbones import tiny_models
 from tests.bench import LABELS, write_task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -185,10 +186,11 @@ def _only(folder: Path, pattern: str, process: subprocess.Popen[str]) -> list[Pa
 
 
 @pytest.mark.usefixtures("warm")
-def test_a_preempted_slurm_job_resumes_after_requeueing(place: Path, tiny_backbone: Path) -> None:
-    """With submitit's local executor, which requeues a job as SLURM does."""
+def test_a_preempted_slurm_job_resumes_after_requeueing(place: Path, tmp_path: Path) -> None:
+    """With submitit's local executor, which requeues a job as SLURM does; on an encoder–decoder model."""
+    backbone = tiny_models.save(tmp_path / "backbone", "t5")
     process = start(
-        place, tiny_backbone, "name=preempted", "trainer.max_epochs=15", "hydra/launcher=submitit_local",
+        place, backbone, "name=preempted", "trainer.max_epochs=15", "hydra/launcher=submitit_local",
         "hydra.launcher.timeout_min=10", "hydra.sweep.dir=preempted", "-m",
     )  # fmt: skip
     try:
