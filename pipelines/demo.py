@@ -14,7 +14,7 @@ import math
 import os
 import shlex
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +39,29 @@ METHODS = {
     ),
 }
 
+# Defaults of the sizes, by backbone: a step of the larger ones takes ten times as long.
+SIZES = {"minilm": {"rows": 3000, "source_epochs": 3, "target_epochs": 20}}
+LARGER = {"rows": 1000, "source_epochs": 1, "target_epochs": 10}
+
 
 @dataclass
 class DemoConfig(Settings):
     labels: int = integer(100, 1)  # training examples of the target; as many others select the best epoch
     seed: int = integer(0, 0, MAX_SEED)  # of the initialization and the order of the examples
-    rows: int = integer(3000, 1)  # maximum number of training examples per source
-    source_epochs: int = integer(3, 1)
-    target_epochs: int = integer(20, 1)
+    # Maximum number of training examples per source, and epochs. By default, what takes minutes: see `SIZES`.
+    rows: int | None = integer(None, 1, null="the default of the backbone")
+    source_epochs: int | None = integer(None, 1, null="the default of the backbone")
+    target_epochs: int | None = integer(None, 1, null="the default of the backbone")
     backbone: str = "minilm"
     accept_licence: bool = False  # of the backbone, if it is only available under such terms
     output: str = "outputs/demo"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._defaults = SIZES.get(self.backbone, LARGER)
+        for name, value in self._defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
     @property
     def folder(self) -> Path:
@@ -58,9 +70,9 @@ class DemoConfig(Settings):
         All values of `labels` use the same source adapters.
         """
         parts = [*([] if self.backbone == DemoConfig.backbone else [self.backbone]), f"seed-{self.seed}"]
-        for f in fields(self):
-            if f.name in ("rows", "source_epochs", "target_epochs") and getattr(self, f.name) != f.default:
-                parts.append(f"{f.name}-{getattr(self, f.name)}")
+        parts += [
+            f"{name}-{getattr(self, name)}" for name, usual in self._defaults.items() if getattr(self, name) != usual
+        ]
         return Path(self.output) / "-".join(parts)
 
     @property

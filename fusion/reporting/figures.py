@@ -110,7 +110,7 @@ def scores_figure(panels: Mapping[str, Mapping[str, tuple[str, Sequence[float]]]
                     axes.annotate(f"{scores[0]:.3f}", (scores[0], place), **offset)
             axes.set_yticks(range(len(lines)), [shortened(label, 70) for label in lines])
             axes.set_ylim(len(lines) - 0.5, -0.5)
-            axes.set_title(title)
+            axes.set_title(textwrap.fill(title, 64))
             axes.margins(x=0.12)  # space for the numbers
             axes.grid(axis="x", color=_FAINT, alpha=0.25)
         return figure

@@ -75,6 +75,10 @@ def test_the_methods_differ_in_nothing_but_the_method(monkeypatch: pytest.Monkey
 def test_other_sources_have_another_folder() -> None:
     assert DemoConfig(labels=50).folder == DemoConfig().folder == Path("outputs/demo/seed-0")
     assert DemoConfig(seed=1, rows=64, target_epochs=2).folder.name == "seed-1-rows-64-target_epochs-2"
+    assert DemoConfig(rows=3000, source_epochs=3).folder.name == "seed-0"
+    larger = DemoConfig(backbone="mpnet_base", target_epochs=20)
+    assert larger.folder.name == "mpnet_base-seed-0-target_epochs-20"
+    assert (larger.rows, larger.source_epochs, larger.target_epochs) == (1000, 1, 20)
 
 
 @pytest.mark.slow
