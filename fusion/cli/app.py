@@ -162,6 +162,8 @@ def _job(command: Command, program: list[str], composed: DictConfig, codes: list
             return processes.launch(program, run.config, run, ranks)
         return command.function(typed, run)
 
+    if not run.rank_zero:  # of torchrun or SLURM: rank 0 logs the same
+        logging.getLogger().setLevel(logging.WARNING)
     if _sweep is None and is_sweep(launch):  # a launcher's processes share a terminal
         os.environ[PROGRESS] = "0"
     try:

@@ -53,6 +53,8 @@ def explain(error: BaseException, schema: type, words: Sequence[str] = ()) -> st
         message = match[2]
         if unknown := re.search(r"Key '(.+)' not in '", message):
             message = unknown_key(unknown[1], schema)
+            if unknown[1] == "task":  # the file is valid
+                return message
         elif key := re.search(r"full_key: (\S+)", text):
             message = f"{key[1]}: {_expected(types.get(key[1])) or message}"
         return f"conf file {match[1]}.yaml: {message}"
@@ -95,6 +97,8 @@ def unknown_key(key: str, schema: type) -> str:
     if key in keys:
         inner = [known for known in keys if known.startswith(f"{key}.")]
         return f"{key} is a group of keys: expected one of {listed(inner)}"
+    if key == "task":
+        return "+task= is not an override of this command: an artifact is used with the task that it was trained on"
     for stage, other in (("stage1", Stage1Config), ("stage2", Stage2Config)):
         if key in keys_of(other):
             return f"unknown key {key}: it is a setting of {stage}, not of this command"

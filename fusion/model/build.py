@@ -81,9 +81,7 @@ def new_adapters(config: AdapterConfig, backbone: Backbone) -> dict[str, Bottlen
         if not slots:
             existing = {name for stack in stacks for name in family.stacks[stack].sites}
             expected = ", ".join(name for name in SITES if name in existing)
-            raise UserError(
-                f"adapter={config.name}: {what} has no site {site}; expected adapter.sites among {expected}"
-            )
+            raise UserError(f"adapter.sites={config.sites}: {what} has no site {site}; expected some of {expected}")
         for slot in slots:
             if config.reads not in slot.reads:
                 expected = f"{', '.join(slot.reads[:-1])} or {slot.reads[-1]}" if slot.reads[1:] else slot.reads[0]

@@ -69,7 +69,7 @@ def cache_features(
         size = f"take {needed / 1e9:.1f} GB as {dtype}, more than backbone.cache_gb={config.cache_gb:g}"
         why, fix = f"the frozen features of these examples {size}", "Increase backbone.cache_gb, or set"
     elif not model.has_features:
-        why, fix = "all adapters are in the decoder, whose input is computed in each epoch", "Set"
+        why, fix = "all adapters are in the decoder", "Set"
     elif any(rows.pads_left for rows in splits):
         why, fix = "the tokenizer pads on the left, so features depend on the other examples in the batch", "Set"
     if why:

@@ -66,6 +66,8 @@ class Contents:
         seen: list[dict[str, Any]] = []
         for target in self.everything:
             for group in target.groups.values():
+                if group.anywhere:
+                    continue  # inspected on a different task
                 inspections = ((one, self.found.inspections.get(one.hash or "")) for one in group.trained)
                 complete = (made for one, i in inspections if i and (made := inspected(target, group, one, i)))
                 seen += itertools.islice(complete, 1)
@@ -165,7 +167,7 @@ def costs(target: Target) -> list[dict[str, Any]]:
     """Return the score and mean cost of each group that was trained on the target."""
     rows = []
     for group in target.every_group:
-        if not group.method.endswith(" alone"):
+        if not group.anywhere:
             results = [trained.run.result for trained in group.trained]
             means = {name: _mean(results, part, key) for name, (part, key, _) in _COSTS.items()}
             rows.append({"method": group.title, "score": group.mean, **means})

@@ -201,7 +201,7 @@ def ablation_figure(metric: str, changes: Mapping[str, Difference], steps: Seque
             curve.set_xticks(counts)
             curve.invert_xaxis()
         curve.set_xlabel("number of sources")
-        curve.set_title(f"{metric}, least important source removed first")
+        curve.set_title(textwrap.fill(f"{metric}, least important source removed first", 40))
         curve.grid(axis="y", color=_FAINT, alpha=0.25)
         return figure
 

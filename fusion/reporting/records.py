@@ -55,6 +55,8 @@ def attention_of(targets: Sequence[Target], found: Found) -> list[Attention]:
     every = []
     for target in targets:
         for method, group in target.groups.items():
+            if group.anywhere:
+                continue  # its attention is that on a different task
             seen = [one for trained in group.trained if (one := _of_run(trained, found)) is not None]
             # The runs of a group have the same sources in the same order, regardless of their names.
             alike = [one for one in seen if (len(one[0]), one[1]) == (len(seen[0][0]), seen[0][1])]
@@ -131,8 +133,8 @@ def curves_of(target: Target, found: Found) -> dict[str, dict[str, DataFrame]]:
 
     curves: dict[str, dict[str, DataFrame]] = {}
     for method, group in target.groups.items():
-        if method.endswith(" alone"):
-            continue  # trained on a different task
+        if group.anywhere:
+            continue
         histories = [history_of(trained, found) for trained in group.trained]
         for metric in dict.fromkeys(name for history in histories for name in history.columns):
             seeds = [history[metric].dropna() for history in histories if metric in history]

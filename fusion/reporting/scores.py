@@ -108,7 +108,7 @@ def all_scores(runs: Sequence[RunFolder]) -> list[Score]:
             continue  # the artifact was replaced after the evaluation
         for task, split, metrics, predictions in _metrics_of(run, str(run.result.get("task")).split("+")[0]):
             own = maker is not None and task in maker.metric_of
-            method = maker.method if own and maker is not None else f"{_tasks_of(run, path, maker)} alone"
+            method = maker.method if own and maker is not None else f"{_title_elsewhere(run, path, maker)} alone"
             method += f", {drop} layers dropped" if drop else ""
             score = Score(task, split, method, metrics, predictions, run, maker, not own)
             last[path, task, split, drop] = score
@@ -119,10 +119,11 @@ def _with_artifact(runs: Iterable[RunFolder], *commands: str) -> list[RunFolder]
     return [run for run in runs if run.command in commands and "artifact" in run.result]
 
 
-def _tasks_of(run: RunFolder, path: str, maker: Trained | None) -> str:
-    """Return an artifact's name in tables: its tasks, so that seeds of one source form one method."""
+def _title_elsewhere(run: RunFolder, path: str, maker: Trained | None) -> str:
+    """Return the name of an artifact that was trained on other tasks: these, so that its seeds form one method."""
     if maker is not None:
-        return "+".join(maker.metric_of)
+        tasks = "+".join(maker.metric_of)
+        return f"{maker.method} on {tasks}" if maker.run.command == "stage2" else tasks
     manifest = read_artifact(path)
     return str(run.result.get("name")) if manifest is None else "+".join(manifest.task_names)
 

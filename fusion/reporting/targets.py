@@ -12,6 +12,7 @@ from typing import Any
 from fusion.reporting.reading import Found
 from fusion.reporting.scores import Score, Trained, all_scores
 from fusion.reporting.statistics import LEVEL, Difference, Sample, compare, constant_scores, holm
+from fusion.runs.identity import ADDED_LATER
 from fusion.store.settings_groups import differing, key_of
 from fusion.store.settings_groups import group as positions_of_equal
 
@@ -206,7 +207,10 @@ def _variants(scores: Sequence[Score], metric: str) -> list[Group]:
     variants = []
     for of, settings in zip(by_setting, differing([of[0].variant for of in by_setting]), strict=True):
         last = {(score.seed, score.inputs): score for score in of}
-        names = ", ".join(f"{key}={_text(value)}" for key, value in _brief(settings).items())
+        names = ", ".join(
+            f"{key}={_text(ADDED_LATER.get(key) if value is None else value)}"
+            for key, value in _brief(settings).items()
+        )
         variants.append(Group(of[0].method, [last[key] for key in sorted(last)], metric, names, len(by_setting) - 1))
     return variants
 

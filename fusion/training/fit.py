@@ -139,7 +139,7 @@ def fit(spec: FitSpec) -> Fit:
     diverged = divergence(module.epoch_loss.figures(), rows.training, tasks)
     scores = best_epoch(module.history, monitor)
     if trainer.is_global_zero:
-        if speed.expected is not None:
+        if speed.expected is not None or settings.shards:
             log.info("peak memory %s", in_bytes(int(measured["peak_memory_bytes"] or 0)))
         if settings.profiler in PROFILERS:
             for table in sorted(Path(settings.default_root_dir or ".").glob("fit-profile*.txt"))[:1]:

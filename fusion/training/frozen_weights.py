@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from pytorch_lightning import Callback, Trainer
 
-from fusion.backbones.sharding import shard
+from fusion.backbones.sharding import own_shard, shard
 from fusion.model.adapted import AdaptedModel
 from fusion.training.lightning_internals import ignore_in_ddp
+from fusion.training.memory import in_bytes
+
+log = logging.getLogger(__name__)
 
 
 class FrozenWeights(Callback):
@@ -29,4 +33,13 @@ class FrozenWeights(Callback):
             model, self._shards = self._model, False  # once, also if a validation follows
             trained = set(model.trainable().values())
             shard(model.backbone, model.layers(), trained, trainer.strategy.root_device.type, trainer.world_size)
+            if trainer.is_global_zero:
+                weights = list(model.backbone.parameters())
+                own, all_bytes = sum(own_shard(weight).nbytes for weight in weights), sum(w.nbytes for w in weights)
+                log.info(
+                    "backbone sharded over %d processes: %s of %s in each",
+                    trainer.world_size,
+                    in_bytes(own),
+                    in_bytes(all_bytes),
+                )
         ignore_in_ddp(pl_module, [f"model.{name}" for name in self._model.frozen()])

@@ -50,8 +50,12 @@ _ERRORS: dict[str, type[BaseException]] = {
 
 
 def count(trainer: TrainerConfig) -> int:
-    """Return the number of processes of a job on this machine. Raises UserError if Lightning rejects the settings."""
-    if trainer.devices in (1, "1") and trainer.num_nodes == 1 and not trainer.shards:
+    """Return the number of processes to start for a job on this machine: 1 if this is one that torchrun started.
+
+    Raises UserError if Lightning rejects the settings, or they do not match torchrun's.
+    """
+    by_torchrun = os.environ.get("LOCAL_WORLD_SIZE")
+    if trainer.devices in (1, "1") and trainer.num_nodes == 1 and not trainer.shards and by_torchrun is None:
         return 1  # the common case, without importing Lightning
     import pytorch_lightning as pl
 
@@ -61,11 +65,18 @@ def count(trainer: TrainerConfig) -> int:
     keys = ("accelerator", "strategy", "devices", "num_nodes")
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     settings = {key: trainer.arguments()[key] for key in keys} | dict.fromkeys(off, False)
-    given = " ".join(f"trainer.{key}={getattr(trainer, key)}" for key in keys[:3])
+    given = " ".join(f"trainer.{key}={getattr(trainer, key)}" for key in keys)
     try:
         planned = pl.Trainer(**settings)
     except Exception as error:
         raise UserError(f"{given}: {error}") from error
+    if by_torchrun is not None:
+        nodes = int(os.environ["WORLD_SIZE"]) // int(by_torchrun)
+        if (planned.num_devices, planned.num_nodes) != (int(by_torchrun), nodes):
+            raise UserError(
+                f"{given}: torchrun started {by_torchrun} processes on each of {nodes} nodes; expected "
+                f"trainer.devices={by_torchrun} trainer.num_nodes={nodes}"
+            )
     if trainer.shards and planned.world_size == 1:
         raise UserError(
             f"{given}: there is only one process, so nothing can be sharded; expected trainer.devices=2 or more"

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from fusion.errors import UserError
+from fusion.reporting.contents import costs
 from fusion.reporting.reading import read_runs
+from fusion.reporting.records import attention_of, curves_of
 from fusion.reporting.statistics import Difference
 from fusion.reporting.targets import Target, targets_of
 from tests.reporting.conftest import Write
@@ -213,6 +215,26 @@ def test_settings_without_validation_scores_are_selected_on_the_shown_split(tmp_
     target = only(tmp_path, "test")
     group = target.groups["single adapter"]
     assert (group.scores, group.chosen_on, target.selected_here) == (*([0.7], "test"), ["the best setting of a method"])
+
+
+def test_a_fusion_evaluated_on_another_task(tmp_path: Path, write: Write) -> None:
+    """It has its own name there, and neither attention, curves nor costs, which are those of its own target."""
+    write("tweets", artifact="tweets", sources=["a", "b"])
+    write(command="evaluate", artifact="tweets", split="test", result={"task": "mine", "name": "tweets", "hash": None})
+    found = read_runs([tmp_path / "runs"])
+    lines = [{"epoch": 2, "sources": ["a", "b"], "slots": {"0.feedforward": {"mean": [0.3, 0.7], "entropy": 0.5}}}]
+    (tmp_path / "runs" / "001" / "attention.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    mine, tweets = targets_of(found)
+    assert list(mine.groups) == ["fusion of 2 on tweets alone"] and list(tweets.groups) == ["fusion of 2"]
+    assert [one.title for one in attention_of([mine, tweets], found)] == ["tweets ← fusion of 2"]
+    assert curves_of(mine, found) == {} and costs(mine) == [] and len(costs(tweets)) == 1
+
+
+def test_a_setting_that_older_runs_do_not_have_is_shown_with_its_default(tmp_path: Path, write: Write) -> None:
+    write(score=0.7)
+    write(score=0.8, backbone__encoder_only=True)
+    shown = [group.differing for group in only(tmp_path).variants["single adapter"]]
+    assert shown == ["backbone.encoder_only=True", "backbone.encoder_only=False"]
 
 
 def test_source_evaluated_on_the_target(tmp_path: Path, write: Write) -> None:

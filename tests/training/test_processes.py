@@ -107,13 +107,23 @@ def test_one_process_needs_no_ranks() -> None:
     assert processes.count(TrainerConfig(accelerator="cpu", devices="auto")) == 1
     assert processes.count(TrainerConfig(accelerator="cpu", devices=2, strategy="ddp")) == 2
     assert processes.count(TrainerConfig(accelerator="cpu", devices=3)) == 3
+    assert processes.count(TrainerConfig(accelerator="cpu", devices=2, strategy="fsdp")) == 2
+    for devices in (1, "auto"):
+        with pytest.raises(UserError, match="there is only one process, so nothing can be sharded"):
+            processes.count(TrainerConfig(accelerator="cpu", devices=devices, strategy="fsdp"))
     with pytest.raises(UserError, match=r"trainer\.accelerator=abacus"):
         processes.count(TrainerConfig(accelerator="abacus"))
 
 
 def test_torchrun_starts_its_own_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    assert processes.count(TrainerConfig(accelerator="cpu", devices=2, strategy="ddp")) == 1
+    for name, value in {"LOCAL_RANK": 0, "RANK": 0, "LOCAL_WORLD_SIZE": 2, "WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert processes.count(TrainerConfig(accelerator="cpu", devices=2, num_nodes=2, strategy="ddp")) == 1
+    for devices, nodes in ((1, 1), ("auto", 1), (2, 1), (1, 2)):
+        expected = r"started 2 processes on each of 2 nodes; expected trainer\.devices=2 trainer\.num_nodes=2"
+        with pytest.raises(UserError, match=expected):
+            processes.count(TrainerConfig(accelerator="cpu", devices=devices, num_nodes=nodes, strategy="ddp"))
 
 
 @pytest.mark.usefixtures("warm")
