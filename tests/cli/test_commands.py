@@ -390,16 +390,23 @@ def test_torchrun(how: str, place: Path, tiny_backbone: Path, warm_python: str) 
 
 @pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize("name", ["albert", "llama", "gemma3_text", "gptj", "t5"])
-def test_two_processes_with_sharded_weights_train_as_one(name: str, place: Path, tmp_path: Path) -> None:
+def test_two_processes_with_sharded_weights_train_as_one(
+    name: str,
+    place: Path,
+    tmp_path: Path,
+    in_process: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A model of each block layout; the guard compares the frozen weights of all shards before and after training."""
     folder = tiny_models.save(tmp_path / "backbone", name)
     shared = ("+task=films", "logger=none", "head.dropout=0", f"store={tmp_path / 'store'}")
-    for own in (
-        ("name=two", "trainer.devices=2", "trainer.strategy=fsdp", "data.batch_size=4"),
-        ("name=one", "trainer.devices=1", "data.batch_size=8"),
-    ):
-        done = run(place, folder, "stage1", *shared, *own)
-        assert done.returncode == 0, done.stderr
+    sharded = ("name=two", "trainer.devices=2", "trainer.strategy=fsdp", "data.batch_size=4")
+    done = run(place, folder, "stage1", *shared, *sharded)
+    assert done.returncode == 0 and "backbone sharded over 2 processes: " in done.stdout, done.stderr
+    monkeypatch.chdir(place)
+    whole = words_of(folder, "stage1", (*shared, "name=one", "trainer.devices=1", "data.batch_size=8"))
+    code, _, err = in_process(importlib.import_module("fusion.stage1").main, *whole)
+    assert code == 0, err
     for part in ("weights", "head"):
         one, two = (load_file(tmp_path / "store" / artifact / f"{part}.safetensors") for artifact in ("one", "two"))
         assert one.keys() == two.keys()

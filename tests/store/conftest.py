@@ -13,6 +13,13 @@ import torch
 from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
 from fusion.store.manifest import Manifest
 
+
+@pytest.fixture(autouse=True)
+def _nothing_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notes on artifacts of version 0.1 appear once per process; artifacts of different tests may have equal hashes."""
+    monkeypatch.setattr("fusion.store.artifacts._NOTED", set())
+
+
 FILES = {WEIGHTS: {"sha256": "1" * 64, "bytes": 10}, HEAD: {"sha256": "2" * 64, "bytes": 20}}
 
 

@@ -89,10 +89,7 @@ def test_the_order_of_tasks_counts(make_manifest: Make) -> None:
     assert checksum_of({"a": 1, "checksum": "x"}) == checksum_of({"a": 1})
 
 
-def test_without_a_checksum_it_loads_with_one_note(
-    path: Path, store: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fusion.store.artifacts._NOTED", set())
+def test_without_a_checksum_it_loads_with_one_note(path: Path, store: Path, caplog: pytest.LogCaptureFixture) -> None:
     manifest = read_manifest("films", store)
     values = json.loads(path.read_text())
     del values["checksum"]
