@@ -58,10 +58,13 @@ class DemoConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._defaults = SIZES.get(self.backbone, LARGER)
-        for name, value in self._defaults.items():
+        for name, value in self.default_sizes.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+
+    @property
+    def default_sizes(self) -> dict[str, int]:
+        return SIZES.get(self.backbone, LARGER)
 
     @property
     def folder(self) -> Path:
@@ -71,7 +74,7 @@ class DemoConfig(Settings):
         """
         parts = [*([] if self.backbone == DemoConfig.backbone else [self.backbone]), f"seed-{self.seed}"]
         parts += [
-            f"{name}-{getattr(self, name)}" for name, usual in self._defaults.items() if getattr(self, name) != usual
+            f"{name}-{getattr(self, name)}" for name, size in self.default_sizes.items() if getattr(self, name) != size
         ]
         return Path(self.output) / "-".join(parts)
 

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -75,7 +75,7 @@ def _position_bias(attention: Any, states: Tensor, inputs: tuple[Any, ...], keyw
     return bias
 
 
-def recompute_in_backward(layers: nn.ModuleList, current: CurrentBatch) -> None:
+def recompute_in_backward(layers: Iterable[nn.Module], current: CurrentBatch) -> None:
     """Enable gradient checkpointing: save only each layer's input, and recompute the layer in the backward pass.
 
     RNG state and batch are restored for the recomputation. transformers' own gradient checkpointing requires layers in

@@ -80,8 +80,8 @@ class AdaptedModel(nn.Module):
         if self.boundary is not None:
             watch_boundary(self._layers_of(first)[self.boundary], self._current)
         self.gradient_checkpointing = gradient_checkpointing
-        for stack in self._family.stacks if gradient_checkpointing else ():
-            recompute_in_backward(self._layers_of(stack), self._current)
+        if gradient_checkpointing:
+            recompute_in_backward(self.layers(), self._current)
         self.backbone.requires_grad_(False)
         for parameter in self.tuning.parameters.values():
             parameter.requires_grad_(True)

@@ -35,11 +35,6 @@ class FrozenWeights(Callback):
             shard(model.backbone, model.layers(), trained, trainer.strategy.root_device.type, trainer.world_size)
             if trainer.is_global_zero:
                 weights = list(model.backbone.parameters())
-                own, all_bytes = sum(own_shard(weight).nbytes for weight in weights), sum(w.nbytes for w in weights)
-                log.info(
-                    "backbone sharded over %d processes: %s of %s in each",
-                    trainer.world_size,
-                    in_bytes(own),
-                    in_bytes(all_bytes),
-                )
+                own, every = (in_bytes(sum(one.nbytes for one in of)) for of in (map(own_shard, weights), weights))
+                log.info("backbone sharded over %d processes: %s of %s in each", trainer.world_size, own, every)
         ignore_in_ddp(pl_module, [f"model.{name}" for name in self._model.frozen()])

@@ -67,7 +67,8 @@ class Guard(Callback):
         if any(is_sharded(tensor) for tensor in frozen.values()):
             _raise_if(_differing(self._hashes, self._model.frozen_hashes()), "before the first step")
             self._checksums = _checksums(frozen)  # of this process's shards
-        _raise_if(_differing(self._checksums, _checksums(frozen)), "before the first step")
+        else:
+            _raise_if(_differing(self._checksums, _checksums(frozen)), "before the first step")
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._check_optimizers(trainer)

@@ -1,4 +1,7 @@
-"""All uses of the private API of Lightning, and of DDP, in training, each with its reason; tests/test_resume.py covers most of them."""
+"""All uses of the private API of Lightning and of DDP in training, each with its reason.
+
+tests/test_resume.py covers most of them.
+"""
 
 from __future__ import annotations
 

@@ -121,11 +121,13 @@ def _fit(spec: StageSpec, loggers: list[Logger]) -> Fit:
     def prepare(device: torch.device) -> str | None:
         splits = [*rows.training, *rows.validation.values()]
         once = bool(config.trainer.fast_dev_run) or config.trainer.max_epochs == 1 or not model.trainable()
-        options = dataclasses.replace(config.backbone, cache="off") if config.trainer.shards else config.backbone
-        features = cache_features(model, splits, options, backbone.fingerprint, device, config.data.cache_dir, once)
+        features = None
+        if not config.trainer.shards:  # no process will have all weights
+            features = cache_features(
+                model, splits, config.backbone, backbone.fingerprint, device, config.data.cache_dir, once
+            )
         if config.compile:  # after the features, whose computation does not need compiled layers
-            stacks = backbone.family.stacks
-            compile_layers([layer for stack in stacks for layer in backbone.family.layer_list(backbone.model, stack)])
+            compile_layers(model.layers())
         return features
 
     checkpoints, tokenizer = spec.output.checkpoints, backbone.tokenizer_hash

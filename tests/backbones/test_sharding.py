@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import distributed, multiprocessing
 
 from fusion.backbones.sharding import is_sharded, own_shard, shard
+from fusion.backbones.slots import SlotAddress
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead
 from fusion.model.adapted import AdaptedModel
@@ -28,7 +28,7 @@ def adapted(name: str, checkpointing: bool) -> AdaptedModel:
     backbone = tiny_backbone(name)
     torch.manual_seed(1)
     slots = {
-        f"{stack}.{layer}.feedforward" if stack else f"{layer}.feedforward": BottleneckAdapter(HIDDEN, 4, "relu")
+        str(SlotAddress(stack, layer, "feedforward")): BottleneckAdapter(HIDDEN, 4, "relu")
         for stack in backbone.family.stacks
         for layer in range(LAYERS)
     }
@@ -49,32 +49,31 @@ def outcome(model: AdaptedModel) -> list[torch.Tensor]:
     return [evaluated, logits.detach(), *gradients]
 
 
-def trial(name: str, checkpointing: bool) -> str:
-    """Return what differs between the sharded and the whole model, or an empty string."""
+def compare(name: str, checkpointing: bool) -> None:
+    """Raise an error if the sharded model differs from the whole one."""
     model = adapted(name, checkpointing)
-    whole, hashes, sizes = outcome(model), model.frozen_hashes(), model.backbone.state_dict()
+    whole, hashes, state = outcome(model), model.frozen_hashes(), model.backbone.state_dict()
     weights = dict(model.backbone.named_parameters())
     trained = set(model.trainable().values())
     shard(model.backbone, model.layers(), trained, "cpu", PROCESSES)
     for found, expected in zip([*outcome(model), *outcome(model)], [*whole, *whole], strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     assert model.frozen_hashes() == hashes
-    assert model.backbone.state_dict().keys() == sizes.keys()
+    assert model.backbone.state_dict().keys() == state.keys()
     now = dict(model.backbone.named_parameters())
     assert all(is_sharded(parameter) for parameter in now.values())
     assert not any(is_sharded(parameter) for parameter in trained)
     # A dimension of 3 rows is shared as 2 and 1.
     assert all(own_shard(now[n]).shape[0] <= -(-p.shape[0] // PROCESSES) for n, p in weights.items())
-    return ""
 
 
-def work(rank: int, port: int, folder: Path) -> None:
+def work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=PROCESSES)
-    found: dict[tuple[str, bool], str] = {}
+    distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
+    found = dict.fromkeys(CASES, "")
     for case in CASES:
         try:
-            found[case] = trial(*case)
+            compare(*case)
         except Exception as error:  # the next model is tried as well
             found[case] = f"{type(error).__name__}: {error}"
     torch.save(found, folder / f"{rank}.pt")
@@ -84,10 +83,7 @@ def work(rank: int, port: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     folder = tmp_path_factory.mktemp("shards")
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    multiprocessing.spawn(work, (port, folder), PROCESSES)
+    multiprocessing.spawn(work, (folder,), PROCESSES)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
 
 

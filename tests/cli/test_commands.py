@@ -338,6 +338,15 @@ def test_a_full_disk_fails_the_run_and_the_same_command_stores_it_later(
     assert (store / "large" / "manifest.json").is_file() and not list((store / ".runs").glob("large-*"))
 
 
+def assert_close(artifact: Path, expected: Path) -> None:
+    """The tensors of two stored artifacts are equal up to the rounding of a training run."""
+    for part in ("weights", "head"):
+        found, wanted = (load_file(folder / f"{part}.safetensors") for folder in (artifact, expected))
+        assert found.keys() == wanted.keys()
+        for key, weights in wanted.items():
+            torch.testing.assert_close(found[key], weights, rtol=0, atol=1e-4)
+
+
 def torchrun(place: Path, program: str, nodes: int, words: list[str]) -> list[subprocess.Popen[str]]:
     """One launcher of torchrun per node; all nodes are this machine."""
     with socket.socket() as one:
@@ -380,12 +389,7 @@ def test_torchrun(how: str, place: Path, tiny_backbone: Path, warm_python: str) 
     whole = ("+task=films", "logger=none", f"store={store}-alone", "data.batch_size=8", "head.dropout=0")
     alone = run(place, tiny_backbone, "stage1", *whole)
     assert alone.returncode == 0, alone.stderr
-    for part in ("weights", "head"):
-        one = load_file(place / f"{store}-alone" / "films" / f"{part}.safetensors")
-        two = load_file(place / store / "films-42" / f"{part}.safetensors")
-        assert one.keys() == two.keys()
-        for key, weights in one.items():
-            torch.testing.assert_close(two[key], weights, rtol=0, atol=1e-4)
+    assert_close(place / store / "films-42", place / f"{store}-alone" / "films")
 
 
 @pytest.mark.usefixtures("warm")
@@ -407,8 +411,4 @@ def test_two_processes_with_sharded_weights_train_as_one(
     whole = words_of(folder, "stage1", (*shared, "name=one", "trainer.devices=1", "data.batch_size=8"))
     code, _, err = in_process(importlib.import_module("fusion.stage1").main, *whole)
     assert code == 0, err
-    for part in ("weights", "head"):
-        one, two = (load_file(tmp_path / "store" / artifact / f"{part}.safetensors") for artifact in ("one", "two"))
-        assert one.keys() == two.keys()
-        for key, weights in one.items():
-            torch.testing.assert_close(two[key], weights, rtol=0, atol=1e-4)
+    assert_close(tmp_path / "store" / "two", tmp_path / "store" / "one")

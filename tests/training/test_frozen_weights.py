@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -27,17 +26,14 @@ class Module(nn.Module):
         self.model = model
 
 
-def test_ddp_does_not_exchange_frozen_tensors(tiny_backbone: Path) -> None:
+def test_ddp_does_not_exchange_frozen_tensors(tiny_backbone: Path, tmp_path: Path) -> None:
     bank = AdapterBank([BottleneckAdapter(32, 4), BottleneckAdapter(32, 4)], [0, 1], 2)
     model = AdaptedModel(
         load_backbone(str(tiny_backbone)), {"1.feedforward": AdapterFusion(bank)}, "normed", TaskHead(32, 2)
     )
     module = Module(model)
     FrozenWeights(model, False).setup(cast(Any, SimpleNamespace(world_size=2)), module, "fit")
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    distributed.init_process_group("gloo", f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         wrapped = DistributedDataParallel(module)
         buffers = {id(buffer) for buffer in wrapped.modules_buffers}
